@@ -26,15 +26,8 @@ def scorer_agreement(
     """Return, by stage, the share of tokens dropped by `exact` that each scorer drops too.
 
     All scorers are applied to the tokens that `exact` keeps. 'chance' is the share of a random
-    choice.
-
-    Args:
-        model: An image model that a tower supports.
-        images: (B, 3, H, W).
-        text_cls: (B, D), the guidance in the tower's width, or None: vision only.
-        strategy: The strategy, whose own scorer is not used.
-        scorers: Names or layer numbers; by default all named scorers.
-        rows: Attention rows of the momentum tower, see `forward_with_scores`, which add 'momentum'.
+    choice. The images are (B, 3, H, W), `text_cls` is the guidance (B, D) or None: vision only. The
+    strategy's own scorer is not used. `rows` of `forward_with_scores` add the scorer 'momentum'.
     """
     shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
     return {name: [each.mean().item() for each in stages] for name, stages in shares.items()}

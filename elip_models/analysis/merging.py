@@ -5,7 +5,6 @@ token_s(n) = the token that contains patch n after step s, by the source maps of
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,6 @@ from elip_models.analysis.visualize import (
     write_caption,
 )
 from elip_models.reduction.strategy import StageInfo
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_STEPS = 4  # steps in a picture, evenly spaced up to the last one
 PIXELS = 256  # smallest height of an image, so that an outline is thin
@@ -41,14 +37,9 @@ def tokens_of_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tens
 
 
 def merged_image(image: Tensor, tokens: Tensor) -> Tensor:
-    """Return a picture of the patches that form one token.
+    """Return a picture (3, s H, s W) of the patches that form one token, at least `PIXELS` high.
 
-    Args:
-        image: (3, H, W) in [0, 1].
-        tokens: (rows, columns) int64, the token of each patch, as from `tokens_of_patches`.
-
-    Returns:
-        (3, s H, s W), with the smallest integer s for which it is `PIXELS` high.
+    `image` is (3, H, W) in [0, 1], `tokens` (rows, columns) one item of `tokens_of_patches`.
     """
     scale = max(1, -(-PIXELS // image.shape[1]))
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -76,32 +67,20 @@ def draw_merging(
 ) -> Path:
     """Write a PNG with one row for each image: the input, tokens after a few steps, the caption.
 
-    Args:
-        images: As in `draw_reduction`.
-        captions: As in `draw_reduction`.
-        infos: As in `draw_reduction`.
-        path: As in `draw_reduction`.
-        grid: As in `draw_reduction`.
-        title: As in `draw_reduction`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    The arguments are those of `draw_reduction`.
     """
     count = min(MAX_STEPS, len(infos))
     shown = [len(infos) * (k + 1) // count - 1 for k in range(count)]
     found = tokens_of_patches(infos, grid[0] * grid[1])
     figure, axes = make_panels(len(images), count + 1, images.shape[3] / images.shape[2])
     for b, (row, image, caption) in enumerate(zip(axes, images.cpu(), captions, strict=True)):
-        row[0].imshow(_last_channel(image))
+        row[0].imshow(image.permute(1, 2, 0).numpy())
         for axis, s in zip(row[1:], shown, strict=False):
-            axis.imshow(_last_channel(merged_image(image, found[s][b].cpu().view(grid))))
+            merged = merged_image(image, found[s][b].cpu().view(grid))
+            axis.imshow(merged.permute(1, 2, 0).numpy())
         write_caption(row[-1], caption)
     axes[0, 0].set_title("image", fontsize=9)
     for axis, s in zip(axes[0, 1:], shown, strict=False):
         left = (found[s][0].unique() >= 0).sum().item()
         axis.set_title(f"in layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
     return save_figure(figure, path, title=title, note=NOTE)
-
-
-def _last_channel(image: Tensor) -> "np.ndarray":
-    return image.permute(1, 2, 0).numpy()

@@ -15,20 +15,11 @@ from elip_models.validation import ConfigError
 
 
 def draw_pictures(model: VisualizedModel, shown: CaptionedImages, path: Path) -> list[Path]:
-    """Reduce images, guided by their captions if the strategy uses text, and draw the reduction.
+    """Reduce images, guided by their captions if the strategy uses text; return the pictures.
 
-    Args:
-        model: The model and its strategy.
-        shown: Images with captions.
-        path: Path of the first PNG.
-
-    Returns:
-        The paths of the pictures. `path` is from `draw_reduction` if the strategy has scores;
-        NAME_merged.png beside it, or `path` without scores, is from `draw_merging`. A tower with
-        CLS adds NAME_concentration.png, averaged over these images.
-
-    Raises:
-        ConfigError: A strategy that reduces nothing in inference.
+    `path` is from `draw_reduction` if the strategy has scores; NAME_merged.png beside it, or `path`
+    without scores, is from `draw_merging`. A tower with CLS adds NAME_concentration.png, averaged
+    over these images. A strategy that reduces nothing in inference raises ConfigError.
     """
     captions, tower = [caption for _, caption in shown], model.tower
     pixels = model.pixels([image for image, _ in shown])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from elip_models.analysis.visualize import dimmed, new_figure, patch_grid, surviving_patches
-from elip_models.data import Example, ExampleSource, SampleError, Source
+from elip_models.data import Example, ExampleSource, Source
+from elip_models.data.read_errors import readable_samples
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.user_warnings import deliberately_slow
@@ -36,22 +37,14 @@ def draw_predictions(
     *,
     count: int = 12,
 ) -> Path:
-    """Write a PNG of examples, evenly spaced in the source: images, text, predictions.
+    """Write a PNG of at most `count` examples, evenly spaced in the evaluated `source`.
 
-    If the model reduces its image tower, patches that were dropped or merged are grey.
-
-    Args:
-        model: A fine-tuned model.
-        tokenizer: The tokenizer of the model.
-        source: The evaluated data.
-        scores: Scores of the model on the source, with predictions.
-        path: Path of the PNG.
-        count: Largest number of examples.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    It shows images, text and predictions. If the model reduces its image tower, patches that were
+    dropped or merged are grey.
     """
-    shown = _predicted_samples(source, scores, count)
+    predictions = {each.id: each for each in scores.predictions}
+    samples = readable_samples(source, range(0, len(source), max(1, len(source) // count)))
+    shown = [(each, predictions[each.id]) for each in samples if each.id in predictions][:count]
     rows = max(1, -(-len(shown) // COLUMNS))
     number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # images in a sample
     figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
@@ -70,24 +63,7 @@ def draw_predictions(
     return path
 
 
-def _predicted_samples(
-    source: Source | ExampleSource, scores: TaskScores, count: int
-) -> "list[tuple[Sample | Example, Prediction]]":
-    """Return at most `count` readable samples, evenly spaced, with their predictions."""
-    predictions = {each.id: each for each in scores.predictions}
-    found = []
-    for index in range(0, len(source), max(1, len(source) // count)):
-        try:
-            sample = source[index]
-        except SampleError:
-            continue
-        if sample.id in predictions:
-            found.append((sample, predictions[sample.id]))
-    return found[:count]
-
-
 def _write_prediction(axis: "Axes", text: str, right: str, prediction: "Prediction") -> None:
-    """Write the text of a sample above its images, and the prediction below."""
     title = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
     axis.set_title(title, fontsize=8, parse_math=False)
     is_right = (prediction.score or 0.0) >= 0.5

@@ -80,15 +80,8 @@ def source_maps(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
 def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
     """Return how much of the CLS attention falls on a few patches in each layer of the dense tower.
 
-    The attention is averaged over heads and sums to 1 over the patches.
-
-    Args:
-        tower: The image tower.
-        images: (B, 3, H, W), normalised.
-        shares: Shares of the patches, those with the most attention.
-
-    Returns:
-        (depth, len(shares)), the mean over the images.
+    The attention is averaged over heads and over the normalised images (B, 3, H, W), and sums to 1
+    over the patches. The result is (depth, len(shares)).
     """
     counts = [max(1, round(share * tower.num_patches)) for share in shares]
     forward, tokens, masses = Forward(tower, Dense()), tower.embed(images), []
@@ -120,27 +113,25 @@ def draw_reduction(
 ) -> Path:
     """Write a PNG with one row for each image: input, kept patches and scores by stage, caption.
 
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        captions: One for each image.
-        infos: Information of each stage about these images.
-        path: Path of the PNG.
-        grid: Rows and columns of the patches.
-        title: Title of the figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    The images are (B, 3, H, W) in [0, 1], `grid` has the rows and columns of the patches.
     """
     num_patches = grid[0] * grid[1]
     survivors = surviving_patches(infos, num_patches)
     heats = attention_maps(infos, num_patches)
     heats = [h * info.attention.shape[1] for h, info in zip(heats, infos, strict=True)]
-    figure, axes = make_panels(len(images), 2 * len(infos) + 1, images.shape[3] / images.shape[2])
-    rows = zip(axes, images.cpu(), captions, strict=True)
-    for b, (row, image, caption) in enumerate(rows):
-        stages = zip(survivors, heats, strict=True)
-        stages = [(alive[b].view(grid), heat[b].view(grid)) for alive, heat in stages]
-        _draw_row(row, image, caption, stages)
+    height, width = images.shape[2:]
+    figure, axes = make_panels(len(images), 2 * len(infos) + 1, width / height)
+    for b, (row, image, caption) in enumerate(zip(axes, images.cpu(), captions, strict=True)):
+        row[0].imshow(image.permute(1, 2, 0).numpy())
+        for s, (alive, heat) in enumerate(zip(survivors, heats, strict=True)):
+            row[1 + 2 * s].imshow(dimmed(image, alive[b].view(grid)))
+            axis, heat = row[2 + 2 * s], heat[b].view(grid).cpu().float().clamp(min=0)
+            axis.imshow(heat.sqrt().numpy(), cmap="inferno", extent=(0, width, height, 0))
+            known = heat[~heat.isnan()].tolist() or [float("nan")]
+            scale = f"{min(known):.2f} to {max(known):.2f} times uniform"
+            place = {"ha": "center", "va": "top", "transform": axis.transAxes}
+            axis.text(0.5, -0.03, scale, fontsize=7, **place)
+        write_caption(row[-1], caption)
     axes[0, 0].set_title("image", fontsize=9)
     for s, info in enumerate(infos):
         before = f"before layer {info.stage.first + 1}"
@@ -163,14 +154,6 @@ def draw_concentration(masses: Tensor, path: Path, *, title: str) -> Path:
     """Write a PNG of `concentration`: a curve over the layers for each of `SHARES`.
 
     Dotted lines are the values of uniform attention.
-
-    Args:
-        masses: (depth, len(SHARES)).
-        path: Path of the PNG.
-        title: Title of the figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     figure = new_figure(6.4, 4.0)
     axis = figure.subplots()
@@ -201,25 +184,6 @@ def make_panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarr
     for axis in axes.flat:
         axis.set_axis_off()
     return figure, axes
-
-
-def _draw_row(
-    axes: "Sequence[Axes]", image: Tensor, caption: str, stages: Sequence[tuple[Tensor, Tensor]]
-) -> None:
-    """Draw an image (3, H, W), and for each stage its kept patches and scores (rows, columns).
-
-    Scores are in units of uniform attention.
-    """
-    _, height, width = image.shape
-    axes[0].imshow(image.permute(1, 2, 0).numpy())
-    for s, (alive, heat) in enumerate(stages):
-        axes[1 + 2 * s].imshow(dimmed(image, alive))
-        heat, axis = heat.cpu().float().clamp(min=0), axes[2 + 2 * s]
-        axis.imshow(heat.sqrt().numpy(), cmap="inferno", extent=(0, width, height, 0))
-        known = heat[~heat.isnan()].tolist() or [float("nan")]
-        scale = f"{min(known):.2f} to {max(known):.2f} times uniform"
-        axis.text(0.5, -0.03, scale, fontsize=7, ha="center", va="top", transform=axis.transAxes)
-    write_caption(axes[-1], caption)
 
 
 def write_caption(axis: "Axes", caption: str) -> None:

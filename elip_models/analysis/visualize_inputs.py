@@ -4,7 +4,7 @@ A whole language-image model is guided by its own text tower and needs its token
 is reduced by the image alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from elip_models.data import SampleError, Source, open_source
+from elip_models.data import SampleError, open_source
+from elip_models.data.read_errors import readable_samples
 from elip_models.data.sample import decode_image
 from elip_models.models.io.open_model import open_model, split_spec
 from elip_models.models.registry import elip_strategy
@@ -35,25 +36,15 @@ CaptionedImages = list[tuple[Image.Image, str]]
 
 @dataclass
 class VisualizedModel:
-    """A model in eval mode with a reduction.
+    """A model in eval mode with a reduction."""
 
-    Attributes:
-        name: Name for titles.
-        image_model: The model of the images.
-        tower: Its tower.
-        strategy: The strategy of the reduction.
-        guide: The model's encoder of captions for guidance; None: vision only.
-        mean: (3, 1, 1), by which images are normalised.
-        std: (3, 1, 1), by which images are normalised.
-    """
-
-    name: str
+    name: str  # for titles
     image_model: nn.Module
     tower: Tower
     strategy: Strategy
-    guide: CaptionEncoder | None
-    mean: Tensor
-    std: Tensor
+    guide: CaptionEncoder | None  # None: vision only
+    mean: Tensor  # (3, 1, 1)
+    std: Tensor  # (3, 1, 1)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Crop RGB images at the centre to the tower's shape, resized: (B, 3, H, W) in [0, 1]."""
@@ -100,20 +91,10 @@ def open_visualized_model(
     scorer: str | int | None = None,
     fusion: float | None = None,
 ) -> VisualizedModel:
-    """Open a model with a reduction, by the same arguments and default as `reduce_`.
+    """Open a model, as `open_model` does, with a reduction, by the arguments of `reduce_`.
 
-    Args:
-        spec: A model, as in `open_model`.
-        pretrained: Load the model's weights.
-        strategy: A spec as in `reduce_`; None is the model's own strategy, if it has one.
-        keep: As in `reduce_`.
-        schedule: Option of ELIP.
-        scorer: Option of ELIP.
-        fusion: Option of ELIP.
-
-    Raises:
-        ConfigError: An invalid option.
-        ImportError: A library is not installed.
+    A `strategy` of None is the model's own, if it has one, or the default of `reduce_`. An invalid
+    option raises ConfigError.
     """
     with as_config_error("--model"):
         model = open_model(spec, pretrained=pretrained)
@@ -159,7 +140,6 @@ def _changed(strategy: ELIP, tower: Tower, given: dict[str, Any], keep: float | 
 
 
 def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
-    """Load the tokenizer of a whole model and return its encoder of captions."""
     _, name = split_spec(spec)
     try:
         tokenizer = model.load_tokenizer(name)
@@ -188,16 +168,8 @@ def read_source(spec: str, count: int, tower: Tower) -> CaptionedImages:
     """Read the first `count` readable samples of a source, with their first captions."""
     with as_config_error("--data"):
         source = open_source(spec, image_size=max(tower.image_size))
-        shown = list(islice(_readable(source), count))
+        samples = readable_samples(source, range(len(source)))
+        shown = [(sample.image, sample.captions[0]) for sample in islice(samples, count)]
     if not shown:
         raise ConfigError(f"--data: expected a readable sample, got none in {spec!r}")
     return shown
-
-
-def _readable(source: Source) -> Iterator[tuple[Image.Image, str]]:
-    for index in range(len(source)):
-        try:
-            sample = source[index]
-        except SampleError:
-            continue
-        yield sample.image, sample.captions[0]

@@ -95,7 +95,6 @@ def export_data(
 
 
 def _check_task(task: str) -> None:
-    """Raise ConfigError if the task cannot be exported."""
     from elip_models.data.tasks.export import ExportedTask
 
     with as_config_error("TASK"):
@@ -103,7 +102,6 @@ def _check_task(task: str) -> None:
 
 
 def _examples_table(name: str, source: "ExampleSource", report: "SkipReport") -> Table:
-    """Return a table of a source: number of examples, lengths of texts, counts of answers."""
     examples = [source.text_alone(index) for index in range(report.seen)]
     words = [len(example.text.split()) for example in examples] or [0]
     right = Counter(answer for example in examples for answer in example.answers)

@@ -145,7 +145,6 @@ def _open_trained(
 def _evaluate(
     task: "Task", model: Path, data: str, loading: "Loading", output: Path | None
 ) -> None:
-    """Score a saved model on a downstream task."""
     from elip_models.tasks.registry import read_answers
 
     trained, tokenizer = _open_trained(model, output)
@@ -159,7 +158,6 @@ def _evaluate(
 
 
 def _check_task(task: "Task", model: "PretrainedModel") -> None:
-    """Raise ValueError for a model that was not trained for the task."""
     fits = hasattr(model, "matching_logits") if task.name == "retrieval" else False
     if model.task != task.name and not fits:
         found = f"one for {model.task}" if model.task else "a pre-trained one"
@@ -170,8 +168,6 @@ def _check_task(task: "Task", model: "PretrainedModel") -> None:
 
 
 def _add_command(name: str) -> None:
-    """Add the command `elip eval NAME` for a downstream task."""
-
     @app.command(name, help=f"Score a model trained by `elip finetune {name}`.")
     def command(
         model: SavedModel,

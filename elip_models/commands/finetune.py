@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+from elip_models.commands.train import Resume
 from elip_models.training.recipe import parse_overrides
 from elip_models.validation import require_extra
 
@@ -29,9 +30,7 @@ def finetune(
     reduced: Annotated[
         bool, typer.Option("--reduced", help="Reduce the image tower as in the saved model.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Fine-tune a model for a downstream task, then score it."""
     from elip_models.training.finetune import finetune_recipe

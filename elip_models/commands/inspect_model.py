@@ -119,17 +119,17 @@ def profile(
     output: Annotated[Path | None, typer.Option(help="JSON file for the table.")] = None,
 ) -> None:
     """Compare tokens, FLOPs, time and memory of models with token reduction to dense."""
-    from elip_models.profiling.table import print_profile, profile_settings
+    from elip_models.profiling.table import ProfileSettings, print_profile
 
     if strategy is None:
         strategy = ["elip:scorer=exact"] if max_batch else []
-    settings = profile_settings(
-        models=model or (),
-        strategies=strategy,
+    settings = ProfileSettings(
+        models=tuple(dict.fromkeys(model or ())),
+        strategies=tuple(strategy),
         schedule=schedule,
         flops=flops,
         keep=keep,
-        batch_sizes=batch_size,
+        batch_sizes=tuple(dict.fromkeys(batch_size)),
         mode=mode,
         dtype=dtype,
         rounds=None if flops_only else rounds,

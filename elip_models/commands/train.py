@@ -10,6 +10,8 @@ with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
 
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint .")]
+
 
 def train(
     recipe: Annotated[
@@ -22,9 +24,7 @@ def train(
             help="Values of the recipe, such as optim.lr=3e-4 data.train=a.json.",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint.")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Train by a recipe, then report. On several GPUs: torchrun -m elip_models.cli train .."""
     config = load_recipe(recipe, overrides or ())

@@ -25,12 +25,7 @@ GREY = (128, 128, 128)
 
 
 class RandAugment:
-    """Random augmentation that keeps the size of an RGB image.
-
-    Args:
-        operations: Number of operations drawn for an image.
-        magnitude: Strength of the operations, 0 to 10.
-    """
+    """Random augmentation of an RGB image by `operations` with a `magnitude` of 0 to 10."""
 
     def __init__(self, operations: int, magnitude: int) -> None:
         self.operations = operations

@@ -9,7 +9,7 @@ its templates are used.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -103,8 +103,17 @@ class EmojiClasses(EmojiScenes):
         return ((0,),)
 
 
-class _PhotoTemplates:
-    """Base of the sources of photographs."""
+class _LabelledPhotos:
+    classes: tuple[str, ...]
+    _numbers: Sequence[int]  # the class of each image
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the class."""
+        check_index(index, len(self))
+        return (self.classes[self._numbers[index]],)
 
     @property
     def templates(self) -> tuple[Template, ...]:
@@ -116,7 +125,7 @@ class _PhotoTemplates:
         return tuple(OPENAI_IMAGENET_TEMPLATES)
 
 
-class ClassFolder(_PhotoTemplates):
+class ClassFolder(_LabelledPhotos):
     """A `ClassSource` of a folder that has one folder of images for each class.
 
     Raises:
@@ -136,29 +145,19 @@ class ClassFolder(_PhotoTemplates):
         folder = ImageFolder(str(root))
         self.classes = tuple(folder.classes)
         self.names = _display_names(self.classes)
-        self._samples = folder.samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
+        self._paths = [Path(path) for path, _ in folder.samples]
+        self._numbers = folder.targets
 
     def __getitem__(self, index: int) -> Sample:
-        check_index(index, len(self))
-        sample_id = self.sample_id(index)
-        image = decode_image(Path(self._samples[index][0]), sample_id)
-        return Sample(image, self.captions(index), sample_id)
+        captions, sample_id = self.captions(index), self.sample_id(index)
+        return Sample(decode_image(self._paths[index], sample_id), captions, sample_id)
 
     def sample_id(self, index: int) -> str:
         """Return the folder and the name of an image."""
-        path = Path(self._samples[index][0])
-        return f"{path.parent.name}/{path.name}"
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the class."""
-        check_index(index, len(self))
-        return (self.classes[self._samples[index][1]],)
+        return f"{self._paths[index].parent.name}/{self._paths[index].name}"
 
 
-class ClassDataset(_PhotoTemplates):
+class ClassDataset(_LabelledPhotos):
     """A `ClassSource` of a dataset of the hub, or of a folder of parquet files.
 
     The library `datasets` reads it. The images are in its only column of images.
@@ -198,9 +197,6 @@ class ClassDataset(_PhotoTemplates):
         self.classes = tuple(table.features[self._label].names)
         self.names = _display_names(self.classes)
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     def __getitem__(self, index: int) -> Sample:
         captions, sample_id = self.captions(index), self.sample_id(index)
         stored = self._images[index]
@@ -212,11 +208,6 @@ class ClassDataset(_PhotoTemplates):
     def sample_id(self, index: int) -> str:
         """Return the name of the dataset, its split, and the number of the row."""
         return f"{self._name}-{index}"
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the class."""
-        check_index(index, len(self))
-        return (self.classes[self._numbers[index]],)
 
 
 class ClassExamples:

@@ -44,10 +44,6 @@ def read_fields(where: str, entry: Any, **expected: Any) -> tuple[Any, ...]:
         raise ValueError(f"{where}: expected the keys {', '.join(expected)}, got {entry!r:.200}")
     for name, hint in expected.items():
         if mismatch_error(entry[name], hint) is not None:
-            got = f"{entry[name]!r:.200}"
-            raise ValueError(f"{where}: {name}: expected {_in_words(hint)}, got {got}")
+            kind = "a list" if hint is list else describe_type(hint)
+            raise ValueError(f"{where}: {name}: expected {kind}, got {entry[name]!r:.200}")
     return tuple(entry[name] for name in expected)
-
-
-def _in_words(hint: Any) -> str:
-    return "a list" if hint is list else describe_type(hint)

@@ -101,14 +101,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """
         check("epoch", epoch, Count)
         check("offset", offset, Count)
-        if offset > self.batches_per_epoch:
+        batches = self.batches_per_epoch
+        if offset > batches:
             raise ValueError(
-                f"offset: expected at most batches_per_epoch = {self.batches_per_epoch}, "
-                f"got {offset}; use the data and the batch size of the saved run"
+                f"offset: expected at most batches_per_epoch = {batches}, got {offset}; use the "
+                "data and the batch size of the saved run"
             )
-        self.epoch, self.offset = divmod(
-            epoch * self.batches_per_epoch + offset, self.batches_per_epoch
-        )
+        self.epoch, self.offset = divmod(epoch * batches + offset, batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, offset = self.epoch, self.offset
@@ -122,20 +121,23 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             epoch, offset = epoch + 1, 0
 
 
-class _ErrorsAsSamples(Dataset):
-    """Dataset that returns a DataError as the sample.
+class _ErrorsAsItems(Dataset):
+    """Dataset that returns an error as the item; raised in a worker, only its text would arrive."""
 
-    If a worker raised it, the user would get only the text of the worker's traceback.
-    """
+    def __init__(
+        self, items: Any, error: type[Exception], prepare: Callable[[Any], tuple] | None = None
+    ) -> None:
+        self.items, self.error, self.prepare = items, error, prepare
 
-    def __init__(self, dataset: TrainingSamples) -> None:
-        self.dataset = dataset
+    def __len__(self) -> int:
+        return len(self.items)
 
-    def __getitem__(self, position: tuple[int, int]) -> dict[str, Any] | DataError:
+    def __getitem__(self, position: Any) -> Any:
         try:
-            return self.dataset[position]
-        except DataError as error:
+            item = self.items[position]
+        except self.error as error:
             return error
+        return item if self.prepare is None else self.prepare(item)
 
 
 class ForkSafeLoader(DataLoader):
@@ -156,8 +158,6 @@ class ForkSafeLoader(DataLoader):
 
 
 class _TrainLoader(ForkSafeLoader):
-    """Loader that adds its "epoch" and "offset" to each batch."""
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
         sampler = self.batch_sampler
         start = sampler.epoch * sampler.batches_per_epoch + sampler.offset
@@ -181,7 +181,7 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
             f"sampler: expected length {len(dataset)}, that of the dataset, got {sampler.length}"
         )
     return _TrainLoader(
-        _ErrorsAsSamples(dataset),
+        _ErrorsAsItems(dataset, DataError),
         batch_sampler=sampler,
         collate_fn=_collate,
         **worker_options(num_workers),
@@ -209,7 +209,6 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
-    """Return one batch, or the first error among the samples."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -252,13 +251,10 @@ def evaluation_batches(
     Raises:
         DataError: More samples are unreadable than `report` allows, or all of them.
     """
-    check("transform", transform, Callable)
-    prepare = partial(_with_captions, transform)
-    rows = _prepared_batches(source, prepare, batch_size, report, num_workers)
-    batches = (zip(*each, strict=True) for each in rows)
+    columns = _columns(source, _with_captions, transform, batch_size, report, num_workers)
     return (
         EvaluationBatch(torch.stack(images), list(ids), list(captions))
-        for images, ids, captions in batches
+        for images, ids, captions in columns
     )
 
 
@@ -281,11 +277,8 @@ def example_batches(
     num_workers: int = 0,
 ) -> Iterator[ExampleBatch]:
     """Yield every readable example once, as `evaluation_batches` does for samples."""
-    check("transform", transform, Callable)
-    prepare = partial(_as_tensors, transform)
-    rows = _prepared_batches(source, prepare, batch_size, report, num_workers)
-    batches = (zip(*each, strict=True) for each in rows)
-    return (ExampleBatch(torch.stack(images), list(examples)) for images, examples in batches)
+    columns = _columns(source, _as_tensors, transform, batch_size, report, num_workers)
+    return (ExampleBatch(torch.stack(images), list(examples)) for images, examples in columns)
 
 
 def _with_captions(
@@ -301,46 +294,29 @@ def _as_tensors(
     return images[0] if len(images) == 1 else images, example._replace(images=())
 
 
-class _EvaluationDataset(Dataset):
-    """Dataset of `prepare(sample)` for each sample, or its SampleError."""
-
-    def __init__(self, source: Source | ExampleSource, prepare: Callable[[Any], tuple]) -> None:
-        self.source = source
-        self.prepare = prepare
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple | SampleError:
-        try:
-            sample = self.source[index]
-        except SampleError as error:
-            return error
-        return self.prepare(sample)
-
-
-def _prepared_batches(
+def _columns(
     source: Source | ExampleSource,
-    prepare: Callable[[Any], tuple],
+    prepare: Callable[[Callable, Any], tuple],
+    transform: Callable[["Image.Image"], Tensor],
     batch_size: int,
     report: SkipReport | None,
     num_workers: int,
-) -> Iterator[list[tuple]]:
-    """Yield the prepared samples that can be read, in batches."""
+) -> Iterator[Iterator[tuple]]:
+    """Yield the columns of each batch of readable rows, `prepare(transform, sample)`."""
+    check("transform", transform, Callable)
     check_not_empty("source", source)
     check("batch_size", batch_size, PositiveInt)
     check("num_workers", num_workers, Count)
     report = SkipReport(length=len(source)) if report is None else report
     options = worker_options(num_workers)
-    dataset = _EvaluationDataset(source, prepare)
+    dataset = _ErrorsAsItems(source, SampleError, partial(prepare, transform))
     loader = ForkSafeLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
-    return _drop_unreadable(loader, report)
+    return (zip(*rows, strict=True) for rows in _drop_unreadable(loader, report))
 
 
 def _drop_unreadable(
     loader: Iterable[list[tuple | SampleError]], report: SkipReport
 ) -> Iterator[list[tuple]]:
-    """Yield the rows of each batch that could be read, and count the others."""
     found = False
     for rows in loader:
         errors = [row for row in rows if isinstance(row, SampleError)]

@@ -1,8 +1,10 @@
 """Unreadable samples: counting, reporting, and an error when there are too many."""
 
-from collections.abc import Iterable, Sequence
-from typing import Self
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Self
 
+from elip_models.data.examples import ExampleSource
 from elip_models.data.sample import SampleError, Source
 from elip_models.validation import Count, PositiveInt, Share, check
 
@@ -98,3 +100,10 @@ def check_source(source: Source, limit: int | None = None) -> SkipReport:
             skipped.append((error.id, error.reason))
         report.record(skipped, 1)
     return report
+
+
+def readable_samples(source: Source | ExampleSource, indices: Iterable[int]) -> Iterator[Any]:
+    """Yield the samples, or examples, at `indices` that can be read."""
+    for index in indices:
+        with suppress(SampleError):
+            yield source[index]

@@ -85,12 +85,8 @@ def at_place(place: str) -> str:
     return _ALL_PLACES[place][2]
 
 
-def _phrase(group: Group) -> str:
-    return at_place(group.place)
-
-
 def _placed(group: Group) -> str:
-    return f"{counted(group)} {_phrase(group)}"
+    return f"{counted(group)} {at_place(group.place)}"
 
 
 def _enumerate(phrases: Sequence[str]) -> str:
@@ -115,7 +111,7 @@ def _inventory(scene: Scene, groups: Sequence[Group]) -> str:
 
 def _places_first(scene: Scene, groups: Sequence[Group]) -> str:
     clauses = (
-        f"{_phrase(group)} there {'is' if group.count == 1 else 'are'} {counted(group)}"
+        f"{at_place(group.place)} there {'is' if group.count == 1 else 'are'} {counted(group)}"
         for group in groups
     )
     return " and ".join(clauses)

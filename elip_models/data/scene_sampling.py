@@ -214,17 +214,12 @@ def sample_single_scene(name: str, rng: np.random.Generator) -> Scene:
 def add_texture(scene: Scene, rng: np.random.Generator) -> Scene:
     """Return the scene on a random texture, with random sizes and angles of the emoji."""
     number = sum(group.count for group in scene.groups)
-    drawn = (rng.choice(values, size=number).tolist() for values in (_SHRINKS, _ANGLES))
-    varied = iter(zip(*drawn, strict=True))
-    groups = (
-        replace(group, copies=tuple(_resize_and_turn(copy, *next(varied)) for copy in group.copies))
-        for group in scene.groups
-    )
+    shrinks, angles = (iter(rng.choice(v, size=number).tolist()) for v in (_SHRINKS, _ANGLES))
+    groups = []
+    for group in scene.groups:
+        copies = (Copy(c.x, c.y, next(shrinks) * c.size, next(angles)) for c in group.copies)
+        groups.append(replace(group, copies=tuple(copies)))
     return replace(scene, groups=tuple(groups), texture=sample_texture(rng))
-
-
-def _resize_and_turn(copy: Copy, shrink: float, angle: int) -> Copy:
-    return Copy(copy.x, copy.y, shrink * copy.size, angle)
 
 
 def _slots(box: Box, count: int) -> list[Box]:

@@ -77,7 +77,6 @@ def render(scene: Scene, image_size: int) -> Image.Image:
 
 
 def _pixels(box: Box, image_size: int) -> tuple[int, int, int, int]:
-    """Return the left, upper, right and lower edge of a box."""
     left, top, width, height = box
     edges = (left, top, left + width, top + height)
     return tuple(round(edge * image_size) for edge in edges)
@@ -91,12 +90,9 @@ def visible_masks(scene: Scene, image_size: int) -> np.ndarray:
     check("image_size", image_size, PositiveInt)
     shown = Image.new("L", (image_size, image_size), 0)
     for number, glyph, corner in _glyphs(scene, image_size):
-        shown.paste(number + 1, corner, glyph.getchannel("A").point(_is_opaque))
+        is_opaque = glyph.getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0)
+        shown.paste(number + 1, corner, is_opaque)
     return np.asarray(shown) == np.arange(1, len(scene.groups) + 1)[:, None, None]
-
-
-def _is_opaque(alpha: int) -> int:
-    return 255 if alpha > 127 else 0
 
 
 def _glyphs(scene: Scene, image_size: int) -> Iterator[tuple[int, Image.Image, tuple[int, int]]]:

@@ -47,9 +47,6 @@ def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
 
     A row has the key, the offset and size of the image, the captions, and the problem: why the
     sample cannot be read, or "".
-
-    Raises:
-        ValueError: A shard is not a tar file.
     """
     with require_extra("ShardSource"):
         from datasets import Dataset, concatenate_datasets
@@ -72,7 +69,6 @@ def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
 
 
 def _load_cached(shard: Path, path: Path) -> "Dataset":
-    """Return the cached table; build it again if the file is damaged."""
     from datasets import Dataset
     from pyarrow import ArrowInvalid
 
@@ -84,7 +80,6 @@ def _load_cached(shard: Path, path: Path) -> "Dataset":
 
 
 def _cache_path(shard: Path) -> Path | None:
-    """Return the path of the cached table of a shard, or None if it is not cached."""
     stat = shard.stat()
     root = _cache_folder()
     if stat.st_size < MIN_CACHED_BYTES or root is None:
@@ -123,7 +118,6 @@ def _writable(folder: Path) -> Path | None:
 
 
 def _build_missing(tables: dict[Path, Path]) -> None:
-    """Build the given tables, in one process or in several, with a progress bar."""
     if not tables:
         return
     from rich.console import Console

@@ -44,6 +44,5 @@ class _GroupedByImage:
         return self._source[first]._replace(captions=self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return all captions of one image without decoding it; empty if it has none."""
         check_index(index, len(self))
         return tuple(text for each in self._entries[index] for text in self._source.captions(each))

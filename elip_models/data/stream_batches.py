@@ -33,8 +33,6 @@ _MAX_BUFFER_BYTES = 2**28
 
 
 class _Stored(NamedTuple):
-    """A stored sample or the end of a shard, with its turn and place."""
-
     stored: TarSample | ShardEnd
     turn: int
     place: int
@@ -131,13 +129,11 @@ class StreamBatches(IterableDataset):
                 samples, skipped, shards = [], [], []
 
     def _stored(self, reader: int, first: int) -> Iterator[_Stored]:
-        """Yield the contents of the shards of a reader, from turn `first` on, without end."""
         for turn in itertools.count(first):
             for place, stored in enumerate(self.source.read(self._shard(reader, turn))):
                 yield _Stored(stored, turn, place)
 
     def _shard(self, reader: int, turn: int) -> int:
-        """Return the number of the shard that a reader reads in a turn."""
         number = len(self.source.shards)
         if self.source.spec.resample:
             return int(np.random.default_rng((self.seed, reader, turn)).integers(number))
@@ -165,7 +161,6 @@ class _ShuffleBuffer:
         return min((each.turn for each in self._items), default=self._turn)
 
     def shuffled(self, stored: Iterator[_Stored]) -> Iterator[_Stored]:
-        """Yield the stored samples in random order, and lost ones at once."""
         for each in stored:
             self._turn = each.turn
             is_end = isinstance(each.stored, ShardEnd)

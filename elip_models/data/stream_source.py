@@ -62,10 +62,15 @@ def is_stream(spec: Any) -> bool:
     return isinstance(spec, str) and _URL.match(spec) is not None
 
 
-def parse_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> StreamSpec:
-    """Parse a specification; `samples` applies if it does not set them.
+def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> "StreamSource":
+    """Return the shards that `spec` names, without opening any of them.
 
-    A malformed specification raises TypeError or ValueError.
+    Args:
+        spec: One line or a mapping, see `StreamSpec`.
+        samples: Number of samples in an epoch if `spec` does not set it.
+
+    Raises:
+        TypeError, ValueError: The specification is malformed, or no library opens such a URL.
     """
     given: dict[str, Any] = {} if samples is None else {"samples": samples}
     given |= _parts(spec) if isinstance(spec, str) else spec
@@ -83,7 +88,8 @@ def parse_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -
         )
     urls = given.pop("stream")
     urls = (urls,) if isinstance(urls, str) else urls
-    return StreamSpec(tuple(urls) if isinstance(urls, list | tuple) else urls, **given)
+    stream = tuple(urls) if isinstance(urls, list | tuple) else urls
+    return StreamSource(StreamSpec(stream, **given))
 
 
 def _parts(spec: str) -> dict[str, Any]:
@@ -95,19 +101,6 @@ def _parts(spec: str) -> dict[str, Any]:
         found.setdefault(name, _VALUES.get(value, number))
         spec = spec[: option.start()]
     return {"stream": spec, **found}
-
-
-def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> "StreamSource":
-    """Return the shards that `spec` names, without opening any of them.
-
-    Args:
-        spec: One line or a mapping, see `StreamSpec`.
-        samples: Number of samples in an epoch if `spec` does not set it.
-
-    Raises:
-        TypeError, ValueError: The specification is malformed, or no library opens such a URL.
-    """
-    return StreamSource(parse_stream(spec, samples=samples))
 
 
 class ShardEnd(NamedTuple):

@@ -55,7 +55,7 @@ class Tar(Protocol):
         """Free the bytes before `offset`, which are not read again."""
 
 
-class StoredTar:
+class _StoredTar:
     """A file as a `Tar`."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -63,22 +63,19 @@ class StoredTar:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int) -> bytes:
-        """Read up to `count` bytes, limited by the size of the file."""
         return self._file.read(min(count, max(0, self.size - self._file.tell())))
 
     def contains(self, offset: int, size: int) -> bool:
-        """Return whether the file is long enough."""
         return offset + size <= self.size
 
     def discard_before(self, offset: int) -> None:
-        """Do nothing, since a file is not held in memory."""
-        pass
+        """Do nothing, since a file is not kept in memory."""
 
 
 def read_members(path: Path) -> Iterator[Member | Damage]:
     """Yield the members of a file, see `members_of`."""
     with path.open("rb") as file:
-        yield from members_of(StoredTar(file, path.stat().st_size), str(path))
+        yield from members_of(_StoredTar(file, path.stat().st_size), str(path))
 
 
 def members_of(tar: Tar, name: str) -> Iterator[Member | Damage]:

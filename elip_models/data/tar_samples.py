@@ -97,8 +97,6 @@ def read_samples(tar: Tar, name: str) -> Iterator[TarSample]:
 
 
 class _OpenSample:
-    """A sample that may get more members."""
-
     def __init__(self, key: str, tar: Tar) -> None:
         self.key, self._tar = key, tar
         self._image: Member | None = None

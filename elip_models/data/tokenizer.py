@@ -129,7 +129,6 @@ def _wrap_in_cls_and_sep(model: "Tokenizer") -> "TemplateProcessing":
 
 
 def _check_texts(captions: Iterable[str]) -> Iterator[str]:
-    """Yield the captions, and check the type of each."""
     if isinstance(captions, str):
         raise TypeError(f"captions: expected several texts, got the single text {captions!r:.100}")
     number = 0

@@ -159,16 +159,20 @@ class ImageTextPreparation:
         """Return the tensors of one sample; `rng` makes all random choices."""
         caption = sample.captions[rng.integers(len(sample.captions))]
         image = apply_seeded(self.transform, sample.image, rng)
-        text = self._tokenize(caption)
+        settings = self.tokenizer, self.captions, self.context_length
+        text = tokenize_caption(caption, *settings)
         if self.guide_captions:
-            guide = self._tokenize(other_caption(sample.captions, caption, rng))
+            guide = tokenize_caption(other_caption(sample.captions, caption, rng), *settings)
             text |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
         return {"images": image, **text}
 
-    def _tokenize(self, caption: str) -> dict[str, Tensor]:
-        text = apply_caption_rule(caption, self.captions)
-        tokens = tokenize(self.tokenizer, [text], self.context_length)
-        return {name: ids[0] for name, ids in tokens.items()}
+
+def tokenize_caption(
+    caption: str, tokenizer: "PreTrainedTokenizerBase", rule: CaptionRule, context_length: int
+) -> dict[str, Tensor]:
+    """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
+    tokens = tokenize(tokenizer, [apply_caption_rule(caption, rule)], context_length)
+    return {name: ids[0] for name, ids in tokens.items()}
 
 
 def other_caption(captions: Sequence[str], caption: str, rng: np.random.Generator) -> str:

@@ -72,21 +72,13 @@ CALLS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class ComponentCosts:
-    """Costs of one training step, forward and backward, by component.
-
-    Attributes:
-        model: Name of the model.
-        strategy: Name of the strategy.
-        batch_size: Images of the step.
-        flops: FLOPs of one image and its text.
-        seconds: Mean time of a step; None if it was not timed.
-    """
+    """Costs of one training step, forward and backward, by component."""
 
     model: str
     strategy: str
     batch_size: int
-    flops: dict[str, float]
-    seconds: dict[str, float] | None = None
+    flops: dict[str, float]  # of one image and its text
+    seconds: dict[str, float] | None = None  # mean time of a step; None if it was not timed
 
 
 def profile_components(
@@ -98,14 +90,7 @@ def profile_components(
 ) -> list[ComponentCosts]:
     """Count each strategy's training step by component, and time it unless `rounds` is None.
 
-    Args:
-        name: Name of the model in the result.
-        workload: The model and its inputs.
-        strategies: Strategies by name; None is dense.
-        rounds: Timed steps.
-
-    Raises:
-        ValueError: A model that is not one of this library.
+    A strategy of None is dense. A model that is not one of this library raises ValueError.
     """
     family = getattr(workload.model, "family", None)
     if family not in CALLS:
@@ -163,23 +148,17 @@ def _mark(model: nn.Module, name: str, part: str, by_component: "ComponentMode")
 
 
 class ComponentMode(TorchDispatchMode):
-    """A dispatch mode that adds each op's FLOPs, and the time until the next op, to a component.
-
-    Attributes:
-        inside: Components of the marked calls that are running, outermost first.
-        ends: Last autograd number of each run of ops of one component.
-        components: The component of each run.
-    """
+    """A dispatch mode that adds each op's FLOPs, and the time until the next op, to a component."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.inside: list[str] = []
+        self.inside: list[str] = []  # components of the running marked calls, outermost first
         self.flops = dict.fromkeys(PARTS, 0)
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.now, self.since = HEADS, 0.0
-        self.ends: list[int] = []
-        self.components: list[str] = []
+        self.ends: list[int] = []  # last autograd number of each run of ops of one component
+        self.components: list[str] = []  # of each run
 
     def __enter__(self) -> "ComponentMode":
         self.since = time.perf_counter()

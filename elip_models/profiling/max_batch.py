@@ -32,33 +32,19 @@ MOMENTS = 2  # AdamW's state of a parameter
 
 @dataclass(frozen=True)
 class MaxBatch:
-    """Memory of a training step with a strategy, and the largest batch.
-
-    Attributes:
-        model: Name of the model.
-        strategy: Name of the strategy.
-        model_state: Bytes of weights, gradients and moments.
-        fixed: Bytes of a step that do not depend on the batch.
-        per_image: Bytes of a step for each image and its text.
-        batch: The largest batch that fits; 0 if the weights do not.
-        ratio: `batch` divided by that of the dense model.
-    """
+    """Memory of a training step with a strategy, in bytes, and the largest batch."""
 
     model: str
     strategy: str
     model_state: int
     fixed: int
     per_image: int
-    batch: int
-    ratio: float
+    batch: int  # 0 if the weights do not fit
+    ratio: float  # to the batch of the dense model
 
 
 def bytes_of(memory: str) -> int:
-    """Convert a size such as "16GB" or "16G" to bytes, by powers of 1,024.
-
-    Raises:
-        ConfigError: The text is not a size.
-    """
+    """Convert a size such as "16GB" or "16G" to bytes, by powers of 1,024."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE)
     if found is None:
         raise ConfigError(f"--memory: expected a size such as 16GB, got {memory!r}")
@@ -68,17 +54,7 @@ def bytes_of(memory: str) -> int:
 def largest_batches(
     name: str, model: nn.Module, strategies: dict[str, Strategy | None], memory: int
 ) -> list[MaxBatch]:
-    """Return a row for the dense model, then one for each strategy.
-
-    Args:
-        name: Name of the model in the rows.
-        model: The model to measure.
-        strategies: Strategies by the name of their row.
-        memory: In bytes.
-
-    Raises:
-        TypeError, ValueError: A strategy that does not fit the model.
-    """
+    """Return a row for the dense model, then one for each strategy, for `memory` bytes."""
     model.train()
     model_state = sum(
         each.numel() * each.element_size() * (2 + MOMENTS if each.requires_grad else 1)
@@ -120,17 +96,7 @@ def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
 def print_largest_batches(
     settings: ProfileSettings, memory: str, *, output: Path | None, console: Console
 ) -> None:
-    """Measure, print, and write `output` as JSON.
-
-    Args:
-        settings: The options of `elip profile`.
-        memory: A size such as "16GB".
-        output: JSON file to write.
-        console: Where the table is printed.
-
-    Raises:
-        ConfigError: A model that cannot be opened or reduced, or an invalid size.
-    """
+    """Measure, print, and write `output` as JSON. Invalid settings raise ConfigError."""
     size = bytes_of(memory)
     check_output("--output", output)
     if not settings.models:

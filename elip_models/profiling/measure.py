@@ -24,18 +24,10 @@ Step = Callable[[], object]
 def time_side_by_side(
     steps: dict[str, Step], *, device: torch.device, rounds: int = 10
 ) -> dict[str, list[float]]:
-    """Time every step once in each of `rounds` rounds, after a warm-up.
+    """Time every step once in each round, after a warm-up; return the seconds of a call by step.
 
     The steps of a round run one after the other, so that a slow phase of the machine affects all of
     them. Each round starts with the next step.
-
-    Args:
-        steps: Functions by name.
-        device: Device on which the steps run.
-        rounds: Number of rounds.
-
-    Returns:
-        Seconds of a call, one value for each round, by step.
     """
     names = list(steps)
     calls = {name: _calls(step, device) for name, step in steps.items()}
@@ -126,11 +118,7 @@ def memory_of(
 ) -> int:
     """Return the bytes of a step: its peak on a GPU, elsewhere what `forward` saves for backward.
 
-    Args:
-        step: The step, run on a GPU.
-        device: Device on which it runs.
-        forward: The forward pass of the step, run on other devices.
-        parameters: Tensors that do not count as saved.
+    `forward` is the forward pass of the step. The `parameters` do not count as saved.
     """
     if device.type == "cuda":
         return peak_bytes(step, device)
@@ -156,13 +144,9 @@ def measured_on(device: torch.device) -> dict[str, str | int]:
 
 @contextmanager
 def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd saves for backward inside the context, each storage once.
+    """Yield a function that returns the bytes that autograd saves for backward in the context.
 
-    Args:
-        parameters: Tensors that do not count.
-
-    Yields:
-        A function that returns the count.
+    Each storage counts once; those of `parameters` do not count.
     """
     known = {p.untyped_storage().data_ptr() for p in parameters}
     storages: dict[int, int] = {}
@@ -193,13 +177,9 @@ class FlopCount(NamedTuple):
 
 
 def count_step(forward: Callable[[], Tensor], *, backward: bool) -> FlopCount:
-    """Count the FLOPs of a forward pass and of the backward pass of its output's squares.
+    """Count the FLOPs of a forward pass and, if asked, of backward from its output's squares.
 
     Each op has a formula; attention counts as two matrix products.
-
-    Args:
-        forward: Function that returns the output.
-        backward: Run and count the backward pass too.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = forward()

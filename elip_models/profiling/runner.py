@@ -35,56 +35,33 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """One row of the table of `elip profile`.
-
-    Attributes:
-        model: Name of the model.
-        strategy: Name of the strategy.
-        settings: All options of the strategy.
-        step: What is measured, 'image tower' or 'whole model'.
-        mode: 'training' or 'inference'.
-        batch_size: Images of a step.
-        image_size: Height and width in pixels.
-        tokens: Tokens in attention and in the MLP of each block of the image tower.
-        retained: Mean tokens over the layers, relative to dense.
-        forward_flops: FLOPs of one image or pair.
-        backward_flops: The same; 0 in inference.
-        flops_ratio: Ratio to the dense row.
-        seconds: Median time of a step; None if not measured.
-        time_ratio: Ratio to the dense row.
-        memory: Bytes of a step; None if not measured.
-        memory_ratio: Ratio to the dense row.
-        verdict: 'no gain' for a time ratio above 0.97, else empty.
-    """
+    """One row of the table of `elip profile`; ratios are to the dense row."""
 
     model: str
     strategy: str
-    settings: str
-    step: str
+    settings: str  # all options of the strategy
+    step: str  # what is measured, 'image tower' or 'whole model'
     mode: Mode
     batch_size: int
-    image_size: tuple[int, int]
-    tokens: tuple[Layer, ...]
-    retained: float
-    forward_flops: float
+    image_size: tuple[int, int]  # height and width in pixels
+    tokens: tuple[Layer, ...]  # of each block of the image tower
+    retained: float  # mean tokens over the layers, relative to dense
+    forward_flops: float  # of one image or pair
     backward_flops: float
     flops_ratio: float
-    seconds: float | None = None
+    seconds: float | None = None  # median of a step; None if not measured
     time_ratio: float | None = None
-    memory: int | None = None
+    memory: int | None = None  # bytes of a step; None if not measured
     memory_ratio: float | None = None
-    verdict: str = ""
+    verdict: str = ""  # 'no gain' for a time ratio above 0.97
 
 
 class StepCost(NamedTuple):
-    """Time and memory of a step, and their ratios to dense.
-
-    There is no memory in inference on a CPU.
-    """
+    """Time and memory of a step, and their ratios to dense."""
 
     seconds: float
     time_ratio: float
-    memory: int | None
+    memory: int | None  # None in inference on a CPU
     memory_ratio: float | None
 
 
@@ -97,22 +74,11 @@ def profile_model(
     modes: Sequence[Mode] = MODES,
     rounds: int | None = 10,
 ) -> list[ProfileRow]:
-    """Measure one model at one batch size.
+    """Measure one model: a row for dense and for each strategy, in each mode.
 
-    Args:
-        name: Name of the model in the rows.
-        model: An image model that a tower supports, or a whole language-image model, on the device
-            and in the dtype to measure. A model on 'meta' cannot be timed.
-        strategies: Strategies by the name of their rows.
-        batch_size: Number of random images, and texts.
-        modes: 'training' (forward and backward, no optimiser), 'inference' or both.
-        rounds: Interleaved rounds of the timing; None counts only tokens and FLOPs.
-
-    Returns:
-        A row for dense and for each strategy, in each mode.
-
-    Raises:
-        TypeError, ValueError: A model that cannot be reduced, or a strategy that does not fit it.
+    The model is an image model that a tower supports, or a whole language-image model, on the
+    device and in the dtype to measure. A model on 'meta' cannot be timed. Without `rounds`, only
+    tokens and FLOPs are counted.
     """
     workload = Workload(model, batch_size)
     compared: dict[str, Strategy | None] = {DENSE: None, **strategies}
@@ -179,17 +145,7 @@ def measure(
     *,
     rounds: int = 10,
 ) -> dict[str, StepCost]:
-    """Measure time and memory of a step with each strategy.
-
-    Args:
-        workload: The model and its inputs.
-        strategies: Strategies by name, one of which is `DENSE`.
-        mode: 'training' or 'inference'.
-        rounds: Interleaved rounds of the timing.
-
-    Raises:
-        ValueError: A model on the meta device.
-    """
+    """Measure time and memory of a step with each strategy, one of which is `DENSE`."""
     if workload.device.type == "meta":
         raise ValueError("model: expected one with weights to time, got one on the meta device")
     with in_mode(workload, mode):

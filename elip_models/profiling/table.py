@@ -6,7 +6,7 @@ model, or cannot reach the requested FLOPs, is listed with the reason instead of
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -26,7 +26,7 @@ from elip_models.profiling.component_profile import (
     profile_components,
 )
 from elip_models.profiling.measure import measured_on, memory_kind
-from elip_models.profiling.runner import DENSE, MODES, Mode, ProfileRow, profile_model
+from elip_models.profiling.runner import DENSE, MODES, ProfileRow, profile_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -42,31 +42,46 @@ WIDTH = 180  # characters, if the output is not a terminal
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """The options of `elip profile`.
+    """The options of `elip profile`, which raise ConfigError if they are invalid."""
 
-    Attributes:
-        models: Specs as in `open_model`.
-        strategies: Specs as in `get_strategy`.
-        schedule: Schedule of strategies that take one, unless their spec has one; None is ELIP's.
-        flops: Share of the dense tower's training FLOPs to which every strategy is set.
-        keep: Mean share of tokens over the layers to which every strategy is set.
-        batch_sizes: Images of a step.
-        modes: 'training', 'inference' or both.
-        dtype: 'fp32', 'bf16' or 'fp16'.
-        rounds: Rounds of the timing; None only counts, on the meta device.
-        parts: Also profile by component, see `profile_components`.
-    """
+    models: tuple[str, ...]  # specs as in `open_model`
+    strategies: tuple[str, ...]  # specs as in `get_strategy`; none: all strategies
+    schedule: str | None  # of strategies whose spec has none; None is ELIP's
+    flops: float | None  # share of the dense tower's training FLOPs, set for every strategy
+    keep: float | None  # mean share of tokens over the layers, set for every strategy
+    batch_sizes: tuple[int, ...]
+    mode: str  # 'training', 'inference' or 'both'
+    dtype: str
+    rounds: int | None  # None only counts, on the meta device
+    parts: bool = False  # also profile by component
 
-    models: tuple[str, ...]
-    strategies: tuple[str, ...]
-    schedule: str | None = None
-    flops: float | None = None
-    keep: float | None = None
-    batch_sizes: tuple[int, ...] = (8,)
-    modes: tuple[Mode, ...] = MODES
-    dtype: str = "fp32"
-    rounds: int | None = 10
-    parts: bool = False
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.mode not in (*MODES, "both"):
+            raise ConfigError(f"--mode: expected {', '.join(MODES)} or both, got {self.mode!r}")
+        for name, share in (("flops", self.flops), ("keep", self.keep)):
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(f"--{name}: expected a share of dense in (0, 1], got {share}")
+        for name in ("flops", "schedule"):
+            other = getattr(self, name)
+            if other is not None and self.keep is not None:
+                raise ConfigError(
+                    f"--keep: expected it or --{name}, got {self.keep} with --{name} {other}"
+                )
+        with as_config_error("--schedule"):
+            if self.schedule:
+                Schedule.parse(self.schedule)
+        with as_config_error("--strategy"):
+            for text in self.compared:
+                get_strategy(text)
+                check_keep(text, {}, self.keep)
+                check_keep(text, {}, self.flops, name="flops")
+
+    @property
+    def compared(self) -> dict[str, None]:
+        """Return the specs of the strategies without duplicates, in order."""
+        return dict.fromkeys(self.strategies or (*STRATEGIES, "elip:scorer=exact"))
 
     @property
     def device(self) -> torch.device:
@@ -112,14 +127,9 @@ class Profile:
 def run_profile(
     settings: ProfileSettings, show_status: Callable[[str], None] | None = None
 ) -> Profile:
-    """Measure all rows, model by model.
+    """Measure all rows, model by model; describe each measurement to `show_status` before it.
 
-    Args:
-        settings: The options of `elip profile`.
-        show_status: Called with a description of each measurement before it starts.
-
-    Raises:
-        ConfigError: An unknown model, or one that cannot be reduced.
+    An unknown model, or one that cannot be reduced, raises ConfigError.
     """
     rows: list[ProfileRow] = []
     left_out: list[LeftOut] = []
@@ -138,7 +148,7 @@ def run_profile(
                 model,
                 strategies,
                 batch_size=batch_size,
-                modes=settings.modes,
+                modes=[each for each in MODES if settings.mode in (each, "both")],
                 rounds=settings.rounds,
             )
             if settings.parts:
@@ -170,15 +180,14 @@ def _warnings_disabled() -> Iterator[None]:
 def fit_strategies(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
-    """Fit the strategies to the model.
-
-    Returns:
-        The strategies that fit, by the name of their rows, and the others with their reasons.
-    """
+    """Return the strategies that fit the model, by spec, and the others with their reasons."""
     workload, found, left_out = Workload(model, 1), {}, []
-    for text in settings.strategies:
+    for text in settings.compared:
         try:
-            strategy = _strategy_of(text, settings.schedule).fitted(workload.tower)
+            name_of_strategy, written = parse_spec(text)
+            takes = "schedule" in kinds_of(name_of_strategy) and "schedule" not in written
+            strategy = get_strategy(text, schedule=settings.schedule if takes else None)
+            strategy = strategy.fitted(workload.tower)
             if settings.flops is not None:
                 strategy = strategy.at_flops(workload.tower, settings.flops)
             if settings.keep is not None:
@@ -189,13 +198,6 @@ def fit_strategies(
         else:
             found[text] = strategy
     return found, left_out
-
-
-def _strategy_of(text: str, schedule: str | None) -> Strategy:
-    """Return the strategy of a spec, with `schedule` if it takes one and the spec has none."""
-    name, written = parse_spec(text)
-    takes = "schedule" in kinds_of(name) and "schedule" not in written
-    return get_strategy(text, schedule=schedule if takes else None)
 
 
 def table_of(profile: Profile) -> Table:
@@ -246,73 +248,10 @@ def _cells(row: ProfileRow) -> list[str]:
     return cells
 
 
-def profile_settings(
-    *,
-    models: Sequence[str],
-    strategies: Sequence[str],
-    schedule: str | None,
-    flops: float | None,
-    keep: float | None,
-    batch_sizes: Sequence[int],
-    mode: str,
-    dtype: str,
-    rounds: int | None,
-    parts: bool = False,
-) -> ProfileSettings:
-    """Check the options of the command line; without strategies, all of them are measured.
-
-    Raises:
-        ConfigError: An invalid option.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if mode not in (*MODES, "both"):
-        raise ConfigError(f"--mode: expected {', '.join(MODES)} or both, got {mode!r}")
-    if flops is not None and not 0 < flops <= 1:
-        raise ConfigError(f"--flops: expected a share of dense in (0, 1], got {flops}")
-    if keep is not None and not 0 < keep <= 1:
-        raise ConfigError(f"--keep: expected a share of dense in (0, 1], got {keep}")
-    if flops is not None and keep is not None:
-        raise ConfigError(f"--keep: expected it or --flops, got {keep} with --flops {flops}")
-    if schedule is not None and keep is not None:
-        raise ConfigError(f"--keep: expected it or --schedule, got {keep} with {schedule!r}")
-    with as_config_error("--schedule"):
-        if schedule:
-            Schedule.parse(schedule)
-    with as_config_error("--strategy"):
-        specs = tuple(dict.fromkeys(strategies or (*STRATEGIES, "elip:scorer=exact")))
-        for text in specs:
-            get_strategy(text)
-            check_keep(text, {}, keep)
-            check_keep(text, {}, flops, name="flops")
-    return ProfileSettings(
-        models=tuple(dict.fromkeys(models)),
-        strategies=specs,
-        schedule=schedule,
-        flops=flops,
-        keep=keep,
-        batch_sizes=tuple(dict.fromkeys(batch_sizes)),
-        modes=tuple(each for each in MODES if mode in (each, "both")),
-        dtype=dtype,
-        rounds=rounds,
-        parts=parts,
-    )
-
-
 def print_profile(
     settings: ProfileSettings, *, paper: bool, output: Path | None, console: Console
 ) -> None:
-    """Measure, print, and write `output` as JSON.
-
-    Args:
-        settings: The options of `elip profile`.
-        paper: Also count the FLOPs of the paper's models.
-        output: JSON file to write.
-        console: Where the tables are printed.
-
-    Raises:
-        ConfigError: No model, or one that cannot be opened or reduced.
-    """
+    """Measure, print, and write `output` as JSON; `paper` also counts the paper's models."""
     if not settings.models and not paper:
         raise ConfigError(f"--model: expected one or more, {FORMS}; or --paper")
     check_output("--output", output)

@@ -27,14 +27,9 @@ Forward = Callable[[], Tensor]
 
 
 class Workload:
-    """A model with random inputs, on the model's device and in its dtype.
+    """A model with `batch_size` random images and texts, on the model's device and in its dtype.
 
-    Args:
-        model: An image model that a tower supports, or a whole language-image model.
-        batch_size: Number of images, and of texts.
-
-    Raises:
-        TypeError: A model that cannot be reduced.
+    It is an image model that a tower supports, or a whole language-image model.
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
@@ -55,14 +50,10 @@ class Workload:
         return "whole model" if self.reducible.has_text else "image tower"
 
     def forward(self, strategy: Strategy | None) -> Forward:
-        """Prepare the forward pass with `strategy`, or dense if it is None, in the model's mode.
+        """Return the forward pass with `strategy`, or dense if it is None, in the model's mode.
 
-        Returns:
-            A function that returns the CLS output (B, D) of an image model, the features of a whole
-            model, or the loss of one of our models.
-
-        Raises:
-            TypeError, ValueError: A strategy that does not fit the model.
+        It returns the CLS output (B, D) of an image model, the features of a whole model, or the
+        loss of one of our models.
         """
         run, as_tensor, inputs = self.reduced_by(strategy), self.reducible.as_tensor, self.inputs
         return lambda: as_tensor(run(**inputs))

@@ -32,18 +32,14 @@ WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\w+(?:[-.]\w+)*")
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores of the captions of a set of images.
+    """Scores of the captions of a set of images: "cider" in [0, 10], the others in [0, 1].
 
-    Args:
-        scores: "cider" in [0, 10], "bleu_4" and the requested others in [0, 1], each with an
-            interval over the images; the word weights of CIDEr are fixed. Papers report 100 times
-            as much.
-        each: CIDEr-D of each image; the mean is "cider".
-        tokenizer: "ptb", as in COCO's evaluation, or "plain".
+    Their intervals are over the images; the word weights of CIDEr are fixed. Papers report 100
+    times as much.
     """
 
     scores: dict[str, Interval]
-    each: tuple[float, ...]
+    each: tuple[float, ...]  # CIDEr-D of each image; the mean is "cider"
     tokenizer: TokenizerName
 
 
@@ -54,20 +50,12 @@ def caption_scores(
     also: Sequence[JavaMetric] = (),
     tokenizer: TokenizerName | None = None,
 ) -> CaptionScores:
-    """Score one generated caption for each image.
+    """Score one generated caption for each image, without a prompt, against its references.
 
-    Args:
-        written: One caption per image, without a prompt.
-        captions: References of each image, at least one. CIDEr weighs a word by the number of
-            images whose references have it, so the score of a single image is 0.
-        also: "meteor" (needs Java and about a minute) and "spice" (needs Java and, the first time,
-            a download of 0.5 GB from Stanford).
-        tokenizer: None: "ptb" if Java is installed, else "plain".
-
-    Raises:
-        ImportError: The extra 'captioning' is not installed.
-        TypeError, ValueError: A name is unknown or needs Java, lengths differ, or an image has no
-            reference.
+    CIDEr weighs a word by the number of images whose references have it, so the score of a single
+    image is 0. `also` may name "meteor" (about a minute) and "spice" (the first time, it downloads
+    0.5 GB from Stanford); both need Java. The tokenizer None is "ptb" if Java is installed, else
+    "plain".
     """
     for name in also:
         check("also", name, JavaMetric)
@@ -149,7 +137,6 @@ def _bleu(references: dict[int, list[str]], generated: dict[int, list[str]]) -> 
 def _java_scores(
     name: JavaMetric, references: dict[int, list[str]], generated: dict[int, list[str]]
 ) -> list[float]:
-    """Return one score for each image."""
     if name == "meteor":
         from pycocoevalcap.meteor.meteor import Meteor
 

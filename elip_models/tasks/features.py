@@ -85,14 +85,9 @@ def ranks_by_chunk(
 
 
 def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """Return how many candidates rank before the best relevant one; a tie or NaN counts as before.
+    """Return (Q,): how many candidates rank before the best relevant one, ties and NaN included.
 
-    Args:
-        similarity: (Q, C).
-        relevant: (Q, C) bool, at least one true value in each row.
-
-    Returns:
-        (Q,) int64; 0 means the best candidate is relevant.
+    Both arguments are (Q, C); each row has at least one relevant candidate.
     """
     best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
     behind = similarity < best - TIE_TOLERANCE

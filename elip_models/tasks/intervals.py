@@ -21,15 +21,10 @@ class Interval(NamedTuple):
 def bootstrap_interval(
     scores: Sequence[float] | np.ndarray, *, level: float = LEVEL, seed: int = 0
 ) -> Interval:
-    """Return the percentile bootstrap interval of the mean over examples.
+    """Return the percentile bootstrap interval of the mean over examples, at least one.
 
     Counts of distinct scores are drawn from a multinomial distribution. The cost therefore does not
     grow with the number of examples if scores take few values.
-
-    Args:
-        scores: (N,), one per example, at least one.
-        level: Confidence level.
-        seed: The same seed gives the same interval.
     """
     values, counts = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
     return interval_of(lambda drawn: drawn @ values / len(scores), counts, level=level, seed=seed)
@@ -42,13 +37,9 @@ def interval_of(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """Return the percentile bootstrap interval of any statistic of drawn counts.
+    """Return the percentile bootstrap interval of any statistic of drawn counts of V items.
 
-    Args:
-        statistic: Maps R draws (R, V) of the counts of V items to (R,).
-        counts: (V,), the observed count of each item.
-        level: Confidence level.
-        seed: The same seed gives the same interval.
+    `statistic` maps R draws (R, V) to (R,); `counts` (V,) are the observed ones.
     """
     n = int(counts.sum())
     if n == 0:

@@ -19,12 +19,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """Return the task called `name`, with the given settings instead of its defaults.
-
-    Raises:
-        TypeError: A setting has another type.
-        ValueError: The task or a setting is unknown, or a setting is out of range.
-    """
+    """Return the task called `name`, with the given settings instead of its defaults."""
     if name not in TASKS:
         raise ValueError(
             f"task: expected one of {', '.join(TASKS)}, got {name!r}{did_you_mean(name, TASKS)}"

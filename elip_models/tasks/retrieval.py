@@ -33,21 +33,13 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Recalls of a model on a set of images and captions.
+    """Recalls in [0, 1] of a model on a set of images and captions, by name."""
 
-    Args:
-        recalls: Recall in [0, 1] by name: "image_to_text_r1", .., "text_to_image_r10".
-        chance: Expected recall of a random ranking, with the same names.
-        num_images: Number of ranked images.
-        num_texts: Number of ranked captions.
-        num_skipped: Number of samples that could not be read.
-    """
-
-    recalls: dict[str, float]
-    chance: dict[str, float]
+    recalls: dict[str, float]  # "image_to_text_r1", .., "text_to_image_r10"
+    chance: dict[str, float]  # expected recalls of a random ranking
     num_images: int
     num_texts: int
-    num_skipped: int = 0
+    num_skipped: int = 0  # samples that could not be read
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -63,16 +55,9 @@ class RetrievalScores:
 def recall_at_k(
     similarity: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Return recall@k both ways for a full similarity matrix.
+    """Return recall@k both ways for a full similarity matrix (num_images, num_texts).
 
-    Args:
-        similarity: (num_images, num_texts).
-        text_to_image: (num_texts,) integer, the row of the image that each text describes.
-        ks: Cut-offs.
-
-    Raises:
-        TypeError: An argument has another type or dtype.
-        ValueError: Shapes do not match, an image has no text, or a cut-off is below 1.
+    `text_to_image` (num_texts,) is the row of the image that each text describes.
     """
     _check_matrix("similarity", similarity)
     num_images, num_texts = similarity.shape
@@ -92,18 +77,7 @@ def recall_of_features(
     ks: Sequence[int] = KS,
     chunk_size: int = 1024,
 ) -> dict[str, float]:
-    """Return `recall_at_k` of `image_features @ text_features.T`, in chunks of queries.
-
-    Args:
-        image_features: (num_images, E).
-        text_features: (num_texts, E).
-        text_to_image: (num_texts,) integer.
-        ks: Cut-offs.
-        chunk_size: Rows of the similarity matrix that exist at once.
-
-    Raises:
-        TypeError, ValueError: As for `recall_at_k`.
-    """
+    """Return `recall_at_k` of `image_features @ text_features.T`, for `chunk_size` rows at once."""
     _check_matrix("image_features", image_features)
     _check_matrix("text_features", text_features, width=image_features.shape[1])
     num_images, num_texts = len(image_features), len(text_features)

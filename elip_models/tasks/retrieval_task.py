@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -143,7 +143,6 @@ class Retrieval(Task):
         return scores[0], scores[1].T
 
     def _candidates(self, similar: Tensor | None, number: int) -> Tensor:
-        """Return the re-ranked candidates; all of them if there is no similarity of features."""
         if similar is None:
             return torch.arange(number)
         return similar.topk(min(self.candidates, number)).indices
@@ -195,9 +194,9 @@ class _Index:
         guided: bool,
     ) -> "_Index":
         """Encode all images without text, and all captions alone."""
-        device, encoded = next(model.parameters()).device, _EncodedBatches([], [], [], [])
-        captions: list[tuple[str, ...]] = []
-        names: list[str] = []
+        device = next(model.parameters()).device
+        every_tokens, every_features, masks, images = [], [], [], []
+        captions, names = [], []
         for batch in batches:
             if hasattr(model, "matching_tokens"):
                 tokens, mask = model.matching_tokens(batch.images.to(device))
@@ -205,11 +204,12 @@ class _Index:
             else:  # a model with features only
                 features, mask = model.image_features(batch.images.to(device)), None
                 tokens = features[:, None]
-            encoded.tokens.append(tokens.float().cpu())
-            encoded.masks.append(None if mask is None else mask.cpu())
-            encoded.images.append(batch.images)
+            every_tokens.append(tokens.float().cpu())
+            if mask is not None:
+                masks.append(mask.cpu())
+            images.append(batch.images)
             if features is not None:
-                encoded.features.append(features.float().cpu())
+                every_features.append(features.float().cpu())
             captions += batch.captions
             names += batch.ids
         texts = [text for several in captions for text in several]
@@ -217,14 +217,13 @@ class _Index:
         features = None
         if model.ranks:
             text_features = encode_texts(model, tokenizer, texts, batch_size).cpu()
-            features = torch.cat(encoded.features), text_features
+            features = torch.cat(every_features), text_features
         tokenized = model.tokenise(tokenizer, texts)
-        has_mask = encoded.masks[0] is not None
         return cls(
             model=model,
-            tokens=torch.cat(encoded.tokens),
-            masks=torch.cat(encoded.masks) if has_mask else None,
-            images=torch.cat(encoded.images) if guided else None,
+            tokens=torch.cat(every_tokens),
+            masks=torch.cat(masks) if masks else None,
+            images=torch.cat(images) if guided else None,
             features=features,
             ids=tokenized["input_ids"],
             mask=tokenized["attention_mask"],
@@ -235,7 +234,6 @@ class _Index:
         )
 
     def similarities(self) -> Tensor | None:
-        """Return the similarities (I, T) of the features, or None if the model has none."""
         if self.features is None:
             return None
         images, texts = self.features
@@ -267,15 +265,6 @@ class _Index:
         text_cls = self.model.text_cls(self.ids[rows].to(device), self.mask[rows].to(device))
         pixels = self.images[images].to(device)
         return self.model.matching_tokens(pixels, text_cls.expand(len(pixels), -1))
-
-
-class _EncodedBatches(NamedTuple):
-    """Outputs of the encoded batches."""
-
-    tokens: list[Tensor]
-    masks: list[Tensor | None]
-    images: list[Tensor]
-    features: list[Tensor]
 
 
 def _recalls(of_images: Tensor, of_texts: Tensor, text_to_image: Tensor) -> dict[str, Interval]:

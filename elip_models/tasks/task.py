@@ -18,11 +18,10 @@ from elip_models.data import (
     ExampleSource,
     SkipReport,
     Source,
-    apply_caption_rule,
     apply_seeded,
     image_transform,
-    tokenize,
 )
+from elip_models.data.training_samples import tokenize_caption
 from elip_models.models.io.files import write_file
 from elip_models.tasks.intervals import Interval
 from elip_models.validation import check_fields
@@ -53,25 +52,15 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of a model on a task.
-
-    Args:
-        task: Name of the task.
-        scores: Mean over the examples with its interval, by metric.
-        baselines: Values of baselines, by name and metric: {"chance": {"accuracy": 0.5}}.
-        num_examples: Number of scored examples.
-        num_skipped: Number of examples that could not be read.
-        predictions: Prediction for each example, in order.
-        notes: Other facts that the scores depend on, by name.
-    """
+    """Scores of a model on a task."""
 
     task: str
-    scores: dict[str, Interval]
-    baselines: dict[str, dict[str, float]]
-    num_examples: int
-    num_skipped: int = 0
-    predictions: tuple[Prediction, ...] = field(default=(), repr=False)
-    notes: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Interval]  # mean over the examples, by metric
+    baselines: dict[str, dict[str, float]]  # by name and metric: {"chance": {"accuracy": 0.5}}
+    num_examples: int  # scored ones
+    num_skipped: int = 0  # examples that could not be read
+    predictions: tuple[Prediction, ...] = field(default=(), repr=False)  # of each example, in order
+    notes: dict[str, str] = field(default_factory=dict)  # other facts that the scores depend on
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -117,18 +106,12 @@ class Preprocessor:
 
     def text(self, text: str) -> dict[str, Tensor]:
         """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
-        ruled = apply_caption_rule(text, self.model.captions)
-        tokens = tokenize(self.tokenizer, [ruled], self.context_length)
-        return {name: ids[0] for name, ids in tokens.items()}
+        return tokenize_caption(text, self.tokenizer, self.model.captions, self.context_length)
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Base of the tasks; a subclass has its settings as fields.
-
-    Raises:
-        TypeError, ValueError: A setting has another type, or is out of range.
-    """
+    """Base of the tasks; a subclass has its settings as fields, which are checked."""
 
     name: ClassVar[str]
 
@@ -140,10 +123,7 @@ class Task(ABC):
         """Open the data that `spec` names; built-in images are drawn at `image_size`."""
 
     def fields(self, source: Source | ExampleSource, config: Any) -> dict[str, Any]:
-        """Return the fields of the model's config that follow from the training data.
-
-        `config` is the config without these fields.
-        """
+        """Return the fields that the training data adds to the model's `config`."""
         return {}
 
     @abstractmethod
@@ -154,10 +134,7 @@ class Task(ABC):
         index: int,
         rng: np.random.Generator,
     ) -> dict[str, Tensor]:
-        """Return the arguments of the model's forward for one sample.
-
-        The tensors have no batch dimension, and the same shapes for every sample.
-        """
+        """Return the model's arguments for one sample: no batch dimension, always equal shapes."""
 
     @abstractmethod
     def evaluate(
@@ -170,17 +147,9 @@ class Task(ABC):
     ) -> TaskScores:
         """Score a model in eval mode; its mode and the random state are restored.
 
-        Args:
-            model: The model.
-            tokenizer: Its tokenizer.
-            source: Data of the task.
-            loading: How the data is read.
-            answers: All possible answers of the model, in the order of its outputs, as in its
-                training data. None: the answers of `source`.
-
-        Raises:
-            DataError: Too many samples are unreadable, or the number of answers is not that of the
-                model's outputs.
+        `answers` are all possible answers of the model, in the order of its outputs, as in its
+        training data. None: those of `source`. Raises DataError if too many samples are unreadable,
+        or if the number of answers is not that of the model's outputs.
         """
 
 

@@ -44,7 +44,7 @@ class VQA(ClassTask):
 
     def normalise(self, answer: str) -> str:
         """Return the answer as the VQA metric compares it."""
-        return normalise_answer(answer) or answer
+        return normalise_answer(answer)
 
     def answer_scores(self, answers: dict[str, float]) -> dict[str, float]:
         """Return the VQA score of each normalised answer."""
@@ -59,7 +59,17 @@ class VQA(ClassTask):
             scores, answers = self.answer_scores(example.answers), preprocessor.source.answers
             targets = [scores.get(self.normalise(answer), 0.0) for answer in answers]
             return {"answer_scores": torch.tensor(targets)}
-        return self._answers(preprocessor, example)
+        heaviest = sorted(example.answers.items(), key=lambda item: -item[1])
+        kept = heaviest[: self.answers_per_question]
+        texts = [text for text, _ in kept] + [""] * (self.answers_per_question - len(kept))
+        tokens = tokenize(preprocessor.tokenizer, texts, self.answer_length)
+        weights = torch.zeros(self.answers_per_question)
+        weights[: len(kept)] = torch.tensor([weight for _, weight in kept])
+        return {
+            "answer_ids": tokens["input_ids"],
+            "answer_mask": tokens["attention_mask"],
+            "answer_weights": weights,
+        }
 
     def predictor(
         self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]
@@ -72,19 +82,6 @@ class VQA(ClassTask):
         texts = listed["input_ids"].to(device), listed["attention_mask"].to(device)
         k = min(self.candidates, len(answers))
         return partial(model.rank_answers, answer_ids=texts[0], answer_mask=texts[1], k=k)
-
-    def _answers(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
-        heaviest = sorted(example.answers.items(), key=lambda item: -item[1])
-        kept = heaviest[: self.answers_per_question]
-        texts = [text for text, _ in kept] + [""] * (self.answers_per_question - len(kept))
-        tokens = tokenize(preprocessor.tokenizer, texts, self.answer_length)
-        weights = torch.zeros(self.answers_per_question)
-        weights[: len(kept)] = torch.tensor([weight for _, weight in kept])
-        return {
-            "answer_ids": tokens["input_ids"],
-            "answer_mask": tokens["attention_mask"],
-            "answer_weights": weights,
-        }
 
 
 def is_classifier(config: Any) -> bool:

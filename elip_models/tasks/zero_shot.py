@@ -32,21 +32,13 @@ CHUNK = 1024  # images in one similarity matrix
 
 @dataclass(frozen=True)
 class ZeroShotScores:
-    """Zero-shot accuracies of a model.
+    """Zero-shot accuracies in [0, 1] of a model, by name."""
 
-    Args:
-        accuracies: Accuracy in [0, 1] by name: "zero_shot_top1", "zero_shot_top5".
-        chance: Accuracy of a random ranking, with the same names.
-        num_images: Number of classified images.
-        num_classes: Number of classes.
-        num_skipped: Number of images that could not be read.
-    """
-
-    accuracies: dict[str, float]
-    chance: dict[str, float]
+    accuracies: dict[str, float]  # "zero_shot_top1", "zero_shot_top5"
+    chance: dict[str, float]  # accuracies of a random ranking
     num_images: int
     num_classes: int
-    num_skipped: int = 0
+    num_skipped: int = 0  # images that could not be read
 
     @property
     def metrics(self) -> dict[str, float]:

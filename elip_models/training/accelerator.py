@@ -25,12 +25,7 @@ NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     """Return an Accelerator with the precision, accumulation and trackers of `config`.
 
-    Args:
-        config: The recipe of the run.
-        folder: The folder in which trackers write their files.
-
-    Raises:
-        ConfigError: An unknown precision or tracker, or restarts by torchrun that could hang.
+    Raises ConfigError for an unknown precision or tracker, or restarts by torchrun that could hang.
     """
     _check_restarts()
     optim = config.optim
@@ -60,11 +55,7 @@ def make_barrier_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None"
 
 
 def _check_restarts() -> None:
-    """Raise ConfigError where processes that torchrun restarts could wait forever (torch 2.13).
-
-    With torchrun's shared store, restarted processes find the addresses of processes that have
-    ended.
-    """
+    """Raise ConfigError if restarted processes would find addresses of ended ones (torch 2.13)."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restarts and is_shared and os.environ.get(NO_SHARED_STORE) != "1":

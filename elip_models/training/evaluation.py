@@ -9,7 +9,7 @@ from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
 from elip_models.tasks.task import Loading, TaskScores
 from elip_models.tasks.zero_shot import ZeroShotScores, evaluate_zero_shot
 from elip_models.training.run_config import RunConfig
-from elip_models.training.training_data import open_samples, task_of
+from elip_models.training.training_data import task_of
 from elip_models.validation import ConfigError, as_config_error
 
 if TYPE_CHECKING:
@@ -23,14 +23,8 @@ class Evaluation:
     """The evaluation tasks of a recipe, their data, and the last scores of each task.
 
     A pre-training recipe evaluates retrieval and zero-shot classification. A fine-tuning recipe
-    evaluates its downstream task.
-
-    Args:
-        config: The recipe of the run.
-        image_size: Side of the model's images in pixels.
-
-    Raises:
-        ConfigError: Data that cannot be opened, or a model without features to rank.
+    evaluates its downstream task. Data that cannot be opened, or a model without features to rank,
+    raises ConfigError.
     """
 
     def __init__(self, config: RunConfig, image_size: int) -> None:
@@ -39,31 +33,23 @@ class Evaluation:
         self.scores: dict[str, Scores] = {}
         self.sources: dict[str, Source | ClassSource] = {}
         self.task = task_of(config)
-        if self.task is None:
-            self._open_pretraining_data(image_size)
-        elif config.data.eval is not None:
-            with as_config_error("data.eval"):
-                self.sources[self.task.name] = open_samples(config, config.data.eval, image_size)
-        self.at_end = [name for name in self.sources if self.task or name in config.report]
-
-    def _open_pretraining_data(self, image_size: int) -> None:
-        """Open the data of retrieval and of zero-shot classification."""
-        config = self.config
         family = family_of(config.model.name)
         requested = [name for name in PRETRAINING_TASKS if name in config.report]
-        if not family.ranks and (config.eval_every or requested):
+        if self.task is None and not family.ranks and (config.eval_every or requested):
             raise ConfigError(
                 f"report: expected no {' or '.join(requested) or 'retrieval'}, and eval_every=0, "
                 f"for {family.__name__}, which has no features of images and texts alone to rank"
             )
         if config.data.eval is not None:
+            task = self.task
+            name, opener = (task.name, task.open) if task else ("retrieval", open_source)
             with as_config_error("data.eval"):
-                self.sources["retrieval"] = open_source(config.data.eval, image_size=image_size)
-        if config.data.zero_shot is not None:
+                self.sources[name] = opener(config.data.eval, image_size=image_size)
+        if self.task is None and config.data.zero_shot is not None:
             with as_config_error("data.zero_shot"):
-                self.sources["zero_shot"] = open_classes(
-                    config.data.zero_shot, image_size=image_size
-                )
+                opened = open_classes(config.data.zero_shot, image_size=image_size)
+                self.sources["zero_shot"] = opened
+        self.at_end = [name for name in self.sources if self.task or name in config.report]
 
     def due(self, step: int, total_steps: int) -> list[str]:
         """Return the names of the tasks to evaluate after step `step`."""

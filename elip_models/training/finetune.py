@@ -32,21 +32,18 @@ def finetune_recipe(
 ) -> RunConfig:
     """Return the recipe of a run that fine-tunes the model in `folder`.
 
-    Args:
-        task: Name of a task, or name or path of a recipe. The task's recipe is that of the model's
-            family.
-        folder: Folder of a model that `save_pretrained` or `elip train` wrote.
-        overrides: Values of the recipe by dotted key.
-        reduced: Reduce the image tower as the saved model does. Options that the task's model does
-            not have, such as another guide, are dropped.
-
-    Raises:
-        ConfigError: An unknown task or recipe, a folder without a model, or an invalid setting.
+    `task` is a task, for which the model's family has a recipe, or the name or path of a recipe.
+    With `reduced`, the image tower is reduced as in the saved model; options that the task's model
+    does not have, such as another guide, are dropped.
     """
     with as_config_error("--from"):
         if (folder / "model" / "config.json").is_file():
             folder = folder / "model"
-        family, config = _read_saved_model(folder)
+        family, config = read_config(folder)
+        if family not in MODELS:
+            raise ValueError(f"expected a folder with a model of this library, got {folder}")
+        if MODELS[family].task is not None:
+            family = MODELS[family].pretraining.family
     recipe = _recipe_of(task, family)
     initial = {
         "model.name": next(name for name in CONFIGS if family_of(name) is MODELS[family]),
@@ -66,18 +63,7 @@ def finetune_recipe(
     return recipe_with(recipe, initial, kept)
 
 
-def _read_saved_model(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the pre-training family and the config of the model in a folder."""
-    family, config = read_config(folder)
-    if family not in MODELS:
-        raise ValueError(f"expected a folder with a model of this library, got {folder}")
-    if MODELS[family].task is not None:
-        family = MODELS[family].pretraining.family
-    return family, config
-
-
 def _recipe_of(task: str, family: str) -> str:
-    """Return the name or path of the recipe for a task."""
     names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
     if task in TASKS:
         with as_config_error("TASK"):

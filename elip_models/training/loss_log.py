@@ -24,12 +24,7 @@ def losses_of(output: Any) -> dict[str, Tensor]:
 
 
 class LossLog:
-    """Losses and gradient norms of steps that have not been read back from the device yet.
-
-    Args:
-        accelerator: The accelerator of the run.
-        max_nonfinite: End the run after so many steps in a row that are not finite.
-    """
+    """Losses and gradient norms of steps that have not been read back from the device yet."""
 
     def __init__(self, accelerator: "Accelerator", *, max_nonfinite: int) -> None:
         self.accelerator, self.max_nonfinite = accelerator, max_nonfinite
@@ -50,18 +45,11 @@ class LossLog:
         self.norms.append(grad_norm)
 
     def read(self, step: int) -> dict[str, float]:
-        """Read the pending steps back, with one synchronisation for all of them.
+        """Read the pending steps back, with one synchronisation, when `step` steps are done.
 
-        Args:
-            step: Number of steps that are done.
-
-        Returns:
-            The losses of the last finite step, averaged over ranks, its `grad_norm`, and
-            `nonfinite`, the number of skipped steps, if there are any.
-
-        Raises:
-            TrainingError: `max_nonfinite` steps in a row had a loss or a gradient norm that is not
-                finite. With a gradient scaler only the losses count.
+        Return the losses of the last finite step, averaged over ranks, its `grad_norm`, and
+        `nonfinite`, the number of skipped steps, if there are any. `max_nonfinite` steps in a row
+        raise TrainingError. With a gradient scaler only the losses have to be finite.
         """
         losses, norms = torch.stack(self.losses).float(), torch.stack(self.norms).float()
         losses = self.accelerator.reduce(losses, "mean")
@@ -79,19 +67,14 @@ class LossLog:
                 self.in_a_row += 1
                 self.skipped += 1
             if self.in_a_row >= self.max_nonfinite:
-                raise _divergence_error(number, self.in_a_row, named, norm)
+                shown = ", ".join(f"{n.replace('_', ' ')} {loss:.4g}" for n, loss in named.items())
+                raise TrainingError(
+                    f"step {number}, the last of {self.in_a_row} in a row: {shown}, gradient norm "
+                    f"{norm:.4g}: not finite; lower optim.lr, lengthen optim.warmup_steps, or set "
+                    "optim.max_grad_norm or optim.precision; --resume continues from the last "
+                    "checkpoint"
+                )
         self.losses.clear()
         self.norms.clear()
         nonfinite = {"nonfinite": self.skipped} if self.skipped else {}
         return {name: math.nan for name in self.names} | self.last | nonfinite
-
-
-def _divergence_error(
-    step: int, count: int, losses: dict[str, float], norm: float
-) -> TrainingError:
-    named = ", ".join(f"{name.replace('_', ' ')} {loss:.4g}" for name, loss in losses.items())
-    return TrainingError(
-        f"step {step}, the last of {count} in a row: {named}, gradient norm {norm:.4g}: not "
-        "finite; lower optim.lr, lengthen optim.warmup_steps, or set optim.max_grad_norm or "
-        "optim.precision; --resume continues from the last checkpoint"
-    )

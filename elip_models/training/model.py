@@ -30,19 +30,10 @@ def make_model(
     resumed: bool,
     console: Console,
 ) -> PretrainedModel:
-    """Create the model of a recipe and load its initial weights.
+    """Create the model of a recipe and load its initial weights, unless the run is resumed.
 
-    Args:
-        config: The recipe of the run.
-        tokenizer: The tokenizer of the captions.
-        text_sizes: Fields of the model's config that follow from the tokenizer and from the task's
-            data.
-        num_processes: Number of ranks, whose batches make one step.
-        resumed: True if a checkpoint of the run is loaded later, so that initial weights are not.
-        console: Where the summary of `model.pretrained` is printed.
-
-    Raises:
-        ConfigError: A setting or weights that do not fit the model.
+    `text_sizes` are fields of the model's config that follow from tokenizer and data. A setting or
+    weights that do not fit the model raise ConfigError.
     """
     optim = config.optim
     if (gather := config.model.overrides.get("gather", optim.gather)) != optim.gather:
@@ -77,7 +68,6 @@ def make_model(
 
 
 def _load_initial_weights_(model: PretrainedModel, config: RunConfig, console: Console) -> None:
-    """Load the weights of `model.vision_init`, `text_init` and `pretrained`."""
     begin = config.model
     if begin.vision_init or begin.text_init:
         with as_config_error("model.vision_init, model.text_init"):

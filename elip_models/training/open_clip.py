@@ -33,13 +33,7 @@ GUIDED_VALIDATION_ERROR = (
 def main(arguments: Sequence[str]) -> int | None:
     """Train as open_clip does and return what its `main` returns, -1 if that does not run.
 
-    Args:
-        arguments: Those of the command line, without the program's name.
-
-    Raises:
-        SystemExit: Invalid arguments.
-        TypeError: A model that cannot be reduced.
-        ImportError: The extra `open-clip-train` is not installed.
+    Invalid arguments raise SystemExit, a model that cannot be reduced raises TypeError.
     """
     parser = argparse.ArgumentParser(
         prog="elip_models.open_clip_train",
@@ -70,14 +64,7 @@ def main(arguments: Sequence[str]) -> int | None:
 
 
 def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
-    """Parse ['tome:r=8'], ['keep=0.7'] or both.
-
-    Returns:
-        The strategy, and the keyword arguments of `reduce_`.
-
-    Raises:
-        TypeError, ValueError: An unknown strategy, option or word.
-    """
+    """Parse ['tome:r=8'], ['keep=0.7'] or both to a strategy and the arguments of `reduce_`."""
     shares = [word for word in words if word.startswith("keep=")]
     names = [word for word in words if word not in shares] or ["tome"]
     if len(names) > 1 or len(shares) > 1:
@@ -95,11 +82,7 @@ def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
 
 
 def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
-    """Return a copy of a function whose globals include `names`; its module does not change.
-
-    Raises:
-        TypeError: A function that does not read these names.
-    """
+    """Return a copy of a function whose globals include `names`; its module does not change."""
     unread = names.keys() - set(function.__code__.co_names)
     if unread:
         raise TypeError(

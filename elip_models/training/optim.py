@@ -3,58 +3,37 @@
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
+
+from elip_models.training.run_config import OptimConfig
 
 MAX_WARMUP_SHARE = 0.2
 
 
 def learning_rate(
-    step: int,
-    *,
-    lr: float,
-    warmup_steps: int,
-    total_steps: int,
-    warmup_lr: float | None = None,
-    decay: Literal["cosine", "linear", "step"] = "cosine",
-    decay_each: Literal["step", "epoch"] = "step",
-    min_lr: float = 0.0,
-    decay_rate: float = 0.9,
-    steps_per_epoch: float = math.inf,
+    step: int, optim: OptimConfig, *, total_steps: int, steps_per_epoch: float = math.inf
 ) -> float:
-    """Return the learning rate of a step: linear warm-up to `lr`, then decay.
+    """Return the learning rate of a step, counted from 0: linear warm-up to `lr`, then decay.
 
     Warm-up takes at most a fifth of the run, so that a shortened recipe still trains.
-
-    Args:
-        step: Optimiser step, counted from 0.
-        lr: Peak learning rate.
-        warmup_steps: Length of the warm-up.
-        total_steps: Length of the run.
-        warmup_lr: Learning rate of step 0, which rises by equal steps to `lr` at step
-            `warmup_steps`. None: step i has (i + 1) / warmup_steps of `lr`.
-        decay: 'cosine' or 'linear' to `min_lr` at the end of the run; 'step' multiplies by
-            `decay_rate` each epoch, counted from step 0, down to `min_lr`.
-        decay_each: With 'epoch', cosine and linear decay are constant within an epoch, counted from
-            step 0.
-        min_lr: Lowest learning rate of the decay.
-        decay_rate: Factor of the decay 'step'.
-        steps_per_epoch: Optimiser steps in an epoch, which may be a fraction.
+    `steps_per_epoch` may be a fraction.
     """
-    warmup_steps = min(warmup_steps, int(MAX_WARMUP_SHARE * total_steps))
+    warmup_steps = min(optim.warmup_steps, int(MAX_WARMUP_SHARE * total_steps))
     if step < warmup_steps:
-        if warmup_lr is None:
-            return lr * (step + 1) / warmup_steps
-        return warmup_lr + (lr - warmup_lr) * step / warmup_steps
+        if optim.warmup_lr is None:
+            return optim.lr * (step + 1) / warmup_steps
+        return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup_steps
     epoch = int(step / steps_per_epoch + 1e-6)  # steps_per_epoch may be a rounded fraction
-    if decay == "step":
-        return max(min_lr, lr * decay_rate**epoch)
+    if optim.decay == "step":
+        return max(optim.min_lr, optim.lr * optim.decay_rate**epoch)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if decay_each == "epoch":
+    if optim.decay_each == "epoch":
         progress = epoch * steps_per_epoch / total_steps
-    left = 1.0 - progress if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return min_lr + (lr - min_lr) * left
+    is_linear = optim.decay == "linear"
+    left = 1.0 - progress if is_linear else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.min_lr + (optim.lr - optim.min_lr) * left
 
 
 def parameter_groups(
@@ -66,21 +45,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the parameters by weight decay and by multiple of the learning rate.
 
-    By default, biases, norms, single vectors and the temperature have no weight decay.
-
-    Args:
-        model: The model, of which parameters that require a gradient are grouped.
-        weight_decay: That of all other parameters.
-        lr_scale: Multiples of the learning rate by pattern of parameter names, with `*` for any
-            part. The first pattern that matches counts.
-        no_decay: Patterns of parameters without weight decay, instead of the default ones.
-
-    Returns:
-        Groups for an optimiser, each with its `lr_scale`. The first two have scale 1, with and
-        without decay, and may be empty.
-
-    Raises:
-        ValueError: A pattern of `lr_scale` that matches no parameter.
+    `OptimConfig` documents the settings. Only parameters that require a gradient are grouped. The
+    first two groups have an `lr_scale` of 1, with and without decay, and may be empty.
     """
     scales = lr_scale or {}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
@@ -91,7 +57,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         if no_decay is None:
-            decays = not _is_vector(parameter)
+            decays = sum(size != 1 for size in parameter.shape) > 1
         else:
             decays = not any(fnmatchcase(name, each) for each in no_decay)
         key = scales.get(pattern, 1.0), decays
@@ -104,7 +70,3 @@ def parameter_groups(
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
         for (scale, decays), parameters in groups.items()
     ]
-
-
-def _is_vector(parameter: nn.Parameter) -> bool:
-    return sum(size != 1 for size in parameter.shape) < 2

@@ -22,13 +22,6 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
 
     Muon updates the weights of linear layers. The rest, such as embeddings and vectors, is updated
     by AdamW inside the same optimiser.
-
-    Args:
-        model: The model to train.
-        optim: The recipe's optimiser settings.
-
-    Raises:
-        ValueError: A pattern of `optim.lr_scale` that matches no parameter.
     """
     groups = parameter_groups(model, optim.weight_decay, optim.lr_scale, no_decay=optim.no_decay)
     if optim.name == "lion":

@@ -24,12 +24,7 @@ MAX_READ_SAMPLES = 1_000
 def run_provenance(
     source: Source | ExampleSource | StreamSource, checkpoint: Path | None
 ) -> dict[str, Any]:
-    """Return time, machine, command, versions, commit and data of a run that starts or resumes.
-
-    Args:
-        source: The training data.
-        checkpoint: The checkpoint that is resumed; None at the start of a run.
-    """
+    """Return time, machine, command, versions, commit and data of a run that starts or resumes."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed": None if checkpoint is None else checkpoint.name,
@@ -44,11 +39,7 @@ def run_provenance(
 
 
 def fingerprint(source: Source | ExampleSource | StreamSource) -> str:
-    """Return a SHA-256 of the source.
-
-    It covers the length and the texts of at most 1,000 samples, evenly spaced. For a stream it
-    covers the URLs of the shards.
-    """
+    """Return a SHA-256 of the length and at most 1,000 texts, or of the URLs of a stream."""
     if isinstance(source, StreamSource):
         return hashlib.sha256(repr(source.shards).encode()).hexdigest()
     digest, has_captions = hashlib.sha256(str(len(source)).encode()), hasattr(source, "captions")

@@ -8,12 +8,12 @@ value.
 
 import copy
 import dataclasses
-import os
 from collections.abc import Container, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from elip_models.models.io.files import write_file
 from elip_models.training.run_config import RunConfig
 from elip_models.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import ConfigError, require_extra
@@ -63,15 +63,9 @@ def recipe_with(
     overrides: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Read a recipe and apply overrides, given as a mapping.
+    """Read a recipe, as `load_recipe` does, and apply overrides by dotted key, in order.
 
-    Args:
-        name_or_path: As in `load_recipe`.
-        overrides: Values by dotted key, applied in order.
-        defaults: Values of `model.overrides`, for keys that the recipe does not set.
-
-    Raises:
-        ConfigError: As in `load_recipe`.
+    `defaults` are values of `model.overrides`, for keys that the recipe does not set.
     """
     path = _find_recipe(str(name_or_path))
     values = read_mapping(path)
@@ -86,15 +80,7 @@ def recipe_with(
 
 
 def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
-    """Parse `key=value` texts with values in YAML.
-
-    Args:
-        overrides: The texts.
-        example: A valid override, for the error message.
-
-    Raises:
-        ConfigError: A text that is not `key=value`.
-    """
+    """Parse `key=value` texts with values in YAML; errors show `example`, a valid override."""
     values = {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -114,12 +100,8 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
 
 def save_recipe(config: RunConfig, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back to an equal config."""
-    text = yaml.safe_dump(
-        _tuples_to_lists(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True
-    )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    values = _tuples_to_lists(dataclasses.asdict(config))
+    write_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
 def recipe_names(part: str = "") -> list[str]:
@@ -153,44 +135,37 @@ def _find_recipe(name_or_path: str) -> Path:
 
 
 def _check_consistency(config: RunConfig) -> None:
-    """Raise ConfigError where keys contradict each other."""
+    data, optim, zero_shot = config.data, config.optim, config.data.zero_shot
     if not config.output_dir.strip():
         raise ConfigError("output_dir: expected the name of a folder, got an empty one")
-    if config.optim.steps is None and config.optim.epochs is None:
+    if optim.steps is None and optim.epochs is None:
         raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
     if config.model.pretrained and (config.model.vision_init or config.model.text_init):
         raise ConfigError(
             "model.pretrained: expected null with model.vision_init or model.text_init, got "
             f"{config.model.pretrained!r}"
         )
-    if config.optim.min_lr > config.optim.lr:
-        raise ConfigError(
-            f"optim.min_lr: expected at most optim.lr = {config.optim.lr}, got "
-            f"{config.optim.min_lr}"
-        )
-    if config.optim.warmup_lr is not None and config.optim.warmup_lr > config.optim.lr:
-        raise ConfigError(
-            f"optim.warmup_lr: expected at most optim.lr = {config.optim.lr}, got "
-            f"{config.optim.warmup_lr}"
-        )
-    sources = len(config.data.train) if isinstance(config.data.train, tuple) else 1
-    if config.data.weights is not None and len(config.data.weights) != sources:
+    for name in ("min_lr", "warmup_lr"):
+        rate = getattr(optim, name)
+        if rate is not None and rate > optim.lr:
+            raise ConfigError(f"optim.{name}: expected at most optim.lr = {optim.lr}, got {rate}")
+    sources = len(data.train) if isinstance(data.train, tuple) else 1
+    if data.weights is not None and len(data.weights) != sources:
         raise ConfigError(
             f"data.weights: expected one for each of the {sources} sources of data.train, got "
-            f"{len(config.data.weights)}"
+            f"{len(data.weights)}"
         )
     others = set(config.report) - {"picture"}
-    if config.task is not None and (others or config.data.zero_shot is not None):
+    if config.task is not None and (others or zero_shot is not None):
         raise ConfigError(
             f"report, data.zero_shot: expected nothing but 'picture', and null, for the task "
             f"{config.task}, which is scored on data.eval at the end, got {list(config.report)} "
-            f"and {config.data.zero_shot!r}"
+            f"and {zero_shot!r}"
         )
-    zero_shot = config.data.zero_shot
     if "zero_shot" in config.report and zero_shot is None:
         raise ConfigError("data.zero_shot: expected a source, since report names it, got null")
     others = set(config.report) - {"zero_shot"}
-    if config.data.eval is None and (others or (config.eval_every and zero_shot is None)):
+    if data.eval is None and (others or (config.eval_every and zero_shot is None)):
         raise ConfigError(
             "data.eval: expected a source, since eval_every or report asks for one, got null; "
             "or set eval_every=0 and report=[]"

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 class ReplicatedModel:
-    """The model, its optimiser and, if the recipe sets `ema`, the moving average of its weights.
-
-    Attributes:
-        model: The model without the wrappers of training.
-    """
+    """The model, its optimiser and, if the recipe sets `ema`, the moving average of its weights."""
 
     def __init__(
         self, accelerator: "Accelerator", model: PretrainedModel, optim: OptimConfig
@@ -40,7 +36,6 @@ class ReplicatedModel:
         self.compiled = torch.compile(self.wrapped, backend=backend) if backend else self.wrapped
 
     def _make_average(self, model: PretrainedModel, decay: float) -> AveragedModel:
-        """Return the moving average of the weights, registered for checkpoints."""
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         average.module.to(self.accelerator.device)  # the count of steps stays on the host
         self.accelerator.register_for_checkpointing(average)
@@ -57,11 +52,7 @@ class ReplicatedModel:
     def step_(self, max_norm: float | None) -> Tensor:
         """Clip the gradients and take a step, unless they are not finite.
 
-        Args:
-            max_norm: Largest gradient norm; None does not clip.
-
-        Returns:
-            The gradient norm over all processes, before clipping.
+        Return the gradient norm over all processes, before clipping. None does not clip.
         """
         max_norm = math.inf if max_norm is None else max_norm
         grad_norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), max_norm)

@@ -45,32 +45,19 @@ ROUNDS = 10  # interleaved rounds of the timing
 
 @dataclass(frozen=True)
 class ScorerCost:
-    """Cost of a step with one scorer, relative to the dense tower measured in the same process.
-
-    Attributes:
-        scorer: Name of the scorer.
-        training: Ratio of the time of forward and backward.
-        inference: Ratio of the time of a forward pass.
-        memory: Ratio of the peak memory of a training step on a GPU, or of the bytes saved for
-            backward on a CPU.
-    """
+    """Cost of a step with one scorer, relative to the dense tower measured in the same process."""
 
     scorer: str
-    training: float
-    inference: float
-    memory: float
+    training: float  # ratio of the time of forward and backward
+    inference: float  # ratio of the time of a forward pass
+    memory: float  # ratio of what `memory_of` measures in training
 
 
 class Reporter:
     """Reports on a trained model, from samples that it was not trained on.
 
-    A model that is dense or has another strategy is shown with the paper's strategy.
-
-    Args:
-        model: A trained model in eval mode.
-        tokenizer: The tokenizer of the model.
-        source: Samples to show. Their first captions guide the reduction.
-        output_dir: Folder of the files.
+    A model that is dense or has another strategy is shown with the paper's strategy. The first
+    captions of the samples guide the reduction.
     """
 
     def __init__(

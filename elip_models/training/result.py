@@ -17,31 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a finished run.
+    """The result of a finished run, with the trained model in eval mode, without wrappers.
 
-    Attributes:
-        model: The trained model in eval mode, without wrappers. After a sharded run it is whole on
-            the main process and sharded on the others.
-        tokenizer: The tokenizer of the model.
-        eval_source: The opened `data.eval`; None if the recipe has none.
-        output_dir: Folder of the run.
-        step: Number of optimiser steps.
-        loss: Loss of the last step.
-        scores: Scores of the last retrieval evaluation, if any.
-        zero_shot: Scores of the last zero-shot classification, if any.
-        task_scores: Scores of the downstream task of a fine-tuning run.
-        skipped: A summary of the samples that could not be read.
-        is_main_process: False on ranks above 0 of `torchrun`.
+    After a sharded run the model is whole on the main process and sharded on the others. The scores
+    are those of the last evaluation, if any.
     """
 
     model: nn.Module
     tokenizer: "PreTrainedTokenizerBase"
-    eval_source: Source | None
+    eval_source: Source | None  # the opened `data.eval`
     output_dir: Path
-    step: int
-    loss: float
+    step: int  # number of optimiser steps
+    loss: float  # of the last step
     scores: RetrievalScores | None
     zero_shot: ZeroShotScores | None
-    task_scores: TaskScores | None
-    skipped: str
-    is_main_process: bool
+    task_scores: TaskScores | None  # of a fine-tuning run
+    skipped: str  # a summary of the samples that could not be read
+    is_main_process: bool  # False on ranks above 0 of `torchrun`

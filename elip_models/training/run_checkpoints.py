@@ -35,11 +35,8 @@ class Checkpoints:
     def latest(self, warn: Callable[[str], object] = lambda line: None) -> Path | None:
         """Return the newest undamaged checkpoint; None if there are no checkpoints.
 
-        Args:
-            warn: Called with a description of each damaged checkpoint that is newer.
-
-        Raises:
-            TrainingError: All checkpoints are damaged.
+        `warn` is called with a description of each damaged checkpoint that is newer. If all are
+        damaged, TrainingError is raised.
         """
         found = self._visible()
         damages = []
@@ -63,10 +60,7 @@ class Checkpoints:
     def commit(self, step: int, *, keep: int, **invariants: int | list[int]) -> None:
         """Rename the finished checkpoint of `step` and remove all but the `keep` newest.
 
-        Args:
-            step: Number of optimiser steps.
-            keep: Number of checkpoints to keep.
-            **invariants: Numbers, or lists of numbers, that a resumed run must share.
+        A resumed run must share the `invariants`.
         """
         unfinished = self.unfinished(step)
         state = {"step": step, "invariants": invariants, "files": _files(unfinished)}
@@ -94,15 +88,7 @@ class Checkpoints:
 
 
 def step_of(checkpoint: Path, **invariants: int | list[int]) -> int:
-    """Return the step of a checkpoint.
-
-    Args:
-        checkpoint: An undamaged checkpoint.
-        **invariants: Numbers that the resumed run has.
-
-    Raises:
-        TrainingError: The checkpoint has other invariants.
-    """
+    """Return the step of a checkpoint; raise TrainingError if it has other `invariants`."""
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     for name, value in invariants.items():
         if state["invariants"].get(name) != value:
@@ -135,7 +121,6 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and SHA-256 of all files in a folder, by relative path."""
     files = sorted(each for each in folder.rglob("*") if each.is_file())
     return {
         each.relative_to(folder).as_posix(): {

@@ -46,12 +46,7 @@ class RunFolder:
         self._owner = self.path / ".owner"
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
-        """Check that a run of `config` can start or resume in this folder.
-
-        Raises:
-            TrainingError: The folder contains a run that is not to be resumed, or one of another
-                recipe.
-        """
+        """Raise TrainingError if a run of `config` cannot start or resume in this folder."""
         if not self.recipe.exists():
             return
         if not resume:
@@ -66,16 +61,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
-        """Lock the folder for this run, and create it if necessary.
+        """Check and lock the folder for this run, and create it if necessary.
 
-        The first of several processes holds the lock for all.
-
-        Args:
-            config: The recipe of the run.
-            resume: Allow a folder that contains a run.
-
-        Raises:
-            TrainingError: Another run uses the folder, it cannot be created, or `check` raises.
+        The first of several processes locks it for all. If another run uses the folder, or it
+        cannot be created, TrainingError is raised.
         """
         self.check(config, resume=resume)
         if int(os.environ.get("RANK", "0")) > 0:
@@ -103,7 +92,6 @@ class RunFolder:
                 self._remove_created(created)
 
     def _describe_owner(self) -> str:
-        """Describe the process that has locked the folder."""
         try:
             return self._owner.read_text(encoding="utf-8")
         except OSError:
@@ -161,9 +149,7 @@ class RunFolder:
     def truncate_rows(self, step: int) -> None:
         """Remove the rows after `step`, which a resumed run writes again."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.metrics)
+        write_file(self.metrics, "".join(kept).encode())
 
 
 @contextmanager

@@ -54,15 +54,7 @@ SHARDS_FOLDER = "shards"
 
 
 def check_sharding(config: RunConfig, num_processes: int) -> None:
-    """Check that the recipe can be sharded.
-
-    Args:
-        config: A recipe with `optim.shard=true`.
-        num_processes: Number of processes of the run.
-
-    Raises:
-        ConfigError: A model or an option that sharding does not support.
-    """
+    """Raise ConfigError for a recipe whose model or options sharding does not support."""
     optim = config.optim
     with as_config_error("model.name"):
         family = family_of(config.model.name, config.task)
@@ -76,25 +68,19 @@ def check_sharding(config: RunConfig, num_processes: int) -> None:
             f"optim.shard: expected false for {family.__name__}, whose momentum encoders need "
             "gathered weights, which FSDP frees, got true; CLIP and METER can be sharded"
         )
-    refused = {
-        "precision": ("fp16", "'fp32' or 'bf16'", "the gradient scaler would check only one shard"),
-        "name": ("muon", "'adamw' or 'lion'", "Muon makes whole matrices orthogonal, not shards"),
+    unsupported = {
+        "precision": ("'fp32' or 'bf16'", "the gradient scaler would check only one shard"),
+        "name": ("'adamw' or 'lion'", "Muon makes whole matrices orthogonal, not shards"),
+        "ema": ("null", "the average needs a whole model"),
+        "compile": ("false", "compiled shards are not tested"),
     }
-    for name, (value, expected, reason) in refused.items():
-        if getattr(optim, name) == value:
-            raise _unsupported_option(name, expected, reason, value)
-    if optim.ema is not None:
-        raise _unsupported_option("ema", "null", "the average needs a whole model", optim.ema)
-    if optim.compile:
-        raise _unsupported_option(
-            "compile", "false", "compiled shards are not tested", optim.compile
-        )
-
-
-def _unsupported_option(name: str, expected: str, reason: str, got: object) -> ConfigError:
-    return ConfigError(
-        f"optim.{name}: expected {expected} with optim.shard=true, as {reason}, got {got!r}"
-    )
+    given = optim.precision == "fp16", optim.name == "muon", optim.ema is not None, optim.compile
+    for is_given, (name, (expected, reason)) in zip(given, unsupported.items(), strict=True):
+        if is_given:
+            raise ConfigError(
+                f"optim.{name}: expected {expected} with optim.shard=true, as {reason}, got "
+                f"{getattr(optim, name)!r}"
+            )
 
 
 class ShardedModel:
@@ -120,21 +106,11 @@ class ShardedModel:
             return self.model(**tensors)
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Return a context for a batch, in which gradients are reduced after every backward pass.
-
-        Whole gradients are not kept between the batches of a step.
-        """
+        """Return a context for a batch; gradients are reduced after every backward pass."""
         return self.accelerator.accumulate()
 
     def step_(self, max_norm: float | None) -> Tensor:
-        """Clip the gradients and take a step, unless they are not finite.
-
-        Args:
-            max_norm: Largest gradient norm; None does not clip.
-
-        Returns:
-            The gradient norm over all processes, before clipping.
-        """
+        """Clip the gradients and take a step, as `ReplicatedModel.step_` does."""
         for each in self.scalars:
             if each.grad is not None:
                 each.grad = self.accelerator.reduce(each.grad, "mean")
@@ -193,11 +169,7 @@ class ShardedModel:
 
 
 def shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
-    """Shard each transformer layer, then the model, in place, moving each to `device`.
-
-    Returns:
-        The scalar parameters, which stay whole, in the same order on every process.
-    """
+    """Shard each transformer layer, then the model; return the scalars, which stay whole."""
     for module in model.modules():
         if isinstance(module, LAYERS):
             fully_shard(module)
@@ -209,15 +181,7 @@ def shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """Clip gradients, some of which are shards.
-
-    Args:
-        model: The model, whose parameters have gradients.
-        max_norm: Largest norm of all gradients together.
-
-    Returns:
-        The norm of all gradients before clipping, whole on every process.
-    """
+    """Clip gradients, some of which are shards, and return their norm before clipping."""
     given = [each for each in model.parameters() if each.grad is not None]
     groups = [
         [each for each in given if isinstance(each, DTensor) == is_shard]

@@ -22,15 +22,11 @@ GRACE_PERIOD = 60.0  # seconds
 class StopSignal:
     """A context manager that stores the first signal, and restores the handlers at its end.
 
-    In another thread than the main one it stores no signal, because Python calls handlers only
-    there.
-
-    Attributes:
-        signal: The number of the signal; None before.
+    It stores none outside the main thread, because Python calls handlers only there.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # its number
         self._before: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
 
@@ -48,10 +44,7 @@ class StopSignal:
     def received(self, accelerator: "Accelerator", *, may_wait: bool) -> bool:
         """Return whether a signal was received by this process or, of several, by any.
 
-        Args:
-            accelerator: The accelerator of the run.
-            may_wait: True at steps at which the processes synchronise anyway. At other steps of a
-                run of several processes the result is False.
+        The result for several processes is False unless the step `may_wait` for all of them.
         """
         if accelerator.num_processes > 1:
             if not may_wait:

@@ -42,7 +42,6 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
 
 
 def _write_task_files(config: RunConfig, result: TrainResult) -> list[Path]:
-    """Write the scores, and the picture of predictions, of a fine-tuned model on `data.eval`."""
     scores = result.task_scores
     if scores is None:
         return []

@@ -40,23 +40,18 @@ class TrainBatches(Protocol):
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
         """Set the position behind `batches_done` batches, after which `checkpoint` was written."""
-        ...
 
     def next_batch(self) -> dict[str, Tensor]:
         """Return the next batch; raise DataError if too many samples cannot be read."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write the part of the position that does not follow from the step."""
-        ...
 
     def invariants(self) -> dict[str, int | list[int]]:
         """Return numbers that a resumed run must share, besides the recipe."""
-        ...
 
     def summary(self) -> str:
         """Return a summary of the samples that could not be read."""
-        ...
 
 
 def make_train_batches(
@@ -68,33 +63,20 @@ def make_train_batches(
 ) -> TrainBatches:
     """Return the batches of this process from the training data of a recipe.
 
-    Args:
-        config: The recipe of the run.
-        model: The config of the model.
-        source: The training data.
-        tokenizer: The tokenizer of the captions.
-        accelerator: Rank and number of processes.
-
-    Raises:
-        ConfigError: Data and settings that do not fit each other.
+    Data and settings that do not fit each other raise ConfigError.
     """
     with as_config_error("data"):
         prepare = make_preparation(config, model, source, tokenizer)
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    if isinstance(source, StreamSource):
-        return _StreamedBatches(config, source, prepare, **place)
-    return _IndexedBatches(config, source, prepare, **place)
+    batches = _StreamedBatches if isinstance(source, StreamSource) else _IndexedBatches
+    return batches(config, source, prepare, accelerator.process_index, accelerator.num_processes)
 
 
 class _IndexedBatches:
-    """Batches of a source whose samples have an index."""
-
     def __init__(
         self,
         config: RunConfig,
         source: Source | ExampleSource,
         prepare: Any,
-        *,
         rank: int,
         world_size: int,
     ) -> None:
@@ -135,10 +117,8 @@ class _IndexedBatches:
 
 
 class _StreamedBatches:
-    """Batches of a stream, whose shards are read in order."""
-
     def __init__(
-        self, config: RunConfig, source: StreamSource, prepare: Any, *, rank: int, world_size: int
+        self, config: RunConfig, source: StreamSource, prepare: Any, rank: int, world_size: int
     ) -> None:
         data, batch_size = config.data, config.optim.batch_size
         with as_config_error("data.train"):

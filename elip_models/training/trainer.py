@@ -40,7 +40,7 @@ from elip_models.training.train_batches import make_train_batches
 from elip_models.training.training_data import (
     check_guide_captions,
     make_tokenizer,
-    model_config,
+    meta_model,
     open_training_data,
     task_of,
 )
@@ -84,14 +84,9 @@ def train(
 
 
 class Trainer:
-    """One training run. It uses only the interface of `PretrainedModel`.
+    """One training run, with the arguments of `train`. `run` calls `prepare`, trains and saves.
 
-    The constructor stores the arguments. `run` calls `prepare`, trains and saves.
-
-    Args:
-        config: The recipe of the run.
-        resume: Continue from the newest checkpoint, if there is one.
-        console: Where the main process shows progress.
+    It uses only the interface of `PretrainedModel`.
     """
 
     def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
@@ -129,7 +124,6 @@ class Trainer:
         self._restore(checkpoint)
 
     def _train(self) -> None:
-        """Train from the present step to the last one."""
         self.model.train()
         self._start_window()
         with StopSignal() as stop, self._progress() as progress:
@@ -150,18 +144,14 @@ class Trainer:
                 if not is_last and (self._due(self.config.checkpoint_every) or is_stopped):
                     self._save_checkpoint()
                 if not is_last and is_stopped:
-                    raise self._stopped(stop.signal)
-
-    def _stopped(self, number: int) -> Stopped:
-        """Return the error that ends the run after a signal."""
-        return Stopped(
-            f"{self.folder.path}: {signal.Signals(number).name} ended the run after step "
-            f"{self.step} of {self.total_steps}, with a checkpoint: continue it with --resume",
-            number,
-        )
+                    raise Stopped(
+                        f"{self.folder.path}: {signal.Signals(stop.signal).name} ended the run "
+                        f"after step {self.step} of {self.total_steps}, with a checkpoint: "
+                        "continue it with --resume",
+                        stop.signal,
+                    )
 
     def _find_checkpoint(self) -> Path | None:
-        """Return the newest undamaged checkpoint that the main process finds, if there is one."""
         found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
@@ -174,13 +164,11 @@ class Trainer:
         return checkpoint
 
     def _warn(self, line: str) -> None:
-        """Print a warning on the main process."""
         self.console.print(f"[bold yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
     def _build_data(self) -> None:
-        """Open sources, tokenizer and batches, and compute the number of steps."""
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
-        model = model_config(self.config)
+        model = meta_model(self.config).config
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with as_config_error("data.train"):
             source: Source | ExampleSource | StreamSource
@@ -201,14 +189,8 @@ class Trainer:
         self.steps_per_epoch = self.batches_per_epoch / optim.grad_accumulation
         self.learning_rate = partial(
             learning_rate,
-            lr=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            warmup_lr=optim.warmup_lr,
+            optim=optim,
             total_steps=self.total_steps,
-            decay=optim.decay,
-            decay_each=optim.decay_each,
-            min_lr=optim.min_lr,
-            decay_rate=optim.decay_rate,
             steps_per_epoch=self.steps_per_epoch,
         )
 
@@ -232,7 +214,6 @@ class Trainer:
         set_seed(seed, device_specific=True)
 
     def _restore(self, checkpoint: Path | None) -> None:
-        """Restore model, optimiser, random generators, data position and log from `checkpoint`."""
         self.first_step = 0
         if checkpoint is not None:
             self.first_step = step_of(checkpoint, **self._invariants())
@@ -249,11 +230,9 @@ class Trainer:
         self.accelerator.init_trackers(self.config.name, init_kwargs=purge)
 
     def _invariants(self) -> dict[str, int | list[int]]:
-        """Return numbers that a resumed run must share, besides the recipe."""
         return {"num_processes": self.accelerator.num_processes, **self.batches.invariants()}
 
     def _train_step(self) -> None:
-        """Take one optimiser step over `grad_accumulation` batches."""
         self.model.begin_step(self.step, self.step / self.steps_per_epoch)
         optim, accelerator = self.config.optim, self.accelerator
         for group in self.parallel.optimizer.param_groups:
@@ -270,11 +249,7 @@ class Trainer:
         self.step += 1
 
     def _forward(self, tensors: dict[str, Tensor]) -> Any:
-        """Return the model's output.
-
-        In the first forward pass of an uncompiled run of one process, the bytes saved for backward
-        are counted.
-        """
+        """Return the output; an uncompiled run of one process first counts the saved bytes."""
         is_counted = self.accelerator.num_processes == 1 and not self.config.optim.compile
         if self.step > self.first_step or not is_counted:
             return self.parallel.forward(**tensors)
@@ -284,7 +259,6 @@ class Trainer:
         return output
 
     def _log_step(self) -> str:
-        """Log the last step and return a line of status."""
         read = self._read_losses()
         optim, first_step, start = self.config.optim, *self.window
         images = (self.step - first_step) * optim.grad_accumulation * optim.batch_size
@@ -313,7 +287,6 @@ class Trainer:
         self._start_window()
 
     def _log(self, values: dict[str, float]) -> None:
-        """Append a row to the log and to the trackers."""
         if self.accelerator.is_main_process:
             epoch = self.step * self.config.optim.grad_accumulation / self.batches_per_epoch
             self.folder.append_row({"step": self.step, "epoch": round(epoch, 4), **values})
@@ -377,7 +350,6 @@ class Trainer:
         return self.step % interval == 0 or self.step == self.total_steps
 
     def _start_window(self) -> None:
-        """Start the window of steps over which the speed is measured."""
         self.window = (self.step, time.perf_counter())
 
     def _progress(self) -> Progress:

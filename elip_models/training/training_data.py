@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from elip_models.data import (
     open_stream,
     train_tokenizer,
 )
-from elip_models.data.readers import Spec
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import VisionConfig
 from elip_models.models.registry import create_model
@@ -61,11 +60,6 @@ def _meta_model(name: str, task: str | None, fields: str) -> PretrainedModel:
         return create_model(name, task=task, **json.loads(fields))
 
 
-def model_config(config: RunConfig) -> VisionConfig:
-    """Return the config of a recipe's model."""
-    return meta_model(config).config
-
-
 def task_of(config: RunConfig) -> Task | None:
     """Return the downstream task of a recipe; None in pre-training."""
     if config.task is None:
@@ -74,22 +68,14 @@ def task_of(config: RunConfig) -> Task | None:
         return get_task(config.task, **config.task_options)
 
 
-def open_samples(
-    config: RunConfig, spec: Spec | Sequence[Spec], image_size: int
-) -> Source | ExampleSource:
-    """Open the data `spec` for the recipe's task, or for pre-training."""
-    task = task_of(config)
-    if task is None:
-        return open_source(spec, image_size=image_size)
-    return task.open(spec, image_size=image_size)
-
-
 def open_training_data(config: RunConfig, image_size: int) -> Source | ExampleSource | StreamSource:
     """Open the training data of a recipe; in pre-training it may be one stream."""
     specs = config.data.train
     specs = specs if isinstance(specs, tuple) else (specs,)
     if not any(map(is_stream, specs)):
-        return open_samples(config, config.data.train, image_size)
+        task = task_of(config)
+        opener = open_source if task is None else task.open
+        return opener(config.data.train, image_size=image_size)
     if config.task is not None:
         raise ValueError(f"expected data on disk for {config.task}, got a stream")
     if len(specs) > 1:
@@ -108,14 +94,7 @@ def make_preparation(
     source: Source | ExampleSource | StreamSource,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Callable[[Any, int, np.random.Generator], dict[str, Tensor]]:
-    """Return the function that prepares a training sample, with the recipe's augmentation.
-
-    Args:
-        config: The recipe of the run.
-        model: The config of the model.
-        source: The training data.
-        tokenizer: The tokenizer of the captions.
-    """
+    """Return the function that prepares a training sample, with the recipe's augmentation."""
     data, task = config.data, task_of(config)
     transform = image_transform(
         model.image_size,
@@ -140,10 +119,7 @@ def make_preparation(
 def check_guide_captions(model: VisionConfig, source: Source | StreamSource) -> None:
     """Warn if the model takes a second caption that some images of `source` do not have.
 
-    At most 1,000 samples are read.
-
-    Raises:
-        ValueError: No image has a second caption.
+    At most 1,000 samples are read. If no image has a second caption, ValueError is raised.
     """
     if not model.reads_guide_captions:
         return

@@ -57,7 +57,6 @@ def from_mapping(cls: type, values: Any) -> Any:
 
 
 def _build(cls: type, values: Any, prefix: str, root: type) -> Any:
-    """Return an instance of `cls`, which is `root` or nested in it at the position `prefix`."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix[:-1]}: expected a section of keys, got {values!r}")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -81,7 +80,6 @@ def _expected(hint: Any) -> str:
 
 
 def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
-    """Return `value` converted to the type `hint`, or raise ConfigError."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.", root)
     expected = _expected(hint)

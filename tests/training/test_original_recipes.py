@@ -116,9 +116,7 @@ EPOCH = 10_000  # steps
 def test_learning_rates_are_the_original_ones(name, original, tolerance):
     optim = load_recipe(name, ["data.train=a.json"]).optim
     total = optim.steps or round(optim.epochs * EPOCH)
-    names = ("lr", "warmup_steps", "warmup_lr", "decay", "decay_each", "min_lr", "decay_rate")
-    settings = {key: getattr(optim, key) for key in names}
     for step in (*range(0, 12_000, 7), *range(12_000, total, 991), total - 1):
-        ours = learning_rate(step, total_steps=total, steps_per_epoch=EPOCH, **settings)
+        ours = learning_rate(step, optim, total_steps=total, steps_per_epoch=EPOCH)
         is_warm = step > optim.warmup_steps
         assert ours == pytest.approx(original(step), rel=0, abs=1e-12 if is_warm else tolerance)

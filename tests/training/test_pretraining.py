@@ -12,6 +12,7 @@ from elip_models.models.registry import create_model, load_model
 from elip_models.training.errors import TrainingError
 from elip_models.training.optim import learning_rate, parameter_groups
 from elip_models.training.recipe import load_recipe
+from elip_models.training.run_config import OptimConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
@@ -118,10 +119,10 @@ def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 3, 7])
 def test_step_decay_begins_with_the_epoch(accumulation):
     """Take epochs of 10 batches, which need not be a whole number of steps."""
-    settings = {"lr": 1.0, "warmup_steps": 0, "total_steps": 1000, "decay": "step"}
+    optim = OptimConfig(batch_size=1, lr=1.0, warmup_steps=0, decay="step", decay_rate=0.5)
     for step in range(100):
         epoch = step * accumulation // 10
-        rate = learning_rate(step, **settings, decay_rate=0.5, steps_per_epoch=10 / accumulation)
+        rate = learning_rate(step, optim, total_steps=1000, steps_per_epoch=10 / accumulation)
         assert rate == 0.5**epoch
 
 

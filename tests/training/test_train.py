@@ -16,6 +16,7 @@ from elip_models.models.clip.model import CLIP
 from elip_models.models.registry import create_model
 from elip_models.training.errors import TrainingError
 from elip_models.training.optim import learning_rate, parameter_groups
+from elip_models.training.run_config import OptimConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.trainer import Trainer, train
 from elip_models.validation import ConfigError
@@ -47,8 +48,9 @@ def _own_process():
     ],
 )
 def test_decay_of_the_learning_rate(decay, step, expected):
-    settings = {"lr": 2.0, "min_lr": 0.2, "warmup_steps": 10, "total_steps": 100}
-    rate = learning_rate(step, **settings, decay=decay, decay_rate=0.5, steps_per_epoch=25)
+    settings = {"lr": 2.0, "min_lr": 0.2, "warmup_steps": 10, "decay": decay, "decay_rate": 0.5}
+    optim = OptimConfig(batch_size=1, **settings)
+    rate = learning_rate(step, optim, total_steps=100, steps_per_epoch=25)
     assert rate == pytest.approx(expected)
 
 
@@ -108,14 +110,16 @@ def test_frozen_parameters_are_not_optimised():
     ],
 )
 def test_learning_rate(step, warmup_steps, expected):
-    rate = learning_rate(step, lr=2.0, warmup_steps=warmup_steps, total_steps=100)
+    optim = OptimConfig(batch_size=1, lr=2.0, warmup_steps=warmup_steps)
+    rate = learning_rate(step, optim, total_steps=100)
     assert rate == pytest.approx(2.0 * expected)
 
 
 def test_logged_learning_rate_is_the_schedule(tmp_path):
     train(tiny_config(tmp_path, "optim.steps=6", "optim.warmup_steps=1", "optim.lr=0.002"))
     rates = [row["lr"] for row in logged(tmp_path, "lr")]
-    assert rates == [learning_rate(s, lr=0.002, warmup_steps=1, total_steps=6) for s in range(6)]
+    optim = OptimConfig(batch_size=1, lr=0.002, warmup_steps=1)
+    assert rates == [learning_rate(s, optim, total_steps=6) for s in range(6)]
 
 
 def test_loss_falls_and_the_saved_model_is_the_trained_one(tmp_path):

@@ -13,14 +13,14 @@ A mapping has the fields of `FileSpec`: {files: [questions.json, ..], images: co
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from elip_models.data.checks import check_not_empty, existing_files
 from elip_models.data.class_sources import ClassExamples, open_classes
 from elip_models.data.data_spec import parse_files
 from elip_models.data.examples import ExampleSource
 from elip_models.data.mixture import ConcatExamples
-from elip_models.data.readers import parse_options
+from elip_models.data.readers import Spec, parse_options
 from elip_models.data.tasks.entailment import EmojiEntailment
 from elip_models.data.tasks.label_files import entailment_examples, nlvr2_examples
 from elip_models.data.tasks.pairs import EmojiPairs
@@ -29,7 +29,6 @@ from elip_models.data.tasks.vqa_files import vqa_examples
 from elip_models.validation import PositiveInt, check
 
 ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification"]
-Spec = str | Mapping[str, Any]
 
 BUILT_IN = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
 _READERS = {"vqa": vqa_examples, "entailment": entailment_examples, "nlvr2": nlvr2_examples}

@@ -10,13 +10,10 @@
 Images are PNG files, since JPEG would change pixels, and therefore results.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
-
-from PIL import Image
 
 from elip_models.data.checks import expand_user
 from elip_models.data.examples import ExampleSource
@@ -145,21 +142,14 @@ def _classification(source: ExampleSource, folder: Path) -> list[str]:
         (name,) = answers
         path = folder / "images" / name / f"{number:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        content = _png(image[0])
-        path.write_bytes(content)
-        rows["image"].append({"bytes": content, "path": path.name})
+        image[0].save(path)
+        rows["image"].append({"bytes": path.read_bytes(), "path": path.name})
         rows["label"].append(source.answers.index(name))
     names = ClassLabel(names=list(source.answers))
     table = Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "label": names}))
     (folder / "parquet").mkdir()
     table.to_parquet(folder / "parquet" / "test-00000-of-00001.parquet")
     return [f"{folder}/images", f"datasets:{folder}/parquet,split=test"]
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _retrieval(source: Source, folder: Path) -> list[str]:

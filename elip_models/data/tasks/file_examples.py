@@ -64,7 +64,6 @@ def _example(row: dict) -> Example:
 
 
 def _build_index(rows: Iterable[StoredExample]) -> "Dataset":
-    """Return an Arrow table with one row per example."""
     with require_extra("FileExamples"):
         from datasets import Dataset, Features, Value
 

@@ -44,34 +44,28 @@ def _scene_pair(rng: np.random.Generator, clutter: int, name: str, left: int, ri
     return scene_with_count(rng, clutter, name, left), scene_with_count(rng, clutter, name, right)
 
 
-def _random_count(rng: np.random.Generator) -> int:
-    return int(rng.integers(1, MOST + 1))
-
-
 def _scenes_showing(rng: np.random.Generator, clutter: int, name: str, images: int) -> Pair:
     """Draw two scenes, of which `images` show the emoji: 0, 1 or 2."""
     order = rng.permutation(2).tolist()
-    counts = [_random_count(rng) for _ in order]
+    counts = [int(rng.integers(1, MOST + 1)) for _ in order]
     left, right = (count if i < images else 0 for i, count in zip(order, counts, strict=True))
     return _scene_pair(rng, clutter, name, left, right)
 
 
 def _both(rng: np.random.Generator, clutter: int) -> Statement:
     name = pick(rng, EMOJI)
-
-    def sample(rng: np.random.Generator, true: bool) -> Pair:
-        return _scenes_showing(rng, clutter, name, 2 if true else 1)
-
-    return Statement(f"there is {with_article(name)} in both images", sample)
+    return Statement(
+        f"there is {with_article(name)} in both images",
+        lambda rng, true: _scenes_showing(rng, clutter, name, 2 if true else 1),
+    )
 
 
 def _exactly_one(rng: np.random.Generator, clutter: int) -> Statement:
     name = pick(rng, EMOJI)
-
-    def sample(rng: np.random.Generator, true: bool) -> Pair:
-        return _scenes_showing(rng, clutter, name, 1 if true else pick(rng, (0, 2)))
-
-    return Statement(f"exactly one of the images has {with_article(name)}", sample)
+    return Statement(
+        f"exactly one of the images has {with_article(name)}",
+        lambda rng, true: _scenes_showing(rng, clutter, name, 1 if true else pick(rng, (0, 2))),
+    )
 
 
 def _more(rng: np.random.Generator, clutter: int) -> Statement:

@@ -39,8 +39,8 @@ CONTRACTIONS = {
 
 @lru_cache(2**16)
 def normalise_answer(answer: str) -> str:
-    """Normalise an answer: "The 2 dogs." becomes "2 dogs"."""
+    """Normalise an answer: "The 2 dogs." becomes "2 dogs". "the" alone is unchanged."""
     text = THOUSANDS.sub("", answer.lower())
     text = PUNCTUATION.sub(" ", NO_DECIMAL.sub("", text))
     words = (DIGITS.get(word, word) for word in text.split() if word not in ARTICLES)
-    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words) or answer

@@ -68,7 +68,7 @@ def _annotations(loaded: dict[Path, Any]) -> dict[int, tuple[list[str], str]] | 
             ]
             if not answers:
                 raise ValueError(f"{where}: answers: expected at least one, got none")
-            found[question] = ([_normalised(each) for each in answers], _normalised(first))
+            found[question] = (list(map(normalise_answer, answers)), normalise_answer(first))
     return found if any_file else None
 
 
@@ -117,10 +117,6 @@ def _list_questions(
             f"{file.name}[{number}]", question_id, question, shares, (root / image,)
         )
         yield row, max(shares, key=shares.get, default=None)
-
-
-def _normalised(answer: str) -> str:
-    return normalise_answer(answer) or answer
 
 
 def _shares(given: list[str]) -> dict[str, float]:
