@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_kernels import BipartiteInfo, ReductionInfo
-from elip_kernels.ops.fuse_text import fuse_text
+from elip_kernels import fuse_text
 from elip_models.towers.wrapped_modules import Affine
 
 IDENTITY = nn.Identity()
@@ -193,10 +192,6 @@ class TowerParts:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
         raise NotImplementedError
 
-    def at(self, positions: Tensor | None) -> Self:
-        """Return the tower for tokens at these positions; None means all patches in order."""
-        raise NotImplementedError
-
     def qkv(self, i: int, tokens: Tensor) -> QKV:
         """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         raise NotImplementedError
@@ -230,10 +225,6 @@ class TowerParts:
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
-        raise NotImplementedError
-
-    def positions_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
-        """Return the positions of the tokens that a reduction leaves, or None if not needed."""
         raise NotImplementedError
 
 
