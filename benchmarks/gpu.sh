@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run tests and benchmarks on a GPU, without network or installation, each in less than nine minutes.
-#   benchmarks/gpu.sh tests            run tests/gpu; GOLDEN=FOLDER is the folder of golden tensors
+#   benchmarks/gpu.sh tests            run tests/gpu
 #   benchmarks/gpu.sh sanitize [TOOL]  run some of tests/gpu under compute-sanitizer with memcheck,
 #                                      racecheck and initcheck, or with TOOL only
 #   benchmarks/gpu.sh tune             try other numbers for elip_kernels/launch.py
@@ -10,7 +10,6 @@
 # COMMIT=$(git rev-parse HEAD), the commit that is measured.
 set -euo pipefail
 out=${OUT:+$(realpath -m "$OUT")}
-golden=${GOLDEN:+$(realpath -m "$GOLDEN")}
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
 
@@ -45,8 +44,7 @@ limited() {
 log=$out/$1.txt
 case $1 in
   tests)
-    limited -m pytest -p no:cacheprovider -m gpu --durations=20 \
-      ${golden:+--golden "$golden"} tests/gpu
+    limited -m pytest -p no:cacheprovider -m gpu --durations=20 tests/gpu
     ;;
   sanitize)
     tools=(memcheck racecheck initcheck)

@@ -18,10 +18,6 @@ if IS_WORKER:  # a core each, and for what its tests start
     torch.set_num_threads(1)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--golden", type=Path, default=SHARED / "golden", help="golden tensors")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """The whole suite runs on two workers, a file in this process; `-n` says otherwise."""
@@ -44,10 +40,6 @@ class Golden(dict):
     def __init__(self, name):
         from safetensors.torch import load_file
 
-        if isinstance(name, Path):  # not yet in this folder
-            super().__init__(load_file(name / "tensors.safetensors"))
-            self.meta = json.loads((name / "meta.json").read_text())
-            return
         stored = load_file(GOLDEN / f"{name}.safetensors")
         super().__init__({k: v.float() if v.dtype == torch.half else v for k, v in stored.items()})
         self.meta = json.loads((GOLDEN / f"{name}.json").read_text())
@@ -58,12 +50,9 @@ class Golden(dict):
 
 
 @pytest.fixture(scope="session")
-def golden(request):
-    """Return a function that loads a case of `tests/golden` by name."""
-    root = request.config.getoption("--golden")
-    if not root.is_dir():
-        pytest.skip(f"golden tensors are absent: {root}")
-    return lambda name: Golden(name if (GOLDEN / f"{name}.json").exists() else root / name)
+def golden():
+    """Return a function that loads a case of `tests/golden` by its name."""
+    return Golden
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,8 @@ def record(root, seed, dtype=torch.float32):
         margins += gaps
         got = {key: passes[k][key] for key in ("text_feats", "image_feats")}
         got |= dict(zip(("cls_text", "cls_image"), passes[k]["cls_feats"].chunk(2, 1), strict=True))
-        got |= stages | {"image_embeds": embeds[k]}
+        got |= {key: tensor for key, tensor in stages.items() if "merge" not in key}
+        got["image_embeds"] = embeds[k]
         tensors |= {f"{task}/{key}": tensor for key, tensor in got.items()}
     grads = gradients(model)
     used = {key.replace("grad/", "sd/"): tensor for key, tensor in grads.items()}
