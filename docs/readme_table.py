@@ -10,11 +10,12 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import measured
 from benchmarks.studies.results import Document, Interval, by_seed, difference, read_results
-from elip_models.profiling.measure import no_gain
+from elip_models.profiling.measure import NO_GAIN, no_gain
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,17 +28,22 @@ ARMS = {  # strategy: arm of the study `quality`, and what the strategy does
     "pitome": ("pitome", "merges patches that are similar to many others"),
     "crossget": ("crossget", "merges similar patches with low CLS attention"),
     "evit": ("evit", "keeps the patches with high CLS attention, in three blocks"),
-    "elip": ("last", "the paper's stages, text-guided, with the cheap scorer `last`"),
+    "elip": ("last", "the paper's stages, text-guided, with the fast scorer `last`"),
     "trips": ("trips", "selects patches by the text alone"),
     "adaptive": ("adaptive", "keeps 90% of the attention of each image"),
-    "random": ("random", "keeps random patches: the control"),
+    "random": ("random", "control: random patches"),
     "patch_dropout": ("patch-dropout", "drops random patches, in training only"),
-    "resize": ("resize", "a smaller image: the other control"),
+    "resize": ("resize", "control: a smaller image"),
 }
+Gaps = dict[str, dict[str, Interval]]  # by strategy and metric: its difference from dense
+
+
+class OutdatedText(Exception):
+    """A sentence of this script is not true for the results."""
 
 
 def block(results: Path) -> str:
-    """Return the table, the note above it and the sentences below it."""
+    """Return the table, the list above it that explains it, and the findings below it."""
     quality = read_results(results / "studies" / "quality.json")
     later = read_results(results / "studies" / "reduced_later.json")
     columns = time_columns(results)
@@ -45,88 +51,215 @@ def block(results: Path) -> str:
         name: {metric: difference(quality, arm, "dense", metric) for metric in (TOP1, LOSS)}
         for name, (arm, _) in ARMS.items()
     }
-    header = ["strategy", "what it does", "FLOPs", *(title for title, _ in columns)]
-    header += ["top-1, points", "contrastive loss"]
+    header = ["strategy", "what it does", "training FLOPs", *(title for title, _ in columns)]
+    header += ["change in top-1 (points)", "change in loss"]
     rows = []
     for name in sorted(ARMS, key=lambda name: gaps[name][LOSS].mean):
         cells = [f"`{name}`", ARMS[name][1], f"{columns[0][1]['strategy_flops'][name]:.2f}"]
-        cells += [time_cell(entry["ratios"].get(name)) for _, entry in columns]
+        cells += [time_cell(entry, name) for _, entry in columns]
         rows.append([*cells, *(interval(gaps[name][metric], metric) for metric in (TOP1, LOSS))])
     rule = ["---"] * 2 + ["--:"] * (len(header) - 2)
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
-    return "\n\n".join([note(quality, columns), table, sentences(quality, later)])
-
-
-def time_columns(results: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return title and entry of the largest batch, by device and direction, training first."""
-    columns = []
-    for device in measured.read_results(results):
-        entries = [entry for entry in device.entries if "strategies" in entry]
-        for direction in DIRECTIONS:
-            found = [entry for entry in entries if entry["direction"] == direction]
-            if found:
-                entry = max(found, key=lambda entry: entry["shape"]["B"])
-                columns.append((f"{direction} time", entry))
-    return columns
-
-
-def time_cell(ratio: float | None) -> str:
-    """Return a time ratio, "no gain" if it is one, or a dash if it was not measured."""
-    if ratio is None:
-        return "–"
-    return f"{ratio:.2f}" + (" no gain" if no_gain(ratio) else "")
-
-
-def note(quality: Document, columns: list[tuple[str, dict[str, Any]]]) -> str:
-    """Return what the table shows: devices, models, sizes and seeds."""
-    devices = list(dict.fromkeys(entry["device"] for _, entry in columns))
-    batches = ", ".join(f"{title} at batch {entry['shape']['B']}" for title, entry in columns)
-    model, shape = columns[0][1]["op"], columns[0][1]["shape"]
-    costs = [
-        cost for arm, _ in ARMS.values() for cost in by_seed(quality, arm, "step_flops").values()
-    ]
-    return (
-        "Everything is relative to the dense model. **FLOPs and times** are ratios, measured with "
-        f"`{model}`, {shape['image']} px, {columns[0][1]['dtype']}, on {' and '.join(devices)} "
-        f"({batches}; FLOPs of a training step). **Quality** is measured with a tiny CLIP on "
-        f"generated scenes, trained further at {min(costs):.2f} to {max(costs):.2f} of the dense "
-        f"FLOPs: paired differences over {count_seeds(quality)} seeds with their 95% confidence "
-        "intervals. Bold: the interval excludes zero. High top-1 and low loss are good."
+    return "\n\n".join(
+        [
+            note(quality, columns, gaps),
+            table,
+            findings(quality, later, gaps, results),
+        ]
     )
 
 
-def sentences(quality: Document, later: Document) -> str:
-    """Return the comparison at equal FLOPs, and the results without training, as bullet points."""
+def strategy_entries(results: Path, direction: str) -> list[dict[str, Any]]:
+    """Return the entries that compare strategies in a direction, in the order of the file."""
+    return [
+        entry
+        for device in measured.read_results(results)
+        for entry in device.entries
+        if "strategies" in entry and entry["direction"] == direction
+    ]
+
+
+def time_columns(results: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return title and entry of the largest batch in each direction, training first."""
+    found = {direction: strategy_entries(results, direction) for direction in DIRECTIONS}
+    return [
+        (f"{direction} time", max(entries, key=batch_size))
+        for direction, entries in found.items()
+        if entries
+    ]
+
+
+def batch_size(entry: dict[str, Any]) -> int:
+    """Return the batch size of an entry."""
+    return entry["shape"]["B"]
+
+
+def is_reduced(entry: dict[str, Any], name: str) -> bool:
+    """Return whether a strategy needs fewer FLOPs than the dense model in this direction."""
+    return entry["strategy_flops"][name] < 1
+
+
+def time_cell(entry: dict[str, Any], name: str) -> str:
+    """Return a time ratio with "no gain" if it is one, or a dash if it was not measured."""
+    ratio = entry["ratios"].get(name)
+    if ratio is None:
+        return "–"
+    if not is_reduced(entry, name):
+        return "1 (not reduced)"
+    return f"{ratio:.2f}" + (" no gain" if no_gain(ratio) else "")
+
+
+def note(quality: Document, columns: list[tuple[str, dict[str, Any]]], gaps: Gaps) -> str:
+    """Return the explanation of the columns: models, devices, sizes, metrics and seeds."""
+    devices = list(dict.fromkeys(entry["device"] for _, entry in columns))
+    batches = ", ".join(f"{title} at batch {batch_size(entry)}" for title, entry in columns)
+    entry = columns[0][1]
+    costs = [
+        cost for arm, _ in ARMS.values() for cost in by_seed(quality, arm, "step_flops").values()
+    ]
+    top1, loss = (fmean(by_seed(quality, "dense", metric).values()) for metric in (TOP1, LOSS))
+    found = [(metric, gap.verdict) for gap in gaps.values() for metric, gap in gap.items()]
+    worse = {(TOP1, "below"), (LOSS, "above")}
+    significant = {each for each in found if each[1] in ("above", "below")}
+    always = " (here always worse)" if significant <= worse else ""
+    return "\n".join(
+        [
+            "Every strategy was set to nearly the same training FLOPs and compared with the dense "
+            "model. Cost and quality were measured with different models:",
+            "",
+            f"- **FLOPs and time** are ratios to the dense `{entry['op']}`, "
+            f"{entry['shape']['image']} px, {entry['dtype']}, on {' and '.join(devices)}: "
+            f'{batches}. "No gain" means a time ratio above {NO_GAIN}.',
+            "- **Quality** is that of a tiny CLIP, trained on generated scenes. Its training was "
+            f"continued with each strategy, and without one (dense), with {count_seeds(quality)} "
+            "seeds. Top-1 is the share of held-out images and texts whose own pair ranks first "
+            "among 100 pairs; the images are reduced too, without a text. The dense model has a "
+            f"top-1 of {top1:.1%} and a contrastive loss of {loss:.2f}. The table gives the mean "
+            "change from dense and its 95% confidence interval.",
+            f"- The tiny CLIP was trained at {min(costs):.2f} to {max(costs):.2f} of the dense "
+            f"FLOPs, the other model at {cost_range(entry)}: the two studies had different "
+            "targets, and FLOPs change in steps of whole patches.",
+            f"- **Bold**: significantly different from dense{always}. Rows are in the order of "
+            "the change in loss, the lowest first.",
+        ]
+    )
+
+
+def cost_range(entry: dict[str, Any]) -> str:
+    """Return '0.70 to 0.72', the FLOPs of all strategies of an entry."""
+    costs = [entry["strategy_flops"][name] for name in ARMS]
+    return f"{min(costs):.2f} to {max(costs):.2f}"
+
+
+def findings(quality: Document, later: Document, gaps: Gaps, results: Path) -> str:
+    """Return what the results show, as bullet points."""
     lines = [
-        "- Compared with a shorter dense training that uses the same FLOPs, "
-        + verdict(quality, "tome", "dense-short")
+        conclusion(quality, gaps),
+        single_images(results),
+        "**`tome` against a shorter dense training with the same FLOPs.** "
+        + verdict(quality, "tome", "dense-short"),
     ]
     for share in ("0.50", "0.30"):
         lines.append(
-            f"- Without any training after the reduction, at {share} of the FLOPs, "
+            f"**`tome` at {share} of the inference FLOPs, not trained further, against dense.** "
             + verdict(later, f"tome-{share}", "dense")
         )
-    return "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def conclusion(quality: Document, gaps: Gaps) -> str:
+    """Return which strategies keep the quality of the dense model.
+
+    Raises:
+        OutdatedText: the results do not support the sentences.
+    """
+    loss = {name: gap[LOSS] for name, gap in gaps.items()}
+    order = sorted(loss, key=lambda name: loss[name].mean)
+    best = order[:3]
+    unclear = [name for name in order[3:] if not loss[name].is_significant]
+    control = difference(quality, ARMS["elip"][0], ARMS["random"][0], LOSS)
+    holds = (
+        "tome" in best
+        and not any(loss[name].is_significant for name in best)
+        and max(upper(loss[name]) for name in best) < min(upper(loss[name]) for name in unclear)
+        and control.verdict == "not significant"
+        and control.mean > 0
+    )
+    if not holds:
+        raise OutdatedText(f"{__file__}: expected the results to fit `conclusion`; rewrite it")
+    excluded, allowed = (max(upper(loss[name]) for name in names) for names in (best, unclear))
+    return (
+        f"**Which strategy?** Begin with `tome`, the default. {in_words(best)} have the smallest "
+        "change in loss of this tiny model; it is not significant, and their intervals exclude an "
+        f"increase above {excluded:.3f}. {in_words(unclear)} show no significant change in loss "
+        f"either, but their intervals allow an increase of up to {allowed:.3f}. `elip` is not "
+        "better than the control `random` here: its loss differs by "
+        f"{interval(control, LOSS, label='95% CI ')}."
+    )
+
+
+def single_images(results: Path) -> str:
+    """Return which strategies save no time in inference at the smallest batch.
+
+    Raises:
+        OutdatedText: `tome` saves time there, or `evit` does not.
+    """
+    entry = min(strategy_entries(results, "inference"), key=batch_size)
+    slow = [name for name in ARMS if is_reduced(entry, name) and no_gain(entry["ratios"][name])]
+    if "tome" not in slow or "evit" in slow:
+        raise OutdatedText(f"{__file__}: expected `tome` without gain and `evit` with one")
+    return (
+        f"**Inference at batch {batch_size(entry)}.** {in_words(slow)} give no gain on this "
+        f"machine. For single images measure `evit`, which takes {entry['ratios']['evit']:.2f} of "
+        "the dense time."
+    )
+
+
+def in_words(names: list[str]) -> str:
+    """Return '`a`, `b` and `c`'."""
+    quoted = [f"`{name}`" for name in names]
+    return " and ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
 
 
 def verdict(document: Document, arm: str, reference: str) -> str:
-    """Return a sentence about ToMe: significant or not, in top-1 and in the loss."""
-    top1, loss = (difference(document, arm, reference, metric) for metric in (TOP1, LOSS))
-    is_worse = top1.verdict == "below" or loss.verdict == "above"
-    is_better = top1.verdict == "above" or loss.verdict == "below"
-    words = {(True, False): "is significantly worse", (False, True): "is significantly better"}
-    word = words.get((is_worse, is_better), "shows no significant difference")
-    points = interval(top1, TOP1, " points", "95% CI ")
-    return f"`tome` {word}: top-1 {points}, loss {interval(loss, LOSS, label='95% CI ')}."
+    """Return one sentence about top-1 and one about the loss, a significant change first."""
+    gaps = {metric: difference(document, arm, reference, metric) for metric in (TOP1, LOSS)}
+    order = sorted(gaps, key=lambda metric: not gaps[metric].is_significant)
+    return " ".join(judged(gaps[metric], metric) for metric in order)
+
+
+def judged(gap: Interval, metric: str) -> str:
+    """Return a sentence: how much a metric changed, and whether that is significant."""
+    label, unit = ("Top-1", " points") if metric == TOP1 else ("The loss", "")
+    if gap.is_significant:
+        direction = "higher" if gap.mean > 0 else "lower"
+        return f"{label} is significantly {direction}: {interval(gap, metric, unit, '95% CI ')}."
+    mean, low, high = (
+        signed(value, metric) for value in (gap.mean, gap.mean - gap.half, upper(gap))
+    )
+    return (
+        f"{label} differs by {mean}{unit}, not significantly with {gap.seeds} seeds: the 95% CI "
+        f"allows {low} to {high}{unit}."
+    )
+
+
+def upper(gap: Interval) -> float:
+    """Return the upper end of an interval."""
+    return gap.mean + (gap.half or 0.0)
+
+
+def signed(value: float, metric: str, sign: str = "+") -> str:
+    """Return a difference with its sign, in points for top-1."""
+    scale, digits = (100, 1) if metric == TOP1 else (1, 3)
+    return f"{scale * value:{sign}.{digits}f}".replace("-", "−")
 
 
 def interval(gap: Interval, metric: str, unit: str = "", label: str = "") -> str:
     """Return '+0.4 (−1.5 to 2.3)', in bold if the interval excludes zero."""
-    scale, digits = (100, 1) if metric == TOP1 else (1, 3)
-    mean, half = scale * gap.mean, scale * (gap.half or 0.0)
-    text = f"{mean:+.{digits}f}{unit} ({label}{mean - half:.{digits}f} to {mean + half:.{digits}f})"
-    text = text.replace("-", "−")
-    return f"**{text}**" if gap.verdict in ("above", "below") else text
+    half = gap.half or 0.0
+    low, high = (signed(value, metric, "-") for value in (gap.mean - half, gap.mean + half))
+    text = f"{signed(gap.mean, metric)}{unit} ({label}{low} to {high})"
+    return f"**{text}**" if gap.is_significant else text
 
 
 def count_seeds(document: Document) -> int:

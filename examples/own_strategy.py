@@ -37,9 +37,9 @@ class Longest(Strategy):
 
     def step(self, tower, stage, tokens, context):
         """Reduce tokens (B, N, D) to (B, p + keep + 1, D), p prefix tokens first."""
-        row = tokens.detach().norm(dim=2) if context.replay is None else context.replay.attention
-        tokens, reduction = tower.reduce(tokens, row, stage.keep, merge="one")
-        return tokens, StageInfo(stage, reduction, row)
+        scores = tokens.detach().norm(dim=2) if context.replay is None else context.replay.attention
+        tokens, reduction = tower.reduce(tokens, scores, stage.keep, merge="one")
+        return tokens, StageInfo(stage, reduction, scores)
 
     def at_strength(self, size, strength):
         """Return the strategy from strength 0 (drops nothing) to 1 (keeps one patch)."""

@@ -22,8 +22,8 @@ from elip_models.reduction.strategy import StageInfo
 MAX_STEPS = 4  # steps in a picture, evenly spaced up to the last one
 PIXELS = 256  # smallest height of an image, so that an outline is thin
 NOTE = (
-    "Patches merged into one token have their mean colour and an outline; patches that were not "
-    "merged are unchanged; dropped patches are grey."
+    "The patches of one token have their mean colour, and may be in separate areas; patches that "
+    "were not merged are unchanged; dropped patches are grey. Numbers are without prefix tokens."
 )
 
 
@@ -82,5 +82,5 @@ def draw_merging(
     axes[0, 0].set_title("image", fontsize=9)
     for axis, s in zip(axes[0, 1:], shown, strict=False):
         left = (found[s][0].unique() >= 0).sum().item()
-        axis.set_title(f"in layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
+        axis.set_title(f"after layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
     return save_figure(figure, path, title=title, note=NOTE)

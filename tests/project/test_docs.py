@@ -140,6 +140,24 @@ def test_the_readme_has_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().split("\n")) <= 150
 
 
+def test_the_readme_states_what_keep_costs():
+    text = (ROOT / "README.md").read_text()
+    for keep in (0.3, 0.5, 0.7, 0.9):
+        with torch.device("meta"):
+            model = elip_models.reduce_(timm.create_model("vit_base_patch16_224"), keep=keep)
+        cost = elip_models.reduction_summary(model).forward_flops
+        assert cost == pytest.approx(keep, abs=0.02)
+        assert keep not in (0.5, 0.7) or f"{cost:.2f} for `keep={keep}`" in text
+
+
+def test_the_limits_are_the_same_in_both_pages():
+    limits = [
+        re.search(r"^## When it does not help\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+        for text in ((ROOT / "README.md").read_text(), (DOCS / "faster.md").read_text())
+    ]
+    assert limits[0].replace("](docs/", "](").strip() == limits[1].strip()
+
+
 def anchors(page):
     """Return the anchors of a page: those of its headings, and explicit ones."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -201,6 +219,16 @@ def test_the_statistics_of_pages_are_those_of_the_results():
         assert text in (DOCS / page).read_text(), (page, arm, text)
 
 
+def test_each_measure_is_judged_by_its_own_interval():
+    module = script("readme_table")
+    higher, unclear = (module.Interval(mean, half, 3) for mean, half in ((0.2, 0.1), (-0.1, 0.3)))
+    text = module.judged(higher, module.LOSS)
+    assert text == "The loss is significantly higher: **+0.200 (95% CI 0.100 to 0.300)**."
+    text = module.judged(unclear, module.TOP1)
+    assert "differs by −10.0 points, not significantly with 3 seeds" in text
+    assert text.endswith("the 95% CI allows −40.0 to +20.0 points.")
+
+
 def test_stale_results_are_found_and_rewritten(tmp_path):
     module, page = script("readme_table"), tmp_path / "README.md"
     page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
@@ -210,6 +238,7 @@ def test_stale_results_are_found_and_rewritten(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert re.search(r"^\| `tome` \| .* \| 0\.\d\d \|", text, re.MULTILINE)
+    assert re.search(r"^\| `patch_dropout` \| .* \| 1 \(not reduced\) \|", text, re.MULTILINE)
     page.write_text("no markers")
     assert module.main(["--page", str(page)]) == 1
     assert page.read_text() == "no markers"
