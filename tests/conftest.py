@@ -1,4 +1,4 @@
-"""Two workers for the whole suite, and fixtures: golden tensors and emoji shards, where present."""
+"""Two workers for the whole suite, and fixtures: golden tensors, scenes as files, a tokenizer."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-SHARED = TESTS.parents[1] / "shared"
 GOLDEN = TESTS / "golden"
 LONGEST = ("test_interpreter", "test_gpu_on_cpu", "test_distributed")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -56,12 +55,11 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def emoji():
-    """Folder of the emoji shards; skips where it is absent."""
-    folder = SHARED / "data" / "emoji"
-    if not folder.is_dir():
-        pytest.skip(f"emoji shards are absent: {folder}")
-    return folder
+def scene_files(tmp_path_factory):
+    """Return a folder with built-in scenes as files: four shards, and a shard and a list of ten."""
+    from tests.helpers.scene_files import write_scene_files
+
+    return write_scene_files(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(autouse=True)

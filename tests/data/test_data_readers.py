@@ -20,11 +20,7 @@ from elip_models.data import (
     open_source,
 )
 from tests.helpers.damage import shard
-
-EMOJI_DATA = Path(__file__).parents[3] / "shared" / "data" / "emoji"
-needs_emoji_data = pytest.mark.skipif(
-    not EMOJI_DATA.is_dir(), reason=f"the emoji dataset is not at {EMOJI_DATA}"
-)
+from tests.helpers.scene_files import NUM_SHARDS, SCENES_A_SHARD, TEST_SCENES
 
 
 def image_bytes(image_format: str = "PNG", mode: str = "RGB", colour="red") -> bytes:
@@ -52,20 +48,17 @@ def opened(spec: object) -> Source:
     return open_source(str(spec), image_size=16)
 
 
-@needs_emoji_data
-def test_emoji_shards_have_the_published_counts():
-    stats = json.loads((EMOJI_DATA / "stats.json").read_text())["splits"]["train"]
-    source = opened(EMOJI_DATA / "train-*.tar")
-    assert len(source) == stats["images"] == 2554
-    captions = [text for index in range(len(source)) for text in source.captions(index)]
-    assert len(captions) == stats["pairs"] == 7662
-    assert len(set(captions)) == stats["unique_captions"]
+def test_shards_hold_the_scenes_and_all_their_captions(scene_files):
+    source = opened(scene_files / "train-*.tar")
+    scenes = EmojiScenes(NUM_SHARDS * SCENES_A_SHARD, seed=1)
+    assert len(source) == len(scenes)
+    for index in range(len(source)):
+        assert source.captions(index) == scenes.captions(index)
 
 
-@needs_emoji_data
-def test_emoji_list_and_shard_hold_the_same_samples():
-    listed, sharded = opened(EMOJI_DATA / "test.json"), opened(EMOJI_DATA / "test-0000.tar")
-    assert len(listed) == len(sharded) == 320
+def test_a_list_and_a_shard_hold_the_same_samples(scene_files):
+    listed, sharded = opened(scene_files / "test.json"), opened(scene_files / "test-0000.tar")
+    assert len(listed) == len(sharded) == TEST_SCENES
     by_key = {sample.id.split(":")[1]: sample for sample in sharded}
     for sample in listed:
         other = by_key[sample.id]
@@ -73,11 +66,10 @@ def test_emoji_list_and_shard_hold_the_same_samples():
         assert sample.image.mode == "RGB" and sample.image.tobytes() == other.image.tobytes()
 
 
-@needs_emoji_data
-def test_every_emoji_test_image_reads():
-    report = check_source(opened(EMOJI_DATA / "test_google.json"))
-    assert (report.seen, report.reasons) == (160, {})
-    assert report.summary() == "All of 160 samples could be read."
+def test_every_image_of_a_list_reads(scene_files):
+    report = check_source(opened(scene_files / "test.json"))
+    assert (report.seen, report.reasons) == (TEST_SCENES, {})
+    assert report.summary() == f"All of {TEST_SCENES} samples could be read."
 
 
 def test_a_spec_of_emoji_scenes():

@@ -70,8 +70,8 @@ def test_all_losses_fall(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", tiered(reversed(RECIPES), []))
-def test_real_shards_train_too(recipe, tmp_path, emoji):
-    shards = emoji / "train-000{0..3}.tar"
+def test_shards_train_too(recipe, tmp_path, scene_files):
+    shards = scene_files / "train-000{0..3}.tar"
     sizes = ("optim.batch_size=16", "optim.steps=100", "optim.warmup_steps=10")
     train(config(tmp_path, recipe, f"data.train={shards}", "data.vocab_size=600", *sizes))
     assert_all_losses_fall(tmp_path, recipe)
