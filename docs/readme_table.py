@@ -135,7 +135,7 @@ def note(quality: Document, columns: list[tuple[str, dict[str, Any]]], gaps: Gap
             "seeds. Top-1 is the share of held-out images and texts whose own pair ranks first "
             "among 100 pairs; the images are reduced too, without a text. The dense model has a "
             f"top-1 of {top1:.1%} and a contrastive loss of {loss:.2f}. The table gives the mean "
-            "change from dense and its 95% confidence interval.",
+            "change from dense and its 95% confidence interval (CI).",
             f"- The tiny CLIP was trained at {min(costs):.2f} to {max(costs):.2f} of the dense "
             f"FLOPs, the other model at {cost_range(entry)}: the two studies had different "
             "targets, and FLOPs change in steps of whole patches.",
