@@ -67,6 +67,13 @@ def draw_weights_(model, seed):
         parameter.data.copy_(exact_in_half(values))
 
 
+def use_plain_layer_norm_(model):
+    """Replace the LayerNorm of METER, which always computes in float32, for a float64 run."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.__class__ = torch.nn.LayerNorm
+
+
 @contextmanager
 def recorded_sorts():
     """Yield the list of (scores, sorted scores, order) of every descending sort.

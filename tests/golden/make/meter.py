@@ -24,6 +24,7 @@ from tests.golden.make.common import (
     save,
     stage_tensors,
     stub,
+    use_plain_layer_norm_,
     weights,
 )
 from tests.golden.make.pretraining import ALBEF_IDS, BERT, from_scratch, texts
@@ -128,10 +129,8 @@ def batch_of(seed, dtype):
 def record(root, seed, dtype=torch.float32):
     """Run one official training step, and return the tensors and the margins of both passes."""
     model = build(root).train()
-    if dtype == torch.float64:  # the official LayerNorm computes in float32
-        for module in model.modules():
-            if isinstance(module, torch.nn.LayerNorm):
-                module.__class__ = torch.nn.LayerNorm
+    if dtype == torch.float64:
+        use_plain_layer_norm_(model)
     draw_weights_(model, seed)
     before = weights(model)
     model.to(dtype)
