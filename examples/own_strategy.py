@@ -19,6 +19,7 @@ class Longest(Strategy):
 
     name: ClassVar[str] = "longest"
     keep_field: ClassVar[str] = "keep_ratio"  # what reduce_(keep=..) sets
+    merge: ClassVar[str] = "one"  # every dropped patch is part of one token
     keep_ratio: float = 0.5
     first: int = 1
 
@@ -48,8 +49,7 @@ class Longest(Strategy):
 
 def main():
     """Run the strategy in both ways: `encode_image` and `reduce_`."""
-    model = timm.create_model("vit_tiny_patch16_224").eval()
-    images = torch.randn(2, 3, 224, 224)
+    model, images = timm.create_model("vit_tiny_patch16_224").eval(), torch.randn(2, 3, 224, 224)
     tokens, infos = encode_image(model, images, strategy=Longest(), return_info=True)
     print(f"{tokens.shape[1]} of 197 tokens; kept: {infos[0].reduction.kept[0, :8].tolist()} ..")
     reduce_(model, strategy=Longest(), keep=0.7)

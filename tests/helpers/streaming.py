@@ -7,7 +7,7 @@ from threading import Thread
 
 @contextmanager
 def served(folder, *, ranges=True, breaks_after=None):
-    """The URL of a folder; each answer breaks off after so many bytes, where that is said.
+    """Serve a folder and yield its URL; each answer breaks off after `breaks_after` bytes.
 
     ranges: whether a part of a file can be had.
     """
