@@ -1,4 +1,4 @@
-"""bipartite_merge, forward, backward and both, against a good eager form, compiled, and a copy."""
+"""Time of bipartite_merge against an eager form, its compiled form, and a copy."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from elip_kernels.ops.bipartite import bipartite_merge
 
 CHANNELS = 64  # the metric is the head mean of the keys
 MERGED = 16
-IMAGES = 8  # that are held to fp64, the first and the last
+IMAGES = 8  # compared with fp64: the first and last images
 
 
 def eager_merge(tokens: Tensor, metric: Tensor, r: int, size: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by argsort, gather and scatter_add, sizes as one more channel."""
+    """Merge with argsort, gather and scatter_add; sizes are one more channel."""
     with torch.no_grad():
         unit = torch.nn.functional.normalize(metric.to(size.dtype), dim=-1)
         similarity = torch.bmm(unit[:, ::2], unit[:, 1::2].mT)
@@ -57,8 +57,8 @@ def test_bipartite_merge(record, rounds, case, direction):
     }
     exact = with_gradient(forms["eager"], *in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
-    held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
+    checked = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
     work = work_of(case, direction)
     facts, step = compare(forms, inputs, work, direction=direction, rounds=rounds)
     facts |= described(case, r=MERGED, C=CHANNELS)
-    record(step, **facts, op="bipartite_merge", parity=held, left_out=left_out)
+    record(step, **facts, op="bipartite_merge", parity=checked, left_out=left_out)

@@ -1,4 +1,4 @@
-"""select_tokens and merge_nearest, forward, backward, both: against an eager form and a copy."""
+"""Time of select_tokens with merge_nearest against an eager form and a copy."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from elip_kernels import merge_nearest, select_tokens
 def eager_merge(
     tokens: Tensor, metric: Tensor, scores: Tensor, K: int, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same by topk, gather, arg-max and scatter_add, sizes as one more channel."""
+    """Select and merge with topk, gather, argmax and scatter_add; sizes are one more channel."""
     B, _, D = tokens.shape
     with torch.no_grad():
         kept = scores[:, 1:].topk(K).indices.sort(dim=1).values + 1
@@ -62,9 +62,9 @@ def test_merge_nearest(record, rounds, case, direction):
     }
     exact = with_gradient(forms["eager"], *in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
-    held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
+    checked = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
     facts, step = compare(
         forms, inputs, work_of(case, direction), direction=direction, rounds=rounds
     )
     facts |= described(case, K=case.K, C=CHANNELS)
-    record(step, **facts, op="merge_nearest", parity=held, left_out=left_out)
+    record(step, **facts, op="merge_nearest", parity=checked, left_out=left_out)

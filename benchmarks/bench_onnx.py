@@ -1,8 +1,8 @@
-"""onnxruntime: strategies at equal training FLOPs against the dense tower, exported alike.
+"""Time of exported towers in onnxruntime: strategies at equal training FLOPs against dense.
 
-Batch 1 and 16, as many threads as PyTorch has; PyTorch's own dense tower beside them.
+Batch 1 and 16, with as many threads as PyTorch; the dense tower in PyTorch is timed too.
 
-Parity: each graph's output against PyTorch's, of the same draws where a strategy draws.
+Parity: the output of each graph against PyTorch's, with the same random numbers.
 """
 
 import io
@@ -51,7 +51,7 @@ def exported_at(scale, strategies):
 
 
 def exported(model, image):
-    """A call of the model in onnxruntime -> its output, and the draws it made."""
+    """Return a call of the exported model that returns its output and its random numbers."""
     file = io.BytesIO()
     torch.onnx.export(model, (image,), file, dynamo=True, verbose=False)
     program = onnx.load_from_string(file.getvalue())
@@ -67,7 +67,7 @@ def exported(model, image):
 
 
 def error_of(call, model, image):
-    """How far a graph is from the model, which draws what it drew."""
+    """Return the error of a graph against the model with the same random numbers."""
     output, *draws = call()
     with mock.patch.object(torch, "rand", lambda *size, device: draws.pop(0).view(size)):
         return relative_error(output, model(image).double())

@@ -1,4 +1,4 @@
-"""What a public call adds to the body of its op, in microseconds: checks and dispatch."""
+"""Overhead of public calls (checks and dispatch) over the body of their op, in microseconds."""
 
 from statistics import median
 
@@ -11,11 +11,11 @@ from benchmarks.parity import OURS, parity
 from elip_kernels._operator import OPERATORS
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
-SHAPE = {"B": 1, "N": 17, "D": 16}  # so small that the body takes little more than its calls
+SHAPE = {"B": 1, "N": 17, "D": 16}  # so small that the overhead is visible
 
 
 def body_of(name):
-    """Find what the op runs on this device."""
+    """Return the function that the op runs on this device."""
     return OPERATORS[name].on_device if ON_GPU else OPERATORS[name].reference
 
 
@@ -45,7 +45,7 @@ OPS = {"reduce": reduce_calls, "cls_attention": cls_attention_calls}
 def test_overhead(record, rounds, op):
     calls = OPS[op]()
     exact = (calls["body"]().double(),)
-    held = parity(exact, {name: (call(),) for name, call in calls.items()})
+    checked = parity(exact, {name: (call(),) for name, call in calls.items()})
     times = time_side_by_side(calls, device=torch.device("cpu"), rounds=rounds)
     added = [ours - body for ours, body in zip(times[OURS], times["body"], strict=True)]
     record(
@@ -57,5 +57,5 @@ def test_overhead(record, rounds, op):
         overhead_microseconds=1e6 * median(added),
         shape=SHAPE,
         dtype="fp32",
-        parity=held,
+        parity=checked,
     )

@@ -1,4 +1,4 @@
-"""Parts of a reduction against an eager form and a copy: fuse, select, merge, unmerge."""
+"""Time of fuse, select, merge and unmerge against an eager form and a copy."""
 
 from functools import partial
 
@@ -14,8 +14,8 @@ from benchmarks.kernel_analysis.work import INT32, Work
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 from elip_kernels import BipartiteInfo
 
-FUSION = 0.8  # share of CLS
-IMAGES = 8  # that are held to fp64, the first and the last
+FUSION = 0.8  # weight of the CLS token
+IMAGES = 8  # compared with fp64: the first and last images
 
 
 def eager_fuse(tokens: Tensor, text: Tensor) -> tuple[Tensor]:
@@ -30,7 +30,7 @@ def eager_select(scores: Tensor, K: int) -> tuple[Tensor]:
 
 
 def eager_merge(tokens: Tensor, slots: Tensor, size: Tensor, R: int) -> tuple[Tensor, Tensor]:
-    """Merge by scatter_add, sizes as one more channel -> (B, R, D), (B, R)."""
+    """Merge by scatter_add with sizes as one more channel -> (B, R, D), (B, R)."""
     B, _, D = tokens.shape
     sums = torch.cat([tokens * size[..., None], size[..., None]], dim=2)
     rows = slots.long()[..., None].expand(-1, -1, D + 1)
@@ -98,7 +98,7 @@ def test_parts(record, rounds, op, case):
     inputs = on_device(inputs)
     exact = forms["eager"](*in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
-    held = parity(exact, {name: form(*inputs) for name, form in forms.items()})
+    checked = parity(exact, {name: form(*inputs) for name, form in forms.items()})
     facts, step = compare(forms, inputs, work, direction="forward", rounds=rounds)
     facts |= described(case, K=case.K)
-    record(step, **facts, op=op, parity=held, left_out=left_out)
+    record(step, **facts, op=op, parity=checked, left_out=left_out)

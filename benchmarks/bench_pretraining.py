@@ -1,12 +1,12 @@
-"""A step of pre-training of CLIP, ALBEF, BLIP and METER: dense, and reduced by the scorers.
+"""Time of a pre-training step of CLIP, ALBEF, BLIP and METER: dense, and reduced with each scorer.
 
-A step is the forward and the backward of all objectives, momentum towers included, the optimiser
-aside. Beside it, where the official code loses time: ITM of pairs and negatives as one pass of the
-fusion layers against two, and negatives drawn at once against one by one.
+A step is forward and backward of all objectives, with momentum towers and without the optimiser.
+Two parts that are slow in the official code are timed too: ITM of pairs and negatives in one pass
+of the fusion layers instead of two, and drawing negatives at once instead of one by one.
 
-Parity, in fp64 and without dropout, on two pairs: `exact` keeps the tokens of `official` and gives
-its loss, from the same draw; ITM in one pass gives the loss of two. Both ways to draw negatives
-give the same where each row has one that all of its mass is on.
+Parity, in fp64, without dropout, on two pairs: `exact` keeps the tokens of `official` and has the
+same loss with the same random numbers. ITM in one pass has the loss of two passes. Both ways to
+draw negatives agree if each row has one certain negative.
 """
 
 import warnings
@@ -35,7 +35,7 @@ from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.user_warnings import SlowScorerWarning
 
-BOUND = 1e-6  # relative: towers run in fp64, but losses end in fp32
+BOUND = 1e-6  # relative error: towers run in fp64, but losses are fp32
 SHARED, MOMENTUM = "last, shared", "momentum"
 SCORERS = {
     "official": {"scorer": "official"},
@@ -49,14 +49,14 @@ AT_ONCE, ONE_BY_ONE = "drawing negatives at once", "one by one"
 
 
 def created(case):
-    """The reduced model with random weights, on the device and in the dtype that is timed."""
+    """Return the reduced model with random weights, on the timed device and in the timed dtype."""
     model = create_model(f"elip_{case.model}", **case.fields).to(DEVICE, case.dtype)
     warnings.simplefilter("ignore", SlowScorerWarning)
     return model
 
 
 def forms_of(model):
-    """The dense model and the reduced ones, which share all weights, by name."""
+    """Return the dense and the reduced models by name; they share all weights."""
     forms = {}
     for name, fields in {DENSE: {"schedule": None}, **SCORERS}.items():
         if name in (SHARED, MOMENTUM) and not isinstance(model, MomentumModel):
@@ -76,18 +76,18 @@ def inputs_of(model, B, dtype):
 
 
 def fixed_draw_of(model, images, ids):
-    """Return what replaces the random draw of a step; CLIP draws nothing."""
+    """Return fixed random numbers for a step; CLIP needs none."""
     return {"drawn": model.fixed_draw(images, ids)} if isinstance(model, CrossModalModel) else {}
 
 
 def in_fp64(case):
-    """The model in fp64 and without dropout, in eval mode where nothing moves, and two pairs."""
+    """Return the model in fp64 and eval mode, and two pairs."""
     model = created(replace(case, dtype=torch.float64)).eval()
     return model, inputs_of(model, 2, torch.float64)
 
 
-def held(errors):
-    """Hold errors in fp64, by name, to `BOUND` -> what goes into the JSON."""
+def check_bound(errors):
+    """Check that errors are at most `BOUND`; return the entry of the JSON."""
     worst = max(errors.values())
     assert worst <= BOUND, f"parity: expected errors of at most {BOUND}, got {errors}"
     return {"max_abs": worst, "bound": BOUND, "passed": True, "errors": errors}
@@ -95,7 +95,7 @@ def held(errors):
 
 @torch.no_grad()
 def exact_is_official(case):
-    """Hold both scorers to the same kept tokens and losses."""
+    """Check that both scorers keep the same tokens and have the same losses."""
     model, (images, ids, mask) = in_fp64(case)
     drawn, forms = fixed_draw_of(model, images, ids), forms_of(model)
     kept, losses = [], []
@@ -107,11 +107,11 @@ def exact_is_official(case):
     assert kept[0], "parity: expected a reduction, got none"
     assert all(map(torch.equal, *kept)), "parity: expected the same kept tokens, got others"
     official, exact = losses
-    return held({name: abs(exact[name] / official[name] - 1) for name in official})
+    return check_bound({name: abs(exact[name] / official[name] - 1) for name in official})
 
 
 def loss_of(model, images, ids, mask):
-    """Compute the loss of all objectives, with a draw of its own."""
+    """Compute the loss of all objectives with new random numbers."""
     return model(images, ids, mask).loss
 
 
@@ -156,7 +156,7 @@ def test_pretraining(record, rounds, scale, name):
 
 
 class Matching:
-    """ITM of a model, from what its `fuse` takes: hidden states or ids of texts, and tokens."""
+    """ITM of a model from the inputs of its `fuse`: hidden states or ids of texts, and tokens."""
 
     def __init__(self, model, inputs):
         images, ids, self.mask = inputs
@@ -167,11 +167,11 @@ class Matching:
         self.text = seen.text.clone().requires_grad_() if isinstance(model, ALBEF) else ids
 
     def at_once(self):
-        """Compute ITM as the model does it, in one pass."""
+        """Compute ITM in one pass, as the model does."""
         return self.model.matching_loss(self.text, self.mask, self.image, self.negatives)
 
     def in_two(self):
-        """Compute ITM in two passes: the pairs, and then both kinds of negatives."""
+        """Compute ITM in two passes: first the pairs, then both kinds of negatives."""
         text, image, mask, negatives = self.text, self.image, self.mask, self.negatives
         pairs = self.model.fuse(text, mask, image)
         others = self.model.fuse(
@@ -189,7 +189,7 @@ class Matching:
 def test_matching(record, rounds, scale, name):
     case = pretraining_case(name, scale)
     exact = Matching(*in_fp64(case))
-    parity = held({"loss": abs(exact.at_once().item() / exact.in_two().item() - 1)})
+    parity = check_bound({"loss": abs(exact.at_once().item() / exact.in_two().item() - 1)})
     model = created(case).train()
     matching = Matching(model, inputs_of(model, case.B, case.dtype))
 
@@ -204,14 +204,14 @@ def test_matching(record, rounds, scale, name):
 
 
 def one_by_one(similar, tokens):
-    """A negative's tokens (B, N, D) for each row of similarities (B, B), each drawn by itself."""
+    """Draw negatives one by one: similarities (B, B), tokens (B, N, D) -> (B, N, D)."""
     weights = similar.float().softmax(1)
     weights.fill_diagonal_(0)
     return torch.stack([tokens[torch.multinomial(row, 1).item()] for row in weights])
 
 
 def at_once(similar, tokens):
-    """Draw all of them at once, without a look at any."""
+    """Draw all negatives at once."""
     return tokens[hard_negatives(similar)]
 
 
@@ -221,7 +221,7 @@ def test_negatives(record, rounds, scale):
     similar = torch.randn(B, B, device=DEVICE)
     certain = 200 * torch.eye(B, device=DEVICE).roll(1, 0)
     found = at_once(certain, tokens), one_by_one(certain, tokens)
-    parity = held({"tokens": (found[0] - found[1]).abs().max().item()})
+    parity = check_bound({"tokens": (found[0] - found[1]).abs().max().item()})
     steps = {
         AT_ONCE: partial(at_once, similar, tokens),
         ONE_BY_ONE: partial(one_by_one, similar, tokens),
@@ -230,7 +230,7 @@ def test_negatives(record, rounds, scale):
 
 
 def store(record, steps, name, rounds, shape, parity):
-    """Time the first of two steps against the second, which it replaces."""
+    """Time the first of two steps against the second, and record the ratio."""
     ours, theirs = steps
     times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
     record(

@@ -1,4 +1,4 @@
-"""reduce against the official algorithm, a good eager form, that form compiled, and a copy."""
+"""Time of reduce against the official algorithm, an eager form, its compiled form, and a copy."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from benchmarks.official_reduce import eager_reduce, official_reduce
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
 
 FUNCTIONS = {"official": official_reduce, "eager": eager_reduce, OURS: elip_kernels.reduce}
-IMAGES = 8  # that are held to fp64, the first and the last
+IMAGES = 8  # compared with fp64: the first and last images
 
 
 def forms_of(keep):
-    """name -> form: (tokens, scores) -> (output,)."""
+    """Return the forms by name, each (tokens, scores) -> (output,)."""
 
     def form(function):
         return lambda tokens, scores: (function(tokens, scores, keep),)
@@ -38,7 +38,7 @@ def test_reduce(record, rounds, case, direction):
     inputs, forms = on_device(inputs), forms_of(case.K)
     exact = with_gradient(forms["official"], *in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
-    held = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
+    checked = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})
     work = work_of(case, direction)
     facts, step = compare(forms, inputs, work, direction=direction, rounds=rounds)
-    record(step, **facts, op="reduce", **described(case), parity=held, left_out=left_out)
+    record(step, **facts, op="reduce", **described(case), parity=checked, left_out=left_out)

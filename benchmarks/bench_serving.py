@@ -1,7 +1,7 @@
-"""Eight threads share one reduced model, each guided by its own text: latency, throughput, memory.
+"""Latency, throughput and memory of one reduced model that eight threads share.
 
-A round is a hundred requests of one image, twelve a thread, one after the other in each, to the
-dense and to the reduced model; `--rounds 100` makes ten thousand of each.
+Each thread has its own text as guidance. A round is a hundred requests of one image, twelve per
+thread, to the dense and to the reduced model; `--rounds 100` makes ten thousand of each.
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch
 
 import elip_models
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE
-from benchmarks.parity import judged, relative_error
+from benchmarks.parity import check_errors, relative_error
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
 TOWER, SIZE, THREADS = "vit_tiny_patch16_224", 96, 8
@@ -25,7 +25,7 @@ PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 class Server:
-    """One model, and what its answers took."""
+    """One model and the latencies of its answers."""
 
     def __init__(self, model, is_guided):
         self.model = model
@@ -48,36 +48,36 @@ class Server:
         return answer
 
     def percentiles(self):
-        """Milliseconds of one answer."""
+        """Return the percentiles of the latency of one answer, in milliseconds."""
         latencies = torch.tensor(self.latencies, dtype=torch.float64)
         return {name: 1e3 * latencies.quantile(q).item() for name, q in PERCENTILES.items()}
 
 
 def served(pool, server, clients, requests):
-    """The last answer to each client, after so many requests together."""
+    """Return the last answer to each client after `requests` concurrent requests."""
 
-    def ask(client):
+    def send(client):
         for _ in range(requests // len(clients)):
             answer = server.request(*client)
         return answer
 
-    return list(pool.map(ask, clients))
+    return list(pool.map(send, clients))
 
 
-def apart(server, clients, answers):
-    """How far `answers` are from those that one client after the other is given."""
+def largest_error(server, clients, answers):
+    """Return the largest error of concurrent answers against sequential ones."""
     alone = (server.answer(*client).double() for client in clients)
     return max(map(relative_error, answers, alone))
 
 
 def resident():
-    """Bytes of this process."""
+    """Return the resident memory of this process in bytes."""
     return psutil.Process().memory_info().rss
 
 
 @pytest.fixture
 def one_thread():
-    """Of torch, for each of ours."""
+    """Limit torch to one thread per request."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -97,8 +97,10 @@ def test_serving(record, rounds, scale):
     servers = {DENSE: Server(model, is_guided=False), "last": Server(reduced, is_guided=True)}
     with ThreadPoolExecutor(THREADS) as pool:
         steps = {n: partial(served, pool, each, clients, requests) for n, each in servers.items()}
-        errors = {name: apart(servers[name], clients, step()) for name, step in steps.items()}
-        held = judged({"alone": 0.0} | errors, ours=list(errors))
+        errors = {
+            name: largest_error(servers[name], clients, step()) for name, step in steps.items()
+        }
+        checked = check_errors({"alone": 0.0} | errors, ours=list(errors))
         for server in servers.values():
             server.latencies.clear()
         before = resident()
@@ -116,5 +118,5 @@ def test_serving(record, rounds, scale):
             served_by={"threads": THREADS, "strategy": STRATEGY},
             shape={"B": 1, "image": SIZE},
             dtype=DTYPE_NAMES[MAIN_DTYPE],
-            parity=held,
+            parity=checked,
         )

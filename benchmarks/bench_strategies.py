@@ -1,11 +1,11 @@
-"""Every strategy at equal training FLOPs, dense beside them: a training step and inference.
+"""Time of every strategy at equal training FLOPs against dense, in training and inference.
 
-The share of the dense FLOPs is what ELIP's own schedule leaves with the scorer 'last'; the others
-are set to it by `at_flops`, `resize` to the nearest size. In full at batch 1 and at the largest
-power of two whose benchmark takes two minutes at most.
+The share of the dense FLOPs is that of ELIP's own schedule with the scorer 'last'. `at_flops` sets
+the other strategies to it; `resize` takes the nearest size. The full scale uses batch 1 and the
+largest power of two for which the benchmark takes two minutes at most.
 
-Parity: each strategy's tokens, in the dtype that is timed, against fp64 tokens of which the same
-were kept and merged, of the same small image for `resize`; at most twice as far off as dense.
+Parity: the tokens of each strategy in the timed dtype against fp64 with the same kept and merged
+tokens (`resize`: the same small image). The error is at most twice that of dense.
 """
 
 import pytest
@@ -13,7 +13,7 @@ import timm
 import torch
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU
-from benchmarks.parity import judged, relative_error
+from benchmarks.parity import check_errors, relative_error
 from elip_models.profiling.measure import time_side_by_side
 from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
@@ -36,21 +36,21 @@ def steps(scale):
 
 
 def created(scale):
-    """Create the tower of a scale, in the dtype that is timed."""
+    """Create the tower of a scale in the timed dtype."""
     name, size = (TINY, 96) if scale == "smallest" else (BASE if ON_GPU else SMALL, 224)
     model = timm.create_model(name, img_size=size, num_classes=0)
     return name, model.to(DEVICE, MAIN_DTYPE).eval()
 
 
 def strategies_at_equal_flops(tower):
-    """By name, and the share of the dense training FLOPs."""
+    """Return the strategies by name, and their share of the dense training FLOPs."""
     share = training_ratio(ELIP(), tower.size)
     strategies = {name: strategy().fitted(tower) for name, strategy in STRATEGIES.items()}
     return {name: each.at_flops(tower, share) for name, each in strategies.items()}, share
 
 
 def run(tower, image, text, strategy, replays=None):
-    """Tokens of an image of any size, and what each step did; `replays`: what it is to do again."""
+    """Return the tokens of an image of any size and the info of each step; `replays` are reused."""
     forward = Forward(tower, strategy, text, replays=replays)
     tokens = tower.enter(tower.patchify(image))
     for i in range(tower.depth):
@@ -61,13 +61,13 @@ def run(tower, image, text, strategy, replays=None):
 
 
 def in_fp64(info):
-    """Convert the attention row of a `StageInfo`, as a replay in fp64 takes it."""
+    """Convert the attention row of a `StageInfo` to fp64."""
     return info if info.attention is None else info._replace(attention=info.attention.double())
 
 
 @torch.no_grad()
-def held_to_fp64(model, strategies):
-    """Return the parity of `model`, whose weights are the same after it."""
+def compare_with_fp64(model, strategies):
+    """Return the parity of `model`, whose weights do not change."""
     tower, dtype = as_tower(model), next(model.parameters()).dtype
     image = torch.randn(1, 3, *tower.image_size, device=DEVICE, dtype=dtype)
     text = torch.randn(1, tower.width, device=DEVICE, dtype=dtype)
@@ -81,12 +81,14 @@ def held_to_fp64(model, strategies):
         exact, _ = run(tower, images[name].double(), text.double(), every[name], replays)
         errors[name] = relative_error(tokens, exact)
     model.to(dtype)
-    return judged(errors, ours=list(strategies))
+    return check_errors(errors, ours=list(strategies))
 
 
 def largest_batch(model, mode, count, rounds):
-    """Return the largest power of two at which `count` strategies take two minutes at most,
-    estimated by the time of the dense model."""
+    """Return the largest power of two at which `count` strategies take two minutes at most.
+
+    The estimate uses the time of the dense model.
+    """
     workload = Workload(model, 1)
     with in_mode(workload, mode):
         forward = workload.forward(None)
@@ -103,7 +105,7 @@ def test_strategies(record, rounds, scale, case):
     mode, _, batch = case.partition("-")
     name, model = created(scale)
     strategies, share = strategies_at_equal_flops(as_tower(model))
-    held = held_to_fp64(model, strategies)
+    checked = compare_with_fp64(model, strategies)
     every = {DENSE: None, **strategies}
     is_largest = batch == "largest"
     B = largest_batch(model, mode, len(every), rounds) if is_largest else int(batch[1:])
@@ -124,5 +126,5 @@ def test_strategies(record, rounds, scale, case):
             memory={name: each.memory for name, each in measured.items()},
             shape={"B": B, "image": workload.tower.image_size[0]},
             dtype=DTYPE_NAMES[MAIN_DTYPE],
-            parity=held,
+            parity=checked,
         )

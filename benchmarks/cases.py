@@ -1,9 +1,8 @@
-"""The shapes that are timed at each scale on this class of device, and copies of inputs that are
-larger than its caches.
+"""Shapes that are timed at each scale, and copies of inputs that do not fit into the cache.
 
-    smallest   one small shape for each benchmark: what the slow tests run, in one round
-    default    what `pytest benchmarks/ --benchmark-only` runs, in ten minutes on two CPU cores
-    full       every shape, with `--full`
+smallest   one small shape per benchmark, as in the slow tests (`--smallest`)
+default    `pytest benchmarks/ --benchmark-only`: ten minutes on two CPU cores
+full       every shape (`--full`)
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BATCHES = (1, 16, 64, 256) if ON_GPU else (1, 8, 64)
 WIDTH, HEADS = 768, 12
-SWEEP = (257, WIDTH, 166)  # N, D and K of the cases that go through batches and dtypes
+SWEEP = (257, WIDTH, 166)  # N, D and K of the cases at every batch and dtype
 FURTHER = ((197, WIDTH, 127), (50, WIDTH, 32))
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MAIN_DTYPE, OTHER_DTYPE = reversed(DTYPE_NAMES) if ON_GPU else DTYPE_NAMES
@@ -30,8 +29,7 @@ COMPILED = [Case(BATCHES[-1], *SWEEP, MAIN_DTYPE)]  # compiling takes long
 
 
 def sweep(scale: Scale) -> list[Case]:
-    """Return one shape at the smallest and the largest batch; in full at every batch, and once in
-    the other dtype."""
+    """Return one shape at the smallest and largest batch; in full at all batches and dtypes."""
     if scale == "smallest":
         return [Case(2, *FURTHER[-1], MAIN_DTYPE)]
     if scale == "default":
@@ -41,18 +39,18 @@ def sweep(scale: Scale) -> list[Case]:
 
 
 def reduce_cases(scale: Scale) -> list[Case]:
-    """Return the sweep and, in full, further real shapes at the largest batch."""
+    """Return the sweep; the full scale has further real shapes at the largest batch."""
     further = [Case(BATCHES[-1], *shape, MAIN_DTYPE) for shape in FURTHER]
     return sweep(scale) + (further if scale == "full" else [])
 
 
 def directions(scale: Scale) -> list[str]:
-    """Return forward and backward and, in full, both as one step of training."""
+    """Return forward and backward; the full scale adds both as one training step."""
     return ["forward", "backward", *(["training"] if scale == "full" else [])]
 
 
 def described(case: Case, **more: int) -> dict[str, Any]:
-    """Shape and dtype of a case for the JSON; `more` takes the place of K."""
+    """Return shape and dtype of a case for the JSON; `more` replaces K."""
     names = "BND" if more else "BNDK"
     shape = {name: getattr(case, name) for name in names} | more
     return {"shape": shape, "dtype": DTYPE_NAMES[case.dtype]}
@@ -60,7 +58,7 @@ def described(case: Case, **more: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TowerCase:
-    """A timm tower on B images of `size` pixels a side."""
+    """A timm tower with B images of `size` × `size` pixels."""
 
     name: str
     size: int
@@ -88,7 +86,7 @@ def tower_cases(scale: Scale) -> list[TowerCase]:
 
 @dataclass(frozen=True)
 class PretrainingCase:
-    """A model by a name of `list_models` and fields of its config, on B pairs."""
+    """A model of `list_models`, fields of its config, and a batch of B pairs."""
 
     model: str
     fields: dict[str, Any]
@@ -97,8 +95,7 @@ class PretrainingCase:
 
 
 def pretraining_case(family: str, scale: Scale) -> PretrainingCase:
-    """Return the full size and the paper's batch on a GPU; on a CPU four pairs, an eighth of the
-    paper's widths or, in full, a fourth, and a small vocabulary."""
+    """Return the paper's size and batch on a GPU, and a narrow model with four pairs on a CPU."""
     if scale == "smallest":
         return PretrainingCase(f"{family}_tiny", {}, 2, MAIN_DTYPE)
     name = "clip_vit_b16" if family == "clip" else family
@@ -122,9 +119,11 @@ def pretraining_case(family: str, scale: Scale) -> PretrainingCase:
 
 
 def copies(inputs: tuple[Tensor, ...], read: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """`inputs`, on a GPU in so many sets that none is found in its cache again.
+    """Return `inputs` and, on a GPU, copies of them, so that no call finds its inputs in the cache.
 
-    read: those that a call reads; over all sets they are twice what the L2 holds.
+    Args:
+        inputs: Inputs of one call.
+        read: Those that a call reads; all copies together are twice the size of the L2 cache.
     """
     count = 1
     if ON_GPU:

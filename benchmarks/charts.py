@@ -1,4 +1,4 @@
-"""The charts of one device as SVG: readable on light and on dark pages."""
+"""Charts of one device as SVG for light and dark pages."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ Rows = dict[str, dict[str, float]]
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write <slug>-towers.svg and <slug>-ops.svg, those that there is something to show of."""
+    """Write <slug>-towers.svg and <slug>-ops.svg if there are results; return their paths."""
     folder.mkdir(exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
@@ -41,7 +41,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def tower_panels(entries: list[dict[str, Any]]) -> dict[str, Rows]:
-    """Time relative to dense, training beside inference."""
+    """Return times relative to dense by case, for training and inference."""
     panels: dict[str, Rows] = {}
     for entry in entries:
         if "flops" in entry:
@@ -51,7 +51,7 @@ def tower_panels(entries: list[dict[str, Any]]) -> dict[str, Rows]:
 
 
 def op_panels(entries: list[dict[str, Any]]) -> dict[str, Rows]:
-    """Each op at its largest: time over that of copying the bytes that it must move."""
+    """Return the time of each op at its largest shape, relative to a copy of the bytes it moves."""
     largest: dict[str, dict[str, Any]] = {}
     for entry in entries:
         name = f"{entry['op']} {entry.get('direction')}"
@@ -65,7 +65,7 @@ def op_panels(entries: list[dict[str, Any]]) -> dict[str, Rows]:
 
 
 def plot(panels: dict[str, Rows], title: str) -> plt.Figure:
-    """A marker for each form in a row for each case; panels side by side share the cases."""
+    """Draw one row per case with a marker per form; panels share the cases."""
     count = max(map(len, panels.values()))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(9, 1.1 + 0.3 * count), sharex=True, sharey=True, squeeze=False

@@ -1,4 +1,4 @@
-"""Show what changed between a new run and the committed one, by the ratios that each measured.
+"""Print which time ratios changed between a new run and the committed one.
 
     python -m benchmarks.compare NEW.json [OLD.json] [--threshold 0.05]
 
@@ -32,7 +32,7 @@ class Change(NamedTuple):
 
 
 def ratios(content: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """Return the ratios in a file, by the name of the benchmark and of what it compares to."""
+    """Return the ratios in a file by benchmark and reference."""
     return {
         (benchmark["name"], against): ratio
         for benchmark in content["benchmarks"]
@@ -55,7 +55,7 @@ def committed(device: str) -> Path | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table and return the exit status: 0, or 1 where there is nothing to compare to."""
+    """Write the table; return the exit status: 1 if there are no results to compare with."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description=__doc__.partition("\n")[0]
     )

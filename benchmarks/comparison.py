@@ -1,7 +1,7 @@
-"""Forms of one op timed side by side with a copy of as many bytes as the op must move.
+"""Time forms of one op side by side with a copy of as many bytes as the op must move.
 
-ratio    = our time over that of another form, median over the rounds
-possible = time of the copy over that of a form; the bytes are those of the analytic model
+ratio    = our time divided by that of another form, median over the rounds
+possible = time of the copy divided by that of a form; the analytic model counts the bytes
 """
 
 from collections.abc import Callable
@@ -33,14 +33,14 @@ def compare(
     """Time forms side by side.
 
     Args:
-        forms: by name; ours is `OURS`.
-        inputs: of the forms; beyond the forward direction the gradient of the output comes last.
-        work: of this direction.
-        direction: forward, backward or training, which is both.
-        rounds: interleaved.
+        forms: Forms by name; ours is `OURS`.
+        inputs: Inputs of the forms; for backward and training the gradient of the output is last.
+        work: Bytes and operations in this direction.
+        direction: "forward", "backward", or "training" for both.
+        rounds: Number of interleaved rounds.
 
     Returns:
-        What goes into the JSON, and our step.
+        The facts for the JSON, and our step.
     """
     sets = copies(inputs, inputs[-1:] if direction == "backward" else inputs)
     prepared = {name: partial(_prepare, form, direction, sets) for name, form in forms.items()}
@@ -64,8 +64,7 @@ def compare(
 
 
 def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
-    """Prepare one call of `form` for each set of inputs; every output stands until the last is
-    done."""
+    """Return a step that calls `form` on each set of inputs and keeps all outputs until the end."""
     if direction == "backward":
         graphs = [(form(*inputs)[0], inputs[0], grad) for *inputs, grad in sets]
 
@@ -81,8 +80,7 @@ def _prepare(form: Form, direction: str, sets: list[Tensors]) -> Step:
 
 
 def copied(nbytes: int, count: int) -> Step:
-    """Prepare `count` copies, each of which reads and writes `nbytes` together, between buffers
-    that exist: nothing is allocated, so no page is new."""
+    """Return a step of `count` copies between allocated buffers, `nbytes` read and written each."""
     halves = [torch.zeros(2, nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(count)]
 
     def copy() -> None:
@@ -93,12 +91,12 @@ def copied(nbytes: int, count: int) -> Step:
 
 
 def as_step(prepare: Callable[[], Step]) -> Step:
-    """Make the step that `prepare` returns; on a GPU a CUDA graph of it, without Python."""
+    """Return the step of `prepare`, on a GPU as a CUDA graph."""
     return capture_graph(prepare) if ON_GPU else prepare()
 
 
 def runs_kernels(ours: Form, inputs: Tensors) -> bool:
-    """Tell whether a call launches this project's kernels, and no PyTorch form in place of one."""
+    """Return whether a call launches our kernels, and no PyTorch form instead."""
     operators = OPERATORS.values()
     with ExitStack() as stack:
         launchers, references = (
@@ -110,6 +108,6 @@ def runs_kernels(ours: Form, inputs: Tensors) -> bool:
 
 
 def _memory(form: Form, direction: str, inputs: Tensors) -> int:
-    """Measure the bytes that a form takes beyond its inputs."""
+    """Return the bytes that a form allocates beyond its inputs."""
     step = _prepare(form, direction, [inputs])
     return memory_of(step, DEVICE, forward=partial(with_gradient, form, *inputs))

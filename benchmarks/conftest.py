@@ -1,4 +1,4 @@
-"""Device, versions and results of every benchmark: into the JSON, and as a table at the end."""
+"""Fixtures that record device, versions and results of benchmarks in the JSON and the terminal."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 def scale_of(config):
-    """Return the scale that the options ask for."""
+    """Return the scale of the options."""
     chosen = [name for name in SCALES if config.getoption(f"--{name}", False)]
     if len(chosen) > 1:
         raise pytest.UsageError("expected --smallest or --full, got both; leave one out")
@@ -54,7 +54,7 @@ def _seeded():
 
 @pytest.fixture
 def record(request, benchmark):
-    """record(step, ratios=, ...): store what was measured; the runner times `step` by itself."""
+    """Return record(step, ratios=, ...), which stores facts and lets the runner time `step`."""
 
     def synchronized(step):
         step()
@@ -70,7 +70,7 @@ def record(request, benchmark):
 
 
 def rounded(value):
-    """Five significant digits are more than a measurement has."""
+    """Round all numbers to five significant digits."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
@@ -99,8 +99,7 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keep what was measured side by side; the runner's own figures only in short; and what was to
-    run but failed, or was not come to."""
+    """Keep our measurements and the runner's median, and list failed and missing benchmarks."""
     planned, passed, failed = (set(config.stash.get(k, [])) for k in (PLANNED, PASSED, FAILED))
     output_json["run"] = {
         "planned": len(planned),

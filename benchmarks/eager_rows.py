@@ -1,8 +1,8 @@
-"""The CLS row and its output as a block computes them: what the absorbed forms replace.
+"""CLS attention and its output in plain PyTorch, the forms that the absorbed ops replace.
 
-official: LayerNorm, the whole qkv projection, the whole N x N map, of which the CLS row is taken.
-eager: LayerNorm, the projections that the CLS query needs, its row alone.
-tokens (B, N, D) enter the block, cls (B, D) stands in for row 0, p are the block's parameters.
+official: LayerNorm, the whole qkv projection and the whole N x N attention map.
+eager: LayerNorm, the projections that the CLS query needs, and its row only.
+tokens (B, N, D) are the block's input, cls (B, D) replaces row 0, p are the block's parameters.
 """
 
 import torch
@@ -17,7 +17,7 @@ Parameters = dict[str, Tensor]
 
 
 def parameters(D: int, dtype: torch.dtype, device: torch.device) -> Parameters:
-    """LayerNorm and qkv of a block, seeded, under the names of the absorbed forms."""
+    """Return seeded parameters of LayerNorm and qkv, under the names of the absorbed ops."""
     generator = torch.Generator().manual_seed(0)
     p = {f"{n}_weight": torch.randn(D, D, generator=generator) * D**-0.5 for n in "qkv"}
     p |= {f"{n}_bias": torch.randn(D, generator=generator) * 0.1 for n in ("norm", *"qkv")}
@@ -31,7 +31,7 @@ def official_row(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
 
 
 def official_output(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
-    """The CLS token's attention output before the block's output projection, (B, D)."""
+    """Compute the CLS token's attention output before the output projection, (B, D)."""
     attention, v = _official_map(tokens, cls, p)
     return (attention @ v).transpose(1, 2).flatten(2)[:, 0]
 
@@ -50,13 +50,13 @@ def eager_output(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
 
 
 def attention_row(q: Tensor, k: Tensor) -> Tensor:
-    """q (B, H, d), k (B, H, N, d) -> (B, N), the head mean of the softmax row."""
+    """Compute the head mean of the softmax row: q (B, H, d), k (B, H, N, d) -> (B, N)."""
     scores = torch.matmul(k, q[..., None])[..., 0] * q.shape[2] ** -0.5
     return scores.softmax(-1).mean(1)
 
 
 def column_means(q: Tensor, k: Tensor) -> Tensor:
-    """q (B, H, M, d), k (B, H, N, d) -> (B, N), what each key receives of the whole map."""
+    """Compute the mean attention each key receives: q (B, H, M, d), k (B, H, N, d) -> (B, N)."""
     return (torch.matmul(q, k.mT) * q.shape[3] ** -0.5).softmax(-1).mean((1, 2))
 
 
@@ -66,13 +66,13 @@ def _normed(tokens: Tensor, cls: Tensor, p: Parameters) -> Tensor:
 
 
 def _project(x: Tensor, name: str, p: Parameters) -> Tensor:
-    """(B, N, D) -> (B, H, N, d)."""
+    """Project and split into heads: (B, N, D) -> (B, H, N, d)."""
     projected = F.linear(x, p[f"{name}_weight"], p[f"{name}_bias"])
     return projected.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
 def _official_map(tokens: Tensor, cls: Tensor, p: Parameters) -> tuple[Tensor, Tensor]:
-    """The softmax map (B, H, N, N) and the values (B, H, N, d)."""
+    """Return the softmax map (B, H, N, N) and the values (B, H, N, d)."""
     weight, bias = (torch.cat([p[f"{n}_{kind}"] for n in "qkv"]) for kind in ("weight", "bias"))
     qkv = F.linear(_normed(tokens, cls, p), weight, bias).unflatten(-1, (3, HEADS, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)

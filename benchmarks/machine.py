@@ -1,4 +1,4 @@
-"""What every result says of where it comes from: device and versions."""
+"""Device and versions that every result records."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from elip_models.profiling.measure import measured_on
 
 @cache
 def machine() -> dict[str, Any]:
-    """Name device and versions: all that is said of the machine."""
+    """Return device, threads and versions; nothing else of the machine is recorded."""
     measured = measured_on(DEVICE)
     brand = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
     return {

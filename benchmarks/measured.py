@@ -1,4 +1,4 @@
-"""What the committed results say, and which of them are refused."""
+"""Committed benchmark results: reading, and the checks that refuse invalid ones."""
 
 import json
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ LEAST_ROUNDS = 10
 
 
 class Refused(Exception):
-    """Results that no table may show, or a page that has no place for them."""
+    """Results that fail a check, or a page without markers for them."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What one device measured: entries are the benchmarks' `extra_info`."""
+    """Results of one device; entries are the `extra_info` of its benchmarks."""
 
     slug: str
     machine: dict[str, Any]
@@ -24,10 +24,10 @@ class Results:
 
 
 def read_results(folder: Path) -> list[Results]:
-    """The results of every device, each in a folder of its own.
+    """Return the results of every device, each from its own folder.
 
     Raises:
-        Refused: naming the file, the benchmark and the reason.
+        Refused: a check failed; the message has file, benchmark and reason.
     """
     devices = sorted({path.parent for path in folder.glob("*/bench*.json")})
     return [_read_device(device) for device in devices]
@@ -59,12 +59,12 @@ def _read_device(folder: Path) -> Results:
 
 
 def unfinished(content: dict[str, Any]) -> str | None:
-    """Why a file may not be shown, or None."""
+    """Return why a file is refused, or None."""
     if not content["commit_info"].get("id"):
-        return "expected the commit that was measured, got none: set COMMIT where there is no .git"
+        return "expected the measured commit, got none; set COMMIT if there is no .git"
     run = content.get("run")
     if run is None:
-        return "expected 'run', which says what was to be measured, got none"
+        return "expected 'run', the list of planned benchmarks, got none"
     for what in ("failed", "missing"):
         if run[what]:
             names = ", ".join(run[what][:3])
@@ -73,13 +73,15 @@ def unfinished(content: dict[str, Any]) -> str | None:
 
 
 def refusal(entry: dict[str, Any]) -> str | None:
-    """Why an entry may not be shown, or None."""
+    """Return why an entry is refused, or None."""
     parity = entry.get("parity")
     if parity is None:
         return "its parity was not checked"
-    for held in (parity, *([parity["coarser"]] if "coarser" in parity else [])):
-        if held.get("passed") is not True or not held["max_abs"] <= held["bound"]:
-            return f"parity failed: an error of {held['max_abs']}, {held['bound']} is allowed"
+    checks = [parity, parity["coarser"]] if "coarser" in parity else [parity]
+    for check in checks:
+        if check.get("passed") is not True or not check["max_abs"] <= check["bound"]:
+            error, bound = check["max_abs"], check["bound"]
+            return f"parity failed: expected an error of at most {bound}, got {error}"
     if entry.get("rounds", 0) < LEAST_ROUNDS:
         return f"expected {LEAST_ROUNDS} rounds or more, got {entry.get('rounds', 0)}"
     return None

@@ -1,7 +1,7 @@
-"""The reduction as the official ELIP code performs it, in our own words: the baseline to time.
+"""The algorithm of the official ELIP code, reimplemented as the baseline for timing.
 
-All scores are sorted, every image is indexed in a Python loop, the dropped tokens are weighed and
-summed in a second loop, and the pieces are stacked and concatenated. Gradients reach tokens only.
+It sorts all scores, indexes every image in a Python loop, sums the dropped tokens in a second loop,
+and concatenates the results. Only tokens have a gradient.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def official_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
-    """tokens (B, N, D), attn (B, N-1) -> (B, keep+2, D)."""
+    """Reduce tokens (B, N, D) by scores attn (B, N-1) -> (B, keep+2, D)."""
     with torch.no_grad():
         scores, order = attn.sort(dim=-1, descending=True)
         kept = order[:, :keep].sort(dim=-1).values + 1
@@ -26,7 +26,7 @@ def official_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
 
 
 def eager_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
-    """The same without a loop: topk, index_select, one batched product. A good eager form."""
+    """Reduce without a loop: topk, index_select and one batched product."""
     B, N, D = tokens.shape
     with torch.no_grad():
         kept = attn.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values

@@ -1,8 +1,8 @@
-"""The FLOPs of the paper's CLIP models (ELIP, Table 5) beside those counted here.
+"""FLOPs of the paper's CLIP models (ELIP, Table 5) compared with those counted here.
 
-A reading says what the paper may have counted: one tower or both, the forward or both passes, the
-scoring pass or not, EViT at every layer or at three. Its batch is not known, so the one that fits
-best, the same for both models, is worked out: a reading is as good as its worst of six figures.
+A reading is a hypothesis about what the paper counted: one tower or both, the forward or both
+passes, the scoring pass or not, EViT at every layer or at three. The batch is unknown, so the best
+one for both models is fitted. The error of a reading is the worst error of the six figures.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ PAPER = {  # ELIP, Table 5
     "clip_vit_s16": Figures(31.34, 23.98, 12.91),
     "clip_vit_b16": Figures(97.41, 72.21, 32.62),
 }
-BATCHES = {  # of the paper: section 4.2, and 4.3.1 in all and on each of 4 GPUs
+BATCHES = {  # in the paper: section 4.2; section 4.3.1 in total, and on each of 4 GPUs
     "36": {"clip_vit_s16": 36, "clip_vit_b16": 36},
     "1760 and 920": {"clip_vit_s16": 1760, "clip_vit_b16": 920},
     "440 and 230": {"clip_vit_s16": 440, "clip_vit_b16": 230},
@@ -53,10 +53,11 @@ Counts = dict[tuple[str, str], dict[str, FlopCount]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What the paper may have counted, and how well it explains the figures.
+    """A hypothesis about what the paper counted, and its errors.
 
-    images: the batch, of both models, that fits best. worst: the largest error of the six then, as
-    a share. errors: of dense, ELIP and EViT, by model.
+    images: Fitted batch of both models.
+    worst: Largest relative error of the six figures.
+    errors: Relative errors of dense, ELIP and EViT by model.
     """
 
     towers: str
@@ -84,12 +85,12 @@ def paper_counts() -> Counts:
 
 
 def flops_of(counts: FlopCount, passes: str) -> int:
-    """The FLOPs of the forward, or of both passes."""
+    """Return the FLOPs of the forward pass, or of both passes."""
     return counts.forward if passes == FORWARD else sum(counts)
 
 
 def readings(counts: Counts) -> list[Reading]:
-    """Work out every reading, the best first."""
+    """Return every reading, the best first."""
     found = []
     for towers, passes, elip, evit in product((IMAGE, BOTH), (FORWARD, TRAINING), ELIPS, EVITS):
         ours = {
@@ -112,8 +113,7 @@ def readings(counts: Counts) -> list[Reading]:
 
 
 def stated_batches(counts: Counts) -> Iterator[tuple[str, dict[str, float]]]:
-    """Try the batches that the paper names -> the errors of the dense figures, by batch and
-    reading."""
+    """Yield each batch size of the paper with each reading, and the errors of the dense figures."""
     options = product((IMAGE, BOTH), (FORWARD, TRAINING), UNITS, BATCHES)
     for towers, passes, unit, batch in options:
         errors = {}
@@ -124,15 +124,16 @@ def stated_batches(counts: Counts) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def savings(counts: Counts, name: str, elip: str, evit: str) -> float:
-    """Divide what ELIP saves by what EViT saves, which depends on no batch, unit or text tower."""
+    """Return the saving of ELIP divided by that of EViT (no batch, unit or text tower matters)."""
     each = {method: sum(flops) for method, flops in counts[name, BOTH].items()}
     return (each[DENSE] - each[elip]) / (each[DENSE] - each[evit])
 
 
 def ratio_table(counts: Counts, best: Reading) -> Table:
-    """Lay out the ratio to dense of every method and reading, with its error against the
-    paper's."""
-    table = Table(title="FLOPs against dense, forward and backward: paper's Table 5, and counted")
+    """Return a table of ratios to dense of every method, with errors to the paper."""
+    table = Table(
+        title="FLOPs relative to dense, forward and backward: Table 5 of the paper, and counted"
+    )
     table.add_column("method")
     for name in PAPER:
         for column in ("paper", BOTH, IMAGE, "paper\nTFLOPs", f"ours at {best.images:.0f}\npairs"):
@@ -153,33 +154,33 @@ def ratio_table(counts: Counts, best: Reading) -> Table:
 
 
 def conclusions(counts: Counts, found: list[Reading]) -> list[str]:
-    """Write what holds, in sentences made of the figures."""
+    """Return the conclusions as sentences."""
     best = found[0]
     counted = best.elip not in (UNSCORED, "ELIP, last")
     by_elip = {elip: next(r for r in found if r.elip == elip) for elip in ELIPS}
     lines = [
         f"The paper's ELIP figure {'counts' if counted else 'does not count'} the scoring pass. "
-        "Best reading with each way to count it, worst of six figures: "
+        "Worst error of the best reading with each ELIP method: "
         + "; ".join(f"{elip.removeprefix('ELIP, ')} {r.worst:.1%}" for elip, r in by_elip.items())
-        + " ('last' has no pass to count).",
-        "What ELIP saves over what EViT saves, free of batch, unit and text tower: "
+        + " ('last' has no scoring pass).",
+        "Saving of ELIP divided by that of EViT, independent of batch, unit and text tower: "
         + "; ".join(_savings_line(counts, name) for name in PAPER)
         + ".",
         f"Best reading: {best.towers}, {best.passes}, {best.evit}. One batch of {best.images:.0f} "
-        f"pairs for both models gives all six figures within {best.worst:.1%}; so would "
-        f"{2 * best.images:.0f} pairs in multiply-adds. The other pass reading fits within "
-        f"{_other_passes(found, best).worst:.1%}: the figures do not tell them apart, the paper "
-        "says forward and backward.",
+        f"pairs for both models gives all six figures within {best.worst:.1%}, and so do "
+        f"{2 * best.images:.0f} pairs in multiply-adds. The best reading with the other passes is "
+        f"within {_other_passes(found, best).worst:.1%}, so the figures cannot decide; the paper "
+        "reports forward and backward.",
     ]
     stated = dict(stated_batches(counts))
     nearest = min(stated, key=lambda each: max(map(abs, stated[each].values())))
     lines.append(
-        "Not explained: no batch that the paper names gives both dense figures. The nearest is "
+        "Not explained: no batch size of the paper gives both dense figures. The nearest is "
         f"{nearest}: "
         + ", ".join(f"{_short(name)} {_error(e)}" for name, e in stated[nearest].items())
-        + ". Alone, "
+        + ". For one model alone: "
         + "; ".join(_alone(stated, name) for name in PAPER)
-        + ". Nor is the text tower, as a share of dense that ELIP's ratio leaves it: "
+        + ". The share of the text tower, derived from ELIP's ratio, is not explained either: "
         + "; ".join(_text_share(counts, name) for name in PAPER)
         + "."
     )
@@ -188,10 +189,10 @@ def conclusions(counts: Counts, found: list[Reading]) -> list[str]:
 
 def _savings_line(counts: Counts, name: str) -> str:
     paper = PAPER[name]
-    said = (paper.dense - paper.elip) / (paper.dense - paper.evit)
+    reported = (paper.dense - paper.elip) / (paper.dense - paper.evit)
     ours = {elip: savings(counts, name, elip, EVITS[0]) for elip in ELIPS}
     each = ", ".join(f"{elip.removeprefix('ELIP, ')} {share:.3f}" for elip, share in ours.items())
-    return f"{_short(name)} paper {said:.3f}, ours (EViT at every layer) {each}"
+    return f"{_short(name)} paper {reported:.3f}, ours (EViT at every layer) {each}"
 
 
 def _alone(stated: dict[str, dict[str, float]], name: str) -> str:
@@ -200,15 +201,14 @@ def _alone(stated: dict[str, dict[str, float]], name: str) -> str:
 
 
 def _text_share(counts: Counts, name: str) -> str:
-    """The share of dense that no reduction touches: as the paper's ratio for ELIP unscored leaves
-    it, and as counted."""
+    """Return the unreduced share of the dense FLOPs: derived from the paper's ELIP, and counted."""
     image, both = (
         {method: sum(each) for method, each in counts[name, towers].items()}
         for towers in (IMAGE, BOTH)
     )
     kept = image[UNSCORED] / image[DENSE]
-    said = (PAPER[name].elip / PAPER[name].dense - kept) / (1 - kept)
-    return f"{_short(name)} paper {said:.3f}, ours {1 - image[DENSE] / both[DENSE]:.3f}"
+    reported = (PAPER[name].elip / PAPER[name].dense - kept) / (1 - kept)
+    return f"{_short(name)} paper {reported:.3f}, ours {1 - image[DENSE] / both[DENSE]:.3f}"
 
 
 def _short(name: str) -> str:
@@ -225,7 +225,7 @@ def _error(share: float) -> str:
 
 
 def paper_report() -> tuple[Group, dict[str, Any]]:
-    """What `elip profile --paper` prints, and the same as plain data."""
+    """Return the report of `elip profile --paper` on Table 5, and its data."""
     counts = paper_counts()
     found = readings(counts)
     lines = conclusions(counts, found)

@@ -1,9 +1,9 @@
-"""The FLOPs of the paper's cross-modal models (ELIP, Table 1) beside those counted here.
+"""FLOPs of the paper's cross-modal models (ELIP, Table 1) compared with those counted here.
 
-Counted is a whole step of pre-training, forward and backward, on the meta device: all objectives,
-momentum towers included, two FLOPs a multiply-add, at the paper's batch of 36 and with texts of the
-full length. EViT and ToMe act in every layer, as the paper's do, and reduce the momentum tower too,
-which is a copy of what they change. METER takes ToMe here; the paper has no figure of it.
+The count is of a whole pre-training step, forward and backward, on the meta device: all objectives,
+with momentum towers, two FLOPs per multiply-add, the paper's batch of 36 and texts of full length.
+EViT and ToMe reduce every layer, as in the paper, and the momentum tower too. The paper has no
+figure for METER with ToMe.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,9 @@ from elip_models.profiling.measure import count_step
 from elip_models.profiling.runner import DENSE
 
 BATCH_SIZE = 36
-AGREES = 0.01  # an error up to which a count is called the paper's
+AGREES = 0.01  # largest relative error of a count that agrees with the paper
 SHARED = "last, shared momentum"
-ELIPS: dict[str, dict[str, Any]] = {  # what is counted: fields of the config
+ELIPS: dict[str, dict[str, Any]] = {  # fields of the config by method
     "official": {"scorer": "official"},
     "exact": {"scorer": "exact"},
     "last": {"scorer": "last"},
@@ -33,11 +33,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "EViT": {"strategy": "evit:layers=all"},
     "ToMe": {"strategy": "tome:r=13"},
 }
-OF_MOMENTUM = ("momentum", SHARED)  # methods of models with a momentum tower
+OF_MOMENTUM = ("momentum", SHARED)  # methods that need a momentum tower
 
 
 class Table1(NamedTuple):
-    """TFLOPs of one model as the paper gives them, None where it does not; models: ours."""
+    """TFLOPs of one model in the paper (None if missing), and the names of our models."""
 
     models: tuple[str, ...]
     dense: float
@@ -46,7 +46,7 @@ class Table1(NamedTuple):
     tome: float | None
 
     def of(self, method: str) -> float | None:
-        """Its figure of a method that is counted here."""
+        """Return the paper's figure for a method."""
         return {DENSE: self.dense, "EViT": self.evit, "ToMe": self.tome}.get(method, self.elip)
 
 
@@ -64,8 +64,7 @@ def table1_counts() -> Counts:
 
 
 def step_counts(name: str) -> dict[str, float]:
-    """Count the TFLOPs of a step of one model: `DENSE`, then those of `ELIPS` and `OTHERS` that it
-    takes."""
+    """Count the TFLOPs of a step of one model, dense and with every method that it supports."""
     has_momentum = issubclass(family_of(name), MomentumModel)
     own = {"momentum_reduction": "own"} if has_momentum else {}
     forms = {DENSE: (name, {})}
@@ -97,56 +96,54 @@ def ratios(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def nearest(counts: Mapping[str, float], paper: Table1) -> tuple[str, float]:
-    """Find the way to count ELIP whose ratio is the nearest to the paper's -> its name and
-    error."""
-    said, counted = paper.elip / paper.dense, ratios(counts)
-    errors = {method: counted[method] / said - 1 for method in ELIPS if method in counted}
+    """Return the ELIP method whose ratio is nearest to the paper's, and its error."""
+    reported, counted = paper.elip / paper.dense, ratios(counts)
+    errors = {method: counted[method] / reported - 1 for method in ELIPS if method in counted}
     return min(errors.items(), key=lambda item: abs(item[1]))
 
 
 def table1(counts: Counts) -> Table:
-    """Lay out the TFLOPs of every method, and their ratio to dense, with errors against the
-    paper's."""
+    """Return a table of TFLOPs and ratios to dense of every method, with errors to the paper."""
     table = Table(title=f"Forward and backward of a pre-training step, batch {BATCH_SIZE}: Table 1")
     for column in ("model", "method"):
         table.add_column(column)
-    for column in ("TFLOPs,\npaper", "\ncounted", "to dense,\npaper", "\ncounted"):
+    for column in ("TFLOPs,\npaper", "\ncounted", "vs dense,\npaper", "\ncounted"):
         table.add_column(column, justify="right")
     for name, paper in _models():
         table.add_section()
         for method, flops in counts[name].items():
-            said, dense = paper.of(method), counts[name][DENSE]
-            share = None if said is None else said / paper.dense
+            reported, dense = paper.of(method), counts[name][DENSE]
+            share = None if reported is None else reported / paper.dense
             label = f"ELIP, {method}" if method in ELIPS else method
-            cells = [_figure(said, 2), _beside(flops, said, 2)]
-            cells += [_figure(share, 3), _beside(flops / dense, share, 3)]
+            cells = [_figure(reported, 2), _with_error(flops, reported, 2)]
+            cells += [_figure(share, 3), _with_error(flops / dense, share, 3)]
             table.add_row(name if method == DENSE else "", label, *cells)
     return table
 
 
 def conclusion(counts: Counts) -> str:
-    """Say which scorer's count the paper's ratios agree with, in a sentence made of the figures."""
-    said = []
+    """Return a sentence: which scorer's count agrees with the paper's ratios."""
+    parts = []
     for name, paper in _models():
         method, error = nearest(counts[name], paper)
         dense = counts[name][DENSE] / paper.dense - 1
         agrees = "agrees with" if abs(error) <= AGREES else "agrees with none, nearest"
-        known = "the same step" if abs(dense) <= AGREES else "not the same step"
-        said.append(f"{name} {agrees} '{method}' {_error(error)}, dense {_error(dense)}: {known}")
+        step = "the same step" if abs(dense) <= AGREES else "not the same step"
+        parts.append(f"{name} {agrees} '{method}' {_error(error)}, dense {_error(dense)}: {step}")
     return (
-        f"The paper's ratio of ELIP against those counted here, within {AGREES:.0%}: "
-        + "; ".join(said)
-        + ". What a scorer other than 'official' saves beyond that is this library's."
+        f"The paper's ratio of ELIP to dense and our counts, within {AGREES:.0%}: "
+        + "; ".join(parts)
+        + ". Savings of scorers other than 'official' come from this library."
     )
 
 
 def table1_report() -> tuple[Group, dict[str, Any]]:
-    """What `elip profile --paper` prints of Table 1, and the same as plain data."""
+    """Return the report of `elip profile --paper` on Table 1, and its data."""
     return report_of(table1_counts())
 
 
 def report_of(counts: Counts) -> tuple[Group, dict[str, Any]]:
-    """`table1_report` of these counts."""
+    """Return `table1_report` of these counts."""
     line = conclusion(counts)
     data = {
         "batch_size": BATCH_SIZE,
@@ -159,7 +156,7 @@ def report_of(counts: Counts) -> tuple[Group, dict[str, Any]]:
 
 
 def _models() -> Iterator[tuple[str, Table1]]:
-    """Each of our models with the paper's figures of it."""
+    """Yield each of our models with the paper's figures."""
     for paper in PAPER.values():
         for name in paper.models:
             yield name, paper
@@ -169,9 +166,10 @@ def _figure(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _beside(value: float, said: float | None, digits: int) -> str:
-    """Write what was counted, with its error against what the paper says, where it does."""
-    return _figure(value, digits) + ("" if said is None else f" {_error(value / said - 1)}")
+def _with_error(value: float, reported: float | None, digits: int) -> str:
+    """Return a counted value, with its error if the paper reports one."""
+    text = _figure(value, digits)
+    return text if reported is None else f"{text} {_error(value / reported - 1)}"
 
 
 def _error(share: float) -> str:

@@ -1,12 +1,12 @@
-"""Forms of one op, and how far each is from fp64; what is not as near as it must be is not timed.
+"""Parity checks: the error of each form of an op against fp64, before it is timed.
 
-    error = largest deviation from fp64 over the largest value; ours at most twice that of the forms
-            that it replaces, for the first and the last images. A form that computes in a coarser
-            dtype by design is held to twice the error of what it replaces in that dtype
-    apart = the same from the eager form instead of fp64, for all images; at most twice that bound
+    error = largest deviation from fp64 divided by the largest value, for the first and last images.
+            Ours must be at most twice that of the forms that it replaces. A form that computes in a
+            coarser dtype by design is compared with the form that it replaces in that dtype
+    apart = the same deviation, from the eager form and for all images; at most twice that bound
 
-A compiled form may add n numbers in fp32 one after another where PyTorch adds them pairwise: the
-error of such a sum grows as sqrt(n), so that its bound is wider by sqrt(n) eps.
+A compiled form may add n fp32 numbers in order where PyTorch adds them pairwise. The error of such
+a sum grows with sqrt(n), so its bound is wider by sqrt(n) eps.
 
 A form takes tensors and returns a tuple of tensors; gradients flow from the first to the first.
 """
@@ -26,64 +26,73 @@ from elip_kernels.testing import Case
 
 OURS = "elip_kernels"
 REPLACING = (OURS, "compiled")
-FLOOR = 1e-6  # of the bound
+FLOOR = 1e-6  # added to the bound
 
 Tensors = tuple[Tensor, ...]
 Form = Callable[..., Tensors]
 
 
 def parity(exact: Tensors, outputs: dict[str, Tensors], *, summed: int = 0) -> dict[str, Any]:
-    """Hold the outputs of every form to `exact`, and to those of the last form that ours replaces.
+    """Compare the outputs of every form with `exact`, and with the last form that ours replaces.
 
     Args:
-        exact: in fp64, of all images or of those that `in_fp64` picks.
-        outputs: by form, of all images.
-        summed: n, how many numbers each output element is a sum of.
+        exact: Outputs in fp64, of all images or of those that `in_fp64` picks.
+        outputs: Outputs of all images by form.
+        summed: How many numbers are added for each output element; 0 if it does not matter.
 
     Returns:
-        What goes into the JSON.
+        The entry "parity" of the JSON.
 
     Raises:
-        AssertionError: a form is further off than it may be, or of another shape.
+        AssertionError: the error of a form is above its bound, or a shape differs.
     """
     images = len(exact[0])
-    picked = {name: [t[ends(len(t), images)] for t in tensors] for name, tensors in outputs.items()}
+    picked = {
+        name: [t[first_and_last(len(t), images)] for t in tensors]
+        for name, tensors in outputs.items()
+    }
     errors = {name: deviation(output, exact) for name, output in picked.items()}
     compiled = {name: errors.pop(name) for name in ("compiled",) if summed and name in errors}
-    held = judged(errors)
+    checked = check_errors(errors)
     if compiled:
         eps = torch.finfo(torch.float32).eps
-        order = {"fp32, summed in order": held["bound"] / 2 + sqrt(summed) * eps}
-        held |= {"coarser": judged(compiled | order, ours=list(compiled))}
+        order = {"fp32, summed in order": checked["bound"] / 2 + sqrt(summed) * eps}
+        checked |= {"coarser": check_errors(compiled | order, ours=list(compiled))}
     eager = [output for name, output in outputs.items() if name not in REPLACING][-1]
-    apart = {name: deviation(output, eager) for name, output in outputs.items()}
-    worst = largest(apart.values())
-    bound = 2 * max(held["bound"], held.get("coarser", held)["bound"])
-    assert worst <= bound, f"parity: expected all images {bound:.2e} apart at most, got {apart}"
-    return held | {"apart": worst}
+    from_eager = {name: deviation(output, eager) for name, output in outputs.items()}
+    worst = largest(from_eager.values())
+    bound = 2 * max(checked["bound"], checked.get("coarser", checked)["bound"])
+    assert worst <= bound, (
+        f"parity: expected deviations from the eager form of at most {bound:.2e}, got {from_eager}"
+    )
+    return checked | {"apart": worst}
 
 
 def deviation(output: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest relative error of several tensors."""
+    """Return the largest relative error of several tensors."""
     return largest(relative_error(*pair) for pair in zip(output, exact, strict=True))
 
 
 def relative_error(output: Tensor, exact: Tensor) -> float:
-    """Largest deviation over the largest value; NaN where there is one."""
+    """Return the largest deviation divided by the largest value; NaN if there is a NaN."""
     assert output.shape == exact.shape, f"parity: expected {exact.shape}, got {output.shape}"
     return ((output.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def largest(values: Iterable[float]) -> float:
-    """Find the largest value; unlike Python's max, NaN where there is one."""
+    """Return the largest value, or NaN if there is one, unlike Python's max."""
     return torch.tensor([*values], dtype=torch.float64).max().item()
 
 
-def judged(errors: dict[str, float], ours: Sequence[str] = REPLACING) -> dict[str, Any]:
-    """Return what goes into the JSON of errors by form.
+def check_errors(errors: dict[str, float], ours: Sequence[str] = REPLACING) -> dict[str, Any]:
+    """Check that errors are at most twice those of the replaced forms; return the JSON entry.
+
+    Args:
+        errors: Error of each form.
+        ours: Names of the forms that replace the others.
 
     Raises:
-        AssertionError: a form is further off than twice those that `ours` replace, or not finite.
+        AssertionError: an error is above the bound or not finite.
     """
     replaced = [error for name, error in errors.items() if name not in ours]
     worst, bound = largest(errors.values()), 2 * largest(replaced) + FLOOR
@@ -91,34 +100,34 @@ def judged(errors: dict[str, float], ours: Sequence[str] = REPLACING) -> dict[st
     return {"max_abs": worst, "bound": bound, "passed": True, "errors": errors}
 
 
-def judged_coarser(errors: dict[str, float], replaced: float, dtype: str) -> dict[str, Any]:
-    """Return what goes into the JSON of forms that compute in `dtype`, which is coarser than the
-    dtype of their tensors.
+def check_coarser_errors(errors: dict[str, float], replaced: float, dtype: str) -> dict[str, Any]:
+    """Check forms that compute in a coarser dtype than their tensors; return the JSON entry.
 
     Args:
-        errors: of these forms.
-        replaced: the error of the form that they replace, computed in `dtype`.
+        errors: Error of each of these forms.
+        replaced: Error of the form that they replace, computed in `dtype`.
+        dtype: Name of the coarser dtype.
 
     Raises:
-        AssertionError: a form is further off than twice `replaced`, or not finite.
+        AssertionError: an error is above twice `replaced` or not finite.
     """
-    held = judged({f"replaced, {dtype}": replaced} | errors, ours=list(errors))
-    return held | {"dtype": dtype}
+    checked = check_errors({f"replaced, {dtype}": replaced} | errors, ours=list(errors))
+    return checked | {"dtype": dtype}
 
 
 def on_device(tensors: Sequence[Tensor]) -> Tensors:
-    """Move tensors to the device that is measured, as leaves."""
+    """Move tensors to the measured device, as leaves."""
     return tuple(t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in tensors)
 
 
 def in_fp64(tensors: Sequence[Tensor], images: int) -> Tensors:
-    """Pick so many images, the first and the last, in fp64 -> leaves."""
-    picked = [t.detach()[ends(len(t), images)].double() for t in tensors]
+    """Return the first and last images of each tensor in fp64, as leaves."""
+    picked = [t.detach()[first_and_last(len(t), images)].double() for t in tensors]
     return tuple(p.requires_grad_(t.requires_grad) for p, t in zip(picked, tensors, strict=True))
 
 
-def ends(count: int, images: int) -> list[int]:
-    """Positions of `images` among `count`, half of them the first and half the last."""
+def first_and_last(count: int, images: int) -> list[int]:
+    """Return the positions of `images` out of `count`: half of them the first, half the last."""
     if images >= count:
         return list(range(count))
     return [*range(images // 2), *range(count - images + images // 2, count)]
@@ -127,16 +136,20 @@ def ends(count: int, images: int) -> list[int]:
 def with_compiled(
     forms: dict[str, Form], case: Case, inputs: Tensors
 ) -> tuple[dict[str, Form], dict[str, str]]:
-    """The eager form under torch.compile too, compiled for `inputs` -> forms, and why one is left
-    out, by name."""
+    """Add the eager form under torch.compile, compiled for `inputs`.
+
+    Returns:
+        Forms by name, and the reasons for forms that are left out.
+    """
     eager, compiler = forms["eager"], os.environ.get("CXX", "g++")
     if not ON_GPU and shutil.which(compiler) is None:
         return forms, {"compiled": f"no C++ compiler ({compiler}) on this machine"}
     if case not in COMPILED:
-        return forms, {"compiled": f"only {' and '.join(map(str, COMPILED))} are: it takes long"}
+        names = " and ".join(map(str, COMPILED))
+        return forms, {"compiled": f"compiling takes long, so only {names} is compiled"}
     torch.compiler.reset()
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
-    # A backward pass may go its graph again where the first one that is compiled does.
+    # Timing repeats a backward pass on one graph, which the compiled code must allow.
     with autograd_compiler.patch(donated_buffer=False, enable_autograd_cache=False):
         with_gradient(compiled, *inputs, retain_graph=True)
     return {**forms, "compiled": compiled}, {}
@@ -145,7 +158,7 @@ def with_compiled(
 def with_gradient(
     form: Form, tokens: Tensor, *others: Tensor, retain_graph: bool = False
 ) -> Tensors:
-    """A form's outputs from `tokens, ..` and, where tokens take a gradient, that of `.., grad`."""
+    """Return a form's outputs and, if tokens need a gradient, the gradient for `.., grad`."""
     if not tokens.requires_grad:
         return form(tokens, *others)
     *others, grad = others

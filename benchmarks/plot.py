@@ -1,11 +1,10 @@
-"""Write the tables of docs/benchmarks.md, and the charts and tables beside it, from the committed
-results.
+"""Write tables and charts of docs/benchmarks.md from the committed results.
 
     python -m benchmarks.plot [--results DIR] [--page PAGE] [--check]
 
-Reads DIR/<device>/bench*.json as `pytest benchmarks/ --benchmark-only --benchmark-json=FILE` wrote
-them. Results whose parity failed or was not checked, of a run that failed or stopped early, of no
-known commit, or of fewer than ten rounds, are refused, and nothing is written.
+Reads DIR/<device>/bench*.json, which `pytest benchmarks/ --benchmark-only --benchmark-json=FILE`
+writes. Raises an error and writes nothing if parity failed or was not checked, if a run failed or
+stopped early, or if the commit is unknown or there are fewer than ten rounds.
 """
 
 import argparse
@@ -23,7 +22,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def page_with(page: str, results: list[Results]) -> str:
-    """`page` with the tables between its two markers."""
+    """Return `page` with the tables between its two markers."""
     block = "\n\n".join(device_tables(device) for device in results)
     block = block or "No results are committed yet."
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
@@ -33,7 +32,7 @@ def page_with(page: str, results: list[Results]) -> str:
 
 
 def write(device: Results, docs: Path) -> list[Path]:
-    """The charts of a device, and the page of its ops."""
+    """Write the charts of a device and the page of its ops; return their paths."""
     page = op_page(device)
     if page is None:
         return draw(device, docs)
@@ -44,7 +43,7 @@ def write(device: Results, docs: Path) -> list[Path]:
 
 
 def stale_files(results: list[Results], docs: Path) -> list[Path]:
-    """What `write` gives and is not in `docs`, or not as it is now."""
+    """Return the files of `write` that are missing in `docs` or differ."""
     with TemporaryDirectory() as folder:
         drawn = [path for device in results for path in write(device, Path(folder))]
         return [docs / path.name for path in drawn if not _same(path, docs / path.name)]
@@ -55,11 +54,11 @@ def _same(drawn: Path, kept: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 1 where results are refused or, with --check, something is stale."""
+    """Return the exit status: 1 if results are refused or, with --check, if a file is stale."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only report stale files")
     options = parser.parse_args(arguments)
     try:
         results = read_results(options.results)
@@ -70,10 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     docs = options.page.parent
     if options.check:
-        stale = [options.page] * (wanted != current) + stale_files(results, docs)
+        stale = stale_files(results, docs)
+        if wanted != current:
+            stale.append(options.page)
         for path in stale:
             sys.stderr.write(f"{path}: missing or stale; run python -m benchmarks.plot\n")
-        return int(bool(stale))
+        return 1 if stale else 0
     for device in results:
         write(device, docs)
     options.page.write_text(wanted, encoding="utf-8")

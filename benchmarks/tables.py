@@ -1,5 +1,7 @@
-"""The tables of one device in Markdown, towers, strategies and models for the page of benchmarks,
-ops for a page of their own: "no gain" stands where there is none."""
+"""Markdown tables of one device: towers, strategies and models, and a separate page of ops.
+
+A time of more than 0.97 of the reference is marked "no gain".
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +16,7 @@ Entry = dict[str, Any]
 
 
 def device_tables(results: Results) -> str:
-    """Write what the page shows of a device: versions, towers, strategies, where the ops are."""
+    """Return the section of a device: versions, tables, and a link to its page of ops."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     about = (
@@ -49,12 +51,12 @@ def device_tables(results: Results) -> str:
 
 
 def chart(results: Results, kind: str, title: str) -> str:
-    """The picture that `charts.draw` makes."""
+    """Return the link to a chart of `charts.draw`."""
     return f"![{kind} on {results.machine['device']}: {title}]({results.slug}-{kind}.svg)"
 
 
 def tower_table(entries: list[Entry]) -> list[str]:
-    """Each cell: time relative to dense, and FLOPs relative to dense in brackets."""
+    """Return time and (in brackets) FLOPs of each scorer relative to dense."""
     scorers = list(entries[0]["ratios"])
     rows = []
     for entry in entries:
@@ -68,14 +70,15 @@ def tower_table(entries: list[Entry]) -> list[str]:
         rows.append([tower(entry), entry["direction"], dense, *cells, bytes_left])
     header = ["tower, batch, dtype", "mode", "dense, ms", *scorers, "memory, `last`"]
     note = (
-        "Time relative to the dense tower by scorer (FLOPs in brackets, the scorer's included); "
-        "memory is the peak on a GPU, on a CPU what autograd saves for backward."
+        "Time of each scorer relative to the dense tower, with relative FLOPs in brackets, scorer "
+        "included. Memory is relative to dense: peak memory on a GPU, bytes saved for backward on "
+        "a CPU."
     )
     return [note, table(header, rows, left=2)]
 
 
 def strategy_table(entries: list[Entry]) -> list[str]:
-    """Each cell: time relative to dense, and counted FLOPs relative to dense in brackets."""
+    """Return time and (in brackets) counted FLOPs of each strategy relative to dense."""
     names, rows = list(entries[0]["ratios"]), []
     for entry in entries:
         flops = entry["strategy_flops"]
@@ -84,17 +87,17 @@ def strategy_table(entries: list[Entry]) -> list[str]:
         rows.append([tower(entry), entry["direction"], dense, *cells])
     settings = ", ".join(f"`{each}`" for each in entries[0]["strategies"].values())
     note = (
-        f"Strategies at equal FLOPs: {entries[0]['share']:.3f} of a dense training step each, "
-        "`resize` as near as whole patches come. `patch_dropout` sees all patches in inference; "
-        "`adaptive` masks what it drops beyond the schedule and saves no more than `elip`. "
-        f"Set: {settings}."
+        "Time of each strategy relative to the dense tower, with relative FLOPs in brackets. All "
+        f"are set to {entries[0]['share']:.3f} of a dense training step; `resize` takes the nearest"
+        " size. `patch_dropout` uses all patches in inference. `adaptive` masks the tokens that it "
+        f"drops beyond the schedule, so it saves no more than `elip`. Settings: {settings}."
     )
     header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]
 
 
 def onnx_table(entries: list[Entry]) -> list[str]:
-    """Each cell: time relative to the dense tower in onnxruntime."""
+    """Return the times in onnxruntime relative to the dense tower there."""
     names = list(entries[0]["ratios"])
     rows = [
         [
@@ -105,15 +108,15 @@ def onnx_table(entries: list[Entry]) -> list[str]:
         for entry in entries
     ]
     note = (
-        f"Inference in onnxruntime {entries[0]['onnxruntime']}, exported by `torch.onnx.export`: "
-        f"time relative to the dense tower there, at {entries[0]['share']:.3f} of its training "
-        "FLOPs each. `PyTorch` is the dense tower in PyTorch."
+        f"Inference in onnxruntime {entries[0]['onnxruntime']} after `torch.onnx.export`: time "
+        f"relative to the dense tower in onnxruntime, at {entries[0]['share']:.3f} of its training "
+        "FLOPs. `PyTorch` is the dense tower in PyTorch."
     )
     return [note, table(["tower, batch, dtype", "dense, ms", *names], rows, left=1)]
 
 
 def pretraining_table(entries: list[Entry]) -> list[str]:
-    """Each cell: time relative to dense; FLOPs and memory relative to dense in brackets."""
+    """Return time and (in brackets) FLOPs and memory of each scorer relative to dense."""
     names = list(dict.fromkeys(name for entry in entries for name in entry["ratios"]))
     rows = []
     for entry in entries:
@@ -128,26 +131,26 @@ def pretraining_table(entries: list[Entry]) -> list[str]:
         size = f"{tower(entry)}, width {entry['width']}"
         rows.append([size, milliseconds(entry["milliseconds"]["dense"]), *cells])
     note = (
-        "Pre-training step: forward and backward of all objectives, momentum towers included, "
-        "optimiser aside. Time relative to the dense model by scorer; in brackets FLOPs and "
-        "memory, both relative to dense. `shared`: the momentum tower takes the tokens that the "
-        "online one kept."
+        "Pre-training step: forward and backward of all objectives, with momentum towers and "
+        "without the optimiser. Time of each scorer relative to the dense model, with relative "
+        "FLOPs and memory in brackets. `shared`: the momentum tower reuses the tokens that the "
+        "online tower kept."
     )
     return [note, table(["model, batch, dtype", "dense, ms", *names], rows, left=1)]
 
 
 def replacements(entries: list[Entry]) -> str:
-    """One sentence for each way that is replaced: our time over its time."""
+    """Return one sentence per replaced implementation: our time relative to its time."""
     ways: dict[str, list[str]] = {}
     for entry in entries:
         ((way, value),) = entry["ratios"].items()
-        said = f"{entry['op']} {ratio(value)}"
-        ways.setdefault(f"{entry['does']} instead of {way}", []).append(said)
-    return " ".join(f"Time of {way}: {', '.join(said)}." for way, said in ways.items())
+        cell = f"{entry['op']} {ratio(value)}"
+        ways.setdefault(f"{entry['does']} instead of {way}", []).append(cell)
+    return " ".join(f"Relative time of {way}: {', '.join(cells)}." for way, cells in ways.items())
 
 
 def op_page(results: Results) -> str | None:
-    """The page of the ops, or None where none was measured."""
+    """Return the page of ops, or None if no op was measured."""
     ops = [entry for entry in results.entries if "possible" in entry]
     if not ops:
         return None
@@ -156,7 +159,7 @@ def op_page(results: Results) -> str | None:
 
 
 def op_table(entries: list[Entry]) -> list[str]:
-    """Write the time of ours over that of each other form, and how near it is to a copy's."""
+    """Return our time relative to each other form, and the share of the speed of a copy."""
     rows, some = [], any(entry["kernels"] for entry in entries)
     for entry in entries:
         ratios = [ratio(entry["ratios"].get(name)) for name in OTHERS]
@@ -165,64 +168,64 @@ def op_table(entries: list[Entry]) -> list[str]:
         form = " (PyTorch form)" if some and not entry["kernels"] else ""
         name = f"`{entry['op']}` {entry['direction']}{form}"
         rows.append([name, sizes(entry), ours, *ratios, possible])
-    header = ["op", "shape", "ours, ms", *(f"vs {name}" for name in OTHERS), "of possible"]
+    header = ["op", "shape", "ours, ms", *(f"vs {name}" for name in OTHERS), "speed vs copy"]
     note = (
-        "Our time over that of the official algorithm, of a good eager form, and of that form "
-        "under `torch.compile`. Possible is a copy of the bytes that the op must move, between "
-        "buffers that exist."
+        "Our time divided by that of the official algorithm, of an eager form, and of that form "
+        "under `torch.compile`. Speed vs copy: the time of copying the bytes that the op must move "
+        "(between allocated buffers), divided by our time."
     )
     if not some:
-        note += " Ours is the PyTorch form of each op: no kernel runs here."
+        note += " Ours is the PyTorch form of each op; no kernel runs on this device."
     reasons = {reason for entry in entries for reason in entry["left_out"].items()}
-    absent = [f"Where – stands, {name} was not measured: {why}." for name, why in sorted(reasons)]
+    absent = [f"– means that {name} was not measured: {why}." for name, why in sorted(reasons)]
     return [note, table(header, rows, left=2), *absent]
 
 
 def overhead(entries: list[Entry]) -> str:
-    """Write the overhead of public calls, in one sentence."""
+    """Return the overhead of public calls in one sentence."""
     added = ", ".join(f"{e['op']} {e['overhead_microseconds']:.0f} µs" for e in entries)
-    return f"What a public call adds to the body of its op: {added}."
+    return f"Overhead of a public call over the body of its op: {added}."
 
 
 def serving(entry: Entry) -> str:
-    """Write latencies and memory of many requests, in a few sentences."""
+    """Return latencies and memory of many requests in a few sentences."""
     by, latency = entry["served_by"], entry["latency"]
-    said = [
+    latencies = [
         f"{name} {' / '.join(milliseconds(latency[of][name]) for of in ('dense', 'last'))} ms"
         for name in latency["last"]
     ]
     return (
         f"Serving: {by['threads']} threads share one model, `{by['strategy']}`, each guided by its "
         f"own text; {tower(entry)}, {entry['requests']:,} requests. Time relative to "
-        f"dense {ratio(entry['ratios']['last'])}; latency dense / reduced {', '.join(said)}; the "
-        f"process grew by {entry['grown_bytes'] / 2**20:.1f} MiB."
+        f"dense {ratio(entry['ratios']['last'])}; latency dense / reduced {', '.join(latencies)}; "
+        f"memory of the process grew by {entry['grown_bytes'] / 2**20:.1f} MiB."
     )
 
 
 def tower(entry: Entry) -> str:
-    """As 'vit_base_patch16 256 px, 4, fp32'."""
+    """Return a title such as 'vit_base_patch16 256 px, 4, fp32'."""
     name = entry["op"].removesuffix("_224")
     return f"{name} {entry['shape']['image']} px, {entry['shape']['B']}, {entry['dtype']}"
 
 
 def sizes(entry: Entry) -> str:
-    """As 'B64 N257 D768 K166 fp32'."""
+    """Return sizes such as 'B64 N257 D768 K166 fp32'."""
     return " ".join([*(f"{name}{size}" for name, size in entry["shape"].items()), entry["dtype"]])
 
 
 def milliseconds(value: float) -> str:
-    """Write milliseconds in three digits, without an exponent."""
+    """Return milliseconds with three digits and without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratio(value: float | None) -> str:
-    """Write a time ratio in two digits; what is no gain says so."""
+    """Return a time ratio with two digits, marked if it is no gain."""
     if value is None:
         return "–"
     return f"{value:.2f}" + (" no gain" if no_gain(value) else "")
 
 
 def table(header: Sequence[str], rows: list[list[str]], *, left: int) -> str:
-    """Write Markdown; the first `left` columns stand to the left, numbers to the right."""
+    """Return a Markdown table whose first `left` columns are left-aligned."""
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])

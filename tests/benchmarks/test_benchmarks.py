@@ -1,4 +1,4 @@
-"""What benchmarks write, what plot.py makes of it, and what it refuses."""
+"""Results of benchmarks: what they record, the tables of plot.py, and refused results."""
 
 import inspect
 import json
@@ -23,14 +23,13 @@ from elip_models.reduction.scorers import SCORERS
 from tests.helpers.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[2]
-HELD = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
+PASSED = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
 
 
 def entries():
-    """An op's entry, a tower's, of strategies, onnxruntime's, a pre-training step's, a way's that
-    is replaced, an overhead's, and one of serving."""
-    held = {"parity": dict(HELD), "rounds": 10, "dtype": "fp32"}
-    op = held | {
+    """Return one entry of each kind of benchmark."""
+    common = {"parity": dict(PASSED), "rounds": 10, "dtype": "fp32"}
+    op = common | {
         "op": "reduce",
         "direction": "forward",
         "milliseconds": {"official": 4.0, "eager": 2.0, "elip_kernels": 2.0, "copy": 1.0},
@@ -41,7 +40,7 @@ def entries():
         "left_out": {"compiled": "no compiler"},
         "shape": {"B": 64, "N": 257, "D": 768, "K": 166},
     }
-    tower = held | {
+    tower = common | {
         "op": "vit_base_patch16_224",
         "direction": "training",
         "milliseconds": {"dense": 1674.0, "last": 1230.0},
@@ -50,7 +49,7 @@ def entries():
         "memory": {"dense": 100, "last": 69},
         "shape": {"B": 4, "image": 256},
     }
-    strategies = held | {
+    strategies = common | {
         "op": "vit_small_patch16_224",
         "direction": "inference",
         "milliseconds": {"dense": 63.2, "tome": 50.0, "resize": 62.0},
@@ -60,7 +59,7 @@ def entries():
         "share": 0.702,
         "shape": {"B": 1, "image": 224},
     }
-    exported = held | {
+    exported = common | {
         "op": "vit_small_patch16_224",
         "onnxruntime": "1.32.0",
         "milliseconds": {"dense": 41.2, "tome": 30.0, "PyTorch": 63.2},
@@ -68,7 +67,7 @@ def entries():
         "share": 0.702,
         "shape": {"B": 1, "image": 224},
     }
-    step = held | {
+    step = common | {
         "op": "albef",
         "direction": "training",
         "milliseconds": {"dense": 1500.0, "official": 1480.0, "last, shared": 1100.0},
@@ -79,10 +78,10 @@ def entries():
         "width": 192,
     }
     unshared = {"ratios": {"official": 0.9}, "step_flops": {"dense": 1.0, "official": 0.88}}
-    way = held | {"does": "ITM in one pass", "instead_of": "two passes"}
+    way = common | {"does": "ITM in one pass", "instead_of": "two passes"}
     ways = [way | {"op": name, "ratios": {"two passes": r}} for name, r in (("x", 0.9), ("y", 1))]
-    overhead = held | {"op": "reduce", "overhead_microseconds": 21.4}
-    serving = held | {
+    overhead = common | {"op": "reduce", "overhead_microseconds": 21.4}
+    serving = common | {
         "op": "vit_tiny_patch16_224",
         "ratios": {"last": 0.8},
         "latency": {"dense": {"p50": 40.2, "p99": 90.0}, "last": {"p50": 30.4, "p99": 81.0}},
@@ -106,8 +105,7 @@ def entries():
 
 @pytest.fixture
 def page(tmp_path):
-    """page(entries, **changes to the file) -> arguments of plot.py for a page and these results of
-    one device."""
+    """Return page(entries, **changes), which writes a page and results and returns arguments."""
 
     def write(entries, **changes):
         folder = tmp_path / "results" / "some-cpu"
@@ -143,7 +141,7 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "| `reduce` forward | B64 N257 D768 K166 fp32 | 2 | 0.50 | 1.00 no gain | – | 50% |",
         "| vit_base_patch16 256 px, 4, fp32 | training | 1674 | 0.73 (0.71) | 0.69 |",
         "| vit_small_patch16 224 px, 1, fp32 | inference | 63.2 | 0.79 (0.70) | 0.98 no gain (",
-        "0.702 of a dense training step each",
+        "0.702 of a dense training step",
         "`tome(r=13)`",
         "Inference in onnxruntime 1.32.0",
         "| vit_small_patch16 224 px, 1, fp32 | 41.2 | 0.73 | 1.53 no gain |",
@@ -152,10 +150,10 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "| meter 256 px, 4, fp32, width 192 | 1500 | 0.90 (0.88, 0.81) | – |",
         "ITM in one pass instead of two passes: x 0.90, y 1.00 no gain.",
         "compiled was not measured: no compiler.",
-        "no kernel runs here",
+        "no kernel runs on this device",
         "reduce 21 µs",
         "12,000 requests. Time relative to dense 0.80; latency dense / reduced "
-        "p50 40.2 / 30.4 ms, p99 90 / 81 ms; the process grew by 0.5 MiB.",
+        "p50 40.2 / 30.4 ms, p99 90 / 81 ms; memory of the process grew by 0.5 MiB.",
     ):
         assert part in text, part
     for name in ("some-cpu-towers.svg", "some-cpu-ops.svg"):
@@ -163,16 +161,16 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         assert "</svg>" in (tmp_path / "docs" / name).read_text()
 
 
-def test_an_op_that_ran_its_pytorch_form_says_so_beside_kernels(page, tmp_path):
+def test_a_pytorch_form_is_marked_next_to_kernels(page, tmp_path):
     op, *_ = entries()
     assert main(page([op, op | {"dtype": "bf16", "kernels": True}])) == 0
     text = (tmp_path / "docs" / "some-cpu-ops.md").read_text()
     assert "| `reduce` forward (PyTorch form) | B64 N257 D768 K166 fp32 |" in text
     assert "| `reduce` forward | B64 N257 D768 K166 bf16 |" in text
-    assert "no kernel runs here" not in text
+    assert "no kernel runs on this device" not in text
 
 
-def test_a_chart_that_is_missing_or_stale_is_found(page, tmp_path, capsys):
+def test_a_missing_or_stale_chart_is_reported(page, tmp_path, capsys):
     arguments = page(entries())
     assert main(arguments) == 0
     chart = tmp_path / "docs" / "some-cpu-ops.svg"
@@ -191,10 +189,10 @@ def test_a_chart_that_is_missing_or_stale_is_found(page, tmp_path, capsys):
         ({"run": {"planned": 9, "failed": ["test_a"], "missing": []}}, "1 of 9 benchmarks failed"),
         ({"run": {"planned": 9, "failed": [], "missing": ["b", "c"]}}, "missing: b, c"),
         ({"run": None}, "expected 'run'"),
-        ({"commit_info": {}}, "expected the commit"),
+        ({"commit_info": {}}, "expected the measured commit"),
     ],
 )
-def test_refuses_a_run_that_is_not_whole(page, tmp_path, capsys, change, reason):
+def test_an_incomplete_run_is_refused(page, tmp_path, capsys, change, reason):
     assert main(page(entries(), **change)) == 1
     assert reason in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "docs").iterdir()] == ["benchmarks.md"]
@@ -203,15 +201,15 @@ def test_refuses_a_run_that_is_not_whole(page, tmp_path, capsys, change, reason)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"parity": HELD | {"passed": False}}, "parity failed"),
-        ({"parity": HELD | {"max_abs": 2e-6}}, "parity failed"),
-        ({"parity": HELD | {"max_abs": float("nan")}}, "parity failed"),
-        ({"parity": HELD | {"coarser": HELD | {"max_abs": 2e-6}}}, "parity failed"),
+        ({"parity": PASSED | {"passed": False}}, "parity failed"),
+        ({"parity": PASSED | {"max_abs": 2e-6}}, "parity failed"),
+        ({"parity": PASSED | {"max_abs": float("nan")}}, "parity failed"),
+        ({"parity": PASSED | {"coarser": PASSED | {"max_abs": 2e-6}}}, "parity failed"),
         ({"parity": None}, "parity was not checked"),
         ({"rounds": 3}, "expected 10 rounds or more, got 3"),
     ],
 )
-def test_refuses_what_was_not_held_to_parity(page, tmp_path, capsys, change, reason):
+def test_results_without_parity_are_refused(page, tmp_path, capsys, change, reason):
     op, *others = entries()
     arguments = page([*others, op | change])
     before = (tmp_path / "docs" / "benchmarks.md").read_text()
@@ -239,7 +237,7 @@ def test_flops_count_attention_on_every_device():
     assert count_step(attend, backward=False) == (2 * 2 * 2 * 3 * 5 * 5 * 4, 0)
 
 
-def test_the_commit_is_what_is_said_or_what_git_says(monkeypatch):
+def test_the_commit_comes_from_the_environment_or_from_git(monkeypatch):
     monkeypatch.setenv("COMMIT", "0123456789-dirty")
     assert commit.__wrapped__() == {"id": "0123456789", "dirty": True}
     monkeypatch.setenv("COMMIT", "")
@@ -250,7 +248,7 @@ def test_the_commit_is_what_is_said_or_what_git_says(monkeypatch):
 
 
 def measured(folder, *words):
-    """Run pytest with these words -> its exit status and the JSON that it wrote."""
+    """Run pytest with these words; return its exit status and the JSON that it wrote."""
     path = folder / "device" / "bench.json"
     path.parent.mkdir()
     command = [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"]
@@ -259,7 +257,7 @@ def measured(folder, *words):
     done = subprocess.run(
         [*command, "--benchmark-json", str(path)],
         cwd=ROOT,
-        env=own | more,  # in which nothing is a worker of this run
+        env=own | more,  # without the variables that make it a worker of this run
         capture_output=True,
         text=True,
     )
@@ -269,12 +267,12 @@ def measured(folder, *words):
 
 @pytest.fixture
 def measure(tmp_path):
-    """measure(*words of pytest), see `measured`."""
+    """Return `measured` in a temporary folder."""
     return partial(measured, tmp_path)
 
 
 def refused(folder, capsys):
-    """What plot.py says of the results in a folder."""
+    """Return the error of plot.py for the results in a folder."""
     page = folder / "benchmarks.md"
     page.write_text(f"{BEGIN}{END}")
     assert main(["--results", str(folder), "--page", str(page)]) == 1
@@ -301,7 +299,7 @@ def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsy
 
 @pytest.fixture(scope="module")
 def smallest(tmp_path_factory):
-    """Every benchmark, run once at its smallest size: its exit status and the JSON by name."""
+    """Run every benchmark at its smallest size; return exit status, run and entries by name."""
     status, content = measured(
         tmp_path_factory.mktemp("smallest"),
         *("benchmarks", "--benchmark-only", "--smallest", "--rounds", "1"),
@@ -310,7 +308,7 @@ def smallest(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_benchmark_runs_and_holds_parity(smallest):
+def test_every_benchmark_runs_and_passes_parity(smallest):
     status, run, found = smallest
     assert run["failed"] == [] and run["missing"] == [] and status == 0
     assert len(found) == run["planned"]
@@ -318,7 +316,7 @@ def test_every_benchmark_runs_and_holds_parity(smallest):
 
 
 def takes_a_tensor(function):
-    """Tell whether the first argument is a tensor, as it is of an op."""
+    """Return whether the first argument is a tensor, as for ops."""
     first = [*inspect.signature(function).parameters.values()][:1]
     return [each.annotation for each in first] == [torch.Tensor]
 
@@ -340,12 +338,13 @@ def test_each_op_strategy_scorer_and_model_has_a_benchmark(smallest):
 
 
 @pytest.mark.slow
-def test_the_bf16_scorer_is_held_to_the_official_one_in_bf16(smallest):
+def test_the_bf16_scorer_is_compared_with_the_official_one_in_bf16(smallest):
     *_, found = smallest
-    held = found["test_tower[tiny-96px-B1-fp32-inference]"]["parity"]
-    assert "bf16" not in held["errors"]
-    assert held["coarser"]["dtype"] == "bf16"
-    assert held["bound"] < held["coarser"]["errors"]["bf16"] <= held["coarser"]["bound"]
+    checked = found["test_tower[tiny-96px-B1-fp32-inference]"]["parity"]
+    assert "bf16" not in checked["errors"]
+    assert checked["coarser"]["dtype"] == "bf16"
+    coarser = checked["coarser"]
+    assert checked["bound"] < coarser["errors"]["bf16"] <= coarser["bound"]
 
 
 @pytest.mark.slow

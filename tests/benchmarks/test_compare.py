@@ -1,4 +1,4 @@
-"""What `benchmarks.compare` finds between two runs."""
+"""Changes that `benchmarks.compare` reports between two runs."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmarks import compare
 
 @pytest.fixture
 def run(tmp_path):
-    """run(file name, ratios by benchmark, device) -> the path of a run's JSON."""
+    """Return run(file name, ratios by benchmark, device), which writes a JSON file."""
 
     def write(name, ratios, device="Some CPU"):
         benchmarks = [
@@ -25,7 +25,7 @@ def run(tmp_path):
     return write
 
 
-def test_prints_what_changed_by_more_than_the_threshold_the_largest_first(run, capsys):
+def test_prints_changes_above_the_threshold_the_largest_first(run, capsys):
     old = run("old.json", {"a": {"dense": 0.80}, "b": {"dense": 0.5, "eager": 1.0}, "c": {"x": 1}})
     new = run("new.json", {"a": {"dense": 0.82}, "b": {"dense": 0.6, "eager": 0.9}, "d": {"x": 1}})
     assert compare.main([str(new), str(old)]) == 0
@@ -37,7 +37,9 @@ def test_prints_what_changed_by_more_than_the_threshold_the_largest_first(run, c
     ]
 
 
-def test_the_committed_run_of_the_device_is_the_old_one(run, tmp_path, monkeypatch, capsys):
+def test_the_old_run_defaults_to_the_committed_one_of_the_device(
+    run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
     new = run("new.json", {"a": {"dense": 0.6}})
     run("other/bench.json", {"a": {"dense": 0.3}}, device="Other CPU")

@@ -1,4 +1,4 @@
-"""What benchmarks stand on: parity, cold caches, graphs that own their buffers, what ran."""
+"""Parity checks, cold caches, CUDA graphs and detection of kernels in the benchmarks."""
 
 import gc
 import weakref
@@ -15,7 +15,15 @@ from benchmarks import cases, comparison, tune
 from benchmarks.bench_reduce import forms_of
 from benchmarks.cases import copies
 from benchmarks.comparison import runs_kernels
-from benchmarks.parity import OURS, ends, in_fp64, judged, judged_coarser, parity, with_compiled
+from benchmarks.parity import (
+    OURS,
+    check_coarser_errors,
+    check_errors,
+    first_and_last,
+    in_fp64,
+    parity,
+    with_compiled,
+)
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import Case, launchers_on_cpu
 from elip_models.profiling.measure import capture_graph
@@ -23,29 +31,29 @@ from elip_models.profiling.measure import capture_graph
 NAN, INF = float("nan"), float("inf")
 
 
-def test_parity_is_twice_the_error_of_what_is_replaced():
+def test_the_bound_is_twice_the_error_of_the_replaced_form():
     exact, near, far = (torch.full((3,), x, dtype=torch.float64) for x in (1.0, 1.001, 1.003))
     assert parity((exact,), {"eager": (near,), OURS: (near,)})["passed"]
     with pytest.raises(AssertionError, match="parity"):
         parity((exact,), {"eager": (near,), OURS: (far,)})
     with pytest.raises(AssertionError, match="parity"):
-        judged({"official": 0.0, "last": 1e-3}, ours=["last"])
+        check_errors({"official": 0.0, "last": 1e-3}, ours=["last"])
 
 
-def test_a_coarser_form_is_held_to_what_it_replaces_in_its_dtype():
-    held = judged_coarser({"bf16": 5e-3}, 4e-3, "bf16")
-    assert held["dtype"] == "bf16" and 8e-3 <= held["bound"] <= 8.01e-3
+def test_a_coarser_form_is_compared_in_its_dtype():
+    checked = check_coarser_errors({"bf16": 5e-3}, 4e-3, "bf16")
+    assert checked["dtype"] == "bf16" and 8e-3 <= checked["bound"] <= 8.01e-3
     with pytest.raises(AssertionError, match="parity"):
-        judged_coarser({"bf16": 9e-3}, 4e-3, "bf16")
+        check_coarser_errors({"bf16": 9e-3}, 4e-3, "bf16")
 
 
-def test_a_compiled_sum_may_be_off_by_its_order_of_adding_and_ours_may_not():
+def test_only_a_compiled_sum_may_differ_by_its_order_of_adding():
     exact, near = torch.ones(3).double(), torch.full((3,), 1 + 5e-6)
     outputs = {"eager": torch.ones(3), OURS: torch.ones(3), "compiled": near}
     with pytest.raises(AssertionError, match="parity"):
         parity((exact,), {name: (each,) for name, each in outputs.items()})
-    held = parity((exact,), {name: (each,) for name, each in outputs.items()}, summed=3000)
-    assert held["coarser"]["errors"].keys() == {"compiled", "fp32, summed in order"}
+    checked = parity((exact,), {name: (each,) for name, each in outputs.items()}, summed=3000)
+    assert checked["coarser"]["errors"].keys() == {"compiled", "fp32, summed in order"}
     outputs |= {OURS: near, "compiled": torch.ones(3)}
     with pytest.raises(AssertionError, match="parity"):
         parity((exact,), {name: (each,) for name, each in outputs.items()}, summed=3000)
@@ -53,7 +61,7 @@ def test_a_compiled_sum_may_be_off_by_its_order_of_adding_and_ours_may_not():
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("spoilt", ["eager", OURS])
-def test_parity_wants_finite_outputs(spoilt, value):
+def test_parity_needs_finite_outputs(spoilt, value):
     exact, ones = torch.ones(4, 3).double(), torch.ones(4, 3)
     outputs = {name: (ones, ones) for name in ("official", "eager", OURS)}
     assert parity((exact, exact), outputs)["passed"]
@@ -62,14 +70,14 @@ def test_parity_wants_finite_outputs(spoilt, value):
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 5), (2, 3, 5), (4, 3, 1), (5, 3, 5)])
-def test_parity_wants_the_shape(shape):
+def test_parity_needs_equal_shapes(shape):
     ones = torch.ones(4, 3, 5)
     with pytest.raises(AssertionError, match="parity"):
         parity((ones.double(),), {"eager": (ones,), OURS: (torch.ones(shape),)})
 
 
 @pytest.mark.parametrize("image", [0, 7, 15])
-def test_parity_sees_every_image(image):
+def test_parity_compares_every_image(image):
     (exact,) = in_fp64((torch.ones(16, 3),), 4)
     wrong = torch.ones(16, 3)
     wrong[image, 1] = 1.5
@@ -78,14 +86,14 @@ def test_parity_sees_every_image(image):
         parity((exact,), {"eager": (torch.ones(16, 3),), OURS: (wrong,)})
 
 
-def test_the_first_and_the_last_images_are_held_to_fp64():
-    assert ends(9, 4) == [0, 1, 7, 8] and ends(9, 5) == [0, 1, 6, 7, 8]
-    assert ends(3, 4) == [0, 1, 2] and ends(1, 8) == [0]
+def test_the_first_and_last_images_are_compared_with_fp64():
+    assert first_and_last(9, 4) == [0, 1, 7, 8] and first_and_last(9, 5) == [0, 1, 6, 7, 8]
+    assert first_and_last(3, 4) == [0, 1, 2] and first_and_last(1, 8) == [0]
 
 
 @pytest.fixture
 def fake_device():
-    """CUDA graphs that record nothing, on a device with 1,000 bytes of L2."""
+    """Replace CUDA graphs by ones that record nothing, on a device with 1,000 bytes of L2 cache."""
     fakes = {"Stream": Mock(), "current_stream": Mock(), "CUDAGraph": Mock()}
     fakes |= {name: lambda *args, **kwargs: nullcontext() for name in ("stream", "graph")}
     fakes["get_device_properties"] = lambda device: SimpleNamespace(L2_cache_size=1000)
@@ -108,7 +116,7 @@ def test_sets_of_inputs_are_twice_the_cache(fake_device):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_no_output_takes_the_place_of_an_earlier_one(direction):
+def test_no_output_overwrites_an_earlier_one(direction):
     sets = [(torch.randn(2, 9, 4, requires_grad=True), torch.rand(2, 8), torch.randn(2, 5, 4))] * 3
     if direction == "forward":
         sets = [(tokens.detach(), scores) for tokens, scores, _ in sets]
@@ -116,7 +124,7 @@ def test_no_output_takes_the_place_of_an_earlier_one(direction):
     assert len({t.data_ptr() for each in outputs for t in each}) == 3
 
 
-def test_a_graph_keeps_what_it_replays(fake_device):
+def test_a_graph_keeps_its_tensors_alive(fake_device):
     alive = []
 
     def form(tokens, scores):
@@ -137,7 +145,7 @@ def test_a_graph_keeps_what_it_replays(fake_device):
     assert all(ref() is None for ref in alive)
 
 
-def test_a_graph_of_a_copy_keeps_its_buffers(fake_device):
+def test_a_graph_of_a_copy_keeps_its_buffers_alive(fake_device):
     alive, zeros = [], torch.zeros
 
     def watched(*args, **kwargs):
@@ -153,7 +161,7 @@ def test_a_graph_of_a_copy_keeps_its_buffers(fake_device):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel is launched")
-def test_kernels_or_the_pytorch_form_in_their_place():
+def test_runs_kernels_detects_the_pytorch_form():
     from benchmarks.kernel_analysis.compile import recorded_launches
 
     tokens, scores = torch.randn(2, 9, 64), torch.rand(2, 8)
@@ -166,15 +174,15 @@ def test_kernels_or_the_pytorch_form_in_their_place():
     assert not runs_kernels(form, (tokens.detach(), scores))
 
 
-def test_the_compiled_form_says_why_it_is_left_out(monkeypatch):
+def test_the_reason_for_a_missing_compiled_form_is_returned(monkeypatch):
     forms, case = forms_of(3), Case(2, 9, 64, 3)
-    monkeypatch.setattr("benchmarks.parity.ON_GPU", True)  # where no C++ compiler is needed
+    monkeypatch.setattr("benchmarks.parity.ON_GPU", True)  # a GPU needs no C++ compiler
     monkeypatch.setenv("CXX", "no-such-compiler")
     _, left_out = with_compiled(forms, case, case.inputs())
     assert "B64-N257-D768-K166" in left_out["compiled"]
 
 
-def test_the_compiled_form_goes_backward_more_than_once(monkeypatch):
+def test_the_compiled_form_allows_repeated_backward_passes(monkeypatch):
     case = Case(2, 9, 64, 3)
     tokens, scores = case.inputs()
     inputs = tokens.requires_grad_(), scores, torch.randn(2, 5, 64)

@@ -1,4 +1,4 @@
-"""The model of time beside what a GPU run measured, from the JSON that such a run writes."""
+"""Predicted times compared with those in the JSON of a GPU run."""
 
 import json
 
@@ -15,7 +15,7 @@ SHAPE = {"B": 1, "N": 257, "D": 768, "K": 166}
 
 
 def entry(direction="forward", milliseconds=0.004, **changes):
-    """What `bench_reduce.py` stores of one case on a GPU."""
+    """Return an entry as `bench_reduce.py` stores it on a GPU."""
     times = {"elip_kernels": milliseconds, "copy": 0.002}
     facts = {"op": "reduce", "direction": direction, "kernels": True, "milliseconds": times}
     return facts | {"shape": SHAPE, "dtype": "bf16"} | changes
@@ -23,7 +23,7 @@ def entry(direction="forward", milliseconds=0.004, **changes):
 
 @pytest.fixture
 def printed(tmp_path, capsys):
-    """printed(entries, device) -> exit status, what was written, and the errors."""
+    """Return printed(entries, device), which returns exit status, output and errors."""
 
     def run(entries, device="NVIDIA H100 80GB HBM3"):
         path = tmp_path / "bench.json"
@@ -35,7 +35,7 @@ def printed(tmp_path, capsys):
     return run
 
 
-def test_measured_stands_beside_predicted(printed, monkeypatch):
+def test_measured_and_predicted_times_share_a_row(printed, monkeypatch):
     monkeypatch.setattr(predicted, "predicted", lambda entry, machine: (1e-6, 2e-6))
     tower = {"op": "vit_base_patch16_224", "milliseconds": {"dense": 3.0}}
     status, out, _ = printed([entry(), tower, entry(kernels=False)])
@@ -48,13 +48,13 @@ def test_measured_stands_beside_predicted(printed, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "Some CPU, 2 cores"])
-def test_an_unknown_machine_is_named(printed, device):
+def test_an_unknown_machine_is_reported(printed, device):
     status, _, error = printed([entry()], device)
     assert status == 1 and error.startswith(f"{device}: expected one of H100 80GB HBM3, H200")
 
 
 @pytest.mark.slow
-def test_a_training_step_is_its_launches():
+def test_a_training_step_is_the_sum_of_its_launches():
     machine = MACHINES[90]
     forward, backward, both = (
         predicted.predicted(entry(direction), machine)

@@ -1,5 +1,4 @@
-"""benchmarks/tune.py where there is no GPU: the plumbing on the PyTorch forms, and that the
-compiler takes what would be tried."""
+"""benchmarks/tune.py without a GPU: the sweep with PyTorch forms, and compilation of candidates."""
 
 import json
 from concurrent.futures import BrokenExecutor, Future
@@ -18,7 +17,7 @@ from tests.helpers.tiers import tiered
 SMALL = Shape(2, 18, torch.float32)
 
 
-def test_a_candidate_changes_what_it_names_and_nothing_else():
+def test_a_candidate_changes_only_the_numbers_it_names():
     answer = launch.LaunchConfig(256, 64, 8)
     assert changed(answer, {"block_d": 0.5, "num_warps": 4}) == launch.LaunchConfig(256, 32, 4)
     assert changed({"BLOCK_K": 32, "WIDEN": False}, {"BLOCK_K": 16}) == {
@@ -30,14 +29,14 @@ def test_a_candidate_changes_what_it_names_and_nothing_else():
         changed(answer, {"BLOCK_N": 16})
 
 
-def test_the_table_answers_for_itself_again():
+def test_the_table_is_restored_after_the_block():
     own = launch.reduce_backward(2)
     with changed_table("reduce_backward", {"num_warps": 1}):
         assert launch.reduce_backward(2) == own._replace(num_warps=1)
     assert launch.reduce_backward(2) == own
 
 
-def test_every_sweep_runs_and_the_file_is_whole(tmp_path, capsys):
+def test_every_sweep_runs_and_writes_a_complete_file(tmp_path, capsys):
     out = tmp_path / "tune.json"
     few = [Sweep(s.op, s.table, {a: n[:1] for a, n in s.axes.items()}) for s in SWEEPS]
     assert tune.tune(few, [SMALL], out, rounds=1, seconds=60)
@@ -51,7 +50,7 @@ def test_every_sweep_runs_and_the_file_is_whole(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(few)
 
 
-def test_without_time_left_a_sweep_is_named(tmp_path, capsys):
+def test_a_sweep_without_time_left_is_reported(tmp_path, capsys):
     out = tmp_path / "tune.json"
     assert tune.tune(SWEEPS[:1], [SMALL], out, rounds=1, seconds=0)
     left = json.loads(out.read_text())["not_run"]
@@ -79,7 +78,7 @@ def test_a_candidate_with_other_results_is_wrong(tmp_path, monkeypatch, capsys, 
     assert "1 WRONG" in capsys.readouterr().out
 
 
-def test_what_a_compiler_refuses_is_left_out(monkeypatch, tmp_path, capsys):
+def test_a_candidate_that_does_not_compile_is_left_out(monkeypatch, tmp_path, capsys):
     @contextmanager
     def refusing(table, changes):
         if changes:
@@ -111,8 +110,8 @@ def test_an_error_that_loses_the_device_ends_the_sweep(monkeypatch, tmp_path, me
         tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
 
 
-class Elsewhere:
-    """An executor that runs at once; after `lives` calls it is broken."""
+class InlineExecutor:
+    """An executor that runs each call immediately and breaks after `lives` calls."""
 
     def __init__(self, lives):
         self.lives, self.done = lives, []
@@ -130,7 +129,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("lives", [99, 1])
-def test_candidates_are_compiled_elsewhere_before_they_are_timed(monkeypatch, lives):
+def test_candidates_are_compiled_in_other_processes_before_timing(monkeypatch, lives):
     seen, right = [], tune.results
 
     def watched(op, args):
@@ -140,7 +139,10 @@ def test_candidates_are_compiled_elsewhere_before_they_are_timed(monkeypatch, li
         return right(op, args)
 
     monkeypatch.setattr(tune, "results", watched)
-    sweep, pool = Sweep("reduce", "reduce_forward", {"num_warps": (4, 8, 16)}), Elsewhere(lives)
+    sweep, pool = (
+        Sweep("reduce", "reduce_forward", {"num_warps": (4, 8, 16)}),
+        InlineExecutor(lives),
+    )
     tune.precompile(pool, [sweep], SMALL, seconds=60)
     assert seen == [4, 8, 16][:lives]
     assert [future.exception() is None for _, future in pool.done] == [True, False, True][:lives]
@@ -150,7 +152,7 @@ def test_the_shapes_that_matter_most_come_first():
     assert list(map(str, SHAPES[:3])) == ["B256-N257-bf16", "B256-N197-bf16", "B64-N257-bf16"]
 
 
-def test_the_command_wants_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):
+def test_the_command_needs_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tune, "ON_GPU", False)
     for words, message in (([], "expected a CUDA or ROCm device"), (["softmax"], "OP: expected")):
         with pytest.raises(SystemExit):
@@ -159,7 +161,7 @@ def test_the_command_wants_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):
 
 
 def recorded(sweep, B, changes):
-    """What an op launches with a candidate's numbers, and the table's answers."""
+    """Return the launches of an op with a candidate's numbers, and the results of the table."""
     from benchmarks.kernel_analysis.compile import recorded_launches
 
     args = arguments(sweep.op, Shape(B, 257, torch.bfloat16))
@@ -176,7 +178,7 @@ def test_the_op_launches_with_a_candidates_numbers_and_the_largest_compiles(swee
     from benchmarks.kernel_analysis.compile import compile_launch
 
     candidates = sweep.candidates()
-    B = next(B for B in (64, 96) if recorded(sweep, B, {})[1])  # some tables are for one of them
+    B = next(B for B in (64, 96) if recorded(sweep, B, {})[1])  # some tables apply to one of them
     smallest, largest = (recorded(sweep, B, c)[0] for c in (candidates[0], candidates[-1]))
     assert [each.options for each in smallest] != [each.options for each in largest]
     assert all(compile_launch(each, 90).registers > 0 for each in largest)
