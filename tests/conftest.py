@@ -1,4 +1,4 @@
-"""Two workers for the whole suite, and fixtures: golden tensors, scenes as files, a tokenizer."""
+"""Workers of the whole suite, and shared fixtures: golden tensors, scenes as files, a tokenizer."""
 
 import json
 import os
@@ -12,24 +12,24 @@ GOLDEN = TESTS / "golden"
 LONGEST = ("test_interpreter", "test_gpu_on_cpu", "test_distributed")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
-if IS_WORKER:  # a core each, and for what its tests start
+if IS_WORKER:  # one core for each worker and for the processes that it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite runs on two workers, a file in this process; `-n` says otherwise."""
+    """Run the whole suite on two workers, and single files in this process; `-n` overrides both."""
     folders = {(config.invocation_params.dir / arg).resolve() for arg in config.args}
     option = config.option
     is_asked = IS_WORKER or option.usepdb or getattr(option, "numprocesses", 0) is not None
     if folders == {TESTS} and not is_asked:
-        option.numprocesses, option.dist = 2, "loadscope"  # what a file shares is made once
-        option.loadscopereorder = False  # else files of few tests, the longest, come last
+        option.numprocesses, option.dist = 2, "loadscope"  # fixtures of a file run once
+        option.loadscopereorder = False  # or the longest files, which have few tests, come last
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first, so that both workers end together."""
+    """Move the longest tests to the front, so that both workers end at the same time."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
@@ -44,7 +44,7 @@ class Golden(dict):
         self.meta = json.loads((GOLDEN / f"{name}.json").read_text())
 
     def under(self, prefix):
-        """The tensors below `prefix`, by the rest of their keys."""
+        """Return the tensors whose keys begin with `prefix`, by the rest of the key."""
         return {k.removeprefix(prefix): v for k, v in self.items() if k.startswith(prefix)}
 
 
@@ -69,7 +69,7 @@ def _seeded():
 
 @pytest.fixture
 def poisoned_memory():
-    """`torch.empty` is full of NaN, so that an output nobody wrote is found."""
+    """Fill `torch.empty` with NaN, so that tests find outputs that no kernel wrote."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -77,7 +77,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def free_port():
-    """A TCP port of this machine that nobody listens on."""
+    """Return an unused TCP port of this machine."""
     import socket
 
     with socket.socket() as probe:
@@ -87,7 +87,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def captions() -> list[str]:
-    """All captions of a hundred scenes."""
+    """Return all captions of a hundred scenes."""
     from elip_models.data import EmojiScenes
 
     source = EmojiScenes(100, seed=1)
@@ -96,7 +96,7 @@ def captions() -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokenizer(captions):
-    """A tokenizer trained on `captions`."""
+    """Return a tokenizer trained on `captions`."""
     from elip_models.data import train_tokenizer
 
     return train_tokenizer(captions, 600)

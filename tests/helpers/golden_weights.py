@@ -1,4 +1,4 @@
-"""Weights that a golden run was given by a rule, instead of by a file."""
+"""Weights and inputs of recorded runs that follow from a name and are not stored in a file."""
 
 import math
 import random
@@ -7,9 +7,11 @@ import torch
 
 
 def ruled(name, shape):
-    """A tensor, fp64, that follows from its name in the official model: three digits, norms about
-    1, others within .35."""
-    rng = random.Random(name)  # which Python promises to be the same everywhere
+    """Return the float64 parameter of a recorded run, given its name in the official model.
+
+    Values have three digits. Weights of norms are within 0.3 of 1, others within 0.35 of 0.
+    """
+    rng = random.Random(name)  # Python guarantees the same numbers on every machine
     values = [round(rng.uniform(-1, 1), 3) for _ in range(math.prod(shape))]
     values = torch.tensor(values, dtype=torch.float64).view(shape)
     is_scale = "norm" in name.lower() and name.endswith("weight")
@@ -17,5 +19,5 @@ def ruled(name, shape):
 
 
 def matrix(rows, columns, seed):
-    """(rows, columns) in (-1, 1), fp64, three digits."""
+    """Return a (rows, columns) float64 input in (-1, 1) with three digits."""
     return ruled(f"input {seed}", (rows, columns)) / 0.35
