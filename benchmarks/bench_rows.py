@@ -96,7 +96,9 @@ def test_from_tokens(record, rounds, op, case):
         moved = official_reduce(inputs[0].double(), row[:, 1:].double(), case.K)
         same = eager_reduce(inputs[0], row[:, 1:], case.K)
         parity((moved,), {"eager": (same,), OURS: (out,)})
-    shape = (case.B, case.N, case.D, *([case.K] if op == "score_reduce" else []), HEADS)
+    shape = [case.B, case.N, case.D, HEADS]
+    if op == "score_reduce":
+        shape.insert(3, case.K)
     facts, step = compare(
         forms, inputs, work(*shape, case.dtype), direction="forward", rounds=rounds
     )

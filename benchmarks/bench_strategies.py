@@ -32,7 +32,8 @@ def steps(scale):
     """Return mode and batch size of each case, as 'training-B2'."""
     if scale == "full":
         return [f"{mode}-{batch}" for mode in MODES for batch in ("B1", "largest")]
-    return ["training-B2", "inference-B1", *(["inference-B4"] if scale == "default" else [])]
+    small = ["training-B2", "inference-B1"]
+    return [*small, "inference-B4"] if scale == "default" else small
 
 
 def created(scale):

@@ -46,7 +46,8 @@ def reduce_cases(scale: Scale) -> list[Case]:
 
 def directions(scale: Scale) -> list[str]:
     """Return forward and backward; the full scale adds both as one training step."""
-    return ["forward", "backward", *(["training"] if scale == "full" else [])]
+    both = ["forward", "backward"]
+    return [*both, "training"] if scale == "full" else both
 
 
 def described(case: Case, **more: int) -> dict[str, Any]:

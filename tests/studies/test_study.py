@@ -57,7 +57,9 @@ def test_selected_arms_are_planned_with_their_parents(tmp_path):
     study = tiny_study(tmp_path)
     assert plan(study, only=["after-0.61"], seeds=[0]) == [Run("dense", 0), Run("after-0.61", 0)]
     assert [run.arm for run in plan(study, only=["after"], seeds=[0])] == [
-        *("dense", "after-0.61", "after-0.82")
+        "dense",
+        "after-0.61",
+        "after-0.82",
     ]
 
 
@@ -77,8 +79,11 @@ def test_arms_begin_with_the_parent_that_the_study_names(tmp_path):
     parents = {name: arm.parent for name, arm in study.arms.items()}
     assert next(iter(parents)) == "tome"
     assert parents == {
-        **{"tome": None, "dense": "tome", "fresh": None},
-        **{"after-0.61": "dense", "after-0.82": "dense"},
+        "tome": None,
+        "dense": "tome",
+        "fresh": None,
+        "after-0.61": "dense",
+        "after-0.82": "dense",
     }
 
 
@@ -316,8 +321,10 @@ def test_the_remaining_time_follows_from_finished_runs(tmp_path, stubbed):
     rows = [line.split("│") for line in progress.console.file.getvalue().splitlines()]
     found = {row[1].strip(): (row[5].strip(), row[6].strip()) for row in rows if len(row) > 6}
     assert found == {
-        **{"dense": ("60.0", "1 of 2"), "tome": (f"{60 * share:.1f}", "0 of 2")},
-        **{"after-0.61": ("6.0", "1 of 2"), "after-0.82": ("6.0", "0 of 2")},
+        "dense": ("60.0", "1 of 2"),
+        "tome": (f"{60 * share:.1f}", "0 of 2"),
+        "after-0.61": ("6.0", "1 of 2"),
+        "after-0.82": ("6.0", "0 of 2"),
     }
 
 

@@ -39,6 +39,7 @@ def test_a_difference_is_significant_if_its_interval_excludes_zero(mean, half, v
     assert Interval(mean, half).is_significant == (verdict in ("above", "below"))
 
 
+DENSE = {"step_flops": 1.0, "step_time": 1.0}
 FASTER = {"step_flops": 0.5, "step_time": 0.8}
 
 
@@ -46,9 +47,13 @@ def document(**arms):
     """Return results whose runs have these r1 by arm, one value per seed."""
     runs = [
         {
-            **{"arm": arm, "seed": seed, "metrics": {"r1": value}, "images": 100},
-            **({"step_flops": 1.0, "step_time": 1.0} if arm == "dense" else FASTER),
-            **{"measured_on": {"device": "cpu", "torch": "2"}, "commit": {"id": "0123456789"}},
+            "arm": arm,
+            "seed": seed,
+            "metrics": {"r1": value},
+            "images": 100,
+            **(DENSE if arm == "dense" else FASTER),
+            "measured_on": {"device": "cpu", "torch": "2"},
+            "commit": {"id": "0123456789"},
         }
         for arm, values in arms.items()
         for seed, value in enumerate(values)
@@ -56,9 +61,15 @@ def document(**arms):
     ]
     settings = {arm: {"family": arm, "parent": None, "length": 1.0} for arm in arms}
     return {
-        **{"study": "tiny", "question": "Is it?", "paper": "yes.", "recipe": "clip_tiny"},
-        **{"quality": ["r1"], "references": ["dense"], "overrides": {}},
-        **{"arms": settings, "runs": runs},
+        "study": "tiny",
+        "question": "Is it?",
+        "paper": "yes.",
+        "recipe": "clip_tiny",
+        "quality": ["r1"],
+        "references": ["dense"],
+        "overrides": {},
+        "arms": settings,
+        "runs": runs,
     }
 
 
@@ -171,9 +182,8 @@ def test_the_pages_follow_the_results(tmp_path):
     assert "cost, dense = 1" in (docs / "studies" / "tiny.svg").read_text()
     page.write_text(text.replace("60.0", "61.0"))
     assert study_page.main([*arguments, "--check"]) == 1
-    assert [path.name for path in write_page(results / "tiny.json", docs / "own.md")] == [
-        *("own.md", "own.svg")
-    ]
+    written = write_page(results / "tiny.json", docs / "own.md")
+    assert [path.name for path in written] == ["own.md", "own.svg"]
 
 
 def test_the_committed_pages_show_the_committed_results():
