@@ -300,7 +300,7 @@ def test_a_benchmark_records_parity_and_nothing_private(measure, tmp_path, capsy
 @pytest.fixture(scope="module")
 def smallest(tmp_path_factory):
     """Run every benchmark at its smallest size; return exit status, run and entries by name."""
-    words = "benchmarks --benchmark-only --smallest --rounds 1".split()
+    words = ["benchmarks", "--benchmark-only", "--smallest", "--rounds", "1"]
     status, content = measured(tmp_path_factory.mktemp("smallest"), *words)
     return status, content["run"], {e["name"]: e["extra_info"] for e in content["benchmarks"]}
 
