@@ -332,9 +332,7 @@ NOT_TAKEN += [(name, torch.float32, 30) for name in ops.OPS if name != "cls_atte
 
 
 @pytest.mark.parametrize(("name", "dtype", "most"), NOT_TAKEN)
-def test_fp64_and_long_inputs_run_pytorch(
-    device, launches, monkeypatch, name, dtype, most
-):
+def test_fp64_and_long_inputs_run_pytorch(device, launches, monkeypatch, name, dtype, most):
     monkeypatch.setattr(launch, "MAX_STREAMED", most)
     op = ops.OPS[name]
     inputs = op.inputs(2, 60, dtype)
