@@ -51,7 +51,12 @@ def block(results: Path) -> str:
         name: {metric: difference(quality, arm, "dense", metric) for metric in (TOP1, LOSS)}
         for name, (arm, _) in ARMS.items()
     }
-    header = ["strategy", "what it does", "training FLOPs", *(title for title, _ in columns)]
+    header = [
+        "strategy",
+        "what it does",
+        "training FLOPs (ViT-S)",
+        *(title for title, _ in columns),
+    ]
     header += ["change in top-1 (points)", "change in loss"]
     rows = []
     for name in sorted(ARMS, key=lambda name: gaps[name][LOSS].mean):
@@ -133,7 +138,8 @@ def note(quality: Document, columns: list[tuple[str, dict[str, Any]]], gaps: Gap
             "- **Quality** is that of a tiny CLIP, trained on generated scenes. Its training was "
             f"continued with each strategy, and without one (dense), with {count_seeds(quality)} "
             "seeds. Top-1 is the share of held-out images and texts whose own pair ranks first "
-            "among 100 pairs; the images are reduced too, without a text. The dense model has a "
+            "among 100 pairs; in that evaluation the images are reduced too (not by "
+            "`patch_dropout`), and no text guides them. The dense model has a "
             f"top-1 of {top1:.1%} and a contrastive loss of {loss:.2f}. The table gives the mean "
             "change from dense and its 95% confidence interval (CI).",
             f"- The tiny CLIP was trained at {min(costs):.2f} to {max(costs):.2f} of the dense "

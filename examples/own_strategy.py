@@ -19,7 +19,7 @@ class Longest(Strategy):
 
     name: ClassVar[str] = "longest"
     keep_field: ClassVar[str] = "keep_ratio"  # what reduce_(keep=..) sets
-    merge: ClassVar[str] = "one"  # every dropped patch is part of one token
+    merge: ClassVar[str] = "one"  # the patches that are not kept become one token
     keep_ratio: float = 0.5
     first: int = 1
 

@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from elip_models.models.io.files import write_file
 from elip_models.training.run_config import RunConfig
 from elip_models.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import ConfigError, require_extra
@@ -101,6 +100,8 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
 def save_recipe(config: RunConfig, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back to an equal config."""
     values = _tuples_to_lists(dataclasses.asdict(config))
+    from elip_models.models.io.files import write_file  # reading a recipe needs no timm
+
     write_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 

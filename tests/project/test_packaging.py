@@ -78,7 +78,8 @@ def check_imports(path=ROOT, cwd=ROOT):
     """With torch alone every module works or names its extra, and the command does."""
     done = run(sys.executable, "-c", IMPORTS_EACH, path=path, cwd=cwd)
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    for adapter in ("eva", "hf", "open_clip", "timm"):  # as_tower names the extra of these
+    adapters = ("eva", "hf", "hf_image_text", "open_clip", "timm")  # as_tower names their extra
+    for adapter in adapters:
         del said[f"elip_models.towers.{adapter}"]
     del said["elip_models.cli"]
     assert "elip needs the train extra: pip install 'elip-kernels[train]'" in done.stderr
