@@ -133,7 +133,7 @@ def _check_no_options(options: Mapping[str, Any]) -> None:
                 f"{name}: expected an option of a strategy, got {name}={value!r}"
                 f"{did_you_mean(name, sorted(known))}"
             )
-        reason = "takes no options" if ToMe.name in owners else "has no such option"
+        reason = "is set by keep alone" if ToMe.name in owners else "has no such option"
         raise ValueError(
             f"{name}: expected a strategy beside it, since the default, {ToMe.name!r}, {reason}, "
             f"got {name}={value!r}; strategies with it: {', '.join(map(repr, owners))}. "

@@ -166,7 +166,7 @@ def test_the_command_line_refuses_both_too():
         ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'elip', 'guided_tome'"),
         ({"keep_ratio": 0.5}, "has no such option", "'evit', 'patch_dropout'"),
         ({"size": 32}, "has no such option", "'resize'"),
-        ({"r": 8}, "takes no options", "'tome', 'guided_tome', 'pitome', 'crossget'"),
+        ({"r": 8}, "is set by keep alone", "'tome', 'guided_tome', 'pitome', 'crossget'"),
     ],
     ids=str,
 )
