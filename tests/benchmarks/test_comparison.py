@@ -59,6 +59,15 @@ def test_only_a_compiled_sum_may_differ_by_its_order_of_adding():
         parity((exact,), {name: (each,) for name, each in outputs.items()}, summed=3000)
 
 
+def test_the_bound_of_a_compiled_sum_is_not_ours_for_images_beyond_those_in_fp64():
+    ones, (exact,) = torch.ones(4, 3), in_fp64((torch.ones(4, 3),), 2)
+    far = torch.tensor([0, 8e-6, 0, 0])[:, None] + ones  # the second image is not in fp64
+    outputs = {"eager": (ones,), OURS: (ones,), "compiled": (far,)}
+    assert parity((exact,), outputs, summed=3000)["passed"]
+    with pytest.raises(AssertionError, match="expected elip_kernels within"):
+        parity((exact,), outputs | {OURS: (far,)}, summed=3000)
+
+
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("spoilt", ["eager", OURS])
 def test_parity_needs_finite_outputs(spoilt, value):
