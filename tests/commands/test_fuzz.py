@@ -1,4 +1,4 @@
-"""A tenth of the damaged inputs of `python -m tests.fuzz`, in a process of its own."""
+"""A tenth of the hostile inputs of `python -m tests.fuzz`, in a process of its own."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_damaged_input_causes_no_traceback_and_no_loss_of_data():
-    command = [sys.executable, "-m", "tests.fuzz", "--count", "200"]
+    command = [sys.executable, "-m", "tests.fuzz", "--count", "300"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "0 failures" in run.stdout, run.stdout + run.stderr[-2000:]
