@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from elip_models.training.run_config import RunConfig
-from elip_models.training.yaml_config import from_mapping, read_mapping
-from elip_models.validation import ConfigError, require_extra
+from elip_models.training.yaml_config import from_mapping, parse_yaml, read_mapping
+from elip_models.validation import ConfigError, require_extra, shortened
 
 with require_extra("elip_models.training"):
     import yaml
 
 
 FINETUNE = "finetune"
+MAX_SECTIONS = 16
 RESUMABLE_KEYS = (
     "name",
     "output_dir",
@@ -53,7 +54,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         ConfigError: An unknown recipe or key, a wrong type or range, or a missing required key.
     """
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides: expected a list of key=value, got the text {overrides!r}")
+        raise ConfigError(f"overrides: expected a list of key=value, got the text {shortened(overrides)}")
     return recipe_with(name_or_path, parse_overrides(overrides, "optim.lr=3e-4"))
 
 
@@ -70,7 +71,9 @@ def recipe_with(
     values = read_mapping(path)
     if defaults:
         model = values.setdefault("model", {})
-        model["overrides"] = {**defaults, **(model.get("overrides") or {})}
+        own = model.get("overrides") or {} if isinstance(model, dict) else None
+        if isinstance(own, dict):  # another kind is an error of `from_mapping`
+            model["overrides"] = {**defaults, **own}
     for key, value in overrides.items():
         _set_dotted(values, key, copy.deepcopy(value))  # a later override may change this value
     config = from_mapping(RunConfig, values)
@@ -84,25 +87,32 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"override {override!r}: expected key=value, such as {example}")
+            raise ConfigError(
+                f"override {shortened(override)}: expected key=value, such as {example}"
+            )
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError):
+            values[key.strip()] = parse_yaml(text)
+        except yaml.YAMLError:
             if text.lstrip().startswith("["):
                 raise ConfigError(
-                    f"override {override!r}: expected a list in YAML; put its items in quotes, "
+                    f"override {shortened(override)}: expected a list in YAML; put its items in quotes, "
                     f"such as {key}=['a.json', '*.tar']"
                 ) from None
             values[key.strip()] = text  # a glob such as *.tar is not valid YAML
     return values
 
 
-def save_recipe(config: RunConfig, path: Path) -> None:
-    """Write a recipe as YAML that `load_recipe` reads back to an equal config."""
+def save_recipe(config: RunConfig, path: Path, *, mode: int | None = None) -> None:
+    """Write a recipe as YAML that `load_recipe` reads back to an equal config.
+
+    `mode` are the permissions of the file, such as 0o600 if the recipe contains a password; None:
+    those of any new file.
+    """
     values = _tuples_to_lists(dataclasses.asdict(config))
     from elip_models.models.io.files import write_file  # reading a recipe needs no timm
 
-    write_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_file(path, text.encode(), mode=mode)
 
 
 def recipe_names(part: str = "") -> list[str]:
@@ -118,7 +128,7 @@ def resume_conflicts(
     """Return "key: saved -> requested" for each key that must not change on resuming but does."""
     old, new = (_flatten(dataclasses.asdict(config)) for config in (saved, requested))
     keys = [key for key in old | new if key not in may_change and old.get(key) != new.get(key)]
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys]
+    return [f"{key}: {shortened(old.get(key))} -> {shortened(new.get(key))}" for key in keys]
 
 
 def _find_recipe(name_or_path: str) -> Path:
@@ -130,7 +140,7 @@ def _find_recipe(name_or_path: str) -> Path:
     names = recipe_names() + recipe_names(FINETUNE)
     if name_or_path not in names:
         raise ConfigError(
-            f"recipe {name_or_path!r}: expected a path ending in .yaml or one of {', '.join(names)}"
+            f"recipe {shortened(name_or_path)}: expected a path ending in .yaml or one of {', '.join(names)}"
         )
     return Path(str(resources.files("elip_models") / "recipes" / f"{name_or_path}.yaml"))
 
@@ -144,7 +154,7 @@ def _check_consistency(config: RunConfig) -> None:
     if config.model.pretrained and (config.model.vision_init or config.model.text_init):
         raise ConfigError(
             "model.pretrained: expected null with model.vision_init or model.text_init, got "
-            f"{config.model.pretrained!r}"
+            f"{shortened(config.model.pretrained)}"
         )
     for name in ("min_lr", "warmup_lr"):
         rate = getattr(optim, name)
@@ -161,7 +171,7 @@ def _check_consistency(config: RunConfig) -> None:
         raise ConfigError(
             f"report, data.zero_shot: expected nothing but 'picture', and null, for the task "
             f"{config.task}, which is scored on data.eval at the end, got {list(config.report)} "
-            f"and {zero_shot!r}"
+            f"and {shortened(zero_shot)}"
         )
     if "zero_shot" in config.report and zero_shot is None:
         raise ConfigError("data.zero_shot: expected a source, since report names it, got null")
@@ -175,11 +185,13 @@ def _check_consistency(config: RunConfig) -> None:
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
+    if len(sections) > MAX_SECTIONS:
+        raise ConfigError(f"{key:.100}: expected at most {MAX_SECTIONS} sections in a key")
     for depth, section in enumerate(sections, start=1):
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             name = ".".join(sections[:depth])
-            raise ConfigError(f"{key}: expected {name} to be a section, got {values!r}")
+            raise ConfigError(f"{key}: expected {name} to be a section, got {shortened(values)}")
     values[last] = value
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,35 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all, with the permissions of any new file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+def write_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
+    """Write a file completely or not at all, even if the machine fails.
+
+    Args:
+        path: The file, which is replaced if it exists.
+        content: What it contains afterwards.
+        mode: Permissions, such as 0o600; None: those of any new file.
+    """
+    unfinished = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}")
+    unfinished.unlink(missing_ok=True)
     try:
-        unfinished.write_bytes(content)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode or 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
