@@ -1,15 +1,17 @@
 """Index of tar shards: an Arrow table with one row per sample.
 
 The table of a shard of at least `MIN_CACHED_BYTES` is stored in the cache folder. All ranks and
-workers map it into memory. Its file name depends on the path, size and modification time of the
-shard; the table of a changed shard replaces the old one. When several tables are missing, several
-processes build them, each table once.
+workers map it into memory. Its file name depends on the path, size, inode and times of the shard;
+the table of a changed shard replaces the old one. The file ends with a checksum of the table and of
+the file name. It is compared before the table is read, and a damaged table is built again. When
+several tables are missing, several processes build them, each table once.
 
 The cache folder is $ELIP_CACHE, or `elip` in $XDG_CACHE_HOME or ~/.cache. Nothing is cached if
 $ELIP_CACHE is empty or the folder is not writable.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -36,10 +38,12 @@ from elip_models.validation import require_extra
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
+    from datasets.table import Table
 
 MIN_CACHED_BYTES = 2**24  # bytes of a shard; reading a smaller one is fast enough without a cache
 MIN_SHARED_BYTES = 2**30  # total bytes of missing shards from which on several processes build them
-FORMAT = 2  # version of the cached tables
+FORMAT = 3  # version of the cached tables
+_DIGEST_BYTES = 8
 
 
 def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
@@ -49,34 +53,48 @@ def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
     sample cannot be read, or "".
     """
     with require_extra("ShardSource"):
-        from datasets import Dataset, concatenate_datasets
-        from datasets.table import InMemoryTable
+        from datasets import Dataset
+        from datasets.table import InMemoryTable, concat_tables
 
-    cached = {shard: path for shard in shards if (path := _cache_path(shard)) is not None}
-    _build_missing({shard: path for shard, path in cached.items() if not path.is_file()})
-    parts = []
-    for shard in shards:
-        path = cached.get(shard)
-        if path is None:
-            parts.append(Dataset(InMemoryTable(_shard_table(shard))))
-        else:
-            parts.append(_load_cached(shard, path))
-    ends, end = [], 0
-    for part in parts:
-        end += len(part)
-        ends.append(end)
-    return concatenate_datasets(parts), ends
+    paths = {shard: path for shard in shards if (path := _cache_path(shard)) is not None}
+    tables = {shard: _load_cached(path) for shard, path in paths.items()}
+    missing = {shard: paths[shard] for shard, table in tables.items() if table is None}
+    damaged = [shard for shard, path in missing.items() if path.exists()]
+    if damaged:
+        warnings.warn(
+            f"the cached index of {len(damaged)} of {len(paths)} tar shards is damaged, such as "
+            f"that of {damaged[0]}; it is built again",
+            stacklevel=2,
+        )
+    _build_missing(missing)
+    tables |= {shard: _load_cached(path) for shard, path in missing.items()}
+    parts = [tables.get(shard) or InMemoryTable(_shard_table(shard)) for shard in shards]
+    return Dataset(concat_tables(parts)), list(itertools.accumulate(map(len, parts)))
 
 
-def _load_cached(shard: Path, path: Path) -> "Dataset":
-    from datasets import Dataset
-    from pyarrow import ArrowInvalid
+def _load_cached(path: Path) -> "Table | None":
+    """Return a cached table, or None if it is missing or damaged."""
+    import pyarrow
+    from datasets.table import MemoryMappedTable
 
+    if not path.is_file() or path.stat().st_size <= _DIGEST_BYTES:
+        return None
     try:
-        return Dataset.from_file(str(path))
-    except (ArrowInvalid, OSError):
-        _write_table(_shard_table(shard), path)
-        return Dataset.from_file(str(path))
+        content = pyarrow.memory_map(str(path)).read_buffer()
+    except OSError:
+        return None
+    stored = content.slice(0, content.size - _DIGEST_BYTES)
+    if content.slice(stored.size).to_pybytes() != _checksum(path, stored):
+        return None  # Arrow itself reads any bytes, and may end the process
+    return MemoryMappedTable(pyarrow.ipc.open_stream(stored).read_all(), str(path))
+
+
+def _checksum(path: Path, table: "pyarrow.Buffer") -> bytes:
+    import xxhash  # a requirement of `datasets`
+
+    digest = xxhash.xxh3_64(path.name.encode())
+    digest.update(table)
+    return digest.digest()
 
 
 def _cache_path(shard: Path) -> Path | None:
@@ -84,8 +102,8 @@ def _cache_path(shard: Path) -> Path | None:
     root = _cache_folder()
     if stat.st_size < MIN_CACHED_BYTES or root is None:
         return None
-    state = f"{FORMAT}\n{stat.st_size}\n{stat.st_mtime_ns}"
-    name = f"{_digest(os.fsencode(shard.resolve()))}-{_digest(state.encode())}.arrow"
+    state = (FORMAT, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    name = f"{_digest(os.fsencode(shard.resolve()))}-{_digest(repr(state).encode())}.arrow"
     return root / "shards" / name
 
 
@@ -109,12 +127,16 @@ def _writable(folder: Path) -> Path | None:
         if not os.access(folder / "shards", os.W_OK):
             raise PermissionError(f"{folder} is not writable")
     except OSError as error:
-        warnings.warn(
-            f"the index of tar shards is not cached: {error}; set ELIP_CACHE to a writable folder",
-            stacklevel=2,
-        )
+        _warn_not_cached(error)
         return None
     return folder
+
+
+def _warn_not_cached(error: OSError) -> None:
+    warnings.warn(
+        f"the index of tar shards is not cached: {error}; set ELIP_CACHE to a writable folder",
+        stacklevel=3,
+    )
 
 
 def _build_missing(tables: dict[Path, Path]) -> None:
@@ -154,12 +176,14 @@ def _build_unlocked(tables: dict[Path, Path]) -> Iterator[Path]:
         for shard, path in list(left.items()):
             try:
                 with FileLock(path.with_suffix(".lock"), timeout=0):
-                    if not path.is_file():
+                    if _load_cached(path) is None:
                         _write_table(_shard_table(shard), path)
+                path.with_suffix(".lock").unlink(missing_ok=True)
             except Timeout:
                 continue  # another process builds it
+            except OSError as error:  # such as a full disk
+                _warn_not_cached(error)
             del left[shard]
-            path.with_suffix(".lock").unlink(missing_ok=True)
             yield shard
         if len(left) == before:
             time.sleep(0.1)
@@ -170,12 +194,14 @@ def _write_table(table: "pyarrow.Table", path: Path) -> None:
     import pyarrow
 
     unfinished = path.with_suffix(f".{os.getpid()}")
+    memory = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(memory, table.schema) as writer:
+        writer.write_table(table)
+    content = memory.getvalue()
     try:
-        with (
-            pyarrow.OSFile(str(unfinished), "wb") as file,
-            pyarrow.ipc.new_stream(file, table.schema) as writer,
-        ):
-            writer.write_table(table)
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.write(_checksum(path, content))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

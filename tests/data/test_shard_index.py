@@ -5,6 +5,8 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
+import pyarrow
 import pytest
 
 from elip_models.data import ShardSource, shard_index
@@ -68,13 +70,82 @@ def test_a_changed_shard_is_indexed_again(tmp_path, cache, monkeypatch):
     assert new != old
 
 
-def test_a_damaged_table_is_built_again(tmp_path, cache):
+def warm(tmp_path, cache):
+    """Return a shard, what is read from it, and its cached table."""
     path = three(tmp_path)[2]
     expected = read(ShardSource(path))
     (table,) = cache.glob("*.arrow")
-    table.write_bytes(table.read_bytes()[:100])
+    return path, expected, table
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_table_with_wrong_bytes_is_built_again_and_warns(seed, tmp_path, cache):
+    path, expected, table = warm(tmp_path, cache)
+    content, random = bytearray(table.read_bytes()), np.random.default_rng(seed)
+    for at in random.choice(len(content), 1 + seed % 8, replace=False):
+        content[at] ^= 1 << random.integers(8)
+    table.write_bytes(content)
+    with pytest.warns(
+        UserWarning, match=r"index of 1 of 1 tar shards is damaged, such as that of .*2\.tar; it is"
+    ):
+        source = ShardSource(path)
+    assert read(source) == expected
     assert read(ShardSource(path)) == expected
-    assert table.stat().st_size > 100
+
+
+def without_rows(content):
+    with pyarrow.ipc.open_stream(content) as stream:
+        schema = stream.schema
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.ipc.new_stream(sink, schema).close()
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [lambda c: c[:100], lambda c: b"", without_rows, lambda c: c + b"\0", lambda c: c[:-8]],
+    ids=["truncated", "empty", "no-rows", "longer", "no-checksum"],
+)
+def test_a_table_that_is_not_whole_is_built_again(damaged, tmp_path, cache):
+    path, expected, table = warm(tmp_path, cache)
+    whole = table.read_bytes()
+    table.write_bytes(damaged(whole))
+    with pytest.warns(UserWarning, match="is damaged, such as that of .*; it is built again"):
+        assert read(ShardSource(path)) == expected
+    assert table.read_bytes() == whole
+
+
+def test_the_table_of_another_shard_is_not_used(tmp_path, cache):
+    paths = three(tmp_path)[1:]
+    expected = read(ShardSource(paths))
+    first, second = cache.glob("*.arrow")
+    first.write_bytes(second.read_bytes())
+    with pytest.warns(UserWarning, match="is damaged, such as that of .*; it is built again"):
+        assert read(ShardSource(paths)) == expected
+
+
+@pytest.mark.parametrize("replace", ["renamed", "in-place"])
+def test_a_shard_replaced_with_equal_size_and_time_is_indexed_again(replace, tmp_path, cache):
+    path = three(tmp_path)[2]
+    ShardSource(path)
+    before = path.stat()
+    content = path.read_bytes().replace(b"a caption", b"another c")
+    other = path if replace == "in-place" else tmp_path / "other.tar"
+    other.write_bytes(content)
+    other.replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert {sample.captions for sample in ShardSource(path)} == {("another c",)}
+
+
+@pytest.mark.parametrize("blocked", [".arrow", ".lock"])
+def test_a_table_that_cannot_be_written_warns_and_is_not_cached(blocked, tmp_path, cache):
+    path, expected, table = warm(tmp_path, cache)
+    table.unlink()
+    table.with_suffix(blocked).mkdir()
+    with pytest.warns(UserWarning, match="the index of tar shards is not cached"):
+        assert read(ShardSource(path)) == expected
 
 
 def test_small_shards_are_not_cached(tmp_path, monkeypatch):
