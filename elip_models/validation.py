@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import reprlib
 import sys
 import types
 import typing
@@ -54,7 +55,7 @@ class Bounds:
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.includes_low else value > self.low
         below = value <= self.high if self.includes_high else value < self.high
-        return above and below and value < math.inf
+        return above and below and value <= sys.float_info.max
 
     def __str__(self) -> str:
         if self.high >= sys.maxsize:
@@ -114,7 +115,7 @@ def check_fields(instance: Any) -> None:
                 value, other = getattr(instance, name), getattr(instance, rule.other)
                 if not rule.is_met(value, other):
                     expected = rule.expected.format(f"{rule.other} = {other}")
-                    raise ValueError(f"{name}: expected {expected}, got {value}")
+                    raise ValueError(f"{name}: expected {expected}, got {shortened(value)}")
 
 
 @cache
@@ -127,7 +128,7 @@ def check(name: str, value: Any, hint: Any) -> None:
     """Raise TypeError or ValueError if the value of argument `name` does not match a type hint."""
     error = mismatch_error(value, hint)
     if error is not None:
-        raise error(f"{name}: expected {describe_type(hint)}, got {value!r:.200}")
+        raise error(f"{name}: expected {describe_type(hint)}, got {shortened(value)}")
 
 
 def mismatch_error(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
@@ -193,9 +194,29 @@ def describe_type(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
     return words.get(origin or hint) or f"a {hint.__name__}"
 
 
+class _Shortener(reprlib.Repr):
+    """`repr` of few items of a value, which costs little however large the value is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 10
+
+    def repr_int(self, value: int, level: int) -> str:
+        is_long = value.bit_length() > 512  # `repr` of a longer one can raise ValueError
+        return f"an integer of {value.bit_length()} bits" if is_long else repr(value)
+
+
+def shortened(value: Any, length: int = 200) -> str:
+    """Return `repr(value)` in at most `length` characters, for an error message."""
+    text = _Shortener().repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return the end of an error about an unknown name: the most similar known name, if any."""
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
+    text = name if isinstance(name, str) else shortened(name)
+    close = difflib.get_close_matches(text[:100], known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -54,7 +54,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
         ConfigError: An unknown recipe or key, a wrong type or range, or a missing required key.
     """
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides: expected a list of key=value, got the text {shortened(overrides)}")
+        raise ConfigError(
+            f"overrides: expected a list of key=value, got the text {shortened(overrides)}"
+        )
     return recipe_with(name_or_path, parse_overrides(overrides, "optim.lr=3e-4"))
 
 
@@ -95,8 +97,8 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
         except yaml.YAMLError:
             if text.lstrip().startswith("["):
                 raise ConfigError(
-                    f"override {shortened(override)}: expected a list in YAML; put its items in quotes, "
-                    f"such as {key}=['a.json', '*.tar']"
+                    f"override {shortened(override)}: expected a list in YAML; put its items in "
+                    f"quotes, such as {key}=['a.json', '*.tar']"
                 ) from None
             values[key.strip()] = text  # a glob such as *.tar is not valid YAML
     return values
@@ -140,7 +142,8 @@ def _find_recipe(name_or_path: str) -> Path:
     names = recipe_names() + recipe_names(FINETUNE)
     if name_or_path not in names:
         raise ConfigError(
-            f"recipe {shortened(name_or_path)}: expected a path ending in .yaml or one of {', '.join(names)}"
+            f"recipe {shortened(name_or_path)}: expected a path ending in .yaml or one of "
+            f"{', '.join(names)}"
         )
     return Path(str(resources.files("elip_models") / "recipes" / f"{name_or_path}.yaml"))
 
