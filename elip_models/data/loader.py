@@ -172,7 +172,7 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
     """Return a loader of endless batches, from the sampler's position at the time of `iter()`.
 
     A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
-    list of (id, reason), "epoch": int, "offset": int}, with any other tensors of the samples. The
+    list of (id, reason, index), "epoch": int, "offset": int}, with any other tensors of the samples. The
     number of workers changes no batch.
     """
     check("num_workers", num_workers, Count)
@@ -317,11 +317,13 @@ def _columns(
 def _drop_unreadable(
     loader: Iterable[list[tuple | SampleError]], report: SkipReport
 ) -> Iterator[list[tuple]]:
-    found = False
+    found, first = False, 0
     for rows in loader:
-        errors = [row for row in rows if isinstance(row, SampleError)]
+        numbered = enumerate(rows, first)
+        errors = [(row.id, row.reason, n) for n, row in numbered if isinstance(row, SampleError)]
+        first += len(rows)
         readable = [row for row in rows if not isinstance(row, SampleError)]
-        report.update([(error.id, error.reason) for error in errors], len(rows))
+        report.update(errors, len(rows))
         if readable:
             found = True
             yield readable

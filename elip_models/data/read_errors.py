@@ -18,14 +18,25 @@ class DataError(Exception):
     """Raised when too much of the data cannot be read."""
 
 
+Skipped = tuple[str, str] | tuple[str, str, int]
+"""Id of a sample and the reason why it cannot be read, with its index in a source that has one."""
+
+
 class SkipReport:
-    """Count of the distinct samples that could not be read, among all samples tried.
+    """Count of the samples that could not be read, among all samples tried.
+
+    A sample with an index is counted once, however often it is tried. Two samples are different
+    even if their ids are equal.
 
     Args:
         max_bad_share: Largest allowed share of unreadable samples, in [0, 1].
         length: Number of samples of the source. Later epochs then do not dilute the share, and a
             source of fewer than 100 samples is checked after its first pass.
         what: Noun for the counted things in messages.
+
+    Attributes:
+        seen: Number of samples tried.
+        reasons: Id of each unreadable sample and the reason, in the order of finding.
     """
 
     def __init__(
@@ -41,10 +52,11 @@ class SkipReport:
         self.length = length
         self.what = what
         self.seen = 0
-        self.reasons: dict[str, str] = {}
+        self.reasons: list[tuple[str, str]] = []
+        self._indices: set[int] = set()
 
     @classmethod
-    def from_skipped(cls, skipped: Sequence[tuple[str, str]]) -> Self:
+    def from_skipped(cls, skipped: Sequence[Skipped]) -> Self:
         """Return the report of `skipped` samples, none of which could be read."""
         report = cls(0.0)
         report.record(skipped, len(skipped))
@@ -52,12 +64,12 @@ class SkipReport:
 
     @property
     def share(self) -> float:
-        """Distinct unreadable samples divided by samples seen; later epochs count once."""
+        """Unreadable samples divided by samples seen; later epochs count once."""
         seen = self.seen if self.length is None else min(self.seen, self.length)
         return len(self.reasons) / max(1, seen)
 
-    def update(self, skipped: Iterable[tuple[str, str]], seen: int) -> None:
-        """Add (id, reason) pairs, found among `seen` further samples.
+    def update(self, skipped: Iterable[Skipped], seen: int) -> None:
+        """Add unreadable samples, found among `seen` further ones.
 
         Raises DataError if the share is above `max_bad_share`, once 100 samples were seen.
         """
@@ -69,18 +81,20 @@ class SkipReport:
                 "repair the data, or raise max_bad_share."
             )
 
-    def record(self, skipped: Iterable[tuple[str, str]], seen: int) -> None:
+    def record(self, skipped: Iterable[Skipped], seen: int) -> None:
         """Add samples as `update` does, without checking the share."""
         self.seen += seen
-        for sample_id, reason in skipped:
-            self.reasons.setdefault(sample_id, reason)
+        for sample_id, reason, *index in skipped:
+            if not index or self._indices.isdisjoint(index):
+                self._indices.update(index)
+                self.reasons.append((sample_id, reason))
 
     def summary(self) -> str:
         """Return one sentence with the count, the share, and up to five examples with reasons."""
         if not self.reasons:
             return f"All of {self.seen} {self.what} could be read."
-        examples = list(self.reasons.items())[:_EXAMPLES]
-        listed = "; ".join(f"{sample_id} ({reason})" for sample_id, reason in examples)
+        examples = self.reasons[:_EXAMPLES]
+        listed = "; ".join(f"{name:.200} ({reason:.300})" for name, reason in examples)
         more = ", among them" if len(self.reasons) > len(examples) else ""
         return (
             f"{len(self.reasons)} of {self.seen} {self.what} ({self.share:.1%}) could not be read"
@@ -97,7 +111,7 @@ def check_source(source: Source, limit: int | None = None) -> SkipReport:
         try:
             source[index]
         except SampleError as error:
-            skipped.append((error.id, error.reason))
+            skipped.append((error.id, error.reason, index))
         report.record(skipped, 1)
     return report
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from elip_models.data.caption_rules import CaptionRule, apply_caption_rule
 from elip_models.data.checks import check_not_empty
-from elip_models.data.read_errors import DataError, SkipReport
+from elip_models.data.read_errors import DataError, SkipReport, Skipped
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.tokenizer import tokenize
 from elip_models.validation import Bounds, Count, Share, check
@@ -34,7 +34,7 @@ class TrainingSamples(Dataset):
     """Dataset of prepared training samples, indexed by (turn, index).
 
     A sample is the output of `prepare(sample, index, rng)`, tensors by name with fixed shapes, and
-    "skipped": a list with the (id, reason) of the requested sample if another one replaced it.
+    "skipped": a list with the (id, reason, index) of the requested sample if another replaced it.
     DataError is raised if no sample can be read.
 
     Args:
@@ -74,18 +74,18 @@ class TrainingSamples(Dataset):
         """Return an empty report with this dataset's limit."""
         return SkipReport(self.max_bad_share, length=len(self))
 
-    def _read(self, index: int) -> "tuple[Sample | Example, int, list[tuple[str, str]]]":
+    def _read(self, index: int) -> "tuple[Sample | Example, int, list[Skipped]]":
         """Return the sample at `index` or a readable replacement, its index, and what was skipped.
 
         Only the sample at `index` is reported. Replacements are reported when they are requested
         themselves, so the share of reported samples is the share of unreadable ones.
         """
-        skipped: list[tuple[str, str]] = []
+        skipped: list[Skipped] = []
         for candidate in _replacements(index, len(self)):
             try:
                 return self.source[candidate], candidate, skipped[:1]
             except SampleError as error:
-                skipped.append((error.id, error.reason))
+                skipped.append((error.id, error.reason, candidate))
         raise DataError(f"no readable sample: {SkipReport.from_skipped(skipped).summary()}")
 
 

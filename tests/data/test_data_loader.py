@@ -174,10 +174,10 @@ def test_a_bad_sample_is_replaced_and_reported(tokenizer):
     batches = take(dataset, EpochSampler(20, BATCH, 0), 5)
     assert all(len(batch["images"]) == BATCH for batch in batches)
     skipped = [skip for batch in batches for skip in batch["skipped"]]
-    assert sorted(skipped) == [(f"sample {index}", "corrupt") for index in sorted(bad)]
+    assert sorted(skipped) == [(f"sample {index}", "corrupt", index) for index in sorted(bad)]
     again = dataset[0, 3]
     assert torch.equal(again["images"], dataset[0, 3]["images"])
-    assert again["skipped"] == [("sample 3", "corrupt")]
+    assert again["skipped"] == [("sample 3", "corrupt", 3)]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 10, 97, 100])
@@ -219,16 +219,21 @@ def test_a_share_within_the_limit_goes_on_for_epochs(tokenizer):
 
 def test_a_small_source_is_checked_after_one_epoch():
     report = SkipReport(0.1, length=10)
-    report.update([("a", "corrupt"), ("b", "missing")], 9)
+    report.update([("a", "corrupt", 0), ("b", "missing", 1)], 9)
     with pytest.raises(DataError, match=r"2 of 10 samples \(20\.0%\) .*: a \(corrupt\); b \(mi"):
         report.update([], 1)
 
 
-def test_an_id_is_counted_once():
+def test_an_index_is_counted_once_and_an_id_each_time():
     report = SkipReport()
     for _ in range(3):
-        report.update([("a", "corrupt")], 50)
+        report.update([("a", "corrupt", 7)], 50)
     assert report.summary() == "1 of 150 samples (0.7%) could not be read: a (corrupt)."
+    report.update([("a", "corrupt", 8)], 50)
+    assert report.summary().startswith("2 of 200 samples")
+    for _ in range(2):
+        report.update([("a", "corrupt")], 50)
+    assert report.summary().startswith("4 of 300 samples")
 
 
 def test_check_source_reads_everything_and_never_raises():
@@ -238,7 +243,7 @@ def test_check_source_reads_everything_and_never_raises():
         + "; ".join(f"sample {index} (corrupt)" for index in range(5))
         + "."
     )
-    assert check_source(DamagedSource(12, {7}), limit=7).reasons == {}
+    assert check_source(DamagedSource(12, {7}), limit=7).reasons == []
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

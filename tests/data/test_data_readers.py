@@ -68,7 +68,7 @@ def test_a_list_and_a_shard_hold_the_same_samples(scene_files):
 
 def test_every_image_of_a_list_reads(scene_files):
     report = check_source(opened(scene_files / "test.json"))
-    assert (report.seen, report.reasons) == (TEST_SCENES, {})
+    assert (report.seen, report.reasons) == (TEST_SCENES, [])
     assert report.summary() == f"All of {TEST_SCENES} samples could be read."
 
 

@@ -63,7 +63,7 @@ def test_several_specs_are_one_source(list_and_shards):
     assert source.captions(24) == EmojiScenes(40, image_size=32).captions(24)[:1]
     with pytest.raises(IndexError, match="expected 0 <= index < 40, got 40"):
         source[40]
-    assert check_source(source).reasons == {}
+    assert check_source(source).reasons == []
     alone = open_source(list_and_shards[:1], image_size=32)
     assert len(alone) == 24 and not isinstance(alone, MixedSource)
     with pytest.raises(ValueError, match="spec: expected at least one"):
@@ -77,7 +77,8 @@ def test_unreadable_samples_of_two_sources_are_two(tmp_path):
         (tmp_path / folder / "list.json").write_text(json.dumps(entries))
     source = open_source([str(tmp_path / f"{f}/list.json") for f in ("a", "b")], image_size=32)
     report = check_source(source)
-    assert list(report.reasons) == ["0/list.json[0] gone.png", "1/list.json[0] gone.png"]
+    names = [sample_id for sample_id, _ in report.reasons]
+    assert names == ["0/list.json[0] gone.png", "1/list.json[0] gone.png"]
 
 
 def run_python_of_the_document(word):
@@ -103,7 +104,7 @@ def test_lists_of_coco_and_visual_genome_are_made_as_the_document_says(tmp_path,
     run_python_of_the_document("captions_train2014")
     run_python_of_the_document("region_descriptions")
     source = open_source(["coco.json", "vg.json"], image_size=8)
-    assert source.lengths == (1, 2) and check_source(source).reasons == {}
+    assert source.lengths == (1, 2) and check_source(source).reasons == []
     assert source.captions(0) == ("A dog.", "A cat.")
     assert source.captions(2) == ("phrase 51",)
 
