@@ -172,8 +172,8 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
     """Return a loader of endless batches, from the sampler's position at the time of `iter()`.
 
     A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
-    list of (id, reason, index), "epoch": int, "offset": int}, with any other tensors of the samples. The
-    number of workers changes no batch.
+    list of (id, reason, index), "epoch": int, "offset": int}, with any other tensors of the
+    samples. The number of workers changes no batch.
     """
     check("num_workers", num_workers, Count)
     if sampler.length != len(dataset):

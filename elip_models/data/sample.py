@@ -1,5 +1,7 @@
 """The `Sample` type, the `Source` protocol, and the decoding of stored images."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +10,20 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from elip_models.validation import shortened
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Raster formats that are decoded, whatever the file extension; none runs another program."""
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA
 MAX_ASPECT = 64  # long side over short side; resizing the short side would make the image huge
+MAX_IMAGE_BYTES = 2**28
+MAX_SCANS = 100  # of a JPEG; a progressive one of Pillow has 10, and each decodes all pixels again
+MAX_SCAN_PIXELS = 16 * MAX_PIXELS  # of all scans; about 5 s
+
+# A marker with a length, or the end of the image; others are in scans, or have no length.
+_JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 
 
 class Sample(NamedTuple):
@@ -68,7 +79,7 @@ def clean_captions(value: Any) -> list[str]:
     """
     captions = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        raise ValueError(f"caption: expected a text or a list of texts, got {value!r}")
+        raise ValueError(f"caption: expected a text or a list of texts, got {shortened(value)}")
     collapsed = (" ".join(text.split()) for text in captions)
     return [text for text in collapsed if text]
 
@@ -93,9 +104,10 @@ def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
 
     Raises:
         SampleError: The file is missing or damaged, not one of `FORMATS`, has 32 bits a channel, or
-            exceeds `MAX_PIXELS` or `MAX_ASPECT`. Its id is `sample_id`.
+            exceeds one of the limits above. Its id is `sample_id`.
     """
     with open_image_file(file, sample_id) as image:
+        _check_scans(image)
         image.load()
         return _to_rgb(image)
 
@@ -103,9 +115,8 @@ def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
 @contextmanager
 def open_image_file(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Image]:
     """Open an image and read its header; errors inside the context become SampleError."""
-    if isinstance(file, Path) and not file.is_file():
-        what = "not a file" if file.exists() else "no such file"
-        raise SampleError(sample_id, f"{what}: {file}")
+    if isinstance(file, Path) and (problem := _file_problem(file)):
+        raise SampleError(sample_id, f"{problem}: {file}")
     try:
         with Image.open(file, formats=FORMATS) as image:
             _check_size(*image.size)
@@ -115,6 +126,15 @@ def open_image_file(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Ima
         raise SampleError(sample_id, f"not a readable image: {reason}") from error
 
 
+def _file_problem(path: Path) -> str:
+    """Return why a path cannot be an image, or ""."""
+    if not os.path.isfile(path):  # also false if the path is too long or has a null character
+        return "not a file" if os.path.exists(path) else "no such file"
+    if (size := os.path.getsize(path)) > MAX_IMAGE_BYTES:
+        return f"expected at most {MAX_IMAGE_BYTES} bytes, got {size}"
+    return ""
+
+
 def _check_size(width: int, height: int) -> None:
     short, long = sorted((width, height))
     if width * height > MAX_PIXELS or long > MAX_ASPECT * max(short, 1):
@@ -122,6 +142,33 @@ def _check_size(width: int, height: int) -> None:
             f"expected at most {MAX_PIXELS} pixels and sides of at most {MAX_ASPECT}:1, got "
             f"{width} x {height}"
         )
+
+
+def _check_scans(image: Image.Image) -> None:
+    """Raise ValueError if a JPEG has so many scans that decoding takes minutes."""
+    if image.format not in ("JPEG", "MPO"):
+        return
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(position)
+    scans = _count_scans(content)
+    if scans > MAX_SCANS or scans * image.width * image.height > MAX_SCAN_PIXELS:
+        raise ValueError(
+            f"expected at most {MAX_SCANS} scans, of {MAX_SCAN_PIXELS} pixels in all, got {scans} "
+            f"of {image.width} x {image.height}"
+        )
+
+
+def _count_scans(jpeg: bytes) -> int:
+    scans, at = 0, 0
+    while segment := _JPEG_SEGMENT.search(jpeg, at):
+        marker, at = segment.group()[1], segment.end()
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == _START_OF_SCAN
+        at += int.from_bytes(jpeg[at : at + 2])
+    return scans
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

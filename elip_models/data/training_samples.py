@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from elip_models.data.caption_rules import CaptionRule, apply_caption_rule
 from elip_models.data.checks import check_not_empty
-from elip_models.data.read_errors import DataError, SkipReport, Skipped
+from elip_models.data.read_errors import DataError, Skipped, SkipReport
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.tokenizer import tokenize
 from elip_models.validation import Bounds, Count, Share, check

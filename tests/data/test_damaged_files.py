@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
 
 from elip_models.data import JsonSource, SampleError, ShardSource, check_source
 from elip_models.data.sample import MAX_PIXELS, decode_image
@@ -201,3 +202,50 @@ def test_a_named_pipe_instead_of_an_image_does_not_block(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([{"image": "a.png", "caption": "a"}]))
     with pytest.raises(SampleError, match="not a file"):
         JsonSource(tmp_path / "list.json")[0]
+
+
+def many_scans(count, size=(64, 64)):
+    """Return a progressive JPEG whose last scan is repeated."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (90, 90, 90)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * count + content[-2:]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "reason"),
+    [
+        (6000, (64, 64), "at most 100 scans.*got 6010 of 64 x 64"),
+        (40, (8000, 4000), "of 1024000000 pixels in all, got 50 of 8000 x 4000"),
+    ],
+)
+def test_a_jpeg_of_many_scans_is_not_decoded(count, size, reason, monkeypatch):
+    content = many_scans(count, size)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(SampleError, match=reason):
+        decode_image(io.BytesIO(content), "id")
+
+
+def test_scans_in_other_parts_of_a_jpeg_are_not_counted():
+    content = many_scans(80)
+    comment = b"\xff\xfe" + (2002).to_bytes(2) + b"\xff\xda" * 1000
+    content = content[:2] + comment + content[2:] + b"\xff\xda" * 1000
+    assert decode_image(io.BytesIO(content), "id").size == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "a/" * 4096, "a\0b", "\0"])
+def test_an_impossible_path_is_that_samples_error(name, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    entries = [{"image": image, "caption": "a"} for image in (name, "a.png")]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    source = JsonSource(tmp_path / "list.json")
+    with pytest.raises(SampleError, match="no such file"):
+        source[0]
+    assert source[1].captions == ("a",)
+
+
+def test_a_huge_image_file_is_not_read(tmp_path):
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(SampleError, match="expected at most 268435456 bytes, got 1099511627776"):
+        decode_image(tmp_path / "a.png", "id")
