@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from elip_models.data import ExampleSource, Source, StreamSource
+from elip_models.data.streams import redacted
 from elip_models.profiling.commit import commit
 
 PACKAGES = ("elip-kernels", "timm", "transformers", "accelerate", "datasets", "peft")
@@ -30,7 +31,7 @@ def run_provenance(
         "resumed": None if checkpoint is None else checkpoint.name,
         "host": socket.gethostname(),
         "process": os.getpid(),
-        "command": sys.argv,
+        "command": redacted(sys.argv),
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__, **_versions()},  # with the build of torch
         "commit": commit(),

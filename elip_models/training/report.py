@@ -1,6 +1,5 @@
 """The report after a training run: timing and agreement of the scorers, and a picture."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from elip_models.data import (
     image_transform,
 )
 from elip_models.models.base import PretrainedModel
+from elip_models.models.io.files import write_json
 from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import elip_strategy
 from elip_models.profiling.measure import measured_on, memory_kind, no_gain
@@ -111,7 +111,7 @@ class Reporter:
             "agreement_with_exact": agreement,
         }
         path = self.output_dir / "timing.json"
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(path, report)
         return path
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
 from elip_models.tasks.registry import save_answers
 from elip_models.training.accelerator import make_accelerator, make_barrier_group
-from elip_models.training.errors import Stopped, TrainingError
+from elip_models.training.errors import Stopped, TrainingError, as_write_error
 from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
@@ -79,21 +79,29 @@ def train(
     """
     if not isinstance(config, RunConfig):
         raise TypeError(f"config: expected a RunConfig from load_recipe, got {config!r:.100}")
-    with RunFolder(config.output_dir).locked(config, resume=resume):
-        return Trainer(config, resume=resume, console=console or Console(quiet=True)).run()
+    folder, console = RunFolder(config.output_dir), console or Console(quiet=True)
+    with folder.locked(config, resume=resume), as_write_error(folder.path):
+        return Trainer(config, resume=resume, console=console, folder=folder).run()
 
 
 class Trainer:
     """One training run, with the arguments of `train`. `run` calls `prepare`, trains and saves.
 
-    It uses only the interface of `PretrainedModel`.
+    It uses only the interface of `PretrainedModel`. `folder` is that of the run, if it is locked.
     """
 
-    def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        resume: bool,
+        console: Console,
+        folder: RunFolder | None = None,
+    ) -> None:
         self.config = config
         self.resume = resume
         self.console = console
-        self.folder = RunFolder(config.output_dir)
+        self.folder = folder or RunFolder(config.output_dir)
 
     def run(self) -> TrainResult:
         """Prepare the run, train to the last step, save the model and return the result."""
@@ -119,6 +127,7 @@ class Trainer:
         checkpoint = self._find_checkpoint() if self.resume else None
         self._build_data()
         self._build_model(resumed=checkpoint is not None)
+        self.accelerator.wait_for_everyone()  # each has loaded the tokenizer
         if self.accelerator.is_main_process:
             self.folder.record_start(self.config, run_provenance(self.source, checkpoint))
         self._restore(checkpoint)
@@ -223,7 +232,7 @@ class Trainer:
         if checkpoint is not None:
             self.parallel.load(checkpoint)
         if self.accelerator.is_main_process:
-            self.folder.truncate_rows(self.step)
+            self.folder.truncate_rows(self.step, self._warn)
         losses = [row["loss"] for row in self.folder.rows() if "loss" in row]
         self.loss = losses[-1] if losses else math.nan
         purge = {"tensorboard": {"purge_step": self.step + 1}}
@@ -317,6 +326,7 @@ class Trainer:
         self.batches.save(unfinished)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            self.folder.check_lock()
             self.folder.checkpoints.commit(
                 self.step, keep=self.config.keep_checkpoints, **self._invariants()
             )
@@ -327,6 +337,7 @@ class Trainer:
             self._evaluate_again()
         model = self.parallel.finish()
         if self.accelerator.is_main_process:
+            self.folder.check_lock()
             model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
             if self.evaluation.answers is not None:
                 save_answers(self.folder.model, self.evaluation.answers)

@@ -155,10 +155,12 @@ def make_tokenizer(
             "'train', which trains a new one"
         )
     with accelerator.main_process_first(), as_config_error("data.vocab_size"):
-        if not folder.tokenizer.exists():
+        if (path := folder.trained_tokenizer()) is None:
             captions = tokenizer_captions(source, model)
-            folder.save_tokenizer(train_tokenizer(captions, data.vocab_size).save_pretrained)
-    return load_tokenizer(str(folder.tokenizer))
+            path = folder.train_tokenizer(
+                train_tokenizer(captions, data.vocab_size).save_pretrained
+            )
+    return load_tokenizer(str(path))
 
 
 def tokenizer_captions(source: Source | StreamSource, model: VisionConfig) -> Iterator[str]:
