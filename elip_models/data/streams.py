@@ -5,15 +5,17 @@ again. A failure raises nothing: it ends the archive, and `StreamTar.problem` ho
 """
 
 import os
+import re
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -28,6 +30,9 @@ _RETRY_DELAYS = (1.0, 5.0)  # seconds before a request is repeated
 _RETRYABLE_STATUS = (408, 425, 429)
 _CHUNK = 2**20
 _MAX_BUFFER_BYTES = MAX_IMAGE_BYTES
+_HIDDEN = "***"
+_PROGRAM = re.compile(r"\s*[\w./+-]+(?=\s|$)|")  # nothing if it is quoted or set by a variable
+_USER = re.compile(r"\A(?:[^/?#:]*:.*@|[^/?#]*@)", re.DOTALL)  # any character in a password
 
 
 class Stream(Protocol):
@@ -50,6 +55,30 @@ def open_url(url: str) -> Stream:
         return fsspec.open(url, "rb").open()
     except FileNotFoundError as error:  # its message is only the path
         raise FileNotFoundError(f"no such file: {error}") from error
+
+
+def redacted(spec: Any) -> Any:
+    """Return a specification of data without what may be secret, for messages and reports.
+
+    Hidden are the arguments of a `pipe:` command, and of a URL the user, the query and what
+    follows it. `spec` is a text that may contain these, or a mapping or list of such texts.
+    """
+    if isinstance(spec, Mapping):
+        return {name: redacted(value) for name, value in spec.items()}
+    if isinstance(spec, list | tuple):
+        return [redacted(each) for each in spec]
+    if not isinstance(spec, str):
+        return spec
+    before, pipe, command = spec.partition(PIPE)
+    program = _PROGRAM.match(command)[0]
+    hidden = _HIDDEN if command != program else ""
+    return _redacted_url(before) + pipe + program + (" " if program and hidden else "") + hidden
+
+
+def _redacted_url(text: str) -> str:
+    before, scheme, url = text.partition("://")
+    shown, mark, _ = re.split(r"([?#]|$)", _USER.sub(f"{_HIDDEN}@", url, count=1), maxsplit=1)
+    return before + scheme + shown + (mark and mark + _HIDDEN)
 
 
 def scheme_of(url: str) -> str:
