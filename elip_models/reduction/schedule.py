@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
-from elip_models.validation import check_fields
+from elip_models.validation import check_fields, shortened
 
-GROUP = re.compile(r"(\d+)\((\d+(?:\.\d+)?)%\)")
+GROUP = re.compile(r"([0-9]{1,4})\(([0-9]{1,3}(?:\.[0-9]{1,400})?)%\)")
+MAX_LAYERS = 1024
 FORM = "groups 'layers(ratio%)' as in '2(100%) 2(90%) 6(65%) 2(40%)'"
 PRESETS = {
     "clip": "2(100%) 2(90%) 6(65%) 2(40%)",
@@ -31,13 +32,13 @@ def check_merge(merge: Any) -> None:
     if not isinstance(merge, str) or merge not in get_args(Merge):
         error = ValueError if isinstance(merge, str) else TypeError
         advice = f"; pass {'one' if merge else 'none'!r}" if isinstance(merge, bool) else ""
-        raise error(f"merge: expected 'one', 'none' or 'nearest', got {merge!r}{advice}")
+        raise error(f"merge: expected 'one', 'none' or 'nearest', got {shortened(merge)}{advice}")
 
 
 def merge_flag(merge: Merge) -> bool:
     """Return what `elip_kernels` takes as `merge` for 'one' and 'none'."""
     if merge not in ("one", "none"):
-        raise ValueError(f"merge: expected 'one' or 'none', got {merge!r}")
+        raise ValueError(f"merge: expected 'one' or 'none', got {shortened(merge)}")
     return merge == "one"
 
 
@@ -85,17 +86,22 @@ class Schedule:
         check_fields(self)
         if not self.groups:
             raise ValueError(f"schedule: expected {FORM}, got no group")
+        if self.depth > MAX_LAYERS:
+            raise ValueError(
+                f"schedule: expected at most {MAX_LAYERS} layers, got {shortened(self.depth)}"
+            )
         previous = 1.0
         for layers, ratio in self.groups:
             if layers < 1 or not 0.0 < ratio <= 1.0:
                 raise ValueError(
                     "schedule: expected at least one layer and a ratio in (0%, 100%] in each "
-                    f"group, got {_format(layers, ratio)} in '{self}'"
+                    f"group, got {_format(layers, ratio)} in {shortened(str(self))}"
                 )
             if ratio > previous:
                 raise ValueError(
                     "schedule: expected ratios that never rise, since dropped tokens do not come "
-                    f"back, got {_format(layers, ratio)} after {previous:.0%} in '{self}'"
+                    f"back, got {_format(layers, ratio)} after {previous:.0%} in "
+                    f"{shortened(str(self))}"
                 )
             previous = ratio
 
@@ -116,12 +122,16 @@ class Schedule:
         if isinstance(text, Schedule):
             return text
         if not isinstance(text, str):
-            raise TypeError(f"schedule: expected {FORM}, got {text!r} ({type(text).__name__})")
+            raise TypeError(
+                f"schedule: expected {FORM}, got {shortened(text)} ({type(text).__name__})"
+            )
         name = text.strip().lower()
         words = PRESETS.get(name, text).split()
         matches = [GROUP.fullmatch(word) for word in words]
         if not words or None in matches:
-            raise ValueError(f"schedule: expected {FORM} or one of {sorted(PRESETS)}, got {text!r}")
+            raise ValueError(
+                f"schedule: expected {FORM} or one of {sorted(PRESETS)}, got {shortened(text)}"
+            )
         groups = tuple((int(m[1]), float(Decimal(m[2]) / 100)) for m in matches if m)
         return cls(groups, count_cls, scales=name in PRESETS)
 
@@ -212,7 +222,7 @@ class Schedule:
         if not self.scales:
             raise ValueError(
                 f"schedule: expected {depth} layers, as the tower has, got {self.depth} in "
-                f"'{self}'; scaled to the tower: '{self.scaled(depth)}'"
+                f"{shortened(str(self))}; scaled to the tower: {shortened(str(self.scaled(depth)))}"
             )
         return self.scaled(depth)
 

@@ -8,7 +8,6 @@ A strategy is written as one line: a name in `STRATEGIES`, then its settings.
     elip:scorer=exact,schedule=2(100%) 4(50%)
 """
 
-import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -19,9 +18,18 @@ from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Tower
-from elip_models.validation import Count, PositiveInt, PositiveShare, Rate, Share, did_you_mean
+from elip_models.validation import (
+    Count,
+    PositiveInt,
+    PositiveShare,
+    Rate,
+    Share,
+    did_you_mean,
+    shortened,
+)
 
 SETTING = re.compile(r",\s*(?=\w+\s*=)")  # the commas that begin another setting
+NUMBERS = re.compile(r"[-+.0-9e]+(\s*,\s*[-+.0-9e]+)*,?")
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -81,7 +89,7 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
             name, value = next(iter(given.items()))
             raise ValueError(
                 f"{name}: expected it inside the instance, {strategy.name}({name}=..), since a "
-                f"Strategy instance takes no options, got {value!r} beside it"
+                f"Strategy instance takes no options, got {shortened(value)} beside it"
             )
         return strategy
     name, settings = parse_spec(strategy)
@@ -89,11 +97,14 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     for key, value in given.items():
         if key not in known:
             raise ValueError(
-                f"{key}: expected none with strategy={strategy!r}, which takes "
-                f"{', '.join(known)}, got {value!r}{did_you_mean(key, known)}"
+                f"{key}: expected none with strategy={shortened(strategy)}, which takes "
+                f"{', '.join(known)}, got {shortened(value)}{did_you_mean(key, known)}"
             )
         if key in settings:
-            raise ValueError(f"{key}: expected it once, got {value!r} beside strategy={strategy!r}")
+            raise ValueError(
+                f"{key}: expected it once, got {shortened(value)} beside "
+                f"strategy={shortened(strategy)}"
+            )
     return STRATEGIES[name](**settings, **given)
 
 
@@ -119,7 +130,7 @@ def check_keep(
         value = given[own] if isinstance(given[own], int | float | tuple) else str(given[own])
         raise ValueError(
             f"{name}: expected no {own} beside it, since both set how many tokens stay, got "
-            f"{name}={keep!r} and {own}={value!r}; pass one of the two"
+            f"{name}={shortened(keep)} and {own}={shortened(value)}; pass one of the two"
         )
 
 
@@ -130,13 +141,13 @@ def _check_no_options(options: Mapping[str, Any]) -> None:
         if not owners:
             known = {option for key in STRATEGIES for option in kinds_of(key)} | {"keep"}
             raise ValueError(
-                f"{name}: expected an option of a strategy, got {name}={value!r}"
+                f"{name}: expected an option of a strategy, got {name}={shortened(value)}"
                 f"{did_you_mean(name, sorted(known))}"
             )
         reason = "is set by keep alone" if ToMe.name in owners else "has no such option"
         raise ValueError(
             f"{name}: expected a strategy beside it, since the default, {ToMe.name!r}, {reason}, "
-            f"got {name}={value!r}; strategies with it: {', '.join(map(repr, owners))}. "
+            f"got {name}={shortened(value)}; strategies with it: {', '.join(map(repr, owners))}. "
             f"Pass strategy={owners[0]!r}"
         )
 
@@ -150,24 +161,31 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
     is_strategy = table is STRATEGIES
     prefix, known = "strategy: " if is_strategy else "", ", ".join(table)
     or_instance = ", or a Strategy" if is_strategy else ""
-    name, colon, rest = (part.strip() for part in str(text).partition(":"))
-    if not isinstance(text, str) or name not in table:
+    name, colon, rest = (
+        part.strip() for part in (text if isinstance(text, str) else "").partition(":")
+    )
+    if name not in table:
         raise ValueError(
             f"{prefix}expected NAME or NAME:key=value,.. with {known}{or_instance}, got "
-            f"{text!r}{did_you_mean(name, table)}"
+            f"{shortened(text)}{did_you_mean(name, table)}"
         )
     settings: dict[str, Any] = {}
     kinds = kinds_of(name, table)
     for setting in SETTING.split(rest) if colon else ():
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not key or not value:
-            raise ValueError(f"{prefix}expected settings key=value in {text!r}, got {setting!r}")
+            raise ValueError(
+                f"{prefix}expected settings key=value in {shortened(text)}, got "
+                f"{shortened(setting)}"
+            )
         if key in settings:
-            raise ValueError(f"{prefix}expected {key!r} once in {text!r}, got it twice")
+            raise ValueError(
+                f"{prefix}expected {shortened(key)} once in {shortened(text)}, got it twice"
+            )
         if key not in kinds:
             raise ValueError(
-                f"{prefix}expected a setting of {name!r}, one of {', '.join(kinds)}, got {key!r}"
-                f"{did_you_mean(key, kinds)}"
+                f"{prefix}expected a setting of {name!r}, one of {', '.join(kinds)}, got "
+                f"{shortened(key)}{did_you_mean(key, kinds)}"
             )
         settings[key] = _value(kinds[key], key, value)
     return name, settings
@@ -183,16 +201,20 @@ def _value(kind: Any, key: str, text: str) -> Any:
     value: Any = text
     if text.lower() in WORDS and text not in get_args(kind):  # 'none' may be a choice
         value = WORDS[text.lower()]
-    elif re.fullmatch(r"[-+.\de]+(\s*,\s*[-+.\de]+)*,?", text):
+    elif NUMBERS.fullmatch(text):
         value = _number(key, text)
     if kind is bool and not isinstance(value, bool):
-        raise ValueError(f"{key}: expected true or false, got {text!r}")
+        raise ValueError(f"{key}: expected true or false, got {shortened(text)}")
     return value
 
 
 def _number(key: str, text: str) -> int | float | tuple[int | float, ...]:
     """Return the number or the tuple of numbers that `text` writes."""
     try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        raise ValueError(f"{key}: expected a number, got {text!r}") from None
+        numbers = tuple(
+            float(each) if {".", "e"} & {*each} else int(each)
+            for each in text.removesuffix(",").split(",")
+        )
+    except ValueError:
+        raise ValueError(f"{key}: expected a number, got {shortened(text)}") from None
+    return numbers if "," in text else numbers[0]
