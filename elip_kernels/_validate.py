@@ -1,20 +1,39 @@
 """Argument checks of the public functions, and the format of their error messages."""
 
+import reprlib
+import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.masked import MaskedTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from elip_kernels.ops.gather_ops import accumulator
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class _ShortRepr(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Return a short form of `x`; Python prints at most 4,300 digits."""
+        bits = x.bit_length()
+        return super().repr_int(x, level) if bits < 1000 else f"an int of {bits} bits"
+
+
+SHORT = _ShortRepr()
+SHORT.maxstring = SHORT.maxother = 100
+
+
 def describe_value(value: Any) -> str:
-    """Return the shape, dtype and device of a tensor, or the repr and type of another value."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.dtype} on {value.device}".replace("torch.", "")
-    return f"{value!r} ({type(value).__name__})"
+    """Return the shape, dtype and device of a tensor, or a short repr and type of another value."""
+    if not isinstance(value, Tensor):
+        return f"{SHORT.repr(value)} ({type(value).__name__})"
+    is_strided_nested = value.is_nested and value.layout is torch.strided
+    shape = "nested" if is_strided_nested else tuple(value.shape)
+    layout = "" if value.layout is torch.strided else f" {value.layout}"
+    return f"{shape} {value.dtype}{layout} on {value.device}".replace("torch.", "")
 
 
 def message(argument: str, expected: str, got: Any, remedy: str = "") -> str:
@@ -23,10 +42,18 @@ def message(argument: str, expected: str, got: Any, remedy: str = "") -> str:
     return f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
 
 
-def check_tensor(argument: str, value: Any, shape: str, ndim: int | tuple[int, ...]) -> None:
-    """Check that `value` is a floating-point tensor with `ndim` dimensions, named `shape`."""
+def check_dense(argument: str, value: Any, expected: str) -> None:
+    """Check that `value` is a dense tensor: strided, and neither nested nor masked."""
     if not isinstance(value, Tensor):
-        raise TypeError(message(argument, f"a tensor {shape}", value))
+        raise TypeError(message(argument, expected, value))
+    if value.layout is not torch.strided or value.is_nested or isinstance(value, MaskedTensor):
+        kind = f"{describe_value(value)} ({type(value).__name__})"
+        raise TypeError(message(argument, expected, kind, "convert it to a dense tensor"))
+
+
+def check_tensor(argument: str, value: Any, shape: str, ndim: int | tuple[int, ...]) -> None:
+    """Check that `value` is a dense floating-point tensor with `ndim` dimensions, named `shape`."""
+    check_dense(argument, value, f"a tensor {shape}")
     if value.dim() not in (ndim if isinstance(ndim, tuple) else (ndim,)):
         raise ValueError(message(argument, f"a tensor {shape}", value))
     if value.dtype not in FLOATS:
@@ -69,6 +96,8 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(message("scale", "a float or None", scale))
+    if not abs(scale) <= sys.float_info.max:
+        raise ValueError(message("scale", "a finite float or None", scale))
     return float(scale)
 
 
@@ -84,7 +113,8 @@ def check_mask(
     """Check that `mask` is None, or a bool tensor of `shape` on the device of `other`."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    check_dense(argument, mask, f"a bool tensor {names}, True = real")
+    if mask.dtype != torch.bool:
         raise TypeError(message(argument, f"a bool tensor {names}, True = real", mask))
     check_shape(argument, mask, shape, names)
     check_device(argument, mask, reference, other)
@@ -129,11 +159,49 @@ def check_prefix(num_prefix_tokens: int, N: int) -> None:
 
 
 def check_metric(metric: Tensor, tokens: Tensor) -> None:
-    """Check that `metric` is (B, N, C) on the device of `tokens` (B, N, D)."""
+    """Check that `metric` is (B, N, C) on the device of `tokens` (B, N, D), with C at least 1."""
     B, N, _ = tokens.shape
     check_tensor("metric", metric, "(B, N, C)", 3)
+    if metric.shape[2] < 1:
+        raise ValueError(message("metric", "(B, N, C) with C >= 1", metric))
     check_shape("metric", metric, (B, N, metric.shape[2]), "(B, N, C)")
     check_device("metric", metric, "tokens", tokens)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether to check values: on the CPU, outside of graphs, transforms and modes.
+
+    Reading a value on a GPU would wait for the device. There the kernels mask what is out of range.
+    """
+    if torch.compiler.is_compiling() or not tensor.is_cpu or type(tensor) is not Tensor:
+        return False
+    is_traced = torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return not is_traced and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def check_range(argument: str, values: Tensor, least: int, most: float) -> None:
+    """Check that all values are from `least` to `most`, where they are readable."""
+    if values.numel() == 0 or not is_readable(values):
+        return
+    low, high = (value.item() for value in values.aminmax())
+    if not least <= low <= high <= most:
+        at_most = "" if most == float("inf") else f" and at most {most}"
+        expected = f"values of at least {least}{at_most}"
+        raise ValueError(message(argument, expected, f"values from {low} to {high}"))
+
+
+def check_positions(argument: str, kept: Tensor, first: int, N: int) -> None:
+    """Check that each row of `kept` (B, K) has different positions from `first` to N-1, or -1."""
+    if not is_readable(kept):
+        return
+    in_order = kept.sort(1).values
+    before = F.pad(in_order[:, :-1], (1, 0), value=-1).clamp(min=first - 1)
+    is_wrong = ((in_order <= before) | (in_order >= N)) & (in_order != -1)
+    if is_wrong.any():
+        image = is_wrong.any(1).nonzero()[0].item()
+        row = f"{SHORT.repr(kept[image].tolist())} in image {image}"
+        expected = f"different positions from {first} to {N - 1}, or -1 for padding"
+        raise ValueError(message(argument, expected, row))
 
 
 def reduce_arguments(

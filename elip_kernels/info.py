@@ -9,7 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elip_kernels._validate import check_device, check_shape, check_tensor, message
+from elip_kernels._validate import (
+    check_dense,
+    check_device,
+    check_flags,
+    check_mask,
+    check_positions,
+    check_prefix,
+    check_range,
+    check_shape,
+    check_tensor,
+    message,
+)
 from elip_kernels.ops.gather_ops import take_rows
 
 
@@ -53,9 +64,11 @@ class ReductionInfo(NamedTuple):
         Returns:
             (B, T, N) bool, or (B, T, P) if an earlier map is given.
         """
-        B, N = self.weights.shape
         if self.slots is not None:
-            return _compose(_membership(self.slots, self.num_rows), earlier)
+            return _compose(source_matrix(self), earlier)
+        _check_reduction(self)
+        check_positions("info.kept", self.kept, self.num_prefix_tokens, self.weights.shape[1])
+        B, N = self.weights.shape
         index = torch.arange(N, device=self.kept.device)
         prefix = index[: self.num_prefix_tokens].expand(B, -1)
         source = torch.cat([prefix, self.kept], dim=1)[..., None] == index
@@ -105,36 +118,65 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
     check_tensor("merged", merged, "(B, T, D)", 3)
     D = merged.shape[2]
     if not isinstance(info, Tensor):
-        check_slots(info)
+        check_match(info)
         shape = (info.slots.shape[0], info.num_rows, D)
         check_shape("merged", merged, shape, "(B, T, D)")
         check_device("merged", merged, "info.slots", info.slots)
         return take_rows(merged, info.slots)
+    check_dense("info", info, "a source map (B, T, N) bool")
     if info.dtype != torch.bool or info.dim() != 3:
         raise TypeError(message("info", "a source map (B, T, N) bool", info))
     check_shape("merged", merged, (*info.shape[:2], D), "(B, T, D)")
     check_device("merged", merged, "info", info)
+    if info.shape[1] == 0:
+        return merged.new_zeros(info.shape[0], info.shape[2], D)
     is_source, rows = info.to(torch.uint8).max(1)
     return take_rows(merged, rows).masked_fill((is_source == 0)[..., None], 0.0)
 
 
-def source_matrix(info: BipartiteInfo) -> Tensor:
-    """Return (B, N-r, N) bool, True where the output row contains the input token."""
-    check_slots(info)
-    return _membership(info.slots, info.num_rows)
+def source_matrix(info: BipartiteInfo | ReductionInfo) -> Tensor:
+    """Return (B, R, N) bool, True where the output row contains the input token."""
+    check_match(info)
+    rows = torch.arange(info.num_rows, device=info.slots.device)
+    return info.slots[:, None, :] == rows[None, :, None]
 
 
-def check_slots(info: BipartiteInfo | ReductionInfo) -> None:
-    """Check that `info` has an output row for each token; raise TypeError otherwise."""
+def check_match(info: BipartiteInfo | ReductionInfo) -> None:
+    """Check that `info` has an output row for each token, and its values where readable."""
     if not isinstance(info, (BipartiteInfo, ReductionInfo)) or info.slots is None:
         expected = "the info that bipartite_merge or merge_nearest returns"
         raise TypeError(message("info", expected, info))
+    slots = info.slots
+    check_dense("info.slots", slots, "output rows (B, N) int32")
+    if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 2:
+        raise TypeError(message("info.slots", "output rows (B, N) int32", slots))
+    if isinstance(info, ReductionInfo):
+        _check_reduction(info)
+        check_shape("info.slots", slots, tuple(info.weights.shape), "(B, N)")
+    R = info.num_rows
+    if isinstance(R, bool) or not isinstance(R, (int, torch.SymInt)):
+        raise TypeError(message("info.num_rows", "an int", R))
+    if not 1 <= R <= slots.shape[1] + 1:
+        raise ValueError(message("info.num_rows", f"1 to {slots.shape[1] + 1} rows", R))
+    check_range("info.slots", slots, 0, R - 1)
 
 
-def _membership(slots: Tensor, num_rows: int) -> Tensor:
-    """Return (B, R, N) bool from slots (B, N): True where row r contains token n."""
-    rows = torch.arange(num_rows, device=slots.device)
-    return slots[:, None, :] == rows[None, :, None]
+def _check_reduction(info: ReductionInfo) -> None:
+    """Check the fields of a `ReductionInfo`, which a caller may have made."""
+    check_tensor("info.weights", info.weights, "(B, N)", 2)
+    (B, N), p, kept = info.weights.shape, info.num_prefix_tokens, info.kept
+    check_prefix(p, N)
+    check_flags(merged=info.merged)
+    expected = f"positions (B, K) int64 with B = {B} and K <= N-p = {N - p}"
+    check_dense("info.kept", kept, expected)
+    if kept.dtype != torch.int64 or kept.dim() != 2 or kept.shape[0] != B or kept.shape[1] > N - p:
+        raise ValueError(message("info.kept", expected, kept))
+    check_device("info.kept", kept, "info.weights", info.weights)
+    check_mask(
+        *(info.mask, (B, info.num_rows), "info.weights", info.weights),
+        argument="info.mask",
+        names="(B, R)",
+    )
 
 
 def _compose(source: Tensor, earlier: Tensor | None) -> Tensor:
@@ -142,7 +184,8 @@ def _compose(source: Tensor, earlier: Tensor | None) -> Tensor:
     if earlier is None:
         return source
     expected = f"a source map (B, N, P) bool with (B, N) = {tuple(source.shape[::2])}"
-    if not isinstance(earlier, Tensor) or earlier.dtype != torch.bool:
+    check_dense("earlier", earlier, expected)
+    if earlier.dtype != torch.bool:
         raise TypeError(message("earlier", expected, earlier))
     if earlier.dim() != 3 or earlier.shape[:2] != source.shape[::2]:
         raise ValueError(message("earlier", expected, earlier))

@@ -47,8 +47,8 @@ def query_arguments(
     check_shape("cls", cls, (B, D), "(B, D)")
     if not isinstance(eps, float):
         raise TypeError(message("eps", "a float, at least 0", eps))
-    if not eps >= 0:
-        raise ValueError(message("eps", "a float, at least 0", eps))
+    if not 0 <= eps < float("inf"):
+        raise ValueError(message("eps", "a finite float, at least 0", eps))
     check_tensor("q_weight", matrices["q_weight"], "(H*d, D)", 2)
     width = matrices["q_weight"].shape[0]
     check_heads(num_heads, width)

@@ -28,12 +28,13 @@ from elip_kernels._validate import (
     check_device,
     check_flags,
     check_metric,
+    check_range,
     check_shape,
     check_tensor,
     check_tokens,
     message,
 )
-from elip_kernels.info import BipartiteInfo, ReductionInfo, check_slots
+from elip_kernels.info import BipartiteInfo, ReductionInfo, check_match
 from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, match
 from elip_kernels.ops.gather_ops import accumulator, add_rows, flat_rows, largest, sum_rows, sums_by
 from elip_kernels.ops.merge_kernels import merge_bwd, merge_fwd
@@ -95,6 +96,8 @@ def bipartite_merge(
     _check_arguments(tokens, metric, r, num_prefix_tokens)
     size, penalty = check_size(size, tokens), _check_penalty(penalty, metric)
     check_flags(return_info=return_info)
+    if size is not None:
+        check_range("size", size, 0, float("inf"))
     B, N, _ = tokens.shape
     r = min(r, max(0, N - num_prefix_tokens) // 2)
     if r == 0:
@@ -118,7 +121,8 @@ def apply_merge(
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
-        info: result of a `bipartite_merge` or `merge_nearest` of N tokens.
+        info: result of a `bipartite_merge` or `merge_nearest` of N tokens. Its values are checked
+            on the CPU, outside of graphs.
         size: (B, N) or (B, N, 1) fp32 or fp64, positive, or zero for padding. None means 1 each.
 
     Returns:
@@ -128,10 +132,13 @@ def apply_merge(
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
     """
     check_tokens(tokens)
-    check_slots(info)
+    check_match(info)
     check_shape("tokens", tokens, (*info.slots.shape, tokens.shape[2]), "(B, N, D)")
     check_device("tokens", tokens, "info.slots", info.slots)
-    return _merged(tokens, check_size(size, tokens), info)
+    size = check_size(size, tokens)
+    if size is not None:
+        check_range("size", size, 0, float("inf"))
+    return _merged(tokens, size, info)
 
 
 def _merged(

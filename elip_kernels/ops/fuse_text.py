@@ -63,7 +63,7 @@ def check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_
         raise TypeError(message("fusion", "a float in [0, 1]", fusion))
     if not 0 <= fusion <= 1:
         raise ValueError(message("fusion", "a float in [0, 1]", fusion))
-    if guidance_norm not in ("none", "match"):
+    if not isinstance(guidance_norm, str) or guidance_norm not in ("none", "match"):
         raise ValueError(message("guidance_norm", "'none' or 'match'", guidance_norm))
 
 

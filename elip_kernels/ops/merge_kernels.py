@@ -6,6 +6,8 @@
                while it has that many; no atomics
     merge_bwd  grid (image, 32 tokens, slice of D): each token gathers its row
 
+A row that is out of range is not read or written: its tokens have no gradient.
+
 Traffic: `merge_fwd` reads each token once. Every tile of tokens reads all slots and sizes of its
 image (from L2 after the first).
 """
@@ -32,14 +34,15 @@ def _order_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # tokens, and rows
     mask_n = offs_n < N
     mask_r = offs_n < R
-    slot = tl.load(slots_ptr + offs_n, mask=mask_n, other=0)
+    slot = tl.minimum(tl.load(slots_ptr + offs_n, mask=mask_n, other=0), R)
     place = tl.zeros([BLOCK_N], tl.int32)
     start = tl.zeros([BLOCK_N], tl.int32)
     total = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, N, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < N
-        other = tl.load(slots_ptr + offs_m, mask=mask_m, other=LAST_SLOT)[:, None]
+        other = tl.minimum(tl.load(slots_ptr + offs_m, mask=mask_m, other=0), R)
+        other = tl.where(mask_m, other, LAST_SLOT)[:, None]
         size = tl.full([BLOCK_M], 1.0, tl.float32)
         if HAS_SIZE:
             size = tl.load(size_ptr + offs_m, mask=mask_m, other=0.0)
@@ -137,21 +140,24 @@ def _merge_bwd_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < N
-    mask_nd = mask_n[:, None] & (offs_d < D)[None, :]
+    mask_d = (offs_d < D)[None, :]
     slot = tl.load(slots_ptr + pid_b * N + offs_n, mask=mask_n, other=0)
-    total = tl.load(out_size_ptr + pid_b * R + slot, mask=mask_n, other=1.0)
+    has_row = mask_n & (slot >= 0) & (slot < R)
+    total = tl.load(out_size_ptr + pid_b * R + slot, mask=has_row, other=1.0)
     size = tl.full([BLOCK_N], 1.0, tl.float32)
     if HAS_SIZE:
         size = tl.load(size_ptr + pid_b * N + offs_n, mask=mask_n, other=0.0)
     g = tl.load(
-        grad_out_ptr + (pid_b * R + slot)[:, None] * D + offs_d[None, :], mask=mask_nd, other=0.0
+        grad_out_ptr + (pid_b * R + slot)[:, None] * D + offs_d[None, :],
+        mask=has_row[:, None] & mask_d,
+        other=0.0,
     )  # [BLOCK_N, BLOCK_D]
     divisor = tl.where(total == 0, 1.0, total)
     scaled = g.to(tl.float32) * tl.div_rn(size, divisor)[:, None]
     tl.store(
         grad_ptr + (pid_b * N + offs_n)[:, None] * D + offs_d[None, :],
         scaled.to(g.dtype),
-        mask=mask_nd,
+        mask=mask_n[:, None] & mask_d,
     )
 
 

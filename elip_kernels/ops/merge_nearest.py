@@ -26,11 +26,14 @@ from elip_kernels import launch
 from elip_kernels._operator import Operator
 from elip_kernels._triton import is_interpreted, tl, triton
 from elip_kernels._validate import (
+    check_dense,
     check_device,
     check_flags,
     check_mask,
     check_metric,
+    check_positions,
     check_prefix,
+    check_range,
     check_tokens,
     message,
 )
@@ -75,7 +78,7 @@ def merge_nearest(
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64. Gradients reach tokens only.
         kept: (B, K) int64, different positions from p to N-1 for each image, in the order of the
-            output; -1 is a row of padding.
+            output; -1 is a row of padding. Values are checked on the CPU, outside of graphs.
         metric: (B, N, C), features whose cosine is the similarity, such as the mean of the keys
             over heads.
         size: (B, N) or (B, N, 1) fp32 or fp64, how many patches each token represents, or another
@@ -102,10 +105,12 @@ def merge_nearest(
     check_flags(return_info=return_info)
     targets = kept
     if mask is not None:
-        is_real = (kept >= 0) & mask.gather(1, kept.clamp(min=0))
+        is_real = (kept >= 0) & mask.gather(1, kept.clamp(0, N - 1))
         targets = kept.masked_fill(~is_real, -1)
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
         size = mask.to(accumulator(tokens)) if size is None else size.masked_fill(~mask, 0.0)
+    if size is not None:
+        check_range("size", size, 0, float("inf"))
     slots = _match_op(metric.detach(), targets, p)
     merged, sizes = merge_op(tokens, size, slots, p + kept.shape[1])
     if not return_info:
@@ -117,19 +122,21 @@ def merge_nearest(
 
 def _check_kept(kept: Tensor, tokens: Tensor, num_prefix_tokens: int) -> None:
     (B, N, _), expected = tokens.shape, "positions (B, K) int64 with 1 <= K <= N-p"
-    if not isinstance(kept, Tensor) or kept.dtype != torch.int64:
+    check_dense("kept", kept, expected)
+    if kept.dtype != torch.int64:
         raise TypeError(message("kept", expected, kept, "elip_kernels.select_tokens makes them"))
     fits = kept.dim() == 2 and kept.shape[0] == B
     if not fits or not 1 <= kept.shape[1] <= N - num_prefix_tokens:
         raise ValueError(message("kept", f"{expected} = {N - num_prefix_tokens}, B = {B}", kept))
     check_device("kept", kept, "tokens", tokens)
+    check_positions("kept", kept, num_prefix_tokens, N)
 
 
 def match_reference(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
     """Compute the matching in PyTorch; return slots (B, N) int32."""
     (B, N, _), K, p = metric.shape, kept.shape[1], num_prefix_tokens
-    unit, is_target = unit_rows(metric), kept >= 0
-    similarity = unit @ take_rows(unit, kept.clamp(min=0)).mT  # (B, N, K)
+    unit, is_target = unit_rows(metric), (kept >= 0) & (kept < N)
+    similarity = unit @ take_rows(unit, kept.clamp(0, N - 1)).mT  # (B, N, K)
     least = torch.finfo(similarity.dtype).min
     similarity = similarity.masked_fill(similarity.isnan(), least)
     partner = similarity.masked_fill(~is_target[:, None], float("-inf")).max(2).indices

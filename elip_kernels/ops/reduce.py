@@ -33,6 +33,7 @@ from elip_kernels.ops.gather_ops import (
 )
 from elip_kernels.ops.scatter_tokens import empty_outputs, launch_move
 from elip_kernels.ops.select_device import (
+    SUM_SCALE,
     load_tile,
     move_tile,
     part_and_slice,
@@ -159,7 +160,8 @@ def reduce_reference(
         if mask is not None:
             weight = weight * mask.gather(1, dropped)
         if normalize:
-            weight = weight / (weight.sum(1, keepdim=True) + EPSILON)
+            total = (weight * SUM_SCALE).sum(1, keepdim=True) + EPSILON * SUM_SCALE
+            weight = weight / total * SUM_SCALE
         weights.scatter_(1, dropped, weight)
         out[:, -1] = merge_rows(tokens, dropped, weight)
     kept = order[:, num_prefix_tokens:first_dropped].clone(memory_format=torch.contiguous_format)

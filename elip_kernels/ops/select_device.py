@@ -12,6 +12,8 @@ from elip_kernels._triton import tl, triton
 OUTSIDE_KEY = tl.constexpr(0)
 PADDING_KEY = tl.constexpr(1)
 NAN_KEY = tl.constexpr(2)
+SUM_SCALE = 2.0**-17  # factor of scores in sums, so that no sum of 65,536 of them overflows
+SCALE = tl.constexpr(SUM_SCALE)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def select_and_weigh(
         is_merged = is_inside & is_real & (tl.abs(score) < float("inf")) & (is_kept == 0)
         weight = tl.where(is_merged, score, 0.0)
         if NORMALIZE:
-            weight = weight / (tl.sum(weight, 0) + EPSILON)
+            weight = weight / (tl.sum(weight * SCALE, 0) + EPSILON * SCALE) * SCALE
     return is_kept, slot, weight
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from elip_kernels import launch
 from elip_kernels._triton import tl, triton
 from elip_kernels.ops.select_device import (
+    SCALE,
     kept_among,
     order_key,
     select_and_weigh,
@@ -90,13 +91,13 @@ def _sum_of_merged(
     scores_ptr, real_ptr, threshold, equal, quota, N,
     HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return the sum of the merged scores; those that equal the threshold share one value."""
+    """Return SCALE times the sum of the merged scores; those of the threshold share one value."""
     below = 0.0
     beside = 0.0
     for first in range(0, N, BLOCK_N):
         _, mask_n, is_real, score = _load_scores(scores_ptr, real_ptr, first, N, HAS_MASK, BLOCK_N)
         key = order_key(score, is_real, mask_n)
-        value = tl.where(is_real & (tl.abs(score) < float("inf")), score, 0.0)
+        value = tl.where(is_real & (tl.abs(score) < float("inf")), score * SCALE, 0.0)
         below += tl.sum(tl.where(key < threshold, value, 0.0), 0)
         beside += tl.sum(tl.where(key == threshold, value, 0.0), 0)
     return below + beside * ((equal - quota).to(tl.float32) / equal)
@@ -117,7 +118,7 @@ def _stream_kernel(
     threshold, equal, quota = _kth_largest(scores_ptr, real_ptr, N, K, HAS_MASK, BLOCK_N)
     total = 1.0
     if MERGE and NORMALIZE:
-        total = EPSILON + _sum_of_merged(
+        total = EPSILON * SCALE + _sum_of_merged(
             scores_ptr, real_ptr, threshold, equal, quota, N, HAS_MASK, BLOCK_N
         )
     above_before = 0
@@ -133,7 +134,9 @@ def _stream_kernel(
         weight = tl.zeros_like(score)
         if MERGE:
             is_merged = is_real & (tl.abs(score) < float("inf")) & (is_kept == 0)
-            weight = tl.where(is_merged, score, 0.0) / total
+            weight = tl.where(is_merged, score, 0.0)
+            if NORMALIZE:
+                weight = weight / total * SCALE
         store_selection(
             kept_ptr, weights_ptr, slots_ptr,
             is_kept, slot, weight, offs_n, mask_n, pid_b, all_n, K, P,

@@ -9,7 +9,7 @@ import torch
 from benchmarks.kernel_analysis.traffic import traffic
 from elip_kernels import launch
 from elip_kernels.info import BipartiteInfo
-from elip_kernels.ops.bipartite import apply_merge, merge_reference
+from elip_kernels.ops.bipartite import apply_merge, merge_op, merge_reference
 from tests.helpers.tiers import tiered
 from tests.interpreted.test_bipartite_kernel import DTYPES, NAN, check
 from tests.interpreted.test_bipartite_kernel import inputs as match_inputs
@@ -110,3 +110,17 @@ def test_a_token_of_a_full_row_touches_no_other(launches):
     tokens[0, hub.nonzero()[3]] = NAN
     out, _ = apply_merge(tokens, info, size=size)
     assert out[0, 9].isnan().all() and out[0].isnan().any(1).sum() == 1
+
+
+def test_a_row_out_of_range_is_neither_read_nor_written(launches, poisoned_memory):
+    tokens, info, size = inputs([3, 2, 4, 0, 2])
+    good, _ = merge_op(tokens, size, info.slots, 5)
+    slots = info.slots.clone()
+    slots[0, slots[0] == 4] = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32)
+    leaf = tokens.clone().requires_grad_()
+    out, out_size = merge_op(leaf, size, slots, 5)
+    out.sum().backward()
+    assert torch.equal(out[1], good[1]) and torch.equal(out[0, :4], good[0, :4])
+    assert out_size[0, 4] == 0
+    is_outside = (slots < 0) | (slots > 4)
+    assert not leaf.grad[is_outside].any() and leaf.grad[~is_outside].all()
