@@ -13,16 +13,22 @@ from elip_models.data.json_files import read_fields
 
 
 class CaptionEntry(NamedTuple):
-    """One image with its captions; `number` is its position in the file."""
+    """One image with its captions; `number` is its position in the file.
+
+    `problem` is why it cannot be read, or "".
+    """
 
     number: int
     image: str
     captions: list[str]
     id: str
+    problem: str = ""
 
 
 def caption_entries(file: Path, data: dict[str, Any], split: str | None) -> Iterator[CaptionEntry]:
     """Yield the images with their captions, all or those of a `split` ("test", "train+restval").
+
+    After the images, an id of COCO that has captions and no image is an entry with a problem.
 
     Raises ValueError if an entry is malformed, or the file lacks the split.
     """
@@ -44,8 +50,10 @@ def _karpathy(file: Path, data: dict[str, Any], split: str | None) -> Iterator[C
             continue
         each = enumerate(sentences)
         texts = [read_fields(f"{where}[sentences][{i}]", text, raw=str)[0] for i, text in each]
-        image = str(PurePosixPath(entry.get("filepath", ""), name))
-        yield CaptionEntry(number, image, texts, str(entry.get("cocoid", entry.get("imgid", name))))
+        (folder,) = read_fields(where, {"filepath": ""} | entry, filepath=str)
+        image = str(PurePosixPath(folder, name))
+        sample_id = text_id(where, entry, "cocoid", "imgid") or name
+        yield CaptionEntry(number, image, texts, sample_id)
     missing = sorted(set(wanted or ()) - found)
     if missing:
         raise ValueError(f"split: expected some of {sorted(found)} of {file}, got {missing}")
@@ -58,7 +66,22 @@ def _coco(file: Path, data: dict[str, Any]) -> Iterator[CaptionEntry]:
         where = f"{file}[annotations][{number}]"
         image_id, caption = read_fields(where, entry, image_id=int, caption=str)
         captions[image_id].append(caption)
+    seen: set[int] = set()
     for number, entry in enumerate(images):
         where = f"{file}[images][{number}]"
         image_id, name = read_fields(where, entry, id=int, file_name=str)
+        if image_id in seen:
+            raise ValueError(f"{where}: id: expected another one for each image, got {image_id}")
+        seen.add(image_id)
         yield CaptionEntry(number, name, captions[image_id], str(image_id))
+    absent = [image_id for image_id in captions if image_id not in seen]
+    for number, image_id in enumerate(absent, len(images)):
+        name, lost = f"id {image_id}", len(captions[image_id])
+        problem = f"the file has {lost} captions of this image, and no entry of it in images"
+        yield CaptionEntry(number, name, [], str(image_id), problem)
+
+
+def text_id(where: str, entry: dict[str, Any], *names: str) -> str:
+    """Return the first of the fields `names` that is not null, as text, or ""."""
+    name = next((name for name in names if entry.get(name) is not None), None)
+    return "" if name is None else str(read_fields(where, entry, **{name: str | float})[0])

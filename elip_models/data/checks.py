@@ -37,7 +37,7 @@ def existing_files(argument: str, value: str | Path | Sequence[str | Path]) -> l
         raise ValueError(f"{argument}: expected at least one path, got none")
     files = [Path(path) for path in paths]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):  # false too for a path that is too long
             raise FileNotFoundError(
                 f"{argument}: expected an existing file, got {str(file)!r}; "
                 f"the working folder is {Path.cwd()}"

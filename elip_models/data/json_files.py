@@ -4,15 +4,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elip_models.validation import describe_type, mismatch_error
+from elip_models.validation import describe_type, mismatch_error, shortened
 
 
 def read_json(file: Path, expected: str) -> Any:
     """Return the content of a JSON file. Raise ValueError, naming `expected`, if it is invalid."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return _parse(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected {expected}, got no valid JSON: {error}") from error
+
+
+def _parse(text: str | bytes) -> Any:
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict; Python itself would drop all but the last value of a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"an object has the key {shortened(twice)} twice")
+    return found
 
 
 def read_entries(file: Path, expected: str) -> list[Any]:
@@ -27,7 +40,7 @@ def read_entries(file: Path, expected: str) -> list[Any]:
     entries = []
     for number, line in enumerate(file.read_bytes().splitlines()):
         try:
-            entries.append(json.loads(line))
+            entries.append(_parse(line))
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{file}[{number}]: expected one JSON object a line, got {line!r:.80}: {error}"
@@ -41,9 +54,11 @@ def read_fields(where: str, entry: Any, **expected: Any) -> tuple[Any, ...]:
     Raises ValueError, which begins with `where`, if a field is missing or has another type.
     """
     if not isinstance(entry, dict) or not expected.keys() <= entry.keys():
-        raise ValueError(f"{where}: expected the keys {', '.join(expected)}, got {entry!r:.200}")
+        raise ValueError(
+            f"{where}: expected the keys {', '.join(expected)}, got {shortened(entry)}"
+        )
     for name, hint in expected.items():
         if mismatch_error(entry[name], hint) is not None:
             kind = "a list" if hint is list else describe_type(hint)
-            raise ValueError(f"{where}: {name}: expected {kind}, got {entry[name]!r:.200}")
+            raise ValueError(f"{where}: {name}: expected {kind}, got {shortened(entry[name])}")
     return tuple(entry[name] for name in expected)

@@ -8,13 +8,13 @@ mark the objects that the caption names. `caption_files` documents the other for
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from elip_models.data.caption_files import caption_entries
+from elip_models.data.caption_files import caption_entries, text_id
 from elip_models.data.checks import check_index, existing_files
-from elip_models.data.json_files import read_json
+from elip_models.data.json_files import read_fields, read_json
 from elip_models.data.sample import (
     Sample,
     SampleError,
@@ -24,7 +24,7 @@ from elip_models.data.sample import (
     decode_image,
     open_image_file,
 )
-from elip_models.validation import check, mismatch_error, require_extra
+from elip_models.validation import Bounds, check, mismatch_error, require_extra, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +33,8 @@ _EXPECTED = (
     'a list of {"image": path, "caption": text or list of texts}, or {"images": ..} as in '
     "Karpathy's splits and COCO's captions"
 )
+_Pixels = Annotated[float, Bounds(-(2**24), 2**24)]  # exact in float32
+_Box = tuple[_Pixels, _Pixels, _Pixels, _Pixels]
 
 
 class JsonSource:
@@ -62,7 +64,9 @@ class JsonSource:
         if not isinstance(image_root, str | Path | None):
             raise TypeError(f"image_root: expected a folder or None, got {image_root!r}")
         check("split", split, str | None)
-        self._index = _build_index(existing_files("paths", paths), image_root, split)
+        self._files = existing_files("paths", paths)
+        self._root = image_root
+        self._index = _build_index(self._files, split)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -70,10 +74,10 @@ class JsonSource:
     def __getitem__(self, index: int) -> Sample:
         check_index(index, len(self))
         row = self._index[index]
-        name = f"{row['entry']} {row['image']}"
+        name = f"{self._files[row['file']].name}[{row['number']}] {row['image']}"
         if problem := row["problem"] or ("" if row["captions"] else "no caption"):
             raise SampleError(name, problem)
-        image = decode_image(Path(row["folder"], row["image"]), name)
+        image = decode_image(self._image_path(row), name)
         return Sample(image, tuple(row["captions"]), row["id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -84,10 +88,18 @@ class JsonSource:
     @cached_property
     def _image_numbers(self) -> np.ndarray:
         """Return (n,) int64: for each entry, the first entry with the same image path."""
-        first: dict[tuple[str, str], int] = {}
-        columns = (self._index.data.column(name).to_pylist() for name in ("folder", "image"))
-        rows = enumerate(zip(*columns, strict=True))
-        return np.array([first.setdefault(row, number) for number, row in rows], dtype=np.int64)
+        first: dict[tuple[Path, str], int] = {}
+        folders = [self._folder(file) for file in range(len(self._files))]
+        columns = (self._index.data.column(name).to_pylist() for name in ("file", "image"))
+        rows = ((folders[file], image) for file, image in zip(*columns, strict=True))
+        numbers = [first.setdefault(row, number) for number, row in enumerate(rows)]
+        return np.array(numbers, dtype=np.int64)
+
+    def _folder(self, file: int) -> Path:
+        return self._files[file].parent if self._root is None else Path(self._root)
+
+    def _image_path(self, row: dict[str, Any]) -> Path:
+        return self._folder(row["file"]) / row["image"]
 
     def image_number(self, index: int) -> int:
         """Return the first index that shows the same image."""
@@ -98,7 +110,7 @@ class JsonSource:
         """Return (H, W) bool, true inside the boxes of one caption; all false if it has none."""
         check_index(index, len(self))
         row = self._index[index]
-        with open_image_file(Path(row["folder"], row["image"]), row["entry"]) as image:
+        with open_image_file(self._image_path(row), row["image"]) as image:
             mask = np.zeros((image.height, image.width), dtype=bool)
         for left, top, width, height in row["boxes"][caption] if row["boxes"] else ():
             rows = slice(max(0, round(top)), max(0, round(top + height)))
@@ -106,22 +118,22 @@ class JsonSource:
         return mask
 
 
-def _build_index(files: list[Path], image_root: str | Path | None, split: str | None) -> "Dataset":
+def _build_index(files: list[Path], split: str | None) -> "Dataset":
     """Return an Arrow table with one row per entry; "problem" is why it cannot be read, or ""."""
     with require_extra("JsonSource"):
         from datasets import Dataset, Features, Value
 
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("folder", "image", "captions", "id", "boxes", "problem", "entry")
+        name: [] for name in ("file", "number", "image", "captions", "id", "boxes", "problem")
     }
-    for file in files:
-        folder = str(file.parent if image_root is None else image_root)
+    for place, file in enumerate(files):
         for number, entry in _read_entries(file, split):
-            for name, value in (_with_problem(entry) | {"folder": folder}).items():
+            row = _with_problem(entry) | {"file": place, "number": number}
+            for name, value in row.items():
                 columns[name].append(value)
-            columns["entry"].append(f"{file.name}[{number}]")
-    text = Value("string")
-    kinds = {"captions": [text], "boxes": [[[Value("float32")]]]}
+    text, integer = Value("string"), Value("int64")
+    kinds = {"file": integer, "number": integer}
+    kinds |= {"captions": [text], "boxes": [[[Value("float32")]]]}
     features = Features({name: kinds.get(name, text) for name in columns})
     return Dataset.from_dict(columns, features=features)
 
@@ -130,9 +142,9 @@ def _read_entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str
     """Yield the number of each entry, with its image, captions, id and boxes."""
     entries = read_json(file, _EXPECTED)
     if isinstance(entries, dict) and "images" in entries:
-        for number, image, texts, sample_id in caption_entries(file, entries, split):
-            captions = clean_captions(texts)
-            yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": []}
+        for number, image, texts, sample_id, problem in caption_entries(file, entries, split):
+            entry = {"image": image, "captions": clean_captions(texts), "id": sample_id}
+            yield number, entry | {"boxes": [], "problem": problem}
         return
     if not isinstance(entries, list):
         raise ValueError(f"{file}: expected {_EXPECTED}, got a {type(entries).__name__}")
@@ -140,17 +152,13 @@ def _read_entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str
         raise ValueError(f"split: expected none, since {file} has none, got {split!r}")
     for number, entry in enumerate(entries):
         where = f"{file}[{number}]"
-        if not isinstance(entry, dict) or not {"image", "caption"} <= entry.keys():
-            raise ValueError(f"{where}: expected the keys image and caption, got {entry!r:.200}")
-        image = entry["image"]
-        if not isinstance(image, str):
-            raise ValueError(f"{where}: image: expected a path, got {image!r}")
+        image, caption = read_fields(where, entry, image=str, caption=Any)
         try:
-            captions = clean_captions(entry["caption"])
+            captions = clean_captions(caption)
             boxes = _boxes(entry.get("boxes", []), len(captions))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        sample_id = str(entry.get("image_id", image))
+        sample_id = text_id(where, entry, "image_id") or image
         yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": boxes}
 
 
@@ -160,7 +168,7 @@ def _with_problem(entry: dict[str, Any]) -> dict[str, Any]:
         check_text("image", entry["image"])
         check_text("image_id", entry["id"])
         check_text("caption", *entry["captions"])
-        return entry | {"problem": ""}
+        return {"problem": ""} | entry
     except TextError as error:
         names = {name: ascii(entry[name]) for name in ("image", "id")}
         return entry | names | {"captions": [], "boxes": [], "problem": str(error)}
@@ -171,7 +179,7 @@ def _boxes(value: Any, captions: int) -> list[list[list[float]]]:
     if not _are_boxes(value) or len(value) not in (0, captions):
         raise ValueError(
             f"boxes: expected a list for each of {captions} captions, of [left, top, width, "
-            f"height] each, got {value!r:.200}"
+            f"height] each, got {shortened(value)}"
         )
     return value
 
@@ -180,4 +188,4 @@ def _are_boxes(value: Any) -> bool:
     if not isinstance(value, list) or not all(isinstance(boxes, list) for boxes in value):
         return False
     each = (tuple(box) if isinstance(box, list) else box for boxes in value for box in boxes)
-    return all(mismatch_error(box, tuple[float, float, float, float]) is None for box in each)
+    return all(mismatch_error(box, _Box) is None for box in each)

@@ -1,6 +1,7 @@
 """The data sources on disk, and `open_source`, which opens what a specification names."""
 
 import glob
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, 
 def _expand(path: str) -> list[Path]:
     """Return the files that a path, range, glob or folder names, in order; at least one."""
     plain = expand_user(path)
-    if plain.is_file():
+    if os.path.isfile(plain):  # false too for a path that is too long, as `isdir` is
         return [plain]
-    if plain.is_dir():
+    if os.path.isdir(plain):
         files = sorted(plain.glob("*.tar"))
         if not files:
             raise FileNotFoundError(f"spec: expected a folder of .tar files, got none in {path!r}")
@@ -114,7 +115,7 @@ def _expand(path: str) -> list[Path]:
     files = []
     for name in expand_ranges(str(plain)):
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not matches or not Path(matches[0]).is_file():
+        if not matches or not os.path.isfile(matches[0]):
             raise FileNotFoundError(
                 f"spec: expected an existing file, got {name!r}; the working folder is {Path.cwd()}"
             )

@@ -43,6 +43,8 @@ class SampleError(Exception):
     """
 
     def __init__(self, id: str, reason: str) -> None:
+        # A path that is not UTF-8 has surrogates, which cannot be printed.
+        id, reason = (text.encode(errors="backslashreplace").decode() for text in (id, reason))
         super().__init__(id, reason)
         self.id = id
         self.reason = reason

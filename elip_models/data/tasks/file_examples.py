@@ -1,5 +1,6 @@
 """Examples stored in files: a table, and images that are read on access."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,7 +56,7 @@ def _existing(path: Path) -> Path:
     if path.suffix:
         return path
     named = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
-    return next((each for each in named if each.is_file()), named[0])
+    return next((each for each in named if os.path.isfile(each)), named[0])
 
 
 def _example(row: dict) -> Example:
