@@ -23,11 +23,13 @@ from elip_models.data.mixture import check_weights, epoch_positions, samples_per
 from elip_models.data.read_errors import DataError, SkipReport
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.training_samples import TrainingSamples
-from elip_models.validation import Count, PositiveInt, check
+from elip_models.validation import ConfigError, Count, PositiveInt, check
 
 if TYPE_CHECKING:
     from PIL import Image
 
+MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
+"""Largest number of worker processes of a loader: four for each CPU, and 64 on a small machine."""
 _TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
 
 
@@ -175,7 +177,6 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
     list of (id, reason, index), "epoch": int, "offset": int}, with any other tensors of the
     samples. The number of workers changes no batch.
     """
-    check("num_workers", num_workers, Count)
     if sampler.length != len(dataset):
         raise ValueError(
             f"sampler: expected length {len(dataset)}, that of the dataset, got {sampler.length}"
@@ -189,7 +190,16 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
-    """Return the DataLoader arguments that all loaders share."""
+    """Return the DataLoader arguments that all loaders share.
+
+    Raises TypeError or ValueError unless `num_workers` is in [0, MAX_WORKERS].
+    """
+    check("num_workers", num_workers, Count)
+    if num_workers > MAX_WORKERS:
+        raise ConfigError(
+            f"num_workers: expected at most {MAX_WORKERS} with the {os.cpu_count()} CPUs of this "
+            f"machine, got {num_workers}"
+        )
     return {
         "num_workers": num_workers,
         "pin_memory": torch.cuda.is_available(),
@@ -306,7 +316,6 @@ def _columns(
     check("transform", transform, Callable)
     check_not_empty("source", source)
     check("batch_size", batch_size, PositiveInt)
-    check("num_workers", num_workers, Count)
     report = SkipReport(length=len(source)) if report is None else report
     options = worker_options(num_workers)
     dataset = _ErrorsAsItems(source, SampleError, partial(prepare, transform))

@@ -24,6 +24,7 @@ from elip_models.data import (
 )
 from elip_models.data.loader import ForkSafeLoader
 from elip_models.data.training_samples import _replacements
+from elip_models.validation import ConfigError
 
 SIZE, BATCH, LENGTH = 16, 4, 22
 THREADS = "TOKENIZERS_PARALLELISM"
@@ -315,6 +316,10 @@ def test_bad_loader_arguments(dataset):
     sampler = EpochSampler(LENGTH, BATCH, 0)
     with pytest.raises(ValueError, match="num_workers: expected an integer at least 0, got -1"):
         train_loader(dataset, sampler, -1)
+    with pytest.raises(ConfigError, match=r"num_workers: expected at most \d+ with the \d+ CPUs"):
+        train_loader(dataset, sampler, 100_000)
+    with pytest.raises(ConfigError, match="num_workers: expected at most .*, got 100000"):
+        evaluation_batches(dataset.source, dataset.prepare.transform, 1, num_workers=100_000)
     with pytest.raises(ValueError, match="sampler: expected length 22, that of the dataset, got"):
         train_loader(dataset, EpochSampler(LENGTH - 1, BATCH, 0), 0)
 
