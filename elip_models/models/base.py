@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from elip_models.models.config import Config
 from elip_models.models.io.files import read_config, read_tensors, write_json, write_tensors
 from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
+from elip_models.models.io.meta_build import meta_device
 from elip_models.models.io.weights import check_weights, first_names, load_weights
 from elip_models.models.layers.guidance_sampling import drop_guidance, replace_with_negatives
 from elip_models.models.peft.adapt import adapt_, unadapted_name
@@ -37,6 +38,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Tower, as_tower
 from elip_models.towers.base import scoring_context
 from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
+from elip_models.validation import as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,10 +252,10 @@ class PretrainedModel(
         """
         with staging_folder(Path(folder)) as staging:
             super().save_pretrained(staging, **({"repo_id": Path(folder).name} | options))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
         if self.adapted is None:
             remove_adapter(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
         return Path(folder)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -296,9 +298,11 @@ class PretrainedModel(
         family, config = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
-        weights, made = read_tensors(path / "model.safetensors"), cls.config_class.from_dict(config)
+        with as_config_error(str(path / "config.json")):
+            made = cls.config_class.from_dict(config)
+        weights = read_tensors(path / "model.safetensors")
         try:
-            with torch.device("meta"):  # weights that do not fit take no memory
+            with meta_device(len(weights)):  # weights that do not fit take no memory
                 check_weights(cls(made), weights)
         except ValueError as error:
             raise ValueError(

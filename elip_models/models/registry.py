@@ -198,12 +198,17 @@ def load_model(
     """
     folder = fetch_folder(folder, token=token)
     family, _ = read_config(folder)
-    if family not in MODELS:
+    if not is_family(family):
         raise ValueError(
             f"folder: expected a model of {sorted(MODELS)}, as save_pretrained writes them, got "
             f"another model in {folder}; open it by open_model('hf:{folder}')"
         )
     return with_overrides(MODELS[family].from_pretrained(folder), overrides)
+
+
+def is_family(name: Any) -> bool:
+    """Return whether a value of config.json, of any type, is a key of `MODELS`."""
+    return isinstance(name, str) and name in MODELS
 
 
 def elip_strategy(model: PretrainedModel) -> ELIP:

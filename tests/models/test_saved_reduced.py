@@ -200,7 +200,7 @@ def test_a_damaged_file_is_named(tmp_path):
     saved_timm(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=rf"folder: expected complete weights in {tmp_path}, got "):
+    with pytest.raises(ValueError, match=f"{weights}: expected a complete safetensors file"):
         elip_models.load_reduced(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got \[\]"):

@@ -66,9 +66,11 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as staging:
         yield Path(staging)
-        for file in sorted(Path(staging).iterdir()):
-            if file.name != "README.md" or not (folder / file.name).exists():
-                os.replace(file, folder / file.name)
+        for file in sorted(each for each in Path(staging).rglob("*") if each.is_file()):
+            target = folder / file.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
+            if file.name != "README.md" or not target.exists():
+                os.replace(file, target)
 
 
 def card_values(strategy: Strategy, size: TowerSize) -> dict[str, str]:

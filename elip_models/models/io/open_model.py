@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from elip_models.models.io.dense_models import from_config, load_transformers
+from elip_models.models.io.hub import fetch_folder
+from elip_models.models.io.meta_build import MOST_TENSORS, at_most, check_integers, library_errors
 from elip_models.validation import check, require_extra
 
 FORMS = (
     "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
     "list_models(), or a folder written by save_pretrained"
 )
+BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
 
 
 def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
@@ -103,19 +107,23 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
 def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
 
-    from elip_models.models.io.hub import fetch_folder
-    from elip_models.models.registry import MODELS
+    from elip_models.models.registry import is_family
 
-    described, _ = PretrainedConfig.get_config_dict(name)
-    if described.get("model") in MODELS:
+    with library_errors(name, "a name on the hub, or a folder with a config of transformers"):
+        described, _ = PretrainedConfig.get_config_dict(name)
+    if is_family(described.get("model")):
         return _from_folder(fetch_folder(name), pretrained, options)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
-    architectures = config.architectures or [BlipForImageTextRetrieval.__name__]
-    is_blip = config.model_type == "blip" and BlipForImageTextRetrieval.__name__ in architectures
-    kind = BlipForImageTextRetrieval if is_blip else AutoModel
-    if pretrained:
-        return kind.from_pretrained(name, config=config)
-    return kind(config) if is_blip else kind.from_config(config)
+    check_integers(Path(name) / "config.json", described)
+    with library_errors(name, "a config of a model in this version of transformers"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        ranks = BlipForImageTextRetrieval.__name__ in (
+            config.architectures or [BlipForImageTextRetrieval.__name__]
+        )
+        kind = BlipForImageTextRetrieval if config.model_type == "blip" and ranks else AutoModel
+        if not pretrained:
+            with at_most(MOST_TENSORS):
+                return from_config(kind, config)
+    return load_transformers(name, kind, config, new_parts=True)
 
 
 OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
@@ -127,10 +135,10 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from elip_models.models.io.files import read_config
-    from elip_models.models.registry import MODELS, load_model
+    from elip_models.models.registry import MODELS, is_family, load_model
 
     family, config = read_config(folder, with_weights=pretrained)
-    if family not in MODELS:
+    if not is_family(family):
         raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
     if pretrained:
         return load_model(folder, **options)

@@ -18,15 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.models.base import PretrainedModel
+from elip_models.models.io.dense_models import (
+    ADAPTER,
+    CONFIG,
+    OPEN_CLIP_CONFIG,
+    load_open_clip,
+    load_timm,
+    load_transformers,
+)
 from elip_models.models.io.files import read_object, write_file, write_json, write_tensors
 from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
-from elip_models.models.registry import MODELS, load_model
+from elip_models.models.io.meta_build import check_integers, library_errors
+from elip_models.models.registry import is_family, load_model
 from elip_models.reduction.hf_config import store_in_config
 from elip_models.reduction.patch import reduce_, reductions_of
 from elip_models.reduction.reduced_model import Reduction
@@ -37,9 +45,6 @@ from elip_models.towers import library_of, without_adapter
 from elip_models.validation import as_config_error, check
 
 SETTINGS = "elip.json"
-CONFIG = "config.json"
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-ADAPTER = "adapter_config.json"
 Config = str | dict[str, Any] | None
 
 
@@ -119,10 +124,7 @@ def load_reduced(
     """
     check("model", model, nn.Module | None)
     folder = fetch_folder(folder)
-    try:
-        model = _open_dense(folder) if model is None else model
-    except SafetensorError as error:
-        raise ValueError(f"folder: expected complete weights in {folder}, got {error}") from error
+    model = _open_dense(folder) if model is None else model
     if isinstance(model, PretrainedModel):
         _check_reduces(model)
         if strategy is not None:
@@ -210,31 +212,43 @@ def _open_dense(folder: Path) -> nn.Module:
             "has only an adapter, got None"
         )
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        import open_clip
-
-        return open_clip.create_model(f"local-dir:{folder}").eval()
+        with without_open_clip_log():
+            return load_open_clip(folder)
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if config.get("model") in MODELS:
+    if is_family(config.get("model")):
         return load_model(folder).eval()
     if "architecture" in config:
-        import timm
-
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return load_timm(folder)
     if "model_type" in config:
-        import transformers
-
-        architecture = (config.get("architectures") or ["AutoModel"])[0]
-        kind = getattr(transformers, architecture, None)
-        if kind is None:
-            raise ValueError(
-                f"model: expected a model loaded by its own class, {architecture}, which is not in "
-                "transformers, got None"
-            )
-        return kind.from_pretrained(folder).eval()
+        return _open_transformers(folder, config)
     raise FileNotFoundError(
         f"folder: expected {OPEN_CLIP_CONFIG}, or a {CONFIG} of timm, transformers or ours, got "
         f"none in {folder}"
     )
+
+
+def _open_transformers(folder: Path, described: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    names = described.get("architectures") or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else names
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_auto = kind is transformers.AutoModel
+    if not is_auto and not (
+        isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and kind.__module__.startswith("transformers.models.")
+    ):
+        raise ValueError(
+            f"model: expected a model loaded by its own class, {name!r:.100} in {folder / CONFIG}, "
+            "which is no model class of transformers, got None"
+        )
+    check_integers(folder / CONFIG, described)
+    with library_errors(folder / CONFIG, f"a config of {name}"):
+        reader = transformers.AutoConfig if is_auto else kind.config_class
+        options = {"trust_remote_code": False} if is_auto else {}
+        config = reader.from_pretrained(folder, **options)
+    return load_transformers(folder, kind, config)
 
 
 def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
@@ -305,11 +319,21 @@ def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
         )
 
 
+def _write_by_library(model: nn.Module, folder: Path, config: Config) -> None:
+    with staging_folder(folder) as staging:
+        model.save_pretrained(staging)
+        written = {file.name for file in staging.glob("model*.safetensors*")}
+    if written:  # the library would read a file of before that these do not replace
+        for file in folder.glob("model*.safetensors*"):
+            if file.name not in written:
+                file.unlink()
+
+
 WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
     "timm": _write_timm,
     "open_clip": _write_open_clip,
-    "transformers": lambda model, folder, _: model.save_pretrained(folder),
-    "peft": lambda model, folder, _: model.save_pretrained(folder),
+    "transformers": _write_by_library,
+    "peft": _write_by_library,
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 
@@ -51,12 +52,25 @@ def check_weights(
         for name, weight in weights.items()
         if name in state and weight.shape != state[name].shape
     ]
+    dtypes = [
+        f"{name} {state[name].dtype}, got {weight.dtype}"
+        for name, weight in weights.items()
+        if name in state and kind_of(weight) != kind_of(state[name])
+    ]
     errors = {"missing": missing, "unexpected": unexpected, "expected shape": shapes}
+    errors["expected dtype"] = dtypes
     if any(errors.values()):
         raise ValueError(
             "weights: expected the names and shapes of the model; "
             + "; ".join(f"{what}: {', '.join(names)}" for what, names in errors.items() if names)
         )
+
+
+def kind_of(tensor: Tensor) -> str:
+    """Return 'float', 'complex', 'bool' or 'int': what copying into another kind changes."""
+    if tensor.dtype == torch.bool:
+        return "bool"
+    return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "int"
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:

@@ -1,0 +1,171 @@
+"""Models of timm, open_clip and transformers from a folder, which is not trusted.
+
+No code of the folder runs. A config that does not fit the weights beside it takes no memory.
+Weights that are missing, not finite or of another kind, such as int8 for float, raise ValueError.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.models.io.files import check_no_nan, read_object, read_tensors
+from elip_models.models.io.meta_build import (
+    check_integers,
+    library_errors,
+    meta_device,
+    read_header,
+    read_headers,
+)
+from elip_models.models.io.weights import check_weights, kind_of, load_weights
+from elip_models.validation import mismatch_error
+
+CONFIG = "config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+ADAPTER = "adapter_config.json"
+PACKED = 16
+"""A quantised file may have that many parameters in one number."""
+SPARE = 2**24
+"""A model may have that many numbers that its file lacks, such as a new pooler or masks."""
+
+
+def load_timm(folder: Path) -> nn.Module:
+    """Load the model of timm that `save_reduced` wrote."""
+    import timm
+
+    return _load(
+        folder / CONFIG,
+        folder / "model.safetensors",
+        lambda: timm.create_model(f"local-dir:{folder}", pretrained=False),
+    )
+
+
+def load_open_clip(folder: Path) -> nn.Module:
+    """Load the model of open_clip that `save_reduced` wrote; its towers are not from a hub."""
+    import open_clip
+
+    path = folder / OPEN_CLIP_CONFIG
+    described = read_object(path).get("model_cfg")
+    if mismatch_error(described, dict) or any(
+        mismatch_error(described.get(tower), dict) for tower in ("vision_cfg", "text_cfg")
+    ):
+        raise ValueError(f"{path}: expected 'model_cfg' with 'vision_cfg' and 'text_cfg'")
+    vision, text = described["vision_cfg"], described["text_cfg"]
+    if text.get("hf_model_name") or ":" in str(vision.get("timm_model_name")):
+        raise ValueError(
+            f"{path}: expected towers that the folder describes, got one of a hub or another "
+            f"folder; load it by open_clip if you trust it, and pass it as model="
+        )
+    return _load(
+        path,
+        folder / "open_clip_model.safetensors",
+        lambda: open_clip.create_model(
+            f"local-dir:{folder}",
+            load_weights=False,
+            device=torch.get_default_device(),
+            pretrained_image=False,
+            pretrained_text=False,
+        ),
+    )
+
+
+def _load(config: Path, weights: Path, make: Callable[[], nn.Module]) -> nn.Module:
+    if not weights.is_file():
+        raise FileNotFoundError(f"folder: expected {weights}, as save_reduced writes it, got none")
+    check_integers(config, read_object(config))
+    stored = read_header(weights)
+    with library_errors(config, f"a config of a model in {weights.name}"):
+        with meta_device(len(stored)):
+            check_weights(make(), stored)
+        model = make()
+    load_weights(model, read_tensors(weights))
+    return model.eval()
+
+
+def load_transformers(
+    name: str | Path, kind: Any, config: Any, *, new_parts: bool = False
+) -> nn.Module:
+    """Load a model of transformers from a folder, or by its name on the hub.
+
+    Args:
+        name: folder or name.
+        kind: class of transformers, or AutoModel.
+        config: an instance of the config's class.
+        new_parts: whether parts of the model that the weights lack altogether, such as a pooler,
+            get initial values, with a warning. All other missing tensors raise ValueError.
+    """
+    if Path(name).is_dir():
+        _check_transformers(Path(name), kind, config)
+    with library_errors(name, f"weights of {type(config).__name__}"):
+        model, info = kind.from_pretrained(
+            name, config=config, trust_remote_code=False, output_loading_info=True
+        )
+    missing = sorted(info["missing_keys"])
+    new = _parts_without(model, missing) if new_parts else []
+    absent = [each for each in missing if each.partition(".")[0] not in new]
+    if absent:
+        raise ValueError(
+            f"{name}: expected all weights of {type(model).__name__}, got none for "
+            f"{', '.join(absent[:3])}{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
+        )
+    if missing:
+        warnings.warn(
+            f"{name} has no weights for {', '.join(new)} of {type(model).__name__}, which have "
+            "initial values",
+            stacklevel=2,
+        )
+    if not getattr(config, "quantization_config", None):
+        check_no_nan(Path(name), model.state_dict())
+    return model.eval()
+
+
+def from_config(kind: Any, config: Any) -> nn.Module:
+    """Return a model of transformers with random weights; `kind` is as in `load_transformers`."""
+    if hasattr(kind, "from_config"):  # of AutoModel
+        return kind.from_config(config, trust_remote_code=False)
+    return kind(config)
+
+
+def _parts_without(model: nn.Module, missing: list[str]) -> list[str]:
+    """Return the children of a model of which all tensors are missing."""
+    present = {name.partition(".")[0] for name in model.state_dict() if name not in missing}
+    return sorted({name.partition(".")[0] for name in missing} - present)
+
+
+def _check_transformers(folder: Path, kind: Any, config: Any) -> None:
+    """Raise ValueError if a model of the config is larger than the folder's files, or not its."""
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{folder}: expected a whole model, got an adapter; use PeftModel.from_pretrained"
+        )
+    stored = read_headers(folder)
+    if stored is None:
+        size = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
+        tensors, numbers = size // 64, size
+    else:
+        tensors, numbers = len(stored), 2 * sum(each.numel() for each in stored.values())
+    expected = "a config of a model in this version of transformers"
+    with library_errors(folder / CONFIG, expected), meta_device(tensors):
+        made = from_config(kind, copy.deepcopy(config))
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    taken = sum(each.numel() for each in (*made.parameters(), *made.buffers()))
+    if taken > numbers * (PACKED if is_quantised else 1) + SPARE:
+        raise ValueError(
+            f"{folder / CONFIG}: expected a model of the size of its weights, got {taken} numbers"
+        )
+    if not is_quantised:
+        _check_kinds(folder, made, stored or {})
+
+
+def _check_kinds(folder: Path, made: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Raise ValueError for stored numbers of another kind than the model's, by name."""
+    own = made.state_dict()
+    prefix = f"{made.base_model_prefix}."
+    for name, tensor in stored.items():
+        ours = own.get(name, own.get(name.removeprefix(prefix), own.get(prefix + name)))
+        if ours is not None and kind_of(ours) != kind_of(tensor):
+            raise ValueError(f"{folder}: {name}: expected {ours.dtype}, got {tensor.dtype}")

@@ -1,0 +1,131 @@
+"""Models on the meta device: a config is compared with its weight file before it takes memory."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from elip_models.models.io.files import read_object
+from elip_models.validation import mismatch_error
+
+LARGEST = 2**24
+MOST_TENSORS = 32_768
+"""Of a model whose weights are not read: 1,024 layers of 32."""
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+INITIALISERS = {
+    *("uniform_", "normal_", "trunc_normal_", "erfinv_", "mul_", "add_", "clamp_"),
+    *("fill_", "zero_", "ones_", "zeros_", "constant_", "copy_"),
+}
+LIBRARY_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(RuntimeError, SafetensorError, TypeError, ValueError),
+)
+"""What libraries raise where a config or a file has values that they do not expect."""
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file on the meta device; only its header is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        kinds = {name: (each.get_shape(), each.get_dtype()) for name, each in slices.items()}
+        return {
+            name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
+            for name, (shape, dtype) in kinds.items()
+        }
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: expected a complete safetensors file, got {error}") from error
+
+
+def read_headers(folder: Path) -> dict[str, Tensor] | None:
+    """Return `read_header` of a folder of transformers, or None where it has other weights."""
+    if (folder / "model.safetensors").is_file():
+        return read_header(folder / "model.safetensors")
+    if not (folder / INDEX).is_file():
+        return None
+    files = read_object(folder / INDEX).get("weight_map")
+    if mismatch_error(files, dict[str, str]) or any(Path(f).name != f for f in files.values()):
+        raise ValueError(
+            f"{folder / INDEX}: expected 'weight_map' with names of files beside it, got "
+            f"{files!r:.100}"
+        )
+    headers = [read_header(folder / file) for file in sorted(set(files.values()))]
+    return {name: tensor for header in headers for name, tensor in header.items()}
+
+
+def check_integers(path: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for an integer in a config that is larger than any size of a model."""
+    left: list[tuple[str, Any]] = list(config.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, each) for each in value]
+        elif isinstance(value, int) and abs(value) > LARGEST and "theta" not in key:
+            raise ValueError(f"{path}: {key}: expected at most {LARGEST}, got {value!r:.40}")
+
+
+@contextmanager
+def at_most(tensors: int) -> Iterator[None]:
+    """Raise ValueError once modules that this thread creates have more parameters than that."""
+    thread, count = threading.get_ident(), 0
+
+    def check_count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > tensors:
+            raise ValueError(f"expected at most {tensors} parameters, as fit the weights, got more")
+
+    handle = register_module_parameter_registration_hook(check_count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def meta_device(tensors: int) -> Iterator[None]:
+    """Create modules on the meta device, without initial values.
+
+    ValueError is raised for many more parameters than a file of that many tensors has.
+    """
+    with at_most(4 * tensors + 1000), torch.device("meta"), _WithoutInitialValues():
+        yield
+
+
+@contextmanager
+def library_errors(path: Any, expected: str) -> Iterator[None]:
+    """Turn an error of a library, which reads `path`, into a ValueError that names the path."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected {expected}, got {reason:.300}") from error
+
+
+class _WithoutInitialValues(TorchFunctionMode):
+    """Leave out what sets values, for meta tensors have none and it takes most of the time."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in INITIALISERS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
