@@ -318,7 +318,7 @@ def test_bad_loader_arguments(dataset):
         train_loader(dataset, sampler, -1)
     with pytest.raises(ConfigError, match=r"num_workers: expected at most \d+ with the \d+ CPUs"):
         train_loader(dataset, sampler, 100_000)
-    with pytest.raises(ConfigError, match="num_workers: expected at most .*, got 100000"):
+    with pytest.raises(ConfigError, match=r"num_workers: expected at most .*, got 100000"):
         evaluation_batches(dataset.source, dataset.prepare.transform, 1, num_workers=100_000)
     with pytest.raises(ValueError, match="sampler: expected length 22, that of the dataset, got"):
         train_loader(dataset, EpochSampler(LENGTH - 1, BATCH, 0), 0)
