@@ -8,7 +8,7 @@ import matplotlib
 from benchmarks.measured import Results
 from benchmarks.parity import OURS
 from benchmarks.tables import tower
-from elip_models.analysis.chart_style import GREY, METADATA, STYLE
+from elip_models.analysis.chart_style import GREY, METADATA, STYLE, write_figure
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -35,7 +35,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             if panels:
                 figure = plot(panels, f"{kind} on {results.machine['device']}")
                 paths.append(folder / f"{results.slug}-{kind}.svg")
-                figure.savefig(paths[-1], bbox_inches="tight", metadata=METADATA)
+                write_figure(figure, paths[-1], bbox_inches="tight", metadata=METADATA)
                 plt.close(figure)
     return paths
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import reprlib
 import sys
 import types
@@ -222,8 +223,13 @@ def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str
 
 def check_output(option: str, output: Path | None) -> None:
     """Raise ConfigError, before a long run, if its output file cannot be written."""
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise ConfigError(f"{option}: expected a file in an existing folder, got {output}")
+    if output is None:
+        return
+    named = "\0" not in str(output) and (output.is_file() or not output.exists())
+    if not (named and output.parent.is_dir() and os.access(output.parent, os.W_OK)):
+        raise ConfigError(
+            f"{option}: expected a file in a folder that exists and can be written, got {output}"
+        )
 
 
 @contextmanager

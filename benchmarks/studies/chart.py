@@ -13,7 +13,7 @@ from benchmarks.studies.results import (
     relative_cost,
     relative_time,
 )
-from elip_models.analysis.chart_style import GREY, METADATA, STYLE
+from elip_models.analysis.chart_style import GREY, METADATA, STYLE, write_figure
 from elip_models.validation import require_extra
 
 with require_extra("benchmarks.studies.chart"):
@@ -58,7 +58,7 @@ def draw(document: Document, path: Path) -> Path:
             _draw_curves(parts[0].subplots(), document, curves)
         columns = len(metrics) + 1
         _draw_rows(parts[-1].subplots(1, columns, sharey=True), document, rows)
-        figure.savefig(path, bbox_inches="tight", metadata=METADATA)
+        write_figure(figure, path, bbox_inches="tight", metadata=METADATA)
         plt.close(figure)
     return path
 

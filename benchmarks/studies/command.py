@@ -12,6 +12,7 @@ from benchmarks.studies.plan import Run, Study
 from benchmarks.studies.results import Document, read_results, write_results
 from benchmarks.studies.runner import check_settings, is_finished, result_of, run_study
 from elip_models.data import open_source
+from elip_models.models.io.files import write_file
 from elip_models.reduction import flops
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import meta_model
@@ -145,5 +146,5 @@ def write_page(results: Path, path: Path) -> list[Path]:
     """Write the Markdown page of one study, and its chart beside it, from its results."""
     document = read_results(results)
     chart = draw(document, path.with_suffix(".svg"))
-    path.write_text(study_page(document, chart.name, HOW_TO_READ), encoding="utf-8")
+    write_file(path, study_page(document, chart.name, HOW_TO_READ).encode())
     return [path, chart]

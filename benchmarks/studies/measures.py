@@ -143,6 +143,20 @@ MEASURES: dict[str, Callable[[Finished], dict[str, float]]] = {
     "objectives": objectives,
     "selection": selection,
 }
+RETRIEVAL_METRICS = {
+    f"{images}.{metric}"
+    for images in ("dense", "reduced")
+    for metric in (
+        *("image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5"),
+        *("r1", "top1", "contrastive_loss"),
+    )
+}
+METRICS = {
+    "retrieval": sorted(RETRIEVAL_METRICS),
+    "objectives": ["objective.*"],
+    "selection": ["selection.*"],
+}
+"""Patterns of the metrics of each measure; a measure without patterns can return any."""
 
 
 @torch.no_grad()

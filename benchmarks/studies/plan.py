@@ -19,12 +19,15 @@ initialisation, data order and augmentation, so arms of one seed begin with equa
 the same batches.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.studies.measures import MEASURES
+from benchmarks.studies.measures import MEASURES, METRICS
 from elip_models.models.config import reduction_fields
 from elip_models.training.recipe import recipe_with
 from elip_models.training.run_config import RunConfig
@@ -32,16 +35,19 @@ from elip_models.training.training_data import meta_model
 from elip_models.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import (
     ConfigError,
-    Count,
     NonNegative,
     PositiveShare,
     Seed,
     as_config_error,
     did_you_mean,
     mismatch_error,
+    shortened,
 )
 
 RUNS = Path("runs/studies")
+TOKENIZER = "tokenizer"
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+MAX_LIKE = 8
 QUIET = {
     "report": [],
     "eval_every": 0,
@@ -91,7 +97,7 @@ class Study:
     name: str
     group: str
     recipe: str
-    seeds: tuple[Count, ...]
+    seeds: tuple[Seed, ...]
     quality: tuple[str, ...]
     references: tuple[str, ...]
     question: str
@@ -127,7 +133,7 @@ class Study:
     @property
     def tokenizer(self) -> Path:
         """Return the path of the tokenizer of all arms that do not change the data."""
-        return self.root / "tokenizer"
+        return self.root / TOKENIZER
 
     @property
     def root(self) -> Path:
@@ -166,12 +172,17 @@ def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = N
     values = _read(str(name_or_path))
     arms = values.pop("arms", None)
     if not isinstance(arms, dict) or not arms:
-        raise ConfigError(f"arms: expected a mapping of names to arms, got {arms!r:.100}")
+        raise ConfigError(f"arms: expected a mapping of names to arms, got {shortened(arms)}")
     overrides = dict(overrides or {})
-    arms = dict(_arms(arms, values.pop("from", None)))
-    values["arms"] = {name: _on_other_data(arm, overrides) for name, arm in arms.items()}
+    values["arms"] = {}
+    for name, arm in _arms(arms, values.pop("from", None)):
+        if name in values["arms"]:
+            raise ConfigError(
+                f"arms.{arm.family}: expected arms of other names, got {name!r} twice"
+            )
+        values["arms"][name] = _on_other_data(arm, overrides)
     _check_overrides(overrides, values["arms"])
-    values["overrides"] = values.get("overrides", {}) | overrides
+    values["overrides"] = _mapping(values, "overrides") | overrides
     name = Path(name_or_path).stem
     study = from_mapping(Study, {"group": name} | values | {"name": name})
     _check(study)
@@ -197,8 +208,8 @@ def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -
     for name in only:
         if name not in _names(study):
             raise ConfigError(
-                f"--only: expected arms among {', '.join(study.arms)}, got {name!r}"
-                f"{did_you_mean(name, _names(study))}"
+                f"--only: expected arms among {', '.join(study.arms)}, got "
+                f"{shortened(name)}{did_you_mean(name, _names(study))}"
             )
     chosen = {name for name, arm in study.arms.items() if not only or {name, arm.family} & {*only}}
     for name in reversed(study.arms):  # parents come before their children
@@ -211,21 +222,29 @@ def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -
 
 def seeds_of(text: str | None) -> tuple[int, ...]:
     """Parse seeds such as '0,1,2'; return an empty tuple for None."""
-    words = text.split(",") if text else []
-    if not all(
-        word.strip().isdecimal() and mismatch_error(int(word), Seed) is None for word in words
-    ):
-        raise ConfigError(f"--seeds: expected numbers such as 0,1,2, got {text!r:.200}")
-    return tuple(int(word) for word in words)
+    words = [word.strip() for word in text.split(",")] if text else []
+    seeds = [int(word) for word in words if re.fullmatch("[0-9]{1,10}", word)]
+    fit = len(set(seeds)) == len(words) and all(
+        mismatch_error(each, Seed) is None for each in seeds
+    )
+    if not fit:
+        raise ConfigError(
+            f"--seeds: expected numbers such as 0,1,2, each once, got {shortened(text)}"
+        )
+    return tuple(seeds)
 
 
-def _read(name_or_path: str) -> dict[str, Any]:
+def _read(name_or_path: str, number: int = 1) -> dict[str, Any]:
     """Read a YAML file, on top of the study that it is `like`; arms that are null are removed."""
+    if number > MAX_LIKE:
+        raise ConfigError(
+            f"like: expected at most {MAX_LIKE} studies, each like the next, got more"
+        )
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in study_names():
             raise ConfigError(
-                f"study {name_or_path!r}: expected a path ending in .yaml or one of "
+                f"study {shortened(name_or_path)}: expected a path ending in .yaml or one of "
                 f"{', '.join(study_names())}{did_you_mean(name_or_path, study_names())}"
             )
         path = _built_in() / f"{name_or_path}.yaml"
@@ -235,10 +254,19 @@ def _read(name_or_path: str) -> dict[str, Any]:
     like = values.pop("like", None)
     if like is None:
         return values
-    base = _read(like)
-    merged = {key: base.get(key, {}) | values.get(key, {}) for key in ("overrides", "arms")}
+    if not isinstance(like, str):
+        raise ConfigError(f"like: expected the name of a study or a path, got {shortened(like)}")
+    base = _read(like, number + 1)
+    merged = {key: _mapping(base, key) | _mapping(values, key) for key in ("overrides", "arms")}
     merged["arms"] = {name: arm for name, arm in merged["arms"].items() if arm is not None}
     return base | values | merged
+
+
+def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
+    found = values.get(key, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{key}: expected a mapping, got {shortened(found)}")
+    return found
 
 
 def _built_in() -> Path:
@@ -249,18 +277,21 @@ def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]
     """Yield arms by name, `start` first; an arm with several FLOPs shares becomes several arms."""
     for family, settings in sorted(values.items(), key=lambda item: item[0] != start):
         if not isinstance(settings, dict):
-            raise ConfigError(f"arms.{family}: expected a mapping of keys, got {settings!r}")
+            raise ConfigError(
+                f"arms.{family}: expected a mapping of keys, got {shortened(settings)}"
+            )
         own = {key: settings[key] for key in ("at_flops", "length") if key in settings}
         parent = settings.get("from", None if family == start else start)
         own |= {"parent": parent, "family": family}
         own["overrides"] = {k: v for k, v in settings.items() if k not in ("from", *own)}
         shares = own.get("at_flops")
         for share in shares if isinstance(shares, list) else [shares]:
-            name = f"{family}-{share:.2f}" if isinstance(shares, list) else family
             try:
-                yield name, from_mapping(Arm, own | {"at_flops": share})
+                arm = from_mapping(Arm, own | {"at_flops": share})
             except ConfigError as error:
                 raise ConfigError(f"arms.{family}.{error}") from None
+            is_one = arm.at_flops is None or not isinstance(shares, list)
+            yield family if is_one else f"{family}-{arm.at_flops:.2f}", arm
 
 
 def _names(study: Study) -> list[str]:
@@ -292,7 +323,37 @@ def _check_overrides(overrides: Mapping[str, Any], arms: Mapping[str, Arm]) -> N
 
 
 def _check(study: Study) -> None:
-    """Check the arms, measures and references against each other."""
+    """Check the names, and the arms, measures and references against each other."""
+    for key, name in [("group", study.group), *(("arms", each) for each in study.arms)]:
+        if not NAME.fullmatch(name) or name.strip(".") == "" or (key, name) == ("arms", TOKENIZER):
+            raise ConfigError(
+                f"{key}: expected a name of letters, digits, '_', '-' and '.', other than "
+                f"{TOKENIZER!r}, got {shortened(name)}"
+            )
+    for key in ("seeds", "quality", "references", "measures"):
+        counted = Counter(getattr(study, key)).most_common(1)
+        if not counted:
+            raise ConfigError(f"{key}: expected one or more, got none")
+        if counted[0][1] > 1:
+            raise ConfigError(f"{key}: expected each once, got {counted[0][0]!r} twice")
+    _check_arms(study)
+    for name in study.measures:
+        if name not in MEASURES:
+            raise ConfigError(f"measures: expected some of {', '.join(MEASURES)}, got {name!r}")
+    for name in study.references:
+        if name not in study.arms:
+            raise ConfigError(f"references: expected arms of {list(study.arms)}, got {name!r}")
+    patterns = [each for name in study.measures for each in METRICS.get(name, ["*"])]
+    for metric in study.quality:
+        if not any(fnmatchcase(metric, pattern) for pattern in patterns):
+            raise ConfigError(
+                f"quality: expected metrics of {', '.join(study.measures)}, got "
+                f"{shortened(metric)}{did_you_mean(metric, patterns)}"
+            )
+
+
+def _check_arms(study: Study) -> None:
+    """Check that each arm begins with an arm before it that trains."""
     before: list[str] = []
     for name, arm in study.arms.items():
         if arm.parent is not None and arm.parent not in before:
@@ -302,12 +363,6 @@ def _check(study: Study) -> None:
         if arm.parent is None and arm.length == 0:
             raise ConfigError(f"arms.{name}.length: expected above 0 without 'from', got 0")
         before.append(name)
-    for name in study.measures:
-        if name not in MEASURES:
-            raise ConfigError(f"measures: expected some of {', '.join(MEASURES)}, got {name!r}")
-    for name in study.references:
-        if name not in study.arms:
-            raise ConfigError(f"references: expected arms of {list(study.arms)}, got {name!r}")
 
 
 def _length_of(config: RunConfig, length: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ out of the pool.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median, stdev, variance
@@ -21,8 +21,14 @@ from typing import Any, NamedTuple
 
 from benchmarks.studies.plan import RUNS, Run, Study
 from benchmarks.studies.runner import result_of
-from elip_models.models.io.files import write_file
-from elip_models.validation import ConfigError, require_extra
+from elip_models.models.io.files import read_object, write_file
+from elip_models.validation import (
+    ConfigError,
+    as_config_error,
+    mismatch_error,
+    require_extra,
+    shortened,
+)
 
 with require_extra("benchmarks.studies"):
     from filelock import FileLock
@@ -31,6 +37,16 @@ with require_extra("benchmarks.studies"):
 LEVEL = 0.95
 OUTLIER = 0.01  # significance level of Cochran's test
 Document = dict[str, Any]
+OF_STUDY = {
+    **dict.fromkeys(("study", "question", "paper", "recipe"), str),
+    **dict.fromkeys(("overrides", "arms"), dict[str, Any]),
+    **dict.fromkeys(("quality", "references", "runs"), list),
+}
+OF_ARM = {"family": str, "parent": str | None, "length": float}
+OF_RUN = {
+    **{"arm": str, "seed": int, "metrics": dict[str, float]},
+    **dict.fromkeys(("measured_on", "commit"), dict[str, Any]),
+}
 Beginning = float | None
 Values = dict[int, dict[Beginning, float]]  # by seed, and by the model that the run begins with
 
@@ -118,11 +134,29 @@ def read_results(path: Path) -> Document:
     """Return the document that `write_results` wrote.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: no such file, or one of another form.
     """
+    expected = "expected a file that `elip study` wrote, got"
     if not path.is_file():
-        raise ConfigError(f"results: expected a file that `elip study` wrote, got {path}")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise ConfigError(f"results: {expected} {path}")
+    with as_config_error("results"):
+        document = read_object(path)
+    parts = [(document, OF_STUDY)]
+    if _fits(document, OF_STUDY):
+        parts = [(each, OF_ARM) for each in document["arms"].values()]
+        parts += [(each, OF_RUN) for each in document["runs"]]
+    for part, hints in parts:
+        if not _fits(part, hints):
+            raise ConfigError(
+                f"results: {expected} {shortened(part)} in {path}, without {', '.join(hints)}"
+            )
+    return document
+
+
+def _fits(values: Any, hints: Mapping[str, Any]) -> bool:
+    return isinstance(values, dict) and all(
+        key in values and mismatch_error(values[key], hint) is None for key, hint in hints.items()
+    )
 
 
 def by_seed(document: Document, arm: str, metric: str) -> dict[int, float]:

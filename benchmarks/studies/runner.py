@@ -9,7 +9,6 @@ Several processes can work on one study: each takes runs that no other process h
 measure of a study is also computed for its finished runs, from their saved models.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from benchmarks.studies.measures import Finished, measure
 from benchmarks.studies.plan import Run, Study
 from elip_models.data import load_tokenizer, open_source, train_tokenizer
 from elip_models.models.config import ReductionConfig
-from elip_models.models.io.files import write_file
+from elip_models.models.io.files import read_object, write_json
 from elip_models.models.registry import load_model
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import measured_on
@@ -90,7 +89,8 @@ def run_study(
 def result_of(study: Study, run: Run) -> Result | None:
     """Return the numbers of a finished run, or None."""
     path = study.folder(run) / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    with as_config_error("result"):
+        return read_object(path) if path.is_file() else None
 
 
 def is_finished(study: Study, run: Run) -> bool:
@@ -122,7 +122,7 @@ def perform(study: Study, run: Run, console: Console) -> None:
     result["metrics"] |= {name: round(value, 6) for name, value in found.items()}
     result["measures"] += missing
     result["seconds"] = round(result["seconds"] + time.monotonic() - start, 1)
-    write_file(folder.path / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    write_json(folder.path / RESULT, result)
     shutil.rmtree(folder.checkpoints.path, ignore_errors=True)
 
 

@@ -1,5 +1,14 @@
 """The style of SVG charts: readable on light and dark pages, reproducible byte by byte."""
 
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elip_models.models.io.files import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 GREY = "#808080"
 GREYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 STYLE = {
@@ -14,3 +23,10 @@ STYLE = {
 }
 METADATA = {"Date": None, "Creator": None}
 """Argument `metadata` of `savefig`."""
+
+
+def write_figure(figure: "Figure", path: Path, **options: Any) -> None:
+    """Write a figure completely or not at all, with options of `savefig`."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], **options)
+    write_file(path, content.getvalue())

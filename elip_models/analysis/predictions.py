@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from elip_models.analysis.chart_style import write_figure
 from elip_models.analysis.visualize import dimmed, new_figure, patch_grid, surviving_patches
 from elip_models.data import Example, ExampleSource, Source
 from elip_models.data.read_errors import readable_samples
@@ -59,7 +60,7 @@ def draw_predictions(
         axis.imshow(torch.cat(beside, dim=2).permute(1, 2, 0).numpy())
         _write_prediction(axis, text, right, prediction)
     figure.suptitle(scores.summary(), fontsize=10)
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path, dpi=110)
     return path
 
 

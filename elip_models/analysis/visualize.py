@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import unmerge
+from elip_models.analysis.chart_style import write_figure
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
@@ -146,7 +147,7 @@ def save_figure(figure: "Figure", path: Path, *, title: str, note: str) -> Path:
     title = "\n".join(textwrap.fill(line, int(12 * width)) for line in title.splitlines())
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.supxlabel(textwrap.fill(note, int(16 * width)), fontsize=8)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
     return path
 
 
@@ -165,7 +166,7 @@ def draw_concentration(masses: Tensor, path: Path, *, title: str) -> Path:
     axis.set_ylabel("share of the CLS attention on patches")
     axis.legend(title="of the patches\n(dotted: uniform)", fontsize=8, title_fontsize=8)
     axis.set_title(title, fontsize=9, parse_math=False)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
     return path
 
 

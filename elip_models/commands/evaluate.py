@@ -1,6 +1,5 @@
 """The commands `elip eval retrieval | zero-shot | selection | vqa | ..`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -195,4 +194,6 @@ for _name in ("vqa", "entailment", "nlvr2", "captioning", "classification"):
 
 def _write_scores(scores: dict[str, Any], output: Path | None) -> None:
     if output is not None:
-        output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        from elip_models.models.io.files import write_json
+
+        write_json(output, scores)

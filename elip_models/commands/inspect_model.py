@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from elip_models.validation import ConfigError, require_extra
+from elip_models.validation import ConfigError, check_output, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -52,8 +52,9 @@ def visualize(
     """Draw kept and merged patches, the CLS attention, and how concentrated it is."""
     if bool(image) == (data is not None):
         raise ConfigError("--image: expected images with captions, or else --data, not both")
-    if output.suffix != ".png" or not output.parent.is_dir():
-        raise ConfigError(f"--output: expected a .png in an existing folder, got {output}")
+    check_output("--output", output)
+    if output.suffix != ".png":
+        raise ConfigError(f"--output: expected a name ending in .png, got {output}")
     from elip_models.analysis.pictures import draw_pictures
     from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from elip_models.training.recipe import load_recipe, parse_overrides, recipe_names
-from elip_models.validation import from_checkout, require_extra
+from elip_models.validation import check_output, from_checkout, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -56,6 +56,8 @@ def study(
     """Train and compare the arms of a study over seeds (needs a checkout); finished runs stay."""
     plans = from_checkout("studies.plan", "elip study")
     command = from_checkout("studies.command", "elip study")
+    check_output("--results", results)
+    check_output("--page", page)
     chosen = plans.load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
     runs = plans.plan(chosen, only=only.split(",") if only else (), seeds=plans.seeds_of(seeds))
     found = results or plans.RUNS / f"{chosen.name}.json"

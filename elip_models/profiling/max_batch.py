@@ -7,7 +7,6 @@ fixed, per_image: a line through the memory of a step at two small batches. On a
 peak. Elsewhere it is what autograd saves for backward, without temporary memory.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
+from elip_models.models.io.files import write_json
 from elip_models.profiling.measure import memory_kind, memory_of
 from elip_models.profiling.table import FORMS, ProfileSettings, fit_strategies, open_for_profile
 from elip_models.profiling.workload import Workload
@@ -115,4 +115,4 @@ def print_largest_batches(
     console.print(batches_table(rows, memory, measured))
     if output is not None:
         document = {"memory": size, "measured": measured, "rows": [asdict(each) for each in rows]}
-        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(output, document)

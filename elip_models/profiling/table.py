@@ -4,7 +4,6 @@ Weights are random, since neither FLOPs nor times depend on them. A strategy tha
 model, or cannot reach the requested FLOPs, is listed with the reason instead of a row.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from elip_models.models.io.files import write_json
 from elip_models.models.io.open_model import FORMS, open_model
 from elip_models.profiling.component_profile import (
     ComponentCosts,
@@ -277,4 +277,4 @@ def print_profile(
             table1, document["paper_table1"] = cross_modal.table1_report()
         console.print(table1, table5, sep="\n\n")
     if output is not None:
-        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(output, document)

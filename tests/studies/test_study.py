@@ -13,7 +13,7 @@ from rich.console import Console
 
 from benchmarks.studies import runner
 from benchmarks.studies.command import Progress
-from benchmarks.studies.measures import MEASURES
+from benchmarks.studies.measures import MEASURES, RETRIEVAL_METRICS
 from benchmarks.studies.page import study_page
 from benchmarks.studies.plan import Run, load_study, plan
 from benchmarks.studies.results import write_results
@@ -116,7 +116,7 @@ def test_a_study_like_another_changes_its_own_keys(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": [-1]}, "seeds: expected a list, each an integer at least 0"),
+        ({"seeds": [-1]}, r"seeds: expected a list, each an integer in \[0, 4294967295\]"),
         (
             {"measures": ["taste"]},
             "measures: expected some of retrieval, objectives, selection, got 'taste'",
@@ -359,6 +359,8 @@ def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
     assert {(run["arm"], run["seed"]) for run in found["runs"]} == set(plan(study))
     for run in found["runs"]:
         metrics = run["metrics"]
+        own = {name for name in metrics if not name.startswith(("objective.", "selection."))}
+        assert own == RETRIEVAL_METRICS
         assert metrics["objective.loss"] > 0 and 0 <= metrics["reduced.r1"] <= 1
         assert ("selection.lost" in metrics) == (run["arm"] != "dense")
         assert ("selection.1.kept" in metrics) == (run["arm"] not in ("dense", "tome"))
@@ -372,7 +374,7 @@ def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
     arms = {name: {"model.overrides.strategy": name} for name in STRATEGIES}
-    arms["guided by another"] = {"model.overrides.guide": "other"}
+    arms["guided-by-another"] = {"model.overrides.guide": "other"}
     study = tiny_study(tmp_path, arms=arms)
 
     def begun(arm, seed):
