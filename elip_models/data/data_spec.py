@@ -4,6 +4,8 @@ questions.json,annotations.json,images=val2014
 {files: [questions.json, annotations.json], images: val2014}
 """
 
+import itertools
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -38,6 +40,8 @@ class FileSpec:
 
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_DIGITS = 18
+_MAX_NAMES, _MAX_CHARACTERS = 10**6, 2**28
 OPTIONS = tuple(field.name for field in fields(FileSpec) if field.name != "files")
 
 
@@ -79,15 +83,25 @@ def _number(text: str) -> float | str:
 
 
 def expand_ranges(path: str) -> Iterator[str]:
-    """Yield "a-08.tar", "a-09.tar" and "a-10.tar" for "a-{08..10}.tar", as the shell does."""
-    found = _RANGE.search(path)
-    if found is None:
-        yield path
-        return
-    first, last = found.groups()
-    if int(first) > int(last):
-        raise ValueError(f"spec: expected a rising range, got {found.group()!r} in {path!r}")
-    for number in range(int(first), int(last) + 1):
-        rest = path[found.end() :]
-        for tail in expand_ranges(rest):
-            yield f"{path[: found.start()]}{number:0{len(first)}d}{tail}"
+    """Yield "a-08.tar", "a-09.tar" and "a-10.tar" for "a-{08..10}.tar", as the shell does.
+
+    Raises ValueError for a falling range, and for more than a million names.
+    """
+    parts = _RANGE.split(path)
+    ranges = []
+    for first, last in zip(parts[1::3], parts[2::3], strict=True):
+        if max(len(first), len(last)) > _MAX_DIGITS or int(first) > int(last):
+            raise ValueError(
+                f"spec: expected a rising range, got '{{{first:.20}..{last:.20}}}' (at most "
+                f"{_MAX_DIGITS} digits)"
+            )
+        ranges.append(range(int(first), int(last) + 1))
+    count = math.prod(map(len, ranges))
+    if count > _MAX_NAMES or count * len(path) > _MAX_CHARACTERS:
+        raise ValueError(
+            f"spec: expected ranges of at most {_MAX_NAMES} names and {_MAX_CHARACTERS} "
+            f"characters in all, got {count} names of {len(path)} characters"
+        )
+    for numbers in itertools.product(*ranges):
+        shown = (f"{n:0{len(first)}d}" for n, first in zip(numbers, parts[1::3], strict=True))
+        yield "".join(itertools.chain(*zip(parts[::3], [*shown, ""], strict=True)))

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from elip_models.data.examples import ExampleSource
 from elip_models.data.sample import SampleError, Source
+from elip_models.data.tar_members import MORE_LOST
 from elip_models.validation import Count, PositiveInt, Share, check
 
 DEFAULT_MAX_BAD_SHARE = 0.05
@@ -96,9 +97,10 @@ class SkipReport:
         examples = self.reasons[:_EXAMPLES]
         listed = "; ".join(f"{name:.200} ({reason:.300})" for name, reason in examples)
         more = ", among them" if len(self.reasons) > len(examples) else ""
+        is_exact = not any(reason.endswith(MORE_LOST) for _, reason in self.reasons)
         return (
-            f"{len(self.reasons)} of {self.seen} {self.what} ({self.share:.1%}) could not be read"
-            f"{more}: {listed}."
+            f"{'' if is_exact else 'At least '}{len(self.reasons)} of {self.seen} {self.what} "
+            f"({self.share:.1%}) could not be read{more}: {listed}."
         )
 
 

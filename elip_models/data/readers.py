@@ -14,6 +14,7 @@ from elip_models.data.sample import Source
 from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
 from elip_models.data.stream_source import is_stream
+from elip_models.data.streams import redacted
 from elip_models.validation import PositiveInt, check
 
 _BUILT_IN = "emoji_scenes"
@@ -52,7 +53,8 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
         return sources[0] if len(sources) == 1 else MixedSource(sources)
     if is_stream(spec):
         raise ValueError(
-            f"spec: expected data on disk, whose samples can be counted, got {spec!r}; use a "
+            f"spec: expected data on disk, whose samples can be counted, got "
+            f"{redacted(spec)!r}; use a "
             "stream as the only data.train of pre-training, or with `elip data check`"
         )
     if not isinstance(spec, str | Mapping):

@@ -26,13 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from elip_models.data.checks import expand_user
 from elip_models.data.tar_members import Damage, Member, read_members
-from elip_models.data.tar_samples import (
-    IMAGE_EXTENSIONS,
-    TEXT_EXTENSIONS,
-    image_problem,
-    read_captions,
-    split_name,
-)
+from elip_models.data.tar_samples import EXTENSIONS, SampleMembers, sample_name
 from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
@@ -42,7 +36,7 @@ if TYPE_CHECKING:
 
 MIN_CACHED_BYTES = 2**24  # bytes of a shard; reading a smaller one is fast enough without a cache
 MIN_SHARED_BYTES = 2**30  # total bytes of missing shards from which on several processes build them
-FORMAT = 3  # version of the cached tables
+FORMAT = 4  # version of the cached tables
 _DIGEST_BYTES = 8
 
 
@@ -228,43 +222,32 @@ def _shard_table(shard: Path) -> "pyarrow.Table":
 
 def _rows(shard: Path) -> Iterator[dict[str, Any]]:
     """Yield one row per key, in order of first appearance, then one per lost part."""
-    images: dict[str, Member] = {}
-    texts: dict[str, dict[str, Member]] = {}
+    samples: dict[str, SampleMembers] = {}
     lost: list[tuple[str, str]] = []
     for member in read_members(shard):
         if isinstance(member, Damage):
             lost.append((f"byte {member.offset}", member.what))
-            continue
-        key, extension = split_name(member.name)
-        if extension not in IMAGE_EXTENSIONS + TEXT_EXTENSIONS:
-            continue
-        of_key = texts.setdefault(key, {})
-        if extension in of_key or (extension in IMAGE_EXTENSIONS and key in images):
-            lost.append((member.name, f"{key} already has a {extension} or an image"))
-        elif extension in IMAGE_EXTENSIONS:
-            images[key] = member
-        else:
-            of_key[extension] = member
+        elif name := sample_name(member.name):
+            key, extension = name
+            samples.setdefault(key, SampleMembers(key)).add(extension, member)
     with shard.open("rb") as file:
 
         def read(member: Member) -> bytes:
             file.seek(member.offset)
             return file.read(member.size)
 
-        for key, members in texts.items():
-            captions, problem = read_captions(members, read)
-            image = images.get(key)
+        for sample in samples.values():
+            image, captions, problem = sample.read(read)
             yield {
-                "key": key,
+                "key": sample.key,
                 "offset": image.offset if image else 0,
                 "size": image.size if image else 0,
                 "captions": captions,
-                "problem": image_problem(image) or problem,
+                "problem": problem,
             }
-    if not texts and not lost:
-        lost.append(
-            ("byte 0", f"no member ends in {', '.join(IMAGE_EXTENSIONS + TEXT_EXTENSIONS)}")
-        )
+            lost += [(sample.key, problem)] * (sample.copies - 1)
+    if not samples and not lost:
+        lost.append(("byte 0", f"no member ends in {', '.join(EXTENSIONS)}"))
     if lost:
         examples = "; ".join(what for _, what in lost[:3]) + ("; .." if len(lost) > 3 else "")
         warnings.warn(

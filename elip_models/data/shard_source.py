@@ -11,6 +11,7 @@ from typing import BinaryIO
 from elip_models.data.checks import check_index, existing_files
 from elip_models.data.sample import Sample, SampleError, decode_image
 from elip_models.data.shard_index import read_index
+from elip_models.data.tar_samples import size_problem
 
 _MAX_OPEN_SHARDS = 64
 
@@ -18,7 +19,7 @@ _MAX_OPEN_SHARDS = 64
 class ShardSource:
     """A `Source` over uncompressed WebDataset shards.
 
-    Members with the same name up to the first dot form one sample. It has an image (png, jpg, jpeg
+    Members with the same name up to the dot form one sample. It has an image (png, jpg, jpeg
     or webp), and captions in a .json ("captions" or "caption"), a .txt, or both. Its id is
     "shard:key".
 
@@ -52,6 +53,8 @@ class ShardSource:
             data = self._files.read(shard, row["offset"], row["size"])
         except OSError as error:
             raise SampleError(sample_id, f"cannot read {shard}: {error}") from error
+        if problem := size_problem("the image", data):
+            raise SampleError(sample_id, problem)
         image = decode_image(io.BytesIO(data), sample_id)
         return Sample(image, tuple(row["captions"]), sample_id)
 

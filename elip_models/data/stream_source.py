@@ -17,7 +17,8 @@ import fsspec
 from elip_models.data.data_spec import expand_ranges
 from elip_models.data.read_errors import DataError, SkipReport
 from elip_models.data.sample import Sample, SampleError, decode_image
-from elip_models.data.streams import PIPE, WEB, StreamTar, scheme_of
+from elip_models.data.streams import PIPE, WEB, StreamTar, redacted, scheme_of
+from elip_models.data.tar_members import MORE_LOST
 from elip_models.data.tar_samples import TarSample, read_samples
 from elip_models.validation import PositiveInt, Size, check_fields, did_you_mean
 
@@ -78,13 +79,13 @@ def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) ->
     for name in given:
         if name not in known:
             raise ValueError(
-                f"spec: expected {', '.join(known)}, got {name!r} in {spec!r}"
+                f"spec: expected {', '.join(known)}, got {name!r} in {redacted(spec)!r}"
                 f"{did_you_mean(name, known)}"
             )
     if "samples" not in given:
         raise ValueError(
-            f"spec: expected samples, the number in an epoch, got {spec!r}; write {_FORM}, or "
-            "append ,samples=1000000"
+            f"spec: expected samples, the number in an epoch, got {redacted(spec)!r}; "
+            f"write {_FORM}, or append ,samples=1000000"
         )
     urls = given.pop("stream")
     urls = (urls,) if isinstance(urls, str) else urls
@@ -97,8 +98,10 @@ def _parts(spec: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     while option := _OPTIONS.search(spec):
         name, value = option.groups()
-        number = int(value) if value.isdecimal() else value
-        found.setdefault(name, _VALUES.get(value, number))
+        if name in found:
+            raise ValueError(f"spec: expected {name} once, got it again in {redacted(spec)!r:.200}")
+        number = int(value) if value.isdecimal() and len(value) < 20 else value
+        found[name] = _VALUES.get(value, number)
         spec = spec[: option.start()]
     return {"stream": spec, **found}
 
@@ -112,7 +115,7 @@ class ShardEnd(NamedTuple):
     def check(self) -> None:
         """Raise SampleError if the shard is incomplete."""
         if self.problem:
-            raise SampleError(self.key, self.problem)
+            raise SampleError(self.key, f"{self.problem}; {MORE_LOST}")
 
 
 class StreamSource:
@@ -132,7 +135,7 @@ class StreamSource:
     def read(self, number: int) -> Iterator[TarSample | ShardEnd]:
         """Yield the stored samples of a shard, what is lost, and a ShardEnd."""
         url = self.shards[number]
-        name, problem, is_empty = _shard_name(url), "", True
+        name, problem, is_empty = _shard_name(url, number), "", True
         with StreamTar(url) as tar:
             try:
                 for sample in read_samples(tar, name):
@@ -192,17 +195,28 @@ def decode_stored(stored: TarSample) -> Sample:
     return Sample(image, stored.captions, stored.key)
 
 
-def _shard_name(url: str) -> str:
-    """Return the file name of a shard, or its command, for the ids of its samples."""
-    return url if url.startswith(PIPE) else PurePosixPath(urlsplit(url).path).name or url
+def _shard_name(url: str, number: int) -> str:
+    """Return the file name of a shard, or its command and number, for the ids of its samples."""
+    if url.startswith(PIPE):
+        return f"{redacted(url)} [{number}]"
+    return PurePosixPath(urlsplit(url).path).name or redacted(url)
 
 
 def _check_url(url: str) -> None:
-    if url.startswith(PIPE) or scheme_of(url) in WEB:
+    if url.startswith(PIPE):
         return
     if not is_stream(url):
-        raise ValueError(f"stream: expected https://, hf:// or pipe:COMMAND, got {url!r}")
+        raise ValueError(
+            f"stream: expected https://, hf:// or pipe:COMMAND, got {redacted(url)!r:.200}"
+        )
+    if "{" in url or "}" in url:
+        raise ValueError(
+            f"stream: expected ranges such as {{0000..0012}}, not one in another, got "
+            f"{redacted(url)!r:.200}"
+        )
     try:
-        fsspec.get_filesystem_class(scheme_of(url))
+        urlsplit(url)
+        if scheme_of(url) not in WEB:
+            fsspec.get_filesystem_class(scheme_of(url))
     except (ImportError, ValueError) as error:
-        raise ValueError(f"stream: {url!r} cannot be opened: {error}") from error
+        raise ValueError(f"stream: {redacted(url)!r:.200} cannot be opened: {error}") from error

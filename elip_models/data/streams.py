@@ -17,6 +17,7 @@ from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from typing import Any, Protocol, Self
 from urllib.error import HTTPError
+from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 import fsspec
@@ -32,6 +33,7 @@ _CHUNK = 2**20
 _MAX_BUFFER_BYTES = MAX_IMAGE_BYTES
 _HIDDEN = "***"
 _PROGRAM = re.compile(r"\s*[\w./+-]+(?=\s|$)|")  # nothing if it is quoted or set by a variable
+_WORD = re.compile(r"[^\s'\"=:@&?#;,|<>()]{4,}")  # a shorter one is also part of other words
 _USER = re.compile(r"\A(?:[^/?#:]*:.*@|[^/?#]*@)", re.DOTALL)  # any character in a password
 
 
@@ -79,6 +81,15 @@ def _redacted_url(text: str) -> str:
     before, scheme, url = text.partition("://")
     shown, mark, _ = re.split(r"([?#]|$)", _USER.sub(f"{_HIDDEN}@", url, count=1), maxsplit=1)
     return before + scheme + shown + (mark and mark + _HIDDEN)
+
+
+def _without_secrets(message: str, url: str) -> str:
+    """Return a message without the words of a URL or command that `redacted` hides."""
+    words = {*_WORD.findall(url), *_WORD.findall(unquote(url))}
+    hidden = words.difference(_WORD.findall(redacted(url)))
+    for word in sorted(hidden, key=len, reverse=True):
+        message = message.replace(word, _HIDDEN)
+    return message
 
 
 def scheme_of(url: str) -> str:
@@ -138,6 +149,7 @@ class _Pipe:
     """Output of a shell command, which must end with exit status 0."""
 
     def __init__(self, command: str) -> None:
+        self._command = command
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the rest
         self._process = subprocess.Popen(
             command,
@@ -158,6 +170,7 @@ class _Pipe:
         if not data and (status := self._process.wait(_TIMEOUT)):
             self._stderr.seek(0)
             message = self._stderr.read(_CHUNK).decode(errors="replace").strip()
+            message = _without_secrets(message, PIPE + self._command)
             raise OSError(f"exit status {status}" + (f": {message[-200:]}" if message else ""))
         return data
 
@@ -241,6 +254,8 @@ class StreamTar:
             data = self._stream.read(_CHUNK)
         except Exception as error:  # file system libraries raise errors of any type
             what = str(error) or type(error).__name__
+            if not self._url.startswith(PIPE):  # a command hides those of its standard error
+                what = _without_secrets(what, self._url)
             self.problem = f"interrupted at byte {self._end}: {what}" if self._end else what
         self._buffer += data
         if not data:

@@ -128,8 +128,9 @@ def test_every_kind_of_url(tmp_path):
     assert read("memory://bucket/a.tar") == (expected, {}, [("a.tar", "")])
     command = f"pipe:cat {path}"
     samples, lost, ends = read(command)
-    assert {key.replace(command, "a.tar"): value for key, value in samples.items()} == expected
-    assert (lost, ends) == ({}, [(command, "")])
+    name = "pipe:cat *** [0]"
+    assert {key.replace(name, "a.tar"): value for key, value in samples.items()} == expected
+    assert (lost, ends) == ({}, [(name, "")])
 
 
 def test_hub_urls_are_supported():
@@ -150,7 +151,7 @@ def test_samples_before_an_unrecoverable_interruption_are_kept(tmp_path):
     with served(tmp_path, ranges=False, breaks_after=end) as url:
         samples, lost, ends = read(f"{url}/a.tar", f"{url}/a.tar")
     assert list(samples) == ["a.tar:k0", "a.tar:k1"]
-    assert lost == {f"a.tar:byte {end}": "the end marker of the tar is missing: more may be lost"}
+    assert lost == {f"a.tar:byte {end}": "the end marker of the tar is missing; more may be lost"}
     problem = f"interrupted at byte {end}: {LOST}"
     assert ends == [("a.tar", problem)] * 2
 
@@ -158,8 +159,8 @@ def test_samples_before_an_unrecoverable_interruption_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("command", "problem"),
     [
-        ("cat {}; echo sorry >&2; exit 3", "interrupted at byte {size}: exit status 3: sorry"),
-        ("cat missing.tar", "exit status 1: cat: missing.tar: No such file or directory"),
+        ("cat {}; ls // >&2; exit 3", "interrupted at byte {size}: exit status 3: "),
+        ("cat missing.tar", "exit status 1: cat: ***: No such file or directory"),
         ("kill -9 $$", "exit status -9"),
         ("true", "expected a complete, uncompressed tar"),
         ("seq 1000", "expected a complete, uncompressed tar, got another format"),
@@ -173,7 +174,8 @@ def test_a_failed_command_is_reported(tmp_path, monkeypatch, command, problem):
     start = time.monotonic()
     _, _, [(name, what)] = read(command)
     assert time.monotonic() - start < 10
-    assert name == command
+    program = command.partition(" ")[0]
+    assert name == (program if program == command else f"{program} ***") + " [0]"
     assert problem.format(size=path.stat().st_size) in what
 
 
@@ -203,8 +205,7 @@ def test_members_that_are_not_adjacent_are_reported(tmp_path):
     _, lost, _ = read(f"pipe:cat {shard(tmp_path / 'a.tar', members)}")
     reasons = {key.rpartition(":")[2]: reason for key, reason in lost.items()}
     assert reasons == {
-        "a": "no caption",
-        "a.txt": "a ended before it; members of a sample in a stream must be adjacent",
+        "a": "no caption; the members of a sample in a stream must be adjacent",
     }
 
 
@@ -246,7 +247,7 @@ def test_options_of_another_type(option):
 
 
 def test_open_source_refuses_a_stream():
-    with pytest.raises(ValueError, match=r"whose samples can be counted, got 'pipe:cat a.tar'"):
+    with pytest.raises(ValueError, match=r"whose samples can be counted, got 'pipe:cat \*\*\*'"):
         open_source("pipe:cat a.tar", image_size=8)
 
 
@@ -256,4 +257,8 @@ def test_first_captions(tmp_path):
     assert list(source.first_captions(2)) == [("caption of k0",), ("caption of k1",)]
     assert len(list(source.first_captions(9))) == 6
     report, captions = source.check(limit=4)
-    assert (report.seen, len(captions), list(report.reasons)) == (4, 3, ["pipe:false"])
+    assert (report.seen, len(captions), list(report.reasons)) == (
+        4,
+        3,
+        [("pipe:false [0]", "exit status 1; more may be lost")],
+    )
