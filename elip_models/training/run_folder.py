@@ -28,6 +28,7 @@ from elip_models.training.folder_lock import FolderLock
 from elip_models.training.recipe import load_recipe, resume_conflicts, save_recipe
 from elip_models.training.run_checkpoints import Checkpoints
 from elip_models.training.run_config import RunConfig
+from elip_models.validation import ConfigError
 
 OTHER_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher such as torchrun sets for each of its processes."""
@@ -67,7 +68,11 @@ class RunFolder:
                 f"{self.path} already contains a run: continue it with --resume, "
                 "or set another output_dir"
             )
-        if conflicts := resume_conflicts(load_recipe(self.recipe), config):
+        try:
+            saved = load_recipe(self.recipe)
+        except ConfigError as error:
+            raise TrainingError(f"{self.recipe} is not what a run wrote: {error}") from error
+        if conflicts := resume_conflicts(saved, config):
             raise TrainingError(
                 f"{self.path} cannot be resumed with another recipe: "
                 f"{'; '.join(map(redacted, conflicts))}"

@@ -24,6 +24,7 @@ from elip_models.data import (
     train_loader,
 )
 from elip_models.models.config import VisionConfig
+from elip_models.training.errors import TrainingError
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import make_preparation
 from elip_models.validation import as_config_error
@@ -145,7 +146,7 @@ class _StreamedBatches:
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            self._stream.turns = json.loads((checkpoint / self._file).read_text(encoding="utf-8"))
+            self._stream.turns = _read_turns(checkpoint / self._file, len(self._stream.turns))
         self._stream.done = batches_done
         self._turns = list(self._stream.turns)
         self._batches = iter(stream_loader(self._stream))
@@ -177,6 +178,22 @@ class _StreamedBatches:
         if self._shards.reasons:
             summaries.append(self._shards.summary())
         return " ".join(summaries)
+
+
+def _read_turns(path: Path, workers: int) -> list[int]:
+    """Return the next shard of each worker; raise TrainingError if the file has no such list."""
+    try:
+        turns = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        turns = None
+    if not isinstance(turns, list) or not all(type(each) is int and each >= 0 for each in turns):
+        turns = []
+    if len(turns) != workers:
+        raise TrainingError(
+            f"{path}: expected a list with the next shard of each of {workers} workers, got "
+            "another content; remove this checkpoint to resume an older one"
+        )
+    return turns
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:

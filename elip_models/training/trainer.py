@@ -30,6 +30,7 @@ from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
 from elip_models.training.provenance import run_provenance
 from elip_models.training.replicated import ReplicatedModel
+from elip_models.training.restore import restore_
 from elip_models.training.result import TrainResult
 from elip_models.training.run_checkpoints import step_of
 from elip_models.training.run_config import RunConfig
@@ -230,7 +231,7 @@ class Trainer:
         batches_done = self.step * self.config.optim.grad_accumulation
         self.batches.start(batches_done, checkpoint)
         if checkpoint is not None:
-            self.parallel.load(checkpoint)
+            restore_(self.parallel, checkpoint)
         if self.accelerator.is_main_process:
             self.folder.truncate_rows(self.step, self._warn)
         losses = [row["loss"] for row in self.folder.rows() if "loss" in row]

@@ -154,12 +154,11 @@ def make_tokenizer(
             "data.tokenizer: expected the folder of the pre-trained model's tokenizer, got "
             "'train', which trains a new one"
         )
-    with accelerator.main_process_first(), as_config_error("data.vocab_size"):
+    with accelerator.main_process_first():
         if (path := folder.trained_tokenizer()) is None:
-            captions = tokenizer_captions(source, model)
-            path = folder.train_tokenizer(
-                train_tokenizer(captions, data.vocab_size).save_pretrained
-            )
+            with as_config_error("data.vocab_size"):
+                tokenizer = train_tokenizer(tokenizer_captions(source, model), data.vocab_size)
+            path = folder.train_tokenizer(tokenizer.save_pretrained)
     return load_tokenizer(str(path))
 
 

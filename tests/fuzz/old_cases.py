@@ -1,12 +1,10 @@
-"""Damaged images, tars, lists, captions, model folders, checkpoints and command lines."""
+"""Damaged images, tars, lists, captions, model folders and command lines."""
 
 import json
 import shutil
 
 from elip_models.data import JsonSource, ShardSource, check_source
 from elip_models.models.registry import create_model
-from elip_models.training.errors import TrainingError
-from elip_models.training.run_checkpoints import Checkpoints
 from tests.fuzz.harness import Loss, command, kind, refused
 from tests.helpers.damage import picture, shard
 
@@ -61,18 +59,6 @@ def images(folder, rng):
 
 
 @kind()
-def tars(folder, rng):
-    path = shard(folder / "s.tar")
-    content = path.read_bytes()
-    path.write_bytes(damage(content, rng))
-    try:
-        source = ShardSource(path)
-    except ValueError as error:
-        return refused(error, "s.tar")
-    return check_counts(source, 6)
-
-
-@kind()
 def lists(folder, rng):
     (folder / "a.png").write_bytes(picture())
     entries = [{"image": "a.png", "caption": [f"number {i}", "näher"]} for i in range(COUNT)]
@@ -103,61 +89,3 @@ def models(folder, rng, prepared):
     path = rng.choice(sorted(model.iterdir()))
     path.write_bytes(damage(path.read_bytes(), rng))
     return command(["eval", "retrieval", "--model", str(model), "--data", "emoji_scenes:size=3"])
-
-
-@kind()
-def checkpoints(folder, rng):
-    found = Checkpoints(folder / "checkpoints")
-    for step in (1, 2):
-        unfinished = found.unfinished(step)
-        unfinished.mkdir(parents=True)
-        for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl"):
-            (unfinished / name).write_bytes(rng.randbytes(300))
-        found.commit(step, keep=2)
-    path = rng.choice(sorted((found.path / "step_00000002").iterdir()))
-    content = path.read_bytes()
-    path.write_bytes(damage(content, rng))
-    if rng.random() < 0.2:
-        path.unlink()
-    told = []
-    try:
-        newest = found.latest(told.append)
-    except TrainingError as error:
-        return refused(error, "step_")
-    changed = not path.exists() or _value(path.read_bytes()) != _value(content)
-    if changed != (newest.name == "step_00000001") or changed != bool(told):
-        raise Loss(f"{path.name} was {'damaged' * changed or 'whole'}, {newest.name} is used")
-    return "reported" if told else "read"
-
-
-def _value(content):
-    """What JSON says, for white space in it says nothing; bytes that are none as they are."""
-    try:
-        return json.loads(content)
-    except ValueError:
-        return content
-
-
-WORDS = (
-    *("train", "clip_tiny", "eval", "retrieval", "data", "check", "profile", "--model", "study"),
-    *("--flops-only", "visualize", "convert", "finetune", "--from", "--dry-run", "vqa", "export"),
-    *("optim.lr=-1", "seed=1e9", "data.train=x.tar", "a=b=c", "model.overrides={", "~nouser/x"),
-    *(
-        "emoji_scenes:size=0",
-        "emoji_scenes:seed=-1",
-        "\0",
-        "x" * 300,
-        "",
-        "--",
-        "-1",
-        "😀",
-        "../..",
-    ),
-)
-
-
-@kind()
-def commands(folder, rng):
-    first, *others = [rng.choice(WORDS[:18]), *rng.choices(WORDS, k=rng.randrange(5))]
-    ends = {"train": ["optim.lr=-1"], "study": ["--dry-run"], "profile": ["--flops-only"]}
-    return command([first, *others, *ends.get(first, ())])  # none that runs for long
