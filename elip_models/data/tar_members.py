@@ -23,6 +23,7 @@ _PADDING = tarfile.RECORDSIZE + BLOCK  # most zeros that end a tar: two blocks, 
 _MAX_GAP = 2**27  # bytes without a member after which the rest is not read
 _MAX_SIZE = 2**40
 _MAX_EXTENDED = 2**16  # bytes of the extended headers of a member
+_LONG = "././@LongLink"  # the name of each header that holds a long name
 _LONG_NAME, _LONG_LINK, _GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"g"
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, _GLOBAL)
 _KINDS = {
@@ -216,10 +217,8 @@ def _loss(archive: int, at: int, end: int, *, is_zero: bool, is_last: bool) -> s
         return f"{count} bytes from byte {at} on belong to no member"
     if is_last and count < BLOCK:
         return "the end marker of the tar is missing"
-    ends_archive = count >= 2 * BLOCK and (
-        count == 2 * BLOCK or (end - archive) % tarfile.RECORDSIZE == 0
-    )
-    if count > _PADDING or not (is_last or count == 0 or ends_archive):
+    is_marker = count == 2 * BLOCK or (end - archive) % tarfile.RECORDSIZE == 0
+    if count > _PADDING or (count and not is_last and not (count >= 2 * BLOCK and is_marker)):
         return f"{count} bytes from byte {at} on are zero, which is not the padding of a tar"
     return ""
 
@@ -249,7 +248,8 @@ def _read_header(tar: Tar, at: int) -> tuple[_Header | None, int]:
         at += BLOCK
         if info.type not in (_LONG_NAME, _LONG_LINK, *_PAX):
             break
-        if at + info.size - start > _MAX_EXTENDED:
+        is_long = info.type in (_LONG_NAME, _LONG_LINK)
+        if at + info.size - start > _MAX_EXTENDED or (is_long and info.name != _LONG):
             return None, at
         records = _records(info.type, tar.read(info.size), info.size)
         at += padded(info.size)

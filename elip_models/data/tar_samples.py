@@ -67,7 +67,7 @@ class SampleMembers:
         if problem:
             return image, [], problem
         captions, problem = read_captions(texts, read)
-        problem = image_problem(image) or problem or ("" if captions else "no caption")
+        problem = problem or image_problem(image) or ("" if captions else "no caption")
         if problem and image is not None and image.size <= MAX_IMAGE_BYTES:
             problem = size_problem(image.name, read(image)) or problem
         return image, captions, problem

@@ -53,6 +53,19 @@ def header(name, size, kind=b"0"):
     block[:100] = name.encode().ljust(100, b"\0")
     block[100:108], block[257:265] = b"0000644\0", b"ustar\x0000"
     block[124:136] = size
-    block[148:156], block[156:157] = b" " * 8, kind
+    block[156:157] = kind
+    return with_checksum(block)
+
+
+def with_checksum(block):
+    """The header with the checksum that holds for it."""
+    block = bytearray(block)
+    block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
+
+
+def pax(records, kind=b"x"):
+    """An extended header with these bytes as its records."""
+    size = b"%011o\0" % len(records)
+    return header("././@PaxHeader", size, kind) + records + bytes(-len(records) % BLOCK)
