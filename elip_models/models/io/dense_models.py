@@ -5,6 +5,7 @@ Weights that are missing, not finite or of another kind, such as int8 for float,
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -98,15 +99,20 @@ def load_transformers(
         new_parts: whether parts of the model that the weights lack altogether, such as a pooler,
             get initial values, with a warning. All other missing tensors raise ValueError.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         _check_transformers(Path(name), kind, config)
     with library_errors(name, f"weights of {type(config).__name__}"):
         model, info = kind.from_pretrained(
-            name, config=config, trust_remote_code=False, output_loading_info=True
+            name,
+            config=config,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     missing = sorted(info["missing_keys"])
     new = _parts_without(model, missing) if new_parts else []
     absent = [each for each in missing if each.partition(".")[0] not in new]
+    absent += [f"{each[0]} of its shape" for each in info["mismatched_keys"]]
     if absent:
         raise ValueError(
             f"{name}: expected all weights of {type(model).__name__}, got none for "
@@ -145,6 +151,8 @@ def _check_transformers(folder: Path, kind: Any, config: Any) -> None:
     stored = read_headers(folder)
     if stored is None:
         size = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
+        if not size:
+            raise FileNotFoundError(f"folder: expected model.safetensors in {folder}, got none")
         tensors, numbers = size // 64, size
     else:
         tensors, numbers = len(stored), 2 * sum(each.numel() for each in stored.values())
@@ -162,10 +170,8 @@ def _check_transformers(folder: Path, kind: Any, config: Any) -> None:
 
 
 def _check_kinds(folder: Path, made: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Raise ValueError for stored numbers of another kind than the model's, by name."""
-    own = made.state_dict()
-    prefix = f"{made.base_model_prefix}."
+    """Raise ValueError for stored weights that are no floats, by the last part of names."""
+    weights = {name.rpartition(".")[2] for name, _ in made.named_parameters()}
     for name, tensor in stored.items():
-        ours = own.get(name, own.get(name.removeprefix(prefix), own.get(prefix + name)))
-        if ours is not None and kind_of(ours) != kind_of(tensor):
-            raise ValueError(f"{folder}: {name}: expected {ours.dtype}, got {tensor.dtype}")
+        if name.rpartition(".")[2] in weights and kind_of(tensor) != "float":
+            raise ValueError(f"{folder}: {name}: expected floating numbers, got {tensor.dtype}")

@@ -45,7 +45,7 @@ def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) ->
     that `hf auth login` stored. FileNotFoundError is raised if neither can be found.
     """
     check("folder", name, str | os.PathLike)
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False for a name that no file can have
         return Path(name)
     repository, _, revision = str(name).partition("@")
     try:

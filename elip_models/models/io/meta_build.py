@@ -1,5 +1,6 @@
 """Models on the meta device: a config is compared with its weight file before it takes memory."""
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -16,6 +18,8 @@ from elip_models.models.io.files import read_object
 from elip_models.validation import mismatch_error
 
 LARGEST = 2**24
+DEEPEST = 1024
+DEPTH = re.compile(r"(layers?|depths?|blocks|stages)$")
 MOST_TENSORS = 32_768
 """Of a model whose weights are not read: 1,024 layers of 32."""
 INDEX = "model.safetensors.index.json"
@@ -31,7 +35,7 @@ INITIALISERS = {
 }
 LIBRARY_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
-    *(RuntimeError, SafetensorError, TypeError, ValueError),
+    *(RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError),
 )
 """What libraries raise where a config or a file has values that they do not expect."""
 
@@ -75,8 +79,10 @@ def check_integers(path: Path, config: dict[str, Any]) -> None:
             left += value.items()
         elif isinstance(value, list):
             left += [(key, each) for each in value]
-        elif isinstance(value, int) and abs(value) > LARGEST and "theta" not in key:
-            raise ValueError(f"{path}: {key}: expected at most {LARGEST}, got {value!r:.40}")
+        elif isinstance(value, int) and "theta" not in key:
+            limit = DEEPEST if DEPTH.search(key) else LARGEST
+            if abs(value) > limit:
+                raise ValueError(f"{path}: {key}: expected at most {limit}, got {value!r:.40}")
 
 
 @contextmanager

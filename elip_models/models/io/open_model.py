@@ -9,6 +9,7 @@
 A library is imported when one of its models is opened.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
 
     if spec in list_models():
         return create_model(spec, pretrained, **options).eval()
-    if (Path(spec) / "config.json").is_file():
+    if os.path.isfile(os.path.join(spec, "config.json")):
         return _from_folder(Path(spec), pretrained, options).eval()
     raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
 

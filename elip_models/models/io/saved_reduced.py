@@ -206,6 +206,9 @@ def _read_settings(folder: Path) -> tuple[Any, str]:
 
 
 def _open_dense(folder: Path) -> nn.Module:
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if is_family(config.get("model")):  # with its adapter, if it has one
+        return load_model(folder).eval()
     if (folder / ADAPTER).is_file():
         raise ValueError(
             f"model: expected PeftModel.from_pretrained(base, {str(folder)!r}), since the folder "
@@ -214,9 +217,6 @@ def _open_dense(folder: Path) -> nn.Module:
     if (folder / OPEN_CLIP_CONFIG).is_file():
         with without_open_clip_log():
             return load_open_clip(folder)
-    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if is_family(config.get("model")):
-        return load_model(folder).eval()
     if "architecture" in config:
         return load_timm(folder)
     if "model_type" in config:

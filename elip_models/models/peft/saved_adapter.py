@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elip_models.models.io.files import read_object, read_tensors, write_json, write_tensors
 from elip_models.models.io.hub import staging_folder
 from elip_models.models.peft.adapt import Model, adapt_, adapted_layer_of
 from elip_models.models.peft.adaptable_model import AdaptableModel, AdaptConfig
+from elip_models.validation import as_config_error
 
 SETTINGS, WEIGHTS = "adapter.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in a file of peft
@@ -50,8 +51,12 @@ def load_adapter_(model: Model, folder: str | Path) -> Model:
         raise FileNotFoundError(f"folder: expected {SETTINGS}, as save_adapter writes, in {folder}")
     values = read_object(Path(folder) / SETTINGS)
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    adapt_(model, AdaptConfig.from_dict(tuples))
-    weights, parameters = read_tensors(Path(folder) / WEIGHTS), _saved(model)
+    with as_config_error(str(Path(folder) / SETTINGS)):
+        config = AdaptConfig.from_dict(tuples)
+        weights = read_tensors(Path(folder) / WEIGHTS)
+        _check_rank(config, weights)
+        adapt_(model, config)
+    parameters = _saved(model)
     shapes, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (weights, parameters))
     if other := sorted(shapes.items() ^ expected.items()):
         raise ValueError(f"folder: expected an adapter of this model, which differs in {other[0]}")
@@ -59,6 +64,16 @@ def load_adapter_(model: Model, folder: str | Path) -> Model:
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     return model
+
+
+def _check_rank(config: AdaptConfig, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError if the adapters would be larger than those in the file."""
+    field, down = ("r", "lora_A") if config.kind == "lora" else ("width", "adapter_down")
+    ranks = {weight.shape[0] for name, weight in weights.items() if f".{down}.weight" in name}
+    if config.kind is not None and ranks != {getattr(config, field)}:
+        raise ValueError(
+            f"{field}: expected that of {WEIGHTS}, {sorted(ranks)}, got {getattr(config, field)}"
+        )
 
 
 def has_adapter(folder: str | Path) -> bool:

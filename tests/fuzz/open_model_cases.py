@@ -1,0 +1,292 @@
+"""Hostile model folders: of this library, of timm, open_clip and transformers, and hub names."""
+
+import json
+import shutil
+import warnings
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from elip_models import load_reduced, open_model, reduce_, save_reduced
+from elip_models.models.registry import create_model, load_model
+from tests.fuzz.harness import Loss, kind, refused
+
+DOCUMENTED = (ValueError, FileNotFoundError, TypeError)
+CODE = """
+import os, pathlib
+pathlib.Path(os.environ["CODE_RAN"]).touch()
+from transformers import PretrainedConfig, PreTrainedModel
+class Evil(PretrainedConfig):
+    model_type = "evil"
+"""
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
+VIT |= {"intermediate_size": 16, "patch_size": 8}
+OPEN_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 2, "width": 16, "head_width": 8, "image_size": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def value(rng, depth=0):
+    """A value that a config does not expect."""
+    makers = (
+        lambda: rng.choice((0, -1, 1, 3, 7, 10**6, 2**20, 2**31, 2**63, 10**12, 10**30, -(2**40))),
+        lambda: rng.choice((0.0, -1.5, 1e300, float("nan"), float("inf"), 1e-300)),
+        lambda: rng.choice(("", "x", "\0", "../..", "ü" * 300, "hf-hub:a/b", "a/b", "[", "None")),
+        lambda: rng.choice((None, True, False, [], {}, [[]], [None], {"": ""})),
+        lambda: [value(rng, depth + 1) for _ in range(rng.randrange(3))] if depth < 3 else None,
+        lambda: {f"k{i}": value(rng, depth + 1) for i in range(rng.randrange(3))},
+    )
+    return rng.choice(makers if depth < 3 else makers[:4])()
+
+
+def places(content):
+    """The dicts and lists of a JSON value with each of their keys."""
+    found, left = [], [content]
+    for each in left:
+        keys = each if isinstance(each, dict) else range(len(each))
+        for key in keys:
+            found.append((each, key))
+            if isinstance(each[key], (dict, list)):
+                left.append(each[key])
+    return found
+
+
+def change_json(path, rng, extra=()):
+    """Replace values of a JSON file, remove some, add some, or replace all of it."""
+    content = json.loads(path.read_text())
+    if rng.random() < 0.05:
+        content = value(rng)
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        if not isinstance(content, (dict, list)) or not places(content):
+            break
+        owner, key = rng.choice(places(content))
+        if isinstance(owner, dict) and rng.random() < 0.2:
+            del owner[key]
+        elif isinstance(owner, dict) and extra and rng.random() < 0.2:
+            owner[rng.choice(extra)] = value(rng)
+        else:
+            owner[key] = value(rng)
+    path.write_text(json.dumps(content))
+
+
+def change_weights(path, rng):
+    """Damage one tensor of a safetensors file; returns its name, and whether it must be refused."""
+    weights = load_file(path)
+    name = rng.choice(sorted(each for each in weights if weights[each].is_floating_point()))
+    tensor = weights[name]
+    damages = (
+        lambda: None,
+        lambda: tensor * torch.nan,
+        lambda: tensor + torch.inf,
+        lambda: tensor.to(rng.choice((torch.int8, torch.int64, torch.bool, torch.complex64))),
+        lambda: tensor[None].clone(),
+        lambda: tensor.flatten()[:-1].clone(),
+        lambda: tensor.new_empty(0),
+    )
+    new = rng.choice(damages)()
+    del weights[name]
+    save_file(weights | ({} if new is None else {name: new}), path, metadata={"format": "pt"})
+    return name
+
+
+def damage(path, rng):
+    """Bytes of a file cut, replaced or added."""
+    content = path.read_bytes()
+    at, junk = rng.randrange(len(content)), rng.randbytes(rng.choice((1, 4, 512)))
+    choices = (
+        content[:at],
+        content[:at] + junk + content[at + len(junk) :],
+        junk,
+        b"",
+        content + junk,
+    )
+    path.write_bytes(rng.choice(choices))
+
+
+def hostile(folder, rng, extra=()):
+    """Change a folder in one of three ways; returns a tensor that must be named, or None."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    configs = [path for path in paths if path.suffix == ".json"]
+    weights = [path for path in paths if path.suffix == ".safetensors"]
+    chosen = rng.random()
+    if chosen < 0.3:
+        return change_weights(rng.choice(weights), rng)
+    if chosen < 0.4:
+        damage(rng.choice(paths), rng)
+    elif chosen < 0.45:
+        rng.choice(paths).unlink()
+    else:
+        change_json(rng.choice(configs), rng, extra)
+    return None
+
+
+def tried(load, name):
+    """What was loaded, or None, and the outcome; an error must name a damaged tensor."""
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            loaded = load()
+    except DOCUMENTED as error:
+        return None, refused(error, *([name] if name else []))
+    if name is not None and not any(name.partition(".")[0] in str(each.message) for each in told):
+        raise Loss(f"{name} was damaged, and nothing said so")
+    return loaded, "reported" if told else "read"
+
+
+def opened(load, name=None):
+    """Load a model, whose weights must be finite where it was not refused."""
+    model, outcome = tried(load, name)
+    bad = (
+        []
+        if model is None
+        else [each for each, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    )
+    if bad:
+        raise Loss(f"not finite: {bad[0]}")
+    return outcome
+
+
+def save_ours(folder):
+    from elip_models.data import train_tokenizer
+    from elip_models.models.peft.adapt import adapt_
+    from elip_models.models.peft.adaptable_model import AdaptConfig
+
+    tokenizer = train_tokenizer(["a red dog", "two cats"] * 9, 300)
+    sizes = {"vision_width": 16, "vision_heads": 2, "text_width": 16, "text_heads": 2}
+    sizes |= {"vision_depth": 2, "text_depth": 2, "schedule": "1(100%) 1(50%)"}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    for name in ("plain", "lora", "adapter"):
+        model = create_model("clip_tiny", vocab_size=len(tokenizer), **sizes, **ends)
+        if name != "plain":
+            adapt_(model, AdaptConfig(kind=name, r=2, width=4))
+        model.save_pretrained(folder / name, tokenizer=tokenizer)
+
+
+@kind(prepare=save_ours)
+def model_folders(folder, rng, prepared):
+    copy = shutil.copytree(prepared / rng.choice(("plain", "lora", "adapter")), folder / "model")
+    tensor = hostile(copy, rng, ("schedule", "strategy", "target_modules", "r", "width", "full"))
+    if rng.random() < 0.2:
+        model = load_model(prepared / "plain")
+        return tried(lambda: model.load_tokenizer(str(copy)), None)[1]
+    return opened(lambda: rng.choice((load_model, load_reduced, open_model))(str(copy)), tensor)
+
+
+def save_others(folder):
+    import open_clip
+    import timm
+    import transformers
+
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24)
+    save_reduced(reduce_(vit, strategy="tome"), folder / "timm")
+    save_reduced(
+        reduce_(open_clip.CLIP(**OPEN_CLIP), strategy="tome"),
+        folder / "open_clip",
+        config=OPEN_CLIP,
+    )
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+    save_reduced(reduce_(model, strategy="tome"), folder / "transformers")
+
+
+EXTRA = (
+    *("architectures", "auto_map", "hf_model_name", "timm_model_name", "quantization_config"),
+    *(
+        "attn_implementation",
+        "dtype",
+        "torch_dtype",
+        "model_args",
+        "features_only",
+        "depth",
+        "layers",
+    ),
+    *("checkpoint_path", "pretrained", "transformers_weights", "label2id", "num_labels", "module"),
+)
+
+
+@kind(prepare=save_others)
+def load_reduced_folders(folder, rng, prepared):
+    library = rng.choice(("timm", "open_clip", "transformers"))
+    copy = shutil.copytree(prepared / library, folder / "m")
+    tensor = hostile(copy, rng, EXTRA)
+    if tensor and library == "transformers":  # which renames layers
+        tensor = tensor.rpartition(".")[2]
+    return opened(lambda: load_reduced(copy), tensor)
+
+
+@kind()
+def hf_folders(folder, rng):
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    path = folder / "config.json"
+    if rng.random() < 0.4:
+        heads = transformers.ViTModel, transformers.ViTForImageClassification
+        rng.choice(heads)(transformers.ViTConfig(**VIT)).save_pretrained(folder)
+        tensor = hostile(folder, rng, EXTRA)
+        tensor = tensor and tensor.rpartition(".")[2]
+        return opened(lambda: open_model(f"hf:{folder}"), tensor)
+    name = rng.choice((*CONFIG_MAPPING_NAMES, "evil"))
+    files = {
+        key: rng.choice(("evil.Evil", "a/b--evil.Evil", 3, None, ["evil.Evil", None]))
+        for key in ("AutoConfig", "AutoModel", "AutoTokenizer")
+    }
+    config = {
+        "model_type": name,
+        "auto_map": files,
+        **{key: value(rng) for key in rng.sample(EXTRA, 2)},
+    }
+    if rng.random() < 0.5:
+        config |= {rng.choice(("num_hidden_layers", "hidden_size", "vocab_size")): value(rng)}
+    path.write_text(json.dumps(config))
+    (folder / "evil.py").write_text(CODE)
+    save_file({"a.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    if rng.random() < 0.5:
+        settings = {"version": 1, "strategy": "tome", "settings": {"r": 1}}
+        (folder / "elip.json").write_text(json.dumps(settings))
+        return opened(lambda: load_reduced(folder))
+    return opened(lambda: open_model(f"hf:{folder}"))
+
+
+@kind(share=0.5)
+def hub_ids(folder, rng):
+    pieces = (
+        "owner",
+        "name",
+        "/",
+        "//",
+        "..",
+        ".",
+        "@",
+        "@main",
+        " ",
+        "ü",
+        "\0",
+        "\n",
+        "x" * 300,
+        "~",
+        "hf:",
+        "timm:",
+        "open_clip:",
+        "%2e",
+        "\\",
+        "\udc80",
+        "--",
+        "-",
+        "",
+        "local-dir:",
+        "hf-hub:",
+    )
+    name = "".join(rng.choice(pieces) for _ in range(rng.randrange(6)))
+    way = rng.choice(
+        (
+            load_model,
+            load_reduced,
+            open_model,
+            lambda n: open_model(f"hf:{n}"),
+            lambda n: create_model(f"hf:{n}"),
+            lambda n: create_model("clip_tiny", n),
+        )
+    )
+    return opened(lambda: way(name))
