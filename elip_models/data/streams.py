@@ -85,11 +85,16 @@ def _redacted_url(text: str) -> str:
 
 def _without_secrets(message: str, url: str) -> str:
     """Return a message without the words of a URL or command that `redacted` hides."""
-    words = {*_WORD.findall(url), *_WORD.findall(unquote(url))}
-    hidden = words.difference(_WORD.findall(redacted(url)))
+    words = {word for text in (url, unquote(url)) for word in _words(text)}
+    hidden = words.difference(_words(redacted(url)))
     for word in sorted(hidden, key=len, reverse=True):
         message = message.replace(word, _HIDDEN)
     return message
+
+
+def _words(text: str) -> list[str]:
+    """Return the words, also those between slashes, which a parser of URLs may have parted."""
+    return _WORD.findall(text) + _WORD.findall(text.replace("/", " "))
 
 
 def scheme_of(url: str) -> str:

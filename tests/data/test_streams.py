@@ -8,7 +8,15 @@ import warnings
 import fsspec
 import pytest
 
-from elip_models.data import SampleError, ShardSource, open_source, open_stream, streams
+from elip_models.data import (
+    DataError,
+    SampleError,
+    ShardSource,
+    open_source,
+    open_stream,
+    streams,
+    tar_members,
+)
 from elip_models.data.stream_source import ShardEnd, decode_stored
 from elip_models.data.tar_members import BLOCK
 from tests.helpers.damage import SIX_GIGABYTES, header, headers, overwrite, picture, shard
@@ -233,11 +241,57 @@ def test_too_large_members_are_skipped_without_buffering(tmp_path, monkeypatch):
         ({"stream": "https://host/a.tar", "sample": 5}, "did you mean 'samples'"),
         ("nothing://host/a.tar,samples=5", "cannot be opened: Protocol not known: nothing"),
         ("https://host/{3..1}.tar,samples=5", "expected a rising range"),
+        ("https://h/{0..99999999999}.tar,samples=5", "at most 1000000 names .* got 100000000000"),
+        ("https://h/{0..9999}/{0..999}.tar,samples=5", "at most 1000000 names"),
+        ("https://h/" + "a" * 9999 + "{0..99999}.tar,samples=5", "characters in all"),
+        ("https://h/{0..1" + "0" * 5000 + "}.tar,samples=5", "at most 18 digits"),
+        ("https://h/{{0..9}..{0..9}}.tar,samples=5", "not one in another"),
+        ("https://h/{a,b}.tar,samples=5", "expected ranges such as"),
+        ("https://h/a.tar,samples=5,samples=6", "expected samples once"),
+        ("https://h[/a.tar,samples=5", "cannot be opened: Invalid IPv6 URL"),
     ],
 )
 def test_bad_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         open_stream(spec)
+
+
+def test_ranges_without_end_are_not_recursive():
+    source = open_stream("https://h/" + "{0..0}" * 5000 + "{08..10}.tar,samples=5")
+    assert [url[-6:] for url in source.shards] == ["08.tar", "09.tar", "10.tar"]
+
+
+SECRET = "hunter-2/x"
+WITH_SECRET = (
+    f"https://user:{SECRET}@127.0.0.1:1/a.tar",
+    f"https://user:p@127.0.0.1:1/a.tar?X-Amz-Signature={SECRET}",
+    f"memory://bucket/none.tar?{SECRET}",
+    f"pipe:echo '{SECRET}' >&2; false",
+    f"pipe:TOKEN={SECRET} sh -c 'echo $TOKEN >&2; exit 3'",
+)
+
+
+@pytest.mark.parametrize("url", WITH_SECRET)
+def test_secrets_are_in_no_message(url):
+    source = open_stream({"stream": url, "samples": 5})
+    report, _ = source.check()
+    assert report.reasons and SECRET not in report.summary() and "hunter" not in report.summary()
+    with pytest.raises(DataError) as error:
+        list(source.first_captions(1))
+    assert "hunter" not in str(error.value)
+    for wrong in ({"stream": url}, {"stream": url, "sample": 5}, {"stream": url + "{9..1}"}):
+        with pytest.raises(ValueError, match=r"^spec: ") as error:
+            open_stream(wrong)
+        assert "hunter" not in str(error.value)
+
+
+@pytest.mark.parametrize("tail", ["cat /dev/zero", "yes", "cat /dev/urandom"])
+def test_a_stream_that_never_ends_is_ended_as_damaged(tmp_path, monkeypatch, tail):
+    monkeypatch.setattr(tar_members, "_MAX_GAP", 2**22)
+    path = shard(tmp_path / "a.tar")
+    samples, lost, _ = read(f"pipe:cat {path}; {tail}")
+    assert len(samples) == 6
+    assert [reason.endswith("is not read; more may be lost") for reason in lost.values()] == [True]
 
 
 @pytest.mark.parametrize("option", ["resample=2", "shuffle=few", "samples=true"])
