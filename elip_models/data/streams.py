@@ -78,9 +78,11 @@ def redacted(spec: Any) -> Any:
 
 
 def _redacted_url(text: str) -> str:
-    before, scheme, url = text.partition("://")
-    shown, mark, _ = re.split(r"([?#]|$)", _USER.sub(f"{_HIDDEN}@", url, count=1), maxsplit=1)
-    return before + scheme + shown + (mark and mark + _HIDDEN)
+    before, *urls = text.split("://")
+    shown = "://".join([before, *(_USER.sub(f"{_HIDDEN}@", url) for url in urls)])
+    start = len(before) + 3
+    query = re.search("[?#]", shown[start:])
+    return shown[: start + query.end()] + _HIDDEN if query else shown
 
 
 def _without_secrets(message: str, url: str) -> str:

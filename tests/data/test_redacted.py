@@ -17,6 +17,7 @@ from elip_models.data.streams import redacted
         ("data.train={stream: 'pipe:aws secret', samples: 5}", "data.train={stream: 'pipe:aws ***"),
         ("hf://datasets/a/b@main/x.tar", "hf://datasets/a/b@main/x.tar"),
         ("photos/me@home?.tar", "photos/me@home?.tar"),
+        ("https://h/https://u:secret@i/a", "https://h/https://***@i/a"),
         ({"stream": ("s3://k:s@b/x",), "samples": 5}, {"stream": ["s3://***@b/x"], "samples": 5}),
     ],
 )

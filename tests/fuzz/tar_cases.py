@@ -79,8 +79,11 @@ def junk_in_headers(content, rng):
 
 
 def blocks_lost(content, rng):
-    at = rng.randrange(len(content) // BLOCK) * BLOCK
-    return content[:at] + content[at + BLOCK * rng.randint(1, 3) :]
+    """Lost from a header on, or one block: a text and the next header make a valid tar again."""
+    at, count = rng.randrange(len(content) // BLOCK) * BLOCK, 1
+    if rng.random() < 0.5:
+        at, count = rng.choice(offsets(content)), rng.randint(1, 3)
+    return content[:at] + content[at + BLOCK * count :]
 
 
 def blocks_added(content, rng):
