@@ -5,16 +5,14 @@
     transformers                  a folder of CLIPModel or of the Blip family
     ours                          a folder that save_pretrained wrote
 
-`names.py` has the names of tensors, `model_config.py` derives the config, and `export.py` converts
-in the other direction. Only tensors are read from files; no code in them is run.
+`weight_files.py` reads the files, `names.py` has the names of tensors, `model_config.py` derives
+the config, and `export.py` converts in the other direction.
 """
 
 import math
 import os
-import pickle
-import zipfile
+import reprlib
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,27 +28,18 @@ from elip_models.checkpoints.model_config import (
 )
 from elip_models.checkpoints.names import KINDS, Kind, recognise_kind
 from elip_models.checkpoints.renaming import rename_tensors
+from elip_models.checkpoints.weight_files import read_weights
 from elip_models.models.base import PretrainedModel
-from elip_models.models.io.files import check_no_nan, read_config, read_object, read_tensors
-from elip_models.models.io.weights import first_names, load_weights, matches_any
+from elip_models.models.io.files import FLOATS, check_finite, read_config, read_object
+from elip_models.models.io.meta_build import meta_device
+from elip_models.models.io.weights import check_weights, first_names, load_weights, matches_any
 from elip_models.models.peft.saved_adapter import has_adapter
 from elip_models.models.registry import MODELS
-from elip_models.validation import mismatch_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 OURS = "ours"
-LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, LookupError)
-"""Errors of torch.load for content other than tensors, and for files of another format."""
 
 
 class Checkpoint(NamedTuple):
@@ -107,101 +96,16 @@ def convert_checkpoint(
     read = read_checkpoint(Path(source), kind)
     family = MODELS[read.kind.family]
     fields = read.fields | _token_ids(family, tokenizer, read.fields) | overrides
-    model = family(family.config_class.from_dict(fields | default_heads(fields)))
-    weights, missing = fit_weights(model, read.weights), tuple(allow_missing)
-    load_and_fill_(model, weights, read.kind.fills, missing, tuple(allow_unexpected))
+    config = family.config_class.from_dict(fields | default_heads(fields))
+    missing, unexpected = tuple(allow_missing), tuple(allow_unexpected)
+    with meta_device(len(read.weights)):  # weights that do not fit take no memory
+        outline = family(config)
+    weights = fit_weights(outline, read.weights)
+    missing += tuple(f"{part}*" for part in _absent_parts(outline, weights, read.kind.fills))
+    check_weights(outline, weights, allow_missing=missing, allow_unexpected=unexpected)
+    model = family(config)
+    load_and_fill_(model, weights, read.kind.fills, missing, unexpected)
     return model.eval()
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file or folder, without DataParallel's and compile's prefixes."""
-    weights = {name.replace("_orig_mod.", ""): w for name, w in _read_stored(path).items()}
-    while weights and all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
-    return weights
-
-
-def _read_stored(path: Path) -> dict[str, Tensor]:
-    if path.is_dir():
-        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not files:
-            raise FileNotFoundError(
-                f"source: expected one of {', '.join(WEIGHT_FILES)} in a folder, got none in {path}"
-            )
-        path = files[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"source: expected a file or a folder, got none at {path}")
-    if path.suffix == ".json":
-        shards = read_object(path).get("weight_map")
-        if mismatch_error(shards, dict[str, str]):
-            raise ValueError(
-                f"source: expected weights, or the index of their shards, got {path}; pass the "
-                "folder of a config"
-            )
-        files = [path.parent / shard for shard in sorted(set(shards.values()))]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"source: expected {file}, which {path} names, got no file")
-        pieces = [_read_file(file) for file in files]
-        return {name: weight for piece in pieces for name, weight in piece.items()}
-    return _read_file(path)
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return read_tensors(path)
-        except ValueError as error:
-            raise ValueError(f"source: {error}") from error
-    _check_archive(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except LOAD_ERRORS as error:
-        others = ""
-        with suppress(*LOAD_ERRORS, ValueError):  # a damaged file
-            others = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        got = f"{others}, which could run code" if others else "a damaged file or other content"
-        remedy = "" if others else "copy or download it again, or "
-        raise ValueError(
-            f"source: expected only tensors, numbers and texts in {path}, got {got}; {remedy}if "
-            "you trust it, save only its state dict, torch.save({'model': state_dict}, ..)"
-        ) from error
-    return _state_dict_in(content, path)
-
-
-def _check_archive(path: Path) -> None:
-    """Raise ValueError for TorchScript, and for compressed content, which could fill the memory."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # the older format, or a damaged file, for which torch.load raises an error
-    if is_script:
-        raise ValueError(
-            f"source: expected only tensors in {path}, got TorchScript, which is code, as in "
-            "OpenAI's CLIP files; if you trust it, torch.save(torch.jit.load(..).state_dict(), ..)"
-        )
-    if unpacked > path.stat().st_size:
-        raise ValueError(
-            f"source: expected an uncompressed file, as torch.save writes it, got {path} of "
-            f"{path.stat().st_size} bytes, which would unpack to {unpacked}; save it again"
-        )
-
-
-def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict):
-        wrapped = (content.get(name) for name in ("state_dict", "model"))
-        content = next((inner for inner in wrapped if isinstance(inner, dict)), content)
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"source: expected a dict of tensors, got {type(content).__name__} {path}")
-    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ValueError(
-            "source: expected a state dict, bare or under 'state_dict' or 'model', got other "
-            f"values in {path}: {', '.join(others[:10])}"
-        )
-    return content
 
 
 def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
@@ -212,6 +116,7 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     if name in (None, OURS) and folder is not None and (folder / "config.json").is_file():
         family, config = read_config(folder, with_weights=False)
     if family in MODELS:
+        check_finite(path, weights)
         if has_adapter(folder):
             raise ValueError(
                 f"source: expected plain weights, got adapters beside them in {folder}; load it by "
@@ -222,7 +127,7 @@ def read_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         raise ValueError(f"kind: expected a folder that save_pretrained wrote, got {path}")
     kind = KINDS[name or _find_kind(weights, folder)]
     kept = {tensor: w for tensor, w in weights.items() if not matches_any(tensor, kind.ignored)}
-    check_no_nan(path, kept)
+    check_finite(path, kept)
     ours = rename_tensors(kept, kind.names)
     fields = sizes_from_weights(kind.family, ours)
     if "input_resolution" in weights:  # only in OpenAI's CLIP
@@ -261,7 +166,7 @@ def _find_kind(weights: dict[str, Tensor], folder: Path | None) -> str:
         named = [n for n in ("config.json", OPEN_CLIP_CONFIG) if folder and (folder / n).is_file()]
         described = read_object(folder / named[0]) if named else {}
         architectures = described.get("architectures")
-        hint = f"; config.json has {', '.join(architectures)}" if architectures else ""
+        hint = f"; config.json has {reprlib.repr(architectures)}" if architectures else ""
         raise ValueError(f"{error}{hint}") from error
 
 
@@ -270,9 +175,13 @@ def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:
     for name, weight in weights.items():
         theirs = weights.get(name.replace("decoder.", "encoders.text.", 1))
         is_shared = name.startswith("decoder.") and ".attention." not in name
-        if is_shared and theirs is not None and not torch.equal(weight, theirs):
+        if is_shared and theirs is not None and not _is_equal(weight, theirs):
             return False
     return True
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def fit_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,7 +202,7 @@ def fit_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str,
     for name, first in first_names(model).items():
         if name in fitted:
             other = seen.setdefault(first, name)
-            if not torch.equal(fitted[other], fitted[name]):
+            if not _is_equal(fitted[other], fitted[name]):
                 differing.append(f"{name} and {other}")
     if differing:
         raise ValueError(
@@ -305,8 +214,9 @@ def fit_weights(model: PretrainedModel, weights: dict[str, Tensor]) -> dict[str,
 
 def resample_pos_embed(pos_embed: Tensor, model: PretrainedModel) -> Tensor:
     """Interpolate position embeddings (1, 1 + G^2, D), CLS first, to the model's grid, bicubic."""
-    if pos_embed.ndim != 3 or math.isqrt(pos_embed.shape[1] - 1) ** 2 != pos_embed.shape[1] - 1:
-        return pos_embed  # not a square grid: loading raises an error for its shape
+    positions = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
+    if positions < 1 or math.isqrt(positions) ** 2 != positions or pos_embed.dtype not in FLOATS:
+        return pos_embed  # not a square grid: loading raises an error for its shape or dtype
     side = model.config.image_size // model.config.patch_size
     antialias = model.family == "clip"  # only, as in open_clip and the official code
     return resample_abs_pos_embed(pos_embed, [side, side], num_prefix_tokens=1, antialias=antialias)
@@ -320,6 +230,19 @@ def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
     if missing < 0 and all(size == 1 for size in weight.shape[:-missing]):
         return weight.reshape(weight.shape[-missing:])
     return weight
+
+
+def _absent_parts(
+    model: PretrainedModel, weights: dict[str, Tensor], fills: dict[str, str | None]
+) -> dict[str, str | None]:
+    """Return the entries of `fills` for parts of the model of which there are no weights."""
+    state = model.state_dict()
+    return {
+        part: source
+        for part, source in fills.items()
+        if any(name.startswith(part) for name in state)
+        and not any(name.startswith(part) for name in weights)
+    }
 
 
 @torch.no_grad()
@@ -336,12 +259,7 @@ def load_and_fill_(
     shared with other parts.
     """
     state, first = model.state_dict(), first_names(model)
-    absent = {
-        part: source
-        for part, source in fills.items()
-        if any(name.startswith(part) for name in state)
-        and not any(name.startswith(part) for name in weights)
-    }
+    absent = _absent_parts(model, weights, fills)
     missing = (*(f"{part}*" for part in absent), *allow_missing)
     load_weights(model, weights, allow_missing=missing, allow_unexpected=allow_unexpected)
     for part, source in absent.items():

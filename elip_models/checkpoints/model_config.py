@@ -5,17 +5,20 @@ The number of heads does not follow from weights: a head is 64 wide, unless a co
 
 import math
 import re
-from collections.abc import Sequence
+import reprlib
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from elip_models.checkpoints.names import Kind
 from elip_models.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.models.io.files import read_object
+from elip_models.models.io.meta_build import LIBRARY_ERRORS
 from elip_models.models.meter.config import ROBERTA
 from elip_models.models.registry import FAMILIES
+from elip_models.validation import Positive, Size, describe_type, mismatch_error
 
 HEAD_WIDTH = 64
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -97,14 +100,15 @@ def sizes_from_weights(family: str, weights: dict[str, Tensor]) -> dict[str, Any
         if tensor in shapes and -len(shapes[tensor]) <= dim < len(shapes[tensor])
     }
     for name, start in LAYERS[family].items():
-        layer = re.compile(re.escape(start) + r"(\d+)\..*")
+        layer = re.compile(re.escape(start) + r"(\d{1,9})\..*")
         numbers = [int(match[1]) for key in shapes if (match := layer.fullmatch(key))]
         sizes |= {name: max(numbers) + 1} if numbers else {}
     for name, (width, tensor) in RATIOS.items():
-        hidden = next((shape[0] for key, shape in shapes.items() if key.endswith(tensor)), None)
-        if hidden and width in sizes:
+        hidden = next((s[0] for key, s in shapes.items() if key.endswith(tensor) and s), None)
+        if hidden and sizes.get(width):
             sizes[name] = _ratio(hidden, sizes[width])
-    positions = next((s[-2] for n, s in shapes.items() if n.endswith("visual.pos_embed")), None)
+    grids = (s for n, s in shapes.items() if n.endswith("visual.pos_embed") and len(s) > 1)
+    positions = next((shape[-2] for shape in grids), None)
     if positions and "patch_size" in sizes:
         sizes["image_size"] = math.isqrt(positions - 1) * sizes["patch_size"]
     return sizes | _text_fields(family, shapes, sizes)
@@ -114,11 +118,11 @@ def _text_fields(family: str, shapes: dict[str, tuple[int, ...]], sizes: dict[st
     found: dict[str, Any] = {}
     default = FAMILIES[family].config_class()
     if family == "albef":
-        cross = re.compile(r"encoders\.text\.layers\.(\d+)\.crossattention\..*")
+        cross = re.compile(r"encoders\.text\.layers\.(\d{1,9})\.crossattention\..*")
         fusing = [int(match[1]) for name in shapes if (match := cross.fullmatch(name))]
         found |= {"text_layers": min(fusing)} if fusing else {}
     unused = 0
-    if shapes.get("text.embeddings.token_type_embeddings.weight", (2,))[0] == 1:
+    if shapes.get("text.embeddings.token_type_embeddings.weight", (2,))[:1] == (1,):
         found |= {name: value for name, value in ROBERTA.items() if name not in sizes}
         unused = ROBERTA["pad_token_id"] + 1
     if "max_positions" in sizes:
@@ -154,23 +158,52 @@ def fields_from_config(kind: Kind, folder: Path | None, vocab_size: int) -> dict
     if kind.architecture is not None and (folder / "config.json").is_file():
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return _hf_fields(kind.family, config)
+        read_object(folder / "config.json")  # an error of another content names the file
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return _hf_fields(kind.family, config)
+        except (*LIBRARY_ERRORS, StrictDataclassError) as error:
+            raise ValueError(
+                f"source: expected a config of {kind.architecture} in {folder / 'config.json'}, "
+                f"got {type(error).__name__}: {str(error)[:300]}"
+            ) from error
     if kind.architecture is None and (folder / OPEN_CLIP_CONFIG).is_file():
         described = read_object(folder / OPEN_CLIP_CONFIG)
-        images = described.get("preprocess_cfg", {})
+        images = _object(described, "preprocess_cfg")
         _check_stats(OPEN_CLIP_CONFIG, images.get("mean"), images.get("std"))
         resize = {"resize": "squash"} if images.get("resize_mode") == "squash" else {}
-        return resize | _open_clip_fields(described.get("model_cfg", {}), vocab_size)
+        return resize | _open_clip_fields(_object(described, "model_cfg"), vocab_size)
     return {}
 
 
-def _check_stats(file: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+def _object(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return _value(values, name, dict[str, Any], {})
+
+
+def _value(values: dict[str, Any], name: str, hint: Any, default: Any) -> Any:
+    """Return a value of open_clip's config, or its default; ValueError if it has another type."""
+    value = values.get(name)
+    if value is None:
+        return default
+    if mismatch_error(value, hint) is not None:
+        raise ValueError(
+            f"source: expected {describe_type(hint)} for {name} in {OPEN_CLIP_CONFIG}, got "
+            f"{reprlib.repr(value)}"
+        )
+    return value
+
+
+def _check_stats(file: str, mean: Any, std: Any) -> None:
     for name, got, ours in (("mean", mean, CLIP_MEAN), ("std", std, CLIP_STD)):
-        if got is not None and any(abs(a - b) > 1e-3 for a, b in zip(got, ours, strict=True)):
+        if got is None:
+            continue
+        numbers = tuple(got) if isinstance(got, list) else got
+        if mismatch_error(numbers, tuple[float, float, float]) or any(
+            abs(a - b) > 1e-3 for a, b in zip(numbers, ours, strict=True)
+        ):
             raise ValueError(
                 f"source: expected the {name} {ours} of images in {file}, as in our models, got "
-                f"{tuple(got)}; pass only the weight file to convert it all the same"
+                f"{reprlib.repr(numbers)}; pass only the weight file to convert it all the same"
             )
 
 
@@ -204,7 +237,7 @@ def _hf_fields(family: str, config: Any) -> dict[str, Any]:
 
 
 def _open_clip_fields(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    vision, text = _object(config, "vision_cfg"), _object(config, "text_cfg")
     pools = {"pool_type": "tok"}, {"pool_type": ("argmax", "eos")}
     for tower, pool in zip((vision, text), pools, strict=True):
         for name, expected in (OPEN_CLIP_FIXED | pool).items():
@@ -212,18 +245,20 @@ def _open_clip_fields(config: dict[str, Any], vocab_size: int) -> dict[str, Any]
             if tower.get(name, allowed[0]) not in allowed:
                 raise ValueError(
                     f"source: expected {name} = {' or '.join(map(repr, allowed))} in "
-                    f"{OPEN_CLIP_CONFIG}, got {tower[name]!r}, which our CLIP does not support"
+                    f"{OPEN_CLIP_CONFIG}, got {reprlib.repr(tower[name])}, which our CLIP does "
+                    "not support"
                 )
     fields = {
-        "vision_heads": vision.get("width", 768) // vision.get("head_width", HEAD_WIDTH),
-        "text_heads": text.get("heads", 8),
+        "vision_heads": _value(vision, "width", Size, 768)
+        // _value(vision, "head_width", Size, HEAD_WIDTH),
+        "text_heads": _value(text, "heads", Size, 8),
         "activation": "quick_gelu" if config.get("quick_gelu") else "gelu",
     }
     for part, tower in (("vision", vision), ("text", text)):
-        fields[f"{part}_norm_eps"] = (tower.get("norm_kwargs") or {}).get("eps", 1e-5)
-    ids = {"pad_token_id": text.get("pad_id", 0)}
+        fields[f"{part}_norm_eps"] = _value(_object(tower, "norm_kwargs"), "eps", Positive, 1e-5)
+    ids = {"pad_token_id": _value(text, "pad_id", int, 0)}
     if text.get("pool_type") == "eos":
-        ids["eos_token_id"] = text.get("eos_id", 2)
+        ids["eos_token_id"] = _value(text, "eos_id", int, 2)
     return fields | _known_ids(ids, vocab_size)
 
 

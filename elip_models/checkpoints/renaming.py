@@ -40,12 +40,20 @@ def rename_tensors(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor
         if QKV in rule.left:
             stacked.setdefault(target, {})[match["qkv"]] = name
         elif QKV in rule.right:
+            if weight.ndim == 0 or len(weight) % 3:
+                out[name] = weight  # not three of one size: loading raises an error for its name
+                continue
             out |= {target.replace(QKV, c): w for c, w in zip("qkv", weight.chunk(3), strict=True)}
         else:
             is_transposed = rule.left.endswith(".T") or rule.right.endswith(".T")
-            out[target] = weight.mT if is_transposed else weight
+            out[target] = weight.mT if is_transposed and weight.ndim > 1 else weight
     for target, parts in stacked.items():
-        if len(parts) == 3:
+        kinds = {(weights[name].dtype, weights[name].shape) for name in parts.values()}
+        if (
+            len(parts) == 3
+            and len(kinds) == 1
+            and torch.Size() not in (shape for _, shape in kinds)
+        ):
             out[target] = torch.cat([weights[parts[c]] for c in "qkv"])
         else:
             out |= {name: weights[name] for name in parts.values()}

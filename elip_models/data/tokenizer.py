@@ -1,11 +1,13 @@
 """Tokenizers: one trained on the captions without any download, or one loaded by name."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from torch import Tensor
 
+from elip_models.data.json_files import read_json
 from elip_models.validation import Bounds, check, require_extra
 
 if TYPE_CHECKING:
@@ -21,6 +23,11 @@ _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
     "mask_token": "[MASK]",
 }
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "config.json"),
+)
+"""Files of a saved tokenizer that have a JSON object; config.json is the model's."""
 _BYTES = 256
 MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + _BYTES
 """The special tokens, and one token for each byte."""
@@ -71,27 +78,18 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
 
     Raises:
         FileNotFoundError: There is no such tokenizer.
-        ValueError: It does not end a text with an eos or sep token, at which models pool the text.
+        ValueError: A file of it is damaged or has other content. Or it does not end a text with an
+            eos or sep token, at which models pool the text.
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"name_or_path: expected a folder or a name, got {name_or_path!r}")
-    with require_extra("load_tokenizer"):
-        from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"name_or_path: expected a folder with a saved tokenizer or a name on the hub, "
-            f"got {str(name_or_path)!r}: {error}"
-        ) from error
-    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
-        tokenizer.eos_token = tokenizer.sep_token
+    tokenizer, ids = _open_tokenizer(name_or_path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "name_or_path: expected a tokenizer with an eos or sep token, "
             f"got {str(name_or_path)!r} with none; set its eos_token and save it again"
         )
-    if tokenizer("a").input_ids[-1] != tokenizer.eos_token_id:
+    if ids[-1:] != [tokenizer.eos_token_id]:
         raise ValueError(
             f"name_or_path: expected a tokenizer that ends a text with {tokenizer.eos_token!r}, "
             f"got {str(name_or_path)!r}, which does not; add a post-processor and save it again"
@@ -99,6 +97,32 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _open_tokenizer(name: str | Path) -> "tuple[PreTrainedTokenizerBase, list[int]]":
+    """Return a tokenizer, with its sep token as eos token if it has none, and the ids of a text."""
+    with require_extra("load_tokenizer"):
+        from transformers import AutoTokenizer
+    for file in (Path(name) / each for each in _FILES):
+        if os.path.isfile(file) and not isinstance(read_json(file, "a JSON object"), dict):
+            raise ValueError(f"name_or_path: expected a JSON object in {file}, got other JSON")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+            tokenizer.eos_token = tokenizer.sep_token
+        return tokenizer, tokenizer("a").input_ids
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"name_or_path: expected a folder with a saved tokenizer or a name on the hub, "
+            f"got {str(name)!r}: {str(error)[:1000]}"
+        ) from error
+    except ImportError:
+        raise
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"name_or_path: expected files of a tokenizer in {str(name)!r}, got {reason:.300}"
+        ) from error
 
 
 def tokenize(

@@ -13,8 +13,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, VisionConfig
 from elip_models.models.io.files import read_config
+from elip_models.models.io.meta_build import meta_device, read_header
+from elip_models.models.io.weights import check_weights
 from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of, inherited_fields
 from elip_models.tasks.registry import TASKS
 from elip_models.training.recipe import FINETUNE, recipe_names, recipe_with
@@ -42,6 +45,7 @@ def finetune_recipe(
         family, config = read_config(folder)
         if family not in MODELS:
             raise ValueError(f"expected a folder with a model of this library, got {folder}")
+        _check_sizes(MODELS[family], config, folder)
         if MODELS[family].task is not None:
             family = MODELS[family].pretraining.family
     recipe = _recipe_of(task, family)
@@ -61,6 +65,17 @@ def finetune_recipe(
         dropped.add("context_length")
     kept = {n: value for n, value in inherited_fields(model, config).items() if n not in dropped}
     return recipe_with(recipe, initial, kept)
+
+
+def _check_sizes(model: type[PretrainedModel], config: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError unless the weights have the sizes of the config; allocates no memory."""
+    weights = read_header(folder / "model.safetensors")
+    try:
+        made = model.config_class.from_dict(config)
+        with meta_device(len(weights)):
+            check_weights(model(made), weights)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected weights that fit {folder}/config.json: {error}") from error
 
 
 def _recipe_of(task: str, family: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elip_models.models.io.files import check_no_nan, read_object, read_tensors
+from elip_models.models.io.files import check_finite, read_object, read_tensors
 from elip_models.models.io.meta_build import (
     check_integers,
     library_errors,
@@ -125,7 +125,7 @@ def load_transformers(
             stacklevel=2,
         )
     if not getattr(config, "quantization_config", None):
-        check_no_nan(Path(name), model.state_dict())
+        check_finite(Path(name), model.state_dict())
     return model.eval()
 
 

@@ -1,15 +1,20 @@
 """Reading and writing of model files: writes are atomic, and errors name the file."""
 
 import json
+import math
 import os
+import reprlib
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def write_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
@@ -61,7 +66,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object, got no valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {content!r:.100}")
+        raise ValueError(f"{path}: expected a JSON object, got {reprlib.repr(content)}")
     return content
 
 
@@ -75,23 +80,48 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
                 f"writes them, got no {name} in {path}"
             )
     config = read_object(path / "config.json")
-    return config.pop("model", None), config
+    family = config.pop("model", None)
+    if not isinstance(family, str | None):
+        raise ValueError(
+            f"{path / 'config.json'}: model: expected a text, got {reprlib.repr(family)}"
+        )
+    return family, config
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; a damaged file or NaN raises ValueError."""
+def read_tensors(path: Path, *, finite: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    ValueError is raised if the file is damaged and, with `finite`, by `check_finite`.
+    """
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: expected a complete safetensors file, got {error}") from error
-    check_no_nan(path, tensors)
+    if finite:
+        check_finite(path, tensors)
     return tensors
 
 
-def check_no_nan(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if a tensor read from `path` has NaN."""
-    floating = {name: each for name, each in tensors.items() if each.is_floating_point()}
-    names = [name for name, each in floating.items() if each.isnan().any()]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(f"{path}: expected numbers, got NaN in {', '.join(names[:3])}{more}")
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor read from `path` is not a dense one of finite numbers."""
+    found = {name: what for name, each in tensors.items() if (what := _unusable(each))}
+    if found:
+        named = [f"{what} in {name:.100}" for name, what in list(found.items())[:3]]
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(f"{path}: expected numbers, got {', '.join(named)}{more}")
+
+
+def _unusable(tensor: Tensor) -> str | None:
+    """Return what a tensor has instead of finite numbers in memory, or None."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"a {'nested' if tensor.is_nested else tensor.layout} tensor"
+    if tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        return f"a {'meta' if tensor.is_meta else tensor.dtype} tensor"
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    if tensor.dtype not in FLOATS:
+        return f"a {tensor.dtype} tensor"
+    low, high = (each.item() for each in tensor.detach().aminmax())  # one pass, no copy
+    if math.isnan(low):
+        return "NaN"
+    return "infinity" if math.isinf(low) or math.isinf(high) else None

@@ -1,0 +1,113 @@
+"""Configs of other libraries and of ours, and tokenizers: JSON with values of other kinds."""
+
+import json
+import shutil
+
+from safetensors.torch import load_file
+
+from elip_models.checkpoints.load import convert_checkpoint
+from elip_models.data import load_tokenizer
+from elip_models.training.finetune import finetune_recipe
+from tests.fuzz.harness import Loss, kind, refused
+from tests.fuzz.weight_file_cases import (
+    HEADS,
+    NUMBERS,
+    OTHERS,
+    SOURCES,
+    check_values,
+    damage,
+    save_sources,
+    write_safetensors,
+)
+
+
+def _replace_value(content, rng):
+    """Replace a value somewhere in JSON by one of another kind."""
+    whole = [content]
+    holder, key = whole, 0
+    while isinstance(holder[key], (dict, list)) and holder[key] and rng.random() < 0.85:
+        holder = holder[key]
+        key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
+    if isinstance(holder, dict) and rng.random() < 0.15:
+        del holder[key]
+    else:
+        holder[key] = rng.choice((*NUMBERS, *OTHERS))
+    return whole[0]
+
+
+def _damage_json(path, rng):
+    if rng.random() < 0.75:
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, RecursionError):  # damaged before
+            return
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            content = _replace_value(content, rng)
+        path.write_text(json.dumps(content))
+    elif rng.random() < 0.7:
+        path.write_bytes(damage(path.read_bytes(), rng))
+    else:
+        texts = (
+            "[" * 10**5,
+            '{"a":' * 10**5,
+            "",
+            "null",
+            "\0",
+            "[]",
+            "3",
+            '"a"',
+            "9" * 5000,
+            "\xff",
+        )
+        path.write_text(rng.choice(texts), encoding="latin-1")
+
+
+@kind(share=1, prepare=save_sources)
+def finetune_folders(folder, rng, prepared):
+    family = rng.choice(list(SOURCES))
+    source = shutil.copytree(prepared / family, folder / "model")
+    if rng.random() < 0.3:
+        path = source / "model.safetensors"
+        write_safetensors(load_file(path), path, rng)
+    else:
+        _damage_json(source / "config.json", rng)
+    try:
+        finetune_recipe("vqa_tiny" if rng.random() < 0.7 else "vqa", source, {})
+    except ValueError as error:
+        return refused(error, "--from") if "--from" in str(error) else refused(error)
+    return "read"
+
+
+@kind(share=1, prepare=save_sources)
+def library_folders(folder, rng, prepared):
+    name = rng.choice(("hf_clip", "hf_blip", "open_clip"))
+    source = shutil.copytree(prepared / name, folder / "model")
+    for _ in range(rng.choice((1, 1, 2))):
+        _damage_json(rng.choice(sorted(source.glob("*config*.json"))), rng)
+    if rng.random() < 0.1:
+        (source / "preprocessor_config.json").write_text('{"image_mean": ["a"], "image_std": 3}')
+    try:
+        model = convert_checkpoint(source, **(HEADS if rng.random() < 0.3 else {}))
+    except (ValueError, FileNotFoundError) as error:
+        return refused(error, ":")
+    check_values(model, "clip", {})
+    return "read"
+
+
+@kind(share=1, prepare=save_sources)
+def tokenizers(folder, rng, prepared):
+    source = shutil.copytree(prepared / "tokenizer", folder / "tokenizer")
+    for _ in range(rng.choice((1, 1, 2))):
+        _damage_json(rng.choice(sorted(source.iterdir())), rng)
+    if rng.random() < 0.2:
+        rng.choice(sorted(source.iterdir())).unlink()
+    if rng.random() < 0.1:
+        (source / "config.json").write_text('{"model_type": "bert", "auto_map": {"a": "b.c"}}')
+    try:
+        tokenizer = load_tokenizer(source)
+    except (ValueError, FileNotFoundError) as error:
+        return refused(error, str(source))
+    ids = tokenizer("a red dog").input_ids
+    if ids[-1] != tokenizer.eos_token_id:
+        raise Loss(f"no end of text: {ids}")
+    return "read"
