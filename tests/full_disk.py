@@ -94,10 +94,12 @@ def fill_at(moment, folder):
     function, calls = getattr(owner, name), []
 
     def filling(*positional, **named):
-        calls.append(name)
+        is_rename = name == "replace"
+        if not is_rename or Path(positional[1]).name.startswith("step_"):
+            calls.append(name)
         if len(calls) == moment.call:
             fill(folder, moment.left)
-            if name == "replace":  # a new name needs space in a folder that is full
+            if is_rename:  # a new name needs space in a folder that is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *positional[:1])
         return function(*positional, **named)
 

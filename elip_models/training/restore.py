@@ -98,14 +98,13 @@ def _state_problem(optimizer: Optimizer) -> str | None:
             if state.keys() != states[0][1].keys():
                 return "states of unequal names in the optimiser"
             for name, value in state.items():
-                if not _fits(value, parameter):
+                if not _fits(value, torch.Size() if name == "step" else parameter.shape):
                     return f"{name} of another kind or size, or with NaN, in the optimiser"
     return None
 
 
-def _fits(value: Any, parameter: Tensor) -> bool:
-    """Return whether a value is a number, or one for each element of the parameter."""
+def _fits(value: Any, shape: torch.Size) -> bool:
+    """Return whether a value of the optimiser is a number, or a tensor of numbers of a shape."""
     if not isinstance(value, Tensor):
         return type(value) in (int, float)
-    is_number = value.ndim == 0 or value.shape == parameter.shape
-    return is_number and value.is_floating_point() and not bool(value.isnan().any())
+    return value.shape == shape and value.is_floating_point() and not bool(value.isnan().any())

@@ -15,6 +15,7 @@ with other files and no run is not used: nothing is removed that a run did not w
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -193,19 +194,24 @@ class RunFolder:
     def truncate_rows(self, step: int, warn: Callable[[str], object] = lambda line: None) -> None:
         """Remove the rows after `step`, which a resumed run writes again.
 
-        `warn` is called with the number of damaged lines, which are removed too. The last line of
-        a killed process may be incomplete and is not counted.
+        `warn` is called with the number of damaged lines, which are removed too. A later row that
+        a killed process left incomplete is not counted.
         """
         lines = self._lines()
         rows = [_row(line) for line in lines]
-        kept = [line for line, row in zip(lines, rows, strict=True) if row and row["step"] <= step]
-        whole = rows if not lines or lines[-1].endswith(b"\n") else rows[:-1]
-        if damaged := [number for number, row in enumerate(whole, 1) if row is None]:
+        kept = [number for number, row in enumerate(rows) if row and row["step"] <= step]
+        last = kept[-1] if kept else -1
+        damaged = sorted(set(range(last)) - set(kept))
+        damaged += [number for number in range(last + 1, len(rows)) if rows[number] is None]
+        if damaged and damaged[-1] == len(rows) - 1 and _is_begun(lines[-1], step):
+            damaged.pop()
+        if damaged:
             warn(
-                f"{self.metrics}: {len(damaged)} of {len(whole)} lines are no rows of a log and "
-                f"were removed, the first is line {damaged[0]}"
+                f"{self.metrics}: {len(damaged)} of {len(lines)} lines are not what a run wrote "
+                f"and were removed, the first is line {damaged[0] + 1}"
             )
-        write_file(self.metrics, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
+        content = b"".join(lines[number].rstrip(b"\n") + b"\n" for number in kept)
+        write_file(self.metrics, content)
 
     def _lines(self) -> list[bytes]:
         if not self.metrics.exists():
@@ -233,9 +239,16 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if all(type(value) in (int, float) for value in row.values()) else None
 
 
+def _is_begun(line: bytes, step: int) -> bool:
+    """Return whether a line is the beginning of a row after `step`."""
+    if found := re.match(rb'{"step": (\d+), [ -~]*$', line):
+        return int(found[1]) > step
+    return b'{"step": '.startswith(line.rstrip(b"0123456789,"))
+
+
 def _has_secrets(config: RunConfig) -> bool:
     values = dataclasses.asdict(config)
-    return redacted(values) != values
+    return json.dumps(redacted(values)) != json.dumps(values)
 
 
 def _is_other_rank() -> bool:

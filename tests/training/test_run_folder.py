@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -144,9 +145,26 @@ def test_damaged_lines_of_the_log_are_counted_and_the_others_kept(tmp_path):
     assert [row["step"] for row in run.rows()] == [1, 3, 5, 6]
     run.truncate_rows(5, told.append)
     assert run.metrics.read_bytes() == lines[0] + lines[2] + lines[4]
-    assert len(told) == 1 and "metrics.jsonl: 3 of 7 lines" in told[0] and "line 2" in told[0]
+    assert len(told) == 1 and "metrics.jsonl: 3 of 8 lines" in told[0] and "line 2" in told[0]
     run.truncate_rows(5, told.append)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"step": 1}\n{"step": 90}\n{"step": 3}\n', "1 of 3 lines .* line 2"),
+        (b'{"step": 1}\n{"step": 2, \0\0"step": 3}', "1 of 2 lines .* line 2"),
+        (b'{"step": 1}\n{"step": 2, "loss": 0', "1 of 2 lines .* line 2"),
+        (b'{"step": 1}\n{"step": 6, "loss": 0', None),
+        (b'{"step": 1}\n{"st', None),
+    ],
+)
+def test_a_row_that_no_killed_run_can_have_lost_is_counted(tmp_path, content, told):
+    run, warned = RunFolder(tmp_path), []
+    run.metrics.write_bytes(content)
+    run.truncate_rows(5, warned.append)
+    assert [bool(re.search(told or "", each)) for each in warned] == [True] * (told is not None)
 
 
 def test_a_line_that_a_killed_process_left_is_not_joined_with_the_next(tmp_path):
