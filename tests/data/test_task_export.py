@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from elip_models.data import export, open_examples, open_source
+from elip_models.data.tasks.export import _WRITERS
 from tests.helpers.tiny_run import elip
 
 SIZES = {"vqa": 24, "entailment": 12, "nlvr2": 12, "classification": 12}
@@ -96,3 +98,50 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert elip("data", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_an_empty_folder(tmp_path, monkeypatch):
+    def full(*_, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("elip_models.data.tasks.export._write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        export("vqa", "emoji_questions:size=3", tmp_path / "out", image_size=32)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_export_has_its_name_only_once_it_is_complete(tmp_path, monkeypatch):
+    def killed(source, folder):
+        (folder / "images" / "0.png").write_bytes(b"")
+        assert folder.parent == tmp_path / "out" and folder.name.startswith(".")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(_WRITERS, "vqa", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export("vqa", "emoji_questions:size=3", tmp_path / "out", image_size=32)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_export_into_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (written,) = export("captioning", "emoji_scenes:size=3", ".", image_size=32)
+    assert len(open_source(written, image_size=32)) == 3
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", "a/b", "a\0b", ""])
+def test_names_of_an_export_stay_inside_of_its_folder(tmp_path, monkeypatch, name):
+    class Hostile:
+        answers = (name,)
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return [Image.new("RGB", (8, 8))], "", {name: 1.0}, name
+
+    monkeypatch.setattr("elip_models.data.tasks.export.open_examples", lambda *_, **__: Hostile())
+    for task in ("classification", "nlvr2"):
+        with pytest.raises(ValueError, match="expected a name without"):
+            export(task, "a.json", tmp_path / "a" / "out", image_size=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [*(tmp_path / "a").rglob("*")] == [tmp_path / "a" / "out"]

@@ -11,6 +11,8 @@ Images are PNG files, since JPEG would change pixels, and therefore results.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from elip_models.data.readers import open_source
 from elip_models.data.sample import Source
 from elip_models.data.shared_images import group_by_image
 from elip_models.data.tasks.example_readers import open_examples
-from elip_models.validation import check
+from elip_models.validation import check, shortened
 
 ExportedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
 PEOPLE = 10
@@ -55,8 +57,23 @@ def export(task: ExportedTask, spec: str, folder: str | Path, *, image_size: int
         if is_captions
         else open_examples(task, spec, image_size=image_size)
     )
-    (folder / "images").mkdir(parents=True)
-    return writer(source, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".unfinished.{os.getpid()}"
+    try:
+        (unfinished / "images").mkdir(parents=True)
+        written = writer(source, unfinished)
+        for each in sorted(unfinished.iterdir(), key=Path.is_file):  # the lists of images last
+            each.rename(folder / each.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return [each.replace(str(unfinished), str(folder)) for each in written]
+
+
+def _inside(name: str) -> str:
+    """Return a name of a file or folder; raise ValueError if it leads elsewhere."""
+    if name in ("", ".", "..") or {"/", "\0"} & {*name}:
+        raise ValueError(f"name: expected a name without '/' or NUL, got {shortened(name)}")
+    return name
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -123,7 +140,7 @@ def _nlvr2(source: ExampleSource, folder: Path) -> list[str]:
     lines = []
     for number in range(len(source)):
         images, text, answers, example_id = source[number]
-        (label,) = answers
+        (label,), example_id = answers, _inside(example_id)
         for side, image in enumerate(images):
             image.save(folder / "images" / f"{example_id}-img{side}.png")
         names = {"identifier": f"{example_id}-0", "left_url": "", "right_url": ""}
@@ -140,7 +157,7 @@ def _classification(source: ExampleSource, folder: Path) -> list[str]:
     for number in range(len(source)):
         image, _, answers, _ = source[number]
         (name,) = answers
-        path = folder / "images" / name / f"{number:06d}.png"
+        path = folder / "images" / _inside(name) / f"{number:06d}.png"
         path.parent.mkdir(exist_ok=True)
         image[0].save(path)
         rows["image"].append({"bytes": path.read_bytes(), "path": path.name})
