@@ -24,7 +24,7 @@ TASKS = "vqa, entailment, nlvr2, classification, retrieval or captioning"
 LISTED = 20
 """Largest number of answers in the table."""
 
-ImageSize = Annotated[int, typer.Option(min=1, help="Side of built-in scenes in pixels.")]
+ImageSize = Annotated[int, typer.Option(min=1, max=4096, help="Side of built-in scenes in pixels.")]
 
 
 @app.command("check")

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
 
 SavedModel = Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images in a forward pass.")]
-NumWorkers = Annotated[int, typer.Option(min=0, help="Number of processes that load images.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=2**20, help="Images in a forward pass.")]
+NumWorkers = Annotated[
+    int, typer.Option(min=0, max=1024, help="Number of processes that load images.")
+]
 MaxBadShare = Annotated[
     float, typer.Option(min=0, max=1, help="Largest share of unreadable samples.")
 ]
@@ -39,7 +41,7 @@ def eval_retrieval(
     num_workers: NumWorkers = 0,
     max_bad_share: MaxBadShare = 0.05,
     rerank: Annotated[
-        int | None, typer.Option(min=1, help="Number of candidates that ITM re-ranks.")
+        int | None, typer.Option(min=1, max=2**20, help="Number of candidates that ITM re-ranks.")
     ] = None,
     output: ScoresFile = None,
 ) -> None:
@@ -47,9 +49,8 @@ def eval_retrieval(
     from elip_models.data import open_source
     from elip_models.tasks.retrieval import evaluate_retrieval
     from elip_models.tasks.retrieval_task import Retrieval
-    from elip_models.tasks.task import Loading
 
-    loading = Loading(batch_size, num_workers, max_bad_share)
+    loading = _loading(batch_size, num_workers, max_bad_share)
     if rerank is not None:
         return _evaluate(Retrieval(candidates=rerank), model, data, loading, output)
     trained, tokenizer = _open_trained(model, output, ranks=True)
@@ -76,13 +77,12 @@ def eval_zero_shot(
 ) -> None:
     """Compute top-1 and top-5 accuracy of zero-shot classification by class names."""
     from elip_models.data import open_classes
-    from elip_models.tasks.task import Loading
     from elip_models.tasks.zero_shot import evaluate_zero_shot
 
     trained, tokenizer = _open_trained(model, output, ranks=True)
     with as_config_error("--data"):
         source = open_classes(data, image_size=trained.config.image_size)
-    loading = Loading(batch_size, num_workers, max_bad_share)
+    loading = _loading(batch_size, num_workers, max_bad_share)
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
     Console().print(zero_shot_table(scores))
     _write_scores(asdict(scores), output)
@@ -98,7 +98,9 @@ def eval_selection(
         str | None,
         typer.Option(help="Strategy, such as elip:scorer=exact or tome; default: the model's own."),
     ] = None,
-    count: Annotated[int, typer.Option(min=2, help="Number of samples of --data.")] = 200,
+    count: Annotated[
+        int, typer.Option(min=2, max=2**20, help="Number of samples of --data.")
+    ] = 200,
     batch_size: BatchSize = 32,
     output: ScoresFile = None,
 ) -> None:
@@ -118,6 +120,15 @@ def eval_selection(
     scores = selection.selection_scores(trained, source, tokenizer, chosen, **settings)
     Console().print(*tables.selection_tables(scores))
     _write_scores(scores, output)
+
+
+def _loading(batch_size: int, num_workers: int, max_bad_share: float) -> "Loading":
+    from elip_models.data.loader import worker_options
+    from elip_models.tasks.task import Loading
+
+    with as_config_error("--num-workers"):
+        worker_options(num_workers)
+    return Loading(batch_size, num_workers, max_bad_share)
 
 
 def _open_trained(
@@ -181,11 +192,11 @@ def _add_command(name: str) -> None:
         output: ScoresFile = None,
     ) -> None:
         from elip_models.tasks.registry import get_task
-        from elip_models.tasks.task import Loading
 
         with as_config_error("--set"):
             task = get_task(name, **parse_overrides(options or (), "candidates=64"))
-        _evaluate(task, model, data, Loading(batch_size, num_workers, max_bad_share), output)
+        loading = _loading(batch_size, num_workers, max_bad_share)
+        _evaluate(task, model, data, loading, output)
 
 
 for _name in ("vqa", "entailment", "nlvr2", "captioning", "classification"):

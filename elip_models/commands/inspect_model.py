@@ -97,12 +97,14 @@ def profile(
     schedule: ProfileSchedule = None,
     flops: FlopsTarget = None,
     keep: KeepTarget = None,
-    batch_size: Annotated[list[int], typer.Option(min=1)] = [8],  # noqa: B006, typer copies it
+    batch_size: Annotated[list[int], typer.Option(min=1, max=2**20)] = [8],  # noqa: B006, typer copies it
     mode: Annotated[str, typer.Option(help="Mode: training, inference or both.")] = "both",
     dtype: Annotated[
         str, typer.Option(help="Precision of the weights: fp32, bf16 or fp16.")
     ] = "fp32",
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of the timing.")] = 10,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Interleaved rounds of the timing.")
+    ] = 10,
     flops_only: Annotated[
         bool, typer.Option("--flops-only", help="Only count FLOPs, on the meta device.")
     ] = False,

@@ -1,6 +1,7 @@
 """Command lines, recipes, studies and strategies: mutated text, absurd numbers, hostile files."""
 
 import os
+import re
 from importlib import import_module
 
 import yaml
@@ -233,6 +234,7 @@ def save_model(folder):
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = create_model("clip_tiny", vocab_size=len(tokenizer), **sizes, **ends)
     model.save_pretrained(folder, tokenizer=tokenizer)
+    command(["profile", "--model", str(folder), "--strategy", "tome", "--flops-only"])  # imports
 
 
 @kind(share=3, prepare=save_model)
@@ -245,10 +247,13 @@ def commands(folder, rng, prepared):
         name, equals, value = arguments[at].partition("=")
         hostile_value = rng.choice((rng.choice(VALUES), rng.choice(NUMBERS), mutated(value, rng)))
         if arguments[at].startswith("--"):
-            change = rng.choice(
-                ([], arguments[at : at + 2] * 2, [rng.choice(VALUES), arguments[at]])
-            )
-            arguments[at : at + 1] = change
+            is_flag = arguments[at + 1 :][:1] == [] or arguments[at + 1].startswith("--")
+            end = at + 1 if is_flag else at + 2
+            arguments[at:end] = arguments[at:end] * rng.choice((0, 0, 2))
+            arguments += rng.choice(([], [], [], [rng.choice(VALUES)]))
         else:
             arguments[at] = f"{name}={hostile_value}" if equals else hostile_value
+    arguments = [re.sub(r"size=\d{3,}", "size=99", each) for each in arguments]  # long, rightly
+    if arguments[0] == "profile":
+        arguments += ["--flops-only"]
     return command([str(prepared) if each == MODEL else each for each in arguments])
