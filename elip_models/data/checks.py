@@ -4,11 +4,13 @@ import os
 from collections.abc import Sequence, Sized
 from pathlib import Path
 
+from elip_models.validation import shortened
+
 
 def check_not_empty(argument: str, value: Sized, spec: object = None) -> None:
     """Raise ValueError if `value` is empty; the message names `argument` and `spec`."""
     if len(value) == 0:
-        where = "" if spec is None else f" in {spec!r}"
+        where = "" if spec is None else f" in {shortened(spec)}"
         raise ValueError(f"{argument}: expected at least one sample, got none{where}")
 
 
@@ -32,14 +34,14 @@ def existing_files(argument: str, value: str | Path | Sequence[str | Path]) -> l
     """Return a path or a list of paths as a list of existing files, at least one."""
     paths = [value] if isinstance(value, str | Path) else value
     if not isinstance(paths, Sequence) or not all(isinstance(path, str | Path) for path in paths):
-        raise TypeError(f"{argument}: expected a path or a list of paths, got {value!r}")
+        raise TypeError(f"{argument}: expected a path or a list of paths, got {shortened(value)}")
     if not paths:
         raise ValueError(f"{argument}: expected at least one path, got none")
     files = [Path(path) for path in paths]
     for file in files:
         if not os.path.isfile(file):  # false too for a path that is too long
             raise FileNotFoundError(
-                f"{argument}: expected an existing file, got {str(file)!r}; "
+                f"{argument}: expected an existing file, got {shortened(str(file))}; "
                 f"the working folder is {Path.cwd()}"
             )
     return files

@@ -9,6 +9,7 @@ its templates are used.
 """
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from elip_models.data.sample import Sample, SampleError, Source, decode_image
 from elip_models.data.scene_captions import PLACES, with_article
 from elip_models.data.scene_sampling import BACKGROUNDS, EMOJI, Scene, sample_single_scene
 from elip_models.data.scenes import EmojiScenes, render
-from elip_models.validation import require_extra
+from elip_models.validation import require_extra, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,11 +137,11 @@ class ClassFolder(_LabelledPhotos):
         with require_extra("ClassFolder"):
             from torchvision.datasets import ImageFolder
         root = expand_user(path)
-        if not root.is_dir():
+        if not os.path.isdir(root):  # false too for a path that is too long
             raise FileNotFoundError(
                 f"spec: expected {_BUILT_IN}:size=600, {_DATASETS}:NAME,split=test, or a folder "
-                f"with a folder of images a class, got {str(path)!r}; the working folder is "
-                f"{Path.cwd()}"
+                f"with a folder of images a class, got {shortened(str(path))}; the working folder "
+                f"is {Path.cwd()}"
             )
         folder = ImageFolder(str(root))
         self.classes = tuple(folder.classes)
@@ -253,12 +254,14 @@ def open_classes(spec: str, *, image_size: int) -> ClassSource:
         FileNotFoundError: There is no such folder or dataset.
     """
     if not isinstance(spec, str):
-        raise TypeError(f"spec: expected {_BUILT_IN}:seed=0,size=600 or a folder, got {spec!r}")
+        got = shortened(spec)
+        raise TypeError(f"spec: expected {_BUILT_IN}:seed=0,size=600 or a folder, got {got}")
     name, _, options = spec.partition(":")
     if name.strip() == _DATASETS:
         named = parse_files(options, ("split", "label"))
         if len(named.files) != 1 or named.split is None:
-            raise ValueError(f"spec: expected {_DATASETS}:NAME_OR_FOLDER,split=test, got {spec!r}")
+            got = shortened(spec)
+            raise ValueError(f"spec: expected {_DATASETS}:NAME_OR_FOLDER,split=test, got {got}")
         return ClassDataset(named.files[0], split=named.split, label=named.label)
     if name.strip() == _BUILT_IN:
         allowed = ("seed", "size", "textures")

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from elip_models.validation import Positive, check_fields, did_you_mean
+from elip_models.validation import Positive, check_fields, did_you_mean, shortened
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def parse_files(spec: str | Mapping[str, Any], allowed: Collection[str]) -> File
     for name in given:
         if name not in known:
             raise ValueError(
-                f"spec: expected the options {', '.join(allowed)}, got {name!r} in {spec!r}"
+                f"spec: expected the options {', '.join(allowed)}, got {shortened(name)} in "
+                f"{shortened(spec)}"
                 f"{did_you_mean(name, known)}"
             )
     files = given.pop("files", ())

@@ -15,7 +15,7 @@ from elip_models.data.scenes import EmojiScenes
 from elip_models.data.shard_source import ShardSource
 from elip_models.data.stream_source import is_stream
 from elip_models.data.streams import redacted
-from elip_models.validation import PositiveInt, check
+from elip_models.validation import PositiveInt, check, shortened
 
 _BUILT_IN = "emoji_scenes"
 _OPTIONS = ("seed", "size", "clutter", "textures")
@@ -47,6 +47,7 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
         FileNotFoundError: No file matches.
     """
     check("image_size", image_size, PositiveInt)
+    got = shortened(spec)
     if isinstance(spec, list | tuple):
         check_not_empty("spec", spec)
         sources = [open_source(each, image_size=image_size) for each in spec]
@@ -58,23 +59,23 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
             "stream as the only data.train of pre-training, or with `elip data check`"
         )
     if not isinstance(spec, str | Mapping):
-        raise TypeError(f"spec: expected a text such as {_FORMS}, got {spec!r}")
+        raise TypeError(f"spec: expected a text such as {_FORMS}, got {got}")
     name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if name.strip() == _BUILT_IN:
         return EmojiScenes(**parse_options(spec, options, _OPTIONS), image_size=image_size)
     named = parse_files(spec, ("images", "split"))
     files = [file for part in named.files for file in _expand(part)]
     if not files:
-        raise ValueError(f"spec: expected {_FORMS}, got {spec!r}")
+        raise ValueError(f"spec: expected {_FORMS}, got {got}")
     kinds = {file.suffix.lower() for file in files}
     if kinds not in ({".json"}, {".tar"}):
         raise ValueError(
             f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in "
-            f"{spec!r}; write one spec for each kind"
+            f"{got}; write one spec for each kind"
         )
     if kinds == {".tar"}:
         if named.images or named.split:
-            raise ValueError(f"spec: expected images and split with .json only, got {spec!r}")
+            raise ValueError(f"spec: expected images and split with .json only, got {got}")
         return ShardSource(files)
     source = JsonSource(files, image_root=named.images, split=named.split)
     check_not_empty("spec", source, spec)
@@ -83,23 +84,24 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
 
 def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, int | bool]:
     """Return {"seed": 0, "size": 100} for "seed=0,size=100"; `size` is required."""
+    got = shortened(spec)
     parsed: dict[str, int | bool] = {}
     for option in filter(None, options.split(",")):
         name, _, value = (part.strip() for part in option.partition("="))
         if name not in allowed:
             known = f"{', '.join(allowed[:-1])} and {allowed[-1]}"
-            raise ValueError(f"spec: expected the options {known}, got {name!r} in {spec!r}")
+            raise ValueError(f"spec: expected the options {known}, got {shortened(name)} in {got}")
         if name in _SWITCHES:
             if value not in _WORDS:
-                raise ValueError(f"spec: {name}: expected true or false, got {value!r}")
+                raise ValueError(f"spec: {name}: expected true or false, got {shortened(value)}")
             parsed[name] = _WORDS[value]
         elif value.isdecimal():
             parsed[name] = int(value)
         else:
-            raise ValueError(f"spec: {name}: expected an int of 0 or more, got {value!r}")
+            raise ValueError(f"spec: {name}: expected an int of 0 or more, got {shortened(value)}")
     if "size" not in parsed:
         raise ValueError(
-            f"spec: expected a size, got {spec!r}; write {spec.partition(':')[0]}:seed=0,size=500"
+            f"spec: expected a size, got {got}; write {spec.partition(':')[0]}:seed=0,size=500"
         )
     return parsed
 
@@ -112,14 +114,16 @@ def _expand(path: str) -> list[Path]:
     if os.path.isdir(plain):
         files = sorted(plain.glob("*.tar"))
         if not files:
-            raise FileNotFoundError(f"spec: expected a folder of .tar files, got none in {path!r}")
+            got = shortened(path)
+            raise FileNotFoundError(f"spec: expected a folder of .tar files, got none in {got}")
         return files
     files = []
     for name in expand_ranges(str(plain)):
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not matches or not os.path.isfile(matches[0]):
             raise FileNotFoundError(
-                f"spec: expected an existing file, got {name!r}; the working folder is {Path.cwd()}"
+                f"spec: expected an existing file, got {shortened(name)}; the working folder is "
+                f"{Path.cwd()}"
             )
         files += [Path(match) for match in matches]
     return files

@@ -26,7 +26,7 @@ from elip_models.data.tasks.label_files import entailment_examples, nlvr2_exampl
 from elip_models.data.tasks.pairs import EmojiPairs
 from elip_models.data.tasks.questions import EmojiQuestions
 from elip_models.data.tasks.vqa_files import vqa_examples
-from elip_models.validation import PositiveInt, check
+from elip_models.validation import PositiveInt, check, shortened
 
 ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification"]
 
@@ -56,7 +56,7 @@ def open_examples(
         sources = [open_examples(task, each, image_size=image_size) for each in spec]
         return sources[0] if len(sources) == 1 else ConcatExamples(sources)
     if not isinstance(spec, str | Mapping):
-        raise TypeError(f"spec: expected a text or a mapping, got {spec!r}")
+        raise TypeError(f"spec: expected a text or a mapping, got {shortened(spec)}")
     if task == "classification":
         return ClassExamples(open_classes(spec, image_size=image_size))
     name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
@@ -71,7 +71,8 @@ def open_examples(
         return BUILT_IN[task](**parse_options(spec, options, allowed), image_size=image_size)
     named = parse_files(spec, _OPTIONS.get(task, ("images",)))
     if not named.files:
-        raise ValueError(f"spec: expected {BUILT_IN[task].name}:size=2000 or files, got {spec!r}")
+        got = shortened(spec)
+        raise ValueError(f"spec: expected {BUILT_IN[task].name}:size=2000 or files, got {got}")
     examples = _READERS[task](named, existing_files("spec", named.files))
     check_not_empty("spec", examples, spec)
     return examples
