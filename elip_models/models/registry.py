@@ -136,7 +136,7 @@ def create_model(
     config = CONFIGS[name.removeprefix(PREFIX)]
     if name.startswith(PREFIX):
         config = replace(config, schedule=PRESETS[family_of(name).family])
-    if not pretrained:
+    if pretrained is False:
         values = vars(config) if task is None else inherited_fields(family, vars(config))
         return family(family.config_class.from_dict(values | overrides))
     trained = family.from_pretrained(pretrained)

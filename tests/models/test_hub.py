@@ -126,11 +126,48 @@ def test_a_reduced_model_of_another_library_is_loaded_by_name(hub):
     assert torch.equal(other.logit_scale, model.logit_scale)
 
 
+IMPOSSIBLE = (
+    "x" * 300,
+    "a/b/c",
+    "",
+    "..",
+    "a//b",
+    "a b",
+    "o/n@" + "x" * 300,
+    "ü",
+    "a\0b",
+    "a\udc80",
+)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "open_model without hf:"])
+def test_a_name_that_no_repository_has_is_quoted(way, hub):
+    load = WAYS.get(way, open_model)
+    for name in IMPOSSIBLE:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            load(name)
+        assert repr(name)[1:-1] in str(caught.value) or name in str(caught.value)
+
+
 def test_the_error_for_another_library_names_the_remedy(hub):
     name = hub(hf_clip())
     with pytest.raises(ValueError, match="folder: expected a model of"):
         load_model(name)
     assert isinstance(open_model(f"hf:{name}"), transformers.CLIPModel)
+
+
+def test_a_tokenizer_that_cannot_be_saved_leaves_the_old_files(tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            """Write one of several files."""
+            (Path(folder) / "tokenizer.json").write_text("half")
+            raise OSError("disk full")
+
+    create_model("clip_tiny").save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="disk full"):
+        create_model("elip_clip_tiny").save_pretrained(tmp_path, tokenizer=Broken())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_saving_that_fails_leaves_the_old_files(tmp_path, monkeypatch):

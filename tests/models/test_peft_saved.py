@@ -1,6 +1,7 @@
 """Adapters in models of ours are saved beside plain weights, and loaded by us or by peft itself."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -57,6 +58,25 @@ def test_a_saved_model_keeps_its_adapters_beside_plain_weights(family, kind, tmp
     again = elip_models.create_model(f"hf:{folder}", scorer="exact")
     assert again.config.scorer == "exact"
     assert_equal_weights(model.float(), again)
+
+
+@pytest.mark.parametrize(("kind", "field"), [("lora", "r"), ("adapter", "width")])
+def test_the_rank_is_held_to_the_file_before_memory_is_taken(kind, field, tmp_path):
+    folder = adapted("clip", kind).float().save_pretrained(tmp_path)
+    path = folder / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 10**9}))
+    with pytest.raises(ValueError, match=f"{path}: {field}: expected the first size in .* got 10"):
+        elip_models.create_model(f"hf:{folder}")
+
+
+def test_a_reduced_model_with_an_adapter_is_loaded_with_both(tmp_path):
+    model = adapted("clip", "lora").float()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schedule": "6(100%) 6(50%)"}))
+    loaded = elip_models.load_reduced(tmp_path)
+    assert loaded.adapted == model.adapted
+    assert loaded.config.schedule == "6(100%) 6(50%)"
 
 
 def test_a_merged_model_is_saved_without_adapter(tmp_path):

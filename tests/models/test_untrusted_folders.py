@@ -35,6 +35,7 @@ def foreign(folder, model_type, **more):
     """Write a config of transformers that names Python code beside it."""
     config = {"model_type": model_type, "auto_map": AUTO_MAP, **more}
     (folder / "config.json").write_text(json.dumps(config))
+    save_file({"a.weight": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "evil.py").write_text(CODE.format(base="PretrainedConfig", model_type=model_type))
 
 

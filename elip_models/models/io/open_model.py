@@ -33,7 +33,9 @@ BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
 def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
     """Open the model that `spec` names, in eval mode.
 
-    With `pretrained=False` under `with torch.device("meta"):`, the model takes no memory.
+    With `pretrained=False` under `with torch.device("meta"):`, the model takes no memory. Code in a
+    folder or a repository does not run. A whole part of a model of transformers that its weights
+    lack, such as a pooler, has initial values, with a warning.
 
     Example::
 
@@ -47,8 +49,9 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
         options: of timm.create_model or open_clip.create_model, or fields of the config.
 
     Raises:
-        ValueError: the spec has another form, its library does not have the name, or the weights
-            cannot be found.
+        ValueError: the spec has another form, its library does not have the name, the weights
+            cannot be found, or tensors in a folder of transformers are missing, not finite, of
+            another shape or no floats.
         ImportError: a library is missing; the message names the extra.
     """
     if not isinstance(spec, str):

@@ -120,7 +120,8 @@ def load_reduced(
         FileNotFoundError: the folder is missing, or contains no reduced model.
         ConfigError: the settings are invalid or do not fit the model; names file and key.
         TypeError: `model` or `folder` has another type.
-        ValueError: the library of the folder is unknown, or a file is damaged.
+        ValueError: the library of the folder is unknown, a file is damaged, a tensor is missing or
+            not finite, or the model needs code or towers from elsewhere; pass it as `model` then.
     """
     check("model", model, nn.Module | None)
     folder = fetch_folder(folder)

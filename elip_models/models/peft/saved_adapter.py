@@ -69,11 +69,12 @@ def load_adapter_(model: Model, folder: str | Path) -> Model:
 def _check_rank(config: AdaptConfig, weights: dict[str, Tensor]) -> None:
     """Raise ValueError if the adapters would be larger than those in the file."""
     field, down = ("r", "lora_A") if config.kind == "lora" else ("width", "adapter_down")
-    ranks = {weight.shape[0] for name, weight in weights.items() if f".{down}.weight" in name}
-    if config.kind is not None and ranks != {getattr(config, field)}:
-        raise ValueError(
-            f"{field}: expected that of {WEIGHTS}, {sorted(ranks)}, got {getattr(config, field)}"
-        )
+    rank = getattr(config, field)
+    shapes = {n: tuple(w.shape) for n, w in weights.items() if f".{down}.weight" in n}
+    others = [f"{name} of {shape}" for name, shape in shapes.items() if shape[:1] != (rank,)]
+    if config.kind is not None and (others or not shapes):
+        found = others[0] if others else f"no {down}"
+        raise ValueError(f"{field}: expected the first size in {WEIGHTS}, {found}, got {rank}")
 
 
 def has_adapter(folder: str | Path) -> bool:
