@@ -3,7 +3,7 @@
 python docs/api_table.py             # rewrite the block between the two markers of each page
 python docs/api_table.py --check     # exit status 1 if a table is stale
 
-The description is the first line of the docstring of the name.
+Names are in the order of the page. The description is the first line of a name's docstring.
 """
 
 import argparse
@@ -46,6 +46,12 @@ def description(name: str, value: Any) -> str:
     return inspect.cleandoc(text).partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
 
+def in_order(names: list[str], page: Path) -> list[str]:
+    """Return the names in the order in which the page documents them, the others last."""
+    entries = re.findall(r"^::: \S+\.(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return sorted(names, key=lambda name: (*entries, name).index(name))
+
+
 def link(folder: Path, file: str, package: str, name: str, value: Any) -> str:
     """Return the name, as a link to the page and the entry that document it."""
     for path in sorted(folder.glob("*.md"), key=lambda path: path.name != file):
@@ -60,7 +66,7 @@ def link(folder: Path, file: str, package: str, name: str, value: Any) -> str:
 def table(package: ModuleType, folder: Path, file: str) -> str:
     """Return the table of a package, for the page `file`."""
     lines = ["| name | kind | description |", "| --- | --- | --- |"]
-    for name in package.__all__:
+    for name in in_order(package.__all__, folder / file):
         value = getattr(package, name)
         linked = link(folder, file, package.__name__, name, value)
         lines.append(f"| {linked} | {kind_of(value)} | {description(name, value)} |")

@@ -1,4 +1,4 @@
-"""Write docs/study.md, and a page and a chart per study, from committed results of `elip study`.
+"""Write docs/study.md, a page per question and per study, and charts, from committed results.
 
 python docs/study.py             # write them
 python docs/study.py --check     # exit status 1 if a file is missing or stale
@@ -86,7 +86,7 @@ def summary(questions: Sequence[dict[str, Any]], documents: dict[str, Document])
     for question in questions:
         for each in comparisons(question, documents):
             if each.is_main:
-                link = f"[{question['short']}](#{_anchor(question['question'])})"
+                link = f"[{question['short']}]({_page(question)})"
                 verdict = verdict_of(each.differences) or "no significant difference"
                 pair = f"`{each.arm}` vs `{each.reference}`"
                 rows.append([link, pair, verdict, *_effects(each.differences)])
@@ -100,14 +100,14 @@ def _effects(differences: dict[str, Interval | None]) -> list[str]:
     return [", ".join(cells), str(known[0][1].seeds)]
 
 
-def _anchor(heading: str) -> str:
-    """Return the anchor that Markdown gives a heading."""
-    words = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
-    return "-".join(words.split())
+def _page(question: dict[str, Any]) -> str:
+    """Return the path of a question's page in the folder of pages."""
+    words = "".join(c for c in question["short"].lower() if c.isalnum() or c == " ")
+    return f"findings/{'_'.join(words.split())}.md"
 
 
 def answer(question: dict[str, Any], documents: dict[str, Document]) -> str:
-    """Return the section of one question: setting, conclusions and all of its comparisons."""
+    """Return the page of one question: setting, conclusions and all of its comparisons."""
     found = comparisons(question, documents)
     metrics = question.get("measured", MEASURED)
     header = ["arm", "reference", "study", *map(difference_title, metrics)]
@@ -115,14 +115,14 @@ def answer(question: dict[str, Any], documents: dict[str, Document]) -> str:
         [
             f"`{each.arm}`",
             f"`{each.reference}`",
-            f"[{each.study}](studies/{each.study}.md)",
+            f"[{each.study}](../studies/{each.study}.md)",
             *(difference_cell(gap, metric) for metric, gap in each.differences.items()),
         ]
         for each in found
     ]
     table = markdown((header, rows), left=3)
-    parts = [f"## {question['question']}", question["about"], conclusions(found), table]
-    return "\n\n".join(parts) + "\n"
+    parts = [f"# {question['question']}", question["about"], conclusions(found), table, NOTES]
+    return "\n\n".join(parts) + f"\n{WRITTEN}"
 
 
 def conclusions(found: Sequence[Comparison]) -> str:
@@ -186,10 +186,11 @@ def verdict_of(differences: dict[str, Interval | None]) -> str:
 
 
 def write(results: Path, docs: Path) -> list[Path]:
-    """Write the page of findings, and a page and a chart per study, to `docs`."""
+    """Write the page of main findings, a page per question, and page and chart per study."""
     documents = {path.stem: read_results(path) for path in sorted(results.glob("*.json"))}
     folder = docs / "studies"
     folder.mkdir(exist_ok=True)
+    (docs / "findings").mkdir(exist_ok=True)
     written = []
     for name, document in documents.items():
         chart = draw(document, folder / f"{name}.svg")
@@ -197,12 +198,18 @@ def write(results: Path, docs: Path) -> list[Path]:
         path.write_text(study_page(document, chart.name, NOTES), encoding="utf-8")
         written += [chart, path]
     questions = yaml.safe_load(QUESTIONS.read_text(encoding="utf-8"))
+    answered = [each for each in questions if comparisons(each, documents)]
+    for question in answered:
+        path = docs / _page(question)
+        path.write_text(answer(question, documents), encoding="utf-8")
+        written.append(path)
+    findings = [f"- [{each['question']}]({_page(each)})" for each in answered]
     pages = [
         f"- [{document['question']}](studies/{name}.md) (`{name}`)"
         for name, document in documents.items()
     ]
     sections = [INTRO, summary(questions, documents)]
-    sections += [answer(each, documents) for each in questions if comparisons(each, documents)]
+    sections += ["## Questions\n", "\n".join(findings) + "\n"]
     sections += ["## All arms of each study\n", "\n".join(pages) + "\n", HOW_TO_READ + WRITTEN]
     if not documents:
         sections = [INTRO, "No results are committed yet.\n"]

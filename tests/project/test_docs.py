@@ -19,7 +19,10 @@ from tests.helpers.tiers import tiered
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("studies/*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "api"),
+]
 WITH_PYTHON = [page for page in PAGES if page.name != "data.md"]  # tests/data/test_mixture.py
 META_PAGES = ("README.md", "index.md", "faster.md", "models.md")
 """Pages whose code uses ViT-B, which runs on the meta device: no memory, no time."""

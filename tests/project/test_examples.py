@@ -6,6 +6,8 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -53,3 +55,20 @@ def test_an_example_prints_what_it_promises(name, tmp_path):
     found = re.search(PRINTED[name], done.stdout.strip(), re.DOTALL)
     assert found, done.stdout
     assert int(found.groupdict().get("right", 100)) > 60
+
+
+def test_the_notebook_stores_no_output():
+    book = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in book.cells)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_draws_what_was_merged(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    book = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)
+    done = nbclient.NotebookClient(book, timeout=300, kernel_name="python3").execute()
+    outputs = [each for cell in done.cells for each in cell.get("outputs", [])]
+    text = "".join(each["text"] for each in outputs if each.get("name") == "stdout")
+    assert re.search(r"tokens a layer +197 181 \.\. 17\n.*logits \(4, 1000\)", text, re.DOTALL)
+    assert re.search(r"dense \S+ s, reduced \S+ s: ratio \d+\.\d\d$", text.strip())
+    assert sum("image/png" in each.get("data", {}) for each in outputs) == 1

@@ -1,6 +1,7 @@
 """What a user installs: imports that are light, extras that are named, types, wheel and sdist."""
 
 import ast
+import email
 import os
 import re
 import shutil
@@ -125,7 +126,7 @@ def built(tmp_path_factory):
         shutil.copytree(
             ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, cwd=tree)
     editable = dist / "editable"
@@ -176,6 +177,22 @@ def test_the_wheel_has_what_it_needs_and_nothing_else(built):
     files = [path for package in packages for path in package.rglob("*") if path.is_file()]
     kept = {path for path in files if path.suffix in (".py", ".yaml", ".typed")}
     assert found == {str(path.relative_to(ROOT)) for path in kept}
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_metadata_of_a_package_index(built):
+    (file,) = built.glob("*.whl")
+    wheel = zipfile.ZipFile(file)
+    (name,) = (each for each in wheel.namelist() if each.endswith("/METADATA"))
+    metadata = email.message_from_bytes(wheel.read(name))
+    urls = dict(each.split(", ", 1) for each in metadata.get_all("Project-URL"))
+    assert urls.keys() >= {"Homepage", "Documentation", "Repository", "Issues", "Changelog"}
+    assert metadata["Author"] and metadata["License-Expression"] == "Apache-2.0"
+    assert not any("License" in each for each in metadata.get_all("Classifier"))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload(decode=True).decode()
+    base = f"{urls['Repository']}/blob/v{elip_kernels.__version__}/"
+    assert f"({base}docs/faster.md)" in text and "](docs/" not in text
 
 
 @pytest.mark.slow

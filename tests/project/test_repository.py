@@ -1,0 +1,112 @@
+"""Files about the repository: addresses and versions agree, CI runs the commands of .ci/run."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from readme_renderer import markdown
+
+import elip_kernels
+
+ROOT = Path(__file__).parents[2]
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+ADDRESSES = {
+    "CITATION.cff": ["Repository", "Documentation"],
+    "mkdocs.yml": ["Repository", "Documentation"],
+    "docs/index.md": ["Repository"],
+    ".github/ISSUE_TEMPLATE/config.yml": ["Repository"],
+}
+"""The files that repeat an address of `[project.urls]`: CONTRIBUTING.md names them."""
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_a_file_has_the_addresses_of_the_project(name):
+    text = (ROOT / name).read_text()
+    for key in ADDRESSES[name]:
+        assert URLS[key] in text, f"write {URLS[key]} in {name}"
+    ours = re.findall(r"https://(?:github\.com/[\w-]+|[\w-]+\.github\.io)/elip-kernels", text)
+    allowed = {URLS["Repository"], URLS["Documentation"].rstrip("/")}
+    assert set(ours) <= allowed
+    assert f"`{name}`" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_no_other_file_repeats_the_owner():
+    owner = URLS["Repository"].split("/")[3]
+    pattern = re.compile(rf"{owner}(/|\.github\.io/)elip-kernels")
+    kinds = ("*.md", "*.yml", "*.toml", "*.cff", "*.py", "docs/**/*.md", ".github/**/*.*")
+    paths = {path for kind in kinds for path in ROOT.glob(kind)}
+    found = [path for path in paths if pattern.search(path.read_text(encoding="utf-8"))]
+    names = {path.relative_to(ROOT).as_posix() for path in found}
+    assert names == {"pyproject.toml", *ADDRESSES}
+
+
+def test_the_citation_and_the_changelog_have_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == elip_kernels.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
+    assert released[0] == (citation["version"], citation["date-released"])
+    assert changelog.count("\n## [Unreleased]\n") == 1
+
+
+def commands(text):
+    """Return the commands of a script without options that only change what is printed."""
+    lines = re.sub(r" --quiet| --disable-pip-version-check", "", text).splitlines()
+    return [each for line in lines for each in line.split(" && ") if each]
+
+
+def test_ci_runs_the_commands_of_the_script():
+    script = (ROOT / ".ci" / "run").read_text().partition('VIRTUAL_ENV="$venv"\n')[2]
+    steps = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
+    run = [each for step in steps for each in commands(step.get("run", ""))]
+    wanted = commands(script)
+    assert "pytest" in wanted and "zensical build --strict" in wanted
+    assert [each for each in wanted if each not in run] == []
+
+
+def test_ci_tests_every_python_that_the_metadata_names():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: 3."
+    named = [each.removeprefix(prefix) for each in project["classifiers"] if prefix in each]
+    tested = WORKFLOW["jobs"]["test"]["strategy"]["matrix"]["python-version"]
+    assert tested == [f"3.{minor}" for minor in named]
+    assert project["requires-python"] == f">={tested[0]}"
+
+
+def test_the_navigation_has_every_page():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    text = yaml.dump(config["nav"])
+    listed = set(re.findall(r"[\w/]+\.md", text))
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
+    unlisted = {page for page in pages if page.endswith("-ops.md") or page.startswith("studies/")}
+    assert listed == pages - unlisted
+
+
+def description():
+    """Return the long description of the package."""
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.long_description()
+
+
+def test_the_links_of_the_description_work_outside_the_repository():
+    text = description()
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)\s]+)\)", text)
+    own = [(picture, link) for picture, link in links if link.startswith(URLS["Repository"])]
+    assert len(own) > 20 and all(link.startswith("https://") for _, link in links)
+    for picture, link in own:
+        kind = "raw" if picture else "blob"
+        base = f"{URLS['Repository']}/{kind}/v{elip_kernels.__version__}/"
+        assert (ROOT / link.removeprefix(base).partition("#")[0]).exists(), link
+
+
+def test_the_description_renders_without_a_relative_link():
+    page = markdown.render(description())
+    assert page and re.findall(r'(?:href|src)="(?!https://)([^"]*)"', page) == []
+    assert "<table>" in page and "<img" in page
