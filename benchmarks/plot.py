@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.charts import draw
 from benchmarks.measured import Refused, Results, read_results
 from benchmarks.tables import device_tables, op_page
+from elip_models.models.io.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -38,7 +39,7 @@ def write(device: Results, docs: Path) -> list[Path]:
         return draw(device, docs)
     path = docs / f"{device.slug}-ops.md"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page.encode())
     return [*draw(device, docs), path]
 
 
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if stale else 0
     for device in results:
         write(device, docs)
-    options.page.write_text(wanted, encoding="utf-8")
+    write_file(options.page, wanted.encode())
     return 0
 
 

@@ -36,6 +36,7 @@ from benchmarks.sweeps import SHAPES, SWEEPS, Number, Shape, Sweep, arguments, l
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.ops.absorbed_query import QueryArguments
+from elip_models.models.io.files import write_file
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 
@@ -229,7 +230,7 @@ def tune(
                 torch.manual_seed(0)
                 done.append(run(sweep, shape, rounds))
                 write_line(summary(done[-1]))
-            out.write_text(json.dumps(document, indent=1) + "\n")
+            write_file(out, (json.dumps(document, indent=1) + "\n").encode())
     for name in left:
         write_line(f"not run, out of time: {name}")
     return not any("wrong" in entry for result in done for entry in result["candidates"])

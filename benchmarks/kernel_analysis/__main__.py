@@ -14,6 +14,7 @@ from benchmarks.kernel_analysis.compile import ARCHITECTURES
 from benchmarks.kernel_analysis.report import report, tables
 from elip_kernels._triton import triton
 from elip_kernels.testing.calls import CALLS
+from elip_models.models.io.files import write_file
 
 
 def main() -> int:
@@ -31,7 +32,8 @@ def main() -> int:
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     sys.stdout.write(tables(rows) + "\n" + " ".join(map(" ".join, versions.items())) + "\n")
     if options.json:
-        options.json.write_text(json.dumps(versions | {"rows": rows}, indent=1) + "\n")
+        document = json.dumps(versions | {"rows": rows}, indent=1) + "\n"
+        write_file(options.json, document.encode())
     return int(any("error" in row for row in rows))
 
 
