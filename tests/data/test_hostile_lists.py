@@ -113,3 +113,10 @@ def test_an_invalid_integer_is_no_valid_json(tmp_path):
     path.write_text("[" + "9" * (sys.get_int_max_str_digits() + 1) + "]")
     with pytest.raises(ValueError, match=r"list\.json: expected a list, got no valid JSON"):
         read_json(path, "a list")
+
+
+@pytest.mark.parametrize("field", ["image", "sentence"])
+def test_invalid_unicode_in_the_list_of_a_task_is_named(field, tmp_path):
+    entry = {"image": "a.png", "sentence": "it is red", "label": "neutral", field: "a\ud800"}
+    with pytest.raises(ValueError, match=r"list\.json\[0\]: text: expected Unicode text, got"):
+        opened("entailment", str(write(tmp_path / "list.json", [entry])))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from elip_models.data.checks import check_index
 from elip_models.data.examples import Example
-from elip_models.data.sample import decode_image
+from elip_models.data.sample import TextError, check_text, decode_image
 from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def _build_index(rows: Iterable[StoredExample]) -> "Dataset":
     kinds = {"answers": [text], "shares": [Value("float64")], "images": [text]}
     columns = {name: [] for name in names}
     for entry, row_id, question, answers, images in rows:
+        try:
+            check_text("text", entry, row_id, question, *answers, *map(str, images))
+        except TextError as error:
+            raise ValueError(f"{ascii(entry)[1:-1]}: {error}") from error
         values = (entry, row_id, question, list(answers), list(answers.values()))
         for name, value in zip(names, (*values, [str(image) for image in images]), strict=True):
             columns[name].append(value)
