@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
+from elip_models.training.errors import as_write_error
 from elip_models.training.result import TrainResult
 from elip_models.training.run_config import RunConfig
 from elip_models.validation import require_extra
@@ -17,16 +18,8 @@ with require_extra("elip_models.training"):
 def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
     """Write the reports that `config.report` names, then print steps, loss, scores and files."""
     files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
-    if config.task is not None:
-        files += _write_task_files(config, result)
-    elif {"timing", "picture"} & set(config.report):
-        from elip_models.training.report import Reporter
-
-        reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
-        if "timing" in config.report:
-            files.append(reporter.timing(console))
-        if "picture" in config.report:
-            files.append(reporter.picture())
+    with as_write_error(result.output_dir):
+        files += _write_reports(config, result, console)
     summary = Table.grid(padding=(0, 2))
     summary.add_row("steps", str(result.step))
     summary.add_row("loss", f"{result.loss:.4f}")
@@ -39,6 +32,18 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
         summary.add_row(config.task, task_table(result.task_scores))
     summary.add_row("files", escape("\n".join(map(str, files))))
     console.print(Panel(summary, title=escape(config.name), expand=False))
+
+
+def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
+    if config.task is not None:
+        return _write_task_files(config, result)
+    if not {"timing", "picture"} & set(config.report):
+        return []
+    from elip_models.training.report import Reporter
+
+    reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
+    files = [reporter.timing(console)] if "timing" in config.report else []
+    return [*files, reporter.picture()] if "picture" in config.report else files
 
 
 def _write_task_files(config: RunConfig, result: TrainResult) -> list[Path]:

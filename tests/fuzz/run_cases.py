@@ -152,7 +152,7 @@ def _change_saved(checkpoint, rng):
         tensors = (torch.zeros(7), torch.zeros((), dtype=torch.int8), torch.tensor(torch.nan))
         rng.choice(
             (
-                lambda: entry.update({moment: rng.choice((*tensors, *VALUES[:2]))}),
+                lambda: entry.update({moment: rng.choice((*tensors, None, ""))}),
                 lambda: entry.pop(moment),
                 lambda: group.update({key: rng.choice(VALUES[7:])}),
                 lambda: state.pop(rng.choice(("state", "param_groups"))),
