@@ -113,7 +113,9 @@ def _bytes_of(tensor: Tensor) -> int:
 def _check_archive(path: Path) -> None:
     """Raise ValueError for TorchScript, and for content that could fill the memory."""
     if path.stat().st_size == 0:
-        raise ValueError(f"source: expected tensors in {path}, got an empty file")
+        raise ValueError(
+            f"source: expected only tensors, numbers and texts in {path}, got an empty file"
+        )
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,

@@ -5,20 +5,35 @@ import shutil
 
 from safetensors.torch import load_file
 
+from elip_models.checkpoints.export import save_as
 from elip_models.checkpoints.load import convert_checkpoint
-from elip_models.data import load_tokenizer
+from elip_models.data import load_tokenizer, train_tokenizer
+from elip_models.models.registry import create_model
 from elip_models.training.finetune import finetune_recipe
 from tests.fuzz.harness import Loss, kind, refused
 from tests.fuzz.weight_file_cases import (
     HEADS,
     NUMBERS,
     OTHERS,
+    SIZES,
     SOURCES,
+    SPECIAL,
     check_values,
     damage,
-    save_sources,
     write_safetensors,
 )
+
+
+def save_folders(folder):
+    """Tiny models as folders of this library and of others, with a tokenizer."""
+    tokenizer = train_tokenizer(["a red dog", "two cats"] * 9, 300)
+    for family in SOURCES:
+        model = create_model(f"{family}_tiny", vocab_size=320, **SIZES, **SPECIAL[family])
+        model.save_pretrained(folder / family, tokenizer=tokenizer)
+        if family != "albef":
+            save_as(model, folder / f"hf_{family}", "hf", tokenizer=tokenizer)
+        if family == "clip":
+            save_as(model, folder / "open_clip", "open_clip")
 
 
 def _replace_value(content, rng):
@@ -62,7 +77,7 @@ def _damage_json(path, rng):
         path.write_text(rng.choice(texts), encoding="latin-1")
 
 
-@kind(share=1, prepare=save_sources)
+@kind(share=1, prepare=save_folders)
 def finetune_folders(folder, rng, prepared):
     family = rng.choice(list(SOURCES))
     source = shutil.copytree(prepared / family, folder / "model")
@@ -78,7 +93,7 @@ def finetune_folders(folder, rng, prepared):
     return "read"
 
 
-@kind(share=1, prepare=save_sources)
+@kind(share=1, prepare=save_folders)
 def library_folders(folder, rng, prepared):
     name = rng.choice(("hf_clip", "hf_blip", "open_clip"))
     source = shutil.copytree(prepared / name, folder / "model")
@@ -94,9 +109,10 @@ def library_folders(folder, rng, prepared):
     return "read"
 
 
-@kind(share=1, prepare=save_sources)
+@kind(share=1, prepare=save_folders)
 def tokenizers(folder, rng, prepared):
-    source = shutil.copytree(prepared / "tokenizer", folder / "tokenizer")
+    source = shutil.copytree(prepared / "clip", folder / "tokenizer")
+    (source / "model.safetensors").unlink()
     for _ in range(rng.choice((1, 1, 2))):
         _damage_json(rng.choice(sorted(source.iterdir())), rng)
     if rng.random() < 0.2:
