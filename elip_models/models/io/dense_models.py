@@ -131,9 +131,13 @@ def load_transformers(
 
 def from_config(kind: Any, config: Any) -> nn.Module:
     """Return a model of transformers with random weights; `kind` is as in `load_transformers`."""
-    if hasattr(kind, "from_config"):  # of AutoModel
-        return kind.from_config(config, trust_remote_code=False)
-    return kind(config)
+    from transformers import MODEL_MAPPING, AutoModel
+
+    if kind is not AutoModel:
+        return kind(config)
+    if type(config) not in MODEL_MAPPING:  # AutoModel takes seconds to list all that it has
+        raise ValueError(f"{type(config).__name__} is of no model that AutoModel has")
+    return kind.from_config(config, trust_remote_code=False)
 
 
 def _parts_without(model: nn.Module, missing: list[str]) -> list[str]:

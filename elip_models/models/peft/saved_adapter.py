@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elip_models.models.io.files import read_object, read_tensors, write_json, write_tensors
 from elip_models.models.io.hub import staging_folder
+from elip_models.models.io.weights import kind_of
 from elip_models.models.peft.adapt import Model, adapt_, adapted_layer_of
 from elip_models.models.peft.adaptable_model import AdaptableModel, AdaptConfig
 from elip_models.validation import as_config_error
@@ -57,7 +58,10 @@ def load_adapter_(model: Model, folder: str | Path) -> Model:
         _check_rank(config, weights)
         adapt_(model, config)
     parameters = _saved(model)
-    shapes, expected = ({n: tuple(t.shape) for n, t in d.items()} for d in (weights, parameters))
+    shapes, expected = (
+        {name: (tuple(tensor.shape), kind_of(tensor)) for name, tensor in tensors.items()}
+        for tensors in (weights, parameters)
+    )
     if other := sorted(shapes.items() ^ expected.items()):
         raise ValueError(f"folder: expected an adapter of this model, which differs in {other[0]}")
     with torch.no_grad():
