@@ -209,11 +209,11 @@ COMMANDS = [
         f"eval selection --model MODEL --data {SCENES} --count 2 --batch-size 2 --strategy random",
         "eval vqa --model MODEL --data emoji_questions:size=3 --set candidates=4",
         "visualize --model MODEL --image picture.png --caption a --output a.png --keep 0.7",
-        f"visualize --model MODEL --data {SCENES} --count 2 --schedule 4(50%) --scorer last",
+        f"visualize --model MODEL --data {SCENES} --count 2 --schedule 3(50%) --scorer last",
         "visualize --model MODEL --image picture.png --caption a --strategy tome --fusion 0.5",
         "profile --model MODEL --strategy tome --flops-only --batch-size 2 --output a.json",
         "profile --model MODEL --strategy tome --rounds 1 --batch-size 2 --mode inference",
-        "profile --model MODEL --strategy evit --flops-only --flops 0.8 --dtype bf16 --parts",
+        "profile --model MODEL --strategy evit --flops-only --flops 0.8 --dtype bf16",
         "profile --model MODEL --strategy tome --max-batch --memory 1GB",
         "study own.yaml --dry-run --only dense --seeds 0,1 --results a.json",
         "study own.yaml --results file --page a.md",
@@ -230,7 +230,7 @@ TRAINING = [*tiny_arguments("out"), "optim.steps=1"]
 
 def save_model(folder):
     tokenizer = train_tokenizer(["a red dog", "two cats"] * 9, 300)
-    sizes = {"vision_width": 32, "vision_heads": 2, "text_width": 32, "text_heads": 2}
+    sizes = TINY["overrides"]["model.overrides"]
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = create_model("clip_tiny", vocab_size=len(tokenizer), **sizes, **ends)
     model.save_pretrained(folder, tokenizer=tokenizer)
