@@ -267,7 +267,9 @@ def brace_urls(folder, rng):
     except (TypeError, ValueError) as error:
         if "secret" in str(error):
             raise Loss(f"a secret is shown: {error}") from error
-        return refused(error, "s")
+        if not str(error).startswith(("spec: ", "stream: ", "samples: ", "shuffle: ")):
+            raise Loss(f"no argument is named: {error}") from error
+        return "refused"
     if len(source.shards) > 10**6 or not len(source.shards):
         raise Loss(f"{len(source.shards)} shards")
     return "read"
