@@ -44,6 +44,7 @@ def check_data(
 ) -> None:
     """Read every sample of the sources; exit status 1 where some cannot be read."""
     from elip_models.data import check_source, is_stream, open_examples, open_source, open_stream
+    from elip_models.data.streams import redacted
 
     _check_task(task)
     has_captions = task in ("retrieval", "captioning")
@@ -55,7 +56,7 @@ def check_data(
             source = open_source(specs, image_size=image_size)
         else:
             source = open_examples(task, specs, image_size=image_size)
-    console, named = Console(), escape(", ".join(specs))
+    console, named = Console(), escape(", ".join(redacted(specs)))
     with console.status(f"reading {named}"):
         if streams:
             report, captions = source.check(limit)
