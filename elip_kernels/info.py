@@ -66,9 +66,11 @@ class ReductionInfo(NamedTuple):
         """
         if self.slots is not None:
             return _compose(source_matrix(self), earlier)
-        _check_reduction(self)
-        check_positions("info.kept", self.kept, self.num_prefix_tokens, self.weights.shape[1])
+        check_tensor("info.weights", self.weights, "(B, N)", 2)
         B, N = self.weights.shape
+        _check_reduction(self, B, N)
+        check_device("info.kept", self.kept, "info.weights", self.weights)
+        check_positions("info.kept", self.kept, self.num_prefix_tokens, N)
         index = torch.arange(N, device=self.kept.device)
         prefix = index[: self.num_prefix_tokens].expand(B, -1)
         source = torch.cat([prefix, self.kept], dim=1)[..., None] == index
@@ -123,7 +125,7 @@ def unmerge(merged: Tensor, info: BipartiteInfo | ReductionInfo | Tensor) -> Ten
         check_shape("merged", merged, shape, "(B, T, D)")
         check_device("merged", merged, "info.slots", info.slots)
         return take_rows(merged, info.slots)
-    check_dense("info", info, "a source map (B, T, N) bool")
+    check_dense("info", info, "a source map", "(B, T, N) bool")
     if info.dtype != torch.bool or info.dim() != 3:
         raise TypeError(message("info", "a source map (B, T, N) bool", info))
     check_shape("merged", merged, (*info.shape[:2], D), "(B, T, D)")
@@ -147,12 +149,11 @@ def check_match(info: BipartiteInfo | ReductionInfo) -> None:
         expected = "the info that bipartite_merge or merge_nearest returns"
         raise TypeError(message("info", expected, info))
     slots = info.slots
-    check_dense("info.slots", slots, "output rows (B, N) int32")
+    check_dense("info.slots", slots, "output rows", "(B, N) int32")
     if slots.dtype not in (torch.int32, torch.int64) or slots.dim() != 2:
         raise TypeError(message("info.slots", "output rows (B, N) int32", slots))
     if isinstance(info, ReductionInfo):
-        _check_reduction(info)
-        check_shape("info.slots", slots, tuple(info.weights.shape), "(B, N)")
+        _check_reduction(info, *slots.shape)
     R = info.num_rows
     if isinstance(R, bool) or not isinstance(R, (int, torch.SymInt)):
         raise TypeError(message("info.num_rows", "an int", R))
@@ -161,22 +162,17 @@ def check_match(info: BipartiteInfo | ReductionInfo) -> None:
     check_range("info.slots", slots, 0, R - 1)
 
 
-def _check_reduction(info: ReductionInfo) -> None:
-    """Check the fields of a `ReductionInfo`, which a caller may have made."""
-    check_tensor("info.weights", info.weights, "(B, N)", 2)
-    (B, N), p, kept = info.weights.shape, info.num_prefix_tokens, info.kept
+def _check_reduction(info: ReductionInfo, B: int, N: int) -> None:
+    """Check the fields of a `ReductionInfo` of N tokens, which a caller may have made."""
+    p, kept = info.num_prefix_tokens, info.kept
     check_prefix(p, N)
     check_flags(merged=info.merged)
-    expected = f"positions (B, K) int64 with B = {B} and K <= N-p = {N - p}"
-    check_dense("info.kept", kept, expected)
+    check_dense("info.kept", kept, "positions", "(B, K) int64")
     if kept.dtype != torch.int64 or kept.dim() != 2 or kept.shape[0] != B or kept.shape[1] > N - p:
+        expected = f"positions (B, K) int64 with B = {B} and K <= N-p = {N - p}"
         raise ValueError(message("info.kept", expected, kept))
-    check_device("info.kept", kept, "info.weights", info.weights)
-    check_mask(
-        *(info.mask, (B, info.num_rows), "info.weights", info.weights),
-        argument="info.mask",
-        names="(B, R)",
-    )
+    names = {"argument": "info.mask", "names": "(B, R)"}
+    check_mask(info.mask, (B, info.num_rows), "info.kept", kept, **names)
 
 
 def _compose(source: Tensor, earlier: Tensor | None) -> Tensor:
@@ -184,7 +180,7 @@ def _compose(source: Tensor, earlier: Tensor | None) -> Tensor:
     if earlier is None:
         return source
     expected = f"a source map (B, N, P) bool with (B, N) = {tuple(source.shape[::2])}"
-    check_dense("earlier", earlier, expected)
+    check_dense("earlier", earlier, "a source map", "(B, N, P) bool")
     if earlier.dtype != torch.bool:
         raise TypeError(message("earlier", expected, earlier))
     if earlier.dim() != 3 or earlier.shape[:2] != source.shape[::2]:

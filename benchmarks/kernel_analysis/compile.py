@@ -146,7 +146,7 @@ def compile_launch(recorded: RecordedLaunch, arch: Arch) -> Compiled:
 
 def _is_amd(arch: Arch) -> bool:
     if arch not in ARCHITECTURES:
-        raise ValueError(message("arch", f"one of {ARCHITECTURES}", repr(arch)))
+        raise ValueError(message("arch", f"one of {ARCHITECTURES}", arch))
     return isinstance(arch, str)
 
 

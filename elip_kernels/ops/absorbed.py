@@ -45,6 +45,7 @@ def query_arguments(
     B, _, D = tokens.shape
     check_tensor("cls", cls, "(B, D)", 2)
     check_shape("cls", cls, (B, D), "(B, D)")
+    check_device("cls", cls, "tokens", tokens)
     if not isinstance(eps, float):
         raise TypeError(message("eps", "a float, at least 0", eps))
     if not 0 <= eps < float("inf"):
@@ -61,9 +62,7 @@ def query_arguments(
         shape, names = expected[name]
         check_tensor(name, value, names, len(shape))
         check_shape(name, value, shape, names)
-    for name, value in ({"cls": cls} | matrices | norm | biases).items():
-        if value is not None:
-            check_device(name, value, "tokens", tokens)
+        check_device(name, value, "tokens", tokens)
     check_guidance(tokens, text, fusion, guidance_norm)
     scale = check_scale(scale, width // num_heads)
     projections = matrices["q_weight"], biases["q_bias"], matrices["k_weight"]

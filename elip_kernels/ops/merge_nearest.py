@@ -122,7 +122,7 @@ def merge_nearest(
 
 def _check_kept(kept: Tensor, tokens: Tensor, num_prefix_tokens: int) -> None:
     (B, N, _), expected = tokens.shape, "positions (B, K) int64 with 1 <= K <= N-p"
-    check_dense("kept", kept, expected)
+    check_dense("kept", kept, "positions", "(B, K) int64")
     if kept.dtype != torch.int64:
         raise TypeError(message("kept", expected, kept, "elip_kernels.select_tokens makes them"))
     fits = kept.dim() == 2 and kept.shape[0] == B

@@ -380,9 +380,7 @@ reduce_op = Operator(
     reduce_reference,
     launcher=_reduce_fwd,
     unsupported=lambda tokens, scores, mask, keep, num_prefix_tokens, *_: launch.unsupported(
-        *(tokens, scores),
-        candidates=scores.shape[1],
-        num_prefix_tokens=num_prefix_tokens,
+        *(tokens, scores), candidates=scores.shape[1], num_prefix_tokens=num_prefix_tokens
     ),
     fake=_fake,
     flops=_flops,

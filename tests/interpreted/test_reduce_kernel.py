@@ -144,6 +144,14 @@ def test_no_output_is_left_unwritten(launches, poisoned_memory):
     assert tokens.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("most", [1024, 16])
+def test_a_sum_of_scores_does_not_overflow(launches, monkeypatch, most):
+    for name in ("MAX_MOVED", "MAX_SELECTED"):  # 16: by the kernel that reads scores in tiles
+        monkeypatch.setattr(f"elip_kernels.launch.{name}", most)
+    tokens, scores = Case(2, 70, 32, 20).inputs()
+    check(launches, tokens, scores / scores.max() * 3e38, 20)
+
+
 def test_fp64_and_long_inputs_run_pytorch(launches):
     elip_kernels.reduce(torch.randn(1, 9, 4, dtype=torch.float64), torch.rand(1, 8), 3)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,316 @@
+"""Hostile tensors, numbers and infos given to each public function of elip_kernels.
+
+A result must be that of plain tensors with the same values, and that of fp64 within rounding.
+"""
+
+import math
+import re
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import torch
+
+import elip_kernels
+from elip_kernels import BipartiteInfo, ReductionInfo
+from tests.fuzz.harness import Loss, kind
+
+B, N, D, H = 2, 7, 6, 2
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OTHER_DTYPES = (torch.complex64, torch.bool, torch.int8, torch.uint16, torch.float8_e4m3fn)
+NUMBERS = (
+    *(0, 1, -1, 2, N, N + 1, 2**31, -(2**63), 10**30, 10**5000, True, False, None),
+    *(0.0, -0.0, 0.5, 1.0, 1.5, 5e-324, 1e308, math.nan, math.inf, -math.inf, 1j),
+    *(np.int64(2), np.float32(0.5), np.float64(0.5), np.array([1, 2]), np.bool_(True)),
+    *(torch.tensor(2), torch.tensor(0.5), Fraction(1, 2), "2", b"2", "match", [], {}, (1,), len),
+)
+VALUES = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 1e-38, 3e38, -3e38, 65504.0, 1.0)
+INDICES = (-(2**40), -2, -1, 0, 1, N - 1, N, 2**40)
+LAYOUTS = (
+    torch.Tensor.to_sparse,
+    torch.Tensor.to_sparse_csr,
+    torch.Tensor.to_sparse_csc,
+    torch.Tensor.to_mkldnn,
+    lambda x: torch.nested.nested_tensor(list(x)),
+    lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    lambda x: torch.masked.masked_tensor(x, x > 0),
+    lambda x: x.to("meta"),
+)
+VIEWS = (
+    lambda x: x[..., :1].expand(x.shape),
+    lambda x: x[:1].expand(x.shape),
+    lambda x: x.flatten().as_strided(x.shape, [1] * x.dim()),
+    lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    lambda x: torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape),
+    lambda x: torch.complex(x, -x).conj().imag if x.dtype in DTYPES[:2] else x.clone(),
+    lambda x: torch.nn.Parameter(x) if x.is_floating_point() else torch.nn.Buffer(x),
+    lambda x: x.flip(0),
+)
+SHAPES = (
+    lambda x: x[0],
+    lambda x: x[None],
+    lambda x: x[:0],
+    lambda x: x[:, :0],
+    lambda x: x[..., :0],
+    lambda x: x[..., :1],
+    lambda x: x[:1],
+    lambda x: torch.cat([x, x], -1),
+    lambda x: x.flatten(),
+)
+
+
+def arguments(rng):
+    """A public function, and arguments that it takes."""
+    dtype = rng.choice(DTYPES)
+
+    def normal(*shape):
+        return torch.randn(*shape).to(dtype)
+
+    def positive(*shape):
+        return torch.rand(*shape) + 0.01
+
+    keep, mask = rng.choice((1, 3, 0.5, 1.0)), rng.choice((None, positive(B, N) > 0.3))
+    tokens, size = {"tokens": normal(B, N, D)}, rng.choice((None, positive(B, N)))
+    info = elip_kernels.bipartite_merge(normal(B, N, D), normal(B, N, D), 2, return_info=True)[2]
+    attn = rng.choice((positive(B, N), positive(B, H, N), positive(B, H, N, N))).to(dtype)
+    query = {"norm_weight": normal(D), "norm_bias": None, "eps": 1e-5, "num_heads": H}
+    query |= {"q_weight": normal(D, D), "k_weight": normal(D, D), "q_bias": normal(D)}
+    query |= {"cls": normal(B, D), "scale": None} | tokens
+    guide = {"text": normal(B, D), "fusion": 0.7, "guidance_norm": "none"}
+    p, kept = {"num_prefix_tokens": 1}, torch.stack([torch.randperm(N - 1)[:3] + 1] * B)
+    metric = {"metric": normal(B, N, 4), "size": size, "return_info": True}
+    k = {"k": normal(B, 1, N, 4), "mask": mask, "scale": 0.5}
+    flags = {"merge": True, "normalize": True, "return_info": True}
+    value = {"v_weight": normal(D, D), "v_bias": None}
+    ek = elip_kernels
+    return rng.choice(
+        (
+            (ek.reduce, tokens | {"attn": attn, "keep": keep, "mask": mask} | p | flags),
+            (ek.select_tokens, {"attn": attn, "keep": keep, "mask": mask} | p),
+            (ek.bipartite_merge, tokens | {"r": 2, "penalty": positive(B, N)} | metric | p),
+            (ek.merge_nearest, tokens | {"kept": kept, "mask": mask} | metric | p),
+            (ek.apply_merge, tokens | {"info": info, "size": size}),
+            (ek.unmerge, {"merged": normal(B, N - 2, D), "info": info.source_map()}),
+            (ek.cls_attention, {"q": normal(B, H, 4)} | k),
+            (ek.attention_column_mean, {"q": normal(B, H, 3, 4), "query_mask": None} | k),
+            (ek.fuse_text, tokens | guide),
+            (ek.cls_attention_from_tokens, query),
+            (ek.cls_attention_output, query | value),
+            (ek.score_reduce, query | guide | flags | {"keep": 3, "scored": normal(B, N, D)}),
+        )
+    )
+
+
+def with_value(tensor, rng):
+    """A copy with one value, or all, replaced."""
+    tensor, value, limits = tensor.clone(), rng.choice(INDICES), torch.iinfo(torch.uint8)
+    if tensor.is_floating_point():
+        value, limits = rng.choice(VALUES), torch.finfo(tensor.dtype)
+    elif tensor.dtype != torch.bool:
+        limits = torch.iinfo(tensor.dtype)
+    value = max(min(value, limits.max), limits.min)
+    if rng.random() < 0.2:
+        return tensor.fill_(value)
+    tensor.view(-1)[torch.randperm(tensor.numel())[: rng.choice((1, 3))]] = value
+    return tensor
+
+
+def hostile(value, rng):
+    """Another argument in place of `value`."""
+    if not torch.is_tensor(value):
+        return rng.choice(NUMBERS)
+    how = rng.choice(
+        ("layout", "view", "view", "value", "value", "value", "dtype", "shape", "other")
+    )
+    if how == "value":
+        return with_value(value, rng)
+    if how == "dtype":
+        return value.to(rng.choice((*DTYPES, *OTHER_DTYPES)))
+    if how == "other":
+        return rng.choice(
+            (None, value.tolist(), "x" * 10**6, [0] * 10**6, value.float().numpy(), 3)
+        )
+    change = rng.choice({"layout": LAYOUTS, "view": VIEWS, "shape": SHAPES}[how])
+    try:
+        return change(value)
+    except (RuntimeError, NotImplementedError, IndexError, TypeError):
+        return None  # torch has no such tensor
+
+
+def call(function, given):
+    """The tensors that a function returns, or None if it refuses an argument by name."""
+    try:
+        out = function(**given)
+    except (TypeError, ValueError) as error:
+        names = "|".join([*given, "earlier"])
+        if not re.match(rf"({names}|info(\.\w+)?|merged|num_prefix_tokens): expected ", str(error)):
+            raise
+        if len(str(error)) > 500:
+            raise Loss(f"a message of {len(str(error))} characters: {error}") from error
+        return None
+    return [each for each in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(each)]
+
+
+def in_vmap(function, name):
+    """The function under vmap over one argument, of one element."""
+
+    def tensors(given, value):
+        leaves = torch.utils._pytree.tree_leaves(function(**given | {name: value}))
+        return [each for each in leaves if torch.is_tensor(each)]
+
+    def mapped(**given):
+        return [e[0] for e in torch.func.vmap(partial(tensors, given))(given[name][None])]
+
+    return mapped
+
+
+def is_dense(value):
+    """Whether `value` is a tensor that vmap takes."""
+    is_strided = torch.is_tensor(value) and value.layout == torch.strided and not value.is_nested
+    return is_strided and value.is_floating_point() and type(value) is torch.Tensor
+
+
+def plain(value, dtype=None):
+    """A contiguous copy of a tensor, in another dtype if it is a float."""
+    if not torch.is_tensor(value):
+        return value
+    copy = value.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return copy.to(dtype) if dtype and copy.is_floating_point() else copy
+
+
+def check_close(got, expected, roundings, what):
+    """Equal where not finite; elsewhere within `roundings` of the dtype and the largest value."""
+    got_dtype, got = got.dtype, got.detach().double()
+    eps = torch.finfo(got_dtype).eps if got_dtype.is_floating_point else 0.0
+    expected = expected.detach().double()
+    if got.shape != expected.shape:
+        raise Loss(f"{what}: {tuple(got.shape)} is not {tuple(expected.shape)}")
+    is_finite = got.isfinite() & expected.isfinite()
+    same = torch.where(is_finite, 0.0, got).nan_to_num(7.0)
+    if not torch.equal(same, torch.where(is_finite, 0.0, expected).nan_to_num(7.0)):
+        raise Loss(f"{what}: other values are not finite: {got} is not {expected}")
+    error = torch.where(is_finite, (got - expected).abs(), 0.0)
+    largest = torch.where(is_finite, expected.abs(), 0.0).amax() if got.numel() else 0.0
+    subnormal = 0.0 if eps == 0 else torch.finfo(got_dtype).smallest_normal * eps
+    if (error > roundings * (eps * largest + subnormal)).any():
+        raise Loss(f"{what}: {error.max()} away: {got} is not {expected}")
+
+
+def check_exact(function, given, out):
+    """Compare with fp64 what does not depend on the choice of tokens."""
+    wide = {name: plain(value, torch.float64) for name, value in given.items()}
+    if any(isinstance(v, torch.Tensor) and v.dtype == torch.float64 for v in given.values()):
+        return
+    name = function.__name__
+    if name == "reduce" and given["attn"].dim() == 2 and len(out) > 2:
+        exact = call(function, wide)
+        if not torch.equal(out[1], exact[1]):
+            raise Loss(f"kept {out[1]}, in fp64 {exact[1]}")
+        check_close(out[2], exact[2], 64, "weights")
+    elif name == "apply_merge":
+        for got, exact in zip(out, call(function, wide), strict=True):
+            check_close(got, exact.to(got.dtype), 64, "merged")
+    elif name in ("unmerge", "fuse_text"):
+        check_close(out[0], call(function, wide)[0].to(out[0].dtype), 8, name)
+
+
+@kind(share=4)
+def kernels(folder, rng):
+    torch.manual_seed(rng.randrange(2**31))
+    function, given = arguments(rng)
+    changed = rng.choice(sorted(given))
+    given[changed] = hostile(given[changed], rng)
+    first = next(name for name in ("tokens", "attn", "q", "merged") if name in given)
+    how = rng.choice(("plain", "plain", "plain", "inference", "vmap"))
+    with torch.inference_mode(how == "inference"):
+        is_mapped = how == "vmap" and is_dense(given[first])
+        out = call(in_vmap(function, first) if is_mapped else function, given)
+    if out is None:
+        return "refused"
+    devices = {value.device.type for value in given.values() if torch.is_tensor(value)}
+    if "meta" in devices:
+        if len(devices) > 1:
+            raise Loss("tensors on meta and others were accepted together")
+        return "read"
+    expected = call(function, {name: plain(value) for name, value in given.items()})
+    if expected is None and how == "vmap":  # values are not checked inside of transforms
+        return "read"
+    for i, (got, plain_one) in enumerate(zip(out, expected, strict=True)):
+        check_close(got, plain_one, 64, f"{function.__name__}({changed}), output {i}")
+    check_exact(function, given, out)
+    return "read"
+
+
+def source_of(info):
+    """The source map of an info, by loops; None if the info has none."""
+    if isinstance(info, ReductionInfo) and info.slots is None:
+        (images, tokens), p = info.weights.shape, info.num_prefix_tokens
+        rows = [[*range(p), *kept] for kept in info.kept.tolist()]
+        if any(len({*r} - {-1}) != len([n for n in r if n != -1]) for r in rows):
+            return None
+        if any(not -1 <= n < tokens for row in rows for n in row):
+            return None
+        source = torch.zeros(images, info.num_rows, tokens, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            for r, n in enumerate(row):
+                is_real = info.mask is None or info.mask[b, r]
+                if n >= 0 and is_real:
+                    source[b, r, n] = True
+            if info.merged:
+                source[b, -1] = ~source[b].any(0)
+        return source
+    source = torch.zeros(len(info.slots), info.num_rows, info.slots.shape[1], dtype=torch.bool)
+    for b, slots in enumerate(info.slots.tolist()):
+        for n, slot in enumerate(slots):
+            if not 0 <= slot < info.num_rows:
+                return None
+            source[b, slot, n] = True
+    return source
+
+
+def an_info(rng):
+    """What one of the functions returns."""
+    tokens = torch.randn(B, N, D)
+    mask = rng.choice((None, torch.rand(B, N) > 0.3))
+    if rng.random() < 0.4:
+        return elip_kernels.bipartite_merge(tokens, tokens, rng.randrange(4), return_info=True)[-1]
+    kept = torch.stack([torch.randperm(N - 1)[:3] + 1] * B)
+    if rng.random() < 0.5:
+        merge = {"mask": mask, "return_info": True}
+        return elip_kernels.merge_nearest(tokens, kept, tokens, **merge)[-1]
+    flags = {"mask": mask, "merge": rng.random() < 0.5, "return_info": True}
+    return elip_kernels.reduce(tokens, torch.rand(B, N), rng.choice((1, 3, N - 1)), **flags)[-1]
+
+
+@kind(share=2)
+def infos(folder, rng):
+    torch.manual_seed(rng.randrange(2**31))
+    info = an_info(rng)
+    field = rng.choice(info._fields)
+    forged = info._replace(**{field: hostile(getattr(info, field), rng)})
+    maps = call(forged.source_map, {})
+    tokens = torch.randn(B, N, D)
+    has_slots = isinstance(forged, BipartiteInfo) or forged.slots is not None
+    merged = (
+        call(elip_kernels.apply_merge, {"tokens": tokens, "info": forged}) if has_slots else None
+    )
+    if maps is None:
+        if merged is not None:
+            raise Loss(f"apply_merge took what source_map refused: {forged}")
+        rows = torch.randn(B, info.num_rows, D)
+        if call(elip_kernels.unmerge, {"merged": rows, "info": forged}) is not None:
+            raise Loss(f"unmerge took what source_map refused: {forged}")
+        return "refused"
+    source = source_of(forged)
+    if source is None or not torch.equal(maps[0], source):
+        raise Loss(f"{field}: a map of {forged}")
+    rows = torch.randn(*source.shape[:2], D)
+    (spread,) = call(elip_kernels.unmerge, {"merged": rows, "info": forged})
+    check_close(spread, torch.einsum("btn,btd->bnd", source.float(), rows), 4, "unmerge")
+    if merged is not None and merged[0].shape[1] != N:
+        exact = torch.einsum("btn,bnd->btd", source.double(), tokens.double())
+        count = source.double().sum(2, keepdim=True)
+        check_close(merged[0], exact / count.where(count != 0, 1.0), 16, "apply_merge")
+    return "read"
