@@ -26,6 +26,7 @@ from elip_models.towers.base import Tower
 from elip_models.towers.reducible_model import Stats
 from elip_models.towers.tower_parts import Block, Projections, optional
 from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, qkv_of, unwrapped
+from elip_models.validation import check, mismatch_error
 
 
 class Names(NamedTuple):
@@ -49,6 +50,7 @@ LAYERS = {
 }
 AVERAGED = (CLIPForImageClassification, SiglipForImageClassification)
 PIXEL_DECODERS = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
+NUMBERS = tuple[float, ...]
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -209,11 +211,21 @@ def image_stats_of(model: nn.Module) -> Stats | None:
     config = model.config
     settings = [vars(config)]
     for file in filter(None, (_local_file(config, name) for name in PROCESSOR_FILES)):
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        settings += [saved, saved.get("image_processor", {})]
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            check("content", saved, dict)
+            check("image_processor", saved.setdefault("image_processor", {}), dict)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file}: expected settings of a processor: {error}") from error
+        settings += [saved, saved["image_processor"]]
     found = (each for each in settings if each.get("image_mean") and each.get("image_std"))
     stats = next(found, None)
-    return None if stats is None else (tuple(stats["image_mean"]), tuple(stats["image_std"]))
+    if stats is None:
+        return None
+    for name in ("image_mean", "image_std"):
+        if not isinstance(stats[name], list | tuple) or mismatch_error(tuple(stats[name]), NUMBERS):
+            raise ValueError(f"{name}: expected numbers beside the model, got {stats[name]!r:.100}")
+    return tuple(stats["image_mean"]), tuple(stats["image_std"])
 
 
 def _local_file(config: Any, name: str) -> Path | None:

@@ -131,6 +131,26 @@ def test_image_stats_are_those_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content", ["[]", '{"image_processor": []}', "[" * 100_000, '{"image_mean": 3, "image_std": 3}']
+)
+def test_a_processor_of_a_wrong_kind_is_an_error(content, tmp_path):
+    tiny_vit().save_pretrained(tmp_path)
+    model = open_model(f"hf:{tmp_path}")
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config.json: expected|image_mean: expected"
+    ):
+        image_stats(model)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"a"', "{"])
+def test_a_config_that_is_no_object_is_an_error(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        open_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("vit_base", "spec: expected 'timm:NAME', .* got 'vit_base'"),

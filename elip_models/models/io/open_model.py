@@ -21,7 +21,7 @@ from torch import nn
 from elip_models.models.io.dense_models import from_config, load_transformers
 from elip_models.models.io.hub import fetch_folder
 from elip_models.models.io.meta_build import MOST_TENSORS, at_most, check_integers, library_errors
-from elip_models.validation import check, require_extra
+from elip_models.validation import check, mismatch_error, require_extra
 
 FORMS = (
     "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
@@ -115,6 +115,8 @@ def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
     with library_errors(name, "a name on the hub, or a folder with a config of transformers"):
         described, _ = PretrainedConfig.get_config_dict(name)
+    if mismatch_error(described, dict):
+        raise ValueError(f"{name}: expected a JSON object in config.json, got {described!r:.100}")
     if is_family(described.get("model")):
         return _from_folder(fetch_folder(name), pretrained, options)
     check_integers(Path(name) / "config.json", described)
