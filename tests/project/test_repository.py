@@ -108,5 +108,5 @@ def test_the_links_of_the_description_work_outside_the_repository():
 
 def test_the_description_renders_without_a_relative_link():
     page = markdown.render(description())
-    assert page and re.findall(r'(?:href|src)="(?!https://)([^"]*)"', page) == []
+    assert page and re.findall(r'(?:href|src)="(?!https://|#)([^"]*)"', page) == []
     assert "<table>" in page and "<img" in page
