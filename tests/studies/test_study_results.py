@@ -222,9 +222,8 @@ def test_an_answer_compares_the_arms_that_have_results():
     assert f"- `tome` is {verdict}.\n- No significant difference: `last` vs `dense`." in text
     assert text.count("[tiny](") == 2 and "another" not in text
     differences[0]["main"] = True
-    assert "| [Two](findings/two.md) | `tome` vs `dense` | significantly better" in study_page.summary(
-        [question], {"tiny": found}
-    )
+    text = study_page.summary([question], {"tiny": found})
+    assert "| [Two](findings/two.md) | `tome` vs `dense` | significantly better" in text
 
 
 def test_every_difference_of_the_questions_has_results():
