@@ -7,12 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction import call_context
-from elip_models.reduction.reduced_model import Reduction, refuse_fx
+from elip_models.reduction.reduced_model import Args, Kwargs, Reduction, refuse_fx
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers.base import original_method, scoring_context
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 class PatchEmbedding:
@@ -102,6 +99,7 @@ class CollectHiddenStates:
     """The pre-forward and forward hook of a module whose call may return all hidden states.
 
     With `output_hidden_states=True` (transformers) the call is a dense call, see `DenseMethod`.
+    In an exported graph, a call without a mask has the model's own, which hides no token.
     Attentions are refused if the strategy attends in place of the modules that return them.
     """
 
@@ -111,6 +109,10 @@ class CollectHiddenStates:
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
         """Begin a dense call before the forward, and end it after (with `output`)."""
         tower, strategy = self.reduction.tower, self.reduction.strategy
+        if torch.compiler.is_exporting():
+            inputs = (*args[1:], kwargs.get("attention_mask"))
+            own = False if output else all(each is None for each in inputs)
+            self.reduction.has_own_mask = own
         if tower.collects("hidden_states", kwargs):
             if output:
                 self.reduction.end_dense_call()

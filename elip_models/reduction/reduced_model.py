@@ -23,6 +23,10 @@ from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.towers.base import original_method
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+MASKS = ("attn_mask", "attention_mask")
+
 
 @dataclass(eq=False)
 class Reduction:
@@ -33,6 +37,7 @@ class Reduction:
     guides, text_cls: for graphs, the texts by the id of their owner, and the most recent text.
     own_text: for graphs, the text that the whole model's forward has encoded.
     forward, on_grid: for graphs, the running forward pass, and whether blocks return whole grids.
+    has_own_mask: for exported graphs, the model makes a mask that hides no token, see `drop_masks`.
     shared_config: the library's config, which a copy with the strategy's settings replaces.
     """
 
@@ -46,6 +51,7 @@ class Reduction:
     own_text: Tensor | None = None
     forward: Forward | None = None
     on_grid: bool = False
+    has_own_mask: bool = False
     shared_config: Any = None
 
     def __post_init__(self) -> None:
@@ -84,7 +90,7 @@ class Reduction:
     def __getstate__(self) -> dict[str, Any]:
         """Copy without guidance and without running forward passes."""
         idle = {"running": {}, "guides": {}, "text_cls": None, "own_text": None}
-        return vars(self) | idle | {"forward": None, "on_grid": False}
+        return vars(self) | idle | {"forward": None, "on_grid": False, "has_own_mask": False}
 
     def guide(self, owner: object, text_cls: Tensor) -> None:
         """Guide the forward passes of this thread or task by text_cls (B, D)."""
@@ -227,6 +233,8 @@ class ReducedBlock:
         """Run block i on tokens (B, N, D), its first argument, with the library's arguments."""
         if not args:
             args, kwargs = self._tokens_first(kwargs)
+        if self.reduction.has_own_mask:
+            args, kwargs = drop_masks(args, kwargs)
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
             from elip_models.reduction.eager_step import enter_eagerly
 
@@ -241,7 +249,7 @@ class ReducedBlock:
             tokens = forward(tokens, *args[1:], **kwargs)
         return tokens if step.slots is None else step.slots.unmerged(tokens)
 
-    def _tokens_first(self, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _tokens_first(self, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Return tokens passed by keyword as a positional argument, and the other keywords."""
         name = list(inspect.signature(type(self.block).forward).parameters)[1]
         if name not in kwargs:
@@ -253,13 +261,28 @@ class ReducedBlock:
         """Return the block whose forward is replaced."""
         return self.reduction.tower.blocks[self.i]
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockStep:
+    def enter(self, args: Args, kwargs: Kwargs) -> BlockStep:
         """Check the call's arguments, and enter the block."""
         refuse_fx(args[0])
-        masks = (*args[1:], *(kwargs.get(name) for name in ("attn_mask", "attention_mask")))
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "dynamo: expected True in torch.onnx.export of a reduced model, whose operators the "
+                "TorchScript exporter does not know, got False; pass dynamo=True"
+            )
+        masks = (*args[1:], *(kwargs.get(name) for name in MASKS))
         if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
         return self.reduction.enter_block(self.i, args[0])
+
+
+def drop_masks(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Return a block's arguments without the mask that its model made in an exported graph.
+
+    torch.export cannot read the values of a mask, so models of transformers pass one that hides no
+    token, where they pass None in a call.
+    """
+    nothing = dict.fromkeys(name for name in MASKS if name in kwargs)
+    return (args[0], *(None for _ in args[1:])), kwargs | nothing
 
 
 def refuse_fx(tensor: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import elip_kernels
 import elip_models
-from tests.helpers.models import hf_clip, ids, open_clip_pair
+from tests.helpers.models import TOWERS, hf_clip, hf_vision, ids, open_clip_pair
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
 from tests.reduction.test_strategies import STRATEGIES
@@ -50,6 +50,35 @@ def test_a_program_takes_any_batch(name):
         assert program(images(5)).shape == model(images(5)).shape
     else:
         assert_runs_any_batch(program, model, lambda batch: (images(batch),))
+
+
+HF_TOWERS = ("HF ViT", "HF DeiT", "HF CLIP", "HF BLIP")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HF_TOWERS)
+@pytest.mark.parametrize("strategy", ["elip", "tome"])
+def test_a_model_of_transformers_is_exported_without_its_own_mask(name, strategy):
+    if (name, strategy) == ("HF DeiT", "tome"):
+        strategy = "evit"  # ToMe takes no distillation token
+    model, x = TOWERS[name]().eval(), images(3)
+    elip_models.reduce_(model, strategy=strategy, keep=0.6)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: BATCH},)).module()
+    assert_runs_any_batch(program, model, lambda batch: (images(batch),), lambda out: out[0])
+    torch.testing.assert_close(model(x)[0], program(x)[0], atol=1e-6, rtol=1e-5)  # still eager
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_mask_of_the_caller_is_refused_in_an_exported_graph(strict):
+    model, x = hf_vision("ViTModel", "ViTConfig").eval(), images(2)
+    elip_models.reduce_(model, strategy="elip", keep=0.6)
+    mask = torch.ones(2, 37, dtype=torch.bool)
+    with pytest.raises(Exception, match="attn_mask: expected none on a reduced model"):
+        torch.export.export(model, (x,), {"attention_mask": mask}, strict=strict)
+    torch.export.export(model, (x,), strict=strict)
+    mask[:, -1] = False
+    with pytest.raises(ValueError, match="attn_mask: expected none on a reduced model"):
+        model(x, attention_mask=mask)
 
 
 PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "crossget", "adaptive")]
