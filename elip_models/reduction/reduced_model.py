@@ -266,7 +266,7 @@ class ReducedBlock:
         refuse_fx(args[0])
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             raise ValueError(
-                "dynamo: expected True in torch.onnx.export of a reduced model, whose operators the "
+                "dynamo: expected True in torch.onnx.export of a reduced model, whose ops the "
                 "TorchScript exporter does not know, got False; pass dynamo=True"
             )
         masks = (*args[1:], *(kwargs.get(name) for name in MASKS))
