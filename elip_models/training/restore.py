@@ -95,16 +95,20 @@ def _state_problem(optimizer: Optimizer) -> str | None:
             (each, optimizer.state[each]) for each in group["params"] if each in optimizer.state
         ]
         for parameter, state in states:
-            if state.keys() != states[0][1].keys():
-                return "states of unequal names in the optimiser"
+            if _kinds(state) != _kinds(states[0][1]):
+                return "states of unequal names or kinds in the optimiser"
             for name, value in state.items():
                 if not _fits(value, torch.Size() if name == "step" else parameter.shape):
                     return f"{name} of another kind or size, or with NaN, in the optimiser"
     return None
 
 
+def _kinds(state: dict[str, Any]) -> dict[str, type]:
+    return {name: type(value) for name, value in state.items()}
+
+
 def _fits(value: Any, shape: torch.Size) -> bool:
     """Return whether a value of the optimiser is a number, or a tensor of numbers of a shape."""
     if not isinstance(value, Tensor):
-        return type(value) in (int, float)
+        return isinstance(value, int | float)
     return value.shape == shape and value.is_floating_point() and not bool(value.isnan().any())

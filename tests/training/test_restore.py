@@ -59,7 +59,7 @@ DAMAGES = {
     "exp_avg of": change_saved("optimizer.bin", first_state({"exp_avg": torch.zeros(3)})),
     "exp_avg_sq of": change_saved("optimizer.bin", first_state({"exp_avg_sq": [1]})),
     "KeyError": change_saved("optimizer.bin", lambda state: {"state": 1}),
-    "unequal names": change_saved("optimizer.bin", first_state({"extra": 1.0})),
+    "unequal names or kinds": change_saved("optimizer.bin", first_state({"extra": 1.0})),
     "random states": change_saved("random_states_0.pkl", lambda state: {"step": 0}),
     "Error": lambda checkpoint: (checkpoint / "optimizer.bin").write_bytes(b"\x80\x04N."),
 }
