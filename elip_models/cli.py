@@ -8,6 +8,7 @@
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -43,6 +44,8 @@ def elip() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the console script `elip`; `arguments` default to those of the process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be valid text
     try:
         with require_extra("this"):
             app(args=arguments, prog_name="elip")
@@ -55,8 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (ConfigError, DataError, TrainingError) as error:
         _exit_with(str(error))
     except OSError as error:  # such as a full disk
-        named = f"{error.filename}: " if error.filename is not None else ""
+        named = f"{error.filename!s:.300}: " if error.filename is not None else ""
         _exit_with(f"{named}{error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        words = "allocate memory", "out of memory"  # on a CPU, on a GPU
+        if not isinstance(error, MemoryError) and not any(each in str(error) for each in words):
+            raise
+        _exit_with(f"the memory is too small for these sizes ({error!s:.200}); use smaller ones")
     raise SystemExit(0)
 
 

@@ -44,6 +44,9 @@ WORDS = {
 }
 
 
+LARGEST = 3.4028234e38  # of a number in fp32
+
+
 @dataclass(frozen=True)
 class Bounds:
     """The interval that must contain a number."""
@@ -56,7 +59,7 @@ class Bounds:
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.includes_low else value > self.low
         below = value <= self.high if self.includes_high else value < self.high
-        return above and below and value <= sys.float_info.max
+        return above and below and value <= LARGEST
 
     def __str__(self) -> str:
         if self.high >= sys.maxsize:

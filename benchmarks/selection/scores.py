@@ -29,7 +29,7 @@ from benchmarks.selection.deletion_insertion import removal_areas
 from elip_kernels import ReductionInfo
 from elip_models.analysis.agreement import agreement_by_image
 from elip_models.analysis.visualize import patch_grid, source_maps
-from elip_models.data import NamedMasks, SampleError, Source, image_transform
+from elip_models.data import DataError, NamedMasks, SampleError, Source, image_transform
 from elip_models.models.base import PretrainedModel, eval_mode
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Stage
@@ -92,8 +92,8 @@ def selection_scores(
         for a single image).
 
     Raises:
-        TypeError, ValueError: An unknown strategy, or one that does not fit the model; fewer than
-            two readable samples.
+        TypeError, ValueError: An unknown strategy, or one that does not fit the model.
+        DataError: Fewer than two readable samples.
     """
     check("limit", limit, PositiveInt)
     check("batch_size", batch_size, PositiveInt)
@@ -101,7 +101,7 @@ def selection_scores(
     selector = _Selector(model, tokenizer, chosen.fitted(model.tower))
     shown = list(islice(_read(model, source), limit))
     if len(shown) < 2:
-        raise ValueError(f"source: expected two readable samples or more, got {len(shown)}")
+        raise DataError(f"source: expected two readable samples or more, got {len(shown)}")
     found = _measure(selector, shown, batch_size)
     return {
         "strategy": str(selector.strategy),

@@ -26,7 +26,7 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import check_keep, resolve_strategy
 from elip_models.towers import ReducibleModel, Tower, as_image_text, as_reducible, as_tower
-from elip_models.validation import ConfigError, as_config_error
+from elip_models.validation import ConfigError, as_config_error, shortened
 
 CaptionEncoder = Callable[[Sequence[str]], Tensor]
 """Function of B captions, one for each image, that returns text_cls (B, D)."""
@@ -157,6 +157,9 @@ def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> CaptionedImag
         raise ConfigError(
             f"--caption: expected one for each --image, {len(images)}, got {len(captions)}"
         )
+    for caption in captions:
+        if not caption.isascii() and caption != caption.encode(errors="ignore").decode():
+            raise ConfigError(f"--caption: expected valid text, got {shortened(caption)}")
     try:
         files = [decode_image(path, str(path)) for path in images]
     except SampleError as error:

@@ -1,5 +1,6 @@
 """The commands `elip visualize` and `elip profile`: pictures and costs of a reduction."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,7 @@ def visualize(
     from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
 
     pairs = read_pairs(image, caption or []) if image else None
-    number = int(scorer) if scorer is not None and scorer.isdecimal() else scorer
+    number = int(scorer) if scorer and re.fullmatch("[0-9]{1,9}", scorer) else scorer
     options = {"schedule": schedule, "scorer": number, "fusion": fusion}
     visualized = open_visualized_model(
         model, pretrained=pretrained, strategy=strategy, keep=keep, **options

@@ -19,7 +19,7 @@ from elip_models.profiling.measure import memory_kind, memory_of
 from elip_models.profiling.table import FORMS, ProfileSettings, fit_strategies, open_for_profile
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import ConfigError, check_output, require_extra
+from elip_models.validation import ConfigError, check_output, require_extra, shortened
 
 with require_extra("elip_models.profiling"):
     from rich.console import Console
@@ -45,9 +45,11 @@ class MaxBatch:
 
 def bytes_of(memory: str) -> int:
     """Convert a size such as "16GB" or "16G" to bytes, by powers of 1,024."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE)
+    found = re.fullmatch(
+        r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE
+    )
     if found is None:
-        raise ConfigError(f"--memory: expected a size such as 16GB, got {memory!r}")
+        raise ConfigError(f"--memory: expected a size such as 16GB, got {shortened(memory)}")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 

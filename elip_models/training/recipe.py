@@ -22,7 +22,7 @@ with require_extra("elip_models.training"):
 
 
 FINETUNE = "finetune"
-MAX_SECTIONS = 16
+MAX_SECTIONS, MAX_EPOCHS = 16, 1_000_000
 RESUMABLE_KEYS = (
     "name",
     "output_dir",
@@ -154,6 +154,8 @@ def _check_consistency(config: RunConfig) -> None:
         raise ConfigError("output_dir: expected the name of a folder, got an empty one")
     if optim.steps is None and optim.epochs is None:
         raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
+    if optim.epochs is not None and optim.epochs > MAX_EPOCHS:
+        raise ConfigError(f"optim.epochs: expected at most {MAX_EPOCHS}, got {optim.epochs}")
     if config.model.pretrained and (config.model.vision_init or config.model.text_init):
         raise ConfigError(
             "model.pretrained: expected null with model.vision_init or model.text_init, got "

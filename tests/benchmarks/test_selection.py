@@ -22,7 +22,7 @@ from benchmarks.selection.scores import (
 )
 from elip_kernels import ReductionInfo
 from elip_models.analysis.agreement import scorer_agreement
-from elip_models.data import EmojiScenes, JsonSource, image_transform, train_tokenizer
+from elip_models.data import DataError, EmojiScenes, JsonSource, image_transform, train_tokenizer
 from elip_models.models.registry import create_model, family_of
 from elip_models.reduction.encode import encode_image, run_tower
 from elip_models.reduction.schedule import Schedule, Stage
@@ -319,7 +319,7 @@ def test_invalid_boxes_raise(tmp_path, boxes):
 
 
 def test_fewer_than_two_samples_raise(model, source, tokenizer):
-    with pytest.raises(ValueError, match="source: expected two readable samples or more, got 1"):
+    with pytest.raises(DataError, match="source: expected two readable samples or more, got 1"):
         selection_scores(model, source, tokenizer, limit=1)
 
 

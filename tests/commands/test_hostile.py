@@ -4,11 +4,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.damage import picture
 from tests.helpers.tiny_run import elip, tiny_arguments
 
 TINY = ("optim.steps=1", "trackers=[]", "report=[]")
@@ -116,6 +119,32 @@ COMMANDS = {
         ["profile", "--model", "clip_tiny", "--flops-only", "--output", "."],
         "--output: expected a file",
     ),
+    "rate": (["train", "clip_tiny", "optim.lr=1e300", *TINY], "optim.lr: expected a number above"),
+    "epochs": (["train", "clip_tiny", "optim.epochs=1e30"], "optim.epochs: expected at most"),
+    "memory": (
+        ["profile", "--model", "clip_tiny", "--max-batch", "--memory", f"{'9' * 400}GB"],
+        "--memory: expected a size such as 16GB",
+    ),
+    "a device": (
+        ["profile", "--model", "clip_tiny", "--flops-only", "--output", "/dev/null"],
+        "--output: expected a file",
+    ),
+    "no such folder": (
+        ["eval", "retrieval", "--model", "a", "--data", "b", "--output", "missing/a.json"],
+        "--output: expected a file in a folder that exists",
+    ),
+    "NUL": (
+        ["study", "quality", "--results", "a\0"],
+        "Invalid value for '--results'",
+    ),
+    "workers of an evaluation": (
+        ["eval", "retrieval", "--model", "a", "--data", "b", "--num-workers", "1000"],
+        "--num-workers: num_workers: expected at most",
+    ),
+    "sides": (
+        ["data", "check", "emoji_scenes:size=2", "--image-size", "99999"],
+        "Invalid value for '--image-size'",
+    ),
     "study": (["study", "quality", "--seeds", "5000000000", "--dry-run"], "--seeds: expected"),
 }
 
@@ -141,3 +170,37 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("elip_models.training.run_checkpoints.Checkpoints.commit", full)
     assert elip(*tiny_arguments(tmp_path)) == 2
     assert "No space left on device" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scorer", "9" * 5000], "--scorer: expected"),
+        (["--scorer", "٣"], "--scorer: expected"),
+        (["--image", "a.png", "--caption", "\udcff"], "--caption: expected valid text"),
+    ],
+)
+def test_hostile_options_of_a_picture_are_one_line(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(picture())
+    data = [] if "--image" in options else ["--data", "emoji_scenes:size=3"]
+    assert elip("visualize", "--model", "clip_tiny", "--no-pretrained", *data, *options) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "kept.png").exists()
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    def small(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("elip_models.commands.train.load_recipe", small)
+    assert elip("train", "clip_tiny") == 2
+    assert "the memory is too small" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path):
+    command = [sys.executable, "-m", "elip_models.cli", "data", "export", "captioning"]
+    command += ["emoji_scenes:size=1", b"\xff"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert run.returncode == 0 and b"captions.json" in run.stdout, run.stderr
