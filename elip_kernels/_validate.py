@@ -185,14 +185,13 @@ def is_readable(tensor: Tensor) -> bool:
     return not is_traced and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def check_range(argument: str, values: Tensor, least: int, most: float) -> None:
+def check_range(argument: str, values: Tensor, least: float, most: float) -> None:
     """Check that all values are from `least` to `most`, where they are readable."""
     if not is_readable(values) or values.numel() == 0:
         return
     low, high = (value.item() for value in values.aminmax())
     if not least <= low <= high <= most:
-        at_most = "" if most == float("inf") else f" and at most {most}"
-        expected = f"values of at least {least}{at_most}"
+        expected = f"values of at least {least} and at most {most}"
         raise ValueError(described(argument, expected, f"values from {low} to {high}"))
 
 

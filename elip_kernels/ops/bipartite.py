@@ -96,8 +96,7 @@ def bipartite_merge(
     _check_arguments(tokens, metric, r, num_prefix_tokens)
     size, penalty = check_size(size, tokens), _check_penalty(penalty, metric)
     check_flags(return_info=return_info)
-    if size is not None:
-        check_range("size", size, 0, float("inf"))
+    check_size_values(size)
     B, N, _ = tokens.shape
     r = min(r, max(0, N - num_prefix_tokens) // 2)
     if r == 0:
@@ -136,8 +135,7 @@ def apply_merge(
     check_shape("tokens", tokens, (*info.slots.shape, tokens.shape[2]), "(B, N, D)")
     check_device("tokens", tokens, "info.slots", info.slots)
     size = check_size(size, tokens)
-    if size is not None:
-        check_range("size", size, 0, float("inf"))
+    check_size_values(size)
     return _merged(tokens, size, info)
 
 
@@ -179,6 +177,12 @@ def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
     check_shape("size", size, shape, "(B, N) or (B, N, 1)")
     check_device("size", size, "tokens", tokens)
     return size.detach().reshape(B, N).to(accumulator(tokens))
+
+
+def check_size_values(size: Tensor | None) -> None:
+    """Check that sizes (B, N) are not negative and that no sum of them overflows, on the CPU."""
+    if size is not None:
+        check_range("size", size, 0, torch.finfo(size.dtype).max / size.shape[1])
 
 
 def unit_rows(metric: Tensor) -> Tensor:

@@ -33,12 +33,11 @@ from elip_kernels._validate import (
     check_metric,
     check_positions,
     check_prefix,
-    check_range,
     check_tokens,
     message,
 )
 from elip_kernels.info import ReductionInfo
-from elip_kernels.ops.bipartite import check_size, merge_op, shares, unit_rows
+from elip_kernels.ops.bipartite import check_size, check_size_values, merge_op, shares, unit_rows
 from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 from elip_kernels.ops.gather_ops import accumulator, take_rows
 
@@ -109,8 +108,7 @@ def merge_nearest(
         targets = kept.masked_fill(~is_real, -1)
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
         size = mask.to(accumulator(tokens)) if size is None else size.masked_fill(~mask, 0.0)
-    if size is not None:
-        check_range("size", size, 0, float("inf"))
+    check_size_values(size)
     slots = _match_op(metric.detach(), targets, p)
     merged, sizes = merge_op(tokens, size, slots, p + kept.shape[1])
     if not return_info:

@@ -135,8 +135,8 @@ def test_padding_among_the_positions_is_allowed_more_than_once():
     assert not merged[:, [2, 4]].any() and merged[:, [1, 3]].any(2).all()
 
 
-@pytest.mark.parametrize("value", [-1.0, -1e-30, math.nan])
-def test_sizes_below_zero_are_refused(value):
+@pytest.mark.parametrize("value", [-1.0, -1e-30, math.nan, math.inf, 3e38])
+def test_sizes_that_are_negative_or_whose_sum_may_overflow_are_refused(value):
     tokens, size = torch.randn(B, N, D), torch.ones(B, N)
     size[1, 3] = value
     kept = torch.arange(1, 4).expand(B, -1)
@@ -144,7 +144,7 @@ def test_sizes_below_zero_are_refused(value):
         lambda: elip_kernels.bipartite_merge(tokens, tokens, 3, size=size),
         lambda: elip_kernels.merge_nearest(tokens, kept, tokens, size=size),
     ):
-        with pytest.raises(ValueError, match=r"^size: expected .* at least 0, got "):
+        with pytest.raises(ValueError, match=r"^size: expected .* at least 0 and .*, got "):
             call()
 
 
