@@ -22,7 +22,7 @@ with require_extra("elip_models.training"):
 
 
 FINETUNE = "finetune"
-MAX_SECTIONS, MAX_EPOCHS = 16, 1_000_000
+MAX_SECTIONS = 16
 RESUMABLE_KEYS = (
     "name",
     "output_dir",
@@ -154,8 +154,14 @@ def _check_consistency(config: RunConfig) -> None:
         raise ConfigError("output_dir: expected the name of a folder, got an empty one")
     if optim.steps is None and optim.epochs is None:
         raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
-    if optim.epochs is not None and optim.epochs > MAX_EPOCHS:
-        raise ConfigError(f"optim.epochs: expected at most {MAX_EPOCHS}, got {optim.epochs}")
+    for key, value, most in (
+        ("optim.epochs", optim.epochs, 1_000_000),
+        ("optim.grad_accumulation", optim.grad_accumulation, 65_536),
+        ("optim.batch_slices", optim.batch_slices, optim.batch_size),
+        ("data.randaugment", data.randaugment and data.randaugment[0], 100),
+    ):
+        if value is not None and value > most:
+            raise ConfigError(f"{key}: expected at most {most}, got {value}")
     if config.model.pretrained and (config.model.vision_init or config.model.text_init):
         raise ConfigError(
             "model.pretrained: expected null with model.vision_init or model.text_init, got "

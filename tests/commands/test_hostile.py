@@ -121,6 +121,15 @@ COMMANDS = {
     ),
     "rate": (["train", "clip_tiny", "optim.lr=1e300", *TINY], "optim.lr: expected a number above"),
     "epochs": (["train", "clip_tiny", "optim.epochs=1e30"], "optim.epochs: expected at most"),
+    "slices": (
+        ["train", "clip_tiny", "optim.batch_slices=99999", *TINY],
+        "optim.batch_slices: exp",
+    ),
+    "passes": (
+        ["train", "clip_tiny", f"optim.grad_accumulation={2**62}"],
+        "optim.grad_accumulation:",
+    ),
+    "augment": (["train", "clip_tiny", f"data.randaugment=[{2**62}, 5]"], "data.randaugment: exp"),
     "memory": (
         ["profile", "--model", "clip_tiny", "--max-batch", "--memory", f"{'9' * 400}GB"],
         "--memory: expected a size such as 16GB",
