@@ -21,6 +21,7 @@ from torch import nn
 from elip_models.models.io.open_model import open_model
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.towers import as_image_text, as_tower
+from elip_models.towers.unsupported import PLAIN
 
 PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
@@ -109,8 +110,8 @@ def check_strategies(model: nn.Module) -> dict[str, str | None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the part of an error message after 'got NAME: '."""
-    return re.sub(r"^.*? got '?\w+'?: ", "", str(error))
+    """Return the part of an error message after 'got NAME: ', without the remedy of most models."""
+    return re.sub(r"^.*? got '?\w+'?: ", "", str(error)).removesuffix(f"; {PLAIN}")
 
 
 def block() -> str:

@@ -220,8 +220,9 @@ def shortened(value: Any, length: int = 200) -> str:
 def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return the end of an error about an unknown name: the most similar known name, if any."""
     text = name if isinstance(name, str) else shortened(name)
-    close = difflib.get_close_matches(text[:100], known, n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    names = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(text[:100].lower(), names, n=1, cutoff=cutoff)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def check_output(option: str, output: Path | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Self, TypeVar
 
 from elip_models.towers import TowerSize
-from elip_models.validation import PositiveShare, check
+from elip_models.validation import PositiveShare, check, mismatch_error, shortened
 
 S = TypeVar("S", bound="CostModel")
 
@@ -123,7 +123,12 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
     Raises:
         ValueError: a smaller share than the strategy can leave.
     """
-    check("keep", keep, PositiveShare)
+    error = mismatch_error(keep, PositiveShare)
+    if error is not None:
+        raise error(
+            f"keep: expected a number in (0, 1], the share of the tokens to keep, got "
+            f"{shortened(keep)}; pass 0.5 for half of them"
+        )
     best = _nearest(strategy, size, keep, kept_share)
     least = kept_share(strategy.at_strength(size, 1.0), size)
     if keep < least * (1 - TOLERANCE):

@@ -20,6 +20,9 @@ class Summary:
     keep: the mean share of tokens over the blocks.
     forward_flops, training_flops: the image tower's FLOPs against dense, scorer included.
     guided_by: what selects the tokens, in words; None if no text can guide the strategy.
+    is_part: the tower is a part of the model that was reduced, beside a text encoder for example.
+    whole_output: how to get all tokens of a model that returns those of the last block; None if it
+        returns others, or if all of them are there.
     """
 
     strategy: Strategy
@@ -29,6 +32,8 @@ class Summary:
     forward_flops: float
     training_flops: float
     guided_by: str | None
+    is_part: bool = False
+    whole_output: str | None = None
 
     @classmethod
     def of(cls, tower: Tower, strategy: Strategy | None, *, is_whole: bool) -> "Summary":
@@ -40,34 +45,48 @@ class Summary:
             is_whole: the tower belongs to a whole language-image model, which has texts.
         """
         strategy, size = strategy or Dense(), tower.size
+        tokens = strategy.token_counts(size)
+        is_shorter = tokens[-1].mlp < size.num_tokens and not tower.pools
         return cls(
             strategy,
-            strategy.token_counts(size),
+            tokens,
             size.num_tokens,
             flops.kept_share(strategy, size),
             flops.inference_ratio(strategy, size),
             flops.training_ratio(strategy, size),
             _guided_by(strategy, is_whole) if strategy.is_guided else None,
+            is_whole or tower.is_part,
+            tower.whole_output if is_shorter and not is_whole else None,
         )
 
     @property
     def line(self) -> str:
         """Return name, tokens and FLOPs in one line."""
         attention = runs(layer.attention for layer in self.tokens)
-        return f"{self.strategy.name}: {attention} tokens, {self.forward_flops:.2f} of dense FLOPs"
+        whose = "image tower: " if self.is_part else ""
+        name, ratio = self.strategy.name, self.forward_flops
+        return f"{whose}{name}: {attention} tokens, {ratio:.2f} of dense FLOPs"
 
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
+        counts = runs(layer.attention for layer in self.tokens)
         if isinstance(self.strategy, Dense):
-            return f"dense: {runs(layer.attention for layer in self.tokens)} tokens, not reduced"
+            return f"dense: {counts} tokens{' in the image tower' * self.is_part}, not reduced"
         lines = [
             ("strategy", str(self.strategy)),
-            ("tokens a layer", runs(layer.attention for layer in self.tokens)),
+            ("tokens a layer", counts),
             ("kept", f"{self.keep:.3f} of {self.dense_tokens} tokens, mean over the layers"),
             ("FLOPs", f"{self.forward_flops:.3f} of dense in inference"),
             ("", f"{self.training_flops:.3f} in training, scorer included"),
             ("guided by", self.guided_by or "nothing"),
         ]
+        if self.is_part:
+            lines.insert(1, ("figures", "of the image tower; the rest of the model is not reduced"))
+        if self.whole_output is not None:
+            returned = (
+                f"{self.tokens[-1].mlp} of {self.dense_tokens} tokens, whose mean is another one"
+            )
+            lines.append(("output", f"{returned}; {self.whole_output}"))
         return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from elip_models.towers.base import Tower, in_forward, with_cls
 from elip_models.towers.reducible_model import ImageModel, ImageTextModel, ReducibleModel
 from elip_models.towers.tower_parts import Projections, Query, TowerSize
+from elip_models.towers.unsupported import other_reason
 from elip_models.towers.wrapped_modules import refuses_sharding
 from elip_models.validation import require_extra
 
@@ -68,7 +69,7 @@ def as_tower(model: nn.Module) -> Tower:
     if library is None:
         raise TypeError(
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
-            f"{type(model).__name__}; of a wrapper, pass the image model inside"
+            f"{type(model).__name__}: {other_reason(model)}"
         )
     towers = (_load(name) for name in ADAPTERS[library].towers)
     tower = next(tower for tower in towers if tower.accepts(model))

@@ -8,6 +8,7 @@ also return if the model needs a token for each patch: a pixel decoder, or a lan
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from transformers import (
 from elip_models.towers.base import Tower
 from elip_models.towers.reducible_model import Stats
 from elip_models.towers.tower_parts import Block, Projections, optional
+from elip_models.towers.unsupported import transformers_reason
 from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, qkv_of, unwrapped
 from elip_models.validation import check, mismatch_error
 
@@ -51,6 +53,8 @@ LAYERS = {
 AVERAGED = (CLIPForImageClassification, SiglipForImageClassification)
 PIXEL_DECODERS = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
 NUMBERS = tuple[float, ...]
+RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
+WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -80,15 +84,16 @@ class HFTower(Tower):
         pools = has_probe or isinstance(model, AVERAGED) or self.needs_grid is not None
         self.pools = pools and not _reads_layers(model)
         self.mlp_ratio = config.intermediate_size / self.width
+        self.is_part = config is not model.config
+        if RETURNS_TOKENS.fullmatch(type(model).__name__):
+            self.whole_output = WHOLE_OUTPUT
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         found = _trunk(model)
         if found is None:
-            if type(model).__name__.startswith("Siglip2"):
-                return "it takes padded patches with a mask, which would not follow the tokens"
-            return f"{type(model).__name__} has no layers of {', '.join(LAYERS)}"
+            return transformers_reason(model)
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
         parts = ("q_proj", "k_proj", "v_proj")

@@ -62,7 +62,7 @@ class OpenClipTower(Tower):
         if not isinstance(model, VisionTransformer):
             return (
                 f"its image tower is a {type(model).__name__} and not open_clip's "
-                "VisionTransformer, nor a trunk of timm"
+                "VisionTransformer, nor a trunk of timm; take a ViT, such as 'ViT-B-32'"
             )
         if isinstance(model.patch_dropout, PatchDropout) and model.patch_dropout.prob > 0:
             return "it has patch dropout of its own, so patches have no position"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
 from elip_models.towers.tower_parts import Projections, interpolated
+from elip_models.towers.unsupported import timm_reason
 from elip_models.towers.wrapped_modules import Affine, is_plain, qkv_of, refuses_norm, unwrapped
 
 PATCH_DROP = (
@@ -23,27 +24,6 @@ PATCH_DROP = (
 ANY_SIZE = (
     "dynamic_img_size=True in timm.create_model takes any, the model's set_input_size another"
 )
-ARCHITECTURES = {
-    "beit": "adds a bias to its attention for each pair of positions, which would not follow the "
-    "tokens",
-    "cait": "mixes its attention heads before and after the softmax, and meets its class token in "
-    "its last layers alone",
-    "convit": "gates its attention by the positions of patches, which would not follow the tokens",
-    "crossvit": "runs two branches of patches side by side",
-    "deepseek_vit": "is another plain ViT (DeepSeek's encoder), which no adapter reads yet",
-    "gemma4_vit": "is another plain ViT (Gemma's encoder), which no adapter reads yet",
-    "naflexvit": "takes patches with a mask and a grid of their own, which would not follow the "
-    "tokens",
-    "pit": "is hierarchical: it pools its grid between stages",
-    "qwen3_vit": "is another plain ViT (Qwen's encoder), which no adapter reads yet",
-    "tnt": "runs a second transformer over the pixels of every patch",
-    "vision_transformer_relpos": "adds a bias to its attention for each pair of positions, which "
-    "would not follow the tokens",
-    "vision_transformer_sam": "keeps its patches in a grid, and attends in windows of it",
-    "volo": "is hierarchical, and attends in windows of its first grid (outlook attention)",
-    "xcit": "attends over channels and convolves the grid, which dropped tokens would break",
-}
-"""Why the models in these files of timm have no tower; other files have no plain transformer."""
 
 
 class PlainTimm(Tower):
@@ -119,7 +99,7 @@ class TimmTower(PlainTimm):
     def refuses(model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if not isinstance(model, vit.VisionTransformer):
-            return _refuses_architecture(model)
+            return timm_reason(model)
         if getattr(model.patch_drop, "prob", 0.0) > 0:
             return PATCH_DROP
         reasons = (_refuses_block(block) for block in model.blocks)
@@ -206,16 +186,6 @@ class TimmTower(PlainTimm):
                 f"{i}; wrap its projections instead, or unreduce_ the model first"
             )
         return attn
-
-
-def _refuses_architecture(model: nn.Module) -> str:
-    file, name = type(model).__module__.rpartition(".")[2], type(model).__name__
-    reason = ARCHITECTURES.get(
-        file,
-        "is another architecture (windowed, hierarchical, convolutional) or a wrapper, whose image "
-        "model is to be passed instead",
-    )
-    return f"{name} {reason}"
 
 
 def _refuses_block(block: nn.Module) -> str | None:

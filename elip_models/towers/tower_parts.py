@@ -122,6 +122,9 @@ class TowerParts:
     dense_methods: methods of the model that return the tokens of several blocks.
     unsupported_methods: methods of the model that would return wrong results on a reduced model.
     saved_config: the configuration that the library saves with the model, or None.
+    is_part: the model has other parts than the tower and its head, such as a language model.
+    whole_output: how to get all tokens from a model whose output is the tokens of the last block;
+        None if its output is another.
     """
 
     model: nn.Module
@@ -143,6 +146,8 @@ class TowerParts:
     dense_methods: tuple[str, ...] = ()
     unsupported_methods: tuple[str, ...] = ()
     saved_config: Any = None
+    is_part: bool = False
+    whole_output: str | None = None
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:

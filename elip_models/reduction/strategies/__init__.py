@@ -56,7 +56,7 @@ DEFAULT_KEEP = 0.7  # of the tokens, mean over the layers
 
 
 def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> Strategy:
-    """Return the strategy for a tower if the caller names none; warn once if it is not ToMe.
+    """Return the strategy for a tower if the caller names none; warn once if not ToMe.
 
     The default is ToMe, set to `DEFAULT_KEEP` of the tokens or as near as it comes. If ToMe cannot
     reduce the tower, or may not replace its blocks' forward methods (`replaces_block`), it is ELIP;
@@ -71,8 +71,9 @@ def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> S
         return tome.at_keep(tower, max(DEFAULT_KEEP, least))
     chosen = ELIP() if tower.has_cls or has_text else RandomPruning()
     warn_once(
-        f"the default strategy, {tome.name!r}, cannot reduce this model, so {chosen.name!r} is "
-        f"used: {reason}. Pass strategy={chosen.name!r} to avoid this warning",
+        f"using {chosen.name!r} in place of {tome.name!r}, the default strategy, on this "
+        f"{type(tower.model).__name__} ({tower.num_prefix_tokens} tokens before its patches): "
+        f"{reason}. Pass strategy={chosen.name!r} to avoid this warning",
         UserWarning,
         stacklevel=8,
     )

@@ -1,0 +1,129 @@
+"""Why models of other kinds have no tower, and what to do instead, in words for an error."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+PLAIN = "take a plain ViT, such as timm.create_model('vit_base_patch16_224')"
+WINDOWS = f"attends in windows of its grid of patches, which need every token; {PLAIN}"
+STAGES = f"pools or convolves its grid of patches, which needs every token; {PLAIN}"
+CONVOLUTIONAL = f"is a convolutional network, which has no tokens to drop; {PLAIN}"
+POSITIONS = (
+    "adds a bias to its attention for each pair of positions, which would not follow the tokens; "
+    f"{PLAIN}"
+)
+GRID = f"returns boxes, masks or depths, which need a token for each patch; {PLAIN}"
+VIDEO = "reads videos, whose tokens span several images; encode single images with an image model"
+WRAPPER = "is of another library, or a wrapper; pass the image model inside a wrapper"
+PART = "is a part of a model; pass the whole model"
+NOT_YET = "which no adapter reads yet"
+
+TIMM = {
+    "beit": POSITIONS,
+    "cait": "mixes its attention heads before and after the softmax, and meets its class token in "
+    f"its last layers alone; {PLAIN}",
+    "convit": "gates its attention by the positions of patches, which would not follow the tokens; "
+    f"{PLAIN}",
+    "crossvit": f"runs two branches of patches side by side; {PLAIN}",
+    "deepseek_vit": f"is another plain ViT (DeepSeek's encoder), {NOT_YET}; {PLAIN}",
+    "gemma4_vit": f"is another plain ViT (Gemma's encoder), {NOT_YET}; {PLAIN}",
+    "naflexvit": "takes patches with a mask and a grid of their own, which would not follow the "
+    f"tokens; {PLAIN}",
+    "qwen3_vit": f"is another plain ViT (Qwen's encoder), {NOT_YET}; {PLAIN}",
+    "swin_transformer* hiera* davit gcvit maxxvit twins nest": WINDOWS,
+    "tnt": f"runs a second transformer over the pixels of every patch; {PLAIN}",
+    "vision_transformer_relpos": POSITIONS,
+    "vision_transformer_sam": WINDOWS,
+    "convnext* resnet* regnet *efficientnet* mobilenetv[35] densenet vgg": CONVOLUTIONAL,
+    "_features*": "is a wrapper; pass the image model inside",
+    "*": f"is windowed, hierarchical or convolutional, which needs every token; {PLAIN}",
+}
+"""Reasons for the models in these files of timm, as patterns of their names."""
+
+TRANSFORMERS = {
+    "timm_wrapper gemma3n_vision": "wraps a model of timm; pass its .timm_model",
+    "dinov2": f"has layers {NOT_YET}; timm.create_model('vit_base_patch14_dinov2') is supported",
+    "dinov2_with_registers": f"has layers {NOT_YET}; "
+    "timm.create_model('vit_base_patch14_reg4_dinov2') is supported",
+    "dinov3_vit": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_dinov3', "
+    "dynamic_img_size=False) is supported",
+    "vit_mae": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_224.mae') is supported",
+    "siglip2*": "takes padded patches with a mask, which would not follow the tokens; "
+    "timm.create_model('vit_base_patch16_siglip_224.v2_webli') is supported",
+    "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
+    "beit data2vec-vision": POSITIONS,
+    "pvt* levit cvt segformer glpn focalnet poolformer mobilevit* swiftformer": STAGES,
+    "convnext* dinov3_convnext resnet regnet bit efficientnet mobilenet_* align": CONVOLUTIONAL,
+    "hgnet_v2 textnet": CONVOLUTIONAL,
+    "*detr* yolos d_fine deimv2 table-transformer owl* *grounding-dino omdet-turbo": GRID,
+    "dpt depth_* *maskformer mask2former oneformer seggpt sapiens2 clipseg": GRID,
+    "timesformer xclip pe_video* vjepa2": VIDEO,
+}
+"""Reasons for models of transformers, as patterns of `config.model_type`."""
+
+MODALITIES = {
+    "video": VIDEO,
+    "audio": "reads audio, and tokens of images alone can be reduced; pass an image model",
+    "time": "reads time series, and tokens of images alone can be reduced; pass an image model",
+    "text": "reads text alone, and tokens of images alone can be reduced; pass an image model, or "
+    "an image-text model such as CLIPModel or LlavaForConditionalGeneration",
+}
+LANGUAGE = (
+    f"has an image tower of its own kind, {NOT_YET}; towers of CLIP, SigLIP, ViT, DeiT and BLIP "
+    "are supported, also inside other models, such as LlavaForConditionalGeneration"
+)
+IMAGES = (
+    f"has layers {NOT_YET}; CLIP, SigLIP, ViT, DeiT and BLIP of transformers are supported, and "
+    "most ViTs of timm"
+)
+
+LIBRARIES = {
+    "torchvision": "is of torchvision, which keeps the blocks of a ViT in encoder.layers where no "
+    "adapter reads them; timm.create_model('vit_base_patch16_224') is the same architecture as "
+    "vit_b_16",
+    "diffusers": "is of diffusers, whose models return a grid and so need every token; tokens of "
+    "image encoders alone can be reduced, such as pipe.image_encoder",
+    "sentence_transformers": "is of sentence_transformers; pass the model of transformers inside "
+    "it, such as model[0].model",
+}
+"""Reasons for models of other libraries, by the library's name."""
+
+
+def timm_reason(model: nn.Module) -> str:
+    """Return why a model of timm that is no VisionTransformer and no Eva cannot be reduced."""
+    return f"it {_first(TIMM, type(model).__module__.rpartition('.')[2])}"
+
+
+def transformers_reason(model: nn.Module) -> str:
+    """Return why a model of transformers without a known tower cannot be reduced."""
+    if not hasattr(model, "main_input_name"):
+        return f"it {PART}"
+    return f"it {_first(TRANSFORMERS, model.config.model_type) or _modality_reason(model)}"
+
+
+def other_reason(model: nn.Module) -> str:
+    """Return why a model of another library cannot be reduced."""
+    roots = [cls.__module__.split(".")[0] for cls in type(model).__mro__]
+    return f"it {next((LIBRARIES[root] for root in roots if root in LIBRARIES), WRAPPER)}"
+
+
+def _modality_reason(model: nn.Module) -> str:
+    """Return the reason for a model by what it reads."""
+    kinds = model.input_modalities
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+    if kinds == {"text"} and model.main_input_name == "pixel_values":
+        kinds = {"image"}  # "text" is the default, where a class sets none
+    if "image" in kinds:
+        return LANGUAGE if "text" in kinds else IMAGES
+    return next(reason for kind, reason in MODALITIES.items() if kind in kinds)
+
+
+def _first(table: Mapping[str, str], name: str) -> str | None:
+    """Return the value of the first key that has a pattern of the name, or None."""
+    found = (
+        reason
+        for patterns, reason in table.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns.split())
+    )
+    return next(found, None)

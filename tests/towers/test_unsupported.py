@@ -1,0 +1,104 @@
+"""A model that has no tower raises an error with the reason and what to do instead."""
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+import elip_models
+from tests.helpers.models import hf_vision
+
+PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
+TRANSFORMERS = {
+    "TimmWrapperModel": r"pass its \.timm_model",
+    "Dinov2Model": r"no adapter reads yet; timm.create_model\('vit_base_patch14_dinov2'\) is",
+    "Dinov2WithRegistersModel": r"timm.create_model\('vit_base_patch14_reg4_dinov2'\) is",
+    "DINOv3ViTModel": r"'vit_base_patch16_dinov3', dynamic_img_size=False\) is supported",
+    "ViTMAEModel": r"timm.create_model\('vit_base_patch16_224.mae'\) is supported",
+    "ViTMSNModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT and BLIP of transformers are",
+    "Siglip2VisionModel": "padded patches with a mask.*siglip_224.v2_webli",
+    "BeitModel": f"a bias to its attention.*{PLAIN}",
+    "SwinModel": f"attends in windows.*{PLAIN}",
+    "SamVisionModel": f"attends in windows.*{PLAIN}",
+    "SegformerModel": f"pools or convolves its grid.*{PLAIN}",
+    "ConvNextModel": f"is a convolutional network.*{PLAIN}",
+    "ResNetModel": f"is a convolutional network.*{PLAIN}",
+    "YolosModel": f"boxes, masks or depths.*{PLAIN}",
+    "DPTModel": f"boxes, masks or depths.*{PLAIN}",
+    "VideoMAEModel": "reads videos.*encode single images with an image model",
+    "VivitModel": "reads videos.*encode single images with an image model",
+    "TimesformerModel": "reads videos.*encode single images with an image model",
+    "ASTModel": "reads audio.*pass an image model",
+    "WhisperModel": "reads audio.*pass an image model",
+    "PatchTSTModel": "reads time series.*pass an image model",
+    "BertModel": "reads text alone.*such as CLIPModel or LlavaForConditionalGeneration",
+    "Blip2Model": "an image tower of its own kind.*supported, also inside other models",
+}
+SMALL = {
+    "TimmWrapperModel": {"architecture": "test_vit"},
+    "Blip2Model": {"text_config": {"num_hidden_layers": 1, "model_type": "opt"}},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_model_of_transformers_is_refused_by_its_kind(name):
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**SMALL.get(name, {})))
+    with pytest.raises(TypeError, match=f"got {name}: it .*{TRANSFORMERS[name]}"):
+        elip_models.reduce_(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", "attends in windows"),
+        ("convnext_atto", "is a convolutional network"),
+        ("test_resnet", "is a convolutional network"),
+        ("beit_base_patch16_224", "a bias to its attention"),
+        ("pvt_v2_b0", "windowed, hierarchical or convolutional"),
+    ],
+)
+def test_a_model_of_timm_is_refused_by_its_kind(name, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TypeError, match=f"{reason}.*{PLAIN}"):
+        elip_models.reduce_(model)
+
+
+def of_library(name):
+    """Return a model whose class is defined in another library."""
+    return type("Model", (nn.Module,), {"__module__": f"{name}.models"})()
+
+
+def test_models_of_other_libraries_and_parts_say_what_to_pass():
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        vit_b_16 = torchvision.models.vit_b_16()
+        features = timm.create_model("test_vit", features_only=True)
+    cases = {
+        r"torchvision.*timm.create_model\('vit_base_patch16_224'\)": vit_b_16,
+        r"pipe\.image_encoder": of_library("diffusers"),
+        r"model\[0\]\.model": of_library("sentence_transformers"),
+        "pass the image model inside a wrapper": nn.Sequential(features),
+        "a part of a model; pass the whole": hf_vision("ViTModel", "ViTConfig").layers[0],
+    }
+    for reason, model in cases.items():
+        with pytest.raises(TypeError, match=reason):
+            elip_models.reduce_(model)
+
+
+def test_the_models_that_messages_name_can_be_reduced():
+    names = {
+        "vit_base_patch16_224": {},
+        "vit_base_patch14_dinov2": {},
+        "vit_base_patch14_reg4_dinov2": {},
+        "vit_base_patch16_dinov3": {"dynamic_img_size": False},
+        "vit_base_patch16_siglip_224.v2_webli": {},
+        "vit_base_patch16_224.mae": {},
+    }
+    for name, options in names.items():
+        with torch.device("meta"):
+            model = timm.create_model(name, depth=2, **options)
+        assert elip_models.is_reduced(elip_models.reduce_(model))
