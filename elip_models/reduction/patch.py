@@ -58,7 +58,9 @@ def reduce_(
 
     Parameters, state_dict keys and the call of the model do not change. A further call replaces the
     settings. Call it before torch.compile. Calls that return the tokens of several blocks
-    (output_hidden_states=True) return whole grids, with zeros for dropped patches.
+    (output_hidden_states=True) return whole grids, with zeros for dropped patches. A model that
+    returns the tokens of its last block alone, such as ViTModel, returns fewer; average whole grids
+    instead, where a merged token counts by its size.
 
     A strategy that reads a text takes it from `guidance(model, text_cls)`. A whole image-text model
     guides itself: its forward pass encodes the text first, without gradient. Text i guides image i;
@@ -383,7 +385,10 @@ def _reduced(model: nn.Module) -> list[Reduction]:
 def _refuse_compiled(model: nn.Module, name: str) -> None:
     """Raise TypeError if the model is compiled, or no module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected an nn.Module, got {type(model).__name__}; pass the model inside a "
+            "pipeline or an engine, such as pipe.model"
+        )
     if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
         raise TypeError(
             f"model: expected a model before torch.compile, got a compiled one; call {name} first, "

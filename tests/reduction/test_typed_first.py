@@ -184,11 +184,13 @@ def test_a_summary_is_read_by_a_person():
 
 
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
-def test_the_summary_of_a_whole_model_names_its_own_text(make):
+def test_the_summary_of_a_whole_model_names_its_own_text_and_its_image_tower(make):
     model = make()
+    assert "tokens in the image tower, not reduced" in str(elip_models.reduction_summary(model))
     elip_models.reduce_(model, strategy="elip")
     assert "its own text" in elip_models.reduction_summary(model).guided_by
-    assert repr(model).count("(reduced)") == 1
+    assert repr(model).count("(reduced) image tower: elip: ") == 1
+    assert "of the image tower; the rest" in str(elip_models.reduction_summary(model))
 
 
 def test_a_record_has_the_stages_of_the_forwards_inside():

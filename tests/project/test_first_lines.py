@@ -1,0 +1,246 @@
+"""Thirty lines that a new user types first: each works, or an error names the way out.
+
+The models have a name and a class that users know, with few layers and random weights.
+"""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from PIL import Image
+
+import elip_models
+from elip_models import reduce_, reduction_summary, unreduce_
+from elip_models.reduction.user_warnings import warn_once
+from tests.helpers.models import (
+    HF,
+    coca,
+    hf_blip,
+    hf_clip,
+    hf_siglip,
+    hf_vision,
+    ids,
+    open_clip_pair,
+    output,
+    output_of_pair,
+)
+from tests.helpers.towers import WIDTH, images, plain_vit
+from tests.towers.test_hf_readers import llava, logits_of
+
+
+def timm_model(name, **options):
+    return timm.create_model(name, depth=3, img_size=56, num_classes=5, **options).eval()
+
+
+def captioner():
+    config = hf_blip().config
+    return transformers.BlipForConditionalGeneration(config).eval()
+
+
+def caption_logits(model, x):
+    return model(pixel_values=x, input_ids=ids()).logits
+
+
+def vit():
+    return hf_vision("ViTModel", "ViTConfig").eval()
+
+
+def of_small_images(model, x):
+    return model(torch.randn(2, 3, 56, 56))
+
+
+def pair_output(model, x):
+    return output_of_pair(model, x, ids())
+
+
+MODELS = {
+    'timm.create_model("vit_tiny_patch16_224")': (
+        lambda: timm_model("vit_tiny_patch16_224", patch_size=8),
+        of_small_images,
+    ),
+    'timm.create_model("deit_tiny_distilled_patch16_224")': (
+        lambda: timm_model("deit_tiny_distilled_patch16_224", patch_size=8),
+        of_small_images,
+    ),
+    'timm.create_model("eva02_tiny_patch14_224")': (
+        lambda: timm_model("eva02_tiny_patch14_224"),
+        of_small_images,
+    ),
+    'timm.create_model("vit_small_patch14_reg4_dinov2")': (
+        lambda: timm_model("vit_small_patch14_reg4_dinov2"),
+        of_small_images,
+    ),
+    "ViTModel(config)": (vit, output),
+    "ViTForImageClassification(config)": (
+        lambda: hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).eval(),
+        output,
+    ),
+    "CLIPModel(config)": (lambda: hf_clip().eval(), pair_output),
+    "CLIPVisionModel(config)": (
+        lambda: hf_vision("CLIPVisionModel", "CLIPVisionConfig").eval(),
+        output,
+    ),
+    "SiglipModel(config)": (lambda: hf_siglip().eval(), pair_output),
+    "BlipForConditionalGeneration(config)": (captioner, caption_logits),
+    "LlavaForConditionalGeneration(config)": (lambda: llava("CLIP"), logits_of),
+    'open_clip.create_model("ViT-B-32")': (lambda: open_clip_pair().eval(), pair_output),
+    'open_clip.create_model("coca_ViT-B-32")': (
+        lambda: coca().eval(),
+        lambda model, x: model.encode_image(x),
+    ),
+}
+BY_ELIP = {"deit_tiny_distilled": "(2 tokens", "eva02": "rotary", "reg4_dinov2": "(5 tokens"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("line", MODELS)
+def test_a_model_is_reduced_with_no_further_argument(line, recwarn):
+    warn_once.cache_clear()
+    make, call = MODELS[line]
+    model, x = make(), images()
+    dense = call(model, x)
+    found = call(reduce_(model), x)
+    assert found.shape == dense.shape and found.isfinite().all()
+    assert not torch.equal(found, dense)
+    assert reduction_summary(model).keep < 0.9
+    said = [str(each.message) for each in recwarn if "default strategy" in str(each.message)]
+    reasons = [reason for name, reason in BY_ELIP.items() if name in line]
+    assert len(said) == len(reasons)
+    assert all("using 'elip' in place of 'tome'" in each for each in said)
+    assert all(reason in each for reason, each in zip(reasons, said, strict=True))
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def export_by_torchscript():
+    model = reduce_(plain_vit().eval())
+    with torch.no_grad():
+        torch.onnx.export(model, (images(),), io.BytesIO(), dynamo=False)
+
+
+def guide_by_the_output_of_another_model():
+    with elip_models.guidance(reduce_(plain_vit(), strategy="elip"), torch.randn(2, 2 * WIDTH)):
+        pass
+
+
+REFUSED = {
+    'timm.create_model("swin_tiny_patch4_window7_224")': (
+        lambda: reduce_(on_meta(lambda: timm.create_model("swin_tiny_patch4_window7_224"))),
+        r"attends in windows.*take a plain ViT, such as timm.create_model\('vit_base",
+    ),
+    'timm.create_model("convnext_atto")': (
+        lambda: reduce_(on_meta(lambda: timm.create_model("convnext_atto"))),
+        "is a convolutional network.*take a plain ViT",
+    ),
+    "Dinov2Model(config)": (
+        lambda: reduce_(hf_vision("Dinov2Model", "Dinov2Config")),
+        r"no adapter reads yet; timm.create_model\('vit_base_patch14_dinov2'\) is supported",
+    ),
+    "torchvision.models.vit_b_16()": (
+        lambda: reduce_(on_meta(torchvision.models.vit_b_16)),
+        r"keeps the blocks of a ViT in encoder.layers.*timm.create_model\('vit_base_patch16_224'\)",
+    ),
+    'strategy="ToMe"': (
+        lambda: reduce_(plain_vit(), strategy="ToMe"),
+        "got 'ToMe'; did you mean 'tome'",
+    ),
+    "keep=50": (lambda: reduce_(plain_vit(), keep=50), "pass 0.5 for half of them"),
+    'keep="0.5"': (lambda: reduce_(plain_vit(), keep="0.5"), "pass 0.5 for half of them"),
+    "reduce_(torch.compile(model))": (
+        lambda: reduce_(torch.compile(plain_vit())),
+        "got a compiled one; call reduce_ first, then compile",
+    ),
+    "torch.onnx.export(model, dynamo=False)": (export_by_torchscript, "pass dynamo=True"),
+    "guidance(model, text_features)": (
+        guide_by_the_output_of_another_model,
+        rf"expected \(B, {WIDTH}\), the tower's width.*project it to the tower's width first",
+    ),
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_an_error_names_the_way_out(line, capsys):
+    call, message = REFUSED[line]
+    with pytest.raises((TypeError, ValueError), match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value) and capsys.readouterr().out == ""
+
+
+def feature_extractor():
+    """A pipeline returns the tokens that are left; the summary names the setting for all."""
+    model = reduce_(transformers.AutoModel.from_config(transformers.ViTConfig(**HF)).eval())
+    size = {"height": 48, "width": 48}
+    processor = transformers.ViTImageProcessor(size=size)
+    pipe = transformers.pipeline("image-feature-extraction", model=model, image_processor=processor)
+    picture = Image.fromarray(np.zeros((48, 48, 3), dtype=np.uint8))
+    left = reduction_summary(model).tokens[-1].mlp
+    assert len(pipe(picture)[0]) == left < 37
+    assert f"{left} of 37 tokens" in str(reduction_summary(model))
+    assert "output_hidden_states=True" in str(reduction_summary(model))
+    model.config.output_hidden_states = True
+    assert len(pipe(picture)[0]) == 37
+
+
+def reduced_twice():
+    model = reduce_(reduce_(plain_vit(), keep=0.8), keep=0.6)
+    assert reduction_summary(model).keep == pytest.approx(0.6, abs=0.05)
+
+
+def dense_model():
+    model = plain_vit()
+    assert str(reduction_summary(model)) == "dense: 6×37 tokens, not reduced"
+    assert unreduce_(model) is model
+
+
+def copied():
+    model, x = reduce_(plain_vit().eval()), images()
+    other = copy.deepcopy(model)
+    assert torch.equal(other(x), model(x)) and elip_models.is_reduced(other)
+
+
+def loaded_after_it():
+    model, x = reduce_(plain_vit().eval()), images()
+    other = reduce_(plain_vit().eval())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+def exported():
+    model, x = reduce_(plain_vit(depth=2).eval()), images()
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def in_half_precision():
+    x = images()
+    for dtype in (torch.float16, torch.bfloat16):
+        model = reduce_(plain_vit().eval()).to(dtype)
+        assert model(x.to(dtype)).dtype == dtype
+
+
+WORK = {
+    'pipeline("image-feature-extraction", model=model)': feature_extractor,
+    "reduce_(model, keep=0.6) again": reduced_twice,
+    "reduction_summary(dense); unreduce_(dense)": dense_model,
+    "copy.deepcopy(model)": copied,
+    "model.load_state_dict(state)": loaded_after_it,
+    "model.half()": in_half_precision,
+    "torch.export.export(model, (images,))": exported,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("line", WORK)
+def test_a_line_works(line):
+    WORK[line]()
+
+
+def test_there_are_thirty_lines():
+    assert len({**MODELS, **REFUSED, **WORK}) == 30
