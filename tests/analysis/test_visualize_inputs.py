@@ -231,7 +231,10 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
         ([*TINY, "--data", "no.json"], "--model: expected a tokenizer beside the model"),
         ([*TINY, "--fusion", "1", "--data", "no.json"], "--data: spec: expected an existing file"),
         ([*TINY, "--data", "a.json", "--output", "a.pdf"], "--output: expected a name ending in"),
-        ([*TINY, "--data", "a.json", "--output", "no/a.png"], "--output: expected a file in a folder"),
+        (
+            [*TINY, "--data", "a.json", "--output", "no/a.png"],
+            "--output: expected a file in a folder",
+        ),
         ([*TINY, "--data", "a.json", "--schedule", "3(100%)"], "--schedule: expected 12 layers"),
         ([*TINY, "--data", "a.json", "--schedule", "12(100%)"], "--schedule: expected a group"),
         ([*TINY, "--data", "a.json", "--scorer", "lats"], "--scorer: expected one of"),

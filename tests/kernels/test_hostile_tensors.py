@@ -13,7 +13,7 @@ from tests.helpers.argument_cases import TABLE, B, D, N
 
 KERNELS = [f for f in TABLE if f.__module__.startswith("elip_kernels") and TABLE[f][1]]
 NOT_DENSE = {
-    "coo": torch.Tensor.to_sparse,
+    "sparse": torch.Tensor.to_sparse,
     "csr": torch.Tensor.to_sparse_csr,
     "nested": lambda x: torch.nested.nested_tensor(list(x)),
     "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
