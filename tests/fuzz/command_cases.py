@@ -256,4 +256,5 @@ def commands(folder, rng, prepared):
     arguments = [re.sub(r"size=\d{3,}", "size=99", each) for each in arguments]  # long, rightly
     if arguments[0] == "profile":
         arguments += ["--flops-only"]
+        arguments += [] if "--strategy" in arguments else ["--strategy", "tome"]  # not all
     return command([str(prepared) if each == MODEL else each for each in arguments])
