@@ -135,6 +135,7 @@ def test_a_language_model_that_reads_hidden_states_has_whole_grids(vision, setti
     model, x = llava(vision), images()
     dense = logits_of(model, x)
     reduce_(model, **settings)
+    assert "(reduced) image tower: " in repr(model)
     model.train()
     assert logits_of(model, x).shape == dense.shape
     model.eval()
