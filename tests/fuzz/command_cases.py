@@ -254,6 +254,8 @@ def commands(folder, rng, prepared):
         else:
             arguments[at] = f"{name}={hostile_value}" if equals else hostile_value
     arguments = [re.sub(r"size=\d{3,}", "size=99", each) for each in arguments]  # long, rightly
+    if arguments[0] == "study":
+        arguments += ["--dry-run"]
     if arguments[0] == "profile":
         arguments += ["--flops-only"]
         arguments += [] if "--strategy" in arguments else ["--strategy", "tome"]  # not all
