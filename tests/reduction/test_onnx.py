@@ -124,7 +124,8 @@ def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
     assert not drawn
 
 
-OTHERS = ("timm registers", "open_clip", "HF CLIP", "EVA-02 tiny", "HF SigLIP vision")
+OTHERS = ("timm registers", "open_clip", "EVA-02 tiny", "HF SigLIP vision")
+OTHERS += ("HF CLIP", "HF ViT", "HF DeiT")
 
 
 @pytest.mark.exhaustive

@@ -84,6 +84,7 @@ def test_models_of_other_libraries_and_parts_say_what_to_pass():
         "pass the image model inside a wrapper": nn.Sequential(features),
         "a part of a model; pass the whole": hf_vision("ViTModel", "ViTConfig").layers[0],
     }
+    cases[r"pass the model inside a pipeline or an engine, such as pipe\.model"] = object()
     for reason, model in cases.items():
         with pytest.raises(TypeError, match=reason):
             elip_models.reduce_(model)
