@@ -85,7 +85,7 @@ def checkpoints(folder, rng, prepared):
     if changed != (newest.name == "step_00000001") or changed != bool(told):
         raise Loss(f"{path.name} was {'damaged' * changed or 'whole'}, {newest.name} is used")
     restore_(Restored(), newest)
-    return "reported" if told else "read"
+    return "reported" if warned else "read"
 
 
 def _value(content):
@@ -171,13 +171,13 @@ def _change_saved(checkpoint, rng):
     Checkpoints(checkpoint.parent).commit(2, keep=2, num_processes=1)
 
 
-def start(folder, *, resume, told=None):
+def start(folder, *, resume, warned=None):
     """What a run does to its folder before its first step, resumed after step ROWS - 2."""
     run, config = RunFolder(folder), tiny_config(folder)
     with run.locked(config, resume=resume):
         run.prepare()
         run.record_start(config, {"started": "now"})
-        run.truncate_rows(ROWS - 2, (told if told is not None else []).append)
+        run.truncate_rows(ROWS - 2, (warned if warned is not None else []).append)
     return run
 
 
@@ -223,14 +223,14 @@ def run_folders(folder, rng):
     path.write_bytes(damage(path.read_bytes(), rng))
     kept = [each for each in lines[: ROWS - 2] if each in run.metrics.read_bytes().splitlines(True)]
     is_shorter = b"".join(lines).startswith(run.metrics.read_bytes())
-    told = []
+    warned = []
     try:
-        run = start(run.path, resume=True, told=told)
+        run = start(run.path, resume=True, warned=warned)
     except (TrainingError, ConfigError) as error:
         return refused(error, "recipe" if name == "recipe.yaml" else name)
     found = run.metrics.read_bytes().splitlines(keepends=True)
     if lost := set(kept) - set(found):
         raise Loss(f"whole rows were dropped: {lost}")
-    if name == "metrics.jsonl" and len(found) < ROWS - 2 and not told and not is_shorter:
+    if name == "metrics.jsonl" and len(found) < ROWS - 2 and not warned and not is_shorter:
         raise Loss(f"{ROWS - 2 - len(found)} rows are lost without a word")
-    return "reported" if told else "read"
+    return "reported" if warned else "read"

@@ -203,9 +203,9 @@ def check_pair(sample):
 
 def judged(read, report, written):
     """What became of a tar: each sample is read or reported, or "at least" is."""
-    told = report.summary()
-    if read + len(report.reasons) < written and not told.startswith("At least"):
-        raise Loss(f"read {read} of {written}: {told}")
+    summary = report.summary()
+    if read + len(report.reasons) < written and not summary.startswith("At least"):
+        raise Loss(f"read {read} of {written}: {summary}")
     return "reported" if report.reasons else "read"
 
 

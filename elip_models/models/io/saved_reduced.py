@@ -52,7 +52,8 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
     """Save a reduced model in the format of its library, together with its reduction.
 
     The library alone can load the folder as a dense model. For a model of peft only the adapter is
-    saved, as peft does.
+    saved, as peft does; `PeftModel.from_pretrained(base, folder)` returns a dense model, which
+    `load_reduced(folder, model)` reduces.
 
     Example::
 
@@ -341,11 +342,17 @@ WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
 def _card(reduction: Reduction, library: str, folder: Path) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
+    load = 'model = elip_models.load_reduced("owner/name")'
+    if library == "peft":
+        load = (
+            'model = PeftModel.from_pretrained(base, "owner/name")  # dense\n'
+            'model = elip_models.load_reduced("owner/name", model)'
+        )
     values = card_values(reduction.strategy, reduction.tower.size) | {
         "name": folder.resolve().name,
         "about": f"A model of {library} with token reduction in the image tower. {library} alone "
         "can load it as a dense model.",
-        "usage": 'import elip_models\n\nmodel = elip_models.load_reduced("owner/name")',
+        "usage": f"import elip_models\n\n{load}",
     }
     data = ModelCardData(library_name=library, tags=["token-reduction", "elip"])
     return str(ModelCard.from_template(data, template_str=CARD, **values))
