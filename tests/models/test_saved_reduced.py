@@ -332,7 +332,6 @@ def test_an_adapter_is_saved_with_the_reduction_and_without_the_model(tmp_path):
     assert not torch.allclose(output(other, x), output(model, x))
     elip_models.load_reduced(tmp_path, other)
     assert torch.equal(output(other, x), output(model, x))
-    assert 'load_reduced("owner/name", model)' in (tmp_path / "README.md").read_text()
 
 
 def test_peft_saves_only_the_adapter_of_a_reduced_model(tmp_path):

@@ -342,17 +342,11 @@ WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
 def _card(reduction: Reduction, library: str, folder: Path) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    load = 'model = elip_models.load_reduced("owner/name")'
-    if library == "peft":
-        load = (
-            'model = PeftModel.from_pretrained(base, "owner/name")  # dense\n'
-            'model = elip_models.load_reduced("owner/name", model)'
-        )
     values = card_values(reduction.strategy, reduction.tower.size) | {
         "name": folder.resolve().name,
         "about": f"A model of {library} with token reduction in the image tower. {library} alone "
         "can load it as a dense model.",
-        "usage": f"import elip_models\n\n{load}",
+        "usage": 'import elip_models\n\nmodel = elip_models.load_reduced("owner/name")',
     }
     data = ModelCardData(library_name=library, tags=["token-reduction", "elip"])
     return str(ModelCard.from_template(data, template_str=CARD, **values))
