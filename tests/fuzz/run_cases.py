@@ -85,7 +85,7 @@ def checkpoints(folder, rng, prepared):
     if changed != (newest.name == "step_00000001") or changed != bool(told):
         raise Loss(f"{path.name} was {'damaged' * changed or 'whole'}, {newest.name} is used")
     restore_(Restored(), newest)
-    return "reported" if warned else "read"
+    return "reported" if told else "read"
 
 
 def _value(content):
