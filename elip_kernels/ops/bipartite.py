@@ -32,6 +32,7 @@ from elip_kernels._validate import (
     check_shape,
     check_tensor,
     check_tokens,
+    is_readable,
     message,
 )
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_match
@@ -181,7 +182,7 @@ def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
 
 def check_size_values(size: Tensor | None) -> None:
     """Check that sizes (B, N) are not negative and that no sum of them overflows, on the CPU."""
-    if size is not None:
+    if size is not None and is_readable(size):
         check_range("size", size, 0, torch.finfo(size.dtype).max / size.shape[1])
 
 
