@@ -11,34 +11,94 @@ An error of the user is one line on standard error with exit status 2; a bug is 
 import io
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from importlib import import_module
+from typing import Annotated, Any, NoReturn
 
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-
-    from elip_models.commands import convert, data, evaluate, finetune, inspect_model, train
-    from elip_models.data import DataError
-    from elip_models.training.errors import Stopped, TrainingError
-    from elip_models.validation import ConfigError, is_missing_extra, require_extra
+    from typer.core import TyperGroup
 except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
     raise SystemExit(2) from None
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(train.train)
-app.command()(finetune.finetune)
-app.add_typer(evaluate.app, name="eval")
-app.command()(inspect_model.visualize)
-app.command()(inspect_model.profile)
-app.command()(train.study)
-app.command()(convert.convert)
-app.add_typer(data.app, name="data")
+from elip_models.training.errors import Stopped, TrainingError
+from elip_models.validation import ConfigError, DataError, is_missing_extra, require_extra
+
+COMMANDS = {
+    "train": (
+        "train.train",
+        "Train by a recipe, then report. On several GPUs: torchrun -m elip_models.cli train ..",
+    ),
+    "finetune": (
+        "finetune.finetune",
+        "Fine-tune a model for a downstream task, then score it.",
+    ),
+    "visualize": (
+        "inspect_model.visualize",
+        "Draw kept and merged patches, the CLS attention, and how concentrated it is.",
+    ),
+    "profile": (
+        "inspect_model.profile",
+        "Compare tokens, FLOPs, time and memory of models with token reduction to dense.",
+    ),
+    "study": (
+        "train.study",
+        "Train and compare the arms of a study over seeds (needs a checkout); finished runs stay.",
+    ),
+    "convert": (
+        "convert.convert",
+        "Convert a checkpoint of another library to a model of this one, or the reverse.",
+    ),
+    "eval": ("evaluate.app", "Score a trained model."),
+    "data": ("data.app", "Check or export data."),
+}
+"""The place of each command in `elip_models.commands`, imported when it is called, and its help."""
+
+
+class CommandGroup(TyperGroup):
+    """The commands of `elip`: their names and help, until one of them is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the name of the command that is called, the command and its arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load_command(name), rest
+
+
+def load_command(name: str) -> Any:
+    """Import the command or group `name` and return it as typer's command."""
+    module, attribute = COMMANDS[name][0].split(".")
+    loaded = getattr(import_module(f"elip_models.commands.{module}"), attribute)
+    if isinstance(loaded, typer.Typer):
+        return typer.main.get_group(loaded)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(loaded)
+    return typer.main.get_command(alone)
+
+
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+for _name, (_, _help) in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from elip_kernels import __version__
+
+        typer.echo(f"elip {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def elip() -> None:
+def elip(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
     """Language-image pre-training with text-guided vision token reduction."""
 
 

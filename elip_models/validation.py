@@ -31,6 +31,10 @@ class ConfigError(ValueError):
     """Error of a recipe, an option or an override; the message names the key."""
 
 
+class DataError(Exception):
+    """Raised when too much of the data cannot be read."""
+
+
 UNIONS = (types.UnionType, typing.Union)  # of `X | None`, where X is a class or Annotated
 WORDS = {
     int: "an integer",

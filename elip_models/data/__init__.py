@@ -1,6 +1,6 @@
 """Data: sources of images with captions, transforms, tokenizers and resumable loaders."""
 
-from elip_models.validation import require_extra
+from elip_models.validation import DataError, require_extra
 
 with require_extra("elip_models.data"):
     from elip_models.data.caption_rules import apply_caption_rule
@@ -22,7 +22,7 @@ with require_extra("elip_models.data"):
         train_loader,
     )
     from elip_models.data.mixture import MixedSource
-    from elip_models.data.read_errors import DataError, SkipReport, check_source
+    from elip_models.data.read_errors import SkipReport, check_source
     from elip_models.data.readers import open_source
     from elip_models.data.sample import NamedMasks, Sample, SampleError, Source
     from elip_models.data.scene_sampling import BACKGROUNDS, EMOJI, Group, Scene

@@ -7,16 +7,12 @@ from typing import Any, Self
 from elip_models.data.examples import ExampleSource
 from elip_models.data.sample import SampleError, Source
 from elip_models.data.tar_members import MORE_LOST
-from elip_models.validation import Count, PositiveInt, Share, check
+from elip_models.validation import Count, DataError, PositiveInt, Share, check
 
 DEFAULT_MAX_BAD_SHARE = 0.05
 
 _MIN_SAMPLES = 100  # the share of fewer samples is too uncertain to stop a run
 _EXAMPLES = 5
-
-
-class DataError(Exception):
-    """Raised when too much of the data cannot be read."""
 
 
 Skipped = tuple[str, str] | tuple[str, str, int]

@@ -7,6 +7,7 @@ from importlib import import_module
 import yaml
 
 from benchmarks.studies.plan import load_study, plan
+from elip_models.cli import COMMANDS, load_command
 from elip_models.data import train_tokenizer
 from elip_models.models.registry import create_model
 from elip_models.reduction.schedule import Schedule
@@ -21,12 +22,14 @@ from tests.helpers.tiny_run import tiny_arguments
 
 for _name in (  # what commands import lazily, so that no case has to
     *("benchmarks.studies.command", "benchmarks.selection.tables", "benchmarks.paper_table1"),
-    *("elip_models.cli", "elip_models.training.trainer", "elip_models.training.finetune"),
+    *("elip_models.training.trainer", "elip_models.training.finetune"),
     *("elip_models.profiling.max_batch", "elip_models.analysis.pictures", "matplotlib.figure"),
     *("elip_models.towers.timm", "elip_models.towers.open_clip", "elip_models.towers.hf"),
     *("elip_models.tasks.registry", "elip_models.checkpoints.export", "datasets", "peft"),
 ):
     import_module(_name)
+for _command in COMMANDS:
+    load_command(_command)
 NUMBERS = ("0", "-1", "5000", "99999999999", "1e400", "nan", "-inf", "0x_", "2024-99-99", "1.5")
 VALUES = (
     *NUMBERS,

@@ -106,7 +106,7 @@ def test_the_commands_of_all_pages_parse():
     for line in found:
         command, words = typer.main.get_command(app), shlex.split(line, comments=True)
         while words and words[0] in getattr(command, "commands", ()):
-            command = command.commands[words.pop(0)]
+            _, command, words = command.resolve_command(typer.Context(command), words)
         command.make_context("elip", words)  # raises for an unknown command or option
 
 

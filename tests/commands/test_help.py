@@ -1,0 +1,77 @@
+"""What `elip` answers before a command runs: help, version, completion and suggestions."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import typer
+
+import elip_models
+from elip_models.cli import COMMANDS, app, load_command
+from tests.helpers.tiny_run import elip
+
+LISTS_HEAVY = """
+import sys
+from elip_models.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print([name for name in ("numpy", "timm", "torch", "transformers") if name in sys.modules])
+"""
+
+
+def process(*command, **environment):
+    """Run a command with some variables of the environment and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_help_and_completion_import_no_heavy_library():
+    printed = process("-c", LISTS_HEAVY, "--help")
+    assert printed.splitlines()[-1] == "[]"
+    assert all(f" {name} " in printed for name in COMMANDS)
+    completing = {"_ELIP_COMPLETE": "complete_bash", "COMP_WORDS": "elip tr", "COMP_CWORD": "1"}
+    assert process("-c", LISTS_HEAVY, **completing).splitlines() == ["train", "[]"]
+
+
+def test_the_package_as_a_module_prints_the_version():
+    assert process("-m", "elip_models", "--version") == f"elip {elip_models.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_all_commands_agrees_with_that_of_each(name):
+    listed = typer.main.get_command(app).commands[name].help
+    assert load_command(name).help.startswith(listed)
+
+
+def test_completion_reaches_the_commands_of_a_group():
+    completing = {
+        "_ELIP_COMPLETE": "complete_bash",
+        "COMP_WORDS": "elip data ",
+        "COMP_CWORD": "2",
+    }
+    assert process("-m", "elip_models", **completing).split() == ["check", "export"]
+
+
+def test_every_public_name_is_imported_on_first_use():
+    assert set(elip_models.MODULES) == set(elip_models.__all__)
+    for name in elip_models.__all__:
+        vars(elip_models).pop(name, None)
+        assert getattr(elip_models, name) is vars(elip_models)[name]
+    with pytest.raises(AttributeError, match="no attribute 'reduce'"):
+        elip_models.reduce  # noqa: B018
+
+
+def test_an_unknown_command_is_one_line_with_a_suggestion(capsys):
+    assert elip("trian", "clip_tiny") == 2
+    error = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+    assert "No such command 'trian'. Did you mean 'train'?" in error
