@@ -4,6 +4,7 @@
     elip eval retrieval | vqa | ..         elip visualize
     elip profile                           elip study NAME
     elip convert                           elip data check | export
+    elip recipes [show NAME]               python -m elip_models ..
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
@@ -53,6 +54,7 @@ COMMANDS = {
     ),
     "eval": ("evaluate.app", "Score a trained model."),
     "data": ("data.app", "Check or export data."),
+    "recipes": ("recipes.app", "List the recipes, or show the settings of one."),
 }
 """The place of each command in `elip_models.commands`, imported when it is called, and its help."""
 

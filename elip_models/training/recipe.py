@@ -8,14 +8,17 @@ value.
 
 import copy
 import dataclasses
+import inspect
+import re
+import typing
 from collections.abc import Container, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from elip_models.training.run_config import RunConfig
-from elip_models.training.yaml_config import from_mapping, parse_yaml, read_mapping
-from elip_models.validation import ConfigError, require_extra, shortened
+from elip_models.training.yaml_config import REQUIRED, from_mapping, parse_yaml, read_mapping
+from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
 
 with require_extra("elip_models.training"):
     import yaml
@@ -124,6 +127,52 @@ def recipe_names(part: str = "") -> list[str]:
     return sorted(f"{part}/{name}" if part else name for name in names)
 
 
+class Setting(NamedTuple):
+    """A key of a recipe; `source` is where its value comes from: "recipe" or "default"."""
+
+    key: str
+    value: Any
+    source: str
+    meaning: str
+
+
+def recipe_title(name: str) -> str:
+    """Return the first line of the comment at the top of a built-in recipe."""
+    first, second, *_ = _find_recipe(name).read_text(encoding="utf-8").splitlines()
+    text = f"{first} {second}" if first.endswith(":") else first
+    return " ".join(text.replace("#", "").split())
+
+
+def recipe_settings(name: str) -> list[Setting]:
+    """Return all keys of a built-in recipe, with the defaults of those that it does not set."""
+    return _settings(RunConfig, read_mapping(_find_recipe(name)))
+
+
+def _settings(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[Setting]:
+    hints, meanings, found = typing.get_type_hints(cls), _meanings(cls), []
+    for each in dataclasses.fields(cls):
+        key = f"{prefix}{each.name}"
+        if dataclasses.is_dataclass(hints[each.name]):
+            found += _settings(hints[each.name], values.get(each.name, {}), f"{key}.")
+        elif each.name in values:
+            found.append(Setting(key, values[each.name], "recipe", meanings[each.name]))
+        else:
+            made = each.default_factory is not dataclasses.MISSING
+            default = each.default_factory() if made else each.default
+            value = REQUIRED if default is dataclasses.MISSING else _tuples_to_lists(default)
+            found.append(Setting(key, value, "default", meanings[each.name]))
+    return found
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """Return the first sentence on each attribute in the docstring of a class."""
+    attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE))
+    return {
+        name: re.split(r"\.(?= [A-Z]|$)", " ".join(text.split()))[0] for name, text in texts.items()
+    }
+
+
 def resume_conflicts(
     saved: RunConfig, requested: RunConfig, may_change: Container[str] = RESUMABLE_KEYS
 ) -> list[str]:
@@ -142,8 +191,8 @@ def _find_recipe(name_or_path: str) -> Path:
     names = recipe_names() + recipe_names(FINETUNE)
     if name_or_path not in names:
         raise ConfigError(
-            f"recipe {shortened(name_or_path)}: expected a path ending in .yaml or one of "
-            f"{', '.join(names)}"
+            f"recipe {shortened(name_or_path)}: expected a path ending in .yaml, or a name that "
+            f"`elip recipes` lists{did_you_mean(name_or_path, names)}"
         )
     return Path(str(resources.files("elip_models") / "recipes" / f"{name_or_path}.yaml"))
 

@@ -5,6 +5,7 @@ key, the requirement and the value.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -200,3 +201,9 @@ def _known_keys(cls: type, prefix: str) -> Iterator[str]:
         yield f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             yield from _known_keys(hint, f"{prefix}{name}.")
+
+
+def yaml_line(value: Any) -> str:
+    """Return a value as YAML in one line, as in an override."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

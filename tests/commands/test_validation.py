@@ -129,5 +129,6 @@ def test_the_options_of_elip_have_one_list_of_names():
 
 def test_the_nearest_known_name_is_suggested():
     assert did_you_mean("widht", ["width", "depth"]) == "; did you mean 'width'?"
+    assert did_you_mean("ToMe", ["tome", "evit"]) == "; did you mean 'tome'?"
     assert did_you_mean("colour", ["width", "depth"]) == ""
     assert did_you_mean(None, ["None."]) == "; did you mean 'None.'?"
