@@ -15,7 +15,10 @@ with require_extra("elip_models.commands"):
 def finetune(
     task: Annotated[
         str,
-        typer.Argument(help="Task, such as vqa; recipe, such as vqa_tiny; or YAML file."),
+        typer.Argument(
+            help="Task: retrieval, vqa, entailment, nlvr2, captioning, classification; or a recipe, "
+            "such as vqa_tiny (all: elip recipes); or a YAML file."
+        ),
     ],
     checkpoint: Annotated[
         Path, typer.Option("--from", help="Folder of a pre-trained model, or of its run.")

@@ -10,6 +10,11 @@ with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
 
+STUDIES = (
+    *("ablations", "guidance", "guidance_albef", "guidance_blip", "quality", "quality_emoji"),
+    *("quality_flat", "reduced_later", "scorers", "text_removal"),
+)
+"""Built-in studies of a checkout; most of them exist at full size, too."""
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint .")]
 
 
@@ -38,7 +43,12 @@ def train(
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="Name of a study, or a YAML file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"Study: {', '.join(STUDIES)}; or NAME_full, at full size; or a YAML file."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Values of the recipe for every arm."),

@@ -9,7 +9,10 @@ import pytest
 import typer
 
 import elip_models
+from benchmarks.studies.plan import study_names
 from elip_models.cli import COMMANDS, app, load_command
+from elip_models.tasks.registry import TASKS
+from elip_models.training.recipe import recipe_names
 from tests.helpers.tiny_run import elip
 
 LISTS_HEAVY = """
@@ -75,3 +78,16 @@ def test_an_unknown_command_is_one_line_with_a_suggestion(capsys):
     assert elip("trian", "clip_tiny") == 2
     error = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
     assert "No such command 'trian'. Did you mean 'train'?" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("train", recipe_names()),
+        ("finetune", TASKS),
+        ("study", {name.removesuffix("_full") for name in study_names()}),
+    ],
+)
+def test_the_help_of_a_command_lists_what_it_takes(command, names):
+    argument = load_command(command).params[0].help
+    assert f": {', '.join(sorted(names))}" in argument or f": {', '.join(names)}; " in argument
