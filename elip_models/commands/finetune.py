@@ -16,8 +16,8 @@ def finetune(
     task: Annotated[
         str,
         typer.Argument(
-            help="Task: retrieval, vqa, entailment, nlvr2, captioning, classification; or a recipe, "
-            "such as vqa_tiny (all: elip recipes); or a YAML file."
+            help="Task: retrieval, vqa, entailment, nlvr2, captioning, classification; or a "
+            "recipe, such as vqa_tiny (all: elip recipes); or a YAML file."
         ),
     ],
     checkpoint: Annotated[
