@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.optim import Optimizer
 
 from elip_models.models.base import PretrainedModel
 from elip_models.training.errors import TrainingError
+from elip_models.validation import require_extra
+
+with require_extra("elip_models.training"):
+    from safetensors import SafetensorError, safe_open
 
 UNREADABLE = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError),

@@ -110,7 +110,7 @@ def test_with_torch_alone_every_import_works_or_names_its_extra():
 
 def test_the_version_stands_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["dynamic"] == ["version"]
+    assert "version" in project["project"]["dynamic"]
     attribute = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
     assert attribute == "elip_kernels.__version__"
     assert elip_models.__version__ == elip_kernels.__version__
