@@ -1,8 +1,16 @@
 """The commands `elip recipes` and `elip recipes show NAME`."""
 
+from dataclasses import fields
 from typing import Annotated
 
-from elip_models.training.recipe import FINETUNE, recipe_names, recipe_settings, recipe_title
+from elip_models.training.recipe import (
+    FINETUNE,
+    Setting,
+    field_meanings,
+    recipe_names,
+    recipe_settings,
+    recipe_title,
+)
 from elip_models.training.yaml_config import REQUIRED, yaml_line
 from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
 
@@ -10,7 +18,7 @@ with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
 BY_CHECKPOINT = ("model.name", "model.pretrained", "data.tokenizer")
 """Keys that `elip finetune` sets by its option --from."""
@@ -46,11 +54,30 @@ def show(
             f"NAME: expected a name that `elip recipes` lists, got {shortened(name)}"
             f"{did_you_mean(name, full)}"
         )
-    table = Table("key", "value", "from", "meaning")
-    for key, value, source, meaning in recipe_settings(full[name]):
-        if full[name].startswith(FINETUNE) and key in BY_CHECKPOINT:
+    settings = recipe_settings(full[name])
+    trains = not full[name].startswith(FINETUNE)
+    table = Table(Column("key", no_wrap=True), "value", "from", "meaning")
+    for key, value, source, meaning in [*settings, *(_of_the_model(settings) if trains else ())]:
+        if not trains and key in BY_CHECKPOINT:
             value, source = "of the checkpoint", "--from"
         elif value == REQUIRED:
             value, source = f"set {key}=VALUE", "required"
         table.add_row(key, escape(yaml_line(value)), source, escape(meaning))
     Console().print(table)
+
+
+def _of_the_model(settings: list[Setting]) -> list[Setting]:
+    """Return the fields on reduction in the config of the recipe's model, unless it sets them."""
+    from elip_models.models.config import ReductionConfig, VisionConfig
+    from elip_models.models.registry import config_of
+    from elip_models.reduction.strategies.elip import ELIPOptions
+
+    values = {each.key: each.value for each in settings}
+    config = config_of(values["model.name"])
+    meanings = field_meanings(ELIPOptions) | field_meanings(ReductionConfig)
+    names = [each.name for each in fields(ReductionConfig) if not hasattr(VisionConfig, each.name)]
+    return [
+        Setting(f"model.overrides.{name}", getattr(config, name), "model", meanings[name])
+        for name in names
+        if name not in values["model.overrides"]
+    ]

@@ -133,15 +133,19 @@ def create_model(
         raise TypeError(f"{expected} {pretrained!r}")
     if pretrained is True:
         raise ValueError(f"{expected} True; no weights are published under these names")
-    config = CONFIGS[name.removeprefix(PREFIX)]
-    if name.startswith(PREFIX):
-        config = replace(config, schedule=PRESETS[family_of(name).family])
+    config = config_of(name)
     if pretrained is False:
         values = vars(config) if task is None else inherited_fields(family, vars(config))
         return family(family.config_class.from_dict(values | overrides))
     trained = family.from_pretrained(pretrained)
     own = trained.config.schedule if name.startswith(PREFIX) else None
     return with_overrides(trained, {"schedule": own or config.schedule} | overrides)
+
+
+def config_of(name: str) -> Any:
+    """Return the config of `create_model(name)`."""
+    family, config = family_of(name).family, CONFIGS[name.removeprefix(PREFIX)]
+    return replace(config, schedule=PRESETS[family]) if name.startswith(PREFIX) else config
 
 
 def family_of(name: str, task: str | None = None) -> type[PretrainedModel]:

@@ -128,7 +128,7 @@ def recipe_names(part: str = "") -> list[str]:
 
 
 class Setting(NamedTuple):
-    """A key of a recipe; `source` is where its value comes from: "recipe" or "default"."""
+    """A key of a recipe; `source` is where its value comes from: "recipe", "model" or "default"."""
 
     key: str
     value: Any
@@ -149,7 +149,7 @@ def recipe_settings(name: str) -> list[Setting]:
 
 
 def _settings(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[Setting]:
-    hints, meanings, found = typing.get_type_hints(cls), _meanings(cls), []
+    hints, meanings, found = typing.get_type_hints(cls), field_meanings(cls), []
     for each in dataclasses.fields(cls):
         key = f"{prefix}{each.name}"
         if dataclasses.is_dataclass(hints[each.name]):
@@ -164,7 +164,7 @@ def _settings(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[Se
     return found
 
 
-def _meanings(cls: type) -> dict[str, str]:
+def field_meanings(cls: type) -> dict[str, str]:
     """Return the first sentence on each attribute in the docstring of a class."""
     attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
     texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE))

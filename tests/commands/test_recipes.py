@@ -2,6 +2,7 @@
 
 import pytest
 
+from elip_models.models.registry import create_model
 from elip_models.training.recipe import (
     FINETUNE,
     load_recipe,
@@ -45,6 +46,15 @@ def test_the_settings_give_the_same_run_as_the_recipe(name):
     assert {each.source for each in settings} == {"recipe", "default"}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_show_has_a_row_with_a_source_for_every_key(name, capsys):
+    assert elip("recipes", "show", name) == 0
+    shown = rows(capsys.readouterr().out)
+    assert shown.keys() >= {each.key for each in recipe_settings(name)}
+    sources = {source for _, source, _ in (cells for cells in shown.values() if cells[0])}
+    assert sources <= {"recipe", "model", "default", "required", "--from"}
+
+
 def test_show_names_where_each_value_comes_from(capsys):
     assert elip("recipes", "show", "clip_vit_s16_cc3m") == 0
     shown = rows(capsys.readouterr().out)
@@ -52,6 +62,12 @@ def test_show_names_where_each_value_comes_from(capsys):
     assert shown["optim.decay"][:2] == ["cosine", "default"]
     assert shown["data.train"][:2] == ["set data.train=VALUE", "required"]
     assert shown["optim.lr"][2] == "Peak learning rate"
+    schedule = create_model("elip_clip_tiny").config.schedule
+    assert elip("recipes", "show", "clip_tiny") == 0
+    shown = rows(capsys.readouterr().out)
+    assert shown["model.overrides.schedule"][:2] == [schedule, "model"]
+    assert shown["model.overrides.scorer"][:2] == ["exact", "model"]
+    assert "model.overrides.vision_width" not in shown
 
 
 def test_show_of_a_fine_tuning_recipe_names_what_the_checkpoint_sets(capsys):
