@@ -155,6 +155,8 @@ def check_match(info: BipartiteInfo | ReductionInfo) -> None:
     if isinstance(info, ReductionInfo):
         _check_reduction(info, *slots.shape)
     R = info.num_rows
+    if isinstance(R, Tensor) and torch.jit.is_tracing():  # sizes are tensors there
+        R = int(R)
     if isinstance(R, bool) or not isinstance(R, (int, torch.SymInt)):
         raise TypeError(message("info.num_rows", "an int", R))
     if not 1 <= R <= slots.shape[1] + 1:
