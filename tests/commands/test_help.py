@@ -75,9 +75,9 @@ def test_every_public_name_is_imported_on_first_use():
 
 
 def test_an_unknown_command_is_one_line_with_a_suggestion(capsys):
-    assert elip("trian", "clip_tiny") == 2
+    assert elip("visualise") == 2
     error = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
-    assert "No such command 'trian'. Did you mean 'train'?" in error
+    assert "No such command 'visualise'. Did you mean 'visualize'?" in error
 
 
 @pytest.mark.parametrize(
