@@ -1,0 +1,1 @@
+"""Token reduction of a pretrained vision transformer on photographs."""
