@@ -1,11 +1,15 @@
-"""What `elip train` prints and writes after a run."""
+"""What `elip train` prints before and after a run, and writes after it."""
 
 from pathlib import Path
 
+from elip_models.data.streams import redacted
+from elip_models.models.peft.adapt import trainable_counts
+from elip_models.reduction.summary import Summary
 from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.training.errors import as_write_error
 from elip_models.training.result import TrainResult
 from elip_models.training.run_config import RunConfig
+from elip_models.training.training_data import meta_model
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.training"):
@@ -13,6 +17,31 @@ with require_extra("elip_models.training"):
     from rich.markup import escape
     from rich.panel import Panel
     from rich.table import Table
+
+
+def print_plan(config: RunConfig, console: Console, *, device: str, num_processes: int) -> None:
+    """Print model, reduction, data, length and folder of a run that starts, before it reads data."""
+    model, data, optim = meta_model(config), config.data, config.optim
+    length = f"{optim.steps} steps" if optim.steps else f"{optim.epochs:g} epochs"
+    images = optim.batch_size * optim.grad_accumulation * num_processes
+    processes = f"{num_processes} processes on {device}" if num_processes > 1 else device
+    rows = {
+        "model": f"{config.model.name}, about {trainable_counts(model)[1] / 1e6:.1f} M parameters",
+        "reduction": Summary.of(model.tower, model.reduction, is_whole=True).line,
+        "training data": _specification(data.train),
+        "evaluation data": _specification(data.eval or "none"),
+        "length": f"{length}, {images} images a step, on {processes}",
+        "folder": config.output_dir,
+    }
+    plan = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        plan.add_row(name, escape(value))
+    console.print(Panel(plan, title=escape(config.name), expand=False))
+
+
+def _specification(spec: str | dict | tuple[str, ...]) -> str:
+    shown = redacted(spec if isinstance(spec, tuple) else [spec])
+    return f"{', '.join(map(str, shown)):.200}"
 
 
 def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
@@ -36,17 +65,20 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
 
 def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
     if config.task is not None:
-        return _write_task_files(config, result)
+        return _write_task_files(config, result, console)
     if not {"timing", "picture"} & set(config.report):
         return []
     from elip_models.training.report import Reporter
 
     reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
     files = [reporter.timing(console)] if "timing" in config.report else []
-    return [*files, reporter.picture()] if "picture" in config.report else files
+    if "picture" in config.report:
+        console.print("drawing kept_tokens.png")
+        files.append(reporter.picture())
+    return files
 
 
-def _write_task_files(config: RunConfig, result: TrainResult) -> list[Path]:
+def _write_task_files(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
     scores = result.task_scores
     if scores is None:
         return []
@@ -54,6 +86,7 @@ def _write_task_files(config: RunConfig, result: TrainResult) -> list[Path]:
     if "picture" in config.report and scores.predictions:
         from elip_models.analysis.predictions import draw_predictions
 
+        console.print("drawing predictions.png")
         path = result.output_dir / "predictions.png"
         shown = result.model, result.tokenizer, result.eval_source, scores
         files.append(draw_predictions(*shown, path))

@@ -10,10 +10,12 @@ import math
 import signal
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -37,6 +39,7 @@ from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
 from elip_models.training.sharded import ShardedModel, check_sharding
 from elip_models.training.signal_handling import StopSignal
+from elip_models.training.summary import print_plan
 from elip_models.training.train_batches import make_train_batches
 from elip_models.training.training_data import (
     check_guide_captions,
@@ -58,6 +61,9 @@ with require_extra("elip_models.training"):
         TextColumn,
         TimeRemainingColumn,
     )
+
+TIMED_STEPS = 4
+"""Steps whose time, after the slower first one, gives the expected time of the run."""
 
 
 def train(
@@ -124,6 +130,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.prepare()
+            self._announce()
         self.accelerator.wait_for_everyone()
         checkpoint = self._find_checkpoint() if self.resume else None
         self._build_data()
@@ -141,6 +148,7 @@ class Trainer:
             while self.step < self.total_steps:
                 self._train_step()
                 progress.update(task, completed=self.step)
+                self._estimate_time()
                 if self._due(self.config.log_every):
                     progress.update(task, status=self._log_step())
                 is_last = self.step == self.total_steps
@@ -160,6 +168,29 @@ class Trainer:
                         "continue it with --resume",
                         stop.signal,
                     )
+
+    def _announce(self) -> None:
+        accelerator = self.accelerator
+        device, count = accelerator.device.type, accelerator.num_processes
+        print_plan(self.config, self.console, device=device, num_processes=count)
+        if self.config.data.tokenizer == "train" and self.folder.trained_tokenizer() is None:
+            self.console.print("training the tokenizer on the captions of the training data")
+
+    def _estimate_time(self) -> None:
+        """Print the expected time of the steps that remain, once, after the first steps."""
+        done = self.step - self.first_step
+        if done not in (1, 1 + TIMED_STEPS):
+            return
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        if done == 1:
+            self.first_step_end = time.perf_counter()
+        elif remaining := self.total_steps - self.step:
+            seconds = (time.perf_counter() - self.first_step_end) / TIMED_STEPS
+            self.console.print(
+                f"about {_duration(remaining * seconds)} for the {remaining} steps that remain, "
+                "without evaluation and report"
+            )
 
     def _find_checkpoint(self) -> Path | None:
         found: list[Any] = [None, None]
@@ -271,8 +302,9 @@ class Trainer:
     def _log_step(self) -> str:
         read = self._read_losses()
         optim, first_step, start = self.config.optim, *self.window
-        images = (self.step - first_step) * optim.grad_accumulation * optim.batch_size
-        speed = images * self.accelerator.num_processes / (time.perf_counter() - start)
+        seconds = (time.perf_counter() - start) / (self.step - first_step)
+        images = optim.grad_accumulation * optim.batch_size * self.accelerator.num_processes
+        speed = images / seconds
         monitored = {name: value.item() for name, value in self.model.monitored().items()}
         lr = self.learning_rate(self.step - 1)
         own = {"images_per_second": round(speed, 2), **self.first_row}
@@ -282,7 +314,8 @@ class Trainer:
         parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
         status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{speed:.0f} images/s"])
         if not self.console.is_terminal:
-            self.console.print(f"step {self.step}/{self.total_steps}  {status}")
+            left = _duration((self.total_steps - self.step) * seconds)
+            self.console.print(f"step {self.step}/{self.total_steps}  {status}  {left} left")
         return status
 
     def _read_losses(self) -> dict[str, float]:
@@ -307,7 +340,10 @@ class Trainer:
         found = []
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
             if self.accelerator.is_main_process:
-                found = [self.evaluation.run(task, model, self.tokenizer) for task in tasks]
+                for task in tasks:
+                    samples = len(self.evaluation.sources[task])
+                    self.console.print(f"evaluating {task} on {samples} samples")
+                    found.append(self.evaluation.run(task, model, self.tokenizer))
         if self.barrier_group is not None:
             dist.barrier(self.barrier_group)
         return found
@@ -366,5 +402,10 @@ class Trainer:
 
     def _progress(self) -> Progress:
         status = TextColumn("{task.fields[status]}")
-        columns = (MofNCompleteColumn(), BarColumn(), status, TimeRemainingColumn())
+        counts = TextColumn("step"), MofNCompleteColumn(), BarColumn()
+        columns = (*counts, status, TimeRemainingColumn(), TextColumn("left"))
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+
+
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))

@@ -1,0 +1,69 @@
+"""What a run prints: the plan before it reads data, the expected time, a line for each part."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from elip_models.training import trainer
+from elip_models.training.recipe import load_recipe
+from elip_models.training.summary import print_plan, print_summary
+from elip_models.training.trainer import train
+from tests.helpers.tiny_run import own_process, tiny_config
+
+
+def recording_console(**options):
+    return Console(file=io.StringIO(), width=120, record=True, **options)
+
+
+def test_the_plan_names_model_reduction_data_length_and_folder():
+    config = load_recipe("blip_4m", ["data.train=[a.json, b.json]", "output_dir=runs/mine"])
+    console = recording_console()
+    print_plan(config, console, device="cuda", num_processes=8)
+    lines = [line.strip("│ ") for line in console.export_text().splitlines()]
+    rows = dict(line.split("  ", 1) for line in lines if "  " in line)
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["model"].startswith("elip_blip, about ")
+    assert rows["model"].endswith(" M parameters")
+    assert rows["reduction"].startswith("image tower: elip: ")
+    assert rows["training data"] == "a.json, b.json"
+    assert rows["evaluation data"] == "none"
+    assert rows["length"] == "15 epochs, 848 images a step, on 8 processes on cuda"
+    assert rows["folder"] == "runs/mine"
+
+
+def test_the_plan_hides_secrets_of_a_stream():
+    stream = "data.train={stream: ['https://me:word@host/{0..3}.tar'], samples: 64}"
+    console = recording_console()
+    print_plan(load_recipe("clip_tiny", [stream]), console, device="cpu", num_processes=1)
+    assert "word" not in console.export_text()
+
+
+def test_the_plan_comes_before_the_data_is_read(tmp_path, monkeypatch):
+    console, seen = recording_console(), []
+
+    def opening(*arguments):
+        seen.append(console.export_text(clear=False))
+        return open_training_data(*arguments)
+
+    open_training_data = trainer.open_training_data
+    monkeypatch.setattr(trainer, "open_training_data", opening)
+    with own_process():
+        train(tiny_config(tmp_path, "optim.steps=1"), console=console)
+    assert str(tmp_path)[:60] in seen[0].replace("\n", "")
+    assert "training the tokenizer" in seen[0]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_prints_expected_time_steps_and_the_start_of_each_part(tmp_path, is_terminal):
+    console = recording_console(force_terminal=is_terminal)
+    config = tiny_config(tmp_path, "optim.steps=7", "report=[retrieval, picture]")
+    with own_process():
+        result = train(config, console=console)
+    print_summary(config, result, console)
+    text = console.export_text()
+    parts = ["about 0:00:0", "7/7", "evaluating retrieval on 10 samples", "R@1", "drawing kept_"]
+    places = [text.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert ("step 6/7  loss" in text) is not is_terminal
