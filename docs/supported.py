@@ -18,10 +18,9 @@ import torch
 import transformers
 from torch import nn
 
+from elip_models.analysis.supported_models import check_strategies, reason_of
 from elip_models.models.io.open_model import open_model
 from elip_models.reduction.strategies import STRATEGIES
-from elip_models.towers import as_image_text, as_tower
-from elip_models.towers.unsupported import PLAIN
 
 PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
@@ -89,29 +88,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformers DINOv2": configured("Dinov2Model", "Dinov2Config"),
     "transformers Swin": configured("SwinModel", "SwinConfig"),
 }
-
-
-def check_strategies(model: nn.Module) -> dict[str, str | None]:
-    """Return, for each strategy, the reason why it does not work, or None if it does.
-
-    Raises:
-        TypeError: no strategy works; the message contains the reason.
-    """
-    pair = as_image_text(model)
-    tower = as_tower(model if pair is None else pair.image_model)
-    reasons: dict[str, str | None] = {}
-    for name in STRATEGIES:
-        try:
-            STRATEGIES[name]().fitted(tower)
-            reasons[name] = None
-        except (TypeError, ValueError) as error:
-            reasons[name] = reason_of(error)
-    return reasons
-
-
-def reason_of(error: Exception) -> str:
-    """Return the part of an error message after 'got NAME: ', without the remedy of most models."""
-    return re.sub(r"^.*? got '?\w+'?: ", "", str(error)).removesuffix(f"; {PLAIN}")
 
 
 def block() -> str:

@@ -12,11 +12,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import timm
-import torch
-from supported import check_strategies, reason_of
+
+from elip_models.analysis.supported_models import TimmSupport, timm_support
 
 PAGE = Path(__file__).with_name("timm_models.md")
 MODULES = (
@@ -25,11 +25,6 @@ MODULES = (
     *("qwen3_vit", "tnt", "vision_transformer_relpos", "vision_transformer_sam", "volo", "xcit"),
 )
 LARGEST = 500  # million parameters
-FLAGS: dict[str, dict[str, Any]] = {
-    f"{name}={value!r}": {name: value}
-    for name, value in (("dynamic_img_size", False), ("global_pool", "token"))
-}
-POOLING = {"token": "class token", "avg": "average", "map": "attention", "": "none"}
 WORKS, UNSUPPORTED, LARGE = (
     "Supported",
     "Not supported",
@@ -56,37 +51,22 @@ def names() -> list[tuple[str, str]]:
 
 def answer(name: str, module: str) -> Answer:
     """Return the answer for the model that `timm.create_model(name)` returns."""
-    model = _built(name)
-    if sum(weight.numel() for weight in model.parameters()) >= LARGEST * 10**6:
+    found = timm_support(name)
+    if found.parameters >= LARGEST * 10**6:
         return Answer(LARGE, "", module)
-    found = _answer_for(model, module)
-    flag = next((flag for flag in FLAGS if flag in found.kind), None)
-    if flag is None:
-        return found
-    changed = _answer_for(_built(name, **FLAGS[flag]), module)
-    works = changed.heading == WORKS
-    return changed._replace(heading=f"{WORKS} with `{flag}`") if works else changed
+    if found.refusal is not None:
+        return Answer(UNSUPPORTED, f"{found.refusal[0].upper()}{found.refusal[1:]}", module)
+    return _supported(found, module)
 
 
-def _built(name: str, **options: Any) -> torch.nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **options)
-
-
-def _answer_for(model: torch.nn.Module, module: str) -> Answer:
-    """Return how the model pools and what does not work, or why nothing works."""
-    try:
-        reasons = check_strategies(model)
-    except TypeError as error:
-        name = type(model).__name__
-        reason = re.sub(f"^{name} ", "it ", reason_of(error))
-        return Answer(UNSUPPORTED, f"{reason[0].upper()}{reason[1:]}", module)
-    kind = f"Pooling: {POOLING.get(model.global_pool, model.global_pool)}"
-    failures = {name: reason for name, reason in reasons.items() if reason is not None}
+def _supported(found: TimmSupport, module: str) -> Answer:
+    """Return how the model pools, and what does not work."""
+    kind = f"Pooling: {found.pooling}"
+    failures = {name: reason for name, reason in found.reasons.items() if reason is not None}
     if failures:
         kind += f"; not by {', '.join(f'`{name}`' for name in failures)}"
     notes = tuple(f"`{name}`: {reason}" for name, reason in failures.items())
-    return Answer(WORKS, kind, module, notes)
+    return Answer(f"{WORKS} with `{found.flag}`" if found.flag else WORKS, kind, module, notes)
 
 
 def page(answers: dict[str, Answer]) -> str:

@@ -4,7 +4,7 @@
     elip eval retrieval | vqa | ..         elip visualize
     elip profile                           elip study NAME
     elip convert                           elip data check | export
-    elip recipes [show NAME]               python -m elip_models ..
+    elip recipes [show NAME]               elip models [FILTER]
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
@@ -55,6 +55,10 @@ COMMANDS = {
     "eval": ("evaluate.app", "Score a trained model."),
     "data": ("data.app", "Check or export data."),
     "recipes": ("recipes.app", "List the recipes, or show the settings of one."),
+    "models": (
+        "models.models",
+        "List the models that can be reduced; with FILTER, check models of timm by name.",
+    ),
 }
 """The place of each command in `elip_models.commands`, imported when it is called, and its help."""
 

@@ -1,6 +1,5 @@
 """docs/timm_models.md agrees with the code, and its supported models can be reduced."""
 
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +9,7 @@ import timm
 import torch
 
 import elip_models
+from elip_models.analysis.supported_models import FLAGS
 from elip_models.towers import as_tower
 from tests.helpers.tiers import tiered
 
@@ -26,13 +26,9 @@ QUICK = {
 
 
 def script():
-    sys.path.insert(0, str(DOCS))  # it imports its neighbour, as a script does
-    try:
-        spec = spec_from_file_location("timm_models", DOCS / "timm_models.py")
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(DOCS))
+    spec = spec_from_file_location("timm_models", DOCS / "timm_models.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -75,7 +71,7 @@ SMALL = {"depth": 4, "embed_dim": 128, "num_heads": 2}  # a head's width must fi
 
 def small(name):
     """The model of that name, four layers deep and narrow, on 8 x 8 patches where it can be."""
-    flags = timm_models.FLAGS.get(ANSWERS[name].heading.rpartition("with ")[2].strip("`"), {})
+    flags = FLAGS.get(ANSWERS[name].heading.rpartition("with ")[2].strip("`"), {})
     if ANSWERS[name].module in ("vision_transformer_hybrid", "vitamin"):
         return timm.create_model(name, img_size=128, **flags)  # a backbone of its own sizes
     with torch.device("meta"):

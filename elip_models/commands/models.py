@@ -1,0 +1,82 @@
+"""The command `elip models`: which models can be reduced, and by which strategy."""
+
+from typing import Annotated
+
+from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
+
+with require_extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+    from rich.table import Column, Table
+
+FAMILIES = (
+    ("timm", "most ViTs, DeiT, EVA-02, SigLIP, DINOv2", "timm:vit_base_patch16_224"),
+    ("open_clip", "CLIP, CoCa, SigLIP and EVA-02 with a ViT", "open_clip:ViT-B-16"),
+    ("transformers", "CLIP, SigLIP, ViT, DeiT, BLIP", "hf:openai/clip-vit-base-patch16"),
+)
+"""Library, what of it can be reduced, and an example for `open_model`."""
+
+
+def models(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FILTER]", help="Name in timm, with * for any part, such as 'vit_small_*'."
+        ),
+    ] = None,
+) -> None:
+    """List the models that can be reduced; with FILTER, check models of timm by name."""
+    if pattern is None:
+        _print_families()
+        return
+    import timm
+
+    names = timm.list_models(pattern)
+    if not names:
+        raise ConfigError(
+            "FILTER: expected a name of timm.list_models(), or a pattern such as 'vit_small_*', "
+            f"got {shortened(pattern)}{did_you_mean(pattern, timm.list_models())}"
+        )
+    _print_support(names)
+
+
+def _print_families() -> None:
+    from elip_models.models.registry import list_models
+
+    table = Table("library", "models", Column("example", no_wrap=True))
+    for row in FAMILIES:
+        table.add_row(*row)
+    table.add_row("this library", escape(", ".join(list_models())), "elip_clip_vit_b16")
+    console = Console()
+    console.print(table)
+    console.print("elip models 'vit_*' checks models of timm by name", highlight=False)
+
+
+def _print_support(names: list[str]) -> None:
+    """Print the default strategy of each model, the strategies that fail, and the reasons."""
+    from elip_models.analysis.supported_models import timm_support
+
+    table = Table(Column("model", no_wrap=True), "default strategy", "not by", "with", "why")
+    reasons: list[str] = []
+
+    def number(reason: str) -> int:
+        if reason not in reasons:
+            reasons.append(reason)
+        return reasons.index(reason) + 1
+
+    for name in track(names, "checking", console=Console(stderr=True), transient=True):
+        found = timm_support(name)
+        if found.refusal is not None:
+            table.add_row(name, "none", "all", "", str(number(found.refusal)))
+            continue
+        failures = {each: why for each, why in found.reasons.items() if why is not None}
+        notes = sorted({number(reason) for reason in failures.values()})
+        table.add_row(
+            name, found.default, ", ".join(failures), found.flag, ", ".join(map(str, notes))
+        )
+    console = Console()
+    console.print(table)
+    for i, reason in enumerate(reasons, 1):
+        console.print(f"{i}. {escape(reason)}", highlight=False)

@@ -1,0 +1,62 @@
+"""`elip models` lists what can be reduced; with a filter it gives the answer of `reduce_`."""
+
+import pytest
+import timm
+
+import elip_models
+from elip_models.analysis.supported_models import timm_support
+from elip_models.commands.models import FAMILIES
+from tests.helpers.tiny_run import elip
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def test_without_a_filter_every_family_has_a_row(capsys):
+    assert elip("models") == 0
+    printed = capsys.readouterr().out
+    assert all(each in printed for each in elip_models.list_models())
+    for library, _, example in FAMILIES:
+        assert library in printed and example in printed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "row", "reason"),
+    [
+        ("vit_tiny_patch16_224", ["tome", "", "", ""], ""),
+        (
+            "deit_tiny_distilled*",
+            ["elip", "tome, guided_tome, pitome, crossget", "", "1"],
+            "1. the tower has several prefix tokens",
+        ),
+        (
+            "vit_tiny_patch16_dinov3_qkvb",
+            ["elip", "tome, guided_tome, pitome, crossget, resize", "dynamic_img_size=False"],
+            "2. its rotations are those of one image size",
+        ),
+        ("cait_xxs24_224", ["none", "all", "", "1"], "1. it mixes its attention heads"),
+    ],
+)
+def test_a_filter_gives_strategies_and_reasons(pattern, row, reason, capsys):
+    assert elip("models", pattern) == 0
+    printed = capsys.readouterr().out
+    (name,) = timm.list_models(pattern)
+    (line,) = (line for line in printed.splitlines() if f" {name} " in line)
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[1 : len(row) + 1] == row
+    assert reason in printed
+
+
+@pytest.mark.filterwarnings("ignore:using 'elip' in place of 'tome'")
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_the_default_is_that_of_reduce(name):
+    model = elip_models.reduce_(timm.create_model(name))
+    assert timm_support(name).default == elip_models.reduction_summary(model).strategy.name
+
+
+def test_an_unknown_name_gets_a_suggestion(capsys):
+    assert elip("models", "vit_tny_patch16_224") == 2
+    assert "FILTER: expected a name of timm" in (error := capsys.readouterr().err)
+    assert "did you mean 'vit_tiny_patch16_224'?" in error
