@@ -119,16 +119,17 @@ def kinds(content, rng):
 
 
 def names(content, rng):
+    """The name of one member; a tar that has none of a sample's names is one without the sample."""
     name = rng.choice(
         (b"", b"/", b"..", b"../a.png", b"\0a.png", b"\xff\xfe.png", b"a\nb.txt", b"x" * 100)
     )
-    return field(content, rng, 0, name.ljust(100, b"\0"))
+    return field(content, rng, 0, name.ljust(100, b"\0"), most=1)
 
 
-def field(content, rng, offset, value):
-    """A field of a header changed, with the checksum that holds then."""
+def field(content, rng, offset, value, most=2):
+    """A field of up to `most` headers changed, with the checksum that holds then."""
     changed = bytearray(content)
-    for at in rng.choices(offsets(content), k=rng.randint(1, 2)):
+    for at in rng.choices(offsets(content), k=rng.randint(1, most)):
         changed[at + offset : at + offset + len(value)] = value
         changed[at : at + BLOCK] = with_checksum(changed[at : at + BLOCK])
     return bytes(changed)
