@@ -4,13 +4,20 @@ The lock is on a file in the folder. A file that was removed or replaced no long
 for others, so the file behind the lock is compared with the one that has the name.
 """
 
-import fcntl
 import os
 import socket
+import sys
 from pathlib import Path
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 SIGNATURE = "elip run: "
 """The beginning of the file, which marks a folder in which a run has started."""
+UNREAD = 1 << 30
+"""The byte that is locked on Windows, behind the end of the file."""
 
 
 class FolderLock:
@@ -26,9 +33,10 @@ class FolderLock:
         A file that another process has locked raises BlockingIOError.
         """
         while self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            follow_no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | follow_no_link, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
                 if self._is_named(descriptor):  # else it was removed before it was locked
                     owner = f"{SIGNATURE}process {os.getpid()} on {socket.gethostname()}\n"
                     os.ftruncate(descriptor, 0)
@@ -68,3 +76,16 @@ class FolderLock:
             return os.path.samestat(os.fstat(descriptor), os.lstat(self.path))
         except FileNotFoundError:
             return False
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file, or raise BlockingIOError if another process has locked it."""
+    if sys.platform != "win32":
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    os.lseek(descriptor, UNREAD, os.SEEK_SET)  # nobody can read bytes that are locked
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(str(error)) from error
+    os.lseek(descriptor, 0, os.SEEK_SET)

@@ -40,7 +40,12 @@ def write_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
+    """Return when a file, or the names in a folder, are on the disk.
+
+    On Windows nothing is done: it syncs no folder, and no file that is opened for reading.
+    """
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
