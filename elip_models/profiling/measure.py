@@ -22,19 +22,28 @@ Step = Callable[[], object]
 
 
 def time_side_by_side(
-    steps: dict[str, Step], *, device: torch.device, rounds: int = 10
+    steps: dict[str, Step],
+    *,
+    device: torch.device,
+    rounds: int = 10,
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time every step once in each round, after a warm-up; return the seconds of a call by step.
 
     The steps of a round run one after the other, so that a slow phase of the machine affects all of
-    them. Each round starts with the next step.
+    them. Each round starts with the next step. `progress` is called after each
+    warm-up and measurement.
     """
     names = list(steps)
-    calls = {name: _calls(step, device) for name, step in steps.items()}
+    calls: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
+    for name, step in steps.items():
+        calls[name] = _calls(step, device)
+        progress()
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             times[name].append(_seconds(steps[name], calls[name], device))
+            progress()
     return times
 
 

@@ -1,6 +1,6 @@
 """The report after a training run: timing and agreement of the scorers, and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.user_warnings import deliberately_slow
+from elip_models.training.progress import progress_bar
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.training"):
@@ -40,7 +41,8 @@ with require_extra("elip_models.training"):
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROUNDS = 10  # interleaved rounds of the timing
+BATCH_AND_ROUNDS = {"cpu": (2, 3), "cuda": (64, 10)}
+"""Batch size and interleaved rounds of the timing, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,26 @@ class Reporter:
         rows = None
         if isinstance(self.model, MomentumModel):
             _, rows = forward_with_scores(self.model.tower_m, images, guidance, self.strategy)
-        agreement = scorer_agreement(self.model.visual, images, guidance, self.strategy, rows=rows)
+        with deliberately_slow():
+            agreement = scorer_agreement(
+                self.model.visual, images, guidance, self.strategy, rows=rows
+            )
         tower = VisionTransformer(
             img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
         )
-        batch_size = 64 if self.device.type == "cuda" else 4
-        status = "timing ViT-S/16 at 224 px, dense and with each scorer, side by side"
-        with console.status(status), deliberately_slow():
-            costs = scorer_costs(Workload(tower.to(self.device), batch_size), rounds=ROUNDS)
+        batch_size, rounds = BATCH_AND_ROUNDS["cuda" if self.device.type == "cuda" else "cpu"]
+        workload = Workload(tower.to(self.device), batch_size)
+        console.print(f"timing ViT-S/16 at 224 px, dense and with {len(SCORERS)} scorers")
+        with progress_bar(console, "measurement") as bar:
+            task = bar.add_task("", total=2 * (rounds + 1) * (len(SCORERS) + 1), status="")
+            costs = scorer_costs(workload, rounds=rounds, progress=lambda: bar.advance(task))
         memory = memory_kind(self.device)
         console.print(_timing_table(costs, agreement, batch_size, memory))
         report = {
             "tower": "ViT-S/16, 224 px, random weights",
             "batch_size": batch_size,
             **measured_on(self.device),
-            "rounds": ROUNDS,
+            "rounds": rounds,
             "memory": memory,
             "costs": [asdict(cost) for cost in costs],
             "agreement_with_exact": agreement,
@@ -126,12 +133,16 @@ class Reporter:
         return batch.images.to(self.device), captions, guidance
 
 
-def scorer_costs(workload: Workload, *, rounds: int) -> list[ScorerCost]:
+def scorer_costs(
+    workload: Workload, *, rounds: int, progress: Callable[[], object] = lambda: None
+) -> list[ScorerCost]:
     """Measure ELIP with its CLIP schedule: the dense tower, then each scorer."""
     strategies: dict[str, Strategy | None] = {DENSE: None}
     strategies |= {name: ELIP(PRESETS["clip"], scorer=name) for name in SCORERS}
     modes: tuple[Mode, Mode] = ("training", "inference")
-    train, infer = (measure(workload, strategies, mode, rounds=rounds) for mode in modes)
+    train, infer = (
+        measure(workload, strategies, mode, rounds=rounds, progress=progress) for mode in modes
+    )
     return [
         ScorerCost(n, train[n].time_ratio, infer[n].time_ratio, train[n].memory_ratio or 0.0)
         for n in strategies

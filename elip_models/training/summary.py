@@ -20,7 +20,7 @@ with require_extra("elip_models.training"):
 
 
 def print_plan(config: RunConfig, console: Console, *, device: str, num_processes: int) -> None:
-    """Print model, reduction, data, length and folder of a run that starts, before it reads data."""
+    """Print model, reduction, data, length and folder of a run, before it reads data."""
     model, data, optim = meta_model(config), config.data, config.optim
     length = f"{optim.steps} steps" if optim.steps else f"{optim.epochs:g} epochs"
     images = optim.batch_size * optim.grad_accumulation * num_processes

@@ -10,12 +10,10 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,6 +28,7 @@ from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
+from elip_models.training.progress import ExpectedTime, duration, progress_bar
 from elip_models.training.provenance import run_provenance
 from elip_models.training.replicated import ReplicatedModel
 from elip_models.training.restore import restore_
@@ -54,16 +53,6 @@ with require_extra("elip_models.training"):
     from accelerate.utils import broadcast_object_list, set_seed
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-TIMED_STEPS = 4
-"""Steps whose time, after the slower first one, gives the expected time of the run."""
 
 
 def train(
@@ -143,12 +132,13 @@ class Trainer:
     def _train(self) -> None:
         self.model.train()
         self._start_window()
-        with StopSignal() as stop, self._progress() as progress:
+        expected = ExpectedTime(self.console, self.accelerator.device)
+        with StopSignal() as stop, progress_bar(self.console, "step") as progress:
             task = progress.add_task("", total=self.total_steps, completed=self.step, status="")
             while self.step < self.total_steps:
                 self._train_step()
                 progress.update(task, completed=self.step)
-                self._estimate_time()
+                expected.after(self.step - self.first_step, self.total_steps - self.step)
                 if self._due(self.config.log_every):
                     progress.update(task, status=self._log_step())
                 is_last = self.step == self.total_steps
@@ -175,22 +165,6 @@ class Trainer:
         print_plan(self.config, self.console, device=device, num_processes=count)
         if self.config.data.tokenizer == "train" and self.folder.trained_tokenizer() is None:
             self.console.print("training the tokenizer on the captions of the training data")
-
-    def _estimate_time(self) -> None:
-        """Print the expected time of the steps that remain, once, after the first steps."""
-        done = self.step - self.first_step
-        if done not in (1, 1 + TIMED_STEPS):
-            return
-        if self.accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()
-        if done == 1:
-            self.first_step_end = time.perf_counter()
-        elif remaining := self.total_steps - self.step:
-            seconds = (time.perf_counter() - self.first_step_end) / TIMED_STEPS
-            self.console.print(
-                f"about {_duration(remaining * seconds)} for the {remaining} steps that remain, "
-                "without evaluation and report"
-            )
 
     def _find_checkpoint(self) -> Path | None:
         found: list[Any] = [None, None]
@@ -314,7 +288,7 @@ class Trainer:
         parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
         status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{speed:.0f} images/s"])
         if not self.console.is_terminal:
-            left = _duration((self.total_steps - self.step) * seconds)
+            left = duration((self.total_steps - self.step) * seconds)
             self.console.print(f"step {self.step}/{self.total_steps}  {status}  {left} left")
         return status
 
@@ -399,13 +373,3 @@ class Trainer:
 
     def _start_window(self) -> None:
         self.window = (self.step, time.perf_counter())
-
-    def _progress(self) -> Progress:
-        status = TextColumn("{task.fields[status]}")
-        counts = TextColumn("step"), MofNCompleteColumn(), BarColumn()
-        columns = (*counts, status, TimeRemainingColumn(), TextColumn("left"))
-        return Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-
-
-def _duration(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))

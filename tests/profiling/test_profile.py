@@ -244,7 +244,9 @@ def test_the_table_of_a_training_run():
     tower = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=0, pre_norm=True
     )
-    costs = scorer_costs(Workload(tower, 1), rounds=1)
+    calls = []
+    costs = scorer_costs(Workload(tower, 1), rounds=1, progress=lambda: calls.append(1))
+    assert len(calls) == 2 * 2 * len(costs)  # a warm-up and a round in both modes
     assert [cost.scorer for cost in costs] == ["dense", *SCORERS]
     assert costs[0].training == costs[0].inference == costs[0].memory == 1
     console = Console(width=120, record=True, file=io.StringIO())
