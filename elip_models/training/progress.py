@@ -22,10 +22,10 @@ TIMED_STEPS = 4
 
 
 def progress_bar(console: Console, unit: str) -> Progress:
-    """Return a bar with a field `status`, which is shown on a terminal only."""
+    """Return a bar of counted units, shown on a terminal only."""
     counts = TextColumn(unit), MofNCompleteColumn(), BarColumn()
     left = TimeRemainingColumn(), TextColumn("left")
-    columns = (*counts, TextColumn("{task.fields[status]}"), *left)
+    columns = (*counts, TextColumn("{task.description}"), *left)
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 

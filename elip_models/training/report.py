@@ -104,7 +104,7 @@ class Reporter:
         workload = Workload(tower.to(self.device), batch_size)
         console.print(f"timing ViT-S/16 at 224 px, dense and with {len(SCORERS)} scorers")
         with progress_bar(console, "measurement") as bar:
-            task = bar.add_task("", total=2 * (rounds + 1) * (len(SCORERS) + 1), status="")
+            task = bar.add_task("", total=2 * (rounds + 1) * (len(SCORERS) + 1))
             costs = scorer_costs(workload, rounds=rounds, progress=lambda: bar.advance(task))
         memory = memory_kind(self.device)
         console.print(_timing_table(costs, agreement, batch_size, memory))

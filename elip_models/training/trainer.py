@@ -134,13 +134,13 @@ class Trainer:
         self._start_window()
         expected = ExpectedTime(self.console, self.accelerator.device)
         with StopSignal() as stop, progress_bar(self.console, "step") as progress:
-            task = progress.add_task("", total=self.total_steps, completed=self.step, status="")
+            task = progress.add_task("", total=self.total_steps, completed=self.step)
             while self.step < self.total_steps:
                 self._train_step()
                 progress.update(task, completed=self.step)
                 expected.after(self.step - self.first_step, self.total_steps - self.step)
                 if self._due(self.config.log_every):
-                    progress.update(task, status=self._log_step())
+                    progress.update(task, description=self._log_step())
                 is_last = self.step == self.total_steps
                 if is_last:
                     self._save_checkpoint()  # before an evaluation that may fail
@@ -163,8 +163,6 @@ class Trainer:
         accelerator = self.accelerator
         device, count = accelerator.device.type, accelerator.num_processes
         print_plan(self.config, self.console, device=device, num_processes=count)
-        if self.config.data.tokenizer == "train" and self.folder.trained_tokenizer() is None:
-            self.console.print("training the tokenizer on the captions of the training data")
 
     def _find_checkpoint(self) -> Path | None:
         found: list[Any] = [None, None]
@@ -191,7 +189,9 @@ class Trainer:
         with as_config_error("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
-        self.tokenizer = make_tokenizer(self.config, source, model, self.folder, accelerator)
+        self.tokenizer = make_tokenizer(
+            self.config, source, model, self.folder, accelerator, self.console
+        )
         with as_config_error("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
         if task is not None:

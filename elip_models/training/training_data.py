@@ -29,9 +29,13 @@ from elip_models.models.config import VisionConfig
 from elip_models.models.registry import create_model
 from elip_models.tasks.registry import get_task
 from elip_models.tasks.task import Preprocessor, Task
+from elip_models.training.progress import progress_bar
 from elip_models.training.run_config import DataConfig, RunConfig
 from elip_models.training.run_folder import RunFolder
-from elip_models.validation import ConfigError, as_config_error
+from elip_models.validation import ConfigError, as_config_error, require_extra
+
+with require_extra("elip_models.training"):
+    from rich.console import Console
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,6 +144,7 @@ def make_tokenizer(
     model: VisionConfig,
     folder: RunFolder,
     accelerator: "Accelerator",
+    console: Console,
 ) -> "PreTrainedTokenizerBase":
     """Return the tokenizer that a recipe names, or train one on the captions.
 
@@ -157,16 +162,22 @@ def make_tokenizer(
     with accelerator.main_process_first():
         if (path := folder.trained_tokenizer()) is None:
             with as_config_error("data.vocab_size"):
-                tokenizer = train_tokenizer(tokenizer_captions(source, model), data.vocab_size)
+                captions = tokenizer_captions(source, model, console)
+                tokenizer = train_tokenizer(captions, data.vocab_size)
             path = folder.train_tokenizer(tokenizer.save_pretrained)
     return load_tokenizer(str(path))
 
 
-def tokenizer_captions(source: Source | StreamSource, model: VisionConfig) -> Iterator[str]:
-    """Yield the cleaned captions of at most 50,000 samples."""
-    for captions in sample_captions(source, MAX_TOKENIZER_SAMPLES):
-        for caption in captions:
-            yield apply_caption_rule(caption, model.captions)
+def tokenizer_captions(
+    source: Source | StreamSource, model: VisionConfig, console: Console | None = None
+) -> Iterator[str]:
+    """Yield the cleaned captions of at most 50,000 samples, and show the progress on `console`."""
+    console, count = console or Console(quiet=True), min(len(source), MAX_TOKENIZER_SAMPLES)
+    console.print(f"training the tokenizer on the captions of up to {count} samples")
+    with progress_bar(console, "sample") as bar:
+        for captions in bar.track(sample_captions(source, count), total=count, description=""):
+            for caption in captions:
+                yield apply_caption_rule(caption, model.captions)
 
 
 def sample_captions(source: Source | StreamSource, count: int) -> Iterator[tuple[str, ...]]:
