@@ -3,7 +3,8 @@
     elip train RECIPE [key=value ...]      elip finetune TASK --from CHECKPOINT
     elip eval retrieval | vqa | ..         elip visualize
     elip profile                           elip study NAME
-    elip convert                           elip data check | export
+    elip convert                           elip export MODEL OUT.onnx
+    elip data check | export               python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
@@ -51,6 +52,10 @@ COMMANDS = {
     "convert": (
         "convert.convert",
         "Convert a checkpoint of another library to a model of this one, or the reverse.",
+    ),
+    "export": (
+        "export.export",
+        "Write a reduced model as an ONNX file, and compare onnxruntime to PyTorch.",
     ),
     "eval": ("evaluate.app", "Score a trained model."),
     "data": ("data.app", "Check or export data."),

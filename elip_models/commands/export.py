@@ -1,0 +1,178 @@
+"""The command `elip export`: a reduced model as an ONNX file, compared to PyTorch."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from elip_models.validation import (
+    PACKAGES,
+    ConfigError,
+    as_config_error,
+    check_output,
+    require_extra,
+    require_packages,
+    shortened,
+)
+
+with require_extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DYNAMIC = "dynamic"
+IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
+"""Library -> its option for the image size; of other models it is a field of the config."""
+LARGEST = 2**31 - 2**20  # bytes of a protobuf message, less its graph
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="timm:NAME, open_clip:NAME/TAG, hf:NAME or folder of a model.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="ONNX file to write.")],
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="Strategy, such as tome:r=8; default: that of reduce_, mostly tome."),
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Mean share of tokens over the layers.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Image side in pixels.")] = None,
+    batch: Annotated[
+        str, typer.Option(help="Number of images in a call; dynamic allows any number.")
+    ] = DYNAMIC,
+    pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+) -> None:
+    """Write a reduced model as an ONNX file, and compare onnxruntime to PyTorch."""
+    if output.suffix != ".onnx":
+        raise ConfigError(f"OUT.onnx: expected a name ending in .onnx, got {output}")
+    check_output("OUT.onnx", output)
+    if batch != DYNAMIC and not (batch.isdecimal() and len(batch) < 6 and int(batch) > 0):
+        raise ConfigError(
+            f"--batch: expected a number from 1 to 99999, or {DYNAMIC}, got {shortened(batch)}"
+        )
+    require_packages("elip export", *PACKAGES["onnx"])
+    count = None if batch == DYNAMIC else int(batch)
+    from elip_models.models.io.files import write_file
+    from elip_models.reduction.patch import reduction_summary
+
+    console = Console(stderr=True)
+    with console.status("opening the model"):
+        reduced = _open_reduced(model, strategy, keep, image_size, pretrained=pretrained)
+    with console.status("exporting: one to two minutes for a ViT-B"), _quiet_logs():
+        content = _exported(reduced, count)
+    write_file(output, content)
+    with console.status("running onnxruntime"):
+        difference, largest = _compare(reduced, output, count or 3)
+    weights = sum(each.numel() for each in reduced.parameters()) / 1e6
+    lines = (
+        str(reduction_summary(reduced)),
+        f"parameters      {weights:.1f} M",
+        f"file            {output}, {len(content) / 1e6:.1f} MB",
+        f"difference      {difference:.1e} at most between onnxruntime and PyTorch, "
+        f"where outputs go up to {largest:.2g}",
+    )
+    Console().print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
+
+
+def _open_reduced(
+    spec: str,
+    strategy: str | None,
+    keep: float | None,
+    image_size: int | None,
+    *,
+    pretrained: bool,
+) -> "nn.Module":
+    """Return the reduced model that `spec` names, in eval mode."""
+    from elip_models.models.io.open_model import open_model, split_spec
+    from elip_models.reduction.patch import reduce_
+    from elip_models.towers import as_reducible
+
+    key = IMAGE_SIZE.get(split_spec(spec)[0] or "", "image_size")
+    with as_config_error("MODEL"):
+        options = {} if image_size is None else {key: image_size}
+        model = open_model(spec, pretrained=pretrained, **options)
+        reducible = as_reducible(model)
+        if reducible.reduces_itself or not (reducible.has_text or reducible.image_model is model):
+            raise TypeError(
+                "expected an image model, CLIP, SigLIP or BLIP of timm, open_clip or "
+                f"transformers, got {type(model).__name__}; export its image tower by "
+                "torch.onnx.export(.., dynamo=True)"
+            )
+    size = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    if size > LARGEST:
+        raise ConfigError(
+            f"MODEL: expected less than 2 GB of weights, got {size / 1e9:.1f} GB; call "
+            "torch.onnx.export(.., dynamo=True, external_data=True), which writes a second file"
+        )
+    with as_config_error("export"):
+        return reduce_(model, strategy=strategy, keep=keep)
+
+
+def _inputs(model: "nn.Module", count: int) -> "dict[str, Tensor]":
+    """Return `count` random images, with texts if the model reads them, by the forward's names."""
+    import torch
+
+    from elip_models.towers import as_reducible, as_tower
+
+    reducible = as_reducible(model)
+    images = torch.randn(count, 3, *as_tower(reducible.image_model).image_size)
+    if reducible.has_text:
+        return reducible.random_inputs(images)
+    return {next(iter(inspect.signature(model.forward).parameters)): images}
+
+
+def _exported(model: "nn.Module", count: int | None) -> bytes:
+    """Return the ONNX file of a model for `count` images, or any number if it is None."""
+    import torch
+
+    inputs = _inputs(model, count or 2)  # a single image would fix the number
+    batch = {0: torch.export.Dim("batch")}
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            kwargs=inputs,
+            dynamo=True,
+            dynamic_shapes=None if count else dict.fromkeys(inputs, batch),
+            verbose=False,
+        )
+    return program.model_proto.SerializeToString()
+
+
+def _compare(model: "nn.Module", path: Path, count: int) -> tuple[float, float]:
+    """Return the largest difference between the outputs of both, and the largest output."""
+    import onnxruntime
+    import torch
+    from torch.utils import _pytree as pytree
+
+    inputs = _inputs(model, count)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: each.numpy() for name, each in inputs.items()})
+    with torch.no_grad():
+        leaves = pytree.tree_leaves(model(**inputs))
+    expected = [each for each in leaves if isinstance(each, torch.Tensor)]
+    differences = [
+        (torch.from_numpy(one) - other).abs().max()
+        for one, other in zip(found, expected, strict=True)
+    ]
+    return float(max(differences)), float(max(each.abs().max() for each in expected))
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Disable warnings of the exporter on its own code and graph."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(before)
