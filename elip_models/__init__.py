@@ -49,7 +49,7 @@ LAZY = {
     "elip_models.models.io.open_model": ("open_model",),
     "elip_models.models.io.saved_reduced": ("load_reduced", "save_reduced"),
     "elip_models.models.peft.adapt": ("adapt_",),
-    "elip_models.models.peft.adaptable_model": ("AdaptConfig",),
+    "elip_models.models.peft.adapt_config": ("AdaptConfig",),
     "elip_models.models.registry": ("create_model", "list_models"),
     "elip_models.reduction.encode": ("encode_image",),
     "elip_models.reduction.patch": (
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from elip_models.models.io.open_model import open_model
     from elip_models.models.io.saved_reduced import load_reduced, save_reduced
     from elip_models.models.peft.adapt import adapt_
-    from elip_models.models.peft.adaptable_model import AdaptConfig
+    from elip_models.models.peft.adapt_config import AdaptConfig
     from elip_models.models.registry import create_model, list_models
     from elip_models.reduction.encode import encode_image
     from elip_models.reduction.patch import (

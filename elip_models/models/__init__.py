@@ -6,7 +6,7 @@ from typing import Any
 from elip_models.validation import require_packages
 
 LAZY = {
-    "AdaptConfig": "peft.adaptable_model",
+    "AdaptConfig": "peft.adapt_config",
     "adapt_": "peft.adapt",
     "create_model": "registry",
     "list_models": "registry",

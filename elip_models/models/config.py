@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from elip_models.models.config_base import Config
 from elip_models.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.reduction.schedule import Schedule, check_merge
 from elip_models.reduction.scorers import ScorerName
@@ -26,30 +27,11 @@ from elip_models.validation import (
     Share,
     Size,
     below,
-    check_fields,
-    did_you_mean,
     divisor_of,
 )
 
 TokenId = Annotated[Count, below("vocab_size")]
 OF_ELIP = ELIPOptions.__annotations__.keys() - {"without_text"}  # which all guided strategies have
-
-
-class Config:
-    """Base of frozen dataclasses of hyper-parameters, which are checked against annotations."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Create a config from a dict; a name that is not a field raises ValueError."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(values.keys() - set(known))
-        if unknown:
-            close = did_you_mean(unknown[0], known)
-            raise ValueError(f"config: expected names among {known}, got {unknown}{close}")
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

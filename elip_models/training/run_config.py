@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from elip_models.data.caption_rules import CaptionRule
 from elip_models.data.transforms import Magnitude, ResizeMode
-from elip_models.models.peft.adaptable_model import AdaptConfig
+from elip_models.models.peft.adapt_config import AdaptConfig
 from elip_models.validation import (
     Count,
     NonNegative,

@@ -46,6 +46,12 @@ def test_help_and_completion_import_no_heavy_library():
     assert process("-c", LISTS_HEAVY, **completing).splitlines() == ["train", "[]"]
 
 
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["recipes"]])
+def test_recipes_need_no_model_library(arguments):
+    heavy = process("-c", LISTS_HEAVY, *arguments).splitlines()[-1]
+    assert "timm" not in heavy and "transformers" not in heavy
+
+
 def test_the_package_as_a_module_prints_the_version():
     assert process("-m", "elip_models", "--version") == f"elip {elip_models.__version__}\n"
 

@@ -151,7 +151,7 @@ def opened(load, name=None):
 def save_ours(folder):
     from elip_models.data import train_tokenizer
     from elip_models.models.peft.adapt import adapt_
-    from elip_models.models.peft.adaptable_model import AdaptConfig
+    from elip_models.models.peft.adapt_config import AdaptConfig
 
     tokenizer = train_tokenizer(["a red dog", "two cats"] * 9, 300)
     sizes = {"vision_width": 16, "vision_heads": 2, "text_width": 16, "text_heads": 2}

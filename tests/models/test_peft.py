@@ -16,7 +16,7 @@ from elip_models.models.peft.adapt import (
     trainable_counts,
     trainable_share,
 )
-from elip_models.models.peft.adaptable_model import AdaptConfig
+from elip_models.models.peft.adapt_config import AdaptConfig
 from elip_models.models.peft.saved_adapter import load_adapter_, save_adapter
 from elip_models.profiling.measure import saved_bytes
 from elip_models.reduction.scorers import SCORERS

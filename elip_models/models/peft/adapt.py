@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.models.peft.adaptable_model import AdaptableModel, AdaptConfig, Adapted
+from elip_models.models.peft.adapt_config import AdaptConfig
+from elip_models.models.peft.adaptable_model import AdaptableModel, Adapted
 from elip_models.validation import require_extra
 
 Model = TypeVar("Model", bound=AdaptableModel)

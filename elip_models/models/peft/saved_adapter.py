@@ -15,7 +15,8 @@ from elip_models.models.io.files import read_object, read_tensors, write_json, w
 from elip_models.models.io.hub import staging_folder
 from elip_models.models.io.weights import kind_of
 from elip_models.models.peft.adapt import Model, adapt_, adapted_layer_of
-from elip_models.models.peft.adaptable_model import AdaptableModel, AdaptConfig
+from elip_models.models.peft.adapt_config import AdaptConfig
+from elip_models.models.peft.adaptable_model import AdaptableModel
 from elip_models.validation import as_config_error
 
 SETTINGS, WEIGHTS = "adapter.json", "adapter_model.safetensors"
