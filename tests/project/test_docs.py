@@ -64,7 +64,8 @@ def inputs(page):
 @pytest.fixture
 def small_models(monkeypatch):
     """Make timm create models without downloads, and this library its tiny models."""
-    create_timm_model, create_own_model = timm.create_model, registry.create_model
+    create_timm_model = timm.create_model
+    create_own_model = elip_models.create_model  # imported on first use, so before it is replaced
 
     def without_weights(name, pretrained=False, **options):
         return create_timm_model(name, **options)
