@@ -64,8 +64,7 @@ def inputs(page):
 @pytest.fixture
 def small_models(monkeypatch):
     """Make timm create models without downloads, and this library its tiny models."""
-    create_timm_model = timm.create_model
-    create_own_model = elip_models.create_model  # imported on first use, so before it is replaced
+    create_timm_model, create_own_model = timm.create_model, elip_models.create_model
 
     def without_weights(name, pretrained=False, **options):
         return create_timm_model(name, **options)
@@ -74,7 +73,8 @@ def small_models(monkeypatch):
         return create_own_model(f"elip_{name.split('_')[1]}_tiny", **options)
 
     monkeypatch.setattr(timm, "create_model", without_weights)
-    monkeypatch.setattr(registry, "create_model", tiny)
+    for module in (registry, elip_models):
+        monkeypatch.setattr(module, "create_model", tiny)
 
 
 PYTHON = [page for page in WITH_PYTHON if blocks(page, "python")]
