@@ -16,7 +16,7 @@ from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import Merge, Stage, check_merge
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of, least_share
 from elip_models.towers import Tower, TowerSize
-from elip_models.validation import Count, PositiveShare, check_fields
+from elip_models.validation import Count, PositiveShare, check_fields, shortened
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EViT(Strategy):
         at = self.layers
         if isinstance(at, tuple) and (not at or any(a >= b for a, b in pairwise(at))):
             raise ValueError(
-                f"layers: expected rising 0-based block numbers, 'all' or None, got {at!r}"
+                f"layers: expected rising 0-based block numbers, 'all' or None, got {shortened(at)}"
             )
 
     def refuses(self, tower: Tower) -> str | None:
