@@ -1,5 +1,6 @@
 """Configs of other libraries and of ours, and tokenizers: JSON with values of other kinds."""
 
+import copy
 import json
 import shutil
 
@@ -46,7 +47,7 @@ def _replace_value(content, rng):
     if isinstance(holder, dict) and rng.random() < 0.15:
         del holder[key]
     else:
-        holder[key] = rng.choice((*NUMBERS, *OTHERS))
+        holder[key] = copy.deepcopy(rng.choice((*NUMBERS, *OTHERS)))  # or a list may hold itself
     return whole[0]
 
 
