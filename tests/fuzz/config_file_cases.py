@@ -20,9 +20,9 @@ from tests.fuzz.weight_file_cases import (
     SOURCES,
     SPECIAL,
     check_values,
-    damage,
     write_safetensors,
 )
+from tests.helpers.damage import damaged
 
 
 def save_folders(folder):
@@ -61,7 +61,7 @@ def _damage_json(path, rng):
             content = _replace_value(content, rng)
         path.write_text(json.dumps(content))
     elif rng.random() < 0.7:
-        path.write_bytes(damage(path.read_bytes(), rng))
+        path.write_bytes(damaged(path.read_bytes(), rng))
     else:
         texts = (
             "[" * 10**5,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from elip_models.data import JsonSource, check_source
 from tests.fuzz.harness import Loss, kind
-from tests.helpers.damage import picture
+from tests.helpers.damage import damaged, picture
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MODES = {
@@ -21,22 +21,6 @@ MODES = {
     "TIFF": ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "LAB"),
 }
 COUNT = 5  # samples of a case
-
-
-def damage(content, rng):
-    """Bytes with one of six kinds of damage."""
-    at, length = rng.randrange(len(content)), rng.choice((1, 4, 512))
-    junk = rng.randbytes(length)
-    return rng.choice(
-        (
-            content[:at],
-            content[:at] + junk + content[at + length :],
-            content[:at] + bytes(length) + content[at + length :],
-            content[:at] + content[at + length :],
-            content[:at] + junk + content[at:],
-            content[:at] + content[at : at + length] + content[at:],
-        )
-    )
 
 
 def of_any_mode(rng):
@@ -230,12 +214,12 @@ def check_counts(folder, contents):
 @kind()
 def images(folder, rng):
     whole = [picture(i, rng.choice(FORMATS)) for i in range(COUNT)]
-    return check_counts(folder, [whole[0], *(damage(each, rng) for each in whole[1:])])
+    return check_counts(folder, [whole[0], *(damaged(each, rng) for each in whole[1:])])
 
 
 @kind(share=2)
 def made_images(folder, rng):
     content = rng.choice((*MADE, of_another_format))(rng)
     if rng.random() < 0.3 and content:
-        content = damage(content, rng)
+        content = damaged(content, rng)
     return check_counts(folder, [picture(), content])

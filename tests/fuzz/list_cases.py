@@ -8,8 +8,7 @@ from elip_models.data import JsonSource, check_source, open_examples, open_sourc
 from elip_models.data.sample import SampleError
 from elip_models.data.shared_images import group_by_image
 from tests.fuzz.harness import Loss, kind, refused
-from tests.fuzz.image_cases import damage
-from tests.helpers.damage import picture
+from tests.helpers.damage import damaged, picture
 
 IMAGES = ("a.png", "b.png")
 
@@ -91,7 +90,7 @@ def as_json(content, rng):
         written = written.replace('"caption":', '"caption": "twice", "caption":', 1)
     written = re.sub('"DEEP ([0-9]+)"', lambda m: "[" * int(m[1]) + "]" * int(m[1]), written)
     written = written.encode(errors="surrogatepass")
-    return damage(written, rng) if rng.random() < 0.2 else written
+    return damaged(written, rng) if rng.random() < 0.2 else written
 
 
 def listed(rng):

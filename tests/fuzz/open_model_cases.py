@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from elip_models import load_reduced, open_model, reduce_, save_reduced
 from elip_models.models.registry import create_model, load_model
-from tests.fuzz.harness import Loss, kind, refused
+from tests.fuzz.harness import Loss, command, kind, refused
+from tests.helpers.damage import damaged
 
 DOCUMENTED = (ValueError, FileNotFoundError, TypeError)
 CODE = """
@@ -91,20 +92,6 @@ def change_weights(path, rng):
     return name
 
 
-def damage(path, rng):
-    """Bytes of a file cut, replaced or added."""
-    content = path.read_bytes()
-    at, junk = rng.randrange(len(content)), rng.randbytes(rng.choice((1, 4, 512)))
-    choices = (
-        content[:at],
-        content[:at] + junk + content[at + len(junk) :],
-        junk,
-        b"",
-        content + junk,
-    )
-    path.write_bytes(rng.choice(choices))
-
-
 def hostile(folder, rng, extra=()):
     """Change a folder in one of three ways; returns a tensor that must be named, or None."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
@@ -114,7 +101,8 @@ def hostile(folder, rng, extra=()):
     if chosen < 0.3:
         return change_weights(rng.choice(weights), rng)
     if chosen < 0.4:
-        damage(rng.choice(paths), rng)
+        path = rng.choice(paths)
+        path.write_bytes(damaged(path.read_bytes(), rng) if rng.random() < 0.8 else b"")
     elif chosen < 0.45:
         rng.choice(paths).unlink()
     else:
@@ -162,6 +150,14 @@ def save_ours(folder):
         if name != "plain":
             adapt_(model, AdaptConfig(kind=name, r=2, width=4))
         model.save_pretrained(folder / name, tokenizer=tokenizer)
+
+
+@kind(share=0.3, prepare=save_ours)
+def evaluated_folders(folder, rng, prepared):
+    copy = shutil.copytree(prepared / "plain", folder / "model")
+    path = rng.choice(sorted(path for path in copy.iterdir() if path.is_file()))
+    path.write_bytes(damaged(path.read_bytes(), rng))
+    return command(["eval", "retrieval", "--model", str(copy), "--data", "emoji_scenes:size=3"])
 
 
 @kind(prepare=save_ours)

@@ -11,6 +11,7 @@ from elip_models.training.run_checkpoints import STATE_FILE, Checkpoints, _diges
 from elip_models.training.run_folder import RunFolder
 from elip_models.validation import ConfigError
 from tests.fuzz.harness import Loss, kind, refused
+from tests.helpers.damage import damaged
 from tests.helpers.tiny_run import tiny_config
 
 ROWS = 12  # of a log
@@ -38,22 +39,6 @@ class Restored:
         self.accelerator.save_state(str(folder))
 
 
-def damage(content, rng):
-    """Bytes with one of six kinds of damage."""
-    at, length = rng.randrange(len(content)), rng.choice((1, 4, 512))
-    junk = rng.randbytes(length)
-    return rng.choice(
-        (
-            content[:at],
-            content[:at] + junk + content[at + length :],
-            content[:at] + bytes(length) + content[at + length :],
-            content[:at] + content[at + length :],
-            content[:at] + junk + content[at:],
-            content[:at] + content[at : at + length] + content[at:],
-        )
-    )
-
-
 def save_checkpoints(folder):
     """Two checkpoints of equal content but for their step."""
     found, run = Checkpoints(folder / "checkpoints"), Restored()
@@ -76,7 +61,7 @@ def checkpoints(folder, rng, prepared):
     found = Checkpoints(folder / "checkpoints")
     path = rng.choice(sorted((found.path / "step_00000002").iterdir()))
     content = path.read_bytes()
-    path.write_bytes(damage(content, rng))
+    path.write_bytes(damaged(content, rng))
     if rng.random() < 0.2:
         path.unlink()
     told = []
@@ -220,7 +205,7 @@ def run_folders(folder, rng):
         ("metrics.jsonl", "metrics.jsonl", "recipe.yaml", "provenance.jsonl", ".lock")
     )
     path = run.path / name
-    path.write_bytes(damage(path.read_bytes(), rng))
+    path.write_bytes(damaged(path.read_bytes(), rng))
     kept = [each for each in lines[: ROWS - 2] if each in run.metrics.read_bytes().splitlines(True)]
     is_shorter = b"".join(lines).startswith(run.metrics.read_bytes())
     warned = []

@@ -15,6 +15,7 @@ from elip_models.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.checkpoints.warm_start import warm_start_
 from elip_models.models.registry import create_model
 from tests.fuzz.harness import MARKER, Loss, command, kind, refused
+from tests.helpers.damage import damaged
 
 SIZES = {"vision_width": 32, "vision_heads": 2, "text_width": 32, "text_heads": 2}
 HEADS = {"vision_heads": 2, "text_heads": 2}
@@ -37,13 +38,6 @@ def save_weights(folder):
         model = create_model(f"{family}_tiny", vocab_size=320, **SIZES, **SPECIAL[family])
         weights = rename_tensors(model.state_dict(), reversed_names(KINDS[source].names))
         torch.save(weights, folder / f"{family}.pth")
-
-
-def damage(content, rng):
-    """Bytes with a piece that is replaced, lost, or added."""
-    at, length = rng.randrange(len(content)), rng.choice((1, 4, 512))
-    junk = rng.choice((rng.randbytes(length), bytes(length), b""))
-    return content[:at] + junk + content[at + rng.choice((0, length, len(content))) :]
 
 
 def _hostile_tensors(weight, rng):
@@ -185,9 +179,9 @@ def _write_zip(content, path, rng):
     if change == 3:
         members[pickled] = rng.choice(FORGED)
     elif change == 4:
-        members[pickled] = damage(members[pickled], rng)
+        members[pickled] = damaged(members[pickled], rng)
     elif rng.random() < 0.5:
-        members[name] = damage(members[name], rng) if members[name] else b"a"
+        members[name] = damaged(members[name], rng) if members[name] else b"a"
     else:
         del members[name]
     kind_of = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
@@ -232,7 +226,7 @@ def _header(header, rng):
     elif change == 7:
         text = b"[" * 10**5
     elif change == 8:
-        text = damage(text, rng)
+        text = damaged(text, rng)
     return text
 
 
@@ -258,7 +252,7 @@ def _weight_file(folder, rng, prepared):
     else:
         _write_zip(_container(weights, rng), path, rng)
     if rng.random() < 0.2:
-        path.write_bytes(damage(path.read_bytes(), rng))
+        path.write_bytes(damaged(path.read_bytes(), rng))
         weights = {}
     return path, family, weights
 

@@ -69,3 +69,19 @@ def pax(records, kind=b"x"):
     """An extended header with these bytes as its records."""
     size = b"%011o\0" % len(records)
     return header("././@PaxHeader", size, kind) + records + bytes(-len(records) % BLOCK)
+
+
+def damaged(content, rng):
+    """Bytes with one of six kinds of damage, by a `random.Random`."""
+    at, length = rng.randrange(len(content)), rng.choice((1, 4, 512))
+    junk = rng.randbytes(length)
+    return rng.choice(
+        (
+            content[:at],
+            content[:at] + junk + content[at + length :],
+            content[:at] + bytes(length) + content[at + length :],
+            content[:at] + content[at + length :],
+            content[:at] + junk + content[at:],
+            content[:at] + content[at : at + length] + content[at:],
+        )
+    )
