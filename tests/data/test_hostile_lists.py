@@ -46,6 +46,14 @@ def test_a_key_given_twice_is_refused(tmp_path):
         opened("entailment", str(path))
 
 
+def test_a_key_given_twice_is_found_in_linear_time(tmp_path):
+    keys = [*range(200_000), 199_999]
+    pairs = ",".join(f'"k{key}": 1' for key in keys)
+    (tmp_path / "list.json").write_text(f"{{{pairs}}}")
+    with pytest.raises(ValueError, match=r"list\.json: .* an object has the key 'k199999' twice"):
+        JsonSource(tmp_path / "list.json")
+
+
 @pytest.mark.parametrize("number", [NAN, INF, -INF, 1e400, 2**25, 10**400, "1", True, None, [1]])
 def test_boxes_that_are_no_pixels_are_refused(number, tmp_path):
     entry = {"image": "a.png", "caption": "a", "boxes": [[[0, number, 1, 1]]]}
