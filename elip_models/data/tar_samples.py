@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from elip_models.data.sample import check_text, clean_captions
+from elip_models.data.sample import MAX_IMAGE_BYTES, check_text, clean_captions
 from elip_models.data.tar_members import (
     MORE_LOST,
     Damage,
@@ -22,7 +22,6 @@ from elip_models.data.tar_members import (
 IMAGE_EXTENSIONS = ("jpeg", "jpg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "txt")
 MAX_TEXT_BYTES = 2**20
-MAX_IMAGE_BYTES = 2**28
 
 
 def sample_name(name: str) -> tuple[str, str] | None:
