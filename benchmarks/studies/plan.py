@@ -335,14 +335,18 @@ def _check(study: Study) -> None:
         if not counted:
             raise ConfigError(f"{key}: expected one or more, got none")
         if counted[0][1] > 1:
-            raise ConfigError(f"{key}: expected each once, got {counted[0][0]!r} twice")
+            raise ConfigError(f"{key}: expected each once, got {shortened(counted[0][0])} twice")
     _check_arms(study)
     for name in study.measures:
         if name not in MEASURES:
-            raise ConfigError(f"measures: expected some of {', '.join(MEASURES)}, got {name!r}")
+            raise ConfigError(
+                f"measures: expected some of {', '.join(MEASURES)}, got {shortened(name)}"
+            )
     for name in study.references:
         if name not in study.arms:
-            raise ConfigError(f"references: expected arms of {list(study.arms)}, got {name!r}")
+            raise ConfigError(
+                f"references: expected some of {shortened(list(study.arms))}, got {shortened(name)}"
+            )
     patterns = [each for name in study.measures for each in METRICS.get(name, ["*"])]
     for metric in study.quality:
         if not any(fnmatchcase(metric, pattern) for pattern in patterns):
@@ -357,9 +361,13 @@ def _check_arms(study: Study) -> None:
     before: list[str] = []
     for name, arm in study.arms.items():
         if arm.parent is not None and arm.parent not in before:
-            raise ConfigError(f"arms.{name}.from: expected one of {before}, got {arm.parent!r}")
+            raise ConfigError(
+                f"arms.{name}.from: expected one of {before}, got {shortened(arm.parent)}"
+            )
         if arm.parent is not None and study.arms[arm.parent].length == 0:
-            raise ConfigError(f"arms.{name}.from: expected an arm that trains, got {arm.parent!r}")
+            raise ConfigError(
+                f"arms.{name}.from: expected an arm that trains, got {shortened(arm.parent)}"
+            )
         if arm.parent is None and arm.length == 0:
             raise ConfigError(f"arms.{name}.length: expected above 0 without 'from', got 0")
         before.append(name)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._operator import Operator
+from elip_kernels._operator import Operator, exports_onnx
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
@@ -160,8 +160,10 @@ def reduce_reference(
         if mask is not None:
             weight = weight * mask.gather(1, dropped)
         if normalize:
-            total = (weight * SUM_SCALE).sum(1, keepdim=True) + EPSILON * SUM_SCALE
-            weight = weight / total * SUM_SCALE
+            # The exporter to ONNX removes the addition of a constant below 1e-8.
+            scale = 1.0 if exports_onnx() else SUM_SCALE
+            total = (weight * scale).sum(1, keepdim=True) + EPSILON * scale
+            weight = weight / total * scale
         weights.scatter_(1, dropped, weight)
         out[:, -1] = merge_rows(tokens, dropped, weight)
     kept = order[:, num_prefix_tokens:first_dropped].clone(memory_format=torch.contiguous_format)

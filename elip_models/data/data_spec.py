@@ -97,11 +97,11 @@ def expand_ranges(path: str) -> Iterator[str]:
                 f"{_MAX_DIGITS} digits)"
             )
         ranges.append(range(int(first), int(last) + 1))
-    count = math.prod(map(len, ranges))
+    count = math.prod(float(len(each)) for each in ranges)  # a product of integers can be too long
     if count > _MAX_NAMES or count * len(path) > _MAX_CHARACTERS:
         raise ValueError(
             f"spec: expected ranges of at most {_MAX_NAMES} names and {_MAX_CHARACTERS} "
-            f"characters in all, got {count} names of {len(path)} characters"
+            f"characters in all, got {count:.4g} names of {len(path)} characters"
         )
     for numbers in itertools.product(*ranges):
         shown = (f"{n:0{len(first)}d}" for n, first in zip(numbers, parts[1::3], strict=True))

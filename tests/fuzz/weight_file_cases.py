@@ -59,7 +59,7 @@ def _hostile_tensors(weight, rng):
         "expanded": lambda: flat[0].expand([big if i == 0 else n for i, n in _dims(weight)]),
         "expanded twice": lambda: flat[:1].expand(rng.randrange(1, 2**15), big),
         "wide": lambda: flat[0].expand([big if n > 1 else n for n in weight.shape]),
-        "strided": lambda: weight.as_strided((2, 2), (flat.numel() // 4, 1)),
+        "strided": lambda: weight.as_strided((2, 2), (flat.numel() // 4, flat.numel() // 2)),
         "0-d": lambda: torch.tensor(1.0),
         "1-d": lambda: flat,
         "empty": lambda: weight[:0] if weight.ndim else torch.zeros(0),

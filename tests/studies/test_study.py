@@ -121,7 +121,7 @@ def test_a_study_like_another_changes_its_own_keys(tmp_path):
             {"measures": ["taste"]},
             "measures: expected some of retrieval, objectives, selection, got 'taste'",
         ),
-        ({"references": ["danse"]}, "references: expected arms of .*got 'danse'"),
+        ({"references": ["danse"]}, "references: expected some of .*got 'danse'"),
         ({"colour": 1}, "colour: no such key"),
         ({"arms": {"a": 3}}, "arms.a: expected a mapping of keys, got 3"),
         ({"arms": {"a": {"at_flops": 2}}}, r"arms.a.at_flops: expected .*\(0, 1\].* got 2"),
