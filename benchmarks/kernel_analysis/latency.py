@@ -166,7 +166,7 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "_slots_kernel": lambda a: 1,
     "_slots_of_kernel": lambda a: a.BITS + 1,
     "_nearest_kernel": lambda a: 1 + _steps(a.K, a.BLOCK_K) * _pipelined(_steps(a.C, a.BLOCK_C), a),
-    "_order_kernel": lambda a: _steps(a.N, a.BLOCK_M),
+    "_order_kernel": lambda a: 1 + _steps(a.N, a.BLOCK_M),  # rows of its tokens, then of all
     "_merge_fwd_kernel": _merge,
     "_merge_bwd_kernel": lambda a: 2,  # slots, rows
 }
