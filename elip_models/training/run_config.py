@@ -1,12 +1,14 @@
-"""The configuration of a run: frozen dataclasses whose fields are the keys of a recipe."""
+"""The configuration of a run: frozen dataclasses whose fields are the keys of a recipe.
+
+Importing it imports no PyTorch, so that `elip train --help` is fast.
+"""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from elip_models.data.caption_rules import CaptionRule
-from elip_models.data.transforms import Magnitude, ResizeMode
 from elip_models.models.peft.adapt_config import AdaptConfig
 from elip_models.validation import (
+    Bounds,
     Count,
     NonNegative,
     Positive,
@@ -85,11 +87,11 @@ class DataConfig:
     tokenizer: str = "train"
     vocab_size: Size = 8192
     context_length: Size = 32
-    captions: CaptionRule | None = None
-    resize: ResizeMode | None = None
+    captions: Literal["plain", "albef", "blip"] | None = None
+    resize: Literal["crop", "squash"] | None = None
     crop_scale: tuple[Share, Share] | None = (0.9, 1.0)
     flip: bool = False
-    randaugment: tuple[PositiveInt, Magnitude] | None = None
+    randaugment: tuple[PositiveInt, Annotated[int, Bounds(0, 10)]] | None = None
     num_workers: Workers = 0
     max_bad_share: Share = 0.05
 

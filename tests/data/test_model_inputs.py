@@ -8,11 +8,13 @@ from PIL import Image
 
 from elip_models.data import EmojiScenes, ImageTextDataset, Sample, image_transform, tokenize
 from elip_models.data.caption_rules import CaptionRule, apply_caption_rule
-from elip_models.data.transforms import ResizeMode
+from elip_models.data.transforms import Magnitude, ResizeMode
 from elip_models.models.config import InputConfig
 from elip_models.models.registry import create_model, load_model
 from elip_models.tasks.retrieval import evaluate_retrieval
+from elip_models.training.run_config import DataConfig
 from elip_models.training.trainer import train
+from elip_models.validation import PositiveInt
 from tests.helpers.tiny_run import own_process, tiny_config
 
 WORDS = " ".join(f"w{number}" for number in range(40))
@@ -47,8 +49,10 @@ def test_example(caption, albef, blip):
 
 def test_configs_list_all_caption_rules_and_resize_modes():
     hints = typing.get_type_hints(InputConfig)
-    assert typing.get_args(hints["captions"]) == typing.get_args(CaptionRule)
-    assert typing.get_args(hints["resize"]) == typing.get_args(ResizeMode)
+    assert hints["captions"] == CaptionRule and hints["resize"] == ResizeMode
+    hints = typing.get_type_hints(DataConfig, include_extras=True)
+    assert hints["captions"] == CaptionRule | None and hints["resize"] == ResizeMode | None
+    assert hints["randaugment"] == tuple[PositiveInt, Magnitude] | None
 
 
 @pytest.mark.parametrize(
