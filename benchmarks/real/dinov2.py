@@ -57,7 +57,10 @@ def weights() -> dict[str, Tensor]:
 
 
 def transformers_model() -> nn.Module:
-    """Return transformers' Dinov2Model with these weights, in eval mode."""
+    """Return transformers' Dinov2Model with these weights, in eval mode.
+
+    `reduce_` reads no Dinov2Model, so the bench uses `timm_model`.
+    """
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
