@@ -20,7 +20,7 @@ from elip_models.data import Source, evaluation_batches
 from elip_models.data.shared_images import group_by_image
 from elip_models.models.base import eval_mode
 from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk, ranks_of
-from elip_models.tasks.task import Loading, read_all
+from elip_models.tasks.task import Loading, Progress, no_progress, read_all
 from elip_models.validation import PositiveInt, check
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def evaluate_retrieval(
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad_share: float = 0.05,
+    progress: Progress = no_progress,
 ) -> RetrievalScores:
     """Encode each image and each caption alone, and rank them against each other.
 
@@ -130,12 +131,13 @@ def evaluate_retrieval(
         batch_size: Images, and captions, in one forward pass.
         num_workers: Worker processes; 0 loads in this process.
         max_bad_share: Largest allowed share of unreadable samples.
+        progress: Called after each batch.
 
     Raises:
         DataError: More samples are unreadable, or all of them.
     """
     source = group_by_image(source)
-    loading = Loading(batch_size, num_workers, max_bad_share)
+    loading = Loading(batch_size, num_workers, max_bad_share, progress)
     batches, report = read_all(evaluation_batches, model, source, loading)
     with eval_mode(model):
         image_features, captions = encode_images(model, batches)

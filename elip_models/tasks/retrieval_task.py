@@ -36,7 +36,15 @@ from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.tasks.retrieval import KS, chance_level
-from elip_models.tasks.task import Loading, Prediction, Preprocessor, Task, TaskScores, read_all
+from elip_models.tasks.task import (
+    Loading,
+    Prediction,
+    Preprocessor,
+    Progress,
+    Task,
+    TaskScores,
+    read_all,
+)
 from elip_models.validation import PositiveInt
 
 if TYPE_CHECKING:
@@ -106,7 +114,8 @@ class Retrieval(Task):
             similar = index.similarities()
             by_features = (similar, similar.T) if similar is not None else None
             matches = hasattr(model, "matching_logits")
-            of_images, of_texts = self._scores(index, similar) if matches else by_features
+            scored = self._scores(index, similar, loading.progress) if matches else by_features
+            of_images, of_texts = scored
         baselines = {"chance": chance_level(index.text_to_image, len(index.tokens))}
         if matches and by_features is not None:
             found = _recalls(*by_features, index.text_to_image)
@@ -123,18 +132,22 @@ class Retrieval(Task):
             predictions=tuple(map(Prediction, index.names, found_texts, correct)),
         )
 
-    def _scores(self, index: "_Index", similar: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scores(
+        self, index: "_Index", similar: Tensor | None, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
         """Return the scores of pairs: (I, T) for image queries, (T, I) for text queries."""
         images, texts = len(index.tokens), len(index.ids)
         scores = torch.full((2, images, texts), -math.inf)
         for row in range(images):
             chosen = self._candidates(None if similar is None else similar[row], texts)
             scores[0, row, chosen] = index.match(torch.full_like(chosen, row), chosen)
+            progress("query", row + 1, images + texts)
         for row in range(texts):
             chosen = self._candidates(None if similar is None else similar[:, row], images)
             query = torch.full_like(chosen, row)
             guide = row if self.guided else None
             scores[1, chosen, row] = index.match(chosen, query, guide=guide)
+            progress("query", images + row + 1, images + texts)
         adds = self.adds_similarity
         if adds is None:
             adds = getattr(index.model, "adds_similarity", False)

@@ -34,12 +34,21 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
 
 
+Progress = Callable[[str, int, int], object]
+"""Called with what is counted, such as "sample", how many of them are done, and their number."""
+
+
+def no_progress(unit: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
 class Loading(NamedTuple):
     """How evaluation reads data; `batch_size` images are in one forward pass."""
 
     batch_size: int = 64
     num_workers: int = 0
     max_bad_share: float = 0.05
+    progress: Progress = no_progress
 
 
 class Prediction(NamedTuple):
@@ -172,4 +181,15 @@ def read_all(
     """
     report = SkipReport(loading.max_bad_share, length=len(source))
     options = {"report": report, "num_workers": loading.num_workers}
-    return batches(source, evaluation_transform(model), loading.batch_size, **options), report
+    found = batches(source, evaluation_transform(model), loading.batch_size, **options)
+    return _counted(found, len(source), loading.progress), report
+
+
+def _counted(batches: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
+    """Yield batches, and report when the next one is requested that a batch is done."""
+    done = 0
+    progress("sample", done, total)
+    for batch in batches:
+        yield batch
+        done += len(batch.images)
+        progress("sample", done, total)

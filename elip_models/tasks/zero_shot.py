@@ -18,7 +18,7 @@ from elip_kernels.autocast import no_autocast
 from elip_models.data import ClassSource, evaluation_batches
 from elip_models.models.base import eval_mode
 from elip_models.tasks.features import encode_images, encode_texts, ranks_of
-from elip_models.tasks.task import Loading, read_all
+from elip_models.tasks.task import Loading, Progress, no_progress, read_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +60,7 @@ def evaluate_zero_shot(
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad_share: float = 0.05,
+    progress: Progress = no_progress,
 ) -> ZeroShotScores:
     """Classify all images of a source by the names of its classes.
 
@@ -72,11 +73,12 @@ def evaluate_zero_shot(
         batch_size: Images, and texts, in one forward pass.
         num_workers: Worker processes; 0 loads in this process.
         max_bad_share: Largest allowed share of unreadable images.
+        progress: Called after each batch.
 
     Raises:
         DataError: More images are unreadable, or all of them.
     """
-    loading = Loading(batch_size, num_workers, max_bad_share)
+    loading = Loading(batch_size, num_workers, max_bad_share, progress)
     batches, report = read_all(evaluation_batches, model, source, loading)
     with eval_mode(model):
         images, found = encode_images(model, batches)

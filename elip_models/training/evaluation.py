@@ -6,7 +6,7 @@ from elip_models.data import ClassSource, Source, open_classes, open_source
 from elip_models.models.base import PretrainedModel
 from elip_models.models.registry import family_of
 from elip_models.tasks.retrieval import RetrievalScores, evaluate_retrieval
-from elip_models.tasks.task import Loading, TaskScores
+from elip_models.tasks.task import Loading, Progress, TaskScores
 from elip_models.tasks.zero_shot import ZeroShotScores, evaluate_zero_shot
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import task_of
@@ -59,11 +59,17 @@ class Evaluation:
         return self.at_end if step == total_steps else []
 
     def run(
-        self, task: str, model: PretrainedModel, tokenizer: "PreTrainedTokenizerBase"
+        self,
+        task: str,
+        model: PretrainedModel,
+        tokenizer: "PreTrainedTokenizerBase",
+        progress: Progress,
     ) -> Scores:
         """Evaluate one task, store its scores and return them."""
         data, source = self.config.data, self.sources[task]
-        loading = Loading(self.config.optim.batch_size, data.num_workers, data.max_bad_share)
+        loading = Loading(
+            self.config.optim.batch_size, data.num_workers, data.max_bad_share, progress
+        )
         if self.task is not None:
             self.scores[task] = self.task.evaluate(model, tokenizer, source, loading, self.answers)
         else:

@@ -1,10 +1,13 @@
 """The progress bar of a training run, and the expected time of its steps."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 
+from elip_models.tasks.task import Progress as Callback
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.training"):
@@ -13,6 +16,7 @@ with require_extra("elip_models.training"):
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeRemainingColumn,
     )
@@ -21,12 +25,29 @@ TIMED_STEPS = 4
 """Steps whose time, after the slower first one, gives the expected time of the run."""
 
 
-def progress_bar(console: Console, unit: str) -> Progress:
-    """Return a bar of counted units, shown on a terminal only."""
-    counts = TextColumn(unit), MofNCompleteColumn(), BarColumn()
+def progress_bar(console: Console) -> Progress:
+    """Return bars, shown on a terminal only; `add_task` takes what a bar counts as `unit`."""
+    counts = TextColumn("{task.fields[unit]}"), MofNCompleteColumn(), BarColumn()
     left = TimeRemainingColumn(), TextColumn("left")
     columns = (*counts, TextColumn("{task.description}"), *left)
     return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def evaluation_bars(bars: Progress) -> Iterator[Callback]:
+    """Yield a function that adds a bar for each unit of an evaluation; they go at its end."""
+    shown: dict[str, TaskID] = {}
+
+    def update(unit: str, done: int, total: int) -> None:
+        if unit not in shown:
+            shown[unit] = bars.add_task("", total=total, unit=unit)
+        bars.update(shown[unit], completed=done)
+
+    try:
+        yield update
+    finally:
+        for each in shown.values():
+            bars.remove_task(each)
 
 
 class ExpectedTime:

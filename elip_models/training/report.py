@@ -89,6 +89,10 @@ class Reporter:
 
     def timing(self, console: Console) -> Path:
         """Time ViT-S/16 at 224 px with every scorer; print a table and write `timing.json`."""
+        console.print(
+            f"comparing {len(SCORERS)} scorers on the trained model, then timing ViT-S/16 at "
+            "224 px, dense and with each"
+        )
         images, _, guidance = self._guided_batch(100)
         rows = None
         if isinstance(self.model, MomentumModel):
@@ -102,9 +106,9 @@ class Reporter:
         )
         batch_size, rounds = BATCH_AND_ROUNDS["cuda" if self.device.type == "cuda" else "cpu"]
         workload = Workload(tower.to(self.device), batch_size)
-        console.print(f"timing ViT-S/16 at 224 px, dense and with {len(SCORERS)} scorers")
-        with progress_bar(console, "measurement") as bar:
-            task = bar.add_task("", total=2 * (rounds + 1) * (len(SCORERS) + 1))
+        with progress_bar(console) as bar:
+            count = 2 * (rounds + 1) * (len(SCORERS) + 1)
+            task = bar.add_task("", total=count, unit="measurement")
             costs = scorer_costs(workload, rounds=rounds, progress=lambda: bar.advance(task))
         memory = memory_kind(self.device)
         console.print(_timing_table(costs, agreement, batch_size, memory))

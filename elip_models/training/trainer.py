@@ -28,7 +28,7 @@ from elip_models.training.evaluation import Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
-from elip_models.training.progress import ExpectedTime, duration, progress_bar
+from elip_models.training.progress import ExpectedTime, duration, evaluation_bars, progress_bar
 from elip_models.training.provenance import run_provenance
 from elip_models.training.replicated import ReplicatedModel
 from elip_models.training.restore import restore_
@@ -102,7 +102,7 @@ class Trainer:
     def run(self) -> TrainResult:
         """Prepare the run, train to the last step, save the model and return the result."""
         self.prepare()
-        with self.parallel.expected_warnings_ignored():
+        with self.parallel.expected_warnings_ignored(), progress_bar(self.console) as self.bars:
             self._train()
             return self._finish()
 
@@ -133,14 +133,14 @@ class Trainer:
         self.model.train()
         self._start_window()
         expected = ExpectedTime(self.console, self.accelerator.device)
-        with StopSignal() as stop, progress_bar(self.console, "step") as progress:
-            task = progress.add_task("", total=self.total_steps, completed=self.step)
+        task = self.bars.add_task("", total=self.total_steps, completed=self.step, unit="step")
+        with StopSignal() as stop:
             while self.step < self.total_steps:
                 self._train_step()
-                progress.update(task, completed=self.step)
+                self.bars.update(task, completed=self.step)
                 expected.after(self.step - self.first_step, self.total_steps - self.step)
                 if self._due(self.config.log_every):
-                    progress.update(task, description=self._log_step())
+                    self.bars.update(task, description=self._log_step())
                 is_last = self.step == self.total_steps
                 if is_last:
                     self._save_checkpoint()  # before an evaluation that may fail
@@ -317,7 +317,8 @@ class Trainer:
                 for task in tasks:
                     samples = len(self.evaluation.sources[task])
                     self.console.print(f"evaluating {task} on {samples} samples")
-                    found.append(self.evaluation.run(task, model, self.tokenizer))
+                    with evaluation_bars(self.bars) as progress:
+                        found.append(self.evaluation.run(task, model, self.tokenizer, progress))
         if self.barrier_group is not None:
             dist.barrier(self.barrier_group)
         return found

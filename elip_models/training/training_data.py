@@ -174,8 +174,9 @@ def tokenizer_captions(
     """Yield the cleaned captions of at most 50,000 samples, and show the progress on `console`."""
     console, count = console or Console(quiet=True), min(len(source), MAX_TOKENIZER_SAMPLES)
     console.print(f"training the tokenizer on the captions of up to {count} samples")
-    with progress_bar(console, "sample") as bar:
-        for captions in bar.track(sample_captions(source, count), total=count, description=""):
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=count, unit="sample")
+        for captions in bar.track(sample_captions(source, count), task_id=task):
             for caption in captions:
                 yield apply_caption_rule(caption, model.captions)
 

@@ -159,6 +159,18 @@ def test_answers_are_generated_with_weights_or_classified_with_scores():
     assert classified["answer_scores"].tolist() == [0.0, 1.0]
 
 
+def test_an_evaluation_reports_samples_then_queries():
+    calls = []
+    loading = LOADING._replace(progress=lambda *call: calls.append(call))
+    VQA().evaluate(Stub(), Tokens(), Greys(), loading)
+    assert calls == [("sample", done, 8) for done in (0, 3, 6, 8)]
+    calls.clear()
+    model, source = matcher()
+    Retrieval().evaluate(model, Tokens(), source, loading)
+    queries = [("query", done, 18) for done in range(1, 19)]
+    assert calls == [("sample", done, 6) for done in (0, 3, 6)] + queries
+
+
 @pytest.mark.parametrize("config", [{}, {"num_classes": 2}])
 def test_a_correct_model_scores_1_and_its_predictions_are_stored(config, tmp_path):
     scores = VQA(candidates=9).evaluate(Stub(**config), Tokens(), Greys(), LOADING)
