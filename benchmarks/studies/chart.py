@@ -1,4 +1,8 @@
-"""Chart of a study as SVG for light and dark pages: differences in quality, and costs."""
+"""Chart of a study as SVG for light and dark pages: differences in quality, and costs.
+
+The chart of a built-in study shows at most six families of arms, named in words, and the quality
+with reduced images. The tables of its page have all arms.
+"""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -29,6 +33,61 @@ BETTER, WORSE = "#0072b2", "#d55e00"
 CURVE = 3  # families with at least so many FLOPs shares are drawn as a curve, others as rows
 METRICS = 2  # metrics that the rows show
 
+_QUALITY = {
+    "tome": "ToMe: similar patches merged",
+    "evit": "EViT: attended patches kept",
+    "last": "ELIP, fast scorer",
+    "paper": "ELIP, as published",
+    "random": "random patches kept",
+    "dense-short": "shorter dense training",
+}
+_TRANSFER = {
+    "tome": "ToMe: similar patches merged",
+    "random-nearest": "random patches, others merged",
+    "dense-short": "shorter dense training",
+}
+_GUIDANCE = {
+    "dense": "no reduction",
+    "none-0.8": "own caption, weight 0.2",
+    "match-0.5": "own caption, as strong as the image",
+    "other": "another caption of the image",
+}
+ARMS = {
+    "quality": _QUALITY,
+    "quality_emoji": _TRANSFER,
+    "quality_flat": _TRANSFER,
+    "reduced_later": {
+        "tome": "ToMe: similar patches merged",
+        "guided-tome": "ToMe, attended patches last",
+        "random-nearest": "random patches, others merged",
+        "evit": "EViT: attended patches kept",
+        "last": "ELIP, fast scorer",
+        "random": "random patches kept",
+    },
+    "scorers": {
+        "last-nearest": "attention of the last layer",
+        "mean-nearest": "mean attention of all layers",
+        "exact-nearest": "all layers run (paper)",
+        "attention-nearest": "attention halves run",
+        "random-nearest": "random patches",
+    },
+    "guidance": {
+        **_GUIDANCE,
+        "dropout": "own caption, every second image",
+        "none-0": "own caption alone",
+    },
+    "guidance_albef": {**_GUIDANCE, "after-itc": "own caption, after contrast"},
+    "guidance_blip": {**_GUIDANCE, "after-itc": "own caption, after contrast"},
+}
+"""By built-in study: the families of arms in its chart, in words."""
+WORDS = {
+    "dense": "dense training",
+    "vision": "image alone",
+    "reduced.top1": "pairs ranked first",
+    "reduced.contrastive_loss": "contrastive loss",
+}
+"""References and metrics in words; those of other studies have their own names."""
+
 
 class Point(NamedTuple):
     """An arm with its differences from the reference by metric, and its relative costs."""
@@ -45,43 +104,56 @@ def draw(document: Document, path: Path) -> Path:
     Each arm is a row with its FLOPs and time. A family of arms at several FLOPs shares is a curve
     of the first metric over FLOPs.
     """
-    metrics = document["quality"][:METRICS]
-    families = _families(document, metrics)
+    names = ARMS.get(document["study"])
+    metrics = document["quality"][:METRICS] if names is None else [*WORDS][-METRICS:]
+    families = _families(document, metrics, names)
     curves = {name: points for name, points in families.items() if len(points) >= CURVE}
     rows = [point for name, points in families.items() if name not in curves for point in points]
     heights = [4.0] if curves else []
-    heights.append(0.9 + 0.2 * len(rows))
+    heights += [1.1 + 0.25 * len(rows)] if rows else []
     with matplotlib.rc_context(STYLE):
         figure = plt.figure(figsize=(9, sum(heights)), layout="constrained")
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         if curves:
-            _draw_curves(parts[0].subplots(), document, curves)
-        columns = len(metrics) + 1
-        _draw_rows(parts[-1].subplots(1, columns, sharey=True), document, rows)
+            _draw_curves(parts[0].subplots(), document, curves, metrics[0])
+        if rows:
+            axes = parts[-1].subplots(1, len(metrics) + 1, sharey=True)
+            _draw_rows(axes, document, rows, metrics)
         write_figure(figure, path, bbox_inches="tight", metadata=METADATA)
         plt.close(figure)
     return path
 
 
-def _families(document: Document, metrics: Sequence[str]) -> dict[str, list[Point]]:
-    """Return the measured arms by family, without the parent of the reference."""
+def _families(
+    document: Document, metrics: Sequence[str], names: dict[str, str] | None
+) -> dict[str, list[Point]]:
+    """Return the measured arms by family, without the parent of the reference.
+
+    `names` are the families to return, in words; None: all, by their names.
+    """
     reference = document["references"][0]
     found: dict[str, list[Point]] = {}
     for arm, settings in document["arms"].items():
+        family = settings["family"]
+        if names is not None and family not in names:
+            continue
         gaps = {metric: difference(document, arm, reference, metric) for metric in metrics}
         if arm == reference:
             gaps = dict.fromkeys(metrics, Interval(0.0, None))
         if any(gaps.values()) and arm != document["arms"][reference]["parent"]:
             costs = relative_cost(document, arm), relative_time(document, arm)
-            found.setdefault(settings["family"], []).append(Point(arm, gaps, *costs))
+            shown = (family, arm) if names is None else (names[family], names[family])
+            found.setdefault(shown[0], []).append(Point(shown[1], gaps, *costs))
     return found
 
 
-def _draw_rows(axes: Sequence[Axes], document: Document, points: Sequence[Point]) -> None:
+def _draw_rows(
+    axes: Sequence[Axes], document: Document, points: Sequence[Point], metrics: Sequence[str]
+) -> None:
     """Draw differences on the left and costs on the right, the most expensive arm on top."""
     points = sorted(reversed(points), key=lambda point: round(point.flops or 0, 1))
     axes[0].set_yticks(range(len(points)), [point.arm for point in points])
-    for metric, axis in zip(document["quality"], axes[:-1], strict=False):
+    for metric, axis in zip(metrics, axes[:-1], strict=True):
         axis.axvline(0, color=GREY, linewidth=1)
         axis.set_xlabel(_label(document, metric))
         for row, point in enumerate(points):
@@ -89,20 +161,24 @@ def _draw_rows(axes: Sequence[Axes], document: Document, points: Sequence[Point]
                 style = {"color": _colour(gap, metric), "marker": "o", "capsize": 2, "linewidth": 1}
                 mean, half = _scaled(gap, metric)
                 axis.errorbar(mean, row, xerr=half, **style)
-    costs = {"FLOPs": [point.flops for point in points], "time": [point.time for point in points]}
+    costs = {
+        "FLOPs": [point.flops for point in points],
+        "time": [point.time for point in points],
+    }
     for (name, values), fill in zip(costs.items(), (GREY, "none"), strict=True):
         known = [(value, row) for row, value in enumerate(values) if value is not None]
         x, y = zip(*known, strict=True) if known else ((), ())
         axes[-1].scatter(x, y, marker="D", facecolors=fill, edgecolors=GREY, label=name)
-    axes[-1].set_xlabel(f"cost, {document['references'][0]} = 1")
+    axes[-1].set_xlabel(f"cost, {_reference(document)} = 1")
     axes[-1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     for axis in axes:
         axis.grid(color=GREY, alpha=0.3)
 
 
-def _draw_curves(axis: Axes, document: Document, curves: dict[str, list[Point]]) -> None:
+def _draw_curves(
+    axis: Axes, document: Document, curves: dict[str, list[Point]], metric: str
+) -> None:
     """Draw one line per family, shifted sideways so that error bars do not overlap."""
-    metric = document["quality"][0]
     axis.axhline(0, color=GREY, linewidth=1)
     axis.grid(color=GREY, alpha=0.3)
     middle = (len(curves) - 1) / 2
@@ -117,7 +193,7 @@ def _draw_curves(axis: Axes, document: Document, curves: dict[str, list[Point]])
         style = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1}
         if known:
             axis.errorbar(*zip(*known, strict=True), label=family, **style)
-    axis.set_xlabel(f"FLOPs, {document['references'][0]} = 1")
+    axis.set_xlabel(f"FLOPs, {_reference(document)} = 1")
     axis.set_ylabel(_label(document, metric))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
@@ -136,5 +212,13 @@ def _colour(gap: Interval, metric: str) -> str:
 
 
 def _label(document: Document, metric: str) -> str:
-    unit = "" if is_loss(metric) else ", points"
-    return f"{metric}{unit}\nminus {document['references'][0]}"
+    unit, better = ("", "lower") if is_loss(metric) else (", points", "higher")
+    return (
+        f"{WORDS.get(metric, metric)}{unit}\nchange from {_reference(document)}\n"
+        f"({better} is better; 95% CI)"
+    )
+
+
+def _reference(document: Document) -> str:
+    reference = document["references"][0]
+    return WORDS.get(reference, reference) if document["study"] in ARMS else reference

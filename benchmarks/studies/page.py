@@ -16,6 +16,10 @@ from elip_models.validation import ConfigError
 
 NONE = "–"
 Table = tuple[list[str], list[list[str]]]  # header, and rows
+CHART = (
+    f"Bars are {LEVEL:.0%} confidence intervals. A change is coloured if its interval excludes "
+    "zero. The tables have all arms."
+)
 HOW_TO_READ = f"""## How to read the tables
 
 An **arm** is one setting that a study compares. All arms of one **seed** begin with the same
@@ -69,7 +73,8 @@ def study_page(document: Document, chart: str, notes: str) -> str:
     if document["overrides"]:
         settings = ", ".join(f"`{key}={value}`" for key, value in document["overrides"].items())
         parts.append(f"Settings of every arm: {settings}.")
-    parts += [f"![{document['study']}]({chart})", "## Means over seeds", markdown(means(document))]
+    alt = f"Change in quality and cost of the main arms of the study {document['study']}"
+    parts += [f"![{alt}]({chart})", CHART, "## Means over seeds", markdown(means(document))]
     for reference in document["references"]:
         rows = markdown(differences(document, reference))
         parts += [f"## Paired differences from `{reference}`", rows]
