@@ -276,6 +276,7 @@ def _built_in() -> Path:
 def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]]:
     """Yield arms by name, `start` first; an arm with several FLOPs shares becomes several arms."""
     for family, settings in sorted(values.items(), key=lambda item: item[0] != start):
+        _check_name("arms", family)
         if not isinstance(settings, dict):
             raise ConfigError(
                 f"arms.{family}: expected a mapping of keys, got {shortened(settings)}"
@@ -322,14 +323,21 @@ def _check_overrides(overrides: Mapping[str, Any], arms: Mapping[str, Arm]) -> N
             )
 
 
+def _check_name(key: str, name: Any) -> None:
+    """Raise ConfigError unless `name` can name a folder of runs."""
+    is_name = isinstance(name, str) and NAME.fullmatch(name) and name.strip(".") != ""
+    if not is_name or (key, name) == ("arms", TOKENIZER):
+        raise ConfigError(
+            f"{key}: expected a name of letters, digits, '_', '-' and '.', other than "
+            f"{TOKENIZER!r}, got {shortened(name)}"
+        )
+
+
 def _check(study: Study) -> None:
     """Check the names, and the arms, measures and references against each other."""
-    for key, name in [("group", study.group), *(("arms", each) for each in study.arms)]:
-        if not NAME.fullmatch(name) or name.strip(".") == "" or (key, name) == ("arms", TOKENIZER):
-            raise ConfigError(
-                f"{key}: expected a name of letters, digits, '_', '-' and '.', other than "
-                f"{TOKENIZER!r}, got {shortened(name)}"
-            )
+    _check_name("group", study.group)
+    for name in study.arms:
+        _check_name("arms", name)
     for key in ("seeds", "quality", "references", "measures"):
         counted = Counter(getattr(study, key)).most_common(1)
         if not counted:

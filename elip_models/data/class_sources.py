@@ -143,7 +143,13 @@ class ClassFolder(_LabelledPhotos):
                 f"with a folder of images a class, got {shortened(str(path))}; the working folder "
                 f"is {Path.cwd()}"
             )
-        folder = ImageFolder(str(root))
+        try:
+            folder = ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"spec: expected a folder with a folder of images a class, got "
+                f"{shortened(str(path))}: {error}"
+            ) from error
         self.classes = tuple(folder.classes)
         self.names = _display_names(self.classes)
         self._paths = [Path(path) for path, _ in folder.samples]

@@ -37,7 +37,8 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     """Read questions, and their answers if the files have any."""
     loaded = {file: read_json(file, _EXPECTED) for file in files}
     for file, data in loaded.items():
-        if not isinstance(data, list) and not {"questions", "annotations"} & {*data}:
+        keys = data.keys() if isinstance(data, dict) else set()
+        if not isinstance(data, list) and not {"questions", "annotations"} & keys:
             raise ValueError(f"{file}: expected {_EXPECTED}, got {data!r:.200}")
     annotations = _annotations(loaded)
     rows, first_answers = [], Counter()
