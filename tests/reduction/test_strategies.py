@@ -8,6 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
+import elip_kernels
 import elip_models
 from elip_models import (
     ELIP,
@@ -107,11 +108,22 @@ def test_tome_reproduces_the_official_run(golden, prefix):
     check_gradients(grads, case.under(f"{prefix}grad/"))
 
 
+@pytest.mark.parametrize("keys", ["mean", "all"])
+def test_tome_compares_the_mean_key_or_the_keys_of_all_heads(keys):
+    model, x, strategy = plain_vit().eval(), images(), ToMe(4, keys=keys)
+    _, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
+    found = as_tower(model).qkv(0, as_tower(model).embed(x))[1]
+    compared = found.mean(1) if keys == "mean" else torch.cat(found.unbind(1), dim=2)
+    expected = elip_kernels.bipartite_merge(compared, compared, 4, return_info=True)[2]
+    assert torch.equal(infos[0].reduction.slots, expected.slots)
+
+
 STRATEGIES = {
     "elip": ELIP(SCHEDULE, scorer="exact"),
     "evit": EViT(0.7, layers=(1, 3)),
     "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
     "tome": ToMe(4),
+    "tome of all heads": ToMe(4, keys="all"),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
     "guided_tome": GuidedToMe((4, 0, 4, 5, 2, 20), protect=0.6, weight=0.5),
     "pitome": PiToMe((4, 0, 4, 5, 2, 20)),
@@ -265,6 +277,7 @@ def test_the_same_strategy_again_changes_nothing():
         (lambda: EViT(layers=()), "layers: expected rising"),
         (lambda: ToMe(-1), "r: expected an integer at least 0"),
         (lambda: ToMe(True), "r: expected an integer at least 0"),
+        (lambda: ToMe(keys="sum"), "keys: expected 'mean' or 'all', got 'sum'"),
         (lambda: ToMe(proportional=1), "proportional: expected True or False"),
         (lambda: GuidedToMe(protect=1.0), r"protect: expected a number in \[0, 1\), got 1"),
         (lambda: GuidedToMe(weight=-0.1), "weight: expected a number at least 0"),

@@ -51,16 +51,12 @@ class Pairs(NamedTuple):
 
 
 class CompleteGraph(ToMe):
-    """ToMe with pairs of a complete graph. A subclass defines `choose` and `channels`."""
+    """ToMe with pairs of a complete graph. A subclass defines `choose`."""
 
     def choose(
         self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
     ) -> Pairs:
         """Return the pairs that leave `stage.keep` patches of tokens (B, N, D), with these keys."""
-        raise NotImplementedError
-
-    def channels(self, size: TowerSize) -> int:
-        """Return the number of channels of the keys that are compared."""
         raise NotImplementedError
 
     def scoring_flops(self, size: TowerSize) -> int:
@@ -94,14 +90,14 @@ class CompleteGraph(ToMe):
 class PiToMe(CompleteGraph):
     """Merge the r patches of the highest energy into the next r (Tran et al., NeurIPS 2024).
 
-        E_i = mean_j elu(S_ij - m), m = margin (1 - block / depth)           S of head-mean keys
+        E_i = mean_j elu(S_ij - m), m = margin (1 - block / depth)           S of keys
         sources and targets alternate among the 2 r of the highest E
         a source merges into the most similar target
 
     A patch that is similar to many others has a high energy; the rest is protected.
 
     Attributes:
-        r, proportional: as of `ToMe`.
+        r, proportional, keys: as of `ToMe`.
         margin: m in the first block, from which it decreases linearly.
     """
 
@@ -109,16 +105,12 @@ class PiToMe(CompleteGraph):
 
     margin: Share = 0.9
 
-    def channels(self, size: TowerSize) -> int:
-        """Return the width of one head: keys are averaged over heads."""
-        return size.width // size.heads
-
     def choose(
         self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
     ) -> Pairs:
         """Return the pairs by energy."""
         p = tower.num_prefix_tokens
-        similarity = cosines(keys.mean(1)[:, p:])
+        similarity = cosines(self.compared(keys)[:, p:])
         margin = self.margin * (1 - stage.first / tower.depth)
         return pairs_by_energy(similarity, similarity.shape[1] - stage.keep, margin).behind(p)
 
@@ -127,7 +119,7 @@ class PiToMe(CompleteGraph):
 class CrossGET(Guided, CompleteGraph):
     """Merge similar tokens that the text does not attend to (CrossGET, Shi et al., ICML 2024).
 
-        I_i = cosine of key i and the query of the fused CLS token           S of all heads' keys
+        I_i = cosine of key i and the query of the fused CLS token           S of keys
         B_i = the largest S_ij over the j whose own largest similarity is lower than that of i
         sources = the r of the largest B - I; each merges into the most similar that is no source
         weights = of a source s 2 w_s, of its target 1 + sum over its sources of (2 w_t - 1)
@@ -137,19 +129,16 @@ class CrossGET(Guided, CompleteGraph):
     of ELIP (Eq. 1), which is none of the tokens of a layer.
 
     Attributes:
-        r, proportional: as of `ToMe`.
+        r, proportional, keys: as of `ToMe`; 'all' is the paper's.
         fusion, guidance_norm, without_text: as of `ELIP`.
     """
 
     name: ClassVar[str] = "crossget"
 
+    keys: Literal["mean", "all"] = "all"
     fusion: Share = ELIP.fusion
     guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
     without_text: Literal["dense", "vision"] | None = ELIP.without_text
-
-    def channels(self, size: TowerSize) -> int:
-        """Return the width of all heads."""
-        return size.width
 
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of the cosines, and of the query and its cosines."""
@@ -164,8 +153,8 @@ class CrossGET(Guided, CompleteGraph):
         p = tower.num_prefix_tokens
         cls = fused_cls(tower, tokens, text_cls, self)
         query = tower.qkv(stage.first, cls[:, None])[0]
-        compared = torch.cat([query, keys[:, :, p:]], dim=2).transpose(1, 2).flatten(2)
-        similarity = cosines(compared)  # (B, 1 + n, 1 + n)
+        both = torch.cat([query, keys[:, :, p:]], dim=2)
+        similarity = cosines(self.compared(both))  # (B, 1 + n, 1 + n)
         importance, similarity = similarity[:, 0, 1:], similarity[:, 1:, 1:]
         r = similarity.shape[1] - stage.keep
         return pairs_by_importance(similarity, importance, r).behind(p)

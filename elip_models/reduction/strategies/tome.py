@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -19,12 +19,14 @@ class ToMe(Strategy):
     """Merge the r most similar pairs of tokens in every block (Bolya et al., ICLR 2023).
 
         attention with log(size) of each key added to its scores, then
-        x, size = bipartite soft matching on the head mean of this block's keys
+        x, size = bipartite soft matching on this block's keys
 
     Attributes:
         r: how many tokens each block merges away: a number, a share of the image's patches, or one
             number per block.
         proportional: add log(size) to the attention scores, as the paper does.
+        keys: what is compared: 'mean', the mean over heads, as in the paper; or 'all', the keys of
+            all heads side by side.
     """
 
     name: ClassVar[str] = "tome"
@@ -34,6 +36,7 @@ class ToMe(Strategy):
 
     r: Count | Rate | tuple[Count, ...] = 8
     proportional: bool = True
+    keys: Literal["mean", "all"] = "mean"
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
@@ -76,9 +79,16 @@ class ToMe(Strategy):
 
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of comparing the keys."""
-        channels = size.width // size.heads
         pairs = ((n + 1) // 2 * (n // 2) for n, m in self.token_counts(size) if m < n)
-        return sum(2 * channels * each for each in pairs)
+        return sum(2 * self.channels(size) * each for each in pairs)
+
+    def channels(self, size: TowerSize) -> int:
+        """Return the number of channels that are compared."""
+        return size.width if self.keys == "all" else size.width // size.heads
+
+    def compared(self, keys: Tensor) -> Tensor:
+        """Return what is compared, (B, N, C), of keys (B, H, N, d)."""
+        return keys.transpose(1, 2).flatten(2) if self.keys == "all" else keys.mean(1)
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
@@ -98,7 +108,7 @@ class ToMe(Strategy):
         else:
             tokens, sizes, match = elip_kernels.bipartite_merge(
                 tokens,
-                keys.mean(1),
+                self.compared(keys),
                 r,
                 size=sizes,
                 penalty=penalty,
