@@ -168,7 +168,10 @@ def saved_timm(folder, strategy=None):
         ({"version": None}, "version: expected an integer at least 1, got None"),
         ({"strategy": "tom"}, "strategy: expected one of elip, .* got 'tom'; pass an instance of"),
         ({"colour": 1}, "colour: expected keys among version, strategy, settings, got 'colour'"),
-        ({"settings": {"rr": 3}}, "settings.rr: expected keys among r, proportional, got 'rr'"),
+        (
+            {"settings": {"rr": 3}},
+            "settings.rr: expected keys among r, proportional, keys, got 'rr'",
+        ),
         ({"settings": {"r": "x"}}, "settings: r: expected .*, got 'x'"),
         ({"settings": [3]}, r"settings: expected a dict, got \[3\]"),
         ({"module": "blocks.9"}, "module: expected the name of a module in .*, got 'blocks.9'"),

@@ -277,7 +277,7 @@ def test_the_same_strategy_again_changes_nothing():
         (lambda: EViT(layers=()), "layers: expected rising"),
         (lambda: ToMe(-1), "r: expected an integer at least 0"),
         (lambda: ToMe(True), "r: expected an integer at least 0"),
-        (lambda: ToMe(keys="sum"), "keys: expected 'mean' or 'all', got 'sum'"),
+        (lambda: ToMe(keys="sum"), "keys: expected one of 'mean', 'all', got 'sum'"),
         (lambda: ToMe(proportional=1), "proportional: expected True or False"),
         (lambda: GuidedToMe(protect=1.0), r"protect: expected a number in \[0, 1\), got 1"),
         (lambda: GuidedToMe(weight=-0.1), "weight: expected a number at least 0"),
@@ -308,7 +308,7 @@ def test_the_same_strategy_again_changes_nothing():
         (lambda: elip_models.reduce_(plain_vit(), strategy="tome:r=1-"), "r: expected a number"),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy="tome", fusion=0.5),
-            "fusion: expected none with strategy='tome', which takes r, proportional, got 0.5",
+            "fusion: expected none with strategy='tome', which takes r, proportional, keys, got 0.5",
         ),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy=ToMe(4), schedule=SCHEDULE),
