@@ -152,7 +152,8 @@ def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
 
 
 def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> CaptionedImages:
-    """Read image files, each with a caption; raise ConfigError if one is missing or unreadable."""
+    """Read image files, each with a caption or none; ConfigError if one cannot be read."""
+    captions = captions or [""] * len(images)
     if len(captions) != len(images):
         raise ConfigError(
             f"--caption: expected one for each --image, {len(images)}, got {len(captions)}"

@@ -23,7 +23,7 @@ def visualize(
         list[Path] | None, typer.Option(help="Image file; repeat for several.")
     ] = None,
     caption: Annotated[
-        list[str] | None, typer.Option(help="Caption of each image, in order.")
+        list[str] | None, typer.Option(help="Caption of each image, in order, if a text guides.")
     ] = None,
     data: Annotated[
         str | None,
@@ -52,7 +52,7 @@ def visualize(
 ) -> None:
     """Draw kept and merged patches, the CLS attention, and how concentrated it is."""
     if bool(image) == (data is not None):
-        raise ConfigError("--image: expected images with captions, or else --data, not both")
+        raise ConfigError("--image: expected images, or else --data, not both")
     check_output("--output", output)
     if output.suffix != ".png":
         raise ConfigError(f"--output: expected a name ending in .png, got {output}")
@@ -65,6 +65,11 @@ def visualize(
     visualized = open_visualized_model(
         model, pretrained=pretrained, strategy=strategy, keep=keep, **options
     )
+    if image and not caption and visualized.guide is not None:
+        raise ConfigError(
+            f"--caption: expected one for each --image, {len(image)}, got 0; --strategy tome "
+            "needs none"
+        )
     shown = read_source(data, count, visualized.tower) if pairs is None else pairs
     for path in draw_pictures(visualized, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from elip_models.analysis import visualize_inputs
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
 from elip_models.data import load_tokenizer, tokenize
 from elip_models.models.clip.model import CLIP, CLIPConfig
@@ -205,6 +206,23 @@ def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path
     assert Image.open(output).width > 2 * Image.open(output).height > 400
 
 
+@pytest.mark.parametrize("model", ["clip_tiny", "timm:vit_tiny_patch16_224"])
+def test_an_image_needs_a_caption_only_if_a_text_guides(
+    model, tmp_path, files, monkeypatch, capsys
+):
+    small = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3)
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: small)
+    arguments = ["--model", model, "--no-pretrained", "--image", files[0]]
+    arguments += ["--output", tmp_path / "a.png"]
+    assert elip("visualize", *arguments, "--strategy", "tome", "--keep", 0.7) == 0
+    assert (tmp_path / "a.png").is_file()
+    if model == "clip_tiny":
+        monkeypatch.setattr(visualize_inputs, "_guide_of", lambda *_: lambda captions: None)
+        assert elip("visualize", *arguments) == 2
+        error = capsys.readouterr().err
+        assert "--caption: expected one for each --image, 1, got 0; --strategy tome" in error
+
+
 def test_unreadable_samples_are_skipped(files, tmp_path):
     pictured = open_visualized_model("clip_tiny", pretrained=False, fusion=1.0)
     assert str(pictured).startswith("clip_tiny (random weights)\n")
@@ -224,9 +242,9 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*TINY], "--image: expected images with captions, or else --data"),
-        ([*TINY, "--data", "a.json", "--image", "a.png"], "--image: expected images with"),
-        ([*TINY, "--image", "a.png"], "--caption: expected one for each --image, 1, got 0"),
+        ([*TINY], "--image: expected images, or else --data"),
+        ([*TINY, "--data", "a.json", "--image", "a.png"], "--image: expected images, or"),
+        ([*TINY, "--image", "a.png", *2 * ["--caption", "a"]], "--caption: expected one for each"),
         ([*TINY, "--image", "no.png", "--caption", "a"], "--image: no.png: no such file"),
         ([*TINY, "--data", "no.json"], "--model: expected a tokenizer beside the model"),
         ([*TINY, "--fusion", "1", "--data", "no.json"], "--data: spec: expected an existing file"),
