@@ -11,6 +11,7 @@ An error of the user is one line on standard error with exit status 2; a bug is 
 """
 
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -115,6 +116,8 @@ def elip(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the console script `elip`; `arguments` default to those of the process."""
+    for library in ("torchao", "torch.utils._pytree"):  # warnings of imports, not of the command
+        logging.getLogger(library).setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be valid text
     try:

@@ -61,6 +61,18 @@ def test_the_help_of_all_commands_agrees_with_that_of_each(name):
     assert load_command(name).help.startswith(listed)
 
 
+def test_no_warning_of_an_import_covers_an_error(tmp_path):
+    arguments = ["finetune", "vqa", "--from", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "elip_models", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --from: ") and done.stderr.count("\n") == 1
+
+
 def test_completion_reaches_the_commands_of_a_group():
     completing = {
         "_ELIP_COMPLETE": "complete_bash",
