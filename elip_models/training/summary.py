@@ -27,7 +27,7 @@ def print_plan(config: RunConfig, console: Console, *, device: str, num_processe
     processes = f"{num_processes} processes on {device}" if num_processes > 1 else device
     rows = {
         "model": f"{config.model.name}, about {trainable_counts(model)[1] / 1e6:.1f} M parameters",
-        "reduction": Summary.of(model.tower, model.reduction, is_whole=True).line,
+        "reduction": _costs(Summary.of(model.tower, model.reduction, is_whole=True)),
         "training data": _specification(data.train),
         "evaluation data": _specification(data.eval or "none"),
         "length": f"{length}, {images} images a step, on {processes}",
@@ -37,6 +37,18 @@ def print_plan(config: RunConfig, console: Console, *, device: str, num_processe
     for name, value in rows.items():
         plan.add_row(name, escape(value))
     console.print(Panel(plan, title=escape(config.name), expand=False))
+
+
+def _costs(summary: Summary) -> str:
+    """Return the line of a summary with its FLOPs in training, and why they exceed those of dense.
+
+    Only a scorer that runs layers for the scores alone, such as the paper's, exceeds them.
+    """
+    costs = f"{summary.line} in inference, {summary.training_flops:.2f} in training"
+    scorer = getattr(summary.strategy, "scorer", None)
+    if scorer is None or summary.forward_flops <= 1:
+        return costs
+    return f"{costs}; the scorer {scorer!r} runs layers twice, the first time without gradient"
 
 
 def _specification(spec: str | dict | tuple[str, ...]) -> str:

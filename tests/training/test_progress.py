@@ -1,6 +1,7 @@
 """What a run prints: the plan before it reads data, the expected time, a line for each part."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -27,10 +28,19 @@ def test_the_plan_names_model_reduction_data_length_and_folder():
     assert rows["model"].startswith("elip_blip, about ")
     assert rows["model"].endswith(" M parameters")
     assert rows["reduction"].startswith("image tower: elip: ")
+    assert re.search(r"\d\.\d\d of dense FLOPs in inference, 0\.\d\d in$", rows["reduction"])
     assert rows["training data"] == "a.json, b.json"
     assert rows["evaluation data"] == "none"
     assert rows["length"] == "15 epochs, 848 images a step, on 8 processes on cuda"
     assert rows["folder"] == "runs/mine"
+
+
+def test_the_plan_says_why_the_demo_costs_more_than_dense_in_inference():
+    console = Console(file=io.StringIO(), width=300, record=True)
+    print_plan(load_recipe("clip_tiny"), console, device="cpu", num_processes=1)
+    (line,) = (each for each in console.export_text().splitlines() if "reduction" in each)
+    inference, training = map(float, re.findall(r"\d\.\d\d", line))
+    assert training < 1 < inference and "the scorer 'exact' runs layers twice" in line
 
 
 def test_the_plan_hides_secrets_of_a_stream():
