@@ -13,7 +13,7 @@ from benchmarks.tables import ratio, table
 from elip_models.models.io.files import read_object
 
 DOCS = Path(__file__).resolve().parent
-RESULTS = DOCS.parent / "benchmarks" / "results" / "real" / "dinov2_s_flickr8k_test.json"
+RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
 BEGIN, END = "<!-- real:begin -->", "<!-- real:end -->"
 TITLES = {
     "cosine": "cosine",
@@ -50,6 +50,12 @@ def block(document: dict[str, Any]) -> str:
             "excludes zero.",
             table(["setting", *TITLES.values()], rows, left=1),
         ]
+    if document["photographs"]["sets"] > 1:
+        rows = [
+            [f"`{row['setting']}`", *(means(row["by_set"].get(name)) for name in TITLES)]
+            for row in settings
+        ]
+        parts += ["Mean of each set:", table(["setting", *TITLES.values()], rows, left=1)]
     return "\n\n".join(parts)
 
 
@@ -58,9 +64,11 @@ def note(document: dict[str, Any]) -> str:
     photographs, error = document["photographs"], document["onnxruntime"]
     versions = ", ".join(f"{name} {each}" for name, each in document["versions"].items())
     largest = max(error["cls_error"], error["patch_error"])
+    number = photographs["images"] * photographs["sets"]
+    parted = f", in {photographs['sets']} disjoint sets" if photographs["sets"] > 1 else ""
     return (
-        f"{document['model']}; the first {photographs['images'] * photographs['sets']} photographs "
-        f"of `{photographs['names']}`, {photographs['images']} in a set. "
+        f"### {number} photographs of `{photographs['names']}`\n\n"
+        f"{document['model']}, on the first {number} photographs of that list{parted}. "
         f"On {error['images']} of them the dense model differs from onnxruntime's run of the "
         f"original file by at most {largest:.1e}; the largest feature is "
         f"{error['largest_feature']:.1f}. Measured on {document['device']} on {document['date']} "
@@ -71,15 +79,21 @@ def note(document: dict[str, Any]) -> str:
 def finding(compared: list[dict[str, Any]], against: str) -> str:
     """Return which settings keep significantly fewer neighbours than another one, and more."""
     found = [(row["setting"], row["difference"]["neighbours"]) for row in compared]
-    names = {
+    groups = {
         "fewer": [f"`{setting}`" for setting, each in found if each["high"] < 0],
         "more": [f"`{setting}`" for setting, each in found if each["low"] > 0],
     }
     return " ".join(
-        f"Significantly {amount} neighbours than `{against}` keeps: {', '.join(each)}."
-        for amount, each in names.items()
-        if each
+        f"{', '.join(names)} {'keeps' if len(names) == 1 else 'keep'} significantly {amount} "
+        f"neighbours than `{against}`."
+        for amount, names in groups.items()
+        if names
     )
+
+
+def means(found: list[float] | None) -> str:
+    """Return '0.966, 0.963, 0.968', or a dash."""
+    return "–" if found is None else ", ".join(f"{each:.3f}" for each in found)
 
 
 def interval(found: dict[str, float] | None) -> str:
@@ -104,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=DOCS / "real_model.md")
     options = parser.parse_args(arguments)
-    text = block(read_object(options.results))
+    results = sorted(options.results.glob("*.json"), reverse=True)  # the test split comes first
+    text = "\n\n".join(block(read_object(path)) for path in results)
     command = "python docs/real_model.py"
     return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
 
