@@ -19,9 +19,15 @@ def draw_pictures(model: VisualizedModel, shown: CaptionedImages, path: Path) ->
 
     `path` is from `draw_reduction` if the strategy has scores; NAME_merged.png beside it, or `path`
     without scores, is from `draw_merging`. A tower with CLS adds NAME_concentration.png, averaged
-    over these images. A strategy that reduces nothing in inference raises ConfigError.
+    over these images. A strategy that reduces nothing in inference raises ConfigError, as do
+    images without captions if a text guides.
     """
     captions, tower = [caption for _, caption in shown], model.tower
+    if model.guide is not None and not any(captions):
+        raise ConfigError(
+            f"--caption: expected one for each --image, {len(captions)}, got none; --strategy tome "
+            "needs none"
+        )
     pixels = model.pixels([image for image, _ in shown])
     images = model.normalised(pixels)
     with deliberately_slow():

@@ -65,11 +65,6 @@ def visualize(
     visualized = open_visualized_model(
         model, pretrained=pretrained, strategy=strategy, keep=keep, **options
     )
-    if image and not caption and visualized.guide is not None:
-        raise ConfigError(
-            f"--caption: expected one for each --image, {len(image)}, got 0; --strategy tome "
-            "needs none"
-        )
     shown = read_source(data, count, visualized.tower) if pairs is None else pairs
     for path in draw_pictures(visualized, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)

@@ -220,7 +220,7 @@ def test_an_image_needs_a_caption_only_if_a_text_guides(
         monkeypatch.setattr(visualize_inputs, "_guide_of", lambda *_: lambda captions: None)
         assert elip("visualize", *arguments) == 2
         error = capsys.readouterr().err
-        assert "--caption: expected one for each --image, 1, got 0; --strategy tome" in error
+        assert "--caption: expected one for each --image, 1, got none; --strategy tome" in error
 
 
 def test_unreadable_samples_are_skipped(files, tmp_path):
