@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elip_kernels.autocast import no_autocast
 from elip_models.reduction.user_warnings import UnguidedWarning
+from elip_models.tasks.task import Progress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ def encode_texts(
     tokenizer: "PreTrainedTokenizerBase",
     texts: list[str],
     batch_size: int,
+    progress: Progress = no_progress,
 ) -> Tensor:
     """Return features (num_texts, E) fp32."""
     device = next(model.parameters()).device
@@ -60,6 +62,7 @@ def encode_texts(
             tokens = model.tokenise(tokenizer, chunk)
             tokens = {name: ids.to(device) for name, ids in tokens.items()}
             features.append(model.text_features(**tokens).float())
+            progress("text", start + len(chunk), len(texts))
     return torch.cat(features)
 
 

@@ -142,7 +142,7 @@ def evaluate_retrieval(
     with eval_mode(model):
         image_features, captions = encode_images(model, batches)
         texts = [text for several in captions for text in several]
-        text_features = encode_texts(model, tokenizer, texts, batch_size)
+        text_features = encode_texts(model, tokenizer, texts, batch_size, progress)
     text_to_image = [image for image, several in enumerate(captions) for _ in several]
     text_to_image = torch.tensor(text_to_image, device=image_features.device)
     return RetrievalScores(

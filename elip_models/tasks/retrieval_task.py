@@ -110,7 +110,7 @@ class Retrieval(Task):
         with eval_mode(model), torch.no_grad(), drawn, warnings.catch_warnings():
             # Models warn when no text guides the reduction of image tokens; here none should.
             warnings.simplefilter("ignore", UnguidedWarning)
-            index = _Index.encode(model, tokenizer, batches, loading.batch_size, guided=self.guided)
+            index = _Index.encode(model, tokenizer, batches, loading, guided=self.guided)
             similar = index.similarities()
             by_features = (similar, similar.T) if similar is not None else None
             matches = hasattr(model, "matching_logits")
@@ -202,7 +202,7 @@ class _Index:
         model: "PretrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         batches: "Iterable[EvaluationBatch]",
-        batch_size: int,
+        loading: Loading,
         *,
         guided: bool,
     ) -> "_Index":
@@ -229,7 +229,8 @@ class _Index:
         text_to_image = [image for image, several in enumerate(captions) for _ in several]
         features = None
         if model.ranks:
-            text_features = encode_texts(model, tokenizer, texts, batch_size).cpu()
+            size, progress = loading.batch_size, loading.progress
+            text_features = encode_texts(model, tokenizer, texts, size, progress).cpu()
             features = torch.cat(every_features), text_features
         tokenized = model.tokenise(tokenizer, texts)
         return cls(
@@ -243,7 +244,7 @@ class _Index:
             text_to_image=torch.tensor(text_to_image),
             names=names,
             texts=texts,
-            batch_size=batch_size,
+            batch_size=loading.batch_size,
         )
 
     def similarities(self) -> Tensor | None:

@@ -82,9 +82,8 @@ def evaluate_zero_shot(
     batches, report = read_all(evaluation_batches, model, source, loading)
     with eval_mode(model):
         images, found = encode_images(model, batches)
-        classes = class_features(
-            model, tokenizer, source.names, source.templates, batch_size=batch_size
-        )
+        options = {"batch_size": batch_size, "progress": progress}
+        classes = class_features(model, tokenizer, source.names, source.templates, **options)
     number = {name: i for i, name in enumerate(source.classes)}
     labels = torch.tensor([number[name] for (name,) in found], device=images.device)
     ranks = _ranks(images, classes, labels, source.names)
@@ -118,8 +117,9 @@ def class_features(
     templates: Sequence["Template"],
     *,
     batch_size: int = 64,
+    progress: Progress = no_progress,
 ) -> Tensor:
     """Return the normalised mean features (classes, E) fp32 of each name in all templates."""
     texts = [template(name) for name in names for template in templates]
-    features = encode_texts(model, tokenizer, texts, batch_size)
+    features = encode_texts(model, tokenizer, texts, batch_size, progress)
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(1), dim=-1)

@@ -159,7 +159,7 @@ def test_answers_are_generated_with_weights_or_classified_with_scores():
     assert classified["answer_scores"].tolist() == [0.0, 1.0]
 
 
-def test_an_evaluation_reports_samples_then_queries():
+def test_an_evaluation_reports_samples_texts_and_queries():
     calls = []
     loading = LOADING._replace(progress=lambda *call: calls.append(call))
     VQA().evaluate(Stub(), Tokens(), Greys(), loading)
@@ -167,8 +167,9 @@ def test_an_evaluation_reports_samples_then_queries():
     calls.clear()
     model, source = matcher()
     Retrieval().evaluate(model, Tokens(), source, loading)
-    queries = [("query", done, 18) for done in range(1, 19)]
-    assert calls == [("sample", done, 6) for done in (0, 3, 6)] + queries
+    assert calls[:3] == [("sample", done, 6) for done in (0, 3, 6)]
+    assert calls[3:7] == [("text", done, 12) for done in (3, 6, 9, 12)]
+    assert calls[7:] == [("query", done, 18) for done in range(1, 19)]
 
 
 @pytest.mark.parametrize("config", [{}, {"num_classes": 2}])
