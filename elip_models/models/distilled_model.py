@@ -101,11 +101,11 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
             num_hidden_layers=self.text_depth,
             num_attention_heads=self.text_heads,
             intermediate_size=self.text_hidden,
-            hidden_dropout_prob=self.text_dropout,
-            attention_probs_dropout_prob=self.text_dropout,
+            hidden_dropout_prob=float(self.text_dropout),
+            attention_probs_dropout_prob=float(self.text_dropout),
             max_position_embeddings=self.max_positions,
-            layer_norm_eps=self.text_norm_eps,
-            initializer_range=self.initializer_range,
+            layer_norm_eps=float(self.text_norm_eps),
+            initializer_range=float(self.initializer_range),
             pad_token_id=self.pad_token_id,
         )
 

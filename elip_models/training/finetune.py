@@ -16,7 +16,7 @@ from typing import Any
 from elip_models.models.base import PretrainedModel
 from elip_models.models.config import ContrastiveConfig, TextReductionConfig, VisionConfig
 from elip_models.models.io.files import read_config
-from elip_models.models.io.meta_build import meta_device, read_header
+from elip_models.models.io.meta_build import LIBRARY_ERRORS, meta_device, read_header
 from elip_models.models.io.weights import check_weights
 from elip_models.models.registry import CONFIGS, MODELS, downstream_of, family_of, inherited_fields
 from elip_models.tasks.registry import TASKS
@@ -74,7 +74,7 @@ def _check_sizes(model: type[PretrainedModel], config: dict[str, Any], folder: P
         made = model.config_class.from_dict(config)
         with meta_device(len(weights)):
             check_weights(model(made), weights)
-    except (TypeError, ValueError) as error:
+    except LIBRARY_ERRORS as error:
         raise ValueError(f"expected weights that fit {folder}/config.json: {error}") from error
 
 

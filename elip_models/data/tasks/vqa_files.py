@@ -13,6 +13,7 @@ they are the answers that are the first answer of at least nine questions, as in
 the training and validation sets.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def _questions(
         return
     questions, subset = read_fields(str(file), data, questions=list, data_subtype=str)
     subset = _TEST_IMAGES.get(subset, subset)
-    folder = root / subset if (root / subset).is_dir() else root
+    folder = root / subset if os.path.isdir(root / subset) else root  # a name may be too long
     for number, entry in enumerate(questions):
         where = f"{file}[questions][{number}]"
         fields = {"question_id": int, "image_id": int, "question": str}

@@ -101,7 +101,7 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
             vocab_size=self.vocab_size,
             max_position_embeddings=self.context_length,
             hidden_act=self.activation,
-            layer_norm_eps=self.text_norm_eps,
+            layer_norm_eps=float(self.text_norm_eps),
             eos_token_id=self.eos_token_id,
             pad_token_id=self.pad_token_id,
             bos_token_id=None,
