@@ -29,6 +29,7 @@ __all__ = [
     "UnguidedWarning",
     "__version__",
     "adapt_",
+    "calibrate",
     "create_model",
     "encode_image",
     "guidance",
@@ -46,6 +47,7 @@ __all__ = [
 
 LAZY = {
     "elip_kernels": ("__version__",),
+    "elip_models.analysis.calibrate": ("calibrate",),
     "elip_models.models.io.open_model": ("open_model",),
     "elip_models.models.io.saved_reduced": ("load_reduced", "save_reduced"),
     "elip_models.models.peft.adapt": ("adapt_",),
@@ -69,6 +71,7 @@ MODULES = {name: module for module, names in LAZY.items() for name in names}
 
 if TYPE_CHECKING:
     from elip_kernels import __version__
+    from elip_models.analysis.calibrate import calibrate
     from elip_models.models.io.open_model import open_model
     from elip_models.models.io.saved_reduced import load_reduced, save_reduced
     from elip_models.models.peft.adapt import adapt_

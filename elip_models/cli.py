@@ -6,6 +6,7 @@
     elip convert                           elip export MODEL OUT.onnx
     elip data check | export               python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
+    elip calibrate MODEL IMAGES
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
@@ -37,6 +38,10 @@ COMMANDS = {
     "finetune": (
         "finetune.finetune",
         "Fine-tune a model for a downstream task, then score it.",
+    ),
+    "calibrate": (
+        "calibrate.calibrate",
+        "Find the cheapest reduction that changes a model's features of your images little.",
     ),
     "visualize": (
         "inspect_model.visualize",

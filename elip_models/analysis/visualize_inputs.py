@@ -48,12 +48,7 @@ class VisualizedModel:
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Crop RGB images at the centre to the tower's shape, resized: (B, 3, H, W) in [0, 1]."""
-        from torchvision.transforms.v2.functional import pil_to_tensor
-
-        height, width = self.tower.image_size
-        bicubic = Image.Resampling.BICUBIC
-        fitted = (ImageOps.fit(image, (width, height), method=bicubic) for image in images)
-        return torch.stack([pil_to_tensor(image) for image in fitted]).float() / 255
+        return torch.stack([pixels_of(image, self.tower.image_size) for image in images])
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Normalise pixels (B, 3, H, W) in [0, 1] for the model, on its device."""
@@ -79,6 +74,14 @@ class VisualizedModel:
             return f"{self.name}\n{s}"
         how = "vision only" if self.guide is None else f"text-guided, fusion {s.fusion:g}"
         return f"{self.name}\n{s.schedule}, scorer {s.scorer}, {how}"
+
+
+def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Crop an RGB image at the centre to the shape (H, W), resized: (3, H, W) in [0, 1]."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    fitted = ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
+    return pil_to_tensor(fitted).float() / 255
 
 
 def open_visualized_model(

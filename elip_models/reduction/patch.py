@@ -41,10 +41,10 @@ Hook = EncodeTextFirst | CollectHiddenStates
 
 def reduce_(
     model: M,
+    strategy: str | Strategy | None = None,
     *,
     keep: float | None = None,
     schedule: Schedule | str | None = None,
-    strategy: str | Strategy | None = None,
     **options: Unpack[StrategyOptions],
 ) -> M:
     """Make an image model drop and merge tokens, in place, and return it.
@@ -69,15 +69,16 @@ def reduce_(
     Args:
         model: an image model of timm, open_clip or transformers, or a whole image-text model. Of
             CoCa, whose text cannot guide its images, the image tower alone is reduced.
+        strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
+            of `elip_models.calibrate` such as 'calibrated.json', or an instance. Without any
+            argument, the strategy in the config of a saved transformers model; otherwise 'tome' at
+            keep=0.7. A warning names another one if ToMe cannot be used.
         keep: the target: the mean share of tokens over the layers, in (0, 1]. It sets the
             strategy's own option for the number of tokens (`schedule`, `r`, `keep_ratio`, `size`),
             so it cannot be passed beside that option.
         schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
             depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
             Without `strategy` it selects ELIP.
-        strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', or an
-            instance. Without any argument, the strategy in the config of a saved transformers
-            model; otherwise 'tome' at keep=0.7. A warning names another one if ToMe cannot be used.
         options: options of the strategy, such as `scorer` of ELIP (see `ELIPOptions`) or `r` of
             ToMe. They need `strategy` or `schedule` beside them.
 

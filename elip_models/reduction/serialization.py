@@ -3,19 +3,23 @@
     {"version": 1, "strategy": "tome", "settings": {"r": 8, "proportional": true}}
     {"version": 1, "strategy": "mine.Alternating", "settings": {}}
 
+`elip_models.calibrate` writes such a file, with its figures under a further key "calibration".
+
 A schedule is stored as its text, with all digits, or as {"groups": text, "count_cls": true}. Of a
 strategy that is not in this library only the class name is stored: pass the strategy when loading.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import Any
 
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import PositiveInt, as_config_error, check, did_you_mean
+from elip_models.validation import PositiveInt, as_config_error, check, did_you_mean, shortened
 
 VERSION = 1
 NAMED = STRATEGIES | {Dense.name: Dense}
@@ -66,6 +70,28 @@ def strategy_of(saved: Any) -> Strategy:
     }
     with as_config_error("settings"):
         return NAMED[name](**read)
+
+
+def read_strategy(path: str) -> Strategy:
+    """Return the strategy in a JSON file that `elip_models.calibrate` wrote.
+
+    Raises:
+        ValueError: there is no such file, or its content is not a strategy.
+    """
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"strategy: expected a file that `elip calibrate` wrote, got {shortened(path)}: {error}"
+        ) from error
+    if isinstance(saved, dict):
+        saved.pop("calibration", None)
+    try:
+        return strategy_of(saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"strategy: expected a file that `elip calibrate` wrote, got {shortened(path)}: {error}"
+        ) from error
 
 
 def _check_keys(prefix: str, values: dict[str, Any], known: Iterable[str]) -> None:

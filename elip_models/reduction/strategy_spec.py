@@ -6,6 +6,7 @@ A strategy is written as one line: a name in `STRATEGIES`, then its settings.
     tome:r=13
     evit:keep_ratio=0.7,layers=3,6,9
     elip:scorer=exact,schedule=2(100%) 4(50%)
+    calibrated.json                          a file that `elip calibrate` wrote
 """
 
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args
 
+from elip_models.reduction.serialization import read_strategy
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
 from elip_models.reduction.strategies.tome import ToMe
@@ -37,6 +39,7 @@ class StrategyOptions(ELIPOptions, total=False):
     """The options of all built-in strategies beside `schedule`, as keyword arguments."""
 
     r: Count | Rate | tuple[Count, ...] | None
+    keys: Literal["mean", "all"] | None
     protect: Rate | None
     weight: float | None
     margin: Share | None
@@ -84,6 +87,8 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
         TypeError, ValueError: an unknown name or setting, a wrong value, or a setting given twice.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if _is_file(strategy):
+        strategy = read_strategy(strategy)
     if isinstance(strategy, Strategy):
         if given:
             name, value = next(iter(given.items()))
@@ -108,6 +113,10 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     return STRATEGIES[name](**settings, **given)
 
 
+def _is_file(strategy: Any) -> bool:
+    return isinstance(strategy, str) and strategy.endswith(".json")
+
+
 def check_keep(
     strategy: str | Strategy, options: Mapping[str, Any], keep: float | None, *, name: str = "keep"
 ) -> None:
@@ -118,6 +127,8 @@ def check_keep(
     """
     if keep is None:
         return
+    if _is_file(strategy):
+        strategy = read_strategy(strategy)
     if isinstance(strategy, Strategy):
         own, given = strategy.keep_field, {}
         for field in fields(strategy):

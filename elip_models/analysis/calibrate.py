@@ -1,0 +1,378 @@
+"""Find the cheapest reduction of a model that changes its features of given images little.
+
+    found = elip_models.calibrate(model, images, tolerance=0.01)
+    print(found)                          # a table, and the choice as a sentence
+    found.save("calibrated.json")
+    elip_models.reduce_(model, "calibrated.json")
+
+Each strategy is set to shares of the dense FLOPs between 0.95 and 0.30. A setting is within the
+tolerance if the upper end of the 95% interval of its mean loss is. A strategy is tried at lower
+shares only while it is within the tolerance, and not at shares that cannot improve on the cheapest
+setting so far. This assumes that the loss rises as the FLOPs fall. The settings that were tried are
+timed side by side.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.analysis.feature_measures import cosine, neighbours
+from elip_models.models.io.files import write_json
+from elip_models.profiling.measure import measured_on, no_gain, ratios_to, time_side_by_side
+from elip_models.profiling.workload import shared_copy
+from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
+from elip_models.reduction.patch import is_reduced, reduce_
+from elip_models.reduction.serialization import settings_of
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.tasks.intervals import Interval, bootstrap_interval
+from elip_models.towers import Tower, as_reducible, as_tower
+from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""A function of dense and reduced features, (n, D), that returns what each image loses, (n,)."""
+
+METRICS: dict[str, Metric] = {
+    "cosine": lambda dense, reduced: 1 - cosine(dense, reduced),
+    "neighbours": lambda dense, reduced: 1 - neighbours(dense, reduced),
+}
+STRATEGIES = (
+    *("tome:keys=all", "tome", "guided_tome:without_text=vision", "resize", "pitome"),
+    *("crossget:without_text=vision", "evit", "adaptive:without_text=vision"),
+    "elip:without_text=vision",
+)
+"""What is compared: every strategy that reduces in inference and needs no text, less the control
+`random`. The first ones are usually the best; they come first, so that fewer settings are tried."""
+SHARES = tuple(round(0.95 - 0.05 * i, 2) for i in range(14))
+"""Of the dense FLOPs, from 0.95 to 0.30."""
+OUTPUTS = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
+"""Of a model of transformers; the first that is there is the feature."""
+MIN_IMAGES = 8
+DENSE = "dense"
+ROUNDS = 5
+TIME_NOISE = 0.03  # of the dense time
+
+
+class Trial(NamedTuple):
+    """A setting that was tried.
+
+    Attributes:
+        strategy: the strategy, at this setting.
+        flops: its share of the dense tower's FLOPs, scoring included.
+        loss: the mean loss over the images, with its 95% confidence interval.
+        time: its share of the dense time of a batch.
+    """
+
+    strategy: Strategy
+    flops: float
+    loss: Interval
+    time: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Return the strategy's name, with the keys that it compares if they are not its own."""
+        changed = getattr(self.strategy, "keys", None) != getattr(type(self.strategy), "keys", None)
+        return f"{self.strategy.name}:keys={self.strategy.keys}" if changed else self.strategy.name
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The settings that were tried, and the cheapest one within the tolerance.
+
+    Attributes:
+        metric: 'cosine', 'neighbours', or the name of the caller's function.
+        tolerance: the largest mean loss.
+        images: the number of images.
+        trials: the settings, in the order in which they were tried.
+        refused: strategies that cannot reduce this model, with the reason.
+        measured_on: the device, the batch size and the threads of the times.
+    """
+
+    metric: str
+    tolerance: float
+    images: int
+    trials: tuple[Trial, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+    measured_on: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The fastest setting within the tolerance, None if there is none.
+
+        Of settings whose times differ by less than 0.03 of dense, it is the one of fewest FLOPs.
+        """
+        within = [each for each in self.trials if each.loss.high <= self.tolerance]
+        times = [each.time for each in within if each.time is not None]
+        if times:
+            within = [each for each in within if each.time <= min(times) + TIME_NOISE]
+        return min(within, key=lambda each: each.flops, default=None)
+
+    def sentence(self) -> str:
+        """Return the result as one sentence."""
+        if self.chosen is None:
+            if not self.trials:
+                return "No strategy can reduce this model."
+            nearest = min(self.trials, key=lambda each: each.loss.high)
+            return (
+                f"No setting is within {self.tolerance:g} on these {self.images} images: the "
+                f"nearest is {nearest.label} at {nearest.flops:.2f} of the dense FLOPs, with a "
+                f"mean loss of {_interval(nearest.loss)}."
+            )
+        best = self.chosen
+        gain = ""
+        if best.time is not None:
+            gain = f" and {best.time:.2f} of the dense time"
+            gain += ", which is no gain on this machine" if no_gain(best.time) else ""
+        return (
+            f"{best.label} at {best.flops:.2f} of the dense FLOPs{gain} has a mean loss of "
+            f"{_interval(best.loss)}; of {len(self.trials)} settings that were tried, it is the "
+            f"cheapest within {self.tolerance:g} on these {self.images} images."
+        )
+
+    def __str__(self) -> str:
+        rows = [("strategy", "FLOPs", "time", f"loss ({self.metric}), 95% CI", "within")]
+        rows.append((DENSE, "1.00", "1.00", "0", "yes"))
+        for each in sorted(self.trials, key=lambda each: (-each.flops, each.loss.mean)):
+            time = "" if each.time is None else f"{each.time:.2f}"
+            within = "yes" if each.loss.high <= self.tolerance else "no"
+            rows.append((each.label, f"{each.flops:.2f}", time, _interval(each.loss), within))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+        left_out = (f"{name}: {reason}" for name, reason in self.refused.items())
+        return "\n".join((*lines, *left_out, self.sentence()))
+
+    def save(self, path: str | Path) -> None:
+        """Write the choice as a file for `reduce_(model, path)`, with all that was tried.
+
+        Raises:
+            ValueError: no setting is within the tolerance, or the name does not end in .json.
+        """
+        if self.chosen is None:
+            raise ValueError(f"calibration: expected a choice to save, got none: {self.sentence()}")
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"path: expected a name ending in .json, got {shortened(str(path))}")
+        write_json(path, {**settings_of(self.chosen.strategy), "calibration": self.as_json()})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all figures as plain data."""
+        trials = [
+            {**settings_of(each.strategy), "flops": each.flops, "time": each.time}
+            | {"loss": each.loss._asdict()}
+            for each in self.trials
+        ]
+        return {
+            "metric": self.metric,
+            "tolerance": self.tolerance,
+            "images": self.images,
+            "result": self.sentence(),
+            "refused": self.refused,
+            "measured_on": self.measured_on,
+            "trials": trials,
+        }
+
+
+def _interval(loss: Interval) -> str:
+    return f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})"
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    tolerance: float = 0.01,
+    metric: str | Metric = "cosine",
+    strategies: Sequence[str] = STRATEGIES,
+    batch_size: int = 8,
+    every: bool = False,
+    time: bool = True,
+    progress: Callable[[str], object] = lambda text: None,
+) -> Calibration:
+    """Find the cheapest reduction whose features differ from the dense ones within a tolerance.
+
+    Args:
+        model: an image model of timm, open_clip or transformers, not reduced, on the device to
+            measure; or a whole image-text model, of which the image model is calibrated.
+        images: (n, 3, H, W), at least 8, normalised as the model expects. They should be like the
+            images of the application; a hundred are enough to begin with.
+        tolerance: the largest mean loss, in (0, 1].
+        metric: 'cosine', the loss 1 - cosine of dense and reduced feature; 'neighbours', the share
+            of the ten nearest neighbours among these images that change; or a function of dense
+            and reduced features (n, D) that returns the loss of each image, (n,). A feature is
+            what the model returns for an image.
+        strategies: lines of text for `get_strategy`, without a setting of the number of tokens.
+        batch_size: images in a batch, for features and times.
+        every: try every strategy at every share, without the search.
+        time: time the settings. Without times the choice goes by FLOPs.
+        progress: is called with a line of text before each measurement.
+
+    Returns:
+        The settings that were tried, and the choice.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or a model that cannot be reduced or is already.
+    """
+    check("tolerance", tolerance, PositiveShare)
+    features = _Features(model, images, metric, batch_size)
+    search = _Search(features, tolerance, every=every, progress=progress)
+    for text in strategies:
+        search.add(text)
+    trials = search.trials
+    if time and trials:
+        progress("times")
+        trials = features.timed(trials)
+    return Calibration(
+        metric=metric if isinstance(metric, str) else metric.__name__,
+        tolerance=tolerance,
+        images=len(images),
+        trials=tuple(trials),
+        refused=search.refused,
+        measured_on=measured_on(images.device) | {"batch_size": features.batch_size},
+    )
+
+
+class _Features:
+    """The dense features of the images, and the losses and times of reduced copies of the model."""
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, metric: str | Metric, batch_size: int
+    ) -> None:
+        if is_reduced(model):
+            raise ValueError(
+                "model: expected one that reduce_ has not changed, got a reduced one; "
+                "call unreduce_ first"
+            )
+        self.model = shared_copy(as_reducible(model).image_model).eval()
+        self.tower = as_tower(self.model)
+        self.images = _checked(images, self.tower)
+        check("batch_size", batch_size, PositiveInt)
+        self.batch_size = min(batch_size, len(images))
+        if isinstance(metric, str) and metric not in METRICS:
+            raise ValueError(
+                f"metric: expected {' or '.join(METRICS)}, or a function, got {shortened(metric)}"
+                f"{did_you_mean(metric, METRICS)}"
+            )
+        self.metric = METRICS[metric] if isinstance(metric, str) else metric
+        self.size = self.tower.size
+        if self.tower.has_dynamic_size:
+            tokens = self.tower.embed(images[:1]).shape[1]
+            patches = tokens - self.tower.num_prefix_tokens
+            self.size = self.size._replace(num_patches=patches)
+        self.dense = self.of(self.model)
+
+    def of(self, model: nn.Module) -> Tensor:
+        """Return the features (n, D) in fp32 on the CPU."""
+        batches = self.images.split(self.batch_size)
+        return torch.cat([_feature(model(batch)).float().cpu() for batch in batches])
+
+    def loss(self, strategy: Strategy) -> Interval:
+        """Return the mean loss of the model with this strategy."""
+        losses = self.metric(self.dense, self.of(self._reduced(strategy)))
+        if not isinstance(losses, Tensor) or losses.shape != (len(self.images),):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise TypeError(
+                f"metric: expected a function that returns a tensor ({len(self.images)},), the "
+                f"loss of each image, got {got}"
+            )
+        return bootstrap_interval(losses.double().numpy())
+
+    def timed(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the trials with the time of a batch relative to dense."""
+        models = [self.model, *(self._reduced(each.strategy) for each in trials)]
+        batch = self.images[: self.batch_size]
+        steps = {str(i): partial(model, batch) for i, model in enumerate(models)}
+        times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
+        ratios = ratios_to("0", times)
+        return [each._replace(time=ratios[str(i)]) for i, each in enumerate(trials, start=1)]
+
+    def _reduced(self, strategy: Strategy) -> nn.Module:
+        return reduce_(shared_copy(self.model), strategy=strategy)
+
+
+class _Search:
+    """Tries settings, the cheapest first that may improve on the best so far."""
+
+    def __init__(
+        self,
+        features: _Features,
+        tolerance: float,
+        *,
+        every: bool,
+        progress: Callable[[str], object],
+    ) -> None:
+        self.features, self.tolerance = features, tolerance
+        self.every, self.progress = every, progress
+        self.trials: list[Trial] = []
+        self.refused: dict[str, str] = {}
+
+    def add(self, text: str) -> None:
+        """Try a strategy at falling shares of the FLOPs."""
+        try:
+            strategy = get_strategy(text).fitted(self.features.tower)
+        except TypeError as error:
+            self.refused[text] = str(error)
+            return
+        if self.every:
+            for share in SHARES:
+                self._is_within(strategy, share)
+            return
+        within = (each.flops for each in self.trials if each.loss.high <= self.tolerance)
+        best = min(within, default=1.0)
+        shares = [share for share in SHARES if share < best - TOLERANCE]
+        if not shares or not self._is_within(strategy, shares[0]):
+            return
+        low, high = 0, len(shares)  # within; not within, or not known
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._is_within(strategy, shares[middle]):
+                low = middle
+            else:
+                high = middle
+
+    def _is_within(self, strategy: Strategy, share: float) -> bool:
+        """Try the setting that is nearest to the share; return whether it is within."""
+        size = self.features.size
+        setting = at_flops(strategy, size, share, training=False, exactly=False)
+        flops = inference_ratio(setting, size)
+        if flops >= 1:  # nothing is reduced
+            return True
+        trial = next((each for each in self.trials if each.strategy == setting), None)
+        if trial is None:
+            self.progress(f"{strategy.name} at {flops:.2f} of the dense FLOPs")
+            trial = Trial(setting, flops, self.features.loss(setting))
+            self.trials.append(trial)
+        return trial.loss.high <= self.tolerance
+
+
+def _checked(images: Tensor, tower: Tower) -> Tensor:
+    """Return the images; raise TypeError or ValueError if there are too few, or of another size."""
+    expected = f"a floating-point tensor (n, 3, H, W) of at least {MIN_IMAGES} images"
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images: expected {expected}, got {got}")
+    if images.dim() != 4 or images.shape[1] != 3 or len(images) < MIN_IMAGES:
+        raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
+    if not tower.has_dynamic_size and tuple(images.shape[2:]) != tower.image_size:
+        height, width = tower.image_size
+        raise ValueError(
+            f"images: expected {height} x {width} pixels, got {tuple(images.shape[2:])}; "
+            f"{tower.size_advice}"
+        )
+    return images
+
+
+def _feature(output: Any) -> Tensor:
+    """Return what a model gives for each image, (B, D): its pooled output, or else its token 0."""
+    if not isinstance(output, Tensor):
+        named = (output.get(name) for name in OUTPUTS) if isinstance(output, Mapping) else output
+        output = next(each for each in named if isinstance(each, Tensor))
+    return output[:, 0] if output.dim() == 3 else output

@@ -1,0 +1,255 @@
+"""`calibrate` chooses as a full table does, and what it saves reduces a model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import elip_models
+from elip_models.analysis.calibrate import (
+    METRICS,
+    STRATEGIES,
+    Calibration,
+    Trial,
+    _Search,
+    calibrate,
+)
+from elip_models.analysis.feature_measures import cosine, neighbours
+from elip_models.reduction.flops import inference_ratio
+from elip_models.reduction.strategy_spec import parse_spec
+from elip_models.tasks.intervals import Interval
+from elip_models.towers import as_tower
+from tests.helpers.models import hf_clip, siglip_vision
+from tests.helpers.tiny_run import elip
+from tests.helpers.towers import images, plain_vit
+
+FEW = ("tome:keys=all", "tome", "evit")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return plain_vit().eval()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    torch.manual_seed(1)
+    return images(12)
+
+
+@pytest.fixture(scope="module")
+def full_table(model, pictures):
+    return calibrate(model, pictures, strategies=FEW, every=True, time=False)
+
+
+def test_every_strategy_without_a_text_is_compared():
+    """`patch_dropout` does nothing in inference, `trips` needs a text, `random` is a control."""
+    compared = {parse_spec(text)[0] for text in STRATEGIES}
+    assert compared == elip_models.STRATEGIES.keys() - {"patch_dropout", "trips", "random"}
+
+
+class Losses:
+    """Losses that rise as the FLOPs fall, steeper for later strategies of `FEW`."""
+
+    def __init__(self):
+        self.tower = as_tower(plain_vit(depth=12))
+        self.size = self.tower.size
+
+    def loss(self, strategy):
+        steep = 1 + [elip_models.ToMe, elip_models.EViT].index(type(strategy))
+        mean = steep * (1 - inference_ratio(strategy, self.size)) ** 2
+        return Interval(mean, mean / 2, 1.1 * mean)
+
+
+@pytest.mark.parametrize("order", [FEW, FEW[::-1]])
+@pytest.mark.parametrize("tolerance", [1e-3, 0.01, 0.1, 0.3, 1.0])
+def test_the_search_chooses_as_the_full_table_and_tries_less(tolerance, order):
+    found, full = (
+        _Search(Losses(), tolerance, every=every, progress=lambda text: None)
+        for every in (False, True)
+    )
+    for text in order:
+        found.add(text)
+        full.add(text)
+    within, expected = (
+        [each.flops for each in search.trials if each.loss.high <= tolerance]
+        for search in (found, full)
+    )
+    assert min(within, default=1) == pytest.approx(min(expected, default=1), abs=0.01)
+    assert len(found.trials) < len(full.trials) / 2
+
+
+def test_a_trial_is_what_the_reduced_model_loses(model, pictures, full_table):
+    trial = full_table.trials[3]
+    with torch.no_grad():
+        dense = model(pictures)
+        reduced = elip_models.reduce_(plain_vit().eval(), strategy=trial.strategy)
+        reduced.load_state_dict(model.state_dict())
+        losses = 1 - cosine(dense, reduced(pictures))
+    assert trial.loss.mean == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert trial.loss.low < trial.loss.mean < trial.loss.high
+    assert trial.flops == inference_ratio(trial.strategy, as_tower(model).size)
+
+
+def test_the_model_stays_as_it_was(pictures):
+    model = plain_vit().train()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    calibrate(model, pictures, strategies=("tome",), tolerance=0.5, time=False)
+    assert not elip_models.is_reduced(model) and model.training
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_a_saved_choice_reduces_a_model(model, pictures, tmp_path):
+    found = calibrate(model, pictures, strategies=FEW, tolerance=0.9, metric="neighbours")
+    assert all(each.time > 0 for each in found.trials)
+    found.save(tmp_path / "calibrated.json")
+    reduced = elip_models.reduce_(plain_vit(), str(tmp_path / "calibrated.json"))
+    assert elip_models.reduction_summary(reduced).strategy == found.chosen.strategy
+    saved = json.loads((tmp_path / "calibrated.json").read_text())["calibration"]
+    assert saved["result"] == found.sentence() in str(found)
+    assert len(saved["trials"]) == len(found.trials)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (None, {}, "strategy: expected a file that `elip calibrate` wrote, got .*No such file"),
+        ("{", {}, "strategy: expected a file that `elip calibrate` wrote"),
+        ('{"version": 1}', {}, "strategy: expected a file that .*strategy: expected"),
+        (
+            '{"version": 1, "strategy": "tome", "settings": {"r": 3}}',
+            {"keep": 0.5},
+            "keep: expected no r",
+        ),
+        (
+            '{"version": 1, "strategy": "tome", "settings": {"r": 3}}',
+            {"r": 5},
+            r"r: expected it inside the instance, tome\(r=..\)",
+        ),
+    ],
+)
+def test_a_bad_file_is_refused(content, options, message, tmp_path):
+    file = tmp_path / "a.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        elip_models.reduce_(plain_vit(), str(file), **options)
+
+
+def test_no_setting_within_the_tolerance_is_said(model, pictures, tmp_path):
+    found = calibrate(model, pictures, strategies=FEW, tolerance=1e-9, time=False)
+    assert found.chosen is None
+    assert found.sentence().startswith("No setting is within 1e-09 on these 12 images: the nearest")
+    assert len(found.trials) == len(FEW)
+    with pytest.raises(ValueError, match="expected a choice to save, got none: No setting"):
+        found.save(tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_fastest_is_chosen_and_of_equal_times_the_one_of_fewest_flops():
+    tome = elip_models.ToMe(4)
+    loss, too_much = Interval(0.01, 0.0, 0.02), Interval(0.01, 0.0, 0.2)
+    trials = (
+        Trial(tome, 0.9, loss, 0.52),
+        Trial(tome, 0.8, loss, 0.54),
+        Trial(tome, 0.7, loss, 0.60),
+        Trial(tome, 0.6, too_much, 0.30),
+    )
+    assert Calibration("cosine", 0.05, 9, trials).chosen == trials[1]
+
+
+def test_a_strategy_that_cannot_reduce_the_model_is_listed():
+    found = calibrate(
+        siglip_vision().eval(), images(8), strategies=("tome", "evit"), tolerance=0.9, time=False
+    )
+    assert found.refused.keys() == {"evit"}
+    assert "evit: strategy: expected one for this model" in str(found)
+
+
+def test_images_of_another_size_and_a_whole_clip(pictures):
+    found = calibrate(hf_clip().eval(), pictures, strategies=("tome",), tolerance=0.9, time=False)
+    assert found.chosen is not None
+
+
+def test_the_metric_of_the_caller(model, pictures):
+    seen = []
+
+    def largest_change(dense, reduced):
+        seen.append(dense.shape)
+        return (dense - reduced).abs().amax(1)
+
+    found = calibrate(
+        model, pictures, metric=largest_change, tolerance=1.0, strategies=FEW, time=False
+    )
+    assert found.metric == "largest_change"
+    assert set(seen) == {(12, 5)}  # the logits of five classes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tolerance": 0}, ValueError, "tolerance: expected"),
+        ({"metric": "cosin"}, ValueError, "metric: expected cosine or .*did you mean 'cosine'"),
+        ({"metric": lambda a, b: 0.1}, TypeError, r"metric: expected a function that returns .*8,"),
+        ({"metric": "neighbours"}, ValueError, "images: expected more than 10"),
+        ({"images": images(7)}, ValueError, "images: expected .* at least 8 images, got"),
+        ({"images": images(8)[..., :32]}, ValueError, "images: expected 48 x 48 pixels, got"),
+        ({"images": images(8).byte()}, TypeError, "images: expected a floating-point tensor"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected"),
+        ({"strategies": ("tmoe",)}, ValueError, "did you mean 'tome'"),
+    ],
+)
+def test_a_bad_argument_is_named(model, options, error, message):
+    with pytest.raises(error, match=message):
+        calibrate(**{"model": model, "images": images(8), "time": False} | options)
+
+
+def test_a_reduced_model_is_refused():
+    with pytest.raises(ValueError, match="model: expected one that reduce_ has not changed"):
+        calibrate(elip_models.reduce_(plain_vit()), images(8))
+
+
+def test_measures():
+    dense = torch.randn(30, 6)
+    assert METRICS["cosine"](dense, 2 * dense).abs().max() < 1e-6
+    assert torch.equal(neighbours(dense, dense), torch.ones(30))
+    assert neighbours(dense, torch.randn(30, 6)).mean() < 0.6
+
+
+def test_the_command(tmp_path, capsys):
+    photographs = tmp_path / "photographs" / "of summer"
+    photographs.mkdir(parents=True)
+    for i in range(9):
+        noise = torch.randint(256, (70, 90, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(photographs / f"{i}.png")
+    (photographs / "a.jpg").write_bytes(b"no image")
+    own = tmp_path / "own.py"
+    own.write_text("def changed(dense, reduced):\n    return (dense - reduced).abs().mean(1)\n")
+    output = tmp_path / "found.json"
+    arguments = "timm:test_vit", tmp_path / "photographs", "--no-pretrained", "--output", output
+    assert elip("calibrate", *arguments, "--metric", f"{own}:changed", "--tolerance", 1) == 0
+    shown = capsys.readouterr()
+    assert "1 of 10 images were not read" in shown.err
+    assert "within 1 on these 9 images" in shown.out
+    assert {path.name for path in tmp_path.glob("found*")} == {"found.json", "found.png"}
+    output.unlink()
+    assert elip("calibrate", *arguments, "--tolerance", 1e-9) == 0
+    assert "No setting is within 1e-09" in capsys.readouterr().out
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["timm:test_vit", "none"], "IMAGES: expected a folder of images"),
+        (["timm:test_vit", "."], "IMAGES: expected at least 8 image files"),
+        (["timm:test_vit", ".", "--metric", "own.py:f"], "--metric: expected FILE.py:function"),
+        (["timm:test_vit", ".", "--output", "a.txt"], "--output: expected a name ending in .json"),
+    ],
+)
+def test_wrong_arguments_of_the_command(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert elip("calibrate", *arguments) == 2
+    assert message in capsys.readouterr().err
