@@ -160,8 +160,7 @@ def reduce_reference(
         if mask is not None:
             weight = weight * mask.gather(1, dropped)
         if normalize:
-            # The exporter to ONNX removes the addition of a constant below 1e-8.
-            scale = 1.0 if exports_onnx() else SUM_SCALE
+            scale = 1.0 if exports_onnx() else SUM_SCALE  # ONNX export drops + 1e-8 and below
             total = (weight * scale).sum(1, keepdim=True) + EPSILON * scale
             weight = weight / total * scale
         weights.scatter_(1, dropped, weight)
