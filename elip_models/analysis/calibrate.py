@@ -13,7 +13,7 @@ timed side by side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,13 @@ METRICS: dict[str, Metric] = {
     "neighbours": lambda dense, reduced: 1 - neighbours(dense, reduced),
 }
 STRATEGIES = (
-    *("tome:keys=all", "tome", "guided_tome:without_text=vision", "resize", "pitome"),
+    *(
+        "tome:compare=tokens,keep_norm=true",
+        "tome",
+        "guided_tome:without_text=vision",
+        "resize",
+        "pitome",
+    ),
     *("crossget:without_text=vision", "evit", "adaptive:without_text=vision"),
     "elip:without_text=vision",
 )
@@ -75,9 +81,16 @@ class Trial(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Return the strategy's name, with the keys that it compares if they are not its own."""
-        changed = getattr(self.strategy, "keys", None) != getattr(type(self.strategy), "keys", None)
-        return f"{self.strategy.name}:keys={self.strategy.keys}" if changed else self.strategy.name
+        """Return the strategy as text, without the settings of its class and of its strength."""
+        strategy = self.strategy
+        changed = (
+            f"{each.name}={getattr(strategy, each.name)}".lower()
+            for each in fields(strategy)
+            if each.name not in (strategy.keep_field, "without_text")
+            and getattr(strategy, each.name) != each.default
+        )
+        settings = ",".join(changed)
+        return f"{strategy.name}:{settings}" if settings else strategy.name
 
 
 @dataclass(frozen=True)

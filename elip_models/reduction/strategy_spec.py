@@ -39,7 +39,8 @@ class StrategyOptions(ELIPOptions, total=False):
     """The options of all built-in strategies beside `schedule`, as keyword arguments."""
 
     r: Count | Rate | tuple[Count, ...] | None
-    keys: Literal["mean", "all"] | None
+    compare: Literal["mean_key", "keys", "tokens"] | None
+    keep_norm: bool | None
     protect: Rate | None
     weight: float | None
     margin: Share | None

@@ -24,7 +24,7 @@ from tests.helpers.models import hf_clip, siglip_vision
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
 
-FEW = ("tome:keys=all", "tome", "evit")
+FEW = ("tome:compare=keys", "tome", "evit")
 
 
 @pytest.fixture(scope="module")

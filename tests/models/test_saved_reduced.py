@@ -170,7 +170,7 @@ def saved_timm(folder, strategy=None):
         ({"colour": 1}, "colour: expected keys among version, strategy, settings, got 'colour'"),
         (
             {"settings": {"rr": 3}},
-            "settings.rr: expected keys among r, proportional, keys, got 'rr'",
+            "settings.rr: expected keys among r, proportional, compare, keep_norm, got 'rr'",
         ),
         ({"settings": {"r": "x"}}, "settings: r: expected .*, got 'x'"),
         ({"settings": [3]}, r"settings: expected a dict, got \[3\]"),
@@ -357,7 +357,7 @@ def test_a_model_card_has_tokens_and_flops_and_stays_when_it_was_edited(tmp_path
     saved_timm(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "library_name: timm" in card
-    assert "| `tome(r=3, proportional=True)` | 37, 34, 31, 28, 25, 22 |" in card
+    assert f"| `{ToMe(3)}` | 37, 34, 31, 28, 25, 22 |" in card
     assert "elip_models.load_reduced(" in card
     (tmp_path / "README.md").write_text("mine")
     saved_timm(tmp_path)

@@ -11,6 +11,7 @@ from elip_kernels.ops.gather_ops import cosines
 from elip_models import CrossGET, PiToMe, ToMe
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.complete_graph import (
+    Attention,
     Pairs,
     merged,
     pairs_by_energy,
@@ -67,7 +68,7 @@ def test_pitome_merges_as_a_tower_under_the_official_patch():
     for i, case in enumerate(PITOME["tower"]):
         (keys,) = tensors(case, "keys")
         tower, stage = as_tower(plain_vit(depth=4)), Stage(i, 1, len(case["groups"][0]) - 1)
-        pairs = PiToMe(margin=0.75).choose(tower, stage, keys, keys[:, None], None)
+        pairs = PiToMe(margin=0.75).choose(tower, stage, Attention(keys, keys, keys[:, None]), None)
         assert groups(pairs.match(keys.shape[1])) == official_groups(case)
         assert 0.75 * (1 - i / 4) == case["margin"]
 
@@ -76,7 +77,9 @@ def test_the_margin_of_pitome_falls_evenly_over_the_blocks():
     keys, tower = torch.randn(4, 2, 31, 8), as_tower(plain_vit())
     similarity = cosines(keys.mean(1)[:, 1:])
     for i, margin in ((0, 0.9), (3, 0.45)):
-        pairs = PiToMe(margin=0.9).choose(tower, Stage(i, 1, 20), keys[:, 0], keys, None)
+        pairs = PiToMe(margin=0.9).choose(
+            tower, Stage(i, 1, 20), Attention(keys[:, 0], keys[:, 0], keys), None
+        )
         expected = pairs_by_energy(similarity, 10, margin).behind(1)
         assert torch.equal(pairs.sources, expected.sources)
         assert torch.equal(pairs.targets, expected.targets)

@@ -108,14 +108,37 @@ def test_tome_reproduces_the_official_run(golden, prefix):
     check_gradients(grads, case.under(f"{prefix}grad/"))
 
 
-@pytest.mark.parametrize("keys", ["mean", "all"])
-def test_tome_compares_the_mean_key_or_the_keys_of_all_heads(keys):
-    model, x, strategy = plain_vit().eval(), images(), ToMe(4, keys=keys)
+@pytest.mark.parametrize("compare", ["mean_key", "keys", "tokens"])
+def test_tome_compares_mean_keys_or_keys_or_tokens(compare):
+    model, x, strategy = plain_vit().eval(), images(), ToMe(4, compare=compare)
     _, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
-    found = as_tower(model).qkv(0, as_tower(model).embed(x))[1]
-    compared = found.mean(1) if keys == "mean" else torch.cat(found.unbind(1), dim=2)
-    expected = elip_kernels.bipartite_merge(compared, compared, 4, return_info=True)[2]
+    tokens = as_tower(model).embed(x)
+    keys = as_tower(model).qkv(0, tokens)[1]
+    compared = {
+        "mean_key": keys.mean(1),
+        "keys": torch.cat(keys.unbind(1), dim=2),
+        "tokens": as_tower(model).attend(0, tokens),
+    }
+    expected = elip_kernels.bipartite_merge(tokens, compared[compare], 4, return_info=True)[2]
     assert torch.equal(infos[0].reduction.slots, expected.slots)
+
+
+@pytest.mark.parametrize("strategy", [ToMe(4, keep_norm=True), PiToMe(4, keep_norm=True)])
+def test_a_merged_token_keeps_the_largest_norm(strategy):
+    tokens = torch.randn(2, 37, WIDTH, requires_grad=True)
+    merged, _, match = elip_kernels.bipartite_merge(tokens, tokens, 9, return_info=True)
+    scaled = strategy.scaled(merged, tokens, match)
+    for image in range(2):
+        for row in range(match.num_rows):
+            members = tokens[image, match.slots[image] == row]
+            if len(members) == 1:
+                assert torch.equal(scaled[image, row], members[0])
+            torch.testing.assert_close(scaled[image, row].norm(), members.norm(dim=1).max())
+    scaled.square().sum().backward()
+    assert tokens.grad.isfinite().all() and tokens.grad.abs().amin(2).max() > 0
+    zeros = torch.zeros(1, 5, 8)
+    merged, _, match = elip_kernels.bipartite_merge(zeros, zeros, 2, return_info=True)
+    assert torch.equal(strategy.scaled(merged, zeros, match), merged)
 
 
 STRATEGIES = {
@@ -123,7 +146,8 @@ STRATEGIES = {
     "evit": EViT(0.7, layers=(1, 3)),
     "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
     "tome": ToMe(4),
-    "tome of all heads": ToMe(4, keys="all"),
+    "tome of tokens": ToMe(4, compare="tokens", keep_norm=True),
+    "crossget of tokens": CrossGET(4, compare="tokens", keep_norm=True),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
     "guided_tome": GuidedToMe((4, 0, 4, 5, 2, 20), protect=0.6, weight=0.5),
     "pitome": PiToMe((4, 0, 4, 5, 2, 20)),
@@ -277,7 +301,7 @@ def test_the_same_strategy_again_changes_nothing():
         (lambda: EViT(layers=()), "layers: expected rising"),
         (lambda: ToMe(-1), "r: expected an integer at least 0"),
         (lambda: ToMe(True), "r: expected an integer at least 0"),
-        (lambda: ToMe(keys="sum"), "keys: expected one of 'mean', 'all', got 'sum'"),
+        (lambda: ToMe(compare="key"), "compare: expected one of 'mean_key', 'keys', 'tokens'"),
         (lambda: ToMe(proportional=1), "proportional: expected True or False"),
         (lambda: GuidedToMe(protect=1.0), r"protect: expected a number in \[0, 1\), got 1"),
         (lambda: GuidedToMe(weight=-0.1), "weight: expected a number at least 0"),
@@ -308,7 +332,7 @@ def test_the_same_strategy_again_changes_nothing():
         (lambda: elip_models.reduce_(plain_vit(), strategy="tome:r=1-"), "r: expected a number"),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy="tome", fusion=0.5),
-            "fusion: expected none with strategy='tome', which takes r, proportional, keys, got",
+            "fusion: expected none with strategy='tome', which takes r, proportional, compare, ",
         ),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy=ToMe(4), schedule=SCHEDULE),

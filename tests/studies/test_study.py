@@ -68,7 +68,8 @@ def test_an_arm_overrides_the_recipe_and_the_study(tmp_path):
     study = tiny_study(tmp_path, arms=arms)
     dense, tome, long = (study.config(Run(arm, 1)) for arm in ("dense", "tome", "long"))
     assert dense.seed == 1 and dense.report == () and dense.model.overrides["schedule"] is None
-    options = {"r": 10 / (3 * 16), "proportional": True, "keys": "mean"}
+    options = {"compare": "mean_key", "keep_norm": False}
+    options |= {"r": 10 / (3 * 16), "proportional": True}
     assert tome.model.overrides["strategy_options"] == options
     assert (long.optim.steps, long.optim.lr) == (6, 1e-4)
     assert long.model.pretrained == long.data.tokenizer == "runs/studies/tiny/dense/1/model"

@@ -50,13 +50,21 @@ class Pairs(NamedTuple):
         return BipartiteInfo(rows.scatter(1, self.sources, rows.gather(1, self.targets)), N - r)
 
 
+class Attention(NamedTuple):
+    """Tokens (B, N, D) before and after the attention of a block, and its keys (B, H, N, d)."""
+
+    before: Tensor
+    after: Tensor
+    keys: Tensor
+
+
 class CompleteGraph(ToMe):
     """ToMe with pairs of a complete graph. A subclass defines `choose`."""
 
     def choose(
-        self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
+        self, tower: Tower, stage: Stage, attention: Attention, text_cls: Tensor | None
     ) -> Pairs:
-        """Return the pairs that leave `stage.keep` patches of tokens (B, N, D), with these keys."""
+        """Return the pairs that leave `stage.keep` patches after this attention."""
         raise NotImplementedError
 
     def scoring_flops(self, size: TowerSize) -> int:
@@ -77,27 +85,28 @@ class CompleteGraph(ToMe):
             match, weights = context.replay.reduction, context.replay.weights
         else:
             with scoring_context(tower.model, entered):
-                pairs = self.choose(tower, stage, entered, keys, context.text_cls)
+                attention = Attention(entered, tokens, keys)
+                pairs = self.choose(tower, stage, attention, context.text_cls)
             match, weights = pairs.match(N), pairs.weights
         if sizes is None:
             sizes = tokens.new_ones(B, N, dtype=accumulator(tokens))
-        tokens, sizes = merged(tokens, sizes, match, weights)
+        rows, sizes = merged(tokens, sizes, match, weights)
         info = StageInfo(stage, match, sizes=sizes, weights=weights)
-        return tower.mlp(stage.first, tokens), info
+        return tower.mlp(stage.first, self.scaled(rows, tokens, match)), info
 
 
 @dataclass(frozen=True)
 class PiToMe(CompleteGraph):
     """Merge the r patches of the highest energy into the next r (Tran et al., NeurIPS 2024).
 
-        E_i = mean_j elu(S_ij - m), m = margin (1 - block / depth)           S of keys
+        E_i = mean_j elu(S_ij - m), m = margin (1 - block / depth)           S of what is compared
         sources and targets alternate among the 2 r of the highest E
         a source merges into the most similar target
 
     A patch that is similar to many others has a high energy; the rest is protected.
 
     Attributes:
-        r, proportional, keys: as of `ToMe`.
+        r, proportional, compare, keep_norm: as of `ToMe`.
         margin: m in the first block, from which it decreases linearly.
     """
 
@@ -106,11 +115,11 @@ class PiToMe(CompleteGraph):
     margin: Share = 0.9
 
     def choose(
-        self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
+        self, tower: Tower, stage: Stage, attention: Attention, text_cls: Tensor | None
     ) -> Pairs:
         """Return the pairs by energy."""
         p = tower.num_prefix_tokens
-        similarity = cosines(self.compared(keys)[:, p:])
+        similarity = cosines(self.compared(attention.after, attention.keys)[:, p:])
         margin = self.margin * (1 - stage.first / tower.depth)
         return pairs_by_energy(similarity, similarity.shape[1] - stage.keep, margin).behind(p)
 
@@ -119,7 +128,7 @@ class PiToMe(CompleteGraph):
 class CrossGET(Guided, CompleteGraph):
     """Merge similar tokens that the text does not attend to (CrossGET, Shi et al., ICML 2024).
 
-        I_i = cosine of key i and the query of the fused CLS token           S of keys
+        I_i = cosine of key i and the query of the fused CLS token           S of what is compared
         B_i = the largest S_ij over the j whose own largest similarity is lower than that of i
         sources = the r of the largest B - I; each merges into the most similar that is no source
         weights = of a source s 2 w_s, of its target 1 + sum over its sources of (2 w_t - 1)
@@ -129,13 +138,13 @@ class CrossGET(Guided, CompleteGraph):
     of ELIP (Eq. 1), which is none of the tokens of a layer.
 
     Attributes:
-        r, proportional, keys: as of `ToMe`; 'all' is the paper's.
+        r, proportional, compare, keep_norm: as of `ToMe`; the paper compares 'keys'.
         fusion, guidance_norm, without_text: as of `ELIP`.
     """
 
     name: ClassVar[str] = "crossget"
 
-    keys: Literal["mean", "all"] = "all"
+    compare: Literal["mean_key", "keys", "tokens"] = "keys"
     fusion: Share = ELIP.fusion
     guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
     without_text: Literal["dense", "vision"] | None = ELIP.without_text
@@ -147,15 +156,17 @@ class CrossGET(Guided, CompleteGraph):
         return super().scoring_flops(size) + sum(6 * D * D + 2 * row * D for row in rows)
 
     def choose(
-        self, tower: Tower, stage: Stage, tokens: Tensor, keys: Tensor, text_cls: Tensor | None
+        self, tower: Tower, stage: Stage, attention: Attention, text_cls: Tensor | None
     ) -> Pairs:
         """Return the pairs by similarity and importance."""
         p = tower.num_prefix_tokens
-        cls = fused_cls(tower, tokens, text_cls, self)
+        cls = fused_cls(tower, attention.before, text_cls, self)
         query = tower.qkv(stage.first, cls[:, None])[0]
-        both = torch.cat([query, keys[:, :, p:]], dim=2)
-        similarity = cosines(self.compared(both))  # (B, 1 + n, 1 + n)
+        both = torch.cat([query, attention.keys[:, :, p:]], dim=2).transpose(1, 2).flatten(2)
+        similarity = cosines(both)  # (B, 1 + n, 1 + n)
         importance, similarity = similarity[:, 0, 1:], similarity[:, 1:, 1:]
+        if self.compare != "keys":
+            similarity = cosines(self.compared(attention.after, attention.keys)[:, p:])
         r = similarity.shape[1] - stage.keep
         return pairs_by_importance(similarity, importance, r).behind(p)
 

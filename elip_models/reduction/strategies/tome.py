@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 import elip_kernels
+from elip_kernels import BipartiteInfo
+from elip_kernels.ops.gather_ops import accumulator
 from elip_models.reduction.flops import Layer
 from elip_models.reduction.schedule import Merge, Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of
@@ -25,8 +28,11 @@ class ToMe(Strategy):
         r: how many tokens each block merges away: a number, a share of the image's patches, or one
             number per block.
         proportional: add log(size) to the attention scores, as the paper does.
-        keys: what is compared: 'mean', the mean over heads, as in the paper; or 'all', the keys of
-            all heads side by side.
+        compare: what the similarity of two tokens is the cosine of: 'mean_key', the mean of their
+            keys over heads, as in the paper; 'keys', their keys of all heads; or 'tokens', the
+            tokens themselves, after the attention.
+        keep_norm: scale each merged token to the largest norm of its tokens, as MLERP does (Kim et
+            al., Token Fusion, WACV 2024); a mean of tokens is shorter than they are.
     """
 
     name: ClassVar[str] = "tome"
@@ -36,7 +42,8 @@ class ToMe(Strategy):
 
     r: Count | Rate | tuple[Count, ...] = 8
     proportional: bool = True
-    keys: Literal["mean", "all"] = "mean"
+    compare: Literal["mean_key", "keys", "tokens"] = "mean_key"
+    keep_norm: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
@@ -84,11 +91,25 @@ class ToMe(Strategy):
 
     def channels(self, size: TowerSize) -> int:
         """Return the number of channels that are compared."""
-        return size.width if self.keys == "all" else size.width // size.heads
+        return size.width // size.heads if self.compare == "mean_key" else size.width
 
-    def compared(self, keys: Tensor) -> Tensor:
-        """Return what is compared, (B, N, C), of keys (B, H, N, d)."""
-        return keys.transpose(1, 2).flatten(2) if self.keys == "all" else keys.mean(1)
+    def compared(self, tokens: Tensor, keys: Tensor) -> Tensor:
+        """Return what is compared, (B, N, C), of tokens (B, N, D) with keys (B, H, N, d)."""
+        if self.compare == "tokens":
+            return tokens.detach()
+        return keys.mean(1) if self.compare == "mean_key" else keys.transpose(1, 2).flatten(2)
+
+    def scaled(self, merged: Tensor, tokens: Tensor, match: BipartiteInfo) -> Tensor:
+        """Return merged tokens (B, R, D) of tokens (B, N, D), with their norms if `keep_norm`."""
+        if not self.keep_norm:
+            return merged
+        dtype = accumulator(tokens)
+        norms = torch.linalg.vector_norm(tokens, dim=2, dtype=dtype)
+        largest = norms.new_zeros(merged.shape[:2])
+        largest = largest.scatter_reduce(1, match.slots.long(), norms, "amax")
+        now = torch.linalg.vector_norm(merged, dim=2, dtype=dtype)
+        factor = largest / now.clamp(min=torch.finfo(dtype).tiny)
+        return merged * factor.to(merged.dtype)[..., None]
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
@@ -104,17 +125,18 @@ class ToMe(Strategy):
         tokens, keys = self._attend(tower, i, tokens, sizes)
         if context.replay is not None:
             match = context.replay.reduction
-            tokens, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
+            merged, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
         else:
-            tokens, sizes, match = elip_kernels.bipartite_merge(
+            merged, sizes, match = elip_kernels.bipartite_merge(
                 tokens,
-                self.compared(keys),
+                self.compared(tokens, keys),
                 r,
                 size=sizes,
                 penalty=penalty,
                 num_prefix_tokens=tower.num_prefix_tokens,
                 return_info=True,
             )
+        tokens = self.scaled(merged, tokens, match)
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes)
 
     def penalty(
