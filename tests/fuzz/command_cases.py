@@ -262,4 +262,7 @@ def commands(folder, rng, prepared):
     if arguments[0] == "profile":
         arguments += ["--flops-only"]
         arguments += [] if "--strategy" in arguments else ["--strategy", "tome"]  # not all
+    for i in range(len(arguments) - 1):  # a file outside of the folder, rightly
+        if arguments[i] == "--output":
+            arguments[i + 1] = arguments[i + 1].replace("../", "")
     return command([str(prepared) if each == MODEL else each for each in arguments])
