@@ -78,6 +78,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "transformers `SiglipModel`, whole": configured("SiglipModel", "SiglipConfig"),
     "transformers `SiglipVisionModel`": configured("SiglipVisionModel", "SiglipVisionConfig"),
+    "transformers `Dinov2Model`": configured("Dinov2Model", "Dinov2Config"),
+    "transformers `Dinov2WithRegistersModel`": configured(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"
+    ),
+    "transformers `Dinov2ForImageClassification`": configured(
+        "Dinov2ForImageClassification", "Dinov2Config"
+    ),
+    "transformers `Dinov2Backbone`": configured("Dinov2Backbone", "Dinov2Config"),
     "transformers `CLIPForImageClassification`": configured(
         "CLIPForImageClassification", "CLIPConfig"
     ),
@@ -85,7 +93,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         "SiglipForImageClassification", "SiglipConfig"
     ),
     "transformers Siglip2": configured("Siglip2VisionModel", "Siglip2VisionConfig"),
-    "transformers DINOv2": configured("Dinov2Model", "Dinov2Config"),
     "transformers Swin": configured("SwinModel", "SwinConfig"),
 }
 

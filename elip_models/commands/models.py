@@ -14,7 +14,7 @@ with require_extra("elip_models.commands"):
 FAMILIES = (
     ("timm", "most ViTs, DeiT, EVA-02, SigLIP, DINOv2", "timm:vit_base_patch16_224"),
     ("open_clip", "CLIP, CoCa, SigLIP and EVA-02 with a ViT", "open_clip:ViT-B-16"),
-    ("transformers", "CLIP, SigLIP, ViT, DeiT, BLIP", "hf:openai/clip-vit-base-patch16"),
+    ("transformers", "CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2", "hf:openai/clip-vit-base-patch16"),
 )
 """Library, what of it can be reduced, and an example for `open_model`."""
 

@@ -1,10 +1,11 @@
 """Towers of vision transformers of Hugging Face transformers.
 
-Models: CLIP, ViT, DeiT (a distillation token beside CLS), BLIP and SigLIP (no CLS). Each has
-embeddings, a list of layers of two halves, and a final norm. BLIP's own forward attends eagerly;
-`attend` uses scaled_dot_product_attention. If patches are averaged, or SigLIP's probe attends to
-them, all tokens return to their patches after the last layer, so that each counts by its size. They
-also return if the model needs a token for each patch: a pixel decoder, or a language model.
+Models: CLIP, ViT, DeiT (a distillation token beside CLS), BLIP, SigLIP (no CLS) and DINOv2 (also
+with registers). Each has embeddings, a list of layers of two halves, and a final norm. BLIP's own
+forward attends eagerly; `attend` uses scaled_dot_product_attention. If patches are averaged, or
+SigLIP's probe attends to them, all tokens return to their patches after the last layer, so that
+each counts by its size. They also return if the model needs a token for each patch: a pixel
+decoder, a language model, or a backbone, whose feature maps are hidden states.
 """
 
 import json
@@ -19,13 +20,17 @@ from torch import Tensor, nn
 from transformers import (
     CLIPForImageClassification,
     DeiTForMaskedImageModeling,
+    DepthProPreTrainedModel,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersForImageClassification,
     SiglipForImageClassification,
     ViTForMaskedImageModeling,
 )
+from transformers.backbone_utils import BackboneMixin
 
 from elip_models.towers.base import Tower
 from elip_models.towers.reducible_model import Stats
-from elip_models.towers.tower_parts import Block, Projections, optional
+from elip_models.towers.tower_parts import Block, Projections, optional, plain_mlp_ratio
 from elip_models.towers.unsupported import transformers_reason
 from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, qkv_of, unwrapped
 from elip_models.validation import check, mismatch_error
@@ -43,14 +48,22 @@ class Names(NamedTuple):
 
 CLIP_NORMS = ("layer_norm1", "layer_norm2", "post_layernorm")
 VIT_NAMES = Names("attention", "o_proj", "layernorm_before", "layernorm_after", "layernorm")
+DINO_NAMES = Names("attention", "o_proj", "norm1", "norm2", "layernorm")
 LAYERS = {
     "CLIPEncoderLayer": Names("self_attn", "out_proj", *CLIP_NORMS),
     "BlipEncoderLayer": Names("self_attn", "projection", *CLIP_NORMS),
     "SiglipEncoderLayer": Names("self_attn", "out_proj", *CLIP_NORMS),
     "ViTLayer": VIT_NAMES,
     "DeiTLayer": VIT_NAMES,
+    "Dinov2Layer": DINO_NAMES,
+    "Dinov2WithRegistersLayer": DINO_NAMES,
 }
-AVERAGED = (CLIPForImageClassification, SiglipForImageClassification)
+AVERAGED = (
+    CLIPForImageClassification,
+    SiglipForImageClassification,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersForImageClassification,
+)
 PIXEL_DECODERS = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
 NUMBERS = tuple[float, ...]
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
@@ -61,7 +74,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 class HFTower(Tower):
     """A vision transformer inside a transformers model."""
 
-    has_dynamic_size = True  # by interpolate_pos_encoding=True in the call
+    has_dynamic_size = True  # DINOv2 in any call, others with interpolate_pos_encoding=True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -76,14 +89,15 @@ class HFTower(Tower):
         self.image_size = _pair(config.image_size)
         (height, width), (rows, columns) = self.image_size, _pair(config.patch_size)
         self.num_patches = (height // rows) * (width // columns)
-        self.num_prefix_tokens = 2 if hasattr(self.trunk.embeddings, "distillation_token") else 1
+        self.num_prefix_tokens = 1 + getattr(config, "num_register_tokens", 0)
+        self.num_prefix_tokens += hasattr(self.trunk.embeddings, "distillation_token")
         if layer == "SiglipEncoderLayer":
             self.num_prefix_tokens, self.has_cls, self.absorbs_keys = 0, False, False
         self.needs_grid = _needs_grid(model)
         has_probe = not self.num_prefix_tokens and self.trunk.use_head
         pools = has_probe or isinstance(model, AVERAGED) or self.needs_grid is not None
         self.pools = pools and not _reads_layers(model)
-        self.mlp_ratio = config.intermediate_size / self.width
+        self.mlp_ratio = plain_mlp_ratio(self.blocks[0].mlp, self.width)
         self.is_part = config is not model.config
         if RETURNS_TOKENS.fullmatch(type(model).__name__):
             self.whole_output = WHOLE_OUTPUT
@@ -92,7 +106,7 @@ class HFTower(Tower):
     def refuses(model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         found = _trunk(model)
-        if found is None:
+        if found is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
             return transformers_reason(model)
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
@@ -123,6 +137,8 @@ class HFTower(Tower):
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
         """Return whether this call of `collector` returns all "hidden_states" or "attentions"."""
+        if what == "hidden_states" and isinstance(self.trunk, BackboneMixin):
+            return True
         name = f"output_{what}"
         return bool(kwargs.get(name, getattr(self.trunk.config, name)))
 
@@ -134,7 +150,7 @@ class HFTower(Tower):
     def patchify(self, images: Tensor) -> Tensor:
         """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
         embeddings = self.trunk.embeddings
-        return type(embeddings).forward(embeddings, images, interpolate_pos_encoding=True)
+        return type(embeddings).forward(embeddings, images, **self._interpolation())
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""
@@ -143,7 +159,8 @@ class HFTower(Tower):
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
         is_other = tuple(images.shape[2:]) != self.image_size
-        return self.enter(self.trunk.embeddings(images, interpolate_pos_encoding=is_other))
+        options = self._interpolation() if is_other else {}
+        return self.enter(self.trunk.embeddings(images, **options))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
@@ -175,14 +192,12 @@ class HFTower(Tower):
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        out = getattr(self._attention(i), self.names.out)(attended)
-        return optional(self.blocks[i], "dropout")(out)
+        return self._residual(i, 1, getattr(self._attention(i), self.names.out)(attended))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i's MLP half, residual included."""
         block = self.blocks[i]
-        out = block.mlp(getattr(block, self.names.norm2)(tokens))
-        return tokens + optional(block, "dropout")(out)
+        return tokens + self._residual(i, 2, block.mlp(getattr(block, self.names.norm2)(tokens)))
 
     def is_plain(self, i: int) -> bool:
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
@@ -191,6 +206,16 @@ class HFTower(Tower):
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
         return getattr(self.trunk, self.names.norm)(tokens)
+
+    def _interpolation(self) -> dict[str, bool]:
+        """Return the arguments of the embeddings for images of another size."""
+        return {} if self.names == DINO_NAMES else {"interpolate_pos_encoding": True}
+
+    def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
+        """Run the modules between the output of block i's half 1 or 2 and its residual."""
+        for name in ("dropout", f"layer_scale{half}", "drop_path"):
+            out = optional(self.blocks[i], name)(out)
+        return out
 
     def _attention(self, i: int) -> nn.Module:
         """Return block i's attention, which may have been wrapped since the tower was made."""
@@ -252,7 +277,8 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
     for module in model.modules():
         if not hasattr(module, "embeddings") or not hasattr(module, "config"):
             continue
-        layers = getattr(getattr(module, "encoder", module), "layers", None)
+        parent = getattr(module, "encoder", module)
+        layers = getattr(parent, "layers", getattr(parent, "layer", None))
         is_image = hasattr(module.config, "patch_size")
         if is_image and _is_known(layers):
             return module, layers
@@ -265,6 +291,8 @@ def _needs_grid(model: nn.Module) -> str | None:
         return "it decodes pixels from its patches, each at its position"
     if _language_config(model) is not None:
         return "its language model has a token for each patch of the image"
+    if any(isinstance(module, BackboneMixin) for module in model.modules()):
+        return "its feature maps have a position for each patch"
     return None
 
 

@@ -13,7 +13,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
-from elip_models.towers.tower_parts import Projections, interpolated
+from elip_models.towers.tower_parts import Projections, interpolated, plain_mlp_ratio
 from elip_models.towers.unsupported import timm_reason
 from elip_models.towers.wrapped_modules import Affine, is_plain, qkv_of, refuses_norm, unwrapped
 
@@ -27,10 +27,7 @@ ANY_SIZE = (
 
 
 class PlainTimm(Tower):
-    """The attributes that timm's plain transformers share, with any pooling.
-
-    For a gated MLP, `mlp_ratio` is that of a plain MLP with as many weights.
-    """
+    """The attributes that timm's plain transformers share, with any pooling."""
 
     size_advice = ANY_SIZE
     dense_methods = ("forward_intermediates",)
@@ -44,9 +41,7 @@ class PlainTimm(Tower):
         self.num_heads = model.blocks[0].attn.num_heads
         self.num_prefix_tokens = model.num_prefix_tokens
         self.has_cls = model.cls_token is not None
-        linears = (m for m in model.blocks[0].mlp.children() if hasattr(m, "in_features"))
-        weights = sum(m.in_features * m.out_features for m in linears)
-        self.mlp_ratio = weights / (2 * self.width**2)
+        self.mlp_ratio = plain_mlp_ratio(model.blocks[0].mlp, self.width)
 
     @property
     def num_patches(self) -> int:

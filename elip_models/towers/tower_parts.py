@@ -238,6 +238,12 @@ def optional(module: nn.Module, name: str) -> nn.Module:
     return getattr(module, name, IDENTITY)
 
 
+def plain_mlp_ratio(mlp: nn.Module, width: int) -> float:
+    """Return the MLP's ratio; of a gated MLP, that of a plain MLP with as many weights."""
+    linears = (m for m in mlp.children() if hasattr(m, "in_features"))
+    return sum(m.in_features * m.out_features for m in linears) / (2 * width**2)
+
+
 def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], p: int) -> Tensor:
     """Resize position embeddings (p + rows * columns, D) from one grid of patches to another.
 

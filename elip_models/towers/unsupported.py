@@ -43,9 +43,6 @@ TIMM = {
 
 TRANSFORMERS = {
     "timm_wrapper gemma3n_vision": "wraps a model of timm; pass its .timm_model",
-    "dinov2": f"has layers {NOT_YET}; timm.create_model('vit_base_patch14_dinov2') is supported",
-    "dinov2_with_registers": f"has layers {NOT_YET}; "
-    "timm.create_model('vit_base_patch14_reg4_dinov2') is supported",
     "dinov3_vit": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_dinov3', "
     "dynamic_img_size=False) is supported",
     "vit_mae": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_224.mae') is supported",
@@ -70,12 +67,13 @@ MODALITIES = {
     "an image-text model such as CLIPModel or LlavaForConditionalGeneration",
 }
 LANGUAGE = (
-    f"has an image tower of its own kind, {NOT_YET}; towers of CLIP, SigLIP, ViT, DeiT and BLIP "
-    "are supported, also inside other models, such as LlavaForConditionalGeneration"
+    f"has an image tower of its own kind, {NOT_YET}; towers of CLIP, SigLIP, ViT, DeiT, "
+    "BLIP and DINOv2 are supported, also inside other models, such as "
+    "LlavaForConditionalGeneration"
 )
 IMAGES = (
-    f"has layers {NOT_YET}; CLIP, SigLIP, ViT, DeiT and BLIP of transformers are supported, and "
-    "most ViTs of timm"
+    f"has layers {NOT_YET}; CLIP, SigLIP, ViT, DeiT, BLIP and DINOv2 of transformers are "
+    "supported, and most ViTs of timm"
 )
 
 LIBRARIES = {

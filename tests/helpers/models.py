@@ -66,6 +66,15 @@ def hf_vision(model, config, **options):
     return enlarged(getattr(transformers, model)(config))
 
 
+def dinov2(model="Dinov2Model", config="Dinov2Config", **options):
+    return hf_vision(model, config, mlp_ratio=2, layerscale_value=0.3, **options)
+
+
+def dinov2_registers():
+    names = "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"
+    return dinov2(*names, num_register_tokens=3, use_swiglu_ffn=True)
+
+
 def siglip_vision(attention="sdpa", **options):
     options |= {"attn_implementation": attention}
     return hf_vision("SiglipVisionModel", "SiglipVisionConfig", **options)
@@ -140,6 +149,8 @@ TOWERS = {
         "DeiTForImageClassificationWithTeacher", "DeiTConfig", num_labels=5
     ),
     "HF BLIP": lambda: hf_vision("BlipVisionModel", "BlipVisionConfig"),
+    "HF DINOv2": lambda: dinov2(drop_path_rate=0.1),
+    "HF DINOv2 registers": dinov2_registers,
 }
 ROTARY = {
     "EVA-02 tiny": lambda: eva(mlp_ratio=8 / 3, swiglu_mlp=True),
@@ -174,6 +185,7 @@ POOLED = {
         attentional_pool=True, attn_pooler_queries=7, attn_pooler_heads=2
     ),
     "HF CLIP average": lambda: hf_classifier("CLIP"),
+    "HF DINOv2 average": lambda: dinov2("Dinov2ForImageClassification", num_labels=5),
 }
 WITHOUT_CLS = {
     "HF SigLIP vision": lambda: siglip_vision(attention_dropout=0.1),

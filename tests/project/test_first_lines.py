@@ -80,6 +80,7 @@ MODELS = {
         lambda: hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).eval(),
         output,
     ),
+    "Dinov2Model(config)": (lambda: hf_vision("Dinov2Model", "Dinov2Config").eval(), output),
     "CLIPModel(config)": (lambda: hf_clip().eval(), pair_output),
     "CLIPVisionModel(config)": (
         lambda: hf_vision("CLIPVisionModel", "CLIPVisionConfig").eval(),
@@ -139,10 +140,6 @@ REFUSED = {
     'timm.create_model("convnext_atto")': (
         lambda: reduce_(on_meta(lambda: timm.create_model("convnext_atto"))),
         "is a convolutional network.*take a plain ViT",
-    ),
-    "Dinov2Model(config)": (
-        lambda: reduce_(hf_vision("Dinov2Model", "Dinov2Config")),
-        r"no adapter reads yet; timm.create_model\('vit_base_patch14_dinov2'\) is supported",
     ),
     "torchvision.models.vit_b_16()": (
         lambda: reduce_(on_meta(torchvision.models.vit_b_16)),

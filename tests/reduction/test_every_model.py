@@ -40,6 +40,7 @@ IMAGE_MODELS = TOWERS | ROTARY | POOLED | LACK_CLS
 WHOLE = PAIRS | UNGUIDED_PAIRS
 MODELS = IMAGE_MODELS | WHOLE
 QUICK = ["timm", "timm registers", "open_clip", "HF CLIP", "HF ViT", "HF BLIP", "EVA-02 tiny"]
+QUICK += ["HF DINOv2"]
 QUICK += ["DINOv3", "rope mixed", "HF SigLIP vision", "timm SigLIP"]
 QUICK += ["open_clip pair", "HF CLIP pair", "HF SigLIP pair"]
 EACH_LIBRARY = ("timm", "open_clip", "HF CLIP", "HF CLIP pair")
@@ -189,7 +190,7 @@ def test_checkpointing_replays(name, how):
 
 COMPILED = ["timm q/k norm", "open_clip", "HF CLIP", "HF DeiT", "HF SigLIP vision"]
 COMPILED += ["EVA-02 tiny", "rope mixed", "timm average", "timm SigLIP", "Perception Encoder"]
-COMPILED += ["open_clip attention", "HF SigLIP average"]
+COMPILED += ["open_clip attention", "HF SigLIP average", "HF DINOv2 registers"]
 COMPILED += ["open_clip pair", "open_clip pair, timm EVA-02", "HF CLIP pair", "HF BLIP pair"]
 
 
@@ -231,7 +232,7 @@ UNSUPPORTED = [
     ("scaled cosine", lambda: open_clip_vit(scaled_cosine_attn=True)),
     ("output of each head", lambda: open_clip_vit(scale_heads=True)),
     ("padded patches", padded_siglip),
-    ("vit_base_patch14_dinov2", lambda: hf_vision("Dinov2Model", "Dinov2Config")),
+    ("vit_base_patch16_224.mae", lambda: hf_vision("ViTMAEModel", "ViTMAEConfig")),
     ("patch dropout", lambda: eva(patch_drop_rate=0.5)),
     ("dynamic_img_size=False", lambda: eva(dynamic_img_size=True)),
     ("post-norm", lambda: eva(use_post_norm=True)),

@@ -125,7 +125,7 @@ def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
 
 
 OTHERS = ("timm registers", "open_clip", "EVA-02 tiny", "HF SigLIP vision")
-OTHERS += ("HF CLIP", "HF ViT", "HF DeiT")
+OTHERS += ("HF CLIP", "HF ViT", "HF DeiT", "HF DINOv2")
 
 
 @pytest.mark.exhaustive

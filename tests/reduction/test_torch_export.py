@@ -52,12 +52,13 @@ def test_a_program_takes_any_batch(name):
         assert_runs_any_batch(program, model, lambda batch: (images(batch),))
 
 
-HF_TOWERS = [("HF ViT", "tome"), ("HF DeiT", "evit")]
+HF_TOWERS = [("HF ViT", "tome"), ("HF DeiT", "evit"), ("HF DINOv2", "tome")]
 HF_TOWERS += [(name, "elip") for name in ("HF ViT", "HF DeiT", "HF CLIP", "HF BLIP")]
+HF_TOWERS += [("HF DINOv2 registers", "evit")]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "strategy"), tiered(HF_TOWERS, HF_TOWERS[:2]))
+@pytest.mark.parametrize(("name", "strategy"), tiered(HF_TOWERS, HF_TOWERS[:3]))
 def test_a_model_of_transformers_is_exported_without_its_own_mask(name, strategy):
     model, x = TOWERS[name]().eval(), images(3)
     elip_models.reduce_(model, strategy=strategy, keep=0.6)

@@ -8,8 +8,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import elip_models
 from elip_models import reduce_
 from elip_models.reduction.strategy_spec import get_strategy
-from tests.helpers.models import HF, HF_TEXT, hf_blip, hf_vision, ids
-from tests.helpers.towers import SCHEDULE, images, whole_grid
+from tests.helpers.models import HF, HF_TEXT, dinov2, hf_blip, hf_vision, ids
+from tests.helpers.towers import SCHEDULE, WIDTH, images, whole_grid
 
 ADAPTIVE = {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE}
 MERGING = {
@@ -106,14 +106,69 @@ def test_a_pixel_decoder_has_each_patch_at_its_position(family, strategy):
     assert torch.equal(model(x).reconstruction, dense)
 
 
-NEEDING = {"ViT": lambda: masked_modeling("ViT"), "PaliGemma": paligemma}
+STAGES = ["stage1", "stage2", "stage4", "stage6"]
+
+
+def backbone():
+    return dinov2("Dinov2Backbone", out_features=STAGES, apply_layernorm=False).eval()
+
+
+def depth_model():
+    """Return a model that reads the feature maps of a DINOv2."""
+    vision = transformers.Dinov2Config(
+        **HF, mlp_ratio=2, out_features=STAGES, reshape_hidden_states=False
+    )
+    widths = {f"{name}_hidden_size": 8 for name in ("fusion", "head")}
+    config = transformers.DepthAnythingConfig(
+        backbone_config=vision,
+        patch_size=HF["patch_size"],
+        reassemble_hidden_size=WIDTH,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        head_in_channels=8,
+        **widths,
+    )
+    return transformers.DepthAnythingForDepthEstimation(config).eval()
+
+
+@pytest.mark.parametrize("strategy", MERGING)
+def test_the_feature_maps_of_a_backbone_are_whole_grids(strategy):
+    model, x, settings = backbone(), images(), MERGING[strategy]
+    dense = model(x).feature_maps
+    expected = reduce_(dinov2_like(model), **settings)(x, output_hidden_states=True).hidden_states
+    found = reduce_(model, **settings)(x)
+    assert found.hidden_states is None
+    for stage, feature_map in zip(STAGES, found.feature_maps, strict=True):
+        patches = expected[int(stage.removeprefix("stage"))][:, 1:]
+        assert torch.equal(feature_map, patches.mT.unflatten(2, (6, 6)))
+    assert not torch.equal(found.feature_maps[-1], dense[-1])
+    again = elip_models.unreduce_(model)(x).feature_maps
+    assert all(torch.equal(a, b) for a, b in zip(again, dense, strict=True))
+
+
+def dinov2_like(model):
+    """Return the Dinov2Model with the weights of a backbone."""
+    other = dinov2()
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def test_a_model_of_depths_reads_whole_grids():
+    model, x = depth_model(), images()
+    dense = model(x).predicted_depth
+    found = reduce_(model)(x).predicted_depth
+    assert found.shape == dense.shape and found.isfinite().all()
+    assert elip_models.reduction_summary(model).keep < 0.9
+    assert torch.equal(elip_models.unreduce_(model)(x).predicted_depth, dense)
+
+
+NEEDING = {"ViT": lambda: masked_modeling("ViT"), "PaliGemma": paligemma, "backbone": backbone}
 
 
 @pytest.mark.parametrize("settings", DROPPING.values(), ids=DROPPING)
 @pytest.mark.parametrize("make", NEEDING.values(), ids=NEEDING)
 def test_a_model_that_needs_every_patch_refuses_dropping(make, settings):
     model = make()
-    with pytest.raises(TypeError, match=r"each at its position|a token for each patch"):
+    with pytest.raises(TypeError, match=r"at its position|a (token|position) for each patch"):
         reduce_(model, **settings)
     assert not elip_models.is_reduced(model)
     reduce_(model, strategy="patch_dropout:keep_ratio=1.0")  # drops none

@@ -12,11 +12,9 @@ from tests.helpers.models import hf_vision
 PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
-    "Dinov2Model": r"no adapter reads yet; timm.create_model\('vit_base_patch14_dinov2'\) is",
-    "Dinov2WithRegistersModel": r"timm.create_model\('vit_base_patch14_reg4_dinov2'\) is",
     "DINOv3ViTModel": r"'vit_base_patch16_dinov3', dynamic_img_size=False\) is supported",
     "ViTMAEModel": r"timm.create_model\('vit_base_patch16_224.mae'\) is supported",
-    "ViTMSNModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT and BLIP of transformers are",
+    "ViTMSNModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP and DINOv2 of",
     "Siglip2VisionModel": "padded patches with a mask.*siglip_224.v2_webli",
     "BeitModel": f"a bias to its attention.*{PLAIN}",
     "SwinModel": f"attends in windows.*{PLAIN}",
@@ -26,6 +24,7 @@ TRANSFORMERS = {
     "ResNetModel": f"is a convolutional network.*{PLAIN}",
     "YolosModel": f"boxes, masks or depths.*{PLAIN}",
     "DPTModel": f"boxes, masks or depths.*{PLAIN}",
+    "DepthProModel": f"boxes, masks or depths.*{PLAIN}",
     "VideoMAEModel": "reads videos.*encode single images with an image model",
     "VivitModel": "reads videos.*encode single images with an image model",
     "TimesformerModel": "reads videos.*encode single images with an image model",
@@ -93,8 +92,6 @@ def test_models_of_other_libraries_and_parts_say_what_to_pass():
 def test_the_models_that_messages_name_can_be_reduced():
     names = {
         "vit_base_patch16_224": {},
-        "vit_base_patch14_dinov2": {},
-        "vit_base_patch14_reg4_dinov2": {},
         "vit_base_patch16_dinov3": {"dynamic_img_size": False},
         "vit_base_patch16_siglip_224.v2_webli": {},
         "vit_base_patch16_224.mae": {},
