@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
-from benchmarks.real.dinov2 import timm_model
+from benchmarks.real.dinov2 import MODELS
 from benchmarks.real.evaluation import (
     MEASURES,
     SETTINGS,
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("folder", type=Path, help="a folder of JPEG or PNG files")
     add("--names", type=Path, help="a file with the names to use, one a line, in their order")
+    add("--model", choices=MODELS, default="timm", help="its library (default: %(default)s)")
     add("--images", type=int, default=300, help="photographs of a set (default: %(default)s)")
     add("--sets", type=int, default=1, help="disjoint sets of photographs (default: %(default)s)")
     add("--settings", default=SETTINGS, help="strategies and keep (default: %(default)s)")
@@ -90,7 +91,7 @@ def _document(
     """Return the results of all settings."""
     sets = _sets(paths, options.images, options.sets)
     _check_folder(options.output)
-    model = timm_model()
+    model = MODELS[options.model]()
     settings = read_settings(options.settings, model)
     if options.against not in (None, *(each.text for each in settings)):
         raise ValueError(f"against: expected one of the settings, got {options.against!r}")
@@ -100,8 +101,8 @@ def _document(
         advance = partial(bar.advance, task)
         values = evaluate(model, settings, sets, seed=options.seed, advance=advance)
     return {
-        **_measured_on(),
-        "model": "DINOv2 ViT-S/14, 224 px, timm, fp32",
+        **_measured_on(options.model),
+        "model": _title(options.model),
         "photographs": {
             "names": options.names.name if options.names else None,
             "images": options.images,
@@ -130,10 +131,14 @@ def _check_folder(output: Path | None) -> None:
         raise FileNotFoundError(f"output: expected a file in a folder that exists, got {output}")
 
 
-def _measured_on() -> dict[str, Any]:
+def _title(library: str) -> str:
+    return f"DINOv2 ViT-S/14, 224 px, {library}, fp32"
+
+
+def _measured_on(library: str) -> dict[str, Any]:
     """Return device, versions, commit and date."""
     found = dict(machine())
-    found["versions"] = found["versions"] | {name: version(name) for name in PACKAGES}
+    found["versions"] = found["versions"] | {name: version(name) for name in (*PACKAGES, library)}
     return found | {"commit": commit(), "date": datetime.date.today().isoformat()}
 
 
@@ -144,7 +149,12 @@ def _timed_document(
     if options.output is None:
         raise ValueError("time: expected --output, the results to add times to, got none")
     document = read_object(options.output)
-    model = timm_model()
+    if document["model"] != _title(options.model):
+        raise ValueError(
+            f"model: expected that of {options.output}, {document['model']!r:.100}, "
+            f"got {options.model!r}"
+        )
+    model = MODELS[options.model]()
     texts = ", ".join(row["setting"] for row in document["settings"])
     settings = [Setting("dense", model, reduction_summary(model)), *read_settings(texts, model)]
     (images,) = batches(paths[:CHECKED])
@@ -152,7 +162,7 @@ def _timed_document(
         task = bar.add_task("runs", total=len(THREADS) * len(settings) * (1 + options.rounds))
         advance = partial(bar.advance, task)
         threads = _times(settings, images, options.rounds, advance)
-    measured = {**_measured_on(), "batch": len(images), "rounds": options.rounds}
+    measured = {**_measured_on(options.model), "batch": len(images), "rounds": options.rounds}
     del measured["threads"]
     return document | {"time": measured | {"by_threads": threads}}
 

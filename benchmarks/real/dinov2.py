@@ -56,10 +56,10 @@ def weights() -> dict[str, Tensor]:
     return state
 
 
-def transformers_model() -> nn.Module:
-    """Return transformers' Dinov2Model with these weights, in eval mode.
+def transformers_model(pixels: int = PIXELS) -> nn.Module:
+    """Return transformers' Dinov2Model with these weights, for images of `pixels`, in eval mode.
 
-    `reduce_` reads no Dinov2Model, so the bench uses `timm_model`.
+    The position embeddings are interpolated once, as in `timm_model`.
     """
     from transformers import Dinov2Config, Dinov2Model
 
@@ -67,11 +67,13 @@ def transformers_model() -> nn.Module:
         hidden_size=384,
         num_hidden_layers=DEPTH,
         num_attention_heads=6,
-        image_size=518,
+        image_size=pixels,
         patch_size=PATCH,
         use_mask_token=False,
     )
-    return Dinov2Model.from_pretrained(None, config=config, state_dict=weights()).eval()
+    state, name = weights(), "embeddings.position_embeddings"
+    state = state | {name: _positions(state[name], pixels // PATCH)}
+    return Dinov2Model.from_pretrained(None, config=config, state_dict=state).eval()
 
 
 def timm_model(pixels: int = PIXELS) -> nn.Module:
@@ -96,6 +98,9 @@ def timm_model(pixels: int = PIXELS) -> nn.Module:
         renamed |= _timm_block(state, f"encoder.layer.{i}.", f"blocks.{i}.")
     model.load_state_dict(renamed)
     return model.eval()
+
+
+MODELS = {"timm": timm_model, "transformers": transformers_model}
 
 
 def _timm_block(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:

