@@ -35,6 +35,9 @@ MODELS = {
     "transformers-SigLIP-B-16": lambda: transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig()
     ),
+    "transformers-DINOv2-B-14": lambda: transformers.Dinov2Model(
+        transformers.Dinov2Config(use_swiglu_ffn=True)
+    ),
 }
 TRAINING = "training"
 COUNTED = [(model, case) for model in MODELS for case in CASES]

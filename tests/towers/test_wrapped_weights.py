@@ -17,6 +17,7 @@ import elip_models
 from tests.helpers.cross_modal_cases import batch_of_four, draws, losses, made
 from tests.helpers.models import (
     HF,
+    dinov2,
     enlarged,
     eva,
     hf_clip,
@@ -44,6 +45,7 @@ MODELS = {
         lambda: enlarged(transformers.BlipVisionModel(transformers.BlipVisionConfig(**HF))),
         ["qkv", "projection"],
     ),
+    "HF DINOv2": (dinov2, ["q_proj", "o_proj", "fc1"]),
 }
 ORDERS = ("reduce first", "adapt first")
 SCORERS = ("official", "exact", "cls", "last", 1)
