@@ -13,23 +13,20 @@ timed side by side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from elip_models.analysis.calibration import Calibration, Trial
 from elip_models.analysis.feature_measures import cosine, neighbours
-from elip_models.models.io.files import write_json
-from elip_models.profiling.measure import measured_on, no_gain, ratios_to, time_side_by_side
+from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_side
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
 from elip_models.reduction.patch import is_reduced, reduce_
-from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.towers import Tower, as_reducible, as_tower
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
@@ -59,142 +56,7 @@ SHARES = tuple(round(0.95 - 0.05 * i, 2) for i in range(14))
 OUTPUTS = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
 """Of a model of transformers; the first that is there is the feature."""
 MIN_IMAGES = 8
-DENSE = "dense"
 ROUNDS = 5
-TIME_NOISE = 0.03  # of the dense time
-
-
-class Trial(NamedTuple):
-    """A setting that was tried.
-
-    Attributes:
-        strategy: the strategy, at this setting.
-        flops: its share of the dense tower's FLOPs, scoring included.
-        loss: the mean loss over the images, with its 95% confidence interval.
-        time: its share of the dense time of a batch.
-    """
-
-    strategy: Strategy
-    flops: float
-    loss: Interval
-    time: float | None = None
-
-    @property
-    def label(self) -> str:
-        """Return the strategy as text, without the settings of its class and of its strength."""
-        strategy = self.strategy
-        changed = (
-            f"{each.name}={getattr(strategy, each.name)}".lower()
-            for each in fields(strategy)
-            if each.name not in (strategy.keep_field, "without_text")
-            and getattr(strategy, each.name) != each.default
-        )
-        settings = ",".join(changed)
-        return f"{strategy.name}:{settings}" if settings else strategy.name
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The settings that were tried, and the cheapest one within the tolerance.
-
-    Attributes:
-        metric: 'cosine', 'neighbours', or the name of the caller's function.
-        tolerance: the largest mean loss.
-        images: the number of images.
-        trials: the settings, in the order in which they were tried.
-        refused: strategies that cannot reduce this model, with the reason.
-        measured_on: the device, the batch size and the threads of the times.
-    """
-
-    metric: str
-    tolerance: float
-    images: int
-    trials: tuple[Trial, ...]
-    refused: dict[str, str] = field(default_factory=dict)
-    measured_on: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def chosen(self) -> Trial | None:
-        """The fastest setting within the tolerance, None if there is none.
-
-        Of settings whose times differ by less than 0.03 of dense, it is the one of fewest FLOPs.
-        """
-        within = [each for each in self.trials if each.loss.high <= self.tolerance]
-        times = [each.time for each in within if each.time is not None]
-        if times:
-            within = [each for each in within if each.time <= min(times) + TIME_NOISE]
-        return min(within, key=lambda each: each.flops, default=None)
-
-    def sentence(self) -> str:
-        """Return the result as one sentence."""
-        if self.chosen is None:
-            if not self.trials:
-                return "No strategy can reduce this model."
-            nearest = min(self.trials, key=lambda each: each.loss.high)
-            return (
-                f"No setting is within {self.tolerance:g} on these {self.images} images: the "
-                f"nearest is {nearest.label} at {nearest.flops:.2f} of the dense FLOPs, with a "
-                f"mean loss of {_interval(nearest.loss)}."
-            )
-        best = self.chosen
-        gain = ""
-        if best.time is not None:
-            gain = f" and {best.time:.2f} of the dense time"
-            gain += ", which is no gain on this machine" if no_gain(best.time) else ""
-        return (
-            f"{best.label} at {best.flops:.2f} of the dense FLOPs{gain} has a mean loss of "
-            f"{_interval(best.loss)}; of {len(self.trials)} settings that were tried, it is the "
-            f"cheapest within {self.tolerance:g} on these {self.images} images."
-        )
-
-    def __str__(self) -> str:
-        rows = [("strategy", "FLOPs", "time", f"loss ({self.metric}), 95% CI", "within")]
-        rows.append((DENSE, "1.00", "1.00", "0", "yes"))
-        for each in sorted(self.trials, key=lambda each: (-each.flops, each.loss.mean)):
-            time = "" if each.time is None else f"{each.time:.2f}"
-            within = "yes" if each.loss.high <= self.tolerance else "no"
-            rows.append((each.label, f"{each.flops:.2f}", time, _interval(each.loss), within))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        left_out = (f"{name}: {reason}" for name, reason in self.refused.items())
-        return "\n".join((*lines, *left_out, self.sentence()))
-
-    def save(self, path: str | Path) -> None:
-        """Write the choice as a file for `reduce_(model, path)`, with all that was tried.
-
-        Raises:
-            ValueError: no setting is within the tolerance, or the name does not end in .json.
-        """
-        if self.chosen is None:
-            raise ValueError(f"calibration: expected a choice to save, got none: {self.sentence()}")
-        path = Path(path)
-        if path.suffix != ".json":
-            raise ValueError(f"path: expected a name ending in .json, got {shortened(str(path))}")
-        write_json(path, {**settings_of(self.chosen.strategy), "calibration": self.as_json()})
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all figures as plain data."""
-        trials = [
-            {**settings_of(each.strategy), "flops": each.flops, "time": each.time}
-            | {"loss": each.loss._asdict()}
-            for each in self.trials
-        ]
-        return {
-            "metric": self.metric,
-            "tolerance": self.tolerance,
-            "images": self.images,
-            "result": self.sentence(),
-            "refused": self.refused,
-            "measured_on": self.measured_on,
-            "trials": trials,
-        }
-
-
-def _interval(loss: Interval) -> str:
-    return f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})"
 
 
 @torch.no_grad()
@@ -205,6 +67,7 @@ def calibrate(
     tolerance: float = 0.01,
     metric: str | Metric = "cosine",
     strategies: Sequence[str] = STRATEGIES,
+    class_token_only: bool = False,
     batch_size: int = 8,
     every: bool = False,
     time: bool = True,
@@ -223,6 +86,8 @@ def calibrate(
             and reduced features (n, D) that returns the loss of each image, (n,). A feature is
             what the model returns for an image.
         strategies: lines of text for `get_strategy`, without a setting of the number of tokens.
+        class_token_only: the application uses the class token of the last block, or what is pooled
+            from it, and no patches: strategies with this setting get it (see `ToMe`).
         batch_size: images in a batch, for features and times.
         every: try every strategy at every share, without the search.
         time: time the settings. Without times the choice goes by FLOPs.
@@ -238,7 +103,7 @@ def calibrate(
     features = _Features(model, images, metric, batch_size)
     search = _Search(features, tolerance, every=every, progress=progress)
     for text in strategies:
-        search.add(text)
+        search.add(_with_class_token_only(text) if class_token_only else text)
     trials = search.trials
     if time and trials:
         progress("times")
@@ -251,6 +116,14 @@ def calibrate(
         refused=search.refused,
         measured_on=measured_on(images.device) | {"batch_size": features.batch_size},
     )
+
+
+def _with_class_token_only(text: str) -> str:
+    """Return the strategy with this setting, if it has it."""
+    name, settings = parse_spec(text)
+    if "class_token_only" not in kinds_of(name):
+        return text
+    return f"{text}{',' if settings else ':'}class_token_only=true"
 
 
 class _Features:

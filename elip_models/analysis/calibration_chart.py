@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from elip_models.analysis.calibrate import Calibration, Trial
+from elip_models.analysis.calibration import Calibration, Trial
 from elip_models.analysis.chart_style import write_figure
 from elip_models.analysis.visualize import new_figure
 

@@ -22,9 +22,9 @@ with require_extra("elip_models.commands"):
     from rich.progress import track
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from elip_models.analysis.calibrate import Calibration
+    from elip_models.analysis.calibration import Calibration
     from elip_models.towers import ReducibleModel
 
 OPTIONS = {"model": "MODEL", "images": "IMAGES", "tolerance": "--tolerance", "metric": "--metric"}
@@ -50,6 +50,13 @@ def calibrate(
     batch_size: Annotated[
         int, typer.Option(min=1, max=2**16, help="Images in a batch, for features and times.")
     ] = 8,
+    class_token_only: Annotated[
+        bool,
+        typer.Option(
+            "--class-token-only",
+            help="You use no patch features: the last block computes the class token alone.",
+        ),
+    ] = False,
     every: Annotated[
         bool, typer.Option("--every", help="Try every strategy at every cost, without the search.")
     ] = False,
@@ -64,28 +71,37 @@ def calibrate(
         raise ConfigError(f"--output: expected a name ending in .json, got {output}")
     chosen_metric = _metric(metric)
     paths = _paths(images, count, seed)
-    import torch
-
     from elip_models.analysis import calibrate as analysis
-    from elip_models.models.io.open_model import open_model
-    from elip_models.towers import as_reducible
 
     console = Console(stderr=True)
-    with console.status("opening the model"), as_config_error("MODEL"):
-        opened = as_reducible(open_model(model, pretrained=pretrained))
-    read = _read(paths, opened, console)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    opened, pixels = _inputs(model, paths, console, pretrained=pretrained)
     with console.status("dense features") as status, _as_option_error():
         found = analysis.calibrate(
-            opened.image_model.to(device),
-            read.to(device),
+            opened,
+            pixels,
             tolerance=tolerance,
             metric=chosen_metric,
+            class_token_only=class_token_only,
             batch_size=batch_size,
             every=every,
             progress=status.update,
         )
     _report(found, output)
+
+
+def _inputs(
+    spec: str, paths: list[Path], console: Console, *, pretrained: bool
+) -> "tuple[nn.Module, Tensor]":
+    """Return the image model that `spec` names, and its images; on the GPU if there is one."""
+    import torch
+
+    from elip_models.models.io.open_model import open_model
+    from elip_models.towers import as_reducible
+
+    with console.status("opening the model"), as_config_error("MODEL"):
+        model = as_reducible(open_model(spec, pretrained=pretrained))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.image_model.to(device), _read(paths, model, console).to(device)
 
 
 def _report(found: "Calibration", output: Path) -> None:

@@ -209,8 +209,12 @@ class Strategy(CostModel):
         return flops.at_keep(self, tower_of(model).size, keep)
 
     def __str__(self) -> str:
-        """Return the name and the settings."""
-        settings = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))
+        """Return the name, the number of tokens, and the settings that are not the default."""
+        settings = (
+            f"{field.name}={_short(getattr(self, field.name))}"
+            for field in fields(self)
+            if field.name == self.keep_field or getattr(self, field.name) != field.default
+        )
         return f"{self.name}({', '.join(settings)})"
 
 

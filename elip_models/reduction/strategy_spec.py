@@ -41,6 +41,7 @@ class StrategyOptions(ELIPOptions, total=False):
     r: Count | Rate | tuple[Count, ...] | None
     compare: Literal["mean_key", "keys", "tokens"] | None
     keep_norm: bool | None
+    class_token_only: bool | None
     protect: Rate | None
     weight: float | None
     margin: Share | None

@@ -10,11 +10,10 @@ import elip_models
 from elip_models.analysis.calibrate import (
     METRICS,
     STRATEGIES,
-    Calibration,
-    Trial,
     _Search,
     calibrate,
 )
+from elip_models.analysis.calibration import Calibration, Trial
 from elip_models.analysis.feature_measures import cosine, neighbours
 from elip_models.reduction.flops import inference_ratio
 from elip_models.reduction.strategy_spec import parse_spec
@@ -166,6 +165,18 @@ def test_a_strategy_that_cannot_reduce_the_model_is_listed():
     )
     assert found.refused.keys() == {"evit"}
     assert "evit: strategy: expected one for this model" in str(found)
+
+
+def test_the_class_token_alone_saves_more_where_no_patch_is_used(model, pictures):
+    found = calibrate(
+        model, pictures, strategies=FEW, tolerance=1e-9, class_token_only=True, time=False
+    )
+    names = [each.label for each in found.trials]
+    assert names == [
+        "tome:compare=keys,class_token_only=true",
+        "tome:class_token_only=true",
+        "evit",
+    ]
 
 
 def test_images_of_another_size_and_a_whole_clip(pictures):

@@ -141,12 +141,31 @@ def test_a_merged_token_keeps_the_largest_norm(strategy):
     assert torch.equal(strategy.scaled(merged, zeros, match), merged)
 
 
+LIBRARIES = ["timm", "open_clip", "HF CLIP", "HF BLIP"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_class_token_alone_is_exact_in_the_last_block(library):
+    model, x = TOWERS[library]().eval(), images()
+    expected = elip_models.encode_image(model, x, strategy=ToMe(0))[:, 0]
+    found = elip_models.encode_image(model, x, strategy=ToMe(0, class_token_only=True))
+    assert found.shape[1] == 1
+    torch.testing.assert_close(found[:, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_class_token_alone_needs_a_model_that_reads_no_other():
+    with pytest.raises(TypeError, match="class_token_only: the model uses the patches"):
+        elip_models.reduce_(plain_vit(global_pool="avg"), strategy=ToMe(class_token_only=True))
+
+
 STRATEGIES = {
     "elip": ELIP(SCHEDULE, scorer="exact"),
     "evit": EViT(0.7, layers=(1, 3)),
     "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
     "tome": ToMe(4),
     "tome of tokens": ToMe(4, compare="tokens", keep_norm=True),
+    "tome to the class token": ToMe((4, 0, 3, 3, 3, 0), class_token_only=True),
+    "pitome to the class token": PiToMe(4, class_token_only=True),
     "crossget of tokens": CrossGET(4, compare="tokens", keep_norm=True),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
     "guided_tome": GuidedToMe((4, 0, 4, 5, 2, 20), protect=0.6, weight=0.5),
@@ -162,7 +181,6 @@ STRATEGIES = {
     "nearest evit": EViT(0.7, layers=(1, 3), merge="nearest"),
     "nearest adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5, merge="nearest"),
 }
-LIBRARIES = ["timm", "open_clip", "HF CLIP", "HF BLIP"]
 OTHERS = {"HF SigLIP": siglip_vision, "rotary": lambda: eva(qk_norm=True)}
 EVERY_TOWER = TOWERS | OTHERS
 strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
@@ -374,4 +392,5 @@ def test_a_tower_of_few_patches_has_a_setting_at_every_strength():
         for strength in (0.0, 0.5, 1.0):
             assert strategy.at_strength(size, strength).token_counts(size)[-1].mlp >= 2
     for strategy in STRATEGIES.values():
-        assert strategy.at_flops(plain_vit(), 1.0)
+        if not getattr(strategy, "class_token_only", False):  # which saves FLOPs at any strength
+            assert strategy.at_flops(plain_vit(), 1.0)

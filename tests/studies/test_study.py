@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from benchmarks.studies.page import study_page
 from benchmarks.studies.plan import Run, load_study, plan
 from benchmarks.studies.results import write_results
 from elip_models.reduction import flops
-from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies import STRATEGIES, ToMe
 from elip_models.training.errors import Stopped, TrainingError
 from elip_models.training.trainer import Trainer
 from elip_models.training.training_data import meta_model
@@ -68,9 +69,8 @@ def test_an_arm_overrides_the_recipe_and_the_study(tmp_path):
     study = tiny_study(tmp_path, arms=arms)
     dense, tome, long = (study.config(Run(arm, 1)) for arm in ("dense", "tome", "long"))
     assert dense.seed == 1 and dense.report == () and dense.model.overrides["schedule"] is None
-    options = {"compare": "mean_key", "keep_norm": False}
-    options |= {"r": 10 / (3 * 16), "proportional": True}
-    assert tome.model.overrides["strategy_options"] == options
+    options = tome.model.overrides["strategy_options"]
+    assert options == asdict(ToMe(10 / (3 * 16)))
     assert (long.optim.steps, long.optim.lr) == (6, 1e-4)
     assert long.model.pretrained == long.data.tokenizer == "runs/studies/tiny/dense/1/model"
     assert dense.data.tokenizer == tome.data.tokenizer == "runs/studies/tiny/tokenizer"

@@ -69,7 +69,7 @@ class CompleteGraph(ToMe):
 
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of the cosines in every block that merges."""
-        patches = (n - size.num_prefix_tokens for n, m in self.token_counts(size) if m < n)
+        patches = (n - size.num_prefix_tokens for n in self.merging_counts(size))
         return sum(2 * n * n * self.channels(size) for n in patches)
 
     def step(
@@ -77,7 +77,8 @@ class CompleteGraph(ToMe):
     ) -> tuple[Tensor, StageInfo]:
         """Run block `stage.first`, with a merge between its attention and its MLP."""
         (B, N, _), entered, previous = tokens.shape, tokens, context.previous
-        if N - tower.num_prefix_tokens == stage.keep:
+        is_final = self.is_final(stage.first, tower.depth)
+        if is_final or N - tower.num_prefix_tokens == stage.keep:
             return super().step(tower, stage, tokens, context)
         sizes = None if previous is None else previous.sizes
         tokens, keys = self._attend(tower, stage.first, tokens, sizes)
@@ -106,7 +107,7 @@ class PiToMe(CompleteGraph):
     A patch that is similar to many others has a high energy; the rest is protected.
 
     Attributes:
-        r, proportional, compare, keep_norm: as of `ToMe`.
+        r, proportional, compare, keep_norm, class_token_only: as of `ToMe`.
         margin: m in the first block, from which it decreases linearly.
     """
 
@@ -138,7 +139,8 @@ class CrossGET(Guided, CompleteGraph):
     of ELIP (Eq. 1), which is none of the tokens of a layer.
 
     Attributes:
-        r, proportional, compare, keep_norm: as of `ToMe`; the paper compares 'keys'.
+        r, proportional, compare, keep_norm, class_token_only: as of `ToMe`; the paper compares
+            'keys'.
         fusion, guidance_norm, without_text: as of `ELIP`.
     """
 
@@ -152,7 +154,7 @@ class CrossGET(Guided, CompleteGraph):
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of the cosines, and of the query and its cosines."""
         D, p = size.width, size.num_prefix_tokens
-        rows = (2 * (n - p) + 1 for n, m in self.token_counts(size) if m < n)
+        rows = (2 * (n - p) + 1 for n in self.merging_counts(size))
         return super().scoring_flops(size) + sum(6 * D * D + 2 * row * D for row in rows)
 
     def choose(

@@ -32,7 +32,7 @@ class GuidedToMe(Guided, ToMe):
     This strategy is new in this project: the step of ToMe with the attention row of ELIP.
 
     Attributes:
-        r, proportional, compare, keep_norm: as of `ToMe`.
+        r, proportional, compare, keep_norm, class_token_only: as of `ToMe`.
         protect: the share of patches in every block that merge only if no others are left, in
             [0, 1).
         weight: the factor of a token's attention, relative to the largest, against its similarity.
@@ -49,7 +49,7 @@ class GuidedToMe(Guided, ToMe):
 
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of ToMe, and of a CLS row in every block that merges."""
-        rows = sum(size.row_flops(n) for n, m in self.token_counts(size) if m < n)
+        rows = sum(size.row_flops(n) for n in self.merging_counts(size))
         return super().scoring_flops(size) + rows
 
     def penalty(self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import elip_kernels
-from elip_kernels import BipartiteInfo
+from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_kernels.ops.gather_ops import accumulator
 from elip_models.reduction.flops import Layer
 from elip_models.reduction.schedule import Merge, Stage
@@ -33,6 +33,8 @@ class ToMe(Strategy):
             tokens themselves, after the attention.
         keep_norm: scale each merged token to the largest norm of its tokens, as MLERP does (Kim et
             al., Token Fusion, WACV 2024); a mean of tokens is shorter than they are.
+        class_token_only: the last block computes the class token alone, as exactly as it would
+            among the others. For models that use no other token of the last block.
     """
 
     name: ClassVar[str] = "tome"
@@ -44,6 +46,7 @@ class ToMe(Strategy):
     proportional: bool = True
     compare: Literal["mean_key", "keys", "tokens"] = "mean_key"
     keep_norm: bool = False
+    class_token_only: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
@@ -58,7 +61,9 @@ class ToMe(Strategy):
             )
         if tower.num_prefix_tokens > 1:
             return "the tower has several prefix tokens, and ToMe protects only the class token"
-        return None
+        if self.class_token_only and (tower.pools or not tower.has_cls):
+            return "class_token_only: the model uses the patches of the last block"
+        return tower.refuses_dropping() if self.class_token_only else None
 
     def _merged_per_block(self, size: TowerSize) -> tuple[int, ...]:
         """Return how many tokens each block merges away."""
@@ -82,11 +87,26 @@ class ToMe(Strategy):
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         """Return the tokens in each block, of which at most half of the patches merge away."""
         r, p = self._merged_per_block(size), size.num_prefix_tokens
-        return counts_of(size, lambda i, tokens: tokens - min(r[i], (tokens - p) // 2))
+
+        def left(i: int, tokens: int) -> int:
+            if self.is_final(i, size.depth):
+                return p
+            return tokens - min(r[i], (tokens - p) // 2)
+
+        return counts_of(size, left)
+
+    def is_final(self, i: int, depth: int) -> bool:
+        """Return whether block i computes the class token alone."""
+        return self.class_token_only and i == depth - 1
+
+    def merging_counts(self, size: TowerSize) -> list[int]:
+        """Return the number of tokens that enter each block that merges."""
+        counts = enumerate(self.token_counts(size))
+        return [n for i, (n, m) in counts if m < n and not self.is_final(i, size.depth)]
 
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of comparing the keys."""
-        pairs = ((n + 1) // 2 * (n // 2) for n, m in self.token_counts(size) if m < n)
+        pairs = ((n + 1) // 2 * (n // 2) for n in self.merging_counts(size))
         return sum(2 * self.channels(size) * each for each in pairs)
 
     def channels(self, size: TowerSize) -> int:
@@ -117,6 +137,8 @@ class ToMe(Strategy):
         """Run block `stage.first`, with a merge between its attention and its MLP."""
         i, previous = stage.first, context.previous
         sizes = None if previous is None else previous.sizes
+        if self.is_final(i, tower.depth):
+            return self._final(tower, stage, tokens, sizes)
         N = tokens.shape[1]
         N = int(N) if isinstance(N, Tensor) else N  # of torch.jit.trace
         r, penalty = N - tower.num_prefix_tokens - stage.keep, None
@@ -139,6 +161,18 @@ class ToMe(Strategy):
         tokens = self.scaled(merged, tokens, match)
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes)
 
+    def _final(
+        self, tower: Tower, stage: Stage, tokens: Tensor, sizes: Tensor | None
+    ) -> tuple[Tensor, StageInfo]:
+        """Run the last block for the class token alone, which attends to all tokens."""
+        i = stage.first
+        q, k, v = tower.qkv(i, tokens)
+        first = tower.attend(i, tokens[:, :1], self._bias(q, sizes), qkv=(q[:, :, :1], k, v))
+        none = torch.empty(len(tokens), 0, dtype=torch.long, device=tokens.device)
+        weights = tokens.new_zeros(tokens.shape[:2], dtype=accumulator(tokens))
+        dropped = ReductionInfo(none, weights, None, tower.num_prefix_tokens, merged=False)
+        return tower.mlp(i, first), StageInfo(stage, dropped)
+
     def penalty(
         self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None
     ) -> Tensor | None:
@@ -153,10 +187,13 @@ class ToMe(Strategy):
     ) -> tuple[Tensor, Tensor]:
         """Return the output of block i's attention, and its detached keys (B, H, N, d)."""
         q, k, v = tower.qkv(i, tokens)
-        bias = None
-        if self.proportional and sizes is not None:
-            bias = sizes.log().to(q.dtype)[:, None, None]
-        return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach()
+        return tower.attend(i, tokens, self._bias(q, sizes), qkv=(q, k, v)), k.detach()
+
+    def _bias(self, q: Tensor, sizes: Tensor | None) -> Tensor | None:
+        """Return what is added to the attention scores of each key."""
+        if not self.proportional or sizes is None:
+            return None
+        return sizes.log().to(q.dtype)[:, None, None]
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with r as a share of the patches, evenly over the blocks."""
