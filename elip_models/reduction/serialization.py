@@ -55,7 +55,7 @@ def strategy_of(saved: Any) -> Strategy:
     check("settings", settings, dict)
     if name not in NAMED:
         raise ValueError(
-            f"strategy: expected one of {', '.join(NAMED)}, got {name!r}; pass an instance of "
+            f"strategy: expected one of {', '.join(NAMED)}, got {shortened(name)}; pass an instance of "
             f"your own class as strategy=, or {UPGRADE}"
         )
     kinds = {field.name: field for field in fields(NAMED[name])}
@@ -101,7 +101,8 @@ def _check_keys(prefix: str, values: dict[str, Any], known: Iterable[str]) -> No
         if key not in known:
             close = did_you_mean(key, known)
             raise ValueError(
-                f"{prefix}{key}: expected keys among {', '.join(known)}, got {key!r}{close}; "
+                f"{prefix}{key:.100}: expected keys among {', '.join(known)}, got "
+                f"{shortened(key)}{close}; "
                 f"{UPGRADE}"
             )
 

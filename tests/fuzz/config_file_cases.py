@@ -10,6 +10,9 @@ from elip_models.checkpoints.export import save_as
 from elip_models.checkpoints.load import convert_checkpoint
 from elip_models.data import load_tokenizer, train_tokenizer
 from elip_models.models.registry import create_model
+from elip_models.reduction.patch import reduce_
+from elip_models.reduction.serialization import settings_of
+from elip_models.reduction.strategies import STRATEGIES
 from elip_models.training.finetune import finetune_recipe
 from tests.fuzz.harness import Loss, kind, refused
 from tests.fuzz.weight_file_cases import (
@@ -23,6 +26,7 @@ from tests.fuzz.weight_file_cases import (
     write_safetensors,
 )
 from tests.helpers.damage import damaged
+from tests.helpers.towers import plain_vit
 
 
 def save_folders(folder):
@@ -127,4 +131,21 @@ def tokenizers(folder, rng, prepared):
     ids = tokenizer("a red dog").input_ids
     if ids[-1] != tokenizer.eos_token_id:
         raise Loss(f"no end of text: {ids}")
+    return "read"
+
+
+@kind()
+def strategy_files(folder, rng):
+    """The files of `elip calibrate`, which `reduce_` reads."""
+    strategy = rng.choice(list(STRATEGIES.values()))()
+    file = folder / "calibrated.json"
+    file.write_text(json.dumps({**settings_of(strategy), "calibration": {"images": 9}}))
+    _damage_json(file, rng)
+    model = plain_vit(depth=4)
+    try:
+        reduce_(model, str(file))
+    except (TypeError, ValueError) as error:
+        if len(str(error)) > 3000:
+            raise Loss(f"a message of {len(str(error))} characters") from error
+        return refused(error)
     return "read"
