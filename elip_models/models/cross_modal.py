@@ -65,6 +65,11 @@ class CrossModalConfig(ReductionConfig):
                 f"context_length: expected at most {self.max_tokens}, the limit for "
                 f"max_positions = {self.max_positions}, got {self.context_length}"
             )
+        if self.reduction.drops_patches:
+            raise ValueError(
+                "strategy: expected one that leaves patches for the text encoder, got "
+                f"{self.reduction}; leave out class_token_only"
+            )
 
     @property
     def max_tokens(self) -> int:

@@ -70,9 +70,9 @@ def reduce_(
         model: an image model of timm, open_clip or transformers, or a whole image-text model. Of
             CoCa, whose text cannot guide its images, the image tower alone is reduced.
         strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
-            of `elip_models.calibrate` such as 'calibrated.json', or an instance. Without any
-            argument, the strategy in the config of a saved transformers model; otherwise 'tome' at
-            keep=0.7. A warning names another one if ToMe cannot be used.
+            of `calibrate` such as 'found.json', or an instance. Without any argument, that of the
+            config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
+            be used, another one with a warning.
         keep: the target: the mean share of tokens over the layers, in (0, 1]. It sets the
             strategy's own option for the number of tokens (`schedule`, `r`, `keep_ratio`, `size`),
             so it cannot be passed beside that option.
@@ -104,6 +104,9 @@ def _reduce(
         return strategy_by_default(tower, image_text, has_text=has_text, use_config=use_config)
 
     strategy = resolve_strategy(tower, strategy, options, keep=keep, default=default)
+    if image_text is not None and image_text.reads_patches and strategy.drops_patches:
+        name = type(model).__name__
+        raise TypeError(f"class_token_only: expected False, since the text of a {name} reads patches")
     reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
     if not any(_are_alike(reduction, other) for other in others):
         _install(model, reduction)  # an equal one stays, so that torch.compile keeps its graph

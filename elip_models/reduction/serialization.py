@@ -55,8 +55,8 @@ def strategy_of(saved: Any) -> Strategy:
     check("settings", settings, dict)
     if name not in NAMED:
         raise ValueError(
-            f"strategy: expected one of {', '.join(NAMED)}, got {shortened(name)}; pass an instance of "
-            f"your own class as strategy=, or {UPGRADE}"
+            f"strategy: expected one of {', '.join(NAMED)}, got {shortened(name)}; pass an "
+            f"instance of your own class as strategy=, or {UPGRADE}"
         )
     kinds = {field.name: field for field in fields(NAMED[name])}
     _check_keys("settings.", settings, known=kinds)

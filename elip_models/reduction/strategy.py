@@ -92,6 +92,7 @@ class Strategy(CostModel):
         changes_embedding: `patchify` replaces the patch embedding.
         is_guided: the text changes the result.
         merge: what becomes of dropped tokens, see `Merge`.
+        drops_patches: the last block returns no patch, only the class token.
         pads: images of a batch may keep different numbers of tokens; some slots are padding.
     """
 
@@ -103,6 +104,7 @@ class Strategy(CostModel):
     changes_embedding: ClassVar[bool] = False
     is_guided: bool = False
     merge: Merge = "none"
+    drops_patches: bool = False
     pads: ClassVar[bool] = False
 
     @property

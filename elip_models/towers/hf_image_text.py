@@ -150,6 +150,7 @@ class HFBlip(HFImageText):
 
     kind = BlipForImageTextRetrieval
     mask_position = 1
+    reads_patches = True  # its text encoder attends to them
 
     def refuses(self) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""

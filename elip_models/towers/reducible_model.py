@@ -113,10 +113,12 @@ class ImageTextModel(ReducibleModel):
 
     model, image_model: the whole model, and the part of it that a tower reads.
     saved_config: the configuration that the library saves with the model, or None.
+    reads_patches: whether other parts of the model read the patches of the tower's last block.
     """
 
     model: nn.Module
     saved_config: Any = None
+    reads_patches: bool = False
 
     def __init__(self, model: nn.Module) -> None:
         raise NotImplementedError

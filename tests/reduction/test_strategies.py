@@ -27,6 +27,7 @@ from elip_models.towers import as_tower
 from tests.helpers.models import (
     TOWERS,
     eva,
+    hf_blip,
     ids,
     open_clip_pair,
     open_clip_vit,
@@ -156,6 +157,10 @@ def test_the_class_token_alone_is_exact_in_the_last_block(library):
 def test_the_class_token_alone_needs_a_model_that_reads_no_other():
     with pytest.raises(TypeError, match="class_token_only: the model uses the patches"):
         elip_models.reduce_(plain_vit(global_pool="avg"), strategy=ToMe(class_token_only=True))
+    with pytest.raises(TypeError, match="the text of a BlipForImageTextRetrieval reads"):
+        elip_models.reduce_(hf_blip(), strategy=ToMe(class_token_only=True))
+    with pytest.raises(ValueError, match="leave out class_token_only"):
+        elip_models.create_model("albef_tiny", strategy="tome:class_token_only=true")
 
 
 STRATEGIES = {

@@ -48,6 +48,11 @@ class ToMe(Strategy):
     keep_norm: bool = False
     class_token_only: bool = False
 
+    @property
+    def drops_patches(self) -> bool:
+        """Whether the last block returns the class token alone."""
+        return self.class_token_only
+
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
