@@ -31,6 +31,7 @@ __all__ = [
     "adapt_",
     "calibrate",
     "create_model",
+    "distill",
     "encode_image",
     "guidance",
     "is_reduced",
@@ -65,6 +66,7 @@ LAZY = {
     "elip_models.reduction.strategy": ("Layer", "StageInfo", "Strategy"),
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
+    "elip_models.training.distill": ("distill",),
 }
 """The public names of each module, which is imported on first use: `elip --help` needs no torch."""
 MODULES = {name: module for module, names in LAZY.items() for name in names}
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
     from elip_models.reduction.strategy import Layer, StageInfo, Strategy
     from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.towers.sdpa import use_sdpa_
+    from elip_models.training.distill import distill
 else:
 
     def __getattr__(name: str) -> Any:

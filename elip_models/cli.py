@@ -6,7 +6,7 @@
     elip convert                           elip export MODEL OUT.onnx
     elip data check | export               python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
-    elip calibrate MODEL IMAGES
+    elip calibrate MODEL IMAGES            elip distill MODEL IMAGES
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
@@ -42,6 +42,10 @@ COMMANDS = {
     "calibrate": (
         "calibrate.calibrate",
         "Find the cheapest reduction that changes a model's features of your images little.",
+    ),
+    "distill": (
+        "distill.distill",
+        "Train a reduced model, without labels, to give the dense model's features.",
     ),
     "visualize": (
         "inspect_model.visualize",

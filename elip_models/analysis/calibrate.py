@@ -12,15 +12,14 @@ setting so far. This assumes that the loss rises as the FLOPs fall. The settings
 timed side by side.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elip_models.analysis.calibration import Calibration, Trial
-from elip_models.analysis.feature_measures import cosine, neighbours
+from elip_models.analysis.feature_measures import cosine, neighbours, output_feature
 from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_side
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
@@ -53,8 +52,6 @@ STRATEGIES = (
 `random`. The first ones are usually the best; they come first, so that fewer settings are tried."""
 SHARES = tuple(round(0.95 - 0.05 * i, 2) for i in range(14))
 """Of the dense FLOPs, from 0.95 to 0.30."""
-OUTPUTS = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
-"""Of a model of transformers; the first that is there is the feature."""
 MIN_IMAGES = 8
 ROUNDS = 5
 
@@ -158,7 +155,7 @@ class _Features:
     def of(self, model: nn.Module) -> Tensor:
         """Return the features (n, D) in fp32 on the CPU."""
         batches = self.images.split(self.batch_size)
-        return torch.cat([_feature(model(batch)).float().cpu() for batch in batches])
+        return torch.cat([output_feature(model(batch)).float().cpu() for batch in batches])
 
     def loss(self, strategy: Strategy) -> Interval:
         """Return the mean loss of the model with this strategy."""
@@ -254,11 +251,3 @@ def _checked(images: Tensor, tower: Tower) -> Tensor:
             f"{tower.size_advice}"
         )
     return images
-
-
-def _feature(output: Any) -> Tensor:
-    """Return what a model gives for each image, (B, D): its pooled output, or else its token 0."""
-    if not isinstance(output, Tensor):
-        named = (output.get(name) for name in OUTPUTS) if isinstance(output, Mapping) else output
-        output = next(each for each in named if isinstance(each, Tensor))
-    return output[:, 0] if output.dim() == 3 else output

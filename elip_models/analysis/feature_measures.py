@@ -5,11 +5,24 @@ neighbours  share of an image's ten nearest neighbours, by dense features among 
             that are its ten nearest by reduced features too
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NEIGHBOURS = 10
+OUTPUTS = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
+"""Of a model of transformers; the first that is there is the feature."""
+
+
+def output_feature(output: Any) -> Tensor:
+    """Return what a model gives for each image, (B, D): its pooled output, or else its token 0."""
+    if not isinstance(output, Tensor):
+        named = (output.get(name) for name in OUTPUTS) if isinstance(output, Mapping) else output
+        output = next(each for each in named if isinstance(each, Tensor))
+    return output[:, 0] if output.dim() == 3 else output
 
 
 def cosine(dense: Tensor, reduced: Tensor) -> Tensor:

@@ -1,35 +1,23 @@
 """The command `elip calibrate`: the cheapest reduction that changes a model's features little."""
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.validation import (
-    ConfigError,
-    as_config_error,
-    check_output,
-    require_extra,
-    shortened,
-)
+from elip_models.commands.image_folder import as_option_error, image_paths, open_with_images
+from elip_models.validation import ConfigError, check_output, require_extra, shortened
 
 with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import track
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from elip_models.analysis.calibration import Calibration
-    from elip_models.towers import ReducibleModel
 
 OPTIONS = {"model": "MODEL", "images": "IMAGES", "tolerance": "--tolerance", "metric": "--metric"}
 """Argument of `elip_models.calibrate` -> that of the command."""
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def calibrate(
@@ -70,12 +58,17 @@ def calibrate(
     if output.suffix != ".json":
         raise ConfigError(f"--output: expected a name ending in .json, got {output}")
     chosen_metric = _metric(metric)
-    paths = _paths(images, count, seed)
+    paths = image_paths(images, count, seed)
+    import torch
+
     from elip_models.analysis import calibrate as analysis
+    from elip_models.towers import as_reducible
 
     console = Console(stderr=True)
-    opened, pixels = _inputs(model, paths, console, pretrained=pretrained)
-    with console.status("dense features") as status, _as_option_error():
+    opened, files = open_with_images(model, paths, console, pretrained=pretrained)
+    device = next(opened.parameters()).device
+    opened, pixels = as_reducible(opened).image_model, torch.stack(list(files)).to(device)
+    with console.status("dense features") as status, as_option_error(OPTIONS):
         found = analysis.calibrate(
             opened,
             pixels,
@@ -87,21 +80,6 @@ def calibrate(
             progress=status.update,
         )
     _report(found, output)
-
-
-def _inputs(
-    spec: str, paths: list[Path], console: Console, *, pretrained: bool
-) -> "tuple[nn.Module, Tensor]":
-    """Return the image model that `spec` names, and its images; on the GPU if there is one."""
-    import torch
-
-    from elip_models.models.io.open_model import open_model
-    from elip_models.towers import as_reducible
-
-    with console.status("opening the model"), as_config_error("MODEL"):
-        model = as_reducible(open_model(spec, pretrained=pretrained))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.image_model.to(device), _read(paths, model, console).to(device)
 
 
 def _report(found: "Calibration", output: Path) -> None:
@@ -118,16 +96,6 @@ def _report(found: "Calibration", output: Path) -> None:
 
         lines.append(str(draw_calibration(found, output.with_suffix(".png"))))
     Console().print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def _as_option_error() -> Iterator[None]:
-    """Turn an argument error of `calibrate` into a ConfigError that names the option."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        name, colon, rest = str(error).partition(":")
-        raise ConfigError(f"{OPTIONS.get(name, name)}{colon}{rest}") from error
 
 
 def _metric(text: str) -> str | Callable[..., Any]:
@@ -147,41 +115,3 @@ def _metric(text: str) -> str | Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"--metric: expected a function in {path}, got none named {name!r}")
     return function
-
-
-def _paths(folder: Path, count: int, seed: int) -> list[Path]:
-    """Return `count` image files of a folder, drawn at random and sorted by name."""
-    if not folder.is_dir():
-        raise ConfigError(f"IMAGES: expected a folder of images, got {shortened(str(folder))}")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
-    if len(found) < 8:
-        raise ConfigError(
-            f"IMAGES: expected at least 8 image files ({', '.join(ENDINGS)}), got {len(found)} "
-            f"in {folder}"
-        )
-    return sorted(random.Random(seed).sample(found, min(count, len(found))))
-
-
-def _read(paths: list[Path], model: "ReducibleModel", console: Console) -> "Tensor":
-    """Return the images, cropped and normalised for the model; tell how many are unreadable."""
-    import torch
-
-    from elip_models.analysis.visualize_inputs import pixels_of
-    from elip_models.data.sample import SampleError, decode_image
-    from elip_models.towers import as_tower
-
-    size = as_tower(model.image_model).image_size
-    mean, std = (torch.tensor(each)[:, None, None] for each in model.image_stats())
-    read, unreadable = [], []
-    for path in track(paths, "reading images", console=console, transient=True):
-        try:
-            read.append((pixels_of(decode_image(path, str(path)), size) - mean) / std)
-        except SampleError as error:
-            unreadable.append(str(error))
-    if unreadable:
-        console.print(
-            escape(f"{len(unreadable)} of {len(paths)} images were not read: {unreadable[0]}")
-        )
-    if not read:
-        raise ConfigError("IMAGES: expected readable images, got none")
-    return torch.stack(read)

@@ -1,0 +1,138 @@
+"""The command `elip distill`: recover the quality of a reduced model from images without labels."""
+
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from elip_models.commands.image_folder import as_option_error, image_paths, open_with_images
+from elip_models.validation import ConfigError, require_extra
+
+with require_extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from elip_models.commands.image_folder import ImageFiles
+
+OPTIONS = {"model": "MODEL", "images": "IMAGES", "checkpoint": "--output"} | {
+    name: f"--{name.replace('_', '-')}" for name in ("keep", "strategy", "lr", "lora_rank")
+}
+"""Argument of `elip_models.distill` -> that of the command."""
+HELD_OUT_SHARE, LEAST_HELD_OUT = 0.1, 8
+CHECKPOINT = ".distill.pt"
+
+
+def distill(
+    model: Annotated[
+        str, typer.Argument(help="timm:NAME, open_clip:NAME/TAG, hf:NAME or folder of a model.")
+    ],
+    images: Annotated[Path, typer.Argument(help="Folder of images, searched with its subfolders.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the model; a stopped run continues from its state.")
+    ],
+    keep: Annotated[
+        float | None, typer.Option(help="Mean share of tokens. Without --strategy: 0.5.")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Strategy, such as tome or evit:keep_ratio=0.6.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Images in a step.")] = 8,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of AdamW; it has a default.")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Train LoRA of this rank instead of all weights.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all draws.")] = 0,
+    pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+) -> None:
+    """Train a reduced model, without labels, to give the dense model's features."""
+    if output.is_file() or not output.parent.is_dir():
+        raise ConfigError(f"--output: expected a folder, or a new one in a folder, got {output}")
+    most = round(steps * batch_size / (1 - HELD_OUT_SHARE)) + LEAST_HELD_OUT
+    paths = image_paths(images, most, seed, least=LEAST_HELD_OUT + 1)
+    console = Console(stderr=True)
+    opened, files = open_with_images(model, paths, console, pretrained=pretrained)
+    count = max(LEAST_HELD_OUT, round(HELD_OUT_SHARE * len(files)))
+    if count >= len(files):
+        raise ConfigError(f"IMAGES: expected more than {count} readable images, got {len(files)}")
+    held_out = random.Random(seed).sample(files.paths, count)
+    pixels = [files[files.paths.index(path)] for path in held_out]
+    files.paths = [path for path in files.paths if path not in set(held_out)]
+    options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    with as_option_error(OPTIONS):
+        from elip_models.reduction.patch import reduce_, unreduce_
+
+        dense = _features(unreduce_(opened), pixels)
+        reduce_(opened, strategy, keep=0.5 if keep is None and strategy is None else keep)
+        before = _features(opened, pixels)
+        _train(opened, model, files, output, console, **options, lora_rank=lora_rank)
+    cosines = " before, ".join(_mean_cosine(dense, x) for x in (before, _features(opened, pixels)))
+    Console().print(
+        escape(
+            f"Mean cosine with the dense features of {count} held-out images: {cosines} after "
+            f'{steps} steps; elip_models.load_reduced("{output}") opens the model.'
+        ),
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _train(
+    model: "nn.Module",
+    spec: str,
+    files: "ImageFiles",
+    output: Path,
+    console: Console,
+    **options: Any,
+) -> None:
+    """Distill the reduced model, with a progress bar, and save it."""
+    from elip_models.models.io.open_model import split_spec
+    from elip_models.models.io.saved_reduced import save_reduced
+    from elip_models.training.distill import distill as train
+    from elip_models.training.progress import progress_bar
+
+    library, name = split_spec(spec)
+    config = name.partition("/")[0] if library == "open_clip" else None
+    output.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output) as trial:
+        save_reduced(model, trial, config=config)  # an error comes before the training
+    checkpoint = output / CHECKPOINT
+    if checkpoint.exists():
+        console.print(escape(f"continuing from {checkpoint}"), soft_wrap=True)
+    with progress_bar(console) as bars:
+        bar = bars.add_task("", total=options["steps"], unit="steps")
+
+        def show(step: int, loss: float) -> None:
+            bars.update(bar, completed=step, description=f"loss {loss:.4f}")
+
+        train(model, files, checkpoint=checkpoint, progress=show, **options)
+    save_reduced(model, output, config=config)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _features(model: "nn.Module", images: "list[Tensor]") -> "Tensor":
+    """Return the output features (n, D) of the image model, in fp32 on the CPU."""
+    import torch
+
+    from elip_models.analysis.feature_measures import output_feature
+    from elip_models.towers import as_reducible
+
+    model = as_reducible(model).image_model
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        found = [output_feature(model(each[None].to(device))) for each in images]
+    return torch.cat(found).float().cpu()
+
+
+def _mean_cosine(dense: "Tensor", reduced: "Tensor") -> str:
+    from elip_models.analysis.feature_measures import cosine
+    from elip_models.tasks.intervals import bootstrap_interval
+
+    found = bootstrap_interval(cosine(dense, reduced).double().numpy())
+    return f"{found.mean:.4f} (95% CI {found.low:.4f} to {found.high:.4f})"

@@ -1,0 +1,102 @@
+"""Image folders as inputs of commands: the files, and their pixels as a model expects them."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elip_models.validation import ConfigError, as_config_error, require_extra, shortened
+
+with require_extra("elip_models.commands"):
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from elip_models.towers import ReducibleModel
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@contextmanager
+def as_option_error(options: Mapping[str, str]) -> Iterator[None]:
+    """Turn an argument error of a function into a ConfigError that names the option."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, colon, rest = str(error).partition(":")
+        raise ConfigError(f"{options.get(name, name)}{colon}{rest}") from error
+
+
+def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[Path]:
+    """Return `count` image files of a folder, drawn at random and sorted by name."""
+    if not folder.is_dir():
+        raise ConfigError(f"IMAGES: expected a folder of images, got {shortened(str(folder))}")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    if len(found) < least:
+        raise ConfigError(
+            f"IMAGES: expected at least {least} image files ({', '.join(ENDINGS)}), got "
+            f"{len(found)} in {folder}"
+        )
+    return sorted(random.Random(seed).sample(found, min(count, len(found))))
+
+
+class ImageFiles(Sequence):
+    """Images of files, (3, H, W) each, cropped and normalised for a model, read when indexed."""
+
+    def __init__(self, paths: Sequence[Path], model: "ReducibleModel") -> None:
+        import torch
+
+        from elip_models.towers import as_tower
+
+        self.paths = list(paths)
+        self.size = as_tower(model.image_model).image_size
+        self.stats = [torch.tensor(each)[:, None, None] for each in model.image_stats()]
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> "Tensor":
+        """Read file i; SampleError if it cannot be read."""
+        from elip_models.analysis.visualize_inputs import pixels_of
+        from elip_models.data.sample import decode_image
+
+        (mean, std), path = self.stats, self.paths[i]
+        return (pixels_of(decode_image(path, str(path)), self.size) - mean) / std
+
+
+def open_with_images(
+    spec: str, paths: list[Path], console: Console, *, pretrained: bool
+) -> "tuple[nn.Module, ImageFiles]":
+    """Return the model that `spec` names, on the GPU if there is one, and its readable images.
+
+    The number of unreadable files is printed. ConfigError is raised if no file is readable.
+    """
+    import torch
+
+    from elip_models.data.sample import SampleError
+    from elip_models.models.io.open_model import open_model
+    from elip_models.towers import as_reducible
+
+    with console.status("opening the model"), as_config_error("MODEL"):
+        model = open_model(spec, pretrained=pretrained)
+        files = ImageFiles(paths, as_reducible(model))
+    readable, unreadable = [], []
+    for i in track(range(len(paths)), "reading images", console=console, transient=True):
+        try:
+            files[i]
+            readable.append(paths[i])
+        except SampleError as error:
+            unreadable.append(str(error))
+    if unreadable:
+        console.print(
+            escape(f"{len(unreadable)} of {len(paths)} images were not read: {unreadable[0]}")
+        )
+    if not readable:
+        raise ConfigError("IMAGES: expected readable images, got none")
+    files.paths = readable
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), files
