@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from elip_models.data import JsonSource, check_source, open_source
+from elip_models.data import JsonSource, SampleError, check_source, open_source
 from elip_models.data.json_files import read_json
 from tests.data.test_task_files import draw, opened, write
 
@@ -128,3 +128,16 @@ def test_invalid_unicode_in_the_list_of_a_task_is_named(field, tmp_path):
     entry = {"image": "a.png", "sentence": "it is red", "label": "neutral", field: "a\ud800"}
     with pytest.raises(ValueError, match=r"list\.json\[0\]: text: expected Unicode text, got"):
         opened("entailment", str(write(tmp_path / "list.json", [entry])))
+
+
+@pytest.mark.parametrize("content", [3, {"data": []}])
+def test_questions_of_another_kind_are_refused(content, tmp_path):
+    with pytest.raises(ValueError, match=r"vqa\.json: expected VQA v2's"):
+        opened("vqa", str(write(tmp_path / "vqa.json", content)))
+
+
+def test_an_image_that_is_the_root_folder_loses_one_example(tmp_path):
+    entry = {"image": "/", "sentence": "it is red", "label": "neutral"}
+    source = opened("entailment", str(write(tmp_path / "list.json", [entry])))
+    with pytest.raises(SampleError, match=r"list\.json\[0\]"):
+        source[0]

@@ -53,7 +53,7 @@ class FileExamples:
 
 
 def _existing(path: Path) -> Path:
-    if path.suffix:
+    if path.suffix or not path.name:  # of the root folder
         return path
     named = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
     return next((each for each in named if os.path.isfile(each)), named[0])
