@@ -115,7 +115,8 @@ def distill(
     options = _Options(steps, batch_size, lr, seed, lora_rank)
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)
-    _train(model.eval(), images, options, checkpoint and Path(checkpoint), progress)
+    path = None if checkpoint is None else Path(checkpoint)
+    _train(model.eval(), images, options, path, progress)
     return model
 
 
@@ -175,13 +176,12 @@ def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
     with require_extra("lora_rank"):
         from peft import LoraConfig, inject_adapter_in_model
     inside = [each for block in as_tower(model).blocks for each in block.modules()]
-    fused = [
-        part
-        for each in inside
-        if isinstance(each, nn.MultiheadAttention)
-        for part in each.modules()
-    ]
-    linear = {id(each) for each in inside if isinstance(each, nn.Linear)} - set(map(id, fused))
+    linear = {id(each) for each in inside if isinstance(each, nn.Linear)}
+    for each in inside:  # layers whose weights the library reads, past an adapter
+        if isinstance(each, nn.MultiheadAttention):
+            linear -= {id(part) for part in each.modules()}
+        elif getattr(each, "q_bias", None) is not None:
+            linear -= {id(each.qkv)}
     layers = [name for name, each in model.named_modules() if id(each) in linear]
     required = [each for each in model.parameters() if each.requires_grad]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
@@ -310,9 +310,10 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
         slots = slots_of(infos[0].reduction)
         for info in infos[1:]:
             slots = slots.after(info.reduction)
-        if slots.drops or slots.num_tokens != tokens.shape[1]:
+        is_grid = tokens.shape[1] == slots.index.shape[1]  # of a tower that pools its patches
+        if slots.drops or not (is_grid or tokens.shape[1] == slots.num_tokens):
             return feature, None
-        tokens = slots.unmerged(tokens)
+        tokens = tokens if is_grid else slots.unmerged(tokens)
     return feature, tokens[:, tower.num_prefix_tokens :]
 
 

@@ -11,7 +11,7 @@ import elip_models
 from elip_models.analysis.feature_measures import cosine
 from elip_models.training.distill import _outputs, _Run, distill
 from elip_models.training.errors import TrainingError
-from tests.helpers.models import hf_clip
+from tests.helpers.models import dinov2, eva, hf_clip, open_clip_vit, siglip_vision
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
 
@@ -118,6 +118,18 @@ def test_the_text_side_of_a_clip_does_not_change(pictures):
     distill(model, pictures, keep=0.5, steps=2, lr=1e-2)
     changed = {n for n, each in model.state_dict().items() if not torch.equal(each, before[n])}
     assert changed and all(name.startswith("vision_model") for name in changed)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("make", [dinov2, eva, open_clip_vit, siglip_vision])
+def test_towers_of_each_library_train_with_their_patches(make, rank, pictures):
+    model, losses = make(), []
+    before = weights_of(model)
+    options = {"keep": 0.5, "steps": 2, "lr": 1e-3, "lora_rank": rank}
+    distill(model, pictures, progress=lambda step, loss: losses.append(loss), **options)
+    assert model.state_dict().keys() == before.keys() and len(losses) == 2
+    assert not all(torch.equal(each, before[n]) for n, each in model.state_dict().items())
+    assert _outputs(model, pictures[:2])[1].shape == (2, 36, 32)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"strategy": "random"}])
