@@ -3,7 +3,8 @@
 python docs/readme_table.py             # rewrite the block between the two markers
 python docs/readme_table.py --check     # exit status 1 if the block is stale
 
-Costs come from `benchmarks/results/DEVICE`, quality from `benchmarks/results/studies`.
+Times come from `benchmarks/results/DEVICE`, features from `benchmarks/results/real`, the accuracy
+of a trained model from `benchmarks/results/studies`.
 """
 
 import argparse
@@ -14,14 +15,23 @@ from typing import Any
 from benchmarks import measured
 from benchmarks.marked_block import rewrite
 from benchmarks.studies.results import Document, Interval, by_seed, difference, read_results
+from benchmarks.tables import table
+from elip_models.models.io.files import read_object
 from elip_models.profiling.measure import NO_GAIN, no_gain
+from elip_models.reduction.strategies import DEFAULT_KEEP
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DIRECTIONS = ("training", "inference")
 TOP1, LOSS = "reduced.top1", "reduced.contrastive_loss"
+TOKENS = "tome:compare=tokens,keep_norm=true"
+FINAL = f"{TOKENS},class_token_only=true"
+MEASURES = ("cosine", "neighbours")
+NONE = "–"
 ARMS = {  # strategy: arm of the study `quality`, and what the strategy does
+    TOKENS: (None, "`tome` that compares tokens instead of keys and keeps their norms"),
+    FINAL: (None, "the same, and the last block computes the class token alone"),
     "tome": ("tome", "merges similar tokens in every block"),
     "guided_tome": ("guided-tome", "as `tome`, but patches with high CLS attention merge last"),
     "pitome": ("pitome", "merges patches that are similar to many others"),
@@ -44,7 +54,6 @@ PICTURE = (
     "[CC BY 2.0](https://creativecommons.org/licenses/by/2.0/), cropped and coloured. "
     "`python -m benchmarks.real.picture` draws it.*"
 )
-Gaps = dict[str, dict[str, Interval]]  # by strategy and metric: its difference from dense
 
 
 class OutdatedText(Exception):
@@ -53,56 +62,51 @@ class OutdatedText(Exception):
 
 def block(results: Path) -> str:
     """Return the result in a sentence, a picture, the table and its explanation, and findings."""
-    quality = read_results(results / "studies" / "quality.json")
-    later = read_results(results / "studies" / "reduced_later.json")
+    photographs = read_object(results / "real" / "dinov2_s_flickr8k_strategies.json")
+    found = {row["setting"]: row for row in photographs["settings"]}
     columns = time_columns(results)
-    gaps = {
-        name: {metric: difference(quality, arm, "dense", metric) for metric in (TOP1, LOSS)}
-        for name, (arm, _) in ARMS.items()
-    }
-    header = [
-        "strategy",
-        "what it does",
-        "training FLOPs (ViT-S)",
-        *(title for title, _ in columns),
-    ]
-    header += ["change in top-1 (points)", "change in loss"]
+    quality = read_results(results / "studies" / "quality.json")
+    header = ["strategy", "what it does", "features: cosine", "neighbours kept"]
+    header += [title for title, _ in columns]
     rows = []
-    for name in sorted(ARMS, key=lambda name: gaps[name][LOSS].mean):
-        cells = [f"`{name}`", ARMS[name][1], f"{columns[0][1]['strategy_flops'][name]:.2f}"]
-        cells += [time_cell(entry, name) for _, entry in columns]
-        rows.append([*cells, *(interval(gaps[name][metric], metric) for metric in (TOP1, LOSS))])
-    rule = ["---"] * 2 + ["--:"] * (len(header) - 2)
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
+    for name in sorted(ARMS, key=lambda name: -neighbours(found, name)):
+        row = found.get(f"{name} 0.5")
+        measures = [NONE] * 2 if row is None else [share(row[each]) for each in MEASURES]
+        times = [time_cell(entry, name) for _, entry in columns]
+        rows.append([f"`{name}`", ARMS[name][1], *measures, *times])
     return "\n\n".join(
         [
-            in_a_sentence(columns, gaps),
+            in_a_sentence(found, columns),
             PICTURE,
-            note(quality, columns, gaps),
-            table,
-            findings(quality, later, gaps, results),
+            note(photographs, found, columns),
+            table(header, rows, left=2),
+            "\n".join(f"- {line}" for line in findings(found, quality, results)),
         ]
     )
 
 
-def in_a_sentence(columns: list[tuple[str, dict[str, Any]]], gaps: Gaps) -> str:
-    """Return what the default strategy saves and costs.
+def neighbours(found: dict[str, dict[str, Any]], name: str) -> float:
+    """Return the neighbours that a strategy keeps at half of the tokens; -1 if not measured."""
+    row = found.get(f"{name} 0.5")
+    return -1.0 if row is None else row["neighbours"]["mean"]
 
-    Raises:
-        OutdatedText: a change in quality is significant.
-    """
-    gap = gaps["tome"][TOP1]
-    if any(each.is_significant for each in gaps["tome"].values()):
-        raise OutdatedText(f"{__file__}: expected no significant change by `tome`")
-    times = " and ".join(
-        f"{entry['ratios']['tome']:.2f} of the {title}" for title, entry in columns
-    )
-    flops = columns[0][1]["strategy_flops"]["tome"]
+
+def in_a_sentence(
+    found: dict[str, dict[str, Any]], columns: list[tuple[str, dict[str, Any]]]
+) -> str:
+    """Return what the default setting saves and costs."""
+    row, entry = found[f"tome {DEFAULT_KEEP}"], columns[-1][1]
     return (
-        f"**At {flops:.2f} of the training FLOPs, the default strategy `tome` takes {times} of a "
-        "dense ViT-S. A tiny CLIP trained with it shows no significant difference in top-1 "
-        f"accuracy: {interval(gap, TOP1, ' points', '95% CI ')}, {gap.seeds} seeds.**"
+        f"**The default, `tome` at `keep={DEFAULT_KEEP}`, takes {entry['ratios']['tome']:.2f} of "
+        "the inference time of a dense ViT-S. Applied to a pretrained DINOv2 without training, it "
+        f"keeps {row['neighbours']['mean']:.0%} of the ten nearest neighbours of a photograph; its "
+        f"features have a mean cosine of {row['cosine']['mean']:.3f} with the dense ones.**"
     )
+
+
+def share(measured: dict[str, float]) -> str:
+    """Return '0.458 (0.445 to 0.470)'."""
+    return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**measured)
 
 
 def strategy_entries(results: Path, direction: str) -> list[dict[str, Any]]:
@@ -145,94 +149,61 @@ def time_cell(entry: dict[str, Any], name: str) -> str:
     return f"{ratio:.2f}" + (" no gain" if no_gain(ratio) else "")
 
 
-def note(quality: Document, columns: list[tuple[str, dict[str, Any]]], gaps: Gaps) -> str:
-    """Return the explanation of the columns: models, devices, sizes, metrics and seeds."""
+def note(
+    photographs: dict[str, Any],
+    found: dict[str, dict[str, Any]],
+    columns: list[tuple[str, dict[str, Any]]],
+) -> str:
+    """Return the explanation of the columns: models, images, devices and sizes."""
     devices = list(dict.fromkeys(entry["device"] for _, entry in columns))
     batches = ", ".join(f"{title} at batch {batch_size(entry)}" for title, entry in columns)
-    entry = columns[0][1]
-    costs = [
-        cost for arm, _ in ARMS.values() for cost in by_seed(quality, arm, "step_flops").values()
-    ]
-    top1, loss = (fmean(by_seed(quality, "dense", metric).values()) for metric in (TOP1, LOSS))
-    found = [(metric, gap.verdict) for gap in gaps.values() for metric, gap in gap.items()]
-    worse = {(TOP1, "below"), (LOSS, "above")}
-    significant = {each for each in found if each[1] in ("above", "below")}
-    always = " (here always worse)" if significant <= worse else ""
+    entry, source = columns[0][1], photographs["photographs"]
+    costs = [row["flops"] for row in found.values() if row["setting"].endswith(" 0.5")]
+    count = source["images"] * source["sets"]
     return "\n".join(
         [
-            "Every strategy was set to nearly the same training FLOPs and compared with the dense "
-            "model. Cost and quality were measured with different models:",
-            "",
-            f"- **FLOPs and time** are ratios to the dense `{entry['op']}`, "
-            f"{entry['shape']['image']} px, {entry['dtype']}, on {' and '.join(devices)}: "
-            f'{batches}. "No gain" means a time ratio above {NO_GAIN}.',
-            "- **Quality** is that of a tiny CLIP, trained on generated scenes. Its training was "
-            f"continued with each strategy, and without one (dense), with {count_seeds(quality)} "
-            "seeds. Top-1 is the share of held-out images and texts whose own pair ranks first "
-            "among 100 pairs; in that evaluation the images are reduced too (not by "
-            "`patch_dropout`), and no text guides them. The dense model has a "
-            f"top-1 of {top1:.1%} and a contrastive loss of {loss:.2f}. The table gives the mean "
-            "change from dense and its 95% confidence interval (CI).",
-            f"- The tiny CLIP was trained at {min(costs):.2f} to {max(costs):.2f} of the dense "
-            f"FLOPs, the other model at {cost_range(entry)}: the two studies had different "
-            "targets, and FLOPs change in steps of whole patches.",
-            f"- **Bold**: significantly different from dense{always}. Rows are in the order of "
-            "the change in loss, the lowest first.",
+            f"- **Features**: {photographs['model'].split(',')[0]}, not trained further, with half "
+            f"of the tokens ({min(costs):.2f} to {max(costs):.2f} of the dense FLOPs), on {count} "
+            f"photographs of Flickr8k's test split in {source['sets']} sets. Cosine is that of the "
+            "reduced and the dense CLS feature. Neighbours kept is the share of an image's ten "
+            "nearest images, of 300, that stay its nearest. In brackets: 95% confidence intervals "
+            "over images.",
+            f"- **Times** are ratios to the dense `{entry['op']}`, {entry['shape']['image']} px, "
+            f"{entry['dtype']}, at {cost_range(entry)} of its training FLOPs, on "
+            f'{" and ".join(devices)}: {batches}. "No gain" means a ratio above {NO_GAIN}.',
         ]
     )
 
 
 def cost_range(entry: dict[str, Any]) -> str:
     """Return '0.70 to 0.72', the FLOPs of all strategies of an entry."""
-    costs = [entry["strategy_flops"][name] for name in ARMS]
+    costs = [cost for name, cost in entry["strategy_flops"].items() if name in ARMS]
     return f"{min(costs):.2f} to {max(costs):.2f}"
 
 
-def findings(quality: Document, later: Document, gaps: Gaps, results: Path) -> str:
-    """Return what the results show, as bullet points."""
-    lines = [
-        conclusion(quality, gaps),
+def findings(found: dict[str, dict[str, Any]], quality: Document, results: Path) -> list[str]:
+    """Return what the results show, a line each."""
+    by_rate = "; ".join(
+        f"at `keep={keep}` {found[f'tome {keep}']['neighbours']['mean']:.2f} with `tome`, "
+        f"{found[f'{FINAL} {keep}']['neighbours']['mean']:.2f} with the settings of the first row, "
+        f"{found[f'resize {keep}']['neighbours']['mean']:.2f} with `resize`"
+        for keep in (0.7, 0.5, 0.35)
+    )
+    gap = difference(quality, ARMS["tome"][0], "dense", TOP1)
+    return [
+        f"**Which rate?** Neighbours kept: {by_rate}. `elip calibrate` finds the rate for your "
+        "model and your images.",
         single_images(results),
-        "**`tome` against a shorter dense training with the same FLOPs.** "
-        + verdict(quality, "tome", "dense-short"),
+        "**Training with `tome`.** The top-1 accuracy of a tiny CLIP, trained further on generated "
+        f"scenes at {trained_cost(quality):.2f} of the dense FLOPs, differs from dense by "
+        f"{interval(gap, TOP1, ' points', '95% CI ')}, {gap.seeds} seeds: "
+        "[study](docs/study.md).",
     ]
-    for share in ("0.50", "0.30"):
-        lines.append(
-            f"**`tome` at {share} of the inference FLOPs, not trained further, against dense.** "
-            + verdict(later, f"tome-{share}", "dense")
-        )
-    return "\n".join(f"- {line}" for line in lines)
 
 
-def conclusion(quality: Document, gaps: Gaps) -> str:
-    """Return which strategies keep the quality of the dense model.
-
-    Raises:
-        OutdatedText: the results do not support the sentences.
-    """
-    loss = {name: gap[LOSS] for name, gap in gaps.items()}
-    order = sorted(loss, key=lambda name: loss[name].mean)
-    best = order[:3]
-    unclear = [name for name in order[3:] if not loss[name].is_significant]
-    control = difference(quality, ARMS["elip"][0], ARMS["random"][0], LOSS)
-    holds = (
-        "tome" in best
-        and not any(loss[name].is_significant for name in best)
-        and max(upper(loss[name]) for name in best) < min(upper(loss[name]) for name in unclear)
-        and control.verdict == "not significant"
-        and control.mean > 0
-    )
-    if not holds:
-        raise OutdatedText(f"{__file__}: expected the results to fit `conclusion`; rewrite it")
-    excluded, allowed = (max(upper(loss[name]) for name in names) for names in (best, unclear))
-    return (
-        f"**Which strategy?** Begin with `tome`, the default. {in_words(best)} have the smallest "
-        "change in loss of this tiny model; it is not significant, and their intervals exclude an "
-        f"increase above {excluded:.3f}. {in_words(unclear)} show no significant change in loss "
-        f"either, but their intervals allow an increase of up to {allowed:.3f}. `elip` is not "
-        "better than the control `random` here: its loss differs by "
-        f"{interval(control, LOSS, label='95% CI ')}."
-    )
+def trained_cost(quality: Document) -> float:
+    """Return the FLOPs of a training step of `tome` relative to dense, mean over seeds."""
+    return fmean(by_seed(quality, ARMS["tome"][0], "step_flops").values())
 
 
 def single_images(results: Path) -> str:
@@ -242,7 +213,8 @@ def single_images(results: Path) -> str:
         OutdatedText: `tome` saves time there, or `evit` does not.
     """
     entry = min(strategy_entries(results, "inference"), key=batch_size)
-    slow = [name for name in ARMS if is_reduced(entry, name) and no_gain(entry["ratios"][name])]
+    measured = [name for name in ARMS if name in entry["ratios"] and is_reduced(entry, name)]
+    slow = [name for name in measured if no_gain(entry["ratios"][name])]
     if "tome" not in slow or "evit" in slow:
         raise OutdatedText(f"{__file__}: expected `tome` without gain and `evit` with one")
     return (
@@ -258,33 +230,6 @@ def in_words(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
 
 
-def verdict(document: Document, arm: str, reference: str) -> str:
-    """Return one sentence about top-1 and one about the loss, a significant change first."""
-    gaps = {metric: difference(document, arm, reference, metric) for metric in (TOP1, LOSS)}
-    order = sorted(gaps, key=lambda metric: not gaps[metric].is_significant)
-    return " ".join(judged(gaps[metric], metric) for metric in order)
-
-
-def judged(gap: Interval, metric: str) -> str:
-    """Return a sentence: how much a metric changed, and whether that is significant."""
-    label, unit = ("Top-1", " points") if metric == TOP1 else ("The loss", "")
-    if gap.is_significant:
-        direction = "higher" if gap.mean > 0 else "lower"
-        return f"{label} is significantly {direction}: {interval(gap, metric, unit, '95% CI ')}."
-    mean, low, high = (
-        signed(value, metric) for value in (gap.mean, gap.mean - gap.half, upper(gap))
-    )
-    return (
-        f"{label} differs by {mean}{unit}, not significantly with {gap.seeds} seeds: the 95% CI "
-        f"allows {low} to {high}{unit}."
-    )
-
-
-def upper(gap: Interval) -> float:
-    """Return the upper end of an interval."""
-    return gap.mean + (gap.half or 0.0)
-
-
 def signed(value: float, metric: str, sign: str = "+") -> str:
     """Return a difference with its sign, in points for top-1."""
     scale, digits = (100, 1) if metric == TOP1 else (1, 3)
@@ -297,11 +242,6 @@ def interval(gap: Interval, metric: str, unit: str = "", label: str = "") -> str
     low, high = (signed(value, metric, "-") for value in (gap.mean - half, gap.mean + half))
     text = f"{signed(gap.mean, metric)}{unit} ({label}{low} to {high})"
     return f"**{text}**" if gap.is_significant else text
-
-
-def count_seeds(document: Document) -> int:
-    """Return how many seeds the runs of a study have."""
-    return len({run["seed"] for run in document["runs"]})
 
 
 def main(arguments: list[str] | None = None) -> int:

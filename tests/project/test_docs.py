@@ -205,32 +205,18 @@ def test_the_results_of_the_readme_are_up_to_date():
 def test_the_statistics_of_pages_are_those_of_the_results():
     module = script("readme_table")
     studies = module.RESULTS / "studies"
-    quality, later = (
-        module.read_results(studies / f"{name}.json") for name in ("quality", "reduced_later")
-    )
+    quality = module.read_results(studies / "quality.json")
     stated = [
         ("train_clip.md", quality, "tome", module.TOP1),
         ("train_clip.md", quality, "tome", module.LOSS),
         ("train_clip.md", quality, "paper", module.TOP1),
         ("train_clip.md", quality, "paper", module.LOSS),
-        ("faster.md", later, "tome-0.50", module.TOP1),
-        ("faster.md", later, "tome-0.30", module.LOSS),
     ]
     for page, document, arm, metric in stated:
         unit = " points" if metric == module.TOP1 else ""
         gap = module.difference(document, arm, "dense", metric)
         text = module.interval(gap, metric, unit, "95% CI ").strip("*")
         assert text in (DOCS / page).read_text(), (page, arm, text)
-
-
-def test_each_measure_is_judged_by_its_own_interval():
-    module = script("readme_table")
-    higher, unclear = (module.Interval(mean, half, 3) for mean, half in ((0.2, 0.1), (-0.1, 0.3)))
-    text = module.judged(higher, module.LOSS)
-    assert text == "The loss is significantly higher: **+0.200 (95% CI 0.100 to 0.300)**."
-    text = module.judged(unclear, module.TOP1)
-    assert "differs by −10.0 points, not significantly with 3 seeds" in text
-    assert text.endswith("the 95% CI allows −40.0 to +20.0 points.")
 
 
 def test_stale_results_are_found_and_rewritten(tmp_path):
