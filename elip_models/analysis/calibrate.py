@@ -97,6 +97,7 @@ def calibrate(
         TypeError, ValueError: a wrong argument, or a model that cannot be reduced or is already.
     """
     check("tolerance", tolerance, PositiveShare)
+    _check_options(strategies, every=every, time=time, class_token_only=class_token_only)
     features = _Features(model, images, metric, batch_size)
     search = _Search(features, tolerance, every=every, progress=progress)
     for text in strategies:
@@ -113,6 +114,16 @@ def calibrate(
         refused=search.refused,
         measured_on=measured_on(images.device) | {"batch_size": features.batch_size},
     )
+
+
+def _check_options(strategies: Any, **flags: Any) -> None:
+    """Raise TypeError unless the strategies are texts, and the flags True or False."""
+    for name, flag in flags.items():
+        check(name, flag, bool)
+    if isinstance(strategies, str) or not all(isinstance(each, str) for each in strategies):
+        raise TypeError(
+            f"strategies: expected a sequence of texts such as 'tome', got {shortened(strategies)}"
+        )
 
 
 def _with_class_token_only(text: str) -> str:

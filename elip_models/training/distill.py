@@ -113,6 +113,8 @@ def distill(
         TrainingError: the loss is not finite.
     """
     options = _Options(steps, batch_size, lr, seed, lora_rank)
+    if not isinstance(checkpoint, str | os.PathLike | None):
+        raise TypeError(f"checkpoint: expected a path or None, got {shortened(checkpoint)}")
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)
     path = None if checkpoint is None else Path(checkpoint)

@@ -339,6 +339,42 @@ TABLE = {
             ],
         },
     ),
+    elip_models.calibrate: (
+        lambda: (
+            {"model": plain_vit(), "images": torch.randn(8, 3, 48, 48)}
+            | {"strategies": ["tome"], "tolerance": 0.5, "time": False}
+        ),
+        {
+            "model": [None, "vit", elip_models.reduce_(plain_vit(), strategy="tome")],
+            "images": [None, torch.randn(7, 3, 48, 48), torch.ones(8, 3, 48, 48).byte()],
+            "tolerance": [None, 0, -1, "0.1", 1.5],
+            "metric": ["cosin", lambda dense, reduced: 0.1],
+            "strategies": ["tome", [3]],
+            "class_token_only": [None, 1],
+            "batch_size": [0, 2.0, None],
+            "every": [None, 1],
+            "time": [None, 1],
+            "progress": [],
+        },
+    ),
+    elip_models.distill: (
+        lambda: (
+            {"model": plain_vit(), "images": torch.randn(8, 3, 48, 48)} | {"keep": 0.7, "steps": 1}
+        ),
+        {
+            "model": [None, "vit", elip_models.create_model("clip_tiny")],
+            "images": [None, torch.randn(3, 48), torch.ones(8, 3, 48, 48).byte()],
+            "keep": settings["keep"],
+            "strategy": settings["strategy"],
+            "steps": [0, 1.5, None],
+            "batch_size": [0, 2.0, None],
+            "lr": [0, -1e-3, "small"],
+            "seed": [-1, 0.5, None],
+            "lora_rank": [0, 1.5],
+            "checkpoint": [3],
+            "progress": [],
+        },
+    ),
     elip_models.list_models: (dict, {}),
     elip_models.open_model: (
         lambda: {"spec": "clip_tiny", "pretrained": False},

@@ -171,7 +171,7 @@ def test_a_summary_is_read_by_a_person():
     elip_models.reduce_(model, strategy="elip")
     said = str(elip_models.reduction_summary(model))
     for part in (
-        "scorer='last'",
+        "elip(schedule='2(100%) 2(90%) 6(65%) 2(40%)'",
         "2×197 2×178 6×129 2×80",
         " of dense in inference",
         "image alone",
