@@ -16,13 +16,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elip_models.training.run_config import RunConfig
-from elip_models.training.yaml_config import REQUIRED, from_mapping, parse_yaml, read_mapping
 from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
 
-with require_extra("elip_models.training"):
+with require_extra("elip_models.training"):  # before the modules below name another extra
     import yaml
 
+from elip_models.training.run_config import RunConfig
+from elip_models.training.yaml_config import REQUIRED, from_mapping, parse_yaml, read_mapping
 
 FINETUNE = "finetune"
 MAX_SECTIONS = 16
