@@ -40,7 +40,7 @@ ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
     "_value_kernel": (12, 5),
     "_match_kernel": (5, 5),
     "_slots_kernel": (1, 1),
-    "_order_kernel": (17, 1),
+    "_order_kernel": (17, 2),
     "_merge_fwd_kernel": (33, 4),
     "_merge_bwd_kernel": (54, 2),
     "_select_kernel": (1, 1),
