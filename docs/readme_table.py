@@ -31,7 +31,7 @@ MEASURES = ("cosine", "neighbours")
 NONE = "–"
 ARMS = {  # strategy: arm of the study `quality`, and what the strategy does
     TOKENS: (None, "`tome` that compares tokens instead of keys and keeps their norms"),
-    FINAL: (None, "the same, and the last block computes the class token alone"),
+    FINAL: (None, "the same, and the last block computes only the class token"),
     "tome": ("tome", "merges similar tokens in every block"),
     "guided_tome": ("guided-tome", "as `tome`, but patches with high CLS attention merge last"),
     "pitome": ("pitome", "merges patches that are similar to many others"),
@@ -97,9 +97,10 @@ def in_a_sentence(
     """Return what the default setting saves and costs."""
     row, entry = found[f"tome {DEFAULT_KEEP}"], columns[-1][1]
     return (
-        f"**The default, `tome` at `keep={DEFAULT_KEEP}`, takes {entry['ratios']['tome']:.2f} of "
-        "the inference time of a dense ViT-S. Applied to a pretrained DINOv2 without training, it "
-        f"keeps {row['neighbours']['mean']:.0%} of the ten nearest neighbours of a photograph; its "
+        f"**At {entry['strategy_flops']['tome']:.2f} of the FLOPs, the default strategy `tome` "
+        f"takes {entry['ratios']['tome']:.2f} of the inference time of a dense ViT-S. On a "
+        f"pretrained DINOv2, without training, the default `keep={DEFAULT_KEEP}` keeps "
+        f"{row['neighbours']['mean']:.0%} of the ten nearest neighbours of a photograph; the "
         f"features have a mean cosine of {row['cosine']['mean']:.3f} with the dense ones.**"
     )
 

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import elip_models
-from benchmarks.real import measures
 from benchmarks.real.dinov2 import onnx_features
+from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches
+from elip_models.analysis.feature_measures import cosine, neighbours
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.reduction.summary import Summary
-from elip_models.reduction.token_assignment import slots_of
+from elip_models.reduction.token_assignment import slots_after
+from elip_models.tasks.intervals import bootstrap_interval
 
 SETTINGS = (
     "tome 0.7, tome 0.5, resize 0.5, crossget 0.5, pitome 0.5, random:merge=nearest 0.5, "
@@ -104,9 +106,7 @@ def patch_features(tokens: Tensor, infos: Sequence[StageInfo], side: int) -> Ten
         side: rows of the dense model's grid.
     """
     if infos:
-        slots = slots_of(infos[0].reduction)
-        for info in infos[1:]:
-            slots = slots.after(info.reduction)
+        slots = slots_after(info.reduction for info in infos)
         if slots.drops:
             return None
         tokens = slots.unmerged(tokens)
@@ -123,11 +123,11 @@ def compare(dense: Features, reduced: Features) -> dict[str, Tensor | None]:
     both = dense.cls, reduced.cls
     patches = None
     if reduced.patches is not None:
-        patches = measures.patch_cosine(dense.patches, reduced.patches)
+        patches = patch_cosine(dense.patches, reduced.patches)
     return {
-        "cosine": measures.cosine(*both),
-        "neighbours": measures.neighbours(*both),
-        "self": measures.finds_itself(*both),
+        "cosine": cosine(*both),
+        "neighbours": neighbours(*both),
+        "self": finds_itself(*both),
         "patches": patches,
     }
 
@@ -203,7 +203,7 @@ def _interval(found: Sequence[Tensor | None]) -> dict[str, float] | None:
     """Return mean and 95% interval over the images of all sets."""
     if found[0] is None:
         return None
-    interval = measures.interval(torch.cat(found))
+    interval = bootstrap_interval(torch.cat(found).double().numpy())
     return {name: round(value, 5) for name, value in interval._asdict().items()}
 
 

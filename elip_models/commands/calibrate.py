@@ -5,7 +5,12 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.commands.image_folder import as_option_error, image_paths, open_with_images
+from elip_models.commands.image_folder import (
+    as_option_error,
+    image_paths,
+    open_with_images,
+    readable,
+)
 from elip_models.validation import ConfigError, check_output, require_extra, shortened
 
 with require_extra("elip_models.commands"):
@@ -67,10 +72,10 @@ def calibrate(
     console = Console(stderr=True)
     opened, files = open_with_images(model, paths, console, pretrained=pretrained)
     device = next(opened.parameters()).device
-    opened, pixels = as_reducible(opened).image_model, torch.stack(list(files)).to(device)
+    pixels = torch.stack([image for _, image in readable(files, console)]).to(device)
     with console.status("dense features") as status, as_option_error(OPTIONS):
         found = analysis.calibrate(
-            opened,
+            as_reducible(opened).image_model,
             pixels,
             tolerance=tolerance,
             metric=chosen_metric,

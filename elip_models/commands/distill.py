@@ -5,7 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.commands.image_folder import as_option_error, image_paths, open_with_images
+from elip_models.commands.image_folder import (
+    as_option_error,
+    image_paths,
+    open_with_images,
+    readable,
+)
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.commands"):
@@ -58,12 +63,13 @@ def distill(
     paths = image_paths(images, most, seed, least=LEAST_HELD_OUT + 1)
     console = Console(stderr=True)
     opened, files = open_with_images(model, paths, console, pretrained=pretrained)
+    files.paths = [path for path, _ in readable(files, console)]
     count = max(LEAST_HELD_OUT, round(HELD_OUT_SHARE * len(files)))
     if count >= len(files):
         raise ConfigError(f"IMAGES: expected more than {count} readable images, got {len(files)}")
-    held_out = random.Random(seed).sample(files.paths, count)
-    pixels = [files[files.paths.index(path)] for path in held_out]
-    files.paths = [path for path in files.paths if path not in set(held_out)]
+    held_out = set(random.Random(seed).sample(range(len(files)), count))
+    pixels = [files[i] for i in held_out]
+    files.paths = [path for i, path in enumerate(files.paths) if i not in held_out]
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     with as_option_error(OPTIONS):
         from elip_models.reduction.patch import reduce_, unreduce_

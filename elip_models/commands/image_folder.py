@@ -72,31 +72,34 @@ class ImageFiles(Sequence):
 def open_with_images(
     spec: str, paths: list[Path], console: Console, *, pretrained: bool
 ) -> "tuple[nn.Module, ImageFiles]":
-    """Return the model that `spec` names, on the GPU if there is one, and its readable images.
-
-    The number of unreadable files is printed. ConfigError is raised if no file is readable.
-    """
+    """Return the model that `spec` names, on the GPU if there is one, and the images for it."""
     import torch
 
-    from elip_models.data.sample import SampleError
     from elip_models.models.io.open_model import open_model
     from elip_models.towers import as_reducible
 
     with console.status("opening the model"), as_config_error("MODEL"):
         model = open_model(spec, pretrained=pretrained)
         files = ImageFiles(paths, as_reducible(model))
-    readable, unreadable = [], []
-    for i in track(range(len(paths)), "reading images", console=console, transient=True):
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), files
+
+
+def readable(files: ImageFiles, console: Console) -> "Iterator[tuple[Path, Tensor]]":
+    """Yield each image that can be read; then print how many cannot.
+
+    ConfigError is raised if none can be read.
+    """
+    from elip_models.data.sample import SampleError
+
+    unreadable = []
+    for i in track(range(len(files)), "reading images", console=console, transient=True):
         try:
-            files[i]
-            readable.append(paths[i])
+            yield files.paths[i], files[i]
         except SampleError as error:
             unreadable.append(str(error))
     if unreadable:
         console.print(
-            escape(f"{len(unreadable)} of {len(paths)} images were not read: {unreadable[0]}")
+            escape(f"{len(unreadable)} of {len(files)} images were not read: {unreadable[0]}")
         )
-    if not readable:
+    if len(unreadable) == len(files):
         raise ConfigError("IMAGES: expected readable images, got none")
-    files.paths = readable
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), files

@@ -39,7 +39,7 @@ class ProfileRow:
 
     model: str
     strategy: str
-    settings: str  # all options of the strategy
+    settings: str  # the strategy with its options that are not the default
     step: str  # what is measured, 'image tower' or 'whole model'
     mode: Mode
     batch_size: int

@@ -105,8 +105,8 @@ def _reduce(
 
     strategy = resolve_strategy(tower, strategy, options, keep=keep, default=default)
     if image_text is not None and image_text.reads_patches and strategy.drops_patches:
-        name = type(model).__name__
-        raise TypeError(f"class_token_only: expected False, the text of a {name} reads patches")
+        reason = f"the text encoder of a {type(model).__name__} reads patches"
+        raise TypeError(f"class_token_only: expected False, since {reason}, got True")
     reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
     if not any(_are_alike(reduction, other) for other in others):
         _install(model, reduction)  # an equal one stays, so that torch.compile keeps its graph

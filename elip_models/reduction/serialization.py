@@ -80,15 +80,10 @@ def read_strategy(path: str) -> Strategy:
     """
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"strategy: expected a file that `elip calibrate` wrote, got {shortened(path)}: {error}"
-        ) from error
-    if isinstance(saved, dict):
-        saved.pop("calibration", None)
-    try:
+        if isinstance(saved, dict):
+            saved.pop("calibration", None)
         return strategy_of(saved)
-    except (TypeError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"strategy: expected a file that `elip calibrate` wrote, got {shortened(path)}: {error}"
         ) from error
@@ -102,8 +97,7 @@ def _check_keys(prefix: str, values: dict[str, Any], known: Iterable[str]) -> No
             close = did_you_mean(key, known)
             raise ValueError(
                 f"{prefix}{key:.100}: expected keys among {', '.join(known)}, got "
-                f"{shortened(key)}{close}; "
-                f"{UPGRADE}"
+                f"{shortened(key)}{close}; {UPGRADE}"
             )
 
 

@@ -1,5 +1,6 @@
 """The assignment of the tokens of block 0 to the tokens that remain after some steps."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,14 @@ class Slots(NamedTuple):
         first = positions.new_zeros(B, T + 1)
         first = first.scatter_reduce(1, self.index, positions, "amin", include_self=False)
         return grid.gather(1, first[:, :T, None].expand(-1, -1, D))
+
+
+def slots_after(reductions: Iterable[BipartiteInfo | ReductionInfo]) -> Slots | None:
+    """Return the assignment after one or more steps; None without a step."""
+    slots = None
+    for each in reductions:
+        slots = slots_of(each) if slots is None else slots.after(each)
+    return slots
 
 
 def slots_of(reduction: BipartiteInfo | ReductionInfo) -> Slots:

@@ -12,6 +12,7 @@ grid, that is, if it merges patches instead of dropping them.
 """
 
 import copy
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
+from elip_models.models.io.files import write_file
 from elip_models.reduction.patch import (
     is_reduced,
     record_stages,
@@ -36,7 +38,7 @@ from elip_models.reduction.patch import (
     unreduce_,
 )
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.token_assignment import slots_of
+from elip_models.reduction.token_assignment import slots_after
 from elip_models.towers import Tower, as_reducible, as_tower
 from elip_models.training.errors import TrainingError
 from elip_models.training.optim import learning_rate, parameter_groups
@@ -217,10 +219,8 @@ class _Run:
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         groups = parameter_groups(student, self.optim.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
-        generator, epochs = (
-            torch.Generator().manual_seed(self.seed),
-            -(-steps * size // len(images)),
-        )
+        generator = torch.Generator().manual_seed(self.seed)
+        epochs = math.ceil(steps * size / len(images))
         order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
         self.batches = order[: steps * size].split(size)
         self.settings: dict[str, Any] = asdict(options) | {
@@ -259,13 +259,10 @@ class _Run:
 
     def _save(self, path: Path, done: int) -> None:
         """Write the state after `done` steps, completely or not at all."""
+        content = io.BytesIO()
         state = {"settings": self.settings, "done": done, "trained": self.trained}
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            torch.save(state | {"optimizer": self.optimizer.state_dict()}, unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        torch.save(state | {"optimizer": self.optimizer.state_dict()}, content)
+        write_file(path, content.getvalue())
 
     @torch.no_grad()
     def _restore(self, path: Path) -> None:
@@ -309,9 +306,7 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
         )
     tokens = tower.finish(seen[0] if isinstance(seen[0], Tensor) else seen[0][0])
     if infos:
-        slots = slots_of(infos[0].reduction)
-        for info in infos[1:]:
-            slots = slots.after(info.reduction)
+        slots = slots_after(info.reduction for info in infos)
         is_grid = tokens.shape[1] == slots.index.shape[1]  # of a tower that pools its patches
         if slots.drops or not (is_grid or tokens.shape[1] == slots.num_tokens):
             return feature, None

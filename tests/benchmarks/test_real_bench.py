@@ -11,11 +11,13 @@ from sklearn.datasets import load_sample_images
 
 import elip_models
 from benchmarks.real import __main__ as command
-from benchmarks.real import evaluation, measures
+from benchmarks.real import evaluation
 from benchmarks.real.dinov2 import PIXELS, transformers_model
 from benchmarks.real.evaluation import features, read_settings
 from benchmarks.real.photographs import batches, photograph_paths
+from elip_models.analysis import feature_measures
 from elip_models.reduction.strategies import Dense
+from elip_models.tasks.intervals import bootstrap_interval
 from tests.project.test_docs import script
 
 TILE, N = 210, 12
@@ -105,15 +107,16 @@ def test_differences_are_paired_by_image(folder, model, results):
     images = list(batches(photograph_paths(folder)))
     dense = torch.cat([elip_models.encode_image(model, each, strategy=Dense()) for each in images])
     cosines = [
-        measures.cosine(dense[:, 0], features_of(model, text, torch.cat(images))[0].cls)
+        feature_measures.cosine(dense[:, 0], features_of(model, text, torch.cat(images))[0].cls)
         for text in ("evit:merge=none 0.5", "tome 0.5")
     ]
-    expected = measures.interval((cosines[0] - cosines[1]).detach())._asdict()
+    gap = (cosines[0] - cosines[1]).detach().double()
+    expected = bootstrap_interval(gap.numpy())._asdict()
     assert evit["difference"]["cosine"] == pytest.approx(expected, abs=2e-5)
 
 
 def test_sets_are_disjoint_and_their_neighbours_are_their_own(monkeypatch, results):
-    monkeypatch.setattr(measures, "NEIGHBOURS", 3)
+    monkeypatch.setattr(feature_measures, "NEIGHBOURS", 3)
     document = results("--images", 5, "--sets", 2, "--settings", "resize 0.5")
     (row,) = document["settings"]
     assert document["photographs"]["sets"] == 2

@@ -6,18 +6,19 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.real import measures
+from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches, photograph_paths
+from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
 
 N = 30
 
 
 def test_equal_features_have_the_best_value_of_each_measure():
     dense = torch.randn(N, 8)
-    for measure in (measures.cosine, measures.neighbours, measures.finds_itself):
+    for measure in (cosine, neighbours, finds_itself):
         torch.testing.assert_close(measure(dense, 3 * dense), torch.ones(N))
     patches = torch.randn(N, 5, 8)
-    torch.testing.assert_close(measures.patch_cosine(patches, 3 * patches), torch.ones(N))
+    torch.testing.assert_close(patch_cosine(patches, 3 * patches), torch.ones(N))
 
 
 def test_neighbours_are_counted_against_a_plain_form():
@@ -26,30 +27,21 @@ def test_neighbours_are_counted_against_a_plain_form():
     def nearest(features, i):
         unit = features / features.norm(dim=1, keepdim=True)
         order = sorted(range(N), key=lambda j: -float(unit[i] @ unit[j]))
-        return set([j for j in order if j != i][: measures.NEIGHBOURS])
+        return set([j for j in order if j != i][:NEIGHBOURS])
 
-    shares = [len(nearest(dense, i) & nearest(reduced, i)) / measures.NEIGHBOURS for i in range(N)]
-    torch.testing.assert_close(measures.neighbours(dense, reduced), torch.tensor(shares))
+    shares = [len(nearest(dense, i) & nearest(reduced, i)) / NEIGHBOURS for i in range(N)]
+    torch.testing.assert_close(neighbours(dense, reduced), torch.tensor(shares))
     assert 0 < sum(shares) / N < 1
 
 
 def test_an_image_that_looks_like_another_does_not_find_itself():
     dense = torch.eye(N)
-    assert measures.finds_itself(dense, dense.roll(1, 0)).sum() == 0
+    assert finds_itself(dense, dense.roll(1, 0)).sum() == 0
 
 
 def test_too_few_images_have_no_neighbours():
-    with pytest.raises(ValueError, match="expected more than 10 images, got 10"):
-        measures.neighbours(torch.randn(10, 4), torch.randn(10, 4))
-
-
-def test_an_interval_is_that_of_the_mean():
-    values = torch.rand(400)
-    found = measures.interval(values)
-    error = values.std() / 20
-    assert found.low < found.mean < found.high
-    assert found.mean == pytest.approx(values.mean().item(), abs=1e-6)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error.item(), rel=0.1)
+    with pytest.raises(ValueError, match=r"images: expected more than 10, .* got 10"):
+        neighbours(torch.randn(10, 4), torch.randn(10, 4))
 
 
 def test_photographs_come_in_the_order_of_their_list(tmp_path):

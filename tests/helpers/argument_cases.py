@@ -82,20 +82,6 @@ def good_load():
     return {"folder": elip_models.save_reduced(**good_save())}
 
 
-def entered(context):
-    """A function that enters a context and leaves it."""
-
-    def enter(**arguments):
-        with context(**arguments):
-            pass
-
-    return enter
-
-
-CONTEXT_MANAGERS = (elip_kernels.use_pytorch_ops, elip_models.guidance, elip_models.record_stages)
-CONTEXTS = {each: entered(each) for each in CONTEXT_MANAGERS}
-
-
 matrix = [
     None,
     torch.randn(D),
@@ -165,6 +151,18 @@ text_cls = [
     torch.randn(2, WIDTH + 1),
     torch.randn(2, WIDTH, **META),
 ]
+
+
+def good_images():
+    return {"model": plain_vit(), "images": torch.randn(8, 3, 48, 48)}
+
+
+features = {
+    "model": [None, "vit", torch.nn.Linear(3, 3)],
+    "images": [None, torch.randn(3, 48), torch.ones(8, 3, 48, 48).byte()],
+    "batch_size": [0, 2.0, None],
+    "progress": [],
+}
 
 TABLE = {
     elip_kernels.use_pytorch_ops: (dict, {}),
@@ -340,40 +338,21 @@ TABLE = {
         },
     ),
     elip_models.calibrate: (
-        lambda: (
-            {"model": plain_vit(), "images": torch.randn(8, 3, 48, 48)}
-            | {"strategies": ["tome"], "tolerance": 0.5, "time": False}
-        ),
-        {
-            "model": [None, "vit", elip_models.reduce_(plain_vit(), strategy="tome")],
-            "images": [None, torch.randn(7, 3, 48, 48), torch.ones(8, 3, 48, 48).byte()],
+        lambda: good_images() | {"strategies": ["tome"], "tolerance": 0.5, "time": False},
+        features
+        | dict.fromkeys(("class_token_only", "every", "time"), flag)
+        | {
             "tolerance": [None, 0, -1, "0.1", 1.5],
-            "metric": ["cosin", lambda dense, reduced: 0.1],
+            "metric": ["cosin", None, 3, lambda *_: 0.1, lambda *_: torch.full((8,), torch.nan)],
             "strategies": ["tome", [3]],
-            "class_token_only": [None, 1],
-            "batch_size": [0, 2.0, None],
-            "every": [None, 1],
-            "time": [None, 1],
-            "progress": [],
         },
     ),
     elip_models.distill: (
-        lambda: (
-            {"model": plain_vit(), "images": torch.randn(8, 3, 48, 48)} | {"keep": 0.7, "steps": 1}
-        ),
-        {
-            "model": [None, "vit", elip_models.create_model("clip_tiny")],
-            "images": [None, torch.randn(3, 48), torch.ones(8, 3, 48, 48).byte()],
-            "keep": settings["keep"],
-            "strategy": settings["strategy"],
-            "steps": [0, 1.5, None],
-            "batch_size": [0, 2.0, None],
-            "lr": [0, -1e-3, "small"],
-            "seed": [-1, 0.5, None],
-            "lora_rank": [0, 1.5],
-            "checkpoint": [3],
-            "progress": [],
-        },
+        lambda: good_images() | {"keep": 0.7, "steps": 1},
+        features
+        | {name: settings[name] for name in ("keep", "strategy")}
+        | {"steps": [0, 1.5, None], "lr": [0, -1e-3, "small"], "seed": [-1, 0.5, None]}
+        | {"lora_rank": [0, 1.5], "checkpoint": [3]},
     ),
     elip_models.list_models: (dict, {}),
     elip_models.open_model: (

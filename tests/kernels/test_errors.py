@@ -11,10 +11,26 @@ import elip_kernels
 import elip_models
 from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.strategies.elip import ELIPOptions
-from tests.helpers.argument_cases import CONTEXTS, TABLE
+from tests.helpers.argument_cases import TABLE
 from tests.helpers.towers import SCHEDULE, plain_vit
 
 ALIASES = {"text": "(schedule|text)", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
+
+
+def entered(context):
+    """A function that enters a context and leaves it."""
+
+    def enter(**arguments):
+        with context(**arguments):
+            pass
+
+    return enter
+
+
+CONTEXT_MANAGERS = (elip_kernels.use_pytorch_ops, elip_models.guidance, elip_models.record_stages)
+CONTEXTS = {each: entered(each) for each in CONTEXT_MANAGERS}
+
+
 CASES = [
     pytest.param(function, good, argument, value, id=f"{function.__name__}-{argument}-{i}")
     for function, (good, table) in TABLE.items()

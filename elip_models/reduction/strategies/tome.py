@@ -28,13 +28,13 @@ class ToMe(Strategy):
         r: how many tokens each block merges away: a number, a share of the image's patches, or one
             number per block.
         proportional: add log(size) to the attention scores, as the paper does.
-        compare: what the similarity of two tokens is the cosine of: 'mean_key', the mean of their
-            keys over heads, as in the paper; 'keys', their keys of all heads; or 'tokens', the
-            tokens themselves, after the attention.
+        compare: the similarity of two tokens is the cosine of their keys, averaged over heads as in
+            the paper ('mean_key'); of their keys of all heads ('keys'); or of the tokens
+            themselves, after the attention ('tokens').
         keep_norm: scale each merged token to the largest norm of its tokens, as MLERP does (Kim et
             al., Token Fusion, WACV 2024); a mean of tokens is shorter than they are.
-        class_token_only: the last block computes the class token alone, as exactly as it would
-            among the others. For models that use no other token of the last block.
+        class_token_only: the last block computes only the class token, whose value does not
+            change. For models that read no other token of the last block.
     """
 
     name: ClassVar[str] = "tome"
@@ -50,7 +50,7 @@ class ToMe(Strategy):
 
     @property
     def drops_patches(self) -> bool:
-        """Whether the last block returns the class token alone."""
+        """Whether the last block returns only the class token."""
         return self.class_token_only
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class ToMe(Strategy):
         return counts_of(size, left)
 
     def is_final(self, i: int, depth: int) -> bool:
-        """Return whether block i computes the class token alone."""
+        """Return whether block i computes only the class token."""
         return self.class_token_only and i == depth - 1
 
     def merging_counts(self, size: TowerSize) -> list[int]:
@@ -126,7 +126,7 @@ class ToMe(Strategy):
 
     def scaled(self, merged: Tensor, tokens: Tensor, match: BipartiteInfo) -> Tensor:
         """Return merged tokens (B, R, D) of tokens (B, N, D), with their norms if `keep_norm`."""
-        if not self.keep_norm:
+        if not self.keep_norm or merged.shape == tokens.shape:
             return merged
         dtype = accumulator(tokens)
         norms = torch.linalg.vector_norm(tokens, dim=2, dtype=dtype)
@@ -169,7 +169,7 @@ class ToMe(Strategy):
     def _final(
         self, tower: Tower, stage: Stage, tokens: Tensor, sizes: Tensor | None
     ) -> tuple[Tensor, StageInfo]:
-        """Run the last block for the class token alone, which attends to all tokens."""
+        """Run the last block for the class token, which attends to all tokens."""
         i = stage.first
         q, k, v = tower.qkv(i, tokens)
         first = tower.attend(i, tokens[:, :1], self._bias(q, sizes), qkv=(q[:, :, :1], k, v))
