@@ -31,7 +31,7 @@ from elip_models.checkpoints.renaming import rename_tensors
 from elip_models.checkpoints.weight_files import read_weights
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.files import FLOATS, check_finite, read_config, read_object
-from elip_models.models.io.meta_build import meta_device
+from elip_models.models.io.meta_build import meta_device, with_memory
 from elip_models.models.io.weights import check_weights, first_names, load_weights, matches_any
 from elip_models.models.peft.saved_adapter import has_adapter
 from elip_models.models.registry import MODELS
@@ -103,7 +103,7 @@ def convert_checkpoint(
     weights = fit_weights(outline, read.weights)
     missing += tuple(f"{part}*" for part in _absent_parts(outline, weights, read.kind.fills))
     check_weights(outline, weights, allow_missing=missing, allow_unexpected=unexpected)
-    model = family(config)
+    model = with_memory(outline, lambda: family(config), weights)
     load_and_fill_(model, weights, read.kind.fills, missing, unexpected)
     return model.eval()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from elip_models.models.config import Config
 from elip_models.models.io.files import read_config, read_tensors, write_json, write_tensors
 from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
-from elip_models.models.io.meta_build import meta_device
+from elip_models.models.io.meta_build import meta_device, with_memory
 from elip_models.models.io.weights import check_weights, first_names, load_weights
 from elip_models.models.layers.guidance_sampling import drop_guidance, replace_with_negatives
 from elip_models.models.peft.adapt import adapt_, unadapted_name
@@ -303,12 +303,13 @@ class PretrainedModel(
         weights = read_tensors(path / "model.safetensors")
         try:
             with meta_device(len(weights)):  # weights that do not fit take no memory
-                check_weights(cls(made), weights)
+                outline = cls(made)
+            check_weights(outline, weights)
         except ValueError as error:
             raise ValueError(
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
-        model = cls(made)
+        model = with_memory(outline, lambda: cls(made), weights)
         load_weights(model, weights)
         return load_adapter_(model, path) if has_adapter(path) else model
 

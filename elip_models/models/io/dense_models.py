@@ -4,7 +4,7 @@ No code of the folder runs. A config that does not fit the weights beside it tak
 Weights that are missing, not finite or of another kind, such as int8 for float, raise ValueError.
 """
 
-import copy
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from elip_models.models.io.files import check_finite, read_object, read_tensors
 from elip_models.models.io.meta_build import (
+    at_most,
     check_integers,
     library_errors,
     meta_device,
     read_header,
     read_headers,
+    with_memory,
 )
 from elip_models.models.io.weights import check_weights, kind_of, load_weights
 from elip_models.validation import mismatch_error
@@ -81,8 +83,9 @@ def _load(config: Path, weights: Path, make: Callable[[], nn.Module]) -> nn.Modu
     stored = read_header(weights)
     with library_errors(config, f"a config of a model in {weights.name}"):
         with meta_device(len(stored)):
-            check_weights(make(), stored)
-        model = make()
+            outline = make()
+        check_weights(outline, stored)
+        model = with_memory(outline, make, stored)
     load_weights(model, read_tensors(weights))
     return model.eval()
 
@@ -99,9 +102,8 @@ def load_transformers(
         new_parts: whether parts of the model that the weights lack altogether, such as a pooler,
             get initial values, with a warning. All other missing tensors raise ValueError.
     """
-    if os.path.isdir(name):
-        _check_transformers(Path(name), kind, config)
-    with library_errors(name, f"weights of {type(config).__name__}"):
+    stored, limits = _stored(Path(name), config) if os.path.isdir(name) else ({}, (math.inf,))
+    with library_errors(name, f"weights of {type(config).__name__}"), at_most(*limits):
         model, info = kind.from_pretrained(
             name,
             config=config,
@@ -125,6 +127,7 @@ def load_transformers(
             stacklevel=2,
         )
     if not getattr(config, "quantization_config", None):
+        _check_kinds(Path(name), model, stored)
         check_finite(Path(name), model.state_dict())
     return model.eval()
 
@@ -146,31 +149,26 @@ def _parts_without(model: nn.Module, missing: list[str]) -> list[str]:
     return sorted({name.partition(".")[0] for name in missing} - present)
 
 
-def _check_transformers(folder: Path, kind: Any, config: Any) -> None:
-    """Raise ValueError if a model of the config is larger than the folder's files, or not its."""
+def _stored(folder: Path, config: Any) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """Return the header of the weights, and the most tensors and numbers of a model of that size.
+
+    The header is empty for weights in files of pickle.
+    """
     if (folder / ADAPTER).is_file():
         raise ValueError(
             f"{folder}: expected a whole model, got an adapter; use PeftModel.from_pretrained"
         )
     stored = read_headers(folder)
     if stored is None:
-        size = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
-        if not size:
+        numbers = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
+        if not numbers:
             raise FileNotFoundError(f"folder: expected model.safetensors in {folder}, got none")
-        tensors, numbers = size // 64, size
+        tensors = numbers // 64
     else:
         tensors, numbers = len(stored), 2 * sum(each.numel() for each in stored.values())
-    expected = "a config of a model in this version of transformers"
-    with library_errors(folder / CONFIG, expected), meta_device(tensors):
-        made = from_config(kind, copy.deepcopy(config))
     is_quantised = getattr(config, "quantization_config", None) is not None
-    taken = sum(each.numel() for each in (*made.parameters(), *made.buffers()))
-    if taken > numbers * (PACKED if is_quantised else 1) + SPARE:
-        raise ValueError(
-            f"{folder / CONFIG}: expected a model of the size of its weights, got {taken} numbers"
-        )
-    if not is_quantised:
-        _check_kinds(folder, made, stored or {})
+    limits = 4 * tensors + 1000, numbers * (PACKED if is_quantised else 1) + SPARE
+    return stored or {}, limits
 
 
 def _check_kinds(folder: Path, made: nn.Module, stored: dict[str, Tensor]) -> None:

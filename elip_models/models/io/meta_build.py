@@ -1,8 +1,9 @@
 """Models on the meta device: a config is compared with its weight file before it takes memory."""
 
+import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 from elip_models.models.io.files import read_object
+from elip_models.models.io.weights import first_names
 from elip_models.validation import mismatch_error
 
 LARGEST = 2**24
@@ -33,6 +38,11 @@ INITIALISERS = {
     *("uniform_", "normal_", "trunc_normal_", "erfinv_", "mul_", "add_", "clamp_"),
     *("fill_", "zero_", "ones_", "zeros_", "constant_", "copy_"),
 }
+NOT_STORED: dict[str, Callable[[torch.Size], Tensor]] = {
+    "position_ids": lambda shape: torch.arange(shape[-1]).expand(shape),
+    "token_type_ids": lambda shape: torch.zeros(shape, dtype=torch.long),
+}
+"""Values of the buffers that transformers does not store, by name; shapes (1, L)."""
 LIBRARY_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
     *(RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError),
@@ -86,31 +96,89 @@ def check_integers(path: Path, config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def at_most(tensors: int) -> Iterator[None]:
-    """Raise ValueError once modules that this thread creates have more parameters than that."""
-    thread, count = threading.get_ident(), 0
+def at_most(tensors: int, numbers: float = math.inf) -> Iterator[None]:
+    """Raise ValueError once modules that this thread creates have more parameters than that.
 
-    def check_count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += threading.get_ident() == thread
+    `numbers` is the most that their parameters and buffers on the meta device may have together.
+    """
+    thread, count, size = threading.get_ident(), 0, 0
+
+    def check(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal count, size
+        if threading.get_ident() != thread or tensor is None:
+            return
+        count += isinstance(tensor, nn.Parameter)
+        size += tensor.numel() if tensor.is_meta else 0
         if count > tensors:
             raise ValueError(f"expected at most {tensors} parameters, as fit the weights, got more")
+        if size > numbers:
+            raise ValueError(f"expected at most {numbers} numbers, as fit the weights, got more")
 
-    handle = register_module_parameter_registration_hook(check_count)
+    handles = (
+        register_module_parameter_registration_hook(check),
+        register_module_buffer_registration_hook(check),
+    )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def meta_device(tensors: int) -> Iterator[None]:
-    """Create modules on the meta device, without initial values.
+    """Create modules on the meta device, without initial values; `with_memory` gives them memory.
 
     ValueError is raised for many more parameters than a file of that many tensors has.
     """
     with at_most(4 * tensors + 1000), torch.device("meta"), _WithoutInitialValues():
         yield
+
+
+def with_memory(
+    outline: nn.Module, make: Callable[[], nn.Module], given: Iterable[str]
+) -> nn.Module:
+    """Return `outline`, which `make()` made under `meta_device`, with memory for its tensors.
+
+    The memory has no values yet: `given` names the weights that the caller loads. If they leave out
+    a tensor of the model, the result is a new `make()` instead, which has initial values.
+    """
+    first = first_names(outline)
+    loaded = {first[name] for name in given if name in first}
+    state = outline.state_dict(keep_vars=True)
+    undefined = {id(tensor) for tensor in _meta_tensors(outline)}
+    undefined -= {id(tensor) for name, tensor in state.items() if first[name] in loaded}
+    device = torch.get_default_device()
+    new: dict[int, Tensor] = {}  # a tensor that modules share stays shared
+    for module in outline.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if name in NOT_STORED and id(tensor) in undefined:
+                undefined.remove(id(tensor))
+                new[id(tensor)] = NOT_STORED[name](tensor.shape).to(device)
+    if undefined:
+        return make()
+    for module in outline.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if id(tensor) not in new:
+                        new[id(tensor)] = _with_memory(tensor, device)
+                    tensors[name] = new[id(tensor)]
+    return outline
+
+
+def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, tensor.requires_grad)
+    return empty
+
+
+def _meta_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters, buffers, and tensors that are plain attributes, if without memory."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            yield from (t for t in tensors.values() if isinstance(t, Tensor) and t.is_meta)
 
 
 @contextmanager
@@ -130,6 +198,8 @@ class _WithoutInitialValues(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], int | float):  # a setting keeps its value
+            return func(*args, **{"device": "cpu", **kwargs})
         if getattr(func, "__name__", "") in INITIALISERS:
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, Tensor) and tensor.is_meta:
