@@ -103,7 +103,8 @@ def load_transformers(
             get initial values, with a warning. All other missing tensors raise ValueError.
     """
     stored, limits = _stored(Path(name), config) if os.path.isdir(name) else ({}, (math.inf,))
-    with library_errors(name, f"weights of {type(config).__name__}"), at_most(*limits):
+    path = Path(name) / CONFIG if os.path.isdir(name) else name
+    with library_errors(path, f"weights of a {type(config).__name__}"), at_most(*limits):
         model, info = kind.from_pretrained(
             name,
             config=config,
