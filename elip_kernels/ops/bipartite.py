@@ -8,7 +8,8 @@
     out_i   = sum of w_n x_n over slot_n = i                         (B, N-r, D), sizes S (B, N-r)
     grad_x_n = w_n grad_out_(slot_n)
 
-Ties are ties of the computed values. The class token is in A and is never merged. A metric row with
+Ties are ties of the computed values. The class token is in A and is never merged. Of several prefix
+tokens, the last takes that place, and the others stay in front of all rows. A metric row with
 NaN, or whose squared norm is not a normal number, has no direction: it ranks last as source and as
 partner. A source whose penalty is NaN ranks last too. There is no gradient to metric, size and
 penalty. Sums are fp32 (fp64 for fp64); the row of a single token is exact, because its w is 1. The
@@ -84,7 +85,8 @@ def bipartite_merge(
         penalty: (B, N) fp32 or fp64, subtracted from the similarity of a token with its partner
             when the r tokens are chosen. With a penalty of 3, a token merges after all tokens
             with penalty 0. The choice of partners ignores it.
-        num_prefix_tokens: p, 0 or 1: whether a class token comes first, which is never merged.
+        num_prefix_tokens: p, the number of leading tokens (class token, registers) that are never
+            merged and stay first.
         return_info: also return a `BipartiteInfo`.
 
     Returns:
@@ -103,7 +105,7 @@ def bipartite_merge(
     if r == 0:
         slots = torch.arange(N, dtype=torch.int32, device=tokens.device).expand(B, -1)
     else:
-        slots = _match_op(metric.detach(), penalty, r, num_prefix_tokens)
+        slots = _match(metric.detach(), penalty, r, num_prefix_tokens)
     info = BipartiteInfo(slots, N - r)
     merged, size = _merged(tokens, size, info)
     return (merged, size, info) if return_info else (merged, size)
@@ -160,11 +162,25 @@ def _check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: 
         raise TypeError(message("r", "an int, the number of tokens to merge away", r))
     if r < 0:
         raise ValueError(message("r", "r >= 0", r))
+    expected = f"an int in [0, N={tokens.shape[1]}]"
     if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
-        raise TypeError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens))
-    if num_prefix_tokens not in (0, 1):
-        remedy = "only a class token, first, can be protected"
-        raise ValueError(message("num_prefix_tokens", "0 or 1", num_prefix_tokens, remedy))
+        raise TypeError(message("num_prefix_tokens", expected, num_prefix_tokens))
+    if not 0 <= num_prefix_tokens <= tokens.shape[1]:
+        raise ValueError(message("num_prefix_tokens", expected, num_prefix_tokens))
+
+
+def _match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> Tensor:
+    """Return the output row of each token (B, N) int32; all prefix tokens but the last come first.
+
+    The op knows at most one prefix token.
+    """
+    first = max(num_prefix_tokens - 1, 0)
+    if first == 0:
+        return _match_op(metric, penalty, r, num_prefix_tokens)
+    penalty = None if penalty is None else penalty[:, first:]
+    slots = _match_op(metric[:, first:], penalty, r, 1)
+    stay = torch.arange(first, dtype=torch.int32, device=metric.device).expand(len(metric), -1)
+    return torch.cat([stay, slots + first], dim=1)
 
 
 def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:

@@ -134,9 +134,8 @@ def run_tower(
     text_cls = None if text_cls is None else text_cls.detach()
     tokens = strategy.embed(tower, images)
     num_tokens = None if strategy.changes_embedding else tokens.shape[1]
-    forward = Forward(
-        tower.at(None), strategy, text_cls, num_tokens=num_tokens, replays=replays, rows=rows
-    )
+    tower = tower.for_images(images)
+    forward = Forward(tower, strategy, text_cls, num_tokens=num_tokens, replays=replays, rows=rows)
     run = forward.run_block
     if tower.checkpointing and tower.model.training:
         run = partial(checkpoint, forward.run_block, use_reentrant=False)

@@ -159,10 +159,13 @@ class Reduction:
                 UnguidedWarning,
             )
 
-    def enter_block(self, i: int, tokens: Tensor) -> BlockStep:
-        """Apply the strategy to the tokens that enter block i, in the running forward pass."""
+    def enter_block(self, i: int, tokens: Tensor, kwargs: Kwargs) -> BlockStep:
+        """Apply the strategy to the tokens that enter block i, in the running forward pass.
+
+        `kwargs` are what the model passes to the block.
+        """
         if torch.compiler.is_compiling():
-            return self._enter_block_in_graph(i, tokens)
+            return self._enter_block_in_graph(i, tokens, kwargs)
         thread = threading.get_ident()
         forward = self.replay.recall(i)
         if forward is None:
@@ -173,7 +176,7 @@ class Reduction:
                 del self.running[thread]
         self.replay.remember(i, forward)
         try:
-            step = forward.enter_block(i, tokens)
+            step = forward.enter_block(i, tokens, kwargs)
         except BaseException:
             self.running.pop(thread, None)
             raise
@@ -182,7 +185,7 @@ class Reduction:
                 infos.append(step.info)
         return _store_step(i, forward, step)
 
-    def _enter_block_in_graph(self, i: int, tokens: Tensor) -> BlockStep:
+    def _enter_block_in_graph(self, i: int, tokens: Tensor, kwargs: Kwargs) -> BlockStep:
         """Enter block i in a graph.
 
         Blocks that need no earlier result share no state, so that each may be checkpointed.
@@ -190,13 +193,13 @@ class Reduction:
         if not self.shares_forward:
             if i not in self.acts_at:
                 return BlockStep(tokens)
-            return self.begin_forward(i, tokens).enter_block(i, tokens)
+            return self.begin_forward(i, tokens).enter_block(i, tokens, kwargs)
         if self.forward is None or i == self.first:
             self.forward = self.begin_forward(i, tokens)
         forward = self.forward
         if i == self.last:
             self.forward = None
-        return _store_step(i, forward, forward.enter_block(i, tokens))
+        return _store_step(i, forward, forward.enter_block(i, tokens, kwargs))
 
 
 def _store_step(i: int, forward: Forward, step: BlockStep) -> BlockStep:
@@ -272,7 +275,7 @@ class ReducedBlock:
         masks = (*args[1:], *(kwargs.get(name) for name in MASKS))
         if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
-        return self.reduction.enter_block(self.i, args[0])
+        return self.reduction.enter_block(self.i, args[0], kwargs)
 
 
 def drop_masks(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

@@ -9,11 +9,12 @@ enters the blocks in order: `encode_image`, the blocks of a reduced model, pictu
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from elip_kernels import ReductionInfo
 from elip_models.reduction.flops import inference_ratio
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy
@@ -130,17 +131,21 @@ class Forward:
             return self.strategy.replaces_block
         return self.strategy.replaces_later and any(first < i for first in self.stages)
 
-    def enter_block(self, i: int, tokens: Tensor) -> BlockStep:
+    def enter_block(
+        self, i: int, tokens: Tensor, kwargs: dict[str, Any] | None = None
+    ) -> BlockStep:
         """Apply the strategy to the tokens (B, N, D) that enter block i.
 
-        Every block of every reduced forward pass is entered here.
+        Every block of every reduced forward pass is entered here. `kwargs` are what the model
+        passes to the block, if it calls it.
         """
         strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
         positions = None if previous is None else previous.positions
         slots = None if previous is None else self.slots.get(previous.stage.first)
         if self.on_grid and slots is not None:
             tokens = slots.merged(tokens)
-        tower = self.tower if positions is None else self.tower.at(positions)
+        tower = self.tower.in_call(kwargs) if kwargs else self.tower
+        tower = tower if positions is None else tower.at(positions)
         if stage is None:
             replaces_block = self.replaces_block(i)
             if replaces_block:
@@ -150,7 +155,8 @@ class Forward:
         context = Context(self.text_cls, previous, self.infos.get(i), self.row(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
         self._check_remaining(i, tokens)
-        info = info._replace(positions=tower.positions_after(info.reduction))
+        if isinstance(info.reduction, ReductionInfo):
+            info = info._replace(positions=tower.positions_after(info.reduction))
         if self.on_grid or self.unmerges:
             slots = slots.after(info.reduction) if slots is not None else slots_of(info.reduction)
         return BlockStep(tokens, info, info.positions, strategy.replaces_block, slots)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import elip_kernels
-from elip_kernels import BipartiteInfo, ReductionInfo
+from elip_kernels import ReductionInfo
 from elip_models.reduction.schedule import Merge, merge_flag
 from elip_models.towers.tower_parts import IDENTITY, QKV, Block, Query, TowerParts, TowerSize
 from elip_models.towers.wrapped_modules import in_place_of, is_layer_norm, unsharded
@@ -64,11 +64,26 @@ class Tower(TowerParts):
         """
         return self
 
+    def for_images(self, images: Tensor) -> Self:
+        """Return the tower for a forward pass of images (B, 3, H, W), whose size may be another."""
+        return self
+
+    def in_call(self, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+        return self
+
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
         return self
 
-    def positions_after(self, reduction: ReductionInfo | BipartiteInfo) -> Tensor | None:
+    def positions_of(self, kept: Tensor) -> Tensor | None:
+        """Return the positions of the patches at the indices `kept` (B, K) among the tokens.
+
+        None if blocks need none.
+        """
+        return None
+
+    def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
         """Return the positions of the tokens that a reduction leaves; None if blocks need none."""
         return None
 

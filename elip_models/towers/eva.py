@@ -5,9 +5,9 @@ of the second half) and norm. With r_n the rotation of the position of token n:
 
     q_n, k_n = r_n q_norm(W_q norm(x_n)), r_n k_norm(W_k norm(x_n))      r = 1 for prefix tokens
 
-A kept token keeps its rotation in all later blocks. A merged token has no position: its rotation is
-the identity (sin 0, cos 1), as for CLS. A CLS row projects the keys, because a rotation cannot fold
-into the query.
+A kept token keeps its rotation in all later blocks, also if others merge into it. A token that is
+made of all dropped ones has no position: its rotation is the identity (sin 0, cos 1), as for CLS. A
+CLS row projects the keys, because a rotation cannot fold into the query.
 """
 
 from typing import Any, Self
@@ -31,13 +31,15 @@ from elip_models.towers.wrapped_modules import (
     unwrapped,
 )
 
+NO_POSITION = -1
+
 
 class EvaTower(PlainTimm):
     """An Eva of timm; CLS and register tokens stay.
 
-    positions: (B, N-p) the patch of each token, `num_patches` for a merged token; None if the
-        tokens are all patches in order.
-    ropes: the rotations of all patches, if they are known already.
+    positions: (B, N-p) the patch of each token, -1 for one without a position; None if the tokens
+        are all patches in order.
+    ropes: the rotations of all patches in this forward pass, if they are known already.
     """
 
     absorbs_keys = False
@@ -47,8 +49,6 @@ class EvaTower(PlainTimm):
     ) -> None:
         super().__init__(model)
         self.is_rotary = model.rope is not None
-        if self.is_rotary:
-            self.size_advice = "the model's set_input_size takes others"
         self.positions = positions
         self.ropes = ropes
 
@@ -62,13 +62,13 @@ class EvaTower(PlainTimm):
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if model.patch_drop is not None:
             return PATCH_DROP
-        if getattr(model.rope, "aug_active", False):
-            return "it draws its rotations anew in every training step (coordinate augmentation)"
-        if model.rope is not None and model.dynamic_img_size:
+        if model.rope is not None and model.rope_mixed and model.dynamic_img_size:
             return (
-                "its rotations change from call to call with the image's size (create it with "
-                "dynamic_img_size=False; set_input_size changes the size then)"
+                "each block has its own rotations, which change from call to call with the image's "
+                "size (create it with dynamic_img_size=False; set_input_size changes the size then)"
             )
+        if getattr(model.rope, "aug_active", False) and model.rope_mixed:
+            return "it draws each block's rotations anew in every training step"
         reasons = (_refuses_block(block) for block in model.blocks)
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -79,18 +79,38 @@ class EvaTower(PlainTimm):
         ropes = self._ropes() if self.ropes is None else self.ropes
         return EvaTower(self.model, positions, ropes)
 
+    def for_images(self, images: Tensor) -> Self:
+        """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
+        if not self.is_rotary:
+            return self
+        grid = self.model.patch_embed.dynamic_feat_size(images.shape[2:])
+        return EvaTower(self.model, self.positions, self._ropes(grid))
+
+    def in_call(self, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+        rope = kwargs.get("rope")
+        if rope is None or self.model.rope_mixed:  # which passes the rotations of one block
+            return self
+        return EvaTower(self.model, self.positions, rope)
+
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
-        positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), self.num_patches)
+        positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
         return self.at(positions.to(self.model.patch_embed.proj.weight.device))
+
+    def positions_of(self, kept: Tensor) -> Tensor | None:
+        """Return the positions of the patches at the indices `kept` (B, K) among the tokens."""
+        if not self.is_rotary:
+            return None
+        kept = kept - self.num_prefix_tokens
+        return kept if self.positions is None else self.positions.gather(1, kept)
 
     def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
         """Return the positions of the tokens that a reduction leaves, or None if not needed."""
-        if not self.is_rotary:
-            return None
-        kept, positions = reduction.kept - self.num_prefix_tokens, self.positions
-        positions = kept if positions is None else positions.gather(1, kept)
-        return F.pad(positions, (0, 1), value=self.num_patches) if reduction.merged else positions
+        positions = self.positions_of(reduction.kept) if self.is_rotary else None
+        if positions is None or not reduction.merged:
+            return positions
+        return F.pad(positions, (0, 1), value=NO_POSITION)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
@@ -181,11 +201,12 @@ class EvaTower(PlainTimm):
             raise TypeError(f"model: expected timm's own attention in block {i}, but {reason}")
         return attn
 
-    def _ropes(self) -> Tensor:
+    def _ropes(self, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the rotations of all patches: (N0, 2d), or (depth, H, N0, 2d) if blocks differ."""
-        rope = self.model.rope
-        grid = None if hasattr(rope, "feat_shape") else self.model.patch_embed.grid_size
-        return rope.get_embed(shape=grid)
+        rope, model = self.model.rope, self.model
+        if not model.dynamic_img_size and hasattr(rope, "feat_shape"):
+            return rope.get_embed()
+        return rope.get_embed(shape=grid or model.patch_embed.grid_size)
 
     def _rope(self, i: int) -> Tensor | None:
         """Return the rotations of block i for these tokens."""

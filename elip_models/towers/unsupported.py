@@ -43,8 +43,8 @@ TIMM = {
 
 TRANSFORMERS = {
     "timm_wrapper gemma3n_vision": "wraps a model of timm; pass its .timm_model",
-    "dinov3_vit": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_dinov3', "
-    "dynamic_img_size=False) is supported",
+    "dinov3_vit": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_dinov3') "
+    "is supported",
     "vit_mae": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_224.mae') is supported",
     "siglip2*": "takes padded patches with a mask, which would not follow the tokens; "
     "timm.create_model('vit_base_patch16_siglip_224.v2_webli') is supported",

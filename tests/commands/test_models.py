@@ -26,15 +26,11 @@ def test_without_a_filter_every_family_has_a_row(capsys):
     ("pattern", "row", "reason"),
     [
         ("vit_tiny_patch16_224", ["tome", "", "", ""], ""),
-        (
-            "deit_tiny_distilled*",
-            ["elip", "tome, guided_tome, pitome, crossget", "", "1"],
-            "1. the tower has several prefix tokens",
-        ),
+        ("deit_tiny_distilled*", ["tome", "", "", ""], ""),
         (
             "vit_tiny_patch16_dinov3_qkvb",
-            ["elip", "tome, guided_tome, pitome, crossget, resize", "dynamic_img_size=False"],
-            "2. its rotations are those of one image size",
+            ["tome", "resize", "", "1"],
+            "1. its rotations are those of one image size",
         ),
         ("cait_xxs24_224", ["none", "all", "", "1"], "1. it mixes its attention heads"),
     ],
@@ -49,7 +45,6 @@ def test_a_filter_gives_strategies_and_reasons(pattern, row, reason, capsys):
     assert reason in printed
 
 
-@pytest.mark.filterwarnings("ignore:using 'elip' in place of 'tome'")
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_the_default_is_that_of_reduce(name):
     model = elip_models.reduce_(timm.create_model(name))

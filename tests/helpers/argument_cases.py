@@ -231,7 +231,7 @@ TABLE = {
                 *(torch.ones(2, 13).bool(), torch.ones(2, 13).half()),
                 torch.ones(2, 13, **META),
             ],
-            "num_prefix_tokens": [None, True, 1.0, -1, 2],
+            "num_prefix_tokens": [None, True, 1.0, -1, 99],
             "return_info": [1, None, "yes"],
         },
     ),

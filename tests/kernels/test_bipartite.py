@@ -36,6 +36,25 @@ def definition(tokens, metric, size, r, p, penalty=None):
     return torch.stack(rows) / sizes[:, None], sizes
 
 
+@pytest.mark.parametrize("p", [2, 5])
+@pytest.mark.parametrize("has_penalty", [False, True])
+def test_several_prefix_tokens_stay_in_front(p, has_penalty):
+    """The last of them takes the place of the class token; the rest takes no part."""
+    tokens, metric, size = inputs(N=13 + p)
+    penalty = torch.rand(2, 13 + p) if has_penalty else None
+    merged, sizes, info = bipartite_merge(
+        *(tokens, metric, 4), size=size, penalty=penalty, num_prefix_tokens=p, return_info=True
+    )
+    n = p - 1
+    assert torch.equal(merged[:, :p], tokens[:, :p]) and torch.equal(sizes[:, :p], size[:, :p])
+    assert torch.equal(info.slots[:, :n], torch.arange(n, dtype=torch.int32).expand(2, -1))
+    for b in range(2):
+        delay = None if penalty is None else penalty[b, n:]
+        expected, of = definition(tokens[b, n:], metric[b, n:], size[b, n:], 4, 1, delay)
+        torch.testing.assert_close(merged[b, n:].double(), expected, atol=1e-6, rtol=1e-6)
+        assert torch.equal(sizes[b, n:], of)
+
+
 @pytest.mark.parametrize("k", range(NUM_OFFICIAL_CASES))
 def test_reproduces_official_tome(golden, k):
     case = golden("tome_functions")

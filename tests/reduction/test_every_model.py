@@ -221,6 +221,7 @@ def padded_siglip():
 
 
 timm_vit = timm.models.vision_transformer
+MIXED = {"attn_type": "rope", "rope_type": "mixed"}
 UNSUPPORTED = [
     ("patch dropout", lambda: plain_vit(patch_drop_rate=0.5)),
     ("parallel", lambda: plain_vit(block_fn=timm_vit.ParallelScalingBlock)),
@@ -234,11 +235,11 @@ UNSUPPORTED = [
     ("padded patches", padded_siglip),
     ("vit_base_patch16_224.mae", lambda: hf_vision("ViTMAEModel", "ViTMAEConfig")),
     ("patch dropout", lambda: eva(patch_drop_rate=0.5)),
-    ("dynamic_img_size=False", lambda: eva(dynamic_img_size=True)),
+    ("dynamic_img_size=False", lambda: eva(**MIXED, dynamic_img_size=True)),
     ("post-norm", lambda: eva(use_post_norm=True)),
     ("gates its attention", gated_eva),
     ("grouped-query", lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1)),
-    ("draws its rotations anew", lambda: eva(rope_type="dinov3", rope_shift_coords=0.1)),
+    ("draws each block", lambda: eva(**MIXED, rope_shift_coords=0.1)),
     ("its text is 24 wide, its image tower 32", lambda: hf_siglip(projection_size=24)),
 ]
 NEEDS_CLS = {
@@ -251,7 +252,6 @@ NEEDS_CLS = {
 }
 REFUSED = [(reason, make, {"schedule": SCHEDULE}) for reason, make in UNSUPPORTED]
 REFUSED += [(reason, siglip_vision, settings) for reason, settings in NEEDS_CLS.items()]
-REFUSED += [("a merged pair has two positions", ROTARY["EVA-02 tiny"], {"strategy": "tome"})]
 
 
 @pytest.mark.parametrize(("reason", "make", "settings"), REFUSED, ids=[r for r, *_ in REFUSED])

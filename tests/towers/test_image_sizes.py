@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import elip_models
 from elip_models import encode_image, reduce_
 from elip_models.reduction.schedule import Schedule
-from tests.helpers.models import ROTARY, TOWERS, output
+from tests.helpers.models import ROTARY, TOWERS, eva, output
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
@@ -54,6 +54,41 @@ def test_a_dynamic_model_is_reduced_as_one_made_for_the_size(strategy):
     for size in (OTHER, (48, 48)):
         x, expected = pictures(size), reduce_(made_for(model, size), **settings)
         torch.testing.assert_close(reduced(x), expected(x), atol=1e-5, rtol=1e-5)
+
+
+DINOV3 = {"rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("options", [{}, DINOV3], ids=["EVA-02", "DINOv3"])
+def test_a_dynamic_rotary_model_is_reduced_as_one_made_for_the_size(options, strategy):
+    """The table of a model made for one size may be rounded in another order."""
+    settings = STRATEGIES[strategy]
+    dynamic = eva(dynamic_img_size=True, **options).eval()
+    reduced = reduce_(copy.deepcopy(dynamic), **settings)
+    for size in (OTHER, (48, 48)):
+        x, made = pictures(size), eva(**options).eval()
+        made.load_state_dict(dynamic.state_dict())
+        made.set_input_size(size)
+        torch.testing.assert_close(reduced(x), reduce_(made, **settings)(x), atol=1e-4, rtol=1e-4)
+        cls = encode_image(dynamic, x, **settings)[:, 0]
+        torch.testing.assert_close(reduced.forward_features(x)[:, 0], cls, atol=1e-6, rtol=1e-6)
+
+
+def test_a_model_that_moves_its_positions_in_training_uses_one_draw_a_pass():
+    model = eva(rope_shift_coords=0.4, rope_jitter_coords=1.5, **DINOV3).train()
+    x = pictures((48, 48))
+    torch.manual_seed(3)
+    dense = model(x)
+    reduce_(model, strategy="elip", schedule="5(100%) 1(97%)", merge="nearest")
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(x), dense, atol=0.1, rtol=0)
+    reduce_(model, strategy="tome:r=3")
+    torch.manual_seed(3)
+    first = model(x)
+    assert not torch.equal(first, model(x))
+    torch.manual_seed(3)
+    assert torch.equal(first, model(x))
 
 
 def test_ratios_are_of_the_images_own_patches():
@@ -177,7 +212,7 @@ def test_a_compiled_model_of_transformers_takes_images_of_two_sizes(strategy):
     [
         (plain_vit, "dynamic_img_size=True"),
         (ROTARY["EVA without rotation"], "dynamic_img_size=True"),
-        (ROTARY["rope"], "set_input_size"),
+        (ROTARY["rope"], "dynamic_img_size=True"),
         (TOWERS["open_clip"], "resize the images"),
     ],
 )

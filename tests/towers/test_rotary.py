@@ -6,6 +6,8 @@ import torch
 
 import elip_kernels
 import elip_models
+from elip_models import CrossGET, PiToMe, ToMe
+from elip_models.reduction.step import Forward
 from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, eva
 from tests.helpers.tiers import tiered
@@ -29,7 +31,7 @@ def model(request):
 def test_parts_add_up_to_the_block(model):
     tower, close = as_tower(model), {"atol": 2e-5, "rtol": 2e-5}
     places = torch.stack([torch.randperm(36)[:20].sort().values for _ in range(2)])
-    places[:, -1] = 36  # a merged token
+    places[:, -1] = -1  # a merged token
     for at, n in ((None, tower.num_tokens), (places, tower.num_prefix_tokens + 20)):
         x, bound = tower.embed(images())[:, :n], tower.at(at)
         for i in range(tower.depth):
@@ -71,7 +73,7 @@ def test_positions_follow_tokens_through_the_stages():
     places = torch.arange(36).expand(2, -1)
     for info in infos:
         kept = places.gather(1, info.reduction.kept - 5)
-        places = torch.cat([kept, torch.full((2, 1), 36)], dim=1)  # the merged one: no place
+        places = torch.cat([kept, torch.full((2, 1), -1)], dim=1)  # the merged one: no place
         assert torch.equal(info.positions, places)
 
 
@@ -93,7 +95,9 @@ def test_the_rotation_decides_what_is_computed():
 
 
 @pytest.mark.parametrize("name", ["EVA-02 tiny", "rope mixed"])
-@pytest.mark.parametrize("strategy", ["evit", "random", "patch_dropout", "trips"])
+@pytest.mark.parametrize(
+    "strategy", ["evit", "random", "patch_dropout", "trips", "tome", "guided_tome", "crossget"]
+)
 def test_strategies_pass_positions_to_later_blocks(name, strategy):
     model, x, t = ROTARY[name]().train(), images(), text()
     options = {"schedule": SCHEDULE} if strategy in ("random", "trips") else {}
@@ -108,6 +112,7 @@ def test_strategies_pass_positions_to_later_blocks(name, strategy):
 
 EXACT = {"schedule": SCHEDULE, "scorer": "exact"}
 PLACED = {"elip": EXACT, "evit": {"strategy": "evit"}, "nearest": EXACT | {"merge": "nearest"}}
+PLACED |= {"tome": {"strategy": "tome"}, "pitome": {"strategy": "pitome"}}
 
 
 @pytest.mark.parametrize("how", tiered(PLACED, ["elip"]))
@@ -160,3 +165,53 @@ def test_flops_count_the_gated_mlp():
     hidden = int(WIDTH * 8 / 3)
     assert size.hidden == round(1.5 * hidden)  # three products of D x F, where an MLP has two
     assert size.row_flops(37) == 2 * 37 * WIDTH * (WIDTH + 1)
+
+
+MERGES = {
+    "tome": ToMe((9, 0, 12, 3, 0, 0)),
+    "tome without norms": ToMe((9, 0, 12, 3, 0, 0), keep_norm=True, compare="tokens"),
+    "pitome": PiToMe((9, 0, 12, 3, 0, 0)),
+    "crossget": CrossGET((9, 0, 12, 3, 0, 0)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", MERGES.values(), ids=MERGES)
+def test_a_merged_token_stands_where_one_of_its_tokens_stood(strategy):
+    model, x = ROTARY["DINOv3"]().eval(), images()
+    _, infos = elip_models.encode_image(model, x, text(), strategy=strategy, return_info=True)
+    places, merged = torch.arange(36).expand(2, -1), 0
+    for info in infos:
+        source = info.reduction.source_map()
+        assert torch.equal(source[:, :5, :5], torch.eye(5, dtype=torch.bool).expand(2, -1, -1))
+        assert not source[:, 5:, :5].any() and not source[:, :5, 5:].any()
+        source = source[:, 5:, 5:]
+        members = torch.where(source, places[:, None], -1)
+        assert (members == info.positions[..., None]).any(2).all()
+        alone = source.sum(2) == 1
+        assert torch.equal(info.positions[alone], members.amax(2)[alone])
+        merged += int((~alone).sum())
+        places = info.positions
+    assert merged > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["EVA-02 tiny", "DINOv3", "rope mixed"])
+def test_equal_tokens_at_one_position_merge_to_the_dense_result(name):
+    """Attention by size counts a merged pair twice, so every later block is as without a merge."""
+    model = ROTARY[name]().eval().double()
+    tower, p = as_tower(model), as_tower(model).num_prefix_tokens
+    places = torch.stack([torch.randperm(36)[:18] for _ in range(2)]).repeat_interleave(2, 1)
+    tokens = tower.embed(images().double())
+    patches = tokens[:, p:].gather(1, places[..., None].expand(-1, -1, WIDTH))
+    dense = tokens = torch.cat([tokens[:, :p], patches], dim=1)
+    placed = tower.at(places)
+    forward = Forward(placed, ToMe((18, 0, 0, 0, 0, 0)))
+    for i in range(tower.depth):
+        dense = placed.block(i, dense)
+        tokens, info = forward.run_block(i, tokens)
+        forward.infos[i] = info
+    first = forward.infos[0]
+    assert tokens.shape[1] == p + 18 and torch.equal(first.positions, places[:, ::2])
+    restored = elip_kernels.unmerge(tokens, first.reduction)
+    torch.testing.assert_close(restored, dense, atol=1e-10, rtol=1e-10)

@@ -12,7 +12,7 @@ from tests.helpers.models import hf_vision
 PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
-    "DINOv3ViTModel": r"'vit_base_patch16_dinov3', dynamic_img_size=False\) is supported",
+    "DINOv3ViTModel": r"'vit_base_patch16_dinov3'\) is supported",
     "ViTMAEModel": r"timm.create_model\('vit_base_patch16_224.mae'\) is supported",
     "ViTMSNModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP and DINOv2 of",
     "Siglip2VisionModel": "padded patches with a mask.*siglip_224.v2_webli",
@@ -92,7 +92,7 @@ def test_models_of_other_libraries_and_parts_say_what_to_pass():
 def test_the_models_that_messages_name_can_be_reduced():
     names = {
         "vit_base_patch16_224": {},
-        "vit_base_patch16_dinov3": {"dynamic_img_size": False},
+        "vit_base_patch16_dinov3": {},
         "vit_base_patch16_siglip_224.v2_webli": {},
         "vit_base_patch16_224.mae": {},
     }

@@ -58,22 +58,19 @@ DEFAULT_KEEP = 0.7  # of the tokens, mean over the layers
 def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> Strategy:
     """Return the strategy for a tower if the caller names none; warn once if not ToMe.
 
-    The default is ToMe, set to `DEFAULT_KEEP` of the tokens or as near as it comes. If ToMe cannot
-    reduce the tower, or may not replace its blocks' forward methods (`replaces_block`), it is ELIP;
-    or random pruning, if neither a CLS token nor a text can score.
+    The default is ToMe, set to `DEFAULT_KEEP` of the tokens or as near as it comes. If it may not
+    replace the forward methods of the blocks (`replaces_block`), the default is ELIP; or random
+    pruning, if neither a CLS token nor a text can score.
     """
     tome = ToMe()
-    reason = tome.refuses(tower)
-    if reason is None and not replaces_block:
-        reason = "the forward method of a block was replaced, which ToMe would bypass"
-    if reason is None:
+    if replaces_block:
         least = kept_share(tome.at_strength(tower.size, 1.0), tower.size)
         return tome.at_keep(tower, max(DEFAULT_KEEP, least))
     chosen = ELIP() if tower.has_cls or has_text else RandomPruning()
     warn_once(
         f"using {chosen.name!r} in place of {tome.name!r}, the default strategy, on this "
-        f"{type(tower.model).__name__} ({tower.num_prefix_tokens} tokens before its patches): "
-        f"{reason}. Pass strategy={chosen.name!r} to avoid this warning",
+        f"{type(tower.model).__name__}: the forward method of a block was replaced, which ToMe "
+        f"would bypass. Pass strategy={chosen.name!r} to avoid this warning",
         UserWarning,
         stacklevel=8,
     )

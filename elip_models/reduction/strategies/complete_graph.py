@@ -43,11 +43,19 @@ class Pairs(NamedTuple):
 
     def match(self, N: int) -> BipartiteInfo:
         """Return the output row of each of N tokens."""
-        (B, r), device = self.sources.shape, self.sources.device
-        is_source = torch.zeros(B, N, dtype=torch.bool, device=device)
-        is_source = is_source.scatter(1, self.sources, 1)
-        rows = (~is_source).cumsum(1, dtype=torch.int32) - 1
-        return BipartiteInfo(rows.scatter(1, self.sources, rows.gather(1, self.targets)), N - r)
+        rows = (~self._is_source(N)).cumsum(1, dtype=torch.int32) - 1
+        slots = rows.scatter(1, self.sources, rows.gather(1, self.targets))
+        return BipartiteInfo(slots, N - self.sources.shape[1])
+
+    def kept(self, N: int) -> Tensor:
+        """Return the indices (B, N-r) of the tokens that are no sources, ascending."""
+        order = self._is_source(N).to(torch.uint8).argsort(dim=1, stable=True)
+        return order[:, : N - self.sources.shape[1]]
+
+    def _is_source(self, N: int) -> Tensor:
+        sources = self.sources
+        none = torch.zeros(len(sources), N, dtype=torch.bool, device=sources.device)
+        return none.scatter(1, sources, 1)
 
 
 class Attention(NamedTuple):
@@ -84,15 +92,19 @@ class CompleteGraph(ToMe):
         tokens, keys = self._attend(tower, stage.first, tokens, sizes)
         if context.replay is not None:
             match, weights = context.replay.reduction, context.replay.weights
+            positions = context.replay.positions
         else:
             with scoring_context(tower.model, entered):
                 attention = Attention(entered, tokens, keys)
                 pairs = self.choose(tower, stage, attention, context.text_cls)
             match, weights = pairs.match(N), pairs.weights
+            positions = None
+            if tower.is_rotary:
+                positions = tower.positions_of(pairs.kept(N)[:, tower.num_prefix_tokens :])
         if sizes is None:
             sizes = tokens.new_ones(B, N, dtype=accumulator(tokens))
         rows, sizes = merged(tokens, sizes, match, weights)
-        info = StageInfo(stage, match, sizes=sizes, weights=weights)
+        info = StageInfo(stage, match, sizes=sizes, positions=positions, weights=weights)
         return tower.mlp(stage.first, self.scaled(rows, tokens, match)), info
 
 
@@ -163,7 +175,7 @@ class CrossGET(Guided, CompleteGraph):
         """Return the pairs by similarity and importance."""
         p = tower.num_prefix_tokens
         cls = fused_cls(tower, attention.before, text_cls, self)
-        query = tower.qkv(stage.first, cls[:, None])[0]
+        query = tower.at_no_position().qkv(stage.first, cls[:, None])[0]
         both = torch.cat([query, attention.keys[:, :, p:]], dim=2).transpose(1, 2).flatten(2)
         similarity = cosines(both)  # (B, 1 + n, 1 + n)
         importance, similarity = similarity[:, 0, 1:], similarity[:, 1:, 1:]

@@ -24,6 +24,9 @@ class ToMe(Strategy):
         attention with log(size) of each key added to its scores, then
         x, size = bipartite soft matching on this block's keys
 
+    In a tower with rotary positions, a merged token stands where the token stood that others merged
+    into, and the keys that are compared are rotated.
+
     Attributes:
         r: how many tokens each block merges away: a number, a share of the image's patches, or one
             number per block.
@@ -59,13 +62,7 @@ class ToMe(Strategy):
         check_fields(self)
 
     def refuses(self, tower: Tower) -> str | None:
-        """Return why the tower cannot be reduced: rotary positions, or several prefix tokens."""
-        if tower.is_rotary:
-            return (
-                "a merged pair has two positions, and a rotary block needs one position per token"
-            )
-        if tower.num_prefix_tokens > 1:
-            return "the tower has several prefix tokens, and ToMe protects only the class token"
+        """Return why the tower needs the patches that `class_token_only` drops, or None."""
         if self.class_token_only and (tower.pools or not tower.has_cls):
             return "class_token_only: the model uses the patches of the last block"
         return tower.refuses_dropping() if self.class_token_only else None
@@ -111,7 +108,9 @@ class ToMe(Strategy):
 
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of comparing the keys."""
-        pairs = ((n + 1) // 2 * (n // 2) for n in self.merging_counts(size))
+        left = max(size.num_prefix_tokens - 1, 0)  # out of the comparison
+        counts = (n - left for n in self.merging_counts(size))
+        pairs = ((n + 1) // 2 * (n // 2) for n in counts)
         return sum(2 * self.channels(size) * each for each in pairs)
 
     def channels(self, size: TowerSize) -> int:
@@ -164,7 +163,21 @@ class ToMe(Strategy):
                 return_info=True,
             )
         tokens = self.scaled(merged, tokens, match)
-        return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes)
+        positions = self.positions_after(tower, match) if tower.is_rotary else None
+        return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
+
+    def positions_after(self, tower: Tower, match: BipartiteInfo) -> Tensor | None:
+        """Return the positions of the remaining patches: of B, and of A where it did not merge."""
+        p, (B, N) = tower.num_prefix_tokens, match.slots.shape
+        tokens = torch.arange(N, device=match.slots.device).expand(B, -1)
+        slots, (of_a, of_b) = (
+            match.slots.long(),
+            (slice(max(p - 1, 0), None, 2), slice(p or 1, None, 2)),
+        )
+        kept = tokens.new_zeros(B, match.num_rows)
+        kept = kept.scatter(1, slots[:, of_a], tokens[:, of_a])
+        kept = kept.scatter(1, slots[:, of_b], tokens[:, of_b])
+        return tower.positions_of(kept[:, p:])
 
     def _final(
         self, tower: Tower, stage: Stage, tokens: Tensor, sizes: Tensor | None
