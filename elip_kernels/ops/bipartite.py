@@ -179,7 +179,7 @@ def _match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: in
         return _match_op(metric, penalty, r, num_prefix_tokens)
     penalty = None if penalty is None else penalty[:, first:]
     slots = _match_op(metric[:, first:], penalty, r, 1)
-    stay = torch.arange(first, dtype=torch.int32, device=metric.device).expand(len(metric), -1)
+    stay = torch.arange(first, dtype=torch.int32, device=metric.device).expand(metric.shape[0], -1)
     return torch.cat([stay, slots + first], dim=1)
 
 

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_models.reduction.schedule import Merge, merge_flag
-from elip_models.towers.tower_parts import IDENTITY, QKV, Block, Query, TowerParts, TowerSize
+from elip_models.towers.tower_parts import (
+    IDENTITY,
+    NO_POSITION,
+    QKV,
+    Block,
+    Query,
+    TowerParts,
+    TowerSize,
+)
 from elip_models.towers.wrapped_modules import in_place_of, is_layer_norm, unsharded
 
 P = ParamSpec("P")
@@ -81,11 +89,17 @@ class Tower(TowerParts):
 
         None if blocks need none.
         """
-        return None
+        if not self.is_rotary:
+            return None
+        kept = kept - self.num_prefix_tokens
+        return kept if self.positions is None else self.positions.gather(1, kept)
 
     def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
         """Return the positions of the tokens that a reduction leaves; None if blocks need none."""
-        return None
+        positions = self.positions_of(reduction.kept)
+        if positions is None or not reduction.merged:
+            return positions
+        return F.pad(positions, (0, 1), value=NO_POSITION)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""

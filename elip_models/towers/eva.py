@@ -19,9 +19,8 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from elip_kernels import ReductionInfo
 from elip_models.towers.timm import PATCH_DROP, PlainTimm
-from elip_models.towers.tower_parts import Block, Projections
+from elip_models.towers.tower_parts import NO_POSITION, Block, Projections
 from elip_models.towers.wrapped_modules import (
     Affine,
     affine,
@@ -30,8 +29,6 @@ from elip_models.towers.wrapped_modules import (
     qkv_of,
     unwrapped,
 )
-
-NO_POSITION = -1
 
 
 class EvaTower(PlainTimm):
@@ -97,20 +94,6 @@ class EvaTower(PlainTimm):
         """Return the tower for one token that comes from outside the image."""
         positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
         return self.at(positions.to(self.model.patch_embed.proj.weight.device))
-
-    def positions_of(self, kept: Tensor) -> Tensor | None:
-        """Return the positions of the patches at the indices `kept` (B, K) among the tokens."""
-        if not self.is_rotary:
-            return None
-        kept = kept - self.num_prefix_tokens
-        return kept if self.positions is None else self.positions.gather(1, kept)
-
-    def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
-        """Return the positions of the tokens that a reduction leaves, or None if not needed."""
-        positions = self.positions_of(reduction.kept) if self.is_rotary else None
-        if positions is None or not reduction.merged:
-            return positions
-        return F.pad(positions, (0, 1), value=NO_POSITION)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""

@@ -1,18 +1,21 @@
 """Towers of vision transformers of Hugging Face transformers.
 
-Models: CLIP, ViT, DeiT (a distillation token beside CLS), BLIP, SigLIP (no CLS) and DINOv2 (also
-with registers). Each has embeddings, a list of layers of two halves, and a final norm. BLIP's own
-forward attends eagerly; `attend` uses scaled_dot_product_attention. If patches are averaged, or
-SigLIP's probe attends to them, all tokens return to their patches after the last layer, so that
-each counts by its size. They also return if the model needs a token for each patch: a pixel
-decoder, a language model, or a backbone, whose feature maps are hidden states.
+Each model has embeddings, a list of layers of two halves (`hf_layers.py` names their parts), and a
+final norm. Its patches may be of images, videos (ViViT) or spectrograms (AST). DINOv3 rotates
+queries and keys, see `eva.py`. If patches are averaged, or a probe attends to them, all tokens
+return to their patches after the last layer, so that each counts by its size. They also return if
+the model needs a token for each patch: a detector, a pixel decoder, a language model, or a
+backbone, whose feature maps are hidden states.
 """
 
+import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
 
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -23,47 +26,30 @@ from transformers import (
     DepthProPreTrainedModel,
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
+    IJepaForImageClassification,
+    Owlv2ForObjectDetection,
+    OwlViTForObjectDetection,
     SiglipForImageClassification,
     ViTForMaskedImageModeling,
 )
 from transformers.backbone_utils import BackboneMixin
 
 from elip_models.towers.base import Tower
+from elip_models.towers.hf_layers import LAYERS, part, run
 from elip_models.towers.reducible_model import Stats
-from elip_models.towers.tower_parts import Block, Projections, optional, plain_mlp_ratio
+from elip_models.towers.tower_parts import IDENTITY, Block, Projections, plain_mlp_ratio
 from elip_models.towers.unsupported import transformers_reason
 from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, qkv_of, unwrapped
 from elip_models.validation import check, mismatch_error
 
-
-class Names(NamedTuple):
-    """The names of a layer's parts, and of the model's final norm."""
-
-    attn: str
-    out: str
-    norm1: str
-    norm2: str
-    norm: str
-
-
-CLIP_NORMS = ("layer_norm1", "layer_norm2", "post_layernorm")
-VIT_NAMES = Names("attention", "o_proj", "layernorm_before", "layernorm_after", "layernorm")
-DINO_NAMES = Names("attention", "o_proj", "norm1", "norm2", "layernorm")
-LAYERS = {
-    "CLIPEncoderLayer": Names("self_attn", "out_proj", *CLIP_NORMS),
-    "BlipEncoderLayer": Names("self_attn", "projection", *CLIP_NORMS),
-    "SiglipEncoderLayer": Names("self_attn", "out_proj", *CLIP_NORMS),
-    "ViTLayer": VIT_NAMES,
-    "DeiTLayer": VIT_NAMES,
-    "Dinov2Layer": DINO_NAMES,
-    "Dinov2WithRegistersLayer": DINO_NAMES,
-}
 AVERAGED = (
     CLIPForImageClassification,
+    IJepaForImageClassification,
     SiglipForImageClassification,
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
 )
+DETECTORS = (OwlViTForObjectDetection, Owlv2ForObjectDetection)
 PIXEL_DECODERS = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
 NUMBERS = tuple[float, ...]
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
@@ -71,36 +57,55 @@ WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns al
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
+CLASS_TOKENS = ("cls_token", "class_embedding")
+PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # before block 0, both spellings
+
+
 class HFTower(Tower):
-    """A vision transformer inside a transformers model."""
+    """A vision transformer inside a transformers model.
+
+    positions: (B, N-p) the patch of each token, -1 for one without a position; None if the tokens
+        are all patches in order.
+    rotations: cos and sin (N0, d) of all patches in this forward pass, in a rotary tower.
+    """
 
     has_dynamic_size = True  # DINOv2 in any call, others with interpolate_pos_encoding=True
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        positions: Tensor | None = None,
+        rotations: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.model, self.positions, self.rotations = model, positions, rotations
         self.trunk, self.blocks = _trunk(model)
         self.collector = self.trunk
-        layer = library_class(self.blocks[0]).__name__
-        self.names = LAYERS[layer]
-        config = self.trunk.config
+        self.names = LAYERS[library_class(self.blocks[0]).__name__]
+        config, embeddings = self.trunk.config, self.trunk.embeddings
         self.width = config.hidden_size
         self.depth = len(self.blocks)
         self.num_heads = config.num_attention_heads
-        self.image_size = _pair(config.image_size)
-        (height, width), (rows, columns) = self.image_size, _pair(config.patch_size)
-        self.num_patches = (height // rows) * (width // columns)
-        self.num_prefix_tokens = 1 + getattr(config, "num_register_tokens", 0)
-        self.num_prefix_tokens += hasattr(self.trunk.embeddings, "distillation_token")
-        if layer == "SiglipEncoderLayer":
-            self.num_prefix_tokens, self.has_cls, self.absorbs_keys = 0, False, False
+        self.image_size, self.num_patches = _sizes(self.trunk)
+        self.has_cls = any(hasattr(embeddings, name) for name in CLASS_TOKENS)
+        self.num_prefix_tokens = int(self.has_cls) + getattr(config, "num_register_tokens", 0)
+        self.num_prefix_tokens += hasattr(embeddings, "distillation_token")
+        self.absorbs_keys = self.has_cls and not self.is_rotary
         self.needs_grid = _needs_grid(model)
-        has_probe = not self.num_prefix_tokens and self.trunk.use_head
+        has_probe = not self.has_cls and getattr(self.trunk, "use_head", False)
         pools = has_probe or isinstance(model, AVERAGED) or self.needs_grid is not None
         self.pools = pools and not _reads_layers(model)
-        self.mlp_ratio = plain_mlp_ratio(self.blocks[0].mlp, self.width)
+        mlp = (part(self.blocks[0], name) for name in self.names.mlp)
+        self.mlp_ratio = plain_mlp_ratio(self.width, *(m for m in mlp if isinstance(m, nn.Module)))
         self.is_part = config is not model.config
+        parameters = inspect.signature(type(self.blocks[0]).forward).parameters
+        self.arguments = {"attention_mask": None} if "attention_mask" in parameters else {}
         if RETURNS_TOKENS.fullmatch(type(model).__name__):
             self.whole_output = WHOLE_OUTPUT
+
+    @property
+    def is_rotary(self) -> bool:
+        """Return whether layers rotate queries and keys by the position of their patch."""
+        return hasattr(self.trunk, "rope_embeddings")
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
@@ -110,12 +115,13 @@ class HFTower(Tower):
             return transformers_reason(model)
         _, layers = found
         names = LAYERS[library_class(layers[0]).__name__]
-        parts = ("q_proj", "k_proj", "v_proj")
         for attn in (unwrapped(getattr(layer, names.attn)) for layer in layers):
             if not _is_own(attn):
                 return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections)"
-            if not hasattr(attn, "qkv") and not all(hasattr(attn, part) for part in parts):
-                return f"a layer's attention has no {', '.join(parts)} (take a later transformers)"
+            if any(part(attn, name) is None for name in names.qkv):
+                return f"a layer's attention has no {', '.join(names.qkv)}, as later releases have"
+            if not isinstance(getattr(attn, "q_norm", IDENTITY), nn.Identity):
+                return "it normalises queries over all heads together"
         return None
 
     @property
@@ -154,7 +160,7 @@ class HFTower(Tower):
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""
-        return optional(self.trunk, "pre_layrnorm")(tokens)
+        return run(self.trunk, PRE_NORMS, tokens)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
@@ -164,19 +170,69 @@ class HFTower(Tower):
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
-        return block(tokens, attention_mask=None)
+        if not self.is_rotary:
+            return block(tokens, **self.arguments)
+        return block(tokens, **self.arguments, position_embeddings=self._rotations())
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         x, layers = getattr(self.blocks[i], self.names.norm1)(tokens), self._layers(i)
         each = layers[0](x).chunk(3, -1) if len(layers) == 1 else [layer(x) for layer in layers]
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in each)
-        return q, k, v
+        return self.rotated(i, q), self.rotated(i, k), v
+
+    def at(self, positions: Tensor | None) -> Self:
+        """Return the tower for tokens at these positions; None means all patches in order."""
+        return HFTower(self.model, positions, self.rotations) if self.is_rotary else self
+
+    def at_no_position(self) -> Self:
+        """Return the tower for one token that comes from outside the image."""
+        none = torch.empty(1, 0, dtype=torch.long, device=self.trunk.device)
+        return self.at(none)
+
+    def for_images(self, images: Tensor) -> Self:
+        """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
+        if not self.is_rotary:
+            return self
+        return HFTower(self.model, self.positions, self.trunk.rope_embeddings(images))
+
+    def in_call(self, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+        rotations = kwargs.get("position_embeddings")
+        return self if rotations is None else HFTower(self.model, self.positions, rotations)
+
+    def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
+        return kwargs | {"position_embeddings": self.in_call(kwargs).at(positions)._rotations()}
+
+    def rotated(self, i: int, heads: Tensor) -> Tensor:
+        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
+        if not self.is_rotary:
+            return heads
+        cos, sin = self._rotations()
+        first, patches = heads.tensor_split([self.num_prefix_tokens], dim=2)
+        one, other = patches.chunk(2, dim=-1)
+        turned = torch.cat([-other, one], dim=-1)
+        return torch.cat([first, patches * cos + turned * sin], dim=2)
+
+    def _rotations(self) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of these tokens: (N0, d), or (B, 1, N-p, d) at positions."""
+        tables = self.rotations
+        if tables is None:
+            weight = next(self.trunk.parameters())
+            tables = self.trunk.rope_embeddings(weight.new_empty(1, 3, *self.image_size))
+        if self.positions is None:
+            return tables
+        cos, sin = (
+            F.pad(t, (0, 0, 0, 1), value=v) for t, v in zip(tables, (1.0, 0.0), strict=True)
+        )
+        return cos[self.positions].unsqueeze(1), sin[self.positions].unsqueeze(1)
 
     def projections(self, i: int) -> Projections:
         """Return the modules around block i's projections."""
         norm = unwrapped(getattr(self.blocks[i], self.names.norm1))
-        return Projections(norm, self.num_heads, self._attention(0).head_dim ** -0.5)
+        head_dim = getattr(self._attention(0), "head_dim", self.width // self.num_heads)
+        return Projections(norm, self.num_heads, head_dim**-0.5)
 
     def weights(self, i: int) -> list[Affine] | None:
         """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
@@ -187,17 +243,19 @@ class HFTower(Tower):
         attn = self._attention(i)
         if not attn.training:
             return 0.0
-        rate = getattr(attn, "attention_dropout", None) or getattr(attn, "dropout", 0.0)
+        names = ("attention_dropout", "dropout", "attention.dropout_prob")
+        rate = next((r for name in names if (r := part(attn, name)) is not None), 0.0)
         return rate.p if isinstance(rate, nn.Dropout) else rate
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        return self._residual(i, 1, getattr(self._attention(i), self.names.out)(attended))
+        return self._residual(i, 1, run(self._attention(i), self.names.out, attended))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i's MLP half, residual included."""
         block = self.blocks[i]
-        return tokens + self._residual(i, 2, block.mlp(getattr(block, self.names.norm2)(tokens)))
+        x = getattr(block, self.names.norm2)(tokens)
+        return tokens + self._residual(i, 2, run(block, self.names.mlp, x))
 
     def is_plain(self, i: int) -> bool:
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
@@ -209,13 +267,13 @@ class HFTower(Tower):
 
     def _interpolation(self) -> dict[str, bool]:
         """Return the arguments of the embeddings for images of another size."""
-        return {} if self.names == DINO_NAMES else {"interpolate_pos_encoding": True}
+        embed = type(self.trunk.embeddings).forward
+        name = "interpolate_pos_encoding"
+        return {name: True} if name in inspect.signature(embed).parameters else {}
 
     def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
-        """Run the modules between the output of block i's half 1 or 2 and its residual."""
-        for name in ("dropout", f"layer_scale{half}", "drop_path"):
-            out = optional(self.blocks[i], name)(out)
-        return out
+        """Run what is between the output of block i's half 1 or 2 and its residual."""
+        return run(self.blocks[i], [name.format(half) for name in self.names.after], out)
 
     def _attention(self, i: int) -> nn.Module:
         """Return block i's attention, which may have been wrapped since the tower was made."""
@@ -230,7 +288,7 @@ class HFTower(Tower):
     def _layers(self, i: int) -> tuple[nn.Module, ...]:
         """Return block i's projections: one joint layer, or those of queries, keys and values."""
         attn = self._attention(i)
-        return (attn.qkv,) if hasattr(attn, "qkv") else (attn.q_proj, attn.k_proj, attn.v_proj)
+        return tuple(part(attn, name) for name in self.names.qkv)
 
 
 def image_stats_of(model: nn.Module) -> Stats | None:
@@ -277,11 +335,11 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
     for module in model.modules():
         if not hasattr(module, "embeddings") or not hasattr(module, "config"):
             continue
-        parent = getattr(module, "encoder", module)
-        layers = getattr(parent, "layers", getattr(parent, "layer", None))
-        is_image = hasattr(module.config, "patch_size")
-        if is_image and _is_known(layers):
-            return module, layers
+        parents = [getattr(module, name, None) for name in ("encoder", "model")]
+        for parent in (*parents, module):
+            layers = getattr(parent, "layers", getattr(parent, "layer", None))
+            if hasattr(module.config, "patch_size") and _is_known(layers):
+                return module, layers
     return None
 
 
@@ -289,6 +347,8 @@ def _needs_grid(model: nn.Module) -> str | None:
     """Return why the image tower must return a token for each patch, or None if it need not."""
     if isinstance(model, PIXEL_DECODERS):
         return "it decodes pixels from its patches, each at its position"
+    if isinstance(model, DETECTORS):
+        return "its heads give a box for each patch"
     if _language_config(model) is not None:
         return "its language model has a token for each patch of the image"
     if any(isinstance(module, BackboneMixin) for module in model.modules()):
@@ -315,6 +375,20 @@ def _is_own(attn: nn.Module) -> bool:
 
 def _is_known(layers: nn.Module | None) -> bool:
     return isinstance(layers, nn.ModuleList) and library_class(layers[0]).__name__ in LAYERS
+
+
+def _sizes(trunk: nn.Module) -> tuple[tuple[int, int], int]:
+    """Return the size of the images, or of a spectrogram, and the number of their patches."""
+    config, (rows, columns) = trunk.config, _pair(trunk.config.patch_size)
+    if hasattr(config, "num_mel_bins"):  # patches of a spectrogram overlap
+        bins, length = config.num_mel_bins, config.max_length
+        across = (bins - rows) // config.frequency_stride + 1
+        return (bins, length), across * ((length - columns) // config.time_stride + 1)
+    height, width = _pair(config.image_size)
+    patches = (height // rows) * (width // columns)
+    if hasattr(config, "tubelet_size"):  # patches of several frames
+        patches *= config.num_frames // config.tubelet_size[0]
+    return (height, width), patches
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

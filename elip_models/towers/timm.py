@@ -41,7 +41,7 @@ class PlainTimm(Tower):
         self.num_heads = model.blocks[0].attn.num_heads
         self.num_prefix_tokens = model.num_prefix_tokens
         self.has_cls = model.cls_token is not None
-        self.mlp_ratio = plain_mlp_ratio(model.blocks[0].mlp, self.width)
+        self.mlp_ratio = plain_mlp_ratio(self.width, model.blocks[0].mlp)
 
     @property
     def num_patches(self) -> int:

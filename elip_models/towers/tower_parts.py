@@ -12,6 +12,8 @@ from elip_kernels import fuse_text
 from elip_models.towers.wrapped_modules import Affine
 
 IDENTITY = nn.Identity()
+NO_POSITION = -1
+"""Of a token that is made of all dropped ones."""
 QKV = tuple[Tensor, Tensor, Tensor]
 Block = Callable[..., Tensor]
 
@@ -116,6 +118,8 @@ class TowerParts:
     pools: the model averages or attends to all patches after the last block.
     absorbs_keys: a row is computed without a key projection of the tokens.
     is_rotary: blocks rotate queries and keys by the position of their patch.
+    positions: (B, N-p) the patch of each token, `NO_POSITION` for one without; None if the tokens
+        are all patches in order. Only a rotary tower has them.
     has_dynamic_size: the model takes images of other sizes, with other numbers of patches.
     size_advice: the remedy in an error about the image size.
     collector: the module whose call `collects` hidden states or attentions, or None.
@@ -140,6 +144,7 @@ class TowerParts:
     pools: bool = False
     absorbs_keys: bool = True
     is_rotary: bool = False
+    positions: Tensor | None = None
     has_dynamic_size: bool = False
     size_advice: str = "resize the images"
     collector: nn.Module | None = None
@@ -238,9 +243,10 @@ def optional(module: nn.Module, name: str) -> nn.Module:
     return getattr(module, name, IDENTITY)
 
 
-def plain_mlp_ratio(mlp: nn.Module, width: int) -> float:
-    """Return the MLP's ratio; of a gated MLP, that of a plain MLP with as many weights."""
-    linears = (m for m in mlp.children() if hasattr(m, "in_features"))
+def plain_mlp_ratio(width: int, *mlp: nn.Module) -> float:
+    """Return the ratio of an MLP in parts; of a gated MLP, that of a plain one of its weights."""
+    modules = (m for part in mlp for m in (part, *part.children()))
+    linears = (m for m in modules if hasattr(m, "in_features"))
     return sum(m.in_features * m.out_features for m in linears) / (2 * width**2)
 
 

@@ -43,8 +43,6 @@ TIMM = {
 
 TRANSFORMERS = {
     "timm_wrapper gemma3n_vision": "wraps a model of timm; pass its .timm_model",
-    "dinov3_vit": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_dinov3') "
-    "is supported",
     "vit_mae": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_224.mae') is supported",
     "siglip2*": "takes padded patches with a mask, which would not follow the tokens; "
     "timm.create_model('vit_base_patch16_siglip_224.v2_webli') is supported",
@@ -53,8 +51,8 @@ TRANSFORMERS = {
     "pvt* levit cvt segformer glpn focalnet poolformer mobilevit* swiftformer": STAGES,
     "convnext* dinov3_convnext resnet regnet bit efficientnet mobilenet_* align": CONVOLUTIONAL,
     "hgnet_v2 textnet": CONVOLUTIONAL,
-    "*detr* yolos d_fine deimv2 table-transformer owl* *grounding-dino omdet-turbo": GRID,
-    "dpt depth_* *maskformer mask2former oneformer seggpt sapiens2 clipseg": GRID,
+    "*detr* yolos d_fine deimv2 table-transformer *grounding-dino omdet-turbo": GRID,
+    "dpt depth_* *maskformer mask2former oneformer seggpt sapiens2": GRID,
     "timesformer xclip pe_video* vjepa2": VIDEO,
 }
 """Reasons for models of transformers, as patterns of `config.model_type`."""
@@ -68,12 +66,12 @@ MODALITIES = {
 }
 LANGUAGE = (
     f"has an image tower of its own kind, {NOT_YET}; towers of CLIP, SigLIP, ViT, DeiT, "
-    "BLIP and DINOv2 are supported, also inside other models, such as "
+    "BLIP, DINOv2 and DINOv3 are supported, also inside other models, such as "
     "LlavaForConditionalGeneration"
 )
 IMAGES = (
-    f"has layers {NOT_YET}; CLIP, SigLIP, ViT, DeiT, BLIP and DINOv2 of transformers are "
-    "supported, and most ViTs of timm"
+    f"has layers {NOT_YET}; CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2, DINOv3 and others of "
+    "transformers are supported, and most ViTs of timm"
 )
 
 LIBRARIES = {

@@ -12,9 +12,8 @@ from tests.helpers.models import hf_vision
 PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
-    "DINOv3ViTModel": r"'vit_base_patch16_dinov3'\) is supported",
     "ViTMAEModel": r"timm.create_model\('vit_base_patch16_224.mae'\) is supported",
-    "ViTMSNModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP and DINOv2 of",
+    "MLCDVisionModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2, DINOv3 and",
     "Siglip2VisionModel": "padded patches with a mask.*siglip_224.v2_webli",
     "BeitModel": f"a bias to its attention.*{PLAIN}",
     "SwinModel": f"attends in windows.*{PLAIN}",
@@ -26,17 +25,15 @@ TRANSFORMERS = {
     "DPTModel": f"boxes, masks or depths.*{PLAIN}",
     "DepthProModel": f"boxes, masks or depths.*{PLAIN}",
     "VideoMAEModel": "reads videos.*encode single images with an image model",
-    "VivitModel": "reads videos.*encode single images with an image model",
     "TimesformerModel": "reads videos.*encode single images with an image model",
-    "ASTModel": "reads audio.*pass an image model",
     "WhisperModel": "reads audio.*pass an image model",
     "PatchTSTModel": "reads time series.*pass an image model",
     "BertModel": "reads text alone.*such as CLIPModel or LlavaForConditionalGeneration",
-    "Blip2Model": "an image tower of its own kind.*supported, also inside other models",
+    "Idefics3Model": "an image tower of its own kind.*supported, also inside other models",
 }
 SMALL = {
     "TimmWrapperModel": {"architecture": "test_vit"},
-    "Blip2Model": {"text_config": {"num_hidden_layers": 1, "model_type": "opt"}},
+    "Idefics3Model": {"text_config": {"num_hidden_layers": 1, "model_type": "llama"}},
 }
 
 

@@ -54,7 +54,7 @@ class Pairs(NamedTuple):
 
     def _is_source(self, N: int) -> Tensor:
         sources = self.sources
-        none = torch.zeros(len(sources), N, dtype=torch.bool, device=sources.device)
+        none = torch.zeros(sources.shape[0], N, dtype=torch.bool, device=sources.device)
         return none.scatter(1, sources, 1)
 
 

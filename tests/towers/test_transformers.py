@@ -1,0 +1,179 @@
+"""Each class of layers of transformers that a tower reads, in a small model of random weights."""
+
+import pytest
+import torch
+import transformers
+
+import elip_models
+from elip_models.towers import as_tower
+from elip_models.towers.hf_layers import LAYERS
+from tests.helpers.models import HF, HF_TEXT, hf_vision
+from tests.helpers.towers import images
+
+AUDIO = {"max_length": 80, "num_mel_bins": 32, "frequency_stride": 6, "time_stride": 6}
+VIDEO = {"num_frames": 4, "tubelet_size": [2, 8, 8]}
+MODELS = {
+    "CLIPEncoderLayer": ("CLIPVisionModel", {}),
+    "CLIPSegEncoderLayer": ("CLIPSegVisionModel", {}),
+    "MetaClip2EncoderLayer": ("MetaClip2VisionModel", {}),
+    "AltCLIPEncoderLayer": ("AltCLIPVisionModel", {}),
+    "ChineseCLIPVisionLayer": ("ChineseCLIPVisionModel", {}),
+    "GitVisionEncoderLayer": ("GitVisionModel", {}),
+    "OwlViTEncoderLayer": ("OwlViTVisionModel", {}),
+    "Owlv2EncoderLayer": ("Owlv2VisionModel", {}),
+    "SiglipEncoderLayer": ("SiglipVisionModel", {}),
+    "JanusVisionEncoderLayer": ("JanusVisionModel", {}),
+    "BlipEncoderLayer": ("BlipVisionModel", {}),
+    "Blip2EncoderLayer": ("Blip2VisionModel", {}),
+    "InstructBlipEncoderLayer": ("InstructBlipVisionModel", {}),
+    "ViTLayer": ("ViTModel", {}),
+    "DeiTLayer": ("DeiTModel", {}),
+    "IJepaLayer": ("IJepaModel", {}),
+    "ViTMSNLayer": ("ViTMSNModel", {}),
+    "ASTLayer": ("ASTModel", AUDIO),
+    "VivitLayer": ("VivitModel", VIDEO),
+    "Dinov2Layer": ("Dinov2Model", {"layerscale_value": 0.3}),
+    "Dinov2WithRegistersLayer": ("Dinov2WithRegistersModel", {"layerscale_value": 0.3}),
+    "DINOv3ViTLayer": (
+        "DINOv3ViTModel",
+        {"num_register_tokens": 4, "layerscale_value": 0.3, "use_gated_mlp": True},
+    ),
+    "InternVLVisionLayer": (
+        "InternVLVisionModel",
+        {"layer_scale_init_value": 0.3, "use_mean_pooling": False},
+    ),
+    "Aimv2EncoderLayer": ("Aimv2VisionModel", {}),
+}
+INPUTS = {"ASTLayer": (2, 80, 32), "VivitLayer": (2, 4, 3, 48, 48)}
+layers = pytest.mark.parametrize("layer", MODELS)
+
+
+def kosmos2():
+    text = {"embed_dim": 32, "layers": 1, "ffn_dim": 32, "attention_heads": 4, "vocab_size": 99}
+    config = transformers.Kosmos2Config(vision_config=HF, text_config=text, latent_query_num=4)
+    return transformers.Kosmos2Model(config).vision_model
+
+
+def model_of(layer):
+    name, options = MODELS[layer]
+    return hf_vision(name, name.replace("Model", "Config"), **options).eval()
+
+
+def inputs(layer):
+    return torch.randn(INPUTS[layer]) if layer in INPUTS else images()
+
+
+def features(model, x):
+    out = model(x)
+    pooled = getattr(out, "pooler_output", None)
+    return out.last_hidden_state[:, 0] if pooled is None else pooled
+
+
+def test_every_row_has_a_model():
+    assert set(MODELS) | {"Kosmos2VisionEncoderLayer"} == set(LAYERS)
+    found = {type(each).__name__ for each in kosmos2().modules()}
+    assert "Kosmos2VisionEncoderLayer" in found
+
+
+@layers
+@torch.no_grad()
+def test_parts_add_up_to_the_layer(layer):
+    model, x = model_of(layer), inputs(layer)
+    entered = []
+    tower = as_tower(model)
+    tower.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    model(x)
+    tower, (tokens,) = tower.for_images(x), entered
+    assert tokens.shape[1] == tower.num_tokens
+    for i in range(tower.depth):
+        whole = tower.block(i, tokens)
+        apart = tower.mlp(i, tower.attend(i, tokens))
+        torch.testing.assert_close(apart, whole, atol=2e-5, rtol=2e-5)
+        tokens = whole
+
+
+@layers
+@torch.no_grad()
+def test_no_merges_is_the_model_and_merges_are_undone(layer):
+    model, x = model_of(layer), inputs(layer)
+    dense = features(model, x)
+    elip_models.reduce_(model, strategy="tome:r=0")
+    assert torch.equal(features(model, x), dense)
+    with elip_models.record_stages(elip_models.reduce_(model)) as infos:
+        merged = features(model, x)
+    assert infos[-1].sizes.shape[1] < as_tower(model).num_tokens
+    assert infos[-1].sizes.sum(1).eq(as_tower(model).num_tokens).all()
+    assert merged.isfinite().all() and not torch.equal(merged, dense)
+    assert torch.equal(features(elip_models.unreduce_(model), x), dense)
+
+
+@layers
+def test_equal_patches_merge_to_the_dense_result_in_training(layer):
+    """Each pair of neighbours is equal, so that merging every pair changes nothing."""
+    model, x = model_of(layer).double(), inputs(layer).double()
+    tower = as_tower(model)
+    p, n = tower.num_prefix_tokens, tower.num_patches
+
+    def double_patches(module, args):
+        patches = args[0][:, p:][:, : n // 2 * 2 : 2].repeat_interleave(2, dim=1)
+        return torch.cat([args[0][:, :p], patches], dim=1), *args[1:]
+
+    if tower.is_rotary:
+        table = model.rope_embeddings.forward
+
+        def double_positions(pixels):
+            return tuple(t[: n // 2 * 2 : 2].repeat_interleave(2, dim=0) for t in table(pixels))
+
+        model.rope_embeddings.forward = double_positions
+    tower.blocks[0].register_forward_pre_hook(double_patches)
+    dense = features(model, x)
+    even = n // 2
+    strategy = elip_models.ToMe((even,) + (0,) * (tower.depth - 1), compare="tokens")
+    elip_models.reduce_(model, strategy=strategy)
+    merged = features(model, x)
+    close = 1e-5 if layer == "GitVisionEncoderLayer" else 1e-9  # its softmax is fp32
+    torch.testing.assert_close(merged, dense, atol=close, rtol=close)
+    merged.square().sum().backward()
+    assert all(w.grad is None or w.grad.isfinite().all() for w in model.parameters())
+
+
+VISION = {"vision_config": HF, "projection_dim": 32}
+TEXT = HF_TEXT | {"max_position_embeddings": 16, "eos_token_id": 49}
+DETECTOR = VISION | {"text_config": TEXT}
+SEGMENTER = DETECTOR | {"extract_layers": [0, 2, 4], "reduce_dim": 8}
+SEGMENTER |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+WHOLE = {
+    "OwlViTForObjectDetection": ("OwlViTConfig", DETECTOR),
+    "Owlv2ForObjectDetection": ("Owlv2Config", DETECTOR),
+    "CLIPSegForImageSegmentation": ("CLIPSegConfig", SEGMENTER),
+    "MetaClip2Model": ("MetaClip2Config", DETECTOR),
+    "DINOv3ViTBackbone": ("DINOv3ViTConfig", HF | {"out_features": ["stage2", "stage6"]}),
+    "IJepaForImageClassification": ("IJepaConfig", HF),
+    "ViTMSNForImageClassification": ("ViTMSNConfig", HF),
+}
+
+
+def tensors(model, x):
+    text = {"input_ids": torch.full((2, 6), 7), "attention_mask": torch.ones(2, 6).long()}
+    has_text = hasattr(model.config, "text_config")
+    out = model(pixel_values=x, **(text if has_text else {}))
+    found = []
+    for value in out.values():
+        found += value if isinstance(value, tuple) else [value]
+    return [each for each in found if isinstance(each, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@torch.no_grad()
+def test_dense_heads_get_a_token_for_each_patch(name):
+    config, options = WHOLE[name]
+    made = getattr(transformers, config)(**options)
+    model, x = getattr(transformers, name)(made).eval(), images()
+    dense = tensors(model, x)
+    elip_models.reduce_(model, strategy="tome:r=0")
+    for each, expected in zip(tensors(model, x), dense, strict=True):
+        assert torch.equal(each, expected)
+    reduced = tensors(elip_models.reduce_(model), x)
+    assert [each.shape for each in reduced] == [each.shape for each in dense]
+    assert all(each.isfinite().all() for each in reduced)
+    assert not all(torch.equal(a, b) for a, b in zip(reduced, dense, strict=True))
