@@ -87,7 +87,8 @@ class HFTower(Tower):
         self.num_heads = config.num_attention_heads
         self.image_size, self.num_patches = _sizes(self.trunk)
         self.has_cls = any(hasattr(embeddings, name) for name in CLASS_TOKENS)
-        self.num_prefix_tokens = int(self.has_cls) + getattr(config, "num_register_tokens", 0)
+        self.num_prefix_tokens = getattr(config, "n_cls_tokens", int(self.has_cls))
+        self.num_prefix_tokens += getattr(config, "num_register_tokens", 0)
         self.num_prefix_tokens += hasattr(embeddings, "distillation_token")
         self.absorbs_keys = self.has_cls and not self.is_rotary
         self.needs_grid = _needs_grid(model)
@@ -156,7 +157,7 @@ class HFTower(Tower):
     def patchify(self, images: Tensor) -> Tensor:
         """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
         embeddings = self.trunk.embeddings
-        return type(embeddings).forward(embeddings, images, **self._interpolation())
+        return type(embeddings).forward(embeddings, images, **self._options(images))
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""
@@ -164,9 +165,7 @@ class HFTower(Tower):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
-        is_other = tuple(images.shape[2:]) != self.image_size
-        options = self._interpolation() if is_other else {}
-        return self.enter(self.trunk.embeddings(images, **options))
+        return self.enter(self.trunk.embeddings(images, **self._options(images)))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
@@ -265,11 +264,19 @@ class HFTower(Tower):
         """Run the final norm, before pooling."""
         return getattr(self.trunk, self.names.norm)(tokens)
 
-    def _interpolation(self) -> dict[str, bool]:
-        """Return the arguments of the embeddings for images of another size."""
-        embed = type(self.trunk.embeddings).forward
-        name = "interpolate_pos_encoding"
-        return {name: True} if name in inspect.signature(embed).parameters else {}
+    def _options(self, images: Tensor) -> dict[str, Any]:
+        """Return the arguments of the embeddings for images (B, 3, h, w), none of them padded."""
+        embed, options = type(self.trunk.embeddings).forward, {}
+        parameters = inspect.signature(embed).parameters
+        if "interpolate_pos_encoding" in parameters and tuple(images.shape[2:]) != self.image_size:
+            options["interpolate_pos_encoding"] = True
+        if "patch_attention_mask" in parameters:
+            rows, columns = _pair(self.trunk.config.patch_size)
+            grid = (images.shape[2] // rows, images.shape[3] // columns)
+            shape = (images.shape[0], *grid)
+            mask = torch.ones(shape, dtype=torch.bool, device=images.device)
+            options["patch_attention_mask"] = mask
+        return options
 
     def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
         """Run what is between the output of block i's half 1 or 2 and its residual."""

@@ -54,6 +54,9 @@ LAYERS = {
     "Owlv2EncoderLayer": CLIP,
     "SiglipEncoderLayer": CLIP,
     "JanusVisionEncoderLayer": CLIP._replace(out=("projection_layer", "projection_dropout")),
+    "Idefics2EncoderLayer": CLIP,
+    "Idefics3EncoderLayer": CLIP,
+    "SmolVLMEncoderLayer": CLIP,
     "BlipEncoderLayer": BLIP,
     "Blip2EncoderLayer": BLIP,
     "InstructBlipEncoderLayer": BLIP,
@@ -61,10 +64,12 @@ LAYERS = {
     "DeiTLayer": VIT,
     "IJepaLayer": VIT,
     "ViTMSNLayer": VIT,
+    "PixioLayer": VIT._replace(after=("dropout", "drop_path")),
     "ASTLayer": VIT,
     "VivitLayer": VIT,
     "Dinov2Layer": DINO,
     "Dinov2WithRegistersLayer": DINO,
+    "Tipsv2VisionLayer": DINO,
     "DINOv3ViTLayer": DINO._replace(norm="norm"),
     "InternVLVisionLayer": VIT._replace(
         out=("projection_layer", "projection_dropout"), mlp=("mlp", "dropout"), after=("lambda_{}",)

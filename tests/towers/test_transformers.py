@@ -1,5 +1,7 @@
 """Each class of layers of transformers that a tower reads, in a small model of random weights."""
 
+import importlib
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ import transformers
 import elip_models
 from elip_models.towers import as_tower
 from elip_models.towers.hf_layers import LAYERS
-from tests.helpers.models import HF, HF_TEXT, hf_vision
+from tests.helpers.models import HF, HF_TEXT, enlarged
 from tests.helpers.towers import images
 
 AUDIO = {"max_length": 80, "num_mel_bins": 32, "frequency_stride": 6, "time_stride": 6}
@@ -22,6 +24,11 @@ MODELS = {
     "OwlViTEncoderLayer": ("OwlViTVisionModel", {}),
     "Owlv2EncoderLayer": ("Owlv2VisionModel", {}),
     "SiglipEncoderLayer": ("SiglipVisionModel", {}),
+    "Idefics2EncoderLayer": ("Idefics2VisionTransformer", {}),
+    "Idefics3EncoderLayer": ("Idefics3VisionTransformer", {}),
+    "SmolVLMEncoderLayer": ("SmolVLMVisionTransformer", {}),
+    "PixioLayer": ("PixioModel", {"n_cls_tokens": 3}),
+    "Tipsv2VisionLayer": ("Tipsv2VisionModel", {"num_register_tokens": 1, "layerscale_value": 0.3}),
     "JanusVisionEncoderLayer": ("JanusVisionModel", {}),
     "BlipEncoderLayer": ("BlipVisionModel", {}),
     "Blip2EncoderLayer": ("Blip2VisionModel", {}),
@@ -56,7 +63,12 @@ def kosmos2():
 
 def model_of(layer):
     name, options = MODELS[layer]
-    return hf_vision(name, name.replace("Model", "Config"), **options).eval()
+    config = name.replace("Transformer", "Config").replace("Model", "Config")
+    module = importlib.import_module(getattr(transformers, config).__module__)
+    model = getattr(
+        importlib.import_module(module.__name__.replace("configuration", "modeling")), name
+    )
+    return enlarged(model(getattr(transformers, config)(**(HF | options)))).eval()
 
 
 def inputs(layer):
