@@ -52,9 +52,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "timm SigLIP (attention pooling, no CLS)": named("timm:vit_base_patch16_siglip_224"),
     "timm Perception Encoder": named("timm:vit_pe_core_base_patch16_224"),
-    "timm DINOv3, `dynamic_img_size=False`": lambda: timm.create_model(
-        "vit_small_patch16_dinov3", dynamic_img_size=False
-    ),
+    "timm DINOv3 (rotary, registers)": named("timm:vit_small_patch16_dinov3"),
     "timm ViTamin, hybrids": named("timm:vitamin_small_224"),
     "timm ViT, parallel blocks": named("timm:vit_small_patch16_18x2_224"),
     "timm ViT, post-norm": named("timm:vit_base_patch16_rpn_224"),
@@ -86,6 +84,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         "Dinov2ForImageClassification", "Dinov2Config"
     ),
     "transformers `Dinov2Backbone`": configured("Dinov2Backbone", "Dinov2Config"),
+    "transformers `DINOv3ViTModel` (rotary, registers)": configured(
+        "DINOv3ViTModel", "DINOv3ViTConfig"
+    ),
     "transformers `CLIPForImageClassification`": configured(
         "CLIPForImageClassification", "CLIPConfig"
     ),

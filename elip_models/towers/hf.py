@@ -140,6 +140,8 @@ class HFTower(Tower):
 
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
+        if any(hasattr(self.trunk.config, name) for name in ("num_mel_bins", "tubelet_size")):
+            return "it reads no single images"
         return self.needs_grid
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
@@ -345,7 +347,8 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
         parents = [getattr(module, name, None) for name in ("encoder", "model")]
         for parent in (*parents, module):
             layers = getattr(parent, "layers", getattr(parent, "layer", None))
-            if hasattr(module.config, "patch_size") and _is_known(layers):
+            is_image = any(hasattr(module.config, name) for name in ("patch_size", "tubelet_size"))
+            if is_image and _is_known(layers):
                 return module, layers
     return None
 
@@ -386,16 +389,18 @@ def _is_known(layers: nn.Module | None) -> bool:
 
 def _sizes(trunk: nn.Module) -> tuple[tuple[int, int], int]:
     """Return the size of the images, or of a spectrogram, and the number of their patches."""
-    config, (rows, columns) = trunk.config, _pair(trunk.config.patch_size)
+    config, frames = trunk.config, 1
+    if hasattr(config, "tubelet_size"):  # patches of several frames
+        depth, rows, columns = config.tubelet_size
+        frames = config.num_frames // depth
+    else:
+        rows, columns = _pair(config.patch_size)
     if hasattr(config, "num_mel_bins"):  # patches of a spectrogram overlap
         bins, length = config.num_mel_bins, config.max_length
         across = (bins - rows) // config.frequency_stride + 1
         return (bins, length), across * ((length - columns) // config.time_stride + 1)
     height, width = _pair(config.image_size)
-    patches = (height // rows) * (width // columns)
-    if hasattr(config, "tubelet_size"):  # patches of several frames
-        patches *= config.num_frames // config.tubelet_size[0]
-    return (height, width), patches
+    return (height, width), frames * (height // rows) * (width // columns)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

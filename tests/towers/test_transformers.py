@@ -52,6 +52,7 @@ MODELS = {
     "Aimv2EncoderLayer": ("Aimv2VisionModel", {}),
 }
 INPUTS = {"ASTLayer": (2, 80, 32), "VivitLayer": (2, 4, 3, 48, 48)}
+ABSENT = {"ASTLayer": ("image_size",), "VivitLayer": ("patch_size",)}  # in their configs
 layers = pytest.mark.parametrize("layer", MODELS)
 
 
@@ -68,7 +69,8 @@ def model_of(layer):
     model = getattr(
         importlib.import_module(module.__name__.replace("configuration", "modeling")), name
     )
-    return enlarged(model(getattr(transformers, config)(**(HF | options)))).eval()
+    sizes = {name: n for name, n in HF.items() if name not in ABSENT.get(layer, ())}
+    return enlarged(model(getattr(transformers, config)(**(sizes | options)))).eval()
 
 
 def inputs(layer):

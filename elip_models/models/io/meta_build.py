@@ -110,9 +110,9 @@ def at_most(tensors: int, numbers: float = math.inf) -> Iterator[None]:
         count += isinstance(tensor, nn.Parameter)
         size += tensor.numel() if tensor.is_meta else 0
         if count > tensors:
-            raise ValueError(f"model: expected at most {tensors} tensors, as fit the file, got more")
+            raise ValueError(f"model: expected at most {tensors} tensors, by its file, got more")
         if size > numbers:
-            raise ValueError(f"model: expected at most {numbers} numbers, as fit the file, got more")
+            raise ValueError(f"model: expected at most {numbers} numbers, by its file, got more")
 
     handles = (
         register_module_parameter_registration_hook(check),

@@ -1,0 +1,40 @@
+"""docs/transformers_models.md agrees with the code."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.helpers.tiers import tiered
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def script():
+    spec = spec_from_file_location("transformers_models", DOCS / "transformers_models.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+models = script()
+PAGE = models.PAGE.read_text(encoding="utf-8")
+ANSWERS = models.read(PAGE)
+pytestmark = pytest.mark.skipif(
+    f"transformers {transformers.__version__}:" not in PAGE,
+    reason="the page was written with another release of transformers",
+)
+
+
+@pytest.mark.parametrize("name", tiered(ANSWERS, ["DINOv3ViTModel", "BeitModel"]))
+def test_the_page_is_what_the_code_answers(name):
+    if not ANSWERS[name].startswith("not built"):
+        assert models.answer(name) == ANSWERS[name]
+
+
+def test_the_page_has_every_name_and_its_count():
+    assert list(ANSWERS) == models.names()
+    assert models.read(models.page(ANSWERS)) == ANSWERS
+    taken = sum(each.startswith("yes") for each in ANSWERS.values())
+    assert taken >= 25 and f" {taken} of {len(ANSWERS)} can be reduced" in PAGE
