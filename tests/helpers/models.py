@@ -75,6 +75,11 @@ def dinov2_registers():
     return dinov2(*names, num_register_tokens=3, use_swiglu_ffn=True)
 
 
+def dinov3():
+    options = {"num_register_tokens": 3, "layerscale_value": 0.3, "use_gated_mlp": True}
+    return hf_vision("DINOv3ViTModel", "DINOv3ViTConfig", **options)
+
+
 def siglip_vision(attention="sdpa", **options):
     options |= {"attn_implementation": attention}
     return hf_vision("SiglipVisionModel", "SiglipVisionConfig", **options)
@@ -151,6 +156,7 @@ TOWERS = {
     "HF BLIP": lambda: hf_vision("BlipVisionModel", "BlipVisionConfig"),
     "HF DINOv2": lambda: dinov2(drop_path_rate=0.1),
     "HF DINOv2 registers": dinov2_registers,
+    "HF DINOv3": dinov3,
 }
 ROTARY = {
     "EVA-02 tiny": lambda: eva(mlp_ratio=8 / 3, swiglu_mlp=True),
