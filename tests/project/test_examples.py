@@ -17,6 +17,8 @@ PRINTED = {
     "open_clip_zero_shot": r"tokens a layer .*blue: \w+ \(\d+%\), cosine to dense (0\.\d+|1\.0+)$",
     "dense_grid": r"step 23: 41 of 65 tokens, intersection over union 0\.(?P<right>\d+)$",
     "own_strategy": r"100 of 197 tokens; kept: \[.*longest\(keep_ratio=.*logits \(2, 1000\)$",
+    "video": r"393 344 .*FLOPs .* leave the last block, of up to \d+ patches\stime .*dense one's$",
+    "audio": r"602 526 .*FLOPs .* leave the last block, of up to \d+ patches\stime .*dense one's$",
 }
 """What the whole output is, and a percentage in it that must be better than chance."""
 
