@@ -58,7 +58,7 @@ class Reduction:
         tower, strategy = self.tower, self.strategy
         stages = blocks_of(strategy, tower.size)
         self.acts_at = stages
-        if stages and (strategy.replaces_later or tower.is_rotary):
+        if stages and (strategy.replaces_later or tower.has_positions):
             self.acts_at = tuple(range(stages[0], tower.depth))
         self.first, self.last = min(stages, default=tower.depth), tower.depth - 1
         if self.acts_at:
@@ -73,7 +73,7 @@ class Reduction:
     def shares_forward(self) -> bool:
         """Return whether blocks in a graph read the results of earlier blocks."""
         tower, strategy = self.tower, self.strategy
-        needs_positions = tower.is_rotary or tower.has_dynamic_size or tower.pools
+        needs_positions = tower.has_positions or tower.has_dynamic_size or tower.pools
         needs_sizes = strategy.replaces_block or strategy.merge == "nearest"
         return needs_positions or needs_sizes or self.on_grid
 
@@ -246,11 +246,17 @@ class ReducedBlock:
             step = self.enter(args, kwargs)
         tokens = step.tokens
         if not step.replaced_block:
-            if step.positions is not None:
-                kwargs = self.reduction.tower.block_kwargs_at(kwargs, step.positions)
-            forward = original_method(self.block, "forward", self.replaced)
-            tokens = forward(tokens, *args[1:], **kwargs)
+            tokens = self._run_at(step.positions, tokens, args[1:], kwargs)
         return tokens if step.slots is None else step.slots.unmerged(tokens)
+
+    def _run_at(self, positions: Tensor | None, tokens: Tensor, args: Args, kwargs: Kwargs) -> Any:
+        """Run the block's own forward; or its halves, if it would add the bias of all patches."""
+        tower = self.reduction.tower
+        if positions is not None and tower.adds_bias:
+            return tower.at(positions).call(self.i, self.block, tokens)
+        if positions is not None:
+            kwargs = tower.block_kwargs_at(kwargs, positions)
+        return original_method(self.block, "forward", self.replaced)(tokens, *args, **kwargs)
 
     def _tokens_first(self, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Return tokens passed by keyword as a positional argument, and the other keywords."""

@@ -47,7 +47,7 @@ class Adapter(NamedTuple):
 
 
 ADAPTERS = {
-    "timm": Adapter((("eva", "EvaTower"), ("timm", "TimmTower")), ()),
+    "timm": Adapter((("eva", "EvaTower"), ("timm_bias", "BiasTower"), ("timm", "TimmTower")), ()),
     "open_clip": Adapter((("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),)),
     "transformers": Adapter(
         (("hf", "HFTower"),),

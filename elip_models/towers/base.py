@@ -65,10 +65,15 @@ class Tower(TowerParts):
         """Return whether one projection of the tokens gives the head mean of a block's keys."""
         return self.projections(0).k_norm is None and not self.is_rotary
 
+    @property
+    def has_positions(self) -> bool:
+        """Return whether blocks read the position of each patch."""
+        return self.is_rotary or self.adds_bias
+
     def at(self, positions: Tensor | None) -> Self:
         """Return the tower for tokens at these positions; None means all patches in order.
 
-        Only a rotary tower reads positions.
+        Only a tower that `has_positions` reads them.
         """
         return self
 
@@ -89,7 +94,7 @@ class Tower(TowerParts):
 
         None if blocks need none.
         """
-        if not self.is_rotary:
+        if not self.has_positions:
             return None
         kept = kept - self.num_prefix_tokens
         return kept if self.positions is None else self.positions.gather(1, kept)
@@ -104,6 +109,18 @@ class Tower(TowerParts):
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
         return kwargs
+
+    def position_bias(self, i: int) -> Tensor | None:
+        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
+        return None
+
+    def bias_at(self, bias: Tensor, positions: Tensor) -> Tensor:
+        """Return the bias (B, H, N, N) at `positions`, of that of all tokens (1, H, N0, N0)."""
+        p, B = self.num_prefix_tokens, positions.shape[0]
+        first = torch.arange(p, device=positions.device).expand(B, -1)
+        places = torch.cat([first, torch.where(positions < 0, positions, positions + p)], dim=1)
+        bias = F.pad(bias[0], (0, 1, 0, 1))  # the last row and column, of a token without position
+        return bias[:, places[:, :, None], places[:, None]].transpose(0, 1)
 
     def rotated(self, i: int, heads: Tensor) -> Tensor:
         """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
@@ -151,6 +168,8 @@ class Tower(TowerParts):
         """
         q, k, v = self.qkv(i, tokens) if qkv is None else qkv
         dropout, scale = self.attention_dropout(i), self.projections(i).scale
+        own = self.position_bias(i)
+        bias = bias if own is None else own if bias is None else own + bias
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
         )
@@ -159,7 +178,8 @@ class Tower(TowerParts):
     def attention_map(self, i: int, tokens: Tensor, *, qkv: QKV | None = None) -> Tensor:
         """Return block i's attention weights (B, H, N, N), as the official code computes them."""
         q, k, _ = self.qkv(i, tokens) if qkv is None else qkv
-        return torch.matmul(q * self.projections(i).scale, k.mT).softmax(-1)
+        scores, bias = torch.matmul(q * self.projections(i).scale, k.mT), self.position_bias(i)
+        return (scores if bias is None else scores + bias).softmax(-1)
 
     def cls_attention(
         self, i: int, tokens: Tensor, cls: Tensor, *, mask: Tensor | None = None
@@ -178,6 +198,9 @@ class Tower(TowerParts):
                 return elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
             q, k = self.query_and_keys(i, tokens, cls)
             scale = self.projections(i).scale
+            bias = self.position_bias(i) if self.has_cls else None
+            if bias is not None:
+                return _row_with_bias(q, k, bias[:, :, 0], scale, mask)
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=scale, mask=mask)
 
     def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
@@ -298,11 +321,20 @@ class Tower(TowerParts):
                 attended = elip_kernels.cls_attention_output(tokens, cls, **arguments)
             else:
                 q, k, v = self.qkv(i, with_cls(tokens, cls))
-                scale = self.projections(i).scale
-                row = F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=scale)
+                scale, bias = self.projections(i).scale, self.position_bias(i)
+                bias = None if bias is None else bias[:, :, :1]
+                row = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=bias, scale=scale)
                 attended = row.flatten(1)
             cls = cls[:, None] + self.project(i, attended[:, None])
             return self.mlp(i, cls)[:, 0]
+
+
+def _row_with_bias(q: Tensor, k: Tensor, bias: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Return the attention row (B, N), averaged over heads, of q (B, H, d) and bias (B, H, N)."""
+    scores = (torch.einsum("bhd,bhnd->bhn", q, k) * scale + bias).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    return scores.softmax(-1).mean(1)
 
 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:

@@ -118,8 +118,9 @@ class TowerParts:
     pools: the model averages or attends to all patches after the last block.
     absorbs_keys: a row is computed without a key projection of the tokens.
     is_rotary: blocks rotate queries and keys by the position of their patch.
+    adds_bias: blocks add a bias to their attention for each pair of positions.
     positions: (B, N-p) the patch of each token, `NO_POSITION` for one without; None if the tokens
-        are all patches in order. Only a rotary tower has them.
+        are all patches in order. Only a tower that `has_positions` sets them.
     has_dynamic_size: the model takes images of other sizes, with other numbers of patches.
     size_advice: the remedy in an error about the image size.
     collector: the module whose call `collects` hidden states or attentions, or None.
@@ -144,6 +145,7 @@ class TowerParts:
     pools: bool = False
     absorbs_keys: bool = True
     is_rotary: bool = False
+    adds_bias: bool = False
     positions: Tensor | None = None
     has_dynamic_size: bool = False
     size_advice: str = "resize the images"

@@ -9,10 +9,6 @@ PLAIN = "take a plain ViT, such as timm.create_model('vit_base_patch16_224')"
 WINDOWS = f"attends in windows of its grid of patches, which need every token; {PLAIN}"
 STAGES = f"pools or convolves its grid of patches, which needs every token; {PLAIN}"
 CONVOLUTIONAL = f"is a convolutional network, which has no tokens to drop; {PLAIN}"
-POSITIONS = (
-    "adds a bias to its attention for each pair of positions, which would not follow the tokens; "
-    f"{PLAIN}"
-)
 GRID = f"returns boxes, masks or depths, which need a token for each patch; {PLAIN}"
 VIDEO = "reads videos, whose tokens span several images; encode single images with an image model"
 WRAPPER = "is of another library, or a wrapper; pass the image model inside a wrapper"
@@ -20,7 +16,6 @@ PART = "is a part of a model; pass the whole model"
 NOT_YET = "which no adapter reads yet"
 
 TIMM = {
-    "beit": POSITIONS,
     "cait": "mixes its attention heads before and after the softmax, and meets its class token in "
     f"its last layers alone; {PLAIN}",
     "convit": "gates its attention by the positions of patches, which would not follow the tokens; "
@@ -33,7 +28,6 @@ TIMM = {
     "qwen3_vit": f"is another plain ViT (Qwen's encoder), {NOT_YET}; {PLAIN}",
     "swin_transformer* hiera* davit gcvit maxxvit twins nest": WINDOWS,
     "tnt": f"runs a second transformer over the pixels of every patch; {PLAIN}",
-    "vision_transformer_relpos": POSITIONS,
     "vision_transformer_sam": WINDOWS,
     "convnext* resnet* regnet *efficientnet* mobilenetv[35] densenet vgg": CONVOLUTIONAL,
     "_features*": "is a wrapper; pass the image model inside",
@@ -47,7 +41,8 @@ TRANSFORMERS = {
     "siglip2*": "takes padded patches with a mask, which would not follow the tokens; "
     "timm.create_model('vit_base_patch16_siglip_224.v2_webli') is supported",
     "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
-    "beit data2vec-vision": POSITIONS,
+    "beit data2vec-vision": f"adds a bias to its attention for each pair of positions, {NOT_YET}; "
+    "timm.create_model('beit_base_patch16_224') is supported",
     "pvt* levit cvt segformer glpn focalnet poolformer mobilevit* swiftformer": STAGES,
     "convnext* dinov3_convnext resnet regnet bit efficientnet mobilenet_* align": CONVOLUTIONAL,
     "hgnet_v2 textnet": CONVOLUTIONAL,

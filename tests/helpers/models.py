@@ -4,7 +4,9 @@ import open_clip
 import timm
 import torch
 import transformers
+from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from tests.helpers.towers import WIDTH, clip_vit, plain_vit
@@ -19,6 +21,8 @@ HF_TEXT = {
 }
 HF = {name: v for name, v in HF_TEXT.items() if name != "vocab_size"}
 HF |= {"num_hidden_layers": 6} | SIZES
+BEIT = {"img_size": 48, "patch_size": 8, "embed_dim": WIDTH, "depth": 6, "num_heads": 2}
+BEIT |= {"num_classes": 5}
 EVA02 = {
     "img_size": 48,
     "patch_size": 8,
@@ -46,6 +50,20 @@ def distilled_vit():
             img_size=48, patch_size=8, embed_dim=WIDTH, depth=6, num_heads=2, num_classes=5
         )
     )
+
+
+def beit(**options):
+    defaults = {"use_rel_pos_bias": True, "init_values": 0.3, "qkv_bias": True}
+    model = Beit(**BEIT, **(defaults | options))
+    for block in model.blocks:
+        if block.attn.q_bias is not None:
+            nn.init.normal_(block.attn.q_bias, std=0.2)
+    return enlarged(model)
+
+
+def relative_positions(**options):
+    defaults = {"class_token": True, "global_pool": "token", "rel_pos_type": "bias"}
+    return enlarged(VisionTransformerRelPos(**BEIT, **(defaults | options)))
 
 
 def eva(**options):
@@ -157,6 +175,8 @@ TOWERS = {
     "HF DINOv2": lambda: dinov2(drop_path_rate=0.1),
     "HF DINOv2 registers": dinov2_registers,
     "HF DINOv3": dinov3,
+    "timm BEiT": beit,
+    "timm relative positions": relative_positions,
 }
 ROTARY = {
     "EVA-02 tiny": lambda: eva(mlp_ratio=8 / 3, swiglu_mlp=True),
@@ -171,6 +191,18 @@ ROTARY = {
     "rope": lambda: eva(attn_type="rope", no_embed_class=True, use_abs_pos_emb=False),
     "rope mixed": lambda: eva(attn_type="rope", rope_type="mixed", no_embed_class=True),
     "rope split q, k, v": lambda: eva(attn_type="rope", qkv_fused=False),
+}
+BIASED = {
+    "BEiT, shared bias": lambda: beit(
+        use_rel_pos_bias=False, use_shared_rel_pos_bias=True, use_abs_pos_emb=True
+    ),
+    "BEiT, no class bias": lambda: beit(use_rel_pos_bias=False, qkv_bias=False),
+    "relative positions, no CLS": lambda: relative_positions(
+        class_token=False, global_pool="avg", rel_pos_type="mlp", qk_norm=True
+    ),
+    "relative positions, shared": lambda: relative_positions(
+        rel_pos_type="mlp", shared_rel_pos=True, init_values=0.3
+    ),
 }
 POOLED = {
     "timm average": lambda: plain_vit(global_pool="avg"),

@@ -99,7 +99,7 @@ class CompleteGraph(ToMe):
                 pairs = self.choose(tower, stage, attention, context.text_cls)
             match, weights = pairs.match(N), pairs.weights
             positions = None
-            if tower.is_rotary:
+            if tower.has_positions:
                 positions = tower.positions_of(pairs.kept(N)[:, tower.num_prefix_tokens :])
         if sizes is None:
             sizes = tokens.new_ones(B, N, dtype=accumulator(tokens))

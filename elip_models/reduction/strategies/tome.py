@@ -24,8 +24,8 @@ class ToMe(Strategy):
         attention with log(size) of each key added to its scores, then
         x, size = bipartite soft matching on this block's keys
 
-    In a tower with rotary positions, a merged token stands where the token stood that others merged
-    into, and the keys that are compared are rotated.
+    If blocks read positions, a merged token stands where the token stood that others merged into.
+    Rotary keys are compared as they are rotated.
 
     Attributes:
         r: how many tokens each block merges away: a number, a share of the image's patches, or one
@@ -163,7 +163,7 @@ class ToMe(Strategy):
                 return_info=True,
             )
         tokens = self.scaled(merged, tokens, match)
-        positions = self.positions_after(tower, match) if tower.is_rotary else None
+        positions = self.positions_after(tower, match) if tower.has_positions else None
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
 
     def positions_after(self, tower: Tower, match: BipartiteInfo) -> Tensor | None:

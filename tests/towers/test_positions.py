@@ -1,4 +1,4 @@
-"""Rotary towers: every kept token keeps its own rotation, the merged one has none."""
+"""Towers whose blocks read positions: rotations, or a bias for each pair of positions."""
 
 import pytest
 import timm
@@ -9,7 +9,7 @@ import elip_models
 from elip_models import CrossGET, PiToMe, ToMe
 from elip_models.reduction.step import Forward
 from elip_models.towers import as_tower
-from tests.helpers.models import ROTARY, eva
+from tests.helpers.models import BIASED, ROTARY, TOWERS, eva
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
@@ -20,6 +20,8 @@ from tests.helpers.towers import (
     images,
     text,
 )
+
+PLACED_BY_BIAS = {name: TOWERS[name] for name in ("timm BEiT", "timm relative positions")} | BIASED
 
 
 @pytest.fixture(params=ROTARY.values(), ids=ROTARY)
@@ -196,10 +198,10 @@ def test_a_merged_token_stands_where_one_of_its_tokens_stood(strategy):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["EVA-02 tiny", "DINOv3", "rope mixed"])
+@pytest.mark.parametrize("name", ["EVA-02 tiny", "DINOv3", "rope mixed", *PLACED_BY_BIAS])
 def test_equal_tokens_at_one_position_merge_to_the_dense_result(name):
     """Attention by size counts a merged pair twice, so every later block is as without a merge."""
-    model = ROTARY[name]().eval().double()
+    model = (ROTARY | PLACED_BY_BIAS)[name]().eval().double()
     tower, p = as_tower(model), as_tower(model).num_prefix_tokens
     places = torch.stack([torch.randperm(36)[:18] for _ in range(2)]).repeat_interleave(2, 1)
     tokens = tower.embed(images().double())
@@ -215,3 +217,33 @@ def test_equal_tokens_at_one_position_merge_to_the_dense_result(name):
     assert tokens.shape[1] == p + 18 and torch.equal(first.positions, places[:, ::2])
     restored = elip_kernels.unmerge(tokens, first.reduction)
     torch.testing.assert_close(restored, dense, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PLACED_BY_BIAS)
+def test_a_bias_follows_the_positions(name):
+    model, x = PLACED_BY_BIAS[name]().eval(), images()
+    tower, close = as_tower(model), {"atol": 2e-5, "rtol": 2e-5}
+    places = torch.stack([torch.randperm(36)[:20].sort().values for _ in range(2)])
+    places[:, -1] = -1  # a merged token
+    p, tokens = tower.num_prefix_tokens, tower.embed(x)
+    for i in range(tower.depth):
+        whole = tower.block(i, tokens)
+        everywhere = tower.at(torch.arange(36).expand(2, -1))
+        torch.testing.assert_close(everywhere.block(i, tokens), whole, **close)
+        torch.testing.assert_close(tower.mlp(i, tower.attend(i, tokens)), whole, **close)
+        few, at = tokens[:, : p + 20], tower.at(places)
+        full = tower.position_bias(i)
+        if full is not None:
+            bias = at.position_bias(i)
+            assert not bias[:, :, -1].any() and not bias[..., -1].any()
+            for b, n, m in ((0, 3, 7), (1, 0, 18)):
+                there = full[0, :, p + places[b, n], p + places[b, m]]
+                assert torch.equal(bias[b, :, p + n, p + m], there)
+        if tower.has_cls:
+            row = at.attention_map(i, few)[:, :, 0].mean(1)
+            got = at.cls_attention(i, few, few[:, 0])
+            torch.testing.assert_close(got, row, atol=1e-5, rtol=0)
+            cls = at.cls_block(i, few, few[:, 0])
+            torch.testing.assert_close(cls, at.block(i, few)[:, 0], **close)
+        tokens = whole
