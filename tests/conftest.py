@@ -1,5 +1,6 @@
 """Workers of the whole suite, and shared fixtures: golden tensors, scenes as files, a tokenizer."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 GOLDEN = TESTS / "golden"
-LONGEST = ("test_interpreter", "test_gpu_on_cpu", "test_distributed")
+LONGEST = ("test_interpreter", "test_interpreter_further", "test_gpu_on_cpu", "test_distributed")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 if IS_WORKER:  # one core for each worker and for the processes that it starts
@@ -28,9 +29,20 @@ def pytest_cmdline_main(config):
         option.loadscopereorder = False  # or the longest files, which have few tests, come last
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    """Move the longest tests to the front, so that both workers end at the same time."""
+    """Move the longest tests to the front, so that both workers end at the same time. A case that
+    one argument makes slow and another exhaustive is exhaustive."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of garbage collections, which took a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(5_000, 10, 10)
 
 
 class Golden(dict):

@@ -20,5 +20,19 @@ def tiered(cases, quick):
     return [pytest.param(*_values(case), marks=marks[i]) for i, case in enumerate(cases)]
 
 
+def slow_except(quick, cases):
+    """`cases` as parameters; those not in `quick` are slow."""
+    return [
+        pytest.param(*_values(case), marks=() if case in quick else pytest.mark.slow)
+        for case in cases
+    ]
+
+
+def first_quick(cases, count=1):
+    """`cases` as parameters; all but the first `count` are slow."""
+    cases = list(cases)
+    return slow_except(cases[:count], cases)
+
+
 def _values(case):
     return case if isinstance(case, tuple) else (case,)

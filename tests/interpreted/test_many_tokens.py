@@ -126,19 +126,19 @@ def test_an_output_of_many_tokens(launches, N):
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
-def test_an_image_selects_the_same_alone_and_in_a_batch_of_two_hundred(launches, dtype):
+def test_an_image_selects_the_same_alone_and_in_a_large_batch(launches, dtype):
     """Images are first in a tile of 16: on the CPU, unlike in tensor cores, the last bit of a
     product depends on its row in the tile.
     """
-    B, N, D = 200, 10, 32
+    B, N, D = 100, 10, 32
     tokens, cls, text = torch.randn(B, N, D), torch.randn(B, D), torch.randn(B, D)
     tokens, cls, text = (t.to(dtype) for t in (tokens, cls, text))
     options = block(D, 2, dtype) | {"keep": 4, "fusion": 0.5, "return_info": True}
     whole, info, row = elip_kernels.score_reduce(tokens, cls, text=text, **options)
-    for i in (0, 16, 96, 192):
+    for i in (0, 16, 96):
         one = slice(i, i + 1)
         given = tokens[one], cls[one]
         alone, its, own = elip_kernels.score_reduce(*given, text=text[one], **options)
         assert torch.equal(own, row[one]) and torch.equal(its.kept, info.kept[one])
         assert torch.equal(its.weights, info.weights[one]) and torch.equal(alone, whole[one])
-    assert launches["elip::score_reduce"] == 5
+    assert launches["elip::score_reduce"] == 4

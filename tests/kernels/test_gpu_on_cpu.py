@@ -15,10 +15,11 @@ import pytest
 
 from benchmarks import tune
 from elip_kernels._triton import HAS_TRITON
+from tests.helpers.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests/gpu"
-LEAST_CASES = 130
+HALF = ("-k", "not torch.float32")
 
 
 def defined():
@@ -39,12 +40,12 @@ def outcomes(report):
         yield name, None if skipped is None else skipped.get("message")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("words", "least"), tiered([(HALF, 70), ((), 130)], []))
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
-def test_every_gpu_test_passes_on_small_cases(tmp_path):
+def test_every_gpu_test_passes_on_small_cases(tmp_path, words, least):
     report = tmp_path / "report.xml"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words, str(FOLDER)]
     command += [f"--junitxml={report}"]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
@@ -52,7 +53,7 @@ def test_every_gpu_test_passes_on_small_cases(tmp_path):
     skipped = {name: why for name, why in cases if why is not None}
     assert not skipped
     assert {name for name, _ in cases} == defined()
-    assert len(cases) >= LEAST_CASES
+    assert len(cases) >= least
 
 
 @pytest.fixture

@@ -1,0 +1,15 @@
+"""The kernels in the interpreter against fp64: the files that `test_interpreter.py` leaves."""
+
+import pytest
+
+from elip_kernels._triton import HAS_TRITON
+from tests.helpers.interpreter import FOLDER, file, number_passed
+from tests.kernels.test_interpreter import HALF
+
+OTHERS = sorted({str(each) for each in FOLDER.glob("test_*.py")} - {*HALF, file("randomised")})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
+def test_other_kernels_under_the_interpreter():
+    assert number_passed(*OTHERS) >= 80
