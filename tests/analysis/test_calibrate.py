@@ -229,6 +229,7 @@ def test_measures():
     assert neighbours(dense, torch.randn(30, 6)).mean() < 0.6
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     photographs = tmp_path / "photographs" / "of summer"
     photographs.mkdir(parents=True)

@@ -22,11 +22,12 @@ from elip_models.analysis.visualize import (
 )
 from elip_models.data import EmojiScenes
 from elip_models.models.clip.model import CLIP, CLIPConfig
-from elip_models.models.registry import DOWNSTREAM, create_model, elip_strategy
+from elip_models.models.registry import DOWNSTREAM, FAMILIES, create_model, elip_strategy
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
 from elip_models.training.report import Reporter
+from tests.helpers.tiers import first_quick, slow_except
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
 NUM_PATCHES = 36
@@ -114,7 +115,7 @@ def rows_of(path):
     return len(re.findall("1{150,}", lines))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", first_quick([1, 3]))
 def test_the_picture_has_a_row_an_image(batch, tmp_path):
     infos, _ = reduce_images()
     infos = [
@@ -168,7 +169,7 @@ def test_patches_of_a_token_have_their_mean_colour_and_dropped_ones_are_grey():
     assert torch.equal(patch(0, 2), alone[:, 1:, 1:])
 
 
-@pytest.mark.parametrize("strategy", ["tome:r=3", "elip"])
+@pytest.mark.parametrize("strategy", first_quick(["tome:r=3", "elip"]))
 def test_the_merging_is_a_picture_with_a_row_an_image(strategy, tmp_path):
     model, x = plain_vit(), images(3)
     _, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
@@ -182,7 +183,7 @@ def test_the_concentration_is_a_picture(tmp_path):
     assert Image.open(path).size == (832, 520)
 
 
-@pytest.mark.parametrize("schedule", [None, "1(100%) 2(50%)"])
+@pytest.mark.parametrize("schedule", first_quick([None, "1(100%) 2(50%)"]))
 def test_a_training_run_ends_with_the_picture(schedule, tokenizer, tmp_path):
     config = CLIPConfig(
         image_size=32,
@@ -202,7 +203,9 @@ def test_a_training_run_ends_with_the_picture(schedule, tokenizer, tmp_path):
     assert rows_of(reporter.picture(2)) == 2
 
 
-@pytest.mark.parametrize("family", DOWNSTREAM)
+@pytest.mark.parametrize(
+    "family", slow_except([f"{each}_retrieval" for each in FAMILIES], DOWNSTREAM)
+)
 def test_a_dense_model_of_a_task_is_shown_by_the_schedule_of_its_pre_training(family):
     kind = DOWNSTREAM[family]
     with torch.device("meta"):

@@ -17,6 +17,7 @@ from elip_models.models.clip.model import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_blip, hf_clip, hf_siglip, open_clip_pair
+from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.models.test_open_model import tiny_vit
 from tests.towers.test_image_text import guidance_of
@@ -168,6 +169,7 @@ def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     )
 
 
+@pytest.mark.slow
 def test_a_wide_tower(monkeypatch, files, tmp_path):
     wide = timm.models.VisionTransformer(
         img_size=(32, 64), patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0
@@ -196,7 +198,10 @@ def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
 
 
-@pytest.mark.parametrize("strategy", ["tome", "guided_tome:fusion=1", "pitome"])
+MERGES = ["tome", "guided_tome:fusion=1", "pitome"]
+
+
+@pytest.mark.parametrize("strategy", slow_except(MERGES[:1], MERGES))
 def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path, files, capsys):
     output, model = tmp_path / "merged.png", ["--model", "clip_tiny", "--no-pretrained"]
     shown = ["--image", files[0], "--caption", "a", "--strategy", strategy, "--keep", 0.7]

@@ -133,6 +133,7 @@ def test_no_output_overwrites_an_earlier_one(direction):
     assert len({t.data_ptr() for each in outputs for t in each}) == 3
 
 
+@pytest.mark.slow
 def test_a_graph_keeps_its_tensors_alive(fake_device):
     alive = []
 

@@ -201,6 +201,7 @@ def test_a_model_of_larger_images_is_reduced_by_the_patches_of_a_smaller_one(fol
     assert (got - expected).abs().max() < 5e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 @needs_weights
 def test_a_real_model_keeps_more_under_tome_than_under_pruning(
     folder, monkeypatch, tmp_path, capsys

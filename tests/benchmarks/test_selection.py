@@ -30,6 +30,7 @@ from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.elip import ELIP, Staged
 from elip_models.reduction.strategy import Merge, StageInfo
 from tests.helpers.models import enlarged
+from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 
 COUNT, KEEP, PATCHES = 24, 32, 64
@@ -122,7 +123,10 @@ def test_constant_scores_keep_the_named_patches_of_the_upper_half(model, source,
     assert scores["named"]["mean"] == pytest.approx(named.float().mean().item())
 
 
-@pytest.mark.parametrize(("scorer", "count"), [("random", 60), ("constant", 120)])
+CHANCE = [("random", 60), ("constant", 120)]
+
+
+@pytest.mark.parametrize(("scorer", "count"), slow_except(CHANCE[:1], CHANCE))
 def test_scores_independent_of_the_image_give_chance(model, tokenizer, scorer, count):
     source = EmojiScenes(count, seed=9, clutter=4, textures=True)
     constant = type("Constant", (Told,), {"rows": torch.ones(count, PATCHES)})()
@@ -159,6 +163,7 @@ def test_kept_patches_are_traced_through_the_stages():
     assert kept == [[0, 2, 3, 7], [2]]
 
 
+@pytest.mark.slow
 def test_another_caption_and_another_image_change_what_the_model_keeps(model, source, tokenizer):
     strategy = ELIP(HALF, scorer="last", fusion=0.0)
     scores = selection_scores(model, source, tokenizer, strategy, batch_size=7)
@@ -189,6 +194,7 @@ def test_a_merging_strategy_has_only_purity(model, source, tokenizer):
     assert scores["insertion"] is None and scores["lost"]["mean"] > 0
 
 
+@pytest.mark.slow
 def test_agreement_and_loss_are_those_of_the_model(model, source, tokenizer):
     strategy = ELIP(HALF, scorer="last")
     scores = selection_scores(model, source, tokenizer, strategy, batch_size=9)

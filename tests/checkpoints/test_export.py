@@ -13,6 +13,7 @@ from elip_models.checkpoints.load import convert_checkpoint
 from elip_models.data import image_transform
 from elip_models.models.clip.model import CLIP
 from elip_models.models.registry import create_model, load_model
+from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import elip
 from tests.helpers.weights import assert_equal_weights
 
@@ -183,7 +184,9 @@ def our_clip(**options):
     return filled(create_model("clip_tiny", **sizes | options))
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "quick_gelu", "text_norm_eps": 1e-4}])
+@pytest.mark.parametrize(
+    "options", first_quick([{}, {"activation": "quick_gelu", "text_norm_eps": 1e-4}])
+)
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
 @torch.no_grad()
 def test_our_clip_is_exported_and_imported(tmp_path, to, options):

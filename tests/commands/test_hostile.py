@@ -207,6 +207,7 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys):
     assert "the memory is too small" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_text_is_printed(tmp_path):
     command = [sys.executable, "-m", "elip_models.cli", "data", "export", "captioning"]
     command += ["emoji_scenes:size=1", b"\xff"]

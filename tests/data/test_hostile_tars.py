@@ -55,6 +55,7 @@ EXTENDED = {
 }
 
 
+@pytest.mark.slow
 def test_extended_headers_take_linear_time(tmp_path):
     paths = []
     for name, added in EXTENDED.items():

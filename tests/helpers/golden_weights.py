@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import cache
 
 import torch
 
@@ -11,11 +12,16 @@ def ruled(name, shape):
 
     Values have three digits. Weights of norms are within 0.3 of 1, others within 0.35 of 0.
     """
-    rng = random.Random(name)  # Python guarantees the same numbers on every machine
-    values = [round(rng.uniform(-1, 1), 3) for _ in range(math.prod(shape))]
-    values = torch.tensor(values, dtype=torch.float64).view(shape)
+    values = _drawn(name, math.prod(shape)).view(shape)
     is_scale = "norm" in name.lower() and name.endswith("weight")
     return 1 + 0.3 * values if is_scale else 0.35 * values
+
+
+@cache
+def _drawn(name, count):
+    rng = random.Random(name)  # Python guarantees the same numbers on every machine
+    values = [round(rng.uniform(-1, 1), 3) for _ in range(count)]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def matrix(rows, columns, seed):

@@ -257,6 +257,7 @@ def test_opcheck(with_size):
     opcheck(torch.ops.elip.bipartite_merge_backward.default, (grad, size, sizes, slots))
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_once_for_all_batches_and_counts():
     torch._dynamo.reset()
     compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

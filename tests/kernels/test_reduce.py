@@ -165,6 +165,7 @@ def test_opcheck_of_few_images(batch):
         opcheck(torch.ops.elip.select.default, (scores, of_patches, 5, 2))
 
 
+@pytest.mark.slow
 def test_one_image_compiles():
     def kept(tokens, scores):
         return elip_kernels.reduce(2 * tokens, 2 * scores, 5, return_info=True)[1].kept + 1

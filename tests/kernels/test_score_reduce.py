@@ -100,6 +100,7 @@ def arguments_of_the_op(dtype=torch.float32):
     return tokens, query, 3, True, True, None, None
 
 
+@pytest.mark.slow
 def test_opcheck_and_gradcheck():
     tokens, query, *others = arguments_of_the_op()
     opcheck(torch.ops.elip.score_reduce.default, (tokens, *query, *others))

@@ -369,6 +369,7 @@ def test_a_missing_answer_changes_no_loss():
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
+@pytest.mark.slow
 def test_a_momentum_tower_shares_or_scores_the_reduction():
     for options in ({"momentum_reduction": "shared"}, {"scorer": "momentum"}):
         for task in TASKS:

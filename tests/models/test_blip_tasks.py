@@ -15,7 +15,7 @@ from elip_models.models.layers.generation import Decoding
 from elip_models.models.momentum_model import Negatives
 from elip_models.reduction.strategies import STRATEGIES
 from tests.helpers.golden_weights import ruled
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.towers import assert_equal_gradients, gradients, our_names
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -218,7 +218,7 @@ def test_random_inputs_are_a_batch(task):
     assert out.loss.isfinite() and torch.equal(out.loss, sum(parts or [out.loss]))
 
 
-@TASKS
+@pytest.mark.parametrize("task", first_quick(MODELS))
 def test_a_saved_model_loads_with_equal_outputs(task, tmp_path):
     model = made(task, **REDUCED).float().eval()
     batch = {n: t.float() if n == "images" else t for n, t in batch_of(task).items()}

@@ -14,7 +14,7 @@ from elip_models.reduction.strategies import STRATEGIES, ToMe
 from elip_models.reduction.strategy import mask_after
 from elip_models.training.trainer import train
 from tests.helpers.cross_modal_cases import MODELS, batch_of_four, draws, made, step
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.tiny_run import own_process
 from tests.helpers.towers import assert_equal_gradients
 from tests.training.test_pretraining import assert_all_losses_fall, config
@@ -69,7 +69,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
     assert_equal_gradients(recomputed, gradients, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("family", "strategy"), CASES)
+@pytest.mark.parametrize(("family", "strategy"), slow_except(QUICK, CASES))
 def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
     model, (images, ids, mask) = reduced(family, strategy), batch_of_four()
     tokens, infos = model.encode_image(images, model.encode_text(ids, mask)[:, 0])

@@ -84,6 +84,7 @@ def test_gradient_caching_saves_less_for_backward():
     assert saved[1] < saved[0] / 5
 
 
+@pytest.mark.slow
 def test_a_training_run_in_slices_has_equal_losses(tmp_path):
     settings = ("model.overrides.drop_path=0",)
     for name, slices in (("whole", 1), ("slices", 4)):

@@ -14,6 +14,7 @@ from elip_models.models.clip.model import CLIP
 from elip_models.models.io.open_model import open_model
 from elip_models.models.registry import create_model, load_model
 from tests.helpers.models import hf_clip
+from tests.helpers.tiers import first_quick
 
 NAMES = ["clip_tiny", "elip_clip_tiny", "elip_albef_tiny", "elip_blip_tiny", "elip_meter_tiny"]
 
@@ -54,7 +55,7 @@ def hub(tmp_path, monkeypatch):
     return put
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", first_quick(NAMES))
 def test_the_card_has_tokens_flops_and_usage(name, tmp_path):
     model = create_model(name)
     model.save_pretrained(tmp_path)

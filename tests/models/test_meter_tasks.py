@@ -25,7 +25,7 @@ from elip_models.models.meter.downstream import (
 )
 from elip_models.models.meter.model import METER
 from elip_models.training.optim import parameter_groups
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.towers import assert_equal_gradients, gradients
 
 MODELS = {model.task: model for model in (METERVQA, METEREntailment, METERNLVR2, METERRetrieval)}
@@ -287,7 +287,7 @@ def test_checkpointing_changes_no_gradient(task):
     assert_equal_gradients(found[1], found[0], atol=1e-7, rtol=1e-5)
 
 
-@task_of
+@pytest.mark.parametrize("task", first_quick(MODELS))
 def test_a_saved_model_loads(task, tmp_path):
     model = filled(made(task), task).eval()
     model.save_pretrained(tmp_path)
@@ -326,7 +326,7 @@ def test_every_reduction_trains(task, name):
     assert losses[-1] < losses[0]
 
 
-@task_of
+@pytest.mark.parametrize("task", first_quick(MODELS))
 def test_the_official_sizes_are_the_defaults(task):
     model_class = MODELS[task]
     with torch.device("meta"):

@@ -129,6 +129,7 @@ def test_recomputed_layers_drop_the_same_tokens():
     assert_equal_gradients(found[1][1], found[0][1])
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_remaining_tokens():
     entered, pumer = fused(L=5, N=6), PuMer(layers=(0,))
     text, image = entered.text.requires_grad_(), entered.image.requires_grad_()

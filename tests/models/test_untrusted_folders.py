@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -79,6 +80,7 @@ for call in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_code_of_a_folder_does_not_run_whatever_is_answered(tmp_path):
     marker, calls, folders = tmp_path / "marker", [], []
     for fill, call in WAYS.values():
@@ -114,6 +116,12 @@ def reduced_folder(library, folder):
     )
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return `reduced_folder` that saves each library's model once."""
+    return cache(lambda library: reduced_folder(library, tmp_path_factory.mktemp(library)))
+
+
 def change(path, name, value):
     """Replace a tensor of a file by what `value` returns for it; None removes it."""
     weights = load_file(path)
@@ -133,8 +141,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("library", ["timm", "open_clip", "transformers"])
-def test_weights_that_a_reduced_model_cannot_have_are_named(library, damage, tmp_path):
-    path, name = reduced_folder(library, tmp_path)
+def test_weights_that_a_reduced_model_cannot_have_are_named(saved, library, damage, tmp_path):
+    path, name = saved(library)
+    path = shutil.copytree(path.parent, tmp_path, dirs_exist_ok=True) / path.name
     change(path, name, DAMAGES[damage])
     with pytest.raises(ValueError) as caught:
         elip_models.load_reduced(tmp_path)
@@ -185,21 +194,26 @@ for folder in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("library", SIZES)
-def test_sizes_are_held_to_the_file_before_memory_is_taken(library, tmp_path):
+def oversized(library, folder):
+    """Copies of a saved folder, each with a size that its weights do not have."""
     file, *keys = SIZES[library]
-    folders = []
-    reduced_folder(library, tmp_path / "saved")
     for key in keys:
         for value in (10**6, 2**20, 10**12):
-            folder = shutil.copytree(tmp_path / "saved", tmp_path / f"{key[-1]}_{value}")
-            config = json.loads((folder / file).read_text())
+            copied = shutil.copytree(folder, folder.with_name(f"{library}_{key[-1]}_{value}"))
+            config = json.loads((copied / file).read_text())
             part = config
             for name in key[:-1]:
                 part = part.setdefault(name, {}) or part
             part[key[-1]] = value
-            (folder / file).write_text(json.dumps(config))
-            folders.append(str(folder))
+            (copied / file).write_text(json.dumps(config))
+            yield str(copied)
+
+
+def test_sizes_are_held_to_the_file_before_memory_is_taken(saved, tmp_path):
+    folders = []
+    for library in SIZES:
+        path, _ = saved(library)
+        folders += oversized(library, shutil.copytree(path.parent, tmp_path / library))
     done = subprocess.run(
         [sys.executable, "-c", SET, *folders], capture_output=True, text=True, timeout=100
     )

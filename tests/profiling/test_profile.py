@@ -69,6 +69,7 @@ def test_flops_only_of_two_models_as_json(tmp_path, capsys):
     assert rows["clip_tiny", "inference", "dense"]["backward_flops"] == 0
 
 
+@pytest.mark.slow
 def test_strategies_that_cannot_reach_the_flops_are_left_out(tmp_path, capsys):
     output = tmp_path / "table.json"
     strategies = ("--strategy", "elip:scorer=official", "--strategy", "patch_dropout")
@@ -152,6 +153,7 @@ def test_a_cross_modal_model_is_measured_whole(name):
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_inference_of_a_cross_modal_model_is_its_loss():
     workload = Workload(open_model("elip_blip_tiny", pretrained=False), 2)
     with in_mode(workload, "inference"):

@@ -15,7 +15,7 @@ import elip_kernels
 import elip_models
 from elip_models.cli import app
 from elip_models.models import registry
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -28,7 +28,7 @@ META_PAGES = ("README.md", "index.md", "faster.md", "models.md")
 """Pages whose code uses ViT-B, which runs on the meta device: no memory, no time."""
 CPU_WORDS = ("import elip_kernels", "open_clip", "save_reduced")
 """A block with one of these runs on the CPU, also in a page of `META_PAGES`."""
-SLOW_PAGES = ("faster.md",)
+SLOW_PAGES = ("faster.md", "how_it_works.md", "strategies.md")
 
 
 def blocks(page, language):
@@ -82,7 +82,7 @@ PYTHON = [page for page in WITH_PYTHON if blocks(page, "python")]
 
 @pytest.mark.parametrize(
     "page",
-    tiered(PYTHON, [page for page in PYTHON if page.name not in SLOW_PAGES]),
+    slow_except([page for page in PYTHON if page.name not in SLOW_PAGES], PYTHON),
     ids=lambda page: page.name,
 )
 def test_the_python_of_a_page_runs(page, small_models, tmp_path, monkeypatch):
@@ -111,6 +111,7 @@ def test_the_commands_of_all_pages_parse():
         command.make_context("elip", words)  # raises for an unknown command or option
 
 
+@pytest.mark.slow
 def test_the_scaling_table_agrees_with_the_counts():
     text = (DOCS / "scaling.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)

@@ -1,6 +1,7 @@
 """The layout of the packages: imports point one way, files and functions are short."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,16 @@ def _floor(name: str) -> tuple[int, str]:
     return floor, room
 
 
+@cache
+def _nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
 def _imported(path: Path) -> set[str]:
     """Return the modules of this project that a file imports, anywhere in it, for types too."""
-    names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    names = set()
+    for node in _nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             found = [f"{node.module}.{alias.name}" for alias in node.names]
             names |= {each if each in MODULES else node.module for each in found}
@@ -101,6 +108,6 @@ def test_the_root_has_the_ground_floor_and_the_commands_alone():
 def test_files_and_functions_are_short(module):
     text = MODULES[module].read_text(encoding="utf-8")
     assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
+    for node in _nodes(MODULES[module]):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{module}.{node.name}"

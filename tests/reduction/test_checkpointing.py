@@ -13,7 +13,7 @@ from elip_models import ELIP, TRIPS, CrossGET, EViT, ToMe
 from elip_models.reduction import scorers
 from elip_models.reduction.call_context import MAX_REENTRANT
 from elip_models.reduction.strategies import elip as stage
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import (
     SCHEDULE,
     assert_equal_gradients,
@@ -298,7 +298,10 @@ IN_SEVERAL = {
 }
 
 
-@pytest.mark.parametrize("name", tiered(IN_ONE_GRAPH | IN_SEVERAL, ["tome"]))
+@pytest.mark.parametrize(
+    "name",
+    slow_except([], ["tome"]) + tiered([n for n in IN_ONE_GRAPH | IN_SEVERAL if n != "tome"], []),
+)
 def test_a_compiled_model_may_checkpoint_its_blocks(name):
     """In one graph where blocks know nothing of one another; no checkpoint of a graph hands on what
     another block is to know."""

@@ -52,7 +52,7 @@ def every_model_in(ways, argument):
     ways = list(ways)
     cases = [(name, way) for name in MODELS for way in ways]
     quick = [(name, ways[0]) for name in QUICK]
-    quick += [(name, way) for name in EACH_LIBRARY for way in ways[1:]]
+    quick += [("timm", way) for way in ways[1:]]
     return pytest.mark.parametrize(("name", argument), tiered(cases, quick))
 
 
@@ -96,7 +96,7 @@ SCORERS = ["official", "exact", "attention", "cls", "last", "received", 1]
 SCORED = [(name, s) for name in TOWERS | ROTARY | POOLED for s in SCORERS]
 SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
 SCORED_QUICK = [
-    (name, s) for name, s in SCORED if (name in QUICK and s == "exact") or name in EACH_LIBRARY
+    (name, s) for name, s in SCORED if (name in QUICK and s == "exact") or name == "timm"
 ]
 
 

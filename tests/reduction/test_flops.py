@@ -18,7 +18,7 @@ from elip_models.reduction.flops import dense_flops, strategy_flops, training_ra
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.evit import EViT
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except, tiered
 
 CASES = {name: strategy() for name, strategy in STRATEGIES.items()}
 CASES |= {f"elip-{s}": replace(CASES["elip"], scorer=s) for s in (*SCORERS, 1, 2)}
@@ -41,8 +41,7 @@ MODELS = {
 }
 TRAINING = "training"
 COUNTED = [(model, case) for model in MODELS for case in CASES]
-QUICK = [("transformers-CLIP-B-32", "elip")]
-QUICK += [(VIT, case) for case in ("elip", "elip-exact", "tome", "resize")]
+QUICK = [("transformers-CLIP-B-32", "elip"), (VIT, "elip"), (VIT, "tome")]
 
 
 @cache
@@ -95,7 +94,10 @@ def test_at_flops_sets_the_counted_flops(case, ratio):
     assert sum(counted) / sum(counted_dense(VIT)) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("case", ["elip", "elip-exact", "tome"])
+ALONE = ["elip", "elip-exact", "tome"]
+
+
+@pytest.mark.parametrize("case", slow_except(ALONE[:1], ALONE))
 def test_at_flops_of_a_forward_alone(case):
     """The scorer's layers are a larger part of a forward pass than of a training step."""
     tower = workload(VIT).tower

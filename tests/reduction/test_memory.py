@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import elip_models
 from elip_models.reduction.call_context import MAX_REENTRANT
 from elip_models.reduction.step import Forward
+from tests.helpers.tiers import slow_except
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text
 from tests.reduction.test_strategies import strategies
 
@@ -31,7 +32,7 @@ def alive(forwards):
 
 
 @strategies
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", slow_except([True], [True, False]))
 def test_without_checkpoints_nothing_is_kept(forwards, strategy, grad):
     model = clip_vit()
     elip_models.reduce_(model, strategy=strategy)
@@ -68,6 +69,7 @@ def test_frozen_blocks_keep_nothing_either(forwards):
     assert alive(forwards) == 0
 
 
+@pytest.mark.slow
 def test_what_reentrant_checkpoints_keep_is_bounded(forwards):
     model, x = clip_vit(), images(1).requires_grad_()
     elip_models.reduce_(model, schedule=SCHEDULE)

@@ -11,7 +11,7 @@ from elip_models.reduction import user_warnings
 from elip_models.reduction.patch import is_reduced
 from elip_models.towers import as_tower
 from tests.helpers.models import eva, open_clip_vit, output, siglip_vision
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.towers import (
     SCHEDULE,
     WIDTH,
@@ -170,7 +170,7 @@ def test_a_compiled_model_raises(model, how):
             change(compiled)
 
 
-@pytest.mark.parametrize("strategy", ["tome", "elip", "resize"])
+@pytest.mark.parametrize("strategy", first_quick(["tome", "elip", "resize"]))
 def test_torch_fx_raises_until_the_reduction_is_undone(model, strategy):
     elip_models.reduce_(model.eval(), strategy=strategy, keep=0.6)
     with pytest.raises(TypeError, match=r"before reduce_ for torch\.fx .*or use torch\.export"):

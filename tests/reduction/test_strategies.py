@@ -33,7 +33,7 @@ from tests.helpers.models import (
     siglip_vision,
 )
 from tests.helpers.official import check_gradients, tower
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text, whole_grid
 
 
@@ -137,7 +137,10 @@ OTHERS = {
     "registers": lambda: plain_vit(reg_tokens=2),
 }
 EVERY_TOWER = TOWERS | OTHERS
-strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+OF_EACH = {s.name: s for s in reversed(STRATEGIES.values())}.values()
+strategies = pytest.mark.parametrize(
+    "strategy", slow_except(OF_EACH, STRATEGIES.values()), ids=STRATEGIES
+)
 
 
 def test_every_strategy_is_tested():

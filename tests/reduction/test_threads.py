@@ -76,7 +76,7 @@ def test_every_strategy_serves_threads(name):
         with torch.no_grad():
             assert in_threads(lambda i: model(IMAGES[i]).shape) == [model(IMAGES[0]).shape] * 8
         return
-    assert wrong_of(model, guided, 12) == 0
+    assert wrong_of(model, guided, 6) == 0
 
 
 @pytest.mark.parametrize("name", tiered(STRATEGIES, []))
@@ -183,7 +183,7 @@ WHOLE = [*((name, "elip") for name in PAIRS), *IN_PLACE]
 GUIDED = [(name, "elip") for name in ("open_clip pair", "HF CLIP pair", "HF SigLIP pair")]
 
 
-@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, [GUIDED[0]]))
+@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, []))
 def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
     model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
     elip_models.reduce_(model, strategy=strategy, schedule=SCHEDULE if strategy == "elip" else None)

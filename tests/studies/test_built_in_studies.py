@@ -9,7 +9,7 @@ from benchmarks.studies import chart, runner
 from benchmarks.studies.plan import Run, load_study, plan, study_names
 from benchmarks.studies.results import read_results
 from elip_models.training.training_data import meta_model
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except, tiered
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,9 @@ def test_full_size_studies_take_a_training_step(name):
 RESULTS = Path(chart.__file__).parents[1] / "results" / "studies"
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RESULTS.glob("*.json")])
+@pytest.mark.parametrize(
+    "name", slow_except(["quality"], sorted(path.stem for path in RESULTS.glob("*.json")))
+)
 def test_a_chart_shows_at_most_six_families_in_words_with_reduced_images(name, tmp_path):
     names = chart.ARMS[name]
     assert len(names) <= 6 and len({*names.values()}) == len(names)

@@ -265,7 +265,7 @@ def test_an_override_that_would_not_reach_every_arm_raises(tmp_path):
 
 
 def test_an_override_of_data_reaches_every_arm():
-    study = load_study("quality", {"data.train": "others.tar"})
+    study = load_study("ablations", {"data.train": "others.tar"})
     assert {study.config(Run(arm, 0)).data.train for arm in study.arms} == {"others.tar"}
 
 

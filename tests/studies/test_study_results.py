@@ -164,6 +164,7 @@ def test_a_metric_that_no_run_has_raises():
         means(document(dense=[0.5]) | {"quality": ["r1", "r2"]})
 
 
+@pytest.mark.slow
 def test_the_pages_follow_the_results(tmp_path):
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir(), docs.mkdir()
@@ -186,6 +187,7 @@ def test_the_pages_follow_the_results(tmp_path):
     assert [path.name for path in written] == ["own.md", "own.svg"]
 
 
+@pytest.mark.slow
 def test_the_committed_pages_show_the_committed_results():
     assert study_page.main(["--check"]) == 0
 

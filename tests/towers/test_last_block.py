@@ -187,6 +187,7 @@ def test_autocast():
     torch.testing.assert_close(got.float(), whole.float(), atol=2e-2, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_saves_a_twelfth_of_the_dense_tower():
     narrow = {"vision_width": 192, "vision_heads": 3, "text_depth": 1}

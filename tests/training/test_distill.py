@@ -12,6 +12,7 @@ from elip_models.analysis.feature_measures import cosine
 from elip_models.training.distill import _outputs, _Run, distill
 from elip_models.training.errors import TrainingError
 from tests.helpers.models import dinov2, eva, hf_clip, open_clip_vit, siglip_vision
+from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
 
@@ -49,7 +50,10 @@ def distances(dense, model, pictures):
     )
 
 
-@pytest.mark.parametrize("options", [{"lr": 3e-4}, {"lr": 1e-3, "lora_rank": 4}])
+HELD_OUT = [{"lr": 3e-4}, {"lr": 1e-3, "lora_rank": 4}]
+
+
+@pytest.mark.parametrize("options", slow_except(HELD_OUT[:1], HELD_OUT))
 def test_held_out_features_come_nearer(dense, pictures, options):
     model, losses = reduced_copy(dense), []
     before = distances(dense, model, pictures[64:])
@@ -132,7 +136,10 @@ def test_towers_of_each_library_train_with_their_patches(make, rank, pictures):
     assert _outputs(model, pictures[:2])[1].shape == (2, 36, 32)
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"strategy": "random"}])
+STOPPED = [{}, {"lora_rank": 2}, {"strategy": "random"}]
+
+
+@pytest.mark.parametrize("options", slow_except(STOPPED[2:], STOPPED))
 def test_a_stopped_run_ends_as_an_uninterrupted_one(
     dense, pictures, tmp_path, monkeypatch, options
 ):
@@ -252,6 +259,7 @@ def test_the_command(tmp_path, capsys):
     assert elip_models.reduction_summary(model).keep == pytest.approx(0.6, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_stopped_command_continues(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("elip_models.training.distill.SAVE_EVERY", 1)
     step = _Run._step

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from elip_models.data import export, open_source, train_tokenizer
-from elip_models.models.registry import DOWNSTREAM, create_model, family_of, load_model
+from elip_models.models.registry import DOWNSTREAM, FAMILIES, create_model, family_of, load_model
 from elip_models.tasks.registry import TASKS, get_task
 from elip_models.training.finetune import finetune_recipe
 from elip_models.training.recipe import FINETUNE, load_recipe, recipe_names
@@ -17,7 +17,7 @@ from elip_models.training.summary import print_summary
 from elip_models.training.trainer import Trainer, train
 from elip_models.training.training_data import meta_model
 from elip_models.validation import ConfigError
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.tiny_run import elip, logged, own_process
 from tests.helpers.weights import assert_equal_weights
 
@@ -176,7 +176,11 @@ def test_every_model_of_a_task_has_a_recipe_and_every_task_one_for_tiny_models()
     assert wanted <= names
 
 
-@pytest.mark.parametrize(("family", "task"), PAIRS)
+EACH = [(family, "retrieval") for family in FAMILIES]
+EACH += [("albef", "entailment"), ("blip", "vqa"), ("meter", "nlvr2"), ("blip", "captioning")]
+
+
+@pytest.mark.parametrize(("family", "task"), slow_except(EACH, PAIRS))
 def test_a_task_name_selects_the_recipe_of_the_family(saved, family, task):
     data = {"data.train": "train.json", "data.eval": "eval.json"}
     config = finetune_recipe(task, saved(family), data)

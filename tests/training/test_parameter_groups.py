@@ -8,6 +8,7 @@ from elip_models.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.models.registry import create_model
 from elip_models.training.optim import parameter_groups
 from elip_models.training.recipe import load_recipe
+from tests.helpers.tiers import first_quick
 
 OF_METER = (
     "bias",
@@ -34,7 +35,7 @@ OFFICIAL = {  # name and tensor of the official model -> whether it decays
 LEARN_FASTER = {"meter_4m": ("cross_modal", "mlm_score", "itm_score")}
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name", first_quick(OFFICIAL))
 def test_a_recipe_decays_and_scales_what_the_original_does(name):
     recipe = load_recipe(name, ["data.train=a.json"])
     kind, decays = OFFICIAL[name]

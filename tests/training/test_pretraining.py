@@ -95,6 +95,7 @@ def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path
     assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiered(RECIPES, ["blip_tiny"]))
 def test_a_step_does_not_synchronise_with_the_host(name):
     """Run a step on the meta device, which has no values to read."""

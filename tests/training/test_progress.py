@@ -11,6 +11,7 @@ from elip_models.training.progress import evaluation_bars, progress_bar
 from elip_models.training.recipe import load_recipe
 from elip_models.training.summary import print_plan, print_summary
 from elip_models.training.trainer import train
+from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import own_process, tiny_config
 
 
@@ -65,7 +66,7 @@ def test_the_plan_comes_before_the_data_is_read(tmp_path, monkeypatch):
     assert "training the tokenizer" not in seen[0]
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize("is_terminal", first_quick([False, True]))
 def test_a_run_prints_expected_time_steps_and_the_start_of_each_part(tmp_path, is_terminal):
     console = recording_console(force_terminal=is_terminal)
     config = tiny_config(tmp_path, "optim.steps=7", "report=[retrieval, picture]")

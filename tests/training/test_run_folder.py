@@ -68,6 +68,7 @@ def test_a_start_that_fails_leaves_a_folder_as_it_was(tmp_path):
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_what_a_killed_start_left_is_removed_but_no_file_that_came_since(tmp_path):
     script = f"""if True:
         import os

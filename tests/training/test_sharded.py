@@ -10,7 +10,7 @@ from tests.helpers import sharded_cases, two_processes
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import own_process, tiny_config
 
-SLOW = ("clip, all options", "meter", "clip resumed", "meter resumed", "clip, fused")
+SLOW = ("clip, all options", "meter", "clip resumed", "clip, fused")
 
 
 @pytest.fixture(scope="module")

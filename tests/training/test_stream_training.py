@@ -33,6 +33,7 @@ from elip_models.training.training_data import open_training_data
 from elip_models.validation import ConfigError
 from tests.helpers.damage import shard
 from tests.helpers.streaming import served
+from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 SHARDS, SAMPLES = 5, 4
@@ -207,7 +208,7 @@ def stream(url, **options):
     return f"data.train={json.dumps(options)}"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", first_quick([0, 2]))
 def test_a_run_resumes_at_its_shards(tmp_path, num_workers):
     overrides = (
         stream(scenes(tmp_path)),
@@ -243,6 +244,7 @@ def test_a_checkpoint_with_a_damaged_position_is_not_used(tmp_path):
     assert logged(tmp_path / "run", "loss", "step")[:2] == rows[:2]
 
 
+@pytest.mark.slow
 def test_too_many_lost_shards_stop_the_run(tmp_path):
     scenes(tmp_path)
     for path in tmp_path.glob("*.tar"):

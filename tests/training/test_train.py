@@ -162,6 +162,7 @@ def test_accumulation_takes_half_as_many_steps_of_the_epoch(tmp_path):
     assert {int(moments["step"]) for moments in state.values()} == {4}
 
 
+@pytest.mark.slow
 def test_grad_checkpointing_gives_the_same_losses(tmp_path):
     for name in ("true", "false"):
         overrides = f"optim.grad_checkpointing={name}", "model.overrides.drop_path=0.2"

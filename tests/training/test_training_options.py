@@ -159,6 +159,7 @@ def saved_run(folder):
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_not_repeated_on_resuming(tmp_path):
     source = saved_run(tmp_path / "first")
     tokenizer = shutil.copytree(source, tmp_path / "tokenizer")
@@ -174,6 +175,7 @@ def test_a_warm_start_is_not_repeated_on_resuming(tmp_path):
     assert train(tiny_config(second, *begins, "optim.steps=5"), resume=True).step == 5
 
 
+@pytest.mark.slow
 def test_embeddings_of_another_tokenizer_raise(tmp_path):
     source = saved_run(tmp_path / "first")
     begins = f"model.pretrained={source}"
