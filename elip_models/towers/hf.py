@@ -9,16 +9,12 @@ backbone, whose feature maps are hidden states.
 """
 
 import inspect
-import json
 import re
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import (
     CLIPForImageClassification,
@@ -36,11 +32,11 @@ from transformers.backbone_utils import BackboneMixin
 
 from elip_models.towers.base import Tower
 from elip_models.towers.hf_layers import LAYERS, part, run
+from elip_models.towers.hf_processor import image_stats_of
 from elip_models.towers.reducible_model import Stats
 from elip_models.towers.tower_parts import IDENTITY, Block, Projections, plain_mlp_ratio
 from elip_models.towers.unsupported import transformers_reason
 from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, qkv_of, unwrapped
-from elip_models.validation import check, mismatch_error
 
 AVERAGED = (
     CLIPForImageClassification,
@@ -51,10 +47,8 @@ AVERAGED = (
 )
 DETECTORS = (OwlViTForObjectDetection, Owlv2ForObjectDetection)
 PIXEL_DECODERS = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
-NUMBERS = tuple[float, ...]
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
 WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 CLASS_TOKENS = ("cls_token", "class_embedding")
@@ -298,45 +292,6 @@ class HFTower(Tower):
         """Return block i's projections: one joint layer, or those of queries, keys and values."""
         attn = self._attention(i)
         return tuple(part(attn, name) for name in self.names.qkv)
-
-
-def image_stats_of(model: nn.Module) -> Stats | None:
-    """Return the statistics in the model's config or in a local file of its processor, or None.
-
-    A model from the hub has its files in the local cache; the network is not used.
-    """
-    config = model.config
-    settings = [vars(config)]
-    for file in filter(None, (_local_file(config, name) for name in PROCESSOR_FILES)):
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            check("content", saved, dict)
-            check("image_processor", saved.setdefault("image_processor", {}), dict)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file}: expected settings of a processor: {error}") from error
-        settings += [saved, saved["image_processor"]]
-    found = (each for each in settings if each.get("image_mean") and each.get("image_std"))
-    stats = next(found, None)
-    if stats is None:
-        return None
-    for name in ("image_mean", "image_std"):
-        if not isinstance(stats[name], list | tuple) or mismatch_error(tuple(stats[name]), NUMBERS):
-            raise ValueError(f"{name}: expected numbers beside the model, got {stats[name]!r:.100}")
-    return tuple(stats["image_mean"]), tuple(stats["image_std"])
-
-
-def _local_file(config: Any, name: str) -> Path | None:
-    """Return a file beside the model, in its folder or in the local cache of the hub, or None."""
-    if not config.name_or_path:
-        return None
-    folder, revision = Path(config.name_or_path), getattr(config, "_commit_hash", None)
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    try:
-        path = try_to_load_from_cache(config.name_or_path, name, revision=revision)
-    except HFValidationError:  # a folder that is gone
-        return None
-    return Path(path) if isinstance(path, str) else None
 
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:

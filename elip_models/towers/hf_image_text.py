@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, SiglipModel
 
-from elip_models.towers.hf import image_stats_of
+from elip_models.towers.hf_processor import image_stats_of
 from elip_models.towers.reducible_model import (
     ImageTextModel,
     Stats,

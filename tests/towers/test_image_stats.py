@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from transformers import CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
 
 from elip_models.towers import as_image_text, as_tower, reducible_model
-from elip_models.towers.hf import image_stats_of
+from elip_models.towers.hf_processor import image_stats_of
 from tests.helpers.models import hf_clip
 
 HALF = (0.5, 0.5, 0.5)

@@ -29,11 +29,11 @@ TRANSFORMERS = {
     "WhisperModel": "reads audio.*pass an image model",
     "PatchTSTModel": "reads time series.*pass an image model",
     "BertModel": "reads text alone.*such as CLIPModel or LlavaForConditionalGeneration",
-    "Idefics3Model": "an image tower of its own kind.*supported, also inside other models",
+    "Qwen2VLModel": "an image tower of its own kind.*supported, also inside other models",
 }
 SMALL = {
     "TimmWrapperModel": {"architecture": "test_vit"},
-    "Idefics3Model": {"text_config": {"num_hidden_layers": 1, "model_type": "llama"}},
+    "Qwen2VLModel": {"text_config": {"num_hidden_layers": 1}},
 }
 
 
