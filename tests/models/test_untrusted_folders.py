@@ -209,6 +209,7 @@ def oversized(library, folder):
             yield str(copied)
 
 
+@pytest.mark.slow
 def test_sizes_are_held_to_the_file_before_memory_is_taken(saved, tmp_path):
     folders = []
     for library in SIZES:
