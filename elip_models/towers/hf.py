@@ -1,11 +1,11 @@
 """Towers of vision transformers of Hugging Face transformers.
 
 Each model has embeddings, a list of layers of two halves (`hf_layers.py` names their parts), and a
-final norm. Its patches may be of images, videos (ViViT) or spectrograms (AST). DINOv3 rotates
-queries and keys, see `eva.py`. If patches are averaged, or a probe attends to them, all tokens
-return to their patches after the last layer, so that each counts by its size. They also return if
-the model needs a token for each patch: a detector, a pixel decoder, a language model, or a
-backbone, whose feature maps are hidden states.
+final norm. Its patches may be of images, videos (ViViT, VideoMAE) or spectrograms (AST). DINOv3
+rotates queries and keys, see `eva.py`. If patches are averaged, or a probe attends to them, all
+tokens return to their patches after the last layer, so that each counts by its size. They also
+return if the model needs a token for each patch: a detector, a pixel decoder, a language model, or
+a backbone, whose feature maps are hidden states.
 """
 
 import inspect
@@ -26,6 +26,8 @@ from transformers import (
     Owlv2ForObjectDetection,
     OwlViTForObjectDetection,
     SiglipForImageClassification,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
     ViTForMaskedImageModeling,
 )
 from transformers.backbone_utils import BackboneMixin
@@ -44,9 +46,14 @@ AVERAGED = (
     SiglipForImageClassification,
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
+    VideoMAEForVideoClassification,
 )
 DETECTORS = (OwlViTForObjectDetection, Owlv2ForObjectDetection)
-PIXEL_DECODERS = (ViTForMaskedImageModeling, DeiTForMaskedImageModeling)
+PIXEL_DECODERS = (
+    DeiTForMaskedImageModeling,
+    VideoMAEForPreTraining,
+    ViTForMaskedImageModeling,
+)
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
 WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"
 
@@ -258,7 +265,7 @@ class HFTower(Tower):
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
-        return getattr(self.trunk, self.names.norm)(tokens)
+        return run(self.trunk, [self.names.norm], tokens)
 
     def _options(self, images: Tensor) -> dict[str, Any]:
         """Return the arguments of the embeddings for images (B, 3, h, w), none of them padded."""
@@ -344,12 +351,13 @@ def _is_known(layers: nn.Module | None) -> bool:
 
 def _sizes(trunk: nn.Module) -> tuple[tuple[int, int], int]:
     """Return the size of the images, or of a spectrogram, and the number of their patches."""
-    config, frames = trunk.config, 1
-    if hasattr(config, "tubelet_size"):  # patches of several frames
-        depth, rows, columns = config.tubelet_size
-        frames = config.num_frames // depth
-    else:
+    config = trunk.config
+    tubelet = getattr(config, "tubelet_size", 1)  # its frames, or its frames, rows and columns
+    if isinstance(tubelet, int):
         rows, columns = _pair(config.patch_size)
+    else:
+        tubelet, rows, columns = tubelet
+    frames = getattr(config, "num_frames", 1) // tubelet
     if hasattr(config, "num_mel_bins"):  # patches of a spectrogram overlap
         bins, length = config.num_mel_bins, config.max_length
         across = (bins - rows) // config.frequency_stride + 1

@@ -67,6 +67,12 @@ LAYERS = {
     "PixioLayer": VIT._replace(after=("dropout", "drop_path")),
     "ASTLayer": VIT,
     "VivitLayer": VIT,
+    "VideoMAELayer": VIT._replace(
+        qkv=("attention.query", "attention.key", "attention.value"),
+        out=("output.dense", "output.dropout"),
+        mlp=("intermediate", "output.dense", "output.dropout"),
+        after=(),
+    ),
     "Dinov2Layer": DINO,
     "Dinov2WithRegistersLayer": DINO,
     "Tipsv2VisionLayer": DINO,

@@ -39,6 +39,7 @@ MODELS = {
     "ViTMSNLayer": ("ViTMSNModel", {}),
     "ASTLayer": ("ASTModel", AUDIO),
     "VivitLayer": ("VivitModel", VIDEO),
+    "VideoMAELayer": ("VideoMAEModel", {"num_frames": 4, "use_mean_pooling": False}),
     "Dinov2Layer": ("Dinov2Model", {"layerscale_value": 0.3}),
     "Dinov2WithRegistersLayer": ("Dinov2WithRegistersModel", {"layerscale_value": 0.3}),
     "DINOv3ViTLayer": (
@@ -52,6 +53,7 @@ MODELS = {
     "Aimv2EncoderLayer": ("Aimv2VisionModel", {}),
 }
 INPUTS = {"ASTLayer": (2, 80, 32), "VivitLayer": (2, 4, 3, 48, 48)}
+INPUTS["VideoMAELayer"] = INPUTS["VivitLayer"]
 ABSENT = {"ASTLayer": ("image_size",), "VivitLayer": ("patch_size",)}  # in their configs
 layers = pytest.mark.parametrize("layer", MODELS)
 

@@ -24,7 +24,6 @@ TRANSFORMERS = {
     "YolosModel": f"boxes, masks or depths.*{PLAIN}",
     "DPTModel": f"boxes, masks or depths.*{PLAIN}",
     "DepthProModel": f"boxes, masks or depths.*{PLAIN}",
-    "VideoMAEModel": "reads videos.*encode single images with an image model",
     "TimesformerModel": "reads videos.*encode single images with an image model",
     "WhisperModel": "reads audio.*pass an image model",
     "PatchTSTModel": "reads time series.*pass an image model",
