@@ -1,4 +1,4 @@
-"""Number of cases that `test_randomised.py` draws: few, more, or many in the profile "full".
+"""Number of cases that `test_randomised.py` draws: a few by default, many in the profile "full".
 
 This is a plugin, so that the profile exists when the option is read:
 
@@ -8,7 +8,6 @@ This is a plugin, so that the profile exists when the option is read:
 
 from hypothesis import settings
 
-settings.register_profile("sample", max_examples=2, derandomize=True, deadline=None, database=None)
-settings.register_profile("more", settings.get_profile("sample"), max_examples=8)
+settings.register_profile("sample", max_examples=4, derandomize=True, deadline=None, database=None)
 settings.register_profile("full", settings.get_profile("sample"), max_examples=100)
 settings.load_profile("sample")

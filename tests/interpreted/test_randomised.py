@@ -197,6 +197,7 @@ def test_row_from_tokens(launches, shape, H, dtype, layout, seed):
 def test_attention_output(launches, shape, H, dtype, layout, biased, seed):
     torch.manual_seed(seed)
     tokens, D = laid_out(layout, **shape, dtype=dtype), shape["D"]
+    H = H if D <= 96 else 1 + H % 3  # few programs of wide heads: the interpreter takes a minute
     cls, arguments = torch.randn(shape["B"], D).to(dtype), block(D, H, dtype)
     arguments["v_weight"] = (torch.randn(H * 8, D) / D**0.5).to(dtype)
     arguments["v_bias"] = torch.randn(H * 8).to(dtype) if biased else None

@@ -30,11 +30,5 @@ def test_random_cases_under_the_interpreter():
 
 
 @pytest.mark.exhaustive
-def test_more_random_cases_under_the_interpreter():
-    words = ("-p", "tests.interpreted.profiles", "--hypothesis-profile", "more")
-    assert number_passed(*words, file("randomised")) > 0
-
-
-@pytest.mark.exhaustive
 def test_further_cases_under_the_interpreter():
     assert number_passed("-m", "slow or exhaustive", str(FOLDER)) >= 200
