@@ -40,6 +40,10 @@ class CostModel:
         """Return the tokens in each block, prefix and merged tokens included; FLOPs follow."""
         raise NotImplementedError
 
+    def block_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of all blocks in the forward pass of one image, without scoring."""
+        return sum(size.block_flops(*layer) for layer in self.token_counts(size))
+
     def scoring_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of choosing the tokens of one image, which run without gradient."""
         return 0
@@ -64,7 +68,7 @@ def dense_flops(size: TowerSize) -> Flops:
 
 def strategy_flops(strategy: CostModel, size: TowerSize) -> Flops:
     """Return the FLOPs of the tower in a forward pass that `strategy` reduces."""
-    blocks = sum(size.block_flops(*layer) for layer in strategy.token_counts(size))
+    blocks = strategy.block_flops(size)
     return _flops(strategy.embed_flops(size), blocks, strategy.scoring_flops(size))
 
 

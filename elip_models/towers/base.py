@@ -169,7 +169,9 @@ class Tower(TowerParts):
         q, k, v = self.qkv(i, tokens) if qkv is None else qkv
         dropout, scale = self.attention_dropout(i), self.projections(i).scale
         own = self.position_bias(i)
-        bias = bias if own is None else own if bias is None else own + bias
+        if own is not None:
+            own = own[:, :, : q.shape[2]]  # of the first tokens, if these alone attend
+            bias = own if bias is None else own + bias
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
         )

@@ -143,6 +143,8 @@ class HFTower(Tower):
         """Return why the image size cannot change, in one sentence, or None if it can."""
         if any(hasattr(self.trunk.config, name) for name in ("num_mel_bins", "tubelet_size")):
             return "it reads no single images"
+        if self.is_rotary:
+            return "its rotations are those of the images' own size"
         return self.needs_grid
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:

@@ -51,10 +51,14 @@ class TowerSize(NamedTuple):
         height, width = self.image
         return 2 * 3 * height * width * self.width
 
-    def block_flops(self, attention: int, mlp: int) -> int:
-        """Return the FLOPs of one block, with these numbers of tokens in attention and MLP."""
-        D = self.width
-        return 4 * attention * D * (2 * D + attention) + 4 * mlp * D * self.hidden
+    def block_flops(self, attention: int, mlp: int, queries: int | None = None) -> int:
+        """Return the FLOPs of one block, with these numbers of tokens in attention and MLP.
+
+        `queries` of those in the attention attend to the others; None means all.
+        """
+        D, n = self.width, attention
+        q = n if queries is None else queries
+        return 2 * D * (3 * n * D + q * D + 2 * q * n) + 4 * mlp * D * self.hidden
 
     def row_flops(self, tokens: int) -> int:
         """Return the FLOPs of one CLS attention row."""

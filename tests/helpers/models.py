@@ -54,6 +54,7 @@ def distilled_vit():
 
 def beit(**options):
     defaults = {"use_rel_pos_bias": True, "init_values": 0.3, "qkv_bias": True}
+    defaults |= {"global_pool": "token"}
     model = Beit(**BEIT, **(defaults | options))
     for block in model.blocks:
         if block.attn.q_bias is not None:
@@ -95,6 +96,7 @@ def dinov2_registers():
 
 def dinov3():
     options = {"num_register_tokens": 3, "layerscale_value": 0.3, "use_gated_mlp": True}
+    options |= {"pos_embed_rescale": None}  # which would draw positions in training
     return hf_vision("DINOv3ViTModel", "DINOv3ViTConfig", **options)
 
 

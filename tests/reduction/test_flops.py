@@ -18,6 +18,7 @@ from elip_models.reduction.flops import dense_flops, strategy_flops, training_ra
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.evit import EViT
+from elip_models.reduction.strategies.tome import ToMe
 from tests.helpers.tiers import slow_except, tiered
 
 CASES = {name: strategy() for name, strategy in STRATEGIES.items()}
@@ -41,7 +42,9 @@ MODELS = {
 }
 TRAINING = "training"
 COUNTED = [(model, case) for model in MODELS for case in CASES]
-QUICK = [("transformers-CLIP-B-32", "elip"), (VIT, "elip"), (VIT, "tome")]
+CASES |= {"tome-class": ToMe(class_token_only=True)}
+COUNTED += [(VIT, "tome-class")]
+QUICK = [("transformers-CLIP-B-32", "elip"), (VIT, "elip"), (VIT, "tome"), (VIT, "tome-class")]
 
 
 @cache

@@ -135,6 +135,7 @@ OTHERS = {
     "HF SigLIP": siglip_vision,
     "rotary": lambda: eva(qk_norm=True),
     "registers": lambda: plain_vit(reg_tokens=2),
+    "rotary registers": lambda: eva(num_reg_tokens=2),
 }
 EVERY_TOWER = TOWERS | OTHERS
 OF_EACH = {s.name: s for s in reversed(STRATEGIES.values())}.values()
@@ -156,8 +157,10 @@ def patched(model, strategy, x, t, call=None):
 
 
 REFUSED = {("HF SigLIP", name) for name in ("evit", "evit every layer", "nearest evit")}
-REFUSED |= {("rotary", "resize")}
-PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS] for name in STRATEGIES]
+REFUSED |= {(tower, "resize") for tower in ("rotary", "rotary registers")}
+PLACED = ["timm BEiT", "timm relative positions", "HF DINOv3"]
+REFUSED |= {(tower, "resize") for tower in PLACED}
+PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS, *PLACED] for name in STRATEGIES]
 TAKEN = [pair for pair in PAIRS if pair not in REFUSED]
 MECHANISMS = ["elip", "tome", "resize"]  # before a block, in its place, before the tower
 QUICK = [(library, name) for library, name in TAKEN if library == "timm" or name == "elip"]

@@ -97,6 +97,13 @@ class ToMe(Strategy):
 
         return counts_of(size, left)
 
+    def block_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of all blocks; in a final one, only the prefix tokens attend."""
+        *others, last = self.token_counts(size)
+        flops = sum(size.block_flops(*layer) for layer in others)
+        is_final = self.is_final(size.depth - 1, size.depth)
+        return flops + size.block_flops(*last, queries=last.mlp if is_final else None)
+
     def is_final(self, i: int, depth: int) -> bool:
         """Return whether block i computes only the class token."""
         return self.class_token_only and i == depth - 1
@@ -182,10 +189,11 @@ class ToMe(Strategy):
     def _final(
         self, tower: Tower, stage: Stage, tokens: Tensor, sizes: Tensor | None
     ) -> tuple[Tensor, StageInfo]:
-        """Run the last block for the class token, which attends to all tokens."""
+        """Run the last block for the prefix tokens, which attend to all tokens."""
         i = stage.first
         q, k, v = tower.qkv(i, tokens)
-        first = tower.attend(i, tokens[:, :1], self._bias(q, sizes), qkv=(q[:, :, :1], k, v))
+        p = tower.num_prefix_tokens
+        first = tower.attend(i, tokens[:, :p], self._bias(q, sizes), qkv=(q[:, :, :p], k, v))
         none = torch.empty(len(tokens), 0, dtype=torch.long, device=tokens.device)
         weights = tokens.new_zeros(tokens.shape[:2], dtype=accumulator(tokens))
         dropped = ReductionInfo(none, weights, None, tower.num_prefix_tokens, merged=False)
