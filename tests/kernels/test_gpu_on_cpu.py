@@ -19,7 +19,7 @@ from tests.helpers.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests/gpu"
-HALF = ("-k", "not torch.float32")
+HALF = ("-k", "opcheck or not torch.float32")
 
 
 def defined():
