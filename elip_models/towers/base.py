@@ -13,7 +13,7 @@ and the path of CLS alone through a block are computed here, once for all librar
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_models.reduction.schedule import Merge, merge_flag
+from elip_models.towers.positions import Positions
 from elip_models.towers.tower_parts import (
     IDENTITY,
-    NO_POSITION,
     QKV,
     Block,
     Query,
-    TowerParts,
     TowerSize,
 )
 from elip_models.towers.wrapped_modules import in_place_of, is_layer_norm, unsharded
@@ -37,7 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Tower(TowerParts):
+class Tower(Positions):
     """An image model as the reduction reads it; see `TowerParts` for what an adapter defines."""
 
     @property
@@ -65,70 +64,20 @@ class Tower(TowerParts):
         """Return whether one projection of the tokens gives the head mean of a block's keys."""
         return self.projections(0).k_norm is None and not self.is_rotary
 
-    @property
-    def has_positions(self) -> bool:
-        """Return whether blocks read the position of each patch."""
-        return self.is_rotary or self.adds_bias
-
-    def at(self, positions: Tensor | None) -> Self:
-        """Return the tower for tokens at these positions; None means all patches in order.
-
-        Only a tower that `has_positions` reads them.
-        """
-        return self
-
-    def for_images(self, images: Tensor) -> Self:
-        """Return the tower for a forward pass of images (B, 3, H, W), whose size may be another."""
-        return self
-
-    def in_call(self, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
-        return self
-
-    def at_no_position(self) -> Self:
-        """Return the tower for one token that comes from outside the image."""
-        return self
-
-    def positions_of(self, kept: Tensor) -> Tensor | None:
-        """Return the positions of the patches at the indices `kept` (B, K) among the tokens.
-
-        None if blocks need none.
-        """
-        if not self.has_positions:
-            return None
-        kept = kept - self.num_prefix_tokens
-        return kept if self.positions is None else self.positions.gather(1, kept)
-
-    def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
-        """Return the positions of the tokens that a reduction leaves; None if blocks need none."""
-        positions = self.positions_of(reduction.kept)
-        if positions is None or not reduction.merged:
-            return positions
-        return F.pad(positions, (0, 1), value=NO_POSITION)
-
-    def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
-        return kwargs
-
-    def position_bias(self, i: int) -> Tensor | None:
-        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
-        return None
-
-    def bias_at(self, bias: Tensor, positions: Tensor) -> Tensor:
-        """Return the bias (B, H, N, N) at `positions`, of that of all tokens (1, H, N0, N0)."""
-        p, B = self.num_prefix_tokens, positions.shape[0]
-        first = torch.arange(p, device=positions.device).expand(B, -1)
-        places = torch.cat([first, torch.where(positions < 0, positions, positions + p)], dim=1)
-        bias = F.pad(bias[0], (0, 1, 0, 1))  # the last row and column, of a token without position
-        return bias[:, places[:, :, None], places[:, None]].transpose(0, 1)
-
-    def rotated(self, i: int, heads: Tensor) -> Tensor:
-        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
-        return heads
-
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i."""
+        if self.runs_halves:
+            return in_place_of(self.blocks[i], lambda x: (self.halves(i, x), None), tokens)[0]
         return self.call(i, self.blocks[i], tokens)
+
+    @property
+    def runs_halves(self) -> bool:
+        """Return whether a block's own forward would add the bias of other positions."""
+        return self.adds_bias and self.positions is not None
+
+    def halves(self, i: int, tokens: Tensor) -> Tensor:
+        """Run both halves of block i, inside its forward."""
+        return self.mlp(i, self.attend(i, tokens))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
@@ -153,7 +102,7 @@ class Tower(TowerParts):
         forward = vars(block).get("forward")
         forward = original_method(block, "forward", getattr(forward, "replaced", forward))
         with self.unsharded(i, tokens) as (tokens,):
-            return self.call(i, forward, tokens)
+            return self.halves(i, tokens) if self.runs_halves else self.call(i, forward, tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None

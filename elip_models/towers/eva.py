@@ -34,20 +34,15 @@ from elip_models.towers.wrapped_modules import (
 class EvaTower(PlainTimm):
     """An Eva of timm; CLS and register tokens stay.
 
-    positions: (B, N-p) the patch of each token, -1 for one without a position; None if the tokens
-        are all patches in order.
     ropes: the rotations of all patches in this forward pass, if they are known already.
     """
 
     absorbs_keys = False
+    ropes: Tensor | None = None
 
-    def __init__(
-        self, model: Eva, positions: Tensor | None = None, ropes: Tensor | None = None
-    ) -> None:
+    def __init__(self, model: Eva) -> None:
         super().__init__(model)
         self.is_rotary = model.rope is not None
-        self.positions = positions
-        self.ropes = ropes
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
@@ -74,21 +69,21 @@ class EvaTower(PlainTimm):
         if not self.is_rotary:
             return self
         ropes = self._ropes() if self.ropes is None else self.ropes
-        return EvaTower(self.model, positions, ropes)
+        return self.changed(positions=positions, ropes=ropes)
 
     def for_images(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if not self.is_rotary:
             return self
         grid = self.model.patch_embed.dynamic_feat_size(images.shape[2:])
-        return EvaTower(self.model, self.positions, self._ropes(grid))
+        return self.changed(ropes=self._ropes(grid))
 
     def in_call(self, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls a block with `kwargs`."""
         rope = kwargs.get("rope")
         if rope is None or self.model.rope_mixed:  # which passes the rotations of one block
             return self
-        return EvaTower(self.model, self.positions, rope)
+        return self.changed(ropes=rope)
 
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""

@@ -65,20 +65,17 @@ PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # before block 0, both spellings
 class HFTower(Tower):
     """A vision transformer inside a transformers model.
 
-    positions: (B, N-p) the patch of each token, -1 for one without a position; None if the tokens
-        are all patches in order.
     rotations: cos and sin (N0, d) of all patches in this forward pass, in a rotary tower.
+    resolution: the images' size (H, W) in this forward pass, in a tower that adds a bias.
     """
+
+    rotations: tuple[Tensor, Tensor] | None = None
+    resolution: tuple[int, int] | None = None
 
     has_dynamic_size = True  # DINOv2 in any call, others with interpolate_pos_encoding=True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        positions: Tensor | None = None,
-        rotations: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        self.model, self.positions, self.rotations = model, positions, rotations
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.trunk, self.blocks = _trunk(model)
         self.collector = self.trunk
         self.names = LAYERS[library_class(self.blocks[0]).__name__]
@@ -91,7 +88,7 @@ class HFTower(Tower):
         self.num_prefix_tokens = getattr(config, "n_cls_tokens", int(self.has_cls))
         self.num_prefix_tokens += getattr(config, "num_register_tokens", 0)
         self.num_prefix_tokens += hasattr(embeddings, "distillation_token")
-        self.absorbs_keys = self.has_cls and not self.is_rotary
+        self.absorbs_keys = self.has_cls and not self.has_positions
         self.needs_grid = _needs_grid(model)
         has_probe = not self.has_cls and getattr(self.trunk, "use_head", False)
         pools = has_probe or isinstance(model, AVERAGED) or self.needs_grid is not None
@@ -105,6 +102,11 @@ class HFTower(Tower):
             self.whole_output = WHOLE_OUTPUT
 
     @property
+    def adds_bias(self) -> bool:
+        """Return whether layers add a bias to their attention for each pair of positions."""
+        return getattr(self.blocks[0], "relative_position_bias", None) is not None
+
+    @property
     def is_rotary(self) -> bool:
         """Return whether layers rotate queries and keys by the position of their patch."""
         return hasattr(self.trunk, "rope_embeddings")
@@ -115,7 +117,9 @@ class HFTower(Tower):
         found = _trunk(model)
         if found is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
             return transformers_reason(model)
-        _, layers = found
+        trunk, layers = found
+        if getattr(trunk, "shared_position_bias", None) is not None:
+            return "it passes the bias of its positions to its layers as a mask"
         names = LAYERS[library_class(layers[0]).__name__]
         for attn in (unwrapped(getattr(layer, names.attn)) for layer in layers):
             if not _is_own(attn):
@@ -143,8 +147,8 @@ class HFTower(Tower):
         """Return why the image size cannot change, in one sentence, or None if it can."""
         if any(hasattr(self.trunk.config, name) for name in ("num_mel_bins", "tubelet_size")):
             return "it reads no single images"
-        if self.is_rotary:
-            return "its rotations are those of the images' own size"
+        if self.has_positions:
+            return "its layers read positions of the images' own size"
         return self.needs_grid
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
@@ -174,6 +178,8 @@ class HFTower(Tower):
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
+        if self.adds_bias:
+            return block(tokens, **self.arguments, resolution=self.resolution or self.image_size)
         if not self.is_rotary:
             return block(tokens, **self.arguments)
         return block(tokens, **self.arguments, position_embeddings=self._rotations())
@@ -185,10 +191,6 @@ class HFTower(Tower):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in each)
         return self.rotated(i, q), self.rotated(i, k), v
 
-    def at(self, positions: Tensor | None) -> Self:
-        """Return the tower for tokens at these positions; None means all patches in order."""
-        return HFTower(self.model, positions, self.rotations) if self.is_rotary else self
-
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
         none = torch.empty(1, 0, dtype=torch.long, device=self.trunk.device)
@@ -196,14 +198,18 @@ class HFTower(Tower):
 
     def for_images(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
+        if self.adds_bias:
+            return self.changed(resolution=tuple(images.shape[2:]))
         if not self.is_rotary:
             return self
-        return HFTower(self.model, self.positions, self.trunk.rope_embeddings(images))
+        return self.changed(rotations=self.trunk.rope_embeddings(images))
 
     def in_call(self, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+        if self.adds_bias:
+            return self.changed(resolution=kwargs.get("resolution"))
         rotations = kwargs.get("position_embeddings")
-        return self if rotations is None else HFTower(self.model, self.positions, rotations)
+        return self if rotations is None else self.changed(rotations=rotations)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
@@ -218,6 +224,16 @@ class HFTower(Tower):
         one, other = patches.chunk(2, dim=-1)
         turned = torch.cat([-other, one], dim=-1)
         return torch.cat([first, patches * cos + turned * sin], dim=2)
+
+    def position_bias(self, i: int) -> Tensor | None:
+        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
+        own = getattr(self.blocks[i], "relative_position_bias", None)
+        if own is None:
+            return None
+        rows, columns = _pair(self.trunk.config.patch_size)
+        height, width = self.resolution or self.image_size
+        bias = own((height // rows, width // columns))
+        return bias if self.positions is None else self.bias_at(bias, self.positions)
 
     def _rotations(self) -> tuple[Tensor, Tensor]:
         """Return cos and sin of these tokens: (N0, d), or (B, 1, N-p, d) at positions."""

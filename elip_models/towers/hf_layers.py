@@ -64,6 +64,7 @@ LAYERS = {
     "DeiTLayer": VIT,
     "IJepaLayer": VIT,
     "ViTMSNLayer": VIT,
+    "BeitLayer": VIT._replace(after=("dropout", "lambda_{}", "drop_path")),
     "PixioLayer": VIT._replace(after=("dropout", "drop_path")),
     "ASTLayer": VIT,
     "VivitLayer": VIT,
@@ -87,8 +88,8 @@ LAYERS = {
 """By the name of the class."""
 
 
-def part(module: nn.Module, name: str) -> nn.Module | Tensor | None:
-    """Return the inner module or parameter `name`, with dots; None if there is none."""
+def part(module: nn.Module, name: str) -> nn.Module | Tensor | float | None:
+    """Return the inner module, parameter or number `name`, with dots; None if there is none."""
     found = module
     for each in name.split("."):
         found = getattr(found, each, None)
@@ -96,11 +97,11 @@ def part(module: nn.Module, name: str) -> nn.Module | Tensor | None:
 
 
 def run(module: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
-    """Run parts of a module in order: call modules, multiply by parameters, skip what is absent."""
+    """Run parts of a module in order: call modules, multiply by the others, skip what is absent."""
     for name in names:
         each = part(module, name)
-        if isinstance(each, Tensor):
-            x = each * x
-        elif each is not None:
+        if isinstance(each, nn.Module):
             x = each(x)
+        elif each is not None:
+            x = each * x
     return x

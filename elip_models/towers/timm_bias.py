@@ -7,8 +7,6 @@ those of the positions that are left. A token that is made of all dropped ones h
 no bias.
 """
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,7 +19,6 @@ from elip_models.towers.tower_parts import IDENTITY, Block, Projections
 from elip_models.towers.wrapped_modules import (
     Affine,
     affine,
-    in_place_of,
     is_plain,
     library_class,
     qkv_of,
@@ -35,20 +32,12 @@ ATTENTIONS = (beit.Attention, relpos.RelPosAttention)
 
 
 class BiasTower(PlainTimm):
-    """A Beit or a VisionTransformerRelPos of timm; a class token stays.
-
-    positions: (B, N-p) the patch of each token, -1 for one without a position; None if the tokens
-        are all patches in order.
-    """
+    """A Beit or a VisionTransformerRelPos of timm; a class token stays."""
 
     absorbs_keys = False
     has_dynamic_size = False
     adds_bias = True
     size_advice = "the model's set_input_size takes others"
-
-    def __init__(self, model: nn.Module, positions: Tensor | None = None) -> None:
-        super().__init__(model)
-        self.positions = positions
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
@@ -60,10 +49,6 @@ class BiasTower(PlainTimm):
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         reasons = (_refuses_block(block) for block in model.blocks)
         return next((reason for reason in reasons if reason is not None), None)
-
-    def at(self, positions: Tensor | None) -> Self:
-        """Return the tower for tokens at these positions; None means all patches in order."""
-        return BiasTower(self.model, positions)
 
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
@@ -87,16 +72,8 @@ class BiasTower(PlainTimm):
         bias = bias if bias.dim() == 4 else bias[None]  # of all blocks, where BEiT has no batch
         return bias if self.positions is None else self.bias_at(bias, self.positions)
 
-    def block(self, i: int, tokens: Tensor) -> Tensor:
-        """Run block i."""
-        if self.positions is None:
-            return super().block(i, tokens)
-        return in_place_of(self.blocks[i], lambda x: (self._halves(i, x), None), tokens)[0]
-
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
-        if self.positions is not None:
-            return self._halves(i, tokens)
         shared = self._shared_bias()
         if isinstance(self.model, beit.Beit):
             return block(tokens, shared_rel_pos_bias=shared)
@@ -144,9 +121,6 @@ class BiasTower(PlainTimm):
     def is_plain(self, i: int) -> bool:
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         return _refuses_block(self.blocks[i]) is None and is_plain(self.blocks[i])
-
-    def _halves(self, i: int, tokens: Tensor) -> Tensor:
-        return self.mlp(i, self.attend(i, tokens))
 
     def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
         """Run what is between the output of block i's half 1 or 2 and its residual."""

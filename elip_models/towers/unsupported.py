@@ -41,7 +41,7 @@ TRANSFORMERS = {
     "siglip2*": "takes padded patches with a mask, which would not follow the tokens; "
     "timm.create_model('vit_base_patch16_siglip_224.v2_webli') is supported",
     "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
-    "beit data2vec-vision": f"adds a bias to its attention for each pair of positions, {NOT_YET}; "
+    "data2vec-vision": f"adds a bias to its attention for each pair of positions, {NOT_YET}; "
     "timm.create_model('beit_base_patch16_224') is supported",
     "pvt* levit cvt segformer glpn focalnet poolformer mobilevit* swiftformer": STAGES,
     "convnext* dinov3_convnext resnet regnet bit efficientnet mobilenet_* align": CONVOLUTIONAL,

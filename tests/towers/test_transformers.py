@@ -1,6 +1,7 @@
 """Each class of layers of transformers that a tower reads, in a small model of random weights."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ MODELS = {
     "Idefics2EncoderLayer": ("Idefics2VisionTransformer", {}),
     "Idefics3EncoderLayer": ("Idefics3VisionTransformer", {}),
     "SmolVLMEncoderLayer": ("SmolVLMVisionTransformer", {}),
+    "BeitLayer": (
+        "BeitModel",
+        {"use_relative_position_bias": True, "use_mean_pooling": False, "drop_path_rate": 0.0},
+    ),
     "PixioLayer": ("PixioModel", {"n_cls_tokens": 3}),
     "Tipsv2VisionLayer": ("Tipsv2VisionModel", {"num_register_tokens": 1, "layerscale_value": 0.3}),
     "JanusVisionEncoderLayer": ("JanusVisionModel", {}),
@@ -123,6 +128,11 @@ def test_no_merges_is_the_model_and_merges_are_undone(layer):
     assert torch.equal(features(elip_models.unreduce_(model), x), dense)
 
 
+def bias_at(table, places, *args, **kwargs):
+    """The bias of patches that stand in pairs, each pair at one position."""
+    return table(*args, **kwargs)[:, :, places][..., places]
+
+
 @layers
 def test_equal_patches_merge_to_the_dense_result_in_training(layer):
     """Each pair of neighbours is equal, so that merging every pair changes nothing."""
@@ -141,10 +151,15 @@ def test_equal_patches_merge_to_the_dense_result_in_training(layer):
             return tuple(t[: n // 2 * 2 : 2].repeat_interleave(2, dim=0) for t in table(pixels))
 
         model.rope_embeddings.forward = double_positions
+    if tower.adds_bias:
+        even = torch.arange(p, p + n // 2 * 2, 2).repeat_interleave(2)
+        places = torch.cat([torch.arange(p), even])
+        for block in tower.blocks:
+            own = block.relative_position_bias
+            own.forward = partial(bias_at, own.forward, places)
     tower.blocks[0].register_forward_pre_hook(double_patches)
     dense = features(model, x)
-    even = n // 2
-    strategy = elip_models.ToMe((even,) + (0,) * (tower.depth - 1), compare="tokens")
+    strategy = elip_models.ToMe((n // 2,) + (0,) * (tower.depth - 1), compare="tokens")
     elip_models.reduce_(model, strategy=strategy)
     merged = features(model, x)
     close = 1e-5 if layer == "GitVisionEncoderLayer" else 1e-9  # its softmax is fp32

@@ -1,0 +1,88 @@
+"""The positions of tokens, for towers whose blocks read them: rotary ones, and those with a bias.
+
+    rotary:  q_n, k_n = r(position of n) q_n, k_n
+    bias:    a_nm = q_n . k_m / sqrt(d) + bias(position of n, position of m)
+
+A kept token keeps its position, also if others merge into it.
+"""
+
+from copy import copy
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_kernels import ReductionInfo
+from elip_models.towers.tower_parts import NO_POSITION, TowerParts
+
+
+class Positions(TowerParts):
+    """The part of a tower that knows where its tokens stand."""
+
+    @property
+    def has_positions(self) -> bool:
+        """Return whether blocks read the position of each patch."""
+        return self.is_rotary or self.adds_bias
+
+    def at(self, positions: Tensor | None) -> Self:
+        """Return the tower for tokens at these positions; None means all patches in order.
+
+        Only a tower that `has_positions` reads them.
+        """
+        return self.changed(positions=positions) if self.has_positions else self
+
+    def changed(self, **attributes: Any) -> Self:
+        """Return the tower of the same model with other attributes."""
+        tower = copy(self)
+        vars(tower).update(attributes)
+        return tower
+
+    def for_images(self, images: Tensor) -> Self:
+        """Return the tower for a forward pass of images (B, 3, H, W), whose size may be another."""
+        return self
+
+    def in_call(self, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+        return self
+
+    def at_no_position(self) -> Self:
+        """Return the tower for one token that comes from outside the image."""
+        return self
+
+    def positions_of(self, kept: Tensor) -> Tensor | None:
+        """Return the positions of the patches at the indices `kept` (B, K) among the tokens.
+
+        None if blocks need none.
+        """
+        if not self.has_positions:
+            return None
+        kept = kept - self.num_prefix_tokens
+        return kept if self.positions is None else self.positions.gather(1, kept)
+
+    def positions_after(self, reduction: ReductionInfo) -> Tensor | None:
+        """Return the positions of the tokens that a reduction leaves; None if blocks need none."""
+        positions = self.positions_of(reduction.kept)
+        if positions is None or not reduction.merged:
+            return positions
+        return F.pad(positions, (0, 1), value=NO_POSITION)
+
+    def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
+        return kwargs
+
+    def position_bias(self, i: int) -> Tensor | None:
+        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
+        return None
+
+    def bias_at(self, bias: Tensor, positions: Tensor) -> Tensor:
+        """Return the bias (B, H, N, N) at `positions`, of that of all tokens (1, H, N0, N0)."""
+        p, B = self.num_prefix_tokens, positions.shape[0]
+        first = torch.arange(p, device=positions.device).expand(B, -1)
+        places = torch.cat([first, torch.where(positions < 0, positions, positions + p)], dim=1)
+        bias = F.pad(bias[0], (0, 1, 0, 1))  # the last row and column, of a token without position
+        return bias[:, places[:, :, None], places[:, None]].transpose(0, 1)
+
+    def rotated(self, i: int, heads: Tensor) -> Tensor:
+        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
+        return heads
