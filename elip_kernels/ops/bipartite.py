@@ -90,7 +90,8 @@ def bipartite_merge(
         return_info: also return a `BipartiteInfo`.
 
     Returns:
-        merged (B, N-r, D) in the dtype of `tokens`: the unmerged even tokens, then the odd ones;
+        merged (B, N-r, D) in the dtype of `tokens`: the prefix tokens but the last, then those of A
+            that did not merge (see the top of the file), then those of B;
         size (B, N-r) fp32 (fp64 for fp64 tokens); with `return_info`, a `BipartiteInfo`.
 
     Raises:

@@ -44,7 +44,8 @@ def agreement_by_image(
     rows: Mapping[int, Tensor] | None = None,
 ) -> dict[str | int, list[Tensor]]:
     """Return `scorer_agreement` for each image, (B,) for each stage."""
-    tower, others = as_tower(model), {name: replace(strategy, scorer=name) for name in scorers}
+    tower = as_tower(model).for_images(images)
+    others = {name: replace(strategy, scorer=name) for name in scorers}
     forward = Forward(tower, replace(strategy, scorer="exact"), text_cls)
     names = (*scorers, *(["momentum"] if rows else []), "chance")
     shares: dict[str | int, list[Tensor]] = {name: [] for name in names}

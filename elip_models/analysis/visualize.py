@@ -85,6 +85,7 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
     over the patches. The result is (depth, len(shares)).
     """
     counts = [max(1, round(share * tower.num_patches)) for share in shares]
+    tower = tower.for_images(images)
     forward, tokens, masses = Forward(tower, Dense()), tower.embed(images), []
     for i in range(tower.depth):
         row = tower.cls_attention(i, tokens, tokens[:, 0])[:, tower.num_prefix_tokens :]

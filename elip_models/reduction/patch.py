@@ -1,8 +1,7 @@
 """reduce_, unreduce_, guidance: token reduction for a model of another library.
 
 `reduce_` replaces the forward method of each block, from the first that a strategy acts at
-(`ReducedBlock`). Parameters and state_dict keys stay. The replaced methods share one
-`Reduction` (`reduced_model.py`).
+(`ReducedBlock`). Parameters and state_dict keys stay. The replaced methods share one `Reduction`.
 """
 
 from collections.abc import Iterator
@@ -130,8 +129,8 @@ def _guiding(
 
 def _read(model: nn.Module) -> tuple[ImageTextModel | None, Tower]:
     """Return the image-text model, or None, and the tower of its image model."""
-    image_text = as_image_text(model)
-    return image_text, as_tower(model if image_text is None else image_text.image_model)
+    whole = as_image_text(model)
+    return whole, as_tower(model if whole is None else whole.image_model)
 
 
 def strategy_by_default(
@@ -144,7 +143,7 @@ def strategy_by_default(
     """
     saved = strategy_in_config(image_text or tower) if use_config else None
     is_original = all(_replaced(block, "forward") is None for block in tower.blocks)
-    return saved or default_strategy(tower, has_text=has_text, replaces_block=is_original)
+    return saved or default_strategy(tower, has_text=has_text, may_replace=is_original)
 
 
 def _are_alike(one: Reduction, other: Reduction) -> bool:
@@ -156,7 +155,8 @@ def _are_alike(one: Reduction, other: Reduction) -> bool:
 def _refuse_replaced(reduction: Reduction) -> None:
     """Raise TypeError if a forward method was replaced, since the strategy would bypass it."""
     tower, strategy = reduction.tower, reduction.strategy
-    owners = [(tower.blocks[i], "forward") for i in reduction.acts_at if strategy.replaces_block]
+    replaces = strategy.replaces_block or tower.adds_bias
+    owners = [(tower.blocks[i], "forward") for i in reduction.acts_at if replaces]
     owners += tower.entrance if strategy.changes_embedding else []
     for owner, name in owners:
         if _replaced(owner, name) is not None:

@@ -129,7 +129,9 @@ def _mean(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tensor:
 def _received(tower: Tower, stage: Stage, tokens: Tensor, query: Query | None) -> Tensor:
     """Return the attention that each token receives from all tokens in the last layer."""
     with tower.unsharded(stage.last, tokens) as (tokens,):
-        q, k, _ = tower.qkv(stage.last, tokens)
+        q, k, v = tower.qkv(stage.last, tokens)
+        if tower.adds_bias:
+            return tower.attention_map(stage.last, tokens, qkv=(q, k, v)).mean((1, 2))
         return attention_column_mean(q, k, scale=tower.projections(stage.last).scale)
 
 

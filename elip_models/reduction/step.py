@@ -144,7 +144,7 @@ class Forward:
         slots = None if previous is None else self.slots.get(previous.stage.first)
         if self.on_grid and slots is not None:
             tokens = slots.merged(tokens)
-        tower = self.tower.in_call(kwargs) if kwargs else self.tower
+        tower = self.tower.in_call(kwargs) if kwargs and self.tower.has_positions else self.tower
         tower = tower if positions is None else tower.at(positions)
         if stage is None:
             replaces_block = self.replaces_block(i)
@@ -155,7 +155,7 @@ class Forward:
         context = Context(self.text_cls, previous, self.infos.get(i), self.row(i))
         tokens, info = strategy.step(tower, stage, tokens, context)
         self._check_remaining(i, tokens)
-        if isinstance(info.reduction, ReductionInfo):
+        if tower.has_positions and isinstance(info.reduction, ReductionInfo):
             info = info._replace(positions=tower.positions_after(info.reduction))
         if self.on_grid or self.unmerges:
             slots = slots.after(info.reduction) if slots is not None else slots_of(info.reduction)

@@ -64,6 +64,15 @@ class Tower(Positions):
         """Return whether one projection of the tokens gives the head mean of a block's keys."""
         return self.projections(0).k_norm is None and not self.is_rotary
 
+    @property
+    def has_positions(self) -> bool:
+        """Return whether blocks read the position of each patch."""
+        return self.is_rotary or self.adds_bias
+
+    def position_bias(self, i: int) -> Tensor | None:
+        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
+        return None
+
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i."""
         if self.runs_halves:

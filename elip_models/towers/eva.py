@@ -35,6 +35,7 @@ class EvaTower(PlainTimm):
     """An Eva of timm; CLS and register tokens stay.
 
     ropes: the rotations of all patches in this forward pass, if they are known already.
+    gathered: the rotations at `positions`, by block if blocks differ, once they are known.
     """
 
     absorbs_keys = False
@@ -69,21 +70,21 @@ class EvaTower(PlainTimm):
         if not self.is_rotary:
             return self
         ropes = self._ropes() if self.ropes is None else self.ropes
-        return self.changed(positions=positions, ropes=ropes)
+        return self.changed(positions=positions, ropes=ropes, gathered={})
 
     def for_images(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if not self.is_rotary:
             return self
         grid = self.model.patch_embed.dynamic_feat_size(images.shape[2:])
-        return self.changed(ropes=self._ropes(grid))
+        return self.changed(ropes=self._ropes(grid), gathered={})
 
     def in_call(self, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls a block with `kwargs`."""
         rope = kwargs.get("rope")
         if rope is None or self.model.rope_mixed:  # which passes the rotations of one block
             return self
-        return self.changed(ropes=rope)
+        return self.changed(ropes=rope, gathered={})
 
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
@@ -192,7 +193,12 @@ class EvaTower(PlainTimm):
             return None
         ropes = self._ropes() if self.ropes is None else self.ropes
         rope = ropes[i] if self.model.rope_mixed else ropes
-        return rope if self.positions is None else self.rotations_at(rope, self.positions)
+        if self.positions is None:
+            return rope
+        block = i if self.model.rope_mixed else 0
+        if block not in self.gathered:  # by queries and by keys
+            self.gathered[block] = self.rotations_at(rope, self.positions)
+        return self.gathered[block]
 
 
 def _bias(attn: nn.Module) -> Tensor | None:

@@ -16,23 +16,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import (
-    CLIPForImageClassification,
-    DeiTForMaskedImageModeling,
-    DepthProPreTrainedModel,
-    Dinov2ForImageClassification,
-    Dinov2WithRegistersForImageClassification,
-    IJepaForImageClassification,
-    Owlv2ForObjectDetection,
-    OwlViTForObjectDetection,
-    SiglipForImageClassification,
-    VideoMAEForPreTraining,
-    VideoMAEForVideoClassification,
-    ViTForMaskedImageModeling,
-)
+from transformers import DepthProPreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
 from elip_models.towers.base import Tower
+from elip_models.towers.hf_heads import averages, needs_grid, reads_layers
 from elip_models.towers.hf_layers import LAYERS, part, run
 from elip_models.towers.hf_processor import image_stats_of
 from elip_models.towers.reducible_model import Stats
@@ -40,20 +28,6 @@ from elip_models.towers.tower_parts import IDENTITY, Block, Projections, plain_m
 from elip_models.towers.unsupported import transformers_reason
 from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, qkv_of, unwrapped
 
-AVERAGED = (
-    CLIPForImageClassification,
-    IJepaForImageClassification,
-    SiglipForImageClassification,
-    Dinov2ForImageClassification,
-    Dinov2WithRegistersForImageClassification,
-    VideoMAEForVideoClassification,
-)
-DETECTORS = (OwlViTForObjectDetection, Owlv2ForObjectDetection)
-PIXEL_DECODERS = (
-    DeiTForMaskedImageModeling,
-    VideoMAEForPreTraining,
-    ViTForMaskedImageModeling,
-)
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
 WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"
 
@@ -66,12 +40,13 @@ class HFTower(Tower):
     """A vision transformer inside a transformers model.
 
     rotations: cos and sin (N0, d) of all patches in this forward pass, in a rotary tower.
+    gathered: cos and sin (B, 1, N-p, d) at `positions`, once they are known.
     resolution: the images' size (H, W) in this forward pass, in a tower that adds a bias.
     """
 
     rotations: tuple[Tensor, Tensor] | None = None
+    gathered: tuple[Tensor, Tensor] | None = None
     resolution: tuple[int, int] | None = None
-
     has_dynamic_size = True  # DINOv2 in any call, others with interpolate_pos_encoding=True
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,10 +64,10 @@ class HFTower(Tower):
         self.num_prefix_tokens += getattr(config, "num_register_tokens", 0)
         self.num_prefix_tokens += hasattr(embeddings, "distillation_token")
         self.absorbs_keys = self.has_cls and not self.has_positions
-        self.needs_grid = _needs_grid(model)
+        self.needs_grid = needs_grid(model)
         has_probe = not self.has_cls and getattr(self.trunk, "use_head", False)
-        pools = has_probe or isinstance(model, AVERAGED) or self.needs_grid is not None
-        self.pools = pools and not _reads_layers(model)
+        pools = has_probe or averages(model, self.trunk) or self.needs_grid is not None
+        self.pools = pools and not reads_layers(model)
         mlp = (part(self.blocks[0], name) for name in self.names.mlp)
         self.mlp_ratio = plain_mlp_ratio(self.width, *(m for m in mlp if isinstance(m, nn.Module)))
         self.is_part = config is not model.config
@@ -141,7 +116,7 @@ class HFTower(Tower):
 
     def refuses_dropping(self) -> str | None:
         """Return why no patch may be dropped; a model that reads single layers has zeros there."""
-        return None if _reads_layers(self.model) else self.needs_grid
+        return None if reads_layers(self.model) else self.needs_grid
 
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
@@ -191,6 +166,10 @@ class HFTower(Tower):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in each)
         return self.rotated(i, q), self.rotated(i, k), v
 
+    def at(self, positions: Tensor | None) -> Self:
+        """Return the tower for tokens at these positions; None means all patches in order."""
+        return self.changed(positions=positions, gathered=None) if self.has_positions else self
+
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
         none = torch.empty(1, 0, dtype=torch.long, device=self.trunk.device)
@@ -202,14 +181,14 @@ class HFTower(Tower):
             return self.changed(resolution=tuple(images.shape[2:]))
         if not self.is_rotary:
             return self
-        return self.changed(rotations=self.trunk.rope_embeddings(images))
+        return self.changed(gathered=None, rotations=self.trunk.rope_embeddings(images))
 
     def in_call(self, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls a block with `kwargs`."""
         if self.adds_bias:
             return self.changed(resolution=kwargs.get("resolution"))
         rotations = kwargs.get("position_embeddings")
-        return self if rotations is None else self.changed(rotations=rotations)
+        return self if rotations is None else self.changed(gathered=None, rotations=rotations)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
@@ -243,10 +222,12 @@ class HFTower(Tower):
             tables = self.trunk.rope_embeddings(weight.new_empty(1, 3, *self.image_size))
         if self.positions is None:
             return tables
-        cos, sin = (
-            F.pad(t, (0, 0, 0, 1), value=v) for t, v in zip(tables, (1.0, 0.0), strict=True)
-        )
-        return cos[self.positions].unsqueeze(1), sin[self.positions].unsqueeze(1)
+        if self.gathered is None:
+            none = (1.0, 0.0)  # of a token without a position, the last row
+            padded = [F.pad(t, (0, 0, 0, 1), value=v) for t, v in zip(tables, none, strict=True)]
+            cos, sin = (table[self.positions].unsqueeze(1) for table in padded)
+            self.gathered = cos, sin
+        return self.gathered
 
     def projections(self, i: int) -> Projections:
         """Return the modules around block i's projections."""
@@ -331,31 +312,6 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
             if is_image and _is_known(layers):
                 return module, layers
     return None
-
-
-def _needs_grid(model: nn.Module) -> str | None:
-    """Return why the image tower must return a token for each patch, or None if it need not."""
-    if isinstance(model, PIXEL_DECODERS):
-        return "it decodes pixels from its patches, each at its position"
-    if isinstance(model, DETECTORS):
-        return "its heads give a box for each patch"
-    if _language_config(model) is not None:
-        return "its language model has a token for each patch of the image"
-    if any(isinstance(module, BackboneMixin) for module in model.modules()):
-        return "its feature maps have a position for each patch"
-    return None
-
-
-def _reads_layers(model: nn.Module) -> bool:
-    """Return whether a language model reads the tokens of single layers, and no pooled output."""
-    return hasattr(_language_config(model), "vision_feature_layer")
-
-
-def _language_config(model: nn.Module) -> Any:
-    """Return the config of a model that inserts image tokens into a text, or None."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    names = ("image_token_id", "image_token_index")
-    return next((c for c in configs if any(hasattr(c, name) for name in names)), None)
 
 
 def _is_own(attn: nn.Module) -> bool:

@@ -18,12 +18,7 @@ from elip_models.towers.tower_parts import NO_POSITION, TowerParts
 
 
 class Positions(TowerParts):
-    """The part of a tower that knows where its tokens stand."""
-
-    @property
-    def has_positions(self) -> bool:
-        """Return whether blocks read the position of each patch."""
-        return self.is_rotary or self.adds_bias
+    """The part of a tower that gives the positions of its tokens to blocks that read them."""
 
     def at(self, positions: Tensor | None) -> Self:
         """Return the tower for tokens at these positions; None means all patches in order.
@@ -70,10 +65,6 @@ class Positions(TowerParts):
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
         return kwargs
-
-    def position_bias(self, i: int) -> Tensor | None:
-        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
-        return None
 
     def bias_at(self, bias: Tensor, positions: Tensor) -> Tensor:
         """Return the bias (B, H, N, N) at `positions`, of that of all tokens (1, H, N0, N0)."""

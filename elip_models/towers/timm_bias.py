@@ -7,6 +7,8 @@ those of the positions that are left. A token that is made of all dropped ones h
 no bias.
 """
 
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -32,9 +34,13 @@ ATTENTIONS = (beit.Attention, relpos.RelPosAttention)
 
 
 class BiasTower(PlainTimm):
-    """A Beit or a VisionTransformerRelPos of timm; a class token stays."""
+    """A Beit or a VisionTransformerRelPos of timm; a class token stays.
+
+    shared_bias: the bias of all blocks in this forward pass, if it is known already.
+    """
 
     absorbs_keys = False
+    shared_bias: Tensor | None = None
     has_dynamic_size = False
     adds_bias = True
     size_advice = "the model's set_input_size takes others"
@@ -62,6 +68,15 @@ class BiasTower(PlainTimm):
         positions = getattr(model, "pos_embed", None)
         tokens = tokens if positions is None else tokens + positions
         return getattr(model, "pos_drop", IDENTITY)(tokens)
+
+    def for_images(self, images: Tensor) -> Self:
+        """Return the tower for a forward pass of images (B, 3, H, W), whose bias it stores."""
+        return self.changed(shared_bias=self._shared_bias())
+
+    def in_call(self, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+        name = "shared_rel_pos_bias" if isinstance(self.model, beit.Beit) else "shared_rel_pos"
+        return self.changed(shared_bias=kwargs.get(name))
 
     def position_bias(self, i: int) -> Tensor | None:
         """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
@@ -138,6 +153,8 @@ class BiasTower(PlainTimm):
         return None if attn.rel_pos is None else attn.rel_pos.get_bias()
 
     def _shared_bias(self) -> Tensor | None:
+        if self.shared_bias is not None:
+            return self.shared_bias
         if isinstance(self.model, beit.Beit):
             return None if self.model.rel_pos_bias is None else self.model.rel_pos_bias()
         shared = self.model.shared_rel_pos

@@ -10,7 +10,10 @@ WINDOWS = f"attends in windows of its grid of patches, which need every token; {
 STAGES = f"pools or convolves its grid of patches, which needs every token; {PLAIN}"
 CONVOLUTIONAL = f"is a convolutional network, which has no tokens to drop; {PLAIN}"
 GRID = f"returns boxes, masks or depths, which need a token for each patch; {PLAIN}"
-VIDEO = "reads videos, whose tokens span several images; encode single images with an image model"
+VIDEO = (
+    "reads videos with attention of its own, which no adapter reads yet; ViViT and VideoMAE are "
+    "supported"
+)
 WRAPPER = "is of another library, or a wrapper; pass the image model inside a wrapper"
 PART = "is a part of a model; pass the whole model"
 NOT_YET = "which no adapter reads yet"

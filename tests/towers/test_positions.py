@@ -1,12 +1,14 @@
 """Towers whose blocks read positions: rotations, or a bias for each pair of positions."""
 
+import functools
+
 import pytest
 import timm
 import torch
 
 import elip_kernels
 import elip_models
-from elip_models import CrossGET, PiToMe, ToMe
+from elip_models import CrossGET, EViT, PiToMe, ToMe
 from elip_models.reduction.step import Forward
 from elip_models.towers import as_tower
 from tests.helpers.models import BIASED, ROTARY, TOWERS, eva
@@ -217,6 +219,31 @@ def test_equal_tokens_at_one_position_merge_to_the_dense_result(name):
     assert tokens.shape[1] == p + 18 and torch.equal(first.positions, places[:, ::2])
     restored = elip_kernels.unmerge(tokens, first.reduction)
     torch.testing.assert_close(restored, dense, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PLACED_BY_BIAS)
+def test_scores_are_those_of_the_attention_with_its_bias(name):
+    model, x = PLACED_BY_BIAS[name]().eval(), images()
+    tower = as_tower(model)
+    whole, last = (tower.attention_map(i, tower.embed(x)) for i in (0, 5))
+    received = elip_models.ELIP("6(50%)", scorer="received")
+    scores = received.score(tower, received.stages(tower.size)[0], tower.embed(x), text())
+    torch.testing.assert_close(scores, last.mean((1, 2)), atol=1e-6, rtol=1e-5)
+    if not tower.has_cls:
+        return
+    for strategy in (EViT(0.5, layers=(0,)), EViT(0.5, layers=(0,), attention_gradient=True)):
+        _, (info,) = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
+        row = whole[:, :, 0].mean(1)
+        torch.testing.assert_close(info.attention, row, atol=1e-6, rtol=1e-5)
+
+
+def test_a_forward_of_the_user_is_not_bypassed_by_a_bias():
+    model = TOWERS["timm BEiT"]()
+    block = model.blocks[3]
+    block.forward = functools.partial(type(block).forward, block)
+    with pytest.raises(TypeError, match="Blocks that run their own forward"):
+        elip_models.reduce_(model, schedule=SCHEDULE)
 
 
 @torch.no_grad()

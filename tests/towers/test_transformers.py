@@ -1,6 +1,7 @@
 """Each class of layers of transformers that a tower reads, in a small model of random weights."""
 
 import importlib
+import inspect
 from functools import partial
 
 import pytest
@@ -180,13 +181,14 @@ WHOLE = {
     "MetaClip2Model": ("MetaClip2Config", DETECTOR),
     "DINOv3ViTBackbone": ("DINOv3ViTConfig", HF | {"out_features": ["stage2", "stage6"]}),
     "IJepaForImageClassification": ("IJepaConfig", HF),
+    "MetaClip2ForImageClassification": ("MetaClip2Config", DETECTOR),
     "ViTMSNForImageClassification": ("ViTMSNConfig", HF),
 }
 
 
 def tensors(model, x):
     text = {"input_ids": torch.full((2, 6), 7), "attention_mask": torch.ones(2, 6).long()}
-    has_text = hasattr(model.config, "text_config")
+    has_text = "input_ids" in inspect.signature(model.forward).parameters
     out = model(pixel_values=x, **(text if has_text else {}))
     found = []
     for value in out.values():
@@ -208,3 +210,37 @@ def test_dense_heads_get_a_token_for_each_patch(name):
     assert [each.shape for each in reduced] == [each.shape for each in dense]
     assert all(each.isfinite().all() for each in reduced)
     assert not all(torch.equal(a, b) for a, b in zip(reduced, dense, strict=True))
+
+
+BEIT = HF | {"use_relative_position_bias": True}
+
+
+def beit(name, **options):
+    return enlarged(getattr(transformers, name)(transformers.BeitConfig(**(BEIT | options)))).eval()
+
+
+@pytest.mark.parametrize("name", ["BeitModel", "BeitForImageClassification"])
+@torch.no_grad()
+def test_a_pooler_that_averages_counts_tokens_by_their_size(name):
+    model, x = beit(name), images()
+    tower = as_tower(model)
+    assert tower.pools
+    with pytest.raises(TypeError, match="class_token_only: the model uses the patches"):
+        elip_models.reduce_(model, strategy="tome:class_token_only=true")
+    seen = []
+    tower.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    model(x)
+    elip_models.reduce_(model)(x)
+    assert seen[0].shape == seen[1].shape and not torch.equal(*seen)
+
+
+@torch.no_grad()
+def test_heads_of_beit_get_their_grid():
+    masked, x = beit("BeitForMaskedImageModeling", use_mask_token=True), images()
+    dense = masked(x).logits
+    assert elip_models.reduce_(masked, strategy="tome:r=4")(x).logits.shape == dense.shape
+    segmenter = beit("BeitForSemanticSegmentation", out_indices=[1, 2, 3, 4])
+    with pytest.raises(TypeError, match="its head reads a grid of patches"):
+        elip_models.reduce_(segmenter, strategy="patch_dropout")
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        elip_models.reduce_(beit("BeitModel"), schedule="6(50%)")(x, output_attentions=True)

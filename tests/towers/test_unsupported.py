@@ -24,7 +24,7 @@ TRANSFORMERS = {
     "YolosModel": f"boxes, masks or depths.*{PLAIN}",
     "DPTModel": f"boxes, masks or depths.*{PLAIN}",
     "DepthProModel": f"boxes, masks or depths.*{PLAIN}",
-    "TimesformerModel": "reads videos.*encode single images with an image model",
+    "TimesformerModel": "reads videos.*ViViT and VideoMAE are supported",
     "WhisperModel": "reads audio.*pass an image model",
     "PatchTSTModel": "reads time series.*pass an image model",
     "BertModel": "reads text alone.*such as CLIPModel or LlavaForConditionalGeneration",

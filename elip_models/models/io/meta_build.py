@@ -3,7 +3,7 @@
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,8 @@ def with_memory(
     new: dict[int, Tensor] = {}  # a tensor that modules share stays shared
     for module in outline.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if name in NOT_STORED and id(tensor) in undefined:
+            is_known = type(module).__module__.startswith("transformers.") and name in NOT_STORED
+            if is_known and id(tensor) in undefined:
                 undefined.remove(id(tensor))
                 new[id(tensor)] = NOT_STORED[name](tensor.shape).to(device)
     if undefined:
@@ -175,10 +176,14 @@ def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _meta_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters, buffers, and tensors that are plain attributes, if without memory."""
+    """Yield parameters, buffers, and tensors in plain attributes, if without memory."""
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers, vars(module)):
-            yield from (t for t in tensors.values() if isinstance(t, Tensor) and t.is_meta)
+        values = [*module._parameters.values(), *module._buffers.values()]
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                inner = value.values() if isinstance(value, dict) else value
+                values += inner if isinstance(inner, list | tuple | ValuesView) else [inner]
+        yield from (each for each in values if isinstance(each, Tensor) and each.is_meta)
 
 
 @contextmanager

@@ -55,15 +55,15 @@ STRATEGIES: dict[str, type[Strategy]] = {
 DEFAULT_KEEP = 0.7  # of the tokens, mean over the layers
 
 
-def default_strategy(tower: Tower, *, has_text: bool, replaces_block: bool) -> Strategy:
+def default_strategy(tower: Tower, *, has_text: bool, may_replace: bool) -> Strategy:
     """Return the strategy for a tower if the caller names none; warn once if not ToMe.
 
     The default is ToMe, set to `DEFAULT_KEEP` of the tokens or as near as it comes. If it may not
-    replace the forward methods of the blocks (`replaces_block`), the default is ELIP; or random
+    replace the forward methods of the blocks (`may_replace`), the default is ELIP; or random
     pruning, if neither a CLS token nor a text can score.
     """
     tome = ToMe()
-    if replaces_block:
+    if may_replace:
         least = kept_share(tome.at_strength(tower.size, 1.0), tower.size)
         return tome.at_keep(tower, max(DEFAULT_KEEP, least))
     chosen = ELIP() if tower.has_cls or has_text else RandomPruning()

@@ -129,9 +129,12 @@ class EViT(Strategy):
         """Return block i's attention output, head-mean CLS row (B, N) and keys (B, H, N, d)."""
         q, k, v = tower.qkv(i, tokens)
         scale = tower.projections(i).scale
-        if self.attention_gradient:
-            row = ((q[:, :, :1] * scale) @ k.mT).softmax(-1, dtype=accumulator(q))
-            row = row.mean(1)[:, 0]
+        bias = tower.position_bias(i)
+        if self.attention_gradient or bias is not None:
+            scores = (q[:, :, :1] * scale) @ k.mT
+            scores = scores if bias is None else scores + bias[:, :, :1]
+            row = scores.softmax(-1, dtype=accumulator(q)).mean(1)[:, 0]
+            row = row if self.attention_gradient else row.detach()
         else:
             row = elip_kernels.cls_attention(q[:, :, 0].detach(), k.detach(), scale=scale)
         return tower.attend(i, tokens, qkv=(q, k, v)), row, k

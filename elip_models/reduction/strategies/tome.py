@@ -24,7 +24,7 @@ class ToMe(Strategy):
         attention with log(size) of each key added to its scores, then
         x, size = bipartite soft matching on this block's keys
 
-    If blocks read positions, a merged token stands where the token stood that others merged into.
+    If blocks read positions, a merged token has the position of the token that others merged into.
     Rotary keys are compared as they are rotated.
 
     Attributes:
@@ -36,8 +36,8 @@ class ToMe(Strategy):
             themselves, after the attention ('tokens').
         keep_norm: scale each merged token to the largest norm of its tokens, as MLERP does (Kim et
             al., Token Fusion, WACV 2024); a mean of tokens is shorter than they are.
-        class_token_only: the last block computes only the class token, whose value does not
-            change. For models that read no other token of the last block.
+        class_token_only: the last block computes only the class token and other prefix tokens,
+            whose values do not change. For models that read no patch of the last block.
     """
 
     name: ClassVar[str] = "tome"
@@ -170,17 +170,15 @@ class ToMe(Strategy):
                 return_info=True,
             )
         tokens = self.scaled(merged, tokens, match)
-        positions = self.positions_after(tower, match) if tower.has_positions else None
+        positions = self.merged_positions(tower, match) if tower.has_positions else None
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
 
-    def positions_after(self, tower: Tower, match: BipartiteInfo) -> Tensor | None:
+    def merged_positions(self, tower: Tower, match: BipartiteInfo) -> Tensor | None:
         """Return the positions of the remaining patches: of B, and of A where it did not merge."""
-        p, (B, N) = tower.num_prefix_tokens, match.slots.shape
+        (B, N), p = match.slots.shape, tower.num_prefix_tokens
         tokens = torch.arange(N, device=match.slots.device).expand(B, -1)
-        slots, (of_a, of_b) = (
-            match.slots.long(),
-            (slice(max(p - 1, 0), None, 2), slice(p or 1, None, 2)),
-        )
+        slots = match.slots.long()
+        of_a, of_b = slice(max(p - 1, 0), None, 2), slice(p or 1, None, 2)
         kept = tokens.new_zeros(B, match.num_rows)
         kept = kept.scatter(1, slots[:, of_a], tokens[:, of_a])
         kept = kept.scatter(1, slots[:, of_b], tokens[:, of_b])

@@ -1,0 +1,73 @@
+"""What models of transformers do with the tokens of their image tower."""
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+    CLIPForImageClassification,
+    DeiTForMaskedImageModeling,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersForImageClassification,
+    IJepaForImageClassification,
+    MetaClip2ForImageClassification,
+    Owlv2ForObjectDetection,
+    OwlViTForObjectDetection,
+    SiglipForImageClassification,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    ViTForMaskedImageModeling,
+)
+from transformers.backbone_utils import BackboneMixin
+
+AVERAGED = (
+    CLIPForImageClassification,
+    IJepaForImageClassification,
+    MetaClip2ForImageClassification,
+    SiglipForImageClassification,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersForImageClassification,
+    VideoMAEForVideoClassification,
+)
+DETECTORS = (OwlViTForObjectDetection, Owlv2ForObjectDetection)
+PIXEL_DECODERS = (
+    BeitForMaskedImageModeling,
+    DeiTForMaskedImageModeling,
+    VideoMAEForPreTraining,
+    ViTForMaskedImageModeling,
+)
+
+
+def averages(model: nn.Module, trunk: nn.Module) -> bool:
+    """Return whether a head or the pooler of the image tower averages the patches."""
+    has_pooler = getattr(trunk, "pooler", None) is not None
+    pools = has_pooler and getattr(trunk.config, "use_mean_pooling", False)  # of BEiT
+    return isinstance(model, AVERAGED) or pools
+
+
+def needs_grid(model: nn.Module) -> str | None:
+    """Return why the image tower must return a token for each patch, or None if it need not."""
+    if isinstance(model, PIXEL_DECODERS):
+        return "it decodes pixels from its patches, each at its position"
+    if isinstance(model, DETECTORS):
+        return "its heads give a box for each patch"
+    if isinstance(model, BeitForSemanticSegmentation):
+        return "its head reads a grid of patches"
+    if language_config(model) is not None:
+        return "its language model has a token for each patch of the image"
+    if any(isinstance(module, BackboneMixin) for module in model.modules()):
+        return "its feature maps have a position for each patch"
+    return None
+
+
+def reads_layers(model: nn.Module) -> bool:
+    """Return whether a language model reads the tokens of single layers, and no pooled output."""
+    return hasattr(language_config(model), "vision_feature_layer")
+
+
+def language_config(model: nn.Module) -> Any:
+    """Return the config of a model that inserts image tokens into a text, or None."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = ("image_token_id", "image_token_index")
+    return next((c for c in configs if any(hasattr(c, name) for name in names)), None)
