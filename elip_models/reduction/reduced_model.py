@@ -253,7 +253,7 @@ class ReducedBlock:
         """Run the block's own forward; or its halves, if it would add the bias of all patches."""
         tower = self.reduction.tower
         if positions is not None and tower.adds_bias:
-            return tower.in_call(kwargs).at(positions).halves(self.i, tokens)
+            return tower.in_call(self.i, kwargs).at(positions).halves(self.i, tokens)
         if positions is not None:
             kwargs = tower.block_kwargs_at(kwargs, positions)
         return original_method(self.block, "forward", self.replaced)(tokens, *args, **kwargs)

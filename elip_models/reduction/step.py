@@ -144,7 +144,9 @@ class Forward:
         slots = None if previous is None else self.slots.get(previous.stage.first)
         if self.on_grid and slots is not None:
             tokens = slots.merged(tokens)
-        tower = self.tower.in_call(kwargs) if kwargs and self.tower.has_positions else self.tower
+        tower = self.tower
+        if kwargs and tower.has_positions:
+            tower = tower.in_call(i, kwargs)
         tower = tower if positions is None else tower.at(positions)
         if stage is None:
             replaces_block = self.replaces_block(i)

@@ -34,12 +34,13 @@ from elip_models.towers.wrapped_modules import (
 class EvaTower(PlainTimm):
     """An Eva of timm; CLS and register tokens stay.
 
-    ropes: the rotations of all patches in this forward pass, if they are known already.
+    ropes: the rotations of all patches in this forward pass, if they are known already; those of
+        one block by its number if blocks differ and the model has passed them.
     gathered: the rotations at `positions`, by block if blocks differ, once they are known.
     """
 
     absorbs_keys = False
-    ropes: Tensor | None = None
+    ropes: Tensor | dict[int, Tensor] | None = None
 
     def __init__(self, model: Eva) -> None:
         super().__init__(model)
@@ -79,12 +80,12 @@ class EvaTower(PlainTimm):
         grid = self.model.patch_embed.dynamic_feat_size(images.shape[2:])
         return self.changed(ropes=self._ropes(grid), gathered={})
 
-    def in_call(self, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         rope = kwargs.get("rope")
-        if rope is None or self.model.rope_mixed:  # which passes the rotations of one block
+        if rope is None:
             return self
-        return self.changed(ropes=rope, gathered={})
+        return self.changed(ropes={i: rope} if self.model.rope_mixed else rope, gathered={})
 
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
@@ -191,7 +192,9 @@ class EvaTower(PlainTimm):
         """Return the rotations of block i for these tokens."""
         if not self.is_rotary:
             return None
-        ropes = self._ropes() if self.ropes is None else self.ropes
+        ropes = self.ropes
+        if ropes is None or (isinstance(ropes, dict) and i not in ropes):
+            ropes = self._ropes()
         rope = ropes[i] if self.model.rope_mixed else ropes
         if self.positions is None:
             return rope

@@ -183,8 +183,8 @@ class HFTower(Tower):
             return self
         return self.changed(gathered=None, rotations=self.trunk.rope_embeddings(images))
 
-    def in_call(self, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         if self.adds_bias:
             return self.changed(resolution=kwargs.get("resolution"))
         rotations = kwargs.get("position_embeddings")
@@ -192,7 +192,7 @@ class HFTower(Tower):
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
-        return kwargs | {"position_embeddings": self.in_call(kwargs).at(positions)._rotations()}
+        return kwargs | {"position_embeddings": self.in_call(0, kwargs).at(positions)._rotations()}
 
     def rotated(self, i: int, heads: Tensor) -> Tensor:
         """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""

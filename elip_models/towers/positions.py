@@ -37,8 +37,8 @@ class Positions(TowerParts):
         """Return the tower for a forward pass of images (B, 3, H, W), whose size may be another."""
         return self
 
-    def in_call(self, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         return self
 
     def at_no_position(self) -> Self:

@@ -73,8 +73,8 @@ class BiasTower(PlainTimm):
         """Return the tower for a forward pass of images (B, 3, H, W), whose bias it stores."""
         return self.changed(shared_bias=self._shared_bias())
 
-    def in_call(self, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls a block with `kwargs`."""
+    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         name = "shared_rel_pos_bias" if isinstance(self.model, beit.Beit) else "shared_rel_pos"
         return self.changed(shared_bias=kwargs.get(name))
 
