@@ -8,6 +8,6 @@ This is a plugin, so that the profile exists when the option is read:
 
 from hypothesis import settings
 
-settings.register_profile("sample", max_examples=4, derandomize=True, deadline=None, database=None)
+settings.register_profile("sample", max_examples=2, derandomize=True, deadline=None, database=None)
 settings.register_profile("full", settings.get_profile("sample"), max_examples=100)
 settings.load_profile("sample")

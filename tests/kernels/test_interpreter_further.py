@@ -1,15 +1,22 @@
-"""The kernels in the interpreter against fp64: the files that `test_interpreter.py` leaves."""
+"""The kernels in the interpreter against fp64: the files that `test_interpreter.py` leaves.
+
+`limits` are the bounds of rounding, and images of thousands of tokens.
+"""
 
 import pytest
 
 from elip_kernels._triton import HAS_TRITON
 from tests.helpers.interpreter import FOLDER, file, number_passed
+from tests.helpers.tiers import tiered
 from tests.kernels.test_interpreter import HALF
 
-OTHERS = sorted({str(each) for each in FOLDER.glob("test_*.py")} - {*HALF, file("randomised")})
+LIMITS = [file("numerics"), file("many_tokens")]
+OTHERS = {str(each) for each in FOLDER.glob("test_*.py")} - {*HALF, *LIMITS, file("randomised")}
+FILES = {"agreement": sorted(OTHERS), "limits": LIMITS}
+LEAST = {"agreement": 80, "limits": 12}
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("what", tiered(FILES, []))
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
-def test_other_kernels_under_the_interpreter():
-    assert number_passed(*OTHERS) >= 80
+def test_other_kernels_under_the_interpreter(what):
+    assert number_passed(*FILES[what]) >= LEAST[what]
