@@ -90,8 +90,8 @@ def bipartite_merge(
         return_info: also return a `BipartiteInfo`.
 
     Returns:
-        merged (B, N-r, D) in the dtype of `tokens`: the prefix tokens but the last, then those of A
-            that did not merge (see the top of the file), then those of B;
+        merged (B, N-r, D) in the dtype of `tokens`: the prefix tokens; then, of the half whose
+            tokens may merge (every second token), those that did not; then the other half;
         size (B, N-r) fp32 (fp64 for fp64 tokens); with `return_info`, a `BipartiteInfo`.
 
     Raises:
@@ -173,7 +173,7 @@ def _check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: 
 def _match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> Tensor:
     """Return the output row of each token (B, N) int32; all prefix tokens but the last come first.
 
-    The op knows at most one prefix token.
+    The op takes at most one prefix token.
     """
     first = max(num_prefix_tokens - 1, 0)
     if first == 0:

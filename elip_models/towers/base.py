@@ -21,15 +21,10 @@ from torch import Tensor, nn
 
 import elip_kernels
 from elip_kernels import ReductionInfo
+from elip_kernels.ops.gather_ops import accumulator
 from elip_models.reduction.schedule import Merge, merge_flag
 from elip_models.towers.positions import Positions
-from elip_models.towers.tower_parts import (
-    IDENTITY,
-    QKV,
-    Block,
-    Query,
-    TowerSize,
-)
+from elip_models.towers.tower_parts import IDENTITY, QKV, Block, Query, TowerSize
 from elip_models.towers.wrapped_modules import in_place_of, is_layer_norm, unsharded
 
 P = ParamSpec("P")
@@ -160,7 +155,7 @@ class Tower(Positions):
             scale = self.projections(i).scale
             bias = self.position_bias(i) if self.has_cls else None
             if bias is not None:
-                return _row_with_bias(q, k, bias[:, :, 0], scale, mask)
+                return attention_row(q, k, scale, bias[:, :, 0], mask)
             return elip_kernels.cls_attention(q, k.to(q.dtype), scale=scale, mask=mask)
 
     def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
@@ -289,12 +284,23 @@ class Tower(Positions):
             return self.mlp(i, cls)[:, 0]
 
 
-def _row_with_bias(q: Tensor, k: Tensor, bias: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Return the attention row (B, N), averaged over heads, of q (B, H, d) and bias (B, H, N)."""
-    scores = (torch.einsum("bhd,bhnd->bhn", q, k) * scale + bias).float()
+def attention_row(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Return one attention row (B, N), averaged over heads, with its gradient.
+
+    Args:
+        q: (B, H, d), the query.
+        k: (B, H, N, d), the keys.
+        scale: factor of the scores.
+        bias: (B, H, N), added to the scores.
+        mask: (B, N) bool, False for padding.
+    """
+    scores = ((q[:, :, None] * scale) @ k.mT)[:, :, 0]
+    scores = scores if bias is None else scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], float("-inf"))
-    return scores.softmax(-1).mean(1)
+    return scores.softmax(-1, dtype=accumulator(q)).mean(1)
 
 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class EvaTower(PlainTimm):
     def __init__(self, model: Eva) -> None:
         super().__init__(model)
         self.is_rotary = model.rope is not None
+        if self.is_rotary and model.rope_mixed:
+            self.size_advice = "the model's set_input_size takes others"
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:

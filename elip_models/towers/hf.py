@@ -30,8 +30,6 @@ from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, 
 
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
 WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"
-
-
 CLASS_TOKENS = ("cls_token", "class_embedding")
 PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # before block 0, both spellings
 
@@ -100,7 +98,9 @@ class HFTower(Tower):
             if not _is_own(attn):
                 return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections)"
             if any(part(attn, name) is None for name in names.qkv):
-                return f"a layer's attention has no {', '.join(names.qkv)}, as later releases have"
+                return (
+                    f"a layer's attention has no {', '.join(names.qkv)} (take a later transformers)"
+                )
             if not isinstance(getattr(attn, "q_norm", IDENTITY), nn.Identity):
                 return "it normalises queries over all heads together"
         return None

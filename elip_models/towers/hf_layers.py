@@ -2,8 +2,8 @@
 
     x = x + residual1(out(attention(norm1(x))));  x = x + residual2(mlp(norm2(x)))
 
-All these classes compute the same with other names. A row names the parts of a layer; a part is a
-module, or a parameter that scales each channel. `run` calls parts in order.
+All these classes compute this function; the names of its parts differ. A row names the parts of a
+layer; a part is a module, or a parameter that scales each channel. `run` calls parts in order.
 """
 
 from collections.abc import Iterable

@@ -203,7 +203,8 @@ class _WithoutInitialValues(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.tensor and isinstance(args[0], int | float):  # a setting keeps its value
+        is_setting = func is torch.tensor and args and isinstance(args[0], int | float)
+        if is_setting:  # keeps its value
             return func(*args, **{"device": "cpu", **kwargs})
         if getattr(func, "__name__", "") in INITIALISERS:
             tensor = args[0] if args else kwargs.get("tensor")

@@ -10,12 +10,13 @@ from torch import Tensor
 
 import elip_kernels
 from elip_kernels import ReductionInfo
-from elip_kernels.ops.gather_ops import accumulator, largest
+from elip_kernels.ops.gather_ops import largest
 from elip_models.reduction.flops import Layer
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import Merge, Stage, check_merge
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of, least_share
 from elip_models.towers import Tower, TowerSize
+from elip_models.towers.base import attention_row
 from elip_models.validation import Count, PositiveShare, check_fields, shortened
 
 
@@ -131,9 +132,7 @@ class EViT(Strategy):
         scale = tower.projections(i).scale
         bias = tower.position_bias(i)
         if self.attention_gradient or bias is not None:
-            scores = (q[:, :, :1] * scale) @ k.mT
-            scores = scores if bias is None else scores + bias[:, :, :1]
-            row = scores.softmax(-1, dtype=accumulator(q)).mean(1)[:, 0]
+            row = attention_row(q[:, :, 0], k, scale, None if bias is None else bias[:, :, 0])
             row = row if self.attention_gradient else row.detach()
         else:
             row = elip_kernels.cls_attention(q[:, :, 0].detach(), k.detach(), scale=scale)
