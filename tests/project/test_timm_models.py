@@ -1,6 +1,5 @@
 """docs/timm_models.md agrees with the code, and its supported models can be reduced."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import zip_longest
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import elip_models
 from elip_models.analysis.supported_models import FLAGS
 from elip_models.towers import as_tower
+from tests.helpers.scripts import load_script
 from tests.helpers.tiers import tiered
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -25,14 +25,7 @@ QUICK = {
 }
 
 
-def script():
-    spec = spec_from_file_location("timm_models", DOCS / "timm_models.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-timm_models = script()
+timm_models = load_script(DOCS / "timm_models.py")
 PAGE = timm_models.PAGE.read_text(encoding="utf-8")
 ANSWERS = timm_models.read(PAGE)
 is_of_this_timm = pytest.mark.skipif(

@@ -1,24 +1,17 @@
 """docs/transformers_models.md agrees with the code."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import transformers
 
+from tests.helpers.scripts import load_script
 from tests.helpers.tiers import tiered
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def script():
-    spec = spec_from_file_location("transformers_models", DOCS / "transformers_models.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-models = script()
+models = load_script(DOCS / "transformers_models.py")
 PAGE = models.PAGE.read_text(encoding="utf-8")
 ANSWERS = models.read(PAGE)
 pytestmark = pytest.mark.skipif(
