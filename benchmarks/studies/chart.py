@@ -153,6 +153,7 @@ def _draw_rows(
     """Draw differences on the left and costs on the right, the most expensive arm on top."""
     points = sorted(reversed(points), key=lambda point: round(point.flops or 0, 1))
     axes[0].set_yticks(range(len(points)), [point.arm for point in points])
+    axes[0].set_ylim(-0.5, len(points) - 0.5)  # no marker touches an edge
     for metric, axis in zip(metrics, axes[:-1], strict=True):
         axis.axvline(0, color=GREY, linewidth=1)
         axis.set_xlabel(_label(document, metric))
