@@ -55,9 +55,7 @@ LAZY = {
     "elip_models.models.peft.adapt_config": ("AdaptConfig",),
     "elip_models.models.registry": ("create_model", "list_models"),
     "elip_models.reduction.encode": ("encode_image",),
-    "elip_models.reduction.patch": (
-        *("guidance", "is_reduced", "record_stages", "reduce_", "reduction_summary", "unreduce_"),
-    ),
+    "elip_models.reduction.patch": ("guidance",),
     "elip_models.reduction.schedule": ("Schedule", "Stage"),
     "elip_models.reduction.strategies": (
         *("ELIP", "STRATEGIES", "TRIPS", "AdaptiveELIP", "CrossGET", "Dense", "EViT", "GuidedToMe"),
@@ -67,6 +65,9 @@ LAZY = {
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
     "elip_models.training.distill": ("distill",),
+    "elip_models.vlm.patch": (
+        *("is_reduced", "record_stages", "reduce_", "reduction_summary", "unreduce_"),
+    ),
 }
 """The public names of each module, which is imported on first use: `elip --help` needs no torch."""
 MODULES = {name: module for module, names in LAZY.items() for name in names}
@@ -80,14 +81,7 @@ if TYPE_CHECKING:
     from elip_models.models.peft.adapt_config import AdaptConfig
     from elip_models.models.registry import create_model, list_models
     from elip_models.reduction.encode import encode_image
-    from elip_models.reduction.patch import (
-        guidance,
-        is_reduced,
-        record_stages,
-        reduce_,
-        reduction_summary,
-        unreduce_,
-    )
+    from elip_models.reduction.patch import guidance
     from elip_models.reduction.schedule import Schedule, Stage
     from elip_models.reduction.strategies import (
         ELIP,
@@ -108,6 +102,13 @@ if TYPE_CHECKING:
     from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.towers.sdpa import use_sdpa_
     from elip_models.training.distill import distill
+    from elip_models.vlm.patch import (
+        is_reduced,
+        record_stages,
+        reduce_,
+        reduction_summary,
+        unreduce_,
+    )
 else:
 
     def __getattr__(name: str) -> Any:

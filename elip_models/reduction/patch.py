@@ -94,7 +94,7 @@ def _reduce(
     model: M, strategy: str | Strategy | None, options: dict[str, Any], keep: float | None
 ) -> M:
     """Resolve the strategy, and install it unless the model is already reduced by it."""
-    _refuse_compiled(model, "reduce_")
+    refuse_compiled(model, "reduce_")
     (image_text, tower), others = _read(model), reductions_of(model)
     has_text = image_text is not None and image_text.refuses() is None
     use_config = keep is None and not others
@@ -245,7 +245,7 @@ def unreduce_(model: M) -> M:
     Raises:
         TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
     """
-    _refuse_compiled(model, "unreduce_")
+    refuse_compiled(model, "unreduce_")
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, ReducedBlock) and name != "forward":
@@ -318,7 +318,7 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo]]:
         TypeError: a compiled model, whose graph cannot be recorded.
         ValueError: a model that `reduce_` has not changed.
     """
-    _refuse_compiled(model, "record_stages")
+    refuse_compiled(model, "record_stages")
     infos: list[StageInfo] = []
     with recording(_reduced(model), infos):
         yield infos
@@ -386,7 +386,7 @@ def _reduced(model: nn.Module) -> list[Reduction]:
     return reductions
 
 
-def _refuse_compiled(model: nn.Module, name: str) -> None:
+def refuse_compiled(model: nn.Module, name: str) -> None:
     """Raise TypeError if the model is compiled, or no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(

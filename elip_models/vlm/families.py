@@ -1,0 +1,97 @@
+"""The multimodal language models of transformers that are supported, as a table.
+
+All of them replace the placeholder tokens of images in the sequence of embeddings by features, and
+then call one language model. A row names the language model; tests run every row.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+LANGUAGE_MODEL = {
+    "aya_vision": "language_model",
+    "cohere2_vision": "language_model",
+    "fast_vlm": "language_model",
+    "gemma3": "language_model",
+    "got_ocr2": "language_model",
+    "idefics2": "text_model",
+    "idefics3": "text_model",
+    "internvl": "language_model",
+    "llava": "language_model",
+    "llava_next": "language_model",
+    "llava_next_video": "language_model",
+    "llava_onevision": "language_model",
+    "mistral3": "language_model",
+    "paligemma": "language_model",
+    "perception_lm": "language_model",
+    "qwen2_5_vl": "language_model",
+    "qwen2_vl": "language_model",
+    "qwen3_vl": "language_model",
+    "smolvlm": "text_model",
+    "video_llava": "language_model",
+    "vipllava": "language_model",
+}
+"""The name of the language model inside the model, by `config.model_type`."""
+TOKEN_IDS = ("image_token_id", "video_token_id")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """The parts of a multimodal language model.
+
+    model: the module that puts image features into the sequence and calls the language model.
+    language_model: the language model inside.
+    """
+
+    model: nn.Module
+    language_model: nn.Module
+
+    @property
+    def config(self) -> Any:
+        """Return the config of the whole model."""
+        return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """Return the config of the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def tower(self) -> nn.Module:
+        """Return the image model."""
+        names = ("vision_tower", "vision_model", "visual", "image_tower")
+        return next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Return the ids of the tokens that images and videos replace."""
+        found = (getattr(self.config, name, None) for name in TOKEN_IDS)
+        return tuple(each for each in found if each is not None)
+
+    @property
+    def window(self) -> int | None:
+        """Return how many tokens back the shortest layer of the language model can attend."""
+        types = getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
+        is_local = "sliding_attention" in types
+        return getattr(self.text_config, "sliding_window", None) if is_local else None
+
+
+def find_multimodal(model: nn.Module) -> Multimodal | None:
+    """Return the parts of the multimodal language model that `model` is or contains, or None."""
+    for module in model.modules():
+        name = LANGUAGE_MODEL.get(getattr(getattr(module, "config", None), "model_type", None))
+        if name is not None and name in module._modules:
+            return Multimodal(module, module._modules[name])
+    return None
+
+
+def check_layers(multimodal: Multimodal) -> None:
+    """Raise TypeError if tokens cannot be removed in front of the language model's layers."""
+    unknown = set(getattr(multimodal.text_config, "layer_types", None) or ()) - LAYER_TYPES
+    if unknown:
+        raise TypeError(
+            f"model: expected a language model whose layers all attend to the tokens before, got "
+            f"layers of type {', '.join(sorted(unknown))}, whose state counts every token"
+        )

@@ -1,0 +1,66 @@
+"""The base class of methods that select image tokens for a language model."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from elip_models.validation import PositiveInt, PositiveShare, check_fields
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to select the image tokens that a language model reads.
+
+    A subclass defines `select`, or `reduce` if it also changes the tokens. Images are reduced
+    independently of each other: a result does not depend on the batch.
+
+    Attributes:
+        keep: the share of each image's tokens, in (0, 1], or their number, from 2. An image is a
+            run of image tokens without others between them: a tile or a frame, if the model
+            separates these by other tokens.
+    """
+
+    name: ClassVar[str]
+    reads_question: ClassVar[bool] = False
+
+    keep: PositiveShare | PositiveInt = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_fields(self)
+
+    def count(self, length: int) -> int:
+        """Return how many of an image's `length` tokens stay."""
+        kept = self.keep if isinstance(self.keep, int) else round(self.keep * length)
+        return min(max(kept, 1), length)
+
+    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+        """Select `count` tokens of each image, the most important first.
+
+        Args:
+            tokens: (R, n, D) the features of R images in the width of the language model.
+            count: from 1 to n - 1.
+            question: (R, D) the mean embedding of the text beside each image, if `reads_question`.
+
+        Returns:
+            (R, count) int64, positions in the image.
+        """
+        raise NotImplementedError
+
+    def reduce(
+        self, tokens: Tensor, count: int, question: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the positions (R, count) that stay, and their new features or None.
+
+        The last token of an image always stays: it takes the place of the least important one.
+        """
+        chosen, last = self.select(tokens.detach(), count, question), tokens.shape[1] - 1
+        has_last = (chosen == last).any(1)
+        chosen = chosen.clone()
+        chosen[:, -1] = chosen[:, -1].where(has_last, last)
+        return chosen, None
+
+    def flops(self, length: int, width: int) -> int:
+        """Return the FLOPs of the selection for an image of `length` tokens."""
+        return 0

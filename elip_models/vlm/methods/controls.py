@@ -1,0 +1,72 @@
+"""Controls: random tokens, tokens at equal distances, and the mean of neighbouring tokens."""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from elip_models.vlm.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep random tokens. Draws from the generator of the tokens' device."""
+
+    name: ClassVar[str] = "random"
+
+    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+        """Draw without replacement."""
+        drawn = torch.rand(tokens.shape[:2], device=tokens.device)
+        return drawn.topk(count, dim=1).indices
+
+
+@dataclass(frozen=True)
+class Stride(Method):
+    """Keep tokens at equal distances in their order, the last one included."""
+
+    name: ClassVar[str] = "stride"
+
+    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+        """Return the last token of each of `count` equal parts."""
+        ends = torch.arange(1, count + 1, device=tokens.device) * tokens.shape[1] // count - 1
+        return ends.expand(len(tokens), -1)
+
+
+@dataclass(frozen=True)
+class Pool(Method):
+    """Average the tokens of a square grid to a smaller grid.
+
+    Needs `keep` that gives a square number of tokens, and images of a square number of tokens: a
+    smaller grid of another shape would not cover the image. The means stand at the last positions
+    of their areas.
+    """
+
+    name: ClassVar[str] = "pool"
+
+    def count(self, length: int) -> int:
+        """Return the largest square number of tokens that `keep` allows."""
+        return max(isqrt(super().count(length)), 1) ** 2
+
+    def reduce(
+        self, tokens: Tensor, count: int, question: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the means, at the positions of the lower right corners of their areas."""
+        R, n, D = tokens.shape
+        side, new = isqrt(n), isqrt(count)
+        if side * side != n:
+            raise ValueError(
+                f"strategy: expected images of a square number of tokens for 'pool', got {n}; "
+                "take another method, such as 'stride'"
+            )
+        grid = tokens.transpose(1, 2).reshape(R, D, side, side)
+        means = F.adaptive_avg_pool2d(grid.float(), new).flatten(2).transpose(1, 2)
+        ends = -(-torch.arange(1, new + 1, device=tokens.device) * side // new) - 1
+        corners = (ends[:, None] * side + ends).flatten()
+        return corners.expand(R, -1), means.to(tokens.dtype)
+
+    def flops(self, length: int, width: int) -> int:
+        """Return one addition for each number."""
+        return length * width

@@ -1,0 +1,229 @@
+"""reduce_ and its companions for every model: an image tower, or the language model behind one.
+
+In a multimodal language model the strategies of `vlm.methods` remove image tokens in front of the
+language model; the other strategies reduce its image tower. Both can be used together.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, Unpack
+
+from torch import nn
+
+from elip_models.reduction import patch
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import StrategyOptions, parse_spec
+from elip_models.reduction.summary import Summary
+from elip_models.validation import PositiveInt, PositiveShare, check
+from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
+from elip_models.vlm.methods import METHODS
+from elip_models.vlm.methods.base import Method
+from elip_models.vlm.seam import RECORDS, PromptInfo, Seam
+from elip_models.vlm.summary import MultimodalSummary
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def reduce_(
+    model: M,
+    strategy: str | Strategy | Method | None = None,
+    *,
+    keep: float | int | None = None,
+    schedule: Schedule | str | None = None,
+    **options: Unpack[StrategyOptions],
+) -> M:
+    """Make a model drop and merge image tokens, in place, and return it.
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True)
+        elip_models.reduce_(model)                       # ToMe, 70% of the tokens
+        elip_models.reduce_(model, keep=0.5)             # ToMe, half of them
+        elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
+        print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
+        elip_models.unreduce_(model)                     # restore the model
+
+    Parameters, state_dict keys and the call of the model do not change. A further call replaces the
+    settings. Call it before torch.compile. Calls that return the tokens of several blocks
+    (output_hidden_states=True) return whole grids, with zeros for dropped patches. A model that
+    returns the tokens of its last block alone, such as ViTModel, returns fewer; average whole grids
+    instead, where a merged token counts by its size.
+
+    A strategy that reads a text takes it from `guidance(model, text_cls)`. A whole image-text model
+    guides itself: its forward pass encodes the text first, without gradient. Text i guides image i;
+    a single text guides every image; with other numbers each image selects by itself.
+
+    Multimodal language models, such as LLaVA and Qwen2.5-VL, have strategies of their own:
+    'diverse', which is their default, 'stride', 'random' and 'pool'. They remove image tokens
+    between the image tower and the language model. The others reduce the tower, and may be used
+    beside one of these:
+
+        elip_models.reduce_(llava, keep=0.25)                 # the language model reads 25%
+        elip_models.reduce_(llava, strategy="tome", keep=0.7)  # and the tower merges
+
+    Args:
+        model: an image model of timm, open_clip or transformers, a whole image-text model, or a
+            multimodal language model of transformers. Of CoCa, whose text cannot guide its images,
+            the image tower alone is reduced.
+        strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
+            of `calibrate` such as 'found.json', or an instance. Without any argument, that of the
+            config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
+            be used, another one with a warning. For a multimodal language model 'diverse' at
+            keep=0.5, or a line such as 'diverse:relevance=true'.
+        keep: the target: the mean share of tokens over the layers, in (0, 1]. It sets the
+            strategy's own option for the number of tokens (`schedule`, `r`, `keep_ratio`, `size`),
+            so it cannot be passed beside that option. In front of a language model, the share of
+            each image's tokens, or their number as an int.
+        schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
+            depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
+            Without `strategy` it selects ELIP.
+        options: options of the strategy, such as `scorer` of ELIP (see `ELIPOptions`) or `r` of
+            ToMe. They need `strategy` or `schedule` beside them.
+
+    Raises:
+        TypeError: the model cannot be reduced, is compiled, or an argument has a wrong type.
+        ValueError: a wrong value, an option that the strategy does not have, or two arguments that
+            set the number of tokens.
+        RuntimeError: a call with other settings inside `guidance` or `record_stages`.
+    """
+    multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
+    if multimodal is None or _is_for_tower(strategy, schedule, options):
+        return patch.reduce_(model, strategy, keep=keep, schedule=schedule, **options)
+    patch.refuse_compiled(model, "reduce_")
+    check_layers(multimodal)
+    method = _method(strategy, keep)
+    _remove(multimodal)
+    Seam(multimodal, method).install(multimodal)
+    return model
+
+
+def unreduce_(model: M) -> M:
+    """Undo `reduce_`, also on a deepcopied or unpickled model, and return the model.
+
+    Given the image model inside a reduced image-text model, it restores the whole model. Of a
+    multimodal language model it restores the image tower too.
+
+    Args:
+        model: a model that `reduce_` may have changed.
+
+    Raises:
+        TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
+    """
+    patch.unreduce_(model)
+    if (multimodal := find_multimodal(model)) is not None:
+        _remove(multimodal)
+    return model
+
+
+def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
+    """Return how the model is reduced: strategy, tokens per layer, FLOPs against dense, guidance.
+
+        print(elip_models.reduction_summary(model))
+
+    Args:
+        model: a reduced model, or one that could be reduced, whose summary is the dense tower's. Of
+            a multimodal language model, the figures of tower and language model stand apart.
+
+    Raises:
+        TypeError: the model cannot be reduced, with the reason.
+    """
+    multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
+    if multimodal is None:
+        return patch.reduction_summary(model)
+    seam = _seam(multimodal)
+    reductions = patch.reductions_of(multimodal.tower)
+    tower = reductions[0].summary if reductions else None
+    return MultimodalSummary.of(multimodal, seam.method if seam else None, tower)
+
+
+def is_reduced(model: nn.Module) -> bool:
+    """Return whether `reduce_` has changed the model, or one inside it."""
+    if not isinstance(model, nn.Module):
+        return False
+    multimodal = find_multimodal(model)
+    return patch.is_reduced(model) or (multimodal is not None and _seam(multimodal) is not None)
+
+
+@contextmanager
+def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInfo]]:
+    """Record what a reduced model keeps and merges in the forward passes inside.
+
+        with elip_models.record_stages(model) as infos:
+            model(images)
+        infos[-1].reduction.kept          # (B, K) indices into the tokens before the last stage
+
+    It records the forward passes of the thread or asyncio task that enters it, without those that
+    activation checkpointing recomputes. `encode_image` returns its own with return_info=True.
+
+    Args:
+        model: a model that `reduce_` has changed.
+
+    Yields:
+        A list that receives one `StageInfo` per stage, forward pass after forward pass. For a
+        language model that reads fewer image tokens, one `PromptInfo` per forward pass.
+
+    Raises:
+        TypeError: a compiled model, whose graph cannot be recorded.
+        ValueError: a model that `reduce_` has not changed.
+    """
+    multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
+    seam = None if multimodal is None else _seam(multimodal)
+    if seam is None:
+        with patch.record_stages(model) as stages:
+            yield stages
+        return
+    patch.refuse_compiled(model, "record_stages")
+    infos: list[PromptInfo] = []
+    token = RECORDS.set((*RECORDS.get(), (seam, infos)))
+    try:
+        yield infos
+    finally:
+        RECORDS.reset(token)
+
+
+def _is_for_tower(strategy: Any, schedule: Any, options: dict[str, Any]) -> bool:
+    """Return whether the arguments name a strategy of image towers."""
+    if isinstance(strategy, str):
+        return strategy.partition(":")[0].strip() in set(STRATEGIES) - set(METHODS)
+    is_given = schedule is not None or any(value is not None for value in options.values())
+    return isinstance(strategy, Strategy) or is_given
+
+
+def _method(strategy: str | Method | None, keep: float | int | None) -> Method:
+    """Return the method that the arguments of `reduce_` describe."""
+    if keep is not None:
+        check("keep", keep, PositiveShare | PositiveInt)
+    if isinstance(strategy, Method):
+        if keep is not None:
+            raise ValueError(f"keep: expected it inside the instance alone, got {keep!r} beside it")
+        return strategy
+    name, settings = parse_spec(next(iter(METHODS)) if strategy is None else strategy, METHODS)
+    if keep is not None:
+        if "keep" in settings:
+            raise ValueError(f"keep: expected it once, got {keep!r} beside strategy={strategy!r}")
+        settings["keep"] = keep
+    return METHODS[name](**settings)
+
+
+def _seam(multimodal: Multimodal) -> Seam | None:
+    """Return what reduces the sequence of the language model, or None."""
+    hooks = multimodal.model._forward_pre_hooks.values()
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, Seam)), None)
+
+
+def _remove(multimodal: Multimodal) -> None:
+    """Remove the hooks of `Seam.install`."""
+    for module in (multimodal.model, multimodal.language_model):
+        for hooks, *others in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ),
+        ):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Seam):
+                    for each in (hooks, *others):
+                        each.pop(key, None)

@@ -1,0 +1,83 @@
+"""The summary of a multimodal language model: tokens, FLOPs and cache of an image."""
+
+from dataclasses import dataclass
+
+from elip_models.reduction.summary import Summary
+from elip_models.vlm.families import Multimodal
+from elip_models.vlm.methods.base import Method
+
+NOMINAL_TOKENS = 576  # of a model whose images have different numbers of tokens
+
+
+@dataclass(frozen=True)
+class MultimodalSummary:
+    """What an image costs a multimodal language model; `print` shows all of it.
+
+    method: what selects image tokens in front of the language model, or None.
+    image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ.
+    prefill_flops: FLOPs of the language model for the kept tokens, selection included, relative to
+        those for all tokens of the image. Tokens of text come on top of both.
+    cache_bytes: what the kept tokens of an image take in the key-value cache, in the dtype of the
+        model.
+    dense_cache_bytes: the same for all tokens of the image.
+    tower: the reduction of the image tower, or None.
+    """
+
+    method: Method | None
+    image_tokens: int
+    kept_tokens: int
+    prefill_flops: float
+    cache_bytes: int
+    dense_cache_bytes: int
+    tower: Summary | None
+
+    @classmethod
+    def of(
+        cls, multimodal: Multimodal, method: Method | None, tower: Summary | None
+    ) -> "MultimodalSummary":
+        """Summarize a model that `method` and `tower` reduce."""
+        tokens = getattr(multimodal.config, "image_seq_length", None) or NOMINAL_TOKENS
+        kept = tokens if method is None else method.count(tokens)
+        dense = _prefill_flops(multimodal, tokens)
+        reduced = _prefill_flops(multimodal, kept)
+        if kept < tokens:
+            reduced += method.flops(tokens, multimodal.text_config.hidden_size)
+        width = _cache_width(multimodal)
+        return cls(method, tokens, kept, reduced / dense, kept * width, tokens * width, tower)
+
+    def __str__(self) -> str:
+        """Return the summary as a table of two columns."""
+        method = "every image token" if self.method is None else str(self.method)
+        lines = [
+            ("image tower", "dense" if self.tower is None else self.tower.line),
+            ("language model", method),
+            ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in an image"),
+            ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, of an image's tokens"),
+            ("cache", f"{_size(self.cache_bytes)} of {_size(self.dense_cache_bytes)} an image"),
+        ]
+        return "\n".join(f"{name:<16}{value}" for name, value in lines)
+
+
+def _prefill_flops(multimodal: Multimodal, tokens: int) -> int:
+    """Return the FLOPs of the language model's layers for a sequence of so many tokens."""
+    layers = multimodal.language_model.layers
+    weights = sum(each.numel() for each in layers.parameters() if each.dim() > 1)
+    config = multimodal.text_config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * tokens * tokens * config.num_attention_heads * head * len(layers)
+    return (
+        2 * tokens * weights + attention
+    )  # half of 4 N², since each token attends to those before
+
+
+def _cache_width(multimodal: Multimodal) -> int:
+    """Return the bytes of a token in the key-value cache."""
+    config = multimodal.text_config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    item = next(multimodal.language_model.parameters()).element_size()
+    return 2 * heads * head * config.num_hidden_layers * item
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
