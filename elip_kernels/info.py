@@ -87,10 +87,12 @@ class BipartiteInfo(NamedTuple):
     Attributes:
         slots: (B, N) int32, the output row that contains each input token.
         num_rows: number of output rows, N - r.
+        mask: (B, N-r) bool, True where an output row is real; None without padding.
     """
 
     slots: Tensor
     num_rows: int
+    mask: Tensor | None = None
 
     def source_map(self, earlier: Tensor | None = None) -> Tensor:
         """Return the map (B, N-r, N) bool, or (B, N-r, P) after an `earlier` map (B, N, P)."""

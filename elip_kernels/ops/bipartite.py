@@ -8,6 +8,10 @@
     out_i   = sum of w_n x_n over slot_n = i                         (B, N-r, D), sizes S (B, N-r)
     grad_x_n = w_n grad_out_(slot_n)
 
+In a padded batch, all of this is for each image alone: its first tokens are real, it merges its own
+number of pairs (without any, its tokens stay in order), and rows of zeros with size 0 follow, up to
+the rows of the others.
+
 Ties are ties of the computed values. The class token is in A and is never merged. Of several prefix
 tokens, the last takes that place, and the others stay in front of all rows. A metric row with
 NaN, or whose squared norm is not a normal number, has no direction: it ranks last as source and as
@@ -25,18 +29,16 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._operator import Operator
-from elip_kernels._validate import (
-    check_device,
-    check_flags,
-    check_metric,
-    check_range,
-    check_shape,
-    check_tensor,
-    check_tokens,
-    is_readable,
-    message,
-)
+from elip_kernels._validate import check_device, check_flags, check_shape, check_tokens
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_match
+from elip_kernels.ops.bipartite_arguments import (
+    check_arguments,
+    check_lengths,
+    check_penalty,
+    check_size,
+    check_size_values,
+    counts_within,
+)
 from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, match
 from elip_kernels.ops.gather_ops import accumulator, add_rows, flat_rows, largest, sum_rows, sums_by
 from elip_kernels.ops.merge_kernels import merge_bwd, merge_fwd
@@ -45,17 +47,20 @@ from elip_kernels.ops.merge_kernels import merge_bwd, merge_fwd
 @overload
 def bipartite_merge(
     tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
-    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
+    penalty: Tensor | None = ..., lengths: Tensor | None = ..., merges: Tensor | None = ...,
+    num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def bipartite_merge(
     tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
-    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[True],
+    penalty: Tensor | None = ..., lengths: Tensor | None = ..., merges: Tensor | None = ...,
+    num_prefix_tokens: int = ..., return_info: Literal[True],
 ) -> tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
 @overload
 def bipartite_merge(
     tokens: Tensor, metric: Tensor, r: int, *, size: Tensor | None = ...,
-    penalty: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: bool,
+    penalty: Tensor | None = ..., lengths: Tensor | None = ..., merges: Tensor | None = ...,
+    num_prefix_tokens: int = ..., return_info: bool,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]: ...  # fmt: skip
 def bipartite_merge(
     tokens: Tensor,
@@ -64,6 +69,8 @@ def bipartite_merge(
     *,
     size: Tensor | None = None,
     penalty: Tensor | None = None,
+    lengths: Tensor | None = None,
+    merges: Tensor | None = None,
     num_prefix_tokens: int = 1,
     return_info: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, BipartiteInfo]:
@@ -85,29 +92,44 @@ def bipartite_merge(
         penalty: (B, N) fp32 or fp64, subtracted from the similarity of a token with its partner
             when the r tokens are chosen. With a penalty of 3, a token merges after all tokens
             with penalty 0. The choice of partners ignores it.
+        lengths: (B,) int64, the number of real tokens of each image, which come first; the others
+            are padding, which never merges. None means that all are real.
+        merges: (B,) int64, how many real tokens of each image merge away, limited to half of its
+            patches; needs `lengths`. None means r. With it, r alone sets the number of rows, N-r,
+            which must be enough for every image.
         num_prefix_tokens: p, the number of leading tokens (class token, registers) that are never
             merged and stay first.
         return_info: also return a `BipartiteInfo`.
 
     Returns:
         merged (B, N-r, D) in the dtype of `tokens`: the prefix tokens; then, of the half whose
-            tokens may merge (every second token), those that did not; then the other half;
+            tokens may merge (every second token), those that did not; then the other half; then
+            zeros in the place of padding;
         size (B, N-r) fp32 (fp64 for fp64 tokens); with `return_info`, a `BipartiteInfo`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
-    _check_arguments(tokens, metric, r, num_prefix_tokens)
-    size, penalty = check_size(size, tokens), _check_penalty(penalty, metric)
+    check_arguments(tokens, metric, r, num_prefix_tokens)
+    size, penalty = check_size(size, tokens), check_penalty(penalty, metric)
+    check_lengths(lengths, merges, r, tokens)
     check_flags(return_info=return_info)
     check_size_values(size)
     B, N, _ = tokens.shape
-    r = min(r, max(0, N - num_prefix_tokens) // 2)
-    if r == 0:
+    if merges is None:
+        r = min(r, max(0, N - num_prefix_tokens) // 2)
+    is_padded, mask = lengths is not None, None
+    if is_padded:
+        lengths, merges = counts_within(lengths, merges, r, N, num_prefix_tokens)
+        rows = torch.arange(N, device=tokens.device)
+        mask = rows[: N - r] < (lengths - merges)[:, None]
+        is_real = rows < lengths[:, None]
+        size = is_real.to(accumulator(tokens)) if size is None else size.masked_fill(~is_real, 0.0)
+    if r == 0 and not is_padded:
         slots = torch.arange(N, dtype=torch.int32, device=tokens.device).expand(B, -1)
     else:
-        slots = _match(metric.detach(), penalty, r, num_prefix_tokens)
-    info = BipartiteInfo(slots, N - r)
+        slots = _match(metric.detach(), penalty, r, num_prefix_tokens, lengths, merges)
+    info = BipartiteInfo(slots, N - r, mask)
     merged, size = _merged(tokens, size, info)
     return (merged, size, info) if return_info else (merged, size)
 
@@ -148,59 +170,33 @@ def _merged(
 ) -> tuple[Tensor, Tensor]:
     """Return tokens and sizes after the step; `tokens` itself if nothing is merged."""
     B, N, _ = tokens.shape
-    if isinstance(info, ReductionInfo) or info.num_rows != N:
+    if isinstance(info, ReductionInfo) or info.num_rows != N or info.mask is not None:
         return merge_op(tokens, size, info.slots, info.num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens))
     return tokens, size
 
 
-def _check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: int) -> None:
-    """Check tokens, metric, r and num_prefix_tokens of `bipartite_merge`."""
-    check_tokens(tokens)
-    check_metric(metric, tokens)
-    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
-        raise TypeError(message("r", "an int, the number of tokens to merge away", r))
-    if r < 0:
-        raise ValueError(message("r", "r >= 0", r))
-    expected = f"an int in [0, N={tokens.shape[1]}]"
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
-        raise TypeError(message("num_prefix_tokens", expected, num_prefix_tokens))
-    if not 0 <= num_prefix_tokens <= tokens.shape[1]:
-        raise ValueError(message("num_prefix_tokens", expected, num_prefix_tokens))
-
-
-def _match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> Tensor:
+def _match(
+    metric: Tensor,
+    penalty: Tensor | None,
+    r: int,
+    num_prefix_tokens: int,
+    lengths: Tensor | None,
+    merges: Tensor | None,
+) -> Tensor:
     """Return the output row of each token (B, N) int32; all prefix tokens but the last come first.
 
     The op takes at most one prefix token.
     """
     first = max(num_prefix_tokens - 1, 0)
     if first == 0:
-        return _match_op(metric, penalty, r, num_prefix_tokens)
+        return _match_op(metric, penalty, r, num_prefix_tokens, lengths, merges)
     penalty = None if penalty is None else penalty[:, first:]
-    slots = _match_op(metric[:, first:], penalty, r, 1)
+    lengths = None if lengths is None else lengths - first
+    slots = _match_op(metric[:, first:], penalty, r, 1, lengths, merges)
     stay = torch.arange(first, dtype=torch.int32, device=metric.device).expand(metric.shape[0], -1)
     return torch.cat([stay, slots + first], dim=1)
-
-
-def check_size(size: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Return sizes (B, N) in the accumulator's dtype, without gradient, or None."""
-    if size is None:
-        return None
-    B, N, _ = tokens.shape
-    check_tensor("size", size, "(B, N) or (B, N, 1)", (2, 3))
-    _check_fp32_or_fp64("size", size)
-    shape = (B, N, 1)[: size.dim()]
-    check_shape("size", size, shape, "(B, N) or (B, N, 1)")
-    check_device("size", size, "tokens", tokens)
-    return size.detach().reshape(B, N).to(accumulator(tokens))
-
-
-def check_size_values(size: Tensor | None) -> None:
-    """Check that sizes (B, N) are not negative and that no sum of them overflows, on the CPU."""
-    if size is not None and is_readable(size):
-        check_range("size", size, 0, torch.finfo(size.dtype).max / size.shape[1])
 
 
 def unit_rows(metric: Tensor) -> Tensor:
@@ -211,41 +207,42 @@ def unit_rows(metric: Tensor) -> Tensor:
     return torch.where(has_direction, metric * square.rsqrt(), float("nan"))
 
 
-def _check_penalty(penalty: Tensor | None, metric: Tensor) -> Tensor | None:
-    """Return penalties (B, N) in the accumulator's dtype, without gradient, or None."""
-    if penalty is None:
-        return None
-    check_tensor("penalty", penalty, "(B, N)", 2)
-    _check_fp32_or_fp64("penalty", penalty)
-    check_shape("penalty", penalty, tuple(metric.shape[:2]), "(B, N)")
-    check_device("penalty", penalty, "tokens", metric)
-    return penalty.detach().to(accumulator(metric))
-
-
-def _check_fp32_or_fp64(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(message(name, "fp32 or fp64", tensor, f"cast it: {name}.float()"))
-
-
 def match_reference(
-    metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
+    metric: Tensor,
+    penalty: Tensor | None,
+    r: int,
+    num_prefix_tokens: int,
+    lengths: Tensor | None = None,
+    merges: Tensor | None = None,
 ) -> Tensor:
     """Compute the matching in PyTorch; return slots (B, N) int32."""
     B, N, _ = metric.shape
     num_a, first_b = (N + 1) // 2, (N + 1) // 2 - r
     unit = unit_rows(metric)
+    if lengths is not None:
+        tokens = torch.arange(N, device=metric.device)
+        is_real = tokens < lengths[:, None]
+        unit = unit.masked_fill(~is_real[..., None], float("nan"))
+        first_b = ((lengths + 1) // 2 - merges)[:, None]
     similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
     best, partner = similarity.masked_fill(similarity.isnan(), float("-inf")).max(2)
     if penalty is not None:
         best = best - penalty[:, ::2]
         best = best.masked_fill(best.isnan(), float("-inf"))
-    merged = largest(best[:, num_prefix_tokens:], r)
-    is_merged = merged.new_zeros(B, num_a, dtype=torch.bool)
-    is_merged.scatter_(1, merged + num_prefix_tokens, True)
+    is_merged = best.new_zeros(B, num_a, dtype=torch.bool)
+    if lengths is None:
+        merged = largest(best[:, num_prefix_tokens:], r)
+        is_merged.scatter_(1, merged + num_prefix_tokens, True)
+    else:  # padding has no direction, and the highest indices
+        rank = largest(best[:, num_prefix_tokens:], num_a).argsort(1)
+        is_merged[:, num_prefix_tokens:] = rank < merges[:, None]
     rows = torch.arange(num_a, device=metric.device)
     slots = partner.new_empty(B, N, dtype=torch.int32)
     slots[:, ::2] = torch.where(is_merged, first_b + partner, rows - is_merged.cumsum(1))
     slots[:, 1::2] = first_b + rows[: N // 2]
+    if lengths is not None:
+        slots = torch.where(merges[:, None] == 0, tokens, slots)
+        slots = slots.clamp(max=N - r - 1).masked_fill(~is_real, N - r - 1).to(torch.int32)
     return slots
 
 
@@ -329,7 +326,11 @@ _match_op = Operator(
     "bipartite_match",
     match_reference,
     launcher=match,
-    unsupported=lambda metric, *_: launch.unsupported(metric, candidates=metric.shape[1] - 1),
+    unsupported=lambda metric, *more: launch.unsupported(
+        metric,
+        candidates=metric.shape[1] - 1,
+        most=None if more[3:4] in ((), (None,)) else 2 * launch.MAX_SELECTED,
+    ),
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )

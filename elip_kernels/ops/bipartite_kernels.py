@@ -2,8 +2,9 @@
 
     match      grid (image, tile of A): products with tiles of B, running arg-max -> best, partner
     slots      grid (image): the r best of A -> slots, the output row of every token
-    slots_of   grid (image, tile of A): beyond 4,096 tokens of A, `select_kernels.py` selects the r
-               best first, and each tile of A looks up its tokens among them
+    slots_of   grid (image, tile of A): beyond 4,096 tokens of A, none of them padding,
+               `select_kernels.py` selects the r best first, and each tile of A looks up its tokens
+               among them
 
 Traffic: each program of `match` reads its tile of A and all of B (from L2 after the first).
 """
@@ -61,17 +62,20 @@ def tile_products(
 
 @triton.jit(do_not_specialize=["N"])
 def _match_kernel(
-    metric_ptr, penalty_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
-    SMALLEST_SQUARE: tl.constexpr, HAS_PENALTY: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    metric_ptr, penalty_ptr, lengths_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
+    SMALLEST_SQUARE: tl.constexpr, HAS_PENALTY: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Find the best partner of each token of A, minus a penalty. Grid: (image, BLOCK_A tokens)."""
     pid_b = tl.program_id(0).to(tl.int64)
     metric_ptr += pid_b * stride_mb
+    length = N
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + pid_b).to(tl.int32)
     num_a = (N + 1) // 2
-    num_b = N // 2
+    num_b = length // 2
     offs_a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    mask_a = offs_a < num_a
+    mask_a = offs_a < (length + 1) // 2
     square_a = tl.zeros([BLOCK_A], tl.float32)
     best = tl.full([BLOCK_A], float("-inf"), tl.float32)
     partner = tl.zeros([BLOCK_A], tl.int32)
@@ -102,28 +106,42 @@ def _match_kernel(
 
 @triton.jit(do_not_specialize=["N", "R"])
 def _slots_kernel(
-    best_ptr, partner_ptr, slots_ptr, N, R, P: tl.constexpr, BLOCK_A: tl.constexpr
+    best_ptr, partner_ptr, lengths_ptr, merges_ptr, slots_ptr, N, R,
+    HAS_LENGTHS: tl.constexpr, P: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """Select the R best of A and store the output row of every token. Grid: (image)."""
+    """Select the r best of A and store the output row of every token. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
+    length = N
+    r = R
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + pid_b).to(tl.int32)
+        r = tl.load(merges_ptr + pid_b).to(tl.int32)
     num_a = (N + 1) // 2
-    first_b = num_a - R
+    real_a = (length + 1) // 2
+    first_b = real_a - r
     offs_a = tl.arange(0, BLOCK_A)
-    mask_a = offs_a < num_a
+    mask_a = offs_a < real_a
     is_candidate = mask_a & (offs_a >= P)
     best = tl.load(best_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0.0)
     partner = tl.load(partner_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0)
     key = order_key(best, is_candidate, is_candidate)  # [BLOCK_A]
-    is_merged, merged_before = output_slots(key, kth_largest(key, R), R)
-    slot = tl.where(is_merged, first_b + partner, offs_a - merged_before)
-    _store_slots(slots_ptr + pid_b * N, slot, offs_a, mask_a, first_b, N)
+    is_merged, merged_before = output_slots(key, kth_largest(key, r), r)
+    slot_a = tl.where(is_merged, first_b + partner, offs_a - merged_before)
+    slot_b = first_b + offs_a
+    if HAS_LENGTHS:  # without a pair, tokens stay in order; padding takes the last row
+        last = N - R - 1
+        slot_a = tl.where(r == 0, 2 * offs_a, slot_a)
+        slot_b = tl.where(r == 0, 2 * offs_a + 1, slot_b)
+        slot_a = tl.where(mask_a, tl.minimum(slot_a, last), last)
+        slot_b = tl.where(2 * offs_a + 1 < length, tl.minimum(slot_b, last), last)
+    _store_slots(slots_ptr + pid_b * N, slot_a, slot_b, offs_a, N)
 
 
 @triton.jit
-def _store_slots(slots_ptr, slot, offs_a, mask_a, first_b, N):
-    """Store output rows: `slot` for tokens of A, and for tokens of B the rows after unmerged A."""
-    tl.store(slots_ptr + 2 * offs_a, slot, mask=mask_a)
-    tl.store(slots_ptr + 2 * offs_a + 1, first_b + offs_a, mask=2 * offs_a + 1 < N)
+def _store_slots(slots_ptr, slot_a, slot_b, offs_a, N):
+    """Store the output rows of tokens of A and B."""
+    tl.store(slots_ptr + 2 * offs_a, slot_a, mask=2 * offs_a < N)
+    tl.store(slots_ptr + 2 * offs_a + 1, slot_b, mask=2 * offs_a + 1 < N)
 
 
 @triton.jit(do_not_specialize=["N", "R"])
@@ -145,14 +163,23 @@ def _slots_of_kernel(
     known = tl.load(merged_ptr + before, mask=before < R, other=N)
     partner = tl.load(partner_ptr + pid_b * num_a + offs_a, mask=mask_a, other=0)
     slot = tl.where(known == offs_a, first_b + partner, offs_a - before)
-    _store_slots(slots_ptr + pid_b * N, slot, offs_a, mask_a, first_b, N)
+    _store_slots(slots_ptr + pid_b * N, slot, first_b + offs_a, offs_a, N)
 
 
-def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> Tensor:
+def match(
+    metric: Tensor,
+    penalty: Tensor | None,
+    r: int,
+    num_prefix_tokens: int,
+    lengths: Tensor | None = None,
+    merges: Tensor | None = None,
+) -> Tensor:
     """Allocate and launch: scores and partners, then slots."""
     B, N, C = metric.shape
     metric = launch.addressable(metric)
     penalty = None if penalty is None else penalty.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
+    merges = None if merges is None else merges.contiguous()
     num_a = (N + 1) // 2
     best = metric.new_empty(B, num_a, dtype=torch.float32)
     partner = metric.new_empty(B, num_a, dtype=torch.int32)
@@ -162,9 +189,10 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
         return slots
     with launch.device_guard(metric):
         _match_kernel[(B, triton.cdiv(num_a, block_a))](
-            *(metric, penalty, best, partner, metric.stride(0), metric.stride(1), N, C),
+            *(metric, penalty, lengths, best, partner, metric.stride(0), metric.stride(1), N, C),
             SMALLEST_SQUARE=SMALLEST_SQUARE,
             HAS_PENALTY=penalty is not None,
+            HAS_LENGTHS=lengths is not None,
             WIDEN=is_interpreted(),
             BLOCK_A=block_a,
             BLOCK_B=block_b,
@@ -172,19 +200,26 @@ def match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int
             num_warps=num_warps,
             **launch.CODE,
         )
-        _launch_slots(best, partner, slots, r, num_prefix_tokens)
+        _launch_slots(best, partner, slots, r, num_prefix_tokens, lengths, merges)
     return slots
 
 
 def _launch_slots(
-    best: Tensor, partner: Tensor, slots: Tensor, r: int, num_prefix_tokens: int
+    best: Tensor,
+    partner: Tensor,
+    slots: Tensor,
+    r: int,
+    num_prefix_tokens: int,
+    lengths: Tensor | None,
+    merges: Tensor | None,
 ) -> None:
-    """Write the slots; if there are many tokens, select the r best first."""
+    """Write the slots; if there are many tokens, all of them real, select the r best first."""
     (B, num_a), N = best.shape, slots.shape[1]
     if num_a <= launch.MAX_SELECTED:
         block_a, _, num_warps = launch.select(num_a, 1)
         _slots_kernel[(B,)](
-            *(best, partner, slots, N, r),
+            *(best, partner, lengths, merges, slots, N, r),
+            HAS_LENGTHS=lengths is not None,
             P=num_prefix_tokens,
             BLOCK_A=block_a,
             num_warps=num_warps,

@@ -37,7 +37,8 @@ from elip_kernels._validate import (
     message,
 )
 from elip_kernels.info import ReductionInfo
-from elip_kernels.ops.bipartite import check_size, check_size_values, merge_op, shares, unit_rows
+from elip_kernels.ops.bipartite import merge_op, shares, unit_rows
+from elip_kernels.ops.bipartite_arguments import check_size, check_size_values
 from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 from elip_kernels.ops.gather_ops import accumulator, take_rows
 

@@ -27,9 +27,9 @@ def inputs(B, N, D=40, C=24, dtype=torch.float32):
     return torch.randn(B, N, D).to(dtype), torch.randn(B, N, C).to(dtype), size
 
 
-def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=None):
+def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=None, **options):
     """Check forward and backward: slots equal, rows of one token exact, others within an ulp."""
-    options = {"num_prefix_tokens": num_prefix_tokens, "return_info": True}
+    options |= {"num_prefix_tokens": num_prefix_tokens, "return_info": True}
     before = launches.copy()
     leaf = tokens.detach().requires_grad_()
     out, out_size, info = bipartite.bipartite_merge(
@@ -95,6 +95,18 @@ def test_ties_go_to_the_lower_index(launches, r):
     check(launches, tokens, metric.bfloat16(), r)
     _, info = check(launches, tokens, torch.ones(3, 20, 4), r)
     assert (info.slots[:, 2 : 2 * r + 2 : 2] == 10 - r).all()
+
+
+@pytest.mark.parametrize("dtype", tiered(DTYPES, [torch.float32]), ids=str)
+@pytest.mark.parametrize(("N", "p"), tiered([(70, 0), (70, 1), (131, 3)], [(70, 1)]))
+def test_padded_images_have_their_own_number_of_pairs(launches, N, p, dtype):
+    """Whole tiles of both halves are padding; one image is full, one has no pair."""
+    tokens, metric, size = inputs(4, N, dtype=dtype)
+    lengths = torch.tensor([N, N // 2 + 1, 3 + p, p or 1])
+    merges = torch.tensor([N // 4, 9, 1, 0])
+    for penalty in (None, torch.rand(4, N)):
+        for own in (None, merges):
+            check(launches, tokens, metric, N // 4, size, p, penalty, lengths=lengths, merges=own)
 
 
 @pytest.mark.parametrize("bad", [NAN, 0.0, INF])

@@ -249,6 +249,8 @@ def test_opcheck(with_size):
     size = size if with_size else None
     for penalty in (None, torch.rand(2, 13)):
         opcheck(torch.ops.elip.bipartite_match.default, (metric, penalty, 4, 1))
+        padded = torch.tensor([13, 6]), torch.tensor([4, 2])
+        opcheck(torch.ops.elip.bipartite_match.default, (metric, penalty, 4, 1, *padded))
     slots = torch.ops.elip.bipartite_match(metric, None, 4, 1)
     arguments = (tokens.requires_grad_(), size, slots, 9)
     opcheck(torch.ops.elip.bipartite_merge.default, arguments)
@@ -305,6 +307,64 @@ def test_flops_are_counted():
     assert counts[torch.ops.elip.bipartite_match] == 2 * 2 * 7 * 6 * 8
     assert counts[torch.ops.elip.bipartite_merge] == 2 * 2 * 13 * 6
     assert counts[torch.ops.elip.bipartite_merge_backward] == 2 * 13 * 6
+
+
+LENGTHS = torch.tensor([13, 8, 3, 1, 13])
+MERGES = torch.tensor([4, 3, 0, 0, 2])
+
+
+@pytest.mark.parametrize("p", [0, 1, 3])
+@pytest.mark.parametrize("r", [1, 4, 6])
+def test_padded_images_merge_as_they_do_alone(p, r):
+    """Each has its own number of pairs, and the values of padding play no part."""
+    lengths = LENGTHS.clamp(min=p)
+    tokens, metric, size = inputs(B=5)
+    penalty = torch.rand(5, 13)
+    padding = torch.arange(13) >= lengths[:, None]
+    metric[padding] = metric[:, :1].expand(-1, 13, -1)[padding]  # as similar as can be
+    options = {"num_prefix_tokens": p, "return_info": True}
+    for merges in (None, MERGES.clamp(max=r)):
+        rows = r if merges is None else min(r, 13 - int((lengths - merges).max()))
+        merged, sizes, info = bipartite_merge(
+            *(tokens, metric, rows), size=size, penalty=penalty, lengths=lengths, merges=merges,
+            **options,
+        )  # fmt: skip
+        assert torch.equal(info.mask, sizes > 0)
+        for b, n in enumerate(lengths.tolist()):
+            alone, sizes_alone, info_alone = bipartite_merge(
+                *(tokens[b : b + 1, :n], metric[b : b + 1, :n]),
+                r if merges is None else int(merges[b]),
+                size=size[b : b + 1, :n],
+                penalty=penalty[b : b + 1, :n],
+                **options,
+            )
+            R = alone.shape[1]
+            assert torch.equal(merged[b, :R], alone[0])
+            assert torch.equal(sizes[b, :R], sizes_alone[0])
+            assert torch.equal(info.slots[b, :n], info_alone.slots[0])
+            assert not merged[b, R:].any() and not sizes[b, R:].any()
+
+
+def test_padding_gets_no_gradient():
+    tokens, metric, _ = inputs(B=5, dtype=torch.float64)
+    options = {"lengths": LENGTHS, "merges": MERGES}
+    merged, _ = bipartite_merge(tokens.requires_grad_(), metric, 2, **options)
+    merged.square().sum().backward()
+    padding = torch.arange(13) >= LENGTHS[:, None]
+    assert not tokens.grad[padding].any() and tokens.grad[~padding].any(-1).all()
+    assert torch.autograd.gradcheck(
+        lambda t: bipartite_merge(t, metric, 2, **options)[0], (tokens,)
+    )
+
+
+def test_too_few_rows_for_an_image_are_refused():
+    tokens, metric, _ = inputs(B=5)
+    with pytest.raises(ValueError, match="r: expected at most 2, so that 11 rows are left, got 3"):
+        bipartite_merge(tokens, metric, 3, lengths=LENGTHS, merges=MERGES)
+    with pytest.raises(ValueError, match="merges: expected None without lengths"):
+        bipartite_merge(tokens, metric, 3, merges=MERGES)
+    with pytest.raises(ValueError, match="r: expected fewer than N = 13"):
+        bipartite_merge(tokens, metric, 13, lengths=LENGTHS, merges=MERGES)
 
 
 META = {"device": "meta"}

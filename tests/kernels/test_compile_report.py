@@ -214,7 +214,9 @@ def test_other_variants_compile_without_a_spill(arch):
         )
         elip_kernels.bipartite_merge(tokens, k[:, 0], 1)
         elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
-    assert len(launches) == 31
+        lengths = torch.tensor([197, 130])
+        elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, lengths=lengths)
+    assert len(launches) == 35
     for launch in launches:
         assert is_clean(compile_launch(launch, arch)), launch.name
 
