@@ -1,6 +1,7 @@
 """The replacements of methods, and the hooks, that `reduce_` installs beside its blocks."""
 
 from collections.abc import Callable
+from types import UnionType
 from typing import Any, NoReturn
 
 import torch
@@ -149,6 +150,22 @@ class Representation:
         """Return the model's own text, and the reduction in one line."""
         own = original_method(self.reduction.model, "extra_repr", self.replaced)()
         return "\n".join(filter(None, (own, f"(reduced) {self.reduction.summary.line}")))
+
+
+def remove_hooks(module: nn.Module, kinds: type | UnionType) -> None:
+    """Remove the forward hooks that are instances of `kinds`, or their methods."""
+    tables = (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (
+            *(module._forward_hooks, module._forward_hooks_with_kwargs),
+            module._forward_hooks_always_called,
+        ),
+    )
+    for hooks, *marks in tables:
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, kinds) or isinstance(getattr(hook, "__self__", None), kinds):
+                for table in (hooks, *marks):
+                    table.pop(key, None)
 
 
 class Refusal:

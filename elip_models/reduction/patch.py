@@ -21,6 +21,7 @@ from elip_models.reduction.model_patches import (
     PatchEmbedding,
     Refusal,
     Representation,
+    remove_hooks,
 )
 from elip_models.reduction.reduced_model import ReducedBlock, Reduction
 from elip_models.reduction.schedule import Schedule
@@ -46,47 +47,7 @@ def reduce_(
     schedule: Schedule | str | None = None,
     **options: Unpack[StrategyOptions],
 ) -> M:
-    """Make an image model drop and merge tokens, in place, and return it.
-
-        model = timm.create_model("vit_base_patch16_224", pretrained=True)
-        elip_models.reduce_(model)                       # ToMe, 70% of the tokens
-        elip_models.reduce_(model, keep=0.5)             # ToMe, half of them
-        elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
-        print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
-        elip_models.unreduce_(model)                     # restore the model
-
-    Parameters, state_dict keys and the call of the model do not change. A further call replaces the
-    settings. Call it before torch.compile. Calls that return the tokens of several blocks
-    (output_hidden_states=True) return whole grids, with zeros for dropped patches. A model that
-    returns the tokens of its last block alone, such as ViTModel, returns fewer; average whole grids
-    instead, where a merged token counts by its size.
-
-    A strategy that reads a text takes it from `guidance(model, text_cls)`. A whole image-text model
-    guides itself: its forward pass encodes the text first, without gradient. Text i guides image i;
-    a single text guides every image; with other numbers each image selects by itself.
-
-    Args:
-        model: an image model of timm, open_clip or transformers, or a whole image-text model. Of
-            CoCa, whose text cannot guide its images, the image tower alone is reduced.
-        strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
-            of `calibrate` such as 'found.json', or an instance. Without any argument, that of the
-            config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
-            be used, another one with a warning.
-        keep: the target: the mean share of tokens over the layers, in (0, 1]. It sets the
-            strategy's own option for the number of tokens (`schedule`, `r`, `keep_ratio`, `size`),
-            so it cannot be passed beside that option.
-        schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
-            depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
-            Without `strategy` it selects ELIP.
-        options: options of the strategy, such as `scorer` of ELIP (see `ELIPOptions`) or `r` of
-            ToMe. They need `strategy` or `schedule` beside them.
-
-    Raises:
-        TypeError: the model cannot be reduced, is compiled, or an argument has a wrong type.
-        ValueError: a wrong value, an option that the strategy does not have, or two arguments that
-            set the number of tokens.
-        RuntimeError: a call with other settings inside `guidance` or `record_stages`.
-    """
+    """Reduce an image model, or the image tower of another, as `elip_models.reduce_` documents."""
     return _reduce(model, strategy, {"schedule": schedule, **options}, keep)
 
 
@@ -221,30 +182,8 @@ def _hook(module: nn.Module, hook: Hook) -> None:
     module.register_forward_hook(hook, with_kwargs=True, always_call=True)
 
 
-def _unhook(module: nn.Module) -> None:
-    """Remove the hooks that `_hook` registered."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, Hook):
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key, hook in list(module._forward_hooks.items()):
-        if isinstance(hook, Hook):
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
-
-
 def unreduce_(model: M) -> M:
-    """Undo `reduce_`, also on a deepcopied or unpickled model, and return the model.
-
-    Given the image model inside a reduced image-text model, it restores the whole model.
-
-    Args:
-        model: a model that `reduce_` may have changed.
-
-    Raises:
-        TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
-    """
+    """Undo `reduce_`, as `elip_models.unreduce_` documents."""
     refuse_compiled(model, "unreduce_")
     for module in model.modules():
         for name, value in vars(module).items():
@@ -258,7 +197,7 @@ def unreduce_(model: M) -> M:
     modules = list(dict.fromkeys(module for whole in wholes for module in whole.modules()))
     remove_from_config(modules, reductions)
     for module in modules:
-        _unhook(module)
+        remove_hooks(module, Hook)
         for name, value in list(vars(module).items()):
             if isinstance(value, Replacement):
                 delattr(module, name)
@@ -268,16 +207,7 @@ def unreduce_(model: M) -> M:
 
 
 def reduction_summary(model: nn.Module) -> Summary:
-    """Return how the model is reduced: strategy, tokens per layer, FLOPs against dense, guidance.
-
-        print(elip_models.reduction_summary(model))
-
-    Args:
-        model: a reduced model, or one that could be reduced, whose summary is the dense tower's.
-
-    Raises:
-        TypeError: the model cannot be reduced, with the reason.
-    """
+    """Return how an image model is reduced, as `elip_models.reduction_summary` documents."""
     found = reductions_of(model) if isinstance(model, nn.Module) else []
     if found:
         return found[0].summary
@@ -286,7 +216,7 @@ def reduction_summary(model: nn.Module) -> Summary:
 
 
 def is_reduced(model: nn.Module) -> bool:
-    """Return whether `reduce_` has changed the model, or one inside it."""
+    """Return whether an image model is reduced, or one inside the model."""
     return isinstance(model, nn.Module) and bool(reductions_of(model))
 
 
@@ -299,25 +229,7 @@ def is_reduced_tower(tower: Tower) -> bool:
 
 @contextmanager
 def record_stages(model: nn.Module) -> Iterator[list[StageInfo]]:
-    """Record what a reduced model keeps and merges in the forward passes inside.
-
-        with elip_models.record_stages(model) as infos:
-            model(images)
-        infos[-1].reduction.kept          # (B, K) indices into the tokens before the last stage
-
-    It records the forward passes of the thread or asyncio task that enters it, without those that
-    activation checkpointing recomputes. `encode_image` returns its own with return_info=True.
-
-    Args:
-        model: a model that `reduce_` has changed.
-
-    Yields:
-        A list that receives one `StageInfo` per stage, forward pass after forward pass.
-
-    Raises:
-        TypeError: a compiled model, whose graph cannot be recorded.
-        ValueError: a model that `reduce_` has not changed.
-    """
+    """Record the stages of an image model, as `elip_models.record_stages` documents."""
     refuse_compiled(model, "record_stages")
     infos: list[StageInfo] = []
     with recording(_reduced(model), infos):

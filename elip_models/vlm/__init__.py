@@ -1,5 +1,5 @@
 """Multimodal language models of transformers: fewer image tokens for the language model.
 
-`families` finds the parts of a model, `methods` select image tokens, `seam` removes the others from
-the sequence that the language model reads, and `patch` has the functions of the public interface.
+`families` finds the parts of a model, `strategies` select image tokens, `seam` removes the others
+from the sequence that the language model reads, and `patch` has the public functions.
 """

@@ -1,6 +1,6 @@
 """reduce_ and its companions for every model: an image tower, or the language model behind one.
 
-In a multimodal language model the strategies of `vlm.methods` remove image tokens in front of the
+In a multimodal language model the strategies of this package remove image tokens in front of the
 language model; the other strategies reduce its image tower. Both can be used together.
 """
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar, Unpack
 from torch import nn
 
 from elip_models.reduction import patch
+from elip_models.reduction.model_patches import remove_hooks
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import StageInfo, Strategy
@@ -18,9 +19,9 @@ from elip_models.reduction.strategy_spec import StrategyOptions, parse_spec
 from elip_models.reduction.summary import Summary
 from elip_models.validation import PositiveInt, PositiveShare, check
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
-from elip_models.vlm.methods import METHODS
-from elip_models.vlm.methods.base import Method
-from elip_models.vlm.seam import RECORDS, PromptInfo, Seam
+from elip_models.vlm.seam import RECORDS, PromptInfo, Seam, SeamText
+from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES
+from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.summary import MultimodalSummary
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def reduce_(
     model: M,
-    strategy: str | Strategy | Method | None = None,
+    strategy: str | Strategy | ImageTokenStrategy | None = None,
     *,
     keep: float | int | None = None,
     schedule: Schedule | str | None = None,
@@ -38,28 +39,22 @@ def reduce_(
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
         elip_models.reduce_(model)                       # ToMe, 70% of the tokens
-        elip_models.reduce_(model, keep=0.5)             # ToMe, half of them
         elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
         print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
         elip_models.unreduce_(model)                     # restore the model
 
     Parameters, state_dict keys and the call of the model do not change. A further call replaces the
-    settings. Call it before torch.compile. Calls that return the tokens of several blocks
-    (output_hidden_states=True) return whole grids, with zeros for dropped patches. A model that
-    returns the tokens of its last block alone, such as ViTModel, returns fewer; average whole grids
-    instead, where a merged token counts by its size.
+    settings. Call it before torch.compile. Calls that return the tokens of several blocks return
+    whole grids, with zeros for dropped patches. A model that returns the tokens of its last block
+    alone, such as ViTModel, returns fewer; a merged token counts by its size in a mean.
 
     A strategy that reads a text takes it from `guidance(model, text_cls)`. A whole image-text model
-    guides itself: its forward pass encodes the text first, without gradient. Text i guides image i;
-    a single text guides every image; with other numbers each image selects by itself.
+    encodes its text first, without gradient. Text i guides image i; a single text guides every
+    image; with other numbers each image selects by itself.
 
-    Multimodal language models, such as LLaVA and Qwen2.5-VL, have strategies of their own:
-    'diverse', which is their default, 'stride', 'random' and 'pool'. They remove image tokens
-    between the image tower and the language model. The others reduce the tower, and may be used
-    beside one of these:
-
-        elip_models.reduce_(llava, keep=0.25)                 # the language model reads 25%
-        elip_models.reduce_(llava, strategy="tome", keep=0.7)  # and the tower merges
+    In a multimodal language model, such as LLaVA, the strategies 'diverse', its default, 'stride',
+    'random' and 'pool' remove image tokens in front of the language model. The others reduce its
+    image tower, and may be used beside one of these.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, or a
@@ -68,17 +63,14 @@ def reduce_(
         strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
             of `calibrate` such as 'found.json', or an instance. Without any argument, that of the
             config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
-            be used, another one with a warning. For a multimodal language model 'diverse' at
-            keep=0.5, or a line such as 'diverse:relevance=true'.
-        keep: the target: the mean share of tokens over the layers, in (0, 1]. It sets the
-            strategy's own option for the number of tokens (`schedule`, `r`, `keep_ratio`, `size`),
-            so it cannot be passed beside that option. In front of a language model, the share of
-            each image's tokens, or their number as an int.
+            be used, another one with a warning. For a language model 'diverse' at keep=0.5.
+        keep: the target: the mean share of tokens over the layers, in (0, 1], in place of the
+            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). In front of a language
+            model, the share of each image's tokens, or their number as an int.
         schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
             depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
             Without `strategy` it selects ELIP.
-        options: options of the strategy, such as `scorer` of ELIP (see `ELIPOptions`) or `r` of
-            ToMe. They need `strategy` or `schedule` beside them.
+        options: options of the strategy, such as `r` of ToMe; they need `strategy` or `schedule`.
 
     Raises:
         TypeError: the model cannot be reduced, is compiled, or an argument has a wrong type.
@@ -91,9 +83,9 @@ def reduce_(
         return patch.reduce_(model, strategy, keep=keep, schedule=schedule, **options)
     patch.refuse_compiled(model, "reduce_")
     check_layers(multimodal)
-    method = _method(strategy, keep)
+    chosen = _strategy(strategy, keep)
     _remove(multimodal)
-    Seam(multimodal, method).install(multimodal)
+    Seam(multimodal, chosen).install(multimodal)
     return model
 
 
@@ -133,7 +125,7 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
     seam = _seam(multimodal)
     reductions = patch.reductions_of(multimodal.tower)
     tower = reductions[0].summary if reductions else None
-    return MultimodalSummary.of(multimodal, seam.method if seam else None, tower)
+    return MultimodalSummary.of(multimodal, seam.strategy if seam else None, tower)
 
 
 def is_reduced(model: nn.Module) -> bool:
@@ -184,25 +176,29 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
 def _is_for_tower(strategy: Any, schedule: Any, options: dict[str, Any]) -> bool:
     """Return whether the arguments name a strategy of image towers."""
     if isinstance(strategy, str):
-        return strategy.partition(":")[0].strip() in set(STRATEGIES) - set(METHODS)
+        return strategy.partition(":")[0].strip() in set(STRATEGIES) - set(IMAGE_TOKEN_STRATEGIES)
     is_given = schedule is not None or any(value is not None for value in options.values())
     return isinstance(strategy, Strategy) or is_given
 
 
-def _method(strategy: str | Method | None, keep: float | int | None) -> Method:
-    """Return the method that the arguments of `reduce_` describe."""
+def _strategy(
+    strategy: str | ImageTokenStrategy | None, keep: float | int | None
+) -> ImageTokenStrategy:
+    """Return the strategy that the arguments of `reduce_` describe."""
     if keep is not None:
         check("keep", keep, PositiveShare | PositiveInt)
-    if isinstance(strategy, Method):
+    if isinstance(strategy, ImageTokenStrategy):
         if keep is not None:
             raise ValueError(f"keep: expected it inside the instance alone, got {keep!r} beside it")
         return strategy
-    name, settings = parse_spec(next(iter(METHODS)) if strategy is None else strategy, METHODS)
+    name, settings = parse_spec(
+        next(iter(IMAGE_TOKEN_STRATEGIES)) if strategy is None else strategy, IMAGE_TOKEN_STRATEGIES
+    )
     if keep is not None:
         if "keep" in settings:
             raise ValueError(f"keep: expected it once, got {keep!r} beside strategy={strategy!r}")
         settings["keep"] = keep
-    return METHODS[name](**settings)
+    return IMAGE_TOKEN_STRATEGIES[name](**settings)
 
 
 def _seam(multimodal: Multimodal) -> Seam | None:
@@ -213,17 +209,11 @@ def _seam(multimodal: Multimodal) -> Seam | None:
 
 
 def _remove(multimodal: Multimodal) -> None:
-    """Remove the hooks of `Seam.install`."""
+    """Undo `Seam.install`."""
     for module in (multimodal.model, multimodal.language_model):
-        for hooks, *others in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ),
-        ):
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), Seam):
-                    for each in (hooks, *others):
-                        each.pop(key, None)
+        remove_hooks(module, Seam)
+        shown = vars(module).get("extra_repr")
+        if isinstance(shown, SeamText):
+            del module.extra_repr
+            if shown.replaced is not None:
+                module.extra_repr = shown.replaced

@@ -1,7 +1,7 @@
 """The place between the image features and the language model, where image tokens are removed.
 
 Four hooks of stock modules do it. The multimodal model notes which tokens of its input are images.
-Before the language model runs, a method selects image tokens, and the others are removed from the
+Before the language model runs, a strategy selects image tokens, and the others are removed from the
 embeddings, positions and masks; the tokens that remain keep their positions. After it, the hidden
 states return to the whole length, with zeros for removed tokens, so that labels and logits hold.
 
@@ -9,9 +9,10 @@ A removed token is like one that no other token may attend to, which the tests c
 last token of each image stays, because the token behind it is predicted from it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from elip_models.vlm.cache_state import CacheState, enter, leave, state_of
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.methods.base import Method
 from elip_models.vlm.packing import Packing, gather_columns, hide
+from elip_models.vlm.strategies.base import ImageTokenStrategy
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 
@@ -55,10 +56,10 @@ RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar("R
 
 
 class Seam:
-    """The hooks that reduce one multimodal language model, and the method they use."""
+    """The hooks that reduce one multimodal language model, and the strategy they use."""
 
-    def __init__(self, multimodal: Multimodal, method: Method) -> None:
-        self.method = method
+    def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy) -> None:
+        self.strategy = strategy
         self.placeholder_ids = multimodal.placeholder_ids
         self.window = multimodal.window
 
@@ -69,6 +70,7 @@ class Seam:
         model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
         language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
         language_model.register_forward_hook(self.restore, with_kwargs=True)
+        model.extra_repr = SeamText(self, model, vars(model).get("extra_repr"))
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
@@ -140,13 +142,13 @@ class Seam:
         kept = torch.ones_like(images)
         is_shorter = False
         for rows, positions in _runs_by_length(images):
-            count = self.method.count(positions.shape[1])
+            count = self.strategy.count(positions.shape[1])
             if count == positions.shape[1]:
                 continue
             is_shorter = True
-            question = _question(embeds, images, rows) if self.method.reads_question else None
+            question = _question(embeds, images, rows) if self.strategy.reads_question else None
             tokens = embeds[rows, positions]
-            chosen, values = self.method.reduce(tokens, count, question)
+            chosen, values = self.strategy.reduce(tokens, count, question)
             kept[rows, positions] = False
             positions = positions.gather(1, chosen)
             kept[rows, positions] = True
@@ -168,6 +170,20 @@ class Seam:
                 f"cache: expected a dynamic cache, got {type(cache).__name__}, whose length is "
                 "fixed; call generate without cache_implementation"
             )
+
+
+class SeamText:
+    """A replacement of a model's `extra_repr`, which prints the reduction too."""
+
+    def __init__(self, seam: Seam, model: nn.Module, replaced: Callable[[], str] | None) -> None:
+        self.seam = seam
+        self.model = model
+        self.replaced = replaced
+
+    def __call__(self) -> str:
+        """Return the model's own text, and the reduction in one line."""
+        own = (self.replaced or partial(type(self.model).extra_repr, self.model))()
+        return "\n".join(filter(None, (own, f"(reduced) image tokens: {self.seam.strategy}")))
 
 
 def _without_removed(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from elip_models.reduction.summary import Summary
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.methods.base import Method
+from elip_models.vlm.strategies.base import ImageTokenStrategy
 
 NOMINAL_TOKENS = 576  # of a model whose images have different numbers of tokens
 
@@ -13,7 +13,7 @@ NOMINAL_TOKENS = 576  # of a model whose images have different numbers of tokens
 class MultimodalSummary:
     """What an image costs a multimodal language model; `print` shows all of it.
 
-    method: what selects image tokens in front of the language model, or None.
+    strategy: what selects image tokens in front of the language model, or None.
     image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ.
     prefill_flops: FLOPs of the language model for the kept tokens, selection included, relative to
         those for all tokens of the image. Tokens of text come on top of both.
@@ -23,7 +23,7 @@ class MultimodalSummary:
     tower: the reduction of the image tower, or None.
     """
 
-    method: Method | None
+    strategy: ImageTokenStrategy | None
     image_tokens: int
     kept_tokens: int
     prefill_flops: float
@@ -33,24 +33,29 @@ class MultimodalSummary:
 
     @classmethod
     def of(
-        cls, multimodal: Multimodal, method: Method | None, tower: Summary | None
+        cls, multimodal: Multimodal, strategy: ImageTokenStrategy | None, tower: Summary | None
     ) -> "MultimodalSummary":
-        """Summarize a model that `method` and `tower` reduce."""
+        """Summarize a model that `strategy` and `tower` reduce."""
         tokens = getattr(multimodal.config, "image_seq_length", None) or NOMINAL_TOKENS
-        kept = tokens if method is None else method.count(tokens)
+        kept = tokens if strategy is None else strategy.count(tokens)
         dense = _prefill_flops(multimodal, tokens)
         reduced = _prefill_flops(multimodal, kept)
         if kept < tokens:
-            reduced += method.flops(tokens, multimodal.text_config.hidden_size)
+            reduced += strategy.flops(tokens, multimodal.text_config.hidden_size)
         width = _cache_width(multimodal)
-        return cls(method, tokens, kept, reduced / dense, kept * width, tokens * width, tower)
+        return cls(strategy, tokens, kept, reduced / dense, kept * width, tokens * width, tower)
+
+    @property
+    def keep(self) -> float:
+        """Return the share of an image's tokens that the language model reads."""
+        return self.kept_tokens / self.image_tokens
 
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
-        method = "every image token" if self.method is None else str(self.method)
+        shown = "every image token" if self.strategy is None else str(self.strategy)
         lines = [
             ("image tower", "dense" if self.tower is None else self.tower.line),
-            ("language model", method),
+            ("language model", shown),
             ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in an image"),
             ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, of an image's tokens"),
             ("cache", f"{_size(self.cache_bytes)} of {_size(self.dense_cache_bytes)} an image"),

@@ -108,7 +108,8 @@ def test_a_model_is_reduced_with_no_further_argument(line, recwarn):
     assert found.shape == dense.shape and found.isfinite().all()
     assert not torch.equal(found, dense)
     assert reduction_summary(model).keep < 0.9
-    assert reduction_summary(model).strategy.name == "tome"
+    default = "diverse" if line.startswith("Llava") else "tome"
+    assert reduction_summary(model).strategy.name == default
     assert not [each for each in recwarn if "default strategy" in str(each.message)]
 
 

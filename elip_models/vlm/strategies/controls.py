@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elip_models.vlm.methods.base import Method
+from elip_models.vlm.strategies.base import ImageTokenStrategy
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(ImageTokenStrategy):
     """Keep random tokens. Draws from the generator of the tokens' device."""
 
     name: ClassVar[str] = "random"
@@ -24,7 +24,7 @@ class Random(Method):
 
 
 @dataclass(frozen=True)
-class Stride(Method):
+class Stride(ImageTokenStrategy):
     """Keep tokens at equal distances in their order, the last one included."""
 
     name: ClassVar[str] = "stride"
@@ -36,7 +36,7 @@ class Stride(Method):
 
 
 @dataclass(frozen=True)
-class Pool(Method):
+class Pool(ImageTokenStrategy):
     """Average the tokens of a square grid to a smaller grid.
 
     Needs `keep` that gives a square number of tokens, and images of a square number of tokens: a
@@ -59,7 +59,7 @@ class Pool(Method):
         if side * side != n:
             raise ValueError(
                 f"strategy: expected images of a square number of tokens for 'pool', got {n}; "
-                "take another method, such as 'stride'"
+                "take another strategy, such as 'stride'"
             )
         grid = tokens.transpose(1, 2).reshape(R, D, side, side)
         means = F.adaptive_avg_pool2d(grid.float(), new).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The base class of methods that select image tokens for a language model."""
+"""The base class of strategies that select image tokens for a language model."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +9,7 @@ from elip_models.validation import PositiveInt, PositiveShare, check_fields
 
 
 @dataclass(frozen=True)
-class Method:
+class ImageTokenStrategy:
     """A way to select the image tokens that a language model reads.
 
     A subclass defines `select`, or `reduce` if it also changes the tokens. Images are reduced

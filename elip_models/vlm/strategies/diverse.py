@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elip_models.vlm.methods.base import Method
+from elip_models.vlm.strategies.base import ImageTokenStrategy
 
 
 @dataclass(frozen=True)
-class Diverse(Method):
+class Diverse(ImageTokenStrategy):
     """Keep tokens by greedy max-min selection (DivPrune, Alvar et al., CVPR 2025).
 
     Each further token is the one whose smallest cosine distance to the tokens that were selected is
@@ -20,7 +20,7 @@ class Diverse(Method):
     Attributes:
         relevance: begin with the token that is most similar to the question, the mean embedding of
             the text; otherwise with the one that differs most from the mean of the image.
-        keep: as of `Method`.
+        keep: as of `ImageTokenStrategy`.
     """
 
     name: ClassVar[str] = "diverse"
