@@ -10,6 +10,8 @@ from elip_kernels.ops.fuse_text import fuse_text
 from elip_kernels.ops.merge_nearest import merge_nearest
 from elip_kernels.ops.reduce import reduce
 from elip_kernels.ops.score_reduce import score_reduce
+from elip_kernels.ops.select_diverse import select_diverse
+from elip_kernels.ops.select_dpp import select_dpp
 from elip_kernels.ops.select_tokens import select_tokens
 
 __version__ = "0.1.0"
@@ -29,6 +31,8 @@ __all__ = [
     "merge_nearest",
     "reduce",
     "score_reduce",
+    "select_diverse",
+    "select_dpp",
     "select_tokens",
     "unmerge",
     "use_pytorch_ops",

@@ -195,6 +195,14 @@ def merge_gather(element_size: int) -> LaunchConfig:
     return LaunchConfig(16, 512 // element_size, 8)
 
 
+def greedy(tokens: int) -> dict[str, int]:
+    """Return BLOCK_N, and BLOCK_T rows of 32 values per thread: 110 registers at 577 tokens."""
+    block_n = max(16, next_power_of_2(tokens))
+    num_warps = 4 if block_n <= 256 else 8 if block_n <= 1024 else 16
+    block_t = max(1, min(16, 1024 * num_warps // block_n))
+    return {"BLOCK_T": block_t, "BLOCK_N": block_n, "num_warps": num_warps}
+
+
 def unsupported(
     *tensors: Tensor, candidates: int = 0, num_prefix_tokens: int = 1, most: int | None = None
 ) -> str | None:

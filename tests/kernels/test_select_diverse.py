@@ -1,0 +1,240 @@
+"""select_diverse and select_dpp against their definitions, by loops in fp64."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import elip_kernels
+from elip_kernels import select_diverse, select_dpp
+
+B, N, D = 3, 23, 16
+SELECTIONS = [select_diverse, select_dpp]
+by_step = {"selection_order": True}
+
+
+def cosines(tokens):
+    unit = F.normalize(tokens.double(), dim=-1)
+    return unit @ unit.mT
+
+
+def farthest(similarity, count, first=None):
+    """Return the max-min selection of one image: each time try every token."""
+    distance, everyone = 1 - similarity, range(len(similarity))
+    if first is None:
+        nearest = [min(distance[n, m].item() for m in everyone if m != n) for n in everyone]
+        first = nearest.index(max(nearest))
+    selected = [first]
+    while len(selected) < count:
+        left = [n for n in everyone if n not in selected]
+        nearest = [min(distance[n, m].item() for m in selected) for n in left]
+        selected.append(left[nearest.index(max(nearest))])
+    return selected
+
+
+def most_likely(kernel, count):
+    """Return the greedy selection of one image by log-determinants of the kernel's minors."""
+    selected = []
+    while len(selected) < count:
+        left = [n for n in range(len(kernel)) if n not in selected]
+        minors = [kernel[[*selected, n]][:, [*selected, n]] for n in left]
+        gains = [torch.linalg.slogdet(minor).logabsdet.item() for minor in minors]
+        selected.append(left[gains.index(max(gains))])
+    return selected
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, N])
+def test_max_min_equals_its_definition(count):
+    tokens, first = torch.randn(B, N, D), torch.randint(N, (B,))
+    expected = [farthest(each, count) for each in cosines(tokens)]
+    assert select_diverse(tokens, count, **by_step).tolist() == expected
+    expected = [farthest(each, count, first[b].item()) for b, each in enumerate(cosines(tokens))]
+    assert select_diverse(tokens, count, first=first, **by_step).tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e15])
+@pytest.mark.parametrize("count", [1, 2, 9, D - 1])
+def test_dpp_equals_greedy_log_determinants(count, scale):
+    tokens, relevance = torch.randn(B, N, D), torch.rand(B, N) + 0.05
+    relevance[:, 4] *= -1
+    kernels = relevance[:, :, None].double() * cosines(tokens) * relevance[:, None].double()
+    expected = [most_likely(kernel, count) for kernel in kernels]
+    got = select_dpp(tokens, count, relevance=scale * relevance, **by_step)
+    assert got.tolist() == expected
+
+
+def test_dpp_without_relevance_begins_with_token_0():
+    tokens = torch.randn(B, N, D)
+    got = select_dpp(tokens, 9, **by_step)
+    assert torch.equal(got, select_dpp(tokens, 9, relevance=torch.full((B, N), 0.3), **by_step))
+    assert got.tolist() == [[0, *others] for *_, others in zip(*[got[:, 1:].tolist()], strict=True)]
+    volume = [torch.linalg.det(c[k][:, k]) for c, k in zip(cosines(tokens), got, strict=True)]
+    assert min(volume) > max(torch.linalg.det(c[:9, :9]) for c in cosines(tokens))
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_counts_ratios_and_orders(select):
+    tokens, mask = torch.randn(B, N, D), torch.rand(B, N) < 0.7
+    steps = select(tokens, 11, **by_step)
+    assert steps.dtype == torch.int64
+    assert torch.equal(select(tokens, 11), steps.sort(1).values)
+    assert torch.equal(select(tokens, 0.5), select(tokens, 11))
+    for count in range(1, 11):
+        assert torch.equal(select(tokens, count, **by_step), steps[:, :count])
+    everything = select(tokens, N, mask=mask)
+    for row, real in zip(everything, mask, strict=True):
+        assert row.tolist() == [*real.nonzero()[:, 0].tolist(), *(~real).nonzero()[:, 0].tolist()]
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_a_padded_image_selects_as_it_does_alone(select):
+    tokens, mask = torch.randn(B, N, D), torch.rand(B, N) < 0.7
+    noise = torch.tensor([torch.nan, torch.inf, 0.0, 1.0]).repeat(N)[:N, None]
+    padded = torch.where(mask[..., None], tokens, noise)
+    got = select(padded, N, mask=mask, **by_step)
+    for b, real in enumerate(mask):
+        places, count = real.nonzero()[:, 0], int(real.sum())
+        alone = select(tokens[b : b + 1, real], count, **by_step)[0]
+        assert torch.equal(got[b, :count], places[alone])
+        assert torch.equal(got[b, count:], (~real).nonzero()[:, 0])  # the lowest index first
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_an_image_without_real_tokens_selects_in_order(select):
+    tokens, mask = torch.randn(2, N, D), torch.ones(2, N, dtype=torch.bool)
+    mask[1] = False
+    got = select(tokens, 5, mask=mask, **by_step)
+    assert torch.equal(got[0], select(tokens, 5, **by_step)[0])
+    assert got[1].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_ties_go_to_the_lower_index(select, dtype):
+    corners = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])
+    tokens = corners[[0, 0, 1, 0, 2, 1, 3, 2, 3]].to(dtype)[None]
+    assert select(tokens, 9, **by_step).tolist() == [[0, 2, 4, 6, 1, 3, 5, 7, 8]]
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1e-30])
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_tokens_without_direction_come_last(select, value):
+    tokens, mask = torch.randn(2, N, D), torch.ones(2, N, dtype=torch.bool)
+    tokens[0, [0, 7, 8]], mask[0, 3] = value, False
+    got = select(tokens, N, mask=mask, **by_step)
+    if select is select_diverse:
+        assert got[0, -4:].tolist() == [0, 7, 8, 3]
+    else:  # after D tokens, all others are combinations of them as well
+        assert got[0, D:].tolist() == [*sorted(got[0, D:-1].tolist()), 3]
+        assert {0, 7, 8} < set(got[0, D:].tolist())
+    others = [n for n in range(N) if n not in (0, 3, 7, 8)]
+    alone = select(tokens[:1, others], D, **by_step)[0]
+    assert got[0, :D].tolist() == [others[n] for n in alone]
+
+
+def test_a_full_rank_of_tokens_leaves_the_lowest_free_indices():
+    tokens = torch.randn(B, N, 5)
+    for dtype in (torch.float32, torch.float64):
+        got = select_dpp(tokens.to(dtype), N, relevance=torch.rand(B, N), **by_step)
+        for row in got.tolist():
+            assert row[5:] == sorted(row[5:]) and sorted(row) == list(range(N))
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_irrelevant_tokens_come_after_relevant_ones(value):
+    relevance = torch.rand(B, N) + 0.1
+    relevance[:, ::2] = value
+    got = select_dpp(torch.randn(B, N, N), N, relevance=relevance, **by_step)
+    assert (got[:, : N // 2] % 2 == 1).all()
+    assert torch.equal(got[:, N // 2 :], torch.arange(0, N, 2).expand(B, -1))
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_strides_dtypes_and_autocast_do_not_matter(select):
+    tokens = torch.randn(B, N, D).bfloat16()
+    expected = select(tokens.double(), 9, **by_step)
+    assert torch.equal(select(tokens, 9, **by_step), expected)
+    assert torch.equal(select(tokens.mT.contiguous().mT, 9, **by_step), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = select(tokens.float(), 9, **by_step)
+    assert torch.equal(mixed, expected)
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_an_empty_batch_and_one_token(select):
+    assert select(torch.randn(0, N, D), 4).shape == (0, 4)
+    assert select(torch.randn(2, 1, D), 1).tolist() == [[0], [0]]
+
+
+def test_the_first_position_is_checked():
+    with pytest.raises(ValueError, match=r"first: expected values of at least 0 and at most 22"):
+        select_diverse(torch.randn(1, N, D), 3, first=torch.tensor([N]))
+
+
+def given(masked):
+    mask = torch.rand(B, N) < 0.7 if masked else None
+    first, relevance = (torch.arange(B), torch.rand(B, N)) if masked else (None, None)
+    return torch.randn(B, N, D, requires_grad=True), mask, first, relevance
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked):
+    tokens, mask, first, relevance = given(masked)
+    opcheck(torch.ops.elip.select_diverse.default, (tokens, mask, first, 7))
+    opcheck(torch.ops.elip.select_dpp.default, (tokens, relevance, mask, 7))
+
+
+class Kept(torch.nn.Module):
+    def __init__(self, select):
+        super().__init__()
+        self.select = select
+
+    def forward(self, tokens, mask):
+        kept = self.select(tokens, 7, mask=mask)
+        return tokens.take_along_dim(kept[..., None], 1)
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_compiles_whole_and_exports(select):
+    tokens, mask, *_ = given(True)
+    expected = Kept(select)(tokens, mask)
+    torch._dynamo.reset()
+    got = torch.compile(Kept(select), fullgraph=True, backend="aot_eager")(tokens, mask)
+    assert torch.equal(got, expected)
+    got.sum().backward()
+    assert tokens.grad.sum() == B * 7 * D  # of kept tokens; positions have no gradient
+    program = torch.export.export(Kept(select), (tokens, mask))
+    assert torch.equal(program.module()(tokens, mask), expected)
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_function_transforms(select):
+    tokens, mask, *_ = given(True)
+    expected = Kept(select)(tokens, mask)
+    assert torch.equal(torch.func.vmap(lambda t: select(t[None], 7)[0])(tokens), select(tokens, 7))
+    gradient = torch.func.grad(lambda t: Kept(select)(t, mask).sum())(tokens)
+    assert torch.equal(gradient.sum((1, 2)), torch.full((B,), 7.0 * D))
+    with elip_kernels.use_pytorch_ops():
+        assert torch.equal(Kept(select)(tokens, mask), expected)
+
+
+def test_flops():
+    tokens, products = torch.randn(B, N, D), 2 * B * N * N * D
+    runs = {
+        partial(select_diverse, tokens, 7): products,
+        partial(select_dpp, tokens, 7): products + sum(2 * B * N * t for t in range(7)),
+    }
+    for run, expected in runs.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert counter.get_total_flops() == expected
+
+
+def test_meta_tensors_have_shapes():
+    tokens = torch.randn(B, N, D, device="meta")
+    for select in SELECTIONS:
+        got = select(tokens, 7)
+        assert got.shape == (B, 7) and got.dtype == torch.int64 and got.is_meta
