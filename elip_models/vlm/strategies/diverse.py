@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elip_kernels import select_diverse
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 
 
@@ -14,12 +14,11 @@ from elip_models.vlm.strategies.base import ImageTokenStrategy
 class Diverse(ImageTokenStrategy):
     """Keep tokens by greedy max-min selection (DivPrune, Alvar et al., CVPR 2025).
 
-    Each further token is the one whose smallest cosine distance to the tokens that were selected is
-    largest.
+    Each further token is the one whose smallest cosine distance to the selected tokens is largest.
 
     Attributes:
         relevance: begin with the token that is most similar to the question, the mean embedding of
-            the text; otherwise with the one that differs most from the mean of the image.
+            the text; otherwise with the token whose nearest other token is farthest.
         keep: as of `ImageTokenStrategy`.
     """
 
@@ -32,26 +31,17 @@ class Diverse(ImageTokenStrategy):
         """Return whether the text counts."""
         return self.relevance
 
-    @torch.no_grad()
     def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
         """Select one token after the other."""
-        unit = F.normalize(tokens.float(), dim=-1)
-        if question is None:
-            first = (unit @ unit.mean(1, keepdim=True).mT).squeeze(-1).argmin(1)
-        else:
-            first = (
-                (unit @ F.normalize(question.float(), dim=-1).unsqueeze(-1)).squeeze(-1).argmax(1)
-            )
-        chosen = [first]
-        nearest = unit.new_full(unit.shape[:2], -2.0)  # cosine with the nearest selected token
-        rows = torch.arange(len(unit), device=unit.device)
-        for _ in range(count - 1):
-            cosine = (unit @ unit[rows, chosen[-1]].unsqueeze(-1)).squeeze(-1)
-            nearest = torch.maximum(nearest, cosine)
-            nearest[rows, chosen[-1]] = 2.0
-            chosen.append(nearest.argmin(1))
-        return torch.stack(chosen, 1)
+        first = None if question is None else similarity(tokens, question).argmax(1)
+        return select_diverse(tokens, count, first=first, selection_order=True)
 
     def flops(self, length: int, width: int) -> int:
-        """Return a row of cosines for each selected token."""
-        return 2 * self.count(length) * length * width
+        """Return the cosines of all pairs."""
+        return 2 * length * length * width
+
+
+def similarity(tokens: Tensor, question: Tensor) -> Tensor:
+    """Return (R, n) fp32 cosines of tokens (R, n, D) and of one vector (R, D) for each image."""
+    unit = F.normalize(question.float(), dim=-1).unsqueeze(-1)
+    return (F.normalize(tokens.float(), dim=-1) @ unit).squeeze(-1)

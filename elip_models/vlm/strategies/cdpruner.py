@@ -1,0 +1,37 @@
+"""Keep tokens that are relevant to the question and differ from each other."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from elip_kernels import select_dpp
+from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.diverse import similarity
+
+
+@dataclass(frozen=True)
+class CDPruner(ImageTokenStrategy):
+    """Keep tokens by a determinantal point process (CDPruner, Zhang et al., NeurIPS 2025).
+
+    The relevance of a token is its cosine with the question, the mean embedding of the text in the
+    space of the language model, scaled to [0, 1] in each image. The paper takes it from the text
+    tower of CLIP, which a language model does not have.
+
+    Attributes:
+        keep: as of `ImageTokenStrategy`.
+    """
+
+    name: ClassVar[str] = "cdpruner"
+    reads_question: ClassVar[bool] = True
+
+    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+        """Select one token after the other."""
+        relevance = similarity(tokens, question)
+        low, high = relevance.aminmax(dim=1, keepdim=True)
+        relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+        return select_dpp(tokens, count, relevance=relevance, selection_order=True)
+
+    def flops(self, length: int, width: int) -> int:
+        """Return the cosines of all pairs, and the sums over earlier steps."""
+        return 2 * length * length * width + self.count(length) ** 2 * length
