@@ -2,11 +2,11 @@
 
 The cache of a generation outlives the forward pass that removed the tokens. Its state is an
 attribute of the cache and never of the model, so that threads share a model. Outside of the
-language model such a cache tells the length of the whole sequence, since callers compute positions
-and the tokens that are new by it; inside, the masks need the number of tokens that it holds.
+language model such a cache tells the length of the whole sequence, since callers compute positions,
+masks and the tokens that are new by it; inside, the masks need the number of tokens that it holds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,32 +14,60 @@ import torch
 from torch import Tensor
 
 STATE = "removed_tokens"
-REPLACED = ("get_seq_length", "crop")
 
 
 @dataclass(frozen=True)
 class CacheState:
     """The tokens in a cache.
 
-    columns: (B, K) the position of each cached token in its whole sequence.
+    columns: (B, K) the position of each cached token in its whole sequence, up to `start`.
     real: (B, K) bool, False for padding.
+    start: the length of the whole sequences when tokens were last removed; the cache holds every
+        token behind it.
     length: the length of the whole sequences.
+    mask: (B, K) the attention mask of these tokens, which steps of decoding use again, or None.
     """
 
     columns: Tensor
     real: Tensor
+    start: int
     length: int
+    mask: Tensor | None = None
 
     @classmethod
     def whole(cls, batch: int, length: int, device: torch.device) -> "CacheState":
         """Return the state of a cache from which nothing was removed."""
         columns = torch.arange(length, device=device).expand(batch, -1)
-        return cls(columns, torch.ones_like(columns, dtype=torch.bool), length)
+        return cls(columns, torch.ones_like(columns, dtype=torch.bool), length, length)
+
+    @property
+    def held(self) -> int:
+        """Return how many tokens of each sequence the cache holds, padding included."""
+        return self.columns.shape[1] + self.length - self.start
+
+    def grown(self, length: int) -> "CacheState":
+        """Return the state after `length` more tokens, all of which remain."""
+        return replace(self, length=self.length + length)
 
     def extended(self, order: Tensor, real: Tensor, length: int) -> "CacheState":
         """Return the state after `length` more tokens, of which those at `order` (B, M) remain."""
-        columns = torch.cat((self.columns, order + self.length), 1)
-        return CacheState(columns, torch.cat((self.real, real), 1), self.length + length)
+        between = torch.arange(self.start, self.length, device=order.device)
+        columns = (self.columns, between.expand(len(order), -1), order + self.length)
+        reals = (self.real, real.new_ones(len(real), len(between)), real)
+        total = self.length + length
+        return CacheState(torch.cat(columns, 1), torch.cat(reals, 1), total, total)
+
+    def gather(self, mask: Tensor) -> Tensor:
+        """Return (B, .., held) of a mask (B, .., length) for the cached tokens."""
+        mask = mask.expand(len(self.columns), *mask.shape[1:])
+        columns = self.columns.view(len(mask), *[1] * (mask.dim() - 2), -1)
+        before = mask.gather(-1, columns.expand(*mask.shape[:-1], -1))
+        return torch.cat((before, mask[..., self.start : self.length]), -1)
+
+    def rows(self, indices: Tensor) -> "CacheState":
+        """Return the state of the rows at `indices`."""
+        mask = None if self.mask is None else self.mask[indices]
+        return replace(self, columns=self.columns[indices], real=self.real[indices], mask=mask)
 
 
 def state_of(cache: Any) -> CacheState | None:
@@ -56,12 +84,43 @@ def enter(cache: Any) -> None:
 def leave(cache: Any, state: CacheState) -> None:
     """Store the state, and let the cache tell the length of the whole sequence."""
     setattr(cache, STATE, state)
-    cache.get_seq_length = partial(_whole_length, cache)
-    cache.crop = _refuse_crop
+    for name, function in REPLACED.items():
+        setattr(cache, name, partial(function, cache))
 
 
 def _whole_length(cache: Any, layer_idx: int = 0) -> int:
     return getattr(cache, STATE).length
+
+
+def _whole_mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    return getattr(cache, STATE).length + query_length, 0
+
+
+def _reorder(cache: Any, beam_idx: Tensor) -> None:
+    type(cache).reorder_cache(cache, beam_idx)
+    _select_rows(cache, beam_idx)
+
+
+def _select(cache: Any, indices: Tensor) -> None:
+    type(cache).batch_select_indices(cache, indices)
+    _select_rows(cache, indices)
+
+
+def _repeat(cache: Any, repeats: int) -> None:
+    type(cache).batch_repeat_interleave(cache, repeats)
+    rows = torch.arange(len(getattr(cache, STATE).columns))
+    _select_rows(cache, rows.repeat_interleave(repeats))
+
+
+def _select_rows(cache: Any, indices: Tensor) -> None:
+    state = getattr(cache, STATE)
+    setattr(cache, STATE, state.rows(indices.to(state.columns.device)))
+
+
+def _reset(cache: Any) -> None:
+    enter(cache)
+    delattr(cache, STATE)
+    cache.reset()
 
 
 def _refuse_crop(*_: Any) -> NoReturn:
@@ -70,3 +129,15 @@ def _refuse_crop(*_: Any) -> NoReturn:
         "does; the last tokens of a cache with removed tokens are not those of the sequence. Call "
         "generate without assistant_model and prompt_lookup_num_tokens"
     )
+
+
+REPLACED = {
+    "get_seq_length": _whole_length,
+    "get_mask_sizes": _whole_mask_sizes,
+    "reorder_cache": _reorder,
+    "batch_select_indices": _select,
+    "batch_repeat_interleave": _repeat,
+    "reset": _reset,
+    "crop": _refuse_crop,
+}
+"""The methods of a cache that are replaced outside of the language model."""

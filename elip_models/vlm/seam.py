@@ -11,12 +11,13 @@ last token of each image stays, because the token behind it is predicted from it
 
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from elip_models.vlm.cache_state import CacheState, enter, leave, state_of
 from elip_models.vlm.families import Multimodal
@@ -44,11 +45,13 @@ class PromptInfo(NamedTuple):
 class _Call:
     """One forward pass of the multimodal model."""
 
-    images: Tensor | None  # (B, N) bool
-    kept: Tensor | None = None
-    packing: Packing | None = None
-    state: CacheState | None = None
     token: Token | None = field(default=None, repr=False)
+    images: Tensor | None = None  # (B, N) bool
+    padding: Tensor | None = None  # (B, N) bool, of the text
+    kept: Tensor | None = None  # (B, N) bool, if tokens are removed
+    packing: Packing | None = None
+    cache: Any = None
+    state: CacheState | None = None
 
 
 CALLS: ContextVar[tuple[_Call, ...]] = ContextVar("CALLS", default=())
@@ -74,19 +77,17 @@ class Seam:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
-        ids = args[0] if args else kwargs.get("input_ids")
-        embeds = kwargs.get("inputs_embeds")
-        _refuse_packed(kwargs)
-        if ids is not None:
-            images = _any_equal(ids, self.placeholder_ids)
-        elif embeds is not None:  # generate passes embeddings instead
-            table = model.get_input_embeddings().weight
-            rows = (table[i] for i in self.placeholder_ids)
-            images = torch.stack([(embeds == row).all(-1) for row in rows]).any(0)
-        else:
-            images = None
-        call = _Call(images)
+        call = _Call()
         call.token = CALLS.set((*CALLS.get(), call))
+        _refuse_packed(kwargs)
+        ids = args[0] if args else kwargs.get("input_ids")
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if ids is not None:
+            call.images = _any_equal(ids, self.placeholder_ids)
+        elif embeds is not None:  # generate passes embeddings instead
+            call.images = _placeholders(model, embeds, self.placeholder_ids)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and call.images is not None:
+            call.padding = mask[:, -call.images.shape[1] :] == 0
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forget the forward pass."""
@@ -101,44 +102,54 @@ class Seam:
         embeds = kwargs.get("inputs_embeds")
         if call is None or call.images is None or embeds is None:
             return None
-        cache = _cache_in(kwargs)
-        past = state_of(cache)
-        selected = self._select(embeds, call.images)
+        call.cache = _cache_in(kwargs)
+        past = state_of(call.cache)
+        selected = self._select(embeds, call)
         if selected is None and past is None:
             return None
-        self._check(embeds, cache, past)
-        if cache is not None:
-            enter(cache)
+        self._check(embeds, call.cache, past)
+        if call.cache is not None:
+            enter(call.cache)
+        if past is None:
+            cached = 0 if call.cache is None else call.cache.get_seq_length()
+            past = CacheState.whole(len(embeds), cached, embeds.device)
+        length = embeds.shape[1]
         if selected is None:
-            kept = torch.ones_like(call.images)
+            call.state = past.grown(length)
         else:
-            embeds, kept = selected
-        cached = 0 if cache is None else cache.get_seq_length()
-        past = past or CacheState.whole(len(embeds), cached, embeds.device)
-        call.kept, call.packing = kept, Packing.of(kept)
-        call.state = past.extended(call.packing.order, call.packing.real, kept.shape[1])
-        return args, _without_removed(kwargs, embeds, call.packing, past)
+            embeds, call.kept = selected
+            call.packing = Packing.of(call.kept)
+            call.state = past.extended(call.packing.order, call.packing.real, length)
+        new, call.state = _reduced_arguments(kwargs, embeds, call, past)
+        return args, new
 
     def restore(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Return hidden states to the length of the whole sequence."""
         call = _current()
-        if call is None or call.packing is None:
+        if call is None or call.images is None:
             return None
-        cache = next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
-        if cache is not None:
+        found = (output[name] for name in CACHE_NAMES if output.get(name) is not None)
+        cache = next(found, call.cache)
+        held = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and call.state is not None:
             leave(cache, call.state)
         infos = [infos for owner, infos in RECORDS.get() if owner is self]
         for each in infos:
-            width = 0 if cache is None else call.state.columns.shape[1]
-            each.append(PromptInfo(call.images, call.kept, width))
+            kept = torch.ones_like(call.images) if call.kept is None else call.kept
+            each.append(PromptInfo(call.images, kept, held))
+        if call.packing is None:
+            return None
         scatter = call.packing.scatter
         output["last_hidden_state"] = scatter(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(scatter(each) for each in output["hidden_states"])
         return output
 
-    def _select(self, embeds: Tensor, images: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _select(self, embeds: Tensor, call: _Call) -> tuple[Tensor, Tensor] | None:
         """Return embeddings and (B, N) bool, the tokens to keep; None to keep all."""
+        images = call.images
+        if images.shape[1] == 1:  # a step of decoding does not wait for the device
+            return None
         kept = torch.ones_like(images)
         is_shorter = False
         for rows, positions in _runs_by_length(images):
@@ -146,7 +157,7 @@ class Seam:
             if count == positions.shape[1]:
                 continue
             is_shorter = True
-            question = _question(embeds, images, rows) if self.strategy.reads_question else None
+            question = _question(embeds, call, rows) if self.strategy.reads_question else None
             tokens = embeds[rows, positions]
             chosen, values = self.strategy.reduce(tokens, count, question)
             kept[rows, positions] = False
@@ -186,58 +197,78 @@ class SeamText:
         return "\n".join(filter(None, (own, f"(reduced) image tokens: {self.seam.strategy}")))
 
 
-def _without_removed(
-    kwargs: dict[str, Any], embeds: Tensor, packing: Packing, past: CacheState
-) -> dict[str, Any]:
-    """Return the arguments of the language model for the tokens that remain."""
-    new = kwargs | {"inputs_embeds": packing.rows(embeds)}
+def _reduced_arguments(
+    kwargs: dict[str, Any], embeds: Tensor, call: _Call, past: CacheState
+) -> tuple[dict[str, Any], CacheState]:
+    """Return the arguments of the language model for the tokens that remain, and its state."""
+    packing, state = call.packing, call.state
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict) and any(each is None for each in mask.values()):
+        mask = None  # plain causal attention, whose masks the language model makes itself
+    if isinstance(mask, dict):
+        mask = {key: _mask(each, packing, past, embeds) for key, each in mask.items()}
+    else:
+        mask = _mask(mask, packing, past, embeds)
+        if mask.dim() == 2 and embeds.shape[1] > 1:
+            state = replace(state, mask=mask[:, : state.columns.shape[1]])
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + past.length
-    new["position_ids"] = packing.positions(positions)
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict):
-        new["attention_mask"] = {key: _mask(each, packing, past) for key, each in mask.items()}
-    else:
-        new["attention_mask"] = _mask(mask, packing, past)
+    new = kwargs | {"attention_mask": mask, "position_ids": positions}
+    if packing is not None:
+        new["inputs_embeds"] = packing.rows(embeds)
+        new["position_ids"] = packing.positions(positions)
     if kwargs.get("cache_position") is not None:
-        held = past.columns.shape[1]
-        new["cache_position"] = torch.arange(packing.order.shape[1], device=embeds.device) + held
-    if kwargs.get("visual_pos_masks") is not None:  # Qwen3-VL adds features in its first layers
-        visual = kwargs["visual_pos_masks"]
-        visual = visual[..., 0] if visual.dim() == 3 else visual
-        stays = torch.zeros_like(visual).scatter(1, packing.order, packing.real)[visual]
-        new["visual_pos_masks"] = packing.rows(visual) & packing.real
-        features = kwargs["deepstack_visual_embeds"]
-        new["deepstack_visual_embeds"] = [each[stays] for each in features]
-    return new
+        width = new["inputs_embeds"].shape[1]
+        new["cache_position"] = torch.arange(width, device=embeds.device) + past.held
+    if packing is not None and kwargs.get("visual_pos_masks") is not None:
+        new |= _reduced_deepstack(kwargs, packing)
+    return new, state
 
 
-def _mask(mask: Tensor | None, packing: Packing, past: CacheState) -> Tensor | None:
+def _reduced_deepstack(kwargs: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    """Return what Qwen3-VL adds to image tokens in its first layers, for those that remain."""
+    visual = kwargs["visual_pos_masks"]
+    stays = torch.zeros_like(visual).scatter(1, packing.order, packing.real)[visual]
+    features = [each[stays] for each in kwargs["deepstack_visual_embeds"]]
+    visual = packing.rows(visual) & packing.real
+    return {"visual_pos_masks": visual, "deepstack_visual_embeds": features}
+
+
+def _mask(mask: Tensor | None, packing: Packing | None, past: CacheState, embeds: Tensor) -> Tensor:
     """Return the attention mask of the tokens that remain and of those in the cache.
 
-    A mask of two dimensions has columns for the whole sequences; one of four was made for the
-    tokens that the cache holds, or for the whole sequences.
+    Args:
+        mask: of the whole sequences, (B, N) or (B, 1, T, N); None is a mask of ones.
+        packing: which of the new tokens remain; None if all.
+        past: the state of the cache.
+        embeds: (B, T, D) the new tokens.
     """
-    batch, new = len(packing.order), packing.length
+    batch, new = embeds.shape[:2]
     if mask is None:
-        mask = packing.order.new_ones(batch, past.length + new)
-    held = mask.shape[-1] - new
-    before = mask[..., :held]
-    if held == past.length:
-        before = gather_columns(before, past.columns)
-    after = gather_columns(mask[..., held:], packing.order)
-    mask = torch.cat((before.expand(batch, *before.shape[1:]), after), -1)
-    hidden = ~torch.cat((past.real, packing.real), 1)
-    if mask.dim() == 2:
-        return hide(mask, hidden)
+        mask = past.columns.new_ones(batch, past.length + new)
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"attention_mask: expected a tensor, got {type(mask).__name__}; load the model with "
+            "attn_implementation='sdpa'"
+        )
+    if mask.dim() == 2 and new == 1 and past.mask is not None:
+        return torch.cat((past.mask, mask[:, past.start :]), 1)
+    before = hide(past.gather(mask), F.pad(~past.real, (0, past.length - past.start)))
+    after = mask[..., past.length :].expand(batch, *mask.shape[1:-1], -1)
+    if packing is not None:
+        after = hide(gather_columns(after, packing.order), ~packing.real)
+    mask = torch.cat((before, after), -1)
+    if mask.dim() == 2 or packing is None:
+        return mask
     rows = packing.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-    return hide(mask.gather(2, rows), hidden)
+    return mask.gather(2, rows)
 
 
-def _question(embeds: Tensor, images: Tensor, rows: Tensor) -> Tensor:
+def _question(embeds: Tensor, call: _Call, rows: Tensor) -> Tensor:
     """Return the mean embedding (R, D) of the tokens beside the images, for R images in `rows`."""
-    weights = (~images).to(embeds.dtype).unsqueeze(-1)
+    others = ~call.images if call.padding is None else ~(call.images | call.padding)
+    weights = others.to(embeds.dtype).unsqueeze(-1)
     mean = (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)
     return mean[rows[:, 0]]
 
@@ -245,7 +276,7 @@ def _question(embeds: Tensor, images: Tensor, rows: Tensor) -> Tensor:
 def _runs_by_length(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows (R, 1) and positions (R, n) of the runs of n image tokens, for each n."""
     host = images.to("cpu", torch.int8)
-    edges = torch.nn.functional.pad(host, (1, 1)).diff(dim=1)
+    edges = F.pad(host, (1, 1)).diff(dim=1)
     rows, starts = (edges == 1).nonzero(as_tuple=True)
     ends = (edges == -1).nonzero(as_tuple=True)[1]
     lengths = ends - starts
@@ -257,6 +288,14 @@ def _runs_by_length(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _any_equal(ids: Tensor, values: tuple[int, ...]) -> Tensor:
     return torch.isin(ids, ids.new_tensor(values))
+
+
+def _placeholders(model: nn.Module, embeds: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Return (B, N) bool, which embeddings (B, N, D) are those of `ids`, if the model has these."""
+    words = model.config.get_text_config().vocab_size
+    known = torch.tensor([each for each in ids if each < words], device=embeds.device)
+    rows = model.get_input_embeddings()(known)
+    return (embeds.unsqueeze(-2) == rows).all(-1).any(-1)
 
 
 def _current() -> _Call | None:

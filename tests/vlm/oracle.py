@@ -1,0 +1,104 @@
+"""What a reduced multimodal language model has to compute: the stock model without some columns.
+
+In the oracle every token runs, and no token attends to those that the reduced model removed. A
+hook of the language model changes its attention mask alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elip_models import record_stages
+from elip_models.vlm.families import find_multimodal
+
+CACHE_NAMES = ("cache", "past_key_values")  # the second before transformers 5.24
+
+
+@contextmanager
+def hidden(model: nn.Module, kept: Tensor) -> Iterator[None]:
+    """Hide the tokens beside `kept` (B, N) bool, of the first N of each sequence, inside."""
+
+    def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
+        past = 0 if cache is None else cache.get_seq_length()
+        shape = (*kwargs["inputs_embeds"].shape[:2], past)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            new: Any = {key: _mask(each, kept, shape, module) for key, each in mask.items()}
+        else:
+            new = _mask(mask, kept, shape, module)
+        return args, kwargs | {"attention_mask": new}
+
+    language_model = find_multimodal(model).language_model
+    handle = language_model.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _mask(mask: Tensor | None, kept: Tensor, shape: tuple, module: nn.Module) -> Tensor:
+    """Return an attention mask (B, 1, T, N) without the columns of removed tokens."""
+    batch, new, past = shape
+    columns = torch.ones(batch, past + new, dtype=torch.bool)
+    width = min(kept.shape[1], past + new)
+    columns[:, :width] = kept.repeat_interleave(batch // len(kept), 0)[:, :width]
+    if mask is None or mask.dim() == 2:
+        seen = torch.arange(past + new) <= torch.arange(past, past + new)[:, None]
+        if mask is not None:
+            columns &= mask[:, : past + new].bool()
+        mask = (seen & columns[:, None, None]).expand(batch, 1, -1, -1)
+        if module.config._attn_implementation == "sdpa":
+            return mask
+        dtype = next(module.parameters()).dtype
+        return torch.zeros((), dtype=dtype).where(mask, torch.finfo(dtype).min)
+    value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~columns[:, None, None], value)
+
+
+def forward(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+    """Return the logits of a reduced model, and the tokens (B, N) bool that it kept."""
+    with record_stages(model) as infos:
+        logits = model(**inputs).logits
+    return logits, infos[0].kept
+
+
+def generate(model: nn.Module, inputs: dict, **settings: Any) -> tuple[Any, Tensor]:
+    """Return the output of `generate` of a reduced model, and the tokens of the prompt it kept."""
+    with record_stages(model) as infos:
+        output = stock_generate(model, inputs, **settings)
+    return output, infos[0].kept
+
+
+def stock_generate(model: nn.Module, inputs: dict, **settings: Any) -> Any:
+    """Return what `generate` returns, with the logits of the prompt and of five further steps."""
+    settings = {"max_new_tokens": 6, "do_sample": False} | settings
+    return model.generate(
+        **inputs, **settings, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+
+
+def close(values: Tensor, expected: Tensor) -> bool:
+    """Return whether values differ by at most a millionth of the largest.
+
+    Models run in fp64, but norms, and softmax in eager attention, compute in fp32.
+    """
+    return bool((values - expected).abs().max() <= 1e-6 * expected.abs().max())
+
+
+def cache_of(output: Any) -> tuple[str, Any]:
+    """Return the key-value cache of an output, with the name that its version gives it."""
+    return next((name, output[name]) for name in CACHE_NAMES if output.get(name) is not None)
+
+
+def next_turn(model: nn.Module, output: Any, before: dict, after: dict) -> Any:
+    """Return the output for `after`, which continues the sequences of `before`."""
+    length, (batch, new) = before["input_ids"].shape[1], after["input_ids"].shape
+    name, cache = cache_of(output)
+    mask = torch.cat((before["attention_mask"], after["attention_mask"]), 1)
+    positions = torch.arange(length, length + new).expand(batch, -1)
+    further = {"attention_mask": mask, "position_ids": positions, name: cache}
+    return model(**after | further)

@@ -1,0 +1,105 @@
+"""Each family computes what the stock model computes without the columns of removed tokens."""
+
+import pytest
+import torch
+
+from elip_models import is_reduced, reduce_, unreduce_
+from elip_models.vlm.families import LANGUAGE_MODEL
+from tests.vlm import oracle
+from tests.vlm.configs import CASES, EAGER, IMAGE, VIDEO
+from tests.vlm.models import build
+
+
+def _families():
+    """Return (name, attention) of every case, with eager attention in the slow tests."""
+    for name in CASES:
+        if name not in EAGER:
+            yield name, "sdpa"
+        yield pytest.param((name, "eager"), marks=[] if name in EAGER else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=_families(), ids=lambda each: "-".join(each))
+def built(request):
+    return build(*request.param)
+
+
+@pytest.fixture
+def case(built):
+    """Return a model and its inputs, and restore the model after the test."""
+    yield built
+    unreduce_(built[0])
+
+
+def test_every_family_of_the_table_has_a_model():
+    assert {config()[0].model_type for config in CASES.values()} == set(LANGUAGE_MODEL)
+
+
+@torch.no_grad()
+def test_keeping_every_token_changes_nothing(case):
+    model, inputs = case
+    logits, output = model(**inputs).logits, oracle.stock_generate(model, inputs)
+    reduce_(model, keep=1.0)
+    assert torch.equal(model(**inputs).logits, logits)
+    same = oracle.stock_generate(model, inputs)
+    assert torch.equal(same.sequences, output.sequences)
+    assert all(map(torch.equal, same.logits, output.logits))
+
+
+STRATEGIES = (
+    "diverse",
+    *(pytest.param(each, marks=pytest.mark.slow) for each in ("stride", "random")),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_logits_are_those_of_the_model_without_removed_columns(case, strategy):
+    model, inputs = case
+    dense = model(**inputs).logits
+    reduce_(model, strategy=strategy, keep=0.5)
+    logits, kept = oracle.forward(model, inputs)
+    unreduce_(model)
+    with oracle.hidden(model, kept):
+        expected = model(**inputs).logits
+    read = kept & inputs["attention_mask"].bool()
+    assert oracle.close(logits[read], expected[read])
+    assert (dense - expected)[read].abs().max() > 1e-2  # or the oracle would show nothing
+    assert torch.equal(model(**inputs).logits, dense)
+    _assert_half(kept, inputs["input_ids"])
+
+
+def _assert_half(kept, ids):
+    """Each row keeps text, the last token of each image, and about half of the others."""
+    images = torch.isin(ids, torch.tensor([IMAGE, VIDEO]))
+    assert kept[~images].all()
+    assert kept[:, :-1][images[:, :-1] & ~images[:, 1:]].all()
+    share = (kept & images).sum(1) / images.sum(1)
+    assert ((share > 0.4) & (share < 0.6)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_generation_is_that_of_the_model_without_removed_columns(case, beams):
+    model, inputs = case
+    reduce_(model, keep=0.5)
+    output, kept = oracle.generate(model, inputs, num_beams=beams)
+    unreduce_(model)
+    with oracle.hidden(model, kept[::beams]):
+        expected = oracle.stock_generate(model, inputs, num_beams=beams)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert len(output.logits) == 6
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
+def test_unreduce_leaves_no_hook(case):
+    model, _ = case
+    before = [_hooks(module) for module in model.modules()]
+    reduce_(reduce_(model, keep=0.5), keep=0.25)
+    assert [_hooks(module) for module in model.modules()] != before
+    unreduce_(model)
+    assert [_hooks(module) for module in model.modules()] == before
+    assert not is_reduced(model)
+
+
+def _hooks(module):
+    return len(module._forward_hooks), len(module._forward_pre_hooks), set(vars(module))

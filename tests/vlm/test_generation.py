@@ -1,0 +1,335 @@
+"""Generation of reduced models: turns, embeddings, copies, threads and what is refused."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers as hf
+
+from elip_models import is_reduced, record_stages, reduce_, unreduce_
+from tests.vlm import oracle
+from tests.vlm.configs import CASES, EAGER, IMAGE, TEXT, llava
+from tests.vlm.models import build, model_of, prompt
+
+QUICK = ("llava", "gemma3", "paligemma", "qwen2_5_vl", "qwen3_vl", "idefics2")
+"""Masks of two dimensions, dicts of masks, one mask, positions of three axes, other names."""
+IMAGES = [each for each in CASES if not each.endswith("_video")]
+
+
+def some(names=IMAGES, quick=QUICK):
+    """Parametrise a test by name, the quick tests by those in `quick`."""
+    marks = {False: pytest.mark.slow, True: ()}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks[name in quick]) for name in names]
+    )
+
+
+def made(name, rows=None):
+    return build(name, "eager" if name in EAGER else "sdpa", rows)
+
+
+@torch.no_grad()
+@some()
+def test_a_text_alone_is_untouched(name):
+    model, inputs = made(name)
+    inputs = prompt(model, {}, ((5,), (9,)))
+    logits, output = model(**inputs).logits, oracle.stock_generate(model, inputs)
+    reduce_(model, keep=0.5)
+    reduced, kept = oracle.forward(model, inputs)
+    assert torch.equal(reduced, logits) and kept.all()
+    assert all(map(torch.equal, oracle.stock_generate(model, inputs).logits, output.logits))
+
+
+@torch.no_grad()
+@some()
+@pytest.mark.parametrize("text_is_first", [True, False])
+def test_a_row_without_an_image(name, text_is_first):
+    rows = ((7,), (3, "image", 1, "image", 1, "image", 2))
+    if name.startswith(("idefics", "smolvlm")):  # the batch has two images a row
+        rows = ((7,), (3, "image", 1, "image", 2))
+    model, pixels = made(name, rows if text_is_first else rows[::-1])
+    if name.startswith(("idefics", "smolvlm")):
+        pixels["pixel_values"] = pixels["pixel_values"][1:]
+    _assert_generates_as_oracle(model, pixels)
+
+
+@torch.no_grad()
+@some()
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_ways_to_generate(name, settings):
+    model, inputs = made(name)
+    _assert_generates_as_oracle(model, inputs, **settings)
+
+
+def _assert_generates_as_oracle(model, inputs, **settings):
+    reduce_(model, keep=0.5)
+    output, kept = oracle.generate(model, inputs, **settings)
+    unreduce_(model)
+    with oracle.hidden(model, kept[:: settings.get("num_beams", 1)]):
+        expected = oracle.stock_generate(model, inputs, **settings)
+    assert not kept.all()
+    assert torch.equal(output.sequences, expected.sequences)
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
+TURNS = {
+    "text": ((2,), (5,)),
+    "a word": ((1,), (1,)),
+    "image": ((2, "image", 3), (4, "image", 1, "image", 2)),
+    "ragged": ((2,), (4, "image", 1, "image", 1, "image", 2)),
+}
+
+
+@torch.no_grad()
+@some()
+@pytest.mark.parametrize("rows", TURNS)
+@pytest.mark.parametrize("first_rows", [None, ((6,), (3,))], ids=["after images", "after text"])
+def test_a_second_turn_with_the_cache_of_the_first(name, rows, first_rows):
+    if rows == "ragged" and name.startswith(("idefics", "smolvlm")):
+        pytest.skip("the batch has two images a row")
+    model, inputs = made(name)
+    pixels = {k: v for k, v in inputs.items() if "pixel" in k or k.startswith("image_")}
+    if first_rows:
+        inputs = prompt(model, {}, first_rows)
+    after = prompt(model, pixels, TURNS[rows])
+    if rows not in ("text", "a word"):
+        after |= pixels
+    third = prompt(model, {}, ((1,), (3,)))
+    reduce_(model, keep=0.5)
+    with record_stages(model) as infos:
+        logits = _three_turns(model, inputs, after, third)
+    unreduce_(model)
+    with oracle.hidden(model, torch.cat([info.kept for info in infos], 1)):
+        expected = _three_turns(model, inputs, after, third)
+    for found, other, info in zip(logits, expected, infos, strict=True):
+        assert oracle.close(found[info.kept], other[info.kept])
+
+
+def _three_turns(model, inputs, after, third):
+    """Return the logits of each turn at tokens of no padding, and zeros elsewhere."""
+    one = model(**inputs, use_cache=True)
+    two = oracle.next_turn(model, one, inputs, after)
+    both = {key: torch.cat((inputs[key], after[key]), 1) for key in ("input_ids", "attention_mask")}
+    three = oracle.next_turn(model, two, both, third)
+    turns = ((one, inputs), (two, after), (three, third))
+    return [each.logits * part["attention_mask"].unsqueeze(-1) for each, part in turns]
+
+
+@torch.no_grad()
+@some()
+def test_generate_continues_a_generation(name):
+    model, inputs = made(name)
+    further = prompt(model, {}, ((3,), (6,)))
+    reduce_(model, keep=0.5)
+    with record_stages(model) as infos:
+        output = _two_generations(model, inputs, further)
+    unreduce_(model)
+    with oracle.hidden(model, infos[0].kept):
+        expected = _two_generations(model, inputs, further)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
+def _two_generations(model, inputs, further):
+    first = oracle.stock_generate(model, inputs)
+    name, cache = oracle.cache_of(first)
+    ids = torch.cat((first.sequences, further["input_ids"]), 1)
+    made = torch.ones_like(first.sequences[:, inputs["input_ids"].shape[1] :])
+    mask = torch.cat((inputs["attention_mask"], made, further["attention_mask"]), 1)
+    return oracle.stock_generate(model, {"input_ids": ids, "attention_mask": mask, name: cache})
+
+
+@torch.no_grad()
+@some(quick=("llava", "gemma3", "qwen2_5_vl"))
+def test_embeddings_in_place_of_ids(name):
+    model, inputs = made(name)
+    ids = inputs.pop("input_ids")
+    inputs["inputs_embeds"] = model.get_input_embeddings()(ids)
+    reduce_(model, keep=0.5)
+    _, kept = oracle.forward(model, inputs)
+    assert torch.equal(kept.all(1), torch.tensor([False, False]))
+    unreduce_(model)
+    _assert_generates_as_oracle(model, inputs)
+
+
+@torch.no_grad()
+@some(quick=("llava", "qwen2_5_vl"))
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_reduced(name, clone):
+    model, inputs = made(name)
+    dense = model(**inputs).logits
+    reduce_(model, keep=0.5)
+    other = clone(model)
+    logits, kept = oracle.forward(other, inputs)
+    assert not kept.all()
+    assert torch.equal(logits, model(**inputs).logits)
+    assert torch.equal(unreduce_(other)(**inputs).logits, dense)
+    assert is_reduced(model) and not is_reduced(other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_cache_continue(clone):
+    model, inputs = made("llava")
+    further = prompt(model, {}, ((2,), (5,)))
+    reduce_(model, keep=0.5)
+    first = model(**inputs, use_cache=True)
+    name, cache = oracle.cache_of(first)
+    copied = {name: clone(cache)}
+    expected = oracle.next_turn(model, first, inputs, further).logits
+    assert copied[name].get_seq_length() == inputs["input_ids"].shape[1]
+    assert torch.equal(oracle.next_turn(model, copied, inputs, further).logits, expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_selected_and_repeated():
+    model, inputs = made("llava")
+    further = prompt(model, {}, ((2,), (5,)))
+    reduce_(model, keep=0.5)
+    expected = oracle.next_turn(model, model(**inputs, use_cache=True), inputs, further).logits
+    order = torch.tensor([1, 0])
+    for change, rows in (
+        (lambda cache: cache.reorder_cache(order), order),
+        (lambda cache: cache.batch_select_indices(order), order),
+        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1])),
+    ):
+        first = model(**inputs, use_cache=True)
+        change(oracle.cache_of(first)[1])
+        parts = [
+            {key: value[rows] for key, value in each.items() if "pixel" not in key}
+            for each in (inputs, further)
+        ]
+        logits = oracle.next_turn(model, first, *parts).logits
+        assert oracle.close(logits, expected[rows])
+
+
+@torch.no_grad()
+def test_threads_share_a_model():
+    model, inputs = made("llava")
+    batches = [
+        inputs | {"pixel_values": torch.randn(3, 3, 32, 32, dtype=torch.float64)} for _ in range(8)
+    ]
+    reduce_(model, keep=0.5)
+    alone = [oracle.stock_generate(model, batch).logits for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda each: oracle.stock_generate(model, each).logits, batches))
+    for found, expected in zip(together, alone, strict=True):
+        assert all(map(torch.equal, found, expected))
+
+
+@torch.no_grad()
+@some(quick=("llava",))
+def test_a_compiled_model_computes_the_same(name):
+    model, inputs = made(name)
+    reduce_(model, keep=0.5)
+    expected = model(**inputs).logits
+    compiled = torch.compile(model, backend="eager")
+    assert oracle.close(compiled(**inputs).logits, expected)
+    assert oracle.close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_hidden_states_have_the_whole_length():
+    model, inputs = made("llava")
+    reduce_(model, keep=0.5)
+    with record_stages(model) as infos:
+        output = model(**inputs, output_hidden_states=True)
+    for states in output.hidden_states:
+        assert states.shape[:2] == inputs["input_ids"].shape
+        assert not states[~infos[0].kept].any() and states[infos[0].kept].any(-1).all()
+    as_tuple = model(**inputs, return_dict=False)
+    assert torch.equal(as_tuple[0], output.logits)
+
+
+@torch.no_grad()
+def test_padding_does_not_change_a_selection_by_the_question():
+    model, inputs = made("llava")
+    torch.nn.init.normal_(model.get_input_embeddings().weight[0])
+    reduce_(model, strategy="diverse:relevance=true", keep=0.3)
+    _, kept = oracle.forward(model, inputs)
+    padding = int((inputs["attention_mask"][0] == 0).sum())
+    alone = {key: value[:1] for key, value in inputs.items()}
+    alone["input_ids"], alone["attention_mask"] = (
+        alone[key][:, padding:] for key in ("input_ids", "attention_mask")
+    )
+    assert torch.equal(oracle.forward(model, alone)[1], kept[:1, padding:])
+
+
+def _windowed(window):
+    config, pixels = llava()
+    config.text_config = hf.MistralConfig(**TEXT, sliding_window=window)
+    model = model_of(config, "sdpa")
+    return model, pixels | prompt(model, pixels, ((4, "image", 3), (2, "image", 1, "image", 6)))
+
+
+@torch.no_grad()
+def test_windows_shorter_than_the_prompt_are_refused():
+    model, inputs = _windowed(16)
+    reduce_(model, keep=0.5)
+    with pytest.raises(ValueError, match="at most 16 tokens, the window"):
+        model(**inputs)
+    length = inputs["input_ids"].shape[1]
+    model, inputs = _windowed(length + 2)
+    reduce_(model, keep=0.5)
+    oracle.stock_generate(model, inputs, max_new_tokens=3)  # the last is not read
+    with pytest.raises(ValueError, match=f"at most {length + 2} tokens.* got {length + 3}"):
+        oracle.stock_generate(model, inputs)
+    _assert_generates_as_oracle(unreduce_(model), inputs, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_gemma3_beyond_its_window_is_refused():
+    model, inputs = made("gemma3")
+    model.config.text_config.sliding_window = 8
+    reduce_(model, keep=0.5)
+    with pytest.raises(ValueError, match="at most 8 tokens, the window"):
+        model(**inputs)
+
+
+def test_linear_attention_is_refused():
+    config, _ = llava()
+    config.text_config = hf.Qwen3_5TextConfig(
+        **TEXT, layer_types=["linear_attention", "full_attention", "full_attention"]
+    )
+    with pytest.raises(TypeError, match="layers of type linear_attention"):
+        reduce_(model_of(config, "sdpa"), keep=0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_ways_to_generate_that_need_another_cache_are_refused(name):
+    model, inputs = made(name)
+    reduce_(model, keep=0.5)
+    with pytest.raises(TypeError, match="expected a dynamic cache, got StaticCache"):
+        model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
+    one = {key: value[1:] if len(value) == 2 else value for key, value in inputs.items()}
+    one = prompt(model, inputs, ((2, "image", 1, "image", 1, "image", 6),)) | {
+        key: value for key, value in inputs.items() if "pixel" in key or key.startswith("image_")
+    }
+    with pytest.raises(NotImplementedError, match="without assistant_model"):
+        model.generate(**one, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2)
+
+
+@torch.no_grad()
+def test_packed_texts_are_refused():
+    model, inputs = made("llava")
+    reduce_(model, keep=0.5)
+    positions = torch.arange(inputs["input_ids"].shape[1]) % 20
+    inputs |= {"attention_mask": None, "position_ids": positions.expand(2, -1)}
+    with pytest.raises(ValueError, match="several texts packed into a row"):
+        model(**inputs)
+    assert model(**inputs | {"position_ids": None}).logits.shape[0] == 2  # no state is left
+
+
+def test_image_tokens_are_those_of_the_prompt():
+    model, inputs = made("llava")
+    reduce_(model, keep=4)
+    with torch.no_grad(), record_stages(model) as infos:
+        oracle.stock_generate(model, inputs)
+    images = inputs["input_ids"] == IMAGE
+    assert torch.equal(infos[0].images, images)
+    assert (infos[0].kept & images).sum(1).tolist() == [4, 8]
+    longest = int(infos[0].kept.sum(1).max())
+    assert [info.cached for info in infos] == list(range(longest, longest + 6))
