@@ -28,6 +28,7 @@ from benchmarks.real.evaluation import (
     SETTINGS,
     Setting,
     check_folder,
+    dense_setting,
     evaluate,
     measured_on,
     onnx_error,
@@ -36,7 +37,6 @@ from benchmarks.real.evaluation import (
     title,
 )
 from benchmarks.real.photographs import batches, photograph_paths
-from elip_models import reduction_summary
 from elip_models.models.io.files import read_object, write_json
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
@@ -147,7 +147,7 @@ def _timed_document(
         )
     model = MODELS[options.model]()
     texts = ", ".join(row["setting"] for row in document["settings"])
-    settings = [Setting("dense", model, reduction_summary(model)), *read_settings(texts, model)]
+    settings = [dense_setting(model), *read_settings(texts, model)]
     (images,) = batches(paths[:CHECKED])
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=len(THREADS) * len(settings) * (1 + options.rounds))

@@ -70,6 +70,11 @@ def read_settings(text: str, model: nn.Module) -> list[Setting]:
     return [_read_setting(each, model) for each in texts]
 
 
+def dense_setting(model: nn.Module) -> Setting:
+    """Return the setting that reduces nothing."""
+    return Setting("dense", model, elip_models.reduction_summary(model))
+
+
 def _read_setting(text: str, model: nn.Module) -> Setting:
     strategy, _, last = text.rpartition(" ")
     try:

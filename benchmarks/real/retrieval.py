@@ -2,17 +2,16 @@
 
     python -m benchmarks.real.retrieval FOLDER --tower text_tower.safetensors \
         --captions Flickr8k.token.txt --names SPLIT.txt --settings "tome 0.7, tome 0.5" \
-        --output X.json
-    python -m benchmarks.real.retrieval FOLDER .. --output X.json --first "tome 0.5" \
-        --guided "tome 0.5, guided_tome:fusion=0.5,guidance_norm=match 0.5"
+        [--guided "tome 0.52, guided_tome:fusion=0.5,guidance_norm=match 0.5"] --output X.json
 
-The first command compares reduced image features with the text features of the tower that
-`benchmarks.real.text_tower` trained on dense features. The second adds a re-ranking to X.json: all
-images are encoded and ranked under --first, then each query's first candidates are encoded again
-under each setting of --guided, with the query as guidance, and ranked by these features alone.
+Reduced image features are compared with the text features of the tower that
+`benchmarks.real.text_tower` trained on dense features.
 
-The guidance of a query is `TextTower.as_cls` of its text feature. It is a CLS feature after the
-last norm, and strategies fuse it with the CLS token that enters an earlier block.
+--guided adds a re-ranking. All images are encoded and ranked under --first. Each query's first
+candidates are encoded again under each setting of --guided, with the query as guidance, and are
+ranked by these features alone. The guidance is `TextTower.as_cls` of the query's text feature. It
+is a CLS feature after the last norm; strategies fuse it with the CLS token that enters an earlier
+block.
 """
 
 import argparse
@@ -33,9 +32,8 @@ import elip_models
 from benchmarks.real.dinov2 import MODELS
 from benchmarks.real.evaluation import (
     Setting,
-    Values,
     check_folder,
-    features,
+    dense_setting,
     measured_on,
     read_settings,
     rows,
@@ -43,13 +41,17 @@ from benchmarks.real.evaluation import (
 )
 from benchmarks.real.measures import retrieved
 from benchmarks.real.photographs import batches, photograph_paths
-from benchmarks.real.text_tower import TextTower, encode_captions, read_captions
-from elip_models.models.io.files import read_object, write_json
+from benchmarks.real.text_tower import (
+    TextTower,
+    cls_features,
+    encode_captions,
+    read_captions,
+    stored_in,
+)
+from elip_models.models.io.files import write_json
 from elip_models.tasks.features import ranks_of
 
 SETTINGS = "tome 0.7, resize 0.7, tome 0.5, resize 0.5, evit 0.5, elip 0.5, random 0.5, tome 0.35"
-DENSE = "dense"
-RANKS = ("r1", "reciprocal_rank")
 
 
 class Ranking(NamedTuple):
@@ -95,57 +97,23 @@ def reranked(
 
 
 @torch.no_grad()
-def second_ranks(
+def guided_ranks(
     model: nn.Module,
     setting: Setting,
     tower: TextTower,
     ranking: Ranking,
-    images: Sequence[Tensor],
+    images: Tensor,
     advance: Callable[[int], object],
 ) -> Tensor:
-    """Return the ranks (Q,) after a second encoding of the candidates under a setting.
-
-    A setting without guidance gives the same features for every query, so that each image is
-    encoded only once here.
-    """
-    total, strategy = ranking.candidates.numel(), setting.summary.strategy
-    if not strategy.is_guided:
-        found = features(model, images, setting.summary, lambda _: None).cls
-        found = tower.image_features(found)
-        ranks = reranked(ranking, lambda _, candidates: found[candidates], lambda _: None)
-        advance(total)
-        return ranks
-    pixels, guides = torch.cat(list(images)), tower.as_cls(ranking.texts)
+    """Return the ranks (Q,) after a second encoding of the candidates, guided by their query."""
+    guides = tower.as_cls(ranking.texts)
 
     def encode(query: int, candidates: Tensor) -> Tensor:
-        text = guides[query].expand(len(candidates), -1)
-        tokens = elip_models.encode_image(model, pixels[candidates], text, strategy=strategy)
+        text, pixels = guides[query].expand(len(candidates), -1), images[candidates]
+        tokens = elip_models.encode_image(model, pixels, text, strategy=setting.summary.strategy)
         return tower.image_features(tokens[:, 0])
 
     return reranked(ranking, encode, advance)
-
-
-def rank_measures(ranks: Tensor) -> dict[str, list[Tensor]]:
-    """Return (Q,) each of `RANKS`, for one set of queries."""
-    return {"r1": [(ranks == 0).double()], "reciprocal_rank": [1 / (ranks + 1).double()]}
-
-
-def retrieval(
-    model: nn.Module,
-    settings: Sequence[Setting],
-    tower: TextTower,
-    texts: Sequence[Tensor],
-    images: Sequence[Tensor],
-    advance: Callable[[int], object],
-) -> dict[str, Values]:
-    """Return the values of `measures.retrieved` by setting."""
-    values = {}
-    for setting in settings:
-        torch.manual_seed(0)  # of strategies that draw
-        found = features(model, images, setting.summary, advance).cls
-        measured = retrieved(tower.image_features(found), texts)
-        values[setting.text] = {name: [each] for name, each in measured.items()}
-    return values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,11 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        document = _run(options, console)
+        document = _document(options, console)
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    part = document["guided"] if options.guided else document
-    console.print(_table(part["settings"]))
+    for part in (document, document["guided"]):
+        if part is not None:
+            console.print(_table(part["settings"]))
     if options.output is not None:
         write_json(options.output, document)
     return 0
@@ -176,36 +145,52 @@ def _parser() -> argparse.ArgumentParser:
     add("--captions", type=Path, required=True, help="lines 'NAME#NUMBER<tab>caption'")
     add("--names", type=Path, help="a file with the names to use, one a line")
     add("--settings", default=SETTINGS, help="strategies and keep (default: %(default)s)")
-    add("--against", default=DENSE, help="differences from this setting (default: %(default)s)")
-    add("--output", type=Path, metavar="X.json", help="write the results to this file")
-    add("--guided", metavar="SETTINGS", help="add a re-ranking under these settings to --output")
-    add("--first", default="tome 0.5", help="ranks candidates (default: %(default)s)")
+    add("--guided", metavar="SETTINGS", help="of the second encoding; compared with the first one")
+    add("--first", default="tome 0.5", help="of --settings, ranks first (default: %(default)s)")
     add("--queries", type=int, default=300, help="of --guided (default: %(default)s)")
     add("--candidates", type=int, default=10, help="of a query (default: %(default)s)")
+    add("--features", type=Path, metavar="FOLDER", help="read and write CLS features here")
+    add("--output", type=Path, metavar="X.json", help="write the results to this file")
     return parser
 
 
-def _run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Return the results, or those of --output with a re-ranking."""
+def _document(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Return the results of all settings, and of the re-ranking."""
     paths = photograph_paths(options.folder, options.names)
     check_folder(options.output)
     captions = read_captions(options.captions, paths)
     tower, model = TextTower.load(options.tower), MODELS["timm"]()
+    settings = [dense_setting(model), *read_settings(options.settings, model)]
+    second = read_settings(options.guided, model) if options.guided else []
+    _check_ranking(options, settings, second, len(paths))
     texts = encode_captions(tower, captions)
-    document = None
-    if options.guided:
-        if options.output is None:
-            raise ValueError("guided: expected --output, the results to add to, got none")
-        document = read_object(options.output)
-        _check_numbers(options, len(paths))
+    stored, guided = stored_in(options.features, options.names), None
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        if document is not None:
-            return document | {"guided": _guided(options, model, tower, texts, paths, bar)}
-        settings = _with_dense(model, options.settings)
-        _check_against(options.against, settings)
-        images = list(batches(paths))
-        task = bar.add_task("images", total=len(settings) * len(paths))
-        values = retrieval(model, settings, tower, texts, images, partial(bar.advance, task))
+        task = bar.add_task("images", total=(len(settings) + len(second)) * len(paths))
+
+        def encode(setting: Setting) -> Tensor:
+            found = cls_features(model, setting, paths, stored, partial(bar.advance, task))
+            return tower.image_features(found)
+
+        found = {each.text: encode(each) for each in settings}
+        if second:
+            once = [each for each in settings if each.text in ("dense", options.first)]
+            queries = torch.stack([each[0] for each in texts[: options.queries]])
+            rankings = {
+                each.text: Ranking.of(found[each.text], queries, options.candidates)
+                for each in once
+            }
+            ranking, images = rankings[options.first], torch.cat(list(batches(paths)))
+            ranks = {name: each.ranks for name, each in rankings.items()}
+            total = len(second) * ranking.candidates.numel()
+            advance = partial(bar.advance, bar.add_task("candidates", total=total))
+            for each in second:
+                if each.summary.strategy.is_guided:
+                    ranks[each.text] = guided_ranks(model, each, tower, ranking, images, advance)
+                else:  # an image has the same features for every query
+                    ranks[each.text] = reranked(ranking, partial(_rows_of, encode(each)), advance)
+            guided = _guided(options, [*once, *second], ranks, ranking)
+    measured = {name: retrieved(each, texts) for name, each in found.items()}
     names = "\n".join(path.name for path in paths)
     return {
         **measured_on("timm"),
@@ -217,24 +202,30 @@ def _run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "sha256": hashlib.sha256(names.encode()).hexdigest(),
         },
         "text_tower": hashlib.sha256(options.tower.read_bytes()).hexdigest(),
-        "against": options.against,
-        "settings": rows(settings, values, options.against),
+        "against": "dense",
+        "settings": _rows(settings, measured, "dense"),
+        "guided": guided,
     }
 
 
-def _with_dense(model: nn.Module, text: str) -> list[Setting]:
-    return [
-        Setting(DENSE, model, elip_models.reduction_summary(model)),
-        *read_settings(text, model),
-    ]
+def _rows_of(features: Tensor, query: int, candidates: Tensor) -> Tensor:
+    return features[candidates]
 
 
-def _check_against(against: str, settings: Sequence[Setting]) -> None:
-    if against not in (each.text for each in settings):
-        raise ValueError(f"against: expected one of the settings, got {against!r}")
-
-
-def _check_numbers(options: argparse.Namespace, images: int) -> None:
+def _check_ranking(
+    options: argparse.Namespace,
+    settings: Sequence[Setting],
+    second: Sequence[Setting],
+    images: int,
+) -> None:
+    """Raise ValueError unless the options describe a re-ranking, if there is one."""
+    if not second:
+        return
+    first = options.first
+    if first not in (each.text for each in settings):
+        raise ValueError(f"first: expected one of the settings, got {first!r}")
+    if first in (each.text for each in second):
+        raise ValueError(f"guided: expected other settings than --first, got {first!r} in both")
     for name in ("queries", "candidates"):
         number = getattr(options, name)
         if not 0 < number <= images:
@@ -243,52 +234,41 @@ def _check_numbers(options: argparse.Namespace, images: int) -> None:
 
 def _guided(
     options: argparse.Namespace,
-    model: nn.Module,
-    tower: TextTower,
-    texts: Sequence[Tensor],
-    paths: Sequence[Path],
-    bar: Progress,
+    settings: Sequence[Setting],
+    ranks: dict[str, Tensor],
+    ranking: Ranking,
 ) -> dict[str, Any]:
-    """Return the results of a re-ranking."""
-    dense, first = _with_dense(model, options.first)
-    settings = read_settings(options.guided, model)
-    _check_against(options.against, [dense, first, *settings])
-    images = list(batches(paths))
-    queries = torch.stack([each[0] for each in texts[: options.queries]])
-    total = 2 * len(paths) + len(settings) * options.queries * options.candidates
-    advance = partial(bar.advance, bar.add_task("encodings", total=total))
-    rankings = {
-        each.text: Ranking.of(
-            tower.image_features(features(model, images, each.summary, advance).cls),
-            queries,
-            options.candidates,
-        )
-        for each in (dense, first)
+    """Return the results of the re-ranking.
+
+    The first encodings come first in `settings`. `second_flops` are those of a query's second
+    encodings, in forward passes of the dense model.
+    """
+    values = {
+        name: {"r1": (each == 0).double(), "reciprocal_rank": 1 / (each + 1).double()}
+        for name, each in ranks.items()
     }
-    ranking = rankings[first.text]
-    values = {text: rank_measures(each.ranks) for text, each in rankings.items()}
-    for setting in settings:
-        ranks = second_ranks(model, setting, tower, ranking, images, advance)
-        values[setting.text] = rank_measures(ranks)
-    used = {each.text: each for each in (dense, first, *settings)}
-    found = rows(list(used.values()), values, options.against)
-    second = {each.text for each in settings}
+    against, k = options.guided.split(", ")[0].strip(), options.candidates
+    once = ("dense", options.first)
+    found = _rows(settings, values, against)
     return {
-        **measured_on("timm"),
         "first": options.first,
         "queries": options.queries,
-        "candidates": options.candidates,
-        "found": round((ranking.ranks < options.candidates).double().mean().item(), 4),
-        "against": options.against,
+        "candidates": k,
+        "among_candidates": round((ranking.ranks < k).double().mean().item(), 4),
+        "against": against,
         "settings": [
-            row | {"second_flops": _second_flops(row, options.candidates, second)} for row in found
+            row | {"second_flops": 0.0 if row["setting"] in once else round(k * row["flops"], 4)}
+            for row in found
         ],
     }
 
 
-def _second_flops(row: dict[str, Any], candidates: int, second: set[str]) -> float:
-    """Return what the second encodings of a query cost, in encodings by the dense model."""
-    return round(row["flops"] * candidates, 4) if row["setting"] in second else 0.0
+def _rows(
+    settings: Sequence[Setting], values: dict[str, dict[str, Tensor]], against: str
+) -> list[dict[str, Any]]:
+    """Return one entry of the results a setting, from the values of one set."""
+    sets = {text: {name: [each] for name, each in found.items()} for text, found in values.items()}
+    return rows(settings, sets, against)
 
 
 def _table(settings: Sequence[dict[str, Any]]) -> Table:

@@ -32,9 +32,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-import elip_models
 from benchmarks.real.dinov2 import MODELS
-from benchmarks.real.evaluation import features
+from benchmarks.real.evaluation import Setting, dense_setting, features
 from benchmarks.real.measures import retrieved
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.data.tokenizer import train_tokenizer
@@ -138,12 +137,45 @@ def read_captions(file: Path, paths: Sequence[Path]) -> list[list[str]]:
 
 
 @torch.no_grad()
-def dense_features(
-    model: nn.Module, paths: Sequence[Path], advance: Callable[[int], object]
+def cls_features(
+    model: nn.Module,
+    setting: Setting,
+    paths: Sequence[Path],
+    stored: Path | None,
+    advance: Callable[[int], object],
 ) -> Tensor:
-    """Return the dense CLS features (n, D) of photographs."""
-    summary = elip_models.reduction_summary(model)
-    return torch.cat([features(model, [each], summary, advance).cls for each in batches(paths)])
+    """Return the CLS features (n, D) of photographs under a setting.
+
+    Args:
+        model: the dense model.
+        setting: the reduction.
+        paths: the photographs.
+        stored: a safetensors file with features by setting. Features that it lacks are added.
+        advance: called with the size of each batch.
+
+    Raises:
+        ValueError: the features in `stored` are those of other photographs.
+    """
+    names = hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()
+    found: dict[str, Tensor] = {}
+    if stored is not None and stored.is_file():
+        with safe_open(stored, "pt") as file:
+            if file.metadata().get("names") != names:
+                raise ValueError(f"features: expected those of these photographs in {stored}")
+        found = load_file(stored)
+    if setting.text not in found:
+        torch.manual_seed(0)  # of strategies that draw
+        found[setting.text] = torch.cat(
+            [features(model, [each], setting.summary, advance).cls for each in batches(paths)]
+        )
+        if stored is not None:
+            save_file(found, stored, {"names": names})
+    return found[setting.text]
+
+
+def stored_in(folder: Path | None, names: Path | None) -> Path | None:
+    """Return the file in a folder for the features of a list of photographs."""
+    return folder and folder / f"{names.stem if names else 'all'}.safetensors"
 
 
 @torch.no_grad()
@@ -185,27 +217,6 @@ def train(
     tower.eval()
 
 
-def _cached(
-    file: Path | None, splits: dict[str, Sequence[Path]], compute: Callable[..., Tensor]
-) -> dict[str, Tensor]:
-    """Return features by split, from `file` if it exists; otherwise write them to it.
-
-    Raises:
-        ValueError: the features in `file` are those of other photographs.
-    """
-    names = "\n".join(path.name for paths in splits.values() for path in paths)
-    digest = hashlib.sha256(names.encode()).hexdigest()
-    if file is not None and file.is_file():
-        with safe_open(file, "pt") as stored:
-            if stored.metadata().get("names") != digest:
-                raise ValueError(f"features: expected those of these photographs in {file}")
-        return load_file(file)
-    found = {name: compute(paths) for name, paths in splits.items()}
-    if file is not None:
-        save_file(found, file, {"names": digest})
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = _parser()
@@ -231,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train", type=Path, required=True, help="names of photographs to train on, one a line")
     add("--dev", type=Path, required=True, help="names of photographs to evaluate on")
     add("--output", type=Path, required=True, metavar="X.safetensors", help="the trained tower")
-    add("--features", type=Path, metavar="X.safetensors", help="read or write CLS features here")
+    add("--features", type=Path, metavar="FOLDER", help="read and write CLS features here")
     add("--epochs", type=int, default=30, help="one caption an image each (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     return parser
@@ -245,11 +256,17 @@ def _run(options: argparse.Namespace, console: Console) -> dict[str, float]:
     captions = {name: read_captions(options.captions, paths) for name, paths in splits.items()}
     with Progress(console=console, disable=not console.is_terminal) as bar:
         advance = partial(bar.advance, bar.add_task("images", total=sum(map(len, splits.values()))))
-
-        def compute(paths: Sequence[Path]) -> Tensor:
-            return dense_features(MODELS["timm"](), paths, advance)
-
-        cls = _cached(options.features, splits, compute)
+        dense = dense_setting(MODELS["timm"]())
+        cls = {
+            name: cls_features(
+                dense.model,
+                dense,
+                paths,
+                stored_in(options.features, getattr(options, name)),
+                advance,
+            )
+            for name, paths in splits.items()
+        }
         torch.manual_seed(options.seed)
         texts = (text for each in captions["train"] for text in each)
         tokenizer = train_tokenizer(texts, VOCABULARY).backend_tokenizer

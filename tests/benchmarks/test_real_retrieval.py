@@ -9,13 +9,13 @@ import torch.nn.functional as F
 import elip_models
 from benchmarks.real import __main__ as bench
 from benchmarks.real import retrieval, text_tower
-from benchmarks.real.evaluation import read_settings
+from benchmarks.real.evaluation import dense_setting, read_settings
 from benchmarks.real.measures import retrieved
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.tasks.intervals import bootstrap_interval
 
 PLACES = ("a roof", "a lake", "the sky", "red leaves", "a petal", "green grass")
-PLAIN, GUIDED = "tome 0.5", "guided_tome:fusion=0,guidance_norm=match 0.5"
+PLAIN, AGAIN, GUIDED = "tome 0.5", "tome 0.6", "guided_tome:fusion=0,guidance_norm=match 0.5"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def tower_file(folder, captions, tmp_path_factory):
     names = made / "names.txt"
     names.write_text("\n".join(path.name for path in photograph_paths(folder)))
     arguments = [folder, "--captions", captions, "--train", names, "--dev", names]
-    arguments += ["--output", made / "tower.safetensors", "--features", made / "cls.safetensors"]
+    arguments += ["--output", made / "tower.safetensors", "--features", made]
     assert text_tower.main([*map(str, arguments), "--epochs", "40"]) == 0
     return made / "tower.safetensors"
 
@@ -70,6 +70,11 @@ def texts_of(tower_file, folder, captions):
     return tower, text_tower.encode_captions(tower, found)
 
 
+def dense_cls(model, folder, stored=None):
+    setting, paths = dense_setting(model), photograph_paths(folder)
+    return text_tower.cls_features(model, setting, paths, stored, lambda _: None)
+
+
 def test_retrieval_is_counted_against_a_plain_form():
     torch.manual_seed(0)
     images = F.normalize(torch.randn(20, 4), dim=1)
@@ -87,7 +92,8 @@ def test_retrieval_is_counted_against_a_plain_form():
 
 def test_a_trained_tower_finds_its_training_images(folder, captions, tower_file, model):
     tower, texts = texts_of(tower_file, folder, captions)
-    cls = text_tower.dense_features(model, photograph_paths(folder), lambda _: None)
+    cls = dense_cls(model, folder, tower_file.with_name("names.safetensors"))
+    assert torch.equal(cls, dense_cls(model, folder))
     assert retrieved(tower.image_features(cls), texts)["text_to_image_r1"].mean() > 0.7
     together = tower(["a pagoda", "red leaves and a flower in the middle of green grass"])
     torch.testing.assert_close(tower(["a pagoda"]), together[:1])
@@ -98,10 +104,10 @@ def test_a_trained_tower_finds_its_training_images(folder, captions, tower_file,
 def test_stored_features_are_those_of_the_same_photographs(
     folder, captions, tower_file, tmp_path, capsys
 ):
-    (tmp_path / "fewer.txt").write_text("a0.png\nb0.png")
-    fewer = ["--train", tmp_path / "fewer.txt", "--dev", tmp_path / "fewer.txt"]
-    arguments = [folder, "--captions", captions, *fewer, "--output", tmp_path / "x.safetensors"]
-    arguments += ["--features", tower_file.with_name("cls.safetensors")]
+    names = tmp_path / "names.txt"
+    names.write_text("a0.png\nb0.png")
+    arguments = [folder, "--captions", captions, "--train", names, "--dev", names]
+    arguments += ["--output", tmp_path / "x.safetensors", "--features", tower_file.parent]
     with pytest.raises(SystemExit, match="2"):
         text_tower.main([*map(str, arguments)])
     assert "features: expected those of these photographs" in capsys.readouterr().err
@@ -117,13 +123,10 @@ def test_recall_of_reduced_images_is_paired_with_dense(
     assert same["difference"] == dict.fromkeys(same["difference"], zero)
     tower, texts = texts_of(tower_file, folder, captions)
     (images,) = batches(photograph_paths(folder))
-    whole, (setting,) = text_tower.dense_features, read_settings("tome 0.4", model)
+    (setting,) = read_settings("tome 0.4", model)
     found = [
         retrieved(tower.image_features(cls), texts)["text_to_image_r1"]
-        for cls in (
-            setting.model(images).detach(),
-            whole(model, photograph_paths(folder), lambda _: None),
-        )
+        for cls in (setting.model(images).detach(), dense_cls(model, folder))
     ]
     expected = bootstrap_interval((found[0] - found[1]).numpy())._asdict()
     assert reduced["difference"]["text_to_image_r1"] == pytest.approx(expected, abs=2e-5)
@@ -133,13 +136,12 @@ def test_recall_of_reduced_images_is_paired_with_dense(
 def test_a_query_guides_the_second_encoding_of_its_candidates(
     folder, captions, tower_file, model, results
 ):
-    before = results("--settings", "tome 0.5")
-    options = ("--first", PLAIN, "--queries", 8, "--candidates", 4)
-    document = results(*options, "--guided", f"{PLAIN}, {GUIDED}")
-    guided = document.pop("guided")
-    assert document == before
-    dense, first, row = guided["settings"]
-    assert dense["second_flops"] == 0 and first["second_flops"] == pytest.approx(4 * first["flops"])
+    options = ("--settings", PLAIN, "--queries", 8, "--candidates", 4)
+    document = results(*options, "--guided", f"{AGAIN}, {GUIDED}")["guided"]
+    dense, first, again, guided = document["settings"]
+    assert dense["second_flops"] == first["second_flops"] == 0
+    assert guided["second_flops"] == pytest.approx(4 * guided["flops"], abs=1e-3)
+    assert document["against"] == AGAIN and "difference" not in again
     tower, texts = texts_of(tower_file, folder, captions)
     (images,) = batches(photograph_paths(folder))
     plain, second = read_settings(f"{PLAIN}, {GUIDED}", model)
@@ -149,49 +151,43 @@ def test_a_query_guides_the_second_encoding_of_its_candidates(
         text = texts[query][0]
         candidates = (gallery @ text).topk(4).indices
         with elip_models.guidance(second.model, tower.as_cls(text[None]).detach()):
-            again = tower.image_features(second.model(images[candidates]).detach())
-        hits.append(float(candidates[(again @ text).argmax()] == query))
-        changed |= not torch.allclose(again, gallery[candidates], atol=1e-3)
-    assert changed and row["r1"]["mean"] == pytest.approx(sum(hits) / 8)
-    assert guided["found"] >= row["r1"]["mean"] > 0
+            other = tower.image_features(second.model(images[candidates]).detach())
+        hits.append(float(candidates[(other @ text).argmax()] == query))
+        changed |= not torch.allclose(other, gallery[candidates], atol=1e-3)
+    assert changed and guided["r1"]["mean"] == pytest.approx(sum(hits) / 8)
+    assert document["among_candidates"] >= guided["r1"]["mean"] > 0
 
 
-def test_a_second_encoding_without_guidance_keeps_the_ranks(results):
-    results("--settings", "tome 0.5")
-    options = ("--queries", 5, "--candidates", 3, "--guided", "tome 0.5, guided_tome:fusion=1 0.5")
-    guided = results(*options, "--against", "tome 0.5")["guided"]
-    _, first, unguided = guided["settings"]
-    assert "difference" not in first and unguided["second_flops"] > 0
-    assert 0 < first["reciprocal_rank"]["mean"] <= 1 and first["r1"]["mean"] <= guided["found"]
+def test_a_second_encoding_like_the_first_keeps_the_ranks(results):
+    options = ("--settings", PLAIN, "--queries", 6, "--candidates", 3)
+    same = "tome:proportional=true 0.5"
+    document = results(*options, "--guided", f"{same}, guided_tome:fusion=1 0.5")["guided"]
+    _, first, again, unguided = document["settings"]
+    assert set(first["difference"]["reciprocal_rank"].values()) == {0.0}
+    assert first["r1"] == again["r1"] and unguided["second_flops"] > 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--settings", "tome 0.5", "--against", "tome 0.6"],
-            "against: expected one of the settings, got 'tome 0.6'",
-        ),
-        (["--guided", "tome 0.5"], "guided: expected --output"),
+        (["--guided", AGAIN, "--first", "evit 0.5"], "first: expected one of the settings"),
+        (["--guided", PLAIN], "guided: expected other settings than --first, got 'tome 0.5'"),
+        (["--guided", AGAIN, "--queries", "13"], "queries: expected 1 to 12, the photographs"),
+        (["--output", "absent/x.json"], "expected a file in a folder that exists"),
     ],
 )
 def test_wrong_arguments_are_refused(folder, captions, tower_file, capsys, arguments, message):
-    given = [folder, "--tower", tower_file, "--captions", captions, *arguments]
+    given = [folder, "--tower", tower_file, "--captions", captions]
+    given += ["--settings", PLAIN, *arguments]
     with pytest.raises(SystemExit, match="2"):
         retrieval.main([*map(str, given)])
     assert message in capsys.readouterr().err
 
 
-def test_photographs_without_captions_and_too_many_queries_are_refused(
-    folder, tower_file, results, tmp_path, capsys
-):
-    results("--settings", "tome 0.5")
-    with pytest.raises(SystemExit, match="2"):
-        results("--guided", "tome 0.5", "--queries", 13)
-    assert "queries: expected 1 to 12, the photographs, got 13" in capsys.readouterr().err
+def test_photographs_without_captions_are_refused(results, tmp_path, capsys):
     (tmp_path / "captions.txt").write_text("a0.png#0\ta pagoda .")
     with pytest.raises(SystemExit, match="2"):
-        results("--settings", "tome 0.5", "--captions", tmp_path / "captions.txt")
+        results("--settings", PLAIN, "--captions", tmp_path / "captions.txt")
     assert "expected some of every photograph, got none of a1.png" in capsys.readouterr().err
 
 
