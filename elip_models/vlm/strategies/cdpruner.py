@@ -27,11 +27,19 @@ class CDPruner(ImageTokenStrategy):
 
     def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
         """Select one token after the other."""
-        relevance = similarity(tokens, question)
-        low, high = relevance.aminmax(dim=1, keepdim=True)
-        relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+        return self.choose(tokens, count, scaled(similarity(tokens, question)))
+
+    @staticmethod
+    def choose(tokens: Tensor, count: int, relevance: Tensor) -> Tensor:
+        """Select `count` tokens with relevance (R, n) in [0, 1]."""
         return select_dpp(tokens, count, relevance=relevance, selection_order=True)
 
     def flops(self, length: int, width: int) -> int:
         """Return the cosines of all pairs, and the sums over earlier steps."""
         return 2 * length * length * width + self.count(length) ** 2 * length
+
+
+def scaled(relevance: Tensor) -> Tensor:
+    """Scale the relevance (R, n) of each image to [0, 1], a little above 0 at the lowest."""
+    low, high = relevance.aminmax(dim=1, keepdim=True)
+    return (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)

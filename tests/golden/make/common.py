@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 FOLDER = Path(__file__).resolve().parents[1]
 COMMITS = {
+    "CDPruner": "Theia-4869/CDPruner @ 9541616c40fcd5625de1cdb8ea6c33c129eb7864",
     "ELIP": "guoyang9/ELIP @ 2d6b65b6f0c3a3cc2afd11706eae68dcf1a231b6",
     "EViT": "youweiliang/evit @ 5ca95a7cf4a8637193284895c5bc0dd9dc365982",
     "ToMe": "facebookresearch/ToMe @ af95e4b1befa172dadccd8c81e223b10090f9579",

@@ -1,0 +1,84 @@
+"""The strategies that select image tokens for a language model."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES
+from elip_models.vlm.strategies.cdpruner import CDPruner, scaled
+from elip_models.vlm.strategies.controls import Pool, Stride
+from elip_models.vlm.strategies.diverse import Diverse
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_cdpruner_keeps_the_tokens_that_the_official_code_keeps(golden, number):
+    tensors = golden("cdpruner")
+    tokens, kept = tensors[f"{number}/tokens"], tensors[f"{number}/kept"]
+    relevance = scaled(tensors[f"{number}/relevance"])
+    chosen = CDPruner.choose(tokens, len(kept), relevance)
+    assert chosen[0].sort().values.tolist() == kept.tolist()
+
+
+def test_diverse_is_greedy_max_min():
+    tokens = torch.randn(2, 20, 8, dtype=torch.float64)
+    chosen = Diverse().select(tokens, 6, None)
+    unit = F.normalize(tokens, dim=-1)
+    cosine = unit @ unit.mT
+    for image, order in zip(cosine, chosen.tolist(), strict=True):
+        alone = image.clone().fill_diagonal_(-2)
+        assert order[0] == alone.max(1).values.argmin()
+        for i in range(1, 6):
+            nearest = image[:, order[:i]].max(1).values
+            nearest[order[:i]] = 2
+            assert order[i] == nearest.argmin()
+
+
+def test_diverse_with_relevance_begins_at_the_token_most_similar_to_the_text():
+    tokens, question = torch.randn(3, 20, 8), torch.randn(3, 8)
+    chosen = Diverse(relevance=True).select(tokens, 4, question)
+    best = F.cosine_similarity(tokens, question[:, None], dim=-1).argmax(1)
+    assert chosen[:, 0].tolist() == best.tolist()
+
+
+def test_stride_keeps_the_last_token_of_equal_parts():
+    chosen = Stride(keep=4).select(torch.randn(1, 12, 8), 4, None)
+    assert chosen.tolist() == [[2, 5, 8, 11]]
+
+
+def test_pool_averages_the_areas_of_a_square_grid():
+    tokens = torch.randn(2, 16, 8, dtype=torch.float64)
+    pool = Pool(keep=0.3)
+    assert pool.count(16) == 4
+    positions, means = pool.reduce(tokens, 4, None)
+    assert positions[0].tolist() == [5, 7, 13, 15]
+    grid = tokens.view(2, 4, 4, 8)
+    torch.testing.assert_close(means[:, 1], grid[:, :2, 2:].mean((1, 2)), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="square number of tokens for 'pool', got 15"):
+        pool.reduce(tokens[:, :15], 4, None)
+
+
+@pytest.mark.parametrize("name", IMAGE_TOKEN_STRATEGIES)
+def test_every_strategy_keeps_the_last_token_and_does_not_depend_on_the_batch(name):
+    strategy = IMAGE_TOKEN_STRATEGIES[name](keep=0.25)
+    tokens, question = torch.randn(4, 36, 8), torch.randn(4, 8)
+    torch.manual_seed(1)
+    positions, values = strategy.reduce(tokens, 9, question)
+    assert positions.shape == (4, 9)
+    assert (positions == 35).sum(1).tolist() == [1] * 4
+    assert all(len(set(row)) == 9 for row in positions.tolist())
+    if name != "random":
+        alone, alone_values = strategy.reduce(tokens[2:3], 9, question[2:3])
+        assert alone[0].tolist() == positions[2].tolist()
+        if values is not None:
+            assert torch.equal(alone_values[0], values[2])
+
+
+@pytest.mark.parametrize(("keep", "count"), [(0.25, 9), (1.0, 36), (5, 5), (100, 36), (0.001, 1)])
+def test_keep_is_a_share_or_a_number(keep, count):
+    assert Stride(keep=keep).count(36) == count
+
+
+@pytest.mark.parametrize("keep", [0, 0.0, 1.5, -1, "half"])
+def test_a_wrong_keep_is_refused(keep):
+    with pytest.raises((TypeError, ValueError), match="keep: expected"):
+        Stride(keep=keep)
