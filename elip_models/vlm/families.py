@@ -43,10 +43,18 @@ class Multimodal:
 
     model: the module that puts image features into the sequence and calls the language model.
     language_model: the language model inside.
+    head: the module that calls `model` and computes the loss, if there is one.
     """
 
     model: nn.Module
     language_model: nn.Module
+    head: nn.Module | None
+
+    @property
+    def hooked(self) -> tuple[nn.Module, ...]:
+        """Return the modules whose hooks remove tokens."""
+        modules = (self.model, self.language_model, self.head)
+        return tuple(each for each in modules if each is not None)
 
     @property
     def config(self) -> Any:
@@ -80,10 +88,11 @@ class Multimodal:
 
 def find_multimodal(model: nn.Module) -> Multimodal | None:
     """Return the parts of the multimodal language model that `model` is or contains, or None."""
+    parents = {child: module for module in model.modules() for child in module.children()}
     for module in model.modules():
         name = LANGUAGE_MODEL.get(getattr(getattr(module, "config", None), "model_type", None))
         if name is not None and name in module._modules:
-            return Multimodal(module, module._modules[name])
+            return Multimodal(module, module._modules[name], parents.get(module))
     return None
 
 

@@ -210,7 +210,7 @@ def _seam(multimodal: Multimodal) -> Seam | None:
 
 def _remove(multimodal: Multimodal) -> None:
     """Undo `Seam.install`."""
-    for module in (multimodal.model, multimodal.language_model):
+    for module in multimodal.hooked:
         remove_hooks(module, Seam)
         shown = vars(module).get("extra_repr")
         if isinstance(shown, SeamText):

@@ -1,6 +1,6 @@
 """The place between the image features and the language model, where image tokens are removed.
 
-Four hooks of stock modules do it. The multimodal model notes which tokens of its input are images.
+Hooks of stock modules do it. The multimodal model notes which tokens of its input are images.
 Before the language model runs, a strategy selects image tokens, and the others are removed from the
 embeddings, positions and masks; the tokens that remain keep their positions. After it, the hidden
 states return to the whole length, with zeros for removed tokens, so that labels and logits hold.
@@ -55,6 +55,7 @@ class _Call:
 
 
 CALLS: ContextVar[tuple[_Call, ...]] = ContextVar("CALLS", default=())
+LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
 RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar("RECORDS", default=())
 
 
@@ -73,7 +74,20 @@ class Seam:
         model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
         language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
         language_model.register_forward_hook(self.restore, with_kwargs=True)
+        if multimodal.head is not None:
+            multimodal.head.register_forward_pre_hook(self.note_labels, with_kwargs=True)
+            multimodal.head.register_forward_hook(
+                self.forget_labels, with_kwargs=True, always_call=True
+            )
         model.extra_repr = SeamText(self, model, vars(model).get("extra_repr"))
+
+    def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note the labels of the loss that will be computed."""
+        LABELS.set(kwargs.get("labels"))
+
+    def forget_labels(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Forget the labels."""
+        LABELS.set(None)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
@@ -118,6 +132,7 @@ class Seam:
             call.state = past.grown(length)
         else:
             embeds, call.kept = selected
+            _check_labels(call.kept)
             call.packing = Packing.of(call.kept)
             call.state = past.extended(call.packing.order, call.packing.real, length)
         new, call.state = _reduced_arguments(kwargs, embeds, call, past)
@@ -305,6 +320,18 @@ def _current() -> _Call | None:
 
 def _cache_in(kwargs: dict[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def _check_labels(kept: Tensor) -> None:
+    """Raise ValueError if a removed token would have to predict the label of the next one."""
+    labels = LABELS.get()
+    if labels is None or labels.shape != kept.shape:
+        return
+    if bool(((labels[:, 1:] != -100).to(kept.device) & ~kept[:, :-1]).any()):
+        raise ValueError(
+            "labels: expected -100 at image tokens, since removed ones predict nothing, got other "
+            "labels; set those of image tokens to -100"
+        )
 
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:

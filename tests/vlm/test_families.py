@@ -18,7 +18,7 @@ def _families():
         yield pytest.param((name, "eager"), marks=[] if name in EAGER else pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=_families(), ids=lambda each: "-".join(each))
+@pytest.fixture(scope="module", params=list(_families()), ids=lambda each: "-".join(each))
 def built(request):
     return build(*request.param)
 

@@ -1,0 +1,121 @@
+"""Loss and gradients of reduced models, adapters of peft, and labels that cannot be predicted."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from elip_models import is_reduced, reduce_, unreduce_
+from tests.vlm import oracle
+from tests.vlm.configs import CASES, EAGER, IMAGE, PAD, VIDEO
+from tests.vlm.models import build
+
+QUICK = {"llava", "qwen3_vl_video", "gemma3", "paligemma"}
+LORA = LoraConfig(
+    target_modules=r".*layers\.\d+\.self_attn\.[qv]_proj", r=4, init_lora_weights=False
+)
+
+
+def _cases():
+    for name in CASES:
+        for attention in ("eager",) if name in EAGER else ("sdpa", "eager"):
+            is_quick = name in QUICK and attention == "sdpa"
+            yield pytest.param(name, attention, marks=[] if is_quick else pytest.mark.slow)
+
+
+def trained(name, attention="sdpa"):
+    """Return a model in training mode, and inputs with labels at every token of text.
+
+    The token behind an image has a label too.
+    """
+    model, inputs = build(name, attention)
+    ids = inputs["input_ids"]
+    hidden = torch.isin(ids, torch.tensor([IMAGE, VIDEO, PAD]))
+    labels = ids.masked_fill(hidden, -100)
+    assert ((ids[:, :-1] == IMAGE) & (labels[:, 1:] != -100)).any()
+    return model.train(), inputs | {"labels": labels, "use_cache": False}
+
+
+def gradients(model, inputs):
+    """Return the loss, and the gradients by the names of parameters."""
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return loss.detach(), {name: grad.clone() for name, grad in found.items()}
+
+
+def assert_trains_as_oracle(model, inputs):
+    loss, found = gradients(model, inputs)
+    with torch.no_grad():
+        _, kept = oracle.forward(model, inputs)
+    unreduce_(model)
+    with oracle.hidden(model, kept):
+        other, expected = gradients(model, inputs)
+    assert not kept.all()
+    assert oracle.close(loss, other)
+    assert set(found) == set(expected)
+    largest = max(grad.abs().max() for grad in expected.values())
+    assert largest > 1e-3
+    for name, grad in found.items():
+        assert (grad - expected[name]).abs().max() <= 1e-6 * largest, name
+    return found
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize(("name", "attention"), list(_cases()))
+def test_loss_and_gradients_are_those_of_the_model_without_removed_columns(
+    name, attention, is_checkpointed
+):
+    model, inputs = trained(name, attention)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    assert_trains_as_oracle(reduce_(model, keep=0.5), inputs)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_adapters_train(is_first):
+    model, inputs = trained("llava")
+    if is_first:
+        reduce_(model, keep=0.5)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LORA)
+    if not is_first:
+        reduce_(adapted, keep=0.5)
+    assert is_reduced(adapted)
+    found = assert_trains_as_oracle(adapted, inputs)
+    assert found and all("lora" in name for name in found)
+
+
+def test_merging_an_adapter_keeps_the_reduction():
+    model, inputs = trained("llava")
+    adapted = get_peft_model(reduce_(model, keep=0.5), LORA).eval()
+    with torch.no_grad():
+        logits, kept = oracle.forward(adapted, inputs)
+        merged, same = oracle.forward(adapted.merge_and_unload(), inputs)
+    assert torch.equal(kept, same) and not kept.all()
+    assert oracle.close(merged[kept], logits[kept])
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "idefics3"])
+def test_labels_that_removed_tokens_would_predict_are_refused(name):
+    model, inputs = trained(name)
+    inputs["labels"] = inputs["input_ids"]
+    reduce_(model, keep=0.5)
+    with pytest.raises(ValueError, match="labels: expected -100 at image tokens"):
+        model(**inputs)
+    del inputs["labels"]
+    model(**inputs)  # the labels of a call that failed are forgotten
+    inputs["labels"] = inputs["input_ids"]
+    assert reduce_(model, keep=1.0)(**inputs).loss.isfinite()
+
+
+def test_a_step_of_an_optimizer_lowers_the_loss():
+    model, inputs = trained("llava")
+    reduce_(model, keep=0.25)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        loss, _ = gradients(model, inputs)
+        optimizer.step()
+        losses.append(loss)
+    assert losses[-1] < losses[0]
