@@ -140,6 +140,16 @@ def _mean(a: Any) -> int:
     return (_steps(a.M, a.BLOCK_M) if a.HAS_QUERY_MASK else 0) + _steps(a.G, a.BLOCK_G)
 
 
+def _diverse(a: Any) -> int:
+    """Return the waits for the diagonal, the parts of the first token, and a row per token."""
+    return (0 if a.HAS_FIRST else _steps(a.T, a.BLOCK_T)) + a.K
+
+
+def _dpp(a: Any) -> int:
+    """Return the waits for the diagonal, and of each step for the row with the known columns."""
+    return 1 + sum(max(1, _steps(t, a.BLOCK_T)) for t in range(a.K))
+
+
 WAITS: dict[str, Callable[[Any], int]] = {
     "_query_kernel": _query,
     "scores_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
@@ -166,6 +176,9 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "_slots_kernel": lambda a: 1,
     "_slots_of_kernel": lambda a: a.BITS + 1,
     "_nearest_kernel": lambda a: 1 + _steps(a.K, a.BLOCK_K) * _pipelined(_steps(a.C, a.BLOCK_C), a),
+    "_cosines_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_C), a) + int(a.HAS_MASK),
+    "_diverse_kernel": _diverse,
+    "_dpp_kernel": _dpp,
     "_order_kernel": lambda a: 1 + _steps(a.N, a.BLOCK_M),  # rows of its tokens, then of all
     "_merge_fwd_kernel": _merge,
     "_merge_bwd_kernel": lambda a: 2,  # slots, rows

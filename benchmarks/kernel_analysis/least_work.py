@@ -27,6 +27,13 @@ from benchmarks.kernel_analysis.least_merge_work import (  # noqa: F401
     merge_order,
     nearest_match,
 )
+from benchmarks.kernel_analysis.least_selection_work import (  # noqa: F401
+    cosines,
+    diverse,
+    dpp,
+    select_diverse,
+    select_dpp,
+)
 from benchmarks.kernel_analysis.work import FP32, INT32, INT64, Work, together
 from elip_kernels import launch
 

@@ -141,8 +141,8 @@ def _dpp_kernel(
         gain = tl.where(rest > SPANNED, weight * tl.sqrt(tl.maximum(rest, 0.0)), least)
         best = tl.argmax(gain, 0)
         tl.store(order_ptr + pid_b * K + t, best.to(tl.int64))
-        column = tl.load(cosine_ptr + best * N + offs_n, mask=mask_n, other=0.0)
-        column = tl.where(column == column, column, 0.0)  # [BLOCK_N]
+        row = tl.load(cosine_ptr + best * N + offs_n, mask=mask_n, other=0.0)
+        explained = tl.zeros([BLOCK_N], tl.float32)
         for start_i in range(0, t, BLOCK_T):
             offs_i = start_i + tl.arange(0, BLOCK_T)
             own = tl.load(factor_ptr + offs_i * N + best, mask=offs_i < t, other=0.0)
@@ -151,11 +151,11 @@ def _dpp_kernel(
                 mask=(offs_i < t)[:, None] & mask_n[None, :],
                 other=0.0,
             )  # [BLOCK_T, BLOCK_N]
-            column -= tl.sum(own[:, None] * known, 0)
+            explained += tl.sum(own[:, None] * known, 0)
         is_best = offs_n == best
         pivot = tl.sum(tl.where(is_best, rest, 0.0), 0)
         scale = tl.where(pivot > SPANNED, tl.rsqrt(tl.maximum(pivot, SPANNED)), 0.0)
-        column *= scale
+        column = (tl.where(row == row, row, 0.0) - explained) * scale
         tl.store(factor_ptr + t * N + offs_n, column, mask=mask_n)
         tl.debug_barrier()  # other threads read this row in the next step
         rest -= column * column

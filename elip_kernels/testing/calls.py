@@ -152,6 +152,20 @@ def _select_tokens(
     return (elip_kernels.select_tokens(scores, K),)
 
 
+def _candidates(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
+    """Return tokens whose products are integers, and relevances that are far apart."""
+    relevance = 1.1 ** -torch.stack([torch.randperm(N) for _ in range(B)]).float()
+    return _tokens(B, N, D, dtype).sign(), relevance
+
+
+def _select_diverse(K: int, H: int, tokens: Tensor, relevance: Tensor) -> Outputs:
+    return (elip_kernels.select_diverse(tokens, K, selection_order=True),)
+
+
+def _select_dpp(K: int, H: int, tokens: Tensor, relevance: Tensor) -> Outputs:
+    return (elip_kernels.select_dpp(tokens, K, relevance=relevance, selection_order=True),)
+
+
 def _merge_nearest(
     K: int, H: int, tokens: Tensor, metric: Tensor, size: Tensor, penalty: Tensor, scores: Tensor
 ) -> Outputs:
@@ -175,6 +189,8 @@ OPS: dict[str, Op] = {
     "apply_merge": Op(_merge_inputs, _apply_merge),
     "select_tokens": Op(_merge_inputs, _select_tokens),
     "unmerge": Op(_merge_inputs, _unmerge),
+    "select_diverse": Op(_candidates, _select_diverse),
+    "select_dpp": Op(_candidates, _select_dpp),
 }
 
 

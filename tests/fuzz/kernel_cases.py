@@ -82,6 +82,7 @@ def arguments(rng):
     p, kept = {"num_prefix_tokens": 1}, torch.stack([torch.randperm(N - 1)[:3] + 1] * B)
     metric = {"metric": normal(B, N, 4), "size": size, "return_info": True}
     k = {"k": normal(B, 1, N, 4), "mask": mask, "scale": 0.5}
+    first, order = rng.choice((None, torch.arange(B))), {"selection_order": rng.random() < 0.5}
     flags = {"merge": True, "normalize": True, "return_info": True}
     value = {"v_weight": normal(D, D), "v_bias": None}
     ek = elip_kernels
@@ -89,6 +90,8 @@ def arguments(rng):
         (
             (ek.reduce, tokens | {"attn": attn, "keep": keep, "mask": mask} | p | flags),
             (ek.select_tokens, {"attn": attn, "keep": keep, "mask": mask} | p),
+            (ek.select_diverse, tokens | {"keep": keep, "mask": mask, "first": first} | order),
+            (ek.select_dpp, tokens | {"keep": keep, "mask": mask, "relevance": size} | order),
             (ek.bipartite_merge, tokens | {"r": 2, "penalty": positive(B, N)} | metric | p),
             (ek.merge_nearest, tokens | {"kept": kept, "mask": mask} | metric | p),
             (ek.apply_merge, tokens | {"info": info, "size": size}),

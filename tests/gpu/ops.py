@@ -166,6 +166,23 @@ def merge_nearest(tokens, kept, metric, size, grad_out):
     return merged.detach(), sizes, info.slots, gradient
 
 
+def candidates(B, N, dtype, D=WIDTH):
+    """Return tokens whose products are integers, and relevances that are far apart."""
+    relevance = 1.1 ** -torch.stack([torch.randperm(N) for _ in range(B)]).float()
+    return torch.randn(B, N, D).sign().to(dtype), relevance
+
+
+def select_diverse(tokens, relevance, **options):
+    """Return half of the positions, in the order of selection."""
+    return (elip_kernels.select_diverse(tokens, 0.5, selection_order=True, **options),)
+
+
+def select_dpp(tokens, relevance, **options):
+    """Return half of the positions, in the order of selection."""
+    options |= {"relevance": relevance, "selection_order": True}
+    return (elip_kernels.select_dpp(tokens, 0.5, **options),)
+
+
 OPS = {
     "reduce": Op(reduce_inputs, reduce),
     "cls_attention": Op(row_inputs, row),
@@ -175,6 +192,8 @@ OPS = {
     "score_reduce": Op(score_reduce_inputs, score_reduce),
     "bipartite_merge": Op(bipartite_inputs, bipartite_merge),
     "merge_nearest": Op(nearest_inputs, merge_nearest),
+    "select_diverse": Op(candidates, select_diverse),
+    "select_dpp": Op(candidates, select_dpp),
 }
 
 

@@ -327,6 +327,18 @@ def test_merge_nearest(device, launches, N, share, dtype):
     assert launches.total() == 4
 
 
+@pytest.mark.parametrize("N", REAL)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("select", [ops.select_diverse, ops.select_dpp])
+def test_selections(device, launches, select, dtype, N):
+    inputs, mask = ops.candidates(3, N, dtype), torch.rand(3, N) < 0.8
+    for options in ({}, {"mask": mask}):
+        (got,) = select(*on(device, inputs), **dict(zip(options, on(device, [mask]), strict=False)))
+        (exact,) = select(*widened(inputs), **options)
+        assert torch.equal(got.cpu(), exact)
+    assert launches
+
+
 NOT_TAKEN = [(name, torch.float64, launch.MAX_STREAMED) for name in ops.OPS]
 NOT_TAKEN += [(name, torch.float32, 30) for name in ops.OPS if name != "cls_attention_output"]
 
@@ -334,6 +346,7 @@ NOT_TAKEN += [(name, torch.float32, 30) for name in ops.OPS if name != "cls_atte
 @pytest.mark.parametrize(("name", "dtype", "most"), NOT_TAKEN)
 def test_fp64_and_long_inputs_run_pytorch(device, launches, monkeypatch, name, dtype, most):
     monkeypatch.setattr(launch, "MAX_STREAMED", most)
+    monkeypatch.setattr(launch, "MAX_SELECTED", most)
     op = ops.OPS[name]
     inputs = op.inputs(2, 60, dtype)
     got = op.run(*on(device, inputs))

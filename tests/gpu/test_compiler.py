@@ -74,6 +74,14 @@ def test_opcheck_of_merge_nearest(device, dtype):
     check(elip.bipartite_merge.default, (tokens.requires_grad_(), size, slots, 1 + kept.shape[1]))
 
 
+@every_dtype
+def test_opcheck_of_selections(device, dtype):
+    tokens, relevance = on(device, ops.candidates(2, 50, dtype, 64))
+    first = torch.tensor([3, 7], device=device)
+    check(elip.select_diverse.default, (tokens.requires_grad_(), relevance > 0.01, first, 20))
+    check(elip.select_dpp.default, (tokens, relevance, relevance > 0.01, 20))
+
+
 def reduced(tokens, cls, *block, keep):
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **ops.named(*block))
     return elip_kernels.reduce(tokens, row, keep)

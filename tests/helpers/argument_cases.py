@@ -9,6 +9,7 @@ from transformers import BlipVisionConfig, BlipVisionModel
 import elip_kernels
 import elip_models
 from elip_models.models import AdaptConfig
+from tests.helpers import selection_arguments
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.models.test_saving import CONFIG, pair
 
@@ -171,7 +172,7 @@ features = {
     "progress": [],
 }
 
-TABLE = {
+TABLE = selection_arguments.TABLE | {
     elip_kernels.use_pytorch_ops: (dict, {}),
     elip_kernels.reduce: (
         good_reduce,

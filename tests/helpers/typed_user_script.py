@@ -26,6 +26,8 @@ def use_ops(tokens: Tensor, attn: Tensor, flag: bool) -> None:
     merged, size, match = elip_kernels.bipartite_merge(tokens, tokens, 4, return_info=True)
     assert_type(match, elip_kernels.BipartiteInfo)
     kept = elip_kernels.select_tokens(size, 3)
+    assert_type(elip_kernels.select_diverse(tokens, 0.25, mask=attn > 0), Tensor)
+    assert_type(elip_kernels.select_dpp(tokens, 8, relevance=attn, selection_order=True), Tensor)
     merged, size, info = elip_kernels.merge_nearest(merged, kept, merged, return_info=True)
     assert_type(info, elip_kernels.ReductionInfo)
     assert_type(elip_kernels.bipartite_merge(merged, merged, 2, size=size), tuple[Tensor, Tensor])

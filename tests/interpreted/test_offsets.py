@@ -182,6 +182,14 @@ def test_attention_received():
     check(launcher("attention_column_mean"), q, k, None, None, 0.5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_selections(masked):
+    tokens, relevance = torch.randn(1, N, D), torch.rand(1, N)
+    mask, first = (relevance > 0.3, torch.tensor([5])) if masked else (None, None)
+    check(launcher("select_diverse"), tokens, mask, first, K)
+    check(launcher("select_dpp"), tokens, relevance if masked else None, mask, K)
+
+
 def test_generic_row_of_keys_head_by_head():
     """Layout (H, B, N, d): one head has fewer than 2^31 elements, three have more."""
     images = 2**31 // (N * D)

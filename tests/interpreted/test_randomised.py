@@ -16,6 +16,7 @@ from tests.interpreted import test_attention_column_mean_kernel as column_mean
 from tests.interpreted import test_bipartite_kernel as bipartite
 from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
+from tests.interpreted import test_select_diverse_kernel as selection
 from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
 
 INF, NAN = float("inf"), float("nan")
@@ -334,3 +335,20 @@ def test_merge_nearest(
     size = torch.randint(1, 6, (B, N)).float() if has_size else None
     tokens = laid_out(layout, **shape, dtype=dtype)
     nearest.check(launches, tokens, kept, metric, size, **options)
+
+
+@given(
+    shape=shapes,
+    share=st.floats(0, 0.4),
+    dtype=dtypes,
+    layout=layouts,
+    select=st.sampled_from(selection.SELECTIONS),
+    real=st.sampled_from([None, 0.1, 0.6, 0.95]),
+    seed=seeds,
+)
+def test_selections(launches, shape, share, dtype, layout, select, real, seed):
+    torch.manual_seed(seed)
+    B, N = shape["B"], shape["N"]
+    tokens = laid_out(layout, **shape, dtype=dtype)
+    options = {} if real is None else selection.options_of(select, B, N, real)
+    selection.check(select, tokens, part(share, N), **options)

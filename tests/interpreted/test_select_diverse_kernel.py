@@ -9,6 +9,7 @@ import elip_kernels
 from elip_kernels import launch, select_diverse, select_dpp
 from elip_kernels._operator import OPERATORS
 from tests.helpers.tiers import tiered
+from tests.interpreted import test_traffic
 
 SELECTIONS = [select_diverse, select_dpp]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -151,6 +152,11 @@ def test_an_image_gives_the_same_positions_in_every_batch(launches, select):
     whole = by_kernels(select, tokens, 12, **given)
     alone = by_kernels(select, tokens[2:], 12, **{n: v[2:] for n, v in given.items()})
     assert torch.equal(alone[0], whole[2])
+
+
+@pytest.mark.parametrize(("op", "option"), [("diverse", "given"), ("dpp", "masked")])
+def test_each_byte_moves_once_with_options(launches, op, option):
+    test_traffic.check(op, (2, 40, 40, 7, torch.bfloat16), **{option: True})
 
 
 @pytest.mark.parametrize("select", SELECTIONS)

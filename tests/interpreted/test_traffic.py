@@ -15,6 +15,7 @@ from elip_kernels.ops.fuse_text import fuse_text
 from elip_kernels.testing import Case
 from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import block
+from tests.interpreted.selection_works import diverse_works, dpp_works, run_diverse, run_dpp
 from tests.interpreted.test_bipartite_kernel import inputs
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -199,7 +200,10 @@ OPS = {
     "nearest": (run_nearest, nearest_works),
     "score_reduce": (run_score_reduce, score_reduce_works),
     "row_from_tokens": (run_row_from_tokens, row_from_tokens_works),
+    "diverse": (run_diverse, diverse_works),
+    "dpp": (run_dpp, dpp_works),
 }
+TILED = ["bipartite", "nearest", "received", "diverse", "dpp"]
 ABSORBED = ["score_reduce", "row_from_tokens", "attend"]
 SHARED = {"_query_kernel", "scores_kernel", "_weights_kernel", "_weigh_kernel", "_value_kernel"}
 """Programs read the same weights of a block, the same u, or the same weights of tokens."""
@@ -238,7 +242,7 @@ def test_each_byte_moves_once(launches, op, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REAL, ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("bipartite", "nearest", "received")])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in TILED])
 def test_programs_touch_little_more_than_they_must(launches, op, case):
     for launched, work in zip(*check(op, case), strict=True):
         if launched.kernel not in SHARED:
@@ -246,7 +250,7 @@ def test_programs_touch_little_more_than_they_must(launches, op, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["bipartite", "nearest", "received", *ABSORBED])
+@pytest.mark.parametrize("op", [*TILED, *ABSORBED])
 def test_programs_touch_what_the_tiling_implies(launches, op):
     case = (1, 257, 768, 64, bf16)
     launched, _ = check(op, case)

@@ -54,6 +54,10 @@ def test_waits_are_as_stated(launches, op, case):
         ("score_reduce", {"merge": False}),
         ("bipartite", {"has_penalty": True, "has_size": False}),
         ("nearest", {"has_size": False}),
+        ("diverse", {"masked": True}),
+        ("diverse", {"given": True}),
+        ("dpp", {"masked": True}),
+        ("dpp", {"weighed": False}),
     ],
     ids=str,
 )

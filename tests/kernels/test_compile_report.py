@@ -216,7 +216,11 @@ def test_other_variants_compile_without_a_spill(arch):
         elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
         lengths = torch.tensor([197, 130])
         elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, lengths=lengths)
-    assert len(launches) == 35
+        elip_kernels.select_diverse(tokens, 90, mask=mask)
+        elip_kernels.select_diverse(tokens, 90, first=torch.zeros(2).long())
+        elip_kernels.select_dpp(tokens, 90, relevance=size, mask=mask)
+        elip_kernels.select_dpp(torch.randn(1, 4096, 64), 90)
+    assert len(launches) == 43
     for launch in launches:
         assert is_clean(compile_launch(launch, arch)), launch.name
 
@@ -305,6 +309,7 @@ PIPELINED = {
     "_value_kernel",
     "_match_kernel",
     "_nearest_kernel",
+    "_cosines_kernel",
 }
 
 

@@ -45,17 +45,21 @@ ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
     "_merge_bwd_kernel": (54, 2),
     "_select_kernel": (1, 1),
     "_nearest_kernel": (9, 7),
+    "_cosines_kernel": (81, 6),
+    "_diverse_kernel": (1, 168),
+    "_dpp_kernel": (1, 947),
 }
+GREEDY = {"_diverse_kernel", "_dpp_kernel"}  # each step waits for the one before
 SIXTEEN = {"_query_kernel", "_value_kernel"}  # sixteen images share a program
 
 
 @pytest.mark.slow
 def test_one_image_alone_fills_what_the_work_allows():
-    """No kernel starts 64 programs for one image."""
+    """Only the cosines of all pairs start 64 programs for one image."""
     found = report.sizes(CALLS, batches=(1, 32))
     alone = {name: of[1] for (name, N, dtype), of in found.items() if (N, dtype) == (257, "bf16")}
     assert {name: (size.programs, size.waits) for name, size in alone.items()} == ALONE
-    assert max(size.waits for size in alone.values()) <= 16
+    assert max(size.waits for name, size in alone.items() if name not in GREEDY) <= 16
     for (name, _, _), of in found.items():
         most = 16 if name in SIXTEEN else 1
         assert of[32].programs == 32 // most * of[1].programs, name

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import elip_kernels
 import elip_models
+from elip_kernels import select_diverse
 from elip_kernels.ops.fuse_text import fuse_text
 from elip_kernels.testing.calls import CALLS
 from elip_models import (
@@ -225,6 +226,11 @@ def calls():
         ),
     )
     kept, metric = torch.tensor([[1, 4, 8], [2, 3, 7]]), torch.randn(2, 9, 4)
+    diverse = Call(lambda x, mask, first: select_diverse(x, 4, mask=mask, first=first))
+    yield "select_diverse", (Call(elip_kernels.select_diverse, keep=4), (tokens,))
+    yield "select_diverse with a mask", (diverse, (tokens, mask, torch.tensor([3, 7])))
+    dpp = Call(lambda x, q, mask: elip_kernels.select_dpp(x, 4, relevance=q, mask=mask))
+    yield "select_dpp with a mask", (dpp, (tokens, torch.rand(2, 9), mask))
     yield "merge_nearest", (Call(elip_kernels.merge_nearest), (tokens, kept, metric))
 
 
