@@ -96,26 +96,6 @@ def reranked(
     return ranks
 
 
-@torch.no_grad()
-def guided_ranks(
-    model: nn.Module,
-    setting: Setting,
-    tower: TextTower,
-    ranking: Ranking,
-    images: Tensor,
-    advance: Callable[[int], object],
-) -> Tensor:
-    """Return the ranks (Q,) after a second encoding of the candidates, guided by their query."""
-    guides = tower.as_cls(ranking.texts)
-
-    def encode(query: int, candidates: Tensor) -> Tensor:
-        text, pixels = guides[query].expand(len(candidates), -1), images[candidates]
-        tokens = elip_models.encode_image(model, pixels, text, strategy=setting.summary.strategy)
-        return tower.image_features(tokens[:, 0])
-
-    return reranked(ranking, encode, advance)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = _parser()
@@ -186,9 +166,10 @@ def _document(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             advance = partial(bar.advance, bar.add_task("candidates", total=total))
             for each in second:
                 if each.summary.strategy.is_guided:
-                    ranks[each.text] = guided_ranks(model, each, tower, ranking, images, advance)
+                    again = partial(_guided_features, model, each, tower, ranking, images)
                 else:  # an image has the same features for every query
-                    ranks[each.text] = reranked(ranking, partial(_rows_of, encode(each)), advance)
+                    again = partial(_features_of, encode(each))
+                ranks[each.text] = reranked(ranking, again, advance)
             guided = _guided(options, [*once, *second], ranks, ranking)
     measured = {name: retrieved(each, texts) for name, each in found.items()}
     names = "\n".join(path.name for path in paths)
@@ -208,7 +189,24 @@ def _document(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def _rows_of(features: Tensor, query: int, candidates: Tensor) -> Tensor:
+@torch.no_grad()
+def _guided_features(
+    model: nn.Module,
+    setting: Setting,
+    tower: TextTower,
+    ranking: Ranking,
+    images: Tensor,
+    query: int,
+    candidates: Tensor,
+) -> Tensor:
+    """Return the features (k, D) of a query's candidates, encoded with the query as guidance."""
+    text = tower.as_cls(ranking.texts[query]).expand(len(candidates), -1)
+    strategy = setting.summary.strategy
+    tokens = elip_models.encode_image(model, images[candidates], text, strategy=strategy)
+    return tower.image_features(tokens[:, 0])
+
+
+def _features_of(features: Tensor, query: int, candidates: Tensor) -> Tensor:
     return features[candidates]
 
 
