@@ -92,11 +92,9 @@ def bipartite_merge(
         penalty: (B, N) fp32 or fp64, subtracted from the similarity of a token with its partner
             when the r tokens are chosen. With a penalty of 3, a token merges after all tokens
             with penalty 0. The choice of partners ignores it.
-        lengths: (B,) int64, the number of real tokens of each image, which come first; the others
-            are padding, which never merges. None means that all are real.
-        merges: (B,) int64, how many real tokens of each image merge away, limited to half of its
-            patches; needs `lengths`. None means r. With it, r alone sets the number of rows, N-r,
-            which must be enough for every image.
+        lengths: (B,) int64, how many tokens of each image are real; padding follows them.
+        merges: (B,) int64, beside `lengths`, how many tokens each image merges away, limited to
+            half of its patches; r then sets only the number of rows. None means r.
         num_prefix_tokens: p, the number of leading tokens (class token, registers) that are never
             merged and stay first.
         return_info: also return a `BipartiteInfo`.
@@ -104,7 +102,7 @@ def bipartite_merge(
     Returns:
         merged (B, N-r, D) in the dtype of `tokens`: the prefix tokens; then, of the half whose
             tokens may merge (every second token), those that did not; then the other half; then
-            zeros in the place of padding;
+            zeros for padding;
         size (B, N-r) fp32 (fp64 for fp64 tokens); with `return_info`, a `BipartiteInfo`.
 
     Raises:
@@ -115,21 +113,13 @@ def bipartite_merge(
     check_lengths(lengths, merges, r, tokens)
     check_flags(return_info=return_info)
     check_size_values(size)
-    B, N, _ = tokens.shape
     if merges is None:
-        r = min(r, max(0, N - num_prefix_tokens) // 2)
-    is_padded, mask = lengths is not None, None
-    if is_padded:
-        lengths, merges = counts_within(lengths, merges, r, N, num_prefix_tokens)
-        rows = torch.arange(N, device=tokens.device)
-        mask = rows[: N - r] < (lengths - merges)[:, None]
-        is_real = rows < lengths[:, None]
-        size = is_real.to(accumulator(tokens)) if size is None else size.masked_fill(~is_real, 0.0)
-    if r == 0 and not is_padded:
-        slots = torch.arange(N, dtype=torch.int32, device=tokens.device).expand(B, -1)
+        r = min(r, max(0, tokens.shape[1] - num_prefix_tokens) // 2)
+    if lengths is None:
+        info = _match(metric.detach(), penalty, r, num_prefix_tokens)
     else:
-        slots = _match(metric.detach(), penalty, r, num_prefix_tokens, lengths, merges)
-    info = BipartiteInfo(slots, N - r, mask)
+        given = (metric.detach(), penalty, r, num_prefix_tokens)
+        size, info = _match_padded(tokens, *given, size, lengths, merges)
     merged, size = _merged(tokens, size, info)
     return (merged, size, info) if return_info else (merged, size)
 
@@ -177,13 +167,43 @@ def _merged(
     return tokens, size
 
 
-def _match(
+def _match(metric: Tensor, penalty: Tensor | None, r: int, num_prefix_tokens: int) -> BipartiteInfo:
+    """Return the match of a batch without padding."""
+    B, N, _ = metric.shape
+    if r == 0:
+        slots = torch.arange(N, dtype=torch.int32, device=metric.device).expand(B, -1)
+    else:
+        slots = _slots(metric, penalty, r, num_prefix_tokens)
+    return BipartiteInfo(slots, N - r)
+
+
+def _match_padded(
+    tokens: Tensor,
     metric: Tensor,
     penalty: Tensor | None,
     r: int,
     num_prefix_tokens: int,
-    lengths: Tensor | None,
+    size: Tensor | None,
+    lengths: Tensor,
     merges: Tensor | None,
+) -> tuple[Tensor, BipartiteInfo]:
+    """Return the sizes (B, N), 0 for padding, and the match of a padded batch."""
+    N = tokens.shape[1]
+    lengths, merges = counts_within(lengths, merges, r, N, num_prefix_tokens)
+    rows = torch.arange(N, device=tokens.device)
+    is_real = rows < lengths[:, None]
+    size = is_real.to(accumulator(tokens)) if size is None else size.masked_fill(~is_real, 0.0)
+    slots = _slots(metric, penalty, r, num_prefix_tokens, lengths, merges)
+    return size, BipartiteInfo(slots, N - r, rows[: N - r] < (lengths - merges)[:, None])
+
+
+def _slots(
+    metric: Tensor,
+    penalty: Tensor | None,
+    r: int,
+    num_prefix_tokens: int,
+    lengths: Tensor | None = None,
+    merges: Tensor | None = None,
 ) -> Tensor:
     """Return the output row of each token (B, N) int32; all prefix tokens but the last come first.
 

@@ -12,6 +12,8 @@ from elip_models.reduction.reduced_model import Args, Kwargs, Reduction, refuse_
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers.base import original_method, scoring_context
 
+MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")  # of a model
+
 
 class PatchEmbedding:
     """A replacement of the methods that make tokens of images.
@@ -111,7 +113,7 @@ class CollectHiddenStates:
         """Begin a dense call before the forward, and end it after (with `output`)."""
         tower, strategy = self.reduction.tower, self.reduction.strategy
         if torch.compiler.is_exporting():
-            inputs = (*args[1:], kwargs.get("attention_mask"))
+            inputs = (*args[1:], *(kwargs.get(name) for name in MASKS))
             own = False if output else all(each is None for each in inputs)
             self.reduction.has_own_mask = own
         if tower.collects("hidden_states", kwargs):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elip_models.reduction import call_context
 from elip_models.reduction.call_context import DENSE_CALLS, Replay, records_of
+from elip_models.reduction.padding import mask_like, real_tokens
 from elip_models.reduction.step import BlockStep, Forward, blocks_of
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.summary import Summary
@@ -118,13 +119,19 @@ class Reduction:
         DENSE_CALLS.set(DENSE_CALLS.get()[:-1])
         self.running.pop(threading.get_ident(), None)
 
-    def begin_forward(self, i: int, tokens: Tensor) -> Forward:
+    def begin_forward(self, i: int, tokens: Tensor, mask: Tensor | None) -> Forward:
         """Create the forward pass whose `tokens` enter block i, guided by this thread's text."""
         text, on_grid = self._guidance(), self.on_grid
         if not torch.compiler.is_compiling():
             on_grid = any(each is self for each in DENSE_CALLS.get())
         num_tokens = tokens.shape[1] if i == self.first else None
-        forward = Forward(self.tower, self.strategy, text, num_tokens=num_tokens, on_grid=on_grid)
+        real = None if mask is None else real_tokens(mask, tokens)
+        forward = Forward(
+            *(self.tower, self.strategy, text),
+            num_tokens=num_tokens,
+            on_grid=on_grid,
+            real=real,
+        )
         if on_grid and forward.stages:
             self._check_pooling()
         if text is None and self.image_text is not None and forward.stages:
@@ -159,19 +166,19 @@ class Reduction:
                 UnguidedWarning,
             )
 
-    def enter_block(self, i: int, tokens: Tensor, kwargs: Kwargs) -> BlockStep:
+    def enter_block(self, i: int, tokens: Tensor, kwargs: Kwargs, mask: Tensor | None) -> BlockStep:
         """Apply the strategy to the tokens that enter block i, in the running forward pass.
 
-        `kwargs` are what the model passes to the block.
+        `kwargs` and the mask of the keys are what the model passes to the block.
         """
         if torch.compiler.is_compiling():
-            return self._enter_block_in_graph(i, tokens, kwargs)
+            return self._enter_block_in_graph(i, tokens, kwargs, mask)
         thread = threading.get_ident()
         forward = self.replay.recall(i)
         if forward is None:
             forward = self.running.get(thread)
             if forward is None or i == self.first:
-                forward = self.running[thread] = self.begin_forward(i, tokens)
+                forward = self.running[thread] = self.begin_forward(i, tokens, mask)
             if i == self.last:
                 del self.running[thread]
         self.replay.remember(i, forward)
@@ -185,7 +192,9 @@ class Reduction:
                 infos.append(step.info)
         return _store_step(i, forward, step)
 
-    def _enter_block_in_graph(self, i: int, tokens: Tensor, kwargs: Kwargs) -> BlockStep:
+    def _enter_block_in_graph(
+        self, i: int, tokens: Tensor, kwargs: Kwargs, mask: Tensor | None
+    ) -> BlockStep:
         """Enter block i in a graph.
 
         Blocks that need no earlier result share no state, so that each may be checkpointed.
@@ -193,9 +202,9 @@ class Reduction:
         if not self.shares_forward:
             if i not in self.acts_at:
                 return BlockStep(tokens)
-            return self.begin_forward(i, tokens).enter_block(i, tokens, kwargs)
+            return self.begin_forward(i, tokens, mask).enter_block(i, tokens, kwargs)
         if self.forward is None or i == self.first:
-            self.forward = self.begin_forward(i, tokens)
+            self.forward = self.begin_forward(i, tokens, mask)
         forward = self.forward
         if i == self.last:
             self.forward = None
@@ -237,7 +246,7 @@ class ReducedBlock:
         if not args:
             args, kwargs = self._tokens_first(kwargs)
         if self.reduction.has_own_mask:
-            args, kwargs = drop_masks(args, kwargs)
+            args, kwargs = with_masks(args, kwargs, None)
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
             from elip_models.reduction.eager_step import enter_eagerly
 
@@ -246,6 +255,8 @@ class ReducedBlock:
             step = self.enter(args, kwargs)
         tokens = step.tokens
         if not step.replaced_block:
+            if step.changes_mask:
+                args, kwargs = with_masks(args, kwargs, step.mask)
             tokens = self._run_at(step.positions, tokens, args[1:], kwargs)
         return tokens if step.slots is None else step.slots.unmerged(tokens)
 
@@ -279,19 +290,24 @@ class ReducedBlock:
                 "TorchScript exporter does not know, got False; pass dynamo=True"
             )
         masks = (*args[1:], *(kwargs.get(name) for name in MASKS))
-        if any(mask is not None for mask in masks) or kwargs.get("is_causal"):
+        masks = [mask for mask in masks if mask is not None]
+        if (masks and not self.reduction.tower.takes_padding) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
-        return self.reduction.enter_block(self.i, args[0], kwargs)
+        return self.reduction.enter_block(self.i, args[0], kwargs, masks[0] if masks else None)
 
 
-def drop_masks(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """Return a block's arguments without the mask that its model made in an exported graph.
+def with_masks(args: Args, kwargs: Kwargs, real: Tensor | None) -> tuple[Args, Kwargs]:
+    """Return a block's arguments with masks of the tokens `real` (B, N), or without any.
 
     torch.export cannot read the values of a mask, so models of transformers pass one that hides no
     token, where they pass None in a call.
     """
-    nothing = dict.fromkeys(name for name in MASKS if name in kwargs)
-    return (args[0], *(None for _ in args[1:])), kwargs | nothing
+
+    def changed(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None or real is None else mask_like(mask, real)
+
+    named = {name: changed(kwargs[name]) for name in MASKS if name in kwargs}
+    return (args[0], *(changed(mask) for mask in args[1:])), kwargs | named
 
 
 def refuse_fx(tensor: Any) -> None:

@@ -8,6 +8,7 @@ enters the blocks in order: `encode_image`, the blocks of a reduced model, pictu
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from elip_kernels import ReductionInfo
 from elip_models.reduction.flops import inference_ratio
+from elip_models.reduction.padding import Padding, is_graph, padding_of
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy
 from elip_models.reduction.token_assignment import Slots, slots_of
@@ -36,6 +38,8 @@ class BlockStep(NamedTuple):
     positions: (B, N-p) the positions of the tokens, if the tower needs them and some tokens left.
     replaced_block: the block has run already.
     slots: where the tokens of block 0 are now, if the block must return all of them.
+    changes_mask: the tokens are others than those of the model's own mask.
+    mask: (B, N) bool, False for padding; None without padding.
     """
 
     tokens: Tensor
@@ -43,6 +47,8 @@ class BlockStep(NamedTuple):
     positions: Tensor | None = None
     replaced_block: bool = False
     slots: Slots | None = None
+    changes_mask: bool = False
+    mask: Tensor | None = None
 
 
 class Forward:
@@ -51,6 +57,7 @@ class Forward:
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
         recomputation selects the same tokens. The caller adds results; `enter_block` does not.
     slots: `BlockStep.slots` after each step, by block.
+    padding: of a padded batch, or None.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Forward:
         on_grid: bool = False,
         replays: Iterable[StageInfo] | None = None,
         rows: Mapping[int, Tensor] | None = None,
+        real: Tensor | None = None,
     ) -> None:
         """Create the state of a forward pass.
 
@@ -75,6 +83,8 @@ class Forward:
             replays: results of steps on the same images elsewhere, which are repeated here.
             rows: (B, N) scores over the tokens of block 0 that select in place of a scorer, by
                 the first block of the stage.
+            real: (B, N) bool, False for padding among the tokens that enter the first step; None
+                means that there is no padding.
         """
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.size = tower.size
@@ -87,15 +97,43 @@ class Forward:
         self.rows = rows or {}
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
+        self.padding: Padding | None = None
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
+            if real is not None:
+                self._set_padding(real)
             self.stages = stages_of(strategy, self.size)
             is_eager_inference = not tower.model.training and not torch.compiler.is_compiling()
             if is_eager_inference and not self.rows:
                 _warn_if_slower(strategy, self.size)
         else:
             self.stages = {}
+
+    def _set_padding(self, real: Tensor) -> None:
+        """Set the padding of the batch, and the sizes of its longest image."""
+        strategy, size, N = self.strategy, self.size, real.shape[1]
+        p, lengths = size.num_prefix_tokens, real.sum(1)
+        if is_graph():
+            counts = tuple(range(N - p + 1))
+        else:
+            counts = tuple(length - p for length in lengths.tolist())
+            if all(n == N - p for n in counts):
+                return
+            if min(counts) < 1:
+                raise ValueError(
+                    f"mask: expected a real patch in each image, got {min(counts)} in one"
+                )
+        if not strategy.takes_padding:
+            raise ValueError(
+                f"strategy: expected one that takes a padded batch, such as 'tome', got "
+                f"{strategy.name!r}, which leaves as many patches of each image; group images by "
+                "their size"
+            )
+        keeps = keeps_of(strategy, self.tower, counts)
+        self.padding = padding_of(real, lengths, p + max(counts), keeps)
+        self.size = size._replace(num_patches=max(counts))
+        self.unmerges = True
 
     def previous(self, i: int) -> StageInfo | None:
         """Return the result of the last step before block i."""
@@ -111,7 +149,7 @@ class Forward:
         """Return whether block i must return all tokens of block 0.
 
         The last block must do so if the tower pools its patches, so that each token counts by its
-        size, or if the strategy pads, so that nothing after it reads padding.
+        size, or if the batch or the strategy is padded, so that nothing after it reads padding.
         """
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
 
@@ -142,26 +180,35 @@ class Forward:
         strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
         positions = None if previous is None else previous.positions
         slots = None if previous is None else self.slots.get(previous.stage.first)
+        mask = None if previous is None else previous.mask
         if self.on_grid and slots is not None:
             tokens = slots.merged(tokens)
+        padding, keep = self.padding, None
+        if padding is not None and stage is not None:
+            if previous is None:
+                tokens, mask, slots = padding.packed(tokens), padding.mask, padding.slots
+            stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
         tower = self.tower
         if kwargs and tower.has_positions:
             tower = tower.in_call(i, kwargs)
         tower = tower if positions is None else tower.at(positions)
         if stage is None:
-            replaces_block = self.replaces_block(i)
+            replaces_block, changed = self.replaces_block(i), previous is not None
             if replaces_block:
                 tokens = strategy.later(tower, i, tokens, previous)
-            return BlockStep(tokens, None, positions, replaces_block, slots)
-        self._check_entering(i, tokens)
-        context = Context(self.text_cls, previous, self.infos.get(i), self.row(i))
+            return BlockStep(tokens, None, positions, replaces_block, slots, changed, mask)
+        if padding is None:
+            self._check_entering(i, tokens)
+        context = Context(self.text_cls, previous, self.infos.get(i), self.row(i), mask, keep)
         tokens, info = strategy.step(tower, stage, tokens, context)
-        self._check_remaining(i, tokens)
+        if padding is None:
+            self._check_remaining(i, tokens)
         if tower.has_positions and isinstance(info.reduction, ReductionInfo):
             info = info._replace(positions=tower.positions_after(info.reduction))
         if self.on_grid or self.unmerges:
             slots = slots.after(info.reduction) if slots is not None else slots_of(info.reduction)
-        return BlockStep(tokens, info, info.positions, strategy.replaces_block, slots)
+        replaced = strategy.replaces_block
+        return BlockStep(tokens, info, info.positions, replaced, slots, True, info.mask)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = tokens_entering(self.strategy, self.size)[i]
@@ -231,6 +278,22 @@ def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
 def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
     """Return the number of tokens that enter each block, and of those that leave the last."""
     return size.num_tokens, *(layer.mlp for layer in strategy.token_counts(size))
+
+
+def keeps_of(
+    strategy: Strategy, tower: Tower, counts: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the patches after each block of images of these numbers of patches, each alone."""
+    size, table = tower.size, []
+    for n in counts:
+        alone = size._replace(num_patches=n)
+        stages, entering = stages_of(strategy, alone), tokens_entering(strategy, alone)
+        each = (entering[i] - size.num_prefix_tokens for i in range(size.depth))
+        table.append(tuple(stages[i].keep if i in stages else n for i, n in enumerate(each)))
+    return tuple(table)
+
+
+keeps_of._dynamo_marked_constant = True  # a graph has the result for every number of patches
 
 
 @_cached

@@ -48,7 +48,9 @@ class StageInfo(NamedTuple):
         """Return the mean number of kept patches of an image; a scalar tensor if they differ."""
         if self.mask is None:
             return self.stage.keep
-        p = self.reduction.num_prefix_tokens
+        p = self.mask.shape[1] - self.stage.keep
+        if isinstance(self.reduction, ReductionInfo):
+            p = self.reduction.num_prefix_tokens
         return self.mask[:, p : p + self.stage.keep].sum(1, dtype=torch.float32).mean()
 
 
@@ -66,12 +68,16 @@ class Context(NamedTuple):
         replay: the earlier result that this step must reproduce: of the forward pass that is now
             recomputed, or of another tower that read the same images.
         row: (B, N) scores that select in place of a scorer, or None.
+        mask: (B, N) bool, False for padding; None in a batch without padding.
+        keep: (B,) the number of patches that each image of a padded batch keeps, or None.
     """
 
     text_cls: Tensor | None = None
     previous: StageInfo | None = None
     replay: StageInfo | None = None
     row: Tensor | None = None
+    mask: Tensor | None = None
+    keep: Tensor | None = None
 
 
 class Strategy(CostModel):
@@ -94,6 +100,7 @@ class Strategy(CostModel):
         merge: what becomes of dropped tokens, see `Merge`.
         drops_patches: the last block returns no patch, only the class token.
         pads: images of a batch may keep different numbers of tokens; some slots are padding.
+        takes_padding: a step may get a padded batch, see `Context.mask`.
     """
 
     name: ClassVar[str]
@@ -106,6 +113,7 @@ class Strategy(CostModel):
     merge: Merge = "none"
     drops_patches: bool = False
     pads: ClassVar[bool] = False
+    takes_padding: ClassVar[bool] = False
 
     @property
     def num_merged(self) -> int:

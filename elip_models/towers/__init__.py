@@ -47,7 +47,15 @@ class Adapter(NamedTuple):
 
 
 ADAPTERS = {
-    "timm": Adapter((("eva", "EvaTower"), ("timm_bias", "BiasTower"), ("timm", "TimmTower")), ()),
+    "timm": Adapter(
+        (
+            ("eva", "EvaTower"),
+            ("timm_bias", "BiasTower"),
+            ("timm_naflex", "NaFlexTower"),
+            ("timm", "TimmTower"),
+        ),
+        (),
+    ),
     "open_clip": Adapter((("open_clip", "OpenClipTower"),), (("open_clip", "OpenClipImageText"),)),
     "transformers": Adapter(
         (("hf", "HFTower"),),

@@ -9,6 +9,7 @@ a backbone, whose feature maps are hidden states.
 """
 
 import inspect
+import math
 import re
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, 
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
 WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"
 CLASS_TOKENS = ("cls_token", "class_embedding")
+PADDING_MASKS = ("pixel_attention_mask", "patch_attention_mask")  # of a model
 PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # before block 0, both spellings
 
 
@@ -71,6 +73,9 @@ class HFTower(Tower):
         self.is_part = config is not model.config
         parameters = inspect.signature(type(self.blocks[0]).forward).parameters
         self.arguments = {"attention_mask": None} if "attention_mask" in parameters else {}
+        self.takes_padding = any(
+            name in inspect.signature(type(self.trunk).forward).parameters for name in PADDING_MASKS
+        )
         if RETURNS_TOKENS.fullmatch(type(model).__name__):
             self.whole_output = WHOLE_OUTPUT
 
@@ -122,6 +127,8 @@ class HFTower(Tower):
         """Return why the image size cannot change, in one sentence, or None if it can."""
         if any(hasattr(self.trunk.config, name) for name in ("num_mel_bins", "tubelet_size")):
             return "it reads no single images"
+        if not hasattr(self.trunk.config, "image_size"):
+            return "it takes patches of images of any size; give its processor fewer of them"
         if self.has_positions:
             return "its layers read positions of the images' own size"
         return self.needs_grid
@@ -141,7 +148,8 @@ class HFTower(Tower):
     def patchify(self, images: Tensor) -> Tensor:
         """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
         embeddings = self.trunk.embeddings
-        return type(embeddings).forward(embeddings, images, **self._options(images))
+        pixels, options = self._inputs(images)
+        return type(embeddings).forward(embeddings, pixels, **options)
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""
@@ -149,7 +157,8 @@ class HFTower(Tower):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
-        return self.enter(self.trunk.embeddings(images, **self._options(images)))
+        pixels, options = self._inputs(images)
+        return self.enter(self.trunk.embeddings(pixels, **options))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
@@ -266,19 +275,25 @@ class HFTower(Tower):
         """Run the final norm, before pooling."""
         return run(self.trunk, [self.names.norm], tokens)
 
-    def _options(self, images: Tensor) -> dict[str, Any]:
+    def _inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return the arguments of the embeddings for images (B, 3, h, w), none of them padded."""
         embed, options = type(self.trunk.embeddings).forward, {}
         parameters = inspect.signature(embed).parameters
         if "interpolate_pos_encoding" in parameters and tuple(images.shape[2:]) != self.image_size:
             options["interpolate_pos_encoding"] = True
+        rows, columns = _pair(getattr(self.trunk.config, "patch_size", 1))
+        grid = (images.shape[-2] // rows, images.shape[-1] // columns)
         if "patch_attention_mask" in parameters:
-            rows, columns = _pair(self.trunk.config.patch_size)
-            grid = (images.shape[2] // rows, images.shape[3] // columns)
             shape = (images.shape[0], *grid)
             mask = torch.ones(shape, dtype=torch.bool, device=images.device)
             options["patch_attention_mask"] = mask
-        return options
+        if "spatial_shapes" in parameters:  # the model takes patches
+            options["spatial_shapes"] = torch.tensor([grid], device=images.device).expand(
+                images.shape[0], -1
+            )
+            pattern = "b c (h p) (w q) -> b (h w) (p q c)"
+            images = rearrange(images, pattern, p=rows, q=columns)
+        return images, options
 
     def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
         """Run what is between the output of block i's half 1 or 2 and its residual."""
@@ -336,6 +351,9 @@ def _sizes(trunk: nn.Module) -> tuple[tuple[int, int], int]:
         bins, length = config.num_mel_bins, config.max_length
         across = (bins - rows) // config.frequency_stride + 1
         return (bins, length), across * ((length - columns) // config.time_stride + 1)
+    if not hasattr(config, "image_size"):  # of SigLIP 2, whose positions have a square grid
+        side = math.isqrt(config.num_patches)
+        return (side * rows, side * columns), side * side
     height, width = _pair(config.image_size)
     return (height, width), frames * (height // rows) * (width // columns)
 

@@ -53,6 +53,7 @@ LAYERS = {
     "OwlViTEncoderLayer": CLIP,
     "Owlv2EncoderLayer": CLIP,
     "SiglipEncoderLayer": CLIP,
+    "Siglip2EncoderLayer": CLIP,
     "JanusVisionEncoderLayer": CLIP._replace(out=("projection_layer", "projection_dropout")),
     "Idefics2EncoderLayer": CLIP,
     "Idefics3EncoderLayer": CLIP,

@@ -97,7 +97,7 @@ class TimmTower(PlainTimm):
             return timm_reason(model)
         if getattr(model.patch_drop, "prob", 0.0) > 0:
             return PATCH_DROP
-        reasons = (_refuses_block(block) for block in model.blocks)
+        reasons = (refuses_block(block) for block in model.blocks)
         return next((reason for reason in reasons if reason is not None), None)
 
     @property
@@ -170,7 +170,7 @@ class TimmTower(PlainTimm):
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         block = self.blocks[i]
         own = type(block) is vit.Block and type(unwrapped(block.attn)) is Attention
-        return own and _refuses_block(block) is None and is_plain(block)
+        return own and refuses_block(block) is None and is_plain(block)
 
     def _attention(self, i: int) -> nn.Module:
         """Return block i's attention, which may have been wrapped since the tower was made."""
@@ -183,7 +183,8 @@ class TimmTower(PlainTimm):
         return attn
 
 
-def _refuses_block(block: nn.Module) -> str | None:
+def refuses_block(block: nn.Module) -> str | None:
+    """Return why a block cannot be read, in one sentence, or None if it can."""
     if not isinstance(block, vit.Block):
         return f"its blocks are {type(block).__name__} (parallel or post-norm), not pre-norm Block"
     attn = unwrapped(block.attn)

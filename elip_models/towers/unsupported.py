@@ -26,8 +26,6 @@ TIMM = {
     "crossvit": f"runs two branches of patches side by side; {PLAIN}",
     "deepseek_vit": f"is another plain ViT (DeepSeek's encoder), {NOT_YET}; {PLAIN}",
     "gemma4_vit": f"is another plain ViT (Gemma's encoder), {NOT_YET}; {PLAIN}",
-    "naflexvit": "takes patches with a mask and a grid of their own, which would not follow the "
-    f"tokens; {PLAIN}",
     "qwen3_vit": f"is another plain ViT (Qwen's encoder), {NOT_YET}; {PLAIN}",
     "swin_transformer* hiera* davit gcvit maxxvit twins nest": WINDOWS,
     "tnt": f"runs a second transformer over the pixels of every patch; {PLAIN}",
@@ -41,8 +39,6 @@ TIMM = {
 TRANSFORMERS = {
     "timm_wrapper gemma3n_vision": "wraps a model of timm; pass its .timm_model",
     "vit_mae": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_224.mae') is supported",
-    "siglip2*": "takes padded patches with a mask, which would not follow the tokens; "
-    "timm.create_model('vit_base_patch16_siglip_224.v2_webli') is supported",
     "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
     "data2vec-vision": f"adds a bias to its attention for each pair of positions, {NOT_YET}; "
     "timm.create_model('beit_base_patch16_224') is supported",

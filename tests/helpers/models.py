@@ -6,6 +6,7 @@ import torch
 import transformers
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
@@ -100,6 +101,12 @@ def dinov3():
     return hf_vision("DINOv3ViTModel", "DINOv3ViTConfig", **options)
 
 
+def naflex(**options):
+    sizes = {"patch_size": 8, "embed_dim": WIDTH, "depth": 6, "num_heads": 2}
+    config = NaFlexVitCfg(**(sizes | {"pos_embed_grid_size": (6, 6)} | options))
+    return enlarged(NaFlexVit(config, num_classes=5))
+
+
 def siglip_vision(attention="sdpa", **options):
     options |= {"attn_implementation": attention}
     return hf_vision("SiglipVisionModel", "SiglipVisionConfig", **options)
@@ -177,6 +184,9 @@ TOWERS = {
     "HF DINOv2": lambda: dinov2(drop_path_rate=0.1),
     "HF DINOv2 registers": dinov2_registers,
     "HF DINOv3": dinov3,
+    "timm NaFlex": lambda: naflex(
+        global_pool="token", class_token=True, reg_tokens=2, init_values=0.3
+    ),
     "timm BEiT": beit,
     "timm relative positions": relative_positions,
 }
@@ -233,6 +243,8 @@ WITHOUT_CLS = {
 }
 POOLED_WITHOUT_CLS = {
     "timm SigLIP": lambda: plain_vit(global_pool="map", class_token=False),
+    "timm NaFlex attention": lambda: naflex(global_pool="map"),
+    "timm NaFlex average": lambda: naflex(global_pool="avg", reg_tokens=1, qk_norm=True),
     "timm average, register": lambda: plain_vit(
         global_pool="avg", class_token=False, reg_tokens=1, qk_norm=True
     ),

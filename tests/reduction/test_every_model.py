@@ -8,14 +8,12 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models.towers import as_tower
 from tests.helpers.models import (
-    HF,
     PAIRS,
     POOLED,
     POOLED_WITHOUT_CLS,
@@ -27,6 +25,7 @@ from tests.helpers.models import (
     hf_siglip,
     hf_vision,
     ids,
+    naflex,
     open_clip_vit,
     output,
     output_of_pair,
@@ -215,11 +214,6 @@ def gated_eva():
     return model
 
 
-def padded_siglip():
-    sizes = {name: value for name, value in HF.items() if name != "image_size"}
-    return transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes))
-
-
 timm_vit = timm.models.vision_transformer
 MIXED = {"attn_type": "rope", "rope_type": "mixed"}
 UNSUPPORTED = [
@@ -232,7 +226,8 @@ UNSUPPORTED = [
     ("patch dropout", lambda: open_clip_vit(patch_dropout=0.5)),
     ("scaled cosine", lambda: open_clip_vit(scaled_cosine_attn=True)),
     ("output of each head", lambda: open_clip_vit(scale_heads=True)),
-    ("padded patches", padded_siglip),
+    ("in each image's own grid", lambda: naflex(rope_type="axial")),
+    ("patch dropout", lambda: naflex(patch_drop_rate=0.5)),
     ("vit_base_patch16_224.mae", lambda: hf_vision("ViTMAEModel", "ViTMAEConfig")),
     ("patch dropout", lambda: eva(patch_drop_rate=0.5)),
     ("dynamic_img_size=False", lambda: eva(**MIXED, dynamic_img_size=True)),

@@ -14,7 +14,6 @@ TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
     "ViTMAEModel": r"timm.create_model\('vit_base_patch16_224.mae'\) is supported",
     "MLCDVisionModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2, DINOv3 and",
-    "Siglip2VisionModel": "padded patches with a mask.*siglip_224.v2_webli",
     "Data2VecVisionModel": r"a bias to its attention.*'beit_base_patch16_224'\) is supported",
     "SwinModel": f"attends in windows.*{PLAIN}",
     "SamVisionModel": f"attends in windows.*{PLAIN}",

@@ -69,6 +69,8 @@ class Attention(NamedTuple):
 class CompleteGraph(ToMe):
     """ToMe with pairs of a complete graph. A subclass defines `choose`."""
 
+    takes_padding: ClassVar[bool] = False
+
     def choose(
         self, tower: Tower, stage: Stage, attention: Attention, text_cls: Tensor | None
     ) -> Pairs:
@@ -89,7 +91,7 @@ class CompleteGraph(ToMe):
         if is_final or N - tower.num_prefix_tokens == stage.keep:
             return super().step(tower, stage, tokens, context)
         sizes = None if previous is None else previous.sizes
-        tokens, keys = self._attend(tower, stage.first, tokens, sizes)
+        tokens, keys = self._attend(tower, stage.first, tokens, context)
         if context.replay is not None:
             match, weights = context.replay.reduction, context.replay.weights
             positions = context.replay.positions

@@ -18,6 +18,7 @@ from torch import Tensor
 from elip_kernels.ops.gather_ops import largest
 from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
+from elip_models.reduction.strategy import Context
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.base import scoring_context
 from elip_models.validation import NonNegative, Rate, Share
@@ -52,16 +53,19 @@ class GuidedToMe(Guided, ToMe):
         rows = sum(size.row_flops(n) for n in self.merging_counts(size))
         return super().scoring_flops(size) + rows
 
-    def penalty(self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None) -> Tensor:
+    def penalty(self, tower: Tower, i: int, tokens: Tensor, context: Context) -> Tensor:
         """Return the penalty (B, N) of each token by block i's CLS row."""
-        p = tower.num_prefix_tokens
+        p, mask = tower.num_prefix_tokens, context.mask
         with scoring_context(tower.model, tokens):
-            cls = fused_cls(tower, tokens, text_cls, self)
-            row = tower.cls_attention(i, tokens, cls)
+            cls = fused_cls(tower, tokens, context.text_cls, self)
+            row = tower.cls_attention(i, tokens, cls, mask=mask)
             patches = row[:, p:]
-            protected = largest(patches, int(self.protect * patches.shape[1])) + p
+            count = int(self.protect * patches.shape[1])
+            protected = largest(patches, count) + p
             least = torch.finfo(row.dtype).tiny
             importance = row / patches.amax(1, keepdim=True).clamp(min=least)
-            return (self.weight * importance).scatter_add(
-                1, protected, torch.full_like(protected, PROTECTION, dtype=row.dtype)
-            )
+            added = torch.full_like(protected, PROTECTION, dtype=row.dtype)
+            if mask is not None:  # each image protects a share of its own patches
+                own = (self.protect * mask[:, p:].sum(1, dtype=torch.float64)).long()
+                added *= torch.arange(count, device=added.device) < own[:, None]
+            return (self.weight * importance).scatter_add(1, protected, added)

@@ -43,6 +43,7 @@ class ToMe(Strategy):
     name: ClassVar[str] = "tome"
     keep_field: ClassVar[str | None] = "r"
     replaces_block: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
     merge: ClassVar[Merge] = "nearest"
 
     r: Count | Rate | tuple[Count, ...] = 8
@@ -130,12 +131,18 @@ class ToMe(Strategy):
             return tokens.detach()
         return keys.mean(1) if self.compare == "mean_key" else keys.transpose(1, 2).flatten(2)
 
-    def scaled(self, merged: Tensor, tokens: Tensor, match: BipartiteInfo) -> Tensor:
-        """Return merged tokens (B, R, D) of tokens (B, N, D), with their norms if `keep_norm`."""
+    def scaled(
+        self, merged: Tensor, tokens: Tensor, match: BipartiteInfo, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return merged tokens (B, R, D) of tokens (B, N, D), with their norms if `keep_norm`.
+
+        `mask` (B, N) is False for padding.
+        """
         if not self.keep_norm or merged.shape == tokens.shape:
             return merged
         dtype = accumulator(tokens)
         norms = torch.linalg.vector_norm(tokens, dim=2, dtype=dtype)
+        norms = norms if mask is None else norms * mask
         largest = norms.new_zeros(merged.shape[:2])
         largest = largest.scatter_reduce(1, match.slots.long(), norms, "amax")
         now = torch.linalg.vector_norm(merged, dim=2, dtype=dtype)
@@ -146,16 +153,18 @@ class ToMe(Strategy):
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
         """Run block `stage.first`, with a merge between its attention and its MLP."""
-        i, previous = stage.first, context.previous
-        sizes = None if previous is None else previous.sizes
+        i, p = stage.first, tower.num_prefix_tokens
+        sizes = sizes_of(tokens, context)
         if self.is_final(i, tower.depth):
-            return self._final(tower, stage, tokens, sizes)
+            return self._final(tower, stage, tokens, context)
         N = tokens.shape[1]
         N = int(N) if isinstance(N, Tensor) else N  # of torch.jit.trace
-        r, penalty = N - tower.num_prefix_tokens - stage.keep, None
+        r, penalty, lengths = N - p - stage.keep, None, None
         if r > 0 and context.replay is None:
-            penalty = self.penalty(tower, i, tokens, context.text_cls)
-        tokens, keys = self._attend(tower, i, tokens, sizes)
+            penalty = self.penalty(tower, i, tokens, context)
+        if context.mask is not None:
+            lengths = context.mask.sum(1)
+        tokens, keys = self._attend(tower, i, tokens, context)
         if context.replay is not None:
             match = context.replay.reduction
             merged, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
@@ -166,10 +175,12 @@ class ToMe(Strategy):
                 r,
                 size=sizes,
                 penalty=penalty,
-                num_prefix_tokens=tower.num_prefix_tokens,
+                lengths=lengths,
+                merges=None if lengths is None else lengths - p - context.keep,
+                num_prefix_tokens=p,
                 return_info=True,
             )
-        tokens = self.scaled(merged, tokens, match)
+        tokens = self.scaled(merged, tokens, match, context.mask)
         positions = self.merged_positions(tower, match) if tower.has_positions else None
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
 
@@ -185,21 +196,19 @@ class ToMe(Strategy):
         return tower.positions_of(kept[:, p:])
 
     def _final(
-        self, tower: Tower, stage: Stage, tokens: Tensor, sizes: Tensor | None
+        self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
     ) -> tuple[Tensor, StageInfo]:
         """Run the last block for the prefix tokens, which attend to all tokens."""
         i = stage.first
         q, k, v = tower.qkv(i, tokens)
         p = tower.num_prefix_tokens
-        first = tower.attend(i, tokens[:, :p], self._bias(q, sizes), qkv=(q[:, :, :p], k, v))
+        first = tower.attend(i, tokens[:, :p], self._bias(q, context), qkv=(q[:, :, :p], k, v))
         none = torch.empty(len(tokens), 0, dtype=torch.long, device=tokens.device)
         weights = tokens.new_zeros(tokens.shape[:2], dtype=accumulator(tokens))
         dropped = ReductionInfo(none, weights, None, tower.num_prefix_tokens, merged=False)
         return tower.mlp(i, first), StageInfo(stage, dropped)
 
-    def penalty(
-        self, tower: Tower, i: int, tokens: Tensor, text_cls: Tensor | None
-    ) -> Tensor | None:
+    def penalty(self, tower: Tower, i: int, tokens: Tensor, context: Context) -> Tensor | None:
         """Return (B, N) to subtract from the similarity of each token that enters block i.
 
         Tokens (B, N, D) with a large penalty merge last. None means no penalty.
@@ -207,19 +216,31 @@ class ToMe(Strategy):
         return None
 
     def _attend(
-        self, tower: Tower, i: int, tokens: Tensor, sizes: Tensor | None
+        self, tower: Tower, i: int, tokens: Tensor, context: Context
     ) -> tuple[Tensor, Tensor]:
         """Return the output of block i's attention, and its detached keys (B, H, N, d)."""
         q, k, v = tower.qkv(i, tokens)
-        return tower.attend(i, tokens, self._bias(q, sizes), qkv=(q, k, v)), k.detach()
+        bias = self._bias(q, context)
+        return tower.attend(i, tokens, bias, qkv=(q, k, v)), k.detach()
 
-    def _bias(self, q: Tensor, sizes: Tensor | None) -> Tensor | None:
-        """Return what is added to the attention scores of each key."""
-        if not self.proportional or sizes is None:
+    def _bias(self, q: Tensor, context: Context) -> Tensor | None:
+        """Return what is added to the attention scores of each key, -inf for padding."""
+        sizes, mask = sizes_of(q, context), context.mask
+        if self.proportional and sizes is not None:
+            return sizes.log().to(q.dtype)[:, None, None]
+        if mask is None:
             return None
-        return sizes.log().to(q.dtype)[:, None, None]
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        return bias[:, None, None]
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with r as a share of the patches, evenly over the blocks."""
         patches = size.depth * size.num_patches  # over all blocks; half of them can merge
         return replace(self, r=round(strength * patches // 2) / patches)
+
+
+def sizes_of(like: Tensor, context: Context) -> Tensor | None:
+    """Return the sizes (B, N) of the tokens of a step, 0 for padding; None means 1 for each."""
+    if context.previous is not None:
+        return context.previous.sizes
+    return None if context.mask is None else context.mask.to(accumulator(like))
