@@ -23,16 +23,21 @@ def build(name: str, attention: str = "sdpa", rows: Any = None) -> tuple[nn.Modu
     model = model_of(
         config, {"": "eager", "text_config": attention} if name in EAGER_TOWER else attention
     )
-    pixels = {k: v.double() if v.is_floating_point() else v for k, v in pixels.items()}
+    pixels = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in pixels.items()}
     if rows is None:
         rows = VIDEO_ROWS if "pixel_values_videos" in pixels else ROWS
     return model, pixels | prompt(model, pixels, rows)
 
 
 def model_of(config: Any, attention: str | dict) -> nn.Module:
-    """Return a model in fp64, whose weights are larger than usual: its attention is not a mean."""
+    """Return a model, in fp64 if it has SDPA; eager attention gives padding NaN in fp64.
+
+    Weights are larger than in training, so that attention is not a mean.
+    """
     kind = hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    model = kind._from_config(config, attn_implementation=attention).eval().double()
+    model = kind._from_config(config, attn_implementation=attention).eval()
+    if config.get_text_config()._attn_implementation == "sdpa":
+        model.double()
     for weight in model.parameters():
         if weight.dim() > 1:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
