@@ -122,10 +122,10 @@ def diverse_reference(
     if real is not None:
         level = level.masked_fill(~real, PADDING.value)
     cosine = torch.where(cosine.isnan(), level[:, None], cosine.clamp(max=1.0))  # (B, N, N)
+    is_own = torch.eye(N, dtype=torch.bool, device=tokens.device)
     if first is None:
-        cosine.diagonal(dim1=1, dim2=2).fill_(NO_COSINE.value)
-        first = cosine.amax(1).argmin(1)
-    cosine.diagonal(dim1=1, dim2=2).fill_(SELECTED.value)
+        first = cosine.masked_fill_(is_own, NO_COSINE.value).amax(1).argmin(1)
+    cosine = cosine.masked_fill_(is_own, SELECTED.value)
     order, key = [first.clamp(0, N - 1)], level.new_full((), NO_COSINE.value)
     rows, start = cosine.view(B * N, N), torch.arange(0, B * N, N, device=tokens.device)
     for _ in range(1, keep):

@@ -46,8 +46,8 @@ ALONE = {  # programs and waits of one image, N = 257 of a ViT-B in bf16
     "_select_kernel": (1, 1),
     "_nearest_kernel": (9, 7),
     "_cosines_kernel": (81, 6),
-    "_diverse_kernel": (1, 168),
-    "_dpp_kernel": (1, 947),
+    "_diverse_kernel": (1, 167),
+    "_dpp_kernel": (1, 937),
 }
 GREEDY = {"_diverse_kernel", "_dpp_kernel"}  # each step waits for the one before
 SIXTEEN = {"_query_kernel", "_value_kernel"}  # sixteen images share a program
