@@ -57,6 +57,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm ViT, parallel blocks": named("timm:vit_small_patch16_18x2_224"),
     "timm ViT, post-norm": named("timm:vit_base_patch16_rpn_224"),
     "timm BEiT": named("timm:beit_base_patch16_224"),
+    "timm NaFlex (padded patches)": named("timm:naflexvit_base_patch16_map"),
     "timm CaiT": named("timm:cait_xxs24_224"),
     "timm Swin": named("timm:swin_base_patch4_window7_224"),
     "open_clip CLIP, whole (`ViT-B-16`)": named("open_clip:ViT-B-16"),
@@ -93,7 +94,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformers `SiglipForImageClassification`": configured(
         "SiglipForImageClassification", "SiglipConfig"
     ),
-    "transformers Siglip2": configured("Siglip2VisionModel", "Siglip2VisionConfig"),
+    "transformers `Siglip2VisionModel` (padded patches)": configured(
+        "Siglip2VisionModel", "Siglip2VisionConfig"
+    ),
     "transformers Swin": configured("SwinModel", "SwinConfig"),
 }
 
