@@ -8,6 +8,7 @@ import torch
 import elip_kernels
 from elip_kernels import launch, select_diverse, select_dpp
 from elip_kernels._operator import OPERATORS
+from elip_kernels.ops.select_dpp import SPANNED
 from tests.helpers.tiers import tiered
 from tests.interpreted import test_traffic
 
@@ -50,7 +51,7 @@ def gains(select, similarity, steps, options):
     rest, real = torch.ones(N, dtype=torch.float64), options.get("mask", torch.ones(N) > 0)
     for t, step in enumerate(steps):
         if select is select_dpp:
-            gain = torch.where(rest > 1e-4, weight * rest.clamp(min=0).sqrt(), 0.0)
+            gain = torch.where(rest > SPANNED.value, weight * rest.clamp(min=0).sqrt(), 0.0)
         elif t == 0:
             other = similarity.masked_fill(torch.eye(N, dtype=torch.bool) | ~real, -2.0)
             gain = -other.amax(1)
@@ -60,7 +61,7 @@ def gains(select, similarity, steps, options):
         gain = gain.masked_fill(~real, -3.0)
         gain[steps[:t]] = -torch.inf
         found.append(gain)
-        if real[step] and rest[step] > 1e-4:
+        if real[step] and rest[step] > SPANNED.value:
             column = similarity[step] - sum(c * c[step] for c in factor)
             factor.append(column / rest[step].sqrt())
             rest = rest - factor[-1].square()
