@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-STATE = "removed_tokens"
+STATE, LEVEL_STATES = "removed_tokens", "removed_tokens_of_levels"
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,24 @@ class CacheState:
         return replace(self, columns=self.columns[indices], real=self.real[indices], mask=mask)
 
 
+def cache_in(values: Any) -> Any:
+    """Return the cache in the arguments or in the output of a language model, or None."""
+    return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
+
+
+def level_states_of(cache: Any) -> tuple[CacheState, ...] | None:
+    """Return what the cache holds at each level of `inside`, or None."""
+    return getattr(cache, LEVEL_STATES, None)
+
+
+def store_level_states(cache: Any, states: tuple[CacheState, ...]) -> None:
+    """Store what the cache holds at each level of `inside`."""
+    setattr(cache, LEVEL_STATES, states)
+    for name, function in REPLACED_BY_LEVELS.items():
+        if name not in vars(cache):
+            setattr(cache, name, partial(function, cache))
+
+
 def state_of(cache: Any) -> CacheState | None:
     """Return the state of a cache from which tokens were removed, or None."""
     return getattr(cache, STATE, None)
@@ -108,18 +127,24 @@ def _select(cache: Any, indices: Tensor) -> None:
 
 def _repeat(cache: Any, repeats: int) -> None:
     type(cache).batch_repeat_interleave(cache, repeats)
-    rows = torch.arange(len(getattr(cache, STATE).columns))
+    states = (state_of(cache), *(level_states_of(cache) or ()))
+    rows = torch.arange(next(len(each.columns) for each in states if each is not None))
     _select_rows(cache, rows.repeat_interleave(repeats))
 
 
 def _select_rows(cache: Any, indices: Tensor) -> None:
-    state = getattr(cache, STATE)
-    setattr(cache, STATE, state.rows(indices.to(state.columns.device)))
+    """Select rows of all states of the cache."""
+    if (state := state_of(cache)) is not None:
+        setattr(cache, STATE, state.rows(indices.to(state.columns.device)))
+    if (levels := level_states_of(cache)) is not None:
+        indices = indices.to(levels[0].columns.device)
+        setattr(cache, LEVEL_STATES, tuple(each.rows(indices) for each in levels))
 
 
 def _reset(cache: Any) -> None:
     enter(cache)
-    delattr(cache, STATE)
+    for name in (STATE, LEVEL_STATES):
+        vars(cache).pop(name, None)
     cache.reset()
 
 
@@ -141,3 +166,7 @@ REPLACED = {
     "crop": _refuse_crop,
 }
 """The methods of a cache that are replaced outside of the language model."""
+REPLACED_BY_LEVELS = {
+    name: function for name, function in REPLACED.items() if not name.startswith("get_")
+}
+"""Those that are replaced if tokens are removed inside the language model alone."""

@@ -1,10 +1,12 @@
 """A sequence without its removed tokens: rows packed to the length of the longest, at the right."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,36 @@ class Packing:
         longest = int(kept.sum(1).max())
         order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -longest:]
         return cls(order, kept.gather(1, order), kept.shape[1])
+
+    @classmethod
+    def identity(cls, batch: int, length: int, device: torch.device) -> Self:
+        """Return the packing that keeps every token."""
+        order = torch.arange(length, device=device).expand(batch, -1)
+        return cls(order, torch.ones_like(order, dtype=torch.bool), length)
+
+    def with_real(self, real: Tensor) -> Self:
+        """Return the packing in which tokens beside `real` (B, M) bool are padding too."""
+        return type(self)(self.order, self.real & real, self.length)
+
+    def then(self, later: Self) -> Self:
+        """Return the packing that `later` makes of the sequence packed by this one."""
+        real = self.real.gather(1, later.order) & later.real
+        return type(self)(self.order.gather(1, later.order), real, self.length)
+
+    def kept(self) -> Tensor:
+        """Return (B, N) bool, the tokens that remain."""
+        return self.scatter_flags(self.real)
+
+    def scatter_flags(self, flags: Tensor) -> Tensor:
+        """Return (B, N) bool of flags (B, M), False for removed tokens."""
+        return self.scatter(flags.unsqueeze(-1)).squeeze(-1).bool()
+
+    def features(self, values: Tensor) -> Tensor:
+        """Return (.., B, M, D) of values (.., B, N, D), where B may be 1."""
+        *front, _, _, D = values.shape
+        values = values.expand(*front, len(self.order), self.length, D)
+        order = self.order.unsqueeze(-1).expand(*front, *self.order.shape, D)
+        return values.gather(-2, order)
 
     def rows(self, values: Tensor) -> Tensor:
         """Return (B, M, ..) of values (B, N, ..)."""
@@ -61,3 +93,16 @@ def hide(mask: Tensor, hidden: Tensor) -> Tensor:
     hidden = hidden[:, None, None]
     value: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(hidden, value)
+
+
+def runs_by_length(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows (R, 1) and positions (R, n) of the runs of n image tokens, for each n."""
+    host = images.to("cpu", torch.int8)
+    edges = F.pad(host, (1, 1)).diff(dim=1)
+    rows, starts = (edges == 1).nonzero(as_tuple=True)
+    ends = (edges == -1).nonzero(as_tuple=True)[1]
+    lengths = ends - starts
+    for length in lengths.unique().tolist():
+        these = lengths == length
+        positions = starts[these, None] + torch.arange(length)
+        yield rows[these, None].to(images.device), positions.to(images.device)

@@ -19,17 +19,22 @@ from elip_models.reduction.strategy_spec import StrategyOptions, parse_spec
 from elip_models.reduction.summary import Summary
 from elip_models.validation import PositiveInt, PositiveShare, check
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
+from elip_models.vlm.inside import InnerLayers
 from elip_models.vlm.seam import RECORDS, PromptInfo, Seam, SeamText
-from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES
+from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES, LAYER_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.inside import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+KINDS = IMAGE_TOKEN_STRATEGIES | LAYER_STRATEGIES
+"""The strategies of multimodal language models by name; the first is the default."""
 
 
 def reduce_(
     model: M,
-    strategy: str | Strategy | ImageTokenStrategy | None = None,
+    strategy: str | Strategy | ImageTokenStrategy | LayerStrategy | None = None,
     *,
     keep: float | int | None = None,
     schedule: Schedule | str | None = None,
@@ -52,9 +57,10 @@ def reduce_(
     encodes its text first, without gradient. Text i guides image i; a single text guides every
     image; with other numbers each image selects by itself.
 
-    In a multimodal language model, such as LLaVA, the strategies 'diverse', its default, 'stride',
-    'random' and 'pool' remove image tokens in front of the language model. The others reduce its
-    image tower, and may be used beside one of these.
+    In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
+    'cdpruner', 'pool', 'stride' and 'random' remove image tokens in front of the language model,
+    'fastv' and 'pyramid' inside it. The others reduce its image tower. One of each kind may be
+    used together; a further call replaces that of its kind.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, or a
@@ -84,8 +90,11 @@ def reduce_(
     patch.refuse_compiled(model, "reduce_")
     check_layers(multimodal)
     chosen = _strategy(strategy, keep)
-    _remove(multimodal)
-    Seam(multimodal, chosen).install(multimodal)
+    front, inside = _installed(multimodal)
+    if isinstance(chosen, LayerStrategy):
+        _install(multimodal, front, chosen)
+    else:
+        _install(multimodal, chosen, inside)
     return model
 
 
@@ -103,7 +112,7 @@ def unreduce_(model: M) -> M:
     """
     patch.unreduce_(model)
     if (multimodal := find_multimodal(model)) is not None:
-        _remove(multimodal)
+        _uninstall(multimodal)
     return model
 
 
@@ -122,10 +131,9 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
     multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
     if multimodal is None:
         return patch.reduction_summary(model)
-    seam = _seam(multimodal)
     reductions = patch.reductions_of(multimodal.tower)
     tower = reductions[0].summary if reductions else None
-    return MultimodalSummary.of(multimodal, seam.strategy if seam else None, tower)
+    return MultimodalSummary.of(multimodal, *_installed(multimodal), tower)
 
 
 def is_reduced(model: nn.Module) -> bool:
@@ -133,7 +141,9 @@ def is_reduced(model: nn.Module) -> bool:
     if not isinstance(model, nn.Module):
         return False
     multimodal = find_multimodal(model)
-    return patch.is_reduced(model) or (multimodal is not None and _seam(multimodal) is not None)
+    return patch.is_reduced(model) or (
+        multimodal is not None and _owner(multimodal.model, Seam) is not None
+    )
 
 
 @contextmanager
@@ -159,7 +169,7 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
         ValueError: a model that `reduce_` has not changed.
     """
     multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
-    seam = None if multimodal is None else _seam(multimodal)
+    seam = None if multimodal is None else _owner(multimodal.model, Seam)
     if seam is None:
         with patch.record_stages(model) as stages:
             yield stages
@@ -176,44 +186,65 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
 def _is_for_tower(strategy: Any, schedule: Any, options: dict[str, Any]) -> bool:
     """Return whether the arguments name a strategy of image towers."""
     if isinstance(strategy, str):
-        return strategy.partition(":")[0].strip() in set(STRATEGIES) - set(IMAGE_TOKEN_STRATEGIES)
+        return strategy.partition(":")[0].strip() in set(STRATEGIES) - set(KINDS)
     is_given = schedule is not None or any(value is not None for value in options.values())
     return isinstance(strategy, Strategy) or is_given
 
 
 def _strategy(
-    strategy: str | ImageTokenStrategy | None, keep: float | int | None
-) -> ImageTokenStrategy:
+    strategy: str | ImageTokenStrategy | LayerStrategy | None, keep: float | int | None
+) -> ImageTokenStrategy | LayerStrategy:
     """Return the strategy that the arguments of `reduce_` describe."""
     if keep is not None:
         check("keep", keep, PositiveShare | PositiveInt)
-    if isinstance(strategy, ImageTokenStrategy):
+    if isinstance(strategy, ImageTokenStrategy | LayerStrategy):
         if keep is not None:
             raise ValueError(f"keep: expected it inside the instance alone, got {keep!r} beside it")
         return strategy
-    name, settings = parse_spec(
-        next(iter(IMAGE_TOKEN_STRATEGIES)) if strategy is None else strategy, IMAGE_TOKEN_STRATEGIES
-    )
+    name, settings = parse_spec(next(iter(KINDS)) if strategy is None else strategy, KINDS)
     if keep is not None:
         if "keep" in settings:
             raise ValueError(f"keep: expected it once, got {keep!r} beside strategy={strategy!r}")
         settings["keep"] = keep
-    return IMAGE_TOKEN_STRATEGIES[name](**settings)
+    return KINDS[name](**settings)
 
 
-def _seam(multimodal: Multimodal) -> Seam | None:
-    """Return what reduces the sequence of the language model, or None."""
-    hooks = multimodal.model._forward_pre_hooks.values()
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
-    return next((owner for owner in owners if isinstance(owner, Seam)), None)
+def _owner(module: nn.Module, kind: type[T]) -> T | None:
+    """Return the instance of `kind` that has hooks of the module, or None."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
-def _remove(multimodal: Multimodal) -> None:
-    """Undo `Seam.install`."""
+def _installed(
+    multimodal: Multimodal,
+) -> tuple[ImageTokenStrategy | None, LayerStrategy | None]:
+    """Return the strategies in front of the language model and inside it, or None."""
+    seam = _owner(multimodal.model, Seam)
+    inner = _owner(multimodal.language_model, InnerLayers)
+    return seam and seam.strategy, inner and inner.strategy
+
+
+def _install(
+    multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
+) -> None:
+    """Replace what is installed."""
+    seam = Seam(multimodal, front)
+    inner = None if inside is None else InnerLayers(multimodal, inside)
+    _uninstall(multimodal)
+    seam.install(multimodal)
+    if inner is not None:
+        inner.install(multimodal)
+    model = multimodal.model
+    model.extra_repr = SeamText((front, inside), model, vars(model).get("extra_repr"))
+
+
+def _uninstall(multimodal: Multimodal) -> None:
+    """Restore the modules."""
     for module in multimodal.hooked:
         remove_hooks(module, Seam)
-        shown = vars(module).get("extra_repr")
-        if isinstance(shown, SeamText):
-            del module.extra_repr
-            if shown.replaced is not None:
-                module.extra_repr = shown.replaced
+    InnerLayers.uninstall(multimodal)
+    shown = vars(multimodal.model).get("extra_repr")
+    if isinstance(shown, SeamText):
+        del multimodal.model.extra_repr
+        if shown.replaced is not None:
+            multimodal.model.extra_repr = shown.replaced

@@ -9,7 +9,7 @@ A removed token is like one that no other token may attend to, which the tests c
 last token of each image stays, because the token behind it is predicted from it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elip_models.vlm.cache_state import CacheState, enter, leave, state_of
+from elip_models.vlm.cache_state import CacheState, cache_in, enter, leave, state_of
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.packing import Packing, gather_columns, hide
+from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
 from elip_models.vlm.strategies.base import ImageTokenStrategy
-
-CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 
 
 class PromptInfo(NamedTuple):
@@ -33,28 +31,32 @@ class PromptInfo(NamedTuple):
     Attributes:
         images: (B, N) bool, the image tokens of the prompt.
         kept: (B, N) bool, the tokens that the language model reads.
-        cached: the tokens of each sequence in its key-value cache afterwards, 0 without a cache.
+        kept_behind: (B, N) bool for each drop inside the language model, the tokens behind it.
+        cached: the tokens of each sequence in the key-value cache of each layer afterwards; empty
+            without a cache.
     """
 
     images: Tensor
     kept: Tensor
-    cached: int
+    kept_behind: tuple[Tensor, ...]
+    cached: tuple[int, ...]
 
 
 @dataclass
-class _Call:
+class PromptCall:
     """One forward pass of the multimodal model."""
 
     token: Token | None = field(default=None, repr=False)
     images: Tensor | None = None  # (B, N) bool
-    padding: Tensor | None = None  # (B, N) bool, of the text
+    mask: Tensor | None = None  # (B, K) of all cached and new tokens of the whole sequence
     kept: Tensor | None = None  # (B, N) bool, if tokens are removed
+    kept_behind: tuple[Tensor, ...] = ()  # of the sequence that the language model reads
     packing: Packing | None = None
     cache: Any = None
     state: CacheState | None = None
 
 
-CALLS: ContextVar[tuple[_Call, ...]] = ContextVar("CALLS", default=())
+CALLS: ContextVar[tuple[PromptCall, ...]] = ContextVar("CALLS", default=())
 LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
 RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar("RECORDS", default=())
 
@@ -62,7 +64,7 @@ RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar("R
 class Seam:
     """The hooks that reduce one multimodal language model, and the strategy they use."""
 
-    def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy) -> None:
+    def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy | None) -> None:
         self.strategy = strategy
         self.placeholder_ids = multimodal.placeholder_ids
         self.window = multimodal.window
@@ -79,7 +81,6 @@ class Seam:
             multimodal.head.register_forward_hook(
                 self.forget_labels, with_kwargs=True, always_call=True
             )
-        model.extra_repr = SeamText(self, model, vars(model).get("extra_repr"))
 
     def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the labels of the loss that will be computed."""
@@ -91,7 +92,7 @@ class Seam:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
-        call = _Call()
+        call = PromptCall()
         call.token = CALLS.set((*CALLS.get(), call))
         _refuse_packed(kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
@@ -101,7 +102,7 @@ class Seam:
         elif embeds is not None:  # generate passes embeddings instead
             call.images = _placeholders(model, embeds, self.placeholder_ids)
         if isinstance(mask, Tensor) and mask.dim() == 2 and call.images is not None:
-            call.padding = mask[:, -call.images.shape[1] :] == 0
+            call.mask = mask
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forget the forward pass."""
@@ -112,22 +113,22 @@ class Seam:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Remove tokens from what the language model reads."""
-        call = _current()
+        call = current_call()
         embeds = kwargs.get("inputs_embeds")
         if call is None or call.images is None or embeds is None:
             return None
-        call.cache = _cache_in(kwargs)
+        call.cache = cache_in(kwargs)
         past = state_of(call.cache)
         selected = self._select(embeds, call)
         if selected is None and past is None:
             return None
-        self._check(embeds, call.cache, past)
+        length = embeds.shape[1]
+        check_call(self.window, length + (past.length if past else 0), call.cache)
         if call.cache is not None:
             enter(call.cache)
         if past is None:
             cached = 0 if call.cache is None else call.cache.get_seq_length()
             past = CacheState.whole(len(embeds), cached, embeds.device)
-        length = embeds.shape[1]
         if selected is None:
             call.state = past.grown(length)
         else:
@@ -140,18 +141,16 @@ class Seam:
 
     def restore(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Return hidden states to the length of the whole sequence."""
-        call = _current()
+        call = current_call()
         if call is None or call.images is None:
             return None
-        found = (output[name] for name in CACHE_NAMES if output.get(name) is not None)
-        cache = next(found, call.cache)
-        held = 0 if cache is None else cache.get_seq_length()
+        cache = cache_in(output) or call.cache
+        for kept in call.kept_behind[-1:]:
+            _check_labels(kept if call.packing is None else call.packing.scatter_flags(kept))
+        for infos in (infos for owner, infos in RECORDS.get() if owner is self):
+            infos.append(_info(call, cache))
         if cache is not None and call.state is not None:
             leave(cache, call.state)
-        infos = [infos for owner, infos in RECORDS.get() if owner is self]
-        for each in infos:
-            kept = torch.ones_like(call.images) if call.kept is None else call.kept
-            each.append(PromptInfo(call.images, kept, held))
         if call.packing is None:
             return None
         scatter = call.packing.scatter
@@ -160,15 +159,19 @@ class Seam:
             output["hidden_states"] = tuple(scatter(each) for each in output["hidden_states"])
         return output
 
-    def _select(self, embeds: Tensor, call: _Call) -> tuple[Tensor, Tensor] | None:
+    def _select(self, embeds: Tensor, call: PromptCall) -> tuple[Tensor, Tensor] | None:
         """Return embeddings and (B, N) bool, the tokens to keep; None to keep all."""
         images = call.images
-        if images.shape[1] == 1:  # a step of decoding does not wait for the device
+        if (
+            self.strategy is None or images.shape[1] == 1
+        ):  # a step of decoding does not wait for the device
             return None
         kept = torch.ones_like(images)
         is_shorter = False
-        for rows, positions in _runs_by_length(images):
+        for rows, positions in runs_by_length(images):
             count = self.strategy.count(positions.shape[1])
+            if isinstance(self.strategy.keep, int) or count < positions.shape[1]:
+                _refuse_cut(positions, call.cache)
             if count == positions.shape[1]:
                 continue
             is_shorter = True
@@ -182,38 +185,53 @@ class Seam:
                 embeds = embeds.index_put((rows, positions), values.to(embeds.dtype))
         return (embeds, kept) if is_shorter else None
 
-    def _check(self, embeds: Tensor, cache: Any, past: CacheState | None) -> None:
-        """Raise an error for a call whose result would not be that of the tokens that stay."""
-        length = embeds.shape[1] + (past.length if past else 0)
-        if self.window is not None and length > self.window:
-            raise ValueError(
-                f"input_ids: expected at most {self.window} tokens, the window of the language "
-                f"model's attention, since it counts the removed ones too, got {length}; call "
-                "unreduce_ for longer prompts"
-            )
-        if getattr(cache, "is_compileable", False):
-            raise TypeError(
-                f"cache: expected a dynamic cache, got {type(cache).__name__}, whose length is "
-                "fixed; call generate without cache_implementation"
-            )
+
+def check_call(window: int | None, length: int, cache: Any) -> None:
+    """Raise an error for a call whose result would not be that of the tokens that stay.
+
+    `length` is that of the whole sequences, with the tokens in the cache.
+    """
+    if window is not None and length > window:
+        raise ValueError(
+            f"input_ids: expected at most {window} tokens, the window of the language "
+            f"model's attention, since it counts the removed ones too, got {length}; call "
+            "unreduce_ for longer prompts"
+        )
+    if getattr(cache, "is_compileable", False):
+        raise TypeError(
+            f"cache: expected a dynamic cache, got {type(cache).__name__}, whose length is "
+            "fixed; call generate without cache_implementation"
+        )
+
+
+def _info(call: PromptCall, cache: Any) -> PromptInfo:
+    """Return what is recorded of a forward pass."""
+    kept = torch.ones_like(call.images) if call.kept is None else call.kept
+    behind = call.kept_behind
+    if call.packing is not None:
+        behind = tuple(map(call.packing.scatter_flags, behind))
+    layers = [] if cache is None else cache.layers
+    return PromptInfo(call.images, kept, behind, tuple(each.get_seq_length() for each in layers))
 
 
 class SeamText:
     """A replacement of a model's `extra_repr`, which prints the reduction too."""
 
-    def __init__(self, seam: Seam, model: nn.Module, replaced: Callable[[], str] | None) -> None:
-        self.seam = seam
+    def __init__(
+        self, strategies: Sequence[object], model: nn.Module, replaced: Callable[[], str] | None
+    ) -> None:
+        self.text = ", then ".join(str(each) for each in strategies if each is not None)
         self.model = model
         self.replaced = replaced
 
     def __call__(self) -> str:
         """Return the model's own text, and the reduction in one line."""
         own = (self.replaced or partial(type(self.model).extra_repr, self.model))()
-        return "\n".join(filter(None, (own, f"(reduced) image tokens: {self.seam.strategy}")))
+        return "\n".join(filter(None, (own, f"(reduced) image tokens: {self.text}")))
 
 
 def _reduced_arguments(
-    kwargs: dict[str, Any], embeds: Tensor, call: _Call, past: CacheState
+    kwargs: dict[str, Any], embeds: Tensor, call: PromptCall, past: CacheState
 ) -> tuple[dict[str, Any], CacheState]:
     """Return the arguments of the language model for the tokens that remain, and its state."""
     packing, state = call.packing, call.state
@@ -280,25 +298,14 @@ def _mask(mask: Tensor | None, packing: Packing | None, past: CacheState, embeds
     return mask.gather(2, rows)
 
 
-def _question(embeds: Tensor, call: _Call, rows: Tensor) -> Tensor:
+def _question(embeds: Tensor, call: PromptCall, rows: Tensor) -> Tensor:
     """Return the mean embedding (R, D) of the tokens beside the images, for R images in `rows`."""
-    others = ~call.images if call.padding is None else ~(call.images | call.padding)
+    others = ~call.images
+    if call.mask is not None:
+        others = others & call.mask[:, -others.shape[1] :].bool()
     weights = others.to(embeds.dtype).unsqueeze(-1)
     mean = (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)
     return mean[rows[:, 0]]
-
-
-def _runs_by_length(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows (R, 1) and positions (R, n) of the runs of n image tokens, for each n."""
-    host = images.to("cpu", torch.int8)
-    edges = F.pad(host, (1, 1)).diff(dim=1)
-    rows, starts = (edges == 1).nonzero(as_tuple=True)
-    ends = (edges == -1).nonzero(as_tuple=True)[1]
-    lengths = ends - starts
-    for length in lengths.unique().tolist():
-        these = lengths == length
-        positions = starts[these, None] + torch.arange(length)
-        yield rows[these, None].to(images.device), positions.to(images.device)
 
 
 def _any_equal(ids: Tensor, values: tuple[int, ...]) -> Tensor:
@@ -313,13 +320,10 @@ def _placeholders(model: nn.Module, embeds: Tensor, ids: tuple[int, ...]) -> Ten
     return (embeds.unsqueeze(-2) == rows).all(-1).any(-1)
 
 
-def _current() -> _Call | None:
+def current_call() -> PromptCall | None:
+    """Return the forward pass of the multimodal model that runs in this thread, or None."""
     calls = CALLS.get()
     return calls[-1] if calls else None
-
-
-def _cache_in(kwargs: dict[str, Any]) -> Any:
-    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def _check_labels(kept: Tensor) -> None:
@@ -331,6 +335,18 @@ def _check_labels(kept: Tensor) -> None:
         raise ValueError(
             "labels: expected -100 at image tokens, since removed ones predict nothing, got other "
             "labels; set those of image tokens to -100"
+        )
+
+
+def _refuse_cut(positions: Tensor, cache: Any) -> None:
+    """Raise ValueError if a call continues the image that the call before it ended with."""
+    if cache is None or cache.get_seq_length() == 0:
+        return
+    if bool((positions[:, 0] == 0).any()):
+        raise ValueError(
+            "input_ids: expected whole images, behind a token of text, got image tokens at the "
+            "beginning of a call that continues a cache, as prefill_chunk_size cuts them; pass the "
+            "prompt at once"
         )
 
 

@@ -1,10 +1,12 @@
 """The summary of a multimodal language model: tokens, FLOPs and cache of an image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elip_models.reduction.summary import Summary
+from elip_models.reduction.summary import Summary, runs
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.inside import LayerStrategy
 
 NOMINAL_TOKENS = 576  # of a model whose images have different numbers of tokens
 
@@ -14,7 +16,9 @@ class MultimodalSummary:
     """What an image costs a multimodal language model; `print` shows all of it.
 
     strategy: what selects image tokens in front of the language model, or None.
+    inside: what selects them inside the language model, or None.
     image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ.
+    layer_tokens: the tokens of the image that each layer of the language model reads.
     prefill_flops: FLOPs of the language model for the kept tokens, selection included, relative to
         those for all tokens of the image. Tokens of text come on top of both.
     cache_bytes: what the kept tokens of an image take in the key-value cache, in the dtype of the
@@ -24,8 +28,10 @@ class MultimodalSummary:
     """
 
     strategy: ImageTokenStrategy | None
+    inside: LayerStrategy | None
     image_tokens: int
     kept_tokens: int
+    layer_tokens: tuple[int, ...]
     prefill_flops: float
     cache_bytes: int
     dense_cache_bytes: int
@@ -33,17 +39,24 @@ class MultimodalSummary:
 
     @classmethod
     def of(
-        cls, multimodal: Multimodal, strategy: ImageTokenStrategy | None, tower: Summary | None
+        cls,
+        multimodal: Multimodal,
+        strategy: ImageTokenStrategy | None,
+        inside: LayerStrategy | None,
+        tower: Summary | None,
     ) -> "MultimodalSummary":
-        """Summarize a model that `strategy` and `tower` reduce."""
+        """Summarize a model that `strategy`, `inside` and `tower` reduce."""
         tokens = getattr(multimodal.config, "image_seq_length", None) or NOMINAL_TOKENS
+        depth = len(multimodal.language_model.layers)
         kept = tokens if strategy is None else strategy.count(tokens)
-        dense = _prefill_flops(multimodal, tokens)
-        reduced = _prefill_flops(multimodal, kept)
-        if kept < tokens:
+        read = (kept,) * depth if inside is None else inside.kept(kept, depth)
+        reduced = _prefill_flops(multimodal, read)
+        if kept < tokens and strategy is not None:
             reduced += strategy.flops(tokens, multimodal.text_config.hidden_size)
+        share = reduced / _prefill_flops(multimodal, (tokens,) * depth)
         width = _cache_width(multimodal)
-        return cls(strategy, tokens, kept, reduced / dense, kept * width, tokens * width, tower)
+        cached, dense = sum(read) * width, tokens * depth * width
+        return cls(strategy, inside, tokens, kept, read, share, cached, dense, tower)
 
     @property
     def keep(self) -> float:
@@ -52,36 +65,39 @@ class MultimodalSummary:
 
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
-        shown = "every image token" if self.strategy is None else str(self.strategy)
+        used = [str(each) for each in (self.strategy, self.inside) if each is not None]
         lines = [
             ("image tower", "dense" if self.tower is None else self.tower.line),
-            ("language model", shown),
+            ("language model", ", then ".join(used) or "reads every image token"),
             ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in an image"),
-            ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, of an image's tokens"),
+            ("tokens a layer", runs(self.layer_tokens)),
+            ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for an image's tokens"),
             ("cache", f"{_size(self.cache_bytes)} of {_size(self.dense_cache_bytes)} an image"),
         ]
         return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
 
-def _prefill_flops(multimodal: Multimodal, tokens: int) -> int:
-    """Return the FLOPs of the language model's layers for a sequence of so many tokens."""
+def _prefill_flops(multimodal: Multimodal, tokens: Sequence[int]) -> int:
+    """Return the FLOPs of the language model's layers, each for a sequence of so many tokens."""
     layers = multimodal.language_model.layers
-    weights = sum(each.numel() for each in layers.parameters() if each.dim() > 1)
     config = multimodal.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * tokens * tokens * config.num_attention_heads * head * len(layers)
-    return (
-        2 * tokens * weights + attention
-    )  # half of 4 N², since each token attends to those before
+    total = 0
+    for layer, length in zip(layers, tokens, strict=True):
+        weights = sum(each.numel() for each in layer.parameters() if each.dim() > 1)
+        # half of the attention matrix, since each token attends to those before it
+        attention = 2 * length * length * config.num_attention_heads * head
+        total += 2 * length * weights + attention
+    return total
 
 
 def _cache_width(multimodal: Multimodal) -> int:
-    """Return the bytes of a token in the key-value cache."""
+    """Return the bytes of a token in the key-value cache of a layer."""
     config = multimodal.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     item = next(multimodal.language_model.parameters()).element_size()
-    return 2 * heads * head * config.num_hidden_layers * item
+    return 2 * heads * head * item
 
 
 def _size(count: int) -> str:

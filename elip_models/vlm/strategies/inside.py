@@ -1,0 +1,77 @@
+"""Strategies that remove image tokens behind layers of the language model."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from elip_models.validation import PositiveInt, PositiveShare, check_fields
+
+
+@dataclass(frozen=True)
+class LayerStrategy:
+    """A way to remove image tokens inside a language model.
+
+    Behind some layers, the image tokens that receive the least attention from the last token of the
+    sequence, mean over heads, are removed. The tokens of each image are compared with each other.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_fields(self)
+
+    def drops(self, num_layers: int) -> tuple[tuple[int, float], ...]:
+        """Return (layers that run before, share of the tokens there that stay), ascending."""
+        raise NotImplementedError
+
+    def kept(self, tokens: int, num_layers: int) -> tuple[int, ...]:
+        """Return how many of an image's tokens each layer reads."""
+        shares, counts = dict(self.drops(num_layers)), []
+        for at in range(num_layers):
+            tokens = count(tokens, shares.get(at, 1.0))
+            counts.append(tokens)
+        return tuple(counts)
+
+
+@dataclass(frozen=True)
+class FastV(LayerStrategy):
+    """Remove image tokens once (FastV, Chen et al., ECCV 2024).
+
+    Attributes:
+        layer: how many layers read every token.
+        keep: the share of each image's tokens that the others read.
+    """
+
+    name: ClassVar[str] = "fastv"
+
+    layer: PositiveInt = 2
+    keep: PositiveShare = 0.5
+
+    def drops(self, num_layers: int) -> tuple[tuple[int, float], ...]:
+        """Return the one drop."""
+        return ((self.layer, self.keep),)
+
+
+@dataclass(frozen=True)
+class Pyramid(LayerStrategy):
+    """Remove image tokens in stages (PyramidDrop, Xing et al., CVPR 2025).
+
+    Attributes:
+        stages: equal parts of the layers; each but the last ends with a drop.
+        keep: the share of the remaining tokens that stay at each drop.
+    """
+
+    name: ClassVar[str] = "pyramid"
+
+    stages: PositiveInt = 4
+    keep: PositiveShare = 0.5
+
+    def drops(self, num_layers: int) -> tuple[tuple[int, float], ...]:
+        """Return a drop at each border of two stages."""
+        borders = sorted({i * num_layers // self.stages for i in range(1, self.stages)} - {0})
+        return tuple((at, self.keep) for at in borders)
+
+
+def count(tokens: int, share: float) -> int:
+    """Return how many of an image's tokens a share is."""
+    return max(round(share * tokens), 1)

@@ -1,0 +1,223 @@
+"""Image tokens removed behind layers of the language model."""
+
+import copy
+
+import pytest
+import torch
+
+from elip_kernels import cls_attention
+from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
+from elip_models.vlm.attention_probe import is_watched
+from elip_models.vlm.families import find_multimodal
+from elip_models.vlm.strategies.inside import FastV, Pyramid
+from tests.vlm import oracle
+from tests.vlm.configs import CASES, EAGER
+from tests.vlm.models import build
+
+FAST = [name for name in ("llava", "qwen2_5_vl", "gemma3") if name in CASES]
+FAMILIES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CASES]
+
+
+def built(name, attention="sdpa"):
+    return build(name, "eager" if name in EAGER else attention)
+
+
+def first_layer(model):
+    """Return how many layers must read every token."""
+    return max(1, len(getattr(find_multimodal(model).tower, "deepstack_visual_indexes", ())))
+
+
+class Hidden:
+    """Hides removed columns from the layers behind each drop of a stock model."""
+
+    def __init__(self, model, drops, kept_behind):
+        layers = find_multimodal(model).language_model.layers
+        self.handles = [
+            layer.register_forward_pre_hook(self.hook(kept), with_kwargs=True)
+            for i, layer in enumerate(layers)
+            for kept in [k for (at, _), k in zip(drops, kept_behind, strict=True) if at <= i][-1:]
+        ]
+
+    def hook(self, kept):
+        def hide(layer, args, kwargs):
+            mask, queries = kwargs.get("attention_mask"), args[0].shape[1]
+            cache = next((kwargs[n] for n in oracle.CACHE_NAMES if kwargs.get(n) is not None), None)
+            past = 0 if cache is None else cache.layers[0].get_seq_length() - (queries == 1)
+            if mask is None:
+                total = past + queries
+                seen = torch.arange(total) <= torch.arange(past, total)[:, None]
+                mask = seen.expand(len(kept), 1, -1, -1)
+            columns = torch.ones(len(kept), mask.shape[-1], dtype=torch.bool)
+            columns[:, : kept.shape[1]] = kept[:, : mask.shape[-1]]
+            value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            return args, kwargs | {
+                "attention_mask": mask.masked_fill(~columns[:, None, None], value)
+            }
+
+        return hide
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("front", [None, "stride"])
+def test_logits_and_decoding_are_those_of_layers_without_removed_columns(name, front):
+    model, inputs = built(name)
+    strategy = FastV(layer=first_layer(model), keep=0.5)
+    if strategy.layer >= len(find_multimodal(model).language_model.layers):
+        pytest.skip("every layer adds features to image tokens")
+    if front is not None:
+        reduce_(model, front, keep=0.5)
+    reduce_(model, strategy)
+    with record_stages(model) as infos:
+        found = oracle.stock_generate(model, inputs)
+    info = infos[0]
+    assert not torch.equal(info.kept, info.kept_behind[0])
+    unreduce_(model)
+    drops = strategy.drops(len(find_multimodal(model).language_model.layers))
+    with oracle.hidden(model, info.kept), Hidden(model, drops, info.kept_behind):
+        expected = oracle.stock_generate(model, inputs)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(map(oracle.close, found.logits, expected.logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAST)
+def test_a_pyramid_removes_tokens_at_each_border(name):
+    model, inputs = built(name)
+    dense = model(**inputs).logits
+    strategy = Pyramid(stages=3, keep=0.5)
+    reduce_(model, strategy)
+    with record_stages(model) as infos:
+        logits = model(**inputs, use_cache=True).logits
+    info, drops = infos[0], strategy.drops(3)
+    assert [at for at, _ in drops] == [1, 2]
+    first, second = (kept.sum(1) for kept in info.kept_behind)
+    assert (second < first).all() and (first < info.kept.sum(1)).all()
+    longest = [int(each.sum(1).max()) for each in (info.kept, *info.kept_behind)]
+    assert list(info.cached) == longest  # the exact length of each layer's cache
+    unreduce_(model)
+    with Hidden(model, drops, info.kept_behind):
+        expected = model(**inputs).logits
+    read = info.kept_behind[-1] & inputs["attention_mask"].bool()
+    assert oracle.close(logits[read], expected[read])
+    assert (logits[~info.kept_behind[-1]] - logits[~info.kept_behind[-1]][:1]).abs().max() == 0
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_tokens_that_the_last_one_attends_to_most_stay(attention):
+    model, inputs = built("llava", attention)
+    reduce_(model, "fastv:layer=2", keep=0.25)
+    layer, seen = find_multimodal(model).language_model.layers[1].self_attn, {}
+    layer.q_proj.register_forward_hook(lambda m, a, out: seen.update(q=out))
+    layer.k_proj.register_forward_hook(lambda m, a, out: seen.update(k=out))
+    rotate = {}
+    layer.register_forward_pre_hook(
+        lambda m, a, kw: rotate.update(r=kw["position_embeddings"]), with_kwargs=True
+    )
+    with record_stages(model) as infos:
+        model(**inputs)
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = (seen[n].unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for n in "qk")
+    q, k = apply_rotary_pos_emb(q, k, *rotate["r"])
+    row = cls_attention(q[:, :, -1], k, mask=inputs["attention_mask"].bool())
+    images, kept = infos[0].images, infos[0].kept_behind[0]
+    for b in range(len(images)):
+        edges = torch.nn.functional.pad(images[b].int(), (1, 1)).diff()
+        for start, end in zip(*((edges == s).nonzero()[:, 0] for s in (1, -1)), strict=True):
+            order = row[b, start : end - 1].argsort(descending=True)
+            count = round(0.25 * int(end - start))
+            best = sorted([*order[: count - 1].tolist(), int(end - start) - 1])
+            assert kept[b, start:end].nonzero()[:, 0].tolist() == best
+
+
+def test_loss_and_gradients_train_the_model_with_fewer_tokens():
+    model, inputs = built("llava")
+    labels = inputs["input_ids"].clone()
+    labels[(labels == model.config.image_token_id) | (inputs["attention_mask"] == 0)] = -100
+    reduce_(model, "fastv:layer=1", keep=0.5)
+    with record_stages(model) as infos:
+        loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    unreduce_(model)
+    with Hidden(model, ((1, 0.5),), infos[0].kept_behind):
+        expected = model(**inputs, labels=labels).loss
+        expected.backward()
+    assert abs(loss - expected) <= 1e-6 * abs(expected)
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    largest = max(each.abs().max() for each in gradients.values())
+    assert found.keys() == gradients.keys()
+    assert max((found[n] - g).abs().max() for n, g in gradients.items()) <= 1e-6 * largest
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    found = []
+    for checkpointing in (False, True):
+        model, inputs = built("llava")
+        reduce_(model, "fastv:layer=1", keep=0.5).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs, use_cache=False).logits[:, -1].square().mean().backward()
+        found.append(find_multimodal(model).language_model.layers[0].self_attn.q_proj.weight.grad)
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_copy_is_reduced_and_unreduce_leaves_nothing():
+    model, inputs = built("llava")
+    reduce_(model, "fastv", keep=0.5)
+    other = copy.deepcopy(model)
+    dense = unreduce_(copy.deepcopy(model))(**inputs).logits
+    reduced = model(**inputs).logits
+    assert not torch.equal(reduced, dense)
+    assert torch.equal(other(**inputs).logits, reduced)
+    unreduce_(other)
+    assert not is_reduced(other) and torch.equal(other(**inputs).logits, dense)
+    layers = find_multimodal(other).language_model.layers
+    assert not any(is_watched(each.self_attn) or each._forward_pre_hooks for each in layers)
+    assert "extra_repr" not in vars(find_multimodal(other).model)
+    assert torch.equal(model(**inputs).logits, reduced)
+
+
+def test_one_strategy_of_each_place_is_used_together():
+    model, _ = built("llava")
+    reduce_(model, "tome", keep=0.7)
+    reduce_(model, "diverse", keep=0.5)
+    reduce_(model, "fastv:layer=1", keep=0.5)
+    reduce_(model, "stride", keep=8)
+    summary = reduction_summary(model)
+    assert summary.strategy.name == "stride" and summary.inside == FastV(1, 0.5)
+    assert summary.layer_tokens == (8, 4, 4)
+    assert summary.tower.strategy.name == "tome"
+    assert "tome" in str(summary) and "FastV" in repr(model)
+    unreduce_(model)
+    assert not is_reduced(model)
+
+
+@pytest.mark.parametrize("layer", [3, 40])
+def test_a_drop_behind_the_last_layer_is_refused(layer):
+    model, _ = built("llava")
+    with pytest.raises(ValueError, match="one of the first 2 layers of 3"):
+        reduce_(model, FastV(layer=layer))
+    assert not is_reduced(model)
+
+
+@pytest.mark.skipif("qwen3_vl" not in CASES, reason="this transformers has no Qwen3-VL")
+def test_a_drop_inside_deepstack_is_refused():
+    model, _ = built("qwen3_vl")
+    first = first_layer(model)
+    if first > 1:
+        with pytest.raises(ValueError, match=f"behind layer {first} or later"):
+            reduce_(model, FastV(layer=first - 1))
+    assert not is_reduced(model)
