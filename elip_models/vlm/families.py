@@ -5,6 +5,7 @@ then call one language model. A row names the language model; tests run every ro
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -103,4 +104,9 @@ def check_layers(multimodal: Multimodal) -> None:
         raise TypeError(
             f"model: expected a language model whose layers all attend to the tokens before, got "
             f"layers of type {', '.join(sorted(unknown))}, whose state counts every token"
+        )
+    if "position_ids" not in signature(multimodal.language_model.forward).parameters:
+        raise TypeError(
+            "model: expected a language model that takes position_ids, which remaining tokens "
+            f"keep, got {type(multimodal.language_model).__name__}"
         )

@@ -1,6 +1,7 @@
 """A tiny config of each family of multimodal language models, and pixels of a batch for it."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ VISION = dict(
     num_attention_heads=4,
     image_size=32,
     patch_size=8,
+)
+QWEN_VISION = dict(
+    depth=2, hidden_size=32, intermediate_size=48, num_heads=4, patch_size=4, out_hidden_size=32
 )
 TOKENS = dict(image_token_index=IMAGE)
 BOTH = dict(image_token_index=IMAGE, video_token_index=VIDEO)
@@ -289,13 +293,16 @@ def perception_lm_video() -> tuple[Any, dict]:
 
 
 def video_llava() -> tuple[Any, dict]:
-    return hf.VideoLlavaConfig(vision_config=clip(), text_config=llama(), **BOTH), {
-        "pixel_values": images(3)
-    }
+    config = hf.VideoLlavaConfig(vision_config=clip(), text_config=llama(), **BOTH)
+    arguments = signature(hf.VideoLlavaModel.forward).parameters
+    name = "pixel_values" if "pixel_values" in arguments else "pixel_values_images"
+    return config, {name: images(3)}  # the second before transformers 5.23
 
 
 def video_llava_video() -> tuple[Any, dict]:
-    return video_llava()[0], {"pixel_values": images(2), "pixel_values_videos": images(1, 4)}
+    config, inputs = video_llava()
+    inputs = {name: value[:2] for name, value in inputs.items()}
+    return config, inputs | {"pixel_values_videos": images(1, 4)}
 
 
 def qwen2_vl() -> tuple[Any, dict]:
@@ -304,30 +311,12 @@ def qwen2_vl() -> tuple[Any, dict]:
 
 
 def qwen2_5_vl() -> tuple[Any, dict]:
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        patch_size=4,
-        out_hidden_size=32,
-        window_size=16,
-        fullatt_block_indexes=[1],
-    )
+    vision = QWEN_VISION | dict(window_size=16, fullatt_block_indexes=[1])
     return _qwen(hf.Qwen2_5_VLConfig, vision), _patches()
 
 
 def qwen3_vl() -> tuple[Any, dict]:
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        patch_size=4,
-        out_hidden_size=32,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 1],
-    )
+    vision = QWEN_VISION | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
     return _qwen(hf.Qwen3VLConfig, vision), _patches()
 
 

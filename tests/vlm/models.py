@@ -16,7 +16,9 @@ ROWS = ((4, "image", 3), (2, "image", 1, "image", 6))
 VIDEO_ROWS = ((4, "video", 2, "image", 3), (2, "image", 5))
 
 
-def build(name: str, attention: str = "sdpa", rows: Any = None) -> tuple[nn.Module, dict]:
+def build(
+    name: str, attention: str = "sdpa", rows: Any = None, padding: str = "left"
+) -> tuple[nn.Module, dict]:
     """Return a model and the inputs of its forward pass."""
     torch.manual_seed(0)
     config, pixels = CASES[name]()
@@ -26,7 +28,7 @@ def build(name: str, attention: str = "sdpa", rows: Any = None) -> tuple[nn.Modu
     pixels = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in pixels.items()}
     if rows is None:
         rows = VIDEO_ROWS if "pixel_values_videos" in pixels else ROWS
-    return model, pixels | prompt(model, pixels, rows)
+    return model, pixels | prompt(model, pixels, rows, padding)
 
 
 def model_of(config: Any, attention: str | dict) -> nn.Module:
@@ -45,7 +47,7 @@ def model_of(config: Any, attention: str | dict) -> nn.Module:
     return model
 
 
-def prompt(model: nn.Module, pixels: dict, rows: Any) -> dict:
+def prompt(model: nn.Module, pixels: dict, rows: Any, padding: str = "left") -> dict:
     """Return the ids and masks of a batch, with as many image tokens as the model has features."""
     lengths = {"image": iter(feature_counts(model, pixels, rows, "image"))}
     lengths["video"] = iter(feature_counts(model, pixels, rows, "video"))
@@ -61,7 +63,9 @@ def prompt(model: nn.Module, pixels: dict, rows: Any) -> dict:
                 line += [IMAGE] * next(lengths[part]) if part == "image" else text(part)
         lines.append(line)
     longest = max(map(len, lines))
-    ids = torch.tensor([[PAD] * (longest - len(line)) + line for line in lines])
+    pads = [[PAD] * (longest - len(line)) for line in lines]
+    pairs = zip(pads, lines, strict=True) if padding == "left" else zip(lines, pads, strict=True)
+    ids = torch.tensor([first + second for first, second in pairs])
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()} | types(model, ids)
 
 
@@ -90,7 +94,8 @@ def feature_counts(model: nn.Module, pixels: dict, rows: Any, kind: str) -> list
     if count == 0:
         return []
     find = getattr(model.model, f"get_{kind}_features", model.model.get_image_features)
-    main = "pixel_values_videos" if kind == "video" else "pixel_values"
+    mains = {"video": ("pixel_values_videos",), "image": ("pixel_values", "pixel_values_images")}
+    main = next(name for name in mains[kind] if name in pixels)
     others = ("video_grid_thw",) if kind == "video" else ("image_grid_thw", "image_sizes")
     settings = {name: pixels[name] for name in others if name in pixels}
     features = find(pixels[main], **settings, return_dict=True).pooler_output

@@ -297,13 +297,41 @@ def test_gemma3_beyond_its_window_is_refused():
         model(**inputs)
 
 
-def test_linear_attention_is_refused():
-    config, _ = llava()
-    config.text_config = hf.Qwen3_5TextConfig(
+LINEAR = {
+    "Qwen3.5": lambda: hf.Qwen3_5TextConfig(
         **TEXT, layer_types=["linear_attention", "full_attention", "full_attention"]
-    )
+    ),
+    "Mamba": lambda: hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=120),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_attention_is_refused(name):
+    config, _ = llava()
+    config.text_config = LINEAR[name]()
     with pytest.raises(TypeError, match="layers of type linear_attention"):
-        reduce_(model_of(config, "sdpa"), keep=0.5)
+        reduce_(hf.LlavaForConditionalGeneration(config), keep=0.5)
+
+
+def test_language_models_without_position_ids_are_refused():
+    config, _ = llava()
+    config.text_config = hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=120)
+    with pytest.raises(TypeError, match="that takes position_ids"):
+        reduce_(hf.LlavaForConditionalGeneration(config), keep=0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [0.5, 20])
+def test_a_prefill_in_chunks_that_cut_images_is_refused(keep):
+    model, inputs = made("llava")
+    settings = {"prefill_chunk_size": 10, "max_new_tokens": 2}
+    reduce_(model, keep=keep)
+    with pytest.raises(ValueError, match="as prefill_chunk_size cuts them"):
+        oracle.stock_generate(model, inputs, **settings)
+    reduce_(model, keep=1.0)
+    logits = oracle.stock_generate(model, inputs, **settings).logits
+    unreduce_(model)
+    assert all(map(torch.equal, logits, oracle.stock_generate(model, inputs, **settings).logits))
 
 
 @torch.no_grad()
@@ -313,7 +341,6 @@ def test_ways_to_generate_that_need_another_cache_are_refused(name):
     reduce_(model, keep=0.5)
     with pytest.raises(TypeError, match="expected a dynamic cache, got StaticCache"):
         model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
-    one = {key: value[1:] if len(value) == 2 else value for key, value in inputs.items()}
     one = prompt(model, inputs, ((2, "image", 1, "image", 1, "image", 6),)) | {
         key: value for key, value in inputs.items() if "pixel" in key or key.startswith("image_")
     }

@@ -9,6 +9,7 @@ from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, IMAGE, PAD, VIDEO
 from tests.vlm.models import build
 
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6}  # norms compute in fp32 in both
 QUICK = {"llava", "qwen3_vl_video", "gemma3", "paligemma"}
 LORA = LoraConfig(
     target_modules=r".*layers\.\d+\.self_attn\.[qv]_proj", r=4, init_lora_weights=False
@@ -27,7 +28,7 @@ def trained(name, attention="sdpa"):
 
     The token behind an image has a label too.
     """
-    model, inputs = build(name, attention)
+    model, inputs = build(name, attention, padding="right")
     ids = inputs["input_ids"]
     hidden = torch.isin(ids, torch.tensor([IMAGE, VIDEO, PAD]))
     labels = ids.masked_fill(hidden, -100)
@@ -52,12 +53,13 @@ def assert_trains_as_oracle(model, inputs):
     with oracle.hidden(model, kept):
         other, expected = gradients(model, inputs)
     assert not kept.all()
-    assert oracle.close(loss, other)
+    tolerance = TOLERANCE[other.dtype]
+    assert (loss - other).abs() <= tolerance * other
     assert set(found) == set(expected)
     largest = torch.stack([grad.abs().max() for grad in expected.values()]).max()
     assert largest > 1e-3
     for name, grad in found.items():
-        assert oracle.difference(grad, expected[name], largest) < 1, name
+        assert (grad - expected[name]).abs().max() <= tolerance * largest, name
     return found
 
 
