@@ -27,11 +27,11 @@ TRANSFORMERS = {
     "WhisperModel": "reads audio.*pass an image model",
     "PatchTSTModel": "reads time series.*pass an image model",
     "BertModel": "reads text alone.*such as CLIPModel or LlavaForConditionalGeneration",
-    "Qwen2VLModel": "an image tower of its own kind.*supported, also inside other models",
+    "Glm4vModel": "an image tower of its own kind.*supported, also inside other models",
 }
 SMALL = {
     "TimmWrapperModel": {"architecture": "test_vit"},
-    "Qwen2VLModel": {"text_config": {"num_hidden_layers": 1}},
+    "Glm4vModel": {"text_config": {"num_hidden_layers": 1}},
 }
 
 
