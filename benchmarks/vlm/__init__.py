@@ -1,0 +1,1 @@
+"""A small LLaVA on generated questions: what fewer image tokens cost a language model."""

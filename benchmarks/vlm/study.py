@@ -1,0 +1,205 @@
+"""Train a small LLaVA on generated questions, and remove image tokens from its sequence.
+
+    python -m benchmarks.vlm.study FEATURES --output X.json [--seeds 3] [--questions 10000]
+
+FEATURES is a folder for the features of the images, which take most of the first run. The image
+tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has four layers. Each seed trains a
+model with every token, and removes tokens afterwards; then it trains one model for each setting of
+`TRAINED` with the tokens removed. Settings are compared with the model that reads every token,
+paired by question.
+"""
+
+import argparse
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks.machine import machine
+from benchmarks.vlm.questions import KINDS, TOKENS, WIDTH, Questions, read_questions, vocabulary
+from elip_models import reduce_, unreduce_
+from elip_models.models.io.files import write_json
+from elip_models.profiling.commit import commit
+from elip_models.tasks.intervals import bootstrap_interval
+
+KEEPS = (0.5, 0.25, 0.11)
+STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
+TRAINED = ("random", "pool", "diverse")
+TRAINED_KEEP = 0.25
+STEPS, BATCH, LR, WARMUP = 2000, 64, 1e-3, 200
+EVALUATED, EVALUATION_SEED = 2000, 1
+
+
+class StoredFeatures(nn.Module):
+    """An image tower whose pixel values are the features of a frozen one."""
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> SimpleNamespace:
+        """Return the features as the hidden states of the last layer."""
+        return SimpleNamespace(hidden_states=(pixel_values,), pooler_output=None)
+
+
+def make_model(words: int) -> nn.Module:
+    """Return a LLaVA of four small layers, whose image tower is `StoredFeatures`."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=6, intermediate_size=WIDTH
+    )
+    text = transformers.LlamaConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        vocab_size=words,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=2,
+        image_seq_length=TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.model.vision_tower = StoredFeatures()
+    return model
+
+
+def logits(model: nn.Module, data: Questions, rows: Tensor) -> Tensor:
+    """Return (B, V) the logits of the token behind each question."""
+    front = torch.tensor([1] + [2] * TOKENS).expand(len(rows), -1)
+    ids = torch.cat((front, data.ids[rows]), 1)
+    mask = (ids != 0).long()
+    ids, mask = _left(ids, mask)
+    features = data.features[rows].float()
+    return model(
+        input_ids=ids, attention_mask=mask, pixel_values=features, logits_to_keep=1
+    ).logits[:, 0]
+
+
+def _left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the padding between image and question to the left end."""
+    order = mask.argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def train(model: nn.Module, data: Questions, seed: int, steps: int, title: str) -> None:
+    """Train the model on the questions."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=WARMUP / steps)
+    model.train()
+    for _ in track(range(steps), title):
+        rows = torch.randint(len(data.ids), (BATCH,))
+        loss = nn.functional.cross_entropy(logits(model, data, rows), data.answers[rows])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    model.eval()
+
+
+@torch.inference_mode()
+def score(model: nn.Module, data: Questions) -> np.ndarray:
+    """Return for each question whether the most probable token is a right answer."""
+    torch.manual_seed(0)
+    found = []
+    for rows in torch.arange(len(data.ids)).split(BATCH):
+        best = logits(model, data, rows).argmax(1, keepdim=True)
+        found.append(data.answers[rows].gather(1, best)[:, 0] > 0)
+    return torch.cat(found).numpy().astype(float)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; return the exit status."""
+    options, console = _parser().parse_args(arguments), Console()
+    training = read_questions(options.questions, 0, options.features)
+    test = read_questions(options.evaluated, EVALUATION_SEED, options.features)
+    words = len(vocabulary())
+    scores: dict[str, list[np.ndarray]] = {}
+    for seed in range(options.seeds):
+        for name, values in _one_seed(training, test, words, seed, options.steps):
+            scores.setdefault(name, []).append(values)
+            console.print(f"seed {seed}: {name}: {values.mean():.3f}")
+        _write(options, scores, test.kinds.numpy())
+    console.print(str(options.output))
+    return 0
+
+
+def _one_seed(training: Questions, test: Questions, words: int, seed: int, steps: int) -> Any:
+    """Yield the names of the settings with their scores, question by question."""
+    torch.manual_seed(seed)
+    model = make_model(words)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, training, seed, steps, f"seed {seed}, every token")
+    yield "dense", score(model, test)
+    for keep in KEEPS:
+        for strategy in STRATEGIES:
+            reduce_(model, strategy, keep=keep)
+            yield f"{strategy} {keep:g}", score(model, test)
+            unreduce_(model)
+    for strategy in TRAINED:
+        model.load_state_dict(start)
+        reduce_(model, strategy, keep=TRAINED_KEEP)
+        train(model, training, seed, steps, f"seed {seed}, {strategy}")
+        yield f"trained with {strategy} {TRAINED_KEEP:g}", score(model, test)
+        unreduce_(model)
+
+
+def _write(options: argparse.Namespace, scores: dict[str, Any], kinds: np.ndarray) -> None:
+    """Write what has been measured so far."""
+    dense = np.stack(scores["dense"])
+    settings = []
+    for name, values in scores.items():
+        found = np.stack(values)
+        row = {"setting": name, "accuracy": _interval(found), "by_seed": found.mean(1).tolist()}
+        row["difference"] = _interval(found - dense)
+        row["by_kind"] = {kind: _interval(found[:, kinds == i]) for i, kind in enumerate(KINDS)}
+        settings.append(row)
+    document = {
+        **machine(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "questions": options.questions,
+        "evaluated": options.evaluated,
+        "steps": options.steps,
+        "seeds": len(dense),
+        "image_tokens": TOKENS,
+        "settings": settings,
+    }
+    write_json(options.output, document)
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    """Return mean and ends of the interval over questions, of the mean over seeds (S, Q)."""
+    return list(bootstrap_interval(values.mean(0)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vlm.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("features", type=Path, help="a folder for the features of the images")
+    add("--output", type=Path, required=True, metavar="X.json")
+    add("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
+    add("--questions", type=int, default=10000, help="for training (default: %(default)s)")
+    add("--evaluated", type=int, default=EVALUATED, help="for evaluation (default: %(default)s)")
+    add("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
