@@ -142,7 +142,7 @@ def _cosines_kernel(
 ):  # fmt: skip
     """Store a tile of cosines, and the largest of each column with another token of the tile.
 
-    A cosine is NaN if a token has no direction or its row is padding. On the diagonal it is 1.
+    A cosine is NaN if a token has no direction or its row is padding.
     Grid: (image, BLOCK_A tokens, BLOCK_B tokens).
     """
     pid_b = tl.program_id(0).to(tl.int64)
@@ -160,13 +160,12 @@ def _cosines_kernel(
         scale_a = tl.where(real != 0, scale_a, float("nan"))
     cosine = product * inverse_norm(square_b, SMALLEST_SQUARE)[None, :]
     cosine = cosine * scale_a[:, None]  # [BLOCK_A, BLOCK_B]
-    is_own = offs_a[:, None] == offs_b[None, :]
     if HAS_NEAREST:
+        is_own = offs_a[:, None] == offs_b[None, :]
         other = tl.where(is_own, NO_COSINE, cosine)
         nearest = tl.max(tl.where(other == other, other, NO_COSINE), 0)
         part = pid_b * tl.num_programs(1) + tl.program_id(1)
         tl.store(nearest_ptr + part * N + offs_b, nearest, mask=mask_b)
-    cosine = tl.where(is_own & (cosine == cosine), 1.0, cosine)
     mask = mask_a[:, None] & mask_b[None, :]
     tl.store(cosine_ptr + (pid_b * N + offs_a)[:, None] * N + offs_b[None, :], cosine, mask=mask)
 

@@ -3,8 +3,9 @@
     L   = diag(q) S diag(q), S the cosines of the tokens (N, N), q the relevance (N)
     s_t = arg max_n det L[{s_1 .. s_t-1, n}] over the tokens that are not selected  (B, K) int64
 
-The gain of token n is q_n^2 r_n. At first r_n = 1. Each step subtracts the square of a column of
-the Cholesky factor of S (Chen et al., arXiv 1709.05135, algorithm 1). With j the selected token:
+The gain of token n is q_n^2 r_n. At first r_n = S_nn = 1. Each step subtracts the square of a
+column of the Cholesky factor of S (Chen et al., arXiv 1709.05135, algorithm 1). With j the selected
+token:
 
     e_n = (S_jn - sum_i c_in c_ij) / sqrt(r_j), the sum over the columns c_i of earlier steps
     r_n <- r_n - e_n^2
@@ -91,7 +92,8 @@ def dpp_reference(
     """Compute the selection in PyTorch; return positions (B, K) in the order of selection."""
     (B, N, _), unit = tokens.shape, unit_rows(tokens)
     cosine = (unit @ unit.mT).nan_to_num_(0.0)  # (B, N, N)
-    rest = (~unit[..., 0].isnan()).to(unit.dtype)
+    rest = cosine.diagonal(dim1=1, dim2=2)
+    whole = rest.masked_fill(rest == 0.0, 1.0)  # 1, up to the rounding of the token's norm
     weight = torch.ones_like(rest)
     if relevance is not None:
         weight = relevance.to(accumulator(tokens, relevance)).abs()
@@ -102,7 +104,7 @@ def dpp_reference(
     rows, start = cosine.view(B * N, N), torch.arange(0, B * N, N, device=tokens.device)
     factor, order = cosine.new_zeros(B, keep, N), []
     for t in range(keep):
-        gain = torch.where(rest > SPANNED.value, weight * rest.sqrt(), least)
+        gain = torch.where(rest > SPANNED.value, weight * (rest / whole).sqrt(), least)
         best = gain.argmax(1, keepdim=True)
         order.append(best)
         column = rows.index_select(0, best[:, 0] + start)
@@ -130,7 +132,8 @@ def _dpp_kernel(
     cosine_ptr += pid_b * N * N
     factor_ptr += pid_b * K * N
     level = load_level(cosine_ptr, real_ptr, pid_b * stride_rb, offs_n, N, HAS_MASK)
-    rest = tl.where(level == NO_COSINE, 1.0, 0.0)  # [BLOCK_N]
+    whole = tl.load(cosine_ptr + offs_n * (N + 1), mask=mask_n, other=1.0)  # 1, up to rounding
+    rest = tl.where(level == NO_COSINE, whole, 0.0)  # [BLOCK_N]
     weight = tl.full([BLOCK_N], 1.0, tl.float32)
     if HAS_RELEVANCE:
         q = tl.load(relevance_ptr + pid_b * stride_qb + offs_n, mask=mask_n, other=0.0)
@@ -138,7 +141,7 @@ def _dpp_kernel(
         weight = tl.where(weight == weight, weight, 0.0)
     least = tl.where(level >= PADDING, -level, 0.0)
     for t in range(0, K):
-        gain = tl.where(rest > SPANNED, weight * tl.sqrt(tl.maximum(rest, 0.0)), least)
+        gain = tl.where(rest > SPANNED, weight * tl.sqrt(tl.maximum(rest / whole, 0.0)), least)
         best = tl.argmax(gain, 0)
         tl.store(order_ptr + pid_b * K + t, best.to(tl.int64))
         row = tl.load(cosine_ptr + best * N + offs_n, mask=mask_n, other=0.0)
