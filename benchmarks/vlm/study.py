@@ -3,7 +3,7 @@
     python -m benchmarks.vlm.study FEATURES --output X.json [--seeds 3] [--questions 10000]
 
 FEATURES is a folder for the features of the images, which take most of the first run. The image
-tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has four layers. Each seed trains a
+tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has three layers. Each seed trains a
 model with every token, and removes tokens afterwards; then it trains one model for each setting of
 `TRAINED` with the tokens removed. Settings are compared with the model that reads every token,
 paired by question.
@@ -13,8 +13,7 @@ import argparse
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,34 +28,39 @@ from elip_models.models.io.files import write_json
 from elip_models.profiling.commit import commit
 from elip_models.tasks.intervals import bootstrap_interval
 
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 KEEPS = (0.5, 0.25, 0.11)
 STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
 TRAINED = ("random", "pool", "diverse")
 TRAINED_KEEP = 0.25
-STEPS, BATCH, LR, WARMUP = 2000, 64, 1e-3, 200
+STEPS, BATCH, LR, WARMUP = 1500, 64, 1e-3, 0.1  # warm-up as a share of the steps
 EVALUATED, EVALUATION_SEED = 2000, 1
 
 
 class StoredFeatures(nn.Module):
     """An image tower whose pixel values are the features of a frozen one."""
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> SimpleNamespace:
+    def forward(self, pixel_values: Tensor, **_: Any) -> "BaseModelOutputWithPooling":
         """Return the features as the hidden states of the last layer."""
-        return SimpleNamespace(hidden_states=(pixel_values,), pooler_output=None)
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pixel_values, hidden_states=(pixel_values,))
 
 
 def make_model(words: int) -> nn.Module:
-    """Return a LLaVA of four small layers, whose image tower is `StoredFeatures`."""
+    """Return a LLaVA of three small layers, whose image tower is `StoredFeatures`."""
     import transformers
 
     vision = transformers.CLIPVisionConfig(
         hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=6, intermediate_size=WIDTH
     )
     text = transformers.LlamaConfig(
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         vocab_size=words,
         max_position_embeddings=512,
         pad_token_id=0,
@@ -96,7 +100,7 @@ def train(model: nn.Module, data: Questions, seed: int, steps: int, title: str) 
     """Train the model on the questions."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=WARMUP / steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=WARMUP)
     model.train()
     for _ in track(range(steps), title):
         rows = torch.randint(len(data.ids), (BATCH,))
