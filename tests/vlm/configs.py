@@ -387,5 +387,6 @@ CASES: dict[str, Callable] = {
     )
 } | {f"{case.__name__}_video": _qwen_video(case) for case in (qwen2_5_vl, qwen2_vl, qwen3_vl)}
 """A config and the pixels of a batch, by name."""
-EAGER_TOWER, EAGER = {"got_ocr2"}, {"paligemma2"}
+EAGER_TOWER = {"got_ocr2", "fast_vlm", "perception_lm", "perception_lm_video"}
+EAGER = {"paligemma2"}
 """The cases whose image tower, and whose language model, has eager attention alone."""

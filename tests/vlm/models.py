@@ -60,7 +60,7 @@ def prompt(model: nn.Module, pixels: dict, rows: Any, padding: str = "left") -> 
                 frame = [VIDEO] * (next(lengths[part]) // frames)
                 line += [token for _ in range(frames) for token in text(1) + frame]
             else:
-                line += [IMAGE] * next(lengths[part]) if part == "image" else text(part)
+                line += image(model, next(lengths[part])) if part == "image" else text(part)
         lines.append(line)
     longest = max(map(len, lines))
     pads = [[PAD] * (longest - len(line)) for line in lines]
@@ -82,6 +82,12 @@ def types(model: nn.Module, ids: Tensor) -> dict:
     return {}
 
 
+def image(model: nn.Module, count: int) -> list[int]:
+    """Return the ids of an image, behind the token by which Qwen-VL counts images."""
+    start = [102] if model.config.model_type.startswith("qwen") else []
+    return [*start, *[IMAGE] * count]
+
+
 def text(count: int) -> list[int]:
     """Return random ids of text."""
     return torch.randint(3, 90, (count,)).tolist()
@@ -93,6 +99,8 @@ def feature_counts(model: nn.Module, pixels: dict, rows: Any, kind: str) -> list
     count = sum(row.count(kind) for row in rows)
     if count == 0:
         return []
+    if (model.config.model_type, kind) == ("llava_onevision", "video"):
+        return [17] * count  # four frames of four tokens, and one that ends them
     find = getattr(model.model, f"get_{kind}_features", model.model.get_image_features)
     mains = {"video": ("pixel_values_videos",), "image": ("pixel_values", "pixel_values_images")}
     main = next(name for name in mains[kind] if name in pixels)
