@@ -147,6 +147,7 @@ class InnerLayers:
             held = 0 if cache is None else cache.get_seq_length()
             past = (CacheState.whole(batch, held, embeds.device),) * (1 + len(self.drops))
         check_call(self.window, past[0].length + length, cache)
+        _check_checkpointing(model)
         images, packing = prompt.images, Packing.identity(batch, length, embeds.device)
         if prompt.packing is not None:
             images = prompt.packing.rows(images) & prompt.packing.real
@@ -237,6 +238,18 @@ class LayerHook:
             yield "position_embeddings", tuple(map(packing.features, kwargs["position_embeddings"]))
         if kwargs.get("position_ids") is not None:
             yield "position_ids", packing.positions(kwargs["position_ids"])
+
+
+def _check_checkpointing(model: nn.Module) -> None:
+    """Raise TypeError if the backward pass would run the hooks of layers again, without a call."""
+    layer = model.layers[-1]
+    is_checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
+    if is_checkpointed and type(layer).__call__ is not nn.Module.__call__:
+        raise TypeError(
+            "strategy: expected one in front of the language model, such as 'diverse', since "
+            "gradient checkpointing of this transformers runs the hooks of layers again, got one "
+            "inside it; update transformers, or turn gradient checkpointing off"
+        )
 
 
 def _mask(mask: Tensor, packing: Packing, past: CacheState) -> Tensor:

@@ -168,6 +168,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         reduce_(model, "fastv:layer=1", keep=0.5).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
+        layer = find_multimodal(model).language_model.layers[0]
+        if checkpointing and type(layer).__call__ is not torch.nn.Module.__call__:
+            with pytest.raises(TypeError, match="runs the hooks of layers again"):
+                model(**inputs, use_cache=False)
+            return
         model(**inputs, use_cache=False).logits[:, -1].square().mean().backward()
         found.append(find_multimodal(model).language_model.layers[0].self_attn.q_proj.weight.grad)
     assert torch.equal(*found)
