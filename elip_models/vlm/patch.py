@@ -25,6 +25,7 @@ from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES, LAYER_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.inside import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
+from elip_models.vlm.tower_attention import TowerAttention
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def reduce_(
     image; with other numbers each image selects by itself.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
-    'cdpruner', 'pool', 'stride' and 'random' remove image tokens in front of the language model,
+    'cdpruner', 'visionzip', 'pool', 'stride' and 'random' remove image tokens in front of the language model,
     'fastv' and 'pyramid' inside it. The others reduce its image tower. One of each kind may be
     used together; a further call replaces that of its kind.
 
@@ -230,7 +231,10 @@ def _install(
     """Replace what is installed."""
     seam = Seam(multimodal, front)
     inner = None if inside is None else InnerLayers(multimodal, inside)
+    tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)
     _uninstall(multimodal)
+    if tower is not None:
+        tower.install(multimodal)
     seam.install(multimodal)
     if inner is not None:
         inner.install(multimodal)
@@ -241,7 +245,8 @@ def _install(
 def _uninstall(multimodal: Multimodal) -> None:
     """Restore the modules."""
     for module in multimodal.hooked:
-        remove_hooks(module, Seam)
+        remove_hooks(module, Seam | TowerAttention)
+    TowerAttention.uninstall(multimodal)
     InnerLayers.uninstall(multimodal)
     shown = vars(multimodal.model).get("extra_repr")
     if isinstance(shown, SeamText):

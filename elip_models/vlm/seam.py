@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from elip_models.vlm.cache_state import CacheState, cache_in, enter, leave, state_of
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
-from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
+from elip_models.vlm.tower_attention import tower_attention
 
 
 class PromptInfo(NamedTuple):
@@ -175,15 +176,26 @@ class Seam:
             if count == positions.shape[1]:
                 continue
             is_shorter = True
-            question = _question(embeds, call, rows) if self.strategy.reads_question else None
-            tokens = embeds[rows, positions]
-            chosen, values = self.strategy.reduce(tokens, count, question)
+            context = self._context(embeds, call, rows, positions)
+            chosen, values = self.strategy.reduce(embeds[rows, positions], count, context)
             kept[rows, positions] = False
             positions = positions.gather(1, chosen)
             kept[rows, positions] = True
             if values is not None:
                 embeds = embeds.index_put((rows, positions), values.to(embeds.dtype))
         return (embeds, kept) if is_shorter else None
+
+    def _context(
+        self, embeds: Tensor, call: PromptCall, rows: Tensor, positions: Tensor
+    ) -> ImageContext:
+        """Return what the strategy reads beside the tokens of the images."""
+        context = ImageContext()
+        if self.strategy.reads_question:
+            context = context._replace(question=_question(embeds, call, rows))
+        if self.strategy.reads_tower:
+            attention, keys = tower_attention(*positions.shape)
+            context = context._replace(attention=attention, keys=keys)
+        return context
 
 
 def check_call(window: int | None, length: int, cache: Any) -> None:

@@ -5,9 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES
+from elip_models.vlm.strategies.base import ImageContext
 from elip_models.vlm.strategies.cdpruner import CDPruner, scaled
 from elip_models.vlm.strategies.controls import Pool, Stride
 from elip_models.vlm.strategies.diverse import Diverse
+from elip_models.vlm.strategies.visionzip import VisionZip, choose
 
 
 @pytest.mark.parametrize("number", range(20))
@@ -19,9 +21,39 @@ def test_cdpruner_keeps_the_tokens_that_the_official_code_keeps(golden, number):
     assert chosen[0].sort().values.tolist() == kept.tolist()
 
 
+@pytest.mark.parametrize("number", range(20))
+def test_visionzip_keeps_and_merges_what_the_official_code_does(golden, number):
+    case = golden("visionzip").under(f"{number}/")
+    attention, keys, hidden = case["attention"], case["keys"], case["hidden"]
+    means = case["contextual"].shape[1]
+    dominant, targets, others, nearest = choose(attention, keys, case["dominant"].shape[1], means)
+    assert dominant.sort().values.tolist() == case["dominant"].sort().values.tolist()
+    for image in range(len(hidden)):
+        for i, target in enumerate(targets[image]):
+            merged = hidden[image, others[image][nearest[image] == i]]
+            mean = merged.mean(0) if len(merged) else 0
+            torch.testing.assert_close(
+                hidden[image, target] + mean, case["contextual"][image, i], atol=1e-5, rtol=0
+            )
+
+
+def test_visionzip_averages_the_features_behind_the_projector():
+    tokens = torch.randn(2, 25, 8, dtype=torch.float64)
+    context = ImageContext(attention=torch.rand(2, 25), keys=torch.randn(2, 25, 4))
+    positions, values = VisionZip(contextual=0.25).reduce(tokens, 8, context)
+    dominant, targets, others, nearest = choose(context.attention, context.keys, 6, 2)
+    assert positions[:, 6:].tolist() == targets.tolist()
+    for image in range(2):
+        for i, target in enumerate(targets[image]):
+            group = [target, *others[image][nearest[image] == i]]
+            expected = tokens[image, torch.stack(group)].mean(0)
+            torch.testing.assert_close(values[image, 6 + i], expected)
+        assert torch.equal(values[image, :5], tokens[image, dominant[image, :5]])
+
+
 def test_diverse_is_greedy_max_min():
     tokens = torch.randn(2, 20, 8, dtype=torch.float64)
-    chosen = Diverse().select(tokens, 6, None)
+    chosen = Diverse().select(tokens, 6, ImageContext())
     unit = F.normalize(tokens, dim=-1)
     cosine = unit @ unit.mT
     for image, order in zip(cosine, chosen.tolist(), strict=True):
@@ -35,13 +67,13 @@ def test_diverse_is_greedy_max_min():
 
 def test_diverse_with_relevance_begins_at_the_token_most_similar_to_the_text():
     tokens, question = torch.randn(3, 20, 8), torch.randn(3, 8)
-    chosen = Diverse(relevance=True).select(tokens, 4, question)
+    chosen = Diverse(relevance=True).select(tokens, 4, ImageContext(question))
     best = F.cosine_similarity(tokens, question[:, None], dim=-1).argmax(1)
     assert chosen[:, 0].tolist() == best.tolist()
 
 
 def test_stride_keeps_the_last_token_of_equal_parts():
-    chosen = Stride(keep=4).select(torch.randn(1, 12, 8), 4, None)
+    chosen = Stride(keep=4).select(torch.randn(1, 12, 8), 4, ImageContext())
     assert chosen.tolist() == [[2, 5, 8, 11]]
 
 
@@ -49,31 +81,35 @@ def test_pool_averages_the_areas_of_a_square_grid():
     tokens = torch.randn(2, 16, 8, dtype=torch.float64)
     pool = Pool(keep=0.3)
     assert pool.count(16) == 4
-    positions, means = pool.reduce(tokens, 4, None)
+    positions, means = pool.reduce(tokens, 4, ImageContext())
     assert positions[0].tolist() == [5, 7, 13, 15]
     grid = tokens.view(2, 4, 4, 8)
     torch.testing.assert_close(means[:, 1], grid[:, :2, 2:].mean((1, 2)), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="square number of tokens for 'pool', got 15"):
-        pool.reduce(tokens[:, :15], 4, None)
+        pool.reduce(tokens[:, :15], 4, ImageContext())
 
 
 @pytest.mark.parametrize("name", IMAGE_TOKEN_STRATEGIES)
 def test_every_strategy_keeps_the_last_token_and_does_not_depend_on_the_batch(name):
     strategy = IMAGE_TOKEN_STRATEGIES[name](keep=0.25)
-    tokens, question = torch.randn(4, 36, 8), torch.randn(4, 8)
+    tokens = torch.randn(4, 36, 8)
+    context = ImageContext(torch.randn(4, 8), torch.rand(4, 36), torch.randn(4, 36, 8))
     torch.manual_seed(1)
-    positions, values = strategy.reduce(tokens, 9, question)
+    positions, values = strategy.reduce(tokens, 9, context)
     assert positions.shape == (4, 9)
     assert (positions == 35).sum(1).tolist() == [1] * 4
     assert all(len(set(row)) == 9 for row in positions.tolist())
     if name != "random":
-        alone, alone_values = strategy.reduce(tokens[2:3], 9, question[2:3])
+        third = ImageContext(*(each[2:3] for each in context))
+        alone, alone_values = strategy.reduce(tokens[2:3], 9, third)
         assert alone[0].tolist() == positions[2].tolist()
         if values is not None:
             assert torch.equal(alone_values[0], values[2])
 
 
-@pytest.mark.parametrize(("keep", "count"), [(0.25, 9), (1.0, 36), (5, 5), (100, 36), (0.001, 1)])
+@pytest.mark.parametrize(
+    ("keep", "count"), [(0.25, 9), (1.0, 36), (1, 36), (5, 5), (100, 36), (0.001, 1)]
+)
 def test_keep_is_a_share_or_a_number(keep, count):
     assert Stride(keep=keep).count(36) == count
 

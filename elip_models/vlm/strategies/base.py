@@ -1,11 +1,25 @@
 """The base class of strategies that select image tokens for a language model."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from elip_models.validation import PositiveInt, PositiveShare, check_fields
+
+
+class ImageContext(NamedTuple):
+    """What a strategy may read beside the tokens of R images.
+
+    question: (R, D) the mean embedding of the text beside each image, if it `reads_question`.
+    attention: (R, n) the attention that each patch receives in the image tower, if it
+        `reads_tower`: from the class token, or from all patches if there is none.
+    keys: (R, n, d) the keys of that attention, mean over heads.
+    """
+
+    question: Tensor | None = None
+    attention: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,7 @@ class ImageTokenStrategy:
 
     name: ClassVar[str]
     reads_question: ClassVar[bool] = False
+    reads_tower: ClassVar[bool] = False
 
     keep: PositiveShare | PositiveInt = 0.5
 
@@ -32,16 +47,17 @@ class ImageTokenStrategy:
 
     def count(self, length: int) -> int:
         """Return how many of an image's `length` tokens stay."""
-        kept = self.keep if isinstance(self.keep, int) else round(self.keep * length)
+        is_number = isinstance(self.keep, int) and self.keep > 1
+        kept = self.keep if is_number else round(self.keep * length)
         return min(max(kept, 1), length)
 
-    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+    def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Select `count` tokens of each image, the most important first.
 
         Args:
             tokens: (R, n, D) the features of R images in the width of the language model.
             count: from 1 to n - 1.
-            question: (R, D) the mean embedding of the text beside each image, if `reads_question`.
+            context: what else is known of the images.
 
         Returns:
             (R, count) int64, positions in the image.
@@ -49,13 +65,13 @@ class ImageTokenStrategy:
         raise NotImplementedError
 
     def reduce(
-        self, tokens: Tensor, count: int, question: Tensor | None
+        self, tokens: Tensor, count: int, context: ImageContext
     ) -> tuple[Tensor, Tensor | None]:
         """Return the positions (R, count) that stay, and their new features or None.
 
         The last token of an image always stays: it takes the place of the least important one.
         """
-        chosen, last = self.select(tokens.detach(), count, question), tokens.shape[1] - 1
+        chosen, last = self.select(tokens.detach(), count, context), tokens.shape[1] - 1
         has_last = (chosen == last).any(1)
         chosen = chosen.clone()
         chosen[:, -1] = chosen[:, -1].where(has_last, last)

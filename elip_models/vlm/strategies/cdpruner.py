@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from elip_kernels import select_dpp
-from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.strategies.diverse import similarity
 
 
@@ -25,9 +25,9 @@ class CDPruner(ImageTokenStrategy):
     name: ClassVar[str] = "cdpruner"
     reads_question: ClassVar[bool] = True
 
-    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+    def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Select one token after the other."""
-        return self.choose(tokens, count, scaled(similarity(tokens, question)))
+        return self.choose(tokens, count, scaled(similarity(tokens, context.question)))
 
     @staticmethod
     def choose(tokens: Tensor, count: int, relevance: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Random(ImageTokenStrategy):
 
     name: ClassVar[str] = "random"
 
-    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+    def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Draw without replacement."""
         drawn = torch.rand(tokens.shape[:2], device=tokens.device)
         return drawn.topk(count, dim=1).indices
@@ -29,7 +29,7 @@ class Stride(ImageTokenStrategy):
 
     name: ClassVar[str] = "stride"
 
-    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+    def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Return the last token of each of `count` equal parts."""
         ends = torch.arange(1, count + 1, device=tokens.device) * tokens.shape[1] // count - 1
         return ends.expand(len(tokens), -1)
@@ -51,7 +51,7 @@ class Pool(ImageTokenStrategy):
         return max(isqrt(super().count(length)), 1) ** 2
 
     def reduce(
-        self, tokens: Tensor, count: int, question: Tensor | None
+        self, tokens: Tensor, count: int, context: ImageContext
     ) -> tuple[Tensor, Tensor | None]:
         """Return the means, at the positions of the lower right corners of their areas."""
         R, n, D = tokens.shape

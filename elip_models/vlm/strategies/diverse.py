@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elip_kernels import select_diverse
-from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ class Diverse(ImageTokenStrategy):
         """Return whether the text counts."""
         return self.relevance
 
-    def select(self, tokens: Tensor, count: int, question: Tensor | None) -> Tensor:
+    def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Select one token after the other."""
-        first = None if question is None else similarity(tokens, question).argmax(1)
+        question, first = context.question, None
+        if question is not None:
+            first = similarity(tokens, question).argmax(1)
         return select_diverse(tokens, count, first=first, selection_order=True)
 
     def flops(self, length: int, width: int) -> int:

@@ -1,0 +1,93 @@
+"""The attention that patches receive in the image tower of a multimodal language model."""
+
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from elip_kernels import attention_column_mean, cls_attention
+from elip_models.vlm.attention_probe import LISTENERS, unwatch, watch
+from elip_models.vlm.families import Multimodal
+
+CLASS_TOKENS = ("class_embedding", "cls_token")
+FOUND: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("FOUND", default=None)
+
+
+class TowerAttention:
+    """The hooks of the multimodal model that read the attention of one layer of its tower."""
+
+    def __init__(self, multimodal: Multimodal) -> None:
+        attention_of(multimodal)  # raises an error for a tower that cannot be read
+        names = (name.rpartition(".")[2] for name, _ in multimodal.tower.named_parameters())
+        self.has_class_token = not {*names}.isdisjoint(CLASS_TOKENS)
+
+    def install(self, multimodal: Multimodal) -> None:
+        """Watch the layer whose features the model takes."""
+        watch(attention_of(multimodal))
+        multimodal.model.register_forward_pre_hook(self.begin)
+        multimodal.model.register_forward_hook(self.end, always_call=True)
+        if multimodal.head is not None:  # generate leaves the tower to the forward pass
+            multimodal.head._supports_mm_encoder_outputs = _no_encoder_outputs
+
+    @staticmethod
+    def uninstall(multimodal: Multimodal) -> None:
+        """Undo `install`."""
+        if vars(multimodal.head or multimodal.model).pop("_supports_mm_encoder_outputs", None):
+            unwatch(attention_of(multimodal), multimodal.tower.config)
+
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """Collect the attention of this forward pass."""
+        FOUND.set([])
+        LISTENERS.set((*LISTENERS.get(), self.listen))
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forget it."""
+        FOUND.set(None)
+        LISTENERS.set(tuple(each for each in LISTENERS.get() if each != self.listen))
+
+    def listen(self, module: nn.Module, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Store what the patches receive, and their keys, mean over heads."""
+        found = FOUND.get()
+        if found is None or not module.config._attn_implementation:
+            return
+        query, key = query.detach(), key.detach()
+        if self.has_class_token:
+            received = cls_attention(query[:, :, 0], key, scale=scale)
+        else:
+            received = attention_column_mean(query, key, scale=scale)
+        first = int(self.has_class_token)
+        found.append((received[:, first:], key.mean(1)[:, first:]))
+
+
+def tower_attention(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the attention (R, n) and keys (R, n, d) of the images of this forward pass.
+
+    Raises:
+        ValueError: the runs of image tokens are not the patches of one image each.
+    """
+    found = FOUND.get() or []
+    if len(found) != 1 or found[0][0].shape != (rows, tokens):
+        got = " and ".join(f"{len(each)} of {each.shape[1]} patches" for each, _ in found)
+        raise ValueError(
+            "strategy: expected images whose patches are the image tokens of the prompt, with text "
+            f"between them, for 'visionzip', got {rows} runs of {tokens} image tokens for "
+            f"{got or 'no images'}; take another strategy, such as 'diverse'"
+        )
+    return found[0]
+
+
+def attention_of(multimodal: Multimodal) -> nn.Module:
+    """Return the attention of the layer of the image tower whose features the model takes."""
+    layer = getattr(multimodal.config, "vision_feature_layer", -1)
+    lists = (each for each in multimodal.tower.modules() if isinstance(each, nn.ModuleList))
+    layers = next((each for each in lists if hasattr(each[0], "self_attn")), None)
+    if layers is None or not isinstance(layer, int) or not hasattr(layers[0].self_attn, "config"):
+        raise TypeError(
+            "model: expected an image tower like that of LLaVA, whose attention 'visionzip' can "
+            f"read, got {type(multimodal.tower).__name__}; take another strategy, such as 'diverse'"
+        )
+    return layers[layer if layer < 0 else layer - 1].self_attn
+
+
+def _no_encoder_outputs() -> bool:
+    return False
