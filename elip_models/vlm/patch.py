@@ -59,9 +59,9 @@ def reduce_(
     image; with other numbers each image selects by itself.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
-    'cdpruner', 'visionzip', 'pool', 'stride' and 'random' remove image tokens in front of the language model,
-    'fastv' and 'pyramid' inside it. The others reduce its image tower. One of each kind may be
-    used together; a further call replaces that of its kind.
+    'cdpruner', 'visionzip', 'pool', 'stride' and 'random' remove image tokens in front of the
+    language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. One of each
+    kind may be used together; a further call replaces that of its kind.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, or a
