@@ -180,10 +180,11 @@ class Forward:
         strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
         positions = None if previous is None else previous.positions
         slots = None if previous is None else self.slots.get(previous.stage.first)
-        mask = None if previous is None else previous.mask
+        padding, keep, mask = self.padding, None, None
+        if padding is not None and previous is not None:
+            mask = previous.mask
         if self.on_grid and slots is not None:
             tokens = slots.merged(tokens)
-        padding, keep = self.padding, None
         if padding is not None and stage is not None:
             if previous is None:
                 tokens, mask, slots = padding.packed(tokens), padding.mask, padding.slots
@@ -208,7 +209,8 @@ class Forward:
         if self.on_grid or self.unmerges:
             slots = slots.after(info.reduction) if slots is not None else slots_of(info.reduction)
         replaced = strategy.replaces_block
-        return BlockStep(tokens, info, info.positions, replaced, slots, True, info.mask)
+        mask = None if padding is None else info.mask
+        return BlockStep(tokens, info, info.positions, replaced, slots, True, mask)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = tokens_entering(self.strategy, self.size)[i]

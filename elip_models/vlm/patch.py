@@ -47,21 +47,17 @@ def reduce_(
         elip_models.reduce_(model)                       # ToMe, 70% of the tokens
         elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
         print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
-        elip_models.unreduce_(model)                     # restore the model
 
     Parameters, state_dict keys and the call of the model do not change. A further call replaces the
     settings. Call it before torch.compile. Calls that return the tokens of several blocks return
-    whole grids, with zeros for dropped patches. A model that returns the tokens of its last block
-    alone, such as ViTModel, returns fewer; a merged token counts by its size in a mean.
-
-    A strategy that reads a text takes it from `guidance(model, text_cls)`. A whole image-text model
-    encodes its text first, without gradient. Text i guides image i; a single text guides every
-    image; with other numbers each image selects by itself.
+    whole grids, with zeros for dropped patches; ViTModel and others, which return those of the last
+    block, return fewer. A strategy that reads a text takes it from `guidance(model, text_cls)`; a
+    whole image-text model encodes its text first, without gradient, and text i guides image i.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'pool', 'stride' and 'random' remove image tokens in front of the
     language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. One of each
-    kind may be used together; a further call replaces that of its kind.
+    kind may be used together.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, or a
