@@ -126,9 +126,11 @@ class CollectHiddenStates:
                     f"output_hidden_states: expected False under {strategy.name!r}, whose grid is "
                     "smaller than the image's, got True; unreduce_ the model first"
                 )
-        replaces = _replaces_attention(strategy) or tower.adds_bias
+        replaces = _replaces_attention(strategy) or tower.reads_own_positions
         if not output and replaces and tower.collects("attentions", kwargs):
-            other = "" if tower.adds_bias else ", or take strategy='elip' with scorer='last'"
+            other = (
+                "" if tower.reads_own_positions else ", or take strategy='elip' with scorer='last'"
+            )
             raise ValueError(
                 f"output_attentions: expected False under {strategy.name!r}, which attends in "
                 "place of the blocks or runs some twice, got True; unreduce_ the model first"

@@ -116,7 +116,7 @@ def _are_alike(one: Reduction, other: Reduction) -> bool:
 def _refuse_replaced(reduction: Reduction) -> None:
     """Raise TypeError if a forward method was replaced, since the strategy would bypass it."""
     tower, strategy = reduction.tower, reduction.strategy
-    replaces = strategy.replaces_block or tower.adds_bias
+    replaces = strategy.replaces_block or tower.reads_own_positions
     owners = [(tower.blocks[i], "forward") for i in reduction.acts_at if replaces]
     owners += tower.entrance if strategy.changes_embedding else []
     for owner, name in owners:

@@ -245,6 +245,8 @@ class ReducedBlock:
         """Run block i on tokens (B, N, D), its first argument, with the library's arguments."""
         if not args:
             args, kwargs = self._tokens_first(kwargs)
+        if len(args) > 1 and self.reduction.tower.is_rotary:  # which reads its rotations by name
+            args, kwargs = args[:1], dict(zip(self._names[1:], args[1:], strict=False)) | kwargs
         if self.reduction.has_own_mask:
             args, kwargs = with_masks(args, kwargs, None)
         if torch.compiler.is_compiling() and self.block._compiled_call_impl is not None:
@@ -253,17 +255,20 @@ class ReducedBlock:
             step = enter_eagerly(self.enter, args, kwargs)
         else:
             step = self.enter(args, kwargs)
-        tokens = step.tokens
+        tokens, others = step.tokens, ()
         if not step.replaced_block:
             if step.changes_mask:
                 args, kwargs = with_masks(args, kwargs, step.mask)
             tokens = self._run_at(step.positions, tokens, args[1:], kwargs)
-        return tokens if step.slots is None else step.slots.unmerged(tokens)
+        if isinstance(tokens, tuple) and self.reduction.tower.returns_tuple:
+            tokens, *others = tokens
+        tokens = tokens if step.slots is None else step.slots.unmerged(tokens)
+        return (tokens, *others) if self.reduction.tower.returns_tuple else tokens
 
     def _run_at(self, positions: Tensor | None, tokens: Tensor, args: Args, kwargs: Kwargs) -> Any:
-        """Run the block's own forward; or its halves, if it would add the bias of all patches."""
+        """Run the block's own forward; or its halves, if it would read others' positions."""
         tower = self.reduction.tower
-        if positions is not None and tower.adds_bias:
+        if positions is not None and tower.reads_own_positions:
             return tower.in_call(self.i, kwargs).at(positions).halves(self.i, tokens)
         if positions is not None:
             kwargs = tower.block_kwargs_at(kwargs, positions)
@@ -271,10 +276,15 @@ class ReducedBlock:
 
     def _tokens_first(self, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Return tokens passed by keyword as a positional argument, and the other keywords."""
-        name = list(inspect.signature(type(self.block).forward).parameters)[1]
+        name = self._names[0]
         if name not in kwargs:
             raise TypeError(f"{name}: expected the tokens (B, N, D) of block {self.i}, got none")
         return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+    @property
+    def _names(self) -> list[str]:
+        """Return the names of the arguments of the block's forward, that of the tokens first."""
+        return list(inspect.signature(type(self.block).forward).parameters)[1:]
 
     @property
     def block(self) -> nn.Module:

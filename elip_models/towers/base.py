@@ -76,8 +76,13 @@ class Tower(Positions):
 
     @property
     def runs_halves(self) -> bool:
-        """Return whether a block's own forward would add the bias of other positions."""
-        return self.adds_bias and self.positions is not None
+        """Return whether a block's own forward would read other positions than its tokens have."""
+        return self.reads_own_positions and self.positions is not None
+
+    @property
+    def reads_own_positions(self) -> bool:
+        """Return whether a block's own forward reads the positions of all patches in order."""
+        return self.adds_bias
 
     def halves(self, i: int, tokens: Tensor) -> Tensor:
         """Run both halves of block i, inside its forward."""

@@ -1,8 +1,8 @@
 """Towers of vision transformers of Hugging Face transformers.
 
 Each model has embeddings, a list of layers of two halves (`hf_layers.py` names their parts), and a
-final norm. Its patches may be of images, videos (ViViT, VideoMAE) or spectrograms (AST). DINOv3
-rotates queries and keys, see `eva.py`. If patches are averaged, or a probe attends to them, all
+final norm. Its patches may be of images, videos (ViViT, VideoMAE, V-JEPA 2) or spectrograms (AST).
+`hf_positions.py` has rotations and biases. If patches are averaged, or a probe attends to them, all
 tokens return to their patches after the last layer, so that each counts by its size. They also
 return if the model needs a token for each patch: a detector, a pixel decoder, a language model, or
 a backbone, whose feature maps are hidden states.
@@ -11,18 +11,17 @@ a backbone, whose feature maps are hidden states.
 import inspect
 import math
 import re
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import DepthProPreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
-from elip_models.towers.base import Tower
 from elip_models.towers.hf_heads import averages, needs_grid, reads_layers
 from elip_models.towers.hf_layers import LAYERS, part, run
+from elip_models.towers.hf_positions import HFPositions, pair
 from elip_models.towers.hf_processor import image_stats_of
 from elip_models.towers.reducible_model import Stats
 from elip_models.towers.tower_parts import IDENTITY, Block, Projections, plain_mlp_ratio
@@ -36,17 +35,9 @@ PADDING_MASKS = ("pixel_attention_mask", "patch_attention_mask")  # of a model
 PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # before block 0, both spellings
 
 
-class HFTower(Tower):
-    """A vision transformer inside a transformers model.
+class HFTower(HFPositions):
+    """A vision transformer inside a transformers model."""
 
-    rotations: cos and sin (N0, d) of all patches in this forward pass, in a rotary tower.
-    gathered: cos and sin (B, 1, N-p, d) at `positions`, once they are known.
-    resolution: the images' size (H, W) in this forward pass, in a tower that adds a bias.
-    """
-
-    rotations: tuple[Tensor, Tensor] | None = None
-    gathered: tuple[Tensor, Tensor] | None = None
-    resolution: tuple[int, int] | None = None
     has_dynamic_size = True  # DINOv2 in any call, others with interpolate_pos_encoding=True
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,6 +45,8 @@ class HFTower(Tower):
         self.trunk, self.blocks = _trunk(model)
         self.collector = self.trunk
         self.names = LAYERS[library_class(self.blocks[0]).__name__]
+        self.returns_tuple = self.names.returns_tuple
+        self.rotates_itself = hasattr(self._attention(0), "apply_rotary_embeddings")
         config, embeddings = self.trunk.config, self.trunk.embeddings
         self.width = config.hidden_size
         self.depth = len(self.blocks)
@@ -79,16 +72,6 @@ class HFTower(Tower):
         if RETURNS_TOKENS.fullmatch(type(model).__name__):
             self.whole_output = WHOLE_OUTPUT
 
-    @property
-    def adds_bias(self) -> bool:
-        """Return whether layers add a bias to their attention for each pair of positions."""
-        return getattr(self.blocks[0], "relative_position_bias", None) is not None
-
-    @property
-    def is_rotary(self) -> bool:
-        """Return whether layers rotate queries and keys by the position of their patch."""
-        return hasattr(self.trunk, "rope_embeddings")
-
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
@@ -96,7 +79,8 @@ class HFTower(Tower):
         if found is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
             return transformers_reason(model)
         trunk, layers = found
-        if getattr(trunk, "shared_position_bias", None) is not None:
+        shared = ("shared_position_bias", "encoder.relative_position_bias")
+        if any(part(trunk, name) is not None for name in shared):
             return "it passes the bias of its positions to its layers as a mask"
         names = LAYERS[library_class(layers[0]).__name__]
         for attn in (unwrapped(getattr(layer, names.attn)) for layer in layers):
@@ -153,6 +137,7 @@ class HFTower(Tower):
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""
+        tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # some return more than tokens
         return run(self.trunk, PRE_NORMS, tokens)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -162,11 +147,13 @@ class HFTower(Tower):
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
+        arguments = self.arguments
         if self.adds_bias:
-            return block(tokens, **self.arguments, resolution=self.resolution or self.image_size)
-        if not self.is_rotary:
-            return block(tokens, **self.arguments)
-        return block(tokens, **self.arguments, position_embeddings=self._rotations())
+            arguments = arguments | {"resolution": self.resolution or self.image_size}
+        elif self.is_rotary and not self.rotates_itself:
+            arguments = arguments | {"position_embeddings": self._rotations()}
+        out = block(tokens, **arguments)
+        return out[0] if self.returns_tuple else out
 
     def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
@@ -174,69 +161,6 @@ class HFTower(Tower):
         each = layers[0](x).chunk(3, -1) if len(layers) == 1 else [layer(x) for layer in layers]
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in each)
         return self.rotated(i, q), self.rotated(i, k), v
-
-    def at(self, positions: Tensor | None) -> Self:
-        """Return the tower for tokens at these positions; None means all patches in order."""
-        return self.changed(positions=positions, gathered=None) if self.has_positions else self
-
-    def at_no_position(self) -> Self:
-        """Return the tower for one token that comes from outside the image."""
-        none = torch.empty(1, 0, dtype=torch.long, device=self.trunk.device)
-        return self.at(none)
-
-    def for_images(self, images: Tensor) -> Self:
-        """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
-        if self.adds_bias:
-            return self.changed(resolution=tuple(images.shape[2:]))
-        if not self.is_rotary:
-            return self
-        return self.changed(gathered=None, rotations=self.trunk.rope_embeddings(images))
-
-    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
-        if self.adds_bias:
-            return self.changed(resolution=kwargs.get("resolution"))
-        rotations = kwargs.get("position_embeddings")
-        return self if rotations is None else self.changed(gathered=None, rotations=rotations)
-
-    def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
-        return kwargs | {"position_embeddings": self.in_call(0, kwargs).at(positions)._rotations()}
-
-    def rotated(self, i: int, heads: Tensor) -> Tensor:
-        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
-        if not self.is_rotary:
-            return heads
-        cos, sin = self._rotations()
-        first, patches = heads.tensor_split([self.num_prefix_tokens], dim=2)
-        one, other = patches.chunk(2, dim=-1)
-        turned = torch.cat([-other, one], dim=-1)
-        return torch.cat([first, patches * cos + turned * sin], dim=2)
-
-    def position_bias(self, i: int) -> Tensor | None:
-        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
-        own = getattr(self.blocks[i], "relative_position_bias", None)
-        if own is None:
-            return None
-        rows, columns = _pair(self.trunk.config.patch_size)
-        height, width = self.resolution or self.image_size
-        bias = own((height // rows, width // columns))
-        return bias if self.positions is None else self.bias_at(bias, self.positions)
-
-    def _rotations(self) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of these tokens: (N0, d), or (B, 1, N-p, d) at positions."""
-        tables = self.rotations
-        if tables is None:
-            weight = next(self.trunk.parameters())
-            tables = self.trunk.rope_embeddings(weight.new_empty(1, 3, *self.image_size))
-        if self.positions is None:
-            return tables
-        if self.gathered is None:
-            none = (1.0, 0.0)  # of a token without a position, the last row
-            padded = [F.pad(t, (0, 0, 0, 1), value=v) for t, v in zip(tables, none, strict=True)]
-            cos, sin = (table[self.positions].unsqueeze(1) for table in padded)
-            self.gathered = cos, sin
-        return self.gathered
 
     def projections(self, i: int) -> Projections:
         """Return the modules around block i's projections."""
@@ -253,7 +177,7 @@ class HFTower(Tower):
         attn = self._attention(i)
         if not attn.training:
             return 0.0
-        names = ("attention_dropout", "dropout", "attention.dropout_prob")
+        names = ("attention_dropout", "dropout", "attention.dropout_prob", "attention.dropout")
         rate = next((r for name in names if (r := part(attn, name)) is not None), 0.0)
         return rate.p if isinstance(rate, nn.Dropout) else rate
 
@@ -281,7 +205,7 @@ class HFTower(Tower):
         parameters = inspect.signature(embed).parameters
         if "interpolate_pos_encoding" in parameters and tuple(images.shape[2:]) != self.image_size:
             options["interpolate_pos_encoding"] = True
-        rows, columns = _pair(getattr(self.trunk.config, "patch_size", 1))
+        rows, columns = pair(getattr(self.trunk.config, "patch_size", 1))
         grid = (images.shape[-2] // rows, images.shape[-1] // columns)
         if "patch_attention_mask" in parameters:
             shape = (images.shape[0], *grid)
@@ -343,20 +267,17 @@ def _sizes(trunk: nn.Module) -> tuple[tuple[int, int], int]:
     config = trunk.config
     tubelet = getattr(config, "tubelet_size", 1)  # its frames, or its frames, rows and columns
     if isinstance(tubelet, int):
-        rows, columns = _pair(config.patch_size)
+        rows, columns = pair(config.patch_size)
     else:
         tubelet, rows, columns = tubelet
-    frames = getattr(config, "num_frames", 1) // tubelet
+    frames = getattr(config, "num_frames", getattr(config, "frames_per_clip", 1)) // tubelet
     if hasattr(config, "num_mel_bins"):  # patches of a spectrogram overlap
         bins, length = config.num_mel_bins, config.max_length
         across = (bins - rows) // config.frequency_stride + 1
         return (bins, length), across * ((length - columns) // config.time_stride + 1)
-    if not hasattr(config, "image_size"):  # of SigLIP 2, whose positions have a square grid
+    size = getattr(config, "image_size", getattr(config, "crop_size", None))
+    if size is None:  # of SigLIP 2, whose positions have a square grid
         side = math.isqrt(config.num_patches)
         return (side * rows, side * columns), side * side
-    height, width = _pair(config.image_size)
+    height, width = pair(size)
     return (height, width), frames * (height // rows) * (width // columns)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)

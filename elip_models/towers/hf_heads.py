@@ -7,6 +7,7 @@ from transformers import (
     BeitForMaskedImageModeling,
     BeitForSemanticSegmentation,
     CLIPForImageClassification,
+    Data2VecVisionForSemanticSegmentation,
     DeiTForMaskedImageModeling,
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
@@ -19,6 +20,8 @@ from transformers import (
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
     ViTForMaskedImageModeling,
+    VJEPA2ForVideoClassification,
+    VJEPA2Model,
 )
 from transformers.backbone_utils import BackboneMixin
 
@@ -31,7 +34,9 @@ AVERAGED = (
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
     VideoMAEForVideoClassification,
+    VJEPA2ForVideoClassification,  # attends to them
 )
+SEGMENTERS = (BeitForSemanticSegmentation, Data2VecVisionForSemanticSegmentation)
 DETECTORS = (OwlViTForObjectDetection, Owlv2ForObjectDetection)
 PIXEL_DECODERS = (
     BeitForMaskedImageModeling,
@@ -42,7 +47,7 @@ PIXEL_DECODERS = (
 
 
 def averages(model: nn.Module, trunk: nn.Module) -> bool:
-    """Return whether a head or the pooler of the image tower averages the patches."""
+    """Return whether a head or the pooler of the image tower averages the patches, or attends."""
     has_pooler = getattr(trunk, "pooler", None) is not None
     pools = has_pooler and getattr(trunk.config, "use_mean_pooling", False)  # of BEiT
     return isinstance(model, AVERAGED) or pools
@@ -54,7 +59,9 @@ def needs_grid(model: nn.Module) -> str | None:
         return "it decodes pixels from its patches, each at its position"
     if isinstance(model, DETECTORS):
         return "its heads give a box for each patch"
-    if isinstance(model, BeitForSemanticSegmentation):
+    if isinstance(model, VJEPA2Model):
+        return "its predictor reads a token for each patch at its position"
+    if isinstance(model, SEGMENTERS):
         return "its head reads a grid of patches"
     if language_config(model) is not None:
         return "its language model has a token for each patch of the image"

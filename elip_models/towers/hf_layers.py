@@ -19,6 +19,8 @@ class Layer(NamedTuple):
     out: in `attn`, from its attended values to its output. mlp: in the layer, of its second half.
     after: in the layer, between the output of either half and its residual; {} is the half, 1 or 2.
     qkv: in `attn`, the projections, one joint or three.
+    bias: in the layer, the module that computes the bias of its attention from the grid of patches.
+    returns_tuple: the layer returns a tuple, whose first item is the tokens.
     norm: in the model, the norm after the last layer.
     """
 
@@ -30,6 +32,8 @@ class Layer(NamedTuple):
     mlp: tuple[str, ...] = ("mlp",)
     after: tuple[str, ...] = ()
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    bias: str = "relative_position_bias"
+    returns_tuple: bool = False
 
 
 CLIP = Layer("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
@@ -42,11 +46,18 @@ DINO = Layer(
     *("attention", "norm1", "norm2", "layernorm", ("o_proj",)),
     after=("layer_scale{}", "drop_path"),
 )
+VIDEO_MAE = VIT._replace(
+    qkv=("attention.query", "attention.key", "attention.value"),
+    out=("output.dense", "output.dropout"),
+    mlp=("intermediate", "output.dense", "output.dropout"),
+    after=(),
+)
 LAYERS = {
     "CLIPEncoderLayer": CLIP,
     "CLIPSegEncoderLayer": CLIP,
     "MetaClip2EncoderLayer": CLIP,
     "AltCLIPEncoderLayer": CLIP,
+    "MLCDEncoderLayer": CLIP,
     "ChineseCLIPVisionLayer": CLIP,
     "GitVisionEncoderLayer": CLIP,
     "Kosmos2VisionEncoderLayer": CLIP,
@@ -69,11 +80,14 @@ LAYERS = {
     "PixioLayer": VIT._replace(after=("dropout", "drop_path")),
     "ASTLayer": VIT,
     "VivitLayer": VIT,
-    "VideoMAELayer": VIT._replace(
-        qkv=("attention.query", "attention.key", "attention.value"),
-        out=("output.dense", "output.dropout"),
-        mlp=("intermediate", "output.dense", "output.dropout"),
-        after=(),
+    "VideoMAELayer": VIDEO_MAE,
+    "Data2VecVisionLayer": VIDEO_MAE._replace(
+        after=("lambda_{}", "drop_path"),
+        bias="attention.attention.relative_position_bias",
+        returns_tuple=True,
+    ),
+    "VJEPA2Layer": DINO._replace(
+        qkv=("query", "key", "value"), out=("proj",), after=("drop_path",), returns_tuple=True
     ),
     "Dinov2Layer": DINO,
     "Dinov2WithRegistersLayer": DINO,

@@ -66,11 +66,15 @@ class Positions(TowerParts):
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
         return kwargs
 
-    def bias_at(self, bias: Tensor, positions: Tensor) -> Tensor:
-        """Return the bias (B, H, N, N) at `positions`, of that of all tokens (1, H, N0, N0)."""
+    def places(self, positions: Tensor) -> Tensor:
+        """Return the rows (B, N) of tokens at `positions` in a table of all tokens; -1 stays."""
         p, B = self.num_prefix_tokens, positions.shape[0]
         first = torch.arange(p, device=positions.device).expand(B, -1)
-        places = torch.cat([first, torch.where(positions < 0, positions, positions + p)], dim=1)
+        return torch.cat([first, torch.where(positions < 0, positions, positions + p)], dim=1)
+
+    def bias_at(self, bias: Tensor, positions: Tensor) -> Tensor:
+        """Return the bias (B, H, N, N) at `positions`, of that of all tokens (1, H, N0, N0)."""
+        places = self.places(positions)
         bias = F.pad(bias[0], (0, 1, 0, 1))  # the last row and column, of a token without position
         return bias[:, places[:, :, None], places[:, None]].transpose(0, 1)
 

@@ -125,6 +125,7 @@ class TowerParts:
     adds_bias: blocks add a bias to their attention for each pair of positions.
     positions: (B, N-p) the patch of each token, `NO_POSITION` for one without; None if the tokens
         are all patches in order. Only a tower that `has_positions` sets them.
+    returns_tuple: a block returns a tuple, whose first item is the tokens.
     takes_padding: the model passes its blocks a mask, if images of a batch have other sizes.
     has_dynamic_size: the model takes images of other sizes, with other numbers of patches.
     size_advice: the remedy in an error about the image size.
@@ -152,6 +153,7 @@ class TowerParts:
     is_rotary: bool = False
     adds_bias: bool = False
     positions: Tensor | None = None
+    returns_tuple: bool = False
     takes_padding: bool = False
     has_dynamic_size: bool = False
     size_advice: str = "resize the images"

@@ -11,8 +11,8 @@ STAGES = f"pools or convolves its grid of patches, which needs every token; {PLA
 CONVOLUTIONAL = f"is a convolutional network, which has no tokens to drop; {PLAIN}"
 GRID = f"returns boxes, masks or depths, which need a token for each patch; {PLAIN}"
 VIDEO = (
-    "reads videos with attention of its own, which no adapter reads yet; ViViT and VideoMAE are "
-    "supported"
+    "reads videos with attention of its own, which no adapter reads yet; ViViT, VideoMAE and "
+    "V-JEPA 2 are supported"
 )
 WRAPPER = "is of another library, or a wrapper; pass the image model inside a wrapper"
 PART = "is a part of a model; pass the whole model"
@@ -38,16 +38,19 @@ TIMM = {
 
 TRANSFORMERS = {
     "timm_wrapper gemma3n_vision": "wraps a model of timm; pass its .timm_model",
-    "vit_mae": f"has layers {NOT_YET}; timm.create_model('vit_base_patch16_224.mae') is supported",
+    "vit_mae": "masks and shuffles its patches at random in every call, also in evaluation; "
+    "ViTModel.from_pretrained loads its checkpoint, and reads all patches in order",
     "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
-    "data2vec-vision": f"adds a bias to its attention for each pair of positions, {NOT_YET}; "
-    "timm.create_model('beit_base_patch16_224') is supported",
     "pvt* levit cvt segformer glpn focalnet poolformer mobilevit* swiftformer": STAGES,
     "convnext* dinov3_convnext resnet regnet bit efficientnet mobilenet_* align": CONVOLUTIONAL,
     "hgnet_v2 textnet": CONVOLUTIONAL,
-    "*detr* yolos d_fine deimv2 table-transformer *grounding-dino omdet-turbo": GRID,
+    "yolos": "has detection tokens after its patches, and adds embeddings of all positions between "
+    f"its layers, which need every token; {PLAIN}",
+    "*detr* d_fine deimv2 table-transformer *grounding-dino omdet-turbo": GRID,
     "dpt depth_* *maskformer mask2former oneformer seggpt sapiens2": GRID,
-    "timesformer xclip pe_video* vjepa2": VIDEO,
+    "timesformer": "attends over the frames of one patch, and then over the patches of one frame, "
+    "which needs every token; ViViT, VideoMAE and V-JEPA 2 are supported",
+    "xclip pe_video*": VIDEO,
 }
 """Reasons for models of transformers, as patterns of `config.model_type`."""
 

@@ -184,6 +184,11 @@ TOWERS = {
     "HF DINOv2": lambda: dinov2(drop_path_rate=0.1),
     "HF DINOv2 registers": dinov2_registers,
     "HF DINOv3": dinov3,
+    "HF Data2Vec": lambda: hf_vision(
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        **{"use_relative_position_bias": True, "use_mean_pooling": False, "num_labels": 5},
+    ),
     "timm NaFlex": lambda: naflex(
         global_pool="token", class_token=True, reg_tokens=2, init_values=0.3
     ),

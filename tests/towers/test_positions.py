@@ -23,7 +23,9 @@ from tests.helpers.towers import (
     text,
 )
 
-PLACED_BY_BIAS = {name: TOWERS[name] for name in ("timm BEiT", "timm relative positions")} | BIASED
+PLACED_BY_BIAS = {
+    name: TOWERS[name] for name in ("timm BEiT", "timm relative positions", "HF Data2Vec")
+} | BIASED
 
 
 @pytest.fixture(params=ROTARY.values(), ids=ROTARY)

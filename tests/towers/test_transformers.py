@@ -10,17 +10,20 @@ import transformers
 
 import elip_models
 from elip_models.towers import as_tower
-from elip_models.towers.hf_layers import LAYERS
+from elip_models.towers.hf_layers import LAYERS, part
 from tests.helpers.models import HF, HF_TEXT, enlarged
-from tests.helpers.towers import images
+from tests.helpers.towers import assert_equal_gradients, images
 
 AUDIO = {"max_length": 80, "num_mel_bins": 32, "frequency_stride": 6, "time_stride": 6}
 VIDEO = {"num_frames": 4, "tubelet_size": [2, 8, 8]}
+VJEPA2 = {"frames_per_clip": 4, "crop_size": 48, "mlp_ratio": 2.0, "pred_hidden_size": 24}
+VJEPA2 |= {"pred_num_attention_heads": 2, "pred_num_hidden_layers": 1, "num_pooler_layers": 1}
 MODELS = {
     "CLIPEncoderLayer": ("CLIPVisionModel", {}),
     "CLIPSegEncoderLayer": ("CLIPSegVisionModel", {}),
     "MetaClip2EncoderLayer": ("MetaClip2VisionModel", {}),
     "AltCLIPEncoderLayer": ("AltCLIPVisionModel", {}),
+    "MLCDEncoderLayer": ("MLCDVisionModel", {}),
     "ChineseCLIPVisionLayer": ("ChineseCLIPVisionModel", {}),
     "GitVisionEncoderLayer": ("GitVisionModel", {}),
     "OwlViTEncoderLayer": ("OwlViTVisionModel", {}),
@@ -31,6 +34,10 @@ MODELS = {
     "SmolVLMEncoderLayer": ("SmolVLMVisionTransformer", {}),
     "BeitLayer": (
         "BeitModel",
+        {"use_relative_position_bias": True, "use_mean_pooling": False, "drop_path_rate": 0.0},
+    ),
+    "Data2VecVisionLayer": (
+        "Data2VecVisionModel",
         {"use_relative_position_bias": True, "use_mean_pooling": False, "drop_path_rate": 0.0},
     ),
     "PixioLayer": ("PixioModel", {"n_cls_tokens": 3}),
@@ -46,6 +53,7 @@ MODELS = {
     "ASTLayer": ("ASTModel", AUDIO),
     "VivitLayer": ("VivitModel", VIDEO),
     "VideoMAELayer": ("VideoMAEModel", {"num_frames": 4, "use_mean_pooling": False}),
+    "VJEPA2Layer": ("VJEPA2Model", VJEPA2),
     "Dinov2Layer": ("Dinov2Model", {"layerscale_value": 0.3}),
     "Dinov2WithRegistersLayer": ("Dinov2WithRegistersModel", {"layerscale_value": 0.3}),
     "DINOv3ViTLayer": (
@@ -59,8 +67,10 @@ MODELS = {
     "Aimv2EncoderLayer": ("Aimv2VisionModel", {}),
 }
 INPUTS = {"ASTLayer": (2, 80, 32), "VivitLayer": (2, 4, 3, 48, 48)}
-INPUTS["VideoMAELayer"] = INPUTS["VivitLayer"]
+INPUTS["VideoMAELayer"] = INPUTS["VJEPA2Layer"] = INPUTS["VivitLayer"]
 ABSENT = {"ASTLayer": ("image_size",), "VivitLayer": ("patch_size",)}  # in their configs
+ABSENT["VJEPA2Layer"] = ("image_size", "intermediate_size")
+IN_FP32 = ("GitVisionEncoderLayer", "MLCDEncoderLayer")  # softmax, or rotations
 layers = pytest.mark.parametrize("layer", MODELS)
 
 
@@ -88,7 +98,10 @@ def inputs(layer):
 def features(model, x):
     out = model(x)
     pooled = getattr(out, "pooler_output", None)
-    return out.last_hidden_state[:, 0] if pooled is None else pooled
+    if pooled is not None:
+        return pooled
+    is_grid = "predictor_output" in out
+    return out.last_hidden_state.mean(1) if is_grid else out.last_hidden_state[:, 0]
 
 
 def test_every_row_has_a_model():
@@ -135,6 +148,12 @@ def bias_at(table, places, *args, **kwargs):
     return table(*args, **kwargs)[:, :, places][..., places]
 
 
+def ids_in_pairs(own, x, masks=None):
+    """The indices of patches that stand in pairs, each pair at one position."""
+    places = torch.arange(x.shape[1])[None] if masks is None else masks
+    return own(x, masks=places // 2 * 2)
+
+
 @layers
 def test_equal_patches_merge_to_the_dense_result_in_training(layer):
     """Each pair of neighbours is equal, so that merging every pair changes nothing."""
@@ -146,25 +165,30 @@ def test_equal_patches_merge_to_the_dense_result_in_training(layer):
         patches = args[0][:, p:][:, : n // 2 * 2 : 2].repeat_interleave(2, dim=1)
         return torch.cat([args[0][:, :p], patches], dim=1), *args[1:]
 
-    if tower.is_rotary:
-        table = model.rope_embeddings.forward
+    if tower.rotates_itself:
+        for block in tower.blocks:
+            own = block.attention.get_position_ids
+            block.attention.get_position_ids = partial(ids_in_pairs, own)
+    elif tower.is_rotary:
+        rope = getattr(model, "vision_rotary_embedding", None) or model.rope_embeddings
+        table = rope.forward
 
-        def double_positions(pixels):
-            return tuple(t[: n // 2 * 2 : 2].repeat_interleave(2, dim=0) for t in table(pixels))
+        def double_positions(*args):
+            return tuple(t[: n // 2 * 2 : 2].repeat_interleave(2, dim=0) for t in table(*args))
 
-        model.rope_embeddings.forward = double_positions
+        rope.forward = double_positions
     if tower.adds_bias:
         even = torch.arange(p, p + n // 2 * 2, 2).repeat_interleave(2)
         places = torch.cat([torch.arange(p), even])
         for block in tower.blocks:
-            own = block.relative_position_bias
+            own = part(block, tower.names.bias)
             own.forward = partial(bias_at, own.forward, places)
     tower.blocks[0].register_forward_pre_hook(double_patches)
     dense = features(model, x)
     strategy = elip_models.ToMe((n // 2,) + (0,) * (tower.depth - 1), compare="tokens")
     elip_models.reduce_(model, strategy=strategy)
     merged = features(model, x)
-    close = 1e-5 if layer == "GitVisionEncoderLayer" else 1e-9  # its softmax is fp32
+    close = 1e-5 if layer in IN_FP32 else 1e-9
     torch.testing.assert_close(merged, dense, atol=close, rtol=close)
     merged.square().sum().backward()
     assert all(w.grad is None or w.grad.isfinite().all() for w in model.parameters())
@@ -173,6 +197,7 @@ def test_equal_patches_merge_to_the_dense_result_in_training(layer):
 VISION = {"vision_config": HF, "projection_dim": 32}
 TEXT = HF_TEXT | {"max_position_embeddings": 16, "eos_token_id": 49}
 DETECTOR = VISION | {"text_config": TEXT}
+TINY = {name: n for name, n in HF.items() if name not in ABSENT["VJEPA2Layer"]}
 SEGMENTER = DETECTOR | {"extract_layers": [0, 2, 4], "reduce_dim": 8}
 SEGMENTER |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
 WHOLE = {
@@ -181,8 +206,15 @@ WHOLE = {
     "CLIPSegForImageSegmentation": ("CLIPSegConfig", SEGMENTER),
     "MetaClip2Model": ("MetaClip2Config", DETECTOR),
     "DINOv3ViTBackbone": ("DINOv3ViTConfig", HF | {"out_features": ["stage2", "stage6"]}),
+    "Data2VecVisionForImageClassification": ("Data2VecVisionConfig", HF),
+    "Data2VecVisionForSemanticSegmentation": (
+        "Data2VecVisionConfig",
+        HF | {"use_relative_position_bias": True, "out_indices": [1, 2, 3, 4]},
+    ),
     "IJepaForImageClassification": ("IJepaConfig", HF),
     "MetaClip2ForImageClassification": ("MetaClip2Config", DETECTOR),
+    "VJEPA2Model": ("VJEPA2Config", TINY | VJEPA2),
+    "VJEPA2ForVideoClassification": ("VJEPA2Config", TINY | VJEPA2),
     "ViTMSNForImageClassification": ("ViTMSNConfig", HF),
 }
 
@@ -190,7 +222,8 @@ WHOLE = {
 def tensors(model, x):
     text = {"input_ids": torch.full((2, 6), 7), "attention_mask": torch.ones(2, 6).long()}
     has_text = "input_ids" in inspect.signature(model.forward).parameters
-    out = model(pixel_values=x, **(text if has_text else {}))
+    name = "pixel_values_videos" if x.dim() == 5 else "pixel_values"
+    out = model(**{name: x}, **(text if has_text else {}))
     found = []
     for value in out.values():
         found += value if isinstance(value, tuple) else [value]
@@ -202,7 +235,8 @@ def tensors(model, x):
 def test_dense_heads_get_a_token_for_each_patch(name):
     config, options = WHOLE[name]
     made = getattr(transformers, config)(**options)
-    model, x = getattr(transformers, name)(made).eval(), images()
+    model = getattr(transformers, name)(made).eval()
+    x = torch.randn(INPUTS["VJEPA2Layer"]) if config == "VJEPA2Config" else images()
     dense = tensors(model, x)
     elip_models.reduce_(model, strategy="tome:r=0")
     for each, expected in zip(tensors(model, x), dense, strict=True):
@@ -211,6 +245,41 @@ def test_dense_heads_get_a_token_for_each_patch(name):
     assert [each.shape for each in reduced] == [each.shape for each in dense]
     assert all(each.isfinite().all() for each in reduced)
     assert not all(torch.equal(a, b) for a, b in zip(reduced, dense, strict=True))
+
+
+@pytest.mark.parametrize("layer", ["Data2VecVisionLayer", "MLCDEncoderLayer", "VJEPA2Layer"])
+def test_checkpointing_and_compiling_repeat_layers_that_read_their_own_positions(layer):
+    model, x = elip_models.reduce_(model_of(layer).train()), inputs(layer)
+    found = []
+    for checkpoint in (False, True):
+        model.zero_grad()
+        if checkpoint:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        features(model, x).square().sum().backward()
+        found.append({n: w.grad for n, w in model.named_parameters() if w.grad is not None})
+    assert_equal_gradients(*found, atol=1e-5, rtol=1e-4)
+    model.gradient_checkpointing_disable()
+    model.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(features(compiled, x), features(model, x))
+
+
+@torch.no_grad()
+def test_kept_tubelets_are_rotated_as_vjepas_own_masks_do():
+    model, x = model_of("VJEPA2Layer"), inputs("VJEPA2Layer")
+    tower = as_tower(model)
+    kept = torch.stack([torch.randperm(72)[:20].sort().values for _ in range(2)])
+    tokens = tower.embed(x).gather(1, kept[..., None].expand(-1, -1, 32))
+    expected = tower.blocks[0](tokens, position_mask=kept)[0]
+    torch.testing.assert_close(tower.at(kept).block(0, tokens), expected)
+    nowhere = tower.at(torch.full((2, 20), -1)).qkv(0, tokens)[1]
+    assert torch.equal(
+        nowhere[0, :, 0],
+        tower.blocks[0].attention.key(tower.blocks[0].norm1(tokens))[0, 0].view(2, 16),
+    )
 
 
 BEIT = HF | {"use_relative_position_bias": True}

@@ -8,22 +8,23 @@ from torch import nn
 
 import elip_models
 from tests.helpers.models import hf_vision
+from tests.helpers.towers import images
 
 PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
-    "ViTMAEModel": r"timm.create_model\('vit_base_patch16_224.mae'\) is supported",
-    "MLCDVisionModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2, DINOv3 and",
-    "Data2VecVisionModel": r"a bias to its attention.*'beit_base_patch16_224'\) is supported",
+    "ViTMAEModel": r"at random in every call.*ViTModel\.from_pretrained loads its checkpoint",
+    "ImageGPTModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2, DINOv3 and",
     "SwinModel": f"attends in windows.*{PLAIN}",
     "SamVisionModel": f"attends in windows.*{PLAIN}",
     "SegformerModel": f"pools or convolves its grid.*{PLAIN}",
     "ConvNextModel": f"is a convolutional network.*{PLAIN}",
     "ResNetModel": f"is a convolutional network.*{PLAIN}",
-    "YolosModel": f"boxes, masks or depths.*{PLAIN}",
+    "YolosModel": f"detection tokens after its patches.*need every token; {PLAIN}",
     "DPTModel": f"boxes, masks or depths.*{PLAIN}",
     "DepthProModel": f"boxes, masks or depths.*{PLAIN}",
-    "TimesformerModel": "reads videos.*ViViT and VideoMAE are supported",
+    "TimesformerModel": "over the patches of one frame.*VideoMAE and V-JEPA 2 are supported",
+    "XCLIPModel": "reads videos.*VideoMAE and V-JEPA 2 are supported",
     "WhisperModel": "reads audio.*pass an image model",
     "PatchTSTModel": "reads time series.*pass an image model",
     "BertModel": "reads text alone.*such as CLIPModel or LlavaForConditionalGeneration",
@@ -82,6 +83,17 @@ def test_models_of_other_libraries_and_parts_say_what_to_pass():
     for reason, model in cases.items():
         with pytest.raises(TypeError, match=reason):
             elip_models.reduce_(model)
+
+
+def test_a_vit_loads_the_checkpoint_of_a_masked_autoencoder(tmp_path):
+    options = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "mask_ratio": 0.0}
+    mae, x = hf_vision("ViTMAEModel", "ViTMAEConfig", **options).eval(), images()
+    mae.save_pretrained(tmp_path)
+    model = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    in_order = torch.arange(36.0).expand(2, -1)
+    dense = mae(x, noise=in_order).last_hidden_state
+    assert torch.equal(model(x).last_hidden_state, dense)
+    assert elip_models.reduce_(model)(x).last_hidden_state.shape[1] < 37
 
 
 def test_the_models_that_messages_name_can_be_reduced():

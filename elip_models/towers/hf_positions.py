@@ -1,0 +1,152 @@
+"""The positions of patches in towers of transformers, read from the models' own modules.
+
+DINOv3 rotates the patches, MLCD the class token too, and the attention of V-JEPA 2 computes its
+rotations from the indices of all tokens; BEiT and Data2Vec add a bias. See `eva.py` for a token
+without a position.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elip_models.towers.base import Tower
+from elip_models.towers.hf_layers import Layer, part
+from elip_models.towers.tower_parts import NO_POSITION
+
+
+class HFPositions(Tower):
+    """The part of a tower of transformers that gives its layers the positions of their tokens.
+
+    trunk: the module that has the embeddings and the config. names: the row of its layers.
+    rotations: cos and sin (N0, d) of all patches in this forward pass, in a rotary tower; of all
+        tokens if `rotates_prefix`.
+    gathered: cos and sin (B, 1, N-p or N, d) at `positions`, once they are known.
+    resolution: the images' size (H, W) in this forward pass, in a tower that adds a bias.
+    rotates_itself: the attention computes its rotations from the indices of all patches.
+    """
+
+    trunk: nn.Module
+    names: Layer
+    rotations: tuple[Tensor, Tensor] | None = None
+    gathered: tuple[Tensor, Tensor] | None = None
+    resolution: tuple[int, int] | None = None
+    rotates_itself: bool = False
+
+    @property
+    def rotates_prefix(self) -> bool:
+        """Return whether class tokens are rotated too; no layer takes rotations of each image."""
+        return hasattr(self.trunk, "class_pos_emb")
+
+    @property
+    def adds_bias(self) -> bool:
+        """Return whether layers add a bias to their attention for each pair of positions."""
+        return part(self.blocks[0], self.names.bias) is not None
+
+    @property
+    def is_rotary(self) -> bool:
+        """Return whether layers rotate queries and keys by the position of their patch."""
+        rotates_patches = hasattr(self.trunk, "rope_embeddings")
+        return rotates_patches or self.rotates_itself or self.rotates_prefix
+
+    @property
+    def reads_own_positions(self) -> bool:
+        """Return whether a block's own forward reads the positions of all patches in order."""
+        return self.adds_bias or self.rotates_itself or self.rotates_prefix
+
+    def at(self, positions: Tensor | None) -> Self:
+        """Return the tower for tokens at these positions; None means all patches in order."""
+        return self.changed(positions=positions, gathered=None) if self.has_positions else self
+
+    def at_no_position(self) -> Self:
+        """Return the tower for one token that comes from outside the image."""
+        positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
+        return self.at(positions.to(next(self.trunk.parameters()).device))
+
+    def for_images(self, images: Tensor) -> Self:
+        """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
+        if self.adds_bias:
+            return self.changed(resolution=tuple(images.shape[2:]))
+        if not self.is_rotary or self.rotates_itself:
+            return self
+        return self.changed(gathered=None, rotations=self._tables(images))
+
+    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
+        if self.adds_bias:
+            return self.changed(resolution=kwargs.get("resolution"))
+        rotations = kwargs.get("position_embeddings")
+        return self if rotations is None else self.changed(gathered=None, rotations=rotations)
+
+    def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
+        return kwargs | {"position_embeddings": self.in_call(0, kwargs).at(positions)._rotations()}
+
+    def rotated(self, i: int, heads: Tensor) -> Tensor:
+        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
+        if not self.is_rotary:
+            return heads
+        if self.rotates_itself:
+            return self._rotated_by_attention(i, heads)
+        cos, sin = self._rotations()
+        fixed = 0 if self.rotates_prefix else self.num_prefix_tokens
+        first, others = heads.tensor_split([fixed], dim=2)
+        one, other = others.chunk(2, dim=-1)
+        turned = others * cos + torch.cat([-other, one], dim=-1) * sin
+        return torch.cat([first, turned.type_as(heads)], dim=2)
+
+    def position_bias(self, i: int) -> Tensor | None:
+        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
+        own = part(self.blocks[i], self.names.bias)
+        if own is None:
+            return None
+        rows, columns = pair(self.trunk.config.patch_size)
+        height, width = self.resolution or self.image_size
+        bias = own((height // rows, width // columns))
+        return bias if self.positions is None else self.bias_at(bias, self.positions)
+
+    def _rotated_by_attention(self, i: int, heads: Tensor) -> Tensor:
+        """Rotate block i's queries or keys (B, H, N, d) as its attention does."""
+        attn, positions = self._attention(i), self.positions
+        turned = attn.apply_rotary_embeddings(
+            heads, attn.get_position_ids(heads[:, 0], masks=positions)
+        )
+        if positions is None:
+            return turned
+        return torch.where((positions < 0)[:, None, :, None], heads, turned)
+
+    def _rotations(self) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of these tokens, `rotations` or `gathered`."""
+        tables = self.rotations
+        if tables is None:
+            weight = next(self.trunk.parameters())
+            tables = self._tables(weight.new_empty(1, 3, *self.image_size))
+        if self.positions is None:
+            return tables
+        if self.gathered is None:
+            none = (1.0, 0.0)  # of a token without a position, the last row
+            padded = [F.pad(t, (0, 0, 0, 1), value=v) for t, v in zip(tables, none, strict=True)]
+            places = self.places(self.positions) if self.rotates_prefix else self.positions
+            cos, sin = (table[places].unsqueeze(1) for table in padded)
+            self.gathered = cos, sin
+        return self.gathered
+
+    def _tables(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of images (B, 3, H, W), see `rotations`."""
+        trunk = self.trunk
+        if not self.rotates_prefix:
+            return trunk.rope_embeddings(images)
+        rows, columns = pair(trunk.config.patch_size)
+        grid = torch.cartesian_prod(
+            torch.arange(images.shape[2] // rows, device=images.device),
+            torch.arange(images.shape[3] // columns, device=images.device),
+        )
+        cos, sin = trunk.vision_rotary_embedding(images, grid)
+        first = trunk.class_pos_emb.repeat(1, 2)
+        return torch.cat([first.cos(), cos]), torch.cat([first.sin(), sin])
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of a size in a config."""
+    return (size, size) if isinstance(size, int) else tuple(size)
