@@ -87,8 +87,14 @@ def cached_bytes(cache):
     return sum(2 * each.keys.numel() * each.keys.element_size() for each in cache.layers)
 
 
-@pytest.mark.cases(strategy=lambda scale: STRATEGIES[:1] if scale == "smallest" else STRATEGIES)
-def test_vlm(record, rounds, scale, strategy):
+PHASES = ("prefill", "decoding")
+
+
+@pytest.mark.cases(
+    strategy=lambda scale: STRATEGIES[:1] if scale == "smallest" else STRATEGIES,
+    phase=lambda _: PHASES,
+)
+def test_vlm(record, rounds, scale, strategy, phase):
     model = model_of(scale)
     prompt = prompt_of(model)
     models = {DENSE: model}
@@ -97,28 +103,21 @@ def test_vlm(record, rounds, scale, strategy):
     caches = {name: cache_of(prefill(each, prompt)) for name, each in models.items()}
     same = elip_models.reduce_(copy.deepcopy(model), "stride", keep=1.0)
     assert torch.equal(prefill(same, prompt).logits, prefill(model, prompt).logits)
-    times = {
-        "prefill": time_side_by_side(
-            {name: partial(prefill, each, prompt) for name, each in models.items()},
-            device=DEVICE,
-            rounds=rounds,
-        ),
-        "decoding": time_side_by_side(
-            {name: partial(decode, each, prompt, caches[name]) for name, each in models.items()},
-            device=DEVICE,
-            rounds=rounds,
-        ),
-    }
+    if phase == "prefill":
+        steps = {name: partial(prefill, each, prompt) for name, each in models.items()}
+    else:
+        steps = {name: partial(decode, each, prompt, caches[name]) for name, each in models.items()}
+    times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
+    ratios = ratios_to(DENSE, times)
+    del ratios[DENSE]
     record(
-        partial(prefill, models[f"{KEEPS[1]:g}"], prompt),
+        steps[f"{KEEPS[1]:g}"],
         op="llava",
-        direction="inference",
+        direction=phase,
         rounds=rounds,
         language_model=strategy,
-        times={
-            name: {"ratios": ratios_to(DENSE, each), "milliseconds": milliseconds(each)}
-            for name, each in times.items()
-        },
+        ratios=ratios,
+        milliseconds=milliseconds(times),
         cache_bytes={name: cached_bytes(each) for name, each in caches.items()},
         tokens={"image": model.config.image_seq_length, "text": TEXT_TOKENS, "decoded": DECODED},
         shape={"B": 1, "image": model.config.vision_config.image_size},

@@ -32,6 +32,9 @@ def device_tables(results: Results) -> str:
         parts += [chart(results, "towers", "times relative to dense"), *tower_table(towers)]
     if compared:
         parts += strategy_table(compared)
+    language = [entry for entry in results.entries if "language_model" in entry]
+    if language:
+        parts += language_model_table(language)
     exported = [entry for entry in results.entries if "onnxruntime" in entry]
     if exported:
         parts += onnx_table(exported)
@@ -94,6 +97,26 @@ def strategy_table(entries: list[Entry]) -> list[str]:
     )
     header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]
+
+
+def language_model_table(entries: list[Entry]) -> list[str]:
+    """Return time and (in brackets) cached bytes of a LLaVA that reads fewer image tokens."""
+    keeps, rows = list(entries[0]["ratios"]), []
+    for entry in entries:
+        cached = entry["cache_bytes"]
+        cells = [
+            f"{ratio(entry['ratios'][keep])} ({cached[keep] / cached['dense']:.2f})"
+            for keep in keeps
+        ]
+        dense = milliseconds(entry["milliseconds"]["dense"])
+        rows.append([f"`{entry['language_model']}`", entry["direction"], dense, *cells])
+    tokens = entries[0]["tokens"]
+    note = (
+        f"A LLaVA with random weights, {tokens['image']} image tokens and {tokens['text']} of "
+        "text: time relative to the dense model, with relative bytes of the key-value cache in brackets, "
+        f"by `keep`. Prefill includes the image tower; decoding adds {tokens['decoded']} tokens."
+    )
+    return [note, table(["strategy", "phase", "dense, ms", *keeps], rows, left=2)]
 
 
 def onnx_table(entries: list[Entry]) -> list[str]:

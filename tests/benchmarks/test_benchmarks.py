@@ -90,10 +90,21 @@ def entries():
         "grown_bytes": 2**19,
         "shape": {"B": 1, "image": 224},
     }
+    language = common | {
+        "op": "llava",
+        "direction": "prefill",
+        "language_model": "diverse",
+        "milliseconds": {"dense": 900.0, "0.25": 450.0},
+        "ratios": {"0.25": 0.5},
+        "cache_bytes": {"dense": 1000, "0.25": 310},
+        "tokens": {"image": 576, "text": 48, "decoded": 16},
+        "shape": {"B": 1, "image": 336},
+    }
     return [
         op,
         tower,
         strategies,
+        language,
         exported,
         step,
         step | {"op": "meter"} | unshared,
@@ -143,6 +154,8 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "| vit_small_patch16 224 px, 1, fp32 | inference | 63.2 | 0.79 (0.70) | 0.98 no gain (",
         "0.702 of a dense training step",
         "`tome(r=13)`",
+        "A LLaVA with random weights, 576 image tokens and 48 of text",
+        "| `diverse` | prefill | 900 | 0.50 (0.31) |",
         "Inference in onnxruntime 1.32.0",
         "| vit_small_patch16 224 px, 1, fp32 | 41.2 | 0.73 | 1.53 no gain |",
         "Pre-training step",
