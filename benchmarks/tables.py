@@ -113,8 +113,8 @@ def language_model_table(entries: list[Entry]) -> list[str]:
     tokens = entries[0]["tokens"]
     note = (
         f"A LLaVA with random weights, {tokens['image']} image tokens and {tokens['text']} of "
-        "text: time relative to the dense model, with relative bytes of the key-value cache in brackets, "
-        f"by `keep`. Prefill includes the image tower; decoding adds {tokens['decoded']} tokens."
+        "text: time relative to the dense model, with relative bytes of the key-value cache in "
+        f"brackets, by `keep`. Prefill includes the image tower; decoding adds {tokens['decoded']} tokens."
     )
     return [note, table(["strategy", "phase", "dense, ms", *keeps], rows, left=2)]
 
