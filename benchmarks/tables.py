@@ -114,7 +114,8 @@ def language_model_table(entries: list[Entry]) -> list[str]:
     note = (
         f"A LLaVA with random weights, {tokens['image']} image tokens and {tokens['text']} of "
         "text: time relative to the dense model, with relative bytes of the key-value cache in "
-        f"brackets, by `keep`. Prefill includes the image tower; decoding adds {tokens['decoded']} tokens."
+        "brackets, by `keep`. Prefill includes the image tower; decoding adds "
+        f"{tokens['decoded']} tokens."
     )
     return [note, table(["strategy", "phase", "dense, ms", *keeps], rows, left=2)]
 
