@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dev", type=Path, required=True, help="names of photographs to evaluate on")
     add("--output", type=Path, required=True, metavar="X.safetensors", help="the trained tower")
     add("--features", type=Path, metavar="FOLDER", help="read and write CLS features here")
-    add("--epochs", type=int, default=30, help="one caption an image each (default: %(default)s)")
+    add("--epochs", type=int, default=16, help="one caption an image each (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
     return parser
 
