@@ -10,12 +10,15 @@ from tests.vlm.configs import CASES, EAGER, IMAGE, VIDEO
 from tests.vlm.models import build
 
 
+QUICK = {"llava", "llava_next", "idefics3", "gemma3", "paligemma", "qwen2_5_vl_video", "qwen3_vl"}
+
+
 def _families():
-    """Return (name, attention) of every case, with eager attention in the slow tests."""
+    """Return (name, attention) of every case; most are slow, and all with eager exhaustive."""
     for name in CASES:
         if name not in EAGER:
-            yield name, "sdpa"
-        yield pytest.param((name, "eager"), marks=[] if name in EAGER else pytest.mark.slow)
+            yield pytest.param((name, "sdpa"), marks=[] if name in QUICK else pytest.mark.slow)
+        yield pytest.param((name, "eager"), marks=[] if name in EAGER else pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="module", params=list(_families()), ids=lambda each: "-".join(each))
@@ -47,7 +50,7 @@ def test_keeping_every_token_changes_nothing(case):
 
 STRATEGIES = (
     "diverse",
-    *(pytest.param(each, marks=pytest.mark.slow) for each in ("stride", "random")),
+    *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("stride", "random")),
 )
 
 
@@ -78,7 +81,7 @@ def _assert_half(kept, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_generation_is_that_of_the_model_without_removed_columns(case, beams):
     model, inputs = case
     oracle.skip_mixed_images(model, beams)

@@ -13,16 +13,21 @@ from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, IMAGE, TEXT, llava
 from tests.vlm.models import build, model_of, prompt
 
-QUICK = ("llava", "gemma3", "paligemma", "qwen2_5_vl", "qwen3_vl", "idefics2")
-"""Masks of two dimensions, dicts of masks, one mask, positions of three axes, other names."""
+QUICK = ("llava", "gemma3", "qwen3_vl")
+"""Masks of two dimensions, dicts of masks, and positions of three axes."""
+SLOW = ("paligemma", "qwen2_5_vl", "idefics2")
 IMAGES = [each for each in CASES if not each.endswith("_video")]
 
 
 def some(names=IMAGES, quick=QUICK):
     """Parametrise a test by name, the quick tests by those in `quick`."""
-    marks = {False: pytest.mark.slow, True: ()}
+
+    def marks(name):
+        slow = pytest.mark.slow if name in SLOW else pytest.mark.exhaustive
+        return () if name in quick else slow
+
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=marks[name in quick]) for name in names]
+        "name", [pytest.param(name, marks=marks(name)) for name in names]
     )
 
 

@@ -15,7 +15,7 @@ from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import build
 
 FAST = [name for name in ("llava", "qwen2_5_vl", "gemma3") if name in CASES]
-FAMILIES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CASES]
+FAMILIES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.exhaustive) for n in CASES]
 
 
 def built(name, attention="sdpa"):

@@ -20,7 +20,7 @@ def _cases():
     for name in CASES:
         for attention in ("eager",) if name in EAGER else ("sdpa", "eager"):
             is_quick = name in QUICK and attention == "sdpa"
-            yield pytest.param(name, attention, marks=[] if is_quick else pytest.mark.slow)
+            yield pytest.param(name, attention, marks=[] if is_quick else pytest.mark.exhaustive)
 
 
 def trained(name, attention="sdpa"):
