@@ -9,7 +9,6 @@ from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, IMAGE, VIDEO
 from tests.vlm.models import build
 
-
 QUICK = {"llava", "llava_next", "idefics3", "gemma3", "paligemma", "qwen2_5_vl_video", "qwen3_vl"}
 
 
