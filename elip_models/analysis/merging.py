@@ -3,6 +3,7 @@
 token_s(n) = the token that contains patch n after step s, by the source maps of all steps   (B, P)
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from elip_models.analysis.visualize import (
 )
 from elip_models.reduction.strategy import StageInfo
 
+MAX_FRAMES = 16  # in the picture of a clip, evenly spaced
 MAX_STEPS = 4  # steps in a picture, evenly spaced up to the last one
 PIXELS = 256  # smallest height of an image, so that an outline is thin
 NOTE = (
     "The patches of one token have their mean colour, and may be in separate areas; patches that "
     "were not merged are unchanged; dropped patches are grey. Numbers are without prefix tokens."
 )
+
+OF_CLIPS = "A token may be in several frames."
 
 
 def tokens_of_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
@@ -41,19 +45,31 @@ def merged_image(image: Tensor, tokens: Tensor) -> Tensor:
 
     `image` is (3, H, W) in [0, 1], `tokens` (rows, columns) one item of `tokens_of_patches`.
     """
-    scale = max(1, -(-PIXELS // image.shape[1]))
-    image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    wide = F.interpolate(tokens[None, None].float(), size=image.shape[1:])[0, 0].long()
-    for token in tokens.unique().tolist():
-        inside = wide == token
+    return merged_clip(image[None], tokens[None])[0]
+
+
+def merged_clip(frames: Tensor, tokens: Tensor) -> Tensor:
+    """Return pictures (T, 3, s H, s W) of the patches that form one token, over space and time.
+
+    `frames` is (T, 3, H, W) in [0, 1], `tokens` (steps, rows, columns) one item of
+    `tokens_of_patches`, with T / steps frames a step.
+    """
+    scale = max(1, -(-PIXELS // frames.shape[2]))
+    frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3).transpose(0, 1)
+    wide = F.interpolate(tokens[:, None].float(), size=frames.shape[2:])[:, 0].long()
+    wide = wide.repeat_interleave(frames.shape[1] // len(tokens), 0)
+    for token, count in zip(
+        *(each.tolist() for each in tokens.unique(return_counts=True)), strict=True
+    ):
         if token < 0:
-            image[:, inside] = GREY
-        elif (tokens == token).sum() > 1:
-            image[:, inside] = image[:, inside].mean(1, keepdim=True)
+            frames[:, wide == token] = GREY
+        elif count > 1:
+            inside = wide == token
+            frames[:, inside] = frames[:, inside].mean(1, keepdim=True)
     edge = torch.zeros_like(wide, dtype=torch.bool)
+    edge[..., 1:] |= wide[..., 1:] != wide[..., :-1]
     edge[:, 1:] |= wide[:, 1:] != wide[:, :-1]
-    edge[1:] |= wide[1:] != wide[:-1]
-    return image.masked_fill(edge, 0.0)
+    return frames.masked_fill(edge, 0.0).transpose(0, 1)
 
 
 def draw_merging(
@@ -84,3 +100,35 @@ def draw_merging(
         left = (found[s][0].unique() >= 0).sum().item()
         axis.set_title(f"after layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
     return save_figure(figure, path, title=title, note=NOTE)
+
+
+def draw_clips(
+    clips: Tensor,
+    captions: Sequence[str],
+    infos: Sequence[StageInfo],
+    path: Path,
+    *,
+    grid: tuple[int, int, int],
+    title: str = "",
+) -> Path:
+    """Write a PNG with two rows for each clip: its frames, and tokens after the last layer.
+
+    The clips are (B, T, 3, H, W) in [0, 1], `grid` has the steps in time, the rows and the columns
+    of the patches. Other arguments are those of `draw_reduction`.
+    """
+    (B, T), size = clips.shape[:2], clips.shape[3:]
+    found = tokens_of_patches(infos, math.prod(grid))[-1].cpu().view(B, *grid)
+    count = min(MAX_FRAMES, T)
+    shown = [round(k * (T - 1) / max(count - 1, 1)) for k in range(count)]
+    figure, axes = make_panels(2 * B, count, size[1] / size[0])
+    for b, (clip, tokens, caption) in enumerate(zip(clips.cpu(), found, captions, strict=True)):
+        merged = merged_clip(clip, tokens)
+        for row, frames in zip(axes[2 * b : 2 * b + 2], (clip, merged), strict=True):
+            for axis, t in zip(row, shown, strict=False):
+                axis.imshow(frames[t].permute(1, 2, 0).numpy())
+        left = (tokens.unique() >= 0).sum().item()
+        write_caption(axes[2 * b, -1], caption)
+        write_caption(axes[2 * b + 1, -1], f"{left} tokens of {tokens.numel()}")
+    for axis, t in zip(axes[0], shown, strict=False):
+        axis.set_title(f"frame {t + 1}", fontsize=9)
+    return save_figure(figure, path, title=title, note=f"{NOTE} {OF_CLIPS}")

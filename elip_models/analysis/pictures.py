@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from elip_models.analysis.merging import draw_merging
+from elip_models.analysis.merging import draw_clips, draw_merging
 from elip_models.analysis.visualize import (
     concentration,
     draw_concentration,
@@ -19,8 +19,8 @@ def draw_pictures(model: VisualizedModel, shown: CaptionedImages, path: Path) ->
 
     `path` is from `draw_reduction` if the strategy has scores; NAME_merged.png beside it, or `path`
     without scores, is from `draw_merging`. A tower with CLS adds NAME_concentration.png, averaged
-    over these images. A strategy that reduces nothing in inference raises ConfigError, as do
-    images without captions if a text guides.
+    over these images. A video model has one picture, of `draw_clips`. A strategy that reduces
+    nothing in inference raises ConfigError, as do images without captions if a text guides.
     """
     captions, tower = [caption for _, caption in shown], model.tower
     if model.guide is not None and not any(captions):
@@ -37,6 +37,9 @@ def draw_pictures(model: VisualizedModel, shown: CaptionedImages, path: Path) ->
             f"--strategy: expected one that merges or drops tokens in inference, got "
             f"{model.strategy.name!r}"
         )
+    if tower.num_frames > 1:
+        grid = (tower.num_steps, *patch_grid(tower))
+        return [draw_clips(pixels, captions, infos, path, grid=grid, title=str(model))]
     paths, merged = [], path
     layout = {"grid": patch_grid(tower), "title": str(model)}
     if all(info.attention is not None for info in infos):

@@ -96,9 +96,12 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
 
 
 def patch_grid(tower: Tower) -> tuple[int, int]:
-    """Return rows and columns of the patches, chosen so that a patch is as square as possible."""
+    """Return rows and columns of the patches, chosen so that a patch is as square as possible.
+
+    Those of a clip are of one step in time.
+    """
     height, width = tower.image_size
-    P = tower.num_patches
+    P = tower.num_patches // tower.num_steps
     rows = (rows for rows in range(1, P + 1) if P % rows == 0)
     best = min(rows, key=lambda rows: abs(rows * width - P // rows * height))
     return best, P // best

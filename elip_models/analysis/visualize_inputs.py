@@ -4,6 +4,7 @@ A whole language-image model is guided by its own text tower and needs its token
 is reduced by the image alone.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from elip_models.data import SampleError, open_source
 from elip_models.data.read_errors import readable_samples
-from elip_models.data.sample import decode_image
+from elip_models.data.sample import decode_clip, decode_image
 from elip_models.models.io.open_model import open_model, split_spec
 from elip_models.models.registry import elip_strategy
 from elip_models.reduction.encode import encode_image
@@ -30,8 +31,10 @@ from elip_models.validation import ConfigError, as_config_error, shortened
 
 CaptionEncoder = Callable[[Sequence[str]], Tensor]
 """Function of B captions, one for each image, that returns text_cls (B, D)."""
-CaptionedImages = list[tuple[Image.Image, str]]
-"""Images with a caption each."""
+Shown = Image.Image | list[Image.Image]
+"""An image, or the frames of a clip."""
+CaptionedImages = list[tuple[Shown, str]]
+"""Images or clips with a caption each."""
 
 
 @dataclass
@@ -46,18 +49,28 @@ class VisualizedModel:
     mean: Tensor  # (3, 1, 1)
     std: Tensor  # (3, 1, 1)
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Crop RGB images at the centre to the tower's shape, resized: (B, 3, H, W) in [0, 1]."""
-        return torch.stack([pixels_of(image, self.tower.image_size) for image in images])
+    def pixels(self, images: Sequence[Shown]) -> Tensor:
+        """Crop RGB images at the centre to the tower's shape, resized: (B, 3, H, W) in [0, 1].
+
+        Clips give (B, T, 3, H, W).
+        """
+        return torch.stack(
+            [
+                self.pixels(image)
+                if isinstance(image, list)
+                else pixels_of(image, self.tower.image_size)
+                for image in images
+            ]
+        )
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Normalise pixels (B, 3, H, W) in [0, 1] for the model, on its device."""
+        """Normalise pixels (.., 3, H, W) in [0, 1] for the model, on its device."""
         weight = next(self.image_model.parameters())
         return ((pixels - self.mean) / self.std).to(weight.device)
 
     @torch.no_grad()
     def stage_infos(self, images: Tensor, captions: Sequence[str]) -> list[StageInfo]:
-        """Reduce normalised images (B, 3, H, W), guided by captions; return one info a stage."""
+        """Reduce normalised images or clips, guided by captions; return one info a stage."""
         text_cls, strategy = None, self.strategy
         if self.guide is not None:
             text_cls = self.guide(captions)
@@ -154,8 +167,8 @@ def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
     return partial(model.encode_captions, tokenizer)
 
 
-def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> CaptionedImages:
-    """Read image files, each with a caption or none; ConfigError if one cannot be read."""
+def check_pairs(images: Sequence[Path], captions: Sequence[str]) -> Sequence[str]:
+    """Return a caption for each image, "" for all without any; ConfigError if one is missing."""
     captions = captions or [""] * len(images)
     if len(captions) != len(images):
         raise ConfigError(
@@ -164,15 +177,55 @@ def read_pairs(images: Sequence[Path], captions: Sequence[str]) -> CaptionedImag
     for caption in captions:
         if not caption.isascii() and caption != caption.encode(errors="ignore").decode():
             raise ConfigError(f"--caption: expected valid text, got {shortened(caption)}")
+    for path in images:
+        if not os.path.exists(path):  # also false if the path is too long or has a null character
+            raise ConfigError(f"--image: {SampleError(str(path), 'no such file')}")
+    return captions
+
+
+def read_shown(
+    images: Sequence[Path] | None,
+    captions: Sequence[str],
+    data: str | None,
+    count: int,
+    tower: Tower,
+) -> CaptionedImages:
+    """Read image files or clips, or else samples of `data`."""
+    if images:
+        return read_pairs(images, captions, tower.num_frames)
+    return read_source(data, count, tower)
+
+
+def read_pairs(
+    images: Sequence[Path], captions: Sequence[str], num_frames: int = 1
+) -> CaptionedImages:
+    """Read image files, each with a caption or none; ConfigError if one cannot be read.
+
+    With several frames, a file is a clip: a folder of images, or a GIF.
+    """
+    captions = check_pairs(images, captions)
     try:
-        files = [decode_image(path, str(path)) for path in images]
+        if num_frames == 1:
+            files = [decode_image(path, str(path)) for path in images]
+        else:
+            files = [decode_clip(path, num_frames) for path in images]
     except SampleError as error:
-        raise ConfigError(f"--image: {error}") from error
+        if num_frames == 1:
+            raise ConfigError(f"--image: {error}") from error
+        raise ConfigError(
+            f"--image: expected a folder of {num_frames} frames or more, or a GIF of as many, got "
+            f"{error}; ffmpeg -i clip.mp4 frames/%05d.png writes the frames of a video"
+        ) from error
     return list(zip(files, captions, strict=True))
 
 
 def read_source(spec: str, count: int, tower: Tower) -> CaptionedImages:
     """Read the first `count` readable samples of a source, with their first captions."""
+    if tower.num_frames > 1:
+        raise ConfigError(
+            f"--data: expected --image with a clip for a model that reads {tower.num_frames} "
+            f"frames, got {shortened(spec)}, whose samples are images"
+        )
     with as_config_error("--data"):
         source = open_source(spec, image_size=max(tower.image_size))
         samples = readable_samples(source, range(len(source)))

@@ -20,7 +20,10 @@ def visualize(
         ),
     ],
     image: Annotated[
-        list[Path] | None, typer.Option(help="Image file; repeat for several.")
+        list[Path] | None,
+        typer.Option(
+            help="Image file; for a video model a folder of frames or a GIF. May be repeated."
+        ),
     ] = None,
     caption: Annotated[
         list[str] | None, typer.Option(help="Caption of each image, in order, if a text guides.")
@@ -50,22 +53,22 @@ def visualize(
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
-    """Draw kept and merged patches, the CLS attention, and how concentrated it is."""
+    """Draw kept and merged patches, the CLS attention, its concentration; of a clip the frames."""
     if bool(image) == (data is not None):
         raise ConfigError("--image: expected images, or else --data, not both")
     check_output("--output", output)
     if output.suffix != ".png":
         raise ConfigError(f"--output: expected a name ending in .png, got {output}")
+    from elip_models.analysis import visualize_inputs
     from elip_models.analysis.pictures import draw_pictures
-    from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
 
-    pairs = read_pairs(image, caption or []) if image else None
+    captions = visualize_inputs.check_pairs(image or [], caption or [])
     number = int(scorer) if scorer and re.fullmatch("[0-9]{1,9}", scorer) else scorer
     options = {"schedule": schedule, "scorer": number, "fusion": fusion}
-    visualized = open_visualized_model(
+    visualized = visualize_inputs.open_visualized_model(
         model, pretrained=pretrained, strategy=strategy, keep=keep, **options
     )
-    shown = read_source(data, count, visualized.tower) if pairs is None else pairs
+    shown = visualize_inputs.read_shown(image, captions, data, count, visualized.tower)
     for path in draw_pictures(visualized, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)
 

@@ -114,6 +114,33 @@ def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
         return _to_rgb(image)
 
 
+def decode_clip(path: Path, count: int) -> list[Image.Image]:
+    """Decode `count` evenly spaced frames of a folder of images, by name, or of an animated image.
+
+    Raises:
+        SampleError: A frame cannot be read, see `decode_image`, or there are fewer.
+    """
+    if os.path.isdir(path):  # false if the path is too long or has a null character
+        try:
+            files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        except OSError as error:
+            raise SampleError(str(path), f"not a readable folder: {error}") from error
+        return [decode_image(files[i], str(files[i])) for i in _spaced(len(files), count, path)]
+    frames = []
+    with open_image_file(path, str(path)) as image:
+        for i in _spaced(getattr(image, "n_frames", 1), count, path):
+            image.seek(i)
+            frames.append(_to_rgb(image))
+    return frames
+
+
+def _spaced(available: int, count: int, path: Path) -> list[int]:
+    """Return the indices of `count` evenly spaced frames, the first and the last included."""
+    if available < count:
+        raise SampleError(str(path), f"expected at least {count} frames, got {available}")
+    return [round(i * (available - 1) / max(count - 1, 1)) for i in range(count)]
+
+
 @contextmanager
 def open_image_file(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Image]:
     """Open an image and read its header; errors inside the context become SampleError."""
@@ -123,6 +150,8 @@ def open_image_file(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Ima
         with Image.open(file, formats=FORMATS) as image:
             _check_size(*image.size)
             yield image
+    except SampleError:
+        raise
     except Exception as error:  # decoders raise whatever they meet in damaged bytes
         reason = str(error) or type(error).__name__
         raise SampleError(sample_id, f"not a readable image: {reason}") from error

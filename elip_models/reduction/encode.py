@@ -53,7 +53,8 @@ def encode_image(
 
     Args:
         model: an image model that a tower of `elip_models.towers` reads, for example from timm.
-        images: (B, 3, H, W), normalised as the model expects.
+        images: (B, 3, H, W), or clips (B, frames, 3, H, W) of a video model, normalised as the
+            model expects.
         text_cls: (B, D), one vector per image in the tower's width D, such as the CLS output of a
             text encoder. It is detached. A row of zeros means no text: the image alone selects.
             Only guided strategies read it.
@@ -150,12 +151,13 @@ def _check_images(images: Tensor, tower: Tower) -> None:
     """Raise TypeError or ValueError unless the images have the tower's size, dtype and device."""
     weight = next(tower.model.parameters())
     size = "H, W" if tower.has_dynamic_size else "{}, {}".format(*tower.image_size)
-    expected = f"a floating-point tensor (B, 3, {size})"
+    size = f"{tower.num_frames}, 3, {size}" if tower.num_frames > 1 else f"3, {size}"
+    expected = f"a floating-point tensor (B, {size})"
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected {expected}, got {got}; scale pixels to floats first")
     fits = tower.has_dynamic_size or tuple(images.shape[2:]) == tower.image_size
-    if images.dim() != 4 or not fits:
+    if images.dim() != (5 if tower.num_frames > 1 else 4) or not fits:
         raise ValueError(
             f"images: expected {expected}, got {tuple(images.shape)}; {tower.size_advice}"
         )

@@ -51,7 +51,9 @@ class HFTower(HFPositions):
         self.width = config.hidden_size
         self.depth = len(self.blocks)
         self.num_heads = config.num_attention_heads
-        self.image_size, self.num_patches = _sizes(self.trunk)
+        self.num_frames, self.num_steps = _frames(config)
+        self.image_size, patches = _sizes(config)
+        self.num_patches = self.num_steps * patches
         self.has_cls = any(hasattr(embeddings, name) for name in CLASS_TOKENS)
         self.num_prefix_tokens = getattr(config, "n_cls_tokens", int(self.has_cls))
         self.num_prefix_tokens += getattr(config, "num_register_tokens", 0)
@@ -203,8 +205,10 @@ class HFTower(HFPositions):
         """Return the arguments of the embeddings for images (B, 3, h, w), none of them padded."""
         embed, options = type(self.trunk.embeddings).forward, {}
         parameters = inspect.signature(embed).parameters
-        if "interpolate_pos_encoding" in parameters and tuple(images.shape[2:]) != self.image_size:
+        if "interpolate_pos_encoding" in parameters and tuple(images.shape[-2:]) != self.image_size:
             options["interpolate_pos_encoding"] = True
+        if "bool_masked_pos" in parameters:  # VideoMAE has no default
+            options["bool_masked_pos"] = None
         rows, columns = pair(getattr(self.trunk.config, "patch_size", 1))
         grid = (images.shape[-2] // rows, images.shape[-1] // columns)
         if "patch_attention_mask" in parameters:
@@ -262,15 +266,17 @@ def _is_known(layers: nn.Module | None) -> bool:
     return isinstance(layers, nn.ModuleList) and library_class(layers[0]).__name__ in LAYERS
 
 
-def _sizes(trunk: nn.Module) -> tuple[tuple[int, int], int]:
-    """Return the size of the images, or of a spectrogram, and the number of their patches."""
-    config = trunk.config
+def _frames(config: Any) -> tuple[int, int]:
+    """Return the number of frames of a clip, and that of its tubelets over time."""
+    frames = getattr(config, "num_frames", getattr(config, "frames_per_clip", 1))
     tubelet = getattr(config, "tubelet_size", 1)  # its frames, or its frames, rows and columns
-    if isinstance(tubelet, int):
-        rows, columns = pair(config.patch_size)
-    else:
-        tubelet, rows, columns = tubelet
-    frames = getattr(config, "num_frames", getattr(config, "frames_per_clip", 1)) // tubelet
+    return frames, frames // (tubelet if isinstance(tubelet, int) else tubelet[0])
+
+
+def _sizes(config: Any) -> tuple[tuple[int, int], int]:
+    """Return the size of an image, frame or spectrogram, and the number of its patches."""
+    tubelet = getattr(config, "tubelet_size", 1)
+    rows, columns = pair(config.patch_size) if isinstance(tubelet, int) else tubelet[1:]
     if hasattr(config, "num_mel_bins"):  # patches of a spectrogram overlap
         bins, length = config.num_mel_bins, config.max_length
         across = (bins - rows) // config.frequency_stride + 1
@@ -280,4 +286,4 @@ def _sizes(trunk: nn.Module) -> tuple[tuple[int, int], int]:
         side = math.isqrt(config.num_patches)
         return (side * rows, side * columns), side * side
     height, width = pair(size)
-    return (height, width), frames * (height // rows) * (width // columns)
+    return (height, width), (height // rows) * (width // columns)

@@ -117,6 +117,8 @@ class TowerParts:
 
     model, blocks: the library's own modules; a block maps tokens to tokens.
     width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
+    num_frames: the frames of a clip that a video model reads. num_steps: the tubelets over time of
+        one place; P = num_steps x rows x columns. Both are 1 for images.
     num_prefix_tokens: the number of tokens before the patches (CLS, registers); they always stay.
     has_cls: token 0 is CLS, whose attention scores; otherwise a text scores.
     pools: the model averages or attends to all patches after the last block.
@@ -146,6 +148,8 @@ class TowerParts:
     num_patches: int
     image_size: tuple[int, int]
     mlp_ratio: float
+    num_frames: int = 1
+    num_steps: int = 1
     num_prefix_tokens: int = 1
     has_cls: bool = True
     pools: bool = False
