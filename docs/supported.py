@@ -97,7 +97,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformers `Siglip2VisionModel` (padded patches)": configured(
         "Siglip2VisionModel", "Siglip2VisionConfig"
     ),
+    "transformers `Data2VecVisionModel`": configured("Data2VecVisionModel", "Data2VecVisionConfig"),
+    "transformers `MLCDVisionModel` (rotary)": configured("MLCDVisionModel", "MLCDVisionConfig"),
+    "transformers `VivitModel` (video)": configured("VivitModel", "VivitConfig"),
+    "transformers `VideoMAEModel` (video)": configured("VideoMAEModel", "VideoMAEConfig"),
+    "transformers `VJEPA2ForVideoClassification` (video, rotary)": configured(
+        "VJEPA2ForVideoClassification", "VJEPA2Config"
+    ),
     "transformers Swin": configured("SwinModel", "SwinConfig"),
+    "transformers `ViTMAEModel`": configured("ViTMAEModel", "ViTMAEConfig"),
+    "transformers `TimesformerModel`": configured("TimesformerModel", "TimesformerConfig"),
 }
 
 

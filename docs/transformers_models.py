@@ -30,7 +30,13 @@ TOWERS = (
     *("Idefics2VisionTransformer", "Idefics3VisionTransformer", "SmolVLMVisionTransformer"),
     *("InternVLVisionModel", "JanusVisionModel", "PixioModel", "ASTForAudioClassification"),
     *("CLIPSegForImageSegmentation", "OwlViTForObjectDetection", "Owlv2ForObjectDetection"),
-    *("Dinov2Backbone", "DINOv3ViTBackbone", "DPTForDepthEstimation", "VitPoseBackbone"),
+    *(
+        "VJEPA2Model",
+        "Dinov2Backbone",
+        "DINOv3ViTBackbone",
+        "DPTForDepthEstimation",
+        "VitPoseBackbone",
+    ),
 )
 
 
@@ -76,7 +82,7 @@ def answer(name: str) -> str:
 
 def _one_line(error: Exception) -> str:
     first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first:.100}".replace("|", "/")
+    return f"{type(error).__name__}: {first:.100}".replace("|", "/").strip()
 
 
 def page(answers: dict[str, str]) -> str:
