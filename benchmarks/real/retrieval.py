@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,10 +256,26 @@ def _guided(
         "among_candidates": round((ranking.ranks < k).double().mean().item(), 4),
         "against": against,
         "settings": [
-            row | {"second_flops": 0.0 if row["setting"] in once else round(k * row["flops"], 4)}
-            for row in found
+            row
+            | {"second_flops": 0.0 if row["setting"] in once else round(k * row["flops"], 4)}
+            | _by_text(setting, settings, values)
+            for setting, row in zip(settings, found, strict=True)
         ],
     }
+
+
+def _by_text(
+    setting: Setting, settings: Sequence[Setting], values: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """Return the differences from the same strategy with fusion=1, if it was measured too."""
+    if not setting.summary.strategy.is_guided:
+        return {}
+    by_image = replace(setting.summary.strategy, fusion=1.0, guidance_norm="none")
+    for other in settings:
+        if other.summary.strategy == by_image:
+            row = _rows([setting], values, other.text)[0]
+            return {"by_text": {"against": other.text, "difference": row["difference"]}}
+    return {}
 
 
 def _rows(

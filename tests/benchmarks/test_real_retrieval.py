@@ -17,6 +17,8 @@ from elip_models.tasks.intervals import bootstrap_interval
 PLACES = ("a roof", "a lake", "the sky", "red leaves", "a petal", "green grass")
 PLAIN, AGAIN, GUIDED = "tome 0.5", "tome 0.6", "guided_tome:fusion=0,guidance_norm=match 0.5"
 
+UNGUIDED = "guided_tome:fusion=1 0.5"
+
 
 @pytest.fixture(scope="module")
 def captions(folder, tmp_path_factory):
@@ -137,8 +139,12 @@ def test_a_query_guides_the_second_encoding_of_its_candidates(
     folder, captions, tower_file, model, results
 ):
     options = ("--settings", PLAIN, "--queries", 8, "--candidates", 4)
-    document = results(*options, "--guided", f"{AGAIN}, {GUIDED}")["guided"]
-    dense, first, again, guided = document["settings"]
+    document = results(*options, "--guided", f"{AGAIN}, {GUIDED}, {UNGUIDED}")["guided"]
+    dense, first, again, guided, unguided = document["settings"]
+    assert guided["by_text"]["against"] == UNGUIDED and "by_text" not in unguided
+    assert guided["by_text"]["difference"]["r1"]["mean"] == pytest.approx(
+        guided["r1"]["mean"] - unguided["r1"]["mean"]
+    )
     assert dense["second_flops"] == first["second_flops"] == 0
     assert guided["second_flops"] == pytest.approx(4 * guided["flops"], abs=1e-3)
     assert document["against"] == AGAIN and "difference" not in again
