@@ -1,10 +1,11 @@
-"""Write the tables of real_model.md from the committed results of `python -m benchmarks.real`.
+"""Write the tables of real_model.md from the committed results of `benchmarks.real`.
 
 python docs/real_model.py             # rewrite the block between the two markers
 python docs/real_model.py --check     # exit status 1 if the block is stale
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ TITLES = {
     "self": "finds itself",
     "patches": "patch cosine",
 }
+RETRIEVAL = {
+    "text_to_image_r1": "text to image, R@1",
+    "text_to_image_r5": "R@5",
+    "image_to_text_r1": "image to text, R@1",
+    "image_to_text_r5": "R@5",
+}
+RANKS = {"r1": "R@1", "reciprocal_rank": "mean reciprocal rank"}
 
 
 def block(document: dict[str, Any]) -> str:
@@ -62,7 +70,6 @@ def block(document: dict[str, Any]) -> str:
 def note(document: dict[str, Any]) -> str:
     """Return model, photographs, versions, and the error of the model."""
     photographs, error = document["photographs"], document["onnxruntime"]
-    versions = ", ".join(f"{name} {each}" for name, each in document["versions"].items())
     largest = max(error["cls_error"], error["patch_error"])
     number = photographs["images"] * photographs["sets"]
     parted = f", in {photographs['sets']} disjoint sets" if photographs["sets"] > 1 else ""
@@ -71,8 +78,16 @@ def note(document: dict[str, Any]) -> str:
         f"{document['model']}, on the first {number} photographs of that list{parted}. "
         f"On {error['images']} of them the dense model differs from onnxruntime's run of the "
         f"original file by at most {largest:.1e}; the largest feature is "
-        f"{error['largest_feature']:.1f}. Measured on {document['device']} on {document['date']} "
-        f"at commit {document['commit']['id'][:7]}; {versions}."
+        f"{error['largest_feature']:.1f}. {measured(document)}"
+    )
+
+
+def measured(document: dict[str, Any]) -> str:
+    """Return device, date, commit and versions in a sentence."""
+    versions = ", ".join(f"{name} {each}" for name, each in document["versions"].items())
+    return (
+        f"Measured on {document['device']} on {document['date']} at commit "
+        f"{document['commit']['id'][:7]}; {versions}."
     )
 
 
@@ -88,6 +103,105 @@ def finding(compared: list[dict[str, Any]], against: str) -> str:
         f"neighbours than `{against}`."
         for amount, names in groups.items()
         if names
+    )
+
+
+def retrieval_block(document: dict[str, Any]) -> str:
+    """Return the recalls of reduced images."""
+    photographs, settings = document["photographs"], document["settings"]
+    header = ["setting", "FLOPs", *RETRIEVAL.values()]
+    rows = [
+        [f"`{row['setting']}`", f"{row['flops']:.2f}", *(interval(row[name]) for name in RETRIEVAL)]
+        for row in settings
+    ]
+    parts = [
+        f"### Retrieval among {photographs['images']} photographs of `{photographs['names']}`",
+        f"{document['model']}, {photographs['captions']} captions. {measured(document)}",
+        table(header, rows, left=1),
+    ]
+    for against in dict.fromkeys(name for row in settings for name in row["differences"]):
+        changes = [
+            [f"`{row['setting']}`", *(difference(found[name]) for name in RETRIEVAL)]
+            for row in settings
+            if (found := row["differences"].get(against)) is not None
+        ]
+        parts += [
+            f"Differences from `{against}`, paired by caption. Bold: the interval excludes zero.",
+            table(["setting", *RETRIEVAL.values()], changes, left=1),
+        ]
+    return "\n\n".join(parts)
+
+
+def guided_block(document: dict[str, Any]) -> str:
+    """Return explanation, tables and findings of the re-ranking under the query."""
+    guided, photographs = document["guided"], document["photographs"]
+    against, settings = guided["against"], guided["settings"]
+    header = ["setting", "second encodings", *RANKS.values()]
+    header += [f"{title}, minus `{against}`" for title in RANKS.values()]
+    rows = [
+        [
+            f"`{row['setting']}`",
+            f"{row['second_flops']:.2f}",
+            *(interval(row[name]) for name in RANKS),
+            *(difference(row.get("difference", {}).get(name)) for name in RANKS),
+        ]
+        for row in settings
+    ]
+    texts = [row for row in settings if "by_text" in row]
+    added = [
+        [
+            f"`{row['setting']}`",
+            f"`{row['by_text']['against']}`",
+            *(difference(row["by_text"]["difference"][name]) for name in RANKS),
+        ]
+        for row in texts
+    ]
+    return "\n\n".join(
+        [
+            f"### Guidance by the query, {photographs['images']} photographs of "
+            f"`{photographs['names']}`",
+            f"{document['model']}. {guided['queries']} queries: a caption of as many photographs. "
+            f"`{guided['first']}` ranks all photographs; {guided['among_candidates']:.0%} of the "
+            f"queries have theirs among the first {guided['candidates']}, which are encoded again. "
+            "Second encodings: FLOPs of one query, in forward passes of the dense model; 0 is a "
+            f"ranking by one encoding. {measured(document)}",
+            table(header, rows, left=1),
+            *finding_of(texts, lambda row: row["difference"], f"`{against}`"),
+            "What the text adds to the same strategy:",
+            table(["setting", "minus", *RANKS.values()], added, left=2),
+            *finding_of(texts, lambda row: row["by_text"]["difference"], "selection by the image"),
+            cost_of(guided, photographs["images"]),
+        ]
+    )
+
+
+def finding_of(
+    texts: list[dict[str, Any]], change: Callable[[dict[str, Any]], dict[str, Any]], other: str
+) -> list[str]:
+    """Return which guided settings differ significantly from another selection."""
+    groups: dict[str, list[str]] = {"higher": [], "lower": [], "no": []}
+    for row in texts:
+        found = change(row)["reciprocal_rank"]
+        way = "higher" if found["low"] > 0 else "lower" if found["high"] < 0 else "no"
+        groups[way].append(f"`{row['setting']}`")
+    found = [
+        f"A significantly {way} mean reciprocal rank than {other}: {', '.join(groups[way])}."
+        for way in ("higher", "lower")
+        if groups[way]
+    ]
+    if groups["no"]:
+        found.append(f"No significant difference from {other}: {', '.join(groups['no'])}.")
+    return found
+
+
+def cost_of(guided: dict[str, Any], images: int) -> str:
+    """Return after how many queries the dense model costs less than second encodings."""
+    settings = guided["settings"]
+    first = next(row["flops"] for row in settings if row["setting"] == guided["first"])
+    queries = images * (1 - first) / max(row["second_flops"] for row in settings)
+    return (
+        f"After {queries:.0f} queries, the second encodings cost more than all {images} "
+        "photographs encoded once with the dense model."
     )
 
 
@@ -118,8 +232,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=DOCS / "real_model.md")
     options = parser.parse_args(arguments)
-    results = sorted(options.results.glob("*.json"), reverse=True)  # the test split comes first
-    text = "\n\n".join(block(read_object(path)) for path in results)
+    kinds = {
+        "dinov2_*.json": block,
+        "retrieval_*_test.json": retrieval_block,
+        "retrieval_*_test_guided.json": guided_block,
+    }
+    text = "\n\n".join(
+        write(read_object(path))
+        for pattern, write in kinds.items()
+        for path in sorted(options.results.glob(pattern), reverse=True)  # the test split first
+    )
     command = "python docs/real_model.py"
     return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
 

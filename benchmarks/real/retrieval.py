@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--captions", type=Path, required=True, help="lines 'NAME#NUMBER<tab>caption'")
     add("--names", type=Path, help="a file with the names to use, one a line")
     add("--settings", default=SETTINGS, help="strategies and keep (default: %(default)s)")
+    add("--against", default="dense", help="settings to compare with (default: %(default)s)")
     add("--guided", metavar="SETTINGS", help="of the second encoding; compared with the first one")
     add("--first", default="tome 0.5", help="of --settings, ranks first (default: %(default)s)")
     add("--queries", type=int, default=300, help="of --guided (default: %(default)s)")
@@ -143,7 +144,7 @@ def _document(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     tower, model = TextTower.load(options.tower), MODELS["timm"]()
     settings = [dense_setting(model), *read_settings(options.settings, model)]
     second = read_settings(options.guided, model) if options.guided else []
-    _check_ranking(options, settings, second, len(paths))
+    _check(options, settings, second, len(paths))
     texts = encode_captions(tower, captions)
     stored, guided = stored_in(options.features, options.names), None
     with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -184,8 +185,7 @@ def _document(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "sha256": hashlib.sha256(names.encode()).hexdigest(),
         },
         "text_tower": hashlib.sha256(options.tower.read_bytes()).hexdigest(),
-        "against": "dense",
-        "settings": _rows(settings, measured, "dense"),
+        "settings": _compared(settings, measured, options.against.split(", ")),
         "guided": guided,
     }
 
@@ -211,13 +211,16 @@ def _features_of(features: Tensor, query: int, candidates: Tensor) -> Tensor:
     return features[candidates]
 
 
-def _check_ranking(
+def _check(
     options: argparse.Namespace,
     settings: Sequence[Setting],
     second: Sequence[Setting],
     images: int,
 ) -> None:
-    """Raise ValueError unless the options describe a re-ranking, if there is one."""
+    """Raise ValueError unless the options name settings, queries and candidates that exist."""
+    for against in options.against.split(", "):
+        if against not in (each.text for each in settings):
+            raise ValueError(f"against: expected some of the settings, got {against!r}")
     if not second:
         return
     first = options.first
@@ -278,8 +281,20 @@ def _by_text(
     return {}
 
 
+def _compared(
+    settings: Sequence[Setting], values: dict[str, dict[str, Tensor]], against: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return one entry of the results a setting, with its differences from each of `against`."""
+    found = [row | {"differences": {}} for row in _rows(settings, values, None)]
+    for name in against:
+        for row, compared in zip(found, _rows(settings, values, name), strict=True):
+            if "difference" in compared:
+                row["differences"][name] = compared["difference"]
+    return found
+
+
 def _rows(
-    settings: Sequence[Setting], values: dict[str, dict[str, Tensor]], against: str
+    settings: Sequence[Setting], values: dict[str, dict[str, Tensor]], against: str | None
 ) -> list[dict[str, Any]]:
     """Return one entry of the results a setting, from the values of one set."""
     sets = {text: {name: [each] for name, each in found.items()} for text, found in values.items()}
@@ -288,14 +303,18 @@ def _rows(
 
 def _table(settings: Sequence[dict[str, Any]]) -> Table:
     """Return means and intervals, and differences below them."""
-    measures = [name for name, each in settings[0].items() if isinstance(each, dict)]
-    measures = [name for name in measures if name != "difference"]
+    measures = [
+        name for name, each in settings[0].items() if isinstance(each, dict) and "mean" in each
+    ]
     shown = Table("setting", "FLOPs", *measures)
     shown.columns[0].overflow = "fold"
     for row in settings:
         shown.add_row(row["setting"], f"{row['flops']:.2f}", *(_cell(row[n]) for n in measures))
-        if "difference" in row:
-            shown.add_row("", "", *(_cell(row["difference"][n], "+") for n in measures))
+        differences = row.get("differences") or {"": row.get("difference")}
+        for against, each in differences.items():
+            if each is not None:
+                cells = (_cell(each[name], "+") for name in measures)
+                shown.add_row(f"  minus {against}".rstrip(), "", *cells)
     return shown
 
 

@@ -118,11 +118,12 @@ def test_stored_features_are_those_of_the_same_photographs(
 def test_recall_of_reduced_images_is_paired_with_dense(
     folder, captions, tower_file, model, results
 ):
-    document = results("--settings", "tome:r=0, tome 0.4")
+    document = results("--settings", "tome:r=0, tome 0.4", "--against", "dense, tome 0.4")
     dense, same, reduced = document["settings"]
     assert dense["flops"] == same["flops"] == 1 > reduced["flops"]
     zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert same["difference"] == dict.fromkeys(same["difference"], zero)
+    assert same["differences"]["dense"] == dict.fromkeys(same["differences"]["dense"], zero)
+    assert list(dense["differences"]) == ["tome 0.4"] and list(reduced["differences"]) == ["dense"]
     tower, texts = texts_of(tower_file, folder, captions)
     (images,) = batches(photograph_paths(folder))
     (setting,) = read_settings("tome 0.4", model)
@@ -131,7 +132,7 @@ def test_recall_of_reduced_images_is_paired_with_dense(
         for cls in (setting.model(images).detach(), dense_cls(model, folder))
     ]
     expected = bootstrap_interval((found[0] - found[1]).numpy())._asdict()
-    assert reduced["difference"]["text_to_image_r1"] == pytest.approx(expected, abs=2e-5)
+    assert reduced["differences"]["dense"]["text_to_image_r1"] == pytest.approx(expected, abs=2e-5)
     assert document["photographs"]["captions"] == 24
 
 
@@ -179,6 +180,7 @@ def test_a_second_encoding_like_the_first_keeps_the_ranks(results):
         (["--guided", AGAIN, "--first", "evit 0.5"], "first: expected one of the settings"),
         (["--guided", PLAIN], "guided: expected other settings than --first, got 'tome 0.5'"),
         (["--guided", AGAIN, "--queries", "13"], "queries: expected 1 to 12, the photographs"),
+        (["--against", "dense, evit 0.5"], "against: expected some of the settings, got 'evit"),
         (["--output", "absent/x.json"], "expected a file in a folder that exists"),
     ],
 )
