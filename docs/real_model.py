@@ -195,13 +195,13 @@ def finding_of(
 
 
 def cost_of(guided: dict[str, Any], images: int) -> str:
-    """Return after how many queries the dense model costs less than second encodings."""
+    """Return after how many queries one encoding by the dense model costs less than two."""
     settings = guided["settings"]
     first = next(row["flops"] for row in settings if row["setting"] == guided["first"])
     queries = images * (1 - first) / max(row["second_flops"] for row in settings)
     return (
-        f"After {queries:.0f} queries, the second encodings cost more than all {images} "
-        "photographs encoded once with the dense model."
+        f"After {queries:.0f} queries, the first and second encodings together cost more than all "
+        f"{images} photographs encoded once with the dense model."
     )
 
 
