@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "visualize": (
         "inspect_model.visualize",
-        "Draw kept and merged patches, the CLS attention, and how concentrated it is.",
+        "Draw kept and merged patches, the CLS attention, its concentration; of a clip the frames.",
     ),
     "profile": (
         "inspect_model.profile",

@@ -48,10 +48,10 @@ def reduce_(
     **options: Unpack[StrategyOptions],
 ) -> M:
     """Reduce an image model, or the image tower of another, as `elip_models.reduce_` documents."""
-    return _reduce(model, strategy, {"schedule": schedule, **options}, keep)
+    return install_strategy(model, strategy, {"schedule": schedule, **options}, keep)
 
 
-def _reduce(
+def install_strategy(
     model: M, strategy: str | Strategy | None, options: dict[str, Any], keep: float | None
 ) -> M:
     """Resolve the strategy, and install it unless the model is already reduced by it."""

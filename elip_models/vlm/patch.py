@@ -83,7 +83,7 @@ def reduce_(
     """
     multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
     if multimodal is None or _is_for_tower(strategy, schedule, options):
-        return patch.reduce_(model, strategy, keep=keep, schedule=schedule, **options)
+        return patch.install_strategy(model, strategy, {"schedule": schedule, **options}, keep)
     patch.refuse_compiled(model, "reduce_")
     check_layers(multimodal)
     chosen = _strategy(strategy, keep)
