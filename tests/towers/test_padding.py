@@ -119,7 +119,13 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+QUICK = {"default", "not proportional"}
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=[] if s in QUICK else pytest.mark.slow) for s in STRATEGIES],
+)
 @models
 @torch.no_grad()
 def test_an_image_of_a_padded_batch_is_reduced_as_it_is_alone(name, strategy):
