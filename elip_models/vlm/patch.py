@@ -17,7 +17,7 @@ from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import StrategyOptions, parse_spec
 from elip_models.reduction.summary import Summary
-from elip_models.validation import PositiveInt, PositiveShare, check
+from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
 from elip_models.vlm.inside import InnerLayers
 from elip_models.vlm.seam import RECORDS, PromptInfo, Seam, SeamText
@@ -198,6 +198,13 @@ def _strategy(
         if keep is not None:
             raise ValueError(f"keep: expected it inside the instance alone, got {keep!r} beside it")
         return strategy
+    name = strategy.partition(":")[0].strip() if isinstance(strategy, str) else strategy
+    if name is not None and name not in KINDS:
+        known = [*KINDS, *STRATEGIES]
+        raise ValueError(
+            f"strategy: expected one of a language model ({', '.join(KINDS)}) or of its image "
+            f"tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}{did_you_mean(name, known)}"
+        )
     name, settings = parse_spec(next(iter(KINDS)) if strategy is None else strategy, KINDS)
     if keep is not None:
         if "keep" in settings:

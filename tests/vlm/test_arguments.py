@@ -1,0 +1,68 @@
+"""Arguments of reduce_ for a multimodal language model, and what a model tells of its reduction."""
+
+import pytest
+
+from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
+from elip_models.vlm.strategies.controls import Stride
+from tests.vlm.models import build
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return build("llava")[0]
+
+
+@pytest.fixture(autouse=True)
+def _restored(llava):
+    yield
+    unreduce_(llava)
+
+
+WRONG = {
+    "divers": r"strategy: expected one of a language model .*did you mean 'diverse'",
+    "tomee": r"strategy: expected one of .* image tower .*did you mean 'tome'",
+    "diverse:relevanc=true": "expected a setting of 'diverse'.*did you mean 'relevance'",
+    "diverse:relevance=3": "relevance: expected true or false",
+    "fastv:layer=0": "layer: expected",
+    "visionzip:contextual=2": "contextual: expected",
+}
+
+
+@pytest.mark.parametrize("strategy", WRONG)
+def test_a_wrong_strategy_is_refused_with_its_name(llava, strategy):
+    with pytest.raises((TypeError, ValueError), match=WRONG[strategy]):
+        reduce_(llava, strategy)
+    assert not is_reduced(llava)
+
+
+@pytest.mark.parametrize("keep", [0, 0.0, 1.5, -3, "0.5", True])
+def test_a_wrong_keep_is_refused(llava, keep):
+    with pytest.raises((TypeError, ValueError), match="keep: expected"):
+        reduce_(llava, keep=keep)
+    assert not is_reduced(llava)
+
+
+def test_keep_stands_in_one_place(llava):
+    with pytest.raises(ValueError, match="keep: expected it once"):
+        reduce_(llava, "diverse:keep=0.5", keep=0.25)
+    with pytest.raises(ValueError, match="keep: expected it inside the instance"):
+        reduce_(llava, Stride(), keep=0.25)
+
+
+def test_the_default_and_the_summary(llava):
+    reduce_(llava)
+    summary = reduction_summary(llava)
+    assert summary.strategy.name == "diverse" and summary.keep == 0.5
+    assert summary.cache_bytes * 2 == summary.dense_cache_bytes
+    assert 0.4 < summary.prefill_flops < 0.6
+    assert "(reduced) image tokens: Diverse(keep=0.5" in repr(llava)
+    unreduce_(llava)
+    dense = reduction_summary(llava)
+    assert dense.strategy is None and dense.prefill_flops == 1
+    assert "reads every image token" in str(dense)
+
+
+def test_a_model_that_is_not_reduced_records_nothing(llava):
+    changed = pytest.raises(ValueError, match="expected one that reduce_ has changed")
+    with changed, record_stages(llava):
+        pass
