@@ -1,4 +1,4 @@
-"""Time of fuse, select, merge and unmerge against an eager form and a copy."""
+"""Time of fuse, three selections, merge and unmerge against an eager form and a copy."""
 
 from functools import partial
 
@@ -15,6 +15,7 @@ from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 from elip_kernels import BipartiteInfo
 
 FUSION = 0.8  # weight of the CLS token
+SELECTED = 16  # of diverse tokens: more steps would also select by rounding
 IMAGES = 8  # compared with fp64: the first and last images
 
 
@@ -43,6 +44,37 @@ def eager_unmerge(merged: Tensor, slots: Tensor) -> tuple[Tensor]:
     return (merged.gather(1, slots.long()[..., None].expand(-1, -1, merged.shape[2])),)
 
 
+def eager_diverse(tokens: Tensor, K: int) -> tuple[Tensor]:
+    """Select by the greedy max-min rule, one token after the other: (B, N, D) -> (B, K)."""
+    unit = torch.nn.functional.normalize(tokens, dim=2)
+    cosine = unit @ unit.mT
+    rows = torch.arange(len(tokens), device=tokens.device)
+    alone = cosine - 4 * torch.eye(tokens.shape[1], dtype=cosine.dtype, device=cosine.device)
+    kept = [alone.amax(2).argmin(1)]
+    nearest = cosine[rows, kept[0]]
+    for _ in range(K - 1):
+        kept.append(nearest.scatter(1, torch.stack(kept, 1), 2.0).argmin(1))
+        nearest = torch.maximum(nearest, cosine[rows, kept[-1]])
+    return (torch.stack(kept, 1).sort(1).values,)
+
+
+def eager_dpp(tokens: Tensor, relevance: Tensor, K: int) -> tuple[Tensor]:
+    """Select by the greedy determinantal rule (Chen et al., 2018): (B, N, D) -> (B, K)."""
+    unit = torch.nn.functional.normalize(tokens, dim=2)
+    kernel = relevance[:, :, None] * (unit @ unit.mT) * relevance[:, None]
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()
+    rows, columns, kept = torch.arange(len(tokens), device=tokens.device), [], []
+    for _ in range(K):
+        kept.append(gain.argmax(1))
+        column = kernel[rows, kept[-1]]
+        for earlier in columns:
+            column = column - earlier * earlier[rows, kept[-1], None]
+        columns.append(column / gain[rows, kept[-1], None].sqrt())
+        gain = gain - columns[-1].square()
+        gain[rows, kept[-1]] = -torch.inf
+    return (torch.stack(kept, 1).sort(1).values,)
+
+
 def slots_of(case):
     """Draw the row of each token (B, N), none of the R = K + 1 rows empty."""
     R = case.K + 1
@@ -62,6 +94,22 @@ def select_forms(case):
     work = least_work.select(case.B, case.N, case.K)
     ours = lambda scores: (elip_kernels.select_tokens(scores, case.K),)  # noqa: E731
     return {"eager": partial(eager_select, K=case.K), OURS: ours}, inputs, work
+
+
+def diverse_forms(case):
+    K, inputs = min(case.K, SELECTED), case.inputs()[:1]
+    work = least_work.select_diverse(case.B, case.N, case.D, K, case.dtype)
+    ours = lambda tokens: (elip_kernels.select_diverse(tokens, K),)  # noqa: E731
+    return {"eager": partial(eager_diverse, K=K), OURS: ours}, inputs, work
+
+
+def dpp_forms(case):
+    K, inputs = min(case.K, SELECTED), (case.inputs()[0], torch.rand(case.B, case.N) + 0.1)
+    work = least_work.select_dpp(case.B, case.N, case.D, K, case.dtype, has_relevance=True)
+    ours = lambda tokens, relevance: (  # noqa: E731
+        elip_kernels.select_dpp(tokens, K, relevance=relevance),
+    )
+    return {"eager": partial(eager_dpp, K=K), OURS: ours}, inputs, work
 
 
 def merge_forms(case):
@@ -86,6 +134,8 @@ def unmerge_forms(case):
 OPS = {
     "fuse_text": fuse_forms,
     "select_tokens": select_forms,
+    "select_diverse": diverse_forms,
+    "select_dpp": dpp_forms,
     "apply_merge": merge_forms,
     "unmerge": unmerge_forms,
 }

@@ -9,15 +9,10 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from copy import copy
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-
-from elip_models.validation import require_extra
-
-with require_extra("elip_models.vlm"):
-    from transformers import AttentionInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "elip_watched_"
 
@@ -25,8 +20,19 @@ Listener = Callable[[nn.Module, Tensor, Tensor, float | None], None]
 LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("LISTENERS", default=())
 
 
+@cache
+def register_functions() -> None:
+    """Register the functions of watched modules, also for a model that another process pickled."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for own in ("eager", *list(ALL_ATTENTION_FUNCTIONS)):
+        AttentionInterface.register(PREFIX + own, _watched)
+
+
 def watch(attention: nn.Module) -> None:
     """Let listeners receive the queries and keys of an attention module."""
+    register_functions()
     own = attention.config._attn_implementation or "eager"
     config = copy(attention.config)  # the layers share theirs
     config._attn_implementation_internal = PREFIX + own
@@ -47,13 +53,11 @@ def is_watched(attention: nn.Module) -> bool:
 
 def _watched(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Compute attention by the function that the module would use, after telling the listeners."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     for listener in LISTENERS.get():
         listener(module, query, key, kwargs.get("scaling"))
     own = module.config._attn_implementation.removeprefix(PREFIX)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
     return function(module, query, key, *args, **kwargs)
-
-
-for _own in ("eager", *ALL_ATTENTION_FUNCTIONS):
-    AttentionInterface.register(PREFIX + _own, _watched)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elip_kernels import cls_attention
 from elip_models.reduction.model_patches import remove_hooks
-from elip_models.vlm.attention_probe import LISTENERS, unwatch, watch
+from elip_models.vlm.attention_probe import LISTENERS, register_functions, unwatch, watch
 from elip_models.vlm.cache_state import CacheState, cache_in, level_states_of, store_level_states
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
@@ -131,6 +131,7 @@ class InnerLayers:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""
+        register_functions()
         prompt, embeds = current_call(), kwargs.get("inputs_embeds")
         if prompt is None or prompt.images is None or embeds is None:
             return

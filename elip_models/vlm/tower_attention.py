@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elip_kernels import attention_column_mean, cls_attention
-from elip_models.vlm.attention_probe import LISTENERS, unwatch, watch
+from elip_models.vlm.attention_probe import LISTENERS, register_functions, unwatch, watch
 from elip_models.vlm.families import Multimodal
 
 CLASS_TOKENS = ("class_embedding", "cls_token")
@@ -37,6 +37,7 @@ class TowerAttention:
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Collect the attention of this forward pass."""
+        register_functions()
         FOUND.set([])
         LISTENERS.set((*LISTENERS.get(), self.listen))
 

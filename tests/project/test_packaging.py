@@ -80,7 +80,7 @@ def check_imports(path=ROOT, cwd=ROOT):
     done = run(sys.executable, "-c", IMPORTS_EACH, path=path, cwd=cwd)
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     libraries = ("eva", "hf", "hf_heads", "hf_image_text", "hf_processor", "open_clip", "timm")
-    for adapter in (*libraries, "timm_bias"):  # as_tower names their extra
+    for adapter in (*libraries, "timm_bias", "timm_naflex"):  # as_tower names their extra
         del said[f"elip_models.towers.{adapter}"]
     for name in ("elip_models.__main__", "elip_models.cli"):
         del said[name]

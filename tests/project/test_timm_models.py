@@ -68,7 +68,8 @@ def small(name):
     if ANSWERS[name].module in ("vision_transformer_hybrid", "vitamin"):
         return timm.create_model(name, img_size=128, **flags)  # a backbone of its own sizes
     with torch.device("meta"):
-        patch = timm.create_model(name, **flags).patch_embed.patch_size[0]
+        whole = timm.create_model(name, **flags)
+    patch = (getattr(whole, "patch_embed", None) or whole.embeds).patch_size[0]
     return timm.create_model(name, img_size=8 * patch, **SMALL, **flags)
 
 

@@ -114,7 +114,9 @@ def test_a_reduced_model_equals_encode_image(name, scorer):
     assert [info.stage.keep for info in infos] == [28, 18, 10]
     seen = []
     elip_models.reduce_(model, **plan)
-    handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    handle = tower.blocks[-1].register_forward_hook(
+        lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
     reduced = call(model)
     handle.remove()
     pooled = whole_grid(tokens, infos) if tower.pools else tokens
