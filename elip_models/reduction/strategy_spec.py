@@ -99,20 +99,28 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
                 f"Strategy instance takes no options, got {shortened(value)} beside it"
             )
         return strategy
-    name, settings = parse_spec(strategy)
-    known = kinds_of(name)
+    return from_line(strategy, given)
+
+
+def from_line(line: str, given: Mapping[str, Any], table: Mapping[str, type] = STRATEGIES) -> Any:
+    """Return the dataclass of `table` that a line describes, with the settings `given` added.
+
+    Raises:
+        TypeError, ValueError: an unknown name or setting, a wrong value, or a setting given twice.
+    """
+    name, settings = parse_spec(line, table)
+    known = kinds_of(name, table)
     for key, value in given.items():
         if key not in known:
             raise ValueError(
-                f"{key}: expected none with strategy={shortened(strategy)}, which takes "
+                f"{key}: expected none with strategy={shortened(line)}, which takes "
                 f"{', '.join(known)}, got {shortened(value)}{did_you_mean(key, known)}"
             )
         if key in settings:
             raise ValueError(
-                f"{key}: expected it once, got {shortened(value)} beside "
-                f"strategy={shortened(strategy)}"
+                f"{key}: expected it once, got {shortened(value)} beside strategy={shortened(line)}"
             )
-    return STRATEGIES[name](**settings, **given)
+    return table[name](**settings, **given)
 
 
 def _is_file(strategy: Any) -> bool:

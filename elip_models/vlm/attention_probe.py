@@ -1,13 +1,11 @@
 """The queries and keys of one attention module of transformers, without a copy of its forward.
 
 An attention module of transformers looks up the function that computes attention by a name in its
-config. `watch` gives one module a config with another name. Its function hands queries, keys and
-their scale to the listeners of the current thread, and computes attention as before.
+config. `watch` gives one module a config with another name. The function of that name passes
+queries, keys and their scale to the module's watcher, and computes attention as before.
 """
 
 import sys
-from collections.abc import Callable
-from contextvars import ContextVar
 from copy import copy
 from functools import cache
 from typing import Any
@@ -16,13 +14,23 @@ from torch import Tensor, nn
 
 PREFIX = "elip_watched_"
 
-Listener = Callable[[nn.Module, Tensor, Tensor, float | None], None]
-LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("LISTENERS", default=())
+
+class Watcher:
+    """The base class of objects that receive queries and keys."""
+
+    def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Receive queries (B, H, N, d), keys (B, G, K, d) and the factor of their products."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled watcher, whose module needs the registered functions."""
+        register_functions()
+        vars(self).update(state)
 
 
 @cache
 def register_functions() -> None:
-    """Register the functions of watched modules, also for a model that another process pickled."""
+    """Register a function for each of those that compute attention in transformers."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,33 +38,32 @@ def register_functions() -> None:
         AttentionInterface.register(PREFIX + own, _watched)
 
 
-def watch(attention: nn.Module) -> None:
-    """Let listeners receive the queries and keys of an attention module."""
+def watch(attention: nn.Module, watcher: Watcher) -> None:
+    """Pass the queries and keys of an attention module to a watcher, in each of its calls."""
     register_functions()
     own = attention.config._attn_implementation or "eager"
     config = copy(attention.config)  # the layers share theirs
     config._attn_implementation_internal = PREFIX + own
-    attention.config = config
+    attention.config, attention.watcher = config, watcher
 
 
 def unwatch(attention: nn.Module, config: Any) -> None:
     """Give a watched module the config of its model again."""
     if is_watched(attention):
         attention.config = config
+        del attention.watcher
 
 
 def is_watched(attention: nn.Module) -> bool:
     """Return whether `watch` changed the module."""
-    name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    return isinstance(name, str) and name.startswith(PREFIX)
+    return isinstance(getattr(attention, "watcher", None), Watcher)
 
 
 def _watched(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Compute attention by the function that the module would use, after telling the listeners."""
+    """Compute attention by the function that the module used before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    for listener in LISTENERS.get():
-        listener(module, query, key, kwargs.get("scaling"))
+    module.watcher.receive(query.detach(), key.detach(), kwargs.get("scaling"))
     own = module.config._attn_implementation.removeprefix(PREFIX)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)

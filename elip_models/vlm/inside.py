@@ -4,14 +4,8 @@ A layer in front of a drop is watched: its last query and its keys give the atte
 The hook of the layer behind it removes tokens from the hidden states. This hook, and those of all
 later layers, remove them from the masks and rotations, which the language model makes once for all
 layers. Each layer's key-value cache thus holds the tokens that this layer read.
-
-The sequence that the language model reads is level 0, and each drop begins a level. The layers of a
-level share one `Packing` of level 0.
 """
 
-from collections.abc import Iterator
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,73 +13,16 @@ from torch import Tensor, nn
 
 from elip_kernels import cls_attention
 from elip_models.reduction.model_patches import remove_hooks
-from elip_models.vlm.attention_probe import LISTENERS, register_functions, unwatch, watch
+from elip_models.vlm.attention_probe import Watcher, unwatch, watch
 from elip_models.vlm.cache_state import CacheState, cache_in, level_states_of, store_level_states
+from elip_models.vlm.call import InnerCall, current_call
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
-from elip_models.vlm.seam import check_call, current_call
+from elip_models.vlm.seam import check_call
 from elip_models.vlm.strategies.inside import LayerStrategy, count
 
-INNER: ContextVar["InnerCall | None"] = ContextVar("INNER", default=None)
 
-
-@dataclass
-class InnerCall:
-    """One forward pass of the language model.
-
-    images: (B, S) bool, the image tokens of the sequence that it reads.
-    text: (B, K) bool, False for padding of the text among all cached and new tokens, or None.
-    past: what the cache of each level held before.
-    packings: the packing of each level that the forward pass has reached.
-    row: (B, K) the attention of the last token in the watched layer that ran last.
-    tokens: what ends this call in its context variables.
-    """
-
-    images: Tensor
-    text: Tensor | None
-    past: tuple[CacheState, ...]
-    packings: list[Packing]
-    row: Tensor | None = None
-    tokens: list[Token] = field(default_factory=list)
-
-    def states(self) -> tuple[CacheState, ...]:
-        """Return what the cache of each level holds after the forward pass."""
-        length = self.images.shape[1]
-        return tuple(
-            past.extended(packing.order, packing.real, length)
-            for past, packing in zip(self.past, self.packings, strict=True)
-        )
-
-    def whole(self, hidden: Tensor) -> Tensor:
-        """Return hidden states of any level at the length of level 0, with zeros between."""
-        width = hidden.shape[1]
-        fitting = (each for each in self.packings if each.order.shape[1] == width)
-        return hidden if width == self.images.shape[1] else next(fitting).scatter(hidden)
-
-    def attended(self, level: int) -> Tensor:
-        """Return (B, K) bool, which cached and new tokens of a level are no padding."""
-        packing, past = self.packings[level], self.past[level]
-        real = torch.cat((past.real, packing.real), 1)
-        if self.text is None:
-            return real
-        return real & self.text.gather(1, self.columns(level))
-
-    def columns(self, level: int) -> Tensor:
-        """Return (B, K), the positions of the cached and new tokens of a level at level 0."""
-        packing, past = self.packings[level], self.past[level]
-        return torch.cat((past.columns, packing.order + past.length), 1)
-
-    def listen(self, module: nn.Module, query: Tensor, key: Tensor, scale: float | None) -> None:
-        """Store the attention of the last token, from the queries and keys of a watched layer."""
-        level = len(self.packings) - 1
-        mask, new = self.attended(level), self.packings[level].real.shape[1]
-        last = new - 1 - mask[:, -new:].flip(1).to(torch.uint8).argmax(1)
-        rows = torch.arange(len(mask), device=mask.device)
-        query, key = query.detach()[rows, :, last], key.detach()
-        self.row = cls_attention(query, key, scale=scale, mask=mask)
-
-
-class InnerLayers:
+class InnerLayers(Watcher):
     """The drops inside one language model."""
 
     def __init__(self, multimodal: Multimodal, strategy: LayerStrategy) -> None:
@@ -114,7 +51,7 @@ class InnerLayers:
         language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
         language_model.register_forward_hook(self.end, with_kwargs=True, prepend=True)
         for at, _ in self.drops:
-            watch(layers[at - 1].self_attn)
+            watch(layers[at - 1].self_attn, self)
         for i, layer in enumerate(layers):
             level = sum(at <= i for at, _ in self.drops)
             if level:
@@ -131,7 +68,6 @@ class InnerLayers:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""
-        register_functions()
         prompt, embeds = current_call(), kwargs.get("inputs_embeds")
         if prompt is None or prompt.images is None or embeds is None:
             return
@@ -157,25 +93,33 @@ class InnerLayers:
         if not isinstance(mask, Tensor) or mask.dim() != 2:  # the model made masks of it before
             mask = prompt.mask if prompt.state is None else None
         text = None if mask is None else mask[:, : past[0].length + length].bool()
-        call = InnerCall(images, text, past, [packing])
-        call.tokens = [INNER.set(call), LISTENERS.set((*LISTENERS.get(), call.listen))]
+        prompt.inner = InnerCall(images, text, past, [packing])
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """End it, and return the hidden states to the length of level 0."""
-        call = INNER.get()
-        if call is None:
+        prompt, cache = current_call(), cache_in(output)
+        if prompt is None or prompt.inner is None:
             return None
-        inner, listeners = call.tokens
-        INNER.reset(inner)
-        LISTENERS.reset(listeners)
-        cache = cache_in(output)
+        call = prompt.inner
         if cache is not None:
             store_level_states(cache, call.states())
-        current_call().kept_behind = tuple(each.kept() for each in call.packings[1:])
+        prompt.kept_behind = tuple(each.kept() for each in call.packings[1:])
         output["last_hidden_state"] = call.whole(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(map(call.whole, output["hidden_states"]))
         return output
+
+    def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Store the attention of the last token in a watched layer."""
+        prompt = current_call()
+        if prompt is None or prompt.inner is None:  # a text alone, or a recomputation
+            return
+        call = prompt.inner
+        level = len(call.packings) - 1
+        mask, new = call.attended(level), query.shape[2]
+        last = new - 1 - mask[:, -new:].flip(1).to(torch.uint8).argmax(1)
+        rows = torch.arange(len(mask), device=mask.device)
+        call.row = cls_attention(query[rows, :, last], key, scale=scale, mask=mask)
 
     def select(self, call: InnerCall, share: float) -> Packing:
         """Return the packing of a new level, whose images keep a share of their tokens."""
@@ -208,37 +152,43 @@ class LayerHook:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Remove tokens from the layer's arguments."""
-        call = INNER.get()
-        if call is None:
+        prompt = current_call()
+        if prompt is None or prompt.inner is None:
             return None
+        call = prompt.inner
         if self.is_first:
             later = self.inner.select(call, self.inner.drops[self.level - 1][1])
             call.packings.append(call.packings[-1].then(later))
             args = (later.rows(args[0]), *args[1:])
-        return args, kwargs | dict(self._changed(kwargs, call))
+        packing = call.packings[self.level]
+        changes = {
+            "attention_mask": lambda mask: self._mask(mask, call),
+            "position_embeddings": lambda pair: tuple(map(packing.features, pair)),
+            "position_ids": packing.positions,
+        }
+        given = {name: kwargs.get(name) for name in changes}
+        new = {
+            name: call.once(self.level, value, changes[name])
+            for name, value in given.items()
+            if value is not None or name == "attention_mask"
+        }
+        return args, kwargs | new
 
-    def _changed(self, kwargs: dict[str, Any], call: InnerCall) -> Iterator[tuple[str, Any]]:
-        """Yield the arguments of the layer that depend on the sequence."""
+    def _mask(self, mask: Tensor | None, call: InnerCall) -> Tensor | None:
+        """Return the mask of this level, from that of level 0 if the layer was given one."""
         packing, past = call.packings[self.level], call.past[self.level]
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            is_whole = mask.shape[-1] == past.length + packing.length
-            new = _mask(mask, packing, past) if is_whole else _causal_mask(call, self.level)
-            if not is_whole and mask.is_floating_point():
-                new = torch.zeros_like(new, dtype=mask.dtype).masked_fill(
-                    ~new, torch.finfo(mask.dtype).min
-                )
-            yield "attention_mask", new
-        elif not (packing.real.all() and past.real.all()):
+        if mask is None:
+            if packing.real.all() and past.real.all():
+                return None
             is_flash = self.inner.is_flash
-            yield (
-                "attention_mask",
-                call.attended(self.level) if is_flash else _causal_mask(call, self.level),
-            )
-        if kwargs.get("position_embeddings") is not None:
-            yield "position_embeddings", tuple(map(packing.features, kwargs["position_embeddings"]))
-        if kwargs.get("position_ids") is not None:
-            yield "position_ids", packing.positions(kwargs["position_ids"])
+            return call.attended(self.level) if is_flash else _causal_mask(call, self.level)
+        if mask.shape[-1] == past.length + packing.length:
+            return _reduced_mask(mask, packing, past)
+        new = _causal_mask(call, self.level)
+        if not mask.is_floating_point():
+            return new
+        hidden = torch.finfo(mask.dtype).min
+        return torch.zeros_like(new, dtype=mask.dtype).masked_fill(~new, hidden)
 
 
 def _check_checkpointing(model: nn.Module) -> None:
@@ -253,7 +203,7 @@ def _check_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _mask(mask: Tensor, packing: Packing, past: CacheState) -> Tensor:
+def _reduced_mask(mask: Tensor, packing: Packing, past: CacheState) -> Tensor:
     """Return the attention mask of a level from that of level 0, (B, K) or (B, 1, S, K)."""
     mask = mask.expand(len(packing.order), *mask.shape[1:])
     before = gather_columns(mask[..., : past.length], past.columns)

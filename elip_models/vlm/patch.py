@@ -15,12 +15,13 @@ from elip_models.reduction.model_patches import remove_hooks
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import StrategyOptions, parse_spec
+from elip_models.reduction.strategy_spec import StrategyOptions, from_line
 from elip_models.reduction.summary import Summary
-from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
+from elip_models.validation import did_you_mean, shortened
+from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
 from elip_models.vlm.inside import InnerLayers
-from elip_models.vlm.seam import RECORDS, PromptInfo, Seam, SeamText
+from elip_models.vlm.seam import RECORDS, Seam, SeamText
 from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES, LAYER_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.inside import LayerStrategy
@@ -56,8 +57,8 @@ def reduce_(
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'pool', 'stride' and 'random' remove image tokens in front of the
-    language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. One of each
-    kind may be used together.
+    language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A strategy
+    of each of these three places can be used at the same time.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, or a
@@ -86,7 +87,7 @@ def reduce_(
         return patch.install_strategy(model, strategy, {"schedule": schedule, **options}, keep)
     patch.refuse_compiled(model, "reduce_")
     check_layers(multimodal)
-    chosen = _strategy(strategy, keep)
+    chosen = _strategy(strategy, {"keep": keep, "schedule": schedule, **options})
     front, inside = _installed(multimodal)
     if isinstance(chosen, LayerStrategy):
         _install(multimodal, front, chosen)
@@ -183,34 +184,31 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
 def _is_for_tower(strategy: Any, schedule: Any, options: dict[str, Any]) -> bool:
     """Return whether the arguments name a strategy of image towers."""
     if isinstance(strategy, str):
-        return strategy.partition(":")[0].strip() in set(STRATEGIES) - set(KINDS)
-    is_given = schedule is not None or any(value is not None for value in options.values())
-    return isinstance(strategy, Strategy) or is_given
+        name = strategy.partition(":")[0].strip()
+        return strategy.endswith(".json") or name in set(STRATEGIES) - set(KINDS)
+    if strategy is None:
+        return schedule is not None or any(value is not None for value in options.values())
+    return isinstance(strategy, Strategy)
 
 
 def _strategy(
-    strategy: str | ImageTokenStrategy | LayerStrategy | None, keep: float | int | None
+    strategy: str | ImageTokenStrategy | LayerStrategy | None, given: dict[str, Any]
 ) -> ImageTokenStrategy | LayerStrategy:
     """Return the strategy that the arguments of `reduce_` describe."""
-    if keep is not None:
-        check("keep", keep, PositiveShare | PositiveInt)
+    given = {name: value for name, value in given.items() if value is not None}
     if isinstance(strategy, ImageTokenStrategy | LayerStrategy):
-        if keep is not None:
-            raise ValueError(f"keep: expected it inside the instance alone, got {keep!r} beside it")
+        for name, value in given.items():
+            raise ValueError(f"{name}: expected it inside the instance, got {value!r} beside it")
         return strategy
-    name = strategy.partition(":")[0].strip() if isinstance(strategy, str) else strategy
-    if name is not None and name not in KINDS:
-        known = [*KINDS, *STRATEGIES]
+    line = next(iter(KINDS)) if strategy is None else strategy
+    name = line.partition(":")[0].strip() if isinstance(line, str) else line
+    if name not in KINDS:
         raise ValueError(
             f"strategy: expected one of a language model ({', '.join(KINDS)}) or of its image "
-            f"tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}{did_you_mean(name, known)}"
+            f"tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}"
+            f"{did_you_mean(name, [*KINDS, *STRATEGIES])}"
         )
-    name, settings = parse_spec(next(iter(KINDS)) if strategy is None else strategy, KINDS)
-    if keep is not None:
-        if "keep" in settings:
-            raise ValueError(f"keep: expected it once, got {keep!r} beside strategy={strategy!r}")
-        settings["keep"] = keep
-    return KINDS[name](**settings)
+    return from_line(line, given, KINDS)
 
 
 def _owner(module: nn.Module, kind: type[T]) -> T | None:
@@ -248,7 +246,7 @@ def _install(
 def _uninstall(multimodal: Multimodal) -> None:
     """Restore the modules."""
     for module in multimodal.hooked:
-        remove_hooks(module, Seam | TowerAttention)
+        remove_hooks(module, Seam)
     TowerAttention.uninstall(multimodal)
     InnerLayers.uninstall(multimodal)
     shown = vars(multimodal.model).get("extra_repr")

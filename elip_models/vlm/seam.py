@@ -10,54 +10,22 @@ last token of each image stays, because the token behind it is predicted from it
 """
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
+from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elip_models.vlm.cache_state import CacheState, cache_in, enter, leave, state_of
+from elip_models.vlm.call import PromptCall, PromptInfo, begin_call, current_call, end_call
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.tower_attention import tower_attention
 
-
-class PromptInfo(NamedTuple):
-    """The tokens of one forward pass of a reduced multimodal language model.
-
-    Attributes:
-        images: (B, N) bool, the image tokens of the prompt.
-        kept: (B, N) bool, the tokens that the language model reads.
-        kept_behind: (B, N) bool for each drop inside the language model, the tokens behind it.
-        cached: the tokens of each sequence in the key-value cache of each layer afterwards; empty
-            without a cache.
-    """
-
-    images: Tensor
-    kept: Tensor
-    kept_behind: tuple[Tensor, ...]
-    cached: tuple[int, ...]
-
-
-@dataclass
-class PromptCall:
-    """One forward pass of the multimodal model."""
-
-    token: Token | None = field(default=None, repr=False)
-    images: Tensor | None = None  # (B, N) bool
-    mask: Tensor | None = None  # (B, K) of all cached and new tokens of the whole sequence
-    kept: Tensor | None = None  # (B, N) bool, if tokens are removed
-    kept_behind: tuple[Tensor, ...] = ()  # of the sequence that the language model reads
-    packing: Packing | None = None
-    cache: Any = None
-    state: CacheState | None = None
-
-
-CALLS: ContextVar[tuple[PromptCall, ...]] = ContextVar("CALLS", default=())
 LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
 RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar("RECORDS", default=())
 
@@ -93,8 +61,7 @@ class Seam:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
-        call = PromptCall()
-        call.token = CALLS.set((*CALLS.get(), call))
+        call = begin_call()
         _refuse_packed(kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
@@ -107,8 +74,7 @@ class Seam:
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forget the forward pass."""
-        if calls := CALLS.get():
-            CALLS.reset(calls[-1].token)
+        end_call()
 
     def remove(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,10 +112,10 @@ class Seam:
         if call is None or call.images is None:
             return None
         cache = cache_in(output) or call.cache
-        for kept in call.kept_behind[-1:]:
-            _check_labels(kept if call.packing is None else call.packing.scatter_flags(kept))
+        for kept in call.whole_kept_behind()[-1:]:
+            _check_labels(kept)
         for infos in (infos for owner, infos in RECORDS.get() if owner is self):
-            infos.append(_info(call, cache))
+            infos.append(call.info(cache))
         if cache is not None and call.state is not None:
             leave(cache, call.state)
         if call.packing is None:
@@ -163,9 +129,7 @@ class Seam:
     def _select(self, embeds: Tensor, call: PromptCall) -> tuple[Tensor, Tensor] | None:
         """Return embeddings and (B, N) bool, the tokens to keep; None to keep all."""
         images = call.images
-        if (
-            self.strategy is None or images.shape[1] == 1
-        ):  # a step of decoding does not wait for the device
+        if self.strategy is None or images.shape[1] == 1:  # a step of decoding must not synchronise
             return None
         kept = torch.ones_like(images)
         is_shorter = False
@@ -214,16 +178,6 @@ def check_call(window: int | None, length: int, cache: Any) -> None:
             f"cache: expected a dynamic cache, got {type(cache).__name__}, whose length is "
             "fixed; call generate without cache_implementation"
         )
-
-
-def _info(call: PromptCall, cache: Any) -> PromptInfo:
-    """Return what is recorded of a forward pass."""
-    kept = torch.ones_like(call.images) if call.kept is None else call.kept
-    behind = call.kept_behind
-    if call.packing is not None:
-        behind = tuple(map(call.packing.scatter_flags, behind))
-    layers = [] if cache is None else cache.layers
-    return PromptInfo(call.images, kept, behind, tuple(each.get_seq_length() for each in layers))
 
 
 class SeamText:
@@ -330,12 +284,6 @@ def _placeholders(model: nn.Module, embeds: Tensor, ids: tuple[int, ...]) -> Ten
     known = torch.tensor([each for each in ids if each < words], device=embeds.device)
     rows = model.get_input_embeddings()(known)
     return (embeds.unsqueeze(-2) == rows).all(-1).any(-1)
-
-
-def current_call() -> PromptCall | None:
-    """Return the forward pass of the multimodal model that runs in this thread, or None."""
-    calls = CALLS.get()
-    return calls[-1] if calls else None
 
 
 def _check_labels(kept: Tensor) -> None:

@@ -1,20 +1,17 @@
 """The attention that patches receive in the image tower of a multimodal language model."""
 
-from contextvars import ContextVar
-from typing import Any
-
 from torch import Tensor, nn
 
 from elip_kernels import attention_column_mean, cls_attention
-from elip_models.vlm.attention_probe import LISTENERS, register_functions, unwatch, watch
+from elip_models.vlm.attention_probe import Watcher, unwatch, watch
+from elip_models.vlm.call import current_call
 from elip_models.vlm.families import Multimodal
 
 CLASS_TOKENS = ("class_embedding", "cls_token")
-FOUND: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("FOUND", default=None)
 
 
-class TowerAttention:
-    """The hooks of the multimodal model that read the attention of one layer of its tower."""
+class TowerAttention(Watcher):
+    """Stores the attention of the tower's layer whose features the model takes."""
 
     def __init__(self, multimodal: Multimodal) -> None:
         attention_of(multimodal)  # raises an error for a tower that cannot be read
@@ -22,42 +19,29 @@ class TowerAttention:
         self.has_class_token = not {*names}.isdisjoint(CLASS_TOKENS)
 
     def install(self, multimodal: Multimodal) -> None:
-        """Watch the layer whose features the model takes."""
-        watch(attention_of(multimodal))
-        multimodal.model.register_forward_pre_hook(self.begin)
-        multimodal.model.register_forward_hook(self.end, always_call=True)
+        """Watch the layer."""
+        watch(attention_of(multimodal), self)
         if multimodal.head is not None:  # generate leaves the tower to the forward pass
             multimodal.head._supports_mm_encoder_outputs = _no_encoder_outputs
 
     @staticmethod
     def uninstall(multimodal: Multimodal) -> None:
         """Undo `install`."""
-        if vars(multimodal.head or multimodal.model).pop("_supports_mm_encoder_outputs", None):
-            unwatch(attention_of(multimodal), multimodal.tower.config)
+        vars(multimodal.head or multimodal.model).pop("_supports_mm_encoder_outputs", None)
+        for module in multimodal.tower.modules():
+            unwatch(module, multimodal.tower.config)
 
-    def begin(self, model: nn.Module, args: Any) -> None:
-        """Collect the attention of this forward pass."""
-        register_functions()
-        FOUND.set([])
-        LISTENERS.set((*LISTENERS.get(), self.listen))
-
-    def end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Forget it."""
-        FOUND.set(None)
-        LISTENERS.set(tuple(each for each in LISTENERS.get() if each != self.listen))
-
-    def listen(self, module: nn.Module, query: Tensor, key: Tensor, scale: float | None) -> None:
+    def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Store what the patches receive, and their keys, mean over heads."""
-        found = FOUND.get()
-        if found is None or not module.config._attn_implementation:
+        call = current_call()
+        if call is None:
             return
-        query, key = query.detach(), key.detach()
         if self.has_class_token:
             received = cls_attention(query[:, :, 0], key, scale=scale)
         else:
             received = attention_column_mean(query, key, scale=scale)
         first = int(self.has_class_token)
-        found.append((received[:, first:], key.mean(1)[:, first:]))
+        call.tower.append((received[:, first:], key.mean(1)[:, first:]))
 
 
 def tower_attention(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +50,7 @@ def tower_attention(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the runs of image tokens are not the patches of one image each.
     """
-    found = FOUND.get() or []
+    found = current_call().tower
     if len(found) != 1 or found[0][0].shape != (rows, tokens):
         got = " and ".join(f"{len(each)} of {each.shape[1]} patches" for each, _ in found)
         raise ValueError(

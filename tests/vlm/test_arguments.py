@@ -4,6 +4,7 @@ import pytest
 
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 from elip_models.vlm.strategies.controls import Stride
+from elip_models.vlm.strategies.diverse import Diverse
 from tests.vlm.models import build
 
 
@@ -40,6 +41,16 @@ def test_a_wrong_keep_is_refused(llava, keep):
     with pytest.raises((TypeError, ValueError), match="keep: expected"):
         reduce_(llava, keep=keep)
     assert not is_reduced(llava)
+
+
+def test_settings_may_be_keywords(llava):
+    reduce_(llava, "diverse", relevance=True, keep=0.25)
+    assert reduction_summary(llava).strategy == Diverse(keep=0.25, relevance=True)
+    with pytest.raises(ValueError, match="r: expected none with strategy='diverse'"):
+        reduce_(llava, "diverse", r=3)
+    with pytest.raises(ValueError, match="relevance: expected it inside the instance"):
+        reduce_(llava, Stride(), relevance=True)
+    assert reduction_summary(llava).strategy == Diverse(keep=0.25, relevance=True)
 
 
 def test_keep_stands_in_one_place(llava):

@@ -8,6 +8,7 @@ import torch
 from elip_kernels import cls_attention
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 from elip_models.vlm.attention_probe import is_watched
+from elip_models.vlm.call import current_call
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.strategies.inside import FastV, Pyramid
 from tests.vlm import oracle
@@ -176,6 +177,27 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model(**inputs, use_cache=False).logits[:, -1].square().mean().backward()
         found.append(find_multimodal(model).language_model.layers[0].self_attn.q_proj.weight.grad)
     assert torch.equal(*found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1", "visionzip"])
+def test_an_error_in_a_layer_leaves_nothing_behind(strategy):
+    model, inputs = build("llava", rows=((4, "image", 3), (2, "image", 1, "image", 6)))
+    text = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4).long()}
+    dense = model(**text).logits
+    reduce_(model, strategy, keep=0.5)
+    expected = model(**inputs).logits
+
+    def fail(layer, args):
+        raise RuntimeError("out of memory")
+
+    handle = find_multimodal(model).language_model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**inputs)
+    handle.remove()
+    assert current_call() is None
+    assert torch.equal(model(**text).logits, dense)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 @torch.no_grad()

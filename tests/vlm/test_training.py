@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from elip_models import is_reduced, reduce_, unreduce_
@@ -121,3 +122,25 @@ def test_a_step_of_an_optimizer_lowers_the_loss():
         optimizer.step()
         losses.append(loss)
     assert losses[-1] < losses[0]
+
+
+def test_the_trainer_trains_a_reduced_model(tmp_path):
+    model, inputs = trained("llava")
+    model, inputs = model.float(), {key: each for key, each in inputs.items() if key != "use_cache"}
+    row = {key: value[:1] for key, value in inputs.items()}
+    row["pixel_values"] = row["pixel_values"].float()
+    reduce_(model, "fastv:layer=1", keep=0.5)
+    reduce_(model, keep=0.5)
+    weight = model.lm_head.weight.detach().clone()
+    arguments = hf.TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        learning_rate=1e-2,
+    )
+    trainer = hf.Trainer(model, arguments, train_dataset=[0, 1, 2], data_collator=lambda _: row)
+    result = trainer.train()
+    assert result.global_step == 2 and result.training_loss > 0
+    assert not torch.equal(model.lm_head.weight, weight)

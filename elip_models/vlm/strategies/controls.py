@@ -48,7 +48,8 @@ class Pool(ImageTokenStrategy):
 
     def count(self, length: int) -> int:
         """Return the largest square number of tokens that `keep` allows."""
-        return max(isqrt(super().count(length)), 1) ** 2
+        count = super().count(length)
+        return length if count == length else isqrt(count) ** 2
 
     def reduce(
         self, tokens: Tensor, count: int, context: ImageContext
