@@ -2,8 +2,8 @@
 
 The cache of a generation outlives the forward pass that removed the tokens. Its state is an
 attribute of the cache and never of the model, so that threads share a model. Outside of the
-language model such a cache tells the length of the whole sequence, since callers compute positions,
-masks and the tokens that are new by it; inside, the masks need the number of tokens that it holds.
+language model such a cache returns the length of the whole sequence, from which callers compute
+positions, masks and the number of new tokens. Inside, masks need the number of tokens in the cache.
 """
 
 from dataclasses import dataclass, replace
@@ -95,13 +95,13 @@ def state_of(cache: Any) -> CacheState | None:
 
 
 def enter(cache: Any) -> None:
-    """Let the cache tell how many tokens it holds."""
+    """Let the cache return the number of tokens that it holds."""
     for name in REPLACED:
         vars(cache).pop(name, None)
 
 
 def leave(cache: Any, state: CacheState) -> None:
-    """Store the state, and let the cache tell the length of the whole sequence."""
+    """Store the state, and let the cache return the length of the whole sequence."""
     setattr(cache, STATE, state)
     for name, function in REPLACED.items():
         setattr(cache, name, partial(function, cache))

@@ -1,12 +1,12 @@
 """The place between the image features and the language model, where image tokens are removed.
 
-Hooks of stock modules do it. The multimodal model notes which tokens of its input are images.
-Before the language model runs, a strategy selects image tokens, and the others are removed from the
-embeddings, positions and masks; the tokens that remain keep their positions. After it, the hidden
-states return to the whole length, with zeros for removed tokens, so that labels and logits hold.
+Hooks of stock modules remove them. A hook of the multimodal model finds the image tokens in its
+input. Before the language model runs, a strategy selects image tokens. The others are removed from
+the embeddings, positions and masks; the remaining tokens keep their positions. Afterwards the
+hidden states get the whole length again, with zeros for removed tokens, as labels need.
 
-A removed token is like one that no other token may attend to, which the tests compare with. The
-last token of each image stays, because the token behind it is predicted from it.
+The result is that of a model in which no token attends to the removed ones: the tests compare the
+two. The last token of each image stays, because the token behind it is predicted from it.
 """
 
 from collections.abc import Callable, Sequence

@@ -100,18 +100,8 @@ def entries():
         "tokens": {"image": 576, "text": 48, "decoded": 16},
         "shape": {"B": 1, "image": 336},
     }
-    return [
-        op,
-        tower,
-        strategies,
-        language,
-        exported,
-        step,
-        step | {"op": "meter"} | unshared,
-        *ways,
-        overhead,
-        serving,
-    ]
+    steps = [step, step | {"op": "meter"} | unshared]
+    return [op, tower, strategies, language, exported, *steps, *ways, overhead, serving]
 
 
 @pytest.fixture

@@ -114,13 +114,6 @@ def size(N):
     return wrong
 
 
-def counts(N):
-    """What (B,) counts of up to N tokens are not."""
-    wrong = [[N, N], torch.tensor(N), torch.tensor([N]), torch.tensor([[N, N]])]
-    wrong += [torch.tensor([N, N + 1]), torch.tensor([-1, N]), torch.tensor([1.0, 1.0])]
-    return [*wrong, torch.tensor([N, N], dtype=torch.int32), torch.tensor([N, N], **META)]
-
-
 absorbed = {
     "tokens": [
         *(None, torch.randn(N, D), torch.ones(B, N, D).long()),
@@ -239,8 +232,8 @@ TABLE = selection_arguments.TABLE | {
                 *(torch.ones(2, 13).bool(), torch.ones(2, 13).half()),
                 torch.ones(2, 13, **META),
             ],
-            "lengths": counts(13),
-            "merges": [*counts(13), torch.tensor([4, 4])],
+            "lengths": selection_arguments.counts(13),
+            "merges": [*selection_arguments.counts(13), torch.tensor([4, 4])],
             "num_prefix_tokens": [None, True, 1.0, -1, 99],
             "return_info": [1, None, "yes"],
         },

@@ -1,4 +1,5 @@
-"""Arguments of select_diverse and select_dpp: some that pass, and of each what is refused."""
+"""Arguments of select_diverse and select_dpp: some that pass, and of each what is refused; wrong
+counts for each image of a batch."""
 
 import torch
 
@@ -19,6 +20,13 @@ both = {
 first = [3, torch.ones(B), torch.ones(B + 1).long(), torch.ones(B, 1).long()]
 first += [torch.full((B,), N), torch.full((B,), -1), torch.ones(B, **META).long()]
 relevance = [1.0, torch.rand(B, N - 1), torch.ones(B, N).long(), torch.rand(B, N, **META)]
+
+
+def counts(N):
+    """What (B,) counts of up to N tokens are not."""
+    wrong = [[N, N], torch.tensor(N), torch.tensor([N]), torch.tensor([[N, N]])]
+    wrong += [torch.tensor([N, N + 1]), torch.tensor([-1, N]), torch.tensor([1.0, 1.0])]
+    return [*wrong, torch.tensor([N, N], dtype=torch.int32), torch.tensor([N, N], **META)]
 
 
 def good():

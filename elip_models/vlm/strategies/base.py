@@ -30,8 +30,8 @@ class ImageTokenStrategy:
     independently of each other: a result does not depend on the batch.
 
     Attributes:
-        keep: the share of each image's tokens, in (0, 1], or their number, from 2. An image is a
-            run of image tokens without others between them: a tile or a frame, if the model
+        keep: the share of each image's tokens, in (0, 1], or their number, at least 2. An image is
+            a run of image tokens without others between them: a tile or a frame, if the model
             separates these by other tokens.
     """
 
