@@ -33,11 +33,9 @@ from elip_kernels.ops.bipartite import unit_rows
 from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 
 # Keys in place of a cosine, which is at most 1. The token with the smallest key is selected.
-NO_COSINE = tl.constexpr(-2.0)
-NO_DIRECTION = tl.constexpr(2.0)
-PADDING = tl.constexpr(3.0)
-SELECTED = tl.constexpr(4.0)
-BEYOND = tl.constexpr(5.0)
+KEYS = (-2.0, 2.0, 3.0, 4.0, 5.0)
+NO_COSINE_KEY, NO_DIRECTION_KEY, PADDING_KEY, SELECTED_KEY, BEYOND_KEY = KEYS
+NO_COSINE, NO_DIRECTION, PADDING, SELECTED, BEYOND = (tl.constexpr(key) for key in KEYS)
 
 
 def select_diverse(
@@ -118,15 +116,15 @@ def diverse_reference(
     if real is not None:
         unit = unit.masked_fill(~real[..., None], float("nan"))
     cosine, has_none = unit @ unit.mT, unit[..., 0].isnan()
-    level = torch.where(has_none, NO_DIRECTION.value, NO_COSINE.value).to(cosine.dtype)
+    level = torch.where(has_none, NO_DIRECTION_KEY, NO_COSINE_KEY).to(cosine.dtype)
     if real is not None:
-        level = level.masked_fill(~real, PADDING.value)
+        level = level.masked_fill(~real, PADDING_KEY)
     cosine = torch.where(cosine.isnan(), level[:, None], cosine.clamp(max=1.0))  # (B, N, N)
     is_own = torch.eye(N, dtype=torch.bool, device=tokens.device)
     if first is None:
-        first = cosine.masked_fill_(is_own, NO_COSINE.value).amax(1).argmin(1)
-    cosine = cosine.masked_fill_(is_own, SELECTED.value)
-    order, key = [first.clamp(0, N - 1)], level.new_full((), NO_COSINE.value)
+        first = cosine.masked_fill_(is_own, NO_COSINE_KEY).amax(1).argmin(1)
+    cosine = cosine.masked_fill_(is_own, SELECTED_KEY)
+    order, key = [first.clamp(0, N - 1)], level.new_full((), NO_COSINE_KEY)
     rows, start = cosine.view(B * N, N), torch.arange(0, B * N, N, device=tokens.device)
     for _ in range(1, keep):
         key = torch.maximum(key, rows.index_select(0, order[-1] + start))

@@ -31,14 +31,17 @@ from elip_kernels.ops.gather_ops import accumulator
 from elip_kernels.ops.select_diverse import (
     NO_COSINE,
     PADDING,
+    PADDING_KEY,
     SELECTED,
+    SELECTED_KEY,
     check_selection,
     in_image_order,
     launch_cosines,
     load_level,
 )
 
-SPANNED = tl.constexpr(1e-5)  # rounding of r_n in fp32 is at most a few 1e-6
+LEAST_REST = 1e-5  # rounding of r_n in fp32 is at most a few 1e-6
+SPANNED = tl.constexpr(LEAST_REST)
 
 
 def select_dpp(
@@ -100,11 +103,11 @@ def dpp_reference(
         weight = weight.masked_fill(weight.isnan(), 0.0)
     least = torch.zeros_like(weight)  # the gain of a combination, and below it of other tokens
     if real is not None:
-        rest, least = rest.masked_fill(~real, 0.0), least.masked_fill(~real, -PADDING.value)
+        rest, least = rest.masked_fill(~real, 0.0), least.masked_fill(~real, -PADDING_KEY)
     rows, start = cosine.view(B * N, N), torch.arange(0, B * N, N, device=tokens.device)
     factor, order = cosine.new_zeros(B, keep, N), []
     for t in range(keep):
-        gain = torch.where(rest > SPANNED.value, weight * (rest / whole).sqrt(), least)
+        gain = torch.where(rest > LEAST_REST, weight * (rest / whole).sqrt(), least)
         best = gain.argmax(1, keepdim=True)
         order.append(best)
         column = rows.index_select(0, best[:, 0] + start)
@@ -113,9 +116,9 @@ def dpp_reference(
             own = known.gather(2, best[:, None].expand(B, t, 1))
             column = column - (own.mT @ known)[:, 0]
         pivot = rest.gather(1, best)
-        column = column * torch.where(pivot > SPANNED.value, pivot.rsqrt(), 0.0)
+        column = column * torch.where(pivot > LEAST_REST, pivot.rsqrt(), 0.0)
         factor[:, t], rest = column, torch.addcmul(rest, column, column, value=-1.0)
-        least = least.scatter(1, best, -SELECTED.value)
+        least = least.scatter(1, best, -SELECTED_KEY)
     return torch.cat(order, 1)
 
 

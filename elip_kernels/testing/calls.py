@@ -3,6 +3,7 @@
 B equal images of N tokens and width D, of which K are kept, with H heads; values from N(0, 1).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -153,9 +154,14 @@ def _select_tokens(
 
 
 def _candidates(B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) -> Outputs:
-    """Return tokens whose products are integers, and relevances that are far apart."""
+    """Return tokens whose cosines are exact in each dtype, and relevances that are far apart.
+
+    The length of each token is a power of two: 4^n of its numbers are 1 or -1, the others 0.
+    """
     relevance = 1.1 ** -torch.stack([torch.randperm(N) for _ in range(B)]).float()
-    return _tokens(B, N, D, dtype).sign(), relevance
+    tokens = _tokens(B, N, D, dtype).sign()
+    tokens[..., 4 ** int(math.log(D, 4)) :] = 0
+    return tokens, relevance
 
 
 def _select_diverse(K: int, H: int, tokens: Tensor, relevance: Tensor) -> Outputs:

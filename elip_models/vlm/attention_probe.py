@@ -44,14 +44,14 @@ def watch(attention: nn.Module, watcher: Watcher) -> None:
     own = attention.config._attn_implementation or "eager"
     config = copy(attention.config)  # the layers share theirs
     config._attn_implementation_internal = PREFIX + own
-    attention.config, attention.watcher = config, watcher
+    attention.config, attention.own_config, attention.watcher = config, attention.config, watcher
 
 
-def unwatch(attention: nn.Module, config: Any) -> None:
-    """Give a watched module the config of its model again."""
-    if is_watched(attention):
-        attention.config = config
-        del attention.watcher
+def unwatch(module: nn.Module) -> None:
+    """Undo `watch`, if the module is watched."""
+    if is_watched(module):
+        module.config = module.own_config
+        del module.own_config, module.watcher
 
 
 def is_watched(attention: nn.Module) -> bool:

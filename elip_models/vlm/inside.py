@@ -64,7 +64,7 @@ class InnerLayers(Watcher):
         remove_hooks(multimodal.language_model, InnerLayers)
         for layer in multimodal.language_model.layers:
             remove_hooks(layer, LayerHook)
-            unwatch(layer.self_attn, multimodal.text_config)
+            unwatch(layer.self_attn)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""

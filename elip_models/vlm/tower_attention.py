@@ -29,7 +29,7 @@ class TowerAttention(Watcher):
         """Undo `install`."""
         vars(multimodal.head or multimodal.model).pop("_supports_mm_encoder_outputs", None)
         for module in multimodal.tower.modules():
-            unwatch(module, multimodal.tower.config)
+            unwatch(module)
 
     def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Store what the patches receive, and their keys, mean over heads."""

@@ -1,6 +1,8 @@
 """`python -m elip_kernels.testing`: every public op, the table, and the exit status."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,3 +59,29 @@ def test_an_op_that_raises_fails(monkeypatch, capsys):
     assert parity.main(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "RuntimeError: no kernel image is available" in out and "0 of 3 checks passed" in out
+
+
+WITHOUT_TRITON = """
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == "triton" else found(name, *args)
+from elip_kernels._triton import HAS_TRITON
+from elip_kernels.testing.__main__ import main
+assert not HAS_TRITON
+raise SystemExit(main([]))
+"""
+
+
+def test_every_op_runs_without_triton():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "checks passed" in run.stdout and "kernels" not in run.stdout
+
+
+def test_a_check_without_a_bound_does_not_pass(monkeypatch):
+    """Where PyTorch itself selects otherwise in the coarser dtype, a check would show nothing."""
+    monkeypatch.setattr(parity, "_error", lambda got, exact: float("inf"))
+    row = parity.check("select_tokens", torch.float32, CPU, parity.SMALL_SHAPE)
+    assert row[-1] == "NO"
