@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "visualize": (
         "inspect_model.visualize",
-        "Draw kept and merged patches, the CLS attention, its concentration; of a clip the frames.",
+        "Draw kept and merged patches of images or clips, the CLS attention and its concentration.",
     ),
     "profile": (
         "inspect_model.profile",

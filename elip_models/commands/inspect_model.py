@@ -53,7 +53,7 @@ def visualize(
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
-    """Draw kept and merged patches, the CLS attention, its concentration; of a clip the frames."""
+    """Draw kept and merged patches of images or clips, the CLS attention and its concentration."""
     if bool(image) == (data is not None):
         raise ConfigError("--image: expected images, or else --data, not both")
     check_output("--output", output)
