@@ -198,8 +198,9 @@ def test_a_real_model_keeps_more_under_tome_than_under_pruning(
     assert "tome 0.7" in capsys.readouterr().out
 
 
-def test_the_tables_of_the_page_are_up_to_date():
-    assert script("real_model").main(["--check"]) == 0
+@pytest.mark.parametrize("page", ["real_model", "vlm"])
+def test_the_tables_of_a_page_are_up_to_date(page):
+    assert script(page).main(["--check"]) == 0
 
 
 def test_a_stale_page_is_found_and_rewritten(tmp_path, capsys):
