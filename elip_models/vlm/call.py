@@ -94,6 +94,8 @@ class PromptCall:
     """The forward pass of a multimodal model.
 
     images: (B, N) bool, the image tokens, or None if the call has neither ids nor embeddings.
+    videos: (B, N) bool, those of videos, if the strategy compares the frames of a clip.
+    clip_lengths: the tokens of each clip, if the model writes text between frames.
     mask: (B, K), the attention mask of all cached and new tokens, or None.
     kept: (B, N) bool, the tokens that remain, or None if all do.
     kept_behind: (B, S) bool for each drop, of the sequence that the language model reads.
@@ -106,6 +108,8 @@ class PromptCall:
     """
 
     images: Tensor | None = None
+    videos: Tensor | None = None
+    clip_lengths: list[int] = field(default_factory=list)
     mask: Tensor | None = None
     kept: Tensor | None = None
     kept_behind: tuple[Tensor, ...] = ()

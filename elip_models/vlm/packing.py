@@ -95,13 +95,17 @@ def hide(mask: Tensor, hidden: Tensor) -> Tensor:
     return mask.masked_fill(hidden, value)
 
 
-def runs_by_length(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows (R, 1) and positions (R, n) of the runs of n image tokens, for each n."""
-    host = images.to("cpu", torch.int8)
-    edges = F.pad(host, (1, 1)).diff(dim=1)
+def find_runs(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row, the first position and the length of each run of tokens, on the CPU."""
+    edges = F.pad(images.to("cpu", torch.int8), (1, 1)).diff(dim=1)
     rows, starts = (edges == 1).nonzero(as_tuple=True)
     ends = (edges == -1).nonzero(as_tuple=True)[1]
-    lengths = ends - starts
+    return rows, starts, ends - starts
+
+
+def runs_by_length(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows (R, 1) and positions (R, n) of the runs of n image tokens, for each n."""
+    rows, starts, lengths = find_runs(images)
     for length in lengths.unique().tolist():
         these = lengths == length
         positions = starts[these, None] + torch.arange(length)

@@ -9,7 +9,7 @@ The result is that of a model in which no token attends to the removed ones: the
 two. The last token of each image stays, because the token behind it is predicted from it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from elip_models.vlm.cache_state import CacheState, cache_in, enter, leave, state_of
 from elip_models.vlm.call import PromptCall, PromptInfo, begin_call, current_call, end_call
+from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
+from elip_models.vlm.packing import Packing, gather_columns, hide
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.tower_attention import tower_attention
 
@@ -37,6 +38,7 @@ class Seam:
         self.strategy = strategy
         self.placeholder_ids = multimodal.placeholder_ids
         self.window = multimodal.window
+        self.layout = _layout_for(strategy, multimodal)
 
     def install(self, multimodal: Multimodal) -> None:
         """Register the hooks."""
@@ -65,10 +67,10 @@ class Seam:
         _refuse_packed(kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        if ids is not None:
-            call.images = _any_equal(ids, self.placeholder_ids)
-        elif embeds is not None:  # generate passes embeddings instead
-            call.images = _placeholders(model, embeds, self.placeholder_ids)
+        call.images = _tokens_of(model, ids, embeds, self.placeholder_ids)
+        if self.layout is not None and call.images is not None and call.images.shape[1] > 1:
+            call.videos = _tokens_of(model, ids, embeds, (self.layout.token_id,))
+            call.clip_lengths = self.layout.clip_lengths(kwargs)
         if isinstance(mask, Tensor) and mask.dim() == 2 and call.images is not None:
             call.mask = mask
 
@@ -86,7 +88,7 @@ class Seam:
             return None
         call.cache = cache_in(kwargs)
         past = state_of(call.cache)
-        selected = self._select(embeds, call)
+        selected = self._select(embeds, call, kwargs.get("position_ids"))
         if selected is None and past is None:
             return None
         length = embeds.shape[1]
@@ -126,21 +128,24 @@ class Seam:
             output["hidden_states"] = tuple(scatter(each) for each in output["hidden_states"])
         return output
 
-    def _select(self, embeds: Tensor, call: PromptCall) -> tuple[Tensor, Tensor] | None:
+    def _select(
+        self, embeds: Tensor, call: PromptCall, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Return embeddings and (B, N) bool, the tokens to keep; None to keep all."""
         images = call.images
         if self.strategy is None or images.shape[1] == 1:  # a step of decoding must not synchronise
             return None
         kept = torch.ones_like(images)
         is_shorter = False
-        for rows, positions in runs_by_length(images):
-            count = self.strategy.count(positions.shape[1])
+        for group in self._groups(call, position_ids):
+            rows, positions = group.rows, group.positions
+            count = max(self.strategy.count(positions.shape[1]), len(group.always))
             if isinstance(self.strategy.keep, int) or count < positions.shape[1]:
                 _refuse_cut(positions, call.cache)
             if count == positions.shape[1]:
                 continue
             is_shorter = True
-            context = self._context(embeds, call, rows, positions)
+            context = self._context(embeds, call, group)
             chosen, values = self.strategy.reduce(embeds[rows, positions], count, context)
             kept[rows, positions] = False
             positions = positions.gather(1, chosen)
@@ -149,15 +154,22 @@ class Seam:
                 embeds = embeds.index_put((rows, positions), values.to(embeds.dtype))
         return (embeds, kept) if is_shorter else None
 
-    def _context(
-        self, embeds: Tensor, call: PromptCall, rows: Tensor, positions: Tensor
-    ) -> ImageContext:
+    def _groups(self, call: PromptCall, position_ids: Tensor | None) -> Iterator[TokenGroup]:
+        """Yield the tokens from which the strategy selects."""
+        if self.layout is None:
+            yield from groups_of_images(call.images)
+            return
+        if not self.strategy.reads_frames:
+            yield from groups_of_images(call.images & ~call.videos)
+        yield from self.layout.clips(call.videos, call.clip_lengths, position_ids)
+
+    def _context(self, embeds: Tensor, call: PromptCall, group: TokenGroup) -> ImageContext:
         """Return what the strategy reads beside the tokens of the images."""
-        context = ImageContext()
+        context = ImageContext(frame=group.frame, always=group.always)
         if self.strategy.reads_question:
-            context = context._replace(question=_question(embeds, call, rows))
+            context = context._replace(question=_question(embeds, call, group.rows))
         if self.strategy.reads_tower:
-            attention, keys = tower_attention(*positions.shape)
+            attention, keys = tower_attention(*group.positions.shape)
             context = context._replace(attention=attention, keys=keys)
         return context
 
@@ -264,6 +276,22 @@ def _mask(mask: Tensor | None, packing: Packing | None, past: CacheState, embeds
     return mask.gather(2, rows)
 
 
+def _layout_for(strategy: ImageTokenStrategy | None, multimodal: Multimodal) -> VideoLayout | None:
+    """Return the layout of videos if the strategy needs it."""
+    if strategy is None or not strategy.joins_frames:
+        return None
+    layout = VideoLayout.of(multimodal)
+    if not strategy.reads_frames:  # a clip without text between frames is a run like an image
+        return layout if layout is not None and layout.are_frames_apart else None
+    if layout is None:
+        raise TypeError(
+            f"model: expected one with tokens of videos for {strategy.name!r}, got "
+            f"{multimodal.config.model_type}, which reads images, or each frame as an image; take "
+            "another strategy, such as 'diverse'"
+        )
+    return layout
+
+
 def _question(embeds: Tensor, call: PromptCall, rows: Tensor) -> Tensor:
     """Return the mean embedding (R, D) of the tokens beside the images, for R images in `rows`."""
     others = ~call.images
@@ -274,8 +302,13 @@ def _question(embeds: Tensor, call: PromptCall, rows: Tensor) -> Tensor:
     return mean[rows[:, 0]]
 
 
-def _any_equal(ids: Tensor, values: tuple[int, ...]) -> Tensor:
-    return torch.isin(ids, ids.new_tensor(values))
+def _tokens_of(
+    model: nn.Module, ids: Tensor | None, embeds: Tensor | None, values: tuple[int, ...]
+) -> Tensor | None:
+    """Return (B, N) bool, which tokens are `values`, or None without ids and embeddings."""
+    if ids is not None:
+        return torch.isin(ids, ids.new_tensor(values))
+    return None if embeds is None else _placeholders(model, embeds, values)  # of generate
 
 
 def _placeholders(model: nn.Module, embeds: Tensor, ids: tuple[int, ...]) -> Tensor:

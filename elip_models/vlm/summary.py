@@ -17,7 +17,8 @@ class MultimodalSummary:
 
     strategy: what selects image tokens in front of the language model, or None.
     inside: what selects them inside the language model, or None.
-    image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ.
+    image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ;
+        of a clip of 576 tokens, if the strategy reduces videos alone.
     layer_tokens: the tokens of the image that each layer of the language model reads.
     prefill_flops: FLOPs of the language model for the kept tokens, selection included, relative to
         those for all tokens of the image. Tokens of text come on top of both.
@@ -47,6 +48,8 @@ class MultimodalSummary:
     ) -> "MultimodalSummary":
         """Summarize a model that `strategy`, `inside` and `tower` reduce."""
         tokens = getattr(multimodal.config, "image_seq_length", None) or NOMINAL_TOKENS
+        if strategy is not None and strategy.reads_frames:
+            tokens = NOMINAL_TOKENS
         depth = len(multimodal.language_model.layers)
         kept = tokens if strategy is None else strategy.count(tokens)
         read = (kept,) * depth if inside is None else inside.kept(kept, depth)
@@ -66,13 +69,15 @@ class MultimodalSummary:
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
         used = [str(each) for each in (self.strategy, self.inside) if each is not None]
+        is_for_clips = self.strategy is not None and self.strategy.reads_frames
+        unit = "a clip" if is_for_clips else "an image"
         lines = [
             ("image tower", "dense" if self.tower is None else self.tower.line),
             ("language model", ", then ".join(used) or "reads every image token"),
-            ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in an image"),
+            ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in {unit}"),
             ("tokens a layer", runs(self.layer_tokens)),
-            ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for an image's tokens"),
-            ("cache", f"{_size(self.cache_bytes)} of {_size(self.dense_cache_bytes)} an image"),
+            ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for the tokens of {unit}"),
+            ("cache", f"{_size(self.cache_bytes)} of {_size(self.dense_cache_bytes)} for {unit}"),
         ]
         return "\n".join(f"{name:<16}{value}" for name, value in lines)
 

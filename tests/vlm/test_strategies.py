@@ -9,6 +9,7 @@ from elip_models.vlm.strategies.base import ImageContext
 from elip_models.vlm.strategies.cdpruner import CDPruner, scaled
 from elip_models.vlm.strategies.controls import Pool, Stride
 from elip_models.vlm.strategies.diverse import Diverse
+from elip_models.vlm.strategies.evs import EVS
 from elip_models.vlm.strategies.visionzip import VisionZip, choose
 
 
@@ -72,6 +73,32 @@ def test_diverse_with_relevance_begins_at_the_token_most_similar_to_the_text():
     assert chosen[:, 0].tolist() == best.tolist()
 
 
+def test_evs_keeps_the_first_frame_and_the_largest_changes():
+    tokens = torch.randn(2, 4, 3, 8)  # frames of three tokens
+    tokens[:, 2] = tokens[:, 1]
+    tokens[:, 3, 1] = tokens[:, 2, 1]
+    tokens[0, 2, 2] *= 3  # a longer vector is no change of direction
+    chosen = EVS().select(tokens.flatten(1, 2), 8, ImageContext(frame=3))
+    assert chosen[:, :3].tolist() == [[0, 1, 2]] * 2
+    for image, order in zip(tokens, chosen.tolist(), strict=True):
+        distance = {
+            3 * t + i: 1 - F.cosine_similarity(image[t, i], image[t - 1, i], dim=0)
+            for t in range(1, 4)
+            for i in range(3)
+        }
+        assert order[3:] == sorted(distance, key=lambda i: -distance[i])[:5]
+    few = EVS().select(tokens.flatten(1, 2), 2, ImageContext(frame=3))
+    assert few.tolist() == [[0, 2]] * 2
+
+
+def test_tokens_that_have_to_stay_take_the_places_of_the_least_important():
+    context = ImageContext(frame=4, always=(3, 7, 11))
+    positions, _ = Stride().reduce(torch.randn(1, 12, 8), 6, context)
+    assert sorted(positions[0].tolist()) == [1, 3, 5, 7, 9, 11]
+    positions, _ = EVS().reduce(torch.randn(1, 12, 8), 6, context)
+    assert {0, 1, 2, 3, 7, 11} == set(positions[0].tolist())
+
+
 def test_stride_keeps_the_last_token_of_equal_parts():
     chosen = Stride(keep=4).select(torch.randn(1, 12, 8), 4, ImageContext())
     assert chosen.tolist() == [[2, 5, 8, 11]]
@@ -94,14 +121,14 @@ def test_pool_averages_the_areas_of_a_square_grid():
 def test_every_strategy_keeps_the_last_token_and_does_not_depend_on_the_batch(name):
     strategy = IMAGE_TOKEN_STRATEGIES[name](keep=0.25)
     tokens = torch.randn(4, 36, 8)
-    context = ImageContext(torch.randn(4, 8), torch.rand(4, 36), torch.randn(4, 36, 8))
+    context = ImageContext(torch.randn(4, 8), torch.rand(4, 36), torch.randn(4, 36, 8), frame=12)
     torch.manual_seed(1)
     positions, values = strategy.reduce(tokens, 9, context)
     assert positions.shape == (4, 9)
     assert (positions == 35).sum(1).tolist() == [1] * 4
     assert all(len(set(row)) == 9 for row in positions.tolist())
     if name != "random":
-        third = ImageContext(*(each[2:3] for each in context))
+        third = ImageContext(*(each[2:3] for each in context[:3]), frame=12)
         alone, alone_values = strategy.reduce(tokens[2:3], 9, third)
         assert alone[0].tolist() == positions[2].tolist()
         if values is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from elip_models.validation import PositiveInt, PositiveShare, check_fields
@@ -15,11 +16,15 @@ class ImageContext(NamedTuple):
     attention: (R, n) the attention that each patch receives in the image tower, if it
         `reads_tower`: from the class token, or from all patches if there is none.
     keys: (R, n, d) the keys of that attention, mean over heads.
+    frame: the tokens of a frame, if the images are clips.
+    always: the positions in the image whose tokens have to stay.
     """
 
     question: Tensor | None = None
     attention: Tensor | None = None
     keys: Tensor | None = None
+    frame: int | None = None
+    always: tuple[int, ...] = (-1,)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,9 @@ class ImageTokenStrategy:
     """A way to select the image tokens that a language model reads.
 
     A subclass defines `select`, or `reduce` if it also changes the tokens. Images are reduced
-    independently of each other: a result does not depend on the batch.
+    independently of each other: a result does not depend on the batch. A strategy that
+    `joins_frames` selects from a whole clip, also if the model writes text between the frames. One
+    that `reads_frames` compares them, and keeps every token of still images.
 
     Attributes:
         keep: the share of each image's tokens, in (0, 1], or their number, at least 2. An image is
@@ -38,6 +45,8 @@ class ImageTokenStrategy:
     name: ClassVar[str]
     reads_question: ClassVar[bool] = False
     reads_tower: ClassVar[bool] = False
+    joins_frames: ClassVar[bool] = False
+    reads_frames: ClassVar[bool] = False
 
     keep: PositiveShare | PositiveInt = 0.5
 
@@ -69,13 +78,13 @@ class ImageTokenStrategy:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the positions (R, count) that stay, and their new features or None.
 
-        The last token of an image always stays: it takes the place of the least important one.
+        The tokens that have to stay take the places of the least important ones.
         """
-        chosen, last = self.select(tokens.detach(), count, context), tokens.shape[1] - 1
-        has_last = (chosen == last).any(1)
-        chosen = chosen.clone()
-        chosen[:, -1] = chosen[:, -1].where(has_last, last)
-        return chosen, None
+        chosen, (R, n, _) = self.select(tokens.detach(), count, context), tokens.shape
+        order = torch.arange(count, device=tokens.device).expand(R, -1)
+        rank = order.new_full((R, n), count).scatter(1, chosen, order)
+        rank[:, list(context.always)] = -1
+        return rank.argsort(dim=1, stable=True)[:, :count], None
 
     def flops(self, length: int, width: int) -> int:
         """Return the FLOPs of the selection for an image of `length` tokens."""

@@ -23,6 +23,7 @@ class CDPruner(ImageTokenStrategy):
     """
 
     name: ClassVar[str] = "cdpruner"
+    joins_frames: ClassVar[bool] = True
     reads_question: ClassVar[bool] = True
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:

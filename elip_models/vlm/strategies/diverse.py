@@ -23,6 +23,7 @@ class Diverse(ImageTokenStrategy):
     """
 
     name: ClassVar[str] = "diverse"
+    joins_frames: ClassVar[bool] = True
 
     relevance: bool = False
 
