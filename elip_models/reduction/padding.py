@@ -37,6 +37,10 @@ class Padding(NamedTuple):
         """Return the tokens (B, N, D) of (B, N0, D), real ones first."""
         return take_rows(tokens, self.order)
 
+    def positions(self, p: int) -> Tensor:
+        """Return the positions (B, N-p) of the patches, behind p prefix tokens."""
+        return self.order[:, p:] - p
+
 
 def padding_of(
     real: Tensor, lengths: Tensor, N: int, keeps: tuple[tuple[int, ...], ...]

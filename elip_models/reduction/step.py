@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elip_kernels import ReductionInfo
 from elip_models.reduction.flops import inference_ratio
+from elip_models.reduction.padded_groups import Group, enter_in_groups
 from elip_models.reduction.padding import Padding, is_graph, padding_of
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy
@@ -58,6 +59,7 @@ class Forward:
         recomputation selects the same tokens. The caller adds results; `enter_block` does not.
     slots: `BlockStep.slots` after each step, by block.
     padding: of a padded batch, or None.
+    groups: its images by size, if the strategy takes no padding.
     """
 
     def __init__(
@@ -98,12 +100,15 @@ class Forward:
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
+        self.groups: tuple[Group, ...] = ()
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
             if real is not None:
                 self._set_padding(real)
             self.stages = stages_of(strategy, self.size)
+            for group in self.groups:
+                self.stages = group.stages | self.stages
             is_eager_inference = not tower.model.training and not torch.compiler.is_compiling()
             if is_eager_inference and not self.rows:
                 _warn_if_slower(strategy, self.size)
@@ -114,6 +119,11 @@ class Forward:
         """Set the padding of the batch, and the sizes of its longest image."""
         strategy, size, N = self.strategy, self.size, real.shape[1]
         p, lengths = size.num_prefix_tokens, real.sum(1)
+        if strategy.merge == "none" and self.tower.pools:
+            raise ValueError(
+                "strategy: expected one that merges, since the model pools patches by its own "
+                f"mask, got {strategy.name!r} with merge='none', which drops some of them"
+            )
         if is_graph():
             counts = tuple(range(N - p + 1))
         else:
@@ -125,15 +135,27 @@ class Forward:
                     f"mask: expected a real patch in each image, got {min(counts)} in one"
                 )
         if not strategy.takes_padding:
-            raise ValueError(
-                f"strategy: expected one that takes a padded batch, such as 'tome', got "
-                f"{strategy.name!r}, which leaves as many patches of each image; group images by "
-                "their size"
-            )
+            self.groups = self._groups_of(counts, real.device)
         keeps = keeps_of(strategy, self.tower, counts)
         self.padding = padding_of(real, lengths, p + max(counts), keeps)
         self.size = size._replace(num_patches=max(counts))
         self.unmerges = True
+
+    def _groups_of(self, counts: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
+        """Return the images by their number of patches, of those of a batch in `counts`."""
+        strategy, tower = self.strategy, self.tower
+        if is_graph():
+            raise ValueError(
+                "strategy: expected one that takes the mask of a padded batch in a graph, such as "
+                f"'tome', got {strategy.name!r}, which reduces images of the same size together; "
+                "call the model outside of the graph"
+            )
+        groups, p = [], tower.num_prefix_tokens
+        for n in sorted(set(counts)):
+            images = torch.tensor([b for b, each in enumerate(counts) if each == n], device=device)
+            stages = stages_of(strategy, self.size._replace(num_patches=n))
+            groups.append(Group(images, torch.arange(p + n, device=device), stages))
+        return tuple(groups)
 
     def previous(self, i: int) -> StageInfo | None:
         """Return the result of the last step before block i."""
@@ -188,20 +210,23 @@ class Forward:
         if padding is not None and stage is not None:
             if previous is None:
                 tokens, mask, slots = padding.packed(tokens), padding.mask, padding.slots
-            stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
+                if self.tower.has_positions:
+                    positions = padding.positions(self.tower.num_prefix_tokens)
+            if not self.groups:
+                stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
         tower = self.tower
         if kwargs and tower.has_positions:
             tower = tower.in_call(i, kwargs)
         tower = tower if positions is None else tower.at(positions)
+        context = Context(self.text_cls, previous, self.infos.get(i), self.row(i), mask, keep)
         if stage is None:
             replaces_block, changed = self.replaces_block(i), previous is not None
             if replaces_block:
-                tokens = strategy.later(tower, i, tokens, previous)
+                tokens, _ = self._run(tower, i, tokens, context)
             return BlockStep(tokens, None, positions, replaces_block, slots, changed, mask)
         if padding is None:
             self._check_entering(i, tokens)
-        context = Context(self.text_cls, previous, self.infos.get(i), self.row(i), mask, keep)
-        tokens, info = strategy.step(tower, stage, tokens, context)
+        tokens, info = self._run(tower, i, tokens, context, stage)
         if padding is None:
             self._check_remaining(i, tokens)
         if tower.has_positions and isinstance(info.reduction, ReductionInfo):
@@ -211,6 +236,18 @@ class Forward:
         replaced = strategy.replaces_block
         mask = None if padding is None else info.mask
         return BlockStep(tokens, info, info.positions, replaced, slots, True, mask)
+
+    def _run(
+        self, tower: Tower, i: int, tokens: Tensor, context: Context, stage: Stage | None = None
+    ) -> tuple[Tensor, StageInfo | None]:
+        """Run the strategy's step of a stage, or block i in its place if there is none."""
+        strategy, previous = self.strategy, context.previous
+        if self.groups:
+            groups = self.groups if previous is None else previous.groups
+            return enter_in_groups(strategy, tower, i, tokens, context, groups)
+        if stage is None:
+            return strategy.later(tower, i, tokens, previous), None
+        return strategy.step(tower, stage, tokens, context)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = tokens_entering(self.strategy, self.size)[i]

@@ -29,6 +29,8 @@ class StageInfo(NamedTuple):
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
         weights: (B, N) the factor of each token in its row's sum, beside its size; None means 1.
+        groups: of a padded batch under a strategy that takes none, the groups of images that were
+            reduced together (`padded_groups.py`).
     """
 
     stage: Stage
@@ -37,6 +39,7 @@ class StageInfo(NamedTuple):
     sizes: Tensor | None = None
     positions: Tensor | None = None
     weights: Tensor | None = None
+    groups: tuple[Any, ...] = ()
 
     @property
     def mask(self) -> Tensor | None:
@@ -100,7 +103,8 @@ class Strategy(CostModel):
         merge: what becomes of dropped tokens, see `Merge`.
         drops_patches: the last block returns no patch, only the class token.
         pads: images of a batch may keep different numbers of tokens; some slots are padding.
-        takes_padding: a step may get a padded batch, see `Context.mask`.
+        takes_padding: a step takes a padded batch, see `Context.mask`. Otherwise, images with
+            the same number of patches are reduced together.
     """
 
     name: ClassVar[str]

@@ -41,6 +41,10 @@ class Positions(TowerParts):
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         return self
 
+    def of_images(self, images: Tensor) -> Self:
+        """Return the tower for some images of the batch, by their indices (G,)."""
+        return self
+
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
         return self

@@ -1,5 +1,7 @@
 """Batches of images of different sizes: patches with a mask, in models that take them so."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -106,7 +108,10 @@ def alone(model, image, is_grid):
         source = info.reduction.source_map(source)
     if is_grid and source is not None:
         found = found[source[0].to(torch.uint8).argmax(0)]
-    return found, infos[-1].sizes.shape[1] if infos else None
+    if not infos:
+        return found, None
+    mask = infos[-1].mask
+    return found, infos[-1].reduction.num_rows if mask is None else mask[0].sum()
 
 
 STRATEGIES = {
@@ -194,10 +199,19 @@ def test_without_padding_nothing_changes(name):
     assert all(map(torch.equal, features(elip_models.unreduce_(model), batch), dense))
 
 
-@pytest.mark.parametrize("name", ["SigLIP 2", "NaFlex avg"])
-def test_gradients_and_checkpoints_are_those_of_the_images_alone(name):
-    model, batch = model_of(name).train(), pictures()
-    elip_models.reduce_(model, strategy="tome:r=5")
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("SigLIP 2", "tome:r=5"),
+        ("NaFlex avg", "tome:r=5"),
+        pytest.param("SigLIP 2", "pitome:r=5", marks=pytest.mark.slow),
+        pytest.param(HAS_CLS, "evit:merge=nearest", marks=pytest.mark.slow),
+        pytest.param(HAS_CLS, "adaptive", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_and_checkpoints_are_those_of_the_images_alone(name, strategy):
+    model, batch = model_of(name).train(), pictures([(3, 4), (6, 6), (2, 5), (1, 3), (5, 7)])
+    elip_models.reduce_(model, strategy=strategy)
     sum(features(model, [image])[0].square().sum() for image in batch).backward()
     alone = {key: weight.grad for key, weight in model.named_parameters()}
     model.zero_grad()
@@ -227,12 +241,83 @@ def test_intermediate_tokens_are_whole_grids():
     assert not shapes[1][padding].any()
 
 
-@pytest.mark.parametrize("strategy", ["pitome", "random", "elip:scorer=received"])
-def test_a_strategy_that_takes_no_padding_says_so(strategy):
-    model = elip_models.reduce_(model_of("SigLIP 2"), strategy=strategy)
-    with pytest.raises(ValueError, match="expected one that takes a padded batch, such as 'tome'"):
-        features(model, pictures())
-    assert len(features(model, pictures([(3, 4)]))) == 1
+GROUPED = {
+    "pitome": "pitome:r=5",
+    "received": "elip:scorer=received",
+    "received nearest": "elip:scorer=received,merge=nearest,proportional=True",
+    "crossget": "crossget:r=5",
+    "evit": "evit:layers=all,keep_ratio=0.8",
+    "evit nearest": "evit:merge=nearest",
+    "elip": "elip",
+    "elip exact": "elip:scorer=exact,merge=none",
+    "trips": "trips",
+    "adaptive": "adaptive:keep_mass=0.6",
+    "adaptive nearest": "adaptive:merge=nearest,proportional=True",
+}
+GUIDED = {"crossget", "elip", "elip exact", "trips", "adaptive", "adaptive nearest"}
+NEEDS_CLS = GUIDED | {"evit", "evit nearest"}
+KEEPS_ONE = {"pitome", "crossget", "evit", "evit nearest"}  # a schedule refuses one patch
+GROUPED_CASES = [
+    pytest.param(
+        *(strategy, name),
+        marks=[] if strategy in ("pitome", "elip") and name == HAS_CLS else pytest.mark.slow,
+    )
+    for strategy in GROUPED
+    for name in ([HAS_CLS] if strategy in NEEDS_CLS else MODELS)
+]
+
+
+@pytest.mark.parametrize(("strategy", "name"), GROUPED_CASES)
+@torch.no_grad()
+def test_strategies_without_masks_reduce_images_of_the_same_size_together(strategy, name):
+    least = (1, 1) if strategy in KEEPS_ONE else (1, 3)
+    grids = ((3, 4), (6, 6), (2, 5), least, (5, 7), (4, 3))  # two images of 12 patches
+    model = model_of(name)
+    batch, text = pictures(grids), torch.randn(len(grids), WIDTH).double()
+    p, counts = as_tower(model).num_prefix_tokens, [rows * columns for rows, columns in grids]
+    dense = features(model, batch, 40)
+    elip_models.reduce_(model, strategy=GROUPED[strategy])
+
+    def guided(rows):
+        return elip_models.guidance(model, text[rows]) if strategy in GUIDED else nullcontext()
+
+    with elip_models.record_stages(model) as infos, guided(slice(None)):
+        padded = features(model, batch, 40)
+    for b, image in enumerate(batch):
+        with guided([b]):
+            expected, left = alone(model, image, is_grid=padded[b].dim() == 2)
+        torch.testing.assert_close(padded[b], expected, atol=1e-6, rtol=1e-6)
+        assert infos[-1].mask[b].sum() == (left or p + counts[b])
+    assert not torch.allclose(padded[1], dense[1], atol=1e-3)
+    assert infos[-1].reduction.num_rows < p + 36
+
+
+@torch.no_grad()
+def test_random_pruning_keeps_a_share_of_each_image():
+    model, batch = elip_models.reduce_(model_of("SigLIP 2"), strategy="random"), pictures(GRIDS[:3])
+    with elip_models.record_stages(model) as infos:
+        features(model, batch, 40)
+    for info, ratio in zip(infos, (0.9, 0.65, 0.4), strict=False):
+        kept = info.mask[:, :-1].sum(1).tolist()
+        assert kept == [max(1, int(ratio * rows * columns)) for rows, columns in GRIDS[:3]]
+
+
+def test_a_model_that_pools_by_its_mask_needs_merged_tokens():
+    model, batch = model_of("NaFlex avg"), pictures()
+    elip_models.reduce_(model, strategy="random:merge=none")
+    with pytest.raises(ValueError, match="expected one that merges, since the model pools patches"):
+        features(model, batch)
+    assert model(pictures([(6, 6)])[0][None]).shape == (1, 5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_strategies_without_masks_are_refused_in_a_graph():
+    torch._dynamo.reset()
+    model, batch = elip_models.reduce_(model_of("SigLIP 2"), strategy="pitome:r=5"), pictures()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="takes the mask of a padded batch in a graph"):
+        features(model, batch, 40, compiled)
 
 
 def test_masks_that_hide_more_than_padding_are_refused():
