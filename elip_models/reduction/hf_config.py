@@ -17,6 +17,9 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.validation import as_config_error
 
+LANGUAGE_MODEL = "language_model"
+"""The entry of the settings with the strategies of a multimodal language model."""
+
 
 def store_in_config(model: nn.Module, reduction: Reduction) -> None:
     """Store the strategy in the model's config, if its library saves one."""
@@ -25,7 +28,7 @@ def store_in_config(model: nn.Module, reduction: Reduction) -> None:
         return
     if reduction.shared_config is None:
         reduction.shared_config = owner.saved_config
-        _replace(model.modules(), reduction.shared_config, copy.copy(reduction.shared_config))
+        replace_config(model.modules(), reduction.shared_config, copy.copy(reduction.shared_config))
     owner.saved_config.elip = settings_of(reduction.strategy)
 
 
@@ -36,7 +39,16 @@ def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
     if saved is None:
         return None
     with as_config_error(f"{type(config).__name__}.elip"):
-        return strategy_of(saved)
+        return strategy_in(saved)
+
+
+def strategy_in(saved: Any) -> Strategy | None:
+    """Return the strategy in stored settings, or None in those of a language model alone."""
+    if isinstance(saved, dict) and LANGUAGE_MODEL in saved:
+        if "strategy" not in saved:
+            return None
+        saved = {key: value for key, value in saved.items() if key != LANGUAGE_MODEL}
+    return strategy_of(saved)
 
 
 def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduction]) -> None:
@@ -50,10 +62,10 @@ def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduct
         own = copy.copy(config)
         del own.elip
         same = (each for each in shared if type(each) is type(own) and vars(each) == vars(own))
-        _replace(modules, config, next(same, own))
+        replace_config(modules, config, next(same, own))
 
 
-def _replace(modules: Iterable[nn.Module], config: Any, by: Any) -> None:
+def replace_config(modules: Iterable[nn.Module], config: Any, by: Any) -> None:
     """Replace a config object by another in all modules that use it."""
     for module in modules:
         if _config_of(module) is config:

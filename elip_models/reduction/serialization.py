@@ -10,7 +10,7 @@ strategy that is not in this library only the class name is stored: pass the str
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,18 @@ NAMED = STRATEGIES | {Dense.name: Dense}
 UPGRADE = "upgrade elip-kernels if a later one wrote it"
 
 
-def settings_of(strategy: Strategy) -> dict[str, Any]:
-    """Return the strategy as plain JSON."""
+def settings_of(strategy: Any, named: Mapping[str, type] = NAMED) -> dict[str, Any]:
+    """Return a strategy of the table `named` as plain JSON."""
     cls = type(strategy)
-    if NAMED.get(strategy.name) is not cls:
+    if named.get(strategy.name) is not cls:
         name = f"{cls.__module__}.{cls.__qualname__}"
         return {"version": VERSION, "strategy": name, "settings": {}}
     settings = {field.name: _plain(getattr(strategy, field.name)) for field in fields(strategy)}
     return {"version": VERSION, "strategy": strategy.name, "settings": settings}
 
 
-def strategy_of(saved: Any) -> Strategy:
-    """Return the strategy that `settings_of` stored.
+def strategy_of(saved: Any, named: Mapping[str, type] = NAMED) -> Any:
+    """Return the strategy of the table `named` that `settings_of` stored.
 
     Raises:
         TypeError, ValueError: settings of a later version, or an unknown strategy, key or value.
@@ -53,12 +53,12 @@ def strategy_of(saved: Any) -> Strategy:
     name, settings = saved.get("strategy"), saved.get("settings")
     check("strategy", name, str)
     check("settings", settings, dict)
-    if name not in NAMED:
+    if name not in named:
         raise ValueError(
-            f"strategy: expected one of {', '.join(NAMED)}, got {shortened(name)}; pass an "
+            f"strategy: expected one of {', '.join(named)}, got {shortened(name)}; pass an "
             f"instance of your own class as strategy=, or {UPGRADE}"
         )
-    kinds = {field.name: field for field in fields(NAMED[name])}
+    kinds = {field.name: field for field in fields(named[name])}
     _check_keys("settings.", settings, known=kinds)
     needed = (key for key, field in kinds.items() if field.default is MISSING)
     missing = next((key for key in needed if key not in settings), None)
@@ -69,7 +69,7 @@ def strategy_of(saved: Any) -> Strategy:
         for key, value in settings.items()
     }
     with as_config_error("settings"):
-        return NAMED[name](**read)
+        return named[name](**read)
 
 
 def read_strategy(path: str) -> Strategy:

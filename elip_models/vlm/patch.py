@@ -17,12 +17,13 @@ from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import StrategyOptions, from_line
 from elip_models.reduction.summary import Summary
-from elip_models.validation import did_you_mean, shortened
+from elip_models.validation import as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
 from elip_models.vlm.inside import InnerLayers
 from elip_models.vlm.seam import RECORDS, Seam, SeamText
-from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES, LAYER_STRATEGIES
+from elip_models.vlm.stored_strategies import read_strategies, store_strategies
+from elip_models.vlm.strategies import KINDS
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.inside import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
@@ -30,8 +31,6 @@ from elip_models.vlm.tower_attention import TowerAttention
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-KINDS = IMAGE_TOKEN_STRATEGIES | LAYER_STRATEGIES
-"""The strategies of multimodal language models by name; the first is the default."""
 
 
 def reduce_(
@@ -82,17 +81,11 @@ def reduce_(
             set the number of tokens.
         RuntimeError: a call with other settings inside `guidance` or `record_stages`.
     """
+    options = {"schedule": schedule, **options}
     multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
-    if multimodal is None or _is_for_tower(strategy, schedule, options):
-        return patch.install_strategy(model, strategy, {"schedule": schedule, **options}, keep)
-    patch.refuse_compiled(model, "reduce_")
-    check_layers(multimodal)
-    chosen = _strategy(strategy, {"keep": keep, "schedule": schedule, **options})
-    front, inside = _installed(multimodal)
-    if isinstance(chosen, LayerStrategy):
-        _install(multimodal, front, chosen)
-    else:
-        _install(multimodal, chosen, inside)
+    if multimodal is None:
+        return patch.install_strategy(model, strategy, options, keep)
+    _reduce(model, multimodal, strategy, keep, options)
     return model
 
 
@@ -181,13 +174,54 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
         RECORDS.reset(token)
 
 
-def _is_for_tower(strategy: Any, schedule: Any, options: dict[str, Any]) -> bool:
+def _reduce(
+    model: nn.Module, multimodal: Multimodal, strategy: Any, keep: Any, options: dict[str, Any]
+) -> None:
+    """Reduce the image tower or the language model, and store all strategies in the config."""
+    if _is_for_tower(strategy, options):
+        patch.install_strategy(model, strategy, options, keep)
+    elif strategy is None and keep is None and (saved := _saved(model, multimodal)) is not None:
+        with as_config_error(f"{type(multimodal.config).__name__}.elip"):
+            restore_(model, saved)
+    else:
+        _reduce_language_model(model, multimodal, _strategy(strategy, {"keep": keep, **options}))
+    installed = tuple(each for each in _installed(multimodal) if each is not None)
+    store_strategies(model, multimodal.config, installed, has_tower=patch.is_reduced(model))
+
+
+def _reduce_language_model(
+    model: nn.Module, multimodal: Multimodal, chosen: ImageTokenStrategy | LayerStrategy
+) -> None:
+    """Replace the strategy in front of the language model, or the one inside it."""
+    patch.refuse_compiled(model, "reduce_")
+    check_layers(multimodal)
+    front, inside = _installed(multimodal)
+    if isinstance(chosen, LayerStrategy):
+        _install(multimodal, front, chosen)
+    else:
+        _install(multimodal, chosen, inside)
+
+
+def restore_(model: nn.Module, saved: Any) -> None:
+    """Reduce a multimodal language model by the settings that a config stores."""
+    of_tower, of_language_model = read_strategies(saved)
+    for each in (of_tower, *of_language_model):
+        if each is not None:
+            reduce_(model, each)
+
+
+def _saved(model: nn.Module, multimodal: Multimodal) -> Any:
+    """Return the settings of a saved model that is not reduced yet, or None."""
+    return None if is_reduced(model) else getattr(multimodal.config, "elip", None)
+
+
+def _is_for_tower(strategy: Any, options: dict[str, Any]) -> bool:
     """Return whether the arguments name a strategy of image towers."""
     if isinstance(strategy, str):
         name = strategy.partition(":")[0].strip()
         return strategy.endswith(".json") or name in set(STRATEGIES) - set(KINDS)
     if strategy is None:
-        return schedule is not None or any(value is not None for value in options.values())
+        return any(value is not None for value in options.values())
     return isinstance(strategy, Strategy)
 
 

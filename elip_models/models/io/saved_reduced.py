@@ -35,14 +35,15 @@ from elip_models.models.io.files import read_object, write_file, write_json, wri
 from elip_models.models.io.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.models.io.meta_build import check_integers, library_errors
 from elip_models.models.registry import is_family, load_model
-from elip_models.reduction.hf_config import store_in_config
-from elip_models.reduction.patch import reduce_, reductions_of
+from elip_models.reduction.hf_config import LANGUAGE_MODEL, store_in_config
+from elip_models.reduction.patch import reductions_of
 from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import library_of, without_adapter
 from elip_models.validation import as_config_error, check
+from elip_models.vlm.patch import reduce_, restore_
 
 SETTINGS = "elip.json"
 Config = str | dict[str, Any] | None
@@ -80,6 +81,8 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
     if isinstance(model, PretrainedModel):
         _check_reduces(model)
         return model.save_pretrained(folder)
+    if LANGUAGE_MODEL in (getattr(getattr(model, "config", None), "elip", None) or ()):
+        return _save_language_model(model, folder)
     reduction, module = _reduction_in(model)
     is_adapter = without_adapter(model) is not model
     library = "peft" if is_adapter else library_of(model)
@@ -136,6 +139,10 @@ def load_reduced(
             )
         return model
     saved, where = _read_settings(folder)
+    if strategy is None and isinstance(saved, dict) and LANGUAGE_MODEL in saved:
+        with as_config_error(where):
+            restore_(model, saved)
+        return model
     with as_config_error(where):
         module = saved.pop("module", "") if isinstance(saved, dict) else ""
         reduced = _reduced_module(model, module)
@@ -144,6 +151,20 @@ def load_reduced(
             return model
     reduce_(reduced, strategy=strategy)
     return model
+
+
+def _save_language_model(model: nn.Module, folder: Path) -> Path:
+    """Save a multimodal language model, whose config has its strategies."""
+    if without_adapter(model) is not model:
+        raise ValueError(
+            "model: expected a language model without an adapter, whose files have no place for "
+            "the strategy of the language model, got one of peft; save it by its save_pretrained, "
+            "and call reduce_ after loading"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_by_library(model, folder, None)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    return folder
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

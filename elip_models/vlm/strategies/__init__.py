@@ -14,3 +14,7 @@ IMAGE_TOKEN_STRATEGIES: dict[str, type[ImageTokenStrategy]] = {
 """The strategies in front of the language model by name; the first is the default."""
 LAYER_STRATEGIES: dict[str, type[LayerStrategy]] = {each.name: each for each in (FastV, Pyramid)}
 """The strategies inside the language model by name."""
+KINDS: dict[str, type[ImageTokenStrategy] | type[LayerStrategy]] = (
+    IMAGE_TOKEN_STRATEGIES | LAYER_STRATEGIES
+)
+"""All of them; the first is the default."""

@@ -1,0 +1,48 @@
+"""The strategies of a language model in its config, which `save_pretrained` stores.
+
+They are a further entry of the settings that `reduction.hf_config` stores for the image tower:
+
+    {"version": 1, "language_model": [{"version": 1, "strategy": "diverse", "settings": {..}}]}
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from elip_models.reduction.hf_config import LANGUAGE_MODEL, replace_config, strategy_in
+from elip_models.reduction.serialization import VERSION, settings_of, strategy_of
+from elip_models.reduction.strategy import Strategy
+from elip_models.validation import check
+from elip_models.vlm.strategies import KINDS
+from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.inside import LayerStrategy
+
+LanguageStrategy = ImageTokenStrategy | LayerStrategy
+
+
+def store_strategies(
+    model: nn.Module, config: Any, strategies: Sequence[LanguageStrategy], *, has_tower: bool
+) -> None:
+    """Store strategies in the config of a model, whose modules get a copy of it.
+
+    The settings of the image tower stay if `has_tower`.
+    """
+    if not strategies:
+        return
+    own, of_tower = copy.copy(config), config.elip if has_tower else {"version": VERSION}
+    own.elip = of_tower | {LANGUAGE_MODEL: [settings_of(each, KINDS) for each in strategies]}
+    replace_config(model.modules(), config, own)
+
+
+def read_strategies(saved: Any) -> tuple[Strategy | None, list[LanguageStrategy]]:
+    """Return the strategies of the image tower and of the language model in stored settings.
+
+    Raises:
+        TypeError, ValueError: settings of a later version, or an unknown strategy, key or value.
+    """
+    check("settings", saved, dict)
+    of_language_model = saved.get(LANGUAGE_MODEL, [])
+    check(LANGUAGE_MODEL, of_language_model, list)
+    return strategy_in(saved), [strategy_of(each, KINDS) for each in of_language_model]

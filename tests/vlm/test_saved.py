@@ -1,0 +1,112 @@
+"""A reduced language model keeps its strategies in its config, also behind save_pretrained."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import elip_models
+from elip_models import is_reduced, reduce_, reduction_summary, unreduce_
+from elip_models.validation import ConfigError
+from elip_models.vlm.strategies.controls import Stride
+from elip_models.vlm.strategies.diverse import Diverse
+from elip_models.vlm.strategies.inside import FastV
+from tests.vlm.models import build
+
+
+def places(model):
+    """Return the strategies in front of the language model, inside it, and of the tower."""
+    summary = reduction_summary(model)
+    return summary.strategy, summary.inside, summary.tower and summary.tower.strategy
+
+
+@pytest.fixture
+def llava():
+    return build("llava")
+
+
+@torch.no_grad()
+def test_all_strategies_are_saved_and_loaded(llava, tmp_path):
+    model = llava[0].float()
+    inputs = llava[1] | {"pixel_values": llava[1]["pixel_values"].float()}
+    reduce_(model, "diverse:relevance=true", keep=5)
+    reduce_(model, "tome", keep=0.7)
+    reduce_(model, "fastv:layer=1", keep=0.25)
+    expected = places(model)
+    assert expected[:2] == (Diverse(relevance=True, keep=5), FastV(layer=1, keep=0.25))
+    assert expected[2].name == "tome"
+    model.save_pretrained(tmp_path)
+    dense = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert not is_reduced(dense)
+    assert places(reduce_(dense)) == expected
+    loaded = elip_models.load_reduced(tmp_path)
+    assert places(loaded) == expected
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    elip_models.save_reduced(model, tmp_path / "saved")
+    assert places(elip_models.load_reduced(tmp_path / "saved")) == expected
+    assert places(elip_models.load_reduced(tmp_path, strategy="stride"))[0] == Stride()
+
+
+def test_the_config_has_what_is_installed(llava):
+    model, _ = llava
+    config = model.config
+    reduce_(model, "tome", keep=0.7)
+    reduce_(model, "diverse", keep=0.25)
+    assert set(model.config.elip) == {"version", "strategy", "settings", "language_model"}
+    assert model.config is model.model.config
+    assert not hasattr(config, "elip")  # that of other models
+    names = [each["strategy"] for each in reduce_(model, "fastv").config.elip["language_model"]]
+    assert names == ["diverse", "fastv"]
+    other = unreduce_(copy.deepcopy(model))
+    assert not hasattr(other.config, "elip") and hasattr(model.config, "elip")
+    reduce_(reduce_(other, "stride"), "tome", keep=0.8)
+    assert other.config.elip["language_model"][0]["strategy"] == "stride"
+
+
+def test_a_call_with_arguments_replaces_what_is_stored(llava):
+    model, _ = llava
+    stored = reduce_(reduce_(copy.deepcopy(model), "tome", keep=0.7), "diverse").config.elip
+    model.config.elip = stored
+    assert places(reduce_(model, "stride"))[::2] == (Stride(), None)
+    assert "strategy" not in model.config.elip
+    unreduce_(model).config.elip = stored
+    assert places(reduce_(model, keep=0.25)) == (Diverse(keep=0.25), None, None)
+    assert reduction_summary(reduce_(model)).strategy == Diverse()  # of a reduced model: defaults
+
+
+def test_a_model_with_a_reduced_tower_alone_is_restored_as_that(llava, tmp_path):
+    reduce_(llava[0], "tome", keep=0.7).save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    front, inside, tower = places(reduce_(loaded))
+    assert (front, inside, tower.name) == (None, None, "tome")
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([{"version": 1, "strategy": "mine.Own", "settings": {}}], "strategy: expected one of div"),
+        ({"strategy": "diverse"}, "language_model: expected a list"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_an_error(llava, tmp_path, saved, message):
+    model, _ = llava
+    reduce_(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["elip"]["language_model"] = saved
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        elip_models.load_reduced(tmp_path)
+    unreduce_(model).config.elip = config["elip"]
+    with pytest.raises(ConfigError, match=f"LlavaConfig.elip: {message}"):
+        reduce_(model)
+    assert not is_reduced(model)
+
+
+def test_an_adapter_has_no_place_for_the_strategy(llava, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    model = peft.get_peft_model(reduce_(llava[0]), settings)
+    with pytest.raises(ValueError, match="model: expected a language model without an adapter"):
+        elip_models.save_reduced(model, tmp_path)
