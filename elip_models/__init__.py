@@ -32,6 +32,7 @@ __all__ = [
     "calibrate",
     "create_model",
     "distill",
+    "embed",
     "encode_image",
     "guidance",
     "is_reduced",
@@ -49,6 +50,7 @@ __all__ = [
 LAZY = {
     "elip_kernels": ("__version__",),
     "elip_models.analysis.calibrate": ("calibrate",),
+    "elip_models.embedding.run": ("embed",),
     "elip_models.models.io.open_model": ("open_model",),
     "elip_models.models.io.saved_reduced": ("load_reduced", "save_reduced"),
     "elip_models.models.peft.adapt": ("adapt_",),
@@ -75,6 +77,7 @@ MODULES = {name: module for module, names in LAZY.items() for name in names}
 if TYPE_CHECKING:
     from elip_kernels import __version__
     from elip_models.analysis.calibrate import calibrate
+    from elip_models.embedding.run import embed
     from elip_models.models.io.open_model import open_model
     from elip_models.models.io.saved_reduced import load_reduced, save_reduced
     from elip_models.models.peft.adapt import adapt_

@@ -7,6 +7,7 @@
     elip data check | export               python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
     elip calibrate MODEL IMAGES            elip distill MODEL IMAGES
+    elip embed SOURCE --model MODEL --output FOLDER
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
@@ -46,6 +47,10 @@ COMMANDS = {
     "distill": (
         "distill.distill",
         "Train a reduced model, without labels, to give the dense model's features.",
+    ),
+    "embed": (
+        "embed.embed",
+        "Embed a collection of images: one vector for each, as Parquet files.",
     ),
     "visualize": (
         "inspect_model.visualize",

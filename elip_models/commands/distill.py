@@ -98,13 +98,13 @@ def _train(
     **options: Any,
 ) -> None:
     """Distill the reduced model, with a progress bar, and save it."""
-    from elip_models.models.io.open_model import split_spec
+    from elip_models.models.io.open_model import split_spec, split_weights
     from elip_models.models.io.saved_reduced import save_reduced
     from elip_models.training.distill import distill as train
     from elip_models.training.progress import progress_bar
 
     library, name = split_spec(spec)
-    config = name.partition("/")[0] if library == "open_clip" else None
+    config = split_weights(name)[0] if library == "open_clip" else None
     output.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as trial:
         save_reduced(model, trial, config=config)  # an error comes before the training

@@ -18,27 +18,31 @@ if TYPE_CHECKING:
 
     from elip_models.towers import ReducibleModel
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 @contextmanager
-def as_option_error(options: Mapping[str, str]) -> Iterator[None]:
+def as_option_error(
+    options: Mapping[str, str], *, errors: Errors = (TypeError, ValueError)
+) -> Iterator[None]:
     """Turn an argument error of a function into a ConfigError that names the option."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except errors as error:
         name, colon, rest = str(error).partition(":")
         raise ConfigError(f"{options.get(name, name)}{colon}{rest}") from error
 
 
 def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[Path]:
     """Return `count` image files of a folder, drawn at random and sorted by name."""
+    from elip_models.data.sample import IMAGE_ENDINGS
+
     if not folder.is_dir():
         raise ConfigError(f"IMAGES: expected a folder of images, got {shortened(str(folder))}")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
     if len(found) < least:
         raise ConfigError(
-            f"IMAGES: expected at least {least} image files ({', '.join(ENDINGS)}), got "
+            f"IMAGES: expected at least {least} image files ({', '.join(IMAGE_ENDINGS)}), got "
             f"{len(found)} in {folder}"
         )
     return sorted(random.Random(seed).sample(found, min(count, len(found))))

@@ -10,8 +10,12 @@ from elip_models.validation import describe_type, mismatch_error, shortened
 
 def read_json(file: Path, expected: str) -> Any:
     """Return the content of a JSON file. Raise ValueError, naming `expected`, if it is invalid."""
+    return _parse_json(file.read_bytes(), str(file), expected)
+
+
+def _parse_json(content: bytes, file: str, expected: str) -> Any:
     try:
-        return _parse(file.read_text(encoding="utf-8-sig"))
+        return _parse(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected {expected}, got no valid JSON: {error}") from error
 
@@ -31,15 +35,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_entries(file: Path, expected: str) -> list[Any]:
     """Return the entries of a JSON list or of a JSON Lines file, whatever the extension."""
-    with file.open(encoding="utf-8-sig", errors="replace") as opened:
-        begins = opened.read(1)
-    if begins != "{":
-        entries = read_json(file, expected)
+    return parse_entries(file.read_bytes(), str(file), expected)
+
+
+def parse_entries(content: bytes, file: str, expected: str) -> list[Any]:
+    """Return the entries in the content of a JSON list or of a JSON Lines file."""
+    if not content.decode("utf-8-sig", errors="replace").startswith("{"):
+        entries = _parse_json(content, file, expected)
         if not isinstance(entries, list):
             raise ValueError(f"{file}: expected {expected}, got a {type(entries).__name__}")
         return entries
     entries = []
-    for number, line in enumerate(file.read_bytes().splitlines()):
+    for number, line in enumerate(content.splitlines()):
         try:
             entries.append(_parse(line))
         except (ValueError, RecursionError) as error:

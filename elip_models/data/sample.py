@@ -14,6 +14,7 @@ from elip_models.validation import shortened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Raster formats that are decoded, whatever the file extension; none runs another program."""
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA
 MAX_ASPECT = 64  # long side over short side; resizing the short side would make the image huge

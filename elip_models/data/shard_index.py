@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from elip_models.data.checks import expand_user
-from elip_models.data.tar_members import Damage, Member, read_members
+from elip_models.data.tar_members import Damage, Member, StoredTar, members_of
 from elip_models.data.tar_samples import EXTENSIONS, SampleMembers, sample_name
 from elip_models.validation import require_extra
 
@@ -223,37 +223,44 @@ def _shard_table(shard: Path) -> "pyarrow.Table":
 
 
 def _rows(shard: Path) -> Iterator[dict[str, Any]]:
-    """Yield one row per key, in order of first appearance, then one per lost part."""
+    with shard.open("rb") as file:
+        yield from index_rows(file, shard.stat().st_size, str(shard))
+
+
+def index_rows(file: BinaryIO, size: int, archive: str) -> Iterator[dict[str, Any]]:
+    """Yield one row per key, in order of first appearance, then one per lost part.
+
+    `file` is the open tar of `size` bytes, `archive` its name in warnings and errors.
+    """
     samples: dict[str, SampleMembers] = {}
     lost: list[tuple[str, str]] = []
-    for member in read_members(shard):
+    for member in members_of(StoredTar(file, size), archive):
         if isinstance(member, Damage):
             lost.append((f"byte {member.offset}", member.what))
         elif name := sample_name(member.name):
             key, extension = name
             samples.setdefault(key, SampleMembers(key)).add(extension, member)
-    with shard.open("rb") as file:
 
-        def read(member: Member) -> bytes:
-            file.seek(member.offset)
-            return file.read(member.size)
+    def read(member: Member) -> bytes:
+        file.seek(member.offset)
+        return file.read(member.size)
 
-        for sample in samples.values():
-            image, captions, problem = sample.read(read)
-            yield {
-                "key": sample.key,
-                "offset": image.offset if image else 0,
-                "size": image.size if image else 0,
-                "captions": captions,
-                "problem": problem,
-            }
-            lost += [(sample.key, problem)] * (sample.copies - 1)
+    for sample in samples.values():
+        image, captions, problem = sample.read(read)
+        yield {
+            "key": sample.key,
+            "offset": image.offset if image else 0,
+            "size": image.size if image else 0,
+            "captions": captions,
+            "problem": problem,
+        }
+        lost += [(sample.key, problem)] * (sample.copies - 1)
     if not samples and not lost:
         lost.append(("byte 0", f"no member ends in {', '.join(EXTENSIONS)}"))
     if lost:
         examples = "; ".join(what for _, what in lost[:3]) + ("; .." if len(lost) > 3 else "")
         warnings.warn(
-            f"{shard} is damaged: {examples}; each counts as an unreadable sample", stacklevel=2
+            f"{archive} is damaged: {examples}; each counts as an unreadable sample", stacklevel=2
         )
     for key, problem in lost:
         yield {"key": key, "offset": 0, "size": 0, "captions": [], "problem": problem}

@@ -77,7 +77,7 @@ class Tar(Protocol):
         """Free the bytes before `offset`, which are not read again."""
 
 
-class _StoredTar:
+class StoredTar:
     """A file as a `Tar`."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -85,9 +85,11 @@ class _StoredTar:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int) -> bytes:
+        """Read up to `count` bytes."""
         return self._file.read(min(count, max(0, self.size - self._file.tell())))
 
     def contains(self, offset: int, size: int) -> bool:
+        """Return whether the file has `size` bytes at `offset`."""
         return offset + size <= self.size
 
     def discard_before(self, offset: int) -> None:
@@ -97,7 +99,7 @@ class _StoredTar:
 def read_members(path: Path) -> Iterator[Member | Damage]:
     """Yield the members of a file, see `members_of`."""
     with path.open("rb") as file:
-        yield from members_of(_StoredTar(file, path.stat().st_size), str(path))
+        yield from members_of(StoredTar(file, path.stat().st_size), str(path))
 
 
 def members_of(tar: Tar, name: str) -> Iterator[Member | Damage]:

@@ -4,6 +4,7 @@ Uses _embeds, transformer.resblocks (ln_1, attn, ls_1, and the same of the secon
 proj. Attention is nn.MultiheadAttention, or open_clip's own class with the same parameter names.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,8 +212,8 @@ class OpenClipImageText(ImageTextModel):
         return stats or default_stats(self.image_model, "CLIP", clip_stats())
 
     def load_tokenizer(self, name: str) -> Any:
-        """Return the tokenizer of open_clip's model 'NAME' or 'NAME/TAG'."""
-        return open_clip.get_tokenizer(name.partition("/")[0])
+        """Return the tokenizer of open_clip's model 'NAME', 'NAME:TAG' or 'NAME/TAG'."""
+        return open_clip.get_tokenizer(re.split("[:/]", name)[0])
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the arguments of `encode_guidance` for B captions, on the CPU."""

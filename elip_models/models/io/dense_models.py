@@ -36,6 +36,20 @@ SPARE = 2**24
 """A model may have that many numbers that its file lacks, such as a new pooler or masks."""
 
 
+class NewPartsWarning(UserWarning):
+    """Parts of a model that its weights lack, which have initial values.
+
+    Attributes:
+        parts: their names in the model.
+    """
+
+    def __init__(self, name: str | Path, kind: str, parts: list[str]) -> None:
+        super().__init__(
+            f"{name} has no weights for {', '.join(parts)} of {kind}, which have initial values"
+        )
+        self.parts = tuple(parts)
+
+
 def load_timm(folder: Path) -> nn.Module:
     """Load the model of timm that `save_reduced` wrote."""
     import timm
@@ -122,11 +136,7 @@ def load_transformers(
             f"{', '.join(absent[:3])}{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
         )
     if missing:
-        warnings.warn(
-            f"{name} has no weights for {', '.join(new)} of {type(model).__name__}, which have "
-            "initial values",
-            stacklevel=2,
-        )
+        warnings.warn(NewPartsWarning(name, type(model).__name__, new), stacklevel=2)
     if not getattr(config, "quantization_config", None):
         _check_kinds(Path(name), model, stored)
         check_finite(Path(name), model.state_dict())

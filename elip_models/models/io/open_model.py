@@ -1,7 +1,7 @@
 """Models by a text: of timm, open_clip and transformers, of this library, or a saved folder.
 
-    timm:vit_base_patch16_224                 an image model of timm
-    open_clip:ViT-B-16[/laion2b_s34b_b88k]    a CLIP of open_clip, with its weights after the slash
+    timm:vit_base_patch16_224[:FILE]          an image model of timm, with the weights in a file
+    open_clip:ViT-B-16[:laion2b_s34b_b88k]    a CLIP of open_clip, with its weights, also [:FILE]
     hf:google/vit-base-patch16-224            of transformers or this library, by name or folder
     elip_clip_vit_b16                         a name of `list_models`
     runs/clip_tiny/model                      a folder that `save_pretrained` wrote
@@ -10,6 +10,7 @@ A library is imported when one of its models is opened.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,9 @@ from elip_models.models.io.meta_build import MOST_TENSORS, at_most, check_intege
 from elip_models.validation import check, mismatch_error, require_extra
 
 FORMS = (
-    "'timm:NAME', 'open_clip:NAME' or 'open_clip:NAME/TAG', 'hf:NAME' or 'hf:FOLDER', a name of "
-    "list_models(), or a folder written by save_pretrained"
+    "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', "
+    "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER', a name of list_models(), or a folder "
+    "written by save_pretrained"
 )
 BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
 
@@ -42,9 +44,11 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
         model = open_model("timm:vit_base_patch16_224")
 
     Args:
-        spec: 'timm:NAME'; 'open_clip:NAME' for the first weights that open_clip lists, or
-            'open_clip:NAME/TAG'; 'hf:NAME' or 'hf:FOLDER'; a name of `list_models`; or a folder
-            written by `save_pretrained`. A folder without weights needs `pretrained=False`.
+        spec: 'timm:NAME', or 'timm:NAME:FILE' with the weights in a file; 'open_clip:NAME' for the
+            first weights that open_clip lists, or 'open_clip:NAME:TAG', or a file instead of the
+            tag (a slash may stand for the second colon); 'hf:NAME' or 'hf:FOLDER'; a name of
+            `list_models`; or a folder written by `save_pretrained`. A folder without weights needs
+            `pretrained=False`.
         pretrained: load weights; False for random weights. Names of `list_models` have no weights.
         options: of timm.create_model or open_clip.create_model, or fields of the config.
 
@@ -76,25 +80,50 @@ def split_spec(spec: str) -> tuple[str | None, str]:
     return (library, name) if name and library in OPENERS else (None, spec)
 
 
+def split_weights(name: str) -> tuple[str, str]:
+    """Split 'NAME:WEIGHTS' or 'NAME/WEIGHTS' of a model of timm or open_clip; "" without any."""
+    found = re.match(r"(?!local-dir:|hf-hub:)([^:/]+)[:/](.*)", name, re.DOTALL)
+    return (found[1], found[2]) if found else (name, "")
+
+
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
     is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
+    if not is_elsewhere and ":" in name:
+        name, file = split_weights(name)
+        _check_weights_file(file, pretrained)
+        options = {"pretrained_cfg_overlay": {"file": file}, **options}
     if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
         raise ValueError(f"spec: expected a name of timm.list_models(), got {name!r}")
-    return timm.create_model(name, pretrained=pretrained, **options)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except RuntimeError as error:  # weights of another model
+        if "pretrained_cfg_overlay" not in options:
+            raise
+        raise ValueError(f"spec: expected weights of {name} in {file}: {error!s:.300}") from error
+
+
+def _check_weights_file(file: str, pretrained: bool) -> None:
+    if not os.path.isfile(file):  # False also for a name that no file can have
+        raise ValueError(f"spec: expected a file of weights behind the name, got {file!r:.300}")
+    if not pretrained:
+        raise ValueError(f"pretrained: expected True with a file of weights, got False and {file}")
 
 
 def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import open_clip
 
-    name, _, tag = name.partition("/")
+    name, tag = split_weights(name)
     if name not in open_clip.list_models():
         raise ValueError(f"spec: expected a name of open_clip.list_models(), got {name!r}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag and tag not in tags:
-        raise ValueError(f"spec: expected weights of {name} among {tags}, got {tag!r}")
-    if pretrained and not tags:
+    is_file = bool(tag) and tag not in tags and os.path.isfile(tag)
+    if is_file:
+        _check_weights_file(tag, pretrained)
+    elif tag and tag not in tags:
+        raise ValueError(f"spec: expected weights of {name} among {tags}, or a file, got {tag!r}")
+    if pretrained and not tags and not is_file:
         raise ValueError(
             f"spec: expected a model with weights in open_clip, got {name!r}; pass pretrained=False"
         )
@@ -102,10 +131,10 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
     device = torch.get_default_device()
     try:
         return open_clip.create_model(name, pretrained=weights, device=device, **options)
-    except RuntimeError as error:  # of a failed download
+    except RuntimeError as error:  # of a failed download, or of weights of another model
         if weights is None:
             raise
-        raise OSError(str(error)) from error
+        raise (ValueError if is_file else OSError)(str(error)) from error
 
 
 def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

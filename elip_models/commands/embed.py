@@ -1,0 +1,133 @@
+"""The command `elip embed`: one vector for each image of a collection, as Parquet files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from elip_models.commands.image_folder import as_option_error
+from elip_models.validation import ConfigError, require_extra
+
+with require_extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+if TYPE_CHECKING:
+    from elip_models.embedding.run import Embedded
+
+OPTIONS = {"model": "--model", "source": "SOURCE", "output": "--output"} | {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        *("reduce", "keep", "texts", "preprocess", "image_column", "key_column", "keep_columns"),
+        *("on_duplicate", "check", "min_cosine", "batch_size", "shard_size", "workers"),
+        *("embedding_dtype", "precision", "device", "compile", "pretrained"),
+    )
+}
+"""Argument of `elip_models.embed` -> that of the command."""
+
+
+def embed(
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder of images, tar files, list of paths, or Parquet files."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="timm:NAME[:FILE], open_clip:NAME[:TAG], folder, or owner/name.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the vectors; a stopped run continues.")],
+    reduce: Annotated[
+        str | None, typer.Option(help="calibrated.json, a strategy such as tome, or none.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Mean share of the tokens.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="File with one text a line.")] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="imagenet, clip or a JSON file, for a model without its own.")
+    ] = None,
+    check: Annotated[
+        int, typer.Option(min=0, help="Images encoded dense and reduced before the run.")
+    ] = 200,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Stop if the mean cosine of the check is lower.")
+    ] = None,
+    keep_columns: Annotated[
+        str, typer.Option(help="Columns of the source for the output, separated by commas.")
+    ] = "",
+    image_column: Annotated[str | None, typer.Option(help="Column of images or paths.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Column of keys.")] = None,
+    on_duplicate: Annotated[
+        str, typer.Option(help="Equal keys: error, or suffix for #2, #3 and so on.")
+    ] = "error",
+    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Images in a batch.")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 10_000,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Processes that decode; set by the machine.")
+    ] = None,
+    embedding_dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+) -> None:
+    """Embed a collection of images: one vector for each, as Parquet files."""
+    given = dict(locals())
+    given["keep_columns"] = tuple(filter(None, map(str.strip, keep_columns.split(","))))
+    found = _embed(given.pop("model"), given.pop("source"), given.pop("output"), given)
+    speed = ""
+    if found.images_per_second is not None:
+        speed = f" ({found.images_per_second:.1f} images/s)"
+    line = f"{found.folder}: {found.embedded} of {found.found} images embedded{speed}"
+    if found.skipped:
+        line += f", {found.skipped} skipped, listed in {found.folder / 'skipped.parquet'}"
+    Console().print(escape(line), soft_wrap=True, highlight=False)
+    if found.non_finite:
+        line = f"{found.non_finite} embeddings have NaN or infinity; the images are skipped"
+        Console(stderr=True).print(escape(f"error: {line}"), soft_wrap=True, highlight=False)
+        raise typer.Exit(1)
+
+
+def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "Embedded":
+    """Call `elip_models.embed` with a progress bar."""
+    with require_extra("elip embed"):
+        from elip_models.embedding.open_images import open_images
+        from elip_models.embedding.options import EmbedOptions
+        from elip_models.embedding.run import embed
+
+    console = Console(stderr=True)
+    names = {"reduce", "keep", "texts"}
+    others = {name: value for name, value in options.items() if name not in names}
+    with as_option_error(OPTIONS, errors=ConfigError), _bars(console) as bars:
+        images = open_images(source, EmbedOptions(**others).source)
+        bar = bars.add_task("", total=len(images), skipped=0)
+
+        def show(done: int, skipped: int) -> None:
+            bars.update(bar, completed=done, skipped=skipped)
+
+        def report(text: str) -> None:
+            bars.console.print(escape(text), soft_wrap=True, highlight=False)
+
+        return embed(model, images, output, progress=show, report=report, **options)
+
+
+class _Rate(ProgressColumn):
+    """Images per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, if it is known."""
+        return Text("" if task.speed is None else f"{task.speed:.1f} images/s")
+
+
+def _bars(console: Console) -> Progress:
+    """Return a progress bar, shown on a terminal only."""
+    skipped = TextColumn("{task.fields[skipped]} skipped")
+    columns = TextColumn("images"), MofNCompleteColumn(), BarColumn(), _Rate(), skipped
+    left = TimeRemainingColumn(), TextColumn("left")
+    return Progress(*columns, *left, console=console, disable=not console.is_terminal)

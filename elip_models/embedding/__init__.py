@@ -1,0 +1,1 @@
+"""Embedding of image collections: sources, encoders, output files and the check before a run."""

@@ -1,0 +1,213 @@
+"""What the page of `elip demo` shows of an image: its merged tokens, and dense and reduced figures.
+
+    demo = DemoModel(open_encoder("timm:vit_small_patch16_224"))
+    pixels = demo.read("photo.jpg")
+    comparison = demo.compare(pixels, demo.strategy("tome", keep=0.5))
+    comparison.merged.save("merged.png")
+
+A caption never guides the reduction of an image here: its own text would decide what the image
+shows, and the ranking of captions would be circular.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from elip_models.analysis.calibrate import STRATEGIES
+from elip_models.analysis.feature_measures import cosine
+from elip_models.analysis.merging import merged_image, tokens_of_patches
+from elip_models.analysis.visualize import patch_grid
+from elip_models.data.sample import check_text, decode_image
+from elip_models.embedding.encoder import Encoder, dense_of
+from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
+from elip_models.reduction.encode import encode_image
+from elip_models.reduction.flops import kept_share
+from elip_models.reduction.strategies import DEFAULT_KEEP
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import resolve_strategy
+from elip_models.reduction.user_warnings import UnguidedWarning, deliberately_slow
+from elip_models.towers import as_reducible, as_tower
+from elip_models.validation import as_config_error
+
+SAVED = "as saved"
+"""The choice of the strategy that a model was saved or trained with."""
+MERGING = tuple(text.removesuffix(":without_text=vision") for text in STRATEGIES if text != "resize")
+"""Strategies whose tokens can be drawn: those of `calibrate` without `resize`."""
+MAX_CAPTIONS = 100
+ROUNDS = 3  # of the timing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An image with and without reduction.
+
+    Attributes:
+        strategy: the strategy with its settings.
+        image: the image as the model reads it, cropped and resized.
+        merged: the same with the patches of each token in one colour, as `elip visualize` draws it.
+        shares: after each block, the tokens of patches that are left as a share of the patches.
+        cosine: of the reduced and the dense feature.
+        ranking: each caption with the cosines of its feature and the dense and the reduced feature
+            of the image, the most similar to the dense one first.
+    """
+
+    strategy: Strategy
+    image: Image.Image
+    merged: Image.Image
+    shares: list[float]
+    cosine: float
+    ranking: list[tuple[str, float, float]]
+
+
+class Times(NamedTuple):
+    """The measured time of a batch, dense and reduced, in milliseconds, and their ratio."""
+
+    dense: float
+    reduced: float
+    ratio: float
+    batch_size: int
+
+
+class DemoModel:
+    """An encoder without reduction, which is compared to reduced copies with the same weights.
+
+    Raises:
+        ConfigError: the model cannot be reduced, or its images are not of its tower's size.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.dense = dense_of(encoder)
+        with as_config_error("MODEL"):
+            self.image_model = as_reducible(self.dense.model).image_model
+            self.tower = as_tower(self.image_model)
+            self._normalised(Image.new("RGB", (64, 64)))
+        self.saved = encoder.strategy
+        self.mean, self.std = _statistics(self.dense)
+
+    @property
+    def choices(self) -> list[str]:
+        """The strategies to choose from; the model's own is the first, if it has one."""
+        return [*([] if self.saved is None else [SAVED]), *MERGING]
+
+    @property
+    def default_keep(self) -> float:
+        """The mean share of tokens that the model's own strategy keeps, or the default one."""
+        if self.saved is None:
+            return DEFAULT_KEEP
+        return round(kept_share(self.saved, self.tower.size), 2)
+
+    def strategy(self, choice: str, keep: float) -> Strategy:
+        """Return one of `choices` at a mean share of tokens over the blocks.
+
+        Raises:
+            TypeError, ValueError: it cannot reduce the model, or keep so few tokens.
+        """
+        if choice == SAVED and self.saved is not None:
+            chosen = self.saved.fitted(self.tower).at_keep(self.tower, keep)
+        else:
+            chosen = resolve_strategy(self.tower, choice, {}, keep=keep, default=lambda: None)
+        return replace(chosen, without_text="vision") if chosen.is_guided else chosen
+
+    def read(self, path: Path) -> Tensor:
+        """Read an image file as the model expects it, (1, 3, H, W).
+
+        Raises:
+            SampleError: it is no raster image, damaged, or larger than the limits of `data.sample`.
+        """
+        return self._normalised(decode_image(path, path.name))
+
+    def _normalised(self, image: Image.Image) -> Tensor:
+        pixels = self.dense.preprocessing.transform(image)[None]
+        if tuple(pixels.shape[2:]) != self.tower.image_size:
+            raise ValueError(
+                "expected a model whose images have its tower's size, "
+                f"{self.tower.image_size}, got {tuple(pixels.shape[2:])} from its preprocessing"
+            )
+        weight = next(self.image_model.parameters())
+        return pixels.to(weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def compare(
+        self, pixels: Tensor, strategy: Strategy, captions: Sequence[str] = ()
+    ) -> Comparison:
+        """Compare the features of one image, (1, 3, H, W), and rank captions by them.
+
+        Raises:
+            TypeError, ValueError: a strategy or captions that the model cannot read.
+        """
+        with warnings.catch_warnings(), deliberately_slow():
+            warnings.simplefilter("ignore", UnguidedWarning)
+            dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
+            _, infos = encode_image(self.image_model, pixels, strategy=strategy, return_info=True)
+        image = (pixels[0].float().cpu() * self.std + self.mean).clamp(0, 1)
+        grid = patch_grid(self.tower)
+        tokens = [each[0].cpu() for each in tokens_of_patches(infos, grid[0] * grid[1])]
+        shown = [each for each in tokens if (each >= 0).any()]  # the last block may drop all
+        merged = merged_image(image, shown[-1].view(grid)) if shown else image
+        return Comparison(
+            strategy,
+            _as_picture(image).resize(tuple(merged.shape[:0:-1]), Image.Resampling.NEAREST),
+            _as_picture(merged),
+            _shares(infos, tokens, self.tower.depth),
+            cosine(dense, reduced).item(),
+            self._rank(captions, dense, reduced),
+        )
+
+    def _rank(
+        self, captions: Sequence[str], dense: Tensor, reduced: Tensor
+    ) -> list[tuple[str, float, float]]:
+        """Return captions with the cosines to both features (1, D) of an image."""
+        if not captions:
+            return []
+        if len(captions) > MAX_CAPTIONS:
+            raise ValueError(f"captions: expected at most {MAX_CAPTIONS}, got {len(captions)}")
+        check_text("captions", *captions)
+        texts = F.normalize(self.dense.encode_texts(captions), dim=-1)
+        both = [(F.normalize(each, dim=-1) @ texts.T)[0].tolist() for each in (dense, reduced)]
+        return sorted(zip(captions, *both, strict=True), key=lambda each: -each[1])
+
+    def time(self, pixels: Tensor, strategy: Strategy, batch_size: int) -> Times:
+        """Measure a batch of copies of one image, (1, 3, H, W), dense and reduced side by side."""
+        batch = pixels.expand(batch_size, -1, -1, -1).contiguous()
+        encoders = {"dense": self.dense, "reduced": self.dense.reduced(strategy)}
+        steps = {name: partial(encoder, batch) for name, encoder in encoders.items()}
+        with warnings.catch_warnings(), deliberately_slow():
+            warnings.simplefilter("ignore", UnguidedWarning)
+            times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
+        ratio = ratios_to("dense", times)["reduced"]
+        return Times(**milliseconds(times), ratio=ratio, batch_size=batch_size)
+
+
+def _statistics(encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation, (3, 1, 1), that images are normalised by."""
+    settings = encoder.preprocessing.described
+    if settings.get("do_normalize") is False:  # of transformers
+        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    prefix = "image_" if settings["kind"] == "transformers" else ""
+    mean, std = (torch.tensor(settings[f"{prefix}{name}"]) for name in ("mean", "std"))
+    return mean[:, None, None], std[:, None, None]
+
+
+def _as_picture(pixels: Tensor) -> Image.Image:
+    """Return pixels (3, H, W) in [0, 1] as a picture."""
+    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _shares(infos: Sequence[StageInfo], tokens: Sequence[Tensor], depth: int) -> list[float]:
+    """Return the share of tokens after each block, from the token of each patch after each step."""
+    left = {
+        info.stage.first: (each.unique() >= 0).sum().item() / len(each)
+        for info, each in zip(infos, tokens, strict=True)
+    }
+    shares = []
+    for i in range(depth):
+        shares.append(left.get(i, shares[-1] if shares else 1.0))
+    return shares

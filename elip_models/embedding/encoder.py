@@ -1,0 +1,248 @@
+"""A model as a function from images, or texts, to embeddings."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from elip_models.analysis.feature_measures import output_feature
+from elip_models.embedding.open_encoder import (
+    DENSE,
+    open_embedding_model,
+    set_reduction,
+    strategy_in,
+    tokenizer_name,
+)
+from elip_models.embedding.preprocessing import Preprocessing, check_pixels, preprocessing_of
+from elip_models.models.base import PretrainedModel
+from elip_models.profiling.workload import shared_copy
+from elip_models.reduction.serialization import settings_of
+from elip_models.reduction.strategy import Strategy
+from elip_models.towers import as_image_text, library_of
+from elip_models.validation import ConfigError, as_config_error
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Function = Callable[[nn.Module, Tensor], Tensor]
+"""A model and images (B, 3, H, W) -> features (B, D)."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model that embeds images, and texts if it is an image-text model.
+
+    Attributes:
+        name: the text that named the model.
+        model: the model, on its device and in its precision, in eval mode.
+        features: function of the model and images (B, 3, H, W) that returns features (B, D).
+        feature: which output of the model the embedding is, in words.
+        preprocessing: function from an image to pixels, and its settings.
+        precision: 'fp32', 'bf16' or 'fp16'.
+        dimension: D.
+        weights_sha256: of the model's tensors.
+        run: `features` of the model, compiled; None: not compiled.
+    """
+
+    name: str
+    model: nn.Module
+    features: Function
+    feature: str
+    preprocessing: Preprocessing
+    precision: str = "fp32"
+    dimension: int = 0
+    weights_sha256: str = ""
+    run: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """The strategy that reduces the model, or None."""
+        return strategy_in(self.model)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model embeds texts."""
+        return isinstance(self.model, PretrainedModel) or as_image_text(self.model) is not None
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return features (B, D) in fp32, on the device, of pixels (B, 3, H, W)."""
+        moved = pixels.to(self.device, DTYPES[self.precision], non_blocking=True)
+        found = self.features(self.model, moved) if self.run is None else self.run(moved)
+        return found.float()
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return features (n, D) of texts in fp32, in the space of the images.
+
+        Raises:
+            ConfigError: the model embeds no texts, or has no tokenizer.
+        """
+        if not self.has_text:
+            raise ConfigError(
+                f"texts: expected an image-text model, got {self.name!r}, which embeds images only"
+            )
+        model = self.model if isinstance(self.model, PretrainedModel) else as_image_text(self.model)
+        with as_config_error("texts"):
+            tokenizer = model.load_tokenizer(tokenizer_name(self.name))
+        tokens = model.tokenise(tokenizer, texts)
+        return _text_features(self.model, {k: v.to(self.device) for k, v in tokens.items()}).float()
+
+    def reduced(self, reduce: str | Strategy | None, keep: float | None = None) -> "Encoder":
+        """Return an encoder with the same weights and another reduction; 'none' for dense."""
+        model = set_reduction(shared_copy(self.model), reduce, keep)
+        return replace(self, model=model, run=None)
+
+    def compiled(self) -> "Encoder":
+        """Return the encoder with its model compiled by torch.compile."""
+        return replace(self, run=torch.compile(partial(self.features, self.model)))
+
+    def described(self) -> dict[str, Any]:
+        """Return model, preprocessing, strategy and precision, as the manifest stores them."""
+        strategy = self.strategy
+        return {
+            "model": {
+                "name": self.name,
+                "class": type(self.model).__name__,
+                "weights_sha256": self.weights_sha256,
+                "feature": self.feature,
+                "dimension": self.dimension,
+                "has_text": self.has_text,
+            },
+            "preprocessing": self.preprocessing.described,
+            "strategy": None if strategy is None else settings_of(strategy),
+            "precision": self.precision,
+            "compiled": self.run is not None,
+        }
+
+
+def open_encoder(
+    name: str,
+    *,
+    reduce: str | Strategy | None = None,
+    keep: float | None = None,
+    preprocess: str | Path | None = None,
+    precision: Precision = "auto",
+    device: str | torch.device | None = None,
+    pretrained: bool = True,
+    compile: bool = False,
+) -> Encoder:
+    """Open the model that embeds; the arguments are those of `embed`.
+
+    Raises:
+        ConfigError: the model cannot be opened, embeds no single images, or an option is wrong.
+    """
+    model, new_parts = open_embedding_model(name, pretrained)
+    features, feature = _image_features(model, new_parts)
+    preprocessing = preprocessing_of(model, preprocess)
+    weights = weights_sha256(model)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision not in DTYPES:
+        raise ConfigError(f"precision: expected auto, {', '.join(DTYPES)}, got {precision!r}")
+    model = set_reduction(model, reduce, keep).to(device, DTYPES[precision]).eval()
+    model.requires_grad_(False)
+    made = Encoder(name, model, features, feature, preprocessing, precision)
+    made = replace(made, dimension=_dimension(made), weights_sha256=weights)
+    return made.compiled() if compile else made
+
+
+def _dimension(encoder: Encoder) -> int:
+    """Return the width of the embedding of a grey image."""
+    with as_config_error("model"):
+        pixels = check_pixels(encoder.preprocessing.transform(Image.new("RGB", (256, 256), "gray")))
+        try:
+            found = encoder(pixels[None])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"expected a model that embeds an image alone, got a {type(encoder.model).__name__}"
+                f": {error!s:.300}"
+            ) from error
+    if found.dim() != 2 or len(found) != 1:
+        raise ConfigError(
+            f"model: expected one vector for an image, got a tensor {tuple(found.shape)} of a "
+            f"{type(encoder.model).__name__}"
+        )
+    return found.shape[1]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Return a SHA-256 of the names, types, shapes and values of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()
+
+
+def _image_features(model: nn.Module, new_parts: Sequence[str]) -> tuple[Function, str]:
+    """Return the function that embeds images, and which output of the model it returns."""
+    if isinstance(model, PretrainedModel):
+        if not model.ranks:
+            raise ConfigError(
+                f"model: expected one that embeds an image without its text, got a "
+                f"{type(model).__name__}, which scores pairs"
+            )
+        return (lambda model, x: model.image_features(x)), "image_features, normalised"
+    library = library_of(model)
+    if library == "open_clip" and hasattr(model, "encode_image"):
+        return (lambda model, x: model.encode_image(x)), "encode_image"
+    if library == "timm":
+        if hasattr(model, "reset_classifier"):
+            model.reset_classifier(0)
+        return (lambda model, x: output_feature(model(x))), "pooled feature before the classifier"
+    if library == "transformers":
+        return _transformers_features(model, new_parts)
+    raise ConfigError(
+        f"model: expected one of timm, open_clip, transformers or this library, got a "
+        f"{type(model).__module__}.{type(model).__name__}"
+    )
+
+
+def _transformers_features(model: nn.Module, new_parts: Sequence[str]) -> tuple[Function, str]:
+    if hasattr(model, "get_image_features"):
+        name = "get_image_features"
+        return (lambda model, x: model.get_image_features(pixel_values=x).pooler_output), name
+    if hasattr(model, "vision_proj"):  # BLIP for retrieval
+        return _blip_features, "vision_proj of the class token, normalised"
+    if [each for each in new_parts if each != "pooler"]:
+        raise ConfigError(f"model: expected weights for all parts, got none for {new_parts}")
+    if new_parts:
+        name = "class token of last_hidden_state"
+        return (lambda model, x: model(pixel_values=x).last_hidden_state[:, 0]), name
+    return (lambda model, x: output_feature(model(pixel_values=x))), "pooled output"
+
+
+def _blip_features(model: nn.Module, pixels: Tensor) -> Tensor:
+    tokens = model.vision_model(pixel_values=pixels).last_hidden_state
+    return F.normalize(model.vision_proj(tokens[:, 0]), dim=-1)
+
+
+def _text_features(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
+    """Return the features of tokenised texts, in the space of `_image_features`."""
+    if isinstance(model, PretrainedModel):
+        return model.text_features(**tokens)
+    if hasattr(model, "encode_text"):
+        return model.encode_text(**tokens)
+    if hasattr(model, "get_text_features"):
+        return model.get_text_features(**tokens).pooler_output
+    text = model.text_encoder(**tokens).last_hidden_state
+    return F.normalize(model.text_proj(text[:, 0]), dim=-1)
+
+
+def dense_of(encoder: Encoder) -> Encoder:
+    """Return the encoder without reduction."""
+    return encoder.reduced(DENSE)
