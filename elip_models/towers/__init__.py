@@ -51,6 +51,7 @@ ADAPTERS = {
         (
             ("eva", "EvaTower"),
             ("timm_bias", "BiasTower"),
+            ("timm_naflex", "RotaryNaFlexTower"),
             ("timm_naflex", "NaFlexTower"),
             ("timm", "TimmTower"),
         ),

@@ -34,18 +34,21 @@ from elip_models.towers.wrapped_modules import (
 class EvaTower(PlainTimm):
     """An Eva of timm; CLS and register tokens stay.
 
+    is_mixed: blocks have different rotations.
     ropes: the rotations of all patches in this forward pass, if they are known already; those of
         one block by its number if blocks differ and the model has passed them.
     gathered: the rotations at `positions`, by block if blocks differ, once they are known.
     """
 
     absorbs_keys = False
+    is_mixed = False
     ropes: Tensor | dict[int, Tensor] | None = None
 
     def __init__(self, model: Eva) -> None:
         super().__init__(model)
         self.is_rotary = model.rope is not None
-        if self.is_rotary and model.rope_mixed:
+        self.is_mixed = self.is_rotary and model.rope_mixed
+        if self.is_mixed:
             self.size_advice = "the model's set_input_size takes others"
 
     @staticmethod
@@ -58,12 +61,13 @@ class EvaTower(PlainTimm):
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if model.patch_drop is not None:
             return PATCH_DROP
-        if model.rope is not None and model.rope_mixed and model.dynamic_img_size:
+        is_mixed = model.rope is not None and getattr(model, "rope_mixed", False)
+        if is_mixed and model.dynamic_img_size:
             return (
                 "each block has its own rotations, which change from call to call with the image's "
                 "size (create it with dynamic_img_size=False; set_input_size changes the size then)"
             )
-        if getattr(model.rope, "aug_active", False) and model.rope_mixed:
+        if getattr(model.rope, "aug_active", False) and is_mixed:
             return "it draws each block's rotations anew in every training step"
         reasons = (_refuses_block(block) for block in model.blocks)
         return next((reason for reason in reasons if reason is not None), None)
@@ -75,24 +79,27 @@ class EvaTower(PlainTimm):
         ropes = self._ropes() if self.ropes is None else self.ropes
         return self.changed(positions=positions, ropes=ropes, gathered={})
 
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image."""
+        return self.model.patch_embed.dynamic_feat_size(image_size)
+
     def for_images(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if not self.is_rotary:
             return self
-        grid = self.model.patch_embed.dynamic_feat_size(images.shape[2:])
-        return self.changed(ropes=self._ropes(grid), gathered={})
+        return self.changed(ropes=self._ropes(self.grid_of(images.shape[2:])), gathered={})
 
     def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         rope = kwargs.get("rope")
         if rope is None:
             return self
-        return self.changed(ropes={i: rope} if self.model.rope_mixed else rope, gathered={})
+        return self.changed(ropes={i: rope} if self.is_mixed else rope, gathered={})
 
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
         positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
-        return self.at(positions.to(self.model.patch_embed.proj.weight.device))
+        return self.at(positions.to(next(self.model.parameters()).device))
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
@@ -104,10 +111,14 @@ class EvaTower(PlainTimm):
         rope: (N0, 2d) or (H, N0, 2d), of all patches.
         """
         rope = rope[None] if rope.dim() == 2 else rope
-        merged = rope.new_zeros(rope.shape[-1])
-        merged[rope.shape[-1] // 2 :] = 1  # sin 0, cos 1
-        table = torch.cat([rope, merged.expand(rope.shape[0], 1, -1)], dim=1)
-        return table[:, positions].transpose(0, 1)
+        return self.with_none(rope)[:, positions].transpose(0, 1)
+
+    @staticmethod
+    def with_none(rope: Tensor) -> Tensor:
+        """Return rotations (.., N0, 2d) with one row more, of a token without a position."""
+        none = torch.zeros_like(rope[..., :1, :])
+        none[..., rope.shape[-1] // 2 :] = 1  # sin 0, cos 1
+        return torch.cat([rope, none], dim=-2)
 
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
@@ -185,10 +196,10 @@ class EvaTower(PlainTimm):
 
     def _ropes(self, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the rotations of all patches: (N0, 2d), or (depth, H, N0, 2d) if blocks differ."""
-        rope, model = self.model.rope, self.model
-        if not model.dynamic_img_size and hasattr(rope, "feat_shape"):
+        rope = self.model.rope
+        if not self.has_dynamic_size and hasattr(rope, "feat_shape"):
             return rope.get_embed()
-        return rope.get_embed(shape=grid or model.patch_embed.grid_size)
+        return rope.get_embed(shape=grid or self.grid_of(self.image_size))
 
     def _rope(self, i: int) -> Tensor | None:
         """Return the rotations of block i for these tokens."""
@@ -197,10 +208,10 @@ class EvaTower(PlainTimm):
         ropes = self.ropes
         if ropes is None or (isinstance(ropes, dict) and i not in ropes):
             ropes = self._ropes()
-        rope = ropes[i] if self.model.rope_mixed else ropes
+        rope = ropes[i] if self.is_mixed else ropes
         if self.positions is None:
             return rope
-        block = i if self.model.rope_mixed else 0
+        block = i if self.is_mixed else 0
         if block not in self.gathered:  # by queries and by keys
             self.gathered[block] = self.rotations_at(rope, self.positions)
         return self.gathered[block]

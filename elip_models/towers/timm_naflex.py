@@ -1,20 +1,24 @@
 """Towers of timm's NaFlexVit, whose batches hold patches of images of different sizes.
 
-Uses embeds, _forward_embeds, norm_pre, blocks (those of `timm.py`) and norm. A batch is a dict of
-`patches`, `patch_coord` and `patch_valid`, or images (B, 3, H, W) of one size.
+Uses embeds, _forward_embeds, norm_pre, rope, blocks (those of `timm.py`, or those of `eva.py`) and
+norm. A batch is a dict of `patches`, `patch_coord` and `patch_valid`, or images (B, 3, H, W) of one
+size. The rotations of a dict are those of each image's own grid, (B, 1, N0, 2d).
 """
 
 import math
+from typing import Self
 
 from timm.models import naflexvit
+from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
-from elip_models.towers.timm import PATCH_DROP, TimmTower, refuses_block
+from elip_models.towers.eva import EvaTower
+from elip_models.towers.timm import PATCH_DROP, PlainTimm, TimmTower, refuses_block
 from elip_models.towers.tower_parts import plain_mlp_ratio
 
 
-class NaFlexTower(TimmTower):
-    """A NaFlexVit of timm; class token and registers stay."""
+class NaFlexSizes(PlainTimm):
+    """The sizes and the embedding of a NaFlexVit; class token and registers stay."""
 
     has_dynamic_size = True
     takes_padding = True
@@ -27,25 +31,8 @@ class NaFlexTower(TimmTower):
         self.depth = len(model.blocks)
         self.num_heads = model.blocks[0].attn.num_heads
         self.num_prefix_tokens = model.num_prefix_tokens
-        self.has_cls = self.absorbs_keys = model.has_class_token
+        self.has_cls = model.has_class_token
         self.mlp_ratio = plain_mlp_ratio(self.width, model.blocks[0].mlp)
-
-    @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
-        return isinstance(model, naflexvit.NaFlexVit)
-
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        if model.rope is not None:
-            return (
-                "it rotates patches by their place in each image's own grid, which no adapter reads"
-            )
-        if model.patch_drop is not None:
-            return PATCH_DROP
-        reasons = (refuses_block(block) for block in model.blocks)
-        return next((reason for reason in reasons if reason is not None), None)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -57,7 +44,11 @@ class NaFlexTower(TimmTower):
     @property
     def num_patches(self) -> int:
         """Return the number of patches of an image of that size."""
-        return math.prod(self.model.embeds.dynamic_feat_size(self.image_size))
+        return math.prod(self.grid_of(self.image_size))
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image."""
+        return self.model.embeds.dynamic_feat_size(image_size)
 
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
@@ -66,3 +57,59 @@ class NaFlexTower(TimmTower):
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.model._forward_embeds(images, None, None, None)["patches"]
+
+
+class NaFlexTower(NaFlexSizes, TimmTower):
+    """A NaFlexVit of plain blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.absorbs_keys = self.has_cls
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Return whether this adapter handles the model, if its library has several adapters."""
+        return isinstance(model, naflexvit.NaFlexVit)
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        if model.patch_drop is not None:
+            return PATCH_DROP
+        reasons = (refuses_block(block) for block in model.blocks)
+        return next((reason for reason in reasons if reason is not None), None)
+
+
+class RotaryNaFlexTower(NaFlexSizes, EvaTower):
+    """A NaFlexVit of EVA's blocks, which may rotate patches by their place in each image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.is_rotary = model.rope is not None
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Return whether this adapter handles the model, if its library has several adapters."""
+        return isinstance(model, naflexvit.NaFlexVit) and isinstance(model.blocks[0], EvaBlock)
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        if model.rope_is_mixed:
+            return "each block has its own rotations, which change with the sizes of the images"
+        return EvaTower.refuses(model)
+
+    def of_images(self, images: Tensor) -> Self:
+        """Return the tower for some images of the batch, by their indices (G,)."""
+        return self.changed(ropes=self.ropes[images] if self.ropes.dim() == 4 else self.ropes)
+
+    def rotations_at(self, rope: Tensor, positions: Tensor) -> Tensor:
+        """Return the rotations (B, 1, N-p, 2d) at `positions`.
+
+        rope: (N0, 2d), or (B, 1, N0, 2d) with those of each image.
+        """
+        if rope.dim() == 2:
+            return super().rotations_at(rope, positions)
+        table = self.with_none(rope)
+        index = positions.expand(len(rope), -1) % table.shape[2]  # of -1, the last row
+        return table.gather(2, index[:, None, :, None].expand(-1, -1, -1, table.shape[3]))

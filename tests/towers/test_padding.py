@@ -35,8 +35,13 @@ MODELS = {
     "NaFlex avg": lambda: naflex(global_pool="avg", reg_tokens=1),
     "NaFlex token": lambda: naflex(global_pool="token", class_token=True, reg_tokens=2),
     "NaFlex keys alone": lambda: naflex(global_pool="map", use_key_only_attn_mask=True),
+    "NaFlex axial": lambda: naflex(rope_type="axial", class_token=True, global_pool="token"),
+    "NaFlex DINOv3": lambda: naflex(rope_type="dinov3", reg_tokens=2, rope_rotate_half=True),
 }
-models = pytest.mark.parametrize("name", MODELS)
+ROTARY = {"NaFlex axial", "NaFlex DINOv3"}
+models = pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=pytest.mark.slow) if m in ROTARY else m for m in MODELS]
+)
 HAS_CLS = "NaFlex token"
 
 
@@ -155,7 +160,7 @@ def test_an_image_of_a_padded_batch_is_reduced_as_it_is_alone(name, strategy):
 @torch.no_grad()
 def test_parts_add_up_to_the_model_on_images_of_one_size(name):
     model, batch = model_of(name), pictures([(5, 4)] * 2)
-    tower, entered = as_tower(model), []
+    tower, entered = as_tower(model).for_images(torch.stack(batch)), []
     handle = tower.blocks[0].register_forward_pre_hook(lambda module, x: entered.append(x[0]))
     features(model, batch)
     handle.remove()
@@ -207,6 +212,8 @@ def test_without_padding_nothing_changes(name):
         pytest.param("SigLIP 2", "pitome:r=5", marks=pytest.mark.slow),
         pytest.param(HAS_CLS, "evit:merge=nearest", marks=pytest.mark.slow),
         pytest.param(HAS_CLS, "adaptive", marks=pytest.mark.slow),
+        pytest.param("NaFlex axial", "pitome:r=1", marks=pytest.mark.slow),
+        pytest.param("NaFlex DINOv3", "tome:r=3", marks=pytest.mark.slow),
     ],
 )
 def test_gradients_and_checkpoints_are_those_of_the_images_alone(name, strategy):
@@ -242,7 +249,7 @@ def test_intermediate_tokens_are_whole_grids():
 
 
 GROUPED = {
-    "pitome": "pitome:r=5",
+    "pitome": "pitome:r=1",  # the energies of two last patches would be equal
     "received": "elip:scorer=received",
     "received nearest": "elip:scorer=received,merge=nearest,proportional=True",
     "crossget": "crossget:r=5",
@@ -263,7 +270,7 @@ GROUPED_CASES = [
         marks=[] if strategy in ("pitome", "elip") and name == HAS_CLS else pytest.mark.slow,
     )
     for strategy in GROUPED
-    for name in ([HAS_CLS] if strategy in NEEDS_CLS else MODELS)
+    for name in ([HAS_CLS, "NaFlex axial"] if strategy in NEEDS_CLS else MODELS)
 ]
 
 

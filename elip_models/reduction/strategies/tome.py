@@ -181,19 +181,27 @@ class ToMe(Strategy):
                 return_info=True,
             )
         tokens = self.scaled(merged, tokens, match, context.mask)
-        positions = self.merged_positions(tower, match) if tower.has_positions else None
+        positions = None
+        if tower.has_positions:
+            positions = self.merged_positions(tower, match, context.mask)
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
 
-    def merged_positions(self, tower: Tower, match: BipartiteInfo) -> Tensor | None:
-        """Return the positions of the remaining patches: of B, and of A where it did not merge."""
-        (B, N), p = match.slots.shape, tower.num_prefix_tokens
+    def merged_positions(
+        self, tower: Tower, match: BipartiteInfo, mask: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the positions of the remaining patches: of B, and of A where it did not merge.
+
+        `mask` (B, N) is False for padding.
+        """
+        (B, N), R, p = match.slots.shape, match.num_rows, tower.num_prefix_tokens
         tokens = torch.arange(N, device=match.slots.device).expand(B, -1)
         slots = match.slots.long()
+        slots = slots if mask is None else slots.masked_fill(~mask, R)
         of_a, of_b = slice(max(p - 1, 0), None, 2), slice(p or 1, None, 2)
-        kept = tokens.new_zeros(B, match.num_rows)
+        kept = tokens.new_full((B, R + 1), p)  # padding has the position of some patch
         kept = kept.scatter(1, slots[:, of_a], tokens[:, of_a])
         kept = kept.scatter(1, slots[:, of_b], tokens[:, of_b])
-        return tower.positions_of(kept[:, p:])
+        return tower.positions_of(kept[:, p:R])
 
     def _final(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context
