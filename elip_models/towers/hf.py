@@ -139,7 +139,7 @@ class HFTower(HFPositions):
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""
-        tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # some return more than tokens
+        tokens = tokens if isinstance(tokens, Tensor) else tokens[0]  # some return more than tokens
         return run(self.trunk, PRE_NORMS, tokens)
 
     def embed(self, images: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from transformers import (
     DeiTForMaskedImageModeling,
     Dinov2ForImageClassification,
     Dinov2WithRegistersForImageClassification,
+    DPTForDepthEstimation,
+    DPTForSemanticSegmentation,
     IJepaForImageClassification,
     MetaClip2ForImageClassification,
     Owlv2ForObjectDetection,
@@ -36,7 +38,12 @@ AVERAGED = (
     VideoMAEForVideoClassification,
     VJEPA2ForVideoClassification,  # attends to them
 )
-SEGMENTERS = (BeitForSemanticSegmentation, Data2VecVisionForSemanticSegmentation)
+DENSE_HEADS = (
+    BeitForSemanticSegmentation,
+    Data2VecVisionForSemanticSegmentation,
+    DPTForDepthEstimation,
+    DPTForSemanticSegmentation,
+)
 DETECTORS = (OwlViTForObjectDetection, Owlv2ForObjectDetection)
 PIXEL_DECODERS = (
     BeitForMaskedImageModeling,
@@ -61,7 +68,7 @@ def needs_grid(model: nn.Module) -> str | None:
         return "its heads give a box for each patch"
     if isinstance(model, VJEPA2Model):
         return "its predictor reads a token for each patch at its position"
-    if isinstance(model, SEGMENTERS):
+    if isinstance(model, DENSE_HEADS):
         return "its head reads a grid of patches"
     if language_config(model) is not None:
         return "its language model has a token for each patch of the image"

@@ -81,6 +81,7 @@ LAYERS = {
     "ASTLayer": VIT,
     "VivitLayer": VIT,
     "VideoMAELayer": VIDEO_MAE,
+    "DPTViTLayer": VIDEO_MAE,
     "Data2VecVisionLayer": VIDEO_MAE._replace(
         after=("lambda_{}", "drop_path"),
         bias="attention.attention.relative_position_bias",

@@ -53,6 +53,7 @@ MODELS = {
     "ASTLayer": ("ASTModel", AUDIO),
     "VivitLayer": ("VivitModel", VIDEO),
     "VideoMAELayer": ("VideoMAEModel", {"num_frames": 4, "use_mean_pooling": False}),
+    "DPTViTLayer": ("DPTModel", {"is_hybrid": False}),
     "VJEPA2Layer": ("VJEPA2Model", VJEPA2),
     "Dinov2Layer": ("Dinov2Model", {"layerscale_value": 0.3}),
     "Dinov2WithRegistersLayer": ("Dinov2WithRegistersModel", {"layerscale_value": 0.3}),
@@ -200,7 +201,11 @@ DETECTOR = VISION | {"text_config": TEXT}
 TINY = {name: n for name, n in HF.items() if name not in ABSENT["VJEPA2Layer"]}
 SEGMENTER = DETECTOR | {"extract_layers": [0, 2, 4], "reduce_dim": 8}
 SEGMENTER |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+DPT = HF | {"is_hybrid": False, "backbone_out_indices": [1, 2, 3, 5], "fusion_hidden_size": 8}
+DPT |= {"neck_hidden_sizes": [8] * 4}
 WHOLE = {
+    "DPTForDepthEstimation": ("DPTConfig", DPT),
+    "DPTForSemanticSegmentation": ("DPTConfig", DPT),
     "OwlViTForObjectDetection": ("OwlViTConfig", DETECTOR),
     "Owlv2ForObjectDetection": ("Owlv2Config", DETECTOR),
     "CLIPSegForImageSegmentation": ("CLIPSegConfig", SEGMENTER),
