@@ -7,6 +7,7 @@
     elip data check | export               python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
     elip calibrate MODEL IMAGES            elip distill MODEL IMAGES
+    elip demo [MODEL]
     elip embed SOURCE --model MODEL --output FOLDER
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
@@ -55,6 +56,10 @@ COMMANDS = {
     "visualize": (
         "inspect_model.visualize",
         "Draw kept and merged patches of images or clips, the CLS attention and its concentration.",
+    ),
+    "demo": (
+        "demo.demo",
+        "Open a local page: what a reduction merges in your images, and what it changes.",
     ),
     "profile": (
         "inspect_model.profile",

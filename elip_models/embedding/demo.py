@@ -2,7 +2,7 @@
 
     demo = DemoModel(open_encoder("timm:vit_small_patch16_224"))
     pixels = demo.read("photo.jpg")
-    comparison = demo.compare(pixels, demo.strategy("tome", keep=0.5))
+    comparison = demo.compare(pixels, demo.strategy("tome", keep=0.5), block=6)
     comparison.merged.save("merged.png")
 
 A caption never guides the reduction of an image here: its own text would decide what the image
@@ -39,8 +39,11 @@ from elip_models.validation import as_config_error
 
 SAVED = "as saved"
 """The choice of the strategy that a model was saved or trained with."""
-MERGING = tuple(text.removesuffix(":without_text=vision") for text in STRATEGIES if text != "resize")
+MERGING = tuple(
+    text.removesuffix(":without_text=vision") for text in STRATEGIES if text != "resize"
+)
 """Strategies whose tokens can be drawn: those of `calibrate` without `resize`."""
+DEFAULT_STRATEGY = "tome"
 MAX_CAPTIONS = 100
 ROUNDS = 3  # of the timing
 
@@ -52,8 +55,10 @@ class Comparison:
     Attributes:
         strategy: the strategy with its settings.
         image: the image as the model reads it, cropped and resized.
-        merged: the same with the patches of each token in one colour, as `elip visualize` draws it.
-        shares: after each block, the tokens of patches that are left as a share of the patches.
+        merged: the same with the patches of each token after a block in one colour, as `elip
+            visualize` draws it.
+        tokens: after each block, how many tokens of patches are left.
+        patches: how many patches the image has.
         cosine: of the reduced and the dense feature.
         ranking: each caption with the cosines of its feature and the dense and the reduced feature
             of the image, the most similar to the dense one first.
@@ -62,7 +67,8 @@ class Comparison:
     strategy: Strategy
     image: Image.Image
     merged: Image.Image
-    shares: list[float]
+    tokens: list[int]
+    patches: int
     cosine: float
     ranking: list[tuple[str, float, float]]
 
@@ -98,6 +104,11 @@ class DemoModel:
         return [*([] if self.saved is None else [SAVED]), *MERGING]
 
     @property
+    def default_choice(self) -> str:
+        """The strategy that the page begins with."""
+        return DEFAULT_STRATEGY if self.saved is None else SAVED
+
+    @property
     def default_keep(self) -> float:
         """The mean share of tokens that the model's own strategy keeps, or the default one."""
         if self.saved is None:
@@ -114,7 +125,9 @@ class DemoModel:
             chosen = self.saved.fitted(self.tower).at_keep(self.tower, keep)
         else:
             chosen = resolve_strategy(self.tower, choice, {}, keep=keep, default=lambda: None)
-        return replace(chosen, without_text="vision") if chosen.is_guided else chosen
+        if not chosen.is_guided:
+            return chosen
+        return replace(chosen, without_text="vision").fitted(self.tower)
 
     def read(self, path: Path) -> Tensor:
         """Read an image file as the model expects it, (1, 3, H, W).
@@ -136,9 +149,15 @@ class DemoModel:
 
     @torch.no_grad()
     def compare(
-        self, pixels: Tensor, strategy: Strategy, captions: Sequence[str] = ()
+        self, pixels: Tensor, strategy: Strategy, block: int, captions: Sequence[str] = ()
     ) -> Comparison:
         """Compare the features of one image, (1, 3, H, W), and rank captions by them.
+
+        Args:
+            pixels: the image, as `read` returns it.
+            strategy: as `strategy` returns it.
+            block: draw the tokens after this block, counted from 1.
+            captions: texts to rank, for an image-text model.
 
         Raises:
             TypeError, ValueError: a strategy or captions that the model cannot read.
@@ -148,18 +167,28 @@ class DemoModel:
             dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
             _, infos = encode_image(self.image_model, pixels, strategy=strategy, return_info=True)
         image = (pixels[0].float().cpu() * self.std + self.mean).clamp(0, 1)
-        grid = patch_grid(self.tower)
-        tokens = [each[0].cpu() for each in tokens_of_patches(infos, grid[0] * grid[1])]
-        shown = [each for each in tokens if (each >= 0).any()]  # the last block may drop all
-        merged = merged_image(image, shown[-1].view(grid)) if shown else image
+        rows, columns = patch_grid(self.tower)
+        found = self._tokens_by_block(infos, rows * columns)
+        shown = found[block - 1]
+        merged = image if shown is None else merged_image(image, shown.view(rows, columns))
         return Comparison(
             strategy,
             _as_picture(image).resize(tuple(merged.shape[:0:-1]), Image.Resampling.NEAREST),
             _as_picture(merged),
-            _shares(infos, tokens, self.tower.depth),
+            [rows * columns if each is None else _count(each) for each in found],
+            rows * columns,
             cosine(dense, reduced).item(),
             self._rank(captions, dense, reduced),
         )
+
+    def _tokens_by_block(self, infos: Sequence[StageInfo], num_patches: int) -> list[Tensor | None]:
+        """Return the token of each patch (P,) after each block, None before the first step."""
+        after = tokens_of_patches(infos, num_patches)
+        steps = {info.stage.first: each[0].cpu() for info, each in zip(infos, after, strict=True)}
+        found: list[Tensor | None] = []
+        for i in range(self.tower.depth):
+            found.append(steps.get(i, found[-1] if found else None))
+        return found
 
     def _rank(
         self, captions: Sequence[str], dense: Tensor, reduced: Tensor
@@ -201,13 +230,6 @@ def _as_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def _shares(infos: Sequence[StageInfo], tokens: Sequence[Tensor], depth: int) -> list[float]:
-    """Return the share of tokens after each block, from the token of each patch after each step."""
-    left = {
-        info.stage.first: (each.unique() >= 0).sum().item() / len(each)
-        for info, each in zip(infos, tokens, strict=True)
-    }
-    shares = []
-    for i in range(depth):
-        shares.append(left.get(i, shares[-1] if shares else 1.0))
-    return shares
+def _count(tokens: Tensor) -> int:
+    """Return how many tokens the patches have, from the token of each patch; -1 is none."""
+    return int((tokens.unique() >= 0).sum())

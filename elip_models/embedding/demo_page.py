@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas
-
 from elip_models.data.sample import MAX_IMAGE_BYTES, SampleError
 from elip_models.embedding.demo import Comparison, DemoModel, Times
 from elip_models.validation import ConfigError, require_extra
@@ -14,16 +12,22 @@ with require_extra("elip_models.embedding.demo_page"):
     import gradio
 
 LOCALHOST = "127.0.0.1"
-SECONDS_OF_UPLOADS = 3600
-FONTS = ("system-ui", "sans-serif")  # of the browser, so that none is loaded
+KEPT_SECONDS = 3600  # of uploaded and shown pictures
+FONTS = ("system-ui", "sans-serif")  # of the browser: none is loaded
 INTRODUCTION = """# What does token reduction merge?
-A vision transformer cuts an image into patches, one token each. Token reduction merges similar tokens or drops
-unimportant ones, so that the model needs less time. Choose an image and move the slider."""
+A vision transformer cuts an image into patches, one token each. Token reduction merges similar
+tokens or drops unimportant ones, so that the model computes less. Choose an image and move the
+sliders."""
 LEGEND = (
     "Patches of one token have their mean colour and an outline; they may be in separate areas. "
-    "Dropped patches are grey. The picture shows the tokens after the last block."
+    "Dropped patches are grey."
 )
 NO_IMAGE = "Choose an image first."
+BAR = (
+    '<div style="flex: 1; text-align: center"><div style="height: 80px; display: flex; '
+    'align-items: end"><div style="width: 100%; height: {share:.1%}; background: '
+    'var(--primary-500)"></div></div>{share:.0%}<br><b>{block}</b></div>'
+)
 
 
 def build_page(demo: DemoModel, *, batch_size: int) -> gradio.Blocks:
@@ -31,7 +35,7 @@ def build_page(demo: DemoModel, *, batch_size: int) -> gradio.Blocks:
     with gradio.Blocks(
         title=f"elip demo: {demo.dense.name}",
         analytics_enabled=False,
-        delete_cache=(SECONDS_OF_UPLOADS, SECONDS_OF_UPLOADS),
+        delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
     ) as page:
         gradio.Markdown(INTRODUCTION)
         _add_comparison(demo, batch_size)
@@ -39,82 +43,105 @@ def build_page(demo: DemoModel, *, batch_size: int) -> gradio.Blocks:
 
 
 def _add_comparison(demo: DemoModel, batch_size: int) -> None:
-    """Add the inputs and outputs of `DemoModel.compare` to the page that is being built."""
-    choices, has_text = demo.choices, demo.dense.has_text
+    """Add the comparison of a dense and a reduced model to the page that is being built."""
     with gradio.Row():
         with gradio.Column(scale=1, min_width=260):
-            file = gradio.File(label="Image", type="filepath", height=120, elem_id="image")
-            choice = gradio.Dropdown(
-                choices, value="tome" if demo.saved is None else choices[0], label="Strategy"
-            )
-            keep = gradio.Slider(
-                0.2,
-                1.0,
-                value=demo.default_keep,
-                step=0.05,
-                label="Keep",
-                info="Share of the tokens, mean over the blocks",
-                elem_id="keep",
-            )
-            captions = gradio.Textbox(
-                label="Captions",
-                info="One a line. The model ranks them by their similarity to the image.",
-                lines=4,
-                max_length=10_000,
-                visible=has_text,
-                elem_id="captions",
-            )
-            rank = gradio.Button("Rank captions", visible=has_text, elem_id="rank")
+            inputs, button = _add_inputs(demo)
         with gradio.Column(scale=3):
-            message = gradio.Textbox(
-                NO_IMAGE, label="Message", interactive=False, elem_id="message"
-            )
-            with gradio.Row():
-                options = {"format": "png", "interactive": False, "buttons": [], "height": 340}
-                picture = gradio.Image(label="Image, as the model reads it", **options)
-                merged = gradio.Image(label="Merged tokens", elem_id="merged", **options)
-            figures = gradio.Markdown(elem_id="figures")
-            shares = gradio.BarPlot(
-                x="block",
-                y="kept",
-                y_lim=[0, 1],
-                y_title="share of the patches",
-                label="Tokens after each block",
-                height=200,
-                buttons=[],
-                elem_id="shares",
-            )
-            ranking = gradio.Dataframe(
-                label="Captions: cosine with the image",
-                headers=["caption", "dense", "reduced"],
-                visible=has_text,
-                interactive=False,
-                elem_id="ranking",
-            )
+            message, outputs = _add_outputs(has_text=demo.dense.has_text)
 
-    def show(path: str | None, name: str, share: float, text: str) -> Iterator[dict]:
-        """Show the comparison, then the times, which take longer; or a message."""
-        outputs = (message, picture, merged, figures, shares, ranking)
+    def show(*values: Any) -> Iterator[dict]:
+        """Show the figures, then also the times, which take longer; or a message."""
         try:
-            for found in _results(demo, path, name, share, text, batch_size):
-                yield dict(zip(outputs, found, strict=True))
-        except (ConfigError, SampleError, TypeError, ValueError) as error:
-            yield dict.fromkeys(outputs) | {message: gradio.update(value=str(error), visible=True)}
+            for found in _results(demo, batch_size, *values):
+                yield dict(zip(outputs, found, strict=True)) | {message: _message("")}
+        except (SampleError, TypeError, ValueError) as error:
+            yield dict.fromkeys(outputs) | {message: _message(str(error))}
 
+    *others, _ = inputs
     gradio.on(
-        [file.change, choice.change, keep.change, rank.click],
+        [*(each.change for each in others), button.click],
         show,
-        [file, choice, keep, captions],
-        [message, picture, merged, figures, shares, ranking],
+        inputs,
+        [message, *outputs],
         trigger_mode="always_last",
-        concurrency_limit=1,  # of all visitors, so that times are of one model at a time
+        concurrency_limit=1,  # over all browsers, so that nothing else runs while time is measured
         show_progress="minimal",
         api_visibility="private",
     )
 
 
+def _add_inputs(demo: DemoModel) -> tuple[list[gradio.components.Component], gradio.Button]:
+    """Add image, strategy, keep, block and captions, and a button to rank the captions."""
+    choices, depth, has_text = demo.choices, demo.tower.depth, demo.dense.has_text
+    inputs = [
+        gradio.File(label="Image", type="filepath", height=130, elem_id="image"),
+        gradio.Dropdown(choices, value=demo.default_choice, label="Strategy", elem_id="strategy"),
+        gradio.Slider(
+            0.2,
+            1.0,
+            value=demo.default_keep,
+            step=0.01,
+            label="Keep",
+            info="Share of the tokens, mean over the blocks",
+            elem_id="keep",
+        ),
+        gradio.Slider(
+            1,
+            depth,
+            value=(depth + 1) // 2,
+            step=1,
+            label="Block",
+            info=f"Draw the tokens after this block of {depth}",
+            elem_id="block",
+        ),
+        gradio.Textbox(
+            label="Captions",
+            info="One a line, to rank by similarity to the image",
+            lines=4,
+            max_length=10_000,
+            visible=has_text,
+            elem_id="captions",
+        ),
+    ]
+    return inputs, gradio.Button("Rank captions", visible=has_text, elem_id="rank")
+
+
+def _add_outputs(
+    *, has_text: bool
+) -> tuple[gradio.components.Component, list[gradio.components.Component]]:
+    """Add the message; and image, merged tokens, figures, tokens by block and ranking."""
+    message = gradio.Textbox(NO_IMAGE, label="Message", interactive=False, elem_id="message")
+    options = {"format": "png", "interactive": False, "buttons": [], "height": 360}
+    with gradio.Row():
+        picture = gradio.Image(label="Image, as the model reads it", **options)
+        merged = gradio.Image(label="Merged tokens", elem_id="merged", **options)
+    with gradio.Row():
+        figures = gradio.Markdown(elem_id="figures")
+        bars = gradio.HTML(elem_id="bars")
+    ranking = gradio.Dataframe(
+        label="Captions: cosine with the image",
+        headers=["caption", "dense", "reduced"],
+        column_widths=["70%", "15%", "15%"],
+        visible=has_text,
+        interactive=False,
+        elem_id="ranking",
+    )
+    return message, [picture, merged, figures, bars, ranking]
+
+
+def _message(text: str) -> dict:
+    return gradio.update(value=text, visible=bool(text))
+
+
 def _results(
-    demo: DemoModel, path: str | None, choice: str, keep: float, text: str, batch_size: int
+    demo: DemoModel,
+    batch_size: int,
+    path: str | None,
+    choice: str,
+    keep: float,
+    block: int,
+    text: str | None,
 ) -> Iterator[tuple]:
     """Yield the values of the outputs: without the times, then with them."""
     if path is None:
@@ -122,34 +149,41 @@ def _results(
     captions = [line.strip() for line in (text or "").splitlines() if line.strip()]
     strategy = demo.strategy(choice, keep)
     pixels = demo.read(Path(path))
-    found = demo.compare(pixels, strategy, captions)
-    blocks = [str(i + 1) for i in range(len(found.shares))]
-    shown = (
-        pandas.DataFrame({"block": blocks, "kept": found.shares}),
-        [[caption, f"{a:.3f}", f"{b:.3f}"] for caption, a, b in found.ranking],
-    )
-    hidden = gradio.update(visible=False)
-    yield hidden, found.image, found.merged, describe(found, None), *shown
+    found = demo.compare(pixels, strategy, block, captions)
+    ranking = [[caption, f"{a:.3f}", f"{b:.3f}"] for caption, a, b in found.ranking]
+    others = draw_bars(found), ranking
+    yield found.image, found.merged, describe(found, block, None), *others
     times = demo.time(pixels, strategy, batch_size)
-    yield hidden, found.image, found.merged, describe(found, times), *shown
+    yield found.image, found.merged, describe(found, block, times), *others
 
 
-def describe(found: Comparison, times: Times | None) -> str:
+def describe(found: Comparison, block: int, times: Times | None) -> str:
     """Return the figures of an image as a table in Markdown; the times are None until measured."""
-    time = "measuring ..."
+    left = found.tokens[block - 1]
+    measured = ("..", "measuring")
     if times is not None:
-        time = (
-            f"dense {times.dense:.1f} ms, reduced {times.reduced:.1f} ms: "
-            f"{times.ratio:.2f} of the dense time (batch of {times.batch_size})"
+        ratio = f"{times.ratio:.2f} of dense"
+        measured = (f"{times.dense:.1f} ms", f"{times.reduced:.1f} ms ({ratio})")
+    batch = "" if times is None else f", {times.batch_size} images"
+    return "\n".join(
+        (
+            "| | dense | reduced |",
+            "|:--|--:|--:|",
+            f"| tokens after block {block} | {found.patches} | {left} |",
+            f"| cosine with the dense feature | 1 | {found.cosine:.4f} |",
+            f"| measured time{batch} | {measured[0]} | {measured[1]} |",
+            "",
+            f"`{found.strategy}`. {LEGEND}",
         )
-    rows = {
-        "strategy": f"`{found.strategy}`",
-        "tokens of patches after the last block": f"{found.shares[-1]:.0%}",
-        "cosine of the reduced and the dense feature": f"{found.cosine:.4f}",
-        "measured time": time,
-    }
-    body = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"| | |\n|---|---|\n{body}\n\n{LEGEND}"
+    )
+
+
+def draw_bars(found: Comparison) -> str:
+    """Return bars in HTML: the share of tokens after each block."""
+    shares = [tokens / found.patches for tokens in found.tokens]
+    bars = (BAR.format(share=share, block=i) for i, share in enumerate(shares, start=1))
+    row = f'<div style="display: flex; gap: 3px; font-size: 11px">{"".join(bars)}</div>'
+    return f"<div>Tokens that are left after each block</div>{row}"
 
 
 def serve(page: gradio.Blocks, *, port: int, **options: Any) -> None:

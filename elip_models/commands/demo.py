@@ -1,0 +1,55 @@
+"""The command `elip demo`: a local page on which a person sees what a reduction merges."""
+
+from pathlib import Path
+from typing import Annotated
+
+from elip_models.validation import PACKAGES, ConfigError, require_extra, require_packages
+
+with require_extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+RUN = Path("runs/clip_tiny")
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"timm:NAME, open_clip:NAME:TAG, or folder of a model or run; default: {RUN}."
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 7860,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=2**10, help="Images in a batch, for times.")
+    ] = 4,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(help="imagenet, clip or a JSON file, for a model without preprocessing."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+) -> None:
+    """Open a local page: what a reduction merges in your images, and what it changes."""
+    require_packages("elip demo", *PACKAGES["app"])
+    name = _default_model() if model is None else model
+    console = Console(stderr=True)
+    with console.status("opening the model"):
+        from elip_models.embedding.demo import DemoModel
+        from elip_models.embedding.demo_page import LOCALHOST, build_page, serve
+        from elip_models.embedding.encoder import open_encoder
+
+        encoder = open_encoder(name, preprocess=preprocess, pretrained=pretrained)
+        page = build_page(DemoModel(encoder), batch_size=batch_size)
+    console.print(escape(f"{name}: http://{LOCALHOST}:{port} (Ctrl+C ends it)"), soft_wrap=True)
+    serve(page, port=port)
+
+
+def _default_model() -> str:
+    """Return the folder of the run of the recipe `clip_tiny`, or raise ConfigError without it."""
+    if not (RUN / "model").is_dir():
+        raise ConfigError(
+            f"MODEL: expected a model, such as timm:vit_small_patch16_224, since {RUN} has no "
+            "finished run, got none; `elip train clip_tiny` trains a small one"
+        )
+    return str(RUN)
