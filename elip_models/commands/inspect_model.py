@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from elip_models.validation import ConfigError, check_output, require_extra
 
@@ -12,49 +12,74 @@ with require_extra("elip_models.commands"):
     from rich.markup import escape
 
 
+VisualizedModel = Annotated[
+    str,
+    typer.Option(
+        help="Folder of a saved model, timm:NAME, open_clip:NAME/TAG, hf:NAME or our own NAME."
+    ),
+]
+VisualizedFiles = Annotated[
+    list[Path] | None, typer.Argument(help="Images, as of --image.", show_default=False)
+]
+VisualizedImages = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Image file; for a video model a folder of frames or a GIF. May be repeated."
+    ),
+]
+Captions = Annotated[
+    list[str] | None, typer.Option(help="Caption of each image, in order, if a text guides.")
+]
+Question = Annotated[
+    str | None,
+    typer.Option(
+        help="Question to a multimodal language model of transformers, such as LLaVA: draw which "
+        "image tokens it reads."
+    ),
+]
+VisualizedData = Annotated[
+    str | None,
+    typer.Option(help="Instead of images: JSON list, tar shards or emoji_scenes:size=500."),
+]
+VisualizedStrategy = Annotated[
+    str | None,
+    typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or tome."),
+]
+VisualizedKeep = Annotated[
+    float | None,
+    typer.Option(
+        help="Mean share of tokens over the layers. With --question, the share of an image's "
+        "tokens, or their number."
+    ),
+]
+Scorer = Annotated[str | None, typer.Option(help="Scorer: last, exact, official, mean, 1, ..")]
+Fusion = Annotated[
+    float | None,
+    typer.Option(help="Weight of vision in the guidance: 1 is vision only, 0 is text only."),
+]
+
+
 def visualize(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Folder of a saved model, timm:NAME, open_clip:NAME/TAG, hf:NAME or our own NAME."
-        ),
-    ],
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Image file; for a video model a folder of frames or a GIF. May be repeated."
-        ),
-    ] = None,
-    caption: Annotated[
-        list[str] | None, typer.Option(help="Caption of each image, in order, if a text guides.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Instead of --image: JSON list, tar shards or emoji_scenes:size=500."),
-    ] = None,
+    model: VisualizedModel,
+    images: VisualizedFiles = None,
+    image: VisualizedImages = None,
+    caption: Captions = None,
+    question: Question = None,
+    data: VisualizedData = None,
     count: Annotated[int, typer.Option(min=1, max=64, help="Number of samples of --data.")] = 4,
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("kept.png"),
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or tome."),
-    ] = None,
-    keep: Annotated[
-        float | None, typer.Option(help="Mean share of tokens over the layers.")
-    ] = None,
+    strategy: VisualizedStrategy = None,
+    keep: VisualizedKeep = None,
     schedule: Annotated[
         str | None, typer.Option(help="Schedule, such as '2(100%) 10(50%)'.")
     ] = None,
-    scorer: Annotated[
-        str | None, typer.Option(help="Scorer: last, exact, official, mean, 1, ..")
-    ] = None,
-    fusion: Annotated[
-        float | None,
-        typer.Option(help="Weight of vision in the guidance: 1 is vision only, 0 is text only."),
-    ] = None,
+    scorer: Scorer = None,
+    fusion: Fusion = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
     """Draw kept and merged patches of images or clips, the CLS attention and its concentration."""
-    if bool(image) == (data is not None):
+    files = [*(image or []), *(images or [])]
+    if bool(files) == (data is not None):
         raise ConfigError("--image: expected images, or else --data, not both")
     check_output("--output", output)
     if output.suffix != ".png":
@@ -62,15 +87,47 @@ def visualize(
     from elip_models.analysis import visualize_inputs
     from elip_models.analysis.pictures import draw_pictures
 
-    captions = visualize_inputs.check_pairs(image or [], caption or [])
+    captions = visualize_inputs.check_pairs(files, caption or [])
     number = int(scorer) if scorer and re.fullmatch("[0-9]{1,9}", scorer) else scorer
     options = {"schedule": schedule, "scorer": number, "fusion": fusion}
-    visualized = visualize_inputs.open_visualized_model(
-        model, pretrained=pretrained, strategy=strategy, keep=keep, **options
-    )
-    shown = visualize_inputs.read_shown(image, captions, data, count, visualized.tower)
-    for path in draw_pictures(visualized, shown, output):
+    if question is not None:
+        no_weights = None if pretrained else False
+        given = {"caption": caption, "data": data, "no-pretrained": no_weights, **options}
+        _refuse_beside_question(given)
+        paths = _draw_language_model(model, files, question, output, strategy, keep)
+    else:
+        visualized = visualize_inputs.open_visualized_model(
+            model, pretrained=pretrained, strategy=strategy, keep=keep, **options
+        )
+        shown = visualize_inputs.read_shown(files, captions, data, count, visualized.tower)
+        paths = draw_pictures(visualized, shown, output)
+    for path in paths:
         Console().print(escape(str(path)), soft_wrap=True)
+
+
+def _refuse_beside_question(options: dict[str, Any]) -> None:
+    """Raise ConfigError for an option that does not apply to a language model."""
+    for name, value in options.items():
+        if value is not None and value != []:
+            raise ConfigError(f"--{name}: expected none with --question, got one; leave it out")
+
+
+def _draw_language_model(
+    model: str,
+    files: list[Path],
+    question: str,
+    output: Path,
+    strategy: str | None,
+    keep: float | None,
+) -> list[Path]:
+    """Draw which image tokens a multimodal language model reads."""
+    from elip_models.analysis import visualize_inputs
+    from elip_models.analysis.visualize_language import draw_kept_tokens, open_language_model
+
+    is_number = keep is not None and keep > 1 and keep.is_integer()
+    visualized = open_language_model(model, strategy, int(keep) if is_number else keep)
+    pictures = [image for image, _ in visualize_inputs.read_pairs(files, [])]
+    return draw_kept_tokens(visualized, pictures, question, output)
 
 
 ProfiledModels = Annotated[

@@ -1,0 +1,271 @@
+"""`elip visualize --question`: the places of the image tokens that a language model reads."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from elip_models import record_stages, reduce_, unreduce_
+from elip_models.analysis.visualize import GREY
+from elip_models.analysis.visualize_language import (
+    WITHOUT_GRID,
+    VisualizedLanguageModel,
+    draw_kept_tokens,
+    mosaic,
+    open_language_model,
+    token_grid,
+)
+from elip_models.validation import ConfigError
+from elip_models.vlm.families import find_multimodal
+from tests.helpers.tiers import first_quick
+from tests.helpers.tiny_run import elip
+from tests.vlm.configs import CASES, EAGER, EAGER_TOWER, IMAGE, VIDEO
+from tests.vlm.models import model_of
+
+QUESTION = "how many dogs are there?"
+WORDS = ("how", "many", "dogs", "are", "there", "?", "user")
+NAMES = {
+    "llava": {"image_token": "<image>"},
+    "qwen2_5_vl": {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+    },
+    "idefics3": {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "end_of_utterance_token": "<end_of_utterance>",
+    },
+}
+
+
+def tokenizer(family):
+    """Return a tokenizer of words, whose image token has the id of the tiny models."""
+    vocab = {"[UNK]": 0, "[BOS]": 1, **{word: i for i, word in enumerate(WORDS, 3)}}
+    names = NAMES[family]
+    extra = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    ids = {"image_token": IMAGE, "video_token": VIDEO}
+    for i, (name, token) in enumerate(names.items(), 20):
+        vocab[token] = ids.get(name, i)
+    vocab |= {token: i for i, token in enumerate(extra, 30)}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        unk_token="[UNK]",
+        pad_token="[UNK]",
+        extra_special_tokens=names,
+        additional_special_tokens=[*names.values(), *extra],
+    )
+
+
+def llava():
+    size = {"height": 32, "width": 32}
+    pixels = hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    return hf.LlavaProcessor(
+        pixels,
+        tokenizer("llava"),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def qwen2_5_vl():
+    sizes = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+    limits = {"size": {"shortest_edge": 64, "longest_edge": 32 * 48}}
+    return hf.Qwen2_5_VLProcessor(
+        hf.Qwen2VLImageProcessor(**sizes, **limits),
+        tokenizer("qwen2_5_vl"),
+        hf.Qwen2VLVideoProcessor(**sizes, **limits),
+        chat_template=(
+            "{% for message in messages %}user {% for part in message['content'] %}"
+            "{% if part['type'] == 'image' %}<|image_pad|>{% else %}{{ part['text'] }}{% endif %}"
+            "{% endfor %}{% endfor %}"
+        ),
+    )
+
+
+def idefics3():
+    pixels = hf.Idefics3ImageProcessor(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    return hf.Idefics3Processor(pixels, tokenizer("idefics3"), image_seq_len=4)
+
+
+PROCESSORS = {each.__name__: each for each in (llava, qwen2_5_vl, idefics3)}
+
+
+@pytest.fixture(scope="module", params=first_quick(PROCESSORS))
+def folder(request, tmp_path_factory):
+    """Save a tiny model with its processor."""
+    path = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model_of(CASES[request.param]()[0], "sdpa").float().save_pretrained(path)
+    PROCESSORS[request.param]().save_pretrained(path)
+    return path
+
+
+def picture(x, y, size=(48, 32)):
+    """Return a black image with a white square of 8 pixels at (x, y)."""
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (x, y, x + 8, y + 8))
+    return image
+
+
+def features(model, inputs):
+    """Return the image tokens (n, D) that the language model would read."""
+    read = []
+    handle = find_multimodal(model).language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**inputs)
+    handle.remove()
+    return read[0][inputs["input_ids"] == IMAGE]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [(8, 8), (32, 16), (24, 24)])
+def test_a_token_is_drawn_where_its_part_of_the_image_is(folder, place):
+    opened = open_language_model(str(folder), "stride")
+    unreduce_(opened.model)
+    bright = opened.inputs(picture(*place), QUESTION)
+    tokens = features(opened.model, bright)
+    others = features(opened.model, opened.inputs(Image.new("RGB", (48, 32)), QUESTION))
+    grid = token_grid(opened, picture(*place), bright, len(tokens))
+    changed = (tokens - others).norm(dim=1).view(len(grid.tiles), grid.rows, grid.columns)
+    white = F.adaptive_avg_pool2d(grid.tiles.mean(1), (grid.rows, grid.columns))
+    lit = [i for i, brightness in enumerate(white) if brightness.max() > 0.1]
+    assert lit
+    for i in lit:
+        assert white[i].flatten()[changed[i].argmax()] == white[i].max()
+
+
+BY_QUARTERS = [
+    name
+    for name in CASES
+    if not name.startswith(("qwen", "fast_vlm", *WITHOUT_GRID)) and "_video" not in name
+]
+"""Families but Qwen, which is tested above, and FastVLM, whose convolutions cover the image."""
+MIXING = ("out_proj", "o_proj", "fc2", "down_proj", "lin2", "projection_layer", "attn.proj")
+"""The last layers of the blocks of image towers, without which a token reads its own patch."""
+
+
+def image_features(model, inputs):
+    """Return the projected tokens (n, D) of an image."""
+    found = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+    return torch.cat([each.flatten(0, -2) for each in found])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", BY_QUARTERS)
+def test_tokens_are_in_the_order_of_the_quarters_of_a_tile(name):
+    torch.manual_seed(0)
+    config, inputs = CASES[name]()
+    attention = {"": "eager"} if name in EAGER_TOWER else "eager" if name in EAGER else "sdpa"
+    model = model_of(config, attention).float()
+    for key, weight in find_multimodal(model).tower.named_parameters():
+        if key.removesuffix(".weight").endswith(MIXING):
+            weight.zero_()
+    inputs = {key: value[:1] for key, value in inputs.items()}
+    pixels = inputs["pixel_values"]
+    inputs["pixel_values"] = pixels = pixels[:, :1] if pixels.dim() == 5 else pixels
+    before = image_features(model, inputs)
+    plain = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False))
+    opened = VisualizedLanguageModel(name, model, plain)
+    grid = token_grid(opened, Image.new("RGB", (1, 1)), inputs, len(before))
+    half = pixels.shape[-1] // 2
+    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        other = pixels.clone()
+        other[..., y * half : (y + 1) * half, x * half : (x + 1) * half] *= -1
+        after = image_features(model, inputs | {"pixel_values": other})
+        changed = (after - before).norm(dim=1).view(1, grid.rows, grid.columns)
+        assert F.adaptive_avg_pool2d(changed, 2).flatten().argmax() == 2 * y + x
+
+
+def test_tokens_without_a_place_are_refused(tmp_path):
+    size = {"pixel_values": torch.zeros(1, 3, 32, 32)}
+    plain = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False))
+    opened = VisualizedLanguageModel("any", torch.nn.Identity(), plain)
+    assert token_grid(opened, Image.new("RGB", (1, 1)), size, 16)[1:] == (4, 4)
+    for count in (17, 8, 15):
+        with pytest.raises(ValueError, match=f"grid of square cells, got {count} for 1 pictures"):
+            token_grid(opened, Image.new("RGB", (1, 1)), size, count)
+
+
+def test_the_picture_dims_what_the_model_drops(folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "elip_models.analysis.visualize_language.draw_image",
+        lambda grid, kept, path, **texts: drawn.append((grid, kept, texts)) or path,
+    )
+    opened = open_language_model(str(folder), "diverse", 0.5)
+    reduce_(opened.model, "fastv:layer=1", keep=0.5)
+    image = picture(8, 8)
+    assert draw_kept_tokens(opened, [image], QUESTION, tmp_path / "a.png") == [tmp_path / "a.png"]
+    ((grid, kept, texts),) = drawn
+    inputs = opened.inputs(image, QUESTION)
+    with record_stages(opened.model) as infos, torch.no_grad():
+        opened.model(**inputs)
+    assert torch.equal(kept[0], infos[0].kept[infos[0].images])
+    assert kept[0].sum() == len(kept[0]) // 2 and kept[1].sum() == len(kept[0]) // 4
+    assert len(grid.tiles) * grid.rows * grid.columns == len(kept[0])
+    assert texts["caption"] == QUESTION and "Diverse(keep=0.5" in texts["title"]
+
+
+def test_the_command_writes_a_picture_for_each_image(folder, tmp_path, capsys):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file in files:
+        picture(8, 8).save(file)
+    output = tmp_path / "kept.png"
+    arguments = ("--model", str(folder), "--question", QUESTION, "--output", str(output))
+    assert elip("visualize", *arguments, "--keep", "0.25", *map(str, files)) == 0
+    written = sorted(path.name for path in tmp_path.glob("kept*"))
+    assert written == ["kept_1.png", "kept_2.png"]
+    assert "kept_1.png" in capsys.readouterr().out
+    pixels = pil_to_tensor(Image.open(tmp_path / "kept_1.png").convert("RGB")).float() / 255
+    assert ((pixels - 0.85 * GREY).abs() < 0.01).all(0).sum() > 100  # dimmed black
+
+
+def test_tiles_are_placed_row_by_row():
+    tiles = [torch.full((2, 2, 3), each) for each in (0.1, 0.2, 0.3)]
+    canvas = mosaic(tiles)
+    assert canvas.shape == (8, 8, 3)
+    assert canvas[0, 0, 0] == tiles[0][0, 0, 0] and canvas[0, 6, 0] == tiles[1][0, 0, 0]
+    assert canvas[6, 0, 0] == tiles[2][0, 0, 0] and canvas[7, 7, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--caption", "a dog"], "--caption: expected none with --question"),
+        (["--no-pretrained"], "--no-pretrained: expected none with --question"),
+        (["--strategy", "tome"], "--strategy: expected one of a language model, diverse"),
+        (["--keep", "2.5"], "--keep: expected"),
+        (["--keep", "1"], "--strategy: expected one that removes tokens of images"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(folder, tmp_path, capsys, options, message):
+    picture(8, 8).save(tmp_path / "a.png")
+    arguments = ["--model", str(folder), "--question", QUESTION, str(tmp_path / "a.png")]
+    output = tmp_path / "kept.png"
+    assert elip("visualize", *arguments, "--output", str(output), *options) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_model_without_places_of_its_tokens_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--model: .* for --question"):
+        open_language_model(str(tmp_path))
+    CASES["llava_next"]()[0].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="have a place on the image, got llava_next: its proc"):
+        open_language_model(str(tmp_path))
+    hf.ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a multimodal language model, one of aya"):
+        open_language_model(f"hf:{tmp_path}")
