@@ -133,6 +133,7 @@ def run_tower(
     last = tower.depth - 1
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
     text_cls = None if text_cls is None else text_cls.detach()
+    images = strategy.smaller(tower, images)
     tokens = strategy.embed(tower, images)
     num_tokens = None if strategy.changes_embedding else tokens.shape[1]
     tower = tower.for_images(images)

@@ -40,7 +40,8 @@ class PatchEmbedding:
                     f"{label}: expected none under {strategy.name!r}, whose patches are others "
                     f"than the image's, got {value!r:.80}; unreduce_ the model first"
                 )
-        return strategy.patchify(self.reduction.tower, images)
+        tower = self.reduction.tower
+        return tower.patchify(strategy.smaller(tower, images))
 
 
 class EncodeTextFirst:

@@ -98,7 +98,7 @@ class Strategy(CostModel):
         replaces_block: a step replaces its block; otherwise it runs before the block.
         replaces_later: `later` replaces every block without a step that follows the first step.
         runs_blocks: a step runs whole blocks to compute its scores; their outputs are discarded.
-        changes_embedding: `patchify` replaces the patch embedding.
+        changes_embedding: the tower reads `smaller` images, whose positions are interpolated.
         is_guided: the text changes the result.
         merge: what becomes of dropped tokens, see `Merge`.
         drops_patches: the last block returns no patch, only the class token.
@@ -163,15 +163,15 @@ class Strategy(CostModel):
         """Return whether a forward pass with this guidance, in this mode, is reduced."""
         return True
 
-    def embed(self, tower: Tower, images: Tensor) -> Tensor:
-        """Return the tokens (B, N, D) before block 0 of images (B, 3, H, W)."""
-        if self.changes_embedding:
-            return tower.enter(self.patchify(tower, images))
-        return tower.embed(images)
+    def smaller(self, tower: Tower, images: Tensor) -> Tensor:
+        """Return the images (B, 3, h, w) that the tower reads, of images (B, 3, H, W)."""
+        return images
 
-    def patchify(self, tower: Tower, images: Tensor) -> Tensor:
-        """Return the embedded patches of images (B, 3, H, W), if `changes_embedding`."""
-        raise NotImplementedError
+    def embed(self, tower: Tower, images: Tensor) -> Tensor:
+        """Return the tokens (B, N, D) before block 0 of images that `smaller` has returned."""
+        if self.changes_embedding:
+            return tower.enter(tower.patchify(images))
+        return tower.embed(images)
 
     def step(
         self, tower: Tower, stage: Stage, tokens: Tensor, context: Context

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.layers import AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
@@ -120,14 +120,18 @@ class EvaTower(PlainTimm):
         none[..., rope.shape[-1] // 2 :] = 1  # sin 0, cos 1
         return torch.cat([rope, none], dim=-2)
 
-    def refuses_resizing(self) -> str | None:
-        """Return why the image size cannot change, in one sentence, or None if it can."""
-        return "its rotations are those of one image size"
+    def patchify(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return tokens and rotations of images (B, 3, h, w), with interpolated positions."""
+        ropes = self.for_images(images).ropes if self.is_rotary else None
+        return super().patchify(images), ropes
+
+    def enter(self, tokens: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Run the modules between `entrance` and block 0."""
+        return self.model.norm_pre(tokens[0])
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
-        tokens, _ = self.model._pos_embed(self.model.patch_embed(images))
-        return self.model.norm_pre(tokens)
+        return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
@@ -196,10 +200,15 @@ class EvaTower(PlainTimm):
 
     def _ropes(self, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the rotations of all patches: (N0, 2d), or (depth, H, N0, 2d) if blocks differ."""
-        rope = self.model.rope
-        if not self.has_dynamic_size and hasattr(rope, "feat_shape"):
+        rope, own = self.model.rope, self.grid_of(self.image_size)
+        grid = own if grid is None else grid
+        if self.has_dynamic_size or not hasattr(rope, "feat_shape"):
+            return rope.get_embed(shape=grid)
+        if grid == own:
             return rope.get_embed()
-        return rope.get_embed(shape=grid or self.grid_of(self.image_size))
+        if isinstance(rope, RotaryEmbeddingCat):  # which stores those of one size
+            return rope._build_embed_cat(grid, rope.bands, dtype=rope.pos_embed.dtype)
+        return rope.get_embed(shape=grid)
 
     def _rope(self, i: int) -> Tensor | None:
         """Return the rotations of block i for these tokens."""

@@ -82,24 +82,6 @@ class PlainTimm(Tower):
         """Run the final norm, before pooling."""
         return self.model.norm(tokens)
 
-
-class TimmTower(PlainTimm):
-    """A VisionTransformer of timm; CLS, distillation and register tokens stay."""
-
-    def __init__(self, model: vit.VisionTransformer) -> None:
-        super().__init__(model)
-        self.absorbs_keys = self.has_cls
-
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        if not isinstance(model, vit.VisionTransformer):
-            return timm_reason(model)
-        if getattr(model.patch_drop, "prob", 0.0) > 0:
-            return PATCH_DROP
-        reasons = (refuses_block(block) for block in model.blocks)
-        return next((reason for reason in reasons if reason is not None), None)
-
     @property
     def entrance(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
@@ -130,6 +112,24 @@ class TimmTower(PlainTimm):
         else:
             tokens = torch.cat([*first, tokens], dim=1) + positions
         return model.pos_drop(tokens)
+
+
+class TimmTower(PlainTimm):
+    """A VisionTransformer of timm; CLS, distillation and register tokens stay."""
+
+    def __init__(self, model: vit.VisionTransformer) -> None:
+        super().__init__(model)
+        self.absorbs_keys = self.has_cls
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        if not isinstance(model, vit.VisionTransformer):
+            return timm_reason(model)
+        if getattr(model.patch_drop, "prob", 0.0) > 0:
+            return PATCH_DROP
+        reasons = (refuses_block(block) for block in model.blocks)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""

@@ -47,7 +47,7 @@ TRANSFORMERS = {
     "yolos": "has detection tokens after its patches, and adds embeddings of all positions between "
     f"its layers, which need every token; {PLAIN}",
     "*detr* d_fine deimv2 table-transformer *grounding-dino omdet-turbo": GRID,
-    "depth_* *maskformer mask2former oneformer seggpt sapiens2": GRID,
+    "dpt depth_* *maskformer mask2former oneformer seggpt sapiens2": GRID,
     "timesformer": "attends over the frames of one patch, and then over the patches of one frame, "
     "which needs every token; ViViT, VideoMAE and V-JEPA 2 are supported",
     "xclip pe_video*": VIDEO,

@@ -228,7 +228,7 @@ UNSUPPORTED = [
     ("patch dropout", lambda: open_clip_vit(patch_dropout=0.5)),
     ("scaled cosine", lambda: open_clip_vit(scaled_cosine_attn=True)),
     ("output of each head", lambda: open_clip_vit(scale_heads=True)),
-    ("in each image's own grid", lambda: naflex(rope_type="axial")),
+    ("change with the sizes of the images", lambda: naflex(rope_type="mixed")),
     ("patch dropout", lambda: naflex(patch_drop_rate=0.5)),
     (r"ViTModel.from_pretrained loads", lambda: hf_vision("ViTMAEModel", "ViTMAEConfig")),
     ("patch dropout", lambda: eva(patch_drop_rate=0.5)),

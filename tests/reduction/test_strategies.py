@@ -157,7 +157,6 @@ def patched(model, strategy, x, t, call=None):
 
 
 REFUSED = {("HF SigLIP", name) for name in ("evit", "evit every layer", "nearest evit")}
-REFUSED |= {(tower, "resize") for tower in ("rotary", "rotary registers")}
 PLACED = ["timm BEiT", "timm relative positions", "HF DINOv3"]
 REFUSED |= {(tower, "resize") for tower in PLACED}
 PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS, *PLACED] for name in STRATEGIES]

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import elip_models
 from elip_models import encode_image, reduce_
 from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies import ImageResize
+from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, TOWERS, eva, output
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
@@ -235,3 +237,18 @@ def test_the_head_may_be_reset_and_the_pooling_with_it():
     fresh = elip_models.unreduce_(copy.deepcopy(model))
     assert torch.equal(model(x), output(reduce_(fresh, schedule=SCHEDULE), x))
     assert fresh.head.out_features == 3
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@torch.no_grad()
+def test_resize_rotates_patches_by_their_place_in_the_smaller_image(name):
+    model, x = ROTARY[name]().eval(), images()
+    smaller = copy.deepcopy(model)
+    smaller.set_input_size((32, 32))
+    strategy = ImageResize(32)
+    expected = smaller(strategy.smaller(as_tower(model), x))
+    found = encode_image(model, x, strategy=strategy)
+    assert found.shape[1] == model.num_prefix_tokens + 16
+    torch.testing.assert_close(reduce_(model, strategy=strategy)(x), expected)
+    elip_models.unreduce_(model)
+    torch.testing.assert_close(model.forward_head(found), expected)

@@ -21,7 +21,6 @@ TRANSFORMERS = {
     "ConvNextModel": f"is a convolutional network.*{PLAIN}",
     "ResNetModel": f"is a convolutional network.*{PLAIN}",
     "YolosModel": f"detection tokens after its patches.*need every token; {PLAIN}",
-    "DPTModel": f"boxes, masks or depths.*{PLAIN}",
     "DepthProModel": f"boxes, masks or depths.*{PLAIN}",
     "TimesformerModel": "over the patches of one frame.*VideoMAE and V-JEPA 2 are supported",
     "XCLIPModel": "reads videos.*VideoMAE and V-JEPA 2 are supported",

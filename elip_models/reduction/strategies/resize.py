@@ -68,10 +68,6 @@ class ImageResize(Strategy):
         pixels, wide = self.pixels(tower.size, images.shape[2:]), images.to(at_least_fp32)
         return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
 
-    def patchify(self, tower: Tower, images: Tensor) -> Tensor:
-        """Return the embedded patches of the resized images."""
-        return tower.patchify(self.smaller(tower, images))
-
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with the size of that strength, in whole patches."""
         rows = size.image[0] // size.patch
