@@ -55,9 +55,9 @@ def reduce_(
     whole image-text model encodes its text first, without gradient, and text i guides image i.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
-    'cdpruner', 'visionzip', 'pool', 'stride' and 'random' remove image tokens in front of the
-    language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A strategy
-    of each of these three places can be used at the same time.
+    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random' remove image tokens in front of
+    the language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A
+    strategy of each of these three places can be used at the same time.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, or a
