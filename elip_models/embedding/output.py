@@ -50,14 +50,14 @@ class OutputFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
-        try:
-            with writing(self.path):
+        with writing(self.path):
+            try:
                 lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                f"output: expected a folder that no other run uses, got {self.path}; wait until "
-                "the other run ends, or choose another folder"
-            ) from None
+            except Timeout:
+                raise ConfigError(
+                    f"output: expected a folder that no other run uses, got {self.path}; wait "
+                    "until the other run ends, or choose another folder"
+                ) from None
         try:
             yield
         finally:
@@ -92,7 +92,6 @@ class OutputFolder:
             self._check_same({k: v for k, v in saved.items() if k not in RESULT}, settings)
             return saved["complete"] is True
         with writing(self.path):
-            (self.path / IMAGES).mkdir(exist_ok=True)
             write_json(manifest, _with_result(settings))
         return False
 
@@ -119,7 +118,7 @@ class OutputFolder:
         if not keys:
             return
         listed = "; ".join(
-            f"{key}: {shortened(there.get(key), 80)} there, {shortened(now.get(key), 80)} now"
+            f"{key}: {shortened(there.get(key))} there, {shortened(now.get(key))} now"
             for key in keys[:3]
         )
         more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""

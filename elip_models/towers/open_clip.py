@@ -212,8 +212,9 @@ class OpenClipImageText(ImageTextModel):
         return stats or default_stats(self.image_model, "CLIP", clip_stats())
 
     def load_tokenizer(self, name: str) -> Any:
-        """Return the tokenizer of open_clip's model 'NAME', 'NAME:TAG' or 'NAME/TAG'."""
-        return open_clip.get_tokenizer(re.split("[:/]", name)[0])
+        """Return the tokenizer of 'NAME', 'NAME:TAG', 'NAME/TAG' or 'local-dir:FOLDER'."""
+        is_folder = name.startswith("local-dir:")
+        return open_clip.get_tokenizer(name if is_folder else re.split("[:/]", name)[0])
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the arguments of `encode_guidance` for B captions, on the CPU."""

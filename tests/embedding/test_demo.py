@@ -248,7 +248,8 @@ def test_the_page_is_served_to_this_machine_only(page, monkeypatch):
         page.close()
 
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 CHROME_OPTIONS = ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-sandbox")
 
 

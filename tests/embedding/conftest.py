@@ -1,0 +1,47 @@
+"""A folder of pictures, some of which cannot be read, and a tiny model with weights in a file."""
+
+import shutil
+
+import pytest
+import timm
+import torch
+
+from tests.helpers.damage import picture
+
+READABLE = 9
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Return a folder of nine pictures, one of them in a subfolder."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "sub").mkdir()
+    for i in range(READABLE - 1):
+        (folder / f"{i}.png").write_bytes(picture(i, size=(40 + i, 30)))
+    (folder / "sub" / "a.jpg").write_bytes(picture(99, format="JPEG", size=(64, 48)))
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def damaged(pictures, tmp_path):
+    """Return a copy of the pictures, with four files that cannot be read."""
+    folder = shutil.copytree(pictures, tmp_path / "damaged")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "1.png").read_bytes()[:300])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "gone.png").symlink_to("nowhere")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Return the name of a tiny model of timm with weights in a file."""
+    path = tmp_path_factory.mktemp("weights") / "test_vit.pt"
+    torch.manual_seed(0)
+    made = timm.create_model("test_vit")
+    for weight in made.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=0.2)
+    torch.save(made.state_dict(), path)
+    return f"timm:test_vit:{path}"
