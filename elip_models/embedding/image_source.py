@@ -51,6 +51,8 @@ class ImageSource:
         columns: the columns to keep, with one row for each image.
         content: further facts that identify the list of images, such as the sizes of files.
         random_access: whether single images are read without reading the ones before them.
+        list_again: function that returns the keys that the source has now; None if a source does
+            not change by itself, such as a list.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class ImageSource:
     columns: pyarrow.Table | None = None
     content: Iterable[Any] = field(default=(), repr=False)
     random_access: bool = True
+    list_again: Callable[[], Sequence[str]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -123,7 +123,7 @@ def _open_folder(
     kinds = {
         ".tar files": [each for each in found if _ending(each.name) == ".tar"],
         ".parquet files": [each for each in found if _ending(each.name) == ".parquet"],
-        "images": [each for each in found if _ending(each.name) in IMAGE_ENDINGS],
+        "images": _images(found),
     }
     present = [kind for kind, of_kind in kinds.items() if of_kind]
     if len(present) > 1:
@@ -133,7 +133,7 @@ def _open_folder(
         )
     if not kinds["images"] and present:
         return _open_files(files, [each.path for each in kinds[present[0]]], shown, options)
-    return _folder_source(files, kinds["images"], shown, options)
+    return _folder_source(files, folder, kinds["images"], shown, options)
 
 
 def _open_files(
@@ -162,6 +162,10 @@ def _listed(files: AbstractFileSystem, folder: str) -> list[Found]:
     return sorted(found, key=lambda each: each.name)
 
 
+def _images(found: Sequence[Found]) -> list[Found]:
+    return [each for each in found if _ending(each.name) in IMAGE_ENDINGS]
+
+
 def _listed_local(folder: str) -> Iterator[Found]:
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -171,7 +175,11 @@ def _listed_local(folder: str) -> Iterator[Found]:
 
 
 def _folder_source(
-    files: AbstractFileSystem, found: Sequence[Found], shown: str, options: SourceOptions
+    files: AbstractFileSystem,
+    folder: str,
+    found: Sequence[Found],
+    shown: str,
+    options: SourceOptions,
 ) -> ImageSource:
     for argument in ("image_column", "key_column"):
         if getattr(options, argument) is not None:
@@ -182,5 +190,9 @@ def _folder_source(
     def payloads(start: int, stop: int) -> Iterator[Payload]:
         return (Stored(path, own) for path in paths[start:stop])
 
+    def list_again() -> list[str]:
+        return [as_key(each.name) for each in _images(_listed(files, folder))]
+
     keys = different_keys([as_key(each.name) for each in found], options.on_duplicate)
-    return ImageSource("folder", shown, keys, payloads, content=[each.size for each in found])
+    sizes = [each.size for each in found]
+    return ImageSource("folder", shown, keys, payloads, content=sizes, list_again=list_again)

@@ -106,11 +106,29 @@ def embed(
     lines = None if texts is None else _read_texts(Path(texts))
     folder = OutputFolder(output)
     with folder.locked():
-        if not isinstance(model, Encoder):
-            names = "preprocess", "precision", "device", "pretrained", "compile"
-            given = {name: getattr(chosen, name) for name in names}
-            model = open_encoder(model, reduce=reduce, keep=keep, **given)
-        return _Run(model, source, folder, chosen, progress, report).run(lines)
+        encoder = _encoder(model, chosen, reduce, keep)
+        found = _Run(encoder, source, folder, chosen, progress, report).run(lines)
+    if found.images_per_second is not None:
+        _report_changes(source, report)
+    return found
+
+
+def _encoder(
+    model: str | Encoder, options: EmbedOptions, reduce: str | Strategy | None, keep: float | None
+) -> Encoder:
+    """Return the encoder that the arguments of `embed` describe."""
+    names = "preprocess", "precision", "device", "pretrained", "compile"
+    given = {name: getattr(options, name) for name in names}
+    if not isinstance(model, Encoder):
+        return open_encoder(model, reduce=reduce, keep=keep, **given)
+    given |= {"reduce": reduce, "keep": keep}
+    defaults = {"precision": "auto", "pretrained": True, "compile": False}
+    for name, value in given.items():
+        if value != defaults.get(name):
+            raise ConfigError(
+                f"{name}: expected none with an Encoder, which has its own, got {value!r:.100}"
+            )
+    return model
 
 
 class _Run:
@@ -235,6 +253,20 @@ class _Run:
             "text": pyarrow.array(texts, pyarrow.string()),
         }
         self.folder.write_shard(0, columns, part=TEXTS)
+
+
+def _report_changes(source: ImageSource, report: Report) -> None:
+    """Report that files were added to a folder or removed since they were listed."""
+    try:
+        now = source.list_again() if source.list_again is not None else source.keys
+    except OSError:
+        now = ()
+    added, removed = len(set(now) - set(source.keys)), len(set(source.keys) - set(now))
+    if added or removed:
+        report(
+            f"{source.location} changed during the run: {added} images were added, which have no "
+            f"embedding, and {removed} removed; embed it again into another folder"
+        )
 
 
 def _read_texts(path: Path) -> list[str]:

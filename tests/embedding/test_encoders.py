@@ -105,6 +105,7 @@ def test_a_clip_of_transformers_embeds_images_and_texts(image, tmp_path, tokeniz
     torch.testing.assert_close(encoder.encode_texts(["a dog"]), text.pooler_output)
 
 
+@pytest.mark.slow
 def test_a_blip_embeds_in_the_space_of_its_texts(image, tmp_path):
     made = enlarged(hf_blip()).eval()
     made.save_pretrained(tmp_path)
@@ -192,6 +193,7 @@ def test_a_wrong_model_is_an_error(name):
         open_encoder(name, pretrained=name != "meter_tiny")
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_an_error(model, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ConfigError, match="model: spec: expected weights of test_vit in"):
@@ -200,6 +202,7 @@ def test_weights_of_another_model_are_an_error(model, tmp_path):
         open_encoder(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_embeds_dense(image):
     encoder = open_encoder("timm:test_resnet", pretrained=False)
     assert embedding(encoder, image).shape == (1, encoder.dimension)
@@ -212,6 +215,7 @@ def test_keep_beside_none_is_an_error(model):
         open_encoder(model, reduce="none", keep=0.5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_embeddings(model, image, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # no compiler
     plain, compiled = open_encoder(model), open_encoder(model, compile=True)

@@ -17,11 +17,13 @@ from PIL import Image
 from pyarrow import parquet
 
 import elip_models
+from elip_models.cli import main
 from elip_models.embedding import encoder as encoders
 from elip_models.embedding import output, run
 from elip_models.embedding.encoder import open_encoder
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE
+from tests.full_disk import fill
 from tests.helpers.tiny_run import elip, own_process
 
 SMALL = {"batch_size": 2, "shard_size": 3, "workers": 0, "check": 0}
@@ -109,6 +111,7 @@ def test_images_that_cannot_be_read_are_listed_with_the_reason(damaged, model, t
     assert again.images_per_second is None and again.skipped == 4
 
 
+@pytest.mark.slow
 def test_a_source_without_a_readable_image_has_empty_shards(model, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"")
@@ -205,6 +208,7 @@ def test_other_settings_are_refused_with_both_named(whole, pictures, model, tmp_
     assert files_of(whole) == before
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(whole, pictures, model, tmp_path):
     weights = torch.load(model.partition("vit:")[2], weights_only=True)
     weights["cls_token"] += 1
@@ -253,6 +257,7 @@ def test_float16_that_overflows_is_not_finite(pictures, model, tmp_path, monkeyp
     assert found.non_finite == found.skipped == 9
 
 
+@pytest.mark.slow
 def test_float16_is_stored(whole, pictures, model, tmp_path):
     elip_models.embed(model, pictures, tmp_path, **SMALL | {"embedding_dtype": "float16"})
     assert embedded(tmp_path).schema.field("embedding").type == pyarrow.list_(pyarrow.float16(), 64)
@@ -282,6 +287,31 @@ def test_a_full_disk_is_one_line_and_whole_shards_stay(
     assert len(list((tmp_path / "out" / "images").glob("*.parquet"))) == 2
     assert elip(*arguments) == 0
     assert files_of(tmp_path / "out") == files_of(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked")
+def test_a_real_limit_of_the_file_system_is_one_line(pictures, model, tmp_path, capfd):
+    def work():
+        fill(tmp_path, 2_500)
+        main(["embed", str(pictures), "--model", model, "--output", str(tmp_path), "--workers=0"])
+
+    assert in_child(work) == 1  # `main` raises SystemExit
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "File too large; the files that were written are whole" in said[0]
+    assert not list((tmp_path / "images").glob("*"))
+
+
+def test_a_folder_that_changes_during_the_run_is_reported(damaged, model, tmp_path):
+    said = []
+
+    def change(images, skipped):
+        (damaged / "0.png").unlink(missing_ok=True)
+        (damaged / "new.png").write_bytes(b"")
+
+    options = SMALL | {"progress": change, "report": said.append}
+    found = elip_models.embed(model, damaged, tmp_path / "out", **options)
+    assert (found.found, found.skipped) == (13, 5)
+    assert "changed during the run: 1 images were added" in said[-1] and "1 removed" in said[-1]
 
 
 def test_columns_of_the_source_are_kept(pictures, model, tmp_path):
@@ -315,6 +345,7 @@ def test_a_cosine_that_is_too_low_stops_before_the_run(pictures, model, tmp_path
     assert not list((tmp_path / "out" / "images").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_file_of_calibrate_is_read(pictures, model, tmp_path):
     from elip_models.models.io.files import write_json
     from elip_models.reduction.serialization import settings_of
@@ -342,6 +373,13 @@ def test_a_wrong_argument_is_named(name, pictures, model, tmp_path):
     value, message = WRONG[name]
     with pytest.raises(ConfigError, match=message):
         elip_models.embed(model, pictures, tmp_path / "out", **SMALL | {name: value})
+
+
+def test_an_encoder_takes_no_further_reduction(pictures, model, tmp_path):
+    for options in ({"reduce": "tome"}, {"keep": 0.5}, {"preprocess": "clip"}):
+        (name,) = options
+        with pytest.raises(ConfigError, match=f"{name}: expected none with an Encoder"):
+            elip_models.embed(open_encoder(model), pictures, tmp_path, **SMALL, **options)
 
 
 def test_texts_need_an_image_text_model(pictures, model, tmp_path):
