@@ -1,5 +1,6 @@
 """The command `elip demo`: a local page on which a person sees what a reduction merges."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +39,11 @@ def demo(
         from elip_models.embedding.demo import DemoModel
         from elip_models.embedding.demo_page import LOCALHOST, build_page, serve
         from elip_models.embedding.encoder import open_encoder
+        from elip_models.reduction.user_warnings import UnguidedWarning
 
-        encoder = open_encoder(name, preprocess=preprocess, pretrained=pretrained)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnguidedWarning)  # no text guides on the page
+            encoder = open_encoder(name, preprocess=preprocess, pretrained=pretrained)
         page = build_page(DemoModel(encoder), batch_size=batch_size)
     console.print(escape(f"{name}: http://{LOCALHOST}:{port} (Ctrl+C ends it)"), soft_wrap=True)
     serve(page, port=port)

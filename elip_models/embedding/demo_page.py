@@ -14,6 +14,7 @@ with require_extra("elip_models.embedding.demo_page"):
 LOCALHOST = "127.0.0.1"
 KEPT_SECONDS = 3600  # of uploaded and shown pictures
 FONTS = ("system-ui", "sans-serif")  # of the browser: none is loaded
+STYLE = "#picture img, #merged img { width: 100%; height: 100%; object-fit: contain; }"
 INTRODUCTION = """# What does token reduction merge?
 A vision transformer cuts an image into patches, one token each. Token reduction merges similar
 tokens or drops unimportant ones, so that the model computes less. Choose an image and move the
@@ -112,9 +113,9 @@ def _add_outputs(
 ) -> tuple[gradio.components.Component, list[gradio.components.Component]]:
     """Add the message; and image, merged tokens, figures, tokens by block and ranking."""
     message = gradio.Textbox(NO_IMAGE, label="Message", interactive=False, elem_id="message")
-    options = {"format": "png", "interactive": False, "buttons": [], "height": 360}
+    options = {"format": "png", "interactive": False, "buttons": [], "height": 340}
     with gradio.Row():
-        picture = gradio.Image(label="Image, as the model reads it", **options)
+        picture = gradio.Image(label="Image, as the model reads it", elem_id="picture", **options)
         merged = gradio.Image(label="Merged tokens", elem_id="merged", **options)
     with gradio.Row():
         figures = gradio.Markdown(elem_id="figures")
@@ -199,6 +200,7 @@ def serve(page: gradio.Blocks, *, port: int, **options: Any) -> None:
             share=False,
             max_file_size=MAX_IMAGE_BYTES,
             theme=gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace")),
+            css=STYLE,
             footer_links=[],
             ssr_mode=False,
             enable_monitoring=False,
