@@ -22,6 +22,8 @@ V = TypeVar("V")
 class PromptInfo(NamedTuple):
     """The tokens of one forward pass of a reduced multimodal language model.
 
+    Of a language model with cross-attention, N are the tokens of all tiles of a row, without text.
+
     Attributes:
         images: (B, N) bool, the image tokens of the prompt.
         kept: (B, N) bool, the tokens that the language model reads.

@@ -34,6 +34,8 @@ LANGUAGE_MODEL = {
     "vipllava": "language_model",
 }
 """The name of the language model inside the model, by `config.model_type`."""
+CROSS_ATTENTION = {"mllama": "language_model"}
+"""The same for models whose language model reads images by cross-attention."""
 TOKEN_IDS = ("image_token_id", "video_token_id")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -80,6 +82,13 @@ class Multimodal:
         return tuple(each for each in found if each is not None)
 
     @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Return the layers of the language model that read images by cross-attention, if any."""
+        if self.config.model_type not in CROSS_ATTENTION:
+            return ()
+        return tuple(self.text_config.cross_attention_layers)
+
+    @property
     def window(self) -> int | None:
         """Return how many tokens back the shortest layer of the language model can attend."""
         types = getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
@@ -91,7 +100,9 @@ def find_multimodal(model: nn.Module) -> Multimodal | None:
     """Return the parts of the multimodal language model that `model` is or contains, or None."""
     parents = {child: module for module in model.modules() for child in module.children()}
     for module in model.modules():
-        name = LANGUAGE_MODEL.get(getattr(getattr(module, "config", None), "model_type", None))
+        name = (LANGUAGE_MODEL | CROSS_ATTENTION).get(
+            getattr(getattr(module, "config", None), "model_type", None)
+        )
         if name is not None and name in module._modules:
             return Multimodal(module, module._modules[name], parents.get(module))
     return None

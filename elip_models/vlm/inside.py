@@ -64,7 +64,7 @@ class InnerLayers(Watcher):
         remove_hooks(multimodal.language_model, InnerLayers)
         for layer in multimodal.language_model.layers:
             remove_hooks(layer, LayerHook)
-            unwatch(layer.self_attn)
+            unwatch(getattr(layer, "self_attn", layer))  # there may be cross-attention instead
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""

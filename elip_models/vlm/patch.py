@@ -19,6 +19,7 @@ from elip_models.reduction.strategy_spec import StrategyOptions, from_line
 from elip_models.reduction.summary import Summary
 from elip_models.validation import as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
+from elip_models.vlm.cross_attention import CrossAttentionSeam
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
 from elip_models.vlm.inside import InnerLayers
 from elip_models.vlm.seam import RECORDS, Seam, SeamText
@@ -264,7 +265,7 @@ def _install(
     multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
 ) -> None:
     """Replace what is installed."""
-    seam = Seam(multimodal, front)
+    seam = _seam(multimodal, front, inside)
     inner = None if inside is None else InnerLayers(multimodal, inside)
     tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)
     _uninstall(multimodal)
@@ -275,6 +276,21 @@ def _install(
         inner.install(multimodal)
     model = multimodal.model
     model.extra_repr = SeamText((front, inside), model, vars(model).get("extra_repr"))
+
+
+def _seam(
+    multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
+) -> Seam:
+    """Return the hooks that remove tokens in front of the language model."""
+    if not multimodal.cross_attention_layers:
+        return Seam(multimodal, front)
+    if inside is not None:
+        raise TypeError(
+            f"model: expected one whose image tokens are in the prompt for {inside.name!r}, got "
+            f"{multimodal.config.model_type}, which reads them by cross-attention; take a strategy "
+            "in front of the language model, such as 'diverse'"
+        )
+    return CrossAttentionSeam(multimodal, front)
 
 
 def _uninstall(multimodal: Multimodal) -> None:

@@ -67,9 +67,9 @@ class Seam:
         _refuse_packed(kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        call.images = _tokens_of(model, ids, embeds, self.placeholder_ids)
+        call.images = tokens_of(model, ids, embeds, self.placeholder_ids)
         if self.layout is not None and call.images is not None and call.images.shape[1] > 1:
-            call.videos = _tokens_of(model, ids, embeds, (self.layout.token_id,))
+            call.videos = tokens_of(model, ids, embeds, (self.layout.token_id,))
             call.clip_lengths = self.layout.clip_lengths(kwargs)
         if isinstance(mask, Tensor) and mask.dim() == 2 and call.images is not None:
             call.mask = mask
@@ -167,7 +167,11 @@ class Seam:
         """Return what the strategy reads beside the tokens of the images."""
         context = ImageContext(frame=group.frame, always=group.always)
         if self.strategy.reads_question:
-            context = context._replace(question=_question(embeds, call, group.rows))
+            others = ~call.images
+            if call.mask is not None:
+                others = others & call.mask[:, -others.shape[1] :].bool()
+            question = question_of(embeds, others, group.rows[:, 0])
+            context = context._replace(question=question)
         if self.strategy.reads_tower:
             attention, keys = tower_attention(*group.positions.shape)
             context = context._replace(attention=attention, keys=keys)
@@ -292,17 +296,17 @@ def _layout_for(strategy: ImageTokenStrategy | None, multimodal: Multimodal) -> 
     return layout
 
 
-def _question(embeds: Tensor, call: PromptCall, rows: Tensor) -> Tensor:
-    """Return the mean embedding (R, D) of the tokens beside the images, for R images in `rows`."""
-    others = ~call.images
-    if call.mask is not None:
-        others = others & call.mask[:, -others.shape[1] :].bool()
+def question_of(embeds: Tensor, others: Tensor, rows: Tensor) -> Tensor:
+    """Return (R, D), the mean embedding of the tokens `others` (B, N) bool beside each image.
+
+    `rows` (R,) has the row of each image.
+    """
     weights = others.to(embeds.dtype).unsqueeze(-1)
     mean = (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return mean[rows[:, 0]]
+    return mean[rows]
 
 
-def _tokens_of(
+def tokens_of(
     model: nn.Module, ids: Tensor | None, embeds: Tensor | None, values: tuple[int, ...]
 ) -> Tensor | None:
     """Return (B, N) bool, which tokens are `values`, or None without ids and embeddings."""

@@ -17,8 +17,7 @@ class MultimodalSummary:
 
     strategy: what selects image tokens in front of the language model, or None.
     inside: what selects them inside the language model, or None.
-    image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ;
-        of a clip of 576 tokens, if the strategy reduces videos alone.
+    image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ.
     layer_tokens: the tokens of the image that each layer of the language model reads.
     prefill_flops: FLOPs of the language model for the kept tokens, selection included, relative to
         those for all tokens of the image. Tokens of text come on top of both.
@@ -26,6 +25,7 @@ class MultimodalSummary:
         model.
     dense_cache_bytes: the same for all tokens of the image.
     tower: the reduction of the image tower, or None.
+    unit: what the tokens are of: an image, a tile of a model with cross-attention, or a clip.
     """
 
     strategy: ImageTokenStrategy | None
@@ -37,6 +37,7 @@ class MultimodalSummary:
     cache_bytes: int
     dense_cache_bytes: int
     tower: Summary | None
+    unit: str = "an image"
 
     @classmethod
     def of(
@@ -47,19 +48,25 @@ class MultimodalSummary:
         tower: Summary | None,
     ) -> "MultimodalSummary":
         """Summarize a model that `strategy`, `inside` and `tower` reduce."""
+        cross, unit = multimodal.cross_attention_layers, "an image"
         tokens = getattr(multimodal.config, "image_seq_length", None) or NOMINAL_TOKENS
+        if cross:
+            tokens, unit = multimodal.tower.num_patches, "a tile"
         if strategy is not None and strategy.reads_frames:
-            tokens = NOMINAL_TOKENS
+            tokens, unit = NOMINAL_TOKENS, "a clip"
         depth = len(multimodal.language_model.layers)
         kept = tokens if strategy is None else strategy.count(tokens)
+        readers = [i in cross or not cross for i in range(depth)]
         read = (kept,) * depth if inside is None else inside.kept(kept, depth)
+        read = tuple(each * reads for each, reads in zip(read, readers, strict=True))
+        dense = tuple(tokens * reads for reads in readers)
         reduced = _prefill_flops(multimodal, read)
         if kept < tokens and strategy is not None:
             reduced += strategy.flops(tokens, multimodal.text_config.hidden_size)
-        share = reduced / _prefill_flops(multimodal, (tokens,) * depth)
+        share = reduced / _prefill_flops(multimodal, dense)
         width = _cache_width(multimodal)
-        cached, dense = sum(read) * width, tokens * depth * width
-        return cls(strategy, inside, tokens, kept, read, share, cached, dense, tower)
+        cached = sum(read) * width, sum(dense) * width
+        return cls(strategy, inside, tokens, kept, read, share, *cached, tower, unit)
 
     @property
     def keep(self) -> float:
@@ -69,15 +76,14 @@ class MultimodalSummary:
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
         used = [str(each) for each in (self.strategy, self.inside) if each is not None]
-        is_for_clips = self.strategy is not None and self.strategy.reads_frames
-        unit = "a clip" if is_for_clips else "an image"
+        cached, dense = _size(self.cache_bytes), _size(self.dense_cache_bytes)
         lines = [
             ("image tower", "dense" if self.tower is None else self.tower.line),
             ("language model", ", then ".join(used) or "reads every image token"),
-            ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in {unit}"),
+            ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in {self.unit}"),
             ("tokens a layer", runs(self.layer_tokens)),
-            ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for the tokens of {unit}"),
-            ("cache", f"{_size(self.cache_bytes)} of {_size(self.dense_cache_bytes)} for {unit}"),
+            ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for the tokens of {self.unit}"),
+            ("cache", f"{cached} of {dense} for {self.unit}"),
         ]
         return "\n".join(f"{name:<16}{value}" for name, value in lines)
 
@@ -89,6 +95,9 @@ def _prefill_flops(multimodal: Multimodal, tokens: Sequence[int]) -> int:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     total = 0
     for layer, length in zip(layers, tokens, strict=True):
+        if (cross := getattr(layer, "cross_attn", None)) is not None:  # keys and values alone
+            total += 2 * length * (cross.k_proj.weight.numel() + cross.v_proj.weight.numel())
+            continue
         weights = sum(each.numel() for each in layer.parameters() if each.dim() > 1)
         # half of the attention matrix, since each token attends to those before it
         attention = 2 * length * length * config.num_attention_heads * head
