@@ -42,6 +42,7 @@ class StrategyOptions(ELIPOptions, total=False):
     compare: Literal["mean_key", "keys", "tokens"] | None
     keep_norm: bool | None
     class_token_only: bool | None
+    position: Literal["kept", "mean"] | None
     protect: Rate | None
     weight: float | None
     margin: Share | None

@@ -10,15 +10,23 @@ made of all dropped ones has no position: its rotation is the identity (sin 0, c
 CLS row projects the keys, because a rotation cannot fold into the query.
 """
 
+import math
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.layers.pos_embed_sincos import (
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    get_mixed_freqs,
+)
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
+from elip_models.towers.positions import angles_at, coordinates_of
 from elip_models.towers.timm import PATCH_DROP, PlainTimm
 from elip_models.towers.tower_parts import NO_POSITION, Block, Projections
 from elip_models.towers.wrapped_modules import (
@@ -112,6 +120,39 @@ class EvaTower(PlainTimm):
         """
         rope = rope[None] if rope.dim() == 2 else rope
         return self.with_none(rope)[:, positions].transpose(0, 1)
+
+    def refuses_mean_positions(self) -> str | None:
+        """Return why a token cannot be between patches, in one sentence, or None if it can."""
+        rope = self.model.rope
+        is_index = isinstance(rope, RotaryEmbeddingCat) and not rope.in_pixels
+        if is_index or isinstance(rope, (RotaryEmbeddingDinoV3, RotaryEmbeddingMixed)):
+            return None
+        return super().refuses_mean_positions()
+
+    def coordinates(self) -> Tensor:
+        """Return the coordinates (N0, 2), or (B, N0, 2), of all patches; see `mean_positions`."""
+        rope, table = self.model.rope, self.ropes
+        if self.is_mixed:
+            grid = rope._get_grid_values(self.grid_of(self.image_size))
+            return torch.stack(grid, dim=1).double()
+        table = self._ropes() if table is None else table
+        sin, cos = (table[:, 0] if table.dim() == 4 else table).chunk(2, -1)
+        return coordinates_of(sin, cos, self._frequencies, half=rope.rotate_half)
+
+    @property
+    def _frequencies(self) -> Tensor:
+        """Return the frequencies of each axis, the lowest last."""
+        rope = self.model.rope
+        is_dinov3 = isinstance(rope, RotaryEmbeddingDinoV3)
+        return math.tau / rope.periods if is_dinov3 else rope.bands
+
+    def _rotations(self, coordinates: Tensor, i: int) -> Tensor:
+        """Return the rotations (B, 1 or H, N, 2d) of block i at coordinates (B, N, 2)."""
+        rope, coordinates = self.model.rope, coordinates[:, None]
+        if self.is_mixed:
+            return get_mixed_freqs(rope.freqs[:, i], *coordinates.unbind(-1))
+        angles = angles_at(coordinates, self._frequencies, half=rope.rotate_half)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     @staticmethod
     def with_none(rope: Tensor) -> Tensor:
@@ -222,7 +263,9 @@ class EvaTower(PlainTimm):
             return rope
         block = i if self.is_mixed else 0
         if block not in self.gathered:  # by queries and by keys
-            self.gathered[block] = self.rotations_at(rope, self.positions)
+            at = self.positions
+            rope = self.rotations_at(rope, at) if at.dim() == 2 else self._rotations(at, i)
+            self.gathered[block] = rope
         return self.gathered[block]
 
 

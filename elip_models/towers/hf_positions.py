@@ -5,6 +5,7 @@ rotations from the indices of all tokens; BEiT and Data2Vec add a bias. See `eva
 without a position.
 """
 
+import math
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
 from elip_models.towers.hf_layers import Layer, part
+from elip_models.towers.positions import angles_at, coordinates_of
 from elip_models.towers.tower_parts import NO_POSITION
 
 
@@ -124,6 +126,9 @@ class HFPositions(Tower):
             tables = self._tables(weight.new_empty(1, 3, *self.image_size))
         if self.positions is None:
             return tables
+        if self.gathered is None and self.positions.dim() == 3:
+            angles = angles_at(self.positions[:, None], self._frequencies, half=True)
+            self.gathered = angles.cos().to(tables[0]), angles.sin().to(tables[0])
         if self.gathered is None:
             none = (1.0, 0.0)  # of a token without a position, the last row
             padded = [F.pad(t, (0, 0, 0, 1), value=v) for t, v in zip(tables, none, strict=True)]
@@ -131,6 +136,21 @@ class HFPositions(Tower):
             cos, sin = (table[places].unsqueeze(1) for table in padded)
             self.gathered = cos, sin
         return self.gathered
+
+    def refuses_mean_positions(self) -> str | None:
+        """Return why a token cannot be between patches, in one sentence, or None if it can."""
+        has_known = hasattr(self.trunk, "rope_embeddings")
+        return None if has_known else super().refuses_mean_positions()
+
+    def coordinates(self) -> Tensor:
+        """Return the coordinates (N0, 2) of all patches; see `mean_positions`."""
+        cos, sin = self.at(None)._rotations()
+        return coordinates_of(sin, cos, self._frequencies, half=True)
+
+    @property
+    def _frequencies(self) -> Tensor:
+        """Return the frequencies of each axis, the lowest last, of DINOv3."""
+        return math.tau * self.trunk.rope_embeddings.inv_freq
 
     def _tables(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of images (B, 3, H, W), see `rotations`."""

@@ -3,9 +3,14 @@
     rotary:  q_n, k_n = r(position of n) q_n, k_n
     bias:    a_nm = q_n . k_m / sqrt(d) + bias(position of n, position of m)
 
-A kept token keeps its position, also if others merge into it.
+A kept token keeps its position, also if others merge into it. With position='mean', a merged
+token of a rotary tower has the mean coordinates of its patches. With f the frequencies of an axis:
+
+    angles = [f x_a for each axis a]            of a token at the coordinates x
+    x_a    = angle of a known f, over f         so the model's own rotations give the coordinates
 """
 
+import math
 from copy import copy
 from typing import Any, Self
 
@@ -13,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_kernels import ReductionInfo
+import elip_kernels
+from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.towers.tower_parts import NO_POSITION, TowerParts
 
 
@@ -66,6 +72,25 @@ class Positions(TowerParts):
             return positions
         return F.pad(positions, (0, 1), value=NO_POSITION)
 
+    def refuses_mean_positions(self) -> str | None:
+        """Return why a token cannot be between patches, in one sentence, or None if it can."""
+        return "no rotation of its blocks is computed from coordinates of patches"
+
+    def coordinates(self) -> Tensor:
+        """Return the coordinates (N0, 2), or (B, N0, 2), of all patches; see `mean_positions`."""
+        raise NotImplementedError
+
+    def mean_positions(self, match: BipartiteInfo, sizes: Tensor | None) -> Tensor:
+        """Return the coordinates (B, R-p, 2) of the patches after a merge: means by size.
+
+        `sizes` (B, N) are those before it. The tower may be at such coordinates, as at positions.
+        """
+        B, p, at = match.slots.shape[0], self.num_prefix_tokens, self.positions
+        if at is None or at.dim() == 2:
+            table = self.coordinates().expand(B, -1, -1)
+            at = table if at is None else table.gather(1, at[..., None].expand(-1, -1, 2))
+        return elip_kernels.apply_merge(F.pad(at, (0, 0, p, 0)), match, size=sizes)[0][:, p:]
+
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
         return kwargs
@@ -85,3 +110,26 @@ class Positions(TowerParts):
     def rotated(self, i: int, heads: Tensor) -> Tensor:
         """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
         return heads
+
+
+def coordinates_of(sin: Tensor, cos: Tensor, frequencies: Tensor, *, half: bool) -> Tensor:
+    """Return the coordinates (.., N, 2) of rotations (.., N, d).
+
+    The lowest frequency tells the number of turns of the highest, which is more accurate.
+
+    frequencies: (d / 4,) of each axis, the lowest last.
+    half: the channels of a frequency are in two halves, not side by side.
+    """
+    n, coordinates = len(frequencies), 0.0
+    for k in (n - 1, 0):
+        channels = [k, n + k] if half else [2 * k, 2 * (n + k)]
+        angles = torch.atan2(sin[..., channels].double(), cos[..., channels].double())
+        turns = ((coordinates * frequencies[k] - angles) / math.tau).round()
+        coordinates = (angles + math.tau * turns) / frequencies[k]
+    return coordinates
+
+
+def angles_at(coordinates: Tensor, frequencies: Tensor, *, half: bool) -> Tensor:
+    """Return the angles (.., N, d) of rotations at coordinates (.., N, 2), in fp32."""
+    angles = (coordinates[..., None] * frequencies).flatten(-2).float()
+    return angles.repeat(*[1] * (angles.dim() - 1), 2) if half else angles.repeat_interleave(2, -1)

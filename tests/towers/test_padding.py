@@ -156,6 +156,19 @@ def test_an_image_of_a_padded_batch_is_reduced_as_it_is_alone(name, strategy):
     assert not torch.allclose(padded[1], dense[1], atol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["tome:r=3,position=mean", "pitome:r=1,position=mean"])
+@pytest.mark.parametrize("name", sorted(ROTARY))
+@torch.no_grad()
+def test_mean_positions_are_those_of_each_images_own_grid(name, strategy):
+    model, batch = model_of(name), pictures([(3, 4), (6, 6), (2, 5), (2, 4), (5, 7)])
+    elip_models.reduce_(model, strategy=strategy)
+    padded = features(model, batch, 40)
+    for b, image in enumerate(batch):
+        (expected,) = features(model, [image])
+        torch.testing.assert_close(padded[b], expected, atol=1e-6, rtol=1e-6)
+
+
 @models
 @torch.no_grad()
 def test_parts_add_up_to_the_model_on_images_of_one_size(name):

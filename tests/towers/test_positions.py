@@ -201,9 +201,15 @@ def test_a_merged_token_stands_where_one_of_its_tokens_stood(strategy):
     assert merged > 0
 
 
+AT_ONE_POSITION = [
+    ("kept", name) for name in ("EVA-02 tiny", "DINOv3", "rope mixed", *PLACED_BY_BIAS)
+]
+AT_ONE_POSITION += [("mean", name) for name in ("EVA-02 tiny", "DINOv3", "rope mixed")]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["EVA-02 tiny", "DINOv3", "rope mixed", *PLACED_BY_BIAS])
-def test_equal_tokens_at_one_position_merge_to_the_dense_result(name):
+@pytest.mark.parametrize(("position", "name"), AT_ONE_POSITION)
+def test_equal_tokens_at_one_position_merge_to_the_dense_result(position, name):
     """Attention by size counts a merged pair twice, so every later block is as without a merge."""
     model = (ROTARY | PLACED_BY_BIAS)[name]().eval().double()
     tower, p = as_tower(model), as_tower(model).num_prefix_tokens
@@ -212,15 +218,18 @@ def test_equal_tokens_at_one_position_merge_to_the_dense_result(name):
     patches = tokens[:, p:].gather(1, places[..., None].expand(-1, -1, WIDTH))
     dense = tokens = torch.cat([tokens[:, :p], patches], dim=1)
     placed = tower.at(places)
-    forward = Forward(placed, ToMe((18, 0, 0, 0, 0, 0)))
+    forward = Forward(placed, ToMe((18, 0, 0, 0, 0, 0), position=position))
     for i in range(tower.depth):
         dense = placed.block(i, dense)
         tokens, info = forward.run_block(i, tokens)
         forward.infos[i] = info
     first = forward.infos[0]
-    assert tokens.shape[1] == p + 18 and torch.equal(first.positions, places[:, ::2])
+    assert tokens.shape[1] == p + 18
+    if position == "kept":
+        assert torch.equal(first.positions, places[:, ::2])
     restored = elip_kernels.unmerge(tokens, first.reduction)
-    torch.testing.assert_close(restored, dense, atol=1e-10, rtol=1e-10)
+    close = 1e-10 if position == "kept" else 1e-5  # the tables of the models are fp32
+    torch.testing.assert_close(restored, dense, atol=close, rtol=close)
 
 
 @torch.no_grad()

@@ -101,7 +101,9 @@ class CompleteGraph(ToMe):
                 pairs = self.choose(tower, stage, attention, context.text_cls)
             match, weights = pairs.match(N), pairs.weights
             positions = None
-            if tower.has_positions:
+            if self.position == "mean":
+                positions = tower.mean_positions(match, sizes)
+            elif tower.has_positions:
                 positions = tower.positions_of(pairs.kept(N)[:, tower.num_prefix_tokens :])
         if sizes is None:
             sizes = tokens.new_ones(B, N, dtype=accumulator(tokens))
@@ -121,7 +123,7 @@ class PiToMe(CompleteGraph):
     A patch that is similar to many others has a high energy; the rest is protected.
 
     Attributes:
-        r, proportional, compare, keep_norm, class_token_only: as of `ToMe`.
+        r, proportional, compare, keep_norm, class_token_only, position: as of `ToMe`.
         margin: m in the first block, from which it decreases linearly.
     """
 
@@ -153,8 +155,8 @@ class CrossGET(Guided, CompleteGraph):
     of ELIP (Eq. 1), which is none of the tokens of a layer.
 
     Attributes:
-        r, proportional, compare, keep_norm, class_token_only: as of `ToMe`; the paper compares
-            'keys'.
+        r, proportional, compare, keep_norm, class_token_only, position: as of `ToMe`; the paper
+            compares 'keys'.
         fusion, guidance_norm, without_text: as of `ELIP`.
     """
 

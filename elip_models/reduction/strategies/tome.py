@@ -24,7 +24,7 @@ class ToMe(Strategy):
         attention with log(size) of each key added to its scores, then
         x, size = bipartite soft matching on this block's keys
 
-    If blocks read positions, a merged token has the position of the token that others merged into.
+    If blocks read positions, a merged token has one, see `position`.
     Rotary keys are compared as they are rotated.
 
     Attributes:
@@ -38,6 +38,8 @@ class ToMe(Strategy):
             al., Token Fusion, WACV 2024); a mean of tokens is shorter than they are.
         class_token_only: the last block computes only the class token and other prefix tokens,
             whose values do not change. For models that read no patch of the last block.
+        position: the position of a merged token, where blocks rotate by it: that of the token that
+            others merged into ('kept'), or the mean by size ('mean'), whose rotation is computed.
     """
 
     name: ClassVar[str] = "tome"
@@ -51,6 +53,7 @@ class ToMe(Strategy):
     compare: Literal["mean_key", "keys", "tokens"] = "mean_key"
     keep_norm: bool = False
     class_token_only: bool = False
+    position: Literal["kept", "mean"] = "kept"
 
     @property
     def drops_patches(self) -> bool:
@@ -63,7 +66,10 @@ class ToMe(Strategy):
         check_fields(self)
 
     def refuses(self, tower: Tower) -> str | None:
-        """Return why the tower needs the patches that `class_token_only` drops, or None."""
+        """Return why a setting does not fit the tower, in one sentence, or None if all fit."""
+        reason = tower.refuses_mean_positions() if self.position == "mean" else None
+        if reason is not None:
+            return f"position='mean': {reason}"
         if self.class_token_only and (tower.pools or not tower.has_cls):
             return "class_token_only: the model uses the patches of the last block"
         return tower.refuses_dropping() if self.class_token_only else None
@@ -165,6 +171,7 @@ class ToMe(Strategy):
         if context.mask is not None:
             lengths = context.mask.sum(1)
         tokens, keys = self._attend(tower, i, tokens, context)
+        before = sizes
         if context.replay is not None:
             match = context.replay.reduction
             merged, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
@@ -182,7 +189,9 @@ class ToMe(Strategy):
             )
         tokens = self.scaled(merged, tokens, match, context.mask)
         positions = None
-        if tower.has_positions:
+        if self.position == "mean":
+            positions = tower.mean_positions(match, before)
+        elif tower.has_positions:
             positions = self.merged_positions(tower, match, context.mask)
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
 

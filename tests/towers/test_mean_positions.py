@@ -1,0 +1,121 @@
+"""Merged tokens at the mean position of their patches, whose rotation is computed."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed, get_mixed_freqs
+
+import elip_models
+from elip_models import CrossGET, GuidedToMe, PiToMe, ToMe
+from elip_models.towers import as_tower
+from tests.helpers.models import ROTARY, TOWERS, dinov3
+from tests.helpers.tiers import slow_except
+from tests.helpers.towers import (
+    assert_equal_gradients,
+    gradients_of_a_step,
+    images,
+    plain_vit,
+    text,
+)
+
+ROTATING = [name for name in ROTARY if name != "EVA without rotation"]
+MEANS = {
+    "tome": ToMe((9, 0, 12, 3, 0, 0), position="mean"),
+    "pitome": PiToMe((9, 0, 12, 3, 0, 0), position="mean"),
+    "guided_tome": GuidedToMe((9, 0, 12, 3, 0, 0), position="mean"),
+    "crossget": CrossGET((9, 0, 12, 3, 0, 0), position="mean"),
+}
+
+
+def own_rotations(rope, offset):
+    """The rotations that an embedding computes of the 6 x 6 grid moved by `offset` patches."""
+    if isinstance(rope, RotaryEmbeddingMixed):
+        return get_mixed_freqs(rope.freqs, *(t + offset for t in rope._get_grid_values((6, 6))))
+    rope = copy.deepcopy(rope)
+    rope._use_cached_embed, rope.grid_offset = False, rope.grid_offset + offset
+    return rope.get_embed(shape=(6, 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", slow_except(["EVA-02 tiny", "DINOv3", "rope mixed"], ROTATING))
+def test_a_rotation_between_patches_is_that_of_the_models_own_embedding(name):
+    """The mean of a patch and its diagonal neighbour is half a patch further in both axes."""
+    model, close = ROTARY[name]().eval(), {"atol": 1e-6, "rtol": 0}
+    tower, rope = as_tower(model), model.rope
+    grid = tower.coordinates()
+    first = torch.arange(36).view(6, 6)[:5, :5].flatten()
+    diagonal = (grid[first] + grid[first + 7]) / 2
+    for at, offset, patches in ((grid, 0.0, slice(None)), (diagonal, 0.5, first)):
+        for i in (0, 5):
+            expected = own_rotations(rope, offset)
+            expected = expected[i] if tower.is_mixed else expected[None]
+            found = tower.at(at[None])._rope(i)
+            torch.testing.assert_close(found[0], expected[:, patches], **close)
+
+
+@torch.no_grad()
+def test_a_rotation_between_patches_of_transformers_is_the_models_own():
+    tower = as_tower(dinov3().eval())
+    grid = tower.coordinates()
+    for at in (grid, (grid[:-7] + grid[7:]) / 2):
+        angles = math.tau * at[..., None] * tower.trunk.rope_embeddings.inv_freq
+        angles = angles.flatten(1).tile(2)
+        cos, sin = tower.at(at[None])._rotations()
+        torch.testing.assert_close(cos[0, 0], angles.cos().float(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(sin[0, 0], angles.sin().float(), atol=1e-6, rtol=0)
+    rows = (torch.arange(6) + 0.5) / 3 - 1
+    torch.testing.assert_close(grid.float(), torch.cartesian_prod(rows, rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", slow_except(["tome"], MEANS))
+@pytest.mark.parametrize("name", slow_except(["DINOv3"], ["DINOv3", "rope mixed"]))
+def test_a_merged_token_has_the_mean_coordinates_of_its_patches(name, strategy):
+    model, x, t = ROTARY[name]().eval(), images(), text()
+    options = {"strategy": MEANS[strategy]}
+    tokens, infos = elip_models.encode_image(model, x, t, return_info=True, **options)
+    p, grid, source = model.num_prefix_tokens, as_tower(model).coordinates(), None
+    for info in infos:
+        source = info.reduction.source_map(source)
+        share = source[:, p:, p:].double()
+        mean = share / share.sum(2, keepdim=True) @ grid
+        torch.testing.assert_close(info.positions, mean, atol=1e-6, rtol=1e-6)
+    kept = elip_models.encode_image(model, x, t, strategy=replace(MEANS[strategy], position="kept"))
+    assert not torch.allclose(kept, tokens, atol=1e-2)
+    elip_models.reduce_(model, **options)
+    with elip_models.guidance(model, t):
+        torch.testing.assert_close(model.forward_features(x), tokens, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_no_merge_leaves_all_positions():
+    model, x = ROTARY["EVA-02 tiny"]().eval(), images()
+    expected = model(x)
+    assert torch.equal(elip_models.reduce_(model, strategy="tome:r=0,position=mean")(x), expected)
+
+
+@pytest.mark.parametrize("make", [ROTARY["EVA without rotation"], TOWERS["timm BEiT"], plain_vit])
+def test_a_mean_position_needs_rotations(make):
+    with pytest.raises(TypeError, match="position='mean': no rotation of its blocks is computed"):
+        elip_models.reduce_(make(), strategy="tome:position=mean")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DINOv3", "rope mixed"])
+@pytest.mark.parametrize("strategy", ["tome", "pitome"])
+def test_checkpointing_and_compiling_repeat_mean_positions(name, strategy):
+    model, x, t = ROTARY[name]().train(), images(), text()
+    elip_models.reduce_(model, strategy=MEANS[strategy])
+    expected = gradients_of_a_step(model, x, t)
+    model.set_grad_checkpointing(True)
+    got = gradients_of_a_step(model, x, t)
+    assert_equal_gradients(got, expected, atol=1e-5, rtol=1e-4)
+    model.set_grad_checkpointing(False)
+    model.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
