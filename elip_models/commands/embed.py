@@ -81,6 +81,8 @@ def embed(
     given = dict(locals())
     given["keep_columns"] = tuple(filter(None, map(str.strip, keep_columns.split(","))))
     found = _embed(given.pop("model"), given.pop("source"), given.pop("output"), given)
+    if not _is_first():  # of the processes of torchrun
+        return
     speed = ""
     if found.images_per_second is not None:
         speed = f" ({found.images_per_second:.1f} images/s)"
@@ -92,6 +94,12 @@ def embed(
         line = f"{found.non_finite} embeddings have NaN or infinity; the images are skipped"
         Console(stderr=True).print(escape(f"error: {line}"), soft_wrap=True, highlight=False)
         raise typer.Exit(1)
+
+
+def _is_first() -> bool:
+    from elip_models.embedding.processes import rank_in_environment
+
+    return rank_in_environment() == 0
 
 
 def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "Embedded":
@@ -108,8 +116,8 @@ def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "E
         images = open_images(source, EmbedOptions(**others).source)
         bar = bars.add_task("", total=len(images), skipped=0)
 
-        def show(done: int, skipped: int) -> None:
-            bars.update(bar, completed=done, skipped=skipped)
+        def show(done: int, skipped: int, total: int) -> None:
+            bars.update(bar, completed=done, skipped=skipped, total=total)
 
         def report(text: str) -> None:
             bars.console.print(escape(text), soft_wrap=True, highlight=False)
@@ -130,4 +138,5 @@ def _bars(console: Console) -> Progress:
     skipped = TextColumn("{task.fields[skipped]} skipped")
     columns = TextColumn("images"), MofNCompleteColumn(), BarColumn(), _Rate(), skipped
     left = TimeRemainingColumn(), TextColumn("left")
-    return Progress(*columns, *left, console=console, disable=not console.is_terminal)
+    disabled = not (console.is_terminal and _is_first())
+    return Progress(*columns, *left, console=console, disable=disabled)

@@ -72,11 +72,8 @@ class OutputFolder:
                 f"command, got {self.path} with {', '.join(others[:3])}{' ..' * (len(others) > 3)}"
             )
 
-    def begin(self, settings: dict[str, Any]) -> bool:
+    def begin(self, settings: dict[str, Any]) -> None:
         """Store the settings of a run, or compare them with those of the run to continue.
-
-        Returns:
-            Whether the embeddings are complete.
 
         Raises:
             ConfigError: the folder has embeddings with other settings.
@@ -90,10 +87,16 @@ class OutputFolder:
         if manifest.is_file():
             saved = self.manifest()
             self._check_same({k: v for k, v in saved.items() if k not in RESULT}, settings)
-            return saved["complete"] is True
+            return
         with writing(self.path):
             write_json(manifest, _with_result(settings))
-        return False
+
+    def reopen(self) -> None:
+        """Store that the embeddings are not complete, since shards are missing."""
+        saved = self.manifest()
+        if saved["complete"]:
+            with writing(self.path):
+                write_json(self.path / MANIFEST, _with_result(saved))
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; raise ConfigError if it is not what a run wrote."""
@@ -204,6 +207,7 @@ class OutputFolder:
 
 
 def _with_result(settings: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in settings.items() if key not in RESULT}
     return settings | {"complete": False, "counts": None, "files": None}
 
 

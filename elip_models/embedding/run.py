@@ -9,8 +9,8 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from elip_models.embedding.image_source import ImageSource
 from elip_models.embedding.open_images import open_images
 from elip_models.embedding.options import EmbedKeywords, EmbedOptions
 from elip_models.embedding.output import CHECK, TEXTS, OutputFolder, Skipped, writing
+from elip_models.embedding.processes import Processes, joined_processes
 from elip_models.embedding.shard import Shards, as_arrow, embed_shard
 from elip_models.models.io.files import write_json
 from elip_models.reduction.strategy import Strategy
@@ -35,7 +36,7 @@ from elip_models.validation import ConfigError, as_config_error
 PACKAGES = ("elip-kernels", "torch", "timm", "open_clip_torch", "transformers", "torchvision")
 PACKAGES += ("pillow", "pyarrow")
 TEXT_BATCH = 64
-Progress = Callable[[int, int], object]
+Progress = Callable[[int, int, int], object]
 Report = Callable[[str], object]
 
 
@@ -70,7 +71,7 @@ def embed(
     reduce: str | Strategy | None = None,
     keep: float | None = None,
     texts: str | os.PathLike | None = None,
-    progress: Progress = lambda images, skipped: None,
+    progress: Progress = lambda images, skipped, total: None,
     report: Report = lambda text: None,
     **options: Unpack[EmbedKeywords],
 ) -> Embedded:
@@ -88,7 +89,8 @@ def embed(
         reduce: a strategy, a file of `calibrate`, or 'none' for dense. None: as it was saved.
         keep: mean share of tokens over the layers, as in `reduce_`.
         texts: a file with one text a line, which an image-text model embeds too.
-        progress: called with the images so far, and the skipped ones among them, after each batch.
+        progress: called after each batch with the images so far, the skipped ones among them, and
+            all images, of this process.
         report: called with lines of text, such as the figures of the check.
         options: fields of `EmbedOptions`, such as batch_size, keep_columns or min_cosine.
 
@@ -105,9 +107,10 @@ def embed(
         source = open_images(source, chosen.source)
     lines = None if texts is None else _read_texts(Path(texts))
     folder = OutputFolder(output)
-    with folder.locked():
+    with joined_processes() as processes, folder.locked() if processes.is_first else nullcontext():
+        chosen = replace(chosen, device=processes.device(chosen.device))
         encoder = _encoder(model, chosen, reduce, keep)
-        found = _Run(encoder, source, folder, chosen, progress, report).run(lines)
+        found = _Run(encoder, source, folder, chosen, processes, progress, report).run(lines)
     if found.images_per_second is not None:
         _report_changes(source, report)
     return found
@@ -140,14 +143,16 @@ class _Run:
         source: ImageSource,
         folder: OutputFolder,
         options: EmbedOptions,
+        processes: Processes,
         progress: Progress,
         report: Report,
     ) -> None:
         self.encoder, self.source, self.folder, self.options = encoder, source, folder, options
-        self.progress, self.report = progress, report
+        self.processes, self.progress, self.report = processes, progress, report
         self.shards = Shards(len(source), options.shard_size, options.batch_size)
         workers = options.workers
         self.workers = default_workers(encoder.device) if workers is None else workers
+        self.every = range(len(self.shards))
 
     def settings(self, texts: Sequence[str] | None) -> dict[str, Any]:
         """Return all that the bytes of the output depend on."""
@@ -164,49 +169,62 @@ class _Run:
 
     def run(self, texts: Sequence[str] | None) -> Embedded:
         """Check, encode the shards that are missing, and complete the folder."""
-        is_complete = self.folder.begin(self.settings(texts))
-        skipped, missing = self._finished()
-        if is_complete and not missing:
+        checked, left = None, 0
+        if self.processes.is_first:
+            checked, left = self._begin(texts)
+        self.processes.wait()
+        start = time.perf_counter()
+        self._embed(self.processes.own(len(self.shards)))
+        self.processes.wait()
+        seconds = time.perf_counter() - start
+        if self.processes.is_first and not self.folder.manifest()["complete"]:
+            self.folder.complete(self.source.keys, self._finished(self.every)[0])
+        self.processes.wait()
+        counts = self.folder.manifest()["counts"]
+        speed = left / seconds if left else None
+        return Embedded(self.folder.path, **counts, images_per_second=speed, check=checked)
+
+    def _begin(self, texts: Sequence[str] | None) -> tuple[EmbeddingCheck | None, int]:
+        """Prepare the folder; return the figures of the check, and how many images are left."""
+        self.folder.begin(self.settings(texts))
+        _, missing = self._finished(self.every)
+        left = sum(len(self.shards[number]) for number in missing)
+        if left:
+            self.folder.reopen()
+        if not left and self.folder.manifest()["complete"]:
             self.report(f"{self.folder.path} is complete; nothing is left to do")
-            return Embedded(self.folder.path, **self.folder.manifest()["counts"])
-        done = len(self.source) - sum(len(self.shards[number]) for number in missing)
-        checked = None if done else self._check()
-        if done:
+            return None, 0
+        checked = self._check() if left == len(self.source) else None
+        if left < len(self.source):
+            done = len(self.source) - left
             self.report(f"{done} of {len(self.source)} images were embedded before; continuing")
         if texts is not None:
             self._embed_texts(texts)
-        start = time.perf_counter()
-        skipped += self._embed(missing, done, len(skipped))
-        seconds = time.perf_counter() - start
-        counts = self.folder.complete(self.source.keys, skipped)
-        speed = (len(self.source) - done) / seconds if missing else None
-        return Embedded(self.folder.path, **counts, images_per_second=speed, check=checked)
+        return checked, left
 
-    def _embed(self, missing: Sequence[int], done: int, bad: int) -> list[Skipped]:
-        """Encode the missing shards; return their skipped images."""
-        skipped: list[Skipped] = []
+    def _embed(self, numbers: Sequence[int]) -> None:
+        """Encode the shards among `numbers` that are missing."""
+        skipped, missing = self._finished(numbers)
+        bad, total = len(skipped), sum(len(self.shards[number]) for number in numbers)
+        done = total - sum(len(self.shards[number]) for number in missing)
         batches = self._batches(missing)
-        self.progress(done, bad)
+        self.progress(done, bad, total)
         for number in missing:
-            before, bad_before = done, bad + len(skipped)
 
-            def update(
-                images: int, bad: int, before: int = before, bad_before: int = bad_before
-            ) -> None:
-                self.progress(before + images, bad_before + bad)
+            def update(images: int, skipped: int, done: int = done, bad: int = bad) -> None:
+                self.progress(done + images, bad + skipped, total)
 
-            skipped += embed_shard(
+            skipped = embed_shard(
                 *(self.encoder, self.source, self.folder, self.shards, number, batches),
                 embedding_dtype=self.options.embedding_dtype,
                 progress=update,
             )
-            done += len(self.shards[number])
-        return skipped
+            done, bad = done + len(self.shards[number]), bad + len(skipped)
 
-    def _finished(self) -> tuple[list[Skipped], list[int]]:
+    def _finished(self, numbers: Iterable[int]) -> tuple[list[Skipped], list[int]]:
         """Return the skipped images of the shards that are whole, and the numbers of the others."""
         skipped, missing = [], []
-        for number in range(len(self.shards)):
+        for number in numbers:
             found = self.folder.skipped_in(number, len(self.shards[number]))
             if found is None:
                 missing.append(number)

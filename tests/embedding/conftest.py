@@ -1,14 +1,19 @@
 """A folder of pictures, some of which cannot be read, and a tiny model with weights in a file."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from pyarrow import parquet
 
+import elip_models
 from tests.helpers.damage import picture
+from tests.helpers.tiny_run import own_process
 
 READABLE = 9
+SMALL = {"batch_size": 2, "shard_size": 3, "workers": 0, "check": 0}
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +50,31 @@ def model(tmp_path_factory):
             torch.nn.init.normal_(weight, std=0.2)
     torch.save(made.state_dict(), path)
     return f"timm:test_vit:{path}"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with own_process():
+        yield
+
+
+def files_of(folder):
+    """Contents of the files of an output, but for the lock and the check's times."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name not in (".lock", "check.json")
+    }
+
+
+def embedded(folder):
+    return parquet.read_table(folder / "images")
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, model, tmp_path_factory):
+    """The output of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    with own_process():
+        elip_models.embed(model, pictures, folder, **SMALL)
+    return folder
