@@ -125,6 +125,7 @@ def test_clips_whose_frames_are_apart_are_told_by_their_lengths():
     assert TokenGroup(groups[2].rows, groups[2].positions).frame is None
 
 
+@pytest.mark.slow
 def test_every_family_with_video_tokens_has_a_layout():
     configs = {name: case()[0] for name, case in CASES.items()}
     with_videos = {
