@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import elip_models
+from tests.embedding.conftest import SMALL
 from tests.helpers.tiny_run import own_process
 
 PAGE = Path(__file__).parents[2] / "docs" / "embed.md"
@@ -25,8 +26,7 @@ def test_the_block_of_a_library_reads_the_output(library, pictures, model, tmp_p
     if find_spec(library.lower()) is None:
         pytest.skip(f"{library} is not installed; the tests need it for this block alone")
     with own_process():
-        options = {"workers": 0, "batch_size": 4, "shard_size": 5}
-        elip_models.embed(model, pictures, tmp_path / "embeddings", **options)
+        elip_models.embed(model, pictures, tmp_path / "embeddings", **SMALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     names = {}
