@@ -103,9 +103,13 @@ def test_a_mean_position_needs_rotations(make):
         elip_models.reduce_(make(), strategy="tome:position=mean")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["DINOv3", "rope mixed"])
-@pytest.mark.parametrize("strategy", ["tome", "pitome"])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param("DINOv3", "tome", marks=pytest.mark.slow),
+        pytest.param("rope mixed", "pitome", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_checkpointing_and_compiling_repeat_mean_positions(name, strategy):
     model, x, t = ROTARY[name]().train(), images(), text()
     elip_models.reduce_(model, strategy=MEANS[strategy])
