@@ -100,8 +100,12 @@ def patch_grid(tower: Tower) -> tuple[int, int]:
 
     Those of a clip are of one step in time.
     """
-    height, width = tower.image_size
-    P = tower.num_patches // tower.num_steps
+    return grid_shape(tower.num_patches // tower.num_steps, tower.image_size)
+
+
+def grid_shape(num_patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of the patches of an image (H, W), each as square as possible."""
+    (height, width), P = image_size, num_patches
     rows = (rows for rows in range(1, P + 1) if P % rows == 0)
     best = min(rows, key=lambda rows: abs(rows * width - P // rows * height))
     return best, P // best

@@ -24,15 +24,15 @@ from torch import Tensor
 from elip_models.analysis.calibrate import STRATEGIES
 from elip_models.analysis.feature_measures import cosine
 from elip_models.analysis.merging import merged_image, tokens_of_patches
-from elip_models.analysis.visualize import patch_grid
+from elip_models.analysis.visualize import grid_shape
 from elip_models.data.sample import check_text, decode_image
 from elip_models.embedding.encoder import Encoder, dense_of
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 from elip_models.reduction.encode import encode_image
-from elip_models.reduction.flops import kept_share
+from elip_models.reduction.flops import at_keep, kept_share
 from elip_models.reduction.strategies import DEFAULT_KEEP
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import resolve_strategy
+from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, deliberately_slow
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import as_config_error
@@ -94,7 +94,10 @@ class DemoModel:
         with as_config_error("MODEL"):
             self.image_model = as_reducible(self.dense.model).image_model
             self.tower = as_tower(self.image_model)
-            self._normalised(Image.new("RGB", (64, 64)))
+            pixels = self._normalised(Image.new("RGB", (64, 64)))
+        with torch.no_grad():
+            patches = self.tower.embed(pixels).shape[1] - self.tower.num_prefix_tokens
+        self.size = self.tower.size._replace(image=tuple(pixels.shape[2:]), num_patches=patches)
         self.saved = encoder.strategy
         self.mean, self.std = _statistics(self.dense)
 
@@ -113,7 +116,7 @@ class DemoModel:
         """The mean share of tokens that the model's own strategy keeps, or the default one."""
         if self.saved is None:
             return DEFAULT_KEEP
-        return round(kept_share(self.saved, self.tower.size), 2)
+        return round(kept_share(self.saved, self.size), 2)
 
     def strategy(self, choice: str, keep: float) -> Strategy:
         """Return one of `choices` at a mean share of tokens over the blocks.
@@ -121,25 +124,31 @@ class DemoModel:
         Raises:
             TypeError, ValueError: it cannot reduce the model, or keep so few tokens.
         """
-        if choice == SAVED and self.saved is not None:
-            chosen = self.saved.fitted(self.tower).at_keep(self.tower, keep)
-        else:
-            chosen = resolve_strategy(self.tower, choice, {}, keep=keep, default=lambda: None)
-        if not chosen.is_guided:
-            return chosen
-        return replace(chosen, without_text="vision").fitted(self.tower)
+        own = choice == SAVED and self.saved is not None
+        chosen = (self.saved if own else get_strategy(choice)).fitted(self.tower)
+        if chosen.is_guided:
+            chosen = replace(chosen, without_text="vision").fitted(self.tower)
+        return at_keep(chosen, self.size, keep)
 
     def read(self, path: Path) -> Tensor:
         """Read an image file as the model expects it, (1, 3, H, W).
 
         Raises:
             SampleError: it is no raster image, damaged, or larger than the limits of `data.sample`.
+            ValueError: the model's preprocessing gives it another size than a square image.
         """
-        return self._normalised(decode_image(path, path.name))
+        pixels = self._normalised(decode_image(path, path.name))
+        if tuple(pixels.shape[2:]) != self.size.image:
+            raise ValueError(
+                f"image: expected {self.size.image} pixels after the model's preprocessing, got "
+                f"{tuple(pixels.shape[2:])}; crop the image to a square"
+            )
+        return pixels
 
     def _normalised(self, image: Image.Image) -> Tensor:
         pixels = self.dense.preprocessing.transform(image)[None]
-        if tuple(pixels.shape[2:]) != self.tower.image_size:
+        fits = tuple(pixels.shape[2:]) == self.tower.image_size
+        if not (fits or self.tower.has_dynamic_size):
             raise ValueError(
                 "expected a model whose images have its tower's size, "
                 f"{self.tower.image_size}, got {tuple(pixels.shape[2:])} from its preprocessing"
@@ -167,7 +176,7 @@ class DemoModel:
             dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
             _, infos = encode_image(self.image_model, pixels, strategy=strategy, return_info=True)
         image = (pixels[0].float().cpu() * self.std + self.mean).clamp(0, 1)
-        rows, columns = patch_grid(self.tower)
+        rows, columns = grid_shape(self.size.num_patches, self.size.image)
         found = self._tokens_by_block(infos, rows * columns)
         shown = found[block - 1]
         merged = image if shown is None else merged_image(image, shown.view(rows, columns))

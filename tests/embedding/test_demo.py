@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 import elip_models
 from elip_models.analysis.merging import merged_image, tokens_of_patches
@@ -21,6 +22,7 @@ from elip_models.embedding.demo import SAVED, DemoModel
 from elip_models.embedding.encoder import open_encoder
 from elip_models.validation import ConfigError
 from tests.helpers.damage import picture
+from tests.helpers.models import dinov2
 from tests.helpers.tiny_run import elip, own_process, tiny_arguments
 
 CAPTIONS = ["two dogs", "a whale on blue", "a red bus"]
@@ -98,6 +100,17 @@ def test_every_choice_reduces_the_model(demo, scene):
         found = demo.compare(demo.read(scene), demo.strategy(choice, 0.6), demo.tower.depth)
         assert 0 < found.tokens[-1] < found.patches == 100, choice
         assert found.image != found.merged, choice
+
+
+def test_a_model_takes_the_size_of_its_preprocessing(tmp_path, scene):
+    dinov2().save_pretrained(tmp_path)  # of 48 x 48 pixels; the processor crops to 96
+    size = {"height": 96, "width": 96}
+    processor = CLIPImageProcessor(size={"shortest_edge": 96}, crop_size=size)
+    processor.save_pretrained(tmp_path)
+    demo = DemoModel(open_encoder(str(tmp_path)))
+    found = demo.compare(demo.read(scene), demo.strategy("tome", 0.6), block=6)
+    assert found.patches == 144 and found.tokens[-1] < 50
+    assert found.image.size == (288, 288)
 
 
 def test_times_are_of_both_models(demo, scene):
