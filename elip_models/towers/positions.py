@@ -80,14 +80,17 @@ class Positions(TowerParts):
         """Return the coordinates (N0, 2), or (B, N0, 2), of all patches; see `mean_positions`."""
         raise NotImplementedError
 
-    def mean_positions(self, match: BipartiteInfo, sizes: Tensor | None) -> Tensor:
+    def mean_positions(
+        self, match: BipartiteInfo, sizes: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """Return the coordinates (B, R-p, 2) of the patches after a merge: means by size.
 
-        `sizes` (B, N) are those before it. The tower may be at such coordinates, as at positions.
+        `sizes` (B, N) are those before it, and `dtype` that of the sums. The tower may be at such
+        coordinates, as at positions.
         """
         B, p, at = match.slots.shape[0], self.num_prefix_tokens, self.positions
         if at is None or at.dim() == 2:
-            table = self.coordinates().expand(B, -1, -1)
+            table = self.coordinates().to(dtype).expand(B, -1, -1)
             at = table if at is None else table.gather(1, at[..., None].expand(-1, -1, 2))
         return elip_kernels.apply_merge(F.pad(at, (0, 0, p, 0)), match, size=sizes)[0][:, p:]
 

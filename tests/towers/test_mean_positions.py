@@ -82,7 +82,7 @@ def test_a_merged_token_has_the_mean_coordinates_of_its_patches(name, strategy):
         source = info.reduction.source_map(source)
         share = source[:, p:, p:].double()
         mean = share / share.sum(2, keepdim=True) @ grid
-        torch.testing.assert_close(info.positions, mean, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(info.positions, mean.float(), atol=1e-6, rtol=1e-6)
     kept = elip_models.encode_image(model, x, t, strategy=replace(MEANS[strategy], position="kept"))
     assert not torch.allclose(kept, tokens, atol=1e-2)
     elip_models.reduce_(model, **options)

@@ -102,7 +102,7 @@ class CompleteGraph(ToMe):
             match, weights = pairs.match(N), pairs.weights
             positions = None
             if self.position == "mean":
-                positions = tower.mean_positions(match, sizes)
+                positions = tower.mean_positions(match, sizes, accumulator(tokens))
             elif tower.has_positions:
                 positions = tower.positions_of(pairs.kept(N)[:, tower.num_prefix_tokens :])
         if sizes is None:

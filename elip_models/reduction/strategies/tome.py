@@ -190,7 +190,7 @@ class ToMe(Strategy):
         tokens = self.scaled(merged, tokens, match, context.mask)
         positions = None
         if self.position == "mean":
-            positions = tower.mean_positions(match, before)
+            positions = tower.mean_positions(match, before, accumulator(tokens))
         elif tower.has_positions:
             positions = self.merged_positions(tower, match, context.mask)
         return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
