@@ -62,9 +62,13 @@ class _Decoder(Dataset):
             content = read(payload)
             digest = hashlib.sha256(content).hexdigest()
             image = decode_image(io.BytesIO(content), "")
-            return Decoded(row, check_pixels(self.transform(image)), digest)
         except SampleError as error:
             return Decoded(row, None, "", error.reason)
+        try:
+            return Decoded(row, check_pixels(self.transform(image)), digest)
+        except Exception as error:  # libraries raise any error for an image of an odd shape
+            reason = f"cannot be preprocessed: {error!s:.300}"
+            return Decoded(row, None, "", reason)
 
 
 def _collate(images: list[Decoded]) -> Batch:

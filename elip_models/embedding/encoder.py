@@ -162,7 +162,13 @@ def open_encoder(
 def _dimension(encoder: Encoder) -> int:
     """Return the width of the embedding of a grey image."""
     with as_config_error("model"):
-        pixels = check_pixels(encoder.preprocessing.transform(Image.new("RGB", (256, 256), "gray")))
+        grey = [Image.new("RGB", size, "gray") for size in ((256, 256), (320, 240))]
+        pixels, other = (check_pixels(encoder.preprocessing.transform(each)) for each in grey)
+        if pixels.shape != other.shape:
+            raise ValueError(
+                f"expected a preprocessing to one size, got {tuple(pixels.shape)} and "
+                f"{tuple(other.shape)} for images of two shapes"
+            )
         try:
             found = encoder(pixels[None])
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:

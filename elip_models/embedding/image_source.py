@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import pyarrow
@@ -77,7 +78,7 @@ class ImageSource:
     def sha256(self) -> str:
         """Return a SHA-256 of the keys in their order, and of `content`."""
         digest = hashlib.sha256(self.kind.encode())
-        for each in (*self.keys, *map(str, self.content)):
+        for each in chain(self.keys, map(str, self.content)):
             digest.update(each.encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 import posixpath
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow
@@ -129,15 +130,14 @@ def parquet_source(
         schema = parquet.ParquetFile(file).schema_arrow
     column = options.image_column or _image_column(schema)
     check_columns([column], schema.names, "image_column")
-    if _is_text(schema.field(column).type):
-        table = pyarrow.concat_tables(_read(files, path, schema.names) for path in paths)
-        return _paths_source(files, paths, table, shown, options)
-    wanted = {options.key_column, *options.keep_columns, KEY}
-    for argument in ("key_column", "keep_columns"):
-        given = getattr(options, argument) or ()
-        check_columns([given] if isinstance(given, str) else given, schema.names, argument)
+    _check_others(options, schema.names)
+    is_list = _is_text(schema.field(column).type)
+    wanted = {options.key_column, *options.keep_columns, KEY, *([column] if is_list else ())}
     names = [name for name in schema.names if name in wanted]
     table = pyarrow.concat_tables(_read(files, path, names) for path in paths)
+    if is_list:
+        found = replace(options, image_column=column)
+        return _paths_source(files, paths, table, shown, found)
     counts = [_rows(files, path) for path in paths]
     keys = _keys(table, options, [str(i) for i in range(sum(counts))])
 
@@ -149,6 +149,13 @@ def parquet_source(
 
     kept = _kept(table, options)
     return ImageSource("parquet", shown, keys, payloads, kept, counts, random_access=False)
+
+
+def _check_others(options: SourceOptions, names: Sequence[str]) -> None:
+    """Raise ConfigError if the columns of keys, or those to keep, are not among the names."""
+    if options.key_column is not None:
+        check_columns([options.key_column], names, "key_column")
+    check_columns(options.keep_columns, names, "keep_columns")
 
 
 def _image_column(schema: pyarrow.Schema) -> str:
@@ -238,9 +245,7 @@ def datasets_source(
             f"got {shortened(column or ', '.join(features))}"
         )
     others = [name for name in features if name != column]
-    for argument in ("key_column", "keep_columns"):
-        given = getattr(options, argument) or ()
-        check_columns([given] if isinstance(given, str) else given, others, argument)
+    _check_others(options, others)
     wanted = {options.key_column, KEY, *options.keep_columns}
     names = [name for name in others if name in wanted]
     table = dataset.select_columns(names).with_format("arrow")[:] if names else pyarrow.table({})

@@ -37,6 +37,8 @@ from elip_models.validation import ConfigError, shortened
 
 LISTS = (".json", ".jsonl", ".csv")
 FILES = (".tar", ".parquet", *LISTS)
+DATASETS = ("dataset_info.json", "dataset_dict.json")
+"""One of them is in a folder that `save_to_disk` wrote."""
 EXPECTED = (
     "a folder of images, .tar files, .parquet files, a list of paths (.json, .jsonl, .csv, "
     ".parquet), or a folder of save_to_disk of datasets"
@@ -116,9 +118,8 @@ def _open_folder(
 ) -> ImageSource:
     if not files.isdir(folder):
         raise FileNotFoundError(f"no such folder; the working folder is {Path.cwd()}")
-    for name in ("dataset_dict.json", "state.json"):
-        if files.exists(f"{folder}/{name}"):
-            return datasets_source(files, folder, shown, options)
+    if any(files.exists(f"{folder}/{name}") for name in DATASETS):
+        return datasets_source(files, folder, shown, options)
     found = _listed(files, folder)
     kinds = {
         ".tar files": [each for each in found if _ending(each.name) == ".tar"],

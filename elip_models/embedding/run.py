@@ -108,8 +108,7 @@ def embed(
     lines = None if texts is None else _read_texts(Path(texts))
     folder = OutputFolder(output)
     with joined_processes() as processes, folder.locked() if processes.is_first else nullcontext():
-        chosen = replace(chosen, device=processes.device(chosen.device))
-        encoder = _encoder(model, chosen, reduce, keep)
+        encoder = _encoder(model, chosen, processes, reduce, keep)
         found = _Run(encoder, source, folder, chosen, processes, progress, report).run(lines)
     if found.images_per_second is not None:
         _report_changes(source, report)
@@ -117,12 +116,17 @@ def embed(
 
 
 def _encoder(
-    model: str | Encoder, options: EmbedOptions, reduce: str | Strategy | None, keep: float | None
+    model: str | Encoder,
+    options: EmbedOptions,
+    processes: Processes,
+    reduce: str | Strategy | None,
+    keep: float | None,
 ) -> Encoder:
     """Return the encoder that the arguments of `embed` describe."""
     names = "preprocess", "precision", "device", "pretrained", "compile"
     given = {name: getattr(options, name) for name in names}
     if not isinstance(model, Encoder):
+        given["device"] = processes.device(options.device)
         return open_encoder(model, reduce=reduce, keep=keep, **given)
     given |= {"reduce": reduce, "keep": keep}
     defaults = {"precision": "auto", "pretrained": True, "compile": False}

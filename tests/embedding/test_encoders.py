@@ -210,6 +210,14 @@ def test_a_convolutional_network_embeds_dense(image):
         open_encoder("timm:test_resnet", pretrained=False, reduce="tome")
 
 
+def test_a_preprocessing_to_several_sizes_is_an_error(tmp_path):
+    hf_vision("ViTModel", "ViTConfig").save_pretrained(tmp_path)
+    found = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, do_center_crop=False)
+    found.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="model: expected a preprocessing to one size"):
+        open_encoder(str(tmp_path))
+
+
 def test_keep_beside_none_is_an_error(model):
     with pytest.raises(ConfigError, match="keep: expected none with reduce='none'"):
         open_encoder(model, reduce="none", keep=0.5)

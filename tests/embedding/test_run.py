@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+from dataclasses import replace
 
 import pyarrow
 import pytest
@@ -188,6 +190,33 @@ def test_an_encoder_takes_no_further_reduction(pictures, model, tmp_path):
         (name,) = options
         with pytest.raises(ConfigError, match=f"{name}: expected none with an Encoder"):
             elip_models.embed(open_encoder(model), pictures, tmp_path, **SMALL, **options)
+
+
+def test_a_missing_extra_is_one_sentence(pictures, monkeypatch, tmp_path, capsys):
+    for name in [name for name in sys.modules if name.startswith("elip_models.embedding")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    arguments = ["embed", pictures, "--model", "timm:test_vit", "--output", tmp_path / "out"]
+    assert elip(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "needs pyarrow: pip install 'elip-kernels[embed]'" in said
+
+
+def test_an_image_that_cannot_be_preprocessed_is_listed(pictures, model, tmp_path):
+    encoder = open_encoder(model)
+    plain = encoder.preprocessing.transform
+
+    def transform(image):
+        if image.width == 64:
+            raise ValueError("an odd shape")
+        return plain(image)
+
+    odd = replace(encoder, preprocessing=encoder.preprocessing._replace(transform=transform))
+    found = elip_models.embed(odd, pictures, tmp_path, **SMALL)
+    table = parquet.read_table(tmp_path / "skipped.parquet").to_pydict()
+    assert found.skipped == 1 and table["key"] == ["sub/a.jpg"]
+    assert table["reason"] == ["cannot be preprocessed: an odd shape"]
 
 
 def test_texts_need_an_image_text_model(pictures, model, tmp_path):

@@ -57,6 +57,8 @@ NEEDS = {
     "elip_models.checkpoints": "models",
     "elip_models.create_model": "models",
     "elip_models.data": "train",
+    "elip_models.embed": "embed",
+    "elip_models.embedding": "embed",
     "elip_models.load_reduced": "models",
     "elip_models.models": "models",
     "elip_models.profiling": "train",
