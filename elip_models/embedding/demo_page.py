@@ -121,7 +121,7 @@ def _add_outputs(
         figures = gradio.Markdown(elem_id="figures")
         bars = gradio.HTML(elem_id="bars")
     ranking = gradio.Dataframe(
-        label="Captions: cosine with the image",
+        label="Captions: rank, and cosine with the image",
         headers=["caption", "dense", "reduced"],
         column_widths=["70%", "15%", "15%"],
         visible=has_text,
@@ -151,8 +151,7 @@ def _results(
     strategy = demo.strategy(choice, keep)
     pixels = demo.read(Path(path))
     found = demo.compare(pixels, strategy, block, captions)
-    ranking = [[caption, f"{a:.3f}", f"{b:.3f}"] for caption, a, b in found.ranking]
-    others = draw_bars(found), ranking
+    others = draw_bars(found), ranking_table(found)
     yield found.image, found.merged, describe(found, block, None), *others
     times = demo.time(pixels, strategy, batch_size)
     yield found.image, found.merged, describe(found, block, times), *others
@@ -185,6 +184,18 @@ def draw_bars(found: Comparison) -> str:
     bars = (BAR.format(share=share, block=i) for i, share in enumerate(shares, start=1))
     row = f'<div style="display: flex; gap: 3px; font-size: 11px">{"".join(bars)}</div>'
     return f"<div>Tokens that are left after each block</div>{row}"
+
+
+def ranking_table(found: Comparison) -> list[list[str]]:
+    """Return a row for each caption: its text, its dense and its reduced rank and cosine."""
+    if not found.ranking:
+        return []
+    captions, *columns = zip(*found.ranking, strict=True)
+    ranked = []
+    for values in columns:
+        order = sorted(values, reverse=True)
+        ranked.append([f"{order.index(value) + 1}. ({value:.3f})" for value in values])
+    return [list(row) for row in zip(captions, *ranked, strict=True)]
 
 
 def serve(page: gradio.Blocks, *, port: int, **options: Any) -> None:

@@ -183,6 +183,19 @@ def test_the_page_shows_figures_then_also_times(page, scene):
     assert first["message"]["visible"] is False
 
 
+def test_a_caption_has_its_rank_among_both_features(page, demo, scene):
+    from elip_models.embedding.demo_page import ranking_table
+
+    found = demo.compare(demo.read(scene), demo.strategy("tome", 0.5), block=1)
+    assert ranking_table(found) == []
+    ranking = [("a dog", 0.5, 0.25), ("a cat", 0.125, 0.5), ("a cow", 0.125, 0.0)]
+    assert ranking_table(dataclasses.replace(found, ranking=ranking)) == [
+        ["a dog", "1. (0.500)", "2. (0.250)"],
+        ["a cat", "2. (0.125)", "1. (0.500)"],
+        ["a cow", "2. (0.125)", "3. (0.000)"],
+    ]
+
+
 BAD_IMAGES = {
     "text.jpg": b"no image",
     "empty.png": b"",
@@ -238,12 +251,18 @@ def test_the_page_is_served_to_this_machine_only(page, monkeypatch):
     from elip_models.embedding import demo_page
 
     asked = []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
 
-    def record(self, address, connect=socket.socket.connect):
-        asked.append(address)
+    def record_connect(self, address):
+        asked.append(address[0])
         return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", record)
+    def record_look_up(host, *args, **kwargs):
+        asked.append(host)
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", record_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", record_look_up)
     monkeypatch.setenv("GRADIO_SHARE", "True")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -256,7 +275,7 @@ def test_the_page_is_served_to_this_machine_only(page, monkeypatch):
         assert page.share is False and page.share_url is None
         assert page.analytics_enabled is False
         assert page.local_url == f"http://127.0.0.1:{port}/"
-        assert asked and {address[0] for address in asked} == {"127.0.0.1"}
+        assert asked and set(asked) == {"127.0.0.1"}
     finally:
         page.close()
 
