@@ -72,6 +72,7 @@ def _read_file(stored: Stored) -> bytes:
             content = file.read(MAX_IMAGE_BYTES + 1)
     else:
         content = files.cat_file(path, start=offset, end=offset + size)
-    if size is not None and len(content) < size:
-        raise SampleError("", f"is truncated: {len(content)} of {size} bytes exist")
+    if size is not None and len(content) != size:  # a server may send the whole file
+        what = f"expected {size} bytes of a part of a file, got {len(content)}"
+        raise SampleError("", what)
     return content

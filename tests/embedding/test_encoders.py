@@ -87,6 +87,7 @@ def test_a_clip_of_open_clip_embeds_images_and_texts(image, tmp_path):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_clip_of_transformers_embeds_images_and_texts(image, tmp_path, tokenizer):
     config = hf_clip().config
     config.text_config.vocab_size, config.text_config.max_position_embeddings = 600, 32

@@ -195,6 +195,7 @@ def test_a_full_disk_is_one_line_and_whole_shards_stay(
     assert files_of(tmp_path / "out") == files_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked")
 def test_a_real_limit_of_the_file_system_is_one_line(pictures, model, tmp_path, capfd):
     def work():
