@@ -1,9 +1,10 @@
 """The check before a long run: some images encoded dense and reduced, and the saved time."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,11 +14,9 @@ from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
 from elip_models.embedding.decoding import decoded_sample
 from elip_models.embedding.encoder import Encoder, dense_of
 from elip_models.embedding.image_source import ImageSource
-from elip_models.profiling.measure import no_gain, time_side_by_side
+from elip_models.profiling.measure import no_gain, ratios_to
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.validation import ConfigError
-
-ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class EmbeddingCheck:
         cosine: mean cosine of dense and reduced embeddings, with its 95% confidence interval.
         neighbours: mean share of the ten nearest neighbours among these images that stay; None for
             ten images or fewer.
-        time_ratio: time of a batch in the reduced model, divided by that in the dense model.
+        time_ratio: time of a batch in the reduced model, divided by that in the dense model, the
+            median over the batches.
         dense_seconds: expected time of the whole collection in the dense model.
         reduced_seconds: the same in the reduced model.
         collection: the number of images of the collection.
@@ -81,19 +81,15 @@ def check_reduction(
             f"source: expected readable images, got none among {batch.size}: {source.keys[row]}: "
             f"{reason}"
         )
-    dense = dense_of(encoder)
-    features = [_features(each, batch.pixels, batch_size) for each in (dense, encoder)]
-    some = batch.pixels[:batch_size]
-    steps = {"dense": partial(dense, some), "reduced": partial(encoder, some)}
-    times = time_side_by_side(steps, device=encoder.device, rounds=ROUNDS)
-    seconds = {name: min(each) / len(some) for name, each in times.items()}
-    whole = {name: len(source) * max(each, decoding) for name, each in seconds.items()}
+    encoders = {"dense": dense_of(encoder), "reduced": encoder}
+    features, times = _side_by_side(encoders, batch.pixels, batch_size)
+    whole = {name: len(source) * max(median(each), decoding) for name, each in times.items()}
     found = len(batch.rows)
     return EmbeddingCheck(
         images=found,
         cosine=bootstrap_interval(cosine(*features).double().numpy()),
         neighbours=neighbours(*features).mean().item() if found > NEIGHBOURS else None,
-        time_ratio=seconds["reduced"] / seconds["dense"],
+        time_ratio=ratios_to("dense", times)["reduced"],
         dense_seconds=whole["dense"],
         reduced_seconds=whole["reduced"],
         collection=len(source),
@@ -110,9 +106,25 @@ def check_cosine(found: EmbeddingCheck, min_cosine: float | None) -> None:
         )
 
 
-def _features(encoder: Encoder, pixels: Tensor, batch_size: int) -> Tensor:
-    """Return features (n, D) on the CPU."""
-    return torch.cat([encoder(each).cpu() for each in pixels.split(batch_size)])
+def _side_by_side(
+    encoders: Mapping[str, Encoder], pixels: Tensor, batch_size: int
+) -> tuple[list[Tensor], dict[str, list[float]]]:
+    """Return the features (n, D) of each encoder, and its seconds for an image of each batch.
+
+    Both encode a batch before the next one, so that a slow phase of the machine affects both. The
+    first batch is encoded twice, and the first time does not count.
+    """
+    features: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    times: dict[str, list[float]] = {name: [] for name in encoders}
+    batches = pixels.split(batch_size)
+    for encoder in encoders.values():
+        encoder(batches[0]).cpu()
+    for batch in batches:
+        for name, encoder in encoders.items():
+            start = time.perf_counter()
+            features[name].append(encoder(batch).cpu())
+            times[name].append((time.perf_counter() - start) / len(batch))
+    return [torch.cat(each) for each in features.values()], times
 
 
 def _duration(seconds: float) -> timedelta:
