@@ -28,6 +28,11 @@ from elip_models.validation import ConfigError, shortened
 FORMAT = 1
 MANIFEST, SKIPPED, CHECK, LOCK = "manifest.json", "skipped.parquet", "check.json", ".lock"
 IMAGES, TEXTS = "images", "texts"
+UNFINISHED = (
+    *(f".{name}.*" for name in (MANIFEST, SKIPPED, CHECK)),
+    *(f"{part}/.shard-*.parquet.*" for part in (IMAGES, TEXTS)),
+)
+"""What `write_file` leaves in a folder if the process is killed."""
 METADATA = b"elip"
 RESULT = ("complete", "counts", "files")
 """Fields of the manifest that a run sets at its end; the others are its settings."""
@@ -78,10 +83,9 @@ class OutputFolder:
         Raises:
             ConfigError: the folder has embeddings with other settings.
         """
-        for folder in (self.path, self.path / IMAGES, self.path / TEXTS):
-            for unfinished in folder.glob(".*.*"):  # of a killed run
-                if unfinished.is_file() and unfinished.name != LOCK:
-                    unfinished.unlink()
+        for pattern in UNFINISHED:
+            for file in self.path.glob(pattern):
+                file.unlink()
         settings = json.loads(json.dumps({"format": FORMAT} | settings))
         manifest = self.path / MANIFEST
         if manifest.is_file():

@@ -131,6 +131,16 @@ def test_ten_kills_at_random_moments_give_the_same_bytes(whole, pictures, model,
     assert files_of(tmp_path) == files_of(whole)
 
 
+def test_only_unfinished_files_of_this_command_are_removed(tmp_path):
+    names = (".notes.txt", "images/.mine.parquet", ".manifest.json.7.7")
+    names += ("images/.shard-000001.parquet.7.7",)
+    (tmp_path / "images").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    output.OutputFolder(tmp_path).begin({"model": "a"})
+    assert [(tmp_path / name).exists() for name in names] == [True, True, False, False]
+
+
 def test_a_second_run_in_the_folder_is_refused(pictures, model, tmp_path):
     folder = output.OutputFolder(tmp_path)
     with folder.locked(), pytest.raises(ConfigError, match="output: expected a folder that no oth"):
