@@ -264,18 +264,20 @@ def evaluation_batches(
     columns = _columns(source, _with_captions, transform, batch_size, report, num_workers)
     return (
         EvaluationBatch(torch.stack(images), list(ids), list(captions))
-        for images, ids, captions in columns
+        for images, ids, captions, _ in columns
     )
 
 
 class ExampleBatch(NamedTuple):
     """Images and examples (without their images) in the order of the source.
 
-    The images are (B, 3, S, S), or (B, I, 3, S, S) if each example has I of them.
+    The images are (B, 3, S, S), or (B, I, 3, S, S) if each example has I of them. `indices` are
+    the places of the examples in the source.
     """
 
     images: Tensor
     examples: list[Example]
+    indices: list[int]
 
 
 def example_batches(
@@ -288,7 +290,10 @@ def example_batches(
 ) -> Iterator[ExampleBatch]:
     """Yield every readable example once, as `evaluation_batches` does for samples."""
     columns = _columns(source, _as_tensors, transform, batch_size, report, num_workers)
-    return (ExampleBatch(torch.stack(images), list(examples)) for images, examples in columns)
+    return (
+        ExampleBatch(torch.stack(images), list(examples), list(indices))
+        for images, examples, indices in columns
+    )
 
 
 def _with_captions(
@@ -312,7 +317,7 @@ def _columns(
     report: SkipReport | None,
     num_workers: int,
 ) -> Iterator[Iterator[tuple]]:
-    """Yield the columns of each batch of readable rows, `prepare(transform, sample)`."""
+    """Yield the columns of each batch of readable rows, `prepare(transform, sample)` and index."""
     check("transform", transform, Callable)
     check_not_empty("source", source)
     check("batch_size", batch_size, PositiveInt)
@@ -328,10 +333,10 @@ def _drop_unreadable(
 ) -> Iterator[list[tuple]]:
     found, first = False, 0
     for rows in loader:
-        numbered = enumerate(rows, first)
+        numbered = [*enumerate(rows, first)]
         errors = [(row.id, row.reason, n) for n, row in numbered if isinstance(row, SampleError)]
         first += len(rows)
-        readable = [row for row in rows if not isinstance(row, SampleError)]
+        readable = [(*row, n) for n, row in numbered if not isinstance(row, SampleError)]
         report.update(errors, len(rows))
         if readable:
             found = True

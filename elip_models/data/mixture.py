@@ -36,6 +36,11 @@ class Concatenation:
             raise SampleError(f"{number}/{error.id}", error.reason) from error
         return sample._replace(id=f"{number}/{sample.id}")
 
+    def image_number(self, index: int) -> int:
+        """Return the first index that shows the same image, within the same source."""
+        number, place = self._find(index)
+        return index - place + image_number(self.sources[number], place)
+
     def _find(self, index: int) -> tuple[int, int]:
         """Return the number of the source and the index in it."""
         check_index(index, len(self))
@@ -50,11 +55,6 @@ class MixedSource(Concatenation):
         """Return the captions without decoding the image; empty if the sample has none."""
         number, place = self._find(index)
         return self.sources[number].captions(place)
-
-    def image_number(self, index: int) -> int:
-        """Return the first index that shows the same image, within the same source."""
-        number, place = self._find(index)
-        return index - place + image_number(self.sources[number], place)
 
 
 class ConcatExamples(Concatenation):

@@ -3,18 +3,19 @@
 from typing import Protocol, runtime_checkable
 
 from elip_models.data.checks import check_index
+from elip_models.data.examples import ExampleSource
 from elip_models.data.sample import Sample, Source
 
 
 @runtime_checkable
 class SharedImages(Protocol):
-    """Optional part of a `Source`: the samples that show the same image."""
+    """Optional part of a `Source` or `ExampleSource`: the samples that show the same image."""
 
     def image_number(self, index: int) -> int:
         """Return the first index that shows the same image as `index`."""
 
 
-def image_number(source: Source, index: int) -> int:
+def image_number(source: Source | ExampleSource, index: int) -> int:
     """Return `source.image_number(index)`, or `index` if the source does not share images."""
     return source.image_number(index) if isinstance(source, SharedImages) else index
 

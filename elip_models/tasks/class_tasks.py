@@ -1,6 +1,7 @@
 """Tasks whose answer is one of several classes: `logits` of the model, and accuracy.
 
-The classes are the answers of the source, in the order of the model's outputs.
+The classes are the answers of the source, in the order of the model's outputs. Intervals are over
+images, see `intervals`. The first of equal logits is the prediction.
 Source: SNLI-VE (Xie et al., 2019); NLVR2 (Suhr et al., 2019).
 """
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from elip_models.data import DataError, Example, ExampleSource, example_batches, open_examples
+from elip_models.data.shared_images import image_number
 from elip_models.models.base import eval_mode
 from elip_models.tasks.features import isolated_rng
-from elip_models.tasks.intervals import bootstrap_interval
+from elip_models.tasks.intervals import score_interval
 from elip_models.tasks.task import Loading, Prediction, Preprocessor, Task, TaskScores, read_all
 
 if TYPE_CHECKING:
@@ -32,13 +34,13 @@ class ClassTask(Task):
 
     reads_text: ClassVar[bool] = True
 
-    def answer_scores(self, answers: dict[str, float]) -> dict[str, float]:
-        """Return the score of each answer of an example, in [0, 1]."""
-        return answers
+    def score(self, answers: dict[str, float], predicted: str) -> float:
+        """Return the score in [0, 1] of a predicted answer, given the answers of an example."""
+        return answers.get(predicted, 0.0)
 
-    def normalise(self, answer: str) -> str:
-        """Return an answer in the form in which answers are compared, in `answer_scores` too."""
-        return answer
+    def outputs(self, answers: Sequence[str], source: ExampleSource) -> list[int]:
+        """Return the outputs of a classifier that are compared, as indices of `answers`."""
+        return list(range(len(answers)))
 
     def open(self, spec: str, *, image_size: int) -> ExampleSource:
         """Open the examples that `spec` names."""
@@ -64,10 +66,15 @@ class ClassTask(Task):
         return {"labels": torch.tensor(preprocessor.source.answers.index(best))}
 
     def predictor(
-        self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]
+        self,
+        model: "PretrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        answers: Sequence[str],
+        outputs: Sequence[int],
     ) -> Callable[..., Tensor]:
         """Return a function of images and texts that returns answer indices (B,) int64."""
-        return lambda **inputs: model.logits(**inputs)[:, : len(answers)].argmax(1)
+        columns = torch.tensor(outputs, device=next(model.parameters()).device)
+        return lambda **inputs: columns[model.logits(**inputs)[:, columns].argmax(1)]
 
     def evaluate(
         self,
@@ -81,11 +88,13 @@ class ClassTask(Task):
         if answers is None:
             answers = _source_answers(source, getattr(model.config, "num_classes", None))
         batches, report = read_all(example_batches, model, source, loading)
+        outputs = self.outputs(answers, source)
         examples: list[Example] = []
+        images: list[int] = []
         chosen: list[int] = []
         device = next(model.parameters()).device
         with eval_mode(model), torch.no_grad(), isolated_rng(device):
-            predict = self.predictor(model, tokenizer, answers)
+            predict = self.predictor(model, tokenizer, answers, outputs)
             for batch in batches:
                 inputs = {"images": batch.images}
                 if self.reads_text:
@@ -93,39 +102,50 @@ class ClassTask(Task):
                 inputs = {name: value.to(device) for name, value in inputs.items()}
                 chosen += predict(**inputs).tolist()
                 examples += batch.examples
-        return self._scores(answers, examples, chosen, num_skipped=len(report.reasons))
+                images += [image_number(source, index) for index in batch.indices]
+        return self._scores(
+            [answers[number] for number in outputs],
+            examples,
+            images,
+            [answers[number] for number in chosen],
+            num_skipped=len(report.reasons),
+        )
 
     def _scores(
         self,
         answers: Sequence[str],
         examples: Sequence[Example],
-        chosen: Sequence[int],
+        images: Sequence[int],
+        predicted: Sequence[str],
         *,
         num_skipped: int,
     ) -> TaskScores:
-        """Return the mean of `answer_scores`; examples without answers are left out."""
-        predicted = [answers[number] for number in chosen]
-        targets = [self.answer_scores(each.answers) for each in examples]
+        """Return the mean of `score`; examples without answers are left out.
+
+        `answers` are those that can be predicted, and `images` the numbers of the images.
+        """
         scores = [
-            each.get(self.normalise(text), 0.0) if each else None
-            for each, text in zip(targets, predicted, strict=True)
+            self.score(each.answers, text) if each.answers else None
+            for each, text in zip(examples, predicted, strict=True)
         ]
-        known = [each for each in targets if each]
+        known = [each.answers for each in examples if each.answers]
         if not known:
             raise DataError("examples: expected answers, got none; use data with answers")
-        if not any(each.keys() & set(map(self.normalise, answers)) for each in known):
+        possible = set(answers)
+        if not any(each.keys() & possible for each in known):
             raise DataError(
                 f"answers: expected some among the {len(answers)} of the model, such as "
                 f"{answers[0]!r}, got none of them, but {next(iter(known[0]))!r}; use other data"
             )
         heaviest = Counter(max(each, key=each.get) for each in known)
         always = heaviest.most_common(1)[0][0]
+        scored = [(s, image) for s, image in zip(scores, images, strict=True) if s is not None]
         return TaskScores(
             task=self.name,
-            scores={"accuracy": bootstrap_interval([s for s in scores if s is not None])},
+            scores={"accuracy": score_interval(*zip(*scored, strict=True))},
             baselines={
                 "chance": {"accuracy": 1 / len(answers)},
-                "majority": {"accuracy": fmean(each.get(always, 0.0) for each in known)},
+                "majority": {"accuracy": fmean(self.score(each, always) for each in known)},
             },
             num_examples=len(known),
             num_skipped=num_skipped,
@@ -146,10 +166,19 @@ def _source_answers(source: ExampleSource, outputs: int | None) -> tuple[str, ..
 
 @dataclass(frozen=True)
 class Classification(ClassTask):
-    """Image classification with a linear probe or a fully fine-tuned image tower."""
+    """Image classification with a linear probe or a fully fine-tuned image tower.
+
+    Only the classes of the data are compared: for ImageNet-R, 200 of the 1,000 outputs.
+    """
 
     name: ClassVar[str] = "classification"
     reads_text: ClassVar[bool] = False
+
+    def outputs(self, answers: Sequence[str], source: ExampleSource) -> list[int]:
+        """Return the outputs of the classes of the source, as indices of `answers`."""
+        classes = set(source.answers)
+        found = [number for number, answer in enumerate(answers) if answer in classes]
+        return found or super().outputs(answers, source)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,18 @@
-"""Percentile bootstrap confidence intervals of scores."""
+"""Confidence intervals of means: the percentile bootstrap, which resamples clusters of examples.
+
+Examples that share an image are not independent: captions, or questions about it. They form a
+cluster. A draw of the bootstrap has as many clusters as the data, drawn with replacement; its mean
+is the mean over all examples of these clusters.
+
+    mean of a draw   sum_c n_c sum(scores of c) / sum_c n_c size(c),   n multinomial
+
+If all clusters have the same mean score, as at 0% and 100%, the bootstrap has no width. Scores in
+[0, 1] then have the Wilson interval, with the number of clusters as the number of trials.
+Source: Davison and Hinkley (1997), section 3.8; Wilson (1927).
+"""
 
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +30,68 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_interval(
-    scores: Sequence[float] | np.ndarray, *, level: float = LEVEL, seed: int = 0
+def score_interval(
+    scores: Sequence[float] | np.ndarray,
+    clusters: Sequence[int] | np.ndarray | None = None,
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
 ) -> Interval:
-    """Return the percentile bootstrap interval of the mean over examples, at least one.
+    """Return the interval of the mean of scores in [0, 1]; its width is never 0.
 
-    Counts of distinct scores are drawn from a multinomial distribution. The cost therefore does not
-    grow with the number of examples if scores take few values.
+    Args:
+        scores: Scores of the examples, at least one.
+        clusters: Number of the image of each example. None: all examples are independent.
+        level: Share of intervals that contain the true mean.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: There is no score, or one is outside [0, 1].
     """
-    values, counts = np.unique(np.asarray(scores, dtype=np.float64), return_counts=True)
-    return interval_of(lambda drawn: drawn @ values / len(scores), counts, level=level, seed=seed)
+    values = np.asarray(scores, dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"scores: expected values in [0, 1], got {values.min()} to {values.max()}")
+    found = bootstrap_interval(values, clusters, level=level, seed=seed)
+    if found.low < found.high:
+        return found
+    count = len(values) if clusters is None else len(np.unique(clusters))
+    return wilson_interval(found.mean, count, level=level)
+
+
+def wilson_interval(share: float, count: int, *, level: float = LEVEL) -> Interval:
+    """Return the Wilson interval of a share of `count` independent trials."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    total = count + z**2
+    centre = (count * share + z**2 / 2) / total
+    half = z * (count * share * (1 - share) + z**2 / 4) ** 0.5 / total
+    return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+
+
+def bootstrap_interval(
+    scores: Sequence[float] | np.ndarray,
+    clusters: Sequence[int] | np.ndarray | None = None,
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """Return the percentile bootstrap interval of the mean of any values, at least one.
+
+    Counts of distinct clusters are drawn from a multinomial distribution. The cost therefore does
+    not grow with the number of examples if scores take few values. For `clusters`, see
+    `score_interval`.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if clusters is None:
+        rows = np.stack([values, np.ones(len(values))], axis=1)
+    else:
+        _, numbers = np.unique(np.asarray(clusters), return_inverse=True)
+        sums, sizes = np.bincount(numbers, values), np.bincount(numbers)
+        rows = np.stack([sums.round(12), sizes], axis=1)  # equal clusters, summed in any order
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    sums, sizes = kinds.T
+    return interval_of(
+        lambda drawn: (drawn @ sums) / (drawn @ sizes), counts, level=level, seed=seed
+    )
 
 
 def interval_of(

@@ -2,7 +2,9 @@
 
 From image to text, a query is correct at k if any caption of the image is among the k most similar
 texts. From text to image, it is correct if the caption's image is among the k most similar images.
-Ties count against the model: a candidate as similar as the correct one ranks before it.
+Ties count against the model: a wrong candidate as similar as the correct one, within 1e-6, ranks
+before it. A model with constant features therefore has a recall of 0. Intervals are over images,
+see `intervals`: the captions of an image are drawn together.
 
 Images are encoded without text, and texts without image. Entries of a list that show the same image
 form one image with all their captions.
@@ -20,6 +22,7 @@ from elip_models.data import Source, evaluation_batches
 from elip_models.data.shared_images import group_by_image
 from elip_models.models.base import eval_mode
 from elip_models.tasks.features import encode_images, encode_texts, ranks_by_chunk, ranks_of
+from elip_models.tasks.intervals import Interval, score_interval
 from elip_models.tasks.task import Loading, Progress, no_progress, read_all
 from elip_models.validation import PositiveInt, check
 
@@ -39,6 +42,7 @@ class RetrievalScores:
     chance: dict[str, float]  # expected recalls of a random ranking
     num_images: int
     num_texts: int
+    intervals: dict[str, Interval]  # 95%, of the recalls
     num_skipped: int = 0  # samples that could not be read
 
     @property
@@ -78,19 +82,29 @@ def recall_of_features(
     chunk_size: int = 1024,
 ) -> dict[str, float]:
     """Return `recall_at_k` of `image_features @ text_features.T`, for `chunk_size` rows at once."""
-    _check_matrix("image_features", image_features)
-    _check_matrix("text_features", text_features, width=image_features.shape[1])
-    num_images, num_texts = len(image_features), len(text_features)
-    _check_index(text_to_image, num_images, num_texts)
     for k in ks:
         check("ks", k, PositiveInt)
-    check("chunk_size", chunk_size, PositiveInt)
-    image_ids = torch.arange(num_images, device=text_to_image.device)
-    image_ranks = ranks_by_chunk(
-        image_features, text_features, image_ids, text_to_image, chunk_size
-    )
-    text_ranks = ranks_by_chunk(text_features, image_features, text_to_image, image_ids, chunk_size)
-    return _recalls(image_ranks, text_ranks, ks)
+    return _recalls(*_ranks(image_features, text_features, text_to_image, chunk_size), ks)
+
+
+def recall_intervals(
+    image_ranks: Tensor, text_ranks: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS
+) -> dict[str, Interval]:
+    """Return the recalls with their 95% intervals, with the names of `recall_at_k`.
+
+    Args:
+        image_ranks: (num_images,), number of texts that rank before the first correct one.
+        text_ranks: (num_texts,), number of images that rank before the correct one.
+        text_to_image: (num_texts,), the image of each text, whose captions are drawn together.
+        ks: Numbers of candidates.
+    """
+    owners = text_to_image.cpu().numpy()
+    ways = {"image_to_text": (image_ranks, None), "text_to_image": (text_ranks, owners)}
+    return {
+        f"{way}_r{k}": score_interval((ranks < k).cpu().numpy(), clusters)
+        for way, (ranks, clusters) in ways.items()
+        for k in ks
+    }
 
 
 def chance_level(
@@ -145,12 +159,29 @@ def evaluate_retrieval(
         text_features = encode_texts(model, tokenizer, texts, batch_size, progress)
     text_to_image = [image for image, several in enumerate(captions) for _ in several]
     text_to_image = torch.tensor(text_to_image, device=image_features.device)
+    ranks = _ranks(image_features, text_features, text_to_image)
     return RetrievalScores(
-        recalls=recall_of_features(image_features, text_features, text_to_image),
+        recalls=_recalls(*ranks, KS),
         chance=chance_level(text_to_image, len(captions)),
         num_images=len(captions),
         num_texts=len(texts),
+        intervals=recall_intervals(*ranks, text_to_image),
         num_skipped=len(report.reasons),
+    )
+
+
+def _ranks(
+    image_features: Tensor, text_features: Tensor, text_to_image: Tensor, chunk_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Return the ranks of the first correct text of each image, and of the image of each text."""
+    _check_matrix("image_features", image_features)
+    _check_matrix("text_features", text_features, width=image_features.shape[1])
+    _check_index(text_to_image, len(image_features), len(text_features))
+    check("chunk_size", chunk_size, PositiveInt)
+    image_ids = torch.arange(len(image_features), device=text_to_image.device)
+    return (
+        ranks_by_chunk(image_features, text_features, image_ids, text_to_image, chunk_size),
+        ranks_by_chunk(text_features, image_features, text_to_image, image_ids, chunk_size),
     )
 
 

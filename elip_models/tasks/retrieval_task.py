@@ -5,7 +5,8 @@
     score    ITM (ALBEF), or ITM + ITC (BLIP); all other candidates rank after these k
 
 A model without features (METER) scores every pair, and one without ITM (CLIP) ranks by features.
-Images are encoded without text. With `guided`, a *query* caption guides the reduction of its
+Ties, and candidates beyond the first k, count against the model as in `retrieval`. Images are
+encoded without text. With `guided`, a *query* caption guides the reduction of its
 candidate images during re-ranking. An image that is the query is never reduced by a caption.
 Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 """
@@ -34,8 +35,8 @@ from elip_models.data.shared_images import group_by_image, image_number
 from elip_models.models.base import eval_mode
 from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
-from elip_models.tasks.intervals import Interval, bootstrap_interval
-from elip_models.tasks.retrieval import KS, chance_level
+from elip_models.tasks.intervals import Interval
+from elip_models.tasks.retrieval import chance_level, recall_intervals
 from elip_models.tasks.task import (
     Loading,
     Prediction,
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
 
 MAX_DRAWS = 1000  # draws for one caption of another image
-DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,4 @@ def _recalls(of_images: Tensor, of_texts: Tensor, text_to_image: Tensor) -> dict
     """Return recall@k both ways, from scores (I, T) of image queries and (T, I) of text queries."""
     relevant = torch.arange(len(of_images))[:, None] == text_to_image[None]
     ranks = ranks_of(of_images, relevant), ranks_of(of_texts, relevant.T)
-    return {
-        f"{way}_r{k}": bootstrap_interval((of_way < k).double().tolist())
-        for way, of_way in zip(DIRECTIONS, ranks, strict=True)
-        for k in KS
-    }
+    return recall_intervals(*ranks, text_to_image)

@@ -11,6 +11,7 @@ with require_extra("elip_models.tasks.tables"):
 
 if TYPE_CHECKING:
     from elip_models.data import SkipReport
+    from elip_models.tasks.intervals import Interval
     from elip_models.tasks.retrieval import RetrievalScores
     from elip_models.tasks.task import TaskScores
     from elip_models.tasks.zero_shot import ZeroShotScores
@@ -31,30 +32,30 @@ def data_table(name: str, size: int, report: "SkipReport", captions: Sequence[st
 
 
 def retrieval_table(scores: "RetrievalScores") -> Table:
-    """Return recalls in percent, with chance in brackets."""
+    """Return recalls in percent with 95% intervals, and chance in brackets."""
     names = {"image_to_text": "image to text", "text_to_image": "text to image"}
     ks = [key.rsplit("_r", 1)[1] for key in scores.recalls if key.startswith("image_to_text")]
     table = Table(
-        title=f"{scores.num_images} images, {scores.num_texts} captions (chance in brackets)"
+        title=f"{scores.num_images} images, {scores.num_texts} captions: 95% interval (chance)"
     )
     table.add_column("retrieval")
     for k in ks:
         table.add_column(f"R@{k} %", justify="right")
     for key, name in names.items():
         keys = [f"{key}_r{k}" for k in ks]
-        table.add_row(name, *_percents(scores.recalls, scores.chance, keys))
+        table.add_row(name, *_percents(scores.intervals, scores.chance, keys))
     return table
 
 
 def zero_shot_table(scores: "ZeroShotScores") -> Table:
-    """Return accuracies in percent, with chance in brackets."""
+    """Return accuracies in percent with 95% intervals, and chance in brackets."""
     table = Table(
-        title=f"{scores.num_images} images, {scores.num_classes} classes (chance in brackets)"
+        title=f"{scores.num_images} images, {scores.num_classes} classes: 95% interval (chance)"
     )
     table.add_column("zero-shot")
     for key in scores.accuracies:
         table.add_column(f"top-{key.rpartition('top')[2]} %", justify="right")
-    table.add_row("accuracy", *_percents(scores.accuracies, scores.chance, scores.accuracies))
+    table.add_row("accuracy", *_percents(scores.intervals, scores.chance, scores.accuracies))
     return table
 
 
@@ -64,14 +65,18 @@ def task_table(scores: "TaskScores") -> Table:
     for column in ("", "%", "95% interval", *scores.baselines):
         table.add_column(column, justify="right" if column else "left")
     for name, found in scores.scores.items():
-        ends = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
         others = (each.get(name) for each in scores.baselines.values())
         shown = ("" if value is None else f"{100 * value:.1f}" for value in others)
-        table.add_row(name, f"{100 * found.mean:.1f}", ends, *shown)
+        table.add_row(name, f"{100 * found.mean:.1f}", _ends(found), *shown)
     return table
 
 
 def _percents(
-    found: dict[str, float], chance: dict[str, float], keys: Iterable[str]
+    found: "dict[str, Interval]", chance: dict[str, float], keys: Iterable[str]
 ) -> Iterator[str]:
-    return (f"{100 * found[key]:.1f} ({100 * chance[key]:.1f})" for key in keys)
+    for key in keys:
+        yield f"{100 * found[key].mean:.1f}, {_ends(found[key])} ({100 * chance[key]:.1f})"
+
+
+def _ends(interval: "Interval") -> str:
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"

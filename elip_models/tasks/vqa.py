@@ -2,8 +2,9 @@
 
 ALBEF and BLIP learn to generate each answer of a question, weighted. They rank the answers of a
 list: the `candidates` whose first token is most likely, by the likelihood of the whole answer.
-METER classifies into the 3,129 most frequent answers, with binary losses. Scores depend on the
-share of people who gave the normalised answer.
+METER classifies into the 3,129 most frequent answers, with binary losses; the target of an answer
+is min(1, 3 x share of the people who wrote exactly this). The accuracy is the official one, see
+`vqa_accuracy`.
 Source: VQA v2 (Goyal et al., 2017); ALBEF (Li et al., 2021); METER (Dou et al., 2022).
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elip_models.data import Example, soft_scores, tokenize
-from elip_models.data.tasks.vqa_answers import normalise_answer
+from elip_models.data.tasks.vqa_answers import Revision, vqa_accuracy
 from elip_models.tasks.class_tasks import ClassTask
 from elip_models.tasks.task import Preprocessor
 from elip_models.validation import PositiveInt
@@ -35,29 +36,24 @@ class VQA(ClassTask):
         answers_per_question: Number of answers used in training, those with the largest weights.
         answer_length: Tokens of an answer with its first and last token; longer ones are truncated.
         candidates: Number of answers whose likelihood is compared.
+        revision: Year of the official rule of the accuracy, see `vqa_accuracy`.
     """
 
     name: ClassVar[str] = "vqa"
     answers_per_question: PositiveInt = 10
     answer_length: PositiveInt = 10
     candidates: PositiveInt = 128
+    revision: Revision = 2017
 
-    def normalise(self, answer: str) -> str:
-        """Return the answer as the VQA metric compares it."""
-        return normalise_answer(answer)
-
-    def answer_scores(self, answers: dict[str, float]) -> dict[str, float]:
-        """Return the VQA score of each normalised answer."""
-        shares: dict[str, float] = {}
-        for answer, share in answers.items():
-            shares[self.normalise(answer)] = shares.get(self.normalise(answer), 0.0) + share
-        return soft_scores(shares)
+    def score(self, answers: dict[str, float], predicted: str) -> float:
+        """Return the official accuracy of a predicted answer."""
+        return vqa_accuracy(answers, predicted, self.revision)
 
     def targets(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
         """Return the scores of all answers for a classifier, or the answers as tokens."""
         if is_classifier(preprocessor.model):
-            scores, answers = self.answer_scores(example.answers), preprocessor.source.answers
-            targets = [scores.get(self.normalise(answer), 0.0) for answer in answers]
+            scores, answers = soft_scores(example.answers), preprocessor.source.answers
+            targets = [scores.get(answer, 0.0) for answer in answers]
             return {"answer_scores": torch.tensor(targets)}
         heaviest = sorted(example.answers.items(), key=lambda item: -item[1])
         kept = heaviest[: self.answers_per_question]
@@ -72,11 +68,15 @@ class VQA(ClassTask):
         }
 
     def predictor(
-        self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", answers: Sequence[str]
+        self,
+        model: "PretrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        answers: Sequence[str],
+        outputs: Sequence[int],
     ) -> Callable[..., Tensor]:
         """Return a classifier of answers, or a ranking of the listed answers."""
         if is_classifier(model.config):
-            return super().predictor(model, tokenizer, answers)
+            return super().predictor(model, tokenizer, answers, outputs)
         device = next(model.parameters()).device
         listed = tokenize(tokenizer, answers, self.answer_length)
         texts = listed["input_ids"].to(device), listed["attention_mask"].to(device)

@@ -1,8 +1,8 @@
 """Zero-shot classification: the class whose texts are most similar to the image.
 
 The feature of a class is the normalised mean of the features of its name in all templates. An image
-is correct at k if its class is among the k most similar. Ties count against the model, except
-between classes with the same name. Images are encoded without text.
+is correct at k if its class is among the k most similar. Ties count against the model, as in
+`retrieval`, except between classes with the same name. Images are encoded without text.
 Source: CLIP (Radford et al., 2021), section 3.1.
 """
 
@@ -18,6 +18,7 @@ from elip_kernels.autocast import no_autocast
 from elip_models.data import ClassSource, evaluation_batches
 from elip_models.models.base import eval_mode
 from elip_models.tasks.features import encode_images, encode_texts, ranks_of
+from elip_models.tasks.intervals import Interval, score_interval
 from elip_models.tasks.task import Loading, Progress, no_progress, read_all
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class ZeroShotScores:
     chance: dict[str, float]  # accuracies of a random ranking
     num_images: int
     num_classes: int
+    intervals: dict[str, Interval]  # 95%, of the accuracies
     num_skipped: int = 0  # images that could not be read
 
     @property
@@ -87,11 +89,13 @@ def evaluate_zero_shot(
     number = {name: i for i, name in enumerate(source.classes)}
     labels = torch.tensor([number[name] for (name,) in found], device=images.device)
     ranks = _ranks(images, classes, labels, source.names)
+    intervals = {f"zero_shot_top{k}": score_interval((ranks < k).cpu().numpy()) for k in KS}
     return ZeroShotScores(
-        accuracies={f"zero_shot_top{k}": (ranks < k).double().mean().item() for k in KS},
+        accuracies={name: found.mean for name, found in intervals.items()},
         chance={f"zero_shot_top{k}": min(1.0, k / len(classes)) for k in KS},
         num_images=len(labels),
         num_classes=len(classes),
+        intervals=intervals,
         num_skipped=len(report.reasons),
     )
 

@@ -9,10 +9,12 @@ import torch
 
 from elip_models.data import DataError, EmojiScenes, JsonSource, SampleError, train_tokenizer
 from elip_models.models.registry import create_model
+from elip_models.tasks.intervals import score_interval
 from elip_models.tasks.retrieval import (
     chance_level,
     evaluate_retrieval,
     recall_at_k,
+    recall_intervals,
     recall_of_features,
 )
 
@@ -73,6 +75,28 @@ def test_constant_similarities_score_zero():
     images = torch.nn.functional.normalize(torch.randn(1, 96), dim=-1).expand(50, -1)
     texts = images[text_to_image]
     assert set(recall_of_features(images, texts, text_to_image).values()) == {0.0}
+
+
+@pytest.mark.parametrize(("gap", "recall"), [(0.0, 0.0), (5e-7, 0.0), (2e-6, 1.0)])
+def test_a_tie_within_the_tolerance_counts_against_the_model(gap, recall):
+    """Each image is as similar to the text of the other one, but for `gap`."""
+    similarity = torch.tensor([[1.0, 1.0 - gap], [1.0 - gap, 1.0]], dtype=torch.float64)
+    recalls = recall_at_k(similarity, torch.arange(2), ks=(1, 2))
+    assert recalls["image_to_text_r1"] == recalls["text_to_image_r1"] == recall
+    assert recalls["image_to_text_r2"] == recalls["text_to_image_r2"] == 1.0
+
+
+def test_captions_of_an_image_are_drawn_together():
+    owners = captions_of_images(30, seed=1)
+    of_image = torch.arange(30) % 2
+    intervals = recall_intervals(of_image, of_image[owners], owners, ks=(1,))
+    hits = (of_image[owners] < 1).numpy()
+    assert intervals["text_to_image_r1"] == score_interval(hits, owners.numpy())
+    assert intervals["image_to_text_r1"] == score_interval((of_image < 1).numpy())
+    alone = score_interval(hits)
+    assert intervals["text_to_image_r1"].mean == alone.mean == hits.mean()
+    assert intervals["text_to_image_r1"].low < alone.low
+    assert intervals["text_to_image_r1"].high > alone.high
 
 
 def test_nan_scores_zero():
@@ -194,7 +218,9 @@ def test_evaluation_encodes_images_without_captions(model, tokenizer, scenes, mo
     assert [len(args) for args, _ in seen] == [1, 1, 1]
     assert not any(kwargs for _, kwargs in seen)
     assert (scores.num_images, scores.num_texts, scores.num_skipped) == (12, 60, 0)
-    assert scores.recalls.keys() == scores.chance.keys()
+    assert scores.recalls.keys() == scores.chance.keys() == scores.intervals.keys()
+    assert {name: each.mean for name, each in scores.intervals.items()} == scores.recalls
+    assert all(each.low < each.high for each in scores.intervals.values())
     assert scores.chance["text_to_image_r1"] == pytest.approx(1 / 12)
 
 

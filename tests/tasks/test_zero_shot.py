@@ -12,6 +12,7 @@ from torch import nn
 
 from elip_models.data import BACKGROUNDS, EMOJI, EmojiClasses, class_sources, open_classes
 from elip_models.models.clip.model import CLIP
+from elip_models.tasks.intervals import wilson_interval
 from elip_models.tasks.zero_shot import class_features, evaluate_zero_shot
 from elip_models.training.trainer import train
 from elip_models.validation import ConfigError
@@ -59,6 +60,7 @@ def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(tmp_path):
     assert scores.accuracies == {"zero_shot_top1": 1, "zero_shot_top5": 1}
     assert scores.chance == {"zero_shot_top1": 1 / 3, "zero_shot_top5": 1}
     assert (scores.num_images, scores.num_classes, scores.num_skipped) == (6, 3, 0)
+    assert scores.intervals == dict.fromkeys(scores.accuracies, wilson_interval(1.0, 6))
     assert scores.summary() == "zero-shot top-1 100.0%, top-5 100.0%"
     assert model.training
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,6 +51,15 @@ class FileExamples:
         """Return the example without images; none is decoded."""
         check_index(index, len(self))
         return _example(self._index[index])
+
+    def image_number(self, index: int) -> int:
+        """Return the first index with the same images."""
+        return self._image_numbers[index]
+
+    @cached_property
+    def _image_numbers(self) -> list[int]:
+        first: dict[tuple[str, ...], int] = {}
+        return [first.setdefault(tuple(each), i) for i, each in enumerate(self._index["images"])]
 
 
 def _existing(path: Path) -> Path:

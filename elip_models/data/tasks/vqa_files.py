@@ -4,13 +4,13 @@
     {"annotations": [{"question_id", "answers": [{"answer"}, ..], "multiple_choice_answer"}, ..]}
     [{"image": path, "question", "question_id", "answer": a list of ten, or one text}, ..]
 
-Questions without annotations, such as those of the test set, have no answers. Answers of
-annotations are normalised, see `vqa_answers`; answers of lists are not. The share of an answer is
-that of the people who gave it, see `soft_scores`.
+Questions without annotations, such as those of the test set, have no answers. Answers stay as
+people wrote them; the metric normalises them, see `vqa_answers`. The share of an answer is that of
+the people who gave it.
 
 The possible answers are a JSON list of texts, such as ALBEF's answer_list.json. Without a list,
-they are the answers that are the first answer of at least nine questions, as in METER: 3,129 for
-the training and validation sets.
+they are the answers that are the first answer of at least nine questions, normalised for
+annotations, as in METER: 3,129 for the training and validation sets.
 """
 
 import os
@@ -70,7 +70,7 @@ def _annotations(loaded: dict[Path, Any]) -> dict[int, tuple[list[str], str]] | 
             ]
             if not answers:
                 raise ValueError(f"{where}: answers: expected at least one, got none")
-            found[question] = (list(map(normalise_answer, answers)), normalise_answer(first))
+            found[question] = (answers, normalise_answer(first))
     return found if any_file else None
 
 

@@ -19,6 +19,7 @@ COMMITS = {
     "ELIP": "guoyang9/ELIP @ 2d6b65b6f0c3a3cc2afd11706eae68dcf1a231b6",
     "EViT": "youweiliang/evit @ 5ca95a7cf4a8637193284895c5bc0dd9dc365982",
     "VisionZip": "dvlab-research/VisionZip @ 3151f6df4fca36a4cd1c985e5956e725b1f9ad02",
+    "VQA": "GT-Vision-Lab/VQA @ a013f0043c1e2cdc995922dfe257f7149aa9af06",
     "ToMe": "facebookresearch/ToMe @ af95e4b1befa172dadccd8c81e223b10090f9579",
 }
 LEAST_MARGIN = 0.005  # relative gap of the scores at every boundary between kept and pruned
