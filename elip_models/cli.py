@@ -9,6 +9,7 @@
     elip calibrate MODEL IMAGES            elip distill MODEL IMAGES
     elip demo [MODEL]
     elip embed SOURCE --model MODEL --output FOLDER
+    elip search FOLDER QUERY               elip index FOLDER
 
 An error of the user is one line on standard error with exit status 2; a bug is a traceback.
 """
@@ -52,6 +53,14 @@ COMMANDS = {
     "embed": (
         "embed.embed",
         "Embed a collection of images: one vector for each, as Parquet files.",
+    ),
+    "search": (
+        "search.search",
+        "Search in a folder of embeddings by a text or an image, or compare two such folders.",
+    ),
+    "index": (
+        "search.index",
+        "Build an index of faiss beside the embeddings, which makes a search in many of them fast.",
     ),
     "visualize": (
         "inspect_model.visualize",

@@ -258,6 +258,7 @@ PACKAGES = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),
     "peft": ("peft",),
+    "search": ("faiss",),
     "study": ("scipy",),
     "train": (
         *("PIL", "accelerate", "datasets", "filelock", "numpy", "rich", "tensorboard"),

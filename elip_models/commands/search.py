@@ -1,0 +1,166 @@
+"""The commands `elip search` and `elip index`: search in the output of `elip embed`."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from elip_models.commands.image_folder import as_option_error
+from elip_models.validation import ConfigError, check_output, require_extra
+
+with require_extra("elip_models.commands"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from elip_models.embedding.compare import NeighbourRecall
+    from elip_models.embedding.search import Found
+
+OPTIONS = {
+    "folder": "FOLDER",
+    "output": "FOLDER",
+    "query": "QUERY",
+    **{name: f"--{name}" for name in ("model", "top", "device", "queries", "seed")},
+}
+"""Argument of the functions of `elip_models.embedding` -> that of the command."""
+
+
+def search(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of embeddings, which `elip embed` wrote.")
+    ] = None,
+    query: Annotated[str | None, typer.Argument(help="A text, or the path of an image.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model of the embeddings is now, if it moved.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Images to find, or neighbours to compare.")] = 10,
+    html: Annotated[Path | None, typer.Option(help="Write a page with thumbnails.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare all embeddings, even with an index.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="DENSE REDUCED",
+            help="Instead of a search: which share of the dense neighbours the reduced ones have.",
+        ),
+    ] = None,
+    queries: Annotated[int, typer.Option(min=1, help="Images of --compare, at random.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of this choice.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu.")] = None,
+) -> None:
+    """Search in a folder of embeddings by a text or an image, or compare two such folders."""
+    if compare is not None:
+        _check_alone(folder, query, html)
+        _compare(*compare, top, queries, seed, as_json)
+        return
+    if folder is None or query is None:
+        name = "FOLDER" if folder is None else "QUERY"
+        raise ConfigError(f"{name}: expected one, or --compare DENSE REDUCED, got none")
+    check_output("--html", html)
+    with require_extra("elip search"):
+        from elip_models.embedding.contact_sheet import contact_sheet
+        from elip_models.embedding.search import search as find
+        from elip_models.models.io.files import write_file
+
+    with _working("searching") as report:
+        found = find(
+            *(folder, query),
+            **{"top": top, "model": model, "exact": exact, "device": device, "report": report},
+        )
+    if html is not None:
+        write_file(html, contact_sheet(found).encode(errors="backslashreplace"))
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        _print_found(found)
+
+
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of embeddings, which `elip embed` wrote.")],
+) -> None:
+    """Build an index of faiss beside the embeddings, which makes a search in many of them fast."""
+    with require_extra("elip index"):
+        from elip_models.embedding.index import build_index
+
+    console = Console(stderr=True)
+    with as_option_error(OPTIONS, errors=ConfigError), console.status("") as status:
+
+        def show(done: int, total: int) -> None:
+            status.update(f"building the index: {done} of {total} images")
+
+        found = build_index(folder, progress=show)
+    _print(
+        f"{folder}: {found.kind} index of {found.index.ntotal} images; it finds "
+        f"{found.recall:.3f} of the ten nearest images of an exact search"
+    )
+
+
+def _check_alone(folder: Path | None, query: str | None, html: Path | None) -> None:
+    for name, value in (("FOLDER", folder), ("QUERY", query), ("--html", html)):
+        if value is not None:
+            raise ConfigError(f"{name}: expected none with --compare, got {value}")
+
+
+def _compare(dense: Path, reduced: Path, top: int, queries: int, seed: int, as_json: bool) -> None:
+    with require_extra("elip search"):
+        from elip_models.embedding.compare import compare_neighbours
+
+    with _working("comparing"):
+        found = compare_neighbours(dense, reduced, top=top, queries=queries, seed=seed)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        _print_recall(found)
+
+
+@contextmanager
+def _working(what: str) -> Iterator:
+    """Show that the command works, and name its options in errors; yield a printer of lines."""
+    console = Console(stderr=True)
+    with as_option_error(OPTIONS, errors=ConfigError), console.status(what):
+        yield lambda text: console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def _print(text: str) -> None:
+    Console().print(escape(text), soft_wrap=True, highlight=False)
+
+
+def _print_json(content: dict) -> None:
+    typer.echo(json.dumps(content, indent=2))
+
+
+def _print_found(found: "Found") -> None:
+    table = Table("rank", "similarity", Column("key", overflow="fold"))
+    for hit in found.hits:
+        table.add_row(str(hit.rank), f"{hit.similarity:.4f}", _printable(hit.key))
+    Console().print(table)
+    how = "all compared" if found.index is None else f"by the {found.index} index"
+    _print(f"{found.images} images, {how}")
+
+
+def _print_recall(found: "NeighbourRecall") -> None:
+    mean, low, high = found.recall
+    _print(
+        f"recall@{found.top}: {mean:.4f} (95% CI {low:.4f} to {high:.4f}, {found.queries} queries "
+        f"among {found.images} images)"
+    )
+    if not found.same_weights:
+        _print("the models of the two folders have different weights")
+    for count, what in (
+        (found.only_dense, f"images of {found.dense} are not in {found.reduced}"),
+        (found.only_reduced, f"images of {found.reduced} are not in {found.dense}"),
+        (found.changed, "images have the same key and other bytes"),
+    ):
+        if count:
+            _print(f"{count} {what}; they are left out")
+
+
+def _printable(key: str) -> str:
+    """Return a key as a cell of a table, which controls no terminal."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)
+    return escape("".join(shown))
