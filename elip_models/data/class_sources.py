@@ -4,7 +4,7 @@
     FOLDER                           one folder of images per class, as ImageNet's validation set
     datasets:NAME,split=test         a dataset of the hub, or a folder of parquet files
 
-If open_clip is installed, its names of ImageNet's classes (for folders named by WordNet ids) and
+The last two take `,names=imagenet` or `,names=FILE`, see `class_names`. If open_clip is installed,
 its templates are used.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from elip_models.data.checks import check_index, expand_user
+from elip_models.data.class_names import check_not_numbers, named_classes
 from elip_models.data.data_spec import parse_files
 from elip_models.data.examples import Example
 from elip_models.data.readers import parse_options
@@ -129,11 +130,15 @@ class _LabelledPhotos:
 class ClassFolder(_LabelledPhotos):
     """A `ClassSource` of a folder that has one folder of images for each class.
 
+    Args:
+        path: The folder.
+        names: "imagenet", a JSON file, or None; see `named_classes`.
+
     Raises:
         FileNotFoundError: The folder is missing, or the folder of a class has no image.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, names: str | None = None) -> None:
         with require_extra("ClassFolder"):
             from torchvision.datasets import ImageFolder
         root = expand_user(path)
@@ -150,8 +155,7 @@ class ClassFolder(_LabelledPhotos):
                 f"spec: expected a folder with a folder of images a class, got "
                 f"{shortened(str(path))}: {error}"
             ) from error
-        self.classes = tuple(folder.classes)
-        self.names = _display_names(self.classes)
+        self.classes, self.names = named_classes(folder.classes, names)
         self._paths = [Path(path) for path, _ in folder.samples]
         self._numbers = folder.targets
 
@@ -173,13 +177,16 @@ class ClassDataset(_LabelledPhotos):
         path: Name on the hub, or a folder.
         split: Name of the split.
         label: Class column. None: the only column of classes.
+        names: As of `ClassFolder`.
 
     Raises:
         FileNotFoundError: There is no such dataset.
         ValueError: It lacks the split or a column, or images have no class, as in many test sets.
     """
 
-    def __init__(self, path: str, *, split: str, label: str | None = None) -> None:
+    def __init__(
+        self, path: str, *, split: str, label: str | None = None, names: str | None = None
+    ) -> None:
         with require_extra("ClassDataset"):
             import datasets
         try:
@@ -201,8 +208,7 @@ class ClassDataset(_LabelledPhotos):
                 f"of {len(numbers)} have none; use another split, such as validation"
             )
         self._name = f"{Path(path).name}-{split}"
-        self.classes = tuple(table.features[self._label].names)
-        self.names = _display_names(self.classes)
+        self.classes, self.names = named_classes(table.features[self._label].names, names)
 
     def __getitem__(self, index: int) -> Sample:
         captions, sample_id = self.captions(index), self.sample_id(index)
@@ -256,36 +262,30 @@ def open_classes(spec: str, *, image_size: int) -> ClassSource:
         image_size: Size in pixels of built-in images.
 
     Raises:
-        TypeError, ValueError: The specification is malformed.
+        TypeError, ValueError: The specification is malformed, or the names of the classes are
+            numbers.
         FileNotFoundError: There is no such folder or dataset.
     """
+    source = open_labelled(spec, image_size=image_size)
+    check_not_numbers(source.names, spec)
+    return source
+
+
+def open_labelled(spec: str, *, image_size: int) -> ClassSource:
+    """Return `open_classes(spec)` for a task without texts; the names may be numbers."""
     if not isinstance(spec, str):
         got = shortened(spec)
         raise TypeError(f"spec: expected {_BUILT_IN}:seed=0,size=600 or a folder, got {got}")
     name, _, options = spec.partition(":")
     if name.strip() == _DATASETS:
-        named = parse_files(options, ("split", "label"))
+        named = parse_files(options, ("split", "label", "names"))
         if len(named.files) != 1 or named.split is None:
             got = shortened(spec)
             raise ValueError(f"spec: expected {_DATASETS}:NAME_OR_FOLDER,split=test, got {got}")
-        return ClassDataset(named.files[0], split=named.split, label=named.label)
+        chosen = {"label": named.label, "names": named.names}
+        return ClassDataset(named.files[0], split=named.split, **chosen)
     if name.strip() == _BUILT_IN:
         allowed = ("seed", "size", "textures")
         return EmojiClasses(**parse_options(spec, options, allowed), image_size=image_size)
-    return ClassFolder(spec)
-
-
-def _display_names(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return ImageNet's names for WordNet ids; for other classes, the folder names."""
-    from timm.data import ImageNetInfo
-
-    imagenet = ImageNetInfo("imagenet-1k")
-    numbers = {label: number for number, label in enumerate(imagenet.label_names())}
-    if not set(classes) <= numbers.keys():
-        return tuple(name.replace("_", " ") for name in classes)
-    if find_spec("open_clip") is None:
-        described = map(imagenet.label_name_to_description, classes)
-        return tuple(text.partition(",")[0] for text in described)
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return tuple(IMAGENET_CLASSNAMES[numbers[name]] for name in classes)
+    folder, _, names = spec.partition(",names=")
+    return ClassFolder(folder, names=names or None)

@@ -26,6 +26,7 @@ class FileSpec:
         weight: Weight of each correct answer, for example 0.5 (ALBEF) or 0.2 (BLIP) for Visual
             Genome.
         label: Name of the class column of a table. None: the only class column.
+        names: Names of the classes: "imagenet" or a JSON file. None: see `named_classes`.
     """
 
     files: tuple[str, ...]
@@ -34,6 +35,7 @@ class FileSpec:
     answers: str | None = None
     weight: Positive = 1.0
     label: str | None = None
+    names: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -41,6 +41,35 @@ class ExampleSource(Protocol):
         """Return the example without images; none is decoded."""
 
 
+class AnswerableExamples:
+    """The examples of a source that have one of its possible answers.
+
+    Raises:
+        ValueError: No example has one.
+    """
+
+    def __init__(self, source: ExampleSource) -> None:
+        self.source, self.answers = source, source.answers
+        listed = set(source.answers)
+        examples = enumerate(map(source.text_alone, range(len(source))))
+        self._indices = [i for i, example in examples if example.answers.keys() & listed]
+        if not self._indices:
+            raise ValueError(
+                f"answers: expected one of the {len(listed)} possible ones for some of the "
+                f"{len(source)} examples, got none; use another list of answers"
+            )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self._indices[index]]
+
+    def text_alone(self, index: int) -> Example:
+        """Return the example without images; none is decoded."""
+        return self.source.text_alone(self._indices[index])
+
+
 def soft_scores(answers: dict[str, float]) -> dict[str, float]:
     """Return the VQA score of each answer, min(1, 3 x share).
 

@@ -135,6 +135,12 @@ class Task(ABC):
         """Return the fields that the training data adds to the model's `config`."""
         return {}
 
+    def training_source(
+        self, source: Source | ExampleSource, config: Any
+    ) -> Source | ExampleSource:
+        """Return the samples of `source` that a model with this `config` is trained on."""
+        return source
+
     @abstractmethod
     def sample(
         self,

@@ -3,7 +3,8 @@
 ALBEF and BLIP learn to generate each answer of a question, weighted. They rank the answers of a
 list: the `candidates` whose first token is most likely, by the likelihood of the whole answer.
 METER classifies into the 3,129 most frequent answers, with binary losses; the target of an answer
-is min(1, 3 x share of the people who wrote exactly this). The accuracy is the official one, see
+is min(1, 3 x share of the people who wrote exactly this). METER is not trained on questions without
+a listed answer; evaluation scores them. The accuracy is the official one, see
 `vqa_accuracy`.
 Source: VQA v2 (Goyal et al., 2017); ALBEF (Li et al., 2021); METER (Dou et al., 2022).
 """
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from elip_models.data import Example, soft_scores, tokenize
+from elip_models.data import Example, ExampleSource, soft_scores, tokenize
+from elip_models.data.examples import AnswerableExamples
 from elip_models.data.tasks.vqa_answers import Revision, vqa_accuracy
 from elip_models.tasks.class_tasks import ClassTask
 from elip_models.tasks.task import Preprocessor
@@ -44,6 +46,10 @@ class VQA(ClassTask):
     answer_length: PositiveInt = 10
     candidates: PositiveInt = 128
     revision: Revision = 2017
+
+    def training_source(self, source: ExampleSource, config: Any) -> ExampleSource:
+        """Return the questions with a listed answer for a classifier, as METER, or all."""
+        return AnswerableExamples(source) if is_classifier(config) else source
 
     def score(self, answers: dict[str, float], predicted: str) -> float:
         """Return the official accuracy of a predicted answer."""

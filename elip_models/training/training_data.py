@@ -78,8 +78,10 @@ def open_training_data(config: RunConfig, image_size: int) -> Source | ExampleSo
     specs = specs if isinstance(specs, tuple) else (specs,)
     if not any(map(is_stream, specs)):
         task = task_of(config)
-        opener = open_source if task is None else task.open
-        return opener(config.data.train, image_size=image_size)
+        if task is None:
+            return open_source(config.data.train, image_size=image_size)
+        source = task.open(config.data.train, image_size=image_size)
+        return task.training_source(source, meta_model(config).config)
     if config.task is not None:
         raise ValueError(f"expected data on disk for {config.task}, got a stream")
     if len(specs) > 1:

@@ -226,7 +226,7 @@ def test_cifar_of_parquet_files(tmp_path):
         f"{spec},split=test,label=img": "expected a column of ClassLabel named 'img', got",
         f"{spec},split=val": "val",
         f"{spec}": r"spec: expected datasets:NAME_OR_FOLDER,split=test, got",
-        f"{spec},split=test,images=x": "expected the options split, label, got 'images'",
+        f"{spec},split=test,images=x": "expected the options split, label, names, got 'images'",
     }.items():
         with pytest.raises(ValueError, match=message):
             open_classes(wrong, image_size=16)

@@ -141,6 +141,28 @@ def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written(revisio
     assert sample["answer_scores"].tolist() == [1.0, 0.0]
 
 
+def test_a_classifier_is_not_trained_on_questions_without_a_listed_answer():
+    """As METER's write_vqa.py; a decoder learns all answers, and evaluation scores all."""
+
+    class Rare(Greys):
+        rare = 3
+
+        def text_alone(self, index):
+            example = super().text_alone(index)
+            return example._replace(answers={"grey": 1.0}) if index < self.rare else example
+
+    source = Rare()
+    assert VQA().training_source(source, preprocessor(source).model) is source
+    kept = VQA().training_source(source, preprocessor(source, num_classes=2).model)
+    assert (len(kept), kept.answers) == (5, source.answers)
+    assert [kept.text_alone(i).id for i in range(5)] == [f"g{i}" for i in range(3, 8)]
+    assert kept[0].id == "g3" and kept[0].images[0] == source[3].images[0]
+    assert VQA().evaluate(Stub(num_classes=2), Tokens(), source, LOADING).num_examples == 8
+    source.rare = 8
+    with pytest.raises(ValueError, match="answers: expected one of the 2 possible ones for some"):
+        VQA().training_source(source, preprocessor(source, num_classes=2).model)
+
+
 def test_questions_about_one_image_are_drawn_together():
     class SharedImage(Greys):
         def image_number(self, index):

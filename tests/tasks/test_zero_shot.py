@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from elip_models.data import BACKGROUNDS, EMOJI, EmojiClasses, class_sources, open_classes
+from elip_models.data import (
+    BACKGROUNDS,
+    EMOJI,
+    EmojiClasses,
+    class_names,
+    class_sources,
+    open_classes,
+    open_examples,
+)
 from elip_models.models.clip.model import CLIP
 from elip_models.tasks.intervals import wilson_interval
 from elip_models.tasks.zero_shot import class_features, evaluate_zero_shot
@@ -103,7 +111,8 @@ def test_imagenet_classes_have_the_names_of_open_clip_if_it_is_installed(
     ids = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
     folder = colour_folder(tmp_path, dict(zip(ids, COLOURS.values(), strict=True)))
     if not installed:
-        monkeypatch.setattr(class_sources, "find_spec", lambda name: None)
+        for module in (class_names, class_sources):
+            monkeypatch.setattr(module, "find_spec", lambda name: None)
     source = open_classes(folder, image_size=8)
     if installed:
         assert source.names == tuple(open_clip.IMAGENET_CLASSNAMES[i] for i in ids.values())
@@ -111,6 +120,47 @@ def test_imagenet_classes_have_the_names_of_open_clip_if_it_is_installed(
     else:
         assert source.names == ("tench", "goldfish", "toilet tissue")
         assert [template("owl") for template in source.templates] == ["a photo of an owl."]
+
+
+def test_numbers_are_not_names_of_classes(tmp_path):
+    """Folders 0 to 999, as of ImageNet-V2."""
+    numbers = {"0": 0, "10": 10, "999": 999}
+    folder = colour_folder(tmp_path / "v2", dict(zip(numbers, COLOURS.values(), strict=True)))
+    with pytest.raises(ValueError, match=r"got the numbers 0, 10, 999.*add ,names=imagenet if"):
+        open_classes(folder, image_size=8)
+    source = open_classes(f"{folder},names=imagenet", image_size=8)
+    assert source.classes == ("n01440764", "n01530575", "n15075141")
+    assert source.names == tuple(open_clip.IMAGENET_CLASSNAMES[i] for i in numbers.values())
+    assert source[2].captions == ("n01530575",)
+    for spec, answers in ((folder, tuple(numbers)), (f"{folder},names=imagenet", source.classes)):
+        assert open_examples("classification", spec, image_size=8).answers == answers
+
+
+def test_a_file_names_the_classes(tmp_path):
+    folder, file = colour_folder(tmp_path / "images"), tmp_path / "names.json"
+    colours = {"red": "dark red", "green": "lime", "blue_sky": "azure"}
+    file.write_text(json.dumps(colours))
+    source = open_classes(f"{folder},names={file}", image_size=8)
+    assert (source.classes, source.names) == (
+        ("blue_sky", "green", "red"),
+        ("azure", "lime", "dark red"),
+    )
+    numbered = colour_folder(tmp_path / "numbers", dict(zip("012", COLOURS.values(), strict=True)))
+    file.write_text(json.dumps(["red", "green", "blue sky"]))
+    spec = f"{numbered},names={file}"
+    scores = evaluate_zero_shot(SeesColours(), None, open_classes(spec, image_size=8))
+    assert scores.accuracies["zero_shot_top1"] == 1
+    for content, message in (
+        (["red"], r"expected a name for each of the 3 classes, got none for '1'; add it"),
+        ({"0": 1}, r"expected a JSON object .* or a list of texts, got"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            open_classes(spec, image_size=8)
+    with pytest.raises(ValueError, match=r"names: expected WordNet ids or the numbers 0 to 999"):
+        open_classes(f"{folder},names=imagenet", image_size=8)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        open_classes(f"{folder},names={tmp_path / 'missing.json'}", image_size=8)
 
 
 def test_the_built_in_classes_are_balanced_images_of_one_emoji():

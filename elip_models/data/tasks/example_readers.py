@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from elip_models.data.checks import check_not_empty, existing_files
-from elip_models.data.class_sources import ClassExamples, open_classes
+from elip_models.data.class_sources import ClassExamples, open_labelled
 from elip_models.data.data_spec import parse_files
 from elip_models.data.examples import ExampleSource
 from elip_models.data.mixture import ConcatExamples
@@ -58,7 +58,7 @@ def open_examples(
     if not isinstance(spec, str | Mapping):
         raise TypeError(f"spec: expected a text or a mapping, got {shortened(spec)}")
     if task == "classification":
-        return ClassExamples(open_classes(spec, image_size=image_size))
+        return ClassExamples(open_labelled(spec, image_size=image_size))
     name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     name = name.strip()
     built_in = {source.name: each for each, source in BUILT_IN.items()}.get(name)

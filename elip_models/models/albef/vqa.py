@@ -5,12 +5,15 @@
     loss     mean over questions of sum_a w_a (-log p(a | h)), distilled from the momentum encoders
 
 The decoder has as many layers as the fusion layers and starts from their weights. Its embeddings
-are tied to its language head.
+are tied to its language head. Training cuts a question after 30 words and `context_length` tokens,
+evaluation after 50 words.
 
-Source: models/model_vqa.py, VQA.py and configs/VQA.yaml of ALBEF.
+Source: models/model_vqa.py, VQA.py, dataset/vqa_dataset.py and configs/VQA.yaml of ALBEF.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +24,12 @@ from elip_models.models.downstream import AnsweringModel, TaskOutput, Weights
 from elip_models.models.layers.bert import BertTower, masked_language_head
 from elip_models.models.layers.generated_answers import Answers, QuestionStates
 from elip_models.validation import Size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUESTION_WORDS = 50
+"""Words of a question that evaluation reads, as in the original."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,22 @@ class ALBEFVQA(AnsweringModel, ALBEFTask):
     encoders: VQAEncoders
     encoders_m: VQAEncoders | None
     fuse_question = ALBEFTask.encode_pair
+
+    def tokenise(
+        self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return input_ids and attention_mask (B, L) of B questions to answer.
+
+        L is the length of the longest one, at most `max_positions`: questions are not cut at
+        `context_length`, only after 50 words.
+        """
+        from elip_models.data import apply_caption_rule, tokenize
+
+        rule = self.config.captions
+        texts = [apply_caption_rule(text, rule, QUESTION_WORDS) for text in captions]
+        tokens = tokenize(tokenizer, texts, self.config.max_tokens)
+        longest = int(tokens["attention_mask"].sum(1).max())
+        return {name: values[:, :longest] for name, values in tokens.items()}
 
     @classmethod
     def convert_encoders(cls, weights: Weights, config: ALBEFVQAConfig) -> Weights:
