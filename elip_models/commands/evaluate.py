@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from elip_models.models.base import PretrainedModel
+    from elip_models.tasks.retrieval import RetrievalScores
     from elip_models.tasks.task import Loading, Task
+    from elip_models.tasks.zero_shot import ZeroShotScores
 
 app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
 
@@ -58,7 +60,7 @@ def eval_retrieval(
         source = open_source(data, image_size=trained.config.image_size)
     scores = evaluate_retrieval(trained, tokenizer, source, **loading._asdict())
     Console().print(retrieval_table(scores))
-    _write_scores(asdict(scores), output)
+    _write_scores(_as_dict(scores), output)
 
 
 @app.command("zero-shot")
@@ -67,7 +69,8 @@ def eval_zero_shot(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder with one folder of images for each class, or emoji_classes:size=600."
+            help="Folder with one folder of images for each class (FOLDER,names=imagenet if "
+            "these are numbers, as in ImageNet-V2), or emoji_classes:size=600."
         ),
     ],
     batch_size: BatchSize = 64,
@@ -85,7 +88,7 @@ def eval_zero_shot(
     loading = _loading(batch_size, num_workers, max_bad_share)
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
     Console().print(zero_shot_table(scores))
-    _write_scores(asdict(scores), output)
+    _write_scores(_as_dict(scores), output)
 
 
 @app.command("selection")
@@ -201,6 +204,11 @@ def _add_command(name: str) -> None:
 
 for _name in ("vqa", "entailment", "nlvr2", "captioning", "classification"):
     _add_command(_name)
+
+
+def _as_dict(scores: "RetrievalScores | ZeroShotScores") -> dict[str, Any]:
+    intervals = {name: each._asdict() for name, each in scores.intervals.items()}
+    return asdict(scores) | {"intervals": intervals}
 
 
 def _write_scores(scores: dict[str, Any], output: Path | None) -> None:

@@ -219,6 +219,8 @@ def test_scores_are_logged_during_training_and_written_as_json(tmp_path):
     written = json.loads(output.read_text())
     assert written["accuracies"] == result.zero_shot.accuracies
     assert written["num_classes"] == 60
+    top1 = written["intervals"]["zero_shot_top1"]
+    assert top1["low"] <= top1["mean"] == written["accuracies"]["zero_shot_top1"] <= top1["high"]
 
 
 @pytest.mark.parametrize(
