@@ -152,12 +152,12 @@ def _print_recall(found: "NeighbourRecall") -> None:
     if not found.same_weights:
         _print("the models of the two folders have different weights")
     for count, what in (
-        (found.only_dense, f"images of {found.dense} are not in {found.reduced}"),
-        (found.only_reduced, f"images of {found.reduced} are not in {found.dense}"),
-        (found.changed, "images have the same key and other bytes"),
+        (found.only_dense, f"only in {found.dense}"),
+        (found.only_reduced, f"only in {found.reduced}"),
+        (found.changed, "with the same key and other bytes"),
     ):
         if count:
-            _print(f"{count} {what}; they are left out")
+            _print(f"images {what}, which are left out: {count}")
 
 
 def _printable(key: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import elip_models
 from elip_models.analysis.feature_measures import neighbours
 from elip_models.embedding import index as indexes
 from elip_models.embedding.collection import open_collection
@@ -16,6 +17,7 @@ from elip_models.embedding.index import build_index, open_index
 from elip_models.embedding.search import search
 from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.validation import ConfigError
+from tests.embedding.conftest import SMALL
 from tests.helpers.collections import write_collection
 from tests.helpers.tiny_run import elip
 
@@ -32,7 +34,7 @@ def folder(vectors, tmp_path):
     return write_collection(tmp_path / "out", vectors, shard_size=250)
 
 
-def test_the_command_builds_an_index_that_a_search_uses(whole, pictures, tmp_path, capsys):
+def test_the_command_builds_an_index_that_a_search_uses(whole, pictures, model, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "out")
     plain = search(out, pictures / "5.png", top=4)
     assert elip("index", out) == 0
@@ -42,6 +44,8 @@ def test_the_command_builds_an_index_that_a_search_uses(whole, pictures, tmp_pat
     assert (plain.index, found.index) == (None, "HNSW")
     assert [hit.key for hit in found.hits] == [hit.key for hit in plain.hits]
     assert search(out, pictures / "5.png", top=4, exact=True) == plain
+    assert elip_models.embed(model, pictures, out, **SMALL).images_per_second is None
+    assert search(out, pictures / "5.png", top=4) == found
     assert elip("search", out, pictures / "5.png", "--top", "4") == 0
     assert "9 images, by the HNSW index" in capsys.readouterr().out
 
@@ -188,9 +192,9 @@ def test_images_that_one_folder_has_not_are_left_out_and_counted(vectors, tmp_pa
     assert elip("search", "--compare", dense, reduced, "--queries", "100") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "recall@10: 1.0000 (95% CI 1.0000 to 1.0000, 100 queries among 496 images)" in printed
-    assert f"3 images of {dense} are not in {reduced}; they are left out" in printed
-    assert f"100 images of {reduced} are not in {dense}; they are left out" in printed
-    assert "1 images have the same key and other bytes; they are left out" in printed
+    assert f"images only in {dense}, which are left out: 3 " in printed
+    assert f"images only in {reduced}, which are left out: 100 " in printed
+    assert "images with the same key and other bytes, which are left out: 1" in printed
     assert elip("search", "--compare", dense, reduced, "--queries", "100", "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.as_json()))
 
