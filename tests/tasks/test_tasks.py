@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from elip_models.data import DataError, Example
+from elip_models.data import DataError, Example, SampleError
 from elip_models.tasks.intervals import score_interval, wilson_interval
 from elip_models.tasks.registry import TASKS, get_task
 from elip_models.tasks.retrieval_task import Retrieval
@@ -182,6 +182,23 @@ def test_questions_about_one_image_are_drawn_together():
     assert 0 < alone.scores["accuracy"].mean < 1
     assert alone.scores["accuracy"] == score_interval(scores)
     assert shared.scores["accuracy"] == score_interval(scores, [0] * 4 + [4] * 4)
+
+
+def test_an_unreadable_question_does_not_shift_the_images():
+    class Damaged(Greys):
+        def image_number(self, index):
+            return index - index % 2
+
+        def __getitem__(self, index):
+            if index in (0, 5):
+                raise SampleError(f"g{index}", "damaged")
+            return super().__getitem__(index)
+
+    loading = Loading(batch_size=3, max_bad_share=0.5)
+    scores = VQA().evaluate(Stub(), Tokens(), Damaged(), loading)
+    assert [each.id for each in scores.predictions] == [f"g{i}" for i in (1, 2, 3, 4, 6, 7)]
+    assert scores.scores["accuracy"] == wilson_interval(1.0, 4)  # four images in six questions
+    assert (scores.num_examples, scores.num_skipped) == (6, 2)
 
 
 class Levels(Greys):
