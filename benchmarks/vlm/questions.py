@@ -1,5 +1,6 @@
 """Generated questions with DINOv2's features of their images, computed once and stored."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,14 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.real.dinov2 import MEAN, STD, transformers_model
-from elip_models.data.scene_captions import plural, with_article
+from elip_models.data.scene_captions import (
+    GRID_PLACES,
+    NUMBERS,
+    PLACES,
+    at_place,
+    plural,
+    with_article,
+)
 from elip_models.data.scene_sampling import EMOJI
 from elip_models.data.tasks.questions import FORMS, EmojiQuestions
 
@@ -19,6 +27,18 @@ TOKENS, WIDTH = (PIXELS // 14) ** 2, 384
 KINDS = ("presence", "count", "place", "colour", "relation", "neighbour")
 """Of question `i` at `i // 2 % len(FORMS)`: each text appears twice."""
 BATCH = 32
+ANSWERS = EmojiQuestions.answers
+
+
+def _phrases() -> dict[str, str]:
+    """Return the answer that each phrase of questions and captions means, longest first."""
+    forms = {form(name): name for name in EMOJI for form in (plural, str)}
+    forms |= {NUMBERS[int(i)]: i for i in ANSWERS if i.isdigit()}
+    forms |= {at_place(place): place for place in ANSWERS if place in (*PLACES, *GRID_PLACES)}
+    return dict(sorted(forms.items(), key=lambda form: -len(form[0])))
+
+
+_PHRASES = _phrases()
 
 
 class Questions(NamedTuple):
@@ -26,46 +46,90 @@ class Questions(NamedTuple):
 
     ids: (Q, T) int64, padded with 0 on the left.
     answers: (Q, V) fp32, the share of each token of the vocabulary in the right answers.
+    turns: (Q, C) int64, further questions on the image with answers, padded with 0 on the right.
+    told: (Q, C) int64, the answers among `turns`, 0 elsewhere.
     kinds: (Q,) int64, indices into `KINDS`.
     features: (Q, 64, 384) fp16, of the patches of each image.
     """
 
     ids: Tensor
     answers: Tensor
+    turns: Tensor
+    told: Tensor
     kinds: Tensor
     features: Tensor
 
 
 def vocabulary() -> dict[str, int]:
-    """Return the ids of the special tokens, of all words of questions, and of whole answers."""
+    """Return the ids of the special tokens, and of all words and phrases."""
     examples = EmojiQuestions(1000, seed=9)
     texts = [examples.text_alone(i).text for i in range(len(examples))]
-    names = [form(name) for name in EMOJI for form in (str, plural, with_article)]
-    words = {word for text in (*texts, *names) for word in _words(text)}
-    answers = [f"answer: {each}" for each in EmojiQuestions.answers]
+    texts += [text for i in range(len(examples)) for text, _ in _conversation(examples, i)]
+    words = {word for text in texts for word in tokens_of(text)}
     return {
-        each: i for i, each in enumerate(["[PAD]", "[BOS]", "[IMAGE]", *sorted(words), *answers])
+        each: i
+        for i, each in enumerate(["[PAD]", "[BOS]", "[IMAGE]", *sorted(words | set(ANSWERS))])
     }
+
+
+def tokens_of(text: str) -> list[str]:
+    """Return a text as words; an answer is one word, whatever its form."""
+    text = text.rstrip("?").replace(",", " ,")
+    for phrase, answer in _PHRASES.items():
+        text = re.sub(rf"\b{phrase}\b", answer.replace(" ", "_"), text)
+    return [word.replace("_", " ") for word in text.split()]
 
 
 def read_questions(count: int, seed: int, folder: Path) -> Questions:
     """Return `count` questions; compute the features of their images unless `folder` has them."""
     source, known = EmojiQuestions(count, seed=seed, image_size=PIXELS), vocabulary()
-    rows, answers = [], torch.zeros(count, len(known))
+    rows, turns, told = [], [], []
+    answers = torch.zeros(count, len(known))
     for i in range(count):
         example = source.text_alone(i)
-        rows.append([known[word] for word in _words(example.text)])
+        rows.append([known[word] for word in tokens_of(example.text)])
         for answer, share in example.answers.items():
-            answers[i, known[f"answer: {answer}"]] = share
-    ids = torch.zeros(count, max(map(len, rows)), dtype=torch.int64)
-    for row, values in zip(ids, rows, strict=True):
-        row[len(row) - len(values) :] = torch.tensor(values)
+            answers[i, known[answer]] = share
+        turns.append([])
+        told.append([])
+        for text, answer in _conversation(source, i):
+            asked = [known[word] for word in tokens_of(text)]
+            turns[-1] += [*asked, known[answer]]
+            told[-1] += [*[0] * len(asked), known[answer]]
+    ids = _padded(rows, left=True)
+    further = (_padded(each, left=False) for each in (turns, told))
     kinds = torch.arange(count) // EmojiQuestions.turns % len(FORMS)
-    return Questions(ids, answers, kinds, _features(source, folder / f"{seed}-{count}.npy"))
+    features = _features(source, folder / f"{seed}-{count}.npy")
+    return Questions(ids, answers, *further, kinds, features)
 
 
-def _words(text: str) -> list[str]:
-    return text.rstrip("?").split()
+def _conversation(source: EmojiQuestions, index: int) -> list[tuple[str, str]]:
+    """Return further questions on the scene, with answers; no answer follows from another one."""
+    scene = source.scenes(index)[0]
+    rng = np.random.default_rng((source.options.seed, index))
+    names = [group.name for group in scene.groups]
+    absent = rng.choice([name for name in EMOJI if name not in names])
+    turns = [
+        (f"is there {with_article(rng.choice(names))}?", "yes"),
+        (f"is there {with_article(absent)}?", "no"),
+    ]
+    for group in scene.groups:
+        asked = [
+            (f"how many {plural(group.name)} are there?", str(group.count)),
+            (f"what is {at_place(group.place)}?", group.name),
+        ]
+        if group.count == 1:
+            asked.append((f"where is the {group.name}?", group.place))
+        turns.append(asked[rng.integers(len(asked))])
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def _padded(rows: list[list[int]], left: bool) -> Tensor:
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for row, values in zip(ids, rows, strict=True):
+        start = len(row) - len(values) if left else 0
+        row[start : start + len(values)] = torch.tensor(values)
+    return ids
 
 
 def _features(source: EmojiQuestions, path: Path) -> Tensor:

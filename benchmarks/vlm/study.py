@@ -2,11 +2,11 @@
 
     python -m benchmarks.vlm.study FEATURES --output X.json [--seeds 3] [--questions 10000]
 
-FEATURES is a folder for the features of the images, which take most of the first run. The image
-tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has three layers. Each seed trains a
-model with every token, and removes tokens afterwards; then it trains one model for each setting of
-`TRAINED` with the tokens removed. Settings are compared with the model that reads every token,
-paired by question.
+FEATURES is a folder for the features of the images and the trained models; a stopped run continues
+behind the last of them. The image tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has
+three layers. Each seed trains a model with every token, and removes tokens afterwards; then it
+trains one model for each setting of `TRAINED` with the tokens removed. Settings are compared with
+the model that reads every token, paired by question.
 """
 
 import argparse
@@ -35,18 +35,23 @@ KEEPS = (0.5, 0.25, 0.11)
 STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
 TRAINED = ("random", "pool", "diverse")
 TRAINED_KEEP = 0.25
-STEPS, BATCH, LR, WARMUP = 1500, 64, 1e-3, 0.1  # warm-up as a share of the steps
+STEPS, BATCH, LR, WARMUP = 3000, 32, 1e-3, 0.1  # warm-up as a share of the steps
 EVALUATED, EVALUATION_SEED = 2000, 1
 
 
 class StoredFeatures(nn.Module):
-    """An image tower whose pixel values are the features of a frozen one."""
+    """An image tower whose pixel values are the features of a frozen one; it adds positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(TOKENS, WIDTH) * 0.5)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> "BaseModelOutputWithPooling":
         """Return the features as the hidden states of the last layer."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        return BaseModelOutputWithPooling(pixel_values, hidden_states=(pixel_values,))
+        features = pixel_values + self.positions
+        return BaseModelOutputWithPooling(features, hidden_states=(features,))
 
 
 def make_model(words: int) -> nn.Module:
@@ -64,6 +69,8 @@ def make_model(words: int) -> nn.Module:
         vocab_size=words,
         max_position_embeddings=512,
         pad_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # 0.02, the default, is for wider models, and learns slowly here
     )
     config = transformers.LlavaConfig(
         vision_config=vision,
@@ -78,22 +85,28 @@ def make_model(words: int) -> nn.Module:
     return model
 
 
-def logits(model: nn.Module, data: Questions, rows: Tensor) -> Tensor:
-    """Return (B, V) the logits of the token behind each question."""
+def prompts(data: Questions, rows: Tensor) -> Tensor:
+    """Return (B, T) the ids of image and question, padded with 0 on the left."""
     front = torch.tensor([1] + [2] * TOKENS).expand(len(rows), -1)
     ids = torch.cat((front, data.ids[rows]), 1)
-    mask = (ids != 0).long()
-    ids, mask = _left(ids, mask)
-    features = data.features[rows].float()
-    return model(
-        input_ids=ids, attention_mask=mask, pixel_values=features, logits_to_keep=1
-    ).logits[:, 0]
+    return ids.gather(1, (ids != 0).long().argsort(dim=1, stable=True))
 
 
-def _left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding between image and question to the left end."""
-    order = mask.argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
+def logits(model: nn.Module, data: Questions, rows: Tensor, ids: Tensor) -> Tensor:
+    """Return (B, T, V) the logits of a model that reads `ids` and the images of `rows`."""
+    mask, features = (ids != 0).long(), data.features[rows].float()
+    return model(input_ids=ids, attention_mask=mask, pixel_values=features).logits
+
+
+def loss_of(model: nn.Module, data: Questions, rows: Tensor) -> Tensor:
+    """Return the loss of the answers, and of those of the questions that follow them."""
+    asked, answers = prompts(data, rows), data.answers[rows]
+    ids = torch.cat((asked, answers.argmax(1, keepdim=True), data.turns[rows]), 1)
+    found = logits(model, data, rows, ids)[:, asked.shape[1] - 1 : -1]
+    further = found[:, 1:].flatten(0, 1), data.told[rows].flatten()
+    return nn.functional.cross_entropy(found[:, 0], answers) + nn.functional.cross_entropy(
+        *further, ignore_index=0
+    )
 
 
 def train(model: nn.Module, data: Questions, seed: int, steps: int, title: str) -> None:
@@ -104,13 +117,28 @@ def train(model: nn.Module, data: Questions, seed: int, steps: int, title: str) 
     model.train()
     for _ in track(range(steps), title):
         rows = torch.randint(len(data.ids), (BATCH,))
-        loss = nn.functional.cross_entropy(logits(model, data, rows), data.answers[rows])
-        loss.backward()
+        loss_of(model, data, rows).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
     model.eval()
+
+
+def train_once(
+    model: nn.Module, data: Questions, seed: int, options: argparse.Namespace, arm: str
+) -> None:
+    """Train the model, or load the weights of an earlier run with these settings."""
+    name = f"{arm.replace(' ', '_')}-{seed}-{len(data.ids)}-{options.steps}.pt"
+    path = options.features / name
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        model.eval()
+        return
+    train(model, data, seed, options.steps, f"seed {seed}, {arm}")
+    partial = path.with_suffix(".partial")
+    torch.save(model.state_dict(), partial)
+    partial.rename(path)
 
 
 @torch.inference_mode()
@@ -119,7 +147,7 @@ def score(model: nn.Module, data: Questions) -> np.ndarray:
     torch.manual_seed(0)
     found = []
     for rows in torch.arange(len(data.ids)).split(BATCH):
-        best = logits(model, data, rows).argmax(1, keepdim=True)
+        best = logits(model, data, rows, prompts(data, rows))[:, -1].argmax(1, keepdim=True)
         found.append(data.answers[rows].gather(1, best)[:, 0] > 0)
     return torch.cat(found).numpy().astype(float)
 
@@ -132,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = len(vocabulary())
     scores: dict[str, list[np.ndarray]] = {}
     for seed in range(options.seeds):
-        for name, values in _one_seed(training, test, words, seed, options.steps):
+        for name, values in _one_seed(training, test, words, seed, options):
             scores.setdefault(name, []).append(values)
             console.print(f"seed {seed}: {name}: {values.mean():.3f}")
         _write(options, scores, test.kinds.numpy())
@@ -140,12 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _one_seed(training: Questions, test: Questions, words: int, seed: int, steps: int) -> Any:
+def _one_seed(
+    training: Questions, test: Questions, words: int, seed: int, options: argparse.Namespace
+) -> Any:
     """Yield the names of the settings with their scores, question by question."""
     torch.manual_seed(seed)
     model = make_model(words)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    train(model, training, seed, steps, f"seed {seed}, every token")
+    train_once(model, training, seed, options, "every token")
     yield "dense", score(model, test)
     for keep in KEEPS:
         for strategy in STRATEGIES:
@@ -155,7 +185,7 @@ def _one_seed(training: Questions, test: Questions, words: int, seed: int, steps
     for strategy in TRAINED:
         model.load_state_dict(start)
         reduce_(model, strategy, keep=TRAINED_KEEP)
-        train(model, training, seed, steps, f"seed {seed}, {strategy}")
+        train_once(model, training, seed, options, strategy)
         yield f"trained with {strategy} {TRAINED_KEEP:g}", score(model, test)
         unreduce_(model)
 
@@ -196,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("features", type=Path, help="a folder for the features of the images")
+    add("features", type=Path, help="a folder for features and trained models")
     add("--output", type=Path, required=True, metavar="X.json")
     add("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
     add("--questions", type=int, default=10000, help="for training (default: %(default)s)")

@@ -22,12 +22,50 @@ def test_every_word_and_every_answer_has_an_id(features, tmp_path):
     source = EmojiQuestions(60, seed=3)
     for i in range(60):
         example = source.text_alone(i)
-        words = " ".join(names[each] for each in data.ids[i].tolist() if each)
-        assert words + "?" == example.text
-        right = {f"answer: {each}": share for each, share in example.answers.items()}
+        words = [names[each] for each in data.ids[i].tolist() if each]
+        assert words == questions.tokens_of(example.text)
         found = {names[i]: share for i, share in enumerate(data.answers[i].tolist()) if share}
-        assert found == pytest.approx(right)
+        assert found == pytest.approx(example.answers)
     assert data.kinds.bincount().tolist() == [10] * len(questions.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("how many palm trees are there?", ["how", "many", "palm tree", "are", "there"]),
+        ("what is at the top left?", ["what", "is", "top left"]),
+    ],
+)
+def test_a_name_and_a_place_are_one_word(text, expected):
+    assert questions.tokens_of(text) == expected
+
+
+def test_further_questions_have_the_answers_of_their_scene(features, tmp_path):
+    data = questions.read_questions(40, 3, tmp_path)
+    names = {i: name for name, i in questions.vocabulary().items()}
+    source = EmojiQuestions(40, seed=3)
+    for i in range(40):
+        groups = {group.name: group for group in source.scenes(i)[0].groups}
+        text = [names[each] for each in data.turns[i].tolist() if each]
+        answers = [names[each] for each in data.told[i].tolist() if each]
+        assert len(answers) == len(groups) + 2 and {"yes", "no"} <= set(answers)
+        for answer in answers:
+            *asked, text = _until(text, answer)
+            if asked[:2] == ["is", "there"]:
+                assert (asked[-1] in groups) == (answer == "yes")
+            elif asked[:2] == ["how", "many"]:
+                assert groups[asked[2]].count == int(answer)
+            elif asked[0] == "where":
+                assert groups[asked[-1]].place == answer
+            else:
+                assert groups[answer].place == asked[-1]
+
+
+def _until(text, answer):
+    """Return the words of a question up to its answer, and as the last element those behind."""
+    starts = [i for i, word in enumerate(text) if i and word in ("is", "how", "where", "what")]
+    end = min(i for i in (*starts, len(text)) if text[i - 1] == answer)
+    return [*text[: end - 1], text[end:]]
 
 
 def test_the_study_compares_each_setting_with_every_token(features, monkeypatch, tmp_path):
@@ -47,3 +85,7 @@ def test_the_study_compares_each_setting_with_every_token(features, monkeypatch,
         assert mean == pytest.approx(sum(row["by_seed"]) / 2)
         assert row["by_kind"].keys() == set(questions.KINDS)
     assert document["settings"][0]["difference"] == [0, 0, 0]
+    monkeypatch.delattr(study, "train")  # a second run loads the trained models
+    output.unlink()
+    assert study.main([str(tmp_path), "--output", str(output), *sizes]) == 0
+    assert json.loads(output.read_text())["settings"] == document["settings"]
