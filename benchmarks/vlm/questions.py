@@ -1,14 +1,13 @@
 """Generated questions with DINOv2's features of their images, computed once and stored."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.real.dinov2 import MEAN, STD, transformers_model
 from elip_models.data.scene_captions import (
@@ -26,7 +25,7 @@ PIXELS = 112
 TOKENS, WIDTH = (PIXELS // 14) ** 2, 384
 KINDS = ("presence", "count", "place", "colour", "relation", "neighbour")
 """Of question `i` at `i // 2 % len(FORMS)`: each text appears twice."""
-BATCH = 32
+BATCH, CHUNK = 32, 2000
 ANSWERS = EmojiQuestions.answers
 
 
@@ -81,7 +80,7 @@ def tokens_of(text: str) -> list[str]:
 
 
 def read_questions(count: int, seed: int, folder: Path) -> Questions:
-    """Return `count` questions; compute the features of their images unless `folder` has them."""
+    """Return `count` questions; compute the features that `folder` lacks."""
     source, known = EmojiQuestions(count, seed=seed, image_size=PIXELS), vocabulary()
     rows, turns, told = [], [], []
     answers = torch.zeros(count, len(known))
@@ -99,7 +98,7 @@ def read_questions(count: int, seed: int, folder: Path) -> Questions:
     ids = _padded(rows, left=True)
     further = (_padded(each, left=False) for each in (turns, told))
     kinds = torch.arange(count) // EmojiQuestions.turns % len(FORMS)
-    features = _features(source, folder / f"{seed}-{count}.npy")
+    features = _features(source, folder)
     return Questions(ids, answers, *further, kinds, features)
 
 
@@ -132,28 +131,29 @@ def _padded(rows: list[list[int]], left: bool) -> Tensor:
     return ids
 
 
-def _features(source: EmojiQuestions, path: Path) -> Tensor:
-    """Return DINOv2's patch features of the images of a source."""
-    if path.exists():
-        return torch.from_numpy(np.load(path))
+def _features(source: EmojiQuestions, folder: Path) -> Tensor:
+    """Return DINOv2's patch features of the images of a source; a file holds `CHUNK` of them."""
     model = transformers_model(PIXELS)
-    found = np.empty((len(source), TOKENS, WIDTH), np.float16)
-    with torch.inference_mode():
-        for start, images in track(_batches(source), "features", len(source) // BATCH):
-            features = model(images).last_hidden_state[:, 1:]
-            found[start : start + len(images)] = features.half().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, found)
-    partial.rename(path)
-    return torch.from_numpy(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = torch.empty(len(source), TOKENS, WIDTH, dtype=torch.float16)
+    for start in track(range(0, len(source), CHUNK), "features"):
+        indices = range(start, min(start + CHUNK, len(source)))
+        path = folder / f"{source.options.seed}-{indices.start}-{indices.stop}.npy"
+        if not path.exists():
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, _encoded(model, source, indices))
+            partial.rename(path)
+        found[indices.start : indices.stop] = torch.from_numpy(np.load(path))
+    return found
 
 
-def _batches(source: EmojiQuestions) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first index and the normalised images of each batch."""
+@torch.inference_mode()
+def _encoded(model: nn.Module, source: EmojiQuestions, indices: range) -> np.ndarray:
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    for start in range(0, len(source), BATCH):
-        indices = range(start, min(start + BATCH, len(source)))
-        arrays = [np.asarray(source[i].images[0].convert("RGB")) for i in indices]
+    found = []
+    for start in range(indices.start, indices.stop, BATCH):
+        rows = range(start, min(start + BATCH, indices.stop))
+        arrays = [np.asarray(source[i].images[0].convert("RGB")) for i in rows]
         images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-        yield start, (images - mean) / std
+        found.append(model((images - mean) / std).last_hidden_state[:, 1:].half().numpy())
+    return np.concatenate(found)
