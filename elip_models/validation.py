@@ -241,12 +241,15 @@ def check_output(option: str, output: Path | None) -> None:
 
 
 @contextmanager
-def as_config_error(key: str) -> Iterator[None]:
-    """Turn an argument error of the code inside into a ConfigError that begins with `key`."""
+def as_config_error(key: str, inner: str = "") -> Iterator[None]:
+    """Turn an argument error of the code inside into a ConfigError that begins with `key`.
+
+    `inner` is the name that the code inside has for the argument.
+    """
     try:
         yield
     except (TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
-        raise ConfigError(f"{key}: {error}") from error
+        raise ConfigError(f"{key}: {str(error).removeprefix(f'{inner}: ')}") from error
 
 
 PACKAGES = {

@@ -74,10 +74,12 @@ class Comparison:
 
 
 class Times(NamedTuple):
-    """The measured time of a batch, dense and reduced, in milliseconds, and their ratio."""
+    """The measured time of a dense batch in milliseconds, and the reduced one relative to it.
+
+    The ratio is the median over rounds, in which both are measured one behind the other.
+    """
 
     dense: float
-    reduced: float
     ratio: float
     batch_size: int
 
@@ -221,7 +223,7 @@ class DemoModel:
             warnings.simplefilter("ignore", UnguidedWarning)
             times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
         ratio = ratios_to("dense", times)["reduced"]
-        return Times(**milliseconds(times), ratio=ratio, batch_size=batch_size)
+        return Times(milliseconds(times)["dense"], ratio, batch_size)
 
 
 def _statistics(encoder: Encoder) -> tuple[Tensor, Tensor]:

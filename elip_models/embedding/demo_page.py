@@ -162,8 +162,7 @@ def describe(found: Comparison, block: int, times: Times | None) -> str:
     left = found.tokens[block - 1]
     measured = ("..", "measuring")
     if times is not None:
-        ratio = f"{times.ratio:.2f} of dense"
-        measured = (f"{times.dense:.1f} ms", f"{times.reduced:.1f} ms ({ratio})")
+        measured = (f"{times.dense:.1f} ms", f"{times.ratio:.2f} of dense")
     batch = "" if times is None else f", {times.batch_size} images"
     return "\n".join(
         (

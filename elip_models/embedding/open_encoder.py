@@ -17,7 +17,13 @@ from elip_models.reduction.patch import reduce_, reductions_of, unreduce_
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
-from elip_models.validation import ConfigError, as_config_error, shortened
+from elip_models.validation import (
+    ConfigError,
+    PositiveShare,
+    as_config_error,
+    mismatch_error,
+    shortened,
+)
 
 FORMS = (
     "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', a folder of "
@@ -37,7 +43,7 @@ def open_embedding_model(spec: str, pretrained: bool) -> tuple[nn.Module, tuple[
     """
     if not isinstance(spec, str):
         raise ConfigError(f"model: expected a text, {FORMS}, got {shortened(spec)}")
-    with warnings.catch_warnings(record=True) as caught, as_config_error("model"):
+    with warnings.catch_warnings(record=True) as caught, as_config_error("model", inner="spec"):
         warnings.simplefilter("always")
         model = _open(spec, pretrained)
     new: tuple[str, ...] = ()
@@ -102,6 +108,11 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
     Raises:
         ConfigError: the model cannot be reduced like this.
     """
+    if mismatch_error(keep, PositiveShare | None) is not None:
+        raise ConfigError(
+            f"keep: expected a number in (0, 1], the share of the tokens to keep, got "
+            f"{shortened(keep)}; pass 0.5 for half of them"
+        )
     if reduce is None and keep is None:
         return model
     if reduce == DENSE:
@@ -111,7 +122,7 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
             return unreduce_(model)
         model.reduction = model.dense
         return model
-    with as_config_error("reduce"):
+    with as_config_error("reduce", inner="strategy"):
         if not isinstance(model, PretrainedModel):
             return reduce_(model, reduce, keep=keep)
         default = lambda: elip_strategy(model)  # noqa: E731

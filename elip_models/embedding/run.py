@@ -31,7 +31,7 @@ from elip_models.embedding.processes import Processes, joined_processes
 from elip_models.embedding.shard import Shards, as_arrow, embed_shard
 from elip_models.models.io.files import write_json
 from elip_models.reduction.strategy import Strategy
-from elip_models.validation import ConfigError, as_config_error
+from elip_models.validation import ConfigError, as_config_error, shortened
 
 PACKAGES = ("elip-kernels", "torch", "timm", "open_clip_torch", "transformers", "torchvision")
 PACKAGES += ("pillow", "pyarrow")
@@ -103,6 +103,9 @@ def embed(
         OSError: a file cannot be written. The files that were written are whole.
     """
     chosen = EmbedOptions(**options)
+    for name, value in (("output", output), ("texts", texts)):
+        if not isinstance(value, str | os.PathLike) and (name, value) != ("texts", None):
+            raise ConfigError(f"{name}: expected a path, got {shortened(value)}")
     if not isinstance(source, ImageSource):
         source = open_images(source, chosen.source)
     lines = None if texts is None else _read_texts(Path(texts))
@@ -293,6 +296,8 @@ def _report_changes(source: ImageSource, report: Report) -> None:
 
 def _read_texts(path: Path) -> list[str]:
     """Return the lines of a file, at least one and none of them empty."""
+    if not path.is_file():
+        raise ConfigError(f"texts: expected a file with one text a line, got {path}")
     with as_config_error("texts"):
         lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     blank = next((i for i, line in enumerate(lines) if not line.strip()), None)

@@ -177,7 +177,7 @@ def shown(page, *values):
 def test_the_page_shows_figures_then_also_times(page, scene):
     first, second = shown(page, str(scene), "tome", 0.5, 3, "")
     assert "| measured time | .. | measuring |" in first["figures"]
-    assert "of dense) |" in second["figures"] and "1 images" in second["figures"]
+    assert "of dense |" in second["figures"] and "1 images" in second["figures"]
     assert "| tokens after block 3 | 100 |" in first["figures"]
     assert first["merged"] == second["merged"] and first["bars"].count("%") > 0
     assert first["message"]["visible"] is False
@@ -324,11 +324,11 @@ def test_a_person_uploads_an_image_and_moves_the_slider(serving, browser, scene,
     browser.get(serving.local_url)
     until(lambda _: one("#image input[type=file]")).send_keys(str(scene))
     before = until(lambda _: one("#merged img")).get_attribute("src")
-    until(lambda _: "of dense)" in one("#figures").text)
+    until(lambda _: "of dense" in one("#figures").text)
     figures = one("#figures").text
     browser.execute_script(SET_SLIDER, one("#keep input[type=range]"), "0.4")
     until(lambda _: one("#merged img").get_attribute("src") != before)
-    until(lambda _: "of dense)" in one("#figures").text and one("#figures").text != figures)
+    until(lambda _: "of dense" in one("#figures").text and one("#figures").text != figures)
     assert browser.execute_script("return arguments[0].naturalWidth", one("#merged img")) > 100
     screenshot = Path(os.environ.get("DEMO_SCREENSHOT", tmp_path / "demo.png"))
     assert browser.save_screenshot(str(screenshot))
