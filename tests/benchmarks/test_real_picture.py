@@ -20,6 +20,7 @@ def photograph(tmp_path):
     return tmp_path / "photograph.png"
 
 
+@pytest.mark.slow
 def test_titles_count_the_tokens_and_merged_patches_have_one_colour(photograph):
     from benchmarks.real import picture
 

@@ -70,8 +70,10 @@ def _until(text, answer):
 
 def test_the_study_compares_each_setting_with_every_token(features, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "KEEPS", (0.25,))
+    monkeypatch.setattr(study, "STRATEGIES", ("random", "fastv:layer=1"))
+    monkeypatch.setattr(study, "TRAINED", ("diverse",))
     output = tmp_path / "study.json"
-    sizes = ["--seeds", "2", "--questions", "24", "--evaluated", "24", "--steps", "2"]
+    sizes = ["--seeds", "2", "--questions", "12", "--evaluated", "12", "--steps", "1"]
     assert study.main([str(tmp_path), "--output", str(output), *sizes]) == 0
     document = json.loads(output.read_text())
     names = [row["setting"] for row in document["settings"]]

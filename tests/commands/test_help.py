@@ -57,6 +57,7 @@ def test_a_command_imports_no_heavy_library_before_it_works():
     ]
 
 
+@pytest.mark.slow
 def test_the_package_as_a_module_prints_the_version():
     assert process("-m", "elip_models", "--version") == f"elip {elip_models.__version__}\n"
 

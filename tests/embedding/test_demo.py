@@ -151,6 +151,7 @@ def test_the_model_of_a_run_ranks_captions_and_begins_with_its_own_strategy(run,
         demo.compare(pixels, strategy, 3, ["a dog"] * 101)
 
 
+@pytest.mark.slow
 def test_without_a_model_the_command_names_one(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gradio", reason="needs the app extra")
     monkeypatch.chdir(tmp_path)

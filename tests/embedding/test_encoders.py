@@ -180,9 +180,9 @@ def test_texts_without_a_tokenizer_name_it(tmp_path):
 
 
 REFUSED = {
-    "timm:no_such_vit": "model: spec: expected a name of timm.list_models",
-    "timm:test_vit:missing.pt": "model: spec: expected a file of weights behind the name",
-    "open_clip:ViT-B-32:no_tag": "model: spec: expected weights of ViT-B-32 among",
+    "timm:no_such_vit": "model: expected a name of timm.list_models",
+    "timm:test_vit:missing.pt": "model: expected a file of weights behind the name",
+    "open_clip:ViT-B-32:no_tag": "model: expected weights of ViT-B-32 among",
     "no_such_name": "model: expected 'timm:NAME'",
     "meter_tiny": "expected one that embeds an image without its text, got a METER",
 }
@@ -197,7 +197,7 @@ def test_a_wrong_model_is_an_error(name):
 @pytest.mark.slow
 def test_weights_of_another_model_are_an_error(model, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
-    with pytest.raises(ConfigError, match="model: spec: expected weights of test_vit in"):
+    with pytest.raises(ConfigError, match="model: expected weights of test_vit in"):
         open_encoder(f"timm:test_vit:{tmp_path}/other.pt")
     with pytest.raises(ConfigError, match=r"no config.json in"):
         open_encoder(str(tmp_path))

@@ -173,7 +173,7 @@ WRONG = {
     "embedding_dtype": ("int8", "embedding_dtype: expected"),
     "min_cosine": (2, "min_cosine: expected"),
     "preprocess": ("imagnet", "preprocess: expected 'imagenet', 'clip' or a JSON file"),
-    "reduce": ("tomme", "reduce: strategy: .*did you mean 'tome'"),
+    "reduce": ("tomme", "reduce: .*did you mean 'tome'"),
     "texts": ("missing.txt", "texts: .*missing.txt"),
 }
 

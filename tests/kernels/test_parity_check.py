@@ -72,6 +72,7 @@ raise SystemExit(main([]))
 """
 
 
+@pytest.mark.slow
 def test_every_op_runs_without_triton():
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False

@@ -191,6 +191,7 @@ def test_a_trace_runs_any_batch(name):
     assert_runs_any_batch(torch.jit.trace(model, images(3)), model, lambda batch: (images(batch),))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("strategy", "options"),

@@ -12,7 +12,7 @@ from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import ImageResize
 from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, TOWERS, eva, output
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.towers import (
     SCHEDULE,
     assert_equal_gradients,
@@ -61,7 +61,7 @@ def test_a_dynamic_model_is_reduced_as_one_made_for_the_size(strategy):
 DINOV3 = {"rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", first_quick(STRATEGIES, 2))
 @pytest.mark.parametrize("options", [{}, DINOV3], ids=["EVA-02", "DINOv3"])
 def test_a_dynamic_rotary_model_is_reduced_as_one_made_for_the_size(options, strategy):
     """The table of a model made for one size may be rounded in another order."""

@@ -255,7 +255,7 @@ def test_dense_heads_get_a_token_for_each_patch(name):
 
 @pytest.mark.parametrize(
     "layer",
-    slow_except(["MLCDEncoderLayer"], ["Data2VecVisionLayer", "MLCDEncoderLayer", "VJEPA2Layer"]),
+    slow_except([], ["Data2VecVisionLayer", "MLCDEncoderLayer", "VJEPA2Layer"]),
 )
 def test_checkpointing_and_compiling_repeat_layers_that_read_their_own_positions(layer):
     model, x = elip_models.reduce_(model_of(layer).train()), inputs(layer)

@@ -53,7 +53,7 @@ def distances(dense, model, pictures):
 HELD_OUT = [{"lr": 3e-4}, {"lr": 1e-3, "lora_rank": 4}]
 
 
-@pytest.mark.parametrize("options", slow_except(HELD_OUT[:1], HELD_OUT))
+@pytest.mark.parametrize("options", slow_except([], HELD_OUT))
 def test_held_out_features_come_nearer(dense, pictures, options):
     model, losses = reduced_copy(dense), []
     before = distances(dense, model, pictures[64:])
@@ -124,7 +124,7 @@ def test_the_text_side_of_a_clip_does_not_change(pictures):
     assert changed and all(name.startswith("vision_model") for name in changed)
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rank", slow_except([None], [None, 2]))
 @pytest.mark.parametrize("make", [dinov2, eva, open_clip_vit, siglip_vision])
 def test_towers_of_each_library_train_with_their_patches(make, rank, pictures):
     model, losses = make(), []

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
+from tests.helpers.tiers import first_quick
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, IMAGE, TEXT, llava
 from tests.vlm.models import build, model_of, prompt
@@ -86,7 +87,7 @@ TURNS = {
 
 @torch.no_grad()
 @some()
-@pytest.mark.parametrize("rows", TURNS)
+@pytest.mark.parametrize("rows", first_quick(TURNS, 1))
 @pytest.mark.parametrize("first_rows", [None, ((6,), (3,))], ids=["after images", "after text"])
 def test_a_second_turn_with_the_cache_of_the_first(name, rows, first_rows):
     model, inputs = made(name)
