@@ -18,7 +18,7 @@ from elip_models.embedding.search import search
 from elip_models.tasks.intervals import bootstrap_interval
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import SMALL
-from tests.helpers.collections import write_collection
+from tests.helpers.embedding_folders import write_collection
 from tests.helpers.tiny_run import elip
 
 faiss = pytest.importorskip("faiss", reason="faiss is in the extra search")

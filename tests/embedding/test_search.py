@@ -27,7 +27,7 @@ from elip_models.embedding.search import Found, Hit, search
 from elip_models.models.registry import create_model
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded
-from tests.helpers.collections import write_collection
+from tests.helpers.embedding_folders import write_collection
 from tests.helpers.tiny_run import elip
 
 
