@@ -110,6 +110,7 @@ def test_two_rows_a_clip(tmp_path):
     assert heights[1] > 1.5 * heights[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_command_draws_one_picture_of_a_clip(layer, folder, gif, tmp_path, capsys):
     model_of(layer).save_pretrained(tmp_path / "model")

@@ -92,6 +92,7 @@ def test_retrieval_is_counted_against_a_plain_form():
     assert 0 < found["text_to_image_r1"].mean() < found["text_to_image_r5"].mean() < 1
 
 
+@pytest.mark.slow
 def test_a_trained_tower_finds_its_training_images(folder, captions, tower_file, model):
     tower, texts = texts_of(tower_file, folder, captions)
     cls = dense_cls(model, folder, tower_file.with_name("names.safetensors"))

@@ -71,6 +71,7 @@ def test_eval_retrieval_scores_the_saved_model_as_training_did(run, tmp_path, ca
     assert recalls == logged(run, *recalls)[-1]
 
 
+@pytest.mark.slow
 def test_eval_retrieval_on_a_list_of_image_files(run, scene_files, capsys):
     data = scene_files / "test.json"
     assert elip("eval", "retrieval", "--model", run / "model", "--data", data) == 0

@@ -242,6 +242,7 @@ def test_runs_of_token_counts():
     assert runs(range(9, 0, -1)) == "9 8 .. 1"
 
 
+@pytest.mark.slow
 def test_the_table_of_a_training_run():
     tower = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=0, pre_norm=True

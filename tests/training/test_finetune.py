@@ -200,6 +200,7 @@ def test_a_full_size_recipe_runs_on_a_small_model(saved):
     assert result.task_scores.num_examples == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "task"), [("albef", "entailment"), ("blip", "retrieval")])
 def test_texts_are_scored_at_the_training_length(saved, family, task):
     _, result = run(saved, family, task, **{"data.context_length": 44})

@@ -98,6 +98,7 @@ def test_resume_of_a_finished_run_changes_nothing_and_reports_again(tmp_path):
     assert (again.step, again.loss, again.scores) == (first.step, first.loss, first.scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["report=[retrieval]", "eval_every=4"])
 def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, monkeypatch, when):
     expected = train(tiny_config(tmp_path / "whole", when))
@@ -134,6 +135,7 @@ def scaled(config, folder):
     return accelerator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_gradient_scaler_is_resumed_exactly(tmp_path, monkeypatch, step):
     monkeypatch.setattr(trainer, "make_accelerator", scaled)

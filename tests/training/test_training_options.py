@@ -68,6 +68,7 @@ GUIDES = ("guide=other", "guide_negatives=0.5", "guide_dropout=0.3", "guidance_n
 RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUIDES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "options"), tiered(RESUMED, [RESUMED[0], RESUMED[1]]))
 def test_resuming_is_exact(recipe, options, tmp_path):
     assert_same(*train_resumed(tmp_path, *options, recipe=recipe))
