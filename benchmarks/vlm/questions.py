@@ -31,7 +31,7 @@ ANSWERS = EmojiQuestions.answers
 
 
 def _phrases() -> dict[str, str]:
-    """Return the answer that each phrase of questions and captions means, longest first."""
+    """Return the answer that each phrase of a question means, longest first."""
     forms = {form(name): name for name in EMOJI for form in (plural, str)}
     forms |= {NUMBERS[int(i)]: i for i in ANSWERS if i.isdigit()}
     forms |= {at_place(place): place for place in ANSWERS if place in (*PLACES, *GRID_PLACES)}
@@ -105,7 +105,11 @@ def read_questions(count: int, seed: int, folder: Path) -> Questions:
 
 
 def _conversation(source: EmojiQuestions, index: int) -> list[tuple[str, str]]:
-    """Return further questions on the scene, with answers; no answer follows from another one."""
+    """Return further questions on the scene with their answers, in random order.
+
+    Each group is asked for its count, its name or its place, so that one answer seldom gives away
+    another.
+    """
     scene = source.scenes(index)[0]
     rng = np.random.default_rng((source.options.seed, index))
     names = [group.name for group in scene.groups]
@@ -126,6 +130,7 @@ def _conversation(source: EmojiQuestions, index: int) -> list[tuple[str, str]]:
 
 
 def _padded(rows: list[list[int]], left: bool) -> Tensor:
+    """Return rows of ids as one tensor, padded with 0 on the left or on the right."""
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, values in zip(ids, rows, strict=True):
         start = len(row) - len(values) if left else 0
@@ -151,6 +156,7 @@ def _features(source: EmojiQuestions, folder: Path) -> Tensor:
 
 @torch.inference_mode()
 def _encoded(model: nn.Module, source: EmojiQuestions, indices: range) -> np.ndarray:
+    """Return the features (n, 64, 384) fp16 of some images of the source."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     found = []
     for start in range(indices.start, indices.stop, BATCH):

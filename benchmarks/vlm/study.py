@@ -35,7 +35,7 @@ KEEPS = (0.5, 0.25, 0.11)
 STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
 TRAINED = ("random", "pool", "diverse")
 TRAINED_KEEP = 0.25
-STEPS, BATCH, LR, WARMUP = 3000, 32, 1e-3, 0.1  # warm-up as a share of the steps
+STEPS, BATCH, LR, WARMUP = 3000, 32, 2e-3, 0.1  # warm-up as a share of the steps
 EVALUATED, EVALUATION_SEED = 2000, 1
 
 
@@ -129,8 +129,8 @@ def train_once(
     model: nn.Module, data: Questions, seed: int, options: argparse.Namespace, arm: str
 ) -> None:
     """Train the model, or load the weights of an earlier run with these settings."""
-    name = f"{arm.replace(' ', '_')}-{seed}-{len(data.ids)}-{options.steps}.pt"
-    path = options.features / name
+    settings = len(data.ids), options.steps, BATCH, LR
+    path = options.features / f"{arm.replace(' ', '_')}-{seed}-{'-'.join(map(str, settings))}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         model.eval()
