@@ -96,7 +96,7 @@ def _open_reduced(
     from elip_models.towers import as_reducible
 
     key = IMAGE_SIZE.get(split_spec(spec)[0] or "", "image_size")
-    with as_config_error("MODEL"):
+    with as_config_error("MODEL", inner="spec"):
         options = {} if image_size is None else {key: image_size}
         model = open_model(spec, pretrained=pretrained, **options)
         reducible = as_reducible(model)

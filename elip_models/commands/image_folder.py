@@ -82,7 +82,7 @@ def open_with_images(
     from elip_models.models.io.open_model import open_model
     from elip_models.towers import as_reducible
 
-    with console.status("opening the model"), as_config_error("MODEL"):
+    with console.status("opening the model"), as_config_error("MODEL", inner="spec"):
         model = open_model(spec, pretrained=pretrained)
         files = ImageFiles(paths, as_reducible(model))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), files
