@@ -71,12 +71,6 @@ class InnerCall:
             for past, packing in zip(self.past, self.packings, strict=True)
         )
 
-    def whole(self, hidden: Tensor) -> Tensor:
-        """Return hidden states of any level at the length of level 0, with zeros between."""
-        width = hidden.shape[1]
-        fitting = (each for each in self.packings if each.order.shape[1] == width)
-        return hidden if width == self.images.shape[1] else next(fitting).scatter(hidden)
-
     def attended(self, level: int) -> Tensor:
         """Return (B, K) bool, which cached and new tokens of a level are no padding."""
         packing, past = self.packings[level], self.past[level]

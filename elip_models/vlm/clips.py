@@ -120,7 +120,7 @@ class VideoLayout:
         for row, start, length in zip(*(each.tolist() for each in find_runs(videos)), strict=True):
             run = torch.arange(start, start + length)
             if not self.are_frames_apart:
-                yield row, run, self.frame or _frame_of(position_ids[-2:, row, run])
+                yield row, run, self.frame or _frame_of(position_ids, row, run)
                 continue
             if not parts and (missing := next(ends, None)) is None:
                 raise ValueError(
@@ -134,7 +134,18 @@ class VideoLayout:
                 parts = []
 
 
-def _frame_of(places: Tensor) -> int:
-    """Return after how many tokens the place (2, n) of a clip's first token appears again."""
-    again = (places == places[:, :1]).all(0).nonzero()[1:2]
-    return int(again) if len(again) else places.shape[1]
+def _frame_of(position_ids: Tensor | None, row: int, run: Tensor) -> int:
+    """Return after how many tokens of a clip the place of its first token appears again."""
+    is_text = position_ids is None or position_ids.dim() < 3
+    if not is_text:
+        places = position_ids[-2:, row, run]  # row and column of each token
+        again = (places == places[:, :1]).all(0).nonzero()[1:2]
+        if len(again):
+            return int(again)
+        is_text = len(run) > 1 and torch.equal(*places)
+    if is_text:
+        raise ValueError(
+            "position_ids: expected the places of a video's tokens in their frames, got positions "
+            "of a text, as the model makes them of inputs_embeds alone; pass input_ids"
+        )
+    return len(run)

@@ -29,6 +29,7 @@ class InnerLayers(Watcher):
         layers = multimodal.language_model.layers
         self.strategy = strategy
         self.drops = strategy.drops(len(layers))
+        self.levels = [sum(at <= i for at, _ in self.drops) for i in range(len(layers))]
         self.window = multimodal.window
         self.is_flash = "flash" in (multimodal.text_config._attn_implementation or "")
         first = min((at for at, _ in self.drops), default=len(layers))
@@ -52,8 +53,7 @@ class InnerLayers(Watcher):
         language_model.register_forward_hook(self.end, with_kwargs=True, prepend=True)
         for at, _ in self.drops:
             watch(layers[at - 1].self_attn, self)
-        for i, layer in enumerate(layers):
-            level = sum(at <= i for at, _ in self.drops)
+        for i, (layer, level) in enumerate(zip(layers, self.levels, strict=True)):
             if level:
                 is_first = any(at == i for at, _ in self.drops)
                 layer.register_forward_pre_hook(LayerHook(self, level, is_first), with_kwargs=True)
@@ -104,9 +104,13 @@ class InnerLayers(Watcher):
         if cache is not None:
             store_level_states(cache, call.states())
         prompt.kept_behind = tuple(each.kept() for each in call.packings[1:])
-        output["last_hidden_state"] = call.whole(output["last_hidden_state"])
+        output["last_hidden_state"] = call.packings[-1].scatter(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(map(call.whole, output["hidden_states"]))
+            levels = (0, *self.levels)  # of the embeddings, and of the output of each layer
+            output["hidden_states"] = tuple(
+                None if each is None else call.packings[level].scatter(each)
+                for level, each in zip(levels, output["hidden_states"], strict=True)
+            )
         return output
 
     def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:

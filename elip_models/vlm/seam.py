@@ -125,7 +125,9 @@ class Seam:
         scatter = call.packing.scatter
         output["last_hidden_state"] = scatter(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(scatter(each) for each in output["hidden_states"])
+            output["hidden_states"] = tuple(
+                None if each is None else scatter(each) for each in output["hidden_states"]
+            )
         return output
 
     def _select(

@@ -134,6 +134,21 @@ def test_every_family_with_video_tokens_has_a_layout():
     assert with_videos == set(FRAME_TOKENS)
 
 
+@torch.no_grad()
+def test_frames_are_not_guessed_from_positions_of_a_text():
+    model, inputs = build("qwen2_vl_video")
+    reduce_(model, "evs")
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    for _ in range(2):  # without positions, and then with those of the call before
+        with pytest.raises(ValueError, match="position_ids: expected the places of a video's tok"):
+            model(**inputs, inputs_embeds=embeds)
+        model.model.rope_deltas = torch.zeros(2, 1, dtype=torch.long)
+    places = torch.tensor([[0, 0, 0, 0, 0], [3, 3, 4, 4, 3], [3, 4, 3, 4, 3]])[:, None]
+    layout, videos = VideoLayout(VIDEO, None, False, 4), torch.ones(1, 5, dtype=torch.bool)
+    assert [group.frame for group in layout.clips(videos, [], places)] == [4]
+    assert [group.frame for group in layout.clips(videos[:, :4], [], places[..., :4])] == [4]
+
+
 def test_evs_is_refused_for_models_without_video_tokens():
     model, _ = build("llava")
     with pytest.raises(TypeError, match="with tokens of videos for 'evs', got llava, which reads"):

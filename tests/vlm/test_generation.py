@@ -260,6 +260,16 @@ def test_hidden_states_have_the_whole_length():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
+def test_hidden_states_can_be_those_of_one_layer(strategy):
+    model, inputs = made("qwen2_5_vl")
+    reduce_(model, strategy, keep=0.5)
+    every = model(**inputs, output_hidden_states=True).hidden_states
+    one = model(**inputs, output_hidden_states=[2]).hidden_states  # the others may be None
+    assert torch.equal(one[2], every[2])
+
+
+@torch.no_grad()
 def test_padding_does_not_change_a_selection_by_the_question():
     model, inputs = made("llava")
     torch.nn.init.normal_(model.get_input_embeddings().weight[0])
