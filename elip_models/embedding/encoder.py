@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from elip_models.models.base import PretrainedModel
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import as_image_text, library_of
+from elip_models.towers import ImageTextModel, as_image_text, library_of
 from elip_models.validation import ConfigError, as_config_error
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -73,7 +73,15 @@ class Encoder:
     @property
     def has_text(self) -> bool:
         """Whether the model embeds texts."""
-        return isinstance(self.model, PretrainedModel) or as_image_text(self.model) is not None
+        return self._image_text is not None
+
+    @property
+    def _image_text(self) -> ImageTextModel | PretrainedModel | None:
+        return self.model if isinstance(self.model, PretrainedModel) else as_image_text(self.model)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._image_text.load_tokenizer(tokenizer_name(self.name))
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -93,10 +101,9 @@ class Encoder:
             raise ConfigError(
                 f"texts: expected an image-text model, got {self.name!r}, which embeds images only"
             )
-        model = self.model if isinstance(self.model, PretrainedModel) else as_image_text(self.model)
         with as_config_error("texts"):
-            tokenizer = model.load_tokenizer(tokenizer_name(self.name))
-        tokens = model.tokenise(tokenizer, texts)
+            tokenizer = self._tokenizer
+        tokens = self._image_text.tokenise(tokenizer, texts)
         return _text_features(self.model, {k: v.to(self.device) for k, v in tokens.items()}).float()
 
     def reduced(self, reduce: str | Strategy | None, keep: float | None = None) -> "Encoder":
@@ -147,7 +154,7 @@ def open_encoder(
     features, feature = _image_features(model, new_parts)
     preprocessing = preprocessing_of(model, preprocess)
     weights = weights_sha256(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision not in DTYPES:
@@ -157,6 +164,19 @@ def open_encoder(
     made = Encoder(name, model, features, feature, preprocessing, precision)
     made = replace(made, dimension=_dimension(made), weights_sha256=weights)
     return made.compiled() if compile else made
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """Return a device that can be used; None is the GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"device: expected one of this machine, such as 'cuda:1' or 'cpu', got {str(name)!r}: "
+            f"{error!s:.200}"
+        ) from error
+    return device
 
 
 def _dimension(encoder: Encoder) -> int:

@@ -167,6 +167,8 @@ def test_a_run_folder_embeds_with_its_own_reduction(image, tmp_path, tokenizer):
     found = embedding(encoder, image)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(1))
     assert encoder.encode_texts(["a dog", "two cats"]).shape == (2, encoder.dimension)
+    (tmp_path / "model" / "tokenizer.json").unlink()  # it is read once
+    assert encoder.encode_texts(["a dog"]).shape == (1, encoder.dimension)
     dense = open_encoder(str(tmp_path), reduce="none")
     assert dense.strategy is None
     tome = open_encoder(str(tmp_path), reduce="tome", keep=0.5)
