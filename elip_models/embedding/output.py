@@ -28,6 +28,7 @@ from elip_models.validation import ConfigError, shortened
 FORMAT = 1
 MANIFEST, SKIPPED, CHECK, LOCK = "manifest.json", "skipped.parquet", "check.json", ".lock"
 IMAGES, TEXTS = "images", "texts"
+SHARDS = "*/shard-*.parquet"
 UNFINISHED = (
     *(f".{name}.*" for name in (MANIFEST, SKIPPED, CHECK)),
     *(f"{part}/.shard-*.parquet.*" for part in (IMAGES, TEXTS)),
@@ -80,6 +81,8 @@ class OutputFolder:
     def begin(self, settings: dict[str, Any]) -> None:
         """Store the settings of a run, or compare them with those of the run to continue.
 
+        A run that wrote no shard, such as one that the check stopped, does not bind the next one.
+
         Raises:
             ConfigError: the folder has embeddings with other settings.
         """
@@ -90,9 +93,11 @@ class OutputFolder:
         manifest = self.path / MANIFEST
         if manifest.is_file():
             saved = self.manifest()
-            self._check_same({k: v for k, v in saved.items() if k not in RESULT}, settings)
-            return
+            if any(self.path.glob(SHARDS)):
+                self._check_same({k: v for k, v in saved.items() if k not in RESULT}, settings)
+                return
         with writing(self.path):
+            (self.path / CHECK).unlink(missing_ok=True)
             write_json(manifest, _with_result(settings))
 
     def reopen(self) -> None:
@@ -183,7 +188,7 @@ class OutputFolder:
             "reason": pyarrow.array([reason for _, reason, _ in skipped], pyarrow.string()),
         }
         self._write_table(self.path / SKIPPED, pyarrow.table(table))
-        files = [self._described(path) for path in sorted(self.path.glob("*/shard-*.parquet"))]
+        files = [self._described(path) for path in sorted(self.path.glob(SHARDS))]
         embedded = sum(each["rows"] for each in files if each["file"].startswith(f"{IMAGES}/"))
         counts = {"found": len(keys), "embedded": embedded, "skipped": len(skipped)}
         counts["non_finite"] = sum(is_non_finite for *_, is_non_finite in skipped)

@@ -147,12 +147,13 @@ def test_the_check_compares_dense_and_reduced_embeddings(pictures, model, tmp_pa
     assert strategy["strategy"] == "tome"
 
 
-def test_a_cosine_that_is_too_low_stops_before_the_run(pictures, model, tmp_path, capsys):
+def test_a_cosine_that_is_too_low_stops_and_another_keep_runs(pictures, model, tmp_path, capsys):
     arguments = ["embed", pictures, "--model", model, "--output", tmp_path / "out"]
-    options = ["--reduce", "random", "--keep", 0.3, "--min-cosine", 1.0, "--workers", 0]
-    assert elip(*arguments, *options) == 2
+    options = ["--reduce", "random", "--workers", 0]
+    assert elip(*arguments, *options, "--keep", 0.3, "--min-cosine", 1.0) == 2
     assert "error: --min-cosine: expected a mean cosine of at least 1" in capsys.readouterr().err
     assert not list((tmp_path / "out" / "images").glob("*"))
+    assert elip(*arguments, *options, "--keep", 0.9, "--min-cosine", 0) == 0
 
 
 @pytest.mark.slow
@@ -174,6 +175,7 @@ WRONG = {
     "min_cosine": (2, "min_cosine: expected"),
     "preprocess": ("imagnet", "preprocess: expected 'imagenet', 'clip' or a JSON file"),
     "reduce": ("tomme", "reduce: .*did you mean 'tome'"),
+    "device": ("gpu", "device: expected one of this machine, such as 'cuda:1' or 'cpu', got 'gpu'"),
     "texts": ("missing.txt", "texts: .*missing.txt"),
 }
 
