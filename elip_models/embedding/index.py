@@ -185,7 +185,7 @@ def _problem(folder: Path, collection: Collection) -> str | None:
         return f"is damaged ({error!s:.200})"
     if described.get("manifest_sha256") != collection.manifest_sha256:
         return "is of other embeddings than the folder has now"
-    if described.keys() < {"kind", "recall_at_10"} or described.get("format") != FORMAT:
+    if described.get("format") != FORMAT or not {"kind", "recall_at_10"} <= described.keys():
         return f"has not format {FORMAT}"
     path = folder / VECTORS
     if not path.is_file() or path.stat().st_size != described.get("bytes"):

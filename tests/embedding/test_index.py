@@ -108,11 +108,19 @@ def _describe(**changes):
     return damage
 
 
+def _without_kind(folder):
+    path = folder / "index" / "index.json"
+    described = json.loads(path.read_text())
+    del described["kind"]
+    path.write_text(json.dumps(described))
+
+
 DAMAGES = {
     "cut": (_cut, "is damaged (images.faiss has not the size"),
     "overwritten": (_overwrite, "is damaged ("),
     "other vectors": (_other_vectors, "has other vectors than the embeddings"),
     "format": (_describe(format=2), "has not format 1"),
+    "kind": (_without_kind, "has not format 1"),
     "json": (lambda folder: (folder / "index" / "index.json").write_text("["), "is damaged ("),
 }
 
