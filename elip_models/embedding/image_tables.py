@@ -3,6 +3,7 @@
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import UnionType
 from typing import Any
 
 import pyarrow
@@ -11,6 +12,7 @@ from fsspec.core import url_to_fs
 from pyarrow import csv, parquet
 
 from elip_models.data.json_files import parse_entries
+from elip_models.data.streams import redacted
 from elip_models.embedding.image_source import (
     ImageSource,
     SourceOptions,
@@ -34,19 +36,29 @@ def list_source(
     """Return the images of a list of paths, in JSON or CSV."""
     content = files.cat_file(path)
     if path.lower().endswith(".csv"):
-        table = csv.read_csv(pyarrow.BufferReader(content))
+        table = _read_csv(content, options)
     else:
-        table = _table_of(parse_entries(content, path, ENTRIES), path)
+        table = _table_of(parse_entries(content, shown, ENTRIES), shown)
     return _paths_source(files, [path], table, shown, options)
 
 
-def _table_of(entries: list[Any], path: str) -> pyarrow.Table:
+def _read_csv(content: bytes, options: SourceOptions) -> pyarrow.Table:
+    """Return a table whose keys are texts, so that the key 007 does not become 7."""
+    texts = {KEY, options.key_column or KEY}
+    return csv.read_csv(
+        pyarrow.BufferReader(content),
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(texts, pyarrow.string())),
+    )
+
+
+def _table_of(entries: list[Any], shown: str) -> pyarrow.Table:
     """Return a table of the entries of a JSON list."""
     if all(isinstance(each, str) for each in entries):
         entries = [{PATHS[0]: each} for each in entries]
     for number, each in enumerate(entries):
         if not isinstance(each, dict):
-            raise ValueError(f"{path}[{number}]: expected {ENTRIES}, got {shortened(each)}")
+            raise ValueError(f"{shown}[{number}]: expected {ENTRIES}, got {shortened(each)}")
     names = dict.fromkeys(name for each in entries for name in each)
     columns = {}
     for name in names:
@@ -73,12 +85,7 @@ def _paths_source(
     )
     check_columns([column or PATHS[0]], table.schema.names, "image_column")
     values = table[column].to_pylist()
-    for number, value in enumerate(values):
-        if not isinstance(value, str | None):
-            raise ConfigError(
-                f"image_column: expected paths in {column!r}, got {shortened(value)} in row "
-                f"{number}"
-            )
+    _check_values(values, str | None, f"image_column: expected paths in {column!r}")
     keys = _keys(table, options, ["" if each is None else each for each in values])
     folder = posixpath.dirname(lists[0])
 
@@ -108,13 +115,14 @@ def _keys(table: pyarrow.Table, options: SourceOptions, otherwise: Sequence[str]
         return different_keys([as_key(each) for each in otherwise], options.on_duplicate)
     check_columns([column], table.schema.names, "key_column")
     values = table[column].to_pylist()
-    for number, value in enumerate(values):
-        if not isinstance(value, str | int):
-            raise ConfigError(
-                f"key_column: expected texts or integers in {column!r}, got {shortened(value)} in "
-                f"row {number}"
-            )
+    _check_values(values, str | int, f"key_column: expected texts or integers in {column!r}")
     return different_keys([as_key(each) for each in values], options.on_duplicate)
+
+
+def _check_values(values: Sequence[Any], kind: UnionType, expected: str) -> None:
+    for number, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{expected}, got {shortened(value)} in row {number}")
 
 
 def _kept(table: pyarrow.Table, options: SourceOptions) -> pyarrow.Table | None:
@@ -138,7 +146,7 @@ def parquet_source(
     if is_list:
         found = replace(options, image_column=column)
         return _paths_source(files, paths, table, shown, found)
-    counts = [_rows(files, path) for path in paths]
+    counts = [_rows(files, path, column) for path in paths]
     keys = _keys(table, options, [str(i) for i in range(sum(counts))])
 
     def payloads(start: int, stop: int) -> Iterator[Payload]:
@@ -148,7 +156,8 @@ def parquet_source(
             first += count
 
     kept = _kept(table, options)
-    return ImageSource("parquet", shown, keys, payloads, kept, counts, random_access=False)
+    sizes = [*counts, *map(files.size, paths)]
+    return ImageSource("parquet", shown, keys, payloads, kept, sizes, random_access=False)
 
 
 def _check_others(options: SourceOptions, names: Sequence[str]) -> None:
@@ -186,9 +195,14 @@ def _read(files: AbstractFileSystem, path: str, names: Sequence[str]) -> pyarrow
         return parquet.read_table(file, columns=list(names))
 
 
-def _rows(files: AbstractFileSystem, path: str) -> int:
+def _rows(files: AbstractFileSystem, path: str, column: str) -> int:
+    """Return the number of rows of a file; raise ValueError if it lacks the column of images."""
     with files.open(path, "rb") as file:
-        return parquet.ParquetFile(file).metadata.num_rows
+        opened = parquet.ParquetFile(file)
+        if column not in opened.schema_arrow.names:
+            names = ", ".join(opened.schema_arrow.names)
+            raise ValueError(f"{redacted(path)}: expected a column {column!r}, got {names}")
+        return opened.metadata.num_rows
 
 
 def _payloads(
@@ -197,22 +211,31 @@ def _payloads(
     """Yield the images of rows of one file; row groups before the first one are not read."""
     if start >= count or stop <= 0:
         return
-    with files.open(path, "rb") as file:
-        opened = parquet.ParquetFile(file)
-        groups, row = [], 0
-        first = 0
-        for group in range(opened.num_row_groups):
-            end = row + opened.metadata.row_group(group).num_rows
-            if end > start and row < stop:
-                first = row if not groups else first
-                groups.append(group)
-            row = end
-        row = first
-        for batch in opened.iter_batches(ROWS, row_groups=groups, columns=[column]):
-            for value in batch.column(0):
-                if start <= row < stop:
-                    yield _payload(files, path, value.as_py())
-                row += 1
+    try:
+        with files.open(path, "rb") as file:
+            opened = parquet.ParquetFile(file)
+            groups, row = _row_groups(opened.metadata, start, stop)
+            for batch in opened.iter_batches(ROWS, row_groups=groups, columns=[column]):
+                for value in batch.column(0):
+                    if start <= row < stop:
+                        yield _payload(files, path, value.as_py())
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"source: expected whole Parquet files, got {shortened(redacted(path))}: {error!s:.300}"
+        ) from error
+
+
+def _row_groups(metadata: parquet.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+    """Return the row groups with rows from `start` to `stop`, and the first row of the first."""
+    groups, first, row = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        end = row + metadata.row_group(group).num_rows
+        if end > start and row < stop:
+            first = first if groups else row
+            groups.append(group)
+        row = end
+    return groups, first
 
 
 def _payload(files: AbstractFileSystem, path: str, value: Any) -> Payload:
@@ -255,4 +278,5 @@ def datasets_source(
     def payloads(start: int, stop: int) -> Iterator[Payload]:
         return (_payload(files, f"{folder}/", stored[i][column]) for i in range(start, stop))
 
-    return ImageSource("datasets", shown, keys, payloads, _kept(table, options))
+    state = files.cat_file(f"{folder}/state.json").decode()  # its fingerprint differs by content
+    return ImageSource("datasets", shown, keys, payloads, _kept(table, options), [state])

@@ -128,9 +128,10 @@ def _open_folder(
     }
     present = [kind for kind, of_kind in kinds.items() if of_kind]
     if len(present) > 1:
+        pattern = f"{shown.rstrip('/')}/*{present[0].partition(' ')[0]}"
         raise ConfigError(
             f"source: expected a folder with files of one kind, got {' and '.join(present)} in "
-            f"{shortened(shown)}; name the files, such as {shortened(shown)[1:-1]}/*.tar"
+            f"{shortened(shown)}; name the files, such as {shortened(pattern)}, or move the others"
         )
     if not kinds["images"] and present:
         return _open_files(files, [each.path for each in kinds[present[0]]], shown, options)

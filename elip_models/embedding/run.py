@@ -10,9 +10,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -30,6 +29,7 @@ from elip_models.embedding.output import CHECK, TEXTS, OutputFolder, Skipped, wr
 from elip_models.embedding.processes import Processes, joined_processes
 from elip_models.embedding.shard import Shards, as_arrow, embed_shard
 from elip_models.models.io.files import write_json
+from elip_models.profiling.measure import installed_versions
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import ConfigError, as_config_error, shortened
 
@@ -110,12 +110,24 @@ def embed(
         source = open_images(source, chosen.source)
     lines = None if texts is None else _read_texts(Path(texts))
     folder = OutputFolder(output)
+    _check_outside(folder.path, source)
     with joined_processes() as processes, folder.locked() if processes.is_first else nullcontext():
         encoder = _encoder(model, chosen, processes, reduce, keep)
         found = _Run(encoder, source, folder, chosen, processes, progress, report).run(lines)
     if found.images_per_second is not None:
         _report_changes(source, report)
     return found
+
+
+def _check_outside(output: Path, source: ImageSource) -> None:
+    """Raise ConfigError if the output is in the folder that is embedded."""
+    if os.path.isdir(source.location):
+        folder = Path(source.location).resolve()
+        if output.resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"output: expected a folder outside the source {folder}, since the next run would "
+                f"list the output as a part of it, got {output}"
+            )
 
 
 def _encoder(
@@ -171,7 +183,7 @@ class _Run:
             "source": self.source.described(),
             "columns": list(self.options.keep_columns),
             "texts": None if texts is None else {"count": len(texts), "sha256": digest},
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
         }
 
     def run(self, texts: Sequence[str] | None) -> Embedded:
@@ -284,8 +296,9 @@ def _report_changes(source: ImageSource, report: Report) -> None:
     """Report that files were added to a folder or removed since they were listed."""
     try:
         now = source.list_again() if source.list_again is not None else source.keys
-    except OSError:
-        now = ()
+    except OSError as error:
+        report(f"{source.location} cannot be listed again: {error}")
+        return
     added, removed = len(set(now) - set(source.keys)), len(set(source.keys) - set(now))
     if added or removed:
         report(
@@ -306,11 +319,3 @@ def _read_texts(path: Path) -> list[str]:
             f"texts: expected one text a line in {path}, got none in line {blank + 1}"
         )
     return lines
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

@@ -8,6 +8,7 @@ import pyarrow
 from fsspec import AbstractFileSystem
 
 from elip_models.data.shard_index import index_rows, read_index
+from elip_models.data.streams import redacted
 from elip_models.embedding.image_source import (
     ImageSource,
     SourceOptions,
@@ -67,7 +68,7 @@ def _index(files: AbstractFileSystem, paths: Sequence[str]) -> tuple[pyarrow.Tab
     rows, ends = [], []
     for path in paths:
         with files.open(path, "rb") as file:
-            rows += index_rows(file, files.size(path), path)
+            rows += index_rows(file, files.size(path), redacted(path))
         ends.append(len(rows))
     text, whole = pyarrow.string(), pyarrow.int64()
     kinds = {"key": text, "offset": whole, "size": whole}

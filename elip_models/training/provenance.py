@@ -6,9 +6,7 @@ import os
 import platform
 import socket
 import sys
-from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from elip_models.data import ExampleSource, Source, StreamSource
 from elip_models.data.streams import redacted
 from elip_models.profiling.commit import commit
+from elip_models.profiling.measure import installed_versions
 
 PACKAGES = ("elip-kernels", "timm", "transformers", "accelerate", "datasets", "peft")
 MAX_READ_SAMPLES = 1_000
@@ -33,7 +32,8 @@ def run_provenance(
         "process": os.getpid(),
         "command": redacted(sys.argv),
         "python": platform.python_version(),
-        "versions": {"torch": torch.__version__, **_versions()},  # with the build of torch
+        # torch names its build, such as 2.13.0+cpu, which its package does not
+        "versions": {"torch": torch.__version__, **installed_versions(PACKAGES)},
         "commit": commit(),
         "data": {"samples": len(source), "sha256": fingerprint(source)},
     }
@@ -48,11 +48,3 @@ def fingerprint(source: Source | ExampleSource | StreamSource) -> str:
         text = source.captions(index) if has_captions else source.text_alone(index)
         digest.update(repr(text).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

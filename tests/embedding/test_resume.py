@@ -183,6 +183,12 @@ def test_a_folder_with_other_files_is_refused(pictures, model, tmp_path):
         elip_models.embed(model, pictures, tmp_path, **SMALL)
 
 
+def test_an_output_in_the_source_is_refused(pictures, model):
+    with pytest.raises(ConfigError, match="output: expected a folder outside the source"):
+        elip_models.embed(model, pictures, pictures / "sub" / "out", **SMALL)
+    assert not (pictures / "sub" / "out").exists()
+
+
 def test_a_full_disk_is_one_line_and_whole_shards_stay(
     whole, pictures, model, tmp_path, monkeypatch, capsys
 ):

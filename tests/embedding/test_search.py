@@ -326,6 +326,7 @@ def test_the_command_names_its_arguments(whole, tmp_path, capsys):
         ([whole, "a dog"], "QUERY: expected the path of an image"),
         ([whole, "a dog", "--html", tmp_path / "no" / "page.html"], "--html: expected a file"),
         ([whole, "--compare", whole, whole], "FOLDER: expected none with --compare, got"),
+        (["--compare", whole, whole, "--exact"], "--exact: expected none with --compare, got True"),
     ):
         assert elip("search", *arguments) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -196,6 +196,9 @@ def test_columns_are_kept(form, pictures, tmp_path):
 def test_a_key_column_names_the_images(pictures, tmp_path):
     path = FORMS["csv"](pictures, tmp_path)
     assert opened(path, key_column="label").keys == ["0", "1", "2"]
+    path.write_text("key,path,label\n007,0.png,1\n7,1.png,2\n")
+    source = opened(path, keep_columns=("label",))
+    assert source.keys == ["007", "7"] and source.kept([1])["label"].to_pylist() == [2]
 
 
 WRONG = {
@@ -247,7 +250,9 @@ def test_a_source_without_images_is_an_error(pictures, tmp_path):
 def test_a_folder_of_several_kinds_is_an_error(pictures, tmp_path):
     as_folder(pictures, tmp_path)
     shard(tmp_path / "0.tar")
-    with pytest.raises(ConfigError, match=r"one kind, got .tar files and images"):
+    with pytest.raises(
+        ConfigError, match=r"one kind, got .tar files and images in .*/\*.tar', or move"
+    ):
         opened(tmp_path)
 
 
@@ -278,6 +283,24 @@ def test_a_change_of_names_or_sizes_changes_the_checksum(pictures, tmp_path):
     assert before == opened(folder).sha256()
     (folder / "0.png").write_bytes(b"other")
     assert before != opened(folder).sha256()
+    (tmp_path / "table").mkdir()
+    path = as_parquet(pictures, tmp_path / "table")
+    before = opened(path).sha256()
+    table = parquet.read_table(path)
+    parquet.write_table(table.set_column(1, "image", [table["image"].take([0, 0, 0])]), path)
+    assert before != opened(path).sha256()
+
+
+def test_a_parquet_file_without_the_column_or_with_damage_is_one_sentence(pictures, tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"image": [(pictures / "0.png").read_bytes()]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(60) + content[64:])
+    with pytest.raises(ConfigError, match=r"source: expected whole Parquet files, got '.*a.parq"):
+        digests(opened(path))
+    parquet.write_table(pyarrow.table({"other": [b"x"], "key": ["a"]}), tmp_path / "z.parquet")
+    with pytest.raises(ConfigError, match=r"z.parquet: expected a column 'image', got other, key"):
+        opened(f"{tmp_path}/*.parquet")
 
 
 def test_rows_of_a_parquet_file_are_read_from_their_row_group(pictures, tmp_path, monkeypatch):
