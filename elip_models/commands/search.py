@@ -55,7 +55,7 @@ def search(
 ) -> None:
     """Search in a folder of embeddings by a text or an image, or compare two such folders."""
     if compare is not None:
-        _check_alone(folder, query, html)
+        _check_alone(folder, query, model, html, exact, device)
         _compare(*compare, top, queries, seed, as_json)
         return
     if folder is None or query is None:
@@ -100,9 +100,11 @@ def index(
     )
 
 
-def _check_alone(folder: Path | None, query: str | None, html: Path | None) -> None:
-    for name, value in (("FOLDER", folder), ("QUERY", query), ("--html", html)):
-        if value is not None:
+def _check_alone(*values: str | Path | bool | None) -> None:
+    """Raise ConfigError for an argument that --compare does not read."""
+    names = "FOLDER", "QUERY", "--model", "--html", "--exact", "--device"
+    for name, value in zip(names, values, strict=True):
+        if value:
             raise ConfigError(f"{name}: expected none with --compare, got {value}")
 
 
