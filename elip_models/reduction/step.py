@@ -207,6 +207,8 @@ class Forward:
             mask = previous.mask
         if self.on_grid and slots is not None:
             tokens = slots.merged(tokens)
+        if stage is None and not self.replaces_block(i):
+            return BlockStep(tokens, None, positions, False, slots, previous is not None, mask)
         if padding is not None and stage is not None:
             if previous is None:
                 tokens, mask, slots = padding.packed(tokens), padding.mask, padding.slots
@@ -220,10 +222,8 @@ class Forward:
         tower = tower if positions is None else tower.at(positions)
         context = Context(self.text_cls, previous, self.infos.get(i), self.row(i), mask, keep)
         if stage is None:
-            replaces_block, changed = self.replaces_block(i), previous is not None
-            if replaces_block:
-                tokens, _ = self._run(tower, i, tokens, context)
-            return BlockStep(tokens, None, positions, replaces_block, slots, changed, mask)
+            tokens, _ = self._run(tower, i, tokens, context)
+            return BlockStep(tokens, None, positions, True, slots, True, mask)
         if padding is None:
             self._check_entering(i, tokens)
         tokens, info = self._run(tower, i, tokens, context, stage)

@@ -31,14 +31,6 @@ class CrossAttentionSeam(Seam):
         self.tile = multimodal.tower.num_patches
         self.layer = multimodal.cross_attention_layers[0]
 
-    def install(self, multimodal: Multimodal) -> None:
-        """Register the hooks."""
-        model, language_model = multimodal.model, multimodal.language_model
-        model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-        language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
-        language_model.register_forward_hook(self.restore, with_kwargs=True)
-
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the multimodal model."""
         begin_call()

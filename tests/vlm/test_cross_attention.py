@@ -8,7 +8,7 @@ import transformers as hf
 
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 from tests.vlm import oracle
-from tests.vlm.configs import IMAGE, PAD, TEXT
+from tests.vlm.configs import IMAGE, PAD, TEXT, VISION
 from tests.vlm.models import model_of
 
 TILE = 17  # tokens: 4x4 patches and the class token
@@ -18,14 +18,8 @@ TILE = 17  # tokens: 4x4 patches and the class token
 def built():
     """Return a model, and a batch of which one row has two images and one has a single tile."""
     torch.manual_seed(0)
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+    vision = VISION | dict(
         num_global_layers=1,
-        attention_heads=4,
-        image_size=32,
-        patch_size=8,
         max_num_tiles=2,
         vision_output_dim=64,
         intermediate_layers_indices=[0],
