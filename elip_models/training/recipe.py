@@ -3,7 +3,7 @@
 A recipe contains data, not code, except for a `pipe:` URL in `data.train`, which is a command.
 `load_recipe` takes the name of a file in `elip_models/recipes` or a path, and `key=value`
 overrides. It returns a `RunConfig`, or raises a `ConfigError` with the key, the requirement and the
-value.
+value. A recipe with `base: NAME` inherits the values of the recipe NAME and changes some.
 """
 
 import copy
@@ -26,6 +26,7 @@ from elip_models.training.yaml_config import REQUIRED, from_mapping, parse_yaml,
 
 FINETUNE = "finetune"
 MAX_SECTIONS = 16
+MAX_BASES = 8
 RESUMABLE_KEYS = (
     "name",
     "output_dir",
@@ -72,8 +73,7 @@ def recipe_with(
 
     `defaults` are values of `model.overrides`, for keys that the recipe does not set.
     """
-    path = _find_recipe(str(name_or_path))
-    values = read_mapping(path)
+    values = _read_recipe(_find_recipe(str(name_or_path)))
     if defaults:
         model = values.setdefault("model", {})
         own = model.get("overrides") or {} if isinstance(model, dict) else None
@@ -145,7 +145,7 @@ def recipe_title(name: str) -> str:
 
 def recipe_settings(name: str) -> list[Setting]:
     """Return all keys of a built-in recipe, with the defaults of those that it does not set."""
-    return _settings(RunConfig, read_mapping(_find_recipe(name)))
+    return _settings(RunConfig, _read_recipe(_find_recipe(name)))
 
 
 def _settings(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[Setting]:
@@ -195,6 +195,29 @@ def _find_recipe(name_or_path: str) -> Path:
             f"`elip recipes` lists{did_you_mean(name_or_path, names)}"
         )
     return Path(str(resources.files("elip_models") / "recipes" / f"{name_or_path}.yaml"))
+
+
+def _read_recipe(path: Path, depth: int = 1) -> dict[str, Any]:
+    """Return the values of a recipe: those of its `base`, then its own."""
+    values = read_mapping(path)
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the name of a recipe, got {shortened(base)}")
+    if depth == MAX_BASES:
+        raise ConfigError(f"{path}: base: expected at most {MAX_BASES - 1} recipes in a row")
+    return _merged(_read_recipe(_find_recipe(base), depth + 1), values)
+
+
+def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with some changed; sections are merged key by key."""
+    merged = dict(values)
+    for key, value in changes.items():
+        old = merged.get(key)
+        are_sections = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merged(old, value) if are_sections else value
+    return merged
 
 
 def _check_consistency(config: RunConfig) -> None:

@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from elip_models.training.recipe import load_recipe, recipe_names, resume_conflicts, save_recipe
+from elip_models.training.recipe import (
+    FINETUNE,
+    load_recipe,
+    recipe_names,
+    resume_conflicts,
+    save_recipe,
+)
 from elip_models.validation import ConfigError
 
 MINIMAL = """
@@ -179,3 +185,55 @@ def test_resuming_may_change_length_and_output_only(recipe):
     assert resume_conflicts(saved, longer) == []
     changed = [conflict.partition(":")[0] for conflict in resume_conflicts(saved, other)]
     assert changed == ["model.overrides", "optim.lr", "model.overrides.drop_path"]
+
+
+def test_a_recipe_inherits_from_its_base(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("base: finetune/retrieval_albef_elip\nname: own\noptim: {lr: 1e-3}")
+    given = ["data.train=a", "data.eval=b", "model.pretrained=c"]
+    own, base = (load_recipe(each, given) for each in (path, "finetune/retrieval_albef_elip"))
+    optim = dataclasses.replace(base.optim, lr=1e-3)
+    assert own == dataclasses.replace(base, name="own", optim=optim)
+    assert own.model.overrides["queue_size"] == 65536  # of the base of the base
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("3", "base: expected the name of a recipe, got 3"),
+        ("albef_4n", "recipe 'albef_4n': expected .*did you mean 'albef_4m'"),
+        ("own.yaml", "base: expected at most 7 recipes in a row"),
+    ],
+)
+def test_a_base_that_is_no_recipe_raises(tmp_path, monkeypatch, base, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(f"base: {base}")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("own.yaml")
+
+
+def of_finetune(name):
+    given = ["data.train=a", "data.eval=b", "model.pretrained=c"]
+    return load_recipe(f"{FINETUNE}/{name}", given)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "candidates"),
+    [
+        ("retrieval_albef", 16, 5, 256),
+        ("retrieval_albef_flickr", 16, 5, 128),
+        ("entailment_albef", 16, 3, None),
+        ("vqa_albef", 16, 8, None),
+        ("nlvr2_albef", 8, 10, None),
+        ("retrieval_blip", 16, 3, 256),
+        ("retrieval_blip_flickr", 16, 5, 128),
+        ("captioning_blip", 16, 6, None),
+    ],
+)
+def test_the_values_of_elip_differ_in_batch_and_epochs_only(name, batch, epochs, candidates):
+    elip, original = of_finetune(f"{name}_elip"), of_finetune(name)
+    assert (elip.optim.batch_size, elip.optim.epochs) == (batch, epochs)
+    assert elip.task_options.get("candidates") == candidates
+    changed = {"optim.batch_size", "optim.epochs", "name", "output_dir"}
+    assert original.optim.batch_size == 2 * batch
+    assert not resume_conflicts(original, elip, may_change=changed)
