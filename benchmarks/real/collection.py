@@ -1,0 +1,202 @@
+"""Embed a collection of photographs with DINOv2 ViT-S/14, dense and reduced, and search in both.
+
+    python -m benchmarks.real.collection FOLDER WORK --output X.json [--reduce tome --keep 0.7]
+
+WORK is a folder for the model and the embeddings; a stopped run continues there. Each round of the
+speeds embeds some photographs by `elip_models.embed`, and encodes the same photographs from memory
+by the model alone ("bare"), dense and reduced. Run it while nothing else runs.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from benchmarks.machine import machine
+from benchmarks.real.dinov2 import MEAN, PIXELS, STD, timm_model
+from benchmarks.real.photographs import photograph_paths
+from elip_models import embed, reduce_, save_reduced
+from elip_models.embedding.compare import compare_neighbours
+from elip_models.embedding.decoding import decoded_sample, default_workers
+from elip_models.embedding.encoder import Encoder, open_encoder
+from elip_models.embedding.image_source import SourceOptions
+from elip_models.embedding.open_images import open_images
+from elip_models.embedding.output import CHECK
+from elip_models.models.io.files import read_object, write_json
+from elip_models.profiling.commit import commit
+
+BATCH, SHARD = 32, 1000
+PREPROCESS_FILE = "preprocess.json"
+QUERIES = 1000
+PREPROCESS = {"size": PIXELS, "crop": 1.0, "interpolation": "bicubic", "mean": MEAN, "std": STD}
+ARMS = {"dense": "none", "reduced": None}
+"""The argument `reduce` of each arm; None is the reduction that the model was saved with."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real.collection",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="a folder of JPEG or PNG files")
+    add("work", type=Path, help="where the model and the embeddings are written")
+    add("--output", type=Path, required=True, metavar="X.json")
+    add("--images", type=int, default=8000, help="photographs at most (default: %(default)s)")
+    add("--reduce", default="tome", help="strategy (default: %(default)s)")
+    add("--keep", type=float, default=0.7, help="share of the tokens (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="of the speeds (default: %(default)s)")
+    add("--timed", type=int, default=128, help="photographs of a round (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        write_json(options.output, measure(options, console))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    console.print_json(json.dumps(read_object(options.output)))
+    return 0
+
+
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Return speeds, agreement of the embeddings, and recall of the search."""
+    paths = photograph_paths(options.folder)[: options.images]
+    model = _saved_model(options)
+    photographs = _listed(options.work / "photographs.json", paths)
+    speeds = _speeds(options, model, paths, console)
+    for arm, reduction in ARMS.items():
+        _embed(model, photographs, options.work / arm, reduction, len(paths), console)
+    check = read_object(options.work / "reduced" / CHECK)
+    recall = compare_neighbours(
+        *(options.work / arm for arm in ARMS), queries=min(QUERIES, len(paths))
+    )
+    counts = read_object(options.work / "reduced" / "manifest.json")["counts"]
+    return {
+        "machine": machine(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "model": "vit_small_patch14_dinov2",
+        "photographs": len(paths),
+        "counts": counts,
+        "speed": {"rounds": options.rounds, "photographs": options.timed, "batch": BATCH},
+        "dense": speeds["dense"],
+        "reduced": {
+            "strategy": options.reduce,
+            "keep": options.keep,
+            **speeds["reduced"],
+            "time_ratio": check["time_ratio"],
+            "compared": check["images"],
+            "cosine": check["cosine"],
+            "neighbours": check["neighbours"],
+            "recall_at_10": recall.recall._asdict(),
+            "queries": recall.queries,
+        },
+    }
+
+
+def _saved_model(options: argparse.Namespace) -> Path:
+    """Return the folder of the reduced model, which is written if it is not there."""
+    folder = options.work / f"model_{options.reduce}_{options.keep:g}"
+    if not folder.is_dir():
+        options.work.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f"{folder.name}.partial")
+        model = reduce_(timm_model(), options.reduce, keep=options.keep)
+        save_reduced(model, partial, config={"img_size": PIXELS})
+        (partial / PREPROCESS_FILE).write_text(json.dumps(PREPROCESS))
+        partial.rename(folder)
+    return folder
+
+
+def _embed(
+    model: Path, source: Path, output: Path, reduction: str | None, images: int, console: Console
+) -> None:
+    """Embed all photographs, or those that an earlier run left."""
+    with _bar(console) as bar:
+        task = bar.add_task(output.name, total=images)
+        embed(
+            str(model),
+            source,
+            output,
+            reduce=reduction,
+            progress=lambda done, *_: bar.update(task, completed=done),
+            preprocess=model / PREPROCESS_FILE,
+            batch_size=BATCH,
+            shard_size=SHARD,
+        )
+
+
+def _listed(path: Path, photographs: Sequence[Path]) -> Path:
+    """Write a list of photographs that `embed` reads."""
+    path.write_text(json.dumps([str(each.resolve()) for each in photographs]))
+    return path
+
+
+def _speeds(
+    options: argparse.Namespace, model: Path, paths: Sequence[Path], console: Console
+) -> dict[str, dict[str, Any]]:
+    """Return images per second of `embed` and of the model alone, medians over the rounds."""
+    timed = _listed(options.work / "timed.json", paths[: options.timed])
+    encoders = {
+        arm: open_encoder(str(model), reduce=reduction, preprocess=model / PREPROCESS_FILE)
+        for arm, reduction in ARMS.items()
+    }
+    source, transform = (
+        open_images(timed, SourceOptions()),
+        encoders["dense"].preprocessing.transform,
+    )
+    pixels = decoded_sample(source, options.timed, transform, 0).pixels
+    rates: dict[str, dict[str, list[float]]] = {
+        arm: {"images_per_second": [], "bare_images_per_second": []} for arm in ARMS
+    }
+    with _bar(console) as bar:
+        for _ in bar.track(range(options.rounds), description="speeds"):
+            for arm, encoder in encoders.items():
+                rates[arm]["bare_images_per_second"].append(_bare(encoder, pixels))
+                rates[arm]["images_per_second"].append(_embedded(encoder, timed))
+    found = {}
+    for arm, of_arm in rates.items():
+        bare, ours = of_arm["bare_images_per_second"], of_arm["images_per_second"]
+        shares = [a / b for a, b in zip(ours, bare, strict=True)]
+        found[arm] = {name: round(median(each), 3) for name, each in of_arm.items()}
+        low, mid, high = (round(each(shares), 4) for each in (min, median, max))
+        found[arm]["share_of_bare"] = {"median": mid, "low": low, "high": high}
+    return found
+
+
+def _bare(encoder: Encoder, pixels: torch.Tensor) -> float:
+    return _rate(lambda: [encoder(batch) for batch in pixels.split(BATCH)], len(pixels))
+
+
+def _embedded(encoder: Encoder, timed: Path) -> float:
+    with TemporaryDirectory() as output:
+        workers = default_workers(encoder.device)
+        found = embed(
+            encoder, timed, Path(output) / "out", check=0, batch_size=BATCH, workers=workers
+        )
+    return found.images_per_second
+
+
+def _rate(run: Callable[[], object], images: int) -> float:
+    start = time.perf_counter()
+    run()
+    return images / (time.perf_counter() - start)
+
+
+def _bar(console: Console) -> Progress:
+    columns = *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
