@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+from elip_models.commands.image_folder import as_option_error
 from elip_models.validation import PACKAGES, ConfigError, require_extra, require_packages
 
 with require_extra("elip_models.commands"):
@@ -30,22 +31,44 @@ def demo(
         typer.Option(help="imagenet, clip or a JSON file, for a model without preprocessing."),
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `elip embed`, to search in; its model is the default one."),
+    ] = None,
 ) -> None:
     """Open a local page: what a reduction merges in your images, and what it changes."""
     require_packages("elip demo", *PACKAGES["app"])
-    name = _default_model() if model is None else model
+    if embeddings is not None and (preprocess is not None or not pretrained):
+        name = "--preprocess" if preprocess is not None else "--no-pretrained"
+        raise ConfigError(
+            f"{name}: expected none with --embeddings, whose model and preprocessing are those of "
+            f"{embeddings}"
+        )
     console = Console(stderr=True)
     with console.status("opening the model"):
+        from elip_models.embedding.collection import open_collection
         from elip_models.embedding.demo import DemoModel
         from elip_models.embedding.demo_page import LOCALHOST, build_page, serve
         from elip_models.embedding.encoder import open_encoder
+        from elip_models.embedding.query import query_encoder
         from elip_models.reduction.user_warnings import UnguidedWarning
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnguidedWarning)  # no text guides on the page
-            encoder = open_encoder(name, preprocess=preprocess, pretrained=pretrained)
-        page = build_page(DemoModel(encoder), batch_size=batch_size)
-    console.print(escape(f"{name}: http://{LOCALHOST}:{port} (Ctrl+C ends it)"), soft_wrap=True)
+            if embeddings is None:
+                encoder = open_encoder(
+                    model or _default_model(), preprocess=preprocess, pretrained=pretrained
+                )
+                collection = None
+            else:
+                names = {"folder": "--embeddings", "model": "MODEL"}
+                with as_option_error(names, errors=ConfigError):
+                    encoder = query_encoder(open_collection(embeddings), model)
+                collection = embeddings, encoder
+        page = build_page(DemoModel(encoder), batch_size=batch_size, embeddings=collection)
+    console.print(
+        escape(f"{encoder.name}: http://{LOCALHOST}:{port} (Ctrl+C ends it)"), soft_wrap=True
+    )
     serve(page, port=port)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -52,8 +53,13 @@ def contact_sheet(found: Found) -> str:
         title=escape(Path(found.query.value).name if is_image else found.query.value),
         query=_picture(found.query.value) if is_image else "",
         summary=escape(summary),
-        figures="\n".join(map(_figure, found.hits)),
+        figures=figures(found.hits),
     )
+
+
+def figures(hits: Sequence[Hit]) -> str:
+    """Return an HTML element for each image: its thumbnail, rank, similarity and key."""
+    return "\n".join(map(_figure, hits))
 
 
 def _figure(hit: Hit) -> str:

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from elip_models.data.sample import MAX_IMAGE_BYTES, SampleError
+from elip_models.embedding.contact_sheet import figures
 from elip_models.embedding.demo import Comparison, DemoModel, Times
+from elip_models.embedding.encoder import Encoder
+from elip_models.embedding.search import search
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.embedding.demo_page"):
@@ -14,7 +17,11 @@ with require_extra("elip_models.embedding.demo_page"):
 LOCALHOST = "127.0.0.1"
 KEPT_SECONDS = 3600  # of uploaded and shown pictures
 FONTS = ("system-ui", "sans-serif")  # of the browser: none is loaded
-STYLE = "#picture img, #merged img { width: 100%; height: 100%; object-fit: contain; }"
+SHOWN = 24  # images that a search shows
+STYLE = """#picture img, #merged img { width: 100%; height: 100%; object-fit: contain; }
+#found { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+#found figure { margin: 0; overflow-wrap: anywhere; }
+#found img { width: 100%; height: 140px; object-fit: contain; }"""
 INTRODUCTION = """# What does token reduction merge?
 A vision transformer cuts an image into patches, one token each. Token reduction merges similar
 tokens or drops unimportant ones, so that the model computes less. Choose an image and move the
@@ -31,20 +38,30 @@ BAR = (
 )
 
 
-def build_page(demo: DemoModel, *, batch_size: int) -> gradio.Blocks:
-    """Return the page for one model; times are measured on batches of `batch_size` images."""
+def build_page(
+    demo: DemoModel, *, batch_size: int, embeddings: tuple[Path, Encoder] | None = None
+) -> gradio.Blocks:
+    """Return the page for one model.
+
+    Args:
+        demo: the model.
+        batch_size: times are measured on batches of so many images.
+        embeddings: a folder of `embed` to search in, and the encoder of its model.
+    """
     with gradio.Blocks(
         title=f"elip demo: {demo.dense.name}",
         analytics_enabled=False,
         delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
     ) as page:
         gradio.Markdown(INTRODUCTION)
-        _add_comparison(demo, batch_size)
+        image = _add_comparison(demo, batch_size)
+        if embeddings is not None:
+            _add_search(image, *embeddings)
     return page
 
 
-def _add_comparison(demo: DemoModel, batch_size: int) -> None:
-    """Add the comparison of a dense and a reduced model to the page that is being built."""
+def _add_comparison(demo: DemoModel, batch_size: int) -> gradio.File:
+    """Add the comparison of a dense and a reduced model, and return the input of the image."""
     with gradio.Row():
         with gradio.Column(scale=1, min_width=260):
             inputs, button = _add_inputs(demo)
@@ -70,6 +87,33 @@ def _add_comparison(demo: DemoModel, batch_size: int) -> None:
         show_progress="minimal",
         api_visibility="private",
     )
+    return inputs[0]
+
+
+def _add_search(image: gradio.File, folder: Path, encoder: Encoder) -> None:
+    """Add a search in a folder of embeddings, by a text or by the image of the comparison."""
+    gradio.Markdown(f"## Search in `{folder}`")
+    with gradio.Row():
+        text = gradio.Textbox(
+            label="Text", max_length=1000, visible=encoder.has_text, scale=3, elem_id="query"
+        )
+        button = gradio.Button("Find images like the image above", scale=1, elem_id="similar")
+    message = gradio.Textbox(visible=False, label="Message", interactive=False, elem_id="problem")
+    found = gradio.HTML(elem_id="results")
+    outputs, options = [message, found], {"api_visibility": "private", "concurrency_limit": 1}
+
+    def find(query: str | Path) -> tuple[dict, str]:
+        try:
+            hits = search(folder, query, top=SHOWN, model=encoder).hits
+        except ConfigError as error:
+            return _message(str(error)), ""
+        return _message(""), f'<div id="found">{figures(hits)}</div>'
+
+    def find_similar(path: str | None) -> tuple[dict, str]:
+        return (_message(NO_IMAGE), "") if path is None else find(Path(path))
+
+    text.submit(find, text, outputs, **options)
+    button.click(find_similar, image, outputs, **options)
 
 
 def _add_inputs(demo: DemoModel) -> tuple[list[gradio.components.Component], gradio.Button]:

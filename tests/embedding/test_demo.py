@@ -21,6 +21,7 @@ from elip_models.data.scenes import EmojiScenes
 from elip_models.embedding.demo import SAVED, DemoModel
 from elip_models.embedding.encoder import open_encoder
 from elip_models.validation import ConfigError
+from tests.embedding.conftest import SMALL
 from tests.helpers.damage import picture
 from tests.helpers.models import dinov2
 from tests.helpers.tiny_run import elip, own_process, tiny_arguments
@@ -161,16 +162,24 @@ def test_without_a_model_the_command_names_one(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def page(demo):
+def page(demo, embeddings):
     pytest.importorskip("gradio", reason="needs the app extra")
     from elip_models.embedding.demo_page import build_page
 
-    return build_page(demo, batch_size=1)
+    return build_page(demo, batch_size=1, embeddings=(embeddings, demo.dense))
+
+
+@pytest.fixture(scope="module")
+def embeddings(model, pictures, tmp_path_factory):
+    """The folder of embeddings of nine pictures."""
+    folder = tmp_path_factory.mktemp("embeddings") / "out"
+    elip_models.embed(model, pictures, folder, **SMALL)
+    return folder
 
 
 def shown(page, *values):
     """The values of the outputs, by their label or id, after each step of the page's function."""
-    (function,) = page.fns.values()
+    function = next(iter(page.fns.values()))
     for found in function.fn(*values):
         yield {each.elem_id or each.label: value for each, value in found.items()}
 
@@ -233,6 +242,30 @@ def test_other_mistakes_are_a_sentence(page, scene):
     ):
         (found,) = shown(page, *values)
         assert text in found["message"]["value"]
+
+
+def test_an_image_or_a_text_is_searched_in_embeddings(page, pictures):
+    _, by_text, by_image = page.fns.values()
+    path = pictures / "sub" / "a.jpg"
+    message, found = by_image.fn(str(path))
+    assert message["visible"] is False and found.count("<img") == found.count("<figure") == 9
+    assert "<b>1</b> · 1.000<br>sub/a.jpg" in found.partition("</figure>")[0]
+    for (message, found), text in (
+        (by_image.fn(None), "Choose an image first"),
+        (by_text.fn("a dog"), "query: expected the path of an image, since 'timm:test_vit"),
+    ):
+        assert text in message["value"] and message["visible"] and found == ""
+
+
+def test_the_command_refuses_options_that_the_embeddings_decide(embeddings, tmp_path, capsys):
+    pytest.importorskip("gradio", reason="needs the app extra")
+    for arguments, text in (
+        ([embeddings, "--preprocess", "clip"], "--preprocess: expected none with --embeddings"),
+        ([embeddings, "--no-pretrained"], "--no-pretrained: expected none with --embeddings"),
+        ([tmp_path], "--embeddings: expected a folder"),
+    ):
+        assert elip("demo", "--embeddings", *arguments) == 2
+        assert text in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture
@@ -333,6 +366,8 @@ def test_a_person_uploads_an_image_and_moves_the_slider(serving, browser, scene,
     assert browser.execute_script("return arguments[0].naturalWidth", one("#merged img")) > 100
     screenshot = Path(os.environ.get("DEMO_SCREENSHOT", tmp_path / "demo.png"))
     assert browser.save_screenshot(str(screenshot))
+    one("#similar").click()
+    until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#found img")) == 9)
     (tmp_path / "bad.png").write_text("no image")
     one("#image button[aria-label='Remove this file'], #image button[aria-label='Clear']").click()
     until(lambda _: one("#image input[type=file]")).send_keys(str(tmp_path / "bad.png"))
