@@ -112,7 +112,7 @@ def open_visualized_model(
     A `strategy` of None is the model's own, if it has one, or the default of `reduce_`. An invalid
     option raises ConfigError.
     """
-    with as_config_error("--model"):
+    with as_config_error("--model", inner="spec"):
         model = open_model(spec, pretrained=pretrained)
         reducible = as_reducible(model)
         tower = as_tower(reducible.image_model)
@@ -226,7 +226,7 @@ def read_source(spec: str, count: int, tower: Tower) -> CaptionedImages:
             f"--data: expected --image with a clip for a model that reads {tower.num_frames} "
             f"frames, got {shortened(spec)}, whose samples are images"
         )
-    with as_config_error("--data"):
+    with as_config_error("--data", inner="spec"):
         source = open_source(spec, image_size=max(tower.image_size))
         samples = readable_samples(source, range(len(source)))
         shown = [(sample.image, sample.captions[0]) for sample in islice(samples, count)]

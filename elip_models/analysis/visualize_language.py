@@ -106,7 +106,7 @@ def open_language_model(
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     name = spec.removeprefix("hf:")
-    with as_config_error("--model"), missing_files_as_value_error("spec", spec):
+    with as_config_error("--model", inner="spec"), missing_files_as_value_error("spec", spec):
         with library_errors(name, "a folder or a name of a model of transformers, for --question"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_family(config.model_type)
@@ -205,7 +205,7 @@ def draw_kept_tokens(
                 f"--strategy: expected one that removes tokens of images, got {model}, which keeps "
                 f"all {len(kept[0])}"
             )
-        with as_config_error("--model"):
+        with as_config_error("--model", inner="spec"):
             grid = token_grid(model, image, inputs, len(kept[0]))
         name = path if len(images) == 1 else path.with_stem(f"{path.stem}_{i}")
         paths.append(draw_image(grid, kept, name, title=f"{model.name}\n{model}", caption=question))

@@ -49,7 +49,7 @@ def check_data(
     _check_task(task)
     has_captions = task in ("retrieval", "captioning")
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
-    with as_config_error("SPEC"):
+    with as_config_error("SPEC", inner="spec"):
         if streams:
             source = open_stream(specs[0], samples=1)  # the check below counts the samples
         elif has_captions:
@@ -87,7 +87,10 @@ def export_data(
     _check_task(task)
     console = Console()
     try:
-        with as_config_error("SPEC"), console.status(f"writing {escape(str(folder))}"):
+        with (
+            as_config_error("SPEC", inner="spec"),
+            console.status(f"writing {escape(str(folder))}"),
+        ):
             written = export(task, spec, folder, image_size=image_size)
     except (SampleError, FileExistsError) as error:
         raise ConfigError(str(error)) from error

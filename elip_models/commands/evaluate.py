@@ -56,7 +56,7 @@ def eval_retrieval(
     if rerank is not None:
         return _evaluate(Retrieval(candidates=rerank), model, data, loading, output)
     trained, tokenizer = _open_trained(model, output, ranks=True)
-    with as_config_error("--data"):
+    with as_config_error("--data", inner="spec"):
         source = open_source(data, image_size=trained.config.image_size)
     scores = evaluate_retrieval(trained, tokenizer, source, **loading._asdict())
     Console().print(retrieval_table(scores))
@@ -83,7 +83,7 @@ def eval_zero_shot(
     from elip_models.tasks.zero_shot import evaluate_zero_shot
 
     trained, tokenizer = _open_trained(model, output, ranks=True)
-    with as_config_error("--data"):
+    with as_config_error("--data", inner="spec"):
         source = open_classes(data, image_size=trained.config.image_size)
     loading = _loading(batch_size, num_workers, max_bad_share)
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
@@ -115,7 +115,7 @@ def eval_selection(
         from_checkout(f"selection.{name}", "elip eval selection") for name in ("scores", "tables")
     )
     trained, tokenizer = _open_trained(model, output)
-    with as_config_error("--data"):
+    with as_config_error("--data", inner="spec"):
         source = open_source(data, image_size=trained.config.image_size)
     with as_config_error("--strategy"):
         chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
@@ -145,7 +145,7 @@ def _open_trained(
     from elip_models.models.registry import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with as_config_error("--model"):
+    with as_config_error("--model", inner="spec"):
         trained = load_model(model).to(device)
         if ranks and not trained.ranks:
             raise ValueError(
@@ -161,9 +161,9 @@ def _evaluate(
     from elip_models.tasks.registry import read_answers
 
     trained, tokenizer = _open_trained(model, output)
-    with as_config_error("--model"):
+    with as_config_error("--model", inner="spec"):
         _check_task(task, trained)
-    with as_config_error("--data"):
+    with as_config_error("--data", inner="spec"):
         source = task.open(data, image_size=trained.config.image_size)
     scores = task.evaluate(trained, tokenizer, source, loading, read_answers(model))
     Console().print(task_table(scores))

@@ -160,7 +160,7 @@ def run_profile(
 
 def open_for_profile(spec: str, settings: ProfileSettings) -> nn.Module:
     """Open the model with random weights, on the meta device if nothing is timed."""
-    with as_config_error("--model"), settings.device, _warnings_disabled():
+    with as_config_error("--model", inner="spec"), settings.device, _warnings_disabled():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
         as_tower(as_reducible(model).image_model)
     return model

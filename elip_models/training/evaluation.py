@@ -43,10 +43,10 @@ class Evaluation:
         if config.data.eval is not None:
             task = self.task
             name, opener = (task.name, task.open) if task else ("retrieval", open_source)
-            with as_config_error("data.eval"):
+            with as_config_error("data.eval", inner="spec"):
                 self.sources[name] = opener(config.data.eval, image_size=image_size)
         if self.task is None and config.data.zero_shot is not None:
-            with as_config_error("data.zero_shot"):
+            with as_config_error("data.zero_shot", inner="spec"):
                 opened = open_classes(config.data.zero_shot, image_size=image_size)
                 self.sources["zero_shot"] = opened
         self.at_end = [name for name in self.sources if self.task or name in config.report]

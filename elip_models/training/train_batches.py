@@ -122,7 +122,7 @@ class _StreamedBatches:
         self, config: RunConfig, source: StreamSource, prepare: Any, rank: int, world_size: int
     ) -> None:
         data, batch_size = config.data, config.optim.batch_size
-        with as_config_error("data.train"):
+        with as_config_error("data.train", inner="spec"):
             self._stream = StreamBatches(
                 source,
                 prepare,

@@ -183,7 +183,7 @@ class Trainer:
         data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
         model = meta_model(self.config).config
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
-        with as_config_error("data.train"):
+        with as_config_error("data.train", inner="spec"):
             source: Source | ExampleSource | StreamSource
             source = self.source = open_training_data(self.config, model.image_size)
         with as_config_error("model.overrides.guide"):

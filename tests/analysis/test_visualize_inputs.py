@@ -252,7 +252,7 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
         ([*TINY, "--image", "a.png", *2 * ["--caption", "a"]], "--caption: expected one for each"),
         ([*TINY, "--image", "no.png", "--caption", "a"], "--image: no.png: no such file"),
         ([*TINY, "--data", "no.json"], "--model: expected a tokenizer beside the model"),
-        ([*TINY, "--fusion", "1", "--data", "no.json"], "--data: spec: expected an existing file"),
+        ([*TINY, "--fusion", "1", "--data", "no.json"], "--data: expected an existing file"),
         ([*TINY, "--data", "a.json", "--output", "a.pdf"], "--output: expected a name ending in"),
         (
             [*TINY, "--data", "a.json", "--output", "no/a.png"],
@@ -276,8 +276,8 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
             "--strategy: expected one that merges or drops tokens in inference",
         ),
         (["--model", "clip_tiny", "--data", "a.json"], "--model: pretrained: expected False"),
-        (["--model", "timm:nope", "--data", "a.json"], "--model: spec: expected a name of timm"),
-        (["--model", "nope", "--data", "a.json"], "--model: spec: expected 'timm:NAME'"),
+        (["--model", "timm:nope", "--data", "a.json"], "--model: expected a name of timm"),
+        (["--model", "nope", "--data", "a.json"], "--model: expected 'timm:NAME'"),
         (["--model", "timm:resnet18", "--no-pretrained", "--data", "a.json"], "--model: model: "),
     ],
 )

@@ -90,8 +90,8 @@ def test_data_export_prints_the_line_that_data_check_reads(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["check", "a.json", "--task", "vqs"], "TASK: task: expected one of 'vqa'"),
-        (["check", "no.json", "--task", "vqa"], "SPEC: spec: expected an existing file"),
-        (["export", "nlvr2", "emoji_questions:size=2", "out"], "SPEC: spec: expected emoji_pairs"),
+        (["check", "no.json", "--task", "vqa"], "SPEC: expected an existing file"),
+        (["export", "nlvr2", "emoji_questions:size=2", "out"], "SPEC: expected emoji_pairs"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):

@@ -224,7 +224,7 @@ def test_an_unknown_strategy_raises(text, message, capsys):
     ("arguments", "message"),
     [
         ((), "--model: expected one or more"),
-        (("--model", "nosuch"), "--model: spec: expected"),
+        (("--model", "nosuch"), "--model: expected"),
         (("--model", "clip_tiny", "--dtype", "fp8"), "--dtype: expected one of fp32"),
         (("--model", "clip_tiny", "--mode", "eval"), "--mode: expected training"),
         (("--model", "clip_tiny", "--flops", 1.5), "--flops: expected a share"),
