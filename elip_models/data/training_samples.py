@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from elip_models.data.caption_rules import CaptionRule, apply_caption_rule
+from elip_models.data.caption_rules import MAX_WORDS, CaptionRule, apply_caption_rule
 from elip_models.data.checks import check_not_empty
 from elip_models.data.read_errors import DataError, Skipped, SkipReport
 from elip_models.data.sample import Sample, SampleError, Source
 from elip_models.data.tokenizer import tokenize
-from elip_models.validation import Bounds, Count, Share, check
+from elip_models.validation import Bounds, Count, PositiveInt, Share, check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,6 +105,7 @@ class ImageTextDataset(TrainingSamples):
         seed: int,
         max_bad_share: float = 0.05,
         captions: CaptionRule = "plain",
+        max_words: int = MAX_WORDS,
         guide_captions: bool = False,
     ) -> None:
         prepare = ImageTextPreparation(
@@ -112,6 +113,7 @@ class ImageTextDataset(TrainingSamples):
             tokenizer,
             context_length=context_length,
             captions=captions,
+            max_words=max_words,
             guide_captions=guide_captions,
         )
         super().__init__(source, prepare, seed=seed, max_bad_share=max_bad_share)
@@ -129,6 +131,7 @@ class ImageTextPreparation:
         tokenizer: A tokenizer with a pad token.
         context_length: Number of tokens of a text, at least 3.
         captions: Rule for the text of a caption, see `caption_rules`.
+        max_words: Number of words that the rule keeps.
         guide_captions: Also return "guide_ids" and "guide_mask" (L,) of another caption of the
             image, or of the same one if it has no other.
     """
@@ -140,12 +143,14 @@ class ImageTextPreparation:
         *,
         context_length: int,
         captions: CaptionRule = "plain",
+        max_words: int = MAX_WORDS,
         guide_captions: bool = False,
     ) -> None:
         check("transform", transform, Callable)
         check("tokenizer", tokenizer, Callable)
         check("context_length", context_length, Annotated[int, Bounds(3)])
         check("captions", captions, CaptionRule)
+        check("max_words", max_words, PositiveInt)
         check("guide_captions", guide_captions, bool)
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a pad token; use load_tokenizer")
@@ -153,25 +158,29 @@ class ImageTextPreparation:
         self.tokenizer = tokenizer
         self.context_length = context_length
         self.captions = captions
+        self.max_words = max_words
         self.guide_captions = guide_captions
 
     def __call__(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Return the tensors of one sample; `rng` makes all random choices."""
         caption = sample.captions[rng.integers(len(sample.captions))]
         image = apply_seeded(self.transform, sample.image, rng)
-        settings = self.tokenizer, self.captions, self.context_length
-        text = tokenize_caption(caption, *settings)
+        text = self._tokenize(caption)
         if self.guide_captions:
-            guide = tokenize_caption(other_caption(sample.captions, caption, rng), *settings)
+            guide = self._tokenize(other_caption(sample.captions, caption, rng))
             text |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
         return {"images": image, **text}
 
+    def _tokenize(self, caption: str) -> dict[str, Tensor]:
+        cleaned = apply_caption_rule(caption, self.captions, self.max_words)
+        return tokenize_text(cleaned, self.tokenizer, self.context_length)
 
-def tokenize_caption(
-    caption: str, tokenizer: "PreTrainedTokenizerBase", rule: CaptionRule, context_length: int
+
+def tokenize_text(
+    text: str, tokenizer: "PreTrainedTokenizerBase", context_length: int
 ) -> dict[str, Tensor]:
     """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
-    tokens = tokenize(tokenizer, [apply_caption_rule(caption, rule)], context_length)
+    tokens = tokenize(tokenizer, [text], context_length)
     return {name: ids[0] for name, ids in tokens.items()}
 
 

@@ -152,7 +152,8 @@ class PretrainedModel(
         """Return input_ids and attention_mask (B, L) of B captions, by the rule of the config."""
         from elip_models.data import apply_caption_rule, tokenize
 
-        texts = [apply_caption_rule(caption, self.config.captions) for caption in captions]
+        rule, max_words = self.config.captions, self.config.max_words
+        texts = [apply_caption_rule(caption, rule, max_words) for caption in captions]
         return tokenize(tokenizer, texts, self.config.context_length)
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -40,11 +40,13 @@ class InputConfig(Config):
 
     Attributes:
         resize: 'crop' uses the centre of an image; 'squash' all of it, with another aspect ratio.
-        captions: 'plain', or the rules of 'albef' or 'blip' in `data/caption_rules.py`.
+        captions: 'plain', or another rule of `data/caption_rules.py`.
+        max_words: Number of words of a text that all rules except 'plain' keep.
     """
 
     resize: Literal["crop", "squash"] = "crop"
-    captions: Literal["plain", "albef", "blip"] = "plain"
+    captions: Literal["plain", "albef", "blip", "blip_question"] = "plain"
+    max_words: PositiveInt = 30
 
     @property
     def reads_guide_captions(self) -> bool:

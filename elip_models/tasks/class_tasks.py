@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from elip_models.models.base import PretrainedModel
 
+SWAPPED_WORDS = {"left": "right", "right": "left"}
+
 
 @dataclass(frozen=True)
 class ClassTask(Task):
@@ -190,6 +192,22 @@ class Entailment(ClassTask):
 
 @dataclass(frozen=True)
 class NLVR2(ClassTask):
-    """Statements about two images, which are true or false."""
+    """Statements about two images, which are true or false.
+
+    Args:
+        swap_images: In training, reverse the images of every second example at random, and swap
+            "left" and "right" in its statement. BLIP does so.
+    """
 
     name: ClassVar[str] = "nlvr2"
+    swap_images: bool = False
+
+    def sample(
+        self, preprocessor: Preprocessor, example: Example, index: int, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        """Return the images, the statement and the label of an example."""
+        if self.swap_images and rng.random() < 0.5:
+            words = preprocessor.clean(example.text).split(" ")
+            text = " ".join(SWAPPED_WORDS.get(word, word) for word in words)
+            example = example._replace(images=example.images[::-1], text=text)
+        return super().sample(preprocessor, example, index, rng)

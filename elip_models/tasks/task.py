@@ -18,10 +18,11 @@ from elip_models.data import (
     ExampleSource,
     SkipReport,
     Source,
+    apply_caption_rule,
     apply_seeded,
     image_transform,
 )
-from elip_models.data.training_samples import tokenize_caption
+from elip_models.data.training_samples import tokenize_text
 from elip_models.models.io.files import write_file
 from elip_models.tasks.intervals import Interval
 from elip_models.validation import check_fields
@@ -115,7 +116,11 @@ class Preprocessor:
 
     def text(self, text: str) -> dict[str, Tensor]:
         """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
-        return tokenize_caption(text, self.tokenizer, self.model.captions, self.context_length)
+        return tokenize_text(self.clean(text), self.tokenizer, self.context_length)
+
+    def clean(self, text: str) -> str:
+        """Return the text by the rule of the model's config."""
+        return apply_caption_rule(text, self.model.captions, self.model.max_words)
 
 
 @dataclass(frozen=True)

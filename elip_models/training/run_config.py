@@ -67,8 +67,9 @@ class DataConfig:
             name.
         vocab_size: Largest vocabulary of a tokenizer that the run trains.
         context_length: Number of tokens to which a caption is padded or truncated.
-        captions: Caption cleaning: "plain", or the rules of "albef" or "blip"; null: as in the
-            model's config.
+        captions: Caption cleaning: "plain", or the rules of "albef" or "blip", and "blip_question"
+            for BLIP's VQA; null: as in the model's config.
+        max_words: Number of words that these rules keep; null: as in the model's config, 30.
         resize: How evaluation images are resized: "crop" cuts out the centre, "squash" ignores the
             aspect ratio; null: as in the model's config.
         crop_scale: Lower and upper share of an image's area in a random crop; null: training images
@@ -87,7 +88,8 @@ class DataConfig:
     tokenizer: str = "train"
     vocab_size: Size = 8192
     context_length: Size = 32
-    captions: Literal["plain", "albef", "blip"] | None = None
+    captions: Literal["plain", "albef", "blip", "blip_question"] | None = None
+    max_words: PositiveInt | None = None
     resize: Literal["crop", "squash"] | None = None
     crop_scale: tuple[Share, Share] | None = (0.9, 1.0)
     flip: bool = False

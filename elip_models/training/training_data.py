@@ -47,7 +47,7 @@ MAX_COUNTED_SAMPLES = 1_000
 
 def input_fields(data: DataConfig) -> dict[str, str]:
     """Return the fields of `InputConfig` that a recipe sets."""
-    fields = {"captions": data.captions, "resize": data.resize}
+    fields = {"captions": data.captions, "max_words": data.max_words, "resize": data.resize}
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -118,6 +118,7 @@ def make_preparation(
         tokenizer,
         context_length=data.context_length,
         captions=model.captions,
+        max_words=model.max_words,
         guide_captions=model.reads_guide_captions,
     )
 
@@ -180,7 +181,7 @@ def tokenizer_captions(
         task = bar.add_task("", total=count, unit="sample")
         for captions in bar.track(sample_captions(source, count), task_id=task):
             for caption in captions:
-                yield apply_caption_rule(caption, model.captions)
+                yield apply_caption_rule(caption, model.captions, model.max_words)
 
 
 def sample_captions(source: Source | StreamSource, count: int) -> Iterator[tuple[str, ...]]:

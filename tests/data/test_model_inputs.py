@@ -47,6 +47,25 @@ def test_example(caption, albef, blip):
     assert apply_caption_rule(caption, "plain") == caption
 
 
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What is at 10:30?", "what is at 1030?"),
+        ("U.S.A; (a  big) dog", "usa a big dog"),
+        (WORDS, WORDS.rpartition(" w30")[0]),
+    ],
+)
+def test_questions_of_blip_lose_characters(question, expected):
+    """pre_question of BLIP's data/utils.py; pre_caption replaces the same characters by spaces."""
+    assert apply_caption_rule(question, "blip_question") == expected
+
+
+@pytest.mark.parametrize("rule", ["albef", "blip", "blip_question"])
+def test_the_number_of_words_is_a_setting(rule):
+    assert len(apply_caption_rule(WORDS, rule, 35).split()) == 35
+    assert apply_caption_rule(WORDS, "plain", 35) == WORDS
+
+
 def test_configs_list_all_caption_rules_and_resize_modes():
     hints = typing.get_type_hints(InputConfig)
     assert hints["captions"] == CaptionRule and hints["resize"] == ResizeMode
@@ -67,9 +86,12 @@ def test_configs_list_all_caption_rules_and_resize_modes():
 def test_each_model_preprocesses_as_its_original(name, resize, rule, tokenizer):
     model = create_model(name, vocab_size=len(tokenizer))
     assert (model.config.resize, model.config.captions) == (resize, rule)
-    caption = "A dog, (the big one)"
-    expected = tokenize(tokenizer, [apply_caption_rule(caption, rule)], 32)
-    assert torch.equal(model.tokenise(tokenizer, [caption])["input_ids"], expected["input_ids"])
+    for caption in ("A dog, (the big one)", WORDS):
+        for max_words in (30, 4):
+            model = create_model(name, vocab_size=len(tokenizer), max_words=max_words)
+            expected = tokenize(tokenizer, [apply_caption_rule(caption, rule, max_words)], 32)
+            found = model.tokenise(tokenizer, [caption])["input_ids"]
+            assert torch.equal(found, expected["input_ids"])
 
 
 def test_training_reads_captions_by_the_rule(tokenizer):
@@ -80,6 +102,13 @@ def test_training_reads_captions_by_the_rule(tokenizer):
             scenes, transform, tokenizer, context_length=32, seed=0, **options
         )
         return [dataset[turn, index]["input_ids"] for turn in range(5) for index in range(4)]
+
+    def words(**options):
+        decoded = (tokenizer.decode(each, skip_special_tokens=True) for each in ids(**options))
+        return [text.split() for text in decoded]
+
+    cut = [several[:3] for several in words(captions="albef")]
+    assert words(captions="albef", max_words=3) == cut
 
     for rule in ("albef", "blip"):
         texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids(captions=rule)]

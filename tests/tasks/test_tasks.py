@@ -1,6 +1,7 @@
 """Downstream tasks: training samples, and scores of models with known outputs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tests.helpers.task_cases import (
     Greys,
     Stub,
     Tokens,
+    grey,
     matcher,
     preprocessor,
 )
@@ -41,6 +43,53 @@ def test_a_sample_of_classes_has_images_text_and_the_number_of_the_answer(task, 
     shape = (3, SIZE, SIZE) if images == 1 else (2, 3, SIZE, SIZE)
     assert sample["images"].shape == shape and sample["labels"] == 1
     assert sample["input_ids"].tolist() == [4, 0, 0, 0]
+
+
+class Pairs:
+    """Pairs of a dark and a bright image with one statement."""
+
+    answers = ("true", "false")
+
+    def __init__(self, text):
+        self.text = text
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return Example((grey(20), grey(200)), self.text, {"true": 1.0}, "p")
+
+
+class Words(Tokens):
+    """Tokenizer that stores the texts."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, texts, **options):
+        self.texts += texts
+        return super().__call__(texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "swapped"),
+    [
+        ("Left. The right one is left-handed", "right the left one is left-handed"),
+        ("two dogs", "two dogs"),
+        ("left, right", "left, left"),  # as split at spaces in BLIP's data/nlvr_dataset.py
+    ],
+)
+def test_nlvr2_swaps_the_images_and_sides_of_every_second_example(text, swapped):
+    source, tokenizer, rng = Pairs(text), Words(), np.random.default_rng(0)
+    read = replace(preprocessor(source, captions="blip"), tokenizer=tokenizer)
+    task, orders = get_task("nlvr2", swap_images=True), []
+    for _ in range(40):
+        sample = task.sample(read, source[0], 0, rng)
+        orders.append(bool(sample["images"][0].mean() > sample["images"][1].mean()))
+        assert tokenizer.texts[-1] == (swapped if orders[-1] else read.clean(text))
+    assert 10 < sum(orders) < 30
+    kept = [get_task("nlvr2").sample(read, source[0], 0, rng)["images"] for _ in range(8)]
+    assert all(images[0].mean() < images[1].mean() for images in kept)
 
 
 def test_an_image_is_classified_without_a_text():

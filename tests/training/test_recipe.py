@@ -106,7 +106,7 @@ def test_later_override_wins(recipe):
         ("data.train=[a.json,*.tar]", "put its items in quotes, such as data.train=['a.json', '*"),
         ("data.weights=[1, 2]", "data.weights: expected one for each of the 1 sources of data.tr"),
         ("data.weights=[0]", "data.weights: expected null or a list, each a number above 0, got"),
-        ("data.captions=clip", "expected one of 'plain', 'albef', 'blip' or null, got 'clip'"),
+        ("data.captions=clip", "'blip', 'blip_question' or null, got 'clip'"),
         ("data.resize=pad", "data.resize: expected one of 'crop', 'squash' or null, got 'pad'"),
         ("optim.warmup_lr=1", "optim.warmup_lr: expected at most optim.lr = 0.001, got 1.0"),
         ("model.overrides=3", "model.overrides: expected a mapping, got 3"),
