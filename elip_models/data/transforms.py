@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elip_models.data.augment import MAX_MAGNITUDE, RandAugment
+from elip_models.data.augment import MAX_MAGNITUDE, METERRandAugment, RandAugment
 from elip_models.validation import (
     Bounds,
     Positive,
@@ -21,6 +21,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Magnitude = Annotated[int, Bounds(0, MAX_MAGNITUDE)]
 ResizeMode = Literal["crop", "squash"]
+RandAugmentPolicy = Literal["albef", "meter"]
 
 
 def image_transform(
@@ -32,6 +33,7 @@ def image_transform(
     scale: tuple[float, float] | None = (0.9, 1.0),
     flip: bool = False,
     randaugment: tuple[int, int] | None = None,
+    randaugment_policy: RandAugmentPolicy = "albef",
     resize: ResizeMode = "crop",
 ) -> Callable[[Image.Image], Tensor]:
     """Return a function from an RGB image to a normalised (3, S, S) float32 tensor.
@@ -45,7 +47,9 @@ def image_transform(
         std: Standard deviation of each channel.
         scale: Range of the random crop's share of the area. None: no random crop.
         flip: Mirror half of the images. Captions with "left" and "right" become wrong.
-        randaugment: Number of operations and their magnitude, 0 to 10, see `RandAugment`.
+        randaugment: Number of operations and their magnitude, 0 to 10.
+        randaugment_policy: "albef", the operations of `RandAugment` after the crop; or "meter",
+            those of `METERRandAugment` on the whole image before it is resized.
         resize: "crop" resizes the shorter side and crops the centre. "squash" resizes both sides
             and changes the aspect ratio.
 
@@ -61,6 +65,7 @@ def image_transform(
     if scale is not None and scale[0] > scale[1]:
         raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
     check("randaugment", _as_tuple(randaugment), tuple[PositiveInt, Magnitude] | None)
+    check("randaugment_policy", randaugment_policy, RandAugmentPolicy)
     check("resize", resize, ResizeMode)
     with require_extra("image_transform"):
         from torchvision.transforms import InterpolationMode, v2
@@ -74,7 +79,9 @@ def image_transform(
         steps = [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
     if train and flip:
         steps.append(v2.RandomHorizontalFlip())
-    if train and randaugment is not None:
+    if train and randaugment is not None and randaugment_policy == "meter":
+        steps.insert(0, METERRandAugment(*randaugment))
+    elif train and randaugment is not None:
         steps.append(RandAugment(*randaugment))
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     return v2.Compose([*steps, *to_tensor, v2.ToPureTensor()])

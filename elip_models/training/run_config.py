@@ -75,8 +75,9 @@ class DataConfig:
         crop_scale: Lower and upper share of an image's area in a random crop; null: training images
             are resized like evaluation images.
         flip: Mirror every second image. Not for captions that contain left and right.
-        randaugment: Number of operations and magnitude, up to 10, of ALBEF's RandAugment; null:
-            none.
+        randaugment: Number of operations and magnitude, up to 10, of RandAugment; null: none.
+        randaugment_policy: Operations of RandAugment: those of "albef", after the crop, or those of
+            "meter", on the image before it is resized.
         num_workers: Loader processes for each rank; 0 loads in the training process.
         max_bad_share: Largest share of unreadable samples before the run ends.
     """
@@ -94,6 +95,7 @@ class DataConfig:
     crop_scale: tuple[Share, Share] | None = (0.9, 1.0)
     flip: bool = False
     randaugment: tuple[PositiveInt, Annotated[int, Bounds(0, 10)]] | None = None
+    randaugment_policy: Literal["albef", "meter"] = "albef"
     num_workers: Workers = 0
     max_bad_share: Share = 0.05
 

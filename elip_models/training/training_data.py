@@ -108,6 +108,7 @@ def make_preparation(
         scale=data.crop_scale,
         flip=data.flip,
         randaugment=data.randaugment,
+        randaugment_policy=data.randaugment_policy,
         resize=model.resize,
     )
     if task is not None:

@@ -1,4 +1,4 @@
-"""RandAugment as in ALBEF and BLIP: each operation, and how operations are drawn."""
+"""RandAugment as in ALBEF and BLIP, and as in METER: each operation, and how they are drawn."""
 
 import math
 import pickle
@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from elip_models.data.augment import OPERATIONS, RandAugment
+from elip_models.data.augment import (
+    METER_OPERATIONS,
+    OPERATIONS,
+    METERRandAugment,
+    RandAugment,
+)
+from elip_models.data.transforms import image_transform
 
 SIZE = 32
 Y, X = np.mgrid[:SIZE, :SIZE].astype(float)
@@ -134,3 +140,78 @@ def test_it_applies_what_it_draws_in_order_and_is_pickled():
     there, back = ("TranslateX", 1), ("TranslateX", -1)
     assert (np.asarray(augment.apply(image, [there, back]))[:, -7:] == 128).all()
     assert (np.asarray(augment.apply(image, [back, there]))[:, :7] == 128).all()
+
+
+def meter(name, sign=1, *, pixels=SMOOTH):
+    """Return pixels after METER's operation at magnitude 9 of 30."""
+    image = METERRandAugment(2, 9).apply(image_of(pixels), [(name, sign)])
+    return np.asarray(image).astype(float)
+
+
+WHOLE = np.asarray(image_of(SMOOTH)).astype(float)
+GREY_OF = np.rint(WHOLE @ [0.299, 0.587, 0.114])[..., None]
+AT_MAGNITUDE_9 = {
+    "Posterize": WHOLE // 128 * 128,  # int(4 * 0.3) = 1 bit
+    "Solarize": np.where(WHOLE >= 76.8, 255 - WHOLE, WHOLE),
+    "SolarizeAdd": (lambda x: np.where(x >= 128, 255 - x, x))(np.minimum(WHOLE + 33, 255)),
+    "Brightness": 0.64 * WHOLE,
+    "Color": GREY_OF + 0.64 * (WHOLE - GREY_OF),
+    "Contrast": 0.64 * WHOLE + 0.36 * np.rint(GREY_OF.mean()),
+}
+
+
+@pytest.mark.parametrize("name", AT_MAGNITUDE_9)
+def test_colours_of_meter_at_magnitude_9(name):
+    assert np.abs(meter(name) - AT_MAGNITUDE_9[name]).max() <= 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
+def test_a_translation_of_meter_is_of_30_pixels_and_leaves_black(name, sign):
+    axis = 1 if name == "TranslateX" else 0
+    expected = np.zeros_like(WHOLE)
+    to, of = (slice(None, 2), slice(30, None)) if sign == 1 else (slice(30, None), slice(None, 2))
+    places = [(slice(None), each) if axis else (each,) for each in (to, of)]
+    expected[places[0]] = WHOLE[places[1]]
+    assert np.array_equal(meter(name, sign), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_shears_of_meter_are_of_0_09_and_rotations_of_9_degrees(sign):
+    shear, angle, centre = sign * 0.09, math.radians(sign * 9), (SIZE - 1) / 2
+    dx, dy = X - centre, Y - centre
+    positions = {
+        "ShearX": (X + shear * Y, Y),
+        "ShearY": (X, Y + shear * X),
+        "Rotate": (
+            centre + math.cos(angle) * dx - math.sin(angle) * dy,
+            centre + math.sin(angle) * dx + math.cos(angle) * dy,
+        ),
+    }
+    for name, (x, y) in positions.items():
+        expected, inside = sampled(x, y)
+        # The nearest pixel is at most 0.5 away in each direction; the slope is below 28 and 14.
+        assert np.abs(meter(name, sign) - expected)[inside].max() < 22, name
+    assert not meter("Rotate", sign)[0, 0].any()
+
+
+def test_all_operations_of_meter_are_drawn_and_applied():
+    torch.manual_seed(0)
+    draws = [METERRandAugment(2, 9).draw() for _ in range(4000)]
+    assert {len(drawn) for drawn in draws} == {2}
+    names = Counter(name for drawn in draws for name, _ in drawn)
+    assert names.keys() == set(METER_OPERATIONS) and min(names.values()) > 450  # 571 expected
+    assert {sign for drawn in draws for _, sign in drawn} == {1, -1}
+
+
+def test_meter_augments_the_image_before_it_is_resized():
+    options = {"scale": None, "randaugment": (1, 9), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    transform = image_transform(8, train=True, randaugment_policy="meter", **options)
+    plain = image_transform(8, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    image = image_of(SMOOTH)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        drawn = METERRandAugment(1, 9).draw()
+        torch.manual_seed(seed)
+        expected = plain(METERRandAugment(1, 9).apply(image, drawn))
+        assert torch.equal(transform(image), expected)
