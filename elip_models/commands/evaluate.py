@@ -11,6 +11,7 @@ from elip_models.validation import as_config_error, check_output, from_checkout,
 with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
+    from rich.markup import escape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
 
-SavedModel = Annotated[Path, typer.Option(help="Folder of a saved model and its tokenizer.")]
+SavedModel = Annotated[
+    Path, typer.Option(help="Folder of a saved model and its tokenizer, or of its run.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, max=2**20, help="Images in a forward pass.")]
 NumWorkers = Annotated[
     int, typer.Option(min=0, max=1024, help="Number of processes that load images.")
@@ -139,6 +142,7 @@ def _open_trained(
 ) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
     """Load a saved model and its tokenizer, on a GPU if there is one."""
     check_output("--output", output)
+    model = _weights(model)
     import torch
 
     from elip_models.data import load_tokenizer
@@ -155,11 +159,23 @@ def _open_trained(
         return trained, load_tokenizer(str(model))
 
 
+def _weights(model: Path) -> Path:
+    """Return the folder of the weights to evaluate; print which they are if `model` is a run."""
+    from elip_models.training.selection import selected_folder
+
+    folder, selection = selected_folder(model)
+    if folder != model:
+        line = f"evaluating {folder}" + (f", weights of {selection}" if selection else "")
+        Console().print(escape(line), soft_wrap=True, highlight=False)
+    return folder
+
+
 def _evaluate(
     task: "Task", model: Path, data: str, loading: "Loading", output: Path | None
 ) -> None:
     from elip_models.tasks.registry import read_answers
 
+    model = _weights(model)
     trained, tokenizer = _open_trained(model, output)
     with as_config_error("--model", inner="spec"):
         _check_task(task, trained)

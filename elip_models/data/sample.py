@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from elip_models.validation import shortened
 
@@ -153,6 +153,8 @@ def open_image_file(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Ima
             yield image
     except SampleError:
         raise
+    except UnidentifiedImageError as error:  # its text has the address of the file object
+        raise SampleError(sample_id, "not a readable image: cannot identify its format") from error
     except Exception as error:  # decoders raise whatever they meet in damaged bytes
         reason = str(error) or type(error).__name__
         raise SampleError(sample_id, f"not a readable image: {reason}") from error

@@ -34,6 +34,7 @@ class Captioning(Task):
     """
 
     name: ClassVar[str] = "captioning"
+    metrics: ClassVar[tuple[str, ...]] = ("cider", "bleu_4")
     num_beams: PositiveInt = 3
     max_length: PositiveInt = 20
     min_length: PositiveInt = 5

@@ -35,6 +35,7 @@ class ClassTask(Task):
     """Base of the tasks with classes. `reads_text`: the model's `logits` also take a text."""
 
     reads_text: ClassVar[bool] = True
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def score(self, answers: dict[str, float], predicted: str) -> float:
         """Return the score in [0, 1] of a predicted answer, given the answers of an example."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from elip_models.models.base import PretrainedModel
 
 KS = (1, 5, 10)
+RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in KS)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from elip_models.models.base import eval_mode
 from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.tasks.features import encode_texts, isolated_rng, ranks_of
 from elip_models.tasks.intervals import Interval
-from elip_models.tasks.retrieval import chance_level, recall_intervals
+from elip_models.tasks.retrieval import RECALLS, chance_level, recall_intervals
 from elip_models.tasks.task import (
     Loading,
     Prediction,
@@ -68,6 +68,7 @@ class Retrieval(Task):
     """
 
     name: ClassVar[str] = "retrieval"
+    metrics: ClassVar[tuple[str, ...]] = RECALLS
     candidates: PositiveInt = 128
     adds_similarity: bool | None = None
     guided: bool = False

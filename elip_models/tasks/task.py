@@ -125,9 +125,13 @@ class Preprocessor:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Base of the tasks; a subclass has its settings as fields, which are checked."""
+    """Base of the tasks; a subclass has its settings as fields, which are checked.
+
+    `metrics` are the names of the scores, higher is better.
+    """
 
     name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -259,6 +259,21 @@ def _check_consistency(config: RunConfig) -> None:
     if "zero_shot" in config.report and zero_shot is None:
         raise ConfigError("data.zero_shot: expected a source, since report names it, got null")
     others = set(config.report) - {"zero_shot"}
+    if config.task is None and (data.validation or config.eval.select):
+        raise ConfigError(
+            "eval.select, data.validation: expected null in pre-training, which has no task, got "
+            f"{shortened(config.eval.select)} and {shortened(data.validation)}"
+        )
+    if config.eval.select and data.validation is None:
+        raise ConfigError(
+            "data.validation: expected a source, since eval.select selects weights by it, got "
+            "null; or set eval.select=null"
+        )
+    if data.validation is not None and data.validation == data.eval:
+        raise ConfigError(
+            "data.validation: expected another split than data.eval, whose scores are the result, "
+            f"got {shortened(data.validation)} for both"
+        )
     if data.eval is None and (others or (config.eval_every and zero_shot is None)):
         raise ConfigError(
             "data.eval: expected a source, since eval_every or report asks for one, got null; "

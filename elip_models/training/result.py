@@ -10,6 +10,7 @@ from elip_models.data import Source
 from elip_models.tasks.retrieval import RetrievalScores
 from elip_models.tasks.task import TaskScores
 from elip_models.tasks.zero_shot import ZeroShotScores
+from elip_models.training.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class TrainResult:
     """The result of a finished run, with the trained model in eval mode, without wrappers.
 
-    After a sharded run the model is whole on the main process and sharded on the others. The scores
-    are those of the last evaluation, if any.
+    With `eval.select`, model and scores are those of the selected step, see `selection`. After a
+    sharded run the model is whole on the main process and sharded on the others. The scores are
+    those of the last evaluation, if any.
     """
 
     model: nn.Module
@@ -32,5 +34,7 @@ class TrainResult:
     scores: RetrievalScores | None
     zero_shot: ZeroShotScores | None
     task_scores: TaskScores | None  # of a fine-tuning run
+    selection: Selection | None  # of these weights on `data.validation`
+    last_scores: TaskScores | None  # of the weights of the last step
     skipped: str  # a summary of the samples that could not be read
     is_main_process: bool  # False on ranks above 0 of `torchrun`

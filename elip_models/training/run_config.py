@@ -60,6 +60,8 @@ class DataConfig:
             also takes one stream, see `StreamSpec`: {stream: "https://..", samples: 1000000}.
         weights: How often the samples of each source are drawn in an epoch; null: once each.
         eval: Source of the evaluation; null: no evaluation.
+        validation: Source of the validation split of a downstream task, evaluated during training.
+            `eval.select` selects weights by it. It must be another one than `eval`, the test split.
         zero_shot: Images for zero-shot classification as in `open_classes`:
             "emoji_classes:seed=1,size=600", or a folder with one folder of images for each class;
             null: no classification.
@@ -85,6 +87,7 @@ class DataConfig:
     train: str | dict[str, Any] | tuple[str, ...]
     weights: tuple[Positive, ...] | None = None
     eval: str | None = None
+    validation: str | None = None
     zero_shot: str | None = None
     tokenizer: str = "train"
     vocab_size: Size = 8192
@@ -173,6 +176,19 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Which weights of a fine-tuning run are its result.
+
+    Attributes:
+        select: Metric of the task, such as "accuracy", or several, whose mean counts: the weights
+            with the highest value on `data.validation` are stored in `best` and scored on
+            `data.eval`, as the last ones are. null: the last weights are the result.
+    """
+
+    select: str | tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run.
 
@@ -185,7 +201,9 @@ class RunConfig:
         seed: Seed of initialisation, data order and augmentation.
         log_every: Steps between two rows of the log.
         eval_every: Steps between two evaluations on `data.eval` and `data.zero_shot`. 0 evaluates
-            only what `report` names, at the end.
+            only what `report` names, at the end. With `data.validation`, steps between two
+            evaluations on it; 0: once in an epoch. `data.eval` is then evaluated at the end only.
+        eval: Which weights are the result.
         checkpoint_every: Steps between two checkpoints. The last step always has one.
         keep_checkpoints: Number of checkpoints to keep, the newest.
         trackers: Names of `accelerate` trackers, such as "tensorboard" or "wandb".
@@ -205,6 +223,7 @@ class RunConfig:
     seed: Seed = 0
     log_every: PositiveInt = 10
     eval_every: Count = 0
+    eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     trackers: tuple[str, ...] = ("tensorboard",)

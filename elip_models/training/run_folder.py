@@ -7,6 +7,7 @@
     tensorboard/                 the same for TensorBoard
     checkpoints/step_00001000/   the newest checkpoints: model, optimiser, random generators
     model/                       the trained model and its tokenizer
+    best/                        those of the step that was selected on the validation split
 
 A checkpoint and a tokenizer are written under a hidden name and renamed when complete. A folder
 with other files and no run is not used: nothing is removed that a run did not write.
@@ -47,6 +48,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.provenance = self.path / "provenance.jsonl"
         self.model = self.path / "model"
+        self.best = self.path / "best"
+        self._replaced_best = self.path / ".best_replaced"
         self._new_tokenizer = self.path / ".tokenizer"  # until the run has started
         self._lock = FolderLock(self.path / ".lock")
         self._is_locked = False
@@ -151,6 +154,9 @@ class RunFolder:
         self.create()
         shutil.rmtree(self._new_tokenizer, ignore_errors=True)
         self.checkpoints.remove_unfinished()
+        if self._replaced_best.exists() and not self.best.exists():
+            os.replace(self._replaced_best, self.best)  # killed in between
+        shutil.rmtree(self._replaced_best, ignore_errors=True)
 
     def record_start(self, config: RunConfig, provenance: dict[str, Any]) -> None:
         """Append a line of provenance and write the recipe: the folder now contains a run.
@@ -181,6 +187,20 @@ class RunFolder:
         shutil.rmtree(self._new_tokenizer, ignore_errors=True)
         self.train_tokenizer(save)
         os.replace(self._new_tokenizer, self.tokenizer)
+
+    def replace_best(self, save: Callable[[Path], Any]) -> None:
+        """Call `save(folder)` with a hidden folder, and rename it to `best` when complete."""
+        self.check_lock()
+        new = self.path / ".best"
+        shutil.rmtree(new, ignore_errors=True)
+        save(new)
+        for each in (*new.rglob("*"), new):
+            sync(each)
+        if self.best.exists():
+            os.replace(self.best, self._replaced_best)
+        os.replace(new, self.best)
+        sync(self.path)
+        shutil.rmtree(self._replaced_best, ignore_errors=True)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the log, without the lines that are none."""

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from elip_models.data.streams import redacted
+from elip_models.models.io.files import write_json
 from elip_models.models.peft.adapt import trainable_counts
 from elip_models.reduction.summary import Summary
 from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.training.errors import as_write_error
 from elip_models.training.result import TrainResult
 from elip_models.training.run_config import RunConfig
+from elip_models.training.selection import result_of
 from elip_models.training.training_data import meta_model
 from elip_models.validation import require_extra
 
@@ -58,7 +60,8 @@ def _specification(spec: str | dict | tuple[str, ...]) -> str:
 
 def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
     """Write the reports that `config.report` names, then print steps, loss, scores and files."""
-    files = [result.output_dir / name for name in ("model", "metrics.jsonl")]
+    names = ("model", *(["best"] if result.selection else []), "metrics.jsonl")
+    files = [result.output_dir / name for name in names]
     with as_write_error(result.output_dir):
         files += _write_reports(config, result, console)
     summary = Table.grid(padding=(0, 2))
@@ -71,6 +74,10 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
         summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
     if result.task_scores is not None:
         summary.add_row(config.task, task_table(result.task_scores))
+    if result.selection is not None:
+        summary.add_row("weights", escape(str(result.selection)))
+        if result.last_scores is not None:
+            summary.add_row("last step", escape(result.last_scores.summary()))
     summary.add_row("files", escape("\n".join(map(str, files))))
     console.print(Panel(summary, title=escape(config.name), expand=False))
 
@@ -94,7 +101,11 @@ def _write_task_files(config: RunConfig, result: TrainResult, console: Console) 
     scores = result.task_scores
     if scores is None:
         return []
-    files = [scores.write(result.output_dir / "scores.json")]
+    files = [result.output_dir / "scores.json"]
+    if result.selection is None:
+        scores.write(files[0])
+    else:
+        write_json(files[0], result_of(scores, result.selection, result.last_scores))
     if "picture" in config.report and scores.predictions:
         from elip_models.analysis.predictions import draw_predictions
 

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elip_models.data import ExampleSource, Source, StreamSource
+from elip_models.models.base import PretrainedModel
 from elip_models.models.peft.adapt import trainable_counts
 from elip_models.models.registry import family_of
 from elip_models.profiling.measure import saved_bytes
-from elip_models.tasks.registry import save_answers
 from elip_models.training.accelerator import make_accelerator, make_barrier_group
 from elip_models.training.errors import Stopped, TrainingError, as_write_error
-from elip_models.training.evaluation import Evaluation, Scores
+from elip_models.training.evaluation import VALIDATION, Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
@@ -36,6 +36,7 @@ from elip_models.training.result import TrainResult
 from elip_models.training.run_checkpoints import step_of
 from elip_models.training.run_config import RunConfig
 from elip_models.training.run_folder import RunFolder
+from elip_models.training.selection import BestWeights
 from elip_models.training.sharded import ShardedModel, check_sharding
 from elip_models.training.signal_handling import StopSignal
 from elip_models.training.summary import print_plan
@@ -144,7 +145,7 @@ class Trainer:
                 is_last = self.step == self.total_steps
                 if is_last:
                     self._save_checkpoint()  # before an evaluation that may fail
-                if due := self.evaluation.due(self.step, self.total_steps):
+                if due := self.evaluation.due(self.step, self.total_steps, self.steps_per_epoch):
                     self._log_scores(due)
                 is_stopped = stop.received(
                     self.accelerator, may_wait=self._due(self.config.log_every)
@@ -189,6 +190,7 @@ class Trainer:
         with as_config_error("model.overrides.guide"):
             check_guide_captions(model, source)
         self.evaluation = Evaluation(self.config, model.image_size)
+        self.best = BestWeights(self.config, task, self.folder)
         self.tokenizer = make_tokenizer(
             self.config, source, model, self.folder, accelerator, self.console
         )
@@ -315,13 +317,33 @@ class Trainer:
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
             if self.accelerator.is_main_process:
                 for task in tasks:
-                    samples = len(self.evaluation.sources[task])
-                    self.console.print(f"evaluating {task} on {samples} samples")
-                    with evaluation_bars(self.bars) as progress:
-                        found.append(self.evaluation.run(task, model, self.tokenizer, progress))
+                    found.append(self._evaluate_one(task, model))
+                    if task == VALIDATION:
+                        save = partial(self.evaluation.save, model, self.tokenizer)
+                        self.best.update(found[-1], self.step, save)
+        self._wait_for_main()
+        return found
+
+    def _evaluate_one(self, task: str, model: PretrainedModel) -> Scores:
+        samples = len(self.evaluation.sources[task])
+        self.console.print(f"evaluating {task} on {samples} samples")
+        with evaluation_bars(self.bars) as progress:
+            return self.evaluation.run(task, model, self.tokenizer, progress)
+
+    def _wait_for_main(self) -> None:
         if self.barrier_group is not None:
             dist.barrier(self.barrier_group)
-        return found
+
+    def _selected(self, last: PretrainedModel) -> PretrainedModel:
+        """Return the selected weights on the main process, scored on `data.eval`, or the last."""
+        best = None
+        if self.accelerator.is_main_process:
+            best = self.best.load(self.total_steps, self.accelerator.device)
+        if best is not None and self.config.task in self.evaluation.sources:
+            with self.accelerator.autocast():
+                self._evaluate_one(self.config.task, best)
+        self._wait_for_main()
+        return last if best is None else best
 
     def _evaluate_again(self) -> None:
         """Evaluate the last step of a resumed run, and log scores that are not in the log."""
@@ -350,11 +372,11 @@ class Trainer:
         model = self.parallel.finish()
         if self.accelerator.is_main_process:
             self.folder.check_lock()
-            model.save_pretrained(self.folder.model, tokenizer=self.tokenizer)
-            if self.evaluation.answers is not None:
-                save_answers(self.folder.model, self.evaluation.answers)
-        self.accelerator.end_training()
+            self.evaluation.save(model, self.tokenizer, self.folder.model)
         task, scores = self.config.task, self.evaluation.scores
+        last_scores = scores.get(task) if task else None
+        model = self._selected(model)
+        self.accelerator.end_training()
         return TrainResult(
             model=model,
             tokenizer=self.tokenizer,
@@ -365,6 +387,8 @@ class Trainer:
             scores=None if task else scores.get("retrieval"),
             zero_shot=scores.get("zero_shot"),
             task_scores=scores.get(task) if task else None,
+            selection=self.best.selection,
+            last_scores=last_scores,
             skipped=self.batches.summary(),
             is_main_process=self.accelerator.is_main_process,
         )

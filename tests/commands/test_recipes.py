@@ -38,7 +38,7 @@ def test_every_recipe_is_listed_with_one_line(capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_settings_give_the_same_run_as_the_recipe(name):
     settings = recipe_settings(name)
-    required = [f"{each.key}=x" for each in settings if each.value == REQUIRED]
+    required = [f"{each.key}={each.key}" for each in settings if each.value == REQUIRED]
     given = [f"{each.key}={yaml_line(each.value)}" for each in settings if each.value != REQUIRED]
     expected = load_recipe(name, required)
     assert not resume_conflicts(expected, load_recipe(name, [*required, *given]), may_change=())

@@ -79,6 +79,7 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     config, result = run(saved, family, task)
     assert config.model.overrides["vision_depth"] == 2 and not result.model.config.schedule
     assert logged(result.output_dir, *result.task_scores.metrics) == [result.task_scores.metrics]
+    assert tuple(result.task_scores.scores) == TASKS[task].metrics
     folder = result.output_dir / "model"
     assert json.loads((folder / "config.json").read_text())["model"] == f"{family}_{task}"
     again = load_model(folder)
@@ -159,6 +160,7 @@ def test_a_killed_run_continues_exactly(saved, monkeypatch):
 def test_a_full_size_recipe_takes_a_step(name):
     task, _, family = name.removeprefix(f"{FINETUNE}/").partition("_")
     given = ["data.train=a", "data.eval=b", "data.tokenizer=c", "model.pretrained=d"]
+    given.append("data.validation=e")
     config = load_recipe(name, given)
     assert config.task == task and config.model.name.startswith(family.split("_")[0])
     get_task(config.task, **config.task_options)
@@ -182,7 +184,7 @@ EACH += [("albef", "entailment"), ("blip", "vqa"), ("meter", "nlvr2"), ("blip", 
 
 @pytest.mark.parametrize(("family", "task"), slow_except(EACH, PAIRS))
 def test_a_task_name_selects_the_recipe_of_the_family(saved, family, task):
-    data = {"data.train": "train.json", "data.eval": "eval.json"}
+    data = {f"data.{part}": f"{part}.json" for part in ("train", "validation", "eval")}
     config = finetune_recipe(task, saved(family), data)
     assert (config.task, config.model.pretrained) == (task, str(saved(family)))
     model = meta_model(config).config

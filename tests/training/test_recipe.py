@@ -132,6 +132,14 @@ def test_report_options_that_a_task_lacks_raise(recipe, overrides):
     load_recipe(recipe, ["task=vqa", "data.eval=a.json", "report=[picture]"])
 
 
+@pytest.mark.parametrize("key", ["data.validation=a.json", "eval.select=accuracy"])
+def test_a_selection_in_pre_training_raises(recipe, key):
+    with pytest.raises(
+        ConfigError, match=r"^eval\.select, data\.validation: expected null in pre-"
+    ):
+        load_recipe(recipe, [key])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -190,7 +198,7 @@ def test_resuming_may_change_length_and_output_only(recipe):
 def test_a_recipe_inherits_from_its_base(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("base: finetune/retrieval_albef_elip\nname: own\noptim: {lr: 1e-3}")
-    given = ["data.train=a", "data.eval=b", "model.pretrained=c"]
+    given = ["data.train=a", "data.eval=b", "model.pretrained=c", "data.validation=d"]
     own, base = (load_recipe(each, given) for each in (path, "finetune/retrieval_albef_elip"))
     optim = dataclasses.replace(base.optim, lr=1e-3)
     assert own == dataclasses.replace(base, name="own", optim=optim)
@@ -213,7 +221,7 @@ def test_a_base_that_is_no_recipe_raises(tmp_path, monkeypatch, base, message):
 
 
 def of_finetune(name):
-    given = ["data.train=a", "data.eval=b", "model.pretrained=c"]
+    given = ["data.train=a", "data.eval=b", "model.pretrained=c", "data.validation=d"]
     return load_recipe(f"{FINETUNE}/{name}", given)
 
 
@@ -230,10 +238,14 @@ def of_finetune(name):
         ("captioning_blip", 16, 6, None),
     ],
 )
-def test_the_values_of_elip_differ_in_batch_and_epochs_only(name, batch, epochs, candidates):
+def test_the_values_of_elip_differ_in_batch_epochs_and_selection_only(
+    name, batch, epochs, candidates
+):
     elip, original = of_finetune(f"{name}_elip"), of_finetune(name)
     assert (elip.optim.batch_size, elip.optim.epochs) == (batch, epochs)
     assert elip.task_options.get("candidates") == candidates
-    changed = {"optim.batch_size", "optim.epochs", "name", "output_dir"}
+    selects = name.startswith(("entailment", "nlvr2"))
+    assert elip.eval.select == (original.eval.select if selects else None)
+    changed = {"optim.batch_size", "optim.epochs", "eval.select", "name", "output_dir"}
     assert original.optim.batch_size == 2 * batch
     assert not resume_conflicts(original, elip, may_change=changed)

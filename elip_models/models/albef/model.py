@@ -34,7 +34,7 @@ class ALBEFConfig(MomentumConfig):
     """
 
     image_size: Size = 256
-    captions: Literal["plain", "albef", "blip"] = "albef"
+    captions: Literal["plain", "albef", "blip", "blip_question"] = "albef"
     text_layers: Annotated[PositiveInt, below("text_depth")] = 6
     mask_token_id: TokenId = 103
     mask_probability: Share = 0.15

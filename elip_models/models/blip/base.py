@@ -42,7 +42,7 @@ class BLIPConfig(MomentumConfig, TextReductionConfig):
             pre-training. False gives the decoder its own weights, as fine-tuned models have.
     """
 
-    captions: Literal["plain", "albef", "blip"] = "blip"
+    captions: Literal["plain", "albef", "blip", "blip_question"] = "blip"
     vocab_size: Size = 30524
     decoder_token_id: TokenId = 30522
     encoder_token_id: TokenId = 30523
