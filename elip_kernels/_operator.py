@@ -1,7 +1,8 @@
 """Operators `torch.ops.elip.*`: PyTorch on every device, Triton kernels on CUDA and ROCm.
 
 They are defined with `torch.library.Library`, which has less overhead per call than `custom_op`.
-At small batch sizes this overhead is as large as the time of the kernel.
+At small batch sizes this overhead is as large as the time of the kernel, so a call with plain
+tensors, which nothing observes or transforms, runs the implementation without the dispatcher.
 """
 
 import inspect
@@ -15,8 +16,13 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from elip_kernels._triton import OutOfResources
 from elip_kernels.autocast import without_autocast
 
+PLAIN = frozenset(
+    {torch.Tensor, torch.nn.Parameter, int, float, bool, torch.dtype, type(None), str}
+)
+"""Types of the arguments of a call without the dispatcher."""
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
 _is_decomposed = False
@@ -65,6 +71,18 @@ def is_differentiated() -> bool:
 is_differentiated._dynamo_marked_constant = True
 
 
+def _is_eager(args: tuple[Any, ...]) -> bool:
+    """Return whether no mode, transform, trace or profiler is to see this call."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
+        and PLAIN.issuperset(map(type, args))
+    )
+
+
 class Operator:
     """The operator `torch.ops.elip.NAME` as a callable.
 
@@ -99,8 +117,10 @@ class Operator:
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         self.decomposition = without_autocast(reference)
         LIBRARY.impl(name, self.decomposition, "CompositeExplicitAutograd")
-        LIBRARY.impl(name, without_autocast(self.on_device), "CUDA")
+        self.implementations = {"cuda": without_autocast(self.on_device)}
+        LIBRARY.impl(name, self.implementations["cuda"], "CUDA")
         torch.library.register_fake(f"elip::{name}", fake, lib=LIBRARY)
+        self.function = None if backward is None else _autograd_function(self.run, backward, save)
         if backward is None:
             backward, save = _no_gradient(reference), _mark_outputs
         torch.library.register_autograd(f"elip::{name}", backward, setup_context=save, lib=LIBRARY)
@@ -111,13 +131,28 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if _is_decomposed or exports_onnx() or is_differentiated():
             return self.decomposition(*args)
-        return self.overload(*args)
+        if torch.compiler.is_compiling() or not _is_eager(args):
+            return self.overload(*args)
+        if self.function and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.function.apply(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Run the implementation for the device of the first argument, without autograd."""
+        implementation = self.implementations.get(args[0].device.type)
+        if implementation is not None:
+            return implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def on_device(self, *args: Any) -> Any:
         """Launch the kernels; if they do not support the arguments, warn once and run PyTorch."""
         reason = self.unsupported(*args)
         if reason is None:
-            return self.launcher(*args)
+            try:
+                return self.launcher(*args)
+            except OutOfResources as error:
+                reason = f"the device has too little for them: {error}"
         if reason not in self.warned_reasons:
             self.warned_reasons.add(reason)
             message = f"elip::{self.name}: the first argument has shape {tuple(args[0].shape)}; "
@@ -128,6 +163,22 @@ class Operator:
 
 class FallbackWarning(UserWarning):
     """An op ran its PyTorch implementation on a device that has kernels."""
+
+
+def _autograd_function(
+    run: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    """Return the function of autograd with the formulas that `register_autograd` takes."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = run(*args)
+            save(ctx, args, output)
+            return output
+
+    Function.backward = staticmethod(backward)
+    return Function
 
 
 def _no_gradient(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,8 +20,12 @@ class _MissingTriton:
 if HAS_TRITON:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 else:
     triton = tl = _MissingTriton()
+
+    class OutOfResources(Exception):
+        """A kernel needs more of a resource than the device has; never raised without Triton."""
 
 
 def is_interpreted() -> bool:
@@ -29,4 +33,4 @@ def is_interpreted() -> bool:
     return HAS_TRITON and triton.knobs.runtime.interpret
 
 
-__all__ = ["HAS_TRITON", "is_interpreted", "tl", "triton"]
+__all__ = ["HAS_TRITON", "OutOfResources", "is_interpreted", "tl", "triton"]

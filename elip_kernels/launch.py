@@ -6,6 +6,7 @@ bytes. Functions that return a dict return the constexpr arguments and options o
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ KEYS = 64  # keys per program of `_keys_kernel`
 PART = 1024  # tokens per program of `_weigh_kernel`
 MAX_HEADS = 128  # heads that one program scores
 MAX_CHANNELS = 128  # channels of a head in the query kernel
+MAX_KEY_CHANNELS = 16384  # channels of a head in `_keys_kernel`, 2^20 keys x channels
+LEAST_CAPABILITY = (8, 0)  # of NVIDIA GPUs: bf16 and tf32 in tensor cores
 MAX_PREFIX_TOKENS = 16  # the kernels unroll a loop over them
 
 
@@ -37,6 +40,11 @@ class LaunchConfig(NamedTuple):
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def cdiv(n: int, divisor: int) -> int:
+    """Return n / divisor, rounded up; `triton.cdiv` takes ten times as long."""
+    return -(-n // divisor)
 
 
 def reduce_forward(candidates: int, element_size: int) -> LaunchConfig:
@@ -209,16 +217,29 @@ def unsupported(
     """Return why the kernels do not support these tensors and sizes, or None."""
     if not HAS_TRITON:
         return "Triton is not installed"
-    if any(t.dtype == torch.float64 for t in tensors):
-        return "no kernel computes in fp64"
-    if any(t[:1].numel() >= 2**31 for t in tensors):
-        return "the kernels support fewer than 2^31 elements per image"
+    if tensors[0].is_cuda and (reason := unsupported_device(tensors[0].device)) is not None:
+        return reason
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return "no kernel computes in fp64"
+        if t.numel() >= 2**31 * max(1, t.shape[0]):
+            return "the kernels support fewer than 2^31 elements per image"
     most = MAX_STREAMED if most is None else most
     if candidates > most:
         return f"the kernels support at most {most:,} candidates per image"
     if num_prefix_tokens > MAX_PREFIX_TOKENS:
         return f"the kernels support at most {MAX_PREFIX_TOKENS} prefix tokens"
     return None
+
+
+@cache
+def unsupported_device(device: torch.device) -> str | None:
+    """Return why the kernels do not run on a GPU, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability >= LEAST_CAPABILITY:
+        return None
+    least, own = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, capability))
+    return f"the kernels need compute capability {least}, and {device} has {own}"
 
 
 def addressable(tokens: Tensor) -> Tensor:

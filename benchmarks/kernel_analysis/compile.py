@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 
+from elip_kernels._kernel import Kernel
 from elip_kernels._triton import is_interpreted, triton
 from elip_kernels._validate import message
 from elip_kernels.testing import launchers_on_cpu
@@ -111,8 +112,6 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
     Raises:
         RuntimeError: Triton was imported with TRITON_INTERPRET=1.
     """
-    from triton.runtime.jit import JITFunction
-
     if is_interpreted():
         raise RuntimeError("unset TRITON_INTERPRET before importing elip_kernels")
     launches: list[RecordedLaunch] = []
@@ -124,7 +123,7 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
 
     rocm = "rocm" if _is_amd(arch) else None
     with (
-        patch.object(JITFunction, "run", record),
+        patch.object(Kernel, "run", record),
         patch.object(torch.version, "hip", rocm),
         patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
         patch("elip_kernels._validate.is_readable", return_value=False),
@@ -136,7 +135,7 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
 def compile_launch(recorded: RecordedLaunch, arch: Arch) -> Compiled:
     """Compile a recorded launch for `arch`, specialised as in a real launch."""
     absent = SimpleNamespace(
-        get_current_target=lambda: _target(arch),
+        get_current_target=lambda: target_of(arch),
         get_current_device=lambda: arch,
         get_current_stream=lambda device: 0,
     )
@@ -151,7 +150,8 @@ def _is_amd(arch: Arch) -> bool:
     return isinstance(arch, str)
 
 
-def _target(arch: Arch) -> Any:
+def target_of(arch: Arch) -> Any:
+    """Return an architecture as Triton describes it."""
     from triton.backends.compiler import GPUTarget
 
     return GPUTarget("hip", arch, 64) if _is_amd(arch) else GPUTarget("cuda", arch, 32)

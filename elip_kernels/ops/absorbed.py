@@ -9,6 +9,7 @@ rows. The scores of an image depend on its tokens only: they are bitwise equal f
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import (
     check_device,
@@ -53,16 +54,16 @@ def query_arguments(
     check_tensor("q_weight", matrices["q_weight"], "(H*d, D)", 2)
     width = matrices["q_weight"].shape[0]
     check_heads(num_heads, width)
-    expected = {name: ((width, D), "(H*d, D)") for name in matrices}
-    expected |= {name: ((D,), "(D,)") for name in norm}
-    expected |= {name: ((width,), "(H*d,)") for name in biases}
-    for name, value in (matrices | norm | biases).items():
-        if value is None and name not in matrices:
-            continue
-        shape, names = expected[name]
-        check_tensor(name, value, names, len(shape))
-        check_shape(name, value, shape, names)
-        check_device(name, value, "tokens", tokens)
+    for group, shape, names in (
+        (matrices, (width, D), "(H*d, D)"),
+        (norm, (D,), "(D,)"),
+        (biases, (width,), "(H*d,)"),
+    ):
+        for name, value in group.items():
+            if value is not None or group is matrices:
+                check_tensor(name, value, names, len(shape))
+                check_shape(name, value, shape, names)
+                check_device(name, value, "tokens", tokens)
     check_guidance(tokens, text, fusion, guidance_norm)
     scale = check_scale(scale, width // num_heads)
     projections = matrices["q_weight"], biases["q_bias"], matrices["k_weight"]
@@ -143,7 +144,7 @@ def patch_scores(
     return score * rstd[:, None], mean, rstd
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
+@kernel(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
 def scores_kernel(
     tokens_ptr, query_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -207,7 +208,7 @@ def row_of_scores(
     return row, cls_row
 
 
-@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
+@kernel(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
 def _row_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -229,7 +230,7 @@ def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tens
     """Launch `scores_kernel`; return scores (B, H, N-1), tops and totals (B, H, T) of T tiles."""
     (B, N, D), H = tokens.shape, query.shape[1]
     settings = launch.score_tiles(H, tokens)
-    T = triton.cdiv(N - 1, settings["BLOCK_N"])
+    T = launch.cdiv(N - 1, settings["BLOCK_N"])
     scores = query.new_empty(B, H, N - 1)
     tops, totals = query.new_empty(2, B, H, T)
     scores_kernel[(B, T)](
@@ -246,7 +247,7 @@ def launch_row(
     """Write the row (B, N) of each image from the scores of its tiles."""
     (B, N), (_, H, T) = out.shape, tops.shape
     block_n, block_t, num_warps = launch.row(N - 1, T)
-    _row_kernel[(B, max(1, triton.cdiv(N - 1, block_n)))](
+    _row_kernel[(B, max(1, launch.cdiv(N - 1, block_n)))](
         *(scores, tops, totals, cls_score, out, N, H, T),
         BLOCK_N=block_n,
         BLOCK_T=block_t,

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._triton import tl, triton
 from elip_kernels.ops.fuse_text import LEAST_NORM, fuse, fusion_scales, load_fused
 
@@ -128,7 +129,7 @@ def add_product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["B"])
+@kernel(do_not_specialize=["B"])
 def _query_kernel(
     cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
     query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
@@ -208,7 +209,7 @@ def launch_query(
     gamma, beta, bias = vectors
     text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
     settings = launch.query(W, cls, text, q_weight, k_weight)
-    _query_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
+    _query_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](
         *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
         *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),
         *(B, D, H, W, a.fusion, a.scale, a.eps),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._triton import is_interpreted, tl, triton
 from elip_kernels.ops.select_device import kth_largest, order_key, output_slots
 from elip_kernels.ops.select_kernels import launch_select
@@ -60,7 +61,7 @@ def tile_products(
     return product, square_a, square_b
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _match_kernel(
     metric_ptr, penalty_ptr, lengths_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
     SMALLEST_SQUARE: tl.constexpr, HAS_PENALTY: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -104,7 +105,7 @@ def _match_kernel(
     tl.store(partner_ptr + row, tl.where(has_direction, partner, 0), mask=mask_a)
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@kernel(do_not_specialize=["N", "R"])
 def _slots_kernel(
     best_ptr, partner_ptr, lengths_ptr, merges_ptr, slots_ptr, N, R,
     HAS_LENGTHS: tl.constexpr, P: tl.constexpr, BLOCK_A: tl.constexpr,
@@ -144,7 +145,7 @@ def _store_slots(slots_ptr, slot_a, slot_b, offs_a, N):
     tl.store(slots_ptr + 2 * offs_a + 1, slot_b, mask=2 * offs_a + 1 < N)
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@kernel(do_not_specialize=["N", "R"])
 def _slots_of_kernel(
     merged_ptr, partner_ptr, slots_ptr, N, R, BITS: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
@@ -188,7 +189,7 @@ def match(
     if B == 0:
         return slots
     with launch.device_guard(metric):
-        _match_kernel[(B, triton.cdiv(num_a, block_a))](
+        _match_kernel[(B, launch.cdiv(num_a, block_a))](
             *(metric, penalty, lengths, best, partner, metric.stride(0), metric.stride(1), N, C),
             SMALLEST_SQUARE=SMALLEST_SQUARE,
             HAS_PENALTY=penalty is not None,
@@ -229,7 +230,7 @@ def _launch_slots(
     merged = best.new_empty(B, r, dtype=torch.int64)
     launch_select(best[:, num_prefix_tokens:], None, merged, num_prefix_tokens=num_prefix_tokens)
     block_a, _, num_warps = launch.row(num_a, 1)
-    _slots_of_kernel[(B, triton.cdiv(num_a, block_a))](
+    _slots_of_kernel[(B, launch.cdiv(num_a, block_a))](
         *(merged, partner, slots, N, r),
         BITS=r.bit_length(),
         BLOCK_A=block_a,

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl
 from elip_kernels._validate import (
     check_device,
     check_mask,
@@ -167,7 +168,7 @@ def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
     return absorbed_reference(tokens, *query)[1].mean(1)
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
+@kernel(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
 def _keys_kernel(
     q_ptr, k_ptr, mask_ptr, scores_ptr, tops_ptr, totals_ptr, cls_score_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,
@@ -233,7 +234,7 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     out = k.new_empty(B, N, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    T = max(1, triton.cdiv(N - 1, launch.KEYS))
+    T = max(1, launch.cdiv(N - 1, launch.KEYS))
     scores, cls_score = out.new_empty(B, H, N - 1), out.new_empty(B, H)
     tops, totals = out.new_empty(2, B, H, T)
     with launch.device_guard(k):
@@ -249,6 +250,13 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
         )
         launch_row(scores, tops, totals, cls_score, out)
     return out
+
+
+def _unsupported(q: Tensor, k: Tensor, *_: Any) -> str | None:
+    """Return why the kernels do not support the arguments, or None."""
+    if k.shape[3] > launch.MAX_KEY_CHANNELS:
+        return f"the kernels support at most {launch.MAX_KEY_CHANNELS:,} channels per head"
+    return launch.unsupported(q, k, candidates=k.shape[2] - 1)
 
 
 def _flops(q_shape, k_shape, *args, **kwargs) -> int:
@@ -272,7 +280,7 @@ def absorbed_unsupported(tokens: Tensor, *query: Any, most: int | None = None) -
         return f"the kernels support at most {launch.MAX_CHANNELS} channels per head"
     if arguments.num_heads > launch.MAX_HEADS:
         return f"the kernels support at most {launch.MAX_HEADS} heads"
-    tensors = (t for t in query if isinstance(t, Tensor))
+    tensors = [t for t in query if isinstance(t, Tensor)]
     return launch.unsupported(tokens, *tensors, candidates=candidates, most=most)
 
 
@@ -280,7 +288,7 @@ _cls_attention_op = Operator(
     "cls_attention",
     cls_attention_reference,
     launcher=_cls_attention,
-    unsupported=lambda q, k, *_: launch.unsupported(q, k, candidates=k.shape[2] - 1),
+    unsupported=_unsupported,
     fake=lambda q, k, mask, scale: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k)),
     flops=_flops,
 )

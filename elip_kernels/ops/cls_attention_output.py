@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels.ops.absorbed import STATS, patch_scores, query_arguments, split
@@ -121,7 +122,7 @@ def cls_attention_output_reference(tokens: Tensor, *arguments: Any) -> Tensor:
     return (out if bias is None else out + bias).to(tokens.dtype)
 
 
-@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
+@kernel(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
 def _weights_kernel(
     tokens_ptr, query_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
     stride_tb, stride_tn, N, D, H, T, eps,
@@ -191,7 +192,7 @@ def _dot_split(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(rest, x, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["N", "T", "TILES"], do_not_specialize_on_alignment=STATS)
+@kernel(do_not_specialize=["N", "T", "TILES"], do_not_specialize_on_alignment=STATS)
 def _weigh_kernel(
     tokens_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
     cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn, N, D, H, T, TILES,
@@ -254,7 +255,7 @@ def _weigh_kernel(
     tl.store(out_ptr + at, acc * (1.0 / total)[:, None], mask=mask_h[:, None] & mask_d[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "P"])
+@kernel(do_not_specialize=["B", "P"])
 def _value_kernel(
     means_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr, out_ptr, stride_v,
     B, P, D, H, W,
@@ -293,7 +294,7 @@ def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, 
     """
     (B, N, D), H = tokens.shape, query.shape[1]
     settings = launch.weight_tiles(H, tokens)
-    T, wide = triton.cdiv(N - 1, settings["BLOCK_N"]), tokens.dtype == torch.float32
+    T, wide = launch.cdiv(N - 1, settings["BLOCK_N"]), tokens.dtype == torch.float32
     weights = tokens.new_empty(1 if wide else 2, B, T, H, settings["BLOCK_N"])
     stats = query.new_empty(2 if wide else 3, B, T, H)
     rests, shifts = (None, None) if wide else (weights[1], stats[2])
@@ -308,16 +309,16 @@ def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, 
 def weighted_means(tokens: Tensor, query: QueryArguments) -> Tensor:
     """Allocate and launch: u, the weights, their sums; return m in parts (B, P, H, D)."""
     (B, N, D), H, tokens = tokens.shape, query.num_heads, launch.addressable(tokens)
-    parts = max(1, triton.cdiv(N - 1, launch.PART))
+    parts = max(1, launch.cdiv(N - 1, launch.PART))
     means = tokens.new_empty(B, parts, H, D, dtype=torch.float32)
     settings = launch.weigh(tokens)
-    grid = (B * triton.cdiv(D, settings["BLOCK_D"]), parts, triton.cdiv(H, settings["BLOCK_H"]))
+    grid = (B * launch.cdiv(D, settings["BLOCK_D"]), parts, launch.cdiv(H, settings["BLOCK_H"]))
     u, cls_score, cls = launch_query(query, normed=True)
     weights, *others = _weights(tokens, u, query.eps)
     T, block_n = weights.shape[1], weights.shape[3]
     _weigh_kernel[grid](
         *(tokens, weights, *others, cls_score, cls, means, *tokens.stride()[:2]),
-        *(N, D, H, T, triton.cdiv(T, parts)),
+        *(N, D, H, T, launch.cdiv(T, parts)),
         BLOCK_N=block_n,
         **settings,
         **launch.CODE,
@@ -334,7 +335,7 @@ def _values(
     vectors = (query.norm_weight, query.norm_bias, v_bias)
     gamma, beta, bias = (t if t is None else t.contiguous() for t in vectors)
     settings = launch.value(W, v_weight)
-    _value_kernel[(triton.cdiv(B, settings["BLOCK_B"]), H)](
+    _value_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](
         *(means, gamma, beta, v_weight, bias, out, v_weight.stride(0), B, P, D, H, W),
         **settings,
         **launch.CODE,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
 from elip_kernels._validate import check_device, check_tensor, check_tokens, message
@@ -135,7 +136,7 @@ def fusion_scales(
     return f_cls, f_text, (f_cls * sum_cls + f_text * sum_text) / D
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _fuse_kernel(
     tokens_ptr, text_ptr, out_ptr, stride_tb, stride_tn, stride_xb, N, D, fusion,
     MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
@@ -176,7 +177,7 @@ def _fuse_text(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tens
         return out
     block_n, block_d, num_warps = launch.copy(tokens.element_size())
     with launch.device_guard(tokens):
-        _fuse_kernel[(B, max(1, triton.cdiv(N - 1, block_n)))](
+        _fuse_kernel[(B, max(1, launch.cdiv(N - 1, block_n)))](
             *(tokens, text, out, *tokens.stride()[:2]),
             *(0 if text.shape[0] == 1 else text.stride(0), N, D, fusion),
             MATCH=match,

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._triton import tl, triton
 
 LAST_SLOT = tl.constexpr(2**31 - 1)  # after every row
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@kernel(do_not_specialize=["N", "R"])
 def _order_kernel(
     size_ptr, slots_ptr, order_ptr, starts_ptr, out_size_ptr, N, R,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -72,7 +73,7 @@ def _load_shares(
     return x.to(tl.float32) * tl.div_rn(size, divisor)[:, None]
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@kernel(do_not_specialize=["N", "R"])
 def _merge_fwd_kernel(
     tokens_ptr, size_ptr, order_ptr, starts_ptr, out_size_ptr, out_ptr, stride_tb, stride_tn,
     N, R, D, HAS_SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -130,7 +131,7 @@ def _merge_fwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@kernel(do_not_specialize=["N", "R"])
 def _merge_bwd_kernel(
     grad_out_ptr, size_ptr, out_size_ptr, slots_ptr, grad_ptr, N, R, D,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -177,14 +178,14 @@ def merge_fwd(
     block_r, block_d, merge_warps = launch.merge_gather(tokens.element_size())
     options = {"HAS_SIZE": size is not None, **launch.CODE}
     with launch.device_guard(tokens):
-        _order_kernel[(B, triton.cdiv(max(N, num_rows), block_n))](
+        _order_kernel[(B, launch.cdiv(max(N, num_rows), block_n))](
             *(size, slots, order, starts, out_size, N, num_rows),
             BLOCK_N=block_n,
             BLOCK_M=block_m,
             num_warps=num_warps,
             **options,
         )
-        _merge_fwd_kernel[(B, triton.cdiv(num_rows, block_r), triton.cdiv(D, block_d))](
+        _merge_fwd_kernel[(B, launch.cdiv(num_rows, block_r), launch.cdiv(D, block_d))](
             *(tokens, size, order, starts, out_size, out, tokens.stride(0), tokens.stride(1)),
             *(N, num_rows, D),
             BLOCK_R=block_r,
@@ -206,7 +207,7 @@ def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Te
     if grad.numel() == 0:
         return grad
     with launch.device_guard(grad_out):
-        _merge_bwd_kernel[(B, triton.cdiv(N, block_n), triton.cdiv(D, block_d))](
+        _merge_bwd_kernel[(B, launch.cdiv(N, block_n), launch.cdiv(D, block_d))](
             *(grad_out, size, out_size, slots, grad, N, R, D),
             HAS_SIZE=size is not None,
             BLOCK_N=block_n,

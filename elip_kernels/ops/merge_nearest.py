@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import is_interpreted, tl, triton
+from elip_kernels._triton import is_interpreted, tl
 from elip_kernels._validate import (
     check_dense,
     check_device,
@@ -148,7 +149,7 @@ def match_reference(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Ten
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@kernel(do_not_specialize=["N", "K"])
 def _nearest_kernel(
     metric_ptr, kept_ptr, slots_ptr, stride_mb, stride_mn, N, K, C,
     P: tl.constexpr, SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
@@ -199,7 +200,7 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
     if B == 0:
         return slots
     with launch.device_guard(metric):
-        _nearest_kernel[(B, triton.cdiv(N, block_n))](
+        _nearest_kernel[(B, launch.cdiv(N, block_n))](
             *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
             P=num_prefix_tokens,
             SMALLEST_SQUARE=SMALLEST_SQUARE,

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator, exports_onnx
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
 from elip_kernels.ops.gather_ops import (
@@ -200,7 +201,7 @@ def _movement(slots: Tensor, weights: Tensor, R: int, merge: bool) -> tuple[Tens
     return slots.clamp(max=R - 1).long(), scale
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@kernel(do_not_specialize=["N", "K"])
 def _reduce_fwd_kernel(
     tokens_ptr, scores_ptr, mask_ptr, out_ptr, kept_ptr, weights_ptr, slots_ptr,
     stride_tb, stride_tn, stride_sb, stride_mb, N, K, D,
@@ -236,7 +237,7 @@ def _reduce_fwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@kernel(do_not_specialize=["N", "R"])
 def _reduce_bwd_kernel(
     grad_out_ptr, slots_ptr, weights_ptr, grad_ptr, N, R, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -295,7 +296,7 @@ def _reduce_fwd(
         return out, kept, weights, slots
     block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
     with launch.device_guard(tokens):
-        _reduce_fwd_kernel[(B * triton.cdiv(D, block_d),)](
+        _reduce_fwd_kernel[(B * launch.cdiv(D, block_d),)](
             *(tokens, scores, mask, out, kept, weights, slots),
             *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
             *(0 if mask is None else mask.stride(0), N, keep, D),
@@ -321,7 +322,7 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
     if grad.numel() == 0:
         return grad
     with launch.device_guard(grad_out):
-        _reduce_bwd_kernel[(B * triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)](
+        _reduce_bwd_kernel[(B * launch.cdiv(N, block_n) * launch.cdiv(D, block_d),)](
             *(grad_out, slots, weights, grad, N, R, D),
             MERGE=merge,
             BLOCK_N=block_n,

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._triton import tl, triton
+from elip_kernels._kernel import kernel
+from elip_kernels._triton import tl
 from elip_kernels.ops.select_device import load_tile, part_and_slice, zero_rows
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@kernel(do_not_specialize=["N", "R"])
 def _move_kernel(
     tokens_ptr, out_ptr, weights_ptr, slots_ptr, stride_tb, stride_tn, N, R, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -72,7 +73,7 @@ def launch_move(
     """Write `out` (B, R, D) from tokens (B, N, D) whose last stride is 1."""
     (B, N, D), R = tokens.shape, out.shape[1] - merge
     block_n, block_d, num_warps = launch.move(N, tokens.element_size())
-    _move_kernel[(B * triton.cdiv(D, block_d),)](
+    _move_kernel[(B * launch.cdiv(D, block_d),)](
         *(tokens, out, weights, slots, *tokens.stride()[:2], N, R, D),
         MERGE=merge,
         BLOCK_N=block_n,

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl
 from elip_kernels._validate import (
     check_device,
     check_flags,
@@ -171,7 +172,7 @@ def score_reduce_reference(
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
 
 
-@triton.jit(do_not_specialize=["N", "K", "T"], do_not_specialize_on_alignment=STATS)
+@kernel(do_not_specialize=["N", "K", "T"], do_not_specialize_on_alignment=STATS)
 def _score_select_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
     N, K, H, T,

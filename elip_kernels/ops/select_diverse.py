@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import is_interpreted, tl, triton
 from elip_kernels._validate import (
@@ -132,7 +133,7 @@ def diverse_reference(
     return torch.stack(order, 1)
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _cosines_kernel(
     tokens_ptr, real_ptr, cosine_ptr, nearest_ptr, stride_tb, stride_tn, stride_rb, N, D,
     SMALLEST_SQUARE: tl.constexpr, HAS_NEAREST: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -180,7 +181,7 @@ def load_level(cosine_ptr, real_ptr, first, offs_n, N, HAS_MASK: tl.constexpr):
     return tl.where(mask_n, level, BEYOND)
 
 
-@triton.jit(do_not_specialize=["N", "K", "T"])
+@kernel(do_not_specialize=["N", "K", "T"])
 def _diverse_kernel(
     cosine_ptr, nearest_ptr, first_ptr, real_ptr, order_ptr, stride_rb, N, K, T,
     HAS_FIRST: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -222,7 +223,7 @@ def launch_cosines(
     tokens = launch.addressable(tokens)
     block_a, block_b, block_c, num_warps = launch.bipartite_match(D, tokens.element_size())
     cosine = tokens.new_empty(B, N, N, dtype=torch.float32)
-    _cosines_kernel[(B, triton.cdiv(N, block_a), triton.cdiv(N, block_b))](
+    _cosines_kernel[(B, launch.cdiv(N, block_a), launch.cdiv(N, block_b))](
         *(tokens, real, cosine, nearest, tokens.stride(0), tokens.stride(1)),
         *(0 if real is None else real.stride(0), N, D),
         SMALLEST_SQUARE=SMALLEST_SQUARE,
@@ -245,7 +246,7 @@ def _diverse(tokens: Tensor, real: Tensor | None, first: Tensor | None, keep: in
     if B == 0:
         return order
     real = real if real is None or real.stride(1) == 1 else real.contiguous()
-    T = triton.cdiv(N, launch.bipartite_match(D, tokens.element_size())[0])
+    T = launch.cdiv(N, launch.bipartite_match(D, tokens.element_size())[0])
     nearest = tokens.new_empty(B, T, N, dtype=torch.float32) if first is None else None
     with launch.device_guard(tokens):
         cosine = launch_cosines(tokens, real, nearest)

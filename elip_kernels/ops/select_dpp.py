@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl
 from elip_kernels._validate import check_device, check_shape, check_tensor
 from elip_kernels.ops.bipartite import unit_rows
 from elip_kernels.ops.gather_ops import accumulator
@@ -122,7 +123,7 @@ def dpp_reference(
     return torch.cat(order, 1)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@kernel(do_not_specialize=["N", "K"])
 def _dpp_kernel(
     cosine_ptr, relevance_ptr, real_ptr, factor_ptr, order_ptr, stride_qb, stride_rb, N, K,
     HAS_RELEVANCE: tl.constexpr, HAS_MASK: tl.constexpr,

@@ -10,6 +10,7 @@ Both select the same tokens. A score is read from memory once, and from the cach
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._kernel import kernel
 from elip_kernels._triton import tl, triton
 from elip_kernels.ops.select_device import (
     SCALE,
@@ -37,7 +38,7 @@ def _load_scores(
     return offs_n, mask_n, is_real, score
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@kernel(do_not_specialize=["N", "K"])
 def _select_kernel(
     scores_ptr, real_ptr, kept_ptr, weights_ptr, slots_ptr, stride_sb, stride_rb, N, K,
     P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -103,7 +104,7 @@ def _sum_of_merged(
     return below + beside * ((equal - quota).to(tl.float32) / equal)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@kernel(do_not_specialize=["N", "K"])
 def _stream_kernel(
     scores_ptr, real_ptr, kept_ptr, weights_ptr, slots_ptr, stride_sb, stride_rb, N, K,
     P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,

@@ -31,11 +31,12 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def kernel_class():
-    """Return the class of kernels that `@triton.jit` makes here."""
+    """Return the class of kernels that `@kernel` makes here."""
     from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
 
-    return pick(JITFunction, InterpretedFunction)
+    from elip_kernels._kernel import Kernel
+
+    return pick(Kernel, InterpretedFunction)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import elip_kernels
+from elip_kernels._kernel import kernel
 from elip_kernels._triton import HAS_TRITON, tl, triton
 
 if not HAS_TRITON:
@@ -264,7 +265,7 @@ def test_occupancy(arch, registers, shared, num_warps, occupancy):
     assert warps_at_once(arch, registers, shared, num_warps) == occupancy
 
 
-@triton.jit
+@kernel
 def _copy_kernel(x_ptr, y_ptr, stride, n, scale, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs * stride, mask=offs < n)

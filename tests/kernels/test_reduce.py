@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
-from elip_kernels import _operator
+from elip_kernels import _operator, launch
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import Case, cases
@@ -247,3 +248,48 @@ def test_padding_garbage_stays_out():
     assert out.isfinite().all()
     assert (info.kept < 6).all()
     assert info.mask.all()
+
+
+@pytest.fixture
+def old_device(monkeypatch):
+    """The capability of an older GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    launch.unsupported_device.cache_clear()
+    yield
+    launch.unsupported_device.cache_clear()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel runs")
+def test_an_older_gpu_runs_pytorch(old_device):
+    with FakeTensorMode():
+        tokens, scores = torch.empty(2, 9, 4, device="cuda"), torch.empty(2, 8, device="cuda")
+    reason = OPERATORS["reduce"].unsupported(tokens, scores, None, 3, 1, True, True)
+    assert reason == "the kernels need compute capability 8.0, and cuda:0 has 7.5"
+    assert (
+        OPERATORS["reduce"].unsupported(*Case(2, 9, 4, 3).inputs(), None, 3, 1, True, True) is None
+    )
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel runs")
+def test_a_kernel_that_the_device_has_no_room_for_runs_pytorch(monkeypatch):
+    from triton.runtime import OutOfResources
+
+    from elip_kernels.testing import launchers_on_cpu
+
+    def launcher(*args):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    operator = OPERATORS["reduce"]
+    monkeypatch.setattr(operator, "launcher", launcher)
+    monkeypatch.setattr(operator, "warned_reasons", set())
+    tokens, scores = Case(2, 9, 4, 3).inputs()
+    with launchers_on_cpu(), pytest.warns(_operator.FallbackWarning, match="shared memory"):
+        found = elip_kernels.reduce(tokens, scores, 3)
+    assert torch.equal(found, elip_kernels.reduce(tokens, scores, 3))
+
+
+def test_a_very_wide_head_runs_pytorch():
+    for channels, fits in ((16_384, HAS_TRITON), (16_385, False)):
+        q, k = torch.empty(1, 1, channels), torch.empty(1, 1, 3, channels)
+        reason = OPERATORS["cls_attention"].unsupported(q, k, None, 1.0)
+        assert (reason is None) is fits

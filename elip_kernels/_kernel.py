@@ -1,0 +1,112 @@
+"""`kernel`: a Triton kernel whose launches find their compiled code by a short key.
+
+Triton derives the key of a launch from strings, which takes about ten times as long as the launch
+itself. Here it is a tuple of what Triton specialises on: types, alignments, divisibility by 16,
+constants, options and device. The first launch with a key is Triton's own, which compiles.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elip_kernels._triton import HAS_TRITON, is_interpreted, triton
+
+if HAS_TRITON:
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+else:
+    JITFunction = object
+
+MAX_32_BIT = 2**31 - 1
+IS_ROCM = torch.version.hip is not None
+
+
+def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Make a kernel that is launched from Python; the options are those of `triton.jit`."""
+    if function is None:
+        return partial(kernel, **options)
+    if not HAS_TRITON or is_interpreted():
+        return triton.jit(function, **options)
+    return Kernel(function, **options)
+
+
+class Kernel(JITFunction):
+    """A kernel of Triton with a table of its compiled forms.
+
+    It is launched by Triton itself while a hook or a tool of Triton observes launches. Global
+    constants of the kernel must not change after its first launch, which Triton would check.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        super().__init__(function, **options)
+        self.compiled: dict[tuple, tuple] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return partial(self.run, grid=grid, warmup=False)
+
+    def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
+        """Launch the kernel; `constants` are its constexpr arguments and options."""
+        if warmup or self.pre_run_hooks or _is_observed():
+            return super().run(*args, grid=grid, warmup=warmup, **constants)
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        key = device, *_modes(), *constants, *constants.values(), *_kinds(args)
+        found = self.compiled.get(key)
+        if found is None:
+            code = super().run(*args, grid=grid, warmup=warmup, **constants)
+            if code is not None and self._is_complete(args, constants):
+                rest = tuple(constants[name] for name in self.arg_names[len(args) :])
+                self.compiled[key] = code, code.run, code.function, rest
+            return code
+        code, launch, function, rest = found
+        x, y, z = (*grid, 1, 1)[:3]
+        stream, no_hooks = active.get_current_stream(device), (None, None, None)
+        launch(x, y, z, stream, function, code.packed_metadata, *no_hooks, *args, *rest)
+        return code
+
+    def _is_complete(self, args: tuple[Any, ...], constants: dict[str, Any]) -> bool:
+        """Return whether `constants` are all parameters behind `args`, and only constexprs."""
+        rest = self.params[len(args) :]
+        return all(each.is_constexpr and each.name in constants for each in rest)
+
+
+def _kinds(args: tuple[Any, ...]) -> list[Any]:
+    """Return what Triton specialises a kernel on, or something finer."""
+    kinds: list[Any] = []
+    add = kinds.append
+    for value in args:
+        if isinstance(value, Tensor):
+            add(value.dtype)
+            add(value.data_ptr() & 15)
+            if IS_ROCM:
+                add(value.untyped_storage().nbytes() <= MAX_32_BIT)
+        elif type(value) is int:
+            add((value == 1, value & 15 == 0, value.bit_length() >> 5))
+        else:
+            add(None if value is None else type(value))
+    return kinds
+
+
+def _modes() -> tuple[Any, ...]:
+    """Return the settings of Triton that can change between launches, and change the code."""
+    compilation = knobs.compilation
+    return (
+        knobs.runtime.debug,
+        compilation.instrumentation_mode,
+        getattr(compilation, "fpsan_homomorphic_casts", None),
+    )
+
+
+def _is_observed() -> bool:
+    """Return whether a tool is called at each launch, or changes how kernels are compiled."""
+    runtime = knobs.runtime
+    if getattr(runtime, "add_stages_inspection_hook", None) is not None:
+        return True
+    return _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook)
+
+
+def _has_calls(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
