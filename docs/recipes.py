@@ -1,15 +1,20 @@
-"""Write the tables of docs/original_recipes.md: our value, the original value, its source.
+"""Write the tables of recipes: our value, the original value, its source.
 
-python docs/recipes.py             # rewrite the block between the two markers
-python docs/recipes.py --check     # exit status 1 if the block is stale
+python docs/recipes.py             # rewrite the blocks between two markers
+python docs/recipes.py --check     # exit status 1 if a block is stale
 
-The original values are in docs/originals.yaml; ours are read from the recipes.
+docs/original_recipes.md has every value of the pre-training recipes. docs/fidelity.md has the
+differences of the fine-tuning recipes, and ELIP's own values beside those of ALBEF and BLIP. The
+original values are in docs/originals.yaml and docs/originals_finetune.yaml; ours are read from the
+recipes.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +23,9 @@ import torch
 import yaml
 
 from elip_models.models.registry import create_model
-from elip_models.training.recipe import load_recipe
+from elip_models.training.recipe import FINETUNE, load_recipe, recipe_settings
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER / "original_recipes.md"
 BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
 
 
@@ -80,6 +84,68 @@ def block() -> str:
     return "\n".join(lines).strip()
 
 
+NOT_COMPARED = {
+    *("name", "output_dir", "task", "model.name", "model.pretrained", "data.train", "data.eval"),
+    *("data.validation", "data.num_workers", "data.max_bad_share", "log_every", "eval_every"),
+    *("checkpoint_every", "keep_checkpoints", "trackers", "report"),
+}
+"""Keys of a fine-tuning recipe that name its data and output, or touch no gradient."""
+
+
+@cache
+def read_finetune_originals() -> dict[str, Any]:
+    """Return the original values and the differences of the fine-tuning recipes."""
+    return yaml.safe_load((FOLDER / "originals_finetune.yaml").read_text(encoding="utf-8"))
+
+
+@cache
+def finetune_values(recipe: str) -> dict[str, Any]:
+    """Return the compared keys that a fine-tuning recipe sets, those of its base included."""
+    found = {}
+    for key, value, source, _ in recipe_settings(f"{FINETUNE}/{recipe}"):
+        nested = key in ("task_options", "model.overrides")
+        values = {f"{key}.{name}": each for name, each in value.items()} if nested else {key: value}
+        if source == "recipe":
+            found |= {name: each for name, each in values.items() if name not in NOT_COMPARED}
+    return found
+
+
+def matching(patterns: list[str]) -> list[str]:
+    """Return the fine-tuning recipes that match one of the patterns."""
+    names = read_finetune_originals()["recipes"]
+    return [name for name in names if any(fnmatchcase(name, each) for each in patterns)]
+
+
+def finetune_block() -> str:
+    """Return the differences of the fine-tuning recipes, and ELIP's values beside the originals."""
+    lines = [_row("recipes", "what", "ours", "original", "source"), "| --- " * 5 + "|"]
+    for row in read_finetune_originals()["differences"]:
+        key, ours = row.get("key"), row.get("ours")
+        if key is not None:
+            values = [finetune_values(name)[key] for name in matching(row["recipes"])]
+            ours = ", ".join(dict.fromkeys(map(_shown, values)))
+        names = ", ".join(f"`{name}`" for name in row["recipes"])
+        what = f"`{key}`" if key is not None else row["what"]
+        lines.append(_row(names, what, ours, row["original"], row["source"]))
+    lines += ["", "ELIP's code has other values than ALBEF and BLIP. Each column is a recipe:", ""]
+    lines += [_row("recipe", "key", "ALBEF, BLIP", "ELIP: `RECIPE_elip`"), "| --- " * 4 + "|"]
+    return "\n".join([*lines, *_values_of_elip()])
+
+
+def _values_of_elip() -> Iterator[str]:
+    for name in read_finetune_originals()["recipes"]:
+        if not name.endswith("_elip"):
+            continue
+        base = name.removesuffix("_elip")
+        original = finetune_values(base)
+        for key, value in finetune_values(name).items():
+            if value != original[key]:
+                yield _row(f"`{base}`", f"`{key}`", _shown(original[key]), _shown(value))
+
+
+PAGES = {"original_recipes.md": block, "fidelity.md": finetune_block}
+
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -94,24 +160,27 @@ def _shown(value: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--fidelity", type=Path, default=PAGE)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
-    current = options.fidelity.read_text(encoding="utf-8")
+    return max(_update(options.folder / name, PAGES[name](), options.check) for name in PAGES)
+
+
+def _update(page: Path, text: str, is_check: bool) -> int:
+    current = page.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     if not pattern.search(current):
-        sys.stderr.write(f"{options.fidelity}: expected {BEGIN} and {END} in it, got neither\n")
+        sys.stderr.write(f"{page}: expected {BEGIN} and {END} in it, got neither\n")
         return 1
-    text = block()
     wanted = pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", current, count=1)
     if wanted == current:
         return 0
-    if options.check:
-        sys.stderr.write("the tables of recipes are stale: run python docs/recipes.py\n")
+    if is_check:
+        sys.stderr.write(f"the tables of {page.name} are stale: run python docs/recipes.py\n")
         return 1
-    options.fidelity.write_text(wanted, encoding="utf-8")
+    page.write_text(wanted, encoding="utf-8")
     return 0
 
 

@@ -48,7 +48,7 @@ def image_transform(
         scale: Range of the random crop's share of the area. None: no random crop.
         flip: Mirror half of the images. Captions with "left" and "right" become wrong.
         randaugment: Number of operations and their magnitude, 0 to 10.
-        randaugment_policy: "albef", `RandAugment` after the crop; "meter", `METERRandAugment` before.
+        randaugment_policy: "albef": RandAugment after the crop; "meter": METERRandAugment before.
         resize: "crop" resizes the shorter side and crops the centre. "squash" resizes both sides
             and changes the aspect ratio.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elip_models.training.optim import learning_rate
-from elip_models.training.recipe import load_recipe, recipe_names
+from elip_models.training.recipe import FINETUNE, load_recipe, recipe_names
 from tests.helpers.tiers import first_quick
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "recipes.py"
@@ -19,6 +19,7 @@ ORIGINALS = recipes.read_originals()
 BEYOND = ORIGINALS.pop("beyond")
 NOT_OF_THE_PAPER = {  # what to train on, what touches no gradient, and what no recipe uses
     *("data.train", "data.weights", "data.eval", "data.num_workers", "data.max_bad_share"),
+    "data.validation",
     *("model.overrides", "optim.grad_checkpointing", "optim.compile", "data.zero_shot"),
     *("optim.batch_slices", "optim.max_nonfinite_steps"),
     *("model.pretrained", "model.allow_missing", "model.allow_unexpected", "optim.ema"),
@@ -67,16 +68,50 @@ def test_the_tables_of_the_document_are_up_to_date():
 
 
 def test_stale_tables_are_seen_and_rewritten(tmp_path):
-    path = tmp_path / "fidelity.md"
-    path.write_text("before\n<!-- recipes:begin -->\nold\n<!-- recipes:end -->\nafter\n")
-    assert recipes.main(["--check", "--fidelity", str(path)]) == 1
-    assert recipes.main(["--fidelity", str(path)]) == 0
-    assert recipes.main(["--check", "--fidelity", str(path)]) == 0
-    text = path.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| `data.randaugment` | `[2, 5]` | `[2, 5]` | ELIP BLIP/data/__init__.py" in text
-    path.write_text("no markers")
-    assert recipes.main(["--fidelity", str(path)]) == 1
+    for name in recipes.PAGES:
+        text = "before\n<!-- recipes:begin -->\nold\n<!-- recipes:end -->\nafter\n"
+        (tmp_path / name).write_text(text)
+    given = ["--folder", str(tmp_path)]
+    assert recipes.main(["--check", *given]) == 1
+    assert recipes.main(given) == 0
+    assert recipes.main(["--check", *given]) == 0
+    for name, row in {
+        "original_recipes.md": "| `data.randaugment` | `[2, 5]` | `[2, 5]` | ELIP BLIP/data/__init",
+        "fidelity.md": "| `retrieval_blip_flickr` | `optim.epochs` | `6` | `5` |",
+    }.items():
+        text = (tmp_path / name).read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        assert row in text
+    (tmp_path / "fidelity.md").write_text("no markers")
+    assert recipes.main(given) == 1
+
+
+FINETUNING = recipes.read_finetune_originals()
+DIFFERENCES = FINETUNING["differences"]
+NO_ORIGINAL = {"retrieval_clip"}  # the paper does not fine-tune CLIP for retrieval
+
+
+def test_every_fine_tuning_recipe_is_compared():
+    names = {name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)}
+    tiny = {name for name in names if name.endswith("_tiny")}
+    assert set(FINETUNING["recipes"]) == names - tiny - NO_ORIGINAL
+    for row in DIFFERENCES:
+        keys = {"recipes", "key"} if "key" in row else {"recipes", "what", "ours"}
+        assert row.keys() == keys | {"original", "source"}
+        assert all(recipes.matching([pattern]) for pattern in row["recipes"]), row
+
+
+@pytest.mark.parametrize("name", FINETUNING["recipes"])
+def test_every_fine_tuning_value_is_the_original_or_a_listed_difference(name):
+    row, ours = FINETUNING["recipes"][name], recipes.finetune_values(name)
+    listed = {each.get("key") for each in DIFFERENCES if name in recipes.matching(each["recipes"])}
+    values = row["values"]
+    without_original = listed | set(row.get("not_given", ()))
+    assert ours.keys() - without_original <= values.keys()
+    assert not values.keys() & without_original
+    for key, original in values.items():
+        if not (isinstance(original, dict) and original.keys() == {"same"}):
+            assert key in ours and recipes.is_same(ours[key], original), key
 
 
 def albef(step):
