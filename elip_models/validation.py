@@ -261,6 +261,7 @@ PACKAGES = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),
     "peft": ("peft",),
+    "ray": ("ray",),
     "search": ("faiss",),
     "study": ("scipy",),
     "train": (

@@ -29,7 +29,8 @@ OPTIONS = {"model": "--model", "source": "SOURCE", "output": "--output"} | {
     for name in (
         *("reduce", "keep", "texts", "preprocess", "image_column", "key_column", "keep_columns"),
         *("on_duplicate", "check", "min_cosine", "batch_size", "shard_size", "workers"),
-        *("embedding_dtype", "precision", "device", "compile", "pretrained"),
+        *("embedding_dtype", "precision", "device", "compile", "pretrained", "ray"),
+        "ray_actors",
     )
 }
 """Argument of `elip_models.embed` -> that of the command."""
@@ -37,8 +38,7 @@ OPTIONS = {"model": "--model", "source": "SOURCE", "output": "--output"} | {
 
 def embed(
     source: Annotated[
-        str,
-        typer.Argument(help="Folder of images, tar files, list of paths, or Parquet files."),
+        str, typer.Argument(help="Folder of images, tar files, list of paths, or Parquet files.")
     ],
     model: Annotated[
         str, typer.Option(help="timm:NAME[:FILE], open_clip:NAME[:TAG], folder, or owner/name.")
@@ -76,6 +76,8 @@ def embed(
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
+    ray: Annotated[str | None, typer.Option(help="Cluster: local, auto or HOST:PORT.")] = None,
+    ray_actors: Annotated[int | None, typer.Option(min=1, help="Actors on the cluster.")] = None,
 ) -> None:
     """Embed a collection of images: one vector for each, as Parquet files."""
     given = dict(locals())

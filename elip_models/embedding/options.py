@@ -31,6 +31,10 @@ class EmbedOptions:
         device: where the model runs, such as 'cuda:1'. None: the GPU if there is one.
         compile: run the model by torch.compile.
         pretrained: load the model's weights.
+        ray: the Ray cluster that embeds: 'local' for a new one on this machine, 'auto' for that of
+            this node, or 'HOST:PORT'. None: this process embeds.
+        ray_actors: actors of Ray, each with the model. None: one for each GPU of the cluster, or
+            as many as nodes if there are no GPUs.
     """
 
     preprocess: str | Path | None = None
@@ -48,6 +52,8 @@ class EmbedOptions:
     device: str | None = None
     compile: bool = False
     pretrained: bool = True
+    ray: str | None = None
+    ray_actors: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keep_columns, list):
@@ -83,3 +89,5 @@ class EmbedKeywords(TypedDict, total=False):
     device: str | None
     compile: bool
     pretrained: bool
+    ray: str | None
+    ray_actors: int | None

@@ -49,10 +49,15 @@ def rank_in_environment() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def processes_in_environment() -> int:
+    """Return the number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """Yield the processes that torchrun has started, connected with each other."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = processes_in_environment()
     if count == 1 or dist.is_initialized():
         yield Processes() if count == 1 else Processes(dist.get_rank(), dist.get_world_size())
         return

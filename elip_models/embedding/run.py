@@ -7,7 +7,6 @@ The rows of the source are cut into shards, and `embed_shard` encodes one of the
 
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,14 +26,12 @@ from elip_models.embedding.open_images import open_images
 from elip_models.embedding.options import EmbedKeywords, EmbedOptions
 from elip_models.embedding.output import CHECK, TEXTS, OutputFolder, Skipped, writing
 from elip_models.embedding.processes import Processes, joined_processes
-from elip_models.embedding.shard import Shards, as_arrow, embed_shard
+from elip_models.embedding.ray_cluster import Cluster, connected
+from elip_models.embedding.shard import Shards, as_arrow, embed_shard, library_versions
 from elip_models.models.io.files import write_json
-from elip_models.profiling.measure import installed_versions
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import ConfigError, as_config_error, shortened
 
-PACKAGES = ("elip-kernels", "torch", "timm", "open_clip_torch", "transformers", "torchvision")
-PACKAGES += ("pillow", "pyarrow")
 TEXT_BATCH = 64
 Progress = Callable[[int, int, int], object]
 Report = Callable[[str], object]
@@ -111,9 +108,14 @@ def embed(
     lines = None if texts is None else _read_texts(Path(texts))
     folder = OutputFolder(output)
     _check_outside(folder.path, source)
-    with joined_processes() as processes, folder.locked() if processes.is_first else nullcontext():
-        encoder = _encoder(model, chosen, processes, reduce, keep)
-        found = _Run(encoder, source, folder, chosen, processes, progress, report).run(lines)
+    with (
+        connected(chosen) as cluster,
+        joined_processes() as processes,
+        folder.locked() if processes.is_first else nullcontext(),
+    ):
+        encoder = _encoder(model, chosen, processes, cluster, reduce, keep)
+        run = _Run(encoder, source, folder, chosen, processes, cluster, progress, report)
+        found = run.run(lines)
     if found.images_per_second is not None:
         _report_changes(source, report)
     return found
@@ -134,6 +136,7 @@ def _encoder(
     model: str | Encoder,
     options: EmbedOptions,
     processes: Processes,
+    cluster: Cluster | None,
     reduce: str | Strategy | None,
     keep: float | None,
 ) -> Encoder:
@@ -142,7 +145,10 @@ def _encoder(
     given = {name: getattr(options, name) for name in names}
     if not isinstance(model, Encoder):
         given["device"] = processes.device(options.device)
-        return open_encoder(model, reduce=reduce, keep=keep, **given)
+        encoder = open_encoder(model, reduce=reduce, keep=keep, **given)
+        if cluster is not None and options.precision == "auto":
+            cluster.check_precision(encoder)
+        return encoder
     given |= {"reduce": reduce, "keep": keep}
     defaults = {"precision": "auto", "pretrained": True, "compile": False}
     for name, value in given.items():
@@ -163,11 +169,13 @@ class _Run:
         folder: OutputFolder,
         options: EmbedOptions,
         processes: Processes,
+        cluster: Cluster | None,
         progress: Progress,
         report: Report,
     ) -> None:
         self.encoder, self.source, self.folder, self.options = encoder, source, folder, options
-        self.processes, self.progress, self.report = processes, progress, report
+        self.processes, self.cluster = processes, cluster
+        self.progress, self.report = progress, report
         self.shards = Shards(len(source), options.shard_size, options.batch_size)
         workers = options.workers
         self.workers = default_workers(encoder.device) if workers is None else workers
@@ -183,7 +191,7 @@ class _Run:
             "source": self.source.described(),
             "columns": list(self.options.keep_columns),
             "texts": None if texts is None else {"count": len(texts), "sha256": digest},
-            "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
+            "versions": library_versions(),
         }
 
     def run(self, texts: Sequence[str] | None) -> Embedded:
@@ -226,8 +234,14 @@ class _Run:
         skipped, missing = self._finished(numbers)
         bad, total = len(skipped), sum(len(self.shards[number]) for number in numbers)
         done = total - sum(len(self.shards[number]) for number in missing)
-        batches = self._batches(missing)
         self.progress(done, bad, total)
+        if self.cluster is not None:
+            given = self.encoder, self.source, self.folder, self.shards, self.options
+            for images, skipped_images in self.cluster.embed(self.cluster.work(*given), missing):
+                done, bad = done + images, bad + skipped_images
+                self.progress(done, bad, total)
+            return
+        batches = self._batches(missing)
         for number in missing:
 
             def update(images: int, skipped: int, done: int = done, bad: int = bad) -> None:

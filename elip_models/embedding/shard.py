@@ -1,5 +1,6 @@
 """One shard of a collection: its rows, and the file of their embeddings."""
 
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +15,10 @@ from elip_models.embedding.encoder import Encoder
 from elip_models.embedding.image_source import ImageSource
 from elip_models.embedding.options import EmbeddingDtype
 from elip_models.embedding.output import OutputFolder, Skipped
+from elip_models.profiling.measure import installed_versions
 
+PACKAGES = ("elip-kernels", "torch", "timm", "open_clip_torch", "transformers", "torchvision")
+PACKAGES += ("pillow", "pyarrow")
 NON_FINITE = "the embedding has NaN or infinity"
 
 
@@ -101,3 +105,8 @@ def as_arrow(features: np.ndarray) -> pyarrow.FixedSizeListArray:
     """Return features (n, D) as an array of fixed-size lists."""
     flat = np.ascontiguousarray(features).reshape(-1)
     return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), features.shape[1])
+
+
+def library_versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the libraries on which the embeddings depend."""
+    return {"python": platform.python_version(), **installed_versions(PACKAGES)}
