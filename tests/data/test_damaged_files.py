@@ -153,7 +153,7 @@ def png(width, height, colour=2):
         (png(13_000, 13_000), f"at most {MAX_PIXELS} pixels.*got 13000 x 13000"),
         (png(2_000_000, 1), "at most 64:1, got 2000000 x 1"),
         (png(8, 8, colour=3), "not a readable image"),  # a palette that is not there
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify its format$"),
         (b"\x00\x00\x00\x1cftypavif" + bytes(64), "not a readable image"),
         (b"DDS |\x00\x00\x00" + bytes(120), "not a readable image"),
         (b"BLP2" + bytes(200), "not a readable image"),
