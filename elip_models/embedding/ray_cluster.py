@@ -39,6 +39,8 @@ SHARDS_IN_TASK = 8
 TASKS_FOR_ACTOR = 4
 """Tasks of each actor, at least, so that all actors end at about the same time."""
 PROBES = 8
+LOGGED = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+"""The levels of Ray Data's loggers. The second one warns that its progress bars are disabled."""
 
 
 @dataclass(frozen=True)
@@ -231,14 +233,19 @@ def _data_context() -> Iterator[None]:
         "max_errored_blocks": 0,
     }
     before = {name: getattr(context, name) for name in wanted}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    loggers = {logging.getLogger(name): level for name, level in LOGGED.items()}
+    levels = {logger: logger.level for logger in loggers}
     for name, value in wanted.items():
         setattr(context, name, value)
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _wait_for(folder: OutputFolder, shards: Shards, numbers: Sequence[int]) -> None:
