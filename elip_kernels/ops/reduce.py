@@ -287,11 +287,9 @@ def _reduce_fwd(
         return out, kept, weights, slots
     if scores.shape[1] > launch.MAX_MOVED:
         real = None if mask is None else mask[:, num_prefix_tokens:]
-        flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
+        flags = {"num_prefix_tokens": num_prefix_tokens, "merge": merge, "normalize": normalize}
         with launch.device_guard(tokens):
-            launch_select(
-                *(scores, real, kept, weights, slots), num_prefix_tokens=num_prefix_tokens, **flags
-            )
+            launch_select(scores, real, kept, weights, slots, epsilon=EPSILON, **flags)
             launch_move(tokens, out, weights, slots, merge=merge)
         return out, kept, weights, slots
     block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())

@@ -1,0 +1,108 @@
+"""Microseconds of Python for a call at batch 1, without the time of the device.
+
+On a GPU, calls return before their kernels end. Elsewhere the kernels are compiled for sm_90, and a
+stub of Triton's driver takes their launches, so this is the host's part without the driver's call.
+"""
+
+import time
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+
+import elip_kernels
+from benchmarks.cases import DEVICE, ON_GPU
+from elip_kernels._triton import HAS_TRITON
+from elip_models import reduce_
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
+N, D, HEADS, DEPTH, PIXELS = 197, 768, 12, 12, 64
+REPEATS = 20
+STRATEGIES = ("tome", "evit", "elip", "pitome")
+
+
+@pytest.fixture
+def device():
+    """The GPU, or a stub of one."""
+    if ON_GPU or not HAS_TRITON:
+        return nullcontext()
+    from benchmarks.kernel_analysis.stub_device import stub_device
+
+    return stub_device(keep=False)
+
+
+def microseconds(calls, rounds):
+    """Return the processor time of each call: its fastest round, as other work only adds to it."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(2 * rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            for _ in range(REPEATS):
+                call()
+            best[name] = min(best[name], 1e6 * (time.process_time() - start) / REPEATS)
+            if ON_GPU:
+                torch.cuda.synchronize()
+    return best
+
+
+def reduce_call(tokens):
+    scores = torch.rand(1, N - 1, device=DEVICE)
+    return lambda: elip_kernels.reduce(tokens, scores, 0.65)
+
+
+def score_reduce_call(tokens):
+    query, key = torch.rand(2, D, D, device=DEVICE)
+    bias, gamma, beta = torch.rand(3, D, device=DEVICE)
+    cls = tokens.detach()[:, 0]
+    norm = {"norm_weight": gamma, "norm_bias": beta, "eps": 1e-6}
+    projections = {"q_weight": query, "q_bias": bias, "k_weight": key, "num_heads": HEADS}
+    return lambda: elip_kernels.score_reduce(tokens, cls, 0.65, **norm, **projections)
+
+
+def bipartite_merge_call(tokens):
+    metric = torch.rand(1, N, 64, device=DEVICE)
+    return lambda: elip_kernels.bipartite_merge(tokens, metric, 16)
+
+
+def cls_attention_call(tokens):
+    q, k = tokens.new_empty(1, HEADS, 64), tokens.new_empty(1, HEADS, N, 64)
+    return lambda: elip_kernels.cls_attention(q, k)
+
+
+OPS = {
+    "reduce": reduce_call,
+    "score_reduce": score_reduce_call,
+    "bipartite_merge": bipartite_merge_call,
+    "cls_attention": cls_attention_call,
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op(record, rounds, device, op):
+    tokens = torch.rand(1, N, D, device=DEVICE)
+    calls = {
+        "no gradient": OPS[op](tokens),
+        "gradient": OPS[op](tokens.clone().requires_grad_()),
+    }
+    with device:
+        found = microseconds(calls, rounds)
+        ratios = {"no gradient": found["gradient"] / found["no gradient"]}
+        facts = {"ratios": ratios, "host_microseconds": found, "shape": {"B": 1, "N": N, "D": D}}
+        record(calls["gradient"], op=op, rounds=rounds, **facts)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_block(record, rounds, device, strategy):
+    """Time added to a block of a dense tower; the tensors are so small that only Python counts."""
+    sizes = {"embed_dim": 24, "num_heads": 3, "depth": DEPTH, "img_size": PIXELS}
+    models = [timm.create_model("vit_tiny_patch16_224", **sizes).to(DEVICE).eval() for _ in "ab"]
+    images = torch.rand(1, 3, PIXELS, PIXELS, device=DEVICE)
+    dense, reduced = models[0], reduce_(models[1], strategy, keep=0.7)
+    with device, torch.no_grad():
+        calls = {"dense": lambda: dense(images), strategy: lambda: reduced(images)}
+        found = microseconds(calls, rounds)
+        ratios = {"dense": found[strategy] / found["dense"]}
+        added = (found[strategy] - found["dense"]) / DEPTH
+        facts = {"ratios": ratios, "host_microseconds": found, "added_to_a_block": added}
+        record(calls[strategy], strategy=strategy, rounds=rounds, **facts)
