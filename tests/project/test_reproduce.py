@@ -1,0 +1,105 @@
+"""docs/reproduce.md: the tiny commands run, in order, and print the row of their table."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from elip_models.training.recipe import recipe_settings
+from tests.helpers.tiny_run import elip
+
+PAGE = Path(__file__).parents[2] / "docs" / "reproduce.md"
+ITEMS = [*(f"Table {number}" for number in range(1, 11)), *(f"Figure {i}" for i in range(1, 5))]
+RECALLS = r"image_to_text_r1 .*text_to_image_r10 "
+PRINTED = {  # what the commands of a section print, in order
+    "Table 1": [RECALLS] * 4 + [r"elip.*FLOPs|FLOPs.*elip"],
+    "Table 2": [r"vqa: 12 examples.*accuracy"] * 2 + [r"nlvr2: 12 examples.*accuracy"] * 2,
+    "Table 3": [r"entailment: 12 examples.*accuracy"] * 2,
+    "Table 4": [r"cider.*bleu_4"],
+    "Table 5": [r"classification: 12 examples.*accuracy", r"FLOPs"],
+    "Table 6": [r"top-1.*top-5.*accuracy", r"classification: 12 examples.*accuracy"],
+    "Table 7": [r"steps", RECALLS],
+    "Table 8": [r"steps", RECALLS],
+    "Table 9": [r"largest|batch", r"steps", RECALLS],
+    "Table 10": [RECALLS] * 2,
+    "Figure 1": [r"albef\.png"],
+    "Figure 2": [r"blip\.png", r"image tower|FLOPs"],
+    "Figure 3": [r"steps", RECALLS] * 2,
+    "Figure 4": [r"kept\.png"],
+}
+SMALL = (
+    "optim.steps=2",
+    "optim.batch_size=8",
+    "optim.warmup_steps=0",
+    "log_every=1",
+    "trackers=[]",
+)
+
+
+def section(title):
+    """Return the text of a section of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
+
+
+def tiny_commands(title):
+    """Return the words of the commands `elip` in the last block of a section."""
+    block = re.findall(r"^```bash\n(.*?)^```$", section(title), re.DOTALL | re.MULTILINE)[-1]
+    lines = block.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    assert all(words[0] == "elip" for words in commands)
+    return [words[1:] for words in commands]
+
+
+def shortened(words):
+    """Return a command with few steps and samples, and otherwise the same."""
+    words = [re.sub(r"size=\d+", "size=12", word) for word in words]
+    if words[0] not in ("train", "finetune"):
+        return words
+    name = words[1] if words[0] == "train" else f"finetune/{words[1]}"
+    data = {each.key: each.value for each in recipe_settings(name)}
+    sizes = {"data.train": 64, "data.eval": 12}
+    given = [f"{key}=" + re.sub(r"size=\d+", f"size={n}", data[key]) for key, n in sizes.items()]
+    if words[0] == "train":
+        given += ["eval_every=0", "report=[]", "data.vocab_size=300"]
+    return [*words, *SMALL, *given]
+
+
+def test_every_table_and_figure_has_a_row_and_a_section_with_commands():
+    table = PAGE.read_text(encoding="utf-8").partition("## Data")[0]
+    for item in ITEMS:
+        anchor = item.lower().replace(" ", "-")
+        row = re.search(rf"^\| \[{item}\]\(#{anchor}\) \| (.*) \|$", table, re.MULTILINE)
+        assert row, item
+        assert len(row[1].split(" | ")) in (2, 3), item
+        assert len(tiny_commands(item)) == len(PRINTED[item]), item
+        assert section(item).count("```bash") == 2, item
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return a folder with the tiny models of the section `Pre-train`."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for words in tiny_commands("Pre-train"):
+            assert elip(*shortened(words)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        pytest.param(item, marks=pytest.mark.slow if item == "Table 2" else pytest.mark.exhaustive)
+        for item in ITEMS
+    ],
+)
+def test_the_tiny_commands_print_the_row_of_their_table(item, runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    monkeypatch.setenv("COLUMNS", "200")
+    for words, pattern in zip(tiny_commands(item), PRINTED[item], strict=True):
+        capsys.readouterr()
+        assert elip(*shortened(words)) == 0, capsys.readouterr().err
+        printed = capsys.readouterr().out
+        assert re.search(pattern, printed, re.DOTALL), (words, printed)
