@@ -92,10 +92,10 @@ def _kinds(args: tuple[Any, ...]) -> list[Any]:
 
 def _modes() -> tuple[Any, ...]:
     """Return the settings of Triton that can change between launches, and change the code."""
-    compilation = knobs.compilation
+    compilation = knobs.compilation  # its settings depend on the version of Triton
     return (
         knobs.runtime.debug,
-        compilation.instrumentation_mode,
+        getattr(compilation, "instrumentation_mode", None),
         getattr(compilation, "fpsan_homomorphic_casts", None),
     )
 
