@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks import measured
 from benchmarks.marked_block import rewrite
-from benchmarks.studies.results import Document, Interval, by_seed, difference, read_results
+from benchmarks.studies.analysis import against
+from benchmarks.studies.results import Document, Interval, by_seed, read_results
 from benchmarks.tables import table
 from elip_models.models.io.files import read_object
 from elip_models.profiling.measure import NO_GAIN, no_gain
@@ -190,7 +191,7 @@ def findings(found: dict[str, dict[str, Any]], quality: Document, results: Path)
         f"{found[f'resize {keep}']['neighbours']['mean']:.2f} with `resize`"
         for keep in (0.7, 0.5, 0.35)
     )
-    gap = difference(quality, ARMS["tome"][0], "dense", TOP1)
+    gap = against(quality, "dense", (TOP1, LOSS))[ARMS["tome"][0], TOP1]
     return [
         f"**Which rate?** Neighbours kept: {by_rate}. `elip calibrate` finds the rate for your "
         "model and your images.",

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from benchmarks.studies.analysis import against, contrasts, holm
 from benchmarks.studies.chart import draw
 from benchmarks.studies.page import (
     HOW_TO_READ,
     difference_cell,
     difference_title,
-    is_loss,
+    equivalent,
     markdown,
+    power,
     study_page,
 )
-from benchmarks.studies.results import Document, Interval, difference, read_results
+from benchmarks.studies.results import Document, Interval, is_loss, read_results
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "benchmarks" / "results" / "studies"
@@ -57,17 +59,31 @@ class Comparison(NamedTuple):
 
 
 def comparisons(question: dict[str, Any], documents: dict[str, Document]) -> list[Comparison]:
-    """Return the comparisons of a question that have results."""
-    found = []
-    for entry in question["differences"]:
-        study, arm, reference = entry["study"], entry["arm"], entry["against"]
-        document = documents.get(study)
-        if document is None:
+    """Return the comparisons of a question that have results.
+
+    Those against a reference of the study have the intervals of all arms against it. The others are
+    one family, with the levels of Holm's procedure.
+    """
+    entries = [each for each in question["differences"] if each["study"] in documents]
+    metrics = question.get("measured", MEASURED)
+    intervals: dict[tuple[str, str, str, str], Interval] = {}  # by study, reference, arm and metric
+    others = {}
+    for study, reference in dict.fromkeys((each["study"], each["against"]) for each in entries):
+        document = documents[study]
+        if reference in document["references"]:
+            against_it = against(document, reference, metrics)
+            intervals |= {(study, reference, *key): each for key, each in against_it.items()}
             continue
-        gaps = {
-            metric: difference(document, arm, reference, metric)
-            for metric in question.get("measured", MEASURED)
-        }
+        for metric in metrics:
+            for trains in (True, False):
+                of_arms = contrasts(document, reference, metric, trains=trains)
+                others |= {(study, reference, arm, metric): each for arm, each in of_arms.items()}
+    asked = {(each["study"], each["against"], each["arm"]) for each in entries}
+    intervals |= holm({key: each for key, each in others.items() if key[:3] in asked})
+    found = []
+    for entry in entries:
+        study, arm, reference = entry["study"], entry["arm"], entry["against"]
+        gaps = {metric: intervals.get((study, reference, arm, metric)) for metric in metrics}
         if any(gaps.values()):
             found.append(Comparison(study, arm, reference, gaps, "main" in entry))
     return found
@@ -79,7 +95,7 @@ def summary(questions: Sequence[dict[str, Any]], documents: dict[str, Document])
         "question",
         "comparison",
         "result",
-        "paired difference (95% CI), recalls in points",
+        "paired difference (simultaneous 95% CI), recalls in points",
         "seeds",
     ]
     rows = []
@@ -121,8 +137,33 @@ def answer(question: dict[str, Any], documents: dict[str, Document]) -> str:
         for each in found
     ]
     table = markdown((header, rows), left=3)
-    parts = [f"# {question['question']}", question["about"], conclusions(found), table, NOTES]
+    parts = [f"# {question['question']}", question["about"], conclusions(found), table]
+    parts += [_power(found), *_equivalences(found, documents, metrics), NOTES]
     return "\n\n".join(parts) + f"\n{WRITTEN}"
+
+
+def _power(found: Sequence[Comparison]) -> str:
+    """Return the minimal detectable effects of the comparisons of a page."""
+    intervals = {
+        (str(number), metric): gap
+        for number, each in enumerate(found)
+        for metric, gap in each.differences.items()
+        if gap is not None
+    }
+    return power(intervals)
+
+
+def _equivalences(
+    found: Sequence[Comparison], documents: dict[str, Document], metrics: Sequence[str]
+) -> list[str]:
+    """Return the arms of each study that are equivalent to a dense reference."""
+    pairs = dict.fromkeys((each.study, each.reference) for each in found)
+    return [
+        f"`{study}`: {sentence[0].lower()}{sentence[1:]}"
+        for study, reference in pairs
+        if reference == documents[study]["references"][0]
+        for sentence in equivalent(documents[study], reference, metrics)
+    ]
 
 
 def conclusions(found: Sequence[Comparison]) -> str:

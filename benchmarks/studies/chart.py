@@ -9,11 +9,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.studies.page import is_loss
+from benchmarks.studies.analysis import against
 from benchmarks.studies.results import (
     Document,
     Interval,
-    difference,
+    is_loss,
     relative_cost,
     relative_time,
 )
@@ -133,14 +133,15 @@ def _families(
     """
     reference = document["references"][0]
     found: dict[str, list[Point]] = {}
+    compared = against(document, reference, metrics)
     for arm, settings in document["arms"].items():
         family = settings["family"]
         if names is not None and family not in names:
             continue
-        gaps = {metric: difference(document, arm, reference, metric) for metric in metrics}
+        gaps = {metric: compared.get((arm, metric)) for metric in metrics}
         if arm == reference:
             gaps = dict.fromkeys(metrics, Interval(0.0, None))
-        if any(gaps.values()) and arm != document["arms"][reference]["parent"]:
+        if any(gaps.values()):
             costs = relative_cost(document, arm), relative_time(document, arm)
             shown = (family, arm) if names is None else (names[family], names[family])
             found.setdefault(shown[0], []).append(Point(shown[1], gaps, *costs))
@@ -216,7 +217,7 @@ def _label(document: Document, metric: str) -> str:
     unit, better = ("", "lower") if is_loss(metric) else (", points", "higher")
     return (
         f"{WORDS.get(metric, metric)}{unit}\nchange from {_reference(document)}\n"
-        f"({better} is better; 95% CI)"
+        f"({better} is better; simultaneous 95% CI)"
     )
 
 

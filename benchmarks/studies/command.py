@@ -10,7 +10,13 @@ from benchmarks.studies.chart import draw
 from benchmarks.studies.page import HOW_TO_READ, differences, means, study_page
 from benchmarks.studies.plan import Run, Study
 from benchmarks.studies.results import Document, read_results, write_results
-from benchmarks.studies.runner import check_settings, is_finished, result_of, run_study
+from benchmarks.studies.runner import (
+    check_settings,
+    check_tree,
+    is_finished,
+    result_of,
+    run_study,
+)
 from elip_models.data import open_source
 from elip_models.models.io.files import write_file
 from elip_models.reduction import flops
@@ -41,8 +47,17 @@ class Cost(NamedTuple):
 class Progress:
     """Progress of a study on the console, and its results file, which is updated after each run."""
 
-    def __init__(self, study: Study, runs: Sequence[Run], results: Path, console: Console) -> None:
+    def __init__(
+        self,
+        study: Study,
+        runs: Sequence[Run],
+        results: Path,
+        console: Console,
+        *,
+        allow_dirty: bool = False,
+    ) -> None:
         self.study, self.runs, self.results, self.console = study, runs, results, console
+        self.allow_dirty = allow_dirty
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
@@ -66,6 +81,7 @@ class Progress:
     def run(self) -> None:
         """Run the study, then print its results."""
         check_settings(self.study, self.runs)
+        check_tree(self.study, self.runs, allow_dirty=self.allow_dirty)
         quiet = Console(quiet=True)
         console = self.console if self.console.is_terminal else quiet
         try:
@@ -128,11 +144,11 @@ def _images(config: RunConfig, image_size: int) -> int:
 
 def show_results(document: Document, console: Console) -> None:
     """Print the tables of the page."""
-    tables = {document["study"]: means(document)}
+    tables = {document["study"]: (means(document), ["95% confidence intervals over seeds"])}
     for reference in document["references"]:
         tables[f"paired differences from {reference}"] = differences(document, reference)
-    for title, (header, rows) in tables.items():
-        shown = Table(title=title, caption="95% confidence intervals over seeds")
+    for title, ((header, rows), notes) in tables.items():
+        shown = Table(title=title, caption=" ".join(notes).replace("`", ""))
         for name in header:
             shown.add_column(name, overflow="fold", justify="right" if shown.columns else "left")
         for row in rows:

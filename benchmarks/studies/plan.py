@@ -90,6 +90,7 @@ class Study:
     question: Title of the page.
     paper: What the paper reports on the question.
     measures: Names of `MEASURES`.
+    margin: Arm whose deficit in a loss is the margin of equivalence, such as shorter training.
     overrides: Dotted keys of the recipe and their values, for every arm.
     arms: Arms by name, in the order in which they run.
     """
@@ -103,6 +104,7 @@ class Study:
     question: str
     paper: str
     measures: tuple[str, ...] = ("retrieval",)
+    margin: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
 
@@ -350,10 +352,13 @@ def _check(study: Study) -> None:
             raise ConfigError(
                 f"measures: expected some of {', '.join(MEASURES)}, got {shortened(name)}"
             )
-    for name in study.references:
-        if name not in study.arms:
+    for key, name in (
+        *(("references", each) for each in study.references),
+        ("margin", study.margin),
+    ):
+        if name is not None and name not in study.arms:
             raise ConfigError(
-                f"references: expected some of {shortened(list(study.arms))}, got {shortened(name)}"
+                f"{key}: expected some of {shortened(list(study.arms))}, got {shortened(name)}"
             )
     patterns = [each for name in study.measures for each in METRICS.get(name, ["*"])]
     for metric in study.quality:

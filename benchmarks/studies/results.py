@@ -1,22 +1,18 @@
-"""Results of a study: one small JSON file, and the statistics that are computed from it.
+"""Results of a study: one small JSON file, and the values, costs and pairs that it has.
 
     {"study": .., "question": .., "paper": .., "recipe": .., "overrides": {..}, "quality": [..],
      "references": [..], "arms": {..}, "runs": [{"arm": .., "seed": .., "metrics": {..}, ..}, ..]}
 
 Arms of one seed share initialisation and data, so differences are paired by seed. Runs are paired
 only if they begin with the same model: after a parent arm is trained again, its old and new
-children are not paired. Intervals are 95% confidence intervals of the mean (Student's t). Three
-seeds can agree by chance, so the interval of a difference is at least as long as the one that
-follows from a pooled standard deviation. Arms that train are pooled. Arms that are only measured
-are pooled by family, or with all other such arms. Outliers, such as an arm that diverges, are left
-out of the pool.
+children are not paired. `benchmarks.studies.analysis` computes the statistics.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median, stdev, variance
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 from benchmarks.studies.plan import RUNS, Run, Study
@@ -32,10 +28,9 @@ from elip_models.validation import (
 
 with require_extra("benchmarks.studies"):
     from filelock import FileLock
-    from scipy.stats import f, t
+    from scipy.stats import t
 
 LEVEL = 0.95
-OUTLIER = 0.01  # significance level of Cochran's test
 Document = dict[str, Any]
 OF_STUDY = {
     **dict.fromkeys(("study", "question", "paper", "recipe"), str),
@@ -52,25 +47,34 @@ Values = dict[int, dict[Beginning, float]]  # by seed, and by the model that the
 
 
 class Interval(NamedTuple):
-    """Mean over seeds, half of its confidence interval (None for one seed), and number of seeds."""
+    """Mean over seeds with its confidence interval.
+
+    half: Half of the interval; None with one seed, or if all seeds have the same value.
+    seeds: Number of seeds.
+    detectable: Smallest difference that is significant with 80% power.
+    pooled: True if the standard error is that of all arms, False if it is that of this arm.
+    """
 
     mean: float
     half: float | None
     seeds: int = 1
+    detectable: float | None = None
+    pooled: bool = False
 
     @classmethod
-    def of(cls, values: Sequence[float], least: float = 0.0) -> "Interval":
-        """Return the interval of one value per seed; `half` is at least `least`."""
-        n = len(values)
-        if n == 1:
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """Return the mean of one value per seed with Student's interval."""
+        count = len(values)
+        if count == 1:
             return cls(values[0], None)
-        return cls(fmean(values), max(least, _quantile(n - 1) * stdev(values) / n**0.5), n)
+        quantile = float(t.ppf((1 + LEVEL) / 2, count - 1))
+        return cls(fmean(values), quantile * stdev(values) / count**0.5, count)
 
     @property
     def verdict(self) -> str:
         """Return on which side of zero the whole interval of a difference is."""
         if self.half is None:
-            return "one seed"
+            return "no interval"
         if abs(self.mean) <= self.half:
             return "not significant"
         return "above" if self.mean > 0 else "below"
@@ -81,8 +85,9 @@ class Interval(NamedTuple):
         return self.verdict in ("above", "below")
 
 
-def _quantile(freedom: int) -> float:
-    return float(t.ppf((1 + LEVEL) / 2, freedom))
+def is_loss(metric: str) -> bool:
+    """Return True for losses, which have no unit and are better if lower."""
+    return metric.rpartition(".")[2].startswith("loss") or metric.endswith("loss")
 
 
 def collect(study: Study) -> Document:
@@ -161,32 +166,11 @@ def _fits(values: Any, hints: Mapping[str, Any]) -> bool:
 
 def by_seed(document: Document, arm: str, metric: str) -> dict[int, float]:
     """Return a metric of an arm, or a number of its result such as "loss", by seed."""
-    values = _values(document, metric).get(arm, {})
+    values = values_of(document, metric).get(arm, {})
     return {seed: fmean(found.values()) for seed, found in values.items()}
 
 
-def difference(document: Document, arm: str, reference: str, metric: str) -> Interval | None:
-    """Return the interval of arm minus reference, paired by seed; None without a pair of runs."""
-    values = _values(document, metric)
-    gaps = _gaps(values, arm, reference)
-    if not gaps:
-        return None
-    pool = _pool_of(document, arm)
-    pooled = [name for name in values if name != reference and _pool_of(document, name) == pool]
-    several = [found for name in pooled if len(found := _gaps(values, name, reference)) > 1]
-    return Interval.of(gaps, _pooled_half(several) / len(gaps) ** 0.5)
-
-
-def _pool_of(document: Document, arm: str) -> str:
-    """Return the name of the pool: arms that train, a family of measured arms, or the others."""
-    arms = document["arms"]
-    if arms[arm]["length"]:
-        return "trains"
-    family = arms[arm]["family"]
-    return family if sum(each["family"] == family for each in arms.values()) > 1 else "measures"
-
-
-def _values(document: Document, metric: str) -> dict[str, Values]:
+def values_of(document: Document, metric: str) -> dict[str, Values]:
     """Return a metric of every arm that has it."""
     found: dict[str, Values] = {}
     for run in document["runs"]:
@@ -197,46 +181,19 @@ def _values(document: Document, metric: str) -> dict[str, Values]:
     return found
 
 
-def _gaps(values: dict[str, Values], arm: str, reference: str) -> list[float]:
-    """Return arm minus reference, one number per seed, of runs that begin with the same model."""
+def differences_by_seed(values: dict[str, Values], arm: str, reference: str) -> dict[int, float]:
+    """Return arm minus reference by seed, of runs that begin with the same model."""
     ours, theirs = values.get(arm, {}), values.get(reference, {})
-    of_seeds = (
-        [
+    of_seeds = {
+        seed: [
             our - their
             for here, our in ours[seed].items()
             for there, their in theirs.get(seed, {}).items()
             if here == there or None in (here, there)
         ]
         for seed in sorted(ours)
-    )
-    return [fmean(gaps) for gaps in of_seeds if gaps]
-
-
-def _pooled_half(several: Sequence[Sequence[float]]) -> float:
-    """Return half of the interval of one value from the pooled standard deviation."""
-    if not several:
-        return 0.0
-    pooled, freedom = _pooled_variance(_without_outliers(several))
-    return _quantile(freedom) * pooled**0.5
-
-
-def _without_outliers(several: Sequence[Sequence[float]]) -> list[Sequence[float]]:
-    """Return the samples without variance outliers (Cochran's test at 1%, as in ISO 5725-2)."""
-    kept = sorted(several, key=variance)
-    while len(kept) > 2:
-        *others, widest = kept
-        pooled, freedom = _pooled_variance(others)
-        limit = f.ppf(1 - OUTLIER / len(kept), len(widest) - 1, freedom)
-        if variance(widest) <= limit * pooled:
-            break
-        kept = others
-    return kept
-
-
-def _pooled_variance(several: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Return the pooled variance and its degrees of freedom."""
-    freedom = sum(len(gaps) - 1 for gaps in several)
-    return sum((len(gaps) - 1) * variance(gaps) for gaps in several) / freedom, freedom
+    }
+    return {seed: fmean(gaps) for seed, gaps in of_seeds.items() if gaps}
 
 
 def relative_cost(document: Document, arm: str) -> float | None:

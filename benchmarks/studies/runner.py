@@ -166,6 +166,19 @@ def check_settings(study: Study, runs: Sequence[Run]) -> None:
             )
 
 
+def check_tree(study: Study, runs: Sequence[Run], *, allow_dirty: bool) -> None:
+    """Raise ConfigError if runs are left and would measure code that no commit has.
+
+    The result of each run has the commit, and a mark if there were uncommitted changes.
+    """
+    left = any(not is_finished(study, run) for run in runs)
+    if left and commit().get("dirty", False) and not allow_dirty:
+        raise ConfigError(
+            f"elip study: expected a checkout without uncommitted changes, got changes to commit "
+            f"{commit()['id'][:7]}; commit them, or pass --allow-dirty, which marks the results"
+        )
+
+
 def _make_tokenizer(study: Study, config: RunConfig) -> None:
     """Train the shared tokenizer if this run uses it and it does not exist yet."""
     path = study.tokenizer

@@ -58,6 +58,12 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the arms and the cost of a run of each.")
     ] = False,
+    allow_dirty: Annotated[
+        bool,
+        typer.Option(
+            "--allow-dirty", help="Run with uncommitted changes, which marks the results."
+        ),
+    ] = False,
     results: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     page: Annotated[
         Path | None, typer.Option(help="Only write this page from the results.")
@@ -71,7 +77,7 @@ def study(
     chosen = plans.load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
     runs = plans.plan(chosen, only=only.split(",") if only else (), seeds=plans.seeds_of(seeds))
     found = results or plans.RUNS / f"{chosen.name}.json"
-    progress = command.Progress(chosen, runs, found, Console())
+    progress = command.Progress(chosen, runs, found, Console(), allow_dirty=allow_dirty)
     if page is not None:
         command.write_page(found, page)
     elif dry_run:

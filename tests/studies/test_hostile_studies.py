@@ -6,10 +6,11 @@ import os
 import pytest
 import yaml
 
-from benchmarks.studies.plan import seeds_of
+from benchmarks.studies import runner
+from benchmarks.studies.plan import plan, seeds_of
 from benchmarks.studies.results import read_results
 from elip_models.validation import ConfigError
-from tests.helpers.study_case import TINY
+from tests.helpers.study_case import TINY, tiny_study
 from tests.helpers.tiny_run import elip
 
 STUDIES = {
@@ -49,6 +50,7 @@ STUDIES = {
         "quality: expected metrics of retrieval, got 'objective.loss'",
     ),
     "like of a kind": ({"like": [1]}, "like: expected the name of a study or a path"),
+    "margin": ({"margin": "danse"}, "margin: expected some of ['dense', "),
     "like itself": ({"like": "tiny.yaml"}, "like: expected at most 8 studies"),
     "recipe": ({"recipe": 5}, "recipe: expected a string"),
 }
@@ -99,3 +101,19 @@ def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert elip("study", "quality", option, path) == 2
     assert os.listdir(tmp_path) == []
+
+
+def test_new_runs_need_a_checkout_without_uncommitted_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = tiny_study(tmp_path)
+    runs = plan(study, only=["dense"], seeds=[0])
+    monkeypatch.setattr(runner, "commit", lambda: {"id": "0123456789", "dirty": True})
+    with pytest.raises(ConfigError, match=r"got changes to commit 0123456; .* --allow-dirty"):
+        runner.check_tree(study, runs, allow_dirty=False)
+    runner.check_tree(study, runs, allow_dirty=True)
+    folder = study.folder(runs[0])
+    folder.mkdir(parents=True)
+    (folder / runner.RESULT).write_text(json.dumps({"measures": study.measures}))
+    runner.check_tree(study, runs, allow_dirty=False)  # no run is left
+    monkeypatch.setattr(runner, "commit", lambda: {"id": "0123456789", "dirty": False})
+    runner.check_tree(study, plan(study), allow_dirty=False)

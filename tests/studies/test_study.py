@@ -345,7 +345,8 @@ def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
         step(self)
 
     monkeypatch.setattr(Trainer, "_train_step", killed)
-    progress = Progress(study, plan(study), tmp_path / "results" / "tiny.json", QUIET)
+    path = tmp_path / "results" / "tiny.json"
+    progress = Progress(study, plan(study), path, QUIET, allow_dirty=True)
     with pytest.raises(KeyboardInterrupt):
         progress.run()
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("result.json")}
