@@ -155,10 +155,10 @@ def connected(options: EmbedOptions) -> Iterator[Cluster | None]:
     started_here = {"include_dashboard": False} if options.ray == LOCAL else {}
     try:
         ray.init(options.ray, log_to_driver=False, logging_level=logging.ERROR, **started_here)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises errors of any type
         raise ConfigError(
-            f"ray: expected the address of a Ray cluster, got {shortened(options.ray)}: "
-            f"{' '.join(str(error).split()):.300}"
+            f"ray: expected a Ray cluster, got {shortened(options.ray)}, which does not start or "
+            f"answer: {' '.join(str(error).split()):.300}"
         ) from error
     try:
         yield _cluster(options, ray.nodes())
