@@ -199,7 +199,8 @@ def findings(found: dict[str, dict[str, Any]], quality: Document, results: Path)
         "**Training with `tome`.** The top-1 accuracy of a tiny CLIP, trained further on generated "
         f"scenes at {trained_cost(quality):.2f} of the dense FLOPs, differs from dense by "
         f"{interval(gap, TOP1, ' points', '95% CI ')}, {gap.seeds} seeds: "
-        "[study](docs/study.md).",
+        "[study](docs/study.md). Its power is below 80% for differences below "
+        f"{100 * gap.detectable:.1f} points.",
     ]
 
 

@@ -215,7 +215,7 @@ def test_the_statistics_of_pages_are_those_of_the_results():
     ]
     for page, document, arm, metric in stated:
         unit = " points" if metric == module.TOP1 else ""
-        gap = module.difference(document, arm, "dense", metric)
+        gap = module.against(document, "dense", (module.TOP1, module.LOSS))[arm, metric]
         text = module.interval(gap, metric, unit, "95% CI ").strip("*")
         assert text in (DOCS / page).read_text(), (page, arm, text)
 

@@ -47,6 +47,7 @@ def test_a_difference_is_significant_if_its_interval_excludes_zero(mean, half, v
     assert Interval(mean, half).is_significant == (verdict in ("above", "below"))
 
 
+LOSS = "reduced.contrastive_loss"
 DENSE = {"step_flops": 1.0, "step_time": 1.0}
 FASTER = {"step_flops": 0.5, "step_time": 0.8}
 
@@ -123,23 +124,51 @@ def test_cost_is_that_of_the_whole_run_relative_to_the_first_reference():
 
 
 def test_a_difference_is_bold_if_its_interval_excludes_zero():
+    """Use two arms with equal gaps: the half interval is that of the residual variance."""
     found = document(
         dense=[0.50, 0.70, 0.60],
         up=[0.60, 0.81, 0.70],
-        down=[0.40, 0.61, 0.50],
-        alike=[0.55, 0.68, 0.61],
+        alike=[0.51, 0.72, 0.61],
         once=[0.9, None, None],
+        same=[0.50, 0.70, 0.60],
         absent=[],
     )
-    assert differences(found, "dense") == (
-        ["arm", "r1, points"],
-        [
-            ["`up`", "**+10.3 (8.9 to 11.8)**"],
-            ["`down`", "**−9.7 (−11.1 to −8.2)**"],
-            ["`alike`", "+1.3 (−7.4 to 10.1)"],
-            ["`once`", "+40.0 (1 seed)"],
-        ],
+    (header, rows), notes = differences(found, "dense")
+    up, alike = (against(found, "dense", ["r1"])[arm, "r1"] for arm in ("up", "alike"))
+    assert up.half == pytest.approx(alike.half) and up.pooled
+    low, high = (f"{100 * (up.mean + sign * up.half):.1f}" for sign in (-1, 1))
+    assert header == ["arm", "r1, points"]
+    assert rows[0] == ["`up`", f"**+10.3 ({low} to {high})**"]
+    assert rows[1][0] == "`alike`" and "*" not in rows[1][1] and rows[1][1].startswith("+1.3 (−")
+    assert rows[2:] == [["`once`", "+40.0 (1 seed)"], ["`same`", "+0.0 (equal in all seeds)"]]
+    effect = f"{100 * up.detectable:.1f}"
+    assert notes == [
+        f"Minimal detectable effect (80% power, median of the arms): r1 {effect} points."
+    ]
+
+
+def test_the_page_counts_runs_from_trees_with_uncommitted_changes():
+    found = document(dense=[0.5, 0.7], up=[0.6, 0.8])
+    page = study_page.study_page(found, "tiny.svg", "")
+    assert "None of the runs are from trees with uncommitted changes." in page
+    found["runs"][0]["commit"] = {"id": "0123456789", "dirty": True}
+    found["runs"][1]["commit"] = {}
+    page = study_page.study_page(found, "tiny.svg", "")
+    assert "1 of the runs is from trees with uncommitted changes, so" in page
+    assert "Runs without a commit: 1." in page
+
+
+def test_the_page_lists_the_equivalent_arms_with_their_bounds():
+    noise = {"dense": [0.0, 0.2, 0.1, 0.3], "short": [0.9, 1.21, 1.1, 1.29]}
+    found = document(**noise, near=[0.01, 0.2, 0.1, 0.32], far=[1.0, 1.19, 1.1, 1.28])
+    for run in found["runs"]:
+        run["metrics"] = {LOSS: run["metrics"]["r1"]}
+    found |= {"quality": [LOSS], "margin": "short"}
+    _, notes = differences(found, "dense")
+    assert notes[1].startswith(
+        f"Equivalent to `dense` in {LOSS} within 0.975, the deficit of `short`: "
     )
+    assert "`near` (at most 0." in notes[1] and "far" not in notes[1]
 
 
 def test_a_metric_that_no_run_has_raises():
@@ -162,7 +191,7 @@ def test_the_pages_follow_the_results(tmp_path):
     assert text.startswith("# Is it?") and "commit 0123456" in text
     assert "| `half` | 2 | 0.50 | 0.80 | – | 60.0 ± 127.1 |" in text
     assert "## Paired differences from `dense`" in text
-    assert "| `half` | +5.0 (−58.5 to 68.5) |" in text
+    assert "| `half` | +5.0 (−58.5 to 68.5) |" in text and "Minimal detectable effect" in text
     assert "cost, dense = 1" in (docs / "studies" / "tiny.svg").read_text()
     page.write_text(text.replace("60.0", "61.0"))
     assert study_page.main([*arguments, "--check"]) == 1
@@ -173,9 +202,6 @@ def test_the_pages_follow_the_results(tmp_path):
 @pytest.mark.slow
 def test_the_committed_pages_show_the_committed_results():
     assert study_page.main(["--check"]) == 0
-
-
-LOSS = "reduced.contrastive_loss"
 
 
 @pytest.mark.parametrize(
@@ -195,17 +221,27 @@ def test_a_verdict_follows_from_the_intervals(recall, loss, word):
 
 
 def test_an_answer_compares_the_arms_that_have_results():
-    found = document(dense=[0.5, 0.52, 0.51], tome=[0.6, 0.62, 0.61], last=[0.4, 0.52, 0.45])
+    """Use equal gaps in all comparisons but one, `last` vs `mean`, which is a family of its own."""
+    found = document(
+        dense=[0.5, 0.52, 0.51],
+        tome=[0.6, 0.622, 0.61],
+        last=[0.501, 0.519, 0.511],
+        mean=[0.6, 0.62, 0.612],
+    )
     for run in found["runs"]:
         value = run["metrics"].pop("r1")
         run["metrics"] = {"reduced.top1": value, LOSS: -value}
     pairs = (("tiny", "tome"), ("tiny", "last"), ("another", "last"))
     differences = [{"study": study, "arm": arm, "against": "dense"} for study, arm in pairs]
+    differences.append({"study": "tiny", "arm": "last", "against": "mean"})
     question = {"question": "Which?", "short": "Two", "about": ".", "differences": differences}
     text = study_page.answer(question, {"tiny": found})
     verdict = f"significantly better than `dense` (reduced.top1, {LOSS})"
-    assert f"- `tome` is {verdict}.\n- No significant difference: `last` vs `dense`." in text
-    assert text.count("[tiny](") == 2 and "another" not in text
+    assert f"- `tome` is {verdict}.\n" in text
+    assert f"- `last` is significantly worse than `mean` (reduced.top1, {LOSS})." in text
+    assert "- No significant difference: `last` vs `dense`." in text
+    assert "Minimal detectable effect (80% power" in text
+    assert text.count("[tiny](") == 3 and "another" not in text
     differences[0]["main"] = True
     text = study_page.summary([question], {"tiny": found})
     assert "| [Two](findings/two.md) | `tome` vs `dense` | significantly better" in text
