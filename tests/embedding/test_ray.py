@@ -29,6 +29,7 @@ from elip_models.embedding.stored import Stored
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import SMALL, files_of
 from tests.embedding.test_sources import FORMS, digests
+from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import own_process
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -311,8 +312,7 @@ FIVE = {"shard_size": 2, "batch_size": 1}
 
 
 @needs_ray
-@pytest.mark.slow
-@pytest.mark.parametrize("row", [2, 3])
+@pytest.mark.parametrize("row", tiered([2, 3], []))
 def test_a_killed_actor_loses_nothing_and_doubles_nothing(
     row, five, pictures, model, tmp_path, monkeypatch, ray_of_two
 ):
@@ -358,7 +358,7 @@ def test_a_stopped_driver_continues_with_or_without_ray(
 
 
 @needs_ray
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_actors_list_damaged_images_and_encode_reduced(damaged, model, tmp_path, ray_of_two):
     said, reduced = [], {"reduce": "tome", "keep": 0.7, "check": 4}
     one = elip_models.embed(model, damaged, tmp_path / "one", **SMALL | reduced)
