@@ -124,11 +124,11 @@ def test_cost_is_that_of_the_whole_run_relative_to_the_first_reference():
 
 
 def test_a_difference_is_bold_if_its_interval_excludes_zero():
-    """Use two arms with equal gaps: the half interval is that of the residual variance."""
+    """Use two arms with the residual variance of both, so that their intervals have one length."""
     found = document(
         dense=[0.50, 0.70, 0.60],
         up=[0.60, 0.81, 0.70],
-        alike=[0.51, 0.72, 0.61],
+        alike=[0.50, 0.705, 0.598],
         once=[0.9, None, None],
         same=[0.50, 0.70, 0.60],
         absent=[],
@@ -139,7 +139,7 @@ def test_a_difference_is_bold_if_its_interval_excludes_zero():
     low, high = (f"{100 * (up.mean + sign * up.half):.1f}" for sign in (-1, 1))
     assert header == ["arm", "r1, points"]
     assert rows[0] == ["`up`", f"**+10.3 ({low} to {high})**"]
-    assert rows[1][0] == "`alike`" and "*" not in rows[1][1] and rows[1][1].startswith("+1.3 (−")
+    assert rows[1][0] == "`alike`" and "*" not in rows[1][1] and rows[1][1].startswith("+0.1 (−")
     assert rows[2:] == [["`once`", "+40.0 (1 seed)"], ["`same`", "+0.0 (equal in all seeds)"]]
     effect = f"{100 * up.detectable:.1f}"
     assert notes == [
