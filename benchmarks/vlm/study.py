@@ -6,7 +6,7 @@ FEATURES is a folder for the features of the images and the trained models; a st
 behind the last of them. The image tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has
 three layers. Each seed trains a model with every token, and removes tokens afterwards; then it
 trains one model for each setting of `TRAINED` with the tokens removed. Settings are compared with
-the model that reads every token, paired by question.
+the model of the same seed that reads every token, paired by question.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, values in _one_seed(training, test, words, seed, options):
             scores.setdefault(name, []).append(values)
             console.print(f"seed {seed}: {name}: {values.mean():.3f}")
-        _write(options, scores, test.kinds.numpy())
+            _write(options, scores, test.kinds.numpy())
     console.print(str(options.output))
     return 0
 
@@ -191,13 +191,13 @@ def _one_seed(
 
 
 def _write(options: argparse.Namespace, scores: dict[str, Any], kinds: np.ndarray) -> None:
-    """Write what has been measured so far."""
+    """Write what has been measured so far; of a stopped run, some settings have fewer seeds."""
     dense = np.stack(scores["dense"])
     settings = []
     for name, values in scores.items():
         found = np.stack(values)
         row = {"setting": name, "accuracy": _interval(found), "by_seed": found.mean(1).tolist()}
-        row["difference"] = _interval(found - dense)
+        row["difference"] = _interval(found - dense[: len(found)])
         row["by_kind"] = {kind: _interval(found[:, kinds == i]) for i, kind in enumerate(KINDS)}
         settings.append(row)
     document = {
