@@ -1,6 +1,6 @@
 """Train a small LLaVA on generated questions, and remove image tokens from its sequence.
 
-    python -m benchmarks.vlm.study FEATURES --output X.json [--seeds 3] [--questions 10000]
+    python -m benchmarks.vlm.study FEATURES --output X.json [--seeds 3] [--questions 40000]
 
 FEATURES is a folder for the features of the images and the trained models; a stopped run continues
 behind the last of them. The image tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has
@@ -35,8 +35,8 @@ KEEPS = (0.5, 0.25, 0.11)
 STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
 TRAINED = ("random", "pool", "diverse")
 TRAINED_KEEP = 0.25
-STEPS, BATCH, LR, WARMUP = 3000, 32, 2e-3, 0.1  # warm-up as a share of the steps
-EVALUATED, EVALUATION_SEED = 2000, 1
+STEPS, BATCH, LR, WARMUP = 6000, 32, 2e-3, 0.1  # warm-up as a share of the steps
+QUESTIONS, EVALUATED, EVALUATION_SEED = 40_000, 2000, 1
 
 
 class StoredFeatures(nn.Module):
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     add("features", type=Path, help="a folder for features and trained models")
     add("--output", type=Path, required=True, metavar="X.json")
     add("--seeds", type=int, default=3, help="models of each kind (default: %(default)s)")
-    add("--questions", type=int, default=10000, help="for training (default: %(default)s)")
+    add("--questions", type=int, default=QUESTIONS, help="training images (default: %(default)s)")
     add("--evaluated", type=int, default=EVALUATED, help="for evaluation (default: %(default)s)")
     add("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
     return parser
