@@ -63,7 +63,7 @@ weights and see the same batches.
   loss differs from that of the reference by less than a margin. The margin is the mean deficit of
   `dense-short`, dense training with 0.71 of the steps. Its own uncertainty is not included.
 - **FLOPs** are those of training the image tower, scorer included, relative to the first reference.
-  The text tower is not reduced: in `clip_tiny` it is about 11% of the FLOPs of a dense training step.
+  The text tower is not reduced: in `clip_tiny` it is about 11% of the FLOPs of a dense step.
   For an arm that begins with another model they are those of one training step. For an arm that
   does not train they are those of one forward pass.
 - **Time** is training time relative to the first reference. Its steps alternate with steps of the
