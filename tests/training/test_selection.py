@@ -170,11 +170,11 @@ def test_a_run_without_selection_is_evaluated_by_its_last_weights(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval.select": "acuracy"}, r"eval\.select: expected some of accuracy, .*did you mean"),
+        ({"eval.select": "accurac"}, r"eval\.select: expected some of accuracy, .*did you mean"),
         ({"eval.select": ["accuracy", "cider"]}, r"the metrics of entailment, got \"cider\""),
         ({"data.validation": None}, r"data\.validation: expected a source, since eval\.select"),
         ({"data.validation": TINY["data.eval"]}, "expected another split than data.eval"),
-        ({"data.validation": "emoji_entailment:siz=1"}, r"^data\.validation: "),
+        ({"data.validation": "emoji_entailment:sizes=1"}, r"^data\.validation: "),
     ],
 )
 def test_a_selection_that_cannot_be_made_raises(saved, changes, message):
