@@ -99,8 +99,9 @@ def in_a_sentence(
     row, entry = found[f"tome {DEFAULT_KEEP}"], columns[-1][1]
     return (
         f"**At {entry['strategy_flops']['tome']:.2f} of the FLOPs, the default strategy `tome` "
-        f"takes {entry['ratios']['tome']:.2f} of the inference time of a dense ViT-S. On a "
-        f"pretrained DINOv2, without training, the default `keep={DEFAULT_KEEP}` keeps "
+        f"takes {entry['ratios']['tome']:.2f} of the inference time of a dense ViT-S at batch "
+        f"{batch_size(entry)} on {entry['device']}. On a pretrained DINOv2, without training, the "
+        f"default `keep={DEFAULT_KEEP}` keeps "
         f"{row['neighbours']['mean']:.0%} of the ten nearest neighbours of a photograph; the "
         f"features have a mean cosine of {row['cosine']['mean']:.3f} with the dense ones.**"
     )
@@ -168,8 +169,8 @@ def note(
             f"of the tokens ({min(costs):.2f} to {max(costs):.2f} of the dense FLOPs), on {count} "
             f"photographs of Flickr8k's test split in {source['sets']} sets. Cosine is that of the "
             "reduced and the dense CLS feature. Neighbours kept is the share of an image's ten "
-            "nearest images, of 300, that stay its nearest. In brackets: 95% confidence intervals "
-            "over images.",
+            "nearest images, of 300, that stay its nearest. `elip` has no text here and selects by "
+            "the image alone. In brackets: 95% confidence intervals over images.",
             f"- **Times** are ratios to the dense `{entry['op']}`, {entry['shape']['image']} px, "
             f"{entry['dtype']}, at {cost_range(entry)} of its training FLOPs, on "
             f'{" and ".join(devices)}: {batches}. "No gain" means a ratio above {NO_GAIN}.',

@@ -95,7 +95,7 @@ def summary(questions: Sequence[dict[str, Any]], documents: dict[str, Document])
         "question",
         "comparison",
         "result",
-        "paired difference (simultaneous 95% CI), recalls in points",
+        "paired difference (adjusted 95% CI), recalls in points",
         "seeds",
     ]
     rows = []

@@ -41,8 +41,9 @@ weights and see the same batches.
 
 - **Mean ± half**: mean over seeds and half of its {LEVEL:.0%} confidence interval (Student's t), of
   each arm alone.
-- **Paired difference**: the arm minus the reference, seed by seed, with its simultaneous
-  {LEVEL:.0%} confidence interval in brackets. Only runs that begin with the same model are paired.
+- **Paired difference**: the arm minus the reference, seed by seed, with its {LEVEL:.0%} confidence
+  interval in brackets, adjusted for the number of comparisons (see **Family**). Only runs that
+  begin with the same model are paired.
 - **Variance**: an analysis of variance with the factors arm and seed gives the standard error. An
   arm whose differences vary more or less than those of the other arms (F-test, {UNEQUAL:.0%} level)
   has the variance of its own differences (Welch). With three seeds this variance has two degrees of
@@ -50,15 +51,18 @@ weights and see the same batches.
   own variances.
 - **Family**: all differences from one reference in one table, in all metrics. Arms that are only
   measured are a family of their own. Intervals follow from Dunnett's test (Dunnett's T3 with own
-  variances); the level is divided between the metrics (Bonferroni). Pages of questions also compare
-  other pairs of arms. These are one family, and each interval has the level of its step in Holm's
-  procedure. Without true differences, {1 - LEVEL:.0%} of studies have a significant one. With few
+  variances); the level is divided between the metrics (Bonferroni). These intervals are
+  simultaneous: in {LEVEL:.0%} of families, all of them contain the true differences. Pages of
+  questions also compare other pairs of arms. These are one family, and each interval has the level
+  of its step in Holm's procedure: it excludes zero exactly if the procedure rejects equality. This
+  limits false claims of a difference, but these intervals are not simultaneous. In both kinds,
+  if no true difference exists, at most {1 - LEVEL:.0%} of families have a significant one. With few
   seeds this is approximate: in a simulation with three seeds and 24 arms, 9% of studies had one
   with equal variances, and 22% if two arms vary five times as much as the others.
 - **Significant** (bold): the interval excludes zero. A lower loss is better. "No significant
   difference" does not mean that two arms are equal.
 - **Minimal detectable effect**: the difference that would be significant with {POWER:.0%} power,
-  median of the arms. A study cannot exclude smaller differences.
+  median of the arms. Smaller differences are detected less often.
 - **Equivalent**: two one-sided tests, simultaneous for all arms at {1 - LEVEL:.0%}, show that the
   loss differs from that of the reference by less than a margin. The margin is the mean deficit of
   `dense-short`, dense training with 0.71 of the steps. Its own uncertainty is not included.
