@@ -5,8 +5,8 @@ error follows from an analysis of variance with the factors arm and seed, whose 
 the arms share. An arm whose differences vary more or less than those of the others (F-test) is not
 part of it, and has the variance of its own differences instead, as in Welch's test.
 
-Arms that train and arms that are only measured are analysed separately. Intervals are simultaneous
-for all comparisons of a family: by Dunnett's test if the arms have one reference, otherwise at the
+Arms that train and arms that are only measured are analysed separately. If the arms of a family
+have one reference, its intervals are simultaneous, by Dunnett's test; otherwise they have the
 levels of Holm's procedure. `scipy.stats.dunnett` has no blocks; the tests compare with it.
 """
 
