@@ -21,6 +21,7 @@ else:
     JITFunction = object
 
 MAX_32_BIT = 2**31 - 1
+KINDS = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
 IS_ROCM = torch.version.hip is not None
 
 
@@ -49,7 +50,8 @@ class Kernel(JITFunction):
 
     def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
         """Launch the kernel; `constants` are its constexpr arguments and options."""
-        if warmup or self.pre_run_hooks or _is_observed():
+        plain = KINDS.issuperset(map(type, args))
+        if warmup or not plain or self.pre_run_hooks or _is_observed():
             return super().run(*args, grid=grid, warmup=warmup, **constants)
         active = triton.runtime.driver.active
         device = active.get_current_device()
@@ -68,9 +70,11 @@ class Kernel(JITFunction):
         return code
 
     def _is_complete(self, args: tuple[Any, ...], constants: dict[str, Any]) -> bool:
-        """Return whether `constants` are all parameters behind `args`, and only constexprs."""
-        rest = self.params[len(args) :]
-        return all(each.is_constexpr and each.name in constants for each in rest)
+        """Return whether `constants` are the parameters behind `args`, and all constexprs."""
+        first, rest = self.params[: len(args)], self.params[len(args) :]
+        return not any(each.is_constexpr for each in first) and all(
+            each.is_constexpr and each.name in constants for each in rest
+        )
 
 
 def _kinds(args: tuple[Any, ...]) -> list[Any]:
@@ -95,6 +99,7 @@ def _modes() -> tuple[Any, ...]:
     compilation = knobs.compilation  # its settings depend on the version of Triton
     return (
         knobs.runtime.debug,
+        IS_ROCM and knobs.amd.use_buffer_ops,
         getattr(compilation, "instrumentation_mode", None),
         getattr(compilation, "fpsan_homomorphic_casts", None),
     )

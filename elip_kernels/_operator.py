@@ -23,6 +23,7 @@ PLAIN = frozenset(
     {torch.Tensor, torch.nn.Parameter, int, float, bool, torch.dtype, type(None), str}
 )
 """Types of the arguments of a call without the dispatcher."""
+VMAP = torch._C._dispatch_key_parse("VmapMode")  # of batched gradients
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
 _is_decomposed = False
@@ -72,14 +73,20 @@ is_differentiated._dynamo_marked_constant = True
 
 
 def _is_eager(args: tuple[Any, ...]) -> bool:
-    """Return whether no mode, transform, trace or profiler is to see this call."""
+    """Return whether no mode, transform, trace or profiler is to see this call.
+
+    The arguments have a storage of their values; observers of PyTorch's C++ alone are not seen.
+    """
     return (
         torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(VMAP)
         and not torch._C._autograd._profiler_enabled()
+        and not torch.autograd.profiler._is_profiler_enabled
         and torch._C._get_tracing_state() is None
         and PLAIN.issuperset(map(type, args))
+        and not any(isinstance(each, torch.Tensor) and each.is_neg() for each in args)
     )
 
 
@@ -120,7 +127,7 @@ class Operator:
         self.implementations = {"cuda": without_autocast(self.on_device)}
         LIBRARY.impl(name, self.implementations["cuda"], "CUDA")
         torch.library.register_fake(f"elip::{name}", fake, lib=LIBRARY)
-        self.function = None if backward is None else _autograd_function(self.run, backward, save)
+        self.function = None if backward is None else self._autograd_function(backward, save)
         if backward is None:
             backward, save = _no_gradient(reference), _mark_outputs
         torch.library.register_autograd(f"elip::{name}", backward, setup_context=save, lib=LIBRARY)
@@ -133,17 +140,15 @@ class Operator:
             return self.decomposition(*args)
         if torch.compiler.is_compiling() or not _is_eager(args):
             return self.overload(*args)
-        if self.function and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self.function.apply(*args)
-        return self.run(*args)
-
-    def run(self, *args: Any) -> Any:
-        """Run the implementation for the device of the first argument, without autograd."""
         implementation = self.implementations.get(args[0].device.type)
-        if implementation is not None:
-            return implementation(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        if implementation is None:
             return self.overload(*args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return implementation(*args)
+        if self.function is not None:
+            return self.function.apply(*args)
+        with torch.no_grad():
+            return implementation(*args)
 
     def on_device(self, *args: Any) -> Any:
         """Launch the kernels; if they do not support the arguments, warn once and run PyTorch."""
@@ -160,25 +165,22 @@ class Operator:
             warnings.warn(message, FallbackWarning, stacklevel=2)
         return self.reference(*args)
 
+    def _autograd_function(
+        self, backward: Callable[..., Any], save: Callable[..., None]
+    ) -> type[torch.autograd.Function]:
+        """Return the function of autograd with the formulas that `register_autograd` takes."""
 
-class FallbackWarning(UserWarning):
-    """An op ran its PyTorch implementation on a device that has kernels."""
-
-
-def _autograd_function(
-    run: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., None]
-) -> type[torch.autograd.Function]:
-    """Return the function of autograd with the formulas that `register_autograd` takes."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = run(*args)
+            output = self.implementations[args[0].device.type](*args)
             save(ctx, args, output)
             return output
 
-    Function.backward = staticmethod(backward)
-    return Function
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(f"elip_{self.name}_", (torch.autograd.Function,), methods)
+
+
+class FallbackWarning(UserWarning):
+    """An op ran its PyTorch implementation on a device that has kernels."""
 
 
 def _no_gradient(reference: Callable[..., Any]) -> Callable[..., Any]:

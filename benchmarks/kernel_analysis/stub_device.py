@@ -23,6 +23,7 @@ class StubDriver:
 
     def __init__(self, arch: Arch, launches: Launches | None) -> None:
         self.arch, self.launches, self.device = arch, launches, 0
+        self.kernels: set[Any] = set()
         self.utils = SimpleNamespace(
             load_binary=lambda name, *_: (None, name, 32, 0, 1024),  # no module to unload
             get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[arch]},
@@ -42,6 +43,7 @@ class StubDriver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Return a function that takes a launch and keeps it."""
+        self.kernels.add(source.fn)
 
         def launch(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
             for hook in (enter, leave):
@@ -67,3 +69,6 @@ def stub_device(arch: Arch = 90, *, keep: bool = True) -> Iterator[StubDriver]:
         stack.enter_context(patch("elip_kernels._validate.is_readable", return_value=False))
         stack.enter_context(launchers_on_cpu())
         yield driver
+    for each in driver.kernels:  # which would be launched on the stub again
+        each.device_caches.clear()
+        each.compiled.clear()
