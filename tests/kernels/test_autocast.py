@@ -9,6 +9,12 @@ from tests.helpers.models import PAIRS, ROTARY, ids, output_of_pair
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
 
+@pytest.fixture(autouse=True)
+def _cache():
+    """The cache is on, as at the start; an export by TorchScript that fails leaves it off."""
+    torch.set_autocast_cache_enabled(True)
+
+
 @pytest.fixture
 def cached(monkeypatch):
     """Return whether the cache was enabled, for each row and each block of a dry run."""
