@@ -80,6 +80,5 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
     assert status.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not MODULE.RESULTS.is_file(), reason="no rate of a collection was measured")
 def test_the_tables_of_the_page_are_up_to_date():
     assert MODULE.main(["--check"]) == 0
