@@ -1,26 +1,78 @@
-"""Write the tables of vlm.md from the committed results of `benchmarks/bench_vlm.py`.
+"""Write the tables of vlm.md and vlm_study.md from the committed results.
 
-python docs/vlm.py             # rewrite the block between the two markers
-python docs/vlm.py --check     # exit status 1 if the block is stale
+python docs/vlm.py             # rewrite the blocks between the markers
+python docs/vlm.py --check     # exit status 1 if a block is stale
+
+The results are those of `benchmarks/bench_vlm.py` and of `python -m benchmarks.vlm.study`.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from benchmarks.marked_block import rewrite
 from benchmarks.measured import read_results
-from benchmarks.tables import language_model_table
+from benchmarks.tables import language_model_table, table
+from elip_models.models.io.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "vlm"
 BEGIN, END = "<!-- times:begin -->", "<!-- times:end -->"
+STUDY_BEGIN, STUDY_END = "<!-- study:begin -->", "<!-- study:end -->"
+
+
+def study_block(study: dict[str, Any]) -> str:
+    """Return what was trained, and the tables of accuracies and of kinds of questions."""
+    note = (
+        f"{study['questions']:,} training images with five to seven questions each, "
+        f"{study['steps']:,} steps, {_seeds(study['seeds'])}; {study['evaluated']:,} questions on "
+        f"other images; {study['image_tokens']} image tokens. Measured on {study['date']} at "
+        f"commit {study['commit']['id'][:9]} on {study['device']}. In brackets the 95% confidence "
+        "interval over questions; the differences are paired by question. Bold: it excludes zero."
+    )
+    rows = [
+        [_title(each), _share(each["accuracy"]), "" if i == 0 else _points(each["difference"])]
+        for i, each in enumerate(study["settings"])
+    ]
+    kinds = list(study["settings"][0]["by_kind"])
+    by_kind = [
+        [_title(each), *(f"{each['by_kind'][kind][0]:.1%}" for kind in kinds)]
+        for each in study["settings"]
+    ]
+    parts = [
+        note,
+        table(["image tokens", "right answers", "difference, points"], rows, left=1),
+        table(["right answers", *kinds], by_kind, left=1),
+    ]
+    return "\n\n".join(parts)
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _title(setting: dict[str, Any]) -> str:
+    name = setting["setting"]
+    return "every token" if name == "dense" else f"`{name}`"
+
+
+def _share(interval: list[float]) -> str:
+    mean, low, high = (f"{100 * value:.1f}" for value in interval)
+    return f"{mean}% ({low} to {high})"
+
+
+def _points(interval: list[float]) -> str:
+    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in interval)
+    text = f"{mean} ({low} to {high})"
+    return f"**{text}**" if interval[1] > 0 or interval[2] < 0 else text
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--page", type=Path, default=DOCS / "vlm.md")
+    parser.add_argument("--page", type=Path, default=DOCS / "vlm.md", help="with the times")
+    parser.add_argument("--study-page", type=Path, default=DOCS / "vlm_study.md")
     options = parser.parse_args(arguments)
     parts = []
     for each in read_results(RESULTS):
@@ -30,8 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
             f"{each.machine['threads']} threads; {', '.join(map(' '.join, versions))}."
         )
         parts += language_model_table(each.entries)
-    text, command = "\n\n".join(parts), "python docs/vlm.py"
-    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
+    given = {"command": "python docs/vlm.py", "check": options.check}
+    study = study_block(read_object(RESULTS / "study.json"))
+    return rewrite(options.page, BEGIN, END, "\n\n".join(parts), **given) or rewrite(
+        options.study_page, STUDY_BEGIN, STUDY_END, study, **given
+    )
 
 
 if __name__ == "__main__":

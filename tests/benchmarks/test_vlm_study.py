@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.vlm import questions, study
 from elip_models.data.tasks.questions import EmojiQuestions
+from tests.project.test_docs import script
 
 
 @pytest.fixture
@@ -91,3 +92,7 @@ def test_the_study_compares_each_setting_with_every_token(features, monkeypatch,
     output.unlink()
     assert study.main([str(tmp_path), "--output", str(output), *sizes]) == 0
     assert json.loads(output.read_text())["settings"] == document["settings"]
+
+
+def test_the_tables_of_the_pages_are_up_to_date():
+    assert script("vlm").main(["--check"]) == 0
