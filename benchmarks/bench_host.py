@@ -6,6 +6,7 @@ stub of Triton's driver takes their launches, so this is the host's part without
 
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ import torch
 
 import elip_kernels
 from benchmarks.cases import DEVICE, ON_GPU
+from benchmarks.parity import OURS, parity
 from elip_kernels._triton import HAS_TRITON
 from elip_models import reduce_
 
@@ -46,14 +48,23 @@ def microseconds(calls, rounds):
     return best
 
 
+def first(found):
+    """Return the tokens or the row that a call returns, as the outputs that `parity` compares."""
+    return (found if torch.is_tensor(found) else found[0],)
+
+
+def random(like, *shape):
+    return torch.rand(shape, device=like.device).to(like.dtype)
+
+
 def reduce_call(tokens):
-    scores = torch.rand(1, N - 1, device=DEVICE)
+    scores = random(tokens, 1, N - 1)
     return lambda: elip_kernels.reduce(tokens, scores, 0.65)
 
 
 def score_reduce_call(tokens):
-    query, key = torch.rand(2, D, D, device=DEVICE)
-    bias, gamma, beta = torch.rand(3, D, device=DEVICE)
+    query, key = random(tokens, 2, D, D)
+    bias, gamma, beta = random(tokens, 3, D)
     cls = tokens.detach()[:, 0]
     norm = {"norm_weight": gamma, "norm_bias": beta, "eps": 1e-6}
     projections = {"q_weight": query, "q_bias": bias, "k_weight": key, "num_heads": HEADS}
@@ -61,12 +72,12 @@ def score_reduce_call(tokens):
 
 
 def bipartite_merge_call(tokens):
-    metric = torch.rand(1, N, 64, device=DEVICE)
+    metric = random(tokens, 1, N, 64)
     return lambda: elip_kernels.bipartite_merge(tokens, metric, 16)
 
 
 def cls_attention_call(tokens):
-    q, k = tokens.new_empty(1, HEADS, 64), tokens.new_empty(1, HEADS, N, 64)
+    q, k = random(tokens, 1, HEADS, 64), random(tokens, 1, HEADS, N, 64)
     return lambda: elip_kernels.cls_attention(q, k)
 
 
@@ -78,31 +89,51 @@ OPS = {
 }
 
 
+def made(op, tokens):
+    """Return a call of an op with the same random inputs each time."""
+    torch.manual_seed(0)
+    return OPS[op](tokens)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_op(record, rounds, device, op):
     tokens = torch.rand(1, N, D, device=DEVICE)
     calls = {
-        "no gradient": OPS[op](tokens),
-        "gradient": OPS[op](tokens.clone().requires_grad_()),
+        "no gradient": made(op, tokens),
+        "gradient": made(op, tokens.clone().requires_grad_()),
     }
+    exact = first(made(op, tokens.double())())
+    outputs = {"PyTorch": pytorch_form(calls["no gradient"]), OURS: first(calls["gradient"]())}
+    same = parity(exact, {name: [t.detach() for t in each] for name, each in outputs.items()})
     with device:
         found = microseconds(calls, rounds)
         ratios = {"no gradient": found["gradient"] / found["no gradient"]}
         facts = {"ratios": ratios, "host_microseconds": found, "shape": {"B": 1, "N": N, "D": D}}
+        facts |= {"parity": same, "dtype": "fp32"}
         record(calls["gradient"], op=op, rounds=rounds, **facts)
+
+
+def pytorch_form(call):
+    with elip_kernels.use_pytorch_ops():
+        return first(call())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_block(record, rounds, device, strategy):
     """Time added to a block of a dense tower; the tensors are so small that only Python counts."""
     sizes = {"embed_dim": 24, "num_heads": 3, "depth": DEPTH, "img_size": PIXELS}
-    models = [timm.create_model("vit_tiny_patch16_224", **sizes).to(DEVICE).eval() for _ in "ab"]
+    dense = timm.create_model("vit_tiny_patch16_224", **sizes).to(DEVICE).eval()
+    reduced, wide = (reduce_(deepcopy(dense), strategy, keep=0.7) for _ in "ab")
+    wide.double()
     images = torch.rand(1, 3, PIXELS, PIXELS, device=DEVICE)
-    dense, reduced = models[0], reduce_(models[1], strategy, keep=0.7)
-    with device, torch.no_grad():
-        calls = {"dense": lambda: dense(images), strategy: lambda: reduced(images)}
-        found = microseconds(calls, rounds)
-        ratios = {"dense": found[strategy] / found["dense"]}
-        added = (found[strategy] - found["dense"]) / DEPTH
-        facts = {"ratios": ratios, "host_microseconds": found, "added_to_a_block": added}
-        record(calls[strategy], strategy=strategy, rounds=rounds, **facts)
+    calls = {"dense": lambda: dense(images), strategy: lambda: reduced(images)}
+    with torch.no_grad():
+        outputs = {"PyTorch": pytorch_form(calls[strategy]), OURS: first(calls[strategy]())}
+        same = parity(first(wide(images.double())), outputs)
+        with device:
+            found = microseconds(calls, rounds)
+            ratios = {"dense": found[strategy] / found["dense"]}
+            added = (found[strategy] - found["dense"]) / DEPTH
+            facts = {"ratios": ratios, "host_microseconds": found, "added_to_a_block": added}
+            facts |= {"parity": same, "dtype": "fp32"}
+            record(calls[strategy], strategy=strategy, rounds=rounds, **facts)
