@@ -334,7 +334,7 @@ class Stopped(Exception):
 
 
 @needs_ray
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stopped_driver_continues_with_or_without_ray(
     whole, pictures, model, tmp_path, ray_of_two
 ):
@@ -370,7 +370,7 @@ def test_actors_list_damaged_images_and_encode_reduced(damaged, model, tmp_path,
 
 
 @needs_ray
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_error_of_an_actor_is_one_sentence(pictures, model, tmp_path, monkeypatch, ray_of_two):
     monkeypatch.setattr(ray_cluster, "library_versions", lambda: {"torch": "0.1"})
     with pytest.raises(ConfigError, match="ray: expected the libraries of the com") as caught:
