@@ -1,8 +1,8 @@
 """`kernel`: a Triton kernel whose launches find their compiled code by a short key.
 
-Triton derives the key of a launch from strings, which takes about ten times as long as the launch
-itself. Here it is a tuple of what Triton specialises on: types, alignments, divisibility by 16,
-constants, options and device. The first launch with a key is Triton's own, which compiles.
+Triton makes a text of the arguments and options of each launch. Here the key is a tuple of what it
+specialises on: types, alignments, divisibility by 16, constants, options and device. The first
+launch with a key is Triton's own, which compiles; `benchmarks/bench_host.py` measures the others.
 """
 
 from collections.abc import Callable

@@ -43,7 +43,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def cdiv(n: int, divisor: int) -> int:
-    """Return n / divisor, rounded up; `triton.cdiv` takes ten times as long."""
+    """Return n / divisor, rounded up; `triton.cdiv` takes longer."""
     return -(-n // divisor)
 
 

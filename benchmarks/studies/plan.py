@@ -352,10 +352,8 @@ def _check(study: Study) -> None:
             raise ConfigError(
                 f"measures: expected some of {', '.join(MEASURES)}, got {shortened(name)}"
             )
-    for key, name in (
-        *(("references", each) for each in study.references),
-        ("margin", study.margin),
-    ):
+    named = [("references", each) for each in study.references]
+    for key, name in (*named, ("margin", study.margin)):
         if name is not None and name not in study.arms:
             raise ConfigError(
                 f"{key}: expected some of {shortened(list(study.arms))}, got {shortened(name)}"
