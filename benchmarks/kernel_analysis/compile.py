@@ -74,6 +74,7 @@ class Compiled:
         instructions: count of each mnemonic in the code; the body of a loop counts once.
         loads: count of global loads of each width in bits.
         stores: count of global stores of each width in bits.
+        products_in_loop: the most products into Blackwell's tensor memory in the body of a loop.
     """
 
     num_warps: int
@@ -87,6 +88,7 @@ class Compiled:
     instructions: Counter[str]
     loads: Counter[int]
     stores: Counter[int]
+    products_in_loop: int
 
     def wide_bytes(self) -> tuple[int, int]:
         """Return the bytes that a thread loads and stores by accesses of 128 bits or more."""
@@ -161,6 +163,8 @@ def _read(code: Any, arch: Arch) -> Compiled:
     """Return the figures of a kernel that Triton compiled."""
     asm, shared, num_warps = code.asm, code.metadata.shared, code.metadata.num_warps
     facts = _read_amdgcn(asm["amdgcn"]) if _is_amd(arch) else _read_cubin(asm["cubin"])
+    bodies = [rest.partition("scf.yield")[0] for rest in asm["ttgir"].split("scf.for ")[1:]]
+    facts["products_in_loop"] = max((body.count("ttng.tc_gen5_mma ") for body in bodies), default=0)
     facts["occupancy"] = warps_at_once(arch, facts["registers"], shared, num_warps)
     return Compiled(num_warps, code.metadata.num_stages, shared=shared, **facts)
 

@@ -6,6 +6,7 @@ the sum of exponentials of the tile. A later kernel combines the tiles of an ima
 rows. The scores of an image depend on its tokens only: they are bitwise equal for every batch size.
 """
 
+import torch
 from torch import Tensor
 
 from elip_kernels import launch
@@ -76,15 +77,8 @@ def query_arguments(
 
 
 @triton.jit
-def split(x, dtype: tl.constexpr):
-    """Return fp32 x as rounded + rest, both of a smaller dtype; for fp32 the rest is 0."""
-    rounded = x.to(dtype)
-    return rounded, (x - rounded.to(tl.float32)).to(dtype)
-
-
-@triton.jit
 def patch_scores(
-    tokens_ptr, query_ptr, stride_tn, offs_n, N, D, H, eps,
+    tokens_ptr, query_ptr, pid_b, stride_tb, stride_tn, offs_n, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -92,18 +86,22 @@ def patch_scores(
 
     `offs_n` counts the patches of an image from 0. u is centred, so the product uses x without
     its mean subtracted; afterwards mean * sum(u) removes the rounding error of the centring. For
-    two-byte x, u is split into rounded + rest of that dtype: two products into one fp32
-    accumulator. Moments are computed from x - pivot, where the pivot is the mean of the first
-    BLOCK_K features, so that little cancels. fp32 scores are computed from x - pivot as well; for
-    fp16 the pivot is subtracted from the scores at every step.
+    two-byte x, u has two rows a head, rounded and rest, whose products are added after the loop:
+    two products a step into one accumulator would be miscompiled for Blackwell by Triton 3.6 to
+    3.8 (triton issue 10821). Moments are computed from x - pivot, where the pivot is the mean of
+    the first BLOCK_K features, so that little cancels. fp32 scores are computed from x - pivot as
+    well; for fp16 the pivot is subtracted from the scores at every step.
     """
-    offs_h = tl.arange(0, BLOCK_H)
+    ROWS: tl.constexpr = 2 if HAS_REST else 1
+    tokens_ptr += pid_b * stride_tb
+    query_ptr += pid_b * ROWS * H * D
+    offs_u = tl.arange(0, ROWS * BLOCK_H)
     offs_k = tl.arange(0, BLOCK_K)
-    score = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    score = tl.zeros([BLOCK_N, ROWS * BLOCK_H], tl.float32)
     pivot = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N], tl.float32)
-    sum_u = tl.zeros([BLOCK_H], tl.float32)
+    sum_u = tl.zeros([ROWS * BLOCK_H], tl.float32)
     for k in range(0, D, BLOCK_K):
         mask_k = k + offs_k < D
         x = tl.load(
@@ -112,29 +110,26 @@ def patch_scores(
             other=0.0,
         )  # [BLOCK_N, BLOCK_K]
         u = tl.load(
-            query_ptr + offs_h[:, None] * D + (k + offs_k)[None, :],
-            mask=(offs_h < H)[:, None] & mask_k[None, :],
+            query_ptr + offs_u[:, None] * D + (k + offs_k)[None, :],
+            mask=(offs_u < ROWS * H)[:, None] & mask_k[None, :],
             other=0.0,
-        )  # [BLOCK_H, BLOCK_K]
+        )  # [ROWS * BLOCK_H, BLOCK_K]
         wide = x.to(tl.float32)
         pivot = tl.where(k == 0, tl.sum(wide, 1) / tl.minimum(D, BLOCK_K), pivot)
         shifted = tl.where(mask_k[None, :], wide - pivot[:, None], 0.0)
         total += tl.sum(shifted, 1)
         squares += tl.sum(shifted * shifted, 1)
         left = x if HAS_REST else shifted
+        right = u.to(tl.float32) if WIDEN else u
         left = left.to(tl.float32) if WIDEN else left
-        rounded, rest = split(u, x.dtype)
-        if HAS_REST:
-            u = rounded.to(tl.float32) + rest.to(tl.float32)
-        right = rounded.to(tl.float32) if WIDEN else rounded
         score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
-        if HAS_REST:
-            rest = rest.to(tl.float32) if WIDEN else rest
-            score = tl.dot(left, tl.trans(rest), score, input_precision=PRECISION)
-        part_u = tl.sum(u, 1)
+        part_u = tl.sum(u.to(tl.float32), 1)
         sum_u += part_u
         if tokens_ptr.dtype.element_ty == tl.float16:
             score -= pivot[:, None] * part_u[None, :]
+    if HAS_REST:
+        score = tl.sum(tl.reshape(score, [BLOCK_N, BLOCK_H, ROWS]), 2)
+        sum_u = tl.sum(tl.reshape(sum_u, [BLOCK_H, ROWS]), 1)
     from_pivot = total / D
     variance = squares / D - from_pivot * from_pivot
     rstd = 1.0 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)  # keeps NaN
@@ -158,7 +153,7 @@ def scores_kernel(
     mask_n = offs_n < N - 1
     mask_h = offs_h < H
     score, _, _ = patch_scores(
-        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, stride_tn, offs_n, N, D, H, eps,
+        tokens_ptr, query_ptr, pid_b, stride_tb, stride_tn, offs_n, N, D, H, eps,
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     score = tl.where(mask_n[:, None], score, float("-inf"))
@@ -227,12 +222,15 @@ def _row_kernel(
 
 
 def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch `scores_kernel`; return scores (B, H, N-1), tops and totals (B, H, T) of T tiles."""
+    """Launch `scores_kernel`; return scores (B, H, N-1), tops and totals (B, H, T) of T tiles.
+
+    The query u is that of `launch_query`; all others are fp32.
+    """
     (B, N, D), H = tokens.shape, query.shape[1]
     settings = launch.score_tiles(H, tokens)
     T = launch.cdiv(N - 1, settings["BLOCK_N"])
-    scores = query.new_empty(B, H, N - 1)
-    tops, totals = query.new_empty(2, B, H, T)
+    scores = tokens.new_empty(B, H, N - 1, dtype=torch.float32)
+    tops, totals = scores.new_empty(2, B, H, T)
     scores_kernel[(B, T)](
         *(tokens, query, scores, tops, totals, *tokens.stride()[:2], N, D, H, eps),
         **settings,

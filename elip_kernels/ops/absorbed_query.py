@@ -129,13 +129,20 @@ def add_product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     return acc
 
 
+@triton.jit
+def split(x, dtype: tl.constexpr):
+    """Return fp32 x as rounded + rest, both of a smaller dtype; for fp32 the rest is 0."""
+    rounded = x.to(dtype)
+    return rounded, (x - rounded.to(tl.float32)).to(dtype)
+
+
 @kernel(do_not_specialize=["B"])
 def _query_kernel(
     cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
     query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
     B, D, H, W, fusion, scale, eps,
     HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute u, the CLS score and z. Grid: (BLOCK_B images, head of W channels)."""
@@ -188,18 +195,27 @@ def _query_kernel(
         gamma = load_vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         u = add_product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
-        at = query_ptr + (image * H + pid_h) * D + offs_d[None, :]
-        tl.store(at, u, mask=mask_b[:, None] & (offs_d < D)[None, :])
+        mask = mask_b[:, None] & (offs_d < D)[None, :]
+        at = query_ptr + (image * H + pid_h) * ROWS * D + offs_d[None, :]
+        rounded, rest = split(u, query_ptr.dtype.element_ty)
+        tl.store(at, rounded, mask=mask)
+        if ROWS == 2:
+            tl.store(at + D, rest, mask=mask)
 
 
 def launch_query(
-    arguments: QueryArguments, *, normed: bool = False
+    arguments: QueryArguments, dtype: torch.dtype, *, normed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Allocate and launch; return u (B, H, D), CLS scores (B, H) and z (B, D) or None, all fp32."""
+    """Allocate and launch; return u, CLS scores (B, H) and z (B, D) or None, both fp32.
+
+    u is (B, H, 1, D) for an fp32 `dtype`, that of the patches, else (B, H, 2, D): rounded to
+    `dtype`, and the rest.
+    """
     a = arguments
     (B, D), H, W = a.cls.shape, a.num_heads, a.q_weight.shape[0] // a.num_heads
-    query = a.cls.new_empty(B, H, D, dtype=torch.float32)
-    cls_score, z = query.new_empty(B, H), query.new_empty(B, D) if normed else None
+    query = a.cls.new_empty(B, H, 1 if dtype == torch.float32 else 2, D, dtype=dtype)
+    cls_score = a.cls.new_empty(B, H, dtype=torch.float32)
+    z = cls_score.new_empty(B, D) if normed else None
     text = None if a.fusion == 1.0 else a.text
     cls, text, q_weight, k_weight = (
         t if t is None or t.stride(1) == 1 else t.contiguous()
@@ -216,6 +232,7 @@ def launch_query(
         HAS_TEXT=text is not None,
         MATCH=a.match,
         LEAST_NORM=LEAST_NORM,
+        ROWS=query.shape[2],
         **settings,
         **launch.CODE,
     )

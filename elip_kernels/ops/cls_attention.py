@@ -221,7 +221,7 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
     if B == 0:
         return out
     with launch.device_guard(tokens):
-        u, cls_score, _ = launch_query(arguments)
+        u, cls_score, _ = launch_query(arguments, tokens.dtype)
         launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
     return out
 

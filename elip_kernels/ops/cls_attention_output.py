@@ -33,13 +33,14 @@ from elip_kernels import launch
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
-from elip_kernels.ops.absorbed import STATS, patch_scores, query_arguments, split
+from elip_kernels.ops.absorbed import STATS, patch_scores, query_arguments
 from elip_kernels.ops.absorbed_query import (
     QueryArguments,
     add_product,
     launch_query,
     load_matrix,
     load_vector,
+    split,
     with_query_signature,
 )
 from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_unsupported
@@ -136,7 +137,7 @@ def _weights_kernel(
     offs_h = tl.arange(0, BLOCK_H)
     mask_n, mask_h = offs_n < N - 1, offs_h < H
     score, mean, rstd = patch_scores(
-        tokens_ptr + pid_b * stride_tb, query_ptr + pid_b * H * D, stride_tn, offs_n, N, D, H, eps,
+        tokens_ptr, query_ptr, pid_b, stride_tb, stride_tn, offs_n, N, D, H, eps,
         HAS_REST, WIDEN, PRECISION, BLOCK_N, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     score = tl.where(mask_n[:, None], score, float("-inf"))
@@ -296,9 +297,9 @@ def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, 
     settings = launch.weight_tiles(H, tokens)
     T, wide = launch.cdiv(N - 1, settings["BLOCK_N"]), tokens.dtype == torch.float32
     weights = tokens.new_empty(1 if wide else 2, B, T, H, settings["BLOCK_N"])
-    stats = query.new_empty(2 if wide else 3, B, T, H)
+    stats = tokens.new_empty(2 if wide else 3, B, T, H, dtype=torch.float32)
     rests, shifts = (None, None) if wide else (weights[1], stats[2])
-    means = query.new_empty(B, N - 1) if wide else None
+    means = tokens.new_empty(B, N - 1) if wide else None
     left = weights[0], rests, stats[0], stats[1], shifts, means
     _weights_kernel[(B * T,)](
         *(tokens, query, *left, *tokens.stride()[:2], N, D, H, T, eps), **settings, **launch.CODE
@@ -313,7 +314,7 @@ def weighted_means(tokens: Tensor, query: QueryArguments) -> Tensor:
     means = tokens.new_empty(B, parts, H, D, dtype=torch.float32)
     settings = launch.weigh(tokens)
     grid = (B * launch.cdiv(D, settings["BLOCK_D"]), parts, launch.cdiv(H, settings["BLOCK_H"]))
-    u, cls_score, cls = launch_query(query, normed=True)
+    u, cls_score, cls = launch_query(query, tokens.dtype, normed=True)
     weights, *others = _weights(tokens, u, query.eps)
     T, block_n = weights.shape[1], weights.shape[3]
     _weigh_kernel[grid](

@@ -209,7 +209,7 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
         return outputs
     with launch.device_guard(tokens):
         if known is None:
-            u, cls_score, _ = launch_query(query)
+            u, cls_score, _ = launch_query(query, scored.dtype)
             tiles = score_tiles(scored, u, query.eps)
             _launch_selection(*tiles, cls_score, outputs[1:], merge=merge, normalize=normalize)
         else:

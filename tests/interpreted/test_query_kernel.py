@@ -26,9 +26,11 @@ def arguments(B=3, D=100, H=3, W=16, dtypes=(fp32,) * 4, scale=0.25, has_norm=Tr
     return QueryArguments(*given, 0.8, True, *norm, 1e-6, *matrices, H, scale)
 
 
-def error(query):
+def error(query, dtype=fp32):
     """Return the error of u and of the CLS score against fp64, relative to the largest value."""
-    u, score, z = launch_query(query, normed=True)
+    u, score, z = launch_query(query, dtype, normed=True)
+    assert u.dtype == dtype
+    u = u.float().sum(2)  # rounded + rest
     expected, normed = absorbed_query(torch.float64, query)
     expected_score = torch.einsum("bhd,bd->bh", expected, normed)
     pairs = (u, expected), (score, expected_score), (z, normed)
@@ -55,6 +57,11 @@ QUICK = [(SIZES[0], dtypes) for dtypes in DTYPES] + [(sizes, DTYPES[4]) for size
 )
 def test_it_agrees_with_fp64_whatever_the_dtypes(sizes, dtypes):
     assert error(arguments(**sizes, dtypes=dtypes)) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(fp16, 1e-6), (bf16, 1e-5)])
+def test_two_rows_of_a_head_hold_more_than_the_dtype_of_the_patches(dtype, bound):
+    assert error(arguments(), dtype) < bound
 
 
 @pytest.mark.parametrize("scale", [1e-4, 5e4])

@@ -92,6 +92,16 @@ def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     assert moves_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_D"] * SIZE[dtype])
 
 
+@pytest.mark.parametrize("call", tiered(["score_reduce", "cls_attention_output"], []))
+def test_a_loop_for_blackwell_has_one_product_for_each_accumulator(call):
+    """Two would be miscompiled by Triton 3.6 to 3.8 (triton issue 10821)."""
+    products = {}
+    for launch in report.recorded_call(call, 2, 257, 166, "bf16", 100):
+        if launch.name in ("scores_kernel", "_weights_kernel"):
+            products[launch.name] = compile_launch(launch, 100).products_in_loop
+    assert list(products.values()) == [1]
+
+
 @pytest.mark.parametrize("dtype", tiered(SIZE, []))
 @pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
 @pytest.mark.parametrize(
