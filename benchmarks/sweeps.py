@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, WIDTH
-from benchmarks.kernel_analysis import least_work
 from elip_kernels.ops.absorbed_query import QueryArguments
 
 CHANNELS = WIDTH // HEADS
@@ -29,6 +28,9 @@ class Sweep:
     op: str
     table: str
     axes: dict[str | int, tuple[Number, ...]]
+
+    def __str__(self) -> str:
+        return f"{self.op}.{self.table}"
 
     def candidates(self) -> list[dict[str | int, Number]]:
         """Return every combination."""
@@ -130,27 +132,3 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
     if op == "cls_attention_output":
         return tokens, *query, matrices[2], bias
     return tokens, *query, K, True, True, None, None
-
-
-def least_bytes(op: str, shape: Shape) -> int:
-    """Return the bytes that the op must move."""
-    B, N, dtype, K, r = shape.B, shape.N, shape.dtype, shape.kept, shape.merged
-    size = {"has_size": True}
-    works = {
-        "reduce": lambda: least_work.reduce(B, N, WIDTH, K, dtype),
-        "reduce_backward": lambda: least_work.reduce_backward(B, N, WIDTH, K, dtype),
-        "score_reduce": lambda: least_work.score_reduce(B, N, WIDTH, K, HEADS, dtype),
-        "cls_attention_output": lambda: least_work.cls_attention_output(B, N, WIDTH, HEADS, dtype),
-        "attention_column_mean": lambda: least_work.attention_column_mean(
-            B, HEADS, HEADS, N, N, CHANNELS, dtype
-        ),
-        "bipartite_match": lambda: least_work.together(
-            least_work.bipartite_match(B, N, CHANNELS, dtype), least_work.bipartite_slots(B, N)
-        ),
-        "bipartite_merge": lambda: least_work.apply_merge(B, N, WIDTH, N - r, dtype, **size),
-        "bipartite_merge_backward": lambda: least_work.bipartite_merge_backward(
-            B, N, WIDTH, r, dtype, **size
-        ),
-        "nearest_match": lambda: least_work.nearest_match(B, N, CHANNELS, K, dtype),
-    }
-    return works[op]().bytes

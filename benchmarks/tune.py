@@ -1,12 +1,13 @@
 """Tune the numbers of elip_kernels/launch.py on the device of this machine.
 
-    python -m benchmarks.tune --out tune.json [--seconds 480] [--rounds 11] [OP ...]
+    python -m benchmarks.tune --out tune.json [--seconds 480] [--rounds 11] [OP | OP.TABLE ...]
 
 A candidate is the result of a function of launch.py with some fields changed. It is timed only if
-its results equal those of the original numbers. It is timed next to the original and to a copy, in
-interleaved rounds of CUDA-graph replays. The replays cycle through inputs and outputs of twice the
-L2 size, so that no call finds its data in the cache. Rates count the bytes that the op must move.
-The candidates of a shape are compiled in parallel processes before they are timed.
+the results of the op equal those with the original numbers. Only those kernels of the op are timed
+whose launches the numbers change. The candidate is timed next to the original, in interleaved
+rounds of CUDA-graph replays. The replays cycle through inputs and outputs of twice the L2 size, so
+that no call finds its data in the cache. The candidates of a shape are compiled in parallel
+processes before they are timed. Results that the file has already are not measured again.
 """
 
 import argparse
@@ -19,9 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict
-from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,11 +27,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DEVICE, DTYPE_NAMES, ON_GPU, copies
-from benchmarks.comparison import as_step, copied
+from benchmarks.cases import DEVICE, ON_GPU, copies
+from benchmarks.comparison import as_step
+from benchmarks.gpu_run import TO_BE_CONTINUED
 from benchmarks.machine import machine
-from benchmarks.sweeps import SHAPES, SWEEPS, Number, Shape, Sweep, arguments, least_bytes
+from benchmarks.sweeps import SHAPES, SWEEPS, Number, Shape, Sweep, arguments
 from elip_kernels import launch
+from elip_kernels._kernel import Kernel
+from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.ops.absorbed_query import QueryArguments
 from elip_models.models.io.files import write_file
@@ -64,21 +65,43 @@ def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
 
 
 @contextmanager
-def changed_table(table: str, changes: dict[str | int, Number]) -> Iterator[list[Any]]:
-    """Apply `changes` to the results of `launch.<table>` inside the block; yield these results."""
-    own, answers = getattr(launch, table), []
+def changed_table(table: str, changes: dict[str | int, Number]) -> Iterator[None]:
+    """Apply `changes` to the results of `launch.<table>` inside the block."""
+    own = getattr(launch, table)
+    with patch.object(launch, table, lambda *args: changed(own(*args), changes)):
+        yield
 
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        answers.append(changed(own(*args, **kwargs), changes))
-        return answers[-1]
 
-    with patch.object(launch, table, answer):
-        yield answers
+@contextmanager
+def recorded_launches(*, run: bool = True) -> Iterator[list[tuple[Any, ...]]]:
+    """Record kernel, arguments and options of each launch inside the block, and maybe run it."""
+    launches, own = [], Kernel.run
+
+    def record(kernel: Any, *args: Any, **options: Any) -> Any:
+        launches.append((kernel, args, options))
+        return own(kernel, *args, **options) if run else None
+
+    with patch.object(Kernel, "run", record):
+        yield launches
+
+
+def tuned_kernels(sweep: Sweep, args: tuple[Any, ...]) -> set[str]:
+    """Return the names of the op's kernels whose launches the numbers of a sweep change."""
+    found = []
+    for changes in ({}, *sweep.candidates()):
+        with (
+            changed_table(sweep.table, changes),
+            patch.object(Tensor, "new_empty", Tensor.new_zeros),  # positions stay within bounds
+            recorded_launches(run=False) as launches,
+        ):
+            results(sweep.op, args)
+        found.append([(kernel.fn.__name__, options) for kernel, _, options in launches])
+    return {same[0][0] for same in zip(*found, strict=True) if any(it != same[0] for it in same)}
 
 
 def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Return the outputs of an op as a tuple."""
-    outputs = getattr(torch.ops.elip, op)(*args)
+    """Return the outputs of an op as a tuple; on a GPU those of its kernels, without a fallback."""
+    outputs = (OPERATORS[op].launcher if ON_GPU else OPERATORS[op].reference)(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -101,13 +124,19 @@ def check(
         torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
 
 
-def prepared(op: str, sets: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
-    """Return a step that calls the op once for each set and keeps all outputs until the end."""
+def prepared(op: str, sets: Sequence[tuple[Any, ...]], kernels: set[str]) -> Callable[[], object]:
+    """Return a step that launches these kernels of the op for each set, with the same tensors."""
+    with recorded_launches() as launches:
+        for args in sets:
+            results(op, args)
+    tuned = [each for each in launches if each[0].fn.__name__ in kernels]
 
-    def calls() -> list[Any]:
-        return [results(op, args) for args in sets]
+    def repeat() -> None:
+        with launch.device_guard(sets[0][0]):
+            for kernel, args, options in tuned:
+                kernel.run(*args, **options)
 
-    return as_step(lambda: calls)
+    return as_step(lambda: repeat)
 
 
 def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -126,56 +155,47 @@ def rotated(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
     """Try every candidate of a sweep on one shape; none if the op does not use this table."""
-    args, nbytes = arguments(sweep.op, shape), least_bytes(sweep.op, shape)
-    dtype = DTYPE_NAMES[shape.dtype]
-    result = {"op": sweep.op, "table": sweep.table, **asdict(shape), "dtype": dtype}
-    result |= {"bytes": nbytes, "candidates": []}
-    with changed_table(sweep.table, {}) as answers:
-        right = results(sweep.op, args)
-    if ON_GPU and not answers:
+    args = arguments(sweep.op, shape)
+    kernels = tuned_kernels(sweep, args)
+    result = {"name": f"{sweep} {shape}", "kernels": sorted(kernels), "candidates": []}
+    if ON_GPU and not kernels:
         return result
-    sets = rotated(args)
-    steps = {"table": prepared(sweep.op, sets), "copy": as_step(partial(copied, nbytes, len(sets)))}
+    sets, right = rotated(args), results(sweep.op, args)
+    steps = {"table": prepared(sweep.op, sets, kernels)}
     for changes in sweep.candidates():
         entry: dict[str, Any] = {"changes": {str(name): n for name, n in changes.items()}}
         result["candidates"].append(entry)
         try:
             with changed_table(sweep.table, changes):
                 check(sweep.op, args, results(sweep.op, args), right)
-                steps["candidate"] = prepared(sweep.op, sets)
+                steps["candidate"] = prepared(sweep.op, sets, kernels)
         except AssertionError as error:
             entry["wrong"] = str(error)
         except (RuntimeError, *REFUSALS) as error:  # does not compile, or does not fit
             if FATAL.search(str(error)):
-                raise RuntimeError(f"{sweep.op} ({sweep.table}) {shape}: {changes}") from error
+                raise RuntimeError(f"{sweep} {shape}: {changes}") from error
             entry["left_out"] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
-            entry |= timed(times, nbytes, len(sets))
+            per_call = {name: 1e3 * each / len(sets) for name, each in milliseconds(times).items()}
+            entry |= {f"{name}_us": each for name, each in per_call.items()}
+            entry["of_table"] = ratios_to("table", times)["candidate"]
     return result
-
-
-def timed(times: dict[str, list[float]], nbytes: int, calls: int) -> dict[str, float]:
-    """Return the candidate's time and rate, relative to the table and to a copy."""
-    figures = {f"{name}_us": 1e3 * each / calls for name, each in milliseconds(times).items()}
-    figures |= {f"of_{name}": ratios_to(name, times)["candidate"] for name in ("table", "copy")}
-    return figures | {"gb_per_second": nbytes / figures["candidate_us"] / 1e3}
 
 
 def summary(result: dict[str, Any]) -> str:
     """Return a line with the best candidate, its time relative to the table, and failures."""
-    name = f"{result['op']} ({result['table']}) B{result['B']}-N{result['N']}-{result['dtype']}"
-    entries = [entry for entry in result["candidates"] if "of_table" in entry]
-    wrong = sum("wrong" in entry for entry in result["candidates"])
-    notes = f"; {wrong} WRONG" if wrong else ""
+    name, tried = result["name"], result["candidates"]
+    entries = [entry for entry in tried if "of_table" in entry]
+    wrong, left_out = (sum(what in entry for entry in tried) for what in ("wrong", "left_out"))
+    notes = (f"; {left_out} left out" if left_out else "") + (f"; {wrong} WRONG" if wrong else "")
     if not entries:
         return f"{name}: no candidate ran{notes}"
     best = min(entries, key=lambda entry: entry["of_table"])
     verdict = "no gain" if no_gain(best["of_table"]) else f"{best['changes']}"
     return (
-        f"{name}: table {best['table_us']:.1f} us, best {best['candidate_us']:.1f} us "
-        f"({best['of_table']:.3f}), {best['gb_per_second']:.0f} GB/s, "
-        f"{1 / best['of_copy']:.2f} of a copy: {verdict}{notes}"
+        f"{name}: {' and '.join(result['kernels'])}: table {best['table_us']:.1f} us, "
+        f"best {best['candidate_us']:.1f} us ({best['of_table']:.3f}): {verdict}{notes}"
     )
 
 
@@ -212,28 +232,40 @@ def processes() -> AbstractContextManager[Executor | None]:
 
 def tune(
     sweeps: Sequence[Sweep], shapes: Sequence[Shape], out: Path, *, rounds: int, seconds: float
-) -> bool:
-    """Run every sweep on every shape within `seconds`; return whether all results were right.
+) -> int:
+    """Run every sweep on every shape within `seconds`, and add each result to the file at once.
 
-    The JSON file is complete after each sweep.
+    Returns:
+        0 if all results are right, 1 if some are wrong, or `TO_BE_CONTINUED` if some are left.
+
+    Raises:
+        ValueError: the file has results of another device, commit or number of rounds.
     """
-    end, done, left = time.monotonic() + seconds, [], []
-    document = machine() | {"commit": commit(), "rounds": rounds}
-    document |= {"results": done, "not_run": left}
+    end, left = time.monotonic() + seconds, []
+    document = machine() | {"commit": commit(), "rounds": rounds, "results": []}
+    if out.exists():
+        expected, document = document, json.loads(out.read_text())
+        if document | {"results": []} != expected:
+            raise ValueError(f"out: expected no results of another run, got {out}; move the file")
+    done = {result["name"]: result for result in document["results"]}
     with processes() as pool:
-        for shape, sweep in product(shapes, sweeps):
-            if pool is not None and sweep is sweeps[0]:
-                precompile(pool, sweeps, shape, seconds=end - time.monotonic())
-            if time.monotonic() > end:
-                left.append(f"{sweep.op} ({sweep.table}) {shape}")
-            else:
+        for shape in shapes:
+            todo = [sweep for sweep in sweeps if f"{sweep} {shape}" not in done]
+            if pool is not None:
+                precompile(pool, todo, shape, seconds=end - time.monotonic())
+            for sweep in todo:
+                if time.monotonic() > end:
+                    left.append(f"{sweep} {shape}")
+                    continue
                 torch.manual_seed(0)
-                done.append(run(sweep, shape, rounds))
-                write_line(summary(done[-1]))
-            write_file(out, (json.dumps(document, indent=1) + "\n").encode())
+                document["results"].append(run(sweep, shape, rounds))
+                write_line(summary(document["results"][-1]))
+                write_file(out, (json.dumps(document, indent=1) + "\n").encode())
     for name in left:
         write_line(f"not run, out of time: {name}")
-    return not any("wrong" in entry for result in done for entry in result["candidates"])
+    asked = {f"{sweep} {shape}" for sweep in sweeps for shape in shapes}
+    tried = [e for r in document["results"] if r["name"] in asked for e in r["candidates"]]
+    return TO_BE_CONTINUED if left else int(any("wrong" in entry for entry in tried))
 
 
 def write_line(line: str) -> None:
@@ -245,19 +277,19 @@ def write_line(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the sweeps and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", metavar="OP", help="sweep these ops only")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="sweep these ops, or OP.TABLE, only")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=480)
     options = parser.parse_args(argv)
-    known = {sweep.op for sweep in SWEEPS}
+    known = {name for sweep in SWEEPS for name in (sweep.op, str(sweep))}
     if not set(options.ops) <= known:
         parser.error(f"OP: expected some of {sorted(known)}, got {options.ops}")
     if not ON_GPU:
         parser.error("expected a CUDA or ROCm device, got none: a CPU does not read the table")
-    sweeps = [sweep for sweep in SWEEPS if not options.ops or sweep.op in options.ops]
-    right = tune(sweeps, SHAPES, options.out, rounds=options.rounds, seconds=options.seconds)
-    return 0 if right else 1
+    wanted = set(options.ops) or known
+    sweeps = [sweep for sweep in SWEEPS if wanted & {sweep.op, str(sweep)}]
+    return tune(sweeps, SHAPES, options.out, rounds=options.rounds, seconds=options.seconds)
 
 
 if __name__ == "__main__":

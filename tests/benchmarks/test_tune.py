@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks import tune
+from benchmarks.gpu_run import TO_BE_CONTINUED
 from benchmarks.sweeps import SHAPES, SWEEPS, Shape, Sweep, arguments
 from benchmarks.tune import changed, changed_table
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON
 from tests.helpers.tiers import tiered
 
-SMALL = Shape(2, 18, torch.float32)
+SMALL, OTHER = Shape(2, 18, torch.float32), Shape(3, 18, torch.float32)
 
 
 def test_a_candidate_changes_only_the_numbers_it_names():
@@ -39,23 +40,28 @@ def test_the_table_is_restored_after_the_block():
 def test_every_sweep_runs_and_writes_a_complete_file(tmp_path, capsys):
     out = tmp_path / "tune.json"
     few = [Sweep(s.op, s.table, {a: n[:1] for a, n in s.axes.items()}) for s in SWEEPS]
-    assert tune.tune(few, [SMALL], out, rounds=1, seconds=60)
+    assert tune.tune(few, [SMALL], out, rounds=1, seconds=60) == 0
     document = json.loads(out.read_text())
-    assert [(r["op"], r["table"]) for r in document["results"]] == [(s.op, s.table) for s in few]
+    assert [result["name"] for result in document["results"]] == [f"{s} {SMALL}" for s in few]
     for result in document["results"]:
         (entry,) = result["candidates"]
-        assert entry["candidate_us"] > 0 and entry["of_table"] > 0 and entry["of_copy"] > 0
-    assert document["not_run"] == []
+        assert entry["candidate_us"] > 0 and entry["of_table"] > 0
     assert {"device", "versions", "commit"} <= document.keys()
     assert len(capsys.readouterr().out.splitlines()) == len(few)
 
 
-def test_a_sweep_without_time_left_is_reported(tmp_path, capsys):
-    out = tmp_path / "tune.json"
-    assert tune.tune(SWEEPS[:1], [SMALL], out, rounds=1, seconds=0)
-    left = json.loads(out.read_text())["not_run"]
-    assert left == ["reduce (reduce_forward) B2-N18-fp32"]
-    assert capsys.readouterr().out == f"not run, out of time: {left[0]}\n"
+def test_a_sweep_without_time_left_is_reported_and_run_next_time(tmp_path, capsys):
+    out, one = tmp_path / "tune.json", [Sweep("reduce", "reduce_forward", {"num_warps": (4,)})]
+    for shapes, seconds, status, line in (
+        ([SMALL], 60, 0, "reduce.reduce_forward B2-N18-fp32: "),
+        ([SMALL, OTHER], 0, TO_BE_CONTINUED, "not run, out of time: reduce.reduce_forward B3-"),
+        ([SMALL, OTHER], 60, 0, "reduce.reduce_forward B3-N18-fp32: "),
+    ):
+        assert tune.tune(one, shapes, out, rounds=1, seconds=seconds) == status
+        (written,) = capsys.readouterr().out.splitlines()
+        assert written.startswith(line)
+    with pytest.raises(ValueError, match="results of another run"):
+        tune.tune(one, [SMALL], out, rounds=2, seconds=60)
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.op}-{sweep.table}")
@@ -70,11 +76,11 @@ def test_a_candidate_with_other_results_is_wrong(tmp_path, monkeypatch, capsys, 
 
         with monkeypatch.context() as patch:
             patch.setattr(tune, "results", spoilt)
-            yield []
+            yield
 
     monkeypatch.setattr(tune, "changed_table", spoiling)
     one = Sweep(sweep.op, sweep.table, {axis: numbers[:1] for axis, numbers in sweep.axes.items()})
-    assert not tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
+    assert tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60) == 1
     assert "1 WRONG" in capsys.readouterr().out
 
 
@@ -83,12 +89,13 @@ def test_a_candidate_that_does_not_compile_is_left_out(monkeypatch, tmp_path, ca
     def refusing(table, changes):
         if changes:
             raise RuntimeError("PassManager::run failed\nmore")
-        yield []
+        yield
 
     monkeypatch.setattr(tune, "changed_table", refusing)
+    monkeypatch.setattr(tune, "tuned_kernels", lambda *_: set())
     one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
-    assert tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
-    assert "no candidate ran" in capsys.readouterr().out
+    assert tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60) == 0
+    assert "no candidate ran; 1 left out" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
     assert result["candidates"][0]["left_out"] == "RuntimeError: PassManager::run failed"
 
@@ -102,11 +109,12 @@ def test_an_error_that_loses_the_device_ends_the_sweep(monkeypatch, tmp_path, me
     def failing(table, changes):
         if changes:
             raise RuntimeError(message)
-        yield []
+        yield
 
     monkeypatch.setattr(tune, "changed_table", failing)
+    monkeypatch.setattr(tune, "tuned_kernels", lambda *_: set())
     one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
-    with pytest.raises(RuntimeError, match=r"reduce \(reduce_forward\) B2-N18-fp32: .*num_warps"):
+    with pytest.raises(RuntimeError, match=r"reduce\.reduce_forward B2-N18-fp32: .*num_warps"):
         tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
 
 
@@ -160,23 +168,26 @@ def test_the_command_needs_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
-def recorded(sweep, B, changes):
-    """Return the launches of an op with a candidate's numbers, and the results of the table."""
+def recorded(sweep, args, changes):
+    """Return the launches of an op with a candidate's numbers."""
     from benchmarks.kernel_analysis.compile import recorded_launches
 
-    args = arguments(sweep.op, Shape(B, 257, torch.bfloat16))
-    with recorded_launches(90) as launches, changed_table(sweep.table, changes) as answers:
+    with recorded_launches(90) as launches, changed_table(sweep.table, changes):
         tune.results(sweep.op, args)
-    return launches, answers
+    return launches
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is nothing to compile")
-@pytest.mark.parametrize("sweep", tiered(SWEEPS, []), ids=lambda sweep: f"{sweep.op}-{sweep.table}")
-def test_the_op_launches_with_a_candidates_numbers_and_the_largest_compiles(sweep):
-    from benchmarks.kernel_analysis.compile import compile_launch
+@pytest.mark.parametrize("sweep", tiered(SWEEPS, []), ids=str)
+def test_the_kernels_that_a_sweep_changes_are_timed_and_the_largest_compile(monkeypatch, sweep):
+    from benchmarks.kernel_analysis.compile import compile_launch, recorded_launches
 
-    candidates = sweep.candidates()
-    B = next(B for B in (64, 96) if recorded(sweep, B, {})[1])  # some tables apply to one of them
-    smallest, largest = (recorded(sweep, B, c)[0] for c in (candidates[0], candidates[-1]))
-    assert [each.options for each in smallest] != [each.options for each in largest]
-    assert all(compile_launch(each, 90).registers > 0 for each in largest)
+    monkeypatch.setattr(tune, "ON_GPU", True)  # the launchers run, on tensors of the CPU
+    args, candidates = arguments(sweep.op, Shape(64, 257, torch.bfloat16)), sweep.candidates()
+    with recorded_launches(90):
+        kernels = tune.tuned_kernels(sweep, args)
+    first, last = (recorded(sweep, args, each) for each in (candidates[0], candidates[-1]))
+    changes = {b.name for a, b in zip(first, last, strict=True) if a.options != b.options}
+    assert changes and changes <= kernels
+    assert len(kernels) < len(first) or sweep.op not in ("score_reduce", "cls_attention_output")
+    assert all(compile_launch(each, 90).registers > 0 for each in last)

@@ -218,15 +218,18 @@ def test_generic_row_of_grouped_heads(device, launches, group, dtype):
     assert launches.total() == 2
 
 
-HEAD_GROUPS = pick([(12, 12), (12, 4), (8, 1)], [(2, 1)])  # of queries, of keys
-LENGTHS = [*((N, N) for N in REAL), *pick([(1, 257), (257, 1), (1025, 600)], [(3, 70)])]  # M, N
+RECEIVED = pick(  # heads of queries and of keys, M, N, d; each value with several of the others
+    [
+        *((12, 12, 197, 197, 64), (12, 4, 257, 257, 37), (8, 1, 577, 577, 128)),
+        *((8, 1, 1, 257, 64), (12, 4, 257, 1, 128), (12, 12, 1025, 600, 37)),
+    ],
+    [(2, 1, TOKENS, TOKENS, 16), (2, 1, 3, 70, 16)],
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("d", pick([64, 37, 128], [16]))
-@pytest.mark.parametrize(("M", "N"), LENGTHS)
-@pytest.mark.parametrize(("H", "G"), HEAD_GROUPS)
+@pytest.mark.parametrize(("H", "G", "M", "N", "d"), RECEIVED)
 def test_attention_received(device, launches, H, G, M, N, d, masked, dtype):
     d = min(d, 64) if dtype == torch.float32 else d  # the limit of fp32
     inputs = ops.column_mean_inputs(2, N, dtype, H, G, d, M)
