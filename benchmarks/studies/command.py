@@ -7,8 +7,8 @@ from statistics import median
 from typing import NamedTuple
 
 from benchmarks.studies.chart import draw
+from benchmarks.studies.measures import FINETUNED
 from benchmarks.studies.page import HOW_TO_READ, differences, means, study_page
-from benchmarks.studies.plan import Run, Study
 from benchmarks.studies.results import Document, read_results, write_results
 from benchmarks.studies.runner import (
     check_settings,
@@ -17,6 +17,7 @@ from benchmarks.studies.runner import (
     result_of,
     run_study,
 )
+from benchmarks.studies.study import Run, Study
 from elip_models.data import open_source
 from elip_models.models.io.files import write_file
 from elip_models.reduction import flops
@@ -94,13 +95,16 @@ class Progress:
         shown = Table(title=f"{self.study.name}: {len(self.runs)} runs")
         for name in ("arm", "strategy", "FLOPs of a step", "FLOPs", "minutes", "finished"):
             shown.add_column(name, overflow="fold")
+        if FINETUNED in self.study.measures:
+            shown.add_column("fine-tuning", overflow="fold")
         for arm, cost in self.costs.items():
             runs = [run for run in self.runs if run.arm == arm]
             seconds = self._seconds(runs[0])
             minutes = "?" if seconds is None else f"{seconds / 60:.1f}"
             done = f"{sum(is_finished(self.study, run) for run in runs)} of {len(runs)}"
             cells = f"{cost.step_flops:.3f}", f"{cost.flops:.2g}", minutes, done
-            shown.add_row(arm, cost.strategy, *cells)
+            finetuning = self.study.finetuning(runs[0])
+            shown.add_row(arm, cost.strategy, *cells, finetuning and finetuning.task)
         self.console.print(shown, self._left())
 
     def _left(self) -> str:

@@ -4,6 +4,7 @@ A measure is a function of a `Finished` run that returns numbers by name. Add yo
 `MEASURES`.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,21 +29,38 @@ from elip_models.tasks.features import encode_images, encode_texts, ranks_of
 from elip_models.tasks.retrieval import recall_of_features
 from elip_models.training.loss_log import losses_of
 from elip_models.training.run_config import RunConfig
+from elip_models.training.run_folder import RunFolder
+from elip_models.training.trainer import train
+from elip_models.validation import require_extra
+
+with require_extra("benchmarks.studies"):
+    from rich.console import Console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FINETUNED = "finetuned"
 CONTRASTED = 100  # pairs per batch of the held-out contrastive loss
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its recipe, its model in eval mode, its tokenizer and its `data.eval`."""
+    """A run that has pre-trained.
+
+    config: Its recipe.
+    model: Its model in eval mode.
+    tokenizer: The tokenizer of the model.
+    source: Its `data.eval`.
+    finetuning: The recipe that fine-tunes the model, if the study has one.
+    console: Where the progress of fine-tuning is shown.
+    """
 
     config: RunConfig
     model: PretrainedModel
     tokenizer: "PreTrainedTokenizerBase"
     source: Source
+    finetuning: RunConfig | None
+    console: Console
 
     def batches(self) -> Iterator[EvaluationBatch]:
         """Return batches of all samples, in order."""
@@ -138,10 +156,23 @@ def selection(run: Finished) -> dict[str, float]:
     return {f"selection.{k}": v["mean"] for k, v in found.items() if isinstance(v, dict)}
 
 
+def finetuned(run: Finished) -> dict[str, float]:
+    """Fine-tune the model, and return the scores of the downstream task on its own `data.eval`.
+
+    The run of `elip finetune` is in the folder `finetuned` of the run, and resumes there if it was
+    killed. The keys are "finetuned." and a metric of the task, such as "image_to_text_r1".
+    """
+    with torch.enable_grad():
+        result = train(run.finetuning, resume=True, console=run.console)
+    shutil.rmtree(RunFolder(result.output_dir).checkpoints.path)
+    return {f"{FINETUNED}.{name}": score.mean for name, score in result.task_scores.scores.items()}
+
+
 MEASURES: dict[str, Callable[[Finished], dict[str, float]]] = {
     "retrieval": retrieval,
     "objectives": objectives,
     "selection": selection,
+    FINETUNED: finetuned,
 }
 RETRIEVAL_METRICS = {
     f"{images}.{metric}"
@@ -155,6 +186,7 @@ METRICS = {
     "retrieval": sorted(RETRIEVAL_METRICS),
     "objectives": ["objective.*"],
     "selection": ["selection.*"],
+    FINETUNED: [f"{FINETUNED}.*"],
 }
 """Patterns of the metrics of each measure; a measure without patterns can return any."""
 

@@ -38,6 +38,7 @@ weights and see the same batches.
 | `contrastive_loss` | contrastive loss of batches of 100 pairs |
 | `objective.*` | training losses on held-out batches, with each image reduced as in training |
 | `selection.*` | what the reduction keeps of the patches that the caption names |
+| `finetuned.*` | the downstream task's own metric after fine-tuning, such as R@1 both ways |
 
 - **Mean ± half**: mean over seeds and half of its {LEVEL:.0%} confidence interval (Student's t), of
   each arm alone.
@@ -69,7 +70,7 @@ weights and see the same batches.
 - **FLOPs** are those of training the image tower, scorer included, relative to the first reference.
   The text tower is not reduced: in `clip_tiny` it is about 11% of the FLOPs of a dense step.
   For an arm that begins with another model they are those of one training step. For an arm that
-  does not train they are those of one forward pass.
+  does not train they are those of one forward pass. Fine-tuning is not included.
 - **Time** is training time relative to the first reference. Its steps alternate with steps of the
   dense model in one process.
 """

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-from benchmarks.studies.plan import RUNS, Run, Study
 from benchmarks.studies.runner import result_of
+from benchmarks.studies.study import RUNS, Run, Study
 from elip_models.models.io.files import read_object, write_file
 from elip_models.validation import (
     ConfigError,

@@ -2,6 +2,7 @@
 
     runs/studies/GROUP/tokenizer/              tokenizer of all arms that do not change the data
     runs/studies/GROUP/ARM/SEED/               a run of `elip train`, without checkpoints
+    runs/studies/GROUP/ARM/SEED/finetuned/     a run of `elip finetune` with the model of that run
     runs/studies/GROUP/ARM/SEED/result.json    its numbers, written last: the run is finished
     runs/studies/GROUP/ARM/SEED.lock           locked by the process that works on the run
 
@@ -12,16 +13,15 @@ measure of a study is also computed for its finished runs, from their saved mode
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from benchmarks.studies.measures import Finished, measure
-from benchmarks.studies.plan import Run, Study
+from benchmarks.studies.measures import FINETUNED, Finished, measure
+from benchmarks.studies.study import Run, Study
 from elip_models.data import load_tokenizer, open_source, train_tokenizer
-from elip_models.models.config import ReductionConfig
 from elip_models.models.io.files import read_object, write_json
 from elip_models.models.registry import load_model
 from elip_models.profiling.commit import commit
@@ -100,7 +100,7 @@ def is_finished(study: Study, run: Run) -> bool:
 
 
 def perform(study: Study, run: Run, console: Console) -> None:
-    """Train the run unless its arm only measures, measure it, and write the result."""
+    """Train the run unless its arm has length 0, measure it, and write the result."""
     start = time.monotonic()
     config, result = study.config(run), result_of(study, run)
     folder = RunFolder(config.output_dir)
@@ -115,7 +115,7 @@ def perform(study: Study, run: Run, console: Console) -> None:
         result |= {**_cost(config, folder), **_origin()}
         result |= {"seconds": 0.0, "measures": [], "metrics": {}}
     missing = tuple(name for name in study.measures if name not in result["measures"])
-    finished = _open(study, run, config)
+    finished = _open(study, run, config, console)
     if study.arms[run.arm].length and "step_time" not in result:
         result["step_time"] = step_time(finished)
     found = measure(finished, missing)
@@ -149,21 +149,28 @@ def _next(study: Study, runs: Sequence[Run]) -> tuple[Run, FileLock] | None:
 def check_settings(study: Study, runs: Sequence[Run]) -> None:
     """Raise ConfigError for an invalid arm, or for a result that was made with other settings."""
     for run in runs:
-        config, recipe = study.config(run), study.folder(run) / "recipe.yaml"
+        config, finetuning = study.config(run), study.finetuning(run)
         result = result_of(study, run)
         if result is None:
             continue
-        if changes := resume_conflicts(load_recipe(recipe), config, ()):
-            raise ConfigError(
-                f"{recipe.parent} was made with other settings: {'; '.join(changes)}; remove it, "
-                "or give the study another name"
-            )
+        _check_recipe(study.folder(run), config)
+        if FINETUNED in result["measures"] and finetuning is not None:
+            _check_recipe(study.finetuned(run), finetuning)
         beginning, then = _beginning(study, run), result.get("beginning")
         if None not in (beginning, then) and beginning != then:
             raise ConfigError(
-                f"{recipe.parent} began with an older run of {study.arms[run.arm].parent!r}, which "
-                "was trained again since; remove it"
+                f"{study.folder(run)} began with an older run of {study.arms[run.arm].parent!r}, "
+                "which was trained again since; remove it"
             )
+
+
+def _check_recipe(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError unless the finished run in `folder` has this recipe."""
+    if changes := resume_conflicts(load_recipe(folder / "recipe.yaml"), config, ()):
+        raise ConfigError(
+            f"{folder} was made with other settings: {'; '.join(changes)}; remove it, or give the "
+            "study another name"
+        )
 
 
 def check_tree(study: Study, runs: Sequence[Run], *, allow_dirty: bool) -> None:
@@ -195,19 +202,19 @@ def _make_tokenizer(study: Study, config: RunConfig) -> None:
             RunFolder(path.parent).save_tokenizer(tokenizer.save_pretrained)
 
 
-def _open(study: Study, run: Run, config: RunConfig) -> Finished:
-    """Load the model of a run; for an arm that does not train, its parent's with its strategy."""
-    arm, folder, fields_of_arm = study.arms[run.arm], RunFolder(config.output_dir), {}
+def _open(study: Study, run: Run, config: RunConfig, console: Console) -> Finished:
+    """Load the model of a run; for an arm of length 0, its parent's with its strategy."""
+    arm, folder, reduction = study.arms[run.arm], RunFolder(config.output_dir), {}
     if arm.length == 0:
         folder = RunFolder(study.folder(Run(arm.parent, run.seed)))
-        reduction = meta_model(config).config
-        fields_of_arm = {
-            each.name: getattr(reduction, each.name) for each in fields(ReductionConfig)
-        }
+        reduction = study.reduction(run)
     with as_config_error(f"arms.{run.arm}"):
-        model = load_model(folder.model, **fields_of_arm).to(_device()).eval()
-    source = open_source(config.data.eval, image_size=model.config.image_size)
-    return Finished(config, model, load_tokenizer(str(folder.model)), source)
+        model = load_model(folder.model, **reduction).to(_device()).eval()
+    source, tokenizer = (
+        open_source(config.data.eval, image_size=model.config.image_size),
+        load_tokenizer(str(folder.model)),
+    )
+    return Finished(config, model, tokenizer, source, study.finetuning(run), console)
 
 
 def _beginning(study: Study, run: Run) -> float | None:

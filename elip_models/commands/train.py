@@ -12,7 +12,7 @@ with require_extra("elip_models.commands"):
 
 STUDIES = (
     *("ablations", "guidance", "guidance_albef", "guidance_blip", "quality", "quality_emoji"),
-    *("quality_flat", "reduced_later", "scorers", "text_removal"),
+    *("quality_flat", "reduced_later", "scorers", "text_removal", "text_removal_meter"),
 )
 """Built-in studies of a checkout; most of them exist at full size, too."""
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint .")]
@@ -76,7 +76,7 @@ def study(
     check_output("--page", page)
     chosen = plans.load_study(name, parse_overrides(overrides or (), "optim.steps=100"))
     runs = plans.plan(chosen, only=only.split(",") if only else (), seeds=plans.seeds_of(seeds))
-    found = results or plans.RUNS / f"{chosen.name}.json"
+    found = results or chosen.results
     progress = command.Progress(chosen, runs, found, Console(), allow_dirty=allow_dirty)
     if page is not None:
         command.write_page(found, page)

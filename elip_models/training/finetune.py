@@ -42,15 +42,41 @@ def finetune_recipe(
     with as_config_error("--from"):
         if (folder / "model" / "config.json").is_file():
             folder = folder / "model"
-        family, config = read_config(folder)
-        if family not in MODELS:
-            raise ValueError(f"expected a folder with a model of this library, got {folder}")
-        _check_sizes(MODELS[family], config, folder)
-        if MODELS[family].task is not None:
-            family = MODELS[family].pretraining.family
-    recipe = _recipe_of(task, family)
+        family, config = read_pretrained(folder)
+    with as_config_error("TASK"):
+        recipe = recipe_of(task, family)
+    return recipe_for(recipe, family, config, folder, overrides, reduced=reduced)
+
+
+def read_pretrained(folder: Path) -> tuple[type[PretrainedModel], dict[str, Any]]:
+    """Return the pre-training class of a saved model, and its config.
+
+    Raises:
+        ValueError: a model of another library, or weights that do not fit the config.
+    """
+    family, config = read_config(folder)
+    if family not in MODELS:
+        raise ValueError(f"expected a folder with a model of this library, got {folder}")
+    model = MODELS[family]
+    _check_sizes(model, config, folder)
+    return (model if model.task is None else model.pretraining), config
+
+
+def recipe_for(
+    recipe: str,
+    family: type[PretrainedModel],
+    config: dict[str, Any],
+    folder: Path,
+    overrides: Mapping[str, Any],
+    *,
+    reduced: bool,
+) -> RunConfig:
+    """Return the recipe that fine-tunes a model of a pre-trained family with this config.
+
+    The model is that in `folder`, which need not exist yet. See `finetune_recipe`.
+    """
     initial = {
-        "model.name": next(name for name in CONFIGS if family_of(name) is MODELS[family]),
+        "model.name": next(name for name in CONFIGS if family_of(name) is family),
         "model.pretrained": str(folder),
         "data.tokenizer": str(folder),
         **overrides,
@@ -59,7 +85,7 @@ def finetune_recipe(
     if chosen.task is None:
         raise ConfigError(f"recipe {recipe}: expected one with a task, got none")
     with as_config_error("task"):
-        model = downstream_of(MODELS[family], chosen.task)
+        model = downstream_of(family, chosen.task)
     dropped = {"gather", *input_fields(chosen.data)} | (set() if reduced else REDUCTION)
     if "max_positions" in config:  # more positions than the text length, which the recipe sets
         dropped.add("context_length")
@@ -78,17 +104,21 @@ def _check_sizes(model: type[PretrainedModel], config: dict[str, Any], folder: P
         raise ValueError(f"expected weights that fit {folder}/config.json: {error}") from error
 
 
-def _recipe_of(task: str, family: str) -> str:
+def recipe_of(task: str, family: type[PretrainedModel]) -> str:
+    """Return the name or path of the recipe that `task` is, or that `family` has for this task.
+
+    Raises:
+        ValueError: a task that the family does not have, or an unknown recipe.
+    """
     names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
     if task in TASKS:
-        with as_config_error("TASK"):
-            downstream_of(MODELS[family], task)
-        task = f"{task}_{family}"
+        downstream_of(family, task)
+        task = f"{task}_{family.family}"
     if task in names:
         return f"{FINETUNE}/{task}"
     if task.endswith((".yaml", ".yml")):
         return task
-    raise ConfigError(
-        f"TASK: expected one of {', '.join(TASKS)}, a recipe of {', '.join(names)}, or a YAML "
-        f"file, got {task!r}{did_you_mean(task, [*TASKS, *names])}"
+    raise ValueError(
+        f"expected one of {', '.join(TASKS)}, a recipe of {', '.join(names)}, or a YAML file, got "
+        f"{task!r}{did_you_mean(task, [*TASKS, *names])}"
     )

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.studies.plan import Study, load_study
+from benchmarks.studies.plan import load_study
+from benchmarks.studies.study import Study
 from tests.helpers.tiny_run import OF_RECIPE, SIZES
 
 TINY = {

@@ -12,6 +12,14 @@ from tests.helpers.tiny_run import elip
 PAGE = Path(__file__).parents[2] / "docs" / "reproduce.md"
 ITEMS = [*(f"Table {number}" for number in range(1, 11)), *(f"Figure {i}" for i in range(1, 5))]
 RECALLS = r"image_to_text_r1 .*text_to_image_r10 "
+
+
+def compared(*arms):
+    """Return the pattern of the means of a study: R@1 and R@5 of each arm."""
+    recalls = [rf"{way}_r{k}, %" for k in (1, 5) for way in ("image_to_text", "text_to_image")]
+    return ".*".join([*(f"finetuned.{each}" for each in recalls), *(f" {arm} " for arm in arms)])
+
+
 PRINTED = {  # what the commands of a section print, in order
     "Table 1": [RECALLS] * 4 + [r"GFLOPs.*dense .*1\.000.*elip:scorer=exact .*0\.\d{3} "],
     "Table 2": [r"vqa: 12 examples.*accuracy"] * 2 + [r"nlvr2: 12 examples.*accuracy"] * 2,
@@ -22,13 +30,13 @@ PRINTED = {  # what the commands of a section print, in order
         r"GFLOPs.*dense .*elip:scorer=exact .*evit ",
     ],
     "Table 6": [r"top-1.*top-5.*accuracy", r"classification: 12 examples.*accuracy"],
-    "Table 7": [r"steps", RECALLS],
-    "Table 8": [r"steps", RECALLS],
+    "Table 7": [compared("none", "post", "random", "learned")] * 2,
+    "Table 8": [compared("paper", "20-percent", "40-percent", "two-stages")],
     "Table 9": [r"largest training batch.*dense .*elip:scorer=exact ", r"steps", RECALLS],
     "Table 10": [RECALLS] * 2,
     "Figure 1": [r"albef\.png"],
     "Figure 2": [r"blip\.png", r"by component.*image tower.*(albef|blip|meter)_tiny .*GFLOPs"],
-    "Figure 3": [r"steps", RECALLS] * 2,
+    "Figure 3": [compared("paper", "prune", "nearest", "fusion-0", "fusion-0.5")],
     "Figure 4": [r"kept\.png"],
 }
 SMALL = (
@@ -58,6 +66,11 @@ def tiny_commands(title):
 def shortened(words):
     """Return a command with few steps and samples, and otherwise the same."""
     words = [re.sub(r"size=\d+", "size=12", word) for word in words]
+    if words[0] == "study":
+        sizes = {"data.train": "emoji_scenes:size=64", "data.eval": "emoji_scenes:seed=1,size=12"}
+        own = {"optim.steps": 2, "optim.batch_size": 8, **sizes}
+        given = [f"{stage}{key}={own[key]}" for stage in ("", "finetune.") for key in own]
+        return [*words, *given, "data.vocab_size=300", "--seeds", "0", "--allow-dirty"]
     if words[0] not in ("train", "finetune"):
         return words
     name = words[1] if words[0] == "train" else f"finetune/{words[1]}"

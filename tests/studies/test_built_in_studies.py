@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmarks.studies import chart, runner
-from benchmarks.studies.plan import Run, load_study, plan, study_names
+from benchmarks.studies.measures import FINETUNED
+from benchmarks.studies.plan import load_study, plan, study_names
 from benchmarks.studies.results import read_results
+from benchmarks.studies.study import FINETUNE, Run
 from elip_models.training.training_data import meta_model
 from tests.helpers.tiers import slow_except, tiered
 
@@ -23,14 +25,22 @@ FULL = [name for name in study_names() if name.endswith("_full")]
 DATA = {"data.train": "emoji_scenes:size=900", "data.eval": "emoji_scenes:seed=1,size=9"}
 
 
+def load(name):
+    """Return a built-in study on built-in data, in fine-tuning too if it has this stage."""
+    study = load_study(name, DATA)
+    if FINETUNED not in study.measures:
+        return study
+    return load_study(name, DATA | {f"{FINETUNE}{key}": value for key, value in DATA.items()})
+
+
 @pytest.mark.parametrize("name", study_names())
 def test_a_built_in_study_is_valid_and_matches_its_full_size_version(name):
-    study = load_study(name, DATA)
+    study = load(name)
     assert study.question and study.paper and len(study.seeds) >= 3
     for arm in study.arms.values():
         assert "steps" not in str(arm.overrides)  # `length` works with any recipe
     if name.endswith("_full"):
-        twin = load_study(name.removesuffix("_full"), DATA)
+        twin = load(name.removesuffix("_full"))
         ours, theirs = (
             {name: arm.overrides for name, arm in each.arms.items() if name != "start"}
             for each in (study, twin)
@@ -40,7 +50,7 @@ def test_a_built_in_study_is_valid_and_matches_its_full_size_version(name):
 
 def test_arms_of_equal_name_in_a_group_have_equal_settings():
     seen = {}
-    for study in (load_study(name, DATA) for name in study_names()):
+    for study in (load(name) for name in study_names()):
         for name, arm in study.arms.items():
             found = study.recipe, study.overrides | arm.overrides, arm.parent, arm.length
             assert seen.setdefault((study.group, name), found) == found, (study.name, name)
@@ -48,14 +58,14 @@ def test_arms_of_equal_name_in_a_group_have_equal_settings():
 
 @pytest.mark.parametrize("name", tiered(CPU, []))
 def test_every_arm_of_a_built_in_study_is_valid(name):
-    study = load_study(name, DATA)
+    study = load(name)
     runner.check_settings(study, plan(study, seeds=[0]))
 
 
 @pytest.mark.parametrize("name", tiered(FULL[::-1], []))
 def test_full_size_studies_take_a_training_step(name):
     """Run one of several arms that differ only in numbers."""
-    seen, study = set(), load_study(name, DATA)
+    seen, study = set(), load(name)
     for arm in study.arms:
         overrides = study.overrides | study.arms[arm].overrides
         strategy = str(overrides.get("model.overrides.strategy")).partition(":")[0]
