@@ -13,6 +13,7 @@ and the path of CLS alone through a block are computed here, once for all librar
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
+from operator import attrgetter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -24,8 +25,15 @@ from elip_kernels import ReductionInfo
 from elip_kernels.ops.gather_ops import accumulator
 from elip_models.reduction.schedule import Merge, merge_flag
 from elip_models.towers.positions import Positions
-from elip_models.towers.tower_parts import IDENTITY, QKV, Block, Query, TowerSize
-from elip_models.towers.wrapped_modules import in_place_of, is_layer_norm, unsharded
+from elip_models.towers.tower_parts import QKV, Block, Projections, Query, TowerSize, normed
+from elip_models.towers.wrapped_modules import (
+    Affine,
+    in_place_of,
+    is_layer_norm,
+    qkv_of,
+    unsharded,
+    unwrapped,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -125,20 +133,19 @@ class Tower(Positions):
             qkv: the block's queries, keys and values, if the caller has computed them.
         """
         q, k, v = self.qkv(i, tokens) if qkv is None else qkv
-        dropout, scale = self.attention_dropout(i), self.projections(i).scale
         own = self.position_bias(i)
         if own is not None:
             own = own[:, :, : q.shape[2]]  # of the first tokens, if these alone attend
             bias = own if bias is None else own + bias
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+            q, k, v, attn_mask=bias, dropout_p=self.attention_dropout(i), scale=self.scale
         )
         return tokens + self.project(i, attended.transpose(1, 2).flatten(2))
 
     def attention_map(self, i: int, tokens: Tensor, *, qkv: QKV | None = None) -> Tensor:
         """Return block i's attention weights (B, H, N, N), as the official code computes them."""
         q, k, _ = self.qkv(i, tokens) if qkv is None else qkv
-        scores, bias = torch.matmul(q * self.projections(i).scale, k.mT), self.position_bias(i)
+        scores, bias = torch.matmul(q * self.scale, k.mT), self.position_bias(i)
         return (scores if bias is None else scores + bias).softmax(-1)
 
     def cls_attention(
@@ -157,11 +164,42 @@ class Tower(Positions):
             if arguments is not None:
                 return elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
             q, k = self.query_and_keys(i, tokens, cls)
-            scale = self.projections(i).scale
             bias = self.position_bias(i) if self.has_cls else None
             if bias is not None:
-                return attention_row(q, k, scale, bias[:, :, 0], mask)
-            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=scale, mask=mask)
+                return attention_row(q, k, self.scale, bias[:, :, 0], mask)
+            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=self.scale, mask=mask)
+
+    def projections(self, i: int) -> Projections:
+        """Return the modules around block i's projections."""
+        norm = unwrapped(getattr(self.blocks[i], self.names.norm1))
+        return Projections(norm, self.num_heads, self.scale, *self._head_norms(self._attention(i)))
+
+    def weights(self, i: int) -> list[Affine] | None:
+        """Return block i's query, key and value projections, each (D, D) as in nn.Linear.
+
+        None means that their effect cannot be read from weights; call `qkv` instead.
+        """
+        return qkv_of(*self._layers(self._attention(i)))
+
+    def _attention(self, i: int) -> nn.Module:
+        """Return block i's attention, which may have been wrapped since the tower was made."""
+        attn = unwrapped(getattr(self.blocks[i], self.names.attn))
+        reason = self.refuses_attention(attn)
+        if reason is not None:
+            raise TypeError(
+                f"model: expected the library's own attention in block {i}, but {reason}; "
+                "unreduce_ the model before its attention changes"
+            )
+        return attn
+
+    def _layers(self, attn: nn.Module) -> list[nn.Module]:
+        """Return the projections: one joint layer, or those of queries, keys and values."""
+        return [attrgetter(name)(attn) for name in self.names.qkv]
+
+    def _head_norms(self, attn: nn.Module) -> tuple[nn.Module | None, ...]:
+        """Return the norms of each head's queries and keys, or None for each."""
+        norms = (getattr(attn, name, None) for name in self.names.head_norms)
+        return tuple(None if isinstance(norm, nn.Identity) else norm for norm in norms)
 
     def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
         """Return the arguments of `cls_attention_from_tokens` for block i.
@@ -200,8 +238,7 @@ class Tower(Positions):
         q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
         each = (project(y) for project, y in zip(weights, (q, x), strict=False))
         q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in each)
-        q, k = (parts.q_norm or IDENTITY)(q)[:, :, 0], (parts.k_norm or IDENTITY)(k)
-        return q, self.rotated(i, k)
+        return normed(parts.q_norm, q)[:, :, 0], self.rotated(i, normed(parts.k_norm, k))
 
     def mean_keys(self, i: int, tokens: Tensor) -> Tensor:
         """Return block i's keys of `tokens` (B, N, D), averaged over heads: (B, N, d).
@@ -220,7 +257,7 @@ class Tower(Positions):
                 means = (None if w is None else w.unflatten(0, (heads, -1)).mean(0) for w in key)
                 return F.linear(tokens, *means)
             keys = key(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
-            return self.rotated(i, (parts.k_norm or IDENTITY)(keys)).mean(1)
+            return self.rotated(i, normed(parts.k_norm, keys)).mean(1)
 
     def score_reduce(
         self,
@@ -277,16 +314,13 @@ class Tower(Positions):
         """Run `cls` (B, D) alone through block i, attending to `tokens`; returns (B, D)."""
         with self.unsharded(i, tokens, cls) as (tokens, cls):
             arguments = self.absorbed(i, values=True)
-            if arguments is not None:
-                attended = elip_kernels.cls_attention_output(tokens, cls, **arguments)
-            else:
+            if arguments is None:
                 q, k, v = self.qkv(i, with_cls(tokens, cls))
-                scale, bias = self.projections(i).scale, self.position_bias(i)
-                bias = None if bias is None else bias[:, :, :1]
-                row = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=bias, scale=scale)
-                attended = row.flatten(1)
-            cls = cls[:, None] + self.project(i, attended[:, None])
-            return self.mlp(i, cls)[:, 0]
+                out = self.attend(i, cls[:, None], qkv=(q[:, :, :1], k, v))
+            else:
+                attended = elip_kernels.cls_attention_output(tokens, cls, **arguments)
+                out = cls[:, None] + self.project(i, attended[:, None])
+            return self.mlp(i, out)[:, 0]
 
 
 def attention_row(
@@ -346,13 +380,11 @@ def scoring_context(model: nn.Module, tensor: Tensor) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _isolated_rng(model: nn.Module, tensor: Tensor) -> Iterator[None]:
+def _isolated_rng(model: nn.Module, tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context that restores the random state, if the model is in training mode."""
     if not model.training or torch.compiler.is_compiling():
-        yield
-        return
-    with torch.random.fork_rng([tensor.device] if tensor.is_cuda else []):
-        yield
+        return nullcontext()
+    return torch.random.fork_rng([tensor.device] if tensor.is_cuda else [])
 
 
 def _uncached_autocast(device: str) -> torch.autocast | nullcontext:

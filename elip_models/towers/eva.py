@@ -14,8 +14,6 @@ import math
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingCat,
@@ -27,16 +25,9 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from elip_models.towers.positions import angles_at, coordinates_of
-from elip_models.towers.timm import PATCH_DROP, PlainTimm
-from elip_models.towers.tower_parts import NO_POSITION, Block, Projections
-from elip_models.towers.wrapped_modules import (
-    Affine,
-    affine,
-    is_plain,
-    library_class,
-    qkv_of,
-    unwrapped,
-)
+from elip_models.towers.timm import BLOCK, PlainTimm
+from elip_models.towers.tower_parts import QKV, Block
+from elip_models.towers.wrapped_modules import library_class
 
 
 class EvaTower(PlainTimm):
@@ -45,17 +36,21 @@ class EvaTower(PlainTimm):
     is_mixed: blocks have different rotations.
     ropes: the rotations of all patches in this forward pass, if they are known already; those of
         one block by its number if blocks differ and the model has passed them.
-    gathered: the rotations at `positions`, by block if blocks differ, once they are known.
     """
 
+    attentions = (EvaAttention, AttentionRope)
     absorbs_keys = False
-    is_mixed = False
+    averages_keys = False
     ropes: Tensor | dict[int, Tensor] | None = None
 
-    def __init__(self, model: Eva) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        attn = self._attention(0)
+        qkv = BLOCK.qkv if attn.qkv is not None else ("q_proj", "k_proj", "v_proj")
+        self.names = BLOCK._replace(qkv=qkv, after=("gamma_{}", "drop_path{}"))
         self.is_rotary = model.rope is not None
-        self.is_mixed = self.is_rotary and model.rope_mixed
+        self.is_mixed = self.is_rotary and getattr(model, "rope_mixed", False)
+        self.rotates_halves = attn.rotate_half
         if self.is_mixed:
             self.size_advice = "the model's set_input_size takes others"
 
@@ -64,28 +59,44 @@ class EvaTower(PlainTimm):
         """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, Eva)
 
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
+    @classmethod
+    def refuses(cls, model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        if model.patch_drop is not None:
-            return PATCH_DROP
         is_mixed = model.rope is not None and getattr(model, "rope_mixed", False)
         if is_mixed and model.dynamic_img_size:
             return (
                 "each block has its own rotations, which change from call to call with the image's "
                 "size (create it with dynamic_img_size=False; set_input_size changes the size then)"
             )
-        if getattr(model.rope, "aug_active", False) and is_mixed:
+        if is_mixed and getattr(model.rope, "aug_active", False):
             return "it draws each block's rotations anew in every training step"
-        reasons = (_refuses_block(block) for block in model.blocks)
-        return next((reason for reason in reasons if reason is not None), None)
+        return super().refuses(model)
+
+    @classmethod
+    def refuses_block(cls, block: nn.Module) -> str | None:
+        """Return why a block cannot be read, in one sentence, or None if it can."""
+        if library_class(block) is not EvaBlock:
+            return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
+        return super().refuses_block(block)
+
+    @classmethod
+    def refuses_attention(cls, attn: nn.Module) -> str | None:
+        """Return why an attention cannot be read, in one sentence, or None if it can."""
+        reason = super().refuses_attention(attn)
+        has_bias = reason is None and getattr(attn, "q_bias", None) is not None
+        if has_bias and not attn.qkv_bias_separate and not isinstance(attn.qkv, nn.Linear):
+            return (
+                f"timm reads the weight of its qkv, and so ignores the {type(attn.qkv).__name__} "
+                "around it (qkv_bias_separate=True calls it)"
+            )
+        return reason
 
     def at(self, positions: Tensor | None) -> Self:
         """Return the tower for tokens at these positions; None means all patches in order."""
         if not self.is_rotary:
             return self
         ropes = self._ropes() if self.ropes is None else self.ropes
-        return self.changed(positions=positions, ropes=ropes, gathered={})
+        return self.changed(positions=positions, ropes=ropes)
 
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return the rows and columns of patches of an image."""
@@ -95,19 +106,14 @@ class EvaTower(PlainTimm):
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if not self.is_rotary:
             return self
-        return self.changed(ropes=self._ropes(self.grid_of(images.shape[2:])), gathered={})
+        return self.changed(ropes=self._ropes(self.grid_of(images.shape[2:])))
 
     def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         rope = kwargs.get("rope")
         if rope is None:
             return self
-        return self.changed(ropes={i: rope} if self.is_mixed else rope, gathered={})
-
-    def at_no_position(self) -> Self:
-        """Return the tower for one token that comes from outside the image."""
-        positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
-        return self.at(positions.to(next(self.model.parameters()).device))
+        return self.changed(ropes={i: rope} if self.is_mixed else rope)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
@@ -163,16 +169,11 @@ class EvaTower(PlainTimm):
 
     def patchify(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return tokens and rotations of images (B, 3, h, w), with interpolated positions."""
-        ropes = self.for_images(images).ropes if self.is_rotary else None
-        return super().patchify(images), ropes
+        return super().patchify(images), self.for_images(images).ropes
 
     def enter(self, tokens: tuple[Tensor, Tensor | None]) -> Tensor:
         """Run the modules between `entrance` and block 0."""
-        return self.model.norm_pre(tokens[0])
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens before block 0 of images (B, 3, H, W)."""
-        return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
+        return super().enter(tokens[0])
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
@@ -183,61 +184,13 @@ class EvaTower(PlainTimm):
         rope, p = self._rope(i), self.num_prefix_tokens
         if rope is None:
             return heads
-        half = getattr(self._attention(i), "rotate_half", False)
-        rotated = apply_rot_embed_cat(heads[:, :, p:], rope, half=half)
+        rotated = apply_rot_embed_cat(heads[:, :, p:], rope, half=self.rotates_halves)
         return torch.cat([heads[:, :, :p], rotated], dim=2)
 
-    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, i: int, tokens: Tensor) -> QKV:
         """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
-        attn, x = self._attention(i), self.blocks[i].norm1(tokens)
-        if attn.qkv is None:
-            each = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
-        else:
-            each = _joint_qkv(attn, x).chunk(3, -1)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=attn.num_heads) for y in each)
-        q, k = self.rotated(i, attn.q_norm(q)), self.rotated(i, attn.k_norm(k))
+        q, k, v = super().qkv(i, tokens)
         return q.type_as(v), k.type_as(v), v
-
-    def projections(self, i: int) -> Projections:
-        """Return the modules around block i's projections."""
-        attn = self._attention(i)
-        norm = unwrapped(self.blocks[i].norm1)
-        return Projections(norm, attn.num_heads, attn.scale, attn.q_norm, attn.k_norm)
-
-    def weights(self, i: int) -> list[Affine] | None:
-        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
-        attn = self._attention(i)
-        if attn.qkv is None:
-            return qkv_of(attn.q_proj, attn.k_proj, attn.v_proj)
-        joint, bias = affine(attn.qkv), _bias(attn)
-        if joint is None:
-            return None
-        return (joint if bias is None else joint._replace(bias=bias)).thirds()
-
-    def project(self, i: int, attended: Tensor) -> Tensor:
-        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        block, attn = self.blocks[i], self._attention(i)
-        out = attn.proj_drop(attn.proj(attn.norm(attended)))
-        return block.drop_path1(out if block.gamma_1 is None else block.gamma_1 * out)
-
-    def mlp(self, i: int, tokens: Tensor) -> Tensor:
-        """Run block i's MLP half, residual included."""
-        block = self.blocks[i]
-        out = block.mlp(block.norm2(tokens))
-        return tokens + block.drop_path2(out if block.gamma_2 is None else block.gamma_2 * out)
-
-    def is_plain(self, i: int) -> bool:
-        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
-        block = self.blocks[i]
-        return _refuses_block(block) is None and is_plain(block)
-
-    def _attention(self, i: int) -> nn.Module:
-        """Return block i's attention, which may have been wrapped since the tower was made."""
-        attn = unwrapped(self.blocks[i].attn)
-        reason = _refuses_attention(attn)
-        if reason is not None:
-            raise TypeError(f"model: expected timm's own attention in block {i}, but {reason}")
-        return attn
 
     def _ropes(self, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the rotations of all patches: (N0, 2d), or (depth, H, N0, 2d) if blocks differ."""
@@ -267,43 +220,3 @@ class EvaTower(PlainTimm):
             rope = self.rotations_at(rope, at) if at.dim() == 2 else self._rotations(at, i)
             self.gathered[block] = rope
         return self.gathered[block]
-
-
-def _bias(attn: nn.Module) -> Tensor | None:
-    """Return the joint bias of q, k and v if it belongs to the attention, not to its layer."""
-    if getattr(attn, "q_bias", None) is None:
-        return None
-    return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-
-
-def _joint_qkv(attn: nn.Module, x: Tensor) -> Tensor:
-    """Return queries, keys and values (B, N, 3D) of one joint layer, as timm computes them."""
-    bias = _bias(attn)
-    if bias is None:
-        return attn.qkv(x)
-    return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
-
-
-def _refuses_attention(attn: nn.Module) -> str | None:
-    if library_class(attn) not in (EvaAttention, AttentionRope):
-        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
-    has_bias = getattr(attn, "q_bias", None) is not None
-    if has_bias and not attn.qkv_bias_separate and not isinstance(attn.qkv, nn.Linear):
-        return (
-            f"timm reads the weight of its qkv, and so ignores the {type(attn.qkv).__name__} "
-            "around it (qkv_bias_separate=True calls it)"
-        )
-    return None
-
-
-def _refuses_block(block: nn.Module) -> str | None:
-    attn = unwrapped(block.attn)
-    if library_class(block) is not EvaBlock:
-        return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
-    if _refuses_attention(attn) is not None:
-        return _refuses_attention(attn)
-    if getattr(attn, "gate", None) is not None:
-        return "it gates its attention output"
-    if getattr(attn, "num_kv_groups", 1) > 1:
-        return "several heads share a key (grouped-query attention)"
-    return None

@@ -20,13 +20,13 @@ from transformers import DepthProPreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
 from elip_models.towers.hf_heads import averages, needs_grid, reads_layers
-from elip_models.towers.hf_layers import LAYERS, part, run
+from elip_models.towers.hf_layers import LAYERS
 from elip_models.towers.hf_positions import HFPositions, pair
 from elip_models.towers.hf_processor import image_stats_of
 from elip_models.towers.reducible_model import Stats
-from elip_models.towers.tower_parts import IDENTITY, Block, Projections, plain_mlp_ratio
+from elip_models.towers.tower_parts import Block, part, plain_mlp_ratio, run
 from elip_models.towers.unsupported import transformers_reason
-from elip_models.towers.wrapped_modules import Affine, is_plain, library_class, qkv_of, unwrapped
+from elip_models.towers.wrapped_modules import library_class, unwrapped
 
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
 WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"
@@ -46,11 +46,13 @@ class HFTower(HFPositions):
         self.collector = self.trunk
         self.names = LAYERS[library_class(self.blocks[0]).__name__]
         self.returns_tuple = self.names.returns_tuple
-        self.rotates_itself = hasattr(self._attention(0), "apply_rotary_embeddings")
+        attn = self._attention(0)
+        self.rotates_itself = hasattr(attn, "apply_rotary_embeddings")
         config, embeddings = self.trunk.config, self.trunk.embeddings
         self.width = config.hidden_size
         self.depth = len(self.blocks)
         self.num_heads = config.num_attention_heads
+        self.scale = getattr(attn, "head_dim", self.width // self.num_heads) ** -0.5
         self.num_frames, self.num_steps = _frames(config)
         self.image_size, patches = _sizes(config)
         self.num_patches = self.num_steps * patches
@@ -74,8 +76,8 @@ class HFTower(HFPositions):
         if RETURNS_TOKENS.fullmatch(type(model).__name__):
             self.whole_output = WHOLE_OUTPUT
 
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
+    @classmethod
+    def refuses(cls, model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         found = _trunk(model)
         if found is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
@@ -86,15 +88,22 @@ class HFTower(HFPositions):
             return "it passes the bias of its positions to its layers as a mask"
         names = LAYERS[library_class(layers[0]).__name__]
         for attn in (unwrapped(getattr(layer, names.attn)) for layer in layers):
-            if not _is_own(attn):
-                return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections)"
+            if cls.refuses_attention(attn) is not None:
+                return cls.refuses_attention(attn)
             if any(part(attn, name) is None for name in names.qkv):
                 return (
                     f"a layer's attention has no {', '.join(names.qkv)} (take a later transformers)"
                 )
-            if not isinstance(getattr(attn, "q_norm", IDENTITY), nn.Identity):
+            if not isinstance(getattr(attn, "q_norm", None), nn.Identity | None):
                 return "it normalises queries over all heads together"
         return None
+
+    @classmethod
+    def refuses_attention(cls, attn: nn.Module) -> str | None:
+        """Return why an attention cannot be read, in one sentence, or None if it can."""
+        if any(base.__module__.startswith("transformers.") for base in type(attn).__mro__):
+            return None
+        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections)"
 
     @property
     def saved_config(self) -> Any:
@@ -157,46 +166,6 @@ class HFTower(HFPositions):
         out = block(tokens, **arguments)
         return out[0] if self.returns_tuple else out
 
-    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
-        x, layers = getattr(self.blocks[i], self.names.norm1)(tokens), self._layers(i)
-        each = layers[0](x).chunk(3, -1) if len(layers) == 1 else [layer(x) for layer in layers]
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in each)
-        return self.rotated(i, q), self.rotated(i, k), v
-
-    def projections(self, i: int) -> Projections:
-        """Return the modules around block i's projections."""
-        norm = unwrapped(getattr(self.blocks[i], self.names.norm1))
-        head_dim = getattr(self._attention(0), "head_dim", self.width // self.num_heads)
-        return Projections(norm, self.num_heads, head_dim**-0.5)
-
-    def weights(self, i: int) -> list[Affine] | None:
-        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
-        return qkv_of(*self._layers(i))
-
-    def attention_dropout(self, i: int) -> float:
-        """Return the current dropout rate of block i's attention weights."""
-        attn = self._attention(i)
-        if not attn.training:
-            return 0.0
-        names = ("attention_dropout", "dropout", "attention.dropout_prob", "attention.dropout")
-        rate = next((r for name in names if (r := part(attn, name)) is not None), 0.0)
-        return rate.p if isinstance(rate, nn.Dropout) else rate
-
-    def project(self, i: int, attended: Tensor) -> Tensor:
-        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        return self._residual(i, 1, run(self._attention(i), self.names.out, attended))
-
-    def mlp(self, i: int, tokens: Tensor) -> Tensor:
-        """Run block i's MLP half, residual included."""
-        block = self.blocks[i]
-        x = getattr(block, self.names.norm2)(tokens)
-        return tokens + self._residual(i, 2, run(block, self.names.mlp, x))
-
-    def is_plain(self, i: int) -> bool:
-        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
-        return is_plain(self.blocks[i])
-
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
         return run(self.trunk, [self.names.norm], tokens)
@@ -223,25 +192,6 @@ class HFTower(HFPositions):
             images = rearrange(images, pattern, p=rows, q=columns)
         return images, options
 
-    def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
-        """Run what is between the output of block i's half 1 or 2 and its residual."""
-        return run(self.blocks[i], [name.format(half) for name in self.names.after], out)
-
-    def _attention(self, i: int) -> nn.Module:
-        """Return block i's attention, which may have been wrapped since the tower was made."""
-        attn = unwrapped(getattr(self.blocks[i], self.names.attn))
-        if not _is_own(attn):
-            raise TypeError(
-                f"model: expected transformers' attention in layer {i}, got a "
-                f"{type(attn).__name__}; wrap its projections, or unreduce_ the model first"
-            )
-        return attn
-
-    def _layers(self, i: int) -> tuple[nn.Module, ...]:
-        """Return block i's projections: one joint layer, or those of queries, keys and values."""
-        attn = self._attention(i)
-        return tuple(part(attn, name) for name in self.names.qkv)
-
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
     """Return the module with the embeddings and layers of an image tower, and its layers."""
@@ -255,11 +205,6 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
             if is_image and _is_known(layers):
                 return module, layers
     return None
-
-
-def _is_own(attn: nn.Module) -> bool:
-    """Return whether transformers defines the class, or a base class of it."""
-    return any(cls.__module__.startswith("transformers.") for cls in type(attn).__mro__)
 
 
 def _is_known(layers: nn.Module | None) -> bool:

@@ -27,10 +27,12 @@ class HFImageText(ImageTextModel):
 
     kind: the model's class.
     mask_position: the index of attention_mask among the arguments after ids and pixels.
+    reads_padding: texts are padded to the full length and have no mask.
     """
 
     kind: ClassVar[type[nn.Module]]
     mask_position: ClassVar[int] = 0
+    reads_padding: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -90,12 +92,13 @@ class HFImageText(ImageTextModel):
         longest = self.model.config.text_config.max_position_embeddings
         text = tokenizer(
             list(captions),
-            padding=True,
+            padding="max_length" if self.reads_padding else True,
             truncation=True,
-            max_length=min(longest, tokenizer.model_max_length),
+            max_length=longest if self.reads_padding else min(longest, tokenizer.model_max_length),
             return_tensors="pt",
         )
-        return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+        names = ("input_ids",) if self.reads_padding else ("input_ids", "attention_mask")
+        return {name: text[name] for name in names}
 
     def tracing(self) -> AbstractContextManager:
         """Return a fake tensor mode, since transformers reads the values of its masks.
@@ -124,18 +127,7 @@ class HFSiglip(HFImageText):
     """
 
     kind = SiglipModel
-
-    def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the arguments of `encode_guidance` for B captions, on the CPU."""
-        length = self.model.config.text_config.max_position_embeddings
-        text = tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        return {"input_ids": text.input_ids}
+    reads_padding = True
 
     def refuses(self) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""

@@ -1,40 +1,6 @@
-"""The layers of transformers' vision models, one row of names for each class.
+"""The layers of transformers' vision models, one row of names for each class."""
 
-    x = x + residual1(out(attention(norm1(x))));  x = x + residual2(mlp(norm2(x)))
-
-All these classes compute this function; the names of its parts differ. A row names the parts of a
-layer; a part is a module, or a parameter that scales each channel. `run` calls parts in order.
-"""
-
-from collections.abc import Iterable
-from typing import NamedTuple
-
-from torch import Tensor, nn
-
-
-class Layer(NamedTuple):
-    """The names of a layer's parts. Those with dots are of inner modules.
-
-    attn: the module that has the projections. norm1, norm2: the norms before attention and MLP.
-    out: in `attn`, from its attended values to its output. mlp: in the layer, of its second half.
-    after: in the layer, between the output of either half and its residual; {} is the half, 1 or 2.
-    qkv: in `attn`, the projections, one joint or three.
-    bias: in the layer, the module that computes the bias of its attention from the grid of patches.
-    returns_tuple: the layer returns a tuple, whose first item is the tokens.
-    norm: in the model, the norm after the last layer.
-    """
-
-    attn: str
-    norm1: str
-    norm2: str
-    norm: str
-    out: tuple[str, ...]
-    mlp: tuple[str, ...] = ("mlp",)
-    after: tuple[str, ...] = ()
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    bias: str = "relative_position_bias"
-    returns_tuple: bool = False
-
+from elip_models.towers.tower_parts import Layer
 
 CLIP = Layer("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
 BLIP = CLIP._replace(out=("projection",), qkv=("qkv",))
@@ -102,22 +68,3 @@ LAYERS = {
     ),
 }
 """By the name of the class."""
-
-
-def part(module: nn.Module, name: str) -> nn.Module | Tensor | float | None:
-    """Return the inner module, parameter or number `name`, with dots; None if there is none."""
-    found = module
-    for each in name.split("."):
-        found = getattr(found, each, None)
-    return found
-
-
-def run(module: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
-    """Run parts of a module in order: call modules, multiply by the others, skip what is absent."""
-    for name in names:
-        each = part(module, name)
-        if isinstance(each, nn.Module):
-            x = each(x)
-        elif each is not None:
-            x = each * x
-    return x

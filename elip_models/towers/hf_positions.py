@@ -13,26 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
-from elip_models.towers.hf_layers import Layer, part
 from elip_models.towers.positions import angles_at, coordinates_of
-from elip_models.towers.tower_parts import NO_POSITION
+from elip_models.towers.tower_parts import part
 
 
 class HFPositions(Tower):
     """The part of a tower of transformers that gives its layers the positions of their tokens.
 
-    trunk: the module that has the embeddings and the config. names: the row of its layers.
+    trunk: the module that has the embeddings and the config.
     rotations: cos and sin (N0, d) of all patches in this forward pass, in a rotary tower; of all
         tokens if `rotates_prefix`.
-    gathered: cos and sin (B, 1, N-p or N, d) at `positions`, once they are known.
     resolution: the images' size (H, W) in this forward pass, in a tower that adds a bias.
     rotates_itself: the attention computes its rotations from the indices of all patches.
     """
 
     trunk: nn.Module
-    names: Layer
     rotations: tuple[Tensor, Tensor] | None = None
-    gathered: tuple[Tensor, Tensor] | None = None
     resolution: tuple[int, int] | None = None
     rotates_itself: bool = False
 
@@ -57,29 +53,20 @@ class HFPositions(Tower):
         """Return whether a block's own forward reads the positions of all patches in order."""
         return self.adds_bias or self.rotates_itself or self.rotates_prefix
 
-    def at(self, positions: Tensor | None) -> Self:
-        """Return the tower for tokens at these positions; None means all patches in order."""
-        return self.changed(positions=positions, gathered=None) if self.has_positions else self
-
-    def at_no_position(self) -> Self:
-        """Return the tower for one token that comes from outside the image."""
-        positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
-        return self.at(positions.to(next(self.trunk.parameters()).device))
-
     def for_images(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if self.adds_bias:
             return self.changed(resolution=tuple(images.shape[2:]))
         if not self.is_rotary or self.rotates_itself:
             return self
-        return self.changed(gathered=None, rotations=self._tables(images))
+        return self.changed(rotations=self._tables(images))
 
     def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         if self.adds_bias:
             return self.changed(resolution=kwargs.get("resolution"))
         rotations = kwargs.get("position_embeddings")
-        return self if rotations is None else self.changed(gathered=None, rotations=rotations)
+        return self if rotations is None else self.changed(rotations=rotations)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
@@ -119,23 +106,22 @@ class HFPositions(Tower):
         return torch.where((positions < 0)[:, None, :, None], heads, turned)
 
     def _rotations(self) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of these tokens, `rotations` or `gathered`."""
+        """Return cos and sin of these tokens: `rotations`, or (B, 1, N-p or N, d) at positions."""
         tables = self.rotations
         if tables is None:
             weight = next(self.trunk.parameters())
             tables = self._tables(weight.new_empty(1, 3, *self.image_size))
         if self.positions is None:
             return tables
-        if self.gathered is None and self.positions.dim() == 3:
+        if not self.gathered and self.positions.dim() == 3:
             angles = angles_at(self.positions[:, None], self._frequencies, half=True)
-            self.gathered = angles.cos().to(tables[0]), angles.sin().to(tables[0])
-        if self.gathered is None:
+            self.gathered[0] = angles.cos().to(tables[0]), angles.sin().to(tables[0])
+        elif not self.gathered:
             none = (1.0, 0.0)  # of a token without a position, the last row
             padded = [F.pad(t, (0, 0, 0, 1), value=v) for t, v in zip(tables, none, strict=True)]
             places = self.places(self.positions) if self.rotates_prefix else self.positions
-            cos, sin = (table[places].unsqueeze(1) for table in padded)
-            self.gathered = cos, sin
-        return self.gathered
+            self.gathered[0] = tuple(table[places].unsqueeze(1) for table in padded)
+        return self.gathered[0]
 
     def refuses_mean_positions(self) -> str | None:
         """Return why a token cannot be between patches, in one sentence, or None if it can."""

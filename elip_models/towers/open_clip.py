@@ -24,25 +24,31 @@ from elip_models.towers.reducible_model import (
     default_stats,
     random_ids,
 )
-from elip_models.towers.tower_parts import Projections, interpolated, optional
+from elip_models.towers.tower_parts import Layer, interpolated, run
 from elip_models.towers.wrapped_modules import (
     Affine,
     affine,
     in_projection,
     is_lora_attention,
-    is_plain,
     out_projection,
     refuses_norm,
     unsharded,
     unwrapped,
 )
 
+BLOCK = Layer(
+    *("attn", "ln_1", "ln_2", "ln_post", ("out_proj",)),
+    after=("ls_{}",),
+    head_norms=("ln_q", "ln_k"),
+    dropout=("dropout", "attn_drop"),
+)
 LIBRARIES = ("torch", "open_clip")  # of attention classes whose weights are read
 
 
 class OpenClipTower(Tower):
     """A VisionTransformer of open_clip, with any pooling."""
 
+    names = BLOCK
     dense_methods = ("forward_intermediates",)
     unsupported_methods = ("prune_intermediate_layers",)
 
@@ -52,13 +58,14 @@ class OpenClipTower(Tower):
         self.width = model.transformer.width
         self.depth = len(self.blocks)
         self.num_heads = self.blocks[0].attn.num_heads
+        self.scale = (self.width // self.num_heads) ** -0.5
         self.num_patches = model.grid_size[0] * model.grid_size[1]
         self.image_size = tuple(model.image_size)
         self.pools = model.attn_pool is not None or model.pool_type == "avg"
         self.mlp_ratio = self.blocks[0].mlp.c_fc.out_features / self.width
 
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
+    @classmethod
+    def refuses(cls, model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if not isinstance(model, VisionTransformer):
             return (
@@ -69,8 +76,38 @@ class OpenClipTower(Tower):
             return "it has patch dropout of its own, so patches have no position"
         if not model.transformer.batch_first:
             return "its blocks take (N, B, D) tokens (batch_first=False)"
-        reasons = (_refuses_block(block) for block in model.transformer.resblocks)
-        return next((reason for reason in reasons if reason is not None), None)
+        return cls.refuses_blocks(model.transformer.resblocks)
+
+    @classmethod
+    def refuses_block(cls, block: nn.Module) -> str | None:
+        """Return why a block cannot be read, in one sentence, or None if it can."""
+        if getattr(block, "ln_1_kv", None) is not None:
+            return "its blocks attend to other tokens than their own"
+        attn = unwrapped(block.attn)
+        if cls.refuses_attention(attn) is not None:
+            return cls.refuses_attention(attn)
+        if getattr(attn, "logit_scale", None) is not None:
+            return "it attends by scaled cosine, whose scale is learned"
+        if getattr(attn, "head_scale", None) is not None:
+            return "it scales the output of each head"
+        return refuses_norm(block.ln_1)
+
+    @classmethod
+    def refuses_attention(cls, attn: nn.Module) -> str | None:
+        """Return why an attention cannot be read, in one sentence, or None if it can."""
+        kind = type(attn).__name__
+        inner = attn.get_base_layer() if is_lora_attention(attn) else attn
+        if type(inner).__module__.split(".")[0] not in LIBRARIES:
+            return f"its attention is {kind}, a wrapper, whose weights cannot be read"
+        if getattr(inner, "in_proj_weight", None) is None:
+            return f"its attention ({kind}) has no in_proj_weight of q, k and v together"
+        is_torch, out = isinstance(inner, nn.MultiheadAttention), inner.out_proj
+        if is_torch and inner is attn and not isinstance(out, nn.Linear):
+            return (
+                f"torch's attention reads the weight of its out_proj, and so ignores the "
+                f"{type(out).__name__} around it (adapt the attention itself)"
+            )
+        return None
 
     def image_stats(self) -> Stats | None:
         """Return the mean and standard deviation that normalise images, or None if unknown."""
@@ -100,20 +137,9 @@ class OpenClipTower(Tower):
         """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.model._embeds(images)
 
-    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
-        attn = self._attention(i)
-        qkv = in_projection(attn)(self.blocks[i].ln_1(tokens))
-        q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
-        return optional(attn, "ln_q")(q), optional(attn, "ln_k")(k), v
-
-    def projections(self, i: int) -> Projections:
-        """Return the modules around block i's projections."""
-        attn = self._attention(i)
-        norms = (optional(attn, name) for name in ("ln_q", "ln_k"))
-        norms = (None if isinstance(norm, nn.Identity) else norm for norm in norms)
-        scale = (self.width // self.num_heads) ** -0.5
-        return Projections(unwrapped(self.blocks[i].ln_1), self.num_heads, scale, *norms)
+    def projected(self, attn: nn.Module, x: Tensor) -> Tensor:
+        """Return queries, keys and values (B, N, D) of `x`, after the norm, in one tensor."""
+        return in_projection(attn)(x)
 
     def weights(self, i: int) -> list[Affine]:
         """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
@@ -123,28 +149,12 @@ class OpenClipTower(Tower):
         with torch.no_grad():
             return in_projection(attn).thirds()
 
-    def attention_dropout(self, i: int) -> float:
-        """Return the current dropout rate of block i's attention weights."""
-        attn = _inner(self._attention(i))
-        if not attn.training:
-            return 0.0
-        return attn.dropout if isinstance(attn, nn.MultiheadAttention) else attn.attn_drop.p
-
     def project(self, i: int, attended: Tensor) -> Tensor:
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        block, attn = self.blocks[i], self._attention(i)
-        out = out_projection(attn, optional(attn, "ln_inner")(attended))
-        return block.ls_1(optional(block, "ln_attn")(optional(attn, "out_drop")(out)))
-
-    def mlp(self, i: int, tokens: Tensor) -> Tensor:
-        """Run block i's MLP half, residual included."""
-        block = self.blocks[i]
-        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
-
-    def is_plain(self, i: int) -> bool:
-        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
-        block = self.blocks[i]
-        return _refuses_block(block) is None and is_plain(block)
+        attn = self._attention(i)
+        out = out_projection(attn, run(attn, ["ln_inner"], attended))
+        out = run(self.blocks[i], ["ln_attn"], run(attn, ["out_drop"], out))
+        return self._residual(i, 1, out)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
@@ -152,14 +162,6 @@ class OpenClipTower(Tower):
         pools_by_attention = model.attn_pool is not None and model.attn_pool_contrastive is None
         is_behind = pools_by_attention or (self.pools and model.final_ln_after_pool)
         return tokens if is_behind else model.ln_post(tokens)
-
-    def _attention(self, i: int) -> nn.Module:
-        """Return block i's attention, which may have been wrapped since the tower was made."""
-        attn = unwrapped(self.blocks[i].attn)
-        reason = _refuses_attention(attn)
-        if reason is not None:
-            raise TypeError(f"model: expected open_clip's own attention in block {i}, but {reason}")
-        return attn
 
 
 class OpenClipImageText(ImageTextModel):
@@ -235,36 +237,3 @@ def _stats_of(visual: nn.Module) -> Stats | None:
     """Return the statistics that open_clip stores on a tower created by name, or None."""
     mean, std = (getattr(visual, name, None) for name in ("image_mean", "image_std"))
     return None if mean is None else (tuple(mean), tuple(std))
-
-
-def _inner(attn: nn.Module) -> nn.Module:
-    """Return the attention inside peft's LoRA."""
-    return attn.get_base_layer() if is_lora_attention(attn) else attn
-
-
-def _refuses_attention(attn: nn.Module) -> str | None:
-    inner = _inner(attn)
-    if type(inner).__module__.split(".")[0] not in LIBRARIES:
-        return f"its attention is {type(attn).__name__}, a wrapper, whose weights cannot be read"
-    if getattr(inner, "in_proj_weight", None) is None:
-        return f"its attention ({type(attn).__name__}) has no in_proj_weight of q, k and v together"
-    is_torch, out = isinstance(inner, nn.MultiheadAttention), inner.out_proj
-    if is_torch and inner is attn and not isinstance(out, nn.Linear):
-        return (
-            f"torch's attention reads the weight of its out_proj, and so ignores the "
-            f"{type(out).__name__} around it (adapt the attention itself)"
-        )
-    return None
-
-
-def _refuses_block(block: nn.Module) -> str | None:
-    if getattr(block, "ln_1_kv", None) is not None:
-        return "its blocks attend to other tokens than their own"
-    attn = unwrapped(block.attn)
-    if _refuses_attention(attn) is not None:
-        return _refuses_attention(attn)
-    if getattr(attn, "logit_scale", None) is not None:
-        return "it attends by scaled cosine, whose scale is learned"
-    if getattr(attn, "head_scale", None) is not None:
-        return "it scales the output of each head"
-    return refuses_norm(block.ln_1)

@@ -24,7 +24,12 @@ from elip_models.towers.tower_parts import NO_POSITION, TowerParts
 
 
 class Positions(TowerParts):
-    """The part of a tower that gives the positions of its tokens to blocks that read them."""
+    """The part of a tower that gives the positions of its tokens to blocks that read them.
+
+    gathered: the rotations at `positions`, once they are known: by block if blocks differ, else 0.
+    """
+
+    gathered: dict[int, Any]
 
     def at(self, positions: Tensor | None) -> Self:
         """Return the tower for tokens at these positions; None means all patches in order.
@@ -34,9 +39,9 @@ class Positions(TowerParts):
         return self.changed(positions=positions) if self.has_positions else self
 
     def changed(self, **attributes: Any) -> Self:
-        """Return the tower of the same model with other attributes."""
+        """Return the tower of the same model with other attributes, and nothing gathered."""
         tower = copy(self)
-        vars(tower).update(attributes)
+        vars(tower).update(attributes, gathered={})
         return tower
 
     def for_images(self, images: Tensor) -> Self:
@@ -53,7 +58,10 @@ class Positions(TowerParts):
 
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
-        return self
+        if not self.has_positions:
+            return self
+        positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
+        return self.at(positions.to(next(self.blocks[0].parameters()).device))
 
     def positions_of(self, kept: Tensor) -> Tensor | None:
         """Return the positions of the patches at the indices `kept` (B, K) among the tokens.
@@ -109,10 +117,6 @@ class Positions(TowerParts):
         places = self.places(positions)
         bias = F.pad(bias[0], (0, 1, 0, 1))  # the last row and column, of a token without position
         return bias[:, places[:, :, None], places[:, None]].transpose(0, 1)
-
-    def rotated(self, i: int, heads: Tensor) -> Tensor:
-        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
-        return heads
 
 
 def coordinates_of(sin: Tensor, cos: Tensor, frequencies: Tensor, *, half: bool) -> Tensor:

@@ -7,16 +7,25 @@ same of the second half) and norm.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Attention, PatchEmbed
 from timm.models import vision_transformer as vit
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
-from elip_models.towers.tower_parts import Projections, interpolated, plain_mlp_ratio
+from elip_models.towers.tower_parts import Layer, interpolated, plain_mlp_ratio
 from elip_models.towers.unsupported import timm_reason
-from elip_models.towers.wrapped_modules import Affine, is_plain, qkv_of, refuses_norm, unwrapped
+from elip_models.towers.wrapped_modules import Affine, library_class, refuses_norm, unwrapped
 
+MODELS = (vit.VisionTransformer, NaFlexVit)  # whose blocks are of the class Block
+BLOCK = Layer(
+    *("attn", "norm1", "norm2", "norm", ("norm", "proj", "proj_drop")),
+    after=("ls{}", "drop_path{}"),
+    qkv=("qkv",),
+    dropout=("attn_drop",),
+)
 PATCH_DROP = (
     "it has patch dropout of its own, so patches have no position (create it with "
     "patch_drop_rate=0, and reduce it by strategy='patch_dropout')"
@@ -27,8 +36,13 @@ ANY_SIZE = (
 
 
 class PlainTimm(Tower):
-    """The attributes that timm's plain transformers share, with any pooling."""
+    """What timm's plain transformers share, with any pooling.
 
+    attentions: the classes of attention that are read.
+    """
+
+    attentions: tuple[type[nn.Module], ...]
+    names = BLOCK
     size_advice = ANY_SIZE
     dense_methods = ("forward_intermediates",)
     unsupported_methods = ("prune_intermediate_layers",)
@@ -39,9 +53,35 @@ class PlainTimm(Tower):
         self.width = model.embed_dim
         self.depth = len(model.blocks)
         self.num_heads = model.blocks[0].attn.num_heads
+        self.scale = model.blocks[0].attn.scale
         self.num_prefix_tokens = model.num_prefix_tokens
-        self.has_cls = model.cls_token is not None
+        self.has_cls = getattr(model, "cls_token", None) is not None
         self.mlp_ratio = plain_mlp_ratio(self.width, model.blocks[0].mlp)
+
+    @classmethod
+    def refuses(cls, model: nn.Module) -> str | None:
+        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        drops = getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0
+        return PATCH_DROP if drops else cls.refuses_blocks(model.blocks)
+
+    @classmethod
+    def refuses_block(cls, block: nn.Module) -> str | None:
+        """Return why a block cannot be read, in one sentence, or None if it can."""
+        attn = unwrapped(block.attn)
+        if cls.refuses_attention(attn) is not None:
+            return cls.refuses_attention(attn)
+        if getattr(attn, "gate", None) is not None:
+            return "it gates its attention output"
+        if getattr(attn, "num_kv_groups", 1) > 1:
+            return "several heads share a key (grouped-query attention)"
+        return None
+
+    @classmethod
+    def refuses_attention(cls, attn: nn.Module) -> str | None:
+        """Return why an attention cannot be read, in one sentence, or None if it can."""
+        if library_class(attn) in cls.attentions:
+            return None
+        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
 
     @property
     def num_patches(self) -> int:
@@ -73,10 +113,20 @@ class PlainTimm(Tower):
         """Return whether the model's own forward checkpoints the activations of its blocks."""
         return self.model.grad_checkpointing
 
-    def attention_dropout(self, i: int) -> float:
-        """Return the current dropout rate of block i's attention weights."""
-        attn = self._attention(i)
-        return attn.attn_drop.p if attn.training else 0.0
+    def projected(self, attn: nn.Module, x: Tensor) -> Tensor | list[Tensor]:
+        """Return queries, keys and values (B, N, D) of `x`, after the norm; joint if one layer."""
+        if getattr(attn, "q_bias", None) is None:
+            return super().projected(attn, x)
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+
+    def weights(self, i: int) -> list[Affine] | None:
+        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
+        attn, maps = self._attention(i), super().weights(i)
+        if maps is None or getattr(attn, "q_bias", None) is None:
+            return maps
+        biases = (attn.q_bias, attn.k_bias, attn.v_bias)
+        return [Affine(each.weight, bias) for each, bias in zip(maps, biases, strict=True)]
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
@@ -86,6 +136,14 @@ class PlainTimm(Tower):
     def entrance(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """Run the modules between `entrance` and block 0."""
+        return self.model.norm_pre(tokens)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens before block 0 of images (B, 3, H, W)."""
+        return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
 
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
@@ -117,79 +175,37 @@ class PlainTimm(Tower):
 class TimmTower(PlainTimm):
     """A VisionTransformer of timm; CLS, distillation and register tokens stay."""
 
-    def __init__(self, model: vit.VisionTransformer) -> None:
-        super().__init__(model)
-        self.absorbs_keys = self.has_cls
+    @property
+    def absorbs_keys(self) -> bool:
+        """Return whether a row is computed without a key projection of the tokens."""
+        return self.has_cls
 
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
+    @classmethod
+    def refuses(cls, model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        if not isinstance(model, vit.VisionTransformer):
-            return timm_reason(model)
-        if getattr(model.patch_drop, "prob", 0.0) > 0:
-            return PATCH_DROP
-        reasons = (refuses_block(block) for block in model.blocks)
-        return next((reason for reason in reasons if reason is not None), None)
+        return super().refuses(model) if isinstance(model, MODELS) else timm_reason(model)
+
+    @classmethod
+    def refuses_block(cls, block: nn.Module) -> str | None:
+        """Return why a block cannot be read, in one sentence, or None if it can."""
+        if not isinstance(block, vit.Block):
+            kind = type(block).__name__
+            return f"its blocks are {kind} (parallel or post-norm), not pre-norm Block"
+        return super().refuses_block(block) or refuses_norm(block.norm1)
+
+    @classmethod
+    def refuses_attention(cls, attn: nn.Module) -> str | None:
+        """Return why an attention cannot be read, in one sentence, or None if it can."""
+        if isinstance(attn, Attention):
+            return None
+        return f"its attention is {type(attn).__name__} and not timm's plain Attention"
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Run the modules between `entrance` and block 0."""
         return self.model.norm_pre(self.model.patch_drop(tokens))
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens before block 0 of images (B, 3, H, W)."""
-        return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
-
-    def qkv(self, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
-        attn = self._attention(i)
-        qkv = attn.qkv(self.blocks[i].norm1(tokens))
-        q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=attn.num_heads)
-        return attn.q_norm(q), attn.k_norm(k), v
-
-    def projections(self, i: int) -> Projections:
-        """Return the modules around block i's projections."""
-        attn = self._attention(i)
-        norms = (None if isinstance(n, nn.Identity) else n for n in (attn.q_norm, attn.k_norm))
-        return Projections(unwrapped(self.blocks[i].norm1), attn.num_heads, attn.scale, *norms)
-
-    def weights(self, i: int) -> list[Affine] | None:
-        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
-        return qkv_of(self._attention(i).qkv)
-
-    def project(self, i: int, attended: Tensor) -> Tensor:
-        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        block, attn = self.blocks[i], self._attention(i)
-        return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attn.norm(attended)))))
-
-    def mlp(self, i: int, tokens: Tensor) -> Tensor:
-        """Run block i's MLP half, residual included."""
-        block = self.blocks[i]
-        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-
     def is_plain(self, i: int) -> bool:
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         block = self.blocks[i]
         own = type(block) is vit.Block and type(unwrapped(block.attn)) is Attention
-        return own and refuses_block(block) is None and is_plain(block)
-
-    def _attention(self, i: int) -> nn.Module:
-        """Return block i's attention, which may have been wrapped since the tower was made."""
-        attn = unwrapped(self.blocks[i].attn)
-        if not isinstance(attn, Attention):
-            raise TypeError(
-                f"model: expected blocks of timm's Attention, got a {type(attn).__name__} in block "
-                f"{i}; wrap its projections instead, or unreduce_ the model first"
-            )
-        return attn
-
-
-def refuses_block(block: nn.Module) -> str | None:
-    """Return why a block cannot be read, in one sentence, or None if it can."""
-    if not isinstance(block, vit.Block):
-        return f"its blocks are {type(block).__name__} (parallel or post-norm), not pre-norm Block"
-    attn = unwrapped(block.attn)
-    if not isinstance(attn, Attention):
-        return f"its attention is {type(attn).__name__} and not timm's plain Attention"
-    if getattr(attn, "gate", None) is not None:
-        return "it gates its attention output"
-    return refuses_norm(block.norm1)
+        return own and super().is_plain(i)

@@ -8,13 +8,12 @@ size. The rotations of a dict are those of each image's own grid, (B, 1, N0, 2d)
 import math
 from typing import Self
 
-from timm.models import naflexvit
 from timm.models.eva import EvaBlock
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from elip_models.towers.eva import EvaTower
-from elip_models.towers.timm import PATCH_DROP, PlainTimm, TimmTower, refuses_block
-from elip_models.towers.tower_parts import plain_mlp_ratio
+from elip_models.towers.timm import PlainTimm, TimmTower
 
 
 class NaFlexSizes(PlainTimm):
@@ -25,14 +24,13 @@ class NaFlexSizes(PlainTimm):
     size_advice = "images (B, 3, H, W) of a batch have one size"
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.blocks = model.blocks
-        self.width = model.embed_dim
-        self.depth = len(model.blocks)
-        self.num_heads = model.blocks[0].attn.num_heads
-        self.num_prefix_tokens = model.num_prefix_tokens
+        super().__init__(model)
         self.has_cls = model.has_class_token
-        self.mlp_ratio = plain_mlp_ratio(self.width, model.blocks[0].mlp)
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Return whether this adapter handles the model, if its library has several adapters."""
+        return isinstance(model, NaFlexVit)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -62,42 +60,21 @@ class NaFlexSizes(PlainTimm):
 class NaFlexTower(NaFlexSizes, TimmTower):
     """A NaFlexVit of plain blocks."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.absorbs_keys = self.has_cls
-
-    @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
-        return isinstance(model, naflexvit.NaFlexVit)
-
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        if model.patch_drop is not None:
-            return PATCH_DROP
-        reasons = (refuses_block(block) for block in model.blocks)
-        return next((reason for reason in reasons if reason is not None), None)
-
 
 class RotaryNaFlexTower(NaFlexSizes, EvaTower):
     """A NaFlexVit of EVA's blocks, which may rotate patches by their place in each image."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.is_rotary = model.rope is not None
-
     @staticmethod
     def accepts(model: nn.Module) -> bool:
         """Return whether this adapter handles the model, if its library has several adapters."""
-        return isinstance(model, naflexvit.NaFlexVit) and isinstance(model.blocks[0], EvaBlock)
+        return isinstance(model, NaFlexVit) and isinstance(model.blocks[0], EvaBlock)
 
-    @staticmethod
-    def refuses(model: nn.Module) -> str | None:
+    @classmethod
+    def refuses(cls, model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if model.rope_is_mixed:
             return "each block has its own rotations, which change with the sizes of the images"
-        return EvaTower.refuses(model)
+        return super().refuses(model)
 
     def of_images(self, images: Tensor) -> Self:
         """Return the tower for some images of the batch, by their indices (G,)."""

@@ -1,7 +1,13 @@
-"""The parts of an image model that an adapter defines, and the sizes that FLOPs follow from."""
+"""The parts of an image model that an adapter defines, and the sizes that FLOPs follow from.
+
+    x = x + residual1(out(attention(norm1(x))));  x = x + residual2(mlp(norm2(x)))
+
+All blocks compute this function; the names of its parts differ. A `Layer` is a row of these names;
+a part is a module, or a parameter that scales each channel. `run` calls parts in order.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,13 +15,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_kernels import fuse_text
-from elip_models.towers.wrapped_modules import Affine
+from elip_models.towers.wrapped_modules import is_plain
 
-IDENTITY = nn.Identity()
 NO_POSITION = -1
 """Of a token that is made of all dropped ones."""
 QKV = tuple[Tensor, Tensor, Tensor]
 Block = Callable[..., Tensor]
+
+
+class Layer(NamedTuple):
+    """The names of a block's parts. Those with dots are of inner modules.
+
+    attn: the module that has the projections. norm1, norm2: the norms before attention and MLP.
+    norm: in the model, the norm after the last block.
+    out: in `attn`, from its attended values to its output. mlp: in the block, of its second half.
+    after: in the block, between the output of either half and its residual; {} is the half, 1 or 2.
+    qkv: in `attn`, the projections, one joint or three. head_norms: in `attn`, the norms of each
+        head's queries and keys.
+    dropout: in `attn`, the rate of its weights or a module that has it; the first found counts.
+    bias: in the block, the module that computes the bias of its attention from the grid of patches.
+    returns_tuple: the block returns a tuple, whose first item is the tokens.
+    """
+
+    attn: str
+    norm1: str
+    norm2: str
+    norm: str
+    out: tuple[str, ...]
+    mlp: tuple[str, ...] = ("mlp",)
+    after: tuple[str, ...] = ()
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    head_norms: tuple[str, str] = ("q_norm", "k_norm")
+    dropout: tuple[str, ...] = (
+        *("attention_dropout", "dropout", "attention.dropout_prob", "attention.dropout"),
+    )
+    bias: str = "relative_position_bias"
+    returns_tuple: bool = False
 
 
 class TowerSize(NamedTuple):
@@ -116,7 +151,9 @@ class TowerParts:
     the block's forward calls them inside `unsharded(i)`.
 
     model, blocks: the library's own modules; a block maps tokens to tokens.
+    names: the names of the parts of a block.
     width, depth, num_heads, num_patches, image_size (H, W), mlp_ratio: sizes.
+    scale: factor of the attention scores.
     num_frames: the frames of a clip that a video model reads. num_steps: the tubelets over time of
         one place; P = num_steps x rows x columns. Both are 1 for images.
     num_prefix_tokens: the number of tokens before the patches (CLS, registers); they always stay.
@@ -142,12 +179,14 @@ class TowerParts:
 
     model: nn.Module
     blocks: nn.Sequential | nn.ModuleList
+    names: Layer
     width: int
     depth: int
     num_heads: int
     num_patches: int
     image_size: tuple[int, int]
     mlp_ratio: float
+    scale: float
     num_frames: int = 1
     num_steps: int = 1
     num_prefix_tokens: int = 1
@@ -176,6 +215,22 @@ class TowerParts:
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def refuses_blocks(cls, blocks: Iterable[nn.Module]) -> str | None:
+        """Return why one of the blocks cannot be read, in one sentence, or None if all can."""
+        reasons = (cls.refuses_block(block) for block in blocks)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @classmethod
+    def refuses_block(cls, block: nn.Module) -> str | None:
+        """Return why a block cannot be read, in one sentence, or None if it can."""
+        return None
+
+    @classmethod
+    def refuses_attention(cls, attn: nn.Module) -> str | None:
+        """Return why an attention cannot be read, in one sentence, or None if it can."""
         raise NotImplementedError
 
     @property
@@ -216,45 +271,80 @@ class TowerParts:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
         raise NotImplementedError
 
+    def rotated(self, i: int, heads: Tensor) -> Tensor:
+        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
+        return heads
+
     def qkv(self, i: int, tokens: Tensor) -> QKV:
         """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
-        raise NotImplementedError
+        attn, heads = self._attention(i), self.num_heads
+        each = self.projected(attn, getattr(self.blocks[i], self.names.norm1)(tokens))
+        if isinstance(each, Tensor):
+            q, k, v = each.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in each)
+        q_norm, k_norm = self._head_norms(attn)
+        return self.rotated(i, normed(q_norm, q)), self.rotated(i, normed(k_norm, k)), v
 
-    def projections(self, i: int) -> Projections:
-        """Return the modules around block i's projections."""
-        raise NotImplementedError
-
-    def weights(self, i: int) -> list[Affine] | None:
-        """Return block i's query, key and value projections, each (D, D) as in nn.Linear.
-
-        None means that their effect cannot be read from weights; call `qkv` instead.
-        """
-        raise NotImplementedError
+    def projected(self, attn: nn.Module, x: Tensor) -> Tensor | list[Tensor]:
+        """Return queries, keys and values (B, N, D) of `x`, after the norm; joint if one layer."""
+        layers = self._layers(attn)
+        return layers[0](x) if len(layers) == 1 else [layer(x) for layer in layers]
 
     def attention_dropout(self, i: int) -> float:
         """Return the current dropout rate of block i's attention weights."""
-        raise NotImplementedError
+        attn = self._attention(i)
+        if not attn.training:
+            return 0.0
+        rates = (part(attn, name) for name in self.names.dropout)
+        rate = next((rate for rate in rates if rate is not None), 0.0)
+        return rate.p if isinstance(rate, nn.Dropout) else rate
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        raise NotImplementedError
+        return self._residual(i, 1, run(self._attention(i), self.names.out, attended))
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i's MLP half, residual included."""
-        raise NotImplementedError
+        block, names = self.blocks[i], self.names
+        out = run(block, names.mlp, getattr(block, names.norm2)(tokens))
+        return tokens + self._residual(i, 2, out)
 
     def is_plain(self, i: int) -> bool:
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
-        raise NotImplementedError
+        return is_plain(self.blocks[i]) and self.refuses_block(self.blocks[i]) is None
+
+    def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
+        """Run what is between the output of block i's half 1 or 2 and its residual."""
+        return run(self.blocks[i], [name.format(half) for name in self.names.after], out)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
         raise NotImplementedError
 
 
-def optional(module: nn.Module, name: str) -> nn.Module:
-    """Return the submodule `name`, or the identity if the module has none."""
-    return getattr(module, name, IDENTITY)
+def part(module: nn.Module, name: str) -> nn.Module | Tensor | float | None:
+    """Return the inner module, parameter or number `name`, with dots; None if there is none."""
+    found = module
+    for each in name.split("."):
+        found = getattr(found, each, None)
+    return found
+
+
+def run(module: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
+    """Run parts of a module in order: call modules, multiply by the others, skip what is absent."""
+    for name in names:
+        each = part(module, name)
+        if isinstance(each, nn.Module):
+            x = each(x)
+        elif each is not None:
+            x = each * x
+    return x
+
+
+def normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
+    """Return queries or keys (B, H, N, d) after the norm of each head, if there is one."""
+    return heads if norm is None else norm(heads)
 
 
 def plain_mlp_ratio(width: int, *mlp: nn.Module) -> float:

@@ -10,7 +10,8 @@ import transformers
 
 import elip_models
 from elip_models.towers import as_tower
-from elip_models.towers.hf_layers import LAYERS, part
+from elip_models.towers.hf_layers import LAYERS
+from elip_models.towers.tower_parts import part
 from tests.helpers.models import HF, HF_TEXT, enlarged
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import assert_equal_gradients, images
