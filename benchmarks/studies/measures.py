@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from elip_models.data import (
     Source,
     evaluation_batches,
     image_transform,
+    open_source,
 )
 from elip_models.models.base import PretrainedModel
 from elip_models.models.layers.losses import contrastive_loss
@@ -50,7 +52,6 @@ class Finished:
     config: Its recipe.
     model: Its model in eval mode.
     tokenizer: The tokenizer of the model.
-    source: Its `data.eval`.
     finetuning: The recipe that fine-tunes the model, if the study has one.
     console: Where the progress of fine-tuning is shown.
     """
@@ -58,9 +59,13 @@ class Finished:
     config: RunConfig
     model: PretrainedModel
     tokenizer: "PreTrainedTokenizerBase"
-    source: Source
     finetuning: RunConfig | None
     console: Console
+
+    @cached_property
+    def source(self) -> Source:
+        """Open `data.eval` of the recipe."""
+        return open_source(self.config.data.eval, image_size=self.model.config.image_size)
 
     def batches(self) -> Iterator[EvaluationBatch]:
         """Return batches of all samples, in order."""

@@ -210,11 +210,8 @@ def _open(study: Study, run: Run, config: RunConfig, console: Console) -> Finish
         reduction = study.reduction(run)
     with as_config_error(f"arms.{run.arm}"):
         model = load_model(folder.model, **reduction).to(_device()).eval()
-    source, tokenizer = (
-        open_source(config.data.eval, image_size=model.config.image_size),
-        load_tokenizer(str(folder.model)),
-    )
-    return Finished(config, model, tokenizer, source, study.finetuning(run), console)
+    tokenizer = load_tokenizer(str(folder.model))
+    return Finished(config, model, tokenizer, study.finetuning(run), console)
 
 
 def _beginning(study: Study, run: Run) -> float | None:

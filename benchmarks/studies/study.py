@@ -17,7 +17,7 @@ from elip_models.training.finetune import REDUCTION, read_pretrained, recipe_for
 from elip_models.training.recipe import recipe_with
 from elip_models.training.run_config import RunConfig
 from elip_models.training.training_data import meta_model, task_of
-from elip_models.training.yaml_config import REQUIRED, from_mapping
+from elip_models.training.yaml_config import from_mapping
 from elip_models.validation import (
     ConfigError,
     NonNegative,
@@ -113,7 +113,7 @@ class Study:
             if config.data.tokenizer == "train" and not own_data:
                 values["data.tokenizer"] = str(self.tokenizer)
             config = recipe_with(self.recipe, values)
-        if config.data.eval is None:
+        if config.data.eval is None and set(self.measures) != {FINETUNED}:
             raise ConfigError("data.eval: expected held-out samples to measure on, got null")
         return config
 
@@ -140,11 +140,6 @@ class Study:
 
     def _finetuning(self, run: "Run", stage: "Finetuning", values: dict[str, Any]) -> RunConfig:
         """Return the recipe that fine-tunes the saved model, or the one that will be saved."""
-        for key in values:
-            if values[key] == REQUIRED:
-                raise ConfigError(
-                    f"{key}: expected a value, got {REQUIRED}; set {FINETUNE}{key}=VALUE"
-                )
         arm, pretraining = self.arms[run.arm], self.config(run)
         folder = self.folder(run if arm.length else Run(arm.parent, run.seed)) / "model"
         family, model = family_of(pretraining.model.name), asdict(meta_model(pretraining).config)
@@ -153,7 +148,11 @@ class Study:
         with as_config_error("recipe"):
             recipe = recipe_of(stage.recipe, family)
         model |= self.reduction(run)
-        return recipe_for(recipe, family, model, folder, values, reduced=stage.reduced)
+        try:
+            return recipe_for(recipe, family, model, folder, values, reduced=stage.reduced)
+        except ConfigError as error:  # name the key as the study has it
+            remedy = rf"; set {FINETUNE}\1=VALUE"
+            raise ConfigError(re.sub(r"; set (\S+)=VALUE$", remedy, str(error))) from None
 
     def _check_finetuning(self, run: "Run", config: RunConfig) -> None:
         """Raise ConfigError unless the task has a metric of `quality` and data to score."""

@@ -81,6 +81,16 @@ def test_an_arm_changes_keys_of_the_second_stage_alone(tmp_path):
     assert study.config(Run("dense", 1)).optim.steps == 3
 
 
+def test_a_study_of_fine_tuned_models_alone_needs_no_data_to_score_pre_training(tmp_path):
+    study = finetuned_study(tmp_path, overrides={"data.eval": None})
+    runner.check_settings(study, plan(study))
+    measured = finetuned_study(
+        tmp_path, overrides={"data.eval": None}, measures=["retrieval", "finetuned"]
+    )
+    with pytest.raises(ConfigError, match=r"data.eval: expected held-out samples to measure on"):
+        runner.check_settings(measured, plan(measured))
+
+
 def test_the_command_line_sets_keys_of_every_second_stage(tmp_path):
     finetuned_study(tmp_path)
     path = tmp_path / "finetuned.yaml"
@@ -123,7 +133,7 @@ def test_an_invalid_second_stage_raises(tmp_path, changes, message):
         ({"recipe": 1}, "recipe: expected a string, got 1"),
         ({"reduced": "x"}, "reduced: expected true or false, got 'x'"),
         ({"optim.lrr": 1}, "optim.lrr: no such key"),
-        ({"data.train": "???"}, r"data.train: expected .* got \?\?\?; set finetune.data.train="),
+        ({"data.train": "???"}, r"data.train: .* got \?\?\?; set finetune.data.train=VALUE$"),
         ({"data.eval": None}, "data.eval: expected held-out samples to score, got null"),
         ({"optim.precision": "bf16"}, "optim.precision: expected 'fp32' as in pre-training"),
         (
