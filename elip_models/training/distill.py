@@ -7,7 +7,8 @@ The teacher is a frozen dense copy. The loss of an image is
 
     (1 - cosine of the output features) + (mean over patches of 1 - cosine of the patch features)
 
-Patch features are those after the last norm, after `unmerge`; they count if the strategy keeps the
+The blocks train. The embedding stays as it is: the gradient of its weights is the largest, and
+mostly noise. Patch features are those after the last norm, after `unmerge`; they count if the strategy keeps the
 grid, that is, if it merges patches instead of dropping them.
 """
 
@@ -92,7 +93,7 @@ def distill(
     Args:
         model: of timm, open_clip or transformers, in fp32, on the device to train on. It is reduced
             by `reduce_`, unless it is reduced already and `keep` and `strategy` are None.
-            Parameters that require no gradient do not train.
+            Parameters outside the blocks, or that require no gradient, do not train.
         images: n images (3, H, W), normalised as the model expects: a tensor, or a sequence.
         keep: the mean share of tokens, as of `reduce_`.
         strategy: as of `reduce_`. It must reduce without a text.
@@ -101,7 +102,7 @@ def distill(
         lr: peak learning rate; None: 5e-6, or 1e-4 with LoRA.
         seed: of the order of the images, of LoRA and of the strategy.
         lora_rank: train LoRA adapters of this rank in the linear layers of the blocks, and merge
-            them into the weights at the end. None: train all weights of the image model.
+            them into the weights at the end. None: train all weights of the blocks.
         checkpoint: a file for the state of the run, written every 50 steps. If it exists, the run
             continues from it, and ends as one that was not stopped.
         progress: is called after each step with the number of steps and the loss.
@@ -137,7 +138,7 @@ def _train(
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed)
-        with _adapters(student, options.lora_rank):
+        with _blocks_alone(student), _adapters(student, options.lora_rank):
             _Run(student, teacher, images, options).train(checkpoint, progress)
 
 
@@ -167,6 +168,20 @@ def _check_images(images: Any, tower: Tower) -> None:
     shape = tuple(images[0].shape)
     if len(shape) != 3 or not (tower.has_dynamic_size or shape[1:] == tower.image_size):
         raise ValueError(f"{expected} an image {shape}")
+
+
+@contextmanager
+def _blocks_alone(model: nn.Module) -> Iterator[None]:
+    """Let only the blocks require a gradient inside the block."""
+    inside = {id(each) for block in as_tower(model).blocks for each in block.parameters()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    for each in others:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in others:
+            each.requires_grad_()
 
 
 @contextmanager
