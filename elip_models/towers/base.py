@@ -196,10 +196,10 @@ class Tower(Positions):
         """Return the projections: one joint layer, or those of queries, keys and values."""
         return [attrgetter(name)(attn) for name in self.names.qkv]
 
-    def _head_norms(self, attn: nn.Module) -> tuple[nn.Module | None, ...]:
+    def _head_norms(self, attn: nn.Module) -> list[nn.Module | None]:
         """Return the norms of each head's queries and keys, or None for each."""
-        norms = (getattr(attn, name, None) for name in self.names.head_norms)
-        return tuple(None if isinstance(norm, nn.Identity) else norm for norm in norms)
+        norms = [getattr(attn, name, None) for name in self.names.head_norms]
+        return [None if isinstance(norm, nn.Identity) else norm for norm in norms]
 
     def absorbed(self, i: int, *, values: bool = False) -> dict[str, Any] | None:
         """Return the arguments of `cls_attention_from_tokens` for block i.

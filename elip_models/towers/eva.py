@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from elip_models.towers.positions import angles_at, coordinates_of
 from elip_models.towers.timm import BLOCK, PlainTimm
-from elip_models.towers.tower_parts import QKV, Block
+from elip_models.towers.tower_parts import QKV, Block, halves
 from elip_models.towers.wrapped_modules import library_class
 
 
@@ -47,7 +47,7 @@ class EvaTower(PlainTimm):
         super().__init__(model)
         attn = self._attention(0)
         qkv = BLOCK.qkv if attn.qkv is not None else ("q_proj", "k_proj", "v_proj")
-        self.names = BLOCK._replace(qkv=qkv, after=("gamma_{}", "drop_path{}"))
+        self.names = BLOCK._replace(qkv=qkv, after=halves("gamma_{}", "drop_path{}"))
         self.is_rotary = model.rope is not None
         self.is_mixed = self.is_rotary and getattr(model, "rope_mixed", False)
         self.rotates_halves = attn.rotate_half

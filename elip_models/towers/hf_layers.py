@@ -1,22 +1,22 @@
 """The layers of transformers' vision models, one row of names for each class."""
 
-from elip_models.towers.tower_parts import Layer
+from elip_models.towers.tower_parts import Layer, halves
 
 CLIP = Layer("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
 BLIP = CLIP._replace(out=("projection",), qkv=("qkv",))
 VIT = Layer(
     *("attention", "layernorm_before", "layernorm_after", "layernorm", ("o_proj",)),
-    after=("dropout",),
+    after=halves("dropout"),
 )
 DINO = Layer(
     *("attention", "norm1", "norm2", "layernorm", ("o_proj",)),
-    after=("layer_scale{}", "drop_path"),
+    after=halves("layer_scale{}", "drop_path"),
 )
 VIDEO_MAE = VIT._replace(
     qkv=("attention.query", "attention.key", "attention.value"),
     out=("output.dense", "output.dropout"),
     mlp=("intermediate", "output.dense", "output.dropout"),
-    after=(),
+    after=((), ()),
 )
 LAYERS = {
     "CLIPEncoderLayer": CLIP,
@@ -42,26 +42,28 @@ LAYERS = {
     "DeiTLayer": VIT,
     "IJepaLayer": VIT,
     "ViTMSNLayer": VIT,
-    "BeitLayer": VIT._replace(after=("dropout", "lambda_{}", "drop_path")),
-    "PixioLayer": VIT._replace(after=("dropout", "drop_path")),
+    "BeitLayer": VIT._replace(after=halves("dropout", "lambda_{}", "drop_path")),
+    "PixioLayer": VIT._replace(after=halves("dropout", "drop_path")),
     "ASTLayer": VIT,
     "VivitLayer": VIT,
     "VideoMAELayer": VIDEO_MAE,
     "DPTViTLayer": VIDEO_MAE,
     "Data2VecVisionLayer": VIDEO_MAE._replace(
-        after=("lambda_{}", "drop_path"),
+        after=halves("lambda_{}", "drop_path"),
         bias="attention.attention.relative_position_bias",
         returns_tuple=True,
     ),
     "VJEPA2Layer": DINO._replace(
-        qkv=("query", "key", "value"), out=("proj",), after=("drop_path",), returns_tuple=True
+        qkv=("query", "key", "value"), out=("proj",), after=halves("drop_path"), returns_tuple=True
     ),
     "Dinov2Layer": DINO,
     "Dinov2WithRegistersLayer": DINO,
     "Tipsv2VisionLayer": DINO,
     "DINOv3ViTLayer": DINO._replace(norm="norm"),
     "InternVLVisionLayer": VIT._replace(
-        out=("projection_layer", "projection_dropout"), mlp=("mlp", "dropout"), after=("lambda_{}",)
+        out=("projection_layer", "projection_dropout"),
+        mlp=("mlp", "dropout"),
+        after=halves("lambda_{}"),
     ),
     "Aimv2EncoderLayer": Layer(
         *("attention", "rms_norm1", "rms_norm2", "rms_norm", ("out_proj",)), mlp=("ffn",)

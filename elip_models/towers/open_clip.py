@@ -38,7 +38,7 @@ from elip_models.towers.wrapped_modules import (
 
 BLOCK = Layer(
     *("attn", "ln_1", "ln_2", "ln_post", ("out_proj",)),
-    after=("ls_{}",),
+    after=(("ln_attn", "ls_1"), ("ls_2",)),
     head_norms=("ln_q", "ln_k"),
     dropout=("dropout", "attn_drop"),
 )
@@ -153,8 +153,7 @@ class OpenClipTower(Tower):
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
         attn = self._attention(i)
         out = out_projection(attn, run(attn, ["ln_inner"], attended))
-        out = run(self.blocks[i], ["ln_attn"], run(attn, ["out_drop"], out))
-        return self._residual(i, 1, out)
+        return run(self.blocks[i], BLOCK.after[0], run(attn, ["out_drop"], out))
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""

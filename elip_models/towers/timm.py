@@ -15,14 +15,14 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
-from elip_models.towers.tower_parts import Layer, interpolated, plain_mlp_ratio
+from elip_models.towers.tower_parts import Layer, halves, interpolated, plain_mlp_ratio
 from elip_models.towers.unsupported import timm_reason
 from elip_models.towers.wrapped_modules import Affine, library_class, refuses_norm, unwrapped
 
 MODELS = (vit.VisionTransformer, NaFlexVit)  # whose blocks are of the class Block
 BLOCK = Layer(
     *("attn", "norm1", "norm2", "norm", ("norm", "proj", "proj_drop")),
-    after=("ls{}", "drop_path{}"),
+    after=halves("ls{}", "drop_path{}"),
     qkv=("qkv",),
     dropout=("attn_drop",),
 )
@@ -39,6 +39,7 @@ class PlainTimm(Tower):
     """What timm's plain transformers share, with any pooling.
 
     attentions: the classes of attention that are read.
+    has_joint_bias: the bias of q, k and v belongs to the attention, not to its layer.
     """
 
     attentions: tuple[type[nn.Module], ...]
@@ -54,6 +55,7 @@ class PlainTimm(Tower):
         self.depth = len(model.blocks)
         self.num_heads = model.blocks[0].attn.num_heads
         self.scale = model.blocks[0].attn.scale
+        self.has_joint_bias = getattr(model.blocks[0].attn, "q_bias", None) is not None
         self.num_prefix_tokens = model.num_prefix_tokens
         self.has_cls = getattr(model, "cls_token", None) is not None
         self.mlp_ratio = plain_mlp_ratio(self.width, model.blocks[0].mlp)
@@ -115,16 +117,17 @@ class PlainTimm(Tower):
 
     def projected(self, attn: nn.Module, x: Tensor) -> Tensor | list[Tensor]:
         """Return queries, keys and values (B, N, D) of `x`, after the norm; joint if one layer."""
-        if getattr(attn, "q_bias", None) is None:
+        if not self.has_joint_bias:
             return super().projected(attn, x)
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
 
     def weights(self, i: int) -> list[Affine] | None:
         """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
-        attn, maps = self._attention(i), super().weights(i)
-        if maps is None or getattr(attn, "q_bias", None) is None:
+        maps = super().weights(i)
+        if maps is None or not self.has_joint_bias:
             return maps
+        attn = self._attention(i)
         biases = (attn.q_bias, attn.k_bias, attn.v_bias)
         return [Affine(each.weight, bias) for each, bias in zip(maps, biases, strict=True)]
 

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
     attn: the module that has the projections. norm1, norm2: the norms before attention and MLP.
     norm: in the model, the norm after the last block.
     out: in `attn`, from its attended values to its output. mlp: in the block, of its second half.
-    after: in the block, between the output of either half and its residual; {} is the half, 1 or 2.
+    after: in the block, between the output of either half and its residual; see `halves`.
     qkv: in `attn`, the projections, one joint or three. head_norms: in `attn`, the norms of each
         head's queries and keys.
     dropout: in `attn`, the rate of its weights or a module that has it; the first found counts.
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
     norm: str
     out: tuple[str, ...]
     mlp: tuple[str, ...] = ("mlp",)
-    after: tuple[str, ...] = ()
+    after: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     head_norms: tuple[str, str] = ("q_norm", "k_norm")
     dropout: tuple[str, ...] = (
@@ -302,25 +302,26 @@ class TowerParts:
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
-        return self._residual(i, 1, run(self._attention(i), self.names.out, attended))
+        out = run(self._attention(i), self.names.out, attended)
+        return run(self.blocks[i], self.names.after[0], out)
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i's MLP half, residual included."""
-        block, names = self.blocks[i], self.names
-        out = run(block, names.mlp, getattr(block, names.norm2)(tokens))
-        return tokens + self._residual(i, 2, out)
+        names = self.names
+        return tokens + run(self.blocks[i], (names.norm2, *names.mlp, *names.after[1]), tokens)
 
     def is_plain(self, i: int) -> bool:
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         return is_plain(self.blocks[i]) and self.refuses_block(self.blocks[i]) is None
 
-    def _residual(self, i: int, half: int, out: Tensor) -> Tensor:
-        """Run what is between the output of block i's half 1 or 2 and its residual."""
-        return run(self.blocks[i], [name.format(half) for name in self.names.after], out)
-
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
         raise NotImplementedError
+
+
+def halves(*names: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names for either half of a block; {} is its number, 1 or 2."""
+    return tuple(name.format(1) for name in names), tuple(name.format(2) for name in names)
 
 
 def part(module: nn.Module, name: str) -> nn.Module | Tensor | float | None:
@@ -334,7 +335,7 @@ def part(module: nn.Module, name: str) -> nn.Module | Tensor | float | None:
 def run(module: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
     """Run parts of a module in order: call modules, multiply by the others, skip what is absent."""
     for name in names:
-        each = part(module, name)
+        each = part(module, name) if "." in name else getattr(module, name, None)
         if isinstance(each, nn.Module):
             x = each(x)
         elif each is not None:
