@@ -1,7 +1,8 @@
 """Features of photographs under each setting, measured against the dense model's.
 
 A setting is a strategy as `reduce_` takes it, and `keep`: 'tome 0.5', 'evit:merge=nearest 0.7', or
-'tome:r=16' alone.
+'tome:r=16' alone. A path with a slash, such as './distilled-0.5', is a folder of `save_reduced`: a
+reduced model that was trained. Its results have the name of the folder.
 """
 
 import copy
@@ -50,10 +51,15 @@ class Features(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A setting as it was written, the model reduced by it, and the summary of that reduction."""
+    """A setting as it was written, and a model.
+
+    model: reduced by the setting.
+    unreduced: the same weights without the reduction.
+    """
 
     text: str
     model: nn.Module
+    unreduced: nn.Module
     summary: Summary
 
 
@@ -72,17 +78,21 @@ def read_settings(text: str, model: nn.Module) -> list[Setting]:
 
 def dense_setting(model: nn.Module) -> Setting:
     """Return the setting that reduces nothing."""
-    return Setting("dense", model, elip_models.reduction_summary(model))
+    return Setting("dense", model, model, elip_models.reduction_summary(model))
 
 
 def _read_setting(text: str, model: nn.Module) -> Setting:
+    if "/" in text:
+        reduced = elip_models.load_reduced(text).eval()
+        summary, text = elip_models.reduction_summary(reduced), Path(text).name
+        return Setting(text, reduced, elip_models.unreduce_(copy.deepcopy(reduced)), summary)
     strategy, _, last = text.rpartition(" ")
     try:
         options: dict[str, Any] = {"strategy": strategy, "keep": float(last)}
     except ValueError:  # the strategy's own option sets the number of tokens
         options = {"strategy": text}
     reduced = elip_models.reduce_(copy.deepcopy(model), **options)
-    return Setting(text, reduced, elip_models.reduction_summary(reduced))
+    return Setting(text, reduced, model, elip_models.reduction_summary(reduced))
 
 
 @torch.no_grad()
@@ -158,7 +168,8 @@ def evaluate(
         dense = features(model, images, whole, advance)
         for setting in settings:
             torch.manual_seed(seed)
-            found = compare(dense, features(model, images, setting.summary, advance))
+            reduced = features(setting.unreduced, images, setting.summary, advance)
+            found = compare(dense, reduced)
             for name, each in found.items():
                 values[setting.text][name].append(each)
     return values

@@ -1,5 +1,6 @@
 """`python -m benchmarks.real`: settings, features after unmerge, results, times, and their page."""
 
+import copy
 import json
 from importlib.util import find_spec
 
@@ -37,7 +38,7 @@ def results(folder, model, monkeypatch, tmp_path):
 
 def features_of(model, setting, images):
     (setting,) = read_settings(setting, model)
-    return features(model, [images], setting.summary, lambda _: None), setting
+    return features(setting.unreduced, [images], setting.summary, lambda _: None), setting
 
 
 @pytest.mark.parametrize("text", ["tome 0.5", "elip:merge=nearest 0.6", "tome:r=9"])
@@ -49,6 +50,19 @@ def test_the_features_are_those_of_the_reduced_model(model, text):
         torch.testing.assert_close(found.cls, setting.model(images))
     assert tokens.shape[1] == 197
     torch.testing.assert_close(found.patches, tokens[:, 1:])
+
+
+def test_a_folder_of_a_trained_model_is_a_setting(model, results, tmp_path):
+    trained = elip_models.reduce_(copy.deepcopy(model), "tome", keep=0.5)
+    with torch.no_grad():
+        trained.blocks[0].mlp.fc1.weight.mul_(1.5)
+    elip_models.save_reduced(trained, tmp_path / "trained-0.5")
+    found, setting = features_of(model, f"{tmp_path}/trained-0.5", torch.randn(2, 3, 224, 224))
+    assert setting.text == "trained-0.5" and found.patches.shape == (2, 196, 24)
+    document = results("--images", 12, "--settings", f"tome 0.5, {tmp_path}/trained-0.5")
+    plain, other = document["settings"]
+    assert (other["setting"], other["flops"]) == ("trained-0.5", plain["flops"])
+    assert other["cosine"]["mean"] != plain["cosine"]["mean"]
 
 
 def test_dropped_patches_have_no_features(model):
