@@ -5,7 +5,9 @@ specialises on: types, alignments, divisibility by 16, constants, options and de
 launch with a key is Triton's own, which compiles; `benchmarks/bench_host.py` measures the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,21 @@ else:
 MAX_32_BIT = 2**31 - 1
 KINDS = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
 IS_ROCM = torch.version.hip is not None
+_is_captured = ContextVar("is_captured", default=False)
+
+
+@contextmanager
+def captured_launches() -> Iterator[None]:
+    """Make each launch inside the block a node of the graph that PyTorch traces.
+
+    A compiler of PyTorch then compiles the kernel and launches it without this package. It passes
+    a float as fp64, so kernels begin with `tl.cast(.., tl.float32)`.
+    """
+    token = _is_captured.set(True)
+    try:
+        yield
+    finally:
+        _is_captured.reset(token)
 
 
 def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -46,6 +63,8 @@ class Kernel(JITFunction):
         self.compiled: dict[tuple, tuple] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        if _is_captured.get():
+            return partial(self._capture, grid)
         return partial(self.run, grid=grid, warmup=False)
 
     def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
@@ -68,6 +87,12 @@ class Kernel(JITFunction):
         stream, no_hooks = active.get_current_stream(device), (None, None, None)
         launch(x, y, z, stream, function, code.packed_metadata, *no_hooks, *args, *rest)
         return code
+
+    def _capture(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        """Add the launch to the graph, without the compiler's options that graphs do not take."""
+        taken = {"num_warps", "num_stages", *self.arg_names}
+        constants = {name: value for name, value in constants.items() if name in taken}
+        torch.library.wrap_triton(self)[grid](*args, **constants)
 
     def _is_complete(self, args: tuple[Any, ...], constants: dict[str, Any]) -> bool:
         """Return whether `constants` are the parameters behind `args`, and all constexprs."""

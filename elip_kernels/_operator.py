@@ -3,20 +3,24 @@
 They are defined with `torch.library.Library`, which has less overhead per call than `custom_op`.
 At small batch sizes this overhead is as large as the time of the kernel, so a call with plain
 tensors, which nothing observes or transforms, runs the implementation without the dispatcher.
+`torch.compile` gets the launches of the kernels in place of the op.
 """
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._C._functorch import TransformType
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from elip_kernels._triton import OutOfResources
+from elip_kernels._kernel import captured_launches
+from elip_kernels._triton import OutOfResources, is_interpreted
 from elip_kernels.autocast import without_autocast
 
 PLAIN = frozenset(
@@ -90,6 +94,23 @@ def _is_eager(args: tuple[Any, ...]) -> bool:
     )
 
 
+def _has_fixed_sizes(args: Iterable[Any]) -> bool:
+    """Return whether all sizes but the first of each tensor are known when the graph is traced.
+
+    The configuration of a kernel depends on them, but not on the batch size.
+    """
+    tensors = [each for each in args if isinstance(each, torch.Tensor)]
+    sizes = [size for each in tensors for size in each.shape[1:]]
+    return not any(isinstance(each, torch.SymInt) for each in (*args, *sizes))
+
+
+def _keeps_ops() -> bool:
+    """Return whether `torch.export` is running, whose programs contain ops, not their kernels."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    return custom_triton_ops_decomposition_disabled()
+
+
 class Operator:
     """The operator `torch.ops.elip.NAME` as a callable.
 
@@ -131,6 +152,9 @@ class Operator:
         if backward is None:
             backward, save = _no_gradient(reference), _mark_outputs
         torch.library.register_autograd(f"elip::{name}", backward, setup_context=save, lib=LIBRARY)
+        torch.library.register_torch_dispatch(
+            f"elip::{name}", FunctionalTensorMode, self._in_graph, lib=LIBRARY
+        )
         register_flop_formula(getattr(torch.ops.elip, name))(flops)
         self.overload = getattr(torch.ops.elip, name).default
         OPERATORS[name] = self
@@ -164,6 +188,24 @@ class Operator:
             message += f"the PyTorch implementation ran instead of the kernels, because {reason}"
             warnings.warn(message, FallbackWarning, stacklevel=2)
         return self.reference(*args)
+
+    def _in_graph(
+        self,
+        mode: FunctionalTensorMode,
+        overload: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Trace the launches of the kernels into a graph, or the op if they cannot be known."""
+        plain = {torch.Tensor, FakeTensor, FunctionalTensor}.issuperset(types)
+        has_kernels = self.implementations.get(args[0].device.type) is not None
+        if not plain or not has_kernels or is_interpreted() or _keeps_ops():
+            return mode.__torch_dispatch__(overload, types, args, kwargs)
+        if not _has_fixed_sizes(args) or self.unsupported(*args) is not None:
+            return mode.__torch_dispatch__(overload, types, args, kwargs)
+        with mode, captured_launches():
+            return without_autocast(self.launcher)(*args)
 
     def _autograd_function(
         self, backward: Callable[..., Any], save: Callable[..., None]

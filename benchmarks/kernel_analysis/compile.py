@@ -128,7 +128,7 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
         patch.object(Kernel, "run", record),
         patch.object(torch.version, "hip", rocm),
         patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
-        patch("elip_kernels._validate.is_readable", return_value=False),
+        patch("elip_kernels._validate.is_readable", lambda tensor: False),
         launchers_on_cpu(),
     ):
         yield launches

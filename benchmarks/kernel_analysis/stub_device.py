@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.kernel_analysis.compile import SHARED_MEMORY, Arch, target_of
+from elip_kernels._kernel import Kernel
 from elip_kernels._triton import triton
 from elip_kernels.testing import launchers_on_cpu
 
@@ -66,9 +67,10 @@ def stub_device(arch: Arch = 90, *, keep: bool = True) -> Iterator[StubDriver]:
     driver = StubDriver(arch, [] if keep else None)
     with ExitStack() as stack:
         stack.enter_context(patch.object(triton.runtime.driver, "_active", driver))
-        stack.enter_context(patch("elip_kernels._validate.is_readable", return_value=False))
+        stack.enter_context(patch("elip_kernels._validate.is_readable", lambda tensor: False))
         stack.enter_context(launchers_on_cpu())
         yield driver
     for each in driver.kernels:  # which would be launched on the stub again
         each.device_caches.clear()
-        each.compiled.clear()
+        if isinstance(each, Kernel):
+            each.compiled.clear()

@@ -119,9 +119,8 @@ def patch_scores(
         shifted = tl.where(mask_k[None, :], wide - pivot[:, None], 0.0)
         total += tl.sum(shifted, 1)
         squares += tl.sum(shifted * shifted, 1)
-        left = x if HAS_REST else shifted
+        left = (wide if WIDEN else x) if HAS_REST else shifted
         right = u.to(tl.float32) if WIDEN else u
-        left = left.to(tl.float32) if WIDEN else left
         score = tl.dot(left, tl.trans(right), score, input_precision=PRECISION)
         part_u = tl.sum(u.to(tl.float32), 1)
         sum_u += part_u
@@ -132,6 +131,7 @@ def patch_scores(
         sum_u = tl.sum(tl.reshape(sum_u, [BLOCK_H, ROWS]), 1)
     from_pivot = total / D
     variance = squares / D - from_pivot * from_pivot
+    eps = tl.cast(eps, tl.float32)
     rstd = 1.0 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + eps)  # keeps NaN
     mean = from_pivot + pivot
     left = mean if tokens_ptr.dtype.element_ty == tl.bfloat16 else from_pivot

@@ -84,11 +84,11 @@ def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> 
 
 
 @triton.jit
-def _variance(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean,
+def _rstd(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean, eps,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Return the variance of c [BLOCK_B]; the second read of c hits the cache."""
+    """Return 1 / sqrt(variance of c + eps) [BLOCK_B]; the second read of c hits the cache."""
     squares = tl.zeros([BLOCK_B], tl.float32)
     for d in tl.range(0, D, BLOCK_R, num_stages=3):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
@@ -96,7 +96,7 @@ def _variance(
         c = load_fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, f_cls, f_text, HAS_TEXT)
         c = tl.where(mask, c - mean[:, None], 0.0)
         squares += tl.sum(c * c, 1)
-    return squares / D
+    return 1.0 / tl.sqrt(squares / D + tl.cast(eps, tl.float32))
 
 
 @triton.jit
@@ -136,6 +136,15 @@ def split(x, dtype: tl.constexpr):
     return rounded, (x - rounded.to(tl.float32)).to(dtype)
 
 
+@triton.jit
+def store_rows(at, u, mask, D, ROWS: tl.constexpr):
+    """Store u as one row, or as rounded and, D entries behind it, the rest."""
+    rounded, rest = split(u, at.dtype.element_ty)
+    tl.store(at, rounded, mask=mask)
+    if ROWS == 2:
+        tl.store(at + D, rest, mask=mask)
+
+
 @kernel(do_not_specialize=["B"])
 def _query_kernel(
     cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
@@ -146,6 +155,7 @@ def _query_kernel(
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute u, the CLS score and z. Grid: (BLOCK_B images, head of W channels)."""
+    scale = tl.cast(scale, tl.float32)
     pid_h = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_w = tl.arange(0, BLOCK_W)
@@ -159,11 +169,10 @@ def _query_kernel(
         cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
         BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
     )  # fmt: skip
-    variance = _variance(
-        cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean,
+    rstd = _rstd(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean, eps,
         BLOCK_B, BLOCK_R, HAS_TEXT,
     )  # fmt: skip
-    rstd = 1.0 / tl.sqrt(variance + eps)
     mask_z = offs_b < tl.where(pid_h == 0, B, 0)  # all heads have the same z
     q = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
     key = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)  # key of CLS without beta and bias
@@ -195,12 +204,8 @@ def _query_kernel(
         gamma = load_vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         u = add_product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
-        mask = mask_b[:, None] & (offs_d < D)[None, :]
         at = query_ptr + (image * H + pid_h) * ROWS * D + offs_d[None, :]
-        rounded, rest = split(u, query_ptr.dtype.element_ty)
-        tl.store(at, rounded, mask=mask)
-        if ROWS == 2:
-            tl.store(at + D, rest, mask=mask)
+        store_rows(at, u, mask_b[:, None] & (offs_d < D)[None, :], D, ROWS)
 
 
 def launch_query(

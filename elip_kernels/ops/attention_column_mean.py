@@ -124,6 +124,7 @@ def _lse_kernel(
 
     It is -inf for a query without an unmasked key, and inf for queries that do not count.
     """
+    scale = tl.cast(scale, tl.float32)
     pid_b = tl.program_id(0).to(tl.int64)
     pid_h = tl.program_id(1).to(tl.int64)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -155,6 +156,7 @@ def _sums_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Store what each key receives from its queries. Grid: (image, key head, BLOCK_N keys)."""
+    scale = tl.cast(scale, tl.float32)
     pid_b = tl.program_id(0).to(tl.int64)
     pid_g = tl.program_id(1).to(tl.int64)
     head = pid_b * tl.num_programs(1) + pid_g

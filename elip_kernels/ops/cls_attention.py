@@ -175,6 +175,7 @@ def _keys_kernel(
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Score keys for GROUP query heads, key 0 apart. Grid: (image, key head, tile of keys)."""
+    scale = tl.cast(scale, tl.float32)
     pid_b = tl.program_id(0).to(tl.int64)
     pid_g = tl.program_id(1).to(tl.int64)
     pid_t = tl.program_id(2)

@@ -109,6 +109,7 @@ def fusion_scales(
     BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
     """Return the factors of CLS and of the text in c, and the mean of c, all [BLOCK_B]."""
+    fusion = tl.cast(fusion, tl.float32)
     f_cls = tl.full([BLOCK_B], 1.0, tl.float32)
     f_text = tl.zeros([BLOCK_B], tl.float32)
     sum_cls = tl.zeros([BLOCK_B], tl.float32)

@@ -1,0 +1,169 @@
+"""`torch.compile` sees the kernels of every op; graphs of sizes that may change contain the op."""
+
+import re
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
+
+import elip_kernels
+import elip_models
+from elip_kernels._triton import HAS_TRITON
+from elip_kernels.testing.calls import OPS
+from tests.helpers.tiers import tiered
+from tests.helpers.towers import images, plain_vit
+
+if not HAS_TRITON:
+    pytest.skip("triton is absent, so there are no kernels", allow_module_level=True)
+
+from benchmarks.kernel_analysis.compile import target_of
+from benchmarks.kernel_analysis.stub_device import stub_device
+
+B, N, D, K, H = 2, 50, 96, 30, 3
+INPUTS = {"tokens_ptr", "q_ptr", "k_ptr", "cls_ptr", "q_weight_ptr", "k_weight_ptr", "metric_ptr"}
+
+
+@contextmanager
+def recorded_graphs():
+    """Yield a backend of `torch.compile`, and the list that its graphs are added to."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    with stub_device(90):
+        yield aot_autograd(fw_compiler=record, bw_compiler=record), graphs
+
+
+def launches_of(graphs):
+    """Return (kernel, tensors it writes) of each launch, and the ops that are left."""
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    launches = [
+        (named(kernel_side_table.get_kernel(node.kwargs["kernel_idx"])), written(node))
+        for node in nodes
+        if "triton_kernel_wrapper" in str(node.target)
+    ]
+    return launches, [str(node.target) for node in nodes if str(node.target).startswith("elip.")]
+
+
+def named(kernel):
+    """Return the name of a kernel, which has a wrapper for its number of warps."""
+    return kernel.fn.__name__ if callable(kernel.fn) else kernel.fn.fn.__name__
+
+
+def written(node):
+    return set(node.kwargs["tensors_to_clone"])
+
+
+def call(name, inputs):
+    """Call an op, and `backward` of its first output if that has a gradient."""
+    tokens, *others = inputs
+    if name == "reduce":
+        return elip_kernels.reduce(tokens, *others, K)
+    if name == "score_reduce":
+        cls, *block = others
+        names = ("norm_weight", "norm_bias", "q_weight", "q_bias", "k_weight")
+        options = dict(zip(names, block, strict=True)) | {"eps": 1e-6, "num_heads": H}
+        return elip_kernels.score_reduce(tokens, cls, K, **options)
+    if name == "bipartite_merge":
+        metric, size, penalty, _ = others
+        return elip_kernels.bipartite_merge(tokens, metric, N - K, size=size, penalty=penalty)[0]
+    if name == "merge_nearest":
+        metric, size, *_ = others
+        kept = elip_kernels.select_tokens(others[-1], K)
+        return elip_kernels.merge_nearest(tokens, kept, metric, size=size)[0]
+    return OPS[name].run(K, H, *inputs)[0]
+
+
+def run(function, name):
+    """Call an op of fresh inputs, forward and backward; return the inputs."""
+    torch.manual_seed(0)
+    first, *others = OPS[name].inputs(B, N, D, K, H, torch.bfloat16)
+    inputs = first.requires_grad_(), *others
+    out = function(name, inputs)
+    if out.requires_grad:
+        out.backward(torch.ones_like(out))
+
+
+WITH_KERNELS = [name for name in OPS if name not in ("apply_merge", "unmerge")]
+
+
+@pytest.mark.parametrize("name", tiered(WITH_KERNELS, ["reduce", "cls_attention"]))
+def test_a_graph_has_the_launches_of_the_op_and_only_outputs_are_written(name):
+    with stub_device(90) as driver:
+        run(call, name)
+        expected = [function for _, _, function, _ in driver.launches]
+    with recorded_graphs() as (backend, graphs):
+        run(torch.compile(call, backend=backend, fullgraph=True), name)
+    launches, ops = launches_of(graphs)
+    assert [kernel for kernel, _ in launches] == expected and not ops
+    for kernel, tensors in launches:
+        assert not tensors & INPUTS, kernel
+
+
+def reduced(tokens, row):
+    return elip_kernels.reduce(tokens, row, K)
+
+
+def test_a_batch_size_that_changes_keeps_the_kernels_and_another_size_the_op():
+    tokens, row = torch.randn(B, N, D), torch.rand(B, N)
+    for dim, kernels, left in ((0, ["_reduce_fwd_kernel"], []), (1, [], ["elip.reduce.default"])):
+        with recorded_graphs() as (backend, graphs):
+            for each in (tokens, row):
+                torch._dynamo.mark_dynamic(each, dim)
+            torch.compile(reduced, backend=backend, fullgraph=True)(tokens, row)
+        launches, ops = launches_of(graphs)
+        assert ([kernel for kernel, _ in launches], ops) == (kernels, left)
+        tokens, row = tokens.clone(), row.clone()
+
+
+def test_an_exported_program_contains_the_op():
+    class Reduced(torch.nn.Module):
+        def forward(self, tokens, row):
+            return reduced(tokens, row)
+
+    with stub_device(90):
+        program = torch.export.export(Reduced(), (torch.randn(B, N, D), torch.rand(B, N)))
+        for each in (program, program.run_decompositions()):
+            targets = [str(node.target) for node in each.graph.nodes]
+            assert "elip.reduce.default" in targets
+            assert not any("triton" in target for target in targets)
+
+
+MODELS = {
+    "tome": ["_match_kernel", "_slots_kernel", "_order_kernel", "_merge_fwd_kernel"],
+    "elip": ["_query_kernel", "scores_kernel", "_score_select_kernel", "_move_kernel"],
+}
+
+
+@pytest.mark.parametrize("strategy", tiered(MODELS, []))
+def test_the_graph_of_a_reduced_model_has_kernels_in_place_of_ops(strategy):
+    model = elip_models.reduce_(plain_vit().eval(), strategy, keep=0.5)
+    with recorded_graphs() as (backend, graphs), torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(images(B))
+        launches, ops = launches_of(graphs)
+    assert {kernel for kernel, _ in launches} == set(MODELS[strategy]) and not ops
+
+
+@pytest.mark.slow
+def test_inductor_compiles_and_launches_the_kernels():
+    """For sm_90, on the stub."""
+    heuristics = "torch._inductor.runtime.triton_heuristics.GPUTarget"
+    alone = config.patch(compile_threads=1, force_disable_caches=True)
+    inputs = OPS["cls_attention"].inputs(B, N, D, K, H, torch.bfloat16)
+    with stub_device(90) as driver, patch(heuristics, lambda *_: target_of(90)), alone:
+        torch._dynamo.reset()
+        compiled = torch.compile(elip_kernels.cls_attention, fullgraph=True)
+        _, codes = run_and_get_code(compiled, *inputs)
+        launched = [function for _, _, function, _ in driver.launches]
+    found = re.findall(r"async_compile\.triton\('(\w+)'", "\n".join(codes))
+    assert found == launched == ["_keys_kernel", "_row_kernel"]
+    assert "torch.ops.elip" not in "\n".join(codes)
