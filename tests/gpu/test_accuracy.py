@@ -26,7 +26,9 @@ from tests.gpu.ops import (
 )
 
 pytestmark = pytest.mark.gpu
-ROW_BUDGET = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 2e-4}
+# fp16: tensor cores round sums of sixteen products toward zero, at most D / 16 * 2^-23 = 6e-6 of a
+# score at D = 768. The scores reach 5, and the error of a score is the relative one of its entry.
+ROW_BUDGET = {torch.float32: 1e-5, torch.float16: 3e-5, torch.bfloat16: 2e-4}
 NAN, INF = float("nan"), float("inf")
 LONG = [Case(2, N, WIDTH, K, dtype) for dtype in DTYPES for N, K in ((577, 374), (1025, 512))]
 SMALL = [Case(2, TOKENS, WIDTH, 9, dtype) for dtype in DTYPES]

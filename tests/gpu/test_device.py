@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import elip_kernels
 from tests.gpu.ops import HALF, OPS, TOKENS, assert_alike, kernels_alone, on, pick
 
 pytestmark = pytest.mark.gpu
@@ -33,14 +34,13 @@ def captured(run, inputs):
     return graph, outputs
 
 
-@every_kind
-@every_op
-def test_kernels_run_and_pytorch_does_not(device, launches, name, B, dtype):
-    inputs = inputs_of(name, device, B, dtype=dtype)
+@pytest.mark.parametrize("N", pick([50, 257, 1025, 4097], [TOKENS]))
+def test_a_selection_scans_across_the_warps_of_a_program(device, N):
+    scores = torch.stack([torch.randperm(N) for _ in range(BATCH)]).float()
+    expected = 1 + scores[:, 1:].topk(N // 2).indices.sort().values
     with kernels_alone():
-        outputs = OPS[name].run(*inputs)
-    assert launches
-    assert {t.device for t in outputs} == {device}
+        kept = elip_kernels.select_tokens(scores.to(device), N // 2)
+    assert torch.equal(kept.cpu(), expected)
 
 
 @every_kind
@@ -49,6 +49,16 @@ def test_two_runs_are_equal_bit_by_bit(device, name, B, dtype):
     inputs = inputs_of(name, device, B, dtype=dtype)
     first, second = (OPS[name].run(*inputs) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@every_kind
+@every_op
+def test_kernels_run_and_pytorch_does_not(device, launches, name, B, dtype):
+    inputs = inputs_of(name, device, B, dtype=dtype)
+    with kernels_alone():
+        outputs = OPS[name].run(*inputs)
+    assert launches
+    assert {t.device for t in outputs} == {device}
 
 
 @every_op
