@@ -79,18 +79,6 @@ class EvaTower(PlainTimm):
             return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
         return super().refuses_block(block)
 
-    @classmethod
-    def refuses_attention(cls, attn: nn.Module) -> str | None:
-        """Return why an attention cannot be read, in one sentence, or None if it can."""
-        reason = super().refuses_attention(attn)
-        has_bias = reason is None and getattr(attn, "q_bias", None) is not None
-        if has_bias and not attn.qkv_bias_separate and not isinstance(attn.qkv, nn.Linear):
-            return (
-                f"timm reads the weight of its qkv, and so ignores the {type(attn.qkv).__name__} "
-                "around it (qkv_bias_separate=True calls it)"
-            )
-        return reason
-
     def at(self, positions: Tensor | None) -> Self:
         """Return the tower for tokens at these positions; None means all patches in order."""
         if not self.is_rotary:

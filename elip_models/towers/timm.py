@@ -81,9 +81,16 @@ class PlainTimm(Tower):
     @classmethod
     def refuses_attention(cls, attn: nn.Module) -> str | None:
         """Return why an attention cannot be read, in one sentence, or None if it can."""
-        if library_class(attn) in cls.attentions:
-            return None
-        return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections instead)"
+        if library_class(attn) not in cls.attentions:
+            kind = type(attn).__name__
+            return f"its attention is {kind}, a wrapper (wrap its projections instead)"
+        is_joint = getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate
+        if is_joint and not isinstance(attn.qkv, nn.Linear):
+            return (
+                f"timm reads the weight of its qkv, and so ignores the {type(attn.qkv).__name__} "
+                "around it (qkv_bias_separate=True calls it)"
+            )
+        return None
 
     @property
     def num_patches(self) -> int:
