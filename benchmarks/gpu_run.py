@@ -136,7 +136,7 @@ def run(command: str, todo: list[Step], out: Path, state: dict[str, Any], option
         if key in outcomes or left <= 0:
             continue
         seconds = min(options.limit, left)
-        say(f"=== {key}: {seconds:.0f} s at most")
+        say(f"\n=== {key}: {seconds:.0f} s at most")  # a killed step leaves half a line
         status = finish(step, seconds)
         is_cut, is_first = status is None and left < options.limit and not is_first, False
         if is_cut or status == TO_BE_CONTINUED:
@@ -150,6 +150,7 @@ def run(command: str, todo: list[Step], out: Path, state: dict[str, Any], option
                 append(step.results, out / "bench.json")
         write(out / "steps.json", state)
     found = {name: outcomes.get(name, "left") for name in (f"{command}/{s.name}" for s in todo)}
+    say("")
     for name, outcome in found.items():
         say(f"{name}: {outcome}")
     return 0 if set(found.values()) <= {"passed"} else 1
