@@ -1,10 +1,12 @@
 """Embed a collection of photographs with DINOv2 ViT-S/14, dense and reduced, and search in both.
 
     python -m benchmarks.real.collection FOLDER WORK --output X.json [--reduce tome --keep 0.7]
+    python -m benchmarks.real.collection FOLDER WORK --output X.json --ray-actors 2 --timed 768
 
 WORK is a folder for the model and the embeddings; a stopped run continues there. Each round of the
 speeds embeds some photographs by `elip_models.embed`, and encodes the same photographs from memory
-by the model alone ("bare"), dense and reduced. Run it while nothing else runs.
+by the model alone ("bare"), dense and reduced. Run it while nothing else runs. The second command
+adds the speed of the reduced model by actors of Ray to X.json, beside both others.
 """
 
 import argparse
@@ -59,10 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--keep", type=float, default=0.7, help="share of the tokens (default: %(default)s)")
     add("--rounds", type=int, default=5, help="of the speeds (default: %(default)s)")
     add("--timed", type=int, default=128, help="photographs of a round (default: %(default)s)")
+    add("--ray-actors", type=int, metavar="N", help="add the speed of N actors to --output")
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        write_json(options.output, measure(options, console))
+        run = measure if options.ray_actors is None else with_ray
+        write_json(options.output, run(options, console))
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     console.print_json(json.dumps(read_object(options.output)))
@@ -102,6 +106,36 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "recall_at_10": recall.recall._asdict(),
             "queries": recall.queries,
         },
+    }
+
+
+def with_ray(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Return the results in `--output` with the speed of Ray's actors."""
+    document = read_object(options.output)
+    reduced = document["reduced"]
+    options.reduce, options.keep = reduced["strategy"], reduced["keep"]
+    model = _saved_model(options)
+    timed = _listed(options.work / "timed.json", photograph_paths(options.folder)[: options.timed])
+    encoder = open_encoder(str(model), preprocess=model / PREPROCESS_FILE)
+    pixels = _pixels(encoder, timed, options.timed)
+    rates: dict[str, list[float]] = {"bare": [], "one process": [], "actors": []}
+    with _bar(console) as bar:
+        for _ in bar.track(range(options.rounds), description="speeds"):
+            rates["bare"].append(_bare(encoder, pixels))
+            rates["one process"].append(_embedded(encoder, timed))
+            rates["actors"].append(_embedded_by_ray(encoder, timed, options.ray_actors))
+    shares = [a / b for a, b in zip(rates["actors"], rates["bare"], strict=True)]
+    return document | {
+        "ray": {
+            "machine": machine(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "commit": commit(),
+            "rounds": options.rounds,
+            "photographs": options.timed,
+            "actors": options.ray_actors,
+            "images_per_second": {name: round(median(each), 3) for name, each in rates.items()},
+            "share_of_bare": _spread(shares),
+        }
     }
 
 
@@ -151,11 +185,7 @@ def _speeds(
         arm: open_encoder(str(model), reduce=reduction, preprocess=model / PREPROCESS_FILE)
         for arm, reduction in ARMS.items()
     }
-    source, transform = (
-        open_images(timed, SourceOptions()),
-        encoders["dense"].preprocessing.transform,
-    )
-    pixels = decoded_sample(source, options.timed, transform, 0).pixels
+    pixels = _pixels(encoders["dense"], timed, options.timed)
     rates: dict[str, dict[str, list[float]]] = {
         arm: {"images_per_second": [], "bare_images_per_second": []} for arm in ARMS
     }
@@ -169,9 +199,18 @@ def _speeds(
         bare, ours = of_arm["bare_images_per_second"], of_arm["images_per_second"]
         shares = [a / b for a, b in zip(ours, bare, strict=True)]
         found[arm] = {name: round(median(each), 3) for name, each in of_arm.items()}
-        low, mid, high = (round(each(shares), 4) for each in (min, median, max))
-        found[arm]["share_of_bare"] = {"median": mid, "low": low, "high": high}
+        found[arm]["share_of_bare"] = _spread(shares)
     return found
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    low, mid, high = (round(each(values), 4) for each in (min, median, max))
+    return {"median": mid, "low": low, "high": high}
+
+
+def _pixels(encoder: Encoder, photographs: Path, count: int) -> torch.Tensor:
+    source = open_images(photographs, SourceOptions())
+    return decoded_sample(source, count, encoder.preprocessing.transform, 0).pixels
 
 
 def _bare(encoder: Encoder, pixels: torch.Tensor) -> float:
@@ -185,6 +224,24 @@ def _embedded(encoder: Encoder, timed: Path) -> float:
             encoder, timed, Path(output) / "out", check=0, batch_size=BATCH, workers=workers
         )
     return found.images_per_second
+
+
+def _embedded_by_ray(encoder: Encoder, timed: Path, actors: int) -> float:
+    """Return the images per second after each actor has written its first shard.
+
+    Before that, the actors start: a constant cost of seconds, whatever the number of images.
+    """
+    done = []
+
+    def progress(images: int, *_: int) -> None:
+        if images:
+            done.append((images, time.perf_counter()))
+
+    options = {"check": 0, "batch_size": BATCH, "shard_size": BATCH, "progress": progress}
+    with TemporaryDirectory() as output:
+        embed(encoder, timed, Path(output) / "out", ray="local", ray_actors=actors, **options)
+    (first, start), (last, end) = done[actors - 1], done[-1]
+    return (last - first) / (end - start)
 
 
 def _rate(run: Callable[[], object], images: int) -> float:
