@@ -1,39 +1,39 @@
-"""The commands `elip eval retrieval | zero-shot | selection | vqa | ..`."""
+"""The commands `elip eval retrieval | zero-shot | composition | selection | vqa | ..`."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from elip_models.commands.evaluate_composition import eval_composition
+from elip_models.commands.evaluate_grounding import eval_grounding
+from elip_models.commands.evaluate_options import (
+    BatchSize,
+    MaxBadShare,
+    NumWorkers,
+    SavedModel,
+    ScoresFile,
+    loading_of,
+    open_trained,
+    weights_folder,
+    write_scores,
+)
 from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.training.recipe import parse_overrides
-from elip_models.validation import as_config_error, check_output, from_checkout, require_extra
+from elip_models.validation import as_config_error, from_checkout, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
-    from rich.markup import escape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from elip_models.models.base import PretrainedModel
     from elip_models.tasks.retrieval import RetrievalScores
     from elip_models.tasks.task import Loading, Task
     from elip_models.tasks.zero_shot import ZeroShotScores
 
 app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
-
-SavedModel = Annotated[
-    Path, typer.Option(help="Folder of a saved model and its tokenizer, or of its run.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, max=2**20, help="Images in a forward pass.")]
-NumWorkers = Annotated[
-    int, typer.Option(min=0, max=1024, help="Number of processes that load images.")
-]
-MaxBadShare = Annotated[
-    float, typer.Option(min=0, max=1, help="Largest share of unreadable samples.")
-]
-ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores.")]
+app.command("composition")(eval_composition)
+app.command("grounding")(eval_grounding)
 
 
 @app.command("retrieval")
@@ -55,15 +55,15 @@ def eval_retrieval(
     from elip_models.tasks.retrieval import evaluate_retrieval
     from elip_models.tasks.retrieval_task import Retrieval
 
-    loading = _loading(batch_size, num_workers, max_bad_share)
+    loading = loading_of(batch_size, num_workers, max_bad_share)
     if rerank is not None:
         return _evaluate(Retrieval(candidates=rerank), model, data, loading, output)
-    trained, tokenizer = _open_trained(model, output, ranks=True)
+    trained, tokenizer = open_trained(model, output, ranks=True)
     with as_config_error("--data", inner="spec"):
         source = open_source(data, image_size=trained.config.image_size)
     scores = evaluate_retrieval(trained, tokenizer, source, **loading._asdict())
     Console().print(retrieval_table(scores))
-    _write_scores(_as_dict(scores), output)
+    write_scores(_as_dict(scores), output)
 
 
 @app.command("zero-shot")
@@ -85,13 +85,13 @@ def eval_zero_shot(
     from elip_models.data import open_classes
     from elip_models.tasks.zero_shot import evaluate_zero_shot
 
-    trained, tokenizer = _open_trained(model, output, ranks=True)
+    trained, tokenizer = open_trained(model, output, ranks=True)
     with as_config_error("--data", inner="spec"):
         source = open_classes(data, image_size=trained.config.image_size)
-    loading = _loading(batch_size, num_workers, max_bad_share)
+    loading = loading_of(batch_size, num_workers, max_bad_share)
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
     Console().print(zero_shot_table(scores))
-    _write_scores(_as_dict(scores), output)
+    write_scores(_as_dict(scores), output)
 
 
 @app.command("selection")
@@ -117,7 +117,7 @@ def eval_selection(
     selection, tables = (
         from_checkout(f"selection.{name}", "elip eval selection") for name in ("scores", "tables")
     )
-    trained, tokenizer = _open_trained(model, output)
+    trained, tokenizer = open_trained(model, output)
     with as_config_error("--data", inner="spec"):
         source = open_source(data, image_size=trained.config.image_size)
     with as_config_error("--strategy"):
@@ -125,49 +125,7 @@ def eval_selection(
     settings = {"limit": count, "batch_size": batch_size}
     scores = selection.selection_scores(trained, source, tokenizer, chosen, **settings)
     Console().print(*tables.selection_tables(scores))
-    _write_scores(scores, output)
-
-
-def _loading(batch_size: int, num_workers: int, max_bad_share: float) -> "Loading":
-    from elip_models.data.loader import worker_options
-    from elip_models.tasks.task import Loading
-
-    with as_config_error("--num-workers"):
-        worker_options(num_workers)
-    return Loading(batch_size, num_workers, max_bad_share)
-
-
-def _open_trained(
-    model: Path, output: Path | None, *, ranks: bool = False
-) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
-    """Load a saved model and its tokenizer, on a GPU if there is one."""
-    check_output("--output", output)
-    model = _weights(model)
-    import torch
-
-    from elip_models.data import load_tokenizer
-    from elip_models.models.registry import load_model
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with as_config_error("--model", inner="spec"):
-        trained = load_model(model).to(device)
-        if ranks and not trained.ranks:
-            raise ValueError(
-                f"expected a model with features to rank, got {type(trained).__name__}, which has "
-                "none of images and texts alone"
-            )
-        return trained, load_tokenizer(str(model))
-
-
-def _weights(model: Path) -> Path:
-    """Return the folder of the weights to evaluate; print which they are if `model` is a run."""
-    from elip_models.training.selection import selected_folder
-
-    folder, selection = selected_folder(model)
-    if folder != model:
-        line = f"evaluating {folder}" + (f", weights of {selection}" if selection else "")
-        Console().print(escape(line), soft_wrap=True, highlight=False)
-    return folder
+    write_scores(scores, output)
 
 
 def _evaluate(
@@ -175,15 +133,15 @@ def _evaluate(
 ) -> None:
     from elip_models.tasks.registry import read_answers
 
-    model = _weights(model)
-    trained, tokenizer = _open_trained(model, output)
+    model = weights_folder(model)
+    trained, tokenizer = open_trained(model, output)
     with as_config_error("--model", inner="spec"):
         _check_task(task, trained)
     with as_config_error("--data", inner="spec"):
         source = task.open(data, image_size=trained.config.image_size)
     scores = task.evaluate(trained, tokenizer, source, loading, read_answers(model))
     Console().print(task_table(scores))
-    _write_scores(scores.as_dict(), output)
+    write_scores(scores.as_dict(), output)
 
 
 def _check_task(task: "Task", model: "PretrainedModel") -> None:
@@ -214,7 +172,7 @@ def _add_command(name: str) -> None:
 
         with as_config_error("--set"):
             task = get_task(name, **parse_overrides(options or (), "candidates=64"))
-        loading = _loading(batch_size, num_workers, max_bad_share)
+        loading = loading_of(batch_size, num_workers, max_bad_share)
         _evaluate(task, model, data, loading, output)
 
 
@@ -225,10 +183,3 @@ for _name in ("vqa", "entailment", "nlvr2", "captioning", "classification"):
 def _as_dict(scores: "RetrievalScores | ZeroShotScores") -> dict[str, Any]:
     intervals = {name: each._asdict() for name, each in scores.intervals.items()}
     return asdict(scores) | {"intervals": intervals}
-
-
-def _write_scores(scores: dict[str, Any], output: Path | None) -> None:
-    if output is not None:
-        from elip_models.models.io.files import write_json
-
-        write_json(output, scores)

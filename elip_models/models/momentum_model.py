@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.models.distilled_model import DistilledModel, Encoders, MomentumConfig
+from elip_models.models.layers.bert import BertTower
 from elip_models.models.layers.distributed import all_gather, rank_of
 from elip_models.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.models.layers.momentum import FeatureQueue, similarities
@@ -88,6 +89,11 @@ class MomentumModel(DistilledModel):
     def moved_in_training(self) -> tuple[Tensor, ...]:
         """Return the parameters of the momentum encoders and the buffers of the queue."""
         return *super().moved_in_training(), *self.queue.buffers()
+
+    @property
+    def fusion_tower(self) -> BertTower:
+        """The text tower, some layers of which attend to image tokens in `fuse`."""
+        return self.encoders.text
 
     def fuse(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None

@@ -7,6 +7,7 @@
                     snli_ve_train.jsonl,images=flickr30k-images;  ve_train.json,images=..
     nlvr2           emoji_pairs:seed=0,size=2000
                     train.json,images=images/train;  nlvr_train.json,images=..
+    grounding       emoji_grounding:seed=0,size=200;  refcoco+.json,images=coco,split=testA
     classification  emoji_classes:seed=0,size=600;  FOLDER;  datasets:NAME_OR_FOLDER,split=test
 
 A mapping has the fields of `FileSpec`: {files: [questions.json, ..], images: coco}.
@@ -22,17 +23,28 @@ from elip_models.data.examples import ExampleSource
 from elip_models.data.mixture import ConcatExamples
 from elip_models.data.readers import Spec, parse_options
 from elip_models.data.tasks.entailment import EmojiEntailment
+from elip_models.data.tasks.grounding import EmojiGrounding, grounding_examples
 from elip_models.data.tasks.label_files import entailment_examples, nlvr2_examples
 from elip_models.data.tasks.pairs import EmojiPairs
 from elip_models.data.tasks.questions import EmojiQuestions
 from elip_models.data.tasks.vqa_files import vqa_examples
 from elip_models.validation import PositiveInt, check, shortened
 
-ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification"]
+ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification", "grounding"]
 
-BUILT_IN = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
-_READERS = {"vqa": vqa_examples, "entailment": entailment_examples, "nlvr2": nlvr2_examples}
-_OPTIONS = {"vqa": ("images", "answers", "weight")}
+BUILT_IN = {
+    "vqa": EmojiQuestions,
+    "entailment": EmojiEntailment,
+    "nlvr2": EmojiPairs,
+    "grounding": EmojiGrounding,
+}
+_READERS = {
+    "vqa": vqa_examples,
+    "entailment": entailment_examples,
+    "nlvr2": nlvr2_examples,
+    "grounding": grounding_examples,
+}
+_OPTIONS = {"vqa": ("images", "answers", "weight"), "grounding": ("images", "split")}
 
 
 def open_examples(

@@ -119,6 +119,11 @@ class METERBackbone(CrossModalModel):
     def _add_heads(self, config: METERConfig) -> None:
         """Add heads, whose names are in `BERT_INITIALISED`."""
 
+    @property
+    def fusion_tower(self) -> BertTower:
+        """The co-attention layers of the text, which attend to image tokens in `fuse`."""
+        return self.text_layers
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
         every = range(self.config.text_depth)
