@@ -1,7 +1,8 @@
-"""Karpathy's splits of COCO and Flickr30k, and the caption files of COCO.
+"""Karpathy's splits of COCO and Flickr30k, and the caption files of COCO and NoCaps.
 
 {"images": [{"filename", "filepath" (COCO), "split", "sentences": [{"raw"}, ..]}, ..]}
-{"images": [{"id", "file_name"}, ..], "annotations": [{"image_id", "caption"}, ..]}
+{"images": [{"id", "file_name", "domain" (NoCaps)}, ..],
+ "annotations": [{"image_id", "caption"}, ..] (none for test images)}
 """
 
 from collections import defaultdict
@@ -15,7 +16,7 @@ from elip_models.data.json_files import read_fields
 class CaptionEntry(NamedTuple):
     """One image with its captions; `number` is its position in the file.
 
-    `problem` is why it cannot be read, or "".
+    `problem` is why it cannot be read, or ""; `domain` is NoCaps' domain of the image, or "".
     """
 
     number: int
@@ -23,6 +24,7 @@ class CaptionEntry(NamedTuple):
     captions: list[str]
     id: str
     problem: str = ""
+    domain: str = ""
 
 
 def caption_entries(file: Path, data: dict[str, Any], split: str | None) -> Iterator[CaptionEntry]:
@@ -32,7 +34,7 @@ def caption_entries(file: Path, data: dict[str, Any], split: str | None) -> Iter
 
     Raises ValueError if an entry is malformed, or the file lacks the split.
     """
-    if "annotations" in data:
+    if "annotations" in data or _lists_images_alone(data["images"]):
         if split is not None:
             raise ValueError(f"split: expected none, since {file} has none, got {split!r}")
         return _coco(file, data)
@@ -59,8 +61,15 @@ def _karpathy(file: Path, data: dict[str, Any], split: str | None) -> Iterator[C
         raise ValueError(f"split: expected some of {sorted(found)} of {file}, got {missing}")
 
 
+def _lists_images_alone(images: Any) -> bool:
+    """Return whether the images are those of a COCO file without annotations."""
+    first = images[0] if isinstance(images, list) and images else None
+    return isinstance(first, dict) and "file_name" in first
+
+
 def _coco(file: Path, data: dict[str, Any]) -> Iterator[CaptionEntry]:
-    images, annotations = read_fields(str(file), data, images=list, annotations=list)
+    given = {"annotations": []} | data
+    images, annotations = read_fields(str(file), given, images=list, annotations=list)
     captions: dict[int, list[str]] = defaultdict(list)
     for number, entry in enumerate(annotations):
         where = f"{file}[annotations][{number}]"
@@ -70,10 +79,11 @@ def _coco(file: Path, data: dict[str, Any]) -> Iterator[CaptionEntry]:
     for number, entry in enumerate(images):
         where = f"{file}[images][{number}]"
         image_id, name = read_fields(where, entry, id=int, file_name=str)
+        (domain,) = read_fields(where, {"domain": ""} | entry, domain=str)
         if image_id in seen:
             raise ValueError(f"{where}: id: expected another one for each image, got {image_id}")
         seen.add(image_id)
-        yield CaptionEntry(number, name, captions[image_id], str(image_id))
+        yield CaptionEntry(number, name, captions[image_id], str(image_id), domain=domain)
     absent = [image_id for image_id in captions if image_id not in seen]
     for number, image_id in enumerate(absent, len(images)):
         name, lost = f"id {image_id}", len(captions[image_id])

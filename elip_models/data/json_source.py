@@ -1,4 +1,4 @@
-"""Images with captions in JSON: lists in ALBEF's format, Karpathy's splits, COCO's captions.
+"""Images with captions in JSON: lists in ALBEF's format, Karpathy's splits, COCO's and NoCaps'.
 
 A list is [{"image": path, "caption": text or texts, "image_id": optional}, ...]. An entry may also
 have "boxes": for each caption, a list of [left, top, width, height] in pixels, as in COCO. They
@@ -48,6 +48,8 @@ class JsonSource:
         paths: One file or several.
         image_root: Folder of the images. None: the folder of each file.
         split: Split of Karpathy's files: "test", or several, "train+restval".
+        needs_captions: False: an image without captions is a sample without captions, as in the
+            files of test images of COCO and NoCaps.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -60,12 +62,15 @@ class JsonSource:
         *,
         image_root: str | Path | None = None,
         split: str | None = None,
+        needs_captions: bool = True,
     ) -> None:
         if not isinstance(image_root, str | Path | None):
             raise TypeError(f"image_root: expected a folder or None, got {image_root!r}")
         check("split", split, str | None)
+        check("needs_captions", needs_captions, bool)
         self._files = existing_files("paths", paths)
         self._root = image_root
+        self._needs_captions = needs_captions
         self._index = _build_index(self._files, split)
 
     def __len__(self) -> int:
@@ -75,7 +80,8 @@ class JsonSource:
         check_index(index, len(self))
         row = self._index[index]
         name = f"{self._files[row['file']].name}[{row['number']}] {row['image']}"
-        if problem := row["problem"] or ("" if row["captions"] else "no caption"):
+        lacks_caption = self._needs_captions and not row["captions"]
+        if problem := row["problem"] or ("no caption" if lacks_caption else ""):
             raise SampleError(name, problem)
         image = decode_image(self._image_path(row), name)
         return Sample(image, tuple(row["captions"]), row["id"])
@@ -84,6 +90,11 @@ class JsonSource:
         """Return the captions without decoding the image; empty if the sample has none."""
         check_index(index, len(self))
         return tuple(self._index[index]["captions"])
+
+    def domains(self) -> dict[str, str]:
+        """Return NoCaps' domain of each image that has one, by its id."""
+        ids, names = (self._index.data.column(name).to_pylist() for name in ("id", "domain"))
+        return {each: name for each, name in zip(ids, names, strict=True) if name}
 
     @cached_property
     def _image_numbers(self) -> np.ndarray:
@@ -124,7 +135,8 @@ def _build_index(files: list[Path], split: str | None) -> "Dataset":
         from datasets import Dataset, Features, Value
 
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("file", "number", "image", "captions", "id", "boxes", "problem")
+        name: []
+        for name in ("file", "number", "image", "captions", "id", "boxes", "domain", "problem")
     }
     for place, file in enumerate(files):
         for number, entry in _read_entries(file, split):
@@ -142,9 +154,10 @@ def _read_entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str
     """Yield the number of each entry, with its image, captions, id and boxes."""
     entries = read_json(file, _EXPECTED)
     if isinstance(entries, dict) and "images" in entries:
-        for number, image, texts, sample_id, problem in caption_entries(file, entries, split):
-            entry = {"image": image, "captions": clean_captions(texts), "id": sample_id}
-            yield number, entry | {"boxes": [], "problem": problem}
+        for each in caption_entries(file, entries, split):
+            entry = {"image": each.image, "captions": clean_captions(each.captions)}
+            entry |= {"id": each.id, "boxes": [], "domain": each.domain, "problem": each.problem}
+            yield each.number, entry
         return
     if not isinstance(entries, list):
         raise ValueError(f"{file}: expected {_EXPECTED}, got a {type(entries).__name__}")
@@ -159,7 +172,8 @@ def _read_entries(file: Path, split: str | None) -> Iterator[tuple[int, dict[str
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         sample_id = text_id(where, entry, "image_id") or image
-        yield number, {"image": image, "captions": captions, "id": sample_id, "boxes": boxes}
+        entry = {"image": image, "captions": captions, "id": sample_id}
+        yield number, entry | {"boxes": boxes, "domain": ""}
 
 
 def _with_problem(entry: dict[str, Any]) -> dict[str, Any]:
@@ -167,11 +181,13 @@ def _with_problem(entry: dict[str, Any]) -> dict[str, Any]:
     try:
         check_text("image", entry["image"])
         check_text("image_id", entry["id"])
+        check_text("domain", entry["domain"])
         check_text("caption", *entry["captions"])
         return {"problem": ""} | entry
     except TextError as error:
         names = {name: ascii(entry[name]) for name in ("image", "id")}
-        return entry | names | {"captions": [], "boxes": [], "problem": str(error)}
+        empty = {"captions": [], "boxes": [], "domain": ""}
+        return entry | names | empty | {"problem": str(error)}
 
 
 def _boxes(value: Any, captions: int) -> list[list[list[float]]]:

@@ -29,7 +29,9 @@ Spec = str | Mapping[str, Any]
 """One line, or a mapping with the fields of `FileSpec`."""
 
 
-def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
+def open_source(
+    spec: Spec | Sequence[Spec], *, image_size: int, needs_captions: bool = True
+) -> Source:
     """Open the image-caption data that `spec` names.
 
         emoji_scenes:seed=0,size=50000               built-in scenes, options of `EmojiScenes`
@@ -40,6 +42,7 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
         spec: One line, a mapping, or a list of them, which are joined in a `MixedSource`. A line
             can name several files, separated by commas, all JSON or all tar.
         image_size: Size in pixels of built-in scenes. Stored images keep their size.
+        needs_captions: False: JSON files may have images without captions, see `JsonSource`.
 
     Raises:
         TypeError, ValueError: The specification is malformed, names a stream (see `open_stream`),
@@ -50,7 +53,8 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
     got = shortened(spec)
     if isinstance(spec, list | tuple):
         check_not_empty("spec", spec)
-        sources = [open_source(each, image_size=image_size) for each in spec]
+        options = {"image_size": image_size, "needs_captions": needs_captions}
+        sources = [open_source(each, **options) for each in spec]
         return sources[0] if len(sources) == 1 else MixedSource(sources)
     if is_stream(spec):
         raise ValueError(
@@ -77,7 +81,8 @@ def open_source(spec: Spec | Sequence[Spec], *, image_size: int) -> Source:
         if named.images or named.split:
             raise ValueError(f"spec: expected images and split with .json only, got {got}")
         return ShardSource(files)
-    source = JsonSource(files, image_root=named.images, split=named.split)
+    options = {"image_root": named.images, "split": named.split}
+    source = JsonSource(files, **options, needs_captions=needs_captions)
     check_not_empty("spec", source, spec)
     return source
 

@@ -28,7 +28,7 @@ _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 
 
 class Sample(NamedTuple):
-    """One RGB image with at least one non-empty caption."""
+    """One RGB image with at least one non-empty caption, or none for `needs_captions=False`."""
 
     image: Image.Image
     captions: tuple[str, ...]

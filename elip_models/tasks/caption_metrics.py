@@ -49,6 +49,7 @@ def caption_scores(
     *,
     also: Sequence[JavaMetric] = (),
     tokenizer: TokenizerName | None = None,
+    domains: Sequence[str] = (),
 ) -> CaptionScores:
     """Score one generated caption for each image, without a prompt, against its references.
 
@@ -56,6 +57,10 @@ def caption_scores(
     image is 0. `also` may name "meteor" (about a minute) and "spice" (the first time, it downloads
     0.5 GB from Stanford); both need Java. The tokenizer None is "ptb" if Java is installed, else
     "plain".
+
+    `domains` are the parts of the data that the images belong to, or "". Each has scores of its
+    own, such as "in-domain_cider". CIDEr's word weights are those of all images, so that the score
+    of all is the mean of the domains' weighted by their numbers of images.
     """
     for name in also:
         check("also", name, JavaMetric)
@@ -64,6 +69,10 @@ def caption_scores(
         if name not in ("plain", None) and not has_java():
             raise ValueError(f"{name}: expected java on the PATH, got none; install Java")
     _check_captions(written, captions)
+    if domains and len(domains) != len(written):
+        raise ValueError(
+            f"domains: expected one for each of the {len(written)} images, got {len(domains)}"
+        )
     tokenizer = tokenizer or ("ptb" if has_java() else "plain")
     tokens_of = {"ptb": ptb_tokens, "plain": plain_tokens}[tokenizer]
     references = dict(enumerate(tokens_of([list(texts) for texts in captions])))
@@ -71,8 +80,15 @@ def caption_scores(
     with require_extra("caption_scores"):
         from pycocoevalcap.cider.cider import Cider
     _, each = Cider().compute_score(references, generated)
-    scores = {"cider": bootstrap_interval(each), "bleu_4": _bleu(references, generated)}
-    scores |= {name: bootstrap_interval(_java_scores(name, references, generated)) for name in also}
+    by_image = {"cider": each} | {n: _java_scores(n, references, generated) for n in also}
+    scores = {}
+    for domain in ("", *sorted({*domains} - {""})):
+        rows = [i for i in generated if not domain or domains[i] == domain]
+        prefix = f"{domain}_" if domain else ""
+        for name, values in by_image.items():
+            scores[f"{prefix}{name}"] = bootstrap_interval([values[i] for i in rows])
+        parts = ({i: texts[i] for i in rows} for texts in (references, generated))
+        scores[f"{prefix}bleu_4"] = _bleu(*parts)
     return CaptionScores(scores, tuple(map(float, each)), tokenizer)
 
 

@@ -53,8 +53,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict as JSON, completely or not at all."""
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    """Write a dict or a list as JSON, completely or not at all."""
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
