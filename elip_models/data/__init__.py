@@ -30,6 +30,8 @@ with require_extra("elip_models.data"):
     from elip_models.data.shard_source import ShardSource
     from elip_models.data.stream_batches import StreamBatches, stream_loader
     from elip_models.data.stream_source import StreamSource, is_stream, open_stream
+    from elip_models.data.tasks.composition import EmojiComposition, open_composition
+    from elip_models.data.tasks.composition_files import CompositionExample, CompositionSource
     from elip_models.data.tasks.entailment import EmojiEntailment
     from elip_models.data.tasks.example_readers import open_examples
     from elip_models.data.tasks.export import export
@@ -54,8 +56,11 @@ __all__ = [
     "ClassDataset",
     "ClassFolder",
     "ClassSource",
+    "CompositionExample",
+    "CompositionSource",
     "DataError",
     "EmojiClasses",
+    "EmojiComposition",
     "EmojiEntailment",
     "EmojiPairs",
     "EmojiQuestions",
@@ -90,6 +95,7 @@ __all__ = [
     "is_stream",
     "load_tokenizer",
     "open_classes",
+    "open_composition",
     "open_examples",
     "open_source",
     "open_stream",

@@ -48,9 +48,7 @@ def score_interval(
     Raises:
         ValueError: There is no score, or one is outside [0, 1].
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"scores: expected values in [0, 1], got {values.min()} to {values.max()}")
+    values = _checked(scores)
     found = bootstrap_interval(values, clusters, level=level, seed=seed)
     if found.low < found.high:
         return found
@@ -58,7 +56,44 @@ def score_interval(
     return wilson_interval(found.mean, count, level=level)
 
 
-def wilson_interval(share: float, count: int, *, level: float = LEVEL) -> Interval:
+def group_mean_interval(
+    scores: Sequence[float] | np.ndarray,
+    groups: Sequence[int] | np.ndarray,
+    clusters: Sequence[int] | np.ndarray | None = None,
+    *,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """Return the interval of the mean over groups of the mean score of each group.
+
+    A draw averages the groups that it contains. The Wilson interval, see the top of this file, has
+    G^2 / sum_g (1 / n_g) trials for G groups of n_g clusters each. For `groups`, a number for each
+    example, and the other arguments, see `score_interval`.
+    """
+    values, (_, groups) = _checked(scores), np.unique(groups, return_inverse=True)
+    each = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    _, each = np.unique(each, return_inverse=True)
+    table = np.zeros((2, each.max() + 1, groups.max() + 1))  # sums and sizes of clusters in groups
+    np.add.at(table, (0, each, groups), values)
+    np.add.at(table, (1, each, groups), 1)
+    rows = np.concatenate([table[0].round(12), table[1]], axis=1)
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    sums, sizes = np.split(kinds, 2, axis=1)
+
+    def mean(drawn: np.ndarray) -> np.ndarray:
+        found = drawn @ sizes
+        means = np.divide(drawn @ sums, found, where=found > 0, out=np.full(found.shape, np.nan))
+        return np.nanmean(means, axis=1)
+
+    interval = interval_of(mean, counts, level=level, seed=seed)
+    if interval.low < interval.high:
+        return interval
+    trials = (table[1] > 0).sum(axis=0)
+    effective = len(trials) ** 2 / float((1 / trials).sum())
+    return wilson_interval(interval.mean, effective, level=level)
+
+
+def wilson_interval(share: float, count: float, *, level: float = LEVEL) -> Interval:
     """Return the Wilson interval of a share of `count` independent trials."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     total = count + z**2
@@ -113,3 +148,10 @@ def interval_of(
     drawn = [statistic(rng.multinomial(n, counts / n, size=size)) for size in sizes]
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(counts[None])[0]), float(low), float(high))
+
+
+def _checked(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+    values = np.asarray(scores, dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"scores: expected values in [0, 1], got {values.min()} to {values.max()}")
+    return values

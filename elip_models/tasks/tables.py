@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.tasks.tables"):
+    from rich.markup import escape
     from rich.table import Table
 
 if TYPE_CHECKING:
     from elip_models.data import SkipReport
+    from elip_models.tasks.composition import CompositionScores
     from elip_models.tasks.intervals import Interval
     from elip_models.tasks.retrieval import RetrievalScores
     from elip_models.tasks.task import TaskScores
     from elip_models.tasks.zero_shot import ZeroShotScores
+
+MAX_CATEGORIES = 20
+"""Largest number of categories of a compositional benchmark that a table lists."""
 
 
 def data_table(name: str, size: int, report: "SkipReport", captions: Sequence[str]) -> Table:
@@ -68,6 +73,38 @@ def task_table(scores: "TaskScores") -> Table:
         others = (each.get(name) for each in scores.baselines.values())
         shown = ("" if value is None else f"{100 * value:.1f}" for value in others)
         table.add_row(name, f"{100 * found.mean:.1f}", _ends(found), *shown)
+    return table
+
+
+def composition_table(scores: "CompositionScores") -> Table:
+    """Return scores in percent with 95% intervals, and chance in brackets, also by category.
+
+    No category is listed if there are more than `MAX_CATEGORIES`.
+    """
+    guided = ", each caption guides its image" if scores.guided else ""
+    table = Table(
+        title=f"{scores.benchmark}, {scores.num_examples} examples, by {scores.method}{guided}: "
+        "95% interval (chance)"
+    )
+    table.add_column("examples")
+    metrics = [name for name in scores.scores if name != "macro_accuracy"]
+    for name in metrics:
+        table.add_column(f"{name.replace('_', ' ')} %", justify="right")
+    table.add_row("all", *_percents(scores.scores, scores.chance, metrics))
+    number, notes = len(scores.categories), []
+    if scores.num_without_image:
+        notes.append(f"{scores.num_without_image} examples left out, whose images are unreadable")
+    if scores.num_same_tokens:
+        notes.append(f"{scores.num_same_tokens} with a wrong caption of the same tokens: ties")
+    if number > MAX_CATEGORIES:
+        notes.append(f"{number} categories: see --output")
+    table.caption = "\n".join(notes)
+    if "macro_accuracy" in scores.scores:
+        mean = _percents(scores.scores, scores.chance, ["macro_accuracy"])
+        table.add_row(f"mean of {number} categories", *mean)
+    for name, found in scores.categories.items() if number <= MAX_CATEGORIES else ():
+        label = f"{escape(name)} ({scores.category_sizes[name]})"
+        table.add_row(label, *_percents(found, scores.chance, metrics))
     return table
 
 

@@ -10,6 +10,7 @@ from elip_models.tasks.intervals import (
     LEVEL,
     RESAMPLES,
     bootstrap_interval,
+    group_mean_interval,
     score_interval,
     wilson_interval,
 )
@@ -158,3 +159,39 @@ def test_the_interval_of_recall_covers_the_true_one_with_correlated_captions(cor
         ignored += alone.low <= recall <= alone.high
     assert 0.93 <= covered / runs <= 0.97
     assert ignored / runs < 0.85
+
+
+def test_the_interval_of_a_mean_over_groups():
+    random = np.random.default_rng(0)
+    sizes, shares = np.array([40, 400, 1000]), np.array([0.8, 0.5, 0.3])
+    groups = np.repeat([7, 2, 5], sizes)
+    scores = np.concatenate([np.arange(n) < n * p for n, p in zip(sizes, shares, strict=True)])
+    found = group_mean_interval(scores, groups)
+    assert found.mean == pytest.approx(shares.mean())
+    half = 1.96 * (shares * (1 - shares) / sizes).sum() ** 0.5 / 3
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
+    order = random.permutation(len(scores))
+    assert group_mean_interval(scores[order], groups[order]) == pytest.approx(found)
+    copies = np.tile(np.arange(len(scores)), 4)  # four scores of each image carry as much as one
+    repeated = group_mean_interval(np.tile(scores, 4), np.tile(groups, 4), copies)
+    assert repeated == pytest.approx(found)
+
+
+def test_the_mean_over_one_group_is_that_of_all_scores():
+    random = np.random.default_rng(1)
+    scores, clusters = random.random(50) < 0.4, random.integers(0, 20, 50)
+    assert group_mean_interval(scores, [3] * 50, clusters) == score_interval(scores, clusters)
+
+
+def test_draws_without_a_group_average_the_others():
+    found = group_mean_interval([1, 0], [0, 1])  # of all draws, half have one group only
+    assert (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_equal_groups_of_unequal_sizes_have_the_interval_of_fewer_trials(share):
+    found = group_mean_interval([share] * 110, [0] * 10 + [1] * 100)
+    assert found == wilson_interval(share, 4 / (1 / 10 + 1 / 100))
+    assert group_mean_interval([share] * 20, [0, 1] * 10) == wilson_interval(share, 20)
+    with pytest.raises(ValueError, match=r"scores: expected values in \[0, 1\]"):
+        group_mean_interval([share + 2], [0])

@@ -43,7 +43,7 @@ class FileExamples:
     def __getitem__(self, index: int) -> Example:
         check_index(index, len(self))
         row = self._index[index]
-        paths = [_existing(Path(image)) for image in row["images"]]
+        paths = [existing_image(Path(image)) for image in row["images"]]
         images = tuple(decode_image(path, f"{row['entry']} {path.name}") for path in paths)
         return _example(row)._replace(images=images)
 
@@ -62,7 +62,8 @@ class FileExamples:
         return [first.setdefault(tuple(each), i) for i, each in enumerate(self._index["images"])]
 
 
-def _existing(path: Path) -> Path:
+def existing_image(path: Path) -> Path:
+    """Return the path, with .jpg or .png if it has no suffix, whichever file exists."""
     if path.suffix or not path.name:  # of the root folder
         return path
     named = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
