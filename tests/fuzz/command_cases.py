@@ -209,6 +209,7 @@ COMMANDS = [
         f"eval retrieval --model MODEL --data {SCENES} --max-bad-share 0.1 --output a.json",
         f"eval retrieval --model MODEL --data {SCENES} --rerank 2",
         "eval zero-shot --model MODEL --data emoji_classes:size=6 --output a.json",
+        "eval composition --model MODEL --data emoji_composition:size=3 --guided --batch-size 2",
         f"eval selection --model MODEL --data {SCENES} --count 2 --batch-size 2 --strategy random",
         "eval vqa --model MODEL --data emoji_questions:size=3 --set candidates=4",
         "visualize --model MODEL --image picture.png --caption a --output a.png --keep 0.7",
