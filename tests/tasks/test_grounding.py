@@ -1,7 +1,10 @@
 """Weakly supervised grounding: maps against plain autograd, metrics against worked examples."""
 
 import json
+import pickle
+import re
 from copy import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,6 +320,32 @@ def test_a_split_is_selected(tmp_path):
     assert source.target(0) == Target(Box(2, 2, 2, 2), None, "val", (8, 8))
     with pytest.raises(ValueError, match=r"split: expected some of \['testA', .*got \['test'\]"):
         open_examples("grounding", f"{path},split=test", image_size=16)
+
+
+def test_the_list_of_refcoco_is_made_as_the_document_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "refcoco+").mkdir()
+    write_list(tmp_path)
+    reference = {"ref_id": 5, "ann_id": 7, "image_id": 3, "split": "testA", "sentences": []}
+    (tmp_path / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps([reference], protocol=2))
+    expression = {"image": "1.png", "text": "red dog", "ref_id": 5}
+    for name, content in {
+        "refcoco+/instances.json": {"annotations": [{"id": 7, "bbox": [1, 2, 3, 4.5]}]},
+        "refcoco+/dets.json": {"3": [[1, 2, 3, 4, 0.9], [0, 0, 8, 8, 0.5]]},
+        "refcoco+_val.json": [],
+        "refcoco+_test.json": [expression],
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "refs" in each)
+    exec(block, {})
+    source = open_examples("grounding", "refcoco.json,split=testA", image_size=16)
+    proposals = Box(1, 2, 3, 4), Box(0, 0, 8, 8)
+    assert source.target(0) == Target(Box(1, 2, 3, 4.5), proposals, "testA", (8, 8))
+    assert source[0].text == "red dog"
+    (tmp_path / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(Path("a")))
+    with pytest.raises(pickle.UnpicklingError, match="expected lists, dicts, texts and numbers"):
+        exec(block, {})
 
 
 @pytest.mark.parametrize("options", ["", ",clutter=3,textures=true"])
