@@ -10,7 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from benchmarks.real.dinov2 import MEAN, STD, transformers_model
+from benchmarks.real.dinov2 import MEAN, PATCH, STD, transformers_model
 from elip_models.data.scene_captions import (
     GRID_PLACES,
     NUMBERS,
@@ -23,7 +23,7 @@ from elip_models.data.scene_sampling import EMOJI
 from elip_models.data.tasks.questions import FORMS, EmojiQuestions
 
 PIXELS = 112
-TOKENS, WIDTH = (PIXELS // 14) ** 2, 384
+TOKENS, WIDTH = (PIXELS // PATCH) ** 2, 384
 KINDS = ("presence", "count", "place", "colour", "relation", "neighbour")
 """Of question `i` at `i // 2 % len(FORMS)`: each text appears twice."""
 BATCH, CHUNK = 32, 2000
@@ -49,7 +49,7 @@ class Questions(NamedTuple):
     turns: (Q, C) int64, further questions on the image with answers, padded with 0 on the right.
     told: (Q, C) int64, the answers among `turns`, 0 elsewhere.
     kinds: (Q,) int64, indices into `KINDS`.
-    features: (Q, 64, 384) fp16, of the patches of each image.
+    features: (Q, P, 384) fp16, of the P patches of each image; 64 at 112 px.
     """
 
     ids: Tensor
@@ -81,9 +81,9 @@ def tokens_of(text: str) -> list[str]:
     return [word.replace("_", " ") for word in text.split()]
 
 
-def read_questions(count: int, seed: int, folder: Path) -> Questions:
-    """Return `count` questions; compute the features that `folder` lacks."""
-    source, known = EmojiQuestions(count, seed=seed, image_size=PIXELS), vocabulary()
+def read_questions(count: int, seed: int, folder: Path, pixels: int = PIXELS) -> Questions:
+    """Return `count` questions on images of `pixels`; compute the features that `folder` lacks."""
+    source, known = EmojiQuestions(count, seed=seed, image_size=pixels), vocabulary()
     rows, turns, told = [], [], []
     answers = torch.zeros(count, len(known))
     for i in range(count):
@@ -140,12 +140,13 @@ def _padded(rows: list[list[int]], left: bool) -> Tensor:
 
 def _features(source: EmojiQuestions, folder: Path) -> Tensor:
     """Return DINOv2's patch features of the images of a source; a file holds `CHUNK` of them."""
-    model = transformers_model(PIXELS)
+    pixels = source.options.image_size
+    model = transformers_model(pixels)
     folder.mkdir(parents=True, exist_ok=True)
-    found = torch.empty(len(source), TOKENS, WIDTH, dtype=torch.float16)
+    found = torch.empty(len(source), (pixels // PATCH) ** 2, WIDTH, dtype=torch.float16)
     for start in track(range(0, len(source), CHUNK), "features"):
         indices = range(start, min(start + CHUNK, len(source)))
-        path = folder / f"{source.options.seed}-{indices.start}-{indices.stop}.npy"
+        path = folder / f"{pixels}px-{source.options.seed}-{indices.start}-{indices.stop}.npy"
         if not path.exists():
             partial = path.with_suffix(".partial.npy")
             np.save(partial, _encoded(model, source, indices))
@@ -156,7 +157,7 @@ def _features(source: EmojiQuestions, folder: Path) -> Tensor:
 
 @torch.inference_mode()
 def _encoded(model: nn.Module, source: EmojiQuestions, indices: range) -> np.ndarray:
-    """Return the features (n, 64, 384) fp16 of some images of the source."""
+    """Return the features (n, P, 384) fp16 of some images of the source."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     found = []
     for start in range(indices.start, indices.stop, BATCH):

@@ -4,14 +4,15 @@
 
 FEATURES is a folder for the features of the images and the trained models; a stopped run continues
 behind the last of them. The image tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has
-three layers. Each seed trains a model with every token, and removes tokens afterwards; then it
-trains one model for each setting of `TRAINED` with the tokens removed. Settings are compared with
-the model of the same seed that reads every token, paired by question.
+three layers. Each seed trains a model with every token, and removes tokens afterwards, or gives it
+a smaller image. Then it trains one model for each setting of `TRAINED` with the tokens removed.
+Settings are compared with the model of the same seed that reads every token, paired by question.
 """
 
 import argparse
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,15 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.machine import machine
-from benchmarks.vlm.questions import KINDS, TOKENS, WIDTH, Questions, read_questions, vocabulary
+from benchmarks.vlm.questions import (
+    KINDS,
+    PIXELS,
+    TOKENS,
+    WIDTH,
+    Questions,
+    read_questions,
+    vocabulary,
+)
 from elip_models import reduce_, unreduce_
 from elip_models.models.io.files import write_json
 from elip_models.profiling.commit import commit
@@ -35,12 +44,16 @@ KEEPS = (0.5, 0.25, 0.11)
 STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
 TRAINED = ("random", "pool", "diverse")
 TRAINED_KEEP = 0.25
+SMALL_PIXELS = PIXELS // 2  # a quarter of the tokens
 STEPS, BATCH, LR, WARMUP = 6000, 32, 2e-3, 0.1  # warm-up as a share of the steps
 QUESTIONS, EVALUATED, EVALUATION_SEED = 40_000, 2000, 1
 
 
 class StoredFeatures(nn.Module):
-    """An image tower whose pixel values are the features of a frozen one; it adds positions."""
+    """An image tower whose pixel values are the features of a frozen one; it adds positions.
+
+    A patch of a smaller image has the mean of the positions that it covers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +63,10 @@ class StoredFeatures(nn.Module):
         """Return the features as the hidden states of the last layer."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        features = pixel_values + self.positions
+        trained, side = (round(each**0.5) for each in (TOKENS, pixel_values.shape[1]))
+        grid = self.positions.T.unflatten(1, (trained, trained))
+        positions = nn.functional.adaptive_avg_pool2d(grid, side).flatten(1).T
+        features = pixel_values + positions
         return BaseModelOutputWithPooling(features, hidden_states=(features,))
 
 
@@ -87,7 +103,7 @@ def make_model(words: int) -> nn.Module:
 
 def prompts(data: Questions, rows: Tensor) -> Tensor:
     """Return (B, T) the ids of image and question, padded with 0 on the left."""
-    front = torch.tensor([1] + [2] * TOKENS).expand(len(rows), -1)
+    front = torch.tensor([1] + [2] * data.features.shape[1]).expand(len(rows), -1)
     ids = torch.cat((front, data.ids[rows]), 1)
     return ids.gather(1, (ids != 0).long().argsort(dim=1, stable=True))
 
@@ -101,9 +117,11 @@ def logits(model: nn.Module, data: Questions, rows: Tensor, ids: Tensor) -> Tens
 def loss_of(model: nn.Module, data: Questions, rows: Tensor) -> Tensor:
     """Return the loss of the answers, and of those of the questions that follow them."""
     asked, answers = prompts(data, rows), data.answers[rows]
-    ids = torch.cat((asked, answers.argmax(1, keepdim=True), data.turns[rows]), 1)
+    longest = int((data.turns[rows] != 0).sum(1).max())
+    turns, told = data.turns[rows, :longest], data.told[rows, :longest]
+    ids = torch.cat((asked, answers.argmax(1, keepdim=True), turns), 1)
     found = logits(model, data, rows, ids)[:, asked.shape[1] - 1 : -1]
-    further = found[:, 1:].flatten(0, 1), data.told[rows].flatten()
+    further = found[:, 1:].flatten(0, 1), told.flatten()
     return nn.functional.cross_entropy(found[:, 0], answers) + nn.functional.cross_entropy(
         *further, ignore_index=0
     )
@@ -136,9 +154,9 @@ def train_once(
         model.eval()
         return
     train(model, data, seed, options.steps, f"seed {seed}, {arm}")
-    partial = path.with_suffix(".partial")
-    torch.save(model.state_dict(), partial)
-    partial.rename(path)
+    unfinished = path.with_suffix(".partial")
+    torch.save(model.state_dict(), unfinished)
+    unfinished.rename(path)
 
 
 @torch.inference_mode()
@@ -157,24 +175,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, console = _parser().parse_args(arguments), Console()
     training = read_questions(options.questions, 0, options.features)
     test = read_questions(options.evaluated, EVALUATION_SEED, options.features)
-    words = len(vocabulary())
+    small = read_questions(options.evaluated, EVALUATION_SEED, options.features, SMALL_PIXELS)
     scores: dict[str, list[np.ndarray]] = {}
-    for seed in range(options.seeds):
-        for name, values in _one_seed(training, test, words, seed, options):
-            scores.setdefault(name, []).append(values)
-            console.print(f"seed {seed}: {name}: {values.mean():.3f}")
-            _write(options, scores, test.kinds.numpy())
+    for settings in (partial(_afterwards, test=test, small=small), partial(_trained, test=test)):
+        for seed in range(options.seeds):
+            for name, values in settings(training, seed, options):
+                scores.setdefault(name, []).append(values)
+                console.print(f"seed {seed}: {name}: {values.mean():.3f}")
+                _write(options, scores, test.kinds.numpy())
     console.print(str(options.output))
     return 0
 
 
-def _one_seed(
-    training: Questions, test: Questions, words: int, seed: int, options: argparse.Namespace
-) -> Any:
-    """Yield the names of the settings with their scores, question by question."""
+def _new_model(seed: int) -> nn.Module:
+    """Return the model of a seed before training."""
     torch.manual_seed(seed)
-    model = make_model(words)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
+    return make_model(len(vocabulary()))
+
+
+def _afterwards(
+    training: Questions,
+    seed: int,
+    options: argparse.Namespace,
+    *,
+    test: Questions,
+    small: Questions,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Train with every token; yield settings with fewer, and their scores for each question."""
+    model = _new_model(seed)
     train_once(model, training, seed, options, "every token")
     yield "dense", score(model, test)
     for keep in KEEPS:
@@ -182,12 +210,18 @@ def _one_seed(
             reduce_(model, strategy, keep=keep)
             yield f"{strategy} {keep:g}", score(model, test)
             unreduce_(model)
+        if keep * TOKENS == small.features.shape[1]:
+            yield f"smaller image {keep:g}", score(model, small)
+
+
+def _trained(
+    training: Questions, seed: int, options: argparse.Namespace, *, test: Questions
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Train models with fewer tokens; yield the settings, and their scores for each question."""
     for strategy in TRAINED:
-        model.load_state_dict(start)
-        reduce_(model, strategy, keep=TRAINED_KEEP)
+        model = reduce_(_new_model(seed), strategy, keep=TRAINED_KEEP)
         train_once(model, training, seed, options, strategy)
         yield f"trained with {strategy} {TRAINED_KEEP:g}", score(model, test)
-        unreduce_(model)
 
 
 def _write(options: argparse.Namespace, scores: dict[str, Any], kinds: np.ndarray) -> None:

@@ -12,8 +12,11 @@ from tests.project.test_docs import script
 
 @pytest.fixture
 def features(monkeypatch):
-    shape = questions.TOKENS, questions.WIDTH
-    monkeypatch.setattr(questions, "_features", lambda source, _: torch.randn(len(source), *shape))
+    def random(source, _):
+        patches = (source.options.image_size // 14) ** 2
+        return torch.randn(len(source), patches, questions.WIDTH)
+
+    monkeypatch.setattr(questions, "_features", random)
 
 
 def test_every_word_and_every_answer_has_an_id(features, tmp_path):
@@ -80,7 +83,7 @@ def test_the_study_compares_each_setting_with_every_token(features, monkeypatch,
     names = [row["setting"] for row in document["settings"]]
     reduced = [f"{strategy} 0.25" for strategy in study.STRATEGIES]
     trained = [f"trained with {strategy} 0.25" for strategy in study.TRAINED]
-    assert names == ["dense", *reduced, *trained]
+    assert names == ["dense", *reduced, "smaller image 0.25", *trained]
     assert document["seeds"] == 2
     for row in document["settings"]:
         mean, low, high = row["accuracy"]
@@ -92,6 +95,23 @@ def test_the_study_compares_each_setting_with_every_token(features, monkeypatch,
     output.unlink()
     assert study.main([str(tmp_path), "--output", str(output), *sizes]) == 0
     assert json.loads(output.read_text())["settings"] == document["settings"]
+
+
+def test_a_patch_of_a_smaller_image_has_the_mean_of_the_positions_it_covers():
+    tower = study.StoredFeatures()
+    found = tower(torch.zeros(1, 16, questions.WIDTH)).last_hidden_state[0]
+    covered = [0, 1, 8, 9]
+    torch.testing.assert_close(found[0], tower.positions[covered].mean(0))
+    whole = tower(torch.zeros(1, 64, questions.WIDTH)).last_hidden_state[0]
+    assert torch.equal(whole, tower.positions)
+
+
+def test_padding_of_further_questions_is_not_computed(features, tmp_path):
+    data = questions.read_questions(12, 3, tmp_path)
+    longer = torch.nn.functional.pad(data.turns, (0, 5)), torch.nn.functional.pad(data.told, (0, 5))
+    padded = data._replace(turns=longer[0], told=longer[1])
+    model, rows = study._new_model(0), torch.arange(12)
+    assert torch.equal(study.loss_of(model, data, rows), study.loss_of(model, padded, rows))
 
 
 def test_the_tables_of_the_pages_are_up_to_date():
