@@ -24,12 +24,11 @@ from elip_models.reduction.strategies import DEFAULT_KEEP
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-DIRECTIONS = ("training", "inference")
+THREADS = "2"  # of the times of the pretrained model
 TOP1, LOSS = "reduced.top1", "reduced.contrastive_loss"
 TOKENS = "tome:compare=tokens,keep_norm=true"
 FINAL = f"{TOKENS},class_token_only=true"
 MEASURES = ("cosine", "neighbours")
-NONE = "–"
 ARMS = {  # strategy: arm of the study `quality`, and what the strategy does
     TOKENS: (None, "`tome` that compares tokens instead of keys and keeps their norms"),
     FINAL: (None, "the same, and the last block computes only the class token"),
@@ -65,23 +64,24 @@ def block(results: Path) -> str:
     """Return the result in a sentence, a picture, the table and its explanation, and findings."""
     photographs = read_object(results / "real" / "dinov2_s_flickr8k_strategies.json")
     found = {row["setting"]: row for row in photographs["settings"]}
-    columns = time_columns(results)
+    ratios = photographs["time"]["by_threads"][THREADS]["ratios"]
+    training = max(strategy_entries(results, "training"), key=batch_size)
     quality = read_results(results / "studies" / "quality.json")
-    header = ["strategy", "what it does", "features: cosine", "neighbours kept"]
-    header += [title for title, _ in columns]
+    header = ["strategy", "what it does", "cosine", "neighbours kept", "time", "training time"]
     rows = []
     for name in sorted(ARMS, key=lambda name: -neighbours(found, name)):
-        row = found.get(f"{name} 0.5")
-        measures = [NONE] * 2 if row is None else [share(row[each]) for each in MEASURES]
-        times = [time_cell(entry, name) for _, entry in columns]
-        rows.append([f"`{name}`", ARMS[name][1], *measures, *times])
+        if (setting := f"{name} 0.5") in found:
+            measures = [share(found[setting][each]) for each in MEASURES]
+            times = f"{ratios[setting]:.2f}", time_cell(training, name)
+            rows.append([f"`{name}`", ARMS[name][1], *measures, *times])
     return "\n\n".join(
         [
-            in_a_sentence(found, columns),
+            in_a_sentence(photographs, found),
             PICTURE,
-            note(photographs, found, columns),
+            note(photographs, found, training),
             table(header, rows, left=2),
-            "\n".join(f"- {line}" for line in findings(found, quality, results)),
+            rates(found, ratios),
+            "\n".join(f"- {line}" for line in findings(quality, results)),
         ]
     )
 
@@ -92,16 +92,14 @@ def neighbours(found: dict[str, dict[str, Any]], name: str) -> float:
     return -1.0 if row is None else row["neighbours"]["mean"]
 
 
-def in_a_sentence(
-    found: dict[str, dict[str, Any]], columns: list[tuple[str, dict[str, Any]]]
-) -> str:
+def in_a_sentence(photographs: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     """Return what the default setting saves and costs."""
-    row, entry = found[f"tome {DEFAULT_KEEP}"], columns[-1][1]
+    setting, times = f"tome {DEFAULT_KEEP}", photographs["time"]
+    row, ratio = found[setting], times["by_threads"][THREADS]["ratios"][setting]
     return (
-        f"**At {entry['strategy_flops']['tome']:.2f} of the FLOPs, the default strategy `tome` "
-        f"takes {entry['ratios']['tome']:.2f} of the inference time of a dense ViT-S at batch "
-        f"{batch_size(entry)} on {entry['device']}. On a pretrained DINOv2, without training, the "
-        f"default `keep={DEFAULT_KEEP}` keeps "
+        f"**By default, `reduce_` applies `tome` with `keep={DEFAULT_KEEP}`. A pretrained DINOv2 "
+        f"ViT-S, not trained further, then takes {ratio:.2f} of the dense time "
+        f"({row['flops']:.2f} of the FLOPs; batch {times['batch']}, {times['device']}). It keeps "
         f"{row['neighbours']['mean']:.0%} of the ten nearest neighbours of a photograph; the "
         f"features have a mean cosine of {row['cosine']['mean']:.3f} with the dense ones.**"
     )
@@ -122,16 +120,6 @@ def strategy_entries(results: Path, direction: str) -> list[dict[str, Any]]:
     ]
 
 
-def time_columns(results: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return title and entry of the largest batch in each direction, training first."""
-    found = {direction: strategy_entries(results, direction) for direction in DIRECTIONS}
-    return [
-        (f"{direction} time", max(entries, key=batch_size))
-        for direction, entries in found.items()
-        if entries
-    ]
-
-
 def batch_size(entry: dict[str, Any]) -> int:
     """Return the batch size of an entry."""
     return entry["shape"]["B"]
@@ -147,33 +135,32 @@ def time_cell(entry: dict[str, Any], name: str) -> str:
     ratio = entry["ratios"].get(name)
     if ratio is None:
         return "–"
-    if not is_reduced(entry, name):
-        return "1 (not reduced)"
     return f"{ratio:.2f}" + (" no gain" if no_gain(ratio) else "")
 
 
 def note(
-    photographs: dict[str, Any],
-    found: dict[str, dict[str, Any]],
-    columns: list[tuple[str, dict[str, Any]]],
+    photographs: dict[str, Any], found: dict[str, dict[str, Any]], training: dict[str, Any]
 ) -> str:
     """Return the explanation of the columns: models, images, devices and sizes."""
-    devices = list(dict.fromkeys(entry["device"] for _, entry in columns))
-    batches = ", ".join(f"{title} at batch {batch_size(entry)}" for title, entry in columns)
-    entry, source = columns[0][1], photographs["photographs"]
+    source, times = photographs["photographs"], photographs["time"]
     costs = [row["flops"] for row in found.values() if row["setting"].endswith(" 0.5")]
     count = source["images"] * source["sets"]
+    others = [name for name in ARMS if f"{name} 0.5" not in found]
     return "\n".join(
         [
-            f"- **Features**: {photographs['model'].split(',')[0]}, not trained further, with half "
-            f"of the tokens ({min(costs):.2f} to {max(costs):.2f} of the dense FLOPs), on {count} "
-            f"photographs of Flickr8k's test split in {source['sets']} sets. Cosine is that of the "
-            "reduced and the dense CLS feature. Neighbours kept is the share of an image's ten "
-            "nearest images, of 300, that stay its nearest. `elip` has no text here and selects by "
-            "the image alone. In brackets: 95% confidence intervals over images.",
-            f"- **Times** are ratios to the dense `{entry['op']}`, {entry['shape']['image']} px, "
-            f"{entry['dtype']}, at {cost_range(entry)} of its training FLOPs, on "
-            f'{" and ".join(devices)}: {batches}. "No gain" means a ratio above {NO_GAIN}.',
+            f"- **Cosine, neighbours kept, time**: {photographs['model'].split(',')[0]}, not "
+            f"trained further, with half of the tokens ({min(costs):.2f} to {max(costs):.2f} of "
+            f"the dense FLOPs), on {count} photographs of Flickr8k's test split in "
+            f"{source['sets']} sets. Cosine is that of the reduced and the dense CLS feature. "
+            "Neighbours kept is the share of an image's ten nearest images, of 300, that stay its "
+            "nearest. Time is relative to dense in inference at batch "
+            f"{times['batch']}, with {THREADS} threads on {times['device']}. `elip` has no text "
+            "here and selects by the image alone. In brackets: 95% confidence intervals over "
+            "images.",
+            f"- **Training time** is relative to the dense `{training['op']}`, "
+            f"{training['shape']['image']} px, {training['dtype']}, at {cost_range(training)} of "
+            f"its training FLOPs and batch {batch_size(training)}, on {training['device']}. For "
+            f"{in_words(others)} see [benchmarks](docs/benchmarks.md).",
         ]
     )
 
@@ -184,20 +171,26 @@ def cost_range(entry: dict[str, Any]) -> str:
     return f"{min(costs):.2f} to {max(costs):.2f}"
 
 
-def findings(found: dict[str, dict[str, Any]], quality: Document, results: Path) -> list[str]:
-    """Return what the results show, a line each."""
-    by_rate = "; ".join(
-        f"at `keep={keep}` {found[f'tome {keep}']['neighbours']['mean']:.2f} with `tome`, "
-        f"{found[f'{FINAL} {keep}']['neighbours']['mean']:.2f} with the settings of the first row, "
-        f"{found[f'resize {keep}']['neighbours']['mean']:.2f} with `resize`"
+def rates(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
+    """Return the table of neighbours and times at each rate."""
+    titles = {"tome": "`tome`", FINAL: "settings of the first row", "resize": "`resize`"}
+    rows = [
+        [f"`keep={keep}`"]
+        + [
+            f"{found[f'{name} {keep}']['neighbours']['mean']:.2f} in {ratios[f'{name} {keep}']:.2f}"
+            for name in titles
+        ]
         for keep in (0.7, 0.5, 0.35)
-    )
+    ]
+    return table(["neighbours kept, in this share of the time", *titles.values()], rows, left=1)
+
+
+def findings(quality: Document, results: Path) -> list[str]:
+    """Return what the results show, a line each."""
     gap = against(quality, "dense", (TOP1, LOSS))[ARMS["tome"][0], TOP1]
     if gap.is_significant:
         raise OutdatedText(f"{__file__}: expected no significant difference of `tome`, got {gap}")
     return [
-        f"**Which rate?** Neighbours kept: {by_rate}. `elip calibrate` finds the rate for your "
-        "model and your images.",
         single_images(results),
         "**Training with `tome`.** The top-1 accuracy of a tiny CLIP, trained further on generated "
         f"scenes at {trained_cost(quality):.2f} of the dense FLOPs, shows no significant "
@@ -223,9 +216,10 @@ def single_images(results: Path) -> str:
     if "tome" not in slow or "evit" in slow:
         raise OutdatedText(f"{__file__}: expected `tome` without gain and `evit` with one")
     return (
-        f"**Inference at batch {batch_size(entry)}.** {in_words(slow)} give no gain on this "
-        f"machine. For single images measure `evit`, which takes {entry['ratios']['evit']:.2f} of "
-        "the dense time."
+        f"**Inference at batch {batch_size(entry)}.** {in_words(slow)} give no gain (a ratio above "
+        f"{NO_GAIN}) in the dense `{entry['op']}` at {entry['strategy_flops']['tome']:.2f} of its "
+        f"FLOPs. For single images measure `evit`, which takes {entry['ratios']['evit']:.2f} of "
+        "the dense time there."
     )
 
 

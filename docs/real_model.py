@@ -38,7 +38,7 @@ def block(document: dict[str, Any], title: str = "") -> str:
     """
     settings = document["settings"]
     times = document.get("time", {}).get("by_threads", {})
-    header = ["setting", "FLOPs", *TITLES.values(), *(f"time, {n} threads" for n in times)]
+    header = ["setting", "FLOPs", *TITLES.values(), *(_threads(n) for n in times)]
     rows = [
         [
             f"`{row['setting']}`",
@@ -81,8 +81,23 @@ def note(document: dict[str, Any], title: str) -> str:
         f"{document['model']}, on the first {number} photographs of that list{parted}. "
         f"On {error['images']} of them the dense model differs from onnxruntime's run of the "
         f"original file by at most {largest:.1e}; the largest feature is "
-        f"{error['largest_feature']:.1f}. {measured(document)}"
+        f"{error['largest_feature']:.1f}. {measured(document)}{timed(document.get('time'))}"
     )
+
+
+def timed(time: dict[str, Any] | None) -> str:
+    """Return what the times are and how they were measured, or nothing if there are none."""
+    if time is None:
+        return ""
+    return (
+        f" Times are relative to dense: medians of {time['rounds']} interleaved rounds at batch "
+        f"{time['batch']} on {time['device']}, measured on {time['date']} at commit "
+        f"{time['commit']['id'][:7]}."
+    )
+
+
+def _threads(number: str) -> str:
+    return f"time, {number} thread{'s' if int(number) > 1 else ''}"
 
 
 def measured(document: dict[str, Any]) -> str:
