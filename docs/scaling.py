@@ -80,13 +80,28 @@ def block(measured: Mapping[str, Any], price: float) -> str:
             f"of the rate of the model alone. The reduced embeddings have a mean cosine of "
             f"{mean(reduced['cosine']):.3f} with the dense ones. A search among "
             f"{measured['photographs']:,} photographs finds {mean(reduced['recall_at_10']):.0%} of "
-            "the ten nearest images that the dense embeddings find (recall@10).",
+            f"the ten nearest images that the dense embeddings find (recall@10).{ray(measured)}",
             f"For {IMAGES:,} images at this rate, and at an example price of ${price:.2f} for a "
             "machine and hour:",
             cost_table(rates, price),
             "The time if the machines share the work equally, which was not measured:",
             time_table(rates),
         ]
+    )
+
+
+def ray(measured: Mapping[str, Any]) -> str:
+    """Return the rate of Ray's actors beside those of one process and of the model, if measured."""
+    if "ray" not in measured:
+        return ""
+    found = measured["ray"]
+    rates, share = found["images_per_second"], found["share_of_bare"]
+    return (
+        f" With Ray, {found['actors']} actors on this machine embed {rates['actors']:.1f} images/s "
+        f"(reduced, after they have started), one process {rates['one process']:.1f}. The model "
+        f"alone runs {rates['bare']:.1f} on all cores: Ray reaches {share['median']:.0%} of that "
+        f"({share['low']:.0%} to {share['high']:.0%} in {found['rounds']} interleaved rounds of "
+        f"{found['photographs']} photographs)."
     )
 
 
