@@ -369,6 +369,15 @@ def test_built_in_boxes_contain_the_emoji_that_the_expression_names(options):
     assert source[3].images[0].size == (64, 64)
 
 
+def test_the_largest_built_in_proposal_is_right_by_chance():
+    source = open_examples("grounding", "emoji_grounding:seed=1,size=400", image_size=64)
+    targets = [source.target(index) for index in range(len(source))]
+    chance = sum(1 / len(each.proposals) for each in targets) / len(targets)
+    largest = [max(each.proposals, key=lambda box: box.width * box.height) for each in targets]
+    right = [box == each.box for box, each in zip(largest, targets, strict=True)]
+    assert score_interval(right).low < chance < score_interval(right).high
+
+
 def test_the_command_scores_a_saved_model(albef, tokenizer, tmp_path, capsys):
     albef.save_pretrained(tmp_path / "model", tokenizer=tokenizer)
     command = ["eval", "grounding", "--model", tmp_path / "model"]

@@ -84,7 +84,7 @@ class EmojiGrounding(EmojiExamples):
 
     def _make_example(self, number: int, turn: int, rng: np.random.Generator) -> SceneExample:
         clutter, name = self.options.clutter, pick(rng, EMOJI)
-        count = 1 if clutter else pick(rng, COUNTS)
+        count = 1 if clutter else int(rng.choice(list(COUNTS), p=list(COUNTS.values())))
         place = pick(rng, place_names(clutter)) if number % 2 else None
 
         def sample(rng: np.random.Generator) -> tuple[Scene, ...]:
