@@ -8,7 +8,7 @@ CrossGET those that a text attends to.
     x_t = (sum of weight_n size_n x_n) / (sum of size_n)         over target t and its sources
 
 All tokens but the sources stay, in image order. The choice has no gradient. S is stored, n x n for
-each image, and the sum is PyTorch's.
+each image, and the pairs are chosen by PyTorch; `apply_merge` computes the sums.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import elip_kernels
 from elip_kernels import BipartiteInfo
-from elip_kernels.ops.gather_ops import accumulator, add_rows, cosines, largest
+from elip_kernels.ops.gather_ops import accumulator, cosines, largest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
 from elip_models.reduction.strategies.tome import ToMe
@@ -221,7 +222,6 @@ def merged(
     tokens: Tensor, sizes: Tensor, match: BipartiteInfo, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return merged tokens (B, R, D) and sizes (B, R) of tokens, sizes and weights (B, N)."""
-    slots = match.slots.long()
-    total = sizes.new_zeros(sizes.shape[0], match.num_rows).scatter_add(1, slots, sizes)
-    share = (sizes if weights is None else sizes * weights) / total.gather(1, slots)
-    return add_rows(tokens, slots, share, match.num_rows), total
+    if weights is not None:
+        tokens = tokens * weights.to(tokens.dtype)[..., None]
+    return elip_kernels.apply_merge(tokens, match, size=sizes)
