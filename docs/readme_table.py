@@ -31,7 +31,7 @@ FINAL = f"{TOKENS},class_token_only=true"
 MEASURES = ("cosine", "neighbours")
 ARMS = {  # strategy: arm of the study `quality`, and what the strategy does
     TOKENS: (None, "`tome` that compares tokens instead of keys and keeps their norms"),
-    FINAL: (None, "the same, and the last block computes only the class token"),
+    FINAL: (None, "compares tokens, keeps norms; the last block computes only the class token"),
     "tome": ("tome", "merges similar tokens in every block"),
     "guided_tome": ("guided-tome", "as `tome`, but patches with high CLS attention merge last"),
     "pitome": ("pitome", "merges patches that are similar to many others"),
@@ -177,12 +177,12 @@ def rates(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
     rows = [
         [f"`keep={keep}`"]
         + [
-            f"{found[f'{name} {keep}']['neighbours']['mean']:.2f} in {ratios[f'{name} {keep}']:.2f}"
+            f"{found[f'{name} {keep}']['neighbours']['mean']:.2f} ({ratios[f'{name} {keep}']:.2f})"
             for name in titles
         ]
         for keep in (0.7, 0.5, 0.35)
     ]
-    return table(["neighbours kept, in this share of the time", *titles.values()], rows, left=1)
+    return table(["neighbours kept (time)", *titles.values()], rows, left=1)
 
 
 def findings(quality: Document, results: Path) -> list[str]:
@@ -217,9 +217,9 @@ def single_images(results: Path) -> str:
         raise OutdatedText(f"{__file__}: expected `tome` without gain and `evit` with one")
     return (
         f"**Inference at batch {batch_size(entry)}.** {in_words(slow)} give no gain (a ratio above "
-        f"{NO_GAIN}) in the dense `{entry['op']}` at {entry['strategy_flops']['tome']:.2f} of its "
-        f"FLOPs. For single images measure `evit`, which takes {entry['ratios']['evit']:.2f} of "
-        "the dense time there."
+        f"{NO_GAIN}) for `{entry['op']}` at {entry['strategy_flops']['tome']:.2f} of the dense "
+        f"FLOPs, on {entry['device']}. For single images measure `evit`, which takes "
+        f"{entry['ratios']['evit']:.2f} of the dense time there."
     )
 
 

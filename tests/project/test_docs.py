@@ -229,7 +229,7 @@ def test_stale_results_are_found_and_rewritten(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert re.search(r"^\| `tome` \| .* \| 0\.\d\d \| 0\.\d\d \|", text, re.MULTILINE)
-    assert re.search(r"^\| `keep=0.5` \| 0\.\d\d in 0\.\d\d \|", text, re.MULTILINE)
+    assert re.search(r"^\| `keep=0.5` \| 0\.\d\d \(0\.\d\d\) \|", text, re.MULTILINE)
     page.write_text("no markers")
     assert module.main(["--page", str(page)]) == 1
     assert page.read_text() == "no markers"
