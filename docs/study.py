@@ -35,6 +35,8 @@ INTRO = """# Study: quality of token reduction at equal cost
 
 This page compares the strategies in training and in inference, to help you choose one. All runs use
 small models and images of emoji on a CPU; nothing was measured at the scale of the ELIP paper.
+[How to read the tables](#how-to-read-the-tables) explains metrics and statistics. The page of each
+question describes its arms.
 To repeat a study, or to run it on your own data ([how](training.md#studies)):
 
 ```bash
