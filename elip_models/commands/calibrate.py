@@ -27,7 +27,7 @@ OPTIONS = {"model": "MODEL", "images": "IMAGES", "tolerance": "--tolerance", "me
 
 def calibrate(
     model: Annotated[
-        str, typer.Argument(help="timm:NAME, open_clip:NAME/TAG, hf:NAME or folder of a model.")
+        str, typer.Argument(help="timm:NAME, open_clip:NAME:TAG, hf:NAME or folder of a model.")
     ],
     images: Annotated[Path, typer.Argument(help="Folder of images, searched with its subfolders.")],
     tolerance: Annotated[

@@ -33,7 +33,7 @@ CHECKPOINT = ".distill.pt"
 
 def distill(
     model: Annotated[
-        str, typer.Argument(help="timm:NAME, open_clip:NAME/TAG, hf:NAME or folder of a model.")
+        str, typer.Argument(help="timm:NAME, open_clip:NAME:TAG, hf:NAME or folder of a model.")
     ],
     images: Annotated[Path, typer.Argument(help="Folder of images, searched with its subfolders.")],
     output: Annotated[

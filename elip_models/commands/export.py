@@ -34,7 +34,7 @@ LARGEST = 2**31 - 2**20  # bytes of a protobuf message, less its graph
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="timm:NAME, open_clip:NAME/TAG, hf:NAME or folder of a model.")
+        str, typer.Argument(help="timm:NAME, open_clip:NAME:TAG, hf:NAME or folder of a model.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="ONNX file to write.")],
     strategy: Annotated[

@@ -15,7 +15,7 @@ with require_extra("elip_models.commands"):
 VisualizedModel = Annotated[
     str,
     typer.Option(
-        help="Folder of a saved model, timm:NAME, open_clip:NAME/TAG, hf:NAME or our own NAME."
+        help="Folder of a saved model, timm:NAME, open_clip:NAME:TAG, hf:NAME or our own NAME."
     ),
 ]
 VisualizedFiles = Annotated[
