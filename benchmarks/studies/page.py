@@ -50,16 +50,16 @@ weights and see the same batches.
   has the variance of its own differences (Welch). With three seeds this variance has two degrees of
   freedom, and the interval is long. If the reference varies more than the arms, all arms have their
   own variances.
-- **Family**: all differences from one reference in one table, in all metrics. Arms that are only
-  measured are a family of their own. Intervals follow from Dunnett's test (Dunnett's T3 with own
-  variances); the level is divided between the metrics (Bonferroni). These intervals are
-  simultaneous: in {LEVEL:.0%} of families, all of them contain the true differences. Pages of
-  questions also compare other pairs of arms. These are one family, and each interval has the level
-  of its step in Holm's procedure: it excludes zero exactly if the procedure rejects equality. This
-  limits false claims of a difference, but these intervals are not simultaneous. In both kinds,
-  if no true difference exists, at most {1 - LEVEL:.0%} of families have a significant one. With few
-  seeds this is approximate: in a simulation with three seeds and 24 arms, 9% of studies had one
-  with equal variances, and 22% if two arms vary five times as much as the others.
+- **Family**: the differences whose intervals are adjusted together. In the table of a study, these
+  are all differences from one reference, in all metrics; arms that are only measured are a family
+  of their own. The intervals follow from Dunnett's test (Dunnett's T3 with own variances); the
+  level is divided between the metrics (Bonferroni). They are simultaneous: in {LEVEL:.0%} of
+  families, all of them contain the true differences. On the page of a question, other pairs of arms
+  are one family, by Holm's procedure: an interval excludes zero exactly if the procedure rejects
+  equality. These intervals are not simultaneous. In both kinds, if no true difference exists, at
+  most {1 - LEVEL:.0%} of families have a significant one. With few seeds this is approximate: in a
+  simulation with three seeds and 24 arms, 9% of studies had one with equal variances, and 22% if
+  two arms vary five times as much as the others.
 - **Significant** (bold): the interval excludes zero. A lower loss is better. "No significant
   difference" does not mean that two arms are equal.
 - **Minimal detectable effect**: the difference that would be significant with {POWER:.0%} power,
