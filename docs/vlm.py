@@ -28,12 +28,15 @@ def study_block(study: dict[str, Any]) -> str:
         f"{study['steps']:,} steps, {_seeds(study['seeds'])}; {study['evaluated']:,} questions on "
         f"other images; {study['image_tokens']} image tokens. Measured on {study['date']} at "
         f"commit {study['commit']['id'][:9]} on {study['device']}. In brackets the 95% confidence "
-        "interval over questions; the differences are paired by question. Bold: it excludes zero."
+        "interval over questions; the differences are paired by question. Bold: it excludes zero. "
+        "The last column has the difference of each seed."
     )
+    dense = study["settings"][0]["by_seed"]
     rows = [
-        [_title(each), _share(each["accuracy"]), "" if i == 0 else _points(each["difference"])]
-        for i, each in enumerate(study["settings"])
+        [_title(each), _share(each["accuracy"]), _points(each["difference"]), _by_seed(each, dense)]
+        for each in study["settings"][1:]
     ]
+    rows.insert(0, [_title(study["settings"][0]), _share(study["settings"][0]["accuracy"]), "", ""])
     kinds = list(study["settings"][0]["by_kind"])
     by_kind = [
         [_title(each), *(f"{each['by_kind'][kind][0]:.1%}" for kind in kinds)]
@@ -41,7 +44,7 @@ def study_block(study: dict[str, Any]) -> str:
     ]
     parts = [
         note,
-        table(["image tokens", "right answers", "difference, points"], rows, left=1),
+        table(["image tokens", "right answers", "difference, points", "by seed"], rows, left=1),
         table(["right answers", *kinds], by_kind, left=1),
     ]
     return "\n\n".join(parts)
@@ -54,6 +57,12 @@ def _seeds(count: int) -> str:
 def _title(setting: dict[str, Any]) -> str:
     name = setting["setting"]
     return "every token" if name == "dense" else f"`{name}`"
+
+
+def _by_seed(setting: dict[str, Any], dense: list[float]) -> str:
+    """Return the difference of each seed from dense, in points."""
+    pairs = zip(setting["by_seed"], dense, strict=False)  # a setting may have fewer seeds
+    return ", ".join(f"{100 * (one - other):+.1f}".replace("-", "−") for one, other in pairs)
 
 
 def _share(interval: list[float]) -> str:
