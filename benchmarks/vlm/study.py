@@ -1,6 +1,6 @@
 """Train a small LLaVA on generated questions, and remove image tokens from its sequence.
 
-    python -m benchmarks.vlm.study FEATURES --output X.json [--seeds 3] [--questions 40000]
+    python -m benchmarks.vlm.study FEATURES --output X.json [--seeds 3] [--questions 30000]
 
 FEATURES is a folder for the features of the images and the trained models; a stopped run continues
 behind the last of them. The image tower is DINOv2 ViT-S/14, frozen, at 112 px, and the decoder has
@@ -45,8 +45,8 @@ STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "
 TRAINED = ("random", "pool", "diverse")
 TRAINED_KEEP = 0.25
 SMALL_PIXELS = PIXELS // 2  # a quarter of the tokens
-STEPS, BATCH, LR, WARMUP = 6000, 32, 2e-3, 0.1  # warm-up as a share of the steps
-QUESTIONS, EVALUATED, EVALUATION_SEED = 40_000, 2000, 1
+STEPS, BATCH, LR, WARMUP = 4000, 32, 2e-3, 0.1  # warm-up as a share of the steps
+QUESTIONS, EVALUATED, EVALUATION_SEED = 30_000, 2000, 1
 
 
 class StoredFeatures(nn.Module):
