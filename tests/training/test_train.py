@@ -232,7 +232,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, options):
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_evaluation_may_take_longer_than_processes_wait_in_training(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node=2", "-m", "tests.helpers.slow_evaluation", tmp_path]
