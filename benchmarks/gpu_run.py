@@ -94,7 +94,12 @@ def chosen(every: list[Step], names: list[str]) -> list[Step]:
 
 
 def finish(step: Step, seconds: float) -> int | None:
-    """Run a step and return its exit status, or None if it was interrupted after `seconds`."""
+    """Run a step and return its exit status, or None if it was interrupted after `seconds`.
+
+    SIGINT lets pytest write what it has. A job in the background of a shell ignores it, and so
+    would the step, unless this process handles it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if step.results is not None:
         step.results.unlink(missing_ok=True)
     process = subprocess.Popen(step.words, start_new_session=True)
