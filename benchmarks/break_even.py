@@ -16,11 +16,13 @@ Compiled, neighbours that are not `ALONE` are one, which moves as many bytes as 
 """
 
 import argparse
+import datetime
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -33,8 +35,11 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.kernel_analysis.compile import RecordedLaunch, recorded_launches
 from benchmarks.kernel_analysis.latency import ALL_MACHINES, LAUNCH, Machine, size_of
 from benchmarks.kernel_analysis.stub_device import stub_device
+from benchmarks.machine import machine
 from benchmarks.tables import table
 from elip_models import reduce_
+from elip_models.models.io.files import write_json
+from elip_models.profiling.commit import commit
 
 STRATEGIES = ("tome", "evit", "elip", "pitome", "crossget", "random")
 PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -158,16 +163,20 @@ def compiled(launches: Sequence[Launch]) -> list[Launch]:
 
 
 def total(launches: Sequence[Launch], batch: int, gpu: Machine, host: float = 0.0) -> float:
-    """Return the seconds of a forward pass."""
+    """Return the seconds of a forward pass whose calls take the host `host` seconds."""
     peak = PEAK[gpu.name.split()[0]]
     return max(sum(each.seconds(batch, gpu, peak) for each in launches), host)
 
 
-def break_even(dense: Callable[[int], float], reduced: Callable[[int], float]) -> int | None:
-    """Return the batch size from which on a reduced model is faster, None if there is none."""
-    slower = [batch for batch in range(1, LARGEST + 1) if reduced(batch) >= dense(batch)]
-    first = 1 + max(slower, default=0)
-    return first if first <= LARGEST else None
+def first_faster(dense: Sequence[float], reduced: Sequence[float]) -> int | None:
+    """Return the batch from which on a reduced model is faster, or None.
+
+    Args:
+        dense, reduced: seconds at batch 1, 2, and so on.
+    """
+    pairs = enumerate(zip(dense, reduced, strict=True), 1)
+    first = 1 + max((batch for batch, (one, other) in pairs if other >= one), default=0)
+    return first if first <= len(dense) else None
 
 
 @torch.no_grad()
@@ -184,34 +193,57 @@ def host_ratios(models: dict[str, nn.Module], image: Tensor, rounds: int = 9) ->
     return {name: each / best["dense"] for name, each in best.items()}
 
 
-def rows(options: argparse.Namespace, gpu: Machine) -> list[list[str]]:
-    """Return a row for the dense model and for each strategy."""
+def predict(options: argparse.Namespace) -> dict[str, Any]:
+    """Return launches, times and break-even batches of the dense and of each reduced model."""
+    gpu = next(each for each in ALL_MACHINES if each.name.startswith(options.gpu))
     every = ("dense", *STRATEGIES)
     dense = timm.create_model(options.model, num_classes=0).eval()
-    size, patch = dense.patch_embed.img_size, dense.patch_embed.patch_size
+    patch = dense.patch_embed.patch_size
     narrow = timm.create_model(  # so narrow that only the host's time counts
         options.model,
         num_classes=0,
         embed_dim=24,
         num_heads=3,
-        img_size=tuple(4 * p for p in patch),
+        img_size=tuple(4 * side for side in patch),
     ).eval()
-    wide = {name: _reduced(dense.bfloat16(), name, options.keep) for name in every}
     small = {name: _reduced(narrow, name, options.keep) for name in every}
     ratios = host_ratios(small, torch.rand(1, 3, *narrow.patch_embed.img_size))
-    images = torch.rand(3, 3, *size).bfloat16()
-    launches = {name: launches_of(model, images, gpu.arch) for name, model in wide.items()}
-    found = []
+    images = torch.rand(3, 3, *dense.patch_embed.img_size).bfloat16()
+    found, seconds = {}, {}
     for name in every:
-        host = options.host_ms / 1e3 * ratios[name]
-        eager, graph = _both(launches["dense"], launches[name], gpu, options.host_ms / 1e3, host)
-        fused = [compiled(launches[each]) for each in ("dense", name)]
-        _, compiled_graph = _both(*fused, gpu, 0.0, 0.0)
-        times = [f"{1e6 * total(launches[name], batch, gpu):,.0f}" for batch in SHOWN]
-        counts = [str(len(launches[name])), str(len(fused[1]))]
-        ends = [_shown(each) if name != "dense" else "" for each in (graph, compiled_graph, eager)]
-        found.append([name, *counts, *times, f"{ratios[name]:.2f}", *ends])
-    return found
+        model = _reduced(dense.bfloat16(), name, options.keep)
+        launches = launches_of(model, images, gpu.arch)
+        modes = {
+            "eager": (launches, options.host_ms / 1e3 * ratios[name]),
+            "graph": (launches, 0.0),
+            "compiled graph": (compiled(launches), 0.0),
+        }
+        seconds[name] = {
+            mode: [total(of_mode, batch, gpu, host) for batch in range(1, LARGEST + 1)]
+            for mode, (of_mode, host) in modes.items()
+        }
+        times = seconds[name]["graph"]
+        found[name] = {
+            "launches": len(launches),
+            "compiled": len(modes["compiled graph"][0]),
+            "microseconds": {str(batch): round(1e6 * times[batch - 1], 1) for batch in SHOWN},
+            "host_ratio": round(ratios[name], 3),
+            "faster_from": {
+                mode: first_faster(seconds["dense"][mode], each)
+                for mode, each in seconds[name].items()
+            },
+        }
+    return {
+        "gpu": gpu.name,
+        "model": options.model,
+        "keep": options.keep,
+        "host_ms": options.host_ms,
+        "largest": LARGEST,
+        "host": machine(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "models": found,
+    }
 
 
 def _reduced(model: nn.Module, name: str, keep: float) -> nn.Module:
@@ -219,23 +251,29 @@ def _reduced(model: nn.Module, name: str, keep: float) -> nn.Module:
     return copied if name == "dense" else reduce_(copied, name, keep=keep)
 
 
-def _both(
-    dense: Sequence[Launch], reduced: Sequence[Launch], gpu: Machine, *hosts: float
-) -> tuple[int | None, int | None]:
-    """Return the break-even batches, with the host's time of both models and without it."""
-    found = []
-    for first, second in (hosts, (0.0, 0.0)):
-        found.append(
-            break_even(
-                lambda batch, host=first: total(dense, batch, gpu, host),
-                lambda batch, host=second: total(reduced, batch, gpu, host),
-            )
-        )
-    return found[0], found[1]
+def shown(document: dict[str, Any]) -> str:
+    """Return the predictions as a table."""
+    header = ["model", "launches", "compiled", *(f"us, batch {batch}" for batch in SHOWN), "host"]
+    modes = ("eager", "graph", "compiled graph")
+    header += [f"faster from batch: {mode}" for mode in modes]
+    rows = [
+        [
+            name,
+            str(each["launches"]),
+            str(each["compiled"]),
+            *(f"{time:,.0f}" for time in each["microseconds"].values()),
+            f"{each['host_ratio']:.2f}",
+            *("" if name == "dense" else batch_or_none(each, mode) for mode in modes),
+        ]
+        for name, each in document["models"].items()
+    ]
+    return table(header, rows, left=1)
 
 
-def _shown(batch: int | None) -> str:
-    return f"none up to {LARGEST}" if batch is None else str(batch)
+def batch_or_none(model: dict[str, Any], mode: str) -> str:
+    """Return the batch from which on a model is faster, or a dash."""
+    batch = model["faster_from"][mode]
+    return "–" if batch is None else str(batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -250,11 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--keep", type=float, default=0.7, help="share of the tokens (default: %(default)s)")
     add("--gpu", choices=PEAK, default="H100", help="(default: %(default)s)")
     add("--host-ms", type=float, default=1.2, help="of the dense model (default: %(default)s)")
+    add("--output", type=Path, metavar="X.json", help="write the predictions to this file")
     options = parser.parse_args(arguments)
-    gpu = next(each for each in ALL_MACHINES if each.name.startswith(options.gpu))
-    header = ["model", "launches", "compiled", *(f"us, batch {batch}" for batch in SHOWN)]
-    header += ["host", "break-even: graph", "compiled graph", "eager"]
-    sys.stdout.write(f"{gpu.name}, predicted\n{table(header, rows(options, gpu), left=1)}\n")
+    document = predict(options)
+    sys.stdout.write(f"{document['gpu']}, predicted\n{shown(document)}\n")
+    if options.output is not None:
+        write_json(options.output, document)
     return 0
 
 
