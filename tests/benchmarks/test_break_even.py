@@ -1,5 +1,6 @@
 """The predicted batch from which a reduced model is faster than dense."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ if not HAS_TRITON:
 
 from benchmarks import break_even
 from benchmarks.kernel_analysis.latency import LAUNCH, MACHINES
+from tests.project.test_docs import script
 
 H100 = MACHINES[90]
 TOME = ["_match_kernel", "_slots_kernel", "_order_kernel", "_merge_fwd_kernel"]
@@ -61,9 +63,10 @@ def test_time_of_a_launch_is_bound_by_its_bytes_its_flops_or_its_waits():
 
 
 @pytest.mark.parametrize(("saved", "expected"), [(0.3, 4), (0.0, None), (2.0, 1)])
-def test_break_even_is_the_first_batch_from_which_all_larger_ones_are_faster(saved, expected):
-    found = break_even.break_even(float, lambda batch: (1 - saved) * batch + 1)
-    assert found == expected
+def test_the_first_batch_is_that_from_which_all_larger_ones_are_faster(saved, expected):
+    dense = [float(batch) for batch in range(1, 10)]
+    assert break_even.first_faster(dense, [(1 - saved) * each + 1 for each in dense]) == expected
+    assert break_even.first_faster([3.0, 3.0, 3.0, 3.0], [2.0, 4.0, 2.0, 2.0]) == 3
 
 
 def test_the_host_hides_what_the_device_saves():
@@ -72,10 +75,19 @@ def test_the_host_hides_what_the_device_saves():
     assert break_even.total(launches, 1, H100) == pytest.approx(LAUNCH + 1e-6)
 
 
-def test_the_table_has_a_row_for_each_strategy(monkeypatch, capsys):
+def test_the_command_predicts_each_strategy(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(break_even, "STRATEGIES", ("random",))
     monkeypatch.setattr(break_even, "host_ratios", lambda models, image: dict.fromkeys(models, 1.0))
-    assert break_even.main(["--model", "vit_tiny_patch16_224", "--keep", "0.5"]) == 0
+    output = tmp_path / "predicted.json"
+    words = ["--model", "vit_tiny_patch16_224", "--keep", "0.5", "--output", str(output)]
+    assert break_even.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "predicted" in lines[0]
     assert [line.split()[1] for line in lines[3:]] == ["dense", "random"]
+    models = json.loads(output.read_text())["models"]
+    assert models["dense"]["faster_from"] == dict.fromkeys(models["dense"]["faster_from"])
+    assert models["random"]["faster_from"]["graph"] >= 1
+
+
+def test_the_page_has_the_committed_predictions():
+    assert script("break_even").main(["--check"]) == 0
