@@ -1,4 +1,4 @@
-"""The progress bar of a training run, and the expected time of its steps."""
+"""The progress bar of a training run, and the time of its steps."""
 
 import time
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ with require_extra("elip_models.training"):
         TimeRemainingColumn,
     )
 
-TIMED_STEPS = 4
-"""Steps whose time, after the slower first one, gives the expected time of the run."""
+WARMUP_STEPS = 5
+"""First steps of a process, which are slower: the time of the others excludes them."""
 
 
 def progress_bar(console: Console) -> Progress:
@@ -50,29 +50,18 @@ def evaluation_bars(bars: Progress) -> Iterator[Callback]:
             bars.remove_task(each)
 
 
-class ExpectedTime:
-    """Prints once, after the first steps of a process, the expected time of the others."""
+class StepTimer:
+    """Measures the time of the steps after `first`."""
 
-    def __init__(self, console: Console, device: torch.device) -> None:
-        self._console = console
-        self._device = device
-
-    def after(self, done: int, remaining: int) -> None:
-        """Note the end of a step: `done` steps of this process are over, `remaining` follow."""
-        if done not in (1, 1 + TIMED_STEPS):
-            return
-        if self._device.type != "cpu":
+    def __init__(self, first: int, device: torch.device) -> None:
+        if device.type != "cpu":
             torch.accelerator.synchronize()
-        if done == 1:
-            self._start = time.perf_counter()
-        elif remaining:
-            seconds = (time.perf_counter() - self._start) / TIMED_STEPS
-            self._console.print(
-                f"about {duration(remaining * seconds)} for the {remaining} steps that remain, "
-                "without evaluation and report"
-            )
+        self._first, self._start = first, time.perf_counter()
 
+    def seconds(self, step: int) -> float:
+        """Return the mean seconds of a step; `step` is the last one, and the device is idle."""
+        return (time.perf_counter() - self._start) / (step - self._first)
 
-def duration(seconds: float) -> timedelta:
-    """Return whole seconds, which print as 0:05:12."""
-    return timedelta(seconds=round(seconds))
+    def left(self, step: int, total: int) -> timedelta:
+        """Return the expected time of the steps behind `step`, in whole seconds."""
+        return timedelta(seconds=round((total - step) * self.seconds(step)))

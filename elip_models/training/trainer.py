@@ -8,7 +8,6 @@ and resumed computes the same as one that was not. A stream continues at the sta
 
 import math
 import signal
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from elip_models.training.evaluation import VALIDATION, Evaluation, Scores
 from elip_models.training.loss_log import LossLog, losses_of
 from elip_models.training.model import make_model
 from elip_models.training.optim import learning_rate
-from elip_models.training.progress import ExpectedTime, duration, evaluation_bars, progress_bar
+from elip_models.training.progress import WARMUP_STEPS, StepTimer, evaluation_bars, progress_bar
 from elip_models.training.provenance import run_provenance
 from elip_models.training.replicated import ReplicatedModel
 from elip_models.training.restore import restore_
@@ -132,14 +131,16 @@ class Trainer:
 
     def _train(self) -> None:
         self.model.train()
-        self._start_window()
-        expected = ExpectedTime(self.console, self.accelerator.device)
-        task = self.bars.add_task("", total=self.total_steps, completed=self.step, unit="step")
+        self._restart_timer()
+        counts = {"total": self.total_steps, "completed": self.step}
+        task = self.bars.add_task("", start=False, **counts, unit="step")
         with StopSignal() as stop:
             while self.step < self.total_steps:
+                if self.step - self.first_step == WARMUP_STEPS:
+                    self._restart_timer()
+                    self.bars.reset(task, completed=self.step)  # starts the estimate of the bar
                 self._train_step()
                 self.bars.update(task, completed=self.step)
-                expected.after(self.step - self.first_step, self.total_steps - self.step)
                 if self._due(self.config.log_every):
                     self.bars.update(task, description=self._log_step())
                 is_last = self.step == self.total_steps
@@ -277,20 +278,19 @@ class Trainer:
 
     def _log_step(self) -> str:
         read = self._read_losses()
-        optim, first_step, start = self.config.optim, *self.window
-        seconds = (time.perf_counter() - start) / (self.step - first_step)
+        optim = self.config.optim
         images = optim.grad_accumulation * optim.batch_size * self.accelerator.num_processes
-        speed = images / seconds
+        speed = images / self.timer.seconds(self.step)
+        left = self.timer.left(self.step, self.total_steps)
         monitored = {name: value.item() for name, value in self.model.monitored().items()}
         lr = self.learning_rate(self.step - 1)
         own = {"images_per_second": round(speed, 2), **self.first_row}
         self.first_row = {}
         self._log({**read, "lr": lr, **own, **monitored})
-        self._start_window()
+        self._restart_timer()
         parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
         status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{speed:.0f} images/s"])
         if not self.console.is_terminal:
-            left = duration((self.total_steps - self.step) * seconds)
             self.console.print(f"step {self.step}/{self.total_steps}  {status}  {left} left")
         return status
 
@@ -303,7 +303,7 @@ class Trainer:
         for scores in self._evaluate(tasks):
             self._log(scores.metrics)
             self.console.print(f"step {self.step}/{self.total_steps}  {scores.summary()}")
-        self._start_window()
+        self._restart_timer()
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
@@ -364,7 +364,7 @@ class Trainer:
             self.folder.checkpoints.commit(
                 self.step, keep=self.config.keep_checkpoints, **self._invariants()
             )
-        self._start_window()
+        self._restart_timer()
 
     def _finish(self) -> TrainResult:
         if self.first_step >= self.total_steps:  # resumed after its last step
@@ -396,5 +396,5 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.total_steps
 
-    def _start_window(self) -> None:
-        self.window = (self.step, time.perf_counter())
+    def _restart_timer(self) -> None:
+        self.timer = StepTimer(self.step, self.accelerator.device)

@@ -1,18 +1,19 @@
-"""What a run prints: the plan before it reads data, the expected time, a line for each part."""
+"""What a run prints: the plan before it reads data, the time of its steps, a line for each part."""
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from elip_models.training import trainer
-from elip_models.training.progress import evaluation_bars, progress_bar
+from elip_models.training import progress, trainer
+from elip_models.training.progress import WARMUP_STEPS, evaluation_bars, progress_bar
 from elip_models.training.recipe import load_recipe
 from elip_models.training.summary import print_plan, print_summary
-from elip_models.training.trainer import train
+from elip_models.training.trainer import Trainer, train
 from tests.helpers.tiers import first_quick
-from tests.helpers.tiny_run import own_process, tiny_config
+from tests.helpers.tiny_run import logged, own_process, tiny_config
 
 
 def recording_console(**options):
@@ -67,7 +68,7 @@ def test_the_plan_comes_before_the_data_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("is_terminal", first_quick([False, True]))
-def test_a_run_prints_expected_time_steps_and_the_start_of_each_part(tmp_path, is_terminal):
+def test_a_run_prints_steps_and_the_start_of_each_part(tmp_path, is_terminal):
     console = recording_console(force_terminal=is_terminal)
     config = tiny_config(tmp_path, "optim.steps=7", "report=[retrieval, picture]")
     with own_process():
@@ -76,7 +77,6 @@ def test_a_run_prints_expected_time_steps_and_the_start_of_each_part(tmp_path, i
     text = console.export_text()
     parts = [
         "training the tokenizer on the captions of up to 48 samples",
-        "about 0:00:0",
         "evaluating retrieval on 10 samples",
         "R@1",
         "drawing kept_",
@@ -87,6 +87,28 @@ def test_a_run_prints_expected_time_steps_and_the_start_of_each_part(tmp_path, i
     assert "7/7" in text
     assert ("step 6/7  loss" in text) is not is_terminal
     assert ("sample  0/10" in text) is is_terminal
+
+
+def test_slow_first_steps_count_for_no_speed_and_no_estimate(tmp_path, monkeypatch):
+    clock, estimates, train_step = SimpleNamespace(now=0.0), [], Trainer._train_step
+
+    def step_of_known_time(self):
+        train_step(self)
+        clock.now += 100 if self.step <= WARMUP_STEPS else 2
+        estimates.append(self.bars.tasks[0].time_remaining)
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(Trainer, "_train_step", step_of_known_time)
+    console, steps = recording_console(), WARMUP_STEPS + 4
+    config = tiny_config(tmp_path, f"optim.steps={steps}", f"log_every={steps - 1}")
+    with own_process():
+        train(config, console=console)
+    assert [row["images_per_second"] for row in logged(tmp_path, "images_per_second")] == [4, 4]
+    assert re.findall(r"\d:\d\d:\d\d left", console.export_text()) == [
+        "0:00:02 left",
+        "0:00:00 left",
+    ]
+    assert not any(estimates[: WARMUP_STEPS + 1]) and estimates[-1]
 
 
 def test_a_bar_for_each_unit_of_an_evaluation_goes_at_its_end():
