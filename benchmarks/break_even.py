@@ -43,7 +43,7 @@ from elip_models.profiling.commit import commit
 
 STRATEGIES = ("tome", "evit", "elip", "pitome", "crossget", "random")
 PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12}
-"""Dense bf16 FLOPs a second, from the data sheets."""
+"""Dense bf16 FLOPs per second, from the data sheets."""
 EFFICIENCY, PRODUCT_WAITS, OTHER_WAITS = 0.6, 6, 2
 AT_ONCE = 4  # programs of this project's kernels on an SM
 SHOWN, LARGEST = (1, 8, 64), 512

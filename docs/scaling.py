@@ -41,7 +41,7 @@ def cost_table(rates: Mapping[str, float], price: float) -> str:
         ]
         for name, rate in rates.items()
     ]
-    header = ["", "images/s of one", "hours, all together", f"cost at ${price:.2f} an hour"]
+    header = ["", "images/s of one", "hours, all together", f"cost at ${price:.2f} per hour"]
     return table([*header, "relative to dense"], rows, left=1)
 
 

@@ -13,7 +13,7 @@ import torch
 import elip_kernels
 from elip_models import ToMe, encode_image
 
-GRID, PATCH = 8, 8  # patches a side, pixels a side of a patch
+GRID, PATCH = 8, 8  # patches per side, pixels per side of a patch
 
 
 def rectangles(batch):

@@ -52,7 +52,7 @@ def merged_clip(frames: Tensor, tokens: Tensor) -> Tensor:
     """Return pictures (T, 3, s H, s W) of the patches that form one token, over space and time.
 
     `frames` is (T, 3, H, W) in [0, 1], `tokens` (steps, rows, columns) one item of
-    `tokens_of_patches`, with T / steps frames a step.
+    `tokens_of_patches`, with T / steps frames per step.
     """
     scale = max(1, -(-PIXELS // frames.shape[2]))
     frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3).transpose(0, 1)

@@ -115,7 +115,7 @@ def _examples_table(name: str, source: "ExampleSource", report: "SkipReport") ->
     table.add_row("examples", f"{report.seen} of {len(source)} read")
     table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
     table.add_row("different texts", str(len({example.text for example in examples})))
-    table.add_row("words a text", f"{fmean(words):.1f}, at most {max(words)}")
+    table.add_row("words per text", f"{fmean(words):.1f}, at most {max(words)}")
     table.add_row("answers to choose from", str(len(source.answers)))
     table.add_row("answers given", f"{right.total()}, {len(right)} different ones")
     table.add_row("not to choose", f"{sum(right[each] for each in right.keys() - listed)}")

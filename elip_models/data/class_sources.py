@@ -145,14 +145,14 @@ class ClassFolder(_LabelledPhotos):
         if not os.path.isdir(root):  # false too for a path that is too long
             raise FileNotFoundError(
                 f"spec: expected {_BUILT_IN}:size=600, {_DATASETS}:NAME,split=test, or a folder "
-                f"with a folder of images a class, got {shortened(str(path))}; the working folder "
-                f"is {Path.cwd()}"
+                f"with a folder of images per class, got {shortened(str(path))}; the working "
+                f"folder is {Path.cwd()}"
             )
         try:
             folder = ImageFolder(str(root))
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"spec: expected a folder with a folder of images a class, got "
+                f"spec: expected a folder with a folder of images per class, got "
                 f"{shortened(str(path))}: {error}"
             ) from error
         self.classes, self.names = named_classes(folder.classes, names)

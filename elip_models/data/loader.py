@@ -75,7 +75,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.samples = sum(map(samples_per_epoch, self.lengths, self.weights))
         if batch_size * world_size > self.samples:
             raise ValueError(
-                f"batch_size: expected at most {self.samples // world_size} a rank "
+                f"batch_size: expected at most {self.samples // world_size} per rank "
                 f"({self.samples} samples, {world_size} ranks), got {batch_size}"
             )
         self.batch_size = batch_size

@@ -106,8 +106,8 @@ def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
     Transparency is composited on white. Of 16-bit channels, the upper 8 bits are kept.
 
     Raises:
-        SampleError: The file is missing or damaged, not one of `FORMATS`, has 32 bits a channel, or
-            exceeds one of the limits above. Its id is `sample_id`.
+        SampleError: The file is missing or damaged, not one of `FORMATS`, has 32 bits per channel,
+            or exceeds one of the limits above. Its id is `sample_id`.
     """
     with open_image_file(file, sample_id) as image:
         _check_scans(image)
@@ -209,7 +209,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's convert would clip values above 255 to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"expected 8 or 16 bits a channel, got Pillow's mode {image.mode!r}")
+        raise ValueError(f"expected 8 or 16 bits per channel, got Pillow's mode {image.mode!r}")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")

@@ -86,7 +86,7 @@ def _fit_line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
 def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
     """Return the rows as a table for a terminal."""
     table = Table(title=f"largest training batch in {memory}", caption=f"by the {measured}")
-    sizes = ("MiB of model", "MiB a step", "MiB an image")
+    sizes = ("MiB of model", "MiB per step", "MiB per image")
     for column in ("model", "strategy", *sizes, "batch", "ratio"):
         table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
     for row in rows:

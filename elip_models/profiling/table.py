@@ -205,7 +205,7 @@ def table_of(profile: Profile) -> Table:
     rows, timed = profile.rows, profile.settings.rounds is not None
     table = Table(title=_title(profile))
     table.add_column("strategy")
-    table.add_column("tokens a layer")
+    table.add_column("tokens per layer")
     names = ["kept", "forward\nGFLOPs", "backward\nGFLOPs", "FLOPs"]
     names += ["ms", "time", "MB", "memory"] if timed else []
     for name in names:

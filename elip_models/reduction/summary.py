@@ -74,7 +74,7 @@ class Summary:
             return f"dense: {counts} tokens{' in the image tower' * self.is_part}, not reduced"
         lines = [
             ("strategy", str(self.strategy)),
-            ("tokens a layer", counts),
+            ("tokens per layer", counts),
             ("kept", f"{self.keep:.3f} of {self.dense_tokens} tokens, mean over the layers"),
             ("FLOPs", f"{self.forward_flops:.3f} of dense in inference"),
             ("", f"{self.training_flops:.3f} in training, scorer included"),
@@ -87,7 +87,7 @@ class Summary:
                 f"{self.tokens[-1].mlp} of {self.dense_tokens} tokens, whose mean is another one"
             )
             lines.append(("output", f"{returned}; {self.whole_output}"))
-        return "\n".join(f"{name:<16}{value}" for name, value in lines)
+        return "\n".join(f"{name:<18}{value}" for name, value in lines)
 
 
 def _guided_by(strategy: Strategy, is_whole: bool) -> str:

@@ -30,9 +30,9 @@ def data_table(name: str, size: int, report: "SkipReport", captions: Sequence[st
     table.add_row("samples", f"{report.seen} of {size} read")
     table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
     table.add_row(
-        "captions", f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} a sample"
+        "captions", f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} per sample"
     )
-    table.add_row("words a caption", f"{fmean(words):.1f}, at most {max(words)}")
+    table.add_row("words per caption", f"{fmean(words):.1f}, at most {max(words)}")
     return table
 
 

@@ -32,7 +32,7 @@ def print_plan(config: RunConfig, console: Console, *, device: str, num_processe
         "reduction": _costs(Summary.of(model.tower, model.reduction, is_whole=True)),
         "training data": _specification(data.train),
         "evaluation data": _specification(data.eval or "none"),
-        "length": f"{length}, {images} images a step, on {processes}",
+        "length": f"{length}, {images} images per step, on {processes}",
         "folder": config.output_dir,
     }
     plan = Table.grid(padding=(0, 2))

@@ -81,11 +81,11 @@ class MultimodalSummary:
             ("image tower", "dense" if self.tower is None else self.tower.line),
             ("language model", ", then ".join(used) or "reads every image token"),
             ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in {self.unit}"),
-            ("tokens a layer", runs(self.layer_tokens)),
+            ("tokens per layer", runs(self.layer_tokens)),
             ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for the tokens of {self.unit}"),
             ("cache", f"{cached} of {dense} for {self.unit}"),
         ]
-        return "\n".join(f"{name:<16}{value}" for name, value in lines)
+        return "\n".join(f"{name:<18}{value}" for name, value in lines)
 
 
 def _prefill_flops(multimodal: Multimodal, tokens: Sequence[int]) -> int:

@@ -82,7 +82,7 @@ def test_data_check(capsys):
     assert elip("data", "check", "emoji_scenes:size=6", "--image-size", 32) == 0
     printed = capsys.readouterr().out
     assert "6 of 6 read" in printed
-    assert "30, 5.00 a sample" in printed
+    assert "30, 5.00 per sample" in printed
 
 
 def test_data_check_of_a_stream_counts_its_samples(tmp_path, capsys):

@@ -52,5 +52,5 @@ def test_the_upper_eight_of_sixteen_bits_are_kept(suffix, kind, tmp_path):
 @pytest.mark.parametrize("kind", ["<i4", "<f4"])
 def test_32_bit_images_are_refused(kind, tmp_path):
     grey_steps(kind).save(tmp_path / "a.tif")
-    with pytest.raises(SampleError, match="expected 8 or 16 bits a channel, got Pillow's mode"):
+    with pytest.raises(SampleError, match="expected 8 or 16 bits per channel, got Pillow's mode"):
         decode_image(tmp_path / "a.tif", "id")

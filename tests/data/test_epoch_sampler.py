@@ -41,8 +41,8 @@ def test_the_end_of_an_epoch_is_the_beginning_of_the_next():
     [
         ({"length": 0}, ValueError, "length: expected an integer at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer at least 1, got 0"),
-        ({"batch_size": 11}, ValueError, r"batch_size: expected at most 10 a rank \(10 samples"),
-        ({"batch_size": 6, "world_size": 2}, ValueError, "expected at most 5 a rank .*, got 6"),
+        ({"batch_size": 11}, ValueError, r"batch_size: expected at most 10 per rank \(10 samples"),
+        ({"batch_size": 6, "world_size": 2}, ValueError, "expected at most 5 per rank .*, got 6"),
         ({"seed": -1}, ValueError, "seed: expected an integer at least 0, got -1"),
         ({"rank": 1}, ValueError, "rank: expected less than world_size = 1, got 1"),
         ({"world_size": 1.0}, TypeError, r"world_size: expected an integer .*, got 1\.0"),

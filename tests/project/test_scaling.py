@@ -46,7 +46,7 @@ def test_the_page_has_time_and_cost_of_the_measured_rate(written):
     assert MODULE.main([*arguments, "--check", "--price", "0.5"]) == 0
     text = page.read_text()
     cost, dense, reduced, days, *rows = cells(text)
-    assert cost[3] == "cost at $0.50 an hour"
+    assert cost[3] == "cost at $0.50 per hour"
     assert dense == ["dense", "10.0", "28,000", "$14,000", "1.00"]
     assert reduced == ["`tome`, keep 0.7", "12.5", "22,000", "$11,000", "0.80"]
     assert days == ["machines or GPUs", "dense", "`tome`, keep 0.7"]

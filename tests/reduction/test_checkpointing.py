@@ -74,7 +74,7 @@ def test_checkpointing_replays_the_selection(wrap, scorer):
         for module in (scorers, stage):
             patch.setattr(module, "get_scorer", lambda name: scorers.Scorer(counted))
         got = gradients_of_a_step(model, x, t, wrap)
-    assert len(rows) == 3  # once a stage: nothing is scored again in backward
+    assert len(rows) == 3  # once per stage: nothing is scored again in backward
     assert_equal_gradients(got, expected)
 
 

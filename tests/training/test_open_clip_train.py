@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 
 def train(data, logs, *arguments):
-    """Run `python -m elip_models.open_clip_train`, two steps an epoch, and return its log."""
+    """Run `python -m elip_models.open_clip_train`, two steps per epoch, and return its log."""
     command = [sys.executable, "-m", "elip_models.open_clip_train", *arguments]
     command += ["--model", f"local-dir:{data}", "--train-data", str(data / "train.csv")]
     command += ["--logs", str(logs), "--name", "run", "--dataset-type", "csv", "--batch-size", "4"]

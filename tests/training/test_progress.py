@@ -33,7 +33,7 @@ def test_the_plan_names_model_reduction_data_length_and_folder():
     assert re.search(r"\d\.\d\d of dense FLOPs in inference, 0\.\d\d in$", rows["reduction"])
     assert rows["training data"] == "a.json, b.json"
     assert rows["evaluation data"] == "none"
-    assert rows["length"] == "15 epochs, 848 images a step, on 8 processes on cuda"
+    assert rows["length"] == "15 epochs, 848 images per step, on 8 processes on cuda"
     assert rows["folder"] == "runs/mine"
 
 
