@@ -9,7 +9,7 @@ second. Softmax, norms and copies of tokens are not counted.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 from elip_models.towers import TowerSize
 from elip_models.validation import PositiveShare, check, mismatch_error, shortened
@@ -27,14 +27,20 @@ class Layer(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs of one image in a forward pass and in a training step, scorer included."""
+    """FLOPs of one image in inference and in a training step, scorer included."""
 
     forward: int
     training: int
 
 
 class CostModel:
-    """The part of a strategy that determines its cost: token counts and FLOPs of scoring."""
+    """The part of a strategy that determines its cost: token counts and FLOPs of scoring.
+
+    Attributes:
+        training_only: the strategy reduces nothing in inference.
+    """
+
+    training_only: ClassVar[bool] = False
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         """Return the tokens in each block, prefix and merged tokens included; FLOPs follow."""
@@ -67,9 +73,10 @@ def dense_flops(size: TowerSize) -> Flops:
 
 
 def strategy_flops(strategy: CostModel, size: TowerSize) -> Flops:
-    """Return the FLOPs of the tower in a forward pass that `strategy` reduces."""
+    """Return the FLOPs of the tower under `strategy`, in inference and in a training step."""
     blocks = strategy.block_flops(size)
-    return _flops(strategy.embed_flops(size), blocks, strategy.scoring_flops(size))
+    flops = _flops(strategy.embed_flops(size), blocks, strategy.scoring_flops(size))
+    return flops._replace(forward=dense_flops(size).forward) if strategy.training_only else flops
 
 
 def _flops(embed: int, blocks: int, scoring: int) -> Flops:

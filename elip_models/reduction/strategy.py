@@ -161,7 +161,7 @@ class Strategy(CostModel):
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
         """Return whether a forward pass with this guidance, in this mode, is reduced."""
-        return True
+        return training or not self.training_only
 
     def smaller(self, tower: Tower, images: Tensor) -> Tensor:
         """Return the images (B, 3, h, w) that the tower reads, of images (B, 3, H, W)."""

@@ -62,20 +62,32 @@ class Summary:
     @property
     def line(self) -> str:
         """Return name, tokens and FLOPs in one line."""
-        attention = runs(layer.attention for layer in self.tokens)
         whose = "image tower: " if self.is_part else ""
-        name, ratio = self.strategy.name, self.forward_flops
-        return f"{whose}{name}: {attention} tokens, {ratio:.2f} of dense FLOPs"
+        ratio = f"{self.forward_flops:.2f} of dense FLOPs"
+        return f"{whose}{self.strategy.name}: {self._counts} tokens{self._when}, {ratio}"
+
+    @property
+    def _counts(self) -> str:
+        """Return the tokens in the attention of each block."""
+        return runs(layer.attention for layer in self.tokens)
+
+    @property
+    def _when(self) -> str:
+        """Return when the tokens are reduced, if it is not always."""
+        return " in training" if self.strategy.training_only else ""
 
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
-        counts = runs(layer.attention for layer in self.tokens)
         if isinstance(self.strategy, Dense):
-            return f"dense: {counts} tokens{' in the image tower' * self.is_part}, not reduced"
+            whose = " in the image tower" if self.is_part else ""
+            return f"dense: {self._counts} tokens{whose}, not reduced"
+        last = self.tokens[-1]
+        after = f", {last.mlp} after the last" if last.mlp != last.attention else ""
+        kept = f"{self.keep:.3f} of {self.dense_tokens} tokens{self._when}, mean over the layers"
         lines = [
             ("strategy", str(self.strategy)),
-            ("tokens per layer", counts),
-            ("kept", f"{self.keep:.3f} of {self.dense_tokens} tokens, mean over the layers"),
+            ("tokens per layer", f"{self._counts}{after}{self._when}"),
+            ("kept", kept),
             ("FLOPs", f"{self.forward_flops:.3f} of dense in inference"),
             ("", f"{self.training_flops:.3f} in training, scorer included"),
             ("guided by", self.guided_by or "nothing"),

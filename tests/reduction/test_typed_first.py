@@ -177,6 +177,16 @@ def test_a_summary_is_read_by_a_person():
     assert elip_models.is_reduced(model)
     assert repr(copy.deepcopy(model)) == repr(model)
     assert repr(elip_models.unreduce_(model)) == before
+    tome = elip_models.reduction_summary(elip_models.reduce_(model))
+    assert "197 188 .. 88, 78 after the last\n" in str(tome)
+
+
+def test_the_summary_of_a_strategy_for_training_is_dense_in_inference():
+    summary = elip_models.reduction_summary(elip_models.reduce_(vit(), strategy="patch_dropout"))
+    assert summary.forward_flops == 1 and summary.training_flops < 0.5
+    for part in ("12×99 in training\n", "197 tokens in training,", "1.000 of dense in inference"):
+        assert part in str(summary)
+    assert summary.line == "patch_dropout: 12×99 tokens in training, 1.00 of dense FLOPs"
 
 
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)

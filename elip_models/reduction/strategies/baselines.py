@@ -76,6 +76,7 @@ class PatchDropout(RandomKeep):
 
     name: ClassVar[str] = "patch_dropout"
     keep_field: ClassVar[str | None] = "keep_ratio"
+    training_only: ClassVar[bool] = True
 
     keep_ratio: PositiveShare = 0.5
     until: Count | None = None
@@ -105,10 +106,6 @@ class PatchDropout(RandomKeep):
         """Return the kept and the prefix tokens in every block."""
         tokens = size.num_prefix_tokens + max(1, int(self.keep_ratio * size.num_patches))
         return (Layer(tokens, tokens),) * size.depth
-
-    def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
-        """Return whether the model is in training mode."""
-        return training
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with the keep ratio of that strength."""
