@@ -68,7 +68,7 @@ ARMS = {
         "last-nearest": "attention of the last layer",
         "mean-nearest": "mean attention of all layers",
         "exact-nearest": "all layers run (paper)",
-        "attention-nearest": "attention halves run",
+        "attention-nearest": "attention sublayers run",
         "random-nearest": "random patches",
     },
     "guidance": {

@@ -66,7 +66,7 @@ def enter_in_groups(
         elif replaces_block and strategy.replaces_later and group.info is not None:
             own = strategy.later(at, i, own, group.info)
         elif replaces_block:
-            own = at.halves(i, own)
+            own = at.run_sublayers(i, own)
         left.append(own)
         infos.append(info)
     if has_step:

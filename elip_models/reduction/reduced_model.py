@@ -266,10 +266,10 @@ class ReducedBlock:
         return (tokens, *others) if self.reduction.tower.returns_tuple else tokens
 
     def _run_at(self, positions: Tensor | None, tokens: Tensor, args: Args, kwargs: Kwargs) -> Any:
-        """Run the block's own forward; or its halves, if it would read others' positions."""
+        """Run the block's own forward; or its sublayers, if it would read others' positions."""
         tower = self.reduction.tower
         if positions is not None and tower.reads_own_positions:
-            return tower.in_call(self.i, kwargs).at(positions).halves(self.i, tokens)
+            return tower.in_call(self.i, kwargs).at(positions).run_sublayers(self.i, tokens)
         if positions is not None:
             kwargs = tower.block_kwargs_at(kwargs, positions)
         return original_method(self.block, "forward", self.replaced)(tokens, *args, **kwargs)

@@ -36,7 +36,7 @@ class Scorer(NamedTuple):
         row: (tower, stage, tokens, query) -> (B, N), column 0 being CLS, for a scorer that does not
             read one block's row.
         layers: the number of whole layers that run on the stage's tokens.
-        attention_halves: the number of layers that run without their MLP.
+        attention_sublayers: the number of layers that run without their MLP.
         rows: the number of rows in which the CLS token alone attends to the tokens.
         cls_blocks: the number of layers that the CLS token alone passes, without its attention.
         received: the number of layers in which the attention between all tokens is read.
@@ -46,7 +46,7 @@ class Scorer(NamedTuple):
     read: Callable[[Tower, Stage, Tensor, Query], ScoringInput] | None = None
     row: Callable[[Tower, Stage, Tensor, Query | None], Tensor] | None = None
     layers: Callable[[int], int] = lambda layers: 0
-    attention_halves: Callable[[int], int] = lambda layers: 0
+    attention_sublayers: Callable[[int], int] = lambda layers: 0
     rows: Callable[[int], int] = lambda layers: 1
     cls_blocks: Callable[[int], int] = lambda layers: 0
     received: Callable[[int], int] = lambda layers: 0
@@ -177,7 +177,7 @@ SCORERS: dict[str, Scorer] = {
     "exact": Scorer(_exact, layers=lambda layers: layers - 1),
     "bf16": Scorer(_bf16, layers=lambda layers: layers - 1),
     "alternate": Scorer(_alternate, layers=lambda layers: layers // 2),
-    "attention": Scorer(_attention, attention_halves=lambda layers: layers - 1),
+    "attention": Scorer(_attention, attention_sublayers=lambda layers: layers - 1),
     "cls": Scorer(_cls, rows=lambda layers: 2 * layers - 1, cls_blocks=lambda layers: layers - 1),
     "mean": Scorer(row=_mean, rows=lambda layers: layers),
     "last": Scorer(_last),

@@ -78,12 +78,13 @@ class Tower(Positions):
 
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i."""
-        if self.runs_halves:
-            return in_place_of(self.blocks[i], lambda x: (self.halves(i, x), None), tokens)[0]
+        if self.runs_sublayers:
+            run = lambda x: (self.run_sublayers(i, x), None)  # noqa: E731
+            return in_place_of(self.blocks[i], run, tokens)[0]
         return self.call(i, self.blocks[i], tokens)
 
     @property
-    def runs_halves(self) -> bool:
+    def runs_sublayers(self) -> bool:
         """Return whether a block's own forward would read other positions than its tokens have."""
         return self.reads_own_positions and self.positions is not None
 
@@ -92,8 +93,8 @@ class Tower(Positions):
         """Return whether a block's own forward reads the positions of all patches in order."""
         return self.adds_bias
 
-    def halves(self, i: int, tokens: Tensor) -> Tensor:
-        """Run both halves of block i, inside its forward."""
+    def run_sublayers(self, i: int, tokens: Tensor) -> Tensor:
+        """Run both sublayers of block i, inside its forward."""
         return self.mlp(i, self.attend(i, tokens))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
@@ -119,12 +120,14 @@ class Tower(Positions):
         forward = vars(block).get("forward")
         forward = original_method(block, "forward", getattr(forward, "replaced", forward))
         with self.unsharded(i, tokens) as (tokens,):
-            return self.halves(i, tokens) if self.runs_halves else self.call(i, forward, tokens)
+            if self.runs_sublayers:
+                return self.run_sublayers(i, tokens)
+            return self.call(i, forward, tokens)
 
     def attend(
         self, i: int, tokens: Tensor, bias: Tensor | None = None, *, qkv: QKV | None = None
     ) -> Tensor:
-        """Run block i's attention half, residual included.
+        """Run block i's attention sublayer, residual included.
 
         Args:
             i: the block.

@@ -1,7 +1,7 @@
 """Towers of timm's Eva: EVA, EVA-02, rotary ViTs (`vit_*_rope`), DINOv3, Perception Encoder.
 
 Uses patch_embed, _pos_embed, norm_pre, rope, blocks (norm1, attn, gamma_1, drop_path1, and the same
-of the second half) and norm. With r_n the rotation of the position of token n:
+of the MLP sublayer) and norm. With r_n the rotation of the position of token n:
 
     q_n, k_n = r_n q_norm(W_q norm(x_n)), r_n k_norm(W_k norm(x_n))      r = 1 for prefix tokens
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from elip_models.towers.positions import angles_at, coordinates_of
 from elip_models.towers.timm import BLOCK, PlainTimm
-from elip_models.towers.tower_parts import QKV, Block, halves
+from elip_models.towers.tower_parts import QKV, Block, per_sublayer
 from elip_models.towers.wrapped_modules import library_class
 
 
@@ -47,7 +47,7 @@ class EvaTower(PlainTimm):
         super().__init__(model)
         attn = self._attention(0)
         qkv = BLOCK.qkv if attn.qkv is not None else ("q_proj", "k_proj", "v_proj")
-        self.names = BLOCK._replace(qkv=qkv, after=halves("gamma_{}", "drop_path{}"))
+        self.names = BLOCK._replace(qkv=qkv, after=per_sublayer("gamma_{}", "drop_path{}"))
         self.is_rotary = model.rope is not None
         self.is_mixed = self.is_rotary and getattr(model, "rope_mixed", False)
         self.rotates_halves = attn.rotate_half

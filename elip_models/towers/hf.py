@@ -1,7 +1,7 @@
 """Towers of vision transformers of Hugging Face transformers.
 
-Each model has embeddings, a list of layers of two halves (`hf_layers.py` names their parts), and a
-final norm. Its patches may be of images, videos (ViViT, VideoMAE, V-JEPA 2) or spectrograms (AST).
+Each model has embeddings, a list of layers (`hf_layers.py` names the parts of a layer), and a final
+norm. Its patches may be of images, videos (ViViT, VideoMAE, V-JEPA 2) or spectrograms (AST).
 `hf_positions.py` has rotations and biases. If patches are averaged, or a probe attends to them, all
 tokens return to their patches after the last layer, so that each counts by its size. They also
 return if the model needs a token for each patch: a detector, a pixel decoder, a language model, or

@@ -1,16 +1,16 @@
 """The layers of transformers' vision models, one row of names for each class."""
 
-from elip_models.towers.tower_parts import Layer, halves
+from elip_models.towers.tower_parts import Layer, per_sublayer
 
 CLIP = Layer("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
 BLIP = CLIP._replace(out=("projection",), qkv=("qkv",))
 VIT = Layer(
     *("attention", "layernorm_before", "layernorm_after", "layernorm", ("o_proj",)),
-    after=halves("dropout"),
+    after=per_sublayer("dropout"),
 )
 DINO = Layer(
     *("attention", "norm1", "norm2", "layernorm", ("o_proj",)),
-    after=halves("layer_scale{}", "drop_path"),
+    after=per_sublayer("layer_scale{}", "drop_path"),
 )
 VIDEO_MAE = VIT._replace(
     qkv=("attention.query", "attention.key", "attention.value"),
@@ -42,19 +42,22 @@ LAYERS = {
     "DeiTLayer": VIT,
     "IJepaLayer": VIT,
     "ViTMSNLayer": VIT,
-    "BeitLayer": VIT._replace(after=halves("dropout", "lambda_{}", "drop_path")),
-    "PixioLayer": VIT._replace(after=halves("dropout", "drop_path")),
+    "BeitLayer": VIT._replace(after=per_sublayer("dropout", "lambda_{}", "drop_path")),
+    "PixioLayer": VIT._replace(after=per_sublayer("dropout", "drop_path")),
     "ASTLayer": VIT,
     "VivitLayer": VIT,
     "VideoMAELayer": VIDEO_MAE,
     "DPTViTLayer": VIDEO_MAE,
     "Data2VecVisionLayer": VIDEO_MAE._replace(
-        after=halves("lambda_{}", "drop_path"),
+        after=per_sublayer("lambda_{}", "drop_path"),
         bias="attention.attention.relative_position_bias",
         returns_tuple=True,
     ),
     "VJEPA2Layer": DINO._replace(
-        qkv=("query", "key", "value"), out=("proj",), after=halves("drop_path"), returns_tuple=True
+        qkv=("query", "key", "value"),
+        out=("proj",),
+        after=per_sublayer("drop_path"),
+        returns_tuple=True,
     ),
     "Dinov2Layer": DINO,
     "Dinov2WithRegistersLayer": DINO,
@@ -63,7 +66,7 @@ LAYERS = {
     "InternVLVisionLayer": VIT._replace(
         out=("projection_layer", "projection_dropout"),
         mlp=("mlp", "dropout"),
-        after=halves("lambda_{}"),
+        after=per_sublayer("lambda_{}"),
     ),
     "Aimv2EncoderLayer": Layer(
         *("attention", "rms_norm1", "rms_norm2", "rms_norm", ("out_proj",)), mlp=("ffn",)

@@ -1,7 +1,8 @@
 """Towers of open_clip's VisionTransformer, and its CLIP and CoCa as language-image models.
 
-Uses _embeds, transformer.resblocks (ln_1, attn, ls_1, and the same of the second half), ln_post and
-proj. Attention is nn.MultiheadAttention, or open_clip's own class with the same parameter names.
+Uses _embeds, transformer.resblocks (ln_1, attn, ls_1, and the same of the MLP sublayer), ln_post
+and proj. Attention is nn.MultiheadAttention, or open_clip's own class with the same names of
+parameters.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Towers of timm's VisionTransformer, plain or like CLIP (pre-norm, QuickGELU, LayerScale).
 
 Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, drop_path1, and the
-same of the second half) and norm.
+same of the MLP sublayer) and norm.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
-from elip_models.towers.tower_parts import Layer, halves, interpolated, plain_mlp_ratio
+from elip_models.towers.tower_parts import Layer, interpolated, per_sublayer, plain_mlp_ratio
 from elip_models.towers.unsupported import timm_reason
 from elip_models.towers.wrapped_modules import Affine, library_class, refuses_norm, unwrapped
 
 MODELS = (vit.VisionTransformer, NaFlexVit)  # whose blocks are of the class Block
 BLOCK = Layer(
     *("attn", "norm1", "norm2", "norm", ("norm", "proj", "proj_drop")),
-    after=halves("ls{}", "drop_path{}"),
+    after=per_sublayer("ls{}", "drop_path{}"),
     qkv=("qkv",),
     dropout=("attn_drop",),
 )

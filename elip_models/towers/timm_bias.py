@@ -15,7 +15,7 @@ from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
 from elip_models.towers.timm import BLOCK, PlainTimm
-from elip_models.towers.tower_parts import Block, halves, run
+from elip_models.towers.tower_parts import Block, per_sublayer, run
 from elip_models.towers.wrapped_modules import library_class, refuses_norm
 
 MODELS = (beit.Beit, relpos.VisionTransformerRelPos)
@@ -41,7 +41,7 @@ class BiasTower(PlainTimm):
         self.is_beit = isinstance(model, beit.Beit)
         self.argument = "shared_rel_pos_bias" if self.is_beit else "shared_rel_pos"
         if self.is_beit:
-            self.names = BLOCK._replace(after=halves("gamma_{}", "drop_path{}"))
+            self.names = BLOCK._replace(after=per_sublayer("gamma_{}", "drop_path{}"))
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:

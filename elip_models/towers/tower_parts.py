@@ -28,8 +28,8 @@ class Layer(NamedTuple):
 
     attn: the module that has the projections. norm1, norm2: the norms before attention and MLP.
     norm: in the model, the norm after the last block.
-    out: in `attn`, from its attended values to its output. mlp: in the block, of its second half.
-    after: in the block, between the output of either half and its residual; see `halves`.
+    out: in `attn`, from its attended values to its output. mlp: in the block, of its MLP sublayer.
+    after: in the block, between the output of each sublayer and its residual; see `per_sublayer`.
     qkv: in `attn`, the projections, one joint or three. head_norms: in `attn`, the norms of each
         head's queries and keys.
     dropout: in `attn`, the rate of its weights or a module that has it; the first found counts.
@@ -306,7 +306,7 @@ class TowerParts:
         return run(self.blocks[i], self.names.after[0], out)
 
     def mlp(self, i: int, tokens: Tensor) -> Tensor:
-        """Run block i's MLP half, residual included."""
+        """Run block i's MLP sublayer, residual included."""
         names = self.names
         return tokens + run(self.blocks[i], (names.norm2, *names.mlp, *names.after[1]), tokens)
 
@@ -319,8 +319,8 @@ class TowerParts:
         raise NotImplementedError
 
 
-def halves(*names: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names for either half of a block; {} is its number, 1 or 2."""
+def per_sublayer(*names: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names for each sublayer of a block; {} is its number, 1 or 2."""
     return tuple(name.format(1) for name in names), tuple(name.format(2) for name in names)
 
 

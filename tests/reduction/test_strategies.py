@@ -205,12 +205,12 @@ def test_every_block_runs_on_the_counted_tokens(strategy):
         if torch.is_grad_enabled():  # what chooses runs without
             seen[module] = out.shape[1]
 
-    halves = [(block.norm1, block.norm2) for block in model.blocks]
-    for norm in chain.from_iterable(halves):
+    norms = [(block.norm1, block.norm2) for block in model.blocks]
+    for norm in chain.from_iterable(norms):
         norm.register_forward_hook(note)
     patched(model, replace(strategy, scorer="last") if strategy.name == "elip" else strategy, x, t)
     expected = strategy.token_counts(as_tower(model).size)
-    assert [(seen[first], seen[second]) for first, second in halves] == list(expected)
+    assert [(seen[first], seen[second]) for first, second in norms] == list(expected)
 
 
 def through_pickle(model):

@@ -258,7 +258,7 @@ class ELIP(Guided, Staged):
         scorer, total = get_scorer(self.scorer), super().scoring_flops(size)
         for stage, tokens in zip(self.stages(size), self.tokens_entering(size), strict=True):
             total += scorer.layers(stage.layers) * size.block_flops(tokens, tokens)
-            total += scorer.attention_halves(stage.layers) * size.block_flops(tokens, 0)
+            total += scorer.attention_sublayers(stage.layers) * size.block_flops(tokens, 0)
             total += scorer.rows(stage.layers) * size.row_flops(tokens)
             total += scorer.cls_blocks(stage.layers) * size.block_flops(1, 1)
             total += scorer.received(stage.layers) * size.received_flops(tokens)
