@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from elip_models.data import SampleError, open_source
 from elip_models.data.read_errors import readable_samples
 from elip_models.data.sample import decode_clip, decode_image
-from elip_models.models.io.open_model import open_model, split_spec
+from elip_models.models.io.open_model import open_model, size_options, split_spec
 from elip_models.models.registry import elip_strategy
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import strategy_by_default
@@ -106,14 +106,15 @@ def open_visualized_model(
     schedule: str | None = None,
     scorer: str | int | None = None,
     fusion: float | None = None,
+    image_size: int | None = None,
 ) -> VisualizedModel:
     """Open a model, as `open_model` does, with a reduction, by the arguments of `reduce_`.
 
-    A `strategy` of None is the model's own, if it has one, or the default of `reduce_`. An invalid
-    option raises ConfigError.
+    A `strategy` of None is the model's own, if it has one, or the default of `reduce_`. An
+    `image_size` of None, in pixels, is the model's own. An invalid option raises ConfigError.
     """
     with as_config_error("--model", inner="spec"):
-        model = open_model(spec, pretrained=pretrained)
+        model = open_model(spec, pretrained=pretrained, **size_options(spec, image_size))
         reducible = as_reducible(model)
         tower = as_tower(reducible.image_model)
         mean, std = (torch.tensor(each)[:, None, None] for each in reducible.image_stats())

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DYNAMIC = "dynamic"
-IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
-"""Library -> its option for the image size; of other models it is a field of the config."""
 LARGEST = 2**31 - 2**20  # bytes of a protobuf message, less its graph
 
 
@@ -91,14 +89,12 @@ def _open_reduced(
     pretrained: bool,
 ) -> "nn.Module":
     """Return the reduced model that `spec` names, in eval mode."""
-    from elip_models.models.io.open_model import open_model, split_spec
+    from elip_models.models.io.open_model import open_model, size_options
     from elip_models.reduction.patch import reduce_
     from elip_models.towers import as_reducible
 
-    key = IMAGE_SIZE.get(split_spec(spec)[0] or "", "image_size")
     with as_config_error("MODEL", inner="spec"):
-        options = {} if image_size is None else {key: image_size}
-        model = open_model(spec, pretrained=pretrained, **options)
+        model = open_model(spec, pretrained=pretrained, **size_options(spec, image_size))
         reducible = as_reducible(model)
         if reducible.reduces_itself or not (reducible.has_text or reducible.image_model is model):
             raise TypeError(

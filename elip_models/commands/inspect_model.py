@@ -55,7 +55,10 @@ VisualizedKeep = Annotated[
 Scorer = Annotated[str | None, typer.Option(help="Scorer: last, exact, official, mean, 1, ..")]
 Fusion = Annotated[
     float | None,
-    typer.Option(help="Weight of vision in the guidance: 1 is vision only, 0 is text only."),
+    typer.Option(
+        help="Weight of the CLS token in the fusion with the text: 1 ignores the text, 0 uses the "
+        "text alone."
+    ),
 ]
 
 
@@ -75,6 +78,9 @@ def visualize(
     ] = None,
     scorer: Scorer = None,
     fusion: Fusion = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Image side in pixels; default: the model's own.")
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
     """Draw kept and merged patches of images or clips, the CLS attention and its concentration."""
@@ -89,7 +95,7 @@ def visualize(
 
     captions = visualize_inputs.check_pairs(files, caption or [])
     number = int(scorer) if scorer and re.fullmatch("[0-9]{1,9}", scorer) else scorer
-    options = {"schedule": schedule, "scorer": number, "fusion": fusion}
+    options = {"schedule": schedule, "scorer": number, "fusion": fusion, "image_size": image_size}
     if question is not None:
         no_weights = None if pretrained else False
         given = {"caption": caption, "data": data, "no-pretrained": no_weights, **options}
@@ -109,7 +115,8 @@ def _refuse_beside_question(options: dict[str, Any]) -> None:
     """Raise ConfigError for an option that does not apply to a language model."""
     for name, value in options.items():
         if value is not None and value != []:
-            raise ConfigError(f"--{name}: expected none with --question, got one; leave it out")
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: expected none with --question, got one; leave it out")
 
 
 def _draw_language_model(

@@ -67,6 +67,12 @@ def resolve_strategy(
     `options` include `schedule`; None as a value means not given. `default` returns the strategy if
     neither a strategy nor a schedule is given. It raises the errors of `reduce_`.
     """
+    if tower.num_patches < 1:
+        height, width = tower.image_size
+        raise ValueError(
+            f"model: expected images of at least one patch, got {height} x {width} pixels; open "
+            "the model for larger images"
+        )
     options = {name: value for name, value in options.items() if value is not None}
     if strategy is None and "schedule" in options:
         strategy = ELIP.name

@@ -198,6 +198,17 @@ def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
 
 
+def test_an_image_size_sets_the_patches_of_the_picture(files, tmp_path, capsys):
+    output, model = tmp_path / "small.png", ["--model", "timm:test_vit", "--no-pretrained"]
+    shown = ["--strategy", "tome", "--image", files[0], "--output", output]
+    assert elip("visualize", *model, *shown, "--image-size", 64) == 0
+    assert open_visualized_model(model[1], pretrained=False, image_size=64).tower.num_patches == 16
+    assert elip("visualize", *model, *shown, "--image-size", 10) == 2
+    assert "expected images of at least one patch, got 10 x 10" in capsys.readouterr().err
+    assert elip("visualize", *model[:2], *shown[2:], "--question", "a", "--image-size", 64) == 2
+    assert "--image-size: expected none with --question" in capsys.readouterr().err
+
+
 MERGES = ["tome", "guided_tome:fusion=1", "pitome"]
 
 

@@ -29,6 +29,8 @@ FORMS = (
     "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER', a name of list_models(), or a folder "
     "written by save_pretrained"
 )
+IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
+"""Library -> its option for the image size; of other models it is a field of the config."""
 BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
 
 
@@ -78,6 +80,12 @@ def split_spec(spec: str) -> tuple[str | None, str]:
     """Split 'timm:NAME' into ('timm', 'NAME'); a spec without library gives (None, spec)."""
     library, _, name = spec.partition(":")
     return (library, name) if name and library in OPENERS else (None, spec)
+
+
+def size_options(spec: str, image_size: int | None) -> dict[str, int]:
+    """Return the option of `open_model` for images of this side in pixels; none for None."""
+    key = IMAGE_SIZE.get(split_spec(spec)[0] or "", "image_size")
+    return {} if image_size is None else {key: image_size}
 
 
 def split_weights(name: str) -> tuple[str, str]:
