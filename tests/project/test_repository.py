@@ -5,43 +5,23 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
 import yaml
 from readme_renderer import markdown
 
 import elip_kernels
 
 ROOT = Path(__file__).parents[2]
-URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-ADDRESSES = {
-    "CITATION.cff": ["Repository", "Documentation"],
-    "mkdocs.yml": ["Repository", "Documentation"],
-    "docs/index.md": ["Repository"],
-    ".github/ISSUE_TEMPLATE/config.yml": ["Repository"],
-}
-"""The files that repeat an address of `[project.urls]`: CONTRIBUTING.md names them."""
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
 
 
-@pytest.mark.parametrize("name", ADDRESSES)
-def test_a_file_has_the_addresses_of_the_project(name):
-    text = (ROOT / name).read_text()
-    for key in ADDRESSES[name]:
-        assert URLS[key] in text, f"write {URLS[key]} in {name}"
-    ours = re.findall(r"https://(?:github\.com/[\w-]+|[\w-]+\.github\.io)/elip-kernels", text)
-    allowed = {URLS["Repository"], URLS["Documentation"].rstrip("/")}
-    assert set(ours) <= allowed
-    assert f"`{name}`" in (ROOT / "CONTRIBUTING.md").read_text()
-
-
-def test_no_other_file_repeats_the_owner():
-    owner = URLS["Repository"].split("/")[3]
-    pattern = re.compile(rf"{owner}(/|\.github\.io/)elip-kernels")
+def test_every_address_of_the_project_is_one_of_its_metadata():
+    address = re.compile(r"github\.com/[\w-]+/elip-kernels|[\w-]+\.github\.io/elip-kernels")
+    allowed = address.findall((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     kinds = ("*.md", "*.yml", "*.toml", "*.cff", "*.py", "docs/**/*.md", ".github/**/*.*")
-    paths = {path for kind in kinds for path in ROOT.glob(kind)}
-    found = [path for path in paths if pattern.search(path.read_text(encoding="utf-8"))]
-    names = {path.relative_to(ROOT).as_posix() for path in found}
-    assert names == {"pyproject.toml", *ADDRESSES}
+    for path in {path for kind in kinds for path in ROOT.glob(kind)}:
+        text = path.read_text(encoding="utf-8")
+        assert set(address.findall(text)) <= set(allowed), path
+        assert not re.search(r"\bOWNER\b", text), f"{path}: a placeholder"
 
 
 def test_the_citation_and_the_changelog_have_the_version():
@@ -87,26 +67,33 @@ def test_the_navigation_has_every_page():
     assert listed == pages - unlisted
 
 
-def description():
+REPOSITORY = "https://github.com/someone/a-repository"
+
+
+def description(repository):
     """Return the long description of the package."""
     spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.long_description()
+    return module.long_description(repository)
 
 
 def test_the_links_of_the_description_work_outside_the_repository():
-    text = description()
+    text = description(REPOSITORY)
     links = re.findall(r"(!?)\[[^]]*\]\(([^)\s]+)\)", text)
-    own = [(picture, link) for picture, link in links if link.startswith(URLS["Repository"])]
+    own = [(picture, link) for picture, link in links if link.startswith(REPOSITORY)]
     assert len(own) > 20 and all(link.startswith("https://") for _, link in links)
     for picture, link in own:
         kind = "raw" if picture else "blob"
-        base = f"{URLS['Repository']}/{kind}/v{elip_kernels.__version__}/"
+        base = f"{REPOSITORY}/{kind}/v{elip_kernels.__version__}/"
         assert (ROOT / link.removeprefix(base).partition("#")[0]).exists(), link
 
 
 def test_the_description_renders_without_a_relative_link():
-    page = markdown.render(description())
+    page = markdown.render(description(REPOSITORY))
     assert page and re.findall(r'(?:href|src)="(?!https://|#)([^"]*)"', page) == []
     assert "<table>" in page and "<img" in page
+
+
+def test_without_an_address_the_description_is_the_readme():
+    assert description(None) == (ROOT / "README.md").read_text()
