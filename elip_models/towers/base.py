@@ -79,8 +79,7 @@ class Tower(Positions):
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i."""
         if self.runs_sublayers:
-            run = lambda x: (self.run_sublayers(i, x), None)  # noqa: E731
-            return in_place_of(self.blocks[i], run, tokens)[0]
+            return self.in_block(i, lambda x: (self.run_sublayers(i, x), None), tokens)[0]
         return self.call(i, self.blocks[i], tokens)
 
     @property
