@@ -19,7 +19,11 @@ from elip_models.checkpoints.load import resample_pos_embed
 from elip_models.checkpoints.names import BERT
 from elip_models.checkpoints.renaming import rename_tensors
 from elip_models.models.base import PretrainedModel
-from elip_models.models.io.open_model import missing_files_as_value_error, open_model
+from elip_models.models.io.open_model import (
+    missing_files_as_value_error,
+    open_model,
+    split_spec,
+)
 from elip_models.models.io.weights import load_weights
 
 
@@ -148,9 +152,9 @@ def _open_text(spec: str) -> nn.Module:
     """Load a model of transformers, with a language head if its config names one."""
     from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-    if not spec.startswith("hf:"):
+    library, name = split_spec(spec)
+    if library != "hf":
         raise ValueError(f"text: expected 'hf:NAME' or a module, got {spec!r}")
-    name = spec.removeprefix("hf:")
     with missing_files_as_value_error("text", spec):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         has_head = any(one.endswith("ForMaskedLM") for one in config.architectures or ())

@@ -19,7 +19,8 @@ def demo(
     model: Annotated[
         str | None,
         typer.Argument(
-            help=f"timm:NAME, open_clip:NAME:TAG, or folder of a model or run; default: {RUN}."
+            help="timm:NAME, open_clip:NAME:TAG, hf:NAME, or folder of a model or run; "
+            f"default: {RUN}."
         ),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 7860,

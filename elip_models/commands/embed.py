@@ -41,7 +41,7 @@ def embed(
         str, typer.Argument(help="Folder of images, tar files, list of paths, or Parquet files.")
     ],
     model: Annotated[
-        str, typer.Option(help="timm:NAME[:FILE], open_clip:NAME[:TAG], folder, or owner/name.")
+        str, typer.Option(help="timm:NAME[:FILE], open_clip:NAME[:TAG], hf:NAME or folder.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the vectors; a stopped run continues.")],
     reduce: Annotated[

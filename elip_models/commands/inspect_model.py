@@ -140,7 +140,7 @@ def _draw_language_model(
 ProfiledModels = Annotated[
     list[str] | None,
     typer.Option(
-        help="Model: timm:NAME, open_clip:NAME, elip_clip_vit_b16, ..; repeat for several."
+        help="Model: timm:NAME, open_clip:NAME, hf:NAME, elip_clip_vit_b16, ..; may be repeated."
     ),
 ]
 ProfiledStrategies = Annotated[

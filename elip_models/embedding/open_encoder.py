@@ -1,7 +1,6 @@
 """Opening of the model that embeds, by a text: with a library's prefix, a folder, or on the hub."""
 
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -27,9 +26,8 @@ from elip_models.validation import (
 
 FORMS = (
     "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', a folder of "
-    "save_reduced, of a run, of save_pretrained or of transformers, or 'owner/name' on the hub"
+    "save_reduced, of a run, of save_pretrained or of transformers, or 'hf:NAME' on the hub"
 )
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 DENSE = "none"
 """The reduction that leaves a model dense."""
 
@@ -62,8 +60,6 @@ def _open(spec: str, pretrained: bool) -> nn.Module:
             return load_reduced(folder)
         is_ours = is_family(read_object(folder / CONFIG).get("model"))
         return open_model(str(folder) if is_ours else f"hf:{folder}", pretrained=pretrained)
-    if split_spec(spec)[0] is None and spec not in list_models() and HUB_NAME.fullmatch(spec):
-        return open_model(f"hf:{spec}", pretrained=pretrained)
     if split_spec(spec)[0] is None and spec not in list_models():
         raise ValueError(f"expected {FORMS}, got {shortened(spec)}")
     return open_model(spec, pretrained=pretrained)

@@ -78,8 +78,8 @@ def embed(
 
     Args:
         model: 'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', a folder of
-            `save_reduced`, of a run, of `save_pretrained` or of transformers, or 'owner/name' on
-            the hub; or an `Encoder`, which has its reduction, precision and device.
+            `save_reduced`, of a run, of `save_pretrained` or of transformers, or 'hf:NAME' on the
+            hub; or an `Encoder`, which has its reduction, precision and device.
         source: a folder of images, tar files, a list of paths, Parquet files or a folder of
             `datasets`, as a path or a URL of fsspec.
         output: the folder of the embeddings, which is created if necessary.

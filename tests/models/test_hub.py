@@ -10,6 +10,7 @@ import transformers
 from huggingface_hub import constants
 
 import elip_models
+from elip_models.embedding.open_encoder import open_embedding_model
 from elip_models.models.clip.model import CLIP
 from elip_models.models.io.open_model import open_model
 from elip_models.models.registry import create_model, load_model
@@ -99,14 +100,21 @@ WAYS = {
     "create_model, weights": lambda name: create_model("elip_clip_tiny", name),
     "load_model": load_model,
     "open_model": lambda name: open_model(f"hf:{name}"),
+    "open_model without hf:": open_model,
     "load_reduced": elip_models.load_reduced,
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+EMBEDDING = {
+    "embed": lambda name: open_embedding_model(f"hf:{name}", True)[0],
+    "embed without hf:": lambda name: open_embedding_model(name, True)[0],
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, *EMBEDDING])
 def test_a_repository_is_loaded_by_name(way, hub):
     model = create_model("elip_clip_tiny", scorer="last")
-    again = WAYS[way](hub(model))
+    again = (WAYS | EMBEDDING)[way](hub(model))
     assert again.config == model.config
     assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
 
@@ -141,12 +149,11 @@ IMPOSSIBLE = (
 )
 
 
-@pytest.mark.parametrize("way", [*WAYS, "open_model without hf:"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_name_that_no_repository_has_is_quoted(way, hub):
-    load = WAYS.get(way, open_model)
     for name in IMPOSSIBLE:
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            load(name)
+            WAYS[way](name)
         assert repr(name)[1:-1] in str(caught.value) or name in str(caught.value)
 
 

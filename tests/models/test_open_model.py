@@ -13,7 +13,7 @@ import transformers
 import elip_models.models
 from elip_models.data import CLIP_MEAN, CLIP_STD
 from elip_models.models.clip.model import CLIP
-from elip_models.models.io.open_model import open_model
+from elip_models.models.io.open_model import open_model, split_spec
 from elip_models.models.registry import CONFIGS
 from elip_models.towers import as_image_text, as_reducible, as_tower
 from tests.helpers.models import hf_blip, hf_clip
@@ -165,6 +165,15 @@ def test_a_config_that_is_no_object_is_an_error(content, tmp_path):
 def test_the_error_for_an_unknown_spec_names_the_expected_forms(spec, message):
     with pytest.raises(ValueError, match=message):
         open_model(spec)
+
+
+def test_a_name_on_the_hub_needs_no_prefix_but_a_path_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_spec("hf:me/model") == split_spec("me/model") == ("hf", "me/model")
+    for spec in ("clip_tiny", "./me/model", "me/model/", "a/b/c", "timm:", "other:me/model"):
+        assert split_spec(spec) == (None, spec)
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert split_spec("me/model") == (None, "me/model")
 
 
 def test_the_public_names_of_the_package_are_imported_on_first_use():

@@ -26,9 +26,10 @@ from elip_models.validation import check, mismatch_error, require_extra
 
 FORMS = (
     "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', "
-    "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER', a name of list_models(), or a folder "
-    "written by save_pretrained"
+    "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER' ('hf:owner/name' also without 'hf:'), a name "
+    "of list_models(), or a folder written by save_pretrained"
 )
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
 """Library -> its option for the image size; of other models it is a field of the config."""
 BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
@@ -48,9 +49,9 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     Args:
         spec: 'timm:NAME', or 'timm:NAME:FILE' with the weights in a file; 'open_clip:NAME' for the
             first weights that open_clip lists, or 'open_clip:NAME:TAG', or a file instead of the
-            tag (a slash may stand for the second colon); 'hf:NAME' or 'hf:FOLDER'; a name of
-            `list_models`; or a folder written by `save_pretrained`. A folder without weights needs
-            `pretrained=False`.
+            tag (a slash may stand for the second colon); 'hf:NAME' or 'hf:FOLDER', where
+            'hf:owner/name' needs no 'hf:'; a name of `list_models`; or a folder written by
+            `save_pretrained`. A folder without weights needs `pretrained=False`.
         pretrained: load weights; False for random weights. Names of `list_models` have no weights.
         options: of timm.create_model or open_clip.create_model, or fields of the config.
 
@@ -77,9 +78,15 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
 
 
 def split_spec(spec: str) -> tuple[str | None, str]:
-    """Split 'timm:NAME' into ('timm', 'NAME'); a spec without library gives (None, spec)."""
+    """Split 'timm:NAME' into ('timm', 'NAME'); a spec without library gives (None, spec).
+
+    'owner/name' is ('hf', 'owner/name'), unless there is such a path.
+    """
     library, _, name = spec.partition(":")
-    return (library, name) if name and library in OPENERS else (None, spec)
+    if name and library in OPENERS:
+        return library, name
+    is_on_hub = HUB_NAME.fullmatch(spec) is not None and not os.path.exists(spec)
+    return "hf" if is_on_hub else None, spec
 
 
 def size_options(spec: str, image_size: int | None) -> dict[str, int]:
