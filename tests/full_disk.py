@@ -80,7 +80,7 @@ def run_with(name, folder, arguments):
     """Run a command in this process, whose disk is full from a moment on, if one is named."""
     if name is not None:
         fill_at(MOMENTS[name], folder)
-    report.scorer_costs = lambda workload, **options: [report.ScorerCost("dense", 1.0, 1.0, 1.0)]
+    report.ROUNDS = 1
     cli.main(arguments)
 
 

@@ -6,7 +6,7 @@ ratios to the dense model, in interleaved rounds of one process. Memory is the p
 GPU. On a CPU it is what autograd saves for backward, without parameters.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -144,12 +144,8 @@ def measure(
     mode: Mode,
     *,
     rounds: int = 10,
-    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, StepCost]:
-    """Measure time and memory of a step with each strategy, one of which is `DENSE`.
-
-    `progress` is called `rounds + 1` times for each strategy.
-    """
+    """Measure time and memory of a step with each strategy, one of which is `DENSE`."""
     if workload.device.type == "meta":
         raise ValueError("model: expected one with weights to time, got one on the meta device")
     with in_mode(workload, mode):
@@ -157,7 +153,7 @@ def measure(
         steps = forwards
         if mode == "training":
             steps = {name: partial(workload.train_step, step) for name, step in forwards.items()}
-        times = time_side_by_side(steps, device=workload.device, rounds=rounds, progress=progress)
+        times = time_side_by_side(steps, device=workload.device, rounds=rounds)
         ratios = ratios_to(DENSE, times)
         memory = {}
         if mode == "training" or workload.device.type == "cuda":

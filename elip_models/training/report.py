@@ -1,14 +1,13 @@
-"""The report after a training run: timing and agreement of the scorers, and a picture."""
+"""The report after a training run: times of the image tower, and a picture."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from elip_models.analysis.agreement import scorer_agreement
 from elip_models.analysis.visualize import draw_reduction, patch_grid
 from elip_models.data import (
     SkipReport,
@@ -18,48 +17,30 @@ from elip_models.data import (
 )
 from elip_models.models.base import PretrainedModel
 from elip_models.models.io.files import write_json
-from elip_models.models.momentum_model import MomentumModel
 from elip_models.models.registry import elip_strategy
-from elip_models.profiling.measure import measured_on, memory_kind, no_gain
-from elip_models.profiling.runner import DENSE, Mode, measure
-from elip_models.profiling.workload import Workload
+from elip_models.profiling.measure import measured_on, memory_kind
+from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.momentum_scores import forward_with_scores
-from elip_models.reduction.schedule import PRESETS
-from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.strategies.elip import ELIP
+from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.user_warnings import deliberately_slow
-from elip_models.training.progress import progress_bar
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.training"):
     from rich.console import Console
     from rich.table import Table
-    from timm.models.vision_transformer import VisionTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_AND_ROUNDS = {"cpu": (2, 3), "cuda": (64, 10)}
-"""Batch size and interleaved rounds of the timing, by type of device."""
-
-
-@dataclass(frozen=True)
-class ScorerCost:
-    """Cost of a step with one scorer, relative to the dense tower measured in the same process."""
-
-    scorer: str
-    training: float  # ratio of the time of forward and backward
-    inference: float  # ratio of the time of a forward pass
-    memory: float  # ratio of what `memory_of` measures in training
+ROUNDS = 5
 
 
 class Reporter:
     """Reports on a trained model, from samples that it was not trained on.
 
-    A model that is dense or has another strategy is shown with the paper's strategy. The first
-    captions of the samples guide the reduction.
+    A dense model is timed with the paper's strategy. The picture of any model shows the paper's
+    strategy, guided by the first captions of the samples.
     """
 
     def __init__(
@@ -87,40 +68,20 @@ class Reporter:
         path = self.output_dir / "kept_tokens.png"
         return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
 
-    def timing(self, console: Console) -> Path:
-        """Time ViT-S/16 at 224 px with every scorer; print a table and write `timing.json`."""
-        console.print(
-            f"comparing {len(SCORERS)} scorers on the trained model, then timing ViT-S/16 at "
-            "224 px, dense and with each"
-        )
-        images, _, guidance = self._guided_batch(100)
-        rows = None
-        if isinstance(self.model, MomentumModel):
-            _, rows = forward_with_scores(self.model.tower_m, images, guidance, self.strategy)
-        with deliberately_slow():
-            agreement = scorer_agreement(
-                self.model.visual, images, guidance, self.strategy, rows=rows
-            )
-        tower = VisionTransformer(
-            img_size=224, embed_dim=384, num_heads=6, pre_norm=True, num_classes=0
-        )
-        batch_size, rounds = BATCH_AND_ROUNDS["cuda" if self.device.type == "cuda" else "cpu"]
-        workload = Workload(tower.to(self.device), batch_size)
-        with progress_bar(console) as bar:
-            count = 2 * (rounds + 1) * (len(SCORERS) + 1)
-            task = bar.add_task("", total=count, unit="measurement")
-            costs = scorer_costs(workload, rounds=rounds, progress=lambda: bar.advance(task))
-        memory = memory_kind(self.device)
-        console.print(_timing_table(costs, agreement, batch_size, memory))
+    def timing(self, console: Console, batch_size: int) -> Path:
+        """Time the image tower, dense and reduced; print a table and write `timing.json`."""
+        reduction = self.model.reduction
+        strategy = self.strategy if isinstance(reduction, Dense) else reduction
+        console.print("timing the image tower, dense and reduced")
+        tower, compared = self.model.visual, {strategy.name: strategy}
+        rows = profile_model("image tower", tower, compared, batch_size=batch_size, rounds=ROUNDS)
         report = {
-            "tower": "ViT-S/16, 224 px, random weights",
-            "batch_size": batch_size,
             **measured_on(self.device),
-            "rounds": rounds,
-            "memory": memory,
-            "costs": [asdict(cost) for cost in costs],
-            "agreement_with_exact": agreement,
+            "rounds": ROUNDS,
+            "memory_is": memory_kind(self.device),
+            "rows": [asdict(row) for row in rows],
         }
+        console.print(_timing_table(rows, strategy, memory_kind(self.device)))
         path = self.output_dir / "timing.json"
         write_json(path, report)
         return path
@@ -137,48 +98,20 @@ class Reporter:
         return batch.images.to(self.device), captions, guidance
 
 
-def scorer_costs(
-    workload: Workload, *, rounds: int, progress: Callable[[], object] = lambda: None
-) -> list[ScorerCost]:
-    """Measure ELIP with its CLIP schedule: the dense tower, then each scorer."""
-    strategies: dict[str, Strategy | None] = {DENSE: None}
-    strategies |= {name: ELIP(PRESETS["clip"], scorer=name) for name in SCORERS}
-    modes: tuple[Mode, Mode] = ("training", "inference")
-    train, infer = (
-        measure(workload, strategies, mode, rounds=rounds, progress=progress) for mode in modes
-    )
-    return [
-        ScorerCost(n, train[n].time_ratio, infer[n].time_ratio, train[n].memory_ratio or 0.0)
-        for n in strategies
-    ]
-
-
-def _timing_table(
-    costs: Sequence[ScorerCost],
-    agreement: dict[str, list[float]],
-    batch_size: int,
-    memory: str,
-) -> Table:
-    table = Table(
-        title=f"ViT-S/16 at 224 px, batch {batch_size}: relative to dense, side by side",
-        caption=f"memory: {memory}; agreement: share of the tokens that exact drops, by stage, on "
-        "the trained model",
-    )
-    for name in ("scorer", "training time", "inference time", "memory", "agreement"):
+def _timing_table(rows: Sequence[ProfileRow], strategy: Strategy, memory: str) -> Table:
+    """Return the reduced rows of a profile, in training and in inference."""
+    caption = f"memory: {memory}"
+    if strategy.is_guided:
+        caption += "; guided by random texts"
+        if getattr(strategy, "without_text", None) == "dense":
+            caption += "; without a text, nothing is reduced"
+    batch = rows[0].batch_size
+    table = Table(title=f"image tower, batch {batch}: relative to dense", caption=caption)
+    for name in (strategy.name, "tokens", "FLOPs", "time", "memory"):
         table.add_column(name, no_wrap=True)
-    for cost in costs:
-        shares = agreement.get(cost.scorer, [])
-        table.add_row(
-            cost.scorer,
-            _ratio(cost.training, cost.scorer),
-            _ratio(cost.inference, cost.scorer),
-            f"{cost.memory:.2f}",
-            " ".join(f"{share:.2f}" for share in shares),
-        )
-    chance = " ".join(f"{share:.2f}" for share in agreement["chance"])
-    table.add_row("chance", "", "", "", chance, style="dim")
+    for row in rows:
+        if row.strategy != DENSE:
+            figures = (row.retained, row.flops_ratio, row.time_ratio, row.memory_ratio)
+            tokens, flops, time, memory = ("" if x is None else f"{x:.2f}" for x in figures)
+            table.add_row(row.mode, tokens, flops, f"{time} {row.verdict}".strip(), memory)
     return table
-
-
-def _ratio(ratio: float, scorer: str) -> str:
-    return f"{ratio:.2f} no gain" if scorer != DENSE and no_gain(ratio) else f"{ratio:.2f}"

@@ -90,7 +90,9 @@ def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> 
     from elip_models.training.report import Reporter
 
     reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
-    files = [reporter.timing(console)] if "timing" in config.report else []
+    files = []
+    if "timing" in config.report:
+        files.append(reporter.timing(console, config.optim.batch_size // config.optim.batch_slices))
     if "picture" in config.report:
         console.print("drawing kept_tokens.png")
         files.append(reporter.picture())

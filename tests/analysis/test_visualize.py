@@ -1,11 +1,14 @@
 """Surviving patches of each stage, their scores through merged tokens, and the pictures."""
 
+import io
+import json
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import elip_kernels
@@ -26,6 +29,7 @@ from elip_models.models.registry import DOWNSTREAM, FAMILIES, create_model, elip
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
+from elip_models.training import report
 from elip_models.training.report import Reporter
 from tests.helpers.tiers import first_quick, slow_except
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
@@ -185,24 +189,50 @@ def test_the_concentration_is_a_picture(tmp_path):
     assert Image.open(path).size == (832, 520)
 
 
+TINY_CLIP = dict(
+    image_size=32,
+    patch_size=8,
+    vision_width=32,
+    vision_depth=3,
+    vision_heads=2,
+    text_width=32,
+    text_depth=1,
+    text_heads=2,
+    vocab_size=600,
+    embed_dim=16,
+)
+
+
 @pytest.mark.parametrize("schedule", first_quick([None, "1(100%) 2(50%)"]))
 def test_a_training_run_ends_with_the_picture(schedule, tokenizer, tmp_path):
-    config = CLIPConfig(
-        image_size=32,
-        patch_size=8,
-        vision_width=32,
-        vision_depth=3,
-        vision_heads=2,
-        text_width=32,
-        text_depth=1,
-        text_heads=2,
-        vocab_size=600,
-        eos_token_id=tokenizer.eos_token_id,
-        embed_dim=16,
-        schedule=schedule,
-    )
+    config = CLIPConfig(**TINY_CLIP, eos_token_id=tokenizer.eos_token_id, schedule=schedule)
     reporter = Reporter(CLIP(config).eval(), tokenizer, EmojiScenes(5, image_size=32), tmp_path)
     assert rows_of(reporter.picture(2)) == 2
+
+
+CHOSEN = {
+    "elip": {"schedule": "1(100%) 2(50%)"},  # the paper's settings
+    "tome": {"strategy": "tome:r=2"},
+    "dense": {},
+}
+
+
+@pytest.mark.parametrize("name", first_quick(CHOSEN))
+def test_a_training_run_times_its_own_tower_with_its_own_reduction(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROUNDS", 1)
+    model = CLIP(CLIPConfig(**TINY_CLIP, eos_token_id=2, **CHOSEN[name])).eval()
+    console = Console(width=120, record=True, file=io.StringIO())
+    path = Reporter(model, None, None, tmp_path).timing(console, 3)
+    rows = json.loads(path.read_text())["rows"]
+    timed = "elip" if name == "dense" else name
+    modes = [("training", "dense"), ("training", timed)]
+    modes += [("inference", each) for _, each in modes]
+    assert [(row["mode"], row["strategy"]) for row in rows] == modes
+    assert all(row["batch_size"] == 3 and row["image_size"] == [32, 32] for row in rows)
+    assert rows[1]["settings"] == str(model.reduction) or name == "dense"
+    shown = " ".join(console.export_text().split())
+    assert f"{rows[1]['flops_ratio']:.2f}" in shown and "bytes saved for backward" in shown
+    assert ("without a text, nothing is reduced" in shown) == (timed == "elip")
 
 
 @pytest.mark.parametrize(

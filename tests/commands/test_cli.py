@@ -42,8 +42,8 @@ def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
         def __init__(self, *arguments):
             made_with.extend(type(argument).__name__ for argument in arguments)
 
-        def timing(self, console):
-            console.print("a table of times")
+        def timing(self, console, batch_size):
+            console.print(f"a table of times, batch {batch_size}")
             return "timing.json"
 
         def picture(self):
@@ -56,7 +56,7 @@ def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
     assert made_with[0] == "CLIP"
     assert made_with[2:] == ["EmojiScenes", type(tmp_path).__name__]
     printed = capsys.readouterr().out
-    for text in ("a table of times", "timing.json", "kept.png"):
+    for text in ("a table of times, batch 8", "timing.json", "kept.png"):
         assert text in printed
 
 

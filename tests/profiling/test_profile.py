@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
 from benchmarks.paper_table1 import (
@@ -25,14 +24,12 @@ from elip_models.profiling.runner import in_mode, profile_model, tokens_of, verd
 from elip_models.profiling.table import runs
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.patch import is_reduced
-from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_image_text
-from elip_models.training.report import _timing_table, scorer_costs
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import elip
@@ -240,21 +237,6 @@ def test_an_invalid_option_raises(arguments, message, capsys):
 def test_runs_of_token_counts():
     assert runs([197, 197, 178]) == "2×197 1×178"
     assert runs(range(9, 0, -1)) == "9 8 .. 1"
-
-
-@pytest.mark.slow
-def test_the_table_of_a_training_run():
-    tower = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=0, pre_norm=True
-    )
-    calls = []
-    costs = scorer_costs(Workload(tower, 1), rounds=1, progress=lambda: calls.append(1))
-    assert len(calls) == 2 * 2 * len(costs)  # a warm-up and a round in both modes
-    assert [cost.scorer for cost in costs] == ["dense", *SCORERS]
-    assert costs[0].training == costs[0].inference == costs[0].memory == 1
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(_timing_table(costs, {"chance": [0.5], "last": [0.75]}, 1, "saved bytes"))
-    assert "memory: saved bytes" in console.export_text()
 
 
 def made_up_counts():
