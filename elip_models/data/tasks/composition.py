@@ -25,7 +25,7 @@ from elip_models.data.readers import Spec, parse_options
 from elip_models.data.sample import Sample
 from elip_models.data.scene_captions import at_place, in_words, relation, with_article
 from elip_models.data.scene_sampling import Scene, add_texture, sample_scene
-from elip_models.data.scenes import EmojiScenes, render
+from elip_models.data.scenes import render
 from elip_models.data.tasks.composition_files import (
     CompositionExample,
     CompositionSource,
@@ -38,10 +38,8 @@ from elip_models.data.tasks.conditional_scenes import (
     sample_scene_where,
     sample_two_emoji,
 )
+from elip_models.data.tasks.emoji_examples import EmojiTaskData
 from elip_models.validation import PositiveInt, check, shortened
-
-_STREAM = 14
-"""Part of the random seed that is unique to these scenes."""
 
 
 class _Form(NamedTuple):
@@ -106,7 +104,7 @@ class _Drawn(NamedTuple):
     captions: tuple[str, str]
 
 
-class EmojiComposition:
+class EmojiComposition(EmojiTaskData):
     """A `CompositionSource` of `size` examples in the form of Winoground, drawn on the fly.
 
         the dog is to the left of the fox           the fox is to the left of the dog
@@ -122,18 +120,7 @@ class EmojiComposition:
     benchmark = "emoji_composition"
     categories = tuple(FORMS)
     averages = False
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        seed: int = 0,
-        image_size: int = 64,
-        clutter: int = 0,
-        textures: bool = False,
-    ) -> None:
-        options = {"seed": seed, "image_size": image_size, "clutter": clutter}
-        self.options = EmojiScenes(size, **options, textures=textures)
+    stream = 14
 
     def __len__(self) -> int:
         """Return the number of images, two for each example."""
@@ -182,9 +169,6 @@ class EmojiComposition:
         if self.options.textures:  # the same for both
             scenes = tuple(add_texture(each, self._rng(number, 1)) for each in scenes)
         return _Drawn(scenes, (write(one, two), write(two, one)))
-
-    def _rng(self, number: int, *stream: int) -> np.random.Generator:
-        return np.random.default_rng((self.options.seed, number, _STREAM, *stream))
 
 
 def open_composition(spec: Spec, *, image_size: int) -> CompositionSource:

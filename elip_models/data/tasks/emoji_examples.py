@@ -1,7 +1,7 @@
-"""Base class of the built-in data of the tasks, which draws emoji scenes.
+"""Base classes of the built-in data of the tasks, which draw emoji scenes.
 
-Each text is repeated several times in a row, with other images and another answer each time. The
-text alone therefore does not predict its answer.
+`EmojiExamples` repeats each text several times in a row, with other images and another answer each
+time. The text alone therefore does not predict its answer.
 """
 
 from abc import ABC, abstractmethod
@@ -24,17 +24,12 @@ class SceneExample(NamedTuple):
     sample: Callable[[np.random.Generator], tuple[Scene, ...]]  # scenes with these answers
 
 
-class EmojiExamples(ABC):
-    """An `ExampleSource` of `size` examples, drawn on the fly.
+class EmojiTaskData:
+    """The options and random generators of the built-in data of a task, with `size` examples.
 
-    Example `index` depends on (seed, index) and the options only. A longer source therefore begins
-    with the examples of a shorter one. The other arguments and errors are those of `EmojiScenes`.
+    The other arguments and errors are those of `EmojiScenes`.
     """
 
-    name: ClassVar[str]
-    answers: ClassVar[tuple[str, ...]]
-    turns: ClassVar[int]
-    """Number of consecutive examples with the same text."""
     stream: ClassVar[int]
     """Part of the random seed that is unique to each subclass."""
 
@@ -49,6 +44,22 @@ class EmojiExamples(ABC):
     ) -> None:
         options = {"seed": seed, "image_size": image_size, "clutter": clutter}
         self.options = EmojiScenes(size, **options, textures=textures)
+
+    def _rng(self, number: int, *stream: int) -> np.random.Generator:
+        return np.random.default_rng((self.options.seed, number, self.stream, *stream))
+
+
+class EmojiExamples(EmojiTaskData, ABC):
+    """An `ExampleSource` of `size` examples, drawn on the fly.
+
+    Example `index` depends on (seed, index) and the options only. A longer source therefore begins
+    with the examples of a shorter one. The other arguments and errors are those of `EmojiScenes`.
+    """
+
+    name: ClassVar[str]
+    answers: ClassVar[tuple[str, ...]]
+    turns: ClassVar[int]
+    """Number of consecutive examples with the same text."""
 
     def __len__(self) -> int:
         return len(self.options)
@@ -76,6 +87,3 @@ class EmojiExamples(ABC):
     @abstractmethod
     def _make_example(self, number: int, turn: int, rng: np.random.Generator) -> SceneExample:
         """Return the `number`-th text, drawn from `rng`, with its answers in repetition `turn`."""
-
-    def _rng(self, number: int, *stream: int) -> np.random.Generator:
-        return np.random.default_rng((self.options.seed, number, self.stream, *stream))
