@@ -307,6 +307,6 @@ def refuse_compiled(model: nn.Module, name: str) -> None:
         )
     if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
         raise TypeError(
-            f"model: expected a model before torch.compile, got a compiled one; call {name} first, "
-            "then compile"
+            "model: expected a model before torch.compile, got a compiled one; call "
+            f"{name} on the original module, then compile it"
         )

@@ -150,7 +150,7 @@ REFUSED = {
     'keep="0.5"': (lambda: reduce_(plain_vit(), keep="0.5"), "pass 0.5 for half of them"),
     "reduce_(torch.compile(model))": (
         lambda: reduce_(torch.compile(plain_vit())),
-        "got a compiled one; call reduce_ first, then compile",
+        "got a compiled one; call reduce_ on the original module, then compile it",
     ),
     "torch.onnx.export(model, dynamo=False)": (export_by_torchscript, "pass dynamo=True"),
     "guidance(model, text_features)": (

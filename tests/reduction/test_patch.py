@@ -166,7 +166,7 @@ def test_compiles_with_inductor_and_autocast(scorer):
 def test_a_compiled_model_raises(model, how):
     compiled = how(model)
     for change in (lambda m: elip_models.reduce_(m, schedule=SCHEDULE), elip_models.unreduce_):
-        with pytest.raises(TypeError, match="then compile"):
+        with pytest.raises(TypeError, match="on the original module, then compile it"):
             change(compiled)
 
 
