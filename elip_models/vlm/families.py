@@ -109,7 +109,7 @@ def find_multimodal(model: nn.Module) -> Multimodal | None:
 
 
 def check_layers(multimodal: Multimodal) -> None:
-    """Raise TypeError if tokens cannot be removed in front of the language model's layers."""
+    """Raise TypeError if tokens cannot be removed before the language model's layers."""
     unknown = set(getattr(multimodal.text_config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise TypeError(

@@ -1,6 +1,6 @@
 """The hooks of the language model's layers, where image tokens are removed behind a layer.
 
-A layer in front of a drop is watched: its last query and its keys give the attention that selects.
+A layer before a drop is watched: its last query and its keys give the attention that selects.
 The hook of the layer behind it removes tokens from the hidden states. This hook, and those of all
 later layers, remove them from the masks and rotations, which the language model makes once for all
 layers. Each layer's key-value cache thus holds the tokens that this layer read.
@@ -46,7 +46,7 @@ class InnerLayers(Watcher):
             )
 
     def install(self, multimodal: Multimodal) -> None:
-        """Register the hooks behind those of `Seam`, and watch the layers in front of the drops."""
+        """Register the hooks behind those of `Seam`, and watch the layers before the drops."""
         language_model = multimodal.language_model
         layers = language_model.layers
         language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
@@ -143,7 +143,7 @@ class InnerLayers(Watcher):
 class LayerHook:
     """The pre-hook of a layer behind at least one drop.
 
-    level: how many drops are in front of the layer.
+    level: how many drops come before the layer.
     is_first: the last of them is directly in front.
     """
 
@@ -201,7 +201,7 @@ def _check_checkpointing(model: nn.Module) -> None:
     is_checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
     if is_checkpointed and type(layer).__call__ is not nn.Module.__call__:
         raise TypeError(
-            "strategy: expected one in front of the language model, such as 'diverse', since "
+            "strategy: expected one before the language model, such as 'diverse', since "
             "gradient checkpointing of this transformers runs the hooks of layers again, got one "
             "inside it; update transformers, or turn gradient checkpointing off"
         )

@@ -1,6 +1,6 @@
 """reduce_ and its companions for every model: an image tower, or the language model behind one.
 
-In a multimodal language model the strategies of this package remove image tokens in front of the
+In a multimodal language model the strategies of this package remove image tokens before the
 language model; the other strategies reduce its image tower. Both can be used together.
 """
 
@@ -56,7 +56,7 @@ def reduce_(
     whole image-text model encodes its text first, without gradient, and text i guides image i.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
-    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random' remove image tokens in front of
+    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random' remove image tokens before
     the language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A
     strategy of each of these three places can be used at the same time.
 
@@ -69,7 +69,7 @@ def reduce_(
             config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
             be used, another one with a warning. For a language model 'diverse' at keep=0.5.
         keep: the target: the mean share of tokens over the layers, in (0, 1], in place of the
-            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). In front of a language
+            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). Before a language
             model, the share of each image's tokens, or their number as an int.
         schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
             depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
@@ -193,7 +193,7 @@ def _reduce(
 def _reduce_language_model(
     model: nn.Module, multimodal: Multimodal, chosen: ImageTokenStrategy | LayerStrategy
 ) -> None:
-    """Replace the strategy in front of the language model, or the one inside it."""
+    """Replace the strategy before the language model, or the one inside it."""
     patch.refuse_compiled(model, "reduce_")
     check_layers(multimodal)
     front, inside = _installed(multimodal)
@@ -255,7 +255,7 @@ def _owner(module: nn.Module, kind: type[T]) -> T | None:
 def _installed(
     multimodal: Multimodal,
 ) -> tuple[ImageTokenStrategy | None, LayerStrategy | None]:
-    """Return the strategies in front of the language model and inside it, or None."""
+    """Return the strategies before the language model and inside it, or None."""
     seam = _owner(multimodal.model, Seam)
     inner = _owner(multimodal.language_model, InnerLayers)
     return seam and seam.strategy, inner and inner.strategy
@@ -281,14 +281,14 @@ def _install(
 def _seam(
     multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
 ) -> Seam:
-    """Return the hooks that remove tokens in front of the language model."""
+    """Return the hooks that remove tokens before the language model."""
     if not multimodal.cross_attention_layers:
         return Seam(multimodal, front)
     if inside is not None:
         raise TypeError(
             f"model: expected one whose image tokens are in the prompt for {inside.name!r}, got "
             f"{multimodal.config.model_type}, which reads them by cross-attention; take a strategy "
-            "in front of the language model, such as 'diverse'"
+            "before the language model, such as 'diverse'"
         )
     return CrossAttentionSeam(multimodal, front)
 

@@ -15,7 +15,7 @@ NOMINAL_TOKENS = 576  # of a model whose images have different numbers of tokens
 class MultimodalSummary:
     """What an image costs a multimodal language model; `print` shows all of it.
 
-    strategy: what selects image tokens in front of the language model, or None.
+    strategy: what selects image tokens before the language model, or None.
     inside: what selects them inside the language model, or None.
     image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ.
     layer_tokens: the tokens of the image that each layer of the language model reads.

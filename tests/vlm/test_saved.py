@@ -17,7 +17,7 @@ from tests.vlm.models import build
 
 
 def places(model):
-    """Return the strategies in front of the language model, inside it, and of the tower."""
+    """Return the strategies before the language model, inside it, and of the tower."""
     summary = reduction_summary(model)
     return summary.strategy, summary.inside, summary.tower and summary.tower.strategy
 

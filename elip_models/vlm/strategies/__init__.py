@@ -11,7 +11,7 @@ from elip_models.vlm.strategies.visionzip import VisionZip
 IMAGE_TOKEN_STRATEGIES: dict[str, type[ImageTokenStrategy]] = {
     each.name: each for each in (Diverse, CDPruner, VisionZip, EVS, Pool, Random, Stride)
 }
-"""The strategies in front of the language model by name; the first is the default."""
+"""The strategies before the language model by name; the first is the default."""
 LAYER_STRATEGIES: dict[str, type[LayerStrategy]] = {each.name: each for each in (FastV, Pyramid)}
 """The strategies inside the language model by name."""
 KINDS: dict[str, type[ImageTokenStrategy] | type[LayerStrategy]] = (
