@@ -96,7 +96,7 @@ def as_step(prepare: Callable[[], Step]) -> Step:
 
 
 def runs_kernels(ours: Form, inputs: Tensors) -> bool:
-    """Return whether a call launches our kernels, and no PyTorch form instead."""
+    """Return whether a call launches our kernels, and no PyTorch implementation instead."""
     operators = OPERATORS.values()
     with ExitStack() as stack:
         launchers, references = (

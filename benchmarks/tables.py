@@ -158,7 +158,7 @@ def pretraining_table(entries: list[Entry]) -> list[str]:
         "Pre-training step: forward and backward of all objectives, with momentum towers and "
         "without the optimiser. Time of each scorer relative to the dense model, with relative "
         "FLOPs and memory in brackets. `shared`: the momentum tower reuses the tokens that the "
-        "online tower kept."
+        "trained tower kept."
     )
     return [note, table(["model, batch, dtype", "dense, ms", *names], rows, left=1)]
 
@@ -183,23 +183,23 @@ def op_page(results: Results) -> str | None:
 
 
 def op_table(entries: list[Entry]) -> list[str]:
-    """Return our time relative to each other form, and the share of the speed of a copy."""
+    """Return our time relative to the other implementations, and the speed relative to a copy."""
     rows, some = [], any(entry["kernels"] for entry in entries)
     for entry in entries:
         ratios = [ratio(entry["ratios"].get(name)) for name in OTHERS]
         possible = f"{100 * entry['possible'][OURS]:.0f}%"
         ours = milliseconds(entry["milliseconds"][OURS])
-        form = " (PyTorch form)" if some and not entry["kernels"] else ""
-        name = f"`{entry['op']}` {entry['direction']}{form}"
+        ran = " (PyTorch implementation)" if some and not entry["kernels"] else ""
+        name = f"`{entry['op']}` {entry['direction']}{ran}"
         rows.append([name, sizes(entry), ours, *ratios, possible])
     header = ["op", "shape", "ours, ms", *(f"vs {name}" for name in OTHERS), "speed vs copy"]
     note = (
-        "Our time divided by that of the official algorithm, of an eager form, and of that form "
-        "under `torch.compile`. Speed vs copy: the time of copying the bytes that the op must move "
-        "(between allocated buffers), divided by our time."
+        "Our time divided by that of the official algorithm, of an eager implementation, and of "
+        "the same under `torch.compile`. Speed vs copy: the time of copying the bytes that the op "
+        "must move (between allocated buffers), divided by our time."
     )
     if not some:
-        note += " Ours is the PyTorch form of each op; no kernel runs on this device."
+        note += " Ours is the PyTorch implementation of each op; no kernel runs on this device."
     reasons = {reason for entry in entries for reason in entry["left_out"].items()}
     absent = [f"– means that {name} was not measured: {why}." for name, why in sorted(reasons)]
     return [note, table(header, rows, left=2), *absent]

@@ -34,6 +34,12 @@ OPTIONS = {"model": "--model", "source": "SOURCE", "output": "--output"} | {
     )
 }
 """Argument of `elip_models.embed` -> that of the command."""
+Reduction = Annotated[
+    str | None,
+    typer.Option(
+        help="calibrated.json, a strategy such as tome, or none; default: as the model was saved."
+    ),
+]
 
 
 def embed(
@@ -44,9 +50,7 @@ def embed(
         str, typer.Option(help="timm:NAME[:FILE], open_clip:NAME[:TAG], hf:NAME or folder.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the vectors; a stopped run continues.")],
-    reduce: Annotated[
-        str | None, typer.Option(help="calibrated.json, a strategy such as tome, or none.")
-    ] = None,
+    reduce: Reduction = None,
     keep: Annotated[float | None, typer.Option(help="Mean share of the tokens.")] = None,
     texts: Annotated[Path | None, typer.Option(help="File with one text a line.")] = None,
     preprocess: Annotated[

@@ -168,7 +168,7 @@ def test_a_pytorch_form_is_marked_next_to_kernels(page, tmp_path):
     op, *_ = entries()
     assert main(page([op, op | {"dtype": "bf16", "kernels": True}])) == 0
     text = (tmp_path / "docs" / "some-cpu-ops.md").read_text()
-    assert "| `reduce` forward (PyTorch form) | B64 N257 D768 K166 fp32 |" in text
+    assert "| `reduce` forward (PyTorch implementation) | B64 N257 D768 K166 fp32 |" in text
     assert "| `reduce` forward | B64 N257 D768 K166 bf16 |" in text
     assert "no kernel runs on this device" not in text
 

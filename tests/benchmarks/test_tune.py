@@ -1,4 +1,4 @@
-"""benchmarks/tune.py without a GPU: the sweep with PyTorch forms, and compilation of candidates."""
+"""benchmarks/tune.py without a GPU: the sweep in PyTorch, and compilation of candidates."""
 
 import json
 from concurrent.futures import BrokenExecutor, Future
