@@ -139,7 +139,7 @@ def elip(
         ),
     ] = False,
 ) -> None:
-    """Language-image pre-training with text-guided vision token reduction."""
+    """Run, train and measure vision transformers with fewer tokens."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -48,7 +48,8 @@ def distill(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Images in a step.")] = 8,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of AdamW; it has a default.")
+        float | None,
+        typer.Option(help="Peak learning rate of AdamW; default: 5e-6, or 1e-4 with LoRA."),
     ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Train LoRA of this rank instead of all weights.")

@@ -19,7 +19,8 @@ VisualizedModel = Annotated[
     ),
 ]
 VisualizedFiles = Annotated[
-    list[Path] | None, typer.Argument(help="Images, as of --image.", show_default=False)
+    list[Path] | None,
+    typer.Argument(help="Image files, the same as with --image.", show_default=False),
 ]
 VisualizedImages = Annotated[
     list[Path] | None,
@@ -150,6 +151,10 @@ ProfiledStrategies = Annotated[
 ProfileSchedule = Annotated[
     str | None, typer.Option(help="Schedule of strategies without their own.")
 ]
+ProfileBatches = Annotated[
+    list[int],
+    typer.Option(min=1, max=2**20, help="Images or pairs in a step; repeat for several."),
+]
 FlopsTarget = Annotated[
     float | None, typer.Option(help="Set all strategies to this share of dense training FLOPs.")
 ]
@@ -165,7 +170,7 @@ def profile(
     schedule: ProfileSchedule = None,
     flops: FlopsTarget = None,
     keep: KeepTarget = None,
-    batch_size: Annotated[list[int], typer.Option(min=1, max=2**20)] = [8],  # noqa: B006, typer copies it
+    batch_size: ProfileBatches = [8],  # noqa: B006, typer copies it
     mode: Annotated[str, typer.Option(help="Mode: training, inference or both.")] = "both",
     dtype: Annotated[
         str, typer.Option(help="Precision of the weights: fp32, bf16 or fp16.")

@@ -15,7 +15,10 @@ STUDIES = (
     *("quality_flat", "reduced_later", "scorers", "text_removal", "text_removal_meter"),
 )
 """Built-in studies of a checkout; most of them exist at full size, too."""
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint .")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue the run in output_dir from its newest checkpoint."),
+]
 
 
 def train(
