@@ -76,7 +76,7 @@ def block(results: Path) -> str:
             rows.append([f"`{name}`", ARMS[name][1], *measures, *times])
     return "\n\n".join(
         [
-            in_a_sentence(photographs, found),
+            in_a_sentence(photographs, found, read_object(results / "real" / "collection.json")),
             PICTURE,
             note(photographs, found, training),
             table(header, rows, left=2),
@@ -92,16 +92,24 @@ def neighbours(found: dict[str, dict[str, Any]], name: str) -> float:
     return -1.0 if row is None else row["neighbours"]["mean"]
 
 
-def in_a_sentence(photographs: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+def in_a_sentence(
+    photographs: dict[str, Any], found: dict[str, dict[str, Any]], collection: dict[str, Any]
+) -> str:
     """Return what the default setting saves and costs."""
     setting, times = f"tome {DEFAULT_KEEP}", photographs["time"]
     row, ratio = found[setting], times["by_threads"][THREADS]["ratios"][setting]
+    many = collection["reduced"]
+    if f"{many['strategy']} {many['keep']:g}" != setting:
+        raise OutdatedText(f"{__file__}: expected {setting} in collection.json, got {many}")
     return (
         f"**By default, `reduce_` applies `tome` with `keep={DEFAULT_KEEP}`. A pretrained DINOv2 "
         f"ViT-S, not trained further, then takes {ratio:.2f} of the dense time "
-        f"({row['flops']:.2f} of the FLOPs; batch {times['batch']}, {times['device']}). It keeps "
-        f"{row['neighbours']['mean']:.0%} of the ten nearest neighbours of a photograph; the "
-        f"features have a mean cosine of {row['cosine']['mean']:.3f} with the dense ones.**"
+        f"({row['flops']:.2f} of the FLOPs; batch {times['batch']}, {times['device']}). Of the ten "
+        f"nearest neighbours of a photograph, it keeps {row['neighbours']['mean']:.0%} among "
+        f"{photographs['photographs']['images']} photographs, and "
+        f"{many['recall_at_10']['mean']:.0%} among {collection['photographs']:,} "
+        "([scaling](docs/scaling.md#a-collection-of-a-billion-images)). The features have a mean "
+        f"cosine of {row['cosine']['mean']:.3f} with the dense ones.**"
     )
 
 
@@ -152,8 +160,8 @@ def note(
             f"trained further, with half of the tokens ({min(costs):.2f} to {max(costs):.2f} of "
             f"the dense FLOPs), on {count} photographs of Flickr8k's test split in "
             f"{source['sets']} sets. Cosine is that of the reduced and the dense CLS feature. "
-            "Neighbours kept is the share of an image's ten nearest images, of 300, that stay its "
-            "nearest. Time is relative to dense in inference at batch "
+            f"[Neighbours kept](docs/glossary.md#neighbours-kept) are among {source['images']} "
+            "photographs. Time is relative to dense in inference at batch "
             f"{times['batch']}, with {THREADS} threads on {times['device']}. `elip` has no text "
             "here and selects by the image alone. In brackets: 95% confidence intervals over "
             "images.",

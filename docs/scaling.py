@@ -78,9 +78,9 @@ def block(measured: Mapping[str, Any], price: float) -> str:
             f"Measured on one machine ({measured['machine']['device']}): {what} embeds "
             f"{rates['dense']:.1f} images/s dense and {rates[name]:.1f} reduced, which is {shares} "
             f"of the rate of the model alone. The reduced embeddings have a mean cosine of "
-            f"{mean(reduced['cosine']):.3f} with the dense ones. A search among "
-            f"{measured['photographs']:,} photographs finds {mean(reduced['recall_at_10']):.0%} of "
-            f"the ten nearest images that the dense embeddings find (recall@10).{ray(measured)}",
+            f"{mean(reduced['cosine']):.3f} with the dense ones. Among {measured['photographs']:,} "
+            f"photographs, {mean(reduced['recall_at_10']):.0%} of the "
+            f"[neighbours are kept](glossary.md#neighbours-kept).{ray(measured)}",
             f"For {IMAGES:,} images at this rate, and at an example price of ${price:.2f} for a "
             "machine and hour:",
             cost_table(rates, price),

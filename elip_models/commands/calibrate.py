@@ -31,7 +31,7 @@ def calibrate(
     ],
     images: Annotated[Path, typer.Argument(help="Folder of images, searched with its subfolders.")],
     tolerance: Annotated[
-        float, typer.Option(help="Largest mean loss: of cosine, or of nearest neighbours.")
+        float, typer.Option(help="Largest mean loss: of cosine, or of neighbours kept.")
     ] = 0.01,
     metric: Annotated[
         str, typer.Option(help="Loss: cosine, neighbours, or FILE.py:function of your own.")

@@ -46,11 +46,13 @@ def search(
         tuple[Path, Path] | None,
         typer.Option(
             metavar="DENSE REDUCED",
-            help="Instead of a search: which share of the dense neighbours the reduced ones have.",
+            help="Instead of a search: the neighbours kept, of two embeddings of the same images.",
         ),
     ] = None,
-    queries: Annotated[int, typer.Option(min=1, help="Images of --compare, at random.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of this choice.")] = 0,
+    queries: Annotated[
+        int, typer.Option(min=1, help="Images that --compare draws at random.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of this draw.")] = 0,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu.")] = None,
 ) -> None:
     """Search in a folder of embeddings by a text or an image, or compare two such folders."""
@@ -117,7 +119,7 @@ def _compare(dense: Path, reduced: Path, top: int, queries: int, seed: int, as_j
     if as_json:
         _print_json(found.as_json())
     else:
-        _print_recall(found)
+        _print_kept(found)
 
 
 @contextmanager
@@ -145,11 +147,11 @@ def _print_found(found: "Found") -> None:
     _print(f"{found.images} images, {how}")
 
 
-def _print_recall(found: "NeighbourRecall") -> None:
+def _print_kept(found: "NeighbourRecall") -> None:
     mean, low, high = found.recall
     _print(
-        f"recall@{found.top}: {mean:.4f} (95% CI {low:.4f} to {high:.4f}, {found.queries} queries "
-        f"among {found.images} images)"
+        f"neighbours kept, of {found.top}: {mean:.4f} (95% CI {low:.4f} to {high:.4f}, "
+        f"{found.queries} queries among {found.images} images)"
     )
     if not found.same_weights:
         _print("the models of the two folders have different weights")

@@ -47,7 +47,7 @@ class EmbeddingCheck:
         mean, low, high = self.cosine.mean, self.cosine.low, self.cosine.high
         text = f"cosine {mean:.4f} (95% CI {low:.4f} to {high:.4f})"
         if self.neighbours is not None:
-            text += f", {self.neighbours:.2f} of the ten nearest neighbours"
+            text += f", neighbours kept {self.neighbours:.2f}"
         saved = self.dense_seconds - self.reduced_seconds
         gain = "no gain" if no_gain(self.time_ratio) else f"{_duration(saved)} saved"
         return (

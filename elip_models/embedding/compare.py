@@ -1,4 +1,4 @@
-"""Recall of the neighbours of reduced embeddings against those of dense ones.
+"""Neighbours kept: which share of the neighbours of dense embeddings the reduced ones have.
 
 compare_neighbours("dense", "reduced").recall.mean
 """

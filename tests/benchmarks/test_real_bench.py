@@ -220,7 +220,8 @@ def test_the_tables_of_a_page_are_up_to_date(page):
 
 def test_a_stale_page_is_found_and_rewritten(tmp_path, capsys):
     module, page = script("real_model"), tmp_path / "real_model.md"
-    page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
+    first = f"{module.FIRST}\nold\n{module.LAST}"
+    page.write_text(f"before\n{first}\n{module.BEGIN}\nold\n{module.END}\nafter\n")
     assert module.main(["--check", "--page", str(page)]) == 1
     assert "is stale: run python docs/real_model.py" in capsys.readouterr().err
     assert module.main(["--page", str(page)]) == 0

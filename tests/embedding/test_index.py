@@ -199,7 +199,7 @@ def test_images_that_one_folder_has_not_are_left_out_and_counted(vectors, tmp_pa
     assert found.images == 496 and found.recall == (1.0, 1.0, 1.0)
     assert elip("search", "--compare", dense, reduced, "--queries", "100") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "recall@10: 1.0000 (95% CI 1.0000 to 1.0000, 100 queries among 496 images)" in printed
+    assert "neighbours kept, of 10: 1.0000 (95% CI 1.0000 to 1.0000, 100 queries" in printed
     assert f"images only in {dense}, which are left out: 3 " in printed
     assert f"images only in {reduced}, which are left out: 100 " in printed
     assert "images with the same key and other bytes, which are left out: 1" in printed

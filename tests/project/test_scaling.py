@@ -52,7 +52,7 @@ def test_the_page_has_time_and_cost_of_the_measured_rate(written):
     assert days == ["machines or GPUs", "dense", "`tome`, keep 0.7"]
     assert rows[0] == ["1", "1,200 days", "930 days"]
     assert rows[-1] == ["512", "2.3 days", "1.8 days"]
-    assert "80% (dense) and 100% (`tome`, keep 0.7)" in text and "finds 77% of" in text
+    assert "80% (dense) and 100% (`tome`, keep 0.7)" in text and "77% of the [neighbours" in text
     assert text.startswith("before\n") and text.endswith("after\n")
 
 
