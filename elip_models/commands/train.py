@@ -11,8 +11,9 @@ with require_extra("elip_models.commands"):
     from rich.console import Console
 
 STUDIES = (
-    *("ablations", "guidance", "guidance_albef", "guidance_blip", "quality", "quality_emoji"),
-    *("quality_flat", "reduced_later", "scorers", "text_removal", "text_removal_meter"),
+    *("ablations", "guidance", "guidance_albef", "guidance_blip", "guidance_flat", "quality"),
+    *("quality_emoji", "quality_flat", "reduced_later", "scorers", "text_removal"),
+    "text_removal_meter",
 )
 """Built-in studies of a checkout; most of them exist at full size, too."""
 Resume = Annotated[
