@@ -88,7 +88,7 @@ def study_page(document: Document, chart: str, notes: str) -> str:
     parts = [
         f"# {document['question']}",
         notes,
-        f"What the paper reports: {document['paper']}",
+        f"What the ELIP paper reports: {document['paper']}",
         f"Runs: {len(document['runs'])}, with the recipe `{document['recipe']}` and seeds "
         f"{', '.join(map(str, seeds))}. Command: `elip study {document['study']}`. "
         f"Measured on {_origins(document)}. {_uncommitted(document)}",

@@ -41,7 +41,7 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
 
     Attributes:
         scorer: also 'momentum': the momentum tower encodes all patches first, and its CLS attention
-            selects the tokens of the online tower. Outside of training losses it is 'exact'.
+            selects the tokens of the trained tower. Outside of training losses it is 'exact'.
         guide: also 'after_itc': the caption guides the images for ITM, MLM and LM. ITC encodes them
             a second time, without text.
         embed_dim: width of the features.
@@ -51,7 +51,7 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
         alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
         negative_epsilon: value that is added to each weight for drawing hard negatives.
         momentum_reduction: 'none' keeps all patches in the momentum image tower, as ELIP does.
-            'shared' keeps and merges the same tokens as the online tower, without scoring. 'own'
+            'shared' keeps and merges the same tokens as the trained tower, without scoring. 'own'
             reduces the momentum tower by its own scores.
     """
 
