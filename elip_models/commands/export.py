@@ -72,9 +72,9 @@ def export(
     weights = sum(each.numel() for each in reduced.parameters()) / 1e6
     lines = (
         str(reduction_summary(reduced)),
-        f"parameters      {weights:.1f} M",
-        f"file            {output}, {len(content) / 1e6:.1f} MB",
-        f"difference      {difference:.1e} at most between onnxruntime and PyTorch, "
+        f"parameters        {weights:.1f} M",
+        f"file              {output}, {len(content) / 1e6:.1f} MB",
+        f"difference        {difference:.1e} at most between onnxruntime and PyTorch, "
         f"where outputs go up to {largest:.2g}",
     )
     Console().print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
