@@ -14,15 +14,8 @@ from benchmarks.kernel_analysis.work import INT32, Work
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 from elip_kernels import BipartiteInfo
 
-FUSION = 0.8  # weight of the CLS token
 SELECTED = 16  # of diverse tokens: more steps would also select by rounding
 IMAGES = 8  # compared with fp64: the first and last images
-
-
-def eager_fuse(tokens: Tensor, text: Tensor) -> tuple[Tensor]:
-    """Fuse the CLS token with a text by cat: tokens (B, N, D), text (B, D) -> (B, N, D)."""
-    cls = FUSION * tokens[:, :1] + (1 - FUSION) * text[:, None]
-    return (torch.cat([cls, tokens[:, 1:]], dim=1),)
 
 
 def eager_select(scores: Tensor, K: int) -> tuple[Tensor]:
@@ -82,13 +75,6 @@ def slots_of(case):
     return torch.stack([rows[torch.randperm(case.N)] for _ in range(case.B)]).int()
 
 
-def fuse_forms(case):
-    inputs = case.inputs()[0], torch.randn(case.B, case.D).to(case.dtype)
-    work = least_work.fuse_text(case.B, case.N, case.D, case.dtype)
-    ours = lambda tokens, text: (elip_kernels.fuse_text(tokens, text, FUSION),)  # noqa: E731
-    return {"eager": eager_fuse, OURS: ours}, inputs, work
-
-
 def select_forms(case):
     inputs = (torch.nn.functional.pad(case.inputs()[1], (1, 0)),)
     work = least_work.select(case.B, case.N, case.K)
@@ -132,7 +118,6 @@ def unmerge_forms(case):
 
 
 OPS = {
-    "fuse_text": fuse_forms,
     "select_tokens": select_forms,
     "select_diverse": diverse_forms,
     "select_dpp": dpp_forms,

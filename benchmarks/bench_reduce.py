@@ -1,4 +1,10 @@
-"""Time of reduce against the official algorithm, an eager form, its compiled form, and a copy."""
+"""Time of reduce against the official algorithm, an eager form, its compiled form, and a copy.
+
+From `MANY` tokens on, the form that selects in one launch and moves in another is timed, too: one
+program then needs so many registers for all scores that few run at once.
+"""
+
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,18 +15,27 @@ from benchmarks.comparison import compare
 from benchmarks.kernel_analysis import least_work
 from benchmarks.official_reduce import eager_reduce, official_reduce
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
+from elip_kernels import launch
 
 FUNCTIONS = {"official": official_reduce, "eager": eager_reduce, OURS: elip_kernels.reduce}
 IMAGES = 8  # compared with fp64: the first and last images
+MANY = 513
 
 
-def forms_of(keep):
-    """Return the forms by name, each (tokens, scores) -> (output,)."""
+def reduce_in_two(tokens, scores, keep):
+    """Return `reduce` by two launches, as for more candidates than `MAX_MOVED`."""
+    with patch.object(launch, "MAX_MOVED", 0):
+        return elip_kernels.reduce(tokens, scores, keep)
+
+
+def forms_of(keep, tokens=0):
+    """Return the forms by name, each (tokens, scores) -> (output,); more for `MANY` tokens."""
 
     def form(function):
         return lambda tokens, scores: (function(tokens, scores, keep),)
 
-    return {name: form(function) for name, function in FUNCTIONS.items()}
+    two = {"in two launches": reduce_in_two} if tokens >= MANY else {}
+    return {name: form(function) for name, function in (FUNCTIONS | two).items()}
 
 
 def work_of(case, direction):
@@ -35,7 +50,7 @@ def test_reduce(record, rounds, case, direction):
     if direction != "forward":
         inputs[0].requires_grad_()
         inputs.append(torch.randn(case.B, case.K + 2, case.D).to(case.dtype))
-    inputs, forms = on_device(inputs), forms_of(case.K)
+    inputs, forms = on_device(inputs), forms_of(case.K, case.N)
     exact = with_gradient(forms["official"], *in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
     checked = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})

@@ -19,7 +19,7 @@ MAX_SELECTED = 4096  # candidates whose scores fit one program
 MAX_STREAMED = 65536  # candidates whose scores one program reads tile by tile
 TILE = 2048  # candidates per tile of these
 CODE = {"enable_fp_fusion": True}  # the default differs between versions of Triton
-FEATURES = 512  # features of a CLS token per step of `_fuse_kernel`
+MAX_REGISTERS = {"maxnreg": 255}  # per thread
 KEYS = 64  # keys per program of `_keys_kernel`
 PART = 1024  # tokens per program of `_weigh_kernel`
 MAX_HEADS = 128  # heads that one program scores
@@ -76,31 +76,38 @@ def _dot(heads: int, tokens: Tensor) -> dict[str, Any]:
     }
 
 
-def query(channels: int, *tensors: Tensor | None) -> dict[str, Any]:
+def query(channels: int, result: torch.dtype, *tensors: Tensor | None) -> dict[str, Any]:
     """Return the configuration of the query kernel: sixteen images of one head per program.
 
-    Sixteen is the minimum of `tl.dot`. 110 registers with 8 warps in bf16, 142 in fp32. STAGES is
-    the largest depth without spills in Triton 3.9; in 3.6 a few fp32 kernels with a text spill on
-    sm_80. With several dtypes, and on ROCm, which unrolls the stages, it is 3.
+    Sixteen is the minimum of `tl.dot`. A step has two barriers for each term of the left factor, so
+    bf16 has wide steps and two terms: these hold 16 bits, as the two rows of u do. An fp32 `result`
+    of two-byte matrices has three terms. The stages fit 99 KB of shared memory; with several
+    dtypes, and on ROCm, which unrolls the stages, there are three. 178 registers in bf16, 158 in
+    fp32; without MAX_REGISTERS, the compiler would spill to make room for a second block.
     """
     dtypes = {t.dtype for t in tensors if t is not None}
-    block_w, element_size = max(16, next_power_of_2(channels)), max(d.itemsize for d in dtypes)
-    stages = 6 if block_w > 64 else 7 if element_size == 2 else 9
-    return _precision(True) | {
-        "SPLIT": not (is_interpreted() and torch.bfloat16 in dtypes),
-        "STAGES": stages if len(dtypes) == 1 and torch.version.hip is None else 3,
-        "BLOCK_B": 16,
-        "BLOCK_W": block_w,
-        "BLOCK_D": 64 // element_size,
-        "BLOCK_R": 256,
-        "num_warps": 8,
-    }
+    block_w, is_wide = max(16, next_power_of_2(channels)), torch.float32 in dtypes
+    terms, hip = 3 if result == torch.float32 else 2, torch.version.hip is not None
+    stages = 5 if not is_wide else 9 if block_w <= 64 else 6
+    return (
+        _precision(True)
+        | ({} if hip else MAX_REGISTERS)
+        | {
+            "TERMS": 0 if is_interpreted() and torch.bfloat16 in dtypes else terms,
+            "STAGES": stages if len(dtypes) == 1 and not hip else 3,
+            "BLOCK_B": 16,
+            "BLOCK_W": block_w,
+            "BLOCK_D": 16 if is_wide else 64 if block_w <= 64 else 32,
+            "BLOCK_R": 256,
+            "num_warps": 8,
+        }
+    )
 
 
-def value(channels: int, weight: Tensor) -> dict[str, Any]:
-    """Return the configuration of the value kernel: 67 registers in bf16, 63 in fp32, 4 warps."""
-    settings = query(channels, weight) | {"num_warps": 4}
-    return {name: n for name, n in settings.items() if name != "BLOCK_R"}
+def value(channels: int, result: torch.dtype, weight: Tensor) -> dict[str, Any]:
+    """Return the configuration of the value kernel: 106 registers in bf16, 63 in fp32, 4 warps."""
+    settings = query(channels, result, weight) | {"num_warps": 4}
+    return {name: n for name, n in settings.items() if name not in ("BLOCK_R", *MAX_REGISTERS)}
 
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
         "BLOCK_N": 64,
         "BLOCK_K": 128 // tokens.element_size(),
         "num_warps": 8,
-        "num_stages": 3,
+        "num_stages": 5 if tokens.element_size() == 2 and torch.version.hip is None else 3,
     }
 
 
@@ -133,11 +140,6 @@ def move(candidates: int, element_size: int) -> LaunchConfig:
     """Return a tile of at most 64 candidates: 63 registers with 4 warps (256 take 124 with 8)."""
     block_n = min(64, max(16, next_power_of_2(candidates)))
     return LaunchConfig(block_n, 128 // element_size, 4)
-
-
-def copy(element_size: int) -> LaunchConfig:
-    """Return a tile of 16 tokens by 512 bytes: two accesses of 16 bytes per thread."""
-    return LaunchConfig(16, 512 // element_size, 8)
 
 
 def weight_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:

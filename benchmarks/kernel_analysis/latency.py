@@ -162,7 +162,6 @@ WAITS: dict[str, Callable[[Any], int]] = {
     "_weights_kernel": lambda a: _pipelined(_steps(a.D, a.BLOCK_K), a),
     "_weigh_kernel": _weigh,
     "_value_kernel": _value,
-    "_fuse_kernel": lambda a: _shares(a) + _steps(a.D, a.BLOCK_R) + _steps(a.D, a.BLOCK_D),
     "_select_kernel": lambda a: 1,
     "_stream_kernel": lambda a: (6 if a.MERGE and a.NORMALIZE else 5) * _steps(a.N, a.BLOCK_N),
     "_move_kernel": lambda a: (

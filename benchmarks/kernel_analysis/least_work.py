@@ -149,13 +149,6 @@ def score_reduce(
     return together(first, second)
 
 
-def fuse_text(B: int, N: int, D: int, dtype: torch.dtype, *, text_for_all: bool = False) -> Work:
-    """Count tokens and texts read, and tokens written."""
-    size = dtype.itemsize
-    read = {"tokens": B * N * D * size, "text": (1 if text_for_all else B) * D * size}
-    return Work(read, {"out": B * N * D * size}, 0)
-
-
 def query(
     B: int,
     D: int,
@@ -212,7 +205,7 @@ def value(
 ) -> Work:
     """Count sums of tokens, W_v and the output. `tiled`: each sixteen images read W_v."""
     width, parts = width or D, max(1, ceil((N - 1) / launch.PART))
-    block_b = launch.value(width // H, _tokens(1, 1, D, dtype))["BLOCK_B"] if tiled else B
+    block_b = launch.value(width // H, dtype, _tokens(1, 1, D, dtype))["BLOCK_B"] if tiled else B
     matrix = ceil(B / block_b) * width * D * dtype.itemsize
     read = {"means": parts * B * H * D * FP32, "v_weight": matrix}
     return Work(read, {"out": B * width * dtype.itemsize}, 2 * B * D * width)

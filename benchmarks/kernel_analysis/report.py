@@ -1,9 +1,10 @@
 """Compile every kernel for real shapes: one row per kernel, tokens, dtype and architecture.
 
 fp16 compiles as bf16 does. For machines that `latency.py` lists, a row also gives programs and
-waves of several batch sizes: 12/1 is twelve programs in one wave. A second table gives waits, and
-the predicted microseconds of a launch by its bytes alone and by the model: 0.1/4.3 is bound by
-latency and launch overhead. Nothing is timed.
+waves of several batch sizes: 12/1 is twelve programs in one wave. Barriers are those of a block
+outside of loops, and in each loop: 22+4+4 has two loops with four per step. A second table gives
+waits, and the predicted microseconds of a launch by its bytes alone and by the model: 0.1/4.3 is
+bound by latency and launch overhead. Nothing is timed.
 """
 
 import os
@@ -30,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, WIDTH = 12, 768
 KEY = ("kernel", "N", "dtype", "arch")
 COLUMNS = (*KEY, "warps", "stages", "registers", "stack", "spills", "shared")
-COLUMNS += ("occupancy", "limit", "wide_share", "instructions")
+COLUMNS += ("occupancy", "limit", "wide_share", "instructions", "barriers")
 BATCH_SIZES = (1, 8, 32, 64, 256)  # images
 COLUMNS += tuple(f"B={B}" for B in BATCH_SIZES)
 TIMES = (*KEY, "waits", *(f"us, B={B}" for B in BATCH_SIZES))
@@ -123,6 +124,8 @@ def _compile(job: Job) -> dict[str, Any]:
     facts |= {"stack": code.stack + code.local, "spills": code.spills, "shared": code.shared}
     facts |= {"occupancy": warps, "limit": limit, "wide_share": round(code.wide_share(), 3)}
     facts["instructions"] = code.instructions.total()
+    if code.barriers is not None:
+        facts["barriers"] = "+".join(map(str, code.barriers))
     return facts if warps else facts | {"error": f"does not fit: {limit}"}
 
 

@@ -8,8 +8,9 @@
 
 z has zero mean, so the mean of u does not change the scores. The mean of u_h is q_h . w_h, where w
 is the mean over the columns of W_k gamma. The CLS score follows from q_h . (W_k,h (gamma z)). Both
-are known before u, so W_q is read once and W_k twice for each sixteen images. Nothing is cached
-between calls, because the weights change during training.
+are known before u, so W_q is read once and W_k twice for each sixteen images. W_q beta is summed
+apart, so that both products of a step have the left factor gamma z. Nothing is cached between
+calls, because the weights change during training.
 Source: ELIP, Eq. 1-2; the absorption is associativity of the matrix product.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from elip_kernels import launch
 from elip_kernels._kernel import kernel
 from elip_kernels._triton import tl, triton
-from elip_kernels.ops.fuse_text import LEAST_NORM, fuse, fusion_scales, load_fused
+from elip_kernels.ops.fuse_text import LEAST_NORM, fuse
 
 R = TypeVar("R", bound=Callable[..., Any])
 
@@ -84,19 +85,67 @@ def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> 
 
 
 @triton.jit
-def _rstd(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean, eps,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr,
+def _load_cls(cls_ptr, text_ptr, offs_c, offs_t, mask, f_cls, f_text, HAS_TEXT: tl.constexpr):
+    """Load a slice of c in fp32 [BLOCK_B, features]."""
+    cls = tl.load(cls_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    if HAS_TEXT:
+        text = tl.load(text_ptr + offs_t, mask=mask, other=0.0).to(tl.float32)
+        cls = cls * f_cls[:, None] + text * f_text[:, None]
+    return cls
+
+
+@triton.jit
+def _fusion_scales(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Return 1 / sqrt(variance of c + eps) [BLOCK_B]; the second read of c hits the cache."""
-    squares = tl.zeros([BLOCK_B], tl.float32)
+    """Return the factors of CLS and of the text in c, and the mean of c, all [BLOCK_B]."""
+    fusion = tl.cast(fusion, tl.float32)
+    f_cls = tl.full([BLOCK_B], 1.0, tl.float32)
+    f_text = tl.zeros([BLOCK_B], tl.float32)
+    sum_cls = tl.zeros([BLOCK_B], tl.float32)
+    sum_text = tl.zeros([BLOCK_B], tl.float32)
+    is_text = tl.zeros([BLOCK_B], tl.int32)
+    norm_cls = tl.zeros([BLOCK_B], tl.float32)
+    norm_text = tl.zeros([BLOCK_B], tl.float32)
     for d in tl.range(0, D, BLOCK_R, num_stages=3):
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
         mask = mask_b[:, None] & (offs < D)
-        c = load_fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, f_cls, f_text, HAS_TEXT)
+        cls = tl.load(cls_ptr + row_c + offs, mask=mask, other=0.0).to(tl.float32)
+        sum_cls += tl.sum(cls, 1)
+        if HAS_TEXT:
+            text = tl.load(text_ptr + row_t + offs, mask=mask, other=0.0).to(tl.float32)
+            sum_text += tl.sum(text, 1)
+            is_text = tl.maximum(is_text, tl.max((text != 0).to(tl.int32), 1))
+            if MATCH:
+                norm_cls += tl.sum(cls * cls, 1)
+                norm_text += tl.sum(text * text, 1)
+    if HAS_TEXT:
+        f_cls = tl.where(is_text == 1, fusion, 1.0)
+        f_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
+        if MATCH:
+            f_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
+    return f_cls, f_text, (f_cls * sum_cls + f_text * sum_text) / D
+
+
+@triton.jit
+def _fused_moments(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, eps, BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
+):  # fmt: skip
+    """Return `_fusion_scales` and 1 / sqrt(variance of c + eps), all [BLOCK_B]."""
+    f_cls, f_text, mean = _fusion_scales(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
+        BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
+    )  # fmt: skip
+    squares = tl.zeros([BLOCK_B], tl.float32)
+    for d in tl.range(0, D, BLOCK_R, num_stages=3):  # the second read of c hits the cache
+        offs = (d + tl.arange(0, BLOCK_R))[None, :]
+        mask = mask_b[:, None] & (offs < D)
+        c = _load_cls(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, f_cls, f_text, HAS_TEXT)
         c = tl.where(mask, c - mean[:, None], 0.0)
         squares += tl.sum(c * c, 1)
-    return 1.0 / tl.sqrt(squares / D + tl.cast(eps, tl.float32))
+    return f_cls, f_text, mean, 1.0 / tl.sqrt(squares / D + tl.cast(eps, tl.float32))
 
 
 @triton.jit
@@ -117,10 +166,17 @@ def load_matrix(rows_ptr, d, mask_w, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def add_product(x, w, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x @ w for fp32 x; SPLIT: as three terms of a two-byte w's type."""
-    if SPLIT and w.dtype != tl.float32:
-        for _ in tl.static_range(3):
+def part_sums(w, factor, PARTS: tl.constexpr):
+    """Return the sums of w * factor [rows, columns] over each part of a row [rows, PARTS]."""
+    product = w.to(tl.float32) * factor
+    return tl.sum(tl.reshape(product, [w.shape[0], PARTS, w.shape[1] // PARTS]), 2)
+
+
+@triton.jit
+def add_product(x, w, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + x @ w for fp32 x; with TERMS, x is that many terms of a two-byte w's type."""
+    if TERMS and w.dtype != tl.float32:
+        for _ in tl.static_range(TERMS):
             term = x.to(w.dtype)
             acc = tl.dot(term, w, acc)
             x -= term.to(tl.float32)
@@ -151,59 +207,59 @@ def _query_kernel(
     query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
     B, D, H, W, fusion, scale, eps,
     HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute u, the CLS score and z. Grid: (BLOCK_B images, head of W channels)."""
     scale = tl.cast(scale, tl.float32)
     pid_h = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_w = tl.arange(0, BLOCK_W)
-    mask_b, mask_w = offs_b < B, offs_w < W
+    mask_b, mask_w = offs_b < B, tl.arange(0, BLOCK_W) < W
     image = offs_b.to(tl.int64)[:, None]
     row_c, row_t, row_z = image * stride_cb, image * stride_tb, image * D
-    channel = pid_h * W + offs_w
+    channel = pid_h * W + tl.arange(0, BLOCK_W)
     q_rows = q_weight_ptr + channel[:, None] * stride_q
     k_rows = k_weight_ptr + channel[:, None] * stride_k
-    f_cls, f_text, mean = fusion_scales(
-        cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
+    f_cls, f_text, mean, rstd = _fused_moments(
+        cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, eps,
         BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
     )  # fmt: skip
-    rstd = _rstd(
-        cls_ptr, text_ptr, row_c, row_t, mask_b, D, f_cls, f_text, mean, eps,
-        BLOCK_B, BLOCK_R, HAS_TEXT,
-    )  # fmt: skip
-    mask_z = offs_b < tl.where(pid_h == 0, B, 0)  # all heads have the same z
-    q = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
-    key = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)  # key of CLS without beta and bias
-    sum_key = tl.zeros([BLOCK_W], tl.float32)
-    sum_z = tl.zeros([BLOCK_B], tl.float32)
+    mask_z = (offs_b < tl.where(pid_h == 0, B, 0))[:, None]  # all heads have the same z
+    q = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)  # without beta and bias, as key
+    key = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
+    K_PARTS: tl.constexpr = BLOCK_D * k_weight_ptr.dtype.element_ty.primitive_bitwidth // 128
+    Q_PARTS: tl.constexpr = BLOCK_D * q_weight_ptr.dtype.element_ty.primitive_bitwidth // 128
+    key_gamma = tl.zeros([BLOCK_W, K_PARTS], tl.float32)  # a thread loads a part, 16 bytes, of W
+    q_beta = tl.zeros([BLOCK_W, Q_PARTS], tl.float32)
+    all_z = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         offs_d = d + tl.arange(0, BLOCK_D)
-        offs = offs_d[None, :]
-        mask = mask_b[:, None] & (offs < D)
-        c = load_fused(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, f_cls, f_text, HAS_TEXT)
+        offs, mask = offs_d[None, :], mask_b[:, None] & (offs_d < D)[None, :]
+        c = _load_cls(cls_ptr, text_ptr, row_c + offs, row_t + offs, mask, f_cls, f_text, HAS_TEXT)
         z = tl.where(mask, (c - mean[:, None]) * rstd[:, None], 0.0)
         if normed_ptr is not None:
-            tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z[:, None])
+            tl.store(normed_ptr + row_z + offs, z, mask=mask & mask_z)
+        all_z += z
         gamma = load_vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
+        beta = load_vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
         k_slice = load_matrix(k_rows, d, mask_w, D, BLOCK_D)
-        key = add_product(z * gamma, tl.trans(k_slice), key, SPLIT, PRECISION)
-        sum_key += tl.sum(k_slice.to(tl.float32) * gamma, 1)
-        sum_z += tl.sum(z, 1)
-        z = z * gamma + load_vector(norm_bias_ptr, offs_d, offs_d < D, 0.0)[None, :]
         q_slice = load_matrix(q_rows, d, mask_w, D, BLOCK_D)
-        q = add_product(z, tl.trans(q_slice), q, SPLIT, PRECISION)
-    q += load_vector(q_bias_ptr, channel, mask_w, 0.0)[None, :]
-    mean_u = scale * tl.sum(q * (sum_key / D)[None, :], 1)  # [BLOCK_B]
-    score = scale * tl.sum(q * key, 1) - mean_u * sum_z
+        key_gamma += part_sums(k_slice, gamma, K_PARTS)
+        if norm_bias_ptr is not None:
+            q_beta += part_sums(q_slice, beta, Q_PARTS)
+        z *= gamma
+        key = add_product(z, tl.trans(k_slice), key, TERMS, PRECISION)
+        q = add_product(z, tl.trans(q_slice), q, TERMS, PRECISION)
+    q += (tl.sum(q_beta, 1) + load_vector(q_bias_ptr, channel, mask_w, 0.0))[None, :]
+    mean_u = scale * tl.sum(q * (tl.sum(key_gamma, 1) / D)[None, :], 1)  # [BLOCK_B]
+    score = scale * tl.sum(q * key, 1) - mean_u * tl.sum(all_z, 1)
     tl.store(cls_score_ptr + offs_b.to(tl.int64) * H + pid_h, score, mask=mask_b)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         offs_d = d + tl.arange(0, BLOCK_D)
         k_slice = load_matrix(k_rows, d, mask_w, D, BLOCK_D)
         gamma = load_vector(norm_weight_ptr, offs_d, offs_d < D, 1.0)[None, :]
         u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        u = add_product(q, k_slice, u, SPLIT, PRECISION) * (scale * gamma) - mean_u[:, None]
+        u = add_product(q, k_slice, u, TERMS, PRECISION) * (scale * gamma) - mean_u[:, None]
         at = query_ptr + (image * H + pid_h) * ROWS * D + offs_d[None, :]
         store_rows(at, u, mask_b[:, None] & (offs_d < D)[None, :], D, ROWS)
 
@@ -229,7 +285,7 @@ def launch_query(
     vectors = (t if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.q_bias))
     gamma, beta, bias = vectors
     text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
-    settings = launch.query(W, cls, text, q_weight, k_weight)
+    settings = launch.query(W, dtype, cls, text, q_weight, k_weight)
     _query_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](
         *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
         *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),

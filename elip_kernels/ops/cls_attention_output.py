@@ -260,7 +260,7 @@ def _weigh_kernel(
 def _value_kernel(
     means_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr, out_ptr, stride_v,
     B, P, D, H, W,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Multiply m, the sum of P parts, by W_v. Grid: (BLOCK_B images, head of W channels)."""
@@ -282,7 +282,7 @@ def _value_kernel(
         once = offs_d < tl.where(part == 0, D, 0)
         mean += load_vector(norm_bias_ptr, offs_d, once, 0.0)[None, :]
         value = load_matrix(v_rows, d, mask_w, D, BLOCK_D)
-        out = add_product(mean, tl.trans(value), out, SPLIT, PRECISION)
+        out = add_product(mean, tl.trans(value), out, TERMS, PRECISION)
     out += load_vector(v_bias_ptr, channel, mask_w, 0.0)[None, :]
     tl.store(out_ptr + image * (H * W) + channel[None, :], out, mask_b[:, None] & mask_w[None, :])
 
@@ -335,7 +335,7 @@ def _values(
     v_weight = v_weight if v_weight.stride(1) == 1 else v_weight.contiguous()
     vectors = (query.norm_weight, query.norm_bias, v_bias)
     gamma, beta, bias = (t if t is None else t.contiguous() for t in vectors)
-    settings = launch.value(W, v_weight)
+    settings = launch.value(W, out.dtype, v_weight)
     _value_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](
         *(means, gamma, beta, v_weight, bias, out, v_weight.stride(0), B, P, D, H, W),
         **settings,

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtypes.remove(torch.bfloat16)  # the interpreter truncates to bf16 instead of rounding
     rows = [check(name, dtype, device, shape) for name in OPS for dtype in dtypes]
     sys.stdout.write(f"{device}, torch {torch.__version__}, B N D K H = {shape}\n")
-    for row in [("op", "dtype", "form", "error", "bound", "ok"), *rows]:
+    for row in [("op", "dtype", "runs", "error", "bound", "ok"), *rows]:
         sys.stdout.write("{:<26}{:<10}{:<9}{:>9}{:>9}  {}\n".format(*row))
     failed = sum(row[-1] != "yes" for row in rows)
     sys.stdout.write(f"{len(rows) - failed} of {len(rows)} checks passed\n")

@@ -204,8 +204,8 @@ def _call(op: Op, B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype) ->
     op.run(K, H, *op.inputs(B, N, D, K, H, dtype))
 
 
-# Their kernels are also launched by the calls above them.
-_PARTS = ("apply_merge", "select_tokens", "unmerge")
+# They have no kernels, or other calls launch the same ones.
+_OTHERS = ("apply_merge", "fuse_text", "select_tokens", "unmerge")
 CALLS: dict[str, Call] = {
-    name: partial(_call, op) for name, op in OPS.items() if name not in _PARTS
+    name: partial(_call, op) for name, op in OPS.items() if name not in _OTHERS
 }

@@ -9,7 +9,6 @@ import torch
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, launch
-from elip_kernels.ops.fuse_text import fuse_text
 from elip_kernels.testing import Case, cases
 from tests.gpu import ops
 from tests.gpu.ops import (
@@ -277,20 +276,6 @@ def test_score_reduce(device, launches, shape, dtype):
     assert torch.equal(out[:, :-1].cpu(), exact[:, :-1].to(dtype))
     for ours, theirs in ((weights, exact_weights), (out, exact), (gradient, exact_gradient)):
         assert_rounded(ours, theirs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("guidance_norm", ["none", "match"])
-def test_fuse_text(device, launches, guidance_norm, dtype):
-    tokens, text = torch.randn(4, TOKENS, WIDTH).to(dtype), torch.randn(4, WIDTH).to(dtype)
-    text[0] = 0  # no text
-    with kernels_alone():
-        out = fuse_text(*on(device, (tokens, text)), 0.8, guidance_norm)
-    assert launches.total() == 1
-    assert torch.equal(out[:, 1:].cpu(), tokens[:, 1:])
-    exact = fuse_text(tokens.double(), text.double(), 0.8, guidance_norm)
-    half_ulp = torch.finfo(dtype).eps / 2
-    torch.testing.assert_close(out[:, 0].cpu().double(), exact[:, 0], atol=1e-5, rtol=half_ulp)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -228,10 +228,6 @@ def test_score_reduce(scored):
     check(launcher("score_reduce"), scored[0].bfloat16(), *of_image, shared=shared)
 
 
-def test_fuse_text(scored):
-    check(launcher("fuse_text"), scored[0], torch.randn(1, D), 0.7, True)
-
-
 @pytest.mark.parametrize("has_penalty", [False, True])
 def test_bipartite_match(scored, has_penalty):
     penalty = torch.rand(1, N) if has_penalty else None

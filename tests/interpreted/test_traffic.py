@@ -11,7 +11,6 @@ from benchmarks.kernel_analysis import least_work
 from benchmarks.kernel_analysis.traffic import Access, traffic
 from benchmarks.kernel_analysis.work import Work
 from elip_kernels import launch
-from elip_kernels.ops.fuse_text import fuse_text
 from elip_kernels.testing import Case
 from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import block
@@ -85,15 +84,6 @@ def score_reduce_works(B, N, D, K, dtype, tiled=False, merge=True, has_text=Fals
         least_work.move(B, N, D, K, dtype, merge=merge, tiled=tiled),
         least_work.reduce_backward(B, N, D, K, dtype, merge=merge),
     ]
-
-
-def run_fuse_text(B, N, D, K, dtype, text_for_all=False):
-    text = torch.randn(1 if text_for_all else B, D).to(dtype)
-    fuse_text(torch.randn(B, N, D).to(dtype), text, 0.8)
-
-
-def fuse_text_works(B, N, D, K, dtype, tiled=False, text_for_all=False):
-    return [least_work.fuse_text(B, N, D, dtype, text_for_all=text_for_all)]
 
 
 def run_row_from_tokens(B, N, D, K, dtype):
@@ -194,7 +184,6 @@ OPS = {
     "reduce": (run_reduce, reduce_works),
     "generic_row": (run_generic_row, generic_row_works),
     "received": (run_received, received_works),
-    "fuse_text": (run_fuse_text, fuse_text_works),
     "attend": (run_attend, attend_works),
     "bipartite": (run_bipartite, bipartite_works),
     "nearest": (run_nearest, nearest_works),
@@ -305,10 +294,6 @@ def test_an_output_of_many_tokens_is_made_in_parts(launches, monkeypatch):
         assert without_vectors(seen) == most.bytes
 
 
-def test_a_text_for_all_images_is_fused(launches):
-    check("fuse_text", (2, 21, 70, 8, bf16), text_for_all=True)
-
-
 @pytest.mark.parametrize("options", [{}, {"merge": False, "masked": True}], ids=str)
 @pytest.mark.parametrize(
     "limits", [{"MAX_SELECTED": 200}, {"MAX_SELECTED": 64, "TILE": 64}], ids=str
@@ -341,7 +326,7 @@ def test_operations_are_those_of_the_flop_formulas(op):
     case = (2, 21, 36, 8, fp32)
     counted = flops(op, *case)
     assert sum(work.operations for work in OPS[op][1](*case)) == counted
-    assert (counted > 0) == (op != "fuse_text")  # it changes one token per image
+    assert counted > 0
 
 
 @pytest.mark.parametrize("op", ["reduce", "score_reduce"])

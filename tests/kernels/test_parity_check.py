@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def test_every_op_passes_on_the_cpu(capsys):
     assert parity.main(["--device", "cpu"]) == 0
     _, header, *rows, total = capsys.readouterr().out.splitlines()
-    assert header.split() == ["op", "dtype", "form", "error", "bound", "ok"]
+    assert header.split() == ["op", "dtype", "runs", "error", "bound", "ok"]
     assert all(row.split()[2] == "PyTorch" and row.endswith("yes") for row in rows)
     assert total == f"{len(rows)} of {len(rows)} checks passed"
 
