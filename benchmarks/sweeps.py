@@ -64,7 +64,7 @@ class Shape:
 TILE = {"block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
 ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
 QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "STAGES": (3, 5, 7)}
-TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (3, 5)}
+TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (3, 4)}
 COLUMN_SUMS = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
 COLUMN_SUMS |= {"num_warps": (4, 8), "num_stages": (2, 3)}
 WEIGH = {"BLOCK_D": (0.5, 1.0, 2.0), "num_warps": (4, 8), "num_stages": (2, 3)}

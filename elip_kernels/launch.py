@@ -111,12 +111,16 @@ def value(channels: int, result: torch.dtype, weight: Tensor) -> dict[str, Any]:
 
 
 def score_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
-    """Return a tile of 64 patches: 54 registers in bf16, 69 in fp32; 4 warps may spill."""
+    """Return a tile of 64 patches: 52 registers in bf16, 69 in fp32; 4 warps may spill.
+
+    Four stages would spill in fp32 and for more than sixteen heads.
+    """
+    narrow = heads <= 16 and tokens.element_size() == 2
     return _dot(heads, tokens) | {
         "BLOCK_N": 64,
         "BLOCK_K": 128 // tokens.element_size(),
         "num_warps": 8,
-        "num_stages": 5 if tokens.element_size() == 2 and torch.version.hip is None else 3,
+        "num_stages": 4 if narrow and torch.version.hip is None else 3,
     }
 
 
@@ -145,7 +149,7 @@ def move(candidates: int, element_size: int) -> LaunchConfig:
 def weight_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
     """Return `score_tiles` without spills: 4 warps (80 registers) in bf16, 8 warps (70) in fp32."""
     narrow = heads <= 16 and tokens.dtype != torch.float32
-    return score_tiles(heads, tokens) | {"num_warps": 4 if narrow else 8}
+    return score_tiles(heads, tokens) | {"num_warps": 4 if narrow else 8, "num_stages": 3}
 
 
 def weigh(tokens: Tensor) -> dict[str, Any]:
