@@ -55,7 +55,8 @@ _GUIDANCE = {
 ARMS = {
     "quality": _QUALITY,
     "quality_emoji": _TRANSFER,
-    "quality_flat": _TRANSFER,
+    "quality_flat": _TRANSFER
+    | {"paper": "ELIP, as published", "dense-0.88": "dense, as many FLOPs as the paper's"},
     "reduced_later": {
         "tome": "ToMe: similar patches merged",
         "guided-tome": "ToMe, attended patches last",
@@ -76,6 +77,7 @@ ARMS = {
         "dropout": "own caption, every second image",
         "none-0": "own caption alone",
     },
+    "guidance_flat": {"own": "own caption alone", "negatives": "caption of another image alone"},
     "guidance_albef": {**_GUIDANCE, "after-itc": "own caption, after contrast"},
     "guidance_blip": {**_GUIDANCE, "after-itc": "own caption, after contrast"},
 }
