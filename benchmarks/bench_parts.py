@@ -1,4 +1,4 @@
-"""Time of fuse, three selections, merge and unmerge against an eager form and a copy."""
+"""Time of three selections, merge and unmerge against an eager form and a copy."""
 
 from functools import partial
 

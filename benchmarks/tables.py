@@ -185,14 +185,16 @@ def op_page(results: Results) -> str | None:
 def op_table(entries: list[Entry]) -> list[str]:
     """Return our time relative to the other implementations, and the speed relative to a copy."""
     rows, some = [], any(entry["kernels"] for entry in entries)
+    measured = {name for entry in entries for name in entry["ratios"]}
+    others = [*OTHERS, *sorted(measured - {OURS, *OTHERS})]
     for entry in entries:
-        ratios = [ratio(entry["ratios"].get(name)) for name in OTHERS]
+        ratios = [ratio(entry["ratios"].get(name)) for name in others]
         possible = f"{100 * entry['possible'][OURS]:.0f}%"
         ours = milliseconds(entry["milliseconds"][OURS])
         ran = " (PyTorch implementation)" if some and not entry["kernels"] else ""
         name = f"`{entry['op']}` {entry['direction']}{ran}"
         rows.append([name, sizes(entry), ours, *ratios, possible])
-    header = ["op", "shape", "ours, ms", *(f"vs {name}" for name in OTHERS), "speed vs copy"]
+    header = ["op", "shape", "ours, ms", *(f"vs {name}" for name in others), "speed vs copy"]
     note = (
         "Our time divided by that of the official algorithm, of an eager implementation, and of "
         "the same under `torch.compile`. Speed vs copy: the time of copying the bytes that the op "

@@ -1,8 +1,8 @@
 """Block sizes, warps and limits of the kernels: the only hardware-dependent numbers.
 
 Register counts are those of sm_90 in the compile report, where these kernels spill no registers.
-BLOCK_D is 64 for two-byte types and 32 for fp32: one row of a slice of D is a cache line of 128
-bytes. Functions that return a dict return the constexpr arguments and options of one launch.
+Most slices of D are 64 wide for two-byte types and 32 for fp32: a row is a cache line of 128 bytes.
+Functions that return a dict return the constexpr arguments and options of one launch.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -83,7 +83,8 @@ def query(channels: int, result: torch.dtype, *tensors: Tensor | None) -> dict[s
     bf16 has wide steps and two terms: these hold 16 bits, as the two rows of u do. An fp32 `result`
     of two-byte matrices has three terms. The stages fit 99 KB of shared memory; with several
     dtypes, and on ROCm, which unrolls the stages, there are three. 178 registers in bf16, 158 in
-    fp32; without MAX_REGISTERS, the compiler would spill to make room for a second block.
+    fp32. Without MAX_REGISTERS, which graphs of `torch.compile` do not take, the code for sm_120
+    spills to make room for a second block.
     """
     dtypes = {t.dtype for t in tensors if t is not None}
     block_w, is_wide = max(16, next_power_of_2(channels)), torch.float32 in dtypes

@@ -72,7 +72,7 @@ class Compiled:
         shared: bytes of shared memory.
         occupancy: warps that an SM or CU runs at once, and what limits them.
         instructions: count of each mnemonic in the code; the body of a loop counts once.
-        barriers: barriers of a block outside of loops, then in the body of each loop; None on AMD.
+        barriers: of a block outside of loops, then in each loop that has any; None on AMD.
         loads: count of global loads of each width in bits.
         stores: count of global stores of each width in bits.
         products_in_loop: the most products into Blackwell's tensor memory in the body of a loop.
@@ -216,13 +216,15 @@ def _sass_barriers(sass: str) -> tuple[int, ...]:
     code = re.findall(r"^(\.L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.M)
     labels = {label: at for at, (label, _) in enumerate(code) if label}
     loops = [range(len(code))]  # the first one is the whole code
-    for at, (_, line) in enumerate(code):
+    end = max((at for at, (_, line) in enumerate(code) if "EXIT" in line), default=len(code))
+    for at, (_, line) in enumerate(code[:end]):  # waiting continues behind the end
         target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if target and labels[target[1]] + 1 < at:  # the code ends with a branch to itself
+        if target and labels[target[1]] < at:
             loops.append(range(labels[target[1]], at))
     barriers = [at for at, (_, line) in enumerate(code) if re.search(r"\bBAR\.", line)]
     innermost = [min((loop for loop in loops if at in loop), key=len) for at in barriers]
-    return tuple(map(innermost.count, loops))
+    whole, *others = map(innermost.count, loops)
+    return whole, *filter(None, others)
 
 
 GCN_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}

@@ -2,9 +2,9 @@
 
 fp16 compiles as bf16 does. For machines that `latency.py` lists, a row also gives programs and
 waves of several batch sizes: 12/1 is twelve programs in one wave. Barriers are those of a block
-outside of loops, and in each loop: 22+4+4 has two loops with four per step. A second table gives
-waits, and the predicted microseconds of a launch by its bytes alone and by the model: 0.1/4.3 is
-bound by latency and launch overhead. Nothing is timed.
+outside of loops, and in each loop that has any: 22+4+4 has two loops with four per step. A second
+table gives waits, and the predicted microseconds of a launch by its bytes alone and by the model:
+0.1/4.3 is bound by latency and launch overhead. Nothing is timed.
 """
 
 import os

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels._validate import check_device, check_tensor, check_tokens, message
+from elip_kernels.autocast import without_autocast
 from elip_kernels.ops.gather_ops import accumulator
 
 LEAST_NORM = 1e-12  # as in torch.nn.functional.normalize
@@ -45,9 +46,14 @@ def fuse_text(
     tokens = tokens.detach()
     if text is None or fusion == 1:
         return tokens
-    cls = tokens[:, :1].to(accumulator(tokens))
-    cls = fuse(cls[:, 0], text.detach(), float(fusion), guidance_norm == "match")[:, None]
-    return torch.cat([cls.to(tokens.dtype), tokens[:, 1:]], 1)
+    return _fuse_first(tokens, text.detach(), float(fusion), guidance_norm == "match")
+
+
+@without_autocast
+def _fuse_first(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Tensor:
+    """Fuse in full precision and round once."""
+    cls = fuse(tokens[:, 0].to(accumulator(tokens)), text, fusion, match)
+    return torch.cat([cls.to(tokens.dtype)[:, None], tokens[:, 1:]], 1)
 
 
 def check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str) -> None:

@@ -11,4 +11,4 @@ from elip_kernels.testing.__main__ import OPS, SMALL_SHAPE, check
 def test_the_kernels_pass(name, dtype):
     _, _, form, _, _, passed = check(name, dtype, torch.device("cpu"), SMALL_SHAPE)
     assert passed == "yes"
-    assert form == ("PyTorch" if name == "unmerge" else "kernels")
+    assert form == ("PyTorch" if name in ("fuse_text", "unmerge") else "kernels")

@@ -99,6 +99,15 @@ def test_the_query_kernel_has_few_barriers_in_each_of_few_steps():
     assert report.WIDTH / launch.arguments["BLOCK_D"] == 12
 
 
+@pytest.mark.parametrize("arch", tiered([90, 100, 120], []))
+def test_barriers_are_counted_for_each_loop(arch):
+    """Code behind the end of a kernel, which waits for products of Blackwell, is no loop."""
+    for launch in report.recorded_call("score_reduce", 2, 257, 166, "bf16", arch):
+        if launch.name in ("scores_kernel", "_move_kernel"):
+            outside, inside = compile_launch(launch, arch).barriers
+            assert outside > 0 and 1 <= inside <= 4
+
+
 @pytest.mark.parametrize("call", tiered(["score_reduce", "cls_attention_output"], []))
 def test_a_loop_for_blackwell_has_one_product_for_each_accumulator(call):
     """Two would be miscompiled by Triton 3.6 to 3.8 (triton issue 10821)."""
@@ -124,9 +133,13 @@ def test_heads_of_every_width_make_their_query_without_a_spill(
     bare = {"norm_weight_ptr": None, "norm_bias_ptr": None}
     guided = {"text_ptr": query.arguments["cls_ptr"]}
     names = query.kernel.arg_names[: len(query.args)]
-    for changed, is_guided in ((bare, False), (guided, True), (bare | guided, True)):
+    terms = query.arguments["TERMS"]
+    for changed, is_guided, number in (
+        *((bare, False, terms), (guided, True, terms), (bare | guided, True, terms)),
+        (guided, True, 3),  # fp32 tokens and two-byte matrices
+    ):
         args = tuple((query.arguments | changed)[name] for name in names)
-        options = query.options | {"HAS_TEXT": is_guided, "MATCH": is_guided}
+        options = query.options | {"HAS_TEXT": is_guided, "MATCH": is_guided, "TERMS": number}
         assert is_clean(compile_launch(replace(query, args=args, options=options), arch))
 
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from elip_kernels import fuse_text
 from elip_kernels.ops.fuse_text import fuse
 
+HALF = (torch.float16, torch.bfloat16)
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("guidance_norm", ["none", "match"])
 def test_the_fused_token_is_rounded_once_and_the_others_are_copied(guidance_norm, dtype):
     tokens = torch.randn(3, 5, 12).to(dtype)[..., :6].requires_grad_()  # strided
@@ -16,9 +19,28 @@ def test_the_fused_token_is_rounded_once_and_the_others_are_copied(guidance_norm
     for each in (text, text[-1:]):
         out = fuse_text(tokens, each, 0.3, guidance_norm)
         exact = fuse(tokens[:, 0].double(), each.double(), 0.3, guidance_norm == "match")
-        torch.testing.assert_close(out[:, 0], exact.to(dtype))
+        half_ulp = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(out[:, 0].double(), exact, atol=1e-6, rtol=1.001 * half_ulp)
         assert torch.equal(out[:, 1:], tokens[:, 1:])
         assert out.dtype == dtype and not out.requires_grad
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [HALF, HALF[::-1]], ids=str)
+def test_autocast_to_another_dtype_changes_nothing(dtype, autocast):
+    tokens, text = torch.randn(2, 5, 6).to(dtype), torch.randn(2, 6).to(dtype)
+    with torch.autocast("cpu", autocast):
+        out = fuse_text(tokens, text, 0.8)
+    assert torch.equal(out, fuse_text(tokens, text, 0.8))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 6), (2, 1, 6)])
+def test_no_image_and_no_patch(shape):
+    assert fuse_text(torch.randn(shape), torch.randn(1, 6), 0.5).shape == shape
+
+
+def test_no_data_is_read():
+    with FakeTensorMode():
+        assert fuse_text(torch.randn(2, 5, 6), torch.randn(2, 6), 0.5, "match").shape == (2, 5, 6)
 
 
 @pytest.mark.parametrize(("text", "fusion"), [(None, 0.8), (torch.randn(2, 6), 1.0)])
