@@ -222,6 +222,8 @@ class _Counter:
 
 def _combined(values: Iterable[Any]) -> _Availability:
     """Return the availability of a value that depends on all of these."""
-    there = [getattr(value, "there", _Availability()) for value in values]
+    # A tuple of Triton 3.5 raises ValueError for an attribute that it does not have.
+    attributes = [getattr(value, "__dict__", {}) for value in values]
+    there = [each.get("there", _Availability()) for each in attributes]
     loads = frozenset[tuple[_Loop, int]]().union(*(each.loads for each in there))
     return _Availability(max((each.waits for each in there), default=0), loads)
