@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, pretraining_case
-from elip_models.models.albef.model import ALBEF
-from elip_models.models.cross_modal import CrossModalModel
-from elip_models.models.layers.losses import hard_negatives
-from elip_models.models.momentum_model import MomentumModel, Negatives
-from elip_models.models.registry import FAMILIES, create_model
+from elip_models.pretraining.models.albef.model import ALBEF
+from elip_models.pretraining.models.cross_modal import CrossModalModel
+from elip_models.pretraining.models.layers.losses import hard_negatives
+from elip_models.pretraining.models.momentum_model import MomentumModel, Negatives
+from elip_models.pretraining.models.registry import FAMILIES, create_model
 from elip_models.profiling.measure import (
     count_step,
     memory_of,

@@ -38,8 +38,8 @@ from benchmarks.kernel_analysis.stub_device import stub_device
 from benchmarks.machine import machine
 from benchmarks.tables import table
 from elip_models import reduce_
-from elip_models.models.io.files import write_json
 from elip_models.profiling.commit import commit
+from elip_models.saving.files import write_json
 
 STRATEGIES = ("tome", "evit", "elip", "pitome", "crossget", "random")
 PEAK = {"H100": 989e12, "H200": 989e12, "B200": 2250e12}

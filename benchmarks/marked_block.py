@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from elip_models.models.io.files import write_file
+from elip_models.saving.files import write_file
 
 
 def rewrite(page: Path, begin: str, end: str, block: str, *, command: str, check: bool) -> int:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from elip_models.models.registry import create_model
+from elip_models.pretraining.models.registry import create_model
 from elip_models.profiling.measure import FlopCount
 from elip_models.profiling.runner import DENSE, count
 from elip_models.profiling.workload import Workload

@@ -13,9 +13,9 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from elip_models.models.cross_modal import CrossModalModel
-from elip_models.models.momentum_model import MomentumModel
-from elip_models.models.registry import create_model, family_of
+from elip_models.pretraining.models.cross_modal import CrossModalModel
+from elip_models.pretraining.models.momentum_model import MomentumModel
+from elip_models.pretraining.models.registry import create_model, family_of
 from elip_models.profiling.measure import count_step
 from elip_models.profiling.runner import DENSE
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.charts import draw
 from benchmarks.measured import Refused, Results, read_results
 from benchmarks.tables import device_tables, op_page
-from elip_models.models.io.files import write_file
+from elip_models.saving.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"

@@ -37,9 +37,9 @@ from elip_kernels._kernel import Kernel
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.ops.absorbed_query import QueryArguments
-from elip_models.models.io.files import write_file
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
+from elip_models.saving.files import write_file
 
 REFUSALS = (triton.errors.TritonError,) if HAS_TRITON else ()
 FATAL = re.compile("CUDA error|HIP error|illegal (memory|instruction)|misaligned|launch failure")

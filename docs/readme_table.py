@@ -17,9 +17,9 @@ from benchmarks.marked_block import rewrite
 from benchmarks.studies.analysis import against
 from benchmarks.studies.results import Document, Interval, by_seed, read_results
 from benchmarks.tables import table
-from elip_models.models.io.files import read_object
 from elip_models.profiling.measure import NO_GAIN, no_gain
 from elip_models.reduction.strategies import DEFAULT_KEEP
+from elip_models.saving.files import read_object
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import yaml
 
-from elip_models.models.registry import create_model
-from elip_models.training.recipe import FINETUNE, load_recipe, recipe_settings
+from elip_models.pretraining.models.registry import create_model
+from elip_models.pretraining.training.recipe import FINETUNE, load_recipe, recipe_settings
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"

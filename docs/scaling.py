@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.marked_block import rewrite
 from benchmarks.tables import table
-from elip_models.models.io.files import read_object
+from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "real" / "collection.json"

@@ -19,8 +19,8 @@ import transformers
 from torch import nn
 
 from elip_models.analysis.supported_models import check_strategies, reason_of
-from elip_models.models.io.open_model import open_model
 from elip_models.reduction.strategies import STRATEGIES
+from elip_models.saving.open_model import open_model
 
 PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"

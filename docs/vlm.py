@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.marked_block import rewrite
 from benchmarks.measured import read_results
 from benchmarks.tables import language_model_table, table
-from elip_models.models.io.files import read_object
+from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "vlm"

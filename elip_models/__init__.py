@@ -51,11 +51,11 @@ LAZY = {
     "elip_kernels": ("__version__",),
     "elip_models.analysis.calibrate": ("calibrate",),
     "elip_models.embedding.run": ("embed",),
-    "elip_models.models.io.open_model": ("open_model",),
-    "elip_models.models.io.saved_reduced": ("load_reduced", "save_reduced"),
-    "elip_models.models.peft.adapt": ("adapt_",),
-    "elip_models.models.peft.adapt_config": ("AdaptConfig",),
-    "elip_models.models.registry": ("create_model", "list_models"),
+    "elip_models.saving.open_model": ("open_model",),
+    "elip_models.saving.saved_reduced": ("load_reduced", "save_reduced"),
+    "elip_models.integrations.peft.adapt": ("adapt_",),
+    "elip_models.integrations.peft.adapt_config": ("AdaptConfig",),
+    "elip_models.pretraining.models.registry": ("create_model", "list_models"),
     "elip_models.reduction.encode": ("encode_image",),
     "elip_models.reduction.patch": ("guidance",),
     "elip_models.reduction.schedule": ("Schedule", "Stage"),
@@ -66,7 +66,7 @@ LAZY = {
     "elip_models.reduction.strategy": ("Layer", "StageInfo", "Strategy"),
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
-    "elip_models.training.distill": ("distill",),
+    "elip_models.recovery.distill": ("distill",),
     "elip_models.vlm.patch": (
         *("is_reduced", "record_stages", "reduce_", "reduction_summary", "unreduce_"),
     ),
@@ -78,11 +78,10 @@ if TYPE_CHECKING:
     from elip_kernels import __version__
     from elip_models.analysis.calibrate import calibrate
     from elip_models.embedding.run import embed
-    from elip_models.models.io.open_model import open_model
-    from elip_models.models.io.saved_reduced import load_reduced, save_reduced
-    from elip_models.models.peft.adapt import adapt_
-    from elip_models.models.peft.adapt_config import AdaptConfig
-    from elip_models.models.registry import create_model, list_models
+    from elip_models.integrations.peft.adapt import adapt_
+    from elip_models.integrations.peft.adapt_config import AdaptConfig
+    from elip_models.pretraining.models.registry import create_model, list_models
+    from elip_models.recovery.distill import distill
     from elip_models.reduction.encode import encode_image
     from elip_models.reduction.patch import guidance
     from elip_models.reduction.schedule import Schedule, Stage
@@ -103,8 +102,9 @@ if TYPE_CHECKING:
     )
     from elip_models.reduction.strategy import Layer, StageInfo, Strategy
     from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
+    from elip_models.saving.open_model import open_model
+    from elip_models.saving.saved_reduced import load_reduced, save_reduced
     from elip_models.towers.sdpa import use_sdpa_
-    from elip_models.training.distill import distill
     from elip_models.vlm.patch import (
         is_reduced,
         record_stages,

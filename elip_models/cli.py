@@ -30,7 +30,7 @@ except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
     raise SystemExit(2) from None
 
-from elip_models.training.errors import Stopped, TrainingError
+from elip_models.pretraining.training.errors import Stopped, TrainingError
 from elip_models.validation import ConfigError, DataError, is_missing_extra, require_extra
 
 COMMANDS = {

@@ -2,7 +2,7 @@
 
 import sys
 
-from elip_models.training.open_clip import main
+from elip_models.integrations.open_clip import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

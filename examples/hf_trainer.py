@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from elip_models import PatchDropout
-from elip_models.training.hf_trainer import ReductionCallback
+from elip_models.integrations.hf_trainer import ReductionCallback
 
 
 def squares(size):

@@ -108,7 +108,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def captions() -> list[str]:
     """Return all captions of a hundred scenes."""
-    from elip_models.data import EmojiScenes
+    from elip_models.pretraining.data import EmojiScenes
 
     source = EmojiScenes(100, seed=1)
     return [text for index in range(100) for text in source.captions(index)]
@@ -117,6 +117,6 @@ def captions() -> list[str]:
 @pytest.fixture(scope="module")
 def tokenizer(captions):
     """Return a tokenizer trained on `captions`."""
-    from elip_models.data import train_tokenizer
+    from elip_models.pretraining.data import train_tokenizer
 
     return train_tokenizer(captions, 600)

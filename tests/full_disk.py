@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 
 from elip_models import cli
-from elip_models.training import report
-from elip_models.training.run_folder import RunFolder
+from elip_models.pretraining.training import report
+from elip_models.pretraining.training.run_folder import RunFolder
 from tests.helpers.tiny_run import logged, tiny_arguments
 
 OPTIONS = ("optim.steps=6", "checkpoint_every=2", "trackers=[tensorboard]")
@@ -40,7 +40,7 @@ class Moment(NamedTuple):
     report: str = ""
 
 
-FOLDER = "elip_models.training.run_folder:RunFolder"
+FOLDER = "elip_models.pretraining.training.run_folder:RunFolder"
 SAVE = "accelerate.checkpointing:save"  # of a checkpoint: weights, optimiser
 MOMENTS = {
     "tokenizer": Moment(f"{FOLDER}.train_tokenizer"),
@@ -52,12 +52,14 @@ MOMENTS = {
     "optimizer": Moment(SAVE, 4, left=20480),
     "random states": Moment("accelerate.checkpointing:torch.save", 4),
     "first checkpoint": Moment(SAVE, 1),
-    "manifest": Moment("elip_models.training.run_checkpoints:_digest", 2),
-    "rename": Moment("elip_models.training.run_checkpoints:os.replace", 2),
-    "model": Moment("elip_models.models.base:PretrainedModel.save_pretrained", left=20480),
-    "saved tokenizer": Moment("elip_models.models.base:write_json"),
-    "timing": Moment("elip_models.training.report:_timing_table", report="timing"),
-    "picture": Moment("elip_models.training.report:draw_reduction", report="picture"),
+    "manifest": Moment("elip_models.pretraining.training.run_checkpoints:_digest", 2),
+    "rename": Moment("elip_models.pretraining.training.run_checkpoints:os.replace", 2),
+    "model": Moment(
+        "elip_models.pretraining.models.base:PretrainedModel.save_pretrained", left=20480
+    ),
+    "saved tokenizer": Moment("elip_models.pretraining.models.base:write_json"),
+    "timing": Moment("elip_models.pretraining.training.report:_timing_table", report="timing"),
+    "picture": Moment("elip_models.pretraining.training.report:draw_reduction", report="picture"),
 }
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import psutil
 
-from elip_models.training.accelerator import NO_SHARED_STORE
+from elip_models.pretraining.training.accelerator import NO_SHARED_STORE
 from tests.helpers.tiny_run import logged, tiny_arguments
 
 STEPS, SECONDS = 60, 180  # of a run; until a step or a save must have come

@@ -14,7 +14,7 @@ from benchmarks.kernel_analysis.compile import ARCHITECTURES
 from benchmarks.kernel_analysis.report import report, tables
 from elip_kernels._triton import triton
 from elip_kernels.testing.calls import CALLS
-from elip_models.models.io.files import write_file
+from elip_models.saving.files import write_file
 
 
 def main() -> int:

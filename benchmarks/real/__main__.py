@@ -37,9 +37,9 @@ from benchmarks.real.evaluation import (
     title,
 )
 from benchmarks.real.photographs import batches, photograph_paths
-from elip_models.models.io.files import read_object, write_json
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
+from elip_models.saving.files import read_object, write_json
 
 CHECKED = 8
 """Photographs that are compared with onnxruntime, and that a timed batch has."""

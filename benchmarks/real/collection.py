@@ -34,8 +34,8 @@ from elip_models.embedding.encoder import Encoder, open_encoder
 from elip_models.embedding.image_source import SourceOptions
 from elip_models.embedding.open_images import open_images
 from elip_models.embedding.output import CHECK
-from elip_models.models.io.files import read_object, write_json
 from elip_models.profiling.commit import commit
+from elip_models.saving.files import read_object, write_json
 
 BATCH, SHARD = 32, 1000
 PREPROCESS_FILE = "preprocess.json"

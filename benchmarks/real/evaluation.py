@@ -24,12 +24,12 @@ from benchmarks.real.dinov2 import onnx_features
 from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches
 from elip_models.analysis.feature_measures import cosine, neighbours
+from elip_models.intervals import bootstrap_interval
 from elip_models.profiling.commit import commit
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.reduction.summary import Summary
 from elip_models.reduction.token_assignment import slots_after
-from elip_models.tasks.intervals import bootstrap_interval
 
 SETTINGS = (
     "tome 0.7, tome 0.5, resize 0.5, crossget 0.5, pitome 0.5, random:merge=nearest 0.5, "

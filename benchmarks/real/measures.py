@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.tasks.features import ranks_of
+from elip_models.pretraining.tasks.features import ranks_of
 
 KS = (1, 5)
 

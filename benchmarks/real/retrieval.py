@@ -49,8 +49,8 @@ from benchmarks.real.text_tower import (
     read_captions,
     stored_in,
 )
-from elip_models.models.io.files import write_json
-from elip_models.tasks.features import ranks_of
+from elip_models.pretraining.tasks.features import ranks_of
+from elip_models.saving.files import write_json
 
 SETTINGS = "tome 0.7, resize 0.7, tome 0.5, resize 0.5, evit 0.5, elip 0.5, random 0.5, tome 0.35"
 

@@ -37,8 +37,8 @@ from benchmarks.real.dinov2 import MODELS
 from benchmarks.real.evaluation import Setting, dense_setting
 from benchmarks.real.measures import retrieved
 from benchmarks.real.photographs import batches, photograph_paths
-from elip_models.data.tokenizer import train_tokenizer
-from elip_models.models.layers.losses import contrastive_loss
+from elip_models.pretraining.data.tokenizer import train_tokenizer
+from elip_models.pretraining.models.layers.losses import contrastive_loss
 
 WIDTH, LAYERS, HEADS, VOCABULARY, MAX_TOKENS = 256, 2, 4, 4000, 32
 DROPOUT, BATCH, RATE, WEIGHT_DECAY, WARM_UP = 0.1, 500, 1e-3, 0.1, 0.1

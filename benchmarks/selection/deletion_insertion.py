@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from elip_models.models.base import PretrainedModel
+from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import PatchDropout
 

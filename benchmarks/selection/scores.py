@@ -29,15 +29,15 @@ from benchmarks.selection.deletion_insertion import removal_areas
 from elip_kernels import ReductionInfo
 from elip_models.analysis.agreement import agreement_by_image
 from elip_models.analysis.visualize import patch_grid, source_maps
-from elip_models.data import DataError, NamedMasks, SampleError, Source, image_transform
-from elip_models.models.base import PretrainedModel, eval_mode
+from elip_models.pretraining.data import DataError, NamedMasks, SampleError, Source, image_transform
+from elip_models.pretraining.models.base import PretrainedModel, eval_mode
+from elip_models.pretraining.tasks.features import encode_texts, isolated_rng
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import deliberately_slow
-from elip_models.tasks.features import encode_texts, isolated_rng
 from elip_models.towers import Tower
 from elip_models.validation import PositiveInt, check
 

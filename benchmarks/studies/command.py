@@ -18,11 +18,11 @@ from benchmarks.studies.runner import (
     run_study,
 )
 from benchmarks.studies.study import Run, Study
-from elip_models.data import open_source
-from elip_models.models.io.files import write_file
+from elip_models.pretraining.data import open_source
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.training_data import meta_model
 from elip_models.reduction import flops
-from elip_models.training.run_config import RunConfig
-from elip_models.training.training_data import meta_model
+from elip_models.saving.files import write_file
 from elip_models.validation import require_extra
 
 with require_extra("benchmarks.studies"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.selection.scores import selection_scores
-from elip_models.data import (
+from elip_models.pretraining.data import (
     EvaluationBatch,
     SkipReport,
     Source,
@@ -23,16 +23,16 @@ from elip_models.data import (
     image_transform,
     open_source,
 )
-from elip_models.models.base import PretrainedModel
-from elip_models.models.layers.losses import contrastive_loss
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.layers.losses import contrastive_loss
+from elip_models.pretraining.tasks.features import encode_images, encode_texts, ranks_of
+from elip_models.pretraining.tasks.retrieval import recall_of_features
+from elip_models.pretraining.training.loss_log import losses_of
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.pretraining.training.trainer import train
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.tasks.features import encode_images, encode_texts, ranks_of
-from elip_models.tasks.retrieval import recall_of_features
-from elip_models.training.loss_log import losses_of
-from elip_models.training.run_config import RunConfig
-from elip_models.training.run_folder import RunFolder
-from elip_models.training.trainer import train
 from elip_models.validation import require_extra
 
 with require_extra("benchmarks.studies"):

@@ -41,7 +41,7 @@ from typing import Any
 
 from benchmarks.studies.checks import check_name, check_overrides, check_study
 from benchmarks.studies.study import FINETUNE, Arm, Run, Study
-from elip_models.training.yaml_config import from_mapping, read_mapping
+from elip_models.pretraining.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import (
     ConfigError,
     Seed,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.studies.runner import result_of
 from benchmarks.studies.study import RUNS, Run, Study
-from elip_models.models.io.files import read_object, write_file
+from elip_models.saving.files import read_object, write_file
 from elip_models.validation import (
     ConfigError,
     as_config_error,

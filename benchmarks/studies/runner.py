@@ -21,21 +21,21 @@ import torch
 
 from benchmarks.studies.measures import FINETUNED, Finished, measure
 from benchmarks.studies.study import Run, Study
-from elip_models.data import load_tokenizer, open_source, train_tokenizer
-from elip_models.models.io.files import read_object, write_json
-from elip_models.models.registry import load_model
+from elip_models.pretraining.data import load_tokenizer, open_source, train_tokenizer
+from elip_models.pretraining.models.registry import load_model
+from elip_models.pretraining.training.errors import Stopped, TrainingError
+from elip_models.pretraining.training.recipe import load_recipe, resume_conflicts, save_recipe
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.pretraining.training.trainer import train
+from elip_models.pretraining.training.training_data import meta_model, tokenizer_captions
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import measured_on
 from elip_models.profiling.runner import DENSE
 from elip_models.profiling.runner import measure as profile
 from elip_models.profiling.workload import Workload
 from elip_models.reduction import flops
-from elip_models.training.errors import Stopped, TrainingError
-from elip_models.training.recipe import load_recipe, resume_conflicts, save_recipe
-from elip_models.training.run_config import RunConfig
-from elip_models.training.run_folder import RunFolder
-from elip_models.training.trainer import train
-from elip_models.training.training_data import meta_model, tokenizer_captions
+from elip_models.saving.files import read_object, write_json
 from elip_models.validation import ConfigError, as_config_error, require_extra
 
 with require_extra("benchmarks.studies"):

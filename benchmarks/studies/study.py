@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.studies.measures import FINETUNED
-from elip_models.models.config import reduction_fields
-from elip_models.models.registry import family_of
-from elip_models.training.finetune import REDUCTION, read_pretrained, recipe_for, recipe_of
-from elip_models.training.recipe import recipe_with
-from elip_models.training.run_config import RunConfig
-from elip_models.training.training_data import meta_model, task_of
-from elip_models.training.yaml_config import from_mapping
+from elip_models.pretraining.models.config import reduction_fields
+from elip_models.pretraining.models.registry import family_of
+from elip_models.pretraining.training.finetune import (
+    REDUCTION,
+    read_pretrained,
+    recipe_for,
+    recipe_of,
+)
+from elip_models.pretraining.training.recipe import recipe_with
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.training_data import meta_model, task_of
+from elip_models.pretraining.training.yaml_config import from_mapping
 from elip_models.validation import (
     ConfigError,
     NonNegative,

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.real.dinov2 import MEAN, PATCH, STD, transformers_model
-from elip_models.data.scene_captions import (
+from elip_models.pretraining.data.scene_captions import (
     GRID_PLACES,
     NUMBERS,
     PLACES,
@@ -19,8 +19,8 @@ from elip_models.data.scene_captions import (
     plural,
     with_article,
 )
-from elip_models.data.scene_sampling import EMOJI
-from elip_models.data.tasks.questions import FORMS, EmojiQuestions
+from elip_models.pretraining.data.scene_sampling import EMOJI
+from elip_models.pretraining.data.tasks.questions import FORMS, EmojiQuestions
 
 PIXELS = 112
 TOKENS, WIDTH = (PIXELS // PATCH) ** 2, 384

@@ -33,9 +33,9 @@ from benchmarks.vlm.questions import (
     vocabulary,
 )
 from elip_models import reduce_, unreduce_
-from elip_models.models.io.files import write_json
+from elip_models.intervals import bootstrap_interval
 from elip_models.profiling.commit import commit
-from elip_models.tasks.intervals import bootstrap_interval
+from elip_models.saving.files import write_json
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPooling

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elip_models.models.io.files import write_json
+from elip_models.intervals import Interval
 from elip_models.profiling.measure import no_gain
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategy import Strategy
-from elip_models.tasks.intervals import Interval
+from elip_models.saving.files import write_json
 from elip_models.validation import shortened
 
 DENSE = "dense"

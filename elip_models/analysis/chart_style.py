@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elip_models.models.io.files import write_file
+from elip_models.saving.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,16 +16,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from elip_models.data import SampleError, open_source
-from elip_models.data.read_errors import readable_samples
-from elip_models.data.sample import decode_clip, decode_image
-from elip_models.models.io.open_model import open_model, size_options, split_spec
-from elip_models.models.registry import elip_strategy
+from elip_models.pretraining.data import SampleError, open_source
+from elip_models.pretraining.data.read_errors import readable_samples
+from elip_models.pretraining.data.sample import decode_clip, decode_image
+from elip_models.pretraining.models.registry import elip_strategy
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import strategy_by_default
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import check_keep, resolve_strategy
+from elip_models.saving.open_model import open_model, size_options, split_spec
 from elip_models.towers import ReducibleModel, Tower, as_image_text, as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error, shortened
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from elip_models.training.recipe import parse_overrides
+from elip_models.pretraining.training.recipe import parse_overrides
 from elip_models.validation import as_config_error, require_extra
 
 with require_extra("elip_models.commands"):
@@ -60,9 +60,9 @@ def convert(
     tokenizer: Tokenizer = None,
 ) -> None:
     """Convert a checkpoint of another library to a model of this one, or the reverse."""
-    from elip_models.checkpoints.export import save_as
-    from elip_models.checkpoints.load import convert_checkpoint
-    from elip_models.data import load_tokenizer
+    from elip_models.pretraining.checkpoints.export import save_as
+    from elip_models.pretraining.checkpoints.load import convert_checkpoint
+    from elip_models.pretraining.data import load_tokenizer
 
     fields = parse_overrides(overrides or (), "vision_heads=12")
     fields |= {"image_size": image_size} if image_size else {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
-from elip_models.tasks.tables import data_table
+from elip_models.pretraining.tasks.tables import data_table
 from elip_models.validation import ConfigError, as_config_error, check, require_extra
 
 with require_extra("elip_models.commands"):
@@ -16,7 +16,7 @@ with require_extra("elip_models.commands"):
     from rich.table import Table
 
 if TYPE_CHECKING:
-    from elip_models.data import ExampleSource, SkipReport
+    from elip_models.pretraining.data import ExampleSource, SkipReport
 
 app = typer.Typer(no_args_is_help=True, help="Check or export data.")
 
@@ -43,8 +43,14 @@ def check_data(
     image_size: ImageSize = 224,
 ) -> None:
     """Read every sample of the sources; exit status 1 where some cannot be read."""
-    from elip_models.data import check_source, is_stream, open_examples, open_source, open_stream
-    from elip_models.data.streams import redacted
+    from elip_models.pretraining.data import (
+        check_source,
+        is_stream,
+        open_examples,
+        open_source,
+        open_stream,
+    )
+    from elip_models.pretraining.data.streams import redacted
 
     _check_task(task)
     has_captions = task in ("retrieval", "captioning")
@@ -82,7 +88,7 @@ def export_data(
     image_size: ImageSize = 64,
 ) -> None:
     """Write data as files in the standard format of a task, and print what can read them."""
-    from elip_models.data import SampleError, export
+    from elip_models.pretraining.data import SampleError, export
 
     _check_task(task)
     console = Console()
@@ -99,7 +105,7 @@ def export_data(
 
 
 def _check_task(task: str) -> None:
-    from elip_models.data.tasks.export import ExportedTask
+    from elip_models.pretraining.data.tasks.export import ExportedTask
 
     with as_config_error("TASK"):
         check("task", task, ExportedTask)

@@ -99,10 +99,10 @@ def _train(
     **options: Any,
 ) -> None:
     """Distill the reduced model, with a progress bar, and save it."""
-    from elip_models.models.io.open_model import split_spec, split_weights
-    from elip_models.models.io.saved_reduced import save_reduced
-    from elip_models.training.distill import distill as train
-    from elip_models.training.progress import progress_bar
+    from elip_models.pretraining.training.progress import progress_bar
+    from elip_models.recovery.distill import distill as train
+    from elip_models.saving.open_model import split_spec, split_weights
+    from elip_models.saving.saved_reduced import save_reduced
 
     library, name = split_spec(spec)
     config = split_weights(name)[0] if library == "open_clip" else None
@@ -139,7 +139,7 @@ def _features(model: "nn.Module", images: "list[Tensor]") -> "Tensor":
 
 def _mean_cosine(dense: "Tensor", reduced: "Tensor") -> str:
     from elip_models.analysis.feature_measures import cosine
-    from elip_models.tasks.intervals import bootstrap_interval
+    from elip_models.intervals import bootstrap_interval
 
     found = bootstrap_interval(cosine(dense, reduced).double().numpy())
     return f"{found.mean:.4f} (95% CI {found.low:.4f} to {found.high:.4f})"

@@ -17,8 +17,8 @@ from elip_models.commands.evaluate_options import (
     weights_folder,
     write_scores,
 )
-from elip_models.tasks.tables import retrieval_table, task_table, zero_shot_table
-from elip_models.training.recipe import parse_overrides
+from elip_models.pretraining.tasks.tables import retrieval_table, task_table, zero_shot_table
+from elip_models.pretraining.training.recipe import parse_overrides
 from elip_models.validation import as_config_error, from_checkout, require_extra
 
 with require_extra("elip_models.commands"):
@@ -26,10 +26,10 @@ with require_extra("elip_models.commands"):
     from rich.console import Console
 
 if TYPE_CHECKING:
-    from elip_models.models.base import PretrainedModel
-    from elip_models.tasks.retrieval import RetrievalScores
-    from elip_models.tasks.task import Loading, Task
-    from elip_models.tasks.zero_shot import ZeroShotScores
+    from elip_models.pretraining.models.base import PretrainedModel
+    from elip_models.pretraining.tasks.retrieval import RetrievalScores
+    from elip_models.pretraining.tasks.task import Loading, Task
+    from elip_models.pretraining.tasks.zero_shot import ZeroShotScores
 
 app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
 app.command("composition")(eval_composition)
@@ -51,9 +51,9 @@ def eval_retrieval(
     output: ScoresFile = None,
 ) -> None:
     """Compute recall@1/5/10 from image to text and from text to image."""
-    from elip_models.data import open_source
-    from elip_models.tasks.retrieval import evaluate_retrieval
-    from elip_models.tasks.retrieval_task import Retrieval
+    from elip_models.pretraining.data import open_source
+    from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
+    from elip_models.pretraining.tasks.retrieval_task import Retrieval
 
     loading = loading_of(batch_size, num_workers, max_bad_share)
     if rerank is not None:
@@ -82,8 +82,8 @@ def eval_zero_shot(
     output: ScoresFile = None,
 ) -> None:
     """Compute top-1 and top-5 accuracy of zero-shot classification by class names."""
-    from elip_models.data import open_classes
-    from elip_models.tasks.zero_shot import evaluate_zero_shot
+    from elip_models.pretraining.data import open_classes
+    from elip_models.pretraining.tasks.zero_shot import evaluate_zero_shot
 
     trained, tokenizer = open_trained(model, output, ranks=True)
     with as_config_error("--data", inner="spec"):
@@ -111,7 +111,7 @@ def eval_selection(
     output: ScoresFile = None,
 ) -> None:
     """Measure which patches a reduction keeps of what captions name (needs a checkout)."""
-    from elip_models.data import open_source
+    from elip_models.pretraining.data import open_source
     from elip_models.reduction.strategy_spec import get_strategy
 
     selection, tables = (
@@ -131,7 +131,7 @@ def eval_selection(
 def _evaluate(
     task: "Task", model: Path, data: str, loading: "Loading", output: Path | None
 ) -> None:
-    from elip_models.tasks.registry import read_answers
+    from elip_models.pretraining.tasks.registry import read_answers
 
     model = weights_folder(model)
     trained, tokenizer = open_trained(model, output)
@@ -168,7 +168,7 @@ def _add_command(name: str) -> None:
         ] = None,
         output: ScoresFile = None,
     ) -> None:
-        from elip_models.tasks.registry import get_task
+        from elip_models.pretraining.tasks.registry import get_task
 
         with as_config_error("--set"):
             task = get_task(name, **parse_overrides(options or (), "candidates=64"))

@@ -12,7 +12,7 @@ from elip_models.commands.evaluate_options import (
     open_trained,
     write_scores,
 )
-from elip_models.tasks.tables import composition_table
+from elip_models.pretraining.tasks.tables import composition_table
 from elip_models.validation import as_config_error, require_extra
 
 with require_extra("elip_models.commands"):
@@ -46,7 +46,7 @@ def eval_composition(
     output: ScoresFile = None,
 ) -> None:
     """Score Winoground, ARO or SugarCrepe: which of similar captions fits an image."""
-    from elip_models.tasks.composition import Composition
+    from elip_models.pretraining.tasks.composition import Composition
 
     task = Composition(itm=itm, guided=guided)
     loading = loading_of(batch_size, num_workers, max_bad_share)

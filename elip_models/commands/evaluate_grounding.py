@@ -12,7 +12,7 @@ from elip_models.commands.evaluate_options import (
     open_trained,
     write_scores,
 )
-from elip_models.tasks.tables import task_table
+from elip_models.pretraining.tasks.tables import task_table
 from elip_models.validation import as_config_error, require_extra
 
 with require_extra("elip_models.commands"):
@@ -46,8 +46,8 @@ def eval_grounding(
     output: ScoresFile = None,
 ) -> None:
     """Score where Grad-CAM of image-text matching finds what expressions refer to."""
-    from elip_models.data import open_examples
-    from elip_models.tasks.grounding import cross_attention, evaluate_grounding
+    from elip_models.pretraining.data import open_examples
+    from elip_models.pretraining.tasks.grounding import cross_attention, evaluate_grounding
 
     trained, tokenizer = open_trained(model, output)
     with as_config_error("--model", inner="model"):

@@ -13,8 +13,8 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from elip_models.models.base import PretrainedModel
-    from elip_models.tasks.task import Loading
+    from elip_models.pretraining.models.base import PretrainedModel
+    from elip_models.pretraining.tasks.task import Loading
 
 SavedModel = Annotated[
     Path, typer.Option(help="Folder of a saved model and its tokenizer, or of its run.")
@@ -31,8 +31,8 @@ ScoresFile = Annotated[Path | None, typer.Option(help="JSON file for the scores.
 
 def loading_of(batch_size: int, num_workers: int, max_bad_share: float) -> "Loading":
     """Return the options of data loading; raise ConfigError for too many processes."""
-    from elip_models.data.loader import worker_options
-    from elip_models.tasks.task import Loading
+    from elip_models.pretraining.data.loader import worker_options
+    from elip_models.pretraining.tasks.task import Loading
 
     with as_config_error("--num-workers"):
         worker_options(num_workers)
@@ -47,8 +47,8 @@ def open_trained(
     model = weights_folder(model)
     import torch
 
-    from elip_models.data import load_tokenizer
-    from elip_models.models.registry import load_model
+    from elip_models.pretraining.data import load_tokenizer
+    from elip_models.pretraining.models.registry import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with as_config_error("--model", inner="spec"):
@@ -63,7 +63,7 @@ def open_trained(
 
 def weights_folder(model: Path) -> Path:
     """Return the folder of the weights to evaluate; print which they are if `model` is a run."""
-    from elip_models.training.selection import selected_folder
+    from elip_models.pretraining.training.selection import selected_folder
 
     folder, selection = selected_folder(model)
     if folder != model:
@@ -75,6 +75,6 @@ def weights_folder(model: Path) -> Path:
 def write_scores(scores: dict[str, Any], output: Path | None) -> None:
     """Write the scores as JSON, if `output` is a file."""
     if output is not None:
-        from elip_models.models.io.files import write_json
+        from elip_models.saving.files import write_json
 
         write_json(output, scores)

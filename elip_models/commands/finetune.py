@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from elip_models.commands.train import Resume
-from elip_models.training.recipe import parse_overrides
+from elip_models.pretraining.training.recipe import parse_overrides
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.commands"):
@@ -36,9 +36,9 @@ def finetune(
     resume: Resume = False,
 ) -> None:
     """Fine-tune a model for a downstream task, then score it."""
-    from elip_models.training.finetune import finetune_recipe
-    from elip_models.training.summary import print_summary
-    from elip_models.training.trainer import train
+    from elip_models.pretraining.training.finetune import finetune_recipe
+    from elip_models.pretraining.training.summary import print_summary
+    from elip_models.pretraining.training.trainer import train
 
     values = parse_overrides(overrides or (), "optim.lr=2e-5")
     config = finetune_recipe(task, checkpoint, values, reduced=reduced)

@@ -43,7 +43,7 @@ def models(
 
 
 def _print_families() -> None:
-    from elip_models.models.registry import list_models
+    from elip_models.pretraining.models.registry import list_models
 
     table = Table("library", "models", Column("example", no_wrap=True))
     for row in FAMILIES:

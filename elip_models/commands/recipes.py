@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Annotated
 
-from elip_models.training.recipe import (
+from elip_models.pretraining.training.recipe import (
     FINETUNE,
     Setting,
     field_meanings,
@@ -11,7 +11,7 @@ from elip_models.training.recipe import (
     recipe_settings,
     recipe_title,
 )
-from elip_models.training.yaml_config import REQUIRED, yaml_line
+from elip_models.pretraining.training.yaml_config import REQUIRED, yaml_line
 from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
 
 with require_extra("elip_models.commands"):
@@ -68,8 +68,8 @@ def show(
 
 def _of_the_model(settings: list[Setting]) -> list[Setting]:
     """Return the fields on reduction in the config of the recipe's model, unless it sets them."""
-    from elip_models.models.config import ReductionConfig, VisionConfig
-    from elip_models.models.registry import config_of
+    from elip_models.pretraining.models.config import ReductionConfig, VisionConfig
+    from elip_models.pretraining.models.registry import config_of
     from elip_models.reduction.strategies.elip import ELIPOptions
 
     values = {each.key: each.value for each in settings}

@@ -67,7 +67,7 @@ def search(
     with require_extra("elip search"):
         from elip_models.embedding.contact_sheet import contact_sheet
         from elip_models.embedding.search import search as find
-        from elip_models.models.io.files import write_file
+        from elip_models.saving.files import write_file
 
     with _working("searching") as report:
         found = find(

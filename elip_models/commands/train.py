@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from elip_models.training.recipe import load_recipe, parse_overrides, recipe_names
+from elip_models.pretraining.training.recipe import load_recipe, parse_overrides, recipe_names
 from elip_models.validation import check_output, from_checkout, require_extra
 
 with require_extra("elip_models.commands"):
@@ -37,8 +37,8 @@ def train(
 ) -> None:
     """Train by a recipe, then report. On several GPUs: torchrun -m elip_models.cli train .."""
     config = load_recipe(recipe, overrides or ())
-    from elip_models.training.summary import print_summary
-    from elip_models.training.trainer import train as run_training
+    from elip_models.pretraining.training.summary import print_summary
+    from elip_models.pretraining.training.trainer import train as run_training
 
     console = Console()
     result = run_training(config, resume=resume, console=console)

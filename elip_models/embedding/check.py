@@ -14,8 +14,8 @@ from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
 from elip_models.embedding.decoding import decoded_sample
 from elip_models.embedding.encoder import Encoder, dense_of
 from elip_models.embedding.image_source import ImageSource
+from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.profiling.measure import no_gain, ratios_to
-from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.validation import ConfigError
 
 

@@ -21,7 +21,7 @@ import pyarrow
 from pyarrow import parquet
 
 from elip_models.embedding.output import FORMAT, IMAGES, MANIFEST
-from elip_models.models.io.files import read_object
+from elip_models.saving.files import read_object
 from elip_models.validation import ConfigError, Count, PositiveInt, check, shortened
 
 ROWS = 4096

@@ -15,7 +15,7 @@ from pyarrow import compute
 from elip_models.embedding.collection import Collection, open_collection
 from elip_models.embedding.index import sampled_rows
 from elip_models.embedding.neighbours import nearest
-from elip_models.tasks.intervals import Interval, bootstrap_interval
+from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.validation import ConfigError, PositiveInt, Seed, check
 
 

@@ -25,8 +25,8 @@ from elip_models.analysis.calibrate import STRATEGIES
 from elip_models.analysis.feature_measures import cosine
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import grid_shape
-from elip_models.data.sample import check_text, decode_image
 from elip_models.embedding.encoder import Encoder, dense_of
+from elip_models.pretraining.data.sample import check_text, decode_image
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.flops import at_keep, kept_share

@@ -21,7 +21,7 @@ from elip_models.embedding.open_encoder import (
     tokenizer_name,
 )
 from elip_models.embedding.preprocessing import Preprocessing, check_pixels, preprocessing_of
-from elip_models.models.base import PretrainedModel
+from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategy import Strategy

@@ -11,8 +11,6 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from pyarrow import csv, parquet
 
-from elip_models.data.json_files import parse_entries
-from elip_models.data.streams import redacted
 from elip_models.embedding.image_source import (
     ImageSource,
     SourceOptions,
@@ -21,6 +19,8 @@ from elip_models.embedding.image_source import (
     different_keys,
 )
 from elip_models.embedding.stored import Payload, Stored, Unavailable, local_or_none
+from elip_models.pretraining.data.json_files import parse_entries
+from elip_models.pretraining.data.streams import redacted
 from elip_models.validation import ConfigError, require_extra, shortened
 
 PATHS = ("image", "path", "file_name", "url")

@@ -22,7 +22,7 @@ import numpy as np
 from elip_models.embedding.collection import Collection, open_collection
 from elip_models.embedding.neighbours import nearest
 from elip_models.embedding.output import OutputFolder, writing
-from elip_models.models.io.files import read_object, write_json
+from elip_models.saving.files import read_object, write_json
 from elip_models.validation import ConfigError, require_extra
 
 HNSW_IMAGES = 200_000

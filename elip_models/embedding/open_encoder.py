@@ -6,16 +6,16 @@ from pathlib import Path
 
 from torch import nn
 
-from elip_models.models.base import PretrainedModel
-from elip_models.models.io.dense_models import CONFIG, OPEN_CLIP_CONFIG, NewPartsWarning
-from elip_models.models.io.files import read_object
-from elip_models.models.io.open_model import open_model, split_spec, split_weights
-from elip_models.models.io.saved_reduced import SETTINGS, load_reduced
-from elip_models.models.registry import elip_strategy, is_family, list_models
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.registry import elip_strategy, is_family, list_models
 from elip_models.reduction.patch import reduce_, reductions_of, unreduce_
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
+from elip_models.saving.dense_models import CONFIG, OPEN_CLIP_CONFIG, NewPartsWarning
+from elip_models.saving.files import read_object
+from elip_models.saving.open_model import open_model, split_spec, split_weights
+from elip_models.saving.saved_reduced import SETTINGS, load_reduced
 from elip_models.validation import (
     ConfigError,
     PositiveShare,

@@ -22,7 +22,7 @@ import pyarrow
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 
-from elip_models.models.io.files import read_object, write_file, write_json
+from elip_models.saving.files import read_object, write_file, write_json
 from elip_models.validation import ConfigError, shortened
 
 FORMAT = 1

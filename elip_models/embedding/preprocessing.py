@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from elip_models.data import CLIP_MEAN, CLIP_STD, image_transform
-from elip_models.models.base import PretrainedModel
-from elip_models.models.io.files import read_object
+from elip_models.pretraining.data import CLIP_MEAN, CLIP_STD, image_transform
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.saving.files import read_object
 from elip_models.towers import as_tower, library_of
 from elip_models.towers.reducible_model import IMAGENET
 from elip_models.validation import Bounds, ConfigError, PositiveShare, as_config_error, check
@@ -105,7 +105,7 @@ class _Processor:
 def _of_transformers(model: nn.Module) -> Preprocessing | None:
     from transformers import AutoImageProcessor
 
-    from elip_models.models.io.meta_build import library_errors
+    from elip_models.saving.meta_build import library_errors
 
     name = model.config.name_or_path
     if not name:

@@ -10,7 +10,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from elip_models.data.sample import (
+from elip_models.embedding.collection import Collection, unit
+from elip_models.embedding.encoder import Encoder, open_encoder
+from elip_models.embedding.open_encoder import DENSE
+from elip_models.embedding.preprocessing import Preprocessing, check_pixels
+from elip_models.embedding.stored import Stored, read
+from elip_models.pretraining.data.sample import (
     IMAGE_ENDINGS,
     SampleError,
     TextError,
@@ -18,11 +23,6 @@ from elip_models.data.sample import (
     clean_captions,
     decode_image,
 )
-from elip_models.embedding.collection import Collection, unit
-from elip_models.embedding.encoder import Encoder, open_encoder
-from elip_models.embedding.open_encoder import DENSE
-from elip_models.embedding.preprocessing import Preprocessing, check_pixels
-from elip_models.embedding.stored import Stored, read
 from elip_models.reduction.serialization import strategy_of
 from elip_models.validation import ConfigError, as_config_error, check, shortened
 

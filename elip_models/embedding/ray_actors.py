@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from elip_models.data.sample import SampleError
 from elip_models.embedding.decoding import decoded_batches
 from elip_models.embedding.encoder import Encoder
 from elip_models.embedding.image_source import ImageSource
@@ -21,6 +20,7 @@ from elip_models.embedding.options import EmbeddingDtype
 from elip_models.embedding.output import MANIFEST, OutputFolder, Skipped
 from elip_models.embedding.shard import Shards, embed_shard, library_versions
 from elip_models.embedding.stored import Payload, read
+from elip_models.pretraining.data.sample import SampleError
 from elip_models.validation import ConfigError, shortened
 
 

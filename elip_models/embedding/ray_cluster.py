@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elip_models.data.sample import SampleError
 from elip_models.embedding.decoding import MOST_WORKERS
 from elip_models.embedding.encoder import Encoder
 from elip_models.embedding.image_source import ImageSource
@@ -28,6 +27,7 @@ from elip_models.embedding.processes import processes_in_environment
 from elip_models.embedding.ray_actors import ShardActor, Work
 from elip_models.embedding.shard import Shards, library_versions
 from elip_models.embedding.stored import Payload, Stored, read
+from elip_models.pretraining.data.sample import SampleError
 from elip_models.validation import ConfigError, require_packages, shortened
 
 LOCAL, AUTO = "local", "auto"

@@ -28,8 +28,8 @@ from elip_models.embedding.output import CHECK, TEXTS, OutputFolder, Skipped, wr
 from elip_models.embedding.processes import Processes, joined_processes
 from elip_models.embedding.ray_cluster import Cluster, connected
 from elip_models.embedding.shard import Shards, as_arrow, embed_shard, library_versions
-from elip_models.models.io.files import write_json
 from elip_models.reduction.strategy import Strategy
+from elip_models.saving.files import write_json
 from elip_models.validation import ConfigError, as_config_error, shortened
 
 TEXT_BATCH = 64

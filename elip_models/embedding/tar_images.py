@@ -7,8 +7,6 @@ from pathlib import Path
 import pyarrow
 from fsspec import AbstractFileSystem
 
-from elip_models.data.shard_index import index_rows, read_index
-from elip_models.data.streams import redacted
 from elip_models.embedding.image_source import (
     ImageSource,
     SourceOptions,
@@ -17,6 +15,8 @@ from elip_models.embedding.image_source import (
     different_keys,
 )
 from elip_models.embedding.stored import Payload, Stored, Unavailable, local_or_none
+from elip_models.pretraining.data.shard_index import index_rows, read_index
+from elip_models.pretraining.data.streams import redacted
 from elip_models.validation import ConfigError
 
 NO_CAPTION = "no caption"

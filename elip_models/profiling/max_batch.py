@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch import nn
 
-from elip_models.models.io.files import write_json
 from elip_models.profiling.measure import memory_kind, memory_of
 from elip_models.profiling.table import FORMS, ProfileSettings, fit_strategies, open_for_profile
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategy import Strategy
+from elip_models.saving.files import write_json
 from elip_models.validation import ConfigError, check_output, require_extra, shortened
 
 with require_extra("elip_models.profiling"):

@@ -18,8 +18,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from elip_models.models.io.files import write_json
-from elip_models.models.io.open_model import FORMS, open_model
 from elip_models.profiling.component_profile import (
     ComponentCosts,
     components_table,
@@ -33,6 +31,8 @@ from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import check_keep, get_strategy, kinds_of, parse_spec
 from elip_models.reduction.summary import runs
+from elip_models.saving.files import write_json
+from elip_models.saving.open_model import FORMS, open_model
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error, check_output, from_checkout
 

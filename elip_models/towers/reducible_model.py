@@ -156,7 +156,7 @@ class ImageTextModel(ReducibleModel):
 
 def clip_stats() -> Stats:
     """Return CLIP's statistics, which most language-image models use."""
-    from elip_models.data import CLIP_MEAN, CLIP_STD
+    from elip_models.pretraining.data import CLIP_MEAN, CLIP_STD
 
     return CLIP_MEAN, CLIP_STD
 

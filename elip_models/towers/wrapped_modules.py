@@ -32,7 +32,7 @@ from elip_kernels.autocast import no_autocast
 R = TypeVar("R")
 
 LIBRARIES = ("torch.nn.", "timm.", "open_clip.", "transformers.")
-PEFT = ("peft.tuners.lora.", "peft.utils.other", "elip_models.models.peft.adapt")
+PEFT = ("peft.tuners.lora.", "peft.utils.other", "elip_models.integrations.peft.adapt")
 FSDP1 = (
     "it is wrapped by FullyShardedDataParallel, which flattens the parameters that the reduction "
     "reads by name; shard it by torch.distributed.fsdp.fully_shard instead"

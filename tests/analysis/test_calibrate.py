@@ -15,9 +15,9 @@ from elip_models.analysis.calibrate import (
 )
 from elip_models.analysis.calibration import Calibration, Trial
 from elip_models.analysis.feature_measures import cosine, neighbours
+from elip_models.intervals import Interval
 from elip_models.reduction.flops import inference_ratio
 from elip_models.reduction.strategy_spec import parse_spec
-from elip_models.tasks.intervals import Interval
 from elip_models.towers import as_tower
 from tests.helpers.models import hf_clip, siglip_vision
 from tests.helpers.tiny_run import elip

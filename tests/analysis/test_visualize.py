@@ -23,14 +23,19 @@ from elip_models.analysis.visualize import (
     patch_grid,
     surviving_patches,
 )
-from elip_models.data import EmojiScenes
-from elip_models.models.clip.model import CLIP, CLIPConfig
-from elip_models.models.registry import DOWNSTREAM, FAMILIES, create_model, elip_strategy
+from elip_models.pretraining.data import EmojiScenes
+from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
+from elip_models.pretraining.models.registry import (
+    DOWNSTREAM,
+    FAMILIES,
+    create_model,
+    elip_strategy,
+)
+from elip_models.pretraining.training import report
+from elip_models.pretraining.training.report import Reporter
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
-from elip_models.training import report
-from elip_models.training.report import Reporter
 from tests.helpers.tiers import first_quick, slow_except
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 

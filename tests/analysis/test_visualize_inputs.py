@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 from elip_models.analysis import visualize_inputs
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
-from elip_models.data import load_tokenizer, tokenize
-from elip_models.models.clip.model import CLIP, CLIPConfig
+from elip_models.pretraining.data import load_tokenizer, tokenize
+from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_blip, hf_clip, hf_siglip, open_clip_pair
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
-from tests.models.test_open_model import tiny_vit
+from tests.saving.test_open_model import tiny_vit
 from tests.towers.test_image_text import guidance_of
 
 CAPTIONS = ["a red dog on the left", "two cats"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import elip_kernels
 from benchmarks.plot import BEGIN, END, main
 from elip_models import STRATEGIES
-from elip_models.models.registry import FAMILIES
+from elip_models.pretraining.models.registry import FAMILIES
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import count_step
 from elip_models.reduction.scorers import SCORERS

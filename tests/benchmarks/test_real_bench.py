@@ -13,8 +13,8 @@ from benchmarks.real.dinov2 import PIXELS, transformers_model
 from benchmarks.real.evaluation import features, read_settings
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.analysis import feature_measures
+from elip_models.intervals import bootstrap_interval
 from elip_models.reduction.strategies import Dense
-from elip_models.tasks.intervals import bootstrap_interval
 from tests.benchmarks.weights import needs_weights
 from tests.project.test_docs import script
 

@@ -7,7 +7,7 @@ from PIL import Image
 from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
-from elip_models.models.io.open_model import open_model
+from elip_models.saving.open_model import open_model
 from tests.benchmarks.weights import needs_weights
 
 N = 30

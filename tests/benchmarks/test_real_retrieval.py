@@ -12,7 +12,7 @@ from benchmarks.real import retrieval, text_tower
 from benchmarks.real.evaluation import dense_setting, read_settings
 from benchmarks.real.measures import retrieved
 from benchmarks.real.photographs import batches, photograph_paths
-from elip_models.tasks.intervals import bootstrap_interval
+from elip_models.intervals import bootstrap_interval
 
 PLACES = ("a roof", "a lake", "the sky", "red leaves", "a petal", "green grass")
 PLAIN, AGAIN, GUIDED = "tome 0.5", "tome 0.6", "guided_tome:fusion=0,guidance_norm=match 0.5"

@@ -22,8 +22,14 @@ from benchmarks.selection.scores import (
 )
 from elip_kernels import ReductionInfo
 from elip_models.analysis.agreement import scorer_agreement
-from elip_models.data import DataError, EmojiScenes, JsonSource, image_transform, train_tokenizer
-from elip_models.models.registry import create_model, family_of
+from elip_models.pretraining.data import (
+    DataError,
+    EmojiScenes,
+    JsonSource,
+    image_transform,
+    train_tokenizer,
+)
+from elip_models.pretraining.models.registry import create_model, family_of
 from elip_models.reduction.encode import encode_image, run_tower
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import PatchDropout

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.vlm import questions, study
-from elip_models.data.tasks.questions import EmojiQuestions
+from elip_models.pretraining.data.tasks.questions import EmojiQuestions
 from tests.project.test_docs import script
 
 

@@ -51,7 +51,7 @@ def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
 
     report = types.ModuleType("report")
     report.Reporter = Reporter
-    monkeypatch.setitem(sys.modules, "elip_models.training.report", report)
+    monkeypatch.setitem(sys.modules, "elip_models.pretraining.training.report", report)
     assert elip(*tiny_arguments(tmp_path, "report=[timing, picture]", "optim.steps=1")) == 0
     assert made_with[0] == "CLIP"
     assert made_with[2:] == ["EmojiScenes", type(tmp_path).__name__]
@@ -129,7 +129,10 @@ def test_a_folder_with_a_run_is_an_error(run, capsys):
 
 
 def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
-    for module in ("elip_models.training.trainer", "elip_models.training.accelerator"):
+    for module in (
+        "elip_models.pretraining.training.trainer",
+        "elip_models.pretraining.training.accelerator",
+    ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert elip(*tiny_arguments(tmp_path)) == 2

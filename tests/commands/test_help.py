@@ -11,8 +11,8 @@ import typer
 import elip_models
 from benchmarks.studies.plan import study_names
 from elip_models.cli import COMMANDS, app, load_command
-from elip_models.tasks.registry import TASKS
-from elip_models.training.recipe import recipe_names
+from elip_models.pretraining.tasks.registry import TASKS
+from elip_models.pretraining.training.recipe import recipe_names
 from tests.helpers.tiny_run import elip
 
 LISTS_HEAVY = """

@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     def full(*_, **options):
         raise OSError(28, "No space left on device", "step_00000001")
 
-    monkeypatch.setattr("elip_models.training.run_checkpoints.Checkpoints.commit", full)
+    monkeypatch.setattr("elip_models.pretraining.training.run_checkpoints.Checkpoints.commit", full)
     assert elip(*tiny_arguments(tmp_path)) == 2
     assert "No space left on device" in " ".join(capsys.readouterr().err.split())
 

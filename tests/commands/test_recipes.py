@@ -2,8 +2,8 @@
 
 import pytest
 
-from elip_models.models.registry import create_model
-from elip_models.training.recipe import (
+from elip_models.pretraining.models.registry import create_model
+from elip_models.pretraining.training.recipe import (
     FINETUNE,
     load_recipe,
     recipe_names,
@@ -11,7 +11,7 @@ from elip_models.training.recipe import (
     recipe_title,
     resume_conflicts,
 )
-from elip_models.training.yaml_config import REQUIRED, yaml_line
+from elip_models.pretraining.training.yaml_config import REQUIRED, yaml_line
 from tests.helpers.tiny_run import elip
 
 NAMES = recipe_names() + recipe_names(FINETUNE)

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import pytest
 
-from elip_models.models.layers.generation import Decoding
-from elip_models.models.layers.text_reduction import TextReduction
-from elip_models.models.registry import CONFIGS
+from elip_models.pretraining.models.layers.generation import Decoding
+from elip_models.pretraining.models.layers.text_reduction import TextReduction
+from elip_models.pretraining.models.registry import CONFIGS
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import SCORERS, ScorerName
 from elip_models.reduction.strategies import STRATEGIES

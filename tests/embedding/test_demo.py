@@ -16,10 +16,10 @@ from transformers import CLIPImageProcessor
 
 import elip_models
 from elip_models.analysis.merging import merged_image, tokens_of_patches
-from elip_models.data.sample import SampleError
-from elip_models.data.scenes import EmojiScenes
 from elip_models.embedding.demo import SAVED, DemoModel
 from elip_models.embedding.encoder import open_encoder
+from elip_models.pretraining.data.sample import SampleError
+from elip_models.pretraining.data.scenes import EmojiScenes
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import SMALL
 from tests.helpers.damage import picture

@@ -13,7 +13,7 @@ from PIL import Image
 
 import elip_models
 from elip_models.embedding.encoder import dense_of, open_encoder
-from elip_models.models.registry import create_model
+from elip_models.pretraining.models.registry import create_model
 from elip_models.validation import ConfigError
 from tests.helpers.models import (
     OPEN_CLIP_TEXT,

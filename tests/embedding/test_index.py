@@ -15,7 +15,7 @@ from elip_models.embedding.collection import open_collection
 from elip_models.embedding.compare import compare_neighbours
 from elip_models.embedding.index import build_index, open_index
 from elip_models.embedding.search import search
-from elip_models.tasks.intervals import bootstrap_interval
+from elip_models.intervals import bootstrap_interval
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import SMALL
 from tests.helpers.embedding_folders import write_collection

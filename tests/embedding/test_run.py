@@ -158,8 +158,8 @@ def test_a_cosine_that_is_too_low_stops_and_another_keep_runs(pictures, model, t
 
 @pytest.mark.slow
 def test_a_file_of_calibrate_is_read(pictures, model, tmp_path):
-    from elip_models.models.io.files import write_json
     from elip_models.reduction.serialization import settings_of
+    from elip_models.saving.files import write_json
 
     write_json(tmp_path / "calibrated.json", settings_of(elip_models.ToMe(r=2)))
     elip_models.embed(

@@ -24,7 +24,7 @@ from elip_models.embedding.encoder import open_encoder
 from elip_models.embedding.neighbours import nearest
 from elip_models.embedding.query import Query
 from elip_models.embedding.search import Found, Hit, search
-from elip_models.models.registry import create_model
+from elip_models.pretraining.models.registry import create_model
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded
 from tests.helpers.embedding_folders import write_collection

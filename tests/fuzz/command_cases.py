@@ -8,12 +8,12 @@ import yaml
 
 from benchmarks.studies.plan import load_study, plan
 from elip_models.cli import COMMANDS, load_command
-from elip_models.data import train_tokenizer
-from elip_models.models.registry import create_model
+from elip_models.pretraining.data import train_tokenizer
+from elip_models.pretraining.models.registry import create_model
+from elip_models.pretraining.training.recipe import load_recipe, recipe_names, save_recipe
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of
-from elip_models.training.recipe import load_recipe, recipe_names, save_recipe
 from elip_models.validation import ConfigError
 from tests.fuzz.harness import Loss, command, kind, refused
 from tests.helpers.damage import picture
@@ -22,10 +22,15 @@ from tests.helpers.tiny_run import tiny_arguments
 
 for _name in (  # what commands import lazily, so that no case has to
     *("benchmarks.studies.command", "benchmarks.selection.tables", "benchmarks.paper_table1"),
-    *("elip_models.training.trainer", "elip_models.training.finetune"),
+    *("elip_models.pretraining.training.trainer", "elip_models.pretraining.training.finetune"),
     *("elip_models.profiling.max_batch", "elip_models.analysis.pictures", "matplotlib.figure"),
     *("elip_models.towers.timm", "elip_models.towers.open_clip", "elip_models.towers.hf"),
-    *("elip_models.tasks.registry", "elip_models.checkpoints.export", "datasets", "peft"),
+    *(
+        "elip_models.pretraining.tasks.registry",
+        "elip_models.pretraining.checkpoints.export",
+        "datasets",
+        "peft",
+    ),
 ):
     import_module(_name)
 for _command in COMMANDS:

@@ -7,7 +7,7 @@ import zlib
 
 from PIL import Image
 
-from elip_models.data import JsonSource, check_source
+from elip_models.pretraining.data import JsonSource, check_source
 from tests.fuzz.harness import Loss, kind
 from tests.helpers.damage import damaged, picture
 

@@ -5,7 +5,7 @@ import warnings
 
 import pyarrow
 
-from elip_models.data import ShardSource, shard_index
+from elip_models.pretraining.data import ShardSource, shard_index
 from tests.fuzz.harness import Loss, kind
 from tests.helpers.damage import picture, shard
 

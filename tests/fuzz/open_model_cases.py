@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elip_models import load_reduced, open_model, reduce_, save_reduced
-from elip_models.models.registry import create_model, load_model
+from elip_models.pretraining.models.registry import create_model, load_model
 from tests.fuzz.harness import Loss, command, kind, refused
 from tests.helpers.damage import damaged
 
@@ -137,9 +137,9 @@ def opened(load, name=None):
 
 
 def save_ours(folder):
-    from elip_models.data import train_tokenizer
-    from elip_models.models.peft.adapt import adapt_
-    from elip_models.models.peft.adapt_config import AdaptConfig
+    from elip_models.integrations.peft.adapt import adapt_
+    from elip_models.integrations.peft.adapt_config import AdaptConfig
+    from elip_models.pretraining.data import train_tokenizer
 
     tokenizer = train_tokenizer(["a red dog", "two cats"] * 9, 300)
     sizes = {"vision_width": 16, "vision_heads": 2, "text_width": 16, "text_heads": 2}

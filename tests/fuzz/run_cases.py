@@ -5,10 +5,15 @@ import json
 import torch
 from accelerate import Accelerator
 
-from elip_models.training.errors import TrainingError
-from elip_models.training.restore import restore_
-from elip_models.training.run_checkpoints import STATE_FILE, Checkpoints, _digest, step_of
-from elip_models.training.run_folder import RunFolder
+from elip_models.pretraining.training.errors import TrainingError
+from elip_models.pretraining.training.restore import restore_
+from elip_models.pretraining.training.run_checkpoints import (
+    STATE_FILE,
+    Checkpoints,
+    _digest,
+    step_of,
+)
+from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.validation import ConfigError
 from tests.fuzz.harness import Loss, kind, refused
 from tests.helpers.damage import damaged

@@ -9,10 +9,10 @@ import tarfile
 
 from PIL import Image
 
-from elip_models.data import SampleError, ShardSource, open_stream
-from elip_models.data.read_errors import SkipReport
-from elip_models.data.stream_source import ShardEnd, decode_stored
-from elip_models.data.tar_members import BLOCK
+from elip_models.pretraining.data import SampleError, ShardSource, open_stream
+from elip_models.pretraining.data.read_errors import SkipReport
+from elip_models.pretraining.data.stream_source import ShardEnd, decode_stored
+from elip_models.pretraining.data.tar_members import BLOCK
 from tests.fuzz.harness import Loss, kind, refused
 from tests.helpers.damage import header, shard, with_checksum
 

@@ -9,11 +9,11 @@ import zipfile
 import torch
 from safetensors.torch import save_file
 
-from elip_models.checkpoints.load import convert_checkpoint
-from elip_models.checkpoints.names import KINDS
-from elip_models.checkpoints.renaming import rename_tensors, reversed_names
-from elip_models.checkpoints.warm_start import warm_start_
-from elip_models.models.registry import create_model
+from elip_models.pretraining.checkpoints.load import convert_checkpoint
+from elip_models.pretraining.checkpoints.names import KINDS
+from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
+from elip_models.pretraining.checkpoints.warm_start import warm_start_
+from elip_models.pretraining.models.registry import create_model
 from tests.fuzz.harness import MARKER, Loss, command, kind, refused
 from tests.helpers.damage import damaged
 

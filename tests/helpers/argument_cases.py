@@ -8,10 +8,10 @@ from transformers import BlipVisionConfig, BlipVisionModel
 
 import elip_kernels
 import elip_models
-from elip_models.models import AdaptConfig
+from elip_models.integrations.peft.adapt_config import AdaptConfig
 from tests.helpers import embed_arguments, selection_arguments
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
-from tests.models.test_saving import CONFIG, pair
+from tests.pretraining.models.test_saving import CONFIG, pair
 
 B, N, D, H = 2, 10, 8, 2
 META = {"device": "meta"}

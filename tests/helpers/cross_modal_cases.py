@@ -13,10 +13,10 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from elip_models.models.albef import model as albef
-from elip_models.models.albef.retrieval import ALBEFRetrieval
-from elip_models.models.blip import model as blip
-from elip_models.models.meter import model as meter
+from elip_models.pretraining.models.albef import model as albef
+from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
+from elip_models.pretraining.models.blip import model as blip
+from elip_models.pretraining.models.meter import model as meter
 from tests.helpers.fsdp_cases import half
 from tests.helpers.towers import assert_equal_gradients, gradients
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import elip_models
-from elip_models.models.layers.losses import contrastive_loss, sigmoid_loss
+from elip_models.pretraining.models.layers.losses import contrastive_loss, sigmoid_loss
 from tests.helpers.fsdp_cases import CLOSE, half, open_clip_pair
 from tests.helpers.towers import SCHEDULE, assert_equal_gradients, clip_vit, gradients, images, text
-from tests.models.test_gradient_caching import tiny_clip
+from tests.pretraining.models.test_gradient_caching import tiny_clip
 
 
 def tower(rank, scorer):

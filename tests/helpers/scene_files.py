@@ -3,7 +3,7 @@
 import io
 import json
 
-from elip_models.data import EmojiScenes
+from elip_models.pretraining.data import EmojiScenes
 from tests.helpers.damage import shard
 
 NUM_SHARDS = 4

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from elip_models.models.registry import load_model
-from elip_models.training.optimizers import skip_nonfinite_step_
-from elip_models.training.run_folder import RunFolder
-from elip_models.training.trainer import Trainer, train
+from elip_models.pretraining.models.registry import load_model
+from elip_models.pretraining.training.optimizers import skip_nonfinite_step_
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.pretraining.training.trainer import Trainer, train
 from tests.helpers.tiny_run import own_process, tiny_config
 from tests.helpers.weights import assert_equal_weights
 
@@ -139,7 +139,7 @@ def fused(rank):
 
     with (
         mock.patch("torch.optim.AdamW", made),
-        mock.patch("elip_models.training.sharded.step_", step_as_told),
+        mock.patch("elip_models.pretraining.training.sharded.step_", step_as_told),
     ):
         nonfinite(rank)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from elip_models.training.evaluation import Evaluation
-from elip_models.training.trainer import train
+from elip_models.pretraining.training.evaluation import Evaluation
+from elip_models.pretraining.training.trainer import train
 from tests.helpers.tiny_run import tiny_config
 
 run = Evaluation.run

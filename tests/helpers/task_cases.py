@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from elip_models.data import Example, Sample
-from elip_models.tasks.task import Loading, Preprocessor, evaluation_transform
+from elip_models.pretraining.data import Example, Sample
+from elip_models.pretraining.tasks.task import Loading, Preprocessor, evaluation_transform
 
 LOADING = Loading(batch_size=3)
 SIZE = 8

@@ -10,8 +10,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from elip_models.cli import main
-from elip_models.training.recipe import load_recipe
-from elip_models.training.run_config import RunConfig
+from elip_models.pretraining.training.recipe import load_recipe
+from elip_models.pretraining.training.run_config import RunConfig
 
 SIZES = (
     "vision_width: 32, vision_heads: 2, vision_depth: 3, text_width: 32, text_heads: 2,"

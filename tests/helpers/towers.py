@@ -7,8 +7,8 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_models.checkpoints.names import KINDS
-from elip_models.checkpoints.renaming import rename_tensors
+from elip_models.pretraining.checkpoints.names import KINDS
+from elip_models.pretraining.checkpoints.renaming import rename_tensors
 
 SCHEDULE = "1(100%) 2(80%) 2(50%) 1(30%)"
 WIDTH = 32

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import elip_kernels
 import elip_models
-from elip_models.models.base import PretrainedModel
+from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.reduction.strategy import StageInfo
 from elip_models.reduction.summary import Summary
 

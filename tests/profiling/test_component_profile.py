@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from elip_models.models.io.open_model import open_model
-from elip_models.models.registry import FAMILIES
+from elip_models.pretraining.models.registry import FAMILIES
 from elip_models.profiling.component_profile import (
     CALLS,
     FUSION,
@@ -24,6 +23,7 @@ from elip_models.reduction.flops import strategy_flops
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.tome import ToMe
+from elip_models.saving.open_model import open_model
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import plain_vit

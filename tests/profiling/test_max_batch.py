@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from elip_models.models.registry import create_model
+from elip_models.pretraining.models.registry import create_model
 from elip_models.profiling.max_batch import bytes_of, largest_batches
 from elip_models.profiling.measure import saved_bytes
 from elip_models.profiling.workload import Workload

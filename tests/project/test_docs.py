@@ -14,7 +14,7 @@ import typer
 import elip_kernels
 import elip_models
 from elip_models.cli import app
-from elip_models.models import registry
+from elip_models.pretraining.models import registry
 from tests.helpers.tiers import slow_except
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,9 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "api"),
 ]
-WITH_PYTHON = [page for page in PAGES if page.name != "data.md"]  # tests/data/test_mixture.py
+WITH_PYTHON = [
+    page for page in PAGES if page.name != "data.md"
+]  # tests/pretraining/data/test_mixture.py
 META_PAGES = ("README.md", "index.md", "faster.md", "models.md")
 """Pages whose code uses ViT-B, which runs on the meta device: no memory, no time."""
 CPU_WORDS = ("import elip_kernels", "open_clip", "save_reduced")

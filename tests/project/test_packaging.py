@@ -54,17 +54,17 @@ for name in elip_models.__all__:
 """
 NEEDS = {
     "elip_models.analysis": "train",
-    "elip_models.checkpoints": "models",
+    "elip_models.pretraining.checkpoints": "models",
     "elip_models.create_model": "models",
-    "elip_models.data": "train",
+    "elip_models.pretraining.data": "train",
     "elip_models.embed": "embed",
     "elip_models.embedding": "embed",
     "elip_models.load_reduced": "models",
-    "elip_models.models": "models",
+    "elip_models.pretraining.models": "models",
     "elip_models.profiling": "train",
     "elip_models.save_reduced": "models",
-    "elip_models.training.recipe": "train",
-    "elip_models.training.trainer": "train",
+    "elip_models.pretraining.training.recipe": "train",
+    "elip_models.pretraining.training.trainer": "train",
 }
 """Of the rooms and names that do not work with torch alone, the extra that their error names."""
 

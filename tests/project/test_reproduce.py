@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elip_models.training.recipe import recipe_settings
+from elip_models.pretraining.training.recipe import recipe_settings
 from tests.helpers.tiny_run import elip
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduce.md"

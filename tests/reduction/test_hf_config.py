@@ -13,7 +13,7 @@ from elip_models.reduction.serialization import strategy_of
 from elip_models.validation import ConfigError
 from tests.helpers.models import HF, hf_clip, hf_vision
 from tests.helpers.towers import SCHEDULE
-from tests.models.test_saved_reduced import features
+from tests.saving.test_saved_reduced import features
 
 
 def test_save_pretrained_alone_stores_the_strategy(tmp_path):

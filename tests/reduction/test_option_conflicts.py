@@ -21,13 +21,13 @@ from elip_models import (
     reduction_summary,
 )
 from elip_models.analysis.visualize_inputs import open_visualized_model
-from elip_models.models import create_model
+from elip_models.integrations.open_clip import parse_reduce
+from elip_models.pretraining.models import create_model
 from elip_models.profiling.table import ProfileSettings
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.user_warnings import warn_once
 from elip_models.towers import as_tower
-from elip_models.training.open_clip import parse_reduce
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_vision
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text

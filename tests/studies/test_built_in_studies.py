@@ -10,7 +10,7 @@ from benchmarks.studies.measures import FINETUNED
 from benchmarks.studies.plan import load_study, plan, study_names
 from benchmarks.studies.results import read_results
 from benchmarks.studies.study import FINETUNE, Run
-from elip_models.training.training_data import meta_model
+from elip_models.pretraining.training.training_data import meta_model
 from tests.helpers.tiers import slow_except, tiered
 
 

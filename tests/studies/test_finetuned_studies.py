@@ -13,14 +13,14 @@ from benchmarks.studies.command import Progress
 from benchmarks.studies.page import study_page
 from benchmarks.studies.plan import load_study, plan
 from benchmarks.studies.study import Run
-from elip_models.data import load_tokenizer
-from elip_models.models.registry import load_model
-from elip_models.tasks.retrieval import RECALLS
-from elip_models.tasks.retrieval_task import Retrieval
-from elip_models.tasks.task import Loading
-from elip_models.training.errors import Stopped
-from elip_models.training.recipe import load_recipe
-from elip_models.training.trainer import Trainer
+from elip_models.pretraining.data import load_tokenizer
+from elip_models.pretraining.models.registry import load_model
+from elip_models.pretraining.tasks.retrieval import RECALLS
+from elip_models.pretraining.tasks.retrieval_task import Retrieval
+from elip_models.pretraining.tasks.task import Loading
+from elip_models.pretraining.training.errors import Stopped
+from elip_models.pretraining.training.recipe import load_recipe
+from elip_models.pretraining.training.trainer import Trainer
 from elip_models.validation import ConfigError
 from tests.helpers.study_case import tiny_study
 from tests.helpers.tiny_run import own_process

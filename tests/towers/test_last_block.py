@@ -10,7 +10,7 @@ from elip_models.reduction.encode import encode_image, run_tower
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
-from tests.models.test_clip import tiny
+from tests.pretraining.models.test_clip import tiny
 
 DENSE = "6(100%)"
 

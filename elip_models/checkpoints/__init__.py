@@ -1,5 +1,0 @@
-"""Import and export of weights: checkpoints of other libraries and of official implementations."""
-
-from elip_models.validation import require_packages
-
-require_packages("elip_models.checkpoints", "timm", "transformers")

@@ -1,0 +1,32 @@
+"""The settings of an adapter."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from elip_models.pretraining.models.config_base import Config
+from elip_models.validation import Positive, PositiveInt, Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig(Config):
+    """How a model is fine-tuned.
+
+    Attributes:
+        kind: 'lora', 'adapter', or None, which trains all parameters.
+        r: rank of LoRA.
+        alpha: LoRA scales its product of matrices by alpha / r.
+        dropout: dropout of the input of LoRA's matrices.
+        width: width of the bottleneck of 'adapter'.
+        target_modules: ends of the names of the layers to adapt, or one regular expression that
+            matches whole names, as in peft. None: the model's entry in `TARGETS`.
+        full: patterns of names of other parameters that train, `*` for any part. None: temperatures
+            and the parameters that a downstream model adds, such as a new head.
+    """
+
+    kind: Literal["lora", "adapter"] | None = None
+    r: PositiveInt = 8
+    alpha: Positive = 16.0
+    dropout: Rate = 0.0
+    width: PositiveInt = 64
+    target_modules: str | tuple[str, ...] | None = None
+    full: tuple[str, ...] | None = None

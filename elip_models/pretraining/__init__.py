@@ -1,0 +1,1 @@
+"""The paper's models: data, training, tasks, checkpoints and recipes."""

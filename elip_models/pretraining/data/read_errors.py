@@ -1,0 +1,121 @@
+"""Unreadable samples: counting, reporting, and an error when there are too many."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Self
+
+from elip_models.pretraining.data.examples import ExampleSource
+from elip_models.pretraining.data.sample import SampleError, Source
+from elip_models.pretraining.data.tar_members import MORE_LOST
+from elip_models.validation import Count, DataError, PositiveInt, Share, check
+
+DEFAULT_MAX_BAD_SHARE = 0.05
+
+_MIN_SAMPLES = 100  # the share of fewer samples is too uncertain to stop a run
+_EXAMPLES = 5
+
+
+Skipped = tuple[str, str] | tuple[str, str, int]
+"""Id of a sample and the reason why it cannot be read, with its index in a source that has one."""
+
+
+class SkipReport:
+    """Count of the samples that could not be read, among all samples tried.
+
+    A sample with an index is counted once, however often it is tried. Two samples are different
+    even if their ids are equal.
+
+    Args:
+        max_bad_share: Largest allowed share of unreadable samples, in [0, 1].
+        length: Number of samples of the source. Later epochs then do not dilute the share, and a
+            source of fewer than 100 samples is checked after its first pass.
+        what: Noun for the counted things in messages.
+
+    Attributes:
+        seen: Number of samples tried.
+        reasons: Id of each unreadable sample and the reason, in the order of finding.
+    """
+
+    def __init__(
+        self,
+        max_bad_share: float = DEFAULT_MAX_BAD_SHARE,
+        *,
+        length: int | None = None,
+        what: str = "samples",
+    ) -> None:
+        check("max_bad_share", max_bad_share, Share)
+        check("length", length, Count | None)
+        self.max_bad_share = max_bad_share
+        self.length = length
+        self.what = what
+        self.seen = 0
+        self.reasons: list[tuple[str, str]] = []
+        self._indices: set[int] = set()
+
+    @classmethod
+    def from_skipped(cls, skipped: Sequence[Skipped]) -> Self:
+        """Return the report of `skipped` samples, none of which could be read."""
+        report = cls(0.0)
+        report.record(skipped, len(skipped))
+        return report
+
+    @property
+    def share(self) -> float:
+        """Unreadable samples divided by samples seen; later epochs count once."""
+        seen = self.seen if self.length is None else min(self.seen, self.length)
+        return len(self.reasons) / max(1, seen)
+
+    def update(self, skipped: Iterable[Skipped], seen: int) -> None:
+        """Add unreadable samples, found among `seen` further ones.
+
+        Raises DataError if the share is above `max_bad_share`, once 100 samples were seen.
+        """
+        self.record(skipped, seen)
+        needed = _MIN_SAMPLES if self.length is None else min(_MIN_SAMPLES, self.length)
+        if self.seen >= needed and self.share > self.max_bad_share:
+            raise DataError(
+                f"{self.summary()} At most {self.max_bad_share:.1%} may be unreadable; "
+                "repair the data, or raise max_bad_share."
+            )
+
+    def record(self, skipped: Iterable[Skipped], seen: int) -> None:
+        """Add samples as `update` does, without checking the share."""
+        self.seen += seen
+        for sample_id, reason, *index in skipped:
+            if not index or self._indices.isdisjoint(index):
+                self._indices.update(index)
+                self.reasons.append((sample_id, reason))
+
+    def summary(self) -> str:
+        """Return one sentence with the count, the share, and up to five examples with reasons."""
+        if not self.reasons:
+            return f"All of {self.seen} {self.what} could be read."
+        examples = self.reasons[:_EXAMPLES]
+        listed = "; ".join(f"{name:.200} ({reason:.300})" for name, reason in examples)
+        more = ", among them" if len(self.reasons) > len(examples) else ""
+        is_exact = not any(reason.endswith(MORE_LOST) for _, reason in self.reasons)
+        return (
+            f"{'' if is_exact else 'At least '}{len(self.reasons)} of {self.seen} {self.what} "
+            f"({self.share:.1%}) could not be read{more}: {listed}."
+        )
+
+
+def check_source(source: Source, limit: int | None = None) -> SkipReport:
+    """Read every sample, or the first `limit`, and report those that cannot be read."""
+    check("limit", limit, PositiveInt | None)
+    report = SkipReport(length=len(source))
+    for index in range(len(source) if limit is None else min(limit, len(source))):
+        skipped = []
+        try:
+            source[index]
+        except SampleError as error:
+            skipped.append((error.id, error.reason, index))
+        report.record(skipped, 1)
+    return report
+
+
+def readable_samples(source: Source | ExampleSource, indices: Iterable[int]) -> Iterator[Any]:
+    """Yield the samples, or examples, at `indices` that can be read."""
+    for index in indices:
+        with suppress(SampleError):
+            yield source[index]

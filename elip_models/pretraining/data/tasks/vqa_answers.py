@@ -1,0 +1,101 @@
+"""The accuracy of VQA by the rule of the official `vqaEval.py`.
+
+    strip_punctuation   a mark beside a space, and every mark of a text      "red, blue" "red blue"
+                        with a number such as 1,000, is removed; any other   "t-shirt"   "t shirt"
+                        becomes a space; a period stays before a digit       "no. 2.5"   "no 2.5"
+    normalise_words     lower case, number words as digits,                  "Two dogs"  "2 dogs"
+                        no articles, contractions with an apostrophe         "dont"      "don't"
+
+The accuracy of a prediction is min(1, 3 x share of the people whose answer equals it), which is the
+mean of min(1, n / 3) over all sets of nine of the ten people. What is compared depends on the
+revision of the official file:
+
+    2017   prediction: both steps. People: punctuation, only where they disagree
+    2021   both steps for prediction and people where these disagree; otherwise no step
+
+By the rule of 2017, a question that all people answered with "none" is never answered correctly.
+Source: VQA (Antol et al., 2015), PythonEvaluationTools of its repository. The file of 2017 is also
+that of ALBEF and ELIP (`vqaTools/vqaEval.py`).
+"""
+
+import re
+from functools import lru_cache
+from typing import Literal
+
+from elip_models.pretraining.data.examples import soft_scores
+
+Revision = Literal[2017, 2021]
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NO_DECIMAL = re.compile(r"\.(?!\d)")
+THOUSANDS = re.compile(r"\d,\d")
+STEMS = {  # of the corrected contractions, by ending
+    "'t": "ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn oughtn shan "
+    "shouldn wasn weren won wouldn",
+    "'t've": "couldn hadn mightn shouldn wouldn",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'d've": "he it she somebody someone something there they we who you y'all",
+    "'ll": "how it somebody someone something they what who why you y'all",
+    "'s": "he how somebody someone that there what when where who why",
+    "'re": "there they what why you",
+    "'all": "y",
+    "'am": "ma",
+    "'clock": "o",
+    "'twas": "",
+    "'s'at": "'ow",
+}
+CONTRACTIONS = {"somebody'd": "somebodyd"}  # as the official list has it
+CONTRACTIONS |= {  # each form without one of its apostrophes
+    form[:place] + form[place + 1 :]: form
+    for form in (stem + end for end, stems in STEMS.items() for stem in stems.split(" "))
+    for place in range(len(form))
+    if form[place] == "'"
+}
+
+
+def strip_punctuation(text: str) -> str:
+    """Return the text without punctuation, see the top of this file."""
+    joins, kept = THOUSANDS.search(text) is not None, text
+    for mark in PUNCTUATION:
+        is_beside_space = f"{mark} " in text or f" {mark}" in text
+        kept = kept.replace(mark, "" if joins or is_beside_space else " ")
+    return NO_DECIMAL.sub("", kept)
+
+
+def normalise_words(text: str) -> str:
+    """Return the text in lower case with digits and apostrophes, and without articles."""
+    words = (DIGITS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+@lru_cache(2**16)
+def normalise_answer(answer: str) -> str:
+    """Return an answer after both steps: "The two dogs." becomes "2 dogs", "the" becomes ""."""
+    return normalise_words(strip_punctuation(_on_one_line(answer)))
+
+
+def vqa_accuracy(answers: dict[str, float], predicted: str, revision: Revision = 2017) -> float:
+    """Return the official accuracy in [0, 1] of a predicted answer.
+
+    Args:
+        answers: The answers as people wrote them, each with the share of the ten people.
+        predicted: The answer of a model.
+        revision: Year of the rule.
+    """
+    if revision == 2017:
+        in_prediction = normalise_answer
+        in_people = strip_punctuation if len(answers) > 1 else str
+    else:
+        disagree = len({_on_one_line(answer) for answer in answers}) > 1
+        in_prediction = in_people = normalise_answer if disagree else _on_one_line
+    wanted = in_prediction(predicted)
+    share = sum(share for answer, share in answers.items() if in_people(answer) == wanted)
+    return soft_scores({wanted: share})[wanted]
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()

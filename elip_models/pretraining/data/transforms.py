@@ -1,0 +1,90 @@
+"""Image transforms for training and evaluation, which return normalised tensors."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elip_models.pretraining.data.augment import MAX_MAGNITUDE, METERRandAugment, RandAugment
+from elip_models.validation import (
+    Bounds,
+    Positive,
+    PositiveInt,
+    PositiveShare,
+    check,
+    require_extra,
+)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+Magnitude = Annotated[int, Bounds(0, MAX_MAGNITUDE)]
+ResizeMode = Literal["crop", "squash"]
+RandAugmentPolicy = Literal["albef", "meter"]
+
+
+def image_transform(
+    image_size: int,
+    *,
+    train: bool,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    scale: tuple[float, float] | None = (0.9, 1.0),
+    flip: bool = False,
+    randaugment: tuple[int, int] | None = None,
+    randaugment_policy: RandAugmentPolicy = "albef",
+    resize: ResizeMode = "crop",
+) -> Callable[[Image.Image], Tensor]:
+    """Return a function from an RGB image to a normalised (3, S, S) float32 tensor.
+
+    In training, the transform draws from torch's CPU generator.
+
+    Args:
+        image_size: S, in pixels.
+        train: Whether to augment the image with `scale`, `flip` and `randaugment`.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        scale: Range of the random crop's share of the area. None: no random crop.
+        flip: Mirror half of the images. Captions with "left" and "right" become wrong.
+        randaugment: Number of operations and their magnitude, 0 to 10.
+        randaugment_policy: "albef": RandAugment after the crop; "meter": METERRandAugment before.
+        resize: "crop" resizes the shorter side and crops the centre. "squash" resizes both sides
+            and changes the aspect ratio.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range.
+        ImportError: torchvision is missing.
+    """
+    check("image_size", image_size, PositiveInt)
+    check("train", train, bool)
+    check("mean", _as_tuple(mean), tuple[float, float, float])
+    check("std", _as_tuple(std), tuple[Positive, Positive, Positive])
+    check("scale", _as_tuple(scale), tuple[PositiveShare, PositiveShare] | None)
+    if scale is not None and scale[0] > scale[1]:
+        raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
+    check("randaugment", _as_tuple(randaugment), tuple[PositiveInt, Magnitude] | None)
+    check("randaugment_policy", randaugment_policy, RandAugmentPolicy)
+    check("resize", resize, ResizeMode)
+    with require_extra("image_transform"):
+        from torchvision.transforms import InterpolationMode, v2
+    bicubic = InterpolationMode.BICUBIC
+    size = [image_size, image_size] if resize == "squash" else image_size
+    steps: list[Callable[[Image.Image], Image.Image]] = [
+        v2.Resize(size, interpolation=bicubic),
+        v2.CenterCrop(image_size),
+    ]
+    if train and scale is not None:
+        steps = [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
+    if train and flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if train and randaugment is not None and randaugment_policy == "meter":
+        steps.insert(0, METERRandAugment(*randaugment))
+    elif train and randaugment is not None:
+        steps.append(RandAugment(*randaugment))
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    return v2.Compose([*steps, *to_tensor, v2.ToPureTensor()])
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,341 @@
+"""The base class of our models: configuration, saving and loading, and the interface for training.
+
+A saved folder contains config.json with the model's family, model.safetensors, a model card and the
+tokenizer's files. Adapters of `adapt_` are saved in files of their own. A tensor that has several
+names, such as tied embeddings, is written once, under its first name.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelHubMixin
+from torch import Tensor, nn
+
+from elip_models.integrations.peft.adapt import adapt_, unadapted_name
+from elip_models.integrations.peft.adaptable_model import AdaptableModel
+from elip_models.integrations.peft.saved_adapter import (
+    has_adapter,
+    load_adapter_,
+    remove_adapter,
+    save_adapter,
+)
+from elip_models.pretraining.models.config import Config
+from elip_models.pretraining.models.layers.guidance_sampling import (
+    drop_guidance,
+    replace_with_negatives,
+)
+from elip_models.reduction.strategies import PatchDropout
+from elip_models.reduction.strategies.dense import Dense
+from elip_models.reduction.strategy import Strategy
+from elip_models.saving.files import read_config, read_tensors, write_json, write_tensors
+from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
+from elip_models.saving.meta_build import meta_device, with_memory
+from elip_models.saving.weights import check_weights, first_names, load_weights
+from elip_models.towers import Tower, as_tower
+from elip_models.towers.base import scoring_context
+from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
+from elip_models.validation import as_config_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PretrainedModel(
+    AdaptableModel,
+    ModelHubMixin,
+    library_name="elip-kernels",
+    tags=["image-text", "token-reduction", "elip"],
+    model_card_template=CARD,
+):
+    """Base class of our models. `ModelHubMixin` provides `push_to_hub(repo_id)`.
+
+    The output of a forward pass has `loss`, and one `loss_..` for each part of a sum.
+
+    Attributes:
+        family: name of the architecture in config.json.
+        config_class: class of `config`.
+        config: configuration; has `context_length` and the fields of `ReductionConfig`.
+        visual: the image model.
+        tower: adapter of `visual`, which runs it block by block.
+        reduction: token reduction strategy of the forward pass.
+        dense: the strategy that reduces nothing.
+        ranks: whether `image_features` and `text_features` can be compared.
+        task: name of the downstream task; None for pre-training.
+        pretraining: class of the pre-trained model that a downstream model starts from.
+    """
+
+    reduces_itself = True
+    config_class: ClassVar[type[Config]]
+    visual: nn.Module
+    tower: Tower
+    reduction: Strategy
+    dense: Strategy
+    ranks: ClassVar[bool] = True
+    task: ClassVar[str | None] = None
+    pretraining: ClassVar[type["PretrainedModel"]]
+
+    @classmethod
+    def from_pretraining(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Map the weights of a pre-trained model to the names of this model, with `config`.
+
+        Its other parameters keep their initial values. `weights` are the state dict of
+        `pretraining`, and do not change.
+        """
+        return weights
+
+    def new_parameters(self) -> set[str]:
+        """Return the names of the parameters that `from_pretraining` does not provide."""
+        if self.task is None:
+            return set()
+        kind = self.pretraining.config_class
+        config = kind(**{each.name: getattr(self.config, each.name) for each in fields(kind)})
+        with torch.device("meta"):
+            given = self.from_pretraining(self.pretraining(config).state_dict(), self.config)
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        known = {id(parameter) for name, parameter in parameters.items() if name in given}
+        return {name for name, parameter in parameters.items() if id(parameter) not in known}
+
+    @property
+    def image_model(self) -> nn.Module:
+        """The same as `visual`."""
+        return self.visual
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return normalised features (B, E) of images (B, 3, H, W) without text, if `ranks`."""
+        raise NotImplementedError
+
+    def project_image(self, tokens: Tensor) -> Tensor:
+        """Return normalised features (B, E) of tokens (B, N, D); of CLS tokens if not `ranks`."""
+        return F.normalize(tokens[:, 0], dim=-1)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return normalised features (B, E) of input_ids, attention_mask (B, L), if `ranks`."""
+        raise NotImplementedError
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the guidance (B, D) of the image tower from input_ids, attention_mask (B, L)."""
+        raise NotImplementedError
+
+    def set_batch_slices(self, count: int) -> None:
+        """Encode a batch in `count` slices and recompute them in backward, to save memory.
+
+        Gradients do not change. A loss that depends on more than features raises ValueError.
+        """
+        if count != 1:
+            raise ValueError(
+                f"expected 1, since the loss of {self.family} depends on more than features, "
+                f"got {count}"
+            )
+
+    def as_tensor(self, output: Any) -> Tensor:
+        """Return the loss of an output."""
+        return output.loss
+
+    def image_stats(self) -> Stats:
+        """Return the colour statistics of CLIP, which our models are trained with."""
+        return clip_stats()
+
+    def load_tokenizer(self, name: str) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer that `save_pretrained` wrote into the folder `name`."""
+        from elip_models.pretraining.data import load_tokenizer
+
+        check_tokenizer_in(Path(name))
+        return load_tokenizer(name)
+
+    def tokenise(
+        self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return input_ids and attention_mask (B, L) of B captions, by the rule of the config."""
+        from elip_models.pretraining.data import apply_caption_rule, tokenize
+
+        rule, max_words = self.config.captions, self.config.max_words
+        texts = [apply_caption_rule(caption, rule, max_words) for caption in captions]
+        return tokenize(tokenizer, texts, self.config.context_length)
+
+    def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return `text_cls(input_ids, attention_mask)`."""
+        return self.text_cls(input_ids, attention_mask)
+
+    def read_tower(self) -> None:
+        """Set `tower`, `dense` and `reduction` from the image model and the config."""
+        self.tower, self.dense = as_tower(self.visual), Dense()
+        self.reduction = self.config.reduction.fitted(self.tower)
+
+    def select_guidance(
+        self,
+        text_cls: Tensor,
+        features: Tensor | None = None,
+        scale: Tensor | None = None,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Select the guidance (B, D) of the images of a training step by the rules of the config.
+
+        Random choices are made in training mode only. A row of zeros means no text.
+
+        Args:
+            text_cls: (B, D), guidance from the images' own captions.
+            features: (B, E), normalised features of the same captions, for `guide_negatives`.
+            scale: inverse temperature, beside `features`.
+            guide_ids: (B, L), other captions of the same images, required for guide='other'.
+            guide_mask: (B, L), attention mask of `guide_ids`.
+        """
+        config = self.config
+        if not self.reduction.is_guided:
+            return text_cls
+        if config.reads_guide_captions:
+            if guide_ids is None:
+                raise ValueError(
+                    "guide_ids: expected another caption of each image, (B, L), with "
+                    "guide='other', got none; `elip train` passes them"
+                )
+            with scoring_context(self, text_cls):
+                text_cls = self.text_cls(guide_ids, guide_mask)
+        if self.training and features is not None and config.guide_negatives:
+            text_cls = replace_with_negatives(text_cls, features, scale, config.guide_negatives)
+        if self.training and config.guide_dropout:
+            text_cls = drop_guidance(text_cls, config.guide_dropout)
+        return text_cls
+
+    def begin_step(self, step: int, epoch: float = math.inf) -> None:
+        """Update what depends on the step, from 0, or the epochs so far, such as patch dropout."""
+        dropout = self.config.reduction
+        if isinstance(dropout, PatchDropout):
+            self.reduction = dropout.at(step).fitted(self.tower)
+
+    def clamp_temperature_(self) -> None:
+        """Clamp the temperature to its interval, after a training step."""
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise ValueError if a step cannot have `batch_size` pairs over all ranks."""
+
+    def monitored(self) -> dict[str, Tensor]:
+        """Return scalars that the training log shows beside the losses."""
+        return {}
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Return the config fields that follow from a tokenizer and the length of a text.
+
+        Special tokens that the tokenizer lacks are added. ValueError is raised if it does not fit.
+        """
+        raise NotImplementedError
+
+    def reset_momentum_(self) -> None:
+        """Make momentum copies, if any, equal to the parameters that they follow."""
+
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Store what training needs of the vocabulary beside the config."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in the backward pass instead of saving their activations."""
+        self.visual.set_grad_checkpointing(enable)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, tokenizer: Any = None, **options: Any
+    ) -> Path:
+        """Save the model; a file that cannot be written completely is not replaced.
+
+        Args:
+            folder: gets model.safetensors, config.json, and README.md if it has none.
+            tokenizer: saved into the folder too, if given.
+            options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True. Call
+                `tokenizer.push_to_hub` as well for the tokenizer.
+
+        Returns:
+            The folder.
+        """
+        with staging_folder(Path(folder)) as staging:
+            super().save_pretrained(staging, **({"repo_id": Path(folder).name} | options))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+        if self.adapted is None:
+            remove_adapter(folder)
+        return Path(folder)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        first, state = first_names(self), self.state_dict()
+        weights = {
+            unadapted_name(name): weight
+            for name, weight in state.items()
+            if first[name] == name and unadapted_name(name)
+        }
+        if self.adapted is not None:
+            save_adapter(self, save_directory)
+        write_tensors(save_directory / "model.safetensors", weights)
+        config = {"model": self.family, **asdict(self.config)}
+        write_json(save_directory / "config.json", config)
+
+    def generate_model_card(self, **values: Any) -> ModelCard:
+        """Return the model card, with the FLOPs of the image tower."""
+        name = type(self).__name__
+        ours = card_values(self.config.reduction, self.tower.size) | {
+            "name": name,
+            "about": f"{name} of elip-kernels, with token reduction in the image tower "
+            "([ELIP](https://arxiv.org/abs/2309.16738)).",
+            "usage": 'import elip_models\n\nmodel = elip_models.create_model("hf:owner/name")',
+        }
+        return super().generate_model_card(**(ours | values))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, *, token: str | bool | None = None) -> Self:
+        """Load the model that `save_pretrained` wrote.
+
+        Args:
+            folder: a folder, or a repository of the hub, 'owner/name' or 'owner/name@revision'.
+            token: access token of a private repository.
+
+        Raises:
+            FileNotFoundError: the folder, the repository, or one of the two files is missing.
+            ValueError: the config is of another model, or the weights do not fit the config.
+        """
+        path = fetch_folder(folder, token=token)
+        family, config = read_config(path)
+        if family != cls.family:
+            raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
+        with as_config_error(str(path / "config.json")):
+            made = cls.config_class.from_dict(config)
+        weights = read_tensors(path / "model.safetensors")
+        try:
+            with meta_device(len(weights)):  # weights that do not fit take no memory
+                outline = cls(made)
+            check_weights(outline, weights)
+        except ValueError as error:
+            raise ValueError(
+                f"folder: expected weights that fit {path}/config.json: {error}"
+            ) from error
+        model = with_memory(outline, lambda: cls(made), weights)
+        load_weights(model, weights)
+        return load_adapter_(model, path) if has_adapter(path) else model
+
+
+def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:
+    """Return a model with the same weights and other config fields; ValueError if they misfit."""
+    if not overrides:
+        return model
+    other = type(model)(type(model.config).from_dict(vars(model.config) | overrides))
+    if model.adapted is not None:
+        adapt_(other, model.adapted.config)
+    load_weights(other, model.state_dict())
+    return other
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set all modules to eval mode, and restore the mode of each on exit."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,302 @@
+"""CLIP with a text-guided, token-reduced image tower, for pre-training.
+
+    text      f_text = normalise(W_t text[EOS])
+    guidance  t = f_text @ W_i, detached: the text feature in the width of the image tower
+    image     f_image = normalise(W_i image[CLS]), ViT reduced by ELIP under t
+    loss      contrastive loss of the pairs (ITC), or SigLIP's sigmoid loss
+
+With text_reduction='learned', the image guides which text tokens are dropped. A dense forward of
+the image tower then comes first, and f_image @ W_t is the guidance of the text tower.
+
+Source: CLIP (Radford et al., 2021); SigLIP (Zhai et al., 2023); ELIP, section 3, and its official
+CLIP code.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import CLIPTextConfig
+
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.config import ContrastiveConfig, TextReductionConfig, TokenId
+from elip_models.pretraining.models.layers.clip_text import CLIPTextTower
+from elip_models.pretraining.models.layers.gradient_caching import encode_in_slices
+from elip_models.pretraining.models.layers.losses import contrastive_loss, sigmoid_loss
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
+from elip_models.towers.reducible_model import random_ids
+from elip_models.validation import (
+    Bounds,
+    Depth,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    Size,
+    check,
+    divisor_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPERATURES = {"itc": 0.07, "sigmoid": 0.1}
+INITIAL_BIAS = -10.0
+"""Initial bias of SigLIP (Zhai et al., 2023), since most pairs of a batch are negatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig(ContrastiveConfig, TextReductionConfig):
+    """Hyper-parameters of a CLIP model.
+
+    For the other fields, see `VisionConfig`, `ContrastiveConfig` and `TextReductionConfig`.
+
+    Attributes:
+        activation: of all MLPs; OpenAI's models use 'quick_gelu', x sigmoid(1.702 x).
+        loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's loss with a learned bias.
+        temperature: initial temperature of the similarities; None is 0.07, and 0.1 for 'sigmoid'.
+        gather: where negatives come from, see `contrastive_loss`.
+    """
+
+    vision_norm_eps: NonNegative = 1e-5
+    text_width: Size = 512
+    text_depth: Depth = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 8
+    text_mlp_ratio: Positive = 4.0
+    text_norm_eps: NonNegative = 1e-5
+    vocab_size: Size = 49408
+    context_length: Size = 77
+    eos_token_id: TokenId = 49407
+    pad_token_id: TokenId = 0
+    embed_dim: Size = 512
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    drop_path: Rate = 0.0
+    loss: Literal["itc", "sigmoid"] = "itc"
+    temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
+    gather: Literal["local", "global"] = "local"
+
+    def vit(self, **options: Any) -> VisionTransformer:
+        """Create the image tower with CLIP's initial weights; `options` are timm's."""
+        visual = super().vit(
+            act_layer=self.activation, drop_path_rate=self.drop_path, pre_norm=True, **options
+        )
+        _init_visual(visual)
+        return visual
+
+    @property
+    def text(self) -> CLIPTextConfig:
+        """Config of the text tower."""
+        return CLIPTextConfig(
+            hidden_size=self.text_width,
+            intermediate_size=int(self.text_width * self.text_mlp_ratio),
+            num_hidden_layers=self.text_depth,
+            num_attention_heads=self.text_heads,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.context_length,
+            hidden_act=self.activation,
+            layer_norm_eps=float(self.text_norm_eps),
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=None,
+            attn_implementation="sdpa",
+        )
+
+
+@dataclass
+class CLIPOutput:
+    """Output of a step: the scalar loss, and normalised features (B, E) of images and texts."""
+
+    loss: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+class CLIP(PretrainedModel):
+    """Image tower of timm, text tower of transformers, a projection for each, and a temperature."""
+
+    family = "clip"
+    config_class = CLIPConfig
+    batch_slices = 1
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = config.vit()
+        self.read_tower()
+        self.text = CLIPTextTower(config.text, config.text_token_reduction)
+        self.image_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        temperature = config.temperature or TEMPERATURES[config.loss]
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return images and a random text for each, and guide captions if the config needs them."""
+        config = self.config
+        sizes = config.context_length, config.vocab_size, config.eos_token_id
+        inputs = {"images": images, "input_ids": random_ids(images, *sizes)}
+        guides = {"guide_ids": random_ids(images, *sizes)}
+        return inputs | (guides if config.reads_guide_captions else {})
+
+    def guidance(self, text_features: Tensor) -> Tensor:
+        """Map text features (B, E) to the width of the image tower -> (B, D), detached."""
+        return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
+
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_features: Tensor | None = None,
+        reduce: bool = True,
+    ) -> Tensor:
+        """Return normalised features (B, E) of texts (B, L); reduce=False keeps all text tokens.
+
+        image_features (B, E), normalised, guide text_reduction='learned'. Without them, 'learned'
+        drops no token and warns. Other strategies ignore them.
+        """
+        image_cls = None
+        if reduce and self.config.image_guides_text:
+            if image_features is None:
+                reduce = False
+                if not torch.compiler.is_compiling():
+                    warn_once(
+                        "no image guidance was given, so no text token is dropped "
+                        "(text_reduction='learned'); pass image_features, or pass reduce=False",
+                        UnguidedWarning,
+                    )
+            else:
+                weight = self.text_projection.weight
+                image_cls = (image_features @ weight.to(image_features.dtype)).detach()
+        hidden = self.text(input_ids, attention_mask, image_cls=image_cls, reduce=reduce)
+        return F.normalize(self.text_projection(hidden), dim=-1)
+
+    def encode_image(
+        self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
+    ) -> Tensor:
+        """Return normalised features (B, E) of images (B, 3, H, W); reduce=False runs all tokens.
+
+        text_features (B, E), normalised, guide the reduction; without them, `config.without_text`
+        applies. Without gradient, in eval mode, the last block computes the CLS token alone.
+        """
+        text_cls = self.guidance(text_features) if reduce and text_features is not None else None
+        return self._encode_image(images, text_cls, self.reduction if reduce else self.dense)
+
+    def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
+        tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
+        return self.project_image(tokens)
+
+    def project_image(self, tokens: Tensor) -> Tensor:
+        """Return normalised features (B, E) of image tokens (B, N, D)."""
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return normalised features (B, E) of images (B, 3, H, W), without text."""
+        return self.encode_image(images)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return normalised features (B, E) of texts (B, L)."""
+        return self.encode_text(input_ids, attention_mask)
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the guidance (B, D) of the image tower from texts (B, L)."""
+        return self.guidance(self.encode_text(input_ids, attention_mask))
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+    ) -> CLIPOutput:
+        """Return the contrastive loss of a batch; row i of images and texts is one pair.
+
+        text_reduction='learned' adds a dense forward of the image tower, without gradient. For
+        ViT-B/16 this costs about ten times the multiply-adds that it saves in the text tower.
+        guide_ids and guide_mask (B, L) are other captions of the images, for guide='other'.
+        """
+        dense_features = None
+        if self.config.image_guides_text:
+            dense_features = self._dense_features(images)
+        text_features = encode_in_slices(
+            lambda ids, mask, image: self.encode_text(ids, mask, image_features=image),
+            self.batch_slices,
+            *(input_ids, attention_mask, dense_features),
+        )
+        text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
+        guides = self.select_guidance(text_cls, text_features, scale, guide_ids, guide_mask)
+        encode = partial(self._encode_image, strategy=self.reduction)
+        image_features = encode_in_slices(encode, self.batch_slices, images, guides)
+        features = image_features, text_features
+        return CLIPOutput(self._loss(*features), *features)
+
+    def set_batch_slices(self, count: int) -> None:
+        """Encode a batch in `count` slices, see `layers/gradient_caching.py`."""
+        check("count", count, PositiveInt)
+        self.batch_slices = count
+
+    def _loss(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        features, scale = (image_features, text_features), self.logit_scale.exp()
+        gather = self.config.gather
+        if self.config.loss == "sigmoid":
+            return sigmoid_loss(*features, scale, self.logit_bias, gather=gather)
+        return contrastive_loss(*features, scale, gather=gather)
+
+    @torch.no_grad()
+    def _dense_features(self, images: Tensor) -> Tensor:
+        features = self.encode_image(images, reduce=False)
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()  # some releases keep weights cast without gradient
+        return features
+
+    @torch.no_grad()
+    def clamp_temperature_(self) -> None:
+        """Keep the temperature at 0.01 or above, as CLIP does; SigLIP has no limit."""
+        if self.config.loss == "itc":
+            self.logit_scale.clamp_(0, math.log(100))
+
+    def monitored(self) -> dict[str, Tensor]:
+        """Return the temperature, and the bias of the sigmoid loss."""
+        temperature = {"temperature": (-self.logit_scale).exp()}
+        return temperature | ({"bias": self.logit_bias} if self.config.loss == "sigmoid" else {})
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Return the config fields that follow from a tokenizer: sizes, EOS and padding ids."""
+        return {
+            "vocab_size": len(tokenizer),
+            "context_length": context_length,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers of both towers in backward instead of storing their activations."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)
+
+
+@torch.no_grad()
+def _init_visual(visual: VisionTransformer) -> None:
+    """Draw initial weights by width and depth, as CLIP does for its text tower."""
+    width, depth = visual.embed_dim, len(visual.blocks)
+    for table in (visual.cls_token, visual.pos_embed):
+        nn.init.normal_(table, std=width**-0.5)
+    for block in visual.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
+        nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+        for output in (block.attn.proj, block.mlp.fc2):
+            nn.init.normal_(output.weight, std=(2 * width * depth) ** -0.5)

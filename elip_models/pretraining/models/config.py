@@ -1,0 +1,219 @@
+"""Configuration of models: inputs, image tower, and token reduction of images and texts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from elip_models.pretraining.models.config_base import Config
+from elip_models.pretraining.models.layers.text_reduction import TextReduction, TextStrategy
+from elip_models.reduction.schedule import Schedule, check_merge
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.serialization import settings_of
+from elip_models.reduction.strategies.dense import Dense
+from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
+from elip_models.reduction.strategy import Merge, Strategy
+from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.validation import (
+    Count,
+    Depth,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    Share,
+    Size,
+    below,
+    divisor_of,
+)
+
+TokenId = Annotated[Count, below("vocab_size")]
+OF_ELIP = ELIPOptions.__annotations__.keys() - {"without_text"}  # which all guided strategies have
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig(Config):
+    """Preprocessing of images and captions, in training and evaluation.
+
+    Attributes:
+        resize: 'crop' uses the centre of an image; 'squash' all of it, with another aspect ratio.
+        captions: 'plain', or another rule of `data/caption_rules.py`.
+        max_words: Number of words of a text that all rules except 'plain' keep.
+    """
+
+    resize: Literal["crop", "squash"] = "crop"
+    captions: Literal["plain", "albef", "blip", "blip_question"] = "plain"
+    max_words: PositiveInt = 30
+
+    @property
+    def reads_guide_captions(self) -> bool:
+        """Whether a training step takes a second caption of each image, for guidance."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(InputConfig):
+    """Sizes of the image tower, a timm VisionTransformer without a head."""
+
+    image_size: Size = 224
+    patch_size: Annotated[Size, divisor_of("image_size")] = 16
+    vision_width: Size = 768
+    vision_depth: Depth = 12
+    vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
+    vision_mlp_ratio: Positive = 4.0
+    vision_norm_eps: NonNegative = 1e-6
+
+    def vit(self, **options: Any) -> VisionTransformer:
+        """Return the image tower; `options` are passed to timm."""
+        return VisionTransformer(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.vision_width,
+            depth=self.vision_depth,
+            num_heads=self.vision_heads,
+            mlp_ratio=self.vision_mlp_ratio,
+            norm_layer=partial(nn.LayerNorm, eps=self.vision_norm_eps),
+            num_classes=0,
+            **options,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReductionConfig(VisionConfig):
+    """Token reduction of a model's image tower, by default ELIP as in the paper.
+
+    `scorer`, `fusion`, `guidance_norm`, `without_text`, `merge` and `proportional` are documented
+    in `ELIPOptions`.
+
+    Attributes:
+        strategy: 'elip', or a text for `get_strategy`, such as 'tome' or 'evit:keep_ratio=0.7'.
+        strategy_options: further options of a strategy other than 'elip', such as {'r': 13}. Such a
+            strategy also gets `schedule` and `without_text`, if it has them and they are not here.
+        schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset. None: 'elip' does not reduce, and
+            other strategies use their own default.
+        count_cls: whether keep ratios count CLS among the patches, as in the official CLIP code.
+        guide_dropout: share of the images that training reduces without text.
+
+    Raises:
+        TypeError, ValueError: a field is invalid; the message has its name and value.
+    """
+
+    strategy: str = "elip"
+    strategy_options: dict[str, Any] | None = None
+    schedule: str | None = None
+    count_cls: bool = False
+    scorer: ScorerName = "exact"
+    fusion: Share = ELIP.fusion
+    guidance_norm: Literal["none", "match"] = ELIP.guidance_norm
+    without_text: Literal["dense", "vision"] = "dense"
+    merge: Merge = ELIP.merge
+    proportional: bool = ELIP.proportional
+    guide_dropout: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_merge(self.merge)
+        super().__post_init__()
+        if self.schedule is not None:
+            self.elip(self.schedule).schedule.for_depth(self.vision_depth)
+        reduction = self.reduction  # raises an error for invalid options
+        if not reduction.is_guided and not isinstance(reduction, Dense):
+            for name, value, default in self._changed_fields():
+                if name.startswith("guide"):
+                    raise ValueError(
+                        f"{name}: expected {default!r} where no text guides the reduction, "
+                        f"which is {reduction}, got {value!r}"
+                    )
+
+    def _changed_fields(self) -> Iterator[tuple[str, Any, Any]]:
+        """Yield the name, value and default of each field that differs from its default."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                yield field.name, value, field.default
+
+    @property
+    def reduction(self) -> Strategy:
+        """The strategy of the image tower."""
+        name, written = parse_spec(self.strategy)
+        options = self.strategy_options or {}
+        schedule = self.schedule and Schedule.parse(self.schedule, count_cls=self.count_cls)
+        if name == ELIP.name:
+            if written or options:
+                raise ValueError(
+                    "strategy_options: expected None with strategy='elip', whose options are "
+                    f"fields of their own, got {options or written!r}"
+                )
+            return self.elip(schedule) if schedule else Dense()
+        ours = {"schedule": schedule, "without_text": self.without_text}
+        left = kinds_of(name).keys() - written.keys() - options.keys()
+        for field, value, _ in self._changed_fields():
+            if field in OF_ELIP & left:  # `name` has this option too, and would not get it
+                raise ValueError(
+                    f"{field}: expected strategy='elip', whose option it is, got {value!r} "
+                    f"with strategy={name!r}; set strategy='{name}:{field}={value}'"
+                )
+        taken = {name: value for name, value in ours.items() if name in left}
+        return get_strategy(self.strategy, **taken, **options)
+
+    def elip(self, schedule: Schedule | str) -> ELIP:
+        """Return ELIP with that schedule and the options of this config."""
+        return ELIP(schedule, **{name: getattr(self, name) for name in ELIPOptions.__annotations__})
+
+
+def reduction_fields(strategy: Strategy) -> dict[str, Any]:
+    """Return `schedule`, `strategy` and `strategy_options` of `ReductionConfig` for a strategy."""
+    schedule = getattr(strategy, "schedule", None)
+    found = {} if schedule is None else {"schedule": schedule.exact}
+    if type(strategy) is not ELIP:
+        settings = settings_of(strategy)["settings"]
+        own = {key: v for key, v in settings.items() if key not in ("schedule", "without_text")}
+        found |= {"strategy": strategy.name, "strategy_options": own}
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig(ReductionConfig):
+    """The caption that guides an image in training with the contrastive loss.
+
+    Attributes:
+        guide: 'own', as in the paper, is the caption of the positive pair. The kept tokens then
+            leak the caption into the loss. 'other' is another caption of the image, `guide_ids`.
+        guide_negatives: share of the images that the caption of another image guides; similar
+            captions are more likely.
+    """
+
+    guide: Literal["own", "other"] = "own"
+    guide_negatives: Share = 0.0
+
+    @property
+    def reads_guide_captions(self) -> bool:
+        """Whether a training step takes a second caption of each image, for guidance."""
+        return self.guide == "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReductionConfig(Config):
+    """Pruning of text tokens after half of the layers of a text tower.
+
+    Attributes:
+        text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
+        text_drop: share of a text's tokens that are dropped.
+    """
+
+    text_reduction: TextStrategy | None = None
+    text_drop: Rate = 0.4
+
+    @property
+    def text_token_reduction(self) -> TextReduction | None:
+        """The reduction of texts, or None if no token would be dropped."""
+        if self.text_reduction is None or self.text_drop == 0:
+            return None
+        return TextReduction(self.text_reduction, self.text_drop)
+
+    @property
+    def image_guides_text(self) -> bool:
+        """Whether the dropped text tokens depend on the image."""
+        return self.text_reduction == "learned" and self.text_drop > 0

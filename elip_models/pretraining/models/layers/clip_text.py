@@ -1,0 +1,117 @@
+"""CLIP's text tower, from transformers, with an optional reduction of text tokens."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from elip_kernels import cls_attention
+from elip_models.pretraining.models.layers.text_reduction import TextReduction
+from elip_models.towers.base import scoring_context
+from elip_models.towers.wrapped_modules import unsharded
+
+
+class CLIPTextTower(nn.Module):
+    """CLIP's causal text transformer, pooled at the end-of-text token.
+
+    `reduction` drops text tokens before layer depth // 2 (ELIP, section 4.4.1); None keeps all.
+    """
+
+    def __init__(self, config: CLIPTextConfig, reduction: TextReduction | None) -> None:
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.reduction = reduction
+        self.transformer = CLIPTextModel(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_cls: Tensor | None = None,
+        reduce: bool = True,
+    ) -> Tensor:
+        """Return the output (B, width) at the first EOS, or at the last real token without one.
+
+        image_cls (B, width) is the image CLS for 'learned', detached here; others ignore it.
+        """
+        position = self._position(input_ids, attention_mask)
+        if self.reduction is not None and reduce:
+            hidden, position = self._reduced(input_ids, attention_mask, position, image_cls)
+        else:
+            hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
+
+    def _position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        is_eos = input_ids == self.eos_token_id
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if attention_mask is not None:
+            is_eos = is_eos & (attention_mask != 0)
+            positions = positions * (attention_mask != 0)
+        return torch.where(is_eos.any(1), is_eos.int().argmax(1), positions.amax(1))
+
+    def _reduced(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position: Tensor,
+        image_cls: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layers and drop tokens half way, outside of activation checkpointing.
+
+        Tokens after EOS count as padding, since EOS does not attend to them.
+        """
+        layers = self.transformer.encoder.layers
+        half = len(layers) // 2
+        real = torch.arange(input_ids.shape[1], device=input_ids.device) <= position[:, None]
+        if attention_mask is not None:
+            real = real & (attention_mask != 0)
+        hidden = _run(layers[:half], self.transformer.embeddings(input_ids), real)
+        scores = None
+        if self.reduction.strategy == "learned":
+            _check_image(image_cls, hidden)
+            scores = _image_attention(layers[half], hidden, image_cls, real)
+        text = self.reduction(hidden, real, position, scores)
+        hidden = _run(layers[half:], text.tokens, text.mask)
+        return self.transformer.final_layer_norm(hidden), text.anchor
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in backward instead of storing their activations."""
+        if enable:
+            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.transformer.gradient_checkpointing_disable()
+
+
+def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
+    L = hidden.shape[1]
+    causal = torch.ones(L, L, dtype=torch.bool, device=hidden.device).tril()
+    mask = causal & real[:, None, None]
+    for layer in layers:
+        hidden = layer(hidden, mask)
+    return hidden
+
+
+def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: Tensor) -> Tensor:
+    attention, heads = layer.self_attn, (layer.self_attn.num_heads, layer.self_attn.head_dim)
+    with scoring_context(layer, hidden), unsharded(layer, hidden, image_cls) as (hidden, image_cls):
+        q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)
+        k = attention.k_proj(layer.layer_norm1(hidden)).unflatten(-1, heads)
+        return cls_attention(q, k.transpose(1, 2), mask=real)
+
+
+def _check_image(image_cls: Tensor | None, hidden: Tensor) -> None:
+    expected = (hidden.shape[0], hidden.shape[2])
+    if not isinstance(image_cls, Tensor) or not image_cls.is_floating_point():
+        raise TypeError(
+            f"image_cls: expected a floating-point tensor (B, width) = {expected} to guide "
+            f"strategy='learned', got {image_cls!r:.80}; pass the image CLS, or reduce=False to "
+            "keep all text tokens"
+        )
+    if image_cls.shape != expected:
+        raise ValueError(
+            f"image_cls: expected (B, width) = {expected}, one vector for each text, "
+            f"got {tuple(image_cls.shape)}; project another width first (CLIP maps it back by the "
+            "transposed text projection: image_features @ text_projection.weight)"
+        )

@@ -1,0 +1,131 @@
+"""Text generation by a causal tower: beam search or nucleus sampling of transformers.
+
+    x_1 .. x_P given; then x_t from p(x | x_<t, states), until the end token or `max_length`
+
+Keys and values of earlier tokens, and of the states, are cached between steps.
+"""
+
+from dataclasses import dataclass
+from inspect import signature
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.utils import ModelOutput
+
+from elip_models.pretraining.models.config import Config
+from elip_models.pretraining.models.layers.bert import BertTower
+from elip_models.validation import Positive, PositiveInt, PositiveShare
+
+CACHE = "cache" if "cache" in signature(BertLayer.forward).parameters else "past_key_values"
+"""Argument name of the cache in the installed version of transformers."""
+
+
+@dataclass(frozen=True)
+class Decoding(Config):
+    """Parameters of text generation, checked; the defaults are BLIP's for captions.
+
+    Attributes:
+        sample: draw each token from the nucleus of `top_p`, instead of beam search.
+        num_beams: of beam search; 1 is greedy. Sampling ignores it.
+        max_length: in tokens, with the first token, the prompt and the end token.
+        min_length: in tokens, likewise.
+        top_p: probability of the nucleus, the most probable tokens.
+        repetition_penalty: divides the score of a token that occurred before; 1 is none.
+    """
+
+    sample: bool = False
+    num_beams: PositiveInt = 3
+    max_length: PositiveInt = 30
+    min_length: PositiveInt = 10
+    top_p: PositiveShare = 0.9
+    repetition_penalty: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_length > self.max_length:
+            raise ValueError(
+                f"min_length: expected at most max_length = {self.max_length}, got "
+                f"{self.min_length}"
+            )
+
+
+CAPTIONS = Decoding()
+
+
+@torch.no_grad()
+def generate(
+    tower: BertTower,
+    head: nn.Module,
+    input_ids: Tensor,
+    states: tuple[Tensor, Tensor | None],
+    *,
+    end_token_id: int,
+    decoding: Decoding,
+) -> Tensor:
+    """Continue texts (B, P) without padding, in the current mode of the modules -> (B, L) int64.
+
+    `head` returns logits from the last hidden state of the tower. `states` are (B, N, D) for cross
+    attention, and their mask (B, N) or None. Pad tokens follow `end_token_id`. ValueError is raised
+    if max_length leaves no room after `input_ids`, or exceeds the tower's positions.
+    """
+    P, positions = input_ids.shape[1], tower.config.max_position_embeddings
+    if not P < decoding.max_length <= positions:
+        raise ValueError(
+            f"max_length: expected {P + 1}, one more than the tokens given, to {positions}, the "
+            f"positions of the text tower, got {decoding.max_length}"
+        )
+    tokens, mask = states
+    ids = _GenerationModel(tower, head).generate(
+        input_ids=input_ids,
+        states=tokens,
+        states_mask=mask,
+        do_sample=decoding.sample,
+        num_beams=1 if decoding.sample else decoding.num_beams,
+        max_length=decoding.max_length,
+        min_length=decoding.min_length,
+        **({"top_p": decoding.top_p, "top_k": 0} if decoding.sample else {}),
+        repetition_penalty=decoding.repetition_penalty,
+        pad_token_id=tower.config.pad_token_id,
+        eos_token_id=end_token_id,
+        **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
+    )
+    ended = (ids[:, P:-1] == end_token_id).cumsum(1) > 0
+    # Beam search can pad with the end token.
+    return ids.masked_fill_(F.pad(ended, (P + 1, 0)), tower.config.pad_token_id)
+
+
+class _GenerationModel(PreTrainedModel, GenerationMixin):
+    """Adapter of a tower and a head to `generate` of transformers."""
+
+    config_class = BertConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, tower: BertTower, head: nn.Module) -> None:
+        super().__init__(BertConfig(**tower.config.to_dict()))
+        self.tower, self.head = tower, head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        states: Tensor,
+        states_mask: Tensor | None = None,
+        **named: object,
+    ) -> ModelOutput:
+        """Return logits (B, 1, V) after input_ids (B, L), the tokens that are not in the cache."""
+        cache, (B, L) = named[CACHE], input_ids.shape
+        cached = cache.get_seq_length()
+        positions = torch.arange(cached, cached + L, device=input_ids.device)
+        hidden = self.tower.run(
+            self.tower.embed(input_ids, positions),
+            input_ids.new_ones(B, cached + L),
+            range(len(self.tower.layers)),
+            states,
+            states_mask,
+            causal=True,
+            cache=cache,
+        )
+        return ModelOutput(logits=self.head(hidden[:, -1:]))

@@ -1,0 +1,315 @@
+"""METER with a text-guided, token-reduced image tower, for pre-training.
+
+    text    BERT or RoBERTa on the text alone; its CLS output guides the image tower
+    image   CLIP's ViT without its last block, reduced by ELIP
+    fusion  linear transforms plus type embeddings, then co-attention layers on both sides:
+            x' = text_layer(x, y), y' = image_layer(y, x), from the previous x and y
+    loss    MLM (masked text, its image) + ITM (text; half of the texts get another image)
+
+Each loss has its own pass through all parts, because the text before the image tower differs.
+Source: METER (Dou et al., 2022); ELIP, section 3, and its official METER code.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertPooler
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+
+from elip_models.pretraining.models.cross_modal import CrossModalModel
+from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
+from elip_models.pretraining.models.layers.losses import (
+    language_loss,
+    mask_every_seventh,
+    mask_tokens,
+)
+from elip_models.pretraining.models.layers.pumer import FusionTokens
+from elip_models.pretraining.models.layers.text_reduction import ReducedText
+from elip_models.pretraining.models.meter.config import METERConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDINGS = {"bert": BertEmbeddings, "roberta": RobertaEmbeddings}
+BERT_INITIALISED = (  # parts with BERT's initialisation, in the order of the random draws
+    "text_transform",
+    "image_transform",
+    "token_types",
+    "itm_head",
+    "text_pooler",
+    "image_pooler",
+    "language_head",
+)
+TEXT, IMAGE = 0, 1  # rows of the token type embeddings; rows of further images follow
+
+
+@dataclass
+class METEROutput:
+    """Output of a step: the scalar losses, and the logits of both heads.
+
+    Attributes:
+        mlm_logits: (B, L, V), or (B, K, V) of the remaining text tokens.
+        itm_logits: (B, 2), no pair or a pair.
+    """
+
+    loss: Tensor
+    loss_mlm: Tensor
+    loss_itm: Tensor
+    mlm_logits: Tensor
+    itm_logits: Tensor
+
+
+class METERDraw(NamedTuple):
+    """Random choices of `forward`, for a caller that makes them itself.
+
+    Attributes:
+        masked_ids: (B, L), see `mask_tokens`, as `labels`.
+        itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
+        false_images: (B, 3, H, W), another image for each text, used where its label is 0.
+    """
+
+    masked_ids: Tensor
+    labels: Tensor
+    itm_labels: Tensor
+    false_images: Tensor
+
+
+def draw_itm_images(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw ITM's labels (B,), 1 for the half of images that is kept, and indices (B,) of others."""
+    B, device = len(images), images.device
+    pairs = max(1, B // 2)  # a batch of one image has no other image
+    labels = (torch.randperm(B, device=device) < pairs).long()
+    shift = torch.randint(1, max(2, B), (B,), device=device)
+    return labels, (torch.arange(B, device=device) + shift) % B
+
+
+class METERBackbone(CrossModalModel):
+    """Image and text towers, co-attention layers and poolers, without heads.
+
+    Attributes:
+        images_per_text: number of images of a text, each with its own token type.
+    """
+
+    config: METERConfig
+    images_per_text: ClassVar[int] = 1
+    ranks = False
+
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
+        self.visual = config.vit(pre_norm=True, act_layer="quick_gelu")
+        self.read_tower()
+        self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
+        self.text_reduction, self.pumer = config.text_token_reduction, config.pumer
+        self._add_fusion(config)
+
+    def _add_fusion(self, config: METERConfig) -> None:
+        width, bert = config.cross_width, config.bert("cross")
+        self.text_transform = nn.Linear(config.text_width, width)
+        self.image_transform = nn.Linear(config.vision_width, width)
+        self.token_types = nn.Embedding(IMAGE + self.images_per_text, width)
+        every = range(config.cross_depth)
+        self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
+        self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
+        self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
+        self._add_heads(config)
+        parts = dict(self.named_children())
+        for name in BERT_INITIALISED:
+            if name in parts:
+                parts[name].apply(self.text_layers.init)
+
+    def _add_heads(self, config: METERConfig) -> None:
+        """Add heads, whose names are in `BERT_INITIALISED`."""
+
+    @property
+    def fusion_tower(self) -> BertTower:
+        """The co-attention layers of the text, which attend to image tokens in `fuse`."""
+        return self.text_layers
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
+        every = range(self.config.text_depth)
+        return self.text.run(self.text.embed(input_ids), attention_mask, every)
+
+    def fuse(
+        self,
+        text: Tensor,
+        mask: Tensor,
+        image: Tensor,
+        image_mask: Tensor | None = None,
+        image_types: Tensor | None = None,
+        *,
+        keeps_text: bool = False,
+    ) -> FusionTokens:
+        """Run the co-attention layers, which drop tokens as `config.cross_reduction` specifies.
+
+        image_types (B,) are rows of the token type embeddings, `IMAGE` by default; keeps_text keeps
+        all text tokens.
+        """
+        types = self.token_types.weight
+        image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
+        text = self.text_transform(text) + types[TEXT]
+        image = self.image_transform(image) + image_type
+        inputs = FusionTokens(text, mask, image, image_mask)
+        for i in range(self.config.cross_depth):
+            outputs = self._text_layer(i, inputs, keeps_text)
+            tokens, own_mask = outputs.image, outputs.image_mask
+            if own_mask is None:
+                own_mask = mask.new_ones(tokens.shape[:2])
+            read = inputs.text, inputs.text_mask
+            image = self.image_layers.run(tokens, own_mask, range(i, i + 1), *read)
+            inputs = outputs._replace(image=image)
+        return inputs
+
+    def _text_layer(self, i: int, inputs: FusionTokens, keeps_text: bool) -> FusionTokens:
+        if self.pumer is None or i not in self.pumer.layers:
+            text, mask, image, image_mask = inputs
+            text = self.text_layers.run(text, mask, range(i, i + 1), image, image_mask)
+            return inputs._replace(text=text)
+
+        def step(layer: nn.Module, text: Tensor) -> tuple[Tensor, FusionTokens]:
+            outputs = self.pumer.run(layer, inputs._replace(text=text), keeps_text=keeps_text)
+            return outputs.text, outputs
+
+        text, outputs = self.text_layers.run_layer_with(i, step, inputs.text)
+        return outputs._replace(text=text)
+
+    def pool(self, text: Tensor, image: Tensor) -> Tensor:
+        """Return the input (B, 2C) of the heads from fused text (B, L, C) and image (B, N, C)."""
+        return torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
+
+    def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
+        """Encode texts alone, without the tokens that `text_reduction` drops half way."""
+        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
+        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
+        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+
+    def encode_and_fuse(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_types: Tensor | None = None,
+        *,
+        keeps_text: bool = False,
+    ) -> tuple[ReducedText, Tensor]:
+        """Encode and fuse a batch -> text (B, K, C) with its mask, image (B, N, C); see `fuse`."""
+        text = self.encode_text_reduced(images, input_ids, mask)
+        image = self.encode_masked(images, self.select_guidance(text.tokens[:, 0]))
+        outputs = self.fuse(text.tokens, text.mask, *image, image_types, keeps_text=keeps_text)
+        if outputs.text.shape[1] == text.mask.shape[1]:
+            return text._replace(tokens=outputs.text), outputs.image
+        return ReducedText(outputs.text, outputs.text_mask), outputs.image
+
+
+class METERMatcher(METERBackbone):
+    """Backbone with the head of ITM."""
+
+    matching_tokens = METERBackbone.encode_masked
+
+    def _add_heads(self, config: METERConfig) -> None:
+        self.itm_head = nn.Linear(2 * config.cross_width, 2)
+
+    def match(self, text: Tensor, image: Tensor) -> Tensor:
+        """Return logits (B, 2), no pair or a pair, of fused text (B, L, C) and image (B, N, C)."""
+        return self.itm_head(self.pool(text, image))
+
+    def rank(self, pooled: Tensor) -> Tensor:
+        """Return the logit (B,) of a pair, from pooled text and image (B, 2C)."""
+        return self.itm_head(pooled)[:, 1]
+
+    def matching_logits(
+        self, tokens: Tensor, image_mask: Tensor | None, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """Return a score (B,) of each text with the image tokens of its row; larger is better."""
+        text = self.encode_text(input_ids, attention_mask)
+        outputs = self.fuse(text, attention_mask, tokens, image_mask)
+        return self.rank(self.pool(outputs.text, outputs.image))
+
+
+class METER(METERMatcher):
+    """Matcher with the head of MLM."""
+
+    family = "meter"
+    config_class = METERConfig
+    continues: Tensor | None
+
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("continues", None, persistent=False)
+
+    def _add_heads(self, config: METERConfig) -> None:
+        super()._add_heads(config)
+        self.language_head = masked_language_head(self.text_layers)
+
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Store which tokens continue a word ('##..' in BERT), for masking whole words.
+
+        ValueError is raised if the tokenizer does not mark them, or its ids exceed `vocab_size`.
+        """
+        if not self.config.mask_whole_words:
+            return
+        pieces = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        mark, size = getattr(pieces, "continuing_subword_prefix", None), self.config.vocab_size
+        if not mark:
+            raise ValueError(
+                "mask_whole_words: expected False, or a tokenizer that marks tokens inside a word, "
+                f"as BERT's with '##', got {type(tokenizer).__name__} of {pieces!r:.40}"
+            )
+        names = {token: name for name, token in tokenizer.get_vocab().items()}
+        if max(names) >= size:
+            raise ValueError(f"tokenizer: expected ids below {size}, got {max(names)}")
+        marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
+        self.continues = marked.to(self.token_types.weight.device)
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        drawn: METERDraw | None = None,
+    ) -> METEROutput:
+        """Return the pre-training losses of a batch of pairs.
+
+        `config.text_reduction` drops text tokens here, but not in `encode_text`. 'learned' adds a
+        dense forward of the image tower to each pass, without gradient, before the text. `drawn`
+        replaces random masks and images, to repeat the step of another implementation.
+        """
+        if drawn is None:
+            drawn = self._draw(images, input_ids)
+        text, _ = self.encode_and_fuse(images, drawn.masked_ids, attention_mask, keeps_text=True)
+        mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
+        loss_mlm = language_loss(mlm_logits, labels, gather=self.config.gather)
+        is_pair = (drawn.itm_labels == 1)[:, None, None, None]
+        itm_images = torch.where(is_pair, images, drawn.false_images)
+        text, image = self.encode_and_fuse(itm_images, input_ids, attention_mask)
+        itm_logits = self.match(text.tokens, image)
+        loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
+        return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
+
+    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
+        """Return every seventh token masked, and the next image for every second text."""
+        masked = mask_every_seventh(input_ids, self.config.mask_token_id)
+        keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
+        return METERDraw(*masked, keeps_image, images.roll(-1, 0))
+
+    def _draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
+        config = self.config
+        if config.mask_whole_words and self.continues is None:
+            raise ValueError(
+                "mask_whole_words: expected the word boundaries of the tokenizer, got none; call "
+                "model.read_vocabulary_(tokenizer) before training"
+            )
+        masked = mask_tokens(
+            input_ids,
+            mask_token_id=config.mask_token_id,
+            special_token_ids=(config.pad_token_id, config.cls_token_id, config.sep_token_id),
+            vocab_size=config.vocab_size,
+            probability=config.mask_probability,
+            continues=self.continues,
+        )
+        itm_labels, others = draw_itm_images(images)
+        return METERDraw(*masked, itm_labels, images[others])

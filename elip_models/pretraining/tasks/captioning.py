@@ -1,0 +1,150 @@
+"""Image captioning by beam search, scored against human captions.
+
+Files of NoCaps name a domain for each image; each domain also has scores of its own. Source: BLIP
+(Li et al., 2022); CIDEr (Vedantam et al., 2015); NoCaps (Agrawal et al., 2019).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elip_models.pretraining.data import JsonSource, Sample, Source, evaluation_batches, open_source
+from elip_models.pretraining.data.shared_images import group_by_image
+from elip_models.pretraining.models.base import eval_mode
+from elip_models.pretraining.models.layers.generation import Decoding
+from elip_models.pretraining.tasks.caption_metrics import caption_scores
+from elip_models.pretraining.tasks.features import isolated_rng
+from elip_models.pretraining.tasks.task import (
+    Loading,
+    Prediction,
+    Preprocessor,
+    Task,
+    TaskScores,
+    read_all,
+)
+from elip_models.saving.files import write_json
+from elip_models.validation import Positive, PositiveInt, check_output, require_packages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.pretraining.models.base import PretrainedModel
+
+
+@dataclass(frozen=True)
+class Captioning(Task):
+    """Image captioning; the model's prompt precedes each caption.
+
+    `num_beams`, `max_length`, `min_length` and `repetition_penalty` are documented in `Decoding`.
+    `submission` is a JSON file for the generated captions, in the format of the evaluation servers
+    of COCO and NoCaps. With it, images without captions are read too; they have no score.
+    """
+
+    name: ClassVar[str] = "captioning"
+    metrics: ClassVar[tuple[str, ...]] = ("cider", "bleu_4")
+    num_beams: PositiveInt = 3
+    max_length: PositiveInt = 20
+    min_length: PositiveInt = 5
+    repetition_penalty: Positive = 1.0
+    submission: str | None = None
+
+    def open(self, spec: str, *, image_size: int) -> Source:
+        """Open images with captions."""
+        require_packages("captioning", "pycocoevalcap")  # before a run, not at its end
+        if self.submission is not None:
+            check_output("submission", Path(self.submission))
+        needs_captions = self.submission is None
+        return open_source(spec, image_size=image_size, needs_captions=needs_captions)
+
+    def sample(
+        self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        """Return an image and one of its captions, with the prompt."""
+        caption = sample.captions[rng.integers(len(sample.captions))]
+        text = preprocessor.model.prompt + caption
+        return {"images": preprocessor.image(sample.image, rng), **preprocessor.text(text)}
+
+    def evaluate(
+        self,
+        model: "PretrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source,
+        loading: Loading,
+        answers: Sequence[str] | None = None,
+    ) -> TaskScores:
+        """Score the captions that the model generates; see `Task.evaluate`."""
+        batches, report = read_all(evaluation_batches, model, group_by_image(source), loading)
+        written: list[str] = []
+        captions: list[tuple[str, ...]] = []
+        ids: list[str] = []
+        device = next(model.parameters()).device
+        with eval_mode(model), isolated_rng(device):
+            for batch in batches:
+                written += self.write(model, tokenizer, batch.images.to(device))
+                captions += batch.captions
+                ids += batch.ids
+        if self.submission is not None:
+            write_json(Path(self.submission), _submitted(ids, written))
+        domains = source.domains() if isinstance(source, JsonSource) else {}
+        return self._scores(ids, written, captions, domains, num_skipped=len(report.reasons))
+
+    def _scores(
+        self,
+        ids: Sequence[str],
+        written: Sequence[str],
+        captions: Sequence[tuple[str, ...]],
+        domains: Mapping[str, str],
+        *,
+        num_skipped: int,
+    ) -> TaskScores:
+        """Return the scores of the images that have captions; `domains` are those of the ids."""
+        known = [i for i, texts in enumerate(captions) if texts]
+        references = [captions[i] for i in known]
+        options = {"domains": [domains.get(ids[i], "") for i in known]}
+        each: dict[int, float] = {}
+        scores, baselines, notes = {}, {}, {}
+        if known:
+            found = caption_scores([written[i] for i in known], references, **options)
+            others = [references[i - 1][0] for i in range(len(known))]
+            baseline = caption_scores(others, references, **options).scores
+            each = dict(zip(known, found.each, strict=True))
+            scores, notes = found.scores, {"tokens": found.tokenizer}
+            baselines = {"another image's": {name: one.mean for name, one in baseline.items()}}
+        rows = enumerate(zip(ids, written, strict=True))
+        return TaskScores(
+            task=self.name,
+            scores=scores,
+            baselines=baselines,
+            num_examples=len(known),
+            num_skipped=num_skipped,
+            predictions=tuple(Prediction(name, text, each.get(i)) for i, (name, text) in rows),
+            notes=notes,
+        )
+
+    def write(
+        self, model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", images: Tensor
+    ) -> list[str]:
+        """Generate one caption for each image (B, 3, S, S), returned without the prompt."""
+        prompt = torch.tensor(model.prompt_ids(tokenizer), device=images.device)
+        prompt = prompt.expand(len(images), -1)
+        decoding = Decoding(
+            num_beams=self.num_beams,
+            max_length=self.max_length,
+            min_length=self.min_length,
+            repetition_penalty=self.repetition_penalty,
+        )
+        ids = model.generate(images, prompt=prompt, decoding=decoding)
+        rest = ids[:, 1 + prompt.shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(rest, skip_special_tokens=True)]
+
+
+def _submitted(ids: Sequence[str], written: Sequence[str]) -> list[dict[str, int | str]]:
+    """Return the captions in the format of an evaluation server, whose ids are numbers."""
+    numbers = (int(name) if name.isdecimal() else name for name in ids)
+    pairs = zip(numbers, written, strict=True)
+    return [{"image_id": number, "caption": text} for number, text in pairs]

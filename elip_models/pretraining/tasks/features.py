@@ -1,0 +1,97 @@
+"""Features of images and texts, each encoded alone, and their ranking, for evaluation.
+
+An image is never encoded with its own text: if a text guided the reduction of its image, the kept
+tokens would reveal which image belongs to the text.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elip_kernels.autocast import no_autocast
+from elip_models.pretraining.tasks.task import Progress, no_progress
+from elip_models.reduction.user_warnings import UnguidedWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.pretraining.data import EvaluationBatch
+    from elip_models.pretraining.models.base import PretrainedModel
+
+TIE_TOLERANCE = 1e-6
+"""Similarities closer than this are a tie, so that rounding errors do not decide."""
+
+
+@torch.no_grad()
+def encode_images(
+    model: "PretrainedModel", batches: Iterable["EvaluationBatch"]
+) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """Return features (num_images, E) fp32 and the captions of each image."""
+    device = next(model.parameters()).device
+    features, captions = [], []
+    with warnings.catch_warnings(), isolated_rng(device):
+        # Models warn when no text guides the reduction of image tokens; here none should.
+        warnings.simplefilter("ignore", UnguidedWarning)
+        for batch in batches:
+            features.append(model.image_features(batch.images.to(device)).float())
+            captions.extend(batch.captions)
+    return torch.cat(features), captions
+
+
+@torch.no_grad()
+def encode_texts(
+    model: "PretrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    batch_size: int,
+    progress: Progress = no_progress,
+) -> Tensor:
+    """Return features (num_texts, E) fp32."""
+    device = next(model.parameters()).device
+    features = []
+    with warnings.catch_warnings(), isolated_rng(device):
+        # Models warn when no image guides the reduction of text tokens; here none should.
+        warnings.simplefilter("ignore", UnguidedWarning)
+        for start in range(0, len(texts), batch_size):
+            chunk = texts[start : start + batch_size]
+            tokens = model.tokenise(tokenizer, chunk)
+            tokens = {name: ids.to(device) for name, ids in tokens.items()}
+            features.append(model.text_features(**tokens).float())
+            progress("text", start + len(chunk), len(texts))
+    return torch.cat(features)
+
+
+def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that restores the state of the random generators at its end."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
+def ranks_by_chunk(
+    queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, chunk_size: int = 1024
+) -> Tensor:
+    """Return `ranks_of` for features (Q, E) and (C, E), for `chunk_size` queries at a time.
+
+    A candidate is relevant if its id (C,) equals that of the query (Q,).
+    """
+    chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
+    with no_autocast(queries):
+        return torch.cat(
+            [ranks_of(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
+        )
+
+
+def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
+    """Return (Q,): how many candidates rank before the best relevant one, ties and NaN included.
+
+    Both arguments are (Q, C); each row has at least one relevant candidate.
+    """
+    best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
+    behind = similarity < best - TIE_TOLERANCE
+    return (~behind & ~relevant).sum(dim=1)

@@ -1,0 +1,313 @@
+"""Weakly supervised grounding: find what an expression refers to, by Grad-CAM of ITM.
+
+    s        ITM score of expression and image
+    A        cross attention of one layer, from text tokens l to image tokens n   (H, L, N)
+    c_n      mean over heads and text tokens of relu(ds / dA) A, then copied to the patches of n
+    heat     c on the grid of patches, upsampled to the image (bicubic)
+    box      arg max over proposals b of sum(heat in b) / sqrt(area of b)
+
+A model with fewer image tokens than patches gives the value of a merged token to all of its patches
+and 0 to dropped patches. The mean covers the real text tokens, the first and the last included.
+
+    accuracy    share of expressions whose box has an IoU of at least 0.5 with the true box
+    pointing    share whose patch with the largest c has its centre in the true box; if patches tie,
+                as those of one merged token do, the share of them. It needs no proposals
+
+No box is chosen, and both metrics count as wrong, if nothing is above 0.
+Source: ALBEF (Li et al., 2021), section 6.5, and Grounding.py of its official code; pointing game:
+Zhang et al. (2016).
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elip_models.intervals import Interval, score_interval
+from elip_models.pretraining.data import DataError, ExampleSource, example_batches
+from elip_models.pretraining.data.scene_sampling import Box
+from elip_models.pretraining.data.shared_images import image_number
+from elip_models.pretraining.data.tasks.grounding import Referring, Target
+from elip_models.pretraining.models.base import eval_mode
+from elip_models.pretraining.models.layers.attention_map import attention_map
+from elip_models.pretraining.tasks.features import isolated_rng
+from elip_models.pretraining.tasks.task import Loading, Prediction, TaskScores, read_all
+from elip_models.reduction.strategy import mask_after
+from elip_models.reduction.token_assignment import slots_after
+from elip_models.reduction.user_warnings import UnguidedWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.pretraining.models.base import PretrainedModel
+    from elip_models.pretraining.models.cross_modal import CrossModalModel
+
+NAME = "grounding"
+MIN_IOU = 0.5
+WITHOUT_MAP = "largest box, image centre"
+
+
+class Heat(NamedTuple):
+    """Grad-CAM of a batch: heat (B, rows, columns), ITM scores (B,), image tokens of each (B,)."""
+
+    patches: Tensor
+    scores: Tensor
+    num_tokens: Tensor
+
+
+def evaluate_grounding(
+    model: "PretrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    source: ExampleSource,
+    loading: Loading,
+    *,
+    layer: int | None = None,
+    guided: bool = False,
+) -> TaskScores:
+    """Score how well Grad-CAM of a model finds what expressions refer to.
+
+    Args:
+        model: ALBEF, BLIP or METER with ITM, pre-trained or fine-tuned for retrieval.
+        tokenizer: Its tokenizer.
+        source: Expressions that `open_examples("grounding", ..)` opens.
+        loading: Batch size and processes.
+        layer: Layer with cross attention, counted from 1. None: half of them, as ALBEF's 3 of 6.
+        guided: The expression guides the reduction of its image. Otherwise no text does.
+
+    Returns:
+        "pointing" and, with proposals, "accuracy", for each split of the data apart. Intervals are
+        over images.
+
+    Raises:
+        TypeError, ValueError: The model has no such map or layer, or the source no boxes.
+        DataError: Too many images cannot be read.
+    """
+    cross_attention(model, layer)
+    if not isinstance(source, Referring):
+        raise TypeError(f"source: expected expressions with boxes, got {type(source).__name__}")
+    batches, report = read_all(example_batches, model, source, loading)
+    found, counts = _Found(), []
+    device = next(model.parameters()).device
+    with eval_mode(model), isolated_rng(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnguidedWarning)
+        for batch in batches:
+            texts = model.tokenise(tokenizer, [each.text for each in batch.examples])
+            texts = {name: ids.to(device) for name, ids in texts.items()}
+            heat = gradcam(model, batch.images.to(device), **texts, layer=layer, guided=guided)
+            counts += heat.num_tokens.tolist()
+            for index, example, one in zip(
+                batch.indices, batch.examples, heat.patches.float().cpu(), strict=True
+            ):
+                target = source.target(index)
+                found.add(example.id, image_number(source, index), target, one, model.config.resize)
+    depth = len(cross_attention_layers(model))
+    return TaskScores(
+        task=NAME,
+        scores=found.intervals(),
+        baselines=found.baselines(),
+        num_examples=len(found.ids),
+        num_skipped=len(report.reasons),
+        predictions=tuple(found.predictions),
+        notes={
+            "layer": f"{layer or _default_layer(depth)} of {depth} with cross attention",
+            "guidance": "the expression" if guided else "none",
+            "image tokens": f"{fmean(counts):.1f} of {model.tower.size.num_tokens} on average",
+        },
+    )
+
+
+def gradcam(
+    model: "CrossModalModel",
+    images: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    layer: int | None = None,
+    guided: bool = False,
+) -> Heat:
+    """Compute Grad-CAM of the ITM score of images (B, 3, H, W) with texts (B, L), on all patches.
+
+    The model should be in eval mode. Its weights get no gradient. For `layer` and `guided`, see
+    `evaluate_grounding`.
+    """
+    attention = cross_attention(model, layer)
+    with torch.no_grad():
+        text_cls = model.text_cls(input_ids, attention_mask) if guided else None
+        tokens, infos = model.encode_image(images, text_cls)
+    mask = mask_after(infos)
+    with torch.enable_grad(), attention_map(model, attention) as maps:
+        scores = model.matching_logits(tokens, mask, input_ids, attention_mask)
+        (attended,) = maps
+        (gradient,) = torch.autograd.grad(scores.sum(), attended)
+    real = (attention_mask != 0)[:, None, :, None]
+    weights = gradient.relu() * attended.detach() * real
+    heat = weights.mean(1).sum(1) / real.sum(2)[:, 0]
+    slots = slots_after(info.reduction for info in infos)
+    spread = heat if slots is None else slots.unmerged(heat[..., None])[..., 0]
+    patches = spread[:, model.tower.num_prefix_tokens :]
+    side = round(patches.shape[1] ** 0.5)  # our image towers are square, also of smaller images
+    counts = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1)
+    return Heat(patches.unflatten(1, (side, side)), scores.detach(), counts)
+
+
+def cross_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
+    """Return the cross attention of a layer from text to image; see `evaluate_grounding`."""
+    layers = cross_attention_layers(model)
+    number = _default_layer(len(layers)) if layer is None else layer
+    if not 1 <= number <= len(layers):
+        raise ValueError(
+            f"layer: expected 1 to {len(layers)}, the layers of {type(model).__name__} with cross "
+            f"attention, got {layer}"
+        )
+    return layers[number - 1]
+
+
+def cross_attention_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the attention modules from text to image of all layers that have one."""
+    if not hasattr(model, "fusion_tower") or not hasattr(model, "matching_logits"):
+        raise TypeError(
+            "model: expected ALBEF, BLIP or METER with ITM, pre-trained or fine-tuned for "
+            f"retrieval, got {type(model).__name__}"
+        )
+    if getattr(model, "pumer", None) is not None:
+        raise ValueError(
+            "model: expected one that keeps its image tokens in fusion, got cross_reduction = "
+            f"{model.config.cross_reduction!r}"
+        )
+    layers = model.fusion_tower.layers
+    return [layer.crossattention.self for layer in layers if layer.add_cross_attention]
+
+
+def _default_layer(count: int) -> int:
+    return (count + 1) // 2
+
+
+def upsample(heat: Tensor, size: tuple[int, int], resize: str) -> Tensor:
+    """Return the heat (rows, columns) of patches as one value for each pixel: (height, width).
+
+    `size` is the width and height of the image. With resize='crop', the model reads the centre
+    square of the image; pixels outside are 0.
+    """
+    left, top, width, height = read_area(size, resize)
+    pixels = F.interpolate(heat[None, None], size=(height, width), mode="bicubic")[0, 0]
+    right, bottom = size[0] - left - width, size[1] - top - height
+    return F.pad(pixels, (left, right, top, bottom))
+
+
+def read_area(size: tuple[int, int], resize: str) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of the area of an image that a model reads, in pixels."""
+    width, height = size
+    if resize == "squash":
+        return 0, 0, width, height
+    side = min(size)
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+def best_box(pixels: Tensor, boxes: Sequence[Box]) -> Box | None:
+    """Return the box with the largest sum of the heat (height, width) over the root of its area.
+
+    The area is that of the whole box, also outside of the image. The first of equal boxes is best;
+    the result is None if no box is above 0.
+    """
+    best, found = 0.0, None
+    for box in boxes:
+        left, top, width, height = box
+        rows = slice(max(0, int(top)), max(0, int(top + height)))
+        inside = pixels[rows, max(0, int(left)) : max(0, int(left + width))]
+        score = inside.sum().item() / (width * height) ** 0.5
+        if score > best:
+            best, found = score, box
+    return found
+
+
+def iou(first: Box, second: Box) -> float:
+    """Return the intersection over union of two boxes."""
+    width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
+    height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
+    shared = max(0.0, width) * max(0.0, height)
+    return shared / (first[2] * first[3] + second[2] * second[3] - shared)
+
+
+def pointing(heat: Tensor, target: Target, resize: str) -> float:
+    """Return the share of the patches with the largest heat whose centre is in the true box."""
+    if not heat.max() > 0:
+        return 0.0
+    left, top, width, height = read_area(target.size, resize)
+    rows, columns = (heat == heat.max()).nonzero().add(0.5).unbind(1)
+    across, down = left + columns * width / heat.shape[1], top + rows * height / heat.shape[0]
+    return _contains(target.box, across, down).double().mean().item()
+
+
+def _contains(box: Box, across: Tensor, down: Tensor) -> Tensor:
+    left, top, width, height = box
+    in_columns = (left <= across) & (across < left + width)
+    return in_columns & (top <= down) & (down < top + height)
+
+
+@dataclass
+class _Found:
+    """Scores of the expressions so far, by split and metric."""
+
+    ids: list[str] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    images: dict[str, list[int]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    chance: dict[str, list[float]] = field(default_factory=dict)
+    without: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, image: int, target: Target, heat: Tensor, resize: str) -> None:
+        """Add one expression with the heat (rows, columns) of its image."""
+        self.ids.append(name)
+        hit = pointing(heat, target, resize)
+        self._add("pointing", target.split, image, hit, *_point_baselines(target))
+        chosen, right = None, hit
+        if target.proposals is not None:
+            chosen = best_box(upsample(heat, target.size, resize), target.proposals)
+            right = float(chosen is not None and iou(chosen, target.box) >= MIN_IOU)
+            self._add("accuracy", target.split, image, right, *_box_baselines(target))
+        output = "" if chosen is None else json.dumps([round(each, 2) for each in chosen])
+        self.predictions.append(Prediction(name, output, right))
+
+    def _add(
+        self, metric: str, split: str, image: int, score: float, chance: float, without: float
+    ) -> None:
+        name = f"{split}_{metric}" if split else metric
+        values = (self.images, image), (self.scores, score)
+        for store, value in (*values, (self.chance, chance), (self.without, without)):
+            store.setdefault(name, []).append(value)
+
+    def intervals(self) -> dict[str, Interval]:
+        if not self.scores:
+            raise DataError("examples: expected at least one, got none")
+        return {name: score_interval(self.scores[name], self.images[name]) for name in self.scores}
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        found = {"chance": self.chance, WITHOUT_MAP: self.without}
+        return {
+            baseline: {name: fmean(values) for name, values in of_metric.items()}
+            for baseline, of_metric in found.items()
+        }
+
+
+def _point_baselines(target: Target) -> tuple[float, float]:
+    """Return the scores of a random pixel and of the centre of the image."""
+    (width, height), (left, top, across, down) = target.size, target.box
+    columns = max(0.0, min(width, left + across) - max(0.0, left))
+    rows = max(0.0, min(height, top + down) - max(0.0, top))
+    centre = _contains(target.box, torch.tensor(width / 2), torch.tensor(height / 2))
+    return columns * rows / (width * height), float(centre)
+
+
+def _box_baselines(target: Target) -> tuple[float, float]:
+    """Return the scores of a random proposal and of the largest one."""
+    if not target.proposals:
+        return 0.0, 0.0
+    right = [iou(box, target.box) >= MIN_IOU for box in target.proposals]
+    areas = [box[2] * box[3] for box in target.proposals]
+    return fmean(right), float(right[areas.index(max(areas))])

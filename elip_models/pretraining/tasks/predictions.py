@@ -1,0 +1,104 @@
+"""A page of predictions: examples, right answers, and the patches kept of each image."""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elip_models.analysis.chart_style import write_figure
+from elip_models.analysis.visualize import dimmed, new_figure, patch_grid, surviving_patches
+from elip_models.pretraining.data import Example, ExampleSource, Source
+from elip_models.pretraining.data.read_errors import readable_samples
+from elip_models.pretraining.tasks.task import TaskScores, evaluation_transform
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies import Dense
+from elip_models.reduction.user_warnings import deliberately_slow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from transformers import PreTrainedTokenizerBase
+
+    from elip_models.pretraining.data import Sample
+    from elip_models.pretraining.models.base import PretrainedModel
+    from elip_models.pretraining.tasks.task import Prediction
+
+COLUMNS = 4
+WIDTH = 3.2  # inches
+COLOURS = {True: "#2a7f3f", False: "#b3372f"}
+
+
+def draw_predictions(
+    model: "PretrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    source: Source | ExampleSource,
+    scores: TaskScores,
+    path: Path,
+    *,
+    count: int = 12,
+) -> Path:
+    """Write a PNG of at most `count` examples, evenly spaced in the evaluated `source`.
+
+    It shows images, text and predictions. If the model reduces its image tower, patches that were
+    dropped or merged are grey.
+    """
+    predictions = {each.id: each for each in scores.predictions}
+    samples = readable_samples(source, range(0, len(source), max(1, len(source) // count)))
+    shown = [(each, predictions[each.id]) for each in samples if each.id in predictions][:count]
+    rows = max(1, -(-len(shown) // COLUMNS))
+    number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # images in a sample
+    figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (sample, prediction) in zip(axes.flat, shown, strict=False):
+        images, text, right = _parts(sample)
+        pixels = [_pixels(model, tokenizer, image, text) for image in images]
+        gap = torch.ones(*pixels[0].shape[:2], 1)
+        beside = [part for each in pixels for part in (gap, each)][1:]
+        axis.imshow(torch.cat(beside, dim=2).permute(1, 2, 0).numpy())
+        _write_prediction(axis, text, right, prediction)
+    figure.suptitle(scores.summary(), fontsize=10)
+    write_figure(figure, path, dpi=110)
+    return path
+
+
+def _write_prediction(axis: "Axes", text: str, right: str, prediction: "Prediction") -> None:
+    title = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
+    axis.set_title(title, fontsize=8, parse_math=False)
+    is_right = (prediction.score or 0.0) >= 0.5
+    answer = prediction.output if is_right else f"{prediction.output}\n(right: {right})"
+    answer = "\n".join(textwrap.fill(line, 42) for line in answer.splitlines())
+    style = {"ha": "center", "va": "top", "fontsize": 8, "color": COLOURS[is_right]}
+    axis.text(0.5, -0.04, answer, transform=axis.transAxes, parse_math=False, **style)
+
+
+def _parts(sample: "Sample | Example") -> tuple[tuple, str, str]:
+    """Return the images of a sample, its text and its right answer."""
+    if isinstance(sample, Example):
+        return sample.images, sample.text, ", ".join(sample.answers)
+    return (sample.image,), "", sample.captions[0]
+
+
+@torch.no_grad()
+def _pixels(
+    model: "PretrainedModel", tokenizer: "PreTrainedTokenizerBase", image: object, text: str
+) -> Tensor:
+    """Return the model's input image (3, H, W) in [0, 1], grey at patches without a token."""
+    device = next(model.parameters()).device
+    seen = evaluation_transform(model)(image)
+    mean, std = (torch.tensor(value)[:, None, None] for value in model.image_stats())
+    pixels = (seen * std + mean).clamp(0, 1)
+    if isinstance(model.reduction, Dense):
+        return pixels
+    guide = None
+    if text and model.reduction.is_guided:
+        read = {name: ids.to(device) for name, ids in model.tokenise(tokenizer, [text]).items()}
+        guide = model.text_cls(**read)
+    with deliberately_slow():
+        _, infos = run_tower(model.tower, seen[None].to(device), guide, model.reduction)
+    if not infos:
+        return pixels
+    alive = surviving_patches(infos, model.tower.num_patches)[-1][0]
+    return torch.from_numpy(dimmed(pixels, alive.view(patch_grid(model.tower)))).permute(2, 0, 1)

@@ -1,0 +1,65 @@
+"""The `accelerate.Accelerator` of a run, and a process group to wait in.
+
+DistributedDataParallel does not broadcast buffers. The largest one, the queue of features, is
+already equal on every rank.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.validation import ConfigError, as_config_error, require_extra
+
+with require_extra("elip_models.pretraining.training"):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+MAX_WAIT = timedelta(days=7)
+NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
+    """Return an Accelerator with the precision, accumulation and trackers of `config`.
+
+    Raises ConfigError for an unknown precision or tracker, or restarts by torchrun that could hang.
+    """
+    _check_restarts()
+    optim = config.optim
+    with as_config_error("optim.precision or trackers"):
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else torchrun on CPUs is not detected
+            mixed_precision="no" if optim.precision == "fp32" else optim.precision,
+            gradient_accumulation_steps=optim.grad_accumulation,
+            log_with=list(config.trackers) or None,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            project_config=ProjectConfiguration(str(folder.path), str(folder.tensorboard)),
+        )
+    if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
+        raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
+    return accelerator
+
+
+def make_barrier_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None":
+    """Return a gloo process group whose barrier has a timeout of seven days; None for one process.
+
+    The other processes wait in it while the main process evaluates, which may take hours. NCCL ends
+    a run that waits for ten minutes at a barrier of the default group.
+    """
+    if accelerator.num_processes == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=MAX_WAIT)
+
+
+def _check_restarts() -> None:
+    """Raise ConfigError if restarted processes would find addresses of ended ones (torch 2.13)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and is_shared and os.environ.get(NO_SHARED_STORE) != "1":
+        raise ConfigError(
+            f"torchrun: expected {NO_SHARED_STORE}=1 in the environment with "
+            f"--max-restarts={restarts}, or restarted processes may wait forever"
+        )

@@ -1,0 +1,101 @@
+"""Evaluation during and after training."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elip_models.pretraining.data import ClassSource, Source, open_classes, open_source
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.registry import family_of
+from elip_models.pretraining.tasks.registry import save_answers
+from elip_models.pretraining.tasks.retrieval import RetrievalScores, evaluate_retrieval
+from elip_models.pretraining.tasks.task import Loading, Progress, TaskScores
+from elip_models.pretraining.tasks.zero_shot import ZeroShotScores, evaluate_zero_shot
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.training_data import task_of
+from elip_models.validation import ConfigError, as_config_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scores = RetrievalScores | ZeroShotScores | TaskScores
+PRETRAINING_TASKS = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
+VALIDATION = "validation"
+"""Name of the evaluation of a downstream task on `data.validation`."""
+
+
+class Evaluation:
+    """The evaluation tasks of a recipe, their data, and the last scores of each task.
+
+    A pre-training recipe evaluates retrieval and zero-shot classification. A fine-tuning recipe
+    evaluates its downstream task on `data.eval`, and on `data.validation` if there is one. Data
+    that cannot be opened, or a model without features to rank, raises ConfigError.
+    """
+
+    def __init__(self, config: RunConfig, image_size: int) -> None:
+        self.config = config
+        self.answers: tuple[str, ...] | None = None  # the answers that the model can give
+        self.scores: dict[str, Scores] = {}
+        self.sources: dict[str, Source | ClassSource] = {}
+        self.task = task_of(config)
+        family = family_of(config.model.name)
+        requested = [name for name in PRETRAINING_TASKS if name in config.report]
+        if self.task is None and not family.ranks and (config.eval_every or requested):
+            raise ConfigError(
+                f"report: expected no {' or '.join(requested) or 'retrieval'}, and eval_every=0, "
+                f"for {family.__name__}, which has no features of images and texts alone to rank"
+            )
+        task = self.task
+        if task is not None and config.data.validation is not None:
+            with as_config_error("data.validation", inner="spec"):
+                opened = task.open(config.data.validation, image_size=image_size)
+                self.sources[VALIDATION] = opened
+        if config.data.eval is not None:
+            name, opener = (task.name, task.open) if task else ("retrieval", open_source)
+            with as_config_error("data.eval", inner="spec"):
+                self.sources[name] = opener(config.data.eval, image_size=image_size)
+        if self.task is None and config.data.zero_shot is not None:
+            with as_config_error("data.zero_shot", inner="spec"):
+                opened = open_classes(config.data.zero_shot, image_size=image_size)
+                self.sources["zero_shot"] = opened
+        self.at_end = [name for name in self.sources if self.task or name in config.report]
+
+    def due(self, step: int, total_steps: int, steps_per_epoch: float = math.inf) -> list[str]:
+        """Return the names of the tasks to evaluate after step `step`."""
+        every = self.config.eval_every
+        is_due = bool(every) and step % every == 0
+        if VALIDATION in self.sources and step < total_steps:
+            ends_epoch = step // steps_per_epoch > (step - 1) // steps_per_epoch
+            return [VALIDATION] if is_due or (not every and ends_epoch) else []
+        if is_due:
+            return list(self.sources)
+        return self.at_end if step == total_steps else []
+
+    def save(
+        self, model: PretrainedModel, tokenizer: "PreTrainedTokenizerBase", folder: Path
+    ) -> None:
+        """Write a model with its tokenizer and, for some tasks, its answers."""
+        model.save_pretrained(folder, tokenizer=tokenizer)
+        if self.answers is not None:
+            save_answers(folder, self.answers)
+
+    def run(
+        self,
+        task: str,
+        model: PretrainedModel,
+        tokenizer: "PreTrainedTokenizerBase",
+        progress: Progress,
+    ) -> Scores:
+        """Evaluate one task, store its scores and return them."""
+        data, source = self.config.data, self.sources[task]
+        loading = Loading(
+            self.config.optim.batch_size, data.num_workers, data.max_bad_share, progress
+        )
+        if self.task is not None:
+            found = self.task.evaluate(model, tokenizer, source, loading, self.answers)
+            self.scores[task] = replace(found, task=task)
+        else:
+            evaluate = PRETRAINING_TASKS[task]
+            self.scores[task] = evaluate(model, tokenizer, source, **loading._asdict())
+        return self.scores[task]

@@ -1,0 +1,117 @@
+"""The report after a training run: times of the image tower, and a picture."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elip_models.analysis.visualize import draw_reduction, patch_grid
+from elip_models.pretraining.data import (
+    SkipReport,
+    Source,
+    evaluation_batches,
+    image_transform,
+)
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.registry import elip_strategy
+from elip_models.profiling.measure import measured_on, memory_kind
+from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies import Dense
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.user_warnings import deliberately_slow
+from elip_models.saving.files import write_json
+from elip_models.validation import require_extra
+
+with require_extra("elip_models.pretraining.training"):
+    from rich.console import Console
+    from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROUNDS = 5
+
+
+class Reporter:
+    """Reports on a trained model, from samples that it was not trained on.
+
+    A dense model is timed with the paper's strategy. The picture of any model shows the paper's
+    strategy, guided by the first captions of the samples.
+    """
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source,
+        output_dir: Path,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.output_dir = output_dir
+        self.device = next(model.parameters()).device
+        self.strategy = elip_strategy(model)
+
+    def picture(self, count: int = 5) -> Path:
+        """Write `kept_tokens.png`: patches kept by each stage, CLS attention and captions."""
+        images, captions, guidance = self._guided_batch(count)
+        tower = self.model.tower
+        with torch.no_grad(), deliberately_slow():
+            _, infos = run_tower(tower, images, guidance, self.strategy)
+        mean, std = (torch.tensor(v)[:, None, None] for v in self.model.image_stats())
+        pixels = (images.cpu() * std + mean).clamp(0, 1)
+        path = self.output_dir / "kept_tokens.png"
+        return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
+
+    def timing(self, console: Console, batch_size: int) -> Path:
+        """Time the image tower, dense and reduced; print a table and write `timing.json`."""
+        reduction = self.model.reduction
+        strategy = self.strategy if isinstance(reduction, Dense) else reduction
+        console.print("timing the image tower, dense and reduced")
+        tower, compared = self.model.visual, {strategy.name: strategy}
+        rows = profile_model("image tower", tower, compared, batch_size=batch_size, rounds=ROUNDS)
+        report = {
+            **measured_on(self.device),
+            "rounds": ROUNDS,
+            "memory_is": memory_kind(self.device),
+            "rows": [asdict(row) for row in rows],
+        }
+        console.print(_timing_table(rows, strategy, memory_kind(self.device)))
+        path = self.output_dir / "timing.json"
+        write_json(path, report)
+        return path
+
+    @torch.no_grad()
+    def _guided_batch(self, count: int) -> tuple[Tensor, list[str], Tensor]:
+        """Return images, captions and guidance (B, D) of the first `count` readable samples."""
+        config = self.model.config
+        transform = image_transform(config.image_size, train=False, resize=config.resize)
+        report = SkipReport(1.0, length=len(self.source))  # training has checked the share already
+        batch = next(evaluation_batches(self.source, transform, count, report=report))
+        captions = [several[0] for several in batch.captions]
+        guidance = self.model.encode_captions(self.tokenizer, captions)
+        return batch.images.to(self.device), captions, guidance
+
+
+def _timing_table(rows: Sequence[ProfileRow], strategy: Strategy, memory: str) -> Table:
+    """Return the reduced rows of a profile, in training and in inference."""
+    caption = f"memory: {memory}"
+    if strategy.is_guided:
+        caption += "; guided by random texts"
+        if getattr(strategy, "without_text", None) == "dense":
+            caption += "; without a text, nothing is reduced"
+    batch = rows[0].batch_size
+    table = Table(title=f"image tower, batch {batch}: relative to dense", caption=caption)
+    for name in (strategy.name, "tokens", "FLOPs", "time", "memory"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        if row.strategy != DENSE:
+            figures = (row.retained, row.flops_ratio, row.time_ratio, row.memory_ratio)
+            tokens, flops, time, memory = ("" if x is None else f"{x:.2f}" for x in figures)
+            table.add_row(row.mode, tokens, flops, f"{time} {row.verdict}".strip(), memory)
+    return table

@@ -1,0 +1,110 @@
+"""The weights with the best score on the validation split, beside the last ones of a run.
+
+    best/                  model and tokenizer, as in `model/`
+    best/selection.json    the metrics, their mean on the validation split, and the step
+
+The first of equal scores is kept.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.registry import load_model
+from elip_models.pretraining.tasks.task import Task, TaskScores
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.saving.files import read_object, write_json
+from elip_models.validation import ConfigError, did_you_mean
+
+RECORD = "selection.json"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights of a run were selected."""
+
+    metrics: tuple[str, ...]
+    value: float  # mean of the metrics on `data.validation`
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}, the best on data.validation: {' + '.join(self.metrics)} "
+            f"{100 * self.value:.1f}%"
+        )
+
+
+class BestWeights:
+    """The selected weights of a run; `selection` is None until there are any."""
+
+    def __init__(self, config: RunConfig, task: Task | None, folder: RunFolder) -> None:
+        self.metrics = _metrics_of(config, task)
+        self.folder = folder
+        self.selection = _read(folder.best) if self.metrics else None
+
+    def update(self, scores: TaskScores, step: int, save: Callable[[Path], object]) -> None:
+        """Call `save(folder)` and store what it writes if the scores are the best so far."""
+        if not self.metrics:
+            return
+        value = fmean(scores.scores[name].mean for name in self.metrics)
+        if not value > (self.selection.value if self.selection else -math.inf):
+            return
+        self.selection = found = Selection(self.metrics, value, step)
+
+        def write(folder: Path) -> None:
+            save(folder)
+            write_json(folder / RECORD, asdict(found))
+
+        self.folder.replace_best(write)
+
+    def load(self, last_step: int, device: torch.device) -> PretrainedModel | None:
+        """Return the selected model in eval mode; None if it is that of the last step, or none."""
+        if self.selection is None or self.selection.step == last_step:
+            return None
+        return load_model(self.folder.best).to(device).eval()
+
+
+def selected_folder(folder: Path) -> tuple[Path, Selection | None]:
+    """Return the folder of the model to evaluate, and how it was selected.
+
+    In the folder of a run, this is `best` if the run selected weights, else `model`. The folder of
+    a model is returned as it is.
+    """
+    if (folder / "config.json").is_file() or not (folder / "model" / "config.json").is_file():
+        return folder, _read(folder)
+    best = folder / "best"
+    return (best, _read(best)) if best.is_dir() else (folder / "model", None)
+
+
+def result_of(scores: TaskScores, selection: Selection, last: TaskScores) -> dict[str, Any]:
+    """Return the scores of the selected weights as JSON, with those of the last step."""
+    record = asdict(selection) | {"last": last.as_dict()["scores"]}
+    return scores.as_dict() | {"selection": record}
+
+
+def _read(folder: Path) -> Selection | None:
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record = read_object(path)
+    return Selection(tuple(record["metrics"]), record["value"], record["step"])
+
+
+def _metrics_of(config: RunConfig, task: Task | None) -> tuple[str, ...]:
+    select = config.eval.select or ()
+    metrics = (select,) if isinstance(select, str) else select
+    for name in metrics:
+        if task is not None and name not in task.metrics:
+            raise ConfigError(
+                f"eval.select: expected some of {', '.join(task.metrics)}, the metrics of "
+                f"{task.name}, got {json.dumps(name)}{did_you_mean(name, task.metrics)}"
+            )
+    return metrics

@@ -1,0 +1,118 @@
+"""What `elip train` prints before and after a run, and writes after it."""
+
+from pathlib import Path
+
+from elip_models.integrations.peft.adapt import trainable_counts
+from elip_models.pretraining.data.streams import redacted
+from elip_models.pretraining.tasks.tables import retrieval_table, task_table, zero_shot_table
+from elip_models.pretraining.training.errors import as_write_error
+from elip_models.pretraining.training.result import TrainResult
+from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.selection import result_of
+from elip_models.pretraining.training.training_data import meta_model
+from elip_models.reduction.summary import Summary
+from elip_models.saving.files import write_json
+from elip_models.validation import require_extra
+
+with require_extra("elip_models.pretraining.training"):
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+
+def print_plan(config: RunConfig, console: Console, *, device: str, num_processes: int) -> None:
+    """Print model, reduction, data, length and folder of a run, before it reads data."""
+    model, data, optim = meta_model(config), config.data, config.optim
+    length = f"{optim.steps} steps" if optim.steps else f"{optim.epochs:g} epochs"
+    images = optim.batch_size * optim.grad_accumulation * num_processes
+    processes = f"{num_processes} processes on {device}" if num_processes > 1 else device
+    rows = {
+        "model": f"{config.model.name}, about {trainable_counts(model)[1] / 1e6:.1f} M parameters",
+        "reduction": _costs(Summary.of(model.tower, model.reduction, is_whole=True)),
+        "training data": _specification(data.train),
+        "evaluation data": _specification(data.eval or "none"),
+        "length": f"{length}, {images} images per step, on {processes}",
+        "folder": config.output_dir,
+    }
+    plan = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        plan.add_row(name, escape(value))
+    console.print(Panel(plan, title=escape(config.name), expand=False))
+
+
+def _costs(summary: Summary) -> str:
+    """Return the line of a summary with its FLOPs in training, and why they exceed those of dense.
+
+    Only a scorer that runs layers for the scores alone, such as the paper's, exceeds them.
+    """
+    costs = f"{summary.line} in inference, {summary.training_flops:.2f} in training"
+    scorer = getattr(summary.strategy, "scorer", None)
+    if scorer is None or summary.forward_flops <= 1:
+        return costs
+    return f"{costs}; the scorer {scorer!r} runs layers twice, the first time without gradient"
+
+
+def _specification(spec: str | dict | tuple[str, ...]) -> str:
+    shown = redacted(spec if isinstance(spec, tuple) else [spec])
+    return f"{', '.join(map(str, shown)):.200}"
+
+
+def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
+    """Write the reports that `config.report` names, then print steps, loss, scores and files."""
+    names = ("model", *(["best"] if result.selection else []), "metrics.jsonl")
+    files = [result.output_dir / name for name in names]
+    with as_write_error(result.output_dir):
+        files += _write_reports(config, result, console)
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("steps", str(result.step))
+    summary.add_row("loss", f"{result.loss:.4f}")
+    summary.add_row("skipped", escape(result.skipped))
+    if result.scores is not None:
+        summary.add_row("retrieval", retrieval_table(result.scores))
+    if result.zero_shot is not None:
+        summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
+    if result.task_scores is not None:
+        summary.add_row(config.task, task_table(result.task_scores))
+    if result.selection is not None:
+        summary.add_row("weights", escape(str(result.selection)))
+        if result.last_scores is not None:
+            summary.add_row("last step", escape(result.last_scores.summary()))
+    summary.add_row("files", escape("\n".join(map(str, files))))
+    console.print(Panel(summary, title=escape(config.name), expand=False))
+
+
+def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
+    if config.task is not None:
+        return _write_task_files(config, result, console)
+    if not {"timing", "picture"} & set(config.report):
+        return []
+    from elip_models.pretraining.training.report import Reporter
+
+    reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
+    files = []
+    if "timing" in config.report:
+        files.append(reporter.timing(console, config.optim.batch_size // config.optim.batch_slices))
+    if "picture" in config.report:
+        console.print("drawing kept_tokens.png")
+        files.append(reporter.picture())
+    return files
+
+
+def _write_task_files(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
+    scores = result.task_scores
+    if scores is None:
+        return []
+    files = [result.output_dir / "scores.json"]
+    if result.selection is None:
+        scores.write(files[0])
+    else:
+        write_json(files[0], result_of(scores, result.selection, result.last_scores))
+    if "picture" in config.report and scores.predictions:
+        from elip_models.pretraining.tasks.predictions import draw_predictions
+
+        console.print("drawing predictions.png")
+        path = result.output_dir / "predictions.png"
+        shown = result.model, result.tokenizer, result.eval_source, scores
+        files.append(draw_predictions(*shown, path))
+    return files

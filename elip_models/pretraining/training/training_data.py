@@ -1,0 +1,193 @@
+"""The training data of a recipe, prepared for its model, and captions for a tokenizer."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elip_models.pretraining.data import (
+    ExampleSource,
+    ImageTextPreparation,
+    Source,
+    StreamSource,
+    apply_caption_rule,
+    image_transform,
+    is_stream,
+    load_tokenizer,
+    open_source,
+    open_stream,
+    train_tokenizer,
+)
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.config import VisionConfig
+from elip_models.pretraining.models.registry import create_model
+from elip_models.pretraining.tasks.registry import get_task
+from elip_models.pretraining.tasks.task import Preprocessor, Task
+from elip_models.pretraining.training.progress import progress_bar
+from elip_models.pretraining.training.run_config import DataConfig, RunConfig
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.validation import ConfigError, as_config_error, require_extra
+
+with require_extra("elip_models.pretraining.training"):
+    from rich.console import Console
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TOKENIZER_SAMPLES = 50_000
+MAX_COUNTED_SAMPLES = 1_000
+
+
+def input_fields(data: DataConfig) -> dict[str, str]:
+    """Return the fields of `InputConfig` that a recipe sets."""
+    fields = {"captions": data.captions, "max_words": data.max_words, "resize": data.resize}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def meta_model(config: RunConfig) -> PretrainedModel:
+    """Return a recipe's model on the meta device; equal recipes share it, so do not change it."""
+    with as_config_error("model"):
+        fields = input_fields(config.data) | config.model.overrides
+        return _meta_model(config.model.name, config.task, json.dumps(fields))
+
+
+@lru_cache(256)
+def _meta_model(name: str, task: str | None, fields: str) -> PretrainedModel:
+    with torch.device("meta"):
+        return create_model(name, task=task, **json.loads(fields))
+
+
+def task_of(config: RunConfig) -> Task | None:
+    """Return the downstream task of a recipe; None in pre-training."""
+    if config.task is None:
+        return None
+    with as_config_error("task"):
+        return get_task(config.task, **config.task_options)
+
+
+def open_training_data(config: RunConfig, image_size: int) -> Source | ExampleSource | StreamSource:
+    """Open the training data of a recipe; in pre-training it may be one stream."""
+    specs = config.data.train
+    specs = specs if isinstance(specs, tuple) else (specs,)
+    if not any(map(is_stream, specs)):
+        task = task_of(config)
+        if task is None:
+            return open_source(config.data.train, image_size=image_size)
+        source = task.open(config.data.train, image_size=image_size)
+        return task.training_source(source, meta_model(config).config)
+    if config.task is not None:
+        raise ValueError(f"expected data on disk for {config.task}, got a stream")
+    if len(specs) > 1:
+        raise ValueError(
+            f"expected one stream alone, since streams cannot be mixed, got {len(specs)} sources; "
+            "one stream may have several URLs"
+        )
+    if config.data.weights is not None:
+        raise ValueError("expected data.weights: null with a stream, which is not mixed")
+    return open_stream(specs[0])
+
+
+def make_preparation(
+    config: RunConfig,
+    model: VisionConfig,
+    source: Source | ExampleSource | StreamSource,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Callable[[Any, int, np.random.Generator], dict[str, Tensor]]:
+    """Return the function that prepares a training sample, with the recipe's augmentation."""
+    data, task = config.data, task_of(config)
+    transform = image_transform(
+        model.image_size,
+        train=True,
+        scale=data.crop_scale,
+        flip=data.flip,
+        randaugment=data.randaugment,
+        randaugment_policy=data.randaugment_policy,
+        resize=model.resize,
+    )
+    if task is not None:
+        preprocessor = Preprocessor(source, transform, tokenizer, model, data.context_length)
+        return partial(task.sample, preprocessor)
+    return ImageTextPreparation(
+        transform,
+        tokenizer,
+        context_length=data.context_length,
+        captions=model.captions,
+        max_words=model.max_words,
+        guide_captions=model.reads_guide_captions,
+    )
+
+
+def check_guide_captions(model: VisionConfig, source: Source | StreamSource) -> None:
+    """Warn if the model takes a second caption that some images of `source` do not have.
+
+    At most 1,000 samples are read. If no image has a second caption, ValueError is raised.
+    """
+    if not model.reads_guide_captions:
+        return
+    captions = [set(each) for each in sample_captions(source, MAX_COUNTED_SAMPLES)]
+    share = sum(len(each) < 2 for each in captions) / len(captions)
+    if share == 1:
+        raise ValueError("expected 'own', since no image has a second caption, got 'other'")
+    if share:
+        warnings.warn(
+            f"guide='other': {share:.0%} of the images have one caption, which guides them itself",
+            stacklevel=2,
+        )
+
+
+def make_tokenizer(
+    config: RunConfig,
+    source: Source | ExampleSource | StreamSource,
+    model: VisionConfig,
+    folder: RunFolder,
+    accelerator: "Accelerator",
+    console: Console,
+) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that a recipe names, or train one on the captions.
+
+    The main process trains it and writes it to the run's folder.
+    """
+    data = config.data
+    if data.tokenizer != "train":
+        with as_config_error("data.tokenizer"):
+            return load_tokenizer(data.tokenizer)
+    if config.task is not None:
+        raise ConfigError(
+            "data.tokenizer: expected the folder of the pre-trained model's tokenizer, got "
+            "'train', which trains a new one"
+        )
+    with accelerator.main_process_first():
+        if (path := folder.trained_tokenizer()) is None:
+            with as_config_error("data.vocab_size"):
+                captions = tokenizer_captions(source, model, console)
+                tokenizer = train_tokenizer(captions, data.vocab_size)
+            path = folder.train_tokenizer(tokenizer.save_pretrained)
+    return load_tokenizer(str(path))
+
+
+def tokenizer_captions(
+    source: Source | StreamSource, model: VisionConfig, console: Console | None = None
+) -> Iterator[str]:
+    """Yield the cleaned captions of at most 50,000 samples, and show the progress on `console`."""
+    console, count = console or Console(quiet=True), min(len(source), MAX_TOKENIZER_SAMPLES)
+    console.print(f"training the tokenizer on the captions of up to {count} samples")
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=count, unit="sample")
+        for captions in bar.track(sample_captions(source, count), task_id=task):
+            for caption in captions:
+                yield apply_caption_rule(caption, model.captions, model.max_words)
+
+
+def sample_captions(source: Source | StreamSource, count: int) -> Iterator[tuple[str, ...]]:
+    """Return the captions of at most `count` samples, evenly spaced, or the first of a stream."""
+    if isinstance(source, StreamSource):
+        return source.first_captions(count)
+    stride = math.ceil(len(source) / count)
+    return (source.captions(index) for index in range(0, len(source), stride))

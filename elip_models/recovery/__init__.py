@@ -1,0 +1,1 @@
+"""Recover what a reduction changes: distillation without labels."""

@@ -1,0 +1,342 @@
+"""Train a reduced model to give the dense model's features, from images without labels.
+
+    elip_models.distill(model, images, keep=0.5)
+    elip_models.save_reduced(model, "distilled")
+
+The teacher is a frozen dense copy. The loss of an image is
+
+    (1 - cosine of the output features) + (mean over patches of 1 - cosine of the patch features)
+
+The blocks train, in which tokens are merged; the embedding stays as it is. Patch features are those
+after the last norm, after `unmerge`; they count if the strategy keeps the grid, that is, if it
+merges patches instead of dropping them.
+"""
+
+import copy
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elip_models.analysis.feature_measures import cosine, output_feature
+from elip_models.pretraining.training.errors import TrainingError
+from elip_models.pretraining.training.optim import learning_rate, parameter_groups
+from elip_models.pretraining.training.run_config import OptimConfig
+from elip_models.reduction.patch import (
+    is_reduced,
+    record_stages,
+    reduce_,
+    reduction_summary,
+    unreduce_,
+)
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.token_assignment import slots_after
+from elip_models.saving.files import write_file
+from elip_models.towers import Tower, as_reducible, as_tower
+from elip_models.validation import (
+    Positive,
+    PositiveInt,
+    Seed,
+    check_fields,
+    require_extra,
+    shortened,
+)
+
+M = TypeVar("M", bound=nn.Module)
+Progress = Callable[[int, float], object]
+LR, LORA_LR = 5e-6, 1e-4
+WARMUP_SHARE = 0.1
+SAVE_EVERY = 50
+
+
+@dataclass(frozen=True)
+class _Options:
+    steps: PositiveInt
+    batch_size: PositiveInt
+    lr: Positive | None
+    seed: Seed
+    lora_rank: PositiveInt | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def distill(
+    model: M,
+    images: Tensor | Sequence[Tensor],
+    *,
+    keep: float | None = None,
+    strategy: str | Strategy | None = None,
+    steps: int = 500,
+    batch_size: int = 8,
+    lr: float | None = None,
+    seed: int = 0,
+    lora_rank: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    progress: Progress = lambda step, loss: None,
+) -> M:
+    """Train a reduced model, in place and without labels, to give the dense model's features.
+
+    It trains in eval mode, without dropout. The text side of an image-text model does not change.
+
+    Args:
+        model: of timm, open_clip or transformers, in fp32, on the device to train on. It is reduced
+            by `reduce_`, unless it is reduced already and `keep` and `strategy` are None.
+            Parameters outside the blocks, or that require no gradient, do not train.
+        images: n images (3, H, W), normalised as the model expects: a tensor, or a sequence.
+        keep: the mean share of tokens, as of `reduce_`.
+        strategy: as of `reduce_`. It must reduce without a text.
+        steps: steps of AdamW.
+        batch_size: images in a step. Each epoch has another random order.
+        lr: peak learning rate; None: 5e-6, or 1e-4 with LoRA.
+        seed: of the order of the images, of LoRA and of the strategy.
+        lora_rank: train LoRA adapters of this rank in the linear layers of the blocks, and merge
+            them into the weights at the end. None: train all weights of the blocks.
+        checkpoint: a file for the state of the run, written every 50 steps. If it exists, the run
+            continues from it, and ends as one that was not stopped.
+        progress: is called after each step with the number of steps and the loss.
+
+    Returns:
+        The model, reduced and in eval mode.
+
+    Raises:
+        ImportError: peft is missing, which LoRA needs.
+        TypeError, ValueError: a wrong argument, or a checkpoint of another run.
+        TrainingError: the loss is not finite.
+    """
+    options = _Options(steps, batch_size, lr, seed, lora_rank)
+    if not isinstance(checkpoint, str | os.PathLike | None):
+        raise TypeError(f"checkpoint: expected a path or None, got {shortened(checkpoint)}")
+    if not is_reduced(model) or keep is not None or strategy is not None:
+        reduce_(model, strategy, keep=keep)
+    path = None if checkpoint is None else Path(checkpoint)
+    _train(model.eval(), images, options, path, progress)
+    return model
+
+
+def _train(
+    model: nn.Module,
+    images: Tensor | Sequence[Tensor],
+    options: _Options,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> None:
+    student = _image_model(model)
+    _check_images(images, as_tower(student))
+    teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
+    device = next(student.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(options.seed)
+        with _blocks_alone(student), _adapters(student, options.lora_rank):
+            _Run(student, teacher, images, options).train(checkpoint, progress)
+
+
+def _image_model(model: nn.Module) -> nn.Module:
+    """Return the image model to train; raise TypeError or ValueError if it cannot be trained."""
+    reducible = as_reducible(model)
+    if reducible.reduces_itself:
+        raise TypeError(
+            "model: expected one of timm, open_clip or transformers, got "
+            f"{type(model).__name__}, which `elip train` trains"
+        )
+    dtypes = {each.dtype for each in reducible.image_model.parameters() if each.requires_grad}
+    if dtypes != {torch.float32}:
+        got = ", ".join(map(str, dtypes)) or "none"
+        raise ValueError(f"model: expected parameters in fp32 that require a gradient, got {got}")
+    return reducible.image_model
+
+
+def _check_images(images: Any, tower: Tower) -> None:
+    """Raise TypeError or ValueError unless the first image has the type and size of the tower's."""
+    size = "H, W" if tower.has_dynamic_size else "{}, {}".format(*tower.image_size)
+    expected = f"images: expected floating-point images (n, 3, {size}), at least one, got"
+    if not isinstance(images, Tensor | Sequence) or not len(images):
+        raise TypeError(f"{expected} {shortened(images)}")
+    if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
+        raise TypeError(f"{expected} {getattr(images[0], 'dtype', type(images[0]).__name__)}")
+    shape = tuple(images[0].shape)
+    if len(shape) != 3 or not (tower.has_dynamic_size or shape[1:] == tower.image_size):
+        raise ValueError(f"{expected} an image {shape}")
+
+
+@contextmanager
+def _blocks_alone(model: nn.Module) -> Iterator[None]:
+    """Let only the blocks require a gradient inside the block."""
+    inside = {id(each) for block in as_tower(model).blocks for each in block.parameters()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    for each in others:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in others:
+            each.requires_grad_()
+
+
+@contextmanager
+def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
+    """Add LoRA adapters to the linear layers of the blocks; merge them into the weights after."""
+    if rank is None:
+        yield
+        return
+    if any("base_layer" in each._modules for each in model.modules()):
+        raise ValueError("lora_rank: expected None for a model that has adapters, which then train")
+    with require_extra("lora_rank"):
+        from peft import LoraConfig, inject_adapter_in_model
+    inside = [each for block in as_tower(model).blocks for each in block.modules()]
+    linear = {id(each) for each in inside if isinstance(each, nn.Linear)}
+    for each in inside:  # layers whose weights the library reads, past an adapter
+        if isinstance(each, nn.MultiheadAttention):
+            linear -= {id(part) for part in each.modules()}
+        elif getattr(each, "q_bias", None) is not None:
+            linear -= {id(each.qkv)}
+    layers = [name for name, each in model.named_modules() if id(each) in linear]
+    required = [each for each in model.parameters() if each.requires_grad]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
+    try:
+        yield
+    finally:
+        for name in layers:
+            adapted = model.get_submodule(name)
+            adapted.merge()
+            model.set_submodule(name, adapted.base_layer)
+        del model.peft_config
+        for each in required:
+            each.requires_grad_()
+
+
+class _Run:
+    """The training of a student: its optimiser, and its state in a file."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        images: Tensor | Sequence[Tensor],
+        options: _Options,
+    ) -> None:
+        self.student, self.teacher, self.images = student, teacher, images
+        steps, size, self.seed, self.done = options.steps, options.batch_size, options.seed, 0
+        default = LR if options.lora_rank is None else LORA_LR
+        warmup_steps = math.ceil(WARMUP_SHARE * steps)
+        self.optim = OptimConfig(size, options.lr or default, warmup_steps=warmup_steps)
+        self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        groups = parameter_groups(student, self.optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups)
+        generator = torch.Generator().manual_seed(self.seed)
+        epochs = math.ceil(steps * size / len(images))
+        order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
+        self.batches = order[: steps * size].split(size)
+        self.settings: dict[str, Any] = asdict(options) | {
+            "strategy": str(reduction_summary(student).strategy),
+            "images": [len(images), _checksum([images[0], images[len(images) - 1]])],
+            "model": _checksum(self.trained.values()),
+        }
+
+    def train(self, checkpoint: Path | None, progress: Progress) -> None:
+        """Run the steps that remain."""
+        if checkpoint is not None and checkpoint.exists():
+            self._restore(checkpoint)
+        for i in range(self.done, len(self.batches)):
+            loss = self._step(i)
+            if checkpoint is not None and (i + 1) % SAVE_EVERY == 0:
+                self._save(checkpoint, i + 1)
+            progress(i + 1, loss)
+
+    def _step(self, i: int) -> float:
+        """Run step i and return its loss."""
+        torch.manual_seed((self.seed << 32) + i)  # for strategies that draw tokens
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(i, self.optim, total_steps=len(self.batches))
+        images = torch.stack([self.images[j] for j in self.batches[i].tolist()])
+        images = images.to(next(self.student.parameters()).device)
+        with torch.no_grad():
+            expected = _outputs(self.teacher, images)
+        loss = _loss(expected, _outputs(self.student, images))
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"the loss of step {i + 1} is {loss.item()}; use a lower lr")
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained.values(), self.optim.max_grad_norm)
+        self.optimizer.step()
+        return loss.item()
+
+    def _save(self, path: Path, done: int) -> None:
+        """Write the state after `done` steps, completely or not at all."""
+        content = io.BytesIO()
+        state = {"settings": self.settings, "done": done, "trained": self.trained}
+        torch.save(state | {"optimizer": self.optimizer.state_dict()}, content)
+        write_file(path, content.getvalue())
+
+    @torch.no_grad()
+    def _restore(self, path: Path) -> None:
+        """Continue from a file of `_save`; ValueError if it is damaged or of another run."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            settings = state["settings"]
+        except (RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+            raise ValueError(
+                f"checkpoint: expected a file of `distill`, got a damaged {path}; remove it to "
+                "start again"
+            ) from error
+        other = [name for name, value in self.settings.items() if settings.get(name) != value]
+        if other:
+            raise ValueError(
+                f"checkpoint: expected a run with the same {', '.join(other)}, got another one in "
+                f"{path}; remove it to start again"
+            )
+        for name, each in self.trained.items():
+            each.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done = state["done"]
+
+
+def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the output features (B, D), and patch features (B, N, D) if the grid is kept."""
+    tower, seen = as_tower(model), []
+    last = tower.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
+    try:
+        with record_stages(model) if is_reduced(model) else nullcontext([]) as infos:
+            feature = output_feature(model(images))
+    finally:
+        last.remove()
+    if is_reduced(model) and not infos:
+        strategy = reduction_summary(model).strategy
+        if strategy.changes_embedding:
+            return feature, None
+        raise ValueError(
+            "strategy: expected one that reduces images without a text and in eval mode, got "
+            f"{strategy}"
+        )
+    tokens = tower.finish(seen[0] if isinstance(seen[0], Tensor) else seen[0][0])
+    if infos:
+        slots = slots_after(info.reduction for info in infos)
+        is_grid = tokens.shape[1] == slots.index.shape[1]  # of a tower that pools its patches
+        if slots.drops or not (is_grid or tokens.shape[1] == slots.num_tokens):
+            return feature, None
+        tokens = tokens if is_grid else slots.unmerged(tokens)
+    return feature, tokens[:, tower.num_prefix_tokens :]
+
+
+def _loss(expected: tuple[Tensor, Tensor | None], got: tuple[Tensor, Tensor | None]) -> Tensor:
+    loss = 1 - cosine(expected[0], got[0]).mean()
+    if got[1] is None:
+        return loss
+    return loss + 1 - F.cosine_similarity(expected[1], got[1], dim=2).mean()
+
+
+def _checksum(tensors: Iterable[Tensor]) -> int:
+    return reduce(
+        lambda sum_, each: crc32(each.detach().cpu().contiguous().numpy(), sum_), tensors, 0
+    )

@@ -1,0 +1,1 @@
+"""Open, save and load models, on disk and on the hub."""

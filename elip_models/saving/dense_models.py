@@ -1,0 +1,190 @@
+"""Models of timm, open_clip and transformers from a folder, which is not trusted.
+
+No code of the folder runs. A config that does not fit the weights beside it takes no memory.
+Weights that are missing, not finite or of another kind, such as int8 for float, raise ValueError.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.saving.files import check_finite, read_object, read_tensors
+from elip_models.saving.meta_build import (
+    at_most,
+    check_integers,
+    library_errors,
+    meta_device,
+    read_header,
+    read_headers,
+    with_memory,
+)
+from elip_models.saving.weights import check_weights, kind_of, load_weights
+from elip_models.validation import mismatch_error
+
+CONFIG = "config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+ADAPTER = "adapter_config.json"
+PACKED = 16
+"""A quantised file may have that many parameters in one number."""
+SPARE = 2**24
+"""A model may have that many numbers that its file lacks, such as a new pooler or masks."""
+
+
+class NewPartsWarning(UserWarning):
+    """Parts of a model that its weights lack, which have initial values.
+
+    Attributes:
+        parts: their names in the model.
+    """
+
+    def __init__(self, name: str | Path, kind: str, parts: list[str]) -> None:
+        super().__init__(
+            f"{name} has no weights for {', '.join(parts)} of {kind}, which have initial values"
+        )
+        self.parts = tuple(parts)
+
+
+def load_timm(folder: Path) -> nn.Module:
+    """Load the model of timm that `save_reduced` wrote."""
+    import timm
+
+    return _load(
+        folder / CONFIG,
+        folder / "model.safetensors",
+        lambda: timm.create_model(f"local-dir:{folder}", pretrained=False),
+    )
+
+
+def load_open_clip(folder: Path) -> nn.Module:
+    """Load the model of open_clip that `save_reduced` wrote; its towers are not from a hub."""
+    import open_clip
+
+    path = folder / OPEN_CLIP_CONFIG
+    described = read_object(path).get("model_cfg")
+    if mismatch_error(described, dict) or any(
+        mismatch_error(described.get(tower), dict) for tower in ("vision_cfg", "text_cfg")
+    ):
+        raise ValueError(f"{path}: expected 'model_cfg' with 'vision_cfg' and 'text_cfg'")
+    vision, text = described["vision_cfg"], described["text_cfg"]
+    if text.get("hf_model_name") or ":" in str(vision.get("timm_model_name")):
+        raise ValueError(
+            f"{path}: expected towers that the folder describes, got one of a hub or another "
+            f"folder; load it by open_clip if you trust it, and pass it as model="
+        )
+    return _load(
+        path,
+        folder / "open_clip_model.safetensors",
+        lambda: open_clip.create_model(
+            f"local-dir:{folder}",
+            load_weights=False,
+            device=torch.get_default_device(),
+            pretrained_image=False,
+            pretrained_text=False,
+        ),
+    )
+
+
+def _load(config: Path, weights: Path, make: Callable[[], nn.Module]) -> nn.Module:
+    if not weights.is_file():
+        raise FileNotFoundError(f"folder: expected {weights}, as save_reduced writes it, got none")
+    check_integers(config, read_object(config))
+    stored = read_header(weights)
+    with library_errors(config, f"a config of a model in {weights.name}"):
+        with meta_device(len(stored)):
+            outline = make()
+        check_weights(outline, stored)
+        model = with_memory(outline, make, stored)
+    load_weights(model, read_tensors(weights))
+    return model.eval()
+
+
+def load_transformers(
+    name: str | Path, kind: Any, config: Any, *, new_parts: bool = False
+) -> nn.Module:
+    """Load a model of transformers from a folder, or by its name on the hub.
+
+    Args:
+        name: folder or name.
+        kind: class of transformers, or AutoModel.
+        config: an instance of the config's class.
+        new_parts: whether parts of the model that the weights lack altogether, such as a pooler,
+            get initial values, with a warning. All other missing tensors raise ValueError.
+    """
+    stored, limits = _stored(Path(name), config) if os.path.isdir(name) else ({}, (math.inf,))
+    path = Path(name) / CONFIG if os.path.isdir(name) else name
+    with library_errors(path, f"weights of a {type(config).__name__}"), at_most(*limits):
+        model, info = kind.from_pretrained(
+            name,
+            config=config,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    missing = sorted(info["missing_keys"])
+    new = _parts_without(model, missing) if new_parts else []
+    absent = [each for each in missing if each.partition(".")[0] not in new]
+    absent += [f"{each[0]} of its shape" for each in info["mismatched_keys"]]
+    if absent:
+        raise ValueError(
+            f"{name}: expected all weights of {type(model).__name__}, got none for "
+            f"{', '.join(absent[:3])}{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
+        )
+    if missing:
+        warnings.warn(NewPartsWarning(name, type(model).__name__, new), stacklevel=2)
+    if not getattr(config, "quantization_config", None):
+        _check_kinds(Path(name), model, stored)
+        check_finite(Path(name), model.state_dict())
+    return model.eval()
+
+
+def from_config(kind: Any, config: Any) -> nn.Module:
+    """Return a model of transformers with random weights; `kind` is as in `load_transformers`."""
+    from transformers import MODEL_MAPPING, AutoModel
+
+    if kind is not AutoModel:
+        return kind(config)
+    if type(config) not in MODEL_MAPPING:  # AutoModel takes seconds to list all that it has
+        raise ValueError(f"{type(config).__name__} is of no model that AutoModel has")
+    return kind.from_config(config, trust_remote_code=False)
+
+
+def _parts_without(model: nn.Module, missing: list[str]) -> list[str]:
+    """Return the children of a model of which all tensors are missing."""
+    present = {name.partition(".")[0] for name in model.state_dict() if name not in missing}
+    return sorted({name.partition(".")[0] for name in missing} - present)
+
+
+def _stored(folder: Path, config: Any) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """Return the header of the weights, and the most tensors and numbers of a model of that size.
+
+    The header is empty for weights in files of pickle.
+    """
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{folder}: expected a whole model, got an adapter; use PeftModel.from_pretrained"
+        )
+    stored = read_headers(folder)
+    if stored is None:
+        numbers = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
+        if not numbers:
+            raise FileNotFoundError(f"folder: expected model.safetensors in {folder}, got none")
+        tensors = numbers // 64
+    else:
+        tensors, numbers = len(stored), 2 * sum(each.numel() for each in stored.values())
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    limits = 4 * tensors + 1000, numbers * (PACKED if is_quantised else 1) + SPARE
+    return stored or {}, limits
+
+
+def _check_kinds(folder: Path, made: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Raise ValueError for stored weights that are no floats, by the last part of names."""
+    weights = {name.rpartition(".")[2] for name, _ in made.named_parameters()}
+    for name, tensor in stored.items():
+        if name.rpartition(".")[2] in weights and kind_of(tensor) != "float":
+            raise ValueError(f"{folder}: {name}: expected floating numbers, got {tensor.dtype}")

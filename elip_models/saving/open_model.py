@@ -1,0 +1,207 @@
+"""Models by a text: of timm, open_clip and transformers, of this library, or a saved folder.
+
+    timm:vit_base_patch16_224[:FILE]          an image model of timm, with the weights in a file
+    open_clip:ViT-B-16[:laion2b_s34b_b88k]    a CLIP of open_clip, with its weights, also [:FILE]
+    hf:google/vit-base-patch16-224            of transformers or this library, by name or folder
+    elip_clip_vit_b16                         a name of `list_models`
+    runs/clip_tiny/model                      a folder that `save_pretrained` wrote
+
+A library is imported when one of its models is opened.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elip_models.saving.dense_models import from_config, load_transformers
+from elip_models.saving.hub import fetch_folder
+from elip_models.saving.meta_build import MOST_TENSORS, at_most, check_integers, library_errors
+from elip_models.validation import check, mismatch_error, require_extra
+
+FORMS = (
+    "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', "
+    "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER' ('hf:owner/name' also without 'hf:'), a name "
+    "of list_models(), or a folder written by save_pretrained"
+)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
+"""Library -> its option for the image size; of other models it is a field of the config."""
+BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
+
+
+def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
+    """Open the model that `spec` names, in eval mode.
+
+    With `pretrained=False` under `with torch.device("meta"):`, the model takes no memory. Code in a
+    folder or a repository does not run. A whole part of a model of transformers that its weights
+    lack, such as a pooler, has initial values, with a warning.
+
+    Example::
+
+        model = open_model("timm:vit_base_patch16_224")
+
+    Args:
+        spec: 'timm:NAME', or 'timm:NAME:FILE' with the weights in a file; 'open_clip:NAME' for the
+            first weights that open_clip lists, or 'open_clip:NAME:TAG', or a file instead of the
+            tag (a slash may stand for the second colon); 'hf:NAME' or 'hf:FOLDER', where
+            'hf:owner/name' needs no 'hf:'; a name of `list_models`; or a folder written by
+            `save_pretrained`. A folder without weights needs `pretrained=False`.
+        pretrained: load weights; False for random weights. Names of `list_models` have no weights.
+        options: of timm.create_model or open_clip.create_model, or fields of the config.
+
+    Raises:
+        ValueError: the spec has another form, its library does not have the name, the weights
+            cannot be found, or tensors in a folder of transformers are missing, not finite, of
+            another shape or no floats.
+        ImportError: a library is missing; the message names the extra.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(f"spec: expected a text, {FORMS}, got {spec!r}")
+    check("pretrained", pretrained, bool)
+    library, name = split_spec(spec)
+    if library is not None:
+        with require_extra("open_model"), missing_files_as_value_error("spec", spec):
+            return OPENERS[library](name, pretrained, options).eval()
+    from elip_models.pretraining.models.registry import create_model, list_models
+
+    if spec in list_models():
+        return create_model(spec, pretrained, **options).eval()
+    if os.path.isfile(os.path.join(spec, "config.json")):
+        return _from_folder(Path(spec), pretrained, options).eval()
+    raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
+
+
+def split_spec(spec: str) -> tuple[str | None, str]:
+    """Split 'timm:NAME' into ('timm', 'NAME'); a spec without library gives (None, spec).
+
+    'owner/name' is ('hf', 'owner/name'), unless there is such a path.
+    """
+    library, _, name = spec.partition(":")
+    if name and library in OPENERS:
+        return library, name
+    is_on_hub = HUB_NAME.fullmatch(spec) is not None and not os.path.exists(spec)
+    return "hf" if is_on_hub else None, spec
+
+
+def size_options(spec: str, image_size: int | None) -> dict[str, int]:
+    """Return the option of `open_model` for images of this side in pixels; none for None."""
+    key = IMAGE_SIZE.get(split_spec(spec)[0] or "", "image_size")
+    return {} if image_size is None else {key: image_size}
+
+
+def split_weights(name: str) -> tuple[str, str]:
+    """Split 'NAME:WEIGHTS' or 'NAME/WEIGHTS' of a model of timm or open_clip; "" without any."""
+    found = re.match(r"(?!local-dir:|hf-hub:)([^:/]+)[:/](.*)", name, re.DOTALL)
+    return (found[1], found[2]) if found else (name, "")
+
+
+def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
+    if not is_elsewhere and ":" in name:
+        name, file = split_weights(name)
+        _check_weights_file(file, pretrained)
+        options = {"pretrained_cfg_overlay": {"file": file}, **options}
+    if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
+        raise ValueError(f"spec: expected a name of timm.list_models(), got {name!r}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except RuntimeError as error:  # weights of another model
+        if "pretrained_cfg_overlay" not in options:
+            raise
+        raise ValueError(f"spec: expected weights of {name} in {file}: {error!s:.300}") from error
+
+
+def _check_weights_file(file: str, pretrained: bool) -> None:
+    if not os.path.isfile(file):  # False also for a name that no file can have
+        raise ValueError(f"spec: expected a file of weights behind the name, got {file!r:.300}")
+    if not pretrained:
+        raise ValueError(f"pretrained: expected True with a file of weights, got False and {file}")
+
+
+def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import open_clip
+
+    name, tag = split_weights(name)
+    if name not in open_clip.list_models():
+        raise ValueError(f"spec: expected a name of open_clip.list_models(), got {name!r}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    is_file = bool(tag) and tag not in tags and os.path.isfile(tag)
+    if is_file:
+        _check_weights_file(tag, pretrained)
+    elif tag and tag not in tags:
+        raise ValueError(f"spec: expected weights of {name} among {tags}, or a file, got {tag!r}")
+    if pretrained and not tags and not is_file:
+        raise ValueError(
+            f"spec: expected a model with weights in open_clip, got {name!r}; pass pretrained=False"
+        )
+    weights = (tag or tags[0]) if pretrained else None
+    device = torch.get_default_device()
+    try:
+        return open_clip.create_model(name, pretrained=weights, device=device, **options)
+    except RuntimeError as error:  # of a failed download, or of weights of another model
+        if weights is None:
+            raise
+        raise (ValueError if is_file else OSError)(str(error)) from error
+
+
+def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
+
+    from elip_models.pretraining.models.registry import is_family
+
+    with library_errors(name, "a name on the hub, or a folder with a config of transformers"):
+        described, _ = PretrainedConfig.get_config_dict(name)
+    if mismatch_error(described, dict):
+        raise ValueError(f"{name}: expected a JSON object in config.json, got {described!r:.100}")
+    if is_family(described.get("model")):
+        return _from_folder(fetch_folder(name), pretrained, options)
+    check_integers(Path(name) / "config.json", described)
+    with library_errors(name, "a config of a model in this version of transformers"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        ranks = BlipForImageTextRetrieval.__name__ in (
+            config.architectures or [BlipForImageTextRetrieval.__name__]
+        )
+        kind = BlipForImageTextRetrieval if config.model_type == "blip" and ranks else AutoModel
+        if not pretrained:
+            with at_most(MOST_TENSORS):
+                return from_config(kind, config)
+    return load_transformers(name, kind, config, new_parts=True)
+
+
+OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
+    "timm": _open_timm,
+    "open_clip": _open_open_clip,
+    "hf": _open_hf,
+}
+
+
+def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from elip_models.pretraining.models.registry import MODELS, is_family, load_model
+    from elip_models.saving.files import read_config
+
+    family, config = read_config(folder, with_weights=pretrained)
+    if not is_family(family):
+        raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
+    if pretrained:
+        return load_model(folder, **options)
+    kind = MODELS[family]
+    return kind(kind.config_class.from_dict(config | options))
+
+
+@contextmanager
+def missing_files_as_value_error(argument: str, spec: str) -> Iterator[None]:
+    """Turn the OSError of a library that finds no files of that name into a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: expected a model with local or downloadable files, got {spec!r}: {error}"
+        ) from error

@@ -1,0 +1,373 @@
+"""Saving and loading of reduced models: the library's own files, and the settings of `reduce_`.
+
+    timm           config.json, model.safetensors                       elip.json
+    open_clip      open_clip_config.json, open_clip_model.safetensors   elip.json
+    transformers   what its save_pretrained writes; "elip" in config.json
+    peft           the adapter, as its save_pretrained writes it        elip.json
+    ours           what save_pretrained writes; fields of config.json
+
+Each library can load its folder without this one; the model is dense then.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.registry import is_family, load_model
+from elip_models.reduction.hf_config import LANGUAGE_MODEL, store_in_config
+from elip_models.reduction.patch import reductions_of
+from elip_models.reduction.reduced_model import Reduction
+from elip_models.reduction.serialization import settings_of, strategy_of
+from elip_models.reduction.strategies.dense import Dense
+from elip_models.reduction.strategy import Strategy
+from elip_models.saving.dense_models import (
+    ADAPTER,
+    CONFIG,
+    OPEN_CLIP_CONFIG,
+    load_open_clip,
+    load_timm,
+    load_transformers,
+)
+from elip_models.saving.files import read_object, write_file, write_json, write_tensors
+from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
+from elip_models.saving.meta_build import check_integers, library_errors
+from elip_models.towers import library_of, without_adapter
+from elip_models.validation import as_config_error, check
+from elip_models.vlm.patch import reduce_, restore_
+
+SETTINGS = "elip.json"
+Config = str | dict[str, Any] | None
+
+
+def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config = None) -> Path:
+    """Save a reduced model in the format of its library, together with its reduction.
+
+    The library alone can load the folder as a dense model. For a model of peft only the adapter is
+    saved, as peft does; `PeftModel.from_pretrained(base, folder)` returns a dense model, which
+    `load_reduced(folder, model)` reduces.
+
+    Example::
+
+        elip_models.save_reduced(elip_models.reduce_(model), "vit_tome")
+        model = elip_models.load_reduced("vit_tome")
+
+    Args:
+        model: a model of `reduce_`, a model that contains one, or one of our models with a
+            reduction in its config. torch.compile and DistributedDataParallel may wrap it.
+        folder: created if necessary. Files of the same names are replaced, except README.md.
+        config: for open_clip, the name of the model, such as "ViT-B-16", or its `model_cfg`, which
+            open_clip does not store. For timm, further arguments of its model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: the model is sharded, or of another library.
+        ValueError: the model is not reduced or cannot be saved, or `config` is missing or wrong.
+    """
+    check("model", model, nn.Module)
+    check("folder", folder, str | os.PathLike)
+    model, folder = _unwrap(model), Path(folder)
+    if isinstance(model, PretrainedModel):
+        _check_reduces(model)
+        return model.save_pretrained(folder)
+    if LANGUAGE_MODEL in (getattr(getattr(model, "config", None), "elip", None) or ()):
+        return _save_language_model(model, folder)
+    reduction, module = _reduction_in(model)
+    is_adapter = without_adapter(model) is not model
+    library = "peft" if is_adapter else library_of(model)
+    if library not in WRITERS:
+        raise TypeError(
+            f"model: expected one of {', '.join(WRITERS)}, got {type(model).__name__}; save the "
+            "reduced model inside it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    store_in_config(model, reduction)
+    WRITERS[library](model, folder, config)
+    if library == "transformers" and not module:
+        (folder / SETTINGS).unlink(missing_ok=True)
+    else:
+        write_json(folder / SETTINGS, {"module": module, **settings_of(reduction.strategy)})
+    if not (folder / "README.md").exists():
+        write_file(folder / "README.md", _card(reduction, library, folder).encode())
+    return folder
+
+
+def load_reduced(
+    folder: str | os.PathLike,
+    model: nn.Module | None = None,
+    *,
+    strategy: str | Strategy | None = None,
+) -> nn.Module:
+    """Load a model that `save_reduced` wrote, with its reduction.
+
+    Args:
+        folder: a folder, or 'owner/name' of a repository of the hub.
+        model: a model that its library loaded from the folder; it is reduced in place. Pass it to
+            use options of the library, a class of your own, or an adapter of peft.
+        strategy: replaces the saved strategy, as in `reduce_`. Required for a class of your own.
+
+    Returns:
+        The model, in eval mode unless `model` was passed.
+
+    Raises:
+        FileNotFoundError: the folder is missing, or contains no reduced model.
+        ConfigError: the settings are invalid or do not fit the model; names file and key.
+        TypeError: `model` or `folder` has another type.
+        ValueError: the library of the folder is unknown, a file is damaged, a tensor is missing or
+            not finite, or the model needs code or towers from elsewhere; pass it as `model` then.
+    """
+    check("model", model, nn.Module | None)
+    folder = fetch_folder(folder)
+    model = _open_dense(folder) if model is None else model
+    if isinstance(model, PretrainedModel):
+        _check_reduces(model)
+        if strategy is not None:
+            raise ValueError(
+                f"strategy: expected None for a {type(model).__name__}, whose config has it, got "
+                f"{strategy!r}; change fields of the config, create_model('hf:..', schedule=..)"
+            )
+        return model
+    saved, where = _read_settings(folder)
+    if strategy is None and isinstance(saved, dict) and LANGUAGE_MODEL in saved:
+        with as_config_error(where):
+            restore_(model, saved)
+        return model
+    with as_config_error(where):
+        module = saved.pop("module", "") if isinstance(saved, dict) else ""
+        reduced = _reduced_module(model, module)
+        if strategy is None:
+            reduce_(reduced, strategy=strategy_of(saved))
+            return model
+    reduce_(reduced, strategy=strategy)
+    return model
+
+
+def _save_language_model(model: nn.Module, folder: Path) -> Path:
+    """Save a multimodal language model, whose config has its strategies."""
+    if without_adapter(model) is not model:
+        raise ValueError(
+            "model: expected a language model without an adapter, whose files have no place for "
+            "the strategy of the language model, got one of peft; save it by its save_pretrained, "
+            "and call reduce_ after loading"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_by_library(model, folder, None)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    return folder
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return _unwrap(model._orig_mod)
+    if isinstance(model, DistributedDataParallel):
+        return _unwrap(model.module)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise TypeError(
+            "model: expected an unsharded model, got a sharded one; load "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into an "
+            "unsharded one, and save that"
+        )
+    return model
+
+
+def _check_reduces(model: PretrainedModel) -> None:
+    if isinstance(model.config.reduction, Dense):
+        raise ValueError(
+            f"model: expected a reduction in its config, got a dense {type(model).__name__}; use "
+            "save_pretrained and from_pretrained"
+        )
+
+
+def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
+    found = reductions_of(model)
+    if len(found) != 1:
+        remedy = "save each model alone" if found else "save a dense model by its library"
+        raise ValueError(
+            f"model: expected one model of reduce_, got {len(found) or 'no'} reductions in it; "
+            f"{remedy}"
+        )
+    owner = found[0].model
+    names = {id(module): name for name, module in without_adapter(model).named_modules()}
+    if id(owner) not in names:
+        raise ValueError(
+            f"model: expected the whole {type(owner).__name__} that reduce_ changed, got a "
+            f"{type(model).__name__} inside it"
+        )
+    return found[0], names[id(owner)]
+
+
+def _reduced_module(model: nn.Module, name: Any) -> nn.Module:
+    try:
+        return without_adapter(model).get_submodule(name) if name else model
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"module: expected the name of a module in {type(model).__name__}, got {name!r}"
+        ) from error
+
+
+def _read_settings(folder: Path) -> tuple[Any, str]:
+    if (folder / SETTINGS).is_file():
+        return read_object(folder / SETTINGS), str(folder / SETTINGS)
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if "elip" not in config:
+        raise FileNotFoundError(
+            f"folder: expected {SETTINGS}, or a {CONFIG} with 'elip', as save_reduced writes them, "
+            f"got neither in {folder}; the model is dense: load it by its library, and reduce_ it"
+        )
+    return config["elip"], f"{folder / CONFIG}: elip"
+
+
+def _open_dense(folder: Path) -> nn.Module:
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if is_family(config.get("model")):  # with its adapter, if it has one
+        return load_model(folder).eval()
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"model: expected PeftModel.from_pretrained(base, {str(folder)!r}), since the folder "
+            "has only an adapter, got None"
+        )
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        with without_open_clip_log():
+            return load_open_clip(folder)
+    if "architecture" in config:
+        return load_timm(folder)
+    if "model_type" in config:
+        return _open_transformers(folder, config)
+    raise FileNotFoundError(
+        f"folder: expected {OPEN_CLIP_CONFIG}, or a {CONFIG} of timm, transformers or ours, got "
+        f"none in {folder}"
+    )
+
+
+def _open_transformers(folder: Path, described: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    names = described.get("architectures") or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else names
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_auto = kind is transformers.AutoModel
+    if not is_auto and not (
+        isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and kind.__module__.startswith("transformers.models.")
+    ):
+        raise ValueError(
+            f"model: expected a model loaded by its own class, {name!r:.100} in {folder / CONFIG}, "
+            "which is no model class of transformers, got None"
+        )
+    check_integers(folder / CONFIG, described)
+    with library_errors(folder / CONFIG, f"a config of {name}"):
+        reader = transformers.AutoConfig if is_auto else kind.config_class
+        options = {"trust_remote_code": False} if is_auto else {}
+        config = reader.from_pretrained(folder, **options)
+    return load_transformers(folder, kind, config)
+
+
+def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
+    from timm.models._hub import save_config_for_hf
+
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        raise ValueError(
+            f"model: expected a model of timm.create_model, which stores its arguments in "
+            f"pretrained_cfg, got a {type(model).__name__} without it"
+        )
+    with staging_folder(folder) as staging:
+        save_config_for_hf(model, staging / CONFIG, model_args=config)
+        write_tensors(staging / "model.safetensors", model.state_dict())
+
+
+def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
+    import open_clip
+
+    known = open_clip.get_model_config(config) if isinstance(config, str) else config
+    if not isinstance(known, dict):
+        raise ValueError(
+            "config: expected a name of open_clip.list_models(), such as 'ViT-B-16', or a "
+            f"model_cfg, which open_clip does not store on a model, got {config!r}"
+        )
+    preprocessing = open_clip.get_model_preprocess_cfg(model)
+    with staging_folder(folder) as staging:
+        content = {"model_cfg": known, "preprocess_cfg": preprocessing}
+        write_json(staging / OPEN_CLIP_CONFIG, content)
+        with without_open_clip_log(), torch.device("meta"):
+            made = open_clip.create_model(
+                f"local-dir:{staging}",
+                load_weights=False,
+                device="meta",
+                pretrained_image=False,
+                pretrained_text=False,
+            )
+        _check_config(made, model, config)
+        write_tensors(staging / "open_clip_model.safetensors", model.state_dict())
+
+
+@contextmanager
+def without_open_clip_log() -> Iterator[None]:
+    """Drop what open_clip logs to the root logger in this thread, such as missing weights."""
+    thread = threading.get_ident()
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return record.thread != thread or Path(record.pathname).parent.name != "open_clip"
+
+    logging.root.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(is_kept)
+
+
+def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
+    """Raise ValueError if the model made from a config has other modules or shapes, norms aside."""
+
+    def parts(whole: nn.Module) -> set[tuple[str, Any]]:
+        modules = (m for m in whole.named_modules() if not isinstance(m[1], nn.LayerNorm))
+        shapes = {(name, tuple(weight.shape)) for name, weight in whole.state_dict().items()}
+        return shapes | {(name, type(module).__name__) for name, module in modules}
+
+    other = sorted(parts(made) ^ parts(model), key=str)
+    if other:
+        raise ValueError(
+            f"config: expected the model's own, got {config!r:.80}, which differs in {other[0]}"
+        )
+
+
+def _write_by_library(model: nn.Module, folder: Path, config: Config) -> None:
+    with staging_folder(folder) as staging:
+        model.save_pretrained(staging)
+        written = {file.name for file in staging.glob("model*.safetensors*")}
+    if written:  # the library would read a file of before that these do not replace
+        for file in folder.glob("model*.safetensors*"):
+            if file.name not in written:
+                file.unlink()
+
+
+WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
+    "timm": _write_timm,
+    "open_clip": _write_open_clip,
+    "transformers": _write_by_library,
+    "peft": _write_by_library,
+}
+
+
+def _card(reduction: Reduction, library: str, folder: Path) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    values = card_values(reduction.strategy, reduction.tower.size) | {
+        "name": folder.resolve().name,
+        "about": f"A model of {library} with token reduction in the image tower. {library} alone "
+        "can load it as a dense model.",
+        "usage": 'import elip_models\n\nmodel = elip_models.load_reduced("owner/name")',
+    }
+    data = ModelCardData(library_name=library, tags=["token-reduction", "elip"])
+    return str(ModelCard.from_template(data, template_str=CARD, **values))

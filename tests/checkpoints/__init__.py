@@ -1,1 +1,0 @@
-"""Tests of `elip_models.checkpoints`."""

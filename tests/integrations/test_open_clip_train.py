@@ -1,0 +1,133 @@
+"""open_clip's own training script trains and resumes with a reduced image tower."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from elip_models.integrations.open_clip import main, parse_reduce, reduce_first_model, with_globals
+from tests.helpers.models import open_clip_pair
+from tests.helpers.tiers import tiered
+
+VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Write eight images, their captions as csv, and a tiny model for open_clip's `local-dir:`."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    rows = ["filepath\ttitle"]
+    for i in range(8):
+        Image.new("RGB", (40, 40), (30 * i, 255 - 30 * i, 90)).save(folder / f"{i}.png")
+        rows.append(f"{folder / f'{i}.png'}\ta plain picture, number {i}")
+    (folder / "train.csv").write_text("\n".join(rows))
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def train(data, logs, *arguments):
+    """Run `python -m elip_models.open_clip_train`, two steps per epoch, and return its log."""
+    command = [sys.executable, "-m", "elip_models.open_clip_train", *arguments]
+    command += ["--model", f"local-dir:{data}", "--train-data", str(data / "train.csv")]
+    command += ["--logs", str(logs), "--name", "run", "--dataset-type", "csv", "--batch-size", "4"]
+    command += ["--workers", "0", "--precision", "fp32", "--device", "cpu", "--warmup", "1"]
+    command += ["--lr", "1e-3", "--log-every-n-steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return (logs / "run" / "out.log").read_text()
+
+
+def losses(log):
+    return [float(loss) for loss in re.findall(r"Contrastive_loss: ([\d.]+)", log)]
+
+
+@pytest.mark.parametrize("reduction", tiered([(("keep=0.7",),), (("elip", "keep=0.8"),)], []))
+def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path, reduction):
+    log = train(data, tmp_path, "--epochs", "1", "--reduce", *reduction)
+    assert "Image tower reduced" in log and len(losses(log)) == 2
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "epoch_1.pt", weights_only=False)
+    assert saved["epoch"] == 1 and not any("reduc" in name for name in saved["state_dict"])
+    resume = ("--epochs", "2", "--resume", "latest", "--grad-checkpointing")
+    log = train(data, tmp_path, *resume, "--reduce", *reduction)
+    assert "resuming checkpoint" in log and len(losses(log)) == 4
+    again = torch.load(tmp_path / "run" / "checkpoints" / "epoch_2.pt", weights_only=False)
+    assert again["state_dict"].keys() == saved["state_dict"].keys()
+    assert any(
+        not torch.equal(again["state_dict"][name], value)
+        for name, value in saved["state_dict"].items()
+    )
+
+
+@pytest.mark.exhaustive
+def test_another_r_gives_other_losses(data, tmp_path):
+    both = [
+        losses(train(data, tmp_path / name, "--epochs", "1", "--reduce", name))
+        for name in ("tome:r=0", "tome:r=4")
+    ]
+    assert both[0] != both[1]
+
+
+def test_only_the_first_model_is_reduced():
+    models = [open_clip_pair(), open_clip_pair()]
+    made = iter(models)
+    create = reduce_first_model(lambda: (next(made), "train", "val"), {"strategy": "tome"})
+    assert create() == (models[0], "train", "val") and create()[0] is models[1]
+    assert "forward" in vars(models[0].visual.transformer.resblocks[0])
+    assert "forward" not in vars(models[1].visual.transformer.resblocks[0])
+
+
+def called():
+    return "their own"
+
+
+def calls():
+    return called()
+
+
+def test_a_function_reads_a_replaced_global_and_its_module_does_not_change():
+    assert with_globals(calls, called=lambda: "ours")() == "ours"
+    assert calls() == "their own"
+    with pytest.raises(TypeError, match=r"calls: expected a function that calls missing"):
+        with_globals(calls, missing=None)
+
+
+def test_reduce_is_a_strategy_or_a_share_or_both():
+    assert parse_reduce(["tome:r=8"])[1] == {"strategy": "tome:r=8"}
+    assert parse_reduce(["keep=0.7"])[1] == {"strategy": "tome", "keep": 0.7}
+    spec, options = parse_reduce(["evit", "keep=0.7"])
+    assert spec.name == "evit" and options == {"strategy": "evit", "keep": 0.7}
+    with pytest.raises(ValueError, match="expected one strategy and one keep=SHARE, got"):
+        parse_reduce(["evit", "tome"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "ViT-B-16"], "required: --reduce"),
+        (["--reduce", "tomato"], "--reduce: strategy: expected NAME or NAME:key=value"),
+        (["--reduce", "keep=much"], "--reduce: keep: expected a number in (0, 1], got 'much'"),
+        (["--reduce", "elip", "--val-data", "a.csv"], "--val-data: expected none with"),
+    ],
+)
+def test_invalid_arguments_raise_before_a_model_is_created(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tome", "evit", "elip:fusion=1.0"])
+def test_without_text_guidance_validation_pairs_are_allowed(name, monkeypatch):
+    from open_clip_train import main as script
+
+    got = []
+    monkeypatch.setattr(script, "init_distributed_device", got.append)
+    with pytest.raises(AttributeError):  # its main has begun: the device is None
+        main(["--reduce", name, "--val-data", "a.csv", "--model", "ViT-B-16", "--name", "run"])
+    assert got[0].val_data == "a.csv"

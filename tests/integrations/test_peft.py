@@ -1,0 +1,374 @@
+"""LoRA and bottlenecks in our models: trainable parameters, outputs, and errors."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+
+import elip_models
+from elip_models.integrations.peft.adapt import (
+    Bottleneck,
+    adapt_,
+    adapted_layer_of,
+    merge_,
+    trainable_counts,
+    trainable_share,
+)
+from elip_models.integrations.peft.adapt_config import AdaptConfig
+from elip_models.integrations.peft.saved_adapter import load_adapter_, save_adapter
+from elip_models.pretraining.training.optim import parameter_groups
+from elip_models.pretraining.training.yaml_config import from_mapping
+from elip_models.profiling.measure import saved_bytes
+from elip_models.reduction.scorers import SCORERS
+from elip_models.reduction.strategies import STRATEGIES
+from tests.helpers.cross_modal_cases import batch_of_four, draws, losses, made
+from tests.helpers.tiers import tiered
+from tests.pretraining.models.test_clip import batch, tiny
+from tests.pretraining.models.test_clip_tasks import OPTIONS, STAGED, classifier
+
+KINDS = ("lora", "adapter")
+FAMILIES = ("clip", "albef", "blip", "meter")
+CASES = tiered(itertools.product(FAMILIES, KINDS), [("clip", "lora"), ("albef", "adapter")])
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64: some thousand roundings of 1e-16
+
+
+def config(kind, **options):
+    return AdaptConfig(kind=kind, **{"r": 4, "width": 4} | options)
+
+
+def plain(family, **options):
+    """Return a small model in fp64."""
+    if family == "clip":
+        return tiny(**{"scorer": "last"} | options).double()
+    return made(family, **options)
+
+
+def inputs_of(family):
+    """Return the arguments of a training step, without random draws."""
+    if family == "clip":
+        inputs = batch()
+        return inputs | {"images": inputs["images"].double()}
+    images, ids, mask = batch_of_four()
+    drawn = draws(family, images, ids, mask, "local")
+    return {"images": images, "input_ids": ids, "attention_mask": mask, "drawn": drawn}
+
+
+def perturbed(model):
+    """Move the adapters away from zero, and reset momentum encoders, which then stay equal."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if adapted_layer_of(name):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.reset_momentum_()
+    return model
+
+
+def adapted(family, kind, **options):
+    return perturbed(adapt_(plain(family, **options), config(kind)))
+
+
+def plain_equivalent(model):
+    """Return a plain model with the same output: merged, or with the bottlenecks in hooks."""
+    copied = copy.deepcopy(model)
+    if model.adapted.config.kind == "lora":
+        return merge_(copied)
+    for name, layer in list(copied.named_modules()):
+        if isinstance(layer, Bottleneck):
+            parent, _, child = name.rpartition(".")
+            setattr(copied.get_submodule(parent), child, layer.base_layer)
+            layer.base_layer.register_forward_hook(_behind(layer.adapter_down, layer.adapter_up))
+    copied.adapted = None
+    return copied
+
+
+def _behind(down, up):
+    def hook(module, x, y):
+        hidden = (y @ down.weight.T + down.bias).clamp(min=0)
+        return y + hidden @ up.weight.T + up.bias
+
+    return hook
+
+
+def assert_same_step(got, expected, inputs):
+    """Compare the losses of a step in training mode and in eval mode, with the same seed."""
+    for mode in (True, False):
+        results = []
+        for model in (got, expected):
+            torch.manual_seed(1)
+            results.append(losses(model.train(mode)(**inputs)))
+        torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_a_new_adapter_changes_nothing_and_a_trained_one_does(family, kind):
+    model, inputs = plain(family).eval(), inputs_of(family)
+    before = losses(model(**inputs))
+    adapt_(model, config(kind))
+    assert torch.equal(losses(model(**inputs)), before)
+    assert not torch.allclose(losses(perturbed(model)(**inputs)), before, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_a_step_equals_the_plain_model_with_the_same_output(family, kind):
+    model = adapted(family, kind)
+    assert_same_step(model, plain_equivalent(model), inputs_of(family))
+
+
+EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
+
+
+@pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
+@pytest.mark.parametrize(
+    ("strategy", "kind"), tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")])
+)
+def test_a_step_equals_the_plain_model_under_every_strategy(strategy, kind):
+    name = "elip_clip_tiny" if strategy in STAGED else "clip_tiny"
+    options = {"strategy": strategy, "strategy_options": OPTIONS.get(strategy)}
+    model = perturbed(adapt_(tiny(name, **options).double(), config(kind)))
+    assert_same_step(model, plain_equivalent(model), inputs_of("clip"))
+
+
+SCORES = [("clip", each, kind) for kind in KINDS for each in (*SCORERS, 1)]
+SCORES += [("albef", each, kind) for kind in KINDS for each in ("momentum", "exact")]
+
+
+@pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
+@pytest.mark.parametrize(
+    ("family", "scorer", "kind"),
+    tiered(
+        SCORES,
+        [("clip", "cls", "lora"), ("clip", "exact", "adapter"), ("albef", "momentum", "lora")],
+    ),
+)
+def test_a_step_equals_the_plain_model_with_every_scorer(family, scorer, kind):
+    model = adapted(family, kind, scorer=scorer)
+    assert_same_step(model, plain_equivalent(model), inputs_of(family))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_block_may_compute_only_cls(kind):
+    model = adapted("clip", kind, without_text="vision").eval()
+    assert model.tower.is_plain(model.tower.depth - 1)
+    x = inputs_of("clip")["images"]
+    whole = model.encode_image(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(x), whole, **CLOSE)
+
+
+def test_merged_weights_follow_the_formula():
+    model = plain("clip")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    perturbed(adapt_(model, config("lora", alpha=3.0)))
+    parts = {name: p.detach() for name, p in model.named_parameters()}
+    merged = merge_(model).state_dict()
+    assert list(merged) == list(before)
+    moved = {name for name in before if not torch.equal(before[name], merged[name])}
+    layers = {adapted_layer_of(name) for name in parts} - {None}
+    assert moved == {f"{layer}.weight" for layer in layers}
+    for layer in layers:
+        a, b = (parts[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+        expected = before[f"{layer}.weight"] + 3.0 / 4 * b @ a
+        torch.testing.assert_close(merged[f"{layer}.weight"], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_trains_as_before_and_is_adapted_again(family):
+    model = plain(family)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    merge_(adapt_(model, config("lora")))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert merge_(model) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns where it finds something of itself
+        adapt_(model, config("lora"))
+    assert model.adapted.config.kind == "lora"
+
+
+def test_a_bottleneck_is_not_merged():
+    with pytest.raises(ValueError, match=r"bottlenecks.*save_pretrained"):
+        merge_(adapted("clip", "adapter"))
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_only_adapters_and_temperatures_train(family, kind):
+    model = perturbed(adapt_(plain(family), config(kind)))
+    model(**inputs_of(family)).loss.backward()
+    gradients = {name for name, p in model.named_parameters() if p.grad is not None}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients == trained
+    others = {name for name in trained if not adapted_layer_of(name)}
+    assert others == {"clip": {"logit_scale"}, "meter": set()}.get(family, {"temperature"})
+    assert not any("_m." in name for name in trained)
+    given = [p for group in parameter_groups(model, 0.1) for p in group["params"]]
+    assert {id(p) for p in given} == {id(p) for p in model.parameters() if p.requires_grad}
+    counts = sum(p.numel() for p in given), trainable_counts(model)[1]
+    assert trainable_counts(model) == counts
+    assert trainable_share(model) == counts[0] / counts[1]
+
+
+def test_patterns_of_a_recipe_may_match_frozen_parameters():
+    model = adapt_(plain("albef"), config("lora"))
+    groups = parameter_groups(model, 0.1, {"itm_head.*": 5.0, "encoders.visual.*": 2.0})
+    assert {group["lr_scale"] for group in groups} == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_of_a_downstream_model_trains_whole(kind):
+    model = adapt_(classifier(projects=True), config(kind))
+    others = {n for n, p in model.named_parameters() if p.requires_grad and not adapted_layer_of(n)}
+    assert others == {"head.weight", "head.bias"}
+    model = adapt_(classifier(), config(kind, full=("visual.norm.*", "head.weight")))
+    others = {n for n, p in model.named_parameters() if p.requires_grad and not adapted_layer_of(n)}
+    assert others == {"visual.norm.weight", "visual.norm.bias", "head.weight"}
+
+
+def test_a_layer_that_trains_whole_may_have_an_adapter_too():
+    model = adapt_(classifier(), config("adapter", full=("*.fc2.bias",)))
+    bias = model.visual.blocks[0].mlp.fc2.base_layer
+    assert (bias.bias.requires_grad, bias.weight.requires_grad) == (True, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["albef", "blip"])
+def test_momentum_adapters_follow_the_online_ones(family, kind):
+    model = perturbed(adapt_(plain(family), config(kind, full=("encoders.image_projection.*",))))
+    online = dict(model.encoders.named_parameters())
+    followed = {name: p.detach().clone() for name, p in online.items()}
+    model.reset_momentum_()
+    for _ in range(3):
+        for name, parameter in online.items():
+            followed[name] = 0.5 * followed[name] + 0.5 * parameter.detach()
+        model(**inputs_of(family)).loss.backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        torch.optim.SGD(trained, lr=0.1).step()
+    for name, parameter in model.encoders_m.named_parameters():
+        torch.testing.assert_close(parameter, followed[name], **CLOSE)
+        moves = adapted_layer_of(name) or name.startswith("image_projection")
+        assert torch.equal(parameter, online[name]) != bool(moves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["albef", "blip"])
+def test_momentum_adapters_start_equal_to_the_online_ones(family, kind):
+    model = plain(family)
+    with torch.no_grad():  # a momentum encoder of its own, as a loaded model has
+        for parameter in model.encoders_m.parameters():
+            parameter.mul_(0.9)
+    before = {name: p.clone() for name, p in model.encoders_m.named_parameters()}
+    adapt_(model, config(kind))
+    online = dict(model.encoders.named_parameters())
+    for name, parameter in model.encoders_m.named_parameters():
+        expected = (
+            online[name] if adapted_layer_of(name) else before[name.replace(".base_layer", "")]
+        )
+        assert torch.equal(parameter, expected)
+        assert not parameter.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_checkpointing_gives_the_same_gradients(family, kind):
+    model, inputs, results = adapted(family, kind), inputs_of(family), []
+    for enable in (False, True):
+        copied = copy.deepcopy(model)
+        copied.set_grad_checkpointing(enable)
+        copied(**inputs).loss.backward()
+        results.append({n: p.grad for n, p in copied.named_parameters() if p.requires_grad})
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_less_is_saved_for_backward_than_in_full_fine_tuning(family, kind):
+    counts = []
+    for model in (plain(family), adapt_(plain(family), config(kind))):
+        with saved_bytes([*model.parameters(), *model.buffers()]) as saved:
+            loss = model(**inputs_of(family)).loss
+            counts.append(saved())
+        assert loss.isfinite()
+    assert counts[1] < counts[0]
+
+
+FULL = {  # adapted layers, by queries, keys and values of each attention, and by MLPs
+    "clip_vit_b16": {"lora": 12 + 3 * 12, "adapter": 12 + 12},
+    "clip_vit_s16": {"lora": 12 + 3 * 12, "adapter": 12 + 12},
+    "albef": {"lora": 2 * (12 + 3 * (12 + 6)), "adapter": 2 * (12 + 12)},
+    "blip": {"lora": 2 * (12 + 3 * (12 + 12)) + 3 * 12, "adapter": 2 * (12 + 12)},
+    "meter": {"lora": 11 + 3 * (12 + 2 * 2 * 6), "adapter": 11 + 12 + 2 * 6},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    tiered(
+        [(name, kind) for name in FULL for kind in KINDS],
+        [("clip_vit_s16", "lora"), ("albef", "adapter")],
+    ),
+)
+def test_under_five_percent_train_at_full_size(name, kind):
+    with torch.device("meta"):
+        model = elip_models.create_model(name)
+    names = list(model.state_dict())
+    adapt_(model, AdaptConfig(kind=kind))
+    layers = {adapted_layer_of(name) for name, _ in model.named_parameters()} - {None}
+    assert len(layers) == FULL[name][kind]
+    assert 0.001 < trainable_share(model) < 0.05
+    if kind == "lora":
+        assert list(merge_(model).state_dict()) == names
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_with_fullgraph(kind):
+    torch._dynamo.reset()
+    model, inputs = adapted("clip", kind), inputs_of("clip")
+    expected = model(**inputs).loss
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_a_recipe_selects_the_adapter():
+    assert from_mapping(AdaptConfig, {}).kind is None
+    given = {"kind": "lora", "r": 16, "target_modules": ["attn.qkv"], "full": ["head.*"]}
+    read = from_mapping(AdaptConfig, given)
+    assert (read.target_modules, read.full, read.r) == (("attn.qkv",), ("head.*",), 16)
+    model = plain("clip")
+    assert adapt_(model, AdaptConfig()) is model
+    assert model.adapted is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ("qvk",)}, r"target_modules: expected .* matches nothing"),
+        ({"target_modules": r".*\.attn"}, r"linear layers in CLIP.*visual\.blocks\.0\.attn"),
+        ({"target_modules": ("image_projection",)}, "whose weight CLIP also uses elsewhere"),
+        ({"full": ("haed.*",)}, r"full: expected patterns .*haed"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_and_patterns_that_do_not_match_raise(kind, options, message):
+    model = plain("clip")
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        adapt_(model, config(kind, **options))
+    assert list(model.state_dict()) == names
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_models_that_cannot_be_adapted_raise(tmp_path):
+    with pytest.raises(ValueError, match="tuning: expected 'full'"):
+        adapt_(classifier(tuning="probe"), config("lora"))
+    with pytest.raises(ValueError, match="got one with adapters; merge_ it first"):
+        adapt_(adapted("clip", "lora"), config("lora"))
+    with pytest.raises(ValueError, match=r"decoder.*whose weight ALBEF also uses elsewhere"):
+        adapt_(plain("albef"), config("lora", target_modules=("decoder",)))
+    with pytest.raises(ValueError, match="got a plain one"):
+        save_adapter(plain("clip"), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"adapter\.json"):
+        load_adapter_(plain("clip"), tmp_path)
+    save_adapter(adapted("clip", "lora"), tmp_path)
+    with pytest.raises(ValueError, match="an adapter of this model, which differs in"):
+        load_adapter_(plain("clip", text_width=24), tmp_path)

@@ -1,0 +1,1 @@
+"""Tests of `elip_models.pretraining.checkpoints`."""

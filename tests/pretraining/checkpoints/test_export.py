@@ -1,0 +1,354 @@
+"""Models of transformers and open_clip as ours and back: same outputs, same weights."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from elip_models.pretraining.checkpoints.export import save_as, to_hf
+from elip_models.pretraining.checkpoints.load import convert_checkpoint
+from elip_models.pretraining.data import image_transform
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.models.registry import create_model, load_model
+from tests.helpers.tiers import first_quick
+from tests.helpers.tiny_run import elip
+from tests.helpers.weights import assert_equal_weights
+
+WIDTH, IDS = 32, 50
+VISION = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": IDS,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+}
+DECODE, ENCODE, SEP, EOS = 4, 5, 2, IDS - 1
+WITHOUT_TENSOR = {"cls_token_id": 1, "queue_size": 8}
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+
+
+def filled(model):
+    """Set every parameter to random values; returns the model in eval mode."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def blip(architecture):
+    text = TEXT | {"encoder_hidden_size": WIDTH, "bos_token_id": DECODE, "sep_token_id": SEP}
+    config = transformers.BlipConfig(
+        vision_config=VISION, text_config=text, image_text_hidden_size=16
+    )
+    return filled(getattr(transformers, architecture)(config))
+
+
+def clip(**options):
+    """Return a small CLIP of transformers."""
+    text = TEXT | {"eos_token_id": EOS, "bos_token_id": None}
+    config = transformers.CLIPConfig(
+        vision_config=VISION | options, text_config=text | options, projection_dim=16
+    )
+    return filled(transformers.CLIPModel(config))
+
+
+def images():
+    return torch.randn(3, 3, 32, 32)
+
+
+def texts(first=1, padding=0):
+    """Return ids (3, 8) that begin with `first`, and their mask; the first text is shorter."""
+    ids = torch.randint(6, IDS - 1, (3, 8))
+    ids[:, 0] = first
+    mask = torch.ones_like(ids)
+    mask[0, 8 - padding :] = 0
+    return ids * mask, mask
+
+
+def assert_returns(model, theirs):
+    """Check that our model, exported to transformers, has exactly the weights of `theirs`."""
+    again = to_hf(model, type(theirs).__name__ if not isinstance(model, CLIP) else None)
+    state = theirs.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, state[name]), name
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@torch.no_grad()
+def test_clip_of_transformers(tmp_path, activation):
+    theirs = clip(hidden_act=activation, layer_norm_eps=1e-3)
+    theirs.save_pretrained(tmp_path)
+    model = convert_checkpoint(tmp_path)
+    assert model.config.activation == activation
+    assert model.config.vision_norm_eps == model.config.text_norm_eps == 1e-3
+    x, (ids, mask) = images(), texts()
+    ids[:, 5] = EOS
+    mask[:, 6:] = 0
+    expected = theirs(pixel_values=x, input_ids=ids, attention_mask=mask)
+    image, text = model.encode_image(x), model.encode_text(ids, mask)
+    torch.testing.assert_close(image, expected.image_embeds, **TOLERANCE)
+    torch.testing.assert_close(text, expected.text_embeds, **TOLERANCE)
+    logits = model.logit_scale.exp() * image @ text.T
+    torch.testing.assert_close(logits, expected.logits_per_image, **TOLERANCE)
+    assert_returns(model, theirs)
+
+
+def test_the_oldest_clips_of_transformers_end_a_text_with_the_highest_id(tmp_path):
+    theirs = clip()
+    theirs.config.text_config.eos_token_id = 2
+    theirs.save_pretrained(tmp_path)
+    assert convert_checkpoint(tmp_path).config.eos_token_id == EOS
+
+
+@torch.no_grad()
+def test_blip_for_retrieval(tmp_path):
+    theirs = blip("BlipForImageTextRetrieval")
+    theirs.save_pretrained(tmp_path)
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
+    assert model.config.encoder_token_id == ENCODE
+    x, (ids, mask) = images(), texts(padding=2)
+    similar = model.image_features(x) @ model.text_features(ids, mask).T
+    expected = theirs(ids, x, attention_mask=mask, use_itm_head=False).itm_score
+    torch.testing.assert_close(similar, expected, **TOLERANCE)
+    ids, mask = texts(ENCODE, padding=2)
+    tokens, _ = model.encode_image(x)
+    logits = model.itm_head(model.fuse(ids, mask, tokens)[:, 0])
+    expected = theirs(ids, x, attention_mask=mask).itm_score
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    assert_returns(model, theirs)
+
+
+@torch.no_grad()
+def test_blip_for_captions(tmp_path):
+    theirs = blip("BlipForConditionalGeneration")
+    theirs.save_pretrained(tmp_path)
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
+    x, (ids, mask) = images(), texts(DECODE, padding=2)
+    tokens, _ = model.encode_image(x)
+    logits = model.predict(ids, mask, tokens)
+    expected = theirs(x, ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], **TOLERANCE)
+    assert_returns(model, theirs)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@torch.no_grad()
+def test_blip_for_questions(tmp_path, padding):
+    theirs = blip("BlipForQuestionAnswering")
+    theirs.save_pretrained(tmp_path)
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
+    assert not model.config.tie_decoder
+    x, (ids, mask) = images(), texts(ENCODE, padding)
+    answers, real = texts(DECODE)
+    seen = []
+    theirs.text_decoder.register_forward_hook(lambda module, args, out: seen.append(out.logits))
+    theirs(ids, x, decoder_input_ids=answers, attention_mask=mask, decoder_attention_mask=real)
+    tokens, _ = model.encode_image(x)
+    question = model.fuse(ids, mask, tokens)
+    # transformers 5 does not pass a question's mask on to the cross-attention
+    logits = model.predict(answers, real, question, None if padding else mask)
+    torch.testing.assert_close(logits, seen[0], **TOLERANCE)
+    assert_returns(model, theirs)
+
+
+def test_blip_model_converts_only_its_towers(tmp_path):
+    theirs = blip("BlipModel")
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"unexpected: .*text_model\.pooler"):
+        convert_checkpoint(tmp_path, **WITHOUT_TENSOR)
+    left = ["text_model.pooler.*", "*_projection.weight", "logit_scale"]
+    model = convert_checkpoint(tmp_path, **WITHOUT_TENSOR, allow_unexpected=left)
+    x, (ids, mask) = images(), texts()
+    with torch.no_grad():
+        expected = theirs.text_model(ids, mask).last_hidden_state
+        torch.testing.assert_close(model.encode_text(ids, mask), expected, **TOLERANCE)
+        expected = theirs.vision_model(x).last_hidden_state
+        torch.testing.assert_close(model.encode_image(x)[0], expected, **TOLERANCE)
+
+
+def our_clip(**options):
+    sizes = {"eos_token_id": 7, "text_mlp_ratio": 3.0, "vision_mlp_ratio": 2.5}
+    return filled(create_model("clip_tiny", **sizes | options))
+
+
+@pytest.mark.parametrize(
+    "options", first_quick([{}, {"activation": "quick_gelu", "text_norm_eps": 1e-4}])
+)
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+@torch.no_grad()
+def test_our_clip_is_exported_and_imported(tmp_path, to, options):
+    model = our_clip(**options)
+    save_as(model, tmp_path / to, to)
+    again = convert_checkpoint(tmp_path / to)
+    assert again.config == model.config
+    x, ids = torch.randn(2, 3, 64, 64), torch.randint(8, 1024, (2, 32))
+    ids[:, 9] = 7
+    image, text = model.encode_image(x), model.encode_text(ids)
+    assert_equal_weights(again, model)
+    if to == "open_clip":
+        theirs = open_clip.create_model(f"local-dir:{tmp_path / to}").eval()
+        image_, text_ = theirs.encode_image(x, True), theirs.encode_text(ids, True)
+    else:
+        theirs = transformers.CLIPModel.from_pretrained(tmp_path / to).eval()
+        out = theirs(pixel_values=x, input_ids=ids)
+        image_, text_ = out.image_embeds, out.text_embeds
+    torch.testing.assert_close(image, image_, **TOLERANCE)
+    torch.testing.assert_close(text, text_, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_bias_of_the_sigmoid_loss_is_exported_to_open_clip(tmp_path):
+    model = our_clip(loss="sigmoid")
+    save_as(model, tmp_path / "there", "open_clip")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'there'}").eval()
+    x, ids = torch.randn(2, 3, 64, 64), torch.randint(8, 1023, (2, 32))
+    ids[:, 9] = 7
+    image, text, scale, bias = theirs(x, ids)
+    ours = model(x, ids)
+    expected = open_clip.loss.SigLipLoss()(image, text, scale, bias)
+    torch.testing.assert_close(ours.loss, expected, **TOLERANCE)
+    again = convert_checkpoint(tmp_path / "there")
+    assert again.config == model.config
+    assert torch.equal(again.logit_bias, model.logit_bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"vision_cfg": {"no_ln_pre": True}},
+            "no_ln_pre = False in open_clip_config.json, got True",
+        ),
+        ({"text_cfg": {"pool_type": "last"}}, "pool_type = 'argmax' or 'eos'"),
+    ],
+)
+def test_a_setting_of_open_clip_that_ours_lacks_is_refused(tmp_path, change, message):
+    save_as(our_clip(), tmp_path / "saved", "open_clip")
+    path = tmp_path / "saved" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    for part, values in change.items():
+        config["model_cfg"][part] |= values
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(tmp_path / "saved")
+
+
+def test_the_resize_mode_is_exported_to_open_clip(tmp_path):
+    save_as(our_clip(resize="squash"), tmp_path / "there", "open_clip")
+    assert convert_checkpoint(tmp_path / "there").config.resize == "squash"
+    _, transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'there'}")
+    wide = Image.new("RGB", (128, 64))
+    wide.paste("white", (0, 0, 32, 64))  # which a crop of the centre does not show
+    ours = image_transform(64, train=False, resize="squash")
+    torch.testing.assert_close(transform(wide), ours(wide), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_images_of_other_stats_are_refused(to, tmp_path):
+    save_as(our_clip(), tmp_path / to, to)
+    if to == "hf":
+        name, stats = "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}
+    else:
+        name, path = "open_clip_config.json", tmp_path / to / "open_clip_config.json"
+        stats = json.loads(path.read_text())
+        stats["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    (tmp_path / to / name).write_text(json.dumps(stats))
+    with pytest.raises(ValueError, match=rf"expected the mean .* of images in {name}.*got \(0\.5"):
+        convert_checkpoint(tmp_path / to)
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "options", "message"),
+    [
+        ("albef_tiny", "hf", {}, "expected 'ours' for ALBEF, which transformers has no class of"),
+        ("blip_tiny", "open_clip", {}, "expected 'ours' for BLIP, which open_clip has no class of"),
+        ("clip_tiny", "hf", {}, "eos_token_id: expected an id other than 2"),
+        ("clip_tiny", "onnx", {}, "to: expected one of ours, hf, open_clip, got 'onnx'"),
+        ("blip_tiny", "hf", {"architecture": "BlipModel"}, "architecture: expected one of Blip"),
+        ("clip_tiny", "hf", {"architecture": "BlipModel"}, "architecture: expected None except"),
+    ],
+)
+def test_an_export_that_fails_raises_and_leaves_nothing(tmp_path, name, to, options, message):
+    with pytest.raises(ValueError, match=message):
+        save_as(create_model(name), tmp_path / "out", to, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_empty_does_not_change(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="folder: expected a new or empty folder"):
+        save_as(our_clip(), tmp_path, "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_command_converts_there_and_back(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    source = tmp_path / "source"
+    rows = len(tokenizer)
+    model = filled(create_model("clip_tiny", vocab_size=rows, text_heads=1, vision_heads=1))
+    torch.save({"state_dict": open_clip_state(model, tmp_path)}, tmp_path / "clip.pt")
+    options = "--image-size", 96, "--tokenizer", tmp_path / "tokenizer"
+    assert elip("convert", tmp_path / "clip.pt", source, "activation=quick_gelu", *options) == 0
+    ours = load_model(source)
+    assert ours.config.image_size == 96
+    assert ours.config.activation == "quick_gelu"
+    assert ours.config.eos_token_id == tokenizer.eos_token_id
+    assert len(transformers.AutoTokenizer.from_pretrained(source)) == rows
+    assert elip("convert", source, tmp_path / "open_clip", "--to", "open_clip", *options[2:]) == 0
+    place = f"local-dir:{tmp_path / 'open_clip'}"
+    theirs = open_clip.create_model(place)
+    weight = theirs.visual.conv1.weight
+    assert torch.equal(weight, model.visual.patch_embed.proj.weight)
+    assert open_clip.get_tokenizer(place)(["a dog"])[0, 0] == tokenizer.bos_token_id
+    assert elip("convert", source, tmp_path / "smaller", "--image-size", 64) == 0
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "smaller")) == rows
+
+
+def open_clip_state(model, folder):
+    save_as(model, folder / "state", "open_clip")
+    return open_clip.create_model(f"local-dir:{folder / 'state'}").state_dict()
+
+
+def test_the_command_writes_blip_for_transformers(tmp_path):
+    create_model("blip_tiny").save_pretrained(tmp_path / "ours")
+    name = "BlipForConditionalGeneration"
+    arguments = "--to", "hf", "--architecture", name
+    assert elip("convert", tmp_path / "ours", tmp_path / "hf", *arguments) == 0
+    theirs = transformers.BlipForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    assert theirs.config.text_config.bos_token_id == 5
+
+
+def test_a_failing_command_leaves_nothing_and_prints_the_cause(tmp_path, capsys):
+    create_model("blip_tiny").save_pretrained(tmp_path / "ours")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for arguments, message in (
+        (("--to", "open_clip"), "open_clip has no class of"),
+        (("--kind", "vilt"), "kind: expected one of"),
+        (("itm_head",), "expected key=value, such as vision_heads=12"),
+        (("width=3",), "expected names among"),
+        (("--tokenizer", str(tmp_path / "none")), "expected a folder with a saved tokenizer"),
+    ):
+        assert elip("convert", tmp_path / "ours", tmp_path / "out", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_saved_files_have_default_permissions_and_no_temporary_file_is_left(tmp_path):
+    (tmp_path / "other").write_text("")
+    folder = create_model("clip_tiny").save_pretrained(tmp_path / "model")
+    expected = (tmp_path / "other").stat().st_mode
+    files = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert files == dict.fromkeys(("README.md", "config.json", "model.safetensors"), expected)

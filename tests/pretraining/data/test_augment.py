@@ -1,0 +1,217 @@
+"""RandAugment as in ALBEF and BLIP, and as in METER: each operation, and how they are drawn."""
+
+import math
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from elip_models.pretraining.data.augment import (
+    METER_OPERATIONS,
+    OPERATIONS,
+    METERRandAugment,
+    RandAugment,
+)
+from elip_models.pretraining.data.transforms import image_transform
+
+SIZE = 32
+Y, X = np.mgrid[:SIZE, :SIZE].astype(float)
+SMOOTH = np.stack([100 + 90 * np.sin(X / 5 + Y / 9), 3 * X + 4 * Y, 200 - 2 * X], axis=-1)
+
+
+def image_of(pixels) -> Image.Image:
+    return Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8))
+
+
+def applied(name, sign=1, *, magnitude=7, pixels=SMOOTH):
+    image = RandAugment(2, magnitude).apply(image_of(pixels), [(name, sign)])
+    return np.asarray(image).astype(float)
+
+
+def sampled(x, y):
+    """Return the smooth image at positions (x, y), and which are at least a pixel inside it."""
+    inside = (x >= 1) & (x <= SIZE - 2) & (y >= 1) & (y <= SIZE - 2)
+    return np.stack([100 + 90 * np.sin(x / 5 + y / 9), 3 * x + 4 * y, 200 - 2 * x], -1), inside
+
+
+@pytest.mark.parametrize(("magnitude", "shift"), [(7, 7), (5, 5), (10, 10)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_translation_is_of_as_many_pixels_as_the_magnitude_and_leaves_grey(
+    magnitude, shift, sign
+):
+    expected = np.full_like(SMOOTH, 128)
+    moved, left = slice(shift, None), slice(None, -shift)
+    to, of = (moved, left) if sign == 1 else (left, moved)
+    expected[:, to] = np.asarray(image_of(SMOOTH))[:, of]
+    assert np.array_equal(applied("TranslateX", sign, magnitude=magnitude), expected)
+    expected[:] = 128
+    expected[to] = np.asarray(image_of(SMOOTH))[of]
+    assert np.array_equal(applied("TranslateY", sign, magnitude=magnitude), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "Rotate"])
+def test_shears_are_of_0_21_and_rotations_of_21_degrees_at_magnitude_7(name, sign):
+    shear, angle = sign * 0.21, math.radians(sign * 21)
+    dx, dy = X - SIZE / 2, Y - SIZE / 2
+    x, y = {
+        "ShearX": (X - shear * Y, Y),
+        "ShearY": (X, Y - shear * X),
+        "Rotate": (
+            SIZE / 2 + math.cos(angle) * dx - math.sin(angle) * dy,
+            SIZE / 2 + math.sin(angle) * dx + math.cos(angle) * dy,
+        ),
+    }[name]
+    expected, inside = sampled(x, y)
+    got = applied(name, sign)
+    # Bilinear interpolation of a sine of period 31, on rounded values, rounded again: below 2.
+    assert np.abs(got - expected)[inside].max() < 2
+    outside = (x < -1) | (x > SIZE) | (y < -1) | (y > SIZE)
+    assert outside.any() and (got[outside] == 128).all()
+
+
+def test_light_is_multiplied_by_1_36_at_magnitude_7_and_by_1_at_5():
+    expected = np.minimum(np.floor(1.36 * np.asarray(image_of(SMOOTH)).astype(float)), 255)
+    assert np.abs(applied("Brightness") - expected).max() <= 1  # truncated there, rounded here
+    for name in ("Brightness", "Sharpness"):
+        assert np.array_equal(applied(name, magnitude=5), applied("Identity"))
+
+
+def test_sharpness_moves_pixels_away_from_the_mean_around_them():
+    pixels = np.full((5, 5, 3), 100.0)
+    pixels[2, 2] = 126
+    blurred = (12 * 100 - 4 * 100 + 5 * 126) / 13  # 3 x 3, the middle counts five times
+    got = applied("Sharpness", pixels=pixels)
+    assert got[2, 2, 0] == pytest.approx(blurred + 1.36 * (126 - blurred), abs=1)
+    assert got[1, 2, 0] < 100 and got[0, 0, 0] == 100
+
+
+def test_contrast_is_stretched_and_equalised_for_each_colour():
+    ramp = np.stack([np.sort(X, axis=None).reshape(X.shape) + low for low in (0, 50, 100)], axis=-1)
+    for name in ("AutoContrast", "Equalize"):
+        got = applied(name, pixels=ramp)
+        assert (got[0, 0] <= 2).all() and (got[-1, -1] >= 247).all(), name
+        assert np.abs(got[..., 0] - got[..., 2]).max() <= 1, name
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_size_and_mode_do_not_change(name):
+    image = RandAugment(1, 7).apply(Image.new("RGB", (9, 7), "red"), [(name, -1)])
+    assert (image.size, image.mode) == ((9, 7), "RGB")
+
+
+def test_operations_are_drawn_with_replacement_and_applied_half_of_the_time():
+    torch.manual_seed(0)
+    augment = RandAugment(2, 7)
+    draws = [augment.draw() for _ in range(4000)]
+    counts = Counter(len(drawn) for drawn in draws)
+    for applied_of_two, share in ((0, 0.25), (1, 0.5), (2, 0.25)):
+        assert counts[applied_of_two] / 4000 == pytest.approx(share, abs=0.03)  # four deviations
+    names = Counter(name for drawn in draws for name, _ in drawn)
+    assert names.keys() == set(OPERATIONS) and min(names.values()) > 300
+    assert {sign for drawn in draws for _, sign in drawn} == {1, -1}
+    assert any(len(drawn) == 2 and drawn[0][0] == drawn[1][0] for drawn in draws)
+
+
+def test_recorded_draws():
+    torch.manual_seed(0)
+    augment = RandAugment(2, 7)
+    assert [augment.draw() for _ in range(6)] == [
+        [("Sharpness", 1), ("Rotate", -1)],
+        [("TranslateX", 1)],
+        [("ShearY", -1)],
+        [],
+        [("AutoContrast", 1)],
+        [("AutoContrast", 1), ("Equalize", 1)],
+    ]
+
+
+def test_it_applies_what_it_draws_in_order_and_is_pickled():
+    image = image_of(SMOOTH)
+    augment = pickle.loads(pickle.dumps(RandAugment(2, 7)))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        drawn = augment.draw()
+        torch.manual_seed(seed)
+        assert augment(image).tobytes() == augment.apply(image, drawn).tobytes()
+    there, back = ("TranslateX", 1), ("TranslateX", -1)
+    assert (np.asarray(augment.apply(image, [there, back]))[:, -7:] == 128).all()
+    assert (np.asarray(augment.apply(image, [back, there]))[:, :7] == 128).all()
+
+
+def meter(name, sign=1, *, pixels=SMOOTH):
+    """Return pixels after METER's operation at magnitude 9 of 30."""
+    image = METERRandAugment(2, 9).apply(image_of(pixels), [(name, sign)])
+    return np.asarray(image).astype(float)
+
+
+WHOLE = np.asarray(image_of(SMOOTH)).astype(float)
+GREY_OF = np.rint(WHOLE @ [0.299, 0.587, 0.114])[..., None]
+AT_MAGNITUDE_9 = {
+    "Posterize": WHOLE // 128 * 128,  # int(4 * 0.3) = 1 bit
+    "Solarize": np.where(WHOLE >= 76.8, 255 - WHOLE, WHOLE),
+    "SolarizeAdd": (lambda x: np.where(x >= 128, 255 - x, x))(np.minimum(WHOLE + 33, 255)),
+    "Brightness": 0.64 * WHOLE,
+    "Color": GREY_OF + 0.64 * (WHOLE - GREY_OF),
+    "Contrast": 0.64 * WHOLE + 0.36 * np.rint(GREY_OF.mean()),
+}
+
+
+@pytest.mark.parametrize("name", AT_MAGNITUDE_9)
+def test_colours_of_meter_at_magnitude_9(name):
+    assert np.abs(meter(name) - AT_MAGNITUDE_9[name]).max() <= 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
+def test_a_translation_of_meter_is_of_30_pixels_and_leaves_black(name, sign):
+    axis = 1 if name == "TranslateX" else 0
+    expected = np.zeros_like(WHOLE)
+    to, of = (slice(None, 2), slice(30, None)) if sign == 1 else (slice(30, None), slice(None, 2))
+    places = [(slice(None), each) if axis else (each,) for each in (to, of)]
+    expected[places[0]] = WHOLE[places[1]]
+    assert np.array_equal(meter(name, sign), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_shears_of_meter_are_of_0_09_and_rotations_of_9_degrees(sign):
+    shear, angle, centre = sign * 0.09, math.radians(sign * 9), (SIZE - 1) / 2
+    dx, dy = X - centre, Y - centre
+    positions = {
+        "ShearX": (X + shear * Y, Y),
+        "ShearY": (X, Y + shear * X),
+        "Rotate": (
+            centre + math.cos(angle) * dx - math.sin(angle) * dy,
+            centre + math.sin(angle) * dx + math.cos(angle) * dy,
+        ),
+    }
+    for name, (x, y) in positions.items():
+        expected, inside = sampled(x, y)
+        # The nearest pixel is at most 0.5 away in each direction; the slope is below 28 and 14.
+        assert np.abs(meter(name, sign) - expected)[inside].max() < 22, name
+    assert not meter("Rotate", sign)[0, 0].any()
+
+
+def test_all_operations_of_meter_are_drawn_and_applied():
+    torch.manual_seed(0)
+    draws = [METERRandAugment(2, 9).draw() for _ in range(4000)]
+    assert {len(drawn) for drawn in draws} == {2}
+    names = Counter(name for drawn in draws for name, _ in drawn)
+    assert names.keys() == set(METER_OPERATIONS) and min(names.values()) > 450  # 571 expected
+    assert {sign for drawn in draws for _, sign in drawn} == {1, -1}
+
+
+def test_meter_augments_the_image_before_it_is_resized():
+    options = {"scale": None, "randaugment": (1, 9), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    transform = image_transform(8, train=True, randaugment_policy="meter", **options)
+    plain = image_transform(8, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    image = image_of(SMOOTH)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        drawn = METERRandAugment(1, 9).draw()
+        torch.manual_seed(seed)
+        expected = plain(METERRandAugment(1, 9).apply(image, drawn))
+        assert torch.equal(transform(image), expected)

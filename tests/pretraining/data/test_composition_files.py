@@ -1,0 +1,301 @@
+"""Winoground, ARO and SugarCrepe in their authors' formats, and the built-in benchmark."""
+
+import json
+import pickle
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elip_models.pretraining.data import EMOJI, EmojiComposition, SampleError, open_composition
+from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural, relation
+from elip_models.pretraining.data.scene_sampling import MAX_CLUTTER
+from elip_models.pretraining.data.tasks.composition_files import MIN_ATTRIBUTES, SYMMETRIC_RELATIONS
+from elip_models.pretraining.data.tasks.conditional_scenes import place_names
+from tests.helpers.tiers import first_quick
+
+WINOGROUND = {
+    "id": 3,
+    "image_0": "ex_3_img_0",
+    "image_1": "ex_3_img_1",
+    "caption_0": "a dog  on a cat",
+    "caption_1": "a cat on a dog",
+    "tag": "Noun",
+    "secondary_tag": "",
+    "num_main_preds": 1,
+    "collapsed_tag": "Object",
+}
+BOX = {"bbox_x": 2, "bbox_y": 1, "bbox_w": 3, "bbox_h": 4}
+GENOME = {"image_path": "1.jpg", "true_caption": "the dog is on the cat", **BOX}
+GENOME |= {"image_id": "1", "false_caption": "the cat is on the dog"}
+RELATION = GENOME | {"relation_name": "on"}
+ATTRIBUTES = GENOME | {"attributes": ["red", "wet"]}
+ORDER = {"image": "val2014/1.jpg", "caption_options": ["a b c", "b a c", "a b c", "c b a", "b a c"]}
+HUGE = {"bbox_w": 2**20, "bbox_h": 2**10}
+CREPE = {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}
+
+
+def write(path, content):
+    """Write JSON, or one JSON object per line for a tuple."""
+    lines = isinstance(content, tuple)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(map(json.dumps, content)) if lines else json.dumps(content)
+    path.write_text(text)
+    return path
+
+
+def draw(path, colour="red", size=(6, 5)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def opened(*files, images=None):
+    options = {} if images is None else {"images": str(images)}
+    return open_composition({"files": [*map(str, files)], **options}, image_size=16)
+
+
+def test_winoground(tmp_path):
+    draw(tmp_path / "images" / "ex_3_img_0.png", "red")
+    draw(tmp_path / "images" / "ex_3_img_1.png", "blue")
+    file = write(tmp_path / "examples.jsonl", (WINOGROUND, WINOGROUND | {"id": 4}))
+    source = open_composition(f"{file},images={tmp_path / 'images'}", image_size=16)
+    assert (source.benchmark, source.categories, source.averages) == (
+        "winoground",
+        ("Object",),
+        False,
+    )
+    assert len(source) == 2  # both examples have the same images
+    first, second = source.examples
+    assert first.captions == source.captions(0) == ("a dog on a cat", "a cat on a dog")
+    assert (first.id, first.category, second.id) == ("3", "Object", "4")
+    assert first.images == tuple(sample.id for sample in source)
+    assert [sample.image.getpixel((0, 0)) for sample in source] == [(255, 0, 0), (0, 0, 255)]
+    with pytest.raises(IndexError):
+        source.captions(2)
+
+
+def test_examples_linked_by_images_form_a_cluster(tmp_path):
+    pairs = [("a", "b"), ("c", "d"), ("b", "c"), ("e", "f"), ("g", "e")]
+    lines = tuple(
+        WINOGROUND | {"id": i, "image_0": one, "image_1": two} for i, (one, two) in enumerate(pairs)
+    )
+    source = opened(write(tmp_path / "examples.jsonl", lines))
+    assert [each.cluster for each in source.examples] == [0, 0, 0, 1, 1]
+    assert len(source) == 7
+
+
+def test_a_part_of_an_image_is_shown_and_parts_of_one_image_form_a_cluster(tmp_path):
+    picture = np.zeros((5, 6, 3), dtype=np.uint8)
+    picture[1:5, 2:5] = 255
+    (tmp_path / "vg").mkdir()
+    Image.fromarray(picture).save(tmp_path / "vg" / "1.png")
+    entry = RELATION | {"image_path": "1.png"}
+    beyond = entry | {"bbox_w": 5.0}
+    file = write(tmp_path / "visual_genome_relation.json", [entry, beyond, entry])
+    source = opened(file, images=tmp_path / "vg")
+    assert source.benchmark == "vg_relation" and source.averages
+    assert len(source) == 2 and [each.cluster for each in source.examples] == [0, 0, 0]
+    assert source.examples[0].captions == (RELATION["true_caption"], RELATION["false_caption"])
+    assert source.examples[0].id == "visual_genome_relation/0"
+    assert source.examples[0].images == source.examples[2].images != source.examples[1].images
+    shown, padded = (np.asarray(sample.image) for sample in source)
+    assert shown.shape == (4, 3, 3) and shown.all()
+    assert padded.shape == (4, 5, 3) and not padded[:, 3:].any()  # black outside, as in ARO's code
+
+
+def test_symmetric_relations_and_rare_attributes_are_not_averaged(tmp_path):
+    names = ["on", "near", "under"]
+    file = write(tmp_path / "r.json", [RELATION | {"relation_name": name} for name in names])
+    assert opened(file).categories == ("on", "under") and "near" in SYMMETRIC_RELATIONS
+    rare = [ATTRIBUTES | {"attributes": ["old", "new"]}] * (MIN_ATTRIBUTES - 1)
+    source = opened(write(tmp_path / "a.json", [ATTRIBUTES] * MIN_ATTRIBUTES + rare))
+    assert (source.benchmark, source.categories) == ("vg_attribution", ("red_wet",))
+    assert len(source.examples) == 2 * MIN_ATTRIBUTES - 1
+    assert source.examples[-1].category == "old_new"
+
+
+def test_permutations_equal_to_the_caption_are_left_out(tmp_path):
+    draw(tmp_path / "coco" / "val2014" / "1.jpg")
+    source = opened(write(tmp_path / "coco_order.json", [ORDER]), images=tmp_path / "coco")
+    assert (source.benchmark, source.categories, source.averages) == ("order", (), False)
+    (example,) = source.examples
+    assert example.captions == ("a b c", "b a c", "c b a")
+    assert (example.category, source[0].image.size) == ("", (6, 5))
+
+
+def test_sugarcrepe_is_one_file_or_a_folder_with_a_category_per_file(tmp_path):
+    draw(tmp_path / "val2017" / "1.jpg")
+    folder = tmp_path / "sugarcrepe"
+    write(folder / "swap_obj.json", {"0": CREPE, "7": CREPE | {"negative_caption": "a fox"}})
+    write(folder / "add_att.json", {"0": CREPE})
+    source = open_composition(f"{folder},images={tmp_path / 'val2017'}", image_size=16)
+    assert (source.benchmark, source.categories) == ("sugarcrepe", ("add_att", "swap_obj"))
+    assert source.averages and len(source) == 1
+    assert [each.id for each in source.examples] == ["add_att/0", "swap_obj/0", "swap_obj/7"]
+    assert source[0].captions == ("a dog", "a cat", "a fox")  # each once
+    assert not opened(folder / "swap_obj.json").averages
+    assert len(pickle.loads(pickle.dumps(source)).examples) == 3  # for worker processes
+
+
+def test_an_image_that_cannot_be_read_is_an_error_of_that_image(tmp_path):
+    draw(tmp_path / "2.jpg")
+    (tmp_path / "3.jpg").write_bytes(b"no image")
+    entries = {str(i): CREPE | {"filename": f"{i}.jpg"} for i in (1, 2, 3)}
+    source = opened(write(tmp_path / "swap_obj.json", entries))
+    with pytest.raises(SampleError, match=r"1\.jpg: no such file"):
+        source[0]
+    assert source[1].captions == ("a dog", "a cat")
+    with pytest.raises(SampleError, match=r"3\.jpg: not a readable image"):
+        source[2]
+
+
+@pytest.mark.parametrize(
+    "box", [{"bbox_x": 6}, {"bbox_y": -4}, {"bbox_w": 0}, {"bbox_h": 0.5}, HUGE]
+)
+def test_a_box_outside_of_its_image_is_an_error_of_that_image(box, tmp_path):
+    draw(tmp_path / "1.jpg")
+    source = opened(write(tmp_path / "r.json", [RELATION | box]))
+    with pytest.raises(SampleError, match="expected a box in the image of 6 x 5 pixels"):
+        source[0]
+
+
+def without(entry, key):
+    return {name: value for name, value in entry.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", (without(WINOGROUND, "image_1"),), r"a.jsonl\[0\]: expected the keys image_0,"),
+        ("a.jsonl", (WINOGROUND | {"caption_1": 3},), r"\[0\]: caption_1: expected a string, got"),
+        ("a.jsonl", (WINOGROUND | {"collapsed_tag": 3},), "collapsed_tag: expected a string"),
+        ("a.jsonl", (WINOGROUND, WINOGROUND), "id: expected another one for each .*, got '3'"),
+        ("a.jsonl", (WINOGROUND | {"caption_0": " "},), r"\[0\]: caption: expected a text, got an"),
+        ("a.jsonl", (WINOGROUND | {"caption_0": "\ud800"},), r"\[0\]: text: expected Unicode text"),
+        ("a.json", [without(RELATION, "bbox_w")], r"a.json\[0\]: expected the keys image_path,"),
+        ("a.json", [RELATION | {"bbox_w": "3"}], r"\[0\]: bbox_w: expected a number"),
+        ("a.json", [RELATION | {"bbox_w": float("nan")}], r"\[0\]: bbox_w: expected a number"),
+        ("a.json", [ATTRIBUTES | {"attributes": ["red"]}], "attributes: expected two texts, got"),
+        ("a.json", [ATTRIBUTES | {"attributes": "red"}], "attributes: expected a list, got"),
+        ("a.json", [RELATION, ATTRIBUTES], r"a.json\[1\]: .*relation_name"),
+        ("a.json", [ATTRIBUTES, RELATION], r"a.json\[1\]: expected the keys .*attributes"),
+        ("a.json", [ORDER | {"caption_options": ["a"]}], "caption_options: expected at least two"),
+        ("a.json", [ORDER | {"caption_options": ["a", 3]}], "caption_options: expected at least"),
+        ("a.json", {"0": without(CREPE, "filename")}, r"a.json\[0\]: expected the keys filename"),
+        ("a.json", {"x": CREPE, "y": []}, r"a.json\[y\]: expected the keys filename"),
+        ("a.json", [CREPE | {"filename": 1}], r"a.json\[0\]: filename: expected a string, got 1"),
+        ("a.json", [], r"a.json: expected lines with .*SugarCrepe\), got \[\]"),
+        ("a.json", "text", r"a.json: expected lines with .*, got 'text'"),
+        (
+            "a.json",
+            [{"image": "a.jpg", "caption": "a dog"}],
+            r"a.json: expected lines with .*, got",
+        ),
+        ("a.json", ["text"], r"a.json: expected lines with .*, got 'text'"),
+    ],
+)
+def test_a_malformed_file_is_named(name, content, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        opened(write(tmp_path / name, content))
+
+
+def test_other_malformed_specs(tmp_path):
+    crepe = write(tmp_path / "swap_obj.json", {"0": CREPE})
+    order = write(tmp_path / "order.json", [ORDER])
+    (tmp_path / "no.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    twice = '{"0": {}, "0": {}}'
+    (tmp_path / "twice.json").write_text(twice)
+    for spec, error, message in (
+        (f"{crepe},{order}", ValueError, "files of one benchmark, got sugarcrepe in swap_obj.json"),
+        (f"{crepe},{crepe}", ValueError, "id: expected another one .*, got 'swap_obj/0' again"),
+        (str(tmp_path / "no.json"), ValueError, "got no valid JSON"),
+        (str(tmp_path / "twice.json"), ValueError, "the key '0' twice"),
+        (str(tmp_path / "empty"), FileNotFoundError, "expected a folder of .json files, got none"),
+        (str(tmp_path / "missing.json"), FileNotFoundError, "spec: expected an existing file"),
+        (f"{crepe},split=test", ValueError, "spec: expected the options images, got 'split'"),
+        ("", ValueError, "spec: expected emoji_composition:size=200 or files, got ''"),
+        (3, TypeError, "spec: expected a text or a mapping, got 3"),
+        ("emoji_composition", ValueError, "write emoji_composition:seed=0,size=500"),
+        ("emoji_composition:size=0", ValueError, "size: expected an integer at least 1"),
+        ("emoji_composition:size=3,cluter=1", ValueError, "options seed, size, clutter and"),
+    ):
+        with pytest.raises(error, match=message):
+            open_composition(spec, image_size=16)
+
+
+SINGULAR = {name: name for name in EMOJI} | {plural(name): name for name in EMOJI}
+NAME = "|".join(sorted(SINGULAR, key=len, reverse=True))
+PLACE_OF = {at_place(place): place for place in {*place_names(0), *place_names(1)}}
+SIDES = "to the left of|to the right of|above|below"
+
+
+def is_true(caption, scene):
+    """Return whether a caption is true of a scene, from its words only."""
+
+    def groups(name):
+        return [group for group in scene.groups if group.name == SINGULAR[name]]
+
+    if found := re.fullmatch(rf"the ({NAME}) is ({SIDES}) the ({NAME})", caption):
+        (one,), (two,) = groups(found[1]), groups(found[3])
+        return relation(one, two) == found[2]
+    number = "|".join(NUMBERS)
+    if found := re.fullmatch(rf"({number}) ({NAME}) and ({number}) ({NAME})", caption):
+        counted = ((found[1], found[2]), (found[3], found[4]))
+        return all(
+            sum(group.count for group in groups(name)) == NUMBERS.index(word)
+            for word, name in counted
+        )
+    found = re.fullmatch(rf"an? ({NAME}) (.*) and an? ({NAME}) (.*)", caption)
+    placed = ((found[1], found[2]), (found[3], found[4]))
+    return all([each.place for each in groups(name)] == [PLACE_OF[at]] for name, at in placed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    first_quick(
+        [{}, {"clutter": 4, "textures": True}, {"clutter": 1}, {"clutter": MAX_CLUTTER}], 2
+    ),
+    ids=str,
+)
+def test_each_caption_is_true_of_its_own_image_only(options):
+    source = EmojiComposition(90, seed=2, **options)
+    for number, example in enumerate(source.examples):
+        truth = [
+            [is_true(text, each) for each in source.scenes(number)] for text in example.captions
+        ]
+        assert truth == [[True, False], [False, True]], example
+        if example.category == "relation":
+            assert len({tuple(sorted(text.split())) for text in example.captions}) == 1
+
+
+def test_the_images_of_an_example_differ_in_two_emoji_only():
+    source = EmojiComposition(30, clutter=2, textures=True)
+    for number in range(30):
+        one, two = source.scenes(number)
+        assert (one.background, one.texture) == (two.background, two.texture)
+        assert [each.copies for each in one.groups] == [each.copies for each in two.groups]
+        pairs = [(a.name, b.name) for a, b in zip(one.groups, two.groups, strict=True)]
+        changed = {pair for pair in pairs if len({*pair}) == 2}
+        assert len(changed) == 2 and len({name for pair in changed for name in pair}) == 2
+
+
+def test_the_built_in_benchmark_is_balanced_and_reproducible():
+    source = open_composition("emoji_composition:seed=3,size=30", image_size=32)
+    assert isinstance(source, EmojiComposition) and len(source) == 60
+    assert Counter(each.category for each in source.examples) == dict.fromkeys(
+        ("relation", "place", "count"), 10
+    )
+    shorter = EmojiComposition(6, seed=3, image_size=32)
+    assert shorter.examples == source.examples[:6]
+    assert shorter[7].image.tobytes() == source[7].image.tobytes() != source[6].image.tobytes()
+    assert [sample.id for sample in shorter] == [
+        name for example in shorter.examples for name in example.images
+    ]
+    assert shorter[7].captions == shorter.captions(7) == shorter.examples[3].captions
+    with pytest.raises(IndexError):
+        shorter[12]
+    with pytest.raises(IndexError):
+        shorter.scenes(6)

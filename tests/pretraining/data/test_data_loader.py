@@ -1,0 +1,356 @@
+"""Loading: batches depend on (seed, epoch, offset) only; bad samples are replaced and counted."""
+
+import itertools
+import math
+import os
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+from elip_models.pretraining.data import (
+    DataError,
+    EmojiScenes,
+    EpochSampler,
+    ImageTextDataset,
+    Sample,
+    SampleError,
+    SkipReport,
+    check_source,
+    evaluation_batches,
+    image_transform,
+    train_loader,
+)
+from elip_models.pretraining.data.loader import ForkSafeLoader
+from elip_models.pretraining.data.training_samples import _replacements
+from elip_models.validation import ConfigError
+
+SIZE, BATCH, LENGTH = 16, 4, 22
+THREADS = "TOKENIZERS_PARALLELISM"
+TENSORS = ("images", "input_ids", "attention_mask")
+
+
+class DamagedSource:
+    """A tiny source whose samples at the indices `bad` cannot be read."""
+
+    def __init__(self, length: int, bad: set[int]) -> None:
+        self.length = length
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.bad:
+            raise SampleError(f"sample {index}", "corrupt")
+        image = Image.new("RGB", (4, 4), (index % 256, 0, 0))
+        return Sample(image, self.captions(index), f"sample {index}")
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (f"caption {index}",)
+
+
+@pytest.fixture
+def dataset(tokenizer) -> ImageTextDataset:
+    return make_dataset(EmojiScenes(LENGTH, seed=4, image_size=SIZE), tokenizer)
+
+
+def make_dataset(source, tokenizer, **options) -> ImageTextDataset:
+    transform = image_transform(SIZE, train=True, scale=(0.5, 1.0))
+    return ImageTextDataset(
+        source, transform, tokenizer, **{"context_length": 24, "seed": 0, **options}
+    )
+
+
+def take(dataset, sampler, count, num_workers=0) -> list[dict]:
+    return list(itertools.islice(train_loader(dataset, sampler, num_workers), count))
+
+
+def assert_same_batches(first: list[dict], second: list[dict]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in TENSORS)
+        assert all(a[name] == b[name] for name in a.keys() - set(TENSORS))
+
+
+def test_a_batch_has_the_documented_shapes(dataset):
+    (batch,) = take(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
+    assert batch["images"].shape == (BATCH, 3, SIZE, SIZE)
+    assert batch["images"].dtype == torch.float32
+    for name in ("input_ids", "attention_mask"):
+        assert batch[name].shape == (BATCH, 24) and batch[name].dtype == torch.int64
+    assert (batch["skipped"], batch["epoch"], batch["offset"]) == ([], 0, 0)
+
+
+def test_text_is_padded_or_truncated_and_keeps_its_end(dataset, tokenizer):
+    (batch,) = take(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    assert (ids.gather(1, mask.sum(1, keepdim=True) - 1) == tokenizer.eos_token_id).all()
+    assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+
+
+def test_the_same_position_gives_the_same_sample_and_another_epoch_another(dataset):
+    assert torch.equal(dataset[0, 3]["images"], dataset[0, 3]["images"])
+    assert not torch.equal(dataset[0, 3]["images"], dataset[1, 3]["images"])
+    texts = {tuple(dataset[epoch, 3]["input_ids"].tolist()) for epoch in range(40)}
+    assert len(texts) == 5
+
+
+def test_a_second_caption_of_the_same_image_guides_and_changes_nothing_else(dataset, tokenizer):
+    guided = make_dataset(dataset.source, tokenizer, guide_captions=True)
+    seen = set()
+    for turn in range(40):
+        sample, plain = guided[turn, 3], dataset[turn, 3]
+        assert all(torch.equal(sample[name], plain[name]) for name in TENSORS)
+        assert sample["guide_mask"].sum() == (sample["guide_ids"] != tokenizer.pad_token_id).sum()
+        assert not torch.equal(sample["guide_ids"], sample["input_ids"])
+        seen.add(tuple(sample["guide_ids"].tolist()))
+    captions = {tuple(dataset[turn, 3]["input_ids"].tolist()) for turn in range(40)}
+    assert seen == captions
+    (batch,) = take(guided, EpochSampler(LENGTH, BATCH, 0), 1)
+    assert batch["guide_ids"].shape == batch["guide_mask"].shape == (BATCH, 24)
+
+
+def test_an_image_of_one_caption_is_guided_by_it(tokenizer):
+    sample = make_dataset(DamagedSource(LENGTH, set()), tokenizer, guide_captions=True)[0, 3]
+    assert torch.equal(sample["guide_ids"], sample["input_ids"])
+
+
+def test_a_pickled_dataset_gives_the_same_samples(dataset):
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(copy[1, 3][name], dataset[1, 3][name]) for name in TENSORS)
+
+
+def test_reading_leaves_the_global_generator_and_the_environment_alone(dataset, monkeypatch):
+    monkeypatch.delenv(THREADS, raising=False)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    take(dataset, EpochSampler(LENGTH, BATCH, 0), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    take(dataset, EpochSampler(LENGTH, BATCH, 0), 2, num_workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert THREADS not in os.environ
+
+
+@pytest.mark.parametrize(("user", "worker"), [(None, "false"), ("true", "true")])
+def test_workers_tokenize_in_one_thread_unless_the_user_sets_it(user, worker, monkeypatch):
+    monkeypatch.delenv(THREADS, raising=False)
+    if user is not None:
+        monkeypatch.setenv(THREADS, user)
+    dataset = [os.environ.get]
+    loader = ForkSafeLoader(dataset, None, num_workers=1, collate_fn=lambda get: get(THREADS))
+    assert list(loader) == [worker] and os.environ.get(THREADS) == user
+
+
+def test_the_number_of_workers_changes_no_batch(tokenizer):
+    dataset = make_dataset(DamagedSource(LENGTH, {2, 9}), tokenizer)
+    batches = [take(dataset, EpochSampler(LENGTH, BATCH, 0), 8, workers) for workers in (0, 2)]
+    assert_same_batches(*batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_gives_the_remaining_batches(dataset, num_workers):
+    batches = take(dataset, EpochSampler(LENGTH, BATCH, 0), 12)
+    for consumed in (3, 5, 7):
+        last = batches[consumed - 1]
+        sampler = EpochSampler(LENGTH, BATCH, 0)
+        sampler.set_position(last["epoch"], last["offset"] + 1)
+        assert_same_batches(take(dataset, sampler, 12 - consumed, num_workers), batches[consumed:])
+        if num_workers:
+            return
+
+
+def test_positions_count_over_epochs(dataset):
+    batches = take(dataset, EpochSampler(LENGTH, BATCH, 0), 11)
+    assert LENGTH // BATCH == 5
+    assert [(b["epoch"], b["offset"]) for b in batches] == [divmod(step, 5) for step in range(11)]
+
+
+def test_a_bad_sample_is_replaced_and_reported(tokenizer):
+    bad = {3, 4, 5}
+    dataset = make_dataset(DamagedSource(20, bad), tokenizer)
+    batches = take(dataset, EpochSampler(20, BATCH, 0), 5)
+    assert all(len(batch["images"]) == BATCH for batch in batches)
+    skipped = [skip for batch in batches for skip in batch["skipped"]]
+    assert sorted(skipped) == [(f"sample {index}", "corrupt", index) for index in sorted(bad)]
+    again = dataset[0, 3]
+    assert torch.equal(again["images"], dataset[0, 3]["images"])
+    assert again["skipped"] == [("sample 3", "corrupt", 3)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 10, 97, 100])
+def test_replacements_try_every_sample_once_beginning_with_the_drawn_one(length):
+    for index in {0, length // 2, length - 1}:
+        order = list(_replacements(index, length))
+        assert order[0] == index and sorted(order) == list(range(length))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_source_without_a_readable_sample_is_a_data_error(tokenizer, num_workers):
+    dataset = make_dataset(DamagedSource(8, set(range(8))), tokenizer)
+    with pytest.raises(DataError, match=r"^no readable sample: 8 of 8 .*sample \d \(corrupt\)"):
+        take(dataset, EpochSampler(8, BATCH, 0), 1, num_workers)
+
+
+def test_too_large_a_share_stops_the_run_and_names_examples(tokenizer):
+    dataset = make_dataset(DamagedSource(400, set(range(0, 400, 10))), tokenizer)
+    report, seen = dataset.skip_report(), 0
+    with pytest.raises(DataError) as caught:
+        for batch in train_loader(dataset, EpochSampler(400, 20, 0), 0):
+            seen += 20
+            report.update(batch["skipped"], 20)
+    assert seen == 100
+    message = str(caught.value)
+    assert "of 100 samples" in message and message.count("(corrupt)") == 5
+    assert message.endswith(
+        "At most 5.0% may be unreadable; repair the data, or raise max_bad_share."
+    )
+
+
+def test_a_share_within_the_limit_goes_on_for_epochs(tokenizer):
+    dataset = make_dataset(DamagedSource(200, set(range(8))), tokenizer)
+    report = dataset.skip_report()
+    for batch in take(dataset, EpochSampler(200, 20, 0), 30):
+        report.update(batch["skipped"], 20)
+    assert (report.seen, len(report.reasons), report.share) == (600, 8, 8 / 200)
+
+
+def test_a_small_source_is_checked_after_one_epoch():
+    report = SkipReport(0.1, length=10)
+    report.update([("a", "corrupt", 0), ("b", "missing", 1)], 9)
+    with pytest.raises(DataError, match=r"2 of 10 samples \(20\.0%\) .*: a \(corrupt\); b \(mi"):
+        report.update([], 1)
+
+
+def test_an_index_is_counted_once_and_an_id_each_time():
+    report = SkipReport()
+    for _ in range(3):
+        report.update([("a", "corrupt", 7)], 50)
+    assert report.summary() == "1 of 150 samples (0.7%) could not be read: a (corrupt)."
+    report.update([("a", "corrupt", 8)], 50)
+    assert report.summary().startswith("2 of 200 samples")
+    for _ in range(2):
+        report.update([("a", "corrupt")], 50)
+    assert report.summary().startswith("4 of 300 samples")
+
+
+def test_check_source_reads_everything_and_never_raises():
+    report = check_source(DamagedSource(12, set(range(6))))
+    assert report.summary() == (
+        "6 of 12 samples (50.0%) could not be read, among them: "
+        + "; ".join(f"sample {index} (corrupt)" for index in range(5))
+        + "."
+    )
+    assert check_source(DamagedSource(12, {7}), limit=7).reasons == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_yields_readable_samples_in_order(num_workers):
+    source = DamagedSource(10, {0, 1, 2, 6})
+    report = SkipReport(0.5, length=10)
+    batches = list(
+        evaluation_batches(
+            source, image_transform(SIZE, train=False), 3, report=report, num_workers=num_workers
+        )
+    )
+    good = [index for index in range(10) if index not in source.bad]
+    assert [sample_id for batch in batches for sample_id in batch.ids] == [
+        f"sample {index}" for index in good
+    ]
+    assert [texts for batch in batches for texts in batch.captions] == [
+        (f"caption {index}",) for index in good
+    ]
+    assert all(batch.images.shape == (len(batch.ids), 3, SIZE, SIZE) for batch in batches)
+    assert (report.seen, len(report.reasons)) == (10, 4)
+
+
+def test_evaluation_stops_at_too_many_unreadable_samples():
+    transform = image_transform(SIZE, train=False)
+    with pytest.raises(DataError, match=r"At most 5\.0%"):
+        list(evaluation_batches(DamagedSource(10, {1}), transform, 3))
+    with pytest.raises(DataError, match="no readable sample: 2 of 2"):
+        list(evaluation_batches(DamagedSource(2, {0, 1}), transform, 3, report=SkipReport(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"source": DamagedSource(0, set())}, ValueError, "source: expected at least one sample"),
+        ({"transform": None}, TypeError, "transform: expected a function, got None"),
+        ({"tokenizer": "clip"}, TypeError, "tokenizer: expected a function, got 'clip'"),
+        ({"context_length": 2}, ValueError, "context_length: expected .* at least 3, got 2"),
+        ({"seed": None}, TypeError, "seed: expected an integer .*, got None"),
+        ({"max_bad_share": 5}, ValueError, r"max_bad_share: expected a number in \[0, 1\], got 5"),
+        ({"max_bad_share": "1"}, TypeError, r"max_bad_share: expected a number .*, got '1'"),
+        ({"max_bad_share": math.nan}, ValueError, "max_bad_share: expected a number .*, got nan"),
+    ],
+)
+def test_bad_dataset_arguments(arguments, error, message, tokenizer):
+    defaults = {
+        "source": DamagedSource(4, set()),
+        "transform": image_transform(SIZE, train=True),
+        "tokenizer": tokenizer,
+        "context_length": 8,
+        "seed": 0,
+    }
+    options = {**defaults, **arguments}
+    positional = [options.pop(name) for name in ("source", "transform", "tokenizer")]
+    with pytest.raises(error, match=message):
+        ImageTextDataset(*positional, **options)
+
+
+def test_a_tokenizer_without_pad_token_is_refused(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # an earlier call leaves its pad token there
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(ValueError, match="tokenizer: expected one with a pad token; use load_tok"):
+        make_dataset(DamagedSource(4, set()), bare)
+
+
+def test_bad_loader_arguments(dataset):
+    sampler = EpochSampler(LENGTH, BATCH, 0)
+    with pytest.raises(ValueError, match="num_workers: expected an integer at least 0, got -1"):
+        train_loader(dataset, sampler, -1)
+    with pytest.raises(ConfigError, match=r"num_workers: expected at most \d+ with the \d+ CPUs"):
+        train_loader(dataset, sampler, 100_000)
+    with pytest.raises(ConfigError, match=r"num_workers: expected at most .*, got 100000"):
+        evaluation_batches(dataset.source, dataset.prepare.transform, 1, num_workers=100_000)
+    with pytest.raises(ValueError, match="sampler: expected length 22, that of the dataset, got"):
+        train_loader(dataset, EpochSampler(LENGTH - 1, BATCH, 0), 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: SkipReport(2), ValueError, r"max_bad_share: expected a number in \[0, 1\], got 2"),
+        (lambda: SkipReport(length=-1), ValueError, "length: .* at least 0 or None, got -1"),
+        (
+            lambda: check_source(DamagedSource(1, set()), limit=0),
+            ValueError,
+            "limit: expected an integer at least 1 or None, got 0",
+        ),
+        (
+            lambda: evaluation_batches(DamagedSource(0, set()), image_transform, 1),
+            ValueError,
+            "source: expected at least one sample, got none",
+        ),
+        (
+            lambda: evaluation_batches(DamagedSource(1, set()), None, 1),
+            TypeError,
+            "transform: expected a function, got None",
+        ),
+        (
+            lambda: evaluation_batches(DamagedSource(1, set()), image_transform, 0),
+            ValueError,
+            "batch_size: expected an integer at least 1, got 0",
+        ),
+    ],
+)
+def test_bad_report_and_evaluation_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,189 @@
+"""Preparation of samples: image transforms and tokenizers."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elip_models.pretraining.data import image_transform, load_tokenizer, train_tokenizer
+from elip_models.pretraining.data.tokenizer import MIN_VOCAB_SIZE
+
+
+def test_evaluation_resizes_and_crops_the_centre():
+    image = Image.new("RGB", (60, 20), "black")
+    image.paste("white", (20, 0, 40, 20))
+    tensor = image_transform(8, train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    assert type(tensor) is Tensor and tensor.shape == (3, 8, 8) and tensor.dtype == torch.float32
+    assert (tensor[:, :, 1:-1] > 0.99).all()
+
+
+def test_squashing_shows_the_whole_image():
+    image = Image.new("RGB", (60, 20), "black")
+    image.paste("white", (0, 0, 30, 20))
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "resize": "squash"}
+    tensor = image_transform(8, train=False, **options)(image)
+    assert tensor.shape == (3, 8, 8)
+    assert (tensor[:, :, :3] > 0.99).all() and (tensor[:, :, 5:] < 0.01).all()
+    assert torch.equal(image_transform(8, train=True, scale=None, **options)(image), tensor)
+
+
+def test_training_never_mirrors_left_and_right():
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 16, 32))
+    transform = image_transform(32, train=True)
+    for _ in range(50):
+        tensor = transform(image)
+        assert tensor[:, :, 0].min() > tensor[:, :, -1].max()
+
+
+def augmented(image, seed=0, **options):
+    torch.manual_seed(seed)
+    return image_transform(32, train=True, **options)(image)
+
+
+def test_augmentations_are_drawn_by_torch_s_generator_and_for_training_alone():
+    image = Image.effect_mandelbrot((48, 48), (-2, -1.5, 1, 1.5), 60).convert("RGB")
+    plain = augmented(image, scale=None)
+    assert torch.equal(plain, image_transform(32, train=False)(image))
+    options = {"scale": None, "flip": True, "randaugment": (2, 7)}
+    assert torch.equal(augmented(image, **options), augmented(image, **options))
+    drawn = [augmented(image, seed, **options) for seed in range(8)]
+    assert len({tensor.sum().item() for tensor in drawn}) == 8
+    assert torch.equal(image_transform(32, train=False, **options)(image), plain)
+    flipped = [augmented(image, seed, scale=None, flip=True) for seed in range(8)]
+    mirrored = [torch.equal(tensor, plain.flip(2)) for tensor in flipped]
+    assert 0 < sum(mirrored) < 8
+    assert all(torch.equal(t, plain) for t, m in zip(flipped, mirrored, strict=True) if not m)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"image_size": 0}, ValueError, "image_size: expected an integer at least 1, got 0"),
+        ({"image_size": 8.0}, TypeError, r"image_size: expected an integer .*, got 8\.0"),
+        ({"train": 1}, TypeError, "train: expected True or False, got 1"),
+        ({"mean": 0.5}, TypeError, r"mean: expected \[a number, .*\], got 0\.5"),
+        ({"mean": (0.5,)}, ValueError, r"mean: expected \[a number, .*, got \(0\.5,\)"),
+        ({"std": (1, 1, "1")}, TypeError, r"std: expected .*, got \(1, 1, '1'\)"),
+        ({"std": (1, 1, 0)}, ValueError, r"std: expected \[a number above 0, .*, got \(1, 1, 0\)"),
+        ({"scale": (0.9, 0.5)}, ValueError, "scale: expected 0 < least <= most <= 1, got"),
+        ({"scale": 0.9}, TypeError, r"scale: expected \[a number in \(0, 1\], .*, got 0\.9"),
+        (
+            {"randaugment": (0, 7)},
+            ValueError,
+            r"randaugment: expected \[an integer at least 1, .*, got \(0, 7\)",
+        ),
+        (
+            {"randaugment": (2, 11)},
+            ValueError,
+            r"randaugment: expected .*an integer in \[0, 10\]\]",
+        ),
+        ({"resize": "pad"}, ValueError, "resize: expected one of 'crop', 'squash', got 'pad'"),
+    ],
+)
+def test_bad_transform_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        image_transform(**{"image_size": 8, "train": True, **arguments})
+
+
+def test_tokenizer_round_trip(tokenizer, captions, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded(captions[:50]).input_ids == tokenizer(captions[:50]).input_ids
+    assert loaded.all_special_tokens == tokenizer.all_special_tokens
+    names = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
+    tokens = {name: getattr(loaded, f"{name}_token") for name in names}
+    assert tokens == {
+        "pad": "[PAD]",
+        "bos": "[CLS]",
+        "eos": "[SEP]",
+        "unk": "[UNK]",
+        "cls": "[CLS]",
+        "sep": "[SEP]",
+        "mask": "[MASK]",
+    }
+    assert loaded.pad_token_id == 0
+
+
+def test_tokenizer_lower_cases_and_encodes_any_text(tokenizer):
+    ids = tokenizer("Two DOGS, café 🐶").input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "two dogs, café 🐶"
+    assert tokenizer("a", "b").input_ids.count(tokenizer.sep_token_id) == 2
+
+
+def test_training_a_tokenizer_is_deterministic_and_keeps_to_the_size(tokenizer, captions):
+    again = train_tokenizer(iter(captions), 600)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert len(tokenizer) <= 600
+    assert len(train_tokenizer(captions, MIN_VOCAB_SIZE)) == MIN_VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("captions", "vocab_size", "error", "message"),
+    [
+        (["a"], MIN_VOCAB_SIZE - 1, ValueError, "vocab_size: expected .* at least 261, got 260"),
+        (["a"], "300", TypeError, "vocab_size: expected an integer .*, got '300'"),
+        ("a dog", 300, TypeError, "captions: expected several texts, got the single text 'a dog'"),
+        (["a", 3], 300, TypeError, "captions: expected texts, got 3"),
+        ([], 300, ValueError, "captions: expected at least one text, got none"),
+    ],
+)
+def test_bad_tokenizer_training(captions, vocab_size, error, message):
+    with pytest.raises(error, match=message):
+        train_tokenizer(captions, vocab_size)
+
+
+def save_variant(tokenizer, folder: Path, *, post_processor: bool = True, **tokens: str) -> Path:
+    """Save the tokenizer with only `tokens` as its special tokens."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if not post_processor:
+        model.post_processor = processors.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=model, **tokens).save_pretrained(folder)
+    return folder
+
+
+def test_a_loaded_tokenizer_gets_the_end_and_pad_tokens_it_lacks(tokenizer, tmp_path):
+    bert = load_tokenizer(save_variant(tokenizer, tmp_path / "a", sep_token="[SEP]"))
+    assert (bert.eos_token, bert.pad_token) == ("[SEP]", "[SEP]")
+    clip = load_tokenizer(save_variant(tokenizer, tmp_path / "b", eos_token="[SEP]"))
+    assert clip.pad_token_id == clip.eos_token_id
+
+
+def test_tokenizers_that_cannot_serve_are_refused(tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="name_or_path: expected a folder or a name, got 3"):
+        load_tokenizer(3)
+    with pytest.raises(FileNotFoundError, match=r"name_or_path: expected a folder .*got '.*none'"):
+        load_tokenizer(tmp_path / "none")
+    endless = save_variant(tokenizer, tmp_path / "a", pad_token="[PAD]")
+    with pytest.raises(ValueError, match="expected a tokenizer with an eos or sep token, got"):
+        load_tokenizer(endless)
+    bare = save_variant(tokenizer, tmp_path / "b", post_processor=False, eos_token="[SEP]")
+    with pytest.raises(ValueError, match=r"expected a tokenizer that ends a text with '\[SEP\]'"):
+        load_tokenizer(bare)
+
+
+def test_randaugment_survives_pickling_and_leaves_hues_alone():
+    """As loader processes that are not forked need it; what is not red stays grey."""
+    transform = image_transform(
+        32, train=True, mean=(0.0,) * 3, std=(1.0,) * 3, scale=None, randaugment=(2, 7)
+    )
+    copied = pickle.loads(pickle.dumps(transform))
+    ramp = Image.fromarray(torch.arange(32 * 32).reshape(32, 32).remainder(200).byte().numpy())
+    red = Image.merge("RGB", (ramp, Image.new("L", (32, 32)), Image.new("L", (32, 32))))
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out = transform(red)
+        torch.manual_seed(seed)
+        assert torch.equal(copied(red), out)
+        assert out[0].max() > 0
+        assert torch.equal(out[1], out[2])
+        seen.add(out[0].sum().item())
+    assert len(seen) > 10

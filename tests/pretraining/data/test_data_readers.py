@@ -1,0 +1,352 @@
+"""Readers of JSON lists and tar shards: specifications, samples, and unreadable samples."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from elip_models.pretraining.data import (
+    EmojiScenes,
+    JsonSource,
+    SampleError,
+    ShardSource,
+    Source,
+    check_source,
+    open_source,
+)
+from tests.helpers.damage import shard
+from tests.helpers.scene_files import NUM_SHARDS, SCENES_A_SHARD, TEST_SCENES
+
+
+def image_bytes(image_format: str = "PNG", mode: str = "RGB", colour="red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (6, 5), colour).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, keys: list[str]) -> Path:
+    members = []
+    for key in keys:
+        members += [(f"{key}.png", image_bytes()), (f"{key}.txt", f"caption {key}".encode())]
+    return shard(path, members)
+
+
+def write_list(folder: Path, entries: list, name: str = "list.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.png").write_bytes(image_bytes())
+    path = folder / name
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def opened(spec: object) -> Source:
+    return open_source(str(spec), image_size=16)
+
+
+def test_shards_hold_the_scenes_and_all_their_captions(scene_files):
+    source = opened(scene_files / "train-*.tar")
+    scenes = EmojiScenes(NUM_SHARDS * SCENES_A_SHARD, seed=1)
+    assert len(source) == len(scenes)
+    for index in range(len(source)):
+        assert source.captions(index) == scenes.captions(index)
+
+
+def test_a_list_and_a_shard_hold_the_same_samples(scene_files):
+    listed, sharded = opened(scene_files / "test.json"), opened(scene_files / "test-0000.tar")
+    assert len(listed) == len(sharded) == TEST_SCENES
+    by_key = {sample.id.split(":")[1]: sample for sample in sharded}
+    for sample in listed:
+        other = by_key[sample.id]
+        assert sample.captions == other.captions
+        assert sample.image.mode == "RGB" and sample.image.tobytes() == other.image.tobytes()
+
+
+def test_every_image_of_a_list_reads(scene_files):
+    report = check_source(opened(scene_files / "test.json"))
+    assert (report.seen, report.reasons) == (TEST_SCENES, [])
+    assert report.summary() == f"All of {TEST_SCENES} samples could be read."
+
+
+def test_a_spec_of_emoji_scenes():
+    source = open_source("emoji_scenes:seed=3,size=7", image_size=24)
+    assert isinstance(source, EmojiScenes)
+    assert (len(source), source.seed, source[0].image.size) == (7, 3, (24, 24))
+
+
+def test_ranges_globs_folders_and_lists_name_the_same_shards(tmp_path):
+    for number in range(8, 12):
+        write_shard(tmp_path / f"s-{number:02d}.tar", [f"k{number}"])
+    ids = [f"s-{number:02d}.tar:k{number}" for number in range(8, 12)]
+    specs = {
+        "s-{08..11}.tar": ids,
+        "s-*.tar": ids,
+        "s-1[01].tar": ids[2:],
+        "s-11.tar, s-08.tar": [ids[3], ids[0]],
+        "s-{08..09}.tar,s-1*.tar": ids,
+        "s-{0..1}{0..1}.tar": None,
+    }
+    for spec, expected in specs.items():
+        parts = ",".join(str(tmp_path / part.strip()) for part in spec.split(","))
+        if expected is None:
+            with pytest.raises(FileNotFoundError, match=r"s-00\.tar"):
+                opened(parts)
+        else:
+            assert [sample.id for sample in opened(parts)] == expected
+    assert [sample.id for sample in opened(tmp_path)] == ids
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    write_shard(tmp_path / "s[1].tar", ["k"])
+    assert [sample.id for sample in opened(tmp_path / "s[1].tar")] == ["s[1].tar:k"]
+
+
+def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
+    entry = [{"image": "a.png", "caption": "a"}]
+    first, second = write_list(tmp_path / "x", entry), write_list(tmp_path / "y", entry * 2)
+    source = opened(f"{first},{second}")
+    assert isinstance(source, JsonSource)
+    assert [sample.captions for sample in source] == [("a",)] * 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        (3, TypeError, "spec: expected a text such as .*, got 3"),
+        ("", ValueError, "spec: expected .*, got ''"),
+        (" , ", ValueError, "spec: expected .*, got ' , '"),
+        ("no.tar", FileNotFoundError, r"spec: expected an existing file, got 'no\.tar'; the work"),
+        ("no-*.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-\*\.tar'"),
+        ("no-{0..2}.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-0\.tar'"),
+        ("no-{3..2}.tar", ValueError, r"spec: expected a rising range, got '\{3\.\.2\}'"),
+        (
+            "empty",
+            FileNotFoundError,
+            r"spec: expected a folder of \.tar files, got none in 'empty'",
+        ),
+        ("a.txt", ValueError, r"spec: expected files that are all \.json or all \.tar, got .*txt"),
+        ("list.json", ValueError, r"spec: expected at least one sample, got none in 'list\.json'"),
+        ("a.tar,list.json", ValueError, r"spec: expected .*, got \['\.json', '\.tar'\]"),
+        ("emoji_scenes", ValueError, "spec: expected a size, got 'emoji_scenes'; write emoji_sc"),
+        ("emoji_scenes:size=x", ValueError, "spec: size: expected an int of 0 or more, got 'x'"),
+        ("emoji_scenes:size=0", ValueError, "size: expected an integer at least 1, got 0"),
+        ("emoji_scenes:size=1,sed=2", ValueError, "seed, size, clutter and textures, got 'sed'"),
+    ],
+)
+def test_bad_specs(spec, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").touch()
+    write_shard(tmp_path / "a.tar", ["k"])
+    write_list(tmp_path, [])
+    with pytest.raises(error, match=message):
+        open_source(spec, image_size=16)
+
+
+def test_a_bad_image_size_is_refused_for_every_kind_of_source():
+    with pytest.raises(ValueError, match="image_size: expected an integer at least 1, got 0"):
+        open_source("list.json", image_size=0)
+
+
+def test_captions_are_a_text_or_a_list_and_empty_ones_are_dropped(tmp_path):
+    path = write_list(
+        tmp_path,
+        [
+            {"image": "a.png", "caption": " one\n text "},
+            {"image": "a.png", "caption": ["two", "", "  ", "three"], "image_id": 17},
+        ],
+    )
+    first, second = JsonSource(path)
+    assert (first.captions, first.id) == (("one text",), "a.png")
+    assert (second.captions, second.id) == (("two", "three"), "17")
+    assert JsonSource(path).captions(1) == ("two", "three")
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
+    path = write_list(tmp_path, [{"image": "a.png", "caption": "é"}])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert JsonSource(path).captions(0) == ("é",)
+
+
+def test_image_root_replaces_the_folder_of_the_list(tmp_path):
+    write_list(tmp_path / "images", [])
+    path = tmp_path / "list.json"
+    path.write_text('[{"image": "a.png", "caption": "a"}]')
+    assert JsonSource(path, image_root=tmp_path / "images")[0].image.size == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"image": "missing.png", "caption": "a"}, "no such file: .*missing.png"),
+        ({"image": "bad.png", "caption": "a"}, "not a readable image"),
+        ({"image": "cut.png", "caption": "a"}, "not a readable image: .*truncated"),
+        ({"image": ".", "caption": "a"}, "not a file: .*"),
+        ({"image": "a.png", "caption": "  "}, "no caption"),
+        ({"image": "a.png", "caption": [""]}, "no caption"),
+        ({"image": "a.png", "caption": None}, "no caption"),
+    ],
+)
+def test_an_unreadable_entry_is_that_samples_error(entry, reason, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    (tmp_path / "cut.png").write_bytes(image_bytes()[:45])
+    source = JsonSource(write_list(tmp_path, [{"image": "a.png", "caption": "a"}, entry]))
+    assert source[0].captions == ("a",)
+    with pytest.raises(SampleError, match=reason) as caught:
+        source[1]
+    assert caught.value.id == f"list.json[1] {entry['image']}"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"list\.json: expected a list of .*, got no valid JSON"),
+        ("\udcff", r"list\.json: expected a list of .*, got no valid JSON"),
+        ('{"image": "a.png"}', r"list\.json: expected a list of .*, got a dict"),
+        ('["a.png"]', r"list\.json\[0\]: expected the keys image, caption, got 'a\.png'"),
+        ('[{"image": "a.png"}]', r"list\.json\[0\]: expected the keys image, caption, got \{"),
+        ('[{"image": 3, "caption": "a"}]', r"list\.json\[0\]: image: expected a string, got 3"),
+        ('[{"image": "a", "caption": 3}]', r"\[0\]: caption: expected a text or .*, got 3"),
+        ('[{"image": "a", "caption": [3]}]', r"\[0\]: caption: expected a text or .*, got \[3\]"),
+    ],
+)
+def test_a_json_that_is_no_such_list_is_refused(content, message, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        JsonSource(path)
+
+
+def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path):
+    members = {
+        "d/1.json": b'{"captions": ["one", "two"], "caption": "unused"}',
+        "d/1.PNG": image_bytes(),
+        "d/2.jpg": image_bytes("JPEG"),
+        "d/1.txt": b"two",
+        "d/2.txt": b" three\n",
+        "d/3.webp": image_bytes("WEBP"),
+        "d/3.json": b'{"caption": "four"}',
+        "d/3.cls": b"7",
+        "README": b"ignored",
+    }
+    samples = list(ShardSource(shard(tmp_path / "s.tar", members.items())))
+    assert [sample.id for sample in samples] == ["s.tar:d/1", "s.tar:d/2", "s.tar:d/3"]
+    assert [sample.captions for sample in samples] == [("one", "two"), ("three",), ("four",)]
+    assert all(sample.image.size == (6, 5) for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"k.png": b"not an image", "k.txt": b"a"}, "not a readable image"),
+        ({"k.txt": b"a"}, "no image member"),
+        ({"k.png": image_bytes()}, "no caption"),
+        ({"k.png": image_bytes(), "k.txt": b" \n"}, "no caption"),
+        ({"k.png": image_bytes(), "k.json": b"{}"}, "no caption"),
+        ({"k.png": image_bytes(), "k.json": b"{"}, "captions not readable"),
+        ({"k.png": image_bytes(), "k.json": b"[]"}, "json: expected an object"),
+        ({"k.png": image_bytes(), "k.json": b'{"caption": 3}'}, "caption: expected a text or"),
+        ({"k.png": image_bytes(), "k.txt": b"\xff"}, "captions not readable"),
+    ],
+)
+def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):
+    good = {"good.png": image_bytes(), "good.txt": b"fine"}
+    source = ShardSource(shard(tmp_path / "s.tar", (members | good).items()))
+    assert source[1].captions == ("fine",)
+    with pytest.raises(SampleError, match=reason) as caught:
+        source[0]
+    assert caught.value.id == "s.tar:k"
+
+
+def test_the_caption_key_with_a_value_is_used_and_a_byte_order_mark_is_removed(tmp_path):
+    members = {"a.png": image_bytes(), "a.json": b'{"captions": null, "caption": "one"}'}
+    members |= {"b.png": image_bytes(), "b.txt": "\ufefftwo".encode()}
+    source = ShardSource(shard(tmp_path / "s.tar", members.items()))
+    assert [source.captions(index) for index in range(2)] == [("one",), ("two",)]
+
+
+@pytest.mark.parametrize("members", [{}, {"a.parquet": b"rows"}])
+def test_a_shard_without_a_sample_is_counted_and_the_others_are_read(members, tmp_path):
+    shard(tmp_path / "a.tar", members.items())
+    write_shard(tmp_path / "b.tar", ["k"])
+    with pytest.warns(UserWarning, match=r"a\.tar is damaged: no member ends in jpeg, jpg, png"):
+        source = open_source(str(tmp_path), image_size=16)
+    assert source[1].id == "b.tar:k"
+    with pytest.raises(SampleError, match=r"a\.tar:byte 0: no member ends in"):
+        source[0]
+
+
+def test_a_deleted_shard_is_a_sample_error(tmp_path):
+    source = ShardSource(write_shard(tmp_path / "s.tar", ["k"]))
+    (tmp_path / "s.tar").unlink()
+    with pytest.raises(SampleError, match=r"s\.tar:k: cannot read"):
+        source[0]
+
+
+def test_shards_survive_pickling_and_forking_with_open_handles(tmp_path):
+    source = ShardSource([write_shard(tmp_path / f"{n}.tar", ["k", "l"]) for n in range(3)])
+    expected = [sample.id for sample in source]
+    copy = pickle.loads(pickle.dumps(source))
+    assert [sample.id for sample in copy] == expected
+    child = os.fork()
+    if child == 0:
+        same = all(source[i].id == expected[i] for i in (5, 0, 3, 1))
+        os._exit(0 if same else 1)
+    assert [source[i].id for i in range(6)] == expected
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_more_shards_than_handles_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("elip_models.pretraining.data.shard_source._MAX_OPEN_SHARDS", 2)
+    source = ShardSource([write_shard(tmp_path / f"{n}.tar", ["k"]) for n in range(5)])
+    for _ in range(2):
+        assert [sample.id for sample in source] == [f"{n}.tar:k" for n in range(5)]
+    assert len(source._files._handles) == 2
+
+
+@pytest.mark.parametrize("content", ["text", "empty", "compressed"])
+def test_a_file_that_is_no_tar_is_refused(content, tmp_path):
+    path = tmp_path / "s.tar"
+    if content == "compressed":
+        path.write_bytes(gzip.compress(shard(path, [("k.txt", b"a")]).read_bytes()))
+    else:
+        path.write_bytes(b"text" * 300 if content == "text" else b"")
+    with pytest.raises(ValueError, match=r"s\.tar: expected a complete, uncompressed tar, got"):
+        ShardSource(path)
+
+
+@pytest.mark.parametrize("kind", [JsonSource, ShardSource])
+@pytest.mark.parametrize(
+    ("paths", "error", "message"),
+    [
+        (3, TypeError, "paths: expected a path or a list of paths, got 3"),
+        ([3], TypeError, r"paths: expected a path or a list of paths, got \[3\]"),
+        ([], ValueError, "paths: expected at least one path, got none"),
+        ("no", FileNotFoundError, "paths: expected an existing file, got 'no'; the working folder"),
+    ],
+)
+def test_bad_paths(kind, paths, error, message):
+    with pytest.raises(error, match=message):
+        kind(paths)
+
+
+def test_bad_image_root(tmp_path):
+    with pytest.raises(TypeError, match="image_root: expected a folder or None, got 3"):
+        JsonSource(write_list(tmp_path, []), image_root=3)
+
+
+@pytest.mark.parametrize("index", [-1, 1])
+def test_an_index_outside_is_an_error(index, tmp_path):
+    entries = [{"image": "a.png", "caption": "a"}]
+    for source in (
+        JsonSource(write_list(tmp_path, entries)),
+        ShardSource(write_shard(tmp_path / "s.tar", ["k"])),
+    ):
+        for read in (source.__getitem__, source.captions):
+            with pytest.raises(IndexError, match=rf"index: expected 0 <= index < 1, got {index}"):
+                read(index)

@@ -1,0 +1,211 @@
+"""Several sources of different kinds in one run: weights, shuffling, and exact resuming."""
+
+import io
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from elip_models.pretraining.data import (
+    EmojiScenes,
+    EpochSampler,
+    MixedSource,
+    check_source,
+    open_source,
+)
+from elip_models.pretraining.training.errors import TrainingError
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.pretraining.training.trainer import train
+from elip_models.validation import ConfigError
+from tests.helpers.damage import shard
+from tests.helpers.tiers import tiered
+from tests.helpers.tiny_run import logged, own_process, tiny_config
+
+LENGTHS = (20, 8)
+
+
+def png(image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def list_and_shards(tmp_path):
+    """Return 24 scenes in a JSON list and 16 others in two tar shards."""
+    scenes = EmojiScenes(40, image_size=32)
+    entries = []
+    for number in range(24):
+        name = f"{number}.png"
+        (tmp_path / name).write_bytes(png(scenes[number].image))
+        entries.append({"image": name, "caption": list(scenes.captions(number))})
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    for first in (24, 32):
+        members = []
+        for number in range(first, first + 8):
+            members.append((f"{number:09d}.png", png(scenes[number].image)))
+            members.append((f"{number:09d}.txt", scenes.captions(number)[0].encode()))
+        shard(tmp_path / f"{first // 32:05d}.tar", members)
+    return [str(tmp_path / "a.json"), str(tmp_path / "*.tar")]
+
+
+def epoch_of(sampler, epoch):
+    batches = iter(sampler)
+    for _ in range(epoch * sampler.batches_per_epoch):
+        next(batches)
+    return [place for _ in range(sampler.batches_per_epoch) for place in next(batches)]
+
+
+def test_several_specs_are_one_source(list_and_shards):
+    source = open_source(list_and_shards, image_size=32)
+    assert isinstance(source, MixedSource) and source.lengths == (24, 16)
+    ids = ["0/0.png", "0/23.png", "1/00000.tar:000000024", "1/00001.tar:000000039"]
+    assert [source[index].id for index in (0, 23, 24, 39)] == ids
+    assert source.captions(24) == EmojiScenes(40, image_size=32).captions(24)[:1]
+    with pytest.raises(IndexError, match="expected 0 <= index < 40, got 40"):
+        source[40]
+    assert check_source(source).reasons == []
+    alone = open_source(list_and_shards[:1], image_size=32)
+    assert len(alone) == 24 and not isinstance(alone, MixedSource)
+    with pytest.raises(ValueError, match="spec: expected at least one"):
+        open_source([], image_size=32)
+
+
+def test_unreadable_samples_of_two_sources_are_two(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        entries = [{"image": "gone.png", "caption": "gone"}]
+        (tmp_path / folder / "list.json").write_text(json.dumps(entries))
+    source = open_source([str(tmp_path / f"{f}/list.json") for f in ("a", "b")], image_size=32)
+    report = check_source(source)
+    names = [sample_id for sample_id, _ in report.reasons]
+    assert names == ["0/list.json[0] gone.png", "1/list.json[0] gone.png"]
+
+
+def run_python_of_the_document(word):
+    """Run the only block of docs/data.md that contains `word`."""
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = [block for block in blocks if word in block]
+    exec(block, {})
+
+
+def test_lists_of_coco_and_visual_genome_are_made_as_the_document_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train2014/9.jpg", "VG_100K/1.jpg", "VG_100K_2/51.jpg"):
+        Path(name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(name)
+    images = [{"id": 9, "file_name": "9.jpg"}, {"id": 10, "file_name": "10.jpg"}]
+    captions = [{"image_id": 9, "caption": "A dog."}, {"image_id": 9, "caption": "A cat."}]
+    Path("annotations").mkdir()
+    coco = {"images": images, "annotations": captions}
+    Path("annotations/captions_train2014.json").write_text(json.dumps(coco))
+    regions = [{"id": n, "regions": [{"phrase": f"phrase {n}"}]} for n in (1, 51, 99)]
+    Path("region_descriptions.json").write_text(json.dumps(regions))
+    run_python_of_the_document("captions_train2014")
+    run_python_of_the_document("region_descriptions")
+    source = open_source(["coco.json", "vg.json"], image_size=8)
+    assert source.lengths == (1, 2) and check_source(source).reasons == []
+    assert source.captions(0) == ("A dog.", "A cat.")
+    assert source.captions(2) == ("phrase 51",)
+
+
+def test_an_epoch_is_a_permutation_across_the_sources():
+    sampler = EpochSampler(LENGTHS, 4, seed=0)
+    for epoch in (0, 1):
+        places = epoch_of(sampler, epoch)
+        assert sorted(places) == [(epoch, index) for index in range(28)]
+        batches = [places[start : start + 4] for start in range(0, 28, 4)]
+        mixed = [batch for batch in batches if 0 < sum(index < 20 for _, index in batch) < 4]
+        assert len(mixed) >= 4
+    plain = EpochSampler(28, 4, seed=0)
+    assert epoch_of(plain, 1) == epoch_of(sampler, 1)
+
+
+@pytest.mark.parametrize("weights", [(1, 2), (0.5, 3), (0.3, 1.6), (1.05, 0.1)])
+def test_a_weight_is_how_often_the_samples_of_a_source_come_in_an_epoch(weights):
+    sampler = EpochSampler(LENGTHS, 1, seed=0, weights=weights)
+    counts = [round(weight * length) for weight, length in zip(weights, LENGTHS, strict=True)]
+    assert sampler.batches_per_epoch == sampler.samples == sum(counts)
+    seen: Counter = Counter()
+    for epoch in range(7):
+        places = epoch_of(sampler, epoch)
+        assert len(set(places)) == len(places), "a sample comes again with another turn"
+        assert sum(index < 20 for _, index in places) == counts[0]
+        seen.update(index for _, index in places)
+    for first, last in ((0, 20), (20, 28)):
+        times = [seen[index] for index in range(first, last)]
+        assert max(times) - min(times) <= 1
+
+
+@pytest.mark.parametrize("offset", [0, 3, 11])
+def test_a_position_is_exact_with_weights(offset):
+    whole = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
+    places = epoch_of(whole, 2)
+    resumed = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
+    resumed.set_position(2, offset)
+    batches = iter(resumed)
+    rest = [place for _ in range(whole.batches_per_epoch - offset) for place in next(batches)]
+    assert rest == places[2 * offset :]
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ((1,), ValueError, "weights: expected one for each of 2 sources, got 1"),
+        ((1, 0), ValueError, r"weights: expected a tuple, each a number above 0, got \(1, 0\)"),
+        ((1, "2"), TypeError, r"weights: expected a tuple, .*, got \(1, '2'\)"),
+    ],
+)
+def test_bad_weights(weights, error, message):
+    with pytest.raises(error, match=message):
+        EpochSampler(LENGTHS, 2, seed=0, weights=weights)
+
+
+@pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"]))
+def test_a_list_and_shards_train_together_and_resume_exactly(weights, list_and_shards, tmp_path):
+    overrides = (
+        f"data.train={list_and_shards}",
+        f"data.weights={weights}",
+        "optim.steps=9",
+        "checkpoint_every=5",
+        "model.overrides.drop_path=0.2",
+    )
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    with own_process():
+        train(tiny_config(whole, *overrides))
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(RunFolder(resumed).checkpoints.latest())
+    shutil.rmtree(resumed / "model")
+    with own_process():
+        result = train(tiny_config(resumed, *overrides), resume=True)
+    assert logged(resumed, "loss", "epoch") == logged(whole, "loss", "epoch")
+    assert logged(resumed, "epoch")[-1]["epoch"] > 1
+    newest = [RunFolder(folder).checkpoints.latest() for folder in (whole, resumed)]
+    saved, again = (
+        torch.load(each / "optimizer.bin", weights_only=True)["state"] for each in newest
+    )
+    assert result.step == 9 and saved.keys() == again.keys()
+    assert all(torch.equal(saved[key]["exp_avg"], again[key]["exp_avg"]) for key in saved)
+
+
+def test_a_run_with_other_sources_or_weights_is_not_resumed(list_and_shards, tmp_path):
+    settings = (f"data.train={list_and_shards}", "optim.steps=2")
+    with own_process():
+        train(tiny_config(tmp_path / "run", *settings))
+    with own_process(), pytest.raises(TrainingError, match=r"data\.weights: None -> \(1\.0, 2"):
+        train(tiny_config(tmp_path / "run", *settings, "data.weights=[1, 2]"), resume=True)
+    entries = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps(entries[:20]))
+    with own_process(), pytest.raises(TrainingError, match=r"num_samples = \[24, 16\], got \[20"):
+        train(tiny_config(tmp_path / "run", *settings), resume=True)
+
+
+def test_a_missing_source_is_named(list_and_shards, tmp_path):
+    with own_process(), pytest.raises(ConfigError, match=r"data\.train: .*none\.json"):
+        train(tiny_config(tmp_path / "run", f"data.train={[list_and_shards[0], 'none.json']}"))

@@ -1,0 +1,157 @@
+"""Preprocessing of captions and images, as in the original code of each model."""
+
+import typing
+
+import pytest
+import torch
+from PIL import Image
+
+from elip_models.pretraining.data import (
+    EmojiScenes,
+    ImageTextDataset,
+    Sample,
+    image_transform,
+    tokenize,
+)
+from elip_models.pretraining.data.caption_rules import CaptionRule, apply_caption_rule
+from elip_models.pretraining.data.transforms import Magnitude, ResizeMode
+from elip_models.pretraining.models.config import InputConfig
+from elip_models.pretraining.models.registry import create_model, load_model
+from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
+from elip_models.pretraining.training.run_config import DataConfig
+from elip_models.pretraining.training.trainer import train
+from elip_models.validation import PositiveInt
+from tests.helpers.tiny_run import own_process, tiny_config
+
+WORDS = " ".join(f"w{number}" for number in range(40))
+
+
+@pytest.mark.parametrize(
+    ("caption", "albef", "blip"),
+    [
+        ("A Dog.", "a dog", "a dog"),
+        ("A dog, a cat", "a dog a cat", "a dog, a cat"),
+        ("the dog's toy", "the dogs toy", "the dog's toy"),
+        ("what? (a toy!)", "what a toy", "what? a toy"),
+        (
+            "a red-brown and/or black dog",
+            "a red brown and or black dog",
+            "a red-brown and/or black dog",
+        ),
+        ("<PERSON> in front of a car", "person in front of a car", "<person> in front of a car"),
+        ('at 10:30; #1 ~ "best" *', "at 1030 1 best", "at 10 30 1 best"),
+        ("U.S.A", "usa", "u s a"),
+        (" a  dog \n", "a dog", "a dog"),
+        ("...", "", ""),
+        ("Café 🐶", "café 🐶", "café 🐶"),
+        (WORDS, WORDS.rpartition(" w30")[0], WORDS.rpartition(" w30")[0]),
+    ],
+)
+def test_example(caption, albef, blip):
+    assert apply_caption_rule(caption, "albef") == albef
+    assert apply_caption_rule(caption, "blip") == blip
+    assert apply_caption_rule(caption, "plain") == caption
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What is at 10:30?", "what is at 1030?"),
+        ("U.S.A; (a  big) dog", "usa a big dog"),
+        (WORDS, WORDS.rpartition(" w30")[0]),
+    ],
+)
+def test_questions_of_blip_lose_characters(question, expected):
+    """pre_question of BLIP's data/utils.py; pre_caption replaces the same characters by spaces."""
+    assert apply_caption_rule(question, "blip_question") == expected
+
+
+@pytest.mark.parametrize("rule", ["albef", "blip", "blip_question"])
+def test_the_number_of_words_is_a_setting(rule):
+    assert len(apply_caption_rule(WORDS, rule, 35).split()) == 35
+    assert apply_caption_rule(WORDS, "plain", 35) == WORDS
+
+
+def test_configs_list_all_caption_rules_and_resize_modes():
+    hints = typing.get_type_hints(InputConfig)
+    assert hints["captions"] == CaptionRule and hints["resize"] == ResizeMode
+    hints = typing.get_type_hints(DataConfig, include_extras=True)
+    assert hints["captions"] == CaptionRule | None and hints["resize"] == ResizeMode | None
+    assert hints["randaugment"] == tuple[PositiveInt, Magnitude] | None
+
+
+@pytest.mark.parametrize(
+    ("name", "resize", "rule"),
+    [
+        ("clip_tiny", "crop", "plain"),
+        ("albef_tiny", "squash", "albef"),
+        ("blip_tiny", "squash", "blip"),
+        ("meter_tiny", "crop", "plain"),
+    ],
+)
+def test_each_model_preprocesses_as_its_original(name, resize, rule, tokenizer):
+    model = create_model(name, vocab_size=len(tokenizer))
+    assert (model.config.resize, model.config.captions) == (resize, rule)
+    for caption in ("A dog, (the big one)", WORDS):
+        for max_words in (30, 4):
+            model = create_model(name, vocab_size=len(tokenizer), max_words=max_words)
+            expected = tokenize(tokenizer, [apply_caption_rule(caption, rule, max_words)], 32)
+            found = model.tokenise(tokenizer, [caption])["input_ids"]
+            assert torch.equal(found, expected["input_ids"])
+
+
+def test_training_reads_captions_by_the_rule(tokenizer):
+    def ids(**options):
+        scenes = EmojiScenes(4, image_size=16)
+        transform = image_transform(16, train=False)
+        dataset = ImageTextDataset(
+            scenes, transform, tokenizer, context_length=32, seed=0, **options
+        )
+        return [dataset[turn, index]["input_ids"] for turn in range(5) for index in range(4)]
+
+    def words(**options):
+        decoded = (tokenizer.decode(each, skip_special_tokens=True) for each in ids(**options))
+        return [text.split() for text in decoded]
+
+    cut = [several[:3] for several in words(captions="albef")]
+    assert words(captions="albef", max_words=3) == cut
+
+    for rule in ("albef", "blip"):
+        texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids(captions=rule)]
+        assert ("," in "".join(texts)) == (rule == "blip")
+    assert all(torch.equal(a, b) for a, b in zip(ids(), ids(captions="plain"), strict=True))
+
+
+class Wide:
+    """Images that differ at their left edge alone, which a centre crop does not show."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Sample:
+        image = Image.new("RGB", (96, 32), "white")
+        image.paste((30 * index, 255 - 30 * index, 60), (0, 0, 30, 32))
+        return Sample(image, self.captions(index), str(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (f"caption {index}",)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_evaluation_resizes_as_the_config_says(resize, tokenizer):
+    model = create_model("blip_tiny", vocab_size=len(tokenizer), resize=resize)
+    seen = []
+    model.encoders.visual.patch_embed.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    evaluate_retrieval(model, tokenizer, Wide())
+    images = torch.cat(seen)
+    assert (images[0] != images[1]).any() == (resize == "squash")
+
+
+def test_a_recipe_overrides_the_preprocessing_and_the_saved_model_keeps_it(tmp_path):
+    with own_process():
+        train(tiny_config(tmp_path / "own", "optim.steps=1", recipe="albef_tiny"))
+        settings = ("data.captions=plain", "data.resize=crop")
+        train(tiny_config(tmp_path / "other", "optim.steps=1", *settings, recipe="albef_tiny"))
+    own, other = (load_model(tmp_path / name / "model").config for name in ("own", "other"))
+    assert (own.captions, own.resize) == ("albef", "squash")
+    assert (other.captions, other.resize) == ("plain", "crop")

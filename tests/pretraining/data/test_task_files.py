@@ -1,0 +1,382 @@
+"""Data files of the tasks: every format, and the errors for malformed files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from elip_models.pretraining.data import (
+    SampleError,
+    check_source,
+    open_classes,
+    open_examples,
+    open_source,
+    soft_scores,
+)
+from elip_models.pretraining.data.tasks.vqa_files import MIN_FIRST_ANSWERS
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, content) -> Path:
+    """Write JSON, or one JSON object per line for a list of lines."""
+    lines = isinstance(content, tuple)
+    text = "".join(json.dumps(line) + "\n" for line in content) if lines else json.dumps(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def draw(path: Path, colour="red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 5), colour).save(path)
+    return path
+
+
+def opened(task, spec):
+    return open_examples(task, spec, image_size=16)
+
+
+def with_answers(*given: str) -> dict:
+    return {
+        "question_id": 7,
+        "multiple_choice_answer": given[0],
+        "answers": [{"answer": answer, "answer_id": i} for i, answer in enumerate(given)],
+    }
+
+
+QUESTION = {"question_id": 7, "image_id": 42, "question": "Is it  red?"}
+SNLI = {"Flickr30K_ID": "7", "sentence2": "it is red", "gold_label": "neutral", "pairID": "7#0r1"}
+NLVR2 = {"identifier": "dev-3-1-0", "sentence": "both are red", "label": "True"}
+
+
+def vqa_files(folder: Path, *annotations: dict, question=QUESTION, subset="val2014") -> str:
+    questions = {"questions": [question], "data_subtype": subset}
+    files = [write(folder / "questions.json", questions)]
+    if annotations:
+        files.append(write(folder / "annotations.json", {"annotations": list(annotations)}))
+    write(folder / "list.json", ["no", "yes"])
+    return ",".join(map(str, files)) + f",answers={folder / 'list.json'}"
+
+
+@pytest.mark.parametrize("image", ["val2014/COCO_val2014_{}.jpg", "COCO_val2014_{}.png"])
+def test_vqa_v2_of_questions_and_annotations(image, tmp_path):
+    draw(tmp_path / "coco" / image.format("000000000042"))
+    spec = vqa_files(tmp_path, with_answers(*["yes"] * 6, *["no"] * 3, "dark red"))
+    source = opened("vqa", f"{spec},images={tmp_path / 'coco'}")
+    assert source.answers == ("no", "yes")
+    (image,), text, answers, question_id = source[0]
+    assert (image.size, text, question_id) == ((6, 5), "Is it  red?", "7")
+    assert answers == {"yes": 0.6, "no": 0.3, "dark red": 0.1}
+    assert soft_scores(answers) == {"yes": 1.0, "no": 0.9, "dark red": 0.3}
+    assert source.text_alone(0) == source[0]._replace(images=())
+
+
+def test_the_test_set_has_no_answers_and_its_images_are_of_2015(tmp_path):
+    draw(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg")
+    source = opened("vqa", vqa_files(tmp_path, subset="test-dev2015"))
+    assert source[0].answers == {}
+    assert source[0].images[0].size == (6, 5)
+
+
+def test_vqa_lists_have_ten_answers_or_one_with_the_weight_of_the_spec(tmp_path):
+    draw(tmp_path / "coco" / "a.jpg")
+    ten = {"image": "a.jpg", "question": "why?", "question_id": 3, "answer": ["x"] * 8 + ["y"] * 2}
+    one = {"image": "a.jpg", "question": "who?", "dataset": "vg", "answer": "z"}
+    first, second = write(tmp_path / "vqa.json", [ten]), write(tmp_path / "vg.json", [one] * 9)
+    images = str(tmp_path / "coco")
+    answers = str(write(tmp_path / "list.json", ["x"]))
+    specs = [
+        {"files": [str(first)], "images": images, "answers": answers},
+        {"files": str(second), "images": images, "weight": 0.5},
+    ]
+    source = opened("vqa", specs)
+    assert len(source) == 10
+    assert source.answers == ("x", "z")
+    assert source[0].answers == {"x": 0.8, "y": 0.2}
+    assert source[1].answers == {"z": 0.5}
+    line = opened("vqa", f"{second},images={images},weight=0.5")
+    assert line[0].answers == source[1].answers
+
+
+def test_an_answer_list_from_the_data_has_frequent_first_answers(tmp_path):
+    entries = [{"image": "a", "question": "?", "answer": [a, a, "b"]} for a in "x" * 9 + "y" * 8]
+    source = opened("vqa", str(write(tmp_path / "vqa.json", entries)))
+    assert source.answers == ("x",)
+    few = write(tmp_path / "few.json", entries[:3])
+    with pytest.raises(
+        ValueError, match=rf"answers: expected a file, .* first of {MIN_FIRST_ANSWERS}"
+    ):
+        opened("vqa", str(few))
+
+
+@pytest.mark.parametrize(
+    ("content", "example_id"),
+    [
+        ((SNLI,), "7#0r1"),
+        (({**SNLI, "Flickr30K_ID": 0} | {"Flickr30K_ID": "7"},), "7#0r1"),
+        (({k: v for k, v in SNLI.items() if k != "Flickr30K_ID"} | {"Flikr30kID": "7.jpg"},), None),
+        ([{"image": "7", "sentence": "it is red", "label": "neutral"}], "0"),
+    ],
+)
+def test_snli_ve(content, example_id, tmp_path):
+    draw(tmp_path / "flickr" / "7.jpg")
+    path = write(tmp_path / "ve.jsonl", content)
+    source = opened("entailment", f"{path},images={tmp_path / 'flickr'}")
+    assert source.answers == ("entailment", "neutral", "contradiction")
+    assert source[0].images[0].size == (6, 5)
+    assert source[0][1:] == ("it is red", {"neutral": 1.0}, example_id or "7#0r1")
+
+
+@pytest.mark.parametrize(
+    ("content", "images"),
+    [
+        ((NLVR2,), ("dev-3-1-img0.png", "dev-3-1-img1.png")),
+        (({**NLVR2, "directory": 9},), ("9/dev-3-1-img0.png", "9/dev-3-1-img1.png")),
+        (
+            [{"images": ["dev/l.png", "dev/r.png"], "sentence": "both are red", "label": "True"}],
+            ("dev/l.png", "dev/r.png"),
+        ),
+    ],
+)
+def test_nlvr2(content, images, tmp_path):
+    for image, colour in zip(images, ("red", "blue"), strict=True):
+        draw(tmp_path / "nlvr2" / image, colour)
+    path = write(tmp_path / "dev.json", content)
+    source = opened("nlvr2", f"{path},images={tmp_path / 'nlvr2'}")
+    assert source.answers == ("false", "true")
+    left, right = source[0].images
+    assert (left.getpixel((0, 0)), right.getpixel((0, 0))) == ((255, 0, 0), (0, 0, 255))
+    assert source[0][1:3] == ("both are red", {"true": 1.0})
+
+
+def test_examples_of_several_lists_without_ids_have_different_ones(tmp_path):
+    draw(tmp_path / "a.jpg")
+    entry = {"image": "a.jpg", "sentence": "it is red", "label": "neutral", "question": "why?"}
+    files = ",".join(str(write(tmp_path / f"{n}.json", [entry] * 2)) for n in range(2))
+    answers = write(tmp_path / "list.json", ["x"])
+    for task, spec in (("entailment", files), ("vqa", f"{files},answers={answers}")):
+        source = opened(task, spec)
+        assert [source[index].id for index in range(4)] == ["0", "1", "2", "3"]
+
+
+def test_karpathy_files_by_split(tmp_path):
+    entries = [
+        {"filename": f"{split}.jpg", "filepath": folder, "split": split, "cocoid": number}
+        | {"sentences": [{"raw": f"a {split}  picture"}, {"raw": "two"}]}
+        for number, (split, folder) in enumerate(
+            [("train", "train2014"), ("restval", "val2014"), ("test", "val2014")]
+        )
+    ]
+    path = write(tmp_path / "dataset_coco.json", {"images": entries, "dataset": "coco"})
+    draw(tmp_path / "coco" / "val2014" / "test.jpg")
+    source = open_source(f"{path},images={tmp_path / 'coco'},split=test", image_size=16)
+    assert [(sample.captions, sample.id) for sample in source] == [(("a test picture", "two"), "2")]
+    both = {"files": [str(path)], "split": "train+restval"}
+    assert len(open_source(both, image_size=16)) == 2
+    assert len(open_source(str(path), image_size=16)) == 3
+    with pytest.raises(ValueError, match=r"split: expected some of \['restval', .*got \['val'\]"):
+        open_source(f"{path},split=val", image_size=16)
+
+
+def test_captions_of_coco(tmp_path):
+    content = {
+        "images": [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 5, "id": n, "caption": f"{n}"} for n in range(2)],
+    }
+    draw(tmp_path / "a.jpg")
+    source = open_source(str(write(tmp_path / "captions_val2014.json", content)), image_size=16)
+    assert (source[0].captions, source[0].id) == (("0", "1"), "5")
+    with pytest.raises(SampleError, match="no caption"):
+        source[1]
+    with pytest.raises(ValueError, match=r"split: expected none, .* has none, got 'test'"):
+        open_source(f"{tmp_path / 'captions_val2014.json'},split=test", image_size=16)
+
+
+def cifar(folder: Path) -> str:
+    """Write parquet files in the form of CIFAR-100 on the hub."""
+    image = {"bytes": draw(folder / "a.png").read_bytes(), "path": None}
+    broken = {"bytes": b"no image", "path": None}
+    names = {"fine_label": ["apple", "bear_cub"], "coarse_label": ["fruit", "mammals"]}
+    labels = {name: ClassLabel(names=each) for name, each in names.items()}
+    rows = {"img": [image, image, broken], "fine_label": [1, 0, 0], "coarse_label": [1, 0, 0]}
+    features = Features({"img": ImageFeature(), **labels})
+    (folder / "cifar").mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "cifar" / "test-0.parquet")
+    return f"datasets:{folder / 'cifar'}"
+
+
+def test_cifar_of_parquet_files(tmp_path):
+    spec = cifar(tmp_path)
+    source = open_classes(f"{spec},split=test,label=fine_label", image_size=16)
+    assert (source.classes, source.names) == (("apple", "bear_cub"), ("apple", "bear cub"))
+    assert (source[0].captions, source[0].image.size) == (("bear_cub",), (6, 5))
+    with pytest.raises(SampleError, match="cifar-test-2: not a readable image"):
+        source[2]
+    examples = opened("classification", f"{spec},split=test,label=coarse_label")
+    assert examples.text_alone(0)[1:] == ("", {"mammals": 1.0}, "cifar-test-0")
+    for wrong, message in {
+        f"{spec},split=test": "expected a column of ClassLabel, got .*; add label=NAME",
+        f"{spec},split=test,label=img": "expected a column of ClassLabel named 'img', got",
+        f"{spec},split=val": "val",
+        f"{spec}": r"spec: expected datasets:NAME_OR_FOLDER,split=test, got",
+        f"{spec},split=test,images=x": "expected the options split, label, names, got 'images'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            open_classes(wrong, image_size=16)
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_a_split_without_classes_is_refused(label, tmp_path):
+    image = {"bytes": draw(tmp_path / "a.png").read_bytes(), "path": None}
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    (tmp_path / "hub").mkdir()
+    table = Dataset.from_dict({"img": [image] * 2, "label": [0, label]}, features=features)
+    table.to_parquet(tmp_path / "hub" / "test-0.parquet")
+    with pytest.raises(ValueError, match="whose images all have a class, got 'test': 1 of 2"):
+        open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)
+
+
+def test_a_missing_image_of_a_table_is_a_sample_error(tmp_path):
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a"])})
+    (tmp_path / "hub").mkdir()
+    table = Dataset.from_dict({"img": [None], "label": [0]}, features=features)
+    table.to_parquet(tmp_path / "hub" / "test-0.parquet")
+    with pytest.raises(SampleError, match="hub-test-0: no image"):
+        open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)[0]
+
+
+def test_a_missing_folder_of_classes_names_the_alternatives():
+    with pytest.raises(FileNotFoundError, match=r"spec: expected emoji_classes:size=600, datasets"):
+        open_classes("emoji_class:size=600", image_size=16)
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "entailment"])
+def test_a_list_without_an_example_is_refused(task, tmp_path):
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(ValueError, match="spec: expected at least one sample, got none in"):
+        opened(task, f"{tmp_path / 'empty.json'}")
+
+
+def test_a_column_of_numbers_is_not_a_class_column(tmp_path):
+    features = Features({"img": ImageFeature(), "label": Value("int64")})
+    (tmp_path / "numbers").mkdir()
+    table = Dataset.from_dict({"img": [None], "label": [3]}, features=features)
+    table.to_parquet(tmp_path / "numbers" / "test.parquet")
+    with pytest.raises(ValueError, match=r"expected a column of ClassLabel, got \[\] of \['img'"):
+        open_classes(f"datasets:{tmp_path / 'numbers'},split=test", image_size=16)
+
+
+BROKEN = {
+    "no JSON": ("vqa", "{", r"q\.json: expected VQA v2's .*, got no valid JSON"),
+    "another file": ("vqa", {"info": 3}, r"q\.json: expected VQA v2's .*, got \{'info': 3\}"),
+    "no image": ("vqa", [{"question": "a"}], r"q\.json\[0\]: expected the keys image, question"),
+    "no text": (
+        "vqa",
+        [{"image": "a", "question": 3}],
+        r"\[0\]: question: expected a str.*, got 3",
+    ),
+    "bad answers": (
+        "vqa",
+        [{"image": "a", "question": "b", "answer": [3]}],
+        r"q\.json\[0\]: answer: expected a text or a list of texts, got \[3\]",
+    ),
+    "no subset": ("vqa", {"questions": []}, r"q\.json: expected the keys questions, data_subtype"),
+    "bad id": (
+        "vqa",
+        {"questions": [{**QUESTION, "image_id": "42"}], "data_subtype": "x"},
+        r"q\.json\[questions\]\[0\]: image_id: expected an integer, got '42'",
+    ),
+    "a line": ("entailment", '{"a": 1}', r"q\.json\[0\]: expected the keys image, sentence"),
+    "half a line": (
+        "nlvr2",
+        json.dumps(NLVR2) + '\n{"b"',
+        r"q\.json\[1\]: expected one JSON object",
+    ),
+    "a label": (
+        "entailment",
+        ({**SNLI, "gold_label": "-"},),
+        r"q\.json\[0\]: label: expected one of entailment, neutral, contradiction, got '-'",
+    ),
+    "no label": ("entailment", [{"image": "a", "sentence": "b"}], r"image, sentence, label, got"),
+    "no object": ("nlvr2", ["a"], r"q\.json\[0\]: expected the keys sentence, label, got 'a'"),
+    "one image": (
+        "nlvr2",
+        [{"images": ["a"], "sentence": "b", "label": "True"}],
+        r"q\.json\[0\]: images: expected two paths, got \['a'\]",
+    ),
+    "karpathy": (
+        "captions",
+        {"images": [{"filename": "a", "split": "test", "sentences": [{"tokens": []}]}]},
+        r"q\.json\[images\]\[0\]\[sentences\]\[0\]: expected the keys raw, got",
+    ),
+    "coco": (
+        "captions",
+        {"images": [], "annotations": [{"image_id": 3, "bbox": []}]},
+        r"q\.json\[annotations\]\[0\]: expected the keys image_id, caption, got",
+    ),
+}
+
+
+@pytest.mark.parametrize(("task", "content", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_with_entry_expected_and_got(task, content, message, tmp_path):
+    path = tmp_path / "q.json"
+    path.write_text(content) if isinstance(content, str) else write(path, content)
+    with pytest.raises(ValueError, match=message):
+        if task == "captions":
+            open_source(str(path), image_size=16)
+        else:
+            opened(task, str(path))
+
+
+def test_a_question_without_its_annotation_is_named(tmp_path):
+    spec = vqa_files(tmp_path, {**with_answers("yes"), "question_id": 8})
+    with pytest.raises(ValueError, match=r"questions\.json\[questions\]\[0\]: .*, got 7"):
+        opened("vqa", spec)
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [(["a", 3], "expected a list of texts, got"), (["a", "a"], "each answer once, got 'a' again")],
+)
+def test_a_broken_answer_list_is_named(listed, message, tmp_path):
+    spec = vqa_files(tmp_path, with_answers("yes"))
+    write(tmp_path / "list.json", listed)
+    with pytest.raises(ValueError, match=rf"list\.json: {message}|list\.json: expected {message}"):
+        opened("vqa", spec)
+
+
+def test_a_missing_image_is_that_examples_error(tmp_path):
+    draw(tmp_path / "a.jpg")
+    entries = [{"image": name, "question": "b", "answer": "c"} for name in ("a.jpg", "no.jpg")]
+    answers = write(tmp_path / "list.json", ["c"])
+    source = opened("vqa", f"{write(tmp_path / 'q.json', entries)},answers={answers}")
+    assert source[0].text == "b"
+    with pytest.raises(SampleError, match=r"q\.json\[1\] no\.jpg: no such file") as caught:
+        source[1]
+    assert caught.value.id == "q.json[1] no.jpg"
+    assert [sample_id for sample_id, _ in check_source(source).reasons] == ["q.json[1] no.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        (3, TypeError, "spec: expected a text or a mapping, got 3"),
+        ("", ValueError, "spec: expected emoji_questions:size=2000 or files, got ''"),
+        ([], ValueError, "spec: expected at least one sample"),
+        ("no.json", FileNotFoundError, "spec: expected an existing file, got 'no.json'"),
+        ("no.json,split=test", ValueError, "expected the options images, .*, got 'split'"),
+        ("no.json,weight=x", TypeError, "weight: expected a number above 0, got 'x'"),
+        ({"files": ["a"], "image": "b"}, ValueError, "got 'image' .*; did you mean 'images'"),
+        ({"files": 3}, TypeError, "files: expected a tuple, each a string, got 3"),
+    ],
+)
+def test_bad_specs(spec, error, message):
+    with pytest.raises(error, match=message):
+        opened("vqa", spec)

@@ -1,0 +1,342 @@
+"""BLIP's models of VQA, NLVR2, retrieval and captioning against the official ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elip_models.pretraining.models.blip.captioning import BLIPCaptioning
+from elip_models.pretraining.models.blip.nlvr2 import BLIPNLVR2
+from elip_models.pretraining.models.blip.retrieval import BLIPRetrieval
+from elip_models.pretraining.models.blip.vqa import BLIPVQA
+from elip_models.pretraining.models.layers.generation import Decoding
+from elip_models.pretraining.models.momentum_model import Negatives
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.saving.weights import load_weights
+from tests.helpers.golden_weights import ruled
+from tests.helpers.tiers import first_quick, tiered
+from tests.helpers.towers import assert_equal_gradients, gradients, our_names
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SIZES = {
+    "image_size": 24,
+    "patch_size": 8,
+    "vision_width": 16,
+    "vision_depth": 2,
+    "vision_heads": 2,
+    "vision_mlp_ratio": 2.0,
+    "text_width": 16,
+    "text_depth": 3,
+    "text_heads": 2,
+    "text_hidden": 32,
+    "text_dropout": 0.0,
+    "vocab_size": 40,
+    "max_positions": 16,
+    "context_length": 9,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "decoder_token_id": 4,
+    "encoder_token_id": 5,
+    "embed_dim": 8,
+    "queue_size": 6,
+}
+MODELS = {model.task: model for model in (BLIPVQA, BLIPNLVR2, BLIPRetrieval, BLIPCaptioning)}
+OWN = {"vqa": {"drop_path": 0.0}, "nlvr2": {"text_depth": 8, "drop_path": 0.0}}
+REDUCED = {"schedule": "1(100%) 1(50%)"}
+TASKS = pytest.mark.parametrize("task", MODELS)
+BOUND = 2e-6  # of the largest entry: the official runs are fp64, our losses are fp32 inside
+
+
+def fresh(task, **options):
+    """Create a model in fp64 with initial weights."""
+    model = MODELS[task]
+    torch.manual_seed(0)
+    return model(model.config_class(**(SIZES | OWN.get(task, {}) | options))).double()
+
+
+def made(task, **options):
+    """Create a model in fp64 with weights large enough to change its outputs."""
+    model = fresh(task, **options)
+    for name, weight in model.named_parameters():
+        if name != "temperature":
+            weight.data = ruled(name, tuple(weight.shape))
+    model.reset_momentum_()
+    return model
+
+
+def recorded(task):
+    """Return the tensors of the official run, in fp64."""
+    tensors = load_file(GOLDEN / f"blip_{task}.safetensors")
+    return {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def our_name(name):
+    return our_names("blip")(name).replace("cls_head.", "classifier.")
+
+
+def loaded(task, case, **options):
+    """Return our model with the weights of the official one."""
+    model = made(task, **options)
+    state = model.state_dict()
+    shapes = {n.removeprefix("grad/"): tuple(g.shape) for n, g in case.items() if "grad/" in n}
+    shapes |= {n.replace(".", "_m.", 1): shape for n, shape in shapes.items() if "." in n}
+    weights = {our_name(n): ruled(n, shape) for n, shape in shapes.items() if n != "temp"}
+    weights = {n: w.view(state[n].shape) for n, w in weights.items() if n in state}
+    weights |= {n: t for n, t in case.items() if n.startswith("queue.")}
+    missing = ["temperature"] if task == "retrieval" else []
+    load_weights(model, weights, allow_missing=missing)
+    return model
+
+
+def mask_of(ids):
+    return (ids != 0).long()
+
+
+def answers_of(case):
+    """Return the flat list of answers as (B, A, La), their mask and weights."""
+    counts, most = case["counts"].tolist(), int(case["counts"].max())
+    ids = case["answers"].new_zeros(len(counts), most, case["answers"].shape[1])
+    weights = torch.zeros(ids.shape[:2])
+    real = torch.arange(most) < case["counts"][:, None]
+    ids[real], weights[real] = case["answers"], case["weights"].float()
+    return {"answer_ids": ids, "answer_mask": mask_of(ids), "answer_weights": weights}
+
+
+def batch_of(task, case=None):
+    case = recorded(task) if case is None else case
+    ids = case["input_ids"]
+    batch = {"images": case["images"], "input_ids": ids, "attention_mask": mask_of(ids)}
+    if task == "vqa":
+        return batch | answers_of(case)
+    if task == "retrieval":
+        drawn = Negatives(case["negative_images"], case["negative_texts"])
+        return batch | {"image_ids": case["image_ids"], "drawn": drawn}
+    return batch | ({"labels": case["labels"]} if task == "nlvr2" else {})
+
+
+def assert_close(got, expected, name="", least=0.0):
+    """Compare relative to the largest entry, or to `least` if that is larger."""
+    bound = BOUND * expected.abs().max().clamp_min(least)
+    assert (got.double().reshape(expected.shape) - expected).abs().max() <= bound, name
+
+
+@TASKS
+def test_the_official_loss_and_gradients_are_reproduced(task):
+    case = recorded(task)
+    model = loaded(task, case)
+    out = model(**batch_of(task, case))
+    assert_close(out.loss, case["loss"])
+    out.loss.backward()
+    got = gradients(model)
+    expected = {our_name(n.removeprefix("grad/")): g for n, g in case.items() if "grad/" in n}
+    assert got.keys() == expected.keys()
+    least = 1e-6 * max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        assert_close(got[name], grad, name, least)
+
+
+def test_the_official_queue_and_momentum_encoders_are_reproduced():
+    case = recorded("retrieval")
+    model = loaded("retrieval", case)
+    out = model(**batch_of("retrieval", case))
+    assert_close(out.loss_itc, case["loss_itc"])
+    assert_close(out.loss_itm, case["loss_itm"])
+    state = model.state_dict()
+    after = {our_name(n.removeprefix("after/")): t for n, t in case.items() if "after/" in n}
+    assert len(after) == 6
+    for name, tensor in after.items():
+        assert_close(state[name], tensor.double(), name)
+
+
+def test_negatives_have_the_official_probabilities():
+    case = recorded("retrieval")
+    model = loaded("retrieval", case)
+    batch = batch_of("retrieval", case)
+    text = batch["input_ids"], batch["attention_mask"]
+    seen = model.contrast(batch["images"], *text, None, None, case["image_ids"])
+    own = case["image_ids"][:, None] == case["image_ids"]
+    image_to_text, text_to_image = (s.softmax(1).masked_fill(own, 0) for s in seen.similar)
+    assert_close(text_to_image, case["chances_images"])
+    assert_close(image_to_text, case["chances_texts"])
+
+
+def test_the_official_logits_of_nlvr2_are_reproduced():
+    case = recorded("nlvr2")
+    batch = batch_of("nlvr2", case)
+    del batch["labels"]
+    assert_close(loaded("nlvr2", case).logits(**batch), case["logits"])
+
+
+@pytest.mark.parametrize("k", [1, 4, 5, 6])
+def test_answers_are_ranked_as_the_official_model_does(k):
+    case = recorded("vqa")
+    model = loaded("vqa", case)
+    batch = batch_of("vqa", case)
+    question = (batch["images"], batch["input_ids"], batch["attention_mask"])
+    candidates = case["candidates"]
+    ranked = model.rank_answers(*question, candidates, mask_of(candidates), k)
+    assert torch.equal(ranked, case[f"ranked_{k}"])
+    assert model.training
+
+
+def test_generated_answers_are_the_official_ones():
+    case = recorded("vqa")
+    questions = case["questions"]
+    written = loaded("vqa", case).generate_answers(case["images"], questions, mask_of(questions))
+    assert torch.equal(written, case["written"])
+
+
+def test_generated_captions_are_the_official_ones():
+    case = recorded("captioning")
+    prompt = case["input_ids"][:, 1:4]
+    decoding = Decoding(max_length=12, min_length=6)
+    model = loaded("captioning", case)
+    written = model.generate(case["images"], prompt=prompt, decoding=decoding)
+    assert torch.equal(written, case["written"])
+
+
+@pytest.mark.slow
+@TASKS
+@pytest.mark.parametrize("options", [{}, REDUCED], ids=["dense", "elip"])
+def test_checkpointing_leaves_the_gradients(task, options):
+    got = []
+    for enable in (False, True):
+        model = made(task, **options)
+        model.set_grad_checkpointing(enable)
+        model(**batch_of(task)).loss.backward()
+        got.append(gradients(model))
+    assert_equal_gradients(got[1], got[0], rtol=1e-9, atol=1e-12)
+
+
+@TASKS
+def test_random_inputs_are_a_batch(task):
+    model = made(task)
+    inputs = model.random_inputs(torch.randn(4, 3, 24, 24).double())
+    out = model(**inputs)
+    parts = [value for name, value in vars(out).items() if name.startswith("loss_")]
+    assert out.loss.isfinite() and torch.equal(out.loss, sum(parts or [out.loss]))
+
+
+@pytest.mark.parametrize("task", first_quick(MODELS))
+def test_a_saved_model_loads_with_equal_outputs(task, tmp_path):
+    model = made(task, **REDUCED).float().eval()
+    batch = {n: t.float() if n == "images" else t for n, t in batch_of(task).items()}
+    model.save_pretrained(tmp_path)
+    other = MODELS[task].from_pretrained(tmp_path).eval()
+    assert other.config == model.config
+    with torch.no_grad():
+        assert torch.equal(other(**batch).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "task"),
+    tiered([(s, t) for s in STRATEGIES for t in MODELS], [("elip", t) for t in MODELS]),
+)
+def test_every_strategy_trains(strategy, task):
+    schedule = {"schedule": "2(100%) 2(70%) 2(50%)"} if strategy == "elip" else {}
+    model, seen = made(task, vision_depth=6, strategy=strategy, **schedule), []
+    model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    model(**batch_of(task)).loss.backward()
+    assert len(seen) == 1 and seen[0] < 10
+    gradient = model.visual.patch_embed.proj.weight.grad
+    assert gradient.isfinite().all() and gradient.any()
+
+
+@TASKS
+def test_the_image_tower_is_dense_by_default(task):
+    model, seen = made(task), []
+    model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    read = []
+    if task in ("vqa", "nlvr2"):
+        run = model.encoders.encode_text
+        model.encoders.encode_text = lambda *args: read.append(args) or run(*args)
+    model(**batch_of(task))
+    assert seen == [10]
+    assert len(read) <= 1  # nothing is read alone, for nothing guides
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
+def test_the_text_of_a_task_guides_its_images(task):
+    model, kept = made(task, **REDUCED).eval(), []
+    encode = model.encode_image
+    model.encode_image = lambda x, t=None: kept.append(encode(x, t)) or kept[-1]
+    batch = batch_of(task)
+    for ids in (batch["input_ids"], batch["input_ids"].flip(0)):
+        model(**(batch | {"input_ids": ids, "attention_mask": mask_of(ids)}))
+    (tokens, _), (others, _) = kept
+    rows = (tokens == others).flatten(1).all(1)
+    assert rows.tolist() == (
+        [False, True, False] if task == "vqa" else [False] * 2 + [True] * 2 + [False] * 2
+    )
+
+
+def test_captions_do_not_guide_the_captioner():
+    model, seen = made("captioning", **REDUCED).eval(), []
+    model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out))
+    batch = batch_of("captioning")
+    model(**batch)
+    model(**(batch | {"input_ids": batch["input_ids"].flip(0)}))
+    assert seen[0].shape[1] == 6 and torch.equal(*seen)
+
+
+def test_the_prompt_has_no_loss():
+    model, batch = made("captioning"), batch_of("captioning")
+    logits = model(**batch).logits
+    logits.retain_grad()
+    model.predict = lambda *args: logits
+    model(**batch).loss.backward()
+    asked = logits.grad.abs().sum(2) > 0
+    after_prompt = torch.arange(9) >= 3
+    followed = torch.nn.functional.pad(batch["attention_mask"][:, 1:], (0, 1)) == 1
+    assert torch.equal(asked, after_prompt & followed)
+
+
+def test_the_prompt_is_that_of_the_tokenizer(tokenizer):
+    sizes = BLIPCaptioning.fit_tokenizer(tokenizer, 9)
+    model = made("captioning", **sizes)
+    prompt = model.prompt_ids(tokenizer)
+    assert len(prompt) == model.config.prompt_tokens
+    ids = model.tokenise(tokenizer, ["a picture of a cat"])["input_ids"][0].tolist()
+    assert ids[1 : len(prompt) + 1] == prompt
+    model.read_vocabulary_(tokenizer)
+    with pytest.raises(ValueError, match="prompt_tokens: expected 0, the tokens of prompt = ''"):
+        made("captioning", **(sizes | {"prompt": ""})).read_vocabulary_(tokenizer)
+
+
+def test_missing_answers_have_no_loss():
+    model, batch = made("vqa"), batch_of("vqa")
+    wider = dict(batch)
+    for name in ("answer_ids", "answer_mask", "answer_weights"):
+        part = batch[name]
+        wider[name] = torch.cat([part, torch.zeros_like(part)], dim=1)
+    expected, got = model(**batch).loss, model(**wider).loss
+    torch.testing.assert_close(got, expected)
+    got.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_k_above_the_number_of_candidates_scores_all():
+    case, model = recorded("vqa"), made("vqa")
+    question = case["images"], case["input_ids"], mask_of(case["input_ids"])
+    candidates = case["candidates"]
+    everything, more = (
+        model.rank_answers(*question, candidates, mask_of(candidates), k) for k in (8, 80)
+    )
+    assert torch.equal(everything, more)
+    with pytest.raises(ValueError, match="k: expected an integer at least 1, got 0"):
+        model.rank_answers(*question, candidates, mask_of(candidates), 0)
+
+
+def test_the_image_towers_of_vqa_and_nlvr2_have_stochastic_depth():
+    for task, model in MODELS.items():
+        config = model.config_class(**(SIZES | {"text_depth": 1}))
+        first, last = (block.drop_path1 for block in model(config).visual.blocks)
+        rate = getattr(last, "drop_prob", 0.0)
+        assert rate == pytest.approx(0.1 if task in ("vqa", "nlvr2") else 0.0)
+        assert not getattr(first, "drop_prob", 0.0)
+
+
+def test_fine_tuned_models_refuse_text_reduction():
+    with pytest.raises(ValueError, match=r"text_reduction: expected None.*got 'post'"):
+        made("vqa", text_reduction="post")

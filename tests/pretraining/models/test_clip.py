@@ -1,0 +1,271 @@
+"""CLIP: both towers, the loss, saving and loading."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import elip_models
+from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
+from elip_models.pretraining.models.registry import list_models
+from tests.helpers.tiers import tiered
+
+TINY = {
+    "image_size": 32,
+    "vision_width": 24,
+    "vision_heads": 2,
+    "text_width": 16,
+    "text_heads": 2,
+    "text_depth": 1,
+    "vocab_size": 64,
+    "context_length": 8,
+    "embed_dim": 12,
+}
+
+
+def tiny(name="elip_clip_tiny", **overrides):
+    return elip_models.create_model(name, **(TINY | overrides))
+
+
+def batch(B=4):
+    input_ids = torch.randint(3, 64, (B, 8))
+    input_ids[:, 5] = 2
+    mask = torch.ones_like(input_ids)
+    mask[:, 6:] = 0
+    return {"images": torch.randn(B, 3, 32, 32), "input_ids": input_ids, "attention_mask": mask}
+
+
+def test_text_guides_the_image_tower_through_the_transposed_projection():
+    model, inputs = tiny(fusion=0.3), batch()
+    out = model(**inputs)
+    text = F.normalize(model.encode_text(inputs["input_ids"], inputs["attention_mask"]), dim=-1)
+    tokens = elip_models.encode_image(
+        model.visual,
+        inputs["images"],
+        text @ model.image_projection.weight,
+        schedule="2(100%) 2(90%) 6(65%) 2(40%)",
+        scorer="exact",
+        fusion=0.3,
+    )
+    assert tokens.shape[1] == 6 + 2
+    features = F.normalize(tokens[:, 0] @ model.image_projection.weight.T, dim=-1)
+    torch.testing.assert_close(out.image_features, features)
+    torch.testing.assert_close(out.text_features, text)
+
+
+def test_loss_is_symmetric_cross_entropy():
+    out = tiny()(**batch())
+    logits = out.image_features @ out.text_features.T / 0.07
+    labels = torch.arange(4)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("name", ["clip_tiny", "elip_clip_tiny"])
+def test_sigmoid_loss_is_binary_for_each_image_and_text(name):
+    model = tiny(name, loss="sigmoid")
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    assert model.logit_bias.item() == -10
+    out = model(**batch())
+    scores = 10 * out.image_features @ out.text_features.T - 10
+    expected = 0.0
+    for i in range(4):
+        for j in range(4):
+            probability = scores[i, j].double().sigmoid()
+            expected -= (probability if i == j else 1 - probability).log() / 4
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)  # fp32 against fp64
+
+
+def test_temperature_of_siglip_has_no_limit():
+    model = tiny(loss="sigmoid")
+    model.logit_scale.data.fill_(9.0)
+    model.clamp_temperature_()
+    assert model.logit_scale.item() == 9
+    assert set(model.monitored()) == {"temperature", "bias"}
+
+
+@pytest.mark.parametrize("loss", ["itc", "sigmoid"])
+def test_every_parameter_trains(loss):
+    model = tiny(loss=loss)
+    model(**batch()).loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_text_is_pooled_at_its_end_with_any_padding():
+    model, inputs = tiny().eval(), batch()
+    features = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
+    other = inputs["input_ids"].clone()
+    other[:, 6:] = 1
+    torch.testing.assert_close(model.encode_text(other, inputs["attention_mask"]), features)
+    other[:, 4] = 63 - other[:, 4]
+    assert not torch.allclose(model.encode_text(other, inputs["attention_mask"]), features)
+
+
+def test_images_without_text_are_dense_by_default():
+    model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
+    dense = model.encode_image(x, reduce=False)
+    with pytest.warns(UserWarning, match="nothing is reduced"):
+        elip_models.reduction.user_warnings.warn_once.cache_clear()
+        assert torch.equal(model.encode_image(x), dense)
+    vision = CLIP(dataclasses.replace(model.config, without_text="vision")).eval()
+    vision.load_state_dict(model.state_dict())
+    assert not torch.equal(vision.encode_image(x), dense)
+
+
+def test_dense_name_is_the_same_model_without_reduction():
+    model = tiny("clip_tiny").eval()
+    x, t = torch.randn(2, 3, 32, 32), F.normalize(torch.randn(2, 12), dim=-1)
+    assert torch.equal(model.encode_image(x, t), model.encode_image(x, reduce=False))
+
+
+@pytest.mark.parametrize("name", ["clip_vit_s16", "clip_vit_b16"])
+def test_the_papers_models_have_the_papers_sizes(name):
+    with torch.device("meta"):
+        model = elip_models.create_model(f"elip_{name}")
+    width, heads = {"clip_vit_s16": (384, 6), "clip_vit_b16": (768, 12)}[name]
+    assert model.visual.embed_dim == width
+    assert model.visual.blocks[0].attn.num_heads == heads
+    assert model.tower.num_patches == 196
+    assert model.config.reduction.schedule.keep_counts(196) == [176, 127, 78]
+
+
+def test_save_and_load(tmp_path):
+    model = tiny(scorer="last", count_cls=True).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = CLIP.from_pretrained(tmp_path / "model").eval()
+    assert loaded.config == model.config
+    inputs = batch()
+    assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+    again = elip_models.create_model("clip_tiny", tmp_path / "model", scorer="exact")
+    assert again.config.schedule is None
+    assert again.config.scorer == "exact"
+    assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
+
+
+def test_a_load_error_names_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        CLIP.from_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        CLIP.from_pretrained(tmp_path)
+    tiny(embed_dim=8).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"embed_dim": 8', '"embed_dim": 12'))
+    with pytest.raises(ValueError, match="weights that fit"):
+        CLIP.from_pretrained(tmp_path)
+
+
+def test_temperature_is_clamped():
+    model = tiny()
+    model.logit_scale.data.fill_(9.0)
+    model.clamp_temperature_()
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_checkpointing_gives_the_same_gradients():
+    model, inputs = tiny(), batch()
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(**inputs).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.exhaustive
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model, inputs = tiny(), batch()
+    expected = model(**inputs).loss
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    torch.testing.assert_close(got, expected)
+
+
+BAD = [
+    ({"name": "elip_clip_tniy"}, "did you mean 'elip_clip_tiny'"),
+    ({"name": "clip_tiny", "pretrained": True}, "no weights are published"),
+    ({"name": "clip_tiny", "vision_widht": 3}, "vision_widht"),
+    ({"name": "clip_tiny", "vision_heads": 5}, "vision_heads: expected a divisor"),
+    ({"name": "clip_tiny", "image_size": 60}, "patch_size: expected a divisor of image_size"),
+    ({"name": "clip_tiny", "gather": "all"}, "gather: expected"),
+    ({"name": "clip_tiny", "loss": "siglip"}, "loss: expected one of 'itc', 'sigmoid'"),
+    ({"name": "elip_clip_tiny", "vision_depth": 6}, r"expected 6 layers.*'1\(100%\)"),
+    ({"name": "elip_clip_tiny", "scorer": "lats"}, "scorer: expected"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_names_and_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        elip_models.create_model(**arguments)
+
+
+def test_list_models():
+    assert set(list_models()) >= {"elip_clip_vit_s16", "elip_clip_vit_b16", "clip_tiny"}
+    assert CLIPConfig().schedule is None
+
+
+OTHERS = [
+    ("evit", {"keep_ratio": 0.5}),
+    ("tome", {"r": 1}),
+    ("random", None),
+    ("trips", {"guidance_norm": "match"}),
+    ("patch_dropout", {"keep_ratio": 0.5}),
+    ("resize", {"size": 16}),
+    ("adaptive", {"keep_mass": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "options"), tiered(OTHERS, OTHERS[:2]))
+def test_every_strategy_trains_saves_and_loads(strategy, options, tmp_path):
+    staged = strategy in ("random", "trips", "adaptive")
+    name = "elip_clip_tiny" if staged else "clip_tiny"
+    model, inputs = tiny(name, strategy=strategy, strategy_options=options), batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(8):
+        model.begin_step(step)
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    other = CLIP.from_pretrained(model.save_pretrained(tmp_path)).eval()
+    torch.manual_seed(1)
+    expected = model.eval()(**inputs)
+    torch.manual_seed(1)
+    assert torch.equal(other(**inputs).image_features, expected.image_features)
+
+
+def test_patch_dropout_ends_at_its_step():
+    options = {"keep_ratio": 0.5, "until": 2}
+    model = tiny("clip_tiny", strategy="patch_dropout", strategy_options=options)
+    tokens = []
+    model.visual.blocks[0].register_forward_hook(lambda m, args, out: tokens.append(out.shape[1]))
+    for step in range(4):
+        model.begin_step(step)
+        model(**batch())
+    assert tokens == [9, 9, 17, 17]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"strategy": "tomee"}, "did you mean 'tome'"),
+        ({"strategy": "tome:r"}, "expected settings key=value"),
+        ({"strategy": "tome:r=2", "strategy_options": {"r": 2}}, "r: expected it once"),
+        ({"strategy_options": {"r": 2}}, "strategy_options: expected None"),
+        ({"strategy": "elip:scorer=last"}, "strategy_options: expected None"),
+        ({"strategy": "random", "strategy_options": {"r": 2}}, "r: expected none"),
+        ({"strategy": "random", "merge": "nearest"}, "set strategy='random:merge=nearest'"),
+        ({"strategy": "guided_tome", "fusion": 0.5}, "fusion: expected strategy='elip'"),
+    ],
+)
+def test_a_bad_strategy_is_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**overrides)

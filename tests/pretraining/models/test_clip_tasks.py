@@ -1,0 +1,217 @@
+"""CLIP as a classifier: head, trained weights, initial weights, reduction by the image alone."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+import elip_models
+from elip_models.pretraining.data import EmojiClasses
+from elip_models.pretraining.models.clip.classification import (
+    CLIPClassification,
+    CLIPClassificationConfig,
+)
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.models.registry import create_model
+from elip_models.pretraining.tasks.zero_shot import class_features
+from elip_models.pretraining.training.run_config import DataConfig, OptimConfig
+from elip_models.pretraining.training.yaml_config import from_mapping
+from elip_models.profiling.workload import Workload
+from elip_models.reduction.strategies import STRATEGIES
+from tests.helpers.tiers import tiered
+from tests.pretraining.models.test_clip import tiny
+
+SCHEDULE = "2(100%) 2(90%) 6(65%) 2(40%)"
+CLASSES = 5
+OPTIONS = {  # what a strategy asks for in a tower of 16 patches
+    "tome": {"r": 1},
+    "guided_tome": {"r": 1},
+    "pitome": {"r": 1},
+    "crossget": {"r": 1},
+    "resize": {"size": 16},
+}
+STAGED = ("elip", "trips", "random", "adaptive")
+
+
+def classifier(**overrides):
+    sizes = vars(tiny("clip_tiny").config) | {"num_classes": CLASSES}
+    return CLIPClassification(CLIPClassificationConfig(**sizes | overrides))
+
+
+def reduced(strategy, **overrides):
+    schedule = SCHEDULE if strategy in STAGED else None
+    options = OPTIONS.get(strategy)
+    return classifier(
+        strategy=strategy,
+        strategy_options=options,
+        schedule=schedule,
+        without_text="vision",
+        **overrides,
+    )
+
+
+def batch(B=4):
+    return {"images": torch.randn(B, 3, 32, 32), "labels": torch.arange(B) % CLASSES}
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_the_head_gets_cls_before_or_after_the_projection(projects):
+    model, inputs = classifier(projects=projects, label_smoothing=0.1), batch()
+    out = model(**inputs)
+    features = model.visual.forward_features(inputs["images"])[:, 0]
+    if projects:
+        features = F.normalize(features @ model.image_projection.weight.T, dim=-1)
+    logits = features @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(out.logits, logits)
+    torch.testing.assert_close(model.logits(inputs["images"]), logits)
+    log_p = logits.log_softmax(1)
+    expected = -(0.9 * log_p[range(4), inputs["labels"]] + 0.1 * log_p.mean(1)).mean()
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_a_probe_trains_its_head_alone_and_saves_nothing_for_the_tower(projects):
+    probe, inputs = classifier(tuning="probe", projects=projects, drop_path=0.5), batch()
+    assert probe.train().head.training
+    assert not any(module.training for module in probe.visual.modules())
+    torch.testing.assert_close(probe(**inputs).logits, probe.eval()(**inputs).logits)
+    probe.train()(**inputs).loss.backward()
+    trained = {name for name, p in probe.named_parameters() if p.grad is not None}
+    assert trained == {"head.weight", "head.bias"}
+    assert not probe.features(inputs["images"]).requires_grad
+
+
+def test_full_fine_tuning_trains_every_parameter():
+    model = classifier(projects=True)
+    model(**batch()).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_checkpointing_gives_the_same_gradients():
+    model, inputs, grads = reduced("elip", scorer="last"), batch(), []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(**inputs).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_a_classifier_has_the_pretrained_tower(projects):
+    clip, model = tiny("clip_tiny").eval(), classifier(projects=projects).eval()
+    begun = model.from_pretraining(clip.state_dict(), model.config)
+    missing, unexpected = model.load_state_dict(begun, strict=False)
+    assert (set(missing), unexpected) == ({"head.weight", "head.bias"}, [])
+    x = batch()["images"]
+    if projects:
+        assert torch.equal(model.features(x), clip.encode_image(x))
+    else:
+        assert torch.equal(model.features(x), clip.visual.forward_features(x)[:, 0])
+
+
+def test_a_zero_shot_head_classifies_as_the_pretrained_model(tokenizer):
+    names, templates = EmojiClasses.names[:CLASSES], EmojiClasses.templates[:2]
+    clip = tiny("clip_tiny", vocab_size=len(tokenizer)).eval()
+    classes = class_features(clip, tokenizer, names, templates)
+    model, x = classifier(projects=True).eval(), batch()["images"]
+    model.load_state_dict(model.from_pretraining(clip.state_dict(), model.config), strict=False)
+    model.init_zero_shot_head_(classes, clip.logit_scale.exp())
+    expected = clip.encode_image(x) @ classes.T / 0.07
+    torch.testing.assert_close(model.logits(x), expected)
+
+
+def test_a_zero_shot_head_is_refused_where_it_does_not_fit():
+    with pytest.raises(ValueError, match="projects=False"):
+        classifier().init_zero_shot_head_(torch.randn(CLASSES, 12), 1.0)
+    with pytest.raises(ValueError, match=r"expected features \(5, 12\).*got \(4, 12\)"):
+        classifier(projects=True).init_zero_shot_head_(torch.randn(4, 12), 1.0)
+
+
+@pytest.mark.parametrize("tuning", ["full", "probe"])
+def test_save_and_load(tuning, tmp_path):
+    model, inputs = classifier(tuning=tuning, projects=True, label_smoothing=0.1), batch()
+    loaded = CLIPClassification.from_pretrained(model.save_pretrained(tmp_path))
+    assert loaded.config == model.config
+    assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+
+
+def test_it_is_dense_without_vision_only_guidance():
+    dense, x = classifier().eval(), batch()["images"]
+    with pytest.warns(UserWarning, match="nothing is reduced"):
+        elip_models.reduction.user_warnings.warn_once.cache_clear()
+        unguided = classifier(schedule=SCHEDULE).eval()
+        unguided.load_state_dict(dense.state_dict())
+        assert torch.equal(unguided.logits(x), dense.logits(x))
+    model = reduced("elip", scorer="last").eval()
+    model.load_state_dict(dense.state_dict())
+    tokens = elip_models.encode_image(
+        model.visual, x, schedule=SCHEDULE, scorer="last", without_text="vision"
+    )
+    torch.testing.assert_close(model.logits(x), model.head(tokens[:, 0]))
+    assert not torch.allclose(model.logits(x), dense.logits(x))
+
+
+EVERY = list(itertools.product(STRATEGIES, ("full", "probe")))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tuning"), tiered(EVERY, [("elip", "full"), ("tome", "probe")])
+)
+def test_every_strategy_trains_saves_and_loads(strategy, tuning, tmp_path):
+    model, inputs = reduced(strategy, tuning=tuning), batch()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for step in range(6):
+        model.begin_step(step)
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    other = CLIPClassification.from_pretrained(model.save_pretrained(tmp_path)).eval()
+    logits = []
+    for each in (other, model.eval()):
+        torch.manual_seed(1)
+        logits.append(each.logits(inputs["images"]))
+    assert torch.equal(*logits)
+
+
+def test_the_whole_model_is_profiled():
+    model = reduced("elip")
+    workload = Workload(model, 2)
+    loss = workload.forward(model.reduction)()
+    torch.testing.assert_close(loss, model(**workload.inputs).loss)
+
+
+@pytest.mark.parametrize("name", ["classification_clip", "classification_clip_probe"])
+def test_recipes_have_the_papers_hyper_parameters(name):
+    folder = Path(elip_models.__file__).parent / "pretraining" / "recipes" / "finetune"
+    recipe = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    assert (recipe["name"], recipe["task"]) == (name, "classification")
+    optim = from_mapping(OptimConfig, recipe["optim"])
+    assert (optim.epochs, optim.lr, optim.weight_decay) == (10, 1e-3, 0.1)
+    from_mapping(DataConfig, recipe["data"] | {"train": "a", "eval": "b"})
+    config = CLIPClassificationConfig(**recipe["model"]["overrides"])
+    assert config.num_classes == 1000
+    assert config.schedule is None
+
+
+def test_captions_of_one_image_are_positives():
+    torch.manual_seed(0)
+    model = create_model("clip_tiny", task="retrieval", image_size=32, vision_depth=2).eval()
+    images, ids = torch.randn(4, 3, 32, 32), torch.randint(3, 900, (4, 32))
+    inputs = {"images": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    apart = model(**inputs, image_ids=torch.arange(4))
+    plain = CLIP.forward(model, **inputs)
+    torch.testing.assert_close(apart.loss, plain.loss)
+    one = model(**inputs, image_ids=torch.zeros(4, dtype=torch.long))
+    similar = model.logit_scale.exp() * plain.image_features @ plain.text_features.T
+    uniform = -(similar.log_softmax(1).mean() + similar.log_softmax(0).mean()) / 2
+    torch.testing.assert_close(one.loss, uniform)
+    with pytest.raises(ValueError, match="loss: expected 'itc' for retrieval, got 'sigmoid'"):
+        create_model("clip_tiny", task="retrieval", loss="sigmoid")

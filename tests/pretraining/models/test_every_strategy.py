@@ -1,0 +1,221 @@
+"""ALBEF, BLIP and METER with every strategy: tokens, masks, momentum towers, checkpoints, training.
+
+The models are those of `cross_modal_cases`, in fp64; the patches of an image are 16.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from elip_models.pretraining.models.layers.generation import Decoding
+from elip_models.pretraining.training.trainer import train
+from elip_models.reduction.encode import run_tower
+from elip_models.reduction.strategies import STRATEGIES, ToMe
+from elip_models.reduction.strategy import mask_after
+from tests.helpers.cross_modal_cases import MODELS, batch_of_four, draws, made, step
+from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiny_run import own_process
+from tests.helpers.towers import assert_equal_gradients
+from tests.pretraining.training.test_pretraining import assert_all_losses_fall, config
+
+OPTIONS = {
+    "evit": {"keep_ratio": 0.7},
+    "tome": {"r": 3},
+    "guided_tome": {"r": 3, "protect": 0.5},
+    "pitome": {"r": 3},
+    "crossget": {"r": 3},
+    "patch_dropout": {"keep_ratio": 0.5},
+    "resize": {"size": 12},
+    "adaptive": {"keep_mass": 0.4},
+}
+OTHERS = [name for name in STRATEGIES if name != "elip"]
+LEFT = {"evit": 10, "tome": 8, "patch_dropout": 9, "resize": 10, "adaptive": 10}
+LEFT |= {"trips": 10, "random": 10, "guided_tome": 8, "pitome": 8, "crossget": 8}
+DENSE = ("trips", "adaptive", "guided_tome", "crossget")  # without text
+DENSE += ("patch_dropout",)  # in evaluation
+MOMENTUM = ["albef", "blip"]
+CASES = [(family, strategy) for family in MODELS for strategy in OTHERS]
+QUICK = [
+    ("albef", "tome"),
+    ("blip", "guided_tome"),
+    ("albef", "crossget"),
+    ("blip", "adaptive"),
+    ("meter", "evit"),
+    ("meter", "random"),
+    ("blip", "resize"),
+    ("albef", "patch_dropout"),
+]
+
+
+def reduced(family, strategy, **options):
+    return made(family, strategy=strategy, strategy_options=OPTIONS.get(strategy), **options)
+
+
+def seeded_step(model, batch, drawn):
+    torch.manual_seed(3)
+    return step(model, batch, drawn)
+
+
+@pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK))
+def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
+    model, batch = reduced(family, strategy), batch_of_four()
+    drawn, other = draws(family, *batch, "local"), copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    losses, gradients = seeded_step(model, batch, drawn)
+    same, recomputed = seeded_step(other, batch, drawn)
+    assert losses.isfinite().all() and torch.equal(same, losses)
+    assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert_equal_gradients(recomputed, gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("family", "strategy"), slow_except(QUICK, CASES))
+def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
+    model, (images, ids, mask) = reduced(family, strategy), batch_of_four()
+    tokens, infos = model.encode_image(images, model.encode_text(ids, mask)[:, 0])
+    assert tokens.shape == (4, LEFT[strategy], 16)
+    assert model.reduction.token_counts(model.tower.size)[-1].mlp == LEFT[strategy]
+    assert (mask_after(infos) is not None) == (strategy == "adaptive")
+    whole, _ = model.eval().encode_image(images)
+    assert whole.shape[1] == (17 if strategy in DENSE else LEFT[strategy])
+
+
+@pytest.mark.parametrize("momentum", ["none", "shared", "own"])
+@pytest.mark.parametrize("family", MODELS)
+def test_the_padding_of_adaptive_changes_no_loss(family, momentum):
+    options = {"momentum_reduction": momentum} if family in MOMENTUM else {}
+    model, batch = reduced(family, "adaptive", **options).eval(), batch_of_four()
+    drawn, found = draws(family, *batch, "local"), []
+
+    def disturbed(tokens, mask):
+        if mask is None:
+            return tokens, mask
+        found.append(mask)
+        return torch.where(mask[..., None], tokens, 1e3 * torch.randn_like(tokens)), mask
+
+    expected, _ = step(model, batch, drawn)
+    if family in MOMENTUM:
+        images = model._encode_images
+        model._encode_images = lambda *args: tuple(disturbed(*each) for each in images(*args))
+    else:
+        fuse = model.fuse
+        model.fuse = lambda *given, **options: fuse(
+            *given[:2], *disturbed(*given[2:4]), *given[4:], **options
+        )
+    got, _ = step(model, batch, drawn)
+    assert len(found) == 2 - (family in MOMENTUM and momentum == "none")
+    assert all((~mask).any() for mask in found)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"]))
+@pytest.mark.parametrize("family", MOMENTUM)
+def test_momentum_reduction_shared_keeps_the_same_tokens(family, strategy):
+    """Compare with a momentum tower of equal weights, and of other weights."""
+    model = reduced(family, strategy, momentum_reduction="shared", momentum=1.0)
+    images, ids, mask = batch_of_four()
+    seen = model.contrast(images, ids, mask)
+    assert torch.equal(seen.image_m, seen.image) and not seen.image_m.requires_grad
+    assert (seen.image_mask is None) == (seen.image_mask_m is None)
+    for weight in model.encoders_m.visual.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    seen = model.contrast(images, ids, mask)
+    assert seen.image_m.shape == seen.image.shape and not torch.equal(seen.image_m, seen.image)
+
+
+@pytest.mark.parametrize("strategy", ["evit", "tome", "guided_tome", "crossget", "trips", "resize"])
+def test_momentum_reduction_own_scores_by_itself(strategy):
+    model, batch = reduced("blip", strategy, momentum=1.0), batch_of_four()
+    assert model.contrast(*batch).image_m.shape[1] == 17
+    model = reduced("blip", strategy, momentum_reduction="own", momentum=1.0)
+    seen = model.contrast(*batch)
+    assert torch.equal(seen.image_m, seen.image)
+    for weight in model.encoders_m.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    seen = model.contrast(*batch)
+    text = model.encode_text(*batch[1:])[:, 0]
+    own, _ = run_tower(model.tower_m, batch[0], text, model.reduction)
+    assert torch.equal(seen.image_m, own)
+
+
+def test_captions_are_generated_from_real_tokens_only():
+    model, (images, ids, mask) = reduced("blip", "adaptive"), batch_of_four()
+    text = model.encode_text(ids, mask)[:, 0]
+    decoding = Decoding(num_beams=2, min_length=3, max_length=6)
+    tokens, infos = model.eval().encode_image(images, text)
+    real = mask_after(infos)
+    garbage = torch.where(real[..., None], tokens, 1e3 * torch.randn_like(tokens))
+    expected = model.generate_from_tokens(garbage, real, decoding=decoding)
+    assert torch.equal(model.generate(images, text_cls=text, decoding=decoding), expected)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_patch_dropout_ends_at_its_step_and_alpha_goes_on(family):
+    options = {"keep_ratio": 0.5, "until": 2}
+    model = made(family, strategy="patch_dropout", strategy_options=options)
+    left = []
+    for now in range(4):
+        model.begin_step(now, now / 4)
+        left.append(model.encode_image(batch_of_four()[0])[0].shape[1])
+    assert left == [9, 9, 17, 17]
+    if family in MOMENTUM:
+        assert model.alpha == pytest.approx(0.4 * min(1.0, 0.75 / model.config.alpha_warmup_epochs))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_config_combines_its_fields_with_the_strategy_spec(family):
+    reduction = made(
+        family, strategy="trips:fusion=0.1", strategy_options={"merge": "none"}
+    ).reduction
+    assert str(reduction.schedule) == "1(100%) 1(75%) 1(50%)"
+    assert (reduction.fusion, reduction.merge, reduction.without_text) == (0.1, "none", "dense")
+    whole = made(family, strategy="random:schedule=1(100%) 2(50%)").reduction
+    assert str(whole.schedule) == "1(100%) 2(50%)"
+    deeper = made(family, strategy="random", schedule=None, vision_depth=4)
+    assert deeper.reduction.schedule.depth == 4
+    assert made(family, strategy="tome:r=2").reduction == ToMe(2)
+    with pytest.raises(ValueError, match="r: expected 3 numbers"):
+        made(family, strategy="tome", strategy_options={"r": [1, 2]})
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_saved_model_loads_with_its_strategy(family, tmp_path):
+    model = made(family, strategy="tome", strategy_options={"r": 3}).float().eval()
+    loaded = type(model).from_pretrained(model.save_pretrained(tmp_path)).eval()
+    assert loaded.config == model.config and loaded.reduction == ToMe(3)
+    images = batch_of_four()[0].float()
+    assert torch.equal(loaded.encode_image(images)[0], model.encode_image(images)[0])
+
+
+RUN = (
+    "report=[]",
+    "data.train=emoji_scenes:size=64",
+    "optim.batch_size=16",
+    "optim.steps=40",
+    "optim.warmup_steps=5",
+)
+SCENES = OPTIONS | {
+    "tome": {"r": 2},
+    "guided_tome": {"r": 2},
+    "pitome": {"r": 2},
+    "crossget": {"r": 2},
+    "resize": {"size": 24},
+    "adaptive": {"keep_mass": 0.7},
+}
+RUNS = [(f"{family}_tiny", strategy) for family in MODELS for strategy in OTHERS]
+
+
+@pytest.mark.parametrize(("recipe", "strategy"), tiered(RUNS, []))
+def test_all_losses_fall_on_scenes(recipe, strategy, tmp_path):
+    options = [f"model.overrides.strategy_options={SCENES.get(strategy, {})}"]
+    with own_process():
+        train(config(tmp_path, recipe, *RUN, f"model.overrides.strategy={strategy}", *options))
+    assert_all_losses_fall(tmp_path, recipe)
+
+
+@pytest.mark.parametrize("way", tiered(["random", "post", "learned"], []))
+@pytest.mark.parametrize("recipe", ["blip_tiny", "meter_tiny"])
+def test_all_losses_fall_on_scenes_without_some_text_tokens(recipe, way, tmp_path):
+    with own_process():
+        train(config(tmp_path, recipe, *RUN, f"model.overrides.text_reduction={way}"))
+    assert_all_losses_fall(tmp_path, recipe)

@@ -1,0 +1,263 @@
+"""BLIP generates captions and answers: against `predict` and the decoder of transformers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.models.blip.configuration_blip import BlipTextConfig
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
+
+from elip_models.pretraining.models.layers.generation import Decoding
+from tests.helpers.cross_modal_cases import VOCABULARY, made
+
+PAD, END, BEGIN = 0, 2, 4
+SHORT = Decoding(num_beams=1, max_length=12, min_length=1)
+BEAMS = replace(SHORT, num_beams=3)
+NUCLEUS = replace(SHORT, sample=True, top_p=0.4)
+MODES = pytest.mark.parametrize("decoding", [SHORT, BEAMS, NUCLEUS], ids=["greedy", "beams", "p"])
+
+
+@pytest.fixture
+def model():
+    """Create a BLIP that ends some texts early."""
+    model = made("blip", max_positions=16).eval()
+    with torch.no_grad():
+        model.language_head.predictions.bias[END] += 1.5
+        model.language_head.predictions.bias[PAD] -= 100.0
+    return model
+
+
+def images(batch=6):
+    return torch.randn(batch, 3, 16, 16).double()
+
+
+def prompts(batch=6):
+    return torch.randint(6, VOCABULARY, (batch, 2))
+
+
+def lengths(ids):
+    return (ids != PAD).sum(1)
+
+
+@torch.no_grad()
+def argmax_loop(model, tokens, prompt, max_length):
+    """Generate one token after the other, each time from the whole prefix."""
+    ids = torch.cat([torch.full((len(prompt), 1), BEGIN), prompt], 1)
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    while ids.shape[1] < max_length and not ended.all():
+        new = model.predict(ids, torch.ones_like(ids), tokens)[:, -1].argmax(1)
+        ids = torch.cat([ids, new.masked_fill(ended, PAD)[:, None]], 1)
+        ended |= new == END
+    return ids
+
+
+def transformers_decoder(model):
+    """Return the BLIP of transformers with the same weights."""
+    config, state = model.config, model.state_dict()
+    theirs = BlipTextLMHeadModel(
+        BlipTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.text_width,
+            encoder_hidden_size=config.text_width,
+            intermediate_size=config.text_hidden,
+            num_hidden_layers=config.text_depth,
+            num_attention_heads=config.text_heads,
+            max_position_embeddings=config.max_positions,
+            pad_token_id=PAD,
+            bos_token_id=BEGIN,
+            sep_token_id=END,
+        )
+    ).double()
+    names = {
+        "bert.encoder.layer.": "decoder.layers.",
+        "bert.": "decoder.",
+        "cls.": "language_head.",
+    }
+    for name, weight in theirs.state_dict().items():
+        theirs_begin = next(begin for begin in names if name.startswith(begin))
+        weight.copy_(state[names[theirs_begin] + name.removeprefix(theirs_begin)])
+    return theirs.eval()
+
+
+def test_greedy_with_a_cache_is_the_argmax_of_predict_token_by_token(model):
+    x, prompt = images(), prompts()
+    ids = model.generate(x, prompt=prompt, decoding=SHORT)
+    tokens, _ = model.encode_image(x)
+    assert torch.equal(ids, argmax_loop(model, tokens, prompt, SHORT.max_length))
+    assert len(lengths(ids).unique()) > 1
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [BEAMS, replace(BEAMS, min_length=9, repetition_penalty=1.5), replace(SHORT, min_length=9)],
+    ids=["beams", "beams, longer, penalty", "greedy, longer"],
+)
+def test_search_is_that_of_transformers_own_blip(model, decoding):
+    tokens, prompt = torch.randn(6, 5, 16).double(), prompts()
+    expected = transformers_decoder(model).generate(
+        input_ids=torch.cat([torch.full((6, 1), BEGIN), prompt], 1),
+        encoder_hidden_states=tokens,
+        num_beams=decoding.num_beams,
+        max_length=decoding.max_length,
+        min_length=decoding.min_length,
+        repetition_penalty=decoding.repetition_penalty,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    got = model.generate_from_tokens(tokens, prompt=prompt, decoding=decoding)
+    behind = (expected[:, :-1] == END).cumsum(1) > 0  # transformers fills with END where PAD is 0
+    expected[:, 1:][behind] = PAD
+    assert torch.equal(got, expected)
+    assert lengths(got).min() >= decoding.min_length
+
+
+def test_nucleus_sampling_is_reproducible_and_stays_in_the_nucleus(model):
+    x, drawn = images(), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(x, decoding=NUCLEUS))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    ids, greedy = drawn[0], model.generate(x, decoding=SHORT)
+    assert not torch.equal(ids, greedy)
+    tokens, _ = model.encode_image(x)
+    with torch.no_grad():
+        share = model.predict(ids, torch.ones_like(ids), tokens)[:, :-1].softmax(-1)
+    written = share.gather(2, ids[:, 1:, None])
+    before = (share * (share > written)).sum(-1)  # of more probable tokens
+    assert (before[ids[:, 1:] != PAD] < NUCLEUS.top_p).all()
+
+
+@MODES
+def test_captions_start_with_the_prompt_and_end_once(model, decoding):
+    prompt = prompts()
+    ids = model.generate(images(), prompt=prompt, decoding=decoding)
+    assert ids.dtype == torch.long and ids.shape[1] <= decoding.max_length
+    assert (ids[:, 0] == BEGIN).all() and torch.equal(ids[:, 1:3], prompt)
+    for text in ids[:, 3:]:
+        places = (text == END).nonzero()[:, 0].tolist()
+        assert len(places) <= 1
+        assert (text[places[0] + 1 :] == PAD).all() if places else (text != PAD).all()
+
+
+@pytest.mark.parametrize("decoding", [SHORT, BEAMS], ids=["greedy", "beams"])
+def test_a_caption_does_not_depend_on_the_others_of_its_batch(model, decoding):
+    x, prompt = images(), prompts()
+    together = model.generate(x, prompt=prompt, decoding=decoding)
+    assert len(lengths(together).unique()) > 1
+    for i, text in enumerate(together):
+        alone = model.generate(x[i : i + 1], prompt=prompt[i : i + 1], decoding=decoding)[0]
+        assert torch.equal(text[: lengths(together)[i]], alone)
+
+
+@MODES
+def test_an_image_is_encoded_once_and_its_keys_and_values_too(model, decoding):
+    x, seen = images(), {}
+
+    def count(name, module):
+        seen[name] = []
+        module.register_forward_hook(lambda m, args, out: seen[name].append(tuple(out.shape[:2])))
+
+    count("image", model.encoders.visual.patch_embed)
+    for i, layer in enumerate(model.decoder.layers):
+        for part in ("key", "value"):
+            count(f"states {i} {part}", getattr(layer.crossattention.self, part))
+            count(f"text {i} {part}", getattr(layer.attention.self, part))
+    ids = model.generate(x, prompt=prompts(), decoding=replace(decoding, min_length=12))
+    rows = 6 * (1 if decoding.sample else decoding.num_beams)
+    for name, shapes in seen.items():
+        if name == "image":
+            assert shapes == [(6, 16)]
+        elif name.startswith("states"):
+            assert shapes == [(rows, 17)], name
+        else:
+            assert shapes == [(rows, 3)] + [(rows, 1)] * (ids.shape[1] - 4), name
+
+
+def test_generation_changes_no_mode_of_the_model():
+    model = made("blip", max_positions=16, text_dropout=0.5)
+    model.encoders.visual.eval()
+    model.itm_head.requires_grad_(False)
+    modes = {n: m.training for n, m in model.named_modules()}
+    asked = {n: p.requires_grad for n, p in model.named_parameters()}
+    names, x = list(model.state_dict()), images()
+    ids = model.generate(x, decoding=BEAMS)
+    assert torch.equal(ids, model.generate(x, decoding=BEAMS))  # no dropout
+    assert modes == {n: m.training for n, m in model.named_modules()}
+    assert asked == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert names == list(model.state_dict())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_error_changes_no_mode_of_the_model():
+    model = made("blip", max_positions=16)
+    with pytest.raises(ValueError, match="max_length: expected 2"):
+        model.generate(images(1), decoding=Decoding(max_length=17))
+    assert all(m.training for m in model.encoders.modules())
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_generation_reduces_the_image_by_config_or_text(guided):
+    model = made("blip", max_positions=16, without_text="dense" if guided else "vision").eval()
+    seen = []
+    key = model.decoder.layers[0].crossattention.self.key
+    key.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    text_cls = torch.randn(6, 16).double() if guided else None
+    model.generate(images(), text_cls=text_cls, decoding=SHORT)
+    assert seen == [1 + 8 + 1]  # CLS, half of 16 patches, the merged one
+
+
+def test_an_answer_ignores_the_padding_of_its_question(model):
+    x, ids = images(), torch.randint(6, VOCABULARY, (6, 5))
+    tokens, _ = model.encode_image(x)
+    answers = []
+    for padding in (0, 3):
+        question = torch.nn.functional.pad(ids, (0, padding), value=PAD)
+        mask = (question != PAD).long()
+        states = model.fuse(question, mask, tokens)
+        answers.append(model.generate_from_tokens(states, mask, decoding=BEAMS))
+    assert torch.equal(*answers)
+
+
+def test_an_untied_decoder_generates_by_its_own_weights():
+    model = made("blip", max_positions=16, tie_decoder=False).eval()
+    with torch.no_grad():
+        for weight in model.decoder.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.3)
+    x, prompt = images(), prompts()
+    tokens, _ = model.encode_image(x)
+    ids = model.generate(x, prompt=prompt, decoding=SHORT)
+    assert torch.equal(ids, argmax_loop(model, tokens, prompt, SHORT.max_length))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 0}, "num_beams: expected an integer at least 1, got 0"),
+        ({"max_length": 5, "min_length": 6}, "min_length: expected at most max_length = 5, got 6"),
+        ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected a number above 0, got 0.0"),
+        ({"sample": "nucleus"}, "sample: expected True or False, got 'nucleus'"),
+    ],
+)
+def test_a_bad_decoding_is_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Decoding(**options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            torch.ones(2, 3),
+            r"prompt: expected int64 ids of shape \(2, P\).*float32 of shape \(2, 3\)",
+        ),
+        (torch.ones(3, 3).long(), r"prompt: expected int64 ids.*got torch.int64 of shape \(3, 3\)"),
+        (torch.ones(2).long(), r"prompt: expected int64 ids.*got torch.int64 of shape \(2,\)"),
+        (torch.tensor([[7, 7], [7, PAD]]), "without padding.*with 1 padding ids"),
+        (torch.full((2, 11), 7), "max_length: expected 13, one more than the tokens given, to 16"),
+    ],
+)
+def test_a_bad_prompt_is_named(model, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(images(2), prompt=prompt, decoding=SHORT)

@@ -1,0 +1,367 @@
+"""Compositional benchmarks: the metrics by hand, what is encoded, and the command."""
+
+import itertools
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from elip_models.intervals import group_mean_interval, score_interval
+from elip_models.pretraining.data import DataError, EmojiComposition, open_composition
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.tasks.composition import PAIR_CHANCE, Composition, judge
+from elip_models.pretraining.tasks.tables import MAX_CATEGORIES, composition_table
+from elip_models.pretraining.tasks.task import evaluation_transform
+from elip_models.pretraining.training.trainer import train
+from tests.helpers.task_cases import LOADING, Stub, Tokens, grey, matcher
+from tests.helpers.tiny_run import elip, own_process, tiny_config
+
+EVERY_CASE = {
+    # scores of captions 0 and 1, each with images 0 and 1: right by text, by image
+    "all right": ([[0.9, 0.1], [0.2, 0.8]], (1, 1)),
+    "text only": ([[0.5, 0.8], [0.4, 0.9]], (1, 0)),
+    "image only": ([[0.5, 0.4], [0.8, 0.9]], (0, 1)),
+    "nothing": ([[0.1, 0.9], [0.8, 0.2]], (0, 0)),
+    "one caption for both": ([[0.9, 0.9], [0.1, 0.2]], (0, 0)),
+    "tied captions": ([[0.5, 0.1], [0.5, 0.9]], (0, 1)),
+    "tied images": ([[0.5, 0.5], [0.1, 0.9]], (1, 0)),
+    "captions tied within 1e-6": ([[0.5, 0.1], [0.5 - 5e-7, 0.9]], (0, 1)),
+    "all tied": ([[0.5, 0.5], [0.5, 0.5]], (0, 0)),
+    "no number": ([[0.9, 0.1], [float("nan"), 0.8]], (0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_text_image_and_group_score(case):
+    similar, (text, image) = EVERY_CASE[case]
+    expected = {"text_score": text, "image_score": image, "group_score": text * image}
+    assert judge(similar) == expected
+
+
+@pytest.mark.parametrize(
+    ("similar", "right"),
+    [
+        ([[0.9], [0.2]], 1),
+        ([[0.2], [0.9]], 0),
+        ([[0.9], [0.9]], 0),
+        ([[0.9], [0.9 - 5e-7]], 0),
+        ([[0.9], [0.1], [0.95], [0.2]], 0),
+        ([[0.9], [0.1], [0.8], [0.2]], 1),
+        ([[float("nan")], [0.1]], 0),
+        ([[0.9], [float("nan")]], 0),
+        ([[0.9]], 1),  # no other caption
+    ],
+)
+def test_accuracy_is_that_no_wrong_caption_is_as_similar(similar, right):
+    assert judge(similar) == {"accuracy": right}
+
+
+def test_the_chance_level_is_that_of_all_orders_of_four_scores():
+    found = Counter()
+    for a, b, c, d in itertools.permutations(range(4)):
+        found.update(judge([[a, b], [c, d]]))
+    assert {name: total / 24 for name, total in found.items()} == pytest.approx(PAIR_CHANCE)
+
+
+class Table(Stub):
+    """Stub whose matching score of image i with text t, numbers 0 to 5, is `table[i, t]`."""
+
+    def __init__(self, table=None, **config):
+        super().__init__(**config)
+        known, _ = matcher()
+        self.low, self.high = float(known.low), float(known.high)
+        self.table = torch.eye(6) if table is None else table
+        self.reduction = SimpleNamespace(is_guided=True, name="elip")
+
+    def _level(self, tokens):
+        return 5 * (tokens.flatten(1).mean(1) - self.low) / (self.high - self.low)
+
+    def matching_logits(self, tokens, image_mask, input_ids, attention_mask):
+        return self.table[self._level(tokens).round().long(), input_ids[:, 0] - 1]
+
+    def image_features(self, images):
+        return self._angle(self._level(images))
+
+    def text_features(self, input_ids, attention_mask):
+        return self._angle(input_ids[:, 0] - 1.0)
+
+    @staticmethod
+    def _angle(level):
+        return torch.stack([(level / 5).cos(), (level / 5).sin()], dim=1)
+
+
+def pairs(folder, numbers=((0, 1), (2, 3), (4, 5)), **fields):
+    """Write examples in Winoground's format; image and text n have the number n."""
+    for number in range(6):
+        grey(40 * number).save(folder / f"{number}.png")
+    lines = [
+        {"id": i, "image_0": f"{a}", "image_1": f"{b}", "caption_0": f"grey {a}"}
+        | {"caption_1": f"grey {b}", "collapsed_tag": "Object" if i else "Relation"}
+        for i, (a, b) in enumerate(numbers)
+    ]
+    file = folder / "examples.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return open_composition(str(file), image_size=8)
+
+
+def crepe(folder, name="swap_obj", triples=((0, 0, 1), (1, 1, 0), (1, 2, 3))):
+    """Write (image, right text, wrong text), by number, in SugarCrepe's format."""
+    for number in range(6):
+        grey(40 * number).save(folder / f"{number}.png")
+    entries = {
+        str(i): {"filename": f"{image}.png", "caption": f"{a}", "negative_caption": f"{b}"}
+        for i, (image, a, b) in enumerate(triples)
+    }
+    (folder / f"{name}.json").write_text(json.dumps(entries))
+    return folder / f"{name}.json"
+
+
+def means(intervals):
+    return {name: found.mean for name, found in intervals.items()}
+
+
+def test_the_scores_of_a_benchmark_are_the_means_of_its_examples(tmp_path):
+    table = torch.zeros(6, 6)
+    for start, case in ((0, "all right"), (2, "text only"), (4, "tied captions")):
+        similar = torch.tensor(EVERY_CASE[case][0])  # (captions, images)
+        table[start : start + 2, start : start + 2] = similar.T
+    model = Table(table).train()
+    found = Composition(itm=True).evaluate(model, Tokens(), pairs(tmp_path), LOADING)
+    assert model.training
+    assert (found.benchmark, found.method, found.guided) == ("winoground", "itm", False)
+    expected = {"text_score": 2 / 3, "image_score": 2 / 3, "group_score": 1 / 3}
+    assert means(found.scores) == pytest.approx(expected)
+    assert found.chance == PAIR_CHANCE
+    assert means(found.categories["Relation"]) == dict.fromkeys(expected, 1)
+    of_objects = {"text_score": 0.5, "image_score": 0.5, "group_score": 0}
+    assert means(found.categories["Object"]) == of_objects
+    assert found.category_sizes == {"Object": 2, "Relation": 1}
+    assert found.scores["text_score"] == score_interval([1, 1, 0], [0, 1, 2])
+    assert (found.num_examples, found.num_images, found.num_skipped) == (3, 6, 0)
+    second = found.judgements[1]
+    assert np.allclose(second.similarities, EVERY_CASE["text only"][0])
+    assert second.scores == {"text_score": 1, "image_score": 0, "group_score": 0}
+    assert found.metrics["composition_text_score"] == pytest.approx(2 / 3)
+    assert found.summary().startswith("winoground by itm: text_score 66.7%, image_score 66.7%")
+    assert json.loads(json.dumps(found.as_dict()))["scores"]["group_score"]["mean"] == 1 / 3
+
+
+def test_features_are_compared_by_their_cosine(tmp_path):
+    found = Composition().evaluate(Table(), Tokens(), pairs(tmp_path), LOADING)
+    assert found.method == "features"
+    assert set(means(found.scores).values()) == {1}
+    blind = Table()
+    blind.text_features = lambda input_ids, attention_mask: torch.ones(len(input_ids), 2)
+    found = Composition().evaluate(blind, Tokens(), pairs(tmp_path), LOADING)
+    assert found.scores["text_score"].mean == found.scores["group_score"].mean == 0  # ties
+
+
+def test_the_batch_size_changes_no_score(tmp_path):
+    source, table = pairs(tmp_path, [(0, 1), (2, 1), (5, 0)]), torch.rand(6, 6)
+    first, second = (
+        Composition(itm=True).evaluate(
+            Table(table), Tokens(), source, LOADING._replace(batch_size=n)
+        )
+        for n in (1, 64)
+    )
+    assert first == second
+    assert (first.num_images, [each.cluster for each in source.examples]) == (4, [0, 0, 0])
+
+
+def test_categories_their_mean_and_images_that_are_shared(tmp_path):
+    spec = f"{crepe(tmp_path)},{crepe(tmp_path, 'add_att', [(5, 4, 0)])}"
+    source = open_composition(spec, image_size=8)
+    found = Composition().evaluate(Table(), Tokens(), source, LOADING)
+    # Text 2 is more similar to image 1 than text 3; text 4 to image 5 than text 0.
+    assert means(found.scores) == {"accuracy": 1, "macro_accuracy": 1}
+    found = Composition(itm=True).evaluate(Table(), Tokens(), source, LOADING)
+    assert means(found.scores) == {"accuracy": 0.5, "macro_accuracy": pytest.approx(1 / 3)}
+    assert means(found.categories["swap_obj"]) == {"accuracy": pytest.approx(2 / 3)}
+    assert means(found.categories["add_att"]) == {"accuracy": 0}
+    assert found.chance == {"accuracy": 0.5, "macro_accuracy": 0.5}
+    rows = [(1, 0, 0), (1, 0, 1), (0, 0, 1), (0, 1, 2)]  # score, category, image
+    assert found.scores["macro_accuracy"] == group_mean_interval(*zip(*rows, strict=True))
+    assert found.num_images == 3
+
+
+def test_relations_that_are_left_out_count_in_the_accuracy_only(tmp_path):
+    grey(0).save(tmp_path / "0.png")
+    box = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 4, "bbox_h": 4}
+    rows = (("on", 0, 1), ("on", 1, 0), ("under", 0, 2), ("near", 3, 0))
+    entries = [
+        {"image_path": "0.png", "true_caption": f"{a}", "false_caption": f"{b}"}
+        | {"relation_name": name, **box}
+        for name, a, b in rows
+    ]
+    (tmp_path / "visual_genome_relation.json").write_text(json.dumps(entries))
+    source = open_composition(str(tmp_path / "visual_genome_relation.json"), image_size=8)
+    found = Composition().evaluate(Table(), Tokens(), source, LOADING)
+    assert means(found.scores) == {"accuracy": 0.5, "macro_accuracy": 0.75}
+    assert found.categories.keys() == {"on", "under"}
+    low, high = found.scores["accuracy"][1:]
+    assert (low, high) != score_interval([1, 0, 1, 0])[1:]  # one image: one cluster
+
+
+def test_chance_of_permutations_depends_on_their_number(tmp_path):
+    grey(0).save(tmp_path / "0.png")
+    options = [["0", "1", "2", "3", "4"], ["0", "0", "1", "1", "0"], ["0", "0"]]
+    entries = [{"image": "0.png", "caption_options": each} for each in options]
+    (tmp_path / "coco_order.json").write_text(json.dumps(entries))
+    source = open_composition(str(tmp_path / "coco_order.json"), image_size=8)
+    found = Composition().evaluate(Table(), Tokens(), source, LOADING)
+    assert means(found.scores) == {"accuracy": 1}
+    assert found.chance["accuracy"] == pytest.approx((1 / 5 + 1 / 2 + 1) / 3)
+    assert not found.categories
+
+
+def test_captions_of_the_same_tokens_are_counted_and_are_ties(tmp_path):
+    source = open_composition(
+        str(crepe(tmp_path, triples=[(0, "0 a", "0 b"), (1, 1, 0)])), image_size=8
+    )
+    found = Composition().evaluate(Table(), Tokens(), source, LOADING)
+    assert found.num_same_tokens == 1
+    assert found.scores["accuracy"].mean == 0.5
+
+
+def test_an_example_without_all_of_its_images_is_left_out(tmp_path):
+    source = pairs(tmp_path, [(0, 1), (1, 2), (3, 4)])
+    (tmp_path / "0.png").write_bytes(b"no image")
+    loading = LOADING._replace(max_bad_share=0.5)
+    found = Composition().evaluate(Table(), Tokens(), source, loading)
+    assert (found.num_examples, found.num_without_image) == (2, 1)
+    assert (found.num_images, found.num_skipped) == (4, 1)
+    assert [each.id for each in found.judgements] == ["1", "2"]
+    assert found.category_sizes == {"Object": 2}
+    with pytest.raises(DataError, match=r"1 of 5 samples .* could not be read"):
+        Composition().evaluate(Table(), Tokens(), source, LOADING)
+    for number in (2, 4):
+        (tmp_path / f"{number}.png").unlink()
+    loading = LOADING._replace(max_bad_share=1.0)
+    with pytest.raises(DataError, match="no example with all of its images: 3 of 5 samples"):
+        Composition().evaluate(Table(), Tokens(), source, loading)
+
+
+def test_images_are_encoded_without_text_unless_captions_guide_them(tmp_path):
+    model, source = Table(), pairs(tmp_path)
+    Composition(itm=True).evaluate(model, Tokens(), source, LOADING)
+    assert model.guides == [None, None]  # two batches of three images
+    model.guides.clear()
+    Composition(itm=True, guided=True).evaluate(model, Tokens(), source, LOADING)
+    guides = [float(guide) for each in model.guides for guide in each]
+    assert guides == [1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 5, 6]  # both captions of each image
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ({"itm": True}, {"matching_logits"}, "image-text matching .* for itm, got Table"),
+        ({}, {"matching_logits", "ranks"}, "pre-trained or fine-tuned for retrieval, got Table"),
+        ({"guided": True}, {"is_guided"}, "whose reduction a text guides, got .* strategy elip"),
+    ],
+)
+def test_a_model_that_cannot_be_scored_is_an_error(task, changes, message, monkeypatch):
+    model = Table()
+    if "matching_logits" in changes:
+        monkeypatch.delattr(Table, "matching_logits")
+        monkeypatch.delattr(Stub, "matching_logits")
+    model.ranks = "ranks" not in changes
+    model.reduction.is_guided = "is_guided" not in changes
+    with pytest.raises(ValueError, match=message):
+        Composition(**task).method(model)
+
+
+def test_a_model_without_features_is_scored_by_matching(tmp_path):
+    model = Table()
+    model.ranks = False
+    assert Composition().evaluate(model, Tokens(), pairs(tmp_path), LOADING).method == "itm"
+
+
+def test_settings_are_checked():
+    with pytest.raises(TypeError, match="itm: expected True or False, got 'yes'"):
+        Composition(itm="yes")
+
+
+def rows_of(table):
+    return [*zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_the_table_lists_few_categories(tmp_path):
+    found = Composition().evaluate(Table(), Tokens(), pairs(tmp_path), LOADING)
+    rows = rows_of(composition_table(found))
+    assert [row[0] for row in rows] == ["all", "Object (2)", "Relation (1)"]
+    assert rows[0][1].startswith("100.0, ") and rows[0][1].endswith("(25.0)")
+    names = [f"category{i:02d}" for i in range(MAX_CATEGORIES + 1)]
+    files = ",".join(str(crepe(tmp_path, name)) for name in names)
+    found = Composition().evaluate(
+        Table(), Tokens(), open_composition(files, image_size=8), LOADING
+    )
+    table = composition_table(found)
+    assert [row[0] for row in rows_of(table)] == ["all", "mean of 21 categories"]
+    assert table.caption == "21 categories: see --output"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with own_process():
+        return folder, train(tiny_config(folder, "optim.steps=1", "data.eval=null"))
+
+
+def test_the_command_scores_a_run(run, tmp_path, capsys):
+    (folder, result), output = run, tmp_path / "scores.json"
+    data = ("--data", "emoji_composition:seed=1,size=6", "--output", output)
+    assert elip("eval", "composition", "--model", folder, *data) == 0
+    printed = capsys.readouterr().out
+    assert "6 examples, by features" in printed and "relation (2)" in printed
+    written = json.loads(output.read_text())
+    source = EmojiComposition(6, seed=1, image_size=result.model.config.image_size)
+    found = Composition().evaluate(result.model, result.tokenizer, source)
+    assert written == json.loads(json.dumps(found.as_dict()))
+    assert (written["task"], written["method"], written["guided"]) == (
+        "composition",
+        "features",
+        False,
+    )
+    data = ("--data", "emoji_composition:seed=1,size=6", "--itm")
+    assert elip("eval", "composition", "--model", folder, *data) == 2
+    assert "--model: expected one with image-text matching" in capsys.readouterr().err
+    assert elip("eval", "composition", "--model", folder, "--data", "missing.json") == 2
+    assert "--data: expected an existing file, got 'missing.json'" in capsys.readouterr().err
+
+
+def test_a_guided_image_has_the_features_that_its_caption_selects(run):
+    _, result = run
+    model, tokenizer = result.model.eval(), result.tokenizer
+    source = EmojiComposition(3, image_size=model.config.image_size)
+    found = Composition(guided=True).evaluate(model, tokenizer, source)
+    plain = Composition().evaluate(model, tokenizer, source)
+    assert isinstance(model, CLIP) and found.guided and not plain.guided
+    assert found.judgements[0].similarities != plain.judgements[0].similarities
+    example = source.examples[0]
+    with torch.no_grad():
+        texts = model.text_features(**model.tokenise(tokenizer, example.captions))
+        images = torch.stack([evaluation_transform(model)(source[i].image) for i in (0, 1)])
+        for caption, text in enumerate(texts):
+            features = model.encode_image(images, text.expand(2, -1))
+            torch.testing.assert_close(
+                torch.tensor(found.judgements[0].similarities[caption]), features @ text
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["albef_tiny", "blip_tiny", "meter_tiny"])
+def test_models_with_matching_are_scored_by_both_methods(recipe, tmp_path, capsys):
+    settings = ("optim.steps=1", "data.eval=null")
+    with own_process():
+        train(tiny_config(tmp_path, *settings, recipe=recipe))
+    data = ("--data", "emoji_composition:seed=1,size=6", "--output", tmp_path / "scores.json")
+    for options in ((), ("--itm",), ("--itm", "--guided"), ("--guided",)):
+        assert elip("eval", "composition", "--model", tmp_path, *data, *options) == 0
+        written = json.loads((tmp_path / "scores.json").read_text())
+        by_itm = "--itm" in options or recipe == "meter_tiny"
+        assert written["method"] == ("itm" if by_itm else "features")
+        assert written["guided"] == ("--guided" in options)
+        assert f"by {written['method']}" in " ".join(capsys.readouterr().out.split())

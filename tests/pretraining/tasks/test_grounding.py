@@ -1,0 +1,393 @@
+"""Weakly supervised grounding: maps against plain autograd, metrics against worked examples."""
+
+import json
+import pickle
+import re
+from copy import copy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from elip_kernels import unmerge
+from elip_models.analysis.visualize import source_maps
+from elip_models.intervals import score_interval
+from elip_models.pretraining.data import DataError, open_examples, train_tokenizer
+from elip_models.pretraining.data.scene_sampling import Box
+from elip_models.pretraining.data.scenes import visible_masks
+from elip_models.pretraining.data.tasks.grounding import Target
+from elip_models.pretraining.models.albef.model import ALBEF
+from elip_models.pretraining.models.layers.attention_map import attention_map
+from elip_models.pretraining.tasks import grounding
+from elip_models.pretraining.tasks.grounding import (
+    Heat,
+    best_box,
+    cross_attention,
+    evaluate_grounding,
+    gradcam,
+    iou,
+    pointing,
+    upsample,
+)
+from elip_models.pretraining.tasks.task import Loading
+from elip_models.reduction.strategy import mask_after
+from tests.helpers.cross_modal_cases import SIZES, batch_of_four, made
+from tests.helpers.tiers import first_quick
+from tests.helpers.tiny_run import elip
+
+FAMILIES = ("albef", "blip", "meter")
+WAYS = {
+    "dense": {"schedule": None},
+    "elip": {},
+    "dropped": {"merge": "none"},
+    "tome": {"strategy": "tome", "strategy_options": {"r": 3}, "schedule": None},
+    "padded": {"strategy": "adaptive:keep_mass=0.4", "schedule": None},
+}
+
+
+def model_of(family, way="dense"):
+    return made(family, without_text="vision", **WAYS[way]).eval()
+
+
+def by_eager_attention(model, tokens, mask, ids, real):
+    """Grad-CAM (B, N) of the image tokens by transformers' own explicit attention, and scores."""
+    attention, found = cross_attention(model), []
+    attention.config = copy(attention.config)
+    attention.config._attn_implementation = "eager"
+    attention.register_forward_hook(lambda module, inputs, output: found.append(output[1]))
+    additive = torch.zeros(tokens.shape[:2], dtype=tokens.dtype)
+    if mask is not None:  # the eager function adds its mask
+        additive = additive.masked_fill(~mask, -torch.inf)
+        attention.register_forward_pre_hook(
+            lambda module, inputs, options: (
+                inputs,
+                options | {"attention_mask": additive[:, None, None]},
+            ),
+            with_kwargs=True,
+        )
+    scores = model.matching_logits(tokens, mask, ids, real)
+    found[0].retain_grad()
+    scores.sum().backward()
+    attended, gradient = found[0].detach(), found[0].grad
+    heat = torch.zeros(tokens.shape[:2], dtype=tokens.dtype)
+    for image, count in enumerate(real.sum(1).tolist()):
+        weights = gradient[image].clamp(min=0) * attended[image]
+        heat[image] = weights[:, :count].mean((0, 1))
+    return heat, scores.detach()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", first_quick(FAMILIES))
+def test_the_map_is_that_of_plain_autograd_on_all_patches(family, way):
+    model, (images, ids, real) = model_of(family, way), batch_of_four()
+    heat = gradcam(model, images, ids, real)
+    with torch.no_grad():
+        tokens, infos = model.encode_image(images)
+    assert (tokens.shape[1] < 17) == (way != "dense")
+    plain = model.matching_logits(tokens, mask_after(infos), ids, real)
+    torch.testing.assert_close(heat.scores, plain.detach(), rtol=1e-5, atol=1e-5)
+    assert all(weight.grad is None for weight in model.parameters())
+    expected, _ = by_eager_attention(model, tokens, mask_after(infos), ids, real)
+    if way == "dense":
+        expected = expected[:, 1:]
+    else:
+        expected = unmerge(expected[..., None], source_maps(infos, 16)[-1])[..., 0]
+    torch.testing.assert_close(heat.patches.flatten(1), expected)
+    assert heat.patches.shape == (4, 4, 4) and heat.patches.max() > 0
+
+
+def test_patches_of_a_merged_token_are_equal_and_dropped_patches_are_0():
+    images, ids, real = batch_of_four()
+    for way in ("elip", "dropped"):
+        model = model_of("albef", way)
+        heat = gradcam(model, images, ids, real).patches.flatten(1)
+        _, infos = model.encode_image(images)
+        source = source_maps(infos, 16)[-1]
+        for patches, of_tokens in zip(heat, source, strict=True):
+            assert all(len(patches[token].unique()) == 1 for token in of_tokens if token.any())
+            assert (patches[~of_tokens.any(0)] == 0).all()
+        assert source.any(1).all() == (way == "elip")
+
+
+@pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.UnguidedWarning")
+def test_the_expression_guides_the_reduction_only_if_asked():
+    images, ids, real = batch_of_four()
+    model = made("albef").eval()  # dense without text
+    assert gradcam(model, images, ids, real).num_tokens.tolist() == [17] * 4
+    assert (gradcam(model, images, ids, real, guided=True).num_tokens < 17).all()
+
+
+def test_a_layer_is_counted_among_those_with_cross_attention():
+    model = made("albef", text_depth=8, text_layers=2)
+    layers = model.encoders.text.layers
+    assert cross_attention(model) is layers[4].crossattention.self  # 3 of 6, as block 8 of ALBEF
+    assert cross_attention(model, 6) is layers[7].crossattention.self
+    with pytest.raises(ValueError, match=r"layer: expected 1 to 6, .* of ALBEF .*, got 7"):
+        cross_attention(model, 7)
+    with pytest.raises(ValueError, match=r"keeps its image tokens in fusion, got .*'pumer'"):
+        cross_attention(made("meter", cross_reduction="pumer"))
+    with pytest.raises(TypeError, match=r"model: expected ALBEF, BLIP or METER .*, got Linear"):
+        cross_attention(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_restored(fails):
+    model = model_of("albef")
+    attention, (images, ids, real) = cross_attention(model), batch_of_four()
+    model.temperature.requires_grad_(False)
+    flags = [weight.requires_grad for weight in model.parameters()]
+    config, tokens = attention.config, model.encode_image(images)[0].detach()
+    before = model.matching_logits(tokens, None, ids, real)
+    try:
+        with attention_map(model, attention) as maps:
+            model.matching_logits(tokens, None, ids, real)
+            assert maps[0].is_leaf and maps[0].requires_grad
+            assert not any(weight.requires_grad for weight in model.parameters())
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert attention.config is config and not attention._forward_hooks
+    assert flags == [weight.requires_grad for weight in model.parameters()]
+    assert torch.equal(before, model.matching_logits(tokens, None, ids, real))
+
+
+PIXELS = torch.tensor([[0.0, 0, 0, 0], [0, 4, 2, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+
+
+def test_the_best_box_has_the_largest_sum_over_the_root_of_its_area():
+    exact, wide, all_of_it = Box(1, 1, 1, 1), Box(1, 1, 2, 1), Box(0, 0, 4, 4)
+    assert best_box(PIXELS, [all_of_it, wide, exact]) == wide  # 7 / 4, 6 / sqrt(2), 4
+    assert best_box(PIXELS, [all_of_it, exact]) == exact
+    assert best_box(PIXELS, [Box(2.9, 1.9, 1.2, 1.2), all_of_it]) == Box(2.9, 1.9, 1.2, 1.2)
+    assert best_box(PIXELS, []) is None
+    assert best_box(PIXELS, [Box(0, 3, 4, 1)]) is None  # nothing above 0
+
+
+def test_a_box_outside_of_the_image_counts_what_is_inside_and_its_whole_area():
+    assert best_box(PIXELS, [Box(9, 9, 2, 2)]) is None
+    assert best_box(PIXELS, [Box(-3, -3, 2, 2)]) is None
+    partly = Box(-6, 1, 8, 2)  # 4 / sqrt(16), where [0, 2) of rows 1 and 2 are inside
+    assert best_box(PIXELS, [partly, Box(2, 2, 1, 1.1)]) == partly
+    assert best_box(PIXELS, [partly, Box(2, 2, 1, 1)]) == partly  # the first of equal boxes
+
+
+def test_iou_of_boxes():
+    assert iou(Box(0, 0, 4, 2), Box(2, 0, 4, 2)) == pytest.approx(4 / 12)
+    assert iou(Box(0, 0, 4, 2), Box(0, 0, 4, 2)) == 1
+    assert iou(Box(0, 0, 1, 1), Box(3, 3, 1, 1)) == iou(Box(0, 0, 1, 1), Box(0, 3, 1, 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "box", "score"),
+    [
+        ((8, 8), "squash", Box(2, 2, 2, 2), 1.0),  # the centre of patch (1, 1) is (3, 3)
+        ((8, 8), "squash", Box(3, 3, 1, 1), 1.0),
+        ((8, 8), "squash", Box(3.1, 3, 4, 4), 0.0),
+        ((16, 8), "squash", Box(6, 3, 1, 1), 1.0),
+        ((16, 8), "crop", Box(7, 3, 1, 1), 1.0),  # the model reads 4 to 12
+        ((8, 16), "crop", Box(3, 7, 1, 1), 1.0),
+        ((8, 8), "squash", Box(90, 90, 2, 2), 0.0),
+    ],
+)
+def test_pointing_at_the_centre_of_the_best_patch(size, resize, box, score):
+    assert pointing(PIXELS, Target(box, None, "", size), resize) == score
+
+
+def test_patches_that_tie_count_by_their_share():
+    target = Target(Box(0, 0, 4, 8), None, "", (8, 8))
+    heat = torch.zeros(4, 4)
+    assert pointing(heat, target, "squash") == 0
+    heat[0, 1] = heat[2, 3] = heat[3, 3] = 0.5
+    assert pointing(heat, target, "squash") == pytest.approx(1 / 3)
+
+
+def test_the_heat_is_upsampled_to_the_part_of_the_image_that_the_model_reads():
+    heat = torch.rand(4, 4)
+    assert torch.equal(upsample(heat, (4, 4), "squash"), heat)
+    assert upsample(heat, (9, 5), "squash").shape == (5, 9)
+    wide = upsample(heat, (7, 4), "crop")
+    assert wide.shape == (4, 7) and torch.equal(wide[:, 1:5], heat)
+    assert (wide[:, [0, 5, 6]] == 0).all()
+    assert torch.equal(upsample(heat, (4, 6), "crop")[1:5], heat)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["the dog on the left", "two foxes"] * 9, 300)
+
+
+@pytest.fixture
+def albef(tokenizer):
+    sizes = SIZES | ALBEF.fit_tokenizer(tokenizer, 8)
+    model = ALBEF(ALBEF.config_class(**sizes, text_layers=1, embed_dim=8, queue_size=6))
+    return model.eval()
+
+
+def write_list(folder, *entries, images=2):
+    for number in range(images):
+        Image.new("RGB", (8, 8), (40 * number, 90, 0)).save(folder / f"{number}.png")
+    (folder / "list.json").write_text(json.dumps(entries))
+    return str(folder / "list.json")
+
+
+def entry(image=0, **options):
+    return {"image": f"{image}.png", "text": "the dog", "box": [2, 2, 2, 2]} | options
+
+
+LEFT, RIGHT = [1, 1, 4, 4], [5, 5, 3, 3]
+"""Proposals on the only patch with heat and elsewhere; LEFT has an IoU of 1/4 with the box."""
+
+
+def peaked(model, images, input_ids, attention_mask, **options):
+    heat = torch.zeros(len(images), 4, 4)
+    heat[:, 1, 1] = 1.0
+    return Heat(heat, torch.zeros(len(images)), torch.full((len(images),), 17))
+
+
+def test_scores_of_splits_with_intervals_over_images(albef, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(grounding, "gradcam", peaked)
+    right, wrong, none = ({"proposals": each} for each in ([[2, 2, 2, 2], RIGHT], [LEFT], []))
+    entries = [
+        *(entry(0, split="val", **right), entry(0, split="val", **right)),
+        entry(1, split="val", box=[5, 5, 2, 2], **right),  # the right proposal is not chosen
+        *(entry(1, split="testA", **wrong), entry(0, split="testA", **none)),
+    ]
+    source = open_examples("grounding", write_list(tmp_path, *entries), image_size=16)
+    scores = evaluate_grounding(albef, tokenizer, source, Loading(batch_size=2))
+    found = scores.scores
+    assert found["val_accuracy"] == score_interval([1, 1, 0], [0, 0, 1])
+    assert found["val_pointing"] == score_interval([1, 1, 0], [0, 0, 1])
+    assert found["testA_accuracy"].mean == 0 and found["testA_pointing"].mean == 1
+    chance, without = scores.baselines.values()
+    assert chance == pytest.approx(
+        {"val_accuracy": 1 / 3, "testA_accuracy": 0}
+        | {"val_pointing": 1 / 16, "testA_pointing": 1 / 16}
+    )
+    assert without["val_accuracy"] == 0 and without["val_pointing"] == 0
+    assert [each.score for each in scores.predictions] == [1, 1, 0, 0, 0]
+    assert [each.output for each in scores.predictions[2:]] == [
+        "[2.0, 2.0, 2.0, 2.0]",
+        "[1.0, 1.0, 4.0, 4.0]",
+        "",
+    ]
+    assert scores.notes["layer"] == "1 of 1 with cross attention"
+    assert scores.notes["image tokens"] == "17.0 of 17 on average"
+
+
+def test_without_proposals_there_is_only_pointing(albef, tokenizer, tmp_path):
+    source = open_examples("grounding", write_list(tmp_path, entry()), image_size=16)
+    scores = evaluate_grounding(albef, tokenizer, source, Loading())
+    assert scores.scores.keys() == {"pointing"} and scores.predictions[0].output == ""
+
+
+def test_empty_expressions_and_unreadable_images_are_left_out(albef, tokenizer, tmp_path):
+    entries = entry(), entry(text="  "), entry(image=7), entry(text="!!!"), entry(image=1)
+    path = write_list(tmp_path, *entries)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    source = open_examples("grounding", path, image_size=16)
+    scores = evaluate_grounding(albef, tokenizer, source, Loading(max_bad_share=0.7))
+    assert [each.id for each in scores.predictions] == ["list.json[0]", "list.json[3]"]
+    assert scores.num_skipped == 3 and scores.num_examples == 2
+    with pytest.raises(DataError, match=r"list.json\[1\] \(the expression is empty\); .*no such"):
+        evaluate_grounding(albef, tokenizer, source, Loading())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"box": [1, 2, 3]}, r"\[1\]: box: expected \[left, top, width, height\] .*got \[1, 2, 3]"),
+        ({"box": [1, 2, 0, 3]}, r"width and height above 0, got \[1, 2, 0, 3]"),
+        ({"box": [1, 2, float("nan"), 3]}, r"box: expected \[left"),
+        ({"box": "1 2 3 4"}, r"box: expected a list, got '1 2 3 4'"),
+        ({"proposals": [[1, 2, "3", 4]]}, r"\[1\]: proposals: expected \[left"),
+        ({"proposals": []}, r"list.json\[0\]: proposals: expected boxes in all entries or in none"),
+        ({"text": None}, r"text: expected a string, got None"),
+        ({"split": 3}, r"split: expected a string, got 3"),
+    ],
+)
+def test_malformed_entries_are_named(wrong, message, tmp_path):
+    path = write_list(tmp_path, entry(), entry(**wrong))
+    with pytest.raises(ValueError, match=message):
+        open_examples("grounding", path, image_size=16)
+
+
+def test_a_split_is_selected(tmp_path):
+    path = write_list(tmp_path, *(entry(split=each) for each in ("val", "testA", "testB")))
+    source = open_examples("grounding", f"{path},split=val+testB", image_size=16)
+    assert [source.target(i).split for i in range(len(source))] == ["val", "testB"]
+    assert source.target(0) == Target(Box(2, 2, 2, 2), None, "val", (8, 8))
+    with pytest.raises(ValueError, match=r"split: expected some of \['testA', .*got \['test'\]"):
+        open_examples("grounding", f"{path},split=test", image_size=16)
+
+
+def test_the_list_of_refcoco_is_made_as_the_document_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "refcoco+").mkdir()
+    write_list(tmp_path)
+    reference = {"ref_id": 5, "ann_id": 7, "image_id": 3, "split": "testA", "sentences": []}
+    (tmp_path / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps([reference], protocol=2))
+    expression = {"image": "1.png", "text": "red dog", "ref_id": 5}
+    for name, content in {
+        "refcoco+/instances.json": {"annotations": [{"id": 7, "bbox": [1, 2, 3, 4.5]}]},
+        "refcoco+/dets.json": {"3": [[1, 2, 3, 4, 0.9], [0, 0, 8, 8, 0.5]]},
+        "refcoco+_val.json": [],
+        "refcoco+_test.json": [expression],
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "refs" in each)
+    exec(block, {})
+    source = open_examples("grounding", "refcoco.json,split=testA", image_size=16)
+    proposals = Box(1, 2, 3, 4), Box(0, 0, 8, 8)
+    assert source.target(0) == Target(Box(1, 2, 3, 4.5), proposals, "testA", (8, 8))
+    assert source[0].text == "red dog"
+    (tmp_path / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(Path("a")))
+    with pytest.raises(pickle.UnpicklingError, match="expected lists, dicts, texts and numbers"):
+        exec(block, {})
+
+
+@pytest.mark.parametrize("options", ["", ",clutter=3,textures=true"])
+def test_built_in_boxes_contain_the_emoji_that_the_expression_names(options):
+    source = open_examples("grounding", f"emoji_grounding:seed=3,size=40{options}", image_size=64)
+    twice = 0
+    for index in range(len(source)):
+        (scene,), target = source.scenes(index), source.target(index)
+        wanted, text = scene.groups[0], source.text_alone(index).text
+        others = [group for group in scene.groups[1:] if group.name == wanted.name]
+        assert len(others) == (index // 2) % 2
+        twice += len(others)
+        assert text.startswith(f"the {wanted.name}") or wanted.count > 1
+        assert len(target.proposals) == len(scene.groups) and target.box in target.proposals
+        assert sum(iou(box, target.box) >= 0.5 for box in target.proposals) == 1
+        rows, columns = visible_masks(scene, 64)[0].nonzero()
+        left, top, width, height = target.box
+        assert left - 1 <= columns.min() and columns.max() <= left + width + 1
+        assert top - 1 <= rows.min() and rows.max() <= top + height + 1
+    assert twice == 20
+    assert source[3].images[0].size == (64, 64)
+
+
+def test_the_largest_built_in_proposal_is_right_by_chance():
+    source = open_examples("grounding", "emoji_grounding:seed=1,size=400", image_size=64)
+    targets = [source.target(index) for index in range(len(source))]
+    chance = sum(1 / len(each.proposals) for each in targets) / len(targets)
+    largest = [max(each.proposals, key=lambda box: box.width * box.height) for each in targets]
+    right = [box == each.box for box, each in zip(largest, targets, strict=True)]
+    assert score_interval(right).low < chance < score_interval(right).high
+
+
+def test_the_command_scores_a_saved_model(albef, tokenizer, tmp_path, capsys):
+    albef.save_pretrained(tmp_path / "model", tokenizer=tokenizer)
+    command = ["eval", "grounding", "--model", tmp_path / "model"]
+    data, output = "emoji_grounding:seed=1,size=6", tmp_path / "scores.json"
+    assert elip(*command, "--data", data, "--guided", "--output", output) == 0
+    written = json.loads(output.read_text())
+    assert written["scores"].keys() == {"accuracy", "pointing"} and written["num_examples"] == 6
+    assert written["notes"]["guidance"] == "the expression"
+    capsys.readouterr()
+    assert elip(*command, "--data", data, "--layer", 9) == 2
+    assert "--layer: expected 1 to 1" in capsys.readouterr().err
+    assert elip(*command, "--data", "emoji_scenes:size=9") == 2
+    assert "--data: " in capsys.readouterr().err

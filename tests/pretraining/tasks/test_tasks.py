@@ -1,0 +1,299 @@
+"""Downstream tasks: training samples, and scores of models with known outputs."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from elip_models.intervals import score_interval, wilson_interval
+from elip_models.pretraining.data import DataError, Example, SampleError
+from elip_models.pretraining.tasks.registry import TASKS, get_task
+from elip_models.pretraining.tasks.retrieval_task import Retrieval
+from elip_models.pretraining.tasks.task import Loading
+from elip_models.pretraining.tasks.vqa import VQA
+from tests.helpers.task_cases import (
+    LOADING,
+    SIZE,
+    Captioned,
+    Greys,
+    Stub,
+    Tokens,
+    grey,
+    matcher,
+    preprocessor,
+)
+
+
+def test_every_task_is_made_by_name_and_wrong_settings_are_named():
+    assert [get_task(name).name for name in TASKS] == list(TASKS)
+    with pytest.raises(ValueError, match=r"task: expected one of retrieval, .*did you mean 'vqa'"):
+        get_task("vqaa")
+    with pytest.raises(ValueError, match=r"task_options: .*candidates.*got 'beams'"):
+        get_task("vqa", beams=3)
+    with pytest.raises(ValueError, match="candidates: expected an integer at least 1, got 0"):
+        get_task("vqa", candidates=0)
+
+
+@pytest.mark.parametrize(("task", "images"), [("entailment", 1), ("nlvr2", 2)])
+def test_a_sample_of_classes_has_images_text_and_the_number_of_the_answer(task, images):
+    source, rng = Greys(images), np.random.default_rng(0)
+    sample = get_task(task).sample(preprocessor(source), source[3], 3, rng)
+    shape = (3, SIZE, SIZE) if images == 1 else (2, 3, SIZE, SIZE)
+    assert sample["images"].shape == shape and sample["labels"] == 1
+    assert sample["input_ids"].tolist() == [4, 0, 0, 0]
+
+
+class Pairs:
+    """Pairs of a dark and a bright image with one statement."""
+
+    answers = ("true", "false")
+
+    def __init__(self, text):
+        self.text = text
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return Example((grey(20), grey(200)), self.text, {"true": 1.0}, "p")
+
+
+class Words(Tokens):
+    """Tokenizer that stores the texts."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, texts, **options):
+        self.texts += texts
+        return super().__call__(texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "swapped"),
+    [
+        ("Left. The right one is left-handed", "right the left one is left-handed"),
+        ("two dogs", "two dogs"),
+        ("left, right", "left, left"),  # as split at spaces in BLIP's data/nlvr_dataset.py
+    ],
+)
+def test_nlvr2_swaps_the_images_and_sides_of_every_second_example(text, swapped):
+    source, tokenizer, rng = Pairs(text), Words(), np.random.default_rng(0)
+    read = replace(preprocessor(source, captions="blip"), tokenizer=tokenizer)
+    task, orders = get_task("nlvr2", swap_images=True), []
+    for _ in range(40):
+        sample = task.sample(read, source[0], 0, rng)
+        orders.append(bool(sample["images"][0].mean() > sample["images"][1].mean()))
+        assert tokenizer.texts[-1] == (swapped if orders[-1] else read.clean(text))
+    assert 10 < sum(orders) < 30
+    kept = [get_task("nlvr2").sample(read, source[0], 0, rng)["images"] for _ in range(8)]
+    assert all(images[0].mean() < images[1].mean() for images in kept)
+
+
+def test_an_image_is_classified_without_a_text():
+    source = Greys()
+    sample = get_task("classification").sample(
+        preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
+    )
+    assert sample.keys() == {"images", "labels"}
+
+
+def test_answers_are_generated_with_weights_or_classified_with_scores():
+    source, rng = Greys(), np.random.default_rng(0)
+    task = VQA(answers_per_question=3, answer_length=5)
+    written = task.sample(preprocessor(source), source[1], 1, rng)
+    assert written["answer_ids"].shape == written["answer_mask"].shape == (3, 5)
+    assert written["answer_weights"].tolist() == pytest.approx([0.7, 0.1, 0.0])
+    classified = task.sample(preprocessor(source, num_classes=2), source[1], 1, rng)
+    assert classified["answer_scores"].tolist() == [0.0, 1.0]
+
+
+def test_an_evaluation_reports_samples_texts_and_queries():
+    calls = []
+    loading = LOADING._replace(progress=lambda *call: calls.append(call))
+    VQA().evaluate(Stub(), Tokens(), Greys(), loading)
+    assert calls == [("sample", done, 8) for done in (0, 3, 6, 8)]
+    calls.clear()
+    model, source = matcher()
+    Retrieval().evaluate(model, Tokens(), source, loading)
+    assert calls[:3] == [("sample", done, 6) for done in (0, 3, 6)]
+    assert calls[3:7] == [("text", done, 12) for done in (3, 6, 9, 12)]
+    assert calls[7:] == [("query", done, 18) for done in range(1, 19)]
+
+
+@pytest.mark.parametrize("config", [{}, {"num_classes": 2}])
+def test_a_correct_model_scores_1_and_its_predictions_are_stored(config, tmp_path):
+    scores = VQA(candidates=9).evaluate(Stub(**config), Tokens(), Greys(), LOADING)
+    assert scores.scores["accuracy"] == wilson_interval(1.0, 8)
+    assert scores.baselines == {"chance": {"accuracy": 0.5}, "majority": {"accuracy": 0.5}}
+    assert [each.output for each in scores.predictions] == ["dark", "bright"] * 4
+    assert scores.summary() == "vqa: accuracy 100.0%"
+    written = json.loads(scores.write(tmp_path / "scores.json").read_text())
+    assert written["scores"]["accuracy"] == wilson_interval(1.0, 8)._asdict()
+    assert written["predictions"][0] == {"id": "g0", "output": "dark", "score": 1.0}
+
+
+def test_a_model_with_another_number_of_answers_than_the_data_is_refused():
+    with pytest.raises(DataError, match=r"answers: expected 3, one for each output.*got the 2 of"):
+        VQA().evaluate(Stub(num_classes=3), Tokens(), Greys(), LOADING)
+    learned = ("dark", "bright", "grey")
+    scores = VQA().evaluate(Stub(num_classes=3), Tokens(), Greys(), LOADING, learned)
+    assert scores.baselines["chance"] == {"accuracy": 1 / 3}
+
+
+def test_data_without_any_answer_of_the_model_is_refused():
+    with pytest.raises(
+        DataError, match=r"among the 2 .* such as 'yes', got none of them, but 'dar"
+    ):
+        VQA().evaluate(Stub(num_classes=2), Tokens(), Greys(), LOADING, ("yes", "no"))
+
+
+def test_examples_with_the_same_id_are_all_scored():
+    class SameId(Greys):
+        def text_alone(self, index):
+            return super().text_alone(index)._replace(id=str(index % 2))
+
+    scores = get_task("entailment").evaluate(Stub(), Tokens(), SameId(), LOADING)
+    assert scores.num_examples == len(scores.predictions) == 8
+
+
+@pytest.mark.parametrize("task", ["entailment", "retrieval"])
+def test_a_random_model_does_not_change_the_random_state(task):
+    class Drawing(Stub):
+        def logits(self, *inputs, **named):
+            return super().logits(*inputs, **named) + torch.rand(1)
+
+        def matching_logits(self, *inputs):
+            return torch.rand(len(inputs[0]))
+
+    source, before = {"retrieval": Captioned()}.get(task, Greys()), torch.get_rng_state()
+    get_task(task).evaluate(Drawing(), Tokens(), source, LOADING)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("revision", "score"), [(2017, 0.6), (2021, 1.0)])
+def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written(revision, score):
+    class Written(Greys):
+        answers = ("two dogs", "a cat")
+
+        def text_alone(self, index):
+            return super().text_alone(index)._replace(answers={"2 dogs": 0.2, "two dogs": 0.8})
+
+    source, model = Written(), Stub(num_classes=2)
+    scores = VQA(revision=revision).evaluate(model, Tokens(), source, LOADING)
+    assert [each.score for each in scores.predictions] == [score, 0.0] * 4
+    sample = VQA().sample(
+        preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
+    )
+    assert sample["answer_scores"].tolist() == [1.0, 0.0]
+
+
+def test_a_classifier_is_not_trained_on_questions_without_a_listed_answer():
+    """As METER's write_vqa.py; a decoder learns all answers, and evaluation scores all."""
+
+    class Rare(Greys):
+        rare = 3
+
+        def text_alone(self, index):
+            example = super().text_alone(index)
+            return example._replace(answers={"grey": 1.0}) if index < self.rare else example
+
+    source = Rare()
+    assert VQA().training_source(source, preprocessor(source).model) is source
+    kept = VQA().training_source(source, preprocessor(source, num_classes=2).model)
+    assert (len(kept), kept.answers) == (5, source.answers)
+    assert [kept.text_alone(i).id for i in range(5)] == [f"g{i}" for i in range(3, 8)]
+    assert kept[0].id == "g3" and kept[0].images[0] == source[3].images[0]
+    assert VQA().evaluate(Stub(num_classes=2), Tokens(), source, LOADING).num_examples == 8
+    source.rare = 8
+    with pytest.raises(ValueError, match="answers: expected one of the 2 possible ones for some"):
+        VQA().training_source(source, preprocessor(source, num_classes=2).model)
+
+
+def test_questions_about_one_image_are_drawn_together():
+    class SharedImage(Greys):
+        def image_number(self, index):
+            return index - index % 4
+
+    class Brighter(Stub):
+        def logits(self, images, **inputs):
+            level = torch.arange(len(images)) % 3 - 0.5
+            return torch.stack([-level, level], dim=1)
+
+    alone, shared = (
+        VQA().evaluate(Brighter(num_classes=2), Tokens(), each, Loading(batch_size=8))
+        for each in (Greys(), SharedImage())
+    )
+    scores = [each.score for each in alone.predictions]
+    assert scores == [each.score for each in shared.predictions]
+    assert 0 < alone.scores["accuracy"].mean < 1
+    assert alone.scores["accuracy"] == score_interval(scores)
+    assert shared.scores["accuracy"] == score_interval(scores, [0] * 4 + [4] * 4)
+
+
+def test_an_unreadable_question_does_not_shift_the_images():
+    class Damaged(Greys):
+        def image_number(self, index):
+            return index - index % 2
+
+        def __getitem__(self, index):
+            if index in (0, 5):
+                raise SampleError(f"g{index}", "damaged")
+            return super().__getitem__(index)
+
+    loading = Loading(batch_size=3, max_bad_share=0.5)
+    scores = VQA().evaluate(Stub(), Tokens(), Damaged(), loading)
+    assert [each.id for each in scores.predictions] == [f"g{i}" for i in (1, 2, 3, 4, 6, 7)]
+    assert scores.scores["accuracy"] == wilson_interval(1.0, 4)  # four images in six questions
+    assert (scores.num_examples, scores.num_skipped) == (6, 2)
+
+
+class Levels(Greys):
+    """Four classes of a head; `asked` are those of the data."""
+
+    def __init__(self, asked):
+        super().__init__()
+        self.answers = asked
+
+    def text_alone(self, index):
+        right = self.answers[index % len(self.answers)]
+        return Example((), "", {right: 1.0}, f"g{index}")
+
+
+def test_a_head_is_compared_among_the_classes_of_the_data_alone():
+    """As for ImageNet-R, which has 200 of the 1,000 classes of a head."""
+
+    class Constant(Stub):
+        def logits(self, images):
+            return torch.tensor([[3.0, 1.0, 2.0, 0.0]]).expand(len(images), -1)
+
+    learned, task = ("cat", "dog", "fox", "owl"), get_task("classification")
+    model = Constant(num_classes=4)
+    scores = task.evaluate(model, Tokens(), Levels(("dog", "fox")), LOADING, learned)
+    assert [each.output for each in scores.predictions] == ["fox"] * 8
+    assert scores.scores["accuracy"].mean == 0.5
+    assert scores.baselines["chance"] == {"accuracy": 0.5}
+    every = task.evaluate(model, Tokens(), Levels(learned), LOADING)
+    assert {each.output for each in every.predictions} == {"cat"}
+    with pytest.raises(DataError, match=r"answers: expected some among the 4 of the model"):
+        task.evaluate(model, Tokens(), Levels(("elk",)), LOADING, learned)
+
+
+def test_the_first_of_equal_logits_is_the_prediction():
+    class Equal(Stub):
+        def logits(self, images):
+            return torch.zeros(len(images), 4)
+
+    learned = ("cat", "dog", "fox", "owl")
+    scores = get_task("classification").evaluate(
+        Equal(num_classes=4), Tokens(), Levels(learned[1:]), LOADING, learned
+    )
+    assert {each.output for each in scores.predictions} == {"dog"}
+
+
+def test_candidates_are_at_most_the_listed_answers():
+    model = Stub()
+    VQA(candidates=9, answer_length=6).evaluate(model, Tokens(), Greys(), LOADING)
+    assert model.asked == ((2, 6), 2)

@@ -1,0 +1,245 @@
+"""Zero-shot classification: classes by name, encoding without text, logged and stored scores."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from elip_models.intervals import wilson_interval
+from elip_models.pretraining.data import (
+    BACKGROUNDS,
+    EMOJI,
+    EmojiClasses,
+    class_names,
+    class_sources,
+    open_classes,
+    open_examples,
+)
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.tasks.zero_shot import class_features, evaluate_zero_shot
+from elip_models.pretraining.training.trainer import train
+from elip_models.validation import ConfigError
+from tests.helpers.tiny_run import elip, logged, own_process, tiny_config
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue_sky": (0, 0, 255)}
+
+
+class SeesColours(nn.Module):
+    """An image is its mean colour, a text the colours that it names; or nothing at all."""
+
+    def __init__(self, *, blind=False):
+        super().__init__()
+        self.blind = blind
+        self.scale = nn.Parameter(torch.ones(()))
+        self.config = SimpleNamespace(image_size=8, resize="crop")
+
+    def image_features(self, images):
+        features = images.mean((2, 3)) - images.mean((1, 2, 3))[:, None]
+        return nn.functional.normalize(features * (not self.blind), dim=-1)
+
+    def tokenise(self, tokenizer, texts):
+        words = [name.replace("_", " ") for name in COLOURS]
+        return {"named": torch.tensor([[float(w in text) for w in words] for text in texts])}
+
+    def text_features(self, named):
+        return named
+
+
+def colour_folder(folder, colours=COLOURS):
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (12, 10), colour).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(tmp_path):
+    source = open_classes(colour_folder(tmp_path), image_size=8)
+    assert source.classes == ("blue_sky", "green", "red")
+    assert source.names == ("blue sky", "green", "red")
+    assert source[2].captions == ("green",)
+    model = SeesColours().train()
+    scores = evaluate_zero_shot(model, None, source, batch_size=4)
+    assert scores.accuracies == {"zero_shot_top1": 1, "zero_shot_top5": 1}
+    assert scores.chance == {"zero_shot_top1": 1 / 3, "zero_shot_top5": 1}
+    assert (scores.num_images, scores.num_classes, scores.num_skipped) == (6, 3, 0)
+    assert scores.intervals == dict.fromkeys(scores.accuracies, wilson_interval(1.0, 6))
+    assert scores.summary() == "zero-shot top-1 100.0%, top-5 100.0%"
+    assert model.training
+
+
+def test_the_first_of_two_classes_with_the_same_name_ranks_first(tmp_path):
+    red = COLOURS["red"]
+    folder = colour_folder(tmp_path, {"n1": red, "n2": red, "n3": COLOURS["green"]})
+    source = open_classes(folder, image_size=8)
+    source.names = ("red", "red", "green")
+    scores = evaluate_zero_shot(SeesColours(), None, source)
+    assert scores.accuracies["zero_shot_top1"] == pytest.approx(2 / 3)
+
+
+def test_a_model_with_constant_features_finds_nothing(tmp_path):
+    source = open_classes(colour_folder(tmp_path), image_size=8)
+    scores = evaluate_zero_shot(SeesColours(blind=True), None, source)
+    assert scores.accuracies["zero_shot_top1"] == 0
+
+
+def test_an_image_that_cannot_be_read_is_skipped_and_counted(tmp_path):
+    colour_folder(tmp_path)
+    (tmp_path / "red" / "1.png").write_bytes(b"no image")
+    source = open_classes(str(tmp_path), image_size=8)
+    scores = evaluate_zero_shot(SeesColours(), None, source, max_bad_share=0.5)
+    assert (scores.num_images, scores.num_skipped) == (5, 1)
+    assert scores.accuracies["zero_shot_top1"] == 1
+
+
+def test_a_class_is_the_mean_of_its_texts():
+    features = class_features(SeesColours(), None, ["red", "green"], [str, "{} or red".format])
+    half = 0.5 / (1 + 0.5**2) ** 0.5
+    expected = torch.tensor([[1, 0, 0], [half, 2 * half, 0]])
+    torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_imagenet_classes_have_the_names_of_open_clip_if_it_is_installed(
+    tmp_path, monkeypatch, installed
+):
+    ids = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
+    folder = colour_folder(tmp_path, dict(zip(ids, COLOURS.values(), strict=True)))
+    if not installed:
+        for module in (class_names, class_sources):
+            monkeypatch.setattr(module, "find_spec", lambda name: None)
+    source = open_classes(folder, image_size=8)
+    if installed:
+        assert source.names == tuple(open_clip.IMAGENET_CLASSNAMES[i] for i in ids.values())
+        assert source.templates == tuple(open_clip.OPENAI_IMAGENET_TEMPLATES)
+    else:
+        assert source.names == ("tench", "goldfish", "toilet tissue")
+        assert [template("owl") for template in source.templates] == ["a photo of an owl."]
+
+
+def test_numbers_are_not_names_of_classes(tmp_path):
+    """Folders 0 to 999, as of ImageNet-V2."""
+    numbers = {"0": 0, "10": 10, "999": 999}
+    folder = colour_folder(tmp_path / "v2", dict(zip(numbers, COLOURS.values(), strict=True)))
+    with pytest.raises(ValueError, match=r"got the numbers 0, 10, 999.*add ,names=imagenet if"):
+        open_classes(folder, image_size=8)
+    source = open_classes(f"{folder},names=imagenet", image_size=8)
+    assert source.classes == ("n01440764", "n01530575", "n15075141")
+    assert source.names == tuple(open_clip.IMAGENET_CLASSNAMES[i] for i in numbers.values())
+    assert source[2].captions == ("n01530575",)
+    for spec, answers in ((folder, tuple(numbers)), (f"{folder},names=imagenet", source.classes)):
+        assert open_examples("classification", spec, image_size=8).answers == answers
+
+
+def test_a_file_names_the_classes(tmp_path):
+    folder, file = colour_folder(tmp_path / "images"), tmp_path / "names.json"
+    colours = {"red": "dark red", "green": "lime", "blue_sky": "azure"}
+    file.write_text(json.dumps(colours))
+    source = open_classes(f"{folder},names={file}", image_size=8)
+    assert (source.classes, source.names) == (
+        ("blue_sky", "green", "red"),
+        ("azure", "lime", "dark red"),
+    )
+    numbered = colour_folder(tmp_path / "numbers", dict(zip("012", COLOURS.values(), strict=True)))
+    file.write_text(json.dumps(["red", "green", "blue sky"]))
+    spec = f"{numbered},names={file}"
+    scores = evaluate_zero_shot(SeesColours(), None, open_classes(spec, image_size=8))
+    assert scores.accuracies["zero_shot_top1"] == 1
+    for content, message in (
+        (["red"], r"expected a name for each of the 3 classes, got none for '1'; add it"),
+        ({"0": 1}, r"expected a JSON object .* or a list of texts, got"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            open_classes(spec, image_size=8)
+    with pytest.raises(ValueError, match=r"names: expected WordNet ids or the numbers 0 to 999"):
+        open_classes(f"{folder},names=imagenet", image_size=8)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        open_classes(f"{folder},names={tmp_path / 'missing.json'}", image_size=8)
+
+
+def test_the_built_in_classes_are_balanced_images_of_one_emoji():
+    source = open_classes("emoji_classes:seed=3,size=120", image_size=32)
+    assert isinstance(source, EmojiClasses)
+    found = [source.captions(i) for i in range(len(source))]
+    assert Counter(found) == {(name,): 2 for name in EMOJI}
+    assert source.classes == source.names == tuple(EMOJI)
+    for index in range(120):
+        (group,) = source.scene(index).groups
+        assert (group.name, group.count) == (found[index][0], 1)
+    assert source[7].image.tobytes() == EmojiClasses(9, seed=3, image_size=32)[7].image.tobytes()
+    assert len({source.scene(i).background for i in range(120)}) == len(BACKGROUNDS)
+    texts = {template("owl") for template in source.templates}
+    assert {"a red picture of an owl", "an owl on the left"} <= texts
+
+
+def test_images_are_encoded_without_any_text(tmp_path, monkeypatch):
+    guided = []
+    encode = CLIP.encode_image
+
+    def recorded(model, images, text_features=None, **options):
+        guided.append(text_features)
+        return encode(model, images, text_features, **options)
+
+    monkeypatch.setattr(CLIP, "encode_image", recorded)
+    with own_process():
+        result = train(tiny_config(tmp_path, "optim.steps=1"))
+    guided.clear()
+    source = EmojiClasses(60, image_size=32)
+    evaluate_zero_shot(result.model, result.tokenizer, source, batch_size=32)
+    assert guided == [None, None]
+
+
+@pytest.mark.slow
+def test_scores_are_logged_during_training_and_written_as_json(tmp_path):
+    settings = (
+        "data.eval=null",
+        "data.zero_shot=emoji_classes:seed=1,size=60",
+        "eval_every=2",
+        "report=[zero_shot]",
+        "optim.steps=5",
+        "optim.ema=0.5",
+    )
+    with own_process():
+        result = train(tiny_config(tmp_path, *settings))
+        again = train(tiny_config(tmp_path, *settings), resume=True)
+    rows = logged(tmp_path, "zero_shot_top1", "zero_shot_top5", "step")
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert result.zero_shot.accuracies["zero_shot_top5"] == rows[-1]["zero_shot_top5"]
+    assert again.zero_shot == result.zero_shot
+    assert result.scores is None
+    output = tmp_path / "scores.json"
+    data = ("--data", "emoji_classes:seed=1,size=60", "--output", output)
+    assert elip("eval", "zero-shot", "--model", tmp_path / "model", *data) == 0
+    written = json.loads(output.read_text())
+    assert written["accuracies"] == result.zero_shot.accuracies
+    assert written["num_classes"] == 60
+    top1 = written["intervals"]["zero_shot_top1"]
+    assert top1["low"] <= top1["mean"] == written["accuracies"]["zero_shot_top1"] <= top1["high"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("clip_tiny", ["data.zero_shot=/missing"], r"data\.zero_shot: .*missing"),
+        (
+            "clip_tiny",
+            ["data.zero_shot=emoji_classes"],
+            r"data\.zero_shot: .*emoji_classes:seed=0,",
+        ),
+        ("clip_tiny", ["report=[zero_shot]"], r"data\.zero_shot: expected a source, since report"),
+        (
+            "meter_tiny",
+            ["data.zero_shot=emoji_classes:size=60", "report=[zero_shot]"],
+            "report: expected no zero_shot, and eval_every=0, for METER",
+        ),
+    ],
+)
+def test_an_unusable_setting_is_named(tmp_path, recipe, overrides, message):
+    with own_process(), pytest.raises(ConfigError, match=message):
+        train(tiny_config(tmp_path, *overrides, recipe=recipe))

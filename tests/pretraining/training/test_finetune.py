@@ -1,0 +1,309 @@
+"""`elip finetune`: recipes by task and family, initial weights, whole runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from elip_models.pretraining.data import export, open_source, train_tokenizer
+from elip_models.pretraining.models.registry import (
+    DOWNSTREAM,
+    FAMILIES,
+    create_model,
+    family_of,
+    load_model,
+)
+from elip_models.pretraining.tasks.registry import TASKS, get_task
+from elip_models.pretraining.training.finetune import finetune_recipe
+from elip_models.pretraining.training.recipe import FINETUNE, load_recipe, recipe_names
+from elip_models.pretraining.training.summary import print_summary
+from elip_models.pretraining.training.trainer import Trainer, train
+from elip_models.pretraining.training.training_data import meta_model
+from elip_models.validation import ConfigError
+from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiny_run import elip, logged, own_process
+from tests.helpers.weights import assert_equal_weights
+
+QUIET = Console(quiet=True)
+DATA = {
+    "retrieval": "emoji_scenes:seed={},size={}",
+    "vqa": "emoji_questions:seed={},size={}",
+    "entailment": "emoji_entailment:seed={},size={}",
+    "nlvr2": "emoji_pairs:seed={},size={}",
+    "captioning": "emoji_scenes:seed={},size={}",
+    "classification": "emoji_classes:seed={},size={}",
+}
+PARTS = {"train": (0, 16), "eval": (1, 6)}
+FULL = [name for name in recipe_names(FINETUNE) if not name.endswith("_tiny")]
+TINY = {"optim.steps": 2, "optim.batch_size": 4, "trackers": [], "report": [], "log_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def _own_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with own_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return a function from a family to the folder of a pre-trained tiny model and tokenizer."""
+    source, made = open_source("emoji_scenes:size=40", image_size=32), {}
+
+    def folder(family):
+        if family not in made:
+            captions = (text for i in range(40) for text in source.captions(i))
+            tokenizer = train_tokenizer(captions, 300)
+            sizes = family_of(f"{family}_tiny").fit_tokenizer(tokenizer, 32)
+            torch.manual_seed(0)
+            model = create_model(
+                f"{family}_tiny", image_size=32, vision_depth=2, schedule="1(100%) 1(50%)", **sizes
+            )
+            made[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(made[family], tokenizer=tokenizer)
+        return made[family]
+
+    return folder
+
+
+def run(saved, family, task, *, resume=False, **changes):
+    """Train for two steps; return the recipe and the result."""
+    data = {f"data.{part}": DATA[task].format(*which) for part, which in PARTS.items()}
+    overrides = TINY | data | {"output_dir": "run"} | changes
+    config = finetune_recipe(f"{task}_tiny", saved(family), overrides)
+    return config, train(config, resume=resume, console=QUIET)
+
+
+PAIRS = [(model.pretraining.family, model.task) for model in DOWNSTREAM.values()]
+
+
+@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, [("albef", "vqa")]))
+def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
+    config, result = run(saved, family, task)
+    assert config.model.overrides["vision_depth"] == 2 and not result.model.config.schedule
+    assert logged(result.output_dir, *result.task_scores.metrics) == [result.task_scores.metrics]
+    assert tuple(result.task_scores.scores) == TASKS[task].metrics
+    folder = result.output_dir / "model"
+    assert json.loads((folder / "config.json").read_text())["model"] == f"{family}_{task}"
+    again = load_model(folder)
+    assert_equal_weights(again, result.model)
+
+
+@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, []))
+def test_files_in_the_standard_formats_give_the_results_of_built_in_data(
+    saved, family, task, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    specs = {f"data.{part}": DATA[task].format(*which) for part, which in PARTS.items()}
+    _, built_in = run(saved, family, task, output_dir="built_in")
+    files = {
+        key: export(task, spec, tmp_path / key, image_size=32)[-1] for key, spec in specs.items()
+    }
+    _, read = run(saved, family, task, output_dir="files", **files)
+    assert read.loss == built_in.loss
+    assert read.task_scores.scores == built_in.task_scores.scores
+    said = ([each.output for each in r.task_scores.predictions] for r in (read, built_in))
+    assert next(said) == next(said)
+
+
+@pytest.mark.slow
+def test_a_page_shows_examples_and_predictions(saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    config, result = run(saved, "albef", "nlvr2", report=["picture"])
+    console = Console(file=(tmp_path / "said.txt").open("w"), width=200)
+    print_summary(config, result, console)
+    with Image.open("run/predictions.png") as page:
+        assert page.size[0] > 500
+    text = (tmp_path / "said.txt").read_text()
+    assert "nlvr2: 6 examples" in text and "majority" in text and "scores.json" in text
+    scores = json.loads(Path("run/scores.json").read_text())
+    assert len(scores["predictions"]) == 6
+
+
+def test_the_commands_fine_tune_and_score(saved, capsys):
+    given = [f"{key}={value}" for key, value in TINY.items()]
+    data = [f"data.train={DATA['vqa'].format(0, 16)}", f"data.eval={DATA['vqa'].format(1, 6)}"]
+    assert elip("finetune", "vqa_tiny", "--from", saved("meter"), *given, *data) == 0
+    written = json.loads(Path("runs/vqa_tiny/scores.json").read_text())
+    folder, spec = "runs/vqa_tiny/model", DATA["vqa"].format(1, 6)
+    assert elip("eval", "vqa", "--model", folder, "--data", spec, "--output", "again.json") == 0
+    assert json.loads(Path("again.json").read_text()) == written
+    capsys.readouterr()
+    assert elip("eval", "nlvr2", "--model", folder, "--data", DATA["nlvr2"].format(1, 6)) == 2
+    said = capsys.readouterr().err
+    assert "expected a model trained by `elip finetune nlvr2`, got METERVQA, one for vqa" in said
+
+
+def test_the_command_re_ranks_with_a_pre_trained_model(saved, capsys):
+    data = DATA["retrieval"].format(1, 6)
+    arguments = ("--model", saved("blip"), "--data", data, "--rerank", 3)
+    assert elip("eval", "retrieval", *arguments) == 0
+    assert "features" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_exactly(saved, monkeypatch):
+    _, whole = run(saved, "albef", "entailment", output_dir="whole")
+    step = Trainer._train_step
+
+    def killed(trainer):
+        if trainer.step == 1:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    again = {"output_dir": "killed", "checkpoint_every": 1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_train_step", killed)
+        run(saved, "albef", "entailment", **again)
+    _, resumed = run(saved, "albef", "entailment", resume=True, **again)
+    assert (resumed.loss, resumed.task_scores) == (whole.loss, whole.task_scores)
+
+
+@pytest.mark.parametrize("name", tiered(FULL[::-1], []))
+def test_a_full_size_recipe_takes_a_step(name):
+    task, _, family = name.removeprefix(f"{FINETUNE}/").partition("_")
+    given = ["data.train=a", "data.eval=b", "data.tokenizer=c", "model.pretrained=d"]
+    given.append("data.validation=e")
+    config = load_recipe(name, given)
+    assert config.task == task and config.model.name.startswith(family.split("_")[0])
+    get_task(config.task, **config.task_options)
+    model = meta_model(config).train()
+    with torch.device("meta"), model.tracing():
+        images = torch.randn(2, 3, *model.tower.image_size)
+        model(**model.random_inputs(images)).loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_every_model_of_a_task_has_a_recipe_and_every_task_one_for_tiny_models():
+    names = {name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)}
+    wanted = {f"{model.task}_{model.pretraining.family}" for model in DOWNSTREAM.values()}
+    wanted |= {f"{task}_tiny" for task in TASKS}
+    assert wanted <= names
+
+
+EACH = [(family, "retrieval") for family in FAMILIES]
+EACH += [("albef", "entailment"), ("blip", "vqa"), ("meter", "nlvr2"), ("blip", "captioning")]
+
+
+@pytest.mark.parametrize(("family", "task"), slow_except(EACH, PAIRS))
+def test_a_task_name_selects_the_recipe_of_the_family(saved, family, task):
+    data = {f"data.{part}": f"{part}.json" for part in ("train", "validation", "eval")}
+    config = finetune_recipe(task, saved(family), data)
+    assert (config.task, config.model.pretrained) == (task, str(saved(family)))
+    model = meta_model(config).config
+    assert model.vision_width == 64 and model.schedule is None  # the saved model's, but dense
+    if family != "clip":
+        assert model.image_size == config.model.overrides["image_size"] > 32  # the recipe's
+    assert model.resize == (config.data.resize or "crop")
+
+
+def test_a_full_size_recipe_runs_on_a_small_model(saved):
+    data = {f"data.{part}": DATA["vqa"].format(*which) for part, which in PARTS.items()}
+    small = {"model.overrides.image_size": 32, "optim.steps": 1, "data.num_workers": 0}
+    overrides = TINY | small | data | {"output_dir": "run", "data.context_length": 32}
+    result = train(finetune_recipe("vqa", saved("meter"), overrides), console=QUIET)
+    assert result.task_scores.num_examples == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "task"), [("albef", "entailment"), ("blip", "retrieval")])
+def test_texts_are_scored_at_the_training_length(saved, family, task):
+    _, result = run(saved, family, task, **{"data.context_length": 44})
+    assert result.model.config.context_length == 44
+
+
+def test_a_text_longer_than_the_saved_positions_raises(saved):
+    with pytest.raises(ConfigError, match=r"data\.context_length: expected at most 32.*, got 77"):
+        run(saved, "clip", "retrieval", **{"data.context_length": 77})
+
+
+def test_the_tower_is_dense_by_default(saved):
+    dense = finetune_recipe("vqa_tiny", saved("albef"), {})
+    assert "schedule" not in dense.model.overrides
+    reduced = finetune_recipe("vqa_tiny", saved("albef"), {}, reduced=True)
+    assert reduced.model.overrides["schedule"] == "1(100%) 1(50%)"
+    asked = finetune_recipe("vqa_tiny", saved("albef"), {"model.overrides.strategy": "tome"})
+    assert meta_model(asked).config.strategy == "tome"
+
+
+@pytest.mark.parametrize("family", ["albef", "blip"])
+def test_options_that_the_task_model_lacks_are_dropped(saved, family, tmp_path):
+    config = json.loads((saved(family) / "config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(saved(family) / "model.safetensors")
+    said = {"guide": "other", "guide_negatives": 0.5, "guide_dropout": 0.25}
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
+    model = meta_model(finetune_recipe("vqa_tiny", tmp_path, {}, reduced=True)).config
+    assert model.schedule == "1(100%) 1(50%)" and model.guide_dropout == 0.25
+    assert (model.guide, model.guide_negatives) == ("own", 0)
+
+
+@pytest.mark.parametrize(("family", "task"), [("blip", "captioning"), ("clip", "classification")])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_without_text_the_reduction_is_vision_only(saved, family, task, reduced):
+    said = {} if reduced else {"model.overrides.schedule": "1(100%) 1(50%)"}
+    model = meta_model(finetune_recipe(f"{task}_tiny", saved(family), said, reduced=reduced))
+    assert model.config.without_text == "vision"
+    assert model.reduction.reduces(None, training=False)
+
+
+def test_defaults_of_a_task_replace_defaults_of_pre_training(saved):
+    model = meta_model(finetune_recipe("retrieval_tiny", saved("blip"), {})).config
+    assert (model.negative_epsilon, model.alpha_warmup_epochs) == (0.0, 1.0)
+    assert (model.momentum, model.queue_size, model.image_size) == (0.98, 64, 32)
+
+
+GUIDES = [("guide", "other"), ("guide_negatives", 0.5)]
+MOMENTUM = [("guide", "after_itc"), ("scorer", "momentum"), ("momentum_reduction", "shared")]
+UNFOLLOWED = {
+    "blip_vqa": [*GUIDES, *MOMENTUM],
+    "blip_nlvr2": [*GUIDES, *MOMENTUM],
+    "blip_captioning": [*GUIDES, *MOMENTUM, ("guide_dropout", 0.5)],
+    "clip_classification": [*GUIDES, ("guide_dropout", 0.5)],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"), [(f, *each) for f, all_ in UNFOLLOWED.items() for each in all_]
+)
+def test_options_that_a_task_ignores_raise(family, field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected"):
+        DOWNSTREAM[family].config_class(schedule="paper", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "message"),
+    [
+        ("vqaa", "albef", "TASK: expected one of .*did you mean 'vqa"),
+        ("entailment", "blip", "TASK: task: expected a task of BLIP, .*got 'entailment'"),
+        ("captioning_tiny", "albef", "task: expected a task of ALBEF, .*got 'captioning'"),
+    ],
+)
+def test_an_unknown_task_raises(saved, task, family, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune_recipe(task, saved(family), {})
+
+
+def test_a_folder_without_a_model_raises(tmp_path):
+    with pytest.raises(ConfigError, match=r"--from: folder: expected config.json"):
+        finetune_recipe("vqa", tmp_path, {})
+
+
+@pytest.mark.slow
+def test_lora_trains_few_parameters_and_saves_less_for_backward(saved):
+    _, full = run(saved, "albef", "vqa", output_dir="full")
+    _, lora = run(saved, "albef", "vqa", **{"peft.kind": "lora", "peft.r": 2})
+    moved = {name for name, p in lora.model.named_parameters() if p.requires_grad}
+    assert moved and all("lora" in name or "temperature" in name for name in moved)
+    of_full, of_lora = (
+        logged(each.output_dir, "trainable", "trainable_share", "saved_bytes")
+        for each in (full, lora)
+    )
+    assert len(of_full) == len(of_lora) == 1  # said once
+    assert of_full[0]["trainable_share"] == 1 and of_lora[0]["trainable_share"] < 0.05
+    assert of_lora[0]["saved_bytes"] < of_full[0]["saved_bytes"]
+    again = load_model(lora.output_dir / "model")
+    assert again.adapted is not None
+    assert_equal_weights(again, lora.model)

@@ -1,0 +1,122 @@
+"""What a run prints: the plan before it reads data, the time of its steps, a line for each part."""
+
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from elip_models.pretraining.training import progress, trainer
+from elip_models.pretraining.training.progress import WARMUP_STEPS, evaluation_bars, progress_bar
+from elip_models.pretraining.training.recipe import load_recipe
+from elip_models.pretraining.training.summary import print_plan, print_summary
+from elip_models.pretraining.training.trainer import Trainer, train
+from tests.helpers.tiers import first_quick
+from tests.helpers.tiny_run import logged, own_process, tiny_config
+
+
+def recording_console(**options):
+    return Console(file=io.StringIO(), width=120, record=True, **options)
+
+
+def test_the_plan_names_model_reduction_data_length_and_folder():
+    config = load_recipe("blip_4m", ["data.train=[a.json, b.json]", "output_dir=runs/mine"])
+    console = recording_console()
+    print_plan(config, console, device="cuda", num_processes=8)
+    lines = [line.strip("│ ") for line in console.export_text().splitlines()]
+    rows = dict(line.split("  ", 1) for line in lines if "  " in line)
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["model"].startswith("elip_blip, about ")
+    assert rows["model"].endswith(" M parameters")
+    assert rows["reduction"].startswith("image tower: elip: ")
+    assert re.search(r"\d\.\d\d of dense FLOPs in inference, 0\.\d\d in$", rows["reduction"])
+    assert rows["training data"] == "a.json, b.json"
+    assert rows["evaluation data"] == "none"
+    assert rows["length"] == "15 epochs, 848 images per step, on 8 processes on cuda"
+    assert rows["folder"] == "runs/mine"
+
+
+def test_the_plan_says_why_the_demo_costs_more_than_dense_in_inference():
+    console = Console(file=io.StringIO(), width=300, record=True)
+    print_plan(load_recipe("clip_tiny"), console, device="cpu", num_processes=1)
+    (line,) = (each for each in console.export_text().splitlines() if "reduction" in each)
+    inference, training = map(float, re.findall(r"\d\.\d\d", line))
+    assert training < 1 < inference and "the scorer 'exact' runs layers twice" in line
+
+
+def test_the_plan_hides_secrets_of_a_stream():
+    stream = "data.train={stream: ['https://me:word@host/{0..3}.tar'], samples: 64}"
+    console = recording_console()
+    print_plan(load_recipe("clip_tiny", [stream]), console, device="cpu", num_processes=1)
+    assert "word" not in console.export_text()
+
+
+def test_the_plan_comes_before_the_data_is_read(tmp_path, monkeypatch):
+    console, seen = recording_console(), []
+
+    def opening(*arguments):
+        seen.append(console.export_text(clear=False))
+        return open_training_data(*arguments)
+
+    open_training_data = trainer.open_training_data
+    monkeypatch.setattr(trainer, "open_training_data", opening)
+    with own_process():
+        train(tiny_config(tmp_path, "optim.steps=1"), console=console)
+    assert str(tmp_path)[:60] in seen[0].replace("\n", "")
+    assert "training the tokenizer" not in seen[0]
+
+
+@pytest.mark.parametrize("is_terminal", first_quick([False, True]))
+def test_a_run_prints_steps_and_the_start_of_each_part(tmp_path, is_terminal):
+    console = recording_console(force_terminal=is_terminal)
+    config = tiny_config(tmp_path, "optim.steps=7", "report=[retrieval, picture]")
+    with own_process():
+        result = train(config, console=console)
+    print_summary(config, result, console)
+    text = console.export_text()
+    parts = [
+        "training the tokenizer on the captions of up to 48 samples",
+        "evaluating retrieval on 10 samples",
+        "R@1",
+        "drawing kept_",
+    ]
+    places = [text.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert "7/7" in text
+    assert ("step 6/7  loss" in text) is not is_terminal
+    assert ("sample  0/10" in text) is is_terminal
+
+
+def test_slow_first_steps_count_for_no_speed_and_no_estimate(tmp_path, monkeypatch):
+    clock, estimates, train_step = SimpleNamespace(now=0.0), [], Trainer._train_step
+
+    def step_of_known_time(self):
+        train_step(self)
+        clock.now += 100 if self.step <= WARMUP_STEPS else 2
+        estimates.append(self.bars.tasks[0].time_remaining)
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(Trainer, "_train_step", step_of_known_time)
+    console, steps = recording_console(), WARMUP_STEPS + 4
+    config = tiny_config(tmp_path, f"optim.steps={steps}", f"log_every={steps - 1}")
+    with own_process():
+        train(config, console=console)
+    assert [row["images_per_second"] for row in logged(tmp_path, "images_per_second")] == [4, 4]
+    assert re.findall(r"\d:\d\d:\d\d left", console.export_text()) == [
+        "0:00:02 left",
+        "0:00:00 left",
+    ]
+    assert not any(estimates[: WARMUP_STEPS + 1]) and estimates[-1]
+
+
+def test_a_bar_for_each_unit_of_an_evaluation_goes_at_its_end():
+    with progress_bar(recording_console(force_terminal=True)) as bars:
+        bars.add_task("", total=7, completed=6, unit="step")
+        with evaluation_bars(bars) as progress:
+            for unit, done, total in [("sample", 0, 4), ("sample", 4, 4), ("query", 1, 8)]:
+                progress(unit, done, total)
+            shown = [(each.fields["unit"], each.completed, each.total) for each in bars.tasks]
+            assert shown == [("step", 6, 7), ("sample", 4, 4), ("query", 1, 8)]
+        assert len(bars.tasks) == 1

@@ -1,0 +1,197 @@
+"""`eval.select`: the weights that are best on the validation split are stored and evaluated."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from elip_models.intervals import score_interval
+from elip_models.pretraining.data import open_source, train_tokenizer
+from elip_models.pretraining.models.registry import create_model, family_of, load_model
+from elip_models.pretraining.tasks.registry import TASKS
+from elip_models.pretraining.tasks.task import TaskScores
+from elip_models.pretraining.training.finetune import finetune_recipe
+from elip_models.pretraining.training.selection import RECORD, selected_folder
+from elip_models.pretraining.training.summary import print_summary
+from elip_models.pretraining.training.trainer import Trainer, train
+from elip_models.validation import ConfigError
+from tests.helpers.tiny_run import elip, logged, own_process
+from tests.helpers.weights import assert_equal_weights
+
+TINY = {
+    "data.train": "emoji_entailment:seed=0,size=16",
+    "data.validation": "emoji_entailment:seed=2,size=5",
+    "data.eval": "emoji_entailment:seed=1,size=6",
+    "eval.select": "accuracy",
+    "optim.steps": 4,
+    "optim.batch_size": 4,
+    "optim.warmup_steps": 0,
+    "trackers": [],
+    "report": [],
+    "log_every": 1,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "output_dir": "run",
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with own_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the folder of a tiny ALBEF and its tokenizer."""
+    source, folder = (
+        open_source("emoji_scenes:size=20", image_size=32),
+        tmp_path_factory.mktemp("a"),
+    )
+    tokenizer = train_tokenizer((text for i in range(20) for text in source.captions(i)), 300)
+    sizes = family_of("albef_tiny").fit_tokenizer(tokenizer, 32)
+    torch.manual_seed(0)
+    model = create_model("albef_tiny", image_size=32, vision_depth=2, schedule=None, **sizes)
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def values(monkeypatch):
+    """Return a list of the accuracies that the evaluations on the validation split will give."""
+    given, evaluate = [], TASKS["entailment"].evaluate
+
+    def evaluated(task, model, tokenizer, source, loading, answers=None):
+        scores = evaluate(task, model, tokenizer, source, loading, answers)
+        if len(source) != 5:  # that of `data.validation`
+            return scores
+        correct = [1.0] * given.pop(0) + [0.0] * 100
+        return TaskScores("entailment", {"accuracy": score_interval(correct[:100], None)}, {}, 100)
+
+    monkeypatch.setattr(TASKS["entailment"], "evaluate", evaluated)
+    return given
+
+
+def config_of(saved, **changes):
+    return finetune_recipe("entailment_tiny", saved, TINY | changes)
+
+
+def test_the_best_weights_are_stored_and_scored_beside_the_last_ones(saved, values, capsys):
+    values += [30, 60, 60, 50]
+    steps = {}
+
+    def remember(trainer, *arguments):
+        found = evaluate(trainer, *arguments)
+        steps[trainer.step] = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        return found
+
+    evaluate = Trainer._evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", remember)
+        result = train(config := config_of(saved))
+    assert result.selection.step == 2 and result.selection.value == pytest.approx(0.6)
+    best, last = (load_model(f"run/{name}") for name in ("best", "model"))
+    assert_equal_weights(result.model, best)
+    for step, model in ((2, best), (4, last)):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, steps[step][name]), (step, name)
+    rows = logged(result.output_dir, "validation_accuracy")
+    assert [round(row["validation_accuracy"], 2) for row in rows] == [0.3, 0.6, 0.6, 0.5]
+    assert len(logged(result.output_dir, "entailment_accuracy")) == 1  # at the end, the last ones
+    print_summary(config, result, Console(quiet=True))
+    written = json.loads(Path("run/scores.json").read_text())
+    assert written["scores"] == result.task_scores.as_dict()["scores"]
+    assert written["selection"]["last"] == result.last_scores.as_dict()["scores"]
+    assert {key: written["selection"][key] for key in ("step", "metrics")} == {
+        "step": 2,
+        "metrics": ["accuracy"],
+    }
+    capsys.readouterr()
+    arguments = ("--data", TINY["data.eval"], "--output", "again.json")
+    assert elip("eval", "entailment", "--model", "run", *arguments) == 0
+    assert "evaluating run/best, weights of step 2, the best on data.validation" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    again = json.loads(Path("again.json").read_text())
+    assert again["scores"] == written["scores"] and again["task"] == "entailment"
+    assert elip("eval", "entailment", "--model", "run/model", *arguments) == 0
+    assert json.loads(Path("again.json").read_text())["scores"] == written["selection"]["last"]
+    assert "best" not in capsys.readouterr().out
+
+
+def test_the_last_weights_may_be_the_best(saved, values):
+    values += [30, 40, 50, 60]
+    result = train(config_of(saved))
+    assert result.selection.step == 4
+    assert result.task_scores == result.last_scores
+    assert_equal_weights(load_model("run/best"), load_model("run/model"))
+
+
+def test_without_eval_every_an_epoch_ends_with_a_validation(saved, values):
+    values += [10, 20]
+    result = train(config_of(saved, **{"eval_every": 0, "optim.steps": 7}))
+    assert [row["step"] for row in logged(result.output_dir, "validation_accuracy", "step")] == [
+        4,
+        7,
+    ]
+
+
+def test_a_resumed_run_keeps_the_best_weights(saved, values, monkeypatch):
+    values += [30, 60, 50, 40]
+    step = Trainer._train_step
+
+    def killed(trainer):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_train_step", killed)
+        train(config_of(saved))
+    Path("run/best").rename("run/.best_replaced")  # as if it was killed in between
+    result = train(config_of(saved), resume=True)
+    assert result.selection.step == 2 and not values
+    assert json.loads((Path("run/best") / RECORD).read_text())["step"] == 2
+    assert not list(Path("run").glob(".best*"))
+
+
+def test_a_run_without_selection_is_evaluated_by_its_last_weights(saved):
+    changes = {"data.validation": None, "eval.select": None, "eval_every": 0, "optim.steps": 1}
+    result = train(config_of(saved, **changes))
+    assert result.selection is None and result.task_scores is result.last_scores
+    assert selected_folder(Path("run")) == (Path("run/model"), None)
+    assert selected_folder(Path("run/model")) == (Path("run/model"), None)
+    assert not Path("run/best").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.select": "accurac"}, r"eval\.select: expected some of accuracy, .*did you mean"),
+        ({"eval.select": ["accuracy", "cider"]}, r"the metrics of entailment, got \"cider\""),
+        ({"data.validation": None}, r"data\.validation: expected a source, since eval\.select"),
+        ({"data.validation": TINY["data.eval"]}, "expected another split than data.eval"),
+        ({"data.validation": "emoji_entailment:sizes=1"}, r"^data\.validation: "),
+    ],
+)
+def test_a_selection_that_cannot_be_made_raises(saved, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(config_of(saved, **changes))
+
+
+def test_the_mean_of_several_metrics_selects(saved):
+    source = {"data.train": "emoji_scenes:seed=0,size=16", "eval_every": 2}
+    data = {f"data.{part}": f"emoji_scenes:seed={seed},size=5" for part, seed in PARTS}
+    metrics = TASKS["retrieval"].metrics
+    values = TINY | source | data | {"eval.select": list(metrics)}
+    result = train(finetune_recipe("retrieval_tiny", saved, values))
+    rows = logged(result.output_dir, *(f"validation_{name}" for name in metrics), "step")
+    means = {row.pop("step"): sum(row.values()) / len(metrics) for row in rows}
+    assert result.selection.value == pytest.approx(max(means.values()), abs=1e-9)
+    assert result.selection.step == max(means, key=means.get)
+
+
+PARTS = (("validation", 2), ("eval", 1))

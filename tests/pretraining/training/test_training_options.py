@@ -1,0 +1,192 @@
+"""Options of training: initial weights, optimisers, a moving average, compilation."""
+
+import dataclasses
+import io
+import shutil
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.models.registry import create_model, load_model
+from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
+from elip_models.pretraining.training.optimizers import make_optimizer
+from elip_models.pretraining.training.recipe import load_recipe
+from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.pretraining.training.trainer import train
+from elip_models.validation import ConfigError
+from tests.helpers.tiers import tiered
+from tests.helpers.tiny_run import logged, own_process, tiny_config
+from tests.helpers.weights import assert_equal_weights
+
+
+@pytest.fixture(autouse=True)
+def _own_process():
+    with own_process():
+        yield
+
+
+def losses(folder):
+    return [row["loss"] for row in logged(folder, "loss")]
+
+
+def train_resumed(folder, *overrides, **options):
+    """Train for six steps, and resume another run after four; return both models' weights."""
+    whole, resumed = folder / "whole", folder / "resumed"
+    settings = ("optim.steps=6", "checkpoint_every=4", *overrides)
+    train(tiny_config(whole, *settings, **options))
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(RunFolder(resumed).checkpoints.latest())
+    shutil.rmtree(resumed / "model")
+    assert RunFolder(resumed).checkpoints.latest().name == "step_00000004"
+    train(tiny_config(resumed, *settings, **options), resume=True)
+    assert losses(resumed) == losses(whole)
+    return [load_model(run / "model").state_dict() for run in (whole, resumed)]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(other[name], weight), name
+
+
+RESUMED = [
+    (recipe, options)
+    for recipe in ("clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny")
+    for options in (
+        ("optim.name=lion", "optim.lr=1e-4"),
+        ("optim.name=muon",),
+        ("optim.ema=0.7",),
+        ("optim.compile=aot_eager",),
+    )
+]
+GUIDES = ("guide=other", "guide_negatives=0.5", "guide_dropout=0.3", "guidance_norm=match")
+RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUIDES)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "options"), tiered(RESUMED, [RESUMED[0], RESUMED[1]]))
+def test_resuming_is_exact(recipe, options, tmp_path):
+    assert_same(*train_resumed(tmp_path, *options, recipe=recipe))
+
+
+@pytest.mark.parametrize("recipe", ["clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny"])
+def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest(recipe):
+    model = create_model(recipe, vocab_size=300)
+    optim = load_recipe(recipe, ["optim.name=muon", "optim.eps=1e-5"]).optim
+    optimizer = make_optimizer(model, optim)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    muon, adamw = set(), set()
+    for group in optimizer.param_groups:
+        part = adamw if group["use_fallback"] else muon
+        part |= {name_of[parameter] for parameter in group["params"]}
+        assert (group["nesterov"], group["eps"]) == (
+            (False, 1e-5) if part is adamw else (True, 1e-7)
+        )
+    assert muon | adamw == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not muon & adamw
+    assert all(model.get_parameter(name).ndim == 2 for name in muon)
+    assert not [n for n in muon if "embed" in n or n.startswith("itm_head")]
+    left = {n for n in adamw if model.get_parameter(n).ndim == 2 and "embed" not in n}
+    assert left <= {"itm_head.weight", "token_types.weight"}
+
+
+@pytest.mark.parametrize("name", tiered(["muon", "lion"], []))
+def test_every_optimiser_trains(name, tmp_path):
+    lr = {"lion": "3e-4", "muon": "0.003"}[name]
+    data = ("data.train=emoji_scenes:size=16", "optim.steps=30")
+    train(tiny_config(tmp_path, *data, f"optim.name={name}", f"optim.lr={lr}"))
+    assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
+
+
+def test_the_average_is_saved_and_evaluated_and_does_not_change_training(tmp_path):
+    settings = ("checkpoint_every=1", "keep_checkpoints=4", "report=[retrieval]")
+    result = train(tiny_config(tmp_path / "average", *settings, "optim.ema=0.7"))
+    plain = train(tiny_config(tmp_path / "plain", *settings))
+    assert losses(tmp_path / "average") == losses(tmp_path / "plain")
+    folders = sorted((tmp_path / "average" / "checkpoints").iterdir())
+    steps = [load_file(folder / "model.safetensors") for folder in folders]
+    expected = dict(steps[0])
+    for weights in steps[1:]:
+        expected = {n: 0.7 * expected[n] + 0.3 * weight for n, weight in weights.items()}
+    saved = load_model(tmp_path / "average" / "model")
+    assert_equal_weights(result.model, saved)
+    for name, weight in saved.state_dict().items():
+        torch.testing.assert_close(weight, expected[name])
+    scores = evaluate_retrieval(saved.eval(), result.tokenizer, result.eval_source)
+    assert scores == result.scores
+    last = plain.model.state_dict()
+    assert all(torch.equal(last[name], weight) for name, weight in steps[-1].items())
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_recompiled_only_where_patch_dropout_ends(tmp_path):
+    options = (
+        "{strategy: patch_dropout, strategy_options: {keep_ratio: 0.5, until: 2}, schedule: null}"
+    )
+    for name, compiled in (("plain", "false"), ("compiled", "eager")):
+        settings = ("model.name=clip_tiny", f"optim.compile={compiled}")
+        config = tiny_config(tmp_path / name, *settings)
+        overrides = config.model.overrides | yaml.safe_load(options)
+        model = dataclasses.replace(config.model, overrides=overrides)
+        torch.compiler.reset()
+        counters.clear()
+        with own_process():
+            result = train(dataclasses.replace(config, model=model))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
+    assert type(result.model) is CLIP
+
+
+COMPILED = ("clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny")
+
+
+@pytest.mark.parametrize("recipe", tiered(COMPILED, []))
+def test_compiled_training_gives_the_losses_of_uncompiled(recipe, tmp_path):
+    for name in ("false", "aot_eager"):
+        torch.compiler.reset()
+        with own_process():
+            train(tiny_config(tmp_path / name, f"optim.compile={name}", recipe=recipe))
+    assert losses(tmp_path / "aot_eager") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
+
+
+def saved_run(folder):
+    train(tiny_config(folder, "model.overrides.schedule=null"))
+    return folder / "model"
+
+
+@pytest.mark.slow
+def test_a_warm_start_is_not_repeated_on_resuming(tmp_path):
+    source = saved_run(tmp_path / "first")
+    tokenizer = shutil.copytree(source, tmp_path / "tokenizer")
+    begins = (f"model.pretrained={source}", f"data.tokenizer={tokenizer}", "optim.lr=1e-30")
+    console = Console(file=io.StringIO(), width=200)
+    second = tmp_path / "second"
+    train(tiny_config(second, *begins), console=console)
+    assert_same(load_model(source).state_dict(), load_model(second / "model").state_dict())
+    assert f"pretrained: {source}\n  loaded        " in console.file.getvalue()
+    shutil.rmtree(source)
+    with pytest.raises(ConfigError, match=r"model\.pretrained: .*got none at"):
+        train(tiny_config(tmp_path / "third", *begins))
+    assert train(tiny_config(second, *begins, "optim.steps=5"), resume=True).step == 5
+
+
+@pytest.mark.slow
+def test_embeddings_of_another_tokenizer_raise(tmp_path):
+    source = saved_run(tmp_path / "first")
+    begins = f"model.pretrained={source}"
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: expected that of model\.pretrained"):
+        train(tiny_config(tmp_path / "second", begins))
+    tokens = "['*.token_embedding.weight']"
+    new = (f"model.allow_missing={tokens}", f"model.allow_unexpected={tokens}")
+    assert train(tiny_config(tmp_path / "third", begins, *new)).step == 4
+
+
+def test_pretrained_with_another_initialisation_raises(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: expected null with model\.vision_"):
+        tiny_config(tmp_path, "model.pretrained=a", "model.vision_init=timm:b")

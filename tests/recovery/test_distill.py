@@ -1,0 +1,319 @@
+"""`distill` brings a reduced model nearer to the dense one, and a stopped run ends the same."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import elip_models
+from elip_models.analysis.feature_measures import cosine
+from elip_models.pretraining.training.errors import TrainingError
+from elip_models.recovery.distill import _outputs, _Run, distill
+from tests.helpers.models import dinov2, eva, hf_clip, open_clip_vit, siglip_vision
+from tests.helpers.tiers import slow_except
+from tests.helpers.tiny_run import elip
+from tests.helpers.towers import images, plain_vit
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    return plain_vit().eval()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    torch.manual_seed(1)
+    return torch.nn.functional.interpolate(torch.randn(72, 3, 6, 6), (48, 48), mode="bicubic")
+
+
+def reduced_copy(dense, **options):
+    return elip_models.reduce_(copy.deepcopy(dense), **({"keep": 0.5} | options))
+
+
+def weights_of(model):
+    return {name: each.clone() for name, each in model.state_dict().items()}
+
+
+def assert_same_weights(one, other):
+    torch.testing.assert_close(dict(one), dict(other), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def distances(dense, model, pictures):
+    (feature, patches), (got, unmerged) = (_outputs(each, pictures) for each in (dense, model))
+    return (
+        1 - cosine(feature, got).mean(),
+        1 - torch.cosine_similarity(patches, unmerged, dim=2).mean(),
+    )
+
+
+HELD_OUT = [{"lr": 3e-4}, {"lr": 1e-3, "lora_rank": 4}]
+
+
+@pytest.mark.parametrize("options", slow_except([], HELD_OUT))
+def test_held_out_features_come_nearer(dense, pictures, options):
+    model, losses = reduced_copy(dense), []
+    before = distances(dense, model, pictures[64:])
+    found = distill(
+        model,
+        pictures[:64],
+        steps=60,
+        progress=lambda step, loss: losses.append(loss),
+        **options,
+    )
+    after = distances(dense, model, pictures[64:])
+    assert found is model and len(losses) == 60
+    assert sum(losses[-8:]) < sum(losses[:8])
+    assert after[0] < 0.7 * before[0] and after[1] < before[1], (before, after)
+    assert list(model.state_dict()) == list(dense.state_dict())
+    assert all(each.requires_grad for each in model.parameters())
+
+
+def test_the_loss_is_the_distance_of_features_and_patches(dense, pictures):
+    losses, model = [], reduced_copy(dense)
+    expected = sum(distances(dense, model, pictures[:8])).item()
+    options = {"steps": 1, "progress": lambda step, loss: losses.append(loss)}
+    distill(model, pictures[:8], **options)
+    assert losses == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_dropped_patches_have_no_feature(dense, pictures):
+    for strategy in ("tome", "evit"):
+        model = reduced_copy(dense, strategy=strategy)
+        assert _outputs(model, pictures[:2])[1].shape == (2, 36, 32)
+    for strategy in ("random:merge=none", "resize", "tome:class_token_only=true"):
+        model = reduced_copy(dense, strategy=strategy)
+        assert _outputs(model, pictures[:2])[1] is None, strategy
+
+
+def test_a_dense_model_is_reduced_and_a_reduced_one_keeps_its_strategy(dense, pictures):
+    model = distill(copy.deepcopy(dense), pictures, keep=0.6, strategy="evit", steps=1)
+    strategy = elip_models.reduction_summary(model).strategy
+    assert strategy.name == "evit"
+    distill(model, pictures, steps=1)
+    assert elip_models.reduction_summary(model).strategy == strategy
+
+
+def test_lora_changes_the_linear_layers_of_blocks_alone(dense, pictures):
+    model = distill(reduced_copy(dense), pictures, steps=3, lr=1e-2, lora_rank=2)
+    before = dense.state_dict()
+    changed = {n for n, each in model.state_dict().items() if not torch.equal(each, before[n])}
+    linear = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert changed == {f"blocks.{i}.{name}.weight" for i in range(6) for name in linear}
+    moved = model.blocks[0].mlp.fc1.weight - before["blocks.0.mlp.fc1.weight"]
+    assert torch.linalg.matrix_rank(moved, rtol=1e-3) <= 2
+
+
+def test_parameters_outside_the_blocks_or_without_gradient_do_not_change(dense, pictures):
+    model = reduced_copy(dense)
+    model.blocks[0].requires_grad_(False)
+    distill(model, pictures, steps=2, lr=1e-2)
+    before = dense.state_dict()
+    changed = {n for n, each in model.state_dict().items() if not torch.equal(each, before[n])}
+    assert {name.split(".")[1] for name in changed} == set("12345")
+    assert all(name.startswith("blocks.") for name in changed)
+
+
+def test_the_text_side_of_a_clip_does_not_change(pictures):
+    model = hf_clip().eval()
+    before = weights_of(model)
+    distill(model, pictures, keep=0.5, steps=2, lr=1e-2)
+    changed = {n for n, each in model.state_dict().items() if not torch.equal(each, before[n])}
+    assert changed and all(name.startswith("vision_model") for name in changed)
+
+
+@pytest.mark.parametrize("rank", slow_except([None], [None, 2]))
+@pytest.mark.parametrize("make", [dinov2, eva, open_clip_vit, siglip_vision])
+def test_towers_of_each_library_train_with_their_patches(make, rank, pictures):
+    model, losses = make(), []
+    before = weights_of(model)
+    options = {"keep": 0.5, "steps": 2, "lr": 1e-3, "lora_rank": rank}
+    distill(model, pictures, progress=lambda step, loss: losses.append(loss), **options)
+    assert model.state_dict().keys() == before.keys() and len(losses) == 2
+    assert not all(torch.equal(each, before[n]) for n, each in model.state_dict().items())
+    assert _outputs(model, pictures[:2])[1].shape == (2, 36, 32)
+
+
+STOPPED = [{}, {"lora_rank": 2}, {"strategy": "random"}]
+
+
+@pytest.mark.parametrize("options", slow_except(STOPPED[2:], STOPPED))
+def test_a_stopped_run_ends_as_an_uninterrupted_one(
+    dense, pictures, tmp_path, monkeypatch, options
+):
+    monkeypatch.setattr("elip_models.recovery.distill.SAVE_EVERY", 2)
+    file = tmp_path / "state.pt"
+    options = {"keep": 0.5, "steps": 6, "lr": 1e-2, "seed": 3, **options}
+    whole = distill(copy.deepcopy(dense), pictures, **options).state_dict()
+
+    def stop(step, loss):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    options |= {"checkpoint": file}
+    with pytest.raises(KeyboardInterrupt):
+        distill(copy.deepcopy(dense), pictures, progress=stop, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    steps = []
+    model = distill(
+        copy.deepcopy(dense), pictures, progress=lambda step, loss: steps.append(step), **options
+    )
+    assert steps == [5, 6]
+    assert_same_weights(model.state_dict(), whole)
+
+
+def test_the_random_state_of_the_caller_stays_and_the_seed_counts(dense, pictures):
+    state = torch.get_rng_state()
+    ends = [
+        distill(reduced_copy(dense), pictures, steps=2, lr=1e-2, seed=seed).state_dict()
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_weights(ends[0], ends[1])
+    assert not torch.equal(ends[0]["blocks.0.norm1.weight"], ends[2]["blocks.0.norm1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 5}, "checkpoint: expected a run with the same steps, got another one in"),
+        ({"lr": 1e-3}, "with the same lr"),
+        ({"keep": 0.6}, "with the same strategy"),
+        ({"images": torch.ones(12, 3, 48, 48)}, "with the same images"),
+        ({"model": plain_vit()}, "with the same model"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(
+    dense, pictures, tmp_path, monkeypatch, change, message
+):
+    monkeypatch.setattr("elip_models.recovery.distill.SAVE_EVERY", 4)
+    file = tmp_path / "state.pt"
+    options = {"keep": 0.5, "steps": 4, "checkpoint": file, "images": pictures}
+    distill(copy.deepcopy(dense), **options)
+    with pytest.raises(ValueError, match=message):
+        distill(**{"model": copy.deepcopy(dense), **options, **change})
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint: expected a file .* damaged"):
+        distill(copy.deepcopy(dense), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps: expected"),
+        ({"batch_size": 1.5}, TypeError, "batch_size: expected"),
+        ({"lr": 0}, ValueError, "lr: expected"),
+        ({"lora_rank": 0}, ValueError, "lora_rank: expected"),
+        ({"seed": -1}, ValueError, "seed: expected"),
+        ({"keep": 2}, ValueError, "keep: expected"),
+        ({"strategy": "patch_dropout"}, ValueError, "strategy: expected one that reduces images"),
+        ({"images": []}, TypeError, r"images: expected floating-point images .* got \[\]"),
+        ({"images": images(4).byte()}, TypeError, "images: expected .* got torch.uint8"),
+        ({"images": images(4)[..., :32]}, ValueError, r"images: .* an image \(3, 48, 32\)"),
+        ({"images": images(8) * float("nan")}, TrainingError, "the loss of step 1 is nan"),
+        ({"model": plain_vit().bfloat16()}, ValueError, "model: .* fp32 .* got torch.bfloat16"),
+        ({"model": plain_vit().requires_grad_(False)}, ValueError, "model: .* got none"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model: expected an image model"),
+        ({"model": torch.compile(plain_vit())}, TypeError, "model: expected .* torch.compile"),
+    ],
+)
+def test_a_bad_argument_is_named(pictures, options, error, message):
+    with pytest.raises(error, match=message):
+        distill(**{"model": plain_vit(), "images": pictures, "steps": 1, **options})
+
+
+def test_a_model_with_adapters_trains_them_alone(dense, pictures):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv"])
+    model = peft.get_peft_model(copy.deepcopy(dense), config)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="lora_rank: expected None for a model that has adapters"):
+        distill(model, pictures, keep=0.5, lora_rank=2)
+    distill(model, pictures, keep=0.5, steps=2, lr=1e-2)
+    changed = {n for n, each in model.state_dict().items() if not torch.equal(each, before[n])}
+    assert changed and all("lora_" in name for name in changed)
+
+
+def folder_of(path, count):
+    path.mkdir()
+    for i in range(count):
+        noise = torch.randint(256, (70, 90, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(path / f"{i}.png")
+    return path
+
+
+def test_the_command(tmp_path, capsys):
+    photographs = folder_of(tmp_path / "photographs", 12)
+    (photographs / "a.jpg").write_bytes(b"no image")
+    arguments = ["timm:test_vit", photographs, "--no-pretrained", "--keep", 0.6, "--steps", 2]
+    torch.manual_seed(0)
+    assert elip("distill", *arguments, "--batch-size", 4, "--output", tmp_path / "out") == 0
+    shown = capsys.readouterr()
+    assert "1 of 13 images were not read" in shown.err
+    assert "dense features of 8 held-out images: " in shown.out and "after 2 steps" in shown.out
+    assert shown.out.count("95% CI") == 2
+    assert ".distill.pt" not in {path.name for path in (tmp_path / "out").iterdir()}
+    model = elip_models.load_reduced(tmp_path / "out")
+    assert elip_models.reduction_summary(model).keep == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_stopped_command_continues(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("elip_models.recovery.distill.SAVE_EVERY", 1)
+    step = _Run._step
+
+    def stopped(run, i):
+        if i == 1:
+            raise TrainingError("stopped")
+        return step(run, i)
+
+    folder, output = folder_of(tmp_path / "photographs", 12), tmp_path / "out"
+
+    def run(*options):
+        torch.manual_seed(0)  # of the model's weights
+        arguments = ["timm:test_vit", folder, "--no-pretrained", "--output", output, *options]
+        return elip("distill", *arguments, "--steps", 3)
+
+    monkeypatch.setattr(_Run, "_step", stopped)
+    assert run() == 2
+    assert [path.name for path in output.iterdir()] == [".distill.pt"]
+    monkeypatch.setattr(_Run, "_step", step)
+    assert run("--lr", 1) == 2
+    assert "--output: expected a run with the same lr" in capsys.readouterr().err
+    assert run() == 0
+    shown = capsys.readouterr()
+    assert "continuing from " in shown.err and "after 3 steps" in shown.out
+    assert elip_models.reduction_summary(elip_models.load_reduced(output)).keep < 0.6
+
+
+def test_a_saved_model_gives_equal_features(pictures, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=48, num_classes=0)
+    distill(model, pictures, keep=0.5, steps=2, lr=1e-3)
+    elip_models.save_reduced(model, tmp_path, config={"img_size": 48})
+    with torch.no_grad():
+        found, expected = elip_models.load_reduced(tmp_path)(pictures), model(pictures)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "IMAGES: expected a folder of images"),
+        (["empty"], "IMAGES: expected at least 9 image files"),
+        (["photographs", "--keep", "2"], "--keep: expected"),
+        (["photographs", "--strategy", "tmoe"], "--strategy: "),
+        (["photographs", "--lr", "0"], "--lr: expected"),
+        (["photographs", "--output", "a/b"], "--output: expected a folder, or a new one in"),
+    ],
+)
+def test_wrong_arguments_of_the_command(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "photographs", 9)
+    (tmp_path / "empty").mkdir()
+    fixed = ["timm:test_vit", "--no-pretrained", "--output", "out"]
+    assert elip("distill", *fixed, *arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""Our models are uploaded to the hub and loaded by name, with a model card of their cost."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+
+import elip_models
+from elip_models.embedding.open_encoder import open_embedding_model
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.models.registry import create_model, load_model
+from elip_models.saving.open_model import open_model
+from tests.helpers.models import hf_clip
+from tests.helpers.tiers import first_quick
+
+NAMES = ["clip_tiny", "elip_clip_tiny", "elip_albef_tiny", "elip_blip_tiny", "elip_meter_tiny"]
+
+
+class Api:
+    """A stand-in for the hub's API, which stores what is uploaded."""
+
+    def __init__(self, token=None):
+        self.token = token
+        Api.sent = {}
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        """Store the options and return a URL."""
+        Api.sent |= {"private": private, "exist_ok": exist_ok}
+        owned = repo_id if "/" in repo_id else f"me/{repo_id}"
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{owned}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, **options):
+        """Store the files and return a URL."""
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        Api.sent |= {"repo_id": repo_id, "files": files, "message": commit_message, **options}
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return a function that saves a model into the cache of the hub's client; it is offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def put(model, name="me/model", revision="main"):
+        place = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        model.save_pretrained(place / "snapshots" / ("0" * 40))
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text("0" * 40)
+        return name
+
+    return put
+
+
+@pytest.mark.parametrize("name", first_quick(NAMES))
+def test_the_card_has_tokens_flops_and_usage(name, tmp_path):
+    model = create_model(name)
+    model.save_pretrained(tmp_path)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "elip-kernels"
+    assert {"elip", "model_hub_mixin", "token-reduction"} <= set(card.data.tags)
+    assert 'elip_models.create_model("hf:owner/name")' in card.text
+    rows = [line for line in card.text.splitlines() if line.startswith("| `")]
+    assert rows[0].startswith("| `dense()` | 65, ")
+    assert len(rows) == (2 if name.startswith("elip_") else 1)
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_files_that_are_uploaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
+    model = create_model("elip_clip_tiny")
+    assert model.push_to_hub("me/clip", private=True).startswith("https://huggingface.co/me/clip")
+    files = Api.sent["files"]
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    assert Api.sent["private"] is True
+    assert Api.sent["repo_id"] == "me/clip"
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    again = CLIP.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
+
+
+def test_saving_with_upload(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
+    create_model("clip_tiny").save_pretrained(tmp_path, push_to_hub=True)
+    assert Api.sent["repo_id"] == f"me/{tmp_path.name}"
+    assert Api.sent["files"]["config.json"] == (tmp_path / "config.json").read_bytes()
+
+
+WAYS = {
+    "CLIP.from_pretrained": CLIP.from_pretrained,
+    "create_model": lambda name: create_model(f"hf:{name}"),
+    "create_model, weights": lambda name: create_model("elip_clip_tiny", name),
+    "load_model": load_model,
+    "open_model": lambda name: open_model(f"hf:{name}"),
+    "open_model without hf:": open_model,
+    "load_reduced": elip_models.load_reduced,
+}
+
+
+EMBEDDING = {
+    "embed": lambda name: open_embedding_model(f"hf:{name}", True)[0],
+    "embed without hf:": lambda name: open_embedding_model(name, True)[0],
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, *EMBEDDING])
+def test_a_repository_is_loaded_by_name(way, hub):
+    model = create_model("elip_clip_tiny", scorer="last")
+    again = (WAYS | EMBEDDING)[way](hub(model))
+    assert again.config == model.config
+    assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
+
+
+def test_a_revision_and_overrides(hub):
+    name = hub(create_model("elip_clip_tiny"), revision="v2")
+    assert create_model(f"hf:{name}@v2", scorer="last").config.scorer == "last"
+    with pytest.raises(
+        FileNotFoundError, match="folder: expected an existing folder, or 'owner/name'"
+    ):
+        load_model(f"{name}@v1")
+
+
+def test_a_reduced_model_of_another_library_is_loaded_by_name(hub):
+    model = elip_models.reduce_(hf_clip(), strategy="tome")
+    other = elip_models.load_reduced(hub(model))
+    assert other.config.elip == model.config.elip
+    assert torch.equal(other.logit_scale, model.logit_scale)
+
+
+IMPOSSIBLE = (
+    "x" * 300,
+    "a/b/c",
+    "",
+    "..",
+    "a//b",
+    "a b",
+    "o/n@" + "x" * 300,
+    "ü",
+    "a\0b",
+    "a\udc80",
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_name_that_no_repository_has_is_quoted(way, hub):
+    for name in IMPOSSIBLE:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            WAYS[way](name)
+        assert repr(name)[1:-1] in str(caught.value) or name in str(caught.value)
+
+
+def test_the_error_for_another_library_names_the_remedy(hub):
+    name = hub(hf_clip())
+    with pytest.raises(ValueError, match="folder: expected a model of"):
+        load_model(name)
+    assert isinstance(open_model(f"hf:{name}"), transformers.CLIPModel)
+
+
+def test_a_tokenizer_that_cannot_be_saved_leaves_the_old_files(tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            """Write one of several files."""
+            (Path(folder) / "tokenizer.json").write_text("half")
+            raise OSError("disk full")
+
+    create_model("clip_tiny").save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="disk full"):
+        create_model("elip_clip_tiny").save_pretrained(tmp_path, tokenizer=Broken())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
+    model = create_model("clip_tiny")
+    model.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(CLIP, "generate_model_card", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        create_model("elip_clip_tiny").save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+    }
+    assert json.loads((tmp_path / "config.json").read_text())["schedule"] is None

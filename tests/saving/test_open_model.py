@@ -1,0 +1,198 @@
+"""Models by a text, with random weights and from local folders."""
+
+import json
+import sys
+from dataclasses import replace
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+
+import elip_models.pretraining.models
+from elip_models.pretraining.data import CLIP_MEAN, CLIP_STD
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.models.registry import CONFIGS
+from elip_models.saving.open_model import open_model, split_spec
+from elip_models.towers import as_image_text, as_reducible, as_tower
+from tests.helpers.models import hf_blip, hf_clip
+
+NAMED = {
+    "timm:vit_tiny_patch16_224": timm.models.VisionTransformer,
+    "open_clip:ViT-B-32": open_clip.CLIP,
+    "elip_clip_vit_s16": CLIP,
+}
+HALF = ([0.5, 0.5, 0.5], [0.4, 0.4, 0.4])
+HF_CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "image_size": 48,
+    "patch_size": 8,
+}
+
+
+def tiny_vit():
+    return transformers.ViTModel(transformers.ViTConfig(**HF_CONFIG), add_pooling_layer=False)
+
+
+HF = {"ViTModel": tiny_vit, "CLIPModel": hf_clip, "BlipForImageTextRetrieval": hf_blip}
+
+
+def tiny_clip():
+    return CLIP(replace(CONFIGS["clip_tiny"], vision_depth=2, text_depth=1))
+
+
+def same_weights(one, other):
+    theirs = other.state_dict()
+    return all(torch.equal(weight, theirs[name]) for name, weight in one.state_dict().items())
+
+
+@pytest.mark.parametrize("spec", NAMED)
+def test_names_open_on_the_meta_device(spec):
+    with torch.device("meta"):
+        model = open_model(spec, pretrained=False)
+    assert type(model) is NAMED[spec]
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", HF)
+def test_a_folder_of_transformers_with_and_without_weights(name, tmp_path):
+    saved = HF[name]()
+    saved.save_pretrained(tmp_path)
+    model = open_model(f"hf:{tmp_path}")
+    assert type(model).__name__ == name
+    assert same_weights(saved, model)
+    assert not model.training
+    (tmp_path / "model.safetensors").unlink()
+    random = open_model(f"hf:{tmp_path}", pretrained=False)
+    assert type(random).__name__ == name
+    assert not same_weights(saved, random)
+    with torch.device("meta"):
+        empty = open_model(f"hf:{tmp_path}", pretrained=False)
+    assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+    with pytest.raises(ValueError, match="spec: expected a model with local or downl"):
+        open_model(f"hf:{tmp_path}")
+
+
+def test_a_classifier_of_transformers_opens_as_its_tower(tmp_path):
+    config = tiny_vit().config
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    tower = as_tower(open_model(f"hf:{tmp_path}"))
+    assert (tower.depth, tower.num_patches) == (config.num_hidden_layers, 36)
+
+
+def test_a_folder_that_training_wrote(tmp_path):
+    saved = tiny_clip()
+    saved.save_pretrained(tmp_path)
+    model = open_model(str(tmp_path))
+    assert same_weights(saved, model)
+    assert not model.training
+    reduced = open_model(str(tmp_path), schedule="1(100%) 1(50%)")
+    assert reduced.config.schedule == "1(100%) 1(50%)"
+    assert same_weights(saved, reduced)
+    (tmp_path / "model.safetensors").unlink()
+    with torch.device("meta"):
+        empty = open_model(str(tmp_path), pretrained=False)
+    assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+
+
+def test_options_reach_the_library(tmp_path):
+    assert len(open_model("timm:vit_tiny_patch16_224", pretrained=False, depth=2).blocks) == 2
+    hf_clip().save_pretrained(tmp_path)
+    assert open_model(f"hf:{tmp_path}", pretrained=False, projection_dim=8).projection_dim == 8
+    assert open_model("clip_tiny", pretrained=False, vision_depth=3).config.vision_depth == 3
+
+
+def test_open_clip_opens_both_towers():
+    with torch.device("meta"):
+        model = open_model("open_clip:ViT-B-32/openai", pretrained=False)
+    assert as_image_text(model) is not None
+
+
+def image_stats(model):
+    return as_reducible(model).image_stats()
+
+
+def test_image_stats_are_those_of_the_model(tmp_path):
+    with torch.device("meta"):
+        augreg, ours, clip = (open_model(spec, pretrained=False) for spec in NAMED)
+        assert image_stats(augreg) == ((0.5,) * 3, (0.5,) * 3)
+        assert image_stats(ours) == image_stats(clip) == (CLIP_MEAN, CLIP_STD)
+    tiny_vit().save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessor(image_mean=HALF[0], image_std=HALF[1])
+    assert image_stats(open_model(f"hf:{tmp_path}"))[0][0] == 0.485
+    processor.save_pretrained(tmp_path)
+    assert image_stats(open_model(f"hf:{tmp_path}")) == tuple(map(tuple, HALF))
+    assert image_stats(hf_clip()) == (CLIP_MEAN, CLIP_STD)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"image_processor": []}', "[" * 100_000, '{"image_mean": 3, "image_std": 3}']
+)
+def test_a_processor_of_a_wrong_kind_is_an_error(content, tmp_path):
+    tiny_vit().save_pretrained(tmp_path)
+    model = open_model(f"hf:{tmp_path}")
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config.json: expected|image_mean: expected"
+    ):
+        image_stats(model)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"a"', "{"])
+def test_a_config_that_is_no_object_is_an_error(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        open_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("vit_base", "spec: expected 'timm:NAME', .* got 'vit_base'"),
+        ("timm:", "spec: expected 'timm:NAME', .* got 'timm:'"),
+        ("timm:vit_bse", r"spec: expected a name of timm.list_models\(\), got 'vit_bse'"),
+        ("open_clip:ViT-X", r"spec: expected a name of open_clip.list_models\(\), got 'ViT-X'"),
+        ("open_clip:ViT-B-32/mine", "spec: expected weights of ViT-B-32 among .*, got 'mine'"),
+        ("hf:/no/such/folder", "spec: expected a model with local .* got 'hf:/no/such/folder'"),
+        ("clip_tiny", "no weights are published"),
+    ],
+)
+def test_the_error_for_an_unknown_spec_names_the_expected_forms(spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_model(spec)
+
+
+def test_a_name_on_the_hub_needs_no_prefix_but_a_path_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_spec("hf:me/model") == split_spec("me/model") == ("hf", "me/model")
+    for spec in ("clip_tiny", "./me/model", "me/model/", "a/b/c", "timm:", "other:me/model"):
+        assert split_spec(spec) == (None, spec)
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert split_spec("me/model") == (None, "me/model")
+
+
+def test_the_public_names_of_the_package_are_imported_on_first_use():
+    for name in dir(elip_models.pretraining.models):
+        assert getattr(elip_models.pretraining.models, name).__name__ == name
+    assert not hasattr(elip_models.pretraining.models, "creat_model")
+
+
+def test_arguments_of_a_wrong_type_raise(tmp_path):
+    with pytest.raises(TypeError, match="spec: expected a text"):
+        open_model(3)
+    with pytest.raises(TypeError, match="pretrained: expected True or False, got 'openai'"):
+        open_model("open_clip:ViT-B-32", pretrained="openai")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ValueError, match=f"or 'hf:{tmp_path}'"):
+        open_model(str(tmp_path), pretrained=False)
+
+
+def test_a_missing_library_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r"needs open_clip: pip install 'elip-kernels\[open-clip"):
+        open_model("open_clip:ViT-B-32")
