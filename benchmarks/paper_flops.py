@@ -225,7 +225,7 @@ def _error(share: float) -> str:
 
 
 def paper_report() -> tuple[Group, dict[str, Any]]:
-    """Return the report of `elip profile --paper` on Table 5, and its data."""
+    """Return the report of `python -m benchmarks.paper` on Table 5, and its data."""
     counts = paper_counts()
     found = readings(counts)
     lines = conclusions(counts, found)

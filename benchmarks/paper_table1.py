@@ -138,7 +138,7 @@ def conclusion(counts: Counts) -> str:
 
 
 def table1_report() -> tuple[Group, dict[str, Any]]:
-    """Return the report of `elip profile --paper` on Table 1, and its data."""
+    """Return the report of `python -m benchmarks.paper` on Table 1, and its data."""
     return report_of(table1_counts())
 
 

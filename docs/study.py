@@ -40,8 +40,8 @@ question describes its arms.
 To repeat a study, or to run it on your own data ([how](training.md#studies)):
 
 ```bash
-elip study quality --dry-run                       # arms, FLOPs and time
-elip study quality_emoji data.train='train-*.tar' data.eval=val.json
+python -m benchmarks.studies quality --dry-run                       # arms, FLOPs and time
+python -m benchmarks.studies quality_emoji data.train='train-*.tar' data.eval=val.json
 ```
 """
 NOTES = "[All findings](../study.md) · [How to read the tables](../study.md#how-to-read-the-tables)"

@@ -1,9 +1,14 @@
 """Text-guided vision token reduction for image-text models, and the models that train with it."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from elip_models.saving.model_registry import register_models
 from elip_models.validation import require_extra
+
+if find_spec("elip_models.pretraining") is not None:  # the core works without it
+    register_models("elip_models.pretraining.models.registry")
 
 __all__ = [
     "ELIP",

@@ -2,8 +2,8 @@
 
     elip train RECIPE [key=value ...]      elip finetune TASK --from CHECKPOINT
     elip eval retrieval | vqa | ..         elip visualize
-    elip profile                           elip study NAME
-    elip convert                           elip export MODEL OUT.onnx
+    elip profile                           elip export MODEL OUT.onnx
+    elip convert
     elip data check | export               python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
     elip calibrate MODEL IMAGES            elip distill MODEL IMAGES
@@ -17,7 +17,7 @@ An error of the user is one line on standard error with exit status 2; a bug is 
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
@@ -30,8 +30,14 @@ except ImportError as error:
     sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
     raise SystemExit(2) from None
 
-from elip_models.pretraining.training.errors import Stopped, TrainingError
-from elip_models.validation import ConfigError, DataError, is_missing_extra, require_extra
+from elip_models.validation import (
+    ConfigError,
+    DataError,
+    Stopped,
+    TrainingError,
+    is_missing_extra,
+    require_extra,
+)
 
 COMMANDS = {
     "train": (
@@ -73,10 +79,6 @@ COMMANDS = {
     "profile": (
         "inspect_model.profile",
         "Compare tokens, FLOPs, time and memory of models with token reduction to dense.",
-    ),
-    "study": (
-        "train.study",
-        "Train and compare the arms of a study over seeds (needs a checkout); finished runs stay.",
     ),
     "convert": (
         "convert.convert",
@@ -144,13 +146,26 @@ def elip(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the console script `elip`; `arguments` default to those of the process."""
+    _run(app, arguments, "elip")
+
+
+def run_command(
+    command: Callable[..., None], arguments: Sequence[str] | None = None, *, name: str
+) -> NoReturn:
+    """Run a function as the program `name`, with the options and errors of a command of `elip`."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(command)
+    _run(alone, arguments, name)
+
+
+def _run(program: typer.Typer, arguments: Sequence[str] | None, name: str) -> NoReturn:
     for library in ("torchao", "torch.utils._pytree"):  # warnings of imports, not of the command
         logging.getLogger(library).setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be valid text
     try:
         with require_extra("this"):
-            app(args=arguments, prog_name="elip")
+            program(args=arguments, prog_name=name)
     except ImportError as error:
         if not is_missing_extra(error):
             raise

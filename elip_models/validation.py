@@ -14,17 +14,17 @@ import math
 import operator
 import os
 import reprlib
+import signal
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 
 class ConfigError(ValueError):
@@ -33,6 +33,27 @@ class ConfigError(ValueError):
 
 class DataError(Exception):
     """Raised when too much of the data cannot be read."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start, resume or continue. The message contains a remedy."""
+
+
+class Stopped(TrainingError):
+    """A run that a signal ended. Its last checkpoint is complete."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = signal.Signals(number)
+
+    @property
+    def status(self) -> int:
+        """Return the exit status of a process that a signal ended: 128 plus the signal's number."""
+        return 128 + self.signal
+
+
+class TextError(ValueError):
+    """Raised for a text with an unpaired surrogate, which JSON can hold and UTF-8 cannot."""
 
 
 UNIONS = (types.UnionType, typing.Union)  # of `X | None`, where X is a class or Annotated
@@ -124,6 +145,23 @@ def check_fields(instance: Any) -> None:
                 if not rule.is_met(value, other):
                     expected = rule.expected.format(f"{rule.other} = {other}")
                     raise ValueError(f"{name}: expected {expected}, got {shortened(value)}")
+
+
+class Config:
+    """Base of frozen dataclasses of hyper-parameters, which are checked against annotations."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Create a config from a dict; a name that is not a field raises ValueError."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - set(known))
+        if unknown:
+            close = did_you_mean(unknown[0], known)
+            raise ValueError(f"config: expected names among {known}, got {unknown}{close}")
+        return cls(**values)
 
 
 @cache
@@ -229,6 +267,15 @@ def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
+def check_text(name: str, *texts: str) -> None:
+    """Raise TextError, naming the argument `name`, unless all texts are valid Unicode."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"{name}: expected Unicode text, got {text!r:.100}") from error
+
+
 def check_output(option: str, output: Path | None) -> None:
     """Raise ConfigError, before a long run, if its output file cannot be written."""
     if output is None:
@@ -290,19 +337,6 @@ def require_extra(user: str) -> Iterator[None]:
         if package not in EXTRAS or is_missing_extra(error):
             raise
         raise _missing_extra(user, package) from error
-
-
-def from_checkout(module: str, user: str) -> types.ModuleType:
-    """Import `benchmarks.<module>`, or raise ConfigError without a checkout of the project."""
-    try:
-        return import_module(f"benchmarks.{module}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "benchmarks":
-            raise
-        raise ConfigError(
-            f"{user} needs a checkout of the project, got an installed package, which leaves out "
-            "`benchmarks`: clone the repository and run `pip install -e '.[study]'` in it"
-        ) from None
 
 
 def is_missing_extra(error: ImportError) -> bool:

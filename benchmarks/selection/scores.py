@@ -29,7 +29,8 @@ from benchmarks.selection.deletion_insertion import removal_areas
 from elip_kernels import ReductionInfo
 from elip_models.analysis.agreement import agreement_by_image
 from elip_models.analysis.visualize import patch_grid, source_maps
-from elip_models.pretraining.data import DataError, NamedMasks, SampleError, Source, image_transform
+from elip_models.images import SampleError
+from elip_models.pretraining.data import DataError, NamedMasks, Source, image_transform
 from elip_models.pretraining.models.base import PretrainedModel, eval_mode
 from elip_models.pretraining.tasks.features import encode_texts, isolated_rng
 from elip_models.reduction.encode import run_tower

@@ -1,4 +1,4 @@
-"""Tables of `elip eval selection`."""
+"""Tables of `python -m benchmarks.selection`."""
 
 from typing import Any
 

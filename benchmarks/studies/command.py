@@ -1,4 +1,4 @@
-"""Console output of `elip study`: the plan, the progress and the results."""
+"""Console output of `python -m benchmarks.studies`: the plan, the progress and the results."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -141,7 +141,7 @@ def read_results(path: Path) -> Document:
     Raises:
         ConfigError: no such file, or one of another form.
     """
-    expected = "expected a file that `elip study` wrote, got"
+    expected = "expected a file that `python -m benchmarks.studies` wrote, got"
     if not path.is_file():
         raise ConfigError(f"results: {expected} {path}")
     with as_config_error("results"):

@@ -23,7 +23,6 @@ from benchmarks.studies.measures import FINETUNED, Finished, measure
 from benchmarks.studies.study import Run, Study
 from elip_models.pretraining.data import load_tokenizer, open_source, train_tokenizer
 from elip_models.pretraining.models.registry import load_model
-from elip_models.pretraining.training.errors import Stopped, TrainingError
 from elip_models.pretraining.training.recipe import load_recipe, resume_conflicts, save_recipe
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
@@ -36,7 +35,13 @@ from elip_models.profiling.runner import measure as profile
 from elip_models.profiling.workload import Workload
 from elip_models.reduction import flops
 from elip_models.saving.files import read_object, write_json
-from elip_models.validation import ConfigError, as_config_error, require_extra
+from elip_models.validation import (
+    ConfigError,
+    Stopped,
+    TrainingError,
+    as_config_error,
+    require_extra,
+)
 
 with require_extra("benchmarks.studies"):
     from filelock import FileLock, Timeout
@@ -181,7 +186,7 @@ def check_tree(study: Study, runs: Sequence[Run], *, allow_dirty: bool) -> None:
     left = any(not is_finished(study, run) for run in runs)
     if left and commit().get("dirty", False) and not allow_dirty:
         raise ConfigError(
-            f"elip study: expected a checkout without uncommitted changes, got changes to commit "
+            "study: expected a checkout without uncommitted changes, got changes to commit "
             f"{commit()['id'][:7]}; commit them, or pass --allow-dirty, which marks the results"
         )
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from elip_models.pretraining.data import SampleError, open_source
-from elip_models.pretraining.data.read_errors import readable_samples
-from elip_models.pretraining.data.sample import decode_clip, decode_image
-from elip_models.pretraining.models.registry import elip_strategy
+from elip_models.images import SampleError, decode_clip, decode_image
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import strategy_by_default
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import check_keep, resolve_strategy
 from elip_models.saving.open_model import open_model, size_options, split_spec
-from elip_models.towers import ReducibleModel, Tower, as_image_text, as_reducible, as_tower
+from elip_models.towers import (
+    ReducibleModel,
+    SelfReducingModel,
+    Tower,
+    as_image_text,
+    as_reducible,
+    as_tower,
+)
 from elip_models.validation import ConfigError, as_config_error, shortened
 
 CaptionEncoder = Callable[[Sequence[str]], Tensor]
@@ -121,8 +124,8 @@ def open_visualized_model(
     options = {"schedule": schedule, "scorer": scorer, "fusion": fusion}
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        if strategy is None and reducible.reduces_itself:
-            chosen = _changed(elip_strategy(model), tower, given, keep)
+        if strategy is None and isinstance(reducible, SelfReducingModel):
+            chosen = _changed(model.elip_strategy(), tower, given, keep)
         else:
             chosen = resolve_strategy(
                 tower,
@@ -184,19 +187,6 @@ def check_pairs(images: Sequence[Path], captions: Sequence[str]) -> Sequence[str
     return captions
 
 
-def read_shown(
-    images: Sequence[Path] | None,
-    captions: Sequence[str],
-    data: str | None,
-    count: int,
-    tower: Tower,
-) -> CaptionedImages:
-    """Read image files or clips, or else samples of `data`."""
-    if images:
-        return read_pairs(images, captions, tower.num_frames)
-    return read_source(data, count, tower)
-
-
 def read_pairs(
     images: Sequence[Path], captions: Sequence[str], num_frames: int = 1
 ) -> CaptionedImages:
@@ -218,19 +208,3 @@ def read_pairs(
             f"{error}; ffmpeg -i clip.mp4 frames/%05d.png writes the frames of a video"
         ) from error
     return list(zip(files, captions, strict=True))
-
-
-def read_source(spec: str, count: int, tower: Tower) -> CaptionedImages:
-    """Read the first `count` readable samples of a source, with their first captions."""
-    if tower.num_frames > 1:
-        raise ConfigError(
-            f"--data: expected --image with a clip for a model that reads {tower.num_frames} "
-            f"frames, got {shortened(spec)}, whose samples are images"
-        )
-    with as_config_error("--data", inner="spec"):
-        source = open_source(spec, image_size=max(tower.image_size))
-        samples = readable_samples(source, range(len(source)))
-        shown = [(sample.image, sample.captions[0]) for sample in islice(samples, count)]
-    if not shown:
-        raise ConfigError(f"--data: expected a readable sample, got none in {spec!r}")
-    return shown

@@ -88,7 +88,8 @@ def export_data(
     image_size: ImageSize = 64,
 ) -> None:
     """Write data as files in the standard format of a task, and print what can read them."""
-    from elip_models.pretraining.data import SampleError, export
+    from elip_models.images import SampleError
+    from elip_models.pretraining.data import export
 
     _check_task(task)
     console = Console()

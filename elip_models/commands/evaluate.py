@@ -1,4 +1,4 @@
-"""The commands `elip eval retrieval | zero-shot | composition | selection | vqa | ..`."""
+"""The commands `elip eval retrieval | zero-shot | composition | vqa | ..`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from elip_models.commands.evaluate_options import (
 )
 from elip_models.pretraining.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.pretraining.training.recipe import parse_overrides
-from elip_models.validation import as_config_error, from_checkout, require_extra
+from elip_models.validation import as_config_error, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -92,40 +92,6 @@ def eval_zero_shot(
     scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
     Console().print(zero_shot_table(scores))
     write_scores(_as_dict(scores), output)
-
-
-@app.command("selection")
-def eval_selection(
-    model: SavedModel,
-    data: Annotated[
-        str, typer.Option(help="Data: emoji_scenes:size=200,clutter=4, or a JSON list with boxes.")
-    ],
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="Strategy, such as elip:scorer=exact or tome; default: the model's own."),
-    ] = None,
-    count: Annotated[
-        int, typer.Option(min=2, max=2**20, help="Number of samples of --data.")
-    ] = 200,
-    batch_size: BatchSize = 32,
-    output: ScoresFile = None,
-) -> None:
-    """Measure which patches a reduction keeps of what captions name (needs a checkout)."""
-    from elip_models.pretraining.data import open_source
-    from elip_models.reduction.strategy_spec import get_strategy
-
-    selection, tables = (
-        from_checkout(f"selection.{name}", "elip eval selection") for name in ("scores", "tables")
-    )
-    trained, tokenizer = open_trained(model, output)
-    with as_config_error("--data", inner="spec"):
-        source = open_source(data, image_size=trained.config.image_size)
-    with as_config_error("--strategy"):
-        chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
-    settings = {"limit": count, "batch_size": batch_size}
-    scores = selection.selection_scores(trained, source, tokenizer, chosen, **settings)
-    Console().print(*tables.selection_tables(scores))
-    write_scores(scores, output)
 
 
 def _evaluate(

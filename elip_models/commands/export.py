@@ -91,12 +91,14 @@ def _open_reduced(
     """Return the reduced model that `spec` names, in eval mode."""
     from elip_models.reduction.patch import reduce_
     from elip_models.saving.open_model import open_model, size_options
-    from elip_models.towers import as_reducible
+    from elip_models.towers import SelfReducingModel, as_reducible
 
     with as_config_error("MODEL", inner="spec"):
         model = open_model(spec, pretrained=pretrained, **size_options(spec, image_size))
         reducible = as_reducible(model)
-        if reducible.reduces_itself or not (reducible.has_text or reducible.image_model is model):
+        if isinstance(reducible, SelfReducingModel) or not (
+            reducible.has_text or reducible.image_model is model
+        ):
             raise TypeError(
                 "expected an image model, CLIP, SigLIP or BLIP of timm, open_clip or "
                 f"transformers, got {type(model).__name__}; export its image tower by "

@@ -35,7 +35,7 @@ def as_option_error(
 
 def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[Path]:
     """Return `count` image files of a folder, drawn at random and sorted by name."""
-    from elip_models.pretraining.data.sample import IMAGE_ENDINGS
+    from elip_models.images import IMAGE_ENDINGS
 
     if not folder.is_dir():
         raise ConfigError(f"IMAGES: expected a folder of images, got {shortened(str(folder))}")
@@ -67,7 +67,7 @@ class ImageFiles(Sequence):
     def __getitem__(self, i: int) -> "Tensor":
         """Read file i; SampleError if it cannot be read."""
         from elip_models.analysis.visualize_inputs import pixels_of
-        from elip_models.pretraining.data.sample import decode_image
+        from elip_models.images import decode_image
 
         (mean, std), path = self.stats, self.paths[i]
         return (pixels_of(decode_image(path, str(path)), self.size) - mean) / std
@@ -93,7 +93,7 @@ def readable(files: ImageFiles, console: Console) -> "Iterator[tuple[Path, Tenso
 
     ConfigError is raised if none can be read.
     """
-    from elip_models.pretraining.data.sample import SampleError
+    from elip_models.images import SampleError
 
     unreadable = []
     for i in track(range(len(files)), "reading images", console=console, transient=True):

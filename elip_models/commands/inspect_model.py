@@ -1,16 +1,26 @@
 """The commands `elip visualize` and `elip profile`: pictures and costs of a reduction."""
 
 import re
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.validation import ConfigError, check_output, require_extra
+from elip_models.validation import (
+    ConfigError,
+    as_config_error,
+    check_output,
+    require_extra,
+    shortened,
+)
 
 with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
 
+if TYPE_CHECKING:
+    from elip_models.analysis.visualize_inputs import CaptionedImages
+    from elip_models.towers import Tower
 
 VisualizedModel = Annotated[
     str,
@@ -106,10 +116,32 @@ def visualize(
         visualized = visualize_inputs.open_visualized_model(
             model, pretrained=pretrained, strategy=strategy, keep=keep, **options
         )
-        shown = visualize_inputs.read_shown(files, captions, data, count, visualized.tower)
+        if data is None:
+            shown = visualize_inputs.read_pairs(files, captions, visualized.tower.num_frames)
+        else:
+            shown = read_source(data, count, visualized.tower)
         paths = draw_pictures(visualized, shown, output)
     for path in paths:
         Console().print(escape(str(path)), soft_wrap=True)
+
+
+def read_source(spec: str, count: int, tower: "Tower") -> "CaptionedImages":
+    """Read the first `count` readable samples of a source, with their first captions."""
+    from elip_models.pretraining.data import open_source
+    from elip_models.pretraining.data.read_errors import readable_samples
+
+    if tower.num_frames > 1:
+        raise ConfigError(
+            f"--data: expected --image with a clip for a model that reads {tower.num_frames} "
+            f"frames, got {shortened(spec)}, whose samples are images"
+        )
+    with as_config_error("--data", inner="spec"):
+        source = open_source(spec, image_size=max(tower.image_size))
+        samples = readable_samples(source, range(len(source)))
+        shown = [(sample.image, sample.captions[0]) for sample in islice(samples, count)]
+    if not shown:
+        raise ConfigError(f"--data: expected a readable sample, got none in {spec!r}")
+    return shown
 
 
 def _refuse_beside_question(options: dict[str, Any]) -> None:
@@ -184,10 +216,6 @@ def profile(
     parts: Annotated[
         bool, typer.Option("--parts", help="Also show costs by component: towers, fusion, ..")
     ] = False,
-    paper: Annotated[
-        bool,
-        typer.Option("--paper", help="Count the FLOPs of the paper's models (needs a checkout)."),
-    ] = False,
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="Instead: find the largest training batch.")
     ] = False,
@@ -216,4 +244,4 @@ def profile(
 
         print_largest_batches(settings, memory, output=output, console=Console())
     else:
-        print_profile(settings, paper=paper, output=output, console=Console())
+        print_profile(settings, output=output, console=Console())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from elip_models.embedding.search import Found, Hit
 from elip_models.embedding.stored import Stored, read
-from elip_models.pretraining.data.sample import SampleError, decode_image
+from elip_models.images import SampleError, decode_image
 
 SIDE = 240  # pixels of a thumbnail
 PAGE = """<!doctype html>

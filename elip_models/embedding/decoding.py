@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from elip_models.embedding.image_source import ImageSource
 from elip_models.embedding.preprocessing import check_pixels
 from elip_models.embedding.stored import Payload, read
-from elip_models.pretraining.data.sample import SampleError, decode_image
+from elip_models.images import SampleError, decode_image
 
 Transform = Callable[[Image.Image], Tensor]
 MOST_WORKERS = 16

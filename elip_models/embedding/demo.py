@@ -26,7 +26,7 @@ from elip_models.analysis.feature_measures import cosine
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import grid_shape
 from elip_models.embedding.encoder import Encoder, dense_of
-from elip_models.pretraining.data.sample import check_text, decode_image
+from elip_models.images import decode_image
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.flops import at_keep, kept_share
@@ -35,7 +35,7 @@ from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, deliberately_slow
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import as_config_error
+from elip_models.validation import as_config_error, check_text
 
 SAVED = "as saved"
 """The choice of the strategy that a model was saved or trained with."""

@@ -8,7 +8,7 @@ from elip_models.embedding.contact_sheet import figures
 from elip_models.embedding.demo import Comparison, DemoModel, Times
 from elip_models.embedding.encoder import Encoder
 from elip_models.embedding.search import search
-from elip_models.pretraining.data.sample import MAX_IMAGE_BYTES, SampleError
+from elip_models.images import MAX_IMAGE_BYTES, SampleError
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.embedding.demo_page"):

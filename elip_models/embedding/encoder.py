@@ -21,11 +21,10 @@ from elip_models.embedding.open_encoder import (
     tokenizer_name,
 )
 from elip_models.embedding.preprocessing import Preprocessing, check_pixels, preprocessing_of
-from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import ImageTextModel, as_image_text, library_of
+from elip_models.towers import ImageTextModel, SelfReducingModel, as_image_text, library_of
 from elip_models.validation import ConfigError, as_config_error
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -76,8 +75,10 @@ class Encoder:
         return self._image_text is not None
 
     @property
-    def _image_text(self) -> ImageTextModel | PretrainedModel | None:
-        return self.model if isinstance(self.model, PretrainedModel) else as_image_text(self.model)
+    def _image_text(self) -> ImageTextModel | SelfReducingModel | None:
+        return (
+            self.model if isinstance(self.model, SelfReducingModel) else as_image_text(self.model)
+        )
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -216,7 +217,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 def _image_features(model: nn.Module, new_parts: Sequence[str]) -> tuple[Function, str]:
     """Return the function that embeds images, and which output of the model it returns."""
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, SelfReducingModel):
         if not model.ranks:
             raise ConfigError(
                 f"model: expected one that embeds an image without its text, got a "
@@ -259,7 +260,7 @@ def _blip_features(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def _text_features(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
     """Return the features of tokenised texts, in the space of `_image_features`."""
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, SelfReducingModel):
         return model.text_features(**tokens)
     if hasattr(model, "encode_text"):
         return model.encode_text(**tokens)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from torch import nn
 
-from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.models.registry import elip_strategy, is_family, list_models
 from elip_models.reduction.patch import reduce_, reductions_of, unreduce_
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.saving.dense_models import CONFIG, OPEN_CLIP_CONFIG, NewPartsWarning
 from elip_models.saving.files import read_object
+from elip_models.saving.model_registry import source_of_family, source_of_name
 from elip_models.saving.open_model import open_model, split_spec, split_weights
 from elip_models.saving.saved_reduced import SETTINGS, load_reduced
+from elip_models.towers import SelfReducingModel
 from elip_models.validation import (
     ConfigError,
     PositiveShare,
@@ -58,9 +58,9 @@ def _open(spec: str, pretrained: bool) -> nn.Module:
         folder = model_folder(spec)
         if _is_reduced(folder):
             return load_reduced(folder)
-        is_ours = is_family(read_object(folder / CONFIG).get("model"))
+        is_ours = source_of_family(read_object(folder / CONFIG).get("model")) is not None
         return open_model(str(folder) if is_ours else f"hf:{folder}", pretrained=pretrained)
-    if split_spec(spec)[0] is None and spec not in list_models():
+    if split_spec(spec)[0] is None and source_of_name(spec) is None:
         raise ValueError(f"expected {FORMS}, got {shortened(spec)}")
     return open_model(spec, pretrained=pretrained)
 
@@ -79,7 +79,7 @@ def _is_reduced(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"no {CONFIG} in {folder}, nor in {folder / 'model'}")
     config = read_object(folder / CONFIG)
-    return "elip" in config and not is_family(config.get("model"))
+    return "elip" in config and source_of_family(config.get("model")) is None
 
 
 def tokenizer_name(spec: str) -> str:
@@ -114,21 +114,22 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
     if reduce == DENSE:
         if keep is not None:
             raise ConfigError(f"keep: expected none with reduce='none', got {keep}")
-        if not isinstance(model, PretrainedModel):
+        if not isinstance(model, SelfReducingModel):
             return unreduce_(model)
         model.reduction = model.dense
         return model
     with as_config_error("reduce", inner="strategy"):
-        if not isinstance(model, PretrainedModel):
+        if not isinstance(model, SelfReducingModel):
             return reduce_(model, reduce, keep=keep)
-        default = lambda: elip_strategy(model)  # noqa: E731
-        model.reduction = resolve_strategy(model.tower, reduce, {}, keep=keep, default=default)
+        model.reduction = resolve_strategy(
+            model.tower, reduce, {}, keep=keep, default=model.elip_strategy
+        )
     return model
 
 
 def strategy_in(model: nn.Module) -> Strategy | None:
     """Return the strategy that reduces a model, or None if it is dense."""
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, SelfReducingModel):
         return None if isinstance(model.reduction, Dense) else model.reduction
     found = reductions_of(model)
     return found[0].strategy if found and not isinstance(found[0].strategy, Dense) else None

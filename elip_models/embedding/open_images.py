@@ -29,9 +29,9 @@ from elip_models.embedding.image_source import (
 from elip_models.embedding.image_tables import datasets_source, list_source, parquet_source
 from elip_models.embedding.stored import Payload, Stored, local_or_none
 from elip_models.embedding.tar_images import tar_source
+from elip_models.images import IMAGE_ENDINGS
 from elip_models.pretraining.data.checks import expand_user
 from elip_models.pretraining.data.data_spec import expand_ranges
-from elip_models.pretraining.data.sample import IMAGE_ENDINGS
 from elip_models.pretraining.data.streams import redacted
 from elip_models.validation import ConfigError, shortened
 

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from elip_models.pretraining.data import CLIP_MEAN, CLIP_STD, image_transform
-from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.images import CLIP_STATS, IMAGENET_STATS
+from elip_models.pretraining.data import image_transform
 from elip_models.saving.files import read_object
-from elip_models.towers import as_tower, library_of
-from elip_models.towers.reducible_model import IMAGENET
+from elip_models.towers import SelfReducingModel, as_tower, library_of
 from elip_models.validation import Bounds, ConfigError, PositiveShare, as_config_error, check
 
-STATS = {"imagenet": IMAGENET, "clip": (CLIP_MEAN, CLIP_STD)}
+STATS = {"imagenet": IMAGENET_STATS, "clip": CLIP_STATS}
 Size = Annotated[int, Bounds(1, 2**14)]
 Numbers = tuple[float, float, float]
 KEYS = {
@@ -49,7 +48,7 @@ def preprocessing_of(model: nn.Module, given: str | Path | None = None) -> Prepr
     """
     if given is not None:
         return _given(model, str(given))
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, SelfReducingModel):
         size, resize = model.config.image_size, model.config.resize
         mean, std = model.image_stats()
         settings = {"size": size, "resize": resize, "mean": list(mean), "std": list(std)}
@@ -147,7 +146,7 @@ def _given(model: nn.Module, given: str) -> Preprocessing:
 def _image_size(model: nn.Module) -> tuple[int, int]:
     from elip_models.towers import as_image_text
 
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, SelfReducingModel):
         return model.config.image_size, model.config.image_size
     with as_config_error("preprocess"):
         whole = as_image_text(model)

@@ -15,16 +15,17 @@ from elip_models.embedding.encoder import Encoder, open_encoder
 from elip_models.embedding.open_encoder import DENSE
 from elip_models.embedding.preprocessing import Preprocessing, check_pixels
 from elip_models.embedding.stored import Stored, read
-from elip_models.pretraining.data.sample import (
-    IMAGE_ENDINGS,
-    SampleError,
-    TextError,
-    check_text,
-    clean_captions,
-    decode_image,
-)
+from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
+from elip_models.pretraining.data.sample import clean_captions
 from elip_models.reduction.serialization import strategy_of
-from elip_models.validation import ConfigError, as_config_error, check, shortened
+from elip_models.validation import (
+    ConfigError,
+    TextError,
+    as_config_error,
+    check,
+    check_text,
+    shortened,
+)
 
 GIVEN = "given"
 """Kind of a preprocessing in the manifest that was an option of `embed`."""

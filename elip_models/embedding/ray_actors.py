@@ -20,7 +20,7 @@ from elip_models.embedding.options import EmbeddingDtype
 from elip_models.embedding.output import MANIFEST, OutputFolder, Skipped
 from elip_models.embedding.shard import Shards, embed_shard, library_versions
 from elip_models.embedding.stored import Payload, read
-from elip_models.pretraining.data.sample import SampleError
+from elip_models.images import SampleError
 from elip_models.validation import ConfigError, shortened
 
 

@@ -27,7 +27,7 @@ from elip_models.embedding.processes import processes_in_environment
 from elip_models.embedding.ray_actors import ShardActor, Work
 from elip_models.embedding.shard import Shards, library_versions
 from elip_models.embedding.stored import Payload, Stored, read
-from elip_models.pretraining.data.sample import SampleError
+from elip_models.images import SampleError
 from elip_models.validation import ConfigError, require_packages, shortened
 
 LOCAL, AUTO = "local", "auto"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from elip_models.pretraining.data.sample import MAX_IMAGE_BYTES, SampleError
+from elip_models.images import MAX_IMAGE_BYTES, SampleError
 
 
 class Stored(NamedTuple):

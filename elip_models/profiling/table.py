@@ -34,7 +34,7 @@ from elip_models.reduction.summary import runs
 from elip_models.saving.files import write_json
 from elip_models.saving.open_model import FORMS, open_model
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import ConfigError, as_config_error, check_output, from_checkout
+from elip_models.validation import ConfigError, as_config_error, check_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTH = 180  # characters, if the output is not a terminal
@@ -248,33 +248,20 @@ def _cells(row: ProfileRow) -> list[str]:
     return cells
 
 
-def print_profile(
-    settings: ProfileSettings, *, paper: bool, output: Path | None, console: Console
-) -> None:
-    """Measure, print, and write `output` as JSON; `paper` also counts the paper's models."""
-    if not settings.models and not paper:
-        raise ConfigError(f"--model: expected one or more, {FORMS}; or --paper")
+def print_profile(settings: ProfileSettings, *, output: Path | None, console: Console) -> None:
+    """Measure, print, and write `output` as JSON."""
+    if not settings.models:
+        raise ConfigError(f"--model: expected one or more, {FORMS}")
     check_output("--output", output)
-    if paper:
-        clip, cross_modal = (
-            from_checkout(name, "elip profile --paper") for name in ("paper_flops", "paper_table1")
-        )
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    document: dict[str, Any] = {}
-    if settings.models:
-        with console.status("opening models") as status:
-            profile = run_profile(settings, status.update)
-        document = profile.as_json()
-        console.print(table_of(profile))
-        for each in profile.left_out:
-            console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
-        if profile.parts:
-            console.print(components_table(profile.parts))
-    if paper:
-        with console.status("counting the paper's models"):
-            table5, document["paper"] = clip.paper_report()
-            table1, document["paper_table1"] = cross_modal.table1_report()
-        console.print(table1, table5, sep="\n\n")
+    with console.status("opening models") as status:
+        profile = run_profile(settings, status.update)
+    console.print(table_of(profile))
+    for left_out in profile.left_out:
+        line = f"{left_out.model}: {left_out.strategy} is left out: {left_out.reason}"
+        console.print(line, markup=False)
+    if profile.parts:
+        console.print(components_table(profile.parts))
     if output is not None:
-        write_json(output, document)
+        write_json(output, profile.as_json())

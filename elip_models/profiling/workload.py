@@ -21,7 +21,7 @@ from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import reduce_
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import as_reducible, as_tower
+from elip_models.towers import SelfReducingModel, as_reducible, as_tower
 
 Forward = Callable[[], Tensor]
 
@@ -60,7 +60,7 @@ class Workload:
 
     def reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
         """Return a callable for the inputs, which shares all weights with the model."""
-        if self.reducible.reduces_itself:
+        if isinstance(self.reducible, SelfReducingModel):
             model = shared_copy(self.model)
             model.reduction = (strategy or model.dense).fitted(model.tower)
             return model

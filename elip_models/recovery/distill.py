@@ -30,9 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
-from elip_models.pretraining.training.errors import TrainingError
-from elip_models.pretraining.training.optim import learning_rate, parameter_groups
-from elip_models.pretraining.training.run_config import OptimConfig
 from elip_models.reduction.patch import (
     is_reduced,
     record_stages,
@@ -43,11 +40,12 @@ from elip_models.reduction.patch import (
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.token_assignment import slots_after
 from elip_models.saving.files import write_file
-from elip_models.towers import Tower, as_reducible, as_tower
+from elip_models.towers import SelfReducingModel, Tower, as_reducible, as_tower
 from elip_models.validation import (
     Positive,
     PositiveInt,
     Seed,
+    TrainingError,
     check_fields,
     require_extra,
     shortened,
@@ -56,7 +54,7 @@ from elip_models.validation import (
 M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[int, float], object]
 LR, LORA_LR = 5e-6, 1e-4
-WARMUP_SHARE = 0.1
+WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.1, 1.0
 SAVE_EVERY = 50
 
 
@@ -138,14 +136,14 @@ def _train(
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed)
-        with _blocks_alone(student), _adapters(student, options.lora_rank):
+        with _only_blocks_train(student), _adapters(student, options.lora_rank):
             _Run(student, teacher, images, options).train(checkpoint, progress)
 
 
 def _image_model(model: nn.Module) -> nn.Module:
     """Return the image model to train; raise TypeError or ValueError if it cannot be trained."""
     reducible = as_reducible(model)
-    if reducible.reduces_itself:
+    if isinstance(reducible, SelfReducingModel):
         raise TypeError(
             "model: expected one of timm, open_clip or transformers, got "
             f"{type(model).__name__}, which `elip train` trains"
@@ -171,7 +169,7 @@ def _check_images(images: Any, tower: Tower) -> None:
 
 
 @contextmanager
-def _blocks_alone(model: nn.Module) -> Iterator[None]:
+def _only_blocks_train(model: nn.Module) -> Iterator[None]:
     """Let only the blocks require a gradient inside the block."""
     inside = {id(each) for block in as_tower(model).blocks for each in block.parameters()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
@@ -216,6 +214,23 @@ def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
             each.requires_grad_()
 
 
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate of a step, counted from 0: linear warm-up to `peak`, then a cosine to 0."""
+    warmup = min(math.ceil(WARMUP_SHARE * steps), steps // 5)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return groups for AdamW: matrices decay; biases, norms and single vectors do not."""
+    groups: dict[float, list[nn.Parameter]] = {WEIGHT_DECAY: [], 0.0: []}
+    for parameter in parameters:
+        is_matrix = sum(size != 1 for size in parameter.shape) > 1
+        groups[WEIGHT_DECAY if is_matrix else 0.0].append(parameter)
+    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+
+
 class _Run:
     """The training of a student: its optimiser, and its state in a file."""
 
@@ -229,11 +244,9 @@ class _Run:
         self.student, self.teacher, self.images = student, teacher, images
         steps, size, self.seed, self.done = options.steps, options.batch_size, options.seed, 0
         default = LR if options.lora_rank is None else LORA_LR
-        warmup_steps = math.ceil(WARMUP_SHARE * steps)
-        self.optim = OptimConfig(size, options.lr or default, warmup_steps=warmup_steps)
+        self.peak_lr = options.lr or default
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        groups = parameter_groups(student, self.optim.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.trained.values()))
         generator = torch.Generator().manual_seed(self.seed)
         epochs = math.ceil(steps * size / len(images))
         order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
@@ -258,7 +271,7 @@ class _Run:
         """Run step i and return its loss."""
         torch.manual_seed((self.seed << 32) + i)  # for strategies that draw tokens
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(i, self.optim, total_steps=len(self.batches))
+            group["lr"] = learning_rate(i, len(self.batches), self.peak_lr)
         images = torch.stack([self.images[j] for j in self.batches[i].tolist()])
         images = images.to(next(self.student.parameters()).device)
         with torch.no_grad():
@@ -268,7 +281,7 @@ class _Run:
             raise TrainingError(f"the loss of step {i + 1} is {loss.item()}; use a lower lr")
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.trained.values(), self.optim.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRAD_NORM)
         self.optimizer.step()
         return loss.item()
 

@@ -8,7 +8,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any, Literal, get_args
 
 from elip_models.validation import check_fields, shortened
 
@@ -21,25 +20,6 @@ PRESETS = {
     "blip": "2(100%) 2(90%) 6(65%) 2(40%)",
     "meter": "2(100%) 2(90%) 5(70%) 2(45%)",
 }
-
-Merge = Literal["one", "none", "nearest"]
-"""What becomes of the tokens that a stage drops: they are merged into one appended token, they are
-discarded, or each is merged into the kept token with the most similar key."""
-
-
-def check_merge(merge: Any) -> None:
-    """Raise TypeError or ValueError unless `merge` is a word of `Merge`."""
-    if not isinstance(merge, str) or merge not in get_args(Merge):
-        error = ValueError if isinstance(merge, str) else TypeError
-        advice = f"; pass {'one' if merge else 'none'!r}" if isinstance(merge, bool) else ""
-        raise error(f"merge: expected 'one', 'none' or 'nearest', got {shortened(merge)}{advice}")
-
-
-def merge_flag(merge: Merge) -> bool:
-    """Return what `elip_kernels` takes as `merge` for 'one' and 'none'."""
-    if merge not in ("one", "none"):
-        raise ValueError(f"merge: expected 'one' or 'none', got {shortened(merge)}")
-    return merge == "one"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
 from elip_models.reduction.flops import CostModel, Layer
-from elip_models.reduction.schedule import Merge, Schedule, Stage, check_merge
+from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Tower, TowerSize, as_image_text, as_tower
+from elip_models.towers.merge import Merge, check_merge
 
 
 class StageInfo(NamedTuple):

@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from elip_models.saving.dense_models import from_config, load_transformers
+from elip_models.saving.files import read_config
 from elip_models.saving.hub import fetch_folder
 from elip_models.saving.meta_build import MOST_TENSORS, at_most, check_integers, library_errors
+from elip_models.saving.model_registry import source_of_family, source_of_name
 from elip_models.validation import check, mismatch_error, require_extra
 
 FORMS = (
@@ -68,10 +70,8 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     if library is not None:
         with require_extra("open_model"), missing_files_as_value_error("spec", spec):
             return OPENERS[library](name, pretrained, options).eval()
-    from elip_models.pretraining.models.registry import create_model, list_models
-
-    if spec in list_models():
-        return create_model(spec, pretrained, **options).eval()
+    if (source := source_of_name(spec)) is not None:
+        return source.create_model(spec, pretrained, **options).eval()
     if os.path.isfile(os.path.join(spec, "config.json")):
         return _from_folder(Path(spec), pretrained, options).eval()
     raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
@@ -155,13 +155,11 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
 def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
 
-    from elip_models.pretraining.models.registry import is_family
-
     with library_errors(name, "a name on the hub, or a folder with a config of transformers"):
         described, _ = PretrainedConfig.get_config_dict(name)
     if mismatch_error(described, dict):
         raise ValueError(f"{name}: expected a JSON object in config.json, got {described!r:.100}")
-    if is_family(described.get("model")):
+    if source_of_family(described.get("model")) is not None:
         return _from_folder(fetch_folder(name), pretrained, options)
     check_integers(Path(name) / "config.json", described)
     with library_errors(name, "a config of a model in this version of transformers"):
@@ -184,16 +182,13 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    from elip_models.pretraining.models.registry import MODELS, is_family, load_model
-    from elip_models.saving.files import read_config
-
     family, config = read_config(folder, with_weights=pretrained)
-    if not is_family(family):
+    source = source_of_family(family)
+    if source is None:
         raise ValueError(f"spec: expected a folder of our models, or 'hf:{folder}', got {folder}")
     if pretrained:
-        return load_model(folder, **options)
-    kind = MODELS[family]
-    return kind(kind.config_class.from_dict(config | options))
+        return source.load_model(folder, **options)
+    return source.from_config(family, config | options)
 
 
 @contextmanager

@@ -22,8 +22,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.models.registry import is_family, load_model
 from elip_models.reduction.hf_config import LANGUAGE_MODEL, store_in_config
 from elip_models.reduction.patch import reductions_of
 from elip_models.reduction.reduced_model import Reduction
@@ -41,7 +39,8 @@ from elip_models.saving.dense_models import (
 from elip_models.saving.files import read_object, write_file, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.saving.meta_build import check_integers, library_errors
-from elip_models.towers import library_of, without_adapter
+from elip_models.saving.model_registry import source_of_family
+from elip_models.towers import SelfReducingModel, library_of, without_adapter
 from elip_models.validation import as_config_error, check
 from elip_models.vlm.patch import reduce_, restore_
 
@@ -78,7 +77,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
     check("model", model, nn.Module)
     check("folder", folder, str | os.PathLike)
     model, folder = _unwrap(model), Path(folder)
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, SelfReducingModel):
         _check_reduces(model)
         return model.save_pretrained(folder)
     if LANGUAGE_MODEL in (getattr(getattr(model, "config", None), "elip", None) or ()):
@@ -130,7 +129,7 @@ def load_reduced(
     check("model", model, nn.Module | None)
     folder = fetch_folder(folder)
     model = _open_dense(folder) if model is None else model
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, SelfReducingModel):
         _check_reduces(model)
         if strategy is not None:
             raise ValueError(
@@ -181,7 +180,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_reduces(model: PretrainedModel) -> None:
+def _check_reduces(model: SelfReducingModel) -> None:
     if isinstance(model.config.reduction, Dense):
         raise ValueError(
             f"model: expected a reduction in its config, got a dense {type(model).__name__}; use "
@@ -230,8 +229,9 @@ def _read_settings(folder: Path) -> tuple[Any, str]:
 
 def _open_dense(folder: Path) -> nn.Module:
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if is_family(config.get("model")):  # with its adapter, if it has one
-        return load_model(folder).eval()
+    source = source_of_family(config.get("model"))
+    if source is not None:  # with its adapter, if it has one
+        return source.load_model(folder).eval()
     if (folder / ADAPTER).is_file():
         raise ValueError(
             f"model: expected PeftModel.from_pretrained(base, {str(folder)!r}), since the folder "

@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from elip_models.towers.base import Tower, in_forward, with_cls
-from elip_models.towers.reducible_model import ImageModel, ImageTextModel, ReducibleModel
+from elip_models.towers.reducible_model import (
+    ImageModel,
+    ImageTextModel,
+    ReducibleModel,
+    SelfReducingModel,
+)
 from elip_models.towers.tower_parts import Projections, Query, TowerSize
 from elip_models.towers.unsupported import other_reason
 from elip_models.towers.wrapped_modules import refuses_sharding
@@ -21,6 +26,7 @@ __all__ = [
     "Projections",
     "Query",
     "ReducibleModel",
+    "SelfReducingModel",
     "Tower",
     "TowerSize",
     "as_image_text",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_kernels.ops.gather_ops import accumulator
-from elip_models.reduction.schedule import Merge, merge_flag
+from elip_models.towers.merge import Merge, merge_flag
 from elip_models.towers.positions import Positions
 from elip_models.towers.tower_parts import QKV, Block, Projections, Query, TowerSize, normed
 from elip_models.towers.wrapped_modules import (

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import DepthProPreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
+from elip_models.images import Stats
 from elip_models.towers.hf_heads import averages, needs_grid, reads_layers
 from elip_models.towers.hf_layers import LAYERS
 from elip_models.towers.hf_positions import HFPositions, pair
 from elip_models.towers.hf_processor import image_stats_of
-from elip_models.towers.reducible_model import Stats
 from elip_models.towers.tower_parts import Block, part, plain_mlp_ratio, run
 from elip_models.towers.unsupported import transformers_reason
 from elip_models.towers.wrapped_modules import library_class, unwrapped

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, SiglipModel
 
+from elip_models.images import CLIP_STATS, Stats
 from elip_models.towers.hf_processor import image_stats_of
 from elip_models.towers.reducible_model import (
     ImageTextModel,
-    Stats,
     check_tokenizer_in,
-    clip_stats,
     default_stats,
     random_ids,
 )
@@ -79,7 +78,7 @@ class HFImageText(ImageTextModel):
 
     def image_stats(self) -> Stats:
         """Return the mean and standard deviation that normalise images, or None if unknown."""
-        return image_stats_of(self.model) or default_stats(self.model, "CLIP", clip_stats())
+        return image_stats_of(self.model) or default_stats(self.model, "CLIP", CLIP_STATS)
 
     def load_tokenizer(self, name: str) -> Any:
         """Return the tokenizer of the model of that name, or in that folder."""

@@ -8,7 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from elip_models.towers.reducible_model import Stats
+from elip_models.images import Stats
 from elip_models.validation import check, mismatch_error
 
 NUMBERS = tuple[float, ...]

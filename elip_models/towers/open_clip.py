@@ -17,14 +17,9 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
+from elip_models.images import CLIP_STATS, Stats
 from elip_models.towers.base import Tower
-from elip_models.towers.reducible_model import (
-    ImageTextModel,
-    Stats,
-    clip_stats,
-    default_stats,
-    random_ids,
-)
+from elip_models.towers.reducible_model import ImageTextModel, default_stats, random_ids
 from elip_models.towers.tower_parts import Layer, interpolated, run
 from elip_models.towers.wrapped_modules import (
     Affine,
@@ -211,7 +206,7 @@ class OpenClipImageText(ImageTextModel):
     def image_stats(self) -> Stats:
         """Return the mean and standard deviation that normalise images, or None if unknown."""
         stats = _stats_of(self.image_model)
-        return stats or default_stats(self.image_model, "CLIP", clip_stats())
+        return stats or default_stats(self.image_model, "CLIP", CLIP_STATS)
 
     def load_tokenizer(self, name: str) -> Any:
         """Return the tokenizer of 'NAME', 'NAME:TAG', 'NAME/TAG' or 'local-dir:FOLDER'."""

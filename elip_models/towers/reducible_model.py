@@ -13,11 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from elip_models.images import IMAGENET_STATS, Stats
 from elip_models.towers.base import Tower
 
-Stats = tuple[Sequence[float], Sequence[float]]
-"""The mean and standard deviation of each colour channel that images are normalised by."""
-IMAGENET: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TEXT_TOKENS = 77  # the longest random text
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -30,13 +28,10 @@ class ReducibleModel:
 
     image_model: the image model that a tower reads: the model itself, or a part of it.
     has_text: the forward takes a text with each image, which can guide the reduction.
-    reduces_itself: the forward reduces by the strategy in `reduction`, without `reduce_`; the
-        strategy in `dense` switches the reduction off.
     """
 
     image_model: nn.Module
     has_text: ClassVar[bool] = True
-    reduces_itself: ClassVar[bool] = False
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
@@ -81,6 +76,32 @@ class ReducibleModel:
         return nullcontext()
 
 
+class SelfReducingModel(ReducibleModel):
+    """A model whose forward reduces by its own strategy, without `reduce_`.
+
+    tower: adapter of the image model.
+    reduction: the strategy of the forward pass; `dense` is one that reduces nothing.
+    ranks: `image_features` and `text_features` can be compared.
+    """
+
+    tower: Tower
+    reduction: Any
+    dense: Any
+    ranks: ClassVar[bool] = True
+
+    def elip_strategy(self) -> Any:
+        """Return the model's own ELIP strategy, or ELIP with the schedule of its paper."""
+        raise NotImplementedError
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return normalised features (B, E) of images (B, 3, H, W) without text, if `ranks`."""
+        raise NotImplementedError
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return normalised features (B, E) of input_ids, attention_mask (B, L), if `ranks`."""
+        raise NotImplementedError
+
+
 class ImageModel(ReducibleModel):
     """An image model alone, whose guidance is an argument, as in `encode_image`."""
 
@@ -101,7 +122,9 @@ class ImageModel(ReducibleModel):
 
     def image_stats(self) -> Stats:
         """Return the statistics that the library stores; otherwise warn, and return ImageNet's."""
-        return self.tower.image_stats() or default_stats(self.image_model, "ImageNet", IMAGENET)
+        return self.tower.image_stats() or default_stats(
+            self.image_model, "ImageNet", IMAGENET_STATS
+        )
 
 
 class ImageTextModel(ReducibleModel):
@@ -152,13 +175,6 @@ class ImageTextModel(ReducibleModel):
         values = output.values() if isinstance(output, Mapping) else output
         tensors = (v for v in values if torch.is_tensor(v) and v.is_floating_point())
         return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def clip_stats() -> Stats:
-    """Return CLIP's statistics, which most language-image models use."""
-    from elip_models.pretraining.data import CLIP_MEAN, CLIP_STD
-
-    return CLIP_MEAN, CLIP_STD
 
 
 def default_stats(model: nn.Module, name: str, stats: Stats) -> Stats:

@@ -29,7 +29,6 @@ from elip_models.pretraining.models.registry import (
     DOWNSTREAM,
     FAMILIES,
     create_model,
-    elip_strategy,
 )
 from elip_models.pretraining.training import report
 from elip_models.pretraining.training.report import Reporter
@@ -248,7 +247,7 @@ def test_a_dense_model_of_a_task_is_shown_by_the_schedule_of_its_pre_training(fa
     with torch.device("meta"):
         model = create_model(f"{kind.pretraining.family}_tiny", task=kind.task)
     expected = Schedule.parse(kind.pretraining.family).for_depth(model.config.vision_depth)
-    assert elip_strategy(model).schedule == expected
+    assert model.elip_strategy().schedule == expected
 
 
 def test_merged_pairs_are_shown_as_merged():

@@ -7,7 +7,8 @@ from PIL import Image
 import elip_models
 from elip_models.analysis.merging import GREY, draw_clips, merged_clip, tokens_of_patches
 from elip_models.analysis.visualize import patch_grid
-from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
+from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
+from elip_models.commands.inspect_model import read_source
 from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
 from tests.helpers.tiny_run import elip

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from elip_models.analysis import visualize_inputs
-from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs, read_source
+from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
+from elip_models.commands.inspect_model import read_source
 from elip_models.pretraining.data import load_tokenizer, tokenize
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image

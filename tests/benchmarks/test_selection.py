@@ -1,4 +1,4 @@
-"""`elip eval selection`: measures of what a reduction keeps, on scenes with known answers."""
+"""`python -m benchmarks.selection`: what a reduction keeps, on scenes with known answers."""
 
 import json
 import math
@@ -34,7 +34,8 @@ from elip_models.reduction.encode import encode_image, run_tower
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.elip import ELIP, Staged
-from elip_models.reduction.strategy import Merge, StageInfo
+from elip_models.reduction.strategy import StageInfo
+from elip_models.towers.merge import Merge
 from tests.helpers.models import enlarged
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip

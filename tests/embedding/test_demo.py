@@ -18,7 +18,7 @@ import elip_models
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.embedding.demo import SAVED, DemoModel
 from elip_models.embedding.encoder import open_encoder
-from elip_models.pretraining.data.sample import SampleError
+from elip_models.images import SampleError
 from elip_models.pretraining.data.scenes import EmojiScenes
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import SMALL

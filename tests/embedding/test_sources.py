@@ -15,7 +15,7 @@ from elip_models.embedding import image_tables
 from elip_models.embedding.image_source import SourceOptions, different_keys
 from elip_models.embedding.open_images import open_images
 from elip_models.embedding.stored import read
-from elip_models.pretraining.data import SampleError
+from elip_models.images import SampleError
 from elip_models.validation import ConfigError
 from tests.helpers.damage import headers, picture, shard
 

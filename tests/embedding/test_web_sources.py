@@ -15,7 +15,7 @@ from pyarrow import parquet
 from elip_models.embedding.image_source import SourceOptions
 from elip_models.embedding.open_images import open_images
 from elip_models.embedding.stored import Stored, read
-from elip_models.pretraining.data import SampleError
+from elip_models.images import SampleError
 from elip_models.validation import ConfigError
 
 pytestmark = [

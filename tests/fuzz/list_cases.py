@@ -4,8 +4,8 @@ import copy
 import json
 import re
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data import JsonSource, check_source, open_examples, open_source
-from elip_models.pretraining.data.sample import SampleError
 from elip_models.pretraining.data.shared_images import group_by_image
 from tests.fuzz.harness import Loss, kind, refused
 from tests.helpers.damage import damaged, picture

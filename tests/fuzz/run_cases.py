@@ -5,7 +5,6 @@ import json
 import torch
 from accelerate import Accelerator
 
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.restore import restore_
 from elip_models.pretraining.training.run_checkpoints import (
     STATE_FILE,
@@ -14,7 +13,7 @@ from elip_models.pretraining.training.run_checkpoints import (
     step_of,
 )
 from elip_models.pretraining.training.run_folder import RunFolder
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, TrainingError
 from tests.fuzz.harness import Loss, kind, refused
 from tests.helpers.damage import damaged
 from tests.helpers.tiny_run import tiny_config

@@ -9,7 +9,8 @@ import tarfile
 
 from PIL import Image
 
-from elip_models.pretraining.data import SampleError, ShardSource, open_stream
+from elip_models.images import SampleError
+from elip_models.pretraining.data import ShardSource, open_stream
 from elip_models.pretraining.data.read_errors import SkipReport
 from elip_models.pretraining.data.stream_source import ShardEnd, decode_stored
 from elip_models.pretraining.data.tar_members import BLOCK

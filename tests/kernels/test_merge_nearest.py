@@ -14,8 +14,8 @@ from elip_kernels import apply_merge, merge_nearest, select_tokens, unmerge
 from elip_models import ELIP, AdaptiveELIP, EViT, RandomPruning
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies.elip import Staged
-from elip_models.reduction.strategy import Merge
 from elip_models.towers import as_tower
+from elip_models.towers.merge import Merge
 from tests.helpers.models import TOWERS, eva
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text

@@ -9,8 +9,8 @@ from PIL import Image
 
 import elip_models
 from elip_models.analysis.feature_measures import cosine
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.recovery.distill import _outputs, _Run, distill
+from elip_models.validation import TrainingError
 from tests.helpers.models import dinov2, eva, hf_clip, open_clip_vit, siglip_vision
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip

@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from elip_models.reduction.schedule import Schedule, check_merge
+from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.towers.merge import check_merge
 from elip_models.validation import check, did_you_mean, shortened
 
 SCHEDULES = {

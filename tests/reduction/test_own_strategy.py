@@ -13,9 +13,10 @@ import elip_models
 from elip_models.reduction import flops
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.strategies.elip import Staged
-from elip_models.reduction.strategy import Layer, Merge, StageInfo, Strategy
+from elip_models.reduction.strategy import Layer, StageInfo, Strategy
 from elip_models.reduction.summary import Summary
 from elip_models.towers import as_tower
+from elip_models.towers.merge import Merge
 from tests.helpers.models import TOWERS, eva, open_clip_pair, output, siglip_vision
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (

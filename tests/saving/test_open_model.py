@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import elip_models.pretraining.models
-from elip_models.pretraining.data import CLIP_MEAN, CLIP_STD
+from elip_models.images import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import CONFIGS
 from elip_models.saving.open_model import open_model, split_spec

@@ -18,10 +18,9 @@ from elip_models.pretraining.models.registry import load_model
 from elip_models.pretraining.tasks.retrieval import RECALLS
 from elip_models.pretraining.tasks.retrieval_task import Retrieval
 from elip_models.pretraining.tasks.task import Loading
-from elip_models.pretraining.training.errors import Stopped
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.trainer import Trainer
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, Stopped
 from tests.helpers.study_case import tiny_study
 from tests.helpers.tiny_run import own_process
 

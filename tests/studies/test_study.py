@@ -19,12 +19,11 @@ from benchmarks.studies.page import study_page
 from benchmarks.studies.plan import load_study, plan
 from benchmarks.studies.results import write_results
 from benchmarks.studies.study import Run
-from elip_models.pretraining.training.errors import Stopped, TrainingError
 from elip_models.pretraining.training.trainer import Trainer
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.reduction import flops
 from elip_models.reduction.strategies import STRATEGIES, ToMe
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, Stopped, TrainingError
 from tests.helpers.study_case import tiny_study
 from tests.helpers.tiny_run import logged, own_process
 

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
 
+from elip_models.images import CLIP_STATS
 from elip_models.towers import as_image_text, as_tower, reducible_model
 from elip_models.towers.hf_processor import image_stats_of
 from tests.helpers.models import hf_clip
@@ -45,7 +46,7 @@ def test_a_model_of_the_hub_is_not_looked_up_and_its_default_warns_once():
     expected = r"CLIPModel stores no .* CLIP's are used: mean \(0\.48.*std \(0\.26.*load it"
     with pytest.warns(UserWarning, match=expected):
         stats = image_text.image_stats()
-    assert stats == reducible_model.clip_stats()
+    assert stats == CLIP_STATS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert image_text.image_stats() == stats
@@ -54,7 +55,7 @@ def test_a_model_of_the_hub_is_not_looked_up_and_its_default_warns_once():
 def test_an_image_model_without_statistics_warns_with_those_of_imagenet():
     model = reducible_model.ImageModel(as_tower(vit("an-owner/a-model-that-is-not-here")))
     with pytest.warns(UserWarning, match=r"ImageNet's are used: mean \(0\.485, 0\.456, 0\.406\)"):
-        assert model.image_stats() == reducible_model.IMAGENET
+        assert model.image_stats() == reducible_model.IMAGENET_STATS
 
 
 def test_the_processor_in_the_folder_of_a_model_counts(tmp_path):

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from elip_models.pretraining.models.config_base import Config
-from elip_models.validation import Positive, PositiveInt, Rate
+from elip_models.validation import Config, Positive, PositiveInt, Rate
 
 
 @dataclass(frozen=True, kw_only=True)

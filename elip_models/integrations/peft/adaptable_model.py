@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import nn
 
 from elip_models.integrations.peft.adapt_config import AdaptConfig
-from elip_models.towers.reducible_model import ReducibleModel
+from elip_models.towers import SelfReducingModel
 
 
 class Adapted(NamedTuple):
@@ -15,7 +15,7 @@ class Adapted(NamedTuple):
     trained: frozenset[str]
 
 
-class AdaptableModel(nn.Module, ReducibleModel):
+class AdaptableModel(nn.Module, SelfReducingModel):
     """Base class of models that `adapt_` can change; `adapted` is None for a plain model."""
 
     family: ClassVar[str]

@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import nn
 
+from elip_models.images import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.checkpoints.load import match_leading_dims
 from elip_models.pretraining.checkpoints.model_config import OPEN_CLIP_CONFIG
 from elip_models.pretraining.checkpoints.names import KINDS
 from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
-from elip_models.pretraining.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.blip.model import BLIPConfig
 from elip_models.pretraining.models.clip.model import INITIAL_BIAS, CLIPConfig

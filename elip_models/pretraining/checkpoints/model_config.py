@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from elip_models.images import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.checkpoints.names import Kind
-from elip_models.pretraining.data.transforms import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.models.meter.config import ROBERTA
 from elip_models.pretraining.models.registry import FAMILIES
 from elip_models.saving.files import read_object

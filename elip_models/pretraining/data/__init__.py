@@ -24,7 +24,7 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.mixture import MixedSource
     from elip_models.pretraining.data.read_errors import SkipReport, check_source
     from elip_models.pretraining.data.readers import open_source
-    from elip_models.pretraining.data.sample import NamedMasks, Sample, SampleError, Source
+    from elip_models.pretraining.data.sample import NamedMasks, Sample, Source
     from elip_models.pretraining.data.scene_sampling import BACKGROUNDS, EMOJI, Group, Scene
     from elip_models.pretraining.data.scenes import EmojiScenes, render
     from elip_models.pretraining.data.shard_source import ShardSource
@@ -49,12 +49,10 @@ with require_extra("elip_models.pretraining.data"):
         apply_seeded,
         other_caption,
     )
-    from elip_models.pretraining.data.transforms import CLIP_MEAN, CLIP_STD, image_transform
+    from elip_models.pretraining.data.transforms import image_transform
 
 __all__ = [
     "BACKGROUNDS",
-    "CLIP_MEAN",
-    "CLIP_STD",
     "EMOJI",
     "ClassDataset",
     "ClassFolder",
@@ -80,7 +78,6 @@ __all__ = [
     "MixedSource",
     "NamedMasks",
     "Sample",
-    "SampleError",
     "Scene",
     "ShardSource",
     "SkipReport",

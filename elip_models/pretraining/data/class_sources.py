@@ -15,12 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from elip_models.images import SampleError, decode_image
 from elip_models.pretraining.data.checks import check_index, expand_user
 from elip_models.pretraining.data.class_names import check_not_numbers, named_classes
 from elip_models.pretraining.data.data_spec import parse_files
 from elip_models.pretraining.data.examples import Example
 from elip_models.pretraining.data.readers import parse_options
-from elip_models.pretraining.data.sample import Sample, SampleError, Source, decode_image
+from elip_models.pretraining.data.sample import Sample, Source
 from elip_models.pretraining.data.scene_captions import PLACES, with_article
 from elip_models.pretraining.data.scene_sampling import (
     BACKGROUNDS,

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from elip_models.images import SampleError, decode_image, open_image_file
 from elip_models.pretraining.data.caption_files import caption_entries, text_id
 from elip_models.pretraining.data.checks import check_index, existing_files
 from elip_models.pretraining.data.json_files import read_fields, read_json
-from elip_models.pretraining.data.sample import (
-    Sample,
-    SampleError,
+from elip_models.pretraining.data.sample import Sample, clean_captions
+from elip_models.validation import (
+    Bounds,
     TextError,
+    check,
     check_text,
-    clean_captions,
-    decode_image,
-    open_image_file,
+    mismatch_error,
+    require_extra,
+    shortened,
 )
-from elip_models.validation import Bounds, check, mismatch_error, require_extra, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset

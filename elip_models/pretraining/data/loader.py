@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data.checks import check_not_empty
 from elip_models.pretraining.data.examples import Example, ExampleSource
 from elip_models.pretraining.data.mixture import check_weights, epoch_positions, samples_per_epoch
 from elip_models.pretraining.data.read_errors import DataError, SkipReport
-from elip_models.pretraining.data.sample import Sample, SampleError, Source
+from elip_models.pretraining.data.sample import Sample, Source
 from elip_models.pretraining.data.training_samples import TrainingSamples
 from elip_models.validation import ConfigError, Count, PositiveInt, check
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data.checks import check_index
 from elip_models.pretraining.data.examples import Example, ExampleSource
-from elip_models.pretraining.data.sample import Sample, SampleError, Source
+from elip_models.pretraining.data.sample import Sample, Source
 from elip_models.pretraining.data.shared_images import image_number
 from elip_models.validation import Positive, check
 

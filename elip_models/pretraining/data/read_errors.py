@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data.examples import ExampleSource
-from elip_models.pretraining.data.sample import SampleError, Source
+from elip_models.pretraining.data.sample import Source
 from elip_models.pretraining.data.tar_members import MORE_LOST
 from elip_models.validation import Count, DataError, PositiveInt, Share, check
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from elip_models.images import SampleError, decode_image
 from elip_models.pretraining.data.checks import check_index, existing_files
-from elip_models.pretraining.data.sample import Sample, SampleError, decode_image
+from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.shard_index import read_index
 from elip_models.pretraining.data.tar_samples import size_problem
 

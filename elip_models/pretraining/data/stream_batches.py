@@ -16,9 +16,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data.loader import ForkSafeLoader, stack_tensors, worker_options
 from elip_models.pretraining.data.read_errors import DataError, SkipReport
-from elip_models.pretraining.data.sample import Sample, SampleError
+from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.stream_source import (
     LOST_SHARD,
     MAX_IN_A_ROW,

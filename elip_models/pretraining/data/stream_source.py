@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from elip_models.images import SampleError, decode_image
 from elip_models.pretraining.data.data_spec import expand_ranges
 from elip_models.pretraining.data.read_errors import DataError, SkipReport
-from elip_models.pretraining.data.sample import Sample, SampleError, decode_image
+from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.streams import PIPE, WEB, StreamTar, redacted, scheme_of
 from elip_models.pretraining.data.tar_members import MORE_LOST
 from elip_models.pretraining.data.tar_samples import TarSample, read_samples

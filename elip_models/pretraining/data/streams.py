@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import fsspec
 
-from elip_models.pretraining.data.sample import MAX_IMAGE_BYTES
+from elip_models.images import MAX_IMAGE_BYTES
 
 PIPE = "pipe:"
 WEB = ("http", "https")

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from elip_models.pretraining.data.sample import MAX_IMAGE_BYTES, check_text, clean_captions
+from elip_models.images import MAX_IMAGE_BYTES
+from elip_models.pretraining.data.sample import clean_captions
 from elip_models.pretraining.data.tar_members import (
     MORE_LOST,
     Damage,
@@ -18,6 +19,7 @@ from elip_models.pretraining.data.tar_members import (
     members_of,
     padded,
 )
+from elip_models.validation import check_text
 
 IMAGE_EXTENSIONS = ("jpeg", "jpg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "txt")

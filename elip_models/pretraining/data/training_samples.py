@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data.caption_rules import MAX_WORDS, CaptionRule, apply_caption_rule
 from elip_models.pretraining.data.checks import check_not_empty
 from elip_models.pretraining.data.read_errors import DataError, Skipped, SkipReport
-from elip_models.pretraining.data.sample import Sample, SampleError, Source
+from elip_models.pretraining.data.sample import Sample, Source
 from elip_models.pretraining.data.tokenizer import tokenize
 from elip_models.validation import Bounds, Count, PositiveInt, Share, check
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from elip_models.images import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.data.augment import MAX_MAGNITUDE, METERRandAugment, RandAugment
 from elip_models.validation import (
     Bounds,
@@ -17,8 +18,6 @@ from elip_models.validation import (
     require_extra,
 )
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Magnitude = Annotated[int, Bounds(0, MAX_MAGNITUDE)]
 ResizeMode = Literal["crop", "squash"]
 RandAugmentPolicy = Literal["albef", "meter"]

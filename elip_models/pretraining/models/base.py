@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
+from elip_models.images import CLIP_STATS, Stats
 from elip_models.integrations.peft.adapt import adapt_, unadapted_name
 from elip_models.integrations.peft.adaptable_model import AdaptableModel
 from elip_models.integrations.peft.saved_adapter import (
@@ -26,22 +27,23 @@ from elip_models.integrations.peft.saved_adapter import (
     remove_adapter,
     save_adapter,
 )
-from elip_models.pretraining.models.config import Config
 from elip_models.pretraining.models.layers.guidance_sampling import (
     drop_guidance,
     replace_with_negatives,
 )
+from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import read_config, read_tensors, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.saving.meta_build import meta_device, with_memory
 from elip_models.saving.weights import check_weights, first_names, load_weights
-from elip_models.towers import Tower, as_tower
+from elip_models.towers import as_tower
 from elip_models.towers.base import scoring_context
-from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
-from elip_models.validation import as_config_error
+from elip_models.towers.reducible_model import check_tokenizer_in
+from elip_models.validation import Config, as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,13 +73,10 @@ class PretrainedModel(
         pretraining: class of the pre-trained model that a downstream model starts from.
     """
 
-    reduces_itself = True
     config_class: ClassVar[type[Config]]
     visual: nn.Module
-    tower: Tower
     reduction: Strategy
     dense: Strategy
-    ranks: ClassVar[bool] = True
     task: ClassVar[str | None] = None
     pretraining: ClassVar[type["PretrainedModel"]]
 
@@ -102,22 +101,21 @@ class PretrainedModel(
         known = {id(parameter) for name, parameter in parameters.items() if name in given}
         return {name for name, parameter in parameters.items() if id(parameter) not in known}
 
+    def elip_strategy(self) -> ELIP:
+        """Return the model's own ELIP strategy, or ELIP with the paper's schedule."""
+        if type(self.reduction) is ELIP:
+            return self.reduction
+        family = self.family if self.task is None else self.pretraining.family
+        return self.config.elip(Schedule.parse(family).for_depth(self.config.vision_depth))
+
     @property
     def image_model(self) -> nn.Module:
         """The same as `visual`."""
         return self.visual
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """Return normalised features (B, E) of images (B, 3, H, W) without text, if `ranks`."""
-        raise NotImplementedError
-
     def project_image(self, tokens: Tensor) -> Tensor:
         """Return normalised features (B, E) of tokens (B, N, D); of CLS tokens if not `ranks`."""
         return F.normalize(tokens[:, 0], dim=-1)
-
-    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return normalised features (B, E) of input_ids, attention_mask (B, L), if `ranks`."""
-        raise NotImplementedError
 
     def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the guidance (B, D) of the image tower from input_ids, attention_mask (B, L)."""
@@ -140,7 +138,7 @@ class PretrainedModel(
 
     def image_stats(self) -> Stats:
         """Return the colour statistics of CLIP, which our models are trained with."""
-        return clip_stats()
+        return CLIP_STATS
 
     def load_tokenizer(self, name: str) -> "PreTrainedTokenizerBase":
         """Load the tokenizer that `save_pretrained` wrote into the folder `name`."""

@@ -8,16 +8,17 @@ from typing import Annotated, Any, Literal
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from elip_models.pretraining.models.config_base import Config
 from elip_models.pretraining.models.layers.text_reduction import TextReduction, TextStrategy
-from elip_models.reduction.schedule import Schedule, check_merge
+from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
-from elip_models.reduction.strategy import Merge, Strategy
+from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.towers.merge import Merge, check_merge
 from elip_models.validation import (
+    Config,
     Count,
     Depth,
     NonNegative,

@@ -26,8 +26,7 @@ from elip_models.pretraining.models.meter.downstream import (
     METERRetrieval,
 )
 from elip_models.pretraining.models.meter.model import METER
-from elip_models.reduction.schedule import PRESETS, Schedule
-from elip_models.reduction.strategies.elip import ELIP
+from elip_models.reduction.schedule import PRESETS
 from elip_models.saving.files import read_config
 from elip_models.saving.hub import fetch_folder
 from elip_models.validation import did_you_mean, mismatch_error
@@ -215,9 +214,7 @@ def is_family(name: Any) -> bool:
     return isinstance(name, str) and name in MODELS
 
 
-def elip_strategy(model: PretrainedModel) -> ELIP:
-    """Return the model's own ELIP strategy, or ELIP with the paper's schedule if it has another."""
-    if type(model.reduction) is ELIP:
-        return model.reduction
-    family = model.family if model.task is None else model.pretraining.family
-    return model.config.elip(Schedule.parse(family).for_depth(model.config.vision_depth))
+def from_config(family: str, values: dict[str, Any]) -> PretrainedModel:
+    """Return a model of a family in `MODELS` with random weights and these fields of its config."""
+    kind = MODELS[family]
+    return kind(kind.config_class.from_dict(values))

@@ -3,32 +3,16 @@
 import errno
 import os
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from elip_models.validation import TrainingError
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Errors of a file system that is full, over a quota or a limit, damaged or read-only."""
 WRITER = re.compile(r"\(os error (\d+)\)|PytorchStreamWriter|inline_container")
 """Errors of Rust's and of PyTorch's writers, which are not OSError."""
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start, resume or continue. The message contains a remedy."""
-
-
-class Stopped(TrainingError):
-    """A run that a signal ended. Its last checkpoint is complete."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = signal.Signals(number)
-
-    @property
-    def status(self) -> int:
-        """Return the exit status of a process that a signal ended: 128 plus the signal's number."""
-        return 128 + self.signal
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from elip_models.pretraining.training.errors import TrainingError
+from elip_models.validation import TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

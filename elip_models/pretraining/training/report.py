@@ -16,7 +16,6 @@ from elip_models.pretraining.data import (
     image_transform,
 )
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.models.registry import elip_strategy
 from elip_models.profiling.measure import measured_on, memory_kind
 from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
 from elip_models.reduction.encode import run_tower
@@ -55,7 +54,7 @@ class Reporter:
         self.source = source
         self.output_dir = output_dir
         self.device = next(model.parameters()).device
-        self.strategy = elip_strategy(model)
+        self.strategy = model.elip_strategy()
 
     def picture(self, count: int = 5) -> Path:
         """Write `kept_tokens.png`: patches kept by each stage, CLS attention and captions."""

@@ -14,8 +14,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.optim import Optimizer
 
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.training.errors import TrainingError
-from elip_models.validation import require_extra
+from elip_models.validation import TrainingError, require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from safetensors import SafetensorError, safe_open

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.saving.files import read_object, sync, write_file
+from elip_models.validation import TrainingError
 
 NAME = re.compile(r"step_\d{8,}")
 STATE_FILE = "run.json"

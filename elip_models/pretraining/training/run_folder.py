@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from elip_models.pretraining.data.streams import redacted
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.folder_lock import FolderLock
 from elip_models.pretraining.training.recipe import load_recipe, resume_conflicts, save_recipe
 from elip_models.pretraining.training.run_checkpoints import Checkpoints
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.saving.files import sync, write_file
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, TrainingError
 
 OTHER_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher such as torchrun sets for each of its processes."""

@@ -24,10 +24,9 @@ from elip_models.pretraining.data import (
     train_loader,
 )
 from elip_models.pretraining.models.config import VisionConfig
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import make_preparation
-from elip_models.validation import as_config_error
+from elip_models.validation import TrainingError, as_config_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -21,7 +21,7 @@ from elip_models.pretraining.data import ExampleSource, Source, StreamSource
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import family_of
 from elip_models.pretraining.training.accelerator import make_accelerator, make_barrier_group
-from elip_models.pretraining.training.errors import Stopped, TrainingError, as_write_error
+from elip_models.pretraining.training.errors import as_write_error
 from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation, Scores
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
 from elip_models.pretraining.training.model import make_model
@@ -52,7 +52,7 @@ from elip_models.pretraining.training.training_data import (
     task_of,
 )
 from elip_models.profiling.measure import saved_bytes
-from elip_models.validation import as_config_error, require_extra
+from elip_models.validation import Stopped, TrainingError, as_config_error, require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from accelerate.utils import broadcast_object_list, set_seed

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from elip_models.reduction.flops import Layer
-from elip_models.reduction.schedule import PAPER, Merge, Schedule, Stage
+from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import ELIP, Staged
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, least_share
 from elip_models.towers import Tower, TowerSize
+from elip_models.towers.merge import Merge
 from elip_models.validation import Count, PositiveShare, Share, check_fields
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
-from elip_models.reduction.schedule import PAPER, Schedule, Stage, check_merge
+from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName, ScoringInput, get_scorer, row_of
-from elip_models.reduction.strategy import Context, Layer, Merge, StageInfo, Strategy
+from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import Query, Tower, TowerSize
 from elip_models.towers.base import scoring_context
+from elip_models.towers.merge import Merge, check_merge
 from elip_models.validation import Share, check_fields
 
 

@@ -13,10 +13,11 @@ from elip_kernels import ReductionInfo
 from elip_kernels.ops.gather_ops import largest
 from elip_models.reduction.flops import Layer
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
-from elip_models.reduction.schedule import Merge, Stage, check_merge
+from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of, least_share
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.base import attention_row
+from elip_models.towers.merge import Merge, check_merge
 from elip_models.validation import Count, PositiveShare, check_fields, shortened
 
 

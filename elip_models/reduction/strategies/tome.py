@@ -11,9 +11,10 @@ import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_kernels.ops.gather_ops import accumulator
 from elip_models.reduction.flops import Layer
-from elip_models.reduction.schedule import Merge, Stage
+from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of
 from elip_models.towers import Tower, TowerSize
+from elip_models.towers.merge import Merge
 from elip_models.validation import Count, Rate, check_fields
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elip_models.pretraining.data import EMOJI, EmojiComposition, SampleError, open_composition
+from elip_models.images import SampleError
+from elip_models.pretraining.data import EMOJI, EmojiComposition, open_composition
 from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural, relation
 from elip_models.pretraining.data.scene_sampling import MAX_CLUTTER
 from elip_models.pretraining.data.tasks.composition_files import MIN_ATTRIBUTES, SYMMETRIC_RELATIONS

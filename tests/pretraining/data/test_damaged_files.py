@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from elip_models.pretraining.data import JsonSource, SampleError, ShardSource, check_source
-from elip_models.pretraining.data.sample import MAX_PIXELS, decode_image
+from elip_models.images import MAX_PIXELS, SampleError, decode_image
+from elip_models.pretraining.data import JsonSource, ShardSource, check_source
 from elip_models.pretraining.data.tar_members import BLOCK, Damage, read_members
 from tests.helpers.damage import SIX_GIGABYTES, header, headers, overwrite, picture, shard
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data import (
     DataError,
     EmojiScenes,
     EpochSampler,
     ImageTextDataset,
     Sample,
-    SampleError,
     SkipReport,
     check_source,
     evaluation_batches,

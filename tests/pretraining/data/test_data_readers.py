@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data import (
     EmojiScenes,
     JsonSource,
-    SampleError,
     ShardSource,
     Source,
     check_source,

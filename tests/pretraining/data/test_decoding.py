@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elip_models.pretraining.data import SampleError
-from elip_models.pretraining.data.sample import decode_image
+from elip_models.images import SampleError, decode_image
 from tests.pretraining.data.test_data_readers import image_bytes, opened
 
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from elip_models.pretraining.data import JsonSource, SampleError, check_source, open_source
+from elip_models.images import SampleError
+from elip_models.pretraining.data import JsonSource, check_source, open_source
 from elip_models.pretraining.data.json_files import read_json
 from tests.pretraining.data.test_task_files import draw, opened, write
 

@@ -9,7 +9,8 @@ import warnings
 
 import pytest
 
-from elip_models.pretraining.data import SampleError, ShardSource, check_source, tar_members
+from elip_models.images import SampleError
+from elip_models.pretraining.data import ShardSource, check_source, tar_members
 from elip_models.pretraining.data.tar_members import BLOCK, Damage, Member, read_members
 from tests.helpers.damage import header, headers, overwrite, pax, picture, shard, with_checksum
 

@@ -18,10 +18,9 @@ from elip_models.pretraining.data import (
     check_source,
     open_source,
 )
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.damage import shard
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_config

@@ -8,9 +8,9 @@ import warnings
 import fsspec
 import pytest
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data import (
     DataError,
-    SampleError,
     ShardSource,
     open_source,
     open_stream,

@@ -8,8 +8,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from elip_models.images import SampleError
 from elip_models.pretraining.data import (
-    SampleError,
     check_source,
     open_classes,
     open_examples,

@@ -7,14 +7,9 @@ import random
 import pytest
 import torch
 
+from elip_models.images import SampleError
 from elip_models.intervals import score_interval
-from elip_models.pretraining.data import (
-    DataError,
-    EmojiScenes,
-    JsonSource,
-    SampleError,
-    train_tokenizer,
-)
+from elip_models.pretraining.data import DataError, EmojiScenes, JsonSource, train_tokenizer
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.tasks.retrieval import (
     chance_level,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from elip_models.images import SampleError
 from elip_models.intervals import score_interval, wilson_interval
-from elip_models.pretraining.data import DataError, Example, SampleError
+from elip_models.pretraining.data import DataError, Example
 from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.tasks.retrieval_task import Retrieval
 from elip_models.pretraining.tasks.task import Loading

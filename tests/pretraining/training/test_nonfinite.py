@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.optimizers import skip_nonfinite_step_, step_
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
+from elip_models.validation import TrainingError
 from tests.helpers.tiny_run import logged, own_process, tiny_config
 
 

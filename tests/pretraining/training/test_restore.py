@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.run_checkpoints import (
     STATE_FILE,
     Checkpoints,
@@ -16,6 +15,7 @@ from elip_models.pretraining.training.run_checkpoints import (
 )
 from elip_models.pretraining.training.train_batches import _read_turns
 from elip_models.pretraining.training.trainer import train
+from elip_models.validation import TrainingError
 from tests.helpers.tiny_run import own_process, tiny_config
 
 

@@ -14,9 +14,9 @@ import torch
 from elip_models.pretraining.data import DataError, EmojiScenes
 from elip_models.pretraining.training import trainer
 from elip_models.pretraining.training.accelerator import make_accelerator
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
+from elip_models.validation import TrainingError
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
 
 COMMAND = [sys.executable, "-m", "elip_models.cli"]

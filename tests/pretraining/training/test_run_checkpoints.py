@@ -11,11 +11,11 @@ import time
 import pytest
 from rich.console import Console
 
-from elip_models.pretraining.training.errors import Stopped, TrainingError
 from elip_models.pretraining.training.run_checkpoints import Checkpoints, damage_of, step_of
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.signal_handling import StopSignal
 from elip_models.pretraining.training.trainer import train
+from elip_models.validation import Stopped, TrainingError
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
 

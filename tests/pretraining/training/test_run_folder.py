@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from elip_models.pretraining.data import EmojiScenes
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.provenance import run_provenance
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
+from elip_models.validation import TrainingError
 from tests.helpers.tiny_run import tiny_config
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}

@@ -26,11 +26,10 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.data.loader import EpochSampler
 from elip_models.pretraining.data.training_samples import TrainingSamples
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.trainer import train
 from elip_models.pretraining.training.training_data import open_training_data
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.damage import shard
 from tests.helpers.streaming import served
 from tests.helpers.tiers import first_quick

@@ -14,12 +14,11 @@ from rich.console import Console
 from elip_models.pretraining.data import DataError
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import create_model
-from elip_models.pretraining.training.errors import TrainingError
 from elip_models.pretraining.training.optim import learning_rate, parameter_groups
 from elip_models.pretraining.training.run_config import OptimConfig
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import Trainer, train
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
 from tests.helpers.weights import assert_equal_weights

@@ -21,19 +21,13 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from elip_models.images import MAX_PIXELS, SampleError, decode_image
 from elip_models.pretraining.data.checks import check_index, expand_user
 from elip_models.pretraining.data.data_spec import FileSpec
 from elip_models.pretraining.data.json_files import read_entries, read_fields, read_json
-from elip_models.pretraining.data.sample import (
-    MAX_PIXELS,
-    Sample,
-    SampleError,
-    TextError,
-    check_text,
-    decode_image,
-)
+from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.tasks.file_examples import existing_image
-from elip_models.validation import Bounds, shortened
+from elip_models.validation import Bounds, TextError, check_text, shortened
 
 MIN_ATTRIBUTES = 25
 """Number of examples from which on a pair of attributes is scored, as in ARO's code."""

@@ -6,10 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from elip_models.images import decode_image
 from elip_models.pretraining.data.checks import check_index
 from elip_models.pretraining.data.examples import Example
-from elip_models.pretraining.data.sample import TextError, check_text, decode_image
-from elip_models.validation import require_extra
+from elip_models.validation import TextError, check_text, require_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,11 +15,11 @@ from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from elip_models.images import SampleError, open_image_file
 from elip_models.pretraining.data.checks import expand_user
 from elip_models.pretraining.data.data_spec import FileSpec
 from elip_models.pretraining.data.examples import Example
 from elip_models.pretraining.data.json_files import read_entries, read_fields
-from elip_models.pretraining.data.sample import SampleError, open_image_file
 from elip_models.pretraining.data.scene_captions import at_place, in_words
 from elip_models.pretraining.data.scene_sampling import COUNTS, EMOJI, Box, Group, Scene
 from elip_models.pretraining.data.tasks.conditional_scenes import (

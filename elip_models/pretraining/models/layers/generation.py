@@ -16,9 +16,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.utils import ModelOutput
 
-from elip_models.pretraining.models.config import Config
 from elip_models.pretraining.models.layers.bert import BertTower
-from elip_models.validation import Positive, PositiveInt, PositiveShare
+from elip_models.validation import Config, Positive, PositiveInt, PositiveShare
 
 CACHE = "cache" if "cache" in signature(BertLayer.forward).parameters else "past_key_values"
 """Argument name of the cache in the installed version of transformers."""

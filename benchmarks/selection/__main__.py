@@ -1,0 +1,51 @@
+"""Which patches a reduction keeps of what captions name: `python -m benchmarks.selection`."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.selection.scores import selection_scores
+from benchmarks.selection.tables import selection_tables
+from elip_models.cli import run_command
+from elip_models.commands.evaluate_options import (
+    BatchSize,
+    SavedModel,
+    ScoresFile,
+    open_trained,
+    write_scores,
+)
+from elip_models.pretraining.data import open_source
+from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.validation import as_config_error
+
+
+def selection(
+    model: SavedModel,
+    data: Annotated[
+        str, typer.Option(help="Data: emoji_scenes:size=200,clutter=4, or a JSON list with boxes.")
+    ],
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="Strategy, such as elip:scorer=exact or tome; default: the model's own."),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=2, max=2**20, help="Number of samples of --data.")
+    ] = 200,
+    batch_size: BatchSize = 32,
+    output: ScoresFile = None,
+) -> None:
+    """Measure which patches a reduction keeps of what captions name."""
+    trained, tokenizer = open_trained(model, output)
+    with as_config_error("--data", inner="spec"):
+        source = open_source(data, image_size=trained.config.image_size)
+    with as_config_error("--strategy"):
+        chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
+    settings = {"limit": count, "batch_size": batch_size}
+    scores = selection_scores(trained, source, tokenizer, chosen, **settings)
+    Console().print(*selection_tables(scores))
+    write_scores(scores, output)
+
+
+if __name__ == "__main__":
+    run_command(selection, name="python -m benchmarks.selection")
