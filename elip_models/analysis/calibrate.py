@@ -25,11 +25,11 @@ from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_side
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
-from elip_models.reduction.patch import is_reduced, reduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
 from elip_models.towers import Tower, as_reducible, as_tower
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
+from elip_models.vlm.patch import is_reduced, reduce_
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """A function of dense and reduced features, (n, D), that returns what each image loses, (n,)."""

@@ -6,16 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from elip_models.reduction.patch import reduce_, reductions_of, unreduce_
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.saving.dense_models import CONFIG, OPEN_CLIP_CONFIG, NewPartsWarning
 from elip_models.saving.files import read_object
 from elip_models.saving.model_registry import source_of_family, source_of_name
 from elip_models.saving.open_model import open_model, split_spec, split_weights
 from elip_models.saving.saved_reduced import SETTINGS, load_reduced
-from elip_models.towers import SelfReducingModel
 from elip_models.validation import (
     ConfigError,
     PositiveShare,
@@ -23,6 +20,7 @@ from elip_models.validation import (
     mismatch_error,
     shortened,
 )
+from elip_models.vlm.patch import reduce_, strategies_in, unreduce_
 
 FORMS = (
     "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', a folder of "
@@ -114,22 +112,13 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
     if reduce == DENSE:
         if keep is not None:
             raise ConfigError(f"keep: expected none with reduce='none', got {keep}")
-        if not isinstance(model, SelfReducingModel):
-            return unreduce_(model)
-        model.reduction = model.dense
-        return model
+        return unreduce_(model)
     with as_config_error("reduce", inner="strategy"):
-        if not isinstance(model, SelfReducingModel):
-            return reduce_(model, reduce, keep=keep)
-        model.reduction = resolve_strategy(
-            model.tower, reduce, {}, keep=keep, default=model.elip_strategy
-        )
-    return model
+        return reduce_(model, reduce, keep=keep)
 
 
 def strategy_in(model: nn.Module) -> Strategy | None:
     """Return the strategy that reduces a model, or None if it is dense."""
-    if isinstance(model, SelfReducingModel):
-        return None if isinstance(model.reduction, Dense) else model.reduction
-    found = reductions_of(model)
-    return found[0].strategy if found and not isinstance(found[0].strategy, Dense) else None
+    return next(
+        (strategy for strategy in strategies_in(model) if not isinstance(strategy, Dense)), None
+    )

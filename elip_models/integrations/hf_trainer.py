@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from elip_models.reduction.patch import is_reduced, reduce_, reduction_summary, unreduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import Count, PositiveShare, check, require_extra
+from elip_models.vlm.patch import AnyStrategy, is_reduced, reduce_, strategies_in, unreduce_
 
 with require_extra("elip_models.pretraining.training"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,7 +25,7 @@ class ReductionCallback(TrainerCallback):
 
     def __init__(
         self,
-        strategy: str | Strategy | None = None,
+        strategy: str | AnyStrategy | None = None,
         *,
         until: Count | PositiveShare | None = None,
         **options: Any,
@@ -33,8 +33,9 @@ class ReductionCallback(TrainerCallback):
         """Store the reduction and the step at which it ends.
 
         Args:
-            strategy: As in `reduce_`. A `PatchDropout(.., until=..)` is resolved for each step.
-                None without options: the present reduction of the model, or the default one.
+            strategy: As in `reduce_`, also for a language model. A `PatchDropout(.., until=..)` is
+                resolved for each step. None without options: the present reduction of the model,
+                all its strategies, or the default one.
             until: The first dense step, counted in optimiser steps from 0. A float is a share of
                 all steps of the run: with 0.9 the last tenth is dense. None: no step is dense.
             **options: As in `reduce_`.
@@ -44,7 +45,7 @@ class ReductionCallback(TrainerCallback):
                 training begins.
         """
         check("until", until, Count | PositiveShare | None)
-        self.strategy = strategy
+        self.strategies = () if strategy is None else (strategy,)
         self.until = until
         self.options = options
 
@@ -64,17 +65,17 @@ class ReductionCallback(TrainerCallback):
         if until is not None and state.global_step >= until:
             unreduce_(model)
             return
-        if self.strategy is None:
-            self._resolve_strategy(model)
-        strategy = self.strategy
-        if isinstance(strategy, Strategy):
-            strategy = strategy.at(state.global_step)
-        reduce_(model, strategy=strategy, **self.options)
+        if not self.strategies:
+            self._note_strategies(model)
+        for strategy in self.strategies:
+            if isinstance(strategy, Strategy):
+                strategy = strategy.at(state.global_step)
+            reduce_(model, strategy, **self.options)
 
-    def _resolve_strategy(self, model: nn.Module) -> None:
-        """Choose the strategy once, before `unreduce_` removes that of a reduced model."""
+    def _note_strategies(self, model: nn.Module) -> None:
+        """Note the strategies of the model once, before `unreduce_` removes them."""
         if self.options or not is_reduced(model):
             reduce_(model, **self.options)
-        self.strategy, self.options = reduction_summary(model).strategy, {}
+        self.strategies, self.options = strategies_in(model), {}
 
     on_train_begin = on_step_begin  # for an evaluation before the first step

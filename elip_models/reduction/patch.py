@@ -1,17 +1,17 @@
-"""reduce_, unreduce_, guidance: token reduction for a model of another library.
+"""Token reduction for a model of another library: the image tower's part of `reduce_`.
 
-`reduce_` replaces the forward method of each block, from the first that a strategy acts at
+`install_strategy` replaces the forward method of each block, from the first that a strategy acts at
 (`ReducedBlock`). Parameters and state_dict keys stay. The replaced methods share one `Reduction`.
+`elip_models.vlm.patch` has the public functions, for every kind of model.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.call_context import recording
 from elip_models.reduction.hf_config import remove_from_config, store_in_config, strategy_in_config
 from elip_models.reduction.model_patches import (
     REFUSALS,
@@ -24,11 +24,10 @@ from elip_models.reduction.model_patches import (
     remove_hooks,
 )
 from elip_models.reduction.reduced_model import ReducedBlock, Reduction
-from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import default_strategy
 from elip_models.reduction.strategies.elip import Guided
-from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
+from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
@@ -37,18 +36,6 @@ M = TypeVar("M", bound=nn.Module)
 Replacement = (ReducedBlock, PatchEmbedding, Refusal, Representation, DenseMethod)
 WITH_REDUCTION = (ReducedBlock, PatchEmbedding, Representation)
 Hook = EncodeTextFirst | CollectHiddenStates
-
-
-def reduce_(
-    model: M,
-    strategy: str | Strategy | None = None,
-    *,
-    keep: float | None = None,
-    schedule: Schedule | str | None = None,
-    **options: Unpack[StrategyOptions],
-) -> M:
-    """Reduce an image model, or the image tower of another, as `elip_models.reduce_` documents."""
-    return install_strategy(model, strategy, {"schedule": schedule, **options}, keep)
 
 
 def install_strategy(
@@ -142,7 +129,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
             "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
             "which use the earlier settings, got one inside; leave them first"
         )
-    unreduce_(model)
+    uninstall_strategy(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
     shown = reduction.model
     shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
@@ -182,8 +169,8 @@ def _hook(module: nn.Module, hook: Hook) -> None:
     module.register_forward_hook(hook, with_kwargs=True, always_call=True)
 
 
-def unreduce_(model: M) -> M:
-    """Undo `reduce_`, as `elip_models.unreduce_` documents."""
+def uninstall_strategy(model: nn.Module) -> None:
+    """Undo `install_strategy`."""
     refuse_compiled(model, "unreduce_")
     for module in model.modules():
         for name, value in vars(module).items():
@@ -203,21 +190,15 @@ def unreduce_(model: M) -> M:
                 delattr(module, name)
                 if not isinstance(value, PatchEmbedding) and value.replaced is not None:
                     setattr(module, name, value.replaced)
-    return model
 
 
-def reduction_summary(model: nn.Module) -> Summary:
-    """Return how an image model is reduced, as `elip_models.reduction_summary` documents."""
-    found = reductions_of(model) if isinstance(model, nn.Module) else []
-    if found:
-        return found[0].summary
+def tower_summary(model: nn.Module) -> Summary:
+    """Return how an image model, or the image tower of another, is reduced."""
+    reductions = reductions_of(model) if isinstance(model, nn.Module) else []
+    if reductions:
+        return reductions[0].summary
     image_text, tower = _read(model)
     return Summary.of(tower, None, is_whole=image_text is not None)
-
-
-def is_reduced(model: nn.Module) -> bool:
-    """Return whether an image model is reduced, or one inside the model."""
-    return isinstance(model, nn.Module) and bool(reductions_of(model))
 
 
 def is_reduced_tower(tower: Tower) -> bool:
@@ -225,15 +206,6 @@ def is_reduced_tower(tower: Tower) -> bool:
     entrance = [] if tower.refuses_resizing() else tower.entrance
     owners = [*entrance, *((block, "forward") for block in tower.blocks)]
     return any(isinstance(vars(owner).get(name), Replacement) for owner, name in owners)
-
-
-@contextmanager
-def record_stages(model: nn.Module) -> Iterator[list[StageInfo]]:
-    """Record the stages of an image model, as `elip_models.record_stages` documents."""
-    refuse_compiled(model, "record_stages")
-    infos: list[StageInfo] = []
-    with recording(_reduced(model), infos):
-        yield infos
 
 
 @contextmanager
@@ -256,7 +228,7 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, or `text_cls` not (B, D).
     """
-    reductions = _reduced(model)
+    reductions = reductions_in(model)
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     for width in (reduction.tower.width for reduction in reductions):
@@ -290,7 +262,7 @@ def reductions_of(model: nn.Module) -> list[Reduction]:
     return list({id(reduction): reduction for reduction in found}.values())
 
 
-def _reduced(model: nn.Module) -> list[Reduction]:
+def reductions_in(model: nn.Module) -> list[Reduction]:
     """Return `reductions_of`; raise ValueError if there is none."""
     reductions = reductions_of(model) if isinstance(model, nn.Module) else []
     if not reductions:

@@ -77,10 +77,10 @@ class ReducibleModel:
 
 
 class SelfReducingModel(ReducibleModel):
-    """A model whose forward reduces by its own strategy, without `reduce_`.
+    """A model whose forward reduces by its own strategy, which its config stores.
 
     tower: adapter of the image model.
-    reduction: the strategy of the forward pass; `dense` is one that reduces nothing.
+    reduction: the strategy of the forward pass, `dense` if it reduces nothing.
     ranks: `image_features` and `text_features` can be compared.
     """
 
@@ -88,6 +88,15 @@ class SelfReducingModel(ReducibleModel):
     reduction: Any
     dense: Any
     ranks: ClassVar[bool] = True
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the forward reduces."""
+        return self.reduction != self.dense
+
+    def set_reduction(self, strategy: Any | None) -> None:
+        """Replace the strategy of the forward and of the config; None makes the model dense."""
+        raise NotImplementedError
 
     def elip_strategy(self) -> Any:
         """Return the model's own ELIP strategy, or ELIP with the schedule of its paper."""

@@ -11,12 +11,14 @@ from typing import Any, TypeVar, Unpack
 from torch import nn
 
 from elip_models.reduction import patch
+from elip_models.reduction.call_context import recording
 from elip_models.reduction.model_patches import remove_hooks
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import StrategyOptions, from_line
+from elip_models.reduction.strategy_spec import StrategyOptions, from_line, resolve_strategy
 from elip_models.reduction.summary import Summary
+from elip_models.towers import SelfReducingModel
 from elip_models.validation import as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.cross_attention import CrossAttentionSeam
@@ -30,13 +32,14 @@ from elip_models.vlm.strategies.inside import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
 from elip_models.vlm.tower_attention import TowerAttention
 
+AnyStrategy = Strategy | ImageTokenStrategy | LayerStrategy
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
 def reduce_(
     model: M,
-    strategy: str | Strategy | ImageTokenStrategy | LayerStrategy | None = None,
+    strategy: str | AnyStrategy | None = None,
     *,
     keep: float | int | None = None,
     schedule: Schedule | str | None = None,
@@ -61,9 +64,10 @@ def reduce_(
     strategy of each of these three places can be used at the same time.
 
     Args:
-        model: an image model of timm, open_clip or transformers, a whole image-text model, or a
-            multimodal language model of transformers. Of CoCa, whose text cannot guide its images,
-            the image tower alone is reduced.
+        model: an image model of timm, open_clip or transformers, a whole image-text model, a
+            multimodal language model of transformers, or a model of `create_model`, whose config
+            stores the strategy. Of CoCa, whose text cannot guide its images, the image tower alone
+            is reduced.
         strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
             of `calibrate` such as 'found.json', or an instance. Without any argument, that of the
             config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
@@ -83,6 +87,11 @@ def reduce_(
         RuntimeError: a call with other settings inside `guidance` or `record_stages`.
     """
     options = {"schedule": schedule, **options}
+    if isinstance(model, SelfReducingModel):
+        model.set_reduction(
+            resolve_strategy(model.tower, strategy, options, keep=keep, default=model.elip_strategy)
+        )
+        return model
     multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
     if multimodal is None:
         return patch.install_strategy(model, strategy, options, keep)
@@ -102,7 +111,10 @@ def unreduce_(model: M) -> M:
     Raises:
         TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
     """
-    patch.unreduce_(model)
+    if isinstance(model, SelfReducingModel):
+        model.set_reduction(None)
+        return model
+    patch.uninstall_strategy(model)
     if (multimodal := find_multimodal(model)) is not None:
         _uninstall(multimodal)
     return model
@@ -120,9 +132,11 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
     Raises:
         TypeError: the model cannot be reduced, with the reason.
     """
+    if isinstance(model, SelfReducingModel):
+        return Summary.of(model.tower, model.reduction, is_whole=True)
     multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
     if multimodal is None:
-        return patch.reduction_summary(model)
+        return patch.tower_summary(model)
     reductions = patch.reductions_of(multimodal.tower)
     tower = reductions[0].summary if reductions else None
     return MultimodalSummary.of(multimodal, *_installed(multimodal), tower)
@@ -132,10 +146,22 @@ def is_reduced(model: nn.Module) -> bool:
     """Return whether `reduce_` has changed the model, or one inside it."""
     if not isinstance(model, nn.Module):
         return False
+    if isinstance(model, SelfReducingModel) and model.is_reduced:
+        return True
     multimodal = find_multimodal(model)
-    return patch.is_reduced(model) or (
+    return bool(patch.reductions_of(model)) or (
         multimodal is not None and _owner(multimodal.model, Seam) is not None
     )
+
+
+def strategies_in(model: nn.Module) -> tuple[AnyStrategy, ...]:
+    """Return the strategies that reduce the model: each, passed to `reduce_`, is set again."""
+    if isinstance(model, SelfReducingModel):
+        return (model.reduction,) if model.is_reduced else ()
+    of_towers = (reduction.strategy for reduction in patch.reductions_of(model))
+    multimodal = find_multimodal(model)
+    of_language = () if multimodal is None else _installed(multimodal)
+    return (*of_towers, *(strategy for strategy in of_language if strategy is not None))
 
 
 @contextmanager
@@ -160,13 +186,14 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
         TypeError: a compiled model, whose graph cannot be recorded.
         ValueError: a model that `reduce_` has not changed.
     """
-    multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
+    patch.refuse_compiled(model, "record_stages")
+    multimodal = find_multimodal(model)
     seam = None if multimodal is None else _owner(multimodal.model, Seam)
     if seam is None:
-        with patch.record_stages(model) as stages:
+        stages: list[StageInfo] = []
+        with recording(patch.reductions_in(model), stages):
             yield stages
         return
-    patch.refuse_compiled(model, "record_stages")
     infos: list[PromptInfo] = []
     token = RECORDS.set((*RECORDS.get(), (seam, infos)))
     try:
@@ -186,8 +213,9 @@ def _reduce(
             restore_(model, saved)
     else:
         _reduce_language_model(model, multimodal, _strategy(strategy, {"keep": keep, **options}))
-    installed = tuple(each for each in _installed(multimodal) if each is not None)
-    store_strategies(model, multimodal.config, installed, has_tower=patch.is_reduced(model))
+    installed = tuple(strategy for strategy in _installed(multimodal) if strategy is not None)
+    has_tower = bool(patch.reductions_of(model))
+    store_strategies(model, multimodal.config, installed, has_tower=has_tower)
 
 
 def _reduce_language_model(
@@ -197,6 +225,8 @@ def _reduce_language_model(
     patch.refuse_compiled(model, "reduce_")
     check_layers(multimodal)
     front, inside = _installed(multimodal)
+    if chosen in (front, inside):
+        return
     if isinstance(chosen, LayerStrategy):
         _install(multimodal, front, chosen)
     else:

@@ -9,8 +9,8 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.strategies.elip import ELIPOptions
+from elip_models.vlm.patch import is_reduced
 from tests.helpers.argument_cases import TABLE
 from tests.helpers.towers import SCHEDULE, plain_vit
 

@@ -22,7 +22,6 @@ from elip_models.profiling.measure import FlopCount, count_step
 from elip_models.profiling.runner import in_mode, profile_model, tokens_of, verdict
 from elip_models.profiling.table import runs
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.patch import is_reduced
 from elip_models.reduction.strategies import STRATEGIES, PatchDropout
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.evit import EViT
@@ -30,6 +29,7 @@ from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.saving.open_model import open_model
 from elip_models.towers import as_image_text
+from elip_models.vlm.patch import is_reduced
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import elip

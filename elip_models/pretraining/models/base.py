@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -27,6 +27,7 @@ from elip_models.integrations.peft.saved_adapter import (
     remove_adapter,
     save_adapter,
 )
+from elip_models.pretraining.models.config import reduction_fields
 from elip_models.pretraining.models.layers.guidance_sampling import (
     drop_guidance,
     replace_with_negatives,
@@ -165,6 +166,15 @@ class PretrainedModel(
         """Set `tower`, `dense` and `reduction` from the image model and the config."""
         self.tower, self.dense = as_tower(self.visual), Dense()
         self.reduction = self.config.reduction.fitted(self.tower)
+
+    def set_reduction(self, strategy: Strategy | None) -> None:
+        """Replace the strategy of the forward and of the config; None makes the model dense.
+
+        Raises:
+            TypeError, ValueError: the config cannot store the strategy, or forbids it.
+        """
+        config = replace(self.config, **reduction_fields(strategy or self.dense))
+        self.reduction, self.config = config.reduction.fitted(self.tower), config
 
     def select_guidance(
         self,

@@ -165,14 +165,18 @@ class ReductionConfig(VisionConfig):
 
 
 def reduction_fields(strategy: Strategy) -> dict[str, Any]:
-    """Return `schedule`, `strategy` and `strategy_options` of `ReductionConfig` for a strategy."""
+    """Return the fields of `ReductionConfig` that describe a strategy."""
+    values: dict[str, Any] = {"strategy": ELIP.name, "strategy_options": None, "schedule": None}
     schedule = getattr(strategy, "schedule", None)
-    found = {} if schedule is None else {"schedule": schedule.exact}
-    if type(strategy) is not ELIP:
-        settings = settings_of(strategy)["settings"]
-        own = {key: v for key, v in settings.items() if key not in ("schedule", "without_text")}
-        found |= {"strategy": strategy.name, "strategy_options": own}
-    return found
+    if schedule is not None:
+        values |= {"schedule": schedule.exact, "count_cls": schedule.count_cls}
+    if type(strategy) is ELIP:
+        return values | {name: getattr(strategy, name) for name in ELIPOptions.__annotations__}
+    if isinstance(strategy, Dense):
+        return values
+    stored = settings_of(strategy)
+    own = {k: v for k, v in stored["settings"].items() if k not in ("schedule", "without_text")}
+    return values | {"strategy": stored["strategy"], "strategy_options": own}
 
 
 @dataclass(frozen=True, kw_only=True)
