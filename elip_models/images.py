@@ -5,10 +5,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Stats = tuple[Sequence[float], Sequence[float]]
 """The mean and standard deviation of each colour channel that images are normalised by."""
@@ -49,6 +52,14 @@ class SampleError(Exception):
 
     def __str__(self) -> str:
         return f"{self.id}: {self.reason}"
+
+
+def pixels_of(image: Image.Image, size: tuple[int, int]) -> "Tensor":
+    """Crop an RGB image at the centre to the shape (H, W), resized: (3, H, W) in [0, 1]."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    fitted = ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
+    return pil_to_tensor(fitted).float() / 255
 
 
 def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:

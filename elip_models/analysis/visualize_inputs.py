@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from elip_models.images import SampleError, decode_clip, decode_image
+from elip_models.images import SampleError, decode_clip, decode_image, pixels_of
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import strategy_by_default
 from elip_models.reduction.strategies.elip import ELIP
@@ -90,14 +90,6 @@ class VisualizedModel:
             return f"{self.name}\n{s}"
         how = "vision only" if self.guide is None else f"text-guided, fusion {s.fusion:g}"
         return f"{self.name}\n{s.schedule}, scorer {s.scorer}, {how}"
-
-
-def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Crop an RGB image at the centre to the shape (H, W), resized: (3, H, W) in [0, 1]."""
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    fitted = ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
-    return pil_to_tensor(fitted).float() / 255
 
 
 def open_visualized_model(

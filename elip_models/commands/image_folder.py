@@ -66,8 +66,7 @@ class ImageFiles(Sequence):
 
     def __getitem__(self, i: int) -> "Tensor":
         """Read file i; SampleError if it cannot be read."""
-        from elip_models.analysis.visualize_inputs import pixels_of
-        from elip_models.images import decode_image
+        from elip_models.images import decode_image, pixels_of
 
         (mean, std), path = self.stats, self.paths[i]
         return (pixels_of(decode_image(path, str(path)), self.size) - mean) / std

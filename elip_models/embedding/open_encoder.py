@@ -2,17 +2,13 @@
 
 import os
 import warnings
-from pathlib import Path
 
 from torch import nn
 
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.saving.dense_models import CONFIG, OPEN_CLIP_CONFIG, NewPartsWarning
-from elip_models.saving.files import read_object
-from elip_models.saving.model_registry import source_of_family, source_of_name
-from elip_models.saving.open_model import open_model, split_spec, split_weights
-from elip_models.saving.saved_reduced import SETTINGS, load_reduced
+from elip_models.saving.dense_models import OPEN_CLIP_CONFIG, NewPartsWarning
+from elip_models.saving.open_model import model_folder, open_model, split_spec, split_weights
 from elip_models.validation import (
     ConfigError,
     PositiveShare,
@@ -22,10 +18,6 @@ from elip_models.validation import (
 )
 from elip_models.vlm.patch import reduce_, strategies_in, unreduce_
 
-FORMS = (
-    "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', a folder of "
-    "save_reduced, of a run, of save_pretrained or of transformers, or 'hf:NAME' on the hub"
-)
 DENSE = "none"
 """The reduction that leaves a model dense."""
 
@@ -37,11 +29,9 @@ def open_embedding_model(spec: str, pretrained: bool) -> tuple[nn.Module, tuple[
         ConfigError: there is no such model, or it cannot be loaded.
         ImportError: a library is missing; the message names the extra.
     """
-    if not isinstance(spec, str):
-        raise ConfigError(f"model: expected a text, {FORMS}, got {shortened(spec)}")
     with warnings.catch_warnings(record=True) as caught, as_config_error("model", inner="spec"):
         warnings.simplefilter("always")
-        model = _open(spec, pretrained)
+        model = open_model(spec, pretrained=pretrained)
     new: tuple[str, ...] = ()
     for each in caught:
         if isinstance(each.message, NewPartsWarning):
@@ -49,35 +39,6 @@ def open_embedding_model(spec: str, pretrained: bool) -> tuple[nn.Module, tuple[
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     return model.eval(), new
-
-
-def _open(spec: str, pretrained: bool) -> nn.Module:
-    if os.path.isdir(spec):
-        folder = model_folder(spec)
-        if _is_reduced(folder):
-            return load_reduced(folder)
-        is_ours = source_of_family(read_object(folder / CONFIG).get("model")) is not None
-        return open_model(str(folder) if is_ours else f"hf:{folder}", pretrained=pretrained)
-    if split_spec(spec)[0] is None and source_of_name(spec) is None:
-        raise ValueError(f"expected {FORMS}, got {shortened(spec)}")
-    return open_model(spec, pretrained=pretrained)
-
-
-def model_folder(spec: str) -> Path:
-    """Return the folder of a saved model: `spec` itself, or `model` in the folder of a run."""
-    folder = Path(spec)
-    inner = folder / "model"
-    return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
-
-
-def _is_reduced(folder: Path) -> bool:
-    """Return whether `save_reduced` wrote a folder of another library's model."""
-    if (folder / SETTINGS).is_file() or (folder / OPEN_CLIP_CONFIG).is_file():
-        return True
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}, nor in {folder / 'model'}")
-    config = read_object(folder / CONFIG)
-    return "elip" in config and source_of_family(config.get("model")) is None
 
 
 def tokenizer_name(spec: str) -> str:

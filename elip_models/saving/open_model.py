@@ -4,7 +4,8 @@
     open_clip:ViT-B-16[:laion2b_s34b_b88k]    a CLIP of open_clip, with its weights, also [:FILE]
     hf:google/vit-base-patch16-224            of transformers or this library, by name or folder
     elip_clip_vit_b16                         a name of `list_models`
-    runs/clip_tiny/model                      a folder that `save_pretrained` wrote
+    vit_tome                                  a folder of `save_reduced`, with its reduction
+    runs/clip_tiny                            a folder of a run, or of `save_pretrained`
 
 A library is imported when one of its models is opened.
 """
@@ -19,17 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from elip_models.saving.dense_models import from_config, load_transformers
-from elip_models.saving.files import read_config
+from elip_models.saving.dense_models import CONFIG, from_config, load_transformers
+from elip_models.saving.files import read_config, read_object
 from elip_models.saving.hub import fetch_folder
 from elip_models.saving.meta_build import MOST_TENSORS, at_most, check_integers, library_errors
 from elip_models.saving.model_registry import source_of_family, source_of_name
+from elip_models.saving.saved_reduced import is_saved_reduction, load_reduced
 from elip_models.validation import check, mismatch_error, require_extra
 
 FORMS = (
     "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', "
     "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER' ('hf:owner/name' also without 'hf:'), a name "
-    "of list_models(), or a folder written by save_pretrained"
+    "of list_models(), or a folder of save_reduced, of save_pretrained or of a run"
 )
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
@@ -52,8 +54,9 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
         spec: 'timm:NAME', or 'timm:NAME:FILE' with the weights in a file; 'open_clip:NAME' for the
             first weights that open_clip lists, or 'open_clip:NAME:TAG', or a file instead of the
             tag (a slash may stand for the second colon); 'hf:NAME' or 'hf:FOLDER', where
-            'hf:owner/name' needs no 'hf:'; a name of `list_models`; or a folder written by
-            `save_pretrained`. A folder without weights needs `pretrained=False`.
+            'hf:owner/name' needs no 'hf:'; a name of `list_models`; or a folder: of
+            `save_reduced`, whose model is reduced, of `save_pretrained`, or of a run, which has
+            such a folder as `model`. A folder without weights needs `pretrained=False`.
         pretrained: load weights; False for random weights. Names of `list_models` have no weights.
         options: of timm.create_model or open_clip.create_model, or fields of the config.
 
@@ -72,9 +75,16 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
             return OPENERS[library](name, pretrained, options).eval()
     if (source := source_of_name(spec)) is not None:
         return source.create_model(spec, pretrained, **options).eval()
-    if os.path.isfile(os.path.join(spec, "config.json")):
-        return _from_folder(Path(spec), pretrained, options).eval()
+    if os.path.isdir(spec):
+        return _from_folder(model_folder(spec), pretrained, options).eval()
     raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
+
+
+def model_folder(spec: str) -> Path:
+    """Return the folder of a saved model: `spec` itself, or `model` in the folder of a run."""
+    folder = Path(spec)
+    inner = folder / "model"
+    return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
 
 
 def split_spec(spec: str) -> tuple[str | None, str]:
@@ -182,6 +192,17 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 
 
 def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    if is_saved_reduction(folder):
+        if options or not pretrained:
+            raise ValueError(
+                f"spec: expected no options with {folder}, which save_reduced wrote, got "
+                f"{options or {'pretrained': False}}; open the dense model as 'hf:{folder}'"
+            )
+        return load_reduced(folder).eval()
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"spec: expected {FORMS}, got {folder}, which has no {CONFIG}")
+    if "model_type" in read_object(folder / CONFIG):
+        return _open_hf(str(folder), pretrained, options)
     family, config = read_config(folder, with_weights=pretrained)
     source = source_of_family(family)
     if source is None:

@@ -152,6 +152,16 @@ def load_reduced(
     return model
 
 
+def is_saved_reduction(folder: Path) -> bool:
+    """Return whether `save_reduced` wrote a folder of another library's model."""
+    if (folder / SETTINGS).is_file() or (folder / OPEN_CLIP_CONFIG).is_file():
+        return True
+    if not (folder / CONFIG).is_file():
+        return False
+    config = read_object(folder / CONFIG)
+    return "elip" in config and source_of_family(config.get("model")) is None
+
+
 def _save_language_model(model: nn.Module, folder: Path) -> Path:
     """Save a multimodal language model, whose config has its strategies."""
     if without_adapter(model) is not model:

@@ -187,9 +187,21 @@ def test_arguments_of_a_wrong_type_raise(tmp_path):
         open_model(3)
     with pytest.raises(TypeError, match="pretrained: expected True or False, got 'openai'"):
         open_model("open_clip:ViT-B-32", pretrained="openai")
+
+
+def test_a_folder_of_each_kind_opens(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ValueError, match=f"or 'hf:{tmp_path}'"):
-        open_model(str(tmp_path), pretrained=False)
+    assert type(open_model(str(tmp_path), pretrained=False)).__name__ == "ViTModel"
+    small = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=2)
+    reduced = elip_models.reduce_(small, "tome", keep=0.6)
+    elip_models.save_reduced(reduced, tmp_path / "reduced")
+    opened = open_model(str(tmp_path / "reduced"))
+    expected = elip_models.reduction_summary(reduced).strategy
+    assert elip_models.reduction_summary(opened).strategy == expected
+    with pytest.raises(ValueError, match=r"pretrained.: False}; open the dense model as 'hf:"):
+        open_model(str(tmp_path / "reduced"), pretrained=False)
+    elip_models.create_model("clip_tiny").save_pretrained(tmp_path / "run" / "model")
+    assert type(open_model(str(tmp_path / "run"))).__name__ == "CLIP"
 
 
 def test_a_missing_library_names_its_extra(monkeypatch):
