@@ -25,7 +25,7 @@ def as_write_error(path: Path) -> Iterator[None]:
         yield
     except (TrainingError, SystemExit, KeyboardInterrupt):
         raise
-    except BaseException as error:  # torch.distributed.checkpoint has its own, Rust has Exception
+    except BaseException as error:  # writers of torch and safetensors raise classes of their own
         if (problem := _write_problem(error)) is None:
             raise
         raise TrainingError(
