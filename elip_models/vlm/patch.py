@@ -19,10 +19,10 @@ from elip_models.reduction.strategy_spec import StrategyOptions, from_line
 from elip_models.reduction.summary import Summary
 from elip_models.validation import as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
-from elip_models.vlm.cross_attention import CrossAttentionSeam
+from elip_models.vlm.cross_attention import CrossAttentionReduction
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
 from elip_models.vlm.inside import InnerLayers
-from elip_models.vlm.seam import RECORDS, Seam, SeamText
+from elip_models.vlm.prompt_reduction import PROMPT_RECORDS, ExtraRepr, PromptReduction
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies import KINDS
 from elip_models.vlm.strategies.base import ImageTokenStrategy
@@ -134,7 +134,7 @@ def is_reduced(model: nn.Module) -> bool:
         return False
     multimodal = find_multimodal(model)
     return patch.is_reduced(model) or (
-        multimodal is not None and _owner(multimodal.model, Seam) is not None
+        multimodal is not None and _owner(multimodal.model, PromptReduction) is not None
     )
 
 
@@ -161,18 +161,18 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
         ValueError: a model that `reduce_` has not changed.
     """
     multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
-    seam = None if multimodal is None else _owner(multimodal.model, Seam)
-    if seam is None:
+    hooks = None if multimodal is None else _owner(multimodal.model, PromptReduction)
+    if hooks is None:
         with patch.record_stages(model) as stages:
             yield stages
         return
     patch.refuse_compiled(model, "record_stages")
     infos: list[PromptInfo] = []
-    token = RECORDS.set((*RECORDS.get(), (seam, infos)))
+    token = PROMPT_RECORDS.set((*PROMPT_RECORDS.get(), (hooks, infos)))
     try:
         yield infos
     finally:
-        RECORDS.reset(token)
+        PROMPT_RECORDS.reset(token)
 
 
 def _reduce(
@@ -256,51 +256,51 @@ def _installed(
     multimodal: Multimodal,
 ) -> tuple[ImageTokenStrategy | None, LayerStrategy | None]:
     """Return the strategies before the language model and inside it, or None."""
-    seam = _owner(multimodal.model, Seam)
+    before = _owner(multimodal.model, PromptReduction)
     inner = _owner(multimodal.language_model, InnerLayers)
-    return seam and seam.strategy, inner and inner.strategy
+    return before and before.strategy, inner and inner.strategy
 
 
 def _install(
     multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
 ) -> None:
     """Replace what is installed."""
-    seam = _seam(multimodal, front, inside)
+    before = _prompt_reduction(multimodal, front, inside)
     inner = None if inside is None else InnerLayers(multimodal, inside)
     tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)
     _uninstall(multimodal)
     if tower is not None:
         tower.install(multimodal)
-    seam.install(multimodal)
+    before.install(multimodal)
     if inner is not None:
         inner.install(multimodal)
     model = multimodal.model
-    model.extra_repr = SeamText((front, inside), model, vars(model).get("extra_repr"))
+    model.extra_repr = ExtraRepr((front, inside), model, vars(model).get("extra_repr"))
 
 
-def _seam(
+def _prompt_reduction(
     multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
-) -> Seam:
+) -> PromptReduction:
     """Return the hooks that remove tokens before the language model."""
     if not multimodal.cross_attention_layers:
-        return Seam(multimodal, front)
+        return PromptReduction(multimodal, front)
     if inside is not None:
         raise TypeError(
             f"model: expected one whose image tokens are in the prompt for {inside.name!r}, got "
             f"{multimodal.config.model_type}, which reads them by cross-attention; take a strategy "
             "before the language model, such as 'diverse'"
         )
-    return CrossAttentionSeam(multimodal, front)
+    return CrossAttentionReduction(multimodal, front)
 
 
 def _uninstall(multimodal: Multimodal) -> None:
     """Restore the modules."""
     for module in multimodal.hooked:
-        remove_hooks(module, Seam)
+        remove_hooks(module, PromptReduction)
     TowerAttention.uninstall(multimodal)
     InnerLayers.uninstall(multimodal)
     shown = vars(multimodal.model).get("extra_repr")
-    if isinstance(shown, SeamText):
+    if isinstance(shown, ExtraRepr):
         del multimodal.model.extra_repr
         if shown.replaced is not None:
             multimodal.model.extra_repr = shown.replaced
