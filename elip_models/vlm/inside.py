@@ -19,7 +19,8 @@ from elip_models.vlm.call import InnerCall, current_call
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
 from elip_models.vlm.prompt_reduction import check_call
-from elip_models.vlm.strategies.inside import LayerStrategy, count
+from elip_models.vlm.strategies.base import count_kept
+from elip_models.vlm.strategies.inside import LayerStrategy
 
 
 class InnerLayers(Watcher):
@@ -123,13 +124,13 @@ class InnerLayers(Watcher):
         rows = torch.arange(len(mask), device=mask.device)
         call.row = cls_attention(query[rows, :, last], key, scale=scale, mask=mask)
 
-    def select(self, call: InnerCall, share: float) -> Packing:
-        """Return the packing of a new level, whose images keep a share of their tokens."""
+    def select(self, call: InnerCall, keep: float | int) -> Packing:
+        """Return the packing of a new level, whose images keep a share or a number of tokens."""
         before = call.packings[-1]
         images = before.rows(call.images) & before.real
         kept, width = before.real.clone(), images.shape[1]
         for rows, positions in runs_by_length(images):
-            number = count(positions.shape[1], share)
+            number = count_kept(positions.shape[1], keep)
             scores = call.row[:, -width:][rows, positions]
             scores[:, -1] = torch.inf  # the last token of an image stays
             chosen = positions.gather(1, scores.topk(number, dim=1).indices)

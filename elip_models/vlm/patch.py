@@ -24,7 +24,7 @@ from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
 from elip_models.vlm.inside import InnerLayers
 from elip_models.vlm.prompt_reduction import PROMPT_RECORDS, ExtraRepr, PromptReduction
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
-from elip_models.vlm.strategies import KINDS
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.inside import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
@@ -56,7 +56,7 @@ def reduce_(
     whole image-text model encodes its text first, without gradient, and text i guides image i.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
-    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random' remove image tokens before
+    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
     the language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A
     strategy of each of these three places can be used at the same time.
 
@@ -65,12 +65,12 @@ def reduce_(
             multimodal language model of transformers. Of CoCa, whose text cannot guide its images,
             the image tower alone is reduced.
         strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
-            of `calibrate` such as 'found.json', or an instance. Without any argument, that of the
+            of `calibrate` such as 'best.json', or an instance. Without any argument, that of the
             config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
             be used, another one with a warning. For a language model 'diverse' at keep=0.5.
         keep: the target: the mean share of tokens over the layers, in (0, 1], in place of the
-            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). Before a language
-            model, the share of each image's tokens, or their number as an int.
+            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). For a language model, a
+            float is the share of each image's tokens, 1.0 for all, and an int is their number.
         schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
             depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
             Without `strategy` it selects ELIP.
@@ -186,7 +186,7 @@ def _reduce(
             restore_(model, saved)
     else:
         _reduce_language_model(model, multimodal, _strategy(strategy, {"keep": keep, **options}))
-    installed = tuple(each for each in _installed(multimodal) if each is not None)
+    installed = tuple(strategy for strategy in _installed(multimodal) if strategy is not None)
     store_strategies(model, multimodal.config, installed, has_tower=patch.is_reduced(model))
 
 
@@ -206,9 +206,9 @@ def _reduce_language_model(
 def restore_(model: nn.Module, saved: Any) -> None:
     """Reduce a multimodal language model by the settings that a config stores."""
     of_tower, of_language_model = read_strategies(saved)
-    for each in (of_tower, *of_language_model):
-        if each is not None:
-            reduce_(model, each)
+    for strategy in (of_tower, *of_language_model):
+        if strategy is not None:
+            reduce_(model, strategy)
 
 
 def _saved(model: nn.Module, multimodal: Multimodal) -> Any:
@@ -220,30 +220,30 @@ def _is_for_tower(strategy: Any, options: dict[str, Any]) -> bool:
     """Return whether the arguments name a strategy of image towers."""
     if isinstance(strategy, str):
         name = strategy.partition(":")[0].strip()
-        return strategy.endswith(".json") or name in set(STRATEGIES) - set(KINDS)
+        return strategy.endswith(".json") or name in STRATEGIES
     if strategy is None:
         return any(value is not None for value in options.values())
     return isinstance(strategy, Strategy)
 
 
 def _strategy(
-    strategy: str | ImageTokenStrategy | LayerStrategy | None, given: dict[str, Any]
+    strategy: str | ImageTokenStrategy | LayerStrategy | None, options: dict[str, Any]
 ) -> ImageTokenStrategy | LayerStrategy:
     """Return the strategy that the arguments of `reduce_` describe."""
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     if isinstance(strategy, ImageTokenStrategy | LayerStrategy):
-        for name, value in given.items():
+        for name, value in options.items():
             raise ValueError(f"{name}: expected it inside the instance, got {value!r} beside it")
         return strategy
-    line = next(iter(KINDS)) if strategy is None else strategy
+    line = next(iter(LANGUAGE_STRATEGIES)) if strategy is None else strategy
     name = line.partition(":")[0].strip() if isinstance(line, str) else line
-    if name not in KINDS:
+    if name not in LANGUAGE_STRATEGIES:
         raise ValueError(
-            f"strategy: expected one of a language model ({', '.join(KINDS)}) or of its image "
-            f"tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}"
-            f"{did_you_mean(name, [*KINDS, *STRATEGIES])}"
+            f"strategy: expected one of a language model ({', '.join(LANGUAGE_STRATEGIES)}) or of "
+            f"its image tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}"
+            f"{did_you_mean(name, [*LANGUAGE_STRATEGIES, *STRATEGIES])}"
         )
-    return from_line(line, given, KINDS)
+    return from_line(line, options, LANGUAGE_STRATEGIES)
 
 
 def _owner(module: nn.Module, kind: type[T]) -> T | None:

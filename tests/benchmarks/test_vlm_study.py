@@ -74,14 +74,14 @@ def _until(text, answer):
 
 def test_the_study_compares_each_setting_with_every_token(features, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "KEEPS", (0.25,))
-    monkeypatch.setattr(study, "STRATEGIES", ("random", "fastv:layer=1"))
+    monkeypatch.setattr(study, "COMPARED", ("random_tokens", "fastv:layer=1"))
     monkeypatch.setattr(study, "TRAINED", ("diverse",))
     output = tmp_path / "study.json"
     sizes = ["--seeds", "2", "--questions", "12", "--evaluated", "12", "--steps", "1"]
     assert study.main([str(tmp_path), "--output", str(output), *sizes]) == 0
     document = json.loads(output.read_text())
     names = [row["setting"] for row in document["settings"]]
-    reduced = [f"{strategy} 0.25" for strategy in study.STRATEGIES]
+    reduced = [f"{strategy} 0.25" for strategy in study.COMPARED]
     trained = [f"trained with {strategy} 0.25" for strategy in study.TRAINED]
     assert names == ["dense", *reduced, "smaller image 0.25", *trained]
     assert document["seeds"] == 2
