@@ -1,10 +1,7 @@
 """What a key-value cache holds of sequences from which tokens were removed.
 
 The cache of a generation outlives the forward pass that removed the tokens. Its state is a part of
-the cache and never of the model, so that threads share a model. Outside of the language model such
-a cache returns the length of the whole sequence, from which callers compute positions, masks and
-the number of new tokens. Inside, masks need the number of tokens in the cache. So the cache has
-layers of `reduced_layer` outside, and the layers of transformers inside.
+the cache and never of the model, so that threads share a model.
 """
 
 from dataclasses import dataclass, replace
@@ -105,27 +102,3 @@ class RemovedTokens:
 def cache_in(values: Any) -> Any:
     """Return the cache in the arguments or in the output of a language model, or None."""
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
-
-
-def removed_from(cache: Any) -> RemovedTokens | None:
-    """Return what was removed from the sequences in a cache, or None.
-
-    It is None as well while the cache shows the length that it holds.
-    """
-    layers = () if cache is None else cache.layers
-    return getattr(layers[0], "removed", None) if layers else None
-
-
-def show_held_length(cache: Any) -> None:
-    """Let a cache return the number of tokens that it holds, as the language model needs."""
-    cache.layers[:] = [getattr(layer, "held", layer) for layer in cache.layers]
-
-
-def show_full_length(cache: Any, removed: RemovedTokens) -> None:
-    """Let a cache return the length of the whole sequences, and store what was removed."""
-    from elip_models.vlm.reduced_layer import ReducedLayer  # needs transformers
-
-    cache.layers[:] = [
-        ReducedLayer(layer, removed.length, removed if i == 0 else None)
-        for i, layer in enumerate(cache.layers)
-    ]

@@ -19,13 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elip_models.vlm.cache_state import (
-    CacheState,
-    cache_in,
-    removed_from,
-    show_full_length,
-    show_held_length,
-)
+from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
+from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import PromptCall, PromptInfo, begin_call, current_call, end_call
 from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
@@ -104,7 +99,7 @@ class PromptReduction:
         length = embeds.shape[1]
         if selected is not None or past is not None:
             check_call(self.window, length + (past.length if past else 0), call.cache)
-        if call.removed is not None:
+        if call.cache is not None:
             show_held_length(call.cache)
         if selected is None and past is None:
             return None
