@@ -184,7 +184,7 @@ def _denormalised(pixels: Tensor, image_processor: Any) -> Tensor:
     if not image_processor.do_normalize:
         return pixels.clamp(0, 1)
     stats = (image_processor.image_mean, image_processor.image_std)
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in stats)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in stats)
     return (pixels * std + mean).clamp(0, 1)
 
 
@@ -200,7 +200,7 @@ def draw_kept_tokens(
     for i, image in enumerate(images, 1):
         inputs = model.inputs(image, question)
         kept = model.kept(inputs)
-        if all(each.all() for each in kept):
+        if all(tokens.all() for tokens in kept):
             raise ConfigError(
                 f"--strategy: expected one that removes tokens of images, got {model}, which keeps "
                 f"all {len(kept[0])}"
@@ -220,13 +220,13 @@ def draw_image(
     figure, axes = make_panels(1, 1 + len(kept), whole.shape[1] / whole.shape[0])
     axes[0, 0].imshow(whole.numpy())
     axes[0, 0].set_title("image", fontsize=9)
-    for axis, each in zip(axes[0, 1:], kept, strict=False):
-        alive = each.cpu().view(len(grid.tiles), grid.rows, grid.columns)
+    for axis, tokens in zip(axes[0, 1:], kept, strict=False):
+        alive = tokens.cpu().view(len(grid.tiles), grid.rows, grid.columns)
         pictures = map(dimmed, grid.tiles, alive)
         axis.imshow(mosaic([torch.from_numpy(picture) for picture in pictures]).numpy())
-        axis.set_title(f"{int(each.sum())} of {len(each)} tokens", fontsize=9)
+        axis.set_title(f"{int(tokens.sum())} of {len(tokens)} tokens", fontsize=9)
     write_caption(axes[0, -1], caption)
-    counts = ", then ".join(str(int(each.sum())) for each in kept)
+    counts = ", then ".join(str(int(tokens.sum())) for tokens in kept)
     title = f"{title}: {counts} of {len(kept[0])} image tokens"
     return save_figure(figure, path, title=title, note=NOTE)
 
