@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent / "api"
 PAGES = {"kernels.md": "elip_kernels", "models.md": "elip_models"}
 BEGIN, END = "<!-- names:begin -->", "<!-- names:end -->"
 CONSTANTS = {
+    "LANGUAGE_STRATEGIES": "The strategies of a multimodal language model by name.",
     "__version__": "The version of the package.",
     "STRATEGIES": "The strategies by name; add a class to give it a name.",
 }

@@ -33,14 +33,14 @@ def study_block(study: dict[str, Any]) -> str:
     )
     dense = study["settings"][0]["by_seed"]
     rows = [
-        [_title(each), _share(each["accuracy"]), _points(each["difference"]), _by_seed(each, dense)]
-        for each in study["settings"][1:]
+        [_title(row), _share(row["accuracy"]), _points(row["difference"]), _by_seed(row, dense)]
+        for row in study["settings"][1:]
     ]
     rows.insert(0, [_title(study["settings"][0]), _share(study["settings"][0]["accuracy"]), "", ""])
     kinds = list(study["settings"][0]["by_kind"])
     by_kind = [
-        [_title(each), *(f"{each['by_kind'][kind][0]:.1%}" for kind in kinds)]
-        for each in study["settings"]
+        [_title(row), *(f"{row['by_kind'][kind][0]:.1%}" for kind in kinds)]
+        for row in study["settings"]
     ]
     parts = [
         note,
@@ -55,7 +55,7 @@ def _seeds(count: int) -> str:
 
 
 def _title(setting: dict[str, Any]) -> str:
-    name = setting["setting"]
+    name = setting["setting"].replace("random ", "random_tokens ")  # its name when it was measured
     return "every token" if name == "dense" else f"`{name}`"
 
 
@@ -84,17 +84,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--study-page", type=Path, default=DOCS / "vlm_study.md")
     options = parser.parse_args(arguments)
     parts = []
-    for each in read_results(RESULTS):
-        versions = each.machine["versions"].items()
+    for measured in read_results(RESULTS):
+        versions = measured.machine["versions"].items()
         parts.append(
-            f"Measured on {each.machine['device']} on {each.date} at commit {each.commit}, "
-            f"{each.machine['threads']} threads; {', '.join(map(' '.join, versions))}."
+            f"Measured on {measured.machine['device']} on {measured.date} at commit "
+            f"{measured.commit}, {measured.machine['threads']} threads; "
+            f"{', '.join(map(' '.join, versions))}."
         )
-        parts += language_model_table(each.entries)
-    given = {"command": "python docs/vlm.py", "check": options.check}
+        parts += language_model_table(measured.entries)
+    settings = {"command": "python docs/vlm.py", "check": options.check}
     study = study_block(read_object(RESULTS / "study.json"))
-    return rewrite(options.page, BEGIN, END, "\n\n".join(parts), **given) or rewrite(
-        options.study_page, STUDY_BEGIN, STUDY_END, study, **given
+    return rewrite(options.page, BEGIN, END, "\n\n".join(parts), **settings) or rewrite(
+        options.study_page, STUDY_BEGIN, STUDY_END, study, **settings
     )
 
 

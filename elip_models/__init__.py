@@ -12,6 +12,7 @@ if find_spec("elip_models.pretraining") is not None:  # the core works without i
 
 __all__ = [
     "ELIP",
+    "LANGUAGE_STRATEGIES",
     "STRATEGIES",
     "TRIPS",
     "AdaptConfig",
@@ -75,6 +76,7 @@ LAZY = {
     "elip_models.vlm.patch": (
         *("is_reduced", "record_stages", "reduce_", "reduction_summary", "unreduce_"),
     ),
+    "elip_models.vlm.strategies": ("LANGUAGE_STRATEGIES",),
 }
 """The public names of each module, which is imported on first use: `elip --help` needs no torch."""
 MODULES = {name: module for module, names in LAZY.items() for name in names}
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
         reduction_summary,
         unreduce_,
     )
+    from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 else:
 
     def __getattr__(name: str) -> Any:

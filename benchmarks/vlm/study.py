@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 KEEPS = (0.5, 0.25, 0.11)
-STRATEGIES = ("random", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
-TRAINED = ("random", "pool", "diverse")
+COMPARED = ("random_tokens", "stride", "pool", "diverse", "diverse:relevance=true", "fastv:layer=1")
+TRAINED = ("random_tokens", "pool", "diverse")
 TRAINED_KEEP = 0.25
 SMALL_PIXELS = PIXELS // 2  # a quarter of the tokens
 STEPS, BATCH, LR, WARMUP = 4000, 32, 2e-3, 0.1  # warm-up as a share of the steps
@@ -63,7 +63,7 @@ class StoredFeatures(nn.Module):
         """Return the features as the hidden states of the last layer."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        trained, side = (round(each**0.5) for each in (TOKENS, pixel_values.shape[1]))
+        trained, side = round(TOKENS**0.5), round(pixel_values.shape[1] ** 0.5)
         grid = self.positions.T.unflatten(1, (trained, trained))
         positions = nn.functional.adaptive_avg_pool2d(grid, side).flatten(1).T
         features = pixel_values + positions
@@ -120,11 +120,10 @@ def loss_of(model: nn.Module, data: Questions, rows: Tensor) -> Tensor:
     longest = int((data.turns[rows] != 0).sum(1).max())
     turns, told = data.turns[rows, :longest], data.told[rows, :longest]
     ids = torch.cat((asked, answers.argmax(1, keepdim=True), turns), 1)
-    found = logits(model, data, rows, ids)[:, asked.shape[1] - 1 : -1]
-    further = found[:, 1:].flatten(0, 1), told.flatten()
-    return nn.functional.cross_entropy(found[:, 0], answers) + nn.functional.cross_entropy(
-        *further, ignore_index=0
-    )
+    predicted = logits(model, data, rows, ids)[:, asked.shape[1] - 1 : -1]
+    answer_loss = nn.functional.cross_entropy(predicted[:, 0], answers)
+    further = predicted[:, 1:].flatten(0, 1)
+    return answer_loss + nn.functional.cross_entropy(further, told.flatten(), ignore_index=0)
 
 
 def train(model: nn.Module, data: Questions, seed: int, steps: int, title: str) -> None:
@@ -163,11 +162,11 @@ def train_once(
 def score(model: nn.Module, data: Questions) -> np.ndarray:
     """Return for each question whether the most probable token is a right answer."""
     torch.manual_seed(0)
-    found = []
+    is_right = []
     for rows in torch.arange(len(data.ids)).split(BATCH):
         best = logits(model, data, rows, prompts(data, rows))[:, -1].argmax(1, keepdim=True)
-        found.append(data.answers[rows].gather(1, best)[:, 0] > 0)
-    return torch.cat(found).numpy().astype(float)
+        is_right.append(data.answers[rows].gather(1, best)[:, 0] > 0)
+    return torch.cat(is_right).numpy().astype(float)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,7 +205,7 @@ def _afterwards(
     train_once(model, training, seed, options, "every token")
     yield "dense", score(model, test)
     for keep in KEEPS:
-        for strategy in STRATEGIES:
+        for strategy in COMPARED:
             reduce_(model, strategy, keep=keep)
             yield f"{strategy} {keep:g}", score(model, test)
             unreduce_(model)
@@ -229,10 +228,10 @@ def _write(options: argparse.Namespace, scores: dict[str, Any], kinds: np.ndarra
     dense = np.stack(scores["dense"])
     settings = []
     for name, values in scores.items():
-        found = np.stack(values)
-        row = {"setting": name, "accuracy": _interval(found), "by_seed": found.mean(1).tolist()}
-        row["difference"] = _interval(found - dense[: len(found)])
-        row["by_kind"] = {kind: _interval(found[:, kinds == i]) for i, kind in enumerate(KINDS)}
+        right = np.stack(values)
+        row = {"setting": name, "accuracy": _interval(right), "by_seed": right.mean(1).tolist()}
+        row["difference"] = _interval(right - dense[: len(right)])
+        row["by_kind"] = {kind: _interval(right[:, kinds == i]) for i, kind in enumerate(KINDS)}
         settings.append(row)
     document = {
         **machine(),

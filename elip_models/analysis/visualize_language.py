@@ -23,7 +23,7 @@ from elip_models.validation import ConfigError, as_config_error, did_you_mean, s
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import LANGUAGE_MODEL
 from elip_models.vlm.patch import record_stages, reduce_, reduction_summary
-from elip_models.vlm.strategies import KINDS
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 
 TILED = "its processor removes tokens at the borders of tiles and adds some at line ends"
 WITHOUT_GRID = {
@@ -70,11 +70,11 @@ class VisualizedLanguageModel:
         with record_stages(self.model) as infos:
             self.model(**inputs, use_cache=False)
         info: PromptInfo = infos[0]
-        return [each[info.images] for each in (info.kept, *info.kept_behind)]
+        return [kept[info.images] for kept in (info.kept, *info.kept_behind)]
 
     def __str__(self) -> str:
         summary = reduction_summary(self.model)
-        return ", then ".join(str(each) for each in (summary.strategy, summary.inside) if each)
+        return ", then ".join(map(str, filter(None, (summary.strategy, summary.inside))))
 
 
 class TokenGrid(NamedTuple):
@@ -113,11 +113,11 @@ def open_language_model(
         with library_errors(name, "a folder or a name with a processor of transformers"):
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         model = load_transformers(name, AutoModelForImageTextToText, config)
-    name = (strategy or next(iter(KINDS))).partition(":")[0].strip()
-    if name not in KINDS:
+    name = (strategy or next(iter(LANGUAGE_STRATEGIES))).partition(":")[0].strip()
+    if name not in LANGUAGE_STRATEGIES:
         raise ConfigError(
-            f"--strategy: expected one of a language model, {', '.join(KINDS)}, with --question, "
-            f"got {shortened(strategy)}{did_you_mean(name, KINDS)}"
+            f"--strategy: expected one of a language model, {', '.join(LANGUAGE_STRATEGIES)}, with "
+            f"--question, got {shortened(strategy)}{did_you_mean(name, LANGUAGE_STRATEGIES)}"
         )
     try:
         reduce_(model, strategy, keep=keep)
@@ -125,13 +125,13 @@ def open_language_model(
         is_option = str(error).partition(":")[0] in ("strategy", "keep")
         raise ConfigError(f"--{error}" if is_option else f"--strategy: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = VisualizedLanguageModel(spec, model, processor)
-    if not str(found):
+    visualized = VisualizedLanguageModel(spec, model, processor)
+    if not str(visualized):
         raise ConfigError(
             "--strategy: expected one of a language model, since the config of the model has that "
             "of its image tower alone, got none"
         )
-    return found
+    return visualized
 
 
 def _check_family(model_type: str) -> None:
@@ -168,9 +168,9 @@ def token_grid(
         height, width = inputs["image_sizes"][0].tolist()
         pixels = pixels[..., :height, :width]
     height, width = pixels.shape[-2:]
-    each = count // len(pixels)
-    rows = isqrt(each * height // width)
-    columns = each // max(rows, 1)
+    tile_tokens = count // len(pixels)
+    rows = isqrt(tile_tokens * height // width)
+    columns = tile_tokens // max(rows, 1)
     if rows * columns * len(pixels) != count or rows * width != columns * height:
         raise ValueError(
             f"expected image tokens on a grid of square cells, got {count} for {len(pixels)} "
@@ -184,7 +184,7 @@ def _denormalised(pixels: Tensor, image_processor: Any) -> Tensor:
     if not image_processor.do_normalize:
         return pixels.clamp(0, 1)
     stats = (image_processor.image_mean, image_processor.image_std)
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in stats)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in stats)
     return (pixels * std + mean).clamp(0, 1)
 
 
@@ -200,7 +200,7 @@ def draw_kept_tokens(
     for i, image in enumerate(images, 1):
         inputs = model.inputs(image, question)
         kept = model.kept(inputs)
-        if all(each.all() for each in kept):
+        if all(tokens.all() for tokens in kept):
             raise ConfigError(
                 f"--strategy: expected one that removes tokens of images, got {model}, which keeps "
                 f"all {len(kept[0])}"
@@ -220,13 +220,13 @@ def draw_image(
     figure, axes = make_panels(1, 1 + len(kept), whole.shape[1] / whole.shape[0])
     axes[0, 0].imshow(whole.numpy())
     axes[0, 0].set_title("image", fontsize=9)
-    for axis, each in zip(axes[0, 1:], kept, strict=False):
-        alive = each.cpu().view(len(grid.tiles), grid.rows, grid.columns)
+    for axis, tokens in zip(axes[0, 1:], kept, strict=False):
+        alive = tokens.cpu().view(len(grid.tiles), grid.rows, grid.columns)
         pictures = map(dimmed, grid.tiles, alive)
         axis.imshow(mosaic([torch.from_numpy(picture) for picture in pictures]).numpy())
-        axis.set_title(f"{int(each.sum())} of {len(each)} tokens", fontsize=9)
+        axis.set_title(f"{int(tokens.sum())} of {len(tokens)} tokens", fontsize=9)
     write_caption(axes[0, -1], caption)
-    counts = ", then ".join(str(int(each.sum())) for each in kept)
+    counts = ", then ".join(str(int(tokens.sum())) for tokens in kept)
     title = f"{title}: {counts} of {len(kept[0])} image tokens"
     return save_figure(figure, path, title=title, note=NOTE)
 

@@ -1,5 +1,5 @@
 """Multimodal language models of transformers: fewer image tokens for the language model.
 
-`families` finds the parts of a model, `strategies` select image tokens, `seam` removes the others
-from the sequence that the language model reads, and `patch` has the public functions.
+`families` finds the parts of a model, `strategies` select image tokens, `prompt_reduction` removes
+the others from the sequence that the language model reads, and `patch` has the public functions.
 """

@@ -1,19 +1,15 @@
 """What a key-value cache holds of sequences from which tokens were removed.
 
-The cache of a generation outlives the forward pass that removed the tokens. Its state is an
-attribute of the cache and never of the model, so that threads share a model. Outside of the
-language model such a cache returns the length of the whole sequence, from which callers compute
-positions, masks and the number of new tokens. Inside, masks need the number of tokens in the cache.
+The cache of a generation outlives the forward pass that removed the tokens. Its state is a part of
+the cache and never of the model, so that threads share a model.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-STATE, LEVEL_STATES = "removed_tokens", "removed_tokens_of_levels"
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 
 
@@ -71,102 +67,38 @@ class CacheState:
         return replace(self, columns=self.columns[indices], real=self.real[indices], mask=mask)
 
 
+@dataclass(frozen=True)
+class RemovedTokens:
+    """What was removed from the sequences in a cache.
+
+    before: the tokens that are left of the whole sequences, or None if none was removed before the
+        language model.
+    inside: for each level of `inside`, the tokens that are left of those the language model reads;
+        empty if none was removed inside it.
+    """
+
+    before: CacheState | None
+    inside: tuple[CacheState, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Return the length of the whole sequences."""
+        return (self.before or self.inside[0]).length
+
+    def rows(self, indices: Tensor) -> "RemovedTokens":
+        """Return what was removed from the rows at `indices`."""
+        first = self.before or self.inside[0]
+        indices = indices.to(first.columns.device)
+        before = None if self.before is None else self.before.rows(indices)
+        return RemovedTokens(before, tuple(level.rows(indices) for level in self.inside))
+
+    def repeated(self, repeats: int) -> "RemovedTokens":
+        """Return what was removed if each row is repeated."""
+        columns = (self.before or self.inside[0]).columns
+        indices = torch.arange(len(columns), device=columns.device)
+        return self.rows(indices.repeat_interleave(repeats))
+
+
 def cache_in(values: Any) -> Any:
     """Return the cache in the arguments or in the output of a language model, or None."""
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
-
-
-def level_states_of(cache: Any) -> tuple[CacheState, ...] | None:
-    """Return what the cache holds at each level of `inside`, or None."""
-    return getattr(cache, LEVEL_STATES, None)
-
-
-def store_level_states(cache: Any, states: tuple[CacheState, ...]) -> None:
-    """Store what the cache holds at each level of `inside`."""
-    setattr(cache, LEVEL_STATES, states)
-    for name, function in REPLACED_BY_LEVELS.items():
-        if name not in vars(cache):
-            setattr(cache, name, partial(function, cache))
-
-
-def state_of(cache: Any) -> CacheState | None:
-    """Return the state of a cache from which tokens were removed, or None."""
-    return getattr(cache, STATE, None)
-
-
-def enter(cache: Any) -> None:
-    """Let the cache return the number of tokens that it holds."""
-    for name in REPLACED:
-        vars(cache).pop(name, None)
-
-
-def leave(cache: Any, state: CacheState) -> None:
-    """Store the state, and let the cache return the length of the whole sequence."""
-    setattr(cache, STATE, state)
-    for name, function in REPLACED.items():
-        setattr(cache, name, partial(function, cache))
-
-
-def _whole_length(cache: Any, layer_idx: int = 0) -> int:
-    return getattr(cache, STATE).length
-
-
-def _whole_mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-    return getattr(cache, STATE).length + query_length, 0
-
-
-def _reorder(cache: Any, beam_idx: Tensor) -> None:
-    type(cache).reorder_cache(cache, beam_idx)
-    _select_rows(cache, beam_idx)
-
-
-def _select(cache: Any, indices: Tensor) -> None:
-    type(cache).batch_select_indices(cache, indices)
-    _select_rows(cache, indices)
-
-
-def _repeat(cache: Any, repeats: int) -> None:
-    type(cache).batch_repeat_interleave(cache, repeats)
-    states = (state_of(cache), *(level_states_of(cache) or ()))
-    rows = torch.arange(next(len(each.columns) for each in states if each is not None))
-    _select_rows(cache, rows.repeat_interleave(repeats))
-
-
-def _select_rows(cache: Any, indices: Tensor) -> None:
-    """Select rows of all states of the cache."""
-    if (state := state_of(cache)) is not None:
-        setattr(cache, STATE, state.rows(indices.to(state.columns.device)))
-    if (levels := level_states_of(cache)) is not None:
-        indices = indices.to(levels[0].columns.device)
-        setattr(cache, LEVEL_STATES, tuple(each.rows(indices) for each in levels))
-
-
-def _reset(cache: Any) -> None:
-    enter(cache)
-    for name in (STATE, LEVEL_STATES):
-        vars(cache).pop(name, None)
-    cache.reset()
-
-
-def _refuse_crop(*_: Any) -> NoReturn:
-    raise NotImplementedError(
-        "cache: expected decoding that only adds tokens, got a call of crop, as assisted decoding "
-        "does; the last tokens of a cache with removed tokens are not those of the sequence. Call "
-        "generate without assistant_model and prompt_lookup_num_tokens"
-    )
-
-
-REPLACED = {
-    "get_seq_length": _whole_length,
-    "get_mask_sizes": _whole_mask_sizes,
-    "reorder_cache": _reorder,
-    "batch_select_indices": _select,
-    "batch_repeat_interleave": _repeat,
-    "reset": _reset,
-    "crop": _refuse_crop,
-}
-"""The methods of a cache that are replaced outside of the language model."""
-REPLACED_BY_LEVELS = {
-    name: function for name, function in REPLACED.items() if not name.startswith("get_")
-}
-"""Those that are replaced if tokens are removed inside the language model alone."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from elip_models.vlm.cache_state import CacheState
+from elip_models.vlm.cache_state import CacheState, RemovedTokens
 from elip_models.vlm.packing import Packing
 
 V = TypeVar("V")
@@ -96,8 +96,9 @@ class PromptCall:
     kept: (B, N) bool, the tokens that remain, or None if all do.
     kept_behind: (B, S) bool for each drop, of the sequence that the language model reads.
     packing: the packing of `kept`.
-    cache: the key-value cache that the language model was given.
-    state: what the cache holds afterwards, if tokens were removed from it.
+    cache: the key-value cache that the language model gets.
+    removed: what was removed from the cache before.
+    state: what the cache holds afterwards, if tokens were removed before the language model.
     inner: the forward pass of the language model, if tokens are removed inside it.
     tower: for each call of the image tower, the attention that its patches receive and their keys.
     token: what ends the call.
@@ -111,6 +112,7 @@ class PromptCall:
     kept_behind: tuple[Tensor, ...] = ()
     packing: Packing | None = None
     cache: Any = None
+    removed: RemovedTokens | None = None
     state: CacheState | None = None
     inner: InnerCall | None = None
     tower: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -120,8 +122,13 @@ class PromptCall:
         """Return what is recorded, with the cache of the language model afterwards."""
         kept = torch.ones_like(self.images) if self.kept is None else self.kept
         layers = [] if cache is None else cache.layers
-        lengths = tuple(each.get_seq_length() for each in layers)
+        lengths = tuple(layer.get_seq_length() for layer in layers)
         return PromptInfo(self.images, kept, self.whole_kept_behind(), lengths)
+
+    def removed_afterwards(self) -> RemovedTokens | None:
+        """Return what is removed from the cache behind the forward pass, or None."""
+        inside = () if self.inner is None else self.inner.states()
+        return RemovedTokens(self.state, inside) if self.state is not None or inside else None
 
     def whole_kept_behind(self) -> tuple[Tensor, ...]:
         """Return `kept_behind` (B, N) of the whole prompt."""

@@ -89,7 +89,7 @@ class VideoLayout:
             return []
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("video")
         if encoded is not None:  # generate has encoded the clips before
-            return [len(each) for each in encoded.pooler_output]
+            return [len(clip) for clip in encoded.pooler_output]
         grids = kwargs.get("video_grid_thw")
         return [] if grids is None else (grids.prod(1) // self.merged).tolist()
 
@@ -103,12 +103,12 @@ class VideoLayout:
             lengths: of `clip_lengths`.
             position_ids: (.., B, N), as the language model reads them.
         """
-        found: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        by_size: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         for row, positions, frame in self._clips(videos, lengths, position_ids):
-            found.setdefault((len(positions), frame), []).append((row, positions))
-        for (length, frame), clips in found.items():
+            by_size.setdefault((len(positions), frame), []).append((row, positions))
+        for (length, frame), clips in by_size.items():
             rows = torch.tensor([[row] for row, _ in clips], device=videos.device)
-            positions = torch.stack([each for _, each in clips]).to(videos.device)
+            positions = torch.stack([tokens for _, tokens in clips]).to(videos.device)
             ends = range(frame - 1, length, frame) if self.are_frames_apart else (-1,)
             yield TokenGroup(rows, positions, frame, tuple(ends))
 
@@ -117,7 +117,8 @@ class VideoLayout:
     ) -> Iterator[tuple[int, Tensor, int]]:
         """Yield the row, the positions and the tokens of a frame of each clip."""
         ends, parts, missing = iter(lengths), [], None
-        for row, start, length in zip(*(each.tolist() for each in find_runs(videos)), strict=True):
+        rows, starts, run_lengths = (values.tolist() for values in find_runs(videos))
+        for row, start, length in zip(rows, starts, run_lengths, strict=True):
             run = torch.arange(start, start + length)
             if not self.are_frames_apart:
                 yield row, run, self.frame or _frame_of(position_ids, row, run)

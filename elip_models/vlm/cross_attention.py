@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from elip_models.vlm.cache_state import cache_in
 from elip_models.vlm.call import begin_call, current_call
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.seam import RECORDS, Seam, check_call, question_of, tokens_of
+from elip_models.vlm.prompt_reduction import (
+    PROMPT_RECORDS,
+    PromptReduction,
+    check_call,
+    question_of,
+    tokens_of,
+)
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
 
-class CrossAttentionSeam(Seam):
+class CrossAttentionReduction(PromptReduction):
     """The hooks that reduce one language model with cross-attention, and the strategy they use."""
 
     def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy) -> None:
@@ -55,7 +61,7 @@ class CrossAttentionSeam(Seam):
         """Record what the forward pass kept."""
         call = current_call()
         if call is not None and call.images is not None:
-            for infos in (infos for owner, infos in RECORDS.get() if owner is self):
+            for infos in (infos for owner, infos in PROMPT_RECORDS.get() if owner is self):
                 infos.append(call.info(cache_in(output)))
 
     def _reduced(self, model: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> Tensor:

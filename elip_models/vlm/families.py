@@ -57,7 +57,7 @@ class Multimodal:
     def hooked(self) -> tuple[nn.Module, ...]:
         """Return the modules whose hooks remove tokens."""
         modules = (self.model, self.language_model, self.head)
-        return tuple(each for each in modules if each is not None)
+        return tuple(module for module in modules if module is not None)
 
     @property
     def config(self) -> Any:
@@ -78,8 +78,8 @@ class Multimodal:
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
         """Return the ids of the tokens that images and videos replace."""
-        found = (getattr(self.config, name, None) for name in TOKEN_IDS)
-        return tuple(each for each in found if each is not None)
+        ids = (getattr(self.config, name, None) for name in TOKEN_IDS)
+        return tuple(token_id for token_id in ids if token_id is not None)
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:

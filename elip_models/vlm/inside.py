@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from elip_kernels import cls_attention
 from elip_models.reduction.model_patches import remove_hooks
 from elip_models.vlm.attention_probe import Watcher, unwatch, watch
-from elip_models.vlm.cache_state import CacheState, cache_in, level_states_of, store_level_states
+from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import InnerCall, current_call
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
-from elip_models.vlm.seam import check_call
-from elip_models.vlm.strategies.inside import LayerStrategy, count
+from elip_models.vlm.prompt_reduction import check_call
+from elip_models.vlm.strategies.base import count_kept
+from elip_models.vlm.strategies.inside import LayerStrategy
 
 
 class InnerLayers(Watcher):
@@ -46,7 +47,7 @@ class InnerLayers(Watcher):
             )
 
     def install(self, multimodal: Multimodal) -> None:
-        """Register the hooks behind those of `Seam`, and watch the layers before the drops."""
+        """Register hooks behind those of `PromptReduction`; watch the layers before the drops."""
         language_model = multimodal.language_model
         layers = language_model.layers
         language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
@@ -72,13 +73,13 @@ class InnerLayers(Watcher):
         if prompt is None or prompt.images is None or embeds is None:
             return
         (batch, length), cache = embeds.shape[:2], cache_in(kwargs)
-        past = level_states_of(cache)
-        if past is not None and length > 1 and prompt.images.any():
+        past = () if prompt.removed is None else prompt.removed.inside
+        if past and length > 1 and prompt.images.any():
             raise ValueError(
                 "pixel_values: expected no further images behind a cache from which a strategy "
                 "inside the language model removed tokens, got some; begin with an empty cache"
             )
-        if past is None:
+        if not past:
             if length == 1 or not prompt.images.any():
                 return
             held = 0 if cache is None else cache.get_seq_length()
@@ -97,19 +98,17 @@ class InnerLayers(Watcher):
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """End it, and return the hidden states to the length of level 0."""
-        prompt, cache = current_call(), cache_in(output)
+        prompt = current_call()
         if prompt is None or prompt.inner is None:
             return None
         call = prompt.inner
-        if cache is not None:
-            store_level_states(cache, call.states())
-        prompt.kept_behind = tuple(each.kept() for each in call.packings[1:])
+        prompt.kept_behind = tuple(packing.kept() for packing in call.packings[1:])
         output["last_hidden_state"] = call.packings[-1].scatter(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
             levels = (0, *self.levels)  # of the embeddings, and of the output of each layer
             output["hidden_states"] = tuple(
-                None if each is None else call.packings[level].scatter(each)
-                for level, each in zip(levels, output["hidden_states"], strict=True)
+                None if hidden is None else call.packings[level].scatter(hidden)
+                for level, hidden in zip(levels, output["hidden_states"], strict=True)
             )
         return output
 
@@ -125,13 +124,13 @@ class InnerLayers(Watcher):
         rows = torch.arange(len(mask), device=mask.device)
         call.row = cls_attention(query[rows, :, last], key, scale=scale, mask=mask)
 
-    def select(self, call: InnerCall, share: float) -> Packing:
-        """Return the packing of a new level, whose images keep a share of their tokens."""
+    def select(self, call: InnerCall, keep: float | int) -> Packing:
+        """Return the packing of a new level, whose images keep a share or a number of tokens."""
         before = call.packings[-1]
         images = before.rows(call.images) & before.real
         kept, width = before.real.clone(), images.shape[1]
         for rows, positions in runs_by_length(images):
-            number = count(positions.shape[1], share)
+            number = count_kept(positions.shape[1], keep)
             scores = call.row[:, -width:][rows, positions]
             scores[:, -1] = torch.inf  # the last token of an image stays
             chosen = positions.gather(1, scores.topk(number, dim=1).indices)
@@ -170,11 +169,10 @@ class LayerHook:
             "position_embeddings": lambda pair: tuple(map(packing.features, pair)),
             "position_ids": packing.positions,
         }
-        given = {name: kwargs.get(name) for name in changes}
         new = {
-            name: call.once(self.level, value, changes[name])
-            for name, value in given.items()
-            if value is not None or name == "attention_mask"
+            name: call.once(self.level, kwargs.get(name), change)
+            for name, change in changes.items()
+            if kwargs.get(name) is not None or name == "attention_mask"
         }
         return args, kwargs | new
 

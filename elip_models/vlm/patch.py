@@ -21,12 +21,12 @@ from elip_models.reduction.summary import Summary
 from elip_models.towers import SelfReducingModel
 from elip_models.validation import as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
-from elip_models.vlm.cross_attention import CrossAttentionSeam
+from elip_models.vlm.cross_attention import CrossAttentionReduction
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
 from elip_models.vlm.inside import InnerLayers
-from elip_models.vlm.seam import RECORDS, Seam, SeamText
+from elip_models.vlm.prompt_reduction import PROMPT_RECORDS, ExtraRepr, PromptReduction
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
-from elip_models.vlm.strategies import KINDS
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.inside import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
@@ -59,7 +59,7 @@ def reduce_(
     whole image-text model encodes its text first, without gradient, and text i guides image i.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
-    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random' remove image tokens before
+    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
     the language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A
     strategy of each of these three places can be used at the same time.
 
@@ -69,12 +69,12 @@ def reduce_(
             stores the strategy. Of CoCa, whose text cannot guide its images, the image tower alone
             is reduced.
         strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
-            of `calibrate` such as 'found.json', or an instance. Without any argument, that of the
+            of `calibrate` such as 'best.json', or an instance. Without any argument, that of the
             config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
             be used, another one with a warning. For a language model 'diverse' at keep=0.5.
         keep: the target: the mean share of tokens over the layers, in (0, 1], in place of the
-            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). Before a language
-            model, the share of each image's tokens, or their number as an int.
+            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). For a language model, a
+            float is the share of each image's tokens, 1.0 for all, and an int is their number.
         schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
             depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
             Without `strategy` it selects ELIP.
@@ -150,7 +150,7 @@ def is_reduced(model: nn.Module) -> bool:
         return True
     multimodal = find_multimodal(model)
     return bool(patch.reductions_of(model)) or (
-        multimodal is not None and _owner(multimodal.model, Seam) is not None
+        multimodal is not None and _owner(multimodal.model, PromptReduction) is not None
     )
 
 
@@ -188,18 +188,18 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
     """
     patch.refuse_compiled(model, "record_stages")
     multimodal = find_multimodal(model)
-    seam = None if multimodal is None else _owner(multimodal.model, Seam)
-    if seam is None:
+    hooks = None if multimodal is None else _owner(multimodal.model, PromptReduction)
+    if hooks is None:
         stages: list[StageInfo] = []
         with recording(patch.reductions_in(model), stages):
             yield stages
         return
     infos: list[PromptInfo] = []
-    token = RECORDS.set((*RECORDS.get(), (seam, infos)))
+    token = PROMPT_RECORDS.set((*PROMPT_RECORDS.get(), (hooks, infos)))
     try:
         yield infos
     finally:
-        RECORDS.reset(token)
+        PROMPT_RECORDS.reset(token)
 
 
 def _reduce(
@@ -236,9 +236,9 @@ def _reduce_language_model(
 def restore_(model: nn.Module, saved: Any) -> None:
     """Reduce a multimodal language model by the settings that a config stores."""
     of_tower, of_language_model = read_strategies(saved)
-    for each in (of_tower, *of_language_model):
-        if each is not None:
-            reduce_(model, each)
+    for strategy in (of_tower, *of_language_model):
+        if strategy is not None:
+            reduce_(model, strategy)
 
 
 def _saved(model: nn.Module, multimodal: Multimodal) -> Any:
@@ -250,30 +250,30 @@ def _is_for_tower(strategy: Any, options: dict[str, Any]) -> bool:
     """Return whether the arguments name a strategy of image towers."""
     if isinstance(strategy, str):
         name = strategy.partition(":")[0].strip()
-        return strategy.endswith(".json") or name in set(STRATEGIES) - set(KINDS)
+        return strategy.endswith(".json") or name in STRATEGIES
     if strategy is None:
         return any(value is not None for value in options.values())
     return isinstance(strategy, Strategy)
 
 
 def _strategy(
-    strategy: str | ImageTokenStrategy | LayerStrategy | None, given: dict[str, Any]
+    strategy: str | ImageTokenStrategy | LayerStrategy | None, options: dict[str, Any]
 ) -> ImageTokenStrategy | LayerStrategy:
     """Return the strategy that the arguments of `reduce_` describe."""
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     if isinstance(strategy, ImageTokenStrategy | LayerStrategy):
-        for name, value in given.items():
+        for name, value in options.items():
             raise ValueError(f"{name}: expected it inside the instance, got {value!r} beside it")
         return strategy
-    line = next(iter(KINDS)) if strategy is None else strategy
+    line = next(iter(LANGUAGE_STRATEGIES)) if strategy is None else strategy
     name = line.partition(":")[0].strip() if isinstance(line, str) else line
-    if name not in KINDS:
+    if name not in LANGUAGE_STRATEGIES:
         raise ValueError(
-            f"strategy: expected one of a language model ({', '.join(KINDS)}) or of its image "
-            f"tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}"
-            f"{did_you_mean(name, [*KINDS, *STRATEGIES])}"
+            f"strategy: expected one of a language model ({', '.join(LANGUAGE_STRATEGIES)}) or of "
+            f"its image tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}"
+            f"{did_you_mean(name, [*LANGUAGE_STRATEGIES, *STRATEGIES])}"
         )
-    return from_line(line, given, KINDS)
+    return from_line(line, options, LANGUAGE_STRATEGIES)
 
 
 def _owner(module: nn.Module, kind: type[T]) -> T | None:
@@ -286,51 +286,51 @@ def _installed(
     multimodal: Multimodal,
 ) -> tuple[ImageTokenStrategy | None, LayerStrategy | None]:
     """Return the strategies before the language model and inside it, or None."""
-    seam = _owner(multimodal.model, Seam)
+    before = _owner(multimodal.model, PromptReduction)
     inner = _owner(multimodal.language_model, InnerLayers)
-    return seam and seam.strategy, inner and inner.strategy
+    return before and before.strategy, inner and inner.strategy
 
 
 def _install(
     multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
 ) -> None:
     """Replace what is installed."""
-    seam = _seam(multimodal, front, inside)
+    before = _prompt_reduction(multimodal, front, inside)
     inner = None if inside is None else InnerLayers(multimodal, inside)
     tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)
     _uninstall(multimodal)
     if tower is not None:
         tower.install(multimodal)
-    seam.install(multimodal)
+    before.install(multimodal)
     if inner is not None:
         inner.install(multimodal)
     model = multimodal.model
-    model.extra_repr = SeamText((front, inside), model, vars(model).get("extra_repr"))
+    model.extra_repr = ExtraRepr((front, inside), model, vars(model).get("extra_repr"))
 
 
-def _seam(
+def _prompt_reduction(
     multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
-) -> Seam:
+) -> PromptReduction:
     """Return the hooks that remove tokens before the language model."""
     if not multimodal.cross_attention_layers:
-        return Seam(multimodal, front)
+        return PromptReduction(multimodal, front)
     if inside is not None:
         raise TypeError(
             f"model: expected one whose image tokens are in the prompt for {inside.name!r}, got "
             f"{multimodal.config.model_type}, which reads them by cross-attention; take a strategy "
             "before the language model, such as 'diverse'"
         )
-    return CrossAttentionSeam(multimodal, front)
+    return CrossAttentionReduction(multimodal, front)
 
 
 def _uninstall(multimodal: Multimodal) -> None:
     """Restore the modules."""
     for module in multimodal.hooked:
-        remove_hooks(module, Seam)
+        remove_hooks(module, PromptReduction)
     TowerAttention.uninstall(multimodal)
     InnerLayers.uninstall(multimodal)
     shown = vars(multimodal.model).get("extra_repr")
-    if isinstance(shown, SeamText):
+    if isinstance(shown, ExtraRepr):
         del multimodal.model.extra_repr
         if shown.replaced is not None:
             multimodal.model.extra_repr = shown.replaced

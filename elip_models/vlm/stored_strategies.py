@@ -15,11 +15,14 @@ from elip_models.reduction.hf_config import LANGUAGE_MODEL, replace_config, stra
 from elip_models.reduction.serialization import VERSION, settings_of, strategy_of
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import check
-from elip_models.vlm.strategies import KINDS
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.controls import RandomTokens
 from elip_models.vlm.strategies.inside import LayerStrategy
 
 LanguageStrategy = ImageTokenStrategy | LayerStrategy
+OLD_NAMES = {"random": RandomTokens.name}
+"""The names of language strategies in settings of earlier releases."""
 
 
 def store_strategies(
@@ -32,7 +35,8 @@ def store_strategies(
     if not strategies:
         return
     own, of_tower = copy.copy(config), config.elip if has_tower else {"version": VERSION}
-    own.elip = of_tower | {LANGUAGE_MODEL: [settings_of(each, KINDS) for each in strategies]}
+    stored = [settings_of(strategy, LANGUAGE_STRATEGIES) for strategy in strategies]
+    own.elip = of_tower | {LANGUAGE_MODEL: stored}
     replace_config(model.modules(), config, own)
 
 
@@ -45,4 +49,22 @@ def read_strategies(saved: Any) -> tuple[Strategy | None, list[LanguageStrategy]
     check("settings", saved, dict)
     of_language_model = saved.get(LANGUAGE_MODEL, [])
     check(LANGUAGE_MODEL, of_language_model, list)
-    return strategy_in(saved), [strategy_of(each, KINDS) for each in of_language_model]
+    language_strategies = [
+        strategy_of(_updated(settings), LANGUAGE_STRATEGIES) for settings in of_language_model
+    ]
+    return strategy_in(saved), language_strategies
+
+
+def _updated(stored: Any) -> Any:
+    """Return the settings of one strategy, of an earlier release too.
+
+    There the name 'random' was that of an image strategy too, and keep=1 kept every token.
+    """
+    if not isinstance(stored, dict):
+        return stored
+    name, settings = stored.get("strategy"), stored.get("settings")
+    if isinstance(name, str):
+        stored = stored | {"strategy": OLD_NAMES.get(name, name)}
+    if isinstance(settings, dict) and type(settings.get("keep")) is int and settings["keep"] == 1:
+        stored = stored | {"settings": settings | {"keep": 1.0}}
+    return stored

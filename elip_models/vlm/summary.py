@@ -58,15 +58,25 @@ class MultimodalSummary:
         kept = tokens if strategy is None else strategy.count(tokens)
         readers = [i in cross or not cross for i in range(depth)]
         read = (kept,) * depth if inside is None else inside.kept(kept, depth)
-        read = tuple(each * reads for each, reads in zip(read, readers, strict=True))
+        read = tuple(count * reads for count, reads in zip(read, readers, strict=True))
         dense = tuple(tokens * reads for reads in readers)
         reduced = _prefill_flops(multimodal, read)
         if kept < tokens and strategy is not None:
             reduced += strategy.flops(tokens, multimodal.text_config.hidden_size)
         share = reduced / _prefill_flops(multimodal, dense)
         width = _cache_width(multimodal)
-        cached = sum(read) * width, sum(dense) * width
-        return cls(strategy, inside, tokens, kept, read, share, *cached, tower, unit)
+        return cls(
+            strategy,
+            inside,
+            image_tokens=tokens,
+            kept_tokens=kept,
+            layer_tokens=read,
+            prefill_flops=share,
+            cache_bytes=sum(read) * width,
+            dense_cache_bytes=sum(dense) * width,
+            tower=tower,
+            unit=unit,
+        )
 
     @property
     def keep(self) -> float:
@@ -75,7 +85,7 @@ class MultimodalSummary:
 
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
-        used = [str(each) for each in (self.strategy, self.inside) if each is not None]
+        used = [str(strategy) for strategy in (self.strategy, self.inside) if strategy is not None]
         cached, dense = _size(self.cache_bytes), _size(self.dense_cache_bytes)
         lines = [
             ("image tower", "dense" if self.tower is None else self.tower.line),
@@ -98,7 +108,7 @@ def _prefill_flops(multimodal: Multimodal, tokens: Sequence[int]) -> int:
         if (cross := getattr(layer, "cross_attn", None)) is not None:  # keys and values alone
             total += 2 * length * (cross.k_proj.weight.numel() + cross.v_proj.weight.numel())
             continue
-        weights = sum(each.numel() for each in layer.parameters() if each.dim() > 1)
+        weights = sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
         # half of the attention matrix, since each token attends to those before it
         attention = 2 * length * length * config.num_attention_heads * head
         total += 2 * length * weights + attention

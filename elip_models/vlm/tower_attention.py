@@ -50,22 +50,22 @@ def tower_attention(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the runs of image tokens are not the patches of one image each.
     """
-    found = current_call().tower
-    if len(found) != 1 or found[0][0].shape != (rows, tokens):
-        got = " and ".join(f"{len(each)} of {each.shape[1]} patches" for each, _ in found)
+    images = current_call().tower
+    if len(images) != 1 or images[0][0].shape != (rows, tokens):
+        got = " and ".join(f"{len(row)} of {row.shape[1]} patches" for row, _ in images)
         raise ValueError(
             "strategy: expected images whose patches are the image tokens of the prompt, with text "
             f"between them, for 'visionzip', got {rows} runs of {tokens} image tokens for "
             f"{got or 'no images'}; take another strategy, such as 'diverse'"
         )
-    return found[0]
+    return images[0]
 
 
 def attention_of(multimodal: Multimodal) -> nn.Module:
     """Return the attention of the layer of the image tower whose features the model takes."""
     layer = getattr(multimodal.config, "vision_feature_layer", -1)
-    lists = (each for each in multimodal.tower.modules() if isinstance(each, nn.ModuleList))
-    layers = next((each for each in lists if hasattr(each[0], "self_attn")), None)
+    lists = (part for part in multimodal.tower.modules() if isinstance(part, nn.ModuleList))
+    layers = next((blocks for blocks in lists if hasattr(blocks[0], "self_attn")), None)
     if layers is None or not isinstance(layer, int) or not hasattr(layers[0].self_attn, "config"):
         raise TypeError(
             "model: expected an image tower like that of LLaVA, whose attention 'visionzip' can "

@@ -26,10 +26,10 @@ def test_every_word_and_every_answer_has_an_id(features, tmp_path):
     source = EmojiQuestions(60, seed=3)
     for i in range(60):
         example = source.text_alone(i)
-        words = [names[each] for each in data.ids[i].tolist() if each]
+        words = [names[word] for word in data.ids[i].tolist() if word]
         assert words == questions.tokens_of(example.text)
-        found = {names[i]: share for i, share in enumerate(data.answers[i].tolist()) if share}
-        assert found == pytest.approx(example.answers)
+        answers = {names[i]: share for i, share in enumerate(data.answers[i].tolist()) if share}
+        assert answers == pytest.approx(example.answers)
     assert data.kinds.bincount().tolist() == [10] * len(questions.KINDS)
 
 
@@ -50,8 +50,8 @@ def test_further_questions_have_the_answers_of_their_scene(features, tmp_path):
     source = EmojiQuestions(40, seed=3)
     for i in range(40):
         groups = {group.name: group for group in source.scenes(i)[0].groups}
-        text = [names[each] for each in data.turns[i].tolist() if each]
-        answers = [names[each] for each in data.told[i].tolist() if each]
+        text = [names[word] for word in data.turns[i].tolist() if word]
+        answers = [names[word] for word in data.told[i].tolist() if word]
         assert len(answers) == len(groups) + 2 and {"yes", "no"} <= set(answers)
         for answer in answers:
             *asked, text = _until(text, answer)
@@ -74,14 +74,14 @@ def _until(text, answer):
 
 def test_the_study_compares_each_setting_with_every_token(features, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "KEEPS", (0.25,))
-    monkeypatch.setattr(study, "STRATEGIES", ("random", "fastv:layer=1"))
+    monkeypatch.setattr(study, "COMPARED", ("random_tokens", "fastv:layer=1"))
     monkeypatch.setattr(study, "TRAINED", ("diverse",))
     output = tmp_path / "study.json"
     sizes = ["--seeds", "2", "--questions", "12", "--evaluated", "12", "--steps", "1"]
     assert study.main([str(tmp_path), "--output", str(output), *sizes]) == 0
     document = json.loads(output.read_text())
     names = [row["setting"] for row in document["settings"]]
-    reduced = [f"{strategy} 0.25" for strategy in study.STRATEGIES]
+    reduced = [f"{strategy} 0.25" for strategy in study.COMPARED]
     trained = [f"trained with {strategy} 0.25" for strategy in study.TRAINED]
     assert names == ["dense", *reduced, "smaller image 0.25", *trained]
     assert document["seeds"] == 2
@@ -99,9 +99,9 @@ def test_the_study_compares_each_setting_with_every_token(features, monkeypatch,
 
 def test_a_patch_of_a_smaller_image_has_the_mean_of_the_positions_it_covers():
     tower = study.StoredFeatures()
-    found = tower(torch.zeros(1, 16, questions.WIDTH)).last_hidden_state[0]
+    small = tower(torch.zeros(1, 16, questions.WIDTH)).last_hidden_state[0]
     covered = [0, 1, 8, 9]
-    torch.testing.assert_close(found[0], tower.positions[covered].mean(0))
+    torch.testing.assert_close(small[0], tower.positions[covered].mean(0))
     whole = tower(torch.zeros(1, 64, questions.WIDTH)).last_hidden_state[0]
     assert torch.equal(whole, tower.positions)
 

@@ -25,6 +25,7 @@ WRONG = {
     "diverse:relevanc=true": "expected a setting of 'diverse'.*did you mean 'relevance'",
     "diverse:relevance=3": "relevance: expected true or false",
     "fastv:layer=0": "layer: expected",
+    "stride:keep=1": r"keep: expected .* got 1, one token; pass 1\.0 for all of them",
     "visionzip:contextual=2": "contextual: expected",
 }
 
@@ -36,7 +37,7 @@ def test_a_wrong_strategy_is_refused_with_its_name(llava, strategy):
     assert not is_reduced(llava)
 
 
-@pytest.mark.parametrize("keep", [0, 0.0, 1.5, -3, "0.5", True])
+@pytest.mark.parametrize("keep", [0, 0.0, 1, 1.5, -3, "0.5", True])
 def test_a_wrong_keep_is_refused(llava, keep):
     with pytest.raises((TypeError, ValueError), match="keep: expected"):
         reduce_(llava, keep=keep)

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 import elip_models
 from elip_models import is_reduced, reduce_, reduction_summary, unreduce_
 from elip_models.validation import ConfigError
-from elip_models.vlm.strategies.controls import Stride
+from elip_models.vlm.strategies.controls import RandomTokens, Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.inside import FastV
 from tests.vlm.models import build
@@ -57,7 +57,7 @@ def test_the_config_has_what_is_installed(llava):
     assert set(model.config.elip) == {"version", "strategy", "settings", "language_model"}
     assert model.config is model.model.config
     assert not hasattr(config, "elip")  # that of other models
-    names = [each["strategy"] for each in reduce_(model, "fastv").config.elip["language_model"]]
+    names = [row["strategy"] for row in reduce_(model, "fastv").config.elip["language_model"]]
     assert names == ["diverse", "fastv"]
     other = unreduce_(copy.deepcopy(model))
     assert not hasattr(other.config, "elip") and hasattr(model.config, "elip")
@@ -102,6 +102,54 @@ def test_settings_that_cannot_be_read_are_an_error(llava, tmp_path, saved, messa
     with pytest.raises(ConfigError, match=f"LlavaConfig.elip: {message}"):
         reduce_(model)
     assert not is_reduced(model)
+
+
+@torch.no_grad()
+def test_a_tower_pruned_at_random_beside_random_tokens_of_the_language_model(llava, tmp_path):
+    model, inputs = llava
+    dense = model(**inputs).logits
+    reduce_(model, "random", keep=0.7)
+    reduction = reduction_summary(model)
+    assert reduction.strategy is None and reduction.tower.strategy.name == "random"
+    first, same, other = (_logits(model, inputs, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other) and not torch.equal(first, dense)
+    reduce_(model, "random_tokens", keep=0.5)
+    expected = places(model)
+    assert expected[0] == RandomTokens(keep=0.5) and expected[2].name == "random"
+    model.save_pretrained(tmp_path)
+    assert places(elip_models.load_reduced(tmp_path)) == expected
+    assert torch.equal(unreduce_(model)(**inputs).logits, dense)
+
+
+def _logits(model, inputs, seed):
+    torch.manual_seed(seed)
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("keep", [0.25, 7])
+def test_the_old_name_of_random_tokens_can_be_loaded(llava, tmp_path, keep):
+    expected = places(reduce_(reduce_(llava[0], "tome", keep=0.7), "random_tokens", keep=keep))
+    llava[0].save_pretrained(tmp_path)
+    _change_stored(tmp_path, "strategy", "random")
+    assert places(elip_models.load_reduced(tmp_path)) == expected
+    dense = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert places(reduce_(dense)) == expected
+    assert dense.config.elip["language_model"][0]["strategy"] == "random_tokens"
+
+
+def test_one_as_a_share_of_an_earlier_release_can_be_loaded(llava, tmp_path):
+    reduce_(llava[0], "diverse:relevance=true", keep=1.0).save_pretrained(tmp_path)
+    _change_stored(tmp_path, "settings", {"keep": 1, "relevance": True})
+    assert places(elip_models.load_reduced(tmp_path))[0] == Diverse(keep=1.0, relevance=True)
+
+
+def _change_stored(folder, key, value):
+    """Write a setting of the language strategy in a saved folder."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["elip"]["language_model"][0][key] = value
+    path.write_text(json.dumps(config))
 
 
 def test_an_adapter_has_no_place_for_the_strategy(llava, tmp_path):

@@ -4,13 +4,41 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from elip_models.vlm.strategies import IMAGE_TOKEN_STRATEGIES
-from elip_models.vlm.strategies.base import ImageContext
+import elip_models
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
+from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.strategies.cdpruner import CDPruner, scaled
 from elip_models.vlm.strategies.controls import Pool, Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.evs import EVS
+from elip_models.vlm.strategies.inside import FastV, LayerStrategy, Pyramid
 from elip_models.vlm.strategies.visionzip import VisionZip, choose
+
+BEFORE = [name for name, cls in LANGUAGE_STRATEGIES.items() if issubclass(cls, ImageTokenStrategy)]
+INSIDE = [name for name, cls in LANGUAGE_STRATEGIES.items() if issubclass(cls, LayerStrategy)]
+
+
+def test_no_name_is_that_of_an_image_strategy():
+    assert elip_models.LANGUAGE_STRATEGIES is LANGUAGE_STRATEGIES
+    assert LANGUAGE_STRATEGIES.keys().isdisjoint(elip_models.STRATEGIES)
+    assert LANGUAGE_STRATEGIES.keys() == {*BEFORE, *INSIDE}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_STRATEGIES)
+def test_every_strategy_tells_where_it_acts_and_what_it_does(name):
+    strategy = LANGUAGE_STRATEGIES[name]
+    assert strategy.name == name
+    assert strategy.place in ("before the language model", "inside the language model")
+    assert 0 < len(strategy.summary.split()) <= 10
+    assert isinstance(strategy.is_guided, bool)
+    assert strategy().keep == 0.5
+
+
+def test_the_strategies_that_read_the_question():
+    guided = {name for name, strategy in LANGUAGE_STRATEGIES.items() if strategy.is_guided}
+    assert guided == {"cdpruner", "fastv", "pyramid"}
+    assert Diverse(relevance=True).reads_question and not Diverse().reads_question
+    assert CDPruner().reads_question and not Stride().reads_question
 
 
 @pytest.mark.parametrize("number", range(20))
@@ -117,9 +145,9 @@ def test_pool_averages_the_areas_of_a_square_grid():
         pool.reduce(tokens[:, :15], 4, ImageContext())
 
 
-@pytest.mark.parametrize("name", IMAGE_TOKEN_STRATEGIES)
+@pytest.mark.parametrize("name", BEFORE)
 def test_every_strategy_keeps_the_last_token_and_does_not_depend_on_the_batch(name):
-    strategy = IMAGE_TOKEN_STRATEGIES[name](keep=0.25)
+    strategy = LANGUAGE_STRATEGIES[name](keep=0.25)
     tokens = torch.randn(4, 36, 8)
     context = ImageContext(torch.randn(4, 8), torch.rand(4, 36), torch.randn(4, 36, 8), frame=12)
     torch.manual_seed(1)
@@ -127,8 +155,8 @@ def test_every_strategy_keeps_the_last_token_and_does_not_depend_on_the_batch(na
     assert positions.shape == (4, 9)
     assert (positions == 35).sum(1).tolist() == [1] * 4
     assert all(len(set(row)) == 9 for row in positions.tolist())
-    if name != "random":
-        third = ImageContext(*(each[2:3] for each in context[:3]), frame=12)
+    if name != "random_tokens":
+        third = ImageContext(*(values[2:3] for values in context[:3]), frame=12)
         alone, alone_values = strategy.reduce(tokens[2:3], 9, third)
         assert alone[0].tolist() == positions[2].tolist()
         if values is not None:
@@ -136,13 +164,26 @@ def test_every_strategy_keeps_the_last_token_and_does_not_depend_on_the_batch(na
 
 
 @pytest.mark.parametrize(
-    ("keep", "count"), [(0.25, 9), (1.0, 36), (1, 36), (5, 5), (100, 36), (0.001, 1)]
+    ("keep", "count"), [(0.25, 9), (1.0, 36), (2, 2), (5, 5), (100, 36), (0.001, 1)]
 )
 def test_keep_is_a_share_or_a_number(keep, count):
     assert Stride(keep=keep).count(36) == count
+    assert FastV(layer=2, keep=keep).kept(36, num_layers=4) == (36, 36, count, count)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_STRATEGIES)
+def test_one_token_is_refused_with_the_share_of_all(name):
+    with pytest.raises(ValueError, match=r"keep: expected .* got 1, one token; pass 1\.0 for all"):
+        LANGUAGE_STRATEGIES[name](keep=1)
+    assert LANGUAGE_STRATEGIES[name](keep=1.0).keep == 1.0
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, 1.5, -1, "half"])
 def test_a_wrong_keep_is_refused(keep):
     with pytest.raises((TypeError, ValueError), match="keep: expected"):
         Stride(keep=keep)
+
+
+def test_a_number_of_tokens_has_no_meaning_in_stages():
+    with pytest.raises(ValueError, match=r"keep: expected a number in \(0, 1\]"):
+        Pyramid(keep=2)

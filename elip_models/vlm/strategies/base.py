@@ -37,13 +37,19 @@ class ImageTokenStrategy:
     that `reads_frames` compares them, and keeps every token of still images.
 
     Attributes:
-        keep: the share of each image's tokens, in (0, 1], or their number, at least 2. An image is
-            a run of image tokens without others between them: a tile or a frame, if the model
-            separates these by other tokens.
+        name: the key in `LANGUAGE_STRATEGIES`, which no strategy of image towers has.
+        place: where tokens are removed.
+        summary: what the strategy does, in at most ten words.
+        is_guided: the question changes the result with the default settings.
+        keep: a float is the share of each image's tokens, in (0, 1]; an int is their number, at
+            least 2. An image is a run of image tokens without others between them: a tile or a
+            frame, if the model separates these by other tokens.
     """
 
     name: ClassVar[str]
-    reads_question: ClassVar[bool] = False
+    place: ClassVar[str] = "before the language model"
+    summary: ClassVar[str]
+    is_guided: ClassVar[bool] = False
     reads_tower: ClassVar[bool] = False
     joins_frames: ClassVar[bool] = False
     reads_frames: ClassVar[bool] = False
@@ -53,12 +59,16 @@ class ImageTokenStrategy:
     def __post_init__(self) -> None:
         """Check the fields."""
         check_fields(self)
+        refuse_one_token(self.keep)
+
+    @property
+    def reads_question(self) -> bool:
+        """Return whether the text counts."""
+        return self.is_guided
 
     def count(self, length: int) -> int:
         """Return how many of an image's `length` tokens stay."""
-        is_number = isinstance(self.keep, int) and self.keep > 1
-        kept = self.keep if is_number else round(self.keep * length)
-        return min(max(kept, 1), length)
+        return count_kept(length, self.keep)
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Select `count` tokens of each image, the most important first.
@@ -89,3 +99,18 @@ class ImageTokenStrategy:
     def flops(self, length: int, width: int) -> int:
         """Return the FLOPs of the selection for an image of `length` tokens."""
         return 0
+
+
+def count_kept(length: int, keep: float | int) -> int:
+    """Return how many of `length` tokens stay: a share of them, or a number."""
+    kept = keep if isinstance(keep, int) else round(keep * length)
+    return min(max(kept, 1), length)
+
+
+def refuse_one_token(keep: float | int) -> None:
+    """Raise ValueError for the int 1, which is one token and not a share of 1.0."""
+    if isinstance(keep, int) and keep == 1:
+        raise ValueError(
+            "keep: expected a float in (0, 1] for a share of the tokens, or an int of at least 2 "
+            "for their number, got 1, one token; pass 1.0 for all of them"
+        )

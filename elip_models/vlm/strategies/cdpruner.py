@@ -23,8 +23,9 @@ class CDPruner(ImageTokenStrategy):
     """
 
     name: ClassVar[str] = "cdpruner"
+    summary: ClassVar[str] = "keeps tokens like the question that differ from each other"
+    is_guided: ClassVar[bool] = True
     joins_frames: ClassVar[bool] = True
-    reads_question: ClassVar[bool] = True
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Select one token after the other."""

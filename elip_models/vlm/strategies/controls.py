@@ -12,10 +12,11 @@ from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
 
 @dataclass(frozen=True)
-class Random(ImageTokenStrategy):
+class RandomTokens(ImageTokenStrategy):
     """Keep random tokens. Draws from the generator of the tokens' device."""
 
-    name: ClassVar[str] = "random"
+    name: ClassVar[str] = "random_tokens"
+    summary: ClassVar[str] = "control: keeps random tokens"
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Draw without replacement."""
@@ -28,6 +29,7 @@ class Stride(ImageTokenStrategy):
     """Keep tokens at equal distances in their order, the last one included."""
 
     name: ClassVar[str] = "stride"
+    summary: ClassVar[str] = "control: keeps tokens at equal distances"
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Return the last token of each of `count` equal parts."""
@@ -45,6 +47,7 @@ class Pool(ImageTokenStrategy):
     """
 
     name: ClassVar[str] = "pool"
+    summary: ClassVar[str] = "control: averages neighbouring tokens of a square grid"
 
     def count(self, length: int) -> int:
         """Return the largest square number of tokens that `keep` allows."""

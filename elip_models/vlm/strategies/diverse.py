@@ -23,6 +23,7 @@ class Diverse(ImageTokenStrategy):
     """
 
     name: ClassVar[str] = "diverse"
+    summary: ClassVar[str] = "keeps the tokens that differ most from each other"
     joins_frames: ClassVar[bool] = True
 
     relevance: bool = False

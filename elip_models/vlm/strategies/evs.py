@@ -24,6 +24,7 @@ class EVS(ImageTokenStrategy):
     """
 
     name: ClassVar[str] = "evs"
+    summary: ClassVar[str] = "keeps tokens that changed against the frame before"
     joins_frames: ClassVar[bool] = True
     reads_frames: ClassVar[bool] = True
 

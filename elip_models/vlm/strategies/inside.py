@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from elip_models.validation import PositiveInt, PositiveShare, check_fields
+from elip_models.vlm.strategies.base import count_kept, refuse_one_token
 
 
 @dataclass(frozen=True)
@@ -12,23 +13,32 @@ class LayerStrategy:
 
     Behind some layers, the image tokens that receive the least attention from the last token of the
     sequence, mean over heads, are removed. The tokens of each image are compared with each other.
+
+    Attributes:
+        name, place, summary, is_guided: as of `ImageTokenStrategy`. The last token of the sequence
+            is one of the question, so the question changes the result.
+        keep: how many tokens stay; a field of every subclass.
     """
 
     name: ClassVar[str]
+    place: ClassVar[str] = "inside the language model"
+    summary: ClassVar[str]
+    is_guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the fields."""
         check_fields(self)
+        refuse_one_token(self.keep)
 
-    def drops(self, num_layers: int) -> tuple[tuple[int, float], ...]:
-        """Return (layers that run before, share of the tokens there that stay), ascending."""
+    def drops(self, num_layers: int) -> tuple[tuple[int, float | int], ...]:
+        """Return (layers that run before, share or number of tokens that stay), ascending."""
         raise NotImplementedError
 
     def kept(self, tokens: int, num_layers: int) -> tuple[int, ...]:
         """Return how many of an image's tokens each layer reads."""
-        shares, counts = dict(self.drops(num_layers)), []
+        kept, counts = dict(self.drops(num_layers)), []
         for at in range(num_layers):
-            tokens = count(tokens, shares.get(at, 1.0))
+            tokens = count_kept(tokens, kept.get(at, 1.0))
             counts.append(tokens)
         return tuple(counts)
 
@@ -39,15 +49,17 @@ class FastV(LayerStrategy):
 
     Attributes:
         layer: how many layers read every token.
-        keep: the share of each image's tokens that the others read.
+        keep: the share of each image's tokens that the others read, or their number, as of
+            `ImageTokenStrategy`.
     """
 
     name: ClassVar[str] = "fastv"
+    summary: ClassVar[str] = "removes the tokens least attended to behind one layer"
 
     layer: PositiveInt = 2
-    keep: PositiveShare = 0.5
+    keep: PositiveShare | PositiveInt = 0.5
 
-    def drops(self, num_layers: int) -> tuple[tuple[int, float], ...]:
+    def drops(self, num_layers: int) -> tuple[tuple[int, float | int], ...]:
         """Return the one drop."""
         return ((self.layer, self.keep),)
 
@@ -62,6 +74,7 @@ class Pyramid(LayerStrategy):
     """
 
     name: ClassVar[str] = "pyramid"
+    summary: ClassVar[str] = "removes the tokens least attended to in stages"
 
     stages: PositiveInt = 4
     keep: PositiveShare = 0.5
@@ -70,8 +83,3 @@ class Pyramid(LayerStrategy):
         """Return a drop at each border of two stages."""
         borders = sorted({i * num_layers // self.stages for i in range(1, self.stages)} - {0})
         return tuple((at, self.keep) for at in borders)
-
-
-def count(tokens: int, share: float) -> int:
-    """Return how many of an image's tokens a share is."""
-    return max(round(share * tokens), 1)

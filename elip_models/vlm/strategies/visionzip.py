@@ -27,6 +27,7 @@ class VisionZip(ImageTokenStrategy):
     """
 
     name: ClassVar[str] = "visionzip"
+    summary: ClassVar[str] = "keeps attended tokens, and means of the others"
     reads_tower: ClassVar[bool] = True
 
     contextual: Share = 0.15625
@@ -80,8 +81,8 @@ def choose(
     targets, others = left[:, is_target], left[:, ~is_target]
     unit = F.normalize(keys.float(), dim=-1)
     of_targets, of_others = (
-        unit.gather(1, each.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
-        for each in (targets, others)
+        unit.gather(1, positions.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
+        for positions in (targets, others)
     )
     similarity = of_others @ of_targets.mT
     nearest = similarity.argmax(2) if means else others.new_zeros(others.shape)

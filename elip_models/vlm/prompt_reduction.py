@@ -1,4 +1,4 @@
-"""The place between the image features and the language model, where image tokens are removed.
+"""The removal of image tokens from a prompt, between the image features and the language model.
 
 Hooks of stock modules remove them. A hook of the multimodal model finds the image tokens in its
 input. Before the language model runs, a strategy selects image tokens. The others are removed from
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elip_models.vlm.cache_state import CacheState, cache_in, enter, leave, state_of
+from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
+from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import PromptCall, PromptInfo, begin_call, current_call, end_call
 from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
@@ -28,10 +29,12 @@ from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.tower_attention import tower_attention
 
 LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
-RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar("RECORDS", default=())
+PROMPT_RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar(
+    "PROMPT_RECORDS", default=()
+)
 
 
-class Seam:
+class PromptReduction:
     """The hooks that reduce one multimodal language model, and the strategy they use."""
 
     def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy | None) -> None:
@@ -76,6 +79,9 @@ class Seam:
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forget the forward pass."""
+        call = current_call()
+        if call is not None and call.removed is not None and removed_from(call.cache) is None:
+            show_full_length(call.cache, call.removed)  # the language model raised an error
         end_call()
 
     def remove(
@@ -87,14 +93,16 @@ class Seam:
         if call is None or call.images is None or embeds is None:
             return None
         call.cache = cache_in(kwargs)
-        past = state_of(call.cache)
+        call.removed = removed_from(call.cache)
+        past = None if call.removed is None else call.removed.before
         selected = self._select(embeds, call, kwargs.get("position_ids"))
+        length = embeds.shape[1]
+        if selected is not None or past is not None:
+            check_call(self.window, length + (past.length if past else 0), call.cache)
+        if call.cache is not None:
+            show_held_length(call.cache)
         if selected is None and past is None:
             return None
-        length = embeds.shape[1]
-        check_call(self.window, length + (past.length if past else 0), call.cache)
-        if call.cache is not None:
-            enter(call.cache)
         if past is None:
             cached = 0 if call.cache is None else call.cache.get_seq_length()
             past = CacheState.whole(len(embeds), cached, embeds.device)
@@ -116,17 +124,17 @@ class Seam:
         cache = cache_in(output) or call.cache
         for kept in call.whole_kept_behind()[-1:]:
             _check_labels(kept)
-        for infos in (infos for owner, infos in RECORDS.get() if owner is self):
+        for infos in (infos for owner, infos in PROMPT_RECORDS.get() if owner is self):
             infos.append(call.info(cache))
-        if cache is not None and call.state is not None:
-            leave(cache, call.state)
+        if cache is not None and (removed := call.removed_afterwards()) is not None:
+            show_full_length(cache, removed)
         if call.packing is None:
             return None
         scatter = call.packing.scatter
         output["last_hidden_state"] = scatter(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(
-                None if each is None else scatter(each) for each in output["hidden_states"]
+                None if hidden is None else scatter(hidden) for hidden in output["hidden_states"]
             )
         return output
 
@@ -198,13 +206,13 @@ def check_call(window: int | None, length: int, cache: Any) -> None:
         )
 
 
-class SeamText:
+class ExtraRepr:
     """A replacement of a model's `extra_repr`, which prints the reduction too."""
 
     def __init__(
         self, strategies: Sequence[object], model: nn.Module, replaced: Callable[[], str] | None
     ) -> None:
-        self.text = ", then ".join(str(each) for each in strategies if each is not None)
+        self.text = ", then ".join(map(str, filter(None, strategies)))
         self.model = model
         self.replaced = replaced
 
@@ -220,10 +228,10 @@ def _reduced_arguments(
     """Return the arguments of the language model for the tokens that remain, and its state."""
     packing, state = call.packing, call.state
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict) and any(each is None for each in mask.values()):
+    if isinstance(mask, dict) and any(whole is None for whole in mask.values()):
         mask = None  # plain causal attention, whose masks the language model makes itself
     if isinstance(mask, dict):
-        mask = {key: _mask(each, packing, past, embeds) for key, each in mask.items()}
+        mask = {kind: _mask(whole, packing, past, embeds) for kind, whole in mask.items()}
     else:
         mask = _mask(mask, packing, past, embeds)
         if mask.dim() == 2 and embeds.shape[1] > 1:
@@ -247,7 +255,7 @@ def _reduced_deepstack(kwargs: dict[str, Any], packing: Packing) -> dict[str, An
     """Return what Qwen3-VL adds to image tokens in its first layers, for those that remain."""
     visual = kwargs["visual_pos_masks"]
     stays = torch.zeros_like(visual).scatter(1, packing.order, packing.real)[visual]
-    features = [each[stays] for each in kwargs["deepstack_visual_embeds"]]
+    features = [layer[stays] for layer in kwargs["deepstack_visual_embeds"]]
     visual = packing.rows(visual) & packing.real
     return {"visual_pos_masks": visual, "deepstack_visual_embeds": features}
 
@@ -320,7 +328,7 @@ def tokens_of(
 def _placeholders(model: nn.Module, embeds: Tensor, ids: tuple[int, ...]) -> Tensor:
     """Return (B, N) bool, which embeddings (B, N, D) are those of `ids`, if the model has these."""
     words = model.config.get_text_config().vocab_size
-    known = torch.tensor([each for each in ids if each < words], device=embeds.device)
+    known = torch.tensor([i for i in ids if i < words], device=embeds.device)
     rows = model.get_input_embeddings()(known)
     return (embeds.unsqueeze(-2) == rows).all(-1).any(-1)
 

@@ -1,0 +1,202 @@
+"""The key-value cache of a reduced model: its lengths, its rows, and its limits."""
+
+import pytest
+import torch
+import transformers as hf
+
+from elip_models import record_stages, reduce_, unreduce_
+from elip_models.vlm.families import find_multimodal
+from tests.vlm import oracle
+from tests.vlm.configs import CASES, EAGER
+from tests.vlm.models import build, prompt
+
+STRATEGIES = ("diverse", "fastv:layer=1", "pyramid:stages=3")
+FAMILIES = [name for name in ("llava", "gemma3", "qwen2_5_vl") if name in CASES]
+
+
+def reduced(name="llava", strategy="diverse"):
+    model, inputs = build(name, "eager" if name in EAGER else "sdpa")
+    return reduce_(model, strategy, keep=0.5), inputs
+
+
+def own_cache(config=None):
+    """Return an empty cache of the user, under the name that transformers gives it."""
+    settings = {} if config is None else {"config": config.get_text_config()}
+    is_renamed = hasattr(hf.DynamicCache, "get_query_offset")  # since 5.24
+    return {"cache" if is_renamed else "past_key_values": hf.DynamicCache(**settings)}
+
+
+def filled(model, inputs):
+    """Return the output of a first turn, and its cache."""
+    output = model(**inputs, use_cache=True)
+    return output, oracle.cache_of(output)[1]
+
+
+def held_lengths(cache):
+    return [layer.keys.shape[-2] for layer in cache.layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_callers_see_the_whole_length_and_the_language_model_what_is_held(name, strategy):
+    model, inputs = reduced(name, strategy)
+    seen = []
+
+    def note(layer, args, kwargs):
+        cache = next(kwargs[key] for key in oracle.CACHE_NAMES if kwargs.get(key) is not None)
+        seen.append((cache.get_seq_length(), cache.get_mask_sizes(1, 0)[0]))
+
+    first = find_multimodal(model).language_model.layers[0]
+    handle = first.register_forward_pre_hook(note, with_kwargs=True)
+    with record_stages(model) as infos:
+        output = oracle.stock_generate(model, inputs)
+    handle.remove()
+    cache = oracle.cache_of(output)[1]
+    length = output.sequences.shape[1] - 1  # the last token is not read
+    held = [info.cached[0] for info in infos]
+    assert seen == [(0, 1), *((number, number + 1) for number in held[:-1])]
+    assert held_lengths(cache) == list(infos[-1].cached)
+    assert min(infos[-1].cached) < length
+    for i in range(len(cache.layers)):
+        assert cache.get_seq_length(i) == length
+        assert cache.get_mask_sizes(3, i) == (length + 3, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_reduced_model_leaves_the_cache_itself_as_it_is(name):
+    model, inputs = reduced(name)
+    mine, stock = own_cache(model.config), own_cache(model.config)
+    output = oracle.stock_generate(model, inputs | mine)
+    oracle.stock_generate(unreduce_(model), inputs | stock)
+    (cache,), (other,) = mine.values(), stock.values()
+    assert oracle.cache_of(output)[1] is cache
+    assert type(cache) is hf.DynamicCache and vars(cache).keys() == vars(other).keys()
+    assert cache.is_sliding == other.is_sliding and len(cache) == len(other)
+    assert cache.get_seq_length() == other.get_seq_length()
+    assert not cache.is_compileable
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "with_config", [False, True], ids=["layers made later", "layers made first"]
+)
+def test_generate_twice_with_a_cache_of_the_user(name, with_config):
+    model, inputs = reduced(name)
+    further = prompt(model, {}, ((3,), (6,)))
+
+    def turns():
+        mine = own_cache(model.config if with_config else None)
+        first = oracle.stock_generate(model, inputs | mine)
+        ids = torch.cat((first.sequences, further["input_ids"]), 1)
+        written = torch.ones_like(first.sequences[:, inputs["input_ids"].shape[1] :])
+        mask = torch.cat((inputs["attention_mask"], written, further["attention_mask"]), 1)
+        return oracle.stock_generate(model, {"input_ids": ids, "attention_mask": mask} | mine)
+
+    with record_stages(model) as infos:
+        output = turns()
+    unreduce_(model)
+    with oracle.hidden(model, infos[0].kept):
+        expected = turns()
+    assert torch.equal(output.sequences, expected.sequences)
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
+CHANGES = {
+    "reorder_cache": (torch.tensor([1, 0]), torch.tensor([1, 0])),
+    "batch_select_indices": (torch.tensor([1]), torch.tensor([1])),
+    "batch_repeat_interleave": (2, torch.tensor([0, 0, 1, 1])),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_are_those_of_the_sequences(strategy, change):
+    model, inputs = reduced(strategy=strategy)
+    further = prompt(model, {}, ((2,), (5,)))
+    expected = oracle.next_turn(model, filled(model, inputs)[0], inputs, further).logits
+    argument, rows = CHANGES[change]
+    output, cache = filled(model, inputs)
+    getattr(cache, change)(argument)
+    turns = (
+        {key: value[rows] for key, value in turn.items() if "pixel" not in key}
+        for turn in (inputs, further)
+    )
+    assert oracle.close(oracle.next_turn(model, output, *turns).logits, expected[rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_cache_can_be_reset(strategy):
+    model, inputs = reduced(strategy=strategy)
+    expected, cache = filled(model, inputs)
+    cache.reset()
+    if cache.get_seq_length():
+        pytest.skip("reset of this transformers keeps the length of a dynamic cache")
+    name = oracle.cache_of(expected)[0]
+    again = model(**inputs, **{name: cache})
+    assert torch.equal(again.logits, expected.logits)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+    cache.reset()
+    unreduce_(model)
+    assert model(**inputs, **{name: cache}).logits.isfinite().all()
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+@torch.no_grad()
+def test_an_error_in_the_language_model_leaves_the_state_of_the_cache():
+    model, inputs = reduced()
+    further = prompt(model, {}, ((2,), (5,)))
+    output, cache = filled(model, inputs)
+    expected = oracle.next_turn(model, output, inputs, further).logits
+    output, cache = filled(model, inputs)
+
+    def fail(layer, args):
+        raise RuntimeError("out of memory")
+
+    layers = find_multimodal(model).language_model.layers
+    handle = layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        oracle.next_turn(model, output, inputs, further)
+    handle.remove()
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+    assert torch.equal(oracle.next_turn(model, output, inputs, further).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_model_that_counts_every_token_cannot_continue(strategy):
+    model, inputs = reduced(strategy=strategy)
+    output, _ = filled(model, inputs)
+    unreduce_(model)
+    with pytest.raises(ValueError, match="cache: expected a model that reduce_ has changed"):
+        oracle.next_turn(model, output, inputs, prompt(model, {}, ((2,), (5,))))
+
+
+@torch.no_grad()
+def test_the_last_tokens_cannot_be_removed():
+    model, inputs = reduced()
+    _, cache = filled(model, inputs)
+    with pytest.raises(NotImplementedError, match="without assistant_model"):
+        cache.crop(-1)
+    assert not getattr(cache, "is_croppable", False)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+@torch.no_grad()
+def test_a_quantized_cache():
+    if not hasattr(hf.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no quantized cache without a further package")
+    model, inputs = reduced()
+    model, inputs = model.float(), inputs | {"pixel_values": inputs["pixel_values"].float()}
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    with record_stages(model) as infos:
+        output = oracle.stock_generate(model, inputs, **settings)
+    unreduce_(model)
+    with oracle.hidden(model, infos[0].kept):
+        expected = oracle.stock_generate(model, inputs, **settings)
+    assert oracle.cache_of(output)[1].get_seq_length() == output.sequences.shape[1] - 1
+    assert oracle.close(output.logits[0], expected.logits[0])  # the prompt is not quantized yet
