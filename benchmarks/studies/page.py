@@ -91,7 +91,8 @@ def study_page(document: Document, chart: str, notes: str) -> str:
         f"What the ELIP paper reports: {document['paper']}",
         f"Runs: {len(document['runs'])}, with the recipe `{document['recipe']}` and seeds "
         f"{', '.join(map(str, seeds))}. Command: "
-        f"`python -m benchmarks.studies {document['study']}`. Measured on {_origins(document)}. {_uncommitted(document)}",
+        f"`python -m benchmarks.studies {document['study']}`. "
+        f"Measured on {_origins(document)}. {_uncommitted(document)}",
     ]
     if document["overrides"]:
         settings = ", ".join(f"`{key}={value}`" for key, value in document["overrides"].items())

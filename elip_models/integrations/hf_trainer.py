@@ -8,7 +8,7 @@ from elip_models.reduction.patch import is_reduced, reduce_, reduction_summary, 
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import Count, PositiveShare, check, require_extra
 
-with require_extra("elip_models.pretraining.training"):
+with require_extra("elip_models.integrations"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 

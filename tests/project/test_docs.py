@@ -13,8 +13,9 @@ import typer
 
 import elip_kernels
 import elip_models
-from elip_models.cli import app
+from elip_models.cli import app, as_program
 from elip_models.pretraining.models import registry
+from tests.helpers.programs import PROGRAMS
 from tests.helpers.tiers import slow_except
 
 ROOT = Path(__file__).parents[2]
@@ -99,15 +100,23 @@ def test_the_python_of_a_page_runs(page, small_models, tmp_path, monkeypatch):
             exec(compile(code, page.name, "exec"), names)
 
 
-COMMAND = re.compile(r"^(?:elip|.*&& elip|torchrun .* -m elip_models\.cli) (.*)$", re.MULTILINE)
+COMMAND = re.compile(
+    r"^(?:elip|.*&& elip|torchrun .* -m elip_models\.cli|python -m (benchmarks\.\w+)) *(.*)$",
+    re.MULTILINE,
+)
 
 
 def test_the_commands_of_all_pages_parse():
     shell = "".join(code for page in PAGES for code in blocks(page, "bash"))
-    found = COMMAND.findall(shell.replace("\\\n", " "))
-    assert len(found) > 30
-    for line in found:
-        command, words = typer.main.get_command(app), shlex.split(line, comments=True)
+    commands = [
+        (PROGRAMS[module] if module else app, words)
+        for module, words in COMMAND.findall(shell.replace("\\\n", " "))
+        if not module or module in PROGRAMS
+    ]
+    assert {program for program, _ in commands} == {app, *PROGRAMS.values()}
+    for program, line in commands:
+        command = typer.main.get_command(program if program is app else as_program(program))
+        words = shlex.split(line, comments=True)
         while words and words[0] in getattr(command, "commands", ()):
             _, command, words = command.resolve_command(typer.Context(command), words)
         command.make_context("elip", words)  # raises for an unknown command or option
