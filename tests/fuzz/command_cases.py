@@ -21,7 +21,6 @@ from tests.helpers.study_case import TINY
 from tests.helpers.tiny_run import tiny_arguments
 
 for _name in (  # what commands import lazily, so that no case has to
-    *("benchmarks.studies.command", "benchmarks.selection.tables", "benchmarks.paper_table1"),
     *("elip_models.pretraining.training.trainer", "elip_models.pretraining.training.finetune"),
     *("elip_models.profiling.max_batch", "elip_models.analysis.pictures", "matplotlib.figure"),
     *("elip_models.towers.timm", "elip_models.towers.open_clip", "elip_models.towers.hf"),
