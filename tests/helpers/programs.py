@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import NoReturn
 
-import pytest
-
 from benchmarks.paper import paper
 from benchmarks.selection.__main__ import selection
 from benchmarks.studies.__main__ import study
 from elip_models.cli import main, run_command
-from tests.helpers.tiny_run import own_process
+from tests.helpers.tiny_run import status_of
 
 PROGRAMS = {
     "benchmarks.paper": paper,
@@ -30,9 +28,7 @@ def run(words: Sequence[str]) -> NoReturn:
 
 def exit_status(*words: object) -> int:
     """Exit status of a command line."""
-    with own_process(), pytest.raises(SystemExit) as exit_:
-        run([str(word) for word in words])
-    return exit_.value.code or 0
+    return status_of(run, *words)
 
 
 def study_status(*arguments: object) -> int:
