@@ -114,9 +114,14 @@ def load_command(name: str) -> Any:
     loaded = getattr(import_module(f"elip_models.commands.{module}"), attribute)
     if isinstance(loaded, typer.Typer):
         return typer.main.get_group(loaded)
-    alone = typer.Typer(add_completion=False)
-    alone.command(name)(loaded)
-    return typer.main.get_command(alone)
+    return typer.main.get_command(as_program(loaded, name))
+
+
+def as_program(command: Callable[..., None], name: str | None = None) -> typer.Typer:
+    """Return a program with one command, whose options are the arguments of a function."""
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program.command(name)(command)
+    return program
 
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -153,9 +158,7 @@ def run_command(
     command: Callable[..., None], arguments: Sequence[str] | None = None, *, name: str
 ) -> NoReturn:
     """Run a function as the program `name`, with the options and errors of a command of `elip`."""
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command()(command)
-    _run(alone, arguments, name)
+    _run(as_program(command), arguments, name)
 
 
 def _run(program: typer.Typer, arguments: Sequence[str] | None, name: str) -> NoReturn:

@@ -318,6 +318,8 @@ PACKAGES = {
 }
 """Extra -> the top-level modules that it installs."""
 EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
+PARTS = {"elip_models.embedding": "embed", "elip_models.pretraining": "train"}
+"""Part of this package that the core works without -> the extra with what the part imports."""
 
 
 def require_packages(user: str, *packages: str) -> None:
@@ -329,12 +331,13 @@ def require_packages(user: str, *packages: str) -> None:
 
 @contextmanager
 def require_extra(user: str) -> Iterator[None]:
-    """Turn the ImportError of a missing package inside into one that names the extra."""
+    """Turn the ImportError of a missing package, or part of this one, into one with the remedy."""
     try:
         yield
     except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS or is_missing_extra(error):
+        name = error.name or ""
+        package = name if name in PARTS else name.partition(".")[0]
+        if package not in EXTRAS | PARTS or is_missing_extra(error):
             raise
         raise _missing_extra(user, package) from error
 
@@ -345,5 +348,9 @@ def is_missing_extra(error: ImportError) -> bool:
 
 
 def _missing_extra(user: str, package: str) -> ImportError:
-    message = f"{user} needs {package}: pip install 'elip-kernels[{EXTRAS[package]}]'"
+    if package in PARTS:
+        extra, state, option = PARTS[package], ", which this copy lacks", "--force-reinstall "
+    else:
+        extra, state, option = EXTRAS[package], "", ""
+    message = f"{user} needs {package}{state}: pip install {option}'elip-kernels[{extra}]'"
     return ImportError(message, name=package)

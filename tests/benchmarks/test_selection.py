@@ -37,8 +37,8 @@ from elip_models.reduction.strategies.elip import ELIP, Staged
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.merge import Merge
 from tests.helpers.models import enlarged
+from tests.helpers.programs import exit_status
 from tests.helpers.tiers import slow_except
-from tests.helpers.tiny_run import elip
 
 COUNT, KEEP, PATCHES = 24, 32, 64
 HALF = Schedule.parse("1(100%) 2(50%)")
@@ -340,11 +340,12 @@ def test_the_command_prints_and_writes(tmp_path, model, tokenizer, capsys):
     model.save_pretrained(tmp_path / "model", tokenizer)
     output = tmp_path / "scores.json"
     data = "emoji_scenes:size=6,clutter=2"
-    arguments = ["eval", "selection", "--model", tmp_path / "model", "--data", data]
+    command = ["python", "-m", "benchmarks.selection", "--model", tmp_path / "model"]
+    arguments = [*command, "--data", data]
     options = ["--count", 5, "--strategy", "elip:scorer=cls", "--output", output]
-    assert elip(*arguments, *options) == 0
+    assert exit_status(*arguments, *options) == 0
     scores = json.loads(output.read_text())
     assert scores["num_images"] == 5 and "scorer='cls'" in scores["strategy"]
     assert "5 images, 64 patches" in capsys.readouterr().out
-    assert elip(*arguments, "--strategy", "elpi") == 2
+    assert exit_status(*arguments, "--strategy", "elpi") == 2
     assert "error: --strategy: strategy: expected" in capsys.readouterr().err

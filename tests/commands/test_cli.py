@@ -146,22 +146,3 @@ def test_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("elip_models.commands.train.load_recipe", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["train", "clip_tiny"])
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["study", "quality"],
-        ["eval", "selection", "--model", "missing", "--data", "emoji_scenes:size=6"],
-        ["profile", "--paper"],
-    ],
-)
-def test_commands_that_need_a_checkout_name_it(arguments, monkeypatch, capsys):
-    for name in list(sys.modules):
-        if name.partition(".")[0] == "benchmarks":
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "benchmarks", None)
-    assert elip(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert "needs a checkout of the project" in captured.err

@@ -9,8 +9,9 @@ import pytest
 import typer
 
 import elip_models
+from benchmarks.studies.__main__ import study
 from benchmarks.studies.plan import study_names
-from elip_models.cli import COMMANDS, app, load_command
+from elip_models.cli import COMMANDS, app, as_program, load_command
 from elip_models.pretraining.tasks.registry import TASKS
 from elip_models.pretraining.training.recipe import recipe_names
 from tests.helpers.tiny_run import elip
@@ -108,11 +109,14 @@ def test_an_unknown_command_is_one_line_with_a_suggestion(capsys):
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("train", recipe_names()),
-        ("finetune", TASKS),
-        ("study", {name.removesuffix("_full") for name in study_names()}),
+        (load_command("train"), recipe_names()),
+        (load_command("finetune"), TASKS),
+        (
+            typer.main.get_command(as_program(study)),
+            {name.removesuffix("_full") for name in study_names()},
+        ),
     ],
 )
 def test_the_help_of_a_command_lists_what_it_takes(command, names):
-    argument = load_command(command).params[0].help
+    argument = command.params[0].help
     assert f": {', '.join(sorted(names))}" in argument or f": {', '.join(names)}; " in argument

@@ -142,10 +142,6 @@ COMMANDS = {
         ["eval", "retrieval", "--model", "a", "--data", "b", "--output", "missing/a.json"],
         "--output: expected a file in a folder that exists",
     ),
-    "NUL": (
-        ["study", "quality", "--results", "a\0"],
-        "Invalid value for '--results'",
-    ),
     "workers of an evaluation": (
         ["eval", "retrieval", "--model", "a", "--data", "b", "--num-workers", "1000"],
         "--num-workers: num_workers: expected at most",
@@ -154,7 +150,6 @@ COMMANDS = {
         ["data", "check", "emoji_scenes:size=2", "--image-size", "99999"],
         "Invalid value for '--image-size'",
     ),
-    "study": (["study", "quality", "--seeds", "5000000000", "--dry-run"], "--seeds: expected"),
 }
 
 

@@ -21,7 +21,6 @@ from tests.helpers.study_case import TINY
 from tests.helpers.tiny_run import tiny_arguments
 
 for _name in (  # what commands import lazily, so that no case has to
-    *("benchmarks.studies.command", "benchmarks.selection.tables", "benchmarks.paper_table1"),
     *("elip_models.pretraining.training.trainer", "elip_models.pretraining.training.finetune"),
     *("elip_models.profiling.max_batch", "elip_models.analysis.pictures", "matplotlib.figure"),
     *("elip_models.towers.timm", "elip_models.towers.open_clip", "elip_models.towers.hf"),
@@ -77,6 +76,7 @@ VALUES = (
         "--",
     ),
 )
+STUDY = ["python", "-m", "benchmarks.studies"]
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 30))
 
 
@@ -164,7 +164,7 @@ def studies(folder, rng):
     (folder / "own.yaml").write_text(text, errors="surrogateescape")
     options = rng.choice(([], ["--seeds", rng.choice(VALUES)], ["--only", rng.choice(VALUES)]))
     if rng.random() < 0.3:
-        return command(["study", "own.yaml", "--dry-run", *options])
+        return command([*STUDY, "own.yaml", "--dry-run", *options])
     try:
         study = load_study(folder / "own.yaml")
         for run in plan(study)[:4]:
@@ -215,7 +215,8 @@ COMMANDS = [
         f"eval retrieval --model MODEL --data {SCENES} --rerank 2",
         "eval zero-shot --model MODEL --data emoji_classes:size=6 --output a.json",
         "eval composition --model MODEL --data emoji_composition:size=3 --guided --batch-size 2",
-        f"eval selection --model MODEL --data {SCENES} --count 2 --batch-size 2 --strategy random",
+        "python -m benchmarks.selection --model MODEL --batch-size 2 --strategy random --count 2"
+        f" --data {SCENES}",
         "eval vqa --model MODEL --data emoji_questions:size=3 --set candidates=4",
         "visualize --model MODEL --image picture.png --caption a --output a.png --keep 0.7",
         f"visualize --model MODEL --data {SCENES} --count 2 --schedule 3(50%) --scorer last",
@@ -224,8 +225,8 @@ COMMANDS = [
         "profile --model MODEL --strategy tome --rounds 1 --batch-size 2 --mode inference",
         "profile --model MODEL --strategy evit --flops-only --flops 0.8 --dtype bf16",
         "profile --model MODEL --strategy tome --max-batch --memory 1GB",
-        "study own.yaml --dry-run --only dense --seeds 0,1 --results a.json",
-        "study own.yaml --results file --page a.md",
+        "python -m benchmarks.studies own.yaml --dry-run --only dense --seeds 0,1 --results a.json",
+        "python -m benchmarks.studies own.yaml --results file --page a.md",
         f"data check {SCENES} --limit 2 --image-size 32 --task retrieval",
         "data check emoji_questions:size=3 --task vqa --image-size 32",
         "data export vqa emoji_questions:size=3 out --image-size 32",
@@ -252,7 +253,7 @@ def commands(folder, rng, prepared):
     (folder / "own.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
     arguments = list(rng.choice([*COMMANDS, *COMMANDS, TRAINING]))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        at = rng.randrange(1, len(arguments))
+        at = rng.randrange(3 if arguments[0] == "python" else 1, len(arguments))
         name, equals, value = arguments[at].partition("=")
         hostile_value = rng.choice((rng.choice(VALUES), rng.choice(NUMBERS), mutated(value, rng)))
         if arguments[at].startswith("--"):
@@ -263,7 +264,7 @@ def commands(folder, rng, prepared):
         else:
             arguments[at] = f"{name}={hostile_value}" if equals else hostile_value
     arguments = [re.sub(r"size=\d{3,}", "size=99", each) for each in arguments]  # long, rightly
-    if arguments[0] == "study":
+    if arguments[:3] == STUDY:
         arguments += ["--dry-run"]
     if arguments[0] == "profile":
         arguments += ["--flops-only"]

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.helpers import programs
+
 SECONDS = 10
 GIGABYTES = 2
 MARKER = "CODE_RAN"
@@ -74,14 +76,12 @@ def refused(error, *names):
     return "refused"
 
 
-def command(arguments):
-    """Run a command line in this process; what it prints is dropped."""
-    from elip_models.cli import main
-
+def command(words):
+    """Run the arguments of `elip`, or the words of `python -m ..`; what it prints is dropped."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            main(arguments)
+            programs.run(words if words[0] == "python" else ["elip", *words])
     except SystemExit as exit:
         if exit.code not in (0, 1, 2) or "Traceback" in output.getvalue():
             raise Loss(f"exit status {exit.code}: {output.getvalue()[-300:]}") from exit

@@ -1,9 +1,10 @@
 """A training run of seconds: a reduced model of three blocks on a few built-in scenes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -68,8 +69,13 @@ def own_process() -> Iterator[None]:
     GradientState._reset_state()
 
 
+def status_of(program: Callable[[list[str]], NoReturn], *arguments: object) -> int:
+    """Exit status of a program that is called in this process."""
+    with own_process(), pytest.raises(SystemExit) as exit_:
+        program([str(argument) for argument in arguments])
+    return exit_.value.code or 0
+
+
 def elip(*arguments: object) -> int:
     """Exit status of the command `elip`."""
-    with own_process(), pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    return exit_.value.code or 0
+    return status_of(main, *arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elip_models.pretraining.training.recipe import recipe_settings
-from tests.helpers.tiny_run import elip
+from tests.helpers.programs import exit_status
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduce.md"
 ITEMS = [*(f"Table {number}" for number in range(1, 11)), *(f"Figure {i}" for i in range(1, 5))]
@@ -55,31 +55,32 @@ def section(title):
 
 
 def tiny_commands(title):
-    """Return the words of the commands `elip` in the last block of a section."""
+    """Return the words of the commands in the last block of a section."""
     block = re.findall(r"^```bash\n(.*?)^```$", section(title), re.DOTALL | re.MULTILINE)[-1]
     lines = block.replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines]
-    assert all(words[0] == "elip" for words in commands)
-    return [words[1:] for words in commands]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def shortened(words):
     """Return a command with few steps and samples, and otherwise the same."""
     words = [re.sub(r"size=\d+", "size=12", word) for word in words]
-    if words[0] == "study":
+    if "benchmarks.studies" in words:
         sizes = {"data.train": "emoji_scenes:size=64", "data.eval": "emoji_scenes:seed=1,size=12"}
         own = {"optim.steps": 2, "optim.batch_size": 8, **sizes}
-        given = [f"{stage}{key}={own[key]}" for stage in ("", "finetune.") for key in own]
-        return [*words, *given, "data.vocab_size=300", "--seeds", "0", "--allow-dirty"]
-    if words[0] not in ("train", "finetune"):
+        overrides = [f"{stage}{key}={own[key]}" for stage in ("", "finetune.") for key in own]
+        return [*words, *overrides, "data.vocab_size=300", "--seeds", "0", "--allow-dirty"]
+    if words[:2] not in (["elip", "train"], ["elip", "finetune"]):
         return words
-    name = words[1] if words[0] == "train" else f"finetune/{words[1]}"
+    is_training = words[1] == "train"
+    name = words[2] if is_training else f"finetune/{words[2]}"
     data = {each.key: each.value for each in recipe_settings(name)}
     sizes = {"data.train": 64, "data.eval": 12}
-    given = [f"{key}=" + re.sub(r"size=\d+", f"size={n}", data[key]) for key, n in sizes.items()]
-    if words[0] == "train":
-        given += ["eval_every=0", "report=[]", "data.vocab_size=300"]
-    return [*words, *SMALL, *given]
+    overrides = [
+        f"{key}=" + re.sub(r"size=\d+", f"size={n}", data[key]) for key, n in sizes.items()
+    ]
+    if is_training:
+        overrides += ["eval_every=0", "report=[]", "data.vocab_size=300"]
+    return [*words, *SMALL, *overrides]
 
 
 def test_every_table_and_figure_has_a_row_and_a_section_with_commands():
@@ -100,7 +101,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in tiny_commands("Pre-train"):
-            assert elip(*shortened(words)) == 0
+            assert exit_status(*shortened(words)) == 0
     return folder
 
 
@@ -116,6 +117,6 @@ def test_the_tiny_commands_print_the_row_of_their_table(item, runs, monkeypatch,
     monkeypatch.setenv("COLUMNS", "200")
     for words, pattern in zip(tiny_commands(item), PRINTED[item], strict=True):
         capsys.readouterr()
-        assert elip(*shortened(words)) == 0, capsys.readouterr().err
+        assert exit_status(*shortened(words)) == 0, capsys.readouterr().err
         printed = capsys.readouterr().out
         assert re.search(pattern, printed, re.DOTALL), (words, printed)

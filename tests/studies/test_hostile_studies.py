@@ -10,8 +10,8 @@ from benchmarks.studies import runner
 from benchmarks.studies.plan import plan, seeds_of
 from benchmarks.studies.results import read_results
 from elip_models.validation import ConfigError
+from tests.helpers.programs import study_status
 from tests.helpers.study_case import TINY, tiny_study
-from tests.helpers.tiny_run import elip
 
 STUDIES = {
     "group outside": ({"group": "../../x"}, "group: expected a name of letters, digits"),
@@ -61,7 +61,7 @@ def test_a_hostile_study_is_one_line_before_anything_trains(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     changes, said = STUDIES[name]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | changes, sort_keys=False))
-    assert elip("study", "tiny.yaml") == 2
+    assert study_status("tiny.yaml") == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and len(error) < 1000
     assert os.listdir(tmp_path) == ["tiny.yaml"]
@@ -90,7 +90,7 @@ def test_hostile_results_are_one_line(tmp_path, monkeypatch, capsys, name):
     with pytest.raises(ConfigError, match=r"results: .*expected"):
         read_results(tmp_path / "results.json")
     arguments = ["--results", "results.json", "--page", "page.md"]
-    assert elip("study", "quality", *arguments) == 2
+    assert study_status("quality", *arguments) == 2
     assert "results: " in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
 
@@ -99,7 +99,22 @@ def test_hostile_results_are_one_line(tmp_path, monkeypatch, capsys, name):
 @pytest.mark.parametrize("path", ["missing/a.md", ".", "x" * 300])
 def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path, monkeypatch, option, path):
     monkeypatch.chdir(tmp_path)
-    assert elip("study", "quality", option, path) == 2
+    assert study_status("quality", option, path) == 2
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--results", "a\0"], "Invalid value for '--results'"),
+        (["--seeds", "5000000000", "--dry-run"], "--seeds: expected"),
+        (["optim.lr=fast", "--dry-run"], "optim.lr: expected a number above 0"),
+    ],
+)
+def test_an_invalid_command_is_one_error(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert study_status("quality", *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
     assert os.listdir(tmp_path) == []
 
 

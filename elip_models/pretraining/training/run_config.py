@@ -210,7 +210,8 @@ class RunConfig:
         report: What is reported after training. A downstream task always reports its scores and
             takes only "picture".
         task: null for pre-training, or the downstream task, a name in
-            `elip_models.pretraining.tasks.TASKS`. `data.train` and `data.eval` are the task's data.
+            `elip_models.pretraining.tasks.registry.TASKS`. `data.train` and `data.eval` are the
+            task's data.
         task_options: Options of the task, fields of its class.
         peft: Which parameters train: all, or adapters on frozen weights.
     """

@@ -343,7 +343,7 @@ def test_the_official_sizes_are_the_defaults(task):
 
 @task_of
 def test_a_recipe_decays_and_scales_what_the_original_does(task):
-    recipe = files("elip_models") / "recipes" / "finetune" / f"{task}_meter.yaml"
+    recipe = files("elip_models.pretraining") / "recipes" / "finetune" / f"{task}_meter.yaml"
     values = yaml.safe_load(recipe.read_text())
     optim, model = values["optim"], made(task)
     groups = parameter_groups(model, 0.1, optim["lr_scale"], no_decay=optim["no_decay"])
