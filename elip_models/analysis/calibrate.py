@@ -25,8 +25,9 @@ from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_s
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
 from elip_models.reduction.patch import is_reduced, reduce_
+from elip_models.reduction.strategies import STRATEGIES as BUILT_IN
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.reduction.strategy_spec import get_strategy, option_types, parse_spec
 from elip_models.tasks.intervals import Interval, bootstrap_interval
 from elip_models.towers import Tower, as_reducible, as_tower
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
@@ -38,19 +39,14 @@ METRICS: dict[str, Metric] = {
     "cosine": lambda dense, reduced: 1 - cosine(dense, reduced),
     "neighbours": lambda dense, reduced: 1 - neighbours(dense, reduced),
 }
-STRATEGIES = (
-    "tome:compare=tokens,keep_norm=true",
-    "tome",
-    "guided_tome:without_text=vision",
-    "resize",
-    "pitome",
-    "crossget:without_text=vision",
-    "evit",
-    "adaptive:without_text=vision",
-    "elip:without_text=vision",
+LEFT_OUT = ("trips", "random")  # needs a text; a control
+STRATEGIES = tuple(
+    f"{name}:without_text=vision" if "without_text" in option_types(name) else name
+    for name, strategy in BUILT_IN.items()
+    if not strategy.training_only and name not in LEFT_OUT
 )
-"""Every strategy that reduces in inference and needs no text, except the control `random`. They are
-in the order of their results on photographs: a good one at first saves trials of the others."""
+"""Every built-in strategy that reduces in inference and needs no text, except the control `random`.
+They are in the order of their results on photographs: a good one first saves trials of others."""
 SHARES = tuple(round(0.95 - 0.05 * i, 2) for i in range(14))
 """Of the dense FLOPs, from 0.95 to 0.30."""
 MIN_IMAGES = 8
@@ -130,7 +126,7 @@ def _check_options(strategies: Any, **flags: Any) -> None:
 def _with_class_token_only(text: str) -> str:
     """Return the strategy with this setting, if it has it."""
     name, settings = parse_spec(text)
-    if "class_token_only" not in kinds_of(name):
+    if "class_token_only" not in option_types(name):
         return text
     return f"{text}{',' if settings else ':'}class_token_only=true"
 

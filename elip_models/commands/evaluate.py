@@ -112,7 +112,7 @@ def eval_selection(
 ) -> None:
     """Measure which patches a reduction keeps of what captions name (needs a checkout)."""
     from elip_models.data import open_source
-    from elip_models.reduction.strategy_spec import get_strategy
+    from elip_models.reduction.strategy_spec import fit_strategy, get_strategy
 
     selection, tables = (
         from_checkout(f"selection.{name}", "elip eval selection") for name in ("scores", "tables")
@@ -121,7 +121,7 @@ def eval_selection(
     with as_config_error("--data", inner="spec"):
         source = open_source(data, image_size=trained.config.image_size)
     with as_config_error("--strategy"):
-        chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
+        chosen = fit_strategy(get_strategy(strategy), trained.tower) if strategy else None
     settings = {"limit": count, "batch_size": batch_size}
     scores = selection.selection_scores(trained, source, tokenizer, chosen, **settings)
     Console().print(*tables.selection_tables(scores))

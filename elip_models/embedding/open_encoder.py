@@ -12,15 +12,14 @@ from elip_models.models.io.files import read_object
 from elip_models.models.io.open_model import open_model, split_spec, split_weights
 from elip_models.models.io.saved_reduced import SETTINGS, load_reduced
 from elip_models.models.registry import elip_strategy, is_family, list_models
+from elip_models.reduction.flops import check_share
 from elip_models.reduction.patch import reduce_, reductions_of, unreduce_
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.validation import (
     ConfigError,
-    PositiveShare,
     as_config_error,
-    mismatch_error,
     shortened,
 )
 
@@ -104,11 +103,8 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
     Raises:
         ConfigError: the model cannot be reduced like this.
     """
-    if mismatch_error(keep, PositiveShare | None) is not None:
-        raise ConfigError(
-            f"keep: expected a number in (0, 1], the share of the tokens to keep, got "
-            f"{shortened(keep)}; pass 0.5 for half of them"
-        )
+    with as_config_error("keep", inner="keep"):
+        check_share(keep)
     if reduce is None and keep is None:
         return model
     if reduce == DENSE:

@@ -35,6 +35,7 @@ from elip_models.models.peft.saved_adapter import (
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import fit_strategy
 from elip_models.towers import Tower, as_tower
 from elip_models.towers.base import scoring_context
 from elip_models.towers.reducible_model import Stats, check_tokenizer_in, clip_stats
@@ -163,7 +164,7 @@ class PretrainedModel(
     def read_tower(self) -> None:
         """Set `tower`, `dense` and `reduction` from the image model and the config."""
         self.tower, self.dense = as_tower(self.visual), Dense()
-        self.reduction = self.config.reduction.fitted(self.tower)
+        self.reduction = fit_strategy(self.config.reduction, self.tower)
 
     def select_guidance(
         self,
@@ -205,7 +206,7 @@ class PretrainedModel(
         """Update what depends on the step, from 0, or the epochs so far, such as patch dropout."""
         dropout = self.config.reduction
         if isinstance(dropout, PatchDropout):
-            self.reduction = dropout.at(step).fitted(self.tower)
+            self.reduction = fit_strategy(dropout.at(step), self.tower)
 
     def clamp_temperature_(self) -> None:
         """Clamp the temperature to its interval, after a training step."""

@@ -93,8 +93,11 @@ class Strategy(CostModel):
 
     Attributes:
         name: the key in `elip_models.STRATEGIES`.
+        summary: what the strategy does, in at most ten words.
+        place: where it acts, such as 'every block'.
         keep_field: the field that sets how many tokens stay. `reduce_(keep=..)` sets it, and raises
-            an error if the caller sets both. None: `keep` has no such counterpart.
+            an error if the caller sets both. If the field is None, the rate is `DEFAULT_KEEP`.
+            Without such a field (None), `keep` has no meaning.
         replaces_block: a step replaces its block; otherwise it runs before the block.
         replaces_later: `later` replaces every block without a step that follows the first step.
         runs_blocks: a step runs whole blocks to compute its scores; their outputs are discarded.
@@ -108,6 +111,8 @@ class Strategy(CostModel):
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    place: ClassVar[str] = ""
     keep_field: ClassVar[str | None] = None
     replaces_block: ClassVar[bool] = False
     replaces_later: ClassVar[bool] = False
@@ -139,13 +144,18 @@ class Strategy(CostModel):
         reason = self.refuses(tower)
         if reason is not None:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
-        if self.stages(tower.size) and self.merge == "none":
+        if self.merge == "none":
             reason = tower.refuses_dropping()
-        if reason is not None:
+        if reason is not None and self.stages(tower.size):
             raise TypeError(
                 f"strategy: expected one that merges or drops nothing, got {self.name!r}: {reason}"
             )
         return self
+
+    def with_rate(self, size: TowerSize) -> Self:
+        """Return the strategy with its `keep_field` set: None becomes `DEFAULT_KEEP`."""
+        is_open = self.keep_field is not None and getattr(self, self.keep_field) is None
+        return flops.at_keep(self, size, flops.DEFAULT_KEEP) if is_open else self
 
     def at(self, step: int) -> "Strategy":
         """Return the strategy for training step `step`, counted from 0."""
