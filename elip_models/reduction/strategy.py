@@ -235,9 +235,10 @@ class Strategy(CostModel):
     def __str__(self) -> str:
         """Return the name, the number of tokens, and the settings that are not the default."""
         settings = (
-            f"{field.name}={_short(getattr(self, field.name))}"
+            f"{field.name}={_short(value)}"
             for field in fields(self)
-            if field.name == self.keep_field or getattr(self, field.name) != field.default
+            if (value := getattr(self, field.name)) is not None
+            and (field.name == self.keep_field or value != field.default)
         )
         return f"{self.name}({', '.join(settings)})"
 

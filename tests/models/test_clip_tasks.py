@@ -15,6 +15,7 @@ from elip_models.models.clip.model import CLIP
 from elip_models.models.registry import create_model
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategy_spec import option_types
 from elip_models.tasks.zero_shot import class_features
 from elip_models.training.run_config import DataConfig, OptimConfig
 from elip_models.training.yaml_config import from_mapping
@@ -30,7 +31,6 @@ OPTIONS = {  # what a strategy asks for in a tower of 16 patches
     "crossget": {"r": 1},
     "resize": {"size": 16},
 }
-STAGED = ("elip", "trips", "random", "adaptive")
 
 
 def classifier(**overrides):
@@ -39,7 +39,7 @@ def classifier(**overrides):
 
 
 def reduced(strategy, **overrides):
-    schedule = SCHEDULE if strategy in STAGED else None
+    schedule = SCHEDULE if "schedule" in option_types(strategy) else None
     options = OPTIONS.get(strategy)
     return classifier(
         strategy=strategy,
