@@ -117,7 +117,7 @@ def _check_options(strategies: Any, **flags: Any) -> None:
     """Raise TypeError unless the strategies are texts, and the flags True or False."""
     for name, flag in flags.items():
         check(name, flag, bool)
-    if isinstance(strategies, str) or not all(isinstance(each, str) for each in strategies):
+    if isinstance(strategies, str) or not all(isinstance(text, str) for text in strategies):
         raise TypeError(
             f"strategies: expected a sequence of texts such as 'tome', got {shortened(strategies)}"
         )
@@ -183,12 +183,12 @@ class _Features:
 
     def timed(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the trials with the time of a batch relative to dense."""
-        models = [self.model, *(self._reduced(each.strategy) for each in trials)]
+        models = [self.model, *(self._reduced(trial.strategy) for trial in trials)]
         batch = self.images[: self.batch_size]
         steps = {str(i): partial(model, batch) for i, model in enumerate(models)}
         times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
         ratios = ratios_to("0", times)
-        return [each._replace(time=ratios[str(i)]) for i, each in enumerate(trials, start=1)]
+        return [trial._replace(time=ratios[str(i)]) for i, trial in enumerate(trials, start=1)]
 
     def _reduced(self, strategy: Strategy) -> nn.Module:
         return reduce_(shared_copy(self.model), strategy=strategy)
@@ -221,7 +221,7 @@ class _Search:
             for share in SHARES:
                 self._is_within(strategy, share)
             return
-        within = (each.flops for each in self.trials if each.loss.high <= self.tolerance)
+        within = (trial.flops for trial in self.trials if trial.loss.high <= self.tolerance)
         best = min(within, default=1.0)
         shares = [share for share in SHARES if share < best - TOLERANCE]
         if not shares or not self._is_within(strategy, shares[0]):
@@ -241,7 +241,7 @@ class _Search:
         flops = inference_ratio(setting, size)
         if flops >= 1:  # nothing is reduced
             return True
-        trial = next((each for each in self.trials if each.strategy == setting), None)
+        trial = next((trial for trial in self.trials if trial.strategy == setting), None)
         if trial is None:
             self.progress(f"{strategy.name} at {flops:.2f} of the dense FLOPs")
             trial = Trial(setting, flops, self.features.loss(setting))

@@ -28,6 +28,7 @@ from elip_models.profiling.component_profile import (
 from elip_models.profiling.measure import measured_on, memory_kind
 from elip_models.profiling.runner import DENSE, MODES, ProfileRow, profile_model
 from elip_models.profiling.workload import Workload
+from elip_models.reduction.flops import check_share
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
@@ -66,9 +67,10 @@ class ProfileSettings:
             raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.mode not in (*MODES, "both"):
             raise ConfigError(f"--mode: expected {', '.join(MODES)} or both, got {self.mode!r}")
-        for name, share in (("flops", self.flops), ("keep", self.keep)):
-            if share is not None and not 0 < share <= 1:
-                raise ConfigError(f"--{name}: expected a share of dense in (0, 1], got {share}")
+        if self.flops is not None and not 0 < self.flops <= 1:
+            raise ConfigError(f"--flops: expected a share of dense in (0, 1], got {self.flops}")
+        with as_config_error("--keep", inner="keep"):
+            check_share(self.keep)
         for name in ("flops", "schedule"):
             other = getattr(self, name)
             if other is not None and self.keep is not None:
