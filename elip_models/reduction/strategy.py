@@ -144,18 +144,23 @@ class Strategy(CostModel):
         reason = self.refuses(tower)
         if reason is not None:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
-        if self.merge == "none":
+        strongest = self.at_strength(tower.size, 1.0) if self.has_open_rate else self
+        if strongest.stages(tower.size) and self.merge == "none":
             reason = tower.refuses_dropping()
-        if reason is not None and self.stages(tower.size):
+        if reason is not None:
             raise TypeError(
                 f"strategy: expected one that merges or drops nothing, got {self.name!r}: {reason}"
             )
         return self
 
+    @property
+    def has_open_rate(self) -> bool:
+        """Return whether the strategy has a `keep_field`, and its value is None."""
+        return self.keep_field is not None and getattr(self, self.keep_field) is None
+
     def with_rate(self, size: TowerSize) -> Self:
         """Return the strategy with its `keep_field` set: None becomes `DEFAULT_KEEP`."""
-        is_open = self.keep_field is not None and getattr(self, self.keep_field) is None
-        return flops.at_keep(self, size, flops.DEFAULT_KEEP) if is_open else self
+        return flops.at_keep(self, size, flops.DEFAULT_KEEP) if self.has_open_rate else self
 
     def at(self, step: int) -> "Strategy":
         """Return the strategy for training step `step`, counted from 0."""

@@ -10,7 +10,6 @@ from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy, tower_of
 from elip_models.towers import Tower
 from elip_models.towers.unsupported import PLAIN
-from elip_models.vlm.families import find_multimodal
 
 
 class StrategyEntry(NamedTuple):
@@ -45,14 +44,8 @@ def list_strategies(model: nn.Module | None = None) -> list[StrategyEntry]:
     Raises:
         TypeError: no strategy can reduce the model, with the reason.
     """
-    tower = None if model is None else _tower_in(model)
+    tower = None if model is None else tower_of(model)
     return [_image_entry(cls(), tower) for cls in STRATEGIES.values()]
-
-
-def _tower_in(model: nn.Module) -> Tower:
-    """Return the image tower of an image model, an image-text model or a language model."""
-    multimodal = find_multimodal(model)
-    return tower_of(model if multimodal is None else multimodal.tower)
 
 
 def _image_entry(strategy: Strategy, tower: Tower | None) -> StrategyEntry:

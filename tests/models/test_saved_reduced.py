@@ -173,7 +173,7 @@ def saved_timm(folder, strategy=None):
     [
         ({"version": 2}, "version: expected at most 1, .* got 2; upgrade elip-kernels"),
         ({"version": None}, "version: expected an integer at least 1, got None"),
-        ({"strategy": "tom"}, "strategy: expected one of elip, .* got 'tom'; pass an instance of"),
+        ({"strategy": "tom"}, "strategy: expected one of merge, .* got 'tom'; pass an instance of"),
         ({"colour": 1}, "colour: expected keys among version, strategy, settings, got 'colour'"),
         (
             {"settings": {"rr": 3}},
@@ -262,13 +262,13 @@ class Mine(ToMe):
 
 
 def test_a_custom_strategy_must_be_passed_again(tmp_path):
-    saved_timm(tmp_path, Mine())
+    saved_timm(tmp_path, Mine(r=3))
     with pytest.raises(
         ConfigError, match=r"strategy: expected one of .* got '.*Mine'; pass an instance"
     ):
         elip_models.load_reduced(tmp_path)
-    model = elip_models.load_reduced(tmp_path, strategy=Mine())
-    assert model.blocks[1].forward.reduction.strategy == Mine()
+    model = elip_models.load_reduced(tmp_path, strategy=Mine(r=3))
+    assert model.blocks[1].forward.reduction.strategy == Mine(r=3)
 
 
 def test_a_model_that_is_not_reduced_is_not_saved_as_reduced(tmp_path):
