@@ -38,7 +38,7 @@ def batches(scale):
 def strategies_at_equal_flops(tower):
     last = ELIP(PRESETS["clip"], scorer="last", without_text="vision")
     share = training_ratio(last, tower.size)
-    others = {"evit": EViT(), "tome": ToMe(), "random": RandomPruning(PRESETS["clip"])}
+    others = {"evit": EViT(0.7), "tome": ToMe(8), "random": RandomPruning(PRESETS["clip"])}
     found = {name: each.at_flops(tower, share) for name, each in others.items()}
     return {DENSE: Dense(), "last": last, **found}, share
 

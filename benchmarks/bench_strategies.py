@@ -1,8 +1,8 @@
 """Time of every strategy at equal training FLOPs against dense, in training and inference.
 
-The share of the dense FLOPs is that of ELIP's own schedule with the scorer 'last'. `at_flops` sets
-the other strategies to it; `resize` takes the nearest size. The full scale uses batch 1 and the
-largest power of two for which the benchmark takes two minutes at most.
+The share of the dense FLOPs is that of ELIP with the paper's schedule and the scorer 'last'.
+`at_flops` sets the other strategies to it; `resize` takes the nearest size. The full scale uses
+batch 1 and the largest power of two for which the benchmark takes two minutes at most.
 
 Parity: the tokens of each strategy in the timed dtype against fp64 with the same kept and merged
 tokens (`resize`: the same small image). The error is at most twice that of dense.
@@ -18,6 +18,7 @@ from elip_models.profiling.measure import time_side_by_side
 from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import training_ratio
+from elip_models.reduction.schedule import PAPER
 from elip_models.reduction.step import Forward
 from elip_models.reduction.strategies import STRATEGIES, Dense
 from elip_models.reduction.strategies.elip import ELIP
@@ -45,7 +46,7 @@ def created(scale):
 
 def strategies_at_equal_flops(tower):
     """Return the strategies by name, and their share of the dense training FLOPs."""
-    share = training_ratio(ELIP(), tower.size)
+    share = training_ratio(ELIP(PAPER), tower.size)
     strategies = {name: strategy().fitted(tower) for name, strategy in STRATEGIES.items()}
     return {name: each.at_flops(tower, share) for name, each in strategies.items()}, share
 

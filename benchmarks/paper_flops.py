@@ -78,7 +78,7 @@ def paper_counts() -> Counts:
         schedule = model.reduction.schedule
         methods: dict[str, Strategy | None] = {DENSE: None, UNSCORED: RandomPruning(schedule)}
         methods |= {f"ELIP, {s}": ELIP(schedule, scorer=s) for s in ("last", "exact", "official")}
-        methods |= dict(zip(EVITS, (EViT(layers="all"), EViT()), strict=True))
+        methods |= dict(zip(EVITS, (EViT(0.7, "all"), EViT(0.7)), strict=True))
         for towers, part in ((IMAGE, model.visual), (BOTH, model)):
             counts[name, towers] = count(Workload(part, 1), methods, "training")
     return counts

@@ -30,7 +30,7 @@ ELIPS: dict[str, dict[str, Any]] = {  # fields of the config by method
     SHARED: {"scorer": "last", "momentum_reduction": "shared"},
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    "EViT": {"strategy": "evit:layers=all"},
+    "EViT": {"strategy": "evit:keep_ratio=0.7,layers=all"},
     "ToMe": {"strategy": "tome:r=13"},
 }
 OF_MOMENTUM = ("momentum", SHARED)  # methods that need a momentum tower

@@ -18,7 +18,8 @@ from benchmarks.studies.analysis import against
 from benchmarks.studies.results import Document, Interval, by_seed, read_results
 from benchmarks.tables import table
 from elip_models.profiling.measure import NO_GAIN, no_gain
-from elip_models.reduction.strategies import DEFAULT_KEEP
+from elip_models.reduction.flops import DEFAULT_KEEP
+from elip_models.reduction.strategies import DEFAULT, STRATEGIES
 from elip_models.saving.files import read_object
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,28 +27,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 THREADS = "2"  # of the times of the pretrained model
 TOP1, LOSS = "reduced.top1", "reduced.contrastive_loss"
-TOKENS = "tome:compare=tokens,keep_norm=true"
-FINAL = f"{TOKENS},class_token_only=true"
 MEASURES = ("cosine", "neighbours")
-ARMS = {  # strategy: arm of the study `quality`, and what the strategy does
-    TOKENS: (None, "`tome` that compares tokens instead of keys and keeps their norms"),
-    FINAL: (None, "compares tokens, keeps norms; the last block computes only the class token"),
-    "tome": ("tome", "merges similar tokens in every block"),
-    "guided_tome": ("guided-tome", "as `tome`, but patches with high CLS attention merge last"),
-    "pitome": ("pitome", "merges patches that are similar to many others"),
-    "crossget": ("crossget", "merges similar patches with low CLS attention"),
-    "evit": ("evit", "keeps the patches with high CLS attention, in three blocks"),
-    "elip": ("last", "the paper's stages, text-guided, with the fast scorer `last`"),
-    "trips": ("trips", "selects patches by the text alone"),
-    "adaptive": ("adaptive", "keeps 90% of the attention of each image"),
-    "random": ("random", "control: random patches"),
-    "patch_dropout": ("patch-dropout", "drops random patches, in training only"),
-    "resize": ("resize", "control: a smaller image"),
+FINAL = "merge:class_token_only=true"
+STRATEGY_TEXTS = {name: strategy.summary for name, strategy in STRATEGIES.items()} | {
+    FINAL: "as `merge`; the last block computes only the class token"
+}
+LABELS = {  # of strategies in the results of photographs, if another than the name
+    "merge": "tome:compare=tokens,keep_norm=true",
+    FINAL: "tome:compare=tokens,keep_norm=true,class_token_only=true",
 }
 PICTURE = (
     "![A photograph of a pagoda by a lake, then the same picture as 127 and as 11 areas of one "
     "colour](docs/merged_tokens.png)\n\n"
-    "*What the default strategy, ToMe, merges: a DINOv2 ViT-S/14 with `keep=0.5` begins with 256 "
+    "*What `tome` merges: a DINOv2 ViT-S/14 with `keep=0.5` begins with 256 "
     "tokens, one for each patch of the photograph. Patches that were merged into one token have "
     "their mean colour, and may be apart. Photograph by "
     "[danielbuechele](https://www.flickr.com/photos/danielbuechele/6061409035), "
@@ -63,53 +55,60 @@ class OutdatedText(Exception):
 def block(results: Path) -> str:
     """Return the result in a sentence, a picture, the table and its explanation, and findings."""
     photographs = read_object(results / "real" / "dinov2_s_flickr8k_strategies.json")
-    found = {row["setting"]: row for row in photographs["settings"]}
+    settings = {row["setting"]: row for row in photographs["settings"]}
     ratios = photographs["time"]["by_threads"][THREADS]["ratios"]
     training = max(strategy_entries(results, "training"), key=batch_size)
     quality = read_results(results / "studies" / "quality.json")
     header = ["strategy", "what it does", "cosine", "neighbours kept", "time", "training time"]
     rows = []
-    for name in sorted(ARMS, key=lambda name: -neighbours(found, name)):
-        if (setting := f"{name} 0.5") in found:
-            measures = [share(found[setting][each]) for each in MEASURES]
+    for name in sorted(STRATEGY_TEXTS, key=lambda name: -neighbours(settings, name)):
+        if (setting := setting_of(name, 0.5)) in settings:
+            measures = [share(settings[setting][measure]) for measure in MEASURES]
             times = f"{ratios[setting]:.2f}", time_cell(training, name)
-            rows.append([f"`{name}`", ARMS[name][1], *measures, *times])
+            rows.append([f"`{name}`", STRATEGY_TEXTS[name], *measures, *times])
     return "\n\n".join(
         [
-            in_a_sentence(photographs, found, read_object(results / "real" / "collection.json")),
+            in_a_sentence(photographs, settings, read_object(results / "real" / "collection.json")),
             PICTURE,
-            note(photographs, found, training),
+            note(photographs, settings, training),
             table(header, rows, left=2),
-            rates(found, ratios),
+            rates(settings, ratios),
             "\n".join(f"- {line}" for line in findings(quality, results)),
         ]
     )
 
 
-def neighbours(found: dict[str, dict[str, Any]], name: str) -> float:
+def setting_of(name: str, keep: float) -> str:
+    """Return the label of a strategy at a rate in the results of photographs."""
+    return f"{LABELS.get(name, name)} {keep:g}"
+
+
+def neighbours(settings: dict[str, dict[str, Any]], name: str) -> float:
     """Return the neighbours that a strategy keeps at half of the tokens; -1 if not measured."""
-    row = found.get(f"{name} 0.5")
+    row = settings.get(setting_of(name, 0.5))
     return -1.0 if row is None else row["neighbours"]["mean"]
 
 
 def in_a_sentence(
-    photographs: dict[str, Any], found: dict[str, dict[str, Any]], collection: dict[str, Any]
+    photographs: dict[str, Any], settings: dict[str, dict[str, Any]], collection: dict[str, Any]
 ) -> str:
     """Return what the default setting saves and costs."""
-    setting, times = f"tome {DEFAULT_KEEP}", photographs["time"]
-    row, ratio = found[setting], times["by_threads"][THREADS]["ratios"][setting]
+    setting, times = setting_of(DEFAULT.name, DEFAULT_KEEP), photographs["time"]
+    row, ratio = settings[setting], times["by_threads"][THREADS]["ratios"][setting]
     many = collection["reduced"]
-    if f"{many['strategy']} {many['keep']:g}" != setting:
-        raise OutdatedText(f"{__file__}: expected {setting} in collection.json, got {many}")
+    if many["keep"] != DEFAULT_KEEP or setting_of(many["strategy"], DEFAULT_KEEP) not in settings:
+        raise OutdatedText(f"{__file__}: expected {DEFAULT_KEEP} in collection.json, got {many}")
+    few = settings[setting_of(many["strategy"], DEFAULT_KEEP)]
     return (
-        f"**By default, `reduce_` applies `tome` with `keep={DEFAULT_KEEP}`. A pretrained DINOv2 "
-        f"ViT-S, not trained further, then takes {ratio:.2f} of the dense time "
+        f"**By default, `reduce_` applies `{DEFAULT.name}` with `keep={DEFAULT_KEEP}`. A "
+        f"pretrained DINOv2 ViT-S, not trained further, then takes {ratio:.2f} of the dense time "
         f"({row['flops']:.2f} of the FLOPs; batch {times['batch']}, {times['device']}). Of the ten "
         f"nearest neighbours of a photograph, it keeps {row['neighbours']['mean']:.0%} among "
-        f"{photographs['photographs']['images']} photographs, and "
-        f"{many['recall_at_10']['mean']:.0%} among {collection['photographs']:,} "
-        "([scaling](docs/scaling.md#a-collection-of-a-billion-images)). The features have a mean "
-        f"cosine of {row['cosine']['mean']:.3f} with the dense ones.**"
+        f"{photographs['photographs']['images']} photographs. The features have a mean cosine of "
+        f"{row['cosine']['mean']:.3f} with the dense ones.** `{many['strategy']}` at the same rate "
+        f"keeps {few['neighbours']['mean']:.0%} of them, and {many['recall_at_10']['mean']:.0%} "
+        f"among {collection['photographs']:,} photographs "
+        "([scaling](docs/scaling.md#a-collection-of-a-billion-images))."
     )
 
 
@@ -147,13 +146,13 @@ def time_cell(entry: dict[str, Any], name: str) -> str:
 
 
 def note(
-    photographs: dict[str, Any], found: dict[str, dict[str, Any]], training: dict[str, Any]
+    photographs: dict[str, Any], settings: dict[str, dict[str, Any]], training: dict[str, Any]
 ) -> str:
     """Return the explanation of the columns: models, images, devices and sizes."""
     source, times = photographs["photographs"], photographs["time"]
-    costs = [row["flops"] for row in found.values() if row["setting"].endswith(" 0.5")]
+    costs = [row["flops"] for row in settings.values() if row["setting"].endswith(" 0.5")]
     count = source["images"] * source["sets"]
-    others = [name for name in ARMS if f"{name} 0.5" not in found]
+    others = [name for name in STRATEGIES if setting_of(name, 0.5) not in settings]
     return "\n".join(
         [
             f"- **Cosine, neighbours kept, time**: {photographs['model'].split(',')[0]}, not "
@@ -175,18 +174,18 @@ def note(
 
 def cost_range(entry: dict[str, Any]) -> str:
     """Return '0.70 to 0.72', the FLOPs of all strategies of an entry."""
-    costs = [cost for name, cost in entry["strategy_flops"].items() if name in ARMS]
+    costs = [cost for name, cost in entry["strategy_flops"].items() if name in STRATEGIES]
     return f"{min(costs):.2f} to {max(costs):.2f}"
 
 
-def rates(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
+def rates(settings: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
     """Return the table of neighbours and times at each rate."""
-    titles = {"tome": "`tome`", FINAL: "settings of the first row", "resize": "`resize`"}
+    titles = {name: f"`{name}`" for name in ("tome", FINAL, "resize")}
     rows = [
         [f"`keep={keep}`"]
         + [
-            f"{found[f'{name} {keep}']['neighbours']['mean']:.2f} ({ratios[f'{name} {keep}']:.2f})"
-            for name in titles
+            f"{settings[setting]['neighbours']['mean']:.2f} ({ratios[setting]:.2f})"
+            for setting in (setting_of(name, keep) for name in titles)
         ]
         for keep in (0.7, 0.5, 0.35)
     ]
@@ -195,7 +194,7 @@ def rates(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
 
 def findings(quality: Document, results: Path) -> list[str]:
     """Return what the results show, a line each."""
-    gap = against(quality, "dense", (TOP1, LOSS))[ARMS["tome"][0], TOP1]
+    gap = against(quality, "dense", (TOP1, LOSS))["tome", TOP1]
     if gap.is_significant:
         raise OutdatedText(f"{__file__}: expected no significant difference of `tome`, got {gap}")
     return [
@@ -209,7 +208,7 @@ def findings(quality: Document, results: Path) -> list[str]:
 
 def trained_cost(quality: Document) -> float:
     """Return the FLOPs of a training step of `tome` relative to dense, mean over seeds."""
-    return fmean(by_seed(quality, ARMS["tome"][0], "step_flops").values())
+    return fmean(by_seed(quality, "tome", "step_flops").values())
 
 
 def single_images(results: Path) -> str:
@@ -219,7 +218,7 @@ def single_images(results: Path) -> str:
         OutdatedText: `tome` saves time there, or `evit` does not.
     """
     entry = min(strategy_entries(results, "inference"), key=batch_size)
-    measured = [name for name in ARMS if name in entry["ratios"] and is_reduced(entry, name)]
+    measured = [name for name in STRATEGIES if name in entry["ratios"] and is_reduced(entry, name)]
     slow = [name for name in measured if no_gain(entry["ratios"][name])]
     if "tome" not in slow or "evit" in slow:
         raise OutdatedText(f"{__file__}: expected `tome` without gain and `evit` with one")

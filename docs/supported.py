@@ -18,9 +18,10 @@ import torch
 import transformers
 from torch import nn
 
-from elip_models.analysis.supported_models import check_strategies, reason_of
+from elip_models.analysis.supported_models import check_strategies
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.saving.open_model import open_model
+from elip_models.vlm.strategy_list import reason_of
 
 PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"

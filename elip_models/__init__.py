@@ -11,27 +11,14 @@ if find_spec("elip_models.pretraining") is not None:  # the core works without i
     register_models("elip_models.pretraining.models.registry")
 
 __all__ = [
-    "ELIP",
     "LANGUAGE_STRATEGIES",
-    "STRATEGIES",
-    "TRIPS",
     "AdaptConfig",
-    "AdaptiveELIP",
-    "CrossGET",
-    "Dense",
-    "EViT",
-    "GuidedToMe",
-    "ImageResize",
     "Layer",
-    "PatchDropout",
-    "PiToMe",
-    "RandomPruning",
     "Schedule",
     "SlowScorerWarning",
     "Stage",
     "StageInfo",
     "Strategy",
-    "ToMe",
     "UnguidedWarning",
     "__version__",
     "adapt_",
@@ -43,6 +30,7 @@ __all__ = [
     "guidance",
     "is_reduced",
     "list_models",
+    "list_strategies",
     "load_reduced",
     "open_model",
     "record_stages",
@@ -65,10 +53,6 @@ LAZY = {
     "elip_models.reduction.encode": ("encode_image",),
     "elip_models.reduction.patch": ("guidance",),
     "elip_models.reduction.schedule": ("Schedule", "Stage"),
-    "elip_models.reduction.strategies": (
-        *("ELIP", "STRATEGIES", "TRIPS", "AdaptiveELIP", "CrossGET", "Dense", "EViT", "GuidedToMe"),
-        *("ImageResize", "PatchDropout", "PiToMe", "RandomPruning", "ToMe"),
-    ),
     "elip_models.reduction.strategy": ("Layer", "StageInfo", "Strategy"),
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
@@ -77,9 +61,12 @@ LAZY = {
         *("is_reduced", "record_stages", "reduce_", "reduction_summary", "unreduce_"),
     ),
     "elip_models.vlm.strategies": ("LANGUAGE_STRATEGIES",),
+    "elip_models.vlm.strategy_list": ("list_strategies",),
 }
 """The public names of each module, which is imported on first use: `elip --help` needs no torch."""
 MODULES = {name: module for module, names in LAZY.items() for name in names}
+STRATEGIES_MODULE = "elip_models.reduction.strategies"
+"""The module whose public names are public here too: the classes of all strategies."""
 
 if TYPE_CHECKING:
     from elip_kernels import __version__
@@ -89,24 +76,11 @@ if TYPE_CHECKING:
     from elip_models.integrations.peft.adapt_config import AdaptConfig
     from elip_models.pretraining.models.registry import create_model, list_models
     from elip_models.recovery.distill import distill
+    from elip_models.reduction import strategies
     from elip_models.reduction.encode import encode_image
     from elip_models.reduction.patch import guidance
     from elip_models.reduction.schedule import Schedule, Stage
-    from elip_models.reduction.strategies import (
-        ELIP,
-        STRATEGIES,
-        TRIPS,
-        AdaptiveELIP,
-        CrossGET,
-        Dense,
-        EViT,
-        GuidedToMe,
-        ImageResize,
-        PatchDropout,
-        PiToMe,
-        RandomPruning,
-        ToMe,
-    )
+    from elip_models.reduction.strategies import *  # noqa: F403, of its __all__
     from elip_models.reduction.strategy import Layer, StageInfo, Strategy
     from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.saving.open_model import open_model
@@ -120,15 +94,27 @@ if TYPE_CHECKING:
         unreduce_,
     )
     from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
+    from elip_models.vlm.strategy_list import list_strategies
+
+    __all__ += strategies.__all__
 else:
+    NAMES = __all__
+    del __all__  # made on first use, with the names of strategies
 
     def __getattr__(name: str) -> Any:
         """Import a public name on first use."""
-        if name not in MODULES:
+        if name.startswith("_") and name not in ("__all__", "__version__"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         with require_extra(name):
-            return globals().setdefault(name, getattr(import_module(MODULES[name]), name))
+            module = import_module(MODULES.get(name, STRATEGIES_MODULE))
+        if name == "__all__":
+            value = sorted([*NAMES, *module.__all__])
+        elif name in MODULES or name in module.__all__:
+            value = getattr(module, name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals().setdefault(name, value)
 
     def __dir__() -> list[str]:
         """Return the public names, including those that are not imported yet."""
-        return __all__
+        return __getattr__("__all__")

@@ -6,6 +6,7 @@
     elip convert
     elip data check | export               python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
+    elip strategies [MODEL]
     elip calibrate MODEL IMAGES            elip distill MODEL IMAGES
     elip demo [MODEL]
     elip embed SOURCE --model MODEL --output FOLDER
@@ -94,6 +95,10 @@ COMMANDS = {
     "models": (
         "models.models",
         "List the models that can be reduced; with FILTER, check models of timm by name.",
+    ),
+    "strategies": (
+        "strategies.strategies",
+        "List the strategies; with MODEL, those that can reduce it, and why others cannot.",
     ),
 }
 """The place of each command in `elip_models.commands`, imported when it is called, and its help."""

@@ -16,7 +16,7 @@ from elip_models.commands.evaluate_options import (
     write_scores,
 )
 from elip_models.pretraining.data import open_source
-from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.strategy_spec import fit_strategy, get_strategy
 from elip_models.validation import as_config_error
 
 
@@ -40,7 +40,7 @@ def selection(
     with as_config_error("--data", inner="spec"):
         source = open_source(data, image_size=trained.config.image_size)
     with as_config_error("--strategy"):
-        chosen = get_strategy(strategy).fitted(trained.tower) if strategy else None
+        chosen = fit_strategy(get_strategy(strategy), trained.tower) if strategy else None
     settings = {"limit": count, "batch_size": batch_size}
     scores = selection_scores(trained, source, tokenizer, chosen, **settings)
     Console().print(*selection_tables(scores))

@@ -37,7 +37,7 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.reduction.strategy_spec import fit_strategy, get_strategy
 from elip_models.reduction.user_warnings import deliberately_slow
 from elip_models.towers import Tower
 from elip_models.validation import PositiveInt, check
@@ -99,7 +99,7 @@ def selection_scores(
     check("limit", limit, PositiveInt)
     check("batch_size", batch_size, PositiveInt)
     chosen = model.reduction if strategy is None else get_strategy(strategy)
-    selector = _Selector(model, tokenizer, chosen.fitted(model.tower))
+    selector = _Selector(model, tokenizer, fit_strategy(chosen, model.tower))
     shown = list(islice(_read(model, source), limit))
     if len(shown) < 2:
         raise DataError(f"source: expected two readable samples or more, got {len(shown)}")

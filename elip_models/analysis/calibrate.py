@@ -25,8 +25,9 @@ from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_side
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
+from elip_models.reduction.strategies import STRATEGIES as BUILT_IN
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.reduction.strategy_spec import get_strategy, option_types, parse_spec
 from elip_models.towers import Tower, as_reducible, as_tower
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
 from elip_models.vlm.patch import is_reduced, reduce_
@@ -38,19 +39,14 @@ METRICS: dict[str, Metric] = {
     "cosine": lambda dense, reduced: 1 - cosine(dense, reduced),
     "neighbours": lambda dense, reduced: 1 - neighbours(dense, reduced),
 }
-STRATEGIES = (
-    "tome:compare=tokens,keep_norm=true",
-    "tome",
-    "guided_tome:without_text=vision",
-    "resize",
-    "pitome",
-    "crossget:without_text=vision",
-    "evit",
-    "adaptive:without_text=vision",
-    "elip:without_text=vision",
+LEFT_OUT = ("trips", "random")  # needs a text; a control
+STRATEGIES = tuple(
+    f"{name}:without_text=vision" if "without_text" in option_types(name) else name
+    for name, strategy in BUILT_IN.items()
+    if not strategy.training_only and name not in LEFT_OUT
 )
-"""Every strategy that reduces in inference and needs no text, except the control `random`. They are
-in the order of their results on photographs: a good one at first saves trials of the others."""
+"""Every built-in strategy that reduces in inference and needs no text, except the control `random`.
+They are in the order of their results on photographs: a good one first saves trials of others."""
 SHARES = tuple(round(0.95 - 0.05 * i, 2) for i in range(14))
 """Of the dense FLOPs, from 0.95 to 0.30."""
 MIN_IMAGES = 8
@@ -121,7 +117,7 @@ def _check_options(strategies: Any, **flags: Any) -> None:
     """Raise TypeError unless the strategies are texts, and the flags True or False."""
     for name, flag in flags.items():
         check(name, flag, bool)
-    if isinstance(strategies, str) or not all(isinstance(each, str) for each in strategies):
+    if isinstance(strategies, str) or not all(isinstance(text, str) for text in strategies):
         raise TypeError(
             f"strategies: expected a sequence of texts such as 'tome', got {shortened(strategies)}"
         )
@@ -130,7 +126,7 @@ def _check_options(strategies: Any, **flags: Any) -> None:
 def _with_class_token_only(text: str) -> str:
     """Return the strategy with this setting, if it has it."""
     name, settings = parse_spec(text)
-    if "class_token_only" not in kinds_of(name):
+    if "class_token_only" not in option_types(name):
         return text
     return f"{text}{',' if settings else ':'}class_token_only=true"
 
@@ -187,12 +183,12 @@ class _Features:
 
     def timed(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the trials with the time of a batch relative to dense."""
-        models = [self.model, *(self._reduced(each.strategy) for each in trials)]
+        models = [self.model, *(self._reduced(trial.strategy) for trial in trials)]
         batch = self.images[: self.batch_size]
         steps = {str(i): partial(model, batch) for i, model in enumerate(models)}
         times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
         ratios = ratios_to("0", times)
-        return [each._replace(time=ratios[str(i)]) for i, each in enumerate(trials, start=1)]
+        return [trial._replace(time=ratios[str(i)]) for i, trial in enumerate(trials, start=1)]
 
     def _reduced(self, strategy: Strategy) -> nn.Module:
         return reduce_(shared_copy(self.model), strategy=strategy)
@@ -225,7 +221,7 @@ class _Search:
             for share in SHARES:
                 self._is_within(strategy, share)
             return
-        within = (each.flops for each in self.trials if each.loss.high <= self.tolerance)
+        within = (trial.flops for trial in self.trials if trial.loss.high <= self.tolerance)
         best = min(within, default=1.0)
         shares = [share for share in SHARES if share < best - TOLERANCE]
         if not shares or not self._is_within(strategy, shares[0]):
@@ -245,7 +241,7 @@ class _Search:
         flops = inference_ratio(setting, size)
         if flops >= 1:  # nothing is reduced
             return True
-        trial = next((each for each in self.trials if each.strategy == setting), None)
+        trial = next((trial for trial in self.trials if trial.strategy == setting), None)
         if trial is None:
             self.progress(f"{strategy.name} at {flops:.2f} of the dense FLOPs")
             trial = Trial(setting, flops, self.features.loss(setting))

@@ -9,8 +9,8 @@ from torch import nn
 
 from elip_models.reduction.patch import strategy_by_default
 from elip_models.reduction.strategies import STRATEGIES
-from elip_models.towers import as_image_text, as_tower
-from elip_models.towers.unsupported import PLAIN
+from elip_models.towers import as_tower
+from elip_models.vlm.strategy_list import list_strategies, reason_of
 
 POOLING = {"token": "class token", "avg": "average", "map": "attention", "": "none"}
 FLAGS: dict[str, dict[str, Any]] = {
@@ -68,23 +68,10 @@ def _support(name: str, **options: Any) -> TimmSupport:
 
 
 def check_strategies(model: nn.Module) -> dict[str, str | None]:
-    """Return, for each strategy, the reason why it does not work, or None if it does.
+    """Return, for each strategy of image towers, why it does not work, or None if it does.
 
     Raises:
         TypeError: no strategy works; the message contains the reason.
     """
-    pair = as_image_text(model)
-    tower = as_tower(model if pair is None else pair.image_model)
-    reasons: dict[str, str | None] = {}
-    for name in STRATEGIES:
-        try:
-            STRATEGIES[name]().fitted(tower)
-            reasons[name] = None
-        except (TypeError, ValueError) as error:
-            reasons[name] = reason_of(error)
-    return reasons
-
-
-def reason_of(error: Exception) -> str:
-    """Return the part of an error message after 'got NAME: ', without the remedy of most models."""
-    return re.sub(r"^.*? got '?\w+'?: ", "", str(error)).removesuffix(f"; {PLAIN}")
+    entries = list_strategies(model)
+    return {entry.name: entry.why_unsupported for entry in entries if entry.name in STRATEGIES}

@@ -140,10 +140,10 @@ def open_visualized_model(
     return VisualizedModel(name, reducible.image_model, tower, chosen, guide, mean, std)
 
 
-def _changed(strategy: ELIP, tower: Tower, given: dict[str, Any], keep: float | None) -> ELIP:
-    """Return the strategy with the given options, after checking that it reduces the tower."""
-    check_keep(ELIP.name, given, keep)
-    strategy = replace(strategy, **given).fitted(tower)
+def _changed(strategy: ELIP, tower: Tower, options: dict[str, Any], keep: float | None) -> ELIP:
+    """Return the strategy with these options, after checking that it reduces the tower."""
+    check_keep(ELIP.name, options, keep)
+    strategy = replace(strategy, **options).fitted(tower)
     if not strategy.schedule.stages(tower.num_patches):
         raise ValueError(
             f"schedule: expected a group that keeps less than 100%, got '{strategy.schedule}'"

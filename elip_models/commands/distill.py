@@ -43,7 +43,7 @@ def distill(
         float | None, typer.Option(help="Mean share of tokens. Without --strategy: 0.5.")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="Strategy, such as tome or evit:keep_ratio=0.6.")
+        str | None, typer.Option(help="Strategy, such as merge or evit:keep_ratio=0.6.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Images in a step.")] = 8,

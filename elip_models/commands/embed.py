@@ -37,7 +37,7 @@ OPTIONS = {"model": "--model", "source": "SOURCE", "output": "--output"} | {
 Reduction = Annotated[
     str | None,
     typer.Option(
-        help="calibrated.json, a strategy such as tome, or none; default: as the model was saved."
+        help="calibrated.json, a strategy such as merge, or none; default: as the model was saved."
     ),
 ]
 

@@ -37,7 +37,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="ONNX file to write.")],
     strategy: Annotated[
         str | None,
-        typer.Option(help="Strategy, such as tome:r=8; default: that of reduce_, mostly tome."),
+        typer.Option(help="Strategy, such as tome:r=8; default: that of reduce_, mostly merge."),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Mean share of tokens over the layers.")

@@ -54,7 +54,7 @@ VisualizedData = Annotated[
 ]
 VisualizedStrategy = Annotated[
     str | None,
-    typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or tome."),
+    typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or merge."),
 ]
 VisualizedKeep = Annotated[
     float | None,

@@ -29,8 +29,8 @@ from elip_models.embedding.encoder import Encoder, dense_of
 from elip_models.images import decode_image
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 from elip_models.reduction.encode import encode_image
-from elip_models.reduction.flops import at_keep, kept_share
-from elip_models.reduction.strategies import DEFAULT_KEEP
+from elip_models.reduction.flops import DEFAULT_KEEP, at_keep, kept_share
+from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, deliberately_slow
@@ -43,7 +43,7 @@ MERGING = tuple(
     text.removesuffix(":without_text=vision") for text in STRATEGIES if text != "resize"
 )
 """Strategies whose tokens can be drawn: those of `calibrate` without `resize`."""
-DEFAULT_STRATEGY = "tome"
+DEFAULT_STRATEGY = DEFAULT.name
 MAX_CAPTIONS = 100
 ROUNDS = 3  # of the timing
 

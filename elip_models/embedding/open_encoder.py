@@ -5,16 +5,14 @@ import warnings
 
 from torch import nn
 
+from elip_models.reduction.flops import check_share
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.saving.dense_models import OPEN_CLIP_CONFIG, NewPartsWarning
 from elip_models.saving.open_model import model_folder, open_model, split_spec, split_weights
 from elip_models.validation import (
     ConfigError,
-    PositiveShare,
     as_config_error,
-    mismatch_error,
-    shortened,
 )
 from elip_models.vlm.patch import reduce_, strategies_in, unreduce_
 
@@ -63,11 +61,8 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
     Raises:
         ConfigError: the model cannot be reduced like this.
     """
-    if mismatch_error(keep, PositiveShare | None) is not None:
-        raise ConfigError(
-            f"keep: expected a number in (0, 1], the share of the tokens to keep, got "
-            f"{shortened(keep)}; pass 0.5 for half of them"
-        )
+    with as_config_error("keep", inner="keep"):
+        check_share(keep)
     if reduce is None and keep is None:
         return model
     if reduce == DENSE:

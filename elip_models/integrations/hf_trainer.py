@@ -15,7 +15,7 @@ with require_extra("elip_models.integrations"):
 class ReductionCallback(TrainerCallback):
     """A callback that reduces the Trainer's model by `reduce_`, and can end training dense.
 
-        Trainer(model, args, callbacks=[ReductionCallback("tome", until=0.9)], ..)
+        Trainer(model, args, callbacks=[ReductionCallback("merge", until=0.9)], ..)
 
     The state depends only on the Trainer's step count, so that a resumed run continues identically.
     An evaluation runs with the reduction of the step before it. After training the model keeps the

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import check_keep, get_strategy
 from elip_models.vlm.patch import reduce_
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> int | None:
 def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
     """Parse ['tome:r=8'], ['keep=0.7'] or both to a strategy and the arguments of `reduce_`."""
     shares = [word for word in words if word.startswith("keep=")]
-    names = [word for word in words if word not in shares] or ["tome"]
+    names = [word for word in words if word not in shares] or [DEFAULT.name]
     if len(names) > 1 or len(shares) > 1:
         raise ValueError(f"expected one strategy and one keep=SHARE, got {' '.join(words)!r}")
     options: dict[str, Any] = {"strategy": names[0]}

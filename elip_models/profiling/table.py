@@ -26,10 +26,17 @@ from elip_models.profiling.component_profile import (
 from elip_models.profiling.measure import measured_on, memory_kind
 from elip_models.profiling.runner import DENSE, MODES, ProfileRow, profile_model
 from elip_models.profiling.workload import Workload
+from elip_models.reduction.flops import check_share
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import check_keep, get_strategy, kinds_of, parse_spec
+from elip_models.reduction.strategy_spec import (
+    check_keep,
+    fit_strategy,
+    get_strategy,
+    option_types,
+    parse_spec,
+)
 from elip_models.reduction.summary import runs
 from elip_models.saving.files import write_json
 from elip_models.saving.open_model import FORMS, open_model
@@ -46,7 +53,7 @@ class ProfileSettings:
 
     models: tuple[str, ...]  # specs as in `open_model`
     strategies: tuple[str, ...]  # specs as in `get_strategy`; none: all strategies
-    schedule: str | None  # of strategies whose spec has none; None is ELIP's
+    schedule: str | None  # of strategies whose spec has none
     flops: float | None  # share of the dense tower's training FLOPs, set for every strategy
     keep: float | None  # mean share of tokens over the layers, set for every strategy
     batch_sizes: tuple[int, ...]
@@ -60,9 +67,10 @@ class ProfileSettings:
             raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.mode not in (*MODES, "both"):
             raise ConfigError(f"--mode: expected {', '.join(MODES)} or both, got {self.mode!r}")
-        for name, share in (("flops", self.flops), ("keep", self.keep)):
-            if share is not None and not 0 < share <= 1:
-                raise ConfigError(f"--{name}: expected a share of dense in (0, 1], got {share}")
+        if self.flops is not None and not 0 < self.flops <= 1:
+            raise ConfigError(f"--flops: expected a share of dense in (0, 1], got {self.flops}")
+        with as_config_error("--keep", inner="keep"):
+            check_share(self.keep)
         for name in ("flops", "schedule"):
             other = getattr(self, name)
             if other is not None and self.keep is not None:
@@ -185,13 +193,13 @@ def fit_strategies(
     for text in settings.compared:
         try:
             name_of_strategy, written = parse_spec(text)
-            takes = "schedule" in kinds_of(name_of_strategy) and "schedule" not in written
+            takes = "schedule" in option_types(name_of_strategy) and "schedule" not in written
             strategy = get_strategy(text, schedule=settings.schedule if takes else None)
-            strategy = strategy.fitted(workload.tower)
             if settings.flops is not None:
-                strategy = strategy.at_flops(workload.tower, settings.flops)
-            if settings.keep is not None:
-                strategy = strategy.at_keep(workload.tower, settings.keep)
+                fitted = strategy.fitted(workload.tower)
+                strategy = fitted.at_flops(workload.tower, settings.flops)
+            else:
+                strategy = fit_strategy(strategy, workload.tower, settings.keep)
             workload.forward(strategy)
         except (TypeError, ValueError) as error:
             left_out.append(LeftOut(name, text, " ".join(str(error).split())))

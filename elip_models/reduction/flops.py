@@ -16,6 +16,8 @@ from elip_models.validation import PositiveShare, check, mismatch_error, shorten
 
 S = TypeVar("S", bound="CostModel")
 
+DEFAULT_KEEP = 0.7
+"""The rate of every strategy whose rate is not set: the mean share of tokens over the layers."""
 TOLERANCE = 0.01  # relative to the target of `at_flops` and `at_keep`
 
 
@@ -132,14 +134,9 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
     """Return the strategy at the strength that leaves nearest to `keep` of the tokens.
 
     Raises:
-        ValueError: a smaller share than the strategy can leave.
+        TypeError, ValueError: no share, or a smaller one than the strategy can leave.
     """
-    error = mismatch_error(keep, PositiveShare)
-    if error is not None:
-        raise error(
-            f"keep: expected a number in (0, 1], the share of the tokens to keep, got "
-            f"{shortened(keep)}; pass 0.5 for half of them"
-        )
+    check_share(keep)
     best = _nearest(strategy, size, keep, kept_share)
     least = kept_share(strategy.at_strength(size, 1.0), size)
     if keep < least * (1 - TOLERANCE):
@@ -149,6 +146,25 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
             "layers to keep less"
         )
     return best
+
+
+def check_share(keep: float | None) -> None:
+    """Raise TypeError or ValueError unless `keep` is a share of the tokens, or None.
+
+    An integer is an error: a strategy of a language model takes it as a number of tokens.
+    """
+    if isinstance(keep, int) and not isinstance(keep, bool):
+        advice = f"pass {float(keep)}" if keep == 1 else "pass 0.5 for half of the tokens"
+        raise TypeError(
+            "keep: expected a float in (0, 1], the mean share of the tokens over the layers, got "
+            f"the integer {shortened(keep)}; {advice}"
+        )
+    error = mismatch_error(keep, PositiveShare | None)
+    if error is not None:
+        raise error(
+            "keep: expected a float in (0, 1], the mean share of the tokens over the layers, got "
+            f"{shortened(keep)}; pass 0.5 for half of the tokens"
+        )
 
 
 def _nearest(
@@ -162,5 +178,5 @@ def _nearest(
             low = middle
         else:
             high = middle
-    found = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
-    return min(found, key=lambda each: abs(share(each, size) - target))
+    settings = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
+    return min(settings, key=lambda setting: abs(share(setting, size) - target))

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -58,14 +58,17 @@ def strategy_of(saved: Any, named: Mapping[str, type] = NAMED) -> Any:
             f"strategy: expected one of {', '.join(named)}, got {shortened(name)}; pass an "
             f"instance of your own class as strategy=, or {UPGRADE}"
         )
-    kinds = {field.name: field for field in fields(named[name])}
-    _check_keys("settings.", settings, known=kinds)
-    needed = (key for key, field in kinds.items() if field.default is MISSING)
+    known = {field.name: field for field in fields(named[name])}
+    _check_keys("settings.", settings, known=known)
+    needed = (key for key, field in known.items() if field.default is MISSING)
     missing = next((key for key in needed if key not in settings), None)
+    rate = getattr(named[name], "keep_field", None)
+    if rate is not None and settings.get(rate) is None:
+        missing = rate  # no default is stored, so that a stored strategy never changes
     if missing is not None:
         raise ValueError(f"settings.{missing}: expected one for {name!r}, got none")
     read = {
-        key: _schedule(value) if kinds[key].type is Schedule else _tuples(value)
+        key: _schedule(value) if Schedule in get_args(known[key].type) else _tuples(value)
         for key, value in settings.items()
     }
     with as_config_error("settings"):

@@ -94,8 +94,11 @@ class Strategy(CostModel):
 
     Attributes:
         name: the key in `elip_models.STRATEGIES`.
+        summary: what the strategy does, in at most ten words.
+        place: where it acts, such as 'every block'.
         keep_field: the field that sets how many tokens stay. `reduce_(keep=..)` sets it, and raises
-            an error if the caller sets both. None: `keep` has no such counterpart.
+            an error if the caller sets both. If the field is None, the rate is `DEFAULT_KEEP`.
+            Without such a field (None), `keep` has no meaning.
         replaces_block: a step replaces its block; otherwise it runs before the block.
         replaces_later: `later` replaces every block without a step that follows the first step.
         runs_blocks: a step runs whole blocks to compute its scores; their outputs are discarded.
@@ -109,6 +112,8 @@ class Strategy(CostModel):
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    place: ClassVar[str] = ""
     keep_field: ClassVar[str | None] = None
     replaces_block: ClassVar[bool] = False
     replaces_later: ClassVar[bool] = False
@@ -140,13 +145,23 @@ class Strategy(CostModel):
         reason = self.refuses(tower)
         if reason is not None:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
-        if self.stages(tower.size) and self.merge == "none":
+        strongest = self.at_strength(tower.size, 1.0) if self.has_open_rate else self
+        if strongest.stages(tower.size) and self.merge == "none":
             reason = tower.refuses_dropping()
         if reason is not None:
             raise TypeError(
                 f"strategy: expected one that merges or drops nothing, got {self.name!r}: {reason}"
             )
         return self
+
+    @property
+    def has_open_rate(self) -> bool:
+        """Return whether the strategy has a `keep_field`, and its value is None."""
+        return self.keep_field is not None and getattr(self, self.keep_field) is None
+
+    def with_rate(self, size: TowerSize) -> Self:
+        """Return the strategy with its `keep_field` set: None becomes `DEFAULT_KEEP`."""
+        return flops.at_keep(self, size, flops.DEFAULT_KEEP) if self.has_open_rate else self
 
     def at(self, step: int) -> "Strategy":
         """Return the strategy for training step `step`, counted from 0."""
@@ -226,9 +241,10 @@ class Strategy(CostModel):
     def __str__(self) -> str:
         """Return the name, the number of tokens, and the settings that are not the default."""
         settings = (
-            f"{field.name}={_short(getattr(self, field.name))}"
+            f"{field.name}={_short(value)}"
             for field in fields(self)
-            if field.name == self.keep_field or getattr(self, field.name) != field.default
+            if (value := getattr(self, field.name)) is not None
+            and (field.name == self.keep_field or value != field.default)
         )
         return f"{self.name}({', '.join(settings)})"
 

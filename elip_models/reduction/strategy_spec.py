@@ -2,7 +2,7 @@
 
 A strategy is written as one line: a name in `STRATEGIES`, then its settings.
 
-    tome                                     the settings of its paper
+    tome                                     at `DEFAULT_KEEP` of the tokens
     tome:r=13
     evit:keep_ratio=0.7,layers=3,6,9
     elip:scorer=exact,schedule=2(100%) 4(50%)
@@ -12,12 +12,12 @@ A strategy is written as one line: a name in `STRATEGIES`, then its settings.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+from elip_models.reduction.flops import check_share
 from elip_models.reduction.serialization import read_strategy
-from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies import DEFAULT, STRATEGIES
 from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
-from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import Tower
 from elip_models.validation import (
@@ -33,10 +33,15 @@ from elip_models.validation import (
 SETTING = re.compile(r",\s*(?=\w+\s*=)")  # the commas that begin another setting
 NUMBERS = re.compile(r"[-+.0-9e]+(\s*,\s*[-+.0-9e]+)*,?")
 WORDS = {"true": True, "false": False, "none": None}
+S = TypeVar("S", bound=Strategy)
 
 
 class StrategyOptions(ELIPOptions, total=False):
-    """The options of all built-in strategies beside `schedule`, as keyword arguments."""
+    """The options of all built-in strategies beside `schedule`, as keyword arguments.
+
+    Written by hand, because type checkers read no table: this is what editors complete and mypy
+    checks. At run time the fields of the strategy's class decide.
+    """
 
     r: Count | Rate | tuple[Count, ...] | None
     compare: Literal["mean_key", "keys", "tokens"] | None
@@ -62,11 +67,12 @@ def resolve_strategy(
     keep: float | None,
     default: Callable[[], Strategy],
 ) -> Strategy:
-    """Return the strategy that the arguments of `reduce_` describe, fitted to the tower.
+    """Return the strategy that the arguments of `reduce_` describe, with its rate, for the tower.
 
     `options` include `schedule`; None as a value means not given. `default` returns the strategy if
     neither a strategy nor a schedule is given. It raises the errors of `reduce_`.
     """
+    check_share(keep)
     if tower.num_patches < 1:
         height, width = tower.image_size
         raise ValueError(
@@ -82,8 +88,17 @@ def resolve_strategy(
     else:
         chosen = get_strategy(strategy, **options)
         check_keep(strategy, options, keep)
-    chosen = chosen.fitted(tower)
-    return chosen if keep is None else chosen.at_keep(tower, keep)
+    return fit_strategy(chosen, tower, keep)
+
+
+def fit_strategy(strategy: S, tower: Tower, keep: float | None = None) -> S:
+    """Return the strategy with its open settings set for this tower, the rate included.
+
+    The rate is `keep`. Without it, it is that of the strategy's own option; if neither is set, it
+    is `DEFAULT_KEEP`.
+    """
+    fitted = strategy.fitted(tower)
+    return fitted.with_rate(tower.size) if keep is None else fitted.at_keep(tower, keep)
 
 
 def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
@@ -95,29 +110,29 @@ def get_strategy(strategy: str | Strategy, **options: Any) -> Strategy:
     Raises:
         TypeError, ValueError: an unknown name or setting, a wrong value, or a setting given twice.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     if _is_file(strategy):
         strategy = read_strategy(strategy)
     if isinstance(strategy, Strategy):
-        if given:
-            name, value = next(iter(given.items()))
+        if options:
+            name, value = next(iter(options.items()))
             raise ValueError(
                 f"{name}: expected it inside the instance, {strategy.name}({name}=..), since a "
                 f"Strategy instance takes no options, got {shortened(value)} beside it"
             )
         return strategy
-    return from_line(strategy, given)
+    return from_line(strategy, options)
 
 
-def from_line(line: str, given: Mapping[str, Any], table: Mapping[str, type] = STRATEGIES) -> Any:
-    """Return the dataclass of `table` that a line describes, with the settings `given` added.
+def from_line(line: str, options: Mapping[str, Any], table: Mapping[str, type] = STRATEGIES) -> Any:
+    """Return the dataclass of `table` that a line describes, with `options` added to its settings.
 
     Raises:
         TypeError, ValueError: an unknown name or setting, a wrong value, or a setting given twice.
     """
     name, settings = parse_spec(line, table)
-    known = kinds_of(name, table)
-    for key, value in given.items():
+    known = option_types(name, table)
+    for key, value in options.items():
         if key not in known:
             raise ValueError(
                 f"{key}: expected none with strategy={shortened(line)}, which takes "
@@ -127,7 +142,7 @@ def from_line(line: str, given: Mapping[str, Any], table: Mapping[str, type] = S
             raise ValueError(
                 f"{key}: expected it once, got {shortened(value)} beside strategy={shortened(line)}"
             )
-    return table[name](**settings, **given)
+    return table[name](**settings, **options)
 
 
 def _is_file(strategy: Any) -> bool:
@@ -139,23 +154,24 @@ def check_keep(
 ) -> None:
     """Raise ValueError if `keep` and the strategy's own option both set how many tokens stay.
 
-    `options` are given beside `strategy`. A field of an instance counts as given if it differs from
-    its default. `name` is the name of the target in the message.
+    `options` stand beside `strategy`. A field of an instance counts as set if it differs from its
+    default. `name` is the name of the target in the message.
     """
     if keep is None:
         return
     if _is_file(strategy):
         strategy = read_strategy(strategy)
     if isinstance(strategy, Strategy):
-        own, given = strategy.keep_field, {}
+        own, settings = strategy.keep_field, {}
         for field in fields(strategy):
             if getattr(strategy, field.name) != field.default:
-                given[field.name] = getattr(strategy, field.name)
+                settings[field.name] = getattr(strategy, field.name)
     else:
-        kind, settings = parse_spec(strategy)
-        own, given = STRATEGIES[kind].keep_field, {**settings, **options}
-    if given.get(own) is not None:
-        value = given[own] if isinstance(given[own], int | float | tuple) else str(given[own])
+        name_of_strategy, settings = parse_spec(strategy)
+        own, settings = STRATEGIES[name_of_strategy].keep_field, {**settings, **options}
+    if settings.get(own) is not None:
+        value = settings[own]
+        value = value if isinstance(value, int | float | tuple) else str(value)
         raise ValueError(
             f"{name}: expected no {own} beside it, since both set how many tokens stay, got "
             f"{name}={shortened(keep)} and {own}={shortened(value)}; pass one of the two"
@@ -165,18 +181,18 @@ def check_keep(
 def _check_no_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError if there is an option: the default strategy takes none."""
     for name, value in options.items():
-        owners = [key for key in STRATEGIES if name in kinds_of(key)]
+        owners = [key for key in STRATEGIES if name in option_types(key)]
         if not owners:
-            known = {option for key in STRATEGIES for option in kinds_of(key)} | {"keep"}
+            known = {option for key in STRATEGIES for option in option_types(key)} | {"keep"}
             raise ValueError(
                 f"{name}: expected an option of a strategy, got {name}={shortened(value)}"
                 f"{did_you_mean(name, sorted(known))}"
             )
-        reason = "is set by keep alone" if ToMe.name in owners else "has no such option"
+        reason = "is set by keep alone" if DEFAULT.name in owners else "has no such option"
         raise ValueError(
-            f"{name}: expected a strategy beside it, since the default, {ToMe.name!r}, {reason}, "
-            f"got {name}={shortened(value)}; strategies with it: {', '.join(map(repr, owners))}. "
-            f"Pass strategy={owners[0]!r}"
+            f"{name}: expected a strategy beside it, since the default, {DEFAULT.name!r}, "
+            f"{reason}, got {name}={shortened(value)}; strategies with it: "
+            f"{', '.join(map(repr, owners))}. Pass strategy={owners[0]!r}"
         )
 
 
@@ -198,7 +214,7 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
             f"{shortened(text)}{did_you_mean(name, table)}"
         )
     settings: dict[str, Any] = {}
-    kinds = kinds_of(name, table)
+    types = option_types(name, table)
     for setting in SETTING.split(rest) if colon else ():
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not key or not value:
@@ -210,28 +226,28 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
             raise ValueError(
                 f"{prefix}expected {shortened(key)} once in {shortened(text)}, got it twice"
             )
-        if key not in kinds:
+        if key not in types:
             raise ValueError(
-                f"{prefix}expected a setting of {name!r}, one of {', '.join(kinds)}, got "
-                f"{shortened(key)}{did_you_mean(key, kinds)}"
+                f"{prefix}expected a setting of {name!r}, one of {', '.join(types)}, got "
+                f"{shortened(key)}{did_you_mean(key, types)}"
             )
-        settings[key] = _value(kinds[key], key, value)
+        settings[key] = _value(types[key], key, value)
     return name, settings
 
 
-def kinds_of(name: str, table: Mapping[str, type] = STRATEGIES) -> dict[str, Any]:
+def option_types(name: str, table: Mapping[str, type] = STRATEGIES) -> dict[str, Any]:
     """Return the types of the settings of a strategy, or of another dataclass in `table`."""
-    return {each.name: each.type for each in fields(table[name])}
+    return {field.name: field.type for field in fields(table[name])}
 
 
-def _value(kind: Any, key: str, text: str) -> Any:
+def _value(type_: Any, key: str, text: str) -> Any:
     """Return the value that `text` writes: a number, several, a word, true, false or none."""
     value: Any = text
-    if text.lower() in WORDS and text not in get_args(kind):  # 'none' may be a choice
+    if text.lower() in WORDS and text not in get_args(type_):  # 'none' may be a choice
         value = WORDS[text.lower()]
     elif NUMBERS.fullmatch(text):
         value = _number(key, text)
-    if kind is bool and not isinstance(value, bool):
+    if type_ is bool and not isinstance(value, bool):
         raise ValueError(f"{key}: expected true or false, got {shortened(text)}")
     return value
 
@@ -240,8 +256,8 @@ def _number(key: str, text: str) -> int | float | tuple[int | float, ...]:
     """Return the number or the tuple of numbers that `text` writes."""
     try:
         numbers = tuple(
-            float(each) if {".", "e"} & {*each} else int(each)
-            for each in text.removesuffix(",").split(",")
+            float(number) if {".", "e"} & {*number} else int(number)
+            for number in text.removesuffix(",").split(",")
         )
     except ValueError:
         raise ValueError(f"{key}: expected a number, got {shortened(text)}") from None

@@ -48,7 +48,7 @@ def reduce_(
     """Make a model drop and merge image tokens, in place, and return it.
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
-        elip_models.reduce_(model)                       # ToMe, 70% of the tokens
+        elip_models.reduce_(model)                       # token merging, 70% of the tokens
         elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
         print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
 
@@ -70,11 +70,12 @@ def reduce_(
             is reduced.
         strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
             of `calibrate` such as 'best.json', or an instance. Without any argument, that of the
-            config of a saved transformers model; otherwise 'tome' at keep=0.7, or, if that cannot
+            config of a saved transformers model; otherwise 'merge' at keep=0.7, or, if that cannot
             be used, another one with a warning. For a language model 'diverse' at keep=0.5.
-        keep: the target: the mean share of tokens over the layers, in (0, 1], in place of the
-            strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). For a language model, a
-            float is the share of each image's tokens, 1.0 for all, and an int is their number.
+        keep: the target: the mean share of tokens over the layers, a float in (0, 1], in place of
+            the strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). Without both, every
+            strategy keeps 0.7. For a language model, a float is the share of each image's tokens,
+            1.0 for all, and an int is their number.
         schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
             depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
             Without `strategy` it selects ELIP.

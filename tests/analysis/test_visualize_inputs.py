@@ -162,7 +162,7 @@ def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
 
 def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     tiny_vit().save_pretrained(tmp_path)
-    pictured = open_visualized_model(f"hf:{tmp_path}", strategy="elip", scorer="last")
+    pictured = open_visualized_model(f"hf:{tmp_path}", schedule="clip", scorer="last")
     assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
     images = normalised(pictured, pairs)
     assert not differ(
@@ -281,7 +281,7 @@ TINY = ["--model", "clip_tiny", "--no-pretrained"]
         ),
         (
             [*TINY, "--data", "a.json", "--strategy", "tome", "--keep", "0"],
-            "--keep: expected a number in",
+            "--keep: expected a float in",
         ),
         (
             [*TINY, "--data", "emoji_scenes:size=1", "--strategy", "patch_dropout"],

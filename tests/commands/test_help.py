@@ -11,6 +11,7 @@ import typer
 import elip_models
 from benchmarks.studies.__main__ import study
 from benchmarks.studies.plan import study_names
+from elip_models import Dense
 from elip_models.cli import COMMANDS, app, as_program, load_command
 from elip_models.pretraining.tasks.registry import TASKS
 from elip_models.pretraining.training.recipe import recipe_names
@@ -92,7 +93,9 @@ def test_completion_reaches_the_commands_of_a_group():
 
 
 def test_every_public_name_is_imported_on_first_use():
-    assert set(elip_models.MODULES) == set(elip_models.__all__)
+    classes = {strategy.__name__ for strategy in (*elip_models.STRATEGIES.values(), Dense)}
+    names = {*elip_models.MODULES, *classes, "STRATEGIES"}
+    assert names == set(elip_models.__all__) == set(dir(elip_models))
     for name in elip_models.__all__:
         vars(elip_models).pop(name, None)
         assert getattr(elip_models, name) is vars(elip_models)[name]

@@ -25,11 +25,11 @@ def test_without_a_filter_every_family_has_a_row(capsys):
 @pytest.mark.parametrize(
     ("pattern", "row", "reason"),
     [
-        ("vit_tiny_patch16_224", ["tome", "", "", ""], ""),
-        ("deit_tiny_distilled*", ["tome", "", "", ""], ""),
+        ("vit_tiny_patch16_224", ["merge", "", "", ""], ""),
+        ("deit_tiny_distilled*", ["merge", "", "", ""], ""),
         (
             "beit_base_patch16_224",
-            ["tome", "resize", "", "1"],
+            ["merge", "resize", "", "1"],
             "1. the bias of its attention is that of one image size",
         ),
         ("cait_xxs24_224", ["none", "all", "", "1"], "1. it mixes its attention heads"),

@@ -13,7 +13,7 @@ from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training.recipe import load_recipe, recipe_names, save_recipe
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategy_spec import get_strategy, kinds_of
+from elip_models.reduction.strategy_spec import get_strategy, option_types
 from elip_models.validation import ConfigError
 from tests.fuzz.harness import Loss, command, kind, refused
 from tests.helpers.damage import picture
@@ -181,7 +181,7 @@ def studies(folder, rng):
 @kind(share=2)
 def strategies(folder, rng):
     name = rng.choice(sorted(STRATEGIES))
-    key = rng.choice([*kinds_of(name), "x"])
+    key = rng.choice([*option_types(name), "x"])
     groups = " ".join(
         f"{rng.choice((1, 2, 10**6))}({rng.choice((100, 50, 0, 1e-9))}%)" for _ in range(3)
     )

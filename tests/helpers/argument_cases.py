@@ -359,6 +359,7 @@ TABLE = OTHERS | {
         | {"lora_rank": [0, 1.5], "checkpoint": [3]},
     ),
     elip_models.list_models: (dict, {}),
+    elip_models.list_strategies: (dict, {"model": ["vit", timm.create_model("resnet18")]}),
     elip_models.open_model: (
         lambda: {"spec": "clip_tiny", "pretrained": False},
         {"spec": [None, 3, "nope", "timm:nope"], "pretrained": [1, None]},

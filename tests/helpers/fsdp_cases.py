@@ -26,6 +26,7 @@ from elip_models import (
     ToMe,
 )
 from elip_models.towers import as_tower
+from tests.helpers.strategies import with_every_strategy
 from tests.helpers.towers import WIDTH, clip_vit, images, plain_vit, text
 
 SCORERS = ["official", "exact", "attention", "cls", "last", "received", 2]
@@ -268,7 +269,7 @@ def part_of_a_sharded_model(rank):
         raise AssertionError("it was taken")
 
 
-STRATEGIES = {
+OWN_CASES = {
     "evit": EViT(0.7, layers=(1, 3)),
     "evit without gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "tome": ToMe(4),
@@ -281,6 +282,7 @@ STRATEGIES = {
     "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5),
     "nearest": ELIP(SCHEDULE, merge="nearest"),
 }
+STRATEGIES = with_every_strategy(OWN_CASES, leave_out=["trips"])  # a scorer of ELIP
 
 CASES = {
     **{f"patched {name}": partial(patched, strategy=s) for name, s in STRATEGIES.items()},

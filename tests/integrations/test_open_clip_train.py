@@ -100,7 +100,7 @@ def test_a_function_reads_a_replaced_global_and_its_module_does_not_change():
 
 def test_reduce_is_a_strategy_or_a_share_or_both():
     assert parse_reduce(["tome:r=8"])[1] == {"strategy": "tome:r=8"}
-    assert parse_reduce(["keep=0.7"])[1] == {"strategy": "tome", "keep": 0.7}
+    assert parse_reduce(["keep=0.7"])[1] == {"strategy": "merge", "keep": 0.7}
     spec, options = parse_reduce(["evit", "keep=0.7"])
     assert spec.name == "evit" and options == {"strategy": "evit", "keep": 0.7}
     with pytest.raises(ValueError, match="expected one strategy and one keep=SHARE, got"):

@@ -108,7 +108,7 @@ def test_a_model_is_reduced_with_no_further_argument(line, recwarn):
     assert found.shape == dense.shape and found.isfinite().all()
     assert not torch.equal(found, dense)
     assert reduction_summary(model).keep < 0.9
-    default = "diverse" if line.startswith("Llava") else "tome"
+    default = "diverse" if line.startswith("Llava") else "merge"
     assert reduction_summary(model).strategy.name == default
     assert not [each for each in recwarn if "default strategy" in str(each.message)]
 
@@ -146,8 +146,8 @@ REFUSED = {
         lambda: reduce_(plain_vit(), strategy="ToMe"),
         "got 'ToMe'; did you mean 'tome'",
     ),
-    "keep=50": (lambda: reduce_(plain_vit(), keep=50), "pass 0.5 for half of them"),
-    'keep="0.5"': (lambda: reduce_(plain_vit(), keep="0.5"), "pass 0.5 for half of them"),
+    "keep=50": (lambda: reduce_(plain_vit(), keep=50), "pass 0.5 for half of the tokens"),
+    'keep="0.5"': (lambda: reduce_(plain_vit(), keep="0.5"), "pass 0.5 for half of the tokens"),
     "reduce_(torch.compile(model))": (
         lambda: reduce_(torch.compile(plain_vit())),
         "got a compiled one; call reduce_ on the original module, then compile it",

@@ -208,7 +208,7 @@ def test_the_state_of_another_run_is_refused(
         ({"lr": 0}, ValueError, "lr: expected"),
         ({"lora_rank": 0}, ValueError, "lora_rank: expected"),
         ({"seed": -1}, ValueError, "seed: expected"),
-        ({"keep": 2}, ValueError, "keep: expected"),
+        ({"keep": 2.0}, ValueError, "keep: expected"),
         ({"strategy": "patch_dropout"}, ValueError, "strategy: expected one that reduces images"),
         ({"images": []}, TypeError, r"images: expected floating-point images .* got \[\]"),
         ({"images": images(4).byte()}, TypeError, "images: expected .* got torch.uint8"),

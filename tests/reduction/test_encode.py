@@ -150,6 +150,7 @@ def test_inference_cost_counts_the_scorer():
 def strategies():
     yield stage.ELIP(SCHEDULE)
     yield elip_models.RandomPruning(SCHEDULE)
+    yield elip_models.TokenMerging(4)
     yield elip_models.EViT(0.7, layers=(1, 3))
     yield elip_models.ToMe(4)
     yield elip_models.GuidedToMe(4)

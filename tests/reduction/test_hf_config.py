@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import elip_models
-from elip_models import ToMe, is_reduced, reduction_summary
+from elip_models import TokenMerging, ToMe, is_reduced, reduction_summary
 from elip_models.reduction.serialization import strategy_of
 from elip_models.validation import ConfigError
 from tests.helpers.models import HF, hf_clip, hf_vision
@@ -42,17 +42,18 @@ def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):
     elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
     model = elip_models.reduce_(transformers.AutoModel.from_pretrained(tmp_path))
     assert reduction_summary(model).strategy == ToMe(r=2)
-    assert reduction_summary(elip_models.reduce_(model)).strategy == ToMe().at_keep(model, 0.7)
-    model = transformers.AutoModel.from_pretrained(tmp_path)
-    assert reduction_summary(elip_models.reduce_(model, keep=0.8)).strategy == ToMe().at_keep(
-        model, 0.8
+    assert reduction_summary(elip_models.reduce_(model)).strategy == TokenMerging().at_keep(
+        model, 0.7
     )
+    model = transformers.AutoModel.from_pretrained(tmp_path)
+    expected = TokenMerging().at_keep(model, 0.8)
+    assert reduction_summary(elip_models.reduce_(model, keep=0.8)).strategy == expected
 
 
 def test_settings_that_cannot_be_read_are_an_error_of_a_plain_reduce_alone():
     model = hf_clip()
     model.config.elip = {"version": 1, "strategy": "mine.Own", "settings": {}}
-    with pytest.raises(ConfigError, match=r"CLIPConfig.elip: strategy: expected one of elip"):
+    with pytest.raises(ConfigError, match=r"CLIPConfig.elip: strategy: expected one of merge"):
         elip_models.reduce_(model)
     assert reduction_summary(elip_models.reduce_(model, strategy=ToMe(r=2))).strategy == ToMe(r=2)
 
@@ -83,7 +84,8 @@ def test_another_model_of_the_same_config_is_unchanged(tmp_path):
     config = transformers.ViTConfig(**HF)
     one, other = transformers.ViTModel(config), transformers.ViTModel(config)
     elip_models.reduce_(one, strategy=ToMe(r=4))
-    assert reduction_summary(elip_models.reduce_(other)).strategy == ToMe().at_keep(other, 0.7)
+    default = TokenMerging().at_keep(other, 0.7)
+    assert reduction_summary(elip_models.reduce_(other)).strategy == default
     elip_models.unreduce_(other)
     assert strategy_of(one.config.elip) == ToMe(r=4)
     assert elip_models.unreduce_(one).config is other.config is config

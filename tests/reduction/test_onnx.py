@@ -30,10 +30,12 @@ from elip_models import (
     PatchDropout,
     PiToMe,
     RandomPruning,
+    TokenMerging,
     ToMe,
 )
 from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, TOWERS, WITHOUT_CLS, hf_clip, ids, open_clip_pair
+from tests.helpers.strategies import with_every_strategy
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 
@@ -69,7 +71,7 @@ def assert_runs_alike(program, model, *args):
 
 
 VISION = {"schedule": SCHEDULE, "without_text": "vision"}
-CASES = {
+OWN_CASES = {
     **{f"elip {s}": ELIP(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
     "adaptive": AdaptiveELIP(**VISION, keep_mass=0.5),
     "guided_tome": GuidedToMe(4, weight=0.5),
@@ -81,15 +83,12 @@ CASES = {
     "nearest": ELIP(**VISION, merge="nearest"),
     "nearest adaptive": AdaptiveELIP(**VISION, keep_mass=0.5, merge="nearest"),
     "resize": ImageResize(32),
+    "merge": TokenMerging(4),
     "tome": ToMe(4),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
     "trips": TRIPS(**VISION),
 }
-
-
-def test_every_strategy_is_tested():
-    names = {case.name for case in CASES.values()} | {"random"}  # draws: has a test of its own
-    assert names == elip_models.STRATEGIES.keys()
+CASES = with_every_strategy(OWN_CASES, leave_out=["random"])  # draws: has a test of its own
 
 
 @pytest.mark.slow

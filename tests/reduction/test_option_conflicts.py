@@ -15,6 +15,7 @@ from elip_models import (
     ImageResize,
     PatchDropout,
     RandomPruning,
+    TokenMerging,
     ToMe,
     encode_image,
     reduce_,
@@ -54,7 +55,8 @@ BOTH = pytest.mark.parametrize("call", [reduce_, encode], ids=["reduce_", "encod
         lambda merge: reduce_(plain_vit(), strategy=f"evit:merge={str(merge).lower()}"),
         lambda merge: create_model("elip_clip_tiny", merge=merge),
         lambda merge: strategy_of(
-            {**settings_of(ELIP()), "settings": settings_of(ELIP())["settings"] | {"merge": merge}}
+            (stored := settings_of(ELIP("clip")))
+            | {"settings": stored["settings"] | {"merge": merge}}
         ),
     ],
 )
@@ -161,18 +163,22 @@ def test_the_command_line_refuses_both_too():
 @pytest.mark.parametrize(
     ("options", "has", "owners"),
     [
-        ({"merge": "nearest"}, "has no such option", "'elip', 'evit', 'trips', 'random'"),
-        ({"scorer": "exact"}, "has no such option", "'elip', 'trips', 'adaptive'"),
-        ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'elip', 'guided_tome'"),
+        (
+            {"merge": "nearest"},
+            "has no such option",
+            "'evit', 'elip', 'adaptive', 'trips', 'random'",
+        ),
+        ({"scorer": "exact"}, "has no such option", "'elip', 'adaptive', 'trips'"),
+        ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'guided_tome', 'crossget', 'elip'"),
         ({"keep_ratio": 0.5}, "has no such option", "'evit', 'patch_dropout'"),
         ({"size": 32}, "has no such option", "'resize'"),
-        ({"r": 8}, "is set by keep alone", "'tome', 'guided_tome', 'pitome', 'crossget'"),
+        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'guided_tome', 'pitome', 'crossget'"),
     ],
     ids=str,
 )
 def test_an_option_without_a_strategy_names_those_that_have_it(call, options, has, owners):
     name = next(iter(options))
-    start = f"{name}: expected a strategy beside it, since the default, 'tome', {has}, got {name}="
+    start = f"{name}: expected a strategy beside it, since the default, 'merge', {has}, got {name}="
     with pytest.raises(ValueError, match=start) as error:
         call(plain_vit(), **options)
     first = owners.partition(",")[0]
@@ -214,10 +220,10 @@ def test_every_entry_has_the_same_default(keep):
     model, x = plain_vit(), images()
     tokens = encode_image(model, x, keep=keep)
     strategy = reduction_summary(reduce_(model, keep=keep)).strategy
-    assert strategy == ToMe().at_keep(model, keep or 0.7)
+    assert strategy == TokenMerging().at_keep(model, keep or 0.7)
     assert torch.equal(model.forward_features(x), tokens)
     shown = open_visualized_model("timm:vit_tiny_patch16_224", pretrained=False, keep=keep)
-    assert shown.strategy == ToMe().at_keep(shown.tower, keep or 0.7)
+    assert shown.strategy == TokenMerging().at_keep(shown.tower, keep or 0.7)
 
 
 def test_a_saved_model_has_its_own_default_in_every_entry(tmp_path):
@@ -227,7 +233,7 @@ def test_a_saved_model_has_its_own_default_in_every_entry(tmp_path):
     tokens = encode_image(model, x)
     assert torch.equal(tokens, encode_image(model, x, strategy=ToMe(r=2)))
     assert torch.equal(
-        encode_image(model, x, keep=0.8), encode_image(model, x, strategy="tome", keep=0.8)
+        encode_image(model, x, keep=0.8), encode_image(model, x, strategy="merge", keep=0.8)
     )
     assert reduction_summary(reduce_(model)).strategy == ToMe(r=2)
 
@@ -252,7 +258,7 @@ def test_another_strategy_than_the_default_is_named_once(call, recwarn):
         call(replaced_block())
     (found,) = (each for each in recwarn if "default strategy" in str(each.message))
     message = str(found.message)
-    assert "using 'elip' in place of 'tome', the default strategy, on this Vision" in message
+    assert "using 'elip' in place of 'merge', the default strategy, on this Vision" in message
     assert "a block was replaced" in message and "Pass strategy='elip'" in message
     assert found.filename == __file__
     recwarn.clear()

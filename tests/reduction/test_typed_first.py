@@ -10,14 +10,14 @@ import timm
 import torch
 
 import elip_models
-from elip_models import ELIP, ToMe
+from elip_models import ELIP, PatchDropout, TokenMerging, ToMe
 from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import warn_once
 from elip_models.towers import as_tower
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
-from tests.helpers.towers import images, plain_vit, text
+from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
 
 def vit(depth=12, **options):
@@ -27,11 +27,11 @@ def vit(depth=12, **options):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 12, 24])
-def test_no_argument_means_tome_at_any_depth(depth):
+def test_no_argument_means_merge_at_any_depth(depth):
     model, x = vit(depth), torch.randn(1, 3, 224, 224)
     elip_models.reduce_(model)
     summary = elip_models.reduction_summary(model)
-    assert summary.strategy.name == "tome"
+    assert summary.strategy.name == "merge"
     assert summary.keep == pytest.approx(0.7 if depth > 1 else 0.75, abs=2 / 197)
     assert model(x).shape == (1, 3)
     elip_models.reduce_(model, keep=0.8)
@@ -50,7 +50,7 @@ def test_no_argument_means_shares_of_each_image():
         assert shares == pytest.approx(expected, abs=0.03)
 
 
-def test_what_tome_cannot_reduce_is_reduced_by_elip():
+def test_what_merge_cannot_reduce_is_reduced_by_elip():
     model = vit()
     model.blocks[3].forward = functools.partial(type(model.blocks[3]).forward, model.blocks[3])
     elip_models.reduce_(model)
@@ -61,9 +61,9 @@ def test_what_tome_cannot_reduce_is_reduced_by_elip():
 
 
 @pytest.mark.parametrize("depth", [3, 4, 12, 24])
-def test_elip_alone_means_the_papers_schedule_at_any_depth(depth):
+def test_a_preset_means_the_papers_schedule_at_any_depth(depth):
     model, x = vit(depth), torch.randn(1, 3, 224, 224)
-    elip_models.reduce_(model, strategy="elip")
+    elip_models.reduce_(model, schedule="clip")
     counts = [layer.attention for layer in elip_models.reduction_summary(model).tokens]
     assert sorted(set(counts), reverse=True) == [197, 178, 129, 80][-depth:]
     assert model(x).shape == (1, 3)
@@ -109,9 +109,12 @@ def test_one_number_in_a_forward():
             {"keep": 0.05, "strategy": "elip"},
             "keep: expected at least 0.17.*got 0.05; reduce in earlier layers",
         ),
-        ({"keep": 0}, "keep: expected a number in"),
-        ({"keep": True}, "keep: expected a number in"),
-        ({"keep": "0.7"}, "keep: expected a number in"),
+        ({"keep": 0}, "keep: expected a float in"),
+        ({"keep": True}, "keep: expected a float in"),
+        ({"keep": "0.7"}, "keep: expected a float in"),
+        ({"keep": 1}, "keep: expected a float in .* got the integer 1; pass 1.0"),
+        ({"keep": 2, "strategy": "tome"}, "keep: expected a float in .* got the integer 2; pass"),
+        ({"keep": 0, "schedule": SCHEDULE}, "keep: expected a float in .* got the integer 0; pass"),
         ({"strategy": "tom:r=8"}, "did you mean 'tome'"),
         ({"strategy": "tome:r=8", "schedule": "clip"}, "schedule: expected none"),
         ({"strategy": "elip:scorer=cls", "scorer": "exact"}, "scorer: expected it once"),
@@ -125,12 +128,12 @@ def test_wrong_arguments_raise(options, message):
 
 def test_at_flops_names_depth_and_schedule():
     with pytest.raises(ValueError, match=r"elip\(schedule='2\(100%\).* of 12 layers, got 0.05"):
-        ELIP().at_flops(vit(), 0.05)
+        ELIP("clip").at_flops(vit(), 0.05)
 
 
 def test_defaults_are_the_same_by_name_by_instance_and_by_line():
     found = []
-    for strategy in ("elip", ELIP(), "elip:schedule=clip", "elip:scorer=last"):
+    for strategy in ("elip", ELIP(), ELIP().at_keep(vit(), 0.7), "elip:scorer=last"):
         model = vit()
         elip_models.reduce_(model, strategy=strategy)
         found.append(elip_models.reduction_summary(model).strategy)
@@ -149,11 +152,11 @@ def test_encode_image_reduces_as_reduce_does():
     assert torch.equal(model.forward_features(x), alone)
 
 
-def test_a_tower_without_cls_token_is_reduced_by_tome():
+def test_a_tower_without_cls_token_is_reduced_by_merge():
     model, x = plain_vit(class_token=False, global_pool="avg").eval(), images()
     dense = model(x)
     elip_models.reduce_(model)
-    assert elip_models.reduction_summary(model).strategy == ToMe().at_keep(model, 0.7)
+    assert elip_models.reduction_summary(model).strategy == TokenMerging().at_keep(model, 0.7)
     assert not torch.equal(model(x), dense)
     elip_models.reduce_(model, keep=0.6)
     assert elip_models.reduction_summary(model).keep == pytest.approx(0.6, abs=0.05)
@@ -164,7 +167,7 @@ def test_a_summary_is_read_by_a_person():
     assert str(elip_models.reduction_summary(model)) == "dense: 12×197 tokens, not reduced"
     assert not elip_models.is_reduced(model)
     before = repr(model)
-    elip_models.reduce_(model, strategy="elip")
+    elip_models.reduce_(model, schedule="clip")
     said = str(elip_models.reduction_summary(model))
     for part in (
         "elip(schedule='2(100%) 2(90%) 6(65%) 2(40%)'",
@@ -177,12 +180,12 @@ def test_a_summary_is_read_by_a_person():
     assert elip_models.is_reduced(model)
     assert repr(copy.deepcopy(model)) == repr(model)
     assert repr(elip_models.unreduce_(model)) == before
-    tome = elip_models.reduction_summary(elip_models.reduce_(model))
-    assert "197 188 .. 88, 78 after the last\n" in str(tome)
+    merge = elip_models.reduction_summary(elip_models.reduce_(model))
+    assert "197 188 .. 88, 78 after the last\n" in str(merge)
 
 
 def test_the_summary_of_a_strategy_for_training_is_dense_in_inference():
-    summary = elip_models.reduction_summary(elip_models.reduce_(vit(), strategy="patch_dropout"))
+    summary = elip_models.reduction_summary(elip_models.reduce_(vit(), strategy=PatchDropout(0.5)))
     assert summary.forward_flops == 1 and summary.training_flops < 0.5
     for part in ("12×99 in training\n", "197 tokens in training,", "1.000 of dense in inference"):
         assert part in str(summary)

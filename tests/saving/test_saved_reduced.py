@@ -37,9 +37,10 @@ from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.saving.saved_reduced import SETTINGS, without_open_clip_log
+from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_clip, hf_vision, ids, output, output_of_pair
-from tests.helpers.towers import SCHEDULE, images
+from tests.helpers.towers import SCHEDULE, images, plain_vit
 from tests.pretraining.models.test_saving import CONFIG, pair
 
 VIT = {"img_size": 48, "patch_size": 8, "depth": 6, "num_classes": 5}
@@ -119,7 +120,7 @@ def test_our_model_is_loaded_as_its_config_says(tmp_path):
 
 EVERY = [
     Dense(),
-    ELIP(),
+    ELIP("clip"),
     ELIP(SCHEDULE, scorer=1, guidance_norm="match", without_text="vision"),
     ELIP(Schedule.parse(SCHEDULE, count_cls=True), scorer="exact", fusion=1.0, merge="none"),
     AdaptiveELIP(SCHEDULE, keep_mass=0.8),
@@ -127,7 +128,7 @@ EVERY = [
     TRIPS(SCHEDULE),
     RandomPruning(Schedule(((2, 1.0), (4, 1 / 3)))),
     EViT(keep_ratio=0.6, layers=(1, 3)),
-    EViT(layers="all"),
+    EViT(0.7, layers="all"),
     ToMe(r=(1, 2, 3, 4, 5, 6), proportional=False),
     PiToMe(r=2, margin=0.7),
     CrossGET(r=2, fusion=0.4),
@@ -135,6 +136,9 @@ EVERY = [
     PatchDropout(0.3, until=7),
     ImageResize(24),
 ]
+SIZE = as_tower(plain_vit()).size
+KNOWN = [type(strategy) for strategy in EVERY]
+EVERY += [cls().with_rate(SIZE) for cls in STRATEGIES.values() if cls not in KNOWN]
 
 
 @pytest.mark.parametrize("strategy", EVERY, ids=str)
@@ -144,8 +148,11 @@ def test_every_strategy_is_the_same_after_json(strategy):
     assert type(again) is type(strategy)
 
 
-def test_every_strategy_is_covered():
-    assert {type(each) for each in EVERY} == {*STRATEGIES.values(), Dense}
+@pytest.mark.parametrize("cls", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_stored_strategy_has_a_rate(cls):
+    """A default could change; what a model was saved with cannot."""
+    with pytest.raises(ValueError, match=f"settings.{cls.keep_field}: expected one for"):
+        strategy_of(settings_of(cls()))
 
 
 def test_a_schedule_at_any_flops_is_the_same_after_json():
@@ -166,7 +173,7 @@ def saved_timm(folder, strategy=None):
     [
         ({"version": 2}, "version: expected at most 1, .* got 2; upgrade elip-kernels"),
         ({"version": None}, "version: expected an integer at least 1, got None"),
-        ({"strategy": "tom"}, "strategy: expected one of elip, .* got 'tom'; pass an instance of"),
+        ({"strategy": "tom"}, "strategy: expected one of merge, .* got 'tom'; pass an instance of"),
         ({"colour": 1}, "colour: expected keys among version, strategy, settings, got 'colour'"),
         (
             {"settings": {"rr": 3}},
@@ -255,13 +262,13 @@ class Mine(ToMe):
 
 
 def test_a_custom_strategy_must_be_passed_again(tmp_path):
-    saved_timm(tmp_path, Mine())
+    saved_timm(tmp_path, Mine(r=3))
     with pytest.raises(
         ConfigError, match=r"strategy: expected one of .* got '.*Mine'; pass an instance"
     ):
         elip_models.load_reduced(tmp_path)
-    model = elip_models.load_reduced(tmp_path, strategy=Mine())
-    assert model.blocks[1].forward.reduction.strategy == Mine()
+    model = elip_models.load_reduced(tmp_path, strategy=Mine(r=3))
+    assert model.blocks[1].forward.reduction.strategy == Mine(r=3)
 
 
 def test_a_model_that_is_not_reduced_is_not_saved_as_reduced(tmp_path):

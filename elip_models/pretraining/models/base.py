@@ -37,6 +37,7 @@ from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
+from elip_models.reduction.strategy_spec import fit_strategy
 from elip_models.saving.files import read_config, read_tensors, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
 from elip_models.saving.meta_build import meta_device, with_memory
@@ -165,7 +166,7 @@ class PretrainedModel(
     def read_tower(self) -> None:
         """Set `tower`, `dense` and `reduction` from the image model and the config."""
         self.tower, self.dense = as_tower(self.visual), Dense()
-        self.reduction = self.config.reduction.fitted(self.tower)
+        self.reduction = fit_strategy(self.config.reduction, self.tower)
 
     def set_reduction(self, strategy: Strategy | None) -> None:
         """Replace the strategy of the forward and of the config; None makes the model dense.
@@ -174,7 +175,7 @@ class PretrainedModel(
             TypeError, ValueError: the config cannot store the strategy, or forbids it.
         """
         config = replace(self.config, **reduction_fields(strategy or self.dense))
-        self.reduction, self.config = config.reduction.fitted(self.tower), config
+        self.reduction, self.config = fit_strategy(config.reduction, self.tower), config
 
     def select_guidance(
         self,
@@ -216,7 +217,7 @@ class PretrainedModel(
         """Update what depends on the step, from 0, or the epochs so far, such as patch dropout."""
         dropout = self.config.reduction
         if isinstance(dropout, PatchDropout):
-            self.reduction = dropout.at(step).fitted(self.tower)
+            self.reduction = fit_strategy(dropout.at(step), self.tower)
 
     def clamp_temperature_(self) -> None:
         """Clamp the temperature to its interval, after a training step."""

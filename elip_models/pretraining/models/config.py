@@ -15,7 +15,7 @@ from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy, kinds_of, parse_spec
+from elip_models.reduction.strategy_spec import get_strategy, option_types, parse_spec
 from elip_models.towers.merge import Merge, check_merge
 from elip_models.validation import (
     Config,
@@ -94,7 +94,7 @@ class ReductionConfig(VisionConfig):
         strategy_options: further options of a strategy other than 'elip', such as {'r': 13}. Such a
             strategy also gets `schedule` and `without_text`, if it has them and they are not here.
         schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset. None: 'elip' does not reduce, and
-            other strategies use their own default.
+            other strategies without a rate of their own keep 0.7 of the tokens, as in `reduce_`.
         count_cls: whether keep ratios count CLS among the patches, as in the official CLIP code.
         guide_dropout: share of the images that training reduces without text.
 
@@ -149,7 +149,7 @@ class ReductionConfig(VisionConfig):
                 )
             return self.elip(schedule) if schedule else Dense()
         ours = {"schedule": schedule, "without_text": self.without_text}
-        left = kinds_of(name).keys() - written.keys() - options.keys()
+        left = option_types(name).keys() - written.keys() - options.keys()
         for field, value, _ in self._changed_fields():
             if field in OF_ELIP & left:  # `name` has this option too, and would not get it
                 raise ValueError(

@@ -40,6 +40,7 @@ class AdaptiveELIP(ELIP):
     """
 
     name: ClassVar[str] = "adaptive"
+    summary: ClassVar[str] = "keeps 90% of the CLS attention of each image"
     replaces_block: ClassVar[bool] = True
     replaces_later: ClassVar[bool] = True
     pads: ClassVar[bool] = True

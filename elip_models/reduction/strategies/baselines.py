@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elip_models.reduction.flops import Layer
-from elip_models.reduction.schedule import PAPER, Schedule, Stage
+from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import ELIP, Staged
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, least_share
@@ -25,6 +25,7 @@ class TRIPS(ELIP):
     """
 
     name: ClassVar[str] = "trips"
+    summary: ClassVar[str] = "as `elip`, but the text alone selects"
 
     scorer: ScorerName = 1
     fusion: Share = 0.0
@@ -59,8 +60,9 @@ class RandomPruning(RandomKeep):
     """
 
     name: ClassVar[str] = "random"
+    summary: ClassVar[str] = "control: random patches"
 
-    schedule: Schedule = PAPER
+    schedule: Schedule | None = None
     merge: Merge = "one"
     proportional: bool = False
 
@@ -70,16 +72,18 @@ class PatchDropout(RandomKeep):
     """Drop patches at random before block 0, in training alone (FLIP, Li et al., CVPR 2023).
 
     Attributes:
-        keep_ratio: the share of patches that stay, in (0, 1].
+        keep_ratio: the share of patches that stay, in (0, 1]. None: the share that `keep` requires.
         until: the first training step that sees all patches again; None means that all steps drop.
             `at(step)` returns the strategy of a step.
     """
 
     name: ClassVar[str] = "patch_dropout"
+    summary: ClassVar[str] = "drops random patches, in training only"
+    place: ClassVar[str] = "before the first block"
     keep_field: ClassVar[str | None] = "keep_ratio"
     training_only: ClassVar[bool] = True
 
-    keep_ratio: PositiveShare = 0.5
+    keep_ratio: PositiveShare | None = None
     until: Count | None = None
     merge: ClassVar[Merge] = "none"
 
@@ -100,13 +104,17 @@ class PatchDropout(RandomKeep):
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return one stage of all blocks, or none if all patches stay."""
-        keep = max(1, int(self.keep_ratio * size.num_patches))
+        keep = self._num_kept(size)
         return () if keep == size.num_patches else (Stage(0, size.depth, keep),)
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         """Return the kept and the prefix tokens in every block."""
-        tokens = size.num_prefix_tokens + max(1, int(self.keep_ratio * size.num_patches))
+        tokens = size.num_prefix_tokens + self._num_kept(size)
         return (Layer(tokens, tokens),) * size.depth
+
+    def _num_kept(self, size: TowerSize) -> int:
+        """Return the number of patches that stay."""
+        return max(1, int(self.with_rate(size).keep_ratio * size.num_patches))
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with the keep ratio of that strength."""

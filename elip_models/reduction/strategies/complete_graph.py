@@ -129,6 +129,7 @@ class PiToMe(CompleteGraph):
     """
 
     name: ClassVar[str] = "pitome"
+    summary: ClassVar[str] = "merges patches that are similar to many others"
 
     margin: Share = 0.9
 
@@ -162,6 +163,7 @@ class CrossGET(Guided, CompleteGraph):
     """
 
     name: ClassVar[str] = "crossget"
+    summary: ClassVar[str] = "merges similar patches with low CLS attention"
 
     compare: Literal["mean_key", "keys", "tokens"] = "keys"
     fusion: Share = ELIP.fusion

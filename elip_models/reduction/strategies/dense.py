@@ -15,6 +15,8 @@ class Dense(Strategy):
     """Keep all tokens of all blocks."""
 
     name: ClassVar[str] = "dense"
+    summary: ClassVar[str] = "keeps all tokens"
+    place: ClassVar[str] = "nowhere"
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return no stage."""

@@ -56,17 +56,20 @@ class ELIPOptions(TypedDict, total=False):
 class Staged(Strategy):
     """A strategy that reduces by a schedule, before the first block of each stage.
 
-    A subclass has the fields `schedule` (a `Schedule` or its text) and `merge`. It defines `score`.
+    A subclass has the fields `schedule` (a `Schedule`, its text, or None) and `merge`. It defines
+    `score`. Without a schedule, it has the stages of the paper's, with the ratios that `keep` sets.
     """
 
+    place: ClassVar[str] = "before each stage"
     keep_field: ClassVar[str | None] = "schedule"
 
-    schedule: Schedule
+    schedule: Schedule | None
     merge: Merge
     proportional: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
         check_merge(self.merge)
         check_fields(self)
         if self.proportional and self.merge != "nearest":
@@ -87,15 +90,22 @@ class Staged(Strategy):
 
     def fitted(self, tower: Tower) -> Self:
         """Return the strategy with its schedule scaled to the tower's depth."""
-        return replace(super().fitted(tower), schedule=self.schedule.for_depth(tower.depth))
+        fitted = super().fitted(tower)
+        if self.schedule is None:
+            return fitted
+        return replace(fitted, schedule=self.schedule.for_depth(tower.depth))
+
+    def schedule_for(self, size: TowerSize) -> Schedule:
+        """Return the schedule for the depth of a tower."""
+        return self.with_rate(size).schedule.for_depth(size.depth)
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return the stages of the schedule."""
-        return self.schedule.for_depth(size.depth).stages(size.num_patches)
+        return self.schedule_for(size).stages(size.num_patches)
 
     def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
         """Return the tokens in each block, as the schedule sets them."""
-        tokens = self.schedule.for_depth(size.depth).tokens_per_layer(
+        tokens = self.schedule_for(size).tokens_per_layer(
             size.num_patches, num_merged=self.num_merged, num_prefix_tokens=size.num_prefix_tokens
         )
         return tuple(Layer(n, n) for n in tokens)
@@ -143,7 +153,8 @@ class Staged(Strategy):
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with its schedule at that strength."""
-        return replace(self, schedule=self.schedule.at_strength(size.num_patches, strength))
+        schedule = self.schedule or PAPER.for_depth(size.depth)
+        return replace(self, schedule=schedule.at_strength(size.num_patches, strength))
 
 
 class Guided(Strategy):
@@ -206,7 +217,8 @@ class ELIP(Guided, Staged):
 
     Attributes:
         schedule: text such as '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the tower's
-            depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to it.
+            depth; or a preset, 'clip', 'albef', 'blip' or 'meter', the paper's schedules, which are
+            scaled to it. None: these stages, with the ratios that `keep` requires.
         scorer, fusion, guidance_norm, without_text, merge, proportional: see `ELIPOptions`. The
             paper uses scorer='exact' and without_text='dense', and so do its models here.
 
@@ -215,8 +227,9 @@ class ELIP(Guided, Staged):
     """
 
     name: ClassVar[str] = "elip"
+    summary: ClassVar[str] = "the paper's stages, text-guided, with the fast scorer `last`"
 
-    schedule: Schedule = PAPER
+    schedule: Schedule | None = None
     scorer: ScorerName = "last"
     fusion: Share = 0.8
     guidance_norm: Literal["none", "match"] = "none"
@@ -226,12 +239,13 @@ class ELIP(Guided, Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        lengths = [layers for layers, ratio in self.schedule.groups if ratio < 1]
-        shortest = min(lengths) if lengths else self.schedule.depth
+        schedule = self.schedule or PAPER
+        lengths = [layers for layers, ratio in schedule.groups if ratio < 1]
+        shortest = min(lengths) if lengths else schedule.depth
         if isinstance(self.scorer, int) and self.scorer > shortest:
             raise ValueError(
                 f"scorer: expected 1 <= m <= {shortest}, the layers of the shortest stage of "
-                f"'{self.schedule}', got {self.scorer}"
+                f"'{schedule}', got {self.scorer}"
             )
 
     @property

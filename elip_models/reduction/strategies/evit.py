@@ -29,7 +29,8 @@ class EViT(Strategy):
         x   = [x_prefix, the K most attended in descending order, sum_dropped a x]
 
     Attributes:
-        keep_ratio: the share of the candidates that each of `layers` keeps, in (0, 1].
+        keep_ratio: the share of the candidates that each of `layers` keeps, in (0, 1]. None: the
+            share that `keep` requires; the paper's is 0.7 in three layers.
         layers: 0-based block numbers; None means a quarter, half and three quarters of the depth
             (3, 6, 9 of 12), 'all' every block.
         attention_gradient: gradients reach the attention through the fused token, as in the
@@ -38,10 +39,12 @@ class EViT(Strategy):
     """
 
     name: ClassVar[str] = "evit"
+    summary: ClassVar[str] = "keeps the patches with high CLS attention"
+    place: ClassVar[str] = "three blocks"
     keep_field: ClassVar[str | None] = "keep_ratio"
     replaces_block: ClassVar[bool] = True
 
-    keep_ratio: PositiveShare = 0.7
+    keep_ratio: PositiveShare | None = None
     layers: Literal["all"] | tuple[Count, ...] | None = None
     attention_gradient: bool = True
     merge: Merge = "one"
@@ -67,6 +70,7 @@ class EViT(Strategy):
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return one stage per block in `layers` that drops patches."""
+        keep_ratio = self.with_rate(size).keep_ratio
         depth, candidates, stages = size.depth, size.num_patches, []
         at = self.layers
         if at is None:
@@ -76,7 +80,7 @@ class EViT(Strategy):
         if at[-1] >= depth:
             raise ValueError(f"layers: expected blocks below {depth}, the depth, got {at[-1]}")
         for i, following in pairwise((*at, depth)):
-            keep = math.ceil(self.keep_ratio * candidates)
+            keep = math.ceil(keep_ratio * candidates)
             if keep < candidates:
                 stages.append(Stage(i, following - i, keep))
                 candidates = keep + self.num_merged

@@ -41,6 +41,7 @@ class GuidedToMe(Guided, ToMe):
     """
 
     name: ClassVar[str] = "guided_tome"
+    summary: ClassVar[str] = "as `tome`, but patches with high CLS attention merge last"
 
     protect: Rate = 0.3
     weight: NonNegative = 0.0

@@ -20,10 +20,12 @@ class ImageResize(Strategy):
 
     Attributes:
         size: the height in pixels, a multiple of the patch size; the width keeps its proportion.
-            None means about three quarters of the image's height.
+            None: the height that `keep` requires.
     """
 
     name: ClassVar[str] = "resize"
+    summary: ClassVar[str] = "control: a smaller image"
+    place: ClassVar[str] = "the image"
     keep_field: ClassVar[str | None] = "size"
     changes_embedding: ClassVar[bool] = True
 
@@ -35,7 +37,7 @@ class ImageResize(Strategy):
     def pixels(self, size: TowerSize, image: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return the resized (h, w) of an image (H, W), by default of the tower's own size."""
         (height, width), patch = image or size.image, size.patch
-        smaller = patch * round(0.75 * height / patch) if self.size is None else self.size
+        smaller = self.with_rate(size).size
         if smaller % patch or smaller > height:
             raise ValueError(
                 f"size: expected a multiple of the patch, {patch}, up to {height}, the image's "

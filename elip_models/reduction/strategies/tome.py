@@ -30,7 +30,7 @@ class ToMe(Strategy):
 
     Attributes:
         r: how many tokens each block merges away: a number, a share of the image's patches, or one
-            number per block.
+            number per block. None: as many as `keep` requires.
         proportional: add log(size) to the attention scores, as the paper does.
         compare: the similarity of two tokens is the cosine of their keys, averaged over heads as in
             the paper ('mean_key'); of their keys of all heads ('keys'); or of the tokens
@@ -44,12 +44,14 @@ class ToMe(Strategy):
     """
 
     name: ClassVar[str] = "tome"
+    summary: ClassVar[str] = "merges the tokens with the most similar keys"
+    place: ClassVar[str] = "every block"
     keep_field: ClassVar[str | None] = "r"
     replaces_block: ClassVar[bool] = True
     takes_padding: ClassVar[bool] = True
     merge: ClassVar[Merge] = "nearest"
 
-    r: Count | Rate | tuple[Count, ...] = 8
+    r: Count | Rate | tuple[Count, ...] | None = None
     proportional: bool = True
     compare: Literal["mean_key", "keys", "tokens"] = "mean_key"
     keep_norm: bool = False
@@ -77,14 +79,15 @@ class ToMe(Strategy):
 
     def _merged_per_block(self, size: TowerSize) -> tuple[int, ...]:
         """Return how many tokens each block merges away."""
-        if isinstance(self.r, float):
-            total = round(self.r * size.depth * size.num_patches)
+        r = self.with_rate(size).r
+        if isinstance(r, float):
+            total = round(r * size.depth * size.num_patches)
             bounds = [total * i // size.depth for i in range(size.depth + 1)]
             return tuple(b - a for a, b in pairwise(bounds))
-        each = self.r if isinstance(self.r, tuple) else (self.r,) * size.depth
-        if len(each) != size.depth:
-            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(each)}")
-        return each
+        counts = r if isinstance(r, tuple) else (r,) * size.depth
+        if len(counts) != size.depth:
+            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(counts)}")
+        return counts
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return one stage per block, from the first that merges."""
@@ -125,8 +128,8 @@ class ToMe(Strategy):
         """Return the FLOPs of comparing the keys."""
         left = max(size.num_prefix_tokens - 1, 0)  # out of the comparison
         counts = (n - left for n in self.merging_counts(size))
-        pairs = ((n + 1) // 2 * (n // 2) for n in counts)
-        return sum(2 * self.channels(size) * each for each in pairs)
+        pairs = sum((n + 1) // 2 * (n // 2) for n in counts)
+        return 2 * self.channels(size) * pairs
 
     def channels(self, size: TowerSize) -> int:
         """Return the number of channels that are compared."""

@@ -21,6 +21,7 @@ from elip_models.pretraining.training.run_config import DataConfig, OptimConfig
 from elip_models.pretraining.training.yaml_config import from_mapping
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategy_spec import option_types
 from tests.helpers.tiers import tiered
 from tests.pretraining.models.test_clip import tiny
 
@@ -33,7 +34,6 @@ OPTIONS = {  # what a strategy asks for in a tower of 16 patches
     "crossget": {"r": 1},
     "resize": {"size": 16},
 }
-STAGED = ("elip", "trips", "random", "adaptive")
 
 
 def classifier(**overrides):
@@ -42,7 +42,7 @@ def classifier(**overrides):
 
 
 def reduced(strategy, **overrides):
-    schedule = SCHEDULE if strategy in STAGED else None
+    schedule = SCHEDULE if "schedule" in option_types(strategy) else None
     options = OPTIONS.get(strategy)
     return classifier(
         strategy=strategy,

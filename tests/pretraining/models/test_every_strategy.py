@@ -32,8 +32,6 @@ OPTIONS = {
 OTHERS = [name for name in STRATEGIES if name != "elip"]
 LEFT = {"evit": 10, "tome": 8, "patch_dropout": 9, "resize": 10, "adaptive": 10}
 LEFT |= {"trips": 10, "random": 10, "guided_tome": 8, "pitome": 8, "crossget": 8}
-DENSE = ("trips", "adaptive", "guided_tome", "crossget")  # without text
-DENSE += ("patch_dropout",)  # in evaluation
 MOMENTUM = ["albef", "blip"]
 CASES = [(family, strategy) for family in MODELS for strategy in OTHERS]
 QUICK = [
@@ -73,11 +71,13 @@ def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
 def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
     model, (images, ids, mask) = reduced(family, strategy), batch_of_four()
     tokens, infos = model.encode_image(images, model.encode_text(ids, mask)[:, 0])
-    assert tokens.shape == (4, LEFT[strategy], 16)
-    assert model.reduction.token_counts(model.tower.size)[-1].mlp == LEFT[strategy]
-    assert (mask_after(infos) is not None) == (strategy == "adaptive")
+    left = model.reduction.token_counts(model.tower.size)[-1].mlp
+    assert left == LEFT.get(strategy, left)
+    assert tokens.shape == (4, left, 16)
+    assert (mask_after(infos) is not None) == model.reduction.pads
+    is_dense = model.reduction.is_guided or model.reduction.training_only  # in inference, no text
     whole, _ = model.eval().encode_image(images)
-    assert whole.shape[1] == (17 if strategy in DENSE else LEFT[strategy])
+    assert whole.shape[1] == (17 if is_dense else left)
 
 
 @pytest.mark.parametrize("momentum", ["none", "shared", "own"])

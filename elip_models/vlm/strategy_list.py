@@ -1,0 +1,66 @@
+"""The strategies that `reduce_` takes: where they act, what guides them, and their default rate."""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+from elip_models.reduction.flops import DEFAULT_KEEP
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategy import Strategy, tower_of
+from elip_models.towers import Tower
+from elip_models.towers.unsupported import PLAIN
+
+
+class StrategyEntry(NamedTuple):
+    """One strategy of `list_strategies`.
+
+    Attributes:
+        name: what `reduce_` takes.
+        place: where it acts, such as 'every block'.
+        is_guided: whether a text changes which tokens stay.
+        keep: the rate if the caller sets none; None if a rate has no meaning.
+        summary: what it does, in at most ten words.
+        why_unsupported: the reason why it cannot reduce the model, or None.
+    """
+
+    name: str
+    place: str
+    is_guided: bool
+    keep: float | None
+    summary: str
+    why_unsupported: str | None = None
+
+
+def list_strategies(model: nn.Module | None = None) -> list[StrategyEntry]:
+    """Return all strategies by which `reduce_` can reduce a model.
+
+        [entry.name for entry in elip_models.list_strategies(model) if not entry.why_unsupported]
+
+    Args:
+        model: a model as of `reduce_`, whose entries have the reasons of those that it cannot take.
+            None: the strategies without a model.
+
+    Raises:
+        TypeError: no strategy can reduce the model, with the reason.
+    """
+    tower = None if model is None else tower_of(model)
+    return [_image_entry(cls(), tower) for cls in STRATEGIES.values()]
+
+
+def _image_entry(strategy: Strategy, tower: Tower | None) -> StrategyEntry:
+    """Return the entry of a strategy of image towers."""
+    reason = None
+    if tower is not None:
+        try:
+            strategy.fitted(tower)
+        except (TypeError, ValueError) as error:
+            reason = reason_of(error)
+    keep = None if strategy.keep_field is None else DEFAULT_KEEP
+    place, summary = strategy.place, strategy.summary
+    return StrategyEntry(strategy.name, place, strategy.is_guided, keep, summary, reason)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the part of an error message after 'got NAME: ', without the remedy of most models."""
+    return re.sub(r"^.*? got '?\w+'?: ", "", str(error)).removesuffix(f"; {PLAIN}")

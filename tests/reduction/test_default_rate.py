@@ -1,0 +1,166 @@
+"""One meaning of `keep` and one default rate for every strategy, and the list of all strategies."""
+
+import pytest
+import timm
+import torch
+
+import elip_models
+from elip_models import STRATEGIES, Dense, TokenMerging, ToMe, encode_image, reduce_
+from elip_models.embedding.open_encoder import set_reduction
+from elip_models.pretraining.models import create_model
+from elip_models.reduction.flops import DEFAULT_KEEP, kept_share
+from elip_models.reduction.strategy_spec import fit_strategy, get_strategy, option_types
+from elip_models.towers import as_tower
+from elip_models.validation import ConfigError
+from tests.helpers.models import siglip_vision
+from tests.helpers.tiny_run import elip
+from tests.helpers.towers import SCHEDULE, images, plain_vit
+
+MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2")
+every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+# the rate
+
+
+@pytest.mark.parametrize("model", MODELS)
+@every_strategy
+def test_every_strategy_has_the_rate_of_a_call_without_arguments(name, model):
+    default, named, asked = (on_meta(model) for _ in range(3))
+    rate = elip_models.reduction_summary(reduce_(default)).keep
+    summary = elip_models.reduction_summary(reduce_(named, name))
+    one_token = 0.05 if name == "resize" else 2 / 197  # a row or column of patches
+    assert summary.keep == pytest.approx(rate, abs=one_token)
+    assert rate == pytest.approx(DEFAULT_KEEP, abs=2 / 197)
+    reduce_(asked, name, keep=DEFAULT_KEEP)
+    assert summary.strategy == elip_models.reduction_summary(asked).strategy
+
+
+@every_strategy
+def test_a_name_a_line_and_an_instance_have_the_same_rate(name):
+    model = plain_vit()
+    tower = as_tower(model)
+    expected = elip_models.reduction_summary(reduce_(model, name)).strategy
+    assert elip_models.reduction_summary(reduce_(model, STRATEGIES[name]())).strategy == expected
+    assert fit_strategy(get_strategy(name), tower) == expected
+    assert fit_strategy(expected, tower) == expected
+    assert kept_share(STRATEGIES[name](), tower.size) == kept_share(expected, tower.size)
+
+
+def test_the_rate_of_an_instance_stays():
+    for strategy in (ToMe(3), TokenMerging(3), Dense()):
+        assert fit_strategy(strategy, as_tower(plain_vit())) == strategy
+
+
+def test_keep_sets_the_rate_of_an_instance_without_one():
+    model = reduce_(plain_vit(), ToMe(), keep=0.8)
+    assert elip_models.reduction_summary(model).strategy == ToMe().at_keep(model, 0.8)
+    with pytest.raises(ValueError, match="keep: expected no r beside it"):
+        reduce_(plain_vit(), ToMe(8), keep=0.8)
+
+
+def test_a_strategy_that_cannot_reach_the_default_rate_raises():
+    with pytest.raises(ValueError, match=r"keep: expected at least 0\.9.*got 0.7"):
+        reduce_(plain_vit(), "evit:layers=5,")
+    model = reduce_(plain_vit(), "evit:layers=5,", keep=0.95)
+    assert elip_models.reduction_summary(model).keep == pytest.approx(0.95, abs=0.02)
+
+
+def test_models_of_the_paper_keep_the_schedule_of_the_paper():
+    for family, schedule in (("clip", "clip"), ("albef", "albef"), ("blip", "blip")):
+        strategy = create_model(f"elip_{family}_tiny", schedule=schedule).reduction
+        assert [ratio for _, ratio in strategy.schedule.groups] == [1.0, 0.9, 0.65, 0.4]
+    merging = create_model("elip_clip_tiny", strategy="tome")
+    assert merging.reduction == ToMe().at_keep(merging.tower, DEFAULT_KEEP)
+
+
+# a share is a float
+
+
+@pytest.mark.parametrize("keep", [1, 2, 0, -1])
+@pytest.mark.parametrize(
+    "call",
+    [
+        reduce_,
+        lambda model, keep: encode_image(model, images(), keep=keep),
+        lambda model, keep: reduce_(model, "tome", keep=keep),
+        lambda model, keep: reduce_(model, ToMe(), keep=keep),
+        lambda model, keep: ToMe().at_keep(model, keep),
+        lambda model, keep: set_reduction(model, None, keep),
+        lambda model, keep: set_reduction(model, "none", keep),
+        lambda model, keep: elip_models.distill(model, images(8), keep=keep),
+        lambda model, keep: reduce_(model, schedule=SCHEDULE, keep=keep),
+    ],
+)
+def test_an_integer_is_an_error_that_offers_a_float(call, keep):
+    message = rf"^keep: expected a float in \(0, 1\], .* got the integer {keep}; pass "
+    with pytest.raises((TypeError, ConfigError), match=message + ("1.0" if keep == 1 else "0.5")):
+        call(plain_vit(), keep=keep)
+
+
+def test_all_tokens_are_a_float():
+    model, x = plain_vit(), images()
+    dense = model(x)
+    assert torch.equal(reduce_(model, keep=1.0)(x), dense)
+
+
+# the default strategy
+
+
+@pytest.mark.parametrize("keep", [None, 0.5])
+def test_merge_is_tome_that_compares_tokens_and_keeps_norms(keep):
+    model, x = plain_vit(), images()
+    line = "tome:compare=tokens,keep_norm=true"
+    expected = encode_image(model, x, strategy=line, keep=keep)
+    assert torch.equal(encode_image(model, x, strategy="merge", keep=keep), expected)
+    assert torch.equal(encode_image(model, x, keep=keep), expected)
+    assert not torch.equal(encode_image(model, x, strategy="tome", keep=keep), expected)
+    assert option_types("merge") == option_types("tome")
+
+
+# the list
+
+
+def test_the_list_has_every_strategy():
+    entries = {entry.name: entry for entry in elip_models.list_strategies()}
+    assert entries.keys() == STRATEGIES.keys()
+    guided = {"guided_tome", "crossget", "elip", "adaptive", "trips"}
+    assert {entry.name for entry in entries.values() if entry.is_guided} == guided
+    for entry in entries.values():
+        assert entry.keep == DEFAULT_KEEP and entry.place and entry.why_unsupported is None
+        assert 1 <= len(entry.summary.split()) <= 10
+
+
+def test_the_list_of_a_model_has_the_reasons():
+    reasons = {
+        entry.name: entry.why_unsupported for entry in elip_models.list_strategies(siglip_vision())
+    }
+    assert {name for name, reason in reasons.items() if reason} == {"evit"}
+    assert reasons["evit"] == "the tower has no CLS token, whose attention selects and fuses"
+    assert not any(entry.why_unsupported for entry in elip_models.list_strategies(plain_vit()))
+    with pytest.raises(TypeError, match="got ResNet"):
+        elip_models.list_strategies(timm.create_model("resnet18"))
+
+
+def test_the_command_prints_one_line_each(capsys):
+    assert elip("strategies") == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    entries = elip_models.list_strategies()
+    assert len(lines) == len(entries)
+    for line, entry in zip(lines, entries, strict=True):
+        assert line.split()[0] == entry.name
+        assert all(part in line for part in (entry.place, "0.7", entry.summary))
+        assert ("guides" in line) == entry.is_guided
+
+
+def test_the_command_gives_the_reasons_of_a_model(capsys):
+    assert elip("strategies", "timm:vit_base_patch16_siglip_224") == 0
+    printed = capsys.readouterr().out
+    assert "evit cannot: the tower has no CLS token" in printed and " merge " in printed
+    assert elip("strategies", "timm:resnet18") == 2
+    assert "error: MODEL: expected an image model" in capsys.readouterr().err
