@@ -43,6 +43,7 @@ def strategies(
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     console.print(table)
-    for entry in entries:
-        if entry.why_unsupported is not None:
-            console.print(f"{entry.name} cannot: {escape(entry.why_unsupported)}", highlight=False)
+    reasons = dict.fromkeys(entry.why_unsupported for entry in entries if entry.why_unsupported)
+    for reason in reasons:
+        names = ", ".join(entry.name for entry in entries if entry.why_unsupported == reason)
+        console.print(escape(f"not supported: {names}: {reason}"), highlight=False)

@@ -10,6 +10,8 @@ from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy, tower_of
 from elip_models.towers import Tower
 from elip_models.towers.unsupported import PLAIN
+from elip_models.vlm.families import find_multimodal
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 
 
 class StrategyEntry(NamedTuple):
@@ -45,7 +47,14 @@ def list_strategies(model: nn.Module | None = None) -> list[StrategyEntry]:
         TypeError: no strategy can reduce the model, with the reason.
     """
     tower = None if model is None else tower_of(model)
-    return [_image_entry(cls(), tower) for cls in STRATEGIES.values()]
+    reason = None
+    if model is not None and find_multimodal(model) is None:
+        reason = "it needs a multimodal language model"
+    entries = [_image_entry(cls(), tower) for cls in STRATEGIES.values()]
+    return entries + [
+        StrategyEntry(name, cls.place, cls.is_guided, cls().keep, cls.summary, reason)
+        for name, cls in LANGUAGE_STRATEGIES.items()
+    ]
 
 
 def _image_entry(strategy: Strategy, tower: Tower | None) -> StrategyEntry:

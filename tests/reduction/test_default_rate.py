@@ -12,8 +12,6 @@ from elip_models.reduction.flops import DEFAULT_KEEP, kept_share
 from elip_models.reduction.strategy_spec import fit_strategy, get_strategy, option_types
 from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
-from tests.helpers.models import siglip_vision
-from tests.helpers.tiny_run import elip
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2")
@@ -121,46 +119,3 @@ def test_merge_is_tome_that_compares_tokens_and_keeps_norms(keep):
     assert torch.equal(encode_image(model, x, keep=keep), expected)
     assert not torch.equal(encode_image(model, x, strategy="tome", keep=keep), expected)
     assert option_types("merge") == option_types("tome")
-
-
-# the list
-
-
-def test_the_list_has_every_strategy():
-    entries = {entry.name: entry for entry in elip_models.list_strategies()}
-    assert entries.keys() == STRATEGIES.keys()
-    guided = {"guided_tome", "crossget", "elip", "adaptive", "trips"}
-    assert {entry.name for entry in entries.values() if entry.is_guided} == guided
-    for entry in entries.values():
-        assert entry.keep == DEFAULT_KEEP and entry.place and entry.why_unsupported is None
-        assert 1 <= len(entry.summary.split()) <= 10
-
-
-def test_the_list_of_a_model_has_the_reasons():
-    reasons = {
-        entry.name: entry.why_unsupported for entry in elip_models.list_strategies(siglip_vision())
-    }
-    assert {name for name, reason in reasons.items() if reason} == {"evit"}
-    assert reasons["evit"] == "the tower has no CLS token, whose attention selects and fuses"
-    assert not any(entry.why_unsupported for entry in elip_models.list_strategies(plain_vit()))
-    with pytest.raises(TypeError, match="got ResNet"):
-        elip_models.list_strategies(timm.create_model("resnet18"))
-
-
-def test_the_command_prints_one_line_each(capsys):
-    assert elip("strategies") == 0
-    _, *lines = capsys.readouterr().out.splitlines()
-    entries = elip_models.list_strategies()
-    assert len(lines) == len(entries)
-    for line, entry in zip(lines, entries, strict=True):
-        assert line.split()[0] == entry.name
-        assert all(part in line for part in (entry.place, "0.7", entry.summary))
-        assert ("guides" in line) == entry.is_guided
-
-
-def test_the_command_gives_the_reasons_of_a_model(capsys):
-    assert elip("strategies", "timm:vit_base_patch16_siglip_224") == 0
-    printed = capsys.readouterr().out
-    assert "evit cannot: the tower has no CLS token" in printed and " merge " in printed
-    assert elip("strategies", "timm:resnet18") == 2
-    assert "error: MODEL: expected an image model" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""`list_strategies` and `elip strategies`: every strategy, where it acts, and why it cannot."""
+
+import pytest
+import timm
+
+import elip_models
+from elip_models import LANGUAGE_STRATEGIES, STRATEGIES
+from elip_models.reduction.flops import DEFAULT_KEEP
+from tests.helpers.models import siglip_vision
+from tests.helpers.tiny_run import elip
+from tests.helpers.towers import plain_vit
+from tests.vlm.models import build
+
+GUIDED = {"guided_tome", "crossget", "elip", "adaptive", "trips", "cdpruner", "fastv", "pyramid"}
+
+
+def reasons(model):
+    entries = elip_models.list_strategies(model)
+    return {entry.name: entry.why_unsupported for entry in entries if entry.why_unsupported}
+
+
+def test_the_list_has_every_strategy():
+    entries = {entry.name: entry for entry in elip_models.list_strategies()}
+    assert entries.keys() == STRATEGIES.keys() | LANGUAGE_STRATEGIES.keys()
+    assert {name for name, entry in entries.items() if entry.is_guided} == GUIDED
+    for name, entry in entries.items():
+        assert entry.keep == (DEFAULT_KEEP if name in STRATEGIES else 0.5)
+        assert entry.place and entry.why_unsupported is None
+        assert 1 <= len(entry.summary.split()) <= 10
+
+
+def test_the_list_of_a_model_has_the_reasons():
+    needs = dict.fromkeys(LANGUAGE_STRATEGIES, "it needs a multimodal language model")
+    assert reasons(plain_vit()) == needs
+    no_cls = {"evit": "the tower has no CLS token, whose attention selects and fuses"}
+    assert reasons(siglip_vision()) == needs | no_cls
+    grid = {"resize": "its language model has a token for each patch of the image"}
+    assert reasons(build("llava")[0]) == grid
+    with pytest.raises(TypeError, match="got ResNet"):
+        elip_models.list_strategies(timm.create_model("resnet18"))
+
+
+def test_the_command_prints_a_line_for_each_strategy(capsys):
+    assert elip("strategies") == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    entries = elip_models.list_strategies()
+    assert len(lines) == len(entries)
+    for line, entry in zip(lines, entries, strict=True):
+        assert line.split()[0] == entry.name
+        assert all(part in line for part in (entry.place, f"{entry.keep:g}", entry.summary))
+        assert ("guides" in line) == entry.is_guided
+
+
+def test_the_command_gives_the_reasons_of_a_model(capsys):
+    assert elip("strategies", "timm:vit_base_patch16_siglip_224") == 0
+    printed = capsys.readouterr().out
+    assert "not supported: evit: the tower has no CLS token" in printed and " merge " in printed
+    assert "not supported: diverse, cdpruner" in printed
+    assert elip("strategies", "timm:resnet18") == 2
+    assert "error: MODEL: expected an image model" in capsys.readouterr().err
