@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 Stats = tuple[Sequence[float], Sequence[float]]
@@ -54,15 +54,16 @@ class SampleError(Exception):
         return f"{self.id}: {self.reason}"
 
 
-def pixels_of(image: Image.Image, size: tuple[int, int]) -> "Tensor":
+def pixels_of(image: "Image.Image", size: tuple[int, int]) -> "Tensor":
     """Crop an RGB image at the centre to the shape (H, W), resized: (3, H, W) in [0, 1]."""
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     fitted = ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
     return pil_to_tensor(fitted).float() / 255
 
 
-def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
+def decode_image(file: BinaryIO | Path, sample_id: str) -> "Image.Image":
     """Decode an image to RGB.
 
     Transparency is composited on white. Of 16-bit channels, the upper 8 bits are kept.
@@ -77,7 +78,7 @@ def decode_image(file: BinaryIO | Path, sample_id: str) -> Image.Image:
         return _to_rgb(image)
 
 
-def decode_clip(path: Path, count: int) -> list[Image.Image]:
+def decode_clip(path: Path, count: int) -> "list[Image.Image]":
     """Decode `count` evenly spaced frames of a folder of images, by name, or of an animated image.
 
     Raises:
@@ -105,8 +106,10 @@ def _spaced(available: int, count: int, path: Path) -> list[int]:
 
 
 @contextmanager
-def open_image_file(file: BinaryIO | Path, sample_id: str) -> Iterator[Image.Image]:
+def open_image_file(file: BinaryIO | Path, sample_id: str) -> "Iterator[Image.Image]":
     """Open an image and read its header; errors inside the context become SampleError."""
+    with require_extra("decode_image"):
+        from PIL import Image, UnidentifiedImageError
     if isinstance(file, Path) and (problem := _file_problem(file)):
         raise SampleError(sample_id, f"{problem}: {file}")
     try:
@@ -140,7 +143,7 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _check_scans(image: Image.Image) -> None:
+def _check_scans(image: "Image.Image") -> None:
     """Raise ValueError if a JPEG has so many scans that decoding takes minutes."""
     if image.format not in ("JPEG", "MPO"):
         return
@@ -167,7 +170,10 @@ def _count_scans(jpeg: bytes) -> int:
     return scans
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: "Image.Image") -> "Image.Image":
+    import numpy as np
+    from PIL import Image
+
     if image.mode.startswith("I;16"):  # Pillow's convert would clip values above 255 to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
+
+from elip_models.validation import require_extra
+
+with require_extra("elip_models.saving"):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -6,14 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
 from elip_models.reduction.flops import dense_flops, strategy_flops
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import TowerSize
-from elip_models.validation import check
+from elip_models.validation import check, require_extra
+
+with require_extra("elip_models.saving"):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CARD = """---

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -20,7 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from elip_models.saving.files import read_object
 from elip_models.saving.weights import first_names
-from elip_models.validation import mismatch_error
+from elip_models.validation import mismatch_error, require_extra
+
+with require_extra("elip_models.saving"):
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError, safe_open
 
 LARGEST = 2**24
 DEEPEST = 1024
