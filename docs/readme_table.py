@@ -152,7 +152,8 @@ def note(
     source, times = photographs["photographs"], photographs["time"]
     costs = [row["flops"] for row in settings.values() if row["setting"].endswith(" 0.5")]
     count = source["images"] * source["sets"]
-    others = [name for name in STRATEGIES if setting_of(name, 0.5) not in settings]
+    measured = [name for name in STRATEGIES if name in training["ratios"]]
+    others = [name for name in measured if setting_of(name, 0.5) not in settings]
     return "\n".join(
         [
             f"- **Cosine, neighbours kept, time**: {photographs['model'].split(',')[0]}, not "
