@@ -16,7 +16,6 @@ __all__ = [
     "EViT",
     "GuidedToMe",
     "ImageResize",
-    "Layer",
     "PatchDropout",
     "PiToMe",
     "RandomPruning",
@@ -26,6 +25,7 @@ __all__ = [
     "StageInfo",
     "Strategy",
     "ToMe",
+    "TokenCounts",
     "UnguidedWarning",
     "__version__",
     "adapt_",
@@ -63,7 +63,7 @@ LAZY = {
         *("ELIP", "STRATEGIES", "TRIPS", "AdaptiveELIP", "CrossGET", "Dense", "EViT", "GuidedToMe"),
         *("ImageResize", "PatchDropout", "PiToMe", "RandomPruning", "ToMe"),
     ),
-    "elip_models.reduction.strategy": ("Layer", "StageInfo", "Strategy"),
+    "elip_models.reduction.strategy": ("StageInfo", "Strategy", "TokenCounts"),
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
     "elip_models.training.distill": ("distill",),
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
         RandomPruning,
         ToMe,
     )
-    from elip_models.reduction.strategy import Layer, StageInfo, Strategy
+    from elip_models.reduction.strategy import StageInfo, Strategy, TokenCounts
     from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.towers.sdpa import use_sdpa_
     from elip_models.training.distill import distill

@@ -10,7 +10,15 @@ from typing import ClassVar
 import timm
 import torch
 
-from elip_models import Layer, Stage, StageInfo, Strategy, encode_image, reduce_, reduction_summary
+from elip_models import (
+    Stage,
+    StageInfo,
+    Strategy,
+    TokenCounts,
+    encode_image,
+    reduce_,
+    reduction_summary,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Longest(Strategy):
         for stage in self.stages(size):
             left = size.num_prefix_tokens + stage.keep + 1  # the merged token is the last
             counts[stage.first :] = [min(left, size.num_tokens)] * stage.layers
-        return tuple(Layer(n, n) for n in counts)
+        return tuple(TokenCounts(n, n) for n in counts)
 
     def step(self, tower, stage, tokens, context):
         """Reduce tokens (B, N, D) to (B, p + keep + 1, D), p prefix tokens first."""

@@ -205,7 +205,7 @@ class PretrainedModel(
         """Update what depends on the step, from 0, or the epochs so far, such as patch dropout."""
         dropout = self.config.reduction
         if isinstance(dropout, PatchDropout):
-            self.reduction = dropout.at(step).fitted(self.tower)
+            self.reduction = dropout.for_step(step).fitted(self.tower)
 
     def clamp_temperature_(self) -> None:
         """Clamp the temperature to its interval, after a training step."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from elip_models.reduction.step import Forward
+from elip_models.reduction.step import ForwardState
 from elip_models.reduction.strategy import StageInfo
 
 MAX_REENTRANT = 64  # stored re-entrant passes of a block that wait for their backward
@@ -136,15 +136,15 @@ class Region:
     recomputation: the recomputation that runs now. done: its calls of each block so far.
     """
 
-    forwards: dict[int, list[Forward]] = field(default_factory=dict)
+    forwards: dict[int, list[ForwardState]] = field(default_factory=dict)
     recomputation: object = None
     done: dict[int, int] = field(default_factory=dict)
 
-    def add(self, i: int, forward: Forward) -> None:
+    def add(self, i: int, forward: ForwardState) -> None:
         """Add a call of block i."""
         self.forwards.setdefault(i, []).append(forward)
 
-    def next(self, i: int, recomputation: object) -> Forward:
+    def next(self, i: int, recomputation: object) -> ForwardState:
         """Return the forward pass of the next call of block i in this recomputation."""
         if self.recomputation != recomputation:
             self.recomputation, self.done = recomputation, {}
@@ -172,7 +172,7 @@ class Replay:
         """Copy without any forward pass."""
         return Replay, ()
 
-    def remember(self, i: int, forward: Forward) -> None:
+    def remember(self, i: int, forward: ForwardState) -> None:
         """Store that `forward` enters block i in the checkpoints that are open."""
         for pack in _open_checkpoints():
             if _is_forward(pack):
@@ -187,7 +187,7 @@ class Replay:
             if len(passes) > MAX_REENTRANT:
                 self.forgotten[i] = passes.popleft().number
 
-    def recall(self, i: int) -> Forward | None:
+    def recall(self, i: int) -> ForwardState | None:
         """Return the forward pass that block i is recomputed for; None if it runs first.
 
         Raises:
@@ -206,7 +206,7 @@ class Replay:
             )
         return region.next(i, packs[-1])
 
-    def _recall_reentrant(self, i: int) -> Forward:
+    def _recall_reentrant(self, i: int) -> ForwardState:
         number = torch._C._current_autograd_node()._sequence_nr()
         passes = self.reentrant.get(i, ())
         if len({each.thread for each in passes}) > 1:

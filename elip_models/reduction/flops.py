@@ -19,7 +19,7 @@ S = TypeVar("S", bound="CostModel")
 TOLERANCE = 0.01  # relative to the target of `at_flops` and `at_keep`
 
 
-class Layer(NamedTuple):
+class TokenCounts(NamedTuple):
     """The numbers of tokens in a block: through its attention, and through its MLP."""
 
     attention: int
@@ -42,7 +42,7 @@ class CostModel:
 
     training_only: ClassVar[bool] = False
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens in each block, prefix and merged tokens included; FLOPs follow."""
         raise NotImplementedError
 

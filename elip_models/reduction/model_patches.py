@@ -41,7 +41,7 @@ class PatchEmbedding:
                     f"than the image's, got {value!r:.80}; unreduce_ the model first"
                 )
         tower = self.reduction.tower
-        return tower.patchify(strategy.smaller(tower, images))
+        return tower.patchify(strategy.resize(tower, images))
 
 
 class EncodeTextFirst:

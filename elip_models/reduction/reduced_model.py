@@ -1,7 +1,7 @@
 """A reduced model: its `Reduction`, and the `ReducedBlock` that replaces the forward of each block.
 
 A `Reduction` has plain attributes, so that deepcopy and pickle copy it with the model, and the
-compiler can guard it. The state of one forward pass is in a `Forward`, which belongs to the thread
+compiler can guard it. The state of one forward pass is a `ForwardState`, of the thread
 that runs it and to the graph that may recompute it.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from elip_models.reduction import call_context
 from elip_models.reduction.call_context import DENSE_CALLS, Replay, records_of
 from elip_models.reduction.padding import mask_like, real_tokens
-from elip_models.reduction.step import BlockStep, Forward, blocks_of
+from elip_models.reduction.step import BlockStep, ForwardState, blocks_of
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
@@ -45,12 +45,12 @@ class Reduction:
     tower: Tower
     strategy: Strategy
     image_text: ImageTextModel | None = None
-    running: dict[int, Forward] = field(default_factory=dict)
+    running: dict[int, ForwardState] = field(default_factory=dict)
     replay: Replay = field(default_factory=Replay)
     guides: dict[int, Tensor] = field(default_factory=dict)
     text_cls: Tensor | None = None
     own_text: Tensor | None = None
-    forward: Forward | None = None
+    forward: ForwardState | None = None
     on_grid: bool = False
     has_own_mask: bool = False
     shared_config: Any = None
@@ -119,14 +119,14 @@ class Reduction:
         DENSE_CALLS.set(DENSE_CALLS.get()[:-1])
         self.running.pop(threading.get_ident(), None)
 
-    def begin_forward(self, i: int, tokens: Tensor, mask: Tensor | None) -> Forward:
+    def begin_forward(self, i: int, tokens: Tensor, mask: Tensor | None) -> ForwardState:
         """Create the forward pass whose `tokens` enter block i, guided by this thread's text."""
         text, on_grid = self._guidance(), self.on_grid
         if not torch.compiler.is_compiling():
             on_grid = any(each is self for each in DENSE_CALLS.get())
         num_tokens = tokens.shape[1] if i == self.first else None
         real = None if mask is None else real_tokens(mask, tokens)
-        forward = Forward(
+        forward = ForwardState(
             *(self.tower, self.strategy, text),
             num_tokens=num_tokens,
             on_grid=on_grid,
@@ -211,7 +211,7 @@ class Reduction:
         return _store_step(i, forward, forward.enter_block(i, tokens, kwargs))
 
 
-def _store_step(i: int, forward: Forward, step: BlockStep) -> BlockStep:
+def _store_step(i: int, forward: ForwardState, step: BlockStep) -> BlockStep:
     """Store the step in its forward pass; return it with slots only if the block needs them."""
     if step.info is not None:
         forward.infos[i], forward.slots[i] = step.info, step.slots
@@ -269,7 +269,11 @@ class ReducedBlock:
         """Run the block's own forward; or its sublayers, if it would read others' positions."""
         tower = self.reduction.tower
         if positions is not None and tower.reads_own_positions:
-            return tower.in_call(self.i, kwargs).at(positions).run_sublayers(self.i, tokens)
+            return (
+                tower.from_block_kwargs(self.i, kwargs)
+                .with_positions(positions)
+                .run_sublayers(self.i, tokens)
+            )
         if positions is not None:
             kwargs = tower.block_kwargs_at(kwargs, positions)
         return original_method(self.block, "forward", self.replaced)(tokens, *args, **kwargs)

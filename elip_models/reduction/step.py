@@ -3,7 +3,7 @@
     step = forward.enter_block(i, tokens)       the strategy acts, before block i or in its place
     tokens = block(step.tokens)                 unless the step replaced the block
 
-The state of one forward pass is in its `Forward`. The caller that runs the blocks makes one, and
+The state of one forward pass is its `ForwardState`. The caller that runs the blocks makes one, and
 enters the blocks in order: `encode_image`, the blocks of a reduced model, pictures and benchmarks.
 """
 
@@ -52,7 +52,7 @@ class BlockStep(NamedTuple):
     mask: Tensor | None = None
 
 
-class Forward:
+class ForwardState:
     """One forward pass of a tower under a strategy.
 
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
@@ -218,8 +218,8 @@ class Forward:
                 stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
         tower = self.tower
         if kwargs and tower.has_positions:
-            tower = tower.in_call(i, kwargs)
-        tower = tower if positions is None else tower.at(positions)
+            tower = tower.from_block_kwargs(i, kwargs)
+        tower = tower if positions is None else tower.with_positions(positions)
         context = Context(self.text_cls, previous, self.infos.get(i), self.row(i), mask, keep)
         if stage is None:
             tokens, _ = self._run(tower, i, tokens, context)
@@ -246,7 +246,7 @@ class Forward:
             groups = self.groups if previous is None else previous.groups
             return enter_in_groups(strategy, tower, i, tokens, context, groups)
         if stage is None:
-            return strategy.later(tower, i, tokens, previous), None
+            return strategy.run_later_block(tower, i, tokens, previous), None
         return strategy.step(tower, stage, tokens, context)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
@@ -282,7 +282,7 @@ class Forward:
         if self.replaces_block(i):
             return self.tower.in_block(i, lambda tokens: self.enter_block(i, tokens)[:2], tokens)
         tokens, info, positions, *_ = self.enter_block(i, tokens)
-        tower = self.tower if positions is None else self.tower.at(positions)
+        tower = self.tower if positions is None else self.tower.with_positions(positions)
         if cls_only:
             return tower.cls_block(i, tokens, tokens[:, 0])[:, None], info
         return tower.block(i, tokens), info

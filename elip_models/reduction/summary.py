@@ -6,7 +6,7 @@ from itertools import groupby
 
 from elip_models.reduction import flops
 from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import Layer, Strategy
+from elip_models.reduction.strategy import Strategy, TokenCounts
 from elip_models.towers import Tower
 
 
@@ -26,7 +26,7 @@ class Summary:
     """
 
     strategy: Strategy
-    tokens: tuple[Layer, ...]
+    tokens: tuple[TokenCounts, ...]
     dense_tokens: int
     keep: float
     forward_flops: float

@@ -78,12 +78,12 @@ class Tower(Positions):
 
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i."""
-        if self.runs_sublayers:
+        if self.must_run_sublayers:
             return self.in_block(i, lambda x: (self.run_sublayers(i, x), None), tokens)[0]
         return self.call(i, self.blocks[i], tokens)
 
     @property
-    def runs_sublayers(self) -> bool:
+    def must_run_sublayers(self) -> bool:
         """Return whether a block's own forward would read other positions than its tokens have."""
         return self.reads_own_positions and self.positions is not None
 
@@ -119,7 +119,7 @@ class Tower(Positions):
         forward = vars(block).get("forward")
         forward = original_method(block, "forward", getattr(forward, "replaced", forward))
         with self.unsharded(i, tokens) as (tokens,):
-            if self.runs_sublayers:
+            if self.must_run_sublayers:
                 return self.run_sublayers(i, tokens)
             return self.call(i, forward, tokens)
 

@@ -2,7 +2,7 @@
 
     x = x + residual1(out(attention(norm1(x))));  x = x + residual2(mlp(norm2(x)))
 
-All blocks compute this function; the names of its parts differ. A `Layer` is a row of these names;
+All blocks compute this function; the names of its parts differ. A `BlockNames` has these names;
 a part is a module, or a parameter that scales each channel. `run` calls parts in order.
 """
 
@@ -23,7 +23,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 Block = Callable[..., Tensor]
 
 
-class Layer(NamedTuple):
+class BlockNames(NamedTuple):
     """The names of a block's parts. Those with dots are of inner modules.
 
     attn: the module that has the projections. norm1, norm2: the norms before attention and MLP.
@@ -179,7 +179,7 @@ class TowerParts:
 
     model: nn.Module
     blocks: nn.Sequential | nn.ModuleList
-    names: Layer
+    names: BlockNames
     width: int
     depth: int
     num_heads: int

@@ -68,7 +68,7 @@ class ReductionCallback(TrainerCallback):
             self._resolve_strategy(model)
         strategy = self.strategy
         if isinstance(strategy, Strategy):
-            strategy = strategy.at(state.global_step)
+            strategy = strategy.for_step(state.global_step)
         reduce_(model, strategy=strategy, **self.options)
 
     def _resolve_strategy(self, model: nn.Module) -> None:

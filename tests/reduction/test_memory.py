@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models.reduction.call_context import MAX_REENTRANT
-from elip_models.reduction.step import Forward
+from elip_models.reduction.step import ForwardState
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text
 from tests.reduction.test_strategies import strategies
@@ -17,13 +17,13 @@ from tests.reduction.test_strategies import strategies
 @pytest.fixture
 def forwards(monkeypatch):
     """Return weak references to all forwards that were started."""
-    begun, original = [], Forward.__init__
+    begun, original = [], ForwardState.__init__
 
     def init(self, *args, **kwargs):
         begun.append(weakref.ref(self))
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Forward, "__init__", init)
+    monkeypatch.setattr(ForwardState, "__init__", init)
     return begun
 
 

@@ -13,7 +13,7 @@ import elip_models
 from elip_models.reduction import flops
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.strategies.elip import Staged
-from elip_models.reduction.strategy import Layer, Merge, StageInfo, Strategy
+from elip_models.reduction.strategy import Merge, StageInfo, Strategy, TokenCounts
 from elip_models.reduction.summary import Summary
 from elip_models.towers import as_tower
 from tests.helpers.models import TOWERS, eva, open_clip_pair, output, siglip_vision
@@ -60,7 +60,7 @@ class Lucky(Strategy):
         left = size.num_prefix_tokens + keep
         after = [size.num_tokens] * 2 + [left] * (size.depth - 2)
         before = [size.num_tokens] * 3 + [left] * (size.depth - 3)
-        return tuple(map(Layer, before, after))
+        return tuple(map(TokenCounts, before, after))
 
     def step(self, tower, stage, tokens, context):
         replay = context.replay
@@ -152,7 +152,7 @@ def test_it_compiles_in_one_graph(strategy):
 def test_token_counts_that_are_not_what_the_step_leaves_are_an_error():
     class Wrong(Longest):
         def token_counts(self, size):
-            return (Layer(size.num_tokens, size.num_tokens),) * size.depth
+            return (TokenCounts(size.num_tokens, size.num_tokens),) * size.depth
 
     with pytest.raises(ValueError, match="expected 'longest' to leave 37 tokens at block 1, the"):
         elip_models.encode_image(plain_vit(), images(), text(), strategy=Wrong())

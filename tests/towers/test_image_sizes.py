@@ -246,7 +246,7 @@ def test_resize_rotates_patches_by_their_place_in_the_smaller_image(name):
     smaller = copy.deepcopy(model)
     smaller.set_input_size((32, 32))
     strategy = ImageResize(32)
-    expected = smaller(strategy.smaller(as_tower(model), x))
+    expected = smaller(strategy.resize(as_tower(model), x))
     found = encode_image(model, x, strategy=strategy)
     assert found.shape[1] == model.num_prefix_tokens + 16
     torch.testing.assert_close(reduce_(model, strategy=strategy)(x), expected)
