@@ -21,6 +21,7 @@ from elip_models.reduction.model_patches import (
     PatchEmbedding,
     Refusal,
     Representation,
+    TrackCall,
     remove_hooks,
 )
 from elip_models.reduction.reduced_model import ReducedBlock, Reduction
@@ -36,7 +37,7 @@ from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 M = TypeVar("M", bound=nn.Module)
 Replacement = (ReducedBlock, PatchEmbedding, Refusal, Representation, DenseMethod)
 WITH_REDUCTION = (ReducedBlock, PatchEmbedding, Representation)
-Hook = EncodeTextFirst | CollectHiddenStates
+Hook = EncodeTextFirst | CollectHiddenStates | TrackCall
 
 
 def reduce_(
@@ -162,6 +163,8 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         _hook(tower.collector, CollectHiddenStates(reduction))
     if image_text is not None and strategy.is_guided:
         _hook(image_text.model, EncodeTextFirst(reduction))
+    for module in dict.fromkeys((tower.model, reduction.model)):
+        _hook(module, TrackCall(reduction))
 
 
 def _install_methods(reduction: Reduction) -> None:

@@ -4,10 +4,8 @@ import weakref
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import elip_models
-from elip_models.reduction.call_context import MAX_REENTRANT
 from elip_models.reduction.step import ForwardState
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text
@@ -67,15 +65,6 @@ def test_frozen_blocks_keep_nothing_either(forwards):
     loss.backward()
     del loss
     assert alive(forwards) == 0
-
-
-@pytest.mark.slow
-def test_what_reentrant_checkpoints_keep_is_bounded(forwards):
-    model, x = clip_vit(), images(1).requires_grad_()
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    for _ in range(MAX_REENTRANT + 5):
-        checkpoint(model, x, use_reentrant=True)
-    assert alive(forwards) == MAX_REENTRANT
 
 
 def test_a_forward_that_fails_is_discarded(forwards):
