@@ -10,15 +10,7 @@ from typing import ClassVar
 import timm
 import torch
 
-from elip_models import (
-    Stage,
-    StageInfo,
-    Strategy,
-    TokenCounts,
-    encode_image,
-    reduce_,
-    reduction_summary,
-)
+from elip_models import Stage, StageInfo, Strategy, TokenCounts, encode_image, reduce_
 
 
 @dataclass(frozen=True)
@@ -60,8 +52,8 @@ def main():
     model, images = timm.create_model("vit_tiny_patch16_224").eval(), torch.randn(2, 3, 224, 224)
     tokens, infos = encode_image(model, images, strategy=Longest(), return_info=True)
     print(f"{tokens.shape[1]} of 197 tokens; kept: {infos[0].reduction.kept[0, :8].tolist()} ..")
-    reduce_(model, strategy=Longest(), keep=0.7)
-    print(reduction_summary(model), f"\nlogits {tuple(model(images).shape)}")
+    strategy = Longest().at_keep(model, 0.7)  # what reduce_(model, Longest(), keep=0.7) takes
+    print(strategy, f"logits {tuple(reduce_(model, strategy)(images).shape)}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def scorer_agreement(
     strategy's own scorer is not used. `rows` of `forward_with_scores` add the scorer 'momentum'.
     """
     shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
-    return {name: [each.mean().item() for each in stages] for name, stages in shares.items()}
+    return {name: [share.mean().item() for share in stages] for name, stages in shares.items()}
 
 
 @torch.no_grad()
@@ -58,14 +58,14 @@ def agreement_by_image(
             continue
         keep = info.stage.keep
         reference = _dropped(tower, entered, info.attention, keep)
-        found = {
+        scores = {
             name: other.score(tower.with_positions(positions), info.stage, entered, text_cls)
             for name, other in others.items()
         }
         if rows:
-            found["momentum"] = momentum_forward.row(i)
+            scores["momentum"] = momentum_forward.row(i)
         forward.infos[i] = momentum_forward.infos[i] = info
-        for name, row in found.items():
+        for name, row in scores.items():
             both = _dropped(tower, entered, row, keep) & reference
             shares[name].append(both.sum(1) / reference.sum(1))
         candidates = entered.shape[1] - tower.num_prefix_tokens

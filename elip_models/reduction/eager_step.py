@@ -1,28 +1,18 @@
-"""Eager calls from a compiled block, in a separate file because it imports torch._dynamo.
+"""Eager calls from a compiled block, in a separate file because it imports torch._dynamo."""
 
-In the graph of a block that is compiled by itself, a recomputed block would score again, without
-the guidance.
-"""
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
-from elip_models.reduction.forward_passes import EnteredBlock
-from elip_models.reduction.reduced_model import Args, Kwargs, ReducedBlock
-
-
-@torch.compiler.disable
-def enter_eagerly(block: ReducedBlock, args: Args, kwargs: Kwargs) -> EnteredBlock:
-    """Enter the block outside of its graph; return the result without what a graph cannot read."""
-    try:
-        entered = block.enter(args, kwargs)
-    except BaseException:
-        block.reduction.eager.abandon()
-        raise
-    return entered._replace(step=entered.step._replace(info=None))
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @torch.compiler.disable
-def leave_eagerly(block: ReducedBlock, entered: EnteredBlock, tokens: Tensor) -> Tensor:
-    """Leave the block outside of its graph."""
-    return block.reduction.eager.leave_block(block.i, entered, tokens)
+def call_eagerly(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function outside of the graph of a block that is compiled by itself.
+
+    In the graph, a recomputed block would score again, without the guidance.
+    """
+    return function(*args, **kwargs)

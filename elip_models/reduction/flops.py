@@ -162,5 +162,5 @@ def _nearest(
             low = middle
         else:
             high = middle
-    found = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
-    return min(found, key=lambda each: abs(share(each, size) - target))
+    nearby = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
+    return min(nearby, key=lambda strategy: abs(share(strategy, size) - target))

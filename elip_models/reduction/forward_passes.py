@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elip_models.reduction import call_context
 from elip_models.reduction.call_context import DENSE_CALLS, Guide, guide_of, records_of
@@ -227,6 +227,20 @@ class GraphPass:
         if text_cls is not None and not torch.compiler.is_exporting():
             text_cls = call_context.own_guidance(text_cls)
         return self.reduction.begin_forward(i, tokens, mask, text_cls, on_grid=self.on_grid)
+
+
+class TrackCall:
+    """The pre-forward and forward hook of a model whose call a checkpoint may recompute."""
+
+    def __init__(self, reduction: Any) -> None:
+        self.reduction = reduction
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        """Begin the call before the forward, and end it after (with `output`)."""
+        if output:
+            self.reduction.passes.end_call(output[0])
+        else:
+            self.reduction.passes.begin_call()
 
 
 def _is_recomputed(guide: Guide | None) -> bool:

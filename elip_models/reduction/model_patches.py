@@ -44,20 +44,6 @@ class PatchEmbedding:
         return tower.patchify(strategy.resize(tower, images))
 
 
-class TrackCall:
-    """The pre-forward and forward hook of a model whose call a checkpoint may recompute."""
-
-    def __init__(self, reduction: Reduction) -> None:
-        self.reduction = reduction
-
-    def __call__(self, model: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
-        """Begin the call before the forward, and end it after (with `output`)."""
-        if output:
-            self.reduction.passes.end_call(output[0])
-        else:
-            self.reduction.passes.begin_call()
-
-
 class EncodeTextFirst:
     """The pre-forward and forward hook of a whole model: its text guides its image tower.
 

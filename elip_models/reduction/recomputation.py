@@ -28,10 +28,11 @@ REFUSED = (
     "checkpoint: expected use_reentrant=False on a reduced model, got a re-entrant one, whose "
     "recomputation cannot find its forward pass; pass use_reentrant=False"
 )
-OTHER_TEXT = (
-    "guidance: expected the text of the forward pass where activation checkpointing runs it again, "
-    "got another, since the checkpoint goes on after the model; enter guidance(model, ..) inside "
-    "of the checkpointed function, or checkpoint the model or its blocks alone"
+CHANGED = (
+    "guidance: expected the text and the strategy of the forward pass where activation "
+    "checkpointing runs it again, got others; call reduce_ before the forward. If the checkpoint "
+    "goes on after the model, enter guidance(model, ..) inside of the checkpointed function, or "
+    "checkpoint the model or its blocks alone"
 )
 
 
@@ -39,11 +40,11 @@ class Label:
     """A tensor saved for backward that names the forward pass which saved it.
 
     is_dropped: a checkpoint has not kept the tensor, and may run the call again.
-    output: a scalar whose graph node holds the tensor.
+    output: a tensor whose graph node holds it.
     """
 
     def __init__(self, forward: ForwardState | None, *, has_gradient: bool = False) -> None:
-        name = _ANCHOR.clone() if has_gradient else torch.zeros((), device="cpu")
+        name = _ANCHOR.clone() if has_gradient else torch.empty(0, device="cpu")
         name.forward_state = forward
         kept = weakref.ref(name)
         self.output = _Save.apply(name, _ANCHOR)
@@ -138,12 +139,14 @@ def can_recompute(tokens: Tensor) -> bool:
 
 def _check(forward: ForwardState, again: ForwardState | None) -> None:
     """Raise RuntimeError if the pass that ran again has selected other tokens."""
-    if again is None or again is forward or again.text_cls is forward.text_cls:
+    if again is None or again is forward:
+        return
+    if again.text_cls is forward.text_cls and again.strategy is forward.strategy:
         return
     for i, info in forward.infos.items():
         repeated = again.infos.get(i)
         if repeated is not None and not _same(info.reduction, repeated.reduction):
-            raise RuntimeError(OTHER_TEXT)
+            raise RuntimeError(CHANGED)
 
 
 def _same(one: Any, other: Any) -> bool:

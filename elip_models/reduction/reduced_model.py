@@ -170,11 +170,12 @@ class ReducedBlock:
         if not torch.compiler.is_compiling():
             return self._run_eagerly(args, kwargs)
         if self.block._compiled_call_impl is not None:
-            from elip_models.reduction.eager_step import enter_eagerly, leave_eagerly
+            from elip_models.reduction.eager_step import call_eagerly
 
-            entered = enter_eagerly(self, args, kwargs)
+            entered = call_eagerly(self._enter_for_graph, args, kwargs)
             tokens, others = self._run(entered.step, args, kwargs)
-            return self._output(leave_eagerly(self, entered, tokens), others)
+            leave = self.reduction.eager.leave_block
+            return self._output(call_eagerly(leave, self.i, entered, tokens), others)
         entered = self.enter(args, kwargs)
         return self._output(*self._run(entered.step, args, kwargs))
 
@@ -188,6 +189,15 @@ class ReducedBlock:
         except BaseException:
             passes.abandon()
             raise
+
+    def _enter_for_graph(self, args: Args, kwargs: Kwargs) -> EnteredBlock:
+        """Enter the block; return the result without `info`, which a graph cannot read."""
+        try:
+            entered = self.enter(args, kwargs)
+        except BaseException:
+            self.reduction.eager.abandon()
+            raise
+        return entered._replace(step=entered.step._replace(info=None))
 
     def _run(self, step: BlockStep, args: Args, kwargs: Kwargs) -> tuple[Tensor, Args]:
         """Run the block, unless the step has; return its tokens, and what it returns beside."""

@@ -110,7 +110,7 @@ def _guided_by(strategy: Strategy, is_whole: bool) -> str:
 
 def runs(counts: Iterable[int]) -> str:
     """Return counts as '2×197 2×178 6×129 2×80', or the first two and the last of many runs."""
-    found = [(len(list(same)), count) for count, same in groupby(counts)]
-    if len(found) > 6:
-        return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"
-    return " ".join(f"{times}×{count}" for times, count in found)
+    lengths = [(len(list(same)), count) for count, same in groupby(counts)]
+    if len(lengths) > 6:
+        return f"{lengths[0][1]} {lengths[1][1]} .. {lengths[-1][1]}"
+    return " ".join(f"{times}×{count}" for times, count in lengths)

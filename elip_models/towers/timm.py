@@ -136,7 +136,7 @@ class PlainTimm(Tower):
             return maps
         attn = self._attention(i)
         biases = (attn.q_bias, attn.k_bias, attn.v_bias)
-        return [Affine(each.weight, bias) for each, bias in zip(maps, biases, strict=True)]
+        return [Affine(known.weight, bias) for known, bias in zip(maps, biases, strict=True)]
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""

@@ -70,11 +70,10 @@ def test_the_page_has_its_three_diagrams_and_its_table():
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_call_runs_through_the_ten_files_of_the_page_at_most(name):
+def test_a_call_runs_through_the_files_of_the_page(name):
     column = 1 + list(STRATEGIES).index(name)
     expected = {str(located(row[0]).relative_to(ROOT)) for row in ROWS if row[column] == "yes"}
     model, x = plain_vit(), images()
     elip_models.reduce_(model, strategy=name, **STRATEGIES[name])
     model(x)
     assert traced(lambda: model(x)) == expected
-    assert len(expected) <= 10

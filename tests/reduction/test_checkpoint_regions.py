@@ -74,6 +74,14 @@ def test_a_checkpoint_with_the_loss_never_selects_by_another_text(other, blocks_
             loss.backward()
 
 
+def test_other_settings_before_backward_are_an_error():
+    model = reduced(scorer="last")
+    loss = checkpoint(and_loss(model), images(3), use_reentrant=False)
+    elip_models.reduce_(model, schedule=SCHEDULE, scorer=1)
+    with pytest.raises(RuntimeError, match="call reduce_ before the forward"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("strategy", ["tome", "evit", "random"])
 def test_what_no_text_guides_is_right_in_any_checkpoint(strategy):
     model, x = elip_models.reduce_(clip_vit(proj_drop_rate=0.1), strategy=strategy), images(3)

@@ -80,10 +80,10 @@ class ToMe(Strategy):
             total = round(self.r * size.depth * size.num_patches)
             bounds = [total * i // size.depth for i in range(size.depth + 1)]
             return tuple(b - a for a, b in pairwise(bounds))
-        each = self.r if isinstance(self.r, tuple) else (self.r,) * size.depth
-        if len(each) != size.depth:
-            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(each)}")
-        return each
+        merges = self.r if isinstance(self.r, tuple) else (self.r,) * size.depth
+        if len(merges) != size.depth:
+            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(merges)}")
+        return merges
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return one stage per block, from the first that merges."""
@@ -125,7 +125,7 @@ class ToMe(Strategy):
         left = max(size.num_prefix_tokens - 1, 0)  # out of the comparison
         counts = (n - left for n in self.merging_counts(size))
         pairs = ((n + 1) // 2 * (n // 2) for n in counts)
-        return sum(2 * self.channels(size) * each for each in pairs)
+        return sum(2 * self.channels(size) * count for count in pairs)
 
     def channels(self, size: TowerSize) -> int:
         """Return the number of channels that are compared."""
