@@ -19,7 +19,7 @@ from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import training_ratio
 from elip_models.reduction.schedule import PAPER
-from elip_models.reduction.step import Forward
+from elip_models.reduction.step import ForwardState
 from elip_models.reduction.strategies import STRATEGIES, Dense
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
@@ -53,7 +53,7 @@ def strategies_at_equal_flops(tower):
 
 def run(tower, image, text, strategy, replays=None):
     """Return the tokens of an image of any size and the info of each step; `replays` are reused."""
-    forward = Forward(tower, strategy, text, replays=replays)
+    forward = ForwardState(tower, strategy, text, replays=replays)
     tokens = tower.enter(tower.patchify(image))
     for i in range(tower.depth):
         tokens, info = forward.run_block(i, tokens)
@@ -74,7 +74,7 @@ def compare_with_fp64(model, strategies):
     image = torch.randn(1, 3, *tower.image_size, device=DEVICE, dtype=dtype)
     text = torch.randn(1, tower.width, device=DEVICE, dtype=dtype)
     every = {DENSE: Dense(), **strategies}
-    images = {name: image for name in every} | {"resize": every["resize"].smaller(tower, image)}
+    images = {name: image for name in every} | {"resize": every["resize"].resize(tower, image)}
     found = {name: run(tower, images[name], text, each) for name, each in every.items()}
     model.double()
     errors = {}

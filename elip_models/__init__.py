@@ -13,12 +13,12 @@ if find_spec("elip_models.pretraining") is not None:  # the core works without i
 __all__ = [
     "LANGUAGE_STRATEGIES",
     "AdaptConfig",
-    "Layer",
     "Schedule",
     "SlowScorerWarning",
     "Stage",
     "StageInfo",
     "Strategy",
+    "TokenCounts",
     "UnguidedWarning",
     "__version__",
     "adapt_",
@@ -53,7 +53,7 @@ LAZY = {
     "elip_models.reduction.encode": ("encode_image",),
     "elip_models.reduction.patch": ("guidance",),
     "elip_models.reduction.schedule": ("Schedule", "Stage"),
-    "elip_models.reduction.strategy": ("Layer", "StageInfo", "Strategy"),
+    "elip_models.reduction.strategy": ("TokenCounts", "StageInfo", "Strategy"),
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
     "elip_models.recovery.distill": ("distill",),
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from elip_models.reduction.patch import guidance
     from elip_models.reduction.schedule import Schedule, Stage
     from elip_models.reduction.strategies import *  # noqa: F403, of its __all__
-    from elip_models.reduction.strategy import Layer, StageInfo, Strategy
+    from elip_models.reduction.strategy import StageInfo, Strategy, TokenCounts
     from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.saving.open_model import open_model
     from elip_models.saving.saved_reduced import load_reduced, save_reduced

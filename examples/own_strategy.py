@@ -10,7 +10,7 @@ from typing import ClassVar
 import timm
 import torch
 
-from elip_models import Layer, Stage, StageInfo, Strategy, encode_image, reduce_, reduction_summary
+from elip_models import Stage, StageInfo, Strategy, TokenCounts, encode_image, reduce_
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Longest(Strategy):
         for stage in self.stages(size):
             left = size.num_prefix_tokens + stage.keep + 1  # the merged token is the last
             counts[stage.first :] = [min(left, size.num_tokens)] * stage.layers
-        return tuple(Layer(n, n) for n in counts)
+        return tuple(TokenCounts(n, n) for n in counts)
 
     def step(self, tower, stage, tokens, context):
         """Reduce tokens (B, N, D) to (B, p + keep + 1, D), p prefix tokens first."""
@@ -52,8 +52,8 @@ def main():
     model, images = timm.create_model("vit_tiny_patch16_224").eval(), torch.randn(2, 3, 224, 224)
     tokens, infos = encode_image(model, images, strategy=Longest(), return_info=True)
     print(f"{tokens.shape[1]} of 197 tokens; kept: {infos[0].reduction.kept[0, :8].tolist()} ..")
-    reduce_(model, strategy=Longest(), keep=0.7)
-    print(reduction_summary(model), f"\nlogits {tuple(model(images).shape)}")
+    strategy = Longest().at_keep(model, 0.7)  # what reduce_(model, Longest(), keep=0.7) takes
+    print(strategy, f"logits {tuple(reduce_(model, strategy)(images).shape)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.step import Forward
+from elip_models.reduction.step import ForwardState
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import Tower, as_tower
 
@@ -30,7 +30,7 @@ def scorer_agreement(
     strategy's own scorer is not used. `rows` of `forward_with_scores` add the scorer 'momentum'.
     """
     shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
-    return {name: [each.mean().item() for each in stages] for name, stages in shares.items()}
+    return {name: [share.mean().item() for share in stages] for name, stages in shares.items()}
 
 
 @torch.no_grad()
@@ -44,12 +44,12 @@ def agreement_by_image(
     rows: Mapping[int, Tensor] | None = None,
 ) -> dict[str | int, list[Tensor]]:
     """Return `scorer_agreement` for each image, (B,) for each stage."""
-    tower = as_tower(model).for_images(images)
+    tower = as_tower(model).resized_for(images)
     others = {name: replace(strategy, scorer=name) for name in scorers}
-    forward = Forward(tower, replace(strategy, scorer="exact"), text_cls)
+    forward = ForwardState(tower, replace(strategy, scorer="exact"), text_cls)
     names = (*scorers, *(["momentum"] if rows else []), "chance")
     shares: dict[str | int, list[Tensor]] = {name: [] for name in names}
-    momentum_forward = Forward(tower, forward.strategy, text_cls, rows=rows)
+    momentum_forward = ForwardState(tower, forward.strategy, text_cls, rows=rows)
     tokens = tower.embed(images)
     for i in range(tower.depth):
         entered, positions = tokens, forward.positions(i)
@@ -58,14 +58,14 @@ def agreement_by_image(
             continue
         keep = info.stage.keep
         reference = _dropped(tower, entered, info.attention, keep)
-        found = {
-            name: other.score(tower.at(positions), info.stage, entered, text_cls)
+        scores = {
+            name: other.score(tower.with_positions(positions), info.stage, entered, text_cls)
             for name, other in others.items()
         }
         if rows:
-            found["momentum"] = momentum_forward.row(i)
+            scores["momentum"] = momentum_forward.row(i)
         forward.infos[i] = momentum_forward.infos[i] = info
-        for name, row in found.items():
+        for name, row in scores.items():
             both = _dropped(tower, entered, row, keep) & reference
             shares[name].append(both.sum(1) / reference.sum(1))
         candidates = entered.shape[1] - tower.num_prefix_tokens

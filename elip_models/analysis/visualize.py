@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elip_kernels import unmerge
 from elip_models.analysis.chart_style import write_figure
-from elip_models.reduction.step import Forward
+from elip_models.reduction.step import ForwardState
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import Tower
@@ -85,8 +85,8 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
     over the patches. The result is (depth, len(shares)).
     """
     counts = [max(1, round(share * tower.num_patches)) for share in shares]
-    tower = tower.for_images(images)
-    forward, tokens, masses = Forward(tower, Dense()), tower.embed(images), []
+    tower = tower.resized_for(images)
+    forward, tokens, masses = ForwardState(tower, Dense()), tower.embed(images), []
     for i in range(tower.depth):
         row = tower.cls_attention(i, tokens, tokens[:, 0])[:, tower.num_prefix_tokens :]
         mass = row.sort(dim=1, descending=True).values.cumsum(1) / row.sum(1, keepdim=True)

@@ -69,7 +69,7 @@ class ReductionCallback(TrainerCallback):
             self._note_strategies(model)
         for strategy in self.strategies:
             if isinstance(strategy, Strategy):
-                strategy = strategy.at(state.global_step)
+                strategy = strategy.for_step(state.global_step)
             reduce_(model, strategy, **self.options)
 
     def _note_strategies(self, model: nn.Module) -> None:

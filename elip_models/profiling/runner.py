@@ -25,7 +25,7 @@ from elip_models.profiling.measure import (
     time_side_by_side,
 )
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.strategy import Layer, Strategy
+from elip_models.reduction.strategy import Strategy, TokenCounts
 from elip_models.reduction.user_warnings import deliberately_slow
 
 Mode = Literal["training", "inference"]
@@ -44,7 +44,7 @@ class ProfileRow:
     mode: Mode
     batch_size: int
     image_size: tuple[int, int]  # height and width in pixels
-    tokens: tuple[Layer, ...]  # of each block of the image tower
+    tokens: tuple[TokenCounts, ...]  # of each block of the image tower
     retained: float  # mean tokens over the layers, relative to dense
     forward_flops: float  # of one image or pair
     backward_flops: float
@@ -111,12 +111,12 @@ def profile_model(
     return rows
 
 
-def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tuple[Layer, ...]:
+def tokens_of(workload: Workload, strategy: Strategy | None, mode: Mode) -> tuple[TokenCounts, ...]:
     """Return the number of tokens in each block of the image tower."""
     size = workload.tower.size
     text_cls = torch.empty(workload.batch_size, size.width, device="meta")
     if strategy is None or not strategy.reduces(text_cls, mode == "training"):
-        return (Layer(size.num_tokens, size.num_tokens),) * size.depth
+        return (TokenCounts(size.num_tokens, size.num_tokens),) * size.depth
     return strategy.token_counts(size)
 
 

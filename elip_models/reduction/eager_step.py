@@ -1,18 +1,18 @@
 """Eager calls from a compiled block, in a separate file because it imports torch._dynamo."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 
-from elip_models.reduction.step import BlockStep
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @torch.compiler.disable
-def enter_eagerly(enter: Callable[..., BlockStep], args: Any, kwargs: Any) -> BlockStep:
-    """Return `enter(args, kwargs)` without `info`, which a graph cannot read.
+def call_eagerly(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function outside of the graph of a block that is compiled by itself.
 
-    It runs outside of the graph of a block that is compiled by itself: in the graph, a recomputed
-    block would score again, without the guidance.
+    In the graph, a recomputed block would score again, without the guidance.
     """
-    return enter(args, kwargs)._replace(info=None)
+    return function(*args, **kwargs)

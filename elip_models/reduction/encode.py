@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from elip_models.reduction.patch import is_reduced_tower, strategy_by_default
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.step import Forward
+from elip_models.reduction.step import ForwardState
 from elip_models.reduction.strategies.elip import check_text
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
@@ -133,11 +133,13 @@ def run_tower(
     last = tower.depth - 1
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
     text_cls = None if text_cls is None else text_cls.detach()
-    images = strategy.smaller(tower, images)
+    images = strategy.resize(tower, images)
     tokens = strategy.embed(tower, images)
     num_tokens = None if strategy.changes_embedding else tokens.shape[1]
-    tower = tower.for_images(images)
-    forward = Forward(tower, strategy, text_cls, num_tokens=num_tokens, replays=replays, rows=rows)
+    tower = tower.resized_for(images)
+    forward = ForwardState(
+        tower, strategy, text_cls, num_tokens=num_tokens, replays=replays, rows=rows
+    )
     run = forward.run_block
     if tower.checkpointing and tower.model.training:
         run = partial(checkpoint, forward.run_block, use_reentrant=False)

@@ -21,7 +21,7 @@ DEFAULT_KEEP = 0.7
 TOLERANCE = 0.01  # relative to the target of `at_flops` and `at_keep`
 
 
-class Layer(NamedTuple):
+class TokenCounts(NamedTuple):
     """The numbers of tokens in a block: through its attention, and through its MLP."""
 
     attention: int
@@ -44,7 +44,7 @@ class CostModel:
 
     training_only: ClassVar[bool] = False
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens in each block, prefix and merged tokens included; FLOPs follow."""
         raise NotImplementedError
 
@@ -178,5 +178,5 @@ def _nearest(
             low = middle
         else:
             high = middle
-    settings = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
-    return min(settings, key=lambda setting: abs(share(setting, size) - target))
+    nearby = [strategy.at_strength(size, strength) for strength in (0.0, low, high)]
+    return min(nearby, key=lambda strategy: abs(share(strategy, size) - target))

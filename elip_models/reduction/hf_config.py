@@ -54,14 +54,15 @@ def strategy_in(saved: Any) -> Strategy | None:
 def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduction]) -> None:
     """Remove the strategy from the configs of the modules; other models keep theirs."""
     modules = list(modules)
-    found = {id(config): config for module in modules if (config := _config_of(module)) is not None}
-    shared = [each.shared_config for each in reductions if each.shared_config is not None]
-    for config in found.values():
+    own_configs = map(_config_of, modules)
+    configs = {id(config): config for config in own_configs if config is not None}
+    shared = [r.shared_config for r in reductions if r.shared_config is not None]
+    for config in configs.values():
         if getattr(config, "elip", None) is None:
             continue
         own = copy.copy(config)
         del own.elip
-        same = (each for each in shared if type(each) is type(own) and vars(each) == vars(own))
+        same = (c for c in shared if type(c) is type(own) and vars(c) == vars(own))
         replace_config(modules, config, next(same, own))
 
 

@@ -41,7 +41,7 @@ class PatchEmbedding:
                     f"than the image's, got {value!r:.80}; unreduce_ the model first"
                 )
         tower = self.reduction.tower
-        return tower.patchify(strategy.smaller(tower, images))
+        return tower.patchify(strategy.resize(tower, images))
 
 
 class EncodeTextFirst:
@@ -57,15 +57,15 @@ class EncodeTextFirst:
         """Set the guidance before the forward, and remove it after (with `output`)."""
         reduction = self.reduction
         if torch.compiler.is_compiling():
-            is_guided = reduction.text_cls is not None
-            reduction.own_text = None
+            graph = reduction.graph
+            is_guided, graph.own_text = graph.text_cls is not None, None
             if not output and not is_guided:
                 text = self._text_cls(args, kwargs)
                 is_plain = text is None or torch.compiler.is_exporting()
-                reduction.own_text = text if is_plain else call_context.set_guidance(text)
+                graph.own_text = text if is_plain else call_context.set_guidance(text)
         elif output:
             call_context.drop_guide(self)
-        elif call_context.guide_of(reduction) is None and not call_context.is_recomputing():
+        elif call_context.guide_of(reduction) is None:
             call_context.set_guide(reduction, self._text_cls(args, kwargs), self)
 
     def _text_cls(self, args: Args, kwargs: Kwargs) -> Tensor | None:
@@ -91,12 +91,12 @@ class DenseMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method as a dense call."""
-        self.reduction.begin_dense_call()
+        self.reduction.passes.begin_dense_call()
         try:
             method = original_method(self.reduction.tower.model, self.name, self.replaced)
             return method(*args, **kwargs)
         finally:
-            self.reduction.end_dense_call()
+            self.reduction.passes.end_dense_call()
 
 
 class CollectHiddenStates:
@@ -115,13 +115,13 @@ class CollectHiddenStates:
         tower, strategy = self.reduction.tower, self.reduction.strategy
         if torch.compiler.is_exporting():
             inputs = (*args[1:], *(kwargs.get(name) for name in MASKS))
-            own = False if output else all(each is None for each in inputs)
-            self.reduction.has_own_mask = own
+            is_own = not output and all(mask is None for mask in inputs)
+            self.reduction.graph.has_own_mask = is_own
         if tower.collects("hidden_states", kwargs):
             if output:
-                self.reduction.end_dense_call()
+                self.reduction.passes.end_dense_call()
             else:
-                self.reduction.begin_dense_call()
+                self.reduction.passes.begin_dense_call()
             if strategy.changes_embedding and not output:
                 raise ValueError(
                     f"output_hidden_states: expected False under {strategy.name!r}, whose grid is "

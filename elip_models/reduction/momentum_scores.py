@@ -26,7 +26,7 @@ def forward_with_scores(
     """Run the dense tower; return its tokens (B, N, D) and the rows by first block of a stage."""
     stages = {stage.first: stage for stage in strategy.stages(tower.size)}
     rows, stage, cls = {}, None, None
-    tokens, tower = tower.embed(images), tower.for_images(images)
+    tokens, tower = tower.embed(images), tower.resized_for(images)
     for i in range(tower.depth):
         if i in stages:
             stage, cls = stages[i], fused_cls(tower, tokens, text_cls, strategy)

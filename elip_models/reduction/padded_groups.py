@@ -64,7 +64,7 @@ def enter_in_groups(
             alone = Context(text, group.info, replayed)
             own, info = strategy.step(at, group.stages[i], own, alone)
         elif replaces_block and strategy.replaces_later and group.info is not None:
-            own = strategy.later(at, i, own, group.info)
+            own = strategy.run_later_block(at, i, own, group.info)
         elif replaces_block:
             own = at.run_sublayers(i, own)
         left.append(own)
@@ -78,7 +78,7 @@ def _tower_of(tower: Tower, group: Group) -> Tower:
     """Return the tower at the positions of a group's tokens."""
     if not tower.has_positions:
         return tower
-    return tower.of_images(group.images).at(_positions_of(tower, group))
+    return tower.select_images(group.images).with_positions(_positions_of(tower, group))
 
 
 def _positions_of(tower: Tower, group: Group) -> Tensor:

@@ -97,12 +97,12 @@ def real_tokens(mask: Tensor, tokens: Tensor) -> Tensor:
     return real
 
 
-def mask_like(given: Tensor, real: Tensor) -> Tensor:
-    """Return the mask of tokens `real` (B, N) in the form of the mask that a model has given."""
-    if given.dim() == 2:
-        return real.to(given.dtype)
+def mask_like(mask: Tensor, real: Tensor) -> Tensor:
+    """Return the mask of tokens `real` (B, N) in the form of a mask of the model."""
+    if mask.dim() == 2:
+        return real.to(mask.dtype)
     keys = real[:, None, None]
-    if given.dtype == torch.bool:
+    if mask.dtype == torch.bool:
         return keys
-    lowest = torch.finfo(given.dtype).min
-    return torch.zeros_like(keys, dtype=given.dtype).masked_fill(~keys, lowest)
+    lowest = torch.finfo(mask.dtype).min
+    return torch.zeros_like(keys, dtype=mask.dtype).masked_fill(~keys, lowest)

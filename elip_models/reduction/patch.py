@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.forward_passes import TrackCall
 from elip_models.reduction.hf_config import remove_from_config, store_in_config, strategy_in_config
 from elip_models.reduction.model_patches import (
     REFUSALS,
@@ -35,7 +36,7 @@ from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 M = TypeVar("M", bound=nn.Module)
 Replacement = (ReducedBlock, PatchEmbedding, Refusal, Representation, DenseMethod)
 WITH_REDUCTION = (ReducedBlock, PatchEmbedding, Representation)
-Hook = EncodeTextFirst | CollectHiddenStates
+Hook = EncodeTextFirst | CollectHiddenStates | TrackCall
 
 
 def install_strategy(
@@ -96,7 +97,7 @@ def strategy_by_default(
 
 def _are_alike(one: Reduction, other: Reduction) -> bool:
     """Return whether both reduce by the same strategy, and both or neither a whole model."""
-    are_whole = [each.image_text is not None for each in (one, other)]
+    are_whole = [reduction.image_text is not None for reduction in (one, other)]
     return one.strategy == other.strategy and are_whole[0] == are_whole[1]
 
 
@@ -116,15 +117,15 @@ def _refuse_replaced(reduction: Reduction) -> None:
 
 def _replaced(owner: nn.Module, name: str) -> Any:
     """Return what other code has put in place of a method, or None."""
-    found = vars(owner).get(name)
-    found = found.replaced if isinstance(found, ReducedBlock) else found
-    return None if isinstance(found, PatchEmbedding) else found
+    method = vars(owner).get(name)
+    method = method.replaced if isinstance(method, ReducedBlock) else method
+    return None if isinstance(method, PatchEmbedding) else method
 
 
 def _install(model: nn.Module, reduction: Reduction) -> None:
     """Replace the forward methods of the model's blocks, after undoing an earlier reduction."""
     _refuse_replaced(reduction)
-    if any(each.is_in_use for each in reductions_of(model)):
+    if any(installed.is_in_use for installed in reductions_of(model)):
         raise RuntimeError(
             "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
             "which use the earlier settings, got one inside; leave them first"
@@ -149,6 +150,8 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         _hook(tower.collector, CollectHiddenStates(reduction))
     if image_text is not None and strategy.is_guided:
         _hook(image_text.model, EncodeTextFirst(reduction))
+    for module in dict.fromkeys((tower.model, reduction.model)):
+        _hook(module, TrackCall(reduction))
 
 
 def _install_methods(reduction: Reduction) -> None:
@@ -238,7 +241,8 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
                 f"images, got {tuple(text_cls.shape)}; "
                 "project it to the tower's width first"
             )
-    for strategy in (each.strategy for each in reductions if not each.strategy.is_guided):
+    strategies = [reduction.strategy for reduction in reductions]
+    for strategy in (strategy for strategy in strategies if not strategy.is_guided):
         message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
         if isinstance(strategy, Guided):
             reason = f"fusion={strategy.fusion:g}"
@@ -258,8 +262,8 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
 def reductions_of(model: nn.Module) -> list[Reduction]:
     """Return the reductions of the model and of the models inside it."""
     values = (value for module in model.modules() for value in vars(module).values())
-    found = (each.reduction for each in values if isinstance(each, WITH_REDUCTION))
-    return list({id(reduction): reduction for reduction in found}.values())
+    reductions = (value.reduction for value in values if isinstance(value, WITH_REDUCTION))
+    return list({id(reduction): reduction for reduction in reductions}.values())
 
 
 def reductions_in(model: nn.Module) -> list[Reduction]:

@@ -3,7 +3,7 @@
     step = forward.enter_block(i, tokens)       the strategy acts, before block i or in its place
     tokens = block(step.tokens)                 unless the step replaced the block
 
-The state of one forward pass is in its `Forward`. The caller that runs the blocks makes one, and
+The state of one forward pass is its `ForwardState`. The caller that runs the blocks makes one, and
 enters the blocks in order: `encode_image`, the blocks of a reduced model, pictures and benchmarks.
 """
 
@@ -52,7 +52,7 @@ class BlockStep(NamedTuple):
     mask: Tensor | None = None
 
 
-class Forward:
+class ForwardState:
     """One forward pass of a tower under a strategy.
 
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
@@ -152,7 +152,8 @@ class Forward:
             )
         groups, p = [], tower.num_prefix_tokens
         for n in sorted(set(counts)):
-            images = torch.tensor([b for b, each in enumerate(counts) if each == n], device=device)
+            images = [image for image, count in enumerate(counts) if count == n]
+            images = torch.tensor(images, device=device)
             stages = stages_of(strategy, self.size._replace(num_patches=n))
             groups.append(Group(images, torch.arange(p + n, device=device), stages))
         return tuple(groups)
@@ -176,7 +177,7 @@ class Forward:
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
 
     def row(self, i: int) -> Tensor | None:
-        """Return the given scores before block i; a merged token has the sum of its tokens."""
+        """Return the scores of `rows` before block i; a merged token has the sum of its tokens."""
         row = self.rows.get(i)
         if row is None:
             return None
@@ -199,55 +200,106 @@ class Forward:
         Every block of every reduced forward pass is entered here. `kwargs` are what the model
         passes to the block, if it calls it.
         """
-        strategy, previous, stage = self.strategy, self.previous(i), self.stages.get(i)
-        positions = None if previous is None else previous.positions
-        slots = None if previous is None else self.slots.get(previous.stage.first)
-        padding, keep, mask = self.padding, None, None
-        if padding is not None and previous is not None:
-            mask = previous.mask
-        if self.on_grid and slots is not None:
-            tokens = slots.merged(tokens)
-        if stage is None and not self.replaces_block(i):
-            return BlockStep(tokens, None, positions, False, slots, previous is not None, mask)
-        if padding is not None and stage is not None:
-            if previous is None:
-                tokens, mask, slots = padding.packed(tokens), padding.mask, padding.slots
-                if self.tower.has_positions:
-                    positions = padding.positions(self.tower.num_prefix_tokens)
-            if not self.groups:
-                stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
-        tower = self.tower
-        if kwargs and tower.has_positions:
-            tower = tower.in_call(i, kwargs)
-        tower = tower if positions is None else tower.at(positions)
-        context = Context(self.text_cls, previous, self.infos.get(i), self.row(i), mask, keep)
-        if stage is None:
-            tokens, _ = self._run(tower, i, tokens, context)
-            return BlockStep(tokens, None, positions, True, slots, True, mask)
+        entering, stage = self._entering(i, tokens), self.stages.get(i)
+        if stage is not None:
+            return self._take_step(i, stage, self._without_padding(entering), kwargs)
+        if self.replaces_block(i):
+            return self._run_later_block(i, entering, kwargs)
+        return entering
+
+    def _entering(self, i: int, tokens: Tensor) -> BlockStep:
+        """Return the tokens that enter block i, with what the last step has left of them."""
+        previous = self.previous(i)
+        if previous is None:
+            return BlockStep(tokens)
+        slots = self.slots.get(previous.stage.first)
+        return BlockStep(
+            slots.merged(tokens) if self.on_grid and slots is not None else tokens,
+            positions=previous.positions,
+            slots=slots,
+            changes_mask=True,
+            mask=None if self.padding is None else previous.mask,
+        )
+
+    def _without_padding(self, entering: BlockStep) -> BlockStep:
+        """Return the tokens that enter the first step of a padded batch, real ones first."""
+        padding, tower = self.padding, self.tower
+        if padding is None or entering.changes_mask:
+            return entering
+        return BlockStep(
+            padding.packed(entering.tokens),
+            positions=padding.positions(tower.num_prefix_tokens) if tower.has_positions else None,
+            slots=padding.slots,
+            changes_mask=True,
+            mask=padding.mask,
+        )
+
+    def _take_step(
+        self, i: int, stage: Stage, entering: BlockStep, kwargs: dict[str, Any] | None
+    ) -> BlockStep:
+        """Take the step of a stage before block i, or in its place."""
+        strategy, padding, keep = self.strategy, self.padding, None
         if padding is None:
-            self._check_entering(i, tokens)
-        tokens, info = self._run(tower, i, tokens, context, stage)
+            self._check_entering(i, entering.tokens)
+        elif not self.groups:
+            stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
+        tower, context = self._tower_at(i, entering, kwargs), self._context(i, entering, keep)
+        if self.groups:
+            tokens, info = self._enter_groups(tower, i, entering, context)
+        else:
+            tokens, info = strategy.step(tower, stage, entering.tokens, context)
         if padding is None:
             self._check_remaining(i, tokens)
         if tower.has_positions and isinstance(info.reduction, ReductionInfo):
             info = info._replace(positions=tower.positions_after(info.reduction))
-        if self.on_grid or self.unmerges:
-            slots = slots.after(info.reduction) if slots is not None else slots_of(info.reduction)
-        replaced = strategy.replaces_block
-        mask = None if padding is None else info.mask
-        return BlockStep(tokens, info, info.positions, replaced, slots, True, mask)
+        return BlockStep(
+            tokens,
+            info,
+            positions=info.positions,
+            replaced_block=strategy.replaces_block,
+            slots=self._slots_after(info, entering.slots),
+            changes_mask=True,
+            mask=None if padding is None else info.mask,
+        )
 
-    def _run(
-        self, tower: Tower, i: int, tokens: Tensor, context: Context, stage: Stage | None = None
-    ) -> tuple[Tensor, StageInfo | None]:
-        """Run the strategy's step of a stage, or block i in its place if there is none."""
-        strategy, previous = self.strategy, context.previous
+    def _run_later_block(
+        self, i: int, entering: BlockStep, kwargs: dict[str, Any] | None
+    ) -> BlockStep:
+        """Run block i, which has no step, as the strategy runs the blocks after its steps."""
+        tower, context = self._tower_at(i, entering, kwargs), self._context(i, entering)
         if self.groups:
-            groups = self.groups if previous is None else previous.groups
-            return enter_in_groups(strategy, tower, i, tokens, context, groups)
-        if stage is None:
-            return strategy.later(tower, i, tokens, previous), None
-        return strategy.step(tower, stage, tokens, context)
+            tokens, _ = self._enter_groups(tower, i, entering, context)
+        else:
+            tokens = self.strategy.run_later_block(tower, i, entering.tokens, context.previous)
+        return entering._replace(tokens=tokens, replaced_block=True, changes_mask=True)
+
+    def _enter_groups(
+        self, tower: Tower, i: int, entering: BlockStep, context: Context
+    ) -> tuple[Tensor, StageInfo | None]:
+        """Enter block i with the images of each size by themselves."""
+        groups = self.groups if context.previous is None else context.previous.groups
+        return enter_in_groups(self.strategy, tower, i, entering.tokens, context, groups)
+
+    def _tower_at(self, i: int, entering: BlockStep, kwargs: dict[str, Any] | None) -> Tower:
+        """Return the tower at the positions of the tokens that enter block i."""
+        tower = self.tower
+        if kwargs and tower.has_positions:
+            tower = tower.from_block_kwargs(i, kwargs)
+        positions = entering.positions
+        return tower if positions is None else tower.with_positions(positions)
+
+    def _context(self, i: int, entering: BlockStep, keep: Tensor | None = None) -> Context:
+        """Return the inputs of a step before block i, beside its tokens."""
+        replay = self.infos.get(i)
+        return Context(
+            self.text_cls, self.previous(i), replay, self.row(i), mask=entering.mask, keep=keep
+        )
+
+    def _slots_after(self, info: StageInfo, slots: Slots | None) -> Slots | None:
+        """Return where the tokens of block 0 are after a step, if a block must return them."""
+        if not (self.on_grid or self.unmerges):
+            return slots
+        return slots_of(info.reduction) if slots is None else slots.after(info.reduction)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = tokens_entering(self.strategy, self.size)[i]
@@ -266,6 +318,16 @@ class Forward:
                 f"{i}, the count in its token_counts, got {tokens.shape[1]} from its step"
             )
 
+    def store(self, i: int, step: BlockStep) -> BlockStep:
+        """Store the result of entering block i; return it with slots only if the block needs them.
+
+        A pass that runs again finds the result, and replays it.
+        """
+        if step.info is not None:
+            self.infos[i], self.slots[i] = step.info, step.slots
+        is_complete = step.slots is None or self.returns_grid(i)
+        return step if is_complete else step._replace(slots=None)
+
     def run_block(
         self, i: int, tokens: Tensor, *, cls_only: bool = False
     ) -> tuple[Tensor, StageInfo | None]:
@@ -279,13 +341,18 @@ class Forward:
         Returns:
             The tokens after the block, and the result of the step before or in it.
         """
+
+        def run_in_place(tokens: Tensor) -> tuple[Tensor, StageInfo | None]:
+            step = self.enter_block(i, tokens)
+            return step.tokens, step.info
+
         if self.replaces_block(i):
-            return self.tower.in_block(i, lambda tokens: self.enter_block(i, tokens)[:2], tokens)
-        tokens, info, positions, *_ = self.enter_block(i, tokens)
-        tower = self.tower if positions is None else self.tower.at(positions)
+            return self.tower.in_block(i, run_in_place, tokens)
+        step = self.enter_block(i, tokens)
+        tower = self.tower if step.positions is None else self.tower.with_positions(step.positions)
         if cls_only:
-            return tower.cls_block(i, tokens, tokens[:, 0])[:, None], info
-        return tower.block(i, tokens), info
+            return tower.cls_block(i, step.tokens, step.tokens[:, 0])[:, None], step.info
+        return tower.block(i, step.tokens), step.info
 
 
 def _cached(function: Callable[P, R]) -> Callable[P, R]:
@@ -327,8 +394,8 @@ def keeps_of(
     for n in counts:
         alone = size._replace(num_patches=n)
         stages, entering = stages_of(strategy, alone), tokens_entering(strategy, alone)
-        each = (entering[i] - size.num_prefix_tokens for i in range(size.depth))
-        table.append(tuple(stages[i].keep if i in stages else n for i, n in enumerate(each)))
+        patches = (entering[i] - size.num_prefix_tokens for i in range(size.depth))
+        table.append(tuple(stages[i].keep if i in stages else n for i, n in enumerate(patches)))
     return tuple(table)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.reduction import flops
-from elip_models.reduction.flops import CostModel, Layer
+from elip_models.reduction.flops import CostModel, TokenCounts
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.towers import Tower, TowerSize, as_image_text, as_tower
 from elip_models.towers.merge import Merge, check_merge
@@ -100,9 +100,9 @@ class Strategy(CostModel):
             an error if the caller sets both. If the field is None, the rate is `DEFAULT_KEEP`.
             Without such a field (None), `keep` has no meaning.
         replaces_block: a step replaces its block; otherwise it runs before the block.
-        replaces_later: `later` replaces every block without a step that follows the first step.
+        replaces_later: `run_later_block` replaces every block without a step after the first step.
         runs_blocks: a step runs whole blocks to compute its scores; their outputs are discarded.
-        changes_embedding: the tower reads `smaller` images, whose positions are interpolated.
+        changes_embedding: the tower reads the images of `resize`, with interpolated positions.
         is_guided: the text changes the result.
         merge: what becomes of dropped tokens, see `Merge`.
         drops_patches: the last block returns no patch, only the class token.
@@ -130,7 +130,7 @@ class Strategy(CostModel):
         """Return the number of merged tokens that a stage appends: 1 with merge='one', else 0."""
         return int(self.merge == "one")
 
-    def refuses(self, tower: Tower) -> str | None:
+    def why_unsupported(self, tower: Tower) -> str | None:
         """Return why this strategy cannot reduce the tower, in one sentence, or None if it can."""
         return None
 
@@ -142,7 +142,7 @@ class Strategy(CostModel):
             ValueError: settings that do not fit the tower.
         """
         check_merge(self.merge)
-        reason = self.refuses(tower)
+        reason = self.why_unsupported(tower)
         if reason is not None:
             raise TypeError(f"strategy: expected one for this model, got {self.name!r}: {reason}")
         strongest = self.at_strength(tower.size, 1.0) if self.has_open_rate else self
@@ -163,7 +163,7 @@ class Strategy(CostModel):
         """Return the strategy with its `keep_field` set: None becomes `DEFAULT_KEEP`."""
         return flops.at_keep(self, size, flops.DEFAULT_KEEP) if self.has_open_rate else self
 
-    def at(self, step: int) -> "Strategy":
+    def for_step(self, step: int) -> "Strategy":
         """Return the strategy for training step `step`, counted from 0."""
         return self
 
@@ -179,12 +179,12 @@ class Strategy(CostModel):
         """Return whether a forward pass with this guidance, in this mode, is reduced."""
         return training or not self.training_only
 
-    def smaller(self, tower: Tower, images: Tensor) -> Tensor:
+    def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return the images (B, 3, h, w) that the tower reads, of images (B, 3, H, W)."""
         return images
 
     def embed(self, tower: Tower, images: Tensor) -> Tensor:
-        """Return the tokens (B, N, D) before block 0 of images that `smaller` has returned."""
+        """Return the tokens (B, N, D) before block 0 of images that `resize` has returned."""
         if self.changes_embedding:
             return tower.enter(tower.patchify(images))
         return tower.embed(images)
@@ -209,7 +209,7 @@ class Strategy(CostModel):
         """
         raise NotImplementedError
 
-    def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
+    def run_later_block(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
         """Run block i, which follows a step and has none, if `replaces_later`."""
         raise NotImplementedError
 
@@ -264,11 +264,11 @@ def tower_of(model: nn.Module | Tower) -> Tower:
     return as_tower(model if image_text is None else image_text.image_model)
 
 
-def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[Layer, ...]:
+def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[TokenCounts, ...]:
     """Return the layers if block i, given n tokens, passes `left(i, n)` on to its MLP."""
     layers, tokens = [], size.num_tokens
     for i in range(size.depth):
-        layers.append(Layer(tokens, left(i, tokens)))
+        layers.append(TokenCounts(tokens, left(i, tokens)))
         tokens = layers[-1].mlp
     return tuple(layers)
 

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from elip_models.reduction import flops
 from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import Layer, Strategy
+from elip_models.reduction.strategy import Strategy, TokenCounts
 from elip_models.towers import Tower
 
 
@@ -26,7 +26,7 @@ class Summary:
     """
 
     strategy: Strategy
-    tokens: tuple[Layer, ...]
+    tokens: tuple[TokenCounts, ...]
     dense_tokens: int
     keep: float
     forward_flops: float
@@ -110,7 +110,7 @@ def _guided_by(strategy: Strategy, is_whole: bool) -> str:
 
 def runs(counts: Iterable[int]) -> str:
     """Return counts as '2×197 2×178 6×129 2×80', or the first two and the last of many runs."""
-    found = [(len(list(same)), count) for count, same in groupby(counts)]
-    if len(found) > 6:
-        return f"{found[0][1]} {found[1][1]} .. {found[-1][1]}"
-    return " ".join(f"{times}×{count}" for times, count in found)
+    lengths = [(len(list(same)), count) for count, same in groupby(counts)]
+    if len(lengths) > 6:
+        return f"{lengths[0][1]} {lengths[1][1]} .. {lengths[-1][1]}"
+    return " ".join(f"{times}×{count}" for times, count in lengths)

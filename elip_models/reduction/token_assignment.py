@@ -47,8 +47,8 @@ class Slots(NamedTuple):
 def slots_after(reductions: Iterable[BipartiteInfo | ReductionInfo]) -> Slots | None:
     """Return the assignment after one or more steps; None without a step."""
     slots = None
-    for each in reductions:
-        slots = slots_of(each) if slots is None else slots.after(each)
+    for reduction in reductions:
+        slots = slots_of(reduction) if slots is None else slots.after(reduction)
     return slots
 
 

@@ -78,12 +78,12 @@ class Tower(Positions):
 
     def block(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i."""
-        if self.runs_sublayers:
+        if self.must_run_sublayers:
             return self.in_block(i, lambda x: (self.run_sublayers(i, x), None), tokens)[0]
         return self.call(i, self.blocks[i], tokens)
 
     @property
-    def runs_sublayers(self) -> bool:
+    def must_run_sublayers(self) -> bool:
         """Return whether a block's own forward would read other positions than its tokens have."""
         return self.reads_own_positions and self.positions is not None
 
@@ -119,7 +119,7 @@ class Tower(Positions):
         forward = vars(block).get("forward")
         forward = original_method(block, "forward", getattr(forward, "replaced", forward))
         with self.unsharded(i, tokens) as (tokens,):
-            if self.runs_sublayers:
+            if self.must_run_sublayers:
                 return self.run_sublayers(i, tokens)
             return self.call(i, forward, tokens)
 
@@ -238,8 +238,8 @@ class Tower(Positions):
             return q[:, :, 0], k
         x = parts.norm(x)
         q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
-        each = (project(y) for project, y in zip(weights, (q, x), strict=False))
-        q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in each)
+        projected = (project(y) for project, y in zip(weights, (q, x), strict=False))
+        q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in projected)
         return normed(parts.q_norm, q)[:, :, 0], self.rotated(i, normed(parts.k_norm, k))
 
     def mean_keys(self, i: int, tokens: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def original_method(owner: Any, name: str, replaced: Any) -> Callable[..., Any]:
 def in_forward(
     run: Callable[Concatenate[Tower, Tensor, P], tuple[Tensor, R]],
 ) -> Callable[Concatenate[Tower, Tensor, P], tuple[Tensor, R]]:
-    """Make `run(tower, images, ..) -> (tokens, more)` replace the forward of the tower.s model."""
+    """Make `run(tower, images, ..) -> (tokens, more)` replace the forward of the tower's model."""
 
     @wraps(run)
     def run_in_forward(

@@ -79,7 +79,7 @@ class EvaTower(PlainTimm):
             return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
         return super().refuses_block(block)
 
-    def at(self, positions: Tensor | None) -> Self:
+    def with_positions(self, positions: Tensor | None) -> Self:
         """Return the tower for tokens at these positions; None means all patches in order."""
         if not self.is_rotary:
             return self
@@ -90,13 +90,13 @@ class EvaTower(PlainTimm):
         """Return the rows and columns of patches of an image."""
         return self.model.patch_embed.dynamic_feat_size(image_size)
 
-    def for_images(self, images: Tensor) -> Self:
+    def resized_for(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if not self.is_rotary:
             return self
         return self.changed(ropes=self._ropes(self.grid_of(images.shape[2:])))
 
-    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+    def from_block_kwargs(self, i: int, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         rope = kwargs.get("rope")
         if rope is None:
@@ -157,7 +157,7 @@ class EvaTower(PlainTimm):
 
     def patchify(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return tokens and rotations of images (B, 3, h, w), with interpolated positions."""
-        return super().patchify(images), self.for_images(images).ropes
+        return super().patchify(images), self.resized_for(images).ropes
 
     def enter(self, tokens: tuple[Tensor, Tensor | None]) -> Tensor:
         """Run the modules between `entrance` and block 0."""

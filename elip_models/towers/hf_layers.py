@@ -1,14 +1,14 @@
 """The layers of transformers' vision models, one row of names for each class."""
 
-from elip_models.towers.tower_parts import Layer, per_sublayer
+from elip_models.towers.tower_parts import BlockNames, per_sublayer
 
-CLIP = Layer("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
+CLIP = BlockNames("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
 BLIP = CLIP._replace(out=("projection",), qkv=("qkv",))
-VIT = Layer(
+VIT = BlockNames(
     *("attention", "layernorm_before", "layernorm_after", "layernorm", ("o_proj",)),
     after=per_sublayer("dropout"),
 )
-DINO = Layer(
+DINO = BlockNames(
     *("attention", "norm1", "norm2", "layernorm", ("o_proj",)),
     after=per_sublayer("layer_scale{}", "drop_path"),
 )
@@ -68,7 +68,7 @@ LAYERS = {
         mlp=("mlp", "dropout"),
         after=per_sublayer("lambda_{}"),
     ),
-    "Aimv2EncoderLayer": Layer(
+    "Aimv2EncoderLayer": BlockNames(
         *("attention", "rms_norm1", "rms_norm2", "rms_norm", ("out_proj",)), mlp=("ffn",)
     ),
 }

@@ -53,7 +53,7 @@ class HFPositions(Tower):
         """Return whether a block's own forward reads the positions of all patches in order."""
         return self.adds_bias or self.rotates_itself or self.rotates_prefix
 
-    def for_images(self, images: Tensor) -> Self:
+    def resized_for(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if self.adds_bias:
             return self.changed(resolution=tuple(images.shape[2:]))
@@ -61,7 +61,7 @@ class HFPositions(Tower):
             return self
         return self.changed(rotations=self._tables(images))
 
-    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+    def from_block_kwargs(self, i: int, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         if self.adds_bias:
             return self.changed(resolution=kwargs.get("resolution"))
@@ -70,7 +70,11 @@ class HFPositions(Tower):
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
         """Return the model's keyword arguments of a block, for the tokens at `positions`."""
-        return kwargs | {"position_embeddings": self.in_call(0, kwargs).at(positions)._rotations()}
+        return kwargs | {
+            "position_embeddings": self.from_block_kwargs(0, kwargs)
+            .with_positions(positions)
+            ._rotations()
+        }
 
     def rotated(self, i: int, heads: Tensor) -> Tensor:
         """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
@@ -130,7 +134,7 @@ class HFPositions(Tower):
 
     def coordinates(self) -> Tensor:
         """Return the coordinates (N0, 2) of all patches; see `mean_positions`."""
-        cos, sin = self.at(None)._rotations()
+        cos, sin = self.with_positions(None)._rotations()
         return coordinates_of(sin, cos, self._frequencies, half=True)
 
     @property

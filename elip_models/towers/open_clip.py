@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from elip_models.images import CLIP_STATS, Stats
 from elip_models.towers.base import Tower
 from elip_models.towers.reducible_model import ImageTextModel, default_stats, random_ids
-from elip_models.towers.tower_parts import Layer, interpolated, run
+from elip_models.towers.tower_parts import BlockNames, interpolated, run
 from elip_models.towers.wrapped_modules import (
     Affine,
     affine,
@@ -32,7 +32,7 @@ from elip_models.towers.wrapped_modules import (
     unwrapped,
 )
 
-BLOCK = Layer(
+BLOCK = BlockNames(
     *("attn", "ln_1", "ln_2", "ln_post", ("out_proj",)),
     after=(("ln_attn", "ls_1"), ("ls_2",)),
     head_norms=("ln_q", "ln_k"),

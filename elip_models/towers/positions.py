@@ -31,7 +31,7 @@ class Positions(TowerParts):
 
     gathered: dict[int, Any]
 
-    def at(self, positions: Tensor | None) -> Self:
+    def with_positions(self, positions: Tensor | None) -> Self:
         """Return the tower for tokens at these positions; None means all patches in order.
 
         Only a tower that `has_positions` reads them.
@@ -44,15 +44,15 @@ class Positions(TowerParts):
         vars(tower).update(attributes, gathered={})
         return tower
 
-    def for_images(self, images: Tensor) -> Self:
+    def resized_for(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose size may be another."""
         return self
 
-    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+    def from_block_kwargs(self, i: int, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         return self
 
-    def of_images(self, images: Tensor) -> Self:
+    def select_images(self, images: Tensor) -> Self:
         """Return the tower for some images of the batch, by their indices (G,)."""
         return self
 
@@ -61,7 +61,7 @@ class Positions(TowerParts):
         if not self.has_positions:
             return self
         positions = torch.full((1, max(0, 1 - self.num_prefix_tokens)), NO_POSITION)
-        return self.at(positions.to(next(self.blocks[0].parameters()).device))
+        return self.with_positions(positions.to(next(self.blocks[0].parameters()).device))
 
     def positions_of(self, kept: Tensor) -> Tensor | None:
         """Return the positions of the patches at the indices `kept` (B, K) among the tokens.

@@ -15,12 +15,12 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
-from elip_models.towers.tower_parts import Layer, interpolated, per_sublayer, plain_mlp_ratio
+from elip_models.towers.tower_parts import BlockNames, interpolated, per_sublayer, plain_mlp_ratio
 from elip_models.towers.unsupported import timm_reason
 from elip_models.towers.wrapped_modules import Affine, library_class, refuses_norm, unwrapped
 
 MODELS = (vit.VisionTransformer, NaFlexVit)  # whose blocks are of the class Block
-BLOCK = Layer(
+BLOCK = BlockNames(
     *("attn", "norm1", "norm2", "norm", ("norm", "proj", "proj_drop")),
     after=per_sublayer("ls{}", "drop_path{}"),
     qkv=("qkv",),
@@ -136,7 +136,7 @@ class PlainTimm(Tower):
             return maps
         attn = self._attention(i)
         biases = (attn.q_bias, attn.k_bias, attn.v_bias)
-        return [Affine(each.weight, bias) for each, bias in zip(maps, biases, strict=True)]
+        return [Affine(known.weight, bias) for known, bias in zip(maps, biases, strict=True)]
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""

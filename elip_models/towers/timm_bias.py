@@ -68,11 +68,11 @@ class BiasTower(PlainTimm):
         tokens = tokens if positions is None else tokens + positions
         return run(model, ["pos_drop"], tokens)
 
-    def for_images(self, images: Tensor) -> Self:
+    def resized_for(self, images: Tensor) -> Self:
         """Return the tower for a forward pass of images (B, 3, H, W), whose bias it stores."""
         return self.changed(shared_bias=self._shared_bias())
 
-    def in_call(self, i: int, kwargs: dict[str, Any]) -> Self:
+    def from_block_kwargs(self, i: int, kwargs: dict[str, Any]) -> Self:
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         return self.changed(shared_bias=kwargs.get(self.argument))
 

@@ -76,7 +76,7 @@ class RotaryNaFlexTower(NaFlexSizes, EvaTower):
             return "each block has its own rotations, which change with the sizes of the images"
         return super().refuses(model)
 
-    def of_images(self, images: Tensor) -> Self:
+    def select_images(self, images: Tensor) -> Self:
         """Return the tower for some images of the batch, by their indices (G,)."""
         return self.changed(ropes=self.ropes[images] if self.ropes.dim() == 4 else self.ropes)
 

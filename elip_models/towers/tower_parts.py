@@ -2,7 +2,7 @@
 
     x = x + residual1(out(attention(norm1(x))));  x = x + residual2(mlp(norm2(x)))
 
-All blocks compute this function; the names of its parts differ. A `Layer` is a row of these names;
+All blocks compute this function; the names of its parts differ. A `BlockNames` has these names;
 a part is a module, or a parameter that scales each channel. `run` calls parts in order.
 """
 
@@ -23,7 +23,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 Block = Callable[..., Tensor]
 
 
-class Layer(NamedTuple):
+class BlockNames(NamedTuple):
     """The names of a block's parts. Those with dots are of inner modules.
 
     attn: the module that has the projections. norm1, norm2: the norms before attention and MLP.
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     after: in the block, between the output of each sublayer and its residual; see `per_sublayer`.
     qkv: in `attn`, the projections, one joint or three. head_norms: in `attn`, the norms of each
         head's queries and keys.
-    dropout: in `attn`, the rate of its weights or a module that has it; the first found counts.
+    dropout: in `attn`, the rate of its weights or a module that has it; the first one counts.
     bias: in the block, the module that computes the bias of its attention from the grid of patches.
     returns_tuple: the block returns a tuple, whose first item is the tokens.
     """
@@ -179,7 +179,7 @@ class TowerParts:
 
     model: nn.Module
     blocks: nn.Sequential | nn.ModuleList
-    names: Layer
+    names: BlockNames
     width: int
     depth: int
     num_heads: int
@@ -278,11 +278,11 @@ class TowerParts:
     def qkv(self, i: int, tokens: Tensor) -> QKV:
         """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         attn, heads = self._attention(i), self.num_heads
-        each = self.projected(attn, getattr(self.blocks[i], self.names.norm1)(tokens))
-        if isinstance(each, Tensor):
-            q, k, v = each.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        projected = self.projected(attn, getattr(self.blocks[i], self.names.norm1)(tokens))
+        if isinstance(projected, Tensor):
+            q, k, v = projected.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         else:
-            q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in each)
+            q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
         q_norm, k_norm = self._head_norms(attn)
         return self.rotated(i, normed(q_norm, q)), self.rotated(i, normed(k_norm, k)), v
 
@@ -326,20 +326,20 @@ def per_sublayer(*names: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def part(module: nn.Module, name: str) -> nn.Module | Tensor | float | None:
     """Return the inner module, parameter or number `name`, with dots; None if there is none."""
-    found = module
-    for each in name.split("."):
-        found = getattr(found, each, None)
-    return found
+    inner = module
+    for attribute in name.split("."):
+        inner = getattr(inner, attribute, None)
+    return inner
 
 
 def run(module: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
     """Run parts of a module in order: call modules, multiply by the others, skip what is absent."""
     for name in names:
-        each = part(module, name) if "." in name else getattr(module, name, None)
-        if isinstance(each, nn.Module):
-            x = each(x)
-        elif each is not None:
-            x = each * x
+        inner = part(module, name) if "." in name else getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            x = inner(x)
+        elif inner is not None:
+            x = inner * x
     return x
 
 

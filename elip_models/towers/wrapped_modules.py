@@ -129,7 +129,7 @@ def qkv_of(*layers: nn.Module) -> list[Affine] | None:
     None if a layer has no readable weight.
     """
     maps = [affine(layer) for layer in layers]
-    if any(each is None for each in maps):
+    if any(projection is None for projection in maps):
         return None
     return maps[0].thirds() if len(maps) == 1 else maps
 

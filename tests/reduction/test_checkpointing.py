@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import elip_models
 from elip_models import ELIP, TRIPS, CrossGET, EViT, ToMe
 from elip_models.reduction import scorers
-from elip_models.reduction.call_context import MAX_REENTRANT
 from elip_models.reduction.strategies import elip as stage
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import (
@@ -26,20 +25,19 @@ from tests.helpers.towers import (
 )
 from tests.reduction.test_strategies import STRATEGIES, patched, strategies
 
-EACH_WAY = tiered(
-    [(name, use_reentrant) for name in STRATEGIES for use_reentrant in (True, False)],
-    [("elip", True), ("elip", False), ("tome", True), ("evit", True), ("adaptive", True)],
-)
+NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"])
 
 
-def reentrant(model):
-    def forward(x):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        for block in model.blocks:
-            x = checkpoint(block, x, use_reentrant=True)
-        return model.forward_head(model.norm(x))
+def in_blocks(model, x, run):
+    """Run the model on images; `run(block, tokens)` runs each block."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    for block in model.blocks:
+        x = run(block, x)
+    return model.forward_head(model.norm(x))
 
-    return forward
+
+def checkpointed_blocks(model):
+    return lambda x: in_blocks(model, x, partial(checkpoint, use_reentrant=False))
 
 
 def segments(model):
@@ -57,7 +55,7 @@ def timm_checkpointing(model):
 
 
 @pytest.mark.parametrize("scorer", ["exact", "last"])
-@pytest.mark.parametrize("wrap", [reentrant, segments, timm_checkpointing])
+@pytest.mark.parametrize("wrap", [checkpointed_blocks, segments, timm_checkpointing])
 def test_checkpointing_replays_the_selection(wrap, scorer):
     model = clip_vit(proj_drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.2)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
@@ -78,11 +76,13 @@ def test_checkpointing_replays_the_selection(wrap, scorer):
     assert_equal_gradients(got, expected)
 
 
-def checkpointed(use_reentrant):
-    def forward(model, x):
-        return checkpoint(model, x, use_reentrant=use_reentrant)
+def whole(model, x):
+    return checkpoint(model, x, use_reentrant=False)
 
-    return forward
+
+def nested(model, x):
+    model.set_grad_checkpointing()
+    return whole(model, x)
 
 
 def sequential(model, x):
@@ -96,9 +96,7 @@ FIRST_IN = ["first in, first out", "last in, first out"]
 
 @pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"]))
 @pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:]))
-@pytest.mark.parametrize(
-    "forward", [checkpointed(True), checkpointed(False), sequential], ids=["re", "non-re", "seq"]
-)
+@pytest.mark.parametrize("forward", [whole, nested, sequential])
 def test_a_recomputation_finds_its_own_pass(forward, order, mode):
     """The same images run under other texts, with a pass without gradient in between."""
     model = getattr(clip_vit(), mode)()
@@ -133,33 +131,21 @@ def test_blocks_compiled_one_by_one_replay_too():
     assert_equal_gradients(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reentrant_pass_that_was_discarded_is_an_error():
-    model = clip_vit()
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    x = images(1).requires_grad_()
-    loss = checkpoint(model, x, use_reentrant=True).sum()
-    for _ in range(MAX_REENTRANT + 1):
-        checkpoint(model, x, use_reentrant=True)
-    with pytest.raises(RuntimeError, match="run backward sooner"):
-        loss.backward()
-
-
 @pytest.mark.slow
-def test_a_pass_that_is_not_reentrant_is_never_discarded():
+def test_a_pass_is_never_discarded_before_its_backward():
     model, x, t = clip_vit(), images(1), text(1)
     elip_models.reduce_(model, schedule=SCHEDULE)
     expected = gradients_of_a_step(model, x, t)
     model.zero_grad()
     with elip_models.guidance(model, t):
         loss = checkpoint(model, x, use_reentrant=False).square().sum()
-    for _ in range(MAX_REENTRANT + 1):
+    for _ in range(70):
         checkpoint(model, images(1), use_reentrant=False)
     loss.backward()
     assert_equal_gradients(gradients(model), expected)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_two_forwards_in_one_checkpoint_keep_their_own_choices(use_reentrant):
+def test_two_forwards_in_one_checkpoint_keep_their_own_choices():
     model, pixels, texts = clip_vit(), images(3), [text(3), text(3)]
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
 
@@ -174,12 +160,12 @@ def test_two_forwards_in_one_checkpoint_keep_their_own_choices(use_reentrant):
     expected = gradients(model)
     model.zero_grad()
     pixels.requires_grad_()
-    checkpoint(both, pixels, use_reentrant=use_reentrant).backward()
+    checkpoint(both, pixels, use_reentrant=False).backward()
     assert_equal_gradients(gradients(model), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_reentrant", [None, True, False])
-def test_a_forward_in_a_backward_hook_is_a_forward(use_reentrant):
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_forward_in_a_backward_hook_is_a_forward(is_checkpointed):
     """It uses its own guidance, with and without blocks that are recomputed around it."""
     model, x, t = clip_vit(), images(3), text(3)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
@@ -194,36 +180,29 @@ def test_a_forward_in_a_backward_hook_is_a_forward(use_reentrant):
     with elip_models.guidance(model, text(3)):
         tokens = model.norm_pre(model._pos_embed(model.patch_embed(images(3))))
         for block in model.blocks:
-            if use_reentrant is None:
-                tokens = block(tokens)
+            if is_checkpointed:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
-                tokens = checkpoint(block, tokens, use_reentrant=use_reentrant)
+                tokens = block(tokens)
     tokens.register_hook(run)
     tokens.square().sum().backward()
     assert torch.equal(within[0], expected)
 
 
-@pytest.mark.parametrize(("name", "use_reentrant"), EACH_WAY)
-def test_a_recomputed_block_does_what_its_forward_did(name, use_reentrant):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recomputed_block_does_what_its_forward_did(name):
     strategy = STRATEGIES[name]
     model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
-
-    def checkpointed(x):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        for block in model.blocks:
-            x = checkpoint(block, x, use_reentrant=use_reentrant)
-        return model.forward_head(model.norm(x))
-
     gradients = []
-    for call in (model, checkpointed):
+    for call in (model, checkpointed_blocks(model)):
         model.zero_grad()
         patched(model, strategy, x, t, call).square().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     assert_equal_gradients(*gradients)
 
 
-@pytest.mark.parametrize(("name", "use_reentrant"), EACH_WAY)
-def test_a_recomputed_block_finds_its_own_pass(name, use_reentrant):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recomputed_block_finds_its_own_pass(name):
     """Two batches wait for backward, no pass without checkpoints came before, one without gradient
     lies between."""
     strategy = STRATEGIES[name]
@@ -235,16 +214,13 @@ def test_a_recomputed_block_finds_its_own_pass(name, use_reentrant):
         loss = 0.0
         for x, t in batches:
             with elip_models.guidance(reduced, t):
-                x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-                for block in model.blocks:
-                    x = run(block, x)
-                loss = loss + model.forward_head(model.norm(x)).square().sum()
+                loss = loss + in_blocks(model, x, run).square().sum()
                 with torch.no_grad():
                     model(images(3).flip(0))
         loss.backward()
         return {n: p.grad.clone() for n, p in model.named_parameters()}
 
-    checkpointed = partial(checkpoint, use_reentrant=use_reentrant)
+    checkpointed = partial(checkpoint, use_reentrant=False)
     got = step(elip_models.reduce_(model, strategy=strategy), checkpointed)
     elip_models.unreduce_(model)
     expected = step(elip_models.reduce_(model, strategy=strategy), lambda block, x: block(x))

@@ -67,7 +67,7 @@ def test_computed_and_counted_flops_of_a_dense_tower_are_equal(model):
 
 @pytest.mark.parametrize(("model", "case"), tiered(COUNTED, QUICK))
 def test_computed_and_counted_flops_are_equal(model, case):
-    reason = CASES[case].refuses(workload(model).tower)
+    reason = CASES[case].why_unsupported(workload(model).tower)
     if reason is not None:
         pytest.skip(f"{case} does not take this tower: {reason}")
     worked_out = strategy_flops(CASES[case], workload(model).tower.size)

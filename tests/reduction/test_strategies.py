@@ -261,7 +261,7 @@ def test_the_same_strategy_again_changes_nothing():
     model, dropout = plain_vit(), PatchDropout(0.5, until=3)
     forwards = []
     for step in range(5):
-        elip_models.reduce_(model, strategy=dropout.at(step))
+        elip_models.reduce_(model, strategy=dropout.for_step(step))
         forwards.append(vars(model.blocks[0]).get("forward"))
     assert forwards[0] is forwards[1] is forwards[2] is not None
     assert forwards[3] is forwards[4] is None

@@ -162,19 +162,6 @@ def test_gradients_in_threads_are_those_of_one_at_a_time(name):
     assert wrong_of(model, checkpointed, 3) == 0
 
 
-def test_reentrant_checkpoints_of_several_threads_raise():
-    model = clip_vit()
-    elip_models.reduce_(model, schedule=SCHEDULE)
-
-    def loss(i):
-        x = IMAGES[i].clone().requires_grad_()
-        return checkpoint(model, x, use_reentrant=True).square().sum()
-
-    losses = in_threads(loss, 2)
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        losses[0].backward()
-
-
 IN_PLACE = [(name, "tome") for name in PAIRS if "EVA" not in name]  # which ToMe cannot reduce
 IN_PLACE.append((IN_PLACE[0][0], "guided_tome"))
 

@@ -163,8 +163,7 @@ def test_resize_keeps_the_proportions_of_the_image():
 
 
 @pytest.mark.parametrize("strategy", ["elip", "evit", "tome"])
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpoint_replays_an_image_of_another_size(strategy, use_reentrant):
+def test_a_checkpoint_replays_an_image_of_another_size(strategy):
     model = reduce_(dynamic_vit(), **STRATEGIES[strategy]).train()
     x = pictures().requires_grad_()
     model(x).square().sum().backward()
@@ -172,7 +171,7 @@ def test_a_checkpoint_replays_an_image_of_another_size(strategy, use_reentrant):
     model.zero_grad()
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     for block in model.blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=use_reentrant)
+        tokens = checkpoint(block, tokens, use_reentrant=False)
     model(images())  # of the other size, between
     model.forward_head(model.norm(tokens)).square().sum().backward()
     assert_equal_gradients(gradients(model), expected)
@@ -246,7 +245,7 @@ def test_resize_rotates_patches_by_their_place_in_the_smaller_image(name):
     smaller = copy.deepcopy(model)
     smaller.set_input_size((32, 32))
     strategy = ImageResize(32)
-    expected = smaller(strategy.smaller(as_tower(model), x))
+    expected = smaller(strategy.resize(as_tower(model), x))
     found = encode_image(model, x, strategy=strategy)
     assert found.shape[1] == model.num_prefix_tokens + 16
     torch.testing.assert_close(reduce_(model, strategy=strategy)(x), expected)

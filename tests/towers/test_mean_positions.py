@@ -52,7 +52,7 @@ def test_a_rotation_between_patches_is_that_of_the_models_own_embedding(name):
         for i in (0, 5):
             expected = own_rotations(rope, offset)
             expected = expected[i] if tower.is_mixed else expected[None]
-            found = tower.at(at[None])._rope(i)
+            found = tower.with_positions(at[None])._rope(i)
             torch.testing.assert_close(found[0], expected[:, patches], **close)
 
 
@@ -63,7 +63,7 @@ def test_a_rotation_between_patches_of_transformers_is_the_models_own():
     for at in (grid, (grid[:-7] + grid[7:]) / 2):
         angles = math.tau * at[..., None] * tower.trunk.rope_embeddings.inv_freq
         angles = angles.flatten(1).tile(2)
-        cos, sin = tower.at(at[None])._rotations()
+        cos, sin = tower.with_positions(at[None])._rotations()
         torch.testing.assert_close(cos[0, 0], angles.cos().float(), atol=1e-6, rtol=0)
         torch.testing.assert_close(sin[0, 0], angles.sin().float(), atol=1e-6, rtol=0)
     rows = (torch.arange(6) + 0.5) / 3 - 1

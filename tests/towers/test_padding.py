@@ -173,7 +173,7 @@ def test_mean_positions_are_those_of_each_images_own_grid(name, strategy):
 @torch.no_grad()
 def test_parts_add_up_to_the_model_on_images_of_one_size(name):
     model, batch = model_of(name), pictures([(5, 4)] * 2)
-    tower, entered = as_tower(model).for_images(torch.stack(batch)), []
+    tower, entered = as_tower(model).resized_for(torch.stack(batch)), []
     handle = tower.blocks[0].register_forward_pre_hook(lambda module, x: entered.append(x[0]))
     features(model, batch)
     handle.remove()

@@ -117,7 +117,7 @@ def test_a_strategy_at_zero_strength_is_the_untouched_model(name, strategy):
     model, x = MODELS[name]().eval(), images()
     tower, expected = as_tower(model), output(model, x)
     strategy = idle(EACH[strategy], tower.size)
-    reason = strategy.refuses(tower)
+    reason = strategy.why_unsupported(tower)
     if reason is not None:
         pytest.skip(reason)
     elip_models.reduce_(model, strategy=strategy)

@@ -9,7 +9,7 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models import CrossGET, EViT, PiToMe, ToMe
-from elip_models.reduction.step import Forward
+from elip_models.reduction.step import ForwardState
 from elip_models.towers import as_tower
 from tests.helpers.models import BIASED, ROTARY, TOWERS, eva
 from tests.helpers.tiers import tiered
@@ -39,7 +39,7 @@ def test_parts_add_up_to_the_block(model):
     places = torch.stack([torch.randperm(36)[:20].sort().values for _ in range(2)])
     places[:, -1] = -1  # a merged token
     for at, n in ((None, tower.num_tokens), (places, tower.num_prefix_tokens + 20)):
-        x, bound = tower.embed(images())[:, :n], tower.at(at)
+        x, bound = tower.embed(images())[:, :n], tower.with_positions(at)
         for i in range(tower.depth):
             whole = bound.block(i, x)
             assert tower.is_plain(i)
@@ -56,7 +56,7 @@ def test_all_tokens_at_their_positions_equal_the_full_grid(model):
     if not tower.is_rotary:
         pytest.skip("it has no rotation")
     tokens = tower.embed(x)
-    placed = tower.at(torch.arange(36).expand(2, -1))
+    placed = tower.with_positions(torch.arange(36).expand(2, -1))
     for i in range(tower.depth):
         assert torch.equal(placed.block(i, tokens), tower.block(i, tokens))
 
@@ -70,7 +70,7 @@ def test_kept_tokens_are_rotated_as_timms_own_patch_dropout_does():
     patches = tokens[:, p:].gather(1, kept[..., None].expand(-1, -1, WIDTH))
     tokens = torch.cat([tokens[:, :p], patches], dim=1)
     expected = model.blocks[0](tokens, rope=rope)
-    assert torch.equal(tower.at(kept).block(0, tokens), expected)
+    assert torch.equal(tower.with_positions(kept).block(0, tokens), expected)
 
 
 def test_positions_follow_tokens_through_the_stages():
@@ -217,8 +217,8 @@ def test_equal_tokens_at_one_position_merge_to_the_dense_result(position, name):
     tokens = tower.embed(images().double())
     patches = tokens[:, p:].gather(1, places[..., None].expand(-1, -1, WIDTH))
     dense = tokens = torch.cat([tokens[:, :p], patches], dim=1)
-    placed = tower.at(places)
-    forward = Forward(placed, ToMe((18, 0, 0, 0, 0, 0), position=position))
+    placed = tower.with_positions(places)
+    forward = ForwardState(placed, ToMe((18, 0, 0, 0, 0, 0), position=position))
     for i in range(tower.depth):
         dense = placed.block(i, dense)
         tokens, info = forward.run_block(i, tokens)
@@ -267,10 +267,10 @@ def test_a_bias_follows_the_positions(name):
     p, tokens = tower.num_prefix_tokens, tower.embed(x)
     for i in range(tower.depth):
         whole = tower.block(i, tokens)
-        everywhere = tower.at(torch.arange(36).expand(2, -1))
+        everywhere = tower.with_positions(torch.arange(36).expand(2, -1))
         torch.testing.assert_close(everywhere.block(i, tokens), whole, **close)
         torch.testing.assert_close(tower.mlp(i, tower.attend(i, tokens)), whole, **close)
-        few, at = tokens[:, : p + 20], tower.at(places)
+        few, at = tokens[:, : p + 20], tower.with_positions(places)
         full = tower.position_bias(i)
         if full is not None:
             bias = at.position_bias(i)

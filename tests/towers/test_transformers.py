@@ -122,7 +122,7 @@ def test_parts_add_up_to_the_layer(layer):
     tower = as_tower(model)
     tower.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     model(x)
-    tower, (tokens,) = tower.for_images(x), entered
+    tower, (tokens,) = tower.resized_for(x), entered
     assert tokens.shape[1] == tower.num_tokens
     for i in range(tower.depth):
         whole = tower.block(i, tokens)
@@ -284,8 +284,8 @@ def test_kept_tubelets_are_rotated_as_vjepas_own_masks_do():
     kept = torch.stack([torch.randperm(72)[:20].sort().values for _ in range(2)])
     tokens = tower.embed(x).gather(1, kept[..., None].expand(-1, -1, 32))
     expected = tower.blocks[0](tokens, position_mask=kept)[0]
-    torch.testing.assert_close(tower.at(kept).block(0, tokens), expected)
-    nowhere = tower.at(torch.full((2, 20), -1)).qkv(0, tokens)[1]
+    torch.testing.assert_close(tower.with_positions(kept).block(0, tokens), expected)
+    nowhere = tower.with_positions(torch.full((2, 20), -1)).qkv(0, tokens)[1]
     assert torch.equal(
         nowhere[0, :, 0],
         tower.blocks[0].attention.key(tower.blocks[0].norm1(tokens))[0, 0].view(2, 16),

@@ -217,7 +217,7 @@ class PretrainedModel(
         """Update what depends on the step, from 0, or the epochs so far, such as patch dropout."""
         dropout = self.config.reduction
         if isinstance(dropout, PatchDropout):
-            self.reduction = fit_strategy(dropout.at(step), self.tower)
+            self.reduction = fit_strategy(dropout.for_step(step), self.tower)
 
     def clamp_temperature_(self) -> None:
         """Clamp the temperature to its interval, after a training step."""

@@ -78,13 +78,13 @@ class AdaptiveELIP(ELIP):
         """Reduce each image to its own number of patches, then run the block with a mask."""
         row = self._row(tower, stage, tokens, context)
         tokens, info = self._reduce(tower, stage, tokens, row, context)
-        tower = tower.at(tower.positions_after(info.reduction))
-        return self.later(tower, stage.first, tokens, info), info
+        tower = tower.with_positions(tower.positions_after(info.reduction))
+        return self.run_later_block(tower, stage.first, tokens, info), info
 
-    def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
+    def run_later_block(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
         """Run block i without attention to padding."""
         if self.proportional:  # padding is of size 0
-            return super().later(tower, i, tokens, previous)
+            return super().run_later_block(tower, i, tokens, previous)
         mask = previous.reduction.mask
         bias = torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, float("-inf"))
         return tower.mlp(i, tower.attend(i, tokens, bias[:, None, None]))

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from elip_models.reduction.flops import Layer
+from elip_models.reduction.flops import TokenCounts
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.scorers import ScorerName
 from elip_models.reduction.strategies.elip import ELIP, Staged
@@ -74,7 +74,7 @@ class PatchDropout(RandomKeep):
     Attributes:
         keep_ratio: the share of patches that stay, in (0, 1]. None: the share that `keep` requires.
         until: the first training step that sees all patches again; None means that all steps drop.
-            `at(step)` returns the strategy of a step.
+            `for_step(step)` returns the strategy of a step.
     """
 
     name: ClassVar[str] = "patch_dropout"
@@ -90,10 +90,10 @@ class PatchDropout(RandomKeep):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def at(self, step: int) -> "PatchDropout":
+    def for_step(self, step: int) -> "PatchDropout":
         """Return the strategy of training step `step`, which drops nothing from `until` on.
 
-        `reduce_(model, strategy=dropout.at(step))` in every step changes the model only once.
+        `reduce_(model, strategy=dropout.for_step(step))` in every step changes the model only once.
         """
         over = self.until is not None and step >= self.until
         return replace(self, keep_ratio=1.0, until=None) if over else replace(self, until=None)
@@ -107,10 +107,10 @@ class PatchDropout(RandomKeep):
         keep = self._num_kept(size)
         return () if keep == size.num_patches else (Stage(0, size.depth, keep),)
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the kept and the prefix tokens in every block."""
         tokens = size.num_prefix_tokens + self._num_kept(size)
-        return (Layer(tokens, tokens),) * size.depth
+        return (TokenCounts(tokens, tokens),) * size.depth
 
     def _num_kept(self, size: TowerSize) -> int:
         """Return the number of patches that stay."""

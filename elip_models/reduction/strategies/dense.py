@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategy import Layer, Strategy, counts_of
+from elip_models.reduction.strategy import Strategy, TokenCounts, counts_of
 from elip_models.towers import TowerSize
 
 
@@ -22,7 +22,7 @@ class Dense(Strategy):
         """Return no stage."""
         return ()
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return all tokens in every block."""
         return counts_of(size, lambda i, tokens: tokens)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import PAPER, Schedule, Stage
 from elip_models.reduction.scorers import ScorerName, ScoringInput, get_scorer, row_of
-from elip_models.reduction.strategy import Context, Layer, StageInfo, Strategy
+from elip_models.reduction.strategy import Context, StageInfo, Strategy, TokenCounts
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import Query, Tower, TowerSize
 from elip_models.towers.base import scoring_context
@@ -103,12 +103,12 @@ class Staged(Strategy):
         """Return the stages of the schedule."""
         return self.schedule_for(size).stages(size.num_patches)
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens in each block, as the schedule sets them."""
         tokens = self.schedule_for(size).tokens_per_layer(
             size.num_patches, num_merged=self.num_merged, num_prefix_tokens=size.num_prefix_tokens
         )
-        return tuple(Layer(n, n) for n in tokens)
+        return tuple(TokenCounts(n, n) for n in tokens)
 
     def tokens_entering(self, size: TowerSize) -> list[int]:
         """Return the number of tokens that enter the reduction of each stage."""
@@ -142,11 +142,11 @@ class Staged(Strategy):
             return tokens, StageInfo(stage, info, row)
         tokens, info = merge_nearest(tower, stage, tokens, row, context)
         if self.proportional:
-            tower = tower.at(tower.positions_after(info.reduction))
-            tokens = self.later(tower, stage.first, tokens, info)
+            tower = tower.with_positions(tower.positions_after(info.reduction))
+            tokens = self.run_later_block(tower, stage.first, tokens, info)
         return tokens, info
 
-    def later(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
+    def run_later_block(self, tower: Tower, i: int, tokens: Tensor, previous: StageInfo) -> Tensor:
         """Run block i with log(size) of each key added to its attention scores."""
         bias = previous.sizes.log().to(tokens.dtype)[:, None, None]
         return tower.mlp(i, tower.attend(i, tokens, bias))
@@ -182,9 +182,9 @@ class Guided(Strategy):
         by_tower = "vision" if tower.has_cls else "dense"
         return replace(super().fitted(tower), without_text=self.without_text or by_tower)
 
-    def refuses(self, tower: Tower) -> str | None:
+    def why_unsupported(self, tower: Tower) -> str | None:
         """Return why the tower cannot be scored: without CLS token it needs a text."""
-        reason = super().refuses(tower)
+        reason = super().why_unsupported(tower)
         if reason is not None or tower.has_cls or not self.uses_query:
             return reason
         if self.fusion == 1.0 or self.without_text == "vision":
@@ -258,9 +258,9 @@ class ELIP(Guided, Staged):
         """Return whether the scorer runs whole layers."""
         return get_scorer(self.scorer).layers(2) > 0
 
-    def refuses(self, tower: Tower) -> str | None:
+    def why_unsupported(self, tower: Tower) -> str | None:
         """Return why the scorer cannot read the tower."""
-        reason = super().refuses(tower)
+        reason = super().why_unsupported(tower)
         if reason is None and not tower.has_cls and self.scorer in ("official", "cls"):
             return (
                 f"scorer={self.scorer!r} takes a CLS token through the layers, and the tower has "

@@ -11,7 +11,7 @@ from torch import Tensor
 import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_kernels.ops.gather_ops import largest
-from elip_models.reduction.flops import Layer
+from elip_models.reduction.flops import TokenCounts
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of, least_share
@@ -60,7 +60,7 @@ class EViT(Strategy):
                 f"layers: expected rising 0-based block numbers, 'all' or None, got {shortened(at)}"
             )
 
-    def refuses(self, tower: Tower) -> str | None:
+    def why_unsupported(self, tower: Tower) -> str | None:
         """Return why the tower cannot be reduced: it needs a CLS token."""
         return (
             None
@@ -86,7 +86,7 @@ class EViT(Strategy):
                 candidates = keep + self.num_merged
         return tuple(stages)
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens in each block; a stage drops them before the block's MLP."""
         more = size.num_prefix_tokens + self.num_merged
         after = {stage.first: stage.keep + more for stage in self.stages(size)}

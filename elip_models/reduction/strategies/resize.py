@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elip_models.reduction.flops import at_flops
 from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategy import Layer, Strategy, tower_of
+from elip_models.reduction.strategy import Strategy, TokenCounts, tower_of
 from elip_models.towers import Tower, TowerSize
 from elip_models.validation import PositiveInt, check_fields
 
@@ -45,7 +45,7 @@ class ImageResize(Strategy):
             )
         return smaller, max(patch, round(smaller * width / height / patch) * patch)
 
-    def refuses(self, tower: Tower) -> str | None:
+    def why_unsupported(self, tower: Tower) -> str | None:
         """Return why the tower cannot read a smaller image."""
         return tower.refuses_resizing()
 
@@ -54,17 +54,17 @@ class ImageResize(Strategy):
         self.pixels(size)
         return ()
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens of the resized image in every block."""
         height, width = self.pixels(size)
         tokens = size.num_prefix_tokens + (height // size.patch) * (width // size.patch)
-        return (Layer(tokens, tokens),) * size.depth
+        return (TokenCounts(tokens, tokens),) * size.depth
 
     def embed_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of the patch embedding of the resized image."""
         return size._replace(image=self.pixels(size)).embed_flops()
 
-    def smaller(self, tower: Tower, images: Tensor) -> Tensor:
+    def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
         at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
         pixels, wide = self.pixels(tower.size, images.shape[2:]), images.to(at_least_fp32)

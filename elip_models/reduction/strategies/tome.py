@@ -10,7 +10,7 @@ from torch import Tensor
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_kernels.ops.gather_ops import accumulator
-from elip_models.reduction.flops import Layer
+from elip_models.reduction.flops import TokenCounts
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of
 from elip_models.towers import Tower, TowerSize
@@ -68,7 +68,7 @@ class ToMe(Strategy):
             object.__setattr__(self, "r", tuple(self.r))
         check_fields(self)
 
-    def refuses(self, tower: Tower) -> str | None:
+    def why_unsupported(self, tower: Tower) -> str | None:
         """Return why a setting does not fit the tower, in one sentence, or None if all fit."""
         reason = tower.refuses_mean_positions() if self.position == "mean" else None
         if reason is not None:
@@ -84,10 +84,10 @@ class ToMe(Strategy):
             total = round(r * size.depth * size.num_patches)
             bounds = [total * i // size.depth for i in range(size.depth + 1)]
             return tuple(b - a for a, b in pairwise(bounds))
-        counts = r if isinstance(r, tuple) else (r,) * size.depth
-        if len(counts) != size.depth:
-            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(counts)}")
-        return counts
+        merges = r if isinstance(r, tuple) else (r,) * size.depth
+        if len(merges) != size.depth:
+            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(merges)}")
+        return merges
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return one stage per block, from the first that merges."""
@@ -97,7 +97,7 @@ class ToMe(Strategy):
         merges = [i for i, layer in enumerate(counts) if layer.mlp < layer.attention]
         return tuple(stages[merges[0] :]) if merges else ()  # all later blocks need the sizes
 
-    def token_counts(self, size: TowerSize) -> tuple[Layer, ...]:
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens in each block, of which at most half of the patches merge away."""
         r, p = self._merged_per_block(size), size.num_prefix_tokens
 

@@ -1,0 +1,247 @@
+"""The forward passes of a reduced model: of eager calls, and of the graph that torch.compile makes.
+
+Both classes have one interface. A block calls `enter_block` before it runs and `leave_block` after;
+a method that returns whole grids calls `begin_dense_call` and `end_dense_call`. Eager passes belong
+to the thread that runs them. The attributes of a graph's pass are plain, so that the compiler can
+guard them.
+"""
+
+import threading
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from elip_models.reduction import call_context
+from elip_models.reduction.call_context import DENSE_CALLS, Guide, guide_of, records_of
+from elip_models.reduction.recomputation import (
+    REFUSED,
+    Label,
+    Leave,
+    can_recompute,
+    in_autograd_function,
+    is_in_checkpoint,
+    recompute_at,
+)
+from elip_models.reduction.step import BlockStep, ForwardState
+
+
+class EnteredBlock(NamedTuple):
+    """A block that a forward pass has entered and not left.
+
+    step: the result of entering it.
+    forward, label: in an eager pass, its state, and its label if gradients are recorded.
+    """
+
+    step: BlockStep
+    forward: ForwardState | None = None
+    label: Label | None = None
+
+
+class EagerPasses:
+    """The forward passes of eager calls of one reduced model.
+
+    reduction: the reduction, to which guidance and records belong.
+    running: the pass that runs its blocks, by thread.
+    calls: by thread, the running calls of the model, innermost last; the pass of each, if any.
+    pending: the passes in checkpoints whose graph is alive.
+    """
+
+    def __init__(self, reduction: Any) -> None:
+        self.reduction = reduction
+        self.running: dict[int, ForwardState] = {}
+        self.calls: dict[int, list[ForwardState | None]] = {}
+        self.pending: WeakSet[ForwardState] = WeakSet()
+
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
+        """Copy without any forward pass."""
+        return EagerPasses, (self.reduction,)
+
+    def begin_dense_call(self) -> None:
+        """Begin a call in which every block takes and returns all tokens of block 0."""
+        DENSE_CALLS.set((*DENSE_CALLS.get(), self.reduction))
+
+    def end_dense_call(self) -> None:
+        """End that call, and a forward pass that has not reached the last block."""
+        DENSE_CALLS.set(DENSE_CALLS.get()[:-1])
+        self.running.pop(threading.get_ident(), None)
+
+    def begin_call(self) -> None:
+        """Begin a call of the model, or of the image model in it."""
+        self.calls.setdefault(threading.get_ident(), []).append(None)
+
+    def end_call(self, output: Any) -> None:
+        """End that call, and a forward pass that it leaves unfinished."""
+        thread = threading.get_ident()
+        calls = self.calls.get(thread)
+        if calls is None:  # a graph has begun the call
+            return
+        forward = calls.pop()
+        if not calls:
+            del self.calls[thread]
+            self.running.pop(thread, None)
+        recompute_at(output, self.reduction, forward)
+
+    def enter_block(
+        self, i: int, tokens: Tensor, kwargs: dict[str, Any], mask: Tensor | None
+    ) -> EnteredBlock:
+        """Apply the strategy to the tokens (B, N, D) that enter block i, in their forward pass.
+
+        `kwargs` and the mask of the keys are what the model passes to the block.
+        """
+        guide = guide_of(self.reduction)
+        forward, label = self._forward_at(i, tokens, mask, guide), None
+        if can_recompute(tokens):
+            label = Label(forward)
+        elif tokens.requires_grad and in_autograd_function():
+            raise RuntimeError(REFUSED)
+        step = forward.enter_block(i, tokens, kwargs)
+        if step.info is not None and i not in forward.infos and not _is_recomputed(guide):
+            for infos in records_of(self.reduction):
+                infos.append(step.info)
+        return EnteredBlock(forward.store(i, step), forward, label)
+
+    def leave_block(self, i: int, entered: EnteredBlock, tokens: Tensor) -> Tensor:
+        """Return the tokens that leave block i, which a checkpoint may recompute."""
+        forward, label = entered.forward, entered.label
+        if label is None:
+            return tokens
+        is_dropped, is_last = label.is_dropped, i == self.reduction.last
+        if not tokens.requires_grad:  # a frozen tower: its output alone keeps the pass
+            is_dropped = is_last and forward.strategy.is_guided and is_in_checkpoint()
+        if not is_dropped:
+            return tokens
+        self.pending.add(forward)
+        return Leave.apply(tokens, label.output, self.reduction, forward)
+
+    def abandon(self) -> None:
+        """End the forward pass of this thread, of which a block has raised an error."""
+        if not _is_recomputed(guide_of(self.reduction)):
+            self.running.pop(threading.get_ident(), None)
+
+    def _forward_at(
+        self, i: int, tokens: Tensor, mask: Tensor | None, guide: Guide | None
+    ) -> ForwardState:
+        """Return the forward pass whose tokens enter block i; begin it at the first block."""
+        thread, reduction = threading.get_ident(), self.reduction
+        if _is_recomputed(guide) and torch.is_grad_enabled():
+            recomputation = guide.recomputation
+            if i == reduction.first and len(self.pending) > 1:
+                # Another pass may be in the same checkpoint, and run again first: score anew.
+                recomputation.again = self._begin(i, tokens, mask, guide)
+            forward = recomputation.again or recomputation.forward
+        else:
+            forward = self.running.get(thread)
+            if forward is None or i == reduction.first:
+                forward = self.running[thread] = self._begin(i, tokens, mask, guide)
+            if i == reduction.last:
+                del self.running[thread]
+        if i == reduction.last and thread in self.calls:
+            self.calls[thread] = [forward] * len(self.calls[thread])
+        return forward
+
+    def _begin(
+        self, i: int, tokens: Tensor, mask: Tensor | None, guide: Guide | None
+    ) -> ForwardState:
+        text_cls = None if guide is None else guide.text_cls
+        on_grid = any(reduction is self.reduction for reduction in DENSE_CALLS.get())
+        if _is_recomputed(guide):
+            on_grid = on_grid or guide.recomputation.forward.on_grid
+        elif text_cls is not None and not torch.is_grad_enabled() and in_autograd_function():
+            raise RuntimeError(REFUSED)
+        return self.reduction.begin_forward(i, tokens, mask, text_cls, on_grid=on_grid)
+
+
+class GraphPass:
+    """The forward pass in a graph of one reduced model.
+
+    reduction: the reduction, to which the guidance belongs.
+    guides, text_cls: the texts by the id of their owner, and the most recent text.
+    own_text: the text that the whole model's forward has encoded.
+    forward, on_grid: the running forward pass, and whether blocks return whole grids.
+    has_own_mask: in torch.export, the model makes a mask that hides no token, see `with_masks`.
+    """
+
+    def __init__(self, reduction: Any) -> None:
+        self.reduction = reduction
+        self.guides: dict[int, Tensor] = {}
+        self.text_cls: Tensor | None = None
+        self.own_text: Tensor | None = None
+        self.forward: ForwardState | None = None
+        self.on_grid = False
+        self.has_own_mask = False
+
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
+        """Copy without guidance and without a forward pass."""
+        return GraphPass, (self.reduction,)
+
+    def guide(self, owner: object, text_cls: Tensor) -> None:
+        """Guide graphs by text_cls (B, D) until `owner` removes it."""
+        self.guides[id(owner)] = self.text_cls = text_cls
+
+    def unguide(self, owner: object) -> None:
+        """Remove the text that `owner` has set."""
+        del self.guides[id(owner)]
+        self.text_cls = next(reversed(self.guides.values()), None)
+
+    def begin_dense_call(self) -> None:
+        """Begin a call in which every block takes and returns all tokens of block 0."""
+        self.on_grid = True
+
+    def end_dense_call(self) -> None:
+        """End that call, and a forward pass that has not reached the last block."""
+        self.on_grid, self.forward = False, None
+
+    def begin_call(self) -> None:
+        """Begin a call of the model."""
+
+    def end_call(self, output: Any) -> None:
+        """End that call."""
+
+    def enter_block(
+        self, i: int, tokens: Tensor, kwargs: dict[str, Any], mask: Tensor | None
+    ) -> EnteredBlock:
+        """Apply the strategy to the tokens (B, N, D) that enter block i.
+
+        Blocks that need no earlier result share no pass, so that each may be checkpointed.
+        """
+        reduction = self.reduction
+        if not reduction.shares_forward and not self.on_grid:
+            if i not in reduction.acts_at:
+                return EnteredBlock(BlockStep(tokens))
+            return EnteredBlock(self._begin(i, tokens, mask).enter_block(i, tokens, kwargs))
+        if self.forward is None or i == reduction.first:
+            self.forward = self._begin(i, tokens, mask)
+        forward = self.forward
+        if i == reduction.last:
+            self.forward = None
+        return EnteredBlock(forward.store(i, forward.enter_block(i, tokens, kwargs)))
+
+    def leave_block(self, i: int, entered: EnteredBlock, tokens: Tensor) -> Tensor:
+        """Return the tokens that leave block i."""
+        return tokens
+
+    def _begin(self, i: int, tokens: Tensor, mask: Tensor | None) -> ForwardState:
+        text_cls = self.text_cls if self.own_text is None else self.own_text
+        if text_cls is not None and not torch.compiler.is_exporting():
+            text_cls = call_context.own_guidance(text_cls)
+        return self.reduction.begin_forward(i, tokens, mask, text_cls, on_grid=self.on_grid)
+
+
+class TrackCall:
+    """The pre-forward and forward hook of a model whose call a checkpoint may recompute."""
+
+    def __init__(self, reduction: Any) -> None:
+        self.reduction = reduction
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        """Begin the call before the forward, and end it after (with `output`)."""
+        if output:
+            self.reduction.passes.end_call(output[0])
+        else:
+            self.reduction.passes.begin_call()
+
+
+def _is_recomputed(guide: Guide | None) -> bool:
+    return guide is not None and guide.recomputation is not None

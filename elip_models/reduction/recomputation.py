@@ -1,0 +1,159 @@
+"""How a block that activation checkpointing runs again finds its forward pass.
+
+A checkpoint drops the tensors that are saved for backward in it, and runs its function again when
+backward reads one of them. Both are seen through autograd's public interface:
+
+    enter a block   Save a `Label` that names the pass. If it is dropped, the block may run again.
+    leave it        `Leave` keeps the pass as long as the graph. Its backward comes before that of
+                    the block, and reads the label: the checkpoint runs again inside that read,
+                    under `recomputing`, which provides the pass and its guidance.
+    leave a model   The gradient of its output does the same, for a checkpoint of the whole model.
+
+If backward reaches a checkpoint through operations that follow the model in it, the blocks run as
+in a new call. The label that they save names that call: `_check` compares what it has selected.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.func import debug_unwrap
+
+from elip_models.reduction.call_context import recomputing
+from elip_models.reduction.step import ForwardState
+
+REFUSED = (
+    "checkpoint: expected use_reentrant=False on a reduced model, got a re-entrant one, whose "
+    "recomputation cannot find its forward pass; pass use_reentrant=False"
+)
+CHANGED = (
+    "guidance: expected the text and the strategy of the forward pass where activation "
+    "checkpointing runs it again, got others; call reduce_ before the forward. If the checkpoint "
+    "goes on after the model, enter guidance(model, ..) inside of the checkpointed function, or "
+    "checkpoint the model or its blocks alone"
+)
+
+
+class Label:
+    """A tensor saved for backward that names the forward pass which saved it.
+
+    is_dropped: a checkpoint has not kept the tensor, and may run the call again.
+    output: a tensor whose graph node holds it.
+    """
+
+    def __init__(self, forward: ForwardState | None, *, has_gradient: bool = False) -> None:
+        name = _ANCHOR.clone() if has_gradient else torch.empty(0, device="cpu")
+        name.forward_state = forward
+        kept = weakref.ref(name)
+        self.output = _Save.apply(name, _ANCHOR)
+        del name
+        self.is_dropped = kept() is None
+
+
+with torch.inference_mode(False):
+    _ANCHOR = torch.zeros((), device="cpu", requires_grad=True)  # so that autograd saves a label
+
+
+class _Save(Function):
+    """Save a tensor for backward, which passes no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, name: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(name)
+        return name.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def recompute(reduction: object, forward: ForwardState, node: Any) -> None:
+    """Read the label that `node` saved: a checkpoint around it runs its function again.
+
+    Raises:
+        RuntimeError: the checkpoint has run already, and has selected other tokens.
+    """
+    with recomputing(reduction, forward):
+        (name,) = node.saved_tensors
+    _check(forward, getattr(name, "forward_state", None))
+
+
+class Leave(Function):
+    """The identity on the tokens (B, N, D) that leave a block in a checkpoint."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, label: Tensor, reduction: object, forward: ForwardState
+    ) -> Tensor:
+        """Return the tokens; keep the pass, and the node that saved the label."""
+        ctx.saved_by = reduction, forward, label.grad_fn
+        return tokens.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient, after the block has run again."""
+        recompute(*ctx.saved_by)
+        return gradient, None, None, None
+
+
+def recompute_at(output: Any, reduction: object, forward: ForwardState | None) -> None:
+    """Recompute a model's call when backward reaches a tensor of its output.
+
+    Every such tensor saves a label, in a checkpoint or not: a recomputation must save as many
+    tensors as its forward.
+    """
+    if isinstance(output, dict | tuple | list):
+        for value in output.values() if isinstance(output, dict) else output:
+            recompute_at(value, reduction, forward)
+    elif isinstance(output, Tensor) and output.requires_grad and can_recompute(output):
+        label = Label(forward)
+        if label.is_dropped and forward is not None:
+            node = label.output.grad_fn
+            output.register_hook(lambda gradient: recompute(reduction, forward, node))
+
+
+def is_in_checkpoint() -> bool:
+    """Return whether a checkpoint runs this code, for the first time or again.
+
+    The second run keeps labels, but a detached copy of one with a gradient.
+    """
+    return Label(None, has_gradient=True).is_dropped
+
+
+def in_autograd_function() -> bool:
+    """Return whether an autograd.Function's forward runs, such as a re-entrant checkpoint's.
+
+    It switches both kinds of derivatives off. PyTorch has no public name for the second.
+    """
+    is_off = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
+    return is_off and not torch.is_inference_mode_enabled()
+
+
+def can_recompute(tokens: Tensor) -> bool:
+    """Return whether a checkpoint may run the code again that computes with `tokens`."""
+    is_traced = torch.jit.is_tracing() or debug_unwrap(tokens) is not tokens  # by torch.func
+    return torch.is_grad_enabled() and not is_traced
+
+
+def _check(forward: ForwardState, again: ForwardState | None) -> None:
+    """Raise RuntimeError if the pass that ran again has selected other tokens."""
+    if again is None or again is forward:
+        return
+    if again.text_cls is forward.text_cls and again.strategy is forward.strategy:
+        return
+    for i, info in forward.infos.items():
+        repeated = again.infos.get(i)
+        if repeated is not None and not _same(info.reduction, repeated.reduction):
+            raise RuntimeError(CHANGED)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two results select the same tokens, with the same weights."""
+    for name in ("kept", "slots"):
+        a, b = getattr(one, name, None), getattr(other, name, None)
+        if a is not None and not torch.equal(a, b):
+            return False
+    weights = getattr(one, "weights", None)
+    return weights is None or torch.allclose(weights, other.weights)
