@@ -1,6 +1,7 @@
 """The style of SVG charts: readable on light and dark pages, reproducible byte by byte."""
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,4 +30,13 @@ def write_figure(figure: "Figure", path: Path, **options: Any) -> None:
     """Write a figure completely or not at all, with options of `savefig`."""
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:], **options)
-    write_file(path, content.getvalue())
+    written = content.getvalue()
+    write_file(path, _with_numbered_clips(written) if path.suffix == ".svg" else written)
+
+
+def _with_numbered_clips(svg: bytes) -> bytes:
+    """Number the clip paths, whose names are hashes of coordinates with all their digits."""
+    names = dict.fromkeys(re.findall(rb'<clipPath id="(p[0-9a-f]+)"', svg))
+    for number, name in enumerate(names):
+        svg = svg.replace(name, b"clip%d" % number)
+    return svg
