@@ -25,14 +25,6 @@ def test_the_fused_token_is_rounded_once_and_the_others_are_copied(guidance_norm
         assert out.dtype == dtype and not out.requires_grad
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [HALF, HALF[::-1]], ids=str)
-def test_autocast_to_another_dtype_changes_nothing(dtype, autocast):
-    tokens, text = torch.randn(2, 5, 6).to(dtype), torch.randn(2, 6).to(dtype)
-    with torch.autocast("cpu", autocast):
-        out = fuse_text(tokens, text, 0.8)
-    assert torch.equal(out, fuse_text(tokens, text, 0.8))
-
-
 @pytest.mark.parametrize("shape", [(0, 5, 6), (2, 1, 6)])
 def test_no_image_and_no_patch(shape):
     assert fuse_text(torch.randn(shape), torch.randn(1, 6), 0.5).shape == shape
