@@ -1,6 +1,7 @@
 """Arguments of each public function: some that pass, and of each argument what is refused."""
 
 import tempfile
+from functools import partial
 
 import timm
 import torch
@@ -8,8 +9,10 @@ from transformers import BlipVisionConfig, BlipVisionModel
 
 import elip_kernels
 import elip_models
+from elip_kernels._example import EXAMPLES
 from elip_models.models import AdaptConfig
 from tests.helpers import embed_arguments, selection_arguments
+from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.models.test_saving import CONFIG, pair
 
@@ -165,7 +168,12 @@ features = {
     "progress": [],
 }
 
-OTHERS = selection_arguments.TABLE | embed_arguments.TABLE
+EVERY_OP = {
+    example.function: (partial(good_arguments, name), refused_values(name))
+    for name, example in EXAMPLES.items()
+}
+"""The ops below have values of their own."""
+OTHERS = EVERY_OP | selection_arguments.TABLE | embed_arguments.TABLE
 TABLE = OTHERS | {
     elip_kernels.use_pytorch_ops: (dict, {}),
     elip_kernels.reduce: (
