@@ -11,7 +11,9 @@ from benchmarks.kernel_analysis import least_work
 from benchmarks.kernel_analysis.traffic import Access, traffic
 from benchmarks.kernel_analysis.work import Work
 from elip_kernels import launch
-from elip_kernels.testing import Case
+from elip_kernels._example import EXAMPLES, Sizes
+from elip_kernels.testing import Case, kernels_on_cpu
+from elip_kernels.testing.calls import WITH_KERNELS
 from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import block
 from tests.interpreted.selection_works import diverse_works, dpp_works, run_diverse, run_dpp
@@ -216,6 +218,17 @@ def without_vectors(launched):
     """Return the bytes that programs access, without the parameter vectors of a block."""
     vectors = [launched.loads[name].per_program for name in VECTORS & launched.loads.keys()]
     return launched.per_program - sum(vectors)
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_every_op_stores_each_byte_once_and_touches_nothing_else(name):
+    """Also without a model of its work; `traffic` raises on an access outside of every tensor."""
+    arguments = EXAMPLES[name].arguments(Sizes(B=2, N=21, D=40, K=12, H=2, dtype=fp32))
+    with kernels_on_cpu(), traffic() as launched:
+        EXAMPLES[name].outputs(arguments)
+    assert launched
+    for kernel in launched:
+        assert all(access.requested == access.unique for access in kernel.stores.values()), kernel
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,7 +5,8 @@ import pytest
 from elip_kernels._triton import HAS_TRITON
 from tests.helpers.interpreter import FOLDER, file, number_passed
 
-SMALL = [f"{file('traffic')}::test_each_byte_of_a_small_call_moves_once"]
+SMALL = [f"{file('traffic')}::test_every_op_stores_each_byte_once_and_touches_nothing_else"]
+SMALL += [f"{file('traffic')}::test_each_byte_of_a_small_call_moves_once"]
 SMALL += [f"{file('reduce_kernel')}::test_{name}" for name in ("any_width", "masks")]
 HALF = [file(name) for name in ("reduce_kernel", "traffic", "waits")]
 
