@@ -369,7 +369,7 @@ def pytest_runtest_setup(item):
 
 @pytest.mark.parametrize(
     ("stops_at", "failed", "missing"),
-    tiered([("", ["reduce"], []), ("reduce", [], ["reduce"])], []),
+    tiered([("", ["reduce"], []), ("reduce", [], ["reduce"])], [], slow=[("", ["reduce"], [])]),
 )
 def test_a_run_that_failed_or_was_stopped_is_refused(
     measure, tmp_path, capsys, stops_at, failed, missing

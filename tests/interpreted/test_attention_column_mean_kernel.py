@@ -52,7 +52,7 @@ def check(q, k, **options):
 
 
 @pytest.mark.parametrize("names", [(), ("mask",), ("mask", "query_mask")])
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float16]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float16], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize(
     "shape", SHAPES, ids="B{0[0]}-H{0[1]}-G{0[2]}-M{0[3]}-N{0[4]}-d{0[5]}".format
 )

@@ -54,7 +54,9 @@ QUICK = [(SIZES[0], dtypes) for dtypes in DTYPES] + [(sizes, DTYPES[4]) for size
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtypes"), tiered(itertools.product(SIZES, DTYPES), QUICK), ids=str
+    ("sizes", "dtypes"),
+    tiered(itertools.product(SIZES, DTYPES), QUICK, slow=[(SIZES[1], DTYPES[0])]),
+    ids=str,
 )
 def test_it_agrees_with_fp64_whatever_the_dtypes(sizes, dtypes):
     assert error(arguments(**sizes, dtypes=dtypes)) < 1e-6

@@ -81,7 +81,7 @@ def check(select, tokens, keep, **options):
 
 
 @pytest.mark.parametrize("share", [None, 0.6])
-@pytest.mark.parametrize("dtype", tiered(DTYPES, [torch.float32]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(DTYPES, [torch.float32], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-K{0[3]}".format)
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_agrees_with_fp64(launches, poisoned_memory, select, shape, dtype, share):

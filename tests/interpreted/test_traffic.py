@@ -236,7 +236,9 @@ def test_each_byte_of_a_small_call_moves_once(launches, op):
     check(op, SMALL[2])
 
 
-@pytest.mark.parametrize(("case",), tiered([(case,) for case in SMALL], [(SMALL[1],)]), ids=str)
+@pytest.mark.parametrize(
+    ("case",), tiered([(case,) for case in SMALL], [(SMALL[1],)], slow=[(SMALL[2],)]), ids=str
+)
 @pytest.mark.parametrize("op", OPS)
 def test_each_byte_moves_once(launches, op, case):
     check(op, case)

@@ -45,9 +45,9 @@ def moves_wide(code, tile):
     return min(code.wide_bytes()) * 32 * code.num_warps >= tile
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"], slow=["fp32"]))
 @pytest.mark.parametrize(
-    ("N", "registers"), tiered([(197, 64), (257, 64), (577, 128)], [(257, 64)])
+    ("N", "registers"), tiered([(197, 64), (257, 64), (577, 128)], [(257, 64)], slow=[(577, 128)])
 )
 def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
     launch, code = compiled("reduce", N, dtype)["_reduce_fwd_kernel"]
@@ -56,7 +56,7 @@ def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * SIZE[dtype])
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"], slow=["fp32"]))
 def test_reduce_backward_fills_the_machine_without_shared_memory(dtype):
     launch, code = compiled("reduce", 257, dtype)["_reduce_bwd_kernel"]
     assert is_clean(code)
@@ -72,8 +72,8 @@ def loads_wide(code, tile):
     return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"]))
-@pytest.mark.parametrize("N", tiered([577, 257, 1025, 4097, 16_385], []))
+@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"], slow=["fp32"]))
+@pytest.mark.parametrize("N", tiered([577, 257, 1025, 4097, 16_385], [], slow=[577]))
 def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     codes = compiled("score_reduce", N, dtype)
     assert all(is_clean(code) for _, code in codes.values())
@@ -100,7 +100,7 @@ def test_the_query_kernel_has_few_barriers_in_each_of_few_steps():
     assert report.WIDTH / launch.arguments["BLOCK_D"] == 12
 
 
-@pytest.mark.parametrize("arch", tiered([90, 100, 120], []))
+@pytest.mark.parametrize("arch", tiered([90, 100, 120], [], slow=[100]))
 def test_barriers_are_counted_for_each_loop(arch):
     """Code behind the end of a kernel, which waits for products of Blackwell, is no loop."""
     for launch in report.recorded_call("score_reduce", 2, 257, 166, "bf16", arch):
@@ -109,7 +109,9 @@ def test_barriers_are_counted_for_each_loop(arch):
             assert outside > 0 and 1 <= inside <= 4
 
 
-@pytest.mark.parametrize("op", tiered(["score_reduce", "cls_attention_output"], []))
+@pytest.mark.parametrize(
+    "op", tiered(["score_reduce", "cls_attention_output"], [], slow=["score_reduce"])
+)
 def test_a_loop_for_blackwell_has_one_product_for_each_accumulator(op):
     """Two would be miscompiled by Triton 3.6 to 3.8 (triton issue 10821)."""
     products = {}
@@ -119,10 +121,10 @@ def test_a_loop_for_blackwell_has_one_product_for_each_accumulator(op):
     assert list(products.values()) == [1]
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, []))
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
+@pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90], slow=["gfx942"]))
 @pytest.mark.parametrize(
-    ("width", "heads"), tiered([(1280, 16), (1024, 16), (384, 6)], [(1280, 16)])
+    ("width", "heads"), tiered([(1280, 16), (1024, 16), (384, 6)], [(1280, 16)], slow=[(384, 6)])
 )
 def test_heads_of_every_width_make_their_query_without_a_spill(
     width, heads, arch, dtype, monkeypatch
@@ -159,7 +161,7 @@ def test_alignment_that_varies_with_the_batch_is_not_specialised(op, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", tiered([90, 86, 120], [90]))
+@pytest.mark.parametrize("arch", tiered([90, 86, 120], [90], slow=[120]))
 @pytest.mark.parametrize("heads", [24, 48])
 def test_many_heads_score_without_a_spill(heads, arch, monkeypatch):
     monkeypatch.setattr(report, "WIDTH", 64 * heads)
@@ -170,18 +172,20 @@ def test_many_heads_score_without_a_spill(heads, arch, monkeypatch):
         assert is_clean(compile_launch(scores, arch)), dtype
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, []))
+@pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
 @pytest.mark.parametrize("op", ["bipartite_merge", "merge_nearest"])
-@pytest.mark.parametrize("N", tiered([577, 1025, 16_385], [577]))
+@pytest.mark.parametrize("N", tiered([577, 1025, 16_385], [577], slow=[16_385]))
 def test_merging_stays_in_registers(N, op, dtype):
     for name, (_, code) in compiled(op, N, dtype).items():
         assert is_clean(code), name
         assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, []))
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
-@pytest.mark.parametrize(("width", "heads"), tiered([(2048, 16), (1152, 24)], [(2048, 16)]))
+@pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90], slow=["gfx942"]))
+@pytest.mark.parametrize(
+    ("width", "heads"), tiered([(2048, 16), (1152, 24)], [(2048, 16)], slow=[(1152, 24)])
+)
 def test_an_output_of_every_width_compiles_everywhere_without_a_spill(
     width, heads, arch, dtype, monkeypatch
 ):
@@ -215,7 +219,10 @@ def test_every_kernel_compiles_everywhere_without_a_spill(op, arch):
 
 
 @pytest.mark.parametrize(
-    "op", tiered(["score_reduce", "cls_attention", "cls_attention_from_tokens"], [])
+    "op",
+    tiered(
+        ["score_reduce", "cls_attention", "cls_attention_from_tokens"], [], slow=["score_reduce"]
+    ),
 )
 def test_the_largest_image_compiles_without_a_spill(op, monkeypatch):
     monkeypatch.setattr(report, "WIDTH", 1536)
@@ -258,7 +265,7 @@ def test_other_variants_compile_without_a_spill(arch):
         assert is_clean(compile_launch(launch, arch)), launch.name
 
 
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, []))
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [], slow=[90]))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_grouped_heads_compile_without_a_spill(arch, dtype):
     """The widest heads, four query heads per key head, with a mask: the largest program."""
@@ -318,7 +325,7 @@ def test_a_launch_specialises_on_alignment_divisibility_and_one():
         assert compile_launch(changed, 90).wide_share() < 1
 
 
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90]))
+@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90], slow=["gfx942"]))
 def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
     code = compile_launch(copy(torch.empty(2048)), arch)
     assert code.wide_bytes() == ((16, 16) if arch == "gfx942" else (32, 32))
@@ -345,7 +352,7 @@ PIPELINED = {
 }
 
 
-@pytest.mark.parametrize("op", tiered(WITH_KERNELS, ["score_reduce"]))
+@pytest.mark.parametrize("op", tiered(WITH_KERNELS, ["score_reduce"], slow=["bipartite_merge"]))
 def test_loops_with_products_or_own_stages_are_pipelined(op):
     """`latency.py` counts on it for the kernels that it models."""
     for name, (_, code) in compiled(op, 577, "bf16").items():

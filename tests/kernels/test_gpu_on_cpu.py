@@ -38,7 +38,9 @@ def outcomes(report):
         yield name, None if skipped is None else skipped.get("message")
 
 
-@pytest.mark.parametrize(("words", "least"), tiered([(HALF, 150), ((), 200)], []))
+@pytest.mark.parametrize(
+    ("words", "least"), tiered([(HALF, 150), ((), 200)], [], slow=[(HALF, 150)])
+)
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
 def test_every_gpu_test_passes_on_small_cases(tmp_path, words, least):
     report = tmp_path / "report.xml"

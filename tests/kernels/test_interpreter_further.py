@@ -16,7 +16,7 @@ FILES = {"agreement": sorted(OTHERS), "limits": LIMITS}
 LEAST = {"agreement": 80, "limits": 12}
 
 
-@pytest.mark.parametrize("what", tiered(FILES, []))
+@pytest.mark.parametrize("what", tiered(FILES, [], slow=["agreement"]))
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
 def test_other_kernels_under_the_interpreter(what):
     assert number_passed(*FILES[what]) >= LEAST[what]

@@ -79,7 +79,9 @@ def run(function, name):
     return arguments
 
 
-@pytest.mark.parametrize("name", tiered(WITH_KERNELS, ["reduce", "cls_attention"]))
+@pytest.mark.parametrize(
+    "name", tiered(WITH_KERNELS, ["reduce", "cls_attention"], slow=["score_reduce"])
+)
 def test_a_graph_has_the_launches_of_the_op_and_only_outputs_are_written(name):
     op = EXAMPLES[name].function
     with stub_device(90) as driver:

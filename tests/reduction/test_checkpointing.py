@@ -29,6 +29,7 @@ from tests.reduction.test_strategies import STRATEGIES, patched, strategies
 EACH_WAY = tiered(
     [(name, use_reentrant) for name in STRATEGIES for use_reentrant in (True, False)],
     [("elip", True), ("elip", False), ("tome", True), ("evit", True), ("adaptive", True)],
+    slow=[("evit", False), ("random", True)],
 )
 
 
@@ -94,8 +95,8 @@ def sequential(model, x):
 FIRST_IN = ["first in, first out", "last in, first out"]
 
 
-@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"]))
-@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:]))
+@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"], slow=["eval"]))
+@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:], slow=["first in, first out"]))
 @pytest.mark.parametrize(
     "forward", [checkpointed(True), checkpointed(False), sequential], ids=["re", "non-re", "seq"]
 )
@@ -300,7 +301,8 @@ IN_SEVERAL = {
 
 @pytest.mark.parametrize(
     "name",
-    slow_except([], ["tome"]) + tiered([n for n in IN_ONE_GRAPH | IN_SEVERAL if n != "tome"], []),
+    slow_except([], ["tome"])
+    + tiered([n for n in IN_ONE_GRAPH | IN_SEVERAL if n != "tome"], [], slow=["elip"]),
 )
 def test_a_compiled_model_may_checkpoint_its_blocks(name):
     """In one graph where blocks know nothing of one another; no checkpoint of a graph hands on what
