@@ -119,8 +119,8 @@ def bipartite_merge(
     if lengths is None:
         info = _match(metric.detach(), penalty, r, num_prefix_tokens)
     else:
-        given = (metric.detach(), penalty, r, num_prefix_tokens)
-        size, info = _match_padded(tokens, *given, size, lengths, merges)
+        matching = (metric.detach(), penalty, r, num_prefix_tokens)
+        size, info = _match_padded(tokens, *matching, size, lengths, merges)
     merged, size = _merged(tokens, size, info)
     return (merged, size, info) if return_info else (merged, size)
 

@@ -138,8 +138,8 @@ def test_masks(device, keep, dtype):
     assert torch.equal(got[1].cpu(), exact[1])
     for ours, theirs in ((got[0][:, -1], exact[0][:, -1]), (got[3], exact[3])):
         assert_rounded(ours, theirs)
-    taken = real.gather(1, got[1].cpu())
-    assert torch.equal(taken.sum(1), real[:, 1:].sum(1).clamp(max=K))
+    is_real = real.gather(1, got[1].cpu())
+    assert torch.equal(is_real.sum(1), real[:, 1:].sum(1).clamp(max=K))
 
 
 @pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])

@@ -41,7 +41,7 @@ def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=N
 
     exact = tokens.detach().double().requires_grad_()
     double = {"size": size, "penalty": penalty}
-    double = {name: None if given is None else given.double() for name, given in double.items()}
+    double = {name: None if tensor is None else tensor.double() for name, tensor in double.items()}
     expected, expected_size, expected_info = bipartite.bipartite_merge(
         exact, metric.double(), r, **double, **options
     )

@@ -142,8 +142,8 @@ def test_an_image_selects_the_same_alone_and_in_a_large_batch(launches, dtype):
     whole, info, row = elip_kernels.score_reduce(tokens, cls, text=text, **options)
     for i in (0, 16, 96):
         one = slice(i, i + 1)
-        given = tokens[one], cls[one]
-        alone, its, own = elip_kernels.score_reduce(*given, text=text[one], **options)
+        image = tokens[one], cls[one]
+        alone, its, own = elip_kernels.score_reduce(*image, text=text[one], **options)
         assert torch.equal(own, row[one]) and torch.equal(its.kept, info.kept[one])
         assert torch.equal(its.weights, info.weights[one]) and torch.equal(alone, whole[one])
     assert launches["elip::score_reduce"] == 4

@@ -105,10 +105,10 @@ def test_masks(launches, keep, dtype):
     real[:, 0] = True
     scores[0, 3] = NAN
     _, info = check(launches, tokens, scores, keep, mask=real)
-    taken = real.gather(1, info.kept)
-    assert torch.equal(taken.sum(1), real[:, 1:].sum(1).clamp(max=keep))
-    assert not (taken[:, 1:] & ~taken[:, :-1]).any()  # padding fills the last slots
-    assert torch.equal(info.mask[:, 1:-1], taken)
+    is_real = real.gather(1, info.kept)
+    assert torch.equal(is_real.sum(1), real[:, 1:].sum(1).clamp(max=keep))
+    assert not (is_real[:, 1:] & ~is_real[:, :-1]).any()  # padding fills the last slots
+    assert torch.equal(info.mask[:, 1:-1], is_real)
     assert torch.equal(info.mask[:, -1], real[:, 1:].sum(1) > keep)
 
 

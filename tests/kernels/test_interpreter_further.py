@@ -11,7 +11,7 @@ from tests.helpers.tiers import tiered
 from tests.kernels.test_interpreter import HALF
 
 LIMITS = [file("numerics"), file("many_tokens")]
-OTHERS = {str(each) for each in FOLDER.glob("test_*.py")} - {*HALF, *LIMITS, file("randomised")}
+OTHERS = {str(path) for path in FOLDER.glob("test_*.py")} - {*HALF, *LIMITS, file("randomised")}
 FILES = {"agreement": sorted(OTHERS), "limits": LIMITS}
 LEAST = {"agreement": 80, "limits": 12}
 

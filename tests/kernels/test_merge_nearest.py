@@ -194,7 +194,7 @@ def test_gradients_in_fp64(check, with_size):
 
 def test_gradient_reaches_tokens_only():
     tokens, kept, metric, size = inputs()
-    leaves = [each.requires_grad_() for each in (tokens, metric, size)]
+    leaves = [tensor.requires_grad_() for tensor in (tokens, metric, size)]
     merged, sizes = merge_nearest(tokens, kept, metric, size=size)
     merged.square().sum().backward()
     assert leaves[0].grad.abs().sum(-1).min() > 0

@@ -171,9 +171,9 @@ def test_one_image_compiles():
     def kept(tokens, scores):
         return elip_kernels.reduce(2 * tokens, 2 * scores, 5, return_info=True)[1].kept + 1
 
-    given = torch.randn(1, 12, 16), torch.rand(1, 11)
+    inputs = torch.randn(1, 12, 16), torch.rand(1, 11)
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(kept, fullgraph=True)(*given), kept(*given))
+    assert torch.equal(torch.compile(kept, fullgraph=True)(*inputs), kept(*inputs))
 
 
 def test_flops_are_counted():
@@ -241,8 +241,8 @@ def test_a_kernel_that_the_device_has_no_room_for_runs_pytorch(monkeypatch):
     monkeypatch.setattr(operator, "warned_reasons", set())
     tokens, scores = Case(2, 9, 4, 3).inputs()
     with launchers_on_cpu(), pytest.warns(_operator.FallbackWarning, match="shared memory"):
-        found = elip_kernels.reduce(tokens, scores, 3)
-    assert torch.equal(found, elip_kernels.reduce(tokens, scores, 3))
+        out = elip_kernels.reduce(tokens, scores, 3)
+    assert torch.equal(out, elip_kernels.reduce(tokens, scores, 3))
 
 
 def test_a_very_wide_head_runs_pytorch():

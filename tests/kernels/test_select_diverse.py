@@ -49,9 +49,11 @@ def most_likely(kernel, count):
 @pytest.mark.parametrize("count", [1, 2, 9, N])
 def test_max_min_equals_its_definition(count):
     tokens, first = torch.randn(B, N, D), torch.randint(N, (B,))
-    expected = [farthest(each, count) for each in cosines(tokens)]
+    expected = [farthest(cosine, count) for cosine in cosines(tokens)]
     assert select_diverse(tokens, count, **by_step).tolist() == expected
-    expected = [farthest(each, count, first[b].item()) for b, each in enumerate(cosines(tokens))]
+    expected = [
+        farthest(cosine, count, first[b].item()) for b, cosine in enumerate(cosines(tokens))
+    ]
     assert select_diverse(tokens, count, first=first, **by_step).tolist() == expected
 
 
