@@ -18,7 +18,7 @@ from benchmarks.kernel_analysis import report
 from benchmarks.kernel_analysis.compile import Arch, RecordedLaunch, compile_launch
 from benchmarks.kernel_analysis.latency import ALL_MACHINES, Machine, bound, size_of
 from benchmarks.parity import OURS
-from elip_kernels.testing.calls import WITH_KERNELS
+from elip_kernels.testing import WITH_KERNELS
 
 COLUMNS = ("op", "direction", "shape", "dtype", "bytes, us", "predicted, us", "measured, us")
 COLUMNS += ("measured / predicted",)

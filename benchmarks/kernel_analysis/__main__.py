@@ -13,7 +13,7 @@ import torch
 from benchmarks.kernel_analysis.compile import ARCHITECTURES
 from benchmarks.kernel_analysis.report import report, tables
 from elip_kernels._triton import triton
-from elip_kernels.testing.calls import WITH_KERNELS
+from elip_kernels.testing import WITH_KERNELS
 from elip_models.models.io.files import write_file
 
 

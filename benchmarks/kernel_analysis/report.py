@@ -25,7 +25,7 @@ from benchmarks.kernel_analysis.compile import (
     recorded_launches,
 )
 from benchmarks.kernel_analysis.latency import MACHINES, LaunchSize, bound, size_of, waves
-from elip_kernels.testing.calls import BATCHES, REAL_CASES, call
+from elip_kernels.testing import BATCHES, REAL_CASES, call
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, WIDTH = 12, 768

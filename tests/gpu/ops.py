@@ -15,7 +15,7 @@ import elip_kernels
 from elip_kernels import launch
 from elip_kernels._example import EXAMPLES, Sizes, map_tensors
 from elip_kernels._operator import OPERATORS
-from elip_kernels.testing.calls import WITH_KERNELS
+from elip_kernels.testing import WITH_KERNELS
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not IS_INTERPRETED

@@ -38,9 +38,9 @@ def gaps(select, tokens, order, options):
     unit = torch.nn.functional.normalize(tokens.double(), dim=-1)
     similarity, far = unit @ unit.mT, torch.zeros(order.shape, dtype=torch.float64)
     for b, steps in enumerate(order.tolist()):
-        gain = gains(select, similarity[b], steps, {n: v[b] for n, v in options.items()})
-        for t, (step, gains) in enumerate(zip(steps, gain, strict=True)):
-            far[b, t] = gains.max() - gains[step]
+        by_step = gains(select, similarity[b], steps, {n: v[b] for n, v in options.items()})
+        for t, (step, gain) in enumerate(zip(steps, by_step, strict=True)):
+            far[b, t] = gain.max() - gain[step]
     return far
 
 

@@ -12,8 +12,7 @@ from benchmarks.kernel_analysis.traffic import Access, traffic
 from benchmarks.kernel_analysis.work import Work
 from elip_kernels import launch
 from elip_kernels._example import EXAMPLES, Sizes
-from elip_kernels.testing import Case, kernels_on_cpu
-from elip_kernels.testing.calls import WITH_KERNELS
+from elip_kernels.testing import WITH_KERNELS, Case, kernels_on_cpu
 from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import block
 from tests.interpreted.selection_works import diverse_works, dpp_works, run_diverse, run_dpp

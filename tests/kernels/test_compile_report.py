@@ -21,7 +21,7 @@ from benchmarks.kernel_analysis.compile import (
     warps_at_once,
 )
 from benchmarks.kernel_analysis.latency import WAITS
-from elip_kernels.testing.calls import BATCHES, REAL_CASES, WITH_KERNELS, call
+from elip_kernels.testing import BATCHES, REAL_CASES, WITH_KERNELS, call
 from tests.helpers.tiers import tiered
 
 KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600, 16_385: 6000}

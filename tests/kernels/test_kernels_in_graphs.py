@@ -16,7 +16,7 @@ import elip_kernels
 import elip_models
 from elip_kernels._example import EXAMPLES, Sizes, tensors_of
 from elip_kernels._triton import HAS_TRITON
-from elip_kernels.testing.calls import WITH_KERNELS
+from elip_kernels.testing import WITH_KERNELS
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import images, plain_vit
 

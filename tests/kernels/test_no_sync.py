@@ -19,7 +19,7 @@ from elip_kernels._example import EXAMPLES
 from elip_kernels._kernel import Kernel
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
-from elip_kernels.testing.calls import WITH_KERNELS, call
+from elip_kernels.testing import WITH_KERNELS, call
 
 DATA_READ = (DataDependentOutputException, DynamicOutputShapeException)
 

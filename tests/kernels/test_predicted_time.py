@@ -21,7 +21,7 @@ from benchmarks.kernel_analysis.latency import (
     size_of,
     waves,
 )
-from elip_kernels.testing.calls import WITH_KERNELS
+from elip_kernels.testing import WITH_KERNELS
 
 BF16 = 257, "bf16"
 GREEDY = {"_diverse_kernel": 167, "_dpp_kernel": 937}  # each step waits for the one before
