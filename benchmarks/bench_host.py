@@ -48,9 +48,9 @@ def microseconds(calls, rounds):
     return best
 
 
-def first(found):
+def first(result):
     """Return the tokens or the row that a call returns, as the outputs that `parity` compares."""
-    return (found if torch.is_tensor(found) else found[0],)
+    return (result if torch.is_tensor(result) else result[0],)
 
 
 def random(like, *shape):
@@ -104,11 +104,11 @@ def test_op(record, rounds, device, op):
     }
     exact = first(made(op, tokens.double())())
     outputs = {"PyTorch": pytorch_form(calls["no gradient"]), OURS: first(calls["gradient"]())}
-    same = parity(exact, {name: [t.detach() for t in each] for name, each in outputs.items()})
+    same = parity(exact, {name: [t.detach() for t in tensors] for name, tensors in outputs.items()})
     with device:
-        found = microseconds(calls, rounds)
-        ratios = {"no gradient": found["gradient"] / found["no gradient"]}
-        facts = {"ratios": ratios, "host_microseconds": found, "shape": {"B": 1, "N": N, "D": D}}
+        times = microseconds(calls, rounds)
+        ratios = {"no gradient": times["gradient"] / times["no gradient"]}
+        facts = {"ratios": ratios, "host_microseconds": times, "shape": {"B": 1, "N": N, "D": D}}
         facts |= {"parity": same, "dtype": "fp32"}
         record(calls["gradient"], op=op, rounds=rounds, **facts)
 
@@ -131,9 +131,9 @@ def test_block(record, rounds, device, strategy):
         outputs = {"PyTorch": pytorch_form(calls[strategy]), OURS: first(calls[strategy]())}
         same = parity(first(wide(images.double())), outputs)
         with device:
-            found = microseconds(calls, rounds)
-            ratios = {"dense": found[strategy] / found["dense"]}
-            added = (found[strategy] - found["dense"]) / DEPTH
-            facts = {"ratios": ratios, "host_microseconds": found, "added_to_a_block": added}
+            times = microseconds(calls, rounds)
+            ratios = {"dense": times[strategy] / times["dense"]}
+            added = (times[strategy] - times["dense"]) / DEPTH
+            facts = {"ratios": ratios, "host_microseconds": times, "added_to_a_block": added}
             facts |= {"parity": same, "dtype": "fp32"}
             record(calls[strategy], strategy=strategy, rounds=rounds, **facts)

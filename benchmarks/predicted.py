@@ -2,9 +2,9 @@
 
     python -m benchmarks.predicted benchmarks/results/DEVICE/bench.json
 
-The prediction contains the launches of this project for an op, in sequence, as in
-`elip_kernels.testing.calls`. Kernels of PyTorch, such as projections around the attention output,
-are not included. No GPU is needed.
+The prediction contains the launches of this project for an op, in sequence, as in its example.
+Kernels of PyTorch, such as projections around the attention output, are not included. No GPU is
+needed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.kernel_analysis import report
 from benchmarks.kernel_analysis.compile import Arch, RecordedLaunch, compile_launch
 from benchmarks.kernel_analysis.latency import ALL_MACHINES, Machine, bound, size_of
 from benchmarks.parity import OURS
-from elip_kernels.testing.calls import CALLS
+from elip_kernels.testing import WITH_KERNELS
 
 COLUMNS = ("op", "direction", "shape", "dtype", "bytes, us", "predicted, us", "measured, us")
 COLUMNS += ("measured / predicted",)
@@ -44,7 +44,7 @@ def rows(entries: Iterable[dict[str, Any]], machine: Machine) -> list[dict[str, 
     """Return one row per entry of an op whose kernels ran."""
     found = []
     for entry in entries:
-        if entry.get("kernels") and entry["op"] in CALLS:
+        if entry.get("kernels") and entry["op"] in WITH_KERNELS:
             roof, seconds = predicted(entry, machine)
             measured = entry["milliseconds"][OURS] / 1e3
             times = (f"{1e6 * each:.1f}" for each in (roof, seconds, measured))

@@ -2,7 +2,9 @@
 
 Triton makes a text of the arguments and options of each launch. Here the key is a tuple of what it
 specialises on: types, alignments, divisibility by 16, constants, options and device. The first
-launch with a key is Triton's own, which compiles; `benchmarks/bench_host.py` measures the others.
+launch with a key is Triton's own, which compiles; later ones call the launcher of the compiled
+kernel. `benchmarks/bench_host.py` measures them. The key and the launcher's arguments depend on the
+version of Triton, so a version that is not in `TESTED_VERSIONS` makes every launch by itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +24,9 @@ if HAS_TRITON:
 else:
     JITFunction = object
 
+TESTED_VERSIONS = frozenset({"3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0"})
+"""Versions of Triton with which tests/kernels/test_kernel.py passes."""
+IS_TESTED = HAS_TRITON and triton.__version__.partition("+")[0] in TESTED_VERSIONS
 MAX_32_BIT = 2**31 - 1
 KINDS = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None)})
 IS_ROCM = torch.version.hip is not None
@@ -54,8 +59,9 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 class Kernel(JITFunction):
     """A kernel of Triton with a table of its compiled forms.
 
-    It is launched by Triton itself while a hook or a tool of Triton observes launches. Global
-    constants of the kernel must not change after its first launch, which Triton would check.
+    It is launched by Triton itself if the version of Triton was not tested, and while a hook or a
+    tool of Triton observes launches. Global constants of the kernel must not change after its first
+    launch, which Triton would check.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
@@ -69,20 +75,20 @@ class Kernel(JITFunction):
 
     def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> Any:
         """Launch the kernel; `constants` are its constexpr arguments and options."""
-        plain = KINDS.issuperset(map(type, args))
-        if warmup or not plain or self.pre_run_hooks or _is_observed():
+        is_plain = IS_TESTED and KINDS.issuperset(map(type, args))
+        if warmup or not is_plain or self.pre_run_hooks or _is_observed():
             return super().run(*args, grid=grid, warmup=warmup, **constants)
         active = triton.runtime.driver.active
         device = active.get_current_device()
         key = device, *_modes(), *constants, *constants.values(), *_kinds(args)
-        found = self.compiled.get(key)
-        if found is None:
+        compiled = self.compiled.get(key)
+        if compiled is None:
             code = super().run(*args, grid=grid, warmup=warmup, **constants)
             if code is not None and self._is_complete(args, constants):
                 rest = tuple(constants[name] for name in self.arg_names[len(args) :])
                 self.compiled[key] = code, code.run, code.function, rest
             return code
-        code, launch, function, rest = found
+        code, launch, function, rest = compiled
         x, y, z = (*grid, 1, 1)[:3]
         stream, no_hooks = active.get_current_stream(device), (None, None, None)
         launch(x, y, z, stream, function, code.packed_metadata, *no_hooks, *args, *rest)
@@ -90,15 +96,15 @@ class Kernel(JITFunction):
 
     def _capture(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Add the launch to the graph, without the compiler's options that graphs do not take."""
-        taken = {"num_warps", "num_stages", *self.arg_names}
-        constants = {name: value for name, value in constants.items() if name in taken}
+        names = {"num_warps", "num_stages", *self.arg_names}
+        constants = {name: value for name, value in constants.items() if name in names}
         torch.library.wrap_triton(self)[grid](*args, **constants)
 
     def _is_complete(self, args: tuple[Any, ...], constants: dict[str, Any]) -> bool:
         """Return whether `constants` are the parameters behind `args`, and all constexprs."""
         first, rest = self.params[: len(args)], self.params[len(args) :]
-        return not any(each.is_constexpr for each in first) and all(
-            each.is_constexpr and each.name in constants for each in rest
+        return not any(parameter.is_constexpr for parameter in first) and all(
+            parameter.is_constexpr and parameter.name in constants for parameter in rest
         )
 
 

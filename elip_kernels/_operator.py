@@ -69,7 +69,7 @@ def is_differentiated() -> bool:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return forward_ad._current_level >= 0
     stack = torch._C._functorch.get_interpreter_stack()
-    return any(each.key() in (TransformType.Grad, TransformType.Jvp) for each in stack)
+    return any(transform.key() in (TransformType.Grad, TransformType.Jvp) for transform in stack)
 
 
 # `torch.compiler.assume_constant_result` sets this too, but it imports torch._dynamo.
@@ -90,7 +90,7 @@ def _is_eager(args: tuple[Any, ...]) -> bool:
         and not torch.autograd.profiler._is_profiler_enabled
         and torch._C._get_tracing_state() is None
         and PLAIN.issuperset(map(type, args))
-        and not any(isinstance(each, torch.Tensor) and each.is_neg() for each in args)
+        and not any(isinstance(value, torch.Tensor) and value.is_neg() for value in args)
     )
 
 
@@ -99,9 +99,9 @@ def _has_fixed_sizes(args: Iterable[Any]) -> bool:
 
     The configuration of a kernel depends on them, but not on the batch size.
     """
-    tensors = [each for each in args if isinstance(each, torch.Tensor)]
-    sizes = [size for each in tensors for size in each.shape[1:]]
-    return not any(isinstance(each, torch.SymInt) for each in (*args, *sizes))
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    sizes = [size for tensor in tensors for size in tensor.shape[1:]]
+    return not any(isinstance(size, torch.SymInt) for size in (*args, *sizes))
 
 
 def _keeps_ops() -> bool:

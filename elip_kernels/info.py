@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._validate import (
     check_dense,
     check_device,
@@ -191,3 +192,9 @@ def _compose(source: Tensor, earlier: Tensor | None) -> Tensor:
         raise ValueError(message("earlier", expected, earlier))
     check_device("earlier", earlier, "the info", source)
     return torch.matmul(source.float(), earlier.float()) > 0
+
+
+@example_of(unmerge, has_kernels=False)
+def _example(sizes: Sizes) -> Arguments:
+    slots = torch.arange(sizes.N, dtype=torch.int32).expand(sizes.B, -1) % sizes.K
+    return {"merged": sizes.images(sizes.K, sizes.D), "info": BipartiteInfo(slots, sizes.K)}

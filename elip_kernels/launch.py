@@ -245,7 +245,7 @@ def unsupported_device(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or capability >= LEAST_CAPABILITY:
         return None
-    least, own = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, capability))
+    least, own = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
     return f"the kernels need compute capability {least}, and {device} has {own}"
 
 

@@ -26,8 +26,6 @@ status=0
 TRITON_INTERPRET=1 python -m pytest -q -p tests.interpreted.profiles --hypothesis-profile full \
   -m "" tests/interpreted || status=1
 python -m pytest -q -m "" tests/kernels/test_compile_report.py tests/kernels/test_compile_report_command.py \
-  tests/kernels/test_reduce.py tests/kernels/test_cls_attention.py tests/kernels/test_attention_column_mean.py \
-  tests/kernels/test_score_reduce.py tests/kernels/test_bipartite.py \
-  tests/kernels/test_select_diverse.py tests/kernels/test_kernel.py || status=1
+  tests/kernels/test_every_op.py tests/kernels/test_kernel.py || status=1
 python -m benchmarks.kernel_analysis report || status=1
 exit $status

@@ -138,7 +138,7 @@ def test_clusters_of_several_sizes_equal_the_bootstrap_of_scipy():
         assert abs(end - theirs) <= 4 * error
 
 
-@pytest.mark.parametrize("correlation", tiered([0.3, 0.5], []))
+@pytest.mark.parametrize("correlation", tiered([0.3, 0.5], [], slow=[0.3]))
 def test_the_interval_of_recall_covers_the_true_one_with_correlated_captions(correlation):
     """500 images of five captions: the recall of an image's captions is beta distributed.
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.kernel_analysis.compile import ARCHITECTURES
 from benchmarks.kernel_analysis.report import report, tables
 from elip_kernels._triton import triton
-from elip_kernels.testing.calls import CALLS
+from elip_kernels.testing import WITH_KERNELS
 from elip_models.saving.files import write_file
 
 
@@ -25,7 +25,9 @@ def main() -> int:
     command = parser.add_subparsers(required=True).add_parser("report", help="compile and count")
     names = {str(arch): arch for arch in ARCHITECTURES}
     command.add_argument("--arch", nargs="+", choices=names, default=list(names))
-    command.add_argument("--only", nargs="+", choices=CALLS, default=list(CALLS), metavar="OP")
+    command.add_argument(
+        "--only", nargs="+", choices=WITH_KERNELS, default=WITH_KERNELS, metavar="OP"
+    )
     command.add_argument("--json", type=Path, metavar="PATH", help="write the rows there as well")
     options = parser.parse_args()
     rows = report([names[name] for name in options.arch], options.only)

@@ -25,7 +25,7 @@ from benchmarks.kernel_analysis.compile import (
     recorded_launches,
 )
 from benchmarks.kernel_analysis.latency import MACHINES, LaunchSize, bound, size_of, waves
-from elip_kernels.testing.calls import BATCHES, CALLS, REAL_CASES
+from elip_kernels.testing import BATCHES, REAL_CASES, call
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, WIDTH = 12, 768
@@ -38,9 +38,9 @@ TIMES = (*KEY, "waits", *(f"us, B={B}" for B in BATCH_SIZES))
 
 
 class Job(NamedTuple):
-    """The `index`-th launch of a call."""
+    """The `index`-th launch of a call of an op."""
 
-    call: str
+    op: str
     B: int
     N: int
     K: int
@@ -49,16 +49,16 @@ class Job(NamedTuple):
     index: int
 
 
-def report(archs: Sequence[Arch], calls: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row per kernel that `calls` launch; a compile failure is a row with "error"."""
+def report(archs: Sequence[Arch], ops: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one row per kernel that `ops` launch; a compile failure is a row with "error"."""
     jobs: dict[tuple, Job] = {}
-    for call, (N, K), dtype, arch, B in product(calls, REAL_CASES, DTYPES, archs, BATCHES):
-        for index, launch in enumerate(recorded_call(call, B, N, K, dtype, arch)):
-            jobs.setdefault((launch.name, N, dtype, arch), Job(call, B, N, K, dtype, arch, index))
+    for op, (N, K), dtype, arch, B in product(ops, REAL_CASES, DTYPES, archs, BATCHES):
+        for index, launch in enumerate(recorded_call(op, B, N, K, dtype, arch)):
+            jobs.setdefault((launch.name, N, dtype, arch), Job(op, B, N, K, dtype, arch, index))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         facts = list(threads.map(_compile_in_subprocess, jobs.values()))
     rows = [dict(zip(KEY, key, strict=True)) | f for key, f in zip(jobs, facts, strict=True)]
-    of_batches = sizes(calls) if MACHINES.keys() & set(archs) else {}
+    of_batches = sizes(ops) if MACHINES.keys() & set(archs) else {}
     for row in rows:
         if row["arch"] in MACHINES and row.get("occupancy"):
             row |= batch_columns(row, of_batches[row["kernel"], row["N"], row["dtype"]])
@@ -66,15 +66,15 @@ def report(archs: Sequence[Arch], calls: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def sizes(
-    calls: Sequence[str], batches: Sequence[int] = BATCH_SIZES
+    ops: Sequence[str], batches: Sequence[int] = BATCH_SIZES
 ) -> dict[tuple[str, int, str], dict[int, LaunchSize]]:
     """Return the launch size of each batch by kernel, tokens and dtype."""
-    found: dict[tuple[str, int, str], dict[int, LaunchSize]] = {}
-    for call, (N, K), dtype, B in product(calls, REAL_CASES, DTYPES, batches):
-        for launch in recorded_call(call, B, N, K, dtype, 90):
-            of_kernel = found.setdefault((launch.name, N, dtype), {})
-            of_kernel.setdefault(B, size_of(launch))  # of the first call, as in the rows
-    return found
+    by_kernel: dict[tuple[str, int, str], dict[int, LaunchSize]] = {}
+    for op, (N, K), dtype, B in product(ops, REAL_CASES, DTYPES, batches):
+        for launch in recorded_call(op, B, N, K, dtype, 90):
+            of_kernel = by_kernel.setdefault((launch.name, N, dtype), {})
+            of_kernel.setdefault(B, size_of(launch))  # of the first op, as in the rows
+    return by_kernel
 
 
 def batch_columns(row: dict[str, Any], of_batches: dict[int, LaunchSize]) -> dict[str, Any]:
@@ -88,12 +88,10 @@ def batch_columns(row: dict[str, Any], of_batches: dict[int, LaunchSize]) -> dic
     return facts
 
 
-def recorded_call(
-    call: str, B: int, N: int, K: int, dtype: str, arch: Arch
-) -> list[RecordedLaunch]:
-    """Return the launches of a call of `CALLS` for a ViT-B."""
+def recorded_call(op: str, B: int, N: int, K: int, dtype: str, arch: Arch) -> list[RecordedLaunch]:
+    """Return the launches of an op for a ViT-B, forward and backward."""
     with recorded_launches(arch) as launches:
-        CALLS[call](B, N, WIDTH, K, HEADS, DTYPES[dtype])
+        call(op, B, N, WIDTH, K, HEADS, DTYPES[dtype])
     return launches
 
 

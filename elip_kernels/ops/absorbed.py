@@ -68,8 +68,8 @@ def query_arguments(
     check_guidance(tokens, text, fusion, guidance_norm)
     scale = check_scale(scale, width // num_heads)
     projections = matrices["q_weight"], biases["q_bias"], matrices["k_weight"]
-    given = (cls, text, *norm.values(), *projections)
-    cls, text, gamma, beta, *projections = (t if t is None else t.detach() for t in given)
+    tensors = (cls, text, *norm.values(), *projections)
+    cls, text, gamma, beta, *projections = (t if t is None else t.detach() for t in tensors)
     match = guidance_norm == "match"
     return QueryArguments(
         *(cls, text, float(fusion), match, gamma, beta, eps), *projections, num_heads, scale

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
@@ -252,3 +253,9 @@ _column_mean_op = Operator(
     fake=lambda q, k, *_: k.new_empty(k.shape[0], k.shape[2], dtype=accumulator(k)),
     flops=_flops,
 )
+
+
+@example_of(attention_column_mean)
+def _example(sizes: Sizes) -> Arguments:
+    q, k = (sizes.images(sizes.H, sizes.N, sizes.D // sizes.H) for _ in "qk")
+    return {"q": q, "k": k}

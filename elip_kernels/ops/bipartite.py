@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._operator import Operator
 from elip_kernels._validate import check_device, check_flags, check_shape, check_tokens
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_match
@@ -118,8 +119,8 @@ def bipartite_merge(
     if lengths is None:
         info = _match(metric.detach(), penalty, r, num_prefix_tokens)
     else:
-        given = (metric.detach(), penalty, r, num_prefix_tokens)
-        size, info = _match_padded(tokens, *given, size, lengths, merges)
+        matching = (metric.detach(), penalty, r, num_prefix_tokens)
+        size, info = _match_padded(tokens, *matching, size, lengths, merges)
     merged, size = _merged(tokens, size, info)
     return (merged, size, info) if return_info else (merged, size)
 
@@ -380,3 +381,18 @@ _merge_backward_op = Operator(
     backward=_backward_of_backward,
     save=_save_shares,
 )
+
+
+@example_of(bipartite_merge)
+def _example(sizes: Sizes) -> Arguments:
+    metric = sizes.images(sizes.N, sizes.D // sizes.H)
+    arguments = {"tokens": sizes.tokens(), "metric": metric, "r": sizes.N - sizes.K}
+    arguments |= {"size": sizes.token_counts(), "penalty": torch.rand(sizes.B, sizes.N)}
+    return arguments | {"return_info": True}
+
+
+@example_of(apply_merge)
+def _example_of_apply(sizes: Sizes) -> Arguments:
+    slots = torch.arange(sizes.N, dtype=torch.int32).expand(sizes.B, -1) % sizes.K
+    info = BipartiteInfo(slots, sizes.K)
+    return {"tokens": sizes.tokens(), "info": info, "size": sizes.token_counts()}

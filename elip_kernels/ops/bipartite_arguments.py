@@ -35,15 +35,15 @@ def check_arguments(tokens: Tensor, metric: Tensor, r: int, num_prefix_tokens: i
 def check_lengths(lengths: Tensor | None, merges: Tensor | None, r: int, tokens: Tensor) -> None:
     """Check lengths, merges, and r beside them."""
     B, N, _ = tokens.shape
-    for name, each in (("lengths", lengths), ("merges", merges)):
-        if each is None:
+    for name, counts in (("lengths", lengths), ("merges", merges)):
+        if counts is None:
             continue
-        check_dense(name, each, "a tensor", "(B,) int64")
-        if each.dtype != torch.int64:
-            raise TypeError(message(name, "(B,) int64", each))
-        check_shape(name, each, (B,), "(B,)")
-        check_device(name, each, "tokens", tokens)
-        check_range(name, each, 0, N)
+        check_dense(name, counts, "a tensor", "(B,) int64")
+        if counts.dtype != torch.int64:
+            raise TypeError(message(name, "(B,) int64", counts))
+        check_shape(name, counts, (B,), "(B,)")
+        check_device(name, counts, "tokens", tokens)
+        check_range(name, counts, 0, N)
     if lengths is None and merges is not None:
         remedy = "pass the number of real tokens too"
         raise ValueError(message("merges", "None without lengths", merges, remedy))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl
@@ -301,3 +302,14 @@ _from_tokens_op = Operator(
     fake=lambda tokens, *query: tokens.new_empty(tokens.shape[:2], dtype=accumulator(tokens)),
     flops=lambda tokens_shape, *shapes, **kwargs: absorbed_flops(tokens_shape, *shapes),
 )
+
+
+@example_of(cls_attention)
+def _example(sizes: Sizes) -> Arguments:
+    H, d = sizes.H, sizes.D // sizes.H
+    return {"q": sizes.images(H, d), "k": sizes.images(H, sizes.N, d)}
+
+
+@example_of(cls_attention_from_tokens)
+def _example_from_tokens(sizes: Sizes) -> Arguments:
+    return sizes.block()

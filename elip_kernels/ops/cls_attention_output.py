@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton
@@ -370,3 +371,10 @@ _cls_attention_output_op = Operator(
     fake=lambda tokens, *arguments: tokens.new_empty(tokens.shape[0], arguments[-2].shape[0]),
     flops=_flops,
 )
+
+
+@example_of(cls_attention_output)
+def _example(sizes: Sizes) -> Arguments:
+    value = {"v_weight": torch.randn(sizes.D, sizes.D) / sizes.D**0.5}
+    value |= {"v_bias": torch.randn(sizes.D)}
+    return sizes.block() | {name: tensor.to(sizes.dtype) for name, tensor in value.items()}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._validate import check_device, check_tensor, check_tokens, message
 from elip_kernels.autocast import without_autocast
 from elip_kernels.ops.gather_ops import accumulator
@@ -88,3 +89,9 @@ def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor
     if match:
         text = F.normalize(text, dim=1, eps=LEAST_NORM) * cls.norm(dim=1, keepdim=True)
     return torch.where(is_text, fusion * cls + (1.0 - fusion) * text, cls)
+
+
+@example_of(fuse_text, has_kernels=False)
+def _example(sizes: Sizes) -> Arguments:
+    text = torch.randn(sizes.B, sizes.D).to(sizes.dtype)
+    return {"tokens": sizes.tokens(), "text": text, "fusion": 0.8, "guidance_norm": "match"}

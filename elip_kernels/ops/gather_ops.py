@@ -64,8 +64,8 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """Return (B, G, D): weighted sums over rows (B, G, M) of x, in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
     if exports_onnx() or is_differentiated():  # embedding_bag is unsupported, or slow
-        taken = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
-        return (weight[:, :, None] @ taken)[:, :, 0].to(x.dtype)
+        sources = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
+        return (weight[:, :, None] @ sources)[:, :, 0].to(x.dtype)
     sums = F.embedding_bag(
         flat_rows(rows, N).view(B * G, M),
         x.reshape(B * N, D).to(weight.dtype),

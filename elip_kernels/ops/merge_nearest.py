@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import is_interpreted, tl
@@ -228,3 +229,11 @@ _match_op = Operator(
     fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.int32),
     flops=_match_flops,
 )
+
+
+@example_of(merge_nearest)
+def _example(sizes: Sizes) -> Arguments:
+    kept = 1 + torch.rand(sizes.B, sizes.N - 1).topk(sizes.K).indices
+    metric = sizes.images(sizes.N, sizes.D // sizes.H)
+    arguments = {"tokens": sizes.tokens(), "kept": kept, "metric": metric}
+    return arguments | {"size": sizes.token_counts(), "return_info": True}

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator, exports_onnx
 from elip_kernels._triton import tl
@@ -397,3 +398,9 @@ reduce_backward_op = Operator(
     backward=_backward_of_backward,
     save=_save_movement,
 )
+
+
+@example_of(reduce)
+def _example(sizes: Sizes) -> Arguments:
+    scores = torch.randn(sizes.B, sizes.N).softmax(-1)
+    return {"tokens": sizes.tokens(), "attn": scores, "keep": sizes.K, "return_info": True}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl
@@ -310,3 +311,8 @@ _score_reduce_op = Operator(
     backward=_backward,
     save=_save_for_backward,
 )
+
+
+@example_of(score_reduce)
+def _example(sizes: Sizes) -> Arguments:
+    return sizes.block() | {"keep": sizes.K, "return_info": True}

@@ -12,10 +12,13 @@ Products and cosines are fp32 (fp64 for fp64 tokens). There is no gradient: posi
 Source: DivPrune (arXiv 2503.02175), from the paper.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import is_interpreted, tl, triton
@@ -279,3 +282,18 @@ _diverse_op = Operator(
     ),
     flops=_flops,
 )
+
+
+def separated_tokens(sizes: Sizes) -> Tensor:
+    """Return tokens whose cosines are exact in every dtype, so that rounding does not select.
+
+    The length of each token is a power of two: 4^n of its numbers are 1 or -1, the others 0.
+    """
+    tokens = sizes.tokens().sign()
+    tokens[..., 4 ** int(math.log(sizes.D, 4)) :] = 0
+    return tokens
+
+
+@example_of(select_diverse)
+def _example(sizes: Sizes) -> Arguments:
+    return {"tokens": separated_tokens(sizes), "keep": sizes.K, "selection_order": True}

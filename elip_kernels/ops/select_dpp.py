@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
 from elip_kernels._triton import tl
@@ -39,6 +40,7 @@ from elip_kernels.ops.select_diverse import (
     in_image_order,
     launch_cosines,
     load_level,
+    separated_tokens,
 )
 
 LEAST_REST = 1e-5  # rounding of r_n in fp32 is at most a few 1e-6
@@ -213,3 +215,10 @@ _dpp_op = Operator(
     ),
     flops=_flops,
 )
+
+
+@example_of(select_dpp)
+def _example(sizes: Sizes) -> Arguments:
+    relevance = 1.1 ** -torch.stack([torch.randperm(sizes.N) for _ in range(sizes.B)]).float()
+    arguments = {"tokens": separated_tokens(sizes), "keep": sizes.K, "relevance": relevance}
+    return arguments | {"selection_order": True}

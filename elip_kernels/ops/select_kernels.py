@@ -80,10 +80,10 @@ def _kth_largest(
             counts += tl.histogram(tl.where(is_open, value, DIGITS), 2 * DIGITS)
         counts = tl.where(bins < DIGITS, counts, 0)
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        found = tl.max(tl.where((bins < DIGITS) & (at_least >= quota), bins, 0), 0)
-        quota -= tl.sum(tl.where(bins > found, counts, 0), 0)
-        equal = tl.sum(tl.where(bins == found, counts, 0), 0)
-        threshold = (threshold << 8) | found.to(tl.uint32)
+        digit = tl.max(tl.where((bins < DIGITS) & (at_least >= quota), bins, 0), 0)
+        quota -= tl.sum(tl.where(bins > digit, counts, 0), 0)
+        equal = tl.sum(tl.where(bins == digit, counts, 0), 0)
+        threshold = (threshold << 8) | digit.to(tl.uint32)
     return threshold, equal, quota
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
+from elip_kernels._example import Arguments, Sizes, example_of
 from elip_kernels._operator import Operator
 from elip_kernels._validate import (
     candidate_scores,
@@ -89,3 +90,8 @@ _select_op = Operator(
     fake=lambda scores, real, keep, _: scores.new_empty(scores.shape[0], keep, dtype=torch.int64),
     flops=lambda *shapes, **kwargs: 0,
 )
+
+
+@example_of(select_tokens)
+def _example(sizes: Sizes) -> Arguments:
+    return {"attn": sizes.images(sizes.N), "keep": sizes.K}

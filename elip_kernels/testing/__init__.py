@@ -23,7 +23,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import elip_kernels  # noqa: F401  (its operators)
+import elip_kernels  # noqa: F401  (its operators and examples)
+from elip_kernels._example import EXAMPLES, Sizes
 from elip_kernels._operator import OPERATORS, Operator
 from elip_kernels._triton import is_interpreted
 from elip_kernels.autocast import without_autocast
@@ -50,6 +51,20 @@ class Case:
         tokens = torch.randn(self.B, self.N, self.D, generator=generator).to(self.dtype)
         logits = torch.randn(self.B, self.N, generator=generator)
         return tokens, logits.softmax(-1)[:, self.num_prefix_tokens :]
+
+
+WITH_KERNELS = [name for name, example in EXAMPLES.items() if example.has_kernels]
+# (N, K) of images of 224/16, 224/14 and 336/14 when 65% of the patches stay.
+REAL_CASES = ((197, 127), (257, 166), (577, 374))
+BATCHES = (2, 128)  # small and large batches may use different kernels
+
+
+def call(
+    name: str, B: int, N: int, D: int, K: int, H: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Call an op on its example; return the tensors of its result, and last the gradient."""
+    example = EXAMPLES[name]
+    return example.outputs(example.arguments(Sizes(B, N, D, K, H, dtype)))
 
 
 REAL_SHAPES = [(257, 230), (257, 166), (257, 102), (197, 176), (197, 127), (197, 78), (50, 32)]

@@ -15,19 +15,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from math import inf
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import elip_kernels
+from elip_kernels._example import EXAMPLES, Arguments, Example, Sizes, map_tensors
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import is_interpreted
 from elip_kernels.testing import kernels_on_cpu
-from elip_kernels.testing.calls import OPS, Outputs
+
+Outputs = tuple[Tensor, ...]
 
 # Floors: kernels sum in another order, and split fp32 operands of bf16 products in two terms.
 FLOORS = {torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 1e-5}
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_interpreted():
         shape = SMALL_SHAPE
         dtypes.remove(torch.bfloat16)  # the interpreter truncates to bf16 instead of rounding
-    rows = [check(name, dtype, device, shape) for name in OPS for dtype in dtypes]
+    rows = [check(name, dtype, device, shape) for name in EXAMPLES for dtype in dtypes]
     sys.stdout.write(f"{device}, torch {torch.__version__}, B N D K H = {shape}\n")
     for row in [("op", "dtype", "runs", "error", "bound", "ok"), *rows]:
         sys.stdout.write("{:<26}{:<10}{:<9}{:>9}{:>9}  {}\n".format(*row))
@@ -57,30 +57,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(
     name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int, int, int]
 ) -> tuple[str, str, str, str, str, str]:
-    """Check an op of `OPS` on inputs of `shape`, (B, N, D, K, H); return a row of the table."""
-    names = name, str(dtype).removeprefix("torch.")
+    """Check a public op on its example of `shape`, (B, N, D, K, H); return a row of the table."""
+    names, example = (name, str(dtype).removeprefix("torch.")), EXAMPLES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inputs = OPS[name].inputs(*shape, dtype)
+        arguments = example.arguments(Sizes(*shape, dtype))
     try:
-        outputs, form = _run(name, [t.to(device) for t in inputs], shape)
+        outputs, form = _run(example, map_tensors(lambda t: t.to(device), arguments))
     except Exception as failure:  # compilers and drivers raise many types
         return *names, "-", "-", "-", f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
     outputs = tuple(t.cpu() for t in outputs)
-    wide = [t.double() if t.is_floating_point() else t for t in inputs]
-    exact, rounded = (_pytorch(name, tensors, outputs, shape) for tensors in (wide, inputs))
+    wide = map_tensors(lambda t: t.double() if t.is_floating_point() else t, arguments)
+    exact, rounded = (_pytorch(example, values, outputs) for values in (wide, arguments))
     results = [
-        (_error(got, right), max(2 * _error(same_dtype, right), FLOORS[dtype]))
-        for got, right, same_dtype in zip(outputs, exact, rounded, strict=True)
+        (_error(output, right), max(2 * _error(same_dtype, right), FLOORS[dtype]))
+        for output, right, same_dtype in zip(outputs, exact, rounded, strict=True)
     ]
     error, bound = max(results, key=lambda result: result[0] / result[1])
     passed = all(error <= bound < inf for error, bound in results)  # False for NaN
     return *names, form, f"{error:.1e}", f"{bound:.1e}", "yes" if passed else "NO"
 
 
-def _run(name: str, inputs: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[Outputs, str]:
+def _run(example: Example, arguments: Arguments) -> tuple[Outputs, str]:
     """Run an op; return its outputs, and "kernels" or "PyTorch"."""
-    interpreted = is_interpreted() and inputs[0].device.type == "cpu"
+    first, *_ = arguments.values()
+    interpreted = is_interpreted() and first.device.type == "cpu"
     operators = OPERATORS.values()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -90,30 +91,28 @@ def _run(name: str, inputs: Sequence[Tensor], shape: tuple[int, ...]) -> tuple[O
             [stack.enter_context(patch.object(o, form, wraps=getattr(o, form))) for o in operators]
             for form in ("launcher", "reference")
         )
-        outputs = OPS[name].run(*shape[3:], *inputs)
-    ran = any(each.called for each in launchers) and not any(each.called for each in references)
+        outputs = example.outputs(arguments)
+    ran = any(mock.called for mock in launchers) and not any(mock.called for mock in references)
     return outputs, "kernels" if ran else "PyTorch"
 
 
-def _pytorch(
-    name: str, inputs: Sequence[Tensor], outputs: Outputs, shape: tuple[int, ...]
-) -> Outputs:
-    """Return the outputs of the PyTorch implementation in the dtypes of `inputs`."""
-    run: Any = partial(OPS[name].run, *shape[3:], *inputs)
+def _pytorch(example: Example, arguments: Arguments, outputs: Outputs) -> Outputs:
+    """Return the outputs of the PyTorch implementation in the dtypes of `arguments`."""
     with elip_kernels.use_pytorch_ops():
-        expected = run()
-        if name != "score_reduce":
+        expected = example.outputs(arguments)
+        if example.function is not elip_kernels.score_reduce:
             return expected
         # Nearly equal scores may be selected differently: select by the row that was measured.
         *_, row, _ = expected
-        out, kept, weights, _, gradient = run(row=outputs[3].to(row.dtype))
-    return out, kept, weights, row, gradient
+        *_, measured_row, _ = outputs
+        selected = example.outputs(arguments | {"row": measured_row.to(row.dtype)})
+        return *selected[:-2], row, selected[-1]
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
+def _error(output: Tensor, exact: Tensor) -> float:
     if not exact.is_floating_point():
-        return 0.0 if torch.equal(got, exact) else inf
-    return ((got.double() - exact).abs().max() / exact.abs().max()).item()
+        return 0.0 if torch.equal(output, exact) else inf
+    return ((output.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 if __name__ == "__main__":

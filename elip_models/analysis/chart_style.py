@@ -35,7 +35,7 @@ def write_figure(figure: "Figure", path: Path, **options: Any) -> None:
 
 
 def _with_numbered_clips(svg: bytes) -> bytes:
-    """Number the clip paths, whose names are hashes of coordinates with all their digits."""
+    """Return a chart whose clip paths have numbers: hashes of coordinates differ by machine."""
     names = dict.fromkeys(re.findall(rb'<clipPath id="(p[0-9a-f]+)"', svg))
     for number, name in enumerate(names):
         svg = svg.replace(name, b"clip%d" % number)

@@ -312,7 +312,7 @@ FIVE = {"shard_size": 2, "batch_size": 1}
 
 
 @needs_ray
-@pytest.mark.parametrize("row", tiered([2, 3], []))
+@pytest.mark.parametrize("row", tiered([2, 3], [], slow=[2]))
 def test_a_killed_actor_loses_nothing_and_doubles_nothing(
     row, five, pictures, model, tmp_path, monkeypatch, ray_of_two
 ):

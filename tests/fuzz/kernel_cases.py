@@ -3,6 +3,7 @@
 A result must be that of plain tensors with the same values, and that of fp64 within rounding.
 """
 
+import inspect
 import math
 import re
 from fractions import Fraction
@@ -13,6 +14,7 @@ import torch
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
+from elip_kernels._example import EXAMPLES, Sizes
 from tests.fuzz.harness import Loss, kind
 
 B, N, D, H = 2, 7, 6, 2
@@ -62,48 +64,31 @@ SHAPES = (
 
 
 def arguments(rng):
-    """A public function, and arguments that it takes."""
-    dtype = rng.choice(DTYPES)
-
-    def normal(*shape):
-        return torch.randn(*shape).to(dtype)
-
-    def positive(*shape):
-        return torch.rand(*shape) + 0.01
-
-    keep, mask = rng.choice((1, 3, 0.5, 1.0)), rng.choice((None, positive(B, N) > 0.3))
-    tokens, size = {"tokens": normal(B, N, D)}, rng.choice((None, positive(B, N)))
-    info = elip_kernels.bipartite_merge(normal(B, N, D), normal(B, N, D), 2, return_info=True)[2]
-    attn = rng.choice((positive(B, N), positive(B, H, N), positive(B, H, N, N))).to(dtype)
-    query = {"norm_weight": normal(D), "norm_bias": None, "eps": 1e-5, "num_heads": H}
-    query |= {"q_weight": normal(D, D), "k_weight": normal(D, D), "q_bias": normal(D)}
-    query |= {"cls": normal(B, D), "scale": None} | tokens
-    guide = {"text": normal(B, D), "fusion": 0.7, "guidance_norm": "none"}
-    p, kept = {"num_prefix_tokens": 1}, torch.stack([torch.randperm(N - 1)[:3] + 1] * B)
-    metric = {"metric": normal(B, N, 4), "size": size, "return_info": True}
-    k = {"k": normal(B, 1, N, 4), "mask": mask, "scale": 0.5}
-    first, order = rng.choice((None, torch.arange(B))), {"selection_order": rng.random() < 0.5}
-    flags = {"merge": True, "normalize": True, "return_info": True}
-    value = {"v_weight": normal(D, D), "v_bias": None}
-    ek = elip_kernels
-    return rng.choice(
-        (
-            (ek.reduce, tokens | {"attn": attn, "keep": keep, "mask": mask} | p | flags),
-            (ek.select_tokens, {"attn": attn, "keep": keep, "mask": mask} | p),
-            (ek.select_diverse, tokens | {"keep": keep, "mask": mask, "first": first} | order),
-            (ek.select_dpp, tokens | {"keep": keep, "mask": mask, "relevance": size} | order),
-            (ek.bipartite_merge, tokens | {"r": 2, "penalty": positive(B, N)} | metric | p),
-            (ek.merge_nearest, tokens | {"kept": kept, "mask": mask} | metric | p),
-            (ek.apply_merge, tokens | {"info": info, "size": size}),
-            (ek.unmerge, {"merged": normal(B, N - 2, D), "info": info.source_map()}),
-            (ek.cls_attention, {"q": normal(B, H, 4)} | k),
-            (ek.attention_column_mean, {"q": normal(B, H, 3, 4), "query_mask": None} | k),
-            (ek.fuse_text, tokens | guide),
-            (ek.cls_attention_from_tokens, query),
-            (ek.cls_attention_output, query | value),
-            (ek.score_reduce, query | guide | flags | {"keep": 3, "scored": normal(B, N, D)}),
-        )
-    )
+    """A public function and arguments that it takes: its example with other values and options."""
+    name, dtype = rng.choice(sorted(EXAMPLES)), rng.choice(DTYPES)
+    function = EXAMPLES[name].function
+    mask, scores = torch.rand(B, N) > 0.3, torch.rand(B, H, N, N).to(dtype)
+    others = {
+        "keep": rng.choice((1, 3, 0.5)),
+        "mask": rng.choice((None, mask)),
+        "query_mask": None,
+        "size": rng.choice((None, torch.rand(B, N) + 0.01)),
+        "first": rng.choice((None, torch.arange(B))),
+        "relevance": rng.choice((None, torch.rand(B, N) + 0.01)),
+        "text": torch.randn(B, D).to(dtype),
+        "scored": torch.randn(B, N, D).to(dtype),
+        "attn": rng.choice((scores[:, 0, 0], scores[:, :, 0], scores)),
+        "selection_order": rng.random() < 0.5,
+        "scale": rng.choice((None, 0.5)),
+        "num_prefix_tokens": 1,
+        "fusion": 0.7,
+        "guidance_norm": "none",
+        "merge": True,
+        "normalize": True,
+    }
+    parameters = inspect.signature(function).parameters
+    made = EXAMPLES[name].arguments(Sizes(B, N, D, 4, H, dtype))
+    return function, made | {key: value for key, value in others.items() if key in parameters}
 
 
 def with_value(tensor, rng):

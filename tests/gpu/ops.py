@@ -1,19 +1,21 @@
-"""Every public op as a function of tensors, with inputs as in a ViT-B.
+"""Examples of the ops that have kernels, and functions of tensors for cases that examples lack.
 
-Counts (kept tokens, merged pairs) follow from the rows of `grad_out`, so that a set of tensors is a
-whole call. It can be moved to a device, widened to fp64, or captured in a CUDA graph.
+Sizes are those of a ViT-B. In these functions counts (kept tokens, merged pairs) follow from the
+rows of `grad_out`, so that a list of tensors is a whole call: it can be moved to a device or
+widened to fp64.
 """
 
 import os
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 
 import elip_kernels
 from elip_kernels import launch
+from elip_kernels._example import EXAMPLES, Sizes, map_tensors
 from elip_kernels._operator import OPERATORS
+from elip_kernels.testing import WITH_KERNELS
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not IS_INTERPRETED
@@ -32,14 +34,13 @@ HALF = pick(torch.bfloat16, torch.float16)  # the interpreter truncates to bf16
 DTYPES = pick((torch.float32, torch.bfloat16, torch.float16), (torch.float32, HALF))
 
 
-class Op(NamedTuple):
-    """inputs(B, N, dtype) returns tensors on the CPU; run(*inputs) returns every output.
+OPS = {name: EXAMPLES[name] for name in WITH_KERNELS}
 
-    The last output is the gradient of the tokens, if they have one.
-    """
 
-    inputs: Any
-    run: Any
+def example(name, device, B, N=TOKENS, dtype=HALF):
+    """Return arguments of an op on a device, 65% of the candidates kept."""
+    arguments = OPS[name].arguments(Sizes(B, N, WIDTH, int(0.65 * (N - 1)), HEADS, dtype))
+    return map_tensors(lambda tensor: tensor.to(device), arguments)
 
 
 def reduce_inputs(B, N, dtype, D=WIDTH, keep=0.65):
@@ -183,20 +184,6 @@ def select_dpp(tokens, relevance, **options):
     return (elip_kernels.select_dpp(tokens, 0.5, **options),)
 
 
-OPS = {
-    "reduce": Op(reduce_inputs, reduce),
-    "cls_attention": Op(row_inputs, row),
-    "attention_column_mean": Op(column_mean_inputs, attention_column_mean),
-    "cls_attention_from_tokens": Op(block_inputs, row_from_tokens),
-    "cls_attention_output": Op(cls_output_inputs, cls_attention_output),
-    "score_reduce": Op(score_reduce_inputs, score_reduce),
-    "bipartite_merge": Op(bipartite_inputs, bipartite_merge),
-    "merge_nearest": Op(nearest_inputs, merge_nearest),
-    "select_diverse": Op(candidates, select_diverse),
-    "select_dpp": Op(candidates, select_dpp),
-}
-
-
 @contextmanager
 def kernels_alone():
     """Raise inside the block if a call on the device runs the PyTorch implementation."""
@@ -224,9 +211,9 @@ def widened(tensors):
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def assert_alike(got, expected):
+def assert_alike(outputs, expected):
     """Assert equal integers, and floats equal up to the order of a sum."""
-    for ours, theirs in zip(got, expected, strict=True):
+    for ours, theirs in zip(outputs, expected, strict=True):
         if not ours.is_floating_point():
             assert torch.equal(ours, theirs)
             continue

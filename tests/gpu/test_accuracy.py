@@ -9,6 +9,7 @@ import torch
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, launch
+from elip_kernels._example import map_tensors
 from elip_kernels.testing import Case, cases
 from tests.gpu import ops
 from tests.gpu.ops import (
@@ -137,8 +138,8 @@ def test_masks(device, keep, dtype):
     assert torch.equal(got[1].cpu(), exact[1])
     for ours, theirs in ((got[0][:, -1], exact[0][:, -1]), (got[3], exact[3])):
         assert_rounded(ours, theirs)
-    taken = real.gather(1, got[1].cpu())
-    assert torch.equal(taken.sum(1), real[:, 1:].sum(1).clamp(max=K))
+    is_real = real.gather(1, got[1].cpu())
+    assert torch.equal(is_real.sum(1), real[:, 1:].sum(1).clamp(max=K))
 
 
 @pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])
@@ -329,40 +330,49 @@ def test_selections(device, launches, select, dtype, N):
     assert launches
 
 
-NOT_TAKEN = [(name, torch.float64, launch.MAX_STREAMED) for name in ops.OPS]
-NOT_TAKEN += [(name, torch.float32, 30) for name in ops.OPS if name != "cls_attention_output"]
+@pytest.mark.parametrize("name", ops.OPS)
+def test_fp64_runs_pytorch(device, launches, name):
+    check_pytorch(name, device, torch.float64)
+    assert not launches
 
 
-@pytest.mark.parametrize(("name", "dtype", "most"), NOT_TAKEN)
-def test_fp64_and_long_inputs_run_pytorch(device, launches, monkeypatch, name, dtype, most):
-    monkeypatch.setattr(launch, "MAX_STREAMED", most)
-    monkeypatch.setattr(launch, "MAX_SELECTED", most)
-    op = ops.OPS[name]
-    inputs = op.inputs(2, 60, dtype)
-    got = op.run(*on(device, inputs))
-    any_size = {"_reduce_bwd_kernel", "_merge_bwd_kernel"}
-    assert not launches or (dtype != torch.float64 and launches.keys() <= any_size)
+ANY_SIZE = {"_reduce_bwd_kernel", "_merge_bwd_kernel"}
+ANY_SIZE |= {"_query_kernel", "_weights_kernel", "_weigh_kernel", "_value_kernel"}
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_long_inputs_run_pytorch(device, launches, monkeypatch, name):
+    monkeypatch.setattr(launch, "MAX_STREAMED", 30)
+    monkeypatch.setattr(launch, "MAX_SELECTED", 30)
+    check_pytorch(name, device, torch.float32)
+    assert launches.keys() <= ANY_SIZE
+
+
+def check_pytorch(name, device, dtype):
+    """Check that an op on a device returns what PyTorch returns on the CPU."""
+    arguments = ops.example(name, torch.device("cpu"), 2, 60, dtype)
+    outputs = ops.OPS[name].outputs(map_tensors(lambda t: t.to(device), arguments))
     with pytorch_forms():
-        expected = op.run(*inputs)
-    ops.assert_alike(on("cpu", got), expected)
+        expected = ops.OPS[name].outputs(arguments)
+    ops.assert_alike(on("cpu", outputs), expected)
 
 
 @pytest.mark.parametrize("name", ops.OPS)
 def test_empty_batch(device, launches, name):
-    op = ops.OPS[name]
-    empty = [t if t.shape[0] == WIDTH else t[:0] for t in op.inputs(1, 20, HALF)]
+    arguments = ops.example(name, torch.device("cpu"), 1, 20)
+    empty = map_tensors(lambda t: t if t.shape[0] == WIDTH else t[:0], arguments)
     with pytorch_forms():
-        shapes = [tuple(t.shape) for t in op.run(*empty)]
-    assert [tuple(t.shape) for t in op.run(*on(device, empty))] == shapes
+        shapes = [tuple(t.shape) for t in ops.OPS[name].outputs(empty)]
+    there = map_tensors(lambda t: t.to(device), empty)
+    assert [tuple(t.shape) for t in ops.OPS[name].outputs(there)] == shapes
     assert not launches
 
 
 @pytest.mark.parametrize("name", ops.OPS)
 def test_autocast_changes_nothing(device, name):
-    op = ops.OPS[name]
-    inputs = on(device, op.inputs(*pick((4, 197), (1, TOKENS)), torch.float32))
-    plain = op.run(*inputs)
+    arguments = ops.example(name, device, *pick((4, 197), (1, TOKENS)), torch.float32)
+    plain = ops.OPS[name].outputs(arguments)
     with torch.autocast(device.type, HALF):
-        mixed = op.run(*inputs)
+        mixed = ops.OPS[name].outputs(arguments)
     assert [t.dtype for t in mixed] == [t.dtype for t in plain]
     ops.assert_alike(mixed, plain)

@@ -1,6 +1,7 @@
 """Arguments of each public function: some that pass, and of each argument what is refused."""
 
 import tempfile
+from functools import partial
 
 import timm
 import torch
@@ -8,8 +9,10 @@ from transformers import BlipVisionConfig, BlipVisionModel
 
 import elip_kernels
 import elip_models
+from elip_kernels._example import EXAMPLES
 from elip_models.integrations.peft.adapt_config import AdaptConfig
 from tests.helpers import embed_arguments, selection_arguments
+from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.pretraining.models.test_saving import CONFIG, pair
 
@@ -17,45 +20,14 @@ B, N, D, H = 2, 10, 8, 2
 META = {"device": "meta"}
 
 
-def good_reduce():
-    return {"tokens": torch.randn(B, N, D), "attn": torch.rand(B, N - 1), "keep": 4}
-
-
-def good_cls_attention():
-    return {"q": torch.randn(B, H, 4), "k": torch.randn(B, H, N, 4)}
-
-
 def good_received():
     return {"q": torch.randn(B, 4, 7, 4), "k": torch.randn(B, 2, N, 4)}
-
-
-def good_from_tokens():
-    return {
-        "tokens": torch.randn(B, N, D),
-        "cls": torch.randn(B, D),
-        "norm_weight": torch.ones(D),
-        "norm_bias": torch.zeros(D),
-        "eps": 1e-6,
-        "q_weight": torch.randn(D, D),
-        "q_bias": torch.randn(D),
-        "k_weight": torch.randn(D, D),
-        "num_heads": H,
-    }
-
-
-def good_attend():
-    return good_from_tokens() | {"v_weight": torch.randn(D, D), "v_bias": torch.randn(D)}
 
 
 def good_unmerge():
     tokens, metric = torch.randn(2, 13, 6), torch.randn(2, 13, 8)
     merged, _, info = elip_kernels.bipartite_merge(tokens, metric, 4, return_info=True)
     return {"merged": merged, "info": info}
-
-
-def good_nearest():
-    kept = torch.arange(1, 5).expand(B, -1)
-    return {"tokens": torch.randn(B, N, D), "kept": kept, "metric": torch.randn(B, N, 4)}
 
 
 def good_merge_by():
@@ -165,11 +137,16 @@ features = {
     "progress": [],
 }
 
-OTHERS = selection_arguments.TABLE | embed_arguments.TABLE
+EVERY_OP = {
+    example.function: (partial(good_arguments, name), refused_values(name))
+    for name, example in EXAMPLES.items()
+}
+"""The ops below have values of their own."""
+OTHERS = EVERY_OP | selection_arguments.TABLE | embed_arguments.TABLE
 TABLE = OTHERS | {
     elip_kernels.use_pytorch_ops: (dict, {}),
     elip_kernels.reduce: (
-        good_reduce,
+        partial(good_arguments, "reduce"),
         {
             "tokens": [
                 *(None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()),
@@ -188,7 +165,7 @@ TABLE = OTHERS | {
         },
     ),
     elip_kernels.cls_attention: (
-        good_cls_attention,
+        partial(good_arguments, "cls_attention"),
         {
             "q": [
                 *(None, torch.randn(B, 4), torch.ones(B, H, 4).long()),
@@ -220,7 +197,10 @@ TABLE = OTHERS | {
             "query_mask": [torch.ones(B, 7), torch.ones(B, N).bool(), [True] * 7],
         },
     ),
-    elip_kernels.cls_attention_from_tokens: (good_from_tokens, absorbed),
+    elip_kernels.cls_attention_from_tokens: (
+        partial(good_arguments, "cls_attention_from_tokens"),
+        absorbed,
+    ),
     elip_kernels.bipartite_merge: (
         lambda: {"tokens": torch.randn(2, 13, 6), "metric": torch.randn(2, 13, 8), "r": 4},
         {
@@ -258,7 +238,7 @@ TABLE = OTHERS | {
         },
     ),
     elip_kernels.merge_nearest: (
-        good_nearest,
+        partial(good_arguments, "merge_nearest"),
         {
             "tokens": [None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()],
             "kept": [None, torch.rand(B, 4), *(torch.ones(shape).long() for shape in BAD_KEPT)],
@@ -288,7 +268,7 @@ TABLE = OTHERS | {
         },
     ),
     elip_kernels.score_reduce: (
-        lambda: good_from_tokens() | {"keep": 4},
+        partial(good_arguments, "score_reduce"),
         absorbed
         | dict.fromkeys(["merge", "normalize", "return_info"], flag)
         | {"keep": [None, True, "4", 0, N - 1, 0.0, 1.0]}
@@ -298,7 +278,7 @@ TABLE = OTHERS | {
         | {"row": [1, torch.rand(B, N).double(), torch.rand(B, N - 1), torch.rand(B, N, **META)]},
     ),
     elip_kernels.cls_attention_output: (
-        good_attend,
+        partial(good_arguments, "cls_attention_output"),
         absorbed | {"v_weight": matrix, "v_bias": vector},
     ),
     elip_models.encode_image: (

@@ -1,31 +1,28 @@
-"""Parameters of a test in three tiers: `pytest` runs the quick ones, `pytest -m slow` a sample of
-the others, `pytest -m exhaustive` the rest."""
+"""Parameters of a test in three tiers, chosen by name: `pytest` runs the quick ones,
+`pytest -m slow` the slow ones, and `pytest -m exhaustive` the rest."""
 
 import pytest
 
-SAMPLE = 24  # one in so many
 
+def tiered(cases, quick, slow=()):
+    """`cases` as parameters, a tuple for several arguments. Slow are the cases that cover what no
+    quick one does; those that are neither quick nor slow are exhaustive."""
+    cases, quick, slow = list(cases), list(quick), list(slow)
+    unknown = [case for case in quick + slow if case not in cases]
+    assert not unknown, f"quick and slow: expected some of the cases, got {unknown}"
 
-def tiered(cases, quick):
-    """`cases` as parameters, a tuple for several arguments. Of those not in `quick` the first is
-    slow, and every twenty-fourth one behind it; the others are exhaustive."""
-    cases, quick = list(cases), list(quick)
-    unknown = [case for case in quick if case not in cases]
-    assert not unknown, f"quick: expected some of the cases, got {unknown}"
-    further = [case for case in cases if case not in quick]
-    marks = dict.fromkeys(range(len(cases)), ())
-    for number, case in enumerate(further):
-        tier = pytest.mark.slow if number % SAMPLE == 0 else pytest.mark.exhaustive
-        marks[cases.index(case)] = tier
-    return [pytest.param(*_values(case), marks=marks[i]) for i, case in enumerate(cases)]
+    def marks(case):
+        if case in quick:
+            return ()
+        return pytest.mark.slow if case in slow else pytest.mark.exhaustive
+
+    return [pytest.param(*_values(case), marks=marks(case)) for case in cases]
 
 
 def slow_except(quick, cases):
     """`cases` as parameters; those not in `quick` are slow."""
-    return [
-        pytest.param(*_values(case), marks=() if case in quick else pytest.mark.slow)
-        for case in cases
-    ]
+    cases = list(cases)
+    return tiered(cases, quick, slow=cases)
 
 
 def first_quick(cases, count=1):

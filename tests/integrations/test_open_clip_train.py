@@ -48,7 +48,9 @@ def losses(log):
     return [float(loss) for loss in re.findall(r"Contrastive_loss: ([\d.]+)", log)]
 
 
-@pytest.mark.parametrize("reduction", tiered([(("keep=0.7",),), (("elip", "keep=0.8"),)], []))
+@pytest.mark.parametrize(
+    "reduction", tiered([(("keep=0.7",),), (("elip", "keep=0.8"),)], [], slow=[(("keep=0.7",),)])
+)
 def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path, reduction):
     log = train(data, tmp_path, "--epochs", "1", "--reduce", *reduction)
     assert "Image tower reduced" in log and len(losses(log)) == 2

@@ -31,7 +31,11 @@ from tests.pretraining.models.test_clip_tasks import OPTIONS, classifier
 
 KINDS = ("lora", "adapter")
 FAMILIES = ("clip", "albef", "blip", "meter")
-CASES = tiered(itertools.product(FAMILIES, KINDS), [("clip", "lora"), ("albef", "adapter")])
+CASES = tiered(
+    itertools.product(FAMILIES, KINDS),
+    [("clip", "lora"), ("albef", "adapter")],
+    slow=[("clip", "adapter")],
+)
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64: some thousand roundings of 1e-16
 
 
@@ -122,7 +126,10 @@ EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
 
 @pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
 @pytest.mark.parametrize(
-    ("strategy", "kind"), tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")])
+    ("strategy", "kind"),
+    tiered(
+        EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")], slow=[("elip", "lora")]
+    ),
 )
 def test_a_step_equals_the_plain_model_under_every_strategy(strategy, kind):
     name = "elip_clip_tiny" if "schedule" in option_types(strategy) else "clip_tiny"
@@ -141,6 +148,7 @@ SCORES += [("albef", each, kind) for kind in KINDS for each in ("momentum", "exa
     tiered(
         SCORES,
         [("clip", "cls", "lora"), ("clip", "exact", "adapter"), ("albef", "momentum", "lora")],
+        slow=[("clip", "official", "lora")],
     ),
 )
 def test_a_step_equals_the_plain_model_with_every_scorer(family, scorer, kind):
@@ -306,6 +314,7 @@ FULL = {  # adapted layers, by queries, keys and values of each attention, and b
     tiered(
         [(name, kind) for name in FULL for kind in KINDS],
         [("clip_vit_s16", "lora"), ("albef", "adapter")],
+        slow=[("clip_vit_b16", "lora")],
     ),
 )
 def test_under_five_percent_train_at_full_size(name, kind):

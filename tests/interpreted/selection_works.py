@@ -10,19 +10,19 @@ def options_of(B, N, masked):
     return {"mask": torch.rand(B, N) < 0.7} if masked else {}
 
 
-def run_diverse(B, N, D, K, dtype, masked=False, given=False):
-    options = options_of(B, N, masked) | ({"first": torch.zeros(B).long()} if given else {})
+def run_diverse(B, N, D, K, dtype, masked=False, starts=False):
+    options = options_of(B, N, masked) | ({"first": torch.zeros(B).long()} if starts else {})
     elip_kernels.select_diverse(torch.randn(B, N, D).to(dtype), K, **options)
 
 
-def diverse_works(B, N, D, K, dtype, tiled=False, masked=False, given=False):
+def diverse_works(B, N, D, K, dtype, tiled=False, masked=False, starts=False):
     works = [
-        least_work.cosines(B, N, D, dtype, has_nearest=not given, tiled=tiled),
+        least_work.cosines(B, N, D, dtype, has_nearest=not starts, tiled=tiled),
         least_work.diverse(B, N, D, K, dtype),
     ]
     for work in works if masked else []:
         work.read["real"] = B * N
-    if given:
+    if starts:
         del works[1].read["nearest"]
         works[1].read["first"] = B * 8
     return works

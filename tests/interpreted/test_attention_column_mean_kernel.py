@@ -52,7 +52,7 @@ def check(q, k, **options):
 
 
 @pytest.mark.parametrize("names", [(), ("mask",), ("mask", "query_mask")])
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float16]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float16], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize(
     "shape", SHAPES, ids="B{0[0]}-H{0[1]}-G{0[2]}-M{0[3]}-N{0[4]}-d{0[5]}".format
 )
@@ -60,23 +60,23 @@ def test_agrees_with_fp64(launches, poisoned_memory, shape, dtype, names):
     B, _, _, M, N, d = shape
     if dtype == torch.float32 and d > 64:
         shape = (*shape[:5], 64)  # the limit of fp32
-    given = masks(B, M, N)
-    check(*queries_and_keys(*shape, dtype), **{name: given[name] for name in names})
+    both_masks = masks(B, M, N)
+    check(*queries_and_keys(*shape, dtype), **{name: both_masks[name] for name in names})
 
 
 def test_masked_entries_may_be_nan(launches):
-    (q, k), given = queries_and_keys(2, 4, 2, 70, 130, 16), masks(2, 70, 130)
-    got = check(q, k, **given)
-    assert not got[~given["mask"]].any()
-    assert torch.equal(by_kernels(*padded(q, k, **given), **given), got)
+    (q, k), both_masks = queries_and_keys(2, 4, 2, 70, 130, 16), masks(2, 70, 130)
+    got = check(q, k, **both_masks)
+    assert not got[~both_masks["mask"]].any()
+    assert torch.equal(by_kernels(*padded(q, k, **both_masks), **both_masks), got)
 
 
 @pytest.mark.parametrize("name", ["mask", "query_mask"])
 def test_an_image_without_a_key_or_a_query_is_nan(launches, name):
-    (q, k), given = queries_and_keys(2, 4, 2, 70, 130, 16), masks(2, 70, 130)
-    right = by_kernels(q, k, **given)
-    given[name][1] = False
-    got = check(q, k, **given)
+    (q, k), both_masks = queries_and_keys(2, 4, 2, 70, 130, 16), masks(2, 70, 130)
+    right = by_kernels(q, k, **both_masks)
+    both_masks[name][1] = False
+    got = check(q, k, **both_masks)
     assert torch.equal(got[0], right[0]) and got[1].isnan().all()
 
 
@@ -92,10 +92,10 @@ def test_masked_tiles_come_first_and_last(launches):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["a query", "a key", "a query that does not count"])
 def test_non_finite_values_follow_the_reference(launches, where, value):
-    (q, k), given = queries_and_keys(2, 2, 2, 40, 70, 16), masks(2, 40, 70)
-    given["query_mask"][0, 3] = where == "a query"
+    (q, k), both_masks = queries_and_keys(2, 2, 2, 40, 70, 16), masks(2, 40, 70)
+    both_masks["query_mask"][0, 3] = where == "a query"
     (k if where == "a key" else q)[0, 0, 69 if where == "a key" else 3] = value
-    got = check(q, k, **given)
+    got = check(q, k, **both_masks)
     assert got[1].isfinite().all()
     assert got[0].isnan().all() == (where != "a query that does not count")
 
@@ -112,16 +112,16 @@ def test_large_scores_do_not_overflow(launches):
 
 def test_strided_inputs(launches, poisoned_memory):
     q, k, _ = torch.randn(2, 45, 3, 4, 16).permute(2, 0, 3, 1, 4)
-    given = masks(2, 90, 90)
-    check(q, k, mask=given["mask"][:, ::2], query_mask=given["query_mask"][:, 45:])
+    both_masks = masks(2, 90, 90)
+    check(q, k, mask=both_masks["mask"][:, ::2], query_mask=both_masks["query_mask"][:, 45:])
     check(q.mT.contiguous().mT, k[:, ::2])
     check(q[:1].expand(2, -1, -1, -1), k[:, :1].expand(-1, 4, -1, -1))
 
 
 def test_an_image_gives_the_same_bits_in_every_batch(launches):
-    (q, k), given = queries_and_keys(5, 4, 2, 70, 130, 16, torch.float16), masks(5, 70, 130)
-    whole = by_kernels(q, k, **given)
-    alone = by_kernels(q[3:4], k[3:4], **{name: mask[3:4] for name, mask in given.items()})
+    (q, k), both_masks = queries_and_keys(5, 4, 2, 70, 130, 16, torch.float16), masks(5, 70, 130)
+    whole = by_kernels(q, k, **both_masks)
+    alone = by_kernels(q[3:4], k[3:4], **{name: mask[3:4] for name, mask in both_masks.items()})
     assert torch.equal(alone[0], whole[3])
 
 

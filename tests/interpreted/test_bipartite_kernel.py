@@ -41,7 +41,7 @@ def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=N
 
     exact = tokens.detach().double().requires_grad_()
     double = {"size": size, "penalty": penalty}
-    double = {name: None if given is None else given.double() for name, given in double.items()}
+    double = {name: None if tensor is None else tensor.double() for name, tensor in double.items()}
     expected, expected_size, expected_info = bipartite.bipartite_merge(
         exact, metric.double(), r, **double, **options
     )
@@ -57,13 +57,17 @@ def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=N
     return out, info
 
 
-@pytest.mark.parametrize(("N", "r", "dtype"), tiered(CASES, QUICK), ids=str)
+@pytest.mark.parametrize(
+    ("N", "r", "dtype"), tiered(CASES, QUICK, slow=[(197, 16, torch.float32)]), ids=str
+)
 def test_kernel_agrees_with_fp64(launches, N, r, dtype):
     tokens, metric, size = inputs(2, N, dtype=dtype)
     check(launches, tokens, metric, r, size, num_prefix_tokens=int(N > 2))
 
 
-@pytest.mark.parametrize(("N", "p"), tiered([(16, 0), (16, 1), (17, 0), (17, 1)], [(17, 1)]))
+@pytest.mark.parametrize(
+    ("N", "p"), tiered([(16, 0), (16, 1), (17, 0), (17, 1)], [(17, 1)], slow=[(16, 0)])
+)
 def test_every_r_with_and_without_a_class_token(launches, N, p):
     tokens, metric, _ = inputs(2, N)
     for r in range(1, (N - p) // 2 + 1):
@@ -71,7 +75,8 @@ def test_every_r_with_and_without_a_class_token(launches, N, p):
 
 
 @pytest.mark.parametrize(
-    ("D", "C"), tiered([(1, 1), (63, 64), (130, 65), (300, 200)], [(1, 1), (130, 65)])
+    ("D", "C"),
+    tiered([(1, 1), (63, 64), (130, 65), (300, 200)], [(1, 1), (130, 65)], slow=[(300, 200)]),
 )
 def test_any_width(launches, D, C):
     tokens, metric, size = inputs(2, 21, D, C, torch.bfloat16)
@@ -86,7 +91,7 @@ def test_the_longest_image_and_a_metric_of_another_dtype(launches):
     check(launches, tokens[:, :70], metric[:, :70].half(), 30)
 
 
-@pytest.mark.parametrize("r", tiered([1, 4, 9], [4]))
+@pytest.mark.parametrize("r", tiered([1, 4, 9], [4], slow=[9]))
 def test_ties_go_to_the_lower_index(launches, r):
     metric = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])[torch.randint(2, (3, 20))]
     metric[0] = 1.0
@@ -97,8 +102,10 @@ def test_ties_go_to_the_lower_index(launches, r):
     assert (info.slots[:, 2 : 2 * r + 2 : 2] == 10 - r).all()
 
 
-@pytest.mark.parametrize("dtype", tiered(DTYPES, [torch.float32]), ids=str)
-@pytest.mark.parametrize(("N", "p"), tiered([(70, 0), (70, 1), (131, 3)], [(70, 1)]))
+@pytest.mark.parametrize("dtype", tiered(DTYPES, [torch.float32], slow=[torch.bfloat16]), ids=str)
+@pytest.mark.parametrize(
+    ("N", "p"), tiered([(70, 0), (70, 1), (131, 3)], [(70, 1)], slow=[(131, 3)])
+)
 def test_padded_images_have_their_own_number_of_pairs(launches, N, p, dtype):
     """Whole tiles of both halves are padding; one image is full, one has no pair."""
     tokens, metric, size = inputs(4, N, dtype=dtype)
@@ -110,7 +117,7 @@ def test_padded_images_have_their_own_number_of_pairs(launches, N, p, dtype):
 
 
 @pytest.mark.parametrize("bad", [NAN, 0.0, INF])
-@pytest.mark.parametrize("r", tiered([1, 5, 9], [5]))
+@pytest.mark.parametrize("r", tiered([1, 5, 9], [5], slow=[9]))
 def test_a_metric_without_direction_ranks_last(launches, r, bad):
     tokens, metric, size = inputs(3, 19)
     metric[0, 1] = metric[0, 6] = metric[0, 7] = bad
@@ -119,7 +126,7 @@ def test_a_metric_without_direction_ranks_last(launches, r, bad):
     check(launches, tokens, metric, r, size)
 
 
-@pytest.mark.parametrize("kind", tiered(PENALTIES, PENALTIES[:1]))
+@pytest.mark.parametrize("kind", tiered(PENALTIES, PENALTIES[:1], slow=["without a number"]))
 def test_a_penalty_delays_a_source(launches, kind):
     tokens, metric, size = inputs(3, 19)
     penalty = torch.rand(19, 6).T[::2]
@@ -146,7 +153,7 @@ def test_a_token_touches_its_own_row_only(launches):
     assert launches["elip::bipartite_merge"] == 1
 
 
-@pytest.mark.parametrize(("N", "dtype"), tiered(ONE, ONE[:2]), ids=str)
+@pytest.mark.parametrize(("N", "dtype"), tiered(ONE, ONE[:2], slow=[(197, torch.float32)]), ids=str)
 def test_all_merge_into_one(launches, N, dtype):
     tokens, metric, size = inputs(2, N, dtype=dtype)
     metric = metric.float()
@@ -157,7 +164,9 @@ def test_all_merge_into_one(launches, N, dtype):
     assert (info.slots[:, 2::2] == info.slots[:, 11:12]).all()
 
 
-@pytest.mark.parametrize("layout", tiered(["LND", "sliced", "every second", "expanded"], ["LND"]))
+@pytest.mark.parametrize(
+    "layout", tiered(["LND", "sliced", "every second", "expanded"], ["LND"], slow=["expanded"])
+)
 def test_strided_inputs(launches, layout):
     tokens, metric, size = inputs(3, 20, 32, 16)
     if layout == "LND":
@@ -218,7 +227,12 @@ def test_fp64_and_long_inputs_run_pytorch(launches, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "part", tiered(["every second image", "one image for all"], ["one image for all"])
+    "part",
+    tiered(
+        ["every second image", "one image for all"],
+        ["one image for all"],
+        slow=["every second image"],
+    ),
 )
 def test_a_match_may_be_a_view(launches, part):
     """A user may pass a modified `BipartiteInfo`, not only the one that the op returned."""

@@ -17,7 +17,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}".format)
 def test_absorbed_row_agrees_with_fp64(launches, shape, dtype):
     B, N, D, H = shape
@@ -52,7 +52,7 @@ def _eager(tokens, cls, arguments):
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("d", tiered([32, 37, 64], [37]))
+@pytest.mark.parametrize("d", tiered([32, 37, 64], [37], slow=[64]))
 def test_generic_row_agrees_with_fp64(launches, d, masked, dtype):
     q, k = torch.randn(2, 3, d).to(dtype), torch.randn(2, 3, 45, d).to(dtype)
     mask = torch.rand(2, 45) > 0.3 if masked else None

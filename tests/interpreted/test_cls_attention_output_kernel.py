@@ -21,7 +21,9 @@ SHAPES = [  # B, N, D, H, d
     (1, 33, 512, 16, 32),
     (1, 1025, 64, 4, 128),
 ]
-CASES = tiered([(shape,) for shape in SHAPES], [(shape,) for shape in SHAPES[:5]])
+CASES = tiered(
+    [(shape,) for shape in SHAPES], [(shape,) for shape in SHAPES[:5]], slow=[(SHAPES[-1],)]
+)
 NAME = "elip::cls_attention_output"
 
 
@@ -60,7 +62,7 @@ def rounded_budget(dtype):
     return BUDGET[dtype] + {torch.float32: 0.0, torch.float16: ulp / 2, torch.bfloat16: ulp}[dtype]
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize(("shape",), CASES, ids="B{0[0]}-N{0[1]}-D{0[2]}-H{0[3]}-d{0[4]}".format)
 def test_output_agrees_with_fp64(launches, poisoned_memory, shape, dtype):
     B, N, D, H, d = shape
@@ -89,8 +91,8 @@ def exact_means(tokens, cls, key, eps=1e-6):
     return means_reference(tokens.double(), query_of(cls.double(), key.double(), eps))
 
 
-@pytest.mark.parametrize("N", tiered([50, 197], [50]))
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("N", tiered([50, 197], [50], slow=[197]))
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
 def test_weighted_sum_is_fp32_and_within_its_budget(poisoned_memory, dtype, N):
     tokens, cls = tokens_and_cls(1, N, 768, dtype)
     key = torch.randn(3, 768) / 768**0.5
@@ -170,8 +172,8 @@ def test_empty_batch_and_tokens_that_are_cls_alone(launches):
 WIDTHS = [(768, 12), (1024, 16), (1152, 18), (1408, 3), (1664, 17), (2047, 2), (2048, 16)]  # D, H
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
-@pytest.mark.parametrize(("D", "H"), tiered(WIDTHS, [(2047, 2)]))
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
+@pytest.mark.parametrize(("D", "H"), tiered(WIDTHS, [(2047, 2)], slow=[(768, 12)]))
 def test_every_width_has_its_kernels(launches, poisoned_memory, monkeypatch, D, H, dtype):
     (tokens, cls), arguments = tokens_and_cls(1, 20, D, dtype), block(D, H, 16, dtype)
     exact = in_fp64(tokens, cls, arguments)
@@ -181,7 +183,7 @@ def test_every_width_has_its_kernels(launches, poisoned_memory, monkeypatch, D, 
     assert error(got, exact) <= rounded_budget(dtype)
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
 def test_many_tokens_are_summed_in_parts(launches, poisoned_memory, monkeypatch, dtype):
     """There are three parts of five tiles; the last part has one tile."""
     monkeypatch.setattr(launch, "PART", 128)
@@ -211,7 +213,7 @@ def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memor
     assert launches[NAME] == 3
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
 def test_an_image_gives_the_same_bits_alone_and_among_others(launches, dtype):
     (tokens, cls), arguments = tokens_and_cls(20, 130, 96, dtype), block(96, 4, 24, dtype)
     together = elip_kernels.cls_attention_output(tokens, cls, **arguments)

@@ -12,8 +12,8 @@ from tests.interpreted.test_score_reduce_kernel import in_fp64
 SIZES = [(785, 24), (1025, 24), (1370, 24), (2305, 16), (4097, 16), (16_385, 5)]
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
-@pytest.mark.parametrize(("N", "D"), tiered(SIZES, [SIZES[1], SIZES[4]]))
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
+@pytest.mark.parametrize(("N", "D"), tiered(SIZES, [SIZES[1], SIZES[4]], slow=[(785, 24)]))
 def test_a_boundary_of_many_tokens_runs_the_kernels(launches, monkeypatch, N, D, dtype):
     def never(*args):
         raise AssertionError("the PyTorch implementation ran")
@@ -37,10 +37,13 @@ def test_a_boundary_of_many_tokens_runs_the_kernels(launches, monkeypatch, N, D,
     assert tokens.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("options", [{}, {"merge": False}, {"normalize": False}], ids=str)
 @pytest.mark.parametrize(
-    ("N", "p"), tiered([(1026, 1), (2305, 0), (4101, 5), (4102, 5), (16_385, 1)], [(1026, 1)])
+    ("N", "p"),
+    tiered(
+        [(1026, 1), (2305, 0), (4101, 5), (4102, 5), (16_385, 1)], [(1026, 1)], slow=[(16_385, 1)]
+    ),
 )
 def test_reduce_selects_and_moves_apart(launches, poisoned_memory, N, p, options, dtype):
     tokens, scores = torch.randn(2, N, 40).to(dtype), torch.rand(2, N - p)
@@ -74,7 +77,9 @@ SCORES = {
 
 
 @pytest.mark.parametrize("keep", [1, 70, 199])
-@pytest.mark.parametrize("kind", tiered(SCORES, ["ties", "not numbers", "infinities"]))
+@pytest.mark.parametrize(
+    "kind", tiered(SCORES, ["ties", "not numbers", "infinities"], slow=["all alike"])
+)
 def test_scores_tile_by_tile_select_what_scores_at_once_do(launches, monkeypatch, kind, keep):
     scores, mask = SCORES[kind](torch.randn(2, 201)), torch.rand(2, 201) < 0.8
     mask[0] = torch.arange(201) < 40  # fewer than are kept
@@ -92,7 +97,7 @@ def test_scores_tile_by_tile_select_what_scores_at_once_do(launches, monkeypatch
     assert launches["elip::reduce"] == 2 and launches["elip::select"] == 2
 
 
-@pytest.mark.parametrize("N", tiered([1026, 4097, 16_385], [1026]))
+@pytest.mark.parametrize("N", tiered([1026, 4097, 16_385], [1026], slow=[16_385]))
 def test_merging_many_tokens(launches, monkeypatch, N):
     """Large tiles keep the number of programs small in the interpreter."""
     monkeypatch.setattr("elip_kernels.launch.bipartite_match", lambda C, size: (512, 512, 16, 4))
@@ -113,7 +118,7 @@ def test_merging_many_tokens(launches, monkeypatch, N):
         torch.testing.assert_close(ours, exact.to(ours.dtype), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("N", tiered([4097, 16_385], [4097]))
+@pytest.mark.parametrize("N", tiered([4097, 16_385], [4097], slow=[16_385]))
 def test_an_output_of_many_tokens(launches, N):
     tokens, cls = torch.randn(1, N, 16), torch.randn(1, 16)
     arguments = block(16, 2, torch.float32)
@@ -125,7 +130,7 @@ def test_an_output_of_many_tokens(launches, N):
     assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
 def test_an_image_selects_the_same_alone_and_in_a_large_batch(launches, dtype):
     """Images are first in a tile of 16: on the CPU, unlike in tensor cores, the last bit of a
     product depends on its row in the tile.
@@ -137,8 +142,8 @@ def test_an_image_selects_the_same_alone_and_in_a_large_batch(launches, dtype):
     whole, info, row = elip_kernels.score_reduce(tokens, cls, text=text, **options)
     for i in (0, 16, 96):
         one = slice(i, i + 1)
-        given = tokens[one], cls[one]
-        alone, its, own = elip_kernels.score_reduce(*given, text=text[one], **options)
+        image = tokens[one], cls[one]
+        alone, its, own = elip_kernels.score_reduce(*image, text=text[one], **options)
         assert torch.equal(own, row[one]) and torch.equal(its.kept, info.kept[one])
         assert torch.equal(its.weights, info.weights[one]) and torch.equal(alone, whole[one])
     assert launches["elip::score_reduce"] == 4

@@ -56,7 +56,9 @@ def most_rounds(slots, num_rows):
     return max(bounds), max(exact)
 
 
-@pytest.mark.parametrize(("name", "dtype"), tiered(CASES, QUICK), ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), tiered(CASES, QUICK, slow=[("all in one row", torch.bfloat16)]), ids=str
+)
 def test_rows_agree_with_fp64_within_the_rounds(launches, poisoned_memory, name, dtype):
     held = torch.tensor(HELD[name])
     tokens, info, size = inputs(HELD[name], dtype=dtype)
@@ -74,7 +76,7 @@ def test_rows_agree_with_fp64_within_the_rounds(launches, poisoned_memory, name,
     assert launches["elip::bipartite_merge"] == 2
 
 
-@pytest.mark.parametrize("N", tiered([41, 257, 577, 1025], [41, 257]))
+@pytest.mark.parametrize("N", tiered([41, 257, 577, 1025], [41, 257], slow=[1025]))
 def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
     """Half of all tokens are merged into one."""
     r = N // 2
@@ -85,7 +87,7 @@ def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
     assert rounds <= N / BLOCK_R + BLOCK_R
 
 
-@pytest.mark.parametrize("N", tiered([197, 257, 577], [257]))
+@pytest.mark.parametrize("N", tiered([197, 257, 577], [257], slow=[577]))
 def test_rows_of_few_tokens_take_a_round_for_each(launches, N):
     """As in ToMe on random tokens: three tokens of ten are merged away."""
     tokens, metric, size = match_inputs(1, N)
@@ -94,7 +96,9 @@ def test_rows_of_few_tokens_take_a_round_for_each(launches, N):
     assert rounds == torch.bincount(info.slots[0].long()).max() < BLOCK_R
 
 
-@pytest.mark.parametrize("name", tiered(HELD, ["a row of most"]))
+@pytest.mark.parametrize(
+    "name", tiered(HELD, ["a row of most"], slow=["just as many as a round takes"])
+)
 def test_an_image_merges_to_the_same_bits_in_every_batch(launches, name):
     tokens, info, size = inputs(HELD[name], B=3)
     whole, sizes = apply_merge(tokens, info, size=size)

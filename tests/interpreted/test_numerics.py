@@ -11,7 +11,9 @@ from tests.interpreted import test_nearest_kernel as nearest
 from tests.interpreted import test_reduce_kernel as reduce
 from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
 
-every_dtype = pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16]), ids=str)
+every_dtype = pytest.mark.parametrize(
+    "dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str
+)
 N, D, H = 257, 768, 12
 INPUTS = {
     "N(0, 1)": lambda x: x,
@@ -28,7 +30,7 @@ def inputs(kind, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", tiered(INPUTS, ["outlier channels"]))
+@pytest.mark.parametrize("kind", tiered(INPUTS, ["outlier channels"], slow=["mean 30"]))
 def test_row_from_tokens(launches, kind, dtype):
     tokens, cls, arguments = inputs(kind, dtype)
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)

@@ -271,13 +271,13 @@ def _copy(x, wide, too_many):
 
 
 @pytest.mark.parametrize(
-    ("wide", "too_many", "found"),
+    ("wide", "too_many", "error"),
     [(False, 0, "outside the last image|overflow"), (True, 1, "store of 1 lanes outside")],
 )
-def test_int32_offsets_and_other_rows_are_found(wide, too_many, found):
+def test_int32_offsets_and_other_rows_raise(wide, too_many, error):
     image = torch.rand(1, 19)
     check(_copy, image, True, 0)
-    with pytest.raises(interpreter.InterpreterError, match=found):
+    with pytest.raises(interpreter.InterpreterError, match=error):
         check(_copy, image, wide, too_many)
 
 

@@ -169,8 +169,8 @@ def test_attention_received(B, G, group, M, N, d, dtype, scale, shares, packed, 
         q, k, _ = packs.split((group * G, G, G), 1)
     else:
         q, k = torch.randn(B, group * G, M, d).to(dtype), torch.randn(B, G, N, d).to(dtype)
-    given = zip(("mask", "query_mask"), (N, M), shares, strict=True)
-    masks = {name: torch.rand(B, n) < share for name, n, share in given if share is not None}
+    drawn = zip(("mask", "query_mask"), (N, M), shares, strict=True)
+    masks = {name: torch.rand(B, n) < share for name, n, share in drawn if share is not None}
     before = launches["elip::attention_column_mean"]
     column_mean.check(q, k, scale=scale, **masks)
     assert launches["elip::attention_column_mean"] == before + 2  # fp64 falls back to PyTorch

@@ -16,7 +16,7 @@ SHAPES = [  # B, N, D, H, K
     (2, 18, 96, 24, 15),
 ]
 CASES = list(itertools.product(SHAPES, [True, False]))
-CASES = tiered(CASES, [*CASES[4:6], CASES[6]])
+CASES = tiered(CASES, [*CASES[4:6], CASES[6]], slow=[((2, 257, 64, 2, 166), True)])
 
 
 def in_fp64(tokens, cls, keep, arguments, **options):
@@ -26,7 +26,7 @@ def in_fp64(tokens, cls, keep, arguments, **options):
     )
 
 
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize(("shape", "merge"), CASES, ids=str)
 def test_four_kernels_agree_with_fp64(launches, poisoned_memory, shape, merge, dtype):
     B, N, D, H, keep = shape

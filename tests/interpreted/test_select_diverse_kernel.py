@@ -38,15 +38,15 @@ def gaps(select, tokens, order, options):
     unit = torch.nn.functional.normalize(tokens.double(), dim=-1)
     similarity, far = unit @ unit.mT, torch.zeros(order.shape, dtype=torch.float64)
     for b, steps in enumerate(order.tolist()):
-        gain = gains(select, similarity[b], steps, {n: v[b] for n, v in options.items()})
-        for t, (step, each) in enumerate(zip(steps, gain, strict=True)):
-            far[b, t] = each.max() - each[step]
+        by_step = gains(select, similarity[b], steps, {n: v[b] for n, v in options.items()})
+        for t, (step, gain) in enumerate(zip(steps, by_step, strict=True)):
+            far[b, t] = gain.max() - gain[step]
     return far
 
 
 def gains(select, similarity, steps, options):
     """Return the gains of all tokens before each step; -inf for tokens that were selected."""
-    N, found = len(similarity), []
+    N, gains = len(similarity), []
     weight, factor = options.get("relevance", torch.ones(N)).double().abs(), []
     rest, real = torch.ones(N, dtype=torch.float64), options.get("mask", torch.ones(N) > 0)
     for t, step in enumerate(steps):
@@ -60,28 +60,28 @@ def gains(select, similarity, steps, options):
             gain = -similarity[:, known].amax(1) if known else torch.full((N,), 2.0).double()
         gain = gain.masked_fill(~real, -3.0)
         gain[steps[:t]] = -torch.inf
-        found.append(gain)
+        gains.append(gain)
         if real[step] and rest[step] > SPANNED.value:
             column = similarity[step] - sum(c * c[step] for c in factor)
             factor.append(column / rest[step].sqrt())
             rest = rest - factor[-1].square()
-    return found
+    return gains
 
 
 def check(select, tokens, keep, **options):
     """Check that each step selects a token with the largest gain in fp64, up to rounding."""
     order = by_kernels(select, tokens, keep, selection_order=True, **options)
     assert all(len(set(row)) == keep for row in order.tolist())
-    is_given = "first" in options
-    assert gaps(select, tokens, order, options)[:, is_given:].le(CLOSE).all()
-    assert not is_given or torch.equal(order[:, 0], options["first"])
+    has_first = "first" in options
+    assert gaps(select, tokens, order, options)[:, has_first:].le(CLOSE).all()
+    assert not has_first or torch.equal(order[:, 0], options["first"])
     ascending = by_kernels(select, tokens, keep, **options)
     assert torch.equal(ascending.sort(1).values, order.sort(1).values)
     return order
 
 
 @pytest.mark.parametrize("share", [None, 0.6])
-@pytest.mark.parametrize("dtype", tiered(DTYPES, [torch.float32]), ids=str)
+@pytest.mark.parametrize("dtype", tiered(DTYPES, [torch.float32], slow=[torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids="B{0[0]}-N{0[1]}-D{0[2]}-K{0[3]}".format)
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_agrees_with_fp64(launches, poisoned_memory, select, shape, dtype, share):
@@ -101,9 +101,9 @@ def test_selects_as_pytorch_where_products_are_exact(launches, select):
     options = options_of(select, 2, 40, 0.8)
     if select is select_dpp:
         options["relevance"] = options["relevance"].mul(4).round()
-    for given in ({}, options):
-        got = by_kernels(select, tokens, 24, selection_order=True, **given)
-        wide = {n: v.double() if v.is_floating_point() else v for n, v in given.items()}
+    for masks in ({}, options):
+        got = by_kernels(select, tokens, 24, selection_order=True, **masks)
+        wide = {n: v.double() if v.is_floating_point() else v for n, v in masks.items()}
         exact = select(tokens.double(), 24, selection_order=True, **wide)
         assert torch.equal(got, exact)
 
@@ -115,9 +115,9 @@ def test_tokens_without_direction_follow_the_reference(launches, select, value):
     tokens[0, [0, 7, 8]] = value
     if select is select_dpp:
         options["relevance"][1, 2:6] = torch.tensor([torch.nan, 0.0, torch.inf, -1.0])
-    for given in ({}, options):
-        got = by_kernels(select, tokens, 24, selection_order=True, **given)
-        exact = select(tokens.double(), 24, selection_order=True, **given)
+    for masks in ({}, options):
+        got = by_kernels(select, tokens, 24, selection_order=True, **masks)
+        exact = select(tokens.double(), 24, selection_order=True, **masks)
         assert torch.equal(got, exact)
 
 
@@ -149,13 +149,13 @@ def test_strided_inputs(launches, poisoned_memory, select):
 
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_an_image_gives_the_same_positions_in_every_batch(launches, select):
-    tokens, given = torch.randn(3, 70, 16).half(), options_of(select, 3, 70, 0.7)
-    whole = by_kernels(select, tokens, 12, **given)
-    alone = by_kernels(select, tokens[2:], 12, **{n: v[2:] for n, v in given.items()})
+    tokens, own_options = torch.randn(3, 70, 16).half(), options_of(select, 3, 70, 0.7)
+    whole = by_kernels(select, tokens, 12, **own_options)
+    alone = by_kernels(select, tokens[2:], 12, **{n: v[2:] for n, v in own_options.items()})
     assert torch.equal(alone[0], whole[2])
 
 
-@pytest.mark.parametrize(("op", "option"), [("diverse", "given"), ("dpp", "masked")])
+@pytest.mark.parametrize(("op", "option"), [("diverse", "starts"), ("dpp", "masked")])
 def test_each_byte_moves_once_with_options(launches, op, option):
     test_traffic.check(op, (2, 40, 40, 7, torch.bfloat16), **{option: True})
 

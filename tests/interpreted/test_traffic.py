@@ -11,7 +11,8 @@ from benchmarks.kernel_analysis import least_work
 from benchmarks.kernel_analysis.traffic import Access, traffic
 from benchmarks.kernel_analysis.work import Work
 from elip_kernels import launch
-from elip_kernels.testing import Case
+from elip_kernels._example import EXAMPLES, Sizes
+from elip_kernels.testing import WITH_KERNELS, Case, kernels_on_cpu
 from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import block
 from tests.interpreted.selection_works import diverse_works, dpp_works, run_diverse, run_dpp
@@ -218,12 +219,25 @@ def without_vectors(launched):
     return launched.per_program - sum(vectors)
 
 
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_every_op_stores_each_byte_once_and_touches_nothing_else(name):
+    """Also without a model of its work; `traffic` raises on an access outside of every tensor."""
+    arguments = EXAMPLES[name].arguments(Sizes(B=2, N=21, D=40, K=12, H=2, dtype=fp32))
+    with kernels_on_cpu(), traffic() as launched:
+        EXAMPLES[name].outputs(arguments)
+    assert launched
+    for kernel in launched:
+        assert all(access.requested == access.unique for access in kernel.stores.values()), kernel
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_each_byte_of_a_small_call_moves_once(launches, op):
     check(op, SMALL[2])
 
 
-@pytest.mark.parametrize(("case",), tiered([(case,) for case in SMALL], [(SMALL[1],)]), ids=str)
+@pytest.mark.parametrize(
+    ("case",), tiered([(case,) for case in SMALL], [(SMALL[1],)], slow=[(SMALL[2],)]), ids=str
+)
 @pytest.mark.parametrize("op", OPS)
 def test_each_byte_moves_once(launches, op, case):
     check(op, case)

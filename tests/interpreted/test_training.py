@@ -36,7 +36,7 @@ def losses(steps):
     return torch.tensor(history)
 
 
-@pytest.mark.parametrize("steps", tiered([2, 10], []))
+@pytest.mark.parametrize("steps", tiered([2, 10], [], slow=[2]))
 def test_kernels_train_as_the_reference(steps):
     expected = losses(steps)
     with kernels_on_cpu() as launches:

@@ -17,23 +17,24 @@ def check(op, case, **options):
     """Check that modelled and counted waits agree; return the names of the kernels."""
     with counted_waits() as launches:
         OPS[op][0](*case, **options)
-    for each in launches:
+    for launched in launches:
         stated = [
-            modelled_waits(each.kernel, each.arguments, held) for held in held_by_program(each)
+            modelled_waits(launched.kernel, launched.arguments, held)
+            for held in held_by_program(launched)
         ]
-        assert max(stated) == each.waits, each.kernel
-    return {each.kernel for each in launches}
+        assert max(stated) == launched.waits, launched.kernel
+    return {launched.kernel for launched in launches}
 
 
 def held_by_program(launched):
     """Return how many tokens each row of each program of a merge contains."""
     if launched.kernel != "_merge_fwd_kernel":
         return [None]
-    given = launched.arguments
-    held = given["starts_ptr"].diff(
-        dim=1, append=torch.full((len(given["starts_ptr"]), 1), given["N"])
+    arguments = launched.arguments
+    held = arguments["starts_ptr"].diff(
+        dim=1, append=torch.full((len(arguments["starts_ptr"]), 1), arguments["N"])
     )
-    return [rows.tolist() for image in held for rows in image.split(given["BLOCK_R"])]
+    return [rows.tolist() for image in held for rows in image.split(arguments["BLOCK_R"])]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -55,7 +56,7 @@ def test_waits_are_as_stated(launches, op, case):
         ("bipartite", {"has_penalty": True, "has_size": False}),
         ("nearest", {"has_size": False}),
         ("diverse", {"masked": True}),
-        ("diverse", {"given": True}),
+        ("diverse", {"starts": True}),
         ("dpp", {"masked": True}),
         ("dpp", {"weighed": False}),
     ],

@@ -124,44 +124,18 @@ def test_the_pytorch_form_makes_no_map():
     assert largest.elements == B * H * QUERIES * 2 * QUERIES
 
 
-def test_no_gradient_passes_and_autocast_does_not_cast():
+def test_no_gradient_passes():
     q, k = queries_and_keys(dtype=torch.float32)
-    plain = elip_kernels.attention_column_mean(q.requires_grad_(), k)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = elip_kernels.attention_column_mean(q, k)
-    assert torch.equal(plain, mixed) and not plain.requires_grad
+    assert not elip_kernels.attention_column_mean(q.requires_grad_(), k).requires_grad
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(masked):
+def test_opcheck_with_masks():
     q, k = queries_and_keys(2, dtype=torch.float32)
-    given = masks().values() if masked else (None, None)
     op = torch.ops.elip.attention_column_mean.default
-    opcheck(op, (q.requires_grad_(), k, *given, 0.3))
-
-
-class Received(torch.nn.Module):
-    def forward(self, q, k, mask):
-        return elip_kernels.attention_column_mean(q, k, mask=mask)
-
-
-def test_compiles_whole_and_exports():
-    inputs = *queries_and_keys(2, dtype=torch.float32), masks()["mask"]
-    expected = Received()(*inputs)
-    torch._dynamo.reset()
-    got = torch.compile(Received(), fullgraph=True, backend="aot_eager")(*inputs)
-    torch.testing.assert_close(got, expected)
-    program = torch.export.export(Received(), inputs)
-    torch.testing.assert_close(program.module()(*inputs), expected)
+    opcheck(op, (q.requires_grad_(), k, *masks().values(), 0.3))
 
 
 def test_flops_are_those_of_two_products():
     with FlopCounterMode(display=False) as counter:
         elip_kernels.attention_column_mean(*queries_and_keys(2))
     assert counter.get_total_flops() == 2 * (2 * B * H * M * N * D)
-
-
-def test_meta_tensors_have_shapes():
-    q, k = (t.to("meta") for t in queries_and_keys(2, dtype=torch.bfloat16))
-    got = elip_kernels.attention_column_mean(q, k)
-    assert got.shape == (B, N) and got.dtype == torch.float32

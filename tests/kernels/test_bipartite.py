@@ -259,46 +259,6 @@ def test_opcheck(with_size):
     opcheck(torch.ops.elip.bipartite_merge_backward.default, (grad, size, sizes, slots))
 
 
-@pytest.mark.slow
-def test_compiles_whole_and_once_for_all_batches_and_counts():
-    torch._dynamo.reset()
-    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
-    def loss(tokens, metric, size, r):
-        merged, sizes, info = bipartite_merge(tokens, metric, r, size=size, return_info=True)
-        return (merged.square() * sizes[..., None]).sum() + unmerge(merged, info).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend=compiles, dynamic=True)
-    for B, r in ((2, 3), (3, 5), (4, 4)):
-        tokens, metric, size = inputs(B, 20)
-        ours, eager = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
-        got, expected = compiled(ours, metric, size, r), loss(eager, metric, size, r)
-        got.backward()
-        expected.backward()
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(ours.grad, eager.grad)
-    assert compiles.frame_count == 1
-
-
-def test_exports():
-    class Merge(torch.nn.Module):
-        def forward(self, tokens, metric):
-            return bipartite_merge(tokens, metric, 5)
-
-    tokens, metric, _ = inputs()
-    program = torch.export.export(Merge(), (tokens, metric))
-    torch.testing.assert_close(program.module()(tokens, metric), bipartite_merge(tokens, metric, 5))
-
-
-def test_autocast_changes_nothing():
-    tokens, metric, size = inputs(N=40)
-    plain = bipartite_merge(tokens, metric, 12, size=size)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = bipartite_merge(tokens, metric, 12, size=size)
-    assert all(map(torch.equal, plain, mixed))
-    assert mixed[1].dtype == torch.float32
-
-
 def test_flops_are_counted():
     tokens, metric, _ = inputs()
     with FlopCounterMode(display=False) as counter:

@@ -14,7 +14,7 @@ if not HAS_TRITON:
     pytest.skip("triton is absent, so there is nothing to compile", allow_module_level=True)
 
 from benchmarks.kernel_analysis import report
-from elip_kernels.testing.calls import REAL_CASES
+from elip_kernels.testing import REAL_CASES
 from tests.kernels.test_compile_report import SIZE, compiled
 
 

@@ -26,12 +26,15 @@ def called():
 
         return run
 
-    changed = [patch.dict(each.implementations, cpu=counted(each)) for each in OPERATORS.values()]
-    for each in changed:
-        each.start()
+    changed = [
+        patch.dict(operator.implementations, cpu=counted(operator))
+        for operator in OPERATORS.values()
+    ]
+    for patched in changed:
+        patched.start()
     yield names
-    for each in changed:
-        each.stop()
+    for patched in changed:
+        patched.stop()
 
 
 def tokens():
@@ -56,10 +59,10 @@ def test_results_and_gradients_are_those_of_the_dispatcher(called):
         (second,) = torch.autograd.grad(grad.square().sum(), x)
         return out, grad, second
 
-    found = both(tokens())
+    results = both(tokens())
     assert set(called) == {"reduce", "reduce_backward"}
     called.clear()
-    for one, other in zip(found, by_dispatcher(both, tokens()), strict=True):
+    for one, other in zip(results, by_dispatcher(both, tokens()), strict=True):
         assert torch.equal(one, other)
     assert called == []
     assert torch.autograd.gradcheck(reduced, tokens())
@@ -77,10 +80,10 @@ def test_gradients_in_batches(called):
     vectorized = jacobian(reduced, tokens(), vectorize=True)
     assert torch.equal(vectorized, jacobian(reduced, tokens()))
     x, grads = tokens(), torch.randn(4, 2, 5, 3, dtype=torch.float64)
-    (found,) = torch.autograd.grad(reduced(x), x, grads, is_grads_batched=True)
-    for grad, each in zip(grads, found, strict=True):
+    (gradients,) = torch.autograd.grad(reduced(x), x, grads, is_grads_batched=True)
+    for grad, expected in zip(grads, gradients, strict=True):
         y = tokens()
-        assert torch.equal(torch.autograd.grad(reduced(y), y, grad)[0], each)
+        assert torch.equal(torch.autograd.grad(reduced(y), y, grad)[0], expected)
 
 
 def test_hooks_of_saved_tensors_are_called(called):

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 
 import pytest
 import timm
@@ -9,9 +10,11 @@ import torch
 
 import elip_kernels
 import elip_models
+from elip_kernels._example import EXAMPLES
 from elip_models.reduction.strategies.elip import ELIPOptions
 from elip_models.vlm.patch import is_reduced
 from tests.helpers.argument_cases import TABLE
+from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, plain_vit
 
 ALIASES = {"text": "(schedule|text)", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
@@ -28,7 +31,7 @@ def entered(context):
 
 
 CONTEXT_MANAGERS = (elip_kernels.use_pytorch_ops, elip_models.guidance, elip_models.record_stages)
-CONTEXTS = {each: entered(each) for each in CONTEXT_MANAGERS}
+CONTEXTS = {manager: entered(manager) for manager in CONTEXT_MANAGERS}
 
 
 CASES = [
@@ -66,6 +69,21 @@ def test_good_arguments_pass(function):
     if function is elip_models.unreduce_:
         arguments.pop("schedule")
     CONTEXTS.get(function, function)(**arguments)
+
+
+BY_ANNOTATION = [
+    pytest.param(example.function, name, argument, value, id=f"{name}-{argument}-{i}")
+    for name, example in EXAMPLES.items()
+    for argument, values in refused_values(name).items()
+    for i, value in enumerate(values)
+]
+
+
+@pytest.mark.parametrize(("function", "name", "argument", "value"), BY_ANNOTATION)
+def test_an_op_refuses_what_its_annotation_excludes(function, name, argument, value):
+    test_a_bad_argument_is_named_with_what_was_expected_and_got(
+        function, partial(good_arguments, name), argument, value
+    )
 
 
 def test_every_public_function_is_in_the_table():

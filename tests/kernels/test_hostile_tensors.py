@@ -26,8 +26,8 @@ NOT_DENSE = {
 def tensors_of(arguments):
     """The tensors among the arguments, the optional ones included."""
     more = {"mask": torch.ones(B, N).bool(), "size": torch.ones(B, N), "text": torch.ones(B, D)}
-    found = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
-    return found, more | {"penalty": torch.ones(2, 13), "scored": torch.ones(B, N, D)}
+    required = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
+    return required, more | {"penalty": torch.ones(2, 13), "scored": torch.ones(B, N, D)}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about what is a prototype
@@ -35,9 +35,9 @@ def tensors_of(arguments):
 @pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
 def test_a_tensor_that_is_not_dense_is_refused_by_name(function, form):
     good, table = TABLE[function]
-    given, more = tensors_of(good())
+    required, more = tensors_of(good())
     tried = 0
-    for name, tensor in (given | {n: t for n, t in more.items() if n in table}).items():
+    for name, tensor in (required | {n: t for n, t in more.items() if n in table}).items():
         try:
             bad = NOT_DENSE[form](tensor)
         except (RuntimeError, NotImplementedError, IndexError):

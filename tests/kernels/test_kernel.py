@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from elip_kernels import _kernel
 from elip_kernels._triton import HAS_TRITON, tl
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
@@ -15,6 +16,12 @@ if HAS_TRITON:
 
     from benchmarks.kernel_analysis.stub_device import stub_device
     from elip_kernels._kernel import Kernel, kernel
+
+
+@pytest.fixture(autouse=True)
+def _short_launch(monkeypatch):
+    """Use the short launch under any version of Triton; if all tests pass, it may be listed."""
+    monkeypatch.setattr(_kernel, "IS_TESTED", True)
 
 
 @pytest.fixture
@@ -84,10 +91,30 @@ def same(first, second):
     return others == theirs and all(a is b or a == b for a, b in zip(arguments, those, strict=True))
 
 
-def test_a_second_launch_is_not_one_of_triton(device, double, monkeypatch):
-    code = launch(double, ARGUMENTS["as before"])
-    monkeypatch.setattr(JITFunction, "run", None)
-    assert launch(double, ARGUMENTS["other values"]) is code
+@pytest.fixture
+def by_triton(monkeypatch):
+    """Return the list of the kernels that Triton itself launches."""
+    kernels, run = [], JITFunction.run
+
+    def counted(self, *args, **options):
+        kernels.append(self)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", counted)
+    return kernels
+
+
+def test_a_tested_version_of_triton_makes_the_first_launch_only(device, double, by_triton):
+    codes = [launch(double, ARGUMENTS[name]) for name in ("as before", "other values", "as before")]
+    assert len(set(map(id, codes))) == 1 and len(device.launches) == 3
+    assert by_triton == [double]
+
+
+def test_another_version_of_triton_makes_every_launch(device, double, by_triton, monkeypatch):
+    monkeypatch.setattr(_kernel, "IS_TESTED", False)
+    codes = [launch(double, ARGUMENTS[name]) for name in ("as before", "other values", "as before")]
+    assert len(set(map(id, codes))) == 1 and len(device.launches) == 3
+    assert by_triton == [double] * 3 and not double.compiled
 
 
 def test_devices_have_their_own_code_and_stream(device, double):
@@ -131,7 +158,7 @@ def test_hooks_are_called(device, double):
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
     launch(double, ARGUMENTS["as before"])
-    assert [each.get()["name"] for each in seen] == ["double_kernel"]
+    assert [launched.get()["name"] for launched in seen] == ["double_kernel"]
     double.add_pre_run_hook(lambda *args, **constants: seen.append(args))
     launch(double, ARGUMENTS["as before"])
     assert seen[-1] == ARGUMENTS["as before"]
@@ -144,10 +171,10 @@ def test_threads_share_a_kernel(device, double):
         codes.extend(launch(double, ARGUMENTS["as before"]) for _ in range(50))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(codes) == 200 == len(device.launches)
     assert len(set(map(id, codes))) <= 4  # as in Triton, several threads may compile at first
     assert launch(double, ARGUMENTS["as before"]) in codes and len(double.compiled) == 1

@@ -14,8 +14,9 @@ from torch._inductor.utils import run_and_get_code
 
 import elip_kernels
 import elip_models
+from elip_kernels._example import EXAMPLES, Sizes, tensors_of
 from elip_kernels._triton import HAS_TRITON
-from elip_kernels.testing.calls import OPS
+from elip_kernels.testing import WITH_KERNELS
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import images, plain_vit
 
@@ -26,7 +27,7 @@ from benchmarks.kernel_analysis.compile import target_of
 from benchmarks.kernel_analysis.stub_device import stub_device
 
 B, N, D, K, H = 2, 50, 96, 30, 3
-INPUTS = {"tokens_ptr", "q_ptr", "k_ptr", "cls_ptr", "q_weight_ptr", "k_weight_ptr", "metric_ptr"}
+SIZES = Sizes(B, N, D, K, H, torch.bfloat16)
 
 
 @contextmanager
@@ -63,50 +64,35 @@ def written(node):
     return set(node.kwargs["tensors_to_clone"])
 
 
-def call(name, inputs):
-    """Call an op and return its first output, without the gradient that `OPS` computes."""
-    tokens, *others = inputs
-    if name == "reduce":
-        return elip_kernels.reduce(tokens, *others, K)
-    if name == "score_reduce":
-        cls, *block = others
-        names = ("norm_weight", "norm_bias", "q_weight", "q_bias", "k_weight")
-        options = dict(zip(names, block, strict=True)) | {"eps": 1e-6, "num_heads": H}
-        return elip_kernels.score_reduce(tokens, cls, K, **options)
-    if name == "bipartite_merge":
-        metric, size, penalty, _ = others
-        return elip_kernels.bipartite_merge(tokens, metric, N - K, size=size, penalty=penalty)[0]
-    if name == "merge_nearest":
-        metric, size, *_ = others
-        kept = elip_kernels.select_tokens(others[-1], K)
-        return elip_kernels.merge_nearest(tokens, kept, metric, size=size)[0]
-    return OPS[name].run(K, H, *inputs)[0]
-
-
 def run(function, name):
-    """Call an op of random inputs, forward and, if it has a gradient, backward."""
+    """Call an op on its example forward and, if it has a gradient, backward; return the example.
+
+    Infos are not made: PyTorch computes weights from outputs that the stub does not write.
+    """
     torch.manual_seed(0)
-    first, *others = OPS[name].inputs(B, N, D, K, H, torch.bfloat16)
-    inputs = first.requires_grad_(), *others
-    out = function(name, inputs)
+    arguments = EXAMPLES[name].arguments(SIZES)
+    arguments.pop("return_info", None)
+    (first, leaf), *_ = arguments.items()
+    out, *_ = tensors_of(function(**arguments | {first: leaf.requires_grad_()}))
     if out.requires_grad:
         out.backward(torch.ones_like(out))
+    return arguments
 
 
-WITH_KERNELS = [name for name in OPS if name not in ("apply_merge", "fuse_text", "unmerge")]
-
-
-@pytest.mark.parametrize("name", tiered(WITH_KERNELS, ["reduce", "cls_attention"]))
+@pytest.mark.parametrize(
+    "name", tiered(WITH_KERNELS, ["reduce", "cls_attention"], slow=["score_reduce"])
+)
 def test_a_graph_has_the_launches_of_the_op_and_only_outputs_are_written(name):
+    op = EXAMPLES[name].function
     with stub_device(90) as driver:
-        run(call, name)
+        run(op, name)
         expected = [function for _, _, function, _ in driver.launches]
     with recorded_graphs() as (backend, graphs):
-        run(torch.compile(call, backend=backend, fullgraph=True), name)
+        arguments = run(torch.compile(op, backend=backend, fullgraph=True), name)
     launches, ops = launches_of(graphs)
     assert [kernel for kernel, _ in launches] == expected and not ops
     for kernel, tensors in launches:
-        assert not tensors & INPUTS, kernel
+        assert not tensors & {f"{argument}_ptr" for argument in arguments}, kernel
 
 
 def reduced(tokens, row):
@@ -117,8 +103,8 @@ def test_a_batch_size_that_changes_keeps_the_kernels_and_another_size_the_op():
     tokens, row = torch.randn(B, N, D), torch.rand(B, N)
     for dim, kernels, left in ((0, ["_reduce_fwd_kernel"], []), (1, [], ["elip.reduce.default"])):
         with recorded_graphs() as (backend, graphs):
-            for each in (tokens, row):
-                torch._dynamo.mark_dynamic(each, dim)
+            for tensor in (tokens, row):
+                torch._dynamo.mark_dynamic(tensor, dim)
             torch.compile(reduced, backend=backend, fullgraph=True)(tokens, row)
         launches, ops = launches_of(graphs)
         assert ([kernel for kernel, _ in launches], ops) == (kernels, left)
@@ -132,8 +118,8 @@ def test_an_exported_program_contains_the_op():
 
     with stub_device(90):
         program = torch.export.export(Reduced(), (torch.randn(B, N, D), torch.rand(B, N)))
-        for each in (program, program.run_decompositions()):
-            targets = [str(node.target) for node in each.graph.nodes]
+        for exported in (program, program.run_decompositions()):
+            targets = [str(node.target) for node in exported.graph.nodes]
             assert "elip.reduce.default" in targets
             assert not any("triton" in target for target in targets)
 
@@ -158,12 +144,12 @@ def test_inductor_compiles_and_launches_the_kernels():
     """For sm_90, on the stub."""
     heuristics = "torch._inductor.runtime.triton_heuristics.GPUTarget"
     alone = config.patch(compile_threads=1, force_disable_caches=True)
-    inputs = OPS["cls_attention"].inputs(B, N, D, K, H, torch.bfloat16)
+    inputs = EXAMPLES["cls_attention"].arguments(SIZES)
     with stub_device(90) as driver, patch(heuristics, lambda *_: target_of(90)), alone:
         torch._dynamo.reset()
         compiled = torch.compile(elip_kernels.cls_attention, fullgraph=True)
-        _, codes = run_and_get_code(compiled, *inputs)
+        _, codes = run_and_get_code(compiled, **inputs)
         launched = [function for _, _, function, _ in driver.launches]
-    found = re.findall(r"async_compile\.triton\('(\w+)'", "\n".join(codes))
-    assert found == launched == ["_keys_kernel", "_row_kernel"]
+    compiled_kernels = re.findall(r"async_compile\.triton\('(\w+)'", "\n".join(codes))
+    assert compiled_kernels == launched == ["_keys_kernel", "_row_kernel"]
     assert "torch.ops.elip" not in "\n".join(codes)

@@ -17,7 +17,6 @@ from elip_models.reduction.strategies.elip import Staged
 from elip_models.towers import as_tower
 from elip_models.towers.merge import Merge
 from tests.helpers.models import TOWERS, eva
-from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
 NAN, INF = float("nan"), float("inf")
@@ -195,7 +194,7 @@ def test_gradients_in_fp64(check, with_size):
 
 def test_gradient_reaches_tokens_only():
     tokens, kept, metric, size = inputs()
-    leaves = [each.requires_grad_() for each in (tokens, metric, size)]
+    leaves = [tensor.requires_grad_() for tensor in (tokens, metric, size)]
     merged, sizes = merge_nearest(tokens, kept, metric, size=size)
     merged.square().sum().backward()
     assert leaves[0].grad.abs().sum(-1).min() > 0
@@ -209,37 +208,6 @@ def test_opcheck():
     mask = torch.rand(2, 12) < 0.5
     for real in (None, mask):
         opcheck(torch.ops.elip.select.default, (torch.rand(2, 12), real, 5, 1))
-
-
-@pytest.mark.parametrize("backend", tiered(["aot_eager", "inductor"], []))
-def test_compiles_whole_and_once_for_all_batches_and_counts(backend):
-    torch._dynamo.reset()
-    compiles = torch._dynamo.testing.CompileCounterWithBackend(backend)
-
-    def loss(tokens, attn, metric, size, keep):
-        kept = select_tokens(attn, keep)
-        merged, sizes, info = merge_nearest(tokens, kept, metric, size=size, return_info=True)
-        return (merged.square() * sizes[..., None]).sum() + unmerge(merged, info).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend=compiles, dynamic=True)
-    for B, keep in ((2, 3), (3, 5), (4, 4)):
-        tokens, _, metric, size = inputs(B, 20)
-        ours, eager, others = tokens.clone(), tokens.clone(), (size / 7, metric, size, keep)
-        ours, eager = ours.requires_grad_(), eager.requires_grad_()
-        got, expected = compiled(ours, *others), loss(eager, *others)
-        got.backward()
-        expected.backward()
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(ours.grad, eager.grad)
-    assert compiles.frame_count == 1
-
-
-def test_autocast_changes_nothing():
-    tokens, kept, metric, size = inputs(N=40, K=12)
-    plain = merge_nearest(tokens, kept, metric, size=size)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = merge_nearest(tokens, kept, metric, size=size)
-    assert all(map(torch.equal, plain, mixed))
 
 
 def test_flops_are_counted():

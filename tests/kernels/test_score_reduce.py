@@ -121,23 +121,6 @@ def test_opcheck_and_gradcheck():
     assert torch.autograd.gradgradcheck(lambda t: out(t).square(), (tokens,))
 
 
-def test_compiles_whole_and_exports():
-    class Boundary(torch.nn.Module):
-        def forward(self, tokens, cls):
-            return elip_kernels.score_reduce(tokens, cls, K, **arguments)
-
-    arguments, tokens, cls = block(), torch.randn(B, N, D).requires_grad_(), torch.randn(B, D)
-    expected, grad_out = Boundary()(tokens, cls), torch.randn(B, K + 2, D)
-    (expected_grad,) = torch.autograd.grad(expected, tokens, grad_out)
-    torch._dynamo.reset()
-    out = torch.compile(Boundary(), fullgraph=True, backend="aot_eager")(tokens, cls)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out, tokens, grad_out)[0], expected_grad)
-    tokens, expected = tokens.detach(), expected.detach()
-    program = torch.export.export(Boundary(), (tokens, cls))
-    torch.testing.assert_close(program.module()(tokens, cls), expected)
-
-
 def test_flops():
     tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
     with FlopCounterMode(display=False) as counter:

@@ -49,9 +49,11 @@ def most_likely(kernel, count):
 @pytest.mark.parametrize("count", [1, 2, 9, N])
 def test_max_min_equals_its_definition(count):
     tokens, first = torch.randn(B, N, D), torch.randint(N, (B,))
-    expected = [farthest(each, count) for each in cosines(tokens)]
+    expected = [farthest(cosine, count) for cosine in cosines(tokens)]
     assert select_diverse(tokens, count, **by_step).tolist() == expected
-    expected = [farthest(each, count, first[b].item()) for b, each in enumerate(cosines(tokens))]
+    expected = [
+        farthest(cosine, count, first[b].item()) for b, cosine in enumerate(cosines(tokens))
+    ]
     assert select_diverse(tokens, count, first=first, **by_step).tolist() == expected
 
 
@@ -153,19 +155,15 @@ def test_irrelevant_tokens_come_after_relevant_ones(value):
 
 
 @pytest.mark.parametrize("select", SELECTIONS)
-def test_strides_dtypes_and_autocast_do_not_matter(select):
+def test_the_dtype_does_not_matter(select):
     tokens = torch.randn(B, N, D).bfloat16()
     expected = select(tokens.double(), 9, **by_step)
     assert torch.equal(select(tokens, 9, **by_step), expected)
-    assert torch.equal(select(tokens.mT.contiguous().mT, 9, **by_step), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = select(tokens.float(), 9, **by_step)
-    assert torch.equal(mixed, expected)
+    assert torch.equal(select(tokens.float(), 9, **by_step), expected)
 
 
 @pytest.mark.parametrize("select", SELECTIONS)
-def test_an_empty_batch_and_one_token(select):
-    assert select(torch.randn(0, N, D), 4).shape == (0, 4)
+def test_one_token(select):
     assert select(torch.randn(2, 1, D), 1).tolist() == [[0], [0]]
 
 
@@ -174,16 +172,13 @@ def test_the_first_position_is_checked():
         select_diverse(torch.randn(1, N, D), 3, first=torch.tensor([N]))
 
 
-def given(masked):
-    mask = torch.rand(B, N) < 0.7 if masked else None
-    first, relevance = (torch.arange(B), torch.rand(B, N)) if masked else (None, None)
-    return torch.randn(B, N, D, requires_grad=True), mask, first, relevance
+def tokens_and_mask():
+    return torch.randn(B, N, D, requires_grad=True), torch.rand(B, N) < 0.7
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(masked):
-    tokens, mask, first, relevance = given(masked)
-    opcheck(torch.ops.elip.select_diverse.default, (tokens, mask, first, 7))
+def test_opcheck_with_a_mask():
+    (tokens, mask), relevance = tokens_and_mask(), torch.rand(B, N)
+    opcheck(torch.ops.elip.select_diverse.default, (tokens, mask, torch.arange(B), 7))
     opcheck(torch.ops.elip.select_dpp.default, (tokens, relevance, mask, 7))
 
 
@@ -198,21 +193,8 @@ class Kept(torch.nn.Module):
 
 
 @pytest.mark.parametrize("select", SELECTIONS)
-def test_compiles_whole_and_exports(select):
-    tokens, mask, *_ = given(True)
-    expected = Kept(select)(tokens, mask)
-    torch._dynamo.reset()
-    got = torch.compile(Kept(select), fullgraph=True, backend="aot_eager")(tokens, mask)
-    assert torch.equal(got, expected)
-    got.sum().backward()
-    assert tokens.grad.sum() == B * 7 * D  # of kept tokens; positions have no gradient
-    program = torch.export.export(Kept(select), (tokens, mask))
-    assert torch.equal(program.module()(tokens, mask), expected)
-
-
-@pytest.mark.parametrize("select", SELECTIONS)
 def test_function_transforms(select):
-    tokens, mask, *_ = given(True)
+    tokens, mask = tokens_and_mask()
     expected = Kept(select)(tokens, mask)
     assert torch.equal(torch.func.vmap(lambda t: select(t[None], 7)[0])(tokens), select(tokens, 7))
     gradient = torch.func.grad(lambda t: Kept(select)(t, mask).sum())(tokens)
@@ -231,10 +213,3 @@ def test_flops():
         with FlopCounterMode(display=False) as counter:
             run()
         assert counter.get_total_flops() == expected
-
-
-def test_meta_tensors_have_shapes():
-    tokens = torch.randn(B, N, D, device="meta")
-    for select in SELECTIONS:
-        got = select(tokens, 7)
-        assert got.shape == (B, 7) and got.dtype == torch.int64 and got.is_meta

@@ -39,7 +39,7 @@ def workload(family, **options):
         return Workload(model, 2)
 
 
-@pytest.mark.parametrize("family", tiered(FAMILIES, []))
+@pytest.mark.parametrize("family", tiered(FAMILIES, [], slow=["clip"]))
 def test_components_add_up_to_the_total(family):
     measured = workload(family)
     counted = count(measured, STRATEGIES, "training")

@@ -26,7 +26,10 @@ def test_an_invalid_size_raises(text):
         bytes_of(text)
 
 
-@pytest.mark.parametrize("name", tiered(["elip_clip_tiny", "elip_blip_tiny"], ["elip_clip_tiny"]))
+@pytest.mark.parametrize(
+    "name",
+    tiered(["elip_clip_tiny", "elip_blip_tiny"], ["elip_clip_tiny"], slow=["elip_blip_tiny"]),
+)
 def test_the_largest_batch_fits_and_one_more_does_not(name):
     model = create_model(name)
     weights = sum(each.numel() for each in model.parameters())

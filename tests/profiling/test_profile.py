@@ -92,7 +92,7 @@ def test_a_timed_run_prints_ratios(tmp_path, capsys):
     assert [row["memory"] for row in inference] == [None, None]
 
 
-@pytest.mark.parametrize("name", tiered(PAIRS, []))
+@pytest.mark.parametrize("name", tiered(PAIRS, [], slow=["open_clip"]))
 def test_a_whole_model_counts_its_second_text_pass(name):
     model, strategies = PAIRS[name](), {"evit": EViT(), "elip": ELIP(SCHEDULE)}
     options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
@@ -134,7 +134,9 @@ def test_our_clip_keeps_its_own_reduction():
     assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
 
 
-@pytest.mark.parametrize("name", tiered(["meter_tiny", "blip_tiny", "albef_tiny"], []))
+@pytest.mark.parametrize(
+    "name", tiered(["meter_tiny", "blip_tiny", "albef_tiny"], [], slow=["meter_tiny"])
+)
 def test_a_cross_modal_model_is_measured_whole(name):
     model = open_model(name, pretrained=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -20,7 +20,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", tiered(ANSWERS, ["DINOv3ViTModel", "BeitModel"]))
+@pytest.mark.parametrize(
+    "name",
+    tiered(
+        ANSWERS,
+        ["DINOv3ViTModel", "BeitModel"],
+        slow=[
+            "Aimv2VisionModel",
+            "DeiTModel",
+            "Llama4VisionModel",
+            "SwiftFormerModel",
+            "VJEPA2Model",
+        ],
+    ),
+)
 def test_the_page_is_what_the_code_answers(name):
     if not ANSWERS[name].startswith("not built"):
         assert models.answer(name) == ANSWERS[name]

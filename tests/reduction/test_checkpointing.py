@@ -25,7 +25,7 @@ from tests.helpers.towers import (
 )
 from tests.reduction.test_strategies import STRATEGIES, patched, strategies
 
-NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"])
+NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"], slow=["random"])
 
 
 def in_blocks(model, x, run):
@@ -94,8 +94,8 @@ def sequential(model, x):
 FIRST_IN = ["first in, first out", "last in, first out"]
 
 
-@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"]))
-@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:]))
+@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"], slow=["eval"]))
+@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:], slow=["first in, first out"]))
 @pytest.mark.parametrize("forward", [whole, nested, sequential])
 def test_a_recomputation_finds_its_own_pass(forward, order, mode):
     """The same images run under other texts, with a pass without gradient in between."""
@@ -276,7 +276,8 @@ IN_SEVERAL = {
 
 @pytest.mark.parametrize(
     "name",
-    slow_except([], ["tome"]) + tiered([n for n in IN_ONE_GRAPH | IN_SEVERAL if n != "tome"], []),
+    slow_except([], ["tome"])
+    + tiered([n for n in IN_ONE_GRAPH | IN_SEVERAL if n != "tome"], [], slow=["elip"]),
 )
 def test_a_compiled_model_may_checkpoint_its_blocks(name):
     """In one graph where blocks know nothing of one another; no checkpoint of a graph hands on what

@@ -84,7 +84,9 @@ def test_the_positions_are_those_of_the_recorded_stages(strategy):
     assert torch.equal(grids[-1], left if strategy == "adaptive" else unmerge(left, source))
 
 
-@pytest.mark.parametrize("name", [*TIMM, *tiered(list(ROTARY), ["EVA-02 tiny"])])
+@pytest.mark.parametrize(
+    "name", [*TIMM, *tiered(list(ROTARY), ["EVA-02 tiny"], slow=["EVA-02 base"])]
+)
 def test_the_input_of_the_head_stays_the_same(name):
     make = TOWERS.get(name) or ROTARY[name]
     model, x = reduce_(make().eval(), schedule=SCHEDULE), images()
@@ -104,7 +106,10 @@ for name in WITHOUT_CLS:
 HF_QUICK = [case for case in HF_CASES if case[0] == "HF CLIP" or case[1] == "nearest"]
 
 
-@pytest.mark.parametrize(("library", "strategy"), tiered(HF_CASES, HF_QUICK))
+@pytest.mark.parametrize(
+    ("library", "strategy"),
+    tiered(HF_CASES, HF_QUICK, slow=[("HF ViT", "elip"), ("HF DINOv3", "dropping")]),
+)
 def test_hidden_states_of_transformers_are_whole_grids(library, strategy):
     model, x = HF_TOWERS[library]().eval(), images()
     dense = model(x, output_hidden_states=True).hidden_states
@@ -261,7 +266,7 @@ def test_guidance_reaches_a_call_for_grids():
     assert not torch.equal(plain, final)
 
 
-@pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), []))
+@pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), [], slow=["elip"]))
 def test_a_call_for_grids_compiles_in_one_graph(strategy):
     torch._dynamo.reset()
     settings = dict(STRATEGIES[strategy])

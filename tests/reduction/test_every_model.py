@@ -42,17 +42,20 @@ QUICK = ["timm", "timm registers", "open_clip", "HF CLIP", "HF ViT", "HF BLIP", 
 QUICK += ["HF DINOv2"]
 QUICK += ["DINOv3", "rope mixed", "HF SigLIP vision", "timm SigLIP"]
 QUICK += ["open_clip pair", "HF CLIP pair", "HF SigLIP pair"]
+SLOW = ["timm distilled", "open_clip own attention", "timm attention, CLS", "HF DINOv2 average"]
 EACH_LIBRARY = ("timm", "open_clip", "HF CLIP", "HF CLIP pair")
-every_model = pytest.mark.parametrize("name", tiered(MODELS, QUICK))
+every_model = pytest.mark.parametrize("name", tiered(MODELS, QUICK, slow=SLOW))
 
 
 def every_model_in(ways, argument):
-    """Return each model with each option; quick are the first option, and one model per library."""
+    """Return every model with every option; quick: the first option, and one model per library."""
     ways = list(ways)
     cases = [(name, way) for name in MODELS for way in ways]
     quick = [(name, ways[0]) for name in QUICK]
     quick += [("timm", way) for way in ways[1:]]
-    return pytest.mark.parametrize(("name", argument), tiered(cases, quick))
+    return pytest.mark.parametrize(
+        ("name", argument), tiered(cases, quick, slow=[(name, ways[-1]) for name in SLOW])
+    )
 
 
 class Call:
@@ -97,9 +100,12 @@ SCORED += [(name, s) for name in LACK_CLS for s in ("exact", "last", 1)]
 SCORED_QUICK = [
     (name, s) for name, s in SCORED if (name in QUICK and s == "exact") or name == "timm"
 ]
+SCORED_SLOW = [("timm distilled", "official"), ("open_clip own attention", "last")]
+SCORED_SLOW += [("EVA-02 tiny", "attention"), ("timm attention, CLS", "received")]
+SCORED_SLOW += [("rope mixed", "cls"), ("HF DINOv2 average", 1)]
 
 
-@pytest.mark.parametrize(("name", "scorer"), tiered(SCORED, SCORED_QUICK))
+@pytest.mark.parametrize(("name", "scorer"), tiered(SCORED, SCORED_QUICK, slow=SCORED_SLOW))
 def test_a_reduced_model_equals_encode_image(name, scorer):
     model, call = MODELS[name]().eval(), Call(name)
     tower, plan = as_tower(model), {"schedule": SCHEDULE, "scorer": scorer}
@@ -195,7 +201,7 @@ COMPILED += ["open_clip attention", "HF SigLIP average", "HF DINOv2 registers"]
 COMPILED += ["open_clip pair", "open_clip pair, timm EVA-02", "HF CLIP pair", "HF BLIP pair"]
 
 
-@pytest.mark.parametrize("name", tiered(COMPILED, []))
+@pytest.mark.parametrize("name", tiered(COMPILED, [], slow=["timm q/k norm"]))
 def test_compiles_whole_and_once(name):
     """This tests a reduction before a block; test_strategies.py tests the other kinds."""
     torch._dynamo.reset()

@@ -5,7 +5,6 @@ whose blocks attend evenly are not compared.
 """
 
 import io
-from functools import partial
 
 import onnx
 import onnxruntime
@@ -16,9 +15,7 @@ from torch.utils import _pytree as pytree
 
 import elip_kernels
 import elip_models
-from elip_kernels import select_diverse
-from elip_kernels.ops.fuse_text import fuse_text
-from elip_kernels.testing.calls import CALLS
+from elip_kernels._example import EXAMPLES, Sizes, tensors_of
 from elip_models import (
     ELIP,
     TRIPS,
@@ -97,7 +94,7 @@ def test_a_small_model():
     assert_runs_alike(exported(model, (images(),)), model, images())
 
 
-@pytest.mark.parametrize("name", tiered(CASES, []))
+@pytest.mark.parametrize("name", tiered(CASES, [], slow=["elip last", "tome", "nearest adaptive"]))
 def test_onnxruntime_returns_what_pytorch_returns_for_any_batch(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
     program = exported(model, (images(),), dynamic=({0: BATCH},))
@@ -181,64 +178,44 @@ class Call(nn.Module):
         return self.op(*tensors, **self.options)
 
 
-def absorbed(op, **more):
-    """An op that reads a block's weights, of tokens and of the CLS token that scores."""
-    vectors = {name: torch.randn(WIDTH) for name in ("norm_weight", "norm_bias", "q_bias")}
-    matrices = {name: torch.randn(WIDTH, WIDTH) / 6 for name in ("q_weight", "k_weight")}
-    call = Call(op, **vectors, **matrices, eps=1e-6, num_heads=2, **more)
-    return call, (torch.randn(2, 9, WIDTH), torch.randn(2, WIDTH))
+class OpCall(nn.Module):
+    """Call an op with other tensors in place of those of `arguments`; return all tensors."""
+
+    def __init__(self, op, arguments):
+        super().__init__()
+        self.op, self.arguments = op, arguments
+        self.names = [name for name, value in arguments.items() if torch.is_tensor(value)]
+
+    def forward(self, *tensors):
+        return tensors_of(self.op(**self.arguments | dict(zip(self.names, tensors, strict=True))))
 
 
-def masked(tokens, scores, mask):
-    return elip_kernels.reduce(tokens, scores, 4, mask=mask)
+def example(name):
+    sizes = Sizes(B=2, N=9, D=WIDTH, K=6, H=2, dtype=torch.float32)
+    return EXAMPLES[name].function, EXAMPLES[name].arguments(sizes)
 
 
-def calls():
-    tokens, mask = torch.randn(2, 9, WIDTH), torch.rand(2, 9) < 0.5
-    size = torch.randint(1, 6, (2, 9)).float()
-    yield "reduce", (Call(elip_kernels.reduce, keep=4), (tokens, torch.rand(2, 9)))
-    yield "reduce with a mask", (Call(masked), (tokens, torch.rand(2, 9), mask))
-    yield (
-        "cls_attention",
-        (
-            Call(elip_kernels.cls_attention),
-            (torch.randn(2, 2, 8), torch.randn(2, 2, 9, 8)),
-        ),
-    )
-    grouped = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), mask.clone()
-    grouped[-1][:, 0] = True
-    received = Call(lambda q, k, mask: elip_kernels.attention_column_mean(q, k, mask=mask))
-    yield "attention_column_mean", (received, grouped)
-    first = Call(lambda q, k, mask: elip_kernels.cls_attention(q[:, :, 0], k, mask=mask))
-    yield "cls_attention with a mask", (first, grouped)
-    yield "cls_attention_from_tokens", absorbed(elip_kernels.cls_attention_from_tokens)
-    value = {"v_weight": torch.randn(WIDTH, WIDTH) / 6, "v_bias": torch.randn(WIDTH)}
-    yield "cls_attention_output", absorbed(elip_kernels.cls_attention_output, **value)
-    fuse = Call(fuse_text, fusion=0.8, guidance_norm="match")
-    yield "fuse_text", (fuse, (tokens, torch.randn(2, WIDTH)))
-    yield "score_reduce", absorbed(partial(elip_kernels.score_reduce, keep=4))
-    yield (
-        "bipartite_merge",
-        (
-            Call(lambda x, metric, size: elip_kernels.bipartite_merge(x, metric, 3, size=size)),
-            (tokens, torch.randn(2, 9, 4), size),
-        ),
-    )
-    kept, metric = torch.tensor([[1, 4, 8], [2, 3, 7]]), torch.randn(2, 9, 4)
-    diverse = Call(lambda x, mask, first: select_diverse(x, 4, mask=mask, first=first))
-    yield "select_diverse", (Call(elip_kernels.select_diverse, keep=4), (tokens,))
-    yield "select_diverse with a mask", (diverse, (tokens, mask, torch.tensor([3, 7])))
-    dpp = Call(lambda x, q, mask: elip_kernels.select_dpp(x, 4, relevance=q, mask=mask))
-    yield "select_dpp with a mask", (dpp, (tokens, torch.rand(2, 9), mask))
-    yield "merge_nearest", (Call(elip_kernels.merge_nearest), (tokens, kept, metric))
+def with_mask(name):
+    """Return the example of an op, with a mask and other options that examples lack."""
+    op, arguments = example(name)
+    mask = torch.rand(2, 9) < 0.5
+    mask[:, 0] = True
+    return op, arguments | {"mask": mask} | OPTIONS.get(name, {})
+
+
+OPTIONS = {"select_diverse": {"first": torch.tensor([3, 7])}}
+MASKED = ["reduce", "cls_attention", "attention_column_mean", "select_diverse", "select_dpp"]
 
 
 @pytest.mark.slow
-def test_every_op():
-    names = {name.removesuffix(" with a mask") for name, _ in calls()}
-    assert names == CALLS.keys() | {"fuse_text"}
-    for _, (model, args) in calls():
-        assert_runs_alike(exported(model, args), model, *args)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [*((name, example) for name in EXAMPLES), *((name, with_mask) for name in MASKED)],
+)
+def test_every_op(name, make):
+    model = OpCall(*make(name))
+    inputs = tuple(model.arguments[key] for key in model.names)
+    assert_runs_alike(exported(model, inputs), model, *inputs)
 
 
 class Kept(nn.Module):

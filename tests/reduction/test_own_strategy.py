@@ -78,7 +78,9 @@ EVERY = TOWERS | {"rotary": eva, "HF SigLIP": siglip_vision}
 
 
 @own
-@pytest.mark.parametrize("library", tiered(EVERY, ["timm", "open_clip", "HF CLIP"]))
+@pytest.mark.parametrize(
+    "library", tiered(EVERY, ["timm", "open_clip", "HF CLIP"], slow=["timm CLIP"])
+)
 def test_every_tower_is_reduced_by_it(library, strategy):
     model, x = EVERY[library]().eval(), images()
     dense = output(model, x)

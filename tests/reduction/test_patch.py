@@ -131,7 +131,7 @@ def test_bf16_autocast_gives_every_weight_its_gradient(model):
     assert not missing
 
 
-@pytest.mark.parametrize("scorer", tiered(SCORERS, []))
+@pytest.mark.parametrize("scorer", tiered(SCORERS, [], slow=["official"]))
 def test_compiles_whole_forward_and_backward(scorer):
     torch._dynamo.reset()
     model = clip_vit()

@@ -170,7 +170,24 @@ def test_a_tower_raises_for_a_strategy_that_it_does_not_support(library, name):
         elip_models.reduce_(EVERY_TOWER[library](), strategy=STRATEGIES[name])
 
 
-@pytest.mark.parametrize(("library", "name"), tiered(TAKEN, QUICK))
+@pytest.mark.parametrize(
+    ("library", "name"),
+    tiered(
+        TAKEN,
+        QUICK,
+        slow=[
+            ("open_clip", "evit"),
+            ("HF CLIP", "tome to the class token"),
+            ("HF BLIP", "guided_tome"),
+            ("HF SigLIP", "resize"),
+            ("rotary", "nearest adaptive"),
+            ("rotary registers", "merge"),
+            ("timm BEiT", "tome list"),
+            ("timm relative positions", "patch_dropout"),
+            ("HF DINOv3", "nearest evit"),
+        ],
+    ),
+)
 def test_a_patched_model_equals_encode_image(library, name):
     model, strategy, x, t = EVERY_TOWER[library](), STRATEGIES[name], images(), text()
     model.train()
@@ -217,7 +234,9 @@ def through_pickle(model):
 
 
 @strategies
-@pytest.mark.parametrize("how", tiered([copy.deepcopy, through_pickle], [through_pickle]))
+@pytest.mark.parametrize(
+    "how", tiered([copy.deepcopy, through_pickle], [through_pickle], slow=[copy.deepcopy])
+)
 def test_copies_reduce_and_can_be_undone(strategy, how):
     model, x, t = open_clip_vit(), images(), text()
     dense = output(model, x)
@@ -233,7 +252,9 @@ COMPILED = [("timm", name) for name in STRATEGIES]
 COMPILED += [(library, name) for library in ("open_clip", "HF CLIP") for name in MECHANISMS]
 
 
-@pytest.mark.parametrize(("library", "name"), tiered(COMPILED, []))
+@pytest.mark.parametrize(
+    ("library", "name"), tiered(COMPILED, [], slow=[("timm", "elip"), ("HF CLIP", "elip")])
+)
 def test_compiles_whole_forward_and_backward(library, name):
     torch._dynamo.reset()
     model, strategy, x, t = TOWERS[library](), STRATEGIES[name], images(), text()

@@ -16,7 +16,7 @@ from tests.reduction.test_strategies import STRATEGIES
 
 THREADS = 8
 QUICK = ("elip",)
-strategies = pytest.mark.parametrize("name", tiered(STRATEGIES, QUICK))
+strategies = pytest.mark.parametrize("name", tiered(STRATEGIES, QUICK, slow=["evit"]))
 
 
 def in_threads(run, count=THREADS):
@@ -79,7 +79,7 @@ def test_every_strategy_serves_threads(name):
     assert wrong_of(model, guided, 6) == 0
 
 
-@pytest.mark.parametrize("name", tiered(STRATEGIES, []))
+@pytest.mark.parametrize("name", tiered(STRATEGIES, [], slow=["elip"]))
 def test_threads_without_guidance_are_unguided(name):
     strategy = STRATEGIES[name]
     """This holds while another thread is guided, too."""
@@ -135,7 +135,7 @@ def test_tasks_of_one_thread_have_their_own_guidance():
         assert all(torch.equal(output, right) for output in outputs)
 
 
-@pytest.mark.parametrize("name", tiered(STRATEGIES, []))
+@pytest.mark.parametrize("name", tiered(STRATEGIES, [], slow=["elip"]))
 def test_gradients_in_threads_are_those_of_one_at_a_time(name):
     strategy = STRATEGIES[name]
     """With and without activation checkpointing, whose blocks must find their own forward."""
@@ -170,7 +170,7 @@ WHOLE = [*((name, "elip") for name in PAIRS), *IN_PLACE]
 GUIDED = [(name, "elip") for name in ("open_clip pair", "HF CLIP pair", "HF SigLIP pair")]
 
 
-@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, []))
+@pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, [], slow=[("open_clip pair", "elip")]))
 def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
     model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
     elip_models.reduce_(model, strategy=strategy, schedule=SCHEDULE if strategy == "elip" else None)
@@ -220,7 +220,7 @@ def test_a_compiled_model_never_uses_the_guidance_of_another_thread():
         assert torch.equal(compiled(IMAGES[0]), unguided)
 
 
-@pytest.mark.parametrize("strategy", tiered(["evit", "tome"], []))
+@pytest.mark.parametrize("strategy", tiered(["evit", "tome"], [], slow=["evit"]))
 def test_a_compiled_model_that_no_text_guides_serves_threads(strategy):
     torch._dynamo.reset()
     model = plain_vit().eval()

@@ -17,7 +17,7 @@ from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
 from tests.reduction.test_strategies import STRATEGIES
 
 
-@pytest.mark.parametrize("name", tiered(STRATEGIES, []))
+@pytest.mark.parametrize("name", tiered(STRATEGIES, [], slow=["elip"]))
 def test_a_guided_model_is_exported_with_its_guidance(name):
     strategy = STRATEGIES[name]
     if strategy.name in ("random", "patch_dropout"):
@@ -43,7 +43,9 @@ def assert_runs_any_batch(program, model, inputs, output=lambda out: out):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", slow_except([], ["resize"]) + tiered([n for n in STRATEGIES if n != "resize"], [])
+    "name",
+    slow_except([], ["resize"])
+    + tiered([n for n in STRATEGIES if n != "resize"], [], slow=["elip"]),
 )
 def test_a_program_takes_any_batch(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=STRATEGIES[name])
@@ -60,7 +62,9 @@ HF_TOWERS += [("HF DINOv2 registers", "evit")]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "strategy"), tiered(HF_TOWERS, HF_TOWERS[:1]))
+@pytest.mark.parametrize(
+    ("name", "strategy"), tiered(HF_TOWERS, HF_TOWERS[:1], slow=[("HF DeiT", "evit")])
+)
 def test_a_model_of_transformers_is_exported_without_its_own_mask(name, strategy):
     model, x = TOWERS[name]().eval(), images(3)
     elip_models.reduce_(model, strategy=strategy, keep=0.6)
@@ -87,7 +91,7 @@ PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "crossg
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("library", "name"), tiered(PAIRS, []))
+@pytest.mark.parametrize(("library", "name"), tiered(PAIRS, [], slow=[("open_clip", "elip")]))
 def test_a_whole_model_is_exported_with_its_own_guidance_for_any_batch(library, name):
     """The program has only our ops of the reduction, and none that looks up the guidance."""
     model = {"open_clip": open_clip_pair, "HF": hf_clip}[library]().eval()
@@ -121,7 +125,7 @@ def decomposed_program(options):
         return torch.export.export(model, (images(),)), model
 
 
-@pytest.mark.parametrize("name", tiered(DECOMPOSED, []))
+@pytest.mark.parametrize("name", tiered(DECOMPOSED, [], slow=["elip"]))
 def test_a_decomposed_program_has_none_of_our_ops(name):
     program, model = decomposed_program(DECOMPOSED[name])
     assert not [n.target for n in program.graph.nodes if str(n.target).startswith("elip.")]
@@ -185,7 +189,7 @@ TRACED = [name for name in STRATEGIES if name not in ("random", "resize")]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", tiered(TRACED, ["elip"]))
+@pytest.mark.parametrize("name", tiered(TRACED, ["elip"], slow=["evit"]))
 def test_a_trace_runs_any_batch(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=STRATEGIES[name])
     assert_runs_any_batch(torch.jit.trace(model, images(3)), model, lambda batch: (images(batch),))

@@ -56,13 +56,13 @@ def test_arms_of_equal_name_in_a_group_have_equal_settings():
             assert seen.setdefault((study.group, name), found) == found, (study.name, name)
 
 
-@pytest.mark.parametrize("name", tiered(CPU, []))
+@pytest.mark.parametrize("name", tiered(CPU, [], slow=["ablations"]))
 def test_every_arm_of_a_built_in_study_is_valid(name):
     study = load(name)
     runner.check_settings(study, plan(study, seeds=[0]))
 
 
-@pytest.mark.parametrize("name", tiered(FULL[::-1], []))
+@pytest.mark.parametrize("name", tiered(FULL[::-1], [], slow=["text_removal_meter_full"]))
 def test_full_size_studies_take_a_training_step(name):
     """Run one of several arms that differ only in numbers."""
     seen, study = set(), load(name)

@@ -114,7 +114,7 @@ def test_encode_image_reduces_by_the_images_own_patches(strategy):
 
 
 @pytest.mark.parametrize("library", HF)
-@pytest.mark.parametrize("strategy", tiered(["elip", "evit", "adaptive"], ["elip"]))
+@pytest.mark.parametrize("strategy", tiered(["elip", "evit", "adaptive"], ["elip"], slow=["evit"]))
 def test_transformers_interpolates_the_positions_of_a_reduced_model(library, strategy):
     model, x = TOWERS[library]().eval(), pictures()
     dense = model(x, interpolate_pos_encoding=True)
@@ -180,7 +180,7 @@ def test_a_checkpoint_replays_an_image_of_another_size(strategy):
 BACKENDS = [("elip", "eager"), *((strategy, "aot_eager") for strategy in STRATEGIES)]
 
 
-@pytest.mark.parametrize(("strategy", "backend"), tiered(BACKENDS, []))
+@pytest.mark.parametrize(("strategy", "backend"), tiered(BACKENDS, [], slow=[("elip", "eager")]))
 def test_a_compiled_model_takes_images_of_two_sizes(strategy, backend):
     torch._dynamo.reset()
     settings = dict(STRATEGIES[strategy])

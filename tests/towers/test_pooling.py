@@ -112,7 +112,21 @@ IDLE = [(name, strategy) for name in MODELS for strategy in EACH]
 IDLE_QUICK = [(name, s) for name in ("timm average", "timm SigLIP") for s in ("elip", "tome")]
 
 
-@pytest.mark.parametrize(("name", "strategy"), tiered(IDLE, IDLE_QUICK))
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    tiered(
+        IDLE,
+        IDLE_QUICK,
+        slow=[
+            ("timm average", "evit"),
+            ("EVA-02 average", "tome"),
+            ("open_clip average, norm behind", "tome"),
+            ("HF DINOv2 average", "tome"),
+            ("timm NaFlex average", "random"),
+            ("HF SigLIP average", "random"),
+        ],
+    ),
+)
 def test_a_strategy_at_zero_strength_is_the_untouched_model(name, strategy):
     model, x = MODELS[name]().eval(), images()
     tower, expected = as_tower(model), output(model, x)

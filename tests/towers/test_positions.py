@@ -121,7 +121,7 @@ PLACED = {"elip": EXACT, "evit": {"strategy": "evit"}, "nearest": EXACT | {"merg
 PLACED |= {"tome": {"strategy": "tome"}, "pitome": {"strategy": "pitome"}}
 
 
-@pytest.mark.parametrize("how", tiered(PLACED, ["elip"]))
+@pytest.mark.parametrize("how", tiered(PLACED, ["elip"], slow=["evit"]))
 def test_checkpointing_replays_the_positions(model, how):
     x, t = images(), text()
     elip_models.reduce_(model.train(), **PLACED[how])

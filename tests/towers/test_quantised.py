@@ -100,7 +100,7 @@ def rms(error):
     return error.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("how", tiered(QUANTISED, quick=["int8 weights"]))
+@pytest.mark.parametrize("how", tiered(QUANTISED, quick=["int8 weights"], slow=["fp8 weights"]))
 def test_a_reduction_of_nothing_is_the_dense_quantised_model(how):
     dense, x = QUANTISED[how](plain_vit().eval()), images()
     expected = drawn(dense, x)
@@ -112,7 +112,18 @@ EVERY = list(product(STRATEGIES, QUANTISED))
 QUICK = [("elip last", "int8 weights")]
 
 
-@pytest.mark.parametrize(("strategy", "how"), tiered(EVERY, quick=QUICK))
+@pytest.mark.parametrize(
+    ("strategy", "how"),
+    tiered(
+        EVERY,
+        quick=QUICK,
+        slow=[
+            ("elip last", "fp8 weights"),
+            ("evit", "fp8 weights"),
+            ("patch_dropout", "fp8 weights"),
+        ],
+    ),
+)
 def test_a_model_is_quantised_before_or_after_it_is_reduced(strategy, how):
     model, x, strategy = plain_vit().eval(), images(), STRATEGIES[strategy]
     before = elip_models.reduce_(QUANTISED[how](model), strategy=strategy)
@@ -120,7 +131,18 @@ def test_a_model_is_quantised_before_or_after_it_is_reduced(strategy, how):
     assert torch.equal(drawn(after, x), drawn(before, x))
 
 
-@pytest.mark.parametrize(("strategy", "how"), tiered(EVERY, quick=QUICK))
+@pytest.mark.parametrize(
+    ("strategy", "how"),
+    tiered(
+        EVERY,
+        quick=QUICK,
+        slow=[
+            ("elip last", "fp8 weights"),
+            ("evit", "fp8 weights"),
+            ("patch_dropout", "fp8 weights"),
+        ],
+    ),
+)
 @torch.no_grad()
 def test_of_the_same_choice_quantising_costs_no_more_than_in_the_dense_model(strategy, how):
     """The error is at most twice as large, because sums have fewer tokens."""
@@ -153,7 +175,7 @@ ROWS = {name: STRATEGIES[name] for name in ("elip last", "elip cls", "evit", "to
 
 
 @pytest.mark.parametrize("how", WEIGHTS)
-@pytest.mark.parametrize("tower", tiered(TOWERS_READ, quick=["timm"]))
+@pytest.mark.parametrize("tower", tiered(TOWERS_READ, quick=["timm"], slow=["timm q/k norm"]))
 def test_rows_are_those_of_the_weights_as_they_act(tower, how):
     model, x = WEIGHTS[how](EVERY_TOWER[tower]().eval()), images()
     plain = as_it_acts(model)

@@ -94,9 +94,14 @@ def scored():
 EVERY = list(scored())
 
 
-@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1]))
+@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1], slow=["adapt first"]))
 @pytest.mark.parametrize(
-    ("name", "scorer"), tiered(EVERY, [("timm", "cls"), ("timm", "last"), ("open_clip", "last")])
+    ("name", "scorer"),
+    tiered(
+        EVERY,
+        [("timm", "cls"), ("timm", "last"), ("open_clip", "last")],
+        slow=[("timm", "official"), ("HF BLIP", "last")],
+    ),
 )
 def test_lora_counts_as_its_merged_weight(name, scorer, order):
     make, targets = MODELS[name]
@@ -126,6 +131,7 @@ OTHERS = {
     tiered(
         itertools.product(OTHERS, ("timm", "open_clip"), ORDERS),
         [(strategy, "timm", ORDERS[0]) for strategy in OTHERS],
+        slow=[("tome", "timm", "adapt first")],
     ),
 )
 def test_lora_counts_in_other_strategies(strategy, name, order):
@@ -143,7 +149,9 @@ def test_siglip_scores_by_merged_weights(order):
 
 HOW = {"elip": elip("last"), "evit": EVIT, "tome": TOME}
 TRAINED = [(name, how) for name in MODELS for how in HOW]
-TRAINED = tiered(TRAINED, [case for case in TRAINED if case[0] == "timm"])
+TRAINED = tiered(
+    TRAINED, [case for case in TRAINED if case[0] == "timm"], slow=[("timm q/k norm", "elip")]
+)
 
 
 @pytest.mark.parametrize(("name", "how"), TRAINED)
@@ -189,9 +197,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1]))
+@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1], slow=["adapt first"]))
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
+@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"], slow=["cls"]))
 def test_other_kinds_count_as_merged(kind, scorer, order):
     """Run in fp64, because large adapters round to more than the bound in fp32."""
     how = elip(scorer)
@@ -225,7 +233,9 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", tiered(["timm", "timm, DoRA", "open_clip"], ["timm"]))
+@pytest.mark.parametrize(
+    "name", tiered(["timm", "timm, DoRA", "open_clip"], ["timm"], slow=["timm, DoRA"])
+)
 @pytest.mark.parametrize(
     "how", slow_except([elip("last")], [elip("last"), TOME]), ids=["last", "tome"]
 )

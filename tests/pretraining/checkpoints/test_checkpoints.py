@@ -116,7 +116,7 @@ def test_an_open_clip_checkpoint_gives_the_recorded_features(golden, tmp_path, f
     torch.testing.assert_close(pooled, case["out_pooled"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("part", tiered(["vqa", "retrieval", "caption"], []))
+@pytest.mark.parametrize("part", tiered(["vqa", "retrieval", "caption"], [], slow=["vqa"]))
 def test_missing_parts_of_a_fine_tuned_blip_are_filled(golden, tmp_path, part):
     case = golden("blip_pretrain")
     config = test_blip.loaded(case).config
@@ -143,7 +143,7 @@ def test_missing_parts_of_a_fine_tuned_blip_are_filled(golden, tmp_path, part):
             assert torch.equal(state[name].flatten(), weight.flatten()), name
 
 
-@pytest.mark.parametrize("family", tiered(["albef", "blip"], ["albef"]))
+@pytest.mark.parametrize("family", tiered(["albef", "blip"], ["albef"], slow=["blip"]))
 def test_a_pre_trained_model_may_lack_the_parts_for_training(golden, tmp_path, family):
     case = golden(f"{family}_pretrain")
     options = without_tensor(OFFICIAL[family].loaded(case).config, family) | {"queue_size": 10}

@@ -154,7 +154,9 @@ def test_an_example_depends_on_seed_and_index_alone(task):
         source.text_alone(12)
 
 
-@pytest.mark.parametrize("options", tiered([{}, {"clutter": 4}], [{"clutter": 4}]), ids=str)
+@pytest.mark.parametrize(
+    "options", tiered([{}, {"clutter": 4}], [{"clutter": 4}], slow=[{}]), ids=str
+)
 @pytest.mark.parametrize("task", SOURCES)
 def test_the_text_alone_predicts_no_better_than_chance(task, options):
     train, test = (SOURCES[task](2400, seed=seed, **options) for seed in (0, 1))
@@ -165,7 +167,9 @@ def test_the_text_alone_predicts_no_better_than_chance(task, options):
         assert found == pytest.approx(CHANCE[task])
 
 
-@pytest.mark.parametrize("options", tiered([{}, {"clutter": 4}], [{"clutter": 4}]), ids=str)
+@pytest.mark.parametrize(
+    "options", tiered([{}, {"clutter": 4}], [{"clutter": 4}], slow=[{}]), ids=str
+)
 def test_answers_of_each_form_of_question_are_as_likely(options):
     number, forms = 6000, len(questions.FORMS)
     source = EmojiQuestions(number, seed=7, **options)

@@ -166,7 +166,7 @@ def test_bad_weights(weights, error, message):
         EpochSampler(LENGTHS, 2, seed=0, weights=weights)
 
 
-@pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"]))
+@pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"], slow=["null"]))
 def test_a_list_and_shards_train_together_and_resume_exactly(weights, list_and_shards, tmp_path):
     overrides = (
         f"data.train={list_and_shards}",

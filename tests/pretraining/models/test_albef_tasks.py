@@ -276,7 +276,9 @@ def step(model, batch):
     return out.loss.detach(), gradients(model)
 
 
-@pytest.mark.parametrize(("task", "strategy"), tiered(STEPS, QUICK))
+@pytest.mark.parametrize(
+    ("task", "strategy"), tiered(STEPS, QUICK, slow=[("vqa", "evit"), ("nlvr2", "pitome")])
+)
 def test_every_strategy_trains_and_checkpointing_changes_nothing(task, strategy):
     model = reduced(task, strategy)
     batch, other = batch_for(model), copy.deepcopy(model)

@@ -231,7 +231,11 @@ def test_a_saved_model_loads_with_equal_outputs(task, tmp_path):
 
 @pytest.mark.parametrize(
     ("strategy", "task"),
-    tiered([(s, t) for s in STRATEGIES for t in MODELS], [("elip", t) for t in MODELS]),
+    tiered(
+        [(s, t) for s in STRATEGIES for t in MODELS],
+        [("elip", t) for t in MODELS],
+        slow=[("evit", "vqa"), ("patch_dropout", "vqa")],
+    ),
 )
 def test_every_strategy_trains(strategy, task):
     schedule = {"schedule": "2(100%) 2(70%) 2(50%)"} if strategy == "elip" else {}

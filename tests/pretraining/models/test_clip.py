@@ -220,7 +220,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "options"), tiered(OTHERS, OTHERS[:2]))
+@pytest.mark.parametrize(
+    ("strategy", "options"), tiered(OTHERS, OTHERS[:2], slow=[("random", None)])
+)
 def test_every_strategy_trains_saves_and_loads(strategy, options, tmp_path):
     staged = strategy in ("random", "trips", "adaptive")
     name = "elip_clip_tiny" if staged else "clip_tiny"

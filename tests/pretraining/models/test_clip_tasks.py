@@ -159,7 +159,8 @@ EVERY = list(itertools.product(STRATEGIES, ("full", "probe")))
 
 
 @pytest.mark.parametrize(
-    ("strategy", "tuning"), tiered(EVERY, [("elip", "full"), ("tome", "probe")])
+    ("strategy", "tuning"),
+    tiered(EVERY, [("elip", "full"), ("tome", "probe")], slow=[("elip", "probe")]),
 )
 def test_every_strategy_trains_saves_and_loads(strategy, tuning, tmp_path):
     model, inputs = reduced(strategy, tuning=tuning), batch()

@@ -55,7 +55,7 @@ def seeded_step(model, batch, drawn):
     return step(model, batch, drawn)
 
 
-@pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK))
+@pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK, slow=[("albef", "evit")]))
 def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
     model, batch = reduced(family, strategy), batch_of_four()
     drawn, other = draws(family, *batch, "local"), copy.deepcopy(model)
@@ -108,7 +108,7 @@ def test_the_padding_of_adaptive_changes_no_loss(family, momentum):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"]))
+@pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"], slow=["evit"]))
 @pytest.mark.parametrize("family", MOMENTUM)
 def test_momentum_reduction_shared_keeps_the_same_tokens(family, strategy):
     """Compare with a momentum tower of equal weights, and of other weights."""
@@ -205,7 +205,10 @@ SCENES = OPTIONS | {
 RUNS = [(f"{family}_tiny", strategy) for family in MODELS for strategy in OTHERS]
 
 
-@pytest.mark.parametrize(("recipe", "strategy"), tiered(RUNS, []))
+@pytest.mark.parametrize(
+    ("recipe", "strategy"),
+    tiered(RUNS, [], slow=[("albef_tiny", "evit"), ("meter_tiny", "crossget")]),
+)
 def test_all_losses_fall_on_scenes(recipe, strategy, tmp_path):
     options = [f"model.overrides.strategy_options={SCENES.get(strategy, {})}"]
     with own_process():
@@ -213,7 +216,7 @@ def test_all_losses_fall_on_scenes(recipe, strategy, tmp_path):
     assert_all_losses_fall(tmp_path, recipe)
 
 
-@pytest.mark.parametrize("way", tiered(["random", "post", "learned"], []))
+@pytest.mark.parametrize("way", tiered(["random", "post", "learned"], [], slow=["random"]))
 @pytest.mark.parametrize("recipe", ["blip_tiny", "meter_tiny"])
 def test_all_losses_fall_on_scenes_without_some_text_tokens(recipe, way, tmp_path):
     with own_process():

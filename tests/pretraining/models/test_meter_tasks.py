@@ -312,7 +312,9 @@ CASES = [(task, name) for task in MODELS for name in STRATEGIES]
 QUICK = [("retrieval", "elip"), ("nlvr2", "text")]
 
 
-@pytest.mark.parametrize(("task", "name"), tiered(CASES, QUICK))
+@pytest.mark.parametrize(
+    ("task", "name"), tiered(CASES, QUICK, slow=[("vqa", "elip"), ("retrieval", "both")])
+)
 def test_every_reduction_trains(task, name):
     model = filled(made(task, **STRATEGIES[name]), task)
     batch, losses = random_batch(model), []

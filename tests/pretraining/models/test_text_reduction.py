@@ -89,7 +89,7 @@ def test_gradients_reach_the_kept_tokens_only():
     assert scores.grad is None
 
 
-@pytest.mark.parametrize("strategy", tiered(get_args(TextStrategy), []))
+@pytest.mark.parametrize("strategy", tiered(get_args(TextStrategy), [], slow=["random"]))
 def test_compiles_whole_for_any_length(strategy):
     torch._dynamo.reset()
     tokens, mask, places, scores = texts("first")
@@ -245,7 +245,7 @@ def test_learned_without_guidance_raises():
         model.text(*text, image_cls=torch.zeros(4, 12))
 
 
-@pytest.mark.parametrize("strategy", tiered(get_args(TextStrategy), []))
+@pytest.mark.parametrize("strategy", tiered(get_args(TextStrategy), [], slow=["random"]))
 def test_clip_learns_and_checkpointing_gives_the_same_gradients(strategy):
     model, inputs = tiny(strategy), batch()
     grads = []
@@ -328,7 +328,7 @@ def test_bad_settings_of_a_model(overrides, message):
         elip_models.create_model("elip_clip_tiny", **overrides)
 
 
-@pytest.mark.parametrize("strategy", tiered(["random", "learned"], ["learned"]))
+@pytest.mark.parametrize("strategy", tiered(["random", "learned"], ["learned"], slow=["random"]))
 def test_a_recipe_trains_with_it_and_evaluation_draws_nothing(strategy, tmp_path):
     overrides = [f"model.overrides.{key}" for key in (f"text_reduction={strategy}", "text_depth=2")]
     with own_process():

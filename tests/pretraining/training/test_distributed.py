@@ -25,7 +25,17 @@ def failed(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "case",
-    slow_except([], SAMPLE) + tiered([case for case in CASES if case not in SAMPLE], []),
+    slow_except([], SAMPLE)
+    + tiered(
+        [case for case in CASES if case not in SAMPLE],
+        [],
+        slow=[
+            "timm tower, exact",
+            "encode_image resize",
+            "stages of one block",
+            "albef, global, checkpointing",
+        ],
+    ),
 )
 def test_two_processes_give_the_results_of_one(failed, case):
     assert not failed[case], failed[case]

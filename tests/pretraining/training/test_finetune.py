@@ -80,7 +80,9 @@ def run(saved, family, task, *, resume=False, **changes):
 PAIRS = [(model.pretraining.family, model.task) for model in DOWNSTREAM.values()]
 
 
-@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, [("albef", "vqa")]))
+@pytest.mark.parametrize(
+    ("family", "task"), tiered(PAIRS, [("albef", "vqa")], slow=[("albef", "retrieval")])
+)
 def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     config, result = run(saved, family, task)
     assert config.model.overrides["vision_depth"] == 2 and not result.model.config.schedule
@@ -92,7 +94,7 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     assert_equal_weights(again, result.model)
 
 
-@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, []))
+@pytest.mark.parametrize(("family", "task"), tiered(PAIRS, [], slow=[("albef", "retrieval")]))
 def test_files_in_the_standard_formats_give_the_results_of_built_in_data(
     saved, family, task, tmp_path, monkeypatch
 ):
@@ -162,7 +164,9 @@ def test_a_killed_run_continues_exactly(saved, monkeypatch):
     assert (resumed.loss, resumed.task_scores) == (whole.loss, whole.task_scores)
 
 
-@pytest.mark.parametrize("name", tiered(FULL[::-1], []))
+@pytest.mark.parametrize(
+    "name", tiered(FULL[::-1], [], slow=["finetune/vqa_meter", "finetune/captioning_blip_elip"])
+)
 def test_a_full_size_recipe_takes_a_step(name):
     task, _, family = name.removeprefix(f"{FINETUNE}/").partition("_")
     given = ["data.train=a", "data.eval=b", "data.tokenizer=c", "model.pretrained=d"]

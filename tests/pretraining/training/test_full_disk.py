@@ -12,7 +12,7 @@ from elip_models.validation import TrainingError
 from tests.helpers.tiers import tiered
 
 
-@pytest.mark.parametrize("moment", tiered(["weights", "rename"], []))
+@pytest.mark.parametrize("moment", tiered(["weights", "rename"], [], slow=["weights"]))
 def test_a_run_on_a_full_disk_resumes_exactly(moment):
     command = [sys.executable, "-m", "tests.full_disk", "--only", moment]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=280)

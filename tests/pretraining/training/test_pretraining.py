@@ -68,7 +68,7 @@ def test_all_losses_fall(recipe, tmp_path):
     assert len(load_tokenizer(tmp_path / "model")) == other.config.vocab_size
 
 
-@pytest.mark.parametrize("recipe", tiered(reversed(RECIPES), []))
+@pytest.mark.parametrize("recipe", tiered(reversed(RECIPES), [], slow=["meter_tiny"]))
 def test_shards_train_too(recipe, tmp_path, scene_files):
     shards = scene_files / "train-000{0..3}.tar"
     sizes = ("optim.batch_size=16", "optim.steps=100", "optim.warmup_steps=10")
@@ -76,7 +76,7 @@ def test_shards_train_too(recipe, tmp_path, scene_files):
     assert_all_losses_fall(tmp_path, recipe)
 
 
-@pytest.mark.parametrize("recipe", tiered(RECIPES, ["albef_tiny"]))
+@pytest.mark.parametrize("recipe", tiered(RECIPES, ["albef_tiny"], slow=["blip_tiny"]))
 def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path):
     """Resume with dropout, drawn negatives, masked tokens and a queue that wraps around."""
     dropout = "dropout" if recipe == "meter_tiny" else "text_dropout"
@@ -95,7 +95,7 @@ def test_resuming_is_exact_with_queue_momentum_and_random_state(recipe, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiered(RECIPES, ["blip_tiny"]))
+@pytest.mark.parametrize("name", tiered(RECIPES, ["blip_tiny"], slow=["albef_tiny"]))
 def test_a_step_does_not_synchronise_with_the_host(name):
     """Run a step on the meta device, which has no values to read."""
     with torch.device("meta"):
@@ -108,7 +108,9 @@ def test_a_step_does_not_synchronise_with_the_host(name):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("recipe", tiered(["albef_tiny", "blip_tiny"], ["albef_tiny"]))
+@pytest.mark.parametrize(
+    "recipe", tiered(["albef_tiny", "blip_tiny"], ["albef_tiny"], slow=["blip_tiny"])
+)
 def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
     train(config(tmp_path, recipe, "optim.batch_size=16", "optim.steps=9"))
     epochs = 1.0 if recipe == "albef_tiny" else 2.0
@@ -186,7 +188,7 @@ def test_text_init_loads_the_text_tower(tmp_path):
     torch.testing.assert_close(ours[: len(word)], word)
 
 
-@pytest.mark.parametrize("recipe", tiered(RECIPES, []))
+@pytest.mark.parametrize("recipe", tiered(RECIPES, [], slow=["albef_tiny"]))
 def test_bf16_with_checkpointing_stays_near_fp32(recipe, tmp_path):
     cheap = ("optim.precision=bf16", "optim.grad_checkpointing=true")
     for name, overrides in (("fp32", ()), ("bf16", cheap)):

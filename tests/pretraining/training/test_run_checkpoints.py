@@ -123,7 +123,9 @@ def started(folder, *overrides):
     return process
 
 
-@pytest.mark.parametrize("number", tiered([signal.SIGTERM, signal.SIGINT], []))
+@pytest.mark.parametrize(
+    "number", tiered([signal.SIGTERM, signal.SIGINT], [], slow=[signal.SIGTERM])
+)
 def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(tmp_path, number):
     process = started(tmp_path, "checkpoint_every=100000", "data.num_workers=1")
     other = tiny_config(tmp_path, "optim.steps=100000")

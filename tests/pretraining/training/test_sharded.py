@@ -24,7 +24,11 @@ def failed(request, tmp_path_factory):
 
 CASES = [
     *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
-    *tiered([case for case in sharded_cases.CASES if case not in SLOW], []),
+    *tiered(
+        [case for case in sharded_cases.CASES if case not in SLOW],
+        [],
+        slow=["meter, checkpointing"],
+    ),
 ]
 
 

@@ -217,7 +217,7 @@ OPTIONS = ("optim.name=muon", "optim.ema=0.7", "optim.compile=aot_eager")
 SIGMOID = (*OPTIONS, "model.overrides.loss=sigmoid")
 
 
-@pytest.mark.parametrize("options", tiered([((),), (SIGMOID,)], []))
+@pytest.mark.parametrize("options", tiered([((),), (SIGMOID,)], [], slow=[((),)]))
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, options):
     one = tiny_config(tmp_path / "one", *options, "optim.batch_size=8", "optim.gather=global")
     train(one)

@@ -69,7 +69,10 @@ RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUI
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "options"), tiered(RESUMED, [RESUMED[0], RESUMED[1]]))
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    tiered(RESUMED, [RESUMED[0], RESUMED[1]], slow=[("clip_tiny", ("optim.ema=0.7",))]),
+)
 def test_resuming_is_exact(recipe, options, tmp_path):
     assert_same(*train_resumed(tmp_path, *options, recipe=recipe))
 
@@ -95,7 +98,7 @@ def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest(recipe):
     assert left <= {"itm_head.weight", "token_types.weight"}
 
 
-@pytest.mark.parametrize("name", tiered(["muon", "lion"], []))
+@pytest.mark.parametrize("name", tiered(["muon", "lion"], [], slow=["muon"]))
 def test_every_optimiser_trains(name, tmp_path):
     lr = {"lion": "3e-4", "muon": "0.003"}[name]
     data = ("data.train=emoji_scenes:size=16", "optim.steps=30")
@@ -146,7 +149,7 @@ def test_a_compiled_step_is_recompiled_only_where_patch_dropout_ends(tmp_path):
 COMPILED = ("clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny")
 
 
-@pytest.mark.parametrize("recipe", tiered(COMPILED, []))
+@pytest.mark.parametrize("recipe", tiered(COMPILED, [], slow=["clip_tiny"]))
 def test_compiled_training_gives_the_losses_of_uncompiled(recipe, tmp_path):
     for name in ("false", "aot_eager"):
         torch.compiler.reset()
