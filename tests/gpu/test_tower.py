@@ -127,7 +127,7 @@ def test_a_graph_of_a_whole_tower_replays_on_new_images(device, scorer):
 
     with torch.no_grad():
         still = on(device, images_and_text(model))
-        graph, outputs = captured(run, still)
+        graph, outputs = captured(lambda inputs: run(*inputs), still)
         for t, new in zip(still, images_and_text(model), strict=True):
             t.copy_(new)
         graph.replay()
