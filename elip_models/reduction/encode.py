@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from elip_models.reduction.call_context import records_of
 from elip_models.reduction.patch import is_reduced_tower, strategy_by_default
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.step import ForwardState
@@ -130,7 +131,7 @@ def run_tower(
             "model: expected one that reduce_ has not changed, since it would reduce twice, got a "
             "reduced one; call the model itself, or unreduce_ it first"
         )
-    last = tower.depth - 1
+    recorded, last = tower, tower.depth - 1
     cls_only = cls_only and not torch.is_grad_enabled() and tower.is_plain(last)
     text_cls = None if text_cls is None else text_cls.detach()
     images = strategy.resize(tower, images)
@@ -147,7 +148,11 @@ def run_tower(
         tokens, info = run(i, tokens, cls_only=cls_only and i == last)
         if info is not None:
             forward.infos[i] = info
-    return tower.finish(tokens), list(forward.infos.values())
+    infos = list(forward.infos.values())
+    if not torch.compiler.is_compiling():  # a graph cannot read a context variable
+        for record in records_of(recorded):
+            record += infos
+    return tower.finish(tokens), infos
 
 
 def _check_images(images: Tensor, tower: Tower) -> None:

@@ -31,7 +31,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
-from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
+from elip_models.towers import ImageTextModel, SelfReducingModel, Tower, as_image_text, as_tower
 
 M = TypeVar("M", bound=nn.Module)
 Replacement = (ReducedBlock, PatchEmbedding, Refusal, Representation, DenseMethod)
@@ -231,6 +231,11 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, or `text_cls` not (B, D).
     """
+    if isinstance(model, SelfReducingModel):
+        raise TypeError(
+            f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
+            "forward takes its texts; pass them with the images"
+        )
     reductions = reductions_in(model)
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")

@@ -240,13 +240,18 @@ class Strategy(CostModel):
 
     def __str__(self) -> str:
         """Return the name, the number of tokens, and the settings that are not the default."""
-        settings = (
-            f"{field.name}={_short(value)}"
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
-            and (field.name == self.keep_field or value != field.default)
-        )
-        return f"{self.name}({', '.join(settings)})"
+        return strategy_text(self, self.keep_field)
+
+
+def strategy_text(strategy: Any, keep_field: str | None) -> str:
+    """Return a strategy's name, the field that sets its tokens, and what is not the default."""
+    settings = (
+        f"{field.name}={_short(value)}"
+        for field in fields(strategy)
+        if (value := getattr(strategy, field.name)) is not None
+        and (field.name == keep_field or value != field.default)
+    )
+    return f"{strategy.name}({', '.join(settings)})"
 
 
 def _short(value: Any) -> str:

@@ -61,10 +61,14 @@ class Summary:
 
     @property
     def line(self) -> str:
+        """Return name, tokens and FLOPs in one line, and whether they are of the image tower."""
+        return f"image tower: {self.figures}" if self.is_part else self.figures
+
+    @property
+    def figures(self) -> str:
         """Return name, tokens and FLOPs in one line."""
-        whose = "image tower: " if self.is_part else ""
         ratio = f"{self.forward_flops:.2f} of dense FLOPs"
-        return f"{whose}{self.strategy.name}: {self._counts} tokens{self._when}, {ratio}"
+        return f"{self.strategy.name}: {self._counts} tokens{self._when}, {ratio}"
 
     @property
     def _counts(self) -> str:

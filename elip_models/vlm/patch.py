@@ -192,7 +192,8 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
     hooks = None if multimodal is None else _owner(multimodal.model, PromptReduction)
     if hooks is None:
         stages: list[StageInfo] = []
-        with recording(patch.reductions_in(model), stages):
+        is_own = isinstance(model, SelfReducingModel) and model.is_reduced
+        with recording([model.tower] if is_own else patch.reductions_in(model), stages):
             yield stages
         return
     infos: list[PromptInfo] = []

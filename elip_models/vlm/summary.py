@@ -88,7 +88,7 @@ class MultimodalSummary:
         used = [str(strategy) for strategy in (self.strategy, self.inside) if strategy is not None]
         cached, dense = _size(self.cache_bytes), _size(self.dense_cache_bytes)
         lines = [
-            ("image tower", "dense" if self.tower is None else self.tower.line),
+            ("image tower", "dense" if self.tower is None else self.tower.figures),
             ("language model", ", then ".join(used) or "reads every image token"),
             ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in {self.unit}"),
             ("tokens per layer", runs(self.layer_tokens)),

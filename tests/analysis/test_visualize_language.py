@@ -216,7 +216,7 @@ def test_the_picture_dims_what_the_model_drops(folder, tmp_path, monkeypatch):
     assert torch.equal(kept[0], infos[0].kept[infos[0].images])
     assert kept[0].sum() == len(kept[0]) // 2 and kept[1].sum() == len(kept[0]) // 4
     assert len(grid.tiles) * grid.rows * grid.columns == len(kept[0])
-    assert texts["caption"] == QUESTION and "Diverse(keep=0.5" in texts["title"]
+    assert texts["caption"] == QUESTION and "diverse(keep=0.5" in texts["title"]
 
 
 def test_the_command_writes_a_picture_for_each_image(folder, tmp_path, capsys):

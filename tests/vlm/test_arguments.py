@@ -67,7 +67,7 @@ def test_the_default_and_the_summary(llava):
     assert summary.strategy.name == "diverse" and summary.keep == 0.5
     assert summary.cache_bytes * 2 == summary.dense_cache_bytes
     assert 0.4 < summary.prefill_flops < 0.6
-    assert "(reduced) image tokens: Diverse(keep=0.5" in repr(llava)
+    assert "(reduced) image tokens: diverse(keep=0.5" in repr(llava)
     unreduce_(llava)
     dense = reduction_summary(llava)
     assert dense.strategy is None and dense.prefill_flops == 1

@@ -248,7 +248,7 @@ def test_one_strategy_of_each_place_is_used_together():
     assert summary.strategy.name == "stride" and summary.inside == FastV(1, 0.5)
     assert summary.layer_tokens == (8, 4, 4)
     assert summary.tower.strategy.name == "tome"
-    assert "tome" in str(summary) and "FastV" in repr(model)
+    assert "tome" in str(summary) and "fastv" in repr(model)
     unreduce_(model)
     assert not is_reduced(model)
 

@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from elip_models.reduction.strategy import strategy_text
 from elip_models.validation import PositiveInt, PositiveShare, check_fields
 
 
@@ -60,6 +61,10 @@ class ImageTokenStrategy:
         """Check the fields."""
         check_fields(self)
         refuse_one_token(self.keep)
+
+    def __str__(self) -> str:
+        """Return the name, the number of tokens, and the settings that are not the default."""
+        return strategy_text(self, "keep")
 
     @property
     def reads_question(self) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from elip_models.reduction.strategy import strategy_text
 from elip_models.validation import PositiveInt, PositiveShare, check_fields
 from elip_models.vlm.strategies.base import count_kept, refuse_one_token
 
@@ -29,6 +30,10 @@ class LayerStrategy:
         """Check the fields."""
         check_fields(self)
         refuse_one_token(self.keep)
+
+    def __str__(self) -> str:
+        """Return the name, the number of tokens, and the settings that are not the default."""
+        return strategy_text(self, "keep")
 
     def drops(self, num_layers: int) -> tuple[tuple[int, float | int], ...]:
         """Return (layers that run before, share or number of tokens that stay), ascending."""
