@@ -132,7 +132,7 @@ def test_the_scaling_table_agrees_with_the_counts():
             model = timm.create_model(name)
         last, exact = (
             elip_models.reduction_summary(
-                elip_models.reduce_(model, strategy="elip", scorer=scorer)
+                elip_models.reduce_(model, schedule="clip", scorer=scorer)
             )
             for scorer in ("last", "exact")
         )
