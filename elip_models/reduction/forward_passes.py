@@ -18,7 +18,7 @@ from elip_models.reduction.call_context import DENSE_CALLS, Guide, guide_of, rec
 from elip_models.reduction.recomputation import (
     REFUSED,
     Label,
-    Leave,
+    LeaveBlock,
     can_recompute,
     in_autograd_function,
     is_in_checkpoint,
@@ -113,7 +113,7 @@ class EagerPasses:
         if not is_dropped:
             return tokens
         self.pending.add(forward)
-        return Leave.apply(tokens, label.output, self.reduction, forward)
+        return LeaveBlock.apply(tokens, label.output, self.reduction, forward)
 
     def abandon(self) -> None:
         """End the forward pass of this thread, of which a block has raised an error."""
