@@ -1,9 +1,9 @@
 """The forward passes of a reduced model: of eager calls, and of the graph that torch.compile makes.
 
-Both classes have one interface. A block calls `enter_block` before it runs and `leave_block` after;
-a method that returns whole grids calls `begin_dense_call` and `end_dense_call`. Eager passes belong
-to the thread that runs them. The attributes of a graph's pass are plain, so that the compiler can
-guard them.
+Both classes have one interface: a block calls `enter_block`, and a method that returns whole grids
+`begin_dense_call` and `end_dense_call`. Eager passes belong to the thread that runs them, and a
+checkpoint may run their blocks again. The attributes of a graph's pass are plain, so that the
+compiler can guard them.
 """
 
 import threading
@@ -18,7 +18,7 @@ from elip_models.reduction.call_context import DENSE_CALLS, Guide, guide_of, rec
 from elip_models.reduction.recomputation import (
     REFUSED,
     Label,
-    Leave,
+    LeaveBlock,
     can_recompute,
     in_autograd_function,
     is_in_checkpoint,
@@ -113,7 +113,7 @@ class EagerPasses:
         if not is_dropped:
             return tokens
         self.pending.add(forward)
-        return Leave.apply(tokens, label.output, self.reduction, forward)
+        return LeaveBlock.apply(tokens, label.output, self.reduction, forward)
 
     def abandon(self) -> None:
         """End the forward pass of this thread, of which a block has raised an error."""
@@ -193,12 +193,6 @@ class GraphPass:
         """End that call, and a forward pass that has not reached the last block."""
         self.on_grid, self.forward = False, None
 
-    def begin_call(self) -> None:
-        """Begin a call of the model."""
-
-    def end_call(self, output: Any) -> None:
-        """End that call."""
-
     def enter_block(
         self, i: int, tokens: Tensor, kwargs: dict[str, Any], mask: Tensor | None
     ) -> EnteredBlock:
@@ -218,10 +212,6 @@ class GraphPass:
             self.forward = None
         return EnteredBlock(forward.store(i, forward.enter_block(i, tokens, kwargs)))
 
-    def leave_block(self, i: int, entered: EnteredBlock, tokens: Tensor) -> Tensor:
-        """Return the tokens that leave block i."""
-        return tokens
-
     def _begin(self, i: int, tokens: Tensor, mask: Tensor | None) -> ForwardState:
         text_cls = self.text_cls if self.own_text is None else self.own_text
         if text_cls is not None and not torch.compiler.is_exporting():
@@ -237,10 +227,12 @@ class TrackCall:
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         """Begin the call before the forward, and end it after (with `output`)."""
+        if torch.compiler.is_compiling():
+            return
         if output:
-            self.reduction.passes.end_call(output[0])
+            self.reduction.eager.end_call(output[0])
         else:
-            self.reduction.passes.begin_call()
+            self.reduction.eager.begin_call()
 
 
 def _is_recomputed(guide: Guide | None) -> bool:

@@ -115,7 +115,7 @@ class CollectHiddenStates:
         tower, strategy = self.reduction.tower, self.reduction.strategy
         if torch.compiler.is_exporting():
             inputs = (*args[1:], *(kwargs.get(name) for name in MASKS))
-            is_own = not output and all(mask is None for mask in inputs)
+            is_own = False if output else all(mask is None for mask in inputs)
             self.reduction.graph.has_own_mask = is_own
         if tower.collects("hidden_states", kwargs):
             if output:

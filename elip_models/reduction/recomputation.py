@@ -4,8 +4,8 @@ A checkpoint drops the tensors that are saved for backward in it, and runs its f
 backward reads one of them. Both are seen through autograd's public interface:
 
     enter a block   Save a `Label` that names the pass. If it is dropped, the block may run again.
-    leave it        `Leave` keeps the pass as long as the graph. Its backward comes before that of
-                    the block, and reads the label: the checkpoint runs again inside that read,
+    leave it        `LeaveBlock` keeps the pass as long as the graph. Its backward comes before that
+                    of the block, and reads the label: the checkpoint runs again inside that read,
                     under `recomputing`, which provides the pass and its guidance.
     leave a model   The gradient of its output does the same, for a checkpoint of the whole model.
 
@@ -80,7 +80,7 @@ def recompute(reduction: object, forward: ForwardState, node: Any) -> None:
     _check(forward, getattr(name, "forward_state", None))
 
 
-class Leave(Function):
+class LeaveBlock(Function):
     """The identity on the tokens (B, N, D) that leave a block in a checkpoint."""
 
     @staticmethod
@@ -151,6 +151,8 @@ def _check(forward: ForwardState, again: ForwardState | None) -> None:
 
 def _same(one: Any, other: Any) -> bool:
     """Return whether two results select the same tokens, with the same weights."""
+    if type(one) is not type(other):
+        return False
     for name in ("kept", "slots"):
         a, b = getattr(one, name, None), getattr(other, name, None)
         if a is not None and not torch.equal(a, b):
