@@ -47,7 +47,17 @@ def test_flops_only_of_two_models_as_json(tmp_path, capsys):
     output = tmp_path / "table.json"
     models = ("--model", "timm:vit_base_patch16_224", "--model", "clip_tiny")
     strategies = ("--strategy", "elip:scorer=exact", "--strategy", "tome:r=4")
-    options = ("--flops-only", "--output", output, "--batch-size", 2, "--mode", "both")
+    options = (
+        "--schedule",
+        "clip",
+        "--flops-only",
+        "--output",
+        output,
+        "--batch-size",
+        2,
+        "--mode",
+        "both",
+    )
     assert elip("profile", *models, *strategies, *options) == 0
     printed = capsys.readouterr().out
     for text in ("vit_base_patch16_224", "2×197 2×178 6×129 2×80", "image tower or whole model"):

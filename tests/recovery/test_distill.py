@@ -55,7 +55,7 @@ HELD_OUT = [{"lr": 3e-4}, {"lr": 1e-3, "lora_rank": 4}]
 
 @pytest.mark.parametrize("options", slow_except([], HELD_OUT))
 def test_held_out_features_come_nearer(dense, pictures, options):
-    model, losses = reduced_copy(dense), []
+    model, losses = reduced_copy(dense, strategy="tome"), []
     before = distances(dense, model, pictures[64:])
     found = distill(
         model,

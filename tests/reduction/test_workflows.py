@@ -162,7 +162,7 @@ def test_a_model_of_open_clip_by_name():
     model = open_clip.create_model("ViT-B-32", device="meta")
     elip_models.reduce_(model)
     assert elip_models.is_reduced(model)
-    assert elip_models.reduction_summary(model).strategy.name == "tome"
+    assert elip_models.reduction_summary(model).strategy.name == "merge"
     elip_models.reduce_(model, strategy="elip")
     assert elip_models.reduction_summary(model).strategy.without_text == "vision"
 

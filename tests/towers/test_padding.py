@@ -263,16 +263,16 @@ def test_intermediate_tokens_are_whole_grids():
 
 GROUPED = {
     "pitome": "pitome:r=1",  # the energies of two last patches would be equal
-    "received": "elip:scorer=received",
-    "received nearest": "elip:scorer=received,merge=nearest,proportional=True",
+    "received": "elip:scorer=received,schedule=clip",
+    "received nearest": "elip:scorer=received,merge=nearest,proportional=True,schedule=clip",
     "crossget": "crossget:r=5",
     "evit": "evit:layers=all,keep_ratio=0.8",
     "evit nearest": "evit:merge=nearest",
     "elip": "elip:schedule=clip",
     "elip exact": "elip:scorer=exact,merge=none,schedule=clip",
     "trips": "trips:schedule=clip",
-    "adaptive": "adaptive:keep_mass=0.6",
-    "adaptive nearest": "adaptive:merge=nearest,proportional=True",
+    "adaptive": "adaptive:keep_mass=0.6,schedule=clip",
+    "adaptive nearest": "adaptive:merge=nearest,proportional=True,schedule=clip",
 }
 GUIDED = {"crossget", "elip", "elip exact", "trips", "adaptive", "adaptive nearest"}
 NEEDS_CLS = GUIDED | {"evit", "evit nearest"}
