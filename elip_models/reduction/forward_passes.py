@@ -105,7 +105,7 @@ class EagerPasses:
     def leave_block(self, i: int, entered: EnteredBlock, tokens: Tensor) -> Tensor:
         """Return the tokens that leave block i, which a checkpoint may recompute."""
         forward, label = entered.forward, entered.label
-        if label is None:
+        if label is None:  # of a compiled block without gradient
             return tokens
         is_dropped, is_last = label.is_dropped, i == self.reduction.last
         if not tokens.requires_grad:  # a frozen tower: its output alone keeps the pass
@@ -125,8 +125,8 @@ class EagerPasses:
     ) -> ForwardState:
         """Return the forward pass whose tokens enter block i; begin it at the first block."""
         thread, reduction = threading.get_ident(), self.reduction
-        if _is_recomputed(guide) and torch.is_grad_enabled():
-            recomputation = guide.recomputation
+        recomputation = None if guide is None else guide.recomputation
+        if recomputation is not None and torch.is_grad_enabled():
             if i == reduction.first and len(self.pending) > 1:
                 # Another pass may be in the same checkpoint, and run again first: score anew.
                 recomputation.again = self._begin(i, tokens, mask, guide)

@@ -133,8 +133,9 @@ def in_autograd_function() -> bool:
 
 def can_recompute(tokens: Tensor) -> bool:
     """Return whether a checkpoint may run the code again that computes with `tokens`."""
-    is_traced = torch.jit.is_tracing() or debug_unwrap(tokens) is not tokens  # by torch.func
-    return torch.is_grad_enabled() and not is_traced
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
+    return debug_unwrap(tokens) is tokens  # otherwise torch.func transforms the code
 
 
 def _check(forward: ForwardState, again: ForwardState | None) -> None:

@@ -185,7 +185,9 @@ class ReducedBlock:
         try:
             entered = self.enter(args, kwargs)
             tokens, others = self._run(entered.step, args, kwargs)
-            return self._output(passes.leave_block(self.i, entered, tokens), others)
+            if entered.label is not None:
+                tokens = passes.leave_block(self.i, entered, tokens)
+            return self._output(tokens, others)
         except BaseException:
             passes.abandon()
             raise
@@ -203,7 +205,7 @@ class ReducedBlock:
         """Run the block, unless the step has; return its tokens, and what it returns beside."""
         tokens, others = step.tokens, ()
         if not step.replaced_block:
-            if step.changes_mask:
+            if step.changes_mask and (kwargs or len(args) > 1):
                 args, kwargs = with_masks(args, kwargs, step.mask)
             tokens = self._run_at(step.positions, tokens, args[1:], kwargs)
         if isinstance(tokens, tuple) and self.reduction.tower.returns_tuple:
@@ -244,6 +246,14 @@ class ReducedBlock:
         """Return the block whose forward is replaced."""
         return self.reduction.tower.blocks[self.i]
 
+    def _mask(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+        """Return the mask of the keys in the call's arguments, or None."""
+        masks = (*args[1:], *(kwargs.get(name) for name in MASKS))
+        masks = [mask for mask in masks if mask is not None]
+        if (masks and not self.reduction.tower.takes_padding) or kwargs.get("is_causal"):
+            raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
+        return masks[0] if masks else None
+
     def enter(self, args: Args, kwargs: Kwargs) -> EnteredBlock:
         """Check the call's arguments, and enter the block."""
         refuse_fx(args[0])
@@ -252,11 +262,7 @@ class ReducedBlock:
                 "dynamo: expected True in torch.onnx.export of a reduced model, whose ops the "
                 "TorchScript exporter does not know, got False; pass dynamo=True"
             )
-        masks = (*args[1:], *(kwargs.get(name) for name in MASKS))
-        masks = [mask for mask in masks if mask is not None]
-        if (masks and not self.reduction.tower.takes_padding) or kwargs.get("is_causal"):
-            raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
-        mask = masks[0] if masks else None
+        mask = self._mask(args, kwargs) if kwargs or len(args) > 1 else None
         return self.reduction.passes.enter_block(self.i, args[0], kwargs, mask)
 
 
