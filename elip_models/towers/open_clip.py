@@ -33,7 +33,11 @@ from elip_models.towers.wrapped_modules import (
 )
 
 BLOCK = BlockNames(
-    *("attn", "ln_1", "ln_2", "ln_post", ("out_proj",)),
+    attn="attn",
+    norm1="ln_1",
+    norm2="ln_2",
+    norm="ln_post",
+    out=("out_proj",),
     after=(("ln_attn", "ls_1"), ("ls_2",)),
     head_norms=("ln_q", "ln_k"),
     dropout=("dropout", "attn_drop"),

@@ -21,7 +21,11 @@ from elip_models.towers.wrapped_modules import Affine, library_class, refuses_no
 
 MODELS = (vit.VisionTransformer, NaFlexVit)  # whose blocks are of the class Block
 BLOCK = BlockNames(
-    *("attn", "norm1", "norm2", "norm", ("norm", "proj", "proj_drop")),
+    attn="attn",
+    norm1="norm1",
+    norm2="norm2",
+    norm="norm",
+    out=("norm", "proj", "proj_drop"),
     after=per_sublayer("ls{}", "drop_path{}"),
     qkv=("qkv",),
     dropout=("attn_drop",),

@@ -47,7 +47,10 @@ class BlockNames(NamedTuple):
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     head_norms: tuple[str, str] = ("q_norm", "k_norm")
     dropout: tuple[str, ...] = (
-        *("attention_dropout", "dropout", "attention.dropout_prob", "attention.dropout"),
+        "attention_dropout",
+        "dropout",
+        "attention.dropout_prob",
+        "attention.dropout",
     )
     bias: str = "relative_position_bias"
     returns_tuple: bool = False
