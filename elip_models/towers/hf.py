@@ -79,10 +79,10 @@ class HFTower(HFPositions):
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        found = _trunk(model)
-        if found is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
+        parts = _trunk(model)
+        if parts is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
             return transformers_reason(model)
-        trunk, layers = found
+        trunk, layers = parts
         shared = ("shared_position_bias", "encoder.relative_position_bias")
         if any(part(trunk, name) is not None for name in shared):
             return "it passes the bias of its positions to its layers as a mask"

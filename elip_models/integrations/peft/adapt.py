@@ -156,8 +156,8 @@ def unadapted_name(name: str) -> str | None:
 
 def adapted_layer_of(name: str) -> str | None:
     """Return the layer that an adapter's parameter belongs to, or None for other parameters."""
-    found = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
-    return found and found[1]
+    match = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
+    return match and match[1]
 
 
 def _replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
