@@ -136,18 +136,18 @@ class HFTower(HFPositions):
         return bool(kwargs.get(name, getattr(self.trunk.config, name)))
 
     @property
-    def entrance(self) -> list[tuple[nn.Module, str]]:
+    def embed_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
         return [(self.trunk.embeddings, "forward")]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
+        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         embeddings = self.trunk.embeddings
         pixels, options = self._inputs(images)
         return type(embeddings).forward(embeddings, pixels, **options)
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `entrance` and block 0."""
+        """Run the modules between `embed_methods` and block 0."""
         tokens = tokens if isinstance(tokens, Tensor) else tokens[0]  # some return more than tokens
         return run(self.trunk, PRE_NORMS, tokens)
 

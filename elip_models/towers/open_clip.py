@@ -119,12 +119,12 @@ class OpenClipTower(Tower):
         return self.model.transformer.grad_checkpointing
 
     @property
-    def entrance(self) -> list[tuple[nn.Module, str]]:
+    def embed_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model, "_embeds")]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
+        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         model = self.model
         patches = model.conv1(images)
         grid = tuple(patches.shape[2:])

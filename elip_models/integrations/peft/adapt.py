@@ -138,7 +138,7 @@ def merge_(model: Model) -> Model:
 
 def trainable_counts(model: AdaptableModel) -> tuple[int, int]:
     """Return the numbers of trainable and of all parameters, without momentum copies."""
-    follow = {id(tensor) for tensor in model.moved_in_training()}
+    follow = {id(tensor) for tensor in model.updated_by_forward()}
     counted = [p for p in model.parameters() if id(p) not in follow]
     return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
 
