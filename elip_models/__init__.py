@@ -58,7 +58,11 @@ LAZY = {
     "elip_models.towers.sdpa": ("use_sdpa_",),
     "elip_models.recovery.distill": ("distill",),
     "elip_models.vlm.patch": (
-        *("is_reduced", "record_stages", "reduce_", "reduction_summary", "unreduce_"),
+        "is_reduced",
+        "record_stages",
+        "reduce_",
+        "reduction_summary",
+        "unreduce_",
     ),
     "elip_models.vlm.strategies": ("LANGUAGE_STRATEGIES",),
     "elip_models.vlm.strategy_list": ("list_strategies",),

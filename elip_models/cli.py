@@ -186,8 +186,10 @@ def _run(program: typer.Typer, arguments: Sequence[str] | None, name: str) -> No
         named = f"{error.filename!s:.300}: " if error.filename is not None else ""
         _exit_with(f"{named}{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        words = "allocate memory", "out of memory"  # on a CPU, on a GPU
-        if not isinstance(error, MemoryError) and not any(each in str(error) for each in words):
+        phrases = "allocate memory", "out of memory"  # on a CPU, on a GPU
+        if not isinstance(error, MemoryError) and not any(
+            phrase in str(error) for phrase in phrases
+        ):
             raise
         _exit_with(f"the memory is too small for these sizes ({error!s:.200}); use smaller ones")
     raise SystemExit(0)

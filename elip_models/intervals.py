@@ -49,11 +49,11 @@ def score_interval(
         ValueError: There is no score, or one is outside [0, 1].
     """
     values = _checked(scores)
-    found = bootstrap_interval(values, clusters, level=level, seed=seed)
-    if found.low < found.high:
-        return found
+    interval = bootstrap_interval(values, clusters, level=level, seed=seed)
+    if interval.low < interval.high:
+        return interval
     count = len(values) if clusters is None else len(np.unique(clusters))
-    return wilson_interval(found.mean, count, level=level)
+    return wilson_interval(interval.mean, count, level=level)
 
 
 def group_mean_interval(
@@ -71,18 +71,19 @@ def group_mean_interval(
     example, and the other arguments, see `score_interval`.
     """
     values, (_, groups) = _checked(scores), np.unique(groups, return_inverse=True)
-    each = np.arange(len(values)) if clusters is None else np.asarray(clusters)
-    _, each = np.unique(each, return_inverse=True)
-    table = np.zeros((2, each.max() + 1, groups.max() + 1))  # sums and sizes of clusters in groups
-    np.add.at(table, (0, each, groups), values)
-    np.add.at(table, (1, each, groups), 1)
+    clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    _, clusters = np.unique(clusters, return_inverse=True)
+    # sums and sizes of clusters in groups
+    table = np.zeros((2, clusters.max() + 1, groups.max() + 1))
+    np.add.at(table, (0, clusters, groups), values)
+    np.add.at(table, (1, clusters, groups), 1)
     rows = np.concatenate([table[0].round(12), table[1]], axis=1)
     kinds, counts = np.unique(rows, axis=0, return_counts=True)
     sums, sizes = np.split(kinds, 2, axis=1)
 
     def mean(drawn: np.ndarray) -> np.ndarray:
-        found = drawn @ sizes
-        means = np.divide(drawn @ sums, found, where=found > 0, out=np.full(found.shape, np.nan))
+        totals = drawn @ sizes
+        means = np.divide(drawn @ sums, totals, where=totals > 0, out=np.full(totals.shape, np.nan))
         return np.nanmean(means, axis=1)
 
     interval = interval_of(mean, counts, level=level, seed=seed)

@@ -185,11 +185,11 @@ def mismatch_error(value: Any, hint: Any) -> type[TypeError | ValueError] | None
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         error = mismatch_error(value, arguments[0])
-        bounds = (each for each in arguments[1:] if isinstance(each, Bounds))
-        return error or next((ValueError for each in bounds if value not in each), None)
+        bounds = (rule for rule in arguments[1:] if isinstance(rule, Bounds))
+        return error or next((ValueError for rule in bounds if value not in rule), None)
     if origin in UNIONS:
-        found = [mismatch_error(value, argument) for argument in arguments]
-        return next((error for error in (None, ValueError) if error in found), TypeError)
+        errors = [mismatch_error(value, argument) for argument in arguments]
+        return next((error for error in (None, ValueError) if error in errors), TypeError)
     if origin is Literal:
         if not isinstance(value, tuple(map(type, arguments))):
             return TypeError
@@ -226,7 +226,7 @@ def describe_type(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
         bounds = [str(rule) for rule in arguments[1:] if isinstance(rule, Bounds)]
         return " ".join([describe_type(arguments[0], words), *bounds])
     if origin in UNIONS:
-        lists_last = sorted(arguments, key=lambda each: Ellipsis in typing.get_args(each))
+        lists_last = sorted(arguments, key=lambda argument: Ellipsis in typing.get_args(argument))
         return " or ".join(describe_type(argument, words) for argument in lists_last)
     if origin is Literal:
         choices = ", ".join(map(repr, arguments))
@@ -262,7 +262,7 @@ def shortened(value: Any, length: int = 200) -> str:
 def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return the end of an error about an unknown name: the most similar known name, if any."""
     text = name if isinstance(name, str) else shortened(name)
-    names = {each.lower(): each for each in known}
+    names = {name.lower(): name for name in known}
     close = difflib.get_close_matches(text[:100].lower(), names, n=1, cutoff=cutoff)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
@@ -312,8 +312,16 @@ PACKAGES = {
     "search": ("faiss",),
     "study": ("scipy",),
     "train": (
-        *("PIL", "accelerate", "datasets", "filelock", "numpy", "rich", "tensorboard"),
-        *("tokenizers", "typer", "yaml"),
+        "PIL",
+        "accelerate",
+        "datasets",
+        "filelock",
+        "numpy",
+        "rich",
+        "tensorboard",
+        "tokenizers",
+        "typer",
+        "yaml",
     ),
 }
 """Extra -> the top-level modules that it installs."""

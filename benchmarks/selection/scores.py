@@ -38,7 +38,7 @@ from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import fit_strategy, get_strategy
-from elip_models.reduction.user_warnings import deliberately_slow
+from elip_models.reduction.user_warnings import ignore_slow_scorers
 from elip_models.towers import Tower
 from elip_models.validation import PositiveInt, check
 
@@ -123,7 +123,7 @@ def _measure(
     """Measure each batch; the caption of another image is that of the next image."""
     foreign = [each.own for each in (*shown[1:], shown[0])]
     device, batches = next(selector.model.parameters()).device, range(0, len(shown), batch_size)
-    with eval_mode(selector.model), torch.no_grad(), isolated_rng(device), deliberately_slow():
+    with eval_mode(selector.model), torch.no_grad(), isolated_rng(device), ignore_slow_scorers():
         torch.manual_seed(0)
         slices = (slice(start, start + batch_size) for start in batches)
         return [selector.measure(shown[each], foreign[each]) for each in slices]

@@ -35,10 +35,10 @@ class Trial(NamedTuple):
         """Return the strategy as text, without the settings of its class and of its strength."""
         strategy = self.strategy
         changed = (
-            f"{each.name}={getattr(strategy, each.name)}".lower()
-            for each in fields(strategy)
-            if each.name not in (strategy.keep_field, "without_text")
-            and getattr(strategy, each.name) != each.default
+            f"{option.name}={getattr(strategy, option.name)}".lower()
+            for option in fields(strategy)
+            if option.name not in (strategy.keep_field, "without_text")
+            and getattr(strategy, option.name) != option.default
         )
         settings = ",".join(changed)
         return f"{strategy.name}:{settings}" if settings else strategy.name
@@ -70,18 +70,18 @@ class Calibration:
 
         Of settings whose times differ by less than 0.03 of dense, it is the one of fewest FLOPs.
         """
-        within = [each for each in self.trials if each.loss.high <= self.tolerance]
-        times = [each.time for each in within if each.time is not None]
+        within = [trial for trial in self.trials if trial.loss.high <= self.tolerance]
+        times = [trial.time for trial in within if trial.time is not None]
         if times:
-            within = [each for each in within if each.time <= min(times) + TIME_NOISE]
-        return min(within, key=lambda each: each.flops, default=None)
+            within = [trial for trial in within if trial.time <= min(times) + TIME_NOISE]
+        return min(within, key=lambda trial: trial.flops, default=None)
 
     def sentence(self) -> str:
         """Return the result as one sentence."""
         if self.chosen is None:
             if not self.trials:
                 return "No strategy can reduce this model."
-            nearest = min(self.trials, key=lambda each: each.loss.high)
+            nearest = min(self.trials, key=lambda trial: trial.loss.high)
             return (
                 f"No setting is within {self.tolerance:g} on these {self.images} images: the "
                 f"nearest is {nearest.label} at {nearest.flops:.2f} of the dense FLOPs, with a "
@@ -101,10 +101,10 @@ class Calibration:
     def __str__(self) -> str:
         rows = [("strategy", "FLOPs", "time", f"loss ({self.metric}), 95% CI", "within")]
         rows.append((DENSE, "1.00", "1.00", "0", "yes"))
-        for each in sorted(self.trials, key=lambda each: (-each.flops, each.loss.mean)):
-            time = "" if each.time is None else f"{each.time:.2f}"
-            within = "yes" if each.loss.high <= self.tolerance else "no"
-            rows.append((each.label, f"{each.flops:.2f}", time, _interval(each.loss), within))
+        for trial in sorted(self.trials, key=lambda trial: (-trial.flops, trial.loss.mean)):
+            time = "" if trial.time is None else f"{trial.time:.2f}"
+            within = "yes" if trial.loss.high <= self.tolerance else "no"
+            rows.append((trial.label, f"{trial.flops:.2f}", time, _interval(trial.loss), within))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -129,9 +129,9 @@ class Calibration:
     def as_json(self) -> dict[str, Any]:
         """Return all figures as plain data."""
         trials = [
-            {**settings_of(each.strategy), "flops": each.flops, "time": each.time}
-            | {"loss": each.loss._asdict()}
-            for each in self.trials
+            {**settings_of(trial.strategy), "flops": trial.flops, "time": trial.time}
+            | {"loss": trial.loss._asdict()}
+            for trial in self.trials
         ]
         return {
             "metric": self.metric,

@@ -21,7 +21,7 @@ def output_feature(output: Any) -> Tensor:
     """Return what a model gives for each image, (B, D): its pooled output, or else its token 0."""
     if not isinstance(output, Tensor):
         named = (output.get(name) for name in OUTPUTS) if isinstance(output, Mapping) else output
-        output = next(each for each in named if isinstance(each, Tensor))
+        output = next(value for value in named if isinstance(value, Tensor))
     return output[:, 0] if output.dim() == 3 else output
 
 

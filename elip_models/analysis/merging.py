@@ -33,11 +33,11 @@ OF_CLIPS = "A token may be in several frames."
 
 def tokens_of_patches(infos: Sequence[StageInfo], num_patches: int) -> list[Tensor]:
     """Return for each step (B, num_patches) int64: the token of each patch, -1 if dropped."""
-    found = []
+    tokens = []
     for source in source_maps(infos, num_patches)[1:]:
         holds, token = source.to(torch.uint8).max(1)
-        found.append(token.masked_fill(holds == 0, -1))
-    return found
+        tokens.append(token.masked_fill(holds == 0, -1))
+    return tokens
 
 
 def merged_image(image: Tensor, tokens: Tensor) -> Tensor:
@@ -58,9 +58,8 @@ def merged_clip(frames: Tensor, tokens: Tensor) -> Tensor:
     frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3).transpose(0, 1)
     wide = F.interpolate(tokens[:, None].float(), size=frames.shape[2:])[:, 0].long()
     wide = wide.repeat_interleave(frames.shape[1] // len(tokens), 0)
-    for token, count in zip(
-        *(each.tolist() for each in tokens.unique(return_counts=True)), strict=True
-    ):
+    values, counts = tokens.unique(return_counts=True)
+    for token, count in zip(values.tolist(), counts.tolist(), strict=True):
         if token < 0:
             frames[:, wide == token] = GREY
         elif count > 1:
@@ -87,17 +86,17 @@ def draw_merging(
     """
     count = min(MAX_STEPS, len(infos))
     shown = [len(infos) * (k + 1) // count - 1 for k in range(count)]
-    found = tokens_of_patches(infos, grid[0] * grid[1])
+    tokens = tokens_of_patches(infos, grid[0] * grid[1])
     figure, axes = make_panels(len(images), count + 1, images.shape[3] / images.shape[2])
     for b, (row, image, caption) in enumerate(zip(axes, images.cpu(), captions, strict=True)):
         row[0].imshow(image.permute(1, 2, 0).numpy())
         for axis, s in zip(row[1:], shown, strict=False):
-            merged = merged_image(image, found[s][b].cpu().view(grid))
+            merged = merged_image(image, tokens[s][b].cpu().view(grid))
             axis.imshow(merged.permute(1, 2, 0).numpy())
         write_caption(row[-1], caption)
     axes[0, 0].set_title("image", fontsize=9)
     for axis, s in zip(axes[0, 1:], shown, strict=False):
-        left = (found[s][0].unique() >= 0).sum().item()
+        left = (tokens[s][0].unique() >= 0).sum().item()
         axis.set_title(f"after layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
     return save_figure(figure, path, title=title, note=NOTE)
 
@@ -117,11 +116,11 @@ def draw_clips(
     of the patches. Other arguments are those of `draw_reduction`.
     """
     (B, T), size = clips.shape[:2], clips.shape[3:]
-    found = tokens_of_patches(infos, math.prod(grid))[-1].cpu().view(B, *grid)
+    last = tokens_of_patches(infos, math.prod(grid))[-1].cpu().view(B, *grid)
     count = min(MAX_FRAMES, T)
     shown = [round(k * (T - 1) / max(count - 1, 1)) for k in range(count)]
     figure, axes = make_panels(2 * B, count, size[1] / size[0])
-    for b, (clip, tokens, caption) in enumerate(zip(clips.cpu(), found, captions, strict=True)):
+    for b, (clip, tokens, caption) in enumerate(zip(clips.cpu(), last, captions, strict=True)):
         merged = merged_clip(clip, tokens)
         for row, frames in zip(axes[2 * b : 2 * b + 2], (clip, merged), strict=True):
             for axis, t in zip(row, shown, strict=False):

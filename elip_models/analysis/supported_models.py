@@ -41,10 +41,10 @@ def timm_support(name: str) -> TimmSupport:
 
     If the error names an option of `create_model`, the model is built again with it.
     """
-    found = _support(name)
-    flag = next((flag for flag in FLAGS if flag in (found.refusal or "")), None)
+    support = _support(name)
+    flag = next((flag for flag in FLAGS if flag in (support.refusal or "")), None)
     if flag is None:
-        return found
+        return support
     changed = _support(name, **FLAGS[flag])
     return changed._replace(flag=flag) if changed.refusal is None else changed
 

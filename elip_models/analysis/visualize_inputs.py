@@ -112,17 +112,17 @@ def open_visualized_model(
         model = open_model(spec, pretrained=pretrained, **size_options(spec, image_size))
         reducible = as_reducible(model)
         tower = as_tower(reducible.image_model)
-        mean, std = (torch.tensor(each)[:, None, None] for each in reducible.image_stats())
+        mean, std = (torch.tensor(stat)[:, None, None] for stat in reducible.image_stats())
     options = {"schedule": schedule, "scorer": scorer, "fusion": fusion}
-    given = {name: value for name, value in options.items() if value is not None}
+    changes = {name: value for name, value in options.items() if value is not None}
     try:
         if strategy is None and isinstance(reducible, SelfReducingModel):
-            chosen = _changed(model.elip_strategy(), tower, given, keep)
+            chosen = _changed(model.elip_strategy(), tower, changes, keep)
         else:
             chosen = resolve_strategy(
                 tower,
                 strategy,
-                given,
+                changes,
                 keep=keep,
                 default=lambda: strategy_by_default(
                     tower,

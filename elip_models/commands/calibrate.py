@@ -74,7 +74,7 @@ def calibrate(
     device = next(opened.parameters()).device
     pixels = torch.stack([image for _, image in readable(files, console)]).to(device)
     with console.status("dense features") as status, as_option_error(OPTIONS):
-        found = analysis.calibrate(
+        calibration = analysis.calibrate(
             as_reducible(opened).image_model,
             pixels,
             tolerance=tolerance,
@@ -84,22 +84,22 @@ def calibrate(
             every=every,
             progress=status.update,
         )
-    _report(found, output)
+    _report(calibration, output)
 
 
-def _report(found: "Calibration", output: Path) -> None:
+def _report(calibration: "Calibration", output: Path) -> None:
     """Print the table and the choice; write them and a chart, if there is a choice."""
-    Console().print(escape(str(found)), soft_wrap=True, highlight=False)
-    if found.chosen is None:
+    Console().print(escape(str(calibration)), soft_wrap=True, highlight=False)
+    if calibration.chosen is None:
         return
-    found.save(output)
+    calibration.save(output)
     lines = [f'{output}: call elip_models.reduce_(model, "{output}")']
     if find_spec("matplotlib") is None:
         lines.append("no chart, which needs matplotlib: pip install matplotlib")
     else:
         from elip_models.analysis.calibration_chart import draw_calibration
 
-        lines.append(str(draw_calibration(found, output.with_suffix(".png"))))
+        lines.append(str(draw_calibration(calibration, output.with_suffix(".png"))))
     Console().print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
 
 

@@ -98,11 +98,10 @@ def export_data(
             as_config_error("SPEC", inner="spec"),
             console.status(f"writing {escape(str(folder))}"),
         ):
-            written = export(task, spec, folder, image_size=image_size)
+            lines = export(task, spec, folder, image_size=image_size)
     except (SampleError, FileExistsError) as error:
         raise ConfigError(str(error)) from error
-    for each in written:
-        console.print(escape(each), soft_wrap=True, highlight=False)
+    console.print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
 
 
 def _check_task(task: str) -> None:
@@ -125,7 +124,7 @@ def _examples_table(name: str, source: "ExampleSource", report: "SkipReport") ->
     table.add_row("words per text", f"{fmean(words):.1f}, at most {max(words)}")
     table.add_row("answers to choose from", str(len(source.answers)))
     table.add_row("answers given", f"{right.total()}, {len(right)} different ones")
-    table.add_row("not to choose", f"{sum(right[each] for each in right.keys() - listed)}")
+    table.add_row("not to choose", f"{sum(right[answer] for answer in right.keys() - listed)}")
     table.add_row("without an answer", f"{sum(not example.answers for example in examples)}")
     for answer, count in right.most_common(LISTED):
         table.add_row(f"  {escape(answer)}", f"{count} ({count / right.total():.1%})")

@@ -133,13 +133,13 @@ def _features(model: "nn.Module", images: "list[Tensor]") -> "Tensor":
     model = as_reducible(model).image_model
     device = next(model.parameters()).device
     with torch.no_grad():
-        found = [output_feature(model(each[None].to(device))) for each in images]
-    return torch.cat(found).float().cpu()
+        features = [output_feature(model(image[None].to(device))) for image in images]
+    return torch.cat(features).float().cpu()
 
 
 def _mean_cosine(dense: "Tensor", reduced: "Tensor") -> str:
     from elip_models.analysis.feature_measures import cosine
     from elip_models.intervals import bootstrap_interval
 
-    found = bootstrap_interval(cosine(dense, reduced).double().numpy())
-    return f"{found.mean:.4f} (95% CI {found.low:.4f} to {found.high:.4f})"
+    interval = bootstrap_interval(cosine(dense, reduced).double().numpy())
+    return f"{interval.mean:.4f} (95% CI {interval.low:.4f} to {interval.high:.4f})"

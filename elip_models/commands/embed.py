@@ -27,9 +27,25 @@ if TYPE_CHECKING:
 OPTIONS = {"model": "--model", "source": "SOURCE", "output": "--output"} | {
     name: f"--{name.replace('_', '-')}"
     for name in (
-        *("reduce", "keep", "texts", "preprocess", "image_column", "key_column", "keep_columns"),
-        *("on_duplicate", "check", "min_cosine", "batch_size", "shard_size", "workers"),
-        *("embedding_dtype", "precision", "device", "compile", "pretrained", "ray"),
+        "reduce",
+        "keep",
+        "texts",
+        "preprocess",
+        "image_column",
+        "key_column",
+        "keep_columns",
+        "on_duplicate",
+        "check",
+        "min_cosine",
+        "batch_size",
+        "shard_size",
+        "workers",
+        "embedding_dtype",
+        "precision",
+        "device",
+        "compile",
+        "pretrained",
+        "ray",
         "ray_actors",
     )
 }
@@ -84,20 +100,20 @@ def embed(
     ray_actors: Annotated[int | None, typer.Option(min=1, help="Actors on the cluster.")] = None,
 ) -> None:
     """Embed a collection of images: one vector for each, as Parquet files."""
-    given = dict(locals())
-    given["keep_columns"] = tuple(filter(None, map(str.strip, keep_columns.split(","))))
-    found = _embed(given.pop("model"), given.pop("source"), given.pop("output"), given)
+    options = dict(locals())
+    options["keep_columns"] = tuple(filter(None, map(str.strip, keep_columns.split(","))))
+    result = _embed(options.pop("model"), options.pop("source"), options.pop("output"), options)
     if not _is_first():  # of the processes of torchrun
         return
     speed = ""
-    if found.images_per_second is not None:
-        speed = f" ({found.images_per_second:.1f} images/s)"
-    line = f"{found.folder}: {found.embedded} of {found.found} images embedded{speed}"
-    if found.skipped:
-        line += f", {found.skipped} skipped, listed in {found.folder / 'skipped.parquet'}"
+    if result.images_per_second is not None:
+        speed = f" ({result.images_per_second:.1f} images/s)"
+    line = f"{result.folder}: {result.embedded} of {result.found} images embedded{speed}"
+    if result.skipped:
+        line += f", {result.skipped} skipped, listed in {result.folder / 'skipped.parquet'}"
     Console().print(escape(line), soft_wrap=True, highlight=False)
-    if found.non_finite:
-        line = f"{found.non_finite} embeddings have NaN or infinity; the images are skipped"
+    if result.non_finite:
+        line = f"{result.non_finite} embeddings have NaN or infinity; the images are skipped"
         Console(stderr=True).print(escape(f"error: {line}"), soft_wrap=True, highlight=False)
         raise typer.Exit(1)
 

@@ -113,10 +113,10 @@ def _evaluate(
 def _check_task(task: "Task", model: "PretrainedModel") -> None:
     fits = hasattr(model, "matching_logits") if task.name == "retrieval" else False
     if model.task != task.name and not fits:
-        found = f"one for {model.task}" if model.task else "a pre-trained one"
+        kind = f"one for {model.task}" if model.task else "a pre-trained one"
         raise ValueError(
             f"expected a model trained by `elip finetune {task.name}`, got {type(model).__name__}, "
-            f"{found}"
+            f"{kind}"
         )
 
 
@@ -147,5 +147,5 @@ for _name in ("vqa", "entailment", "nlvr2", "captioning", "classification"):
 
 
 def _as_dict(scores: "RetrievalScores | ZeroShotScores") -> dict[str, Any]:
-    intervals = {name: each._asdict() for name, each in scores.intervals.items()}
+    intervals = {name: interval._asdict() for name, interval in scores.intervals.items()}
     return asdict(scores) | {"intervals": intervals}

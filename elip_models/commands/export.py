@@ -69,7 +69,7 @@ def export(
     write_file(output, content)
     with console.status("running onnxruntime"):
         difference, largest = _compare(reduced, output, count or 3)
-    weights = sum(each.numel() for each in reduced.parameters()) / 1e6
+    weights = sum(parameter.numel() for parameter in reduced.parameters()) / 1e6
     lines = (
         str(reduction_summary(reduced)),
         f"parameters        {weights:.1f} M",
@@ -104,7 +104,7 @@ def _open_reduced(
                 f"transformers, got {type(model).__name__}; export its image tower by "
                 "torch.onnx.export(.., dynamo=True)"
             )
-    size = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > LARGEST:
         raise ConfigError(
             f"MODEL: expected less than 2 GB of weights, got {size / 1e9:.1f} GB; call "
@@ -152,15 +152,15 @@ def _compare(model: "nn.Module", path: Path, count: int) -> tuple[float, float]:
 
     inputs = _inputs(model, count)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: each.numpy() for name, each in inputs.items()})
+    outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     with torch.no_grad():
         leaves = pytree.tree_leaves(model(**inputs))
-    expected = [each for each in leaves if isinstance(each, torch.Tensor)]
+    expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     differences = [
-        (torch.from_numpy(one) - other).abs().max()
-        for one, other in zip(found, expected, strict=True)
+        (torch.from_numpy(output) - tensor).abs().max()
+        for output, tensor in zip(outputs, expected, strict=True)
     ]
-    return float(max(differences)), float(max(each.abs().max() for each in expected))
+    return float(max(differences)), float(max(tensor.abs().max() for tensor in expected))
 
 
 @contextmanager

@@ -39,13 +39,13 @@ def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[
 
     if not folder.is_dir():
         raise ConfigError(f"IMAGES: expected a folder of images, got {shortened(str(folder))}")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if len(found) < least:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    if len(paths) < least:
         raise ConfigError(
             f"IMAGES: expected at least {least} image files ({', '.join(IMAGE_ENDINGS)}), got "
-            f"{len(found)} in {folder}"
+            f"{len(paths)} in {folder}"
         )
-    return sorted(random.Random(seed).sample(found, min(count, len(found))))
+    return sorted(random.Random(seed).sample(paths, min(count, len(paths))))
 
 
 class ImageFiles(Sequence):
@@ -58,7 +58,7 @@ class ImageFiles(Sequence):
 
         self.paths = list(paths)
         self.size = as_tower(model.image_model).image_size
-        self.stats = [torch.tensor(each)[:, None, None] for each in model.image_stats()]
+        self.stats = [torch.tensor(stat)[:, None, None] for stat in model.image_stats()]
 
     def __len__(self) -> int:
         """Return the number of files."""

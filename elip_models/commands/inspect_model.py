@@ -109,8 +109,8 @@ def visualize(
     options = {"schedule": schedule, "scorer": number, "fusion": fusion, "image_size": image_size}
     if question is not None:
         no_weights = None if pretrained else False
-        given = {"caption": caption, "data": data, "no-pretrained": no_weights, **options}
-        _refuse_beside_question(given)
+        others = {"caption": caption, "data": data, "no-pretrained": no_weights, **options}
+        _refuse_beside_question(others)
         paths = _draw_language_model(model, files, question, output, strategy, keep)
     else:
         visualized = visualize_inputs.open_visualized_model(

@@ -67,14 +67,14 @@ def _print_support(names: list[str]) -> None:
         return reasons.index(reason) + 1
 
     for name in track(names, "checking", console=Console(stderr=True), transient=True):
-        found = timm_support(name)
-        if found.refusal is not None:
-            table.add_row(name, "none", "all", "", str(number(found.refusal)))
+        support = timm_support(name)
+        if support.refusal is not None:
+            table.add_row(name, "none", "all", "", str(number(support.refusal)))
             continue
-        failures = {each: why for each, why in found.reasons.items() if why is not None}
+        failures = {strategy: why for strategy, why in support.reasons.items() if why is not None}
         notes = sorted({number(reason) for reason in failures.values()})
         table.add_row(
-            name, found.default, ", ".join(failures), found.flag, ", ".join(map(str, notes))
+            name, support.default, ", ".join(failures), support.flag, ", ".join(map(str, notes))
         )
     console = Console()
     console.print(table)

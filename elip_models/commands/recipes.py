@@ -47,8 +47,8 @@ def show(
     name: Annotated[str, typer.Argument(help="Name of a recipe, such as clip_tiny.")],
 ) -> None:
     """Show each key of a recipe, its value, where the value comes from, and its meaning."""
-    full = {each.removeprefix(f"{FINETUNE}/"): each for each in recipe_names(FINETUNE)}
-    full |= {each: each for each in [*recipe_names(), *full.values()]}
+    full = {recipe.removeprefix(f"{FINETUNE}/"): recipe for recipe in recipe_names(FINETUNE)}
+    full |= {recipe: recipe for recipe in [*recipe_names(), *full.values()]}
     if name not in full:
         raise ConfigError(
             f"NAME: expected a name that `elip recipes` lists, got {shortened(name)}"
@@ -72,10 +72,12 @@ def _of_the_model(settings: list[Setting]) -> list[Setting]:
     from elip_models.pretraining.models.registry import config_of
     from elip_models.reduction.strategies.elip import ELIPOptions
 
-    values = {each.key: each.value for each in settings}
+    values = {setting.key: setting.value for setting in settings}
     config = config_of(values["model.name"])
     meanings = field_meanings(ELIPOptions) | field_meanings(ReductionConfig)
-    names = [each.name for each in fields(ReductionConfig) if not hasattr(VisionConfig, each.name)]
+    names = [
+        field.name for field in fields(ReductionConfig) if not hasattr(VisionConfig, field.name)
+    ]
     return [
         Setting(f"model.overrides.{name}", getattr(config, name), "model", meanings[name])
         for name in names

@@ -70,16 +70,15 @@ def search(
         from elip_models.saving.files import write_file
 
     with _working("searching") as report:
-        found = find(
-            *(folder, query),
-            **{"top": top, "model": model, "exact": exact, "device": device, "report": report},
+        result = find(
+            folder, query, top=top, model=model, exact=exact, device=device, report=report
         )
     if html is not None:
-        write_file(html, contact_sheet(found).encode(errors="backslashreplace"))
+        write_file(html, contact_sheet(result).encode(errors="backslashreplace"))
     if as_json:
-        _print_json(found.as_json())
+        _print_json(result.as_json())
     else:
-        _print_found(found)
+        _print_found(result)
 
 
 def index(
@@ -95,10 +94,10 @@ def index(
         def show(done: int, total: int) -> None:
             status.update(f"building the index: {done} of {total} images")
 
-        found = build_index(folder, progress=show)
+        result = build_index(folder, progress=show)
     _print(
-        f"{folder}: {found.kind} index of {found.index.ntotal} images; it finds "
-        f"{found.recall:.3f} of the ten nearest images of an exact search"
+        f"{folder}: {result.kind} index of {result.index.ntotal} images; it finds "
+        f"{result.recall:.3f} of the ten nearest images of an exact search"
     )
 
 
@@ -115,11 +114,11 @@ def _compare(dense: Path, reduced: Path, top: int, queries: int, seed: int, as_j
         from elip_models.embedding.compare import compare_neighbours
 
     with _working("comparing"):
-        found = compare_neighbours(dense, reduced, top=top, queries=queries, seed=seed)
+        comparison = compare_neighbours(dense, reduced, top=top, queries=queries, seed=seed)
     if as_json:
-        _print_json(found.as_json())
+        _print_json(comparison.as_json())
     else:
-        _print_kept(found)
+        _print_kept(comparison)
 
 
 @contextmanager
@@ -138,27 +137,27 @@ def _print_json(content: dict) -> None:
     typer.echo(json.dumps(content, indent=2))
 
 
-def _print_found(found: "Found") -> None:
+def _print_found(result: "Found") -> None:
     table = Table("rank", "similarity", Column("key", overflow="fold"))
-    for hit in found.hits:
+    for hit in result.hits:
         table.add_row(str(hit.rank), f"{hit.similarity:.4f}", _printable(hit.key))
     Console().print(table)
-    how = "all compared" if found.index is None else f"by the {found.index} index"
-    _print(f"{found.images} images, {how}")
+    how = "all compared" if result.index is None else f"by the {result.index} index"
+    _print(f"{result.images} images, {how}")
 
 
-def _print_kept(found: "NeighbourRecall") -> None:
-    mean, low, high = found.recall
+def _print_kept(comparison: "NeighbourRecall") -> None:
+    mean, low, high = comparison.recall
     _print(
-        f"neighbours kept, of {found.top}: {mean:.4f} (95% CI {low:.4f} to {high:.4f}, "
-        f"{found.queries} queries among {found.images} images)"
+        f"neighbours kept, of {comparison.top}: {mean:.4f} (95% CI {low:.4f} to {high:.4f}, "
+        f"{comparison.queries} queries among {comparison.images} images)"
     )
-    if not found.same_weights:
+    if not comparison.same_weights:
         _print("the models of the two folders have different weights")
     for count, what in (
-        (found.only_dense, f"only in {found.dense}"),
-        (found.only_reduced, f"only in {found.reduced}"),
-        (found.changed, "with the same key and other bytes"),
+        (comparison.only_dense, f"only in {comparison.dense}"),
+        (comparison.only_reduced, f"only in {comparison.reduced}"),
+        (comparison.changed, "with the same key and other bytes"),
     ):
         if count:
             _print(f"images {what}, which are left out: {count}")

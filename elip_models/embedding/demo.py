@@ -33,7 +33,7 @@ from elip_models.reduction.flops import DEFAULT_KEEP, at_keep, kept_share
 from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import get_strategy
-from elip_models.reduction.user_warnings import UnguidedWarning, deliberately_slow
+from elip_models.reduction.user_warnings import UnguidedWarning, ignore_slow_scorers
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import as_config_error, check_text
 
@@ -173,7 +173,7 @@ class DemoModel:
         Raises:
             TypeError, ValueError: a strategy or captions that the model cannot read.
         """
-        with warnings.catch_warnings(), deliberately_slow():
+        with warnings.catch_warnings(), ignore_slow_scorers():
             warnings.simplefilter("ignore", UnguidedWarning)
             dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
             _, infos = encode_image(self.image_model, pixels, strategy=strategy, return_info=True)
@@ -219,7 +219,7 @@ class DemoModel:
         batch = pixels.expand(batch_size, -1, -1, -1).contiguous()
         encoders = {"dense": self.dense, "reduced": self.dense.reduced(strategy)}
         steps = {name: partial(encoder, batch) for name, encoder in encoders.items()}
-        with warnings.catch_warnings(), deliberately_slow():
+        with warnings.catch_warnings(), ignore_slow_scorers():
             warnings.simplefilter("ignore", UnguidedWarning)
             times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
         ratio = ratios_to("dense", times)["reduced"]

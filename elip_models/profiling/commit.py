@@ -17,9 +17,9 @@ def commit() -> dict[str, Any]:
     The environment variable COMMIT overrides git, for a tree without .git: a hash, with the suffix
     '-dirty' if there were changes.
     """
-    given = os.environ.get("COMMIT")
-    if given:
-        return {"id": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
+    override = os.environ.get("COMMIT")
+    if override:
+        return {"id": override.removesuffix("-dirty"), "dirty": override.endswith("-dirty")}
     try:
         _git("ls-files", "--error-unmatch", "elip_kernels")  # fails in another project's checkout
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", f":!{RESULTS}")

@@ -98,7 +98,7 @@ def profile_components(
             f"parts: expected a model of this library, one of {', '.join(CALLS)}, got "
             f"{type(workload.model).__name__}"
         )
-    twin, found = workload.on_meta(), []
+    twin, costs = workload.on_meta(), []
     for strategy_name, strategy in strategies.items():
         counted = run_by_component(twin, strategy)
         flops = {part: counted.flops[part] / workload.batch_size for part in PARTS}
@@ -107,8 +107,8 @@ def profile_components(
             run_by_component(workload, strategy)
             timed = run_by_component(workload, strategy, rounds)
             seconds = {part: timed.seconds[part] / rounds for part in PARTS}
-        found.append(ComponentCosts(name, strategy_name, workload.batch_size, flops, seconds))
-    return found
+        costs.append(ComponentCosts(name, strategy_name, workload.batch_size, flops, seconds))
+    return costs
 
 
 def run_by_component(
@@ -208,7 +208,7 @@ class ComponentMode(TorchDispatchMode):
         return part
 
 
-def components_table(found: Sequence[ComponentCosts]) -> Table:
+def components_table(costs: Sequence[ComponentCosts]) -> Table:
     """Return a table of the components' shares of FLOPs, and of time if it was measured."""
     table = Table(title="Training step by component: shares of FLOPs, and of time if measured")
     for column in ("model", "strategy", ""):
@@ -216,14 +216,12 @@ def components_table(found: Sequence[ComponentCosts]) -> Table:
     for part in PARTS:
         table.add_column(part, justify="right")
     table.add_column("all", justify="right")
-    for each in found:
-        total = f"{sum(each.flops.values()) / 1e9:.3f} GFLOPs"
-        table.add_row(
-            escape(each.model), escape(each.strategy), *_shares("FLOPs", each.flops, total)
-        )
-        if each.seconds is not None:
-            total = f"{1e3 * sum(each.seconds.values()):.1f} ms"
-            table.add_row("", "", *_shares("time", each.seconds, total))
+    for row in costs:
+        total = f"{sum(row.flops.values()) / 1e9:.3f} GFLOPs"
+        table.add_row(escape(row.model), escape(row.strategy), *_shares("FLOPs", row.flops, total))
+        if row.seconds is not None:
+            total = f"{1e3 * sum(row.seconds.values()):.1f} ms"
+            table.add_row("", "", *_shares("time", row.seconds, total))
     return table
 
 

@@ -45,12 +45,12 @@ class MaxBatch:
 
 def bytes_of(memory: str) -> int:
     """Convert a size such as "16GB" or "16G" to bytes, by powers of 1,024."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE
     )
-    if found is None:
+    if match is None:
         raise ConfigError(f"--memory: expected a size such as 16GB, got {shortened(memory)}")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def largest_batches(
@@ -59,8 +59,8 @@ def largest_batches(
     """Return a row for the dense model, then one for each strategy, for `memory` bytes."""
     model.train()
     model_state = sum(
-        each.numel() * each.element_size() * (2 + MOMENTS if each.requires_grad else 1)
-        for each in model.parameters()
+        parameter.nbytes * (2 + MOMENTS if parameter.requires_grad else 1)
+        for parameter in model.parameters()
     )
     rows: list[MaxBatch] = []
     for row, strategy in ({"dense": None} | strategies).items():
@@ -73,14 +73,14 @@ def largest_batches(
 
 def _fit_line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
     """Return the bytes of a step without images, and those for each image."""
-    found = []
+    memory = []
     for batch in BATCHES:
         workload = Workload(model, batch)
         forward = workload.forward(strategy)
         step, parameters = partial(workload.train_step, forward), list(model.parameters())
-        found.append(memory_of(step, workload.device, forward=forward, parameters=parameters))
-    per_image = max(1, round((found[1] - found[0]) / (BATCHES[1] - BATCHES[0])))
-    return max(0, found[0] - BATCHES[0] * per_image), per_image
+        memory.append(memory_of(step, workload.device, forward=forward, parameters=parameters))
+    per_image = max(1, round((memory[1] - memory[0]) / (BATCHES[1] - BATCHES[0])))
+    return max(0, memory[0] - BATCHES[0] * per_image), per_image
 
 
 def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
@@ -90,7 +90,7 @@ def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
     for column in ("model", "strategy", *sizes, "batch", "ratio"):
         table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
     for row in rows:
-        sizes = (f"{each / 2**20:.1f}" for each in (row.model_state, row.fixed, row.per_image))
+        sizes = (f"{size / 2**20:.1f}" for size in (row.model_state, row.fixed, row.per_image))
         table.add_row(row.model, row.strategy, *sizes, str(row.batch), f"{row.ratio:.2f}")
     return table
 
@@ -111,10 +111,10 @@ def print_largest_batches(
             model = open_for_profile(name, settings)
             strategies, left_out = fit_strategies(name, model, settings)
             rows += largest_batches(name, model, strategies, size)
-        for each in left_out:
-            console.print(f"{each.model}: {each.strategy} is left out: {each.reason}", markup=False)
+        for refusal in left_out:
+            console.print(f"{name}: {refusal.strategy} is left out: {refusal.reason}", markup=False)
     measured = memory_kind(next(model.parameters()).device)
     console.print(batches_table(rows, memory, measured))
     if output is not None:
-        document = {"memory": size, "measured": measured, "rows": [asdict(each) for each in rows]}
+        document = {"memory": size, "measured": measured, "rows": [asdict(row) for row in rows]}
         write_json(output, document)

@@ -154,11 +154,11 @@ def measured_on(device: torch.device) -> dict[str, str | int]:
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the version of each package that is installed."""
-    found = {}
+    versions = {}
     for package in packages:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 @contextmanager

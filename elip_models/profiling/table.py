@@ -127,8 +127,8 @@ class Profile:
             "flops_are_of": "one image, or pair of a whole model",
             "memory_is": memory_kind(self.settings.device),
             "rows": [asdict(row) for row in self.rows],
-            "left_out": [asdict(each) for each in self.left_out],
-            "parts": [asdict(each) for each in self.parts],
+            "left_out": [asdict(row) for row in self.left_out],
+            "parts": [asdict(row) for row in self.parts],
         }
 
 
@@ -156,7 +156,7 @@ def run_profile(
                 model,
                 strategies,
                 batch_size=batch_size,
-                modes=[each for each in MODES if settings.mode in (each, "both")],
+                modes=[mode for mode in MODES if settings.mode in (mode, "both")],
                 rounds=settings.rounds,
             )
             if settings.parts:
@@ -189,7 +189,7 @@ def fit_strategies(
     name: str, model: nn.Module, settings: ProfileSettings
 ) -> tuple[dict[str, Strategy], list[LeftOut]]:
     """Return the strategies that fit the model, by spec, and the others with their reasons."""
-    workload, found, left_out = Workload(model, 1), {}, []
+    workload, fitting, left_out = Workload(model, 1), {}, []
     for text in settings.compared:
         try:
             name_of_strategy, written = parse_spec(text)
@@ -204,8 +204,8 @@ def fit_strategies(
         except (TypeError, ValueError) as error:
             left_out.append(LeftOut(name, text, " ".join(str(error).split())))
         else:
-            found[text] = strategy
-    return found, left_out
+            fitting[text] = strategy
+    return fitting, left_out
 
 
 def table_of(profile: Profile) -> Table:

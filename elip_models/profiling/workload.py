@@ -33,8 +33,8 @@ class Workload:
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
-        moved = as_reducible(model).moved_in_training()
-        self.model = shared_copy(model, separate=moved) if moved else model
+        updated = as_reducible(model).updated_by_forward()
+        self.model = shared_copy(model, separate=updated) if updated else model
         self.batch_size = batch_size
         self.reducible = as_reducible(self.model)
         self.tower = as_tower(self.reducible.image_model)

@@ -142,7 +142,7 @@ def _image_model(model: nn.Module) -> nn.Module:
             "model: expected one of timm, open_clip or transformers, got "
             f"{type(model).__name__}, which `elip train` trains"
         )
-    dtypes = {each.dtype for each in reducible.image_model.parameters() if each.requires_grad}
+    dtypes = {p.dtype for p in reducible.image_model.parameters() if p.requires_grad}
     if dtypes != {torch.float32}:
         got = ", ".join(map(str, dtypes)) or "none"
         raise ValueError(f"model: expected parameters in fp32 that require a gradient, got {got}")
@@ -165,15 +165,15 @@ def _check_images(images: Any, tower: Tower) -> None:
 @contextmanager
 def _only_blocks_train(model: nn.Module) -> Iterator[None]:
     """Let only the blocks require a gradient inside the block."""
-    inside = {id(each) for block in as_tower(model).blocks for each in block.parameters()}
+    inside = {id(parameter) for block in as_tower(model).blocks for parameter in block.parameters()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
-    for each in others:
-        each.requires_grad_(False)
+    for parameter in others:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for each in others:
-            each.requires_grad_()
+        for parameter in others:
+            parameter.requires_grad_()
 
 
 @contextmanager
@@ -182,19 +182,19 @@ def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
     if rank is None:
         yield
         return
-    if any("base_layer" in each._modules for each in model.modules()):
+    if any("base_layer" in module._modules for module in model.modules()):
         raise ValueError("lora_rank: expected None for a model that has adapters, which then train")
     with require_extra("lora_rank"):
         from peft import LoraConfig, inject_adapter_in_model
-    inside = [each for block in as_tower(model).blocks for each in block.modules()]
-    linear = {id(each) for each in inside if isinstance(each, nn.Linear)}
-    for each in inside:  # layers whose weights the library reads, past an adapter
-        if isinstance(each, nn.MultiheadAttention):
-            linear -= {id(part) for part in each.modules()}
-        elif getattr(each, "q_bias", None) is not None:
-            linear -= {id(each.qkv)}
-    layers = [name for name, each in model.named_modules() if id(each) in linear]
-    required = [each for each in model.parameters() if each.requires_grad]
+    inside = [module for block in as_tower(model).blocks for module in block.modules()]
+    linear = {id(module) for module in inside if isinstance(module, nn.Linear)}
+    for module in inside:  # layers whose weights the library reads, past an adapter
+        if isinstance(module, nn.MultiheadAttention):
+            linear -= {id(part) for part in module.modules()}
+        elif getattr(module, "q_bias", None) is not None:
+            linear -= {id(module.qkv)}
+    layers = [name for name, module in model.named_modules() if id(module) in linear]
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
     try:
         yield
@@ -204,8 +204,8 @@ def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
             adapted.merge()
             model.set_submodule(name, adapted.base_layer)
         del model.peft_config
-        for each in required:
-            each.requires_grad_()
+        for parameter in required:
+            parameter.requires_grad_()
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -303,8 +303,8 @@ class _Run:
                 f"checkpoint: expected a run with the same {', '.join(other)}, got another one in "
                 f"{path}; remove it to start again"
             )
-        for name, each in self.trained.items():
-            each.copy_(state["trained"][name])
+        for name, parameter in self.trained.items():
+            parameter.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["done"]
 
@@ -345,5 +345,5 @@ def _loss(expected: tuple[Tensor, Tensor | None], got: tuple[Tensor, Tensor | No
 
 def _checksum(tensors: Iterable[Tensor]) -> int:
     return reduce(
-        lambda sum_, each: crc32(each.detach().cpu().contiguous().numpy(), sum_), tensors, 0
+        lambda sum_, tensor: crc32(tensor.detach().cpu().contiguous().numpy(), sum_), tensors, 0
     )

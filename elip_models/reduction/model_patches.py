@@ -162,7 +162,8 @@ def remove_hooks(module: nn.Module, kinds: type | UnionType) -> None:
     tables = (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (
-            *(module._forward_hooks, module._forward_hooks_with_kwargs),
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
             module._forward_hooks_always_called,
         ),
     )

@@ -106,7 +106,7 @@ def _refuse_replaced(reduction: Reduction) -> None:
     tower, strategy = reduction.tower, reduction.strategy
     replaces = strategy.replaces_block or tower.reads_own_positions
     owners = [(tower.blocks[i], "forward") for i in reduction.acts_at if replaces]
-    owners += tower.entrance if strategy.changes_embedding else []
+    owners += tower.embed_methods if strategy.changes_embedding else []
     for owner, name in owners:
         if _replaced(owner, name) is not None:
             raise TypeError(
@@ -138,7 +138,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
     if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
-        *first, (owner, name) = tower.entrance
+        *first, (owner, name) = tower.embed_methods
         setattr(owner, name, PatchEmbedding(reduction, passes_on=False))
         for owner, name in first:
             setattr(owner, name, PatchEmbedding(reduction, passes_on=True))
@@ -206,8 +206,8 @@ def tower_summary(model: nn.Module) -> Summary:
 
 def is_reduced_tower(tower: Tower) -> bool:
     """Return whether the tower is reduced; cheap, because it looks at the tower's parts alone."""
-    entrance = [] if tower.refuses_resizing() else tower.entrance
-    owners = [*entrance, *((block, "forward") for block in tower.blocks)]
+    methods = [] if tower.refuses_resizing() else tower.embed_methods
+    owners = [*methods, *((block, "forward") for block in tower.blocks)]
     return any(isinstance(vars(owner).get(name), Replacement) for owner, name in owners)
 
 

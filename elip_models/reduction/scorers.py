@@ -68,7 +68,7 @@ def _official(tower: Tower, stage: Stage, tokens: Tensor, query: Query) -> Tenso
     last = stage.last
     tokens = query.into(tokens)
     for i in range(stage.first, last):
-        tokens = tower.dry_block(i, tokens)
+        tokens = tower.run_block_without_hooks(i, tokens)
     with tower.unsharded(last, tokens) as (tokens,):
         qkv = tower.qkv(last, tokens)
         attention = tower.attention_map(last, tokens, qkv=qkv)
@@ -148,7 +148,7 @@ def _attention_half(tower: Tower, i: int, tokens: Tensor) -> Tensor:
 
 def _block(tower: Tower, i: int, tokens: Tensor) -> Tensor:
     """Run block i; its output is used for scoring alone."""
-    return tower.dry_block(i, tokens)
+    return tower.run_block_without_hooks(i, tokens)
 
 
 def _after(

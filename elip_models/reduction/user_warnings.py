@@ -15,7 +15,7 @@ class UnguidedWarning(UserWarning):
 
 
 @contextmanager
-def deliberately_slow() -> Iterator[None]:
+def ignore_slow_scorers() -> Iterator[None]:
     """Ignore `SlowScorerWarning` inside, where slow scorers run on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowScorerWarning)

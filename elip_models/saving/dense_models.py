@@ -128,8 +128,8 @@ def load_transformers(
         )
     missing = sorted(info["missing_keys"])
     new = _parts_without(model, missing) if new_parts else []
-    absent = [each for each in missing if each.partition(".")[0] not in new]
-    absent += [f"{each[0]} of its shape" for each in info["mismatched_keys"]]
+    absent = [name for name in missing if name.partition(".")[0] not in new]
+    absent += [f"{name} of its shape" for name, *_ in info["mismatched_keys"]]
     if absent:
         raise ValueError(
             f"{name}: expected all weights of {type(model).__name__}, got none for "
@@ -176,7 +176,7 @@ def _stored(folder: Path, config: Any) -> tuple[dict[str, Tensor], tuple[int, in
             raise FileNotFoundError(f"folder: expected model.safetensors in {folder}, got none")
         tensors = numbers // 64
     else:
-        tensors, numbers = len(stored), 2 * sum(each.numel() for each in stored.values())
+        tensors, numbers = len(stored), 2 * sum(tensor.numel() for tensor in stored.values())
     is_quantised = getattr(config, "quantization_config", None) is not None
     limits = 4 * tensors + 1000, numbers * (PACKED if is_quantised else 1) + SPARE
     return stored or {}, limits

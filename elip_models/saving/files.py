@@ -64,7 +64,7 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, completely or not at all; memory formats are not stored."""
-    values = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, save(values, metadata={"format": "pt"}))
 
 
@@ -113,11 +113,14 @@ def read_tensors(path: Path, *, finite: bool = True) -> dict[str, Tensor]:
 
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError if a tensor read from `path` is not a dense one of finite numbers."""
-    found = {name: what for name, each in tensors.items() if (what := _unusable(each))}
-    if found:
-        named = [f"{what} in {name:.100}" for name, what in list(found.items())[:3]]
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(f"{path}: expected numbers, got {', '.join(named)}{more}")
+    problems = [
+        f"{problem} in {name:.100}"
+        for name, tensor in tensors.items()
+        if (problem := _unusable(tensor))
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: expected numbers, got {', '.join(problems[:3])}{more}")
 
 
 def _unusable(tensor: Tensor) -> str | None:
@@ -130,7 +133,7 @@ def _unusable(tensor: Tensor) -> str | None:
         return None
     if tensor.dtype not in FLOATS:
         return f"a {tensor.dtype} tensor"
-    low, high = (each.item() for each in tensor.detach().aminmax())  # one pass, no copy
+    low, high = (bound.item() for bound in tensor.detach().aminmax())  # one pass, no copy
     if math.isnan(low):
         return "NaN"
     return "infinity" if math.isinf(low) or math.isinf(high) else None

@@ -67,7 +67,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as staging:
         yield Path(staging)
-        for file in sorted(each for each in Path(staging).rglob("*") if each.is_file()):
+        for file in sorted(path for path in Path(staging).rglob("*") if path.is_file()):
             target = folder / file.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
             if file.name != "README.md" or not target.exists():
@@ -81,13 +81,13 @@ def card_values(strategy: Strategy, size: TowerSize) -> dict[str, str]:
         "| | tokens in each layer | GFLOPs, forward | GFLOPs, training step |",
         "|" + " --- |" * 4,
     ]
-    for each in dict.fromkeys((Dense(), strategy)):
-        flops = dense if isinstance(each, Dense) else strategy_flops(each, size)
-        tokens = ", ".join(str(layer.attention) for layer in each.token_counts(size))
+    for method in dict.fromkeys((Dense(), strategy)):
+        flops = dense if isinstance(method, Dense) else strategy_flops(method, size)
+        tokens = ", ".join(str(layer.attention) for layer in method.token_counts(size))
         shares = (
             f"{some / 1e9:.3g} ({some / every:.0%})"
             for some, every in zip(flops, dense, strict=True)
         )
-        rows.append(f"| `{each}` | {tokens} | {' | '.join(shares)} |")
+        rows.append(f"| `{method}` | {tokens} | {' | '.join(shares)} |")
     height, width = size.image
     return {"image": f"{height} x {width}", "table": "\n".join(rows)}

@@ -31,14 +31,34 @@ MOST_TENSORS = 32_768
 """Of a model whose weights are not read: 1,024 layers of 32."""
 INDEX = "model.safetensors.index.json"
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 INITIALISERS = {
-    *("uniform_", "normal_", "trunc_normal_", "erfinv_", "mul_", "add_", "clamp_"),
-    *("fill_", "zero_", "ones_", "zeros_", "constant_", "copy_"),
+    "uniform_",
+    "normal_",
+    "trunc_normal_",
+    "erfinv_",
+    "mul_",
+    "add_",
+    "clamp_",
+    "fill_",
+    "zero_",
+    "ones_",
+    "zeros_",
+    "constant_",
+    "copy_",
 }
 NOT_STORED: dict[str, Callable[[torch.Size], Tensor]] = {
     "position_ids": lambda shape: torch.arange(shape[-1]).expand(shape),
@@ -46,8 +66,17 @@ NOT_STORED: dict[str, Callable[[torch.Size], Tensor]] = {
 }
 """Values of the buffers that transformers does not store, by name; shapes (1, L)."""
 LIBRARY_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
-    *(RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
 )
 """What libraries raise where a config or a file has values that they do not expect."""
 
@@ -57,7 +86,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        kinds = {name: (each.get_shape(), each.get_dtype()) for name, each in slices.items()}
+        kinds = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
         return {
             name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
             for name, (shape, dtype) in kinds.items()
@@ -90,7 +119,7 @@ def check_integers(path: Path, config: dict[str, Any]) -> None:
         if isinstance(value, dict):
             left += value.items()
         elif isinstance(value, list):
-            left += [(key, each) for each in value]
+            left += [(key, item) for item in value]
         elif isinstance(value, int) and "theta" not in key:
             limit = DEEPEST if DEPTH.search(key) else LARGEST
             if abs(value) > limit:
@@ -138,15 +167,15 @@ def meta_device(tensors: int) -> Iterator[None]:
 
 
 def with_memory(
-    outline: nn.Module, make: Callable[[], nn.Module], given: Iterable[str]
+    outline: nn.Module, make: Callable[[], nn.Module], weight_names: Iterable[str]
 ) -> nn.Module:
     """Return `outline`, which `make()` made under `meta_device`, with memory for its tensors.
 
-    The memory has no values yet: `given` names the weights that the caller loads. If they leave out
+    The memory has no values yet: the caller loads the weights of `weight_names`. If these leave out
     a tensor of the model, the result is a new `make()` instead, which has initial values.
     """
     first = first_names(outline)
-    loaded = {first[name] for name in given if name in first}
+    loaded = {first[name] for name in weight_names if name in first}
     state = outline.state_dict(keep_vars=True)
     undefined = {id(tensor) for tensor in _meta_tensors(outline)}
     undefined -= {id(tensor) for name, tensor in state.items() if first[name] in loaded}
@@ -185,7 +214,7 @@ def _meta_tensors(model: nn.Module) -> Iterator[Tensor]:
             if name not in ("_parameters", "_buffers", "_modules"):
                 inner = value.values() if isinstance(value, dict) else value
                 values += inner if isinstance(inner, list | tuple | ValuesView) else [inner]
-        yield from (each for each in values if isinstance(each, Tensor) and each.is_meta)
+        yield from (value for value in values if isinstance(value, Tensor) and value.is_meta)
 
 
 @contextmanager

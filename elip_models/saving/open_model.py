@@ -107,8 +107,8 @@ def size_options(spec: str, image_size: int | None) -> dict[str, int]:
 
 def split_weights(name: str) -> tuple[str, str]:
     """Split 'NAME:WEIGHTS' or 'NAME/WEIGHTS' of a model of timm or open_clip; "" without any."""
-    found = re.match(r"(?!local-dir:|hf-hub:)([^:/]+)[:/](.*)", name, re.DOTALL)
-    return (found[1], found[2]) if found else (name, "")
+    match = re.match(r"(?!local-dir:|hf-hub:)([^:/]+)[:/](.*)", name, re.DOTALL)
+    return (match[1], match[2]) if match else (name, "")
 
 
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

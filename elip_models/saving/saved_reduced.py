@@ -199,21 +199,21 @@ def _check_reduces(model: SelfReducingModel) -> None:
 
 
 def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
-    found = reductions_of(model)
-    if len(found) != 1:
-        remedy = "save each model alone" if found else "save a dense model by its library"
+    reductions = reductions_of(model)
+    if len(reductions) != 1:
+        remedy = "save each model alone" if reductions else "save a dense model by its library"
         raise ValueError(
-            f"model: expected one model of reduce_, got {len(found) or 'no'} reductions in it; "
-            f"{remedy}"
+            f"model: expected one model of reduce_, got {len(reductions) or 'no'} reductions in "
+            f"it; {remedy}"
         )
-    owner = found[0].model
+    owner = reductions[0].model
     names = {id(module): name for name, module in without_adapter(model).named_modules()}
     if id(owner) not in names:
         raise ValueError(
             f"model: expected the whole {type(owner).__name__} that reduce_ changed, got a "
             f"{type(model).__name__} inside it"
         )
-    return found[0], names[id(owner)]
+    return reductions[0], names[id(owner)]
 
 
 def _reduced_module(model: nn.Module, name: Any) -> nn.Module:

@@ -110,7 +110,7 @@ class Tower(Positions):
         """Gather block i's parameters inside the context, which yields `tensors`."""
         return unsharded(self.blocks[i], *tensors)
 
-    def dry_block(self, i: int, tokens: Tensor) -> Tensor:
+    def run_block_without_hooks(self, i: int, tokens: Tensor) -> Tensor:
         """Run block i's own forward to compute scores, without gradient and without hooks.
 
         FSDP's hooks would free the parameters, and prefetch for a backward that never runs.

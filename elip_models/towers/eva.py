@@ -160,7 +160,7 @@ class EvaTower(PlainTimm):
         return super().patchify(images), self.resized_for(images).ropes
 
     def enter(self, tokens: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Run the modules between `entrance` and block 0."""
+        """Run the modules between `embed_methods` and block 0."""
         return super().enter(tokens[0])
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:

@@ -79,10 +79,10 @@ class HFTower(HFPositions):
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
         """Return why the model cannot be a tower, in one sentence, or None if it can."""
-        found = _trunk(model)
-        if found is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
+        parts = _trunk(model)
+        if parts is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
             return transformers_reason(model)
-        trunk, layers = found
+        trunk, layers = parts
         shared = ("shared_position_bias", "encoder.relative_position_bias")
         if any(part(trunk, name) is not None for name in shared):
             return "it passes the bias of its positions to its layers as a mask"
@@ -136,18 +136,18 @@ class HFTower(HFPositions):
         return bool(kwargs.get(name, getattr(self.trunk.config, name)))
 
     @property
-    def entrance(self) -> list[tuple[nn.Module, str]]:
+    def embed_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
         return [(self.trunk.embeddings, "forward")]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
+        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         embeddings = self.trunk.embeddings
         pixels, options = self._inputs(images)
         return type(embeddings).forward(embeddings, pixels, **options)
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `entrance` and block 0."""
+        """Run the modules between `embed_methods` and block 0."""
         tokens = tokens if isinstance(tokens, Tensor) else tokens[0]  # some return more than tokens
         return run(self.trunk, PRE_NORMS, tokens)
 

@@ -5,11 +5,19 @@ from elip_models.towers.tower_parts import BlockNames, per_sublayer
 CLIP = BlockNames("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
 BLIP = CLIP._replace(out=("projection",), qkv=("qkv",))
 VIT = BlockNames(
-    *("attention", "layernorm_before", "layernorm_after", "layernorm", ("o_proj",)),
+    attn="attention",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    norm="layernorm",
+    out=("o_proj",),
     after=per_sublayer("dropout"),
 )
 DINO = BlockNames(
-    *("attention", "norm1", "norm2", "layernorm", ("o_proj",)),
+    attn="attention",
+    norm1="norm1",
+    norm2="norm2",
+    norm="layernorm",
+    out=("o_proj",),
     after=per_sublayer("layer_scale{}", "drop_path"),
 )
 VIDEO_MAE = VIT._replace(
@@ -69,7 +77,7 @@ LAYERS = {
         after=per_sublayer("lambda_{}"),
     ),
     "Aimv2EncoderLayer": BlockNames(
-        *("attention", "rms_norm1", "rms_norm2", "rms_norm", ("out_proj",)), mlp=("ffn",)
+        "attention", "rms_norm1", "rms_norm2", "rms_norm", ("out_proj",), mlp=("ffn",)
     ),
 }
 """By the name of the class."""

@@ -30,8 +30,10 @@ def image_stats_of(model: nn.Module) -> Stats | None:
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}: expected settings of a processor: {error}") from error
         settings += [saved, saved["image_processor"]]
-    found = (each for each in settings if each.get("image_mean") and each.get("image_std"))
-    stats = next(found, None)
+    with_stats = (
+        values for values in settings if values.get("image_mean") and values.get("image_std")
+    )
+    stats = next(with_stats, None)
     if stats is None:
         return None
     for name in ("image_mean", "image_std"):

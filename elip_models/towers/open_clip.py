@@ -33,7 +33,11 @@ from elip_models.towers.wrapped_modules import (
 )
 
 BLOCK = BlockNames(
-    *("attn", "ln_1", "ln_2", "ln_post", ("out_proj",)),
+    attn="attn",
+    norm1="ln_1",
+    norm2="ln_2",
+    norm="ln_post",
+    out=("out_proj",),
     after=(("ln_attn", "ls_1"), ("ls_2",)),
     head_norms=("ln_q", "ln_k"),
     dropout=("dropout", "attn_drop"),
@@ -115,12 +119,12 @@ class OpenClipTower(Tower):
         return self.model.transformer.grad_checkpointing
 
     @property
-    def entrance(self) -> list[tuple[nn.Module, str]]:
+    def embed_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model, "_embeds")]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
+        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         model = self.model
         patches = model.conv1(images)
         grid = tuple(patches.shape[2:])

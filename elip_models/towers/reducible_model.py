@@ -67,7 +67,7 @@ class ReducibleModel:
         text = self.tokenise(tokenizer, captions)
         return self.encode_guidance(**{name: ids.to(device) for name, ids in text.items()})
 
-    def moved_in_training(self) -> tuple[Tensor, ...]:
+    def updated_by_forward(self) -> tuple[Tensor, ...]:
         """Return the parameters and buffers that the forward changes in training."""
         return ()
 

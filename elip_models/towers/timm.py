@@ -21,7 +21,11 @@ from elip_models.towers.wrapped_modules import Affine, library_class, refuses_no
 
 MODELS = (vit.VisionTransformer, NaFlexVit)  # whose blocks are of the class Block
 BLOCK = BlockNames(
-    *("attn", "norm1", "norm2", "norm", ("norm", "proj", "proj_drop")),
+    attn="attn",
+    norm1="norm1",
+    norm2="norm2",
+    norm="norm",
+    out=("norm", "proj", "proj_drop"),
     after=per_sublayer("ls{}", "drop_path{}"),
     qkv=("qkv",),
     dropout=("attn_drop",),
@@ -143,12 +147,12 @@ class PlainTimm(Tower):
         return self.model.norm(tokens)
 
     @property
-    def entrance(self) -> list[tuple[nn.Module, str]]:
+    def embed_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `entrance` and block 0."""
+        """Run the modules between `embed_methods` and block 0."""
         return self.model.norm_pre(tokens)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -163,7 +167,7 @@ class PlainTimm(Tower):
         return f"its patches come from a {type(embed).__name__} and not from one convolution"
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
+        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         model = self.model
         patches = model.patch_embed.proj(images)
         grid = tuple(patches.shape[2:])
@@ -211,7 +215,7 @@ class TimmTower(PlainTimm):
         return f"its attention is {type(attn).__name__} and not timm's plain Attention"
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `entrance` and block 0."""
+        """Run the modules between `embed_methods` and block 0."""
         return self.model.norm_pre(self.model.patch_drop(tokens))
 
     def is_plain(self, i: int) -> bool:

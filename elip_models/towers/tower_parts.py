@@ -47,7 +47,10 @@ class BlockNames(NamedTuple):
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     head_norms: tuple[str, str] = ("q_norm", "k_norm")
     dropout: tuple[str, ...] = (
-        *("attention_dropout", "dropout", "attention.dropout_prob", "attention.dropout"),
+        "attention_dropout",
+        "dropout",
+        "attention.dropout_prob",
+        "attention.dropout",
     )
     bias: str = "relative_position_bias"
     returns_tuple: bool = False
@@ -243,7 +246,7 @@ class TowerParts:
         raise NotImplementedError
 
     @property
-    def entrance(self) -> list[tuple[nn.Module, str]]:
+    def embed_methods(self) -> list[tuple[nn.Module, str]]:
         """Return the owners and names of the methods that embed images, in call order."""
         raise NotImplementedError
 
@@ -260,11 +263,11 @@ class TowerParts:
         return None
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `entrance` makes of images (B, 3, h, w), with interpolated positions."""
+        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         raise NotImplementedError
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `entrance` and block 0; by default there are none."""
+        """Run the modules between `embed_methods` and block 0; by default there are none."""
         return tokens
 
     def embed(self, images: Tensor) -> Tensor:

@@ -114,9 +114,9 @@ def _modality_reason(model: nn.Module) -> str:
 
 def _first(table: Mapping[str, str], name: str) -> str | None:
     """Return the value of the first key that has a pattern of the name, or None."""
-    found = (
+    reasons = (
         reason
         for patterns, reason in table.items()
         if any(fnmatchcase(name, pattern) for pattern in patterns.split())
     )
-    return next(found, None)
+    return next(reasons, None)

@@ -23,12 +23,12 @@ from elip_models.validation import as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.cross_attention import CrossAttentionReduction
 from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
-from elip_models.vlm.inside import InnerLayers
+from elip_models.vlm.inner_layers import InnerLayers
 from elip_models.vlm.prompt_reduction import PROMPT_RECORDS, ExtraRepr, PromptReduction
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
-from elip_models.vlm.strategies.inside import LayerStrategy
+from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
 from elip_models.vlm.tower_attention import TowerAttention
 

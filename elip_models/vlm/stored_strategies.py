@@ -18,7 +18,7 @@ from elip_models.validation import check
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.controls import RandomTokens
-from elip_models.vlm.strategies.inside import LayerStrategy
+from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
 LanguageStrategy = ImageTokenStrategy | LayerStrategy
 OLD_NAMES = {"random": RandomTokens.name}

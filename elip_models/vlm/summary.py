@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from elip_models.reduction.summary import Summary, runs
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.strategies.base import ImageTokenStrategy
-from elip_models.vlm.strategies.inside import LayerStrategy
+from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
 NOMINAL_TOKENS = 576  # of a model whose images have different numbers of tokens
 

@@ -29,7 +29,7 @@ def cached(monkeypatch):
 
         monkeypatch.setattr(Tower, name, watched)
 
-    for name in ("cls_attention", "dry_block", "cls_block"):
+    for name in ("cls_attention", "run_block_without_hooks", "cls_block"):
         watch(name)
     return seen
 

@@ -185,7 +185,7 @@ def test_a_stage_boundary_launches_nothing_else(scorer, make, dtype, monkeypatch
     """Without fusion and blocks of a dry run: PyTorch only makes views and allocates memory."""
     from benchmarks.kernel_analysis.compile import recorded_launches
 
-    monkeypatch.setattr(Tower, "dry_block", lambda tower, i, tokens: tokens)
+    monkeypatch.setattr(Tower, "run_block_without_hooks", lambda tower, i, tokens: tokens)
     monkeypatch.setattr(Tower, "cls_block", lambda tower, i, tokens, cls: cls)
     if scorer != "last":  # which fuses in its kernel
         monkeypatch.setattr(Query, "into", lambda query, tokens: tokens)

@@ -12,7 +12,7 @@ from elip_models import is_reduced, reduce_, reduction_summary, unreduce_
 from elip_models.validation import ConfigError
 from elip_models.vlm.strategies.controls import RandomTokens, Stride
 from elip_models.vlm.strategies.diverse import Diverse
-from elip_models.vlm.strategies.inside import FastV
+from elip_models.vlm.strategies.layer_strategy import FastV
 from tests.vlm.models import build
 
 

@@ -11,7 +11,7 @@ from elip_models.vlm.strategies.cdpruner import CDPruner, scaled
 from elip_models.vlm.strategies.controls import Pool, Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.evs import EVS
-from elip_models.vlm.strategies.inside import FastV, LayerStrategy, Pyramid
+from elip_models.vlm.strategies.layer_strategy import FastV, LayerStrategy, Pyramid
 from elip_models.vlm.strategies.visionzip import VisionZip, choose
 
 BEFORE = [name for name, cls in LANGUAGE_STRATEGIES.items() if issubclass(cls, ImageTokenStrategy)]

@@ -138,7 +138,7 @@ def merge_(model: Model) -> Model:
 
 def trainable_counts(model: AdaptableModel) -> tuple[int, int]:
     """Return the numbers of trainable and of all parameters, without momentum copies."""
-    follow = {id(tensor) for tensor in model.moved_in_training()}
+    follow = {id(tensor) for tensor in model.updated_by_forward()}
     counted = [p for p in model.parameters() if id(p) not in follow]
     return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
 
@@ -156,8 +156,8 @@ def unadapted_name(name: str) -> str | None:
 
 def adapted_layer_of(name: str) -> str | None:
     """Return the layer that an adapter's parameter belongs to, or None for other parameters."""
-    found = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
-    return found and found[1]
+    match = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
+    return match and match[1]
 
 
 def _replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -78,8 +78,8 @@ def _check_rank(config: AdaptConfig, weights: dict[str, Tensor]) -> None:
     shapes = {n: tuple(w.shape) for n, w in weights.items() if f".{down}.weight" in n}
     others = [f"{name} of {shape}" for name, shape in shapes.items() if shape[:1] != (rank,)]
     if config.kind is not None and (others or not shapes):
-        found = others[0] if others else f"no {down}"
-        raise ValueError(f"{field}: expected the first size in {WEIGHTS}, {found}, got {rank}")
+        stored = others[0] if others else f"no {down}"
+        raise ValueError(f"{field}: expected the first size in {WEIGHTS}, {stored}, got {rank}")
 
 
 def has_adapter(folder: str | Path) -> bool:

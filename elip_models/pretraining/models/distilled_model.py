@@ -166,7 +166,7 @@ class DistilledModel(CrossModalModel):
         """Image model of the online encoders."""
         return self.encoders.visual
 
-    def moved_in_training(self) -> tuple[Tensor, ...]:
+    def updated_by_forward(self) -> tuple[Tensor, ...]:
         """Return the parameters of the momentum encoders."""
         return () if self.encoders_m is None else tuple(self.encoders_m.parameters())
 

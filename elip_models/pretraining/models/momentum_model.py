@@ -86,9 +86,9 @@ class MomentumModel(DistilledModel):
         self.queue = FeatureQueue(width, size, with_ids=self.stores_image_ids)
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
 
-    def moved_in_training(self) -> tuple[Tensor, ...]:
+    def updated_by_forward(self) -> tuple[Tensor, ...]:
         """Return the parameters of the momentum encoders and the buffers of the queue."""
-        return *super().moved_in_training(), *self.queue.buffers()
+        return *super().updated_by_forward(), *self.queue.buffers()
 
     @property
     def fusion_tower(self) -> BertTower:

@@ -14,7 +14,7 @@ from elip_models.pretraining.data.read_errors import readable_samples
 from elip_models.pretraining.tasks.task import TaskScores, evaluation_transform
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
-from elip_models.reduction.user_warnings import deliberately_slow
+from elip_models.reduction.user_warnings import ignore_slow_scorers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +96,7 @@ def _pixels(
     if text and model.reduction.is_guided:
         read = {name: ids.to(device) for name, ids in model.tokenise(tokenizer, [text]).items()}
         guide = model.text_cls(**read)
-    with deliberately_slow():
+    with ignore_slow_scorers():
         _, infos = run_tower(model.tower, seen[None].to(device), guide, model.reduction)
     if not infos:
         return pixels

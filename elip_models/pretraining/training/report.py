@@ -21,7 +21,7 @@ from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.user_warnings import deliberately_slow
+from elip_models.reduction.user_warnings import ignore_slow_scorers
 from elip_models.saving.files import write_json
 from elip_models.validation import require_extra
 
@@ -60,7 +60,7 @@ class Reporter:
         """Write `kept_tokens.png`: patches kept by each stage, CLS attention and captions."""
         images, captions, guidance = self._guided_batch(count)
         tower = self.model.tower
-        with torch.no_grad(), deliberately_slow():
+        with torch.no_grad(), ignore_slow_scorers():
             _, infos = run_tower(tower, images, guidance, self.strategy)
         mean, std = (torch.tensor(v)[:, None, None] for v in self.model.image_stats())
         pixels = (images.cpu() * std + mean).clamp(0, 1)

@@ -5,7 +5,7 @@ from elip_models.vlm.strategies.cdpruner import CDPruner
 from elip_models.vlm.strategies.controls import Pool, RandomTokens, Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.evs import EVS
-from elip_models.vlm.strategies.inside import FastV, LayerStrategy, Pyramid
+from elip_models.vlm.strategies.layer_strategy import FastV, LayerStrategy, Pyramid
 from elip_models.vlm.strategies.visionzip import VisionZip
 
 LANGUAGE_STRATEGIES: dict[str, type[ImageTokenStrategy] | type[LayerStrategy]] = {

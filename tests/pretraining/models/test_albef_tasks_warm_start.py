@@ -105,7 +105,7 @@ def test_a_queue_of_another_size_is_initialised():
 @pytest.mark.parametrize("task", ["vqa", "entailment", "nlvr2"])
 def test_without_distillation_there_is_no_momentum_encoder(task):
     model = made(TASKS[task], distill=False)
-    assert model.encoders_m is None and model.moved_in_training() == () and not model.monitored()
+    assert model.encoders_m is None and model.updated_by_forward() == () and not model.monitored()
     names = TASKS[task].from_pretraining(pretrained().state_dict(), model.config)
     assert not any(name.startswith("encoders_m.") for name in names)
     model.begin_step(0, 0.0)

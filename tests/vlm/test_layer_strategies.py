@@ -10,7 +10,7 @@ from elip_models import is_reduced, record_stages, reduce_, reduction_summary, u
 from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import find_multimodal
-from elip_models.vlm.strategies.inside import FastV, Pyramid
+from elip_models.vlm.strategies.layer_strategy import FastV, Pyramid
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, IMAGE, PAD
 from tests.vlm.models import build

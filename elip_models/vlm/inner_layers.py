@@ -20,7 +20,7 @@ from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
 from elip_models.vlm.prompt_reduction import check_call
 from elip_models.vlm.strategies.base import count_kept
-from elip_models.vlm.strategies.inside import LayerStrategy
+from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
 
 class InnerLayers(Watcher):
