@@ -1,4 +1,4 @@
-"""The command `python -m elip_models.open_clip_train`, see `training/open_clip.py`."""
+"""The command `python -m elip_models.open_clip_train`, see `integrations/open_clip.py`."""
 
 import sys
 

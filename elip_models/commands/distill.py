@@ -17,6 +17,7 @@ with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +30,14 @@ OPTIONS = {"model": "MODEL", "images": "IMAGES", "checkpoint": "--output"} | {
 """Argument of `elip_models.distill` -> that of the command."""
 HELD_OUT_SHARE, LEAST_HELD_OUT = 0.1, 8
 CHECKPOINT = ".distill.pt"
+COLUMNS = (
+    "steps",
+    MofNCompleteColumn(),
+    BarColumn(),
+    "{task.description}",
+    TimeRemainingColumn(),
+    "left",
+)
 
 
 def distill(
@@ -99,7 +108,6 @@ def _train(
     **options: Any,
 ) -> None:
     """Distill the reduced model, with a progress bar, and save it."""
-    from elip_models.pretraining.training.progress import progress_bar
     from elip_models.recovery.distill import distill as train
     from elip_models.saving.open_model import split_spec, split_weights
     from elip_models.saving.saved_reduced import save_reduced
@@ -112,8 +120,8 @@ def _train(
     checkpoint = output / CHECKPOINT
     if checkpoint.exists():
         console.print(escape(f"continuing from {checkpoint}"), soft_wrap=True)
-    with progress_bar(console) as bars:
-        bar = bars.add_task("", total=options["steps"], unit="steps")
+    with Progress(*COLUMNS, console=console, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("", total=options["steps"])
 
         def show(step: int, loss: float) -> None:
             bars.update(bar, completed=step, description=f"loss {loss:.4f}")

@@ -43,12 +43,12 @@ def models(
 
 
 def _print_families() -> None:
-    from elip_models.pretraining.models.registry import list_models
+    from elip_models.saving.model_registry import registered_names
 
     table = Table("library", "models", Column("example", no_wrap=True))
     for row in FAMILIES:
         table.add_row(*row)
-    table.add_row("this library", escape(", ".join(list_models())), "elip_clip_vit_b16")
+    table.add_row("this library", escape(", ".join(registered_names())), "elip_clip_vit_b16")
     console = Console()
     console.print(table)
     console.print("elip models 'vit_*' checks models of timm by name", highlight=False)

@@ -35,7 +35,7 @@ def store_in_config(model: nn.Module, reduction: Reduction) -> None:
 def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
     """Return the strategy that a model was saved with, or None."""
     config = owner.saved_config
-    saved = getattr(config, "elip", None)
+    saved = _stored_in(config)
     if saved is None:
         return None
     with as_config_error(f"{type(config).__name__}.elip"):
@@ -58,7 +58,7 @@ def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduct
     configs = {id(config): config for config in own_configs if config is not None}
     shared = [r.shared_config for r in reductions if r.shared_config is not None]
     for config in configs.values():
-        if getattr(config, "elip", None) is None:
+        if _stored_in(config) is None:
             continue
         own = copy.copy(config)
         del own.elip
@@ -71,6 +71,11 @@ def replace_config(modules: Iterable[nn.Module], config: Any, by: Any) -> None:
     for module in modules:
         if _config_of(module) is config:
             module.config = by
+
+
+def _stored_in(config: Any) -> Any:
+    """Return the settings in a config, or None; a config of the paper's models has a method."""
+    return None if config is None else vars(config).get("elip")
 
 
 def _config_of(module: nn.Module) -> Any:

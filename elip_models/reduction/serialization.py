@@ -66,7 +66,10 @@ def strategy_of(saved: Any, named: Mapping[str, type] = NAMED) -> Any:
     if rate is not None and settings.get(rate) is None:
         missing = rate  # no default is stored, so that a stored strategy never changes
     if missing is not None:
-        raise ValueError(f"settings.{missing}: expected one for {name!r}, got none")
+        raise ValueError(
+            f"settings.{missing}: expected one for {name!r}, got none; pass it as strategy=, such "
+            f"as '{name}:{missing}=..'"
+        )
     read = {
         key: _schedule(value) if Schedule in get_args(known[key].type) else _tuples(value)
         for key, value in settings.items()

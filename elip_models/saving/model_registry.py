@@ -23,6 +23,11 @@ def register_models(module: str) -> None:
         SOURCES.append(module)
 
 
+def registered_names() -> list[str]:
+    """Return the names of the models of all sources."""
+    return [name for source in _sources() for name in source.list_models()]
+
+
 def source_of_name(name: str) -> ModuleType | None:
     """Return the source that lists a name, or None."""
     return next((source for source in _sources() if name in source.list_models()), None)

@@ -167,6 +167,8 @@ class PretrainedModel(
         """Set `tower`, `dense` and `reduction` from the image model and the config."""
         self.tower, self.dense = as_tower(self.visual), Dense()
         self.reduction = fit_strategy(self.config.reduction, self.tower)
+        if self.config.reduction.has_open_rate:  # so that a saved model keeps its rate
+            self.config = replace(self.config, **reduction_fields(self.reduction))
 
     def set_reduction(self, strategy: Strategy | None) -> None:
         """Replace the strategy of the forward and of the config; None makes the model dense.
@@ -313,6 +315,12 @@ class PretrainedModel(
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
         with as_config_error(str(path / "config.json")):
             made = cls.config_class.from_dict(config)
+            if made.reduction.has_open_rate:
+                raise ValueError(
+                    f"strategy_options: expected the rate of {made.strategy!r}, got none; set it "
+                    "in the file. Before version 0.2, none meant r=8, keep_ratio=0.7 of 'evit', "
+                    "0.5 of 'patch_dropout', or schedule='clip'"
+                )
         weights = read_tensors(path / "model.safetensors")
         try:
             with meta_device(len(weights)):  # weights that do not fit take no memory

@@ -41,7 +41,7 @@ class InputConfig(Config):
 
     Attributes:
         resize: 'crop' uses the centre of an image; 'squash' all of it, with another aspect ratio.
-        captions: 'plain', or another rule of `data/caption_rules.py`.
+        captions: 'plain', or another rule of `pretraining/data/caption_rules.py`.
         max_words: Number of words of a text that all rules except 'plain' keep.
     """
 
