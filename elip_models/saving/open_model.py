@@ -200,7 +200,7 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
             )
         return load_reduced(folder).eval()
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"spec: expected {FORMS}, got {folder}, which has no {CONFIG}")
+        raise ValueError(f"spec: expected {FORMS}, got a folder with no {CONFIG} in it, {folder}")
     if "model_type" in read_object(folder / CONFIG):
         return _open_hf(str(folder), pretrained, options)
     family, config = read_config(folder, with_weights=pretrained)

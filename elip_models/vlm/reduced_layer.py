@@ -3,9 +3,12 @@
 from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from elip_models.validation import require_extra
 from elip_models.vlm.cache_state import RemovedTokens
+
+with require_extra("elip_models.vlm"):
+    from transformers.cache_utils import CacheLayerMixin
 
 
 class ReducedLayer(CacheLayerMixin):

@@ -201,7 +201,7 @@ def test_weights_of_another_model_are_an_error(model, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ConfigError, match="model: expected weights of test_vit in"):
         open_encoder(f"timm:test_vit:{tmp_path}/other.pt")
-    with pytest.raises(ConfigError, match=r"no config.json in"):
+    with pytest.raises(ConfigError, match=r"no config.json in it"):
         open_encoder(str(tmp_path))
 
 
