@@ -51,13 +51,13 @@ LAZY = {
     "elip_models.integrations.peft.adapt_config": ("AdaptConfig",),
     "elip_models.pretraining.models.registry": ("create_model", "list_models"),
     "elip_models.reduction.encode": ("encode_image",),
-    "elip_models.reduction.patch": ("guidance",),
     "elip_models.reduction.schedule": ("Schedule", "Stage"),
     "elip_models.reduction.strategy": ("TokenCounts", "StageInfo", "Strategy"),
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
     "elip_models.recovery.distill": ("distill",),
     "elip_models.vlm.patch": (
+        "guidance",
         "is_reduced",
         "record_stages",
         "reduce_",
@@ -82,7 +82,6 @@ if TYPE_CHECKING:
     from elip_models.recovery.distill import distill
     from elip_models.reduction import strategies
     from elip_models.reduction.encode import encode_image
-    from elip_models.reduction.patch import guidance
     from elip_models.reduction.schedule import Schedule, Stage
     from elip_models.reduction.strategies import *  # noqa: F403, of its __all__
     from elip_models.reduction.strategy import StageInfo, Strategy, TokenCounts
@@ -91,6 +90,7 @@ if TYPE_CHECKING:
     from elip_models.saving.saved_reduced import load_reduced, save_reduced
     from elip_models.towers.sdpa import use_sdpa_
     from elip_models.vlm.patch import (
+        guidance,
         is_reduced,
         record_stages,
         reduce_,

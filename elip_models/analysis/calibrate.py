@@ -30,6 +30,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, option_types, parse_spec
 from elip_models.towers import Tower, as_reducible, as_tower
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
+from elip_models.vlm.families import refuse_multimodal
 from elip_models.vlm.patch import is_reduced, reduce_
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -137,6 +138,7 @@ class _Features:
     def __init__(
         self, model: nn.Module, images: Tensor, metric: str | Metric, batch_size: int
     ) -> None:
+        refuse_multimodal(model)
         if is_reduced(model):
             raise ValueError(
                 "model: expected one that reduce_ has not changed, got a reduced one; "

@@ -91,10 +91,13 @@ def _open_reduced(
     """Return the reduced model that `spec` names, in eval mode."""
     from elip_models.saving.open_model import open_model, size_options
     from elip_models.towers import SelfReducingModel, as_reducible
+    from elip_models.vlm.families import refuse_multimodal
     from elip_models.vlm.patch import reduce_
 
     with as_config_error("MODEL", inner="spec"):
         model = open_model(spec, pretrained=pretrained, **size_options(spec, image_size))
+    with as_config_error("MODEL", inner="model"):
+        refuse_multimodal(model)
         reducible = as_reducible(model)
         if isinstance(reducible, SelfReducingModel) or not (
             reducible.has_text or reducible.image_model is model

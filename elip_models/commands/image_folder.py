@@ -80,9 +80,12 @@ def open_with_images(
 
     from elip_models.saving.open_model import open_model
     from elip_models.towers import as_reducible
+    from elip_models.vlm.families import refuse_multimodal
 
     with console.status("opening the model"), as_config_error("MODEL", inner="spec"):
         model = open_model(spec, pretrained=pretrained)
+    with as_config_error("MODEL", inner="model"):
+        refuse_multimodal(model)
         files = ImageFiles(paths, as_reducible(model))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), files
 

@@ -43,6 +43,7 @@ from elip_models.validation import (
     require_extra,
     shortened,
 )
+from elip_models.vlm.families import refuse_multimodal
 from elip_models.vlm.patch import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,12 +105,14 @@ def distill(
 
     Raises:
         ImportError: peft is missing, which LoRA needs.
-        TypeError, ValueError: a wrong argument, or a checkpoint of another run.
+        TypeError, ValueError: a wrong argument, a multimodal language model, whose image tower can
+            be trained, or a checkpoint of another run.
         TrainingError: the loss is not finite.
     """
     options = _Options(steps, batch_size, lr, seed, lora_rank)
     if not isinstance(checkpoint, str | os.PathLike | None):
         raise TypeError(f"checkpoint: expected a path or None, got {shortened(checkpoint)}")
+    refuse_multimodal(model)
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)
     path = None if checkpoint is None else Path(checkpoint)

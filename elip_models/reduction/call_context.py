@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from elip_models.reduction.step import ForwardState
-from elip_models.reduction.strategy import StageInfo
 
 
 @dataclass
@@ -46,10 +45,10 @@ class Guide(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A list that receives the `StageInfo` of every step of these reductions."""
+    """A list that receives what these reductions record, such as the `StageInfo` of every step."""
 
     reductions: Sequence[object]
-    infos: list[StageInfo]
+    infos: list[Any]
 
 
 GUIDES: ContextVar[tuple[Guide, ...]] = ContextVar("GUIDES", default=())
@@ -133,8 +132,8 @@ def _(text_cls: Tensor) -> Tensor:
 
 
 @contextmanager
-def recording(reductions: Sequence[object], infos: list[StageInfo]) -> Iterator[None]:
-    """Append the result of every step of the reductions in this thread or task to `infos`."""
+def recording(reductions: Sequence[object], infos: list[Any]) -> Iterator[None]:
+    """Append what the reductions record in this thread or task to `infos`."""
     this = Record(reductions, infos)
     RECORDS.set((*RECORDS.get(), this))
     try:
@@ -143,7 +142,7 @@ def recording(reductions: Sequence[object], infos: list[StageInfo]) -> Iterator[
         RECORDS.set(tuple(record for record in RECORDS.get() if record is not this))
 
 
-def records_of(reduction: object) -> list[list[StageInfo]]:
+def records_of(reduction: object) -> list[list[Any]]:
     """Return the lists that record the reduction in this thread or task."""
     return [
         record.infos

@@ -154,16 +154,15 @@ def check_share(keep: float | None) -> None:
     An integer is an error: a strategy of a language model takes it as a number of tokens.
     """
     if isinstance(keep, int) and not isinstance(keep, bool):
-        advice = f"pass {float(keep)}" if keep == 1 else "pass 0.5 for half of the tokens"
-        raise TypeError(
-            "keep: expected a float in (0, 1], the mean share of the tokens over the layers, got "
-            f"the integer {shortened(keep)}; {advice}"
-        )
-    error = mismatch_error(keep, PositiveShare | None)
+        error, got = TypeError, f"the integer {shortened(keep)}"
+    else:
+        error, got = mismatch_error(keep, PositiveShare | None), shortened(keep)
     if error is not None:
+        is_one = isinstance(keep, int) and keep == 1
+        advice = "1.0 for all of the tokens" if is_one else "0.5 for half of the tokens"
         raise error(
             "keep: expected a float in (0, 1], the mean share of the tokens over the layers, got "
-            f"{shortened(keep)}; pass 0.5 for half of the tokens"
+            f"{got}; pass {advice}"
         )
 
 

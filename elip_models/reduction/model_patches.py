@@ -145,16 +145,42 @@ def _replaces_attention(strategy: Strategy) -> bool:
 
 
 class Representation:
-    """A replacement of a model's `extra_repr`, which prints the reduction too."""
+    """A replacement of a model's `extra_repr`, which prints its reductions too.
 
-    def __init__(self, reduction: Reduction, replaced: Callable[[], str] | None) -> None:
-        self.reduction = reduction
+    reductions: of the image tower, and the text of those of the language model.
+    replaced: what the user had put there, or None.
+    """
+
+    def __init__(self, model: nn.Module, replaced: Callable[[], str] | None) -> None:
+        self.model = model
+        self.reductions: list[Reduction | str] = []
         self.replaced = replaced
 
     def __call__(self) -> str:
-        """Return the model's own text, and the reduction in one line."""
-        own = original_method(self.reduction.model, "extra_repr", self.replaced)()
-        return "\n".join(filter(None, (own, f"(reduced) {self.reduction.summary.line}")))
+        """Return the model's own text, and a line for each reduction."""
+        own = original_method(self.model, "extra_repr", self.replaced)()
+        lines = (f"(reduced) {reduction}" for reduction in self.reductions)
+        return "\n".join(filter(None, (own, *lines)))
+
+
+def show_reduction(model: nn.Module, reduction: Reduction | str) -> None:
+    """Print the reduction with the model."""
+    shown = vars(model).get("extra_repr")
+    if not isinstance(shown, Representation):
+        shown = model.extra_repr = Representation(model, shown)
+    shown.reductions.append(reduction)
+
+
+def hide_reductions(model: nn.Module, kind: type) -> None:
+    """Undo `show_reduction` for reductions of a class."""
+    shown = vars(model).get("extra_repr")
+    if not isinstance(shown, Representation):
+        return
+    shown.reductions = [other for other in shown.reductions if not isinstance(other, kind)]
+    if not shown.reductions:
+        del model.extra_repr
+        if shown.replaced is not None:
+            model.extra_repr = shown.replaced
 
 
 def remove_hooks(module: nn.Module, kinds: type | UnionType) -> None:

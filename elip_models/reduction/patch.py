@@ -5,12 +5,10 @@
 `elip_models.vlm.patch` has the public functions, for every kind of model.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from elip_models.reduction.forward_passes import TrackCall
 from elip_models.reduction.hf_config import remove_from_config, store_in_config, strategy_in_config
@@ -22,20 +20,19 @@ from elip_models.reduction.model_patches import (
     PatchEmbedding,
     Refusal,
     Representation,
+    hide_reductions,
     remove_hooks,
+    show_reduction,
 )
 from elip_models.reduction.reduced_model import ReducedBlock, Reduction
 from elip_models.reduction.strategies import default_strategy
-from elip_models.reduction.strategies.elip import Guided
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.reduction.summary import Summary
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
-from elip_models.towers import ImageTextModel, SelfReducingModel, Tower, as_image_text, as_tower
+from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
 
 M = TypeVar("M", bound=nn.Module)
-Replacement = (ReducedBlock, PatchEmbedding, Refusal, Representation, DenseMethod)
-WITH_REDUCTION = (ReducedBlock, PatchEmbedding, Representation)
+Replacement = (ReducedBlock, PatchEmbedding, Refusal, DenseMethod)
 Hook = EncodeTextFirst | CollectHiddenStates | TrackCall
 
 
@@ -132,8 +129,7 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         )
     uninstall_strategy(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
-    shown = reduction.model
-    shown.extra_repr = Representation(reduction, vars(shown).get("extra_repr"))
+    show_reduction(reduction.model, reduction)
     store_in_config(model, reduction)
     if not reduction.acts_at and not strategy.changes_embedding:
         return
@@ -188,6 +184,7 @@ def uninstall_strategy(model: nn.Module) -> None:
     remove_from_config(modules, reductions)
     for module in modules:
         remove_hooks(module, Hook)
+        hide_reductions(module, Reduction)
         for name, value in list(vars(module).items()):
             if isinstance(value, Replacement):
                 delattr(module, name)
@@ -211,64 +208,16 @@ def is_reduced_tower(tower: Tower) -> bool:
     return any(isinstance(vars(owner).get(name), Replacement) for owner, name in owners)
 
 
-@contextmanager
-def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
-    """Guide a reduced model by a text in the forward passes inside.
-
-        with elip_models.guidance(model, text_cls):
-            features = model(images)
-
-    The guidance applies to the thread or asyncio task that enters it; others may run the same model
-    with their own. One thread or task at a time can guide a compiled model. The backward pass may
-    run after the context has ended.
-
-    Args:
-        model: a model that `reduce_` has changed; DistributedDataParallel or torch.compile may wrap
-            it.
-        text_cls: (B, D), one vector per image in the tower's width D, or (1, D) for all images. It
-            is detached.
-
-    Raises:
-        TypeError, ValueError: a model that `reduce_` has not changed, or `text_cls` not (B, D).
-    """
-    if isinstance(model, SelfReducingModel):
-        raise TypeError(
-            f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
-            "forward takes its texts; pass them with the images"
-        )
-    reductions = reductions_in(model)
-    if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
-        raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
-    for width in (reduction.tower.width for reduction in reductions):
-        if text_cls.dim() != 2 or text_cls.shape[1] != width:
-            raise ValueError(
-                f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
-                f"images, got {tuple(text_cls.shape)}; "
-                "project it to the tower's width first"
-            )
-    strategies = [reduction.strategy for reduction in reductions]
-    for strategy in (strategy for strategy in strategies if not strategy.is_guided):
-        message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
-        if isinstance(strategy, Guided):
-            reason = f"fusion={strategy.fusion:g}"
-            reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
-            message = f"{strategy.name!r} reads no text with {reason}"
-        warn_once(message, UnguidedWarning, stacklevel=4)
-    text_cls, this = text_cls.detach().clone(), object()
-    for reduction in reductions:
-        reduction.guide(this, text_cls)
-    try:
-        yield
-    finally:
-        for reduction in reductions:
-            reduction.unguide(this)
-
-
 def reductions_of(model: nn.Module) -> list[Reduction]:
     """Return the reductions of the model and of the models inside it."""
-    values = (value for module in model.modules() for value in vars(module).values())
-    reductions = (value.reduction for value in values if isinstance(value, WITH_REDUCTION))
-    return list({id(reduction): reduction for reduction in reductions}.values())
+    reductions: list[Any] = []
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(value, ReducedBlock | PatchEmbedding):
+            reductions.append(value.reduction)
+        elif isinstance(value, Representation):
+            reductions += value.reductions
+    unique = {id(reduction): reduction for reduction in reductions}
+    return [reduction for reduction in unique.values() if isinstance(reduction, Reduction)]
 
 
 def reductions_in(model: nn.Module) -> list[Reduction]:

@@ -77,6 +77,10 @@ class Reduction:
         """Return the summary of the reduction."""
         return Summary.of(self.tower, self.strategy, is_whole=self.image_text is not None)
 
+    def __str__(self) -> str:
+        """Return the summary in one line."""
+        return self.summary.line
+
     @property
     def is_in_use(self) -> bool:
         """Return whether it is guided, or recorded in this thread or task."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elip_models.reduction.call_context import records_of
 from elip_models.vlm.cache_state import cache_in
 from elip_models.vlm.call import begin_call, current_call
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.prompt_reduction import (
-    PROMPT_RECORDS,
     PromptReduction,
     check_call,
     question_of,
@@ -28,12 +28,6 @@ class CrossAttentionReduction(PromptReduction):
 
     def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy) -> None:
         super().__init__(multimodal, strategy)
-        if strategy.reads_tower:
-            raise TypeError(
-                f"model: expected one whose image tokens are in the prompt for {strategy.name!r}, "
-                f"got {multimodal.config.model_type}, which reads them by cross-attention; take "
-                "another strategy, such as 'diverse'"
-            )
         self.tile = multimodal.tower.num_patches
         self.layer = multimodal.cross_attention_layers[0]
 
@@ -61,7 +55,7 @@ class CrossAttentionReduction(PromptReduction):
         """Record what the forward pass kept."""
         call = current_call()
         if call is not None and call.images is not None:
-            for infos in (infos for owner, infos in PROMPT_RECORDS.get() if owner is self):
+            for infos in records_of(self):
                 infos.append(call.info(cache_in(output)))
 
     def _reduced(self, model: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -95,9 +95,26 @@ class Multimodal:
         is_local = "sliding_attention" in types
         return getattr(self.text_config, "sliding_window", None) if is_local else None
 
+    @property
+    def why_tokens_must_stay(self) -> str | None:
+        """Return why no token can be removed before the language model's layers, or None."""
+        unknown = set(getattr(self.text_config, "layer_types", None) or ()) - LAYER_TYPES
+        if unknown:
+            kinds = ", ".join(sorted(unknown))
+            return f"its language model has layers of type {kinds}, whose state counts every token"
+        if "position_ids" not in signature(self.language_model.forward).parameters:
+            name = type(self.language_model).__name__
+            return (
+                "it needs a language model that takes position_ids, which remaining tokens keep, "
+                f"in place of {name}"
+            )
+        return None
 
-def find_multimodal(model: nn.Module) -> Multimodal | None:
+
+def find_multimodal(model: Any) -> Multimodal | None:
     """Return the parts of the multimodal language model that `model` is or contains, or None."""
+    if not isinstance(model, nn.Module):
+        return None
     parents = {child: module for module in model.modules() for child in module.children()}
     for module in model.modules():
         name = (LANGUAGE_MODEL | CROSS_ATTENTION).get(
@@ -108,16 +125,14 @@ def find_multimodal(model: nn.Module) -> Multimodal | None:
     return None
 
 
-def check_layers(multimodal: Multimodal) -> None:
-    """Raise TypeError if tokens cannot be removed before the language model's layers."""
-    unknown = set(getattr(multimodal.text_config, "layer_types", None) or ()) - LAYER_TYPES
-    if unknown:
+def refuse_multimodal(model: nn.Module) -> None:
+    """Raise TypeError if the model is a multimodal language model, where an image model is meant.
+
+    The message has the name of its image tower.
+    """
+    if (multimodal := find_multimodal(model)) is not None:
+        tower = next(name for name, module in model.named_modules() if module is multimodal.tower)
         raise TypeError(
-            f"model: expected a language model whose layers all attend to the tokens before, got "
-            f"layers of type {', '.join(sorted(unknown))}, whose state counts every token"
-        )
-    if "position_ids" not in signature(multimodal.language_model.forward).parameters:
-        raise TypeError(
-            "model: expected a language model that takes position_ids, which remaining tokens "
-            f"keep, got {type(multimodal.language_model).__name__}"
+            "model: expected an image model or an image-text model, got a multimodal language "
+            f"model, {type(model).__name__}; use its image tower, model.{tower}"
         )

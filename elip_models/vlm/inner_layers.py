@@ -33,18 +33,6 @@ class InnerLayers(Watcher):
         self.levels = [sum(at <= i for at, _ in self.drops) for i in range(len(layers))]
         self.window = multimodal.window
         self.is_flash = "flash" in (multimodal.text_config._attn_implementation or "")
-        first = min((at for at, _ in self.drops), default=len(layers))
-        if not 0 < first < len(layers):
-            raise ValueError(
-                f"strategy: expected a drop behind one of the first {len(layers) - 1} layers of "
-                f"{len(layers)}, got {strategy}"
-            )
-        deepstack = len(getattr(multimodal.tower, "deepstack_visual_indexes", ()))
-        if first < deepstack:
-            raise ValueError(
-                f"strategy: expected the first drop behind layer {deepstack} or later, since the "
-                f"layers before it add features to every image token, got {strategy}"
-            )
 
     def install(self, multimodal: Multimodal) -> None:
         """Register hooks behind those of `PromptReduction`; watch the layers before the drops."""

@@ -8,31 +8,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from elip_models.reduction import patch
 from elip_models.reduction.call_context import recording
-from elip_models.reduction.model_patches import remove_hooks
+from elip_models.reduction.model_patches import hide_reductions, remove_hooks, show_reduction
+from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies import DEFAULT, STRATEGIES
+from elip_models.reduction.strategies.elip import Guided
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import StrategyOptions, from_line, resolve_strategy
 from elip_models.reduction.summary import Summary
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import SelfReducingModel
 from elip_models.validation import as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.cross_attention import CrossAttentionReduction
-from elip_models.vlm.families import Multimodal, check_layers, find_multimodal
+from elip_models.vlm.families import Multimodal, find_multimodal
 from elip_models.vlm.inner_layers import InnerLayers
-from elip_models.vlm.prompt_reduction import PROMPT_RECORDS, ExtraRepr, PromptReduction
+from elip_models.vlm.prompt_reduction import PromptReduction
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
-from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.base import ImageTokenStrategy, LanguageStrategy
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.summary import MultimodalSummary
 from elip_models.vlm.tower_attention import TowerAttention
 
-AnyStrategy = Strategy | ImageTokenStrategy | LayerStrategy
+AnyStrategy = Strategy | LanguageStrategy
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
@@ -88,12 +91,14 @@ def reduce_(
         RuntimeError: a call with other settings inside `guidance` or `record_stages`.
     """
     options = {"schedule": schedule, **options}
+    multimodal = find_multimodal(model)
+    if multimodal is None:
+        _refuse_language_strategy(model, strategy)
     if isinstance(model, SelfReducingModel):
         model.set_reduction(
             resolve_strategy(model.tower, strategy, options, keep=keep, default=model.elip_strategy)
         )
         return model
-    multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
     if multimodal is None:
         return patch.install_strategy(model, strategy, options, keep)
     _reduce(model, multimodal, strategy, keep, options)
@@ -135,7 +140,7 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
     """
     if isinstance(model, SelfReducingModel):
         return Summary.of(model.tower, model.reduction, is_whole=True)
-    multimodal = find_multimodal(model) if isinstance(model, nn.Module) else None
+    multimodal = find_multimodal(model)
     if multimodal is None:
         return patch.tower_summary(model)
     reductions = patch.reductions_of(multimodal.tower)
@@ -160,9 +165,82 @@ def strategies_in(model: nn.Module) -> tuple[AnyStrategy, ...]:
     if isinstance(model, SelfReducingModel):
         return (model.reduction,) if model.is_reduced else ()
     of_towers = (reduction.strategy for reduction in patch.reductions_of(model))
+    return (*of_towers, *language_strategies_in(model))
+
+
+def language_strategies_in(model: nn.Module) -> tuple[LanguageStrategy, ...]:
+    """Return the strategies that remove image tokens of a multimodal language model."""
     multimodal = find_multimodal(model)
-    of_language = () if multimodal is None else _installed(multimodal)
-    return (*of_towers, *(strategy for strategy in of_language if strategy is not None))
+    strategies = () if multimodal is None else _installed(multimodal)
+    return tuple(strategy for strategy in strategies if strategy is not None)
+
+
+@contextmanager
+def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
+    """Guide a reduced model by a text in the forward passes inside.
+
+        with elip_models.guidance(model, text_cls):
+            features = model(images)
+
+    The guidance applies to the thread or asyncio task that enters it; others may run the same model
+    with their own. One thread or task at a time can guide a compiled model. The backward pass may
+    run after the context has ended.
+
+    Args:
+        model: a model that `reduce_` has changed; DistributedDataParallel or torch.compile may wrap
+            it.
+        text_cls: (B, D), one vector per image in the tower's width D, or (1, D) for all images. It
+            is detached.
+
+    Raises:
+        TypeError, ValueError: a model that `reduce_` has not changed, or `text_cls` not (B, D).
+    """
+    if isinstance(model, SelfReducingModel):
+        raise TypeError(
+            f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
+            "forward takes its texts; pass them with the images"
+        )
+    reductions = _tower_reductions(model)
+    if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
+        raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
+    for width in (reduction.tower.width for reduction in reductions):
+        if text_cls.dim() != 2 or text_cls.shape[1] != width:
+            raise ValueError(
+                f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
+                f"images, got {tuple(text_cls.shape)}; "
+                "project it to the tower's width first"
+            )
+    strategies = [reduction.strategy for reduction in reductions]
+    for strategy in (strategy for strategy in strategies if not strategy.is_guided):
+        message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
+        if isinstance(strategy, Guided):
+            reason = f"fusion={strategy.fusion:g}"
+            reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
+            message = f"{strategy.name!r} reads no text with {reason}"
+        warn_once(message, UnguidedWarning, stacklevel=4)
+    text_cls, this = text_cls.detach().clone(), object()
+    for reduction in reductions:
+        reduction.guide(this, text_cls)
+    try:
+        yield
+    finally:
+        for reduction in reductions:
+            reduction.unguide(this)
+
+
+def _tower_reductions(model: nn.Module) -> list[Reduction]:
+    """Return the reductions of image towers in a model; raise ValueError if there is none."""
+    try:
+        return patch.reductions_in(model)
+    except ValueError as error:
+        strategies = language_strategies_in(model)
+        if not strategies:
+            raise
+        raise ValueError(
+            "model: expected one whose image tower reduce_ has changed, got a "
+            f"{type(model).__name__} with {strategies[0].name!r}, which acts on the language model "
+            "and reads the question in the prompt itself; call the model without guidance"
+        ) from error
 
 
 @contextmanager
@@ -190,18 +268,16 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
     patch.refuse_compiled(model, "record_stages")
     multimodal = find_multimodal(model)
     hooks = None if multimodal is None else _owner(multimodal.model, PromptReduction)
-    if hooks is None:
-        stages: list[StageInfo] = []
-        is_own = isinstance(model, SelfReducingModel) and model.is_reduced
-        with recording([model.tower] if is_own else patch.reductions_in(model), stages):
-            yield stages
-        return
-    infos: list[PromptInfo] = []
-    token = PROMPT_RECORDS.set((*PROMPT_RECORDS.get(), (hooks, infos)))
-    try:
+    reductions: list[object]
+    if hooks is not None:
+        reductions = [hooks]
+    elif isinstance(model, SelfReducingModel) and model.is_reduced:
+        reductions = [model.tower]
+    else:
+        reductions = [*patch.reductions_in(model)]
+    infos: list[Any] = []
+    with recording(reductions, infos):
         yield infos
-    finally:
-        PROMPT_RECORDS.reset(token)
 
 
 def _reduce(
@@ -215,17 +291,17 @@ def _reduce(
             restore_(model, saved)
     else:
         _reduce_language_model(model, multimodal, _strategy(strategy, {"keep": keep, **options}))
-    installed = tuple(strategy for strategy in _installed(multimodal) if strategy is not None)
-    has_tower = bool(patch.reductions_of(model))
-    store_strategies(model, multimodal.config, installed, has_tower=has_tower)
+    of_towers = [reduction.strategy for reduction in patch.reductions_of(model)]
+    of_tower = of_towers[0] if of_towers else None
+    store_strategies(model, multimodal.config, of_tower, language_strategies_in(model))
 
 
 def _reduce_language_model(
-    model: nn.Module, multimodal: Multimodal, chosen: ImageTokenStrategy | LayerStrategy
+    model: nn.Module, multimodal: Multimodal, chosen: LanguageStrategy
 ) -> None:
     """Replace the strategy before the language model, or the one inside it."""
     patch.refuse_compiled(model, "reduce_")
-    check_layers(multimodal)
+    _check_supported(multimodal, chosen)
     front, inside = _installed(multimodal)
     if chosen in (front, inside):
         return
@@ -233,6 +309,33 @@ def _reduce_language_model(
         _install(multimodal, front, chosen)
     else:
         _install(multimodal, chosen, inside)
+
+
+def _check_supported(multimodal: Multimodal, strategy: LanguageStrategy) -> None:
+    """Raise TypeError if the strategy cannot reduce the model, or ValueError for its settings."""
+    reason, name = strategy.why_unsupported(multimodal), multimodal.config.model_type
+    if reason is None:
+        return
+    if isinstance(strategy, LayerStrategy) and reason == strategy.why_misplaced(multimodal):
+        raise ValueError(f"strategy: expected settings that fit {name}, got {strategy}: {reason}")
+    classes = LANGUAGE_STRATEGIES.values()
+    others = (cls.name for cls in classes if cls().why_unsupported(multimodal) is None)
+    raise TypeError(
+        f"model: expected one that is fit for {strategy.name!r}, got {name}: {reason}; take "
+        f"another strategy, such as {next(others, DEFAULT.name)!r}"
+    )
+
+
+def _refuse_language_strategy(model: nn.Module, strategy: Any) -> None:
+    """Raise TypeError for a strategy that acts in a multimodal language model alone."""
+    name = strategy.partition(":")[0].strip() if isinstance(strategy, str) else None
+    is_language = isinstance(strategy, LanguageStrategy) or name in LANGUAGE_STRATEGIES
+    if is_language and isinstance(model, nn.Module):
+        name = name or strategy.name
+        raise TypeError(
+            f"model: expected a multimodal language model, in which {name!r} acts, got a "
+            f"{type(model).__name__}; take a strategy of image models, such as {DEFAULT.name!r}"
+        )
 
 
 def restore_(model: nn.Module, saved: Any) -> None:
@@ -258,12 +361,10 @@ def _is_for_tower(strategy: Any, options: dict[str, Any]) -> bool:
     return isinstance(strategy, Strategy)
 
 
-def _strategy(
-    strategy: str | ImageTokenStrategy | LayerStrategy | None, options: dict[str, Any]
-) -> ImageTokenStrategy | LayerStrategy:
+def _strategy(strategy: str | LanguageStrategy | None, options: dict[str, Any]) -> LanguageStrategy:
     """Return the strategy that the arguments of `reduce_` describe."""
     options = {name: value for name, value in options.items() if value is not None}
-    if isinstance(strategy, ImageTokenStrategy | LayerStrategy):
+    if isinstance(strategy, LanguageStrategy):
         for name, value in options.items():
             raise ValueError(f"{name}: expected it inside the instance, got {value!r} beside it")
         return strategy
@@ -297,7 +398,8 @@ def _install(
     multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
 ) -> None:
     """Replace what is installed."""
-    before = _prompt_reduction(multimodal, front, inside)
+    is_cross = bool(multimodal.cross_attention_layers)
+    before = (CrossAttentionReduction if is_cross else PromptReduction)(multimodal, front)
     inner = None if inside is None else InnerLayers(multimodal, inside)
     tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)
     _uninstall(multimodal)
@@ -306,23 +408,8 @@ def _install(
     before.install(multimodal)
     if inner is not None:
         inner.install(multimodal)
-    model = multimodal.model
-    model.extra_repr = ExtraRepr((front, inside), model, vars(model).get("extra_repr"))
-
-
-def _prompt_reduction(
-    multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
-) -> PromptReduction:
-    """Return the hooks that remove tokens before the language model."""
-    if not multimodal.cross_attention_layers:
-        return PromptReduction(multimodal, front)
-    if inside is not None:
-        raise TypeError(
-            f"model: expected one whose image tokens are in the prompt for {inside.name!r}, got "
-            f"{multimodal.config.model_type}, which reads them by cross-attention; take a strategy "
-            "before the language model, such as 'diverse'"
-        )
-    return CrossAttentionReduction(multimodal, front)
+    strategies = ", then ".join(map(str, filter(None, (front, inside))))
+    show_reduction(multimodal.model, f"image tokens: {strategies}")
 
 
 def _uninstall(multimodal: Multimodal) -> None:
@@ -331,8 +418,4 @@ def _uninstall(multimodal: Multimodal) -> None:
         remove_hooks(module, PromptReduction)
     TowerAttention.uninstall(multimodal)
     InnerLayers.uninstall(multimodal)
-    shown = vars(multimodal.model).get("extra_repr")
-    if isinstance(shown, ExtraRepr):
-        del multimodal.model.extra_repr
-        if shown.replaced is not None:
-            multimodal.model.extra_repr = shown.replaced
+    hide_reductions(multimodal.model, str)

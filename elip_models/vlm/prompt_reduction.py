@@ -9,19 +9,19 @@ The result is that of a model in which no token attends to the removed ones: the
 two. The last token of each image stays, because the token behind it is predicted from it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elip_models.reduction.call_context import records_of
 from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
 from elip_models.vlm.cache_state import CacheState, cache_in
-from elip_models.vlm.call import PromptCall, PromptInfo, begin_call, current_call, end_call
+from elip_models.vlm.call import PromptCall, begin_call, current_call, end_call
 from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
@@ -29,9 +29,6 @@ from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.tower_attention import tower_attention
 
 LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
-PROMPT_RECORDS: ContextVar[tuple[tuple[object, list[PromptInfo]], ...]] = ContextVar(
-    "PROMPT_RECORDS", default=()
-)
 
 
 class PromptReduction:
@@ -124,7 +121,7 @@ class PromptReduction:
         cache = cache_in(output) or call.cache
         for kept in call.whole_kept_behind()[-1:]:
             _check_labels(kept)
-        for infos in (infos for owner, infos in PROMPT_RECORDS.get() if owner is self):
+        for infos in records_of(self):
             infos.append(call.info(cache))
         if cache is not None and (removed := call.removed_afterwards()) is not None:
             show_full_length(cache, removed)
@@ -206,22 +203,6 @@ def check_call(window: int | None, length: int, cache: Any) -> None:
         )
 
 
-class ExtraRepr:
-    """A replacement of a model's `extra_repr`, which prints the reduction too."""
-
-    def __init__(
-        self, strategies: Sequence[object], model: nn.Module, replaced: Callable[[], str] | None
-    ) -> None:
-        self.text = ", then ".join(map(str, filter(None, strategies)))
-        self.model = model
-        self.replaced = replaced
-
-    def __call__(self) -> str:
-        """Return the model's own text, and the reduction in one line."""
-        own = (self.replaced or partial(type(self.model).extra_repr, self.model))()
-        return "\n".join(filter(None, (own, f"(reduced) image tokens: {self.text}")))
-
-
 def _reduced_arguments(
     kwargs: dict[str, Any], embeds: Tensor, call: PromptCall, past: CacheState
 ) -> tuple[dict[str, Any], CacheState]:
@@ -295,15 +276,9 @@ def _layout_for(strategy: ImageTokenStrategy | None, multimodal: Multimodal) -> 
     if strategy is None or not strategy.joins_frames:
         return None
     layout = VideoLayout.of(multimodal)
-    if not strategy.reads_frames:  # a clip without text between frames is a run like an image
-        return layout if layout is not None and layout.are_frames_apart else None
-    if layout is None:
-        raise TypeError(
-            f"model: expected one with tokens of videos for {strategy.name!r}, got "
-            f"{multimodal.config.model_type}, which reads images, or each frame as an image; take "
-            "another strategy, such as 'diverse'"
-        )
-    return layout
+    if strategy.reads_frames or (layout is not None and layout.are_frames_apart):
+        return layout
+    return None  # a clip without text between frames is a run like an image
 
 
 def question_of(embeds: Tensor, others: Tensor, rows: Tensor) -> Tensor:

@@ -16,27 +16,32 @@ from elip_models.reduction.serialization import VERSION, settings_of, strategy_o
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import check
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
-from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.base import LanguageStrategy
 from elip_models.vlm.strategies.controls import RandomTokens
-from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
-LanguageStrategy = ImageTokenStrategy | LayerStrategy
 OLD_NAMES = {"random": RandomTokens.name}
 """The names of language strategies in settings of earlier releases."""
 
 
 def store_strategies(
-    model: nn.Module, config: Any, strategies: Sequence[LanguageStrategy], *, has_tower: bool
+    model: nn.Module,
+    config: Any,
+    of_tower: Strategy | None,
+    of_language_model: Sequence[LanguageStrategy],
 ) -> None:
-    """Store strategies in the config of a model, whose modules get a copy of it.
+    """Store the strategies in the config of a model, whose modules get a copy of it.
 
-    The settings of the image tower stay if `has_tower`.
+    Nothing changes without a strategy of the language model, or if the config has them already.
     """
-    if not strategies:
+    if not of_language_model:
         return
-    own, of_tower = copy.copy(config), config.elip if has_tower else {"version": VERSION}
-    stored = [settings_of(strategy, LANGUAGE_STRATEGIES) for strategy in strategies]
-    own.elip = of_tower | {LANGUAGE_MODEL: stored}
+    tower = {"version": VERSION} if of_tower is None else settings_of(of_tower)
+    stored = [settings_of(strategy, LANGUAGE_STRATEGIES) for strategy in of_language_model]
+    settings = tower | {LANGUAGE_MODEL: stored}
+    if getattr(config, "elip", None) == settings:
+        return
+    own = copy.copy(config)
+    own.elip = settings
     replace_config(model.modules(), config, own)
 
 

@@ -44,22 +44,32 @@ def list_strategies(model: nn.Module | None = None) -> list[StrategyEntry]:
             None: the strategies without a model.
 
     Raises:
-        TypeError: no strategy can reduce the model, with the reason.
+        TypeError: no strategy can reduce the model, with the reason. Of a multimodal language
+            model whose image tower cannot be reduced, the entries have that reason instead.
     """
-    tower = None if model is None else tower_of(model)
-    reason = None
-    if model is not None and find_multimodal(model) is None:
-        reason = "it needs a multimodal language model"
-    entries = [_image_entry(cls(), tower) for cls in STRATEGIES.values()]
-    return entries + [
-        StrategyEntry(name, cls.place, cls.is_guided, cls().keep, cls.summary, reason)
-        for name, cls in LANGUAGE_STRATEGIES.items()
-    ]
+    multimodal, tower = find_multimodal(model), None
+    of_image = of_language = None
+    if model is not None:
+        try:
+            tower = tower_of(model)
+        except TypeError as error:
+            if multimodal is None:
+                raise
+            of_image = reason_of(error)
+        if multimodal is None:
+            of_language = "it needs a multimodal language model"
+    entries = [_image_entry(cls(), tower, of_image) for cls in STRATEGIES.values()]
+    for name, cls in LANGUAGE_STRATEGIES.items():
+        strategy = cls()
+        reason = strategy.why_unsupported(multimodal) if multimodal else of_language
+        entries.append(
+            StrategyEntry(name, cls.place, cls.is_guided, strategy.keep, cls.summary, reason)
+        )
+    return entries
 
 
-def _image_entry(strategy: Strategy, tower: Tower | None) -> StrategyEntry:
-    """Return the entry of a strategy of image towers."""
-    reason = None
+def _image_entry(strategy: Strategy, tower: Tower | None, reason: str | None) -> StrategyEntry:
+    """Return the entry of a strategy of image towers; `reason` is why there is no tower."""
     if tower is not None:
         try:
             strategy.fitted(tower)

@@ -14,7 +14,6 @@ class TowerAttention(Watcher):
     """Stores the attention of the tower's layer whose features the model takes."""
 
     def __init__(self, multimodal: Multimodal) -> None:
-        attention_of(multimodal)  # raises an error for a tower that cannot be read
         names = (name.rpartition(".")[2] for name, _ in multimodal.tower.named_parameters())
         self.has_class_token = not {*names}.isdisjoint(CLASS_TOKENS)
 
@@ -61,16 +60,16 @@ def tower_attention(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
     return images[0]
 
 
-def attention_of(multimodal: Multimodal) -> nn.Module:
-    """Return the attention of the layer of the image tower whose features the model takes."""
+def attention_of(multimodal: Multimodal) -> nn.Module | None:
+    """Return the attention of the layer of the image tower whose features the model takes.
+
+    It is None if the tower's attention cannot be read.
+    """
     layer = getattr(multimodal.config, "vision_feature_layer", -1)
     lists = (part for part in multimodal.tower.modules() if isinstance(part, nn.ModuleList))
     layers = next((blocks for blocks in lists if hasattr(blocks[0], "self_attn")), None)
     if layers is None or not isinstance(layer, int) or not hasattr(layers[0].self_attn, "config"):
-        raise TypeError(
-            "model: expected an image tower like that of LLaVA, whose attention 'visionzip' can "
-            f"read, got {type(multimodal.tower).__name__}; take another strategy, such as 'diverse'"
-        )
+        return None
     return layers[layer if layer < 0 else layer - 1].self_attn
 
 

@@ -22,6 +22,7 @@ from elip_models.towers import as_tower
 from tests.helpers.models import hf_clip, siglip_vision
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
+from tests.vlm.models import build
 
 FEW = ("tome:compare=keys", "tome", "evit")
 
@@ -98,6 +99,17 @@ def test_the_model_stays_as_it_was(pictures):
     calibrate(model, pictures, strategies=("tome",), tolerance=0.5, time=False)
     assert not elip_models.is_reduced(model) and model.training
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", [None, "diverse"])
+def test_a_language_model_is_refused_with_the_name_of_its_image_tower(strategy):
+    model, pixels = build("llava")[0].float(), torch.randn(8, 3, 32, 32)
+    tower = model.model.vision_tower
+    assert calibrate(tower, pixels, strategies=("tome",), tolerance=0.5, time=False).trials
+    if strategy is not None:
+        elip_models.reduce_(model, strategy)
+    with pytest.raises(TypeError, match=r"use its image tower, model\.model\.vision_tower$"):
+        calibrate(model, pixels)
 
 
 def test_a_saved_choice_reduces_a_model(model, pictures, tmp_path):

@@ -15,6 +15,7 @@ from tests.helpers.models import dinov2, eva, hf_clip, open_clip_vit, siglip_vis
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
+from tests.vlm.models import build
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,21 @@ def test_the_state_of_another_run_is_refused(
 def test_a_bad_argument_is_named(pictures, options, error, message):
     with pytest.raises(error, match=message):
         distill(**{"model": plain_vit(), "images": pictures, "steps": 1, **options})
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_language_model_is_refused_with_the_name_of_its_image_tower(name, pictures):
+    model = build(name)[0]
+    tower = {"llava": "vision_tower", "qwen2_5_vl": "visual"}[name]
+    with pytest.raises(TypeError, match=rf"use its image tower, model\.model\.{tower}$"):
+        distill(model, pictures, steps=1)
+    assert not elip_models.is_reduced(model)
+
+
+def test_the_image_tower_of_a_language_model_trains():
+    model, inputs = build("llava")
+    distill(model.float().model.vision_tower, inputs["pixel_values"].float(), steps=1)
+    assert elip_models.is_reduced(model)
 
 
 def test_a_model_with_adapters_trains_them_alone(dense, pictures):

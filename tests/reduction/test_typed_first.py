@@ -110,7 +110,7 @@ def test_one_number_in_a_forward():
             "keep: expected at least 0.17.*got 0.05; reduce in earlier layers",
         ),
         ({"keep": 0}, "keep: expected a float in"),
-        ({"keep": True}, "keep: expected a float in"),
+        ({"keep": True}, "keep: expected a float in .* got True; pass 1.0 for all"),
         ({"keep": "0.7"}, "keep: expected a float in"),
         ({"keep": 1}, "keep: expected a float in .* got the integer 1; pass 1.0"),
         ({"keep": 2, "strategy": "tome"}, "keep: expected a float in .* got the integer 2; pass"),

@@ -140,7 +140,7 @@ def test_a_guided_image_model_takes_a_text_and_others_say_why_not(kind):
         error, message = (
             (TypeError, "whose forward takes its texts")
             if isinstance(kind, PaperCLIP)
-            else (ValueError, "expected one that reduce_ has changed")
+            else (ValueError, "'diverse', which acts on the language model")
         )
         with (
             pytest.raises(error, match=message),

@@ -1,10 +1,22 @@
 """Arguments of reduce_ for a multimodal language model, and what a model tells of its reduction."""
 
-import pytest
+import contextvars
 
-from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
+import pytest
+import torch
+
+from elip_models import (
+    create_model,
+    guidance,
+    is_reduced,
+    record_stages,
+    reduce_,
+    reduction_summary,
+    unreduce_,
+)
 from elip_models.vlm.strategies.controls import Stride
 from elip_models.vlm.strategies.diverse import Diverse
+from tests.helpers.towers import plain_vit
 from tests.vlm.models import build
 
 
@@ -72,6 +84,64 @@ def test_the_default_and_the_summary(llava):
     dense = reduction_summary(llava)
     assert dense.strategy is None and dense.prefill_flops == 1
     assert "reads every image token" in str(dense)
+
+
+def test_an_equal_reduction_keeps_the_config(llava):
+    for strategy in ("tome", "diverse", "fastv:layer=1"):
+        reduce_(llava, strategy, keep=0.7)
+        config = llava.config
+        reduce_(llava, strategy, keep=0.7)
+        assert llava.config is config and llava.model.config is config
+
+
+def test_a_model_prints_the_reductions_of_both_parts():
+    model = build("llava")[0]
+    core, dense = model.model, repr(model)
+    for strategies in (("tome", "diverse", "fastv:layer=1"), ("diverse", "tome")):
+        for strategy in strategies:
+            reduce_(core, strategy)
+        assert "(reduced) image tower: tome" in repr(core)
+        assert "(reduced) image tokens: diverse(keep=0.5" in repr(core)
+        unreduce_(core)
+        assert repr(model) == dense
+
+
+def test_the_tower_may_be_reduced_before_by_itself():
+    model = build("llava")[0]
+    reduce_(model.model.vision_tower, "tome", keep=0.7)
+    reduce_(model, "diverse")
+    stored = model.config.elip
+    assert stored["strategy"] == "tome" and stored["language_model"][0]["strategy"] == "diverse"
+
+
+def test_a_record_may_end_in_another_context():
+    model, inputs = build("llava")
+    reduce_(model)
+    recording = record_stages(model)
+    infos = contextvars.copy_context().run(recording.__enter__)
+    recording.__exit__(None, None, None)
+    model(**inputs)
+    assert not infos
+
+
+@pytest.mark.parametrize("strategy", ["diverse:keep=0.25", Stride(), "fastv"])
+@pytest.mark.parametrize(
+    "make", [plain_vit, lambda: create_model("elip_clip_tiny")], ids=["timm", "own"]
+)
+def test_an_image_model_refuses_a_strategy_of_language_models_with_its_place(make, strategy):
+    with pytest.raises(TypeError, match=r"multimodal language model, in which '\w+' acts, got a "):
+        reduce_(make(), strategy)
+
+
+def test_guidance_of_a_language_model_needs_a_reduced_tower(llava):
+    text_cls = torch.randn(1, 32)
+    reduce_(llava)
+    message = "with 'diverse', which acts on the language model and reads the question"
+    with pytest.raises(ValueError, match=message), guidance(llava, text_cls):
+        pass
+    reduce_(llava, "elip", keep=0.7)
+    with guidance(llava, text_cls):
+        pass
 
 
 def test_a_model_that_is_not_reduced_records_nothing(llava):

@@ -151,7 +151,7 @@ def test_frames_are_not_guessed_from_positions_of_a_text():
 
 def test_evs_is_refused_for_models_without_video_tokens():
     model, _ = build("llava")
-    with pytest.raises(TypeError, match="with tokens of videos for 'evs', got llava, which reads"):
+    with pytest.raises(TypeError, match="for 'evs', got llava: it has no tokens of videos"):
         reduce_(model, "evs")
     assert not is_reduced(model)
 

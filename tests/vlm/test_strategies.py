@@ -178,12 +178,16 @@ def test_one_token_is_refused_with_the_share_of_all(name):
     assert LANGUAGE_STRATEGIES[name](keep=1.0).keep == 1.0
 
 
-@pytest.mark.parametrize("keep", [0, 0.0, 1.5, -1, "half"])
-def test_a_wrong_keep_is_refused(keep):
-    with pytest.raises((TypeError, ValueError), match="keep: expected"):
+@pytest.mark.parametrize("keep", [0, 0.0, 1, True, 1.5, -1, "half"])
+def test_every_wrong_keep_is_refused_with_the_same_requirement(keep):
+    requirement = (
+        r"^keep: expected a float in \(0, 1\] for a share of the tokens, or an int of at least 2 "
+        f"for their number, got {keep!r}.*; pass {'1.0' if keep in (1, True) else '0.5'} for "
+    )
+    with pytest.raises((TypeError, ValueError), match=requirement):
         Stride(keep=keep)
 
 
 def test_a_number_of_tokens_has_no_meaning_in_stages():
-    with pytest.raises(ValueError, match=r"keep: expected a number in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"keep: expected a float in \(0, 1\] .*tokens, got 2"):
         Pyramid(keep=2)

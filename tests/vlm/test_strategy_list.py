@@ -9,6 +9,7 @@ from elip_models.reduction.flops import DEFAULT_KEEP
 from tests.helpers.models import siglip_vision
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import plain_vit
+from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import build
 
 GUIDED = {"guided_tome", "crossget", "elip", "adaptive", "trips", "cdpruner", "fastv", "pyramid"}
@@ -35,9 +36,35 @@ def test_the_list_of_a_model_has_the_reasons():
     no_cls = {"evit": "the tower has no CLS token, whose attention selects and fuses"}
     assert reasons(siglip_vision()) == needs | no_cls
     grid = {"resize": "its language model has a token for each patch of the image"}
-    assert reasons(build("llava")[0]) == grid
+    video = {"evs": "it has no tokens of videos: it reads images, or each frame as an image"}
+    assert reasons(build("llava")[0]) == grid | video
     with pytest.raises(TypeError, match="got ResNet"):
         elip_models.list_strategies(timm.create_model("resnet18"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_strategy_of_a_language_model_has_a_reason_exactly_if_reduce_raises(name):
+    try:
+        model = build(name)[0]
+    except ValueError as error:  # of transformers
+        assert "scaled_dot_product_attention" in str(error) and name in EAGER
+        model = build(name, "eager")[0]
+    for entry in elip_models.list_strategies(model):
+        elip_models.unreduce_(model)
+        if entry.why_unsupported is None:
+            assert elip_models.is_reduced(elip_models.reduce_(model, entry.name))
+            continue
+        with pytest.raises((TypeError, ValueError)) as error:
+            elip_models.reduce_(model, entry.name)
+        assert entry.why_unsupported in str(error.value)
+        assert not elip_models.is_reduced(model)
+
+
+def test_a_tower_without_adapter_gives_its_reason_to_the_strategies_of_images():
+    by_name = reasons(build("qwen2_5_vl")[0])
+    (reason,) = {by_name[name] for name in STRATEGIES}
+    assert reason.startswith("it has an image tower of its own kind")
+    assert by_name.keys() & LANGUAGE_STRATEGIES.keys() == {"visionzip"}
 
 
 def test_the_command_prints_a_line_for_each_strategy(capsys):

@@ -1,13 +1,20 @@
 """The base class of strategies that select image tokens for a language model."""
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+import sys
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elip_models.reduction.strategy import strategy_text
-from elip_models.validation import PositiveInt, PositiveShare, check_fields
+from elip_models.validation import Bounds, PositiveShare, check_fields, mismatch_error, shortened
+from elip_models.vlm.clips import VideoLayout
+from elip_models.vlm.families import Multimodal
+from elip_models.vlm.tower_attention import attention_of
+
+TokenCount = Annotated[int, Bounds(2, sys.maxsize)]
+BY_CROSS_ATTENTION = "it reads image tokens by cross-attention, so that the prompt has none"
 
 
 class ImageContext(NamedTuple):
@@ -29,7 +36,38 @@ class ImageContext(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImageTokenStrategy:
+class LanguageStrategy:
+    """A way to remove image tokens that a language model reads.
+
+    Attributes:
+        name: the key in `LANGUAGE_STRATEGIES`, which no strategy of image towers has.
+        place: where tokens are removed.
+        summary: what the strategy does, in at most ten words.
+        is_guided: the question changes the result with the default settings.
+        keep: how many tokens stay; a field of every subclass.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[str]
+    summary: ClassVar[str]
+    is_guided: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _check_keep(self.keep, {field.name: field.type for field in fields(self)}["keep"])
+        check_fields(self)
+
+    def __str__(self) -> str:
+        """Return the name, the number of tokens, and the settings that are not the default."""
+        return strategy_text(self, "keep")
+
+    def why_unsupported(self, multimodal: Multimodal) -> str | None:
+        """Return the reason why the strategy cannot reduce the model, or None."""
+        return multimodal.why_tokens_must_stay
+
+
+@dataclass(frozen=True)
+class ImageTokenStrategy(LanguageStrategy):
     """A way to select the image tokens that a language model reads.
 
     A subclass defines `select`, or `reduce` if it also changes the tokens. Images are reduced
@@ -38,33 +76,32 @@ class ImageTokenStrategy:
     that `reads_frames` compares them, and keeps every token of still images.
 
     Attributes:
-        name: the key in `LANGUAGE_STRATEGIES`, which no strategy of image towers has.
-        place: where tokens are removed.
-        summary: what the strategy does, in at most ten words.
-        is_guided: the question changes the result with the default settings.
+        name, place, summary, is_guided: as of `LanguageStrategy`.
         keep: a float is the share of each image's tokens, in (0, 1]; an int is their number, at
             least 2. An image is a run of image tokens without others between them: a tile or a
             frame, if the model separates these by other tokens.
     """
 
-    name: ClassVar[str]
     place: ClassVar[str] = "before the language model"
-    summary: ClassVar[str]
-    is_guided: ClassVar[bool] = False
     reads_tower: ClassVar[bool] = False
     joins_frames: ClassVar[bool] = False
     reads_frames: ClassVar[bool] = False
 
-    keep: PositiveShare | PositiveInt = 0.5
+    keep: PositiveShare | TokenCount = 0.5
 
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_fields(self)
-        refuse_one_token(self.keep)
-
-    def __str__(self) -> str:
-        """Return the name, the number of tokens, and the settings that are not the default."""
-        return strategy_text(self, "keep")
+    def why_unsupported(self, multimodal: Multimodal) -> str | None:
+        """Return the reason why the strategy cannot reduce the model, or None."""
+        if self.reads_frames and VideoLayout.of(multimodal) is None:
+            return "it has no tokens of videos: it reads images, or each frame as an image"
+        if self.reads_tower and multimodal.cross_attention_layers:
+            return BY_CROSS_ATTENTION
+        if self.reads_tower and attention_of(multimodal) is None:
+            tower = type(multimodal.tower).__name__
+            return (
+                f"its image tower, {tower}, is not like that of LLaVA, whose attention "
+                f"{self.name!r} can read"
+            )
+        return super().why_unsupported(multimodal)
 
     @property
     def reads_question(self) -> bool:
@@ -112,10 +149,18 @@ def count_kept(length: int, keep: float | int) -> int:
     return min(max(kept, 1), length)
 
 
-def refuse_one_token(keep: float | int) -> None:
-    """Raise ValueError for the int 1, which is one token and not a share of 1.0."""
-    if isinstance(keep, int) and keep == 1:
-        raise ValueError(
-            "keep: expected a float in (0, 1] for a share of the tokens, or an int of at least 2 "
-            "for their number, got 1, one token; pass 1.0 for all of them"
+def _check_keep(keep: Any, hint: Any) -> None:
+    """Raise TypeError or ValueError unless `keep` is of the type `hint`: a share, or a number too.
+
+    The int 1 is an error: it is one token, and not a share of 1.0.
+    """
+    is_one = isinstance(keep, int) and keep == 1
+    error = mismatch_error(keep, hint) or (ValueError if is_one else None)
+    if error is not None:
+        or_number = "" if hint is PositiveShare else ", or an int of at least 2 for their number"
+        one = ", one token" if is_one and keep is not True else ""
+        advice = "1.0 for all of them" if is_one else "0.5 for half of them"
+        raise error(
+            f"keep: expected a float in (0, 1] for a share of the tokens{or_number}, got "
+            f"{shortened(keep)}{one}; pass {advice}"
         )

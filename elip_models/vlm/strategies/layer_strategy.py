@@ -3,37 +3,51 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from elip_models.reduction.strategy import strategy_text
-from elip_models.validation import PositiveInt, PositiveShare, check_fields
-from elip_models.vlm.strategies.base import count_kept, refuse_one_token
+from elip_models.validation import PositiveInt, PositiveShare
+from elip_models.vlm.families import Multimodal
+from elip_models.vlm.strategies.base import (
+    BY_CROSS_ATTENTION,
+    LanguageStrategy,
+    TokenCount,
+    count_kept,
+)
 
 
 @dataclass(frozen=True)
-class LayerStrategy:
+class LayerStrategy(LanguageStrategy):
     """A way to remove image tokens inside a language model.
 
     Behind some layers, the image tokens that receive the least attention from the last token of the
     sequence, mean over heads, are removed. The tokens of each image are compared with each other.
 
     Attributes:
-        name, place, summary, is_guided: as of `ImageTokenStrategy`. The last token of the sequence
+        name, place, summary, is_guided: as of `LanguageStrategy`. The last token of the sequence
             is one of the question, so the question changes the result.
         keep: how many tokens stay; a field of every subclass.
     """
 
-    name: ClassVar[str]
     place: ClassVar[str] = "inside the language model"
-    summary: ClassVar[str]
     is_guided: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_fields(self)
-        refuse_one_token(self.keep)
+    def why_unsupported(self, multimodal: Multimodal) -> str | None:
+        """Return the reason why the strategy cannot reduce the model, or None."""
+        if multimodal.cross_attention_layers:
+            return BY_CROSS_ATTENTION
+        return super().why_unsupported(multimodal) or self.why_misplaced(multimodal)
 
-    def __str__(self) -> str:
-        """Return the name, the number of tokens, and the settings that are not the default."""
-        return strategy_text(self, "keep")
+    def why_misplaced(self, multimodal: Multimodal) -> str | None:
+        """Return the reason why the model has no layer for the first drop, or None."""
+        depth = len(multimodal.language_model.layers)
+        first = min((at for at, _ in self.drops(depth)), default=depth)
+        if not 0 < first < depth:
+            return f"it has to drop tokens behind one of the first {depth - 1} layers of {depth}"
+        deepstack = len(getattr(multimodal.tower, "deepstack_visual_indexes", ()))
+        if first < deepstack:
+            return (
+                f"it has to drop tokens behind layer {deepstack} or later, since the layers before "
+                "it add features to every image token"
+            )
+        return None
 
     def drops(self, num_layers: int) -> tuple[tuple[int, float | int], ...]:
         """Return (layers that run before, share or number of tokens that stay), ascending."""
@@ -62,7 +76,7 @@ class FastV(LayerStrategy):
     summary: ClassVar[str] = "removes the tokens least attended to behind one layer"
 
     layer: PositiveInt = 2
-    keep: PositiveShare | PositiveInt = 0.5
+    keep: PositiveShare | TokenCount = 0.5
 
     def drops(self, num_layers: int) -> tuple[tuple[int, float | int], ...]:
         """Return the one drop."""

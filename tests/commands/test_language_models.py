@@ -1,0 +1,45 @@
+"""Commands for image models refuse a multimodal language model and name its image tower."""
+
+import pytest
+from PIL import Image
+
+from tests.helpers.tiny_run import elip
+from tests.vlm.models import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llava", "qwen2_5_vl"):
+        build(name)[0].float().save_pretrained(folder / name)
+    (folder / "images").mkdir()
+    for i in range(12):
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(folder / "images" / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("command", ["export", "distill", "calibrate"])
+def test_a_language_model_is_one_line_that_names_its_tower(
+    command, name, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = {
+        "export": ("out.onnx",),
+        "distill": (folder / "images", "--output", "out"),
+        "calibrate": (folder / "images", "--output", "out.json"),
+    }[command]
+    assert elip(command, f"hf:{folder / name}", *arguments) == 2
+    tower = {"llava": "vision_tower", "qwen2_5_vl": "visual"}[name]
+    error = "error: MODEL: expected an image model or an image-text model, got a multimodal langu"
+    printed = capsys.readouterr().err
+    assert error in printed and f"use its image tower, model.{tower}" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_strategies_of_a_language_model_whose_tower_has_no_adapter(folder, capsys):
+    assert elip("strategies", f"hf:{folder / 'qwen2_5_vl'}") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " diverse " in printed
+    assert "not supported: visionzip: its image tower, " in printed
+    assert "tome" in printed and "it has an image tower of its own kind" in printed
