@@ -56,7 +56,7 @@ LAZY = {
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.towers.sdpa": ("use_sdpa_",),
     "elip_models.recovery.distill": ("distill",),
-    "elip_models.vlm.patch": (
+    "elip_models.api": (
         "guidance",
         "is_reduced",
         "record_stages",
@@ -75,6 +75,14 @@ STRATEGIES_MODULE = "elip_models.reduction.strategies"
 if TYPE_CHECKING:
     from elip_kernels import __version__
     from elip_models.analysis.calibrate import calibrate
+    from elip_models.api import (
+        guidance,
+        is_reduced,
+        record_stages,
+        reduce_,
+        reduction_summary,
+        unreduce_,
+    )
     from elip_models.embedding.run import embed
     from elip_models.integrations.peft.adapt import adapt_
     from elip_models.integrations.peft.adapt_config import AdaptConfig
@@ -89,14 +97,6 @@ if TYPE_CHECKING:
     from elip_models.saving.open_model import open_model
     from elip_models.saving.saved_reduced import load_reduced, save_reduced
     from elip_models.towers.sdpa import use_sdpa_
-    from elip_models.vlm.patch import (
-        guidance,
-        is_reduced,
-        record_stages,
-        reduce_,
-        reduction_summary,
-        unreduce_,
-    )
     from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
     from elip_models.vlm.strategy_list import list_strategies
 

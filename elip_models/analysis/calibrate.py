@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from elip_models.analysis.calibration import Calibration, Trial
 from elip_models.analysis.feature_measures import cosine, neighbours, output_feature
+from elip_models.api import is_reduced, reduce_
 from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_side
 from elip_models.profiling.workload import shared_copy
@@ -31,7 +32,6 @@ from elip_models.reduction.strategy_spec import get_strategy, option_types, pars
 from elip_models.towers import Tower, as_reducible, as_tower
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
 from elip_models.vlm.families import refuse_multimodal
-from elip_models.vlm.patch import is_reduced, reduce_
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """A function of dense and reduced features, (n, D), that returns what each image loses, (n,)."""

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elip_models.analysis.visualize import dimmed, make_panels, save_figure, write_caption
+from elip_models.api import record_stages, reduce_, reduction_summary
 from elip_models.saving.dense_models import load_transformers
 from elip_models.saving.meta_build import library_errors
 from elip_models.saving.open_model import missing_files_as_value_error
 from elip_models.validation import ConfigError, as_config_error, did_you_mean, shortened
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import LANGUAGE_MODEL
-from elip_models.vlm.patch import record_stages, reduce_, reduction_summary
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 
 TILED = "its processor removes tokens at the borders of tiles and adds some at line ends"

@@ -82,7 +82,7 @@ def distill(
     files.paths = [path for i, path in enumerate(files.paths) if i not in held_out]
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     with as_option_error(OPTIONS):
-        from elip_models.vlm.patch import reduce_, unreduce_
+        from elip_models.api import reduce_, unreduce_
 
         dense = _features(unreduce_(opened), pixels)
         reduce_(opened, strategy, keep=0.5 if keep is None and strategy is None else keep)

@@ -58,8 +58,8 @@ def export(
         )
     require_packages("elip export", *PACKAGES["onnx"])
     count = None if batch == DYNAMIC else int(batch)
+    from elip_models.api import reduction_summary
     from elip_models.saving.files import write_file
-    from elip_models.vlm.patch import reduction_summary
 
     console = Console(stderr=True)
     with console.status("opening the model"):
@@ -89,10 +89,10 @@ def _open_reduced(
     pretrained: bool,
 ) -> "nn.Module":
     """Return the reduced model that `spec` names, in eval mode."""
+    from elip_models.api import reduce_
     from elip_models.saving.open_model import open_model, size_options
     from elip_models.towers import SelfReducingModel, as_reducible
     from elip_models.vlm.families import refuse_multimodal
-    from elip_models.vlm.patch import reduce_
 
     with as_config_error("MODEL", inner="spec"):
         model = open_model(spec, pretrained=pretrained, **size_options(spec, image_size))

@@ -5,6 +5,7 @@ import warnings
 
 from torch import nn
 
+from elip_models.api import reduce_, strategies_in, unreduce_
 from elip_models.reduction.flops import check_share
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
@@ -14,7 +15,6 @@ from elip_models.validation import (
     ConfigError,
     as_config_error,
 )
-from elip_models.vlm.patch import reduce_, strategies_in, unreduce_
 
 DENSE = "none"
 """The reduction that leaves a model dense."""

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from elip_models.api import AnyStrategy, is_reduced, reduce_, strategies_in, unreduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import Count, PositiveShare, check, require_extra
-from elip_models.vlm.patch import AnyStrategy, is_reduced, reduce_, strategies_in, unreduce_
 
 with require_extra("elip_models.integrations"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import nn
 
+from elip_models.api import reduce_
 from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import check_keep, get_strategy
-from elip_models.vlm.patch import reduce_
 
 CREATE = "create_model_and_transforms"
 GUIDED_VALIDATION_ERROR = (

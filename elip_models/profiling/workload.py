@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from elip_models.api import reduce_
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import SelfReducingModel, as_reducible, as_tower
-from elip_models.vlm.patch import reduce_
 
 Forward = Callable[[], Tensor]
 

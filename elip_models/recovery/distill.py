@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
+from elip_models.api import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.token_assignment import slots_after
 from elip_models.saving.files import write_file
@@ -44,7 +45,6 @@ from elip_models.validation import (
     shortened,
 )
 from elip_models.vlm.families import refuse_multimodal
-from elip_models.vlm.patch import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 
 M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[int, float], object]

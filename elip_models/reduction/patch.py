@@ -2,7 +2,7 @@
 
 `install_strategy` replaces the forward method of each block, from the first that a strategy acts at
 (`ReducedBlock`). Parameters and state_dict keys stay. The replaced methods share one `Reduction`.
-`elip_models.vlm.patch` has the public functions, for every kind of model.
+`elip_models.api` has the public functions, for every kind of model.
 """
 
 from typing import Any, TypeVar
@@ -122,11 +122,7 @@ def _replaced(owner: nn.Module, name: str) -> Any:
 def _install(model: nn.Module, reduction: Reduction) -> None:
     """Replace the forward methods of the model's blocks, after undoing an earlier reduction."""
     _refuse_replaced(reduction)
-    if any(installed.is_in_use for installed in reductions_of(model)):
-        raise RuntimeError(
-            "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
-            "which use the earlier settings, got one inside; leave them first"
-        )
+    refuse_in_use(any(reduction.is_in_use for reduction in reductions_of(model)))
     uninstall_strategy(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
     show_reduction(reduction.model, reduction)
@@ -148,6 +144,15 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         _hook(image_text.model, EncodeTextFirst(reduction))
     for module in dict.fromkeys((tower.model, reduction.model)):
         _hook(module, TrackCall(reduction))
+
+
+def refuse_in_use(is_in_use: bool) -> None:
+    """Raise RuntimeError if forward passes inside a context use the present settings."""
+    if is_in_use:
+        raise RuntimeError(
+            "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
+            "which use the earlier settings, got one inside; leave them first"
+        )
 
 
 def _install_methods(reduction: Reduction) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from elip_models.api import reduce_, restore_
 from elip_models.reduction.hf_config import LANGUAGE_MODEL, store_in_config
 from elip_models.reduction.patch import reductions_of
 from elip_models.reduction.reduced_model import Reduction
@@ -42,7 +43,6 @@ from elip_models.saving.meta_build import check_integers, library_errors
 from elip_models.saving.model_registry import source_of_family
 from elip_models.towers import SelfReducingModel, library_of, without_adapter
 from elip_models.validation import as_config_error, check
-from elip_models.vlm.patch import reduce_, restore_
 
 SETTINGS = "elip.json"
 Config = str | dict[str, Any] | None

@@ -6,6 +6,7 @@ import shutil
 
 from safetensors.torch import load_file
 
+from elip_models.api import reduce_
 from elip_models.pretraining.checkpoints.export import save_as
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.data import load_tokenizer, train_tokenizer
@@ -13,7 +14,6 @@ from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training.finetune import finetune_recipe
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategies import STRATEGIES
-from elip_models.vlm.patch import reduce_
 from tests.fuzz.harness import Loss, kind, refused
 from tests.fuzz.weight_file_cases import (
     HEADS,

@@ -11,8 +11,8 @@ import torch
 import elip_kernels
 import elip_models
 from elip_kernels._example import EXAMPLES
+from elip_models.api import is_reduced
 from elip_models.reduction.strategies.elip import ELIPOptions
-from elip_models.vlm.patch import is_reduced
 from tests.helpers.argument_cases import TABLE
 from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, plain_vit

@@ -18,6 +18,7 @@ from benchmarks.paper_table1 import (
     step_counts,
 )
 from benchmarks.paper_table1 import PAPER as TABLE1
+from elip_models.api import is_reduced
 from elip_models.profiling.measure import FlopCount, count_step
 from elip_models.profiling.runner import in_mode, profile_model, tokens_of, verdict
 from elip_models.profiling.table import runs
@@ -29,7 +30,6 @@ from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.saving.open_model import open_model
 from elip_models.towers import as_image_text
-from elip_models.vlm.patch import is_reduced
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import elip

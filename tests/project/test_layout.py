@@ -15,6 +15,7 @@ FLOORS = (
     ("elip_models.towers",),
     ("elip_models.reduction",),
     ("elip_models.vlm",),
+    ("elip_models.api",),
     ("elip_models.saving",),
     ("elip_models.profiling",),
     ("elip_models.analysis",),

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import elip_models
+from elip_models.api import is_reduced
 from elip_models.reduction import user_warnings
 from elip_models.towers import as_tower
-from elip_models.vlm.patch import is_reduced
 from tests.helpers.models import eva, open_clip_vit, output, siglip_vision
 from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.towers import (

@@ -3,7 +3,7 @@
 import pytest
 
 import elip_models
-from elip_models.vlm.patch import is_reduced
+from elip_models.api import is_reduced
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
 

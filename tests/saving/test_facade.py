@@ -7,8 +7,8 @@ import timm
 import torch
 
 import elip_models
+from elip_models.api import strategies_in
 from elip_models.integrations.hf_trainer import ReductionCallback
-from elip_models.vlm.patch import strategies_in
 from tests.helpers.models import hf_clip
 from tests.vlm.models import build
 
@@ -197,3 +197,18 @@ def test_the_callback_takes_strategies_of_language_models(name, line):
     ReductionCallback(line, keep=0.5).on_step_begin(None, State(0), None, model=model)
     (strategy,) = strategies_in(model)
     assert strategy.name == line.partition(":")[0]
+
+
+def test_a_model_of_the_paper_is_found_inside_of_another_module():
+    own = PaperCLIP().reduce()
+    whole = torch.nn.Sequential(own)
+    assert elip_models.is_reduced(whole)
+    with elip_models.record_stages(own), pytest.raises(RuntimeError, match="got one inside"):
+        elip_models.reduce_(own, "evit")
+    elip_models.unreduce_(whole)
+    assert not elip_models.is_reduced(own)
+    elip_models.reduce_(own.visual, "tome")
+    assert elip_models.is_reduced(own) and not elip_models.is_reduced(elip_models.unreduce_(own))
+    own.compile(backend="eager")
+    with pytest.raises(TypeError, match=r"before torch\.compile"):
+        elip_models.reduce_(own, "tome")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import transformers
 
 import elip_models
+from elip_models.api import is_reduced
 from elip_models.towers import as_image_text
-from elip_models.vlm.patch import is_reduced
 from tests.helpers.models import PAIRS, hf_blip, hf_clip, ids, open_clip_pair
 from tests.helpers.models import output_of_pair as run
 from tests.helpers.towers import SCHEDULE, WIDTH, images

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 
 import elip_models
-from elip_models.vlm.patch import is_reduced
+from elip_models.api import is_reduced
 from tests.helpers.models import hf_clip, ids
 from tests.helpers.models import output_of_pair as run
 from tests.helpers.towers import SCHEDULE, WIDTH, images

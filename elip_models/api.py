@@ -1,0 +1,318 @@
+"""reduce_ and its companions for every kind of model.
+
+image model, image-text model     `reduction/patch.py` replaces the forwards of its blocks
+multimodal language model         `vlm/patch.py` removes image tokens before or inside it, and
+`reduction/patch.py` reduces its image tower
+model of `create_model`           its own forward reduces, by the strategy in its config
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, Unpack
+
+from torch import Tensor, nn
+
+from elip_models.reduction import patch
+from elip_models.reduction.call_context import recording, records_of
+from elip_models.reduction.reduced_model import Reduction
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.strategies import STRATEGIES
+from elip_models.reduction.strategies.elip import Guided
+from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
+from elip_models.reduction.summary import Summary
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
+from elip_models.towers import SelfReducingModel
+from elip_models.validation import as_config_error
+from elip_models.vlm.call import PromptInfo
+from elip_models.vlm.families import Multimodal, find_multimodal
+from elip_models.vlm.patch import (
+    installed_strategies,
+    language_strategies_in,
+    language_strategy,
+    prompt_hooks,
+    reduce_language_model,
+    refuse_language_strategy,
+    uninstall_strategies,
+)
+from elip_models.vlm.stored_strategies import read_strategies, store_strategies
+from elip_models.vlm.strategies.base import LanguageStrategy
+from elip_models.vlm.summary import MultimodalSummary
+
+AnyStrategy = Strategy | LanguageStrategy
+M = TypeVar("M", bound=nn.Module)
+
+
+def reduce_(
+    model: M,
+    strategy: str | AnyStrategy | None = None,
+    *,
+    keep: float | int | None = None,
+    schedule: Schedule | str | None = None,
+    **options: Unpack[StrategyOptions],
+) -> M:
+    """Make a model drop and merge image tokens, in place, and return it.
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True)
+        elip_models.reduce_(model)                       # token merging, 70% of the tokens
+        elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
+        print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
+
+    Parameters, state_dict keys and the call of the model do not change. A further call replaces the
+    settings. Call it before torch.compile. Calls that return the tokens of several blocks return
+    whole grids, with zeros for dropped patches; ViTModel and others, which return those of the last
+    block, return fewer. A strategy that reads a text takes it from `guidance(model, text_cls)`; a
+    whole image-text model encodes its text first, without gradient, and text i guides image i.
+
+    In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
+    'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
+    the language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A
+    strategy of each of these three places can be used at the same time.
+
+    Args:
+        model: an image model of timm, open_clip or transformers, a whole image-text model, a
+            multimodal language model of transformers, or a model of `create_model`, whose config
+            stores the strategy. Of CoCa, whose text cannot guide its images, the image tower alone
+            is reduced.
+        strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
+            of `calibrate` such as 'best.json', or an instance. Without any argument, that of the
+            config of a saved transformers model; otherwise 'merge' at keep=0.7, or, if that cannot
+            be used, another one with a warning. For a language model 'diverse' at keep=0.5. For a
+            model of `create_model` its own ELIP, or ELIP with the paper's schedule.
+        keep: the target: the mean share of tokens over the layers, a float in (0, 1], in place of
+            the strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). Without both, a named
+            strategy keeps 0.7. For a language model, a float is the share of each image's tokens,
+            1.0 for all, and an int is their number.
+        schedule: stages as text, '2(100%) 2(90%) 6(65%) 2(40%)', whose layers add up to the model's
+            depth; or a preset, 'clip', 'albef', 'blip' or 'meter', which is scaled to that depth.
+            Without `strategy` it selects ELIP.
+        options: options of the strategy, such as `r` of ToMe; they need `strategy` or `schedule`.
+
+    Raises:
+        TypeError: the model cannot be reduced, is compiled, or an argument has a wrong type.
+        ValueError: a wrong value, an option that the strategy does not have, or two arguments that
+            set the number of tokens.
+        RuntimeError: a call with other settings inside `guidance` or `record_stages`.
+    """
+    options = {"schedule": schedule, **options}
+    multimodal = find_multimodal(model)
+    if multimodal is None:
+        refuse_language_strategy(model, strategy)
+    if isinstance(model, SelfReducingModel):
+        patch.refuse_compiled(model, "reduce_")
+        default = model.elip_strategy
+        chosen = resolve_strategy(model.tower, strategy, options, keep=keep, default=default)
+        if chosen != model.reduction:
+            patch.refuse_in_use(bool(records_of(model.tower)))
+            model.set_reduction(chosen)
+        return model
+    if multimodal is None:
+        return patch.install_strategy(model, strategy, options, keep)
+    _reduce(model, multimodal, strategy, keep, options)
+    return model
+
+
+def unreduce_(model: M) -> M:
+    """Undo `reduce_`, also on a deepcopied or unpickled model, and return the model.
+
+    Given the image model inside a reduced image-text model, it restores the whole model. Of a
+    multimodal language model it restores the image tower too.
+
+    Args:
+        model: a model that `reduce_` may have changed.
+
+    Raises:
+        TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
+    """
+    patch.uninstall_strategy(model)
+    for own in _reduced_own(model):
+        own.set_reduction(None)
+    if (multimodal := find_multimodal(model)) is not None:
+        uninstall_strategies(multimodal)
+    return model
+
+
+def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
+    """Return how the model is reduced: strategy, tokens per layer, FLOPs against dense, guidance.
+
+        print(elip_models.reduction_summary(model))
+
+    Args:
+        model: a reduced model, or one that could be reduced, whose summary is the dense tower's. Of
+            a multimodal language model, the figures of tower and language model stand apart.
+
+    Raises:
+        TypeError: the model cannot be reduced, with the reason.
+    """
+    if isinstance(model, SelfReducingModel):
+        return Summary.of(model.tower, model.reduction, is_whole=True)
+    multimodal = find_multimodal(model)
+    if multimodal is None:
+        return patch.tower_summary(model)
+    reductions = patch.reductions_of(multimodal.tower)
+    tower = reductions[0].summary if reductions else None
+    return MultimodalSummary.of(multimodal, *installed_strategies(multimodal), tower)
+
+
+def is_reduced(model: nn.Module) -> bool:
+    """Return whether `reduce_` has changed the model, or one inside it."""
+    if not isinstance(model, nn.Module):
+        return False
+    return bool(strategies_in(model))
+
+
+def _reduced_own(model: nn.Module) -> list[SelfReducingModel]:
+    """Return the models of `create_model` in a model, or the model itself, that are reduced."""
+    modules = model.modules()
+    return [own for own in modules if isinstance(own, SelfReducingModel) and own.is_reduced]
+
+
+def strategies_in(model: nn.Module) -> tuple[AnyStrategy, ...]:
+    """Return the strategies that reduce the model: each, passed to `reduce_`, is set again."""
+    of_own = (own.reduction for own in _reduced_own(model))
+    of_towers = (reduction.strategy for reduction in patch.reductions_of(model))
+    return (*of_own, *of_towers, *language_strategies_in(model))
+
+
+@contextmanager
+def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
+    """Guide a reduced model by a text in the forward passes inside.
+
+        with elip_models.guidance(model, text_cls):
+            features = model(images)
+
+    The guidance applies to the thread or asyncio task that enters it; others may run the same model
+    with their own. One thread or task at a time can guide a compiled model. The backward pass may
+    run after the context has ended.
+
+    Args:
+        model: a model that `reduce_` has changed; DistributedDataParallel or torch.compile may wrap
+            it.
+        text_cls: (B, D), one vector per image in the tower's width D, or (1, D) for all images. It
+            is detached.
+
+    Raises:
+        TypeError, ValueError: a model that `reduce_` has not changed, or `text_cls` not (B, D).
+    """
+    if isinstance(model, SelfReducingModel):
+        raise TypeError(
+            f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
+            "forward takes its texts; pass them with the images"
+        )
+    reductions = _tower_reductions(model)
+    if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
+        raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
+    for width in (reduction.tower.width for reduction in reductions):
+        if text_cls.dim() != 2 or text_cls.shape[1] != width:
+            raise ValueError(
+                f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
+                f"images, got {tuple(text_cls.shape)}; "
+                "project it to the tower's width first"
+            )
+    strategies = [reduction.strategy for reduction in reductions]
+    for strategy in (strategy for strategy in strategies if not strategy.is_guided):
+        message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
+        if isinstance(strategy, Guided):
+            reason = f"fusion={strategy.fusion:g}"
+            reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
+            message = f"{strategy.name!r} reads no text with {reason}"
+        warn_once(message, UnguidedWarning, stacklevel=4)
+    text_cls, this = text_cls.detach().clone(), object()
+    for reduction in reductions:
+        reduction.guide(this, text_cls)
+    try:
+        yield
+    finally:
+        for reduction in reductions:
+            reduction.unguide(this)
+
+
+def _tower_reductions(model: nn.Module) -> list[Reduction]:
+    """Return the reductions of image towers in a model; raise ValueError if there is none."""
+    try:
+        return patch.reductions_in(model)
+    except ValueError as error:
+        strategies = language_strategies_in(model)
+        if not strategies:
+            raise
+        raise ValueError(
+            "model: expected one whose image tower reduce_ has changed, got a "
+            f"{type(model).__name__} with {strategies[0].name!r}, which acts on the language model "
+            "and reads the question in the prompt itself; call the model without guidance"
+        ) from error
+
+
+@contextmanager
+def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInfo]]:
+    """Record what a reduced model keeps and merges in the forward passes inside.
+
+        with elip_models.record_stages(model) as infos:
+            model(images)
+        infos[-1].reduction.kept          # (B, K) indices into the tokens before the last stage
+
+    It records the forward passes of the thread or asyncio task that enters it, without those that
+    activation checkpointing recomputes. `encode_image` returns its own with return_info=True.
+
+    Args:
+        model: a model that `reduce_` has changed.
+
+    Yields:
+        A list that receives one `StageInfo` per stage, forward pass after forward pass. For a
+        language model that reads fewer image tokens, one `PromptInfo` per forward pass.
+
+    Raises:
+        TypeError: a compiled model, whose graph cannot be recorded.
+        ValueError: a model that `reduce_` has not changed.
+    """
+    patch.refuse_compiled(model, "record_stages")
+    multimodal = find_multimodal(model)
+    hooks = None if multimodal is None else prompt_hooks(multimodal)
+    reductions: list[object] = [own.tower for own in _reduced_own(model)]
+    if hooks is not None:
+        reductions = [hooks]
+    elif not reductions:
+        reductions = [*patch.reductions_in(model)]
+    infos: list[Any] = []
+    with recording(reductions, infos):
+        yield infos
+
+
+def _reduce(
+    model: nn.Module, multimodal: Multimodal, strategy: Any, keep: Any, options: dict[str, Any]
+) -> None:
+    """Reduce the image tower or the language model, and store all strategies in the config."""
+    if _is_for_tower(strategy, options):
+        patch.install_strategy(model, strategy, options, keep)
+    elif strategy is None and keep is None and (saved := _saved(model, multimodal)) is not None:
+        with as_config_error(f"{type(multimodal.config).__name__}.elip"):
+            restore_(model, saved)
+    else:
+        reduce_language_model(
+            model, multimodal, language_strategy(strategy, {"keep": keep, **options})
+        )
+    of_towers = [reduction.strategy for reduction in patch.reductions_of(model)]
+    of_tower = of_towers[0] if of_towers else None
+    store_strategies(model, multimodal.config, of_tower, language_strategies_in(model))
+
+
+def restore_(model: nn.Module, saved: Any) -> None:
+    """Reduce a multimodal language model by the settings that a config stores."""
+    of_tower, of_language_model = read_strategies(saved)
+    for strategy in (of_tower, *of_language_model):
+        if strategy is not None:
+            reduce_(model, strategy)
+
+
+def _saved(model: nn.Module, multimodal: Multimodal) -> Any:
+    """Return the settings of a saved model that is not reduced yet, or None."""
+    return None if is_reduced(model) else getattr(multimodal.config, "elip", None)
+
+
+def _is_for_tower(strategy: Any, options: dict[str, Any]) -> bool:
+    """Return whether the arguments name a strategy of image towers."""
+    if isinstance(strategy, str):
+        name = strategy.partition(":")[0].strip()
+        return strategy.endswith(".json") or name in STRATEGIES
+    if strategy is None:
+        return any(value is not None for value in options.values())
+    return isinstance(strategy, Strategy)
