@@ -23,19 +23,20 @@ from elip_models.reduction.step import ForwardState
 
 @dataclass
 class Recomputation:
-    """A recomputation, by activation checkpointing, of blocks of a forward pass.
+    """A recomputation, by activation checkpointing, of blocks of forward passes.
 
-    again: a pass that the recomputation begins itself; None while the blocks replay `forward`.
+    forward: the pass whose label is read. other: another pass in the same checkpoint, while its
+        blocks run again.
     """
 
     forward: ForwardState
-    again: ForwardState | None = None
+    other: ForwardState | None = None
 
 
 class Guide(NamedTuple):
     """A text (B, D), or None, that guides a reduction until `owner` removes it.
 
-    recomputation: the recomputation that it guides, or None.
+    recomputation: the recomputation in which it guides, or None.
     """
 
     reduction: object
@@ -61,7 +62,9 @@ _GRAPH = threading.local()
 
 def set_guide(reduction: object, text_cls: Tensor | None, owner: object) -> None:
     """Guide the forward passes of this thread or task until `owner` removes the text."""
-    GUIDES.set((*GUIDES.get(), Guide(reduction, text_cls, owner)))
+    guide = guide_of(reduction)
+    recomputation = None if guide is None else guide.recomputation
+    GUIDES.set((*GUIDES.get(), Guide(reduction, text_cls, owner, recomputation)))
 
 
 def drop_guide(owner: object) -> None:

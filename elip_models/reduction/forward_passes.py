@@ -8,7 +8,7 @@ compiler can guard them.
 
 import threading
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from elip_models.reduction.recomputation import (
     can_recompute,
     in_autograd_function,
     is_in_checkpoint,
+    pass_entered_by,
     recompute_at,
+    sum_of,
 )
 from elip_models.reduction.step import BlockStep, ForwardState
 
@@ -39,20 +41,30 @@ class EnteredBlock(NamedTuple):
     label: Label | None = None
 
 
+class Running(threading.local):
+    """What runs in one thread.
+
+    forward: the pass that runs its blocks, or None.
+    calls: the running calls of the model, innermost last; the pass of each, if any.
+    """
+
+    def __init__(self) -> None:
+        self.forward: ForwardState | None = None
+        self.calls: list[ForwardState | None] = []
+
+
 class EagerPasses:
     """The forward passes of eager calls of one reduced model.
 
     reduction: the reduction, to which guidance and records belong.
-    running: the pass that runs its blocks, by thread.
-    calls: by thread, the running calls of the model, innermost last; the pass of each, if any.
-    pending: the passes in checkpoints whose graph is alive.
+    running: the pass and the calls that run in this thread.
+    pending: by id, the passes that a checkpoint may run again from their first block.
     """
 
     def __init__(self, reduction: Any) -> None:
         self.reduction = reduction
-        self.running: dict[int, ForwardState] = {}
-        self.calls: dict[int, list[ForwardState | None]] = {}
-        self.pending: WeakSet[ForwardState] = WeakSet()
+        self.running = Running()
+        self.pending: WeakValueDictionary[int, ForwardState] = WeakValueDictionary()
 
     def __reduce__(self) -> tuple[type, tuple[Any]]:
         """Copy without any forward pass."""
@@ -65,22 +77,22 @@ class EagerPasses:
     def end_dense_call(self) -> None:
         """End that call, and a forward pass that has not reached the last block."""
         DENSE_CALLS.set(DENSE_CALLS.get()[:-1])
-        self.running.pop(threading.get_ident(), None)
+        self.running.forward = None
 
     def begin_call(self) -> None:
         """Begin a call of the model, or of the image model in it."""
-        self.calls.setdefault(threading.get_ident(), []).append(None)
+        self.running.calls.append(None)
 
     def end_call(self, output: Any) -> None:
         """End that call, and a forward pass that it leaves unfinished."""
-        thread = threading.get_ident()
-        calls = self.calls.get(thread)
-        if calls is None:  # a graph has begun the call
+        calls, guide = self.running.calls, guide_of(self.reduction)
+        if not calls:  # a graph has begun the call
             return
         forward = calls.pop()
         if not calls:
-            del self.calls[thread]
-            self.running.pop(thread, None)
+            self.running.forward = None
+        if _is_recomputed(guide):
+            guide.recomputation.other = None
         recompute_at(output, self.reduction, forward)
 
     def enter_block(
@@ -94,6 +106,8 @@ class EagerPasses:
         forward, label = self._forward_at(i, tokens, mask, guide), None
         if can_recompute(tokens):
             label = Label(forward)
+            if i == self.reduction.first and label.is_dropped and forward.entering is None:
+                forward.entering, self.pending[id(forward)] = sum_of(tokens), forward
         elif tokens.requires_grad and in_autograd_function():
             raise RuntimeError(REFUSED)
         step = forward.enter_block(i, tokens, kwargs)
@@ -109,36 +123,36 @@ class EagerPasses:
             return tokens
         is_dropped, is_last = label.is_dropped, i == self.reduction.last
         if not tokens.requires_grad:  # a frozen tower: its output alone keeps the pass
-            is_dropped = is_last and forward.strategy.is_guided and is_in_checkpoint()
+            is_dropped = is_last and is_in_checkpoint()
         if not is_dropped:
             return tokens
-        self.pending.add(forward)
         return LeaveBlock.apply(tokens, label.output, self.reduction, forward)
 
     def abandon(self) -> None:
         """End the forward pass of this thread, of which a block has raised an error."""
         if not _is_recomputed(guide_of(self.reduction)):
-            self.running.pop(threading.get_ident(), None)
+            self.running.forward = None
 
     def _forward_at(
         self, i: int, tokens: Tensor, mask: Tensor | None, guide: Guide | None
     ) -> ForwardState:
         """Return the forward pass whose tokens enter block i; begin it at the first block."""
-        thread, reduction = threading.get_ident(), self.reduction
+        running, reduction = self.running, self.reduction
         recomputation = None if guide is None else guide.recomputation
         if recomputation is not None and torch.is_grad_enabled():
             if i == reduction.first and len(self.pending) > 1:
-                # Another pass may be in the same checkpoint, and run again first: score anew.
-                recomputation.again = self._begin(i, tokens, mask, guide)
-            forward = recomputation.again or recomputation.forward
+                pending = [ref() for ref in self.pending.valuerefs()]
+                passes = (recomputation.forward, *filter(None, pending))
+                recomputation.other = pass_entered_by(tokens, guide.text_cls, passes)
+            forward = recomputation.other or recomputation.forward
         else:
-            forward = self.running.get(thread)
+            forward = running.forward
             if forward is None or i == reduction.first:
-                forward = self.running[thread] = self._begin(i, tokens, mask, guide)
+                forward = running.forward = self._begin(i, tokens, mask, guide)
             if i == reduction.last:
-                del self.running[thread]
-        if i == reduction.last and thread in self.calls:
-            self.calls[thread] = [forward] * len(self.calls[thread])
+                running.forward = None
+        if i == reduction.last and running.calls:
+            running.calls[:] = [forward] * len(running.calls)
         return forward
 
     def _begin(
@@ -150,7 +164,9 @@ class EagerPasses:
             on_grid = on_grid or guide.recomputation.forward.on_grid
         elif text_cls is not None and not torch.is_grad_enabled() and in_autograd_function():
             raise RuntimeError(REFUSED)
-        return self.reduction.begin_forward(i, tokens, mask, text_cls, on_grid=on_grid)
+        forward = self.reduction.begin_forward(i, tokens, mask, text_cls, on_grid=on_grid)
+        forward.guided_by = None if guide is None else guide.owner
+        return forward
 
 
 class GraphPass:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction import call_context
+from elip_models.reduction.call_context import Guide
 from elip_models.reduction.reduced_model import Args, Kwargs, Reduction, refuse_fx
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers.base import original_method, scoring_context
 
-MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")  # of a model
+MODEL_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
 
 
 class PatchEmbedding:
@@ -47,7 +48,8 @@ class PatchEmbedding:
 class EncodeTextFirst:
     """The pre-forward and forward hook of a whole model: its text guides its image tower.
 
-    The text is encoded without gradient, in addition to the forward's own encoding.
+    The text is encoded without gradient, in addition to the forward's own encoding. It is encoded
+    again in a recomputation that may hold calls with several texts.
     """
 
     def __init__(self, reduction: Reduction) -> None:
@@ -65,8 +67,15 @@ class EncodeTextFirst:
                 graph.own_text = text if is_plain else call_context.set_guidance(text)
         elif output:
             call_context.drop_guide(self)
-        elif call_context.guide_of(reduction) is None:
+        elif self._guides(call_context.guide_of(reduction)):
             call_context.set_guide(reduction, self._text_cls(args, kwargs), self)
+
+    def _guides(self, guide: Guide | None) -> bool:
+        """Return whether the text guides a call that has this guide already."""
+        if guide is None or guide.recomputation is None:
+            return guide is None
+        is_own = guide.recomputation.forward.guided_by is self
+        return is_own and len(self.reduction.eager.pending) > 1
 
     def _text_cls(self, args: Args, kwargs: Kwargs) -> Tensor | None:
         image_text = self.reduction.image_text
@@ -114,7 +123,7 @@ class CollectHiddenStates:
         """Begin a dense call before the forward, and end it after (with `output`)."""
         tower, strategy = self.reduction.tower, self.reduction.strategy
         if torch.compiler.is_exporting():
-            inputs = (*args[1:], *(kwargs.get(name) for name in MASKS))
+            inputs = (*args[1:], *(kwargs.get(name) for name in MODEL_MASKS))
             is_own = False if output else all(mask is None for mask in inputs)
             self.reduction.graph.has_own_mask = is_own
         if tower.collects("hidden_states", kwargs):

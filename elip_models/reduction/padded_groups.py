@@ -56,17 +56,17 @@ def enter_in_groups(
     replays = groups if context.replay is None else context.replay.groups
     left, infos = [], []
     for group, replay in zip(groups, replays, strict=True):
-        own, at, info = group.take(tokens), _tower_of(tower, group), None
+        own, tower_at, info = group.take(tokens), _tower_of(tower, group), None
         if i in group.stages:
             text = context.text_cls
             text = text if text is None or text.shape[0] == 1 else text[group.images]
             replayed = None if context.replay is None else replay.info
             alone = Context(text, group.info, replayed)
-            own, info = strategy.step(at, group.stages[i], own, alone)
+            own, info = strategy.step(tower_at, group.stages[i], own, alone)
         elif replaces_block and strategy.replaces_later and group.info is not None:
-            own = strategy.run_later_block(at, i, own, group.info)
+            own = strategy.run_later_block(tower_at, i, own, group.info)
         elif replaces_block:
-            own = at.run_sublayers(i, own)
+            own = tower_at.run_sublayers(i, own)
         left.append(own)
         infos.append(info)
     if has_step:

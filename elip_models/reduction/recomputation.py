@@ -9,30 +9,39 @@ backward reads one of them. Both are seen through autograd's public interface:
                     under `recomputing`, which provides the pass and its guidance.
     leave a model   The gradient of its output does the same, for a checkpoint of the whole model.
 
+A checkpoint may hold several passes. `pass_entered_by` finds each by the tokens and the text that
+enter its first block again; the label that is read decides between equal ones.
+
 If backward reaches a checkpoint through operations that follow the model in it, the blocks run as
-in a new call. The label that they save names that call: `_check` compares what it has selected.
+in a new call. In any case, the label that they save names their pass: `_check` compares it with the
+pass whose label is read.
 """
 
+import math
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.func import debug_unwrap
+from torch.utils.checkpoint import CheckpointError
 
 from elip_models.reduction.call_context import recomputing
 from elip_models.reduction.step import ForwardState
 
 REFUSED = (
     "checkpoint: expected use_reentrant=False on a reduced model, got a re-entrant one, whose "
-    "recomputation cannot find its forward pass; pass use_reentrant=False"
+    "recomputation cannot find its forward pass; pass use_reentrant=False. The forward of any "
+    "autograd.Function that calls the model looks the same; call the model outside of it"
 )
 CHANGED = (
-    "guidance: expected the text and the strategy of the forward pass where activation "
-    "checkpointing runs it again, got others; call reduce_ before the forward. If the checkpoint "
-    "goes on after the model, enter guidance(model, ..) inside of the checkpointed function, or "
-    "checkpoint the model or its blocks alone"
+    "guidance: expected the text, the strategy and the random numbers of the forward pass where "
+    "activation checkpointing runs it again, got others; call reduce_ before the forward. If the "
+    "checkpoint goes on after the model, enter guidance(model, ..) inside of the checkpointed "
+    "function, or checkpoint the model or its blocks alone. If it holds two calls on the same "
+    "images, checkpoint each by itself"
 )
 
 
@@ -69,15 +78,50 @@ class _Save(Function):
         return None, None
 
 
-def recompute(reduction: object, forward: ForwardState, node: Any) -> None:
+def recompute(reduction: Any, forward: ForwardState, node: Any) -> None:
     """Read the label that `node` saved: a checkpoint around it runs its function again.
 
     Raises:
-        RuntimeError: the checkpoint has run already, and has selected other tokens.
+        RuntimeError: the function has selected other tokens, or the model's strategy has changed.
     """
-    with recomputing(reduction, forward):
-        (name,) = node.saved_tensors
+    try:
+        with recomputing(reduction, forward):
+            (name,) = node.saved_tensors
+    except CheckpointError as error:
+        if reduction.is_installed:
+            raise
+        raise RuntimeError(CHANGED) from error
     _check(forward, getattr(name, "forward_state", None))
+
+
+def pass_entered_by(
+    tokens: Tensor, text_cls: Tensor | None, passes: Iterable[ForwardState]
+) -> ForwardState:
+    """Return the pass whose first block these tokens (B, N, D) entered, under this text.
+
+    It is the nearest if the recomputation differs by rounding; the first of equally near ones.
+    """
+    entering = sum_of(tokens)
+
+    def distance(forward: ForwardState) -> float:
+        text = _distance(forward.text_cls, text_cls)
+        return _distance(forward.entering, entering) + text
+
+    first, *others = passes
+    return first if distance(first) == 0 else min((first, *others), key=distance)
+
+
+def sum_of(tokens: Tensor) -> Tensor:
+    """Return the sum (B, D) of tokens (B, N, D), by which a recomputation finds their pass."""
+    return tokens.detach().sum(1, dtype=torch.float32)
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float:
+    if one is other:
+        return 0.0
+    if one is None or other is None or one.shape != other.shape:
+        return math.inf
+    return (one - other).abs().sum().item()
 
 
 class LeaveBlock(Function):
@@ -140,14 +184,13 @@ def can_recompute(tokens: Tensor) -> bool:
 
 def _check(forward: ForwardState, again: ForwardState | None) -> None:
     """Raise RuntimeError if the pass that ran again has selected other tokens."""
-    if again is None or again is forward:
-        return
-    if again.text_cls is forward.text_cls and again.strategy is forward.strategy:
+    if again is None or again is forward or again.repeats is forward:
         return
     for i, info in forward.infos.items():
         repeated = again.infos.get(i)
         if repeated is not None and not _same(info.reduction, repeated.reduction):
             raise RuntimeError(CHANGED)
+    again.repeats = forward
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -25,7 +25,7 @@ from elip_models.towers.base import original_method
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-MASKS = ("attn_mask", "attention_mask")
+BLOCK_MASKS = ("attn_mask", "attention_mask")
 
 
 @dataclass(eq=False)
@@ -80,6 +80,12 @@ class Reduction:
     def __str__(self) -> str:
         """Return the summary in one line."""
         return self.summary.line
+
+    @property
+    def is_installed(self) -> bool:
+        """Return whether the model's blocks are still reduced by it."""
+        method = vars(self.tower.blocks[self.last]).get("forward")
+        return isinstance(method, ReducedBlock) and method.reduction is self
 
     @property
     def is_in_use(self) -> bool:
@@ -252,7 +258,7 @@ class ReducedBlock:
 
     def _mask(self, args: Args, kwargs: Kwargs) -> Tensor | None:
         """Return the mask of the keys in the call's arguments, or None."""
-        masks = (*args[1:], *(kwargs.get(name) for name in MASKS))
+        masks = (*args[1:], *(kwargs.get(name) for name in BLOCK_MASKS))
         masks = [mask for mask in masks if mask is not None]
         if (masks and not self.reduction.tower.takes_padding) or kwargs.get("is_causal"):
             raise ValueError("attn_mask: expected none on a reduced model, whose tokens change")
@@ -280,7 +286,7 @@ def with_masks(args: Args, kwargs: Kwargs, real: Tensor | None) -> tuple[Args, K
     def changed(mask: Tensor | None) -> Tensor | None:
         return None if mask is None or real is None else mask_like(mask, real)
 
-    named = {name: changed(kwargs[name]) for name in MASKS if name in kwargs}
+    named = {name: changed(kwargs[name]) for name in BLOCK_MASKS if name in kwargs}
     return (args[0], *(changed(mask) for mask in args[1:])), kwargs | named
 
 

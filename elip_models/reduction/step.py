@@ -60,6 +60,9 @@ class ForwardState:
     slots: `BlockStep.slots` after each step, by block.
     padding: of a padded batch, or None.
     groups: its images by size, if the strategy takes no padding.
+    guided_by: the owner of the guidance, see `Guide`.
+    entering: in a checkpoint, the sum (B, D) of the tokens that entered the first block.
+    repeats: an earlier pass whose tokens this one has selected again.
     """
 
     def __init__(
@@ -101,6 +104,9 @@ class ForwardState:
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
         self.groups: tuple[Group, ...] = ()
+        self.guided_by: object | None = None
+        self.entering: Tensor | None = None
+        self.repeats: ForwardState | None = None
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.model.training):
