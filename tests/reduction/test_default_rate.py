@@ -12,6 +12,7 @@ from elip_models.reduction.flops import DEFAULT_KEEP, kept_share
 from elip_models.reduction.strategy_spec import fit_strategy, get_strategy, option_types
 from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
+from tests.helpers.tiers import first_quick
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2")
@@ -26,7 +27,7 @@ def on_meta(name):
 # the rate
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", first_quick(MODELS))
 @every_strategy
 def test_every_strategy_has_the_rate_of_a_call_without_arguments(name, model):
     default, named, asked = (on_meta(model) for _ in range(3))

@@ -7,11 +7,13 @@ import elip_models
 from elip_models import LANGUAGE_STRATEGIES, STRATEGIES
 from elip_models.reduction.flops import DEFAULT_KEEP
 from tests.helpers.models import siglip_vision
+from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import plain_vit
 from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import build
 
+QUICK = ["llava", "qwen2_5_vl", "gemma3", "idefics2", "internvl", "paligemma"]
 GUIDED = {"guided_tome", "crossget", "elip", "adaptive", "trips", "cdpruner", "fastv", "pyramid"}
 
 
@@ -42,7 +44,7 @@ def test_the_list_of_a_model_has_the_reasons():
         elip_models.list_strategies(timm.create_model("resnet18"))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(QUICK, CASES))
 def test_a_strategy_of_a_language_model_has_a_reason_exactly_if_reduce_raises(name):
     try:
         model = build(name)[0]
