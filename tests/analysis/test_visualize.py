@@ -11,31 +11,21 @@ from PIL import Image
 from rich.console import Console
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import elip_kernels
 import elip_models
-from elip_models.analysis.merging import draw_merging, merged_image, tokens_of_patches
+from elip_models.analysis.merging import tokens_of_patches
 from elip_models.analysis.visualize import (
-    GREY,
     attention_maps,
     concentration,
-    draw_concentration,
     draw_reduction,
     patch_grid,
     surviving_patches,
 )
 from elip_models.pretraining.data import EmojiScenes
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
-from elip_models.pretraining.models.registry import (
-    DOWNSTREAM,
-    FAMILIES,
-    create_model,
-)
 from elip_models.pretraining.training import report
 from elip_models.pretraining.training.report import Reporter
-from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.reduction.strategy import StageInfo
 from elip_models.towers import as_tower
-from tests.helpers.tiers import first_quick, slow_except
+from tests.helpers.tiers import first_quick
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
 NUM_PATCHES = 36
@@ -87,11 +77,6 @@ def test_a_patch_shows_the_score_of_its_token(registers, merge):
             for score, patches in zip(info.attention[b], held, strict=True):
                 expected[sorted(patches)] = score
             torch.testing.assert_close(heat[b], expected, atol=0, rtol=0, equal_nan=True)
-
-
-def test_a_dense_forward_has_nothing_to_show():
-    assert surviving_patches([], NUM_PATCHES) == []
-    assert attention_maps([], NUM_PATCHES) == []
 
 
 @torch.no_grad()
@@ -161,38 +146,6 @@ def test_a_merged_patch_shows_its_token(merge):
             assert torch.equal(tokens[b], expected)
 
 
-def test_patches_of_a_token_have_their_mean_colour_and_dropped_ones_are_grey():
-    image, side = torch.rand(3, 4, 6), 128
-    drawn = merged_image(image, torch.tensor([[0, 0, 1], [2, -1, 2]]))
-    assert drawn.shape == (3, 2 * side, 3 * side)
-
-    def patch(row, column):  # without the lines on its left and above
-        rows, columns = (slice(side * k + 1, side * (k + 1)) for k in (row, column))
-        return drawn[:, rows, columns]
-
-    mean = image[:, :2, :4].mean((1, 2))[:, None, None]
-    torch.testing.assert_close(patch(0, 0), mean.expand(3, side - 1, side - 1))
-    torch.testing.assert_close(patch(0, 0), patch(0, 1))
-    torch.testing.assert_close(patch(1, 0), patch(1, 2))
-    assert patch(1, 1).unique().tolist() == [pytest.approx(GREY)]
-    alone = image[:, :2, 4:].repeat_interleave(side // 2, 1).repeat_interleave(side // 2, 2)
-    assert torch.equal(patch(0, 2), alone[:, 1:, 1:])
-
-
-@pytest.mark.parametrize("strategy", first_quick(["tome:r=3", "elip"]))
-def test_the_merging_is_a_picture_with_a_row_an_image(strategy, tmp_path):
-    model, x = plain_vit(), images(3)
-    _, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
-    pixels = torch.rand(3, 3, 48, 48) / 2
-    path = draw_merging(pixels, ["a $"] * 3, infos, tmp_path / "m.png", grid=(6, 6), title="$")
-    assert rows_of(path) == 3
-
-
-def test_the_concentration_is_a_picture(tmp_path):
-    path = draw_concentration(torch.rand(6, 4), tmp_path / "c.png", title="a_b $")
-    assert Image.open(path).size == (832, 520)
-
-
 TINY_CLIP = dict(
     image_size=32,
     patch_size=8,
@@ -237,31 +190,3 @@ def test_a_training_run_times_its_own_tower_with_its_own_reduction(name, tmp_pat
     shown = " ".join(console.export_text().split())
     assert f"{rows[1]['flops_ratio']:.2f}" in shown and "bytes saved for backward" in shown
     assert ("without a text, nothing is reduced" in shown) == (timed == "elip")
-
-
-@pytest.mark.parametrize(
-    "family", slow_except([f"{each}_retrieval" for each in FAMILIES], DOWNSTREAM)
-)
-def test_a_dense_model_of_a_task_is_shown_by_the_schedule_of_its_pre_training(family):
-    kind = DOWNSTREAM[family]
-    with torch.device("meta"):
-        model = create_model(f"{kind.pretraining.family}_tiny", task=kind.task)
-    expected = Schedule.parse(kind.pretraining.family).for_depth(model.config.vision_depth)
-    assert model.elip_strategy().schedule == expected
-
-
-def test_merged_pairs_are_shown_as_merged():
-    model = plain_vit()
-    tokens = as_tower(model).embed(images()).detach()
-    merged, _, first = elip_kernels.bipartite_merge(tokens, tokens, 9, return_info=True)
-    _, _, then = elip_kernels.bipartite_merge(merged, merged, 5, return_info=True)
-    infos = [
-        StageInfo(Stage(i, 1, info.num_rows - 1), info, torch.rand(info.slots.shape))
-        for i, info in enumerate((first, then))
-    ]
-    survivors, heats = surviving_patches(infos, 36), attention_maps(infos, 36)
-    rows = then.slots.gather(1, first.slots.long())[:, 1:]
-    for b in range(2):
-        alone = [rows[b].tolist().count(row) == 1 for row in rows[b].tolist()]
-        assert survivors[1][b].tolist() == alone
-        assert torch.equal(heats[1][b], infos[1].attention[b, first.slots[b, 1:].long()])

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import elip_models
-from elip_models.analysis.merging import GREY, draw_clips, merged_clip, tokens_of_patches
+from elip_models.analysis.merging import GREY, merged_clip, tokens_of_patches
 from elip_models.analysis.visualize import patch_grid
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
 from elip_models.commands.inspect_model import read_source
@@ -98,17 +98,6 @@ def test_encode_image_takes_clips_and_gives_each_tubelet_its_token(layer):
     elip_models.unreduce_(model)
     with pytest.raises(ValueError, match=r"images: expected a .* \(B, 4, 3, H, W\), got \(2, 3"):
         elip_models.encode_image(model, clips[:, 0])
-
-
-@torch.no_grad()
-def test_two_rows_a_clip(tmp_path):
-    model, heights = model_of("VideoMAELayer"), []
-    for n in (1, 2):
-        clips, path = torch.rand(n, 4, 3, 48, 48), tmp_path / f"{n}.png"
-        _, infos = elip_models.encode_image(model, clips, strategy="tome", return_info=True)
-        draw_clips(clips, ["$ a"] * n, infos, path, grid=(2, 6, 6), title="$")
-        heights.append(Image.open(path).height)
-    assert heights[1] > 1.5 * heights[0]
 
 
 @pytest.mark.slow

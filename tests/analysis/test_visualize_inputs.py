@@ -1,7 +1,6 @@
 """`elip visualize` on every kind of model, guided by its own text or by vision only."""
 
 import json
-import sys
 
 import open_clip
 import pytest
@@ -12,12 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from elip_models.analysis import visualize_inputs
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
-from elip_models.commands.inspect_model import read_source
 from elip_models.pretraining.data import load_tokenizer, tokenize
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
-from tests.helpers.models import hf_blip, hf_clip, hf_siglip, open_clip_pair
+from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.saving.test_open_model import tiny_vit
@@ -133,18 +131,6 @@ def test_models_of_transformers_are_guided_by_their_text_tower(
     assert long.shape == (2, pictured.tower.width)
 
 
-def test_siglip_is_guided_by_texts_of_full_length(tmp_path, small_tokenizer, pairs):
-    model = hf_siglip().eval()
-    model.save_pretrained(tmp_path)
-    small_tokenizer.save_pretrained(tmp_path)
-    pictured = open_visualized_model(f"hf:{tmp_path}", schedule=SIX)
-    length = model.config.text_config.max_position_embeddings
-    full = {"padding": "max_length", "max_length": length, "return_tensors": "pt"}
-    ids = small_tokenizer(CAPTIONS, **full).input_ids
-    torch.testing.assert_close(pictured.guide(CAPTIONS), guidance_of(model, ids))
-    assert len(pictured.stage_infos(normalised(pictured, pairs), CAPTIONS)) == 2
-
-
 def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
     def tokenize(texts):
         ids = torch.tensor([[len(text) % 40, 3, 4, 5, 6, 7, 8, 49] for text in texts])
@@ -171,19 +157,6 @@ def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
 
 
 @pytest.mark.slow
-def test_a_wide_tower(monkeypatch, files, tmp_path):
-    wide = timm.models.VisionTransformer(
-        img_size=(32, 64), patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0
-    )
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: wide)
-    arguments = ["--image", files[0], "--caption", "a", "--image", files[1], "--caption", "b"]
-    output = tmp_path / "wide.png"
-    model = ["--model", "timm:vit_tiny_patch16_224", "--schedule", SIX, "--scorer", "2"]
-    assert elip("visualize", *model, *arguments, "--output", output) == 0
-    assert Image.open(output).width > 3 * Image.open(output).height
-
-
-@pytest.mark.slow
 def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     model = our_folder(tmp_path / "model", tokenizer)
     output = tmp_path / "kept.png"
@@ -197,17 +170,6 @@ def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     (tmp_path / "list.json").write_text(json.dumps(entries))
     data = ["--data", tmp_path / "list.json", "--fusion", 1]
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
-
-
-def test_an_image_size_sets_the_patches_of_the_picture(files, tmp_path, capsys):
-    output, model = tmp_path / "small.png", ["--model", "timm:test_vit", "--no-pretrained"]
-    shown = ["--strategy", "tome", "--image", files[0], "--output", output]
-    assert elip("visualize", *model, *shown, "--image-size", 64) == 0
-    assert open_visualized_model(model[1], pretrained=False, image_size=64).tower.num_patches == 16
-    assert elip("visualize", *model, *shown, "--image-size", 10) == 2
-    assert "expected images of at least one patch, got 10 x 10" in capsys.readouterr().err
-    assert elip("visualize", *model[:2], *shown[2:], "--question", "a", "--image-size", 64) == 2
-    assert "--image-size: expected none with --question" in capsys.readouterr().err
 
 
 MERGES = ["tome", "guided_tome:fusion=1", "pitome"]
@@ -238,19 +200,6 @@ def test_an_image_needs_a_caption_only_if_a_text_guides(
         assert elip("visualize", *arguments) == 2
         error = capsys.readouterr().err
         assert "--caption: expected one for each --image, 1, got none; --strategy tome" in error
-
-
-def test_unreadable_samples_are_skipped(files, tmp_path):
-    pictured = open_visualized_model("clip_tiny", pretrained=False, fusion=1.0)
-    assert str(pictured).startswith("clip_tiny (random weights)\n")
-    tower = pictured.tower
-    entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]
-    (tmp_path / "list.json").write_text(json.dumps(entries))
-    [(image, caption)] = read_source(str(tmp_path / "list.json"), 4, tower)
-    assert (image.size, caption) == ((90, 50), "b")
-    (tmp_path / "list.json").write_text(json.dumps(entries[:1]))
-    with pytest.raises(ConfigError, match="--data: expected a readable sample, got none"):
-        read_source(str(tmp_path / "list.json"), 4, tower)
 
 
 TINY = ["--model", "clip_tiny", "--no-pretrained"]
@@ -298,10 +247,3 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {message}")
     assert captured.err.count("\n") == 1
-
-
-def test_without_matplotlib_the_extra_is_named(files, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    pair = ["--image", files[0], "--caption", "a", "--fusion", 1, "--output", tmp_path / "a.png"]
-    assert elip("visualize", *TINY, *pair) == 2
-    assert "pip install 'elip-kernels[demo]'" in capsys.readouterr().err

@@ -10,13 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from elip_models import record_stages, reduce_, unreduce_
+from elip_models import unreduce_
 from elip_models.analysis.visualize import GREY
 from elip_models.analysis.visualize_language import (
     WITHOUT_GRID,
     VisualizedLanguageModel,
-    draw_kept_tokens,
-    mosaic,
     open_language_model,
     token_grid,
 )
@@ -189,36 +187,6 @@ def test_tokens_are_in_the_order_of_the_quarters_of_a_tile(name):
         assert F.adaptive_avg_pool2d(changed, 2).flatten().argmax() == 2 * y + x
 
 
-def test_tokens_without_a_place_are_refused(tmp_path):
-    size = {"pixel_values": torch.zeros(1, 3, 32, 32)}
-    plain = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False))
-    opened = VisualizedLanguageModel("any", torch.nn.Identity(), plain)
-    assert token_grid(opened, Image.new("RGB", (1, 1)), size, 16)[1:] == (4, 4)
-    for count in (17, 8, 15):
-        with pytest.raises(ValueError, match=f"grid of square cells, got {count} for 1 pictures"):
-            token_grid(opened, Image.new("RGB", (1, 1)), size, count)
-
-
-def test_the_picture_dims_what_the_model_drops(folder, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        "elip_models.analysis.visualize_language.draw_image",
-        lambda grid, kept, path, **texts: drawn.append((grid, kept, texts)) or path,
-    )
-    opened = open_language_model(str(folder), "diverse", 0.5)
-    reduce_(opened.model, "fastv:layer=1", keep=0.5)
-    image = picture(8, 8)
-    assert draw_kept_tokens(opened, [image], QUESTION, tmp_path / "a.png") == [tmp_path / "a.png"]
-    ((grid, kept, texts),) = drawn
-    inputs = opened.inputs(image, QUESTION)
-    with record_stages(opened.model) as infos, torch.no_grad():
-        opened.model(**inputs)
-    assert torch.equal(kept[0], infos[0].kept[infos[0].images])
-    assert kept[0].sum() == len(kept[0]) // 2 and kept[1].sum() == len(kept[0]) // 4
-    assert len(grid.tiles) * grid.rows * grid.columns == len(kept[0])
-    assert texts["caption"] == QUESTION and "diverse(keep=0.5" in texts["title"]
-
-
 def test_the_command_writes_a_picture_for_each_image(folder, tmp_path, capsys):
     files = [tmp_path / "a.png", tmp_path / "b.png"]
     for file in files:
@@ -231,14 +199,6 @@ def test_the_command_writes_a_picture_for_each_image(folder, tmp_path, capsys):
     assert "kept_1.png" in capsys.readouterr().out
     pixels = pil_to_tensor(Image.open(tmp_path / "kept_1.png").convert("RGB")).float() / 255
     assert ((pixels - 0.85 * GREY).abs() < 0.01).all(0).sum() > 100  # dimmed black
-
-
-def test_tiles_are_placed_row_by_row():
-    tiles = [torch.full((2, 2, 3), each) for each in (0.1, 0.2, 0.3)]
-    canvas = mosaic(tiles)
-    assert canvas.shape == (8, 8, 3)
-    assert canvas[0, 0, 0] == tiles[0][0, 0, 0] and canvas[0, 6, 0] == tiles[1][0, 0, 0]
-    assert canvas[6, 0, 0] == tiles[2][0, 0, 0] and canvas[7, 7, 0] == 1
 
 
 @pytest.mark.parametrize(

@@ -120,11 +120,6 @@ def test_without_a_strategy_the_present_reduction_stays():
         state.global_step = 0
 
 
-def test_the_trainer_trains_with_the_callback(tmp_path):
-    _, watch = run(tmp_path, ReductionCallback(HALF, until=0.8))
-    assert watch.tokens() == [19] * 4 + [37]
-
-
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def callback():
@@ -142,13 +137,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_evaluation_uses_the_reduction_of_the_step_before(tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
-    _, watch = run(tmp_path, ReductionCallback(ToMe(3), until=3), **options)
-    assert watch.tokens(training=False) == [19, 19, 37, 37]  # before, after 2, 4 and the last
-
-
-@pytest.mark.slow
 def test_options_are_those_of_reduce_(tmp_path):
     callback = ReductionCallback(schedule=SCHEDULE, merge="none", until=1)
     _, watch = run(tmp_path, callback, activation_checkpointing=True)
@@ -159,18 +147,6 @@ def test_options_are_those_of_reduce_(tmp_path):
 def test_accumulated_batches_are_one_step(tmp_path):
     _, watch = run(tmp_path, ReductionCallback(HALF, until=1), gradient_accumulation_steps=2)
     assert watch.tokens() == [19] * 2 + [37] * 8
-
-
-@pytest.mark.exhaustive
-def test_a_compiled_model_changes_where_the_reduction_ends(tmp_path):
-    options = {"max_steps": 3}
-    eager, _ = run(tmp_path / "eager", ReductionCallback(ToMe(3), until=2), **options)
-    dense, _ = run(tmp_path / "dense", ReductionCallback(ToMe(3), until=0), **options)
-    options |= {"torch_compile": True, "torch_compile_backend": "eager"}
-    compiled, _ = run(tmp_path / "compiled", ReductionCallback(ToMe(3), until=2), **options)
-    got, expected = compiled.classifier.weight, eager.classifier.weight
-    torch.testing.assert_close(got, expected)
-    assert (got - dense.classifier.weight).abs().max() > 10 * (got - expected).abs().max()
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import elip_models
-from elip_models.integrations.peft.adapt import adapt_, merge_
+from elip_models.integrations.peft.adapt import adapt_
 from elip_models.integrations.peft.saved_adapter import load_adapter_, save_adapter
-from elip_models.pretraining.checkpoints.warm_start import warm_start_
 from tests.helpers.cross_modal_cases import losses
 from tests.helpers.weights import assert_equal_weights
 from tests.integrations.test_peft import (
@@ -85,17 +84,3 @@ def test_a_reduced_model_with_an_adapter_is_loaded_with_both(tmp_path):
     loaded = elip_models.load_reduced(tmp_path)
     assert loaded.adapted == model.adapted
     assert loaded.config.schedule == "6(100%) 6(50%)"
-
-
-def test_a_merged_model_is_saved_without_adapter(tmp_path):
-    model = adapted("clip", "lora").float()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"source: expected plain weights.*merge_ it"):
-        warm_start_(plain("clip"), tmp_path)
-    merge_(model).save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert loaded.adapted is None
-    assert torch.equal(
-        loaded.visual.blocks[0].attn.qkv.weight, model.visual.blocks[0].attn.qkv.weight
-    )
-    warm_start_(plain("clip"), tmp_path)

@@ -65,32 +65,6 @@ def test_kernel_agrees_with_fp64(launches, N, r, dtype):
     check(launches, tokens, metric, r, size, num_prefix_tokens=int(N > 2))
 
 
-@pytest.mark.parametrize(
-    ("N", "p"), tiered([(16, 0), (16, 1), (17, 0), (17, 1)], [(17, 1)], slow=[(16, 0)])
-)
-def test_every_r_with_and_without_a_class_token(launches, N, p):
-    tokens, metric, _ = inputs(2, N)
-    for r in range(1, (N - p) // 2 + 1):
-        check(launches, tokens, metric, r, num_prefix_tokens=p)
-
-
-@pytest.mark.parametrize(
-    ("D", "C"),
-    tiered([(1, 1), (63, 64), (130, 65), (300, 200)], [(1, 1), (130, 65)], slow=[(300, 200)]),
-)
-def test_any_width(launches, D, C):
-    tokens, metric, size = inputs(2, 21, D, C, torch.bfloat16)
-    metric = metric if C > 1 else metric.sign()
-    check(launches, tokens, metric, 7, size)
-
-
-@pytest.mark.exhaustive
-def test_the_longest_image_and_a_metric_of_another_dtype(launches):
-    tokens, metric, size = inputs(1, 1025, 8, 16)
-    check(launches, tokens.bfloat16(), metric, 512, size)
-    check(launches, tokens[:, :70], metric[:, :70].half(), 30)
-
-
 @pytest.mark.parametrize("r", tiered([1, 4, 9], [4], slow=[9]))
 def test_ties_go_to_the_lower_index(launches, r):
     metric = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])[torch.randint(2, (3, 20))]
@@ -162,28 +136,6 @@ def test_all_merge_into_one(launches, N, dtype):
     metric[:, ::2] = metric[:, 11:12] + 0.1 * metric[:, ::2]
     _, info = check(launches, tokens, metric, (N - 1) // 2, size)
     assert (info.slots[:, 2::2] == info.slots[:, 11:12]).all()
-
-
-@pytest.mark.parametrize(
-    "layout", tiered(["LND", "sliced", "every second", "expanded"], ["LND"], slow=["expanded"])
-)
-def test_strided_inputs(launches, layout):
-    tokens, metric, size = inputs(3, 20, 32, 16)
-    if layout == "LND":
-        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
-        metric = metric.transpose(0, 1).contiguous().transpose(0, 1)
-    elif layout == "sliced":
-        tokens, metric = (
-            torch.randn(3, 25, 40)[:, 3:23, 5:37],
-            torch.randn(3, 25, 40)[:, 2:22, 9:25],
-        )
-        size = torch.rand(3, 60)[:, 1:60:3] + 1
-    elif layout == "every second":
-        tokens, metric = torch.randn(3, 20, 64)[..., ::2], torch.randn(3, 20, 32)[..., ::2]
-    else:
-        tokens, metric = tokens[:1].expand(3, -1, -1), metric[:1].expand(3, -1, -1)
-        size = size[:1].expand(3, -1)
-    check(launches, tokens, metric, 8, size)
 
 
 def test_empty_batch_launches_nothing(launches):

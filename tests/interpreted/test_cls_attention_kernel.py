@@ -62,19 +62,6 @@ def test_generic_row_agrees_with_fp64(launches, d, masked, dtype):
     assert error(got, exact) <= BUDGET[dtype]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("H", "G"), [(4, 2), (8, 2), (3, 1), (2, 2)])
-def test_grouped_heads_have_the_bits_of_repeated_ones(launches, poisoned_memory, H, G, masked):
-    q, k = torch.randn(2, H, 37), torch.randn(2, G, 130, 37)
-    mask = torch.rand(2, 130) > 0.3 if masked else None
-    got = elip_kernels.cls_attention(q, k, mask=mask)
-    repeated = k.repeat_interleave(H // G, 1)
-    assert torch.equal(got, elip_kernels.cls_attention(q, repeated, mask=mask))
-    exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
-    assert error(got, exact) <= 1e-5
-    assert launches["elip::cls_attention"] == 3  # fp64 falls back to PyTorch
-
-
 @pytest.mark.parametrize("closed", ["by the mask", "by its scores"])
 def test_a_tile_of_fully_masked_keys(launches, closed):
     q, k = torch.ones(1, 2, 8), torch.randn(1, 2, 130, 8)
@@ -86,18 +73,6 @@ def test_a_tile_of_fully_masked_keys(launches, closed):
     got = elip_kernels.cls_attention(q, k, mask=mask)
     exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
     assert not got[:, 1:65].any() and error(got, exact) <= 1e-5
-
-
-def test_strided_inputs(launches, poisoned_memory):
-    qkv = torch.randn(2, 19, 3, 4, 16).permute(2, 0, 3, 1, 4)
-    got = elip_kernels.cls_attention(qkv[0][:, :, 0], qkv[1])
-    exact = elip_kernels.cls_attention(qkv[0][:, :, 0].double(), qkv[1].double())
-    assert error(got, exact) <= 1e-5
-    tokens, cls = torch.randn(19, 2, 48).transpose(0, 1), torch.randn(2, 48)
-    arguments = block(48, 2, torch.float32)
-    got = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
-    assert error(got, row_in_fp64(tokens, cls, arguments)) <= 1e-5
-    assert launches["elip::cls_attention_from_tokens"] >= 1
 
 
 def test_empty_batch(launches):

@@ -53,30 +53,6 @@ def test_kernel_agrees_with_fp64(launches, N, K, dtype):
     check(launches, *inputs(2, N, 40, 24, K, dtype=dtype))
 
 
-@pytest.mark.parametrize("p", tiered([0, 1, 3], [], slow=[3]))
-def test_every_number_kept_after_any_prefix(launches, p):
-    for K in range(1, 12 - p, 3):
-        check(launches, *inputs(2, 12, K=K, p=p), num_prefix_tokens=p)
-        tokens, kept, metric, _ = inputs(2, 12, K=K, p=p)
-        check(launches, tokens, kept, metric, num_prefix_tokens=p)
-
-
-@pytest.mark.parametrize(
-    ("D", "C"),
-    tiered([(1, 1), (63, 64), (130, 65), (300, 200)], [(1, 1), (130, 65)], slow=[(300, 200)]),
-)
-def test_any_width(launches, D, C):
-    tokens, kept, metric, size = inputs(2, 21, D, C, 9, dtype=torch.bfloat16)
-    check(launches, tokens, kept, metric if C > 1 else metric.sign(), size)
-
-
-@pytest.mark.exhaustive
-def test_the_longest_image_and_a_metric_of_another_dtype(launches):
-    tokens, kept, metric, size = inputs(1, 1025, 8, 16, 500)
-    check(launches, tokens.bfloat16(), kept, metric, size)
-    check(launches, tokens[:, :70], kept.clamp(max=69)[:, :1], metric[:, :70].half())
-
-
 def test_ties_go_to_the_lower_row(launches):
     metric = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1]])[torch.randint(2, (3, 70))]
     metric[0] = 1.0
@@ -113,26 +89,6 @@ def test_a_row_of_padding_is_empty(launches):
     kept[0, 2] = kept[1, 0] = -1
     out, info = check(launches, tokens, kept, metric, size)
     assert not info.source_map()[0, 3].any() and not out[0, 3].any()
-
-
-@pytest.mark.parametrize(
-    "layout", tiered(["LND", "sliced", "every second", "expanded"], ["LND"], slow=["expanded"])
-)
-def test_strided_inputs(launches, layout):
-    tokens, kept, metric, size = inputs(3, 20, 32, 16, 7)
-    if layout == "LND":
-        tokens, metric = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (tokens, metric))
-        kept = kept.T.contiguous().T
-    elif layout == "sliced":
-        tokens = torch.randn(3, 25, 40)[:, 3:23, 5:37]
-        metric, size = torch.randn(3, 25, 40)[:, 2:22, 9:25], torch.rand(3, 60)[:, 1:60:3] + 1
-    elif layout == "every second":
-        tokens, metric = torch.randn(3, 20, 64)[..., ::2], torch.randn(3, 20, 32)[..., ::2]
-    else:
-        tokens, metric, kept, size = (
-            x[:1].expand(3, *x.shape[1:]) for x in (tokens, metric, kept, size)
-        )
-    check(launches, tokens, kept, metric, size)
 
 
 def test_empty_batch_launches_nothing(launches):

@@ -101,10 +101,3 @@ def test_three_terms_of_half_precision_hold_at_every_scale(scale):
     query = arguments(D=96, dtypes=(fp16,) * 4, scale=scale)
     assert launch.query(16, fp32, query.k_weight)["TERMS"] == 3
     assert error(query) < 1e-6
-
-
-def test_several_dtypes_have_fewer_pipeline_stages():
-    one = launch.query(64, bf16, torch.empty(1, dtype=bf16))
-    both = launch.query(64, bf16, torch.empty(1, dtype=bf16), None, torch.empty(1))
-    assert both["STAGES"] < one["STAGES"]
-    assert both["BLOCK_D"] < one["BLOCK_D"]

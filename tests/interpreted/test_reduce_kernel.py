@@ -54,26 +54,6 @@ def test_kernel_agrees_with_fp64(launches, case):
     check(launches, tokens, scores, case.K)
 
 
-@pytest.mark.parametrize("D", [1, 63, 64, 96, 130])
-def test_any_width(launches, D):
-    tokens, scores = Case(2, 19, D, 7, torch.bfloat16).inputs()
-    check(launches, tokens, scores, 7)
-
-
-@pytest.mark.parametrize("options", [{"merge": False}, {"normalize": False}], ids=str)
-def test_pruning_and_unnormalised_weights(launches, options):
-    tokens, scores = Case(3, 50, 24, 20).inputs()
-    check(launches, tokens, scores, 20, **options)
-
-
-@pytest.mark.parametrize("num_prefix_tokens", [0, 1, 2, 5])
-def test_prefix_tokens_stay_first(launches, num_prefix_tokens):
-    case = Case(2, 30, 24, 9, num_prefix_tokens=num_prefix_tokens)
-    tokens, scores = case.inputs()
-    out, _ = check(launches, tokens, scores, 9, num_prefix_tokens=num_prefix_tokens)
-    assert torch.equal(out[:, :num_prefix_tokens], tokens[:, :num_prefix_tokens])
-
-
 @pytest.mark.parametrize("keep", tiered(range(1, 12), [1, 4, 8, 11], slow=[7]))
 def test_special_scores_rank_as_the_specification(launches, keep):
     scores = torch.tensor(
@@ -110,21 +90,6 @@ def test_masks(launches, keep, dtype):
     assert not (is_real[:, 1:] & ~is_real[:, :-1]).any()  # padding fills the last slots
     assert torch.equal(info.mask[:, 1:-1], is_real)
     assert torch.equal(info.mask[:, -1], real[:, 1:].sum(1) > keep)
-
-
-@pytest.mark.parametrize("layout", ["LND", "sliced", "every second", "expanded"])
-def test_strided_inputs(launches, layout):
-    tokens, scores = Case(3, 20, 32, 8).inputs()
-    if layout == "LND":
-        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
-    elif layout == "sliced":
-        tokens = torch.randn(3, 25, 40)[:, 3:23, 5:37]
-        scores = torch.rand(3, 60)[:, 1:58:3]
-    elif layout == "every second":
-        tokens = torch.randn(3, 20, 64)[..., ::2]
-    else:
-        tokens = tokens[:1].expand(3, -1, -1)
-    check(launches, tokens, scores, 8)
 
 
 def test_empty_batch_launches_nothing():

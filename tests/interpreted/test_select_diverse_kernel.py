@@ -10,7 +10,6 @@ from elip_kernels import launch, select_diverse, select_dpp
 from elip_kernels._operator import OPERATORS
 from elip_kernels.ops.select_dpp import SPANNED
 from tests.helpers.tiers import tiered
-from tests.interpreted import test_traffic
 
 SELECTIONS = [select_diverse, select_dpp]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -134,30 +133,11 @@ def test_a_position_beyond_the_image_reads_nothing_beyond_it(launches, select):
 
 
 @pytest.mark.parametrize("select", SELECTIONS)
-def test_strided_inputs(launches, poisoned_memory, select):
-    tokens, mask = torch.randn(2, 45, 24), torch.rand(2, 90) < 0.7
-    more = options_of(select, 2, 90, 0.5)
-    more = {n: v[:, ::2] if v.dim() == 2 else v.clamp(max=44) for n, v in more.items()}
-    expected = by_kernels(select, tokens, 8, **more | {"mask": mask[:, ::2].contiguous()})
-    for strided in (tokens.mT.contiguous().mT, torch.cat([tokens, tokens], 1)[:, :45]):
-        assert torch.equal(
-            by_kernels(select, strided, 8, **more | {"mask": mask[:, ::2]}), expected
-        )
-    one = by_kernels(select, tokens[:1].expand(2, -1, -1), 8)
-    assert torch.equal(one, by_kernels(select, tokens[:1], 8).expand(2, -1))
-
-
-@pytest.mark.parametrize("select", SELECTIONS)
 def test_an_image_gives_the_same_positions_in_every_batch(launches, select):
     tokens, own_options = torch.randn(3, 70, 16).half(), options_of(select, 3, 70, 0.7)
     whole = by_kernels(select, tokens, 12, **own_options)
     alone = by_kernels(select, tokens[2:], 12, **{n: v[2:] for n, v in own_options.items()})
     assert torch.equal(alone[0], whole[2])
-
-
-@pytest.mark.parametrize(("op", "option"), [("diverse", "starts"), ("dpp", "masked")])
-def test_each_byte_moves_once_with_options(launches, op, option):
-    test_traffic.check(op, (2, 40, 40, 7, torch.bfloat16), **{option: True})
 
 
 @pytest.mark.parametrize("select", SELECTIONS)

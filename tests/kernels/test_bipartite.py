@@ -108,10 +108,6 @@ def test_matches_as_a_tower_under_official_tome(golden, run, block):
         torch.testing.assert_close(size, case["size"].reshape(B, -1), atol=0, rtol=0)
 
 
-def test_every_official_case_is_compared(golden):
-    assert len(golden("tome_functions").meta["cases"]) == NUM_OFFICIAL_CASES
-
-
 @pytest.mark.parametrize("p", [0, 1])
 @pytest.mark.parametrize(("N", "r"), [(2, 1), (3, 1), (12, 5), (13, 1), (13, 6), (50, 99)])
 def test_is_the_definition(N, r, p):
@@ -325,18 +321,3 @@ def test_too_few_rows_for_an_image_are_refused():
         bipartite_merge(tokens, metric, 3, merges=MERGES)
     with pytest.raises(ValueError, match="r: expected fewer than N = 13"):
         bipartite_merge(tokens, metric, 13, lengths=LENGTHS, merges=MERGES)
-
-
-META = {"device": "meta"}
-
-
-def test_helpers_name_bad_arguments():
-    tokens, metric, _ = inputs()
-    merged, _, info = bipartite_merge(tokens, metric, 4, return_info=True)
-    for bad in (None, merged[0], tokens, merged.to("meta")):
-        with pytest.raises((TypeError, ValueError), match=r"^merged: expected .* got "):
-            unmerge(bad, info)
-    for bad in (None, info.slots, (info.slots, 9)):
-        for call in (lambda bad: unmerge(merged, bad), source_matrix):
-            with pytest.raises(TypeError, match=r"(?s)^info: expected .* got "):
-                call(bad)

@@ -21,7 +21,7 @@ from benchmarks.kernel_analysis.compile import (
     warps_at_once,
 )
 from benchmarks.kernel_analysis.latency import WAITS
-from elip_kernels.testing import BATCHES, REAL_CASES, WITH_KERNELS, call
+from elip_kernels.testing import BATCHES, REAL_CASES, WITH_KERNELS
 from tests.helpers.tiers import tiered
 
 KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600, 16_385: 6000}
@@ -93,13 +93,6 @@ def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     assert moves_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_D"] * SIZE[dtype])
 
 
-def test_the_query_kernel_has_few_barriers_in_each_of_few_steps():
-    launch, code = compiled("score_reduce", 257, "bf16")["_query_kernel"]
-    *moments, product, absorbed = code.barriers[1:]
-    assert max(moments) <= 2 and max(product, absorbed) <= 4
-    assert report.WIDTH / launch.arguments["BLOCK_D"] == 12
-
-
 @pytest.mark.parametrize("arch", tiered([90, 100, 120], [], slow=[100]))
 def test_barriers_are_counted_for_each_loop(arch):
     """Code behind the end of a kernel, which waits for products of Blackwell, is no loop."""
@@ -160,18 +153,6 @@ def test_alignment_that_varies_with_the_batch_is_not_specialised(op, monkeypatch
                 assert len(aligned) == 1 or may_differ, (one.name, parameter.name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", tiered([90, 86, 120], [90], slow=[86]))
-@pytest.mark.parametrize("heads", [24, 48])
-def test_many_heads_score_without_a_spill(heads, arch, monkeypatch):
-    monkeypatch.setattr(report, "WIDTH", 64 * heads)
-    monkeypatch.setattr(report, "HEADS", heads)
-    for dtype in SIZE:
-        _, scores, _ = report.recorded_call("cls_attention_from_tokens", 1, 257, 0, dtype, arch)
-        assert scores.name == "scores_kernel"
-        assert is_clean(compile_launch(scores, arch)), dtype
-
-
 @pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
 @pytest.mark.parametrize("op", ["bipartite_merge", "merge_nearest"])
 @pytest.mark.parametrize("N", tiered([577, 1025, 16_385], [577], slow=[16_385]))
@@ -216,53 +197,6 @@ def test_every_kernel_compiles_everywhere_without_a_spill(op, arch):
                 assert code.spills <= 6  # code of that version for Blackwell
             else:
                 assert is_clean(code), (name, code)
-
-
-@pytest.mark.parametrize(
-    "op",
-    tiered(
-        ["score_reduce", "cls_attention", "cls_attention_from_tokens"], [], slow=["score_reduce"]
-    ),
-)
-def test_the_largest_image_compiles_without_a_spill(op, monkeypatch):
-    monkeypatch.setattr(report, "WIDTH", 1536)
-    monkeypatch.setattr(report, "HEADS", 24)
-    for B in BATCHES:
-        for launch in report.recorded_call(op, B, 1025, 400, "bf16", 90):
-            assert is_clean(compile_launch(launch, 90)), launch.name
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("arch", [90, "gfx942"])
-def test_other_variants_compile_without_a_spill(arch):
-    tokens = torch.randn(2, 197, 768).half()
-    mask, size = torch.ones(2, 197, dtype=torch.bool), torch.ones(2, 197)
-    q, k = torch.randn(2, 12, 64).half(), torch.randn(2, 12, 197, 64).half()
-    with recorded_launches(arch) as launches:
-        elip_kernels.reduce(tokens, torch.rand(2, 197), 176, merge=False, mask=mask)
-        elip_kernels.reduce(tokens, torch.rand(2, 195), 1, normalize=False, num_prefix_tokens=2)
-        elip_kernels.cls_attention(q, k, mask=mask)
-        elip_kernels.cls_attention(q, k[:, ::4], mask=mask)
-        call("cls_attention_output", 2, 197, 64, 100, 2, torch.float16)
-        for N, dtype in ((577, torch.float16), (197, torch.float16), (197, torch.float32)):
-            call("cls_attention_from_tokens", 128, N, 768, 100, 12, dtype)
-        guide = {"text": torch.randn(1, 768).half(), "fusion": 0.8, "guidance_norm": "match"}
-        matrices = {name: torch.randn(768, 768).half() for name in ("q_weight", "k_weight")}
-        lacking = dict.fromkeys(("norm_weight", "norm_bias", "q_bias"))
-        elip_kernels.score_reduce(
-            *(tokens, tokens[:, 0], 90), **guide, **matrices, **lacking, num_heads=12, eps=1e-6
-        )
-        elip_kernels.bipartite_merge(tokens, k[:, 0], 1)
-        elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, num_prefix_tokens=0)
-        lengths = torch.tensor([197, 130])
-        elip_kernels.bipartite_merge(tokens, k[:, 0], 16, size=size, lengths=lengths)
-        elip_kernels.select_diverse(tokens, 90, mask=mask)
-        elip_kernels.select_diverse(tokens, 90, first=torch.zeros(2).long())
-        elip_kernels.select_dpp(tokens, 90, relevance=size, mask=mask)
-        elip_kernels.select_dpp(torch.randn(1, 4096, 64), 90)
-    assert launches
-    for launch in launches:
-        assert is_clean(compile_launch(launch, arch)), launch.name
 
 
 @pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [], slow=[90]))
@@ -317,14 +251,6 @@ def copy(x, stride=1, n=1008):
     return launches[0]
 
 
-@pytest.mark.slow
-def test_a_launch_specialises_on_alignment_divisibility_and_one():
-    x = torch.empty(2048)
-    assert compile_launch(copy(x), 90).wide_share() == 1
-    for changed in (copy(x[1:]), copy(x, n=1007), copy(x, stride=3)):
-        assert compile_launch(changed, 90).wide_share() < 1
-
-
 @pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90], slow=["gfx942"]))
 def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
     code = compile_launch(copy(torch.empty(2048)), arch)
@@ -360,17 +286,6 @@ def test_loops_with_products_or_own_stages_are_pipelined(op):
             assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
 
 
-def test_launches_are_recorded_as_they_were_made():
-    forward, backward = report.recorded_call("reduce", 2, 257, 166, "bf16", 90)
-    assert (forward.name, forward.grid) == ("_reduce_fwd_kernel", (2 * 12,))
-    assert (backward.name, backward.grid) == ("_reduce_bwd_kernel", (2 * 9 * 6,))
-    expected = {"N": 257, "K": 166, "D": 768, "stride_tb": 257 * 768, "MERGE": True}
-    assert expected.items() <= forward.arguments.items()
-    assert forward.arguments["tokens_ptr"].dtype == torch.bfloat16
-    assert forward.arguments["mask_ptr"] is None
-    assert list(forward.arguments) == forward.kernel.arg_names
-
-
 @pytest.mark.slow
 def test_an_architecture_gets_its_own_configuration():
     hip = torch.version.hip
@@ -385,14 +300,6 @@ def test_an_architecture_gets_its_own_configuration():
         assert first.arguments["PRECISION"] == query
         assert second.arguments["PRECISION"] == scores
     assert torch.version.hip == hip
-
-
-def test_an_unknown_architecture_is_named():
-    with (
-        pytest.raises(ValueError, match=r"^arch: expected one of .*gfx942.*, got 'sm_90'"),
-        recorded_launches("sm_90"),
-    ):
-        pass
 
 
 def test_outside_the_recorder_the_reference_runs():

@@ -1,10 +1,7 @@
 """The compile report as a command: tables, JSON, and failures of the compiler."""
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,31 +11,6 @@ if not HAS_TRITON:
     pytest.skip("triton is absent, so there is nothing to compile", allow_module_level=True)
 
 from benchmarks.kernel_analysis import report
-from elip_kernels.testing import REAL_CASES
-from tests.kernels.test_compile_report import SIZE, compiled
-
-
-@pytest.mark.exhaustive
-def test_the_command_writes_a_table_and_json(tmp_path):
-    path = tmp_path / "report.json"
-    command = [sys.executable, "-m", "benchmarks.kernel_analysis", "report"]
-    command += ["--arch", "90", "--only", "reduce", "--json", str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert run.returncode == 0, run.stdout + run.stderr
-    document = json.loads(path.read_text())
-    assert document["triton"] == triton.__version__
-    rows = {(row["kernel"], row["N"], row["dtype"], row["arch"]): row for row in document["rows"]}
-    assert len(rows) == len(document["rows"]) == 2 * len(REAL_CASES) * len(SIZE)
-    for (kernel, N, dtype, _), row in rows.items():
-        _, code = compiled("reduce", N, dtype)[kernel]
-        assert (row["registers"], row["shared"]) == (code.registers, code.shared)
-        assert [row["occupancy"], row["limit"]] == list(code.occupancy)
-    codes, times = run.stdout.split("\n\n")
-    assert len(codes.splitlines()) == 1 + len(rows)
-    header, *lines, versions = times.splitlines()
-    assert header.split()[:5] == ["kernel", "N", "dtype", "arch", "waits"]
-    assert len(lines) == len(rows) and triton.__version__ in versions
-    assert rows["_reduce_fwd_kernel", 257, "bf16", 90]["us, B=1"] == "0.2/1.9"
 
 
 def refuse(launch, arch):

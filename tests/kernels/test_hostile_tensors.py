@@ -152,36 +152,6 @@ COUNTS = [np.int64(4), np.float32(0.5), torch.tensor(4), Fraction(1, 2), 10**500
 COUNTS += [math.inf, 1j, [1] * 10**6, "4" * 10**6]
 
 
-@pytest.mark.parametrize("keep", COUNTS, ids=lambda v: type(v).__name__)
-def test_a_count_of_another_kind_is_refused_in_a_short_message(keep):
-    with pytest.raises((TypeError, ValueError), match=r"^keep: expected .* got ") as error:
-        elip_kernels.select_tokens(torch.rand(B, N), keep)
-    assert len(str(error.value)) < 300
-
-
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400])
-def test_a_scale_must_be_finite(scale):
-    with pytest.raises(ValueError, match=r"^scale: expected a finite "):
-        elip_kernels.cls_attention(torch.randn(B, 2, 4), torch.randn(B, 2, N, 4), scale=scale)
-
-
-def test_an_epsilon_must_be_finite():
-    good = TABLE[elip_kernels.cls_attention_from_tokens][0]()
-    with pytest.raises(ValueError, match=r"^eps: expected "):
-        elip_kernels.cls_attention_from_tokens(**good | {"eps": math.inf})
-
-
-def test_a_metric_needs_a_channel():
-    tokens = torch.randn(B, N, D)
-    with pytest.raises(ValueError, match=r"^metric: expected .* C >= 1"):
-        elip_kernels.bipartite_merge(tokens, tokens[..., :0], 3)
-
-
-def test_a_source_map_without_rows_gives_zeros():
-    source = torch.zeros(B, 0, N, dtype=torch.bool)
-    assert torch.equal(elip_kernels.unmerge(torch.randn(B, 0, D), source), torch.zeros(B, N, D))
-
-
 @pytest.mark.parametrize("peak", [1.0, 3e38])
 def test_weights_of_scores_whose_sum_exceeds_fp32(peak):
     tokens, scores = torch.randn(B, N, D), torch.rand(B, N - 1) * peak

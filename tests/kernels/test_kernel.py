@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so not
 
 if HAS_TRITON:
     from triton import knobs
-    from triton.runtime.jit import JITFunction, TensorWrapper
+    from triton.runtime.jit import JITFunction
 
     from benchmarks.kernel_analysis.stub_device import stub_device
     from elip_kernels._kernel import Kernel, kernel
@@ -123,21 +123,6 @@ def test_devices_have_their_own_code_and_stream(device, double):
     second = launch(double, ARGUMENTS["as before"])
     assert first is not second and launch(double, ARGUMENTS["as before"]) is second
     assert [stream for _, stream, *_ in device.launches] == [100, 101, 101]
-
-
-def test_a_stub_forgets_its_launches(double):
-    for arch in (90, 80):
-        with stub_device(arch) as driver:
-            code = launch(double, ARGUMENTS["as before"])
-            assert len(driver.launches) == 1 and code.metadata.target.arch == arch
-
-
-def test_other_arguments_are_launched_by_triton(device, double):
-    arguments = *ARGUMENTS["as before"], 64
-    codes = [double[(1,)](*arguments, flag, num_warps=4) for flag in (True, False)]
-    assert codes[0] is not codes[1] and not double.compiled
-    wrapped = TensorWrapper(X, tl.float32), *ARGUMENTS["as before"][1:]
-    assert launch(double, wrapped) is launch(double, wrapped) and not double.compiled
 
 
 def test_settings_of_triton_are_respected(device, double, monkeypatch):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
 import elip_models
-from elip_kernels import apply_merge, merge_nearest, select_tokens, unmerge
+from elip_kernels import merge_nearest, select_tokens, unmerge
 from elip_models import ELIP, AdaptiveELIP, EViT, RandomPruning
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies.elip import Staged
@@ -165,20 +165,6 @@ def test_steps_chain_and_sizes_count():
     assert torch.equal(unmerge(merged, source.bool()), there)
 
 
-def test_merge_by_repeats_the_merge():
-    tokens, kept, metric, size = inputs()
-    merged, sizes, info = merge_nearest(tokens, kept, metric, size=size, return_info=True)
-    again = apply_merge(tokens, info, size=size)
-    assert torch.equal(again[0], merged) and torch.equal(again[1], sizes)
-    all_kept = torch.arange(12, 0, -1).expand(2, -1)
-    merged, _, info = merge_nearest(tokens, all_kept, metric, return_info=True)
-    assert torch.equal(merged[:, 1:], tokens[:, 1:].flip(1))
-    assert torch.equal(apply_merge(tokens, info)[0], merged)
-    _, info = elip_kernels.reduce(tokens, size, 4, return_info=True)
-    with pytest.raises(TypeError, match="info: expected the info that bipartite_merge or"):
-        apply_merge(tokens, info)
-
-
 @pytest.mark.parametrize("with_size", [True, False])
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_gradients_in_fp64(check, with_size):
@@ -221,14 +207,6 @@ def test_flops_are_counted():
 
 MODELS = {name: TOWERS[name] for name in ("timm", "timm q/k norm", "open_clip", "HF CLIP")}
 MODELS |= {"rotary": eva, "rotary q/k norm": lambda: eva(qk_norm=True)}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_metric_is_the_head_mean_of_the_keys(name):
-    tower = as_tower(MODELS[name]().double().eval())
-    tokens = torch.randn(2, tower.num_tokens, tower.width, dtype=torch.float64)
-    torch.testing.assert_close(tower.mean_keys(1, tokens), tower.qkv(1, tokens)[1].mean(1))
-    assert tower.averages_keys == (name in ("timm", "open_clip", "HF CLIP"))
 
 
 STRATEGIES = {

@@ -44,17 +44,6 @@ def test_ties_go_to_the_lower_index_in_image_order(keep):
     assert info.kept.tolist() == [list(range(1, keep + 1))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_rows_and_maps_select_alike(dtype):
-    B, H, N, D = 2, 3, 12, 8
-    attention = torch.rand(B, H, N, N).softmax(-1).to(dtype)
-    tokens = torch.randn(B, N, D, dtype=dtype)
-    mean = attention[:, :, 0].float().mean(1)
-    forms = [attention, attention[:, :, 0], mean, mean[:, 1:]]
-    outs = [elip_kernels.reduce(tokens, form, 5) for form in forms]
-    assert all(torch.equal(out, outs[0]) for out in outs)
-
-
 def test_keep_as_ratio_and_count():
     tokens, scores = Case(1, 11, 4, 1).inputs()
     assert elip_kernels.reduce(tokens, scores, 1).shape[1] == 3
@@ -153,27 +142,6 @@ def test_opcheck(merge, masked):
     out, _, weights, slots = torch.ops.elip.reduce(leaf, scores, mask, 5, 1, merge, True)
     args = (torch.randn_like(out), slots, weights, merge)
     opcheck(torch.ops.elip.reduce_backward.default, args)
-
-
-@pytest.mark.parametrize("batch", [0, 1])
-def test_opcheck_of_few_images(batch):
-    """Outputs must not be views with strides or offsets of a sliced tensor."""
-    scores, real = torch.rand(batch, 11), torch.rand(batch, 13) < 0.8
-    for mask in (None, real):
-        arguments = (torch.randn(batch, 13, 16), scores, mask, 5, 2, True, True)
-        opcheck(torch.ops.elip.reduce.default, arguments)
-        of_patches = None if mask is None else mask[:, 2:]
-        opcheck(torch.ops.elip.select.default, (scores, of_patches, 5, 2))
-
-
-@pytest.mark.slow
-def test_one_image_compiles():
-    def kept(tokens, scores):
-        return elip_kernels.reduce(2 * tokens, 2 * scores, 5, return_info=True)[1].kept + 1
-
-    inputs = torch.randn(1, 12, 16), torch.rand(1, 11)
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(kept, fullgraph=True)(*inputs), kept(*inputs))
 
 
 def test_flops_are_counted():

@@ -154,24 +154,6 @@ def test_irrelevant_tokens_come_after_relevant_ones(value):
     assert torch.equal(got[:, N // 2 :], torch.arange(0, N, 2).expand(B, -1))
 
 
-@pytest.mark.parametrize("select", SELECTIONS)
-def test_the_dtype_does_not_matter(select):
-    tokens = torch.randn(B, N, D).bfloat16()
-    expected = select(tokens.double(), 9, **by_step)
-    assert torch.equal(select(tokens, 9, **by_step), expected)
-    assert torch.equal(select(tokens.float(), 9, **by_step), expected)
-
-
-@pytest.mark.parametrize("select", SELECTIONS)
-def test_one_token(select):
-    assert select(torch.randn(2, 1, D), 1).tolist() == [[0], [0]]
-
-
-def test_the_first_position_is_checked():
-    with pytest.raises(ValueError, match=r"first: expected values of at least 0 and at most 22"):
-        select_diverse(torch.randn(1, N, D), 3, first=torch.tensor([N]))
-
-
 def tokens_and_mask():
     return torch.randn(B, N, D, requires_grad=True), torch.rand(B, N) < 0.7
 

@@ -60,21 +60,6 @@ def test_components_add_up_to_the_total(family):
     assert found["dense"].flops[FUSION] >= found["exact"].flops[FUSION]
 
 
-@pytest.mark.exhaustive
-def test_guidance_of_reduced_text_counts_as_scoring():
-    found = [
-        profile_components(
-            "m", workload("blip", text_reduction=way), {"dense": Dense()}, rounds=None
-        )[0]
-        for way in (None, "post", "learned")
-    ]
-    whole, post, learned = (each.flops for each in found)
-    assert post[TEXT] < whole[TEXT] and post[FUSION] < whole[FUSION]
-    assert whole[SCORING] == post[SCORING] == 0
-    assert learned[SCORING] == pytest.approx(whole[IMAGE] / 3, rel=0.02)
-    assert learned[IMAGE] == whole[IMAGE]
-
-
 @pytest.mark.slow
 def test_parts_are_printed_timed_and_written(tmp_path, capsys):
     output, options = tmp_path / "table.json", ("--rounds", 1, "--batch-size", 1)

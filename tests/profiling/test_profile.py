@@ -18,12 +18,10 @@ from benchmarks.paper_table1 import (
     step_counts,
 )
 from benchmarks.paper_table1 import PAPER as TABLE1
-from elip_models.api import is_reduced
 from elip_models.profiling.measure import FlopCount, count_step
-from elip_models.profiling.runner import in_mode, profile_model, tokens_of, verdict
+from elip_models.profiling.runner import profile_model, verdict
 from elip_models.profiling.table import runs
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.strategies import STRATEGIES, PatchDropout
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.tome import ToMe
@@ -125,17 +123,6 @@ def test_a_whole_model_counts_its_second_text_pass(name):
 
 
 @pytest.mark.slow
-def test_training_a_whole_model_leaves_it_as_it_was():
-    model = open_clip_pair().eval()
-    weights = {name: id(weight) for name, weight in model.named_parameters()}
-    rows = profile_model("pair", model, {"tome": ToMe(r=3)}, batch_size=2, rounds=1)
-    assert all(row.time_ratio is not None for row in rows)
-    assert {name: id(weight) for name, weight in model.named_parameters()} == weights
-    assert not is_reduced(model) and not model.training
-    assert all(weight.grad is None for weight in model.parameters())
-
-
-@pytest.mark.slow
 def test_our_clip_keeps_its_own_reduction():
     model = tiny_clip()
     strategy = model.reduction
@@ -162,22 +149,6 @@ def test_a_cross_modal_model_is_measured_whole(name):
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 
-@pytest.mark.slow
-def test_inference_of_a_cross_modal_model_is_its_loss():
-    workload = Workload(open_model("elip_blip_tiny", pretrained=False), 2)
-    with in_mode(workload, "inference"):
-        losses = [workload.forward(strategy)() for strategy in (None, ToMe(r=0), ToMe(r=8))]
-    assert losses[0].shape == () and losses[0].isfinite()
-    assert losses[1] == pytest.approx(losses[0].item(), rel=1e-5)
-    assert losses[2] != losses[0]
-
-
-def test_patch_dropout_keeps_all_patches_in_inference():
-    workload = Workload(plain_vit(), 1)
-    assert tokens_of(workload, PatchDropout(0.5), "training")[0] == (19, 19)
-    assert tokens_of(workload, PatchDropout(0.5), "inference")[0] == (37, 37)
-
-
 @pytest.mark.parametrize(("ratio", "said"), [(0.969, ""), (0.97, "no gain"), (1.4, "no gain")])
 def test_no_gain_for_a_time_ratio_above_the_threshold(ratio, said):
     assert verdict(ToMe(), ratio) == said
@@ -189,11 +160,6 @@ def test_nothing_is_timed_on_the_meta_device():
         model = plain_vit()
     with pytest.raises(ValueError, match="meta device"):
         profile_model("vit", model, {}, rounds=1)
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_name_is_the_strategy_with_default_options(name):
-    assert get_strategy(name) == STRATEGIES[name]()
 
 
 def test_settings_of_a_strategy():
@@ -226,23 +192,6 @@ def test_an_unknown_strategy_raises(text, message, capsys):
     assert message in str(error.value)
     assert elip("profile", "--model", "clip_tiny", "--strategy", text) == 2
     assert capsys.readouterr().err.startswith(f"error: --strategy: {str(error.value)[:40]}")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "--model: expected one or more"),
-        (("--model", "nosuch"), "--model: expected"),
-        (("--model", "clip_tiny", "--dtype", "fp8"), "--dtype: expected one of fp32"),
-        (("--model", "clip_tiny", "--mode", "eval"), "--mode: expected training"),
-        (("--model", "clip_tiny", "--flops", 1.5), "--flops: expected a share"),
-        (("--model", "clip_tiny", "--schedule", "12"), "--schedule: schedule: expected groups"),
-        (("--model", "clip_tiny", "--output", "missing/x.json"), "--output: expected a file"),
-    ],
-)
-def test_an_invalid_option_raises(arguments, message, capsys):
-    assert elip("profile", *arguments) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_runs_of_token_counts():

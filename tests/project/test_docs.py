@@ -227,33 +227,5 @@ def test_the_statistics_of_pages_are_those_of_the_results():
         assert text in (DOCS / page).read_text(), (page, arm, text)
 
 
-def test_stale_results_are_found_and_rewritten(tmp_path):
-    module, page = script("readme_table"), tmp_path / "README.md"
-    page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
-    assert module.main(["--check", "--page", str(page)]) == 1
-    assert module.main(["--page", str(page)]) == 0
-    assert module.main(["--check", "--page", str(page)]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
-    assert re.search(r"^\| `tome` \| .* \| 0\.\d\d \| 0\.\d\d \|", text, re.MULTILINE)
-    assert re.search(r"^\| `keep=0.5` \| 0\.\d\d \(0\.\d\d\) \|", text, re.MULTILINE)
-    page.write_text("no markers")
-    assert module.main(["--page", str(page)]) == 1
-    assert page.read_text() == "no markers"
-
-
 def test_the_tables_of_public_names_are_up_to_date():
     assert script("api_table").main(["--check"]) == 0
-
-
-def test_stale_tables_of_public_names_are_found_and_rewritten(tmp_path):
-    module = script("api_table")
-    for name in module.PAGES:
-        (tmp_path / name).write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
-    assert module.main(["--check", "--folder", str(tmp_path)]) == 1
-    assert module.main(["--folder", str(tmp_path)]) == 0
-    assert module.main(["--check", "--folder", str(tmp_path)]) == 0
-    text = (tmp_path / "models.md").read_text()
-    assert all(f"`{name}`" in text for name in elip_models.__all__)
-    (tmp_path / "models.md").write_text("no markers")
-    assert module.main(["--folder", str(tmp_path)]) == 1

@@ -65,20 +65,5 @@ def test_a_reader_passes_rates_and_a_price(capsys):
     assert one == ["1", "12 days", "9.3 days"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--reduced", "5"], "--reduced: expected --images-per-second too"),
-        (["--images-per-second", "0"], "expected a number above 0, got 0"),
-        (["--price", "inf"], "expected a number above 0, got inf"),
-        (["--results", "no/such.json"], "python -m benchmarks.real.collection measures them"),
-    ],
-)
-def test_wrong_arguments_are_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as status:
-        MODULE.main(arguments)
-    assert status.value.code == 2 and message in capsys.readouterr().err
-
-
 def test_the_tables_of_the_page_are_up_to_date():
     assert MODULE.main(["--check"]) == 0

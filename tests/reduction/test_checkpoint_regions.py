@@ -5,7 +5,6 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
@@ -147,19 +146,6 @@ def test_frozen_blocks_before_the_models_own_head():
     assert_equal_gradients(gradients(model), expected)
 
 
-def test_backward_runs_twice():
-    model, x, t = reduced(), images(3), text(3)
-    expected = expected_gradients(model, and_loss(model), x, t)
-    model.set_grad_checkpointing()
-    with elip_models.guidance(model, t):
-        loss = model(x).square().sum()
-    loss.backward(retain_graph=True)
-    assert_equal_gradients(gradients(model), expected)
-    model.zero_grad()
-    loss.backward()
-    assert_equal_gradients(gradients(model), expected)
-
-
 def test_backward_frees_what_a_checkpoint_saved_while_the_loss_is_alive():
     model, entered = reduced(), []
     model.set_grad_checkpointing()
@@ -169,16 +155,6 @@ def test_backward_frees_what_a_checkpoint_saved_while_the_loss_is_alive():
     assert all(tokens() is not None for tokens in entered)
     loss.backward()
     assert all(tokens() is None for tokens in entered)
-
-
-def test_tensors_that_wait_on_the_cpu_change_nothing():
-    model, x, t = reduced(), images(3), text(3)
-    expected = expected_gradients(model, and_loss(model), x, t)
-    model.set_grad_checkpointing()
-    with save_on_cpu(), elip_models.guidance(model, t):
-        loss = model(x).square().sum()
-    loss.backward()
-    assert_equal_gradients(gradients(model), expected)
 
 
 def test_a_block_may_be_changed_in_place_after_a_checkpoint():

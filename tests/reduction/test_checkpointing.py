@@ -1,11 +1,9 @@
 """Activation checkpointing of a reduced model replays the selection and does not score again."""
 
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
@@ -116,35 +114,6 @@ def test_a_recomputation_finds_its_own_pass(forward, order, mode):
         assert_equal_gradients(gradients(model), expected[i], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_blocks_compiled_one_by_one_replay_too():
-    """After a first call: torch raises if a block is compiled first during recomputation."""
-    torch._dynamo.reset()
-    model = clip_vit()
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
-    x, t = images(3), text(3)
-    expected = gradients_of_a_step(model, x, t)
-    for block in model.blocks:
-        block.compile(backend="aot_eager")
-    assert_equal_gradients(gradients_of_a_step(model, x, t), expected, rtol=1e-4, atol=1e-4)
-    got = gradients_of_a_step(model, x, t, timm_checkpointing)
-    assert_equal_gradients(got, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_pass_is_never_discarded_before_its_backward():
-    model, x, t = clip_vit(), images(1), text(1)
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    expected = gradients_of_a_step(model, x, t)
-    model.zero_grad()
-    with elip_models.guidance(model, t):
-        loss = checkpoint(model, x, use_reentrant=False).square().sum()
-    for _ in range(70):
-        checkpoint(model, images(1), use_reentrant=False)
-    loss.backward()
-    assert_equal_gradients(gradients(model), expected)
-
-
 def test_two_forwards_in_one_checkpoint_keep_their_own_choices():
     model, pixels, texts = clip_vit(), images(3), [text(3), text(3)]
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
@@ -225,31 +194,6 @@ def test_a_recomputed_block_finds_its_own_pass(name):
     elip_models.unreduce_(model)
     expected = step(elip_models.reduce_(model, strategy=strategy), lambda block, x: block(x))
     assert_equal_gradients(got, expected)
-
-
-class Ops(TorchDispatchMode):
-    """Return how often each of our ops ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "elip":
-            self.count[func.name().removeprefix("elip::")] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_recomputation_takes_the_op_of_its_forward():
-    model, x, t = clip_vit(), images(), text()
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="last")
-    timm_checkpointing(model)
-    with elip_models.guidance(model, t), Ops() as forward:
-        loss = model(x).square().sum()
-    with Ops() as backward:
-        loss.backward()
-    assert forward.count == {"score_reduce": 3}
-    assert backward.count == {"score_reduce": 3, "reduce_backward": 3}
 
 
 @strategies

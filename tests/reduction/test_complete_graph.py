@@ -12,7 +12,6 @@ from elip_models import CrossGET, PiToMe, ToMe
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.complete_graph import (
     Attention,
-    Pairs,
     merged,
     pairs_by_energy,
     pairs_by_importance,
@@ -113,17 +112,6 @@ def test_crossget_is_its_definition(n, r):
     torch.testing.assert_close(pairs.weights[~is_source], (1 + sums)[~is_source])
 
 
-def test_rounding_does_not_decide_between_mutual_nearest_tokens():
-    """A matrix product computes the cosine of a pair twice, with different rounding."""
-    S, importance = cosines(torch.randn(20, 49, 8).double()), torch.rand(20, 49).double()
-    S = torch.maximum(S, S.mT)
-    rounded = S + 1e-12 * torch.randn_like(S)
-    assert not torch.equal(rounded, rounded.mT)
-    expected, found = (pairs_by_importance(each, importance, 16) for each in (S, rounded))
-    for one, other in zip(expected, found, strict=True):
-        assert torch.equal(one, other)
-
-
 def test_pitome_protects_patches_that_are_unlike_all_others():
     crowd = torch.tensor([1.0, 0, 0, 0]) + 0.1 * torch.randn(1, 12, 4)
     alone = torch.eye(4)[None, 1:]
@@ -156,12 +144,6 @@ def test_rows_are_weighted_sums(strategy):
         torch.testing.assert_close(sizes, held.sum(2))
         assert source[:, 0].sum(1).eq(1).all()  # CLS
     torch.testing.assert_close(tower.finish(now), tokens)
-
-
-def test_all_but_sources_stay_in_image_order():
-    match = Pairs(torch.tensor([[3, 1, 0]]), torch.tensor([[2, 5, 2]])).behind(1).match(7)
-    assert match.slots.tolist() == [[0, 1, 3, 1, 1, 2, 3]]
-    assert match.num_rows == 4
 
 
 def test_text_guides_crossget_alone():

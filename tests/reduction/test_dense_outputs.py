@@ -1,6 +1,5 @@
 """Calls that return the tokens of several blocks, on a reduced model."""
 
-import copy
 import threading
 
 import pytest
@@ -127,15 +126,6 @@ def test_hidden_states_of_transformers_are_whole_grids(library, strategy):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_hidden_states_are_requested_by_the_config_or_by_number():
-    model, x = reduce_(TOWERS["HF CLIP"]().eval(), schedule=SCHEDULE), images()
-    states = model(x, output_hidden_states=True).hidden_states
-    one = model(x, output_hidden_states=[-2]).hidden_states
-    assert torch.equal(one[-2], states[-2])
-    model.config.output_hidden_states = True
-    assert torch.equal(model(x).hidden_states[-1], states[-1])
-
-
 def test_transformers_returns_whole_grids_of_a_whole_model():
     model = reduce_(PAIRS["HF CLIP pair"]().eval(), schedule=SCHEDULE)
     x, tokens = images(), ids()
@@ -168,12 +158,6 @@ def test_open_clip_gives_grids_alone_and_whole(strategy):
     assert all(map(torch.equal, alone, out["image_intermediates"]))
 
 
-def test_pooled_patches_stay_the_same_where_all_are_merged():
-    model, x = reduce_(plain_vit(global_pool="avg").eval(), schedule=SCHEDULE), images()
-    final, _ = model.forward_intermediates(x)
-    assert torch.equal(model.forward_head(final), model(x))
-
-
 def test_gradients_are_those_of_the_plain_forward():
     model, x = reduce_(plain_vit(), schedule=SCHEDULE), images()
     model(x).square().sum().backward()
@@ -198,20 +182,6 @@ def test_a_checkpoint_replays_the_grid(strategy):
     expected = step()
     model.set_grad_checkpointing()
     assert_equal_gradients(step(), expected, rtol=1e-4, atol=1e-5)  # added up in another order
-
-
-def test_a_checkpoint_of_transformers_replays_the_grid():
-    model, x = reduce_(TOWERS["HF CLIP"]().train(), schedule=SCHEDULE), images()
-
-    def step():
-        model.zero_grad()
-        states = model(x, output_hidden_states=True).hidden_states
-        sum(state.square().mean() for state in states).backward()
-        return gradients(model)
-
-    expected = step()
-    model.gradient_checkpointing_enable()
-    assert_equal_gradients(step(), expected)
 
 
 def test_a_call_that_stops_early_leaves_nothing():
@@ -282,31 +252,6 @@ def test_a_call_for_grids_compiles_in_one_graph(strategy):
     assert torch.compile(model, fullgraph=True, backend="eager")(x).shape == (2, 5)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_hidden_states_of_a_compiled_model_of_transformers_are_grids(strategy):
-    torch._dynamo.reset()
-    model, x = reduce_(TOWERS["HF CLIP"]().eval(), **STRATEGIES[strategy]), images()
-    expected = model(x, output_hidden_states=True)
-    compiled = torch.compile(model, backend="eager")
-    got = compiled(x, output_hidden_states=True)
-    torch.testing.assert_close(got.hidden_states, expected.hidden_states)
-    torch.testing.assert_close(compiled(x).image_embeds, expected.image_embeds)
-
-
-@pytest.mark.exhaustive
-def test_blocks_that_are_compiled_one_by_one_give_grids():
-    torch._dynamo.reset()
-    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
-    _, expected = layers(model, x)
-    plain = model(x)
-    for block in model.blocks:
-        block.compile(backend="eager")
-    _, grids = layers(model, x)
-    torch.testing.assert_close(grids, expected)
-    torch.testing.assert_close(model(x), plain)
-
-
 def test_calls_that_would_return_wrong_grids_raise_an_error():
     siglip, x = WITHOUT_CLS["HF SigLIP vision"]().eval(), images()
     reduce_(siglip, schedule=SCHEDULE, merge="none")
@@ -325,11 +270,3 @@ def test_calls_that_would_return_wrong_grids_raise_an_error():
     smaller = reduce_(TOWERS["HF CLIP"]().eval(), strategy="resize:size=32")
     with pytest.raises(ValueError, match=r"output_hidden_states.*unreduce_"):
         smaller(x, output_hidden_states=True)
-
-
-def test_a_copy_gives_its_own_grids():
-    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
-    other = elip_models.unreduce_(copy.deepcopy(model))
-    _, grids = layers(model, x)
-    assert not torch.equal(layers(other, x)[1][-1], grids[-1])
-    assert torch.equal(layers(copy.deepcopy(model), x)[1][-1], grids[-1])

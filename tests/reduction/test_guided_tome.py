@@ -6,7 +6,6 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models import GuidedToMe, ToMe
-from elip_models.reduction.flops import training_ratio
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import as_tower, with_cls
 from tests.helpers.models import siglip_vision
@@ -102,30 +101,6 @@ def test_without_text_it_may_stay_dense():
     siglip = siglip_vision().eval()
     assert run(siglip, x)[0].shape[1] == 36  # a tower without CLS, which only a text can score
     assert run(siglip, x, text())[0].shape[1] == 36 - 6 * 4
-
-
-@pytest.mark.parametrize("ratio", [0.5, 0.71, 0.9])
-def test_at_any_flops_and_the_rows_count(ratio):
-    model = plain_vit()
-    size = as_tower(model).size
-    guided, plain = (s.at_flops(model, ratio) for s in (GuidedToMe(), ToMe()))
-    assert training_ratio(guided, size) == pytest.approx(ratio, rel=0.01)
-    rows = sum(2 * n * size.width * size.heads for n, m in guided.token_counts(size) if m < n)
-    assert guided.scoring_flops(size) == ToMe(guided.r).scoring_flops(size) + rows
-    assert guided.r <= plain.r
-
-
-def test_in_fp64_gradients_are_those_of_the_same_merges():
-    model, x, t = plain_vit(depth=2).double(), images(1).double(), text(1).double()
-    strategy = GuidedToMe(r=3, weight=0.5)
-    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
-    tower, leaf = as_tower(model), x.clone().requires_grad_()
-    elip_models.encode_image(model, leaf, t, strategy=strategy).square().sum().backward()
-    other = x.clone().requires_grad_()
-    _, again = entered(tower, other, infos)
-    torch.testing.assert_close(tower.finish(again), tokens)
-    tower.finish(again).square().sum().backward()
-    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_a_text_of_another_width_raises_an_error():

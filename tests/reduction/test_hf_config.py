@@ -1,6 +1,5 @@
 """`config.elip` of transformers: `reduce_` sets it and `unreduce_` removes it."""
 
-import copy
 import json
 
 import pytest
@@ -56,19 +55,6 @@ def test_settings_that_cannot_be_read_are_an_error_of_a_plain_reduce_alone():
     with pytest.raises(ConfigError, match=r"CLIPConfig.elip: strategy: expected one of merge"):
         elip_models.reduce_(model)
     assert reduction_summary(elip_models.reduce_(model, strategy=ToMe(r=2))).strategy == ToMe(r=2)
-
-
-def test_the_last_settings_are_stored():
-    model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
-    elip_models.reduce_(model, strategy=ToMe(r=2))
-    assert strategy_of(model.config.elip) == ToMe(r=2)
-
-
-def test_copies_have_their_own():
-    model = elip_models.reduce_(hf_clip(), strategy="tome")
-    other = elip_models.unreduce_(copy.deepcopy(model))
-    assert not hasattr(other.config, "elip")
-    assert model.config.elip["strategy"] == "tome"
 
 
 def test_a_config_that_two_models_share_is_written_right(tmp_path):

@@ -1,8 +1,6 @@
 """Options that contradict each other, or that the strategy does not have, raise an error."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -28,9 +26,7 @@ from elip_models.profiling.table import ProfileSettings
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.user_warnings import warn_once
-from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
-from tests.helpers.models import hf_vision
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
 
@@ -70,12 +66,6 @@ def test_a_bool_is_refused_and_the_word_for_it_is_named(make, value, word):
 def test_each_word_leaves_its_number_of_tokens(merge, rows):
     tokens = encode(plain_vit(), schedule="3(100%) 3(50%)", merge=merge)
     assert tokens.shape[1] == rows
-
-
-def test_a_tower_reduces_by_a_word_too():
-    tower, tokens = as_tower(plain_vit()), torch.randn(2, 37, 32)
-    with pytest.raises(ValueError, match="merge: expected 'one' or 'none', got True"):
-        tower.reduce(tokens, torch.rand(2, 37), 4, merge=True)
 
 
 def test_a_strategy_of_a_user_has_a_word_too():
@@ -122,11 +112,6 @@ def test_keep_beside_the_strategys_own_option_names_both(call, options, other):
 def test_keep_goes_with_every_option_that_does_not_set_it(strategy):
     model = reduce_(plain_vit(), strategy=strategy, keep=0.8)
     assert reduction_summary(model).keep == pytest.approx(0.8, abs=0.1)
-
-
-def test_an_option_of_a_strategy_that_sets_no_number_goes_with_keep():
-    model = reduce_(plain_vit(), strategy="adaptive", keep_mass=0.5, keep=0.8)
-    assert reduction_summary(model).strategy.keep_mass == 0.5
 
 
 def test_every_strategy_names_the_field_that_keep_sets():
@@ -226,25 +211,6 @@ def test_every_entry_has_the_same_default(keep):
     assert shown.strategy == TokenMerging().at_keep(shown.tower, keep or 0.7)
 
 
-def test_a_saved_model_has_its_own_default_in_every_entry(tmp_path):
-    model, x = hf_vision("ViTForImageClassification", "ViTConfig"), images()
-    reduce_(model, strategy=ToMe(r=2)).save_pretrained(tmp_path)
-    model = type(model).from_pretrained(tmp_path).eval()
-    tokens = encode_image(model, x)
-    assert torch.equal(tokens, encode_image(model, x, strategy=ToMe(r=2)))
-    assert torch.equal(
-        encode_image(model, x, keep=0.8), encode_image(model, x, strategy="merge", keep=0.8)
-    )
-    assert reduction_summary(reduce_(model)).strategy == ToMe(r=2)
-
-
-def test_models_of_the_paper_name_the_papers_strategy():
-    model = create_model("elip_clip_tiny")
-    assert model.config.strategy == "elip" and isinstance(model.reduction, ELIP)
-    shown = open_visualized_model("elip_clip_tiny", pretrained=False, fusion=1.0)
-    assert shown.strategy.name == "elip"
-
-
 def replaced_block():
     model = plain_vit()
     model.blocks[3].forward = functools.partial(type(model.blocks[3]).forward, model.blocks[3])
@@ -277,13 +243,3 @@ def test_a_text_that_the_default_ignores_is_warned_about(recwarn):
 
 
 # names at the root
-
-
-@pytest.mark.slow
-def test_what_a_strategy_of_a_user_needs_is_at_the_root():
-    names = {"Strategy", "Stage", "StageInfo", "TokenCounts", "adapt_", "open_model", "list_models"}
-    assert names <= set(elip_models.__all__)
-    assert "clip_tiny" in elip_models.list_models()
-    code = "import elip_models, sys; elip_models.Strategy; print('timm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

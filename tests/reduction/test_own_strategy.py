@@ -15,7 +15,7 @@ from elip_models.reduction.strategy import StageInfo, Strategy, TokenCounts
 from elip_models.reduction.summary import Summary
 from elip_models.towers import as_tower
 from elip_models.towers.merge import Merge
-from tests.helpers.models import TOWERS, eva, open_clip_pair, output, siglip_vision
+from tests.helpers.models import TOWERS, eva, output, siglip_vision
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
@@ -119,20 +119,6 @@ def test_keep_and_at_flops_work_as_for_built_in_strategies(strategy):
     summary = elip_models.reduction_summary(model)
     assert isinstance(summary, Summary) and summary.keep == pytest.approx(0.8, abs=0.02)
     assert strategy.name in str(summary) and strategy.name in repr(model)
-
-
-def test_its_name_works_where_it_is_registered(monkeypatch):
-    monkeypatch.setitem(elip_models.STRATEGIES, "longest", Longest)
-    model = elip_models.reduce_(plain_vit(), strategy="longest:keep_ratio=0.25,first=3")
-    assert elip_models.reduction_summary(model).strategy == Longest(0.25, first=3)
-
-
-def test_a_whole_model_is_reduced_by_it_as_its_image_model_is():
-    pair, x = open_clip_pair().eval(), images()
-    elip_models.reduce_(pair, strategy=Longest())
-    whole = pair.encode_image(x)
-    pair_visual = elip_models.unreduce_(pair).visual
-    assert torch.equal(elip_models.reduce_(pair_visual, strategy=Longest())(x), whole)
 
 
 @own

@@ -149,19 +149,6 @@ def test_compiles_whole_forward_and_backward(scorer):
         torch.testing.assert_close(out, model(x))
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("scorer", ["cls", "exact"])
-def test_compiles_with_inductor_and_autocast(scorer):
-    torch._dynamo.reset()
-    model = plain_vit(depth=3)
-    elip_models.reduce_(model, schedule="1(100%) 2(50%)", scorer=scorer)
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(compiled, text()):
-        loss = compiled(images()).square().sum()
-    loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
 @pytest.mark.parametrize("how", [torch.compile, lambda m: (m.compile(), m)[1]])
 def test_a_compiled_model_raises(model, how):
     compiled = how(model)

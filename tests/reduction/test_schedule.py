@@ -54,10 +54,6 @@ def test_tokens_per_layer():
     assert pruned == [257] * 4 + [129] * 8
 
 
-def test_equal_ratios_merge_one_token():
-    assert Schedule.parse("4(100%) 4(50%) 4(50%)").tokens_per_layer(256) == [257] * 4 + [130] * 8
-
-
 @pytest.mark.parametrize("depth", [1, 4, 11, 12, 24, 32])
 def test_scaled_to_another_depth(depth):
     scaled = Schedule.parse(PAPER).scaled(depth)

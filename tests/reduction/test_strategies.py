@@ -84,17 +84,6 @@ def test_without_attention_gradient_evit_selects_the_same(golden):
     assert not torch.allclose(grads["image"], case["grad/image"], atol=1e-4)
 
 
-def test_evit_fuses_in_the_precision_of_the_tokens():
-    model, x = plain_vit().eval(), images()
-    _, rough = elip_models.encode_image(model, x, strategy=EViT(), return_info=True)
-    _, fine = elip_models.encode_image(
-        model.double(), x.double(), strategy=EViT(), return_info=True
-    )
-    assert (rough[0].attention.dtype, fine[0].attention.dtype) == (torch.float32, torch.float64)
-    total = fine[0].attention.sum(1)
-    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("prefix", ["r4/", "r8/", "r8_noprop/"])
 def test_tome_reproduces_the_official_run(golden, prefix):
     case = golden("tome")
@@ -276,16 +265,6 @@ def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
         calls.clear()
         elip_models.reduce_(model, strategy=strategy)(x, tokens)
         assert len(calls) == 1 + strategy.is_guided, strategy
-
-
-def test_the_same_strategy_again_changes_nothing():
-    model, dropout = plain_vit(), PatchDropout(0.5, until=3)
-    forwards = []
-    for step in range(5):
-        elip_models.reduce_(model, strategy=dropout.for_step(step))
-        forwards.append(vars(model.blocks[0]).get("forward"))
-    assert forwards[0] is forwards[1] is forwards[2] is not None
-    assert forwards[3] is forwards[4] is None
 
 
 @pytest.mark.parametrize(

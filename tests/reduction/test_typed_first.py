@@ -1,7 +1,6 @@
 """The first calls of a user: a model and at most one number."""
 
 import copy
-import functools
 import threading
 import warnings
 
@@ -10,10 +9,9 @@ import timm
 import torch
 
 import elip_models
-from elip_models import ELIP, PatchDropout, TokenMerging, ToMe
+from elip_models import PatchDropout, ToMe
 from elip_models.reduction.flops import kept_share
 from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import warn_once
 from elip_models.towers import as_tower
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
@@ -48,16 +46,6 @@ def test_no_argument_means_shares_of_each_image():
         shares = [info.stage.keep / patches for info in infos]
         expected = [1 - 0.6 * (i + 1) / 12 for i in range(12)]
         assert shares == pytest.approx(expected, abs=0.03)
-
-
-def test_what_merge_cannot_reduce_is_reduced_by_elip():
-    model = vit()
-    model.blocks[3].forward = functools.partial(type(model.blocks[3]).forward, model.blocks[3])
-    elip_models.reduce_(model)
-    assert elip_models.reduction_summary(model).strategy.name == "elip"
-    elip_models.reduce_(model, keep=0.8)
-    assert elip_models.reduction_summary(model).strategy.name == "elip"
-    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("depth", [3, 4, 12, 24])
@@ -126,21 +114,6 @@ def test_wrong_arguments_raise(options, message):
         elip_models.reduce_(vit(), **options)
 
 
-def test_at_flops_names_depth_and_schedule():
-    with pytest.raises(ValueError, match=r"elip\(schedule='2\(100%\).* of 12 layers, got 0.05"):
-        ELIP("clip").at_flops(vit(), 0.05)
-
-
-def test_defaults_are_the_same_by_name_by_instance_and_by_line():
-    found = []
-    for strategy in ("elip", ELIP(), ELIP().at_keep(vit(), 0.7), "elip:scorer=last"):
-        model = vit()
-        elip_models.reduce_(model, strategy=strategy)
-        found.append(elip_models.reduction_summary(model).strategy)
-    assert len(set(found)) == 1
-    assert (found[0].scorer, found[0].without_text) == ("last", "vision")
-
-
 def test_encode_image_reduces_as_reduce_does():
     model, x, t = plain_vit(), images(), text()
     tokens = elip_models.encode_image(model, x, t, strategy="elip")
@@ -150,16 +123,6 @@ def test_encode_image_reduces_as_reduce_does():
         assert torch.equal(model.forward_features(x), tokens)
     elip_models.reduce_(model, strategy="elip", keep=0.6)
     assert torch.equal(model.forward_features(x), alone)
-
-
-def test_a_tower_without_cls_token_is_reduced_by_merge():
-    model, x = plain_vit(class_token=False, global_pool="avg").eval(), images()
-    dense = model(x)
-    elip_models.reduce_(model)
-    assert elip_models.reduction_summary(model).strategy == TokenMerging().at_keep(model, 0.7)
-    assert not torch.equal(model(x), dense)
-    elip_models.reduce_(model, keep=0.6)
-    assert elip_models.reduction_summary(model).keep == pytest.approx(0.6, abs=0.05)
 
 
 def test_a_summary_is_read_by_a_person():
@@ -220,15 +183,6 @@ def test_a_record_has_the_stages_of_the_forwards_inside():
         elip_models.record_stages(torch.compile(model)).__enter__()
 
 
-def test_a_record_leaves_out_recomputed_stages():
-    model, x = plain_vit().train(), images()
-    model.set_grad_checkpointing()
-    elip_models.reduce_(model, schedule="3(100%) 3(60%)")
-    with elip_models.record_stages(model) as infos:
-        model(x).sum().backward()
-    assert [info.stage.first for info in infos] == [3]
-
-
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_prompts_and_images_of_different_numbers(make):
     """With K prompts and B images, the image alone guides."""
@@ -250,15 +204,6 @@ def test_one_text_guides_all_images(make):
     assert not torch.allclose(guided, output_of_pair(model, x, ids(3)))
 
 
-def test_one_vector_guides_all_images():
-    model, x, t = plain_vit(), images(), text()[:1]
-    elip_models.reduce_(model, strategy="elip", fusion=0.2)
-    with elip_models.guidance(model, t.expand(len(x), -1)):
-        expected = model(x)
-    with elip_models.guidance(model, t):
-        assert torch.equal(model(x), expected)
-
-
 @pytest.mark.parametrize(
     ("options", "reads"),
     [({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)],
@@ -272,7 +217,3 @@ def test_a_text_for_a_strategy_that_reads_none_warns(options, reads):
     files = {each.filename for each in said if "reads no text" in str(each.message)}
     assert files == (set() if reads else {__file__})
     assert torch.equal(alone, guided) != reads
-
-
-def test_a_line_of_text_is_a_strategy():
-    assert get_strategy("tome:r=8") == ToMe(8)

@@ -1,27 +1,23 @@
 """Workflows of timm, transformers, open_clip and PyTorch with a reduced model."""
 
 import copy
-import io
-import pickle
 
 import numpy as np
 import open_clip
-import peft
 import pytest
 import timm
 import torch
 import transformers
 from accelerate import Accelerator
 from PIL import Image
-from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
-from tests.helpers.models import hf_clip, hf_siglip, hf_vision, ids, open_clip_pair
-from tests.helpers.towers import images, plain_vit
+from tests.helpers.models import hf_clip, hf_vision, ids, open_clip_pair
+from tests.helpers.towers import images
 
 BY_ANY = pytest.mark.parametrize("how", [{}, {"strategy": "elip"}], ids=["default", "elip"])
 VIT = {"depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "img_size": 64}
@@ -118,29 +114,6 @@ def test_image_classification_pipeline(picture):
     assert found != pytest.approx(chances())
 
 
-@BY_ANY
-def test_siglip_of_one_text_an_image(how):
-    model, pixels, texts = hf_siglip().eval(), images(), ids()
-    dense = model(input_ids=texts, pixel_values=pixels).logits_per_image
-    elip_models.reduce_(model, keep=0.7, **how)
-    found = model(input_ids=texts, pixel_values=pixels).logits_per_image
-    assert found.shape == dense.shape and not torch.equal(found, dense)
-
-
-def test_gradient_checkpointing_of_transformers():
-    model = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).train()
-    elip_models.reduce_(model, keep=0.6)
-    pixels = images()
-    found = []
-    for enable in (False, True):
-        if enable:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        model(pixels).logits.square().sum().backward()
-        found.append(model.classifier.weight.grad.clone())
-    torch.testing.assert_close(*found)
-
-
 # open_clip
 
 
@@ -155,16 +128,6 @@ def test_zero_shot_classifier_of_open_clip(how):
         found = model(pixels, prompts)
     assert logits.shape == (2, 3)
     torch.testing.assert_close(found["image_features"], features)
-
-
-@pytest.mark.slow
-def test_a_model_of_open_clip_by_name():
-    model = open_clip.create_model("ViT-B-32", device="meta")
-    elip_models.reduce_(model)
-    assert elip_models.is_reduced(model)
-    assert elip_models.reduction_summary(model).strategy.name == "merge"
-    elip_models.reduce_(model, strategy="elip")
-    assert elip_models.reduction_summary(model).strategy.without_text == "vision"
 
 
 @BY_ANY
@@ -197,63 +160,7 @@ def test_forward_features_and_head_of_timm():
     torch.testing.assert_close(model.forward_head(tokens), model(pixels))
 
 
-def test_layer_decay_groups_of_timm_are_those_of_the_dense_model():
-    groups = param_groups_layer_decay
-    names = [len(group["params"]) for group in groups(reduced(), layer_decay=0.7)]
-    assert names == [len(group["params"]) for group in groups(vit(), layer_decay=0.7)]
-
-
 # PyTorch
-
-
-def test_copies_of_a_reduced_model_are_reduced():
-    model, pixels = reduced(), x()
-    expected = model(pixels)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
-        assert torch.equal(other(pixels), expected)
-
-
-def test_state_dict_of_the_dense_model_fits_strictly():
-    dense, model, pixels = vit(), reduced(), x()
-    model.load_state_dict(dense.state_dict(), strict=True)
-    assert torch.equal(model(pixels), elip_models.reduce_(dense, keep=0.6)(pixels))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_dtype(dtype):
-    assert reduced().to(dtype)(x().to(dtype)).dtype == dtype
-
-
-def test_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.isfinite(reduced()(x())).all()
-
-
-@pytest.mark.slow
-def test_compile_as_one_graph():
-    model, pixels = reduced(), x()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(pixels), model(pixels))
-
-
-@pytest.mark.slow
-def test_export():
-    model, pixels = reduced(), x()
-    exported = torch.export.export(model, (pixels,)).module()
-    torch.testing.assert_close(exported(pixels), model(pixels))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["elip", "evit", "tome", "guided_tome", "pitome", "crossget"])
-def test_trace(strategy):
-    model, pixels = elip_models.reduce_(vit(), keep=0.6, strategy=strategy), x()
-    with torch.no_grad():
-        traced = torch.jit.trace(model, (pixels,), check_trace=False)
-        torch.testing.assert_close(traced(pixels), model(pixels))
 
 
 def test_functional_call_with_other_weights():
@@ -270,13 +177,6 @@ def test_averaged_model():
     averaged.update_parameters(model)
     pixels = x()
     torch.testing.assert_close(averaged(pixels), model(pixels))
-
-
-def test_hooks_see_the_tokens_that_are_left():
-    model, seen = reduced(), []
-    model.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out.shape[1]))
-    model(x())
-    assert 0 < seen[0] < 17
 
 
 def test_a_frozen_tower_and_a_trained_head():
@@ -328,20 +228,3 @@ def test_accelerate_prepares_and_unwraps():
     model = accelerator.prepare(reduced().train())
     accelerator.backward(model(x()).sum())
     assert elip_models.is_reduced(accelerator.unwrap_model(model))
-
-
-def test_lora_before_and_after():
-    config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
-    dense, pixels = vit(), x()
-    after = peft.get_peft_model(elip_models.reduce_(copy.deepcopy(dense), keep=0.6), config)
-    merged = copy.deepcopy(after).merge_and_unload()
-    torch.testing.assert_close(after(pixels), merged(pixels), rtol=1e-4, atol=1e-5)
-    before = elip_models.reduce_(peft.get_peft_model(copy.deepcopy(dense), config), keep=0.6)
-    before.load_state_dict(after.state_dict())
-    torch.testing.assert_close(before(pixels), after(pixels))
-
-
-def test_the_summary_of_every_strategy_can_be_printed():
-    for name in elip_models.STRATEGIES:
-        model = elip_models.reduce_(plain_vit(), strategy=name)
-        assert elip_models.reduction_summary(model).strategy.name == name

@@ -101,15 +101,6 @@ def test_the_summary_names_the_strategy(kind):
     assert kind.strategy in str(elip_models.reduction_summary(kind.reduce()))
 
 
-def test_the_strategies_of_a_model_set_it_again(kind):
-    strategies = strategies_in(kind.reduce())
-    reduced = kind()
-    elip_models.unreduce_(kind.model)
-    for strategy in strategies:
-        elip_models.reduce_(kind.model, strategy)
-    assert strategies and torch.equal(kind(), reduced)
-
-
 def test_a_forward_pass_is_recorded(kind):
     with elip_models.record_stages(kind.reduce()) as infos:
         kind()
@@ -117,14 +108,6 @@ def test_a_forward_pass_is_recorded(kind):
     with elip_models.record_stages(kind.model) as others:
         pass
     assert not others
-
-
-def test_recording_a_dense_model_is_an_error(kind):
-    with (
-        pytest.raises(ValueError, match="expected one that reduce_ has changed"),
-        elip_models.record_stages(kind.model),
-    ):
-        pass
 
 
 def test_a_saved_model_is_loaded_and_opened_with_its_reduction(kind, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-import transformers
 from huggingface_hub import constants
 
 import elip_models
@@ -119,49 +118,11 @@ def test_a_repository_is_loaded_by_name(way, hub):
     assert torch.equal(again.visual.pos_embed, model.visual.pos_embed)
 
 
-def test_a_revision_and_overrides(hub):
-    name = hub(create_model("elip_clip_tiny"), revision="v2")
-    assert create_model(f"hf:{name}@v2", scorer="last").config.scorer == "last"
-    with pytest.raises(
-        FileNotFoundError, match="folder: expected an existing folder, or 'owner/name'"
-    ):
-        load_model(f"{name}@v1")
-
-
 def test_a_reduced_model_of_another_library_is_loaded_by_name(hub):
     model = elip_models.reduce_(hf_clip(), strategy="tome")
     other = elip_models.load_reduced(hub(model))
     assert other.config.elip == model.config.elip
     assert torch.equal(other.logit_scale, model.logit_scale)
-
-
-IMPOSSIBLE = (
-    "x" * 300,
-    "a/b/c",
-    "",
-    "..",
-    "a//b",
-    "a b",
-    "o/n@" + "x" * 300,
-    "ü",
-    "a\0b",
-    "a\udc80",
-)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_name_that_no_repository_has_is_quoted(way, hub):
-    for name in IMPOSSIBLE:
-        with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            WAYS[way](name)
-        assert repr(name)[1:-1] in str(caught.value) or name in str(caught.value)
-
-
-def test_the_error_for_another_library_names_the_remedy(hub):
-    name = hub(hf_clip())
-    with pytest.raises(ValueError, match="folder: expected a model of"):
-        load_model(name)
-    assert isinstance(open_model(f"hf:{name}"), transformers.CLIPModel)
 
 
 def test_a_tokenizer_that_cannot_be_saved_leaves_the_old_files(tmp_path):

@@ -85,11 +85,6 @@ def test_cross_attention_reads_no_padding():
     assert model.vision_model(x).last_hidden_state.shape[1] == 37
 
 
-def test_cross_attention_reads_merged_tokens_as_they_are():
-    model = reduce_(hf_blip().eval(), schedule=SCHEDULE)
-    assert model.vision_model(images()).last_hidden_state.shape[1] == 12
-
-
 @pytest.mark.parametrize(
     ("family", "strategy"),
     [(f, s) for f in ("ViT", "DeiT") for s in MERGING if f + s != "DeiTtome"],
@@ -174,16 +169,6 @@ def test_a_model_that_needs_every_patch_refuses_dropping(make, settings):
     reduce_(model, strategy="patch_dropout:keep_ratio=1.0")  # drops none
 
 
-@pytest.mark.parametrize("settings", [{}, {"schedule": SCHEDULE, "scorer": "received"}])
-def test_a_language_model_that_reads_the_last_tokens_has_all_of_them(settings):
-    model, x = paligemma(), images()
-    dense = logits_of(model, x)
-    got = logits_of(reduce_(model, **settings), x)
-    assert got.shape == dense.shape
-    assert not torch.allclose(got, dense)
-    assert torch.equal(logits_of(elip_models.unreduce_(model), x), dense)
-
-
 @pytest.mark.parametrize("vision", ["CLIP", "Siglip"])
 @pytest.mark.parametrize("settings", [{"strategy": "tome:r=4"}, {"strategy": "patch_dropout"}])
 def test_a_language_model_that_reads_hidden_states_has_whole_grids(vision, settings):
@@ -231,12 +216,6 @@ def test_attention_that_no_module_computes_is_refused(settings, states):
     assert len(elip_models.unreduce_(model)(x).attentions) == 6
 
 
-def test_a_whole_model_refuses_it_too():
-    model = reduce_(hf_blip().eval())
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(input_ids=ids(), pixel_values=images(), output_attentions=True)
-
-
 def test_what_a_changed_embedding_would_ignore_is_refused():
     config = transformers.ViTConfig(**HF)
     model, x = transformers.ViTModel(config, use_mask_token=True).eval(), images()
@@ -245,11 +224,3 @@ def test_what_a_changed_embedding_would_ignore_is_refused():
     assert torch.equal(model(x, interpolate_pos_encoding=True).pooler_output, expected)
     with pytest.raises(ValueError, match=r"bool_masked_pos: expected none under 'resize'"):
         model(x, bool_masked_pos=torch.ones(2, 36, dtype=torch.bool))
-
-
-def test_a_block_takes_its_tokens_by_name():
-    model = reduce_(hf_vit(), strategy="tome:r=4")
-    block, tokens = model.layers[0], torch.randn(2, 37, HF["hidden_size"])
-    assert torch.equal(block(hidden_states=tokens, attention_mask=None), block(tokens, None))
-    with pytest.raises(TypeError, match="hidden_states: expected the tokens"):
-        block(attention_mask=None)

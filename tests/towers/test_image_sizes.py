@@ -132,36 +132,6 @@ def test_transformers_interpolates_the_positions_of_a_reduced_model(library, str
         assert torch.equal(info.reduction.kept, other.reduction.kept)
 
 
-@pytest.mark.parametrize("make", [plain_vit, *ROTARY.values()], ids=["plain", *ROTARY])
-def test_set_input_size_before_or_after_is_the_same(make):
-    model, x = make().eval(), pictures()
-    before = copy.deepcopy(model)
-    before.set_input_size(OTHER)
-    reduce_(before, schedule=SCHEDULE)
-    reduce_(model, schedule=SCHEDULE)
-    model(images())
-    model.set_input_size(OTHER)
-    assert torch.equal(model(x), before(x))
-    assert elip_models.reduction_summary(model).dense_tokens == model.num_prefix_tokens + 40
-
-
-def test_a_dynamic_model_that_pads_is_reduced_by_the_padded_patches():
-    model = reduce_(dynamic_vit(dynamic_img_pad=True), schedule=SCHEDULE)
-    x = pictures((60, 33))
-    padded = torch.nn.functional.pad(x, (0, 7, 0, 4))
-    assert torch.equal(model(x), model(padded))
-    elip_models.unreduce_(model)
-    found = [encode_image(model, each, schedule=SCHEDULE) for each in (x, padded)]
-    assert torch.equal(*found)
-
-
-def test_resize_keeps_the_proportions_of_the_image():
-    model = dynamic_vit()
-    tokens = encode_image(model, pictures((64, 32)), strategy="resize:size=32")
-    assert tokens.shape[1] == 1 + 4 * 2
-    assert torch.isfinite(reduce_(model, strategy="resize:size=32")(pictures((64, 32)))).all()
-
-
 @pytest.mark.parametrize("strategy", ["elip", "evit", "tome"])
 def test_a_checkpoint_replays_an_image_of_another_size(strategy):
     model = reduce_(dynamic_vit(), **STRATEGIES[strategy]).train()
@@ -194,18 +164,6 @@ def test_a_compiled_model_takes_images_of_two_sizes(strategy, backend):
     model.zero_grad()
     compiled(x).square().sum().backward()
     assert_equal_gradients(gradients(model), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_compiled_model_of_transformers_takes_images_of_two_sizes(strategy):
-    """Compile one graph per size: symbolic token counts of ToMe would take minutes."""
-    torch._dynamo.reset()
-    model = reduce_(TOWERS["HF CLIP"]().eval(), **STRATEGIES[strategy])
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
-    for x in (images(), pictures(), images()):
-        got, expected = (m(x, interpolate_pos_encoding=True) for m in (compiled, model))
-        torch.testing.assert_close(got.image_embeds, expected.image_embeds)
 
 
 @pytest.mark.parametrize(

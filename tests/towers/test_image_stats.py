@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from transformers import CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
 
 from elip_models.images import CLIP_STATS
-from elip_models.towers import as_image_text, as_tower, reducible_model
+from elip_models.towers import as_image_text, reducible_model
 from elip_models.towers.hf_processor import image_stats_of
 from tests.helpers.models import hf_clip
 
@@ -52,12 +52,6 @@ def test_a_model_of_the_hub_is_not_looked_up_and_its_default_warns_once():
         assert image_text.image_stats() == stats
 
 
-def test_an_image_model_without_statistics_warns_with_those_of_imagenet():
-    model = reducible_model.ImageModel(as_tower(vit("an-owner/a-model-that-is-not-here")))
-    with pytest.warns(UserWarning, match=r"ImageNet's are used: mean \(0\.485, 0\.456, 0\.406\)"):
-        assert model.image_stats() == reducible_model.IMAGENET_STATS
-
-
 def test_the_processor_in_the_folder_of_a_model_counts(tmp_path):
     hf_clip().save_pretrained(tmp_path)
     CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(tmp_path)
@@ -83,7 +77,3 @@ def test_the_local_cache_of_the_hub_counts(tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("0a1b")
     CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(snapshot)
     assert image_stats_of(vit("an-owner/a-cached-model")) == (HALF, HALF)
-
-
-def test_a_folder_that_is_gone_counts_as_none():
-    assert image_stats_of(vit("/a/folder/that/is/gone")) is None

@@ -63,18 +63,6 @@ def test_text_guides_the_image_tower(model):
     assert not is_reduced(model)
 
 
-def test_guidance_ends_with_the_forward(model):
-    x, tokens = images(), ids()
-    dense = image_model(model)(x)
-    elip_models.reduce_(model, schedule=SCHEDULE, without_text="dense")
-    run(model, x, tokens)
-    with pytest.raises(RuntimeError):
-        run(model, x, tokens[:, :0].expand(2, 3, 0))  # no text to encode
-    again = image_model(model)(x)  # images alone stay dense
-    first = dense if torch.is_tensor(dense) else dense.last_hidden_state
-    assert torch.equal(again if torch.is_tensor(again) else again.last_hidden_state, first)
-
-
 @pytest.mark.parametrize(("make", "further"), [(hf_clip, ()), (hf_blip, (True,))])
 def test_a_mask_counts_by_position_and_by_name(make, further):
     model, x, tokens = make().eval(), images(), ids()

@@ -11,13 +11,10 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed, get_mixed_freqs
 import elip_models
 from elip_models import CrossGET, GuidedToMe, PiToMe, ToMe
 from elip_models.towers import as_tower
-from tests.helpers.models import ROTARY, TOWERS, dinov3
+from tests.helpers.models import ROTARY, dinov3
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import (
-    assert_equal_gradients,
-    gradients_of_a_step,
     images,
-    plain_vit,
     text,
 )
 
@@ -88,38 +85,3 @@ def test_a_merged_token_has_the_mean_coordinates_of_its_patches(name, strategy):
     elip_models.reduce_(model, **options)
     with elip_models.guidance(model, t):
         torch.testing.assert_close(model.forward_features(x), tokens, atol=1e-6, rtol=1e-6)
-
-
-@torch.no_grad()
-def test_no_merge_leaves_all_positions():
-    model, x = ROTARY["EVA-02 tiny"]().eval(), images()
-    expected = model(x)
-    assert torch.equal(elip_models.reduce_(model, strategy="tome:r=0,position=mean")(x), expected)
-
-
-@pytest.mark.parametrize("make", [ROTARY["EVA without rotation"], TOWERS["timm BEiT"], plain_vit])
-def test_a_mean_position_needs_rotations(make):
-    with pytest.raises(TypeError, match="position='mean': no rotation of its blocks is computed"):
-        elip_models.reduce_(make(), strategy="tome:position=mean")
-
-
-@pytest.mark.parametrize(
-    ("name", "strategy"),
-    [
-        pytest.param("DINOv3", "tome", marks=pytest.mark.slow),
-        pytest.param("rope mixed", "pitome", marks=pytest.mark.exhaustive),
-    ],
-)
-def test_checkpointing_and_compiling_repeat_mean_positions(name, strategy):
-    model, x, t = ROTARY[name]().train(), images(), text()
-    elip_models.reduce_(model, strategy=MEANS[strategy])
-    expected = gradients_of_a_step(model, x, t)
-    model.set_grad_checkpointing(True)
-    got = gradients_of_a_step(model, x, t)
-    assert_equal_gradients(got, expected, atol=1e-5, rtol=1e-4)
-    model.set_grad_checkpointing(False)
-    model.eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)

@@ -199,24 +199,6 @@ def test_guided_merging_protects_a_share_of_each_image(options):
         torch.testing.assert_close(padded[b], expected, atol=1e-6, rtol=1e-6)
 
 
-@models
-@torch.no_grad()
-def test_without_padding_nothing_changes(name):
-    """A mask that hides nothing is as none, also for strategies that take no padding."""
-    model, batch = model_of(name), pictures([(5, 4)] * 2)
-    dense = features(model, batch)
-    for each, expected in zip(
-        features(elip_models.reduce_(model, strategy="tome:r=0"), batch), dense, strict=True
-    ):
-        assert torch.equal(each, expected)
-    for strategy in ("tome", "pitome", "random"):
-        elip_models.reduce_(model, strategy=strategy)
-        with elip_models.record_stages(model) as infos:
-            features(model, batch)
-        assert all(info.mask is None for info in infos) and infos
-    assert all(map(torch.equal, features(elip_models.unreduce_(model), batch), dense))
-
-
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
@@ -312,33 +294,12 @@ def test_strategies_without_masks_reduce_images_of_the_same_size_together(strate
     assert infos[-1].reduction.num_rows < p + 36
 
 
-@torch.no_grad()
-def test_random_pruning_keeps_a_share_of_each_image():
-    model, batch = model_of("SigLIP 2"), pictures(GRIDS[:3])
-    elip_models.reduce_(model, strategy="random", schedule="clip")
-    with elip_models.record_stages(model) as infos:
-        features(model, batch, 40)
-    for info, ratio in zip(infos, (0.9, 0.65, 0.4), strict=False):
-        kept = info.mask[:, :-1].sum(1).tolist()
-        assert kept == [max(1, int(ratio * rows * columns)) for rows, columns in GRIDS[:3]]
-
-
 def test_a_model_that_pools_by_its_mask_needs_merged_tokens():
     model, batch = model_of("NaFlex avg"), pictures()
     elip_models.reduce_(model, strategy="random:merge=none")
     with pytest.raises(ValueError, match="expected one that merges, since the model pools patches"):
         features(model, batch)
     assert model(pictures([(6, 6)])[0][None]).shape == (1, 5)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_strategies_without_masks_are_refused_in_a_graph():
-    torch._dynamo.reset()
-    model, batch = elip_models.reduce_(model_of("SigLIP 2"), strategy="pitome:r=5"), pictures()
-    compiled = torch.compile(model, backend="eager")
-    with pytest.raises(ValueError, match="takes the mask of a padded batch in a graph"):
-        features(model, batch, 40, compiled)
 
 
 def test_masks_that_hide_more_than_padding_are_refused():
@@ -367,17 +328,6 @@ def test_a_graph_reads_the_mask_as_a_tensor(name):
         batch = [batch[k] for k in order]
         expected, found = features(model, batch, 40), features(model, batch, 40, compiled)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_an_exported_model_takes_other_masks():
-    model, (a, b) = elip_models.reduce_(model_of("SigLIP 2")), pictures([(3, 4), (5, 7)])
-    inputs = []
-    features(model, [a, b], 40, lambda *args: inputs.append(args) or model(*args))
-    program = torch.export.export(model, inputs[0])
-    expected = features(model, [b, a], 40)
-    torch.testing.assert_close(features(model, [b, a], 40, program.module()), expected)
 
 
 def test_siglip2_is_reduced_inside_its_image_text_model():

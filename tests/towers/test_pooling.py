@@ -40,11 +40,6 @@ MERGING = {
     "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5),
     "nearest": ELIP(SCHEDULE, merge="nearest"),
 }
-DROPPING = {
-    "elip": ELIP(SCHEDULE, scorer="last", merge="none"),
-    "random": RandomPruning(SCHEDULE, merge="none"),
-    "patch_dropout": PatchDropout(0.5),
-}
 
 
 def sizes(infos, num_prefix_tokens):
@@ -89,14 +84,6 @@ def test_attention_pooling_adds_the_log_of_sizes_to_its_scores(strategy):
     torch.testing.assert_close(
         got, model.head(model.attn_pool(tokens, attn_mask=bias)), atol=1e-5, rtol=1e-5
     )
-
-
-@pytest.mark.parametrize("strategy", DROPPING.values(), ids=DROPPING)
-def test_tokens_kept_without_merging_are_pooled_equally(strategy):
-    model, x, t = MODELS["timm average"]().train(), images(), text()
-    got, tokens, _ = reduced(model, strategy, x, t)
-    assert tokens.shape[1] < 36
-    assert torch.equal(got, model.head(model.fc_norm(tokens[:, 1:].mean(1))))
 
 
 def idle(strategy, size):
@@ -152,13 +139,6 @@ def test_a_step_in_the_last_block_alone_is_counted(name, strategy):
     assert tokens.shape[1] < 37 == seen[0].shape[1]
 
 
-@pytest.mark.parametrize("name", ["open_clip attention", "open_clip average, norm behind"])
-def test_encode_image_returns_tokens_before_a_norm_that_follows_pooling(name):
-    model, x = MODELS[name]().eval(), images()
-    tokens = elip_models.encode_image(model, x, schedule="6(100%)")
-    torch.testing.assert_close(model._pool(tokens)[0] @ model.proj, model(x))
-
-
 def test_a_text_is_the_query_of_a_rotary_tower_without_cls_by_any_layer():
     """A wrapped projection, which is called, and a plain one, which is read, score alike."""
     model, x, t = POOLED_WITHOUT_CLS["rope average, no CLS"]().eval(), images(), text()
@@ -171,17 +151,6 @@ def test_a_text_is_the_query_of_a_rotary_tower_without_cls_by_any_layer():
     registers = eva(attn_type="rope", global_pool="avg", class_token=False, num_reg_tokens=2)
     registers.blocks[2].attn.qkv.register_forward_hook(lambda m, args, out: out)
     assert as_tower(registers).cls_attention(2, as_tower(registers).embed(x), t).shape == (2, 38)
-
-
-def test_a_tower_inside_open_clips_timm_model_is_the_trunk():
-    model = trunk_pair(plain_vit(global_pool="avg", num_classes=0), 16, nn.Linear(WIDTH, 16)).eval()
-    tower, x = as_tower(model.visual), images()
-    assert tower.model is model.visual.trunk
-    dense = model.encode_image(x)
-    elip_models.reduce_(model.visual, strategy=ToMe(4))
-    assert not torch.allclose(model.encode_image(x), dense)
-    elip_models.unreduce_(model.visual.trunk)
-    assert torch.equal(model.encode_image(x), dense)
 
 
 class Mlp(nn.Sequential):

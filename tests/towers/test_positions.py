@@ -11,7 +11,7 @@ import elip_models
 from elip_models import CrossGET, EViT, PiToMe, ToMe
 from elip_models.reduction.step import ForwardState
 from elip_models.towers import as_tower
-from tests.helpers.models import BIASED, ROTARY, TOWERS, eva
+from tests.helpers.models import BIASED, ROTARY, TOWERS
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
@@ -100,22 +100,6 @@ def test_the_rotation_decides_what_is_computed():
     assert not torch.allclose(model.norm(wrong), tokens, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["EVA-02 tiny", "rope mixed"])
-@pytest.mark.parametrize(
-    "strategy", ["evit", "random", "patch_dropout", "trips", "tome", "guided_tome", "crossget"]
-)
-def test_strategies_pass_positions_to_later_blocks(name, strategy):
-    model, x, t = ROTARY[name]().train(), images(), text()
-    options = {"schedule": SCHEDULE} if strategy in ("random", "trips") else {}
-    torch.manual_seed(0)
-    tokens = elip_models.encode_image(model, x, t, strategy=strategy, **options)
-    elip_models.reduce_(model, strategy=strategy, **options)
-    for _ in range(2):
-        torch.manual_seed(0)
-        with elip_models.guidance(model, t):
-            assert torch.equal(model.forward_features(x), tokens)
-
-
 EXACT = {"schedule": SCHEDULE, "scorer": "exact"}
 PLACED = {"elip": EXACT, "evit": {"strategy": "evit"}, "nearest": EXACT | {"merge": "nearest"}}
 PLACED |= {"tome": {"strategy": "tome"}, "pitome": {"strategy": "pitome"}}
@@ -134,43 +118,6 @@ def test_checkpointing_replays_the_positions(model, how):
     tokens = elip_models.encode_image(model, x, t, **PLACED[how])
     model.forward_head(tokens).square().sum().backward()
     assert_equal_gradients(gradients(model), expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.exhaustive
-def test_blocks_compiled_one_by_one_replay_the_positions():
-    torch._dynamo.reset()
-    model, x, t = eva(depth=4).train(), images(), text()
-    elip_models.reduce_(model, schedule="1(100%) 3(50%)", scorer="exact")
-    expected = gradients_of_a_step(model, x, t)
-    for block in model.blocks:
-        block.compile(backend="aot_eager")
-    for checkpointing in (False, True):
-        model.set_grad_checkpointing(checkpointing)
-        got = gradients_of_a_step(model, x, t)
-        assert_equal_gradients(got, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_two_forwards_may_wait_for_one_backward():
-    model, pairs = ROTARY["EVA-02 tiny"]().train(), [(images(), text()) for _ in range(2)]
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    found = []
-    for checkpoint in (False, True):
-        model.set_grad_checkpointing(checkpoint)
-        model.zero_grad()
-        losses = []
-        for x, t in pairs:
-            with elip_models.guidance(model, t):
-                losses.append(model(x).square().sum())
-        sum(losses).backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert_equal_gradients(*found, atol=1e-5, rtol=1e-4)
-
-
-def test_flops_count_the_gated_mlp():
-    size = as_tower(ROTARY["EVA-02 tiny"]()).size
-    hidden = int(WIDTH * 8 / 3)
-    assert size.hidden == round(1.5 * hidden)  # three products of D x F, where an MLP has two
-    assert size.row_flops(37) == 2 * 37 * WIDTH * (WIDTH + 1)
 
 
 MERGES = {

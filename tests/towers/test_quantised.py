@@ -76,17 +76,6 @@ OWN_CASES = {
     "trips": TRIPS(**VISION),
 }
 STRATEGIES = with_every_strategy(OWN_CASES)
-NOTHING = {
-    "elip": ELIP("6(100%)"),
-    "adaptive": AdaptiveELIP("6(100%)"),
-    "evit": EViT(1.0),
-    "random": RandomPruning("6(100%)"),
-    "tome": ToMe(0),
-    "guided_tome": GuidedToMe(0),
-    "pitome": PiToMe(0),
-    "crossget": CrossGET(0),
-    "trips": TRIPS("6(100%)"),
-}
 
 
 @torch.no_grad()
@@ -98,14 +87,6 @@ def drawn(model, x):
 
 def rms(error):
     return error.square().mean().sqrt()
-
-
-@pytest.mark.parametrize("how", tiered(QUANTISED, quick=["int8 weights"], slow=["fp8 weights"]))
-def test_a_reduction_of_nothing_is_the_dense_quantised_model(how):
-    dense, x = QUANTISED[how](plain_vit().eval()), images()
-    expected = drawn(dense, x)
-    for strategy in NOTHING.values():
-        assert torch.equal(drawn(elip_models.reduce_(dense, strategy=strategy), x), expected)
 
 
 EVERY = list(product(STRATEGIES, QUANTISED))

@@ -101,19 +101,6 @@ def test_another_text_keeps_other_patches_and_its_length_does_not_matter():
     assert not torch.equal(first, other)
 
 
-def test_scoring_counts_the_key_projection():
-    size = as_tower(siglip_vision()).size
-    last = get_strategy("elip", schedule="3(100%) 3(50%)", scorer="last")
-    assert last.scoring_flops(size) == 2 * 36 * WIDTH * (WIDTH + 1)
-
-
-def test_without_text_it_stays_dense():
-    model, x = siglip_vision().eval(), images()
-    dense = model(x).pooler_output
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    assert torch.equal(model(x).pooler_output, dense)
-
-
 @pytest.mark.parametrize(
     "name", ["tome", "guided_tome", "pitome", "crossget", "random", "patch_dropout", "trips"]
 )

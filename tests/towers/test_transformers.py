@@ -312,15 +312,3 @@ def test_a_pooler_that_averages_counts_tokens_by_their_size(name):
     model(x)
     elip_models.reduce_(model)(x)
     assert seen[0].shape == seen[1].shape and not torch.equal(*seen)
-
-
-@torch.no_grad()
-def test_heads_of_beit_get_their_grid():
-    masked, x = beit("BeitForMaskedImageModeling", use_mask_token=True), images()
-    dense = masked(x).logits
-    assert elip_models.reduce_(masked, strategy="tome:r=4")(x).logits.shape == dense.shape
-    segmenter = beit("BeitForSemanticSegmentation", out_indices=[1, 2, 3, 4])
-    with pytest.raises(TypeError, match="its head reads a grid of patches"):
-        elip_models.reduce_(segmenter, strategy="patch_dropout")
-    with pytest.raises(ValueError, match="output_attentions: expected False"):
-        elip_models.reduce_(beit("BeitModel"), schedule="6(50%)")(x, output_attentions=True)

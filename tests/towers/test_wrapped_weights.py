@@ -5,7 +5,6 @@ An adapted model returns what its merged copy returns: `merge_and_unload`, then 
 
 import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from tests.helpers.models import (
     open_clip_pair,
     open_clip_vit,
     output,
-    siglip_vision,
 )
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
@@ -140,13 +138,6 @@ def test_lora_counts_in_other_strategies(strategy, name, order):
     assert_equal_outputs(model, merged(model, how))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_siglip_scores_by_merged_weights(order):
-    how = {"schedule": "2(100%) 2(80%) 2(50%)", "scorer": "exact"}
-    model = adapted(siglip_vision(), order, how, lora(["q_proj", "k_proj"]))
-    assert_equal_outputs(model, merged(model, how))
-
-
 HOW = {"elip": elip("last"), "evit": EVIT, "tome": TOME}
 TRAINED = [(name, how) for name in MODELS for how in HOW]
 TRAINED = tiered(
@@ -251,49 +242,6 @@ def test_the_active_adapter_counts(name, state, how):
     assert_equal_outputs(model, expected)
 
 
-CHANGES = {  # of a weight; autograd counts the first alone
-    "in place": lambda weight, value: weight.copy_(value),
-    "data in place": lambda weight, value: weight.data.copy_(value),
-    "data": lambda weight, value: setattr(weight, "data", value),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_weight_that_changed_between_forwards_counts(change):
-    """Change a weight, also through `.data`, which no version counter records."""
-    model, x = adapted(plain_vit(), "adapt first", elip("last"), lora()).eval(), images()
-    first = model(x)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                CHANGES[change](weight, torch.randn_like(weight))
-    changed = model(x)
-    assert not torch.equal(changed, first)
-    assert torch.equal(changed, pickle.loads(pickle.dumps(copy.deepcopy(model)))(x))
-
-
-def test_a_model_read_in_inference_mode_trains_after():
-    how = elip("last")
-    model = adapted(plain_vit(), "adapt first", how, lora()).eval()
-    with torch.inference_mode():
-        model(images())
-    model(images()).sum().backward()
-    assert model.get_base_model().blocks[0].attn.qkv.lora_B["default"].weight.grad.any()
-
-
-@pytest.mark.slow
-def test_compiles_whole():
-    torch._dynamo.reset()
-    how = {"schedule": "1(100%) 2(50%)", "scorer": "cls"}
-    model = adapted(plain_vit(depth=3), "adapt first", how, lora())
-    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), images()
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
-        perturbed(model)  # the graph reads what is there when it runs
-    compiled(x).sum().backward()
-    assert model.get_base_model().blocks[1].attn.qkv.lora_B["default"].weight.grad.any()
-
-
 def test_pefts_own_model_is_reduced_guided_and_restored():
     model, x, t = get_peft_model(plain_vit(), lora()).eval(), images(), text()
     dense, how = model(x), elip("exact")
@@ -334,14 +282,3 @@ def test_our_models_train_as_merged(family):
     gradients = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
     online = [g for n, g in gradients.items() if ".encoders." in n]
     assert online and all(g.any() for g in online)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
-def test_cls_alone_goes_through_the_last_block_of_our_clip(kind):
-    model = elip_models.create_model("elip_clip_tiny", without_text="vision")
-    wrapped = perturbed(get_peft_model(model, lora(use_dora=kind == "DoRA"))).double().eval()
-    whole = copy.deepcopy(wrapped).merge_and_unload()
-    x = torch.randn(2, 3, *model.tower.image_size).double()
-    assert model.tower.is_plain(model.tower.depth - 1)
-    torch.testing.assert_close(model.encode_image(x), whole.encode_image(x), atol=1e-5, rtol=1e-5)

@@ -1,7 +1,5 @@
 """Arguments of reduce_ for a multimodal language model, and what a model tells of its reduction."""
 
-import contextvars
-
 import pytest
 import torch
 
@@ -86,14 +84,6 @@ def test_the_default_and_the_summary(llava):
     assert "reads every image token" in str(dense)
 
 
-def test_an_equal_reduction_keeps_the_config(llava):
-    for strategy in ("tome", "diverse", "fastv:layer=1"):
-        reduce_(llava, strategy, keep=0.7)
-        config = llava.config
-        reduce_(llava, strategy, keep=0.7)
-        assert llava.config is config and llava.model.config is config
-
-
 def test_a_model_prints_the_reductions_of_both_parts():
     model = build("llava")[0]
     core, dense = model.model, repr(model)
@@ -104,24 +94,6 @@ def test_a_model_prints_the_reductions_of_both_parts():
         assert "(reduced) image tokens: diverse(keep=0.5" in repr(core)
         unreduce_(core)
         assert repr(model) == dense
-
-
-def test_the_tower_may_be_reduced_before_by_itself():
-    model = build("llava")[0]
-    reduce_(model.model.vision_tower, "tome", keep=0.7)
-    reduce_(model, "diverse")
-    stored = model.config.elip
-    assert stored["strategy"] == "tome" and stored["language_model"][0]["strategy"] == "diverse"
-
-
-def test_a_record_may_end_in_another_context():
-    model, inputs = build("llava")
-    reduce_(model)
-    recording = record_stages(model)
-    infos = contextvars.copy_context().run(recording.__enter__)
-    recording.__exit__(None, None, None)
-    model(**inputs)
-    assert not infos
 
 
 @pytest.mark.parametrize("strategy", ["diverse:keep=0.25", Stride(), "fastv"])

@@ -174,29 +174,3 @@ def test_a_model_that_counts_every_token_cannot_continue(strategy):
     unreduce_(model)
     with pytest.raises(ValueError, match="cache: expected a model that reduce_ has changed"):
         oracle.next_turn(model, output, inputs, prompt(model, {}, ((2,), (5,))))
-
-
-@torch.no_grad()
-def test_the_last_tokens_cannot_be_removed():
-    model, inputs = reduced()
-    _, cache = filled(model, inputs)
-    with pytest.raises(NotImplementedError, match="without assistant_model"):
-        cache.crop(-1)
-    assert not getattr(cache, "is_croppable", False)
-    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
-
-
-@torch.no_grad()
-def test_a_quantized_cache():
-    if not hasattr(hf.cache_utils, "Fp8QuantizedLayer"):
-        pytest.skip("this transformers has no quantized cache without a further package")
-    model, inputs = reduced()
-    model, inputs = model.float(), inputs | {"pixel_values": inputs["pixel_values"].float()}
-    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
-    with record_stages(model) as infos:
-        output = oracle.stock_generate(model, inputs, **settings)
-    unreduce_(model)
-    with oracle.hidden(model, infos[0].kept):
-        expected = oracle.stock_generate(model, inputs, **settings)
-    assert oracle.cache_of(output)[1].get_seq_length() == output.sequences.shape[1] - 1
-    assert oracle.close(output.logits[0], expected.logits[0])  # the prompt is not quantized yet

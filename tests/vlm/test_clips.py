@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
-from elip_models.vlm.clips import FRAME_TOKENS, TokenGroup, VideoLayout
+from elip_models.vlm.clips import TokenGroup, VideoLayout
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.packing import find_runs
 from tests.helpers.tiers import slow_except
@@ -83,18 +83,6 @@ def test_logits_behind_evs_are_those_without_removed_columns(case):
     assert not read.all() and oracle.close(logits[read], expected[read])
 
 
-@pytest.mark.exhaustive
-@torch.no_grad()
-@pytest.mark.parametrize("strategy", ["evs", "diverse"])
-def test_the_beams_of_a_clip_keep_the_same_tokens(case, strategy):
-    model, inputs = case
-    oracle.skip_mixed_images(model, 2)
-    reduce_(model, strategy, keep=0.5)
-    _, kept = oracle.forward(model, inputs)
-    _, beams = oracle.generate(model, inputs, num_beams=2)
-    assert torch.equal(beams, kept.repeat_interleave(2, 0))
-
-
 @torch.no_grad()
 def test_diverse_selects_from_all_frames_that_text_separates():
     model, inputs = build("qwen3_vl_video")
@@ -123,15 +111,6 @@ def test_clips_whose_frames_are_apart_are_told_by_their_lengths():
     with pytest.raises(ValueError, match="pixel_values_videos: expected the clips"):
         list(layout.clips(videos, [4, 2], None))
     assert TokenGroup(groups[2].rows, groups[2].positions).frame is None
-
-
-@pytest.mark.slow
-def test_every_family_with_video_tokens_has_a_layout():
-    configs = {name: case()[0] for name, case in CASES.items()}
-    with_videos = {
-        config.model_type for config in configs.values() if hasattr(config, "video_token_id")
-    }
-    assert with_videos == set(FRAME_TOKENS)
 
 
 @torch.no_grad()

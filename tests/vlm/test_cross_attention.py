@@ -111,20 +111,6 @@ def test_the_result_is_that_of_the_model_without_removed_tokens(case, strategy):
     assert all(map(oracle.close, output.logits, stock.logits))
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_beams_compute_the_same(case):
-    model, inputs = case
-    reduce_(model, keep=0.5)
-    _, kept = oracle.forward(model, inputs)
-    output = oracle.stock_generate(model, inputs, num_beams=2)
-    unreduce_(model)
-    with without(model, kept):
-        stock = oracle.stock_generate(model, inputs, num_beams=2)
-    assert torch.equal(output.sequences, stock.sequences)
-    assert all(map(oracle.close, output.logits, stock.logits))
-
-
 def test_loss_and_gradients_are_those_of_the_model_without_removed_tokens(case):
     model, inputs = case
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

@@ -79,21 +79,6 @@ def _assert_half(kept, ids):
     assert ((share > 0.4) & (share < 0.6)).all()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_generation_is_that_of_the_model_without_removed_columns(case, beams):
-    model, inputs = case
-    oracle.skip_mixed_images(model, beams)
-    reduce_(model, keep=0.5)
-    output, kept = oracle.generate(model, inputs, num_beams=beams)
-    unreduce_(model)
-    with oracle.hidden(model, kept[::beams]):
-        expected = oracle.stock_generate(model, inputs, num_beams=beams)
-    assert torch.equal(output.sequences, expected.sequences)
-    assert len(output.logits) == 6
-    assert all(map(oracle.close, output.logits, expected.logits))
-
-
 def test_unreduce_leaves_no_hook(case):
     model, _ = case
     before = [_hooks(module) for module in model.modules()]

@@ -50,15 +50,6 @@ def test_a_text_alone_is_untouched(name):
 
 @torch.no_grad()
 @some()
-@pytest.mark.parametrize("text_is_first", [True, False])
-def test_a_row_without_an_image(name, text_is_first):
-    rows = ((7,), (3, "image", 1, "image", 1, "image", 2))
-    model, inputs = made(name, rows if text_is_first else rows[::-1])
-    _assert_generates_as_oracle(model, inputs)
-
-
-@torch.no_grad()
-@some()
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"use_cache": False}], ids=str)
 def test_ways_to_generate(name, settings):
     model, inputs = made(name)
@@ -186,20 +177,6 @@ def test_copies_are_reduced(name, clone):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("clone", [copy.deepcopy, _unpickled])
-def test_copies_of_a_cache_continue(clone):
-    model, inputs = made("llava")
-    further = prompt(model, {}, ((2,), (5,)))
-    reduce_(model, keep=0.5)
-    first = model(**inputs, use_cache=True)
-    name, cache = oracle.cache_of(first)
-    copied = {name: clone(cache)}
-    expected = oracle.next_turn(model, first, inputs, further).logits
-    assert copied[name].get_seq_length() == inputs["input_ids"].shape[1]
-    assert torch.equal(oracle.next_turn(model, copied, inputs, further).logits, expected)
-
-
-@torch.no_grad()
 def test_rows_of_a_cache_are_selected_and_repeated():
     model, inputs = made("llava")
     further = prompt(model, {}, ((2,), (5,)))
@@ -257,16 +234,6 @@ def test_hidden_states_have_the_whole_length():
         assert not states[~infos[0].kept].any() and states[infos[0].kept].any(-1).all()
     as_tuple = model(**inputs, return_dict=False)
     assert torch.equal(as_tuple[0], output.logits)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
-def test_hidden_states_can_be_those_of_one_layer(strategy):
-    model, inputs = made("qwen2_5_vl")
-    reduce_(model, strategy, keep=0.5)
-    every = model(**inputs, output_hidden_states=True).hidden_states
-    one = model(**inputs, output_hidden_states=[2]).hidden_states  # the others may be None
-    assert torch.equal(one[2], every[2])
 
 
 @torch.no_grad()

@@ -76,13 +76,6 @@ def test_a_call_with_arguments_replaces_what_is_stored(llava):
     assert reduction_summary(reduce_(model)).strategy == Diverse()  # of a reduced model: defaults
 
 
-def test_a_model_with_a_reduced_tower_alone_is_restored_as_that(llava, tmp_path):
-    reduce_(llava[0], "tome", keep=0.7).save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    front, inside, tower = places(reduce_(loaded))
-    assert (front, inside, tower.name) == (None, None, "tome")
-
-
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
@@ -125,36 +118,3 @@ def test_a_tower_pruned_at_random_beside_random_tokens_of_the_language_model(lla
 def _logits(model, inputs, seed):
     torch.manual_seed(seed)
     return model(**inputs).logits
-
-
-@pytest.mark.parametrize("keep", [0.25, 7])
-def test_the_old_name_of_random_tokens_can_be_loaded(llava, tmp_path, keep):
-    expected = places(reduce_(reduce_(llava[0], "tome", keep=0.7), "random_tokens", keep=keep))
-    llava[0].save_pretrained(tmp_path)
-    _change_stored(tmp_path, "strategy", "random")
-    assert places(elip_models.load_reduced(tmp_path)) == expected
-    dense = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert places(reduce_(dense)) == expected
-    assert dense.config.elip["language_model"][0]["strategy"] == "random_tokens"
-
-
-def test_one_as_a_share_of_an_earlier_release_can_be_loaded(llava, tmp_path):
-    reduce_(llava[0], "diverse:relevance=true", keep=1.0).save_pretrained(tmp_path)
-    _change_stored(tmp_path, "settings", {"keep": 1, "relevance": True})
-    assert places(elip_models.load_reduced(tmp_path))[0] == Diverse(keep=1.0, relevance=True)
-
-
-def _change_stored(folder, key, value):
-    """Write a setting of the language strategy in a saved folder."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["elip"]["language_model"][0][key] = value
-    path.write_text(json.dumps(config))
-
-
-def test_an_adapter_has_no_place_for_the_strategy(llava, tmp_path):
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(target_modules=["q_proj"], r=2)
-    model = peft.get_peft_model(reduce_(llava[0]), settings)
-    with pytest.raises(ValueError, match="model: expected a language model without an adapter"):
-        elip_models.save_reduced(model, tmp_path)

@@ -11,7 +11,7 @@ from elip_models.vlm.strategies.cdpruner import CDPruner, scaled
 from elip_models.vlm.strategies.controls import Pool, Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.evs import EVS
-from elip_models.vlm.strategies.layer_strategy import FastV, LayerStrategy, Pyramid
+from elip_models.vlm.strategies.layer_strategy import FastV, LayerStrategy
 from elip_models.vlm.strategies.visionzip import VisionZip, choose
 
 BEFORE = [name for name, cls in LANGUAGE_STRATEGIES.items() if issubclass(cls, ImageTokenStrategy)]
@@ -32,13 +32,6 @@ def test_every_strategy_tells_where_it_acts_and_what_it_does(name):
     assert 0 < len(strategy.summary.split()) <= 10
     assert isinstance(strategy.is_guided, bool)
     assert strategy().keep == 0.5
-
-
-def test_the_strategies_that_read_the_question():
-    guided = {name for name, strategy in LANGUAGE_STRATEGIES.items() if strategy.is_guided}
-    assert guided == {"cdpruner", "fastv", "pyramid"}
-    assert Diverse(relevance=True).reads_question and not Diverse().reads_question
-    assert CDPruner().reads_question and not Stride().reads_question
 
 
 @pytest.mark.parametrize("number", range(20))
@@ -186,8 +179,3 @@ def test_every_wrong_keep_is_refused_with_the_same_requirement(keep):
     )
     with pytest.raises((TypeError, ValueError), match=requirement):
         Stride(keep=keep)
-
-
-def test_a_number_of_tokens_has_no_meaning_in_stages():
-    with pytest.raises(ValueError, match=r"keep: expected a float in \(0, 1\] .*tokens, got 2"):
-        Pyramid(keep=2)
