@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 
 class ConfigError(ValueError):
@@ -149,6 +149,8 @@ def check_fields(instance: Any) -> None:
 
 class Config:
     """Base of frozen dataclasses of hyper-parameters, which are checked against annotations."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for recipes, which pydantic reads
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -317,6 +319,7 @@ PACKAGES = {
         "datasets",
         "filelock",
         "numpy",
+        "pydantic",
         "rich",
         "tensorboard",
         "tokenizers",

@@ -191,5 +191,5 @@ def test_embeddings_of_another_tokenizer_raise(tmp_path):
 
 
 def test_pretrained_with_another_initialisation_raises(tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.pretrained: expected null with model\.vision_"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: must be null with model\.vision_"):
         tiny_config(tmp_path, "model.pretrained=a", "model.vision_init=timm:b")
