@@ -15,8 +15,7 @@ from benchmarks.studies.plan import load_study, plan
 from benchmarks.studies.study import Run
 from elip_models.pretraining.data import load_tokenizer
 from elip_models.pretraining.models.registry import load_model
-from elip_models.pretraining.tasks.retrieval import RECALLS
-from elip_models.pretraining.tasks.retrieval_task import Retrieval
+from elip_models.pretraining.tasks.retrieval import RECALLS, Retrieval
 from elip_models.pretraining.tasks.task import Loading
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.trainer import Trainer

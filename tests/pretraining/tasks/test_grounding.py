@@ -21,10 +21,10 @@ from elip_models.pretraining.models.albef.model import ALBEF
 from elip_models.pretraining.models.layers.attention_map import attention_map
 from elip_models.pretraining.tasks import grounding
 from elip_models.pretraining.tasks.grounding import (
+    Grounding,
     Heat,
     best_box,
     cross_attention,
-    evaluate_grounding,
     gradcam,
     iou,
     pointing,
@@ -255,7 +255,7 @@ def test_scores_of_splits_with_intervals_over_images(albef, tokenizer, tmp_path,
         *(entry(1, split="testA", **wrong), entry(0, split="testA", **none)),
     ]
     source = open_examples("grounding", write_list(tmp_path, *entries), image_size=16)
-    scores = evaluate_grounding(albef, tokenizer, source, Loading(batch_size=2))
+    scores = Grounding().evaluate(albef, tokenizer, source, Loading(batch_size=2))
     found = scores.scores
     assert found["val_accuracy"] == score_interval([1, 1, 0], [0, 0, 1])
     assert found["val_pointing"] == score_interval([1, 1, 0], [0, 0, 1])
@@ -278,7 +278,7 @@ def test_scores_of_splits_with_intervals_over_images(albef, tokenizer, tmp_path,
 
 def test_without_proposals_there_is_only_pointing(albef, tokenizer, tmp_path):
     source = open_examples("grounding", write_list(tmp_path, entry()), image_size=16)
-    scores = evaluate_grounding(albef, tokenizer, source, Loading())
+    scores = Grounding().evaluate(albef, tokenizer, source, Loading())
     assert scores.scores.keys() == {"pointing"} and scores.predictions[0].output == ""
 
 
@@ -287,11 +287,11 @@ def test_empty_expressions_and_unreadable_images_are_left_out(albef, tokenizer, 
     path = write_list(tmp_path, *entries)
     (tmp_path / "1.png").write_bytes(b"no image")
     source = open_examples("grounding", path, image_size=16)
-    scores = evaluate_grounding(albef, tokenizer, source, Loading(max_bad_share=0.7))
+    scores = Grounding().evaluate(albef, tokenizer, source, Loading(max_bad_share=0.7))
     assert [each.id for each in scores.predictions] == ["list.json[0]", "list.json[3]"]
     assert scores.num_skipped == 3 and scores.num_examples == 2
     with pytest.raises(DataError, match=r"list.json\[1\] \(the expression is empty\); .*no such"):
-        evaluate_grounding(albef, tokenizer, source, Loading())
+        Grounding().evaluate(albef, tokenizer, source, Loading())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from elip_models.images import SampleError
 from elip_models.intervals import score_interval, wilson_interval
 from elip_models.pretraining.data import DataError, Example
 from elip_models.pretraining.tasks.registry import TASKS, get_task
-from elip_models.pretraining.tasks.retrieval_task import Retrieval
+from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.tasks.task import Loading
 from elip_models.pretraining.tasks.vqa import VQA
 from tests.helpers.task_cases import (
