@@ -12,7 +12,6 @@ from torch import nn
 
 from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import (
-    BACKGROUNDS,
     EMOJI,
     EmojiClasses,
     class_names,
@@ -167,15 +166,11 @@ def test_a_file_names_the_classes(tmp_path):
 
 def test_the_built_in_classes_are_balanced_images_of_one_emoji():
     source = open_classes("emoji_classes:seed=3,size=120", image_size=32)
-    assert isinstance(source, EmojiClasses)
-    found = [source.captions(i) for i in range(len(source))]
-    assert Counter(found) == {(name,): 2 for name in EMOJI}
+    assert Counter(source.captions(i) for i in range(120)) == {(name,): 2 for name in EMOJI}
     assert source.classes == source.names == tuple(EMOJI)
     for index in range(120):
         (group,) = source.scene(index).groups
-        assert (group.name, group.count) == (found[index][0], 1)
-    assert source[7].image.tobytes() == EmojiClasses(9, seed=3, image_size=32)[7].image.tobytes()
-    assert len({source.scene(i).background for i in range(120)}) == len(BACKGROUNDS)
+        assert (group.name, group.count) == (source.captions(index)[0], 1)
     texts = {template("owl") for template in source.templates}
     assert {"a red picture of an owl", "an owl on the left"} <= texts
 
