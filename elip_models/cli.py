@@ -1,7 +1,7 @@
 """The command line `elip`.
 
     elip train RECIPE [key=value ...]      elip finetune TASK --from CHECKPOINT
-    elip eval retrieval | vqa | ..         elip visualize
+    elip eval TASK --model RUN --data D    elip visualize
     elip profile                           elip export MODEL OUT.onnx
     elip convert
     elip data check | export               python -m elip_models ..
@@ -89,7 +89,7 @@ COMMANDS = {
         "export.export",
         "Write a reduced model as an ONNX file, and compare onnxruntime to PyTorch.",
     ),
-    "eval": ("evaluate.app", "Score a trained model."),
+    "eval": ("evaluate.evaluate", "Score a trained model."),
     "data": ("data.app", "Check or export data."),
     "recipes": ("recipes.app", "List the recipes, or show the settings of one."),
     "models": (

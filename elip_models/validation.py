@@ -18,13 +18,13 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 
 class ConfigError(ValueError):
@@ -56,7 +56,7 @@ class TextError(ValueError):
     """Raised for a text with an unpaired surrogate, which JSON can hold and UTF-8 cannot."""
 
 
-UNIONS = (types.UnionType, typing.Union)  # of `X | None`, where X is a class or Annotated
+UNIONS = (types.UnionType, typing.Union)
 WORDS = {
     int: "an integer",
     float: "a number",
@@ -150,6 +150,8 @@ def check_fields(instance: Any) -> None:
 class Config:
     """Base of frozen dataclasses of hyper-parameters, which are checked against annotations."""
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for recipes, which pydantic reads
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -200,62 +202,45 @@ def mismatch_error(value: Any, hint: Any) -> type[TypeError | ValueError] | None
     if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
         return TypeError
     if origin is tuple:
-        hints = item_hints(arguments, len(value))
-        return _first_mismatch(value, hints) if len(hints) == len(value) else ValueError
-    if origin is dict:
-        return _first_mismatch(value.values(), arguments[1:] * len(value))
-    return None
-
-
-def item_hints(arguments: tuple[Any, ...], length: int) -> tuple[Any, ...]:
-    """Return the hints of the items of a `tuple[arguments]` of that length."""
-    return arguments[:1] * length if arguments[-1] is Ellipsis else arguments
-
-
-def _first_mismatch(
-    values: Iterable[Any], hints: tuple[Any, ...]
-) -> type[TypeError | ValueError] | None:
-    errors = (mismatch_error(value, hint) for value, hint in zip(values, hints, strict=True))
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) != len(value):
+            return ValueError
+        items = zip(value, hints, strict=True)
+    else:
+        items = ((item, arguments[1]) for item in value.values()) if origin is dict else ()
+    errors = (mismatch_error(item, expected) for item, expected in items)
     return next((error for error in errors if error is not None), None)
 
 
-def describe_type(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
-    """Return a type hint in words; `words` has the words of plain types."""
+def describe_type(hint: Any) -> str:
+    """Return a type hint in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = [str(rule) for rule in arguments[1:] if isinstance(rule, Bounds)]
-        return " ".join([describe_type(arguments[0], words), *bounds])
+        return " ".join([describe_type(arguments[0]), *bounds])
     if origin in UNIONS:
         lists_last = sorted(arguments, key=lambda argument: Ellipsis in typing.get_args(argument))
-        return " or ".join(describe_type(argument, words) for argument in lists_last)
+        return " or ".join(describe_type(argument) for argument in lists_last)
     if origin is Literal:
         choices = ", ".join(map(repr, arguments))
         return f"one of {choices}" if len(arguments) > 1 else choices
     if origin is tuple and arguments[-1] is not Ellipsis:
-        return "[" + ", ".join(describe_type(argument, words) for argument in arguments) + "]"
+        return "[" + ", ".join(describe_type(argument) for argument in arguments) + "]"
     if origin is tuple:
-        return f"{words[tuple]}, each {describe_type(arguments[0], words)}"
+        return f"{WORDS[tuple]}, each {describe_type(arguments[0])}"
     if origin is dict and arguments[1] is not Any:
-        return f"{words[dict]}, each {describe_type(arguments[1], words)}"
-    return words.get(origin or hint) or f"a {hint.__name__}"
+        return f"{WORDS[dict]}, each {describe_type(arguments[1])}"
+    return WORDS.get(origin or hint) or f"a {hint.__name__}"
 
 
-class _Shortener(reprlib.Repr):
-    """`repr` of few items of a value, which costs little however large the value is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
-        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 10
-
-    def repr_int(self, value: int, level: int) -> str:
-        is_long = value.bit_length() > 512  # `repr` of a longer one can raise ValueError
-        return f"an integer of {value.bit_length()} bits" if is_long else repr(value)
+_REPR = reprlib.Repr()  # of few items of a value, which costs little however large the value is
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 200, 200, 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 10
 
 
 def shortened(value: Any, length: int = 200) -> str:
     """Return `repr(value)` in at most `length` characters, for an error message."""
-    text = _Shortener().repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
@@ -317,6 +302,7 @@ PACKAGES = {
         "datasets",
         "filelock",
         "numpy",
+        "pydantic",
         "rich",
         "tensorboard",
         "tokenizers",

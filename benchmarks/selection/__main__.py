@@ -1,5 +1,6 @@
 """Which patches a reduction keeps of what captions name: `python -m benchmarks.selection`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,16 +9,11 @@ from rich.console import Console
 from benchmarks.selection.scores import selection_scores
 from benchmarks.selection.tables import selection_tables
 from elip_models.cli import run_command
-from elip_models.commands.evaluate_options import (
-    BatchSize,
-    SavedModel,
-    ScoresFile,
-    open_trained,
-    write_scores,
-)
+from elip_models.commands.evaluate import SavedModel, open_trained, weights_folder
 from elip_models.pretraining.data import open_source
 from elip_models.reduction.strategy_spec import fit_strategy, get_strategy
-from elip_models.validation import as_config_error
+from elip_models.saving.files import write_json
+from elip_models.validation import as_config_error, check_output
 
 
 def selection(
@@ -32,11 +28,14 @@ def selection(
     count: Annotated[
         int, typer.Option(min=2, max=2**20, help="Number of samples of --data.")
     ] = 200,
-    batch_size: BatchSize = 32,
-    output: ScoresFile = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Images in a forward pass.")
+    ] = 32,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
 ) -> None:
     """Measure which patches a reduction keeps of what captions name."""
-    trained, tokenizer = open_trained(model, output)
+    check_output("--output", output)
+    trained, tokenizer = open_trained(weights_folder(model))
     with as_config_error("--data", inner="spec"):
         source = open_source(data, image_size=trained.config.image_size)
     with as_config_error("--strategy"):
@@ -44,7 +43,8 @@ def selection(
     settings = {"limit": count, "batch_size": batch_size}
     scores = selection_scores(trained, source, tokenizer, chosen, **settings)
     Console().print(*selection_tables(scores))
-    write_scores(scores, output)
+    if output is not None:
+        write_json(output, scores)
 
 
 if __name__ == "__main__":

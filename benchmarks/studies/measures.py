@@ -25,8 +25,13 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.layers.losses import contrastive_loss
-from elip_models.pretraining.tasks.features import encode_images, encode_texts, ranks_of
-from elip_models.pretraining.tasks.retrieval import recall_of_features
+from elip_models.pretraining.tasks.features import (
+    encode_images,
+    encode_texts,
+    ranks_of,
+    similarities,
+)
+from elip_models.pretraining.tasks.retrieval import recall_at_k
 from elip_models.pretraining.training.loss_log import losses_of
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
@@ -109,7 +114,7 @@ def _retrieval_of(
     model: PretrainedModel, images: Tensor, texts: Tensor, owners: Tensor
 ) -> dict[str, float]:
     """Return the scores of features (I, E), (T, E) and the image index of each text (T,)."""
-    scores = recall_of_features(images, texts, owners, ks=(1, 5))
+    scores = recall_at_k(similarities(images, texts), owners, ks=(1, 5))
     scores["r1"] = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
     firsts = texts[torch.searchsorted(owners, torch.arange(len(images), device=owners.device))]
     scale = 1 / model.monitored()["temperature"]

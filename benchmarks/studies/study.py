@@ -24,6 +24,7 @@ from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import meta_model, task_of
 from elip_models.pretraining.training.yaml_config import from_mapping
 from elip_models.validation import (
+    Config,
     ConfigError,
     NonNegative,
     PositiveShare,
@@ -47,7 +48,7 @@ QUIET = {
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(Config):
     """One setting that a study compares.
 
     overrides: Dotted keys of the recipe and their values; `finetune.*` of the fine-tuning.
@@ -67,7 +68,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Config):
     """A comparison of arms.
 
     name: Name of the file.

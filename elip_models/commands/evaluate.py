@@ -1,151 +1,138 @@
-"""The commands `elip eval retrieval | zero-shot | composition | vqa | ..`."""
+"""The command `elip eval TASK`."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from elip_models.commands.evaluate_composition import eval_composition
-from elip_models.commands.evaluate_grounding import eval_grounding
-from elip_models.commands.evaluate_options import (
-    BatchSize,
-    MaxBadShare,
-    NumWorkers,
-    SavedModel,
-    ScoresFile,
-    loading_of,
-    open_trained,
-    weights_folder,
-    write_scores,
-)
-from elip_models.pretraining.tasks.tables import retrieval_table, task_table, zero_shot_table
 from elip_models.pretraining.training.recipe import parse_overrides
-from elip_models.validation import as_config_error, require_extra
+from elip_models.validation import ConfigError, as_config_error, check_output, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
+    from rich.markup import escape
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from elip_models.pretraining.models.base import PretrainedModel
-    from elip_models.pretraining.tasks.retrieval import RetrievalScores
-    from elip_models.pretraining.tasks.task import Loading, Task
-    from elip_models.pretraining.tasks.zero_shot import ZeroShotScores
-
-app = typer.Typer(no_args_is_help=True, help="Score a trained model.")
-app.command("composition")(eval_composition)
-app.command("grounding")(eval_grounding)
 
 
-@app.command("retrieval")
-def eval_retrieval(
-    model: SavedModel,
-    data: Annotated[
-        str, typer.Option(help="Data: JSON list, tar shards or emoji_scenes:seed=1,size=500.")
+SavedModel = Annotated[
+    Path, typer.Option(help="Folder of a saved model and its tokenizer, or of its run.")
+]
+
+
+def evaluate(
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="retrieval: recall@1/5/10. zero-shot: top-1 and top-5 accuracy by class names. "
+            "composition: Winoground, ARO, SugarCrepe. grounding: Grad-CAM of expressions. vqa, "
+            "entailment, nlvr2, captioning, classification: a model of `elip finetune TASK`."
+        ),
     ],
-    batch_size: BatchSize = 64,
-    num_workers: NumWorkers = 0,
-    max_bad_share: MaxBadShare = 0.05,
-    rerank: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="Number of candidates that ITM re-ranks.")
-    ] = None,
-    output: ScoresFile = None,
-) -> None:
-    """Compute recall@1/5/10 from image to text and from text to image."""
-    from elip_models.pretraining.data import open_source
-    from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
-    from elip_models.pretraining.tasks.retrieval_task import Retrieval
-
-    loading = loading_of(batch_size, num_workers, max_bad_share)
-    if rerank is not None:
-        return _evaluate(Retrieval(candidates=rerank), model, data, loading, output)
-    trained, tokenizer = open_trained(model, output, ranks=True)
-    with as_config_error("--data", inner="spec"):
-        source = open_source(data, image_size=trained.config.image_size)
-    scores = evaluate_retrieval(trained, tokenizer, source, **loading._asdict())
-    Console().print(retrieval_table(scores))
-    write_scores(_as_dict(scores), output)
-
-
-@app.command("zero-shot")
-def eval_zero_shot(
     model: SavedModel,
     data: Annotated[
         str,
         typer.Option(
-            help="Folder with one folder of images for each class (FOLDER,names=imagenet if "
-            "these are numbers, as in ImageNet-V2), or emoji_classes:size=600."
+            help="JSON list, tar shards, a folder of classes (FOLDER,names=imagenet if these are "
+            "numbers), files of a benchmark, or built-in data: emoji_scenes:seed=1,size=500 "
+            "(retrieval, captioning), emoji_classes, emoji_composition, emoji_grounding, .."
         ),
     ],
-    batch_size: BatchSize = 64,
-    num_workers: NumWorkers = 0,
-    max_bad_share: MaxBadShare = 0.05,
-    output: ScoresFile = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=2**20, help="Images in a forward pass; default: 64, grounding 32."),
+    ] = None,
+    num_workers: Annotated[
+        int, typer.Option(min=0, max=1024, help="Number of processes that load images.")
+    ] = 0,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of unreadable samples.")
+    ] = 0.05,
+    rerank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=2**20, help="retrieval: number of candidates that ITM re-ranks; default: 0."
+        ),
+    ] = None,
+    itm: Annotated[
+        bool,
+        typer.Option(
+            "--itm", help="composition: score by ITM, not by features; always on for METER."
+        ),
+    ] = False,
+    guided: Annotated[
+        bool,
+        typer.Option(
+            "--guided",
+            help="composition, grounding, retrieval with --rerank: let each text guide the "
+            "reduction of the image that it is scored against.",
+        ),
+    ] = False,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            help="grounding: layer with cross attention, from 1; default: half of them.",
+        ),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another option of the task, such as candidates=64."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
 ) -> None:
-    """Compute top-1 and top-5 accuracy of zero-shot classification by class names."""
-    from elip_models.pretraining.data import open_classes
-    from elip_models.pretraining.tasks.zero_shot import evaluate_zero_shot
+    """Score a trained model."""
+    check_output("--output", output)
+    from elip_models.pretraining.data.loader import worker_options
+    from elip_models.pretraining.tasks.registry import get_evaluation, read_answers
+    from elip_models.pretraining.tasks.tables import score_table
+    from elip_models.pretraining.tasks.task import Loading
 
-    trained, tokenizer = open_trained(model, output, ranks=True)
+    name = task.replace("-", "_")
+    settings = {"candidates": 0} if name == "retrieval" else {}
+    named = {"candidates": rerank, "itm": itm, "guided": guided, "layer": layer}
+    settings |= {option: value for option, value in named.items() if value}
+    settings |= parse_overrides(options or (), "candidates=64")
+    with as_config_error(f"eval {task}", inner="task_options"):
+        evaluation = get_evaluation(name, **settings)
+    with as_config_error("--num-workers"):
+        worker_options(num_workers)
+    loading = Loading(batch_size or evaluation.batch_size, num_workers, max_bad_share)
+    folder = weights_folder(model)
+    trained, tokenizer = open_trained(folder)
+    try:
+        evaluation.check(trained)
+    except (TypeError, ValueError) as error:  # its text begins with "model" or "layer"
+        raise ConfigError(f"--{error}") from error
     with as_config_error("--data", inner="spec"):
-        source = open_classes(data, image_size=trained.config.image_size)
-    loading = loading_of(batch_size, num_workers, max_bad_share)
-    scores = evaluate_zero_shot(trained, tokenizer, source, **loading._asdict())
-    Console().print(zero_shot_table(scores))
-    write_scores(_as_dict(scores), output)
+        source = evaluation.open(data, image_size=trained.config.image_size)
+    scores = evaluation.evaluate(trained, tokenizer, source, loading, read_answers(folder))
+    Console().print(score_table(scores))
+    if output is not None:
+        scores.write(output)
 
 
-def _evaluate(
-    task: "Task", model: Path, data: str, loading: "Loading", output: Path | None
-) -> None:
-    from elip_models.pretraining.tasks.registry import read_answers
+def weights_folder(model: Path) -> Path:
+    """Return the folder of the weights to evaluate; print which they are if `model` is a run."""
+    from elip_models.pretraining.training.selection import selected_folder
 
-    model = weights_folder(model)
-    trained, tokenizer = open_trained(model, output)
+    folder, selection = selected_folder(model)
+    if folder != model:
+        line = f"evaluating {folder}" + (f", weights of {selection}" if selection else "")
+        Console().print(escape(line), soft_wrap=True, highlight=False)
+    return folder
+
+
+def open_trained(folder: Path) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
+    """Load a saved model and its tokenizer, on a GPU if there is one."""
+    import torch
+
+    from elip_models.pretraining.data import load_tokenizer
+    from elip_models.pretraining.models.registry import load_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with as_config_error("--model", inner="spec"):
-        _check_task(task, trained)
-    with as_config_error("--data", inner="spec"):
-        source = task.open(data, image_size=trained.config.image_size)
-    scores = task.evaluate(trained, tokenizer, source, loading, read_answers(model))
-    Console().print(task_table(scores))
-    write_scores(scores.as_dict(), output)
-
-
-def _check_task(task: "Task", model: "PretrainedModel") -> None:
-    fits = hasattr(model, "matching_logits") if task.name == "retrieval" else False
-    if model.task != task.name and not fits:
-        kind = f"one for {model.task}" if model.task else "a pre-trained one"
-        raise ValueError(
-            f"expected a model trained by `elip finetune {task.name}`, got {type(model).__name__}, "
-            f"{kind}"
-        )
-
-
-def _add_command(name: str) -> None:
-    @app.command(name, help=f"Score a model trained by `elip finetune {name}`.")
-    def command(
-        model: SavedModel,
-        data: Annotated[str, typer.Option(help="Data, as data.eval of the task's recipes.")],
-        batch_size: BatchSize = 64,
-        num_workers: NumWorkers = 0,
-        max_bad_share: MaxBadShare = 0.05,
-        options: Annotated[
-            list[str] | None,
-            typer.Option("--set", help="Option of the task, such as candidates=64."),
-        ] = None,
-        output: ScoresFile = None,
-    ) -> None:
-        from elip_models.pretraining.tasks.registry import get_task
-
-        with as_config_error("--set"):
-            task = get_task(name, **parse_overrides(options or (), "candidates=64"))
-        loading = loading_of(batch_size, num_workers, max_bad_share)
-        _evaluate(task, model, data, loading, output)
-
-
-for _name in ("vqa", "entailment", "nlvr2", "captioning", "classification"):
-    _add_command(_name)
-
-
-def _as_dict(scores: "RetrievalScores | ZeroShotScores") -> dict[str, Any]:
-    intervals = {name: interval._asdict() for name, interval in scores.intervals.items()}
-    return asdict(scores) | {"intervals": intervals}
+        return load_model(folder).to(device), load_tokenizer(str(folder))

@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
     assert elip(*tiny_arguments(tmp_path / "run", "report=[retrieval]")) == 0
     printed = capsys.readouterr().out
-    for text in ("step 4/4", "loss", "image to text", "text to image", "(10.0)", "could be read"):
+    for text in ("step 4/4", "loss", "image_to_text_r1", "chance", "10.0 ", "could be read"):
         assert text in printed
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {
@@ -66,16 +66,16 @@ def test_eval_retrieval_scores_the_saved_model_as_training_did(run, tmp_path, ca
     assert (
         elip("eval", "retrieval", "--model", run / "model", "--data", data, "--output", output) == 0
     )
-    assert "10 images, 50 captions" in capsys.readouterr().out
-    recalls = json.loads(output.read_text())["recalls"]
-    assert recalls == logged(run, *recalls)[-1]
+    assert "retrieval: 10 examples" in capsys.readouterr().out
+    scores = json.loads(output.read_text())["scores"]
+    assert {name: score["mean"] for name, score in scores.items()} == logged(run, *scores)[-1]
 
 
 @pytest.mark.slow
 def test_eval_retrieval_on_a_list_of_image_files(run, scene_files, capsys):
     data = scene_files / "test.json"
     assert elip("eval", "retrieval", "--model", run / "model", "--data", data) == 0
-    assert f"{len(json.loads(data.read_text()))} images" in capsys.readouterr().out
+    assert f"retrieval: {len(json.loads(data.read_text()))} examples" in capsys.readouterr().out
 
 
 def test_data_check(capsys):
@@ -107,7 +107,7 @@ def test_data_check_fails_on_unreadable_samples(tmp_path, capsys):
     [
         (["train", "clip_tny"], "`elip recipes` lists; did you mean 'clip_tiny'?"),
         (["train", "finetune/VQA_tiny"], "did you mean 'finetune/vqa_tiny'?"),
-        (["train", "clip_tiny", "optim.lr=fast"], "optim.lr: expected a number above 0"),
+        (["train", "clip_tiny", "optim.lr=fast"], "optim.lr: must be a valid number"),
         (["train", "clip_vit_b16_cc12m"], "data.train=VALUE"),
         (["eval", "retrieval", "--model", "missing", "--data", "a.json"], "--model: "),
         (["data", "check", "missing.json"], "SPEC: "),

@@ -96,18 +96,18 @@ def test_a_damaged_model_folder_is_one_line(model, name, monkeypatch, capsys):
 
 COMMANDS = {
     "long folder": (["train", "clip_tiny", f"output_dir={LONG}", *TINY], "File name too long"),
-    "empty folder": (["train", "clip_tiny", "output_dir=''", *TINY], "output_dir: expected the"),
+    "empty folder": (["train", "clip_tiny", "output_dir=''", *TINY], "output_dir: must match"),
     "file": (["train", "clip_tiny", "output_dir=file", *TINY], "a folder that can be written"),
     "in a file": (["train", "clip_tiny", "output_dir=file/a", *TINY], "that can be written"),
-    "seed": (["train", "clip_tiny", "seed=5000000000", *TINY], "seed: expected an integer in"),
+    "seed": (["train", "clip_tiny", "seed=5000000000", *TINY], "seed: must be less than"),
     "workers": (["train", "clip_tiny", "data.num_workers=100000", *TINY], "data.num_workers"),
     "nobody": (
         ["train", "clip_tiny", "data.train=~nouser/x.tar", *TINY],
         "the ~name of a known user",
     ),
     "scenes": (["train", "clip_tiny", f"data.train=emoji_scenes:size={10**20}"], "size: expected"),
-    "deep YAML": (["train", "deep.yaml"], "not valid YAML: line 1: expected at most 32 levels"),
-    "bytes": (["train", "bytes.yaml"], "not valid YAML"),
+    "deep YAML": (["train", "deep.yaml"], "not valid YAML"),
+    "bytes": (["train", "bytes.yaml"], "expected a mapping"),
     "deep value": (["train", "clip_tiny", f"optim.lr={'[' * 5000}"], "expected a list in YAML"),
     "deep JSON": (["data", "check", "deep.json"], "got no valid JSON"),
     "export": (
@@ -119,17 +119,20 @@ COMMANDS = {
         ["profile", "--model", "clip_tiny", "--flops-only", "--output", "."],
         "--output: expected a file",
     ),
-    "rate": (["train", "clip_tiny", "optim.lr=1e300", *TINY], "optim.lr: expected a number above"),
-    "epochs": (["train", "clip_tiny", "optim.epochs=1e30"], "optim.epochs: expected at most"),
+    "rate": (["train", "clip_tiny", "optim.lr=1e300", *TINY], "optim.lr: must be less"),
+    "epochs": (["train", "clip_tiny", "optim.epochs=1e30"], "optim.epochs: must be less"),
     "slices": (
         ["train", "clip_tiny", "optim.batch_slices=99999", *TINY],
-        "optim.batch_slices: exp",
+        "optim.batch_slices: must be",
     ),
     "passes": (
         ["train", "clip_tiny", f"optim.grad_accumulation={2**62}"],
         "optim.grad_accumulation:",
     ),
-    "augment": (["train", "clip_tiny", f"data.randaugment=[{2**62}, 5]"], "data.randaugment: exp"),
+    "augment": (
+        ["train", "clip_tiny", f"data.randaugment=[{2**62}, 5]"],
+        "data.randaugment.0: must be less",
+    ),
     "memory": (
         ["profile", "--model", "clip_tiny", "--max-batch", "--memory", f"{'9' * 400}GB"],
         "--memory: expected a size such as 16GB",

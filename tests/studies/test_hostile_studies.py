@@ -19,7 +19,7 @@ STUDIES = {
     "group as path": ({"group": "/tmp/x"}, "group: expected a name of letters, digits"),
     "empty group": ({"group": ""}, "group: expected a name of letters, digits"),
     "long group": ({"group": "x" * 300}, "group: expected a name of letters, digits"),
-    "group of a kind": ({"group": [1]}, "group: expected a string"),
+    "group of a kind": ({"group": [1]}, "group: must be a valid string"),
     "arm outside": ({"arms": {"../x": {}}}, "arms: expected a name of letters, digits"),
     "tokenizer": ({"arms": {"tokenizer": {}}}, "arms: expected a name of letters, digits"),
     "same share": (
@@ -30,8 +30,8 @@ STUDIES = {
         {"arms": {"a-0.50": {}, "a": {"at_flops": [0.5]}}},
         "arms.a: expected arms of other names, got 'a-0.50' twice",
     ),
-    "share of a kind": ({"arms": {"a": {"at_flops": ["x"]}}}, "arms.a.at_flops: expected a number"),
-    "parent of a kind": ({"arms": {"a": {"from": [1]}}}, "arms.a.parent: expected a string"),
+    "share of a kind": ({"arms": {"a": {"at_flops": ["x"]}}}, "arms.a.at_flops: must be a valid"),
+    "parent of a kind": ({"arms": {"a": {"from": [1]}}}, "arms.a.parent: must be a valid string"),
     "arms of a kind": ({"arms": [1]}, "arms: expected a mapping of names to arms"),
     "overrides of a kind": ({"overrides": [1]}, "overrides: expected a mapping"),
     "no overrides": ({"overrides": None}, "overrides: expected a mapping"),
@@ -39,7 +39,7 @@ STUDIES = {
     "reference twice": ({"references": ["dense", "dense"]}, "references: expected each once"),
     "no seed": ({"seeds": []}, "seeds: expected one or more, got none"),
     "seed twice": ({"seeds": [1, 1]}, "seeds: expected each once, got 1 twice"),
-    "large seed": ({"seeds": [2**32]}, "seeds: expected a list, each an integer in"),
+    "large seed": ({"seeds": [2**32]}, "seeds: expected a tuple, each an integer in"),
     "no measure": ({"measures": []}, "measures: expected one or more, got none"),
     "metric": (
         {"quality": ["dense.r9"]},
@@ -52,7 +52,7 @@ STUDIES = {
     "like of a kind": ({"like": [1]}, "like: expected the name of a study or a path"),
     "margin": ({"margin": "danse"}, "margin: expected some of ['dense', "),
     "like itself": ({"like": "tiny.yaml"}, "like: expected at most 8 studies"),
-    "recipe": ({"recipe": 5}, "recipe: expected a string"),
+    "recipe": ({"recipe": 5}, "recipe: must be a valid string"),
 }
 
 
@@ -108,7 +108,7 @@ def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path, monkeypatch,
     [
         (["--results", "a\0"], "Invalid value for '--results'"),
         (["--seeds", "5000000000", "--dry-run"], "--seeds: expected"),
-        (["optim.lr=fast", "--dry-run"], "optim.lr: expected a number above 0"),
+        (["optim.lr=fast", "--dry-run"], "optim.lr: must be a valid number"),
     ],
 )
 def test_an_invalid_command_is_one_error(tmp_path, monkeypatch, capsys, arguments, message):

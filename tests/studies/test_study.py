@@ -118,10 +118,10 @@ def test_a_study_like_another_changes_its_own_keys(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": [-1]}, r"seeds: expected a list, each an integer in \[0, 4294967295\]"),
+        ({"seeds": [-1]}, r"seeds: expected a tuple, each an integer in \[0, 4294967295\]"),
         ({"measures": ["taste"]}, "measures: expected some of retrieval, .*finetuned, got 'taste'"),
         ({"references": ["danse"]}, "references: expected some of .*got 'danse'"),
-        ({"colour": 1}, "colour: no such key"),
+        ({"colour": 1}, "colour: unknown key"),
         ({"arms": {"a": 3}}, "arms.a: expected a mapping of keys, got 3"),
         ({"arms": {"a": {"at_flops": 2}}}, r"arms.a.at_flops: expected .*\(0, 1\].* got 2"),
         ({"arms": {"a": {"from": "b"}}}, r"arms.a.from: expected one of .*got 'b'"),
@@ -137,7 +137,7 @@ def test_an_invalid_study_raises(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
-        ({"optim.lrr": 1}, "arms.a: optim.lrr: no such key"),
+        ({"optim.lrr": 1}, "arms.a: optim.lrr: unknown key"),
         ({"model.overrides.strategy": "tomee"}, "arms.a: model: strategy: expected NAME"),
         ({"at_flops": 0.1}, "arms.a: at_flops: ratio: expected a share"),
         ({"data.eval": None, "at_flops": 1}, "data.eval: expected held-out samples"),

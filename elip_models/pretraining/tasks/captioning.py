@@ -4,7 +4,7 @@ Files of NoCaps name a domain for each image; each domain also has scores of its
 (Li et al., 2022); CIDEr (Vedantam et al., 2015); NoCaps (Agrawal et al., 2019).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -13,19 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.pretraining.data import JsonSource, Sample, Source, evaluation_batches, open_source
+from elip_models.pretraining.data import JsonSource, Sample, Source, open_source
 from elip_models.pretraining.data.shared_images import group_by_image
-from elip_models.pretraining.models.base import eval_mode
 from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.tasks.caption_metrics import caption_scores
-from elip_models.pretraining.tasks.features import isolated_rng
 from elip_models.pretraining.tasks.task import (
-    Loading,
+    EvaluationRun,
     Prediction,
     Preprocessor,
     Task,
     TaskScores,
-    read_all,
 )
 from elip_models.saving.files import write_json
 from elip_models.validation import Positive, PositiveInt, check_output, require_packages
@@ -69,51 +66,31 @@ class Captioning(Task):
         text = preprocessor.model.prompt + caption
         return {"images": preprocessor.image(sample.image, rng), **preprocessor.text(text)}
 
-    def evaluate(
-        self,
-        model: "PretrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        source: Source,
-        loading: Loading,
-        answers: Sequence[str] | None = None,
-    ) -> TaskScores:
-        """Score the captions that the model generates; see `Task.evaluate`."""
-        batches, report = read_all(evaluation_batches, model, group_by_image(source), loading)
+    def samples(self, source: Source) -> Source:
+        """Return one sample for each image, with all of its captions."""
+        return group_by_image(source)
+
+    def score(self, run: EvaluationRun) -> TaskScores:
+        """Score the captions that the model generates for images with captions."""
         written: list[str] = []
         captions: list[tuple[str, ...]] = []
         ids: list[str] = []
-        device = next(model.parameters()).device
-        with eval_mode(model), isolated_rng(device):
-            for batch in batches:
-                written += self.write(model, tokenizer, batch.images.to(device))
-                captions += batch.captions
-                ids += batch.ids
+        for batch in run.batches:
+            written += self.write(run.model, run.tokenizer, batch.images.to(run.device))
+            captions += batch.captions
+            ids += batch.ids
         if self.submission is not None:
             write_json(Path(self.submission), _submitted(ids, written))
-        domains = source.domains() if isinstance(source, JsonSource) else {}
-        return self._scores(ids, written, captions, domains, num_skipped=len(report.reasons))
-
-    def _scores(
-        self,
-        ids: Sequence[str],
-        written: Sequence[str],
-        captions: Sequence[tuple[str, ...]],
-        domains: Mapping[str, str],
-        *,
-        num_skipped: int,
-    ) -> TaskScores:
-        """Return the scores of the images that have captions; `domains` are those of the ids."""
+        domains = run.source.domains() if isinstance(run.source, JsonSource) else {}
         known = [i for i, texts in enumerate(captions) if texts]
-        references = [captions[i] for i in known]
-        options = {"domains": [domains.get(ids[i], "") for i in known]}
-        each: dict[int, float] = {}
-        scores, baselines, notes = {}, {}, {}
+        scores, baselines, ciders = {}, {}, {}
         if known:
-            found = caption_scores([written[i] for i in known], references, **options)
+            references = [captions[i] for i in known]
             others = [references[i - 1][0] for i in range(len(known))]
-            baseline = caption_scores(others, references, **options).scores
-            each = dict(zip(known, found.each, strict=True))
-            scores, notes = found.scores, {"tokens": found.tokenizer}
+            parts = [domains.get(ids[i], "") for i in known]
+            scores, by_image = caption_scores([written[i] for i in known], references, parts)
+            baseline, _ = caption_scores(others, references, parts)
+            ciders = dict(zip(known, by_image, strict=True))
             baselines = {"another image's": {name: one.mean for name, one in baseline.items()}}
         rows = enumerate(zip(ids, written, strict=True))
         return TaskScores(
@@ -121,9 +98,8 @@ class Captioning(Task):
             scores=scores,
             baselines=baselines,
             num_examples=len(known),
-            num_skipped=num_skipped,
-            predictions=tuple(Prediction(name, text, each.get(i)) for i, (name, text) in rows),
-            notes=notes,
+            predictions=tuple(Prediction(name, text, ciders.get(i)) for i, (name, text) in rows),
+            notes={"words": "by a plain rule, not by Stanford's PTB tokenizer"},
         )
 
     def write(

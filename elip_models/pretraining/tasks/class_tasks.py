@@ -6,7 +6,7 @@ Source: SNLI-VE (Xie et al., 2019); NLVR2 (Suhr et al., 2019).
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,15 +24,12 @@ from elip_models.pretraining.data import (
     open_examples,
 )
 from elip_models.pretraining.data.shared_images import image_number
-from elip_models.pretraining.models.base import eval_mode
-from elip_models.pretraining.tasks.features import isolated_rng
 from elip_models.pretraining.tasks.task import (
-    Loading,
+    EvaluationRun,
     Prediction,
     Preprocessor,
     Task,
     TaskScores,
-    read_all,
 )
 
 if TYPE_CHECKING:
@@ -49,8 +46,9 @@ class ClassTask(Task):
 
     reads_text: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    read: ClassVar[Callable[..., Iterator[Any]]] = staticmethod(example_batches)
 
-    def score(self, answers: dict[str, float], predicted: str) -> float:
+    def accuracy(self, answers: dict[str, float], predicted: str) -> float:
         """Return the score in [0, 1] of a predicted answer, given the answers of an example."""
         return answers.get(predicted, 0.0)
 
@@ -71,10 +69,10 @@ class ClassTask(Task):
     ) -> dict[str, Tensor]:
         """Return the images, the text and the targets of an example."""
         images = torch.stack([preprocessor.image(image, rng) for image in example.images])
-        found = {"images": images[0] if len(images) == 1 else images}
+        tensors = {"images": images[0] if len(images) == 1 else images}
         if self.reads_text:
-            found |= preprocessor.text(example.text)
-        return found | self.targets(preprocessor, example)
+            tensors |= preprocessor.text(example.text)
+        return tensors | self.targets(preprocessor, example)
 
     def targets(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
         """Return the targets of the loss: here the index of the answer with the largest weight."""
@@ -92,81 +90,64 @@ class ClassTask(Task):
         columns = torch.tensor(outputs, device=next(model.parameters()).device)
         return lambda **inputs: columns[model.logits(**inputs)[:, columns].argmax(1)]
 
-    def evaluate(
-        self,
-        model: "PretrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        source: ExampleSource,
-        loading: Loading,
-        answers: Sequence[str] | None = None,
-    ) -> TaskScores:
-        """Score the predicted answers; see `Task.evaluate`."""
+    def score(self, run: EvaluationRun) -> TaskScores:
+        """Return the mean accuracy of the predicted answers; examples without one are left out."""
+        model, source = run.model, run.source
+        answers = run.answers
         if answers is None:
             answers = _source_answers(source, getattr(model.config, "num_classes", None))
-        batches, report = read_all(example_batches, model, source, loading)
         outputs = self.outputs(answers, source)
+        predict = self.predictor(model, run.tokenizer, answers, outputs)
         examples: list[Example] = []
         images: list[int] = []
-        chosen: list[int] = []
-        device = next(model.parameters()).device
-        with eval_mode(model), torch.no_grad(), isolated_rng(device):
-            predict = self.predictor(model, tokenizer, answers, outputs)
-            for batch in batches:
-                inputs = {"images": batch.images}
-                if self.reads_text:
-                    inputs |= model.tokenise(tokenizer, [each.text for each in batch.examples])
-                inputs = {name: value.to(device) for name, value in inputs.items()}
-                chosen += predict(**inputs).tolist()
-                examples += batch.examples
-                images += [image_number(source, index) for index in batch.indices]
-        return self._scores(
-            [answers[number] for number in outputs],
-            examples,
-            images,
-            [answers[number] for number in chosen],
-            num_skipped=len(report.reasons),
+        predicted: list[str] = []
+        for batch in run.batches:
+            inputs = {"images": batch.images}
+            if self.reads_text:
+                texts = [example.text for example in batch.examples]
+                inputs |= model.tokenise(run.tokenizer, texts)
+            inputs = {name: value.to(run.device) for name, value in inputs.items()}
+            predicted += [answers[number] for number in predict(**inputs).tolist()]
+            examples += batch.examples
+            images += [image_number(source, index) for index in batch.indices]
+        scores = [
+            self.accuracy(example.answers, text) if example.answers else None
+            for example, text in zip(examples, predicted, strict=True)
+        ]
+        known = [(s, image) for s, image in zip(scores, images, strict=True) if s is not None]
+        baselines = self._baselines(examples, [answers[number] for number in outputs])
+        return TaskScores(
+            task=self.name,
+            scores={"accuracy": score_interval(*zip(*known, strict=True))},
+            baselines=baselines,
+            num_examples=len(known),
+            predictions=tuple(
+                map(Prediction, (example.id for example in examples), predicted, scores)
+            ),
         )
 
-    def _scores(
-        self,
-        answers: Sequence[str],
-        examples: Sequence[Example],
-        images: Sequence[int],
-        predicted: Sequence[str],
-        *,
-        num_skipped: int,
-    ) -> TaskScores:
-        """Return the mean of `score`; examples without answers are left out.
+    def _baselines(
+        self, examples: Sequence[Example], answers: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """Return the accuracy of a random answer and of the most frequent one.
 
-        `answers` are those that can be predicted, and `images` the numbers of the images.
+        `answers` are those that can be predicted. Raises DataError if no example has one of them.
         """
-        scores = [
-            self.score(each.answers, text) if each.answers else None
-            for each, text in zip(examples, predicted, strict=True)
-        ]
-        known = [each.answers for each in examples if each.answers]
+        known = [example.answers for example in examples if example.answers]
         if not known:
             raise DataError("examples: expected answers, got none; use data with answers")
         possible = set(answers)
-        if not any(each.keys() & possible for each in known):
+        if not any(weights.keys() & possible for weights in known):
             raise DataError(
                 f"answers: expected some among the {len(answers)} of the model, such as "
                 f"{answers[0]!r}, got none of them, but {next(iter(known[0]))!r}; use other data"
             )
-        heaviest = Counter(max(each, key=each.get) for each in known)
+        heaviest = Counter(max(weights, key=weights.get) for weights in known)
         always = heaviest.most_common(1)[0][0]
-        scored = [(s, image) for s, image in zip(scores, images, strict=True) if s is not None]
-        return TaskScores(
-            task=self.name,
-            scores={"accuracy": score_interval(*zip(*scored, strict=True))},
-            baselines={
-                "chance": {"accuracy": 1 / len(answers)},
-                "majority": {"accuracy": fmean(self.score(each, always) for each in known)},
-            },
-            num_examples=len(known),
-            num_skipped=num_skipped,
-            predictions=tuple(map(Prediction, (each.id for each in examples), predicted, scores)),
-        )
+        return {
+            "chance": {"accuracy": 1 / len(answers)},
+            "majority": {"accuracy": fmean(self.accuracy(weights, always) for weights in known)},
+        }
 
 
 def _source_answers(source: ExampleSource, outputs: int | None) -> tuple[str, ...]:
@@ -193,8 +174,8 @@ class Classification(ClassTask):
     def outputs(self, answers: Sequence[str], source: ExampleSource) -> list[int]:
         """Return the outputs of the classes of the source, as indices of `answers`."""
         classes = set(source.answers)
-        found = [number for number, answer in enumerate(answers) if answer in classes]
-        return found or super().outputs(answers, source)
+        numbers = [number for number, answer in enumerate(answers) if answer in classes]
+        return numbers or super().outputs(answers, source)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ tokens would reveal which image belongs to the text.
 
 import math
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from elip_kernels.autocast import no_autocast
-from elip_models.pretraining.tasks.task import Progress, no_progress
 from elip_models.reduction.user_warnings import UnguidedWarning
 
 if TYPE_CHECKING:
@@ -25,6 +24,29 @@ if TYPE_CHECKING:
 
 TIE_TOLERANCE = 1e-6
 """Similarities closer than this are a tie, so that rounding errors do not decide."""
+CHUNK = 1024  # rows that are ranked at once
+
+Progress = Callable[[str, int, int], object]
+"""Called with what is counted, such as "sample", how many of them are done, and their number."""
+
+
+def no_progress(unit: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that restores the state of the random generators at its end."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
+@contextmanager
+def unguided() -> Iterator[None]:
+    """Ignore `UnguidedWarning` inside, where no text guides a reduction on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnguidedWarning)
+        yield
 
 
 @torch.no_grad()
@@ -34,9 +56,7 @@ def encode_images(
     """Return features (num_images, E) fp32 and the captions of each image."""
     device = next(model.parameters()).device
     features, captions = [], []
-    with warnings.catch_warnings(), isolated_rng(device):
-        # Models warn when no text guides the reduction of image tokens; here none should.
-        warnings.simplefilter("ignore", UnguidedWarning)
+    with unguided(), isolated_rng(device):
         for batch in batches:
             features.append(model.image_features(batch.images.to(device)).float())
             captions.extend(batch.captions)
@@ -54,9 +74,7 @@ def encode_texts(
     """Return features (num_texts, E) fp32."""
     device = next(model.parameters()).device
     features = []
-    with warnings.catch_warnings(), isolated_rng(device):
-        # Models warn when no image guides the reduction of text tokens; here none should.
-        warnings.simplefilter("ignore", UnguidedWarning)
+    with unguided(), isolated_rng(device):
         for start in range(0, len(texts), batch_size):
             chunk = texts[start : start + batch_size]
             tokens = model.tokenise(tokenizer, chunk)
@@ -66,25 +84,10 @@ def encode_texts(
     return torch.cat(features)
 
 
-def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that restores the state of the random generators at its end."""
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
-
-
-def ranks_by_chunk(
-    queries: Tensor, candidates: Tensor, query_ids: Tensor, ids: Tensor, chunk_size: int = 1024
-) -> Tensor:
-    """Return `ranks_of` for features (Q, E) and (C, E), for `chunk_size` queries at a time.
-
-    A candidate is relevant if its id (C,) equals that of the query (Q,).
-    """
-    chunks = zip(queries.split(chunk_size), query_ids.split(chunk_size), strict=True)
+def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Return the products (Q, C) of features (Q, E) and (C, E), in fp32 also under autocast."""
     with no_autocast(queries):
-        return torch.cat(
-            [ranks_of(query @ candidates.T, own[:, None] == ids) for query, own in chunks]
-        )
+        return queries @ candidates.T
 
 
 def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
@@ -92,6 +95,9 @@ def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
 
     Both arguments are (Q, C); each row has at least one relevant candidate.
     """
-    best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
-    behind = similarity < best - TIE_TOLERANCE
-    return (~behind & ~relevant).sum(dim=1)
+    ranks = []
+    for scores, right in zip(similarity.split(CHUNK), relevant.split(CHUNK), strict=True):
+        best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+        behind = scores < best - TIE_TOLERANCE
+        ranks.append((~behind & ~right).sum(dim=1))
+    return torch.cat(ranks)

@@ -19,36 +19,31 @@ Zhang et al. (2016).
 """
 
 import json
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.intervals import Interval, score_interval
-from elip_models.pretraining.data import DataError, ExampleSource, example_batches
+from elip_models.intervals import score_interval
+from elip_models.pretraining.data import DataError, ExampleSource, example_batches, open_examples
 from elip_models.pretraining.data.scene_sampling import Box
 from elip_models.pretraining.data.shared_images import image_number
 from elip_models.pretraining.data.tasks.grounding import Referring, Target
-from elip_models.pretraining.models.base import eval_mode
 from elip_models.pretraining.models.layers.attention_map import attention_map
-from elip_models.pretraining.tasks.features import isolated_rng
-from elip_models.pretraining.tasks.task import Loading, Prediction, TaskScores, read_all
+from elip_models.pretraining.tasks.features import unguided
+from elip_models.pretraining.tasks.task import Evaluation, EvaluationRun, Prediction, TaskScores
 from elip_models.reduction.strategy import mask_after
 from elip_models.reduction.token_assignment import slots_after
-from elip_models.reduction.user_warnings import UnguidedWarning
+from elip_models.validation import Depth
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from elip_models.pretraining.models.base import PretrainedModel
     from elip_models.pretraining.models.cross_modal import CrossModalModel
 
-NAME = "grounding"
 MIN_IOU = 0.5
 WITHOUT_MAP = "largest box, image centre"
 
@@ -61,65 +56,87 @@ class Heat(NamedTuple):
     num_tokens: Tensor
 
 
-def evaluate_grounding(
-    model: "PretrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    source: ExampleSource,
-    loading: Loading,
-    *,
-    layer: int | None = None,
-    guided: bool = False,
-) -> TaskScores:
-    """Score how well Grad-CAM of a model finds what expressions refer to.
+class _Score(NamedTuple):
+    """The score of an expression by one metric, and those of the two baselines."""
+
+    metric: str  # with the split
+    image: int
+    score: float
+    chance: float
+    without_map: float
+
+
+@dataclass(frozen=True)
+class Grounding(Evaluation):
+    """Grounding of expressions by ALBEF, BLIP or METER with ITM.
+
+    The scores are "pointing" and, with proposals, "accuracy", for each split of the data apart.
 
     Args:
-        model: ALBEF, BLIP or METER with ITM, pre-trained or fine-tuned for retrieval.
-        tokenizer: Its tokenizer.
-        source: Expressions that `open_examples("grounding", ..)` opens.
-        loading: Batch size and processes.
         layer: Layer with cross attention, counted from 1. None: half of them, as ALBEF's 3 of 6.
         guided: The expression guides the reduction of its image. Otherwise no text does.
-
-    Returns:
-        "pointing" and, with proposals, "accuracy", for each split of the data apart. Intervals are
-        over images.
-
-    Raises:
-        TypeError, ValueError: The model has no such map or layer, or the source no boxes.
-        DataError: Too many images cannot be read.
     """
-    cross_attention(model, layer)
-    if not isinstance(source, Referring):
-        raise TypeError(f"source: expected expressions with boxes, got {type(source).__name__}")
-    batches, report = read_all(example_batches, model, source, loading)
-    found, counts = _Found(), []
-    device = next(model.parameters()).device
-    with eval_mode(model), isolated_rng(device), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnguidedWarning)
-        for batch in batches:
-            texts = model.tokenise(tokenizer, [each.text for each in batch.examples])
-            texts = {name: ids.to(device) for name, ids in texts.items()}
-            heat = gradcam(model, batch.images.to(device), **texts, layer=layer, guided=guided)
-            counts += heat.num_tokens.tolist()
-            for index, example, one in zip(
-                batch.indices, batch.examples, heat.patches.float().cpu(), strict=True
-            ):
-                target = source.target(index)
-                found.add(example.id, image_number(source, index), target, one, model.config.resize)
-    depth = len(cross_attention_layers(model))
-    return TaskScores(
-        task=NAME,
-        scores=found.intervals(),
-        baselines=found.baselines(),
-        num_examples=len(found.ids),
-        num_skipped=len(report.reasons),
-        predictions=tuple(found.predictions),
-        notes={
-            "layer": f"{layer or _default_layer(depth)} of {depth} with cross attention",
-            "guidance": "the expression" if guided else "none",
-            "image tokens": f"{fmean(counts):.1f} of {model.tower.size.num_tokens} on average",
-        },
-    )
+
+    name: ClassVar[str] = "grounding"
+    batch_size: ClassVar[int] = 32
+    read: ClassVar[Callable[..., Iterator[Any]]] = staticmethod(example_batches)
+    layer: Depth | None = None
+    guided: bool = False
+
+    def open(self, spec: str, *, image_size: int) -> ExampleSource:
+        """Open expressions with boxes."""
+        return open_examples("grounding", spec, image_size=image_size)
+
+    def check(self, model: "PretrainedModel") -> None:
+        """Raise TypeError or ValueError unless the model has a map of the layer."""
+        cross_attention(model, self.layer)
+
+    def score(self, run: EvaluationRun) -> TaskScores:
+        """Score how well Grad-CAM of the model finds what expressions refer to."""
+        model, source = run.model, run.source
+        if not isinstance(source, Referring):
+            raise TypeError(f"source: expected expressions with boxes, got {type(source).__name__}")
+        scores, predictions, counts = [], [], []
+        options = {"layer": self.layer, "guided": self.guided}
+        with unguided():
+            for batch in run.batches:
+                texts = model.tokenise(run.tokenizer, [example.text for example in batch.examples])
+                texts = {name: ids.to(run.device) for name, ids in texts.items()}
+                heat = gradcam(model, batch.images.to(run.device), **texts, **options)
+                counts += heat.num_tokens.tolist()
+                for index, example, patches in zip(
+                    batch.indices, batch.examples, heat.patches.float().cpu(), strict=True
+                ):
+                    image, target = image_number(source, index), source.target(index)
+                    rows, output = _scores_of(patches, target, image, model.config.resize)
+                    scores += rows
+                    predictions.append(Prediction(example.id, output, rows[-1].score))
+        if not scores:
+            raise DataError("examples: expected at least one, got none")
+        by_metric: dict[str, list[_Score]] = {}
+        for score in scores:
+            by_metric.setdefault(score.metric, []).append(score)
+        depth = len(cross_attention_layers(model))
+        return TaskScores(
+            task=self.name,
+            scores={
+                name: score_interval([row.score for row in rows], [row.image for row in rows])
+                for name, rows in by_metric.items()
+            },
+            baselines={
+                "chance": {n: fmean(row.chance for row in rows) for n, rows in by_metric.items()},
+                WITHOUT_MAP: {
+                    name: fmean(row.without_map for row in rows) for name, rows in by_metric.items()
+                },
+            },
+            num_examples=len(predictions),
+            predictions=tuple(predictions),
+            notes={
+                "layer": f"{self.layer or _default_layer(depth)} of {depth} with cross attention",
+                "guidance": "the expression" if self.guided else "none",
+                "image tokens": f"{fmean(counts):.1f} of {model.tower.size.num_tokens} on average",
+            },
+        )
 
 
 def gradcam(
@@ -134,7 +151,7 @@ def gradcam(
     """Compute Grad-CAM of the ITM score of images (B, 3, H, W) with texts (B, L), on all patches.
 
     The model should be in eval mode. Its weights get no gradient. For `layer` and `guided`, see
-    `evaluate_grounding`.
+    `Grounding`.
     """
     attention = cross_attention(model, layer)
     with torch.no_grad():
@@ -157,7 +174,7 @@ def gradcam(
 
 
 def cross_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
-    """Return the cross attention of a layer from text to image; see `evaluate_grounding`."""
+    """Return the cross attention of a layer from text to image; see `Grounding`."""
     layers = cross_attention_layers(model)
     number = _default_layer(len(layers)) if layer is None else layer
     if not 1 <= number <= len(layers):
@@ -250,49 +267,18 @@ def _contains(box: Box, across: Tensor, down: Tensor) -> Tensor:
     return in_columns & (top <= down) & (down < top + height)
 
 
-@dataclass
-class _Found:
-    """Scores of the expressions so far, by split and metric."""
-
-    ids: list[str] = field(default_factory=list)
-    predictions: list[Prediction] = field(default_factory=list)
-    images: dict[str, list[int]] = field(default_factory=dict)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    chance: dict[str, list[float]] = field(default_factory=dict)
-    without: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, image: int, target: Target, heat: Tensor, resize: str) -> None:
-        """Add one expression with the heat (rows, columns) of its image."""
-        self.ids.append(name)
-        hit = pointing(heat, target, resize)
-        self._add("pointing", target.split, image, hit, *_point_baselines(target))
-        chosen, right = None, hit
-        if target.proposals is not None:
-            chosen = best_box(upsample(heat, target.size, resize), target.proposals)
-            right = float(chosen is not None and iou(chosen, target.box) >= MIN_IOU)
-            self._add("accuracy", target.split, image, right, *_box_baselines(target))
-        output = "" if chosen is None else json.dumps([round(each, 2) for each in chosen])
-        self.predictions.append(Prediction(name, output, right))
-
-    def _add(
-        self, metric: str, split: str, image: int, score: float, chance: float, without: float
-    ) -> None:
-        name = f"{split}_{metric}" if split else metric
-        values = (self.images, image), (self.scores, score)
-        for store, value in (*values, (self.chance, chance), (self.without, without)):
-            store.setdefault(name, []).append(value)
-
-    def intervals(self) -> dict[str, Interval]:
-        if not self.scores:
-            raise DataError("examples: expected at least one, got none")
-        return {name: score_interval(self.scores[name], self.images[name]) for name in self.scores}
-
-    def baselines(self) -> dict[str, dict[str, float]]:
-        found = {"chance": self.chance, WITHOUT_MAP: self.without}
-        return {
-            baseline: {name: fmean(values) for name, values in of_metric.items()}
-            for baseline, of_metric in found.items()
-        }
+def _scores_of(heat: Tensor, target: Target, image: int, resize: str) -> tuple[list[_Score], str]:
+    """Return the scores of one expression by the heat (rows, columns) of its image, and its box."""
+    prefix = f"{target.split}_" if target.split else ""
+    hit = pointing(heat, target, resize)
+    scores = [_Score(f"{prefix}pointing", image, hit, *_point_baselines(target))]
+    if target.proposals is None:
+        return scores, ""
+    chosen = best_box(upsample(heat, target.size, resize), target.proposals)
+    right = float(chosen is not None and iou(chosen, target.box) >= MIN_IOU)
+    scores.append(_Score(f"{prefix}accuracy", image, right, *_box_baselines(target)))
+    box = "" if chosen is None else json.dumps([round(number, 2) for number in chosen])
+    return scores, box
 
 
 def _point_baselines(target: Target) -> tuple[float, float]:

@@ -1,37 +1,56 @@
 """The names of the downstream tasks, and the stored answers of fine-tuned models."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from elip_models.pretraining.tasks.captioning import Captioning
 from elip_models.pretraining.tasks.class_tasks import NLVR2, Classification, Entailment
-from elip_models.pretraining.tasks.retrieval_task import Retrieval
-from elip_models.pretraining.tasks.task import Task
+from elip_models.pretraining.tasks.composition import Composition
+from elip_models.pretraining.tasks.grounding import Grounding
+from elip_models.pretraining.tasks.retrieval import Retrieval
+from elip_models.pretraining.tasks.task import Evaluation, Task
 from elip_models.pretraining.tasks.vqa import VQA
+from elip_models.pretraining.tasks.zero_shot import ZeroShot
 from elip_models.saving.files import write_file
 from elip_models.validation import did_you_mean
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Retrieval, VQA, Entailment, NLVR2, Captioning, Classification)
 }
+"""Tasks of `elip finetune`."""
+EVALUATIONS: dict[str, type[Evaluation]] = {
+    **TASKS,
+    **{kind.name: kind for kind in (ZeroShot, Composition, Grounding)},
+}
+"""Tasks of `elip eval`."""
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """Return the task called `name`, with the given settings instead of its defaults."""
-    if name not in TASKS:
+    """Return the downstream task called `name`, with the given settings instead of its defaults."""
+    return _made(TASKS, name, options)
+
+
+def get_evaluation(name: str, **options: Any) -> Evaluation:
+    """Return the task of `elip eval` called `name`, which need not be a downstream task."""
+    return _made(EVALUATIONS, name, options)
+
+
+def _made(kinds: Mapping[str, type[Evaluation]], name: str, options: Mapping[str, Any]) -> Any:
+    if name not in kinds:
         raise ValueError(
-            f"task: expected one of {', '.join(TASKS)}, got {name!r}{did_you_mean(name, TASKS)}"
+            f"task: expected one of {', '.join(kinds)}, got {name!r}{did_you_mean(name, kinds)}"
         )
-    known = TASKS[name].__dataclass_fields__
+    known = [field.name for field in fields(kinds[name])]
     for option in options:
         if option not in known:
             raise ValueError(
                 f"task_options: expected some of {', '.join(known) or 'none'}, got {option!r}"
                 f"{did_you_mean(option, known)}"
             )
-    return TASKS[name](**options)
+    return kinds[name](**options)
 
 
 ANSWERS = "answers.json"

@@ -1,17 +1,17 @@
-"""Base class of a downstream task: its data, its training samples, and its evaluation.
+"""Base classes of the tasks: `Evaluation` reads data and scores a model, `Task` also trains one.
 
-A task is a frozen dataclass of its settings, in a file of its own. `registry.TASKS` lists all
-tasks.
+A task is a frozen dataclass of its settings, in a file of its own. `registry` lists all of them.
 """
 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from elip_models.intervals import Interval
@@ -21,9 +21,12 @@ from elip_models.pretraining.data import (
     Source,
     apply_caption_rule,
     apply_seeded,
+    evaluation_batches,
     image_transform,
 )
 from elip_models.pretraining.data.training_samples import tokenize_text
+from elip_models.pretraining.models.base import eval_mode
+from elip_models.pretraining.tasks.features import Progress, isolated_rng, no_progress
 from elip_models.saving.files import write_file
 from elip_models.validation import check_fields
 
@@ -33,14 +36,6 @@ if TYPE_CHECKING:
 
     from elip_models.pretraining.data import Example, Sample
     from elip_models.pretraining.models.base import PretrainedModel
-
-
-Progress = Callable[[str, int, int], object]
-"""Called with what is counted, such as "sample", how many of them are done, and their number."""
-
-
-def no_progress(unit: str, done: int, total: int) -> None:
-    """Show nothing."""
 
 
 class Loading(NamedTuple):
@@ -75,19 +70,14 @@ class TaskScores:
     @property
     def metrics(self) -> dict[str, float]:
         """Means by name, for logs."""
-        return {f"{self.task}_{name}": found.mean for name, found in self.scores.items()}
+        prefix = f"{self.task}_" if self.task else ""
+        return {f"{prefix}{name}": score.mean for name, score in self.scores.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-compatible values."""
-        return {
-            "task": self.task,
-            "scores": {name: found._asdict() for name, found in self.scores.items()},
-            "baselines": self.baselines,
-            "num_examples": self.num_examples,
-            "num_skipped": self.num_skipped,
-            "notes": self.notes,
-            "predictions": [each._asdict() for each in self.predictions],
-        }
+        scores = {name: score._asdict() for name, score in self.scores.items()}
+        predictions = [prediction._asdict() for prediction in self.predictions]
+        return {**vars(self), "scores": scores, "predictions": predictions}
 
     def write(self, path: Path) -> Path:
         """Write `as_dict` as JSON, atomically."""
@@ -96,8 +86,101 @@ class TaskScores:
 
     def summary(self) -> str:
         """Return one line with the means."""
-        means = (f"{name} {found.mean:.1%}" for name, found in self.scores.items())
-        return f"{self.task}: {', '.join(means)}"
+        means = ", ".join(f"{name} {score.mean:.1%}" for name, score in self.scores.items())
+        return f"{self.task}: {means}" if self.task else means
+
+
+class EvaluationRun(NamedTuple):
+    """What `Evaluation.score` reads: a model in eval mode, and batches of the data."""
+
+    model: "PretrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    source: Source | ExampleSource
+    batches: Iterator[Any]
+    report: SkipReport  # complete after the last batch
+    loading: Loading
+    answers: Sequence[str] | None
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the model."""
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class Evaluation(ABC):
+    """A measure of models on data; a subclass has its settings as fields, which are checked.
+
+    `batch_size` is the default of the command, and `read` yields the batches of a source.
+    """
+
+    name: ClassVar[str]
+    batch_size: ClassVar[int] = 64
+    read: ClassVar[Callable[..., Iterator[Any]]] = staticmethod(evaluation_batches)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
+    def open(self, spec: str, *, image_size: int) -> Source | ExampleSource:
+        """Open the data that `spec` names; built-in images are drawn at `image_size`."""
+
+    @abstractmethod
+    def check(self, model: "PretrainedModel") -> None:
+        """Raise TypeError or ValueError, whose text begins with the argument, if none is scored."""
+
+    def samples(self, source: Source | ExampleSource) -> Source | ExampleSource:
+        """Return what is read of the source."""
+        return source
+
+    @abstractmethod
+    def score(self, run: EvaluationRun) -> TaskScores:
+        """Score the model of a run; gradients are off, and the random state is restored."""
+
+    def evaluate(
+        self,
+        model: "PretrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source | ExampleSource,
+        loading: Loading = Loading(),  # noqa: B008
+        answers: Sequence[str] | None = None,
+    ) -> TaskScores:
+        """Score a model in eval mode; its mode and the random state are restored.
+
+        `answers` are all possible answers of the model, in the order of its outputs, as in its
+        training data. None: those of `source`. Raises DataError if too many samples are unreadable,
+        or if the number of answers is not that of the model's outputs.
+        """
+        samples = self.samples(source)
+        report = SkipReport(loading.max_bad_share, length=len(samples))
+        batches = self.read(
+            samples,
+            evaluation_transform(model),
+            loading.batch_size,
+            report=report,
+            num_workers=loading.num_workers,
+        )
+        batches = _counted(batches, len(samples), loading.progress)
+        run = EvaluationRun(model, tokenizer, source, batches, report, loading, answers)
+        with eval_mode(model), torch.no_grad(), isolated_rng(run.device):
+            scores = self.score(run)
+        return replace(scores, num_skipped=len(report.reasons))
+
+
+def _counted(batches: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
+    """Yield batches, and report when the next one is requested that a batch is done."""
+    done = 0
+    progress("sample", done, total)
+    for batch in batches:
+        yield batch
+        done += len(batch.images)
+        progress("sample", done, total)
+
+
+def evaluation_transform(model: "PretrainedModel") -> "Callable[[Image.Image], Tensor]":
+    """Return the image transform for evaluation, from the config of the model."""
+    config = model.config
+    return image_transform(config.image_size, train=False, resize=config.resize)
 
 
 @dataclass(frozen=True)
@@ -124,21 +207,22 @@ class Preprocessor:
 
 
 @dataclass(frozen=True)
-class Task(ABC):
-    """Base of the tasks; a subclass has its settings as fields, which are checked.
+class Task(Evaluation):
+    """A downstream task: models are fine-tuned for it, and scored.
 
     `metrics` are the names of the scores, higher is better.
     """
 
-    name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @abstractmethod
-    def open(self, spec: str, *, image_size: int) -> Source | ExampleSource:
-        """Open the data that `spec` names; built-in images are drawn at `image_size`."""
+    def check(self, model: "PretrainedModel") -> None:
+        """Raise ValueError unless the model was trained for this task."""
+        if model.task != self.name:
+            kind = f"one for {model.task}" if model.task else "a pre-trained one"
+            raise ValueError(
+                f"model: expected a model trained by `elip finetune {self.name}`, got "
+                f"{type(model).__name__}, {kind}"
+            )
 
     def fields(self, source: Source | ExampleSource, config: Any) -> dict[str, Any]:
         """Return the fields that the training data adds to the model's `config`."""
@@ -159,52 +243,3 @@ class Task(ABC):
         rng: np.random.Generator,
     ) -> dict[str, Tensor]:
         """Return the model's arguments for one sample: no batch dimension, always equal shapes."""
-
-    @abstractmethod
-    def evaluate(
-        self,
-        model: "PretrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        source: Source | ExampleSource,
-        loading: Loading,
-        answers: Sequence[str] | None = None,
-    ) -> TaskScores:
-        """Score a model in eval mode; its mode and the random state are restored.
-
-        `answers` are all possible answers of the model, in the order of its outputs, as in its
-        training data. None: those of `source`. Raises DataError if too many samples are unreadable,
-        or if the number of answers is not that of the model's outputs.
-        """
-
-
-def evaluation_transform(model: "PretrainedModel") -> "Callable[[Image.Image], Tensor]":
-    """Return the image transform for evaluation, from the config of the model."""
-    config = model.config
-    return image_transform(config.image_size, train=False, resize=config.resize)
-
-
-def read_all(
-    batches: Callable[..., Iterator[Any]],
-    model: "PretrainedModel",
-    source: Source | ExampleSource,
-    loading: Loading,
-) -> tuple[Iterator[Any], SkipReport]:
-    """Return batches of the whole source, and the report of what cannot be read.
-
-    `batches` is `evaluation_batches` or `example_batches`. The report is complete after the last
-    batch.
-    """
-    report = SkipReport(loading.max_bad_share, length=len(source))
-    options = {"report": report, "num_workers": loading.num_workers}
-    found = batches(source, evaluation_transform(model), loading.batch_size, **options)
-    return _counted(found, len(source), loading.progress), report
-
-
-def _counted(batches: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
-    """Yield batches, and report when the next one is requested that a batch is done."""
-    done = 0
-    progress("sample", done, total)
-    for batch in batches:
-        yield batch
-        done += len(batch.images)
-        progress("sample", done, total)

@@ -51,7 +51,7 @@ class VQA(ClassTask):
         """Return the questions with a listed answer for a classifier, as METER, or all."""
         return AnswerableExamples(source) if is_classifier(config) else source
 
-    def score(self, answers: dict[str, float], predicted: str) -> float:
+    def accuracy(self, answers: dict[str, float], predicted: str) -> float:
         """Return the official accuracy of a predicted answer."""
         return vqa_accuracy(answers, predicted, self.revision)
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elip_models.pretraining.data import ClassSource, Source, open_classes, open_source
+from elip_models.pretraining.data import ClassSource, Source
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import family_of
 from elip_models.pretraining.tasks.registry import save_answers
-from elip_models.pretraining.tasks.retrieval import RetrievalScores, evaluate_retrieval
+from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.tasks.task import Loading, Progress, TaskScores
-from elip_models.pretraining.tasks.zero_shot import ZeroShotScores, evaluate_zero_shot
+from elip_models.pretraining.tasks.zero_shot import ZeroShot
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import task_of
 from elip_models.validation import ConfigError, as_config_error
@@ -19,8 +19,8 @@ from elip_models.validation import ConfigError, as_config_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Scores = RetrievalScores | ZeroShotScores | TaskScores
-PRETRAINING_TASKS = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
+Scores = TaskScores
+PRETRAINING_TASKS = {"retrieval": Retrieval(candidates=0), "zero_shot": ZeroShot()}
 VALIDATION = "validation"
 """Name of the evaluation of a downstream task on `data.validation`."""
 
@@ -36,7 +36,7 @@ class Evaluation:
     def __init__(self, config: RunConfig, image_size: int) -> None:
         self.config = config
         self.answers: tuple[str, ...] | None = None  # the answers that the model can give
-        self.scores: dict[str, Scores] = {}
+        self.scores: dict[str, TaskScores] = {}
         self.sources: dict[str, Source | ClassSource] = {}
         self.task = task_of(config)
         family = family_of(config.model.name)
@@ -46,19 +46,18 @@ class Evaluation:
                 f"report: expected no {' or '.join(requested) or 'retrieval'}, and eval_every=0, "
                 f"for {family.__name__}, which has no features of images and texts alone to rank"
             )
-        task = self.task
-        if task is not None and config.data.validation is not None:
-            with as_config_error("data.validation", inner="spec"):
-                opened = task.open(config.data.validation, image_size=image_size)
-                self.sources[VALIDATION] = opened
-        if config.data.eval is not None:
-            name, opener = (task.name, task.open) if task else ("retrieval", open_source)
-            with as_config_error("data.eval", inner="spec"):
-                self.sources[name] = opener(config.data.eval, image_size=image_size)
-        if self.task is None and config.data.zero_shot is not None:
-            with as_config_error("data.zero_shot", inner="spec"):
-                opened = open_classes(config.data.zero_shot, image_size=image_size)
-                self.sources["zero_shot"] = opened
+        task, data = self.task, config.data
+        if task is None:
+            self.evaluations = PRETRAINING_TASKS
+            specs = {"eval": ("retrieval", data.eval), "zero_shot": ("zero_shot", data.zero_shot)}
+        else:
+            self.evaluations = {VALIDATION: task, task.name: task}
+            specs = {"validation": (VALIDATION, data.validation), "eval": (task.name, data.eval)}
+        for key, (name, spec) in specs.items():
+            if spec is not None:
+                with as_config_error(f"data.{key}", inner="spec"):
+                    opened = self.evaluations[name].open(spec, image_size=image_size)
+                    self.sources[name] = opened
         self.at_end = [name for name in self.sources if self.task or name in config.report]
 
     def due(self, step: int, total_steps: int, steps_per_epoch: float = math.inf) -> list[str]:
@@ -86,16 +85,13 @@ class Evaluation:
         model: PretrainedModel,
         tokenizer: "PreTrainedTokenizerBase",
         progress: Progress,
-    ) -> Scores:
+    ) -> TaskScores:
         """Evaluate one task, store its scores and return them."""
         data, source = self.config.data, self.sources[task]
         loading = Loading(
             self.config.optim.batch_size, data.num_workers, data.max_bad_share, progress
         )
-        if self.task is not None:
-            found = self.task.evaluate(model, tokenizer, source, loading, self.answers)
-            self.scores[task] = replace(found, task=task)
-        else:
-            evaluate = PRETRAINING_TASKS[task]
-            self.scores[task] = evaluate(model, tokenizer, source, **loading._asdict())
+        scores = self.evaluations[task].evaluate(model, tokenizer, source, loading, self.answers)
+        is_recall = self.task is None and task == "retrieval"  # its metrics need no prefix in logs
+        self.scores[task] = replace(scores, task="" if is_recall else task)
         return self.scores[task]

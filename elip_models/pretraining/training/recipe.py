@@ -2,27 +2,19 @@
 
 A recipe contains data, not code, except for a `pipe:` URL in `data.train`, which is a command.
 `load_recipe` takes the name of a file in `elip_models/pretraining/recipes` or a path, and
-`key=value` overrides. It returns a `RunConfig`, or raises a `ConfigError` with the key, the
-requirement and the value. A recipe with `base: NAME` inherits the values of the recipe NAME and
-changes some.
+`key=value` overrides. A recipe with `base: NAME` inherits the values of the recipe NAME and changes
+some.
 """
 
 import copy
 import dataclasses
 import inspect
+import json
 import re
 import typing
 from collections.abc import Container, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
-
-with require_extra(
-    "elip_models.pretraining.training"
-):  # before the modules below name another extra
-    import yaml
 
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.yaml_config import (
@@ -30,10 +22,16 @@ from elip_models.pretraining.training.yaml_config import (
     from_mapping,
     parse_yaml,
     read_mapping,
+    yaml_text,
 )
+from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
 
+with require_extra("elip_models.pretraining.training"):
+    from pydantic import TypeAdapter
+    from pydantic.dataclasses import is_pydantic_dataclass
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 FINETUNE = "finetune"
-MAX_SECTIONS = 16
 MAX_BASES = 8
 RESUMABLE_KEYS = (
     "name",
@@ -65,10 +63,6 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunC
     Raises:
         ConfigError: An unknown recipe or key, a wrong type or range, or a missing required key.
     """
-    if isinstance(overrides, str):
-        raise ConfigError(
-            f"overrides: expected a list of key=value, got the text {shortened(overrides)}"
-        )
     return recipe_with(name_or_path, parse_overrides(overrides, "optim.lr=3e-4"))
 
 
@@ -83,15 +77,13 @@ def recipe_with(
     """
     values = _read_recipe(_find_recipe(str(name_or_path)))
     if defaults:
-        model = values.setdefault("model", {})
-        own = model.get("overrides") or {} if isinstance(model, dict) else None
-        if isinstance(own, dict):  # another kind is an error of `from_mapping`
-            model["overrides"] = {**defaults, **own}
+        values = _merged({"model": {"overrides": dict(defaults)}}, values)
     for key, value in overrides.items():
         _set_dotted(values, key, copy.deepcopy(value))  # a later override may change this value
-    config = from_mapping(RunConfig, values)
-    _check_consistency(config)
-    return config
+    for key, value in _flatten(values).items():
+        if value == REQUIRED:
+            raise ConfigError(f"{key}: required; set {key}=VALUE")
+    return from_mapping(RunConfig, values)
 
 
 def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
@@ -105,7 +97,7 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
             )
         try:
             values[key.strip()] = parse_yaml(text)
-        except yaml.YAMLError:
+        except ConfigError:
             if text.lstrip().startswith("["):
                 raise ConfigError(
                     f"override {shortened(override)}: expected a list in YAML; put its items in "
@@ -121,18 +113,15 @@ def save_recipe(config: RunConfig, path: Path, *, mode: int | None = None) -> No
     `mode` are the permissions of the file, such as 0o600 if the recipe contains a password; None:
     those of any new file.
     """
-    values = _tuples_to_lists(dataclasses.asdict(config))
     from elip_models.saving.files import write_file  # reading a recipe needs no timm
 
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    write_file(path, text.encode(), mode=mode)
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # YAML has no tuples
+    write_file(path, yaml_text(plain).encode(), mode=mode)
 
 
 def recipe_names(part: str = "") -> list[str]:
     """Return the sorted names of the built-in recipes: of pre-training, or in the folder `part`."""
-    folder = resources.files("elip_models.pretraining") / "recipes" / part
-    names = (entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    return sorted(f"{part}/{name}" if part else name for name in names)
+    return sorted(f"{part}/{path.stem}".lstrip("/") for path in (RECIPES / part).glob("*.yaml"))
 
 
 class Setting(NamedTuple):
@@ -157,25 +146,29 @@ def recipe_settings(name: str) -> list[Setting]:
 
 
 def _settings(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[Setting]:
-    hints, meanings, found = typing.get_type_hints(cls), field_meanings(cls), []
-    for each in dataclasses.fields(cls):
-        key = f"{prefix}{each.name}"
-        if dataclasses.is_dataclass(hints[each.name]):
-            found += _settings(hints[each.name], values.get(each.name, {}), f"{key}.")
-        elif each.name in values:
-            found.append(Setting(key, values[each.name], "recipe", meanings[each.name]))
+    hints, meanings, settings = typing.get_type_hints(cls), field_meanings(cls), []
+    for field in dataclasses.fields(cls):
+        name, key = field.name, f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[name]):
+            settings += _settings(hints[name], values.get(name, {}), f"{key}.")
+        elif name in values:
+            settings.append(Setting(key, values[name], "recipe", meanings[name]))
         else:
-            made = each.default_factory is not dataclasses.MISSING
-            default = each.default_factory() if made else each.default
-            value = REQUIRED if default is dataclasses.MISSING else _tuples_to_lists(default)
-            found.append(Setting(key, value, "default", meanings[each.name]))
-    return found
+            is_made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if is_made else field.default
+            value = REQUIRED if default is dataclasses.MISSING else default
+            settings.append(Setting(key, value, "default", meanings[name]))
+    return settings
 
 
 def field_meanings(cls: type) -> dict[str, str]:
-    """Return the first sentence on each attribute in the docstring of a class."""
-    attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
-    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE))
+    """Return the first sentence on each field of a dataclass, from its schema or its docstring."""
+    if is_pydantic_dataclass(cls):
+        properties = TypeAdapter(cls).json_schema()["properties"]
+        texts = {name: entry["description"] for name, entry in properties.items()}
+    else:
+        attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+        texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE))
     return {
         name: re.split(r"\.(?= [A-Z]|$)", " ".join(text.split()))[0] for name, text in texts.items()
     }
@@ -202,9 +195,7 @@ def _find_recipe(name_or_path: str) -> Path:
             f"recipe {shortened(name_or_path)}: expected a path ending in .yaml, or a name that "
             f"`elip recipes` lists{did_you_mean(name_or_path, names)}"
         )
-    return Path(
-        str(resources.files("elip_models.pretraining") / "recipes" / f"{name_or_path}.yaml")
-    )
+    return RECIPES / f"{name_or_path}.yaml"
 
 
 def _read_recipe(path: Path, depth: int = 1) -> dict[str, Any]:
@@ -230,76 +221,14 @@ def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _check_consistency(config: RunConfig) -> None:
-    data, optim, zero_shot = config.data, config.optim, config.data.zero_shot
-    if not config.output_dir.strip():
-        raise ConfigError("output_dir: expected the name of a folder, got an empty one")
-    if optim.steps is None and optim.epochs is None:
-        raise ConfigError("optim.steps: expected it or optim.epochs to be set, got neither")
-    for key, value, most in (
-        ("optim.epochs", optim.epochs, 1_000_000),
-        ("optim.grad_accumulation", optim.grad_accumulation, 65_536),
-        ("optim.batch_slices", optim.batch_slices, optim.batch_size),
-        ("data.randaugment", data.randaugment and data.randaugment[0], 100),
-    ):
-        if value is not None and value > most:
-            raise ConfigError(f"{key}: expected at most {most}, got {value}")
-    if config.model.pretrained and (config.model.vision_init or config.model.text_init):
-        raise ConfigError(
-            "model.pretrained: expected null with model.vision_init or model.text_init, got "
-            f"{shortened(config.model.pretrained)}"
-        )
-    for name in ("min_lr", "warmup_lr"):
-        rate = getattr(optim, name)
-        if rate is not None and rate > optim.lr:
-            raise ConfigError(f"optim.{name}: expected at most optim.lr = {optim.lr}, got {rate}")
-    sources = len(data.train) if isinstance(data.train, tuple) else 1
-    if data.weights is not None and len(data.weights) != sources:
-        raise ConfigError(
-            f"data.weights: expected one for each of the {sources} sources of data.train, got "
-            f"{len(data.weights)}"
-        )
-    others = set(config.report) - {"picture"}
-    if config.task is not None and (others or zero_shot is not None):
-        raise ConfigError(
-            f"report, data.zero_shot: expected nothing but 'picture', and null, for the task "
-            f"{config.task}, which is scored on data.eval at the end, got {list(config.report)} "
-            f"and {shortened(zero_shot)}"
-        )
-    if "zero_shot" in config.report and zero_shot is None:
-        raise ConfigError("data.zero_shot: expected a source, since report names it, got null")
-    others = set(config.report) - {"zero_shot"}
-    if config.task is None and (data.validation or config.eval.select):
-        raise ConfigError(
-            "eval.select, data.validation: expected null in pre-training, which has no task, got "
-            f"{shortened(config.eval.select)} and {shortened(data.validation)}"
-        )
-    if config.eval.select and data.validation is None:
-        raise ConfigError(
-            "data.validation: expected a source, since eval.select selects weights by it, got "
-            "null; or set eval.select=null"
-        )
-    if data.validation is not None and data.validation == data.eval:
-        raise ConfigError(
-            "data.validation: expected another split than data.eval, whose scores are the result, "
-            f"got {shortened(data.validation)} for both"
-        )
-    if data.eval is None and (others or (config.eval_every and zero_shot is None)):
-        raise ConfigError(
-            "data.eval: expected a source, since eval_every or report asks for one, got null; "
-            "or set eval_every=0 and report=[]"
-        )
-
-
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
-    if len(sections) > MAX_SECTIONS:
-        raise ConfigError(f"{key:.100}: expected at most {MAX_SECTIONS} sections in a key")
-    for depth, section in enumerate(sections, start=1):
+    for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            name = ".".join(sections[:depth])
-            raise ConfigError(f"{key}: expected {name} to be a section, got {shortened(values)}")
+            raise ConfigError(
+                f"{key:.200}: expected {section} to be a section, got {shortened(values)}"
+            )
     values[last] = value
 
 
@@ -307,13 +236,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values by dotted key, those of free-form dictionaries included."""
     flat = {}
     for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        is_section = isinstance(value, Mapping) and value
+        flat |= _flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat
-
-
-def _tuples_to_lists(value: Any) -> Any:
-    """Convert tuples to lists recursively, since `yaml.safe_dump` writes no tuples."""
-    if isinstance(value, Mapping):
-        return {key: _tuples_to_lists(item) for key, item in value.items()}
-    return [_tuples_to_lists(item) for item in value] if isinstance(value, list | tuple) else value

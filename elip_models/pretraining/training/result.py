@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from elip_models.pretraining.data import Source
-from elip_models.pretraining.tasks.retrieval import RetrievalScores
 from elip_models.pretraining.tasks.task import TaskScores
-from elip_models.pretraining.tasks.zero_shot import ZeroShotScores
 from elip_models.pretraining.training.selection import Selection
 
 if TYPE_CHECKING:
@@ -31,8 +29,8 @@ class TrainResult:
     output_dir: Path
     step: int  # number of optimiser steps
     loss: float  # of the last step
-    scores: RetrievalScores | None
-    zero_shot: ZeroShotScores | None
+    scores: TaskScores | None
+    zero_shot: TaskScores | None
     task_scores: TaskScores | None  # of a fine-tuning run
     selection: Selection | None  # of these weights on `data.validation`
     last_scores: TaskScores | None  # of the weights of the last step

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from elip_models.integrations.peft.adapt import trainable_counts
 from elip_models.pretraining.data.streams import redacted
-from elip_models.pretraining.tasks.tables import retrieval_table, task_table, zero_shot_table
+from elip_models.pretraining.tasks.tables import score_table
 from elip_models.pretraining.training.errors import as_write_error
 from elip_models.pretraining.training.result import TrainResult
 from elip_models.pretraining.training.run_config import RunConfig
@@ -69,11 +69,11 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
     summary.add_row("loss", f"{result.loss:.4f}")
     summary.add_row("skipped", escape(result.skipped))
     if result.scores is not None:
-        summary.add_row("retrieval", retrieval_table(result.scores))
+        summary.add_row("retrieval", score_table(result.scores))
     if result.zero_shot is not None:
-        summary.add_row("zero-shot", zero_shot_table(result.zero_shot))
+        summary.add_row("zero-shot", score_table(result.zero_shot))
     if result.task_scores is not None:
-        summary.add_row(config.task, task_table(result.task_scores))
+        summary.add_row(config.task, score_table(result.task_scores))
     if result.selection is not None:
         summary.add_row("weights", escape(str(result.selection)))
         if result.last_scores is not None:

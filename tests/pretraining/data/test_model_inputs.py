@@ -14,13 +14,12 @@ from elip_models.pretraining.data import (
     tokenize,
 )
 from elip_models.pretraining.data.caption_rules import CaptionRule, apply_caption_rule
-from elip_models.pretraining.data.transforms import Magnitude, ResizeMode
+from elip_models.pretraining.data.transforms import ResizeMode
 from elip_models.pretraining.models.config import InputConfig
 from elip_models.pretraining.models.registry import create_model, load_model
-from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
+from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.training.run_config import DataConfig
 from elip_models.pretraining.training.trainer import train
-from elip_models.validation import PositiveInt
 from tests.helpers.tiny_run import own_process, tiny_config
 
 WORDS = " ".join(f"w{number}" for number in range(40))
@@ -77,7 +76,6 @@ def test_configs_list_all_caption_rules_and_resize_modes():
     assert hints["captions"] == CaptionRule and hints["resize"] == ResizeMode
     hints = typing.get_type_hints(DataConfig, include_extras=True)
     assert hints["captions"] == CaptionRule | None and hints["resize"] == ResizeMode | None
-    assert hints["randaugment"] == tuple[PositiveInt, Magnitude] | None
 
 
 @pytest.mark.parametrize(
@@ -142,7 +140,7 @@ def test_evaluation_resizes_as_the_config_says(resize, tokenizer):
     model = create_model("blip_tiny", vocab_size=len(tokenizer), resize=resize)
     seen = []
     model.encoders.visual.patch_embed.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
-    evaluate_retrieval(model, tokenizer, Wide())
+    Retrieval(candidates=0).evaluate(model, tokenizer, Wide())
     images = torch.cat(seen)
     assert (images[0] != images[1]).any() == (resize == "squash")
 

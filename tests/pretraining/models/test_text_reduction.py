@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import elip_models
 from elip_models.pretraining.models.clip import model as clip
 from elip_models.pretraining.models.layers.text_reduction import TextReduction, TextStrategy
-from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
+from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.training.trainer import train
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from tests.helpers.tiers import tiered
@@ -336,5 +336,5 @@ def test_a_recipe_trains_with_it_and_evaluation_draws_nothing(strategy, tmp_path
     assert result.model.text.reduction == TextReduction(strategy)
     assert math.isfinite(result.loss)
     before = torch.get_rng_state()
-    evaluate_retrieval(result.model, result.tokenizer, result.eval_source)
+    Retrieval(candidates=0).evaluate(result.model, result.tokenizer, result.eval_source)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,42 +1,39 @@
-"""Retrieval by features: recall by its definition, ties, chance, and encoding without text."""
+"""Retrieval: recall by its definition, ties, chance, re-ranking, and what guides which images."""
 
 import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from elip_models.images import SampleError
 from elip_models.intervals import score_interval
-from elip_models.pretraining.data import DataError, EmojiScenes, JsonSource, train_tokenizer
+from elip_models.pretraining.data import (
+    DataError,
+    EmojiScenes,
+    JsonSource,
+    MixedSource,
+    train_tokenizer,
+)
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.tasks.retrieval import (
+    Retrieval,
     chance_level,
-    evaluate_retrieval,
     recall_at_k,
     recall_intervals,
-    recall_of_features,
 )
+from elip_models.pretraining.tasks.task import Loading
+from tests.helpers.task_cases import LOADING, Captioned, Tokens, matcher, preprocessor
 
 
-def recall_by_definition(similarity, text_to_image, k, way):
-    """Sort the candidates, wrong ones first in a tie; look for a correct one among the first k."""
-    rows = similarity.tolist()
-    owners = text_to_image.tolist()
-    num_images, num_texts = len(rows), len(owners)
-    if way == "image_to_text":
-        queries = [
-            [(rows[i][t], owners[t] == i) for t in range(num_texts)] for i in range(num_images)
-        ]
-    else:
-        queries = [
-            [(rows[i][t], owners[t] == i) for i in range(num_images)] for t in range(num_texts)
-        ]
-    hits = [
-        any(right for _, right in sorted(query, key=lambda c: (-c[0], c[1]))[:k])
-        for query in queries
-    ]
+def recall_by_definition(similarity, owners, k):
+    """Sort the candidates of each query, wrong ones first in a tie; look among the first k."""
+    hits = []
+    for scores, right in zip(similarity.tolist(), owners.tolist(), strict=True):
+        ranked = sorted(zip(scores, right, strict=True), key=lambda c: (-c[0], c[1]))
+        hits.append(any(is_right for _, is_right in ranked[:k]))
     return sum(hits) / len(hits)
 
 
@@ -54,31 +51,16 @@ def test_recall_equals_its_definition(num_images, levels):
     similarity = torch.rand(num_images, len(text_to_image), dtype=torch.float64)
     if levels:
         similarity = (similarity * levels).floor()
+    relevant = torch.arange(num_images)[:, None] == text_to_image
     recalls = recall_at_k(similarity, text_to_image, ks=(1, 3, 10))
-    for name, recall in recalls.items():
-        way, k = name.rsplit("_r", 1)
-        expected = recall_by_definition(similarity, text_to_image, int(k), way)
-        assert recall == pytest.approx(expected), name
+    for k in (1, 3, 10):
+        of_images = recall_by_definition(similarity, relevant, k)
+        of_texts = recall_by_definition(similarity.T, relevant.T, k)
+        assert recalls[f"image_to_text_r{k}"] == pytest.approx(of_images)
+        assert recalls[f"text_to_image_r{k}"] == pytest.approx(of_texts)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_chunks_change_nothing(chunk_size):
-    text_to_image = captions_of_images(20, seed=0)
-    images = torch.randn(20, 8)
-    texts = images[text_to_image] + 1.5 * torch.randn(len(text_to_image), 8)
-    whole = recall_at_k(images @ texts.T, text_to_image)
-    assert 0 < whole["image_to_text_r1"] < 1
-    assert recall_of_features(images, texts, text_to_image, chunk_size=chunk_size) == whole
-
-
-def test_constant_similarities_score_zero():
-    text_to_image = captions_of_images(50, seed=1)
-    images = torch.nn.functional.normalize(torch.randn(1, 96), dim=-1).expand(50, -1)
-    texts = images[text_to_image]
-    assert set(recall_of_features(images, texts, text_to_image).values()) == {0.0}
-
-
-@pytest.mark.parametrize(("gap", "recall"), [(0.0, 0.0), (5e-7, 0.0), (2e-6, 1.0)])
+@pytest.mark.parametrize(("gap", "recall"), [(0.0, 0.0), (5e-7, 0.0), (2e-6, 1.0), (math.nan, 0.0)])
 def test_a_tie_within_the_tolerance_counts_against_the_model(gap, recall):
     """Each image is as similar to the text of the other one, but for `gap`."""
     similarity = torch.tensor([[1.0, 1.0 - gap], [1.0 - gap, 1.0]], dtype=torch.float64)
@@ -89,83 +71,27 @@ def test_a_tie_within_the_tolerance_counts_against_the_model(gap, recall):
 
 def test_captions_of_an_image_are_drawn_together():
     owners = captions_of_images(30, seed=1)
-    of_image = torch.arange(30) % 2
-    intervals = recall_intervals(of_image, of_image[owners], owners, ks=(1,))
-    hits = (of_image[owners] < 1).numpy()
+    is_right = torch.arange(30) % 2 == 0
+    similarity = torch.eye(30)[:, owners] * is_right[:, None]
+    intervals = recall_intervals(similarity, owners)
+    hits = is_right[owners].numpy()
     assert intervals["text_to_image_r1"] == score_interval(hits, owners.numpy())
-    assert intervals["image_to_text_r1"] == score_interval((of_image < 1).numpy())
+    assert intervals["image_to_text_r1"] == score_interval(is_right.numpy())
     alone = score_interval(hits)
-    assert intervals["text_to_image_r1"].mean == alone.mean == hits.mean()
     assert intervals["text_to_image_r1"].low < alone.low
     assert intervals["text_to_image_r1"].high > alone.high
 
 
-def test_nan_scores_zero():
-    text_to_image = captions_of_images(20, seed=1)
-    features = torch.full((20, 4), math.nan)
-    recalls = recall_of_features(features, features[text_to_image], text_to_image)
-    assert set(recalls.values()) == {0.0}
-
-
-@pytest.mark.parametrize("k", [1, 5, 10, 1000])
+@pytest.mark.parametrize("k", [1, 10, 1000])
 def test_chance_is_what_a_random_ranking_reaches(k):
-    text_to_image = captions_of_images(30, seed=2)
-    chance = chance_level(text_to_image, 30, ks=(k,))
-    trials = [
-        recall_at_k(torch.rand(30, len(text_to_image)), text_to_image, ks=(k,)) for _ in range(200)
-    ]
-    for name, expected in chance.items():
+    owners = captions_of_images(30, seed=2)
+    trials = [recall_at_k(torch.rand(30, len(owners)), owners, ks=(k,)) for _ in range(200)]
+    for name, expected in chance_level(owners, 30, ks=(k,)).items():
         mean = sum(trial[name] for trial in trials) / len(trials)
         assert mean == pytest.approx(expected, abs=0.02), name
 
 
-@pytest.mark.parametrize(
-    ("similarity", "text_to_image", "ks", "error", "message"),
-    [
-        ([[1.0]], torch.arange(1), (1,), TypeError, "similarity: expected a floating.*got list"),
-        (torch.eye(2).long(), torch.arange(2), (1,), TypeError, "similarity: .*got torch.int64"),
-        (torch.rand(3), torch.arange(3), (1,), ValueError, r"similarity: .*got \(3,\)"),
-        (torch.rand(3, 4), torch.arange(3), (1,), ValueError, r"text_to_image: expected \(4,\)"),
-        (torch.rand(3, 3), torch.rand(3), (1,), TypeError, "text_to_image: .*got torch.float32"),
-        (torch.rand(3, 3), [0, 1, 2], (1,), TypeError, "text_to_image: .*got list"),
-        (torch.rand(3, 3), torch.tensor([0, 1, 1]), (1,), ValueError, "each of the 3 images"),
-        (torch.rand(2, 3), torch.tensor([0, 1, 2]), (1,), ValueError, "each of the 2 images"),
-        (torch.rand(2, 2), torch.arange(2), (1, 0), ValueError, "ks: .* at least 1, got 0"),
-        (torch.rand(2, 2), torch.arange(2), (1.0,), TypeError, "ks: .* at least 1, got 1.0"),
-    ],
-)
-def test_bad_input_is_named(similarity, text_to_image, ks, error, message):
-    with pytest.raises(error, match=message):
-        recall_at_k(similarity, text_to_image, ks)
-
-
-@pytest.mark.parametrize(
-    ("text_features", "chunk_size", "message"),
-    [
-        (torch.rand(3, 5), 8, r"text_features: expected \(\.\., 4\), got \(3, 5\)"),
-        (torch.rand(3, 4), 0, "chunk_size: expected an integer at least 1, got 0"),
-    ],
-)
-def test_bad_features_are_named(text_features, chunk_size, message):
-    with pytest.raises(ValueError, match=message):
-        recall_of_features(torch.rand(3, 4), text_features, torch.arange(3), chunk_size=chunk_size)
-
-
-def test_a_list_of_pairs_is_scored_as_the_list_of_its_images(model, tokenizer, scenes, tmp_path):
-    images, pairs = [], []
-    for number in range(12):
-        scenes[number].image.save(tmp_path / f"{number}.png")
-        entry = {"image": f"{number}.png", "caption": list(scenes.captions(number))}
-        images.append(entry)
-        pairs += [entry | {"caption": caption} for caption in entry["caption"]]
-    random.Random(0).shuffle(pairs)
-    scores = []
-    for name, entries in (("images", images), ("pairs", pairs)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
-        source = JsonSource(tmp_path / f"{name}.json")
-        scores.append(evaluate_retrieval(model, tokenizer, source, batch_size=5))
-    assert scores[1] == scores[0]
-    assert (scores[1].num_images, scores[1].num_texts) == (12, 60)
+BY_FEATURES = Retrieval(candidates=0)
 
 
 class Damaged:
@@ -198,57 +124,165 @@ def tokenizer(scenes):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return create_model(
-        "clip_tiny",
-        vision_depth=2,
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return create_model("clip_tiny", vision_depth=2, vocab_size=len(tokenizer), **ids)
 
 
-def test_evaluation_encodes_images_without_captions(model, tokenizer, scenes, monkeypatch):
-    seen = []
-    encode_image = model.encode_image
-    monkeypatch.setattr(
-        model,
-        "encode_image",
-        lambda *args, **kwargs: seen.append((args, kwargs)) or encode_image(*args),
-    )
-    scores = evaluate_retrieval(model, tokenizer, scenes, batch_size=5)
-    assert [len(args) for args, _ in seen] == [1, 1, 1]
-    assert not any(kwargs for _, kwargs in seen)
-    assert (scores.num_images, scores.num_texts, scores.num_skipped) == (12, 60, 0)
-    assert scores.recalls.keys() == scores.chance.keys() == scores.intervals.keys()
-    assert {name: each.mean for name, each in scores.intervals.items()} == scores.recalls
-    assert all(each.low < each.high for each in scores.intervals.values())
-    assert scores.chance["text_to_image_r1"] == pytest.approx(1 / 12)
+def test_a_list_of_pairs_is_scored_as_the_list_of_its_images(model, tokenizer, scenes, tmp_path):
+    images, pairs = [], []
+    for number in range(12):
+        scenes[number].image.save(tmp_path / f"{number}.png")
+        entry = {"image": f"{number}.png", "caption": list(scenes.captions(number))}
+        images.append(entry)
+        pairs += [entry | {"caption": caption} for caption in entry["caption"]]
+    random.Random(0).shuffle(pairs)
+    scores = []
+    for name, entries in (("images", images), ("pairs", pairs)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+        source = JsonSource(tmp_path / f"{name}.json")
+        scores.append(BY_FEATURES.evaluate(model, tokenizer, source, Loading(5)))
+    assert scores[1].scores == scores[0].scores
+    assert (scores[1].num_examples, scores[1].notes["captions"]) == (12, "60")
 
 
-def test_evaluation_does_not_depend_on_the_batch_and_leaves_mode_and_randomness(
-    model, tokenizer, scenes
+def test_images_are_encoded_without_captions_whatever_the_batch(
+    model, tokenizer, scenes, monkeypatch
 ):
+    seen, encode_image = [], model.encode_image
+
+    def recorded(*args, **kwargs):
+        seen.append((args, kwargs))
+        return encode_image(*args)
+
+    monkeypatch.setattr(model, "encode_image", recorded)
     model.train()
     before = torch.get_rng_state()
-    first = evaluate_retrieval(model, tokenizer, scenes, batch_size=5)
-    assert evaluate_retrieval(model, tokenizer, scenes, batch_size=12) == first
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), before)
+    scores = BY_FEATURES.evaluate(model, tokenizer, scenes, Loading(5))
+    assert [len(args) for args, _ in seen] == [1, 1, 1]
+    assert not any(kwargs for _, kwargs in seen)
+    assert scores.scores.keys() == scores.baselines["chance"].keys()
+    assert all(recall.low < recall.high for recall in scores.scores.values())
+    assert scores.baselines["chance"]["text_to_image_r1"] == pytest.approx(1 / 12)
+    assert BY_FEATURES.evaluate(model, tokenizer, scenes, Loading(12)) == scores
+    assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_random_reduction_does_not_change_the_random_state(tokenizer, scenes, model):
     drawn = create_model("clip_tiny", **vars(model.config) | {"strategy": "random"})
     before = torch.get_rng_state()
-    evaluate_retrieval(drawn, tokenizer, scenes)
+    BY_FEATURES.evaluate(drawn, tokenizer, scenes)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_unreadable_samples_are_left_out_and_counted(model, tokenizer, scenes):
-    source = Damaged(scenes, {0, 7})
-    scores = evaluate_retrieval(model, tokenizer, source, batch_size=4, max_bad_share=0.5)
-    assert (scores.num_images, scores.num_texts, scores.num_skipped) == (10, 50, 2)
-
-
-def test_too_many_unreadable_samples_stop_the_evaluation(model, tokenizer, scenes):
+def test_unreadable_samples_are_counted_and_too_many_end_the_evaluation(model, tokenizer, scenes):
+    loading = Loading(4, max_bad_share=0.5)
+    scores = BY_FEATURES.evaluate(model, tokenizer, Damaged(scenes, {0, 7}), loading)
+    assert (scores.num_examples, scores.num_skipped, scores.notes["captions"]) == (10, 2, "50")
     with pytest.raises(DataError, match="sample 0"):
-        evaluate_retrieval(model, tokenizer, Damaged(scenes, set(range(6))), batch_size=4)
+        BY_FEATURES.evaluate(model, tokenizer, Damaged(scenes, set(range(6))), Loading(4))
+
+
+class Pairs(Captioned):
+    """A sample a caption, the images of `Captioned` in turn; `images` is their number."""
+
+    images = 6
+
+    def __len__(self):
+        return 12
+
+    def image_number(self, index):
+        return index % self.images
+
+    def captions(self, index):
+        return super().captions(index % 6)[index // 6 :][:1]
+
+    def __getitem__(self, index):
+        return super().__getitem__(index % 6)._replace(captions=self.captions(index))
+
+
+def sample_of(source, index, **config):
+    rng = np.random.default_rng(0)
+    return Retrieval().sample(preprocessor(source, **config), source[index], index, rng)
+
+
+def test_a_sample_has_its_image_id_and_the_texts_that_the_model_uses():
+    sample = sample_of(Captioned(), 2)
+    assert sample["image_ids"] == 2 and not sample.keys() & {"false_ids", "guide_ids"}
+    sample = sample_of(Captioned(), 2, false_texts=5, reads_guide_captions=True)
+    assert sample["false_ids"].shape == sample["false_mask"].shape == (5, 4)
+    assert sample["guide_ids"].shape == sample["guide_mask"].shape == (4,)
+
+
+def test_pairs_of_the_same_image_are_not_negatives():
+    sample = sample_of(Pairs(), 8, false_texts=40)
+    assert sample["image_ids"] == 2
+    assert not (sample["false_ids"][:, 0] == 3).any()
+    assert sample_of(MixedSource([Captioned(), Pairs()]), 14)["image_ids"] == 6 + 2
+
+
+def test_one_image_alone_has_no_false_texts():
+    source = Pairs()
+    source.images = 1
+    with pytest.raises(DataError, match="false_texts: expected captions of other images, got 0"):
+        sample_of(source, 0, false_texts=2)
+
+
+def r1(scores):
+    return scores.scores["image_to_text_r1"].mean, scores.scores["text_to_image_r1"].mean
+
+
+def test_matching_reranks_candidates_with_equal_features():
+    model, source = matcher()
+    scores = Retrieval(candidates=12).evaluate(model, Tokens(), source, LOADING)
+    assert r1(scores) == (1, 1)
+    assert scores.baselines["features"]["text_to_image_r1"] == 0  # all alike: ties count against it
+    assert scores.baselines["chance"]["text_to_image_r1"] == pytest.approx(1 / 6)
+    assert [prediction.score for prediction in scores.predictions] == [1.0] * 6
+    few = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
+    assert r1(few)[1] == pytest.approx(1 / 6)  # the first image's alone
+    pairs = Retrieval(candidates=12).evaluate(model, Tokens(), Pairs(), LOADING)
+    assert (pairs.num_examples, *r1(pairs)) == (6, 1, 1)
+
+
+def test_features_are_compared_in_fp32_also_under_autocast():
+    """Angles of 0.05 between the first and the last: in bf16 all are equal."""
+    model, source = matcher()
+
+    def angle(share):
+        return torch.stack([(0.05 * share).cos(), (0.05 * share).sin()], dim=1)
+
+    low, high = float(model.low), float(model.high)
+    model.project_image = lambda tokens: angle((tokens.mean((1, 2)) - low) / (high - low))
+    model.text_features = lambda input_ids, attention_mask: angle((input_ids[:, 0] - 1) / 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
+    assert r1(scores)[1] == 1
+
+
+def test_a_model_without_features_scores_every_pair():
+    model, source = matcher()
+    model.ranks = False
+    scores = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
+    assert r1(scores) == (1, 1) and scores.baselines.keys() == {"chance"}
+    with pytest.raises(ValueError, match=r"model: expected one with features .*needs --rerank"):
+        BY_FEATURES.check(model)
+
+
+def test_a_model_without_matching_ranks_by_features(model, tokenizer, scenes):
+    """CLIP ranks by features whatever the number of candidates."""
+    expected = BY_FEATURES.evaluate(model, tokenizer, scenes)
+    assert Retrieval().evaluate(model, tokenizer, scenes) == expected
+    assert expected.baselines.keys() == {"chance"}
+
+
+def test_index_images_are_encoded_without_text_and_queries_guide_only_candidates():
+    model, source = matcher()
+    Retrieval(candidates=4).evaluate(model, Tokens(), source, LOADING)
+    assert model.guides == [None] * math.ceil(len(source) / LOADING.batch_size)
+    model.guides.clear()
+    Retrieval(candidates=2, guided=True).evaluate(model, Tokens(), source, LOADING)
+    index, queries = model.guides[:2], model.guides[2:]
+    assert index == [None, None]
+    # Images look for texts first, by the index; then each text guides the two images it may fit.
+    expected = [float(image + 1) for image in range(6) for _ in range(2)]
+    assert [guide.flatten().tolist() for guide in queries] == [[text] * 2 for text in expected]

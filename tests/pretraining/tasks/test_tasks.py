@@ -11,7 +11,7 @@ from elip_models.images import SampleError
 from elip_models.intervals import score_interval, wilson_interval
 from elip_models.pretraining.data import DataError, Example
 from elip_models.pretraining.tasks.registry import TASKS, get_task
-from elip_models.pretraining.tasks.retrieval_task import Retrieval
+from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.tasks.task import Loading
 from elip_models.pretraining.tasks.vqa import VQA
 from tests.helpers.task_cases import (
@@ -151,15 +151,6 @@ def test_data_without_any_answer_of_the_model_is_refused():
         VQA().evaluate(Stub(num_classes=2), Tokens(), Greys(), LOADING, ("yes", "no"))
 
 
-def test_examples_with_the_same_id_are_all_scored():
-    class SameId(Greys):
-        def text_alone(self, index):
-            return super().text_alone(index)._replace(id=str(index % 2))
-
-    scores = get_task("entailment").evaluate(Stub(), Tokens(), SameId(), LOADING)
-    assert scores.num_examples == len(scores.predictions) == 8
-
-
 @pytest.mark.parametrize("task", ["entailment", "retrieval"])
 def test_a_random_model_does_not_change_the_random_state(task):
     class Drawing(Stub):
@@ -280,18 +271,6 @@ def test_a_head_is_compared_among_the_classes_of_the_data_alone():
     assert {each.output for each in every.predictions} == {"cat"}
     with pytest.raises(DataError, match=r"answers: expected some among the 4 of the model"):
         task.evaluate(model, Tokens(), Levels(("elk",)), LOADING, learned)
-
-
-def test_the_first_of_equal_logits_is_the_prediction():
-    class Equal(Stub):
-        def logits(self, images):
-            return torch.zeros(len(images), 4)
-
-    learned = ("cat", "dog", "fox", "owl")
-    scores = get_task("classification").evaluate(
-        Equal(num_classes=4), Tokens(), Levels(learned[1:]), LOADING, learned
-    )
-    assert {each.output for each in scores.predictions} == {"dog"}
 
 
 def test_candidates_are_at_most_the_listed_answers():

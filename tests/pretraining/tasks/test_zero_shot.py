@@ -12,7 +12,6 @@ from torch import nn
 
 from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import (
-    BACKGROUNDS,
     EMOJI,
     EmojiClasses,
     class_names,
@@ -21,7 +20,8 @@ from elip_models.pretraining.data import (
     open_examples,
 )
 from elip_models.pretraining.models.clip.model import CLIP
-from elip_models.pretraining.tasks.zero_shot import class_features, evaluate_zero_shot
+from elip_models.pretraining.tasks.task import Loading
+from elip_models.pretraining.tasks.zero_shot import ZeroShot, class_features
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.helpers.tiny_run import elip, logged, own_process, tiny_config
@@ -58,18 +58,23 @@ def colour_folder(folder, colours=COLOURS):
     return str(folder)
 
 
+def top1(source, model=None):
+    scores = ZeroShot().evaluate(model or SeesColours(), None, source)
+    return scores.scores["top1"].mean
+
+
 def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(tmp_path):
     source = open_classes(colour_folder(tmp_path), image_size=8)
     assert source.classes == ("blue_sky", "green", "red")
     assert source.names == ("blue sky", "green", "red")
     assert source[2].captions == ("green",)
     model = SeesColours().train()
-    scores = evaluate_zero_shot(model, None, source, batch_size=4)
-    assert scores.accuracies == {"zero_shot_top1": 1, "zero_shot_top5": 1}
-    assert scores.chance == {"zero_shot_top1": 1 / 3, "zero_shot_top5": 1}
-    assert (scores.num_images, scores.num_classes, scores.num_skipped) == (6, 3, 0)
-    assert scores.intervals == dict.fromkeys(scores.accuracies, wilson_interval(1.0, 6))
-    assert scores.summary() == "zero-shot top-1 100.0%, top-5 100.0%"
+    scores = ZeroShot().evaluate(model, None, source, Loading(4))
+    assert scores.scores == dict.fromkeys(("top1", "top5"), wilson_interval(1.0, 6))
+    assert scores.baselines["chance"] == {"top1": 1 / 3, "top5": 1}
+    assert (scores.num_examples, scores.num_skipped, scores.notes["classes"]) == (6, 0, "3")
+    assert scores.summary() == "zero_shot: top1 100.0%, top5 100.0%"
+    assert scores.metrics == {"zero_shot_top1": 1, "zero_shot_top5": 1}
     assert model.training
 
 
@@ -78,23 +83,20 @@ def test_the_first_of_two_classes_with_the_same_name_ranks_first(tmp_path):
     folder = colour_folder(tmp_path, {"n1": red, "n2": red, "n3": COLOURS["green"]})
     source = open_classes(folder, image_size=8)
     source.names = ("red", "red", "green")
-    scores = evaluate_zero_shot(SeesColours(), None, source)
-    assert scores.accuracies["zero_shot_top1"] == pytest.approx(2 / 3)
+    assert top1(source) == pytest.approx(2 / 3)
 
 
 def test_a_model_with_constant_features_finds_nothing(tmp_path):
     source = open_classes(colour_folder(tmp_path), image_size=8)
-    scores = evaluate_zero_shot(SeesColours(blind=True), None, source)
-    assert scores.accuracies["zero_shot_top1"] == 0
+    assert top1(source, SeesColours(blind=True)) == 0
 
 
 def test_an_image_that_cannot_be_read_is_skipped_and_counted(tmp_path):
     colour_folder(tmp_path)
     (tmp_path / "red" / "1.png").write_bytes(b"no image")
     source = open_classes(str(tmp_path), image_size=8)
-    scores = evaluate_zero_shot(SeesColours(), None, source, max_bad_share=0.5)
-    assert (scores.num_images, scores.num_skipped) == (5, 1)
-    assert scores.accuracies["zero_shot_top1"] == 1
+    scores = ZeroShot().evaluate(SeesColours(), None, source, Loading(max_bad_share=0.5))
+    assert (scores.num_examples, scores.num_skipped, scores.scores["top1"].mean) == (5, 1, 1)
 
 
 def test_a_class_is_the_mean_of_its_texts():
@@ -148,8 +150,7 @@ def test_a_file_names_the_classes(tmp_path):
     numbered = colour_folder(tmp_path / "numbers", dict(zip("012", COLOURS.values(), strict=True)))
     file.write_text(json.dumps(["red", "green", "blue sky"]))
     spec = f"{numbered},names={file}"
-    scores = evaluate_zero_shot(SeesColours(), None, open_classes(spec, image_size=8))
-    assert scores.accuracies["zero_shot_top1"] == 1
+    assert top1(open_classes(spec, image_size=8)) == 1
     for content, message in (
         (["red"], r"expected a name for each of the 3 classes, got none for '1'; add it"),
         ({"0": 1}, r"expected a JSON object .* or a list of texts, got"),
@@ -165,15 +166,11 @@ def test_a_file_names_the_classes(tmp_path):
 
 def test_the_built_in_classes_are_balanced_images_of_one_emoji():
     source = open_classes("emoji_classes:seed=3,size=120", image_size=32)
-    assert isinstance(source, EmojiClasses)
-    found = [source.captions(i) for i in range(len(source))]
-    assert Counter(found) == {(name,): 2 for name in EMOJI}
+    assert Counter(source.captions(i) for i in range(120)) == {(name,): 2 for name in EMOJI}
     assert source.classes == source.names == tuple(EMOJI)
     for index in range(120):
         (group,) = source.scene(index).groups
-        assert (group.name, group.count) == (found[index][0], 1)
-    assert source[7].image.tobytes() == EmojiClasses(9, seed=3, image_size=32)[7].image.tobytes()
-    assert len({source.scene(i).background for i in range(120)}) == len(BACKGROUNDS)
+        assert (group.name, group.count) == (source.captions(index)[0], 1)
     texts = {template("owl") for template in source.templates}
     assert {"a red picture of an owl", "an owl on the left"} <= texts
 
@@ -191,7 +188,7 @@ def test_images_are_encoded_without_any_text(tmp_path, monkeypatch):
         result = train(tiny_config(tmp_path, "optim.steps=1"))
     guided.clear()
     source = EmojiClasses(60, image_size=32)
-    evaluate_zero_shot(result.model, result.tokenizer, source, batch_size=32)
+    ZeroShot().evaluate(result.model, result.tokenizer, source, Loading(32))
     assert guided == [None, None]
 
 
@@ -210,17 +207,16 @@ def test_scores_are_logged_during_training_and_written_as_json(tmp_path):
         again = train(tiny_config(tmp_path, *settings), resume=True)
     rows = logged(tmp_path, "zero_shot_top1", "zero_shot_top5", "step")
     assert [row["step"] for row in rows] == [2, 4, 5]
-    assert result.zero_shot.accuracies["zero_shot_top5"] == rows[-1]["zero_shot_top5"]
+    assert result.zero_shot.scores["top5"].mean == rows[-1]["zero_shot_top5"]
     assert again.zero_shot == result.zero_shot
     assert result.scores is None
     output = tmp_path / "scores.json"
     data = ("--data", "emoji_classes:seed=1,size=60", "--output", output)
     assert elip("eval", "zero-shot", "--model", tmp_path / "model", *data) == 0
     written = json.loads(output.read_text())
-    assert written["accuracies"] == result.zero_shot.accuracies
-    assert written["num_classes"] == 60
-    top1 = written["intervals"]["zero_shot_top1"]
-    assert top1["low"] <= top1["mean"] == written["accuracies"]["zero_shot_top1"] <= top1["high"]
+    scores = result.zero_shot.scores
+    assert written["scores"] == {name: score._asdict() for name, score in scores.items()}
+    assert written["notes"]["classes"] == "60"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_run_prints_steps_and_the_start_of_each_part(tmp_path, is_terminal):
     parts = [
         "training the tokenizer on the captions of up to 48 samples",
         "evaluating retrieval on 10 samples",
-        "R@1",
+        "image_to_text_r1",
         "drawing kept_",
     ]
     places = [text.find(part) for part in parts]

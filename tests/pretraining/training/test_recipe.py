@@ -1,4 +1,4 @@
-"""Recipes: defaults, overrides and error messages."""
+"""Recipes: defaults, overrides, `base:`, and errors that name the key and what to do."""
 
 import dataclasses
 
@@ -11,7 +11,9 @@ from elip_models.pretraining.training.recipe import (
     resume_conflicts,
     save_recipe,
 )
+from elip_models.pretraining.training.yaml_config import read_mapping
 from elip_models.validation import ConfigError
+from tests.helpers.tiny_run import elip
 
 MINIMAL = """
 name: test
@@ -20,6 +22,7 @@ model: {name: clip_tiny}
 data: {train: "emoji_scenes:size=10"}
 optim: {batch_size: 4, steps: 10, lr: 1e-3}
 """
+DATA = ["data.train=a", "data.eval=b", "model.pretrained=c", "data.validation=d"]
 
 
 @pytest.fixture
@@ -35,6 +38,8 @@ def test_reads_a_file_and_fills_the_defaults(recipe):
     assert config.optim.betas == (0.9, 0.98)
     assert config.data.tokenizer == "train"
     assert config.data.eval is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
 
 
 @pytest.mark.parametrize(
@@ -45,13 +50,11 @@ def test_reads_a_file_and_fills_the_defaults(recipe):
         ("optim.betas=[0.8, 0.9]", "optim", "betas", (0.8, 0.9)),
         ("optim.lr_scale={temperature: 5e-2}", "optim", "lr_scale", {"temperature": 0.05}),
         ("optim.max_grad_norm=null", "optim", "max_grad_norm", None),
-        ("optim.epochs=1.5", "optim", "epochs", 1.5),
-        ("optim.precision=bf16", "optim", "precision", "bf16"),
+        ("optim.no_decay=[]", "optim", "no_decay", ()),
         ("data.train=*.tar", "data", "train", "*.tar"),
         ("data.train=a-{0000..0003}.tar", "data", "train", "a-{0000..0003}.tar"),
         ("data.train=['a.json', '*.tar']", "data", "train", ("a.json", "*.tar")),
-        ("optim.no_decay=[]", "optim", "no_decay", ()),
-        ("data.train=emoji_scenes:seed=3,size=5", "data", "train", "emoji_scenes:seed=3,size=5"),
+        ("data.train=2024-01-01", "data", "train", "2024-01-01"),
         ("model.overrides.drop_path=0.1", "model", "overrides", {"drop_path": 0.1}),
         ("model.overrides={schedule: null}", "model", "overrides", {"schedule": None}),
     ],
@@ -67,60 +70,41 @@ def test_later_override_wins(recipe):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "optim.weight_decy=1",
-            "lr_scale, weight_decay, no_decay, betas, eps, max_grad_norm, max_nonfinite_steps, "
-            "precision, grad_checkpointing, batch_slices, compile, ema, gather, shard; "
-            "did you mean 'optim.weight_decay'?",
-        ),
-        ("lr=1", "lr: no such key; a recipe has name, output_dir, model"),
-        ("lr=1", "; did you mean 'optim.lr'?"),
-        ("optm.lr=1", "; did you mean 'optim'?"),
-        ("optim.lr=fast", "optim.lr: expected a number above 0, got 'fast'"),
-        ("optim.lr=0", "optim.lr: expected a number above 0, got 0"),
-        ("optim.lr=.nan", "optim.lr: expected a number above 0, got nan"),
-        ("optim.lr=.inf", "optim.lr: expected a number above 0, got inf"),
-        ("optim.lr=true", "optim.lr: expected a number above 0, got True"),
-        ("optim.lr=null", "optim.lr: expected a number above 0, got None"),
-        ("optim.lr.peak=1", "optim.lr.peak: expected optim.lr to be a section, got '1e-3'"),
-        ("optim=1", "optim: expected a section of keys, got 1"),
-        ("optim.steps=1.5", "optim.steps: expected an integer at least 1 or null, got 1.5"),
+        ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
+        ("lr=1", "lr: unknown key; did you mean 'optim.lr'?"),
+        ("optm.lr=1", "optm: unknown key; did you mean 'optim'?"),
+        ("peft.rank=1", "peft.rank: unknown key"),
+        ("optim.lr=-1", "optim.lr: must be greater than 0, got -1"),
+        ("optim.lr=fast", "optim.lr: must be a valid number, got 'fast'"),
+        ("optim.lr=.nan", "optim.lr: must be a finite number, got nan"),
+        ("optim.lr=true", "optim.lr: must be a valid number, got True"),
+        ("optim.lr.peak=1", "optim.lr.peak: expected lr to be a section, got 0.001"),
+        ("optim=1", "optim: must be an object, got 1"),
         ("optim.steps=null", "optim.steps: expected it or optim.epochs to be set, got neither"),
-        ("optim.batch_size=0", "optim.batch_size: expected an integer at least 1, got 0"),
-        ("optim.batch_size=yes", "optim.batch_size: expected an integer at least 1, got True"),
-        ("optim.warmup_steps=-1", "optim.warmup_steps: expected an integer at least 0, got -1"),
-        ("optim.betas=[0.9]", r"optim.betas: expected [a number in [0, 1), a number in [0, 1)]"),
-        ("optim.betas=[0.9, 1]", "got [0.9, 1]"),
-        ("optim.precision=fp8", "precision: expected one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
-        ("optim.grad_checkpointing=1", "grad_checkpointing: expected true or false, got 1"),
-        (
-            "optim.lr_scale={temperature: 0}",
-            "optim.lr_scale: expected a mapping, each a number above 0, got {'temperature': 0}",
-        ),
-        ("data.max_bad_share=2", "data.max_bad_share: expected a number in [0, 1], got 2"),
-        (
-            "data.train=3",
-            "data.train: expected a string or a mapping or a list, each a string, got 3",
-        ),
-        ("data.train=???", "a list, each a string, got ???; set data.train=VALUE"),
+        ("optim.batch_size=yes", "optim.batch_size: must be a valid integer, got True"),
+        ("optim.batch_slices=5", "optim.batch_slices: must be at most optim.batch_size = 4, got 5"),
+        ("optim.betas=[0.9, 1]", "optim.betas.1: must be less than 1, got 1"),
+        ("optim.precision=fp8", "optim.precision: must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
+        ("optim.warmup_lr=1", "optim.warmup_lr: must be at most optim.lr = 0.001, got 1"),
+        ("peft={kind: lora, r: 0}", "peft.r: expected an integer at least 1, got 0"),
+        ("output_dir=' '", "output_dir: "),
+        ("data.train=3", "data.train: must be a valid string or must be an object or must be a"),
+        ("data.train=???", "data.train: required; set data.train=VALUE"),
         ("data.train=[a.json,*.tar]", "put its items in quotes, such as data.train=['a.json', '*"),
         ("data.weights=[1, 2]", "data.weights: expected one for each of the 1 sources of data.tr"),
-        ("data.weights=[0]", "data.weights: expected null or a list, each a number above 0, got"),
-        ("data.captions=clip", "'blip', 'blip_question' or null, got 'clip'"),
-        ("data.resize=pad", "data.resize: expected one of 'crop', 'squash' or null, got 'pad'"),
-        ("optim.warmup_lr=1", "optim.warmup_lr: expected at most optim.lr = 0.001, got 1.0"),
-        ("model.overrides=3", "model.overrides: expected a mapping, got 3"),
-        ("trackers=tensorboard", "trackers: expected a list, each a string, got 'tensorboard'"),
-        ("report=[poem]", "report: expected a list, each one of 'retrieval', 'zero_shot', "),
+        ("trackers=tensorboard", "trackers: must be a valid array, got 'tensorboard'"),
+        ("report=[poem]", "report.0: must be 'retrieval', 'zero_shot', 'timing' or 'picture', got"),
         ("report=[picture]", "data.eval: expected a source"),
         ("eval_every=5", "data.eval: expected a source"),
+        ("data.validation=a.json", "eval.select, data.validation: expected null in pre-training"),
+        ("eval.select=accuracy", "eval.select, data.validation: expected null in pre-training"),
         ("seed", "override 'seed': expected key=value"),
     ],
 )
-def test_mistake_names_key_expected_and_got(recipe, override, message):
+def test_mistake_names_key_requirement_and_value(recipe, override, message):
     with pytest.raises(ConfigError) as error:
         load_recipe(recipe, [override])
-    assert message in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -132,35 +116,48 @@ def test_report_options_that_a_task_lacks_raise(recipe, overrides):
     load_recipe(recipe, ["task=vqa", "data.eval=a.json", "report=[picture]"])
 
 
-@pytest.mark.parametrize("key", ["data.validation=a.json", "eval.select=accuracy"])
-def test_a_selection_in_pre_training_raises(recipe, key):
-    with pytest.raises(
-        ConfigError, match=r"^eval\.select, data\.validation: expected null in pre-"
-    ):
-        load_recipe(recipe, [key])
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a\n- b", "expected a mapping of keys, got list"),
+        ("", "expected a mapping of keys, got NoneType"),
         ("a: [", "not valid YAML"),
-        ("name: test", "output_dir: expected a string, got nothing"),
-        (MINIMAL.replace("lr: 1e-3", "eps: 1"), "optim.lr: expected a number above 0, got nothing"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2: key 'c' occurs twice"),
+        ("a: &a [*a]", "not valid YAML: Circular reference"),
+        ("seed: !!python/object/apply:os.system [a]", "could not determine a constructor"),
+        ("name: test", "output_dir: required; set output_dir=VALUE"),
+        (MINIMAL.replace("lr: 1e-3", "eps: 1"), "optim.lr: required; set optim.lr=VALUE"),
+        ("base: 3", "base: expected the name of a recipe, got 3"),
+        ("base: albef_4n", "recipe 'albef_4n': expected a path ending in .yaml, or a name that"),
+        ("base: own.yaml", "base: expected at most 7 recipes in a row"),
     ],
 )
-def test_a_file_that_is_not_a_recipe_raises(tmp_path, text, message):
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
+def test_a_file_that_is_not_a_recipe_raises(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ConfigError) as error:
-        load_recipe(path)
+        load_recipe("own.yaml")
     assert message in str(error.value)
+
+
+def test_anchors_and_merged_keys_are_read(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a {aa: 1, bb: 2}\nd: &d {<<: *a, bb: 3}\ne: {<<: *d, aa: 4}\nf: *d")
+    values = read_mapping(path)
+    assert values["d"] == values["f"] == {"aa": 1, "bb": 3} and values["e"] == {"aa": 4, "bb": 3}
 
 
 @pytest.mark.parametrize("name", ["clip_tny", "missing/recipe.yaml"])
 def test_missing_recipe(name):
     with pytest.raises(ConfigError, match=name):
         load_recipe(name)
+
+
+def test_a_wrong_value_ends_the_command_before_anything_is_written(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert elip("train", "clip_tiny", f"output_dir={folder}", "optim.lrr=1") == 2
+    assert capsys.readouterr().err == ("error: optim.lrr: unknown key; did you mean 'optim.lr'?\n")
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -172,18 +169,8 @@ def test_built_in_recipe_loads_and_survives_a_round_trip(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["clip_vit_s16_cc3m", "clip_vit_b16_cc12m"])
 def test_a_recipe_without_built_in_data_requires_data_train(name):
-    with pytest.raises(ConfigError, match=r"data\.train: .* set data\.train=VALUE"):
+    with pytest.raises(ConfigError, match=r"data\.train: required; set data\.train=VALUE"):
         load_recipe(name)
-
-
-def test_overrides_in_one_text_raise(recipe):
-    with pytest.raises(ConfigError, match="overrides: expected a list of"):
-        load_recipe(recipe, "seed=1")
-
-
-def test_config_is_frozen(recipe):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        load_recipe(recipe).seed = 1
 
 
 def test_resuming_may_change_length_and_output_only(recipe):
@@ -198,31 +185,10 @@ def test_resuming_may_change_length_and_output_only(recipe):
 def test_a_recipe_inherits_from_its_base(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("base: finetune/retrieval_albef_elip\nname: own\noptim: {lr: 1e-3}")
-    given = ["data.train=a", "data.eval=b", "model.pretrained=c", "data.validation=d"]
-    own, base = (load_recipe(each, given) for each in (path, "finetune/retrieval_albef_elip"))
+    own, base = (load_recipe(name, DATA) for name in (path, "finetune/retrieval_albef_elip"))
     optim = dataclasses.replace(base.optim, lr=1e-3)
     assert own == dataclasses.replace(base, name="own", optim=optim)
     assert own.model.overrides["queue_size"] == 65536  # of the base of the base
-
-
-@pytest.mark.parametrize(
-    ("base", "message"),
-    [
-        ("3", "base: expected the name of a recipe, got 3"),
-        ("albef_4n", "recipe 'albef_4n': expected .*did you mean 'albef_4m'"),
-        ("own.yaml", "base: expected at most 7 recipes in a row"),
-    ],
-)
-def test_a_base_that_is_no_recipe_raises(tmp_path, monkeypatch, base, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.yaml").write_text(f"base: {base}")
-    with pytest.raises(ConfigError, match=message):
-        load_recipe("own.yaml")
-
-
-def of_finetune(name):
-    given = ["data.train=a", "data.eval=b", "model.pretrained=c", "data.validation=d"]
-    return load_recipe(f"{FINETUNE}/{name}", given)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +207,7 @@ def of_finetune(name):
 def test_the_values_of_elip_differ_in_batch_epochs_and_selection_only(
     name, batch, epochs, candidates
 ):
-    elip, original = of_finetune(f"{name}_elip"), of_finetune(name)
+    elip, original = (load_recipe(f"{FINETUNE}/{n}", DATA) for n in (f"{name}_elip", name))
     assert (elip.optim.batch_size, elip.optim.epochs) == (batch, epochs)
     assert elip.task_options.get("candidates") == candidates
     selects = name.startswith(("entailment", "nlvr2"))

@@ -197,7 +197,7 @@ def test_evaluates_during_and_after_training(tmp_path):
     result = train(tiny_config(tmp_path, "eval_every=3", "report=[retrieval]", "log_every=2"))
     rows = logged(tmp_path, "image_to_text_r1", "text_to_image_r10", "step")
     assert [row["step"] for row in rows] == [3, 4]
-    assert result.scores.recalls["image_to_text_r1"] == rows[-1]["image_to_text_r1"]
+    assert result.scores.scores["image_to_text_r1"].mean == rows[-1]["image_to_text_r1"]
     assert [row["step"] for row in logged(tmp_path, "step")] == [2, 3, 4, 4]
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import create_model, load_model
-from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
+from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.training.optimizers import make_optimizer
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_folder import RunFolder
@@ -120,8 +120,8 @@ def test_the_average_is_saved_and_evaluated_and_does_not_change_training(tmp_pat
     assert_equal_weights(result.model, saved)
     for name, weight in saved.state_dict().items():
         torch.testing.assert_close(weight, expected[name])
-    scores = evaluate_retrieval(saved.eval(), result.tokenizer, result.eval_source)
-    assert scores == result.scores
+    scores = Retrieval(candidates=0).evaluate(saved.eval(), result.tokenizer, result.eval_source)
+    assert scores.scores == result.scores.scores
     last = plain.model.state_dict()
     assert all(torch.equal(last[name], weight) for name, weight in steps[-1].items())
 
@@ -191,5 +191,5 @@ def test_embeddings_of_another_tokenizer_raise(tmp_path):
 
 
 def test_pretrained_with_another_initialisation_raises(tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.pretrained: expected null with model\.vision_"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: must be null with model\.vision_"):
         tiny_config(tmp_path, "model.pretrained=a", "model.vision_init=timm:b")
