@@ -1,7 +1,7 @@
 """The training batches of a process: next batch, position in the data, unreadable samples.
 
 For a source of known samples the position is a function of the step, so that nothing is saved. For
-a stream, a checkpoint contains for each process the next shard of each of its workers.
+a stream, a checkpoint contains for each process the next sample of each of its workers.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from elip_models.pretraining.data import (
-    DataError,
     EpochSampler,
     ExampleSource,
     MixedSource,
@@ -26,7 +25,7 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import make_preparation
-from elip_models.validation import TrainingError, as_config_error
+from elip_models.validation import ConfigError, TrainingError, as_config_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -133,11 +132,10 @@ class _StreamedBatches:
             )
         self.batches_per_epoch = len(source) // (batch_size * world_size)
         if not self.batches_per_epoch:
-            with as_config_error("optim.batch_size"):
-                raise ValueError(
-                    f"expected at most {len(source) // world_size}, the samples of an epoch of the "
-                    f"stream for each process, got {batch_size}"
-                )
+            raise ConfigError(
+                f"optim.batch_size: expected at most {len(source) // world_size}, the samples of "
+                f"an epoch of the stream for each process, got {batch_size}"
+            )
         self._source = source
         self._file = f"stream_{rank}.json"
         self._skips = SkipReport(data.max_bad_share)
@@ -145,25 +143,22 @@ class _StreamedBatches:
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            self._stream.turns = _read_turns(checkpoint / self._file, len(self._stream.turns))
+            positions = _read_positions(checkpoint / self._file, len(self._stream.positions))
+            self._stream.positions = positions
         self._stream.done = batches_done
-        self._turns = list(self._stream.turns)
+        self._positions = list(self._stream.positions)
         self._batches = iter(stream_loader(self._stream))
 
     def next_batch(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        if isinstance(batch, DataError):
-            raise batch
-        skipped = batch["skipped"]
-        self._skips.update(skipped, len(batch["images"]) + len(skipped))
-        for name, problem in batch["shards"]:
-            number = self._shards.seen + 1  # a shard that fails once may be readable later
-            self._shards.update([(f"{number}. {name}", problem)] if problem else [], 1)
-        self._turns[batch["worker"]] = batch["turn"]
+        self._skips.update(batch["skipped"], len(batch["images"]) + len(batch["skipped"]))
+        lost = [(name, problem) for name, problem in batch["shards"] if problem]
+        self._shards.update(lost, len(batch["shards"]))
+        self._positions[batch["worker"]] = batch["position"]
         return _tensors(batch)
 
     def save(self, folder: Path) -> None:
-        (folder / self._file).write_text(json.dumps(self._turns), encoding="utf-8")
+        (folder / self._file).write_text(json.dumps(self._positions), encoding="utf-8")
 
     def invariants(self) -> dict[str, int | list[int]]:
         return {
@@ -179,20 +174,18 @@ class _StreamedBatches:
         return " ".join(summaries)
 
 
-def _read_turns(path: Path, workers: int) -> list[int]:
-    """Return the next shard of each worker; raise TrainingError if the file has no such list."""
+def _read_positions(path: Path, workers: int) -> list[tuple[int, int]]:
+    """Return the position of each worker; raise TrainingError if the file has none."""
     try:
-        turns = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        turns = None
-    if not isinstance(turns, list) or not all(type(each) is int and each >= 0 for each in turns):
-        turns = []
-    if len(turns) != workers:
+        positions = [(int(turn), int(place)) for turn, place in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError):
+        positions = []
+    if len(positions) != workers:
         raise TrainingError(
-            f"{path}: expected a list with the next shard of each of {workers} workers, got "
-            "another content; remove this checkpoint to resume an older one"
+            f"{path}: expected the position of each of {workers} workers, got another content; "
+            "remove this checkpoint to resume an older one"
         )
-    return turns
+    return positions
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
