@@ -9,7 +9,7 @@ Each batch holds the position behind it: the turn, and the place in the order of
 resumed reader downloads this shard again and continues with exactly the next sample.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,8 +34,7 @@ class StreamBatches(IterableDataset):
         worker   number of the worker that made it
         position (turn, place) of the next sample of this worker
 
-    To resume, set `positions` (one for each worker) and `done` (the number of batches before). If
-    no sample can be read, a DataError takes the place of a batch.
+    If no sample can be read, a DataError takes the place of a batch.
 
     Args:
         source: The stream.
@@ -138,6 +137,14 @@ class StreamBatches(IterableDataset):
         return int(order[reader + place * self.readers])
 
 
-def stream_loader(batches: StreamBatches) -> DataLoader:
-    """Return a loader of `batches`, from their position at the time of `iter()`."""
+def stream_loader(
+    batches: StreamBatches, positions: Sequence[tuple[int, int]] = (), done: int = 0
+) -> DataLoader:
+    """Return a loader of `batches`, which continues at `positions` after `done` batches.
+
+    `positions` has the position of the last batch of each worker, or (0, 0); it is empty at the
+    beginning.
+    """
+    batches.positions = list(positions) or [(0, 0)] * batches.workers
+    batches.done = done
     return WorkerLoader(batches, batch_size=None, **worker_options(batches.num_workers))

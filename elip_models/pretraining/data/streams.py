@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from elip_models.images import SampleError
 from elip_models.pretraining.data.data_spec import expand_ranges
-from elip_models.pretraining.data.read_errors import DataError, SkipReport
+from elip_models.pretraining.data.read_errors import DataError, SkipReport, check_source
 from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.shard_index import index_rows
 from elip_models.pretraining.data.shard_source import read_sample
@@ -145,21 +144,20 @@ class StreamSource:
     def check(self, limit: int | None = None) -> tuple[SkipReport, list[str]]:
         """Read every shard once, or the first `limit` samples.
 
-        Returns the report of unreadable samples and shards, and the captions of all others.
+        Returns the report of unreadable samples and shards, and the captions of the samples.
         """
         report, captions = SkipReport(), []
         for number in range(len(self.shards)):
             shard = self.download(number)
             if shard.problem:
                 report.record([(shard.name, shard.problem)], 1)
-            for index in range(len(shard)):
-                if report.seen == limit:
-                    return report, captions
-                try:
-                    captions += shard[index].captions
-                    report.record([], 1)
-                except SampleError as error:
-                    report.record([(error.id, error.reason)], 1)
+            rows = shard.rows if limit is None else shard.rows[: limit - report.seen]
+            captions += [caption for row in rows for caption in row["captions"]]
+            if rows:
+                samples = check_source(shard, len(rows))
+                report.record(samples.reasons, samples.seen)
+            if report.seen == limit:
+                break
         return report, captions
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from elip_models.images import SampleError
 from elip_models.pretraining.data.caption_rules import MAX_WORDS, CaptionRule, apply_caption_rule
 from elip_models.pretraining.data.checks import check_not_empty
-from elip_models.pretraining.data.read_errors import DataError, Skipped, SkipReport
+from elip_models.pretraining.data.read_errors import DataError, Skipped
 from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.tokenizer import tokenize
 
@@ -40,7 +40,6 @@ class TrainingSamples(Dataset):
         source: Samples or examples.
         prepare: Maps (sample, index, random generator) to tensors.
         seed: Seed of all random choices.
-        max_bad_share: Largest allowed share of unreadable samples, in [0, 1].
     """
 
     def __init__(
@@ -49,13 +48,11 @@ class TrainingSamples(Dataset):
         prepare: "Callable[[Sample | Example, int, np.random.Generator], dict[str, Tensor]]",
         *,
         seed: int,
-        max_bad_share: float = 0.05,
     ) -> None:
         check_not_empty("source", source)
         self.source = source
         self.prepare = prepare
         self.seed = seed
-        self.max_bad_share = max_bad_share
 
     def __len__(self) -> int:
         return len(self.source)
@@ -77,10 +74,6 @@ class TrainingSamples(Dataset):
             return {**self.prepare(sample, place, rng), "skipped": skipped[:1]}
         sample_id, reason, _ = skipped[0]
         raise DataError(f"no readable sample in {_MAX_TRIES} tries, such as {sample_id} ({reason})")
-
-    def skip_report(self) -> SkipReport:
-        """Return an empty report with this dataset's limit."""
-        return SkipReport(self.max_bad_share, length=len(self))
 
 
 class ImageTextPreparation:

@@ -6,7 +6,7 @@ a stream, a checkpoint contains for each process the next sample of each of its 
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -32,25 +32,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TrainBatches(Protocol):
-    """The infinite sequence of training batches of one process."""
+class TrainBatches:
+    """The infinite sequence of training batches of one process.
+
+    Attributes:
+        batches_per_epoch: Number of batches of this process in an epoch.
+        skips: Report of the samples that could not be read.
+    """
 
     batches_per_epoch: int
+    skips: SkipReport
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
         """Set the position behind `batches_done` batches, after which `checkpoint` was written."""
+        raise NotImplementedError
 
     def next_batch(self) -> dict[str, Tensor]:
         """Return the next batch; raise DataError if too many samples cannot be read."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Write the part of the position that does not follow from the step."""
 
     def invariants(self) -> dict[str, int | list[int]]:
         """Return numbers that a resumed run must share, besides the recipe."""
+        raise NotImplementedError
 
     def summary(self) -> str:
         """Return a summary of the samples that could not be read."""
+        return self.skips.summary()
 
 
 def make_train_batches(
@@ -70,7 +80,7 @@ def make_train_batches(
     return batches(config, source, prepare, accelerator.process_index, accelerator.num_processes)
 
 
-class _IndexedBatches:
+class _IndexedBatches(TrainBatches):
     def __init__(
         self,
         config: RunConfig,
@@ -79,20 +89,20 @@ class _IndexedBatches:
         rank: int,
         world_size: int,
     ) -> None:
-        data, seed = config.data, config.seed
+        data = config.data
         with as_config_error("data"):
-            dataset = TrainingSamples(source, prepare, seed=seed, max_bad_share=data.max_bad_share)
+            dataset = TrainingSamples(source, prepare, seed=config.seed)
         with as_config_error("optim.batch_size"):
             self._sampler = EpochSampler(
                 source.lengths if isinstance(source, MixedSource) else len(source),
                 config.optim.batch_size,
-                seed,
+                config.seed,
                 rank=rank,
                 world_size=world_size,
                 weights=data.weights,
             )
         self._loader = train_loader(dataset, self._sampler, data.num_workers)
-        self._skips = dataset.skip_report()
+        self.skips = SkipReport(data.max_bad_share, length=len(source))
         self.batches_per_epoch = self._sampler.batches_per_epoch
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
@@ -101,21 +111,15 @@ class _IndexedBatches:
 
     def next_batch(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        self._skips.update(batch["skipped"], len(batch["images"]))
-        return _tensors(batch)
-
-    def save(self, folder: Path) -> None:
-        pass
+        self.skips.update(batch.pop("skipped"), len(batch["images"]))
+        return batch
 
     def invariants(self) -> dict[str, int | list[int]]:
         lengths = self._sampler.lengths
-        return {"num_samples": list(lengths) if len(lengths) > 1 else self._sampler.length}
-
-    def summary(self) -> str:
-        return self._skips.summary()
+        return {"num_samples": list(lengths) if len(lengths) > 1 else lengths[0]}
 
 
-class _StreamedBatches:
+class _StreamedBatches(TrainBatches):
     def __init__(
         self, config: RunConfig, source: StreamSource, prepare: Any, rank: int, world_size: int
     ) -> None:
@@ -136,42 +140,38 @@ class _StreamedBatches:
                 f"optim.batch_size: expected at most {len(source) // world_size}, the samples of "
                 f"an epoch of the stream for each process, got {batch_size}"
             )
-        self._source = source
         self._file = f"stream_{rank}.json"
-        self._skips = SkipReport(data.max_bad_share)
+        self.skips = SkipReport(data.max_bad_share)
         self._shards = SkipReport(data.max_bad_share, what="shards")
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
+        self._positions = [(0, 0)] * self._stream.workers
         if checkpoint is not None:
-            positions = _read_positions(checkpoint / self._file, len(self._stream.positions))
-            self._stream.positions = positions
-        self._stream.done = batches_done
-        self._positions = list(self._stream.positions)
-        self._batches = iter(stream_loader(self._stream))
+            self._positions = _read_positions(checkpoint / self._file, self._stream.workers)
+        self._batches = iter(stream_loader(self._stream, self._positions, batches_done))
 
     def next_batch(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        self._skips.update(batch["skipped"], len(batch["images"]) + len(batch["skipped"]))
-        lost = [(name, problem) for name, problem in batch["shards"] if problem]
-        self._shards.update(lost, len(batch["shards"]))
-        self._positions[batch["worker"]] = batch["position"]
-        return _tensors(batch)
+        skipped, shards = batch.pop("skipped"), batch.pop("shards")
+        self.skips.update(skipped, len(batch["images"]) + len(skipped))
+        self._shards.update([shard for shard in shards if shard[1]], len(shards))
+        self._positions[batch.pop("worker")] = batch.pop("position")
+        return batch
 
     def save(self, folder: Path) -> None:
         (folder / self._file).write_text(json.dumps(self._positions), encoding="utf-8")
 
     def invariants(self) -> dict[str, int | list[int]]:
+        source = self._stream.source
         return {
-            "num_samples": len(self._source),
-            "num_shards": len(self._source.shards),
+            "num_samples": len(source),
+            "num_shards": len(source.shards),
             "num_workers": self._stream.num_workers,
         }
 
     def summary(self) -> str:
-        summaries = [self._skips.summary()]
-        if self._shards.reasons:
-            summaries.append(self._shards.summary())
-        return " ".join(summaries)
+        shards = f" {self._shards.summary()}" if self._shards.reasons else ""
+        return self.skips.summary() + shards
 
 
 def _read_positions(path: Path, workers: int) -> list[tuple[int, int]]:
@@ -186,7 +186,3 @@ def _read_positions(path: Path, workers: int) -> list[tuple[int, int]]:
             "remove this checkpoint to resume an older one"
         )
     return positions
-
-
-def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
