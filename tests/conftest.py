@@ -4,6 +4,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ TESTS = Path(__file__).resolve().parent
 GOLDEN = TESTS / "golden"
 LONGEST = ("test_interpreter", "test_interpreter_further", "test_gpu_on_cpu", "test_distributed")
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+CACHE = TemporaryDirectory()  # that of `datasets`, which keeps the index of tar shards
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 if IS_WORKER:  # one core for each worker and for the processes that it starts
     os.environ["OMP_NUM_THREADS"] = "1"

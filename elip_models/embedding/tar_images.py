@@ -15,28 +15,27 @@ from elip_models.embedding.image_source import (
     different_keys,
 )
 from elip_models.embedding.stored import Payload, Stored, Unavailable, local_or_none
-from elip_models.pretraining.data.shard_index import index_rows, read_index
+from elip_models.pretraining.data.shard_index import NO_CAPTION, index_rows, read_index
 from elip_models.pretraining.data.streams import redacted
-from elip_models.validation import ConfigError
+from elip_models.validation import ConfigError, as_config_error
 
-NO_CAPTION = "no caption"
-"""The problem of a sample that an embedding does not need."""
 COLUMNS = ("captions",)
 
 
 def tar_source(
     files: AbstractFileSystem, paths: Sequence[str], shown: str, options: SourceOptions
 ) -> ImageSource:
-    """Return the images of tar files; each lost part of a damaged file is one that is skipped."""
+    """Return the images of tar files. Raises ConfigError if one is damaged."""
     for argument in ("image_column", "key_column"):
         if getattr(options, argument) is not None:
             raise ConfigError(f"{argument}: expected none for tar files, got one")
     check_columns(options.keep_columns, COLUMNS, "keep_columns")
-    table, ends = _index(files, paths)
+    with as_config_error("source"):
+        table = _index(files, paths)
     names, problems = table["key"].to_pylist(), table["problem"].to_pylist()
     problems = ["" if each == NO_CAPTION else each for each in problems]
     places = list(zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True))
-    archive = [path for path, start, end in _spans(paths, ends) for _ in range(start, end)]
+    archive = [paths[number] for number in table["shard"].to_pylist()]
     keys = [
         as_key(f"{posixpath.basename(path)}:{name}")
         for path, name in zip(archive, names, strict=True)
@@ -55,22 +54,15 @@ def tar_source(
     return ImageSource("tar", shown, keys, payloads, columns, content=places)
 
 
-def _spans(paths: Sequence[str], ends: Sequence[int]) -> Iterator[tuple[str, int, int]]:
-    """Yield each archive, with its first row and the row behind its last one."""
-    return zip(paths, (0, *ends[:-1]), ends, strict=True)
-
-
-def _index(files: AbstractFileSystem, paths: Sequence[str]) -> tuple[pyarrow.Table, list[int]]:
-    """Return the rows of all archives, and the end row of each."""
+def _index(files: AbstractFileSystem, paths: Sequence[str]) -> pyarrow.Table:
+    """Return the rows of all archives; "shard" is the place of the archive in `paths`."""
     if local_or_none(files) is None:
-        rows, ends = read_index([Path(path) for path in paths])
-        return rows.with_format("arrow")[:], ends
-    rows, ends = [], []
-    for path in paths:
+        return read_index([Path(path) for path in paths]).with_format("arrow")[:]
+    rows = []
+    for number, path in enumerate(paths):
         with files.open(path, "rb") as file:
-            rows += index_rows(file, files.size(path), redacted(path))
-        ends.append(len(rows))
+            rows += [row | {"shard": number} for row in index_rows(file, redacted(path))]
     text, whole = pyarrow.string(), pyarrow.int64()
-    kinds = {"key": text, "offset": whole, "size": whole}
+    kinds = {"key": text, "shard": whole, "offset": whole, "size": whole}
     kinds |= {"captions": pyarrow.list_(text), "problem": text}
-    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds)), ends
+    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds))

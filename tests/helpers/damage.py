@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from elip_models.pretraining.data.tar_members import BLOCK
+BLOCK = tarfile.BLOCKSIZE
 
 SIX_GIGABYTES = b"\x80" + (6 << 30).to_bytes(11, "big")
 """A size in a header."""

@@ -6,11 +6,12 @@ from threading import Thread
 
 
 @contextmanager
-def served(folder, *, ranges=True, breaks_after=None):
-    """Serve a folder and yield its URL; each answer breaks off after `breaks_after` bytes.
+def served(folder, *, ranges=True, breaks=0):
+    """Serve a folder and yield its URL; the first `breaks` answers end after half of their bytes.
 
-    ranges: whether a part of a file can be had.
+    ranges: whether a part of a file can be requested.
     """
+    left = [breaks]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -20,11 +21,13 @@ def served(folder, *, ranges=True, breaks_after=None):
                 return
             content, asked = file.read_bytes(), self.headers.get("Range")
             is_part = ranges and asked is not None
-            first = int(asked.removeprefix("bytes=").rstrip("-")) if is_part else 0
+            first, last = asked.removeprefix("bytes=").split("-") if is_part else (0, "")
+            content = content[int(first) : int(last or len(content)) + 1]
             self.send_response(206 if is_part else 200)
-            self.send_header("Content-Length", str(len(content) - first))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[first:][:breaks_after])
+            left[0] -= 1
+            self.wfile.write(content[: len(content) // 2] if left[0] >= 0 else content)
 
         def log_message(self, *_):
             pass

@@ -29,7 +29,7 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.scenes import EmojiScenes, render
     from elip_models.pretraining.data.shard_source import ShardSource
     from elip_models.pretraining.data.stream_batches import StreamBatches, stream_loader
-    from elip_models.pretraining.data.stream_source import StreamSource, is_stream, open_stream
+    from elip_models.pretraining.data.streams import StreamSource, is_stream, open_stream
     from elip_models.pretraining.data.tasks.composition import EmojiComposition, open_composition
     from elip_models.pretraining.data.tasks.composition_files import (
         CompositionExample,
@@ -43,7 +43,6 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.tasks.text_only import question_only_accuracy
     from elip_models.pretraining.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
     from elip_models.pretraining.data.training_samples import (
-        ImageTextDataset,
         ImageTextPreparation,
         TrainingSamples,
         apply_seeded,
@@ -72,7 +71,6 @@ __all__ = [
     "ExampleBatch",
     "ExampleSource",
     "Group",
-    "ImageTextDataset",
     "ImageTextPreparation",
     "JsonSource",
     "MixedSource",

@@ -8,7 +8,7 @@ counted and reported.
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,7 @@ from elip_models.pretraining.data.mixture import check_weights, epoch_positions,
 from elip_models.pretraining.data.read_errors import DataError, SkipReport
 from elip_models.pretraining.data.sample import Sample, Source
 from elip_models.pretraining.data.training_samples import TrainingSamples
-from elip_models.validation import ConfigError, Count, PositiveInt, check
+from elip_models.validation import ConfigError, Count, check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,7 +50,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         weights: How often the samples of each source appear in an epoch, such as 1, 2 or 0.5.
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
+        ValueError: An epoch has no complete batch, or there is not one weight for each source.
     """
 
     def __init__(
@@ -64,15 +64,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         weights: Sequence[float] | None = None,
     ) -> None:
         self.lengths = tuple(length) if isinstance(length, Sequence) else (length,)
-        for each in self.lengths:
-            check("length", each, PositiveInt)
-        check("batch_size", batch_size, PositiveInt)
-        check("seed", seed, Count)
-        check("rank", rank, Count)
-        check("world_size", world_size, PositiveInt)
         self.weights = check_weights(weights, len(self.lengths))
-        if rank >= world_size:
-            raise ValueError(f"rank: expected less than world_size = {world_size}, got {rank}")
         self.samples = sum(map(samples_per_epoch, self.lengths, self.weights))
         if batch_size * world_size > self.samples:
             raise ValueError(
@@ -97,19 +89,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self.samples // (self.batch_size * self.world_size)
 
     def set_position(self, epoch: int, offset: int) -> None:
-        """Let the next iterator begin at batch `offset` of `epoch`.
-
-        To resume after a batch with epoch e and offset o, call `set_position(e, o + 1)`. An
-        `offset` equal to `batches_per_epoch` is the beginning of the next epoch.
-        """
-        check("epoch", epoch, Count)
-        check("offset", offset, Count)
+        """Let the next iterator begin at batch `offset` of `epoch`."""
         batches = self.batches_per_epoch
-        if offset > batches:
-            raise ValueError(
-                f"offset: expected at most batches_per_epoch = {batches}, got {offset}; use the "
-                "data and the batch size of the saved run"
-            )
         self.epoch, self.offset = divmod(epoch * batches + offset, batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -124,70 +105,25 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             epoch, offset = epoch + 1, 0
 
 
-class _ErrorsAsItems(Dataset):
-    """Dataset that returns an error as the item; raised in a worker, only its text would arrive."""
+class WorkerLoader(DataLoader):
+    """DataLoader that raises a DataError where one takes the place of a batch.
 
-    def __init__(
-        self, items: Any, error: type[Exception], prepare: Callable[[Any], tuple] | None = None
-    ) -> None:
-        self.items, self.error, self.prepare = items, error, prepare
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, position: Any) -> Any:
-        try:
-            item = self.items[position]
-        except self.error as error:
-            return error
-        return item if self.prepare is None else self.prepare(item)
-
-
-class ForkSafeLoader(DataLoader):
-    """DataLoader whose worker processes tokenize in one thread.
-
-    The tokenizers library prints a warning in every process forked after parallel tokenization,
-    unless the environment sets the parallelism. The variable is set only while workers start.
+    Its worker processes tokenize in one thread, unless the environment sets this: the tokenizers
+    library prints a warning in a process that is forked after parallel tokenization.
     """
 
     def __iter__(self) -> Iterator[Any]:
         is_set = _TOKENIZER_THREADS in os.environ
         os.environ.setdefault(_TOKENIZER_THREADS, "false")
         try:
-            return super().__iter__()
+            batches = super().__iter__()
         finally:
             if not is_set:
                 os.environ.pop(_TOKENIZER_THREADS, None)
-
-
-class _TrainLoader(ForkSafeLoader):
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        sampler = self.batch_sampler
-        start = sampler.epoch * sampler.batches_per_epoch + sampler.offset
-        for step, batch in enumerate(super().__iter__(), start):
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
-            epoch, offset = divmod(step, sampler.batches_per_epoch)
-            yield {**batch, "epoch": epoch, "offset": offset}
-
-
-def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: int) -> DataLoader:
-    """Return a loader of endless batches, from the sampler's position at the time of `iter()`.
-
-    A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
-    list of (id, reason, index), "epoch": int, "offset": int}, with any other tensors of the
-    samples. The number of workers changes no batch.
-    """
-    if sampler.length != len(dataset):
-        raise ValueError(
-            f"sampler: expected length {len(dataset)}, that of the dataset, got {sampler.length}"
-        )
-    return _TrainLoader(
-        _ErrorsAsItems(dataset, DataError),
-        batch_sampler=sampler,
-        collate_fn=_collate,
-        **worker_options(num_workers),
-    )
+            yield batch
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
@@ -219,13 +155,46 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
+class _ErrorsAsItems(Dataset):
+    """Dataset that returns an error as the item; raised in a worker, only its text would arrive."""
+
+    def __init__(
+        self, items: Any, error: type[Exception], prepare: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.items, self.error, self.prepare = items, error, prepare
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: Any) -> Any:
+        try:
+            item = self.items[position]
+        except self.error as error:
+            return error
+        return item if self.prepare is None else self.prepare(item)
+
+
+def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: int) -> DataLoader:
+    """Return a loader of endless batches, from the sampler's position at the time of `iter()`.
+
+    A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
+    list of (id, reason, index)}, with any other tensors of the samples. The number of workers
+    changes no batch.
+    """
+    return WorkerLoader(
+        _ErrorsAsItems(dataset, DataError),
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        **worker_options(num_workers),
+    )
+
+
 def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    return stack_tensors(samples) | {
-        "skipped": [skip for each in samples for skip in each["skipped"]]
-    }
+    skipped = [skip for sample in samples for skip in sample["skipped"]]
+    return stack_tensors(samples) | {"skipped": skipped}
 
 
 def stack_tensors(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -262,11 +231,9 @@ def evaluation_batches(
     Raises:
         DataError: More samples are unreadable than `report` allows, or all of them.
     """
-    columns = _columns(source, _with_captions, transform, batch_size, report, num_workers)
-    return (
-        EvaluationBatch(torch.stack(images), list(ids), list(captions))
-        for images, ids, captions, _ in columns
-    )
+    prepare = partial(_with_captions, transform)
+    for images, ids, captions, _ in _columns(source, prepare, batch_size, report, num_workers):
+        yield EvaluationBatch(torch.stack(images), list(ids), list(captions))
 
 
 class ExampleBatch(NamedTuple):
@@ -290,11 +257,9 @@ def example_batches(
     num_workers: int = 0,
 ) -> Iterator[ExampleBatch]:
     """Yield every readable example once, as `evaluation_batches` does for samples."""
-    columns = _columns(source, _as_tensors, transform, batch_size, report, num_workers)
-    return (
-        ExampleBatch(torch.stack(images), list(examples), list(indices))
-        for images, examples, indices in columns
-    )
+    prepare = partial(_as_tensors, transform)
+    for images, examples, indices in _columns(source, prepare, batch_size, report, num_workers):
+        yield ExampleBatch(torch.stack(images), list(examples), list(indices))
 
 
 def _with_captions(
@@ -312,35 +277,27 @@ def _as_tensors(
 
 def _columns(
     source: Source | ExampleSource,
-    prepare: Callable[[Callable, Any], tuple],
-    transform: Callable[["Image.Image"], Tensor],
+    prepare: Callable[[Any], tuple],
     batch_size: int,
     report: SkipReport | None,
     num_workers: int,
 ) -> Iterator[Iterator[tuple]]:
-    """Yield the columns of each batch of readable rows, `prepare(transform, sample)` and index."""
-    check("transform", transform, Callable)
+    """Yield the columns of each batch of readable samples: those of `prepare`, and the index."""
     check_not_empty("source", source)
-    check("batch_size", batch_size, PositiveInt)
     report = SkipReport(length=len(source)) if report is None else report
-    options = worker_options(num_workers)
-    dataset = _ErrorsAsItems(source, SampleError, partial(prepare, transform))
-    loader = ForkSafeLoader(dataset, batch_size=batch_size, collate_fn=list, **options)
-    return (zip(*rows, strict=True) for rows in _drop_unreadable(loader, report))
-
-
-def _drop_unreadable(
-    loader: Iterable[list[tuple | SampleError]], report: SkipReport
-) -> Iterator[list[tuple]]:
-    found, first = False, 0
-    for rows in loader:
-        numbered = [*enumerate(rows, first)]
-        errors = [(row.id, row.reason, n) for n, row in numbered if isinstance(row, SampleError)]
+    dataset, options = _ErrorsAsItems(source, SampleError, prepare), worker_options(num_workers)
+    first, is_readable = 0, False
+    for rows in WorkerLoader(dataset, batch_size=batch_size, collate_fn=list, **options):
+        skipped, readable = [], []
+        for index, row in enumerate(rows, first):
+            if isinstance(row, SampleError):
+                skipped.append((row.id, row.reason, index))
+            else:
+                readable.append((*row, index))
         first += len(rows)
-        readable = [(*row, n) for n, row in numbered if not isinstance(row, SampleError)]
-        report.update(errors, len(rows))
+        report.update(skipped, len(rows))
         if readable:
-            found = True
-            yield readable
-    if not found:
+            is_readable = True
+            yield zip(*readable, strict=True)
+    if not is_readable:
         raise DataError(f"no readable sample: {report.summary()}")

@@ -30,7 +30,7 @@ class Concatenation:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Sample | Example:
-        number, place = self._find(index)
+        number, place = self._locate(index)
         try:
             sample = self.sources[number][place]
         except SampleError as error:
@@ -39,10 +39,10 @@ class Concatenation:
 
     def image_number(self, index: int) -> int:
         """Return the first index that shows the same image, within the same source."""
-        number, place = self._find(index)
+        number, place = self._locate(index)
         return index - place + image_number(self.sources[number], place)
 
-    def _find(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> tuple[int, int]:
         """Return the number of the source and the index in it."""
         check_index(index, len(self))
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -54,7 +54,7 @@ class MixedSource(Concatenation):
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions without decoding the image; empty if the sample has none."""
-        number, place = self._find(index)
+        number, place = self._locate(index)
         return self.sources[number].captions(place)
 
 
@@ -63,11 +63,13 @@ class ConcatExamples(Concatenation):
 
     def __init__(self, sources: Sequence[ExampleSource]) -> None:
         super().__init__(sources)
-        self.answers = tuple(dict.fromkeys(each for one in self.sources for each in one.answers))
+        self.answers = tuple(
+            dict.fromkeys(answer for source in self.sources for answer in source.answers)
+        )
 
     def text_alone(self, index: int) -> Example:
         """Return the example without images; none is decoded."""
-        number, place = self._find(index)
+        number, place = self._locate(index)
         example = self.sources[number].text_alone(place)
         return example._replace(id=f"{number}/{example.id}")
 
@@ -94,12 +96,12 @@ def epoch_positions(
     parts, first = [], 0
     for number, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         count = samples_per_epoch(length, weight)
-        turn, place = np.divmod(np.arange(epoch * count, (epoch + 1) * count), length)
-        for each in np.unique(turn):
-            of_turn = turn == each
-            if of_turn.sum() < length:  # a whole pass is shuffled with the epoch
-                order = np.random.default_rng((seed, number, int(each))).permutation(length)
-                place[of_turn] = order[place[of_turn]]
-        parts.append(np.stack([turn, place + first], axis=1))
+        turns, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), length)
+        for turn in np.unique(turns):
+            is_turn = turns == turn
+            if is_turn.sum() < length:  # a whole pass is shuffled with the epoch
+                order = np.random.default_rng((seed, number, int(turn))).permutation(length)
+                places[is_turn] = order[places[is_turn]]
+        parts.append(np.stack([turns, places + first], axis=1))
         first += length
     return np.concatenate(parts)

@@ -1,14 +1,13 @@
 """Unreadable samples: counting, reporting, and an error when there are too many."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any
 
 from elip_models.images import SampleError
 from elip_models.pretraining.data.examples import ExampleSource
 from elip_models.pretraining.data.sample import Source
-from elip_models.pretraining.data.tar_members import MORE_LOST
-from elip_models.validation import Count, DataError, PositiveInt, Share, check
+from elip_models.validation import DataError, PositiveInt, Share, check
 
 DEFAULT_MAX_BAD_SHARE = 0.05
 
@@ -34,7 +33,7 @@ class SkipReport:
 
     Attributes:
         seen: Number of samples tried.
-        reasons: Id of each unreadable sample and the reason, in the order of finding.
+        reasons: Id of each unreadable sample and the reason, in the order of reading.
     """
 
     def __init__(
@@ -45,20 +44,12 @@ class SkipReport:
         what: str = "samples",
     ) -> None:
         check("max_bad_share", max_bad_share, Share)
-        check("length", length, Count | None)
         self.max_bad_share = max_bad_share
         self.length = length
         self.what = what
         self.seen = 0
         self.reasons: list[tuple[str, str]] = []
         self._indices: set[int] = set()
-
-    @classmethod
-    def from_skipped(cls, skipped: Sequence[Skipped]) -> Self:
-        """Return the report of `skipped` samples, none of which could be read."""
-        report = cls(0.0)
-        report.record(skipped, len(skipped))
-        return report
 
     @property
     def share(self) -> float:
@@ -67,7 +58,7 @@ class SkipReport:
         return len(self.reasons) / max(1, seen)
 
     def update(self, skipped: Iterable[Skipped], seen: int) -> None:
-        """Add unreadable samples, found among `seen` further ones.
+        """Add unreadable samples among `seen` further ones.
 
         Raises DataError if the share is above `max_bad_share`, once 100 samples were seen.
         """
@@ -83,7 +74,7 @@ class SkipReport:
         """Add samples as `update` does, without checking the share."""
         self.seen += seen
         for sample_id, reason, *index in skipped:
-            if not index or self._indices.isdisjoint(index):
+            if self._indices.isdisjoint(index):
                 self._indices.update(index)
                 self.reasons.append((sample_id, reason))
 
@@ -94,10 +85,9 @@ class SkipReport:
         examples = self.reasons[:_EXAMPLES]
         listed = "; ".join(f"{name:.200} ({reason:.300})" for name, reason in examples)
         more = ", among them" if len(self.reasons) > len(examples) else ""
-        is_exact = not any(reason.endswith(MORE_LOST) for _, reason in self.reasons)
         return (
-            f"{'' if is_exact else 'At least '}{len(self.reasons)} of {self.seen} {self.what} "
-            f"({self.share:.1%}) could not be read{more}: {listed}."
+            f"{len(self.reasons)} of {self.seen} {self.what} ({self.share:.1%}) could not be "
+            f"read{more}: {listed}."
         )
 
 

@@ -13,8 +13,7 @@ from elip_models.pretraining.data.mixture import MixedSource
 from elip_models.pretraining.data.sample import Source
 from elip_models.pretraining.data.scenes import EmojiScenes
 from elip_models.pretraining.data.shard_source import ShardSource
-from elip_models.pretraining.data.stream_source import is_stream
-from elip_models.pretraining.data.streams import redacted
+from elip_models.pretraining.data.streams import is_stream, redacted
 from elip_models.validation import PositiveInt, check, shortened
 
 _BUILT_IN = "emoji_scenes"

@@ -1,273 +1,144 @@
-"""Index of tar shards: an Arrow table with one row per sample.
+"""Index of tar shards: one row per sample, in a table that `datasets` caches and maps into memory.
 
-The table of a shard of at least `MIN_CACHED_BYTES` is stored in the cache folder. All ranks and
-workers map it into memory. Its file name depends on the path, size, inode and times of the shard;
-the table of a changed shard replaces the old one. The file ends with a checksum of the table and of
-the file name. It is compared before the table is read, and a damaged table is built again. When
-several tables are missing, several processes build them, each table once.
-
-The cache folder is $ELIP_CACHE, or `elip` in $XDG_CACHE_HOME or ~/.cache. Nothing is cached if
-$ELIP_CACHE is empty or the folder is not writable.
+A sample is all members of a shard with the same name up to the last dot: an image, and its captions
+in a .json ("captions" or "caption"), a .txt, or both. `tarfile` ends silently at a damaged header.
+`index_rows` therefore checks that the rest of the file is padding, so that no sample is lost.
 """
 
 import hashlib
-import itertools
 import json
 import os
-import subprocess
-import sys
-import time
-import warnings
+import posixpath
+import tarfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from elip_models.pretraining.data.checks import expand_user
-from elip_models.pretraining.data.tar_members import Damage, Member, StoredTar, members_of
-from elip_models.pretraining.data.tar_samples import EXTENSIONS, SampleMembers, sample_name
-from elip_models.validation import require_extra
+from elip_models.pretraining.data.sample import clean_captions
+from elip_models.validation import check_text, require_extra
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import Dataset
-    from datasets.table import Table
 
-MIN_CACHED_BYTES = 2**24  # bytes of a shard; reading a smaller one is fast enough without a cache
-MIN_SHARED_BYTES = 2**30  # total bytes of missing shards from which on several processes build them
-FORMAT = 4  # version of the cached tables
-_DIGEST_BYTES = 8
+FORMAT = 5  # version of the rows
+MIN_PARALLEL_BYTES = 2**30  # of all shards, from which on several processes index them
+NO_CAPTION = "no caption"
+"""The problem of a sample with an image that can be read."""
+_IMAGES = ("jpeg", "jpg", "png", "webp")
+_EXTENSIONS = (*_IMAGES, "json", "txt")
+_MAX_PADDING = tarfile.RECORDSIZE + tarfile.BLOCKSIZE  # zeros that end a tar: filled to a record
 
 
-def read_index(shards: Sequence[Path]) -> tuple["Dataset", list[int]]:
-    """Return the rows of all shards in order, and the end row of each shard.
+def read_index(shards: Sequence[Path]) -> "Dataset":
+    """Return the rows of all shards in order, see `index_rows`; "shard" is the place in `shards`.
 
-    A row has the key, the offset and size of the image, the captions, and the problem: why the
-    sample cannot be read, or "".
+    The table is built once for these shards, and again if the path, size or time of one changes.
+
+    Raises:
+        ValueError: A shard is damaged, not an uncompressed tar, or has no sample.
     """
     with require_extra("ShardSource"):
-        from datasets import Dataset
-        from datasets.table import InMemoryTable, concat_tables
+        from datasets import Dataset, Features, List, Value
+        from datasets.exceptions import DatasetGenerationError
 
-    paths = {shard: path for shard in shards if (path := _cache_path(shard)) is not None}
-    tables = {shard: _load_cached(path) for shard, path in paths.items()}
-    missing = {shard: paths[shard] for shard, table in tables.items() if table is None}
-    damaged = [shard for shard, path in missing.items() if path.exists()]
-    if damaged:
-        warnings.warn(
-            f"the cached index of {len(damaged)} of {len(paths)} tar shards is damaged, such as "
-            f"that of {damaged[0]}; it is built again",
-            stacklevel=2,
+    status = [shard.stat() for shard in shards]
+    paths = [str(shard.resolve()) for shard in shards]
+    state = [(each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for each in status]
+    size = sum(each.st_size for each in status)
+    columns = {name: Value("string") for name in ("key", "problem")}
+    columns |= {name: Value("int64") for name in ("shard", "offset", "size")}
+    try:
+        return Dataset.from_generator(
+            _rows,
+            features=Features(columns | {"captions": List(Value("string"))}),
+            gen_kwargs={"shards": list(enumerate(paths))},
+            num_proc=min(len(shards), os.cpu_count() or 1) if size >= MIN_PARALLEL_BYTES else None,
+            fingerprint=hashlib.sha256(repr((FORMAT, paths, state)).encode()).hexdigest()[:32],
         )
-    _build_missing(missing)
-    tables |= {shard: _load_cached(path) for shard, path in missing.items()}
-    parts = [tables.get(shard) or InMemoryTable(_shard_table(shard)) for shard in shards]
-    # `datasets` would compute a fingerprint, which nothing uses, from all rows.
-    rows = Dataset(concat_tables(parts), fingerprint="shards")
-    return rows, list(itertools.accumulate(map(len, parts)))
+    except DatasetGenerationError as error:
+        raise ValueError(str(error.__cause__)) from error
 
 
-def _load_cached(path: Path) -> "Table | None":
-    """Return a cached table, or None if it is missing or damaged."""
-    import pyarrow
-    from datasets.table import MemoryMappedTable
-
-    if not path.is_file() or path.stat().st_size <= _DIGEST_BYTES:
-        return None
-    try:
-        content = pyarrow.memory_map(str(path)).read_buffer()
-    except OSError:
-        return None
-    stored = content.slice(0, content.size - _DIGEST_BYTES)
-    if content.slice(stored.size).to_pybytes() != _checksum(path, stored):
-        return None  # Arrow itself reads any bytes, and may end the process
-    return MemoryMappedTable(pyarrow.ipc.open_stream(stored).read_all(), str(path))
+def _rows(shards: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
+    for number, path in shards:
+        with open(path, "rb") as file:
+            for row in index_rows(file, path):
+                yield row | {"shard": number}
 
 
-def _checksum(path: Path, table: "pyarrow.Buffer") -> bytes:
-    import xxhash  # a requirement of `datasets`
+def index_rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each sample of an open tar, in order of first appearance.
 
-    digest = xxhash.xxh3_64(path.name.encode())
-    digest.update(table)
-    return digest.digest()
+    A row has the key of the sample, the offset and size of its image, its captions, and the
+    problem: why the sample cannot be read, or "".
 
-
-def _cache_path(shard: Path) -> Path | None:
-    stat = shard.stat()
-    root = _cache_folder()
-    if stat.st_size < MIN_CACHED_BYTES or root is None:
-        return None
-    state = (FORMAT, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-    name = f"{_digest(os.fsencode(shard.resolve()))}-{_digest(repr(state).encode())}.arrow"
-    return root / "shards" / name
-
-
-def _digest(value: bytes) -> str:
-    return hashlib.sha256(value).hexdigest()[:32]
-
-
-def _cache_folder() -> Path | None:
-    configured = os.environ.get("ELIP_CACHE")
-    if configured == "":
-        return None
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return _writable(expand_user(configured) if configured else root / "elip")
-
-
-@cache
-def _writable(folder: Path) -> Path | None:
-    """Create the folder and return it; warn and return None if it is not writable."""
-    try:
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
-        if not os.access(folder / "shards", os.W_OK):
-            raise PermissionError(f"{folder} is not writable")
-    except OSError as error:
-        _warn_not_cached(error)
-        return None
-    return folder
-
-
-def _warn_not_cached(error: OSError) -> None:
-    warnings.warn(
-        f"the index of tar shards is not cached: {error}; set ELIP_CACHE to a writable folder",
-        stacklevel=3,
-    )
-
-
-def _build_missing(tables: dict[Path, Path]) -> None:
-    if not tables:
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    processes = []
-    if sum(shard.stat().st_size for shard in tables) >= MIN_SHARED_BYTES:
-        command = [sys.executable, "-m", "elip_models.pretraining.data.shard_index"]
-        request = json.dumps([[str(shard), str(path)] for shard, path in tables.items()])
-        for _ in range(min(len(tables), os.cpu_count() or 1) - 1):
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-            process.stdin.write(request)
-            process.stdin.close()
-            processes.append(process)
-    console = Console(stderr=True)
-    try:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            for _ in progress.track(
-                _build_unlocked(tables), len(tables), description="index of tar shards"
-            ):
-                pass
-    finally:
-        for process in processes:
-            process.wait()
-
-
-def _build_unlocked(tables: dict[Path, Path]) -> Iterator[Path]:
-    """Build the tables that no other process builds; yield each shard whose table exists."""
-    from filelock import FileLock, Timeout
-
-    left = dict(tables)
-    while left:
-        before = len(left)
-        for shard, path in list(left.items()):
-            try:
-                with FileLock(path.with_suffix(".lock"), timeout=0):
-                    if _load_cached(path) is None:
-                        _write_table(_shard_table(shard), path)
-                path.with_suffix(".lock").unlink(missing_ok=True)
-            except Timeout:
-                continue  # another process builds it
-            except OSError as error:  # such as a full disk
-                _warn_not_cached(error)
-            del left[shard]
-            yield shard
-        if len(left) == before:
-            time.sleep(0.1)
-
-
-def _write_table(table: "pyarrow.Table", path: Path) -> None:
-    """Write a table atomically, and remove the tables of earlier versions of the shard."""
-    import pyarrow
-
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    memory = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(memory, table.schema) as writer:
-        writer.write_table(table)
-    content = memory.getvalue()
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.write(_checksum(path, content))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    for older in path.parent.glob(f"{path.stem.partition('-')[0]}-*.arrow"):
-        if older != path:
-            older.unlink(missing_ok=True)
-
-
-def _shard_table(shard: Path) -> "pyarrow.Table":
-    import pyarrow
-
-    text = pyarrow.string()
-    schema = pyarrow.schema(
-        {
-            "key": text,
-            "offset": pyarrow.int64(),
-            "size": pyarrow.int64(),
-            "captions": pyarrow.list_(text),
-            "problem": text,
-        }
-    )
-    return pyarrow.Table.from_pylist(list(_rows(shard)), schema=schema)
-
-
-def _rows(shard: Path) -> Iterator[dict[str, Any]]:
-    with shard.open("rb") as file:
-        yield from index_rows(file, shard.stat().st_size, str(shard))
-
-
-def index_rows(file: BinaryIO, size: int, archive: str) -> Iterator[dict[str, Any]]:
-    """Yield one row per key, in order of first appearance, then one per lost part.
-
-    `file` is the open tar of `size` bytes, `archive` its name in warnings and errors.
+    Raises:
+        ValueError: The tar is damaged or compressed, or has no sample. The message begins with
+            `name`.
     """
-    samples: dict[str, SampleMembers] = {}
-    lost: list[tuple[str, str]] = []
-    for member in members_of(StoredTar(file, size), archive):
-        if isinstance(member, Damage):
-            lost.append((f"byte {member.offset}", member.what))
-        elif name := sample_name(member.name):
-            key, extension = name
-            samples.setdefault(key, SampleMembers(key)).add(extension, member)
-
-    def read(member: Member) -> bytes:
-        file.seek(member.offset)
-        return file.read(member.size)
-
-    for sample in samples.values():
-        image, captions, problem = sample.read(read)
-        yield {
-            "key": sample.key,
-            "offset": image.offset if image else 0,
-            "size": image.size if image else 0,
-            "captions": captions,
-            "problem": problem,
-        }
-        lost += [(sample.key, problem)] * (sample.copies - 1)
-    if not samples and not lost:
-        lost.append(("byte 0", f"no member ends in {', '.join(EXTENSIONS)}"))
-    if lost:
-        examples = "; ".join(what for _, what in lost[:3]) + ("; .." if len(lost) > 3 else "")
-        warnings.warn(
-            f"{archive} is damaged: {examples}; each counts as an unreadable sample", stacklevel=2
-        )
-    for key, problem in lost:
-        yield {"key": key, "offset": 0, "size": 0, "captions": [], "problem": problem}
+    for key, members in _samples(file, name).items():
+        image = members.get("image", [])
+        row = {"key": key, "offset": 0, "size": 0, "captions": [], "problem": ""}
+        if image:
+            row |= {"offset": image[0].offset_data, "size": image[0].size}
+        try:
+            row["captions"] = _captions(members, file)
+        except (ValueError, RecursionError) as error:
+            row["problem"] = f"captions not readable: {error}"
+        if not image:
+            row["problem"] = "no image member"
+        elif any(len(copies) > 1 for copies in members.values()):
+            row["problem"] = f"several images or captions are named {key}; rename all but one"
+        elif not row["captions"] and not row["problem"]:
+            row["problem"] = NO_CAPTION
+        yield row
 
 
-if __name__ == "__main__":  # a process that `_build_missing` started
-    request = json.load(sys.stdin)
-    with suppress(ValueError, OSError):  # the parent process reads the same shard and raises
-        for _ in _build_unlocked({Path(shard): Path(path) for shard, path in request}):
-            pass
+def _samples(file: BinaryIO, name: str) -> dict[str, dict[str, list[tarfile.TarInfo]]]:
+    """Return the members of each sample by key and kind: "image", "json" or "txt"."""
+    samples: dict = defaultdict(lambda: defaultdict(list))
+    end = file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                key, _, extension = member.name.rpartition(".")
+                extension = extension.lower()
+                is_hidden = posixpath.basename(key)[:1] in ("", ".")
+                if member.isfile() and extension in _EXTENSIONS and not is_hidden:
+                    samples[key]["image" if extension in _IMAGES else extension].append(member)
+        file.seek(end)
+        padding = file.read(_MAX_PADDING + 1)
+        if not tarfile.BLOCKSIZE <= len(padding) <= _MAX_PADDING or padding.strip(b"\0"):
+            raise tarfile.ReadError(f"neither a header nor the end of a tar at byte {end}")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{name}: expected a complete, uncompressed tar, got a damaged or another file "
+            f"({error}); remove it, or download or pack it again"
+        ) from error
+    if not samples:
+        raise ValueError(f"{name}: expected members that end in {', '.join(_EXTENSIONS)}, got none")
+    return samples
+
+
+def _captions(members: dict[str, list[tarfile.TarInfo]], file: BinaryIO) -> list[str]:
+    """Return the distinct captions of the .json, then of the .txt."""
+    captions = []
+    for kind in ("json", "txt"):
+        for member in members.get(kind, []):
+            file.seek(member.offset_data)
+            content: Any = file.read(member.size)
+            padding = file.read(-member.size % tarfile.BLOCKSIZE)
+            if b"\0" in content or padding.strip(b"\0"):  # a block of the tar is lost
+                raise ValueError(f"expected a text of {member.size} bytes, got other bytes")
+            if kind == "json":
+                content = json.loads(content)
+                if not isinstance(content, dict):
+                    raise ValueError(f"json: expected an object, got {content!r:.100}")
+                content = content.get("captions") or content.get("caption")
+            else:
+                content = content.decode("utf-8-sig")
+            captions += clean_captions(content)
+    check_text("caption", *captions)
+    return list(dict.fromkeys(captions))

@@ -4,9 +4,8 @@ All random choices for a sample depend on (seed, turn, index) only, where the tu
 the sample was used before. An unreadable sample is replaced and reported.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,19 +15,18 @@ from torch.utils.data import Dataset
 from elip_models.images import SampleError
 from elip_models.pretraining.data.caption_rules import MAX_WORDS, CaptionRule, apply_caption_rule
 from elip_models.pretraining.data.checks import check_not_empty
-from elip_models.pretraining.data.read_errors import DataError, Skipped, SkipReport
-from elip_models.pretraining.data.sample import Sample, Source
+from elip_models.pretraining.data.read_errors import DataError, Skipped
+from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.tokenizer import tokenize
-from elip_models.validation import Bounds, Count, PositiveInt, Share, check
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
     from elip_models.pretraining.data.examples import Example, ExampleSource
+    from elip_models.pretraining.data.sample import Source
 
-_MAX_REPLACEMENTS = 1000  # so that an unreadable source fails before all of it is tried
-_GOLDEN_RATIO = 0.6180339887
+_MAX_TRIES = 1000  # so that an unreadable source fails before all of it is tried
 
 
 class TrainingSamples(Dataset):
@@ -42,7 +40,6 @@ class TrainingSamples(Dataset):
         source: Samples or examples.
         prepare: Maps (sample, index, random generator) to tensors.
         seed: Seed of all random choices.
-        max_bad_share: Largest allowed share of unreadable samples, in [0, 1].
     """
 
     def __init__(
@@ -51,73 +48,32 @@ class TrainingSamples(Dataset):
         prepare: "Callable[[Sample | Example, int, np.random.Generator], dict[str, Tensor]]",
         *,
         seed: int,
-        max_bad_share: float = 0.05,
     ) -> None:
         check_not_empty("source", source)
-        check("prepare", prepare, Callable)
-        check("seed", seed, Count)
-        check("max_bad_share", max_bad_share, Share)
         self.source = source
         self.prepare = prepare
         self.seed = seed
-        self.max_bad_share = max_bad_share
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, Any]:
         turn, index = position
-        sample, found, skipped = self._read(index)
         rng = np.random.default_rng((self.seed, turn, index))
-        return {**self.prepare(sample, found, rng), "skipped": skipped}
-
-    def skip_report(self) -> SkipReport:
-        """Return an empty report with this dataset's limit."""
-        return SkipReport(self.max_bad_share, length=len(self))
-
-    def _read(self, index: int) -> "tuple[Sample | Example, int, list[Skipped]]":
-        """Return the sample at `index` or a readable replacement, its index, and what was skipped.
-
-        Only the sample at `index` is reported. Replacements are reported when they are requested
-        themselves, so the share of reported samples is the share of unreadable ones.
-        """
         skipped: list[Skipped] = []
-        for candidate in _replacements(index, len(self)):
+        place = index
+        for _ in range(_MAX_TRIES):
             try:
-                return self.source[candidate], candidate, skipped[:1]
+                sample = self.source[place]
             except SampleError as error:
-                skipped.append((error.id, error.reason, candidate))
-        raise DataError(f"no readable sample: {SkipReport.from_skipped(skipped).summary()}")
-
-
-class ImageTextDataset(TrainingSamples):
-    """Training samples of images, each with one caption drawn anew in every turn.
-
-    `ImageTextPreparation` documents the tensors and the arguments; "skipped" is added to them.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        transform: "Callable[[Image.Image], Tensor]",
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        context_length: int,
-        seed: int,
-        max_bad_share: float = 0.05,
-        captions: CaptionRule = "plain",
-        max_words: int = MAX_WORDS,
-        guide_captions: bool = False,
-    ) -> None:
-        prepare = ImageTextPreparation(
-            transform,
-            tokenizer,
-            context_length=context_length,
-            captions=captions,
-            max_words=max_words,
-            guide_captions=guide_captions,
-        )
-        super().__init__(source, prepare, seed=seed, max_bad_share=max_bad_share)
+                skipped.append((error.id, error.reason, place))
+                place = int(rng.integers(len(self)))
+                continue
+            # Replacements are reported when they are requested themselves. The share of reported
+            # samples is therefore the share of unreadable ones.
+            return {**self.prepare(sample, place, rng), "skipped": skipped[:1]}
+        sample_id, reason, _ = skipped[0]
+        raise DataError(f"no readable sample in {_MAX_TRIES} tries, such as {sample_id} ({reason})")
 
 
 class ImageTextPreparation:
@@ -147,12 +103,6 @@ class ImageTextPreparation:
         max_words: int = MAX_WORDS,
         guide_captions: bool = False,
     ) -> None:
-        check("transform", transform, Callable)
-        check("tokenizer", tokenizer, Callable)
-        check("context_length", context_length, Annotated[int, Bounds(3)])
-        check("captions", captions, CaptionRule)
-        check("max_words", max_words, PositiveInt)
-        check("guide_captions", guide_captions, bool)
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a pad token; use load_tokenizer")
         self.transform = transform
@@ -199,12 +149,3 @@ def apply_seeded(
         # torch.manual_seed would also reseed the accelerators of this process.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         return transform(image)
-
-
-def _replacements(index: int, length: int) -> Iterator[int]:
-    """Yield `index`, then other indices spread over the source, since bad samples often adjoin."""
-    stride = max(1, round(length * _GOLDEN_RATIO))
-    while math.gcd(stride, length) != 1:
-        stride += 1
-    for step in range(min(length, _MAX_REPLACEMENTS)):
-        yield (index + step * stride) % length

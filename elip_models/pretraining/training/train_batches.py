@@ -1,17 +1,16 @@
 """The training batches of a process: next batch, position in the data, unreadable samples.
 
 For a source of known samples the position is a function of the step, so that nothing is saved. For
-a stream, a checkpoint contains for each process the next shard of each of its workers.
+a stream, a checkpoint contains for each process the next sample of each of its workers.
 """
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from elip_models.pretraining.data import (
-    DataError,
     EpochSampler,
     ExampleSource,
     MixedSource,
@@ -26,32 +25,42 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import make_preparation
-from elip_models.validation import TrainingError, as_config_error
+from elip_models.validation import ConfigError, TrainingError, as_config_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 
-class TrainBatches(Protocol):
-    """The infinite sequence of training batches of one process."""
+class TrainBatches:
+    """The infinite sequence of training batches of one process.
+
+    Attributes:
+        batches_per_epoch: Number of batches of this process in an epoch.
+        skips: Report of the samples that could not be read.
+    """
 
     batches_per_epoch: int
+    skips: SkipReport
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
         """Set the position behind `batches_done` batches, after which `checkpoint` was written."""
+        raise NotImplementedError
 
     def next_batch(self) -> dict[str, Tensor]:
         """Return the next batch; raise DataError if too many samples cannot be read."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Write the part of the position that does not follow from the step."""
 
     def invariants(self) -> dict[str, int | list[int]]:
         """Return numbers that a resumed run must share, besides the recipe."""
+        raise NotImplementedError
 
     def summary(self) -> str:
         """Return a summary of the samples that could not be read."""
+        return self.skips.summary()
 
 
 def make_train_batches(
@@ -71,7 +80,7 @@ def make_train_batches(
     return batches(config, source, prepare, accelerator.process_index, accelerator.num_processes)
 
 
-class _IndexedBatches:
+class _IndexedBatches(TrainBatches):
     def __init__(
         self,
         config: RunConfig,
@@ -80,20 +89,20 @@ class _IndexedBatches:
         rank: int,
         world_size: int,
     ) -> None:
-        data, seed = config.data, config.seed
+        data = config.data
         with as_config_error("data"):
-            dataset = TrainingSamples(source, prepare, seed=seed, max_bad_share=data.max_bad_share)
+            dataset = TrainingSamples(source, prepare, seed=config.seed)
         with as_config_error("optim.batch_size"):
             self._sampler = EpochSampler(
                 source.lengths if isinstance(source, MixedSource) else len(source),
                 config.optim.batch_size,
-                seed,
+                config.seed,
                 rank=rank,
                 world_size=world_size,
                 weights=data.weights,
             )
         self._loader = train_loader(dataset, self._sampler, data.num_workers)
-        self._skips = dataset.skip_report()
+        self.skips = SkipReport(data.max_bad_share, length=len(source))
         self.batches_per_epoch = self._sampler.batches_per_epoch
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
@@ -102,21 +111,15 @@ class _IndexedBatches:
 
     def next_batch(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        self._skips.update(batch["skipped"], len(batch["images"]))
-        return _tensors(batch)
-
-    def save(self, folder: Path) -> None:
-        pass
+        self.skips.update(batch.pop("skipped"), len(batch["images"]))
+        return batch
 
     def invariants(self) -> dict[str, int | list[int]]:
         lengths = self._sampler.lengths
-        return {"num_samples": list(lengths) if len(lengths) > 1 else self._sampler.length}
-
-    def summary(self) -> str:
-        return self._skips.summary()
+        return {"num_samples": list(lengths) if len(lengths) > 1 else lengths[0]}
 
 
-class _StreamedBatches:
+class _StreamedBatches(TrainBatches):
     def __init__(
         self, config: RunConfig, source: StreamSource, prepare: Any, rank: int, world_size: int
     ) -> None:
@@ -133,67 +136,53 @@ class _StreamedBatches:
             )
         self.batches_per_epoch = len(source) // (batch_size * world_size)
         if not self.batches_per_epoch:
-            with as_config_error("optim.batch_size"):
-                raise ValueError(
-                    f"expected at most {len(source) // world_size}, the samples of an epoch of the "
-                    f"stream for each process, got {batch_size}"
-                )
-        self._source = source
+            raise ConfigError(
+                f"optim.batch_size: expected at most {len(source) // world_size}, the samples of "
+                f"an epoch of the stream for each process, got {batch_size}"
+            )
         self._file = f"stream_{rank}.json"
-        self._skips = SkipReport(data.max_bad_share)
+        self.skips = SkipReport(data.max_bad_share)
         self._shards = SkipReport(data.max_bad_share, what="shards")
 
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
+        self._positions = [(0, 0)] * self._stream.workers
         if checkpoint is not None:
-            self._stream.turns = _read_turns(checkpoint / self._file, len(self._stream.turns))
-        self._stream.done = batches_done
-        self._turns = list(self._stream.turns)
-        self._batches = iter(stream_loader(self._stream))
+            self._positions = _read_positions(checkpoint / self._file, self._stream.workers)
+        self._batches = iter(stream_loader(self._stream, self._positions, batches_done))
 
     def next_batch(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        if isinstance(batch, DataError):
-            raise batch
-        skipped = batch["skipped"]
-        self._skips.update(skipped, len(batch["images"]) + len(skipped))
-        for name, problem in batch["shards"]:
-            number = self._shards.seen + 1  # a shard that fails once may be readable later
-            self._shards.update([(f"{number}. {name}", problem)] if problem else [], 1)
-        self._turns[batch["worker"]] = batch["turn"]
-        return _tensors(batch)
+        skipped, shards = batch.pop("skipped"), batch.pop("shards")
+        self.skips.update(skipped, len(batch["images"]) + len(skipped))
+        self._shards.update([shard for shard in shards if shard[1]], len(shards))
+        self._positions[batch.pop("worker")] = batch.pop("position")
+        return batch
 
     def save(self, folder: Path) -> None:
-        (folder / self._file).write_text(json.dumps(self._turns), encoding="utf-8")
+        (folder / self._file).write_text(json.dumps(self._positions), encoding="utf-8")
 
     def invariants(self) -> dict[str, int | list[int]]:
+        source = self._stream.source
         return {
-            "num_samples": len(self._source),
-            "num_shards": len(self._source.shards),
+            "num_samples": len(source),
+            "num_shards": len(source.shards),
             "num_workers": self._stream.num_workers,
         }
 
     def summary(self) -> str:
-        summaries = [self._skips.summary()]
-        if self._shards.reasons:
-            summaries.append(self._shards.summary())
-        return " ".join(summaries)
+        shards = f" {self._shards.summary()}" if self._shards.reasons else ""
+        return self.skips.summary() + shards
 
 
-def _read_turns(path: Path, workers: int) -> list[int]:
-    """Return the next shard of each worker; raise TrainingError if the file has no such list."""
+def _read_positions(path: Path, workers: int) -> list[tuple[int, int]]:
+    """Return the position of each worker; raise TrainingError if the file has none."""
     try:
-        turns = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        turns = None
-    if not isinstance(turns, list) or not all(type(each) is int and each >= 0 for each in turns):
-        turns = []
-    if len(turns) != workers:
+        positions = [(int(turn), int(place)) for turn, place in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError):
+        positions = []
+    if len(positions) != workers:
         raise TrainingError(
-            f"{path}: expected a list with the next shard of each of {workers} workers, got "
-            "another content; remove this checkpoint to resume an older one"
+            f"{path}: expected the position of each of {workers} workers, got another content; "
+            "remove this checkpoint to resume an older one"
         )
-    return turns
-
-
-def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return positions

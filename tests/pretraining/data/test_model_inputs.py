@@ -8,8 +8,9 @@ from PIL import Image
 
 from elip_models.pretraining.data import (
     EmojiScenes,
-    ImageTextDataset,
+    ImageTextPreparation,
     Sample,
+    TrainingSamples,
     image_transform,
     tokenize,
 )
@@ -102,9 +103,8 @@ def test_training_reads_captions_by_the_rule(tokenizer):
     def ids(**options):
         scenes = EmojiScenes(4, image_size=16)
         transform = image_transform(16, train=False)
-        dataset = ImageTextDataset(
-            scenes, transform, tokenizer, context_length=32, seed=0, **options
-        )
+        prepare = ImageTextPreparation(transform, tokenizer, context_length=32, **options)
+        dataset = TrainingSamples(scenes, prepare, seed=0)
         return [dataset[turn, index]["input_ids"] for turn in range(5) for index in range(4)]
 
     def words(**options):

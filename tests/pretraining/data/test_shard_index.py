@@ -1,39 +1,23 @@
-"""The cached index of large tar shards."""
+"""Tar shards on disk: a damaged shard is named, and the index is built once."""
 
 import os
 import pickle
-import subprocess
-import sys
+import tarfile
 
-import numpy as np
-import pyarrow
 import pytest
 
-from elip_models.pretraining.data import ShardSource, shard_index
-from tests.helpers.damage import picture, shard
+from elip_models.pretraining.data import ShardSource, check_source, shard_index
+from tests.helpers.damage import BLOCK, headers, overwrite, picture, shard, with_checksum
+
+DAMAGED = r"s\.tar: expected a complete, uncompressed tar, got .*; remove it, or download"
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Cache shards of any size in a folder of the test."""
-    monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_index, "MIN_CACHED_BYTES", 1)
-    return tmp_path / "cache" / "shards"
-
-
-def counted(monkeypatch):
-    """Return a list to which every shard is added whose table is built."""
-    built, table = [], shard_index._shard_table
-
-    def counting(path):
-        built.append(path.name)
-        return table(path)
-
-    monkeypatch.setattr(shard_index, "_shard_table", counting)
-    return built
+def read(source):
+    return [(sample.id, sample.captions, sample.image.tobytes()) for sample in source]
 
 
 def three(folder):
+    """Return three shards of one, two and three samples."""
     return [
         shard(folder / f"{n}.tar", [(f"{n}{i}.{end}", picture() if end == "png" else b"a caption")
                                     for i in range(n + 1) for end in ("png", "txt")])
@@ -41,151 +25,111 @@ def three(folder):
     ]  # fmt: skip
 
 
-def read(source):
-    return [(sample.id, sample.captions, sample.image.tobytes()) for sample in source]
+@pytest.mark.parametrize("number", range(12))
+def test_a_shard_with_a_damaged_header_is_named(tmp_path, number):
+    path = shard(tmp_path / "s.tar")
+    overwrite(path, headers(path)[number] + 3, b"\xff")
+    with pytest.raises(ValueError, match=DAMAGED):
+        ShardSource(path)
 
 
-def test_a_built_table_is_reused_by_every_reader(tmp_path, cache, monkeypatch):
-    paths, built = three(tmp_path), counted(monkeypatch)
+def test_a_truncated_shard_is_named_wherever_it_is_cut(tmp_path):
+    content = shard(tmp_path / "whole.tar").read_bytes()
+    end = headers(tmp_path / "whole.tar")[-1] + 2 * BLOCK
+    path = tmp_path / "s.tar"
+    for size in (*range(0, end, 391), end):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=DAMAGED):
+            ShardSource(path)
+    path.write_bytes(content[: end + BLOCK])  # some programs write one block of zeros at the end
+    assert len(ShardSource(path)) == 6
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (4, 6)])
+def test_a_shard_with_zeroed_members_is_named(tmp_path, first, last):
+    path = shard(tmp_path / "s.tar")
+    at = headers(path)
+    overwrite(path, at[first], bytes(at[last] - at[first]))
+    with pytest.raises(ValueError, match=DAMAGED):
+        ShardSource(path)
+
+
+def test_a_shard_whose_rest_was_never_written_is_named(tmp_path):
+    path = shard(tmp_path / "s.tar")
+    os.truncate(path, headers(path)[6])
+    os.truncate(path, 10**6)
+    with pytest.raises(ValueError, match=DAMAGED):
+        ShardSource(path)
+
+
+def test_a_second_tar_that_is_appended_is_not_lost_silently(tmp_path):
+    path, other = shard(tmp_path / "s.tar"), shard(tmp_path / "o.tar", [("z.txt", b"last")])
+    path.write_bytes(path.read_bytes() + other.read_bytes())
+    with pytest.raises(ValueError, match=DAMAGED):
+        ShardSource(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_format_and_any_name_is_read(tmp_path, kind):
+    name = "d" * 60 + "/" + "n" * 90
+    members = [(f"{name}.txt", b"long"), (f"{name}.png", picture())]
+    source = ShardSource(shard(tmp_path / "s.tar", members, kind))
+    assert [(sample.id, sample.captions) for sample in source] == [(f"s.tar:{name}", ("long",))]
+
+
+def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
+    path = shard(tmp_path / "s.tar")
+    for at in headers(path)[:2]:
+        block = bytearray(path.read_bytes()[at : at + BLOCK])
+        block[0] = 0xFF
+        overwrite(path, at, with_checksum(block))
+    assert next(iter(ShardSource(path))).id == "s.tar:\\xff0"
+
+
+def test_two_images_of_one_name_are_reported(tmp_path):
+    members = [("a.png", picture()), ("a.txt", b"one"), ("a.jpg", picture(1, "JPEG"))]
+    report = check_source(ShardSource(shard(tmp_path / "s.tar", members)))
+    assert report.reasons == [
+        ("s.tar:a", "several images or captions are named a; rename all but one")
+    ]
+
+
+def test_folders_links_and_hidden_files_are_not_samples(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("a.png", "a.txt"):
+            (tmp_path / name).write_bytes(picture() if name == "a.png" else b"a")
+            tar.add(tmp_path / name, name)
+            tar.add(tmp_path / name, f"._{name}")
+        folder, link = tarfile.TarInfo("b.png"), tarfile.TarInfo("c.png")
+        folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "a.png"
+        tar.addfile(folder), tar.addfile(link)
+    assert [sample.id for sample in ShardSource(tmp_path / "s.tar")] == ["s.tar:a"]
+
+
+def test_the_index_is_built_once_and_again_for_a_changed_shard(tmp_path, monkeypatch):
+    paths = three(tmp_path)
     first = ShardSource(paths)
-    assert built == ["0.tar", "1.tar", "2.tar"] and len(list(cache.glob("*.arrow"))) == 3
-    again = ShardSource(paths)
-    assert built == ["0.tar", "1.tar", "2.tar"]
-    monkeypatch.setenv("ELIP_CACHE", "")
-    assert read(first) == read(again) == read(ShardSource(paths))
     ids = ["0.tar:00", "1.tar:10", "1.tar:11", "2.tar:20", "2.tar:21", "2.tar:22"]
     assert [sample.id for sample in first] == ids
-    assert read(pickle.loads(pickle.dumps(again))) == read(first)
-    assert [each.name for each in cache.iterdir() if each.suffix != ".arrow"] == []
+    with monkeypatch.context() as no_tar:
+        no_tar.setattr(tarfile, "open", None)
+        again = ShardSource(paths)
+    assert read(again) == read(first) == read(pickle.loads(pickle.dumps(again)))
+    before = paths[2].stat()
+    content = paths[2].read_bytes().replace(b"a caption", b"another c")
+    paths[2].write_bytes(content)
+    os.utime(paths[2], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ShardSource(paths).captions(5) == ("another c",)
 
 
-def test_a_changed_shard_is_indexed_again(tmp_path, cache, monkeypatch):
-    path, built = three(tmp_path)[0], counted(monkeypatch)
-    assert len(ShardSource(path)) == 1
-    shard(path)
-    os.utime(path, ns=(1, 1))
-    (old,) = cache.iterdir()
-    assert len(ShardSource(path)) == 6 and built == ["0.tar", "0.tar"]
-    (new,) = cache.iterdir()
-    assert new != old
-
-
-def warm(tmp_path, cache):
-    """Return a shard, what is read from it, and its cached table."""
-    path = three(tmp_path)[2]
-    expected = read(ShardSource(path))
-    (table,) = cache.glob("*.arrow")
-    return path, expected, table
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_table_with_wrong_bytes_is_built_again_and_warns(seed, tmp_path, cache):
-    path, expected, table = warm(tmp_path, cache)
-    content, random = bytearray(table.read_bytes()), np.random.default_rng(seed)
-    for at in random.choice(len(content), 1 + seed % 8, replace=False):
-        content[at] ^= 1 << random.integers(8)
-    table.write_bytes(content)
-    with pytest.warns(
-        UserWarning, match=r"index of 1 of 1 tar shards is damaged, such as that of .*2\.tar; it is"
-    ):
-        source = ShardSource(path)
-    assert read(source) == expected
-    assert read(ShardSource(path)) == expected
-
-
-def without_rows(content):
-    with pyarrow.ipc.open_stream(content) as stream:
-        schema = stream.schema
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.ipc.new_stream(sink, schema).close()
-    return sink.getvalue().to_pybytes()
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [lambda c: c[:100], lambda c: b"", without_rows, lambda c: c + b"\0", lambda c: c[:-8]],
-    ids=["truncated", "empty", "no-rows", "longer", "no-checksum"],
-)
-def test_a_table_that_is_not_whole_is_built_again(damaged, tmp_path, cache):
-    path, expected, table = warm(tmp_path, cache)
-    whole = table.read_bytes()
-    table.write_bytes(damaged(whole))
-    with pytest.warns(UserWarning, match="is damaged, such as that of .*; it is built again"):
-        assert read(ShardSource(path)) == expected
-    assert table.read_bytes() == whole
-
-
-def test_the_table_of_another_shard_is_not_used(tmp_path, cache):
-    paths = three(tmp_path)[1:]
+@pytest.mark.slow
+def test_several_processes_give_the_same_index(tmp_path, monkeypatch):
+    paths = three(tmp_path)
     expected = read(ShardSource(paths))
-    first, second = cache.glob("*.arrow")
-    first.write_bytes(second.read_bytes())
-    with pytest.warns(UserWarning, match="is damaged, such as that of .*; it is built again"):
-        assert read(ShardSource(paths)) == expected
-
-
-@pytest.mark.parametrize("replace", ["renamed", "in-place"])
-def test_a_shard_replaced_with_equal_size_and_time_is_indexed_again(replace, tmp_path, cache):
-    path = three(tmp_path)[2]
-    ShardSource(path)
-    before = path.stat()
-    content = path.read_bytes().replace(b"a caption", b"another c")
-    other = path if replace == "in-place" else tmp_path / "other.tar"
-    other.write_bytes(content)
-    other.replace(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    after = path.stat()
-    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    assert {sample.captions for sample in ShardSource(path)} == {("another c",)}
-
-
-@pytest.mark.parametrize("blocked", [".arrow", ".lock"])
-def test_a_table_that_cannot_be_written_warns_and_is_not_cached(blocked, tmp_path, cache):
-    path, expected, table = warm(tmp_path, cache)
-    table.unlink()
-    table.with_suffix(blocked).mkdir()
-    with pytest.warns(UserWarning, match="the index of tar shards is not cached"):
-        assert read(ShardSource(path)) == expected
-
-
-def test_small_shards_are_not_cached(tmp_path, monkeypatch):
-    monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "cache"))
-    assert len(ShardSource(three(tmp_path))) == 6
-    assert not list((tmp_path / "cache").rglob("*.arrow"))
-
-
-def test_an_unwritable_cache_folder_warns_and_is_not_used(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ELIP_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(shard_index, "MIN_CACHED_BYTES", 1)
-    with pytest.warns(UserWarning, match="the index of tar shards is not cached"):
-        assert len(ShardSource(three(tmp_path))) == 6
-
-
-@pytest.mark.slow
-def test_several_processes_build_each_shard_once(tmp_path, cache):
-    paths = [shard(tmp_path / f"{n}.tar") for n in range(8)]
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from elip_models.pretraining.data import shard_index as s\n"
-        "s.MIN_CACHED_BYTES = 1; table = s._shard_table\n"
-        "def loud(path): print(path.name); return table(path)\n"
-        "s._shard_table = loud; s.read_index([Path(each) for each in sys.argv[1:]])"
-    )
-    command = [sys.executable, "-c", code, *map(str, paths)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [line for run in runs for line in run.communicate(timeout=120)[0].splitlines()]
-    assert [run.returncode for run in runs] == [0, 0]
-    assert sorted(said) == sorted(path.name for path in paths)
-
-
-@pytest.mark.slow
-def test_large_shards_are_indexed_by_several_processes(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(shard_index, "MIN_SHARED_BYTES", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    started, popen = [], subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
-    )
-    assert len(ShardSource(three(tmp_path))) == 6
-    assert [helper.returncode for helper in started] == [0, 0]
+    for path in paths:
+        path.touch()
+    monkeypatch.setattr(shard_index, "MIN_PARALLEL_BYTES", 1)
+    assert read(ShardSource(paths)) == expected
+    overwrite(paths[1], 3, b"\xff")
+    with pytest.raises(ValueError, match=r"^\S*1\.tar: expected a complete, uncompressed tar"):
+        ShardSource(paths)

@@ -13,7 +13,7 @@ from elip_models.pretraining.training.run_checkpoints import (
     _digest,
     damage_of,
 )
-from elip_models.pretraining.training.train_batches import _read_turns
+from elip_models.pretraining.training.train_batches import _read_positions
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import TrainingError
 from tests.helpers.tiny_run import own_process, tiny_config
@@ -121,11 +121,11 @@ def test_a_manifest_of_another_kind_is_damage(tmp_path, problem):
     assert problem in damage_of(tmp_path / "step_00000001")
 
 
-@pytest.mark.parametrize("content", ["[" * 200_000, "[1, 2]", "[true]", "[-1]", '{"0": 1}', "\0"])
-def test_the_place_in_a_stream_has_one_number_for_each_worker(tmp_path, content):
+@pytest.mark.parametrize("content", ["[1, 2]", "[[1, 2], [3, 4]]", '{"0": 1}', "\0"])
+def test_the_place_in_a_stream_has_one_position_for_each_worker(tmp_path, content):
     path = tmp_path / "stream_0.json"
     path.write_text(content)
-    with pytest.raises(TrainingError, match=r"stream_0\.json: expected a list .* 1 workers"):
-        _read_turns(path, 1)
-    path.write_text("[3]")
-    assert _read_turns(path, 1) == [3]
+    with pytest.raises(TrainingError, match=r"stream_0\.json: expected the position .* 1 workers"):
+        _read_positions(path, 1)
+    path.write_text("[[3, 1]]")
+    assert _read_positions(path, 1) == [(3, 1)]

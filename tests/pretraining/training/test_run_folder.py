@@ -175,12 +175,11 @@ def test_a_line_that_a_killed_process_left_is_not_joined_with_the_next(tmp_path)
     assert [row["step"] for row in run.rows()] == [1, 2]
 
 
-PIPE = "{stream: 'pipe:curl -H Authorization:hunter2 https://h/a.tar', samples: 9}"
 URL = "{stream: 'https://me:hunter2@h/a.tar', samples: 9}"
 QUERY = "{stream: 'https://h/a.tar?Signature=hunter2', samples: 9}"
 
 
-@pytest.mark.parametrize("spec", [PIPE, URL, QUERY])
+@pytest.mark.parametrize("spec", [URL, QUERY])
 def test_a_recipe_with_a_secret_is_private_and_no_message_has_it(tmp_path, spec, monkeypatch):
     config, run = started(tmp_path, f"data.train={spec}")
     assert run.recipe.stat().st_mode & 0o777 == 0o600
