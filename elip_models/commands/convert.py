@@ -43,14 +43,6 @@ def convert(
         ),
     ] = None,
     to: Annotated[str, typer.Option(help="Format to write: ours, hf or open_clip.")] = "ours",
-    kind: Annotated[
-        str | None,
-        typer.Option(help="Kind of the source; default: recognised by its parameter names."),
-    ] = None,
-    architecture: Annotated[
-        str | None,
-        typer.Option(help="Class for BLIP in transformers, such as BlipForImageTextRetrieval."),
-    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(min=1, help="Image side in pixels; interpolates position embeddings."),
@@ -61,22 +53,24 @@ def convert(
 ) -> None:
     """Convert a checkpoint of another library to a model of this one, or the reverse."""
     from elip_models.pretraining.checkpoints.export import save_as
-    from elip_models.pretraining.checkpoints.load import convert_checkpoint
+    from elip_models.pretraining.checkpoints.load import LoadReport, convert_checkpoint
     from elip_models.pretraining.data import load_tokenizer
 
     fields = parse_overrides(overrides or (), "vision_heads=12")
     fields |= {"image_size": image_size} if image_size else {}
+    reports: list[LoadReport] = []
     with as_config_error("convert"):
         loaded = load_tokenizer(tokenizer) if tokenizer else None
         has_own = loaded is None and (source / "tokenizer_config.json").is_file()
         beside = load_tokenizer(source) if has_own else loaded
         model = convert_checkpoint(
             source,
-            kind=kind,
             tokenizer=loaded,
             allow_missing=allow_missing or (),
             allow_unexpected=allow_unexpected or (),
+            report=reports.append,
             **fields,
         )
-        save_as(model, output, to, architecture=architecture, tokenizer=beside)
-    Console().print(escape(f"{type(model).__name__}: {output}"), soft_wrap=True)
+        save_as(model, output, to, tokenizer=beside)
+    lines = [report.summary() for report in reports] + [f"{type(model).__name__}: {output}"]
+    Console().print(escape("\n".join(lines)), soft_wrap=True)

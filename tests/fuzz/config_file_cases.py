@@ -35,9 +35,8 @@ def save_folders(folder):
     for family in SOURCES:
         model = create_model(f"{family}_tiny", vocab_size=320, **SIZES, **SPECIAL[family])
         model.save_pretrained(folder / family, tokenizer=tokenizer)
-        if family != "albef":
-            save_as(model, folder / f"hf_{family}", "hf", tokenizer=tokenizer)
         if family == "clip":
+            save_as(model, folder / "hf_clip", "hf", tokenizer=tokenizer)
             save_as(model, folder / "open_clip", "open_clip")
 
 
@@ -100,7 +99,7 @@ def finetune_folders(folder, rng, prepared):
 
 @kind(share=1, prepare=save_folders)
 def library_folders(folder, rng, prepared):
-    name = rng.choice(("hf_clip", "hf_blip", "open_clip"))
+    name = rng.choice(("hf_clip", "open_clip"))
     source = shutil.copytree(prepared / name, folder / "model")
     for _ in range(rng.choice((1, 1, 2))):
         _damage_json(rng.choice(sorted(source.glob("*config*.json"))), rng)

@@ -1,18 +1,14 @@
 """Export of our models to folders of other libraries: weights and config.
 
-    hf          CLIPModel, or the class of transformers that `architecture` names, for BLIP
+    hf          CLIPModel
     open_clip   open_clip_config.json and open_clip_model.safetensors, for CLIP
     ours        the files of `save_pretrained`
 
-Not exported are schedules, momentum copies, the queue, the parts of BLIP that an architecture lacks
-and, for transformers, the bias of CLIP's sigmoid loss, which does not change a ranking.
+Not exported are schedules and, for transformers, the bias of CLIP's sigmoid loss, which does not
+change a ranking.
 """
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,79 +20,90 @@ from elip_models.pretraining.checkpoints.model_config import OPEN_CLIP_CONFIG
 from elip_models.pretraining.checkpoints.names import KINDS
 from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.models.blip.model import BLIPConfig
 from elip_models.pretraining.models.clip.model import INITIAL_BIAS, CLIPConfig
 from elip_models.saving.files import write_json, write_tensors
+from elip_models.saving.hub import staging_folder
 from elip_models.validation import require_extra
 
 FORMATS = ("ours", "hf", "open_clip")
-BLIP_ARCHITECTURES = {
-    KINDS[kind].architecture: kind
-    for kind in ("hf_blip_retrieval", "hf_blip_caption", "hf_blip_vqa")
-}
 
 
 def save_as(
-    model: PretrainedModel,
-    folder: str | os.PathLike,
-    to: str,
-    *,
-    architecture: str | None = None,
-    tokenizer: Any = None,
+    model: PretrainedModel, folder: str | os.PathLike, to: str, *, tokenizer: Any = None
 ) -> Path:
     """Write a model for another library; an error leaves no incomplete folder.
 
     Args:
-        model: one of our models.
+        model: one of our models; only CLIP can be written in another format than 'ours'.
         folder: a new or empty folder.
         to: one of `FORMATS`.
-        architecture: for BLIP in transformers, one of `BLIP_ARCHITECTURES`; None: the first.
         tokenizer: tokenizer of transformers, written beside the weights.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder is not empty, the format or architecture is unknown, or the library
-            has no class for the model.
+        ValueError: the folder is not empty, the format is unknown, or the library has no class for
+            the model.
     """
+    folder = Path(folder)
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    if architecture is not None and (to, model.family) != ("hf", "blip"):
+    if to != "ours" and model.family != "clip":
         raise ValueError(
-            f"architecture: expected None except for BLIP and to='hf', got {architecture!r} for "
-            f"{type(model).__name__} and to={to!r}"
+            f"to: expected 'ours' for {type(model).__name__}, since other libraries have no class "
+            f"of it that ours is exported to, got {to!r}"
         )
-    with _new_folder(Path(folder)) as staged:
-        if to == "ours":
-            model.save_pretrained(staged, tokenizer)
-            return Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder: expected a new or empty folder, got {folder}")
+    if to == "ours":
+        return model.save_pretrained(folder, tokenizer)
+    theirs = to_hf(model) if to == "hf" else to_open_clip(model)
+    with staging_folder(folder) as staged:
         if to == "hf":
-            to_hf(model, architecture).save_pretrained(staged)
+            theirs.save_pretrained(staged)
         else:
-            _write_open_clip(model, staged, has_tokenizer=tokenizer is not None)
+            _write_open_clip(theirs, model.config, staged, has_tokenizer=tokenizer is not None)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-    return Path(folder)
+    return folder
 
 
-def to_hf(model: PretrainedModel, architecture: str | None = None) -> nn.Module:
-    """Return a model of transformers with the weights of ours, in eval mode; see `save_as`."""
-    import transformers
+def to_hf(model: PretrainedModel) -> nn.Module:
+    """Return the CLIPModel of transformers with the weights of our CLIP, in eval mode."""
+    from transformers import CLIPConfig as HFConfig
+    from transformers import CLIPModel
 
-    if model.family not in HF_ARCHITECTURES:
+    config = model.config
+    if config.eos_token_id == 2:
         raise ValueError(
-            f"to: expected 'ours' for {type(model).__name__}, which transformers has no class of, "
-            "got 'hf'"
+            "eos_token_id: expected an id other than 2 for transformers' CLIP, which then pools at "
+            "the highest id of a text, got 2; export to open_clip instead"
         )
-    kinds, config_of = HF_ARCHITECTURES[model.family]
-    architecture = architecture or next(iter(kinds))
-    if architecture not in kinds:
-        raise ValueError(f"architecture: expected one of {', '.join(kinds)}, got {architecture!r}")
-    config = config_of(model.config)
-    return _with_our_weights(
-        getattr(transformers, architecture)(config), model, kinds[architecture]
+    vision = {
+        "hidden_size": config.vision_width,
+        "intermediate_size": int(config.vision_width * config.vision_mlp_ratio),
+        "num_hidden_layers": config.vision_depth,
+        "num_attention_heads": config.vision_heads,
+        "layer_norm_eps": config.vision_norm_eps,
+        "hidden_act": config.activation,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "projection_dim": config.embed_dim,
+    }
+    text = config.text.to_dict() | {"projection_dim": config.embed_dim}
+    theirs = CLIPModel(
+        HFConfig(vision_config=vision, text_config=text, projection_dim=config.embed_dim)
     )
+    return _with_our_weights(theirs, model, "hf_clip")
+
+
+def to_open_clip(model: PretrainedModel) -> nn.Module:
+    """Return the CLIP of open_clip with the weights of our CLIP, in eval mode."""
+    with require_extra("save_as"):
+        import open_clip
+
+    return _with_our_weights(open_clip.CLIP(**open_clip_config(model.config)), model, "open_clip")
 
 
 def _with_our_weights(theirs: nn.Module, model: PretrainedModel, kind: str) -> nn.Module:
@@ -107,136 +114,47 @@ def _with_our_weights(theirs: nn.Module, model: PretrainedModel, kind: str) -> n
     return theirs.eval()
 
 
-def _hf_clip_config(config: CLIPConfig) -> Any:
-    from transformers import CLIPConfig as HFConfig
-
-    if config.eos_token_id == 2:
-        raise ValueError(
-            "eos_token_id: expected an id other than 2 for transformers' CLIP, which then pools at "
-            "the highest id of a text, got 2; export to open_clip instead"
-        )
-    shared = {"hidden_act": config.activation, "projection_dim": config.embed_dim}
-    vision = shared | _hf_tower(config, "vision", config.vision_mlp_ratio)
-    text = shared | _hf_tower(config, "text", config.text_mlp_ratio)
-    text |= {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": None,
-    }
-    return HFConfig(vision_config=vision, text_config=text, projection_dim=config.embed_dim)
-
-
-def _hf_blip_config(config: BLIPConfig) -> Any:
-    from transformers import BlipConfig
-
-    text = _hf_tower(config, "text", config.text_hidden / config.text_width) | {
-        "intermediate_size": config.text_hidden,
-        "encoder_hidden_size": config.vision_width,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_positions,
-        "hidden_dropout_prob": config.text_dropout,
-        "attention_probs_dropout_prob": config.text_dropout,
-        "pad_token_id": config.pad_token_id,
-        "sep_token_id": config.sep_token_id,
-        "eos_token_id": config.sep_token_id,
-        "bos_token_id": config.decoder_token_id,
-    }
-    vision = _hf_tower(config, "vision", config.vision_mlp_ratio)
-    return BlipConfig(
-        vision_config=vision | {"hidden_act": "gelu"},
-        text_config=text | {"hidden_act": "gelu"},
-        image_text_hidden_size=config.embed_dim,
-        projection_dim=config.embed_dim,
-    )
-
-
-HF_ARCHITECTURES: dict[str, tuple[dict[str, str], Callable[[Any], Any]]] = {
-    "clip": ({"CLIPModel": "hf_clip"}, _hf_clip_config),
-    "blip": (BLIP_ARCHITECTURES, _hf_blip_config),
-}
-"""Family -> (architecture in transformers -> kind of names), and the conversion of the config."""
-
-
-def _hf_tower(config: CLIPConfig | BLIPConfig, part: str, mlp_ratio: float) -> dict[str, Any]:
-    width = getattr(config, f"{part}_width")
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": int(width * mlp_ratio),
-        "num_hidden_layers": getattr(config, f"{part}_depth"),
-        "num_attention_heads": getattr(config, f"{part}_heads"),
-        "layer_norm_eps": getattr(config, f"{part}_norm_eps"),
-    }
-    if part == "vision":
-        sizes |= {"image_size": config.image_size, "patch_size": config.patch_size}
-    return sizes
-
-
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     """Return `model_cfg` of open_clip, with pooling of texts at the highest id or else at EOS."""
-    towers: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
-    for part, tower in towers.items():
-        tower |= {
+    vision, text = (
+        {
             "width": getattr(config, f"{part}_width"),
             "layers": getattr(config, f"{part}_depth"),
             "mlp_ratio": getattr(config, f"{part}_mlp_ratio"),
+            "norm_kwargs": {"eps": getattr(config, f"{part}_norm_eps")},
         }
-        eps = getattr(config, f"{part}_norm_eps")
-        tower |= {"norm_kwargs": {"eps": eps}} if eps != 1e-5 else {}
-    towers["vision"] |= {
+        for part in ("vision", "text")
+    )
+    vision |= {
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "head_width": config.vision_width // config.vision_heads,
     }
-    towers["text"] |= {
+    text |= {
         "heads": config.text_heads,
         "vocab_size": config.vocab_size,
         "context_length": config.context_length,
         "pad_id": config.pad_token_id,
+        "pool_type": "argmax" if config.eos_token_id == config.vocab_size - 1 else "eos",
+        "eos_id": config.eos_token_id,
     }
-    if config.eos_token_id != config.vocab_size - 1:
-        towers["text"] |= {"pool_type": "eos", "eos_id": config.eos_token_id}
-    model = {
+    return {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",
-        "vision_cfg": towers["vision"],
-        "text_cfg": towers["text"],
+        "init_logit_bias": INITIAL_BIAS if config.loss == "sigmoid" else None,
+        "vision_cfg": vision,
+        "text_cfg": text,
     }
-    return model | ({"init_logit_bias": INITIAL_BIAS} if config.loss == "sigmoid" else {})
 
 
-def _write_open_clip(model: PretrainedModel, folder: Path, *, has_tokenizer: bool) -> None:
-    if model.family != "clip":
-        raise ValueError(
-            f"to: expected 'ours' for {type(model).__name__}, which open_clip has no class of, got "
-            "'open_clip'"
-        )
-    with require_extra("save_as"):
-        import open_clip
-    config = open_clip_config(model.config)
-    theirs = _with_our_weights(open_clip.CLIP(**config), model, "open_clip")
+def _write_open_clip(
+    theirs: nn.Module, config: CLIPConfig, folder: Path, *, has_tokenizer: bool
+) -> None:
     write_tensors(folder / "open_clip_model.safetensors", theirs.state_dict())
+    model = open_clip_config(config)
     if has_tokenizer:
-        config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads the folder itself
+        model["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads the folder itself
     images = {"mean": CLIP_MEAN, "std": CLIP_STD}
-    if model.config.resize == "squash":
+    if config.resize == "squash":
         images["resize_mode"] = "squash"
-    write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": config, "preprocess_cfg": images})
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `folder` if no error occurs."""
-    folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder: expected a new or empty folder, got {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        staged = temporary / folder.name
-        staged.mkdir()
-        yield staged
-        os.replace(staged, folder)
-    finally:
-        shutil.rmtree(temporary)
+    write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model, "preprocess_cfg": images})

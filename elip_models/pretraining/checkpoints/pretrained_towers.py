@@ -12,18 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import BertModel, RobertaModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertModel, RobertaModel
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
-from elip_models.pretraining.checkpoints.load import resample_pos_embed
+from elip_models.pretraining.checkpoints.load import fit_weights
 from elip_models.pretraining.checkpoints.names import BERT
 from elip_models.pretraining.checkpoints.renaming import rename_tensors
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.saving.open_model import (
-    missing_files_as_value_error,
-    open_model,
-    split_spec,
-)
+from elip_models.saving.open_model import missing_files_as_value_error, open_model
 from elip_models.saving.weights import load_weights
 
 
@@ -33,25 +29,15 @@ class _Towers(NamedTuple):
     visual: str
     texts: tuple[str, ...] = ()  # text tower, and its copies; empty if no BERT-like tower fits
     head: str | None = None  # if the head of a text model fits
-    spare: int = 0  # number of last blocks of a pretrained image tower that are dropped
-    dropped: tuple[str, ...] = ("pooler.",)  # parts of a text tower that the family lacks
 
 
 TOWERS = {
     "clip": _Towers("visual."),
     "albef": _Towers("encoders.visual.", ("encoders.text.",), "encoders.language_head."),
-    "blip": _Towers(
-        "encoders.visual.",
-        ("encoders.text.", "decoder."),
-        "language_head.",
-        dropped=("pooler.", "embeddings.token_type_"),
-    ),
-    "meter": _Towers("visual.", ("text.",), spare=1),
+    "blip": _Towers("encoders.visual.", ("encoders.text.", "decoder."), "language_head."),
+    "meter": _Towers("visual.", ("text.",)),
 }
-
-
-_Part = tuple[dict[str, Tensor], tuple[str, ...]]
-"""Weights under our names, and the prefixes of the parts that they must fill."""
+ROW_PER_TOKEN = ("word_embeddings.weight", "predictions.bias", "decoder.bias", "decoder.weight")
 
 
 def load_pretrained_towers_(
@@ -71,16 +57,17 @@ def load_pretrained_towers_(
         TypeError: a tower has another type.
         ValueError: a tower has another architecture or size. The model is unchanged then.
     """
-    found = [_image_weights(model, vision)] if vision is not None else []
-    found += [_text_weights(model, text)] if text is not None else []
-    weights = {name: weight for part, _ in found for name, weight in part.items()}
-    filled = tuple(prefix for _, prefixes in found for prefix in prefixes)
+    weights = {} if vision is None else _image_weights(model, vision)
+    weights |= {} if text is None else _text_weights(model, text)
+    towers = TOWERS[model.family]
+    filled = () if vision is None else (towers.visual,)
+    filled += () if text is None else towers.texts
     others = [name for name in model.state_dict() if not name.startswith(filled)]
     load_weights(model, weights, allow_missing=(*others, "*.crossattention.*"))
     model.reset_momentum_()
 
 
-def _image_weights(model: PretrainedModel, vision: str | VisionTransformer) -> _Part:
+def _image_weights(model: PretrainedModel, vision: str | VisionTransformer) -> dict[str, Tensor]:
     if isinstance(vision, str) and not vision.startswith("timm:"):
         raise ValueError(f"vision: expected 'timm:NAME' or a module, got {vision!r}")
     theirs = open_model(vision) if isinstance(vision, str) else vision
@@ -89,23 +76,19 @@ def _image_weights(model: PretrainedModel, vision: str | VisionTransformer) -> _
             "vision: expected 'timm:NAME' or a VisionTransformer of timm, got "
             f"{type(theirs).__name__}"
         )
-    start, ours = TOWERS[model.family].visual, model.visual
-    depth, blocks = len(ours.blocks), len(theirs.blocks)
-    if 0 < blocks - depth <= TOWERS[model.family].spare:
-        blocks = depth
-    _check_equal("vision", _vit_settings(ours), _vit_settings(theirs) | {"blocks": blocks})
+    _check_equal("vision", _vit_settings(model.visual), _vit_settings(theirs))
+    prefix, dropped = TOWERS[model.family].visual, ("head.",)
+    if model.family == "meter":
+        dropped += (f"blocks.{len(model.visual.blocks)}.",)
     weights = {
-        start + name: weight
+        prefix + name: weight
         for name, weight in theirs.state_dict().items()
-        if not name.startswith(("head.", f"blocks.{depth}."))
+        if not name.startswith(dropped)
     }
-    positions = f"{start}pos_embed"
-    if positions in weights:
-        weights[positions] = resample_pos_embed(weights[positions], model)
-    return weights, (start,)
+    return fit_weights(model, weights)
 
 
-def _text_weights(model: PretrainedModel, text: str | nn.Module) -> _Part:
+def _text_weights(model: PretrainedModel, text: str | nn.Module) -> dict[str, Tensor]:
     towers = TOWERS[model.family]
     if not towers.texts:
         raise ValueError(f"text: expected None for {type(model).__name__}, got {text!r:.80}")
@@ -116,86 +99,53 @@ def _text_weights(model: PretrainedModel, text: str | nn.Module) -> _Part:
             "text: expected 'hf:NAME', or a BertModel or RobertaModel of transformers, got "
             f"{type(theirs).__name__}"
         )
-    tower = model.get_submodule(towers.texts[0].removesuffix("."))
-    _check_equal("text", _bert_settings(tower), _bert_settings(base))
-    renamed = rename_tensors(base.state_dict(), BERT)
-    starts = towers.texts
+    ours = model.get_submodule(towers.texts[0].removesuffix("."))
+    _check_equal("text", _bert_settings(ours), _bert_settings(base))
+    dropped = ("pooler.", "embeddings.token_type_") if model.family == "blip" else "pooler."
     weights = {
-        part + name: weight
-        for part in starts
-        for name, weight in renamed.items()
-        if not name.startswith(towers.dropped)
+        tower + name: weight
+        for tower in towers.texts
+        for name, weight in rename_tensors(base.state_dict(), BERT).items()
+        if not name.startswith(dropped)
     }
     if towers.head is not None and hasattr(theirs, "cls"):
-        predictions = theirs.cls.predictions.state_dict()
-        weights |= {f"{towers.head}predictions.{name}": w for name, w in predictions.items()}
-        starts += (towers.head,)
-    return _with_new_rows(model, weights, base.config.vocab_size), starts
-
-
-def _with_new_rows(
-    model: PretrainedModel, weights: dict[str, Tensor], rows: int
-) -> dict[str, Tensor]:
-    """Append the model's own last rows to tensors with one row per token."""
-    ours = model.config.vocab_size
-    if rows > ours:
-        raise ValueError(f"text: expected at most vocab_size = {ours} tokens, got {rows}")
-    state = model.state_dict()
-    ends = ("word_embeddings.weight", "predictions.bias", "decoder.bias", "decoder.weight")
+        head = theirs.cls.predictions.state_dict()
+        weights |= {f"{towers.head}predictions.{name}": weight for name, weight in head.items()}
+    state, rows = model.state_dict(), base.config.vocab_size
     return {
-        name: torch.cat([weight, state[name][rows:]]) if name.endswith(ends) else weight
+        name: torch.cat([weight, state[name][rows:]]) if name.endswith(ROW_PER_TOKEN) else weight
         for name, weight in weights.items()
     }
 
 
 def _open_text(spec: str) -> nn.Module:
     """Load a model of transformers, with a language head if its config names one."""
-    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
-
-    library, name = split_spec(spec)
-    if library != "hf":
+    if not spec.startswith("hf:"):
         raise ValueError(f"text: expected 'hf:NAME' or a module, got {spec!r}")
+    name = spec.removeprefix("hf:")
     with missing_files_as_value_error("text", spec):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        has_head = any(one.endswith("ForMaskedLM") for one in config.architectures or ())
+        has_head = any(kind.endswith("ForMaskedLM") for kind in config.architectures or ())
         kind = AutoModelForMaskedLM if has_head else AutoModel
         return kind.from_pretrained(name, trust_remote_code=False)
 
 
-# What two towers must have in common beside the names of their tensors:
-def _vit_settings(vit: VisionTransformer) -> dict[str, Any]:
-    block = vit.blocks[0]
-    return {
-        "width": vit.embed_dim,
-        "blocks": len(vit.blocks),
-        "heads": block.attn.num_heads,
-        "patch": tuple(vit.patch_embed.patch_size),
-        "activation": type(block.mlp.act).__name__.lower(),
-        "eps": block.norm1.eps,
-        "pre_norm": isinstance(vit.norm_pre, nn.LayerNorm),
-        "pool": vit.global_pool,
-    }
-
-
-def _bert_settings(tower: nn.Module) -> dict[str, Any]:
-    config = tower.config
-    return {
-        "kind": "roberta" if isinstance(tower.embeddings, RobertaEmbeddings) else "bert",
-        "width": config.hidden_size,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "hidden": config.intermediate_size,
-        "positions": config.max_position_embeddings,
-        "activation": config.hidden_act,
-        "eps": config.layer_norm_eps,
-    }
-
-
-def _check_equal(argument: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    differing = [name for name in ours if ours[name] != theirs[name]]
-    if differing:
-        expected, got = (
-            ", ".join(f"{name} = {values[name]!r}" for name in differing)
-            for values in (ours, theirs)
+def _check_equal(argument: str, ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
+    """Raise ValueError for settings that differ and that no tensor shows."""
+    if ours != theirs:
+        raise ValueError(
+            f"{argument}: expected a tower with heads, activation, epsilon and kind of the model, "
+            f"{ours}, got {theirs}"
         )
-        raise ValueError(f"{argument}: expected a tower with the model's {expected}, got {got}")
+
+
+def _vit_settings(vit: VisionTransformer) -> tuple[Any, ...]:
+    block = vit.blocks[0]
+    activation = type(block.mlp.act).__name__.lower()
+    return block.attn.num_heads, activation, block.norm1.eps, vit.global_pool
+
+
+def _bert_settings(tower: nn.Module) -> tuple[Any, ...]:
+    config = tower.config
+    kind = "roberta" if isinstance(tower.embeddings, RobertaEmbeddings) else "bert"
+    return config.num_attention_heads, config.hidden_act, config.layer_norm_eps, kind

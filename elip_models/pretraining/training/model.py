@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from elip_models.integrations.peft.adapt import adapt_, trainable_counts
+from elip_models.pretraining.checkpoints.load import LoadReport
 from elip_models.pretraining.checkpoints.pretrained_towers import load_pretrained_towers_
-from elip_models.pretraining.checkpoints.warm_start import WarmStart, warm_start_
+from elip_models.pretraining.checkpoints.warm_start import warm_start_
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training.run_config import RunConfig
@@ -84,7 +85,7 @@ def _load_initial_weights_(model: PretrainedModel, config: RunConfig, console: C
         console.print(escape(start.summary()), soft_wrap=True)
 
 
-def _check_tokens(start: WarmStart, config: RunConfig) -> None:
+def _check_tokens(start: LoadReport, config: RunConfig) -> None:
     """Raise ConfigError if token embeddings were loaded for a tokenizer that is newly trained."""
     embeddings = [name for name in start.loaded if name.endswith(TOKEN_EMBEDDINGS)]
     if embeddings and config.data.tokenizer == "train":

@@ -1,15 +1,19 @@
-"""Files of checkpoints: their content, names of tensors, and errors."""
+"""Files of checkpoints: forms that are read, and one line for a file that is no checkpoint."""
 
 import argparse
-import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from elip_models.pretraining.checkpoints.export import to_hf
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
+from elip_models.pretraining.models.registry import create_model
 from tests.helpers.weights import assert_equal_weights
-from tests.pretraining.checkpoints.test_checkpoints import HEADS, saved, small_open_clip
+from tests.pretraining.checkpoints.test_official import saved
+from tests.pretraining.models.test_saving import CONFIG
+
+HEADS = {"vision_heads": 2, "text_heads": 2}
 
 
 class Surprise:
@@ -19,33 +23,60 @@ class Surprise:
         return exec, ("raise SystemExit('it ran')",)
 
 
-@pytest.mark.parametrize("content", [{"model": Surprise()}, "text", {"model": {"a": 1}}, {}])
-def test_files_with_other_content_than_tensors_raise(tmp_path, content):
+def small_open_clip(embed_dim=16):
+    import open_clip
+
+    return open_clip.CLIP(**CONFIG | {"embed_dim": embed_dim}).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": Surprise()}, "global: GLOBAL exec was not an allowed"),
+        ({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace()}, r"argparse\.Namespace"),
+        ("text", "AttributeError"),
+        ({"model": {"a": 1}}, "got other values under 'a'"),
+        ({"model": {1: torch.zeros(1)}}, "got other values under '1'"),
+        ({}, "got other values under ''"),
+        ({"layer.weight": torch.zeros(2)}, r"albef, .*hf_blip, got names such as layer\.weight"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content, message):
     path = tmp_path / "checkpoint.pth"
     torch.save(content, path)
-    with pytest.raises(ValueError, match="source: expected"):
+    with pytest.raises(ValueError, match=f"^source: expected .*{message}") as error:
         convert_checkpoint(path)
+    assert "\n" not in str(error.value)
 
 
-def test_the_error_names_the_classes_in_a_pickle(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1)}, path)
-    with pytest.raises(ValueError, match=r"got argparse\.Namespace, which could run code"):
+@pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors", "broken.bin"])
+@pytest.mark.parametrize("content", [b"not weights", b"", None], ids=["text", "empty", "truncated"])
+def test_a_damaged_file_is_named_in_one_line(tmp_path, name, content):
+    path = tmp_path / name
+    if content is None:
+        weights = {"a": torch.zeros(1000)}
+        save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=name) as error:
         convert_checkpoint(path)
+    assert "\n" not in str(error.value)
 
 
-def test_a_broken_file_raises(tmp_path):
-    for name in ("broken.pth", "broken.safetensors"):
-        (tmp_path / name).write_bytes(b"not weights")
-        with pytest.raises(ValueError, match=rf"source: .*{name}"):
-            convert_checkpoint(tmp_path / name)
+def test_torchscript_is_refused_with_a_remedy(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-16.pt")
+    with pytest.raises(ValueError, match=r"TorchScript .*; if you trust it, save only its state"):
+        convert_checkpoint(tmp_path / "ViT-B-16.pt")
 
 
-def test_the_error_for_a_truncated_file_has_a_remedy(tmp_path):
-    path = saved({"a": torch.zeros(1000)}, tmp_path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"got a damaged file .*; copy or download it again"):
-        convert_checkpoint(path)
+def test_missing_files_and_configs_alone_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source: expected a file or a folder"):
+        convert_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match=r"source: expected one of model\.safetensors"):
+        convert_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="source: expected weights, or the index of their shards"):
+        convert_checkpoint(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -58,66 +89,33 @@ def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
     expected = convert_checkpoint(saved(weights, tmp_path), **HEADS)
     save_file(wrapped, tmp_path / "wrapped.safetensors")
     for path in (saved(wrapped, tmp_path), tmp_path / "wrapped.safetensors"):
-        model = convert_checkpoint(path, **HEADS)
-        assert_equal_weights(model, expected)
+        assert_equal_weights(convert_checkpoint(path, **HEADS), expected)
 
 
-def test_openai_clip_has_quick_gelu_by_its_names(tmp_path):
-    numbers = {"input_resolution": 48, "context_length": 8, "vocab_size": 50}
-    weights = small_open_clip() | {name: torch.tensor(n) for name, n in numbers.items()}
-    assert convert_checkpoint(saved(weights, tmp_path), **HEADS).config.activation == "quick_gelu"
-    plain = convert_checkpoint(saved(small_open_clip(), tmp_path), **HEADS)
-    assert plain.config.activation == "gelu"
-
-
-def test_the_error_for_torchscript_names_the_remedy(tmp_path):
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-16.pt")
-    with pytest.raises(ValueError, match=r"got TorchScript, .*; if you trust it, torch\.save"):
-        convert_checkpoint(tmp_path / "ViT-B-16.pt")
-
-
-def test_nan_is_named(tmp_path):
-    weights = small_open_clip()
-    weights["visual.proj"][0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"checkpoint\.pth: expected numbers, got NaN in visual"):
-        convert_checkpoint(saved(weights, tmp_path), **HEADS)
-
-
-@pytest.mark.parametrize("grid", ["no class token", "no square"])
-def test_position_embeddings_of_another_layout_raise(grid, tmp_path):
-    weights = small_open_clip()
-    positions = weights["visual.positional_embedding"]
-    weights["visual.positional_embedding"] = (
-        positions[1:] if grid == "no class token" else (torch.cat([positions, positions[-4:]]))
-    )
-    with pytest.raises(ValueError, match=r"expected shape: visual\.pos_embed"):
-        convert_checkpoint(saved(weights, tmp_path), **HEADS)
+@pytest.mark.parametrize("form", ["shards", "bin"])
+def test_folders_of_transformers_in_other_forms(tmp_path, form):
+    theirs = to_hf(create_model("clip_tiny", eos_token_id=7))
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB" if form == "shards" else "5GB")
+    if form == "shards":
+        assert (tmp_path / "model.safetensors.index.json").is_file()
+    else:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_equal_weights(theirs, to_hf(convert_checkpoint(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ("index", "message"),
+    ("name", "change", "message"),
     [
-        ("{", "index.json: expected a JSON object, got no valid JSON"),
-        ("[]", r"index.json: expected a JSON object, got \[\]"),
-        ('{"weight_map": 3}', "expected weights, or the index of their shards, got"),
-        ('{"weight_map": {"a": "b.safetensors"}}', r"expected .*b\.safetensors, which .* names"),
+        ("visual.proj", lambda w: w.fill_(torch.nan), "expected numbers, got NaN in visual.proj"),
+        ("visual.proj", lambda w: w.bool(), r"expected dtype: image_projection\.weight"),
+        ("visual.positional_embedding", lambda w: w[1:], r"expected shape: visual\.pos_embed"),
+        ("visual.positional_embedding", lambda w: w[:-3], r"expected shape: visual\.pos_embed"),
+        ("token_embedding.weight", lambda w: w.to_sparse(), "got a torch.sparse_coo tensor"),
     ],
 )
-def test_a_broken_index_of_shards_is_named(index, message, tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        convert_checkpoint(tmp_path)
-
-
-def test_a_compressed_file_that_could_fill_the_memory_raises(tmp_path):
-    plain, bomb = tmp_path / "plain.pth", tmp_path / "bomb.pth"
-    torch.save({"model": {"a": torch.zeros(10**6)}}, plain)
-    with (
-        zipfile.ZipFile(plain) as source,
-        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive,
-    ):
-        for name in source.namelist():
-            archive.writestr(name, source.read(name))
-    assert torch.load(bomb, weights_only=True) and bomb.stat().st_size < 10**5
-    with pytest.raises(ValueError, match="which would unpack to 4000"):
-        convert_checkpoint(bomb)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, name, change, message):
+    weights = small_open_clip()
+    weights[name] = change(weights[name])
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(saved(weights, tmp_path), **HEADS)
