@@ -163,12 +163,12 @@ class Matching:
         self.model, self.negatives = model, Negatives(*model.fixed_draw(images, ids)[:2])
         with torch.no_grad():
             seen = model.contrast(*inputs)
-        self.image = seen.image.clone().requires_grad_()
+        self.image = seen.image[0].clone().requires_grad_()
         self.text = seen.text.clone().requires_grad_() if isinstance(model, ALBEF) else ids
 
     def at_once(self):
         """Compute ITM in one pass, as the model does."""
-        return self.model.matching_loss(self.text, self.mask, self.image, self.negatives)
+        return self.model.matching_loss(self.text, self.mask, (self.image, None), self.negatives)
 
     def in_two(self):
         """Compute ITM in two passes: first the pairs, then both kinds of negatives."""

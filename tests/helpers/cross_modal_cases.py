@@ -10,11 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
+from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.pretraining.models.albef import model as albef
-from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
 from elip_models.pretraining.models.blip import model as blip
 from elip_models.pretraining.models.meter import model as meter
 from tests.helpers.fsdp_cases import half

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -44,7 +45,7 @@ from elip_models.saving.meta_build import meta_device, with_memory
 from elip_models.saving.weights import check_weights, first_names, load_weights
 from elip_models.towers import as_tower
 from elip_models.towers.base import scoring_context
-from elip_models.towers.reducible_model import check_tokenizer_in
+from elip_models.towers.reducible_model import check_tokenizer_in, random_ids
 from elip_models.validation import Config, as_config_error
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class PretrainedModel(
         ranks: whether `image_features` and `text_features` can be compared.
         task: name of the downstream task; None for pre-training.
         pretraining: class of the pre-trained model that a downstream model starts from.
+        images_per_text: number of images of a text.
     """
 
     config_class: ClassVar[type[Config]]
@@ -81,6 +83,7 @@ class PretrainedModel(
     dense: Strategy
     task: ClassVar[str | None] = None
     pretraining: ClassVar[type["PretrainedModel"]]
+    images_per_text: ClassVar[int] = 1
 
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -96,11 +99,11 @@ class PretrainedModel(
         if self.task is None:
             return set()
         kind = self.pretraining.config_class
-        config = kind(**{each.name: getattr(self.config, each.name) for each in fields(kind)})
+        config = kind(**{field.name: getattr(self.config, field.name) for field in fields(kind)})
         with torch.device("meta"):
-            given = self.from_pretraining(self.pretraining(config).state_dict(), self.config)
+            pretrained = self.from_pretraining(self.pretraining(config).state_dict(), self.config)
         parameters = dict(self.named_parameters(remove_duplicate=False))
-        known = {id(parameter) for name, parameter in parameters.items() if name in given}
+        known = {id(parameter) for name, parameter in parameters.items() if name in pretrained}
         return {name for name, parameter in parameters.items() if id(parameter) not in known}
 
     def elip_strategy(self) -> ELIP:
@@ -118,6 +121,30 @@ class PretrainedModel(
     def project_image(self, tokens: Tensor) -> Tensor:
         """Return normalised features (B, E) of tokens (B, N, D); of CLS tokens if not `ranks`."""
         return F.normalize(tokens[:, 0], dim=-1)
+
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return the forward's arguments: images (B, 3, H, W), random texts and fixed labels.
+
+        NLVR2 gets pairs of neighbouring images, VQA one answer of three tokens for each question.
+        """
+        config, numbers = self.config, torch.arange(len(images), device=images.device)
+        ids = random_ids(images, config.context_length, config.vocab_size, config.end_token_id)
+        answers, mask = ids[:, None, -3:], torch.ones_like(ids)
+        if self.images_per_text == 2:
+            images = torch.stack([images, images.roll(-1, 0)], 1)
+        values = {
+            "images": images,
+            **{"input_ids": ids, "attention_mask": mask},
+            **{"image_ids": numbers, "labels": torch.zeros_like(numbers)},
+            **{"answer_ids": answers, "answer_mask": torch.ones_like(answers)},
+            "answer_weights": torch.ones(len(images), 1, device=images.device),
+        }
+        parameters = signature(type(self).forward).parameters.values()
+        required = {argument.name for argument in parameters if argument.default is argument.empty}
+        inputs = {name: value for name, value in values.items() if name in required}
+        if config.reads_guide_captions:
+            inputs |= {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
+        return inputs
 
     def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the guidance (B, D) of the image tower from input_ids, attention_mask (B, L)."""

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -19,7 +18,6 @@ from elip_models.pretraining.models.layers.bert import BertTower
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo, mask_after
 from elip_models.towers.base import scoring_context
-from elip_models.towers.reducible_model import random_ids
 from elip_models.validation import Positive, Size, same_as
 
 if TYPE_CHECKING:
@@ -76,6 +74,11 @@ class CrossModalConfig(ReductionConfig):
         """Maximum number of tokens of a text, padding included."""
         return self.max_positions
 
+    @property
+    def end_token_id(self) -> int:
+        """Id of the last token of a text."""
+        return self.sep_token_id
+
     def vit(self, **options: Any) -> VisionTransformer:
         """Create the image tower with weights of `initializer_range`; `options` are timm's."""
         visual = super().vit(**options)
@@ -95,14 +98,10 @@ class CrossModalModel(PretrainedModel):
         self.config = config
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images, random texts of full length, and `fixed_draw` of a pre-trained model."""
-        config = self.config
-        ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
-        mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)
-        inputs = {"images": images, "input_ids": ids, "attention_mask": mask}
-        guides = {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
-        inputs |= {} if drawn is None else {"drawn": drawn}
-        return inputs | (guides if config.reads_guide_captions else {})
+        """Return random inputs, and `fixed_draw` of a pre-trained model."""
+        inputs = super().random_inputs(images)
+        drawn = self.fixed_draw(images, inputs["input_ids"])
+        return inputs | ({} if drawn is None else {"drawn": drawn})
 
     def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...] | None:
         """Return the argument `drawn` of forward, what a step draws at random; None for tasks.

@@ -4,28 +4,32 @@ import os
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
-from elip_models.pretraining.models.albef.classification import ALBEFNLVR2, ALBEFEntailment
 from elip_models.pretraining.models.albef.model import ALBEF, ALBEFConfig
-from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
-from elip_models.pretraining.models.albef.vqa import ALBEFVQA
+from elip_models.pretraining.models.albef.tasks import (
+    ALBEFNLVR2,
+    ALBEFVQA,
+    ALBEFEntailment,
+    ALBEFRetrieval,
+)
 from elip_models.pretraining.models.base import PretrainedModel, with_overrides
-from elip_models.pretraining.models.blip.captioning import BLIPCaptioning
 from elip_models.pretraining.models.blip.model import BLIP, BLIPConfig
-from elip_models.pretraining.models.blip.nlvr2 import BLIPNLVR2
-from elip_models.pretraining.models.blip.retrieval import BLIPRetrieval
-from elip_models.pretraining.models.blip.vqa import BLIPVQA
-from elip_models.pretraining.models.clip.classification import CLIPClassification
+from elip_models.pretraining.models.blip.tasks import (
+    BLIPNLVR2,
+    BLIPVQA,
+    BLIPCaptioning,
+    BLIPRetrieval,
+)
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
-from elip_models.pretraining.models.clip.retrieval import CLIPRetrieval
+from elip_models.pretraining.models.clip.tasks import CLIPClassification, CLIPRetrieval
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.models.meter.config import METERConfig
-from elip_models.pretraining.models.meter.downstream import (
+from elip_models.pretraining.models.meter.model import METER
+from elip_models.pretraining.models.meter.tasks import (
     METERNLVR2,
     METERVQA,
     METEREntailment,
     METERRetrieval,
 )
-from elip_models.pretraining.models.meter.model import METER
 from elip_models.reduction.schedule import PRESETS
 from elip_models.saving.files import read_config
 from elip_models.saving.hub import fetch_folder

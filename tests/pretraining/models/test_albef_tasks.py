@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from elip_models.pretraining.models.albef.classification import ALBEFNLVR2, ALBEFEntailment
 from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
 from elip_models.pretraining.models.albef.vqa import ALBEFVQA
 from elip_models.pretraining.models.layers.generated_answers import QuestionStates, score_candidates
+from safetensors.torch import load_file
+
 from elip_models.pretraining.models.layers.losses import hard_negatives, soft_contrastive_loss
 from elip_models.pretraining.models.layers.momentum import NO_IMAGE
 from elip_models.pretraining.models.momentum_model import Negatives

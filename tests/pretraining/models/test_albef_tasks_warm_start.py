@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
+
 from elip_models.saving.weights import load_weights
 from tests.helpers import cross_modal_cases
 from tests.helpers.cross_modal_cases import batch_of_four

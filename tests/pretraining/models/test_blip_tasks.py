@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from elip_models.pretraining.models.blip.captioning import BLIPCaptioning
 from elip_models.pretraining.models.blip.nlvr2 import BLIPNLVR2
 from elip_models.pretraining.models.blip.retrieval import BLIPRetrieval
 from elip_models.pretraining.models.blip.vqa import BLIPVQA
+from safetensors.torch import load_file
+
 from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.models.momentum_model import Negatives
 from elip_models.reduction.strategies import STRATEGIES

@@ -11,10 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-
-from elip_models.pretraining.checkpoints.names import KINDS
-from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.pretraining.models.meter.downstream import (
     METERNLVR2,
     METERVQA,
@@ -22,6 +18,10 @@ from elip_models.pretraining.models.meter.downstream import (
     METEREntailment,
     METERRetrieval,
 )
+from safetensors.torch import load_file
+
+from elip_models.pretraining.checkpoints.names import KINDS
+from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.pretraining.models.meter.model import METER
 from elip_models.pretraining.training.optim import parameter_groups
 from elip_models.saving.weights import load_weights

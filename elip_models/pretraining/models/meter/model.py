@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3, and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,12 +89,9 @@ def draw_itm_images(images: Tensor) -> tuple[Tensor, Tensor]:
 class METERBackbone(CrossModalModel):
     """Image and text towers, co-attention layers and poolers, without heads.
 
-    Attributes:
-        images_per_text: number of images of a text, each with its own token type.
+    Each of the `images_per_text` images has its own token type.
     """
 
-    config: METERConfig
-    images_per_text: ClassVar[int] = 1
     ranks = False
 
     def __init__(self, config: METERConfig) -> None:
@@ -110,9 +107,9 @@ class METERBackbone(CrossModalModel):
         self.text_transform = nn.Linear(config.text_width, width)
         self.image_transform = nn.Linear(config.vision_width, width)
         self.token_types = nn.Embedding(IMAGE + self.images_per_text, width)
-        every = range(config.cross_depth)
-        self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
-        self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
+        layers = range(config.cross_depth)
+        self.text_layers = BertTower(bert, cross_attention=layers, embeddings=None)
+        self.image_layers = BertTower(bert, cross_attention=layers, embeddings=None)
         self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
         self._add_heads(config)
         parts = dict(self.named_children())
@@ -130,8 +127,7 @@ class METERBackbone(CrossModalModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
-        every = range(self.config.text_depth)
-        return self.text.run(self.text.embed(input_ids), attention_mask, every)
+        return self.text.run(self.text.embed(input_ids), attention_mask)
 
     def fuse(
         self,
@@ -183,8 +179,8 @@ class METERBackbone(CrossModalModel):
     def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
         """Encode texts alone, without the tokens that `text_reduction` drops half way."""
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
-        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
-        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+        hidden = self.text.embed(input_ids)
+        return self.text.run_reduced(hidden, mask, self.text_reduction, image_cls=image_cls)
 
     def encode_and_fuse(
         self,
