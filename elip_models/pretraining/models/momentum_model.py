@@ -44,7 +44,7 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import is_sharded
-from elip_models.validation import Bounds, Depth, NonNegative, PositiveInt, Share, Size, divisor_of
+from elip_models.validation import Bounds, NonNegative, Share, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,6 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
 
     scorer: ScorerName | Literal["momentum"] = "exact"
     guide: Literal["own", "other", "after_itc"] = "own"
-    text_depth: Depth = 12
-    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
-    text_hidden: Size = 3072
     text_dropout: Share = 0.1
     text_norm_eps: NonNegative = 1e-12
     embed_dim: Size = 256
@@ -113,19 +110,8 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
     @property
     def bert(self) -> BertConfig:
         """Config of the text encoder."""
-        return BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.text_width,
-            num_hidden_layers=self.text_depth,
-            num_attention_heads=self.text_heads,
-            intermediate_size=self.text_hidden,
-            hidden_dropout_prob=float(self.text_dropout),
-            attention_probs_dropout_prob=float(self.text_dropout),
-            max_position_embeddings=self.max_positions,
-            layer_norm_eps=float(self.text_norm_eps),
-            initializer_range=float(self.initializer_range),
-            pad_token_id=self.pad_token_id,
-        )
+        eps = float(self.text_norm_eps)
+        return self.bert_config("text", dropout=self.text_dropout, layer_norm_eps=eps)
 
     @property
     def full_alpha(self) -> float:
@@ -323,11 +309,6 @@ class MomentumModel(DistilledModel):
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return normalised features (B, E) of texts (B, L)."""
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
-
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Return the next pair of the batch as the negative of each pair."""
-        others = torch.arange(len(images), device=images.device).roll(-1)
-        return Negatives(others, others)
 
     def matching_logits(
         self,

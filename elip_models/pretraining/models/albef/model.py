@@ -17,11 +17,7 @@ from torch import Tensor
 
 from elip_models.pretraining.models.config import TokenId
 from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
-from elip_models.pretraining.models.layers.losses import (
-    language_loss,
-    mask_every_seventh,
-    mask_tokens,
-)
+from elip_models.pretraining.models.layers.losses import language_loss, mask_tokens
 from elip_models.pretraining.models.momentum_model import (
     ContrastiveOutput,
     Encoders,
@@ -140,11 +136,6 @@ class ALBEF(ALBEFMatcher):
             teacher = self.encoders_m.predict(drawn.masked_ids, mask, *contrast.image_m)
         gather = self.config.gather
         return (language_loss(logits, drawn.labels, teacher, self.alpha, gather=gather),)
-
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> ALBEFDraw:
-        """Return the next pair as each pair's negative, and every seventh token masked."""
-        masked = mask_every_seventh(input_ids, self.config.mask_token_id)
-        return ALBEFDraw(*super().fixed_draw(images, input_ids), *masked)
 
     def draw(
         self,

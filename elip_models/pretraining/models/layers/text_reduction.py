@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-import elip_kernels
+from elip_kernels.ops.gather_ops import take_rows
 from elip_models.pretraining.models.layers.losses import IGNORED
 from elip_models.validation import Rate, check_fields
 
@@ -79,29 +79,16 @@ class TextReduction:
             scores: (B, L), for 'learned' only. Ties keep the lower index; NaN counts as the least.
         """
         L, anchor = tokens.shape[1], anchor[:, None]
+        slots = torch.arange(L - int(self.drop * L), device=mask.device)
         mask = mask.scatter(1, anchor, True)
-        is_kept = self._keep_mask(mask, anchor, scores)
-        reduced, info = elip_kernels.reduce(
-            tokens,
-            is_kept.float(),
-            L - int(self.drop * L),
-            merge=False,
-            mask=is_kept,
-            num_prefix_tokens=0,
-            return_info=True,
-        )
-        position = (info.kept == anchor).int().argmax(1)
-        return ReducedText(reduced, info.mask, position, info.kept)
-
-    def _keep_mask(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
-        """Return (B, L) bool, True for the n - int(drop * n) tokens of each text that stay."""
         priority = self._priority(mask, scores).masked_fill(~mask, -torch.inf)
         priority = priority.scatter(1, anchor, torch.inf)
-        order = priority.argsort(dim=1, descending=True, stable=True)
+        order = priority.argsort(dim=1, descending=True, stable=True)[:, : len(slots)]
         n = mask.sum(1, keepdim=True)
-        count = n - (n.double() * self.drop).long()
-        first = torch.arange(mask.shape[1], device=mask.device) < count
-        return torch.zeros_like(mask).scatter(1, order, first)
+        is_used = slots < n - (n.double() * self.drop).long()
+        position = torch.where(is_used, order, L).sort(dim=1).values
+        is_used, kept = position < L, position.clamp_max(L - 1)
+        return ReducedText(take_rows(tokens, kept), is_used, (kept == anchor).int().argmax(1), kept)
 
     def _priority(self, mask: Tensor, scores: Tensor | None) -> Tensor:
         """Return a finite priority (B, L); the least are dropped first."""

@@ -21,11 +21,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from elip_models.pretraining.models.cross_modal import CrossModalModel
 from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
-from elip_models.pretraining.models.layers.losses import (
-    language_loss,
-    mask_every_seventh,
-    mask_tokens,
-)
+from elip_models.pretraining.models.layers.losses import language_loss, mask_tokens
 from elip_models.pretraining.models.layers.pumer import FusionTokens
 from elip_models.pretraining.models.layers.text_reduction import ReducedText
 from elip_models.pretraining.models.meter.config import METERConfig
@@ -275,7 +271,7 @@ class METER(METERMatcher):
         replaces random masks and images, to repeat the step of another implementation.
         """
         if drawn is None:
-            drawn = self._draw(images, input_ids)
+            drawn = self.draw(images, input_ids)
         text, _ = self.encode_and_fuse(images, drawn.masked_ids, attention_mask, keeps_text=True)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
         loss_mlm = language_loss(mlm_logits, labels, gather=self.config.gather)
@@ -286,13 +282,8 @@ class METER(METERMatcher):
         loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
-        """Return every seventh token masked, and the next image for every second text."""
-        masked = mask_every_seventh(input_ids, self.config.mask_token_id)
-        keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
-        return METERDraw(*masked, keeps_image, images.roll(-1, 0))
-
-    def _draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
+    def draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
+        """Draw the masked tokens of MLM and the images of ITM."""
         config = self.config
         if config.mask_whole_words and self.continues is None:
             raise ValueError(

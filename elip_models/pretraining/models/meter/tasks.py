@@ -215,11 +215,6 @@ class METERRetrieval(METERMatcher):
         """Return a score (B,) of each pair, from pooled text and image (B, 2C)."""
         return self.rank_head(pooled)[:, 0]
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> DrawnImages:
-        """Return the next image for every second text."""
-        keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
-        return DrawnImages(keeps_image, images.roll(-1, 0))
-
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Return the inputs of the base class, and texts of other images as false texts."""
         inputs, count = super().random_inputs(images), self.config.false_texts
@@ -264,7 +259,7 @@ class METERRetrieval(METERMatcher):
         loss_rank = F.cross_entropy(ranks.float(), torch.zeros_like(image_ids))
         if not self.config.with_itm:
             return RankingOutput(loss_rank, loss_rank, ranks)
-        labels, false_images = self._draw(images, image_ids) if drawn is None else drawn
+        labels, false_images = self.draw(images, image_ids) if drawn is None else drawn
         is_pair = (labels == 1)[:, None, None, None]
         shown = torch.where(is_pair, images, false_images)
         text, image = self.encode_and_fuse(shown, input_ids, attention_mask)
@@ -272,7 +267,8 @@ class METERRetrieval(METERMatcher):
         loss_itm = F.cross_entropy(itm_logits.float(), labels)
         return METERRetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
 
-    def _draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
+    def draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
+        """Draw the images of ITM; another pair with the same image stays a pair."""
         labels, others = draw_itm_images(images)
         labels = labels | (image_ids == image_ids[others]).long()
         return DrawnImages(labels, images[others])
