@@ -19,19 +19,23 @@ Source: model_retrieval.py and model_vqa.py of ALBEF, blip_retrieval.py and blip
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.pretraining.models.base import eval_mode
-from elip_models.pretraining.models.layers.losses import distilled_cross_entropy, next_tokens
+from elip_models.pretraining.models.base import PretrainedModel, eval_mode
+from elip_models.pretraining.models.layers.losses import (
+    at_least_fp32,
+    distilled_cross_entropy,
+    next_tokens,
+)
 from elip_models.pretraining.models.momentum_model import (
     DistilledModel,
     MomentumConfig,
     MomentumModel,
 )
-from elip_models.validation import PositiveInt, check
 
 Weights = dict[str, Tensor]
 RETRIEVAL_ENCODERS = ("visual.",), ("text.",), ("image_projection.",), ("text_projection.",)
@@ -48,6 +52,21 @@ class TaskOutput:
 
     loss: Tensor
     logits: Tensor
+
+
+class Classifier(PretrainedModel):
+    """A model whose loss is the cross entropy of its `logits`."""
+
+    def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits (B, num_classes) of images (B, 3, H, W), or pairs, and texts (B, L)."""
+        raise NotImplementedError
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> TaskOutput:
+        """Return the loss of a batch; labels (B,) int64 are the correct classes."""
+        logits = self.logits(images, input_ids, attention_mask)
+        return TaskOutput(F.cross_entropy(at_least_fp32(logits), labels), logits)
 
 
 def renamed(weights: Weights, rules: Iterable[tuple[str, ...]]) -> Weights:
@@ -104,34 +123,12 @@ class MomentumRetrieval(MomentumModel):
         return super().random_inputs(images) | {"image_ids": ids}
 
 
-class Decoder(Protocol):
-    """Decoder of answers from fused questions, see `AnsweringModel.predict_answer`."""
-
-    def __call__(
-        self, input_ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor
-    ) -> Tensor:
-        """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
-
-
-def decode_answers(
-    decode: Decoder, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor
-) -> Tensor:
-    """Return logits (B * A, La, V) of A answers (B, A, La) to each of B questions.
-
-    A missing answer has one real token, as attention needs.
-    """
-    A, mask = ids.shape[1], mask.flatten(0, 1).clone()
-    mask[:, 0] = 1
-    repeated = (part.repeat_interleave(A, 0) for part in (states, states_mask))
-    return decode(ids.flatten(0, 1), mask, *repeated)
-
-
 class AnsweringModel(DistilledModel):
-    """VQA: fuse a question with its image, and rank candidate answers by a decoder.
+    """VQA: fuse a question with its image, and generate or rank answers by a decoder.
 
     Attributes:
         counts_first_token_twice: ranking adds the score of the first token to that of all tokens.
-        answer_smoothing: label smoothing of the scores.
+        answer_smoothing: label smoothing of losses and scores.
     """
 
     task: ClassVar[str] = "vqa"
@@ -142,28 +139,72 @@ class AnsweringModel(DistilledModel):
         """Return the states (B, L, D) of questions (B, L), fused with images (B, 3, H, W)."""
         raise NotImplementedError
 
-    def predict_answer(
-        self, input_ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor
+    def fuse_for_loss(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the states of questions for a loss, and those of the momentum encoders, if any."""
+        return self.fuse_question(images, input_ids, attention_mask), None
+
+    def decode_answers(
+        self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
     ) -> Tensor:
-        """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
+        """Return logits (B, La, V) of the tokens after each position of answers (B, La).
+
+        `teacher` selects the decoder of the momentum encoders.
+        """
         raise NotImplementedError
 
-    def answer_losses(
+    def answer_logits(
         self,
-        logits: Tensor,
         ids: Tensor,
         mask: Tensor,
-        teacher: Tensor | None = None,
+        states: Tensor,
+        states_mask: Tensor,
+        *,
+        teacher: bool = False,
+    ) -> Tensor:
+        """Return logits (B * A, La, V) of A answers (B, A, La) to each of B questions.
+
+        A missing answer has one real token, as attention needs.
+        """
+        A, mask = ids.shape[1], mask.flatten(0, 1).clone()
+        mask[:, 0] = 1
+        repeated = (part.repeat_interleave(A, 0) for part in (states, states_mask))
+        return self.decode_answers(ids.flatten(0, 1), mask, *repeated, teacher=teacher)
+
+    def answer_losses(
+        self, logits: Tensor, ids: Tensor, mask: Tensor, teacher: Tensor | None = None
     ) -> Tensor:
         """Return the losses (B, A) of answers (B, A, La) from their logits (B * A, La, V).
 
         `teacher` are the logits of the momentum encoders.
         """
         labels = next_tokens(ids.flatten(0, 1), mask.flatten(0, 1))
-        losses = distilled_cross_entropy(
-            logits, labels, teacher, self.alpha, smoothing=self.answer_smoothing
-        )
+        smoothing = self.answer_smoothing
+        losses = distilled_cross_entropy(logits, labels, teacher, self.alpha, smoothing)
         return losses.sum(1).view(ids.shape[:2])
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answer_weights: Tensor,
+    ) -> TaskOutput:
+        """Return the loss of a batch; in training, update the momentum encoders, if any.
+
+        answer_ids and answer_mask (B, A, La) are answers with weights (B, A), 0 if one is missing.
+        """
+        states, states_m = self.fuse_for_loss(images, input_ids, attention_mask)
+        answers, teacher = (answer_ids, answer_mask), None
+        logits = self.answer_logits(*answers, states, attention_mask)
+        if states_m is not None:
+            with torch.no_grad():
+                teacher = self.answer_logits(*answers, states_m, attention_mask, teacher=True)
+        losses = self.answer_losses(logits, *answers, teacher)
+        return TaskOutput((answer_weights * losses).sum() / len(images), logits)
 
     @torch.no_grad()
     def rank_answers(
@@ -180,24 +221,20 @@ class AnsweringModel(DistilledModel):
         The candidates are answer_ids and answer_mask (C, La), La at least 2. Those k with the most
         probable first tokens are scored completely: B * k answers are decoded at once.
         """
-        check("k", k, PositiveInt)
         with eval_mode(self):
             states = self.fuse_question(images, input_ids, attention_mask), attention_mask
-            numbers, scores = self.score_answers(states, answer_ids, answer_mask, k)
+            numbers, scores = self.score_answers(*states, answer_ids, answer_mask, k)
         return numbers.gather(1, scores.argmax(1, keepdim=True))[:, 0]
 
     def score_answers(
-        self, states: tuple[Tensor, Tensor], ids: Tensor, mask: Tensor, k: int
+        self, states: Tensor, states_mask: Tensor, ids: Tensor, mask: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the indices (B, k) of the candidates (C, La) that are scored, and their scores.
-
-        `states` are the fused questions and their mask.
-        """
-        first_token = ids[:1, :1].expand(len(states[0]), 1)
-        first = self.predict_answer(first_token, torch.ones_like(first_token), *states)[:, 0]
+        """Return the indices (B, k) of the candidates (C, La) that are scored, and their scores."""
+        questions = states, states_mask
+        first_token = ids[:1, :1].expand(len(states), 1)[:, None]
+        first = self.answer_logits(first_token, torch.ones_like(first_token), *questions)[:, 0]
         chances = first.float().softmax(1)[:, ids[:, 1]]
         chances, numbers = chances.topk(min(k, len(ids)), dim=1)
-        candidates = ids[numbers], mask[numbers]
-        logits = decode_answers(self.predict_answer, *candidates, *states)
-        scores = -self.answer_losses(logits, *candidates)
+        answers = ids[numbers], mask[numbers]
+        scores = -self.answer_losses(self.answer_logits(*answers, *questions), *answers)
         return numbers, scores + chances.log() if self.counts_first_token_twice else scores

@@ -163,7 +163,7 @@ def family_of(name: str, task: str | None = None) -> type[PretrainedModel]:
 
 def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedModel]:
     """Return the class that fine-tunes a pre-trained family for a downstream task."""
-    tasks = {each.task: each for each in DOWNSTREAM.values() if each.pretraining is family}
+    tasks = {model.task: model for model in DOWNSTREAM.values() if model.pretraining is family}
     if task not in tasks:
         raise ValueError(
             f"task: expected a task of {family.__name__}, {', '.join(sorted(tasks))}, got "
@@ -179,8 +179,8 @@ def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> di
     model. Fields that the downstream config lacks, or whose type differs, are left out.
     """
     hints = get_type_hints(model.config_class, include_extras=True)
-    defaults = {each.name: each.default for each in fields(model.pretraining.config_class)}
-    sizes = {each.name for each in fields(VisionConfig)}
+    defaults = {field.name: field.default for field in fields(model.pretraining.config_class)}
+    sizes = {field.name for field in fields(VisionConfig)}
     return {
         name: value
         for name, value in values.items()

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from elip_models.pretraining.models.clip.classification import (
-    CLIPClassification,
-    CLIPClassificationConfig,
-)
 
 import elip_models
 from elip_models.pretraining.data import EmojiClasses
 from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.models.clip.tasks import (
+    CLIPClassification,
+    CLIPClassificationConfig,
+)
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.tasks.zero_shot import class_features
 from elip_models.pretraining.training.run_config import DataConfig, OptimConfig

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from elip_models.pretraining.models.layers.gradient_caching import encode_in_slices
 
 import elip_models
+from elip_models.pretraining.models.clip.model import encode_in_slices
 from elip_models.pretraining.training.trainer import train
 from elip_models.profiling.measure import saved_bytes
 from elip_models.validation import ConfigError

@@ -70,7 +70,7 @@ def test_meter_gets_word_boundaries_from_its_tokenizer(word_pieces):
     assert "continues" not in model.state_dict()
     ids = word_pieces("a cats playings cat", return_tensors="pt").input_ids.repeat(50, 1)
     assert ids[0].tolist() == TEXT[:-1]
-    chosen = model._draw(torch.zeros(50, 3, 32, 32), ids).labels != IGNORED
+    chosen = model.draw(torch.zeros(50, 3, 32, 32), ids).labels != IGNORED
     for word in WORDS:
         assert (chosen[:, word] == chosen[:, word[:1]]).all()
 

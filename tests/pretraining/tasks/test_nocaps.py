@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from elip_models.pretraining.models.blip.captioning import BLIPCaptioning
 from PIL import Image
 
 from elip_models.pretraining.data import DataError, open_source, train_tokenizer
+from elip_models.pretraining.models.blip.tasks import BLIPCaptioning
 from elip_models.pretraining.tasks import caption_metrics
 from elip_models.pretraining.tasks.caption_metrics import caption_scores
 from elip_models.pretraining.tasks.captioning import Captioning

@@ -38,7 +38,6 @@ from elip_models.pretraining.models.downstream import (
     MomentumRetrieval,
     TaskOutput,
     Weights,
-    decode_answers,
     encoder_weights,
 )
 from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
@@ -170,7 +169,7 @@ class VQAEncoders(ALBEFTowers):
     def decode(
         self, input_ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor
     ) -> Tensor:
-        """Return logits (B, La, V) of the next tokens, see `AnsweringModel.predict_answer`."""
+        """Return logits (B, La, V) of the next tokens, see `AnsweringModel.decode_answers`."""
         image = {"image_tokens": states, "image_mask": states_mask}
         hidden = self.decoder.run(self.decoder.embed(input_ids), mask, **image, causal=True)
         return self.language_head(hidden)
@@ -184,6 +183,7 @@ class ALBEFVQA(AnsweringModel, ALBEFTask):
     config_class = ALBEFVQAConfig
     encoders_class = VQAEncoders
     fuse_question = ALBEFTask.encode_pair
+    fuse_for_loss = ALBEFTask.encode_pair_with_momentum
 
     def tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
@@ -212,35 +212,12 @@ class ALBEFVQA(AnsweringModel, ALBEFTask):
             ("language_head.",),
         ]
 
-    def forward(
-        self,
-        images: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
-        answer_weights: Tensor,
-    ) -> TaskOutput:
-        """Return the loss of a batch; in training, update the momentum encoders.
-
-        answer_ids and answer_mask (B, A, La) are answers with weights (B, A), 0 if one is missing.
-        """
-        answers = answer_ids, answer_mask
-        fused, fused_m = self.encode_pair_with_momentum(images, input_ids, attention_mask)
-        logits = decode_answers(self.encoders.decode, *answers, fused, attention_mask)
-        teacher = None
-        if fused_m is not None:
-            with torch.no_grad():
-                decode = self.encoders_m.decode
-                teacher = decode_answers(decode, *answers, fused_m, attention_mask)
-        losses = self.answer_losses(logits, *answers, teacher)
-        return TaskOutput((answer_weights * losses).sum() / len(images), logits)
-
-    def predict_answer(
-        self, input_ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor
+    def decode_answers(
+        self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
     ) -> Tensor:
         """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
-        return self.encoders.decode(input_ids, mask, states, states_mask)
+        encoders = self.encoders_m if teacher else self.encoders
+        return encoders.decode(ids, mask, states, states_mask)
 
 
 @dataclass(frozen=True, kw_only=True)

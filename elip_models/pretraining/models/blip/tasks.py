@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BertConfig
@@ -41,10 +40,10 @@ from elip_models.pretraining.models.blip.model import (
 )
 from elip_models.pretraining.models.downstream import (
     AnsweringModel,
+    Classifier,
     MomentumRetrieval,
     TaskOutput,
     Weights,
-    decode_answers,
     renamed,
 )
 from elip_models.pretraining.models.layers.bert import masked_language_head
@@ -52,7 +51,6 @@ from elip_models.pretraining.models.layers.distributed import all_gather
 from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.models.layers.losses import (
     IGNORED,
-    at_least_fp32,
     language_loss,
     next_tokens,
 )
@@ -90,15 +88,8 @@ class BLIPFinetuningConfig(BLIPConfig):
     """
 
     image_size: Size = 384
+    text_reduction: None = None
     drop_path: Rate = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.text_reduction is not None:
-            raise ValueError(
-                "text_reduction: expected None, since a fine-tuned BLIP needs all text tokens, got "
-                f"{self.text_reduction!r}"
-            )
 
     def vit(self, **options: Any) -> VisionTransformer:
         """Create the image tower with stochastic depth."""
@@ -196,30 +187,11 @@ class BLIPVQA(AnsweringModel, BLIPDecoder, BLIPTask):
         image = self.encode_masked(images, self.text_guidance(input_ids, attention_mask))
         return self.fuse(input_ids, attention_mask, *image)
 
-    def forward(
-        self,
-        images: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        answer_ids: Tensor,
-        answer_mask: Tensor,
-        answer_weights: Tensor,
-    ) -> TaskOutput:
-        """Return the loss of the answers to questions.
-
-        answer_ids and answer_mask (B, A, La) are answers with weights (B, A), 0 if one is missing.
-        """
-        answers = answer_ids, answer_mask
-        states = self.fuse_question(images, input_ids, attention_mask), attention_mask
-        logits = decode_answers(self.predict_answer, *answers, *states)
-        losses = self.answer_losses(logits, *answers)
-        return TaskOutput((answer_weights * losses).sum() / len(images), logits)
-
-    def predict_answer(
-        self, input_ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor
+    def decode_answers(
+        self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
     ) -> Tensor:
         """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
-        return self.predict(input_ids, mask, states, states_mask)
+        return self.predict(ids, mask, states, states_mask)
 
     @torch.no_grad()
     def generate_answers(
@@ -309,7 +281,7 @@ class NLVR2Encoders(BLIPEncoders):
             layer.crossattention.apply(self.text.init)
 
 
-class BLIPNLVR2(BLIPTask):
+class BLIPNLVR2(Classifier, BLIPTask):
     """BLIP with an encoder of two images and a classifier."""
 
     family, task = "blip_nlvr2", "nlvr2"
@@ -343,14 +315,6 @@ class BLIPNLVR2(BLIPTask):
         pairs = tokens.unflatten(0, (-1, 2)).flatten(1, 2)
         mask = None if mask is None else mask.unflatten(0, (-1, 2)).flatten(1, 2)
         return self.classifier(self.fuse(input_ids, attention_mask, pairs, mask)[:, 0])
-
-    def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> TaskOutput:
-        """Return the loss of statements (B, L) on images (B, 2, 3, H, W); labels (B,), 1 = true."""
-        logits = self.logits(images, input_ids, attention_mask)
-        loss = F.cross_entropy(at_least_fp32(logits), labels)
-        return TaskOutput(loss, logits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,23 @@ weight of 0.5, but it uses only losses whose weight is at least 1.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.pretraining.models.downstream import TaskOutput, Weights, renamed
+from elip_models.pretraining.models.downstream import (
+    Classifier,
+    TaskOutput,
+    Weights,
+    renamed,
+)
 from elip_models.pretraining.models.meter.config import METERConfig
 from elip_models.pretraining.models.meter.model import (
     IMAGE,
     METER,
+    DrawnImages,
     METERBackbone,
     METERMatcher,
     draw_itm_images,
@@ -87,14 +93,7 @@ class METERRetrievalOutput(RankingOutput):
     itm_logits: Tensor
 
 
-class DrawnImages(NamedTuple):
-    """Random choices of a retrieval step with ITM, see `METERDraw`."""
-
-    itm_labels: Tensor
-    false_images: Tensor
-
-
-class METERClassifier(METERBackbone):
+class METERClassifier(Classifier, METERBackbone):
     """Backbone with a classifier of the pooled pair."""
 
     task: ClassVar[str]
@@ -120,13 +119,6 @@ class METERClassifier(METERBackbone):
         """Return logits (B, num_classes) of images (B, 3, H, W) and texts (B, L)."""
         text, image = self.encode_and_fuse(images, input_ids, attention_mask)
         return self.classifier(self.pool(text.tokens, image))
-
-    def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> TaskOutput:
-        """Return the cross entropy of a batch with labels (B,) int64."""
-        logits = self.logits(images, input_ids, attention_mask)
-        return TaskOutput(F.cross_entropy(logits.float(), labels), logits)
 
 
 class METERVQA(METERClassifier):
@@ -259,12 +251,8 @@ class METERRetrieval(METERMatcher):
         loss_rank = F.cross_entropy(ranks.float(), torch.zeros_like(image_ids))
         if not self.config.with_itm:
             return RankingOutput(loss_rank, loss_rank, ranks)
-        labels, false_images = self.draw(images, image_ids) if drawn is None else drawn
-        is_pair = (labels == 1)[:, None, None, None]
-        shown = torch.where(is_pair, images, false_images)
-        text, image = self.encode_and_fuse(shown, input_ids, attention_mask)
-        itm_logits = self.match(text.tokens, image)
-        loss_itm = F.cross_entropy(itm_logits.float(), labels)
+        drawn = self.draw(images, image_ids) if drawn is None else drawn
+        loss_itm, itm_logits = self.match(images, input_ids, attention_mask, drawn)
         return METERRetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
 
     def draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
