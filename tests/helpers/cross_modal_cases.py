@@ -14,9 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.pretraining.models.albef import model as albef
-from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
 from elip_models.pretraining.models.blip import model as blip
 from elip_models.pretraining.models.meter import model as meter
+from elip_models.pretraining.models.momentum_model import Negatives
+from elip_models.pretraining.models.registry import DOWNSTREAM
 from tests.helpers.fsdp_cases import half
 from tests.helpers.towers import assert_equal_gradients, gradients
 
@@ -44,7 +45,15 @@ MODELS = {
     "blip": (blip.BLIP, {**DISTILLED, "decoder_token_id": 4, "encoder_token_id": 5}),
     "meter": (meter.METER, {**CROSS, "cross_hidden": 32, "dropout": 0.0, "mask_token_id": MASK}),
 }
-RETRIEVAL = {"albef_retrieval": (ALBEFRetrieval, MODELS["albef"][1])}
+OF_TASKS = {"albef_entailment": {"num_classes": 3}, "albef_nlvr2": {"num_classes": 2}}
+OF_TASKS |= {"blip_vqa": {"drop_path": 0.0}, "blip_nlvr2": {"drop_path": 0.0, "merge_from": 1}}
+OF_TASKS |= {"meter_vqa": {"num_classes": 5}, "meter_retrieval": {"false_texts": 2}}
+TASKS = {
+    name: (model, MODELS[model.pretraining.family][1] | OF_TASKS.get(name, {}))
+    for name, model in DOWNSTREAM.items()
+    if model.pretraining.family in MODELS
+}
+RETRIEVAL = ("albef_retrieval",)
 IMAGE_IDS = (7, 3, 7, 5)  # of four pairs for retrieval: both ranks show the first image
 PADDED = {"strategy": "adaptive:keep_mass=0.4"}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # the losses are fp32
@@ -52,16 +61,21 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # the losses are fp32
 
 def made(family, gather="local", **options):
     """A model in fp64, with weights that matter."""
-    model_class, own = (MODELS | RETRIEVAL)[family]
+    model_class, own = (MODELS | TASKS)[family]
     sizes = SIZES | own | {"gather": gather} | options
     model = model_class(model_class.config_class(**sizes)).double()
     online = getattr(model, "encoders", model)
     for weight in online.parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=0.2)
-    if online is not model:
-        model.encoders_m.load_state_dict(online.state_dict())
+    model.reset_momentum_()
     return model
+
+
+def batch_for(model):
+    """The random inputs of a model for four images, with texts of several lengths."""
+    images, ids, mask = batch_of_four()
+    return model.random_inputs(images) | {"input_ids": ids, "attention_mask": mask}
 
 
 def batch_of_four(family=None):
@@ -86,7 +100,7 @@ def draws(family, images, ids, mask, gather):
             other, other.flip(0) if gather == "global" else other, masked, labels
         )
     if family == "blip" or family in RETRIEVAL:
-        return blip.Negatives(other, other)
+        return Negatives(other, other)
     itm_labels, false_images = torch.tensor([1, 0, 0, 1]), torch.randn_like(images)
     return meter.METERDraw(masked, labels, itm_labels, false_images)
 
@@ -192,8 +206,8 @@ def own_draws(rank, family, gather):
     model = made(family, gather)
     torch.nn.init.constant_(model.temperature, 10.0)  # every pair is about as likely
     wrapped, drawn = DistributedDataParallel(model), []
-    draw = model.draw_negatives
-    model.draw_negatives = lambda *given: drawn.append(draw(*given)) or drawn[-1]
+    draw = model.draw
+    model.draw = lambda *choices: drawn.append(draw(*choices)) or drawn[-1]
     torch.manual_seed(rank)
     batch = [half(rank, t) for t in batch_of_four()]
     for _ in range(6):

@@ -189,7 +189,7 @@ def test_only_adapters_and_temperatures_train(family, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_head_of_a_downstream_model_trains_whole(kind):
-    model = adapt_(classifier(projects=True), config(kind))
+    model = adapt_(classifier(), config(kind))
     others = {n for n, p in model.named_parameters() if p.requires_grad and not adapted_layer_of(n)}
     assert others == {"head.weight", "head.bias"}
     model = adapt_(classifier(), config(kind, full=("visual.norm.*", "head.weight")))

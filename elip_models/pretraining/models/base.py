@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
+from elip_kernels.autocast import no_autocast
 from elip_models.images import CLIP_STATS, Stats
 from elip_models.integrations.peft.adapt import adapt_, unadapted_name
 from elip_models.integrations.peft.adaptable_model import AdaptableModel
@@ -28,10 +30,7 @@ from elip_models.integrations.peft.saved_adapter import (
     save_adapter,
 )
 from elip_models.pretraining.models.config import reduction_fields
-from elip_models.pretraining.models.layers.guidance_sampling import (
-    drop_guidance,
-    replace_with_negatives,
-)
+from elip_models.pretraining.models.layers.losses import hard_negatives
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
@@ -44,11 +43,14 @@ from elip_models.saving.meta_build import meta_device, with_memory
 from elip_models.saving.weights import check_weights, first_names, load_weights
 from elip_models.towers import as_tower
 from elip_models.towers.base import scoring_context
-from elip_models.towers.reducible_model import check_tokenizer_in
+from elip_models.towers.reducible_model import check_tokenizer_in, random_ids
 from elip_models.validation import Config, as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+REMOVED_FIELDS = {"projects": False}
+"""Fields of earlier versions, and the value that a saved config may still have."""
 
 
 class PretrainedModel(
@@ -73,6 +75,7 @@ class PretrainedModel(
         ranks: whether `image_features` and `text_features` can be compared.
         task: name of the downstream task; None for pre-training.
         pretraining: class of the pre-trained model that a downstream model starts from.
+        images_per_text: number of images of a text.
     """
 
     config_class: ClassVar[type[Config]]
@@ -81,6 +84,7 @@ class PretrainedModel(
     dense: Strategy
     task: ClassVar[str | None] = None
     pretraining: ClassVar[type["PretrainedModel"]]
+    images_per_text: ClassVar[int] = 1
 
     @classmethod
     def from_pretraining(cls, weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -96,51 +100,25 @@ class PretrainedModel(
         if self.task is None:
             return set()
         kind = self.pretraining.config_class
-        config = kind(**{each.name: getattr(self.config, each.name) for each in fields(kind)})
+        config = kind(**{field.name: getattr(self.config, field.name) for field in fields(kind)})
         with torch.device("meta"):
-            given = self.from_pretraining(self.pretraining(config).state_dict(), self.config)
+            pretrained = self.from_pretraining(self.pretraining(config).state_dict(), self.config)
         parameters = dict(self.named_parameters(remove_duplicate=False))
-        known = {id(parameter) for name, parameter in parameters.items() if name in given}
+        known = {id(parameter) for name, parameter in parameters.items() if name in pretrained}
         return {name for name, parameter in parameters.items() if id(parameter) not in known}
 
-    def elip_strategy(self) -> ELIP:
-        """Return the model's own ELIP strategy, or ELIP with the paper's schedule."""
-        if type(self.reduction) is ELIP:
-            return self.reduction
-        family = self.family if self.task is None else self.pretraining.family
-        return self.config.elip(Schedule.parse(family).for_depth(self.config.vision_depth))
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Return the config fields that follow from a tokenizer and the length of a text.
 
-    @property
-    def image_model(self) -> nn.Module:
-        """The same as `visual`."""
-        return self.visual
-
-    def project_image(self, tokens: Tensor) -> Tensor:
-        """Return normalised features (B, E) of tokens (B, N, D); of CLS tokens if not `ranks`."""
-        return F.normalize(tokens[:, 0], dim=-1)
-
-    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the guidance (B, D) of the image tower from input_ids, attention_mask (B, L)."""
+        Special tokens that the tokenizer lacks are added. ValueError is raised if it does not fit.
+        """
         raise NotImplementedError
 
-    def set_batch_slices(self, count: int) -> None:
-        """Encode a batch in `count` slices and recompute them in backward, to save memory.
-
-        Gradients do not change. A loss that depends on more than features raises ValueError.
-        """
-        if count != 1:
-            raise ValueError(
-                f"expected 1, since the loss of {self.family} depends on more than features, "
-                f"got {count}"
-            )
-
-    def as_tensor(self, output: Any) -> Tensor:
-        """Return the loss of an output."""
-        return output.loss
-
-    def image_stats(self) -> Stats:
-        """Return the colour statistics of CLIP, which our models are trained with."""
-        return CLIP_STATS
+    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Store what training needs of the vocabulary beside the config."""
 
     def load_tokenizer(self, name: str) -> "PreTrainedTokenizerBase":
         """Load the tokenizer that `save_pretrained` wrote into the folder `name`."""
@@ -159,6 +137,54 @@ class PretrainedModel(
         texts = [apply_caption_rule(caption, rule, max_words) for caption in captions]
         return tokenize(tokenizer, texts, self.config.context_length)
 
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return the forward's arguments: images (B, 3, H, W), random texts and fixed labels.
+
+        NLVR2 gets pairs of neighbouring images, VQA one answer of three tokens for each question.
+        """
+        config, numbers = self.config, torch.arange(len(images), device=images.device)
+        ids = random_ids(images, config.context_length, config.vocab_size, config.end_token_id)
+        answers, mask = ids[:, None, -3:], torch.ones_like(ids)
+        if self.images_per_text == 2:
+            images = torch.stack([images, images.roll(-1, 0)], 1)
+        values = {
+            "images": images,
+            "input_ids": ids,
+            "attention_mask": mask,
+            "image_ids": numbers,
+            "labels": torch.zeros_like(numbers),
+            "answer_ids": answers,
+            "answer_mask": torch.ones_like(answers),
+            "answer_weights": torch.ones(len(images), 1, device=images.device),
+        }
+        arguments = signature(type(self).forward).parameters.values()
+        required = {argument.name for argument in arguments if argument.default is argument.empty}
+        inputs = {name: value for name, value in values.items() if name in required}
+        if config.reads_guide_captions:
+            inputs |= {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
+        return inputs
+
+    def as_tensor(self, output: Any) -> Tensor:
+        """Return the loss of an output."""
+        return output.loss
+
+    def image_stats(self) -> Stats:
+        """Return the colour statistics of CLIP, which our models are trained with."""
+        return CLIP_STATS
+
+    @property
+    def image_model(self) -> nn.Module:
+        """The same as `visual`."""
+        return self.visual
+
+    def project_image(self, tokens: Tensor) -> Tensor:
+        """Return normalised features (B, E) of tokens (B, N, D); of CLS tokens if not `ranks`."""
+        return F.normalize(tokens[:, 0], dim=-1)
+
+    def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the guidance (B, D) of the image tower from input_ids, attention_mask (B, L)."""
+        raise NotImplementedError
+
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return `text_cls(input_ids, attention_mask)`."""
         return self.text_cls(input_ids, attention_mask)
@@ -169,6 +195,13 @@ class PretrainedModel(
         self.reduction = fit_strategy(self.config.reduction, self.tower)
         if self.config.reduction.has_open_rate:  # so that a saved model keeps its rate
             self.config = replace(self.config, **reduction_fields(self.reduction))
+
+    def elip_strategy(self) -> ELIP:
+        """Return the model's own ELIP strategy, or ELIP with the paper's schedule."""
+        if type(self.reduction) is ELIP:
+            return self.reduction
+        family = self.family if self.task is None else self.pretraining.family
+        return self.config.elip(Schedule.parse(family).for_depth(self.config.vision_depth))
 
     def set_reduction(self, strategy: Strategy | None) -> None:
         """Replace the strategy of the forward and of the config; None makes the model dense.
@@ -210,9 +243,13 @@ class PretrainedModel(
             with scoring_context(self, text_cls):
                 text_cls = self.text_cls(guide_ids, guide_mask)
         if self.training and features is not None and config.guide_negatives:
-            text_cls = replace_with_negatives(text_cls, features, scale, config.guide_negatives)
+            with torch.no_grad(), no_autocast(features):
+                others = hard_negatives(scale.float() * features.float() @ features.float().T)
+                chosen = _chosen_rows(text_cls, config.guide_negatives)
+                text_cls = torch.where(chosen, text_cls[others], text_cls)
         if self.training and config.guide_dropout:
-            text_cls = drop_guidance(text_cls, config.guide_dropout)
+            chosen = _chosen_rows(text_cls, config.guide_dropout)
+            text_cls = text_cls.detach().masked_fill(chosen, 0.0)
         return text_cls
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
@@ -224,6 +261,9 @@ class PretrainedModel(
     def clamp_temperature_(self) -> None:
         """Clamp the temperature to its interval, after a training step."""
 
+    def reset_momentum_(self) -> None:
+        """Make momentum copies, if any, equal to the parameters that they follow."""
+
     def check_batch_size(self, batch_size: int) -> None:
         """Raise ValueError if a step cannot have `batch_size` pairs over all ranks."""
 
@@ -231,21 +271,16 @@ class PretrainedModel(
         """Return scalars that the training log shows beside the losses."""
         return {}
 
-    @classmethod
-    def fit_tokenizer(
-        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
-    ) -> dict[str, int]:
-        """Return the config fields that follow from a tokenizer and the length of a text.
+    def set_batch_slices(self, count: int) -> None:
+        """Encode a batch in `count` slices and recompute them in backward, to save memory.
 
-        Special tokens that the tokenizer lacks are added. ValueError is raised if it does not fit.
+        Gradients do not change. A loss that depends on more than features raises ValueError.
         """
-        raise NotImplementedError
-
-    def reset_momentum_(self) -> None:
-        """Make momentum copies, if any, equal to the parameters that they follow."""
-
-    def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Store what training needs of the vocabulary beside the config."""
+        if count != 1:
+            raise ValueError(
+                f"expected 1, since the loss of {self.family} depends on more than features, "
+                f"got {count}"
+            )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in the backward pass instead of saving their activations."""
@@ -258,7 +293,7 @@ class PretrainedModel(
 
         Args:
             folder: gets model.safetensors, config.json, and README.md if it has none.
-            tokenizer: saved into the folder too, if given.
+            tokenizer: saved into the folder too, unless it is None.
             options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True. Call
                 `tokenizer.push_to_hub` as well for the tokenizer.
 
@@ -310,29 +345,35 @@ class PretrainedModel(
             ValueError: the config is of another model, or the weights do not fit the config.
         """
         path = fetch_folder(folder, token=token)
-        family, config = read_config(path)
+        family, values = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
+        values = {n: v for n, v in values.items() if (n, v) not in REMOVED_FIELDS.items()}
         with as_config_error(str(path / "config.json")):
-            made = cls.config_class.from_dict(config)
-            if made.reduction.has_open_rate:
+            config = cls.config_class.from_dict(values)
+            if config.reduction.has_open_rate:
                 raise ValueError(
-                    f"strategy_options: expected the rate of {made.strategy!r}, got none; set it "
+                    f"strategy_options: expected the rate of {config.strategy!r}, got none; set it "
                     "in the file. Before version 0.2, none meant r=8, keep_ratio=0.7 of 'evit', "
                     "0.5 of 'patch_dropout', or schedule='clip'"
                 )
         weights = read_tensors(path / "model.safetensors")
         try:
             with meta_device(len(weights)):  # weights that do not fit take no memory
-                outline = cls(made)
+                outline = cls(config)
             check_weights(outline, weights)
         except ValueError as error:
             raise ValueError(
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
-        model = with_memory(outline, lambda: cls(made), weights)
+        model = with_memory(outline, lambda: cls(config), weights)
         load_weights(model, weights)
         return load_adapter_(model, path) if has_adapter(path) else model
+
+
+def _chosen_rows(values: Tensor, share: float) -> Tensor:
+    """Return (B, 1) bool, True for a random share of the rows."""
+    return torch.rand(len(values), 1, device=values.device) < share
 
 
 def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:

@@ -148,16 +148,16 @@ class ReductionConfig(VisionConfig):
                     f"fields of their own, got {options or written!r}"
                 )
             return self.elip(schedule) if schedule else Dense()
-        ours = {"schedule": schedule, "without_text": self.without_text}
-        left = option_types(name).keys() - written.keys() - options.keys()
+        open_options = option_types(name).keys() - written.keys() - options.keys()
         for field, value, _ in self._changed_fields():
-            if field in OF_ELIP & left:  # `name` has this option too, and would not get it
+            if field in OF_ELIP & open_options:  # `name` has this option too, and would not get it
                 raise ValueError(
                     f"{field}: expected strategy='elip', whose option it is, got {value!r} "
                     f"with strategy={name!r}; set strategy='{name}:{field}={value}'"
                 )
-        taken = {name: value for name, value in ours.items() if name in left}
-        return get_strategy(self.strategy, **taken, **options)
+        own = {"schedule": schedule, "without_text": self.without_text}
+        own = {option: own[option] for option in own.keys() & open_options}
+        return get_strategy(self.strategy, **own, **options)
 
     def elip(self, schedule: Schedule | str) -> ELIP:
         """Return ELIP with that schedule and the options of this config."""

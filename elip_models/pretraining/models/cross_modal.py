@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from transformers import BertConfig
 
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.config import ReductionConfig, TokenId
@@ -19,8 +19,7 @@ from elip_models.pretraining.models.layers.bert import BertTower
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo, mask_after
 from elip_models.towers.base import scoring_context
-from elip_models.towers.reducible_model import random_ids
-from elip_models.validation import Positive, Size, same_as
+from elip_models.validation import Depth, Positive, PositiveInt, Size, divisor_of, same_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +37,7 @@ class CrossModalConfig(ReductionConfig):
 
     Attributes:
         text_width: width of the text encoder, whose CLS output guides; equal to `vision_width`.
+        text_hidden: width of the MLPs of the text encoder.
         context_length: number of tokens of a text.
         max_positions: rows of the position embeddings of the text encoder.
         pad_token_id: fills texts; `cls_token_id` is their first token, `sep_token_id` their last.
@@ -49,6 +49,9 @@ class CrossModalConfig(ReductionConfig):
     """
 
     text_width: Annotated[Size, same_as("vision_width", FUSED)] = 768
+    text_depth: Depth = 12
+    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
+    text_hidden: Size = 3072
     context_length: Size = 30
     max_positions: Size = 512
     vocab_size: Size = 30522
@@ -76,6 +79,30 @@ class CrossModalConfig(ReductionConfig):
         """Maximum number of tokens of a text, padding included."""
         return self.max_positions
 
+    @property
+    def end_token_id(self) -> int:
+        """Id of the last token of a text."""
+        return self.sep_token_id
+
+    def bert_config(self, part: str, *, dropout: float, **options: Any) -> BertConfig:
+        """Return the config of a stack of BERT layers, whose sizes are the fields `part`_width etc.
+
+        `options` are those of `BertConfig`.
+        """
+        return BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=getattr(self, f"{part}_width"),
+            num_hidden_layers=getattr(self, f"{part}_depth"),
+            num_attention_heads=getattr(self, f"{part}_heads"),
+            intermediate_size=getattr(self, f"{part}_hidden"),
+            hidden_dropout_prob=float(dropout),
+            attention_probs_dropout_prob=float(dropout),
+            max_position_embeddings=self.max_positions,
+            initializer_range=float(self.initializer_range),
+            pad_token_id=self.pad_token_id,
+            **options,
+        )
+
     def vit(self, **options: Any) -> VisionTransformer:
         """Create the image tower with weights of `initializer_range`; `options` are timm's."""
         visual = super().vit(**options)
@@ -93,24 +120,6 @@ class CrossModalModel(PretrainedModel):
     def __init__(self, config: CrossModalConfig) -> None:
         super().__init__()
         self.config = config
-
-    def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images, random texts of full length, and `fixed_draw` of a pre-trained model."""
-        config = self.config
-        ids = random_ids(images, config.context_length, config.vocab_size, config.sep_token_id)
-        mask, drawn = torch.ones_like(ids), self.fixed_draw(images, ids)
-        inputs = {"images": images, "input_ids": ids, "attention_mask": mask}
-        guides = {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
-        inputs |= {} if drawn is None else {"drawn": drawn}
-        return inputs | (guides if config.reads_guide_captions else {})
-
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...] | None:
-        """Return the argument `drawn` of forward, what a step draws at random; None for tasks.
-
-        With the same draw, two forms of a model do the same work, so that they can be compared and
-        timed.
-        """
-        return None
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""

@@ -1,4 +1,4 @@
-"""Shared parts of the downstream models: outputs, momentum distillation, retrieval.
+"""Shared parts of the downstream models: outputs, initial weights, retrieval, answers.
 
 Retrieval by ALBEF and BLIP trains on images that have several captions each. The losses are those
 of `models/momentum_model.py` with two changes:
@@ -7,22 +7,38 @@ of `models/momentum_model.py` with two changes:
           columns that show the image of the row
     ITM   the negatives of a row never show the image of the row
 
-Source: models/model_retrieval.py of ALBEF and models/blip_retrieval.py of BLIP.
+VQA by ALBEF and BLIP generates an answer from a question fused with its image. The first token of
+an answer is fixed, and its last one is an end token.
+
+    loss  mean over questions of sum_a w_a (-log p(a | states))
+    rank  choose the k candidates whose first token is most probable; among them, BLIP takes the
+          largest log p(a), ALBEF the largest log p(first) + log p(a)
+
+Source: model_retrieval.py and model_vqa.py of ALBEF, blip_retrieval.py and blip_vqa.py of BLIP.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.pretraining.models.base import eval_mode
-from elip_models.pretraining.models.distilled_model import DistilledModel, MomentumConfig
-from elip_models.pretraining.models.layers.generated_answers import QuestionStates, score_candidates
-from elip_models.pretraining.models.momentum_model import MomentumModel, MomentumOutput, Negatives
+from elip_models.pretraining.models.base import PretrainedModel, eval_mode
+from elip_models.pretraining.models.layers.losses import (
+    at_least_fp32,
+    distilled_cross_entropy,
+    next_tokens,
+)
+from elip_models.pretraining.models.momentum_model import (
+    DistilledModel,
+    MomentumConfig,
+    MomentumModel,
+)
 
 Weights = dict[str, Tensor]
+RETRIEVAL_ENCODERS = ("visual.",), ("text.",), ("image_projection.",), ("text_projection.",)
 
 
 @dataclass
@@ -38,20 +54,49 @@ class TaskOutput:
     logits: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig(MomentumConfig):
-    """Momentum distillation of a fine-tuned model; a base after the pre-training config.
+class Classifier(PretrainedModel):
+    """A model whose loss is the cross entropy of its `logits`."""
 
-    Attributes:
-        distill: train on the predictions of the momentum encoders too, with the weight alpha.
+    def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits (B, num_classes) of images (B, 3, H, W), or pairs, and texts (B, L)."""
+        raise NotImplementedError
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> TaskOutput:
+        """Return the loss of a batch; labels (B,) int64 are the correct classes."""
+        logits = self.logits(images, input_ids, attention_mask)
+        return TaskOutput(F.cross_entropy(at_least_fp32(logits), labels), logits)
+
+
+def renamed(weights: Weights, rules: Iterable[tuple[str, ...]]) -> Weights:
+    """Return the weights whose names start with the first prefix of a rule, under its others.
+
+    A rule of one prefix keeps the names. Where two rules give the same name, the later one counts.
     """
+    result = {}
+    for prefix, *targets in rules:
+        for name, weight in weights.items():
+            if name.startswith(prefix):
+                rest = name.removeprefix(prefix)
+                result |= {target + rest: weight for target in targets or [prefix]}
+    return result
 
-    distill: bool = True
 
-    @property
-    def full_alpha(self) -> float:
-        """Weight of the momentum targets after its warm-up; 0 without distillation."""
-        return self.alpha if self.distill else 0.0
+def encoder_weights(
+    weights: Weights, rules: Iterable[tuple[str, ...]], *, distill: bool = True
+) -> Weights:
+    """Return pre-trained weights for the encoders and, with `distill`, their momentum copies.
+
+    `rules` rename weights inside the encoders. A copy without a momentum weight gets the weight of
+    the encoder.
+    """
+    parts = {"encoders.": renamed(weights, [("encoders.", "")])}
+    if distill:
+        parts["encoders_m."] = parts["encoders."] | renamed(weights, [("encoders_m.", "")])
+    rules = list(rules)
+    named = ((part, renamed(inside, rules)) for part, inside in parts.items())
+    return {part + name: weight for part, inside in named for name, weight in inside.items()}
 
 
 class MomentumRetrieval(MomentumModel):
@@ -60,32 +105,17 @@ class MomentumRetrieval(MomentumModel):
     task: ClassVar[str] = "retrieval"
     stores_image_ids = True
 
-    def forward(
-        self,
-        images: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        image_ids: Tensor,
-        *,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
-        drawn: Negatives | None = None,
-    ) -> MomentumOutput:
-        """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
+    @classmethod
+    def from_pretraining(cls, weights: Weights, config: MomentumConfig) -> Weights:
+        """Map weights of a pre-trained model, and of its momentum encoders, to this model.
 
-        `drawn` replaces random negatives, to repeat the step of another implementation. For the
-        other arguments, see `contrast`.
+        The queue is kept if both models have the same queue size. Its features have no image id, so
+        they are negatives of all pairs.
         """
-        text = input_ids, attention_mask
-        contrast = self.contrast(images, *text, guide_ids, guide_mask, image_ids)
-        if drawn is None:
-            drawn = self.draw_negatives(contrast.similar, image_ids)
-        fused = input_ids if self.fuses_ids else contrast.text
-        loss_itm = self.matching_loss(
-            fused, attention_mask, contrast.image, drawn, image_mask=contrast.image_mask
-        )
-        loss = contrast.loss + loss_itm
-        return MomentumOutput(loss, contrast.loss, loss_itm, *contrast.features)
+        rules = [("itm_head.",), ("temperature",)]
+        if "queue.image" in weights and weights["queue.image"].shape[1] == config.queue_size:
+            rules.append(("queue.",))
+        return encoder_weights(weights, RETRIEVAL_ENCODERS) | renamed(weights, rules)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
         """Return the inputs of the base class and `image_ids`, another one for each pair."""
@@ -94,16 +124,14 @@ class MomentumRetrieval(MomentumModel):
 
 
 class AnsweringModel(DistilledModel):
-    """VQA: fuse a question with its image, and rank candidate answers by a decoder.
+    """VQA: fuse a question with its image, and generate or rank answers by a decoder.
 
     Attributes:
-        random_answers: number of answers of each question in `random_inputs`.
         counts_first_token_twice: ranking adds the score of the first token to that of all tokens.
-        answer_smoothing: label smoothing of the scores.
+        answer_smoothing: label smoothing of losses and scores.
     """
 
     task: ClassVar[str] = "vqa"
-    random_answers: ClassVar[int] = 1
     counts_first_token_twice: ClassVar[bool] = False
     answer_smoothing: float = 0.0
 
@@ -111,17 +139,72 @@ class AnsweringModel(DistilledModel):
         """Return the states (B, L, D) of questions (B, L), fused with images (B, 3, H, W)."""
         raise NotImplementedError
 
-    def predict_answer(self, input_ids: Tensor, mask: Tensor, states: QuestionStates) -> Tensor:
-        """Return logits (B, La, V) of the next tokens of answers (B, La), see `Decoder`."""
+    def fuse_for_loss(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the states of questions for a loss, and those of the momentum encoders, if any."""
+        return self.fuse_question(images, input_ids, attention_mask), None
+
+    def decode_answers(
+        self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
+    ) -> Tensor:
+        """Return logits (B, La, V) of the tokens after each position of answers (B, La).
+
+        `teacher` selects the decoder of the momentum encoders.
+        """
         raise NotImplementedError
 
-    def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return the inputs of the base class, and answers of two tokens behind the first."""
-        inputs, count = super().random_inputs(images), self.random_answers
-        ids = inputs["input_ids"][:, None, -3:].repeat(1, count, 1)
-        answers = {"answer_ids": ids, "answer_mask": torch.ones_like(ids)}
-        weights = torch.full(ids.shape[:2], 1 / count, device=ids.device)
-        return inputs | answers | {"answer_weights": weights}
+    def answer_logits(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        states: Tensor,
+        states_mask: Tensor,
+        *,
+        teacher: bool = False,
+    ) -> Tensor:
+        """Return logits (B * A, La, V) of A answers (B, A, La) to each of B questions.
+
+        A missing answer has one real token, as attention needs.
+        """
+        A, mask = ids.shape[1], mask.flatten(0, 1).clone()
+        mask[:, 0] = 1
+        repeated = (part.repeat_interleave(A, 0) for part in (states, states_mask))
+        return self.decode_answers(ids.flatten(0, 1), mask, *repeated, teacher=teacher)
+
+    def answer_losses(
+        self, logits: Tensor, ids: Tensor, mask: Tensor, teacher: Tensor | None = None
+    ) -> Tensor:
+        """Return the losses (B, A) of answers (B, A, La) from their logits (B * A, La, V).
+
+        `teacher` are the logits of the momentum encoders.
+        """
+        labels = next_tokens(ids.flatten(0, 1), mask.flatten(0, 1))
+        smoothing = self.answer_smoothing
+        losses = distilled_cross_entropy(logits, labels, teacher, self.alpha, smoothing)
+        return losses.sum(1).view(ids.shape[:2])
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answer_weights: Tensor,
+    ) -> TaskOutput:
+        """Return the loss of a batch; in training, update the momentum encoders, if any.
+
+        answer_ids and answer_mask (B, A, La) are answers with weights (B, A), 0 if one is missing.
+        """
+        states, states_m = self.fuse_for_loss(images, input_ids, attention_mask)
+        answers, teacher = (answer_ids, answer_mask), None
+        logits = self.answer_logits(*answers, states, attention_mask)
+        if states_m is not None:
+            with torch.no_grad():
+                teacher = self.answer_logits(*answers, states_m, attention_mask, teacher=True)
+        losses = self.answer_losses(logits, *answers, teacher)
+        return TaskOutput((answer_weights * losses).sum() / len(images), logits)
 
     @torch.no_grad()
     def rank_answers(
@@ -139,48 +222,19 @@ class AnsweringModel(DistilledModel):
         probable first tokens are scored completely: B * k answers are decoded at once.
         """
         with eval_mode(self):
-            fused = self.fuse_question(images, input_ids, attention_mask)
-            states, answers = QuestionStates(fused, attention_mask), (answer_ids, answer_mask)
-            smoothing = self.answer_smoothing
-            found = score_candidates(self.predict_answer, states, *answers, k, smoothing)
-        twice = self.counts_first_token_twice
-        return found.best(found.first + found.whole if twice else found.whole)
+            states = self.fuse_question(images, input_ids, attention_mask), attention_mask
+            numbers, scores = self.score_answers(*states, answer_ids, answer_mask, k)
+        return numbers.gather(1, scores.argmax(1, keepdim=True))[:, 0]
 
-
-def select_parts(weights: Weights, *prefixes: str) -> Weights:
-    """Return the weights whose names start with one of the prefixes."""
-    return {name: weight for name, weight in weights.items() if name.startswith(prefixes)}
-
-
-def encoder_weights(
-    weights: Weights, convert: Callable[[Weights], Weights], *, distill: bool = True
-) -> Weights:
-    """Return pre-trained weights for the encoders and, with `distill`, their momentum copies.
-
-    `convert` maps weights of the pre-trained encoders to the names inside the new ones. A copy
-    without a momentum weight gets the weight of the encoder.
-    """
-    online = _strip_prefix(weights, "encoders.")
-    found = {f"encoders.{name}": weight for name, weight in convert(online).items()}
-    if not distill:
-        return found
-    copies = convert(online | _strip_prefix(weights, "encoders_m."))
-    return found | {f"encoders_m.{name}": weight for name, weight in copies.items()}
-
-
-def retrieval_weights(
-    weights: Weights, config: MomentumConfig, convert: Callable[[Weights], Weights]
-) -> Weights:
-    """Return pre-trained weights for a retrieval model; for `convert`, see `encoder_weights`.
-
-    The queue is kept if both models have the same queue size. Its features have no image id, so
-    they are negatives of all pairs.
-    """
-    prefixes = ["itm_head.", "temperature"]
-    if "queue.image" in weights and weights["queue.image"].shape[1] == config.queue_size:
-        prefixes.append("queue.")
-    return encoder_weights(weights, convert) | select_parts(weights, *prefixes)
-
-
-def _strip_prefix(weights: Weights, prefix: str) -> Weights:
-    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    def score_answers(
+        self, states: Tensor, states_mask: Tensor, ids: Tensor, mask: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the indices (B, k) of the candidates (C, La) that are scored, and their scores."""
+        questions = states, states_mask
+        first_token = ids[:1, :1].expand(len(states), 1)[:, None]
+        first = self.answer_logits(first_token, torch.ones_like(first_token), *questions)[:, 0]
+        chances = first.float().softmax(1)[:, ids[:, 1]]
+        chances, numbers = chances.topk(min(k, len(ids)), dim=1)
+        answers = ids[numbers], mask[numbers]
+        scores = -self.answer_losses(self.answer_logits(*answers, *questions), *answers)
+        return numbers, scores + chances.log() if self.counts_first_token_twice else scores

@@ -1,26 +1,212 @@
-"""Shared part of ALBEF and BLIP: contrastive and matching losses with a queue of momentum features.
+"""Momentum distillation and momentum contrast, the shared part of ALBEF and BLIP.
 
-    ITC   f = normalise(W x_cls) of both towers; s = f_image f_text^T / temperature over
-          [batch | queue]; cross entropy of softmax(s) with soft targets of the momentum encoders
-    ITM   binary classification of pairs; negatives are drawn by the similarities of ITC
+    text    hidden states of the text alone; their CLS output guides the image tower
+    image   ViT, reduced by ELIP
+    copies  theta_m = m theta_m + (1 - m) theta, before each forward pass of training
+    ITC     f = normalise(W x_cls) of both towers; s = f_image f_text^T / temperature over
+            [batch | queue]; cross entropy of softmax(s) with soft targets of the momentum encoders
+    ITM     binary classification of pairs; negatives are drawn by the similarities of ITC
 
-In training, all ranks store the features of all ranks, so that their queues are equal.
-Source: ALBEF (Li et al., 2021), section 3.2; BLIP (Li et al., 2022).
+The momentum image tower keeps all patches unless `momentum_reduction` reduces it. In training, all
+ranks store the features of all ranks, so that their queues are equal.
+Source: ALBEF (Li et al., 2021), sections 3.2 and 3.3; BLIP (Li et al., 2022).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BertConfig
 
-from elip_models.pretraining.models.distilled_model import DistilledModel, Encoders, MomentumConfig
+from elip_models.pretraining.models.config import ContrastiveConfig
+from elip_models.pretraining.models.cross_modal import (
+    CrossModalConfig,
+    CrossModalModel,
+    MaskedTokens,
+)
 from elip_models.pretraining.models.layers.bert import BertTower
 from elip_models.pretraining.models.layers.distributed import all_gather, rank_of
 from elip_models.pretraining.models.layers.losses import hard_negatives, soft_contrastive_loss
-from elip_models.pretraining.models.layers.momentum import FeatureQueue, similarities
+from elip_models.pretraining.models.layers.momentum import (
+    FeatureQueue,
+    similarities,
+    update_momentum_,
+)
 from elip_models.reduction.encode import run_tower
+from elip_models.reduction.momentum_scores import forward_with_scores
+from elip_models.reduction.schedule import Schedule
+from elip_models.reduction.scorers import ScorerName
+from elip_models.reduction.strategies.elip import ELIP
+from elip_models.reduction.strategy import mask_after
+from elip_models.towers import as_tower
+from elip_models.towers.wrapped_modules import is_sharded
+from elip_models.validation import Bounds, NonNegative, Share, Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumConfig(CrossModalConfig, ContrastiveConfig):
+    """BERT beside the image tower, momentum encoders and a queue of their features.
+
+    For the other fields, see `CrossModalConfig` and `ContrastiveConfig`.
+
+    Attributes:
+        scorer: also 'momentum': the momentum tower encodes all patches first, and its CLS attention
+            selects the tokens of the trained tower. Outside of training losses it is 'exact'.
+        guide: also 'after_itc': the caption guides the images for ITM, MLM and LM. ITC encodes them
+            a second time, without text.
+        embed_dim: width of the features.
+        temperature: initial temperature of their similarities.
+        queue_size: number of features in the queue.
+        momentum: m of the momentum encoders.
+        alpha: weight of the momentum targets, reached linearly over `alpha_warmup_epochs`.
+        negative_epsilon: value that is added to each weight for drawing hard negatives.
+        momentum_reduction: 'none' keeps all patches in the momentum image tower, as ELIP does.
+            'shared' keeps and merges the same tokens as the trained tower, without scoring. 'own'
+            reduces the momentum tower by its own scores.
+    """
+
+    scorer: ScorerName | Literal["momentum"] = "exact"
+    guide: Literal["own", "other", "after_itc"] = "own"
+    text_dropout: Share = 0.1
+    text_norm_eps: NonNegative = 1e-12
+    embed_dim: Size = 256
+    temperature: Annotated[float, Bounds(0.001)] = 0.07
+    queue_size: Size = 65536
+    momentum: Share = 0.995
+    alpha: Share = 0.4
+    alpha_warmup_epochs: NonNegative = 1.0
+    negative_epsilon: Share = 0.0
+    momentum_reduction: Literal["none", "shared", "own"] = "none"
+    resize: Literal["crop", "squash"] = "squash"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer == "momentum" and self.momentum_reduction != "none":
+            raise ValueError(
+                "momentum_reduction: expected 'none' with scorer='momentum', which scores all "
+                f"patches, got {self.momentum_reduction!r}"
+            )
+        if self.guide == "after_itc" and self.reads_momentum:
+            raise ValueError(
+                "guide: expected 'own' or 'other' with scorer='momentum' or a momentum_reduction, "
+                "since the caption would reach ITC through the momentum tower, got 'after_itc'"
+            )
+
+    @property
+    def reads_momentum(self) -> bool:
+        """Whether the momentum tower takes part in the reduction."""
+        return self.scorer == "momentum" or self.momentum_reduction != "none"
+
+    def elip(self, schedule: Schedule | str) -> ELIP:
+        """Return ELIP for the schedule; scorer='momentum' is replaced by 'exact' here."""
+        if self.scorer == "momentum":
+            return replace(self, scorer="exact").elip(schedule)
+        return super().elip(schedule)
+
+    @property
+    def bert(self) -> BertConfig:
+        """Config of the text encoder."""
+        eps = float(self.text_norm_eps)
+        return self.bert_config("text", dropout=self.text_dropout, layer_norm_eps=eps)
+
+    @property
+    def full_alpha(self) -> float:
+        """Weight of the momentum targets after its warm-up."""
+        return self.alpha
+
+
+class Encoders(nn.Module):
+    """Parts that have a momentum copy: two towers and, with `projects`, two projections."""
+
+    text: BertTower
+
+    def __init__(self, config: MomentumConfig, *, projects: bool = True) -> None:
+        super().__init__()
+        self.visual = config.vit()
+        if projects:
+            self.image_projection = nn.Linear(config.vision_width, config.embed_dim)
+            self.text_projection = nn.Linear(config.text_width, config.embed_dim)
+
+    def image_features(self, tokens: Tensor) -> Tensor:
+        """Return normalised features (B, E) of image tokens (B, N, D)."""
+        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def text_features(self, hidden: Tensor) -> Tensor:
+        """Return normalised features (B, E) of hidden states (B, L, D)."""
+        return F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
+
+    def encode_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode texts alone: input_ids and mask (B, L) -> (B, L, D)."""
+        raise NotImplementedError
+
+
+class DistilledModel(CrossModalModel):
+    """Encoders and their momentum copies, `encoders_m`, which are None without distillation."""
+
+    def __init__(self, config: MomentumConfig, encoders: Encoders, *, distill: bool = True) -> None:
+        super().__init__(config)
+        self.encoders = encoders
+        self.encoders_m = copy.deepcopy(encoders).requires_grad_(False) if distill else None
+        self.read_tower()
+        self.tower_m = as_tower(self.encoders_m.visual) if distill else None
+        self.register_buffer("alpha", torch.tensor(float(config.full_alpha)), persistent=False)
+
+    @property
+    def visual(self) -> nn.Module:
+        """Image model of the online encoders."""
+        return self.encoders.visual
+
+    def updated_by_forward(self) -> tuple[Tensor, ...]:
+        """Return the parameters of the momentum encoders."""
+        return () if self.encoders_m is None else tuple(self.encoders_m.parameters())
+
+    def reset_momentum_(self) -> None:
+        """Copy the weights of the online encoders to the momentum encoders."""
+        if self.encoders_m is not None:
+            self.encoders_m.load_state_dict(self.encoders.state_dict())
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
+        return self.encoders.encode_text(input_ids, attention_mask)
+
+    def begin_step(self, step: int, epoch: float = math.inf) -> None:
+        """Set alpha for step `step` of training, after `epoch` passes over the data."""
+        super().begin_step(step, epoch)
+        warmup = self.config.alpha_warmup_epochs
+        self.alpha.fill_(self.config.full_alpha * min(1.0, epoch / warmup if warmup else 1.0))
+
+    def monitored(self) -> dict[str, Tensor]:
+        """Return alpha, or nothing without distillation."""
+        return {} if self.encoders_m is None else {"alpha": self.alpha}
+
+    def _update_momentum(self) -> None:
+        """Update the momentum encoders; raise TypeError for a model that FSDP has sharded."""
+        if any(map(is_sharded, self.modules())):
+            raise TypeError(
+                f"model: expected {type(self).__name__} under DistributedDataParallel in training, "
+                "got one with fully_shard, which would discard the updates of the momentum "
+                "encoders; use DistributedDataParallel, or CLIP or METER, which have none"
+            )
+        update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
+
+    def _encode_images(self, images: Tensor, text_cls: Tensor) -> tuple[MaskedTokens, MaskedTokens]:
+        how = self.config.momentum_reduction
+        if self.config.scorer == "momentum" and type(self.reduction) is ELIP:
+            image_m, rows = forward_with_scores(
+                self.tower_m, images, text_cls.detach(), self.reduction
+            )
+            image, infos = self.encode_image(images, text_cls, rows)
+            return (image, mask_after(infos)), (image_m, None)
+        image, infos = self.encode_image(images, text_cls)
+        strategy = self.dense if how == "none" else self.reduction
+        replays = infos if how == "shared" else None
+        with torch.no_grad():
+            image_m, infos_m = run_tower(self.tower_m, images, text_cls, strategy, replays=replays)
+        return (image, mask_after(infos)), (image_m, mask_after(infos_m))
 
 
 class ContrastiveOutput(NamedTuple):
@@ -29,8 +215,8 @@ class ContrastiveOutput(NamedTuple):
     Attributes:
         loss: scalar.
         text: (B, L, D), the encoded texts.
-        image: (B, K+2, D), the remaining image tokens; `image_mask` is their mask or None.
-        image_m: (B, N, D), the image tokens of the momentum tower; `image_mask_m` is their mask.
+        image: (B, K+2, D), the remaining image tokens, and their mask or None.
+        image_m: (B, N, D), the image tokens of the momentum tower, and their mask or None.
         features: (B, E) of images and of texts.
         similar: image-to-text and text-to-image similarities (B, C) to the C pairs that negatives
             come from, without gradient.
@@ -38,10 +224,8 @@ class ContrastiveOutput(NamedTuple):
 
     loss: Tensor
     text: Tensor
-    image: Tensor
-    image_mask: Tensor | None
-    image_m: Tensor
-    image_mask_m: Tensor | None
+    image: MaskedTokens
+    image_m: MaskedTokens
     features: tuple[Tensor, Tensor]
     similar: tuple[Tensor, Tensor]
 
@@ -71,10 +255,12 @@ class MomentumModel(DistilledModel):
     """Towers with momentum copies, a queue of their features, and the losses ITC and ITM.
 
     Attributes:
+        output_class: class of the output of `forward`.
         fuses_ids: `fuse` takes the ids of a text, not its hidden states.
         stores_image_ids: the queue stores the image id of each pair.
     """
 
+    output_class: ClassVar[type[MomentumOutput]] = MomentumOutput
     fuses_ids: ClassVar[bool] = False
     stores_image_ids: ClassVar[bool] = False
     matching_tokens = DistilledModel.encode_masked
@@ -124,11 +310,6 @@ class MomentumModel(DistilledModel):
         """Return normalised features (B, E) of texts (B, L)."""
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Return the next pair of the batch as the negative of each pair."""
-        others = torch.arange(len(images), device=images.device).roll(-1)
-        return Negatives(others, others)
-
     def matching_logits(
         self,
         tokens: Tensor,
@@ -140,6 +321,39 @@ class MomentumModel(DistilledModel):
         text = input_ids if self.fuses_ids else self.encode_text(input_ids, attention_mask)
         fused = self.fuse(text, attention_mask, tokens, image_mask)
         return self.itm_head(fused[:, 0]).float()[:, 1]
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_ids: Tensor | None = None,
+        *,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+        drawn: Any = None,
+    ) -> MomentumOutput:
+        """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
+
+        `drawn` replaces the random choices of `draw`, to repeat the step of another implementation.
+        For the other arguments, see `contrast`.
+        """
+        text = input_ids, attention_mask
+        contrast = self.contrast(images, *text, guide_ids, guide_mask, image_ids)
+        if drawn is None:
+            drawn = self.draw(contrast.similar, input_ids, image_ids)
+        fused = input_ids if self.fuses_ids else contrast.text
+        loss_itm = self.matching_loss(fused, attention_mask, contrast.image, Negatives(*drawn[:2]))
+        language = self.language_losses(*text, contrast, drawn)
+        loss = contrast.loss + loss_itm
+        losses = contrast.loss, loss_itm, *contrast.features, *language
+        return self.output_class(sum(language, start=loss), *losses)
+
+    def language_losses(
+        self, input_ids: Tensor, mask: Tensor, contrast: ContrastiveOutput, drawn: Any
+    ) -> tuple[Tensor, ...]:
+        """Return the losses besides ITC and ITM, the last fields of `output_class`."""
+        return ()
 
     @torch.no_grad()
     def clamp_temperature_(self) -> None:
@@ -176,15 +390,15 @@ class MomentumModel(DistilledModel):
             self._update_momentum()
         texts, scale = online.text_features(text), 1 / self.temperature
         guides = self.select_guidance(text[:, 0], texts, scale, guide_ids, guide_mask)
-        (image, image_mask), (image_m, image_mask_m) = self._encode_images(images, guides)
-        itc_image = image
+        image, image_m = self._encode_images(images, guides)
+        itc_image = image[0]
         if self.config.guide == "after_itc" and self.reduction.is_guided:
             itc_image, _ = self.encode_image(images, torch.zeros_like(guides))
         features = online.image_features(itc_image), texts
-        features_m = self._momentum_features(image_m, input_ids, mask)
+        features_m = self._momentum_features(image_m[0], input_ids, mask)
         gather_m = "global" if self.training else gather
         with torch.no_grad():
-            all_features_m = [all_gather(each, gather_m) for each in features_m]
+            all_features_m = [all_gather(modality, gather_m) for modality in features_m]
             keys_m = all_features_m if gather == "global" else features_m
             keys = self.queue.contrastive_keys(*keys_m)
             similar_m = similarities(features_m, keys, self.temperature)
@@ -198,13 +412,14 @@ class MomentumModel(DistilledModel):
             self.queue.enqueue_(*all_features_m, ids)
         pairs = len(keys_m[0])
         of_pairs = similar[0][:, :pairs].detach(), similar[1][:, :pairs].detach()
-        return ContrastiveOutput(
-            loss, text, image, image_mask, image_m, image_mask_m, features, of_pairs
-        )
+        return ContrastiveOutput(loss, text, image, image_m, features, of_pairs)
 
-    def draw_negatives(
-        self, similar: tuple[Tensor, Tensor], image_ids: Tensor | None = None
-    ) -> Negatives:
+    def draw(
+        self,
+        similar: tuple[Tensor, Tensor],
+        input_ids: Tensor,
+        image_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Draw a hard negative image for each text, and text for each image, by `similar` (B, C).
 
         Pairs of the same image in image_ids (B,) are no negatives.
@@ -216,26 +431,19 @@ class MomentumModel(DistilledModel):
         return Negatives(*(hard_negatives(rows, *options) for rows in reversed(similar)))
 
     def matching_loss(
-        self,
-        text: Tensor,
-        mask: Tensor,
-        image: Tensor,
-        negatives: tuple[Tensor, Tensor],
-        *,
-        image_mask: Tensor | None = None,
+        self, text: Tensor, mask: Tensor, image: MaskedTokens, negatives: Negatives
     ) -> Tensor:
         """Return ITM of the pairs and of both kinds of negatives, in one pass of `fuse`."""
 
         def with_negatives(images: Tensor) -> Tensor:
-            others = all_gather(images, self.config.gather)[negatives[0]]
+            others = all_gather(images, self.config.gather)[negatives.images]
             return torch.cat([images, others, images])
 
         texts, masks = (all_gather(t, self.config.gather) for t in (text, mask))
         fused = self.fuse_reduced(
-            torch.cat([text, text, texts[negatives[1]]]),
-            torch.cat([mask, mask, masks[negatives[1]]]),
-            with_negatives(image),
-            None if image_mask is None else with_negatives(image_mask),
+            torch.cat([text, text, texts[negatives.texts]]),
+            torch.cat([mask, mask, masks[negatives.texts]]),
+            *(None if part is None else with_negatives(part) for part in image),
         )
         labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
         labels[: len(mask)] = 1

@@ -4,28 +4,32 @@ import os
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
-from elip_models.pretraining.models.albef.classification import ALBEFNLVR2, ALBEFEntailment
 from elip_models.pretraining.models.albef.model import ALBEF, ALBEFConfig
-from elip_models.pretraining.models.albef.retrieval import ALBEFRetrieval
-from elip_models.pretraining.models.albef.vqa import ALBEFVQA
+from elip_models.pretraining.models.albef.tasks import (
+    ALBEFNLVR2,
+    ALBEFVQA,
+    ALBEFEntailment,
+    ALBEFRetrieval,
+)
 from elip_models.pretraining.models.base import PretrainedModel, with_overrides
-from elip_models.pretraining.models.blip.captioning import BLIPCaptioning
 from elip_models.pretraining.models.blip.model import BLIP, BLIPConfig
-from elip_models.pretraining.models.blip.nlvr2 import BLIPNLVR2
-from elip_models.pretraining.models.blip.retrieval import BLIPRetrieval
-from elip_models.pretraining.models.blip.vqa import BLIPVQA
-from elip_models.pretraining.models.clip.classification import CLIPClassification
+from elip_models.pretraining.models.blip.tasks import (
+    BLIPNLVR2,
+    BLIPVQA,
+    BLIPCaptioning,
+    BLIPRetrieval,
+)
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
-from elip_models.pretraining.models.clip.retrieval import CLIPRetrieval
+from elip_models.pretraining.models.clip.tasks import CLIPClassification, CLIPRetrieval
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.models.meter.config import METERConfig
-from elip_models.pretraining.models.meter.downstream import (
+from elip_models.pretraining.models.meter.model import METER
+from elip_models.pretraining.models.meter.tasks import (
     METERNLVR2,
     METERVQA,
     METEREntailment,
     METERRetrieval,
 )
-from elip_models.pretraining.models.meter.model import METER
 from elip_models.reduction.schedule import PRESETS
 from elip_models.saving.files import read_config
 from elip_models.saving.hub import fetch_folder
@@ -159,7 +163,7 @@ def family_of(name: str, task: str | None = None) -> type[PretrainedModel]:
 
 def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedModel]:
     """Return the class that fine-tunes a pre-trained family for a downstream task."""
-    tasks = {each.task: each for each in DOWNSTREAM.values() if each.pretraining is family}
+    tasks = {model.task: model for model in DOWNSTREAM.values() if model.pretraining is family}
     if task not in tasks:
         raise ValueError(
             f"task: expected a task of {family.__name__}, {', '.join(sorted(tasks))}, got "
@@ -175,8 +179,8 @@ def inherited_fields(model: type[PretrainedModel], values: dict[str, Any]) -> di
     model. Fields that the downstream config lacks, or whose type differs, are left out.
     """
     hints = get_type_hints(model.config_class, include_extras=True)
-    defaults = {each.name: each.default for each in fields(model.pretraining.config_class)}
-    sizes = {each.name for each in fields(VisionConfig)}
+    defaults = {field.name: field.default for field in fields(model.pretraining.config_class)}
+    sizes = {field.name for field in fields(VisionConfig)}
     return {
         name: value
         for name, value in values.items()

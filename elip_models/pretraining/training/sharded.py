@@ -33,7 +33,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.models.distilled_model import DistilledModel
+from elip_models.pretraining.models.momentum_model import DistilledModel
 from elip_models.pretraining.models.registry import family_of
 from elip_models.pretraining.training.optimizers import make_optimizer, step_
 from elip_models.pretraining.training.run_config import OptimConfig, RunConfig

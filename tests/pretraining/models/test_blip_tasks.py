@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elip_models.pretraining.models.blip.captioning import BLIPCaptioning
-from elip_models.pretraining.models.blip.nlvr2 import BLIPNLVR2
-from elip_models.pretraining.models.blip.retrieval import BLIPRetrieval
-from elip_models.pretraining.models.blip.vqa import BLIPVQA
+from elip_models.pretraining.models.blip.tasks import (
+    BLIPNLVR2,
+    BLIPVQA,
+    BLIPCaptioning,
+    BLIPRetrieval,
+)
 from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.models.momentum_model import Negatives
-from elip_models.reduction.strategies import STRATEGIES
 from elip_models.saving.weights import load_weights
 from tests.helpers.golden_weights import ruled
-from tests.helpers.tiers import first_quick, tiered
-from tests.helpers.towers import assert_equal_gradients, gradients, our_names
+from tests.helpers.towers import gradients, our_names
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SIZES = {
@@ -196,85 +196,6 @@ def test_generated_captions_are_the_official_ones():
     assert torch.equal(written, case["written"])
 
 
-@pytest.mark.slow
-@TASKS
-@pytest.mark.parametrize("options", [{}, REDUCED], ids=["dense", "elip"])
-def test_checkpointing_leaves_the_gradients(task, options):
-    got = []
-    for enable in (False, True):
-        model = made(task, **options)
-        model.set_grad_checkpointing(enable)
-        model(**batch_of(task)).loss.backward()
-        got.append(gradients(model))
-    assert_equal_gradients(got[1], got[0], rtol=1e-9, atol=1e-12)
-
-
-@TASKS
-def test_random_inputs_are_a_batch(task):
-    model = made(task)
-    inputs = model.random_inputs(torch.randn(4, 3, 24, 24).double())
-    out = model(**inputs)
-    parts = [value for name, value in vars(out).items() if name.startswith("loss_")]
-    assert out.loss.isfinite() and torch.equal(out.loss, sum(parts or [out.loss]))
-
-
-@pytest.mark.parametrize("task", first_quick(MODELS))
-def test_a_saved_model_loads_with_equal_outputs(task, tmp_path):
-    model = made(task, **REDUCED).float().eval()
-    batch = {n: t.float() if n == "images" else t for n, t in batch_of(task).items()}
-    model.save_pretrained(tmp_path)
-    other = MODELS[task].from_pretrained(tmp_path).eval()
-    assert other.config == model.config
-    with torch.no_grad():
-        assert torch.equal(other(**batch).loss, model(**batch).loss)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "task"),
-    tiered(
-        [(s, t) for s in STRATEGIES for t in MODELS],
-        [("elip", t) for t in MODELS],
-        slow=[("evit", "vqa"), ("patch_dropout", "vqa")],
-    ),
-)
-def test_every_strategy_trains(strategy, task):
-    schedule = {"schedule": "2(100%) 2(70%) 2(50%)"} if strategy == "elip" else {}
-    model, seen = made(task, vision_depth=6, strategy=strategy, **schedule), []
-    model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
-    model(**batch_of(task)).loss.backward()
-    assert len(seen) == 1 and seen[0] < 10
-    gradient = model.visual.patch_embed.proj.weight.grad
-    assert gradient.isfinite().all() and gradient.any()
-
-
-@TASKS
-def test_the_image_tower_is_dense_by_default(task):
-    model, seen = made(task), []
-    model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
-    read = []
-    if task in ("vqa", "nlvr2"):
-        run = model.encoders.encode_text
-        model.encoders.encode_text = lambda *args: read.append(args) or run(*args)
-    model(**batch_of(task))
-    assert seen == [10]
-    assert len(read) <= 1  # nothing is read alone, for nothing guides
-
-
-@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
-def test_the_text_of_a_task_guides_its_images(task):
-    model, kept = made(task, **REDUCED).eval(), []
-    encode = model.encode_image
-    model.encode_image = lambda x, t=None: kept.append(encode(x, t)) or kept[-1]
-    batch = batch_of(task)
-    for ids in (batch["input_ids"], batch["input_ids"].flip(0)):
-        model(**(batch | {"input_ids": ids, "attention_mask": mask_of(ids)}))
-    (tokens, _), (others, _) = kept
-    rows = (tokens == others).flatten(1).all(1)
-    assert rows.tolist() == (
-        [False, True, False] if task == "vqa" else [False] * 2 + [True] * 2 + [False] * 2
-    )
-
-
 def test_captions_do_not_guide_the_captioner():
     model, seen = made("captioning", **REDUCED).eval(), []
     model.visual.norm.register_forward_hook(lambda m, args, out: seen.append(out))
@@ -306,41 +227,3 @@ def test_the_prompt_is_that_of_the_tokenizer(tokenizer):
     model.read_vocabulary_(tokenizer)
     with pytest.raises(ValueError, match="prompt_tokens: expected 0, the tokens of prompt = ''"):
         made("captioning", **(sizes | {"prompt": ""})).read_vocabulary_(tokenizer)
-
-
-def test_missing_answers_have_no_loss():
-    model, batch = made("vqa"), batch_of("vqa")
-    wider = dict(batch)
-    for name in ("answer_ids", "answer_mask", "answer_weights"):
-        part = batch[name]
-        wider[name] = torch.cat([part, torch.zeros_like(part)], dim=1)
-    expected, got = model(**batch).loss, model(**wider).loss
-    torch.testing.assert_close(got, expected)
-    got.backward()
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-
-
-def test_k_above_the_number_of_candidates_scores_all():
-    case, model = recorded("vqa"), made("vqa")
-    question = case["images"], case["input_ids"], mask_of(case["input_ids"])
-    candidates = case["candidates"]
-    everything, more = (
-        model.rank_answers(*question, candidates, mask_of(candidates), k) for k in (8, 80)
-    )
-    assert torch.equal(everything, more)
-    with pytest.raises(ValueError, match="k: expected an integer at least 1, got 0"):
-        model.rank_answers(*question, candidates, mask_of(candidates), 0)
-
-
-def test_the_image_towers_of_vqa_and_nlvr2_have_stochastic_depth():
-    for task, model in MODELS.items():
-        config = model.config_class(**(SIZES | {"text_depth": 1}))
-        first, last = (block.drop_path1 for block in model(config).visual.blocks)
-        rate = getattr(last, "drop_prob", 0.0)
-        assert rate == pytest.approx(0.1 if task in ("vqa", "nlvr2") else 0.0)
-        assert not getattr(first, "drop_prob", 0.0)
-
-
-def test_fine_tuned_models_refuse_text_reduction():
-    with pytest.raises(ValueError, match=r"text_reduction: expected None.*got 'post'"):
-        made("vqa", text_reduction="post")

@@ -115,27 +115,28 @@ def test_momentum_reduction_shared_keeps_the_same_tokens(family, strategy):
     model = reduced(family, strategy, momentum_reduction="shared", momentum=1.0)
     images, ids, mask = batch_of_four()
     seen = model.contrast(images, ids, mask)
-    assert torch.equal(seen.image_m, seen.image) and not seen.image_m.requires_grad
-    assert (seen.image_mask is None) == (seen.image_mask_m is None)
+    assert torch.equal(seen.image_m[0], seen.image[0]) and not seen.image_m[0].requires_grad
+    assert (seen.image[1] is None) == (seen.image_m[1] is None)
     for weight in model.encoders_m.visual.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     seen = model.contrast(images, ids, mask)
-    assert seen.image_m.shape == seen.image.shape and not torch.equal(seen.image_m, seen.image)
+    assert seen.image_m[0].shape == seen.image[0].shape
+    assert not torch.equal(seen.image_m[0], seen.image[0])
 
 
 @pytest.mark.parametrize("strategy", ["evit", "tome", "guided_tome", "crossget", "trips", "resize"])
 def test_momentum_reduction_own_scores_by_itself(strategy):
     model, batch = reduced("blip", strategy, momentum=1.0), batch_of_four()
-    assert model.contrast(*batch).image_m.shape[1] == 17
+    assert model.contrast(*batch).image_m[0].shape[1] == 17
     model = reduced("blip", strategy, momentum_reduction="own", momentum=1.0)
     seen = model.contrast(*batch)
-    assert torch.equal(seen.image_m, seen.image)
+    assert torch.equal(seen.image_m[0], seen.image[0])
     for weight in model.encoders_m.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     seen = model.contrast(*batch)
     text = model.encode_text(*batch[1:])[:, 0]
     own, _ = run_tower(model.tower_m, batch[0], text, model.reduction)
-    assert torch.equal(seen.image_m, own)
+    assert torch.equal(seen.image_m[0], own)
 
 
 def test_captions_are_generated_from_real_tokens_only():
@@ -178,15 +179,6 @@ def test_a_config_combines_its_fields_with_the_strategy_spec(family):
         made(family, strategy="tome", strategy_options={"r": [1, 2]})
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_a_saved_model_loads_with_its_strategy(family, tmp_path):
-    model = made(family, strategy="tome", strategy_options={"r": 3}).float().eval()
-    loaded = type(model).from_pretrained(model.save_pretrained(tmp_path)).eval()
-    assert loaded.config == model.config and loaded.reduction == ToMe(3)
-    images = batch_of_four()[0].float()
-    assert torch.equal(loaded.encode_image(images)[0], model.encode_image(images)[0])
-
-
 RUN = (
     "report=[]",
     "data.train=emoji_scenes:size=64",
@@ -213,12 +205,4 @@ def test_all_losses_fall_on_scenes(recipe, strategy, tmp_path):
     options = [f"model.overrides.strategy_options={SCENES.get(strategy, {})}"]
     with own_process():
         train(config(tmp_path, recipe, *RUN, f"model.overrides.strategy={strategy}", *options))
-    assert_all_losses_fall(tmp_path, recipe)
-
-
-@pytest.mark.parametrize("way", tiered(["random", "post", "learned"], [], slow=["random"]))
-@pytest.mark.parametrize("recipe", ["blip_tiny", "meter_tiny"])
-def test_all_losses_fall_on_scenes_without_some_text_tokens(recipe, way, tmp_path):
-    with own_process():
-        train(config(tmp_path, recipe, *RUN, f"model.overrides.text_reduction={way}"))
     assert_all_losses_fall(tmp_path, recipe)

@@ -41,16 +41,6 @@ def test_a_stage_of_one_layer_is_that_of_exact_at_any_fusion(family):
     torch.testing.assert_close(by_rows[0].attention, by_exact[0].attention)
 
 
-def test_a_merged_token_has_the_scores_of_all_that_it_holds():
-    model = made("blip", **DEEP, scorer="momentum").eval()
-    images, ids, mask = batch_of_four()
-    text_cls = model.encode_text(ids, mask)[:, 0].detach()
-    _, rows = forward_with_scores(model.tower_m, images, text_cls, model.reduction)
-    _, infos = run_tower(model.tower, images, text_cls, model.reduction, rows=rows)
-    dropped = infos[0].reduction.source_map()[:, -1]
-    torch.testing.assert_close(infos[1].attention[:, -1], (rows[5] * dropped).sum(1))
-
-
 def test_a_token_merged_by_nearest_has_the_scores_of_all_it_holds():
     model = made("blip", **DEEP, scorer="momentum", merge="nearest").eval()
     images, ids, mask = batch_of_four()

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from elip_models.pretraining.models.config import TokenId
-from elip_models.pretraining.models.distilled_model import Encoders, MomentumConfig
 from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
-from elip_models.pretraining.models.layers.losses import (
-    language_loss,
-    mask_every_seventh,
-    mask_tokens,
+from elip_models.pretraining.models.layers.losses import language_loss, mask_tokens
+from elip_models.pretraining.models.momentum_model import (
+    ContrastiveOutput,
+    Encoders,
+    MomentumConfig,
+    MomentumModel,
+    MomentumOutput,
 )
-from elip_models.pretraining.models.momentum_model import MomentumModel, MomentumOutput
 from elip_models.validation import PositiveInt, Share, Size, below
 
 
@@ -103,14 +104,10 @@ class ALBEFEncoders(ALBEFTowers):
         return self.language_head(hidden)
 
 
-class ALBEF(MomentumModel):
-    """Image and text towers, fusion layers, their momentum copies and the feature queue."""
+class ALBEFMatcher(MomentumModel):
+    """ALBEF for ITC and ITM: towers, fusion layers, momentum copies and the feature queue."""
 
-    family = "albef"
-    config_class = ALBEFConfig
-    config: ALBEFConfig
-    encoders_class: ClassVar[type[ALBEFTowers]] = ALBEFEncoders
-    encoders: ALBEFEncoders
+    encoders_class: ClassVar[type[ALBEFTowers]] = ALBEFTowers
 
     def __init__(self, config: ALBEFConfig) -> None:
         super().__init__(config, self.encoders_class(config))
@@ -121,43 +118,31 @@ class ALBEF(MomentumModel):
         """Return texts (B, L, D) fused with image tokens (B, N, D), see `ALBEFTowers.fuse`."""
         return self.encoders.fuse(text, mask, image, image_mask)
 
-    def forward(
-        self,
-        images: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
-        drawn: ALBEFDraw | None = None,
-    ) -> ALBEFOutput:
-        """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
 
-        `drawn` replaces random negatives and masked tokens, to repeat the step of another
-        implementation. For the other arguments, see `contrast`.
-        """
-        contrast = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
-        if drawn is None:
-            drawn = self._draw(contrast.similar, input_ids)
-        loss_itm = self.matching_loss(
-            contrast.text, attention_mask, contrast.image, drawn[:2], image_mask=contrast.image_mask
-        )
-        text = drawn.masked_ids, attention_mask
-        logits = self.encoders.predict(*text, contrast.image, contrast.image_mask)
+class ALBEF(ALBEFMatcher):
+    """Matcher with the language head, for pre-training."""
+
+    family = "albef"
+    config_class = ALBEFConfig
+    encoders_class = ALBEFEncoders
+    output_class = ALBEFOutput
+
+    def language_losses(
+        self, input_ids: Tensor, mask: Tensor, contrast: ContrastiveOutput, drawn: ALBEFDraw
+    ) -> tuple[Tensor, ...]:
+        """Return MLM with the targets of the momentum encoders."""
+        logits = self.encoders.predict(drawn.masked_ids, mask, *contrast.image)
         with torch.no_grad():
-            teacher = self.encoders_m.predict(*text, contrast.image_m, contrast.image_mask_m)
-        loss_mlm = language_loss(
-            logits, drawn.labels, teacher, self.alpha, gather=self.config.gather
-        )
-        loss = contrast.loss + loss_itm + loss_mlm
-        return ALBEFOutput(loss, contrast.loss, loss_itm, *contrast.features, loss_mlm)
+            teacher = self.encoders_m.predict(drawn.masked_ids, mask, *contrast.image_m)
+        gather = self.config.gather
+        return (language_loss(logits, drawn.labels, teacher, self.alpha, gather=gather),)
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> ALBEFDraw:
-        """Return the next pair as each pair's negative, and every seventh token masked."""
-        masked = mask_every_seventh(input_ids, self.config.mask_token_id)
-        return ALBEFDraw(*super().fixed_draw(images, input_ids), *masked)
-
-    def _draw(self, similar: tuple[Tensor, Tensor], input_ids: Tensor) -> ALBEFDraw:
+    def draw(
+        self,
+        similar: tuple[Tensor, Tensor],
+        input_ids: Tensor,
+        image_ids: Tensor | None = None,
+    ) -> ALBEFDraw:
         """Draw hard negatives and masked tokens; [SEP] can be masked, as in the official code."""
         config = self.config
         masked = mask_tokens(
@@ -167,4 +152,4 @@ class ALBEF(MomentumModel):
             vocab_size=config.vocab_size,
             probability=config.mask_probability,
         )
-        return ALBEFDraw(*self.draw_negatives(similar), *masked)
+        return ALBEFDraw(*super().draw(similar, input_ids, image_ids), *masked)

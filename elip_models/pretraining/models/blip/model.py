@@ -6,26 +6,217 @@
     decoder  causal BERT on [DEC] and the text; only its self-attention has its own weights
     loss     ITC (soft targets, queue) + ITM (hard negatives) + LM (label smoothing)
 
-`models/momentum_model.py` defines ITC and ITM, `layers/losses.py` defines LM.
-Source: BLIP (Li et al., 2022); ELIP, section 3, and its official BLIP code.
+Every layer of the text tower has cross attention. `models/momentum_model.py` defines ITC and ITM,
+`layers/losses.py` defines LM.
+Source: BLIP (Li et al., 2022), models/blip.py and models/med.py of the official code; ELIP, section
+3, and its official BLIP code.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
+from transformers.models.bert.modeling_bert import BertOnlyMLMHead
+from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings
 
-from elip_models.pretraining.models.blip.base import (
-    BLIPCaptioner,
-    BLIPConfig,
-    BLIPEncoders,
-    BLIPWithEncoder,
-    replace_first_token,
+from elip_models.pretraining.models.base import eval_mode
+from elip_models.pretraining.models.config import TextReductionConfig, TokenId
+from elip_models.pretraining.models.cross_modal import CrossModalModel
+from elip_models.pretraining.models.layers.bert import (
+    BertTower,
+    masked_language_head,
+    tied_decoder,
 )
-from elip_models.pretraining.models.layers.bert import masked_language_head, tied_decoder
+from elip_models.pretraining.models.layers.generation import Decoding, generate
 from elip_models.pretraining.models.layers.losses import language_loss, next_tokens
-from elip_models.pretraining.models.momentum_model import MomentumModel, MomentumOutput, Negatives
+from elip_models.pretraining.models.layers.text_reduction import ReducedText, TextReduction
+from elip_models.pretraining.models.momentum_model import (
+    ContrastiveOutput,
+    Encoders,
+    MomentumConfig,
+    MomentumModel,
+    MomentumOutput,
+)
+from elip_models.validation import NonNegative, Share, Size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CAPTIONS = Decoding()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIPConfig(MomentumConfig, TextReductionConfig):
+    """Hyper-parameters of a BLIP model; the defaults are the paper's.
+
+    For the other fields, see `MomentumConfig`, whose alpha weights the momentum targets of ITC, and
+    `TextReductionConfig`. Text reduction applies to all three passes of `BLIP.forward`, not to the
+    momentum encoder.
+
+    Attributes:
+        decoder_token_id: id of [DEC], which replaces the first token of a generated text.
+        encoder_token_id: id of [ENC], which replaces the first token of a fused text.
+        tie_decoder: share all weights but self-attention between decoder and encoder, as in
+            pre-training. False gives the decoder its own weights, as fine-tuned models have.
+    """
+
+    captions: Literal["plain", "albef", "blip", "blip_question"] = "blip"
+    vocab_size: Size = 30524
+    decoder_token_id: TokenId = 30522
+    encoder_token_id: TokenId = 30523
+    queue_size: Size = 57600
+    alpha_warmup_epochs: NonNegative = 2.0
+    label_smoothing: Share = 0.1
+    negative_epsilon: Share = 1e-4
+    tie_decoder: bool = True
+
+    def text_tower(self) -> BertTower:
+        """Create a text tower with cross attention in every layer."""
+        return BertTower(self.bert, range(self.text_depth), embeddings=BlipTextEmbeddings)
+
+
+class BLIPEncoders(Encoders):
+    """Parts that have a momentum copy: image tower and text tower."""
+
+    def __init__(self, config: BLIPConfig, *, projects: bool = True) -> None:
+        super().__init__(config, projects=projects)
+        self.text = config.text_tower()
+
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_tokens: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Encode texts (B, L) -> (B, L, D), with cross attention to image_tokens, if not None."""
+        image = {"image_tokens": image_tokens, "image_mask": image_mask}
+        return self.text.run(self.text.embed(input_ids), mask, **image)
+
+
+class BLIPBase(CrossModalModel):
+    """BLIP that can fuse a text with an image, from [ENC] on.
+
+    Attributes:
+        adds_similarity: re-ranking adds the similarity of features to the score of ITM.
+    """
+
+    adds_similarity: ClassVar[bool] = True
+    masks_text = False
+    fuses_ids = True
+
+    def fuse(
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the ids `text` (B, L), with [ENC] first, fused with the image -> (B, L, D)."""
+        ids = replace_first_token(text, self.config.encoder_token_id)
+        return self.encoders.encode_text(ids, mask, image, image_mask)
+
+    @classmethod
+    def fit_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    ) -> dict[str, int]:
+        """Add [DEC] and [ENC] to the tokenizer, and return the config fields that follow."""
+        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+        decoder, encoder = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
+        sizes = super().fit_tokenizer(tokenizer, context_length)
+        return sizes | {"decoder_token_id": decoder, "encoder_token_id": encoder}
+
+
+class BLIPDecoder(BLIPBase):
+    """BLIP with a causal text tower `decoder` and a language head, which generate from [DEC] on."""
+
+    decoder: BertTower
+    language_head: BertOnlyMLMHead
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image_tokens: Tensor,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits (B, L, V) of the next token after [DEC] and each prefix of the text.
+
+        Cross attention reads image_tokens (B, N, D), of an image or of a fused question.
+        """
+        image = image_tokens, image_mask
+        return self.language_head(self.decode(input_ids, mask, image, None).tokens)
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        image: tuple[Tensor, Tensor | None],
+        reduction: TextReduction | None,
+    ) -> ReducedText:
+        """Run the decoder on [DEC] and the following ids; `image` is tokens and mask."""
+        hidden = self.decoder.embed(replace_first_token(input_ids, self.config.decoder_token_id))
+        return self.decoder.run_reduced(hidden, mask, reduction, *image, causal=True)
+
+    def generate_from_tokens(
+        self,
+        image_tokens: Tensor,
+        image_mask: Tensor | None = None,
+        *,
+        prompt: Tensor | None = None,
+        decoding: Decoding = CAPTIONS,
+    ) -> Tensor:
+        """Generate text from image tokens, always without dropout; see `BLIPCaptioner.generate`."""
+        config, B = self.config, len(image_tokens)
+        ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
+        if prompt is not None:
+            if (prompt == config.pad_token_id).any():
+                raise ValueError(
+                    f"prompt: expected ids without padding, got {prompt.tolist()}; pass prompts of "
+                    "different lengths in separate batches"
+                )
+            ids = torch.cat([ids, prompt], dim=1)
+        with eval_mode(self):
+            return generate(
+                self.decoder,
+                self.language_head,
+                ids,
+                (image_tokens, image_mask),
+                end_token_id=config.sep_token_id,
+                decoding=decoding,
+            )
+
+
+class BLIPCaptioner(BLIPDecoder):
+    """BLIP that generates text from an image."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        prompt: Tensor | None = None,
+        text_cls: Tensor | None = None,
+        decoding: Decoding = CAPTIONS,
+    ) -> Tensor:
+        """Generate captions, always without dropout.
+
+        Args:
+            images: (B, 3, H, W), each encoded once.
+            prompt: (B, P) ids that the captions start with, without padding, first or last special
+                token; None for no prompt.
+            text_cls: (B, D) that guides the image tower, see `encode_image`; None: the config's
+                `without_text` determines the kept patches.
+            decoding: beam search or nucleus sampling, and the length.
+
+        Returns:
+            (B, L) int64: [DEC], the prompt, the caption and its end token, then padding.
+
+        Raises:
+            ValueError: `prompt` contains padding, or the text is longer than the positions of the
+                text tower.
+        """
+        with eval_mode(self):
+            image = self.encode_masked(images, text_cls)
+        return self.generate_from_tokens(*image, prompt=prompt, decoding=decoding)
 
 
 @dataclass
@@ -35,13 +226,16 @@ class BLIPOutput(MomentumOutput):
     loss_lm: Tensor
 
 
-class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
-    """Image and text towers, decoder, momentum copies of the towers, and the feature queue."""
+class BLIP(BLIPCaptioner, MomentumModel):
+    """Image and text towers, decoder, momentum copies of the towers, and the feature queue.
+
+    Only `forward` drops text tokens by `config.text_reduction`, in ITC, ITM and LM. 'learned' adds
+    a dense forward of the image tower before the text, without gradient.
+    """
 
     family = "blip"
     config_class = BLIPConfig
-    config: BLIPConfig
-    encoders: BLIPEncoders
+    output_class = BLIPOutput
 
     def __init__(self, config: BLIPConfig) -> None:
         super().__init__(config, BLIPEncoders(config))
@@ -56,45 +250,32 @@ class BLIP(BLIPWithEncoder, BLIPCaptioner, MomentumModel):
         return self._run_text(input_ids, mask, image_cls=image_cls)
 
     def fuse_reduced(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None
+        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
     ) -> Tensor:
         """Fuse texts with images -> (B, K, D), without the tokens that `text_reduction` drops."""
         ids = replace_first_token(text, self.config.encoder_token_id)
         return self._run_text(ids, mask, image, image_mask)
 
     def _run_text(self, ids: Tensor, mask: Tensor, *image: Tensor | None, **options: Any) -> Tensor:
-        tower, layers = self.encoders.text, self.encoders.layers
-        hidden, reduction = tower.embed(ids), self.text_reduction
-        return tower.run_reduced(hidden, mask, layers, reduction, *image, **options).tokens
+        tower, reduction = self.encoders.text, self.text_reduction
+        return tower.run_reduced(tower.embed(ids), mask, reduction, *image, **options).tokens
 
-    def forward(
-        self,
-        images: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
-        drawn: Negatives | None = None,
-    ) -> BLIPOutput:
-        """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
-
-        Only this method drops text tokens by `config.text_reduction`, in ITC, ITM and LM. 'learned'
-        adds a dense forward of the image tower before the text, without gradient. `drawn` replaces
-        random negatives, to repeat the step of another implementation. For the other arguments, see
-        `contrast`.
-        """
-        contrast = self.contrast(images, input_ids, attention_mask, guide_ids, guide_mask)
-        if drawn is None:
-            drawn = self.draw_negatives(contrast.similar)
-        text, image = (input_ids, attention_mask), (contrast.image, contrast.image_mask)
-        loss_itm = self.matching_loss(*text, contrast.image, drawn, image_mask=contrast.image_mask)
-        decoded = self.decode(*text, image, self.text_reduction)
-        loss_lm = language_loss(
+    def language_losses(
+        self, input_ids: Tensor, mask: Tensor, contrast: ContrastiveOutput, drawn: Any
+    ) -> tuple[Tensor, ...]:
+        """Return LM, whose decoder attends to the image tokens."""
+        decoded = self.decode(input_ids, mask, contrast.image, self.text_reduction)
+        loss = language_loss(
             self.language_head(decoded.tokens),
-            decoded.labels(next_tokens(*text)),
+            decoded.labels(next_tokens(input_ids, mask)),
             smoothing=self.config.label_smoothing,
             gather=self.config.gather,
         )
-        loss = contrast.loss + loss_itm + loss_lm
-        return BLIPOutput(loss, contrast.loss, loss_itm, *contrast.features, loss_lm)
+        return (loss,)
+
+
+def replace_first_token(input_ids: Tensor, token: int) -> Tensor:
+    """Return a copy of the ids (B, L) with another first token."""
+    ids = input_ids.clone()
+    ids[:, 0] = token
+    return ids

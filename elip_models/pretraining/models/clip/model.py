@@ -13,25 +13,26 @@ CLIP code.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig
 
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.config import ContrastiveConfig, TextReductionConfig, TokenId
 from elip_models.pretraining.models.layers.clip_text import CLIPTextTower
-from elip_models.pretraining.models.layers.gradient_caching import encode_in_slices
 from elip_models.pretraining.models.layers.losses import contrastive_loss, sigmoid_loss
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
-from elip_models.towers.reducible_model import random_ids
 from elip_models.validation import (
     Bounds,
     Depth,
@@ -91,6 +92,11 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
         return visual
 
     @property
+    def end_token_id(self) -> int:
+        """Id of the last token of a text."""
+        return self.eos_token_id
+
+    @property
     def text(self) -> CLIPTextConfig:
         """Config of the text tower."""
         return CLIPTextConfig(
@@ -139,14 +145,6 @@ class CLIP(PretrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         if config.loss == "sigmoid":
             self.logit_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
-
-    def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images and a random text for each, and guide captions if the config needs them."""
-        config = self.config
-        sizes = config.context_length, config.vocab_size, config.eos_token_id
-        inputs = {"images": images, "input_ids": random_ids(images, *sizes)}
-        guides = {"guide_ids": random_ids(images, *sizes)}
-        return inputs | (guides if config.reads_guide_captions else {})
 
     def guidance(self, text_features: Tensor) -> Tensor:
         """Map text features (B, E) to the width of the image tower -> (B, D), detached."""
@@ -242,7 +240,7 @@ class CLIP(PretrainedModel):
         return CLIPOutput(self._loss(*features), *features)
 
     def set_batch_slices(self, count: int) -> None:
-        """Encode a batch in `count` slices, see `layers/gradient_caching.py`."""
+        """Encode a batch in `count` slices, see `encode_in_slices`."""
         check("count", count, PositiveInt)
         self.batch_slices = count
 
@@ -287,6 +285,21 @@ class CLIP(PretrainedModel):
         """Recompute layers of both towers in backward instead of storing their activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
+
+
+def encode_in_slices(encode: Callable[..., Tensor], count: int, *inputs: Tensor | None) -> Tensor:
+    """Encode a batch in `count` slices, at most one per row; without gradient, encode it whole.
+
+    `encode` maps inputs with the rows of a slice, (b, ..) each or None, to (b, E). Backward encodes
+    the slices again, one at a time: the gradients equal those of the whole batch, with the memory
+    of one slice. A contrastive loss needs the features of all pairs, but not their activations.
+    Source: gradient caching (Gao et al., 2021), here by activation checkpointing.
+    """
+    if count == 1 or not torch.is_grad_enabled():
+        return encode(*inputs)
+    parts = [repeat(None) if part is None else part.chunk(count) for part in inputs]
+    slices = zip(*parts, strict=False)  # repeat(None) is infinite
+    return torch.cat([checkpoint(encode, *rows, use_reentrant=False) for rows in slices])
 
 
 @torch.no_grad()

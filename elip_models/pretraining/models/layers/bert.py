@@ -1,9 +1,10 @@
-"""BERT in parts: embeddings, layers with or without cross attention to image tokens, language head.
+"""BERT as a list of transformers' layers: embeddings, cross attention to image tokens, head.
 
-The parts are those of transformers, so attention runs on SDPA and checkpoints load by their names.
-Each model selects the layers to run and their inputs. ALBEF's first half encodes the text alone,
-its second half and all layers of BLIP also attend to the image. METER has two stacks without
-embeddings that attend to one another.
+BertModel of transformers has embeddings, and cross attention in all of its layers or in none. Here
+a model selects the layers to run and their inputs: ALBEF's first half encodes the text alone, its
+second half and all layers of BLIP also attend to the image, and METER has two stacks without
+embeddings that attend to one another. BlipTextModel of transformers has eager attention only; these
+layers run on SDPA.
 """
 
 import copy
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.cache_utils import Cache
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertOnlyMLMHead
@@ -23,25 +25,7 @@ from elip_models.towers.base import scoring_context
 from elip_models.towers.wrapped_modules import in_place_of, unsharded
 
 R = TypeVar("R")
-
-
-class UntypedEmbeddings(nn.Module):
-    """BERT embeddings of words and positions, without token types; names of transformers."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, width, config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Embed input_ids (B, L) at position_ids (L,), by default from 0 -> (B, L, D)."""
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(hidden))
+recompute = partial(checkpoint, use_reentrant=False)
 
 
 class BertTower(nn.Module):
@@ -58,10 +42,11 @@ class BertTower(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        config._attn_implementation = "sdpa"
-        options = config.to_dict() | {"is_decoder": True, "add_cross_attention": True}
-        crossing = BertConfig(**options)
-        crossing._attn_implementation = "sdpa"
+        crossing = BertConfig(
+            **config.to_dict() | {"is_decoder": True, "add_cross_attention": True}
+        )
+        for options in (config, crossing):
+            options._attn_implementation = "sdpa"
         chosen = set(cross_attention)
         self.embeddings = embeddings(config) if embeddings else None
         self.layers = nn.ModuleList(
@@ -93,14 +78,14 @@ class BertTower(nn.Module):
         self,
         hidden: Tensor,
         mask: Tensor,
-        layers: range,
+        layers: range | None = None,
         image_tokens: Tensor | None = None,
         image_mask: Tensor | None = None,
         *,
         causal: bool = False,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Run some of the layers on hidden states (B, L, D) -> (B, L, D).
+        """Run some of the layers, by default all, on hidden states (B, L, D) -> (B, L, D).
 
         `mask` (B, T) is of the cached tokens followed by those of `hidden`. Layers with cross
         attention attend to image_tokens (B, N, D), masked by image_mask (B, N). With `causal`, each
@@ -112,7 +97,7 @@ class BertTower(nn.Module):
             L, T = hidden.shape[1], mask.shape[1]
             bias = bias & torch.ones(L, T, dtype=torch.bool, device=mask.device).tril(T - L)
         image_bias = None if image_mask is None else (image_mask != 0)[:, None, None]
-        for i in layers:
+        for i in range(len(self.layers)) if layers is None else layers:
             hidden = self.layers[i](hidden, bias, image_tokens, image_bias, cache)
         return hidden
 
@@ -123,14 +108,13 @@ class BertTower(nn.Module):
         layer = self.layers[i]
         run = partial(in_place_of, layer, partial(step, layer))
         if layer.gradient_checkpointing and layer.training:
-            return _checkpoint(run, hidden)
+            return recompute(run, hidden)
         return run(hidden)
 
     def run_reduced(
         self,
         hidden: Tensor,
         mask: Tensor,
-        layers: range,
         reduction: TextReduction | None,
         image_tokens: Tensor | None = None,
         image_mask: Tensor | None = None,
@@ -138,25 +122,25 @@ class BertTower(nn.Module):
         image_cls: Tensor | None = None,
         causal: bool = False,
     ) -> ReducedText:
-        """Run some of the layers, and drop text tokens half way, never the first one.
+        """Run all layers, and drop text tokens half way, never the first one.
 
         With 'learned', a causal text selects among all of its tokens, so a token's context can
         depend on later tokens. image_cls (B, D), by default the first image token, is the CLS
         output of the image that guides 'learned', without gradient. For the others, see `run`.
         """
-        options = {"image_tokens": image_tokens, "image_mask": image_mask, "causal": causal}
+        run = partial(self.run, image_tokens=image_tokens, image_mask=image_mask, causal=causal)
         if reduction is None:
-            return ReducedText(self.run(hidden, mask, layers, **options), mask)
-        before, after = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        hidden, real, scores = self.run(hidden, mask, before, **options), mask != 0, None
+            return ReducedText(run(hidden, mask), mask)
+        half, depth = len(self.layers) // 2, len(self.layers)
+        hidden, real, scores = run(hidden, mask, range(half)), mask != 0, None
         if reduction.strategy == "learned":
             cls = image_tokens[:, 0] if image_cls is None else image_cls
-            scores = self._cls_scores(cls, after[0], hidden, real)
-        text = reduction(hidden, real, 0, scores)
-        return text._replace(tokens=self.run(text.tokens, text.mask, after, **options))
+            scores = self._cls_scores(cls, self.layers[half], hidden, real)
+        first = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        text = reduction(hidden, real, first, scores)
+        return text._replace(tokens=run(text.tokens, text.mask, range(half, depth)))
 
-    def _cls_scores(self, cls: Tensor, i: int, hidden: Tensor, real: Tensor) -> Tensor:
-        layer = self.layers[i]
+    def _cls_scores(self, cls: Tensor, layer: BertLayer, hidden: Tensor, real: Tensor) -> Tensor:
         with scoring_context(self, hidden), unsharded(layer, hidden, cls) as (hidden, cls):
             attention = layer.attention.self
             heads = (attention.num_attention_heads, -1)
@@ -168,13 +152,7 @@ class BertTower(nn.Module):
         """Recompute layers in backward instead of storing their activations."""
         for layer in self.layers:
             layer.gradient_checkpointing = enable
-            layer._gradient_checkpointing_func = _checkpoint
-
-
-def _checkpoint(function, *args):
-    from torch.utils.checkpoint import checkpoint
-
-    return checkpoint(function, *args, use_reentrant=False)
+            layer._gradient_checkpointing_func = recompute
 
 
 def tied_decoder(encoder: BertTower) -> BertTower:

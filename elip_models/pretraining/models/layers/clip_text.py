@@ -36,27 +36,21 @@ class CLIPTextTower(nn.Module):
 
         image_cls (B, width) is the image CLS for 'learned', detached here; others ignore it.
         """
-        position = self._position(input_ids, attention_mask)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        position = self._position(input_ids, real != 0)
         if self.reduction is not None and reduce:
-            hidden, position = self._reduced(input_ids, attention_mask, position, image_cls)
+            hidden, position = self._reduced(input_ids, real != 0, position, image_cls)
         else:
             hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
 
-    def _position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        is_eos = input_ids == self.eos_token_id
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        if attention_mask is not None:
-            is_eos = is_eos & (attention_mask != 0)
-            positions = positions * (attention_mask != 0)
+    def _position(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        is_eos = (input_ids == self.eos_token_id) & real
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) * real
         return torch.where(is_eos.any(1), is_eos.int().argmax(1), positions.amax(1))
 
     def _reduced(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position: Tensor,
-        image_cls: Tensor | None,
+        self, input_ids: Tensor, real: Tensor, position: Tensor, image_cls: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Run the layers and drop tokens half way, outside of activation checkpointing.
 
@@ -64,13 +58,11 @@ class CLIPTextTower(nn.Module):
         """
         layers = self.transformer.encoder.layers
         half = len(layers) // 2
-        real = torch.arange(input_ids.shape[1], device=input_ids.device) <= position[:, None]
-        if attention_mask is not None:
-            real = real & (attention_mask != 0)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        real = real & (positions <= position[:, None])
         hidden = _run(layers[:half], self.transformer.embeddings(input_ids), real)
         scores = None
         if self.reduction.strategy == "learned":
-            _check_image(image_cls, hidden)
             scores = _image_attention(layers[half], hidden, image_cls, real)
         text = self.reduction(hidden, real, position, scores)
         hidden = _run(layers[half:], text.tokens, text.mask)
@@ -99,19 +91,3 @@ def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: 
         q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)
         k = attention.k_proj(layer.layer_norm1(hidden)).unflatten(-1, heads)
         return cls_attention(q, k.transpose(1, 2), mask=real)
-
-
-def _check_image(image_cls: Tensor | None, hidden: Tensor) -> None:
-    expected = (hidden.shape[0], hidden.shape[2])
-    if not isinstance(image_cls, Tensor) or not image_cls.is_floating_point():
-        raise TypeError(
-            f"image_cls: expected a floating-point tensor (B, width) = {expected} to guide "
-            f"strategy='learned', got {image_cls!r:.80}; pass the image CLS, or reduce=False to "
-            "keep all text tokens"
-        )
-    if image_cls.shape != expected:
-        raise ValueError(
-            f"image_cls: expected (B, width) = {expected}, one vector for each text, "
-            f"got {tuple(image_cls.shape)}; project another width first (CLIP maps it back by the "
-            "transposed text projection: image_features @ text_projection.weight)"
-        )

@@ -1,6 +1,6 @@
 """Text generation by a causal tower: beam search or nucleus sampling of transformers.
 
-    x_1 .. x_P given; then x_t from p(x | x_<t, states), until the end token or `max_length`
+    x_1 .. x_P of the prompt; then x_t from p(x | x_<t, states), until the end token or `max_length`
 
 Keys and values of earlier tokens, and of the states, are cached between steps.
 """
@@ -52,9 +52,6 @@ class Decoding(Config):
             )
 
 
-CAPTIONS = Decoding()
-
-
 @torch.no_grad()
 def generate(
     tower: BertTower,
@@ -74,14 +71,13 @@ def generate(
     P, positions = input_ids.shape[1], tower.config.max_position_embeddings
     if not P < decoding.max_length <= positions:
         raise ValueError(
-            f"max_length: expected {P + 1}, one more than the tokens given, to {positions}, the "
-            f"positions of the text tower, got {decoding.max_length}"
+            f"max_length: expected {P + 1}, one more than the tokens of the prompt, to "
+            f"{positions}, the positions of the text tower, got {decoding.max_length}"
         )
-    tokens, mask = states
     ids = _GenerationModel(tower, head).generate(
         input_ids=input_ids,
-        states=tokens,
-        states_mask=mask,
+        states=states[0],
+        states_mask=states[1],
         do_sample=decoding.sample,
         num_beams=1 if decoding.sample else decoding.num_beams,
         max_length=decoding.max_length,
@@ -118,13 +114,7 @@ class _GenerationModel(PreTrainedModel, GenerationMixin):
         cache, (B, L) = named[CACHE], input_ids.shape
         cached = cache.get_seq_length()
         positions = torch.arange(cached, cached + L, device=input_ids.device)
-        hidden = self.tower.run(
-            self.tower.embed(input_ids, positions),
-            input_ids.new_ones(B, cached + L),
-            range(len(self.tower.layers)),
-            states,
-            states_mask,
-            causal=True,
-            cache=cache,
-        )
+        embedded, mask = self.tower.embed(input_ids, positions), input_ids.new_ones(B, cached + L)
+        image = {"image_tokens": states, "image_mask": states_mask}
+        hidden = self.tower.run(embedded, mask, **image, causal=True, cache=cache)
         return ModelOutput(logits=self.head(hidden[:, -1:]))

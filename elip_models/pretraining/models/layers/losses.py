@@ -114,13 +114,6 @@ def mask_tokens(
     return torch.where(chosen, replaced, input_ids), labels
 
 
-def mask_every_seventh(input_ids: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """Mask every seventh token, about 15%, without random choice; see `mask_tokens`."""
-    chosen = torch.arange(input_ids.shape[1], device=input_ids.device) % 7 == 1
-    masked = torch.where(chosen, mask_token_id, input_ids)
-    return masked, torch.where(chosen, input_ids, IGNORED)
-
-
 def distilled_cross_entropy(
     logits: Tensor,
     labels: Tensor,

@@ -13,12 +13,12 @@ dropped token has no output, so its label is ignored: its own id for MLM, the ne
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-import elip_kernels
+from elip_kernels.ops.gather_ops import take_rows
 from elip_models.pretraining.models.layers.losses import IGNORED
 from elip_models.validation import Rate, check_fields
 
@@ -30,7 +30,7 @@ class ReducedText(NamedTuple):
 
     Attributes:
         tokens: (B, K, D); unused slots, at the end, hold other tokens of the text.
-        mask: (B, K) bool, True = kept token, False = unused slot; the given mask without reduction.
+        mask: (B, K) bool, True = kept token, False = unused slot; the mask passed in, if all stay.
         anchor: (B,) int64, position of the anchor.
         kept: (B, K) int64, positions in the input, ascending where `mask` is True.
     """
@@ -68,44 +68,27 @@ class TextReduction:
         check_fields(self)
 
     def __call__(
-        self, tokens: Tensor, mask: Tensor, anchor: Tensor | int, scores: Tensor | None = None
+        self, tokens: Tensor, mask: Tensor, anchor: Tensor, scores: Tensor | None = None
     ) -> ReducedText:
         """Drop tokens, without a host synchronisation and without shapes that depend on values.
 
         Args:
             tokens: (B, L, D), floating point; gradients reach the kept ones.
             mask: (B, L) bool, True = real token. The anchor counts as real.
-            anchor: (B,) int64, or an int for all texts: position of a token that is kept.
+            anchor: (B,) int64, position of a token that is kept.
             scores: (B, L), for 'learned' only. Ties keep the lower index; NaN counts as the least.
         """
-        _check(tokens, mask, anchor, scores, self.strategy)
-        B, L, _ = tokens.shape
-        if isinstance(anchor, int):
-            anchor = torch.full((B,), anchor, device=tokens.device)
-        anchor = anchor[:, None]
+        L, anchor = tokens.shape[1], anchor[:, None]
+        slots = torch.arange(L - int(self.drop * L), device=mask.device)
         mask = mask.scatter(1, anchor, True)
-        is_kept = self._keep_mask(mask, anchor, scores)
-        reduced, info = elip_kernels.reduce(
-            tokens,
-            is_kept.float(),
-            L - int(self.drop * L),
-            merge=False,
-            mask=is_kept,
-            num_prefix_tokens=0,
-            return_info=True,
-        )
-        position = (info.kept == anchor).int().argmax(1)
-        return ReducedText(reduced, info.mask, position, info.kept)
-
-    def _keep_mask(self, mask: Tensor, anchor: Tensor, scores: Tensor | None) -> Tensor:
-        """Return (B, L) bool, True for the n - int(drop * n) tokens of each text that stay."""
         priority = self._priority(mask, scores).masked_fill(~mask, -torch.inf)
         priority = priority.scatter(1, anchor, torch.inf)
-        order = priority.argsort(dim=1, descending=True, stable=True)
+        order = priority.argsort(dim=1, descending=True, stable=True)[:, : len(slots)]
         n = mask.sum(1, keepdim=True)
-        count = n - (n.double() * self.drop).long()
-        first = torch.arange(mask.shape[1], device=mask.device) < count
-        return torch.zeros_like(mask).scatter(1, order, first)
+        is_used = slots < n - (n.double() * self.drop).long()
+        position = torch.where(is_used, order, L).sort(dim=1).values
+        is_used, kept = position < L, position.clamp_max(L - 1)
+        return ReducedText(take_rows(tokens, kept), is_used, (kept == anchor).int().argmax(1), kept)
 
     def _priority(self, mask: Tensor, scores: Tensor | None) -> Tensor:
         """Return a finite priority (B, L); the least are dropped first."""
@@ -115,33 +98,3 @@ class TextReduction:
             return -torch.arange(mask.shape[1], device=mask.device).float().expand(mask.shape)
         least, most = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
         return scores.detach().nan_to_num(least, most, least)
-
-
-def _check(tokens: Any, mask: Any, anchor: Any, scores: Any, strategy: str) -> None:
-    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
-        raise TypeError(f"tokens: expected a tensor (B, L, D), got {_describe(tokens)}")
-    B, L, _ = tokens.shape
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (B, L):
-        raise ValueError(
-            f"mask: expected a bool tensor (B, L) = {(B, L)}, True = real, got {_describe(mask)}"
-        )
-    if isinstance(anchor, int) and not isinstance(anchor, bool):
-        if not 0 <= anchor < L:
-            raise ValueError(f"anchor: expected a position from 0 to {L - 1}, got {anchor}")
-    elif not isinstance(anchor, Tensor) or anchor.dtype != torch.int64 or anchor.shape != (B,):
-        raise ValueError(
-            f"anchor: expected an int, or an int64 tensor (B,) = ({B},), got {_describe(anchor)}"
-        )
-    if strategy != "learned":
-        return
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        raise TypeError(
-            f"scores: expected a floating-point tensor (B, L) = {(B, L)} for strategy='learned', "
-            f"got {_describe(scores)}; elip_kernels.cls_attention computes them from the image CLS"
-        )
-    if scores.shape != (B, L):
-        raise ValueError(f"scores: expected (B, L) = {(B, L)}, got {_describe(scores)}")
-
-
-def _describe(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"

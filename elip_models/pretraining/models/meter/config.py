@@ -52,9 +52,6 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
     vision_norm_eps: NonNegative = 1e-5
     context_length: Size = 50
     text_encoder: Literal["bert", "roberta"] = "bert"
-    text_depth: Depth = 12
-    text_heads: Annotated[PositiveInt, divisor_of("text_width")] = 12
-    text_hidden: Size = 3072
     cross_width: Size = 768
     cross_depth: Depth = 6
     cross_heads: Annotated[PositiveInt, divisor_of("cross_width")] = 12
@@ -93,17 +90,9 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
     def bert(self, part: Literal["text", "cross"]) -> BertConfig:
         """Return the config of the text encoder, or of the co-attention layers of one side."""
         is_roberta = part == "text" and self.text_encoder == "roberta"
-        return BertConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=getattr(self, f"{part}_width"),
-            num_hidden_layers=getattr(self, f"{part}_depth"),
-            num_attention_heads=getattr(self, f"{part}_heads"),
-            intermediate_size=getattr(self, f"{part}_hidden"),
-            hidden_dropout_prob=float(self.dropout),
-            attention_probs_dropout_prob=float(self.dropout),
-            max_position_embeddings=self.max_positions,
+        return self.bert_config(
+            part,
+            dropout=self.dropout,
             type_vocab_size=1 if is_roberta else 2,
-            initializer_range=float(self.initializer_range),
             layer_norm_eps=1e-5 if is_roberta else 1e-12,
-            pad_token_id=self.pad_token_id,
         )

@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3, and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from elip_models.pretraining.models.cross_modal import CrossModalModel
 from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
-from elip_models.pretraining.models.layers.losses import (
-    language_loss,
-    mask_every_seventh,
-    mask_tokens,
-)
+from elip_models.pretraining.models.layers.losses import language_loss, mask_tokens
 from elip_models.pretraining.models.layers.pumer import FusionTokens
 from elip_models.pretraining.models.layers.text_reduction import ReducedText
 from elip_models.pretraining.models.meter.config import METERConfig
@@ -34,15 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDINGS = {"bert": BertEmbeddings, "roberta": RobertaEmbeddings}
-BERT_INITIALISED = (  # parts with BERT's initialisation, in the order of the random draws
-    "text_transform",
-    "image_transform",
-    "token_types",
-    "itm_head",
-    "text_pooler",
-    "image_pooler",
-    "language_head",
-)
 TEXT, IMAGE = 0, 1  # rows of the token type embeddings; rows of further images follow
 
 
@@ -62,14 +49,20 @@ class METEROutput:
     itm_logits: Tensor
 
 
-class METERDraw(NamedTuple):
-    """Random choices of `forward`, for a caller that makes them itself.
+class DrawnImages(NamedTuple):
+    """Random choices of ITM.
 
     Attributes:
-        masked_ids: (B, L), see `mask_tokens`, as `labels`.
         itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
         false_images: (B, 3, H, W), another image for each text, used where its label is 0.
     """
+
+    itm_labels: Tensor
+    false_images: Tensor
+
+
+class METERDraw(NamedTuple):
+    """Random choices of a step: the results of `mask_tokens`, then those of `DrawnImages`."""
 
     masked_ids: Tensor
     labels: Tensor
@@ -89,12 +82,9 @@ def draw_itm_images(images: Tensor) -> tuple[Tensor, Tensor]:
 class METERBackbone(CrossModalModel):
     """Image and text towers, co-attention layers and poolers, without heads.
 
-    Attributes:
-        images_per_text: number of images of a text, each with its own token type.
+    Each of the `images_per_text` images has its own token type.
     """
 
-    config: METERConfig
-    images_per_text: ClassVar[int] = 1
     ranks = False
 
     def __init__(self, config: METERConfig) -> None:
@@ -103,25 +93,18 @@ class METERBackbone(CrossModalModel):
         self.read_tower()
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
         self.text_reduction, self.pumer = config.text_token_reduction, config.pumer
-        self._add_fusion(config)
-
-    def _add_fusion(self, config: METERConfig) -> None:
         width, bert = config.cross_width, config.bert("cross")
         self.text_transform = nn.Linear(config.text_width, width)
         self.image_transform = nn.Linear(config.vision_width, width)
         self.token_types = nn.Embedding(IMAGE + self.images_per_text, width)
-        every = range(config.cross_depth)
-        self.text_layers = BertTower(bert, cross_attention=every, embeddings=None)
-        self.image_layers = BertTower(bert, cross_attention=every, embeddings=None)
+        layers = range(config.cross_depth)
+        self.text_layers = BertTower(bert, cross_attention=layers, embeddings=None)
+        self.image_layers = BertTower(bert, cross_attention=layers, embeddings=None)
         self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
-        self._add_heads(config)
-        parts = dict(self.named_children())
-        for name in BERT_INITIALISED:
-            if name in parts:
-                parts[name].apply(self.text_layers.init)
-
-    def _add_heads(self, config: METERConfig) -> None:
-        """Add heads, whose names are in `BERT_INITIALISED`."""
+        for part in (self.text_transform, self.image_transform, self.token_types):
+            part.apply(self.text_layers.init)
+        for pooler in (self.text_pooler, self.image_pooler):
+            pooler.apply(self.text_layers.init)
 
     @property
     def fusion_tower(self) -> BertTower:
@@ -130,8 +113,7 @@ class METERBackbone(CrossModalModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
-        every = range(self.config.text_depth)
-        return self.text.run(self.text.embed(input_ids), attention_mask, every)
+        return self.text.run(self.text.embed(input_ids), attention_mask)
 
     def fuse(
         self,
@@ -183,8 +165,8 @@ class METERBackbone(CrossModalModel):
     def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
         """Encode texts alone, without the tokens that `text_reduction` drops half way."""
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
-        hidden, every = self.text.embed(input_ids), range(self.config.text_depth)
-        return self.text.run_reduced(hidden, mask, every, self.text_reduction, image_cls=image_cls)
+        hidden = self.text.embed(input_ids)
+        return self.text.run_reduced(hidden, mask, self.text_reduction, image_cls=image_cls)
 
     def encode_and_fuse(
         self,
@@ -209,12 +191,20 @@ class METERMatcher(METERBackbone):
 
     matching_tokens = METERBackbone.encode_masked
 
-    def _add_heads(self, config: METERConfig) -> None:
+    def __init__(self, config: METERConfig) -> None:
+        super().__init__(config)
         self.itm_head = nn.Linear(2 * config.cross_width, 2)
+        self.itm_head.apply(self.text_layers.init)
 
-    def match(self, text: Tensor, image: Tensor) -> Tensor:
-        """Return logits (B, 2), no pair or a pair, of fused text (B, L, C) and image (B, N, C)."""
-        return self.itm_head(self.pool(text, image))
+    def match(
+        self, images: Tensor, input_ids: Tensor, mask: Tensor, drawn: DrawnImages
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of ITM and its logits (B, 2), no pair or a pair."""
+        is_pair = (drawn.itm_labels == 1)[:, None, None, None]
+        shown = torch.where(is_pair, images, drawn.false_images)
+        text, image = self.encode_and_fuse(shown, input_ids, mask)
+        logits = self.itm_head(self.pool(text.tokens, image))
+        return F.cross_entropy(logits.float(), drawn.itm_labels), logits
 
     def rank(self, pooled: Tensor) -> Tensor:
         """Return the logit (B,) of a pair, from pooled text and image (B, 2C)."""
@@ -238,31 +228,27 @@ class METER(METERMatcher):
 
     def __init__(self, config: METERConfig) -> None:
         super().__init__(config)
-        self.register_buffer("continues", None, persistent=False)
-
-    def _add_heads(self, config: METERConfig) -> None:
-        super()._add_heads(config)
         self.language_head = masked_language_head(self.text_layers)
+        self.language_head.apply(self.text_layers.init)
+        self.register_buffer("continues", None, persistent=False)
 
     def read_vocabulary_(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Store which tokens continue a word ('##..' in BERT), for masking whole words.
 
-        ValueError is raised if the tokenizer does not mark them, or its ids exceed `vocab_size`.
+        ValueError is raised if the tokenizer does not mark them.
         """
         if not self.config.mask_whole_words:
             return
-        pieces = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-        mark, size = getattr(pieces, "continuing_subword_prefix", None), self.config.vocab_size
+        pieces, size = tokenizer.backend_tokenizer.model, self.config.vocab_size
+        mark = getattr(pieces, "continuing_subword_prefix", None)
         if not mark:
             raise ValueError(
                 "mask_whole_words: expected False, or a tokenizer that marks tokens inside a word, "
                 f"as BERT's with '##', got {type(tokenizer).__name__} of {pieces!r:.40}"
             )
-        names = {token: name for name, token in tokenizer.get_vocab().items()}
-        if max(names) >= size:
-            raise ValueError(f"tokenizer: expected ids below {size}, got {max(names)}")
-        marked = torch.tensor([names.get(token, "").startswith(mark) for token in range(size)])
-        self.continues = marked.to(self.token_types.weight.device)
+        inside = [token for name, token in tokenizer.get_vocab().items() if name.startswith(mark)]
+        self.continues = torch.zeros(size, dtype=torch.bool, device=self.token_types.weight.device)
+        self.continues[inside] = True
 
     def forward(
         self,
@@ -279,24 +265,16 @@ class METER(METERMatcher):
         replaces random masks and images, to repeat the step of another implementation.
         """
         if drawn is None:
-            drawn = self._draw(images, input_ids)
+            drawn = self.draw(images, input_ids)
         text, _ = self.encode_and_fuse(images, drawn.masked_ids, attention_mask, keeps_text=True)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
         loss_mlm = language_loss(mlm_logits, labels, gather=self.config.gather)
-        is_pair = (drawn.itm_labels == 1)[:, None, None, None]
-        itm_images = torch.where(is_pair, images, drawn.false_images)
-        text, image = self.encode_and_fuse(itm_images, input_ids, attention_mask)
-        itm_logits = self.match(text.tokens, image)
-        loss_itm = F.cross_entropy(itm_logits.float(), drawn.itm_labels)
+        itm_draw = DrawnImages(drawn.itm_labels, drawn.false_images)
+        loss_itm, itm_logits = self.match(images, input_ids, attention_mask, itm_draw)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
-    def fixed_draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
-        """Return every seventh token masked, and the next image for every second text."""
-        masked = mask_every_seventh(input_ids, self.config.mask_token_id)
-        keeps_image = 1 - torch.arange(len(images), device=images.device) % 2
-        return METERDraw(*masked, keeps_image, images.roll(-1, 0))
-
-    def _draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
+    def draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
+        """Draw the masked tokens of MLM and the images of ITM."""
         config = self.config
         if config.mask_whole_words and self.continues is None:
             raise ValueError(

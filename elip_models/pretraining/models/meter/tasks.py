@@ -11,17 +11,23 @@ weight of 0.5, but it uses only losses whose weight is at least 1.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.pretraining.models.downstream import TaskOutput
+from elip_models.pretraining.models.downstream import (
+    Classifier,
+    TaskOutput,
+    Weights,
+    renamed,
+)
 from elip_models.pretraining.models.meter.config import METERConfig
 from elip_models.pretraining.models.meter.model import (
     IMAGE,
     METER,
+    DrawnImages,
     METERBackbone,
     METERMatcher,
     draw_itm_images,
@@ -87,21 +93,13 @@ class METERRetrievalOutput(RankingOutput):
     itm_logits: Tensor
 
 
-class DrawnImages(NamedTuple):
-    """Random choices of a retrieval step with ITM, see `METERDraw`."""
-
-    itm_labels: Tensor
-    false_images: Tensor
-
-
-class METERClassifier(METERBackbone):
+class METERClassifier(Classifier, METERBackbone):
     """Backbone with a classifier of the pooled pair."""
 
     task: ClassVar[str]
     pretraining = METER
-    config: METERVQAConfig | METEREntailmentConfig | METERNLVR2Config
 
-    def __init__(self, config: METERVQAConfig | METEREntailmentConfig | METERNLVR2Config) -> None:
+    def __init__(self, config: METERConfig) -> None:
         super().__init__(config)
         width = 2 * config.cross_width
         self.classifier = nn.Sequential(
@@ -113,26 +111,14 @@ class METERClassifier(METERBackbone):
         self.classifier.apply(self.text_layers.init)
 
     @classmethod
-    def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
+    def from_pretraining(cls, weights: Weights, config: METERConfig) -> Weights:
         """Select the weights of a pre-trained METER except for its heads."""
         return {n: w for n, w in weights.items() if not n.startswith(PRETRAINED_HEADS)}
-
-    def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images, a random text for each of them, and labels of the first class."""
-        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        return super().random_inputs(images) | {"labels": labels}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, 3, H, W) and texts (B, L)."""
         text, image = self.encode_and_fuse(images, input_ids, attention_mask)
         return self.classifier(self.pool(text.tokens, image))
-
-    def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-    ) -> TaskOutput:
-        """Return the cross entropy of a batch with labels (B,) int64."""
-        logits = self.logits(images, input_ids, attention_mask)
-        return TaskOutput(F.cross_entropy(logits.float(), labels), logits)
 
 
 class METERVQA(METERClassifier):
@@ -145,10 +131,10 @@ class METERVQA(METERClassifier):
     config_class = METERVQAConfig
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return the inputs of the base class, with scores of the answers instead of labels."""
-        inputs = super().random_inputs(images)
-        labels = inputs.pop("labels")
-        return inputs | {"answer_scores": F.one_hot(labels, self.config.num_classes).float()}
+        """Return the inputs of the base class, and scores of the answers."""
+        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        scores = F.one_hot(labels, self.config.num_classes).float()
+        return super().random_inputs(images) | {"answer_scores": scores}
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, answer_scores: Tensor
@@ -180,16 +166,11 @@ class METERNLVR2(METERClassifier):
     images_per_text = 2
 
     @classmethod
-    def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
+    def from_pretraining(cls, weights: Weights, config: METERConfig) -> Weights:
         """Select the weights without the heads; both images start with the same token type."""
         weights = super().from_pretraining(weights, config)
         types = weights["token_types.weight"]
         return weights | {"token_types.weight": torch.cat([types, types[IMAGE:]])}
-
-    def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return the inputs of the base class with pairs of neighbouring images."""
-        inputs = super().random_inputs(images)
-        return inputs | {"images": torch.stack([images, images.roll(-1, 0)], 1)}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits (B, num_classes) of images (B, 2, 3, H, W) and texts (B, L).
@@ -197,7 +178,7 @@ class METERNLVR2(METERClassifier):
         The text is encoded once for each image, as in the official code, and guides both.
         """
         types = IMAGE + torch.arange(2, device=images.device).repeat(len(images))
-        ids, mask = (each.repeat_interleave(2, 0) for each in (input_ids, attention_mask))
+        ids, mask = (part.repeat_interleave(2, 0) for part in (input_ids, attention_mask))
         text, image = self.encode_and_fuse(images.flatten(0, 1), ids, mask, types)
         return self.classifier(self.pool(text.tokens, image).unflatten(0, (-1, 2)).flatten(1))
 
@@ -207,7 +188,6 @@ class METERRetrieval(METERMatcher):
 
     family, task = "meter_retrieval", "retrieval"
     config_class = METERRetrievalConfig
-    config: METERRetrievalConfig
     pretraining = METER
 
     def __init__(self, config: METERRetrievalConfig) -> None:
@@ -217,26 +197,22 @@ class METERRetrieval(METERMatcher):
         self.rank_head.apply(self.text_layers.init)
 
     @classmethod
-    def from_pretraining(cls, weights: dict[str, Tensor], config: METERConfig) -> dict[str, Tensor]:
+    def from_pretraining(cls, weights: Weights, config: METERConfig) -> Weights:
         """Select the weights of a pre-trained METER; the new head gets the pair logit of ITM."""
+        heads = renamed(weights, [("itm_head.", "rank_head.")])
         kept = {n: w for n, w in weights.items() if not n.startswith("language_head.")}
-        itm = {part: weights[f"itm_head.{part}"] for part in ("weight", "bias")}
-        return kept | {f"rank_head.{part}": rows[1:].clone() for part, rows in itm.items()}
+        return kept | {name: rows[1:].clone() for name, rows in heads.items()}
 
     def rank(self, pooled: Tensor) -> Tensor:
         """Return a score (B,) of each pair, from pooled text and image (B, 2C)."""
         return self.rank_head(pooled)[:, 0]
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return images, a text, false texts of other images, and fixed random choices."""
-        numbers = torch.arange(len(images), device=images.device)
-        inputs, false = super().random_inputs(images), range(1, self.config.false_texts + 1)
-        return inputs | {
-            "image_ids": numbers,
-            "false_ids": torch.stack([inputs["input_ids"].roll(i, 0) for i in false], 1),
-            "false_mask": torch.stack([inputs["attention_mask"] for _ in false], 1),
-            "drawn": DrawnImages(1 - numbers % 2, images.roll(-1, 0)),
-        }
+        """Return the inputs of the base class, and texts of other images as false texts."""
+        inputs, count = super().random_inputs(images), self.config.false_texts
+        false = [inputs["input_ids"].roll(i, 0) for i in range(1, count + 1)]
+        mask = inputs["attention_mask"][:, None].expand(-1, count, -1)
+        return inputs | {"false_ids": torch.stack(false, 1), "false_mask": mask}
 
     def rank_logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return scores (B, T) of T texts, ids and mask (B, T, L), for each of B images.
@@ -275,15 +251,12 @@ class METERRetrieval(METERMatcher):
         loss_rank = F.cross_entropy(ranks.float(), torch.zeros_like(image_ids))
         if not self.config.with_itm:
             return RankingOutput(loss_rank, loss_rank, ranks)
-        labels, false_images = self._draw(images, image_ids) if drawn is None else drawn
-        is_pair = (labels == 1)[:, None, None, None]
-        shown = torch.where(is_pair, images, false_images)
-        text, image = self.encode_and_fuse(shown, input_ids, attention_mask)
-        itm_logits = self.match(text.tokens, image)
-        loss_itm = F.cross_entropy(itm_logits.float(), labels)
+        drawn = self.draw(images, image_ids) if drawn is None else drawn
+        loss_itm, itm_logits = self.match(images, input_ids, attention_mask, drawn)
         return METERRetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
 
-    def _draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
+    def draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
+        """Draw the images of ITM; another pair with the same image stays a pair."""
         labels, others = draw_itm_images(images)
         labels = labels | (image_ids == image_ids[others]).long()
         return DrawnImages(labels, images[others])

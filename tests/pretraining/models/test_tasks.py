@@ -1,0 +1,186 @@
+"""What all models of ALBEF, BLIP and METER have in common, fine-tuned ones first."""
+
+import copy
+
+import pytest
+import torch
+
+from elip_models.pretraining.models.layers.momentum import NO_IMAGE
+from elip_models.reduction.strategies import STRATEGIES
+from tests.helpers.cross_modal_cases import MODELS, TASKS, batch_for, batch_of_four, made
+from tests.helpers.tiers import first_quick, tiered
+from tests.helpers.towers import assert_equal_gradients, gradients
+from tests.helpers.weights import assert_equal_weights
+from tests.pretraining.models.test_every_strategy import OPTIONS
+
+QUICK = [
+    *(("albef_vqa", "elip"), ("albef_entailment", "tome"), ("albef_nlvr2", "adaptive")),
+    *(("albef_retrieval", "evit"), ("blip_vqa", "guided_tome"), ("blip_nlvr2", "elip")),
+    *(("blip_captioning", "elip"), ("blip_retrieval", "adaptive"), ("meter_vqa", "trips")),
+    *(("meter_nlvr2", "elip"), ("meter_retrieval", "evit")),
+]
+SLOW = [("albef_vqa", "evit"), ("albef_nlvr2", "pitome"), ("blip_vqa", "patch_dropout")]
+STEPS = [(name, strategy) for name in TASKS for strategy in STRATEGIES]
+PAIRS = [name for name in TASKS if name.endswith(("vqa", "entailment", "nlvr2"))]
+WITH_MOMENTUM = [
+    *(name for name in MODELS if name != "meter"),
+    *(name for name in TASKS if "albef" in name or name == "blip_retrieval"),
+]
+SIZES = {  # image size and text length of the original
+    "albef_retrieval": (384, 30),
+    "albef_vqa": (384, 25),
+    "albef_entailment": (384, 30),
+    "albef_nlvr2": (384, 30),
+    "blip_retrieval": (384, 35),
+    "blip_vqa": (480, 35),
+    "blip_nlvr2": (384, 64),
+    "blip_captioning": (384, 40),
+    "meter_retrieval": (384, 40),
+    "meter_vqa": (576, 50),
+    "meter_entailment": (384, 50),
+    "meter_nlvr2": (288, 50),
+}
+
+
+def step(model, batch):
+    torch.manual_seed(3)
+    out = model(**batch)
+    out.loss.backward()
+    return out.loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize(("name", "strategy"), tiered(STEPS, QUICK, slow=SLOW))
+def test_every_strategy_trains_and_checkpointing_changes_nothing(name, strategy):
+    options = {"without_text": "vision"} if strategy == "elip" else {}
+    model = made(name, strategy=strategy, strategy_options=OPTIONS.get(strategy), **options)
+    batch, other = batch_for(model), copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    loss, expected = step(model, batch)
+    same, recomputed = step(other, batch)
+    assert loss.isfinite() and torch.equal(same, loss)
+    assert expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert_equal_gradients(recomputed, expected)
+
+
+@pytest.mark.parametrize("name", first_quick(TASKS, 2))
+def test_a_saved_model_loads_with_equal_outputs(name, tmp_path):
+    model = made(name).float()
+    batch = {n: t.float() if t.is_floating_point() else t for n, t in batch_for(model).items()}
+    model(**batch)
+    other = type(model).from_pretrained(model.eval().save_pretrained(tmp_path)).eval()
+    assert other.config == model.config
+    assert_equal_weights(other, model)
+    losses = []
+    for loaded in (model, other):
+        torch.manual_seed(0)
+        losses.append(loaded(**batch).loss)
+    assert torch.equal(*losses)
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, other)]
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_defaults_are_the_original_sizes_without_reduction(name):
+    model_class, _ = TASKS[name]
+    classes = {"num_classes": 3} if name == "albef_entailment" else {}
+    config = model_class.config_class(**classes)
+    assert config.schedule is None
+    assert (config.image_size, config.context_length) == SIZES[name]
+    assert model_class.ranks == (model_class.task == "retrieval" and "meter" not in name)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_text_guides_every_image_that_it_comes_with(name):
+    model, guided = made(name).eval(), []
+    encode = model.encode_image
+
+    def encode_image(images, text_cls, *rows):
+        guided.append((images, text_cls))
+        return encode(images, text_cls, *rows)
+
+    model.encode_image = encode_image
+    batch = batch_for(model)
+    model(**batch)
+    ((images, guides),) = guided
+    assert torch.equal(images, batch["images"].flatten(0, -4))
+    cls = model.text_cls(batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(guides, cls.repeat_interleave(len(images) // 4, 0))
+
+
+@pytest.mark.parametrize("name", ["blip_vqa", "blip_nlvr2"])
+def test_a_dense_tower_reads_no_text_for_guidance(name):
+    model, passes = made(name, schedule=None), []
+    run = model.encoders.encode_text
+    model.encoders.encode_text = lambda *args: passes.append(args) or run(*args)
+    model(**batch_for(model))
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("name", WITH_MOMENTUM)
+def test_momentum_encoders_and_queue_are_updated_in_training_only(name):
+    model = made(name)
+    batch, momentum = batch_for(model), dict(model.encoders_m.named_parameters())
+    for weight in model.encoders.parameters():
+        weight.data += 0.1
+    before = copy.deepcopy(model)
+    model.eval()(**batch)
+    assert_equal_weights(model, before)
+    model.train()(**batch)
+    online = dict(model.encoders.named_parameters())
+    for part, weight in before.encoders_m.named_parameters():
+        torch.testing.assert_close(momentum[part], (weight + online[part]) / 2)
+    if hasattr(model, "queue"):
+        assert model.queue.pointer == 4
+        assert not torch.equal(model.queue.image, before.queue.image)
+
+
+@pytest.mark.parametrize("name", ["albef", "blip", "albef_retrieval", "blip_retrieval"])
+def test_matching_logits_are_those_of_itm(name):
+    model, (images, ids, mask) = made(name).eval(), batch_of_four()
+    tokens, image_mask = model.matching_tokens(images)
+    assert tokens.shape == (4, 17, 16) and image_mask is None  # no text, no reduction
+    logits = model.matching_logits(tokens, image_mask, ids, mask)
+    text = ids if "blip" in name else model.encode_text(ids, mask)
+    expected = model.itm_head(model.fuse(text, mask, tokens)[:, 0])[:, 1]
+    assert torch.equal(logits, expected.float())
+    order = torch.tensor([2, 0, 3, 1])
+    others = model.matching_logits(tokens[order], None, ids[order], mask[order])
+    torch.testing.assert_close(others, logits[order])
+    guided, _ = model.matching_tokens(images, model.text_cls(ids, mask))
+    assert guided.shape[1] < 17
+
+
+@pytest.mark.parametrize("name", ["albef", "blip", "albef_retrieval", "blip_retrieval"])
+def test_drawn_negatives_never_show_the_image_of_their_row(name):
+    model, (_, ids, _) = made(name), batch_of_four()
+    image_ids = torch.tensor([7, 3, 7, 5]) if "retrieval" in name else None
+    shown = torch.arange(4) if image_ids is None else image_ids
+    for _ in range(20):
+        similar = torch.randn(2, 4, 4).double().mul(100).unbind()
+        for negatives in model.draw(similar, ids, image_ids)[:2]:
+            assert (shown[negatives] != shown).all()
+
+
+@pytest.mark.parametrize("name", ["albef_retrieval", "blip_retrieval"])
+def test_all_captions_of_an_image_are_positives_in_batch_and_queue(name):
+    model, image_ids = made(name), torch.tensor([7, 3, 7, 5])
+    assert model.queue.ids.tolist() == [NO_IMAGE] * 6
+    out = model(*batch_of_four(), image_ids)
+    assert model.queue.ids.tolist() == [7, 3, 7, 5, NO_IMAGE, NO_IMAGE]
+    positives = model.queue.positives(image_ids, image_ids).int().tolist()
+    assert positives[0] == positives[2] == [1, 0, 1, 0, 1, 0, 1, 0, 0, 0]
+    assert positives[1] == [0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert out.loss == out.loss_itc + out.loss_itm
+
+
+@pytest.mark.parametrize("name", ["albef_vqa", "blip_vqa"])
+def test_a_missing_answer_changes_no_loss(name):
+    model = made(name).eval()
+    batch = batch_for(model)
+    expected = model(**batch).loss
+    for part in ("answer_ids", "answer_mask", "answer_weights"):
+        batch[part] = torch.cat([batch[part], torch.zeros_like(batch[part])], dim=1)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
