@@ -317,6 +317,7 @@ PACKAGES = {
         "datasets",
         "filelock",
         "numpy",
+        "pydantic",
         "rich",
         "tensorboard",
         "tokenizers",
