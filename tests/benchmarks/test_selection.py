@@ -322,15 +322,6 @@ def test_named_patches_need_masks_or_boxes(tmp_path, model, tokenizer):
     assert scores["stages"][0]["kept"]["images"] == 2
 
 
-@pytest.mark.parametrize("boxes", [3, [[[1, 2, 3, 4]]], [[1, 2, 3, 4]] * 2, [[[1, 2, "3", 4]], []]])
-def test_invalid_boxes_raise(tmp_path, boxes):
-    path = tmp_path / "list.json"
-    path.write_text(json.dumps([{"image": "a.png", "caption": ["a", "b"], "boxes": boxes}]))
-    message = r"list\.json\[0\]: boxes: expected a list for each of 2 captions, of \[left, top"
-    with pytest.raises(ValueError, match=message):
-        JsonSource(path)
-
-
 def test_fewer_than_two_samples_raise(model, source, tokenizer):
     with pytest.raises(DataError, match="source: expected two readable samples or more, got 1"):
         selection_scores(model, source, tokenizer, limit=1)

@@ -5,8 +5,6 @@ from elip_models.validation import DataError, require_extra
 with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.caption_rules import apply_caption_rule
     from elip_models.pretraining.data.class_sources import (
-        ClassDataset,
-        ClassFolder,
         ClassSource,
         EmojiClasses,
         open_classes,
@@ -53,8 +51,6 @@ with require_extra("elip_models.pretraining.data"):
 __all__ = [
     "BACKGROUNDS",
     "EMOJI",
-    "ClassDataset",
-    "ClassFolder",
     "ClassSource",
     "CompositionExample",
     "CompositionSource",

@@ -1,21 +1,29 @@
-"""Specifications of data files: names and options, as one line or as a mapping.
+"""Specifications of data: names of files with options, as one line or as a mapping.
 
 questions.json,annotations.json,images=val2014
 {files: [questions.json, annotations.json], images: val2014}
+emoji_questions:seed=0,size=2000
 """
 
-import itertools
-import math
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from elip_models.validation import Positive, check_fields, did_you_mean, shortened
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from elip_models.pretraining.data.json_files import validate
+from elip_models.validation import did_you_mean, shortened
+
+Spec = str | Mapping[str, Any]
+"""One line, or a mapping with the fields of `FileSpec`."""
 
 
-@dataclass(frozen=True)
-class FileSpec:
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class FileSpec(BaseModel):
     """Data files and how to read them.
 
     Args:
@@ -29,58 +37,69 @@ class FileSpec:
         names: Names of the classes: "imagenet" or a JSON file. None: see `named_classes`.
     """
 
-    files: tuple[str, ...]
+    model_config = ConfigDict(frozen=True)
+
+    files: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     images: str | None = None
     split: str | None = None
     answers: str | None = None
-    weight: Positive = 1.0
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     label: str | None = None
     names: str | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_MAX_NAMES = 10**6
 
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MAX_DIGITS = 18
-_MAX_NAMES, _MAX_CHARACTERS = 10**6, 2**28
-OPTIONS = tuple(field.name for field in fields(FileSpec) if field.name != "files")
-
-
-def parse_files(spec: str | Mapping[str, Any], allowed: Collection[str]) -> FileSpec:
+def parse_files(spec: Spec, allowed: Collection[str], expected: str = "files") -> FileSpec:
     """Parse a specification of files, with no options except those `allowed`.
 
     In the one-line form, every part that is not an option is a file name. A file name that contains
-    a comma needs the mapping form. A malformed specification raises TypeError or ValueError.
+    a comma needs the mapping form. A malformed specification raises TypeError or ValueError; the
+    message of a spec without files has what is `expected`.
     """
-    given = dict(spec) if isinstance(spec, Mapping) else _parts(spec)
-    known = ("files", *allowed)
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"spec: expected the options {', '.join(allowed)}, got {shortened(name)} in "
-                f"{shortened(spec)}"
-                f"{did_you_mean(name, known)}"
-            )
-    files = given.pop("files", ())
-    files = (files,) if isinstance(files, str) else files
-    return FileSpec(tuple(files) if isinstance(files, list | tuple) else files, **given)
+    if not isinstance(spec, str | Mapping):
+        raise TypeError(f"spec: expected a text or a mapping, got {shortened(spec)}")
+    fields = dict(spec) if isinstance(spec, Mapping) else _parse_line(spec)
+    for name in fields.keys() - {"files", *allowed}:
+        raise ValueError(
+            f"spec: expected the options {', '.join(allowed)}, got {shortened(name)} in "
+            f"{shortened(spec)}{did_you_mean(name, allowed)}"
+        )
+    if not fields.get("files"):
+        raise ValueError(f"spec: expected {expected}, got {shortened(spec)}")
+    return validate(FileSpec, fields, "spec")
 
 
-def _parts(spec: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"files": []}
+def _parse_line(spec: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {"files": []}
     for part in filter(None, (part.strip() for part in spec.split(","))):
         name, is_option, value = part.partition("=")
-        if is_option and name in OPTIONS:
-            found[name] = _number(value) if name == "weight" else value
+        if is_option and name in FileSpec.model_fields:
+            fields[name] = value
         else:
-            found["files"].append(part)
-    return found
+            fields["files"].append(part)
+    return fields
 
 
-def _number(text: str) -> float | str:
+def built_in_options(spec: Spec, name: str) -> dict[str, Any] | None:
+    """Return {"seed": 0, "size": 100} for "NAME:seed=0,size=100", or None for other data."""
+    if not isinstance(spec, str) or spec.partition(":")[0].strip() != name:
+        return None
+    parts = (part.partition("=") for part in spec.partition(":")[2].split(",") if part.strip())
+    options = {option.strip(): _parse_value(value) for option, _, value in parts}
+    if "size" not in options:
+        raise ValueError(
+            f"spec: expected a size, got {shortened(spec)}; write {name}:seed=0,size=500"
+        )
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    """Return a number or a truth value; another text as it is, which the data then refuses."""
     try:
-        return float(text)
+        return json.loads(text)
     except ValueError:
         return text
 
@@ -88,23 +107,17 @@ def _number(text: str) -> float | str:
 def expand_ranges(path: str) -> Iterator[str]:
     """Yield "a-08.tar", "a-09.tar" and "a-10.tar" for "a-{08..10}.tar", as the shell does.
 
-    Raises ValueError for a falling range, and for more than a million names.
+    Raises ValueError for a falling range, and for a range of more than a million numbers.
     """
-    parts = _RANGE.split(path)
-    ranges = []
-    for first, last in zip(parts[1::3], parts[2::3], strict=True):
-        if max(len(first), len(last)) > _MAX_DIGITS or int(first) > int(last):
-            raise ValueError(
-                f"spec: expected a rising range, got '{{{first:.20}..{last:.20}}}' (at most "
-                f"{_MAX_DIGITS} digits)"
-            )
-        ranges.append(range(int(first), int(last) + 1))
-    count = math.prod(float(len(each)) for each in ranges)  # a product of integers can be too long
-    if count > _MAX_NAMES or count * len(path) > _MAX_CHARACTERS:
+    if (match := _RANGE.search(path)) is None:
+        yield path
+        return
+    first, last = match.groups()
+    if not 0 <= int(last) - int(first) < _MAX_NAMES:
         raise ValueError(
-            f"spec: expected ranges of at most {_MAX_NAMES} names and {_MAX_CHARACTERS} "
-            f"characters in all, got {count:.4g} names of {len(path)} characters"
+            f"spec: expected a rising range of at most {_MAX_NAMES} numbers, got {match[0]!r}"
         )
-    for numbers in itertools.product(*ranges):
-        shown = (f"{n:0{len(first)}d}" for n, first in zip(numbers, parts[1::3], strict=True))
-        yield "".join(itertools.chain(*zip(parts[::3], [*shown, ""], strict=True)))
+    for number in range(int(first), int(last) + 1):
+        name = f"{path[: match.start()]}{number:0{len(first)}d}"
+        for rest in expand_ranges(path[match.end() :]):
+            yield name + rest

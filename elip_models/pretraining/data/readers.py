@@ -2,12 +2,16 @@
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from elip_models.pretraining.data.checks import check_not_empty, expand_user
-from elip_models.pretraining.data.data_spec import expand_ranges, parse_files
+from elip_models.pretraining.data.data_spec import (
+    Spec,
+    built_in_options,
+    expand_ranges,
+    parse_files,
+)
 from elip_models.pretraining.data.json_source import JsonSource
 from elip_models.pretraining.data.mixture import MixedSource
 from elip_models.pretraining.data.sample import Source
@@ -17,15 +21,10 @@ from elip_models.pretraining.data.streams import is_stream, redacted
 from elip_models.validation import PositiveInt, check, shortened
 
 _BUILT_IN = "emoji_scenes"
-_OPTIONS = ("seed", "size", "clutter", "textures")
-_SWITCHES, _WORDS = ("textures",), {"true": True, "false": False}
 _FORMS = (
     '"emoji_scenes:seed=0,size=50000", "list.json", "train-*.tar", "train-{0000..0003}.tar", '
     "a folder of tars, or a comma separated list of paths of one kind"
 )
-
-Spec = str | Mapping[str, Any]
-"""One line, or a mapping with the fields of `FileSpec`."""
 
 
 def open_source(
@@ -49,11 +48,10 @@ def open_source(
         FileNotFoundError: No file matches.
     """
     check("image_size", image_size, PositiveInt)
-    got = shortened(spec)
     if isinstance(spec, list | tuple):
         check_not_empty("spec", spec)
         options = {"image_size": image_size, "needs_captions": needs_captions}
-        sources = [open_source(each, **options) for each in spec]
+        sources = [open_source(part, **options) for part in spec]
         return sources[0] if len(sources) == 1 else MixedSource(sources)
     if is_stream(spec):
         raise ValueError(
@@ -61,53 +59,22 @@ def open_source(
             f"{redacted(spec)!r}; use a "
             "stream as the only data.train of pre-training, or with `elip data check`"
         )
-    if not isinstance(spec, str | Mapping):
-        raise TypeError(f"spec: expected a text such as {_FORMS}, got {got}")
-    name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
-    if name.strip() == _BUILT_IN:
-        return EmojiScenes(**parse_options(spec, options, _OPTIONS), image_size=image_size)
-    named = parse_files(spec, ("images", "split"))
+    if (options := built_in_options(spec, _BUILT_IN)) is not None:
+        return EmojiScenes(**options, image_size=image_size)
+    named = parse_files(spec, ("images", "split"), _FORMS)
     files = [file for part in named.files for file in _expand(part)]
-    if not files:
-        raise ValueError(f"spec: expected {_FORMS}, got {got}")
     kinds = {file.suffix.lower() for file in files}
-    if kinds not in ({".json"}, {".tar"}):
-        raise ValueError(
-            f"spec: expected files that are all .json or all .tar, got {sorted(kinds)} in "
-            f"{got}; write one spec for each kind"
-        )
-    if kinds == {".tar"}:
-        if named.images or named.split:
-            raise ValueError(f"spec: expected images and split with .json only, got {got}")
+    if kinds == {".tar"} and named.images is None and named.split is None:
         return ShardSource(files)
+    if not kinds <= {".json", ".jsonl"}:
+        raise ValueError(
+            f"spec: expected files that are all .json, or all .tar and then no options, got "
+            f"{sorted(kinds)} in {shortened(spec)}; write one spec for each kind"
+        )
     options = {"image_root": named.images, "split": named.split}
     source = JsonSource(files, **options, needs_captions=needs_captions)
     check_not_empty("spec", source, spec)
     return source
-
-
-def parse_options(spec: str, options: str, allowed: Sequence[str]) -> dict[str, int | bool]:
-    """Return {"seed": 0, "size": 100} for "seed=0,size=100"; `size` is required."""
-    got = shortened(spec)
-    parsed: dict[str, int | bool] = {}
-    for option in filter(None, options.split(",")):
-        name, _, value = (part.strip() for part in option.partition("="))
-        if name not in allowed:
-            known = f"{', '.join(allowed[:-1])} and {allowed[-1]}"
-            raise ValueError(f"spec: expected the options {known}, got {shortened(name)} in {got}")
-        if name in _SWITCHES:
-            if value not in _WORDS:
-                raise ValueError(f"spec: {name}: expected true or false, got {shortened(value)}")
-            parsed[name] = _WORDS[value]
-        elif value.isdecimal():
-            parsed[name] = int(value)
-        else:
-            raise ValueError(f"spec: {name}: expected an int of 0 or more, got {shortened(value)}")
-    if "size" not in parsed:
-        raise ValueError(
-            f"spec: expected a size, got {got}; write {spec.partition(':')[0]}:seed=0,size=500"
-        )
-    return parsed
 
 
 def _expand(path: str) -> list[Path]:

@@ -169,32 +169,18 @@ def without(entry, key):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", (without(WINOGROUND, "image_1"),), r"a.jsonl\[0\]: expected the keys image_0,"),
-        ("a.jsonl", (WINOGROUND | {"caption_1": 3},), r"\[0\]: caption_1: expected a string, got"),
-        ("a.jsonl", (WINOGROUND | {"collapsed_tag": 3},), "collapsed_tag: expected a string"),
+        ("a.jsonl", (without(WINOGROUND, "image_1"),), r"a.jsonl\[0\]\[images\]: Field required"),
+        ("a.jsonl", (WINOGROUND | {"caption_1": 3},), r"\[0\]\[texts\]\[1\]: .*, got 3"),
         ("a.jsonl", (WINOGROUND, WINOGROUND), "id: expected another one for each .*, got '3'"),
-        ("a.jsonl", (WINOGROUND | {"caption_0": " "},), r"\[0\]: caption: expected a text, got an"),
-        ("a.jsonl", (WINOGROUND | {"caption_0": "\ud800"},), r"\[0\]: text: expected Unicode text"),
-        ("a.json", [without(RELATION, "bbox_w")], r"a.json\[0\]: expected the keys image_path,"),
-        ("a.json", [RELATION | {"bbox_w": "3"}], r"\[0\]: bbox_w: expected a number"),
-        ("a.json", [RELATION | {"bbox_w": float("nan")}], r"\[0\]: bbox_w: expected a number"),
-        ("a.json", [ATTRIBUTES | {"attributes": ["red"]}], "attributes: expected two texts, got"),
-        ("a.json", [ATTRIBUTES | {"attributes": "red"}], "attributes: expected a list, got"),
-        ("a.json", [RELATION, ATTRIBUTES], r"a.json\[1\]: .*relation_name"),
-        ("a.json", [ATTRIBUTES, RELATION], r"a.json\[1\]: expected the keys .*attributes"),
-        ("a.json", [ORDER | {"caption_options": ["a"]}], "caption_options: expected at least two"),
-        ("a.json", [ORDER | {"caption_options": ["a", 3]}], "caption_options: expected at least"),
-        ("a.json", {"0": without(CREPE, "filename")}, r"a.json\[0\]: expected the keys filename"),
-        ("a.json", {"x": CREPE, "y": []}, r"a.json\[y\]: expected the keys filename"),
-        ("a.json", [CREPE | {"filename": 1}], r"a.json\[0\]: filename: expected a string, got 1"),
-        ("a.json", [], r"a.json: expected lines with .*SugarCrepe\), got \[\]"),
-        ("a.json", "text", r"a.json: expected lines with .*, got 'text'"),
-        (
-            "a.json",
-            [{"image": "a.jpg", "caption": "a dog"}],
-            r"a.json: expected lines with .*, got",
-        ),
-        ("a.json", ["text"], r"a.json: expected lines with .*, got 'text'"),
+        ("a.jsonl", (WINOGROUND | {"caption_0": " "},), r"\[0\]: expected at least two captions"),
+        ("a.json", [without(RELATION, "bbox_w")], r"a.json\[0\]: expected bbox_x, bbox_y, bbox_w"),
+        ("a.json", [RELATION | {"bbox_w": float("nan")}], r"\[0\]\[box\]\[2\]: .*, got nan"),
+        ("a.json", [ATTRIBUTES, RELATION], r"a.json\[1\]: expected the key attributes"),
+        ("a.json", [ORDER | {"caption_options": ["a"]}], r"\[0\]: expected at least two captions"),
+        ("a.json", {"x": CREPE, "y": []}, r"a.json\[y\]: expected the key negative_cap"),
+        ("a.json", [], r"a.json: expected entries with one of the keys caption_0, .*, got \[\]"),
+        ("a.json", [{"image": "a.jpg", "caption": "a dog"}], r"a.json: expected entries with one"),
+        ("a.json", "text", r"a.json: expected entries with one of the keys .*, got 'text'"),
     ],
 )
 def test_a_malformed_file_is_named(name, content, message, tmp_path):
@@ -205,23 +191,18 @@ def test_a_malformed_file_is_named(name, content, message, tmp_path):
 def test_other_malformed_specs(tmp_path):
     crepe = write(tmp_path / "swap_obj.json", {"0": CREPE})
     order = write(tmp_path / "order.json", [ORDER])
-    (tmp_path / "no.json").write_text("{")
     (tmp_path / "empty").mkdir()
-    twice = '{"0": {}, "0": {}}'
-    (tmp_path / "twice.json").write_text(twice)
+    (tmp_path / "twice.json").write_text('{"0": {}, "0": {}}')
     for spec, error, message in (
         (f"{crepe},{order}", ValueError, "files of one benchmark, got sugarcrepe in swap_obj.json"),
         (f"{crepe},{crepe}", ValueError, "id: expected another one .*, got 'swap_obj/0' again"),
-        (str(tmp_path / "no.json"), ValueError, "got no valid JSON"),
-        (str(tmp_path / "twice.json"), ValueError, "the key '0' twice"),
+        (str(tmp_path / "twice.json"), ValueError, "an object has a key twice"),
         (str(tmp_path / "empty"), FileNotFoundError, "expected a folder of .json files, got none"),
         (str(tmp_path / "missing.json"), FileNotFoundError, "spec: expected an existing file"),
         (f"{crepe},split=test", ValueError, "spec: expected the options images, got 'split'"),
         ("", ValueError, "spec: expected emoji_composition:size=200 or files, got ''"),
         (3, TypeError, "spec: expected a text or a mapping, got 3"),
-        ("emoji_composition", ValueError, "write emoji_composition:seed=0,size=500"),
         ("emoji_composition:size=0", ValueError, "size: expected an integer at least 1"),
-        ("emoji_composition:size=3,cluter=1", ValueError, "options seed, size, clutter and"),
     ):
         with pytest.raises(error, match=message):
             open_composition(spec, image_size=16)

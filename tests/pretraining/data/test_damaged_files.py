@@ -1,8 +1,6 @@
 """Damaged and hostile data files: intact samples are read, and lost ones are counted."""
 
 import io
-import json
-import os
 import struct
 import zlib
 
@@ -11,8 +9,6 @@ import pytest
 from PIL import Image, ImageFile
 
 from elip_models.images import MAX_PIXELS, SampleError, decode_image
-from elip_models.pretraining.data import JsonSource, check_source
-from tests.helpers.damage import picture
 
 
 def chunk(kind, content):
@@ -59,30 +55,6 @@ def test_a_damaged_image_is_read_or_a_sample_error(format):
             assert error.reason.startswith("not a readable image: ")
 
 
-def test_invalid_unicode_is_skipped_and_reported(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture())
-    entries = [
-        {"image": "a.png", "caption": "good"},
-        {"image": "a.png", "caption": ["fine", "half \ud83d"]},
-        {"image": "\udc00.png", "caption": "a"},
-        {"image": "a.png", "caption": "a", "image_id": "\ud800"},
-    ]
-    (tmp_path / "list.json").write_text(json.dumps(entries))
-    source = JsonSource(tmp_path / "list.json")
-    assert source[0].captions == ("good",)
-    reasons = dict(check_source(source).reasons)
-    assert len(reasons) == 3 and len(source) == 4
-    assert all("expected Unicode text" in reason for reason in reasons.values())
-    assert {key.split()[0] for key in reasons} == {f"list.json[{i}]" for i in (1, 2, 3)}
-
-
-def test_a_named_pipe_instead_of_an_image_does_not_block(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    (tmp_path / "list.json").write_text(json.dumps([{"image": "a.png", "caption": "a"}]))
-    with pytest.raises(SampleError, match="not a file"):
-        JsonSource(tmp_path / "list.json")[0]
-
-
 def many_scans(count, size=(64, 64)):
     """Return a progressive JPEG whose last scan is repeated."""
     file = io.BytesIO()
@@ -110,17 +82,6 @@ def test_scans_in_other_parts_of_a_jpeg_are_not_counted():
     comment = b"\xff\xfe" + (2002).to_bytes(2) + b"\xff\xda" * 1000
     content = content[:2] + comment + content[2:] + b"\xff\xda" * 1000
     assert decode_image(io.BytesIO(content), "id").size == (64, 64)
-
-
-@pytest.mark.parametrize("name", ["a" * 256, "a/" * 4096, "a\0b", "\0"])
-def test_an_impossible_path_is_that_samples_error(name, tmp_path):
-    (tmp_path / "a.png").write_bytes(picture())
-    entries = [{"image": image, "caption": "a"} for image in (name, "a.png")]
-    (tmp_path / "list.json").write_text(json.dumps(entries))
-    source = JsonSource(tmp_path / "list.json")
-    with pytest.raises(SampleError, match="no such file"):
-        source[0]
-    assert source[1].captions == ("a",)
 
 
 def test_a_huge_image_file_is_not_read(tmp_path):

@@ -153,7 +153,7 @@ def test_a_file_names_the_classes(tmp_path):
     assert top1(open_classes(spec, image_size=8)) == 1
     for content, message in (
         (["red"], r"expected a name for each of the 3 classes, got none for '1'; add it"),
-        ({"0": 1}, r"expected a JSON object .* or a list of texts, got"),
+        ({"0": 1}, r"names\.json\[0\]: Input should be a valid string, got 1"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ The formats of the files are in `composition_files`.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,15 @@ from typing import NamedTuple
 import numpy as np
 
 from elip_models.pretraining.data.checks import check_index, existing_files, expand_user
-from elip_models.pretraining.data.data_spec import parse_files
-from elip_models.pretraining.data.readers import Spec, parse_options
+from elip_models.pretraining.data.data_spec import Spec, built_in_options, parse_files
 from elip_models.pretraining.data.sample import Sample
 from elip_models.pretraining.data.scene_captions import at_place, in_words, relation, with_article
 from elip_models.pretraining.data.scene_sampling import Scene, add_texture, sample_scene
 from elip_models.pretraining.data.scenes import render
 from elip_models.pretraining.data.tasks.composition_files import (
     CompositionExample,
+    CompositionFiles,
     CompositionSource,
-    read_composition,
 )
 from elip_models.pretraining.data.tasks.conditional_scenes import (
     assign_emoji,
@@ -183,20 +182,11 @@ def open_composition(spec: Spec, *, image_size: int) -> CompositionSource:
         FileNotFoundError: A file is missing.
     """
     check("image_size", image_size, PositiveInt)
-    if not isinstance(spec, str | Mapping):
-        raise TypeError(f"spec: expected a text or a mapping, got {shortened(spec)}")
-    name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
-    if name.strip() == EmojiComposition.benchmark:
-        allowed = ("seed", "size", "clutter", "textures")
-        return EmojiComposition(**parse_options(spec, options, allowed), image_size=image_size)
-    named = parse_files(spec, ("images",))
+    if (options := built_in_options(spec, EmojiComposition.benchmark)) is not None:
+        return EmojiComposition(**options, image_size=image_size)
+    named = parse_files(spec, ("images",), f"{EmojiComposition.benchmark}:size=200 or files")
     files = [file for part in named.files for file in _expand(part)]
-    if not files:
-        got = shortened(spec)
-        raise ValueError(
-            f"spec: expected {EmojiComposition.benchmark}:size=200 or files, got {got}"
-        )
-    return read_composition(named, existing_files("spec", files))
+    return CompositionFiles(named, existing_files("spec", files))
 
 
 def _expand(path: str) -> Iterator[Path]:

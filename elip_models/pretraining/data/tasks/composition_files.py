@@ -15,19 +15,19 @@ Source: Winoground (Thrush et al., 2022); ARO (Yuksekgonul et al., 2023); SugarC
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
 from elip_models.images import MAX_PIXELS, SampleError, decode_image
 from elip_models.pretraining.data.checks import check_index, expand_user
 from elip_models.pretraining.data.data_spec import FileSpec
-from elip_models.pretraining.data.json_files import read_entries, read_fields, read_json
+from elip_models.pretraining.data.file_rows import FileRow, as_rows, existing_image
+from elip_models.pretraining.data.json_files import read_json
 from elip_models.pretraining.data.sample import Sample
-from elip_models.pretraining.data.tasks.file_examples import existing_image
-from elip_models.validation import Bounds, TextError, check_text, shortened
+from elip_models.validation import shortened
 
 MIN_ATTRIBUTES = 25
 """Number of examples from which on a pair of attributes is scored, as in ARO's code."""
@@ -59,11 +59,6 @@ _SYMMETRIC = (
 SYMMETRIC_RELATIONS = frozenset(_SYMMETRIC.split(", "))
 """Relations that ARO's notebook leaves out of the mean over relations, as symmetric."""
 
-_EXPECTED = (
-    'lines with "caption_0" (Winoground), a list with "true_caption" or "caption_options" (ARO), '
-    'or an object of {"filename", "caption", "negative_caption"} (SugarCrepe)'
-)
-_Pixels = Annotated[float, Bounds(-(2**24), 2**24)]
 Box = tuple[float, float, float, float]
 View = tuple[Path, Box | None]
 """An image file, and the left, top, width and height in pixels of the part that is shown."""
@@ -112,6 +107,16 @@ class CompositionSource(Protocol):
         """Return the captions without decoding the image."""
 
 
+_BENCHMARKS = {
+    "caption_0": "winoground",
+    "relation_name": "vg_relation",
+    "attributes": "vg_attribution",
+    "caption_options": "order",
+    "negative_caption": "sugarcrepe",
+}
+"""Key that only the entries of a benchmark have."""
+
+
 class StoredCase(NamedTuple):
     """An example whose images have not been read."""
 
@@ -122,26 +127,34 @@ class StoredCase(NamedTuple):
 
 
 class CompositionFiles:
-    """A `CompositionSource` over stored examples. Each view of an image is read once.
+    """A `CompositionSource` over files of one benchmark. Each view of an image is read once.
 
     A missing or damaged image raises SampleError for that image only.
 
     Raises:
-        ValueError: Two examples have the same id.
+        ValueError: A file has none of the formats, the files have different ones, or two examples
+            have the same id.
     """
 
-    def __init__(
-        self,
-        benchmark: str,
-        cases: Sequence[StoredCase],
-        categories: tuple[str, ...] = (),
-        *,
-        averages: bool = False,
-    ) -> None:
-        self.benchmark, self.categories, self.averages = benchmark, categories, averages
+    def __init__(self, spec: FileSpec, files: Sequence[Path]) -> None:
+        read = [_read(file) for file in files]
+        self.benchmark, *others = dict.fromkeys(benchmark for benchmark, _ in read)
+        if others:
+            pairs = zip(files, read, strict=True)
+            named = ", ".join(f"{benchmark} in {file.name}" for file, (benchmark, _) in pairs)
+            raise ValueError(f"spec: expected files of one benchmark, got {named}")
+        cases = [
+            case
+            for file, (_, rows) in zip(files, read, strict=True)
+            for case in _cases(self.benchmark, spec, file, rows)
+        ]
         ids = Counter(case.id for case in cases)
         if twice := [name for name, count in ids.items() if count > 1]:
             raise ValueError(f"id: expected another one for each example, got {twice[0]!r} again")
+        self.categories = _scored_categories(self.benchmark, cases)
+        self.averages = self.benchmark in ("vg_relation", "vg_attribution") or (
+            self.benchmark == "sugarcrepe" and len(self.categories) > 1
+        )
         captions: dict[View, dict[str, None]] = {}
         for case in cases:
             for view in case.views:
@@ -160,16 +173,57 @@ class CompositionFiles:
         return len(self._views)
 
     def __getitem__(self, index: int) -> Sample:
-        check_index(index, len(self))
+        captions = self.captions(index)
         path, box = self._views[index]
         name = _view_id(self._views[index])
         image = decode_image(existing_image(path), name)
-        return Sample(image if box is None else _crop(image, box, name), self.captions(index), name)
+        return Sample(image if box is None else _crop(image, box, name), captions, name)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions without decoding the image."""
         check_index(index, len(self))
         return self._captions[index]
+
+
+def _read(file: Path) -> tuple[str, dict[int | str, FileRow]]:
+    """Return the benchmark that a file belongs to by the keys of its first entry, and its rows."""
+    expected = f"entries with one of the keys {', '.join(_BENCHMARKS)}"
+    data = read_json(file, expected)
+    if isinstance(data, dict) and "caption_0" in data:  # a file of one line
+        data = [data]
+    entries = [*data.values()] if isinstance(data, dict) else data
+    first = entries[0] if isinstance(entries, list) and entries else None
+    keys = first if isinstance(first, dict) else {}
+    key = next((key for key in _BENCHMARKS if key in keys), None)
+    if key is None:
+        raise ValueError(f"{file}: expected {expected}, got {shortened(data)}")
+    return _BENCHMARKS[key], as_rows(data, str(file), key, images=2 if key == "caption_0" else 1)
+
+
+def _cases(
+    benchmark: str, spec: FileSpec, file: Path, rows: dict[int | str, FileRow]
+) -> Iterator[StoredCase]:
+    root = file.parent if spec.images is None else expand_user(spec.images)
+    for place, row in rows.items():
+        captions = [" ".join(text.split()) for text in row.texts]
+        if len(captions) < 2 or not all(captions):
+            raise ValueError(f"{file}[{place}]: expected at least two captions, got {captions}")
+        if benchmark == "order":  # a permutation that equals the caption is not wrong
+            captions = dict.fromkeys(captions)
+        if benchmark.startswith("vg_") and row.box is None:
+            raise ValueError(f"{file}[{place}]: expected bbox_x, bbox_y, bbox_w and bbox_h")
+        has_id = benchmark == "winoground" and row.id
+        category = file.stem if benchmark == "sugarcrepe" else row.category
+        views = tuple((root / image, row.box) for image in row.paths())
+        case_id = row.id if has_id else f"{file.stem}/{place}"
+        yield StoredCase(case_id, category, views, tuple(captions))
+
+
+def _scored_categories(benchmark: str, cases: Sequence[StoredCase]) -> tuple[str, ...]:
+    counts = Counter(case.category for case in cases if case.category)
+    least = MIN_ATTRIBUTES if benchmark == "vg_attribution" else 1
+    left_out = SYMMETRIC_RELATIONS if benchmark == "vg_relation" else ()
+    return tuple(name for name in sorted(counts) if counts[name] >= least and name not in left_out)
 
 
 def _view_id(view: View) -> str:
@@ -204,129 +258,3 @@ def _clusters(groups: Sequence[Sequence[str]]) -> list[int]:
             parents[root(other)] = root(first)
     numbers: dict[str, int] = {}
     return [numbers.setdefault(root(first), len(numbers)) for first, *_ in groups]
-
-
-def read_composition(spec: FileSpec, files: Sequence[Path]) -> CompositionFiles:
-    """Read the examples of files of one benchmark.
-
-    Raises:
-        ValueError: A file has none of the formats, or the files have different ones.
-    """
-    cases, benchmarks = [], {}
-    for file in files:
-        root = file.parent if spec.images is None else expand_user(spec.images)
-        entries = _entries(file)
-        benchmark = benchmarks[file] = _benchmark(file, entries[0][1])
-        for key, entry in entries:
-            where = f"{file}[{key}]"
-            case = _PARSERS[benchmark](where, entry, root, f"{file.stem}/{key}")
-            try:
-                check_text("text", case.id, case.category, *case.captions)
-                check_text("image", *(str(path) for path, _ in case.views))
-            except TextError as error:
-                raise ValueError(f"{ascii(where)[1:-1]}: {error}") from error
-            cases.append(case)
-    benchmark, *others = dict.fromkeys(benchmarks.values())
-    if others:
-        named = ", ".join(f"{name} in {file.name}" for file, name in benchmarks.items())
-        raise ValueError(f"spec: expected files of one benchmark, got {named}")
-    categories = _scored_categories(benchmark, cases)
-    averages = benchmark.startswith("vg_") or (benchmark == "sugarcrepe" and len(categories) > 1)
-    return CompositionFiles(benchmark, cases, categories, averages=averages)
-
-
-def _entries(file: Path) -> list[tuple[Any, Any]]:
-    """Return the entries of a file with their keys: of SugarCrepe, or positions from 0."""
-    lines = file.suffix.lower() == ".jsonl"
-    content = read_entries(file, _EXPECTED) if lines else read_json(file, _EXPECTED)
-    if not content or not isinstance(content, list | dict):
-        raise ValueError(f"{file}: expected {_EXPECTED}, got {shortened(content)}")
-    return [*(content.items() if isinstance(content, dict) else enumerate(content))]
-
-
-def _benchmark(file: Path, entry: Any) -> str:
-    """Return the benchmark that an entry belongs to, by its keys."""
-    keys = entry.keys() if isinstance(entry, dict) else ()
-    found = next((name for name, key in _KEYS.items() if key in keys), None)
-    if found is None:
-        raise ValueError(f"{file}: expected {_EXPECTED}, got {shortened(entry)}")
-    return found
-
-
-def _scored_categories(benchmark: str, cases: Sequence[StoredCase]) -> tuple[str, ...]:
-    counts = Counter(case.category for case in cases if case.category)
-    least = MIN_ATTRIBUTES if benchmark == "vg_attribution" else 1
-    left_out = SYMMETRIC_RELATIONS if benchmark == "vg_relation" else ()
-    return tuple(name for name in sorted(counts) if counts[name] >= least and name not in left_out)
-
-
-def _winoground(where: str, entry: Any, root: Path, case_id: str) -> StoredCase:
-    names = ("image_0", "image_1", "caption_0", "caption_1")
-    *texts, number = read_fields(where, entry, **dict.fromkeys(names, str), id=int | str)
-    left, right, *captions = texts
-    (tag,) = read_fields(where, {"collapsed_tag": ""} | entry, collapsed_tag=str)
-    views = ((root / left, None), (root / right, None))
-    return StoredCase(str(number), tag, views, _clean(where, captions))
-
-
-def _relation(where: str, entry: Any, root: Path, case_id: str) -> StoredCase:
-    (name,) = read_fields(where, entry, relation_name=str)
-    return _visual_genome(where, entry, root, case_id)._replace(category=name)
-
-
-def _attribution(where: str, entry: Any, root: Path, case_id: str) -> StoredCase:
-    (names,) = read_fields(where, entry, attributes=list)
-    if len(names) != 2 or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: attributes: expected two texts, got {shortened(names)}")
-    return _visual_genome(where, entry, root, case_id)._replace(category="_".join(names))
-
-
-def _visual_genome(where: str, entry: Any, root: Path, case_id: str) -> StoredCase:
-    texts = dict.fromkeys(("image_path", "true_caption", "false_caption"), str)
-    sides = dict.fromkeys(("bbox_x", "bbox_y", "bbox_w", "bbox_h"), _Pixels)
-    image, right, wrong, *box = read_fields(where, entry, **texts, **sides)
-    views = ((root / image, tuple(map(float, box))),)
-    return StoredCase(case_id, "", views, _clean(where, [right, wrong]))
-
-
-def _order(where: str, entry: Any, root: Path, case_id: str) -> StoredCase:
-    """Return a caption with its permutations, except those that equal it: they are not wrong."""
-    image, options = read_fields(where, entry, image=str, caption_options=list)
-    if len(options) < 2 or not all(isinstance(text, str) for text in options):
-        got = shortened(options)
-        raise ValueError(f"{where}: caption_options: expected at least two texts, got {got}")
-    captions = tuple(dict.fromkeys(_clean(where, options)))
-    return StoredCase(case_id, "", ((root / image, None),), captions)
-
-
-def _sugarcrepe(where: str, entry: Any, root: Path, case_id: str) -> StoredCase:
-    names = ("filename", "caption", "negative_caption")
-    image, *captions = read_fields(where, entry, **dict.fromkeys(names, str))
-    category = case_id.partition("/")[0]
-    return StoredCase(case_id, category, ((root / image, None),), _clean(where, captions))
-
-
-def _clean(where: str, captions: Sequence[str]) -> tuple[str, ...]:
-    """Return the captions with white space collapsed; none may be empty."""
-    found = tuple(" ".join(text.split()) for text in captions)
-    if not all(found):
-        raise ValueError(f"{where}: caption: expected a text, got an empty one")
-    return found
-
-
-_KEYS = {
-    "winoground": "caption_0",
-    "vg_relation": "relation_name",
-    "vg_attribution": "attributes",
-    "order": "caption_options",
-    "sugarcrepe": "negative_caption",
-}
-"""Benchmark: the key that only its entries have."""
-
-_PARSERS: dict[str, Callable[[str, Any, Path, str], StoredCase]] = {
-    "winoground": _winoground,
-    "vg_relation": _relation,
-    "vg_attribution": _attribution,
-    "order": _order,
-    "sugarcrepe": _sugarcrepe,
-}

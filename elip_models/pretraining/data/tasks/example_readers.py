@@ -13,22 +13,22 @@
 A mapping has the fields of `FileSpec`: {files: [questions.json, ..], images: coco}.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from elip_models.pretraining.data.checks import check_not_empty, existing_files
-from elip_models.pretraining.data.class_sources import ClassExamples, open_labelled
-from elip_models.pretraining.data.data_spec import parse_files
+from elip_models.pretraining.data.class_sources import ClassExamples, open_classes
+from elip_models.pretraining.data.data_spec import Spec, built_in_options, parse_files
 from elip_models.pretraining.data.examples import ExampleSource
 from elip_models.pretraining.data.mixture import ConcatExamples
-from elip_models.pretraining.data.readers import Spec, parse_options
 from elip_models.pretraining.data.tasks.entailment import EmojiEntailment
-from elip_models.pretraining.data.tasks.grounding import EmojiGrounding, grounding_examples
-from elip_models.pretraining.data.tasks.label_files import entailment_examples, nlvr2_examples
+from elip_models.pretraining.data.tasks.file_examples import grounding_examples, labelled_examples
+from elip_models.pretraining.data.tasks.grounding import EmojiGrounding
 from elip_models.pretraining.data.tasks.pairs import EmojiPairs
 from elip_models.pretraining.data.tasks.questions import EmojiQuestions
 from elip_models.pretraining.data.tasks.vqa_files import vqa_examples
-from elip_models.validation import PositiveInt, check, shortened
+from elip_models.validation import PositiveInt, check
 
 ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification", "grounding"]
 
@@ -39,12 +39,12 @@ BUILT_IN = {
     "grounding": EmojiGrounding,
 }
 _READERS = {
-    "vqa": vqa_examples,
-    "entailment": entailment_examples,
-    "nlvr2": nlvr2_examples,
-    "grounding": grounding_examples,
+    "vqa": (vqa_examples, ("images", "answers", "weight")),
+    "entailment": (partial(labelled_examples, "entailment"), ("images",)),
+    "nlvr2": (partial(labelled_examples, "nlvr2"), ("images",)),
+    "grounding": (grounding_examples, ("images", "split")),
 }
-_OPTIONS = {"vqa": ("images", "answers", "weight"), "grounding": ("images", "split")}
+"""Task: the reader of its files, and the options that it takes."""
 
 
 def open_examples(
@@ -65,26 +65,20 @@ def open_examples(
     check("image_size", image_size, PositiveInt)
     if isinstance(spec, list | tuple):
         check_not_empty("spec", spec)
-        sources = [open_examples(task, each, image_size=image_size) for each in spec]
+        sources = [open_examples(task, part, image_size=image_size) for part in spec]
         return sources[0] if len(sources) == 1 else ConcatExamples(sources)
-    if not isinstance(spec, str | Mapping):
-        raise TypeError(f"spec: expected a text or a mapping, got {shortened(spec)}")
     if task == "classification":
-        return ClassExamples(open_labelled(spec, image_size=image_size))
-    name, _, options = spec.partition(":") if isinstance(spec, str) else ("", "", "")
-    name = name.strip()
-    built_in = {source.name: each for each, source in BUILT_IN.items()}.get(name)
-    if built_in not in (None, task):
-        raise ValueError(
-            f"spec: expected {BUILT_IN[task].name} or files, got {name}, which is for {built_in}"
-        )
-    if built_in is not None:
-        allowed = ("seed", "size", "clutter", "textures")
-        return BUILT_IN[task](**parse_options(spec, options, allowed), image_size=image_size)
-    named = parse_files(spec, _OPTIONS.get(task, ("images",)))
-    if not named.files:
-        got = shortened(spec)
-        raise ValueError(f"spec: expected {BUILT_IN[task].name}:size=2000 or files, got {got}")
-    examples = _READERS[task](named, existing_files("spec", named.files))
+        return ClassExamples(open_classes(spec, image_size=image_size, needs_names=False))
+    name = BUILT_IN[task].name
+    for other, source in BUILT_IN.items():
+        if (options := built_in_options(spec, source.name)) is None:
+            continue
+        if other != task:
+            got = f"{source.name}, which is for {other}"
+            raise ValueError(f"spec: expected {name} or files, got {got}")
+        return source(**options, image_size=image_size)
+    read, allowed = _READERS[task]
+    named = parse_files(spec, allowed, f"{name}:size=2000 or files")
+    examples = read(named, existing_files("spec", named.files))
     check_not_empty("spec", examples, spec)
     return examples
