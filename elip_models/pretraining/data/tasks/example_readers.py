@@ -22,8 +22,9 @@ from elip_models.pretraining.data.data_spec import parse_files
 from elip_models.pretraining.data.examples import ExampleSource
 from elip_models.pretraining.data.mixture import ConcatExamples
 from elip_models.pretraining.data.readers import Spec, parse_options
+from elip_models.pretraining.data.tasks.emoji_grounding import EmojiGrounding
 from elip_models.pretraining.data.tasks.entailment import EmojiEntailment
-from elip_models.pretraining.data.tasks.grounding import EmojiGrounding, grounding_examples
+from elip_models.pretraining.data.tasks.grounding import grounding_examples
 from elip_models.pretraining.data.tasks.label_files import entailment_examples, nlvr2_examples
 from elip_models.pretraining.data.tasks.pairs import EmojiPairs
 from elip_models.pretraining.data.tasks.questions import EmojiQuestions
