@@ -90,7 +90,7 @@ COMMANDS = {
         "Write a reduced model as an ONNX file, and compare onnxruntime to PyTorch.",
     ),
     "eval": ("evaluate.evaluate", "Score a trained model."),
-    "data": ("data.app", "Check or export data."),
+    "data": ("data.app", "Check data."),
     "recipes": ("recipes.app", "List the recipes, or show the settings of one."),
     "models": (
         "models.models",

@@ -11,21 +11,14 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.real.dinov2 import MEAN, PATCH, STD, transformers_model
-from elip_models.pretraining.data.scene_captions import (
-    GRID_PLACES,
-    NUMBERS,
-    PLACES,
-    at_place,
-    plural,
-    with_article,
-)
-from elip_models.pretraining.data.scene_sampling import EMOJI
-from elip_models.pretraining.data.tasks.questions import FORMS, EmojiQuestions
+from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural, with_article
+from elip_models.pretraining.data.scene_sampling import EMOJI, place_names
+from elip_models.pretraining.data.tasks.questions import EmojiQuestions
 
 PIXELS = 112
 TOKENS, WIDTH = (PIXELS // PATCH) ** 2, 384
 KINDS = ("presence", "count", "place", "colour", "relation", "neighbour")
-"""Of question `i` at `i // 2 % len(FORMS)`: each text appears twice."""
+"""Of question `i` at `i // 2 % len(EmojiQuestions.forms)`: each text appears twice."""
 BATCH, CHUNK = 32, 2000
 ANSWERS = EmojiQuestions.answers
 
@@ -34,7 +27,7 @@ def _phrases() -> dict[str, str]:
     """Return the answer that each phrase of a question means, longest first."""
     forms = {form(name): name for name in EMOJI for form in (plural, str)}
     forms |= {NUMBERS[int(i)]: i for i in ANSWERS if i.isdigit()}
-    forms |= {at_place(place): place for place in ANSWERS if place in (*PLACES, *GRID_PLACES)}
+    forms |= {at_place(place): place for place in (*place_names(0), *place_names(1))}
     return dict(sorted(forms.items(), key=lambda form: -len(form[0])))
 
 
@@ -99,7 +92,7 @@ def read_questions(count: int, seed: int, folder: Path, pixels: int = PIXELS) ->
             told[-1] += [*[0] * len(asked), known[answer]]
     ids = _padded(rows, left=True)
     further = (_padded(each, left=False) for each in (turns, told))
-    kinds = torch.arange(count) // EmojiQuestions.turns % len(FORMS)
+    kinds = torch.arange(count) // EmojiQuestions.turns % len(EmojiQuestions.forms)
     features = _features(source, folder)
     return Questions(ids, answers, *further, kinds, features)
 
@@ -111,7 +104,7 @@ def _conversation(source: EmojiQuestions, index: int) -> list[tuple[str, str]]:
     another.
     """
     scene = source.scenes(index)[0]
-    rng = np.random.default_rng((source.options.seed, index))
+    rng = np.random.default_rng((source.seed, index))
     names = [group.name for group in scene.groups]
     absent = rng.choice([name for name in EMOJI if name not in names])
     turns = [
@@ -121,10 +114,10 @@ def _conversation(source: EmojiQuestions, index: int) -> list[tuple[str, str]]:
     for group in scene.groups:
         asked = [
             (f"how many {plural(group.name)} are there?", str(group.count)),
-            (f"what is {at_place(group.place)}?", group.name),
+            (f"what is {at_place(group.place.name)}?", group.name),
         ]
         if group.count == 1:
-            asked.append((f"where is the {group.name}?", group.place))
+            asked.append((f"where is the {group.name}?", group.place.name))
         turns.append(asked[rng.integers(len(asked))])
     return [turns[i] for i in rng.permutation(len(turns))]
 
@@ -140,13 +133,13 @@ def _padded(rows: list[list[int]], left: bool) -> Tensor:
 
 def _features(source: EmojiQuestions, folder: Path) -> Tensor:
     """Return DINOv2's patch features of the images of a source; a file holds `CHUNK` of them."""
-    pixels = source.options.image_size
+    pixels = source.image_size
     model = transformers_model(pixels)
     folder.mkdir(parents=True, exist_ok=True)
     found = torch.empty(len(source), (pixels // PATCH) ** 2, WIDTH, dtype=torch.float16)
     for start in track(range(0, len(source), CHUNK), "features"):
         indices = range(start, min(start + CHUNK, len(source)))
-        path = folder / f"{pixels}px-{source.options.seed}-{indices.start}-{indices.stop}.npy"
+        path = folder / f"{source.name}-{pixels}px-{source.seed}-{indices.start}-{indices.stop}.npy"
         if not path.exists():
             partial = path.with_suffix(".partial.npy")
             np.save(partial, _encoded(model, source, indices))

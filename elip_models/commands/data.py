@@ -1,13 +1,12 @@
-"""The commands `elip data check` and `elip data export`."""
+"""The command `elip data check`."""
 
 import sys
 from collections import Counter
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from elip_models.pretraining.tasks.tables import data_table
-from elip_models.validation import ConfigError, as_config_error, check, require_extra
+from elip_models.validation import as_config_error, check, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -18,8 +17,9 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.pretraining.data import ExampleSource, SkipReport
 
-app = typer.Typer(no_args_is_help=True, help="Check or export data.")
+app = typer.Typer(no_args_is_help=True, help="Check data.")
 
+CheckedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
 TASKS = "vqa, entailment, nlvr2, classification, retrieval or captioning"
 LISTED = 20
 """Largest number of answers in the table."""
@@ -52,7 +52,8 @@ def check_data(
     )
     from elip_models.pretraining.data.streams import redacted
 
-    _check_task(task)
+    with as_config_error("TASK"):
+        check("task", task, CheckedTask)
     has_captions = task in ("retrieval", "captioning")
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
     with as_config_error("SPEC", inner="spec"):
@@ -78,37 +79,6 @@ def check_data(
     if report.reasons:
         console.print(escape(report.summary()), soft_wrap=True)
         raise typer.Exit(1)
-
-
-@app.command("export")
-def export_data(
-    task: Annotated[str, typer.Argument(help=f"Task of the data: {TASKS}.")],
-    spec: Annotated[str, typer.Argument(help="Data, such as emoji_questions:seed=1,size=500.")],
-    folder: Annotated[Path, typer.Argument(help="New or empty folder to write.")],
-    image_size: ImageSize = 64,
-) -> None:
-    """Write data as files in the standard format of a task, and print what can read them."""
-    from elip_models.images import SampleError
-    from elip_models.pretraining.data import export
-
-    _check_task(task)
-    console = Console()
-    try:
-        with (
-            as_config_error("SPEC", inner="spec"),
-            console.status(f"writing {escape(str(folder))}"),
-        ):
-            lines = export(task, spec, folder, image_size=image_size)
-    except (SampleError, FileExistsError) as error:
-        raise ConfigError(str(error)) from error
-    console.print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
-
-
-def _check_task(task: str) -> None:
-    from elip_models.pretraining.data.tasks.export import ExportedTask
-
-    with as_config_error("TASK"):
-        check("task", task, ExportedTask)
 
 
 def _examples_table(name: str, source: "ExampleSource", report: "SkipReport") -> Table:

@@ -13,7 +13,7 @@ from tests.project.test_docs import script
 @pytest.fixture
 def features(monkeypatch):
     def random(source, _):
-        patches = (source.options.image_size // 14) ** 2
+        patches = (source.image_size // 14) ** 2
         return torch.randn(len(source), patches, questions.WIDTH)
 
     monkeypatch.setattr(questions, "_features", random)
@@ -60,9 +60,9 @@ def test_further_questions_have_the_answers_of_their_scene(features, tmp_path):
             elif asked[:2] == ["how", "many"]:
                 assert groups[asked[2]].count == int(answer)
             elif asked[0] == "where":
-                assert groups[asked[-1]].place == answer
+                assert groups[asked[-1]].place.name == answer
             else:
-                assert groups[answer].place == asked[-1]
+                assert groups[answer].place.name == asked[-1]
 
 
 def _until(text, answer):

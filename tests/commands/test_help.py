@@ -89,7 +89,7 @@ def test_completion_reaches_the_commands_of_a_group():
         "COMP_WORDS": "elip data ",
         "COMP_CWORD": "2",
     }
-    assert process("-m", "elip_models", **completing).split() == ["check", "export"]
+    assert process("-m", "elip_models", **completing).split() == ["check"]
 
 
 def test_every_public_name_is_imported_on_first_use():

@@ -229,9 +229,6 @@ COMMANDS = [
         "python -m benchmarks.studies own.yaml --results file --page a.md",
         f"data check {SCENES} --limit 2 --image-size 32 --task retrieval",
         "data check emoji_questions:size=3 --task vqa --image-size 32",
-        "data export vqa emoji_questions:size=3 out --image-size 32",
-        "data export classification emoji_classes:size=3 out --image-size 32",
-        f"data export captioning {SCENES} out",
         "finetune vqa_tiny --from MODEL optim.steps=1 data.train=emoji_questions:size=9",
     )
 ]

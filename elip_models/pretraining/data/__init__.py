@@ -6,7 +6,6 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.caption_rules import apply_caption_rule
     from elip_models.pretraining.data.class_sources import (
         ClassSource,
-        EmojiClasses,
         open_classes,
     )
     from elip_models.pretraining.data.examples import Example, ExampleSource, soft_scores
@@ -24,18 +23,18 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.readers import open_source
     from elip_models.pretraining.data.sample import NamedMasks, Sample, Source
     from elip_models.pretraining.data.scene_sampling import BACKGROUNDS, EMOJI, Group, Scene
-    from elip_models.pretraining.data.scenes import EmojiScenes, render
+    from elip_models.pretraining.data.scenes import EmojiClasses, EmojiScenes, render
     from elip_models.pretraining.data.shard_source import ShardSource
     from elip_models.pretraining.data.stream_batches import StreamBatches, stream_loader
     from elip_models.pretraining.data.streams import StreamSource, is_stream, open_stream
-    from elip_models.pretraining.data.tasks.composition import EmojiComposition, open_composition
+    from elip_models.pretraining.data.tasks.composition import open_composition
     from elip_models.pretraining.data.tasks.composition_files import (
         CompositionExample,
         CompositionSource,
     )
+    from elip_models.pretraining.data.tasks.emoji_composition import EmojiComposition
     from elip_models.pretraining.data.tasks.entailment import EmojiEntailment
     from elip_models.pretraining.data.tasks.example_readers import open_examples
-    from elip_models.pretraining.data.tasks.export import export
     from elip_models.pretraining.data.tasks.pairs import EmojiPairs
     from elip_models.pretraining.data.tasks.questions import EmojiQuestions
     from elip_models.pretraining.data.tasks.text_only import question_only_accuracy
@@ -84,7 +83,6 @@ __all__ = [
     "check_source",
     "evaluation_batches",
     "example_batches",
-    "export",
     "image_transform",
     "is_stream",
     "load_tokenizer",

@@ -20,14 +20,8 @@ from elip_models.pretraining.data.class_names import IMAGENET, named_classes
 from elip_models.pretraining.data.data_spec import FileSpec, built_in_options, parse_files
 from elip_models.pretraining.data.examples import Example
 from elip_models.pretraining.data.sample import Sample, Source
-from elip_models.pretraining.data.scene_captions import PLACES, with_article
-from elip_models.pretraining.data.scene_sampling import (
-    BACKGROUNDS,
-    EMOJI,
-    Scene,
-    sample_single_scene,
-)
-from elip_models.pretraining.data.scenes import EmojiScenes, render
+from elip_models.pretraining.data.scene_captions import with_article
+from elip_models.pretraining.data.scenes import EmojiClasses
 from elip_models.validation import shortened
 
 if TYPE_CHECKING:
@@ -59,58 +53,8 @@ class ClassSource(Source, Protocol):
         """Return the id of a sample without decoding the image."""
 
 
-def _background_template(background: str) -> Template:
-    return lambda name: f"{with_article(background)} picture of {with_article(name)}"
-
-
-def _place_template(phrase: str) -> Template:
-    return lambda name: f"{with_article(name)} {phrase}"
-
-
 def _photo_template(name: str) -> str:
     return f"a photo of {with_article(name)}."
-
-
-class EmojiClasses(EmojiScenes):
-    """A `ClassSource` of `size` images of one emoji each; training scenes have at least two.
-
-    Image `index` depends on (seed, index) only. Its class is `classes[index % len(classes)]`.
-    `textures` has the same meaning as for `EmojiScenes`.
-    """
-
-    classes = names = tuple(EMOJI)
-    templates = (
-        *map(_background_template, BACKGROUNDS),
-        *(_place_template(phrase) for _, _, phrase in PLACES.values()),
-    )
-
-    def __init__(
-        self, size: int, *, seed: int = 0, image_size: int = 64, textures: bool = False
-    ) -> None:
-        super().__init__(size, seed=seed, image_size=image_size, textures=textures)
-
-    def __getitem__(self, index: int) -> Sample:
-        image = render(self.scene(index), self.image_size)
-        return Sample(image, self.captions(index), self.sample_id(index))
-
-    def sample_id(self, index: int) -> str:
-        """Return the id of a sample without drawing the image."""
-        return f"{_BUILT_IN}-{self.seed}-{index}"
-
-    def scene(self, index: int) -> Scene:
-        """Return the scene as data, without drawing it."""
-        check_index(index, self.size)
-        name = self.classes[index % len(self.classes)]
-        return self._on_texture(index, sample_single_scene(name, self._rng(index, 2)))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the class."""
-        return (self.scene(index).groups[0].name,)
-
-    def named(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """Return the number of the only group."""
-        check_index(index, self.size)
-        return ((0,),)
 
 
 class LabelledImages:

@@ -1,38 +1,29 @@
 """Scenes of emoji as data, and their random sampling.
 
-Every position is a fraction of the image, so a scene can be drawn at any size. OpenMoji's font has
-glyphs for all emoji listed here; their names follow Unicode.
+A scene divides the image into a grid of equal places, and shows one to three copies of an emoji at
+some of them. Positions are fractions of the image, so a scene can be drawn at any size.
 """
 
-import re
 import unicodedata
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
+from random import Random
 from typing import NamedTuple
 
-import numpy as np
-
-from elip_models.pretraining.data.textures import Texture, sample_texture
-
 _CHARACTERS = (
-    "🐶🐭🦊🐼🐯🐮🐸🐧🦉🦄🦋🐢🐙🐳🐊🐪🦘🦜🦚🐉"
+    "🐶🐰🦊🐼🐯🐮🐸🐧🦉🦀🦋🐢🐙🐋🐊🐘🦘🦜🦚🐉"
     "🍎🍐🍌🍓🍍🍆🥕🥐🍔🌮🍩🎂🍭🚕🚒🚜🚀🚁🚂⚓"
-    "🔑🎺🔔📺⏳🪁⚽🎩💣🧸⛺🔋🌈💚💜👻🌵🌷🌴⚙"
+    "🔑🎺🔔📺🎈🪁⚽🎩💣🧸⛺🔋🌈💚💜👻🌵🌷🌴⚙"
 )
-_UNNEEDED_WORDS = re.compile(
-    r"^(black|white medium|electric|european|birthday|steam|spouting|dromedary) "
-    r"| (face|building)$| with .*$"
-)
+EMOJI = {
+    unicodedata.name(character).lower().removesuffix(" face"): character
+    for character in _CHARACTERS
+}
+"""Name, "dog" for Unicode's "dog face": the single code point that OpenMoji's font draws."""
 
-
-def _short_name(character: str) -> str:
-    """Return the Unicode name without words that are rare in captions: "dog" for "dog face"."""
-    return _UNNEEDED_WORDS.sub("", unicodedata.name(character).lower())
-
-
-EMOJI: dict[str, str] = {_short_name(character): character for character in _CHARACTERS}
-"""Name: the single code point that the font draws."""
-
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+BACKGROUNDS = {
     "white": (255, 255, 255),
     "gray": (165, 165, 165),
     "red": (233, 102, 92),
@@ -44,14 +35,20 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 """Name: RGB colour, light enough for the black outlines of the glyphs."""
 
-COVER_COLOUR = (40, 40, 44)
-"""RGB of the rectangle that hides a place; darker than any background."""
-
 COUNTS = {1: 0.6, 2: 0.25, 3: 0.15}
 """Number of copies of one emoji in a group: its probability. Few copies are drawn larger."""
 
 GROUP_NUMBERS = (2, 3)
-"""Possible numbers of groups in a scene."""
+"""Possible numbers of groups in a scene, without clutter."""
+
+NAMES, COLOURS = tuple(EMOJI), tuple(BACKGROUNDS)
+SIDES = ("to the left of", "to the right of", "above", "below")
+
+_ROWS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
+_COLUMNS = {1: ("",), 2: ("left", "right"), 3: ("left", "centre", "right")}
+# Few shares of a cell and few scale factors keep the cache of glyphs small.
+_FILLS, _SHRINKS, _ANGLES = (0.80, 0.88, 0.96), (0.82, 1.0), (-20, -10, 0, 10, 20)
+_TEXTURE_CELLS = (2, 16)
 
 
 class Box(NamedTuple):
@@ -63,74 +60,13 @@ class Box(NamedTuple):
     height: float
 
 
-_CORNERS = {
-    "top left": Box(0, 0, 1 / 2, 1 / 2),
-    "top right": Box(1 / 2, 0, 1 / 2, 1 / 2),
-    "bottom left": Box(0, 1 / 2, 1 / 2, 1 / 2),
-    "bottom right": Box(1 / 2, 1 / 2, 1 / 2, 1 / 2),
-}
-_HALVES = {
-    "left": Box(0, 0, 1 / 2, 1),
-    "right": Box(1 / 2, 0, 1 / 2, 1),
-    "top": Box(0, 0, 1, 1 / 2),
-    "bottom": Box(0, 1 / 2, 1, 1 / 2),
-}
+class Place(NamedTuple):
+    """A cell of a grid."""
 
-
-def _half_and_corners(half: str, opposite: str) -> dict[str, Box]:
-    corners = {place: box for place, box in _CORNERS.items() if opposite in place.split()}
-    return {half: _HALVES[half], **corners}
-
-
-LAYOUTS: tuple[dict[str, Box], ...] = (
-    _CORNERS,
-    {place: _HALVES[place] for place in ("left", "right")},
-    {place: _HALVES[place] for place in ("top", "bottom")},
-    _half_and_corners("left", "right"),
-    _half_and_corners("right", "left"),
-    _half_and_corners("top", "bottom"),
-    _half_and_corners("bottom", "top"),
-    {place: Box(i / 3, 0, 1 / 3, 1) for i, place in enumerate(("left", "centre", "right"))},
-    {place: Box(0, i / 3, 1, 1 / 3) for i, place in enumerate(("top", "centre", "bottom"))},
-)
-"""Places that tile the image; a scene uses some places of one layout."""
-
-
-def _grid(rows: tuple[str, ...], columns: tuple[str, ...]) -> dict[str, Box]:
-    """Return equal places: "top left", ..; the middle one is called "centre"."""
-    width, height = 1 / len(columns), 1 / len(rows)
-    return {
-        "centre" if row == "middle" and column == "centre" else f"{row} {column}": Box(
-            j * width, i * height, width, height
-        )
-        for i, row in enumerate(rows)
-        for j, column in enumerate(columns)
-    }
-
-
-_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-GRIDS: tuple[dict[str, Box], ...] = (
-    _CORNERS,
-    _grid(_ROWS, _COLUMNS),
-    _grid(_ROWS, ("left", "right")),
-    _grid(("top", "bottom"), _COLUMNS),
-)
-"""Layouts of scenes with clutter, with one emoji at a place."""
-
-MAX_CLUTTER = max(map(len, GRIDS)) - max(GROUP_NUMBERS)
-"""Largest number of additional groups for which there is a place."""
-
-# Slots (left, top, side) in a square box, as fractions of the box, by count.
-_SQUARE_SLOTS = {
-    1: ((0, 0, 1),),
-    2: ((0, 0, 0.54), (0.46, 0.46, 0.54)),
-    3: ((0.25, 0, 0.5), (0, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-# Glyph side as a share of its slot. Few values keep the glyph cache small.
-_FILLS = (0.80, 0.88, 0.96)
-# Scale factors and angles in degrees of the emoji in textured scenes.
-_SHRINKS = (0.82, 1.0)
-_ANGLES = (-20, -10, 0, 10, 20)
+    name: str
+    row: int
+    column: int
+    box: Box
 
 
 class Copy(NamedTuple):
@@ -144,24 +80,37 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Copies of one emoji at one place. Groups of a scene differ in emoji and place.
-
-    Args:
-        name: Name of the emoji.
-        place: Name of the place.
-        copies: The drawn copies.
-        box: Rectangle of the place, or None if it is not needed.
-    """
+    """Copies of one emoji at one place. Groups of a scene differ in place."""
 
     name: str
-    place: str
+    place: Place
     copies: tuple[Copy, ...]
-    box: Box | None = None
 
     @property
     def count(self) -> int:
         """Number of copies."""
         return len(self.copies)
+
+    def is_beside(self, other: "Group", side: str) -> bool:
+        """Return whether all copies are on a side of all copies of `other`; see `SIDES`."""
+        here, there = self.place, other.place
+        return {
+            "to the left of": here.column < there.column,
+            "to the right of": here.column > there.column,
+            "above": here.row < there.row,
+            "below": here.row > there.row,
+        }[side]
+
+
+class Texture(NamedTuple):
+    """A square of `side` x `side` shades of the background, stretched over the image.
+
+    `levels` has a byte for each cell, 0 for the darkest shade.
+    """
+
+    side: int
+    levels: bytes
+    is_smooth: bool
 
 
 @dataclass(frozen=True)
@@ -181,72 +130,116 @@ class Scene:
     cover: Box | None = None
 
 
-def sample_scene(rng: np.random.Generator, clutter: int = 0) -> Scene:
-    """Draw a scene: its background, layout, places, emoji and counts.
+def _grid(rows: int, columns: int) -> tuple[Place, ...]:
+    """Return equal places: "top left", ..; the middle one is called "centre"."""
+    places = []
+    for row, vertical in enumerate(_ROWS[rows]):
+        for column, horizontal in enumerate(_COLUMNS[columns]):
+            name = f"{vertical} {horizontal}".strip()
+            name = "centre" if name in ("middle", "middle centre") else name
+            box = Box(column / columns, row / rows, 1 / columns, 1 / rows)
+            places.append(Place(name, row, column, box))
+    return tuple(places)
 
-    With `clutter`, the scene has that many more groups, and each group has one copy.
+
+GRIDS = (_grid(1, 2), _grid(2, 1), *3 * (_grid(2, 2),), _grid(1, 3), _grid(3, 1))
+"""Corners are more probable than thirds of the image, where the emoji are smaller."""
+
+CLUTTER_GRIDS = (_grid(2, 2), _grid(2, 3), _grid(3, 2), _grid(3, 3))
+"""With clutter, each place has one emoji, since copies would be too small."""
+
+MAX_CLUTTER = 9 - max(GROUP_NUMBERS)
+"""Largest number of additional groups for which there is a place."""
+
+
+def place_names(clutter: int) -> tuple[str, ...]:
+    """Return the nine places of scenes with or without clutter."""
+    grids = CLUTTER_GRIDS[-1:] if clutter else GRIDS
+    return tuple(dict.fromkeys(place.name for grid in grids for place in grid))
+
+
+def sample_scene(
+    rng: Random,
+    clutter: int = 0,
+    *,
+    names: Sequence[str] = (),
+    absent: Collection[str] = (),
+    counts: Sequence[int] = (),
+    place: str | None = None,
+    numbers: Sequence[int] = GROUP_NUMBERS,
+) -> Scene:
+    """Draw a scene: its background, grid, places, emoji and counts.
+
+    Args:
+        rng: Random generator.
+        clutter: Number of additional groups; if above 0, each group has one copy.
+        names: Emoji of the first groups; all other groups show other emoji.
+        absent: Emoji that no other group shows.
+        counts: Numbers of copies in the first groups.
+        place: Place of the first group.
+        numbers: Possible numbers of groups, without clutter.
     """
-    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    number = GROUP_NUMBERS[rng.integers(len(GROUP_NUMBERS))] + clutter
-    layouts = [layout for layout in (GRIDS if clutter else LAYOUTS) if len(layout) >= number]
-    layout = layouts[rng.integers(len(layouts))]
-    places = [list(layout)[i] for i in rng.permutation(len(layout))[:number]]
-    names = [list(EMOJI)[i] for i in rng.choice(len(EMOJI), size=number, replace=False)]
-    counts = rng.choice(list(COUNTS), p=list(COUNTS.values()), size=number)
-    if clutter:
-        counts = [1] * number  # more copies would be too small at a place of a grid
+    number = rng.choice(numbers) + clutter
+    grids = [grid for grid in (CLUTTER_GRIDS if clutter else GRIDS) if len(grid) >= number]
+    if place is None:
+        places = rng.sample(rng.choice(grids), number)
+    else:
+        first, grid = rng.choice(
+            [(cell, grid) for grid in grids for cell in grid if cell.name == place]
+        )
+        places = [first, *rng.sample([cell for cell in grid if cell != first], number - 1)]
+    others = [name for name in NAMES if name not in names and name not in absent]
+    names = [*names, *rng.sample(others, number - len(names))]
+    counts = [*counts, *rng.choices([*COUNTS], [*COUNTS.values()], k=number - len(counts))]
     groups = (
-        Group(name, place, _place_copies(layout[place], int(count), rng), layout[place])
-        for name, place, count in zip(names, places, counts, strict=True)
+        Group(name, cell, _place_copies(rng, cell.box, 1 if clutter else count))
+        for name, cell, count in zip(names, places, counts, strict=True)
     )
-    return Scene(background, tuple(groups))
+    return Scene(rng.choice(COLOURS), tuple(groups))
 
 
-def sample_single_scene(name: str, rng: np.random.Generator) -> Scene:
-    """Draw a picture of one emoji: its background and place."""
-    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    layout = LAYOUTS[rng.integers(len(LAYOUTS))]
-    place = list(layout)[rng.integers(len(layout))]
-    copies = _place_copies(layout[place], 1, rng)
-    return Scene(background, (Group(name, place, copies, layout[place]),))
-
-
-def add_texture(scene: Scene, rng: np.random.Generator) -> Scene:
+def add_texture(rng: Random, scene: Scene) -> Scene:
     """Return the scene on a random texture, with random sizes and angles of the emoji."""
-    number = sum(group.count for group in scene.groups)
-    shrinks, angles = (iter(rng.choice(v, size=number).tolist()) for v in (_SHRINKS, _ANGLES))
     groups = []
     for group in scene.groups:
-        copies = (Copy(c.x, c.y, next(shrinks) * c.size, next(angles)) for c in group.copies)
-        groups.append(replace(group, copies=tuple(copies)))
-    return replace(scene, groups=tuple(groups), texture=sample_texture(rng))
+        copies = tuple(
+            Copy(copy.x, copy.y, rng.choice(_SHRINKS) * copy.size, rng.choice(_ANGLES))
+            for copy in group.copies
+        )
+        groups.append(replace(group, copies=copies))
+    side = rng.randint(*_TEXTURE_CELLS)
+    texture = Texture(side, rng.randbytes(side * side), rng.random() < 0.5)
+    return replace(scene, groups=tuple(groups), texture=texture)
 
 
-def _slots(box: Box, count: int) -> list[Box]:
-    """Return `count` equal squares in the box: a fixed pattern, or a row along its longer side."""
-    if box.width == box.height:
-        unit, slots = box.width, _SQUARE_SLOTS[count]
-        return [
-            Box(box.left + left * unit, box.top + top * unit, side * unit, side * unit)
-            for left, top, side in slots
-        ]
-    side = min(box.width, box.height, max(box.width, box.height) / count)
-    centres = [(i + 0.5) / count for i in range(count)]
-    along, across = ((x, 0.5) for x in centres), ((0.5, y) for y in centres)
-    return [
-        Box(box.left + x * box.width - side / 2, box.top + y * box.height - side / 2, side, side)
-        for x, y in (along if box.width > box.height else across)
+def hide_group(scene: Scene, number: int) -> Scene:
+    """Return the scene with a dark rectangle instead of a group."""
+    groups = tuple(group for i, group in enumerate(scene.groups) if i != number)
+    return replace(scene, groups=groups, cover=scene.groups[number].place.box)
+
+
+@cache
+def _cells(box: Box, count: int) -> tuple[float, list[tuple[float, float]]]:
+    """Return the side of `count` equal squares in the box, as large as possible, and centres."""
+    sides = {
+        columns: min(box.width / columns, box.height / ceil(count / columns))
+        for columns in range(1, count + 1)
+    }
+    columns = max(sides, key=sides.get)
+    width, height = box.width / columns, box.height / ceil(count / columns)
+    cells = (divmod(i, columns) for i in range(count))
+    centres = [
+        (box.left + (column + 0.5) * width, box.top + (row + 0.5) * height) for row, column in cells
     ]
+    return sides[columns], centres
 
 
-def _place_copies(box: Box, count: int, rng: np.random.Generator) -> tuple[Copy, ...]:
-    """Return one copy per slot, all of the same size, each shifted at random within its slot."""
-    fill = _FILLS[rng.integers(len(_FILLS))]
-    moves = rng.uniform(-0.5, 0.5, size=(count, 2)).tolist()
-    copies = []
-    for slot, (dx, dy) in zip(_slots(box, count), moves, strict=True):
-        slack = (1 - fill) * slot.width
-        x = slot.left + slot.width / 2 + dx * slack
-        y = slot.top + slot.height / 2 + dy * slack
-        copies.append(Copy(x, y, fill * slot.width))
-    return tuple(copies)
+def _place_copies(rng: Random, box: Box, count: int) -> tuple[Copy, ...]:
+    """Return copies of the same size, each shifted at random within its cell."""
+    side, centres = _cells(box, count)
+    size = rng.choice(_FILLS) * side
+    slack = (side - size) / 2
+    return tuple(
+        Copy(x + rng.uniform(-slack, slack), y + rng.uniform(-slack, slack), size)
+        for x, y in centres
+    )

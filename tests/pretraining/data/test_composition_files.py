@@ -12,9 +12,8 @@ from PIL import Image
 from elip_models.images import SampleError
 from elip_models.pretraining.data import EMOJI, EmojiComposition, open_composition
 from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural, relation
-from elip_models.pretraining.data.scene_sampling import MAX_CLUTTER
+from elip_models.pretraining.data.scene_sampling import MAX_CLUTTER, place_names
 from elip_models.pretraining.data.tasks.composition_files import MIN_ATTRIBUTES, SYMMETRIC_RELATIONS
-from elip_models.pretraining.data.tasks.conditional_scenes import place_names
 from tests.helpers.tiers import first_quick
 
 WINOGROUND = {
@@ -232,7 +231,7 @@ def is_true(caption, scene):
         )
     found = re.fullmatch(rf"an? ({NAME}) (.*) and an? ({NAME}) (.*)", caption)
     placed = ((found[1], found[2]), (found[3], found[4]))
-    return all([each.place for each in groups(name)] == [PLACE_OF[at]] for name, at in placed)
+    return all([each.place.name for each in groups(name)] == [PLACE_OF[at]] for name, at in placed)
 
 
 @pytest.mark.parametrize(

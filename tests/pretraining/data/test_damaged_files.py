@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from elip_models.images import MAX_PIXELS, SampleError, decode_image
+from tests.helpers.damage import picture
 
 
 def chunk(kind, content):

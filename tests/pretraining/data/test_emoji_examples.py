@@ -1,4 +1,7 @@
-"""Built-in data of the tasks: answers are correct, balanced, and not predictable from the text."""
+"""Built-in data of the tasks: answers are correct, balanced, and not predictable from the text.
+
+Questions, hypotheses and statements are answered from their words and the scene only.
+"""
 
 import pickle
 import re
@@ -14,31 +17,25 @@ from elip_models.pretraining.data import (
     EmojiPairs,
     EmojiQuestions,
     Example,
+    Group,
+    Scene,
     open_examples,
     question_only_accuracy,
     soft_scores,
 )
-from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural, relation
-from elip_models.pretraining.data.scene_sampling import (
-    COVER_COLOUR,
-    MAX_CLUTTER,
-    Copy,
-    Group,
-    Scene,
-)
-from elip_models.pretraining.data.tasks import questions
-from elip_models.pretraining.data.tasks.conditional_scenes import groups_beside, place_names
+from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural
+from elip_models.pretraining.data.scene_sampling import MAX_CLUTTER, place_names
+from elip_models.pretraining.data.scenes import COVER_COLOUR
 from tests.helpers.tiers import tiered
+from tests.helpers.tiny_run import elip
 
 SOURCES = {"vqa": EmojiQuestions, "entailment": EmojiEntailment, "nlvr2": EmojiPairs}
 OPTIONS = [{}, {"clutter": 1}, {"clutter": 4, "textures": True}, {"clutter": MAX_CLUTTER}]
-CHANCE = {
-    "vqa": (1 / 2 + 1 / 3 + 1 / 9 + 1 / 8 + 1 / 2 + 1 / 59) / 6,
-    "entailment": 1 / 3,
-    "nlvr2": 1 / 2,
-}
+ANSWER_NUMBERS = (2, 3, 9, 8, 2, 59)
+"""Number of possible answers of each form of question."""
+CHANCE = {"vqa": np.mean([1 / n for n in ANSWER_NUMBERS]), "entailment": 1 / 3, "nlvr2": 1 / 2}
 SINGULAR = {name: name for name in EMOJI} | {plural(name): name for name in EMOJI}
-PLACE_OF = {at_place(place): place for place in {*place_names(0), *place_names(1)}}
+PLACES = {at_place(place): place for place in {*place_names(0), *place_names(1)}}
 SIDES = "to the left of|to the right of|above|below"
 NAME = "|".join(sorted(SINGULAR, key=len, reverse=True))
 """Pattern of any emoji, in the singular or the plural."""
@@ -58,80 +55,90 @@ def the_one(scene: Scene, name: str) -> Group:
     return group
 
 
-def answer(text: str, scene: Scene) -> set[str]:
-    """Return all correct answers, from the scene and the words of the question only."""
-    if found := re.fullmatch(rf"is there an? ({NAME})\?", text):
-        return {"yes" if named(scene, found[1]) else "no"}
-    if found := re.fullmatch(rf"how many ({NAME}) are there\?", text):
-        return {str(count(scene, found[1]))}
-    if found := re.fullmatch(rf"where is the ({NAME})\?", text):
-        return {the_one(scene, found[1]).place}
-    if found := re.fullmatch(rf"is the ({NAME}) ({SIDES}) the ({NAME})\?", text):
-        shown = relation(the_one(scene, found[1]), the_one(scene, found[3]))
-        return {"yes" if shown == found[2] else "no"}
-    if found := re.fullmatch(rf"what is ({SIDES}) the ({NAME})\?", text):
-        number = scene.groups.index(the_one(scene, found[2]))
-        return {scene.groups[i].name for i in groups_beside(scene, number, found[1])}
+def is_beside(one: Group, side: str, other: Group) -> bool:
+    """Return whether the place of `one` is on a side of that of `other`; copies lie inside."""
+    (left, top, width, height), (x, y, *_) = one.place.box, other.place.box
+    return {
+        "to the left of": left + width < x + 1e-9,
+        "to the right of": left > x + 1e-9,
+        "above": top + height < y + 1e-9,
+        "below": top > y + 1e-9,
+    }[side]
+
+
+def distance(one: Group, other: Group) -> float:
+    """Return the distance of two places in horizontal and vertical steps."""
+    (left, top, *_), (x, y, *_) = one.place.box, other.place.box
+    return abs(left - x) + abs(top - y)
+
+
+def answer(text: str, scene: Scene) -> str:
+    """Return the correct answer to a question."""
+    if match := re.fullmatch(rf"is there an? ({NAME})\?", text):
+        return "yes" if named(scene, match[1]) else "no"
+    if match := re.fullmatch(rf"how many ({NAME}) are there\?", text):
+        return str(count(scene, match[1]))
+    if match := re.fullmatch(rf"where is the ({NAME})\?", text):
+        return the_one(scene, match[1]).place.name
+    if match := re.fullmatch(rf"is the ({NAME}) ({SIDES}) the ({NAME})\?", text):
+        one, other = the_one(scene, match[1]), the_one(scene, match[3])
+        return "yes" if is_beside(one, match[2], other) else "no"
+    if match := re.fullmatch(rf"what is immediately ({SIDES}) the ({NAME})\?", text):
+        anchor = the_one(scene, match[2])
+        beside = [group for group in scene.groups if is_beside(group, match[1], anchor)]
+        return min(beside, key=lambda group: distance(group, anchor)).name
     assert text == "what colour is the background?"
-    return {scene.background}
+    return scene.background
 
 
 def label(text: str, scene: Scene) -> str:
     """Return the label of a hypothesis for an image with a hidden place."""
-    if found := re.fullmatch(rf"the ({NAME}) is ({SIDES}) the ({NAME})", text):
-        groups = named(scene, found[1]) + named(scene, found[3])
-        if len(groups) < 2:
+    if match := re.fullmatch(rf"the ({NAME}) is ({SIDES}) the ({NAME})", text):
+        if not (named(scene, match[1]) and named(scene, match[3])):
             return "neutral"
-        return "entailment" if relation(*groups) == found[2] else "contradiction"
-    found = re.fullmatch(
-        rf"(?:there (?:is|are) (exactly )?|an? (\w+) picture with )(an?|\w+) ({NAME}) (.*)", text
-    )
-    exactly, colour, number, name, place = found.groups()
-    at = [group for group in scene.groups if group.place == PLACE_OF[place]]
-    if colour not in (None, scene.background):
+        one, other = the_one(scene, match[1]), the_one(scene, match[3])
+        if is_beside(one, match[2], other):
+            return "entailment"
+        assert is_beside(other, match[2], one)
         return "contradiction"
-    if not at:
+    number, name, place = re.fullmatch(
+        rf"there (?:is|are) exactly (\w+) ({NAME}) (.*)", text
+    ).groups()
+    shown = [group for group in scene.groups if group.place.name == PLACES[place]]
+    if not shown:
         assert not named(scene, name)
         return "neutral"
-    fits = at[0].name == SINGULAR[name]
-    fits = fits and (not exactly or NUMBERS[at[0].count] == number)
-    return "entailment" if fits else "contradiction"
+    is_right = (SINGULAR[name], NUMBERS.index(number)) == (shown[0].name, shown[0].count)
+    return "entailment" if is_right else "contradiction"
 
 
 def is_true(text: str, left: Scene, right: Scene) -> bool:
     """Return whether a statement is true of two images."""
-    both = (left, right)
-    if found := re.fullmatch(rf"there is an? ({NAME}) in both images", text):
-        return all(count(scene, found[1]) for scene in both)
-    if found := re.fullmatch(rf"exactly one of the images has an? ({NAME})", text):
-        return sum(count(scene, found[1]) > 0 for scene in both) == 1
-    if found := re.fullmatch(rf"there are more ({NAME}) in the left image than in .*", text):
-        return count(left, found[1]) > count(right, found[1])
-    if found := re.fullmatch(r"both images have an? (\w+) background", text):
-        return {scene.background for scene in both} == {found[1]}
-    if found := re.fullmatch(rf"the two images show (\w+) ({NAME}) in all", text):
-        return NUMBERS[sum(count(scene, found[2]) for scene in both)] == found[1]
-    found = re.fullmatch(rf"the left image has an? ({NAME}) and the right one an? ({NAME})", text)
-    return all(count(scene, name) for scene, name in zip(both, found.groups(), strict=True))
+    if match := re.fullmatch(rf"there is an? ({NAME}) in both images", text):
+        return all(count(scene, match[1]) for scene in (left, right))
+    if match := re.fullmatch(rf"there are more ({NAME}) in the left image than in .*", text):
+        return count(left, match[1]) > count(right, match[1])
+    if match := re.fullmatch(r"both images have an? (\w+) background", text):
+        return {left.background, right.background} == {match[1]}
+    match = re.fullmatch(rf"the two images show (\w+) ({NAME}) in all", text)
+    return NUMBERS[count(left, match[2]) + count(right, match[2])] == match[1]
 
 
-def holds(task: str, text: str, scenes: tuple[Scene, ...]) -> set[str]:
-    if task == "vqa":
-        return answer(text, *scenes)
-    return {label(text, *scenes) if task == "entailment" else str(is_true(text, *scenes)).lower()}
+def correct_answer(task: str, text: str, scenes: tuple[Scene, ...]) -> str:
+    """Return the correct answer of an example of a task."""
+    if task == "nlvr2":
+        return str(is_true(text, *scenes)).lower()
+    return (answer if task == "vqa" else label)(text, *scenes)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("task", SOURCES)
 def test_answers_are_true_of_the_scene(task, options):
-    source = SOURCES[task](120, seed=4, **options)
+    source = SOURCES[task](300, seed=4, **options)
     for index in range(len(source)):
         example, scenes = source.text_alone(index), source.scenes(index)
-        assert holds(task, example.text, scenes) == example.answers.keys()
+        assert example.answers == {correct_answer(task, example.text, scenes): 1.0}
         assert example.answers.keys() <= set(source.answers)
-        assert sum(example.answers.values()) == pytest.approx(1)
-        for scene in scenes:
-            assert (scene.texture is not None) is options.get("textures", False)
 
 
 @pytest.mark.parametrize("task", SOURCES)
@@ -143,15 +150,24 @@ def test_an_example_depends_on_seed_and_index_alone(task):
     for index in (0, 5, 11):
         assert source[index] == longer[index] == copy[index]
         assert source[index]._replace(images=()) == source.text_alone(index)
-        assert {image.size for image in source[index].images} == {(20, 20)}
-        assert len(source[index].images) == (2 if task == "nlvr2" else 1)
+        assert [image.size for image in source[index].images] == [(20, 20)] * (
+            2 if task == "nlvr2" else 1
+        )
+    texts = [source.text_alone(index).text for index in range(12)]
     other = SOURCES[task](12, seed=4, clutter=2)
-    assert [other.text_alone(i).text for i in range(12)] != [
-        source.text_alone(i).text for i in range(12)
-    ]
-    assert len({source.text_alone(i).id for i in range(12)}) == 12
+    assert [other.text_alone(index).text for index in range(12)] != texts
+    assert len({source.text_alone(index).id for index in range(12)}) == 12
     with pytest.raises(IndexError, match="index: expected 0 <= index < 12, got 12"):
         source.text_alone(12)
+
+
+@pytest.mark.parametrize("task", SOURCES)
+def test_each_text_comes_with_other_answers_each_time(task):
+    source = SOURCES[task](120, seed=5)
+    for first in range(0, 120, source.turns):
+        examples = [source.text_alone(first + turn) for turn in range(source.turns)]
+        assert len({example.text for example in examples}) == 1
+        assert len({tuple(example.answers) for example in examples}) == source.turns
 
 
 @pytest.mark.parametrize(
@@ -160,53 +176,40 @@ def test_an_example_depends_on_seed_and_index_alone(task):
 @pytest.mark.parametrize("task", SOURCES)
 def test_the_text_alone_predicts_no_better_than_chance(task, options):
     train, test = (SOURCES[task](2400, seed=seed, **options) for seed in (0, 1))
-    found = question_only_accuracy(train, test)
+    accuracy = question_only_accuracy(train, test)
     if task == "vqa":
-        assert abs(found - CHANCE[task]) < 3 * np.sqrt(0.25 / len(test))
+        assert abs(accuracy - CHANCE[task]) < 3 * np.sqrt(0.25 / len(test))
     else:
-        assert found == pytest.approx(CHANCE[task])
+        assert accuracy == pytest.approx(CHANCE[task])
 
 
-@pytest.mark.parametrize(
-    "options", tiered([{}, {"clutter": 4}], [{"clutter": 4}], slow=[{}]), ids=str
-)
-def test_answers_of_each_form_of_question_are_as_likely(options):
-    number, forms = 6000, len(questions.FORMS)
-    source = EmojiQuestions(number, seed=7, **options)
-    found = defaultdict(Counter)
-    for index in range(number):
-        found[index // 2 % forms].update(source.text_alone(index).answers.keys())
-    sizes = (2, 3, 9, 8, 2, 60)
-    for form, size in enumerate(sizes):
-        counts = np.array(list(found[form].values()))
-        assert len(counts) == size
-        expected = counts.sum() / size
-        spread = np.sqrt(expected * (1 - 1 / size))
-        assert np.abs(counts - expected).max() < 4.5 * spread
+def test_answers_of_each_form_of_question_are_as_likely():
+    source, answers = EmojiQuestions(6000, seed=7, clutter=4), defaultdict(Counter)
+    for index in range(6000):
+        answers[index // 2 % 6].update(source.text_alone(index).answers)
+    for form, number in enumerate(ANSWER_NUMBERS):
+        counts = np.array([*answers[form].values()])
+        assert len(counts) == (60 if number == 59 else number)
+        expected = counts.sum() / len(counts)
+        assert np.abs(counts - expected).max() < 4.5 * np.sqrt(expected * (1 - 1 / len(counts)))
 
 
-@pytest.mark.parametrize(("task", "turns"), [("entailment", 3), ("nlvr2", 2)])
-def test_each_text_comes_with_every_label(task, turns):
-    source = SOURCES[task](60 * turns, seed=5)
-    for first in range(0, len(source), turns):
-        block = [source.text_alone(first + turn) for turn in range(turns)]
-        assert len({example.text for example in block}) == 1
-        assert {label for example in block for label in example.answers} == set(source.answers)
-
-
-def test_a_question_comes_twice_in_a_row_with_other_answers():
-    source = EmojiQuestions(120, seed=5)
-    for index in range(0, 120, 2):
-        first, second = source.text_alone(index), source.text_alone(index + 1)
-        assert first.text == second.text
-        assert not first.answers.keys() & second.answers.keys()
-
-
-def test_each_of_two_answers_has_half_the_share_and_the_full_score():
-    source = EmojiQuestions(600, seed=1)
-    shares = [source.text_alone(index).answers for index in range(600)]
-    assert Counter(tuple(each.values()) for each in shares).keys() == {(1.0,), (0.5, 0.5)}
-    assert all(set(soft_scores(each).values()) == {1.0} for each in shares)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_neither_the_number_of_visible_emoji_nor_the_cover_gives_the_label_away(options):
+    """A hypothesis has all labels, and its images hide one place that shows nothing else."""
+    source, signs = EmojiEntailment(3000, seed=6, image_size=32, **options), defaultdict(Counter)
+    for index in range(3000):
+        (scene,), (right,) = source.scenes(index), source.text_alone(index).answers
+        assert all(group.place.box != scene.cover for group in scene.groups)
+        signs[scene.cover][right] += 1
+        signs[len(scene.groups), index // 3 % 2][right] += 1
+    for labels in signs.values():
+        expected = labels.total() / 3
+        assert max(labels.values()) < expected + 5 * np.sqrt(expected)
+    left, top, width, height = (round(32 * edge) for edge in source.scenes(0)[0].cover)
+    rows, columns = slice(top + 1, top + height - 1), slice(left + 1, left + width - 1)
+    pixels = np.asarray(source[0].images[0])[rows, columns]
+    assert (pixels == COVER_COLOUR).all()
 
 
 @pytest.mark.parametrize(
@@ -217,30 +220,6 @@ def test_soft_scores_are_the_mean_of_the_metric_over_nine_of_ten(given, score):
     left = [given - 1] * given + [given] * (10 - given)
     assert score == pytest.approx(np.mean([min(1, n / 3) for n in left]))
     assert soft_scores({"a": given / 10}) == {"a": score}
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_entailment_image_hides_exactly_one_place(options):
-    size = 64
-    source = EmojiEntailment(48, seed=6, image_size=size, **options)
-    for index in range(48):
-        (scene,), (image,) = source.scenes(index), source[index].images
-        left, top, width, height = (round(size * edge) for edge in scene.cover)
-        pixels = np.asarray(image)[top + 1 : top + height - 1, left + 1 : left + width - 1]
-        assert (pixels == COVER_COLOUR).all()
-        for group in scene.groups:
-            assert group.box != scene.cover
-            for x, y, *_ in group.copies:
-                inside = left / size < x < (left + width) / size
-                assert not (inside and top / size < y < (top + height) / size)
-
-
-def test_groups_partly_on_a_side_are_excluded():
-    dog = Group("dog", "left", (Copy(0.25, 0.5, 0.3),))
-    foxes = Group("fox", "right", (Copy(0.75, 0.2, 0.2), Copy(0.75, 0.5, 0.2)))
-    scene = Scene("white", (dog, foxes))
-    assert groups_beside(scene, 0, "to the right of") == [1]
-    assert groups_beside(scene, 0, "above") == groups_beside(scene, 0, "below") == []
 
 
 def test_question_only_accuracy_uses_texts_prefixes_and_the_majority():
@@ -304,5 +283,13 @@ def test_several_specs_are_one_source():
     alone = open_examples("vqa", parts[1:], image_size=16)
     assert (len(joined), joined.answers) == (8, alone.answers)
     assert joined[6] == alone[2]._replace(id=f"1/{alone[2].id}")
-    assert joined.text_alone(6).images == ()
     assert set(BACKGROUNDS) < set(joined.answers)
+
+
+def test_data_check_counts_the_answers(capsys):
+    assert elip("data", "check", "emoji_entailment:size=6", "--task", "entailment") == 0
+    printed = capsys.readouterr().out
+    for text in ("6 of 6 read", "different texts", "neutral", "2 (33.3%)"):
+        assert text in printed
+    assert elip("data", "check", "a.json", "--task", "vqs") == 2
+    assert "TASK: task: expected one of 'vqa'" in capsys.readouterr().err

@@ -1,89 +1,107 @@
-"""Base classes of the built-in data of the tasks, which draw emoji scenes.
+"""The base class of the built-in data of the tasks, which draw emoji scenes.
 
 `EmojiExamples` repeats each text several times in a row, with other images and another answer each
 time. The text alone therefore does not predict its answer.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from elip_models.pretraining.data.checks import check_index
 from elip_models.pretraining.data.examples import Example
-from elip_models.pretraining.data.scene_sampling import Scene, add_texture
-from elip_models.pretraining.data.scenes import EmojiScenes, render
+from elip_models.pretraining.data.scene_sampling import (
+    NAMES,
+    SIDES,
+    Scene,
+    add_texture,
+    place_names,
+    sample_scene,
+)
+from elip_models.pretraining.data.scenes import EmojiData, render
 
 
-class SceneExample(NamedTuple):
-    """A text with its answers, as in `Example`, and a function that draws scenes for them."""
+class ExampleSampler:
+    """The random choices of one example: those of its text and answer, and those of its scenes.
 
-    text: str
-    answers: dict[str, float]
-    sample: Callable[[np.random.Generator], tuple[Scene, ...]]  # scenes with these answers
-
-
-class EmojiTaskData:
-    """The options and random generators of the built-in data of a task, with `size` examples.
-
-    The other arguments and errors are those of `EmojiScenes`.
+    All repetitions of a text make the same choices for the text.
     """
 
-    stream: ClassVar[int]
-    """Part of the random seed that is unique to each subclass."""
+    def __init__(self, data: "EmojiExamples", index: int) -> None:
+        number, self.turn = divmod(index, data.turns)
+        self.turns, self.clutter = data.turns, data.clutter
+        self.text, self.rng = data.random(number), data.random(number, self.turn)
 
-    def __init__(
-        self,
-        size: int,
-        *,
-        seed: int = 0,
-        image_size: int = 64,
-        clutter: int = 0,
-        textures: bool = False,
-    ) -> None:
-        options = {"seed": seed, "image_size": image_size, "clutter": clutter}
-        self.options = EmojiScenes(size, **options, textures=textures)
+    def names(self, count: int) -> list[str]:
+        """Return different emoji for the text."""
+        return self.text.sample(NAMES, count)
 
-    def _rng(self, number: int, *stream: int) -> np.random.Generator:
-        return np.random.default_rng((self.options.seed, number, self.stream, *stream))
+    def side(self) -> str:
+        """Return one of `SIDES` for the text."""
+        return self.text.choice(SIDES)
+
+    def place(self) -> str:
+        """Return a place for the text."""
+        return self.text.choice(place_names(self.clutter))
+
+    def answer(self, answers: Sequence[str]) -> str:
+        """Return one of the answers, drawn uniformly; each repetition gets another one."""
+        return self.text.sample(answers, self.turns)[self.turn]
+
+    def another(self, values: Sequence[Any], value: Any) -> Any:
+        """Return one of the values other than `value`, for a scene."""
+        return self.rng.choice([other for other in values if other != value])
+
+    def scene(self, **options: Any) -> Scene:
+        """Draw a scene with the options of `sample_scene`."""
+        return sample_scene(self.rng, self.clutter, **options)
+
+    def related(self, names: Sequence[str], side: str, **options: Any) -> Scene:
+        """Draw scenes until the first of two single emoji is on a side of the second."""
+        while True:
+            scene = self.scene(names=names, counts=(1, 1), **options)
+            if scene.groups[0].is_beside(scene.groups[1], side):
+                return scene
+
+    def with_count(self, name: str, count: int) -> Scene:
+        """Draw a scene with `count` copies of an emoji, 0 to 3.
+
+        They form one group, or one group each in a scene with clutter.
+        """
+        if count == 0:
+            return self.scene(absent=[name])
+        return self.scene(names=[name] * (count if self.clutter else 1), counts=[count])
 
 
-class EmojiExamples(EmojiTaskData, ABC):
-    """An `ExampleSource` of `size` examples, drawn on the fly.
+class EmojiExamples(EmojiData):
+    """An `ExampleSource`; the arguments are those of `EmojiData`.
 
-    Example `index` depends on (seed, index) and the options only. A longer source therefore begins
-    with the examples of a shorter one. The other arguments and errors are those of `EmojiScenes`.
+    The forms of texts take turns. All answers of a form are equally probable.
     """
 
-    name: ClassVar[str]
     answers: ClassVar[tuple[str, ...]]
-    turns: ClassVar[int]
+    turns: ClassVar[int] = 2
     """Number of consecutive examples with the same text."""
-
-    def __len__(self) -> int:
-        return len(self.options)
+    forms: ClassVar[Sequence[Callable[[ExampleSampler], tuple[str, str, tuple[Scene, ...]]]]]
+    """Functions that return a text, its answer, and scenes for which the answer is correct."""
 
     def __getitem__(self, index: int) -> Example:
-        scenes, size = self.scenes(index), self.options.image_size
-        return self.text_alone(index)._replace(images=tuple(render(each, size) for each in scenes))
+        images = tuple(render(scene, self.image_size) for scene in self.scenes(index))
+        return self.text_alone(index)._replace(images=images)
 
     def text_alone(self, index: int) -> Example:
         """Return the example without images; none is drawn."""
-        text, answers, _ = self._example_at(index)
-        return Example((), text, answers, f"{self.name}-{self.options.seed}-{index}")
+        text, answer, _ = self._draw(index)
+        answers = {answer: 1.0} if self.answers else {}
+        return Example((), text, answers, self.sample_id(index))
 
     def scenes(self, index: int) -> tuple[Scene, ...]:
         """Return the scenes of the images as data, without drawing them."""
-        rng = self._rng(index, 1)
-        scenes = self._example_at(index).sample(rng)
-        return tuple(add_texture(each, rng) for each in scenes) if self.options.textures else scenes
+        return self._draw(index)[2]
 
-    def _example_at(self, index: int) -> SceneExample:
-        check_index(index, len(self))
-        number, turn = divmod(index, self.turns)
-        return self._make_example(number, turn, self._rng(number))
-
-    @abstractmethod
-    def _make_example(self, number: int, turn: int, rng: np.random.Generator) -> SceneExample:
-        """Return the `number`-th text, drawn from `rng`, with its answers in repetition `turn`."""
+    def _draw(self, index: int) -> tuple[str, str, tuple[Scene, ...]]:
+        check_index(index, self.size)
+        sampler = ExampleSampler(self, index)
+        text, answer, scenes = self.forms[index // self.turns % len(self.forms)](sampler)
+        if self.textures:
+            scenes = tuple(add_texture(sampler.rng, scene) for scene in scenes)
+        return text, answer, scenes

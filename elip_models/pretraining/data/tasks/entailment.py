@@ -1,9 +1,7 @@
 """EmojiEntailment: visual entailment on emoji scenes.
 
-    there is a dog on the left
-    a blue picture with a dog on the left
+    there are exactly two dogs on the left
     the dog is to the left of the fox
-    there are exactly two dogs on the left         not with clutter
 
 A dark rectangle hides one place of every image. A hypothesis is entailed if the image shows it,
 contradicted if the image shows otherwise, and neutral if the deciding place is hidden. Each
@@ -11,112 +9,37 @@ hypothesis appears once with each label, so neither the text nor the rectangle a
 label.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
-
-import numpy as np
-
-from elip_models.pretraining.data.scene_captions import at_place, in_words, with_article
-from elip_models.pretraining.data.scene_sampling import BACKGROUNDS, COUNTS, EMOJI, Scene
-from elip_models.pretraining.data.tasks.conditional_scenes import (
-    RELATIONS,
-    assign_emoji,
-    find_groups,
-    hide_group,
-    other_groups,
-    pick,
-    place_names,
-    related_pairs,
-    sample_scene_where,
-    sample_two_emoji,
-)
-from elip_models.pretraining.data.tasks.emoji_examples import EmojiExamples, SceneExample
+from elip_models.pretraining.data.scene_captions import at_place, in_words
+from elip_models.pretraining.data.scene_sampling import COUNTS, NAMES, Scene, hide_group
+from elip_models.pretraining.data.tasks.emoji_examples import EmojiExamples, ExampleSampler
 
 LABELS = ("entailment", "neutral", "contradiction")
+Hypothesis = tuple[str, str, tuple[Scene]]
 
 
-class Hypothesis(NamedTuple):
-    """A hypothesis; `sample` draws a scene, with one place hidden, for a given label."""
-
-    text: str
-    sample: Callable[[np.random.Generator, str], Scene]
-
-
-def _with_one(scene: Scene, number: int, name: str, label: str, rng: np.random.Generator) -> Scene:
-    """Return the scene for a label, where group `number` would show the emoji `name`."""
-    rest = other_groups(scene, rng, number)
-    if label == "entailment":
-        return hide_group(assign_emoji(scene, rng, {number: name}), rest[0])
+def _placed(sampler: ExampleSampler) -> Hypothesis:
+    (name,), place, label = sampler.names(1), sampler.place(), sampler.answer(LABELS)
+    count = 1 if sampler.clutter else sampler.text.choice(list(COUNTS))
+    names, shown = [name], count
     if label == "neutral":
-        return hide_group(assign_emoji(scene, rng, {}, absent=(name,)), number)
-    elsewhere = {rest[1]: name} if len(rest) > 1 and rng.integers(2) else {}
-    return hide_group(assign_emoji(scene, rng, elsewhere, absent=(name,)), rest[0])
-
-
-def _placed(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    name, place = pick(rng, EMOJI), pick(rng, place_names(clutter))
-
-    def sample(rng: np.random.Generator, label: str) -> Scene:
-        scene, number = sample_scene_where(rng, clutter, partial(find_groups, place=place))
-        return _with_one(scene, number, name, label, rng)
-
-    return Hypothesis(f"there is {with_article(name)} {at_place(place)}", sample)
-
-
-def _coloured(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    name, place, colour = (pick(rng, each) for each in (EMOJI, place_names(clutter), BACKGROUNDS))
-    text = f"{with_article(colour)} picture with {with_article(name)} {at_place(place)}"
-
-    def sample(rng: np.random.Generator, label: str) -> Scene:
-        scene, number = sample_scene_where(rng, clutter, partial(find_groups, place=place))
-        background = colour
-        if label == "contradiction" and rng.integers(2):
-            background = pick(rng, [other for other in BACKGROUNDS if other != colour])
-            label = "entailment"
-        scene = replace(scene, background=background)
-        return _with_one(scene, number, name, label, rng)
-
-    return Hypothesis(text, sample)
-
-
-def _related(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    (name, other), wanted = sample_two_emoji(rng), pick(rng, RELATIONS)
-
-    def pairs(scene: Scene) -> list[tuple[int, int]]:
-        """Return the related pairs of a scene in which a third group can be hidden."""
-        return related_pairs(scene, wanted) if len(scene.groups) > 2 else []
-
-    def sample(rng: np.random.Generator, label: str) -> Scene:
-        scene, pair = sample_scene_where(rng, clutter, pairs)
-        first, second = reversed(pair) if label == "contradiction" else pair
-        hidden = pick(rng, pair) if label == "neutral" else other_groups(scene, rng, *pair)[0]
-        return hide_group(assign_emoji(scene, rng, {first: name, second: other}), hidden)
-
-    return Hypothesis(f"the {name} is {wanted} the {other}", sample)
-
-
-def _counted(rng: np.random.Generator, clutter: int) -> Hypothesis:
-    name, place = pick(rng, EMOJI), pick(rng, place_names(clutter))
-    count = pick(rng, COUNTS)
+        names = []
+    elif label == "contradiction":  # another number, or another emoji there
+        if not sampler.clutter and sampler.rng.random() < 0.5:
+            shown = sampler.another(list(COUNTS), count)
+        else:
+            names = [sampler.another(NAMES, name), *[name] * sampler.rng.randint(0, 1)]
+    scene = sampler.scene(names=names, absent=[name], counts=[shown], place=place)
+    scene = hide_group(scene, 0 if label == "neutral" else len(scene.groups) - 1)
     verb = "is" if count == 1 else "are"
-
-    def sample(rng: np.random.Generator, label: str) -> Scene:
-        shown = count
-        if label == "contradiction" and rng.integers(2):
-            shown = pick(rng, [other for other in COUNTS if other != count])
-            label = "entailment"
-        choices = partial(find_groups, place=place, count=shown)
-        scene, number = sample_scene_where(rng, clutter, choices)
-        return _with_one(scene, number, name, label, rng)
-
-    return Hypothesis(f"there {verb} exactly {in_words(count, name)} {at_place(place)}", sample)
+    text = f"there {verb} exactly {in_words(count, name)} {at_place(place)}"
+    return text, label, (scene,)
 
 
-FORMS = (_placed, _coloured, _related, _counted)
-CLUTTER_FORMS = FORMS[:3]
-"""Forms for scenes with clutter, in which every place has one emoji."""
+def _related(sampler: ExampleSampler) -> Hypothesis:
+    names, side, label = sampler.names(2), sampler.side(), sampler.answer(LABELS)
+    text = f"the {names[0]} is {side} the {names[1]}"
+    scene = sampler.related(names[::-1] if label == "contradiction" else names, side, numbers=[3])
+    return text, label, (hide_group(scene, sampler.rng.randint(0, 1) if label == "neutral" else 2),)
 
 
 class EmojiEntailment(EmojiExamples):
@@ -124,13 +47,5 @@ class EmojiEntailment(EmojiExamples):
 
     name = "emoji_entailment"
     answers = LABELS
+    forms = (_placed, _related)
     turns = len(LABELS)
-    stream = 12
-
-    def _make_example(self, number: int, turn: int, rng: np.random.Generator) -> SceneExample:
-        forms = CLUTTER_FORMS if self.options.clutter else FORMS
-        hypothesis = forms[number % len(forms)](rng, self.options.clutter)
-        label = LABELS[turn]
-        return SceneExample(
-            hypothesis.text, {label: 1.0}, lambda rng: (hypothesis.sample(rng, label),)
-        )
