@@ -1,6 +1,7 @@
 """Evaluation during and after training."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,26 +40,25 @@ class Evaluation:
         self.scores: dict[str, Scores] = {}
         self.sources: dict[str, Source | ClassSource] = {}
         self.task = task_of(config)
-        family = family_of(config.model.name)
+        family, data = family_of(config.model.name), config.data
         requested = [name for name in PRETRAINING_TASKS if name in config.report]
         if self.task is None and not family.ranks and (config.eval_every or requested):
             raise ConfigError(
                 f"report: expected no {' or '.join(requested) or 'retrieval'}, and eval_every=0, "
                 f"for {family.__name__}, which has no features of images and texts alone to rank"
             )
-        task = self.task
-        if task is not None and config.data.validation is not None:
-            with as_config_error("data.validation", inner="spec"):
-                opened = task.open(config.data.validation, image_size=image_size)
-                self.sources[VALIDATION] = opened
-        if config.data.eval is not None:
-            name, opener = (task.name, task.open) if task else ("retrieval", open_source)
-            with as_config_error("data.eval", inner="spec"):
-                self.sources[name] = opener(config.data.eval, image_size=image_size)
-        if self.task is None and config.data.zero_shot is not None:
-            with as_config_error("data.zero_shot", inner="spec"):
-                opened = open_classes(config.data.zero_shot, image_size=image_size)
-                self.sources["zero_shot"] = opened
+
+        def add(name: str, key: str, opener: Callable[..., Source | ClassSource]) -> None:
+            if (spec := getattr(data, key)) is not None:
+                with as_config_error(f"data.{key}", inner="spec"):
+                    self.sources[name] = opener(spec, image_size=image_size)
+
+        if self.task is not None:
+            add(VALIDATION, "validation", self.task.open)
+            add(self.task.name, "eval", self.task.open)
+        else:
+            add("retrieval", "eval", open_source)
+            add("zero_shot", "zero_shot", open_classes)
         self.at_end = [name for name in self.sources if self.task or name in config.report]
 
     def due(self, step: int, total_steps: int, steps_per_epoch: float = math.inf) -> list[str]:
@@ -93,8 +93,8 @@ class Evaluation:
             self.config.optim.batch_size, data.num_workers, data.max_bad_share, progress
         )
         if self.task is not None:
-            found = self.task.evaluate(model, tokenizer, source, loading, self.answers)
-            self.scores[task] = replace(found, task=task)
+            scores = self.task.evaluate(model, tokenizer, source, loading, self.answers)
+            self.scores[task] = replace(scores, task=task)
         else:
             evaluate = PRETRAINING_TASKS[task]
             self.scores[task] = evaluate(model, tokenizer, source, **loading._asdict())

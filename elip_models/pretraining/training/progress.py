@@ -1,11 +1,7 @@
-"""The progress bar of a training run, and the time of its steps."""
+"""The progress bars of a training run, by rich."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-
-import torch
 
 from elip_models.pretraining.tasks.task import Progress as Callback
 from elip_models.validation import require_extra
@@ -20,9 +16,6 @@ with require_extra("elip_models.pretraining.training"):
         TextColumn,
         TimeRemainingColumn,
     )
-
-WARMUP_STEPS = 5
-"""First steps of a process, which are slower: the time of the others excludes them."""
 
 
 def progress_bar(console: Console) -> Progress:
@@ -46,22 +39,5 @@ def evaluation_bars(bars: Progress) -> Iterator[Callback]:
     try:
         yield update
     finally:
-        for each in shown.values():
-            bars.remove_task(each)
-
-
-class StepTimer:
-    """Measures the time of the steps after `first`."""
-
-    def __init__(self, first: int, device: torch.device) -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        self._first, self._start = first, time.perf_counter()
-
-    def seconds(self, step: int) -> float:
-        """Return the mean seconds of a step; `step` is the last one, and the device is idle."""
-        return (time.perf_counter() - self._start) / (step - self._first)
-
-    def left(self, step: int, total: int) -> timedelta:
-        """Return the expected time of the steps behind `step`, in whole seconds."""
-        return timedelta(seconds=round((total - step) * self.seconds(step)))
+        for task in shown.values():
+            bars.remove_task(task)

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.pretraining.tasks.retrieval import evaluate_retrieval
-from elip_models.pretraining.training.optimizers import make_optimizer
+from elip_models.pretraining.training.optim import make_optimizer
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
