@@ -1,5 +1,6 @@
 """The `accelerate.Accelerator` of a run, and a process group to wait in."""
 
+import logging
 import os
 from datetime import timedelta
 
@@ -42,6 +43,7 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
         )
     if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are intended
     return accelerator
 
 

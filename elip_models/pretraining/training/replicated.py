@@ -1,6 +1,5 @@
 """A model that each process holds in full: one process, or DistributedDataParallel."""
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -77,20 +76,8 @@ class ReplicatedModel:
 
     def save(self, folder: Path) -> None:
         """Write model, optimiser, average and random generators."""
-        with _no_warning_of_tied_weights():
-            self.accelerator.save_state(str(folder))
+        self.accelerator.save_state(str(folder))
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote."""
         self.accelerator.load_state(str(folder))
-
-
-@contextmanager
-def _no_warning_of_tied_weights() -> Iterator[None]:
-    logger = logging.getLogger("accelerate.utils.other")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
@@ -85,12 +84,6 @@ def selected_folder(folder: Path) -> tuple[Path, Selection | None]:
         return folder, _read(folder)
     best = folder / "best"
     return (best, _read(best)) if best.is_dir() else (folder / "model", None)
-
-
-def result_of(scores: TaskScores, selection: Selection, last: TaskScores) -> dict[str, Any]:
-    """Return the scores of the selected weights as JSON, with those of the last step."""
-    record = asdict(selection) | {"last": last.as_dict()["scores"]}
-    return scores.as_dict() | {"selection": record}
 
 
 def _read(folder: Path) -> Selection | None:

@@ -28,7 +28,7 @@ from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation, 
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
 from elip_models.pretraining.training.model import make_model
 from elip_models.pretraining.training.optim import learning_rate
-from elip_models.pretraining.training.progress import evaluation_bars, progress_bar
+from elip_models.pretraining.training.progress import progress_bar
 from elip_models.pretraining.training.provenance import run_provenance
 from elip_models.pretraining.training.replicated import ReplicatedModel
 from elip_models.pretraining.training.result import TrainResult
@@ -310,8 +310,15 @@ class Trainer:
     def _evaluate_one(self, task: str, model: PretrainedModel) -> Scores:
         samples = len(self.evaluation.sources[task])
         self.console.print(f"evaluating {task} on {samples} samples")
-        with evaluation_bars(self.bars) as progress:
-            return self.evaluation.run(task, model, self.tokenizer, progress)
+        bar = self.bars.add_task("", total=samples, unit="sample")
+
+        def show(unit: str, done: int, total: int) -> None:
+            self.bars.update(bar, unit=unit, completed=done, total=total)
+
+        try:
+            return self.evaluation.run(task, model, self.tokenizer, show)
+        finally:
+            self.bars.remove_task(bar)
 
     def _wait_for_main(self) -> None:
         if self.barrier_group is not None:
