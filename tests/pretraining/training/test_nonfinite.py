@@ -1,50 +1,12 @@
 """Steps that are not finite are skipped and counted; too many in a row end the run."""
 
-import copy
-
 import pytest
 import torch
 
-from elip_models.pretraining.training.optim import skip_nonfinite_step_, step_
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import TrainingError
 from tests.helpers.tiny_run import logged, own_process, tiny_config
-
-
-def trained(fused):
-    """Return a layer and its optimiser after a step, with gradients for the next one."""
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 3)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
-    layer(torch.randn(2, 4)).square().sum().backward()
-    optimizer.step()
-    return layer, optimizer
-
-
-def state_of(layer, optimizer):
-    return copy.deepcopy([layer.state_dict(), optimizer.state_dict()["state"]])
-
-
-def step_as_on_a_gpu(optimizer, norm):
-    """A fused optimiser skips the step itself, so that the host does not wait for the norm."""
-    skip_nonfinite_step_(optimizer, norm)
-    optimizer.step()
-
-
-@pytest.mark.parametrize("norm", [float("nan"), float("inf"), 1.0])
-@pytest.mark.parametrize("fused", [False, True])
-def test_only_a_nonfinite_step_is_skipped(fused, norm):
-    layer, optimizer = trained(fused)
-    expected = state_of(layer, optimizer)
-    if norm == 1:
-        other = trained(fused)
-        other[1].step()
-        expected = state_of(*other)
-    else:
-        layer.weight.grad.fill_(norm)
-    (step_as_on_a_gpu if fused else step_)(optimizer, torch.tensor(norm))
-    torch.testing.assert_close(state_of(layer, optimizer), expected, rtol=0, atol=0)
 
 
 def with_losses(monkeypatch, spoilt):

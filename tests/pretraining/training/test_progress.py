@@ -6,7 +6,6 @@ import re
 import pytest
 from rich.console import Console
 
-from elip_models.pretraining.training.progress import evaluation_bars, progress_bar
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.summary import print_plan, print_summary
 from elip_models.pretraining.training.trainer import train
@@ -72,14 +71,3 @@ def test_a_run_prints_steps_and_the_start_of_each_part(tmp_path, is_terminal):
     assert ("step 6/7  loss" in text) is not is_terminal
     assert re.search(r"images/s.* left", text)
     assert ("sample  0/10" in text) is is_terminal
-
-
-def test_a_bar_for_each_unit_of_an_evaluation_goes_at_its_end():
-    with progress_bar(recording_console(force_terminal=True)) as bars:
-        bars.add_task("", total=7, completed=6, unit="step")
-        with evaluation_bars(bars) as progress:
-            for unit, done, total in [("sample", 0, 4), ("sample", 4, 4), ("query", 1, 8)]:
-                progress(unit, done, total)
-            shown = [(each.fields["unit"], each.completed, each.total) for each in bars.tasks]
-            assert shown == [("step", 6, 7), ("sample", 4, 4), ("query", 1, 8)]
-        assert len(bars.tasks) == 1
