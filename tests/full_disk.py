@@ -8,14 +8,13 @@ of a run that nothing disturbed.
 
 import argparse
 import errno
-import importlib
 import os
+import pkgutil
 import resource
 import subprocess
 import sys
 import traceback
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import NamedTuple
@@ -24,7 +23,6 @@ import torch
 
 from elip_models import cli
 from elip_models.pretraining.training import report
-from elip_models.pretraining.training.run_folder import RunFolder
 from tests.helpers.tiny_run import logged, tiny_arguments
 
 OPTIONS = ("optim.steps=6", "checkpoint_every=2", "trackers=[tensorboard]")
@@ -40,25 +38,17 @@ class Moment(NamedTuple):
     report: str = ""
 
 
-FOLDER = "elip_models.pretraining.training.run_folder:RunFolder"
 SAVE = "accelerate.checkpointing:save"  # of a checkpoint: weights, optimiser
 MOMENTS = {
-    "tokenizer": Moment(f"{FOLDER}.train_tokenizer"),
-    "recipe": Moment(f"{FOLDER}.record_start"),
-    "first row": Moment(f"{FOLDER}.append_row"),
-    "later row": Moment(f"{FOLDER}.append_row", 4),
-    "tensorboard": Moment("accelerate:Accelerator.log", 3),
+    "tokenizer": Moment("transformers:PreTrainedTokenizerBase.save_pretrained"),
+    "row": Moment("accelerate:Accelerator.log", 3),
+    "first checkpoint": Moment(SAVE, 1),
     "weights": Moment(SAVE, 3, left=20480),
     "optimizer": Moment(SAVE, 4, left=20480),
     "random states": Moment("accelerate.checkpointing:torch.save", 4),
-    "first checkpoint": Moment(SAVE, 1),
-    "manifest": Moment("elip_models.pretraining.training.run_checkpoints:_digest", 2),
-    "rename": Moment("elip_models.pretraining.training.run_checkpoints:os.replace", 2),
-    "model": Moment(
-        "elip_models.pretraining.models.base:PretrainedModel.save_pretrained", left=20480
-    ),
-    "saved tokenizer": Moment("elip_models.pretraining.models.base:write_json"),
-    "timing": Moment("elip_models.pretraining.training.report:_timing_table", report="timing"),
+    "rename": Moment("os:replace", 2),
+    "model": Moment("elip_models.pretraining.models.base:PretrainedModel.save_pretrained"),
+    "timing": Moment("elip_models.pretraining.training.report:write_json", report="timing"),
     "picture": Moment("elip_models.pretraining.training.report:draw_reduction", report="picture"),
 }
 
@@ -78,25 +68,14 @@ def fill(folder, left):
         file.truncate(max(0, file.tell() - left))
 
 
-def run_with(name, folder, arguments):
-    """Run a command in this process, whose disk is full from a moment on, if one is named."""
-    if name is not None:
-        fill_at(MOMENTS[name], folder)
-    report.ROUNDS = 1
-    cli.main(arguments)
-
-
 def fill_at(moment, folder):
     """Fill the disk before a call of a function."""
-    module, _, path = moment.function.partition(":")
-    *owners, name = path.split(".")
-    owner = importlib.import_module(module)
-    for each in owners:
-        owner = getattr(owner, each)
+    owner, _, name = moment.function.replace(":", ".").rpartition(".")
+    owner = pkgutil.resolve_name(owner)
     function, calls = getattr(owner, name), []
+    is_rename = name == "replace"
 
     def filling(*positional, **named):
-        is_rename = name == "replace"
         if not is_rename or Path(positional[1]).name.startswith("step_"):
             calls.append(name)
         if len(calls) == moment.call:
@@ -110,50 +89,47 @@ def fill_at(moment, folder):
 
 def elip(folder, *options, moment=None):
     """Status and standard error of a run, in a forked process, since imports take seconds."""
-    arguments = tiny_arguments(folder / "run", *OPTIONS, *options)
     with TemporaryFile("w+") as said:
         process = os.fork()
         if process == 0:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
-            _end_with(partial(run_with, moment, folder, arguments))
+            status = 1
+            try:
+                report.ROUNDS = 1
+                if moment is not None:
+                    fill_at(MOMENTS[moment], folder)
+                cli.main(tiny_arguments(folder / "run", *OPTIONS, *options))
+            except SystemExit as exit:
+                status = exit.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
         _, status = os.waitpid(process, 0)
         said.seek(0)
         return os.waitstatus_to_exitcode(status), said.read()
 
 
-def _end_with(run):
-    status = 1
-    try:
-        run()
-    except SystemExit as exit:
-        status = exit.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def check(folder, name, whole):
     """A disk that is full at a moment; returns the line that was printed."""
-    moment = MOMENTS[name]
-    reports = [f"report=[{moment.report}]"]
+    reports = [f"report=[{MOMENTS[name].report}]"]
     status, said = elip(folder, *reports, moment=name)
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     if status != 2 or len(errors) != 1 or str(folder) not in errors[0] or "Traceback" in said:
         raise AssertionError(f"{name}: exit status {status}: {said[-3000:]}")
     (folder / "filler").unlink(missing_ok=True)
-    found = RunFolder(folder / "run").checkpoints
-    is_saved = name not in ("tokenizer", "recipe", "first row", "first checkpoint")
-    assert (found.latest() is not None) == is_saved, f"{name}: {found.latest()} is the last"
+    checkpoints = folder / "run" / "checkpoints"
+    is_saved = name not in ("tokenizer", "first checkpoint")
+    assert any(checkpoints.glob("step_*")) == is_saved, f"{name}: {list(checkpoints.iterdir())}"
     status, said = elip(folder, *reports, "--resume")
     assert status == 0, f"{name}: not resumed: {said[-3000:]}"
     pairs = folder / "run", whole / "run"
-    weights = [(each / "model" / "model.safetensors").read_bytes() for each in pairs]
-    rows = [logged(each, "loss", "step") for each in pairs]
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in pairs]
+    rows = [logged(run, "loss", "step") for run in pairs]
     assert weights[0] == weights[1] and rows[0] == rows[1], f"{name}: other losses or weights"
-    assert not list(found.path.glob(".*")), f"{name}: a checkpoint is left half-written"
+    assert not list(checkpoints.glob(".*")), f"{name}: a checkpoint is left half-written"
     return errors[0]
 
 

@@ -1,9 +1,11 @@
 """Reading and writing of model files: writes are atomic, and errors name the file."""
 
+import hashlib
 import json
 import math
 import os
 import reprlib
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +57,60 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def unfinished(path: Path) -> Path:
+    """Return the hidden name under which the folder `path` is written, before `publish`."""
+    return path.with_name(f".{path.name}")
+
+
+def publish(path: Path) -> None:
+    """Give the folder `unfinished(path)` its name, when its files are on the disk.
+
+    It replaces a folder with this name. `restore_replaced` undoes a replacement that was killed.
+    """
+    hidden, replaced = unfinished(path), _replaced(path)
+    for entry in (*hidden.rglob("*"), hidden):
+        sync(entry)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        os.replace(path, replaced)
+    os.replace(hidden, path)
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(path: Path) -> None:
+    """Restore the folder `path` if `publish` was killed, and remove what it left half-written."""
+    if _replaced(path).exists() and not path.exists():
+        os.replace(_replaced(path), path)
+    for leftover in (unfinished(path), _replaced(path)):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def sha256_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder and its subfolders, by its relative path."""
+    files = sorted(entry for entry in folder.rglob("*") if entry.is_file())
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+
+
+def damage_of(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """Describe the first file that `sha256_of` would not return so; None if there is none."""
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:

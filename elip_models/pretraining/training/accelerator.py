@@ -1,9 +1,6 @@
-"""The `accelerate.Accelerator` of a run, and a process group to wait in.
+"""The `accelerate.Accelerator` of a run, and a process group to wait in."""
 
-DistributedDataParallel does not broadcast buffers. The largest one, the queue of features, is
-already equal on every rank.
-"""
-
+import logging
 import os
 from datetime import timedelta
 
@@ -18,7 +15,6 @@ with require_extra("elip_models.pretraining.training"):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-MAX_WAIT = timedelta(days=7)
 NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -27,7 +23,13 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
 
     Raises ConfigError for an unknown precision or tracker, or restarts by torchrun that could hang.
     """
-    _check_restarts()
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and is_shared and os.environ.get(NO_SHARED_STORE) != "1":  # torch 2.13
+        raise ConfigError(
+            f"torchrun: expected {NO_SHARED_STORE}=1 in the environment with "
+            f"--max-restarts={restarts}, or restarted processes may wait forever"
+        )
     optim = config.optim
     with as_config_error("optim.precision or trackers"):
         accelerator = Accelerator(
@@ -35,11 +37,13 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
             mixed_precision="no" if optim.precision == "fp32" else optim.precision,
             gradient_accumulation_steps=optim.grad_accumulation,
             log_with=list(config.trackers) or None,
+            # the largest buffer, the queue of features, is already equal on every rank
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             project_config=ProjectConfiguration(str(folder.path), str(folder.tensorboard)),
         )
     if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are intended
     return accelerator
 
 
@@ -51,15 +55,4 @@ def make_barrier_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None"
     """
     if accelerator.num_processes == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=MAX_WAIT)
-
-
-def _check_restarts() -> None:
-    """Raise ConfigError if restarted processes would find addresses of ended ones (torch 2.13)."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if restarts and is_shared and os.environ.get(NO_SHARED_STORE) != "1":
-        raise ConfigError(
-            f"torchrun: expected {NO_SHARED_STORE}=1 in the environment with "
-            f"--max-restarts={restarts}, or restarted processes may wait forever"
-        )
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))

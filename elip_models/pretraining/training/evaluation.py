@@ -39,14 +39,14 @@ class Evaluation:
         self.scores: dict[str, TaskScores] = {}
         self.sources: dict[str, Source | ClassSource] = {}
         self.task = task_of(config)
-        family = family_of(config.model.name)
+        family, data = family_of(config.model.name), config.data
         requested = [name for name in PRETRAINING_TASKS if name in config.report]
         if self.task is None and not family.ranks and (config.eval_every or requested):
             raise ConfigError(
                 f"report: expected no {' or '.join(requested) or 'retrieval'}, and eval_every=0, "
                 f"for {family.__name__}, which has no features of images and texts alone to rank"
             )
-        task, data = self.task, config.data
+        task = self.task
         if task is None:
             self.evaluations = PRETRAINING_TASKS
             specs = {"eval": ("retrieval", data.eval), "zero_shot": ("zero_shot", data.zero_shot)}

@@ -29,20 +29,18 @@ class LossLog:
     def __init__(self, accelerator: "Accelerator", *, max_nonfinite: int) -> None:
         self.accelerator, self.max_nonfinite = accelerator, max_nonfinite
         self.names: tuple[str, ...] = ()
-        self.losses: list[Tensor] = []  # of each step, (len(names),)
-        self.norms: list[Tensor] = []
+        self.pending: list[Tensor] = []  # of each step: its losses, then the norm of its gradient
         self.skipped, self.in_a_row = 0, 0
-        self.last: dict[str, float] = {}  # losses of the last finite step
+        self.last: dict[str, float] = {}  # losses and norm of the last finite step
 
     def __len__(self) -> int:
-        return len(self.losses)
+        return len(self.pending)
 
     def add(self, batches: list[dict[str, Tensor]], grad_norm: Tensor) -> None:
         """Store the losses of a step's batches and the norm of its gradient."""
         self.names = tuple(batches[0])
-        stacked = [torch.stack([losses[name] for name in self.names]) for losses in batches]
-        self.losses.append(torch.stack(stacked).mean(0))
-        self.norms.append(grad_norm)
+        means = torch.stack([torch.stack(tuple(losses.values())) for losses in batches]).mean(0)
+        self.pending.append(torch.cat([means, grad_norm.reshape(1)]).float())
 
     def read(self, step: int) -> dict[str, float]:
         """Read the pending steps back, with one synchronisation, when `step` steps are done.
@@ -51,30 +49,23 @@ class LossLog:
         `nonfinite`, the number of skipped steps, if there are any. `max_nonfinite` steps in a row
         raise TrainingError. With a gradient scaler only the losses have to be finite.
         """
-        losses, norms = torch.stack(self.losses).float(), torch.stack(self.norms).float()
-        losses = self.accelerator.reduce(losses, "mean")
-        finite = losses.isfinite().all(1)
-        if self.accelerator.scaler is None:
-            finite &= norms.isfinite()
-        first = step - len(self) + 1
-        rows = zip(finite.tolist(), losses.tolist(), norms.tolist(), strict=True)
-        for number, (is_finite, values, norm) in enumerate(rows, first):
-            named = dict(zip(self.names, values, strict=True))
+        values = self.accelerator.reduce(torch.stack(self.pending), "mean")  # norms are equal
+        checked = values if self.accelerator.scaler is None else values[:, :-1]
+        rows = zip(checked.isfinite().all(1).tolist(), values.tolist(), strict=True)
+        for number, (is_finite, row) in enumerate(rows, step - len(self) + 1):
+            losses = dict(zip((*self.names, "grad_norm"), row, strict=True))
             if is_finite:
-                self.in_a_row = 0
-                self.last = named | {"grad_norm": norm}
-            else:
-                self.in_a_row += 1
-                self.skipped += 1
+                self.in_a_row, self.last = 0, losses
+                continue
+            self.in_a_row += 1
+            self.skipped += 1
             if self.in_a_row >= self.max_nonfinite:
-                shown = ", ".join(f"{n.replace('_', ' ')} {loss:.4g}" for n, loss in named.items())
+                shown = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in losses.items())
                 raise TrainingError(
-                    f"step {number}, the last of {self.in_a_row} in a row: {shown}, gradient norm "
-                    f"{norm:.4g}: not finite; lower optim.lr, lengthen optim.warmup_steps, or set "
-                    "optim.max_grad_norm or optim.precision; --resume continues from the last "
-                    "checkpoint"
+                    f"step {number}, the last of {self.in_a_row} in a row: {shown}: not finite; "
+                    "lower optim.lr, lengthen optim.warmup_steps, or set optim.max_grad_norm or "
+                    "optim.precision; --resume continues from the last checkpoint"
                 )
-        self.losses.clear()
-        self.norms.clear()
+        self.pending.clear()
         nonfinite = {"nonfinite": self.skipped} if self.skipped else {}
-        return {name: math.nan for name in self.names} | self.last | nonfinite
+        return dict.fromkeys(self.names, math.nan) | self.last | nonfinite

@@ -1,6 +1,5 @@
 """A model that each process holds in full: one process, or DistributedDataParallel."""
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.training.optimizers import make_optimizer, step_
+from elip_models.pretraining.training.optim import make_optimizer, step_
 from elip_models.pretraining.training.run_config import OptimConfig
 from elip_models.validation import as_config_error
 
@@ -29,17 +28,15 @@ class ReplicatedModel:
         self.accelerator = accelerator
         with as_config_error("optim"):
             optimizer = make_optimizer(model, optim)
-        self.average = None if optim.ema is None else self._make_average(model, optim.ema)
+        self.average = None
+        if optim.ema is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema))
+            self.average.module.to(accelerator.device)  # the count of steps stays on the host
+            accelerator.register_for_checkpointing(self.average)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.model: PretrainedModel = accelerator.unwrap_model(self.wrapped)
         backend = "inductor" if optim.compile is True else optim.compile
         self.compiled = torch.compile(self.wrapped, backend=backend) if backend else self.wrapped
-
-    def _make_average(self, model: PretrainedModel, decay: float) -> AveragedModel:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        average.module.to(self.accelerator.device)  # the count of steps stays on the host
-        self.accelerator.register_for_checkpointing(average)
-        return average
 
     def forward(self, **tensors: Tensor) -> Any:
         """Return the model's output in the precision of the run."""
@@ -84,17 +81,3 @@ class ReplicatedModel:
     def load(self, folder: Path) -> None:
         """Load what `save` wrote."""
         self.accelerator.load_state(str(folder))
-
-    @contextmanager
-    def expected_warnings_ignored(self) -> Iterator[None]:
-        """Ignore accelerate's warning about tied weights, which are intended."""
-        logger = logging.getLogger("accelerate.utils.other")
-
-        def is_unexpected(record: logging.LogRecord) -> bool:
-            return "Removed shared tensor" not in record.getMessage()
-
-        logger.addFilter(is_unexpected)
-        try:
-            yield
-        finally:
-            logger.removeFilter(is_unexpected)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from elip_models.analysis.visualize import draw_reduction, patch_grid
 from elip_models.pretraining.data import (
@@ -49,52 +48,39 @@ class Reporter:
         source: Source,
         output_dir: Path,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.source = source
+        self.model, self.tokenizer, self.source = model, tokenizer, source
         self.output_dir = output_dir
         self.device = next(model.parameters()).device
         self.strategy = model.elip_strategy()
 
+    @torch.no_grad()
     def picture(self, count: int = 5) -> Path:
         """Write `kept_tokens.png`: patches kept by each stage, CLS attention and captions."""
-        images, captions, guidance = self._guided_batch(count)
-        tower = self.model.tower
-        with torch.no_grad(), ignore_slow_scorers():
-            _, infos = run_tower(tower, images, guidance, self.strategy)
-        mean, std = (torch.tensor(v)[:, None, None] for v in self.model.image_stats())
-        pixels = (images.cpu() * std + mean).clamp(0, 1)
-        path = self.output_dir / "kept_tokens.png"
-        return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
-
-    def timing(self, console: Console, batch_size: int) -> Path:
-        """Time the image tower, dense and reduced; print a table and write `timing.json`."""
-        reduction = self.model.reduction
-        strategy = self.strategy if isinstance(reduction, Dense) else reduction
-        console.print("timing the image tower, dense and reduced")
-        tower, compared = self.model.visual, {strategy.name: strategy}
-        rows = profile_model("image tower", tower, compared, batch_size=batch_size, rounds=ROUNDS)
-        report = {
-            **measured_on(self.device),
-            "rounds": ROUNDS,
-            "memory_is": memory_kind(self.device),
-            "rows": [asdict(row) for row in rows],
-        }
-        console.print(_timing_table(rows, strategy, memory_kind(self.device)))
-        path = self.output_dir / "timing.json"
-        write_json(path, report)
-        return path
-
-    @torch.no_grad()
-    def _guided_batch(self, count: int) -> tuple[Tensor, list[str], Tensor]:
-        """Return images, captions and guidance (B, D) of the first `count` readable samples."""
-        config = self.model.config
+        config, tower = self.model.config, self.model.tower
         transform = image_transform(config.image_size, train=False, resize=config.resize)
         report = SkipReport(1.0, length=len(self.source))  # training has checked the share already
         batch = next(evaluation_batches(self.source, transform, count, report=report))
         captions = [several[0] for several in batch.captions]
         guidance = self.model.encode_captions(self.tokenizer, captions)
-        return batch.images.to(self.device), captions, guidance
+        with ignore_slow_scorers():
+            _, infos = run_tower(tower, batch.images.to(self.device), guidance, self.strategy)
+        mean, std = (torch.tensor(v)[:, None, None] for v in self.model.image_stats())
+        pixels = (batch.images * std + mean).clamp(0, 1)
+        path = self.output_dir / "kept_tokens.png"
+        return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
+
+    def timing(self, console: Console, batch_size: int) -> Path:
+        """Time the image tower, dense and reduced; print a table and write `timing.json`."""
+        reduction, memory = self.model.reduction, memory_kind(self.device)
+        strategy = self.strategy if isinstance(reduction, Dense) else reduction
+        console.print("timing the image tower, dense and reduced")
+        tower, compared = self.model.visual, {strategy.name: strategy}
+        rows = profile_model("image tower", tower, compared, batch_size=batch_size, rounds=ROUNDS)
+        console.print(_timing_table(rows, strategy, memory))
+        report = {**measured_on(self.device), "rounds": ROUNDS, "memory_is": memory}
+        path = self.output_dir / "timing.json"
+        write_json(path, report | {"rows": [asdict(row) for row in rows]})
+        return path
 
 
 def _timing_table(rows: Sequence[ProfileRow], strategy: Strategy, memory: str) -> Table:
@@ -104,10 +90,8 @@ def _timing_table(rows: Sequence[ProfileRow], strategy: Strategy, memory: str) -
         caption += "; guided by random texts"
         if getattr(strategy, "without_text", None) == "dense":
             caption += "; without a text, nothing is reduced"
-    batch = rows[0].batch_size
-    table = Table(title=f"image tower, batch {batch}: relative to dense", caption=caption)
-    for name in (strategy.name, "tokens", "FLOPs", "time", "memory"):
-        table.add_column(name, no_wrap=True)
+    title = f"image tower, batch {rows[0].batch_size}: relative to dense"
+    table = Table(strategy.name, "tokens", "FLOPs", "time", "memory", title=title, caption=caption)
     for row in rows:
         if row.strategy != DENSE:
             figures = (row.retained, row.flops_ratio, row.time_ratio, row.memory_ratio)

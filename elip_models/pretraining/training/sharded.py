@@ -6,8 +6,8 @@
                 weight that two passes share would get its gradient too late for FSDP
     checkpoint  each process writes its shards, by torch.distributed.checkpoint
 
-accelerate handles ranks, device, accumulation, trackers and random generators. To evaluate and to
-save, the main process gathers the weights into a copy of the model in host memory.
+accelerate's FSDP2 plugin takes no scalar parameters and no CPUs: PyTorch shards the model.
+accelerate handles ranks, device, accumulation, trackers and random generators.
 """
 
 import copy
@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.momentum_model import DistilledModel
 from elip_models.pretraining.models.registry import family_of
-from elip_models.pretraining.training.optimizers import make_optimizer, step_
+from elip_models.pretraining.training.optim import make_optimizer, step_
 from elip_models.pretraining.training.run_config import OptimConfig, RunConfig
 from elip_models.validation import ConfigError, as_config_error, require_extra
 
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LAYERS = (Block, BertLayer, CLIPEncoderLayer)
-SHARDS_FOLDER = "shards"
-"""Name of the folder inside a checkpoint."""
 
 
 def check_sharding(config: RunConfig, num_processes: int) -> None:
@@ -58,29 +56,19 @@ def check_sharding(config: RunConfig, num_processes: int) -> None:
     optim = config.optim
     with as_config_error("model.name"):
         family = family_of(config.model.name, config.task)
-    if num_processes == 1:
-        raise ConfigError(
-            "optim.shard: expected false on one process, which has nothing to share, got true; "
-            "start several with torchrun --nproc-per-node"
-        )
-    if issubclass(family, DistilledModel):
-        raise ConfigError(
-            f"optim.shard: expected false for {family.__name__}, whose momentum encoders need "
-            "gathered weights, which FSDP frees, got true; CLIP and METER can be sharded"
-        )
-    unsupported = {
-        "precision": ("'fp32' or 'bf16'", "the gradient scaler would check only one shard"),
-        "name": ("'adamw' or 'lion'", "Muon makes whole matrices orthogonal, not shards"),
-        "ema": ("null", "the average needs a whole model"),
-        "compile": ("false", "compiled shards are not tested"),
+    is_distilled = issubclass(family, DistilledModel)
+    problems = {
+        "one process has nothing to share: start several by torchrun": num_processes == 1,
+        f"the momentum encoders of {family.__name__} need gathered weights": is_distilled,
+        "optim.precision=fp16: the gradient scaler would check one shard": optim.precision
+        == "fp16",
+        "optim.name=muon makes whole matrices orthogonal, not shards": optim.name == "muon",
+        "optim.ema: the average needs a whole model": optim.ema is not None,
+        "optim.compile: compiled shards are not tested": bool(optim.compile),
     }
-    given = optim.precision == "fp16", optim.name == "muon", optim.ema is not None, optim.compile
-    for is_given, (name, (expected, reason)) in zip(given, unsupported.items(), strict=True):
-        if is_given:
-            raise ConfigError(
-                f"optim.{name}: expected {expected} with optim.shard=true, as {reason}, got "
-                f"{getattr(optim, name)!r}"
-            )
+    for problem, is_present in problems.items():
+        if is_present:
+            raise ConfigError(f"optim.shard: expected false, got true, but {problem}")
 
 
 class ShardedModel:
@@ -95,14 +83,18 @@ class ShardedModel:
         self.accelerator = accelerator
         self.copy = copy.deepcopy(model) if accelerator.is_main_process else None
         self.model = model
-        self.scalars = shard_(model, accelerator.device)
+        self.scalars = _shard_(model, accelerator.device)
         with as_config_error("optim"):
             self.optimizer = make_optimizer(model, optim)
         _separate_groups_(self.optimizer)
 
     def forward(self, **tensors: Tensor) -> Any:
         """Return the model's output in the precision of the run."""
-        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+        with (
+            self.accelerator.autocast(AutocastKwargs(cache_enabled=False)),
+            warnings.catch_warnings(),
+        ):  # no output is changed in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
             return self.model(**tensors)
 
     def accumulate(self) -> AbstractContextManager[None]:
@@ -111,10 +103,10 @@ class ShardedModel:
 
     def step_(self, max_norm: float | None) -> Tensor:
         """Clip the gradients and take a step, as `ReplicatedModel.step_` does."""
-        for each in self.scalars:
-            if each.grad is not None:
-                each.grad = self.accelerator.reduce(each.grad, "mean")
-        grad_norm = clip_grad_norm_(self.model, math.inf if max_norm is None else max_norm)
+        for scalar in self.scalars:
+            if scalar.grad is not None:
+                scalar.grad = self.accelerator.reduce(scalar.grad, "mean")
+        grad_norm = _clip_grad_norm_(self.model, math.inf if max_norm is None else max_norm)
         step_(self.optimizer, grad_norm)
         self.optimizer.zero_grad()
         self.model.clamp_temperature_()
@@ -142,53 +134,44 @@ class ShardedModel:
     def save(self, folder: Path) -> None:
         """Write the shards of model and optimiser, and the random generators of each process."""
         self.accelerator.save_state(str(folder))
-        dcp.save(self._state(), checkpoint_id=folder / SHARDS_FOLDER)
+        dcp.save(self._state(), checkpoint_id=folder / "shards")
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote."""
         state = self._state()
-        dcp.load(state, checkpoint_id=folder / SHARDS_FOLDER)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        dcp.load(state, checkpoint_id=folder / "shards")
+        states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **states)
         self.accelerator.load_state(str(folder))
-
-    @contextmanager
-    def expected_warnings_ignored(self) -> Iterator[None]:
-        """Ignore FSDP2's warning about outputs that are views: no output is changed in place."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-            yield
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}
 
 
-def shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
+def _shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
     """Shard each transformer layer, then the model; return the scalars, which stay whole."""
     for module in model.modules():
         if isinstance(module, LAYERS):
             fully_shard(module)
-    scalars = [each for each in model.parameters() if each.ndim == 0]
+    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
     fully_shard(model, ignored_params=set(scalars))
-    for each in scalars:
-        each.data = each.data.to(device)
+    for scalar in scalars:
+        scalar.data = scalar.data.to(device)
     return scalars
 
 
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+def _split(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return shards and whole parameters, which cannot be mixed in one operation; no empty list."""
+    shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    return [group for group in (shards, whole) if group]
+
+
+def _clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Clip gradients, some of which are shards, and return their norm before clipping."""
-    given = [each for each in model.parameters() if each.grad is not None]
-    groups = [
-        [each for each in given if isinstance(each, DTensor) == is_shard]
-        for is_shard in (True, False)
-    ]
-    groups = [group for group in groups if group]
-    norms = [get_total_norm([each.grad for each in group]) for group in groups]
+    groups = _split([p for p in model.parameters() if p.grad is not None])
+    norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     grad_norm = torch.linalg.vector_norm(torch.stack(whole))
     for group in groups:
@@ -200,7 +183,5 @@ def _separate_groups_(optimizer: Optimizer) -> None:
     """Split groups into shards and whole parameters, which fused optimisers cannot mix."""
     groups, optimizer.param_groups = optimizer.param_groups, []
     for group in groups:
-        for is_shard in (True, False):
-            chosen = [each for each in group["params"] if isinstance(each, DTensor) == is_shard]
-            if chosen:
-                optimizer.add_param_group(group | {"params": chosen})
+        for parameters in _split(group["params"]):
+            optimizer.add_param_group(group | {"params": parameters})

@@ -1,10 +1,5 @@
-"""Handling of SIGTERM and SIGINT: a run ends between two steps, after one more checkpoint.
+"""Handling of SIGTERM and SIGINT: a run ends between two steps, after one more checkpoint."""
 
-A second signal ends the process at once. So does a checkpoint that takes longer than `GRACE_PERIOD`
-seconds, because a scheduler or `torchrun` kills the process soon after.
-"""
-
-import os
 import signal
 import threading
 from types import FrameType
@@ -16,11 +11,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRACE_PERIOD = 60.0  # seconds
 
 
 class StopSignal:
-    """A context manager that stores the first signal, and restores the handlers at its end.
+    """A context manager that stores the first signal; a second one has its usual effect.
 
     It stores none outside the main thread, because Python calls handlers only there.
     """
@@ -28,7 +22,6 @@ class StopSignal:
     def __init__(self) -> None:
         self.signal: int | None = None  # its number
         self._before: dict[int, Any] = {}
-        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -38,8 +31,6 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._timer is not None:
-            self._timer.cancel()  # the checkpoint is complete
 
     def received(self, accelerator: "Accelerator", *, may_wait: bool) -> bool:
         """Return whether a signal was received by this process or, of several, by any.
@@ -54,9 +45,5 @@ class StopSignal:
         return self.signal is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
         self.signal = number
-        self._timer = threading.Timer(GRACE_PERIOD, os._exit, (128 + number,))
-        self._timer.daemon = True
-        self._timer.start()
+        self.__exit__()

@@ -1,5 +1,6 @@
 """What `elip train` prints before and after a run, and writes after it."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from elip_models.integrations.peft.adapt import trainable_counts
@@ -8,7 +9,6 @@ from elip_models.pretraining.tasks.tables import score_table
 from elip_models.pretraining.training.errors import as_write_error
 from elip_models.pretraining.training.result import TrainResult
 from elip_models.pretraining.training.run_config import RunConfig
-from elip_models.pretraining.training.selection import result_of
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.reduction.summary import Summary
 from elip_models.saving.files import write_json
@@ -63,7 +63,8 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
     names = ("model", *(["best"] if result.selection else []), "metrics.jsonl")
     files = [result.output_dir / name for name in names]
     with as_write_error(result.output_dir):
-        files += _write_reports(config, result, console)
+        write = _write_reports if config.task is None else _write_scores
+        files += write(config, result, console)
     summary = Table.grid(padding=(0, 2))
     summary.add_row("steps", str(result.step))
     summary.add_row("loss", f"{result.loss:.4f}")
@@ -83,8 +84,7 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
 
 
 def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
-    if config.task is not None:
-        return _write_task_files(config, result, console)
+    """Write the time of the image tower and the picture of a pre-trained model."""
     if not {"timing", "picture"} & set(config.report):
         return []
     from elip_models.pretraining.training.report import Reporter
@@ -99,15 +99,17 @@ def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> 
     return files
 
 
-def _write_task_files(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
+def _write_scores(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
+    """Write the scores and the picture of a fine-tuned model."""
     scores = result.task_scores
     if scores is None:
         return []
     files = [result.output_dir / "scores.json"]
-    if result.selection is None:
-        scores.write(files[0])
-    else:
-        write_json(files[0], result_of(scores, result.selection, result.last_scores))
+    content = scores.as_dict()
+    if result.selection is not None:
+        last = result.last_scores.as_dict()["scores"]
+        content["selection"] = asdict(result.selection) | {"last": last}
+    write_json(files[0], content)
     if "picture" in config.report and scores.predictions:
         from elip_models.pretraining.tasks.predictions import draw_predictions
 

@@ -8,16 +8,18 @@ and resumed computes the same as one that was not. A stream continues at the sta
 
 import math
 import signal
-from collections.abc import Sequence
+import time
+from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from elip_models.integrations.peft.adapt import trainable_counts
-from elip_models.pretraining.data import ExampleSource, Source, StreamSource
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import family_of
 from elip_models.pretraining.training.accelerator import make_accelerator, make_barrier_group
@@ -26,15 +28,9 @@ from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation, 
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
 from elip_models.pretraining.training.model import make_model
 from elip_models.pretraining.training.optim import learning_rate
-from elip_models.pretraining.training.progress import (
-    WARMUP_STEPS,
-    StepTimer,
-    evaluation_bars,
-    progress_bar,
-)
+from elip_models.pretraining.training.progress import progress_bar
 from elip_models.pretraining.training.provenance import run_provenance
 from elip_models.pretraining.training.replicated import ReplicatedModel
-from elip_models.pretraining.training.restore import restore_
 from elip_models.pretraining.training.result import TrainResult
 from elip_models.pretraining.training.run_checkpoints import step_of
 from elip_models.pretraining.training.run_config import RunConfig
@@ -52,7 +48,8 @@ from elip_models.pretraining.training.training_data import (
     task_of,
 )
 from elip_models.profiling.measure import saved_bytes
-from elip_models.validation import Stopped, TrainingError, as_config_error, require_extra
+from elip_models.saving.files import unfinished
+from elip_models.validation import Stopped, as_config_error, require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from accelerate.utils import broadcast_object_list, set_seed
@@ -74,142 +71,86 @@ def train(
         TypeError: `config` is not a RunConfig.
         ConfigError: A setting that does not fit the data, the model or the machine.
         TrainingError: `output_dir` contains a run or is in use, the resumed run has another recipe,
-            all checkpoints are damaged, or the loss is not finite.
+            all checkpoints are damaged, the disk is full, or the loss is not finite.
         Stopped: SIGTERM or SIGINT was received, and a checkpoint of the last step was written.
         DataError: The data cannot be read, or too many samples cannot.
     """
     if not isinstance(config, RunConfig):
         raise TypeError(f"config: expected a RunConfig from load_recipe, got {config!r:.100}")
-    folder, console = RunFolder(config.output_dir), console or Console(quiet=True)
-    with folder.locked(config, resume=resume), as_write_error(folder.path):
-        return Trainer(config, resume=resume, console=console, folder=folder).run()
+    trainer = Trainer(config, resume=resume, console=console or Console(quiet=True))
+    with as_write_error(trainer.folder.path):
+        return trainer.run()
 
 
 class Trainer:
-    """One training run, with the arguments of `train`. `run` calls `prepare`, trains and saves.
+    """One training run, with the arguments of `train`.
 
-    It uses only the interface of `PretrainedModel`. `folder` is that of the run, if it is locked.
+    It uses only the interface of `PretrainedModel`. All processes call every method together.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        resume: bool,
-        console: Console,
-        folder: RunFolder | None = None,
-    ) -> None:
-        self.config = config
-        self.resume = resume
-        self.console = console
-        self.folder = folder or RunFolder(config.output_dir)
+    def __init__(self, config: RunConfig, *, resume: bool, console: Console) -> None:
+        self.config, self.resume = config, resume
+        self.folder = RunFolder(config.output_dir)
+        self.accelerator = make_accelerator(config, self.folder)
+        if config.optim.shard:
+            check_sharding(config, self.accelerator.num_processes)
+        self.is_main = self.accelerator.is_main_process
+        self.console = console if self.is_main else Console(quiet=True)
 
     def run(self) -> TrainResult:
         """Prepare the run, train to the last step, save the model and return the result."""
-        self.prepare()
-        with self.parallel.expected_warnings_ignored(), progress_bar(self.console) as self.bars:
-            self._train()
-            return self._finish()
+        locked = self.folder.locked(self.config, resume=self.resume)
+        with locked if self.is_main else nullcontext():
+            self.prepare()
+            with progress_bar(self.console) as self.bars:
+                self._train()
+                return self._finish()
 
     def prepare(self) -> None:
         """Open data, build the model, restore the checkpoint and write the recipe to the folder."""
-        self.accelerator = make_accelerator(self.config, self.folder)
-        self.barrier_group = make_barrier_group(self.accelerator)
-        if self.config.optim.shard:
-            check_sharding(self.config, self.accelerator.num_processes)
-        if not self.accelerator.is_main_process:
-            self.console = Console(quiet=True)
-        max_nonfinite = self.config.optim.max_nonfinite_steps
-        self.losses = LossLog(self.accelerator, max_nonfinite=max_nonfinite)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if self.is_main:
             self.folder.prepare()
-            self._announce()
+            device, count = self.accelerator.device.type, self.accelerator.num_processes
+            print_plan(self.config, self.console, device=device, num_processes=count)
         self.accelerator.wait_for_everyone()
-        checkpoint = self._find_checkpoint() if self.resume else None
-        self._build_data()
+        checkpoint = self._newest_checkpoint() if self.resume else None
+        self._open_data()
         self._build_model(resumed=checkpoint is not None)
         self.accelerator.wait_for_everyone()  # each has loaded the tokenizer
-        if self.accelerator.is_main_process:
-            self.folder.record_start(self.config, run_provenance(self.source, checkpoint))
+        if self.is_main:
+            self.folder.record_start(self.config, run_provenance(len(self.source), checkpoint))
         self._restore(checkpoint)
 
-    def _train(self) -> None:
-        self.model.train()
-        self._restart_timer()
-        counts = {"total": self.total_steps, "completed": self.step}
-        task = self.bars.add_task("", start=False, **counts, unit="step")
-        with StopSignal() as stop:
-            while self.step < self.total_steps:
-                if self.step - self.first_step == WARMUP_STEPS:
-                    self._restart_timer()
-                    self.bars.reset(task, completed=self.step)  # starts the estimate of the bar
-                self._train_step()
-                self.bars.update(task, completed=self.step)
-                if self._due(self.config.log_every):
-                    self.bars.update(task, description=self._log_step())
-                is_last = self.step == self.total_steps
-                if is_last:
-                    self._save_checkpoint()  # before an evaluation that may fail
-                if due := self.evaluation.due(self.step, self.total_steps, self.steps_per_epoch):
-                    self._log_scores(due)
-                is_stopped = stop.received(
-                    self.accelerator, may_wait=self._due(self.config.log_every)
-                )
-                if not is_last and (self._due(self.config.checkpoint_every) or is_stopped):
-                    self._save_checkpoint()
-                if not is_last and is_stopped:
-                    raise Stopped(
-                        f"{self.folder.path}: {signal.Signals(stop.signal).name} ended the run "
-                        f"after step {self.step} of {self.total_steps}, with a checkpoint: "
-                        "continue it with --resume",
-                        stop.signal,
-                    )
-
-    def _announce(self) -> None:
-        accelerator = self.accelerator
-        device, count = accelerator.device.type, accelerator.num_processes
-        print_plan(self.config, self.console, device=device, num_processes=count)
-
-    def _find_checkpoint(self) -> Path | None:
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = self.folder.checkpoints.latest(self._warn)
-            except TrainingError as error:
-                found[1] = str(error)
-        checkpoint, problem = broadcast_object_list(found)
-        if problem is not None:
-            raise TrainingError(problem)
-        return checkpoint
+    def _newest_checkpoint(self) -> Path | None:
+        latest = self.folder.checkpoints.latest(self._warn) if self.is_main else None
+        return broadcast_object_list([latest])[0]
 
     def _warn(self, line: str) -> None:
         self.console.print(f"[bold yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
-    def _build_data(self) -> None:
-        data, optim, accelerator = self.config.data, self.config.optim, self.accelerator
+    def _open_data(self) -> None:
+        data, optim = self.config.data, self.config.optim
         model = meta_model(self.config).config
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with as_config_error("data.train", inner="spec"):
-            source: Source | ExampleSource | StreamSource
-            source = self.source = open_training_data(self.config, model.image_size)
+            self.source = open_training_data(self.config, model.image_size)
         with as_config_error("model.overrides.guide"):
-            check_guide_captions(model, source)
+            check_guide_captions(model, self.source)
         self.evaluation = Evaluation(self.config, model.image_size)
-        self.best = BestWeights(self.config, task, self.folder)
+        self.best = BestWeights(self.config, task, self.folder.best)
         self.tokenizer = make_tokenizer(
-            self.config, source, model, self.folder, accelerator, self.console
+            self.config, self.source, model, self.folder, self.accelerator, self.console
         )
         with as_config_error("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
         if task is not None:
-            self.text_sizes |= task.fields(source, model)
-            self.evaluation.answers = getattr(source, "answers", None)
-        self.batches = make_train_batches(self.config, model, source, self.tokenizer, accelerator)
-        self.batches_per_epoch = self.batches.batches_per_epoch
-        passes = (optim.epochs or 0) * self.batches_per_epoch
-        self.total_steps = optim.steps or math.ceil(passes / optim.grad_accumulation)
-        self.steps_per_epoch = self.batches_per_epoch / optim.grad_accumulation
+            self.text_sizes |= task.fields(self.source, model)
+            self.evaluation.answers = getattr(self.source, "answers", None)
+        self.batches = make_train_batches(
+            self.config, model, self.source, self.tokenizer, self.accelerator
+        )
+        self.steps_per_epoch = self.batches.batches_per_epoch / optim.grad_accumulation
+        self.total_steps = optim.steps or math.ceil((optim.epochs or 0) * self.steps_per_epoch)
         self.learning_rate = partial(
             learning_rate,
             optim=optim,
@@ -232,28 +173,52 @@ class Trainer:
         parallel_class = ShardedModel if optim.shard else ReplicatedModel
         self.parallel = parallel_class(self.accelerator, model, optim)
         self.model = self.parallel.model
-        trained, every = trainable_counts(self.model)
-        self.first_row = {"trainable": trained, "trainable_share": round(trained / every, 6)}
+        trained, total = trainable_counts(self.model)
+        self.first_row = {"trainable": trained, "trainable_share": round(trained / total, 6)}
         set_seed(seed, device_specific=True)
 
     def _restore(self, checkpoint: Path | None) -> None:
-        self.first_step = 0
+        self.step = step_of(checkpoint, **self._invariants()) if checkpoint else 0
+        self.first_step = self.step
+        self.batches.start(self.step * self.config.optim.grad_accumulation, checkpoint)
         if checkpoint is not None:
-            self.first_step = step_of(checkpoint, **self._invariants())
-        self.step = self.first_step
-        batches_done = self.step * self.config.optim.grad_accumulation
-        self.batches.start(batches_done, checkpoint)
-        if checkpoint is not None:
-            restore_(self.parallel, checkpoint)
-        if self.accelerator.is_main_process:
-            self.folder.truncate_rows(self.step, self._warn)
+            self.parallel.load(checkpoint)
+        if self.is_main:
+            self.folder.truncate_rows(self.step)
         losses = [row["loss"] for row in self.folder.rows() if "loss" in row]
         self.loss = losses[-1] if losses else math.nan
+        self.losses = LossLog(self.accelerator, max_nonfinite=self.config.optim.max_nonfinite_steps)
+        self.barrier_group = make_barrier_group(self.accelerator)
         purge = {"tensorboard": {"purge_step": self.step + 1}}
         self.accelerator.init_trackers(self.config.name, init_kwargs=purge)
 
     def _invariants(self) -> dict[str, int | list[int]]:
         return {"num_processes": self.accelerator.num_processes, **self.batches.invariants()}
+
+    def _train(self) -> None:
+        self.model.train()
+        self._restart_timer()
+        counts = {"total": self.total_steps, "completed": self.step}
+        bar = self.bars.add_task("", **counts, unit="step")
+        with StopSignal() as stop:
+            while self.step < self.total_steps:
+                self._train_step()
+                self.bars.update(bar, completed=self.step)
+                if is_logged := self._due(self.config.log_every):
+                    self.bars.update(bar, description=self._log_step())
+                is_last = self.step == self.total_steps
+                if not is_last:  # `_finish` evaluates after the last checkpoint
+                    self._log_scores()
+                is_stopped = stop.received(self.accelerator, may_wait=is_logged)
+                if is_stopped or self._due(self.config.checkpoint_every):
+                    self._save_checkpoint()
+                if is_stopped and not is_last:
+                    raise Stopped(
+                        f"{self.folder.path}: {signal.Signals(stop.signal).name} ended the run "
+                        f"after step {self.step} of {self.total_steps}, with a checkpoint: "
+                        "continue it with --resume",
+                        stop.signal,
+                    )
 
     def _train_step(self) -> None:
         self.model.begin_step(self.step, self.step / self.steps_per_epoch)
@@ -282,101 +247,99 @@ class Trainer:
         return output
 
     def _log_step(self) -> str:
-        read = self._read_losses()
-        optim = self.config.optim
+        """Log the steps since the row before, and return what the progress bar shows of them."""
+        row, optim = self._read_losses(), self.config.optim
         images = optim.grad_accumulation * optim.batch_size * self.accelerator.num_processes
-        speed = images / self.timer.seconds(self.step)
-        left = self.timer.left(self.step, self.total_steps)
+        seconds = (time.perf_counter() - self.timer_start) / (self.step - self.timer_step)
         monitored = {name: value.item() for name, value in self.model.monitored().items()}
-        lr = self.learning_rate(self.step - 1)
-        own = {"images_per_second": round(speed, 2), **self.first_row}
+        own = {"lr": self.learning_rate(self.step - 1)}
+        own["images_per_second"] = round(images / seconds, 2)
+        self._log(row | own | self.first_row | monitored)
         self.first_row = {}
-        self._log({**read, "lr": lr, **own, **monitored})
-        self._restart_timer()
-        parts = (f"{n[5:]} {v:.3f}" for n, v in read.items() if n.startswith("loss_"))
-        status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{speed:.0f} images/s"])
+        parts = (f"{n[5:]} {v:.3f}" for n, v in row.items() if n.startswith("loss_"))
+        status = "  ".join([f"loss {self.loss:.3f}", *parts, f"{images / seconds:.0f} images/s"])
         if not self.console.is_terminal:
+            left = timedelta(seconds=round((self.total_steps - self.step) * seconds))
             self.console.print(f"step {self.step}/{self.total_steps}  {status}  {left} left")
+        self._restart_timer()
         return status
 
     def _read_losses(self) -> dict[str, float]:
-        read = self.losses.read(self.step)
-        self.loss = read["loss"]
-        return read
+        row = self.losses.read(self.step)
+        self.loss = row["loss"]
+        return row
 
-    def _log_scores(self, tasks: Sequence[str]) -> None:
-        for scores in self._evaluate(tasks):
-            self._log(scores.metrics)
-            self.console.print(f"step {self.step}/{self.total_steps}  {scores.summary()}")
-        self._restart_timer()
+    def _restart_timer(self) -> None:
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.timer_step, self.timer_start = self.step, time.perf_counter()
 
     def _log(self, values: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            epoch = self.step * self.config.optim.grad_accumulation / self.batches_per_epoch
-            self.folder.append_row({"step": self.step, "epoch": round(epoch, 4), **values})
+        if self.is_main:
+            epoch = round(self.step / self.steps_per_epoch, 4)
+            self.folder.append_row({"step": self.step, "epoch": epoch, **values})
         self.accelerator.log(values, step=self.step)
 
-    def _evaluate(self, tasks: Sequence[str]) -> list[Scores]:
+    def _log_scores(self) -> None:
+        """Evaluate what is due after this step, and log scores that are not in the log."""
+        due = self.evaluation.due(self.step, self.total_steps, self.steps_per_epoch)
+        if not due:
+            return
+        scores = self._evaluate(due)
+        rows = self.folder.rows() if self.is_main else []
+        logged = {key for row in rows if row["step"] == self.step for key in row}
+        for score in scores:
+            self.console.print(f"step {self.step}/{self.total_steps}  {score.summary()}")
+            if not score.metrics.keys() <= logged:  # else a resumed run evaluates its last step
+                self._log(score.metrics)
+        self._restart_timer()
+
+    def _evaluate(self, tasks: list[str]) -> list[Scores]:
         """Return scores on the main process, and an empty list on the others, which wait for it."""
-        found = []
+        scores = []
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
-            if self.accelerator.is_main_process:
+            if self.is_main:
                 for task in tasks:
-                    found.append(self._evaluate_one(task, model))
+                    scores.append(self._evaluate_one(task, model))
                     if task == VALIDATION:
                         save = partial(self.evaluation.save, model, self.tokenizer)
-                        self.best.update(found[-1], self.step, save)
+                        self.best.update(scores[-1], self.step, save)
         self._wait_for_main()
-        return found
+        return scores
 
     def _evaluate_one(self, task: str, model: PretrainedModel) -> Scores:
         samples = len(self.evaluation.sources[task])
         self.console.print(f"evaluating {task} on {samples} samples")
-        with evaluation_bars(self.bars) as progress:
-            return self.evaluation.run(task, model, self.tokenizer, progress)
+        bar = self.bars.add_task("", total=samples, unit="sample")
+
+        def show(unit: str, done: int, total: int) -> None:
+            self.bars.update(bar, unit=unit, completed=done, total=total)
+
+        try:
+            return self.evaluation.run(task, model, self.tokenizer, show)
+        finally:
+            self.bars.remove_task(bar)
 
     def _wait_for_main(self) -> None:
         if self.barrier_group is not None:
             dist.barrier(self.barrier_group)
 
-    def _selected(self, last: PretrainedModel) -> PretrainedModel:
-        """Return the selected weights on the main process, scored on `data.eval`, or the last."""
-        best = None
-        if self.accelerator.is_main_process:
-            best = self.best.load(self.total_steps, self.accelerator.device)
-        if best is not None and self.config.task in self.evaluation.sources:
-            with self.accelerator.autocast():
-                self._evaluate_one(self.config.task, best)
-        self._wait_for_main()
-        return last if best is None else best
-
-    def _evaluate_again(self) -> None:
-        """Evaluate the last step of a resumed run, and log scores that are not in the log."""
-        logged = {key for row in self.folder.rows() if row["step"] == self.step for key in row}
-        for scores in self._evaluate(self.evaluation.due(self.total_steps, self.total_steps)):
-            if not scores.metrics.keys() <= logged:
-                self._log(scores.metrics)
-
     def _save_checkpoint(self) -> None:
         if self.losses:
-            self._read_losses()
-        unfinished = self.folder.checkpoints.unfinished(self.step)
-        self.parallel.save(unfinished)
-        self.batches.save(unfinished)
+            self._read_losses()  # raises an error before weights that are not finite are saved
+        folder = unfinished(self.folder.checkpoints.of(self.step))
+        self.parallel.save(folder)
+        self.batches.save(folder)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.folder.check_lock()
-            self.folder.checkpoints.commit(
-                self.step, keep=self.config.keep_checkpoints, **self._invariants()
-            )
+        if self.is_main:
+            keep = self.config.keep_checkpoints
+            self.folder.checkpoints.commit(self.step, keep=keep, **self._invariants())
         self._restart_timer()
 
     def _finish(self) -> TrainResult:
-        if self.first_step >= self.total_steps:  # resumed after its last step
-            self._evaluate_again()
+        self._log_scores()
         model = self.parallel.finish()
-        if self.accelerator.is_main_process:
-            self.folder.check_lock()
+        if self.is_main:
             self.evaluation.save(model, self.tokenizer, self.folder.model)
         task, scores = self.config.task, self.evaluation.scores
         last_scores = scores.get(task) if task else None
@@ -395,11 +358,19 @@ class Trainer:
             selection=self.best.selection,
             last_scores=last_scores,
             skipped=self.batches.summary(),
-            is_main_process=self.accelerator.is_main_process,
+            is_main_process=self.is_main,
         )
+
+    def _selected(self, last: PretrainedModel) -> PretrainedModel:
+        """Return the selected weights on the main process, scored on `data.eval`, or the last."""
+        best = None
+        if self.is_main:
+            best = self.best.load(self.total_steps, self.accelerator.device)
+        if best is not None and self.config.task in self.evaluation.sources:
+            with self.accelerator.autocast():
+                self._evaluate_one(self.config.task, best)
+        self._wait_for_main()
+        return last if best is None else best
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.total_steps
-
-    def _restart_timer(self) -> None:
-        self.timer = StepTimer(self.step, self.accelerator.device)

@@ -29,7 +29,6 @@ from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.tasks.registry import get_task
 from elip_models.pretraining.tasks.task import Preprocessor, Task
-from elip_models.pretraining.training.progress import progress_bar
 from elip_models.pretraining.training.run_config import DataConfig, RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, as_config_error, require_extra
@@ -131,8 +130,8 @@ def check_guide_captions(model: VisionConfig, source: Source | StreamSource) -> 
     """
     if not model.reads_guide_captions:
         return
-    captions = [set(each) for each in sample_captions(source, MAX_COUNTED_SAMPLES)]
-    share = sum(len(each) < 2 for each in captions) / len(captions)
+    captions = [set(several) for several in sample_captions(source, MAX_COUNTED_SAMPLES)]
+    share = sum(len(several) < 2 for several in captions) / len(captions)
     if share == 1:
         raise ValueError("expected 'own', since no image has a second caption, got 'other'")
     if share:
@@ -175,14 +174,13 @@ def make_tokenizer(
 def tokenizer_captions(
     source: Source | StreamSource, model: VisionConfig, console: Console | None = None
 ) -> Iterator[str]:
-    """Yield the cleaned captions of at most 50,000 samples, and show the progress on `console`."""
-    console, count = console or Console(quiet=True), min(len(source), MAX_TOKENIZER_SAMPLES)
-    console.print(f"training the tokenizer on the captions of up to {count} samples")
-    with progress_bar(console) as bar:
-        task = bar.add_task("", total=count, unit="sample")
-        for captions in bar.track(sample_captions(source, count), task_id=task):
-            for caption in captions:
-                yield apply_caption_rule(caption, model.captions, model.max_words)
+    """Yield the cleaned captions of at most 50,000 samples, and print their number."""
+    count = min(len(source), MAX_TOKENIZER_SAMPLES)
+    if console is not None:
+        console.print(f"training the tokenizer on the captions of up to {count} samples")
+    for captions in sample_captions(source, count):
+        for caption in captions:
+            yield apply_caption_rule(caption, model.captions, model.max_words)
 
 
 def sample_captions(source: Source | StreamSource, count: int) -> Iterator[tuple[str, ...]]:

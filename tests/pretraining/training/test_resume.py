@@ -1,4 +1,4 @@
-"""Resuming: a killed run continues exactly, and a run that cannot be resumed raises."""
+"""Resuming: a killed or stopped run continues exactly, and one that cannot be resumed raises."""
 
 import json
 import os
@@ -10,14 +10,18 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from elip_models.pretraining.data import DataError, EmojiScenes
 from elip_models.pretraining.training import trainer
-from elip_models.pretraining.training.accelerator import make_accelerator
+from elip_models.pretraining.training.accelerator import NO_SHARED_STORE, make_accelerator
+from elip_models.pretraining.training.run_checkpoints import step_of
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
-from elip_models.validation import TrainingError
+from elip_models.validation import ConfigError, TrainingError
+from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
+from tests.kills import CASES, compare
 
 COMMAND = [sys.executable, "-m", "elip_models.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -31,27 +35,23 @@ def _own_process():
         yield
 
 
-def elip(folder, *overrides):
+def started(folder, *overrides):
+    """Return the process of a run."""
     command = [*COMMAND, *tiny_arguments(folder, *overrides)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env=ENVIRONMENT)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
 
 
-def kill_at_step(folder, step, *overrides):
-    """Start a run and kill it with SIGKILL as soon as its log contains `step`."""
-    command = [*COMMAND, *tiny_arguments(folder, *overrides)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    log = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+def wait_for(process, folder, step):
+    deadline, log = time.monotonic() + 120, folder / "metrics.jsonl"
     while not (log.exists() and f'"step": {step},' in log.read_text()):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, "the run has ended"
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
+def test_a_killed_run_with_all_options_equals_an_uninterrupted_one(tmp_path):
     overrides = (
         "optim.steps=22",
         "optim.grad_accumulation=2",
@@ -62,11 +62,19 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
         "report=[retrieval]",
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    elip(whole, *overrides)
-    kill_at_step(killed, 10, *overrides)
-    assert RunFolder(killed).checkpoints.latest().name in ("step_00000008", "step_00000012")
-    leave_what_a_kill_can_leave(killed)
-    elip(killed, *overrides, "--resume", "data.num_workers=1")
+    train(tiny_config(whole, *overrides))
+    process = started(killed, *overrides)
+    wait_for(process, killed, 10)
+    process.kill()
+    process.communicate()
+    for name in (".step_00000020", "step_00000016"):  # half-written, and damaged
+        (killed / "checkpoints" / name).mkdir()
+        (killed / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
+    with (killed / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 11, "lo')
+    console = Console(record=True, width=300)
+    train(tiny_config(killed, *overrides, "data.num_workers=1"), resume=True, console=console)
+    assert "step_00000016 is damaged" in console.export_text()
     assert len(logged(whole, *NUMBERS)) == 22
     assert logged(killed, *NUMBERS) == logged(whole, *NUMBERS)
     assert logged(killed, *SCORES) == logged(whole, *SCORES)
@@ -75,27 +83,58 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert weights[0] == weights[1]
 
 
-def leave_what_a_kill_can_leave(folder):
-    """Write a half-written checkpoint, a half-removed one, and half a line of the log."""
-    for name in (".step_00000020", "step_00000016"):
-        checkpoint = folder / "checkpoints" / name
-        checkpoint.mkdir()
-        (checkpoint / "model.safetensors").write_bytes(b"half")
-    with (folder / "metrics.jsonl").open("a") as log:
-        log.write('{"step": 11, "lo')
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_runs_killed_at_random_steps_equal_uninterrupted_ones(case, tmp_path):
+    """`python -m tests.kills` has many more; of two processes torchrun restarts both."""
+    compare(tmp_path, case, 1, seed=0)
 
 
-def test_resume_without_a_run_starts_one(tmp_path):
-    assert train(tiny_config(tmp_path), resume=True).step == 4
+@pytest.mark.parametrize(
+    "number", tiered([signal.SIGTERM, signal.SIGINT], [], slow=[signal.SIGTERM])
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_continues(tmp_path, number):
+    stopped, whole, steps = tmp_path / "stopped", tmp_path / "whole", "optim.steps=100000"
+    process = started(stopped, steps, "checkpoint_every=100000", "data.num_workers=1")
+    wait_for(process, stopped, 2)
+    with pytest.raises(TrainingError, match="in use by another run"):
+        train(tiny_config(stopped, steps), resume=True)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = logged(stopped, "step")[-1]["step"]
+    assert step_of(RunFolder(stopped).checkpoints.latest()) == step
+    said = " ".join(error.split())
+    assert f"{signal.Signals(number).name} ended the run after step {step} of 100000" in said
+    assert "Traceback" not in error, error
+    for folder, options in ((stopped, ["--resume"]), (whole, [])):
+        process = started(folder, steps, *options)
+        wait_for(process, folder, step + 2)
+        process.kill()
+        process.communicate()
+    rows = [logged(folder, *NUMBERS)[: step + 2] for folder in (stopped, whole)]
+    assert rows[0] == rows[1]
 
 
-def test_resume_of_a_finished_run_changes_nothing_and_reports_again(tmp_path):
-    config = tiny_config(tmp_path, "report=[retrieval]")
-    first = train(config)
+def test_a_second_signal_has_its_usual_effect_and_handlers_are_restored(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with trainer.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_resume_starts_continues_and_lengthens_a_run_and_reports_again(tmp_path):
+    settings = ("report=[retrieval]", "checkpoint_every=2")
+    first = train(tiny_config(tmp_path, *settings), resume=True)  # there is no run
     log = (tmp_path / "metrics.jsonl").read_text()
-    again = train(config, resume=True)
+    again = train(tiny_config(tmp_path, *settings), resume=True)
     assert (tmp_path / "metrics.jsonl").read_text() == log
     assert (again.step, again.loss, again.scores) == (first.step, first.loss, first.scores)
+    assert train(tiny_config(tmp_path, *settings, "optim.steps=6"), resume=True).step == 6
+    assert [row["step"] for row in logged(tmp_path, "loss", "step")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -104,28 +143,16 @@ def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, monkeypatch
     expected = train(tiny_config(tmp_path / "whole", when))
     config = tiny_config(tmp_path / "failed", when)
 
-    def fail(*given):
+    def fail(*arguments):
         raise DataError("no readable sample")
 
     with monkeypatch.context() as patch, pytest.raises(DataError):
         patch.setattr(trainer.Evaluation, "run", fail)
         train(config)
     monkeypatch.setattr(trainer.Trainer, "_train_step", fail)
-    found = train(config, resume=True)
-    assert (found.step, found.loss, found.scores) == (4, expected.loss, expected.scores)
+    resumed = train(config, resume=True)
+    assert (resumed.step, resumed.loss, resumed.scores) == (4, expected.loss, expected.scores)
     assert logged(tmp_path / "failed", *SCORES) == logged(tmp_path / "whole", *SCORES)
-
-
-def test_longer_run_continues(tmp_path):
-    train(tiny_config(tmp_path, "checkpoint_every=2"))
-    assert train(tiny_config(tmp_path, "optim.steps=6"), resume=True).step == 6
-    assert [row["step"] for row in logged(tmp_path, "step")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_keeps_the_newest_checkpoints(tmp_path):
-    train(tiny_config(tmp_path, "checkpoint_every=1", "keep_checkpoints=2"))
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000003", "step_00000004"]
 
 
 def scaled(config, folder):
@@ -147,8 +174,7 @@ def test_a_gradient_scaler_is_resumed_exactly(tmp_path, monkeypatch, step):
     for number in range(step + 1, 9):
         shutil.rmtree(stopped / "checkpoints" / f"step_{number:08}")
     train(tiny_config(stopped, *overrides), resume=True)
-    norms = [row["grad_norm"] for row in logged(whole, "grad_norm")]
-    assert len(norms) == 8
+    assert len(logged(whole, "grad_norm")) == 8
     assert logged(stopped, *NUMBERS) == logged(whole, *NUMBERS)
     scales = [
         torch.load(folder / "checkpoints" / f"step_{number:08}" / "scaler.pt")["scale"]
@@ -160,22 +186,6 @@ def test_a_gradient_scaler_is_resumed_exactly(tmp_path, monkeypatch, step):
     assert len(set(scales)) == 3
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
     assert weights[0] == weights[1]
-
-
-def test_a_folder_with_a_run_raises_and_does_not_change(tmp_path):
-    train(tiny_config(tmp_path))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(TrainingError, match=r"already contains a run.*--resume"):
-        train(tiny_config(tmp_path))
-    assert before == {
-        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
-    }
-
-
-def test_resume_with_another_recipe_names_the_keys(tmp_path):
-    train(tiny_config(tmp_path))
-    with pytest.raises(TrainingError, match=r"optim\.lr: 0\.001 -> 0\.002; optim\.precision"):
-        train(tiny_config(tmp_path, "optim.lr=0.002", "optim.precision=bf16"), resume=True)
 
 
 def test_resuming_on_other_data_raises(tmp_path):
@@ -192,3 +202,12 @@ def test_resuming_on_other_data_raises(tmp_path):
     data.write_text(json.dumps(entries[:10]))
     with pytest.raises(TrainingError, match="expected num_samples = 12, got 10"):
         train(config, resume=True)
+
+
+def test_restarts_that_could_hang_raise(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ConfigError, match=f"torchrun: expected {NO_SHARED_STORE}=1"):
+        train(tiny_config(tmp_path))
+    monkeypatch.setenv(NO_SHARED_STORE, "1")
+    assert train(tiny_config(tmp_path)).step == 4

@@ -1,178 +1,60 @@
-"""A folder has one run, and nothing in it is removed that the run did not write."""
+"""A folder has one run, its checkpoints are verified, and nothing of others in it is changed."""
 
 import json
-import os
-import re
-import subprocess
 import sys
 
 import pytest
 
-from elip_models.pretraining.data import EmojiScenes
+import elip_models.saving.files as files
 from elip_models.pretraining.training.provenance import run_provenance
 from elip_models.pretraining.training.recipe import load_recipe
+from elip_models.pretraining.training.run_checkpoints import MANIFEST, Checkpoints, step_of
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import TrainingError
-from tests.helpers.tiny_run import tiny_config
+from tests.helpers.tiny_run import own_process, tiny_config
 
-LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+@pytest.fixture(autouse=True)
+def _own_process():
+    with own_process():
+        yield
 
 
 def contents(folder):
-    """Relative name -> bytes of every file, None of a folder."""
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-def started(folder, *overrides):
-    """A folder with the files of a run that has started, without any training."""
-    config, run = tiny_config(folder, *overrides), RunFolder(folder)
-    with run.locked(config, resume=False):
-        run.prepare()
-        run.record_start(config, {"started": "now"})
-    return config, run
+    """Relative name -> bytes of each file but the lock."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "metrics.jsonl", "a.png", ".x/y"])
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "metrics.jsonl", "a.png"])
 def test_a_folder_with_other_files_is_refused_and_keeps_them(tmp_path, name, resume):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text('{"step": 9}')
-    before = contents(tmp_path)
-    config = tiny_config(tmp_path, f"data.tokenizer={tmp_path}/tokenizer")
     with pytest.raises(TrainingError, match=r"output_dir: expected a new or empty folder.* set an"):
-        train(config, resume=resume)
+        train(tiny_config(tmp_path), resume=resume)
+    assert contents(tmp_path) == {name: b'{"step": 9}'}
+
+
+def test_a_finished_run_is_not_started_again_nor_resumed_by_another_recipe(tmp_path):
+    train(tiny_config(tmp_path, "optim.steps=1"))
+    before = contents(tmp_path)
+    with pytest.raises(TrainingError, match=r"already contains a run.*--resume"):
+        train(tiny_config(tmp_path))
+    with pytest.raises(TrainingError, match=r"optim\.lr: 0\.001 -> 0\.002; optim\.eps"):
+        train(tiny_config(tmp_path, "optim.lr=0.002", "optim.eps=1e-5"), resume=True)
     assert contents(tmp_path) == before
 
 
-def test_a_recipe_without_a_run_is_another_file(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("name: mine")
-    with pytest.raises(TrainingError, match=r"with recipe\.yaml: set another"):
-        train(tiny_config(tmp_path), resume=True)
-
-
-def test_a_start_that_fails_leaves_a_folder_as_it_was(tmp_path):
-    for folder in (tmp_path, tmp_path / "a" / "b"):
-        run = RunFolder(folder)
-        with (
-            pytest.raises(KeyError, match="failed"),
-            run.locked(tiny_config(folder), resume=False),
-        ):
-            run.prepare()
-            run.train_tokenizer(lambda path: path.mkdir())
-            raise KeyError("failed")
-    assert contents(tmp_path) == {}
-
-
-@pytest.mark.slow
-def test_what_a_killed_start_left_is_removed_but_no_file_that_came_since(tmp_path):
-    script = f"""if True:
-        import os
-        import pathlib
-        from elip_models.pretraining.training.run_folder import RunFolder
-        from tests.helpers.tiny_run import tiny_config
-        run = RunFolder({str(tmp_path)!r})
-        with run.locked(tiny_config(run.path), resume=False):
-            run.train_tokenizer(pathlib.Path.mkdir)
-            os._exit(9)"""
-    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 9
-    assert sorted(os.listdir(tmp_path)) == [".lock", ".tokenizer"]
-    run = started(tmp_path)[1]
-    assert run.trained_tokenizer() is None
-    assert sorted(os.listdir(tmp_path)) == [".lock", "provenance.jsonl", "recipe.yaml"]
-    run.recipe.unlink()
-    run.tokenizer.mkdir()
-    with pytest.raises(TrainingError, match=r"with tokenizer: set another"):
-        run.check(tiny_config(tmp_path), resume=True)
-
-
-@pytest.mark.parametrize("rank", [{"RANK": "1"}, {"RANK": "x"}, LAUNCHED | {"WORLD_SIZE": "1"}])
-def test_one_run_at_a_time_even_if_a_rank_is_in_the_environment(tmp_path, monkeypatch, rank):
-    for name, value in rank.items():
-        monkeypatch.setenv(name, value)
-    config = tiny_config(tmp_path)
-    with (
-        RunFolder(tmp_path).locked(config, resume=True),
-        pytest.raises(TrainingError, match=rf"in use by process {os.getpid()} on"),
-        RunFolder(tmp_path).locked(config, resume=True),
-    ):
-        raise AssertionError("two runs")
-
-
-def test_the_other_processes_of_a_launcher_leave_the_lock_to_the_first(tmp_path, monkeypatch):
-    config = tiny_config(tmp_path)
-    with RunFolder(tmp_path).locked(config, resume=True):
-        for name, value in LAUNCHED.items():
-            monkeypatch.setenv(name, value)
-        with RunFolder(tmp_path).locked(config, resume=True):
-            assert (tmp_path / ".lock").exists()
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_run_whose_lock_was_removed_writes_no_more(tmp_path, replaced):
-    config, run = started(tmp_path)
-    with run.locked(config, resume=True):
-        run.append_row({"step": 1})
-        (tmp_path / ".lock").unlink()
-        if replaced:
-            (tmp_path / ".lock").write_text("other")
-        before = contents(tmp_path)
-        for write in (
-            run.check_lock,
-            lambda: run.append_row({"step": 2}),
-            lambda: run.record_start(config, {}),
-        ):
-            with pytest.raises(TrainingError, match=r"\.lock was removed or replaced.*--resume"):
-                write()
-        with RunFolder(tmp_path).locked(config, resume=True):
-            assert run.rows() == [{"step": 1}]
-    assert before.items() - contents(tmp_path).items() <= {
-        (run._lock.path.relative_to(tmp_path), b"other")
-    }
-
-
-def test_damaged_lines_of_the_log_are_counted_and_the_others_kept(tmp_path):
-    run, told = RunFolder(tmp_path), []
-    for step in range(1, 7):
-        run.append_row({"step": step, "loss": step / 2})
-    lines = run.metrics.read_bytes().splitlines(keepends=True)
-    lines[1] = b'{"step": 2, "lo\xff\n'
-    lines[3] = b'{"step": "4", "loss": 2.0}\n'
-    run.metrics.write_bytes(b"".join(lines) + b"[" * 200_000 + b'\n{"step": 7, "lo')
-    assert [row["step"] for row in run.rows()] == [1, 3, 5, 6]
-    run.truncate_rows(5, told.append)
-    assert run.metrics.read_bytes() == lines[0] + lines[2] + lines[4]
-    assert len(told) == 1 and "metrics.jsonl: 3 of 8 lines" in told[0] and "line 2" in told[0]
-    run.truncate_rows(5, told.append)
-    assert len(told) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b'{"step": 1}\n{"step": 90}\n{"step": 3}\n', "1 of 3 lines .* line 2"),
-        (b'{"step": 1}\n{"step": 2, \0\0"step": 3}', "1 of 2 lines .* line 2"),
-        (b'{"step": 1}\n{"step": 2, "loss": 0', "1 of 2 lines .* line 2"),
-        (b'{"step": 1}\n{"step": 6, "loss": 0', None),
-        (b'{"step": 1}\n{"st', None),
-    ],
-)
-def test_a_row_that_no_killed_run_can_have_lost_is_counted(tmp_path, content, told):
-    run, warned = RunFolder(tmp_path), []
-    run.metrics.write_bytes(content)
-    run.truncate_rows(5, warned.append)
-    assert [bool(re.search(told or "", each)) for each in warned] == [True] * (told is not None)
-
-
-def test_a_line_that_a_killed_process_left_is_not_joined_with_the_next(tmp_path):
-    run = RunFolder(tmp_path)
-    run.metrics.write_bytes(b'{"step": 1}\n{"st')
-    run.append_row({"step": 2})
-    assert [row["step"] for row in run.rows()] == [1, 2]
+def test_a_run_writes_its_provenance(tmp_path):
+    train(tiny_config(tmp_path, "optim.steps=1"))
+    train(tiny_config(tmp_path, "optim.steps=2"), resume=True)
+    lines = (tmp_path / "provenance.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert [first["resumed"], second["resumed"]] == [None, "step_00000001"]
+    assert first["versions"]["torch"] and first["command"] and first["samples"] == 48
 
 
 URL = "{stream: 'https://me:hunter2@h/a.tar', samples: 9}"
@@ -181,30 +63,110 @@ QUERY = "{stream: 'https://h/a.tar?Signature=hunter2', samples: 9}"
 
 @pytest.mark.parametrize("spec", [URL, QUERY])
 def test_a_recipe_with_a_secret_is_private_and_no_message_has_it(tmp_path, spec, monkeypatch):
-    config, run = started(tmp_path, f"data.train={spec}")
+    config, run = tiny_config(tmp_path, f"data.train={spec}"), RunFolder(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["elip", "train", f"data.train={spec}", "seed=1"])
+    run.record_start(config, run_provenance(9, None))
+    assert "hunter2" not in run.provenance.read_text()
     assert run.recipe.stat().st_mode & 0o777 == 0o600
     assert load_recipe(run.recipe) == config
     with pytest.raises(TrainingError, match=r"another recipe: data\.train") as error:
         run.check(tiny_config(tmp_path), resume=True)
     assert "hunter2" not in str(error.value)
-    monkeypatch.setattr(sys, "argv", ["elip", "train", f"data.train={spec}", "seed=1"])
-    provenance = run_provenance(EmojiScenes(2, image_size=32), None)
-    assert "hunter2" not in json.dumps(provenance)
+    run.record_start(tiny_config(tmp_path), {})
+    assert run.recipe.stat().st_mode == run.provenance.stat().st_mode
 
 
-def test_a_recipe_without_a_secret_is_readable_as_any_new_file(tmp_path):
-    (tmp_path / "other").touch()
-    _, run = started(tmp_path / "run")
-    assert run.recipe.stat().st_mode == (tmp_path / "other").stat().st_mode
+def test_half_a_row_of_a_killed_run_is_dropped_and_a_damaged_one_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in range(1, 5):
+        run.append_row({"step": step, "loss": step / 2})
+    rows = run.metrics.read_bytes()
+    run.metrics.write_bytes(rows + b'{"step": 5, "lo')
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+    run.truncate_rows(3)
+    assert run.metrics.read_bytes() == b"".join(rows.splitlines(keepends=True)[:3])
+    run.metrics.write_bytes(rows.replace(b'{"step": 2', b'{"st\xffp": 2'))
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl: expected rows that a run wrote"):
+        run.truncate_rows(3)
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file"])
-def test_a_folder_that_cannot_be_is_one_sentence(tmp_path, name):
-    (tmp_path / "file").touch()
-    folder = f"{tmp_path}/{name}"
-    run = RunFolder(folder)
-    with (
-        pytest.raises(TrainingError, match="output_dir: expected a folder that can be written"),
-        run.locked(tiny_config(tmp_path), resume=False),
-    ):
-        raise AssertionError("started")
+def committed(folder, *steps, keep=9):
+    checkpoints = Checkpoints(folder / "checkpoints")
+    for step in steps:
+        folder = files.unfinished(checkpoints.of(step))
+        (folder / "shards").mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(range(200)))
+        (folder / "shards" / "0.bin").write_bytes(b"shard")
+        checkpoints.commit(step, keep=keep, num_samples=7)
+    return checkpoints
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "removed": lambda file: file.unlink(),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "flipped": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "shards/0.bin", MANIFEST])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, name, damage):
+    checkpoints, warnings = committed(tmp_path, 4, 8), []
+    DAMAGES[damage](checkpoints.of(8) / name)
+    assert checkpoints.latest(warnings.append) == checkpoints.of(4)
+    (warning,) = warnings
+    assert str(checkpoints.of(8)) in warning and "resuming step_00000004 instead" in warning
+    assert name in warning or name == MANIFEST
+    DAMAGES[damage](checkpoints.of(4) / name)
+    with pytest.raises(TrainingError, match=r"0008 is.*; .*0004 is.*no undamaged checkpoint"):
+        checkpoints.latest()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path):
+    checkpoints = committed(tmp_path, 4)
+    manifest = checkpoints.of(4) / MANIFEST
+    manifest.write_text(json.dumps({"step": 4, "invariants": {}, "files": {}, "sha256": "0"}))
+    with pytest.raises(TrainingError, match="0004: expected a checkpoint of this version"):
+        checkpoints.latest()
+
+
+def test_the_newest_checkpoints_are_kept_and_an_equal_step_is_replaced(tmp_path):
+    checkpoints = committed(tmp_path, 1, 2, 3, 3, keep=2)
+    folders = sorted(folder.name for folder in checkpoints.path.iterdir())
+    assert folders == ["step_00000002", "step_00000003"]
+    assert step_of(checkpoints.latest(), num_samples=7) == 3
+    with pytest.raises(TrainingError, match="expected num_samples = 7, got 8"):
+        step_of(checkpoints.latest(), num_samples=8)
+
+
+@pytest.mark.parametrize("killed_at", ["before", "between", "after"])
+def test_a_folder_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path, killed_at, monkeypatch):
+    path, replace, calls = tmp_path / "best", files.os.replace, []
+
+    def write(content):
+        files.unfinished(path).mkdir()
+        (files.unfinished(path) / "a").write_text(content)
+
+    def killed(*names):
+        if len(calls) == {"before": 0, "between": 1, "after": 2}[killed_at]:
+            raise KeyboardInterrupt
+        calls.append(names)
+        replace(*names)
+
+    write("old")
+    files.publish(path)
+    write("new")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", killed)
+        patch.setattr(files, "sync", lambda path: killed() if len(calls) == 2 else None)
+        with pytest.raises(KeyboardInterrupt):
+            files.publish(path)
+    files.restore_replaced(path)
+    assert (path / "a").read_text() == ("new" if killed_at == "after" else "old")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["best"]

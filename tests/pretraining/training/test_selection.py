@@ -151,7 +151,7 @@ def test_a_resumed_run_keeps_the_best_weights(saved, values, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_train_step", killed)
         train(config_of(saved))
-    Path("run/best").rename("run/.best_replaced")  # as if it was killed in between
+    Path("run/best").rename("run/.best.replaced")  # as if it was killed in between
     result = train(config_of(saved), resume=True)
     assert result.selection.step == 2 and not values
     assert json.loads((Path("run/best") / RECORD).read_text())["step"] == 2

@@ -12,10 +12,8 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from elip_models.pretraining.models.clip.model import CLIP
-from elip_models.pretraining.models.registry import create_model, load_model
+from elip_models.pretraining.models.registry import load_model
 from elip_models.pretraining.tasks.retrieval import Retrieval
-from elip_models.pretraining.training.optimizers import make_optimizer
-from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError
@@ -75,27 +73,6 @@ RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUI
 )
 def test_resuming_is_exact(recipe, options, tmp_path):
     assert_same(*train_resumed(tmp_path, *options, recipe=recipe))
-
-
-@pytest.mark.parametrize("recipe", ["clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny"])
-def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest(recipe):
-    model = create_model(recipe, vocab_size=300)
-    optim = load_recipe(recipe, ["optim.name=muon", "optim.eps=1e-5"]).optim
-    optimizer = make_optimizer(model, optim)
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
-    muon, adamw = set(), set()
-    for group in optimizer.param_groups:
-        part = adamw if group["use_fallback"] else muon
-        part |= {name_of[parameter] for parameter in group["params"]}
-        assert (group["nesterov"], group["eps"]) == (
-            (False, 1e-5) if part is adamw else (True, 1e-7)
-        )
-    assert muon | adamw == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not muon & adamw
-    assert all(model.get_parameter(name).ndim == 2 for name in muon)
-    assert not [n for n in muon if "embed" in n or n.startswith("itm_head")]
-    left = {n for n in adamw if model.get_parameter(n).ndim == 2 and "embed" not in n}
-    assert left <= {"itm_head.weight", "token_types.weight"}
 
 
 @pytest.mark.parametrize("name", tiered(["muon", "lion"], [], slow=["muon"]))

@@ -1,0 +1,167 @@
+"""Learning rates, weight decay, optimisers, and steps that are not finite."""
+
+import copy
+
+import pytest
+import torch
+
+from elip_models.pretraining.checkpoints.names import KINDS
+from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
+from elip_models.pretraining.models.registry import create_model
+from elip_models.pretraining.training.optim import (
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    skip_nonfinite_step_,
+    step_,
+)
+from elip_models.pretraining.training.recipe import load_recipe
+from elip_models.pretraining.training.run_config import OptimConfig
+from tests.helpers.tiers import first_quick
+
+RATES = [  # decay, warm-up, step of 100, multiple of the peak
+    ("cosine", 10, 0, 0.1),
+    ("cosine", 10, 9, 1.0),
+    ("cosine", 10, 55, 0.55),
+    ("cosine", 10, 100, 0.1),
+    ("cosine", 0, 0, 1.0),
+    ("cosine", 5000, 9, 0.5),  # capped at a fifth of the run
+    ("linear", 10, 10, 1.0),
+    ("linear", 10, 55, 0.55),
+    ("linear", 10, 100, 0.1),
+    ("step", 10, 4, 0.5),
+    ("step", 10, 24, 1.0),
+    ("step", 10, 25, 0.5),
+    ("step", 10, 100, 0.1),
+]
+
+
+@pytest.mark.parametrize(("decay", "warmup_steps", "step", "expected"), RATES)
+def test_learning_rate(decay, warmup_steps, step, expected):
+    settings = {"lr": 2.0, "min_lr": 0.2, "decay": decay, "decay_rate": 0.5}
+    optim = OptimConfig(batch_size=1, warmup_steps=warmup_steps, **settings)
+    rate = learning_rate(step, optim, total_steps=100, steps_per_epoch=25)
+    assert rate == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("accumulation", [3, 7])
+def test_step_decay_begins_with_the_epoch(accumulation):
+    """Take epochs of 10 batches, which need not be a whole number of steps."""
+    optim = OptimConfig(batch_size=1, lr=1.0, warmup_steps=0, decay="step", decay_rate=0.5)
+    for step in range(100):
+        epoch = step * accumulation // 10
+        rate = learning_rate(step, optim, total_steps=1000, steps_per_epoch=10 / accumulation)
+        assert rate == 0.5**epoch
+
+
+def test_learning_rates_of_named_and_of_frozen_parameters():
+    model = create_model("meter_tiny", vocab_size=300)
+    model.visual.requires_grad_(False)
+    groups = parameter_groups(model, 0.1, {"itm_head.bias": 2, "itm_head.*": 5})
+    scale_of = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale_of.keys() == {p for p in model.parameters() if p.requires_grad}
+    assert scale_of.pop(model.itm_head.bias) == 2 and scale_of.pop(model.itm_head.weight) == 5
+    assert set(scale_of.values()) == {1.0}
+    with pytest.raises(ValueError, match=r"lr_scale: expected patterns.*'itn_head"):
+        parameter_groups(model, 0.1, {"itn_head.*": 5})
+
+
+OF_METER = (
+    "bias",
+    *(
+        f"{norm}.{part}"
+        for norm in ("LayerNorm", "norm", "norm1", "norm2")
+        for part in ("bias", "weight")
+    ),
+)
+OFFICIAL = {  # name and tensor of the official model -> whether it decays
+    "albef_4m": ("albef", lambda name, tensor: tensor.ndim != 1 and not name.endswith(".bias")),
+    "blip_4m": ("blip", lambda name, tensor: True),
+    "meter_4m": ("meter", lambda name, tensor: not any(part in name for part in OF_METER)),
+    "clip_vit_s16_cc3m": (
+        "open_clip",
+        lambda name, tensor: (
+            tensor.ndim >= 2
+            and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+        ),
+    ),
+}
+
+
+LEARN_FASTER = {"meter_4m": ("cross_modal", "mlm_score", "itm_score")}
+
+
+@pytest.mark.parametrize("name", first_quick(OFFICIAL))
+def test_a_recipe_decays_and_scales_what_the_original_does(name):
+    recipe = load_recipe(name, ["data.train=a.json"])
+    kind, decays = OFFICIAL[name]
+    with torch.device("meta"):
+        model = create_model(recipe.model.name, **recipe.model.overrides)
+    optim = recipe.optim
+    groups = parameter_groups(model, 0.1, optim.lr_scale, no_decay=optim.no_decay)
+    decay_of = {p: group["weight_decay"] > 0 for group in groups for p in group["params"]}
+    scale_of = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    faster = LEARN_FASTER.get(name, ())
+    table = reversed_names(KINDS[kind].names)
+    for ours, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        theirs = rename_tensors(
+            {ours: parameter.squeeze() if kind == "open_clip" else parameter}, table
+        )
+        assert {decays(*item) for item in theirs.items()} == {decay_of[parameter]}, ours
+        scales = {5 if any(part in each for part in faster) else 1 for each in theirs}
+        assert scales == {scale_of[parameter]}, ours
+
+
+@pytest.mark.parametrize("recipe", ["clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny"])
+def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest(recipe):
+    model = create_model(recipe, vocab_size=300)
+    optim = load_recipe(recipe, ["optim.name=muon", "optim.eps=1e-5"]).optim
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    names = {True: set(), False: set()}  # of AdamW, of Muon
+    for group in make_optimizer(model, optim).param_groups:
+        is_adamw = group["use_fallback"]
+        names[is_adamw] |= {name_of[parameter] for parameter in group["params"]}
+        assert (group["nesterov"], group["eps"]) == ((False, 1e-5) if is_adamw else (True, 1e-7))
+    assert names[True] | names[False] == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not names[True] & names[False]
+    assert all(model.get_parameter(name).ndim == 2 for name in names[False])
+    assert not [n for n in names[False] if "embed" in n or n.startswith("itm_head")]
+    matrices = {n for n in names[True] if model.get_parameter(n).ndim == 2 and "embed" not in n}
+    assert matrices <= {"itm_head.weight", "token_types.weight"}
+
+
+def trained(fused):
+    """Return a layer and its optimiser after a step, with gradients for the next one."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
+    layer(torch.randn(2, 4)).square().sum().backward()
+    optimizer.step()
+    return layer, optimizer
+
+
+def state_of(layer, optimizer):
+    return copy.deepcopy([layer.state_dict(), optimizer.state_dict()["state"]])
+
+
+def step_as_on_a_gpu(optimizer, norm):
+    """A fused optimiser skips the step itself, so that the host does not wait for the norm."""
+    skip_nonfinite_step_(optimizer, norm)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_only_a_nonfinite_step_is_skipped(fused, norm):
+    layer, optimizer = trained(fused)
+    expected = state_of(layer, optimizer)
+    if norm == 1:
+        other = trained(fused)
+        other[1].step()
+        expected = state_of(*other)
+    else:
+        layer.weight.grad.fill_(norm)
+    (step_as_on_a_gpu if fused else step_)(optimizer, torch.tensor(norm))
+    torch.testing.assert_close(state_of(layer, optimizer), expected, rtol=0, atol=0)
