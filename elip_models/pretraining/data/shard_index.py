@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+
 from elip_models.pretraining.data.sample import clean_captions
 from elip_models.validation import check_text, require_extra
 
@@ -25,6 +27,7 @@ FORMAT = 5  # version of the rows
 MIN_PARALLEL_BYTES = 2**30  # of all shards, from which on several processes index them
 NO_CAPTION = "no caption"
 """The problem of a sample with an image that can be read."""
+_EXAMPLES = 5
 _IMAGES = ("jpeg", "jpg", "png", "webp")
 _EXTENSIONS = (*_IMAGES, "json", "txt")
 _MAX_PADDING = tarfile.RECORDSIZE + tarfile.BLOCKSIZE  # zeros that end a tar: filled to a record
@@ -36,35 +39,49 @@ def read_index(shards: Sequence[Path]) -> "Dataset":
     The table is built once for these shards, and again if the path, size or time of one changes.
 
     Raises:
-        ValueError: A shard is damaged, not an uncompressed tar, or has no sample.
+        ValueError: Shards are damaged, not uncompressed tars, or have no sample.
+        OSError: The table cannot be written.
     """
     with require_extra("ShardSource"):
         from datasets import Dataset, Features, List, Value
         from datasets.exceptions import DatasetGenerationError
 
-    status = [shard.stat() for shard in shards]
+    stats = [shard.stat() for shard in shards]
     paths = [str(shard.resolve()) for shard in shards]
-    state = [(each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino) for each in status]
-    size = sum(each.st_size for each in status)
+    state = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+    is_large = sum(stat.st_size for stat in stats) >= MIN_PARALLEL_BYTES
     columns = {name: Value("string") for name in ("key", "problem")}
     columns |= {name: Value("int64") for name in ("shard", "offset", "size")}
     try:
-        return Dataset.from_generator(
+        index = Dataset.from_generator(
             _rows,
             features=Features(columns | {"captions": List(Value("string"))}),
             gen_kwargs={"shards": list(enumerate(paths))},
-            num_proc=min(len(shards), os.cpu_count() or 1) if size >= MIN_PARALLEL_BYTES else None,
+            num_proc=min(len(shards), os.cpu_count() or 1) if is_large else None,
             fingerprint=hashlib.sha256(repr((FORMAT, paths, state)).encode()).hexdigest()[:32],
         )
     except DatasetGenerationError as error:
-        raise ValueError(str(error.__cause__)) from error
+        raise OSError(f"the index of tar shards cannot be made: {error.__cause__}") from error
+    damaged = np.flatnonzero(index.data.column("shard").to_numpy() < 0)
+    if damaged.size:
+        more = f" ({damaged.size} shards in all)" if damaged.size > _EXAMPLES else ""
+        raise ValueError("; ".join(index[damaged[:_EXAMPLES]]["problem"]) + more)
+    return index
 
 
 def _rows(shards: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of shards; a damaged one has a single row, with -1 in "shard"."""
     for number, path in shards:
-        with open(path, "rb") as file:
-            for row in index_rows(file, path):
-                yield row | {"shard": number}
+        try:
+            with open(path, "rb") as file:
+                for row in index_rows(file, path):
+                    yield row | {"shard": number}
+        except ValueError as error:
+            yield _row("", problem=str(error)) | {"shard": -1}
+
+
+def _row(key: str, offset: int = 0, size: int = 0, problem: str = "") -> dict[str, Any]:
+    return {"key": key, "offset": offset, "size": size, "captions": [], "problem": problem}
 
 
 def index_rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
@@ -79,9 +96,7 @@ def index_rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
     """
     for key, members in _samples(file, name).items():
         image = members.get("image", [])
-        row = {"key": key, "offset": 0, "size": 0, "captions": [], "problem": ""}
-        if image:
-            row |= {"offset": image[0].offset_data, "size": image[0].size}
+        row = _row(key, image[0].offset_data, image[0].size) if image else _row(key)
         try:
             row["captions"] = _captions(members, file)
         except (ValueError, RecursionError) as error:
