@@ -3,6 +3,7 @@
 from typing import NamedTuple, Protocol
 
 from PIL import Image
+from torch.utils.data import Subset
 
 
 class Example(NamedTuple):
@@ -41,7 +42,7 @@ class ExampleSource(Protocol):
         """Return the example without images; none is decoded."""
 
 
-class AnswerableExamples:
+class AnswerableExamples(Subset):
     """The examples of a source that have one of its possible answers.
 
     Raises:
@@ -49,25 +50,19 @@ class AnswerableExamples:
     """
 
     def __init__(self, source: ExampleSource) -> None:
-        self.source, self.answers = source, source.answers
+        self.answers = source.answers
         listed = set(source.answers)
-        examples = enumerate(map(source.text_alone, range(len(source))))
-        self._indices = [i for i, example in examples if example.answers.keys() & listed]
-        if not self._indices:
+        answers = (source.text_alone(index).answers for index in range(len(source)))
+        super().__init__(source, [i for i, own in enumerate(answers) if own.keys() & listed])
+        if not self.indices:
             raise ValueError(
                 f"answers: expected one of the {len(listed)} possible ones for some of the "
                 f"{len(source)} examples, got none; use another list of answers"
             )
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[self._indices[index]]
-
     def text_alone(self, index: int) -> Example:
         """Return the example without images; none is decoded."""
-        return self.source.text_alone(self._indices[index])
+        return self.dataset.text_alone(self.indices[index])
 
 
 def soft_scores(answers: dict[str, float]) -> dict[str, float]:

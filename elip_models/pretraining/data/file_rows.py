@@ -161,14 +161,17 @@ class StoredRows:
         rows: list[dict[str, Any]],
         split: str | None = None,
     ) -> None:
-        wanted, known = set(split.split("+") if split else ()), {row["split"] for row in rows}
+        wanted, known = (
+            set(split.split("+") if split else ()),
+            {row.get("split", "") for row in rows},
+        )
         if absent := sorted(wanted - known):
             names = " or ".join(sorted(known - {""})) or "none, since the files have none"
             raise ValueError(f"split: expected {names}, got {'+'.join(absent)}")
         self._files = files
         self._root = None if image_root is None else expand_user(image_root)
         self._rows = Dataset.from_list(
-            [row for row in rows if not wanted or row["split"] in wanted]
+            rows if split is None else [row for row in rows if row["split"] in wanted]
         )
 
     def __len__(self) -> int:

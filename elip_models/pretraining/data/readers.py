@@ -20,7 +20,6 @@ from elip_models.pretraining.data.shard_source import ShardSource
 from elip_models.pretraining.data.streams import is_stream, redacted
 from elip_models.validation import PositiveInt, check, shortened
 
-_BUILT_IN = "emoji_scenes"
 _FORMS = (
     '"emoji_scenes:seed=0,size=50000", "list.json", "train-*.tar", "train-{0000..0003}.tar", '
     "a folder of tars, or a comma separated list of paths of one kind"
@@ -55,11 +54,10 @@ def open_source(
         return sources[0] if len(sources) == 1 else MixedSource(sources)
     if is_stream(spec):
         raise ValueError(
-            f"spec: expected data on disk, whose samples can be counted, got "
-            f"{redacted(spec)!r}; use a "
-            "stream as the only data.train of pre-training, or with `elip data check`"
+            f"spec: expected data on disk, whose samples can be counted, got {redacted(spec)!r}; "
+            "use a stream as the only data.train of pre-training, or with `elip data check`"
         )
-    if (options := built_in_options(spec, _BUILT_IN)) is not None:
+    if (options := built_in_options(spec, "emoji_scenes")) is not None:
         return EmojiScenes(**options, image_size=image_size)
     named = parse_files(spec, ("images", "split"), _FORMS)
     files = [file for part in named.files for file in _expand(part)]
@@ -80,21 +78,17 @@ def open_source(
 def _expand(path: str) -> list[Path]:
     """Return the files that a path, range, glob or folder names, in order; at least one."""
     plain = expand_user(path)
-    if os.path.isfile(plain):  # false too for a path that is too long, as `isdir` is
-        return [plain]
     if os.path.isdir(plain):
-        files = sorted(plain.glob("*.tar"))
-        if not files:
-            got = shortened(path)
-            raise FileNotFoundError(f"spec: expected a folder of .tar files, got none in {got}")
-        return files
-    files = []
-    for name in expand_ranges(str(plain)):
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not matches or not os.path.isfile(matches[0]):
-            raise FileNotFoundError(
-                f"spec: expected an existing file, got {shortened(name)}; the working folder is "
-                f"{Path.cwd()}"
-            )
-        files += [Path(match) for match in matches]
-    return files
+        names = [str(file) for file in sorted(plain.glob("*.tar"))]
+    elif os.path.isfile(plain):  # whose name may look like a pattern
+        names = [str(plain)]
+    else:
+        ranges = expand_ranges(str(plain))
+        names = [match for name in ranges for match in sorted(glob.glob(name)) or [name]]
+    if not names or not all(map(os.path.isfile, names)):
+        wanted = "a folder of .tar files" if os.path.isdir(plain) else "an existing file"
+        absent = next((name for name in names if not os.path.isfile(name)), path)
+        raise FileNotFoundError(
+            f"spec: expected {wanted}, got {shortened(absent)}; the working folder is {Path.cwd()}"
+        )
+    return [Path(name) for name in names]

@@ -15,16 +15,16 @@ Source: Winoground (Thrush et al., 2022); ARO (Yuksekgonul et al., 2023); SugarC
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from elip_models.images import MAX_PIXELS, SampleError, decode_image
-from elip_models.pretraining.data.checks import check_index, expand_user
+from elip_models.images import MAX_PIXELS, SampleError
+from elip_models.pretraining.data.checks import expand_user
 from elip_models.pretraining.data.data_spec import FileSpec
-from elip_models.pretraining.data.file_rows import FileRow, as_rows, existing_image
+from elip_models.pretraining.data.file_rows import Box, FileRow, StoredRows, as_rows
 from elip_models.pretraining.data.json_files import read_json
 from elip_models.pretraining.data.sample import Sample
 from elip_models.validation import shortened
@@ -58,10 +58,6 @@ _SYMMETRIC = (
 )
 SYMMETRIC_RELATIONS = frozenset(_SYMMETRIC.split(", "))
 """Relations that ARO's notebook leaves out of the mean over relations, as symmetric."""
-
-Box = tuple[float, float, float, float]
-View = tuple[Path, Box | None]
-"""An image file, and the left, top, width and height in pixels of the part that is shown."""
 
 
 class CompositionExample(NamedTuple):
@@ -117,17 +113,8 @@ _BENCHMARKS = {
 """Key that only the entries of a benchmark have."""
 
 
-class StoredCase(NamedTuple):
-    """An example whose images have not been read."""
-
-    id: str
-    category: str
-    views: tuple[View, ...]
-    captions: tuple[str, ...]
-
-
-class CompositionFiles:
-    """A `CompositionSource` over files of one benchmark. Each view of an image is read once.
+class CompositionFiles(StoredRows):
+    """A `CompositionSource` over files of one benchmark. Each part of an image is read once.
 
     A missing or damaged image raises SampleError for that image only.
 
@@ -143,46 +130,54 @@ class CompositionFiles:
             pairs = zip(files, read, strict=True)
             named = ", ".join(f"{benchmark} in {file.name}" for file, (benchmark, _) in pairs)
             raise ValueError(f"spec: expected files of one benchmark, got {named}")
-        cases = [
-            case
-            for file, (_, rows) in zip(files, read, strict=True)
-            for case in _cases(self.benchmark, spec, file, rows)
-        ]
-        ids = Counter(case.id for case in cases)
+        views: dict[str, dict[str, Any]] = {}
+        examples: list[CompositionExample] = []
+        for number, (file, (_, rows)) in enumerate(zip(files, read, strict=True)):
+            root = file.parent if spec.images is None else expand_user(spec.images)
+            for place, row in rows.items():
+                captions = _captions(row, self.benchmark, f"{file}[{place}]")
+                names = [_view_name(root / image, row.box) for image in row.paths()]
+                for name, image in zip(names, row.paths(), strict=True):
+                    view = {"file": number, "place": str(place), "images": [image], "id": name}
+                    view = views.setdefault(name, view | {"box": row.box, "captions": {}})
+                    view["captions"] |= dict.fromkeys(captions)
+                example_id, category = f"{file.stem}/{place}", row.category
+                if self.benchmark == "winoground":
+                    example_id = row.id or example_id
+                if self.benchmark == "sugarcrepe":
+                    category = file.stem
+                examples.append(
+                    CompositionExample(example_id, category, tuple(names), captions, cluster=0)
+                )
+        super().__init__(
+            files,
+            spec.images,
+            [view | {"captions": [*view["captions"]]} for view in views.values()],
+        )
+        ids = Counter(example.id for example in examples)
         if twice := [name for name, count in ids.items() if count > 1]:
             raise ValueError(f"id: expected another one for each example, got {twice[0]!r} again")
-        self.categories = _scored_categories(self.benchmark, cases)
+        numbers = {name: self.image_number(index) for index, name in enumerate(views)}
+        clusters = _clusters([[numbers[name] for name in each.images] for each in examples])
+        self.examples = [
+            example._replace(cluster=cluster)
+            for example, cluster in zip(examples, clusters, strict=True)
+        ]
+        self.categories = _scored_categories(self.benchmark, examples)
         self.averages = self.benchmark in ("vg_relation", "vg_attribution") or (
             self.benchmark == "sugarcrepe" and len(self.categories) > 1
         )
-        captions: dict[View, dict[str, None]] = {}
-        for case in cases:
-            for view in case.views:
-                captions.setdefault(view, {}).update(dict.fromkeys(case.captions))
-        self._views = [*captions]
-        self._captions = [tuple(texts) for texts in captions.values()]
-        clusters = _clusters([[str(path) for path, _ in case.views] for case in cases])
-        self.examples = [
-            CompositionExample(
-                case.id, case.category, tuple(map(_view_id, case.views)), case.captions, cluster
-            )
-            for case, cluster in zip(cases, clusters, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._views)
 
     def __getitem__(self, index: int) -> Sample:
-        captions = self.captions(index)
-        path, box = self._views[index]
-        name = _view_id(self._views[index])
-        image = decode_image(existing_image(path), name)
-        return Sample(image if box is None else _crop(image, box, name), captions, name)
+        row = self._row(index)
+        (image,) = self._images(row)
+        if row["box"] is not None:
+            image = _crop(image, row["box"], self._name(row))
+        return Sample(image, tuple(row["captions"]), row["id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions without decoding the image."""
-        check_index(index, len(self))
-        return self._captions[index]
+        return tuple(self._row(index)["captions"])
 
 
 def _read(file: Path) -> tuple[str, dict[int | str, FileRow]]:
@@ -193,41 +188,31 @@ def _read(file: Path) -> tuple[str, dict[int | str, FileRow]]:
         data = [data]
     entries = [*data.values()] if isinstance(data, dict) else data
     first = entries[0] if isinstance(entries, list) and entries else None
-    keys = first if isinstance(first, dict) else {}
-    key = next((key for key in _BENCHMARKS if key in keys), None)
+    key = next((key for key in _BENCHMARKS if isinstance(first, dict) and key in first), None)
     if key is None:
         raise ValueError(f"{file}: expected {expected}, got {shortened(data)}")
     return _BENCHMARKS[key], as_rows(data, str(file), key, images=2 if key == "caption_0" else 1)
 
 
-def _cases(
-    benchmark: str, spec: FileSpec, file: Path, rows: dict[int | str, FileRow]
-) -> Iterator[StoredCase]:
-    root = file.parent if spec.images is None else expand_user(spec.images)
-    for place, row in rows.items():
-        captions = [" ".join(text.split()) for text in row.texts]
-        if len(captions) < 2 or not all(captions):
-            raise ValueError(f"{file}[{place}]: expected at least two captions, got {captions}")
-        if benchmark == "order":  # a permutation that equals the caption is not wrong
-            captions = dict.fromkeys(captions)
-        if benchmark.startswith("vg_") and row.box is None:
-            raise ValueError(f"{file}[{place}]: expected bbox_x, bbox_y, bbox_w and bbox_h")
-        has_id = benchmark == "winoground" and row.id
-        category = file.stem if benchmark == "sugarcrepe" else row.category
-        views = tuple((root / image, row.box) for image in row.paths())
-        case_id = row.id if has_id else f"{file.stem}/{place}"
-        yield StoredCase(case_id, category, views, tuple(captions))
+def _captions(row: FileRow, benchmark: str, where: str) -> tuple[str, ...]:
+    captions = tuple(" ".join(text.split()) for text in row.texts)
+    if len(captions) < 2 or not all(captions):
+        raise ValueError(f"{where}: expected at least two captions, got {captions}")
+    if benchmark.startswith("vg_") and row.box is None:
+        raise ValueError(f"{where}: expected bbox_x, bbox_y, bbox_w and bbox_h")
+    if benchmark == "order":  # a permutation that equals the caption is not wrong
+        return tuple(dict.fromkeys(captions))
+    return captions
 
 
-def _scored_categories(benchmark: str, cases: Sequence[StoredCase]) -> tuple[str, ...]:
-    counts = Counter(case.category for case in cases if case.category)
+def _scored_categories(benchmark: str, examples: Sequence[CompositionExample]) -> tuple[str, ...]:
+    counts = Counter(example.category for example in examples if example.category)
     least = MIN_ATTRIBUTES if benchmark == "vg_attribution" else 1
     left_out = SYMMETRIC_RELATIONS if benchmark == "vg_relation" else ()
     return tuple(name for name in sorted(counts) if counts[name] >= least and name not in left_out)
 
 
-def _view_id(view: View) -> str:
-    path, box = view
+def _view_name(path: Path, box: Box | None) -> str:
     return str(path) if box is None else f"{path}[{', '.join(f'{side:g}' for side in box)}]"
 
 
@@ -239,16 +224,16 @@ def _crop(image: Image.Image, box: Box, name: str) -> Image.Image:
         raise SampleError(
             name,
             f"expected a box in the image of {image.width} x {image.height} pixels, at least one "
-            f"pixel wide and high",
+            f"pixel wide and high, got {box}",
         )
     return image.crop((left, top, left + width, top + height))
 
 
-def _clusters(groups: Sequence[Sequence[str]]) -> list[int]:
+def _clusters(groups: Sequence[Sequence[int]]) -> list[int]:
     """Return a number for each group; groups that share an item, or are linked, share it."""
-    parents: dict[str, str] = {}
+    parents: dict[int, int] = {}
 
-    def root(item: str) -> str:
+    def root(item: int) -> int:
         while parents.setdefault(item, item) != item:
             parents[item] = item = parents[parents[item]]
         return item
@@ -256,5 +241,5 @@ def _clusters(groups: Sequence[Sequence[str]]) -> list[int]:
     for first, *others in groups:
         for other in others:
             parents[root(other)] = root(first)
-    numbers: dict[str, int] = {}
+    numbers: dict[int, int] = {}
     return [numbers.setdefault(root(first), len(numbers)) for first, *_ in groups]
