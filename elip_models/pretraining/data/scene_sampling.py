@@ -145,7 +145,7 @@ def _grid(rows: int, columns: int) -> tuple[Place, ...]:
 GRIDS = (_grid(1, 2), _grid(2, 1), *3 * (_grid(2, 2),), _grid(1, 3), _grid(3, 1))
 """Corners are more probable than thirds of the image, where the emoji are smaller."""
 
-CLUTTER_GRIDS = (_grid(2, 2), _grid(2, 3), _grid(3, 2), _grid(3, 3))
+CLUTTER_GRIDS = (_grid(3, 3),)
 """With clutter, each place has one emoji, since copies would be too small."""
 
 MAX_CLUTTER = 9 - max(GROUP_NUMBERS)
@@ -154,7 +154,7 @@ MAX_CLUTTER = 9 - max(GROUP_NUMBERS)
 
 def place_names(clutter: int) -> tuple[str, ...]:
     """Return the nine places of scenes with or without clutter."""
-    grids = CLUTTER_GRIDS[-1:] if clutter else GRIDS
+    grids = CLUTTER_GRIDS if clutter else GRIDS
     return tuple(dict.fromkeys(place.name for grid in grids for place in grid))
 
 

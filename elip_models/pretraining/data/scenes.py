@@ -26,6 +26,7 @@ from elip_models.pretraining.data.scene_sampling import (
     EMOJI,
     MAX_CLUTTER,
     Scene,
+    Texture,
     add_texture,
     place_names,
     sample_scene,
@@ -69,14 +70,11 @@ def draw_emoji(name: str, pixels: int, angle: int = 0) -> Image.Image:
 
 def render(scene: Scene, image_size: int) -> Image.Image:
     """Draw a scene as an RGB image of `image_size` x `image_size`."""
+    colour = BACKGROUNDS[scene.background]
     if scene.texture is None:
-        canvas = Image.new("RGB", (image_size, image_size), BACKGROUNDS[scene.background])
+        canvas = Image.new("RGB", (image_size, image_size), colour)
     else:
-        side, levels, is_smooth = scene.texture
-        filter_ = Image.Resampling.BICUBIC if is_smooth else Image.Resampling.NEAREST
-        canvas = Image.frombytes("L", (side, side), levels).resize((image_size,) * 2, filter_)
-        canvas.putpalette(_shades(scene.background))
-        canvas = canvas.convert("RGB")
+        canvas = _draw_texture(scene.texture, colour, image_size)
     for _, glyph, corner in _glyphs(scene, image_size):
         canvas.paste(glyph, corner, glyph)
     if scene.cover is not None:
@@ -86,12 +84,14 @@ def render(scene: Scene, image_size: int) -> Image.Image:
     return canvas
 
 
-@cache
-def _shades(background: str) -> bytes:
-    """Return the RGB bytes of 256 shades of a colour that stay recognisable, dark to light."""
-    colour = np.array(BACKGROUNDS[background])
-    ends = 0.86 * colour, colour + 0.25 * (255 - colour)
-    return np.linspace(*ends, 256).round().astype(np.uint8).tobytes()
+def _draw_texture(texture: Texture, colour: tuple[int, int, int], image_size: int) -> Image.Image:
+    """Draw shades of a colour in which it stays recognisable."""
+    size, (side, levels, is_smooth) = (image_size, image_size), texture
+    resampling = Image.Resampling.BICUBIC if is_smooth else Image.Resampling.NEAREST
+    mask = Image.frombytes("L", (side, side), levels).resize(size, resampling)
+    dark = tuple(round(0.86 * channel) for channel in colour)
+    light = tuple(round(channel + 0.25 * (255 - channel)) for channel in colour)
+    return Image.composite(Image.new("RGB", size, light), Image.new("RGB", size, dark), mask)
 
 
 def visible_masks(scene: Scene, image_size: int) -> np.ndarray:

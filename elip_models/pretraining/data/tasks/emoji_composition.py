@@ -1,9 +1,8 @@
 """EmojiComposition: pairs of scenes and captions that differ in which emoji belong together."""
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import replace
 from functools import cached_property
-from random import Random
 
 from elip_models.pretraining.data.checks import check_index
 from elip_models.pretraining.data.sample import Sample
@@ -18,31 +17,26 @@ from elip_models.pretraining.data.scene_sampling import (
 from elip_models.pretraining.data.scenes import EmojiData, render
 from elip_models.pretraining.data.tasks.composition_files import CompositionExample
 
-_Form = tuple[Scene, Callable[[str, str], str]]
-"""A scene of two emoji, and a function from their names to a caption."""
+
+def _related(scene: Scene) -> str:
+    one, two, *_ = scene.groups
+    return f"the {one.name} is {relation(one, two)} the {two.name}"
 
 
-def _related(rng: Random, clutter: int, one: str, two: str) -> _Form:
-    scene = sample_scene(rng, clutter, names=[one, two], counts=[1, 1])
-    side = relation(*scene.groups[:2])
-    return scene, lambda one, two: f"the {one} is {side} the {two}"
+def _placed(scene: Scene) -> str:
+    one, two, *_ = scene.groups
+    here, there = at_place(one.place.name), at_place(two.place.name)
+    return f"{with_article(one.name)} {here} and {with_article(two.name)} {there}"
 
 
-def _placed(rng: Random, clutter: int, one: str, two: str) -> _Form:
-    scene = sample_scene(rng, clutter, names=[one, two], counts=[1, 1])
-    here, there = (at_place(group.place.name) for group in scene.groups[:2])
-    return scene, lambda one, two: f"{with_article(one)} {here} and {with_article(two)} {there}"
+def _counted(scene: Scene) -> str:
+    one, two, *_ = scene.groups
+    counts = Counter(group.name for group in scene.groups for _ in group.copies)
+    return f"{in_words(counts[one.name], one.name)} and {in_words(counts[two.name], two.name)}"
 
 
-def _counted(rng: Random, clutter: int, one: str, two: str) -> _Form:
-    """Draw two different counts; each copy in a scene with clutter forms a group of its own."""
-    few, many = (1, 2) if clutter else sorted(rng.sample([*COUNTS], 2))
-    names = [one, two, two] if clutter else [one, two]
-    scene = sample_scene(rng, clutter, names=names, counts=[few, many])
-    return scene, lambda one, two: f"{in_words(few, one)} and {in_words(many, two)}"
-
-
-_FORMS = {"relation": _related, "place": _placed, "count": _counted}
+_CAPTIONS = {"relation": _related, "place": _placed, "count": _counted}
+"""Category: the caption of the first two emoji of a scene."""
 
 
 class EmojiComposition(EmojiData):
@@ -58,7 +52,7 @@ class EmojiComposition(EmojiData):
     """
 
     name = benchmark = "emoji_composition"
-    categories = tuple(_FORMS)
+    categories = tuple(_CAPTIONS)
     averages = False
 
     def __len__(self) -> int:
@@ -66,41 +60,40 @@ class EmojiComposition(EmojiData):
         return 2 * self.size
 
     def __getitem__(self, index: int) -> Sample:
-        captions, scene = self.captions(index), self.scenes(index // 2)[index % 2]
-        image_id = self.examples[index // 2].images[index % 2]
-        return Sample(render(scene, self.image_size), captions, image_id)
+        (number, side), size = divmod(index, 2), self.image_size
+        example, scenes = self._draw(number)
+        return Sample(render(scenes[side], size), example.captions, example.images[side])
 
     @cached_property
     def examples(self) -> tuple[CompositionExample, ...]:
         """The examples, without their images."""
-        examples = []
-        for number in range(self.size):
-            name, category = self.sample_id(number), self.categories[number % len(_FORMS)]
-            images = (f"{name}-0", f"{name}-1")
-            captions = self.captions(2 * number)
-            examples.append(CompositionExample(name, category, images, captions, number))
-        return tuple(examples)
+        return tuple(self._draw(number)[0] for number in range(self.size))
 
     def captions(self, index: int) -> tuple[str, str]:
         """Return both captions of the example of an image, without drawing the image."""
-        check_index(index, len(self))
-        return self._draw(index // 2)[1]
+        return self._draw(index // 2)[0].captions
 
     def scenes(self, number: int) -> tuple[Scene, Scene]:
         """Return the two scenes of an example as data, without drawing them."""
-        check_index(number, self.size)
-        return self._draw(number)[0]
+        return self._draw(number)[1]
 
-    def _draw(self, number: int) -> tuple[tuple[Scene, Scene], tuple[str, str]]:
-        """Return the two scenes and the two captions of an example."""
-        rng = self.random(number)
-        one, two = rng.sample(NAMES, 2)
-        draw = _FORMS[self.categories[number % len(_FORMS)]]
-        scene, write = draw(rng, self.clutter, one, two)
+    def _draw(self, number: int) -> tuple[CompositionExample, tuple[Scene, Scene]]:
+        check_index(number, self.size)
+        rng, name = self.random(number), self.sample_id(number)
+        category = self.categories[number % len(self.categories)]
+        names, counts = rng.sample(NAMES, 2), [1, 1]
+        if category == "count" and self.clutter:  # each copy is a group of its own
+            names.append(names[1])
+        elif category == "count":
+            counts = rng.sample([*COUNTS], 2)
+        scene = sample_scene(rng, self.clutter, names=names, counts=counts)
         if self.textures:  # the same for both
             scene = add_texture(rng, scene)
-        swapped = {one: two, two: one}
+        swapped = {names[0]: names[1], names[1]: names[0]}
         groups = (
             replace(group, name=swapped.get(group.name, group.name)) for group in scene.groups
         )
-        return (scene, replace(scene, groups=tuple(groups))), (write(one, two), write(two, one))
+        scenes = (scene, replace(scene, groups=tuple(groups)))
+        captions = tuple(map(_CAPTIONS[category], scenes))
+        images = (f"{name}-0", f"{name}-1")
+        return CompositionExample(name, category, images, captions, number), scenes

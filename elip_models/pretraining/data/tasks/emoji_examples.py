@@ -85,23 +85,22 @@ class EmojiExamples(EmojiData):
     """Functions that return a text, its answer, and scenes for which the answer is correct."""
 
     def __getitem__(self, index: int) -> Example:
-        images = tuple(render(scene, self.image_size) for scene in self.scenes(index))
-        return self.text_alone(index)._replace(images=images)
+        example, scenes = self._draw(index)
+        return example._replace(images=tuple(render(scene, self.image_size) for scene in scenes))
 
     def text_alone(self, index: int) -> Example:
         """Return the example without images; none is drawn."""
-        text, answer, _ = self._draw(index)
-        answers = {answer: 1.0} if self.answers else {}
-        return Example((), text, answers, self.sample_id(index))
+        return self._draw(index)[0]
 
     def scenes(self, index: int) -> tuple[Scene, ...]:
         """Return the scenes of the images as data, without drawing them."""
-        return self._draw(index)[2]
+        return self._draw(index)[1]
 
-    def _draw(self, index: int) -> tuple[str, str, tuple[Scene, ...]]:
+    def _draw(self, index: int) -> tuple[Example, tuple[Scene, ...]]:
         check_index(index, self.size)
         sampler = ExampleSampler(self, index)
         text, answer, scenes = self.forms[index // self.turns % len(self.forms)](sampler)
         if self.textures:
             scenes = tuple(add_texture(sampler.rng, scene) for scene in scenes)
-        return text, answer, scenes
+        answers = {answer: 1.0} if self.answers else {}
+        return Example((), text, answers, self.sample_id(index)), scenes
