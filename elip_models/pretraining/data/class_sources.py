@@ -168,7 +168,7 @@ def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> Cla
             numbers.
         FileNotFoundError: There is no such folder or dataset.
     """
-    options = built_in_options(spec, _BUILT_IN)
+    options = built_in_options(spec, _BUILT_IN, EmojiClasses)
     if options is not None:
         return EmojiClasses(**options, image_size=image_size)
     prefix, _, dataset = str(spec).partition(":")

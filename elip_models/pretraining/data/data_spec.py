@@ -5,6 +5,7 @@ questions.json,annotations.json,images=val2014
 emoji_questions:seed=0,size=2000
 """
 
+import inspect
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -83,12 +84,21 @@ def _parse_line(spec: str) -> dict[str, Any]:
     return fields
 
 
-def built_in_options(spec: Spec, name: str) -> dict[str, Any] | None:
-    """Return {"seed": 0, "size": 100} for "NAME:seed=0,size=100", or None for other data."""
+def built_in_options(spec: Spec, name: str, source: type) -> dict[str, Any] | None:
+    """Return {"seed": 0, "size": 100} for "NAME:seed=0,size=100", or None for other data.
+
+    An option that is no argument of the class `source` raises ValueError.
+    """
     if not isinstance(spec, str) or spec.partition(":")[0].strip() != name:
         return None
     parts = (part.partition("=") for part in spec.partition(":")[2].split(",") if part.strip())
     options = {option.strip(): _parse_value(value) for option, _, value in parts}
+    known = [name for name in inspect.signature(source).parameters if name != "image_size"]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(
+            f"spec: expected the options {', '.join(known)}, got {shortened(unknown[0])} in "
+            f"{shortened(spec)}{did_you_mean(unknown[0], known)}"
+        )
     if "size" not in options:
         raise ValueError(
             f"spec: expected a size, got {shortened(spec)}; write {name}:seed=0,size=500"

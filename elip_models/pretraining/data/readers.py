@@ -57,7 +57,7 @@ def open_source(
             f"spec: expected data on disk, whose samples can be counted, got {redacted(spec)!r}; "
             "use a stream as the only data.train of pre-training, or with `elip data check`"
         )
-    if (options := built_in_options(spec, "emoji_scenes")) is not None:
+    if (options := built_in_options(spec, "emoji_scenes", EmojiScenes)) is not None:
         return EmojiScenes(**options, image_size=image_size)
     named = parse_files(spec, ("images", "split"), _FORMS)
     files = [file for part in named.files for file in _expand(part)]

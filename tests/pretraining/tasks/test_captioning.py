@@ -5,10 +5,10 @@ import math
 from collections import Counter
 
 import pytest
-from elip_models.pretraining.models.blip.captioning import BLIPCaptioning
 from PIL import Image
 
 from elip_models.pretraining.data import DataError, train_tokenizer
+from elip_models.pretraining.models.blip.tasks import BLIPCaptioning
 from elip_models.pretraining.tasks.caption_metrics import caption_scores, words_of
 from elip_models.pretraining.tasks.captioning import Captioning
 from elip_models.pretraining.tasks.registry import get_task

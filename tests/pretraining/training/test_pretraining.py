@@ -121,11 +121,6 @@ def test_momentum_targets_are_warmed_up_by_epoch(recipe, tmp_path):
         ("meter_tiny", "report=[retrieval]", "report: expected no retrieval.*METER"),
         ("albef_tiny", "optim.batch_size=32", "model: queue_size: expected at least the batch, 32"),
         ("blip_tiny", "model.overrides.text_width=48", "model: text_width: expected vision_width"),
-        (
-            "albef_tiny",
-            "model.overrides.alpha=1e-3",
-            "model: alpha: expected a number.*got '1e-3'",
-        ),
         ("blip_tiny", "model.overrides.colour=red", "model: config: expected names.*colour"),
         ("albef_tiny", "optim.lr_scale={temprature: 0.1}", "optim: lr_scale: .*temprature"),
         ("albef_tiny", "model.text_init=bert", "model.vision_init, model.text_init: text"),

@@ -36,7 +36,9 @@ def open_composition(spec: Spec, *, image_size: int) -> CompositionSource:
         FileNotFoundError: A file is missing.
     """
     check("image_size", image_size, PositiveInt)
-    if (options := built_in_options(spec, EmojiComposition.benchmark)) is not None:
+    if (
+        options := built_in_options(spec, EmojiComposition.benchmark, EmojiComposition)
+    ) is not None:
         return EmojiComposition(**options, image_size=image_size)
     named = parse_files(spec, ("images",), f"{EmojiComposition.benchmark}:size=200 or files")
     files = [file for part in named.files for file in _expand(part)]

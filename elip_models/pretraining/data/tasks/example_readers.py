@@ -71,7 +71,7 @@ def open_examples(
         return ClassExamples(open_classes(spec, image_size=image_size, needs_names=False))
     name = BUILT_IN[task].name
     for other, source in BUILT_IN.items():
-        if (options := built_in_options(spec, source.name)) is None:
+        if (options := built_in_options(spec, source.name, source)) is None:
             continue
         if other != task:
             got = f"{source.name}, which is for {other}"
