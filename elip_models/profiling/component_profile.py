@@ -41,7 +41,6 @@ CALLS: dict[str, dict[str, str]] = {
     "clip": {
         "_encode_image": IMAGE,
         "encode_text": TEXT,
-        "_dense_features": SCORING,
         "image_projection": HEADS,
         "text_projection": HEADS,
     },

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import pytest
 
-from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.models.layers.text_reduction import TextReduction
 from elip_models.pretraining.models.registry import CONFIGS
 from elip_models.reduction.schedule import Schedule
@@ -111,7 +110,7 @@ def test_fields_are_checked_by_their_annotations_and_by_rules_for_two(arguments,
 
 
 EVERY = {name: strategy() for name, strategy in STRATEGIES.items()}
-EVERY |= CONFIGS | {"decoding": Decoding(), "text_reduction": TextReduction("post")}
+EVERY |= CONFIGS | {"text_reduction": TextReduction("post")}
 EVERY |= {"schedule": Schedule.parse("clip")}
 
 

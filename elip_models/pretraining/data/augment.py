@@ -1,6 +1,6 @@
 """RandAugment with the operations of ALBEF and BLIP, or with those of METER.
 
-`RandAugment` has ten operations, none of which changes a hue:
+'albef' has ten operations, none of which changes a hue. m is the magnitude, 0 to 10:
 
     ShearX, ShearY            x + f y, or y + f x, by f = +-0.3 m / 10
     TranslateX, TranslateY    by +-10 m / 10 pixels
@@ -8,10 +8,9 @@
     Brightness, Sharpness     factor 0.1 + 1.8 m / 10
     Identity, AutoContrast, Equalize
 
-m is the magnitude, 0 to 10. Operations are drawn with replacement. Each is applied with probability
-0.5 and a random sign. Uncovered pixels become grey, 128.
+Each drawn operation is applied with probability 0.5. Uncovered pixels become grey, 128.
 
-`METERRandAugment` has fourteen, on the image before it is resized:
+'meter' has fourteen, with s = m / 30, and applies all that are drawn:
 
     ShearX, ShearY, TranslateX, TranslateY, Rotate    by +-0.3 s, +-100 s pixels, +-30 s degrees
     Color, Contrast, Brightness, Sharpness            factor 0.1 + 1.8 s
@@ -19,102 +18,93 @@ m is the magnitude, 0 to 10. Operations are drawn with replacement. Each is appl
     Solarize, SolarizeAdd                             invert from 256 s; add 110 s, invert from 128
     AutoContrast, Equalize
 
-with s = m / 30. All drawn operations are applied. Uncovered pixels become black.
+Uncovered pixels become black. Both draw operations with replacement, and signs. The ranges differ
+from those of RandAugment in torchvision and timm.
 Source: RandAugment (Cubuk et al., 2020), with the operations and ranges of ALBEF, BLIP and METER.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-_COLOUR = ("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness")
-_GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-OPERATIONS = _COLOUR + _GEOMETRY
+RandAugmentPolicy = Literal["albef", "meter"]
+Operation = Callable[[Image.Image, float], Image.Image]
+"""A function of an image and a signed strength."""
 MAX_MAGNITUDE = 10
-METER_MAX_MAGNITUDE = 30
-METER_OPERATIONS = (
-    *("AutoContrast", "Equalize", "Posterize", "Solarize", "SolarizeAdd"),
-    *("Color", "Contrast", "Brightness", "Sharpness", *_GEOMETRY),
-)
-_ENHANCERS = {
-    "Color": ImageEnhance.Color,
-    "Contrast": ImageEnhance.Contrast,
-    "Brightness": ImageEnhance.Brightness,
-    "Sharpness": ImageEnhance.Sharpness,
-}
-PROBABILITY = 0.5
+PROBABILITY = 0.5  # of applying an operation of 'albef'
 GREY = (128, 128, 128)
 
 
-class RandAugment:
-    """ALBEF's random augmentation of an RGB image by `operations` with a `magnitude` of 0 to 10."""
-
-    def __init__(self, operations: int, magnitude: int) -> None:
-        self.operations = operations
-        self.strength = magnitude / MAX_MAGNITUDE
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the augmented image."""
-        return self.apply(image, self.draw())
-
-    def draw(self) -> list[tuple[str, int]]:
-        """Draw names and signs of the operations to apply, from torch's CPU generator."""
-        names = torch.randint(len(OPERATIONS), (self.operations,)).tolist()
-        chances, signs = torch.rand(2, self.operations).tolist()
-        return [
-            (OPERATIONS[name], 1 if sign < 0.5 else -1)
-            for name, chance, sign in zip(names, chances, signs, strict=True)
-            if chance < PROBABILITY
-        ]
-
-    def apply(self, image: Image.Image, drawn: Iterable[tuple[str, int]]) -> Image.Image:
-        """Apply the operations and signs that `draw` returned, in order."""
-        for name, sign in drawn:
-            image = self._apply_one(image, name, sign * self.strength)
-        return image
-
-    def _apply_one(self, image: Image.Image, name: str, strength: float) -> Image.Image:
-        factor = 0.1 + 1.8 * self.strength
-        match name:
-            case "AutoContrast":
-                return ImageOps.autocontrast(image)
-            case "Equalize":
-                return ImageOps.equalize(image)
-            case "Brightness":
-                return ImageEnhance.Brightness(image).enhance(factor)
-            case "Sharpness":
-                return ImageEnhance.Sharpness(image).enhance(factor)
-            case "ShearX":
-                return _affine(image, (1, -0.3 * strength, 0, 0, 1, 0))
-            case "ShearY":
-                return _affine(image, (1, 0, 0, -0.3 * strength, 1, 0))
-            case "TranslateX":
-                return _affine(image, (1, 0, -10 * strength, 0, 1, 0))
-            case "TranslateY":
-                return _affine(image, (1, 0, 0, 0, 1, -10 * strength))
-            case "Rotate":
-                centre = (image.width / 2 + 0.5, image.height / 2 + 0.5)  # as in OpenCV
-                bilinear = Image.Resampling.BILINEAR
-                return image.rotate(30 * strength, bilinear, center=centre, fillcolor=GREY)
-        return image
+def _enhance(enhancer: type) -> Operation:
+    return lambda image, f: enhancer(image).enhance(0.1 + 1.8 * abs(f))
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+def _smooth(image: Image.Image, a: float, b: float, c: float, *row: float) -> Image.Image:
     """Map pixel (x, y) of the result to (a x + b y + c, d x + e y + f) of the image."""
-    a, b, c, d, e, f = matrix
+    d, e, f = row
     corner = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)  # Pillow's origin is a corner
-    return image.transform(
-        image.size, Image.Transform.AFFINE, corner, Image.Resampling.BILINEAR, fillcolor=GREY
-    )
+    bilinear = Image.Resampling.BILINEAR
+    return image.transform(image.size, Image.Transform.AFFINE, corner, bilinear, fillcolor=GREY)
 
 
-class METERRandAugment:
-    """METER's random augmentation of an RGB image by `operations` with a `magnitude` of 0 to 10."""
+def _smooth_rotation(image: Image.Image, f: float) -> Image.Image:
+    centre = (image.width / 2 + 0.5, image.height / 2 + 0.5)  # as in OpenCV
+    return image.rotate(30 * f, Image.Resampling.BILINEAR, center=centre, fillcolor=GREY)
 
-    def __init__(self, operations: int, magnitude: int) -> None:
-        self.operations = operations
-        self.strength = magnitude / METER_MAX_MAGNITUDE
+
+def _nearest(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+
+def _solarize_add(image: Image.Image, f: float) -> Image.Image:
+    brighter = image.point(lambda level: min(255, int(level + 110 * abs(f))))
+    return ImageOps.solarize(brighter, 128)
+
+
+_STRETCH: dict[str, Operation] = {
+    "AutoContrast": lambda image, f: ImageOps.autocontrast(image),
+    "Equalize": lambda image, f: ImageOps.equalize(image),
+}
+OPERATIONS: dict[RandAugmentPolicy, dict[str, Operation]] = {
+    "albef": {
+        "Identity": lambda image, f: image,
+        **_STRETCH,
+        "Brightness": _enhance(ImageEnhance.Brightness),
+        "Sharpness": _enhance(ImageEnhance.Sharpness),
+        "ShearX": lambda image, f: _smooth(image, 1, -0.3 * f, 0, 0, 1, 0),
+        "ShearY": lambda image, f: _smooth(image, 1, 0, 0, -0.3 * f, 1, 0),
+        "TranslateX": lambda image, f: _smooth(image, 1, 0, -10 * f, 0, 1, 0),
+        "TranslateY": lambda image, f: _smooth(image, 1, 0, 0, 0, 1, -10 * f),
+        "Rotate": _smooth_rotation,
+    },
+    "meter": {
+        **_STRETCH,
+        "Posterize": lambda image, f: ImageOps.posterize(image, max(1, int(4 * abs(f)))),
+        "Solarize": lambda image, f: ImageOps.solarize(image, 256 * abs(f)),
+        "SolarizeAdd": _solarize_add,
+        "Color": _enhance(ImageEnhance.Color),
+        "Contrast": _enhance(ImageEnhance.Contrast),
+        "Brightness": _enhance(ImageEnhance.Brightness),
+        "Sharpness": _enhance(ImageEnhance.Sharpness),
+        "ShearX": lambda image, f: _nearest(image, 1, 0.3 * f, 0, 0, 1, 0),
+        "ShearY": lambda image, f: _nearest(image, 1, 0, 0, 0.3 * f, 1, 0),
+        "TranslateX": lambda image, f: _nearest(image, 1, 0, 100 * f, 0, 1, 0),
+        "TranslateY": lambda image, f: _nearest(image, 1, 0, 0, 0, 1, 100 * f),
+        "Rotate": lambda image, f: image.rotate(30 * f),
+    },
+}
+
+
+class RandAugment:
+    """Random augmentation of an RGB image by `operations` with a `magnitude` of 0 to 10."""
+
+    def __init__(
+        self, operations: int, magnitude: int, policy: RandAugmentPolicy = "albef"
+    ) -> None:
+        self.operations, self.policy = operations, policy
+        self.strength = magnitude / (10 if policy == "albef" else 30)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return the augmented image."""
@@ -122,45 +112,18 @@ class METERRandAugment:
 
     def draw(self) -> list[tuple[str, int]]:
         """Draw names and signs of the operations to apply, from torch's CPU generator."""
-        names = torch.randint(len(METER_OPERATIONS), (self.operations,)).tolist()
-        signs = torch.rand(self.operations).tolist()
-        return [
-            (METER_OPERATIONS[name], 1 if sign < 0.5 else -1)
-            for name, sign in zip(names, signs, strict=True)
-        ]
+        names, n = list(OPERATIONS[self.policy]), self.operations
+        drawn = torch.randint(len(names), (n,)).tolist()
+        if self.policy == "albef":
+            chances, signs = torch.rand(2, n)
+        else:
+            chances, signs = torch.zeros(n), torch.rand(n)
+        is_applied, is_positive = (chances < PROBABILITY).tolist(), (signs < 0.5).tolist()
+        choices = zip(drawn, is_applied, is_positive, strict=True)
+        return [(names[i], 1 if positive else -1) for i, applied, positive in choices if applied]
 
     def apply(self, image: Image.Image, drawn: Iterable[tuple[str, int]]) -> Image.Image:
         """Apply the operations and signs that `draw` returned, in order."""
         for name, sign in drawn:
-            image = self._apply_one(image, name, sign * self.strength)
+            image = OPERATIONS[self.policy][name](image, sign * self.strength)
         return image
-
-    def _apply_one(self, image: Image.Image, name: str, signed: float) -> Image.Image:
-        strength = abs(signed)
-        match name:
-            case "AutoContrast":
-                return ImageOps.autocontrast(image)
-            case "Equalize":
-                return ImageOps.equalize(image)
-            case "Posterize":
-                return ImageOps.posterize(image, max(1, int(4 * strength)))
-            case "Solarize":
-                return ImageOps.solarize(image, 256 * strength)
-            case "SolarizeAdd":
-                brighter = image.point(lambda level: min(255, int(level + 110 * strength)))
-                return ImageOps.solarize(brighter, 128)
-            case "Rotate":
-                return image.rotate(30 * signed)
-            case "ShearX":
-                return _nearest(image, (1, 0.3 * signed, 0, 0, 1, 0))
-            case "ShearY":
-                return _nearest(image, (1, 0, 0, 0.3 * signed, 1, 0))
-            case "TranslateX":
-                return _nearest(image, (1, 0, 100 * signed, 0, 1, 0))
-            case "TranslateY":
-                return _nearest(image, (1, 0, 0, 0, 1, 100 * signed))
-        return _ENHANCERS[name](image).enhance(0.1 + 1.8 * strength)
-
-
-def _nearest(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix)

@@ -1,18 +1,14 @@
 """Tokenizers: one trained on the captions without any download, or one loaded by name."""
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from torch import Tensor
 
-from elip_models.pretraining.data.json_files import read_json
 from elip_models.validation import Bounds, check, require_extra
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # In the order of their ids. BERT-like and autoregressive models share bos/cls and eos/sep.
@@ -23,13 +19,7 @@ _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
     "mask_token": "[MASK]",
 }
-_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "config.json"),
-)
-"""Files of a saved tokenizer that have a JSON object; config.json is the model's."""
-_BYTES = 256
-MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + _BYTES
+MIN_VOCAB_SIZE = len(_SPECIAL_TOKENS) + 256
 """The special tokens, and one token for each byte."""
 
 
@@ -37,19 +27,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedToke
     """Train a lower-casing byte-level BPE tokenizer that adds [CLS] and [SEP].
 
     [CLS] is both `cls_token` and `bos_token`, [SEP] both `sep_token` and `eos_token`; [PAD] has id
-    0. It encodes any text. The same captions in the same order give the same tokenizer.
-
-    Args:
-        captions: At least one text.
-        vocab_size: Largest number of tokens, at least `MIN_VOCAB_SIZE`.
-
-    Raises:
-        TypeError, ValueError: An argument has another type, or is out of range.
+    0. It encodes any text. The same captions in the same order give the same tokenizer. ValueError
+    is raised if vocab_size, the largest number of tokens, is less than `MIN_VOCAB_SIZE`.
     """
     with require_extra("train_tokenizer"):
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+        from tokenizers.processors import TemplateProcessing
         from transformers import PreTrainedTokenizerFast
     check("vocab_size", vocab_size, Annotated[int, Bounds(MIN_VOCAB_SIZE)])
+    begin, end = _SPECIAL_TOKENS["bos_token"], _SPECIAL_TOKENS["eos_token"]
     model = Tokenizer(models.BPE(unk_token=_SPECIAL_TOKENS["unk_token"]))
     model.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -60,13 +46,14 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> "PreTrainedToke
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    model.train_from_iterator(_check_texts(captions), trainer)
-    model.post_processor = _wrap_in_cls_and_sep(model)
+    model.train_from_iterator(captions, trainer)
+    model.post_processor = TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B:1 {end}:1",
+        special_tokens=[(token, model.token_to_id(token)) for token in (begin, end)],
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        cls_token=_SPECIAL_TOKENS["bos_token"],
-        sep_token=_SPECIAL_TOKENS["eos_token"],
-        **_SPECIAL_TOKENS,
+        tokenizer_object=model, cls_token=begin, sep_token=end, **_SPECIAL_TOKENS
     )
 
 
@@ -78,51 +65,34 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
 
     Raises:
         FileNotFoundError: There is no such tokenizer.
-        ValueError: A file of it is damaged or has other content. Or it does not end a text with an
-            eos or sep token, at which models pool the text.
+        ValueError: A file of it is damaged. Or it does not end a text with an eos or sep token, at
+            which models pool the text.
     """
-    if not isinstance(name_or_path, str | Path):
-        raise TypeError(f"name_or_path: expected a folder or a name, got {name_or_path!r}")
-    tokenizer, ids = _open_tokenizer(name_or_path)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "name_or_path: expected a tokenizer with an eos or sep token, "
-            f"got {str(name_or_path)!r} with none; set its eos_token and save it again"
-        )
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        raise ValueError(
-            f"name_or_path: expected a tokenizer that ends a text with {tokenizer.eos_token!r}, "
-            f"got {str(name_or_path)!r}, which does not; add a post-processor and save it again"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _open_tokenizer(name: str | Path) -> "tuple[PreTrainedTokenizerBase, list[int]]":
-    """Return a tokenizer, with its sep token as eos token if it has none, and the ids of a text."""
+    name = str(name_or_path)
     with require_extra("load_tokenizer"):
         from transformers import AutoTokenizer
-    for file in (Path(name) / each for each in _FILES):
-        if os.path.isfile(file) and not isinstance(read_json(file, "a JSON object"), dict):
-            raise ValueError(f"name_or_path: expected a JSON object in {file}, got other JSON")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.eos_token is None and tokenizer.sep_token is not None:
             tokenizer.eos_token = tokenizer.sep_token
-        return tokenizer, tokenizer("a").input_ids
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"name_or_path: expected a folder with a saved tokenizer or a name on the hub, "
-            f"got {str(name)!r}: {str(error)[:1000]}"
-        ) from error
+        ids = tokenizer("a").input_ids
     except ImportError:
         raise
     except Exception as error:  # what the tokenizers library raises has no class of its own
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"name_or_path: expected files of a tokenizer in {str(name)!r}, got {reason:.300}"
+        kind = ValueError if Path(name).is_dir() else FileNotFoundError
+        raise kind(
+            "name_or_path: expected a folder with a saved tokenizer or a name on the hub, got "
+            f"{name!r}: {type(error).__name__}: {error!s:.1000}"
         ) from error
+    if tokenizer.eos_token_id is None or ids[-1:] != [tokenizer.eos_token_id]:
+        raise ValueError(
+            "name_or_path: expected a tokenizer that ends a text with its eos or sep token, got "
+            f"{name!r} with the eos token {tokenizer.eos_token!r}, whose text 'a' has the ids "
+            f"{ids}; set its eos_token or its post-processor and save it again"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def tokenize(
@@ -138,28 +108,3 @@ def tokenize(
         return_tensors="pt",
     )
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-def _wrap_in_cls_and_sep(model: "Tokenizer") -> "TemplateProcessing":
-    """Return the post-processor: [CLS] text [SEP], or [CLS] text [SEP] other text [SEP]."""
-    from tokenizers.processors import TemplateProcessing
-
-    begin, end = _SPECIAL_TOKENS["bos_token"], _SPECIAL_TOKENS["eos_token"]
-    return TemplateProcessing(
-        single=f"{begin} $A {end}",
-        pair=f"{begin} $A {end} $B:1 {end}:1",
-        special_tokens=[(token, model.token_to_id(token)) for token in (begin, end)],
-    )
-
-
-def _check_texts(captions: Iterable[str]) -> Iterator[str]:
-    if isinstance(captions, str):
-        raise TypeError(f"captions: expected several texts, got the single text {captions!r:.100}")
-    number = 0
-    for caption in captions:
-        if not isinstance(caption, str):
-            raise TypeError(f"captions: expected texts, got {caption!r:.100}")
-        number += 1
-        yield caption
-    if number == 0:
-        raise ValueError("captions: expected at least one text, got none")

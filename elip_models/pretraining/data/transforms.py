@@ -1,26 +1,18 @@
 """Image transforms for training and evaluation, which return normalised tensors."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from elip_models.images import CLIP_MEAN, CLIP_STD
-from elip_models.pretraining.data.augment import MAX_MAGNITUDE, METERRandAugment, RandAugment
-from elip_models.validation import (
-    Bounds,
-    Positive,
-    PositiveInt,
-    PositiveShare,
-    check,
-    require_extra,
-)
+from elip_models.pretraining.data.augment import MAX_MAGNITUDE, RandAugment, RandAugmentPolicy
+from elip_models.validation import Bounds, require_extra
 
 Magnitude = Annotated[int, Bounds(0, MAX_MAGNITUDE)]
 ResizeMode = Literal["crop", "squash"]
-RandAugmentPolicy = Literal["albef", "meter"]
 
 
 def image_transform(
@@ -47,24 +39,13 @@ def image_transform(
         scale: Range of the random crop's share of the area. None: no random crop.
         flip: Mirror half of the images. Captions with "left" and "right" become wrong.
         randaugment: Number of operations and their magnitude, 0 to 10.
-        randaugment_policy: "albef": RandAugment after the crop; "meter": METERRandAugment before.
+        randaugment_policy: RandAugment of "albef" follows the crop, that of "meter" precedes it.
         resize: "crop" resizes the shorter side and crops the centre. "squash" resizes both sides
             and changes the aspect ratio.
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
         ImportError: torchvision is missing.
     """
-    check("image_size", image_size, PositiveInt)
-    check("train", train, bool)
-    check("mean", _as_tuple(mean), tuple[float, float, float])
-    check("std", _as_tuple(std), tuple[Positive, Positive, Positive])
-    check("scale", _as_tuple(scale), tuple[PositiveShare, PositiveShare] | None)
-    if scale is not None and scale[0] > scale[1]:
-        raise ValueError(f"scale: expected 0 < least <= most <= 1, got {scale!r}")
-    check("randaugment", _as_tuple(randaugment), tuple[PositiveInt, Magnitude] | None)
-    check("randaugment_policy", randaugment_policy, RandAugmentPolicy)
-    check("resize", resize, ResizeMode)
     with require_extra("image_transform"):
         from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC
@@ -77,13 +58,8 @@ def image_transform(
         steps = [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
     if train and flip:
         steps.append(v2.RandomHorizontalFlip())
-    if train and randaugment is not None and randaugment_policy == "meter":
-        steps.insert(0, METERRandAugment(*randaugment))
-    elif train and randaugment is not None:
-        steps.append(RandAugment(*randaugment))
+    if train and randaugment is not None:
+        place = 0 if randaugment_policy == "meter" else len(steps)
+        steps.insert(place, RandAugment(*randaugment, randaugment_policy))
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     return v2.Compose([*steps, *to_tensor, v2.ToPureTensor()])
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

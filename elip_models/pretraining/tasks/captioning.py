@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from elip_models.pretraining.data import JsonSource, Sample, Source, open_source
 from elip_models.pretraining.data.shared_images import group_by_image
-from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.tasks.caption_metrics import caption_scores
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 class Captioning(Task):
     """Image captioning; the model's prompt precedes each caption.
 
-    `num_beams`, `max_length`, `min_length` and `repetition_penalty` are documented in `Decoding`.
+    `num_beams`, `max_length`, `min_length` and `repetition_penalty` are those of transformers'
+    `GenerationConfig`; lengths include the prompt and both special tokens.
     `submission` is a JSON file for the generated captions, in the format of the evaluation servers
     of COCO and NoCaps. With it, images without captions are read too; they have no score.
     """
@@ -108,7 +109,7 @@ class Captioning(Task):
         """Generate one caption for each image (B, 3, S, S), returned without the prompt."""
         prompt = torch.tensor(model.prompt_ids(tokenizer), device=images.device)
         prompt = prompt.expand(len(images), -1)
-        decoding = Decoding(
+        decoding = GenerationConfig(
             num_beams=self.num_beams,
             max_length=self.max_length,
             min_length=self.min_length,

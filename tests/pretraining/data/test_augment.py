@@ -9,12 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elip_models.pretraining.data.augment import (
-    METER_OPERATIONS,
-    OPERATIONS,
-    METERRandAugment,
-    RandAugment,
-)
+from elip_models.pretraining.data.augment import OPERATIONS, RandAugment
 from elip_models.pretraining.data.transforms import image_transform
 
 SIZE = 32
@@ -80,15 +75,6 @@ def test_light_is_multiplied_by_1_36_at_magnitude_7_and_by_1_at_5():
         assert np.array_equal(applied(name, magnitude=5), applied("Identity"))
 
 
-def test_sharpness_moves_pixels_away_from_the_mean_around_them():
-    pixels = np.full((5, 5, 3), 100.0)
-    pixels[2, 2] = 126
-    blurred = (12 * 100 - 4 * 100 + 5 * 126) / 13  # 3 x 3, the middle counts five times
-    got = applied("Sharpness", pixels=pixels)
-    assert got[2, 2, 0] == pytest.approx(blurred + 1.36 * (126 - blurred), abs=1)
-    assert got[1, 2, 0] < 100 and got[0, 0, 0] == 100
-
-
 def test_contrast_is_stretched_and_equalised_for_each_colour():
     ramp = np.stack([np.sort(X, axis=None).reshape(X.shape) + low for low in (0, 50, 100)], axis=-1)
     for name in ("AutoContrast", "Equalize"):
@@ -97,23 +83,16 @@ def test_contrast_is_stretched_and_equalised_for_each_colour():
         assert np.abs(got[..., 0] - got[..., 2]).max() <= 1, name
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_size_and_mode_do_not_change(name):
-    image = RandAugment(1, 7).apply(Image.new("RGB", (9, 7), "red"), [(name, -1)])
-    assert (image.size, image.mode) == ((9, 7), "RGB")
-
-
-def test_operations_are_drawn_with_replacement_and_applied_half_of_the_time():
-    torch.manual_seed(0)
-    augment = RandAugment(2, 7)
-    draws = [augment.draw() for _ in range(4000)]
-    counts = Counter(len(drawn) for drawn in draws)
-    for applied_of_two, share in ((0, 0.25), (1, 0.5), (2, 0.25)):
-        assert counts[applied_of_two] / 4000 == pytest.approx(share, abs=0.03)  # four deviations
-    names = Counter(name for drawn in draws for name, _ in drawn)
-    assert names.keys() == set(OPERATIONS) and min(names.values()) > 300
-    assert {sign for drawn in draws for _, sign in drawn} == {1, -1}
-    assert any(len(drawn) == 2 and drawn[0][0] == drawn[1][0] for drawn in draws)
+def test_operations_are_drawn_with_replacement_and_those_of_albef_applied_half_of_the_time():
+    for policy, share in (("albef", 0.5), ("meter", 1.0)):
+        torch.manual_seed(0)
+        augment = RandAugment(2, 7, policy)
+        draws = [augment.draw() for _ in range(4000)]
+        drawn = Counter(choice for one in draws for choice in one)
+        assert drawn.total() / 8000 == pytest.approx(share, abs=0.03)
+        choices = {(name, sign) for name in OPERATIONS[policy] for sign in (1, -1)}
+        assert drawn.keys() == choices and min(drawn.values()) > 140
+        assert any(len(one) == 2 and one[0][0] == one[1][0] for one in draws)
 
 
 def test_recorded_draws():
@@ -132,11 +111,6 @@ def test_recorded_draws():
 def test_it_applies_what_it_draws_in_order_and_is_pickled():
     image = image_of(SMOOTH)
     augment = pickle.loads(pickle.dumps(RandAugment(2, 7)))
-    for seed in range(5):
-        torch.manual_seed(seed)
-        drawn = augment.draw()
-        torch.manual_seed(seed)
-        assert augment(image).tobytes() == augment.apply(image, drawn).tobytes()
     there, back = ("TranslateX", 1), ("TranslateX", -1)
     assert (np.asarray(augment.apply(image, [there, back]))[:, -7:] == 128).all()
     assert (np.asarray(augment.apply(image, [back, there]))[:, :7] == 128).all()
@@ -144,7 +118,7 @@ def test_it_applies_what_it_draws_in_order_and_is_pickled():
 
 def meter(name, sign=1, *, pixels=SMOOTH):
     """Return pixels after METER's operation at magnitude 9 of 30."""
-    image = METERRandAugment(2, 9).apply(image_of(pixels), [(name, sign)])
+    image = RandAugment(2, 9, "meter").apply(image_of(pixels), [(name, sign)])
     return np.asarray(image).astype(float)
 
 
@@ -195,15 +169,6 @@ def test_shears_of_meter_are_of_0_09_and_rotations_of_9_degrees(sign):
     assert not meter("Rotate", sign)[0, 0].any()
 
 
-def test_all_operations_of_meter_are_drawn_and_applied():
-    torch.manual_seed(0)
-    draws = [METERRandAugment(2, 9).draw() for _ in range(4000)]
-    assert {len(drawn) for drawn in draws} == {2}
-    names = Counter(name for drawn in draws for name, _ in drawn)
-    assert names.keys() == set(METER_OPERATIONS) and min(names.values()) > 450  # 571 expected
-    assert {sign for drawn in draws for _, sign in drawn} == {1, -1}
-
-
 def test_meter_augments_the_image_before_it_is_resized():
     options = {"scale": None, "randaugment": (1, 9), "mean": (0.0,) * 3, "std": (1.0,) * 3}
     transform = image_transform(8, train=True, randaugment_policy="meter", **options)
@@ -211,7 +176,7 @@ def test_meter_augments_the_image_before_it_is_resized():
     image = image_of(SMOOTH)
     for seed in range(8):
         torch.manual_seed(seed)
-        drawn = METERRandAugment(1, 9).draw()
+        drawn = RandAugment(1, 9, "meter").draw()
         torch.manual_seed(seed)
-        expected = plain(METERRandAugment(1, 9).apply(image, drawn))
+        expected = plain(RandAugment(1, 9, "meter").apply(image, drawn))
         assert torch.equal(transform(image), expected)

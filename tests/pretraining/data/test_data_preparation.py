@@ -59,36 +59,6 @@ def test_augmentations_are_drawn_by_torch_s_generator_and_for_training_alone():
     assert all(torch.equal(t, plain) for t, m in zip(flipped, mirrored, strict=True) if not m)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"image_size": 0}, ValueError, "image_size: expected an integer at least 1, got 0"),
-        ({"image_size": 8.0}, TypeError, r"image_size: expected an integer .*, got 8\.0"),
-        ({"train": 1}, TypeError, "train: expected True or False, got 1"),
-        ({"mean": 0.5}, TypeError, r"mean: expected \[a number, .*\], got 0\.5"),
-        ({"mean": (0.5,)}, ValueError, r"mean: expected \[a number, .*, got \(0\.5,\)"),
-        ({"std": (1, 1, "1")}, TypeError, r"std: expected .*, got \(1, 1, '1'\)"),
-        ({"std": (1, 1, 0)}, ValueError, r"std: expected \[a number above 0, .*, got \(1, 1, 0\)"),
-        ({"scale": (0.9, 0.5)}, ValueError, "scale: expected 0 < least <= most <= 1, got"),
-        ({"scale": 0.9}, TypeError, r"scale: expected \[a number in \(0, 1\], .*, got 0\.9"),
-        (
-            {"randaugment": (0, 7)},
-            ValueError,
-            r"randaugment: expected \[an integer at least 1, .*, got \(0, 7\)",
-        ),
-        (
-            {"randaugment": (2, 11)},
-            ValueError,
-            r"randaugment: expected .*an integer in \[0, 10\]\]",
-        ),
-        ({"resize": "pad"}, ValueError, "resize: expected one of 'crop', 'squash', got 'pad'"),
-    ],
-)
-def test_bad_transform_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        image_transform(**{"image_size": 8, "train": True, **arguments})
-
-
 def test_tokenizer_round_trip(tokenizer, captions, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
@@ -120,21 +90,8 @@ def test_training_a_tokenizer_is_deterministic_and_keeps_to_the_size(tokenizer, 
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert len(tokenizer) <= 600
     assert len(train_tokenizer(captions, MIN_VOCAB_SIZE)) == MIN_VOCAB_SIZE
-
-
-@pytest.mark.parametrize(
-    ("captions", "vocab_size", "error", "message"),
-    [
-        (["a"], MIN_VOCAB_SIZE - 1, ValueError, "vocab_size: expected .* at least 261, got 260"),
-        (["a"], "300", TypeError, "vocab_size: expected an integer .*, got '300'"),
-        ("a dog", 300, TypeError, "captions: expected several texts, got the single text 'a dog'"),
-        (["a", 3], 300, TypeError, "captions: expected texts, got 3"),
-        ([], 300, ValueError, "captions: expected at least one text, got none"),
-    ],
-)
-def test_bad_tokenizer_training(captions, vocab_size, error, message):
-    with pytest.raises(error, match=message):
-        train_tokenizer(captions, vocab_size)
+    with pytest.raises(ValueError, match=r"vocab_size: expected .* at least 261, got 260"):
+        train_tokenizer(captions, MIN_VOCAB_SIZE - 1)
 
 
 def save_variant(tokenizer, folder: Path, *, post_processor: bool = True, **tokens: str) -> Path:
@@ -157,15 +114,13 @@ def test_a_loaded_tokenizer_gets_the_end_and_pad_tokens_it_lacks(tokenizer, tmp_
 
 
 def test_tokenizers_that_cannot_serve_are_refused(tokenizer, tmp_path):
-    with pytest.raises(TypeError, match="name_or_path: expected a folder or a name, got 3"):
-        load_tokenizer(3)
     with pytest.raises(FileNotFoundError, match=r"name_or_path: expected a folder .*got '.*none'"):
         load_tokenizer(tmp_path / "none")
     endless = save_variant(tokenizer, tmp_path / "a", pad_token="[PAD]")
-    with pytest.raises(ValueError, match="expected a tokenizer with an eos or sep token, got"):
+    with pytest.raises(ValueError, match=r"ends a text .* eos token None"):
         load_tokenizer(endless)
     bare = save_variant(tokenizer, tmp_path / "b", post_processor=False, eos_token="[SEP]")
-    with pytest.raises(ValueError, match=r"expected a tokenizer that ends a text with '\[SEP\]'"):
+    with pytest.raises(ValueError, match=r"ends a text .* eos token '\[SEP\]'"):
         load_tokenizer(bare)
 
 

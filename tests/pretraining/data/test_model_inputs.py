@@ -66,12 +66,6 @@ def test_questions_of_blip_lose_characters(question, expected):
     assert apply_caption_rule(question, "blip_question") == expected
 
 
-@pytest.mark.parametrize("rule", ["albef", "blip", "blip_question"])
-def test_the_number_of_words_is_a_setting(rule):
-    assert len(apply_caption_rule(WORDS, rule, 35).split()) == 35
-    assert apply_caption_rule(WORDS, "plain", 35) == WORDS
-
-
 def test_configs_list_all_caption_rules_and_resize_modes():
     hints = typing.get_type_hints(InputConfig)
     assert hints["captions"] == CaptionRule and hints["resize"] == ResizeMode
@@ -100,24 +94,19 @@ def test_each_model_preprocesses_as_its_original(name, resize, rule, tokenizer):
 
 
 def test_training_reads_captions_by_the_rule(tokenizer):
-    def ids(**options):
-        scenes = EmojiScenes(4, image_size=16)
-        transform = image_transform(16, train=False)
+    def words(**options):
+        scenes, transform = EmojiScenes(4, image_size=16), image_transform(16, train=False)
         prepare = ImageTextPreparation(transform, tokenizer, context_length=32, **options)
         dataset = TrainingSamples(scenes, prepare, seed=0)
-        return [dataset[turn, index]["input_ids"] for turn in range(5) for index in range(4)]
+        ids = [dataset[turn, index]["input_ids"] for turn in range(5) for index in range(4)]
+        return [tokenizer.decode(text, skip_special_tokens=True).split() for text in ids]
 
-    def words(**options):
-        decoded = (tokenizer.decode(each, skip_special_tokens=True) for each in ids(**options))
-        return [text.split() for text in decoded]
-
-    cut = [several[:3] for several in words(captions="albef")]
+    cut = [text[:3] for text in words(captions="albef")]
     assert words(captions="albef", max_words=3) == cut
-
     for rule in ("albef", "blip"):
-        texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids(captions=rule)]
-        assert ("," in "".join(texts)) == (rule == "blip")
-    assert all(torch.equal(a, b) for a, b in zip(ids(), ids(captions="plain"), strict=True))
+        assert any("," in word for text in words(captions=rule) for word in text) == (
+            rule == "blip"
+        )
 
 
 class Wide:

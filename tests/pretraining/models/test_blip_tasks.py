@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from elip_models.pretraining.models.blip.tasks import (
     BLIPNLVR2,
@@ -12,7 +13,6 @@ from elip_models.pretraining.models.blip.tasks import (
     BLIPCaptioning,
     BLIPRetrieval,
 )
-from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.models.momentum_model import Negatives
 from elip_models.saving.weights import load_weights
 from tests.helpers.golden_weights import ruled
@@ -190,7 +190,7 @@ def test_generated_answers_are_the_official_ones():
 def test_generated_captions_are_the_official_ones():
     case = recorded("captioning")
     prompt = case["input_ids"][:, 1:4]
-    decoding = Decoding(max_length=12, min_length=6)
+    decoding = GenerationConfig(num_beams=3, max_length=12, min_length=6)
     model = loaded("captioning", case)
     written = model.generate(case["images"], prompt=prompt, decoding=decoding)
     assert torch.equal(written, case["written"])

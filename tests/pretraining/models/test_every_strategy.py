@@ -7,8 +7,8 @@ import copy
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.training.trainer import train
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import STRATEGIES, ToMe
@@ -142,7 +142,7 @@ def test_momentum_reduction_own_scores_by_itself(strategy):
 def test_captions_are_generated_from_real_tokens_only():
     model, (images, ids, mask) = reduced("blip", "adaptive"), batch_of_four()
     text = model.encode_text(ids, mask)[:, 0]
-    decoding = Decoding(num_beams=2, min_length=3, max_length=6)
+    decoding = GenerationConfig(num_beams=2, min_length=3, max_length=6)
     tokens, infos = model.eval().encode_image(images, text)
     real = mask_after(infos)
     garbage = torch.where(real[..., None], tokens, 1e3 * torch.randn_like(tokens))

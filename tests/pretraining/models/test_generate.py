@@ -1,19 +1,19 @@
 """BLIP generates captions and answers: against `predict` and the decoder of transformers."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
-from elip_models.pretraining.models.layers.generation import Decoding
 from tests.helpers.cross_modal_cases import VOCABULARY, made
 
 PAD, END, BEGIN = 0, 2, 4
-SHORT = Decoding(num_beams=1, max_length=12, min_length=1)
-BEAMS = replace(SHORT, num_beams=3)
-NUCLEUS = replace(SHORT, sample=True, top_p=0.4)
+LENGTHS = {"max_length": 12, "min_length": 1}
+SHORT = GenerationConfig(num_beams=1, **LENGTHS)
+BEAMS = GenerationConfig(num_beams=3, **LENGTHS)
+NUCLEUS = GenerationConfig(do_sample=True, top_p=0.4, top_k=0, **LENGTHS)
+LONGER = {"max_length": 12, "min_length": 9}
 MODES = pytest.mark.parametrize("decoding", [SHORT, BEAMS, NUCLEUS], ids=["greedy", "beams", "p"])
 
 
@@ -81,7 +81,11 @@ def transformers_decoder(model):
 
 @pytest.mark.parametrize(
     "decoding",
-    [BEAMS, replace(BEAMS, min_length=9, repetition_penalty=1.5), replace(SHORT, min_length=9)],
+    [
+        BEAMS,
+        GenerationConfig(num_beams=3, repetition_penalty=1.5, **LONGER),
+        GenerationConfig(**LONGER),
+    ],
     ids=["beams", "beams, longer, penalty", "greedy, longer"],
 )
 def test_search_is_that_of_transformers_own_blip(model, decoding):
@@ -89,10 +93,7 @@ def test_search_is_that_of_transformers_own_blip(model, decoding):
     expected = transformers_decoder(model).generate(
         input_ids=torch.cat([torch.full((6, 1), BEGIN), prompt], 1),
         encoder_hidden_states=tokens,
-        num_beams=decoding.num_beams,
-        max_length=decoding.max_length,
-        min_length=decoding.min_length,
-        repetition_penalty=decoding.repetition_penalty,
+        generation_config=decoding,
         eos_token_id=END,
         pad_token_id=PAD,
     )
@@ -155,8 +156,9 @@ def test_an_image_is_encoded_once_and_its_keys_and_values_too(model, decoding):
         for part in ("key", "value"):
             count(f"states {i} {part}", getattr(layer.crossattention.self, part))
             count(f"text {i} {part}", getattr(layer.attention.self, part))
-    ids = model.generate(x, prompt=prompts(), decoding=replace(decoding, min_length=12))
-    rows = 6 * (1 if decoding.sample else decoding.num_beams)
+    decoding = GenerationConfig.from_dict(decoding.to_dict() | {"min_length": 12})
+    ids = model.generate(x, prompt=prompts(), decoding=decoding)
+    rows = 6 * (decoding.num_beams or 1)
     for name, shapes in seen.items():
         if name == "image":
             assert shapes == [(6, 16)]
@@ -210,5 +212,3 @@ def test_a_bad_prompt_or_length_is_named_and_changes_no_mode(model):
     with pytest.raises(ValueError, match="max_length: expected 13, one more than"):
         model.train().generate(images(2), prompt=torch.full((2, 11), 7), decoding=SHORT)
     assert all(m.training for m in model.encoders.modules())
-    with pytest.raises(ValueError, match="min_length: expected at most max_length = 5, got 6"):
-        Decoding(max_length=5, min_length=6)

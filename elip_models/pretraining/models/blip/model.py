@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from transformers.models.blip.modeling_blip_text import BlipTextEmbeddings
 
@@ -29,7 +30,7 @@ from elip_models.pretraining.models.layers.bert import (
     masked_language_head,
     tied_decoder,
 )
-from elip_models.pretraining.models.layers.generation import Decoding, generate
+from elip_models.pretraining.models.layers.generation import generate
 from elip_models.pretraining.models.layers.losses import language_loss, next_tokens
 from elip_models.pretraining.models.layers.text_reduction import ReducedText, TextReduction
 from elip_models.pretraining.models.momentum_model import (
@@ -44,7 +45,8 @@ from elip_models.validation import NonNegative, Share, Size
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CAPTIONS = Decoding()
+CAPTIONS = GenerationConfig(num_beams=3, max_length=30, min_length=10)
+"""Parameters of the original for captions; lengths include [DEC], the prompt and the end token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ class BLIPDecoder(BLIPBase):
         image_mask: Tensor | None = None,
         *,
         prompt: Tensor | None = None,
-        decoding: Decoding = CAPTIONS,
+        decoding: GenerationConfig = CAPTIONS,
     ) -> Tensor:
         """Generate text from image tokens, always without dropout; see `BLIPCaptioner.generate`."""
         config, B = self.config, len(image_tokens)
@@ -195,7 +197,7 @@ class BLIPCaptioner(BLIPDecoder):
         *,
         prompt: Tensor | None = None,
         text_cls: Tensor | None = None,
-        decoding: Decoding = CAPTIONS,
+        decoding: GenerationConfig = CAPTIONS,
     ) -> Tensor:
         """Generate captions, always without dropout.
 
@@ -205,7 +207,7 @@ class BLIPCaptioner(BLIPDecoder):
                 token; None for no prompt.
             text_cls: (B, D) that guides the image tower, see `encode_image`; None: the config's
                 `without_text` determines the kept patches.
-            decoding: beam search or nucleus sampling, and the length.
+            decoding: beam search or sampling, and the lengths.
 
         Returns:
             (B, L) int64: [DEC], the prompt, the caption and its end token, then padding.

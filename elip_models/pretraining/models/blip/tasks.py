@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import BertConfig, GenerationConfig
 from transformers.models.bert.modeling_bert import BertAttention
 
 from elip_models.pretraining.models.base import eval_mode
@@ -48,7 +48,6 @@ from elip_models.pretraining.models.downstream import (
 )
 from elip_models.pretraining.models.layers.bert import masked_language_head
 from elip_models.pretraining.models.layers.distributed import all_gather
-from elip_models.pretraining.models.layers.generation import Decoding
 from elip_models.pretraining.models.layers.losses import (
     IGNORED,
     language_loss,
@@ -67,10 +66,8 @@ from elip_models.validation import Count, NonNegative, Rate, Share, Size, Zero
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ANSWERS = Decoding(max_length=10, min_length=1)
+ANSWERS = GenerationConfig(num_beams=3, max_length=10, min_length=1)
 """Parameters of the original for answers."""
-COCO = Decoding(max_length=20, min_length=5)
-"""Parameters of the original for captions of COCO."""
 TOWERS = ("encoders.visual.",), ("encoders.text.",)
 DECODER = ("encoders.text.", "decoder."), ("decoder.",), ("language_head.",)
 """Rules of `renamed`: weights that decoder and encoder shared have the encoder's name."""
@@ -200,7 +197,7 @@ class BLIPVQA(AnsweringModel, BLIPDecoder, BLIPTask):
         input_ids: Tensor,
         attention_mask: Tensor,
         *,
-        decoding: Decoding = ANSWERS,
+        decoding: GenerationConfig = ANSWERS,
     ) -> Tensor:
         """Generate answers (B, L), always without dropout; see `BLIPCaptioner.generate`."""
         with eval_mode(self):

@@ -5,9 +5,6 @@
     image     f_image = normalise(W_i image[CLS]), ViT reduced by ELIP under t
     loss      contrastive loss of the pairs (ITC), or SigLIP's sigmoid loss
 
-With text_reduction='learned', the image guides which text tokens are dropped. A dense forward of
-the image tower then comes first, and f_image @ W_t is the guidance of the text tower.
-
 Source: CLIP (Radford et al., 2021); SigLIP (Zhai et al., 2023); ELIP, section 3, and its official
 CLIP code.
 """
@@ -32,7 +29,6 @@ from elip_models.pretraining.models.layers.clip_text import CLIPTextTower
 from elip_models.pretraining.models.layers.losses import contrastive_loss, sigmoid_loss
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.validation import (
     Bounds,
     Depth,
@@ -64,6 +60,7 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
         loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's loss with a learned bias.
         temperature: initial temperature of the similarities; None is 0.07, and 0.1 for 'sigmoid'.
         gather: where negatives come from, see `contrastive_loss`.
+        text_reduction: without 'learned', whose dense pass of the image costs more than it saves.
     """
 
     vision_norm_eps: NonNegative = 1e-5
@@ -82,6 +79,7 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     loss: Literal["itc", "sigmoid"] = "itc"
     temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
     gather: Literal["local", "global"] = "local"
+    text_reduction: Literal["random", "post"] | None = None
 
     def vit(self, **options: Any) -> VisionTransformer:
         """Create the image tower with CLIP's initial weights; `options` are timm's."""
@@ -151,32 +149,10 @@ class CLIP(PretrainedModel):
         return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
 
     def encode_text(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        image_features: Tensor | None = None,
-        reduce: bool = True,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, reduce: bool = True
     ) -> Tensor:
-        """Return normalised features (B, E) of texts (B, L); reduce=False keeps all text tokens.
-
-        image_features (B, E), normalised, guide text_reduction='learned'. Without them, 'learned'
-        drops no token and warns. Other strategies ignore them.
-        """
-        image_cls = None
-        if reduce and self.config.image_guides_text:
-            if image_features is None:
-                reduce = False
-                if not torch.compiler.is_compiling():
-                    warn_once(
-                        "no image guidance was given, so no text token is dropped "
-                        "(text_reduction='learned'); pass image_features, or pass reduce=False",
-                        UnguidedWarning,
-                    )
-            else:
-                weight = self.text_projection.weight
-                image_cls = (image_features @ weight.to(image_features.dtype)).detach()
-        hidden = self.text(input_ids, attention_mask, image_cls=image_cls, reduce=reduce)
+        """Return normalised features (B, E) of texts (B, L); reduce=False keeps all text tokens."""
+        hidden = self.text(input_ids, attention_mask, reduce=reduce)
         return F.normalize(self.text_projection(hidden), dim=-1)
 
     def encode_image(
@@ -220,22 +196,14 @@ class CLIP(PretrainedModel):
     ) -> CLIPOutput:
         """Return the contrastive loss of a batch; row i of images and texts is one pair.
 
-        text_reduction='learned' adds a dense forward of the image tower, without gradient. For
-        ViT-B/16 this costs about ten times the multiply-adds that it saves in the text tower.
         guide_ids and guide_mask (B, L) are other captions of the images, for guide='other'.
         """
-        dense_features = None
-        if self.config.image_guides_text:
-            dense_features = self._dense_features(images)
-        text_features = encode_in_slices(
-            lambda ids, mask, image: self.encode_text(ids, mask, image_features=image),
-            self.batch_slices,
-            *(input_ids, attention_mask, dense_features),
-        )
+        slices = self.batch_slices
+        text_features = encode_in_slices(self.encode_text, slices, input_ids, attention_mask)
         text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
         guides = self.select_guidance(text_cls, text_features, scale, guide_ids, guide_mask)
         encode = partial(self._encode_image, strategy=self.reduction)
-        image_features = encode_in_slices(encode, self.batch_slices, images, guides)
+        image_features = encode_in_slices(encode, slices, images, guides)
         features = image_features, text_features
         return CLIPOutput(self._loss(*features), *features)
 
@@ -250,13 +218,6 @@ class CLIP(PretrainedModel):
         if self.config.loss == "sigmoid":
             return sigmoid_loss(*features, scale, self.logit_bias, gather=gather)
         return contrastive_loss(*features, scale, gather=gather)
-
-    @torch.no_grad()
-    def _dense_features(self, images: Tensor) -> Tensor:
-        features = self.encode_image(images, reduce=False)
-        if not torch.compiler.is_compiling():
-            torch.clear_autocast_cache()  # some releases keep weights cast without gradient
-        return features
 
     @torch.no_grad()
     def clamp_temperature_(self) -> None:

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from elip_kernels import cls_attention
 from elip_models.pretraining.models.layers.text_reduction import TextReduction
-from elip_models.towers.base import scoring_context
-from elip_models.towers.wrapped_modules import unsharded
 
 
 class CLIPTextTower(nn.Module):
@@ -29,17 +26,13 @@ class CLIPTextTower(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        image_cls: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
-        """Return the output (B, width) at the first EOS, or at the last real token without one.
-
-        image_cls (B, width) is the image CLS for 'learned', detached here; others ignore it.
-        """
+        """Return the output (B, width) at the first EOS, or at the last real token without one."""
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position = self._position(input_ids, real != 0)
         if self.reduction is not None and reduce:
-            hidden, position = self._reduced(input_ids, real != 0, position, image_cls)
+            hidden, position = self._reduced(input_ids, real != 0, position)
         else:
             hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
@@ -49,9 +42,7 @@ class CLIPTextTower(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) * real
         return torch.where(is_eos.any(1), is_eos.int().argmax(1), positions.amax(1))
 
-    def _reduced(
-        self, input_ids: Tensor, real: Tensor, position: Tensor, image_cls: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _reduced(self, input_ids: Tensor, real: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Run the layers and drop tokens half way, outside of activation checkpointing.
 
         Tokens after EOS count as padding, since EOS does not attend to them.
@@ -61,10 +52,7 @@ class CLIPTextTower(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         real = real & (positions <= position[:, None])
         hidden = _run(layers[:half], self.transformer.embeddings(input_ids), real)
-        scores = None
-        if self.reduction.strategy == "learned":
-            scores = _image_attention(layers[half], hidden, image_cls, real)
-        text = self.reduction(hidden, real, position, scores)
+        text = self.reduction(hidden, real, position)
         hidden = _run(layers[half:], text.tokens, text.mask)
         return self.transformer.final_layer_norm(hidden), text.anchor
 
@@ -83,11 +71,3 @@ def _run(layers: Iterable[nn.Module], hidden: Tensor, real: Tensor) -> Tensor:
     for layer in layers:
         hidden = layer(hidden, mask)
     return hidden
-
-
-def _image_attention(layer: nn.Module, hidden: Tensor, image_cls: Tensor, real: Tensor) -> Tensor:
-    attention, heads = layer.self_attn, (layer.self_attn.num_heads, layer.self_attn.head_dim)
-    with scoring_context(layer, hidden), unsharded(layer, hidden, image_cls) as (hidden, image_cls):
-        q = attention.q_proj(layer.layer_norm1(image_cls.to(hidden.dtype))).unflatten(-1, heads)
-        k = attention.k_proj(layer.layer_norm1(hidden)).unflatten(-1, heads)
-        return cls_attention(q, k.transpose(1, 2), mask=real)

@@ -1,55 +1,24 @@
-"""Text generation by a causal tower: beam search or nucleus sampling of transformers.
+"""Text generation by a causal tower, with `generate` of transformers.
 
     x_1 .. x_P of the prompt; then x_t from p(x | x_<t, states), until the end token or `max_length`
 
 Keys and values of earlier tokens, and of the states, are cached between steps.
 """
 
-from dataclasses import dataclass
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, GenerationMixin, PreTrainedModel
+from transformers import BertConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.utils import ModelOutput
 
 from elip_models.pretraining.models.layers.bert import BertTower
-from elip_models.validation import Config, Positive, PositiveInt, PositiveShare
 
 CACHE = "cache" if "cache" in signature(BertLayer.forward).parameters else "past_key_values"
 """Argument name of the cache in the installed version of transformers."""
-
-
-@dataclass(frozen=True)
-class Decoding(Config):
-    """Parameters of text generation, checked; the defaults are BLIP's for captions.
-
-    Attributes:
-        sample: draw each token from the nucleus of `top_p`, instead of beam search.
-        num_beams: of beam search; 1 is greedy. Sampling ignores it.
-        max_length: in tokens, with the first token, the prompt and the end token.
-        min_length: in tokens, likewise.
-        top_p: probability of the nucleus, the most probable tokens.
-        repetition_penalty: divides the score of a token that occurred before; 1 is none.
-    """
-
-    sample: bool = False
-    num_beams: PositiveInt = 3
-    max_length: PositiveInt = 30
-    min_length: PositiveInt = 10
-    top_p: PositiveShare = 0.9
-    repetition_penalty: Positive = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_length > self.max_length:
-            raise ValueError(
-                f"min_length: expected at most max_length = {self.max_length}, got "
-                f"{self.min_length}"
-            )
 
 
 @torch.no_grad()
@@ -60,7 +29,7 @@ def generate(
     states: tuple[Tensor, Tensor | None],
     *,
     end_token_id: int,
-    decoding: Decoding,
+    decoding: GenerationConfig,
 ) -> Tensor:
     """Continue texts (B, P) without padding, in the current mode of the modules -> (B, L) int64.
 
@@ -78,12 +47,7 @@ def generate(
         input_ids=input_ids,
         states=states[0],
         states_mask=states[1],
-        do_sample=decoding.sample,
-        num_beams=1 if decoding.sample else decoding.num_beams,
-        max_length=decoding.max_length,
-        min_length=decoding.min_length,
-        **({"top_p": decoding.top_p, "top_k": 0} if decoding.sample else {}),
-        repetition_penalty=decoding.repetition_penalty,
+        generation_config=decoding,
         pad_token_id=tower.config.pad_token_id,
         eos_token_id=end_token_id,
         **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},

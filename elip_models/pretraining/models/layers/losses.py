@@ -23,150 +23,6 @@ from elip_models.pretraining.models.layers.distributed import (
 IGNORED = -100  # label that cross entropy ignores
 
 
-def soft_contrastive_loss(
-    similarities: tuple[Tensor, Tensor],
-    momentum: tuple[Tensor, Tensor],
-    alpha: Tensor | float,
-    first: int = 0,
-    positives: Tensor | None = None,
-) -> Tensor:
-    """Return ITC with momentum distillation, the mean of both directions, in fp32.
-
-    `similarities` are image-to-text and text-to-image (B, C), divided by the temperature;
-    `momentum` are those of the momentum encoders. Row i is the pair of column first + i, its
-    positive unless `positives` (B, C) bool has all positive columns.
-    """
-    losses = []
-    for online, teacher in zip(similarities, momentum, strict=True):
-        log_probability = online.float().log_softmax(1)
-        soft = (log_probability * teacher.float().softmax(1)).sum(1)
-        if positives is None:
-            own = log_probability.diagonal(first)
-        else:
-            own = (log_probability * positives).sum(1) / positives.sum(1)
-        losses.append(-(alpha * soft + (1 - alpha) * own).mean())
-    return (losses[0] + losses[1]) / 2
-
-
-@torch.no_grad()
-def hard_negatives(
-    similarities: Tensor,
-    epsilon: float = 0.0,
-    first: int = 0,
-    positives: Tensor | None = None,
-) -> Tensor:
-    """Draw for each row of (B, C) a column of another pair, by softmax + epsilon -> (B,) int64.
-
-    Row i is the pair of column first + i. `positives` (B, C) bool are columns to exclude too,
-    unless a row has no other column. For a single column, the result is the pair itself.
-    """
-    weights = similarities.float().softmax(1) + epsilon
-    columns = torch.arange(weights.shape[1], device=weights.device)
-    rows = torch.arange(first, first + len(weights), device=weights.device)
-    others = (columns != rows[:, None]).float()
-    if positives is not None:
-        negatives = others * ~positives
-        others = torch.where(negatives.any(1, keepdim=True), negatives, others)
-    weights = weights * others
-    degenerate = ~(weights.sum(1, keepdim=True) > 0)  # all weight on the pair itself, or NaN
-    weights = torch.where(degenerate, others, weights)
-    if len(columns) == 1:
-        return torch.zeros_like(rows)
-    return torch.multinomial(weights, 1)[:, 0]
-
-
-@torch.no_grad()
-def mask_tokens(
-    input_ids: Tensor,
-    *,
-    mask_token_id: int,
-    special_token_ids: tuple[int, ...],
-    vocab_size: int,
-    probability: float,
-    continues: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mask tokens for masked language modelling: 80% [MASK], 10% a random token, 10% unchanged.
-
-    Args:
-        input_ids: (B, L).
-        mask_token_id: id of [MASK].
-        special_token_ids: never chosen.
-        vocab_size: range of random tokens.
-        probability: of choosing a token, or a word.
-        continues: (V,) bool, tokens that continue a word, to choose whole words; or None.
-
-    Returns:
-        Masked ids and labels, (B, L) each; labels are -100 for tokens that are not chosen.
-    """
-    drawn = torch.rand(2, *input_ids.shape, device=input_ids.device)
-    special = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in special_token_ids:
-        special |= input_ids == token
-    chance = drawn[0]
-    if continues is not None:
-        word = (~continues[input_ids]).cumsum(1).sub(1).clamp(min=0)
-        chance = chance.gather(1, word)
-    chosen = (chance < probability) & ~special
-    labels = input_ids.masked_fill(~chosen, IGNORED)
-    random = torch.randint_like(input_ids, vocab_size)
-    replaced = torch.where(drawn[1] < 0.8, mask_token_id, input_ids)
-    replaced = torch.where((drawn[1] >= 0.8) & (drawn[1] < 0.9), random, replaced)
-    return torch.where(chosen, replaced, input_ids), labels
-
-
-def distilled_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    teacher: Tensor | None = None,
-    alpha: Tensor | float = 0.0,
-    smoothing: float = 0.0,
-) -> Tensor:
-    """Return (1 - alpha) CE + alpha soft CE against the teacher (.., V), for each label (..).
-
-    The loss is fp32, or fp64 for fp64 logits (.., V), and 0 for the label -100.
-    """
-    logits = at_least_fp32(logits)
-    hard = F.cross_entropy(
-        logits.flatten(0, -2),
-        labels.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
-        label_smoothing=smoothing,
-    ).view_as(labels)
-    if teacher is None:
-        return hard
-    soft = -(logits.log_softmax(-1) * at_least_fp32(teacher).softmax(-1)).sum(-1)
-    return (1 - alpha) * hard + alpha * soft * (labels != IGNORED)
-
-
-def language_loss(
-    logits: Tensor,
-    labels: Tensor,
-    teacher: Tensor | None = None,
-    alpha: Tensor | float = 0.0,
-    smoothing: float = 0.0,
-    *,
-    gather: Gather,
-) -> Tensor:
-    """Return the mean of `distilled_cross_entropy` over the labelled positions, 0 without any.
-
-    `gather` selects the ranks whose labelled positions are counted, see `labelled_count`.
-    """
-    losses = distilled_cross_entropy(logits, labels, teacher, alpha, smoothing)
-    return losses.sum() / labelled_count(labels != IGNORED, gather)
-
-
-def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Return labels (B, L): the next token of each token, -100 without a real next one."""
-    labels = input_ids.masked_fill(mask == 0, IGNORED)
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def at_least_fp32(values: Tensor) -> Tensor:
-    """Convert to fp32 unless the dtype is wider."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -215,3 +71,137 @@ def sigmoid_loss(
     rows = torch.arange(B, device=images.device) + rank_of(gather) * B
     signs = torch.where(rows[:, None] == columns, 1.0, -1.0)
     return -F.logsigmoid(signs * logits).sum() / B
+
+
+def soft_contrastive_loss(
+    similarities: tuple[Tensor, Tensor],
+    momentum: tuple[Tensor, Tensor],
+    alpha: Tensor | float,
+    first: int = 0,
+    positives: Tensor | None = None,
+) -> Tensor:
+    """Return ITC with momentum distillation, the mean of both directions, in fp32.
+
+    `similarities` are image-to-text and text-to-image (B, C), divided by the temperature;
+    `momentum` are those of the momentum encoders. Row i is the pair of column first + i, its
+    positive unless `positives` (B, C) bool has all positive columns.
+    """
+    losses = []
+    for online, teacher in zip(similarities, momentum, strict=True):
+        log_probability = online.float().log_softmax(1)
+        soft = (log_probability * teacher.float().softmax(1)).sum(1)
+        if positives is None:
+            own = log_probability.diagonal(first)
+        else:
+            own = (log_probability * positives).sum(1) / positives.sum(1)
+        losses.append(-(alpha * soft + (1 - alpha) * own).mean())
+    return (losses[0] + losses[1]) / 2
+
+
+@torch.no_grad()
+def hard_negatives(
+    similarities: Tensor,
+    epsilon: float = 0.0,
+    first: int = 0,
+    positives: Tensor | None = None,
+) -> Tensor:
+    """Draw for each row of (B, C) a column of another pair, by softmax + epsilon -> (B,) int64.
+
+    Row i is the pair of column first + i. `positives` (B, C) bool are columns to exclude too,
+    unless a row has no other column. For a single column, the result is the pair itself.
+    """
+    B, C = similarities.shape
+    if C == 1:
+        return torch.zeros(B, dtype=torch.long, device=similarities.device)
+    others = torch.ones_like(similarities, dtype=torch.float32)
+    others.diagonal(first).zero_()
+    if positives is not None:
+        negatives = others * ~positives
+        others = torch.where(negatives.any(1, keepdim=True), negatives, others)
+    weights = (similarities.float().softmax(1) + epsilon) * others
+    degenerate = ~(weights.sum(1, keepdim=True) > 0)  # all weight on the pair itself, or NaN
+    return torch.multinomial(torch.where(degenerate, others, weights), 1)[:, 0]
+
+
+@torch.no_grad()
+def mask_tokens(
+    input_ids: Tensor,
+    *,
+    mask_token_id: int,
+    special_token_ids: tuple[int, ...],
+    vocab_size: int,
+    probability: float,
+    continues: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask tokens for masked language modelling: 80% [MASK], 10% a random token, 10% unchanged.
+
+    Args:
+        input_ids: (B, L).
+        mask_token_id: id of [MASK].
+        special_token_ids: never chosen.
+        vocab_size: range of random tokens.
+        probability: of choosing a token, or a word.
+        continues: (V,) bool, tokens that continue a word, to choose whole words; or None.
+
+    Returns:
+        Masked ids and labels, (B, L) each; labels are -100 for tokens that are not chosen.
+    """
+    chance, kind = torch.rand(2, *input_ids.shape, device=input_ids.device)
+    special = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in special_token_ids:
+        special |= input_ids == token
+    if continues is not None:
+        word = (~continues[input_ids]).cumsum(1).sub(1).clamp(min=0)
+        chance = chance.gather(1, word)
+    chosen = (chance < probability) & ~special
+    random = torch.randint_like(input_ids, vocab_size)
+    replaced = torch.where(kind < 0.8, mask_token_id, torch.where(kind < 0.9, random, input_ids))
+    return torch.where(chosen, replaced, input_ids), input_ids.masked_fill(~chosen, IGNORED)
+
+
+def distilled_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    alpha: Tensor | float = 0.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Return (1 - alpha) CE + alpha soft CE against the teacher (.., V), for each label (..).
+
+    The loss is fp32, or fp64 for fp64 logits (.., V), and 0 for the label -100.
+    """
+    logits = at_least_fp32(logits)
+    options = {"ignore_index": IGNORED, "reduction": "none", "label_smoothing": smoothing}
+    hard = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options).view_as(labels)
+    if teacher is None:
+        return hard
+    soft = -(logits.log_softmax(-1) * at_least_fp32(teacher).softmax(-1)).sum(-1)
+    return (1 - alpha) * hard + alpha * soft * (labels != IGNORED)
+
+
+def language_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None = None,
+    alpha: Tensor | float = 0.0,
+    smoothing: float = 0.0,
+    *,
+    gather: Gather,
+) -> Tensor:
+    """Return the mean of `distilled_cross_entropy` over the labelled positions, 0 without any.
+
+    `gather` selects the ranks whose labelled positions are counted, see `labelled_count`.
+    """
+    losses = distilled_cross_entropy(logits, labels, teacher, alpha, smoothing)
+    return losses.sum() / labelled_count(labels != IGNORED, gather)
+
+
+def next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Return labels (B, L): the next token of each token, -100 without a real next one."""
+    labels = input_ids.masked_fill(mask == 0, IGNORED)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Convert to fp32 unless the dtype is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
