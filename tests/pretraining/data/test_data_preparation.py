@@ -60,32 +60,15 @@ def test_augmentations_are_drawn_by_torch_s_generator_and_for_training_alone():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ({"image_size": 0}, ValueError, "image_size: expected an integer at least 1, got 0"),
-        ({"image_size": 8.0}, TypeError, r"image_size: expected an integer .*, got 8\.0"),
-        ({"train": 1}, TypeError, "train: expected True or False, got 1"),
-        ({"mean": 0.5}, TypeError, r"mean: expected \[a number, .*\], got 0\.5"),
-        ({"mean": (0.5,)}, ValueError, r"mean: expected \[a number, .*, got \(0\.5,\)"),
-        ({"std": (1, 1, "1")}, TypeError, r"std: expected .*, got \(1, 1, '1'\)"),
-        ({"std": (1, 1, 0)}, ValueError, r"std: expected \[a number above 0, .*, got \(1, 1, 0\)"),
-        ({"scale": (0.9, 0.5)}, ValueError, "scale: expected 0 < least <= most <= 1, got"),
-        ({"scale": 0.9}, TypeError, r"scale: expected \[a number in \(0, 1\], .*, got 0\.9"),
-        (
-            {"randaugment": (0, 7)},
-            ValueError,
-            r"randaugment: expected \[an integer at least 1, .*, got \(0, 7\)",
-        ),
-        (
-            {"randaugment": (2, 11)},
-            ValueError,
-            r"randaugment: expected .*an integer in \[0, 10\]\]",
-        ),
-        ({"resize": "pad"}, ValueError, "resize: expected one of 'crop', 'squash', got 'pad'"),
+        ({"scale": (0.9, 0.5)}, "scale: expected 0 < least <= most <= 1, got"),
+        ({"randaugment": (2, 11)}, r"randaugment: expected .*an integer in \[0, 10\]\]"),
+        ({"resize": "pad"}, "resize: expected one of 'crop', 'squash', got 'pad'"),
     ],
 )
-def test_bad_transform_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_transform_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         image_transform(**{"image_size": 8, "train": True, **arguments})
 
 
@@ -122,19 +105,11 @@ def test_training_a_tokenizer_is_deterministic_and_keeps_to_the_size(tokenizer, 
     assert len(train_tokenizer(captions, MIN_VOCAB_SIZE)) == MIN_VOCAB_SIZE
 
 
-@pytest.mark.parametrize(
-    ("captions", "vocab_size", "error", "message"),
-    [
-        (["a"], MIN_VOCAB_SIZE - 1, ValueError, "vocab_size: expected .* at least 261, got 260"),
-        (["a"], "300", TypeError, "vocab_size: expected an integer .*, got '300'"),
-        ("a dog", 300, TypeError, "captions: expected several texts, got the single text 'a dog'"),
-        (["a", 3], 300, TypeError, "captions: expected texts, got 3"),
-        ([], 300, ValueError, "captions: expected at least one text, got none"),
-    ],
-)
-def test_bad_tokenizer_training(captions, vocab_size, error, message):
-    with pytest.raises(error, match=message):
-        train_tokenizer(captions, vocab_size)
+def test_bad_tokenizer_training():
+    with pytest.raises(ValueError, match=r"vocab_size: expected .* at least 261, got 260"):
+        train_tokenizer(["a"], MIN_VOCAB_SIZE - 1)
+    with pytest.raises(ValueError, match="captions: expected at least one text, got none"):
+        train_tokenizer([], 300)
 
 
 def save_variant(tokenizer, folder: Path, *, post_processor: bool = True, **tokens: str) -> Path:

@@ -133,7 +133,5 @@ def test_several_processes_give_the_same_index(tmp_path, monkeypatch):
     for path in paths[1:]:
         overwrite(path, 3, b"\xff")
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"^\S*1\.tar: expected .*; \S*2\.tar: exp"
-        ):
+        with pytest.raises(ValueError, match=r"^\S*1\.tar: expected .*; \S*2\.tar: exp"):
             ShardSource(paths)
