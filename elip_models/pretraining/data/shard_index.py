@@ -5,7 +5,6 @@ in a .json ("captions" or "caption"), a .txt, or both. `tarfile` ends silently a
 `index_rows` therefore checks that the rest of the file is padding, so that no sample is lost.
 """
 
-import hashlib
 import json
 import os
 import posixpath
@@ -47,18 +46,20 @@ def read_index(shards: Sequence[Path]) -> "Dataset":
         from datasets.exceptions import DatasetGenerationError
 
     stats = [shard.stat() for shard in shards]
-    paths = [str(shard.resolve()) for shard in shards]
-    state = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
     is_large = sum(stat.st_size for stat in stats) >= MIN_PARALLEL_BYTES
+    # `datasets` finds the cached table by these values.
+    states = [
+        (number, str(shard.resolve()), FORMAT, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        for number, (shard, stat) in enumerate(zip(shards, stats, strict=True))
+    ]
     columns = {name: Value("string") for name in ("key", "problem")}
     columns |= {name: Value("int64") for name in ("shard", "offset", "size")}
     try:
         index = Dataset.from_generator(
             _rows,
             features=Features(columns | {"captions": List(Value("string"))}),
-            gen_kwargs={"shards": list(enumerate(paths))},
+            gen_kwargs={"shards": states},
             num_proc=min(len(shards), os.cpu_count() or 1) if is_large else None,
-            fingerprint=hashlib.sha256(repr((FORMAT, paths, state)).encode()).hexdigest()[:32],
         )
     except DatasetGenerationError as error:
         raise OSError(f"the index of tar shards cannot be made: {error.__cause__}") from error
@@ -69,9 +70,9 @@ def read_index(shards: Sequence[Path]) -> "Dataset":
     return index
 
 
-def _rows(shards: Sequence[tuple[int, str]]) -> Iterator[dict[str, Any]]:
+def _rows(shards: Sequence[tuple[int, str, *tuple[int, ...]]]) -> Iterator[dict[str, Any]]:
     """Yield the rows of shards; a damaged one has a single row, with -1 in "shard"."""
-    for number, path in shards:
+    for number, path, *_ in shards:
         try:
             with open(path, "rb") as file:
                 for row in index_rows(file, path):

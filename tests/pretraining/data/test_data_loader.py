@@ -72,18 +72,11 @@ def assert_same_batches(first: list[dict], second: list[dict]) -> None:
         assert all(a[name] == b[name] for name in a.keys() - set(TENSORS))
 
 
-def test_a_batch_has_the_documented_shapes(dataset):
-    (batch,) = take(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
-    assert batch["images"].shape == (BATCH, 3, SIZE, SIZE)
-    assert batch["images"].dtype == torch.float32
-    for name in ("input_ids", "attention_mask"):
-        assert batch[name].shape == (BATCH, 24) and batch[name].dtype == torch.int64
-    assert batch["skipped"] == []
-
-
 def test_text_is_padded_or_truncated_and_keeps_its_end(dataset, tokenizer):
     (batch,) = take(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert batch["images"].shape == (BATCH, 3, SIZE, SIZE) and batch["skipped"] == []
+    assert ids.shape == mask.shape == (BATCH, 24) and ids.dtype == mask.dtype == torch.int64
     assert (ids[:, 0] == tokenizer.bos_token_id).all()
     assert (ids.gather(1, mask.sum(1, keepdim=True) - 1) == tokenizer.eos_token_id).all()
     assert (ids[mask == 0] == tokenizer.pad_token_id).all()
@@ -100,13 +93,8 @@ def test_a_second_caption_of_the_same_image_guides_and_changes_nothing_else(data
         seen.add(tuple(sample["guide_ids"].tolist()))
     captions = {tuple(dataset[turn, 3]["input_ids"].tolist()) for turn in range(40)}
     assert seen == captions
-    (batch,) = take(guided, EpochSampler(LENGTH, BATCH, 0), 1)
-    assert batch["guide_ids"].shape == batch["guide_mask"].shape == (BATCH, 24)
-
-
-def test_an_image_of_one_caption_is_guided_by_it(tokenizer):
-    sample = make_dataset(DamagedSource(LENGTH, set()), tokenizer, guide_captions=True)[0, 3]
-    assert torch.equal(sample["guide_ids"], sample["input_ids"])
+    single = make_dataset(DamagedSource(LENGTH, set()), tokenizer, guide_captions=True)[0, 3]
+    assert torch.equal(single["guide_ids"], single["input_ids"])
 
 
 def test_reading_leaves_the_global_generator_and_the_environment_alone(dataset, monkeypatch):
@@ -165,46 +153,27 @@ def test_a_source_without_a_readable_sample_is_a_data_error(tokenizer, num_worke
         take(dataset, EpochSampler(8, BATCH, 0), 1, num_workers)
 
 
-def test_too_large_a_share_stops_the_run_and_names_examples(tokenizer):
-    dataset = make_dataset(DamagedSource(400, set(range(0, 400, 10))), tokenizer)
-    report, seen = SkipReport(length=400), 0
-    with pytest.raises(DataError) as caught:
-        for batch in train_loader(dataset, EpochSampler(400, 20, 0), 0):
-            seen += 20
-            report.update(batch["skipped"], 20)
-    assert seen == 100
-    message = str(caught.value)
-    assert "of 100 samples" in message and message.count("(corrupt)") == 5
-    assert message.endswith(
-        "At most 5.0% may be unreadable; repair the data, or raise max_bad_share."
-    )
-
-
-def test_a_share_within_the_limit_goes_on_for_epochs(tokenizer):
-    dataset = make_dataset(DamagedSource(200, set(range(8))), tokenizer)
-    report = SkipReport(length=200)
-    for batch in take(dataset, EpochSampler(200, 20, 0), 30):
-        report.update(batch["skipped"], 20)
-    assert (report.seen, len(report.reasons), report.share) == (600, 8, 8 / 200)
-
-
-def test_a_small_source_is_checked_after_one_epoch():
-    report = SkipReport(0.1, length=10)
-    report.update([("a", "corrupt", 0), ("b", "missing", 1)], 9)
-    with pytest.raises(DataError, match=r"2 of 10 samples \(20\.0%\) .*: a \(corrupt\); b \(mi"):
+def test_a_share_above_the_limit_stops_after_a_hundred_samples_or_one_pass():
+    report, skipped = SkipReport(), [(f"sample {n}", "corrupt", n) for n in range(6)]
+    report.update(skipped, 99)
+    with pytest.raises(DataError) as error:
         report.update([], 1)
+    assert "6 of 100 samples (6.0%)" in str(error.value) and str(error.value).count("corrupt") == 5
+    assert str(error.value).endswith("repair the data, or raise max_bad_share.")
+    small = SkipReport(0.1, length=10)
+    small.update(skipped[:2], 9)
+    with pytest.raises(DataError, match=r"2 of 10 samples \(20\.0%\) .*: sample 0 \(corrupt\); "):
+        small.update([], 1)
 
 
-def test_an_index_is_counted_once_and_an_id_each_time():
-    report = SkipReport()
+def test_a_sample_with_an_index_is_counted_once_however_often_it_is_read():
+    report = SkipReport(length=200)
     for _ in range(3):
-        report.update([("a", "corrupt", 7)], 50)
-    assert report.summary() == "1 of 150 samples (0.7%) could not be read: a (corrupt)."
-    report.update([("a", "corrupt", 8)], 50)
-    assert report.summary().startswith("2 of 200 samples")
+        report.update([("a", "corrupt", 7), ("a", "corrupt", 8)], 200)
+    assert (report.seen, len(report.reasons), report.share) == (600, 2, 2 / 200)
     for _ in range(2):
         report.update([("a", "corrupt")], 50)
-    assert report.summary().startswith("4 of 300 samples")
+    assert report.summary().startswith("4 of 700 samples")
 
 
 def test_check_source_reads_everything_and_never_raises():
@@ -227,12 +196,8 @@ def test_evaluation_yields_readable_samples_in_order(num_workers):
         )
     )
     good = [index for index in range(10) if index not in source.bad]
-    assert [sample_id for batch in batches for sample_id in batch.ids] == [
-        f"sample {index}" for index in good
-    ]
-    assert [texts for batch in batches for texts in batch.captions] == [
-        (f"caption {index}",) for index in good
-    ]
+    samples = [pair for batch in batches for pair in zip(batch.ids, batch.captions, strict=True)]
+    assert samples == [(f"sample {index}", (f"caption {index}",)) for index in good]
     assert all(batch.images.shape == (len(batch.ids), 3, SIZE, SIZE) for batch in batches)
     assert (report.seen, len(report.reasons)) == (10, 4)
 
