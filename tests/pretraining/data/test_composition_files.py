@@ -169,7 +169,11 @@ def without(entry, key):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", (without(WINOGROUND, "image_1"),), r"a.jsonl\[0\]\[images\]: Field required"),
+        (
+            "a.jsonl",
+            (without(WINOGROUND, "image_1"),),
+            r"a.jsonl\[0\]: expected 2 image paths, got",
+        ),
         ("a.jsonl", (WINOGROUND | {"caption_1": 3},), r"\[0\]\[texts\]\[1\]: .*, got 3"),
         ("a.jsonl", (WINOGROUND, WINOGROUND), "id: expected another one for each .*, got '3'"),
         ("a.jsonl", (WINOGROUND | {"caption_0": " "},), r"\[0\]: expected at least two captions"),
@@ -195,7 +199,6 @@ def test_other_malformed_specs(tmp_path):
     (tmp_path / "twice.json").write_text('{"0": {}, "0": {}}')
     for spec, error, message in (
         (f"{crepe},{order}", ValueError, "files of one benchmark, got sugarcrepe in swap_obj.json"),
-        (f"{crepe},{crepe}", ValueError, "id: expected another one .*, got 'swap_obj/0' again"),
         (str(tmp_path / "twice.json"), ValueError, "an object has a key twice"),
         (str(tmp_path / "empty"), FileNotFoundError, "expected a folder of .json files, got none"),
         (str(tmp_path / "missing.json"), FileNotFoundError, "spec: expected an existing file"),

@@ -208,7 +208,7 @@ BOXES = {"image": "a", "caption": "a", "boxes": [[[0, float("nan"), 1, 1]]]}
         ("[" * 10**5, r"list\.json: expected a list of .*, got no valid JSON"),
         ('{"image": "a.png"}', r"list\.json\[image\]: expected the key caption, got"),
         ('["a.png"]', r"list\.json\[0\]: expected the key caption, got 'a\.png'"),
-        ('[{"caption": "a"}]', r"list\.json\[0\]\[images\]: Field required, got \{'caption"),
+        ('[{"caption": "a"}]', r"list\.json\[0\]: expected 1 image paths, got \{'caption"),
         ('[{"image": 3, "caption": "a"}]', r"\[0\]\[image\]\[0\]: .* valid string, got 3"),
         ('[{"image": "a", "caption": [3]}]', r"\[0\]\[caption\]\[0\]: .* valid string, got 3"),
         ('[{"image": "a", "caption": "a", "caption": "b"}]', "an object has a key twice, of"),
@@ -221,7 +221,7 @@ BOXES = {"image": "a", "caption": "a", "boxes": [[[0, float("nan"), 1, 1]]]}
         ('{"images": [{"filename": "a", "sentences": [{}]}]}', r"\[images\]\[0\]\[sentences\]"),
         (
             '{"images": [], "annotations": [{"image_id": 3}]}',
-            r"\[annotations\]\[0\]\[caption\]: Field required",
+            r"\[annotations\]\[0\]: expected the key caption, got",
         ),
     ],
 )

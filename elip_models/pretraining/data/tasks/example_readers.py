@@ -23,11 +23,14 @@ from elip_models.pretraining.data.data_spec import Spec, built_in_options, parse
 from elip_models.pretraining.data.examples import ExampleSource
 from elip_models.pretraining.data.mixture import ConcatExamples
 from elip_models.pretraining.data.tasks.entailment import EmojiEntailment
-from elip_models.pretraining.data.tasks.file_examples import grounding_examples, labelled_examples
+from elip_models.pretraining.data.tasks.file_examples import (
+    grounding_examples,
+    labelled_examples,
+    vqa_examples,
+)
 from elip_models.pretraining.data.tasks.grounding import EmojiGrounding
 from elip_models.pretraining.data.tasks.pairs import EmojiPairs
 from elip_models.pretraining.data.tasks.questions import EmojiQuestions
-from elip_models.pretraining.data.tasks.vqa_files import vqa_examples
 from elip_models.validation import PositiveInt, check
 
 ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification", "grounding"]
