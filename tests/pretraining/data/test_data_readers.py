@@ -121,7 +121,7 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         ("no-*.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-\*\.tar'"),
         ("no-{0..2}.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-0\.tar'"),
         ("no-{3..2}.tar", ValueError, r"spec: expected a rising range .*, got '\{3\.\.2\}'"),
-        ("empty", FileNotFoundError, r"expected a folder of \.tar files, got 'empty'"),
+        ("empty", FileNotFoundError, r"expected a folder with \*\.tar, got 'empty'"),
         ("a.txt", ValueError, r"spec: expected files that are all \.json, or all \.tar.*txt"),
         ("list.json", ValueError, r"spec: expected at least one sample, got none in 'list\.json'"),
         ("a.tar,list.json", ValueError, r"spec: expected .*, got \['\.json', '\.tar'\]"),

@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 from elip_models.pretraining.data.checks import expand_user
 from elip_models.pretraining.data.examples import ExampleSource
-from elip_models.pretraining.data.readers import open_source
+from elip_models.pretraining.data.readers import open_examples, open_source
 from elip_models.pretraining.data.sample import Source
 from elip_models.pretraining.data.shared_images import group_by_image
-from elip_models.pretraining.data.tasks.example_readers import open_examples
 from elip_models.validation import check, shortened
 
 ExportedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
