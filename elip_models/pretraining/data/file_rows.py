@@ -56,38 +56,29 @@ _JOINED = (
 """Field, and the fields of Winoground, ARO and SugarCrepe that together make it."""
 
 
+def _named(default: Any, *names: str) -> Any:
+    return Field(default, validation_alias=AliasChoices(*names))
+
+
 class FileRow(BaseModel):
     """A row of a file; each field lists its names in the formats."""
 
-    images: Texts = Field(
-        [],
-        validation_alias=AliasChoices(
-            *("images", "image", "filename", "file_name", "image_path"),
-            *("Flickr30K_ID", "Flikr30kID"),  # the second in the files of 2018
-        ),
+    images: Texts = _named(
+        *([], "images", "image", "filename", "file_name", "image_path"),
+        *("Flickr30K_ID", "Flikr30kID"),  # of SNLI-VE, and of its files of 2018
     )
-    folder: Id = Field("", validation_alias=AliasChoices("filepath", "directory"))
-    texts: Texts = Field(
-        [],
-        validation_alias=AliasChoices(
-            *("texts", "caption", "sentences", "caption_options"),
-            *("question", "sentence2", "sentence", "text"),
-        ),
+    folder: Id = _named("", "filepath", "directory")
+    texts: Texts = _named(
+        *([], "texts", "caption", "sentences", "caption_options"),
+        *("question", "sentence2", "sentence", "text"),
     )
-    answers: Texts = Field(
-        [], validation_alias=AliasChoices("answer", "answers", "gold_label", "label")
-    )
-    first_answer: Text = Field("", validation_alias="multiple_choice_answer")
-    id: Id = Field(
-        "",
-        validation_alias=AliasChoices(
-            *("question_id", "pairID", "identifier", "image_id", "cocoid", "imgid", "id")
-        ),
-    )
+    answers: Texts = _named([], "answer", "answers", "gold_label", "label")
+    first_answer: Text = _named("", "multiple_choice_answer")
+    id: Id = _named("", "question_id", "pairID", "identifier", "image_id", "cocoid", "imgid", "id")
     image_id: Id = ""
     split: Text = ""
-    category: Annotated[Texts, AfterValidator("_".join)] = Field(
-        "", validation_alias=AliasChoices("collapsed_tag", "relation_name", "attributes", "domain")
+    category: Annotated[Texts, AfterValidator("_".join)] = _named(
+        "", "collapsed_tag", "relation_name", "attributes", "domain"
     )
     box: Box | None = None
     boxes: list[list[Box]] = []
@@ -95,9 +86,7 @@ class FileRow(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _join(cls, row: Any) -> Any:
-        if not isinstance(row, dict):
-            return row
+    def _join(cls, row: dict[str, Any]) -> dict[str, Any]:
         for field, names in _JOINED:
             if all(map(row.__contains__, names)):
                 row = row | {field: [row[name] for name in names]}
@@ -184,10 +173,8 @@ class StoredRows:
         first: dict[tuple[str, ...], int] = {}
         folders = [str(self._folder(file)) for file in range(len(self._files))]
         columns = zip(self._rows["file"][:], self._rows["images"][:], strict=True)
-        return [
-            first.setdefault((folders[file], *images), number)
-            for number, (file, images) in enumerate(columns)
-        ]
+        images = ((folders[file], *images) for file, images in columns)
+        return [first.setdefault(key, number) for number, key in enumerate(images)]
 
     def _row(self, index: int) -> dict[str, Any]:
         check_index(index, len(self))

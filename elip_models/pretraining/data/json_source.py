@@ -87,20 +87,11 @@ def _read(number: int, file: Path) -> Iterator[dict[str, Any]]:
     for place, row in _images(file).items():
         captions, (path,) = clean_captions(row.texts), row.paths()
         if len(row.boxes) not in (0, len(captions)):
-            raise ValueError(
-                f"{file}[{place}][boxes]: expected a list for each of {len(captions)} captions, "
-                f"got {len(row.boxes)}"
-            )
-        yield {
-            "file": number,
-            "place": str(place),
-            "images": [path],
-            "captions": captions,
-            "id": row.id or path,
-            "split": row.split,
-            "domain": row.category,
-            "boxes": row.boxes,
-        }
+            wanted = f"a list for each of {len(captions)} captions"
+            raise ValueError(f"{file}[{place}][boxes]: expected {wanted}, got {len(row.boxes)}")
+        names = {"file": number, "place": str(place), "images": [path], "id": row.id or path}
+        texts = {"captions": captions, "split": row.split, "domain": row.category}
+        yield names | texts | {"boxes": row.boxes}
 
 
 def _images(file: Path) -> dict[int | str, FileRow]:
