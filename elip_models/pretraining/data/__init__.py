@@ -20,21 +20,19 @@ with require_extra("elip_models.pretraining.data"):
     )
     from elip_models.pretraining.data.mixture import MixedSource
     from elip_models.pretraining.data.read_errors import SkipReport, check_source
-    from elip_models.pretraining.data.readers import open_source
+    from elip_models.pretraining.data.readers import open_composition, open_examples, open_source
     from elip_models.pretraining.data.sample import NamedMasks, Sample, Source
     from elip_models.pretraining.data.scene_sampling import BACKGROUNDS, EMOJI, Group, Scene
     from elip_models.pretraining.data.scenes import EmojiClasses, EmojiScenes, render
     from elip_models.pretraining.data.shard_source import ShardSource
     from elip_models.pretraining.data.stream_batches import StreamBatches, stream_loader
     from elip_models.pretraining.data.streams import StreamSource, is_stream, open_stream
-    from elip_models.pretraining.data.tasks.composition import open_composition
     from elip_models.pretraining.data.tasks.composition_files import (
         CompositionExample,
         CompositionSource,
     )
     from elip_models.pretraining.data.tasks.emoji_composition import EmojiComposition
     from elip_models.pretraining.data.tasks.entailment import EmojiEntailment
-    from elip_models.pretraining.data.tasks.example_readers import open_examples
     from elip_models.pretraining.data.tasks.pairs import EmojiPairs
     from elip_models.pretraining.data.tasks.questions import EmojiQuestions
     from elip_models.pretraining.data.tasks.text_only import question_only_accuracy

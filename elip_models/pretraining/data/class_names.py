@@ -10,24 +10,22 @@ The names of ImageNet's classes are those of open_clip if it is installed, other
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from elip_models.pretraining.data.checks import existing_files, expand_user
 from elip_models.pretraining.data.json_files import read_json, validate
 from elip_models.validation import shortened
 
+if TYPE_CHECKING:
+    from timm.data import ImageNetInfo
+
 IMAGENET = "imagenet"
 
 
-class NamedClasses(NamedTuple):
-    """Classes and their names, in the same order."""
-
-    classes: tuple[str, ...]
-    names: tuple[str, ...]
-
-
-def named_classes(classes: Sequence[str], source: str | None) -> NamedClasses:
-    """Return the classes with their names, see the top of this file.
+def named_classes(
+    classes: Sequence[str], source: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the classes and their names, see the top of this file.
 
     Args:
         classes: Names of folders, or of the labels of a dataset.
@@ -37,47 +35,38 @@ def named_classes(classes: Sequence[str], source: str | None) -> NamedClasses:
         FileNotFoundError: The file is missing.
         ValueError: A class has no name.
     """
-    if source not in (None, IMAGENET):
-        return NamedClasses(tuple(classes), _listed_names(classes, source))
-    imagenet = _imagenet_names()
-    if source == IMAGENET:
-        ids = [*imagenet]
-        classes = [
-            ids[int(name)] if name.isdecimal() and int(name) < len(ids) else name
-            for name in classes
-        ]
-        if unknown := [name for name in classes if name not in imagenet]:
-            raise ValueError(
-                f"names: expected WordNet ids or the numbers 0 to {len(ids) - 1} with {IMAGENET}, "
-                f"got the class {shortened(unknown[0])}; give a JSON file of names"
-            )
-    if all(name in imagenet for name in classes):
-        return NamedClasses(tuple(classes), tuple(imagenet[name] for name in classes))
-    return NamedClasses(tuple(classes), tuple(name.replace("_", " ") for name in classes))
-
-
-def _imagenet_names() -> dict[str, str]:
-    """Return the names of ImageNet's classes by their WordNet ids, in order."""
     from timm.data import ImageNetInfo
 
-    info = ImageNetInfo("imagenet-1k")
-    ids = info.label_names()
-    if find_spec("open_clip") is not None:
-        from open_clip import IMAGENET_CLASSNAMES
-
-        return dict(zip(ids, IMAGENET_CLASSNAMES, strict=True))
-    return {name: info.label_name_to_description(name).partition(",")[0] for name in ids}
-
-
-def _listed_names(classes: Sequence[str], source: str) -> tuple[str, ...]:
-    (file,) = existing_files("names", expand_user(source))
-    listed = read_json(file, 'a JSON object {"class": "name", ..} or a list')
-    if isinstance(listed, list):
-        listed = {str(number): name for number, name in enumerate(listed)}
-    names = validate(dict[str, str], listed, str(file))
+    imagenet = ImageNetInfo("imagenet-1k")
+    ids = imagenet.label_names()
+    if source == IMAGENET:
+        numbers = {str(number): name for number, name in enumerate(ids)}
+        classes = [numbers.get(name, name) for name in classes]
+    if source not in (None, IMAGENET):
+        names = _listed_names(source)
+    elif source == IMAGENET or set(classes) <= set(ids):
+        names = dict(zip(ids, _imagenet_names(imagenet), strict=True))
+    else:
+        names = {name: name.replace("_", " ") for name in classes}
     if missing := [name for name in classes if name not in names]:
         raise ValueError(
-            f"{file}: expected a name for each of the {len(classes)} classes, got none for "
-            f"{shortened(missing[0])}; add it"
+            f"names: expected a name for each of the {len(classes)} classes, got none for "
+            f"{shortened(missing[0])} in {source}; add it to a JSON file of names"
         )
-    return tuple(names[name] for name in classes)
+    return tuple(classes), tuple(names[name] for name in classes)
+
+
+def _imagenet_names(imagenet: "ImageNetInfo") -> list[str]:
+    if find_spec("open_clip") is None:
+        return [text.partition(",")[0] for text in imagenet.label_descriptions()]
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return IMAGENET_CLASSNAMES
+
+
+def _listed_names(source: str) -> dict[str, str]:
+    (file,) = existing_files("names", expand_user(source))
+    names = read_json(file, 'a JSON object {"class": "name", ..} or a list')
+    if isinstance(names, list):
+        names = {str(number): name for number, name in enumerate(names)}
+    return validate(dict[str, str], names, str(file))

@@ -9,6 +9,7 @@ its templates are used.
 """
 
 import io
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,11 +92,8 @@ class LabelledImages:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        captions, sample_id, stored = (
-            self.captions(index),
-            self.sample_id(index),
-            self._images[index],
-        )
+        captions, sample_id = self.captions(index), self.sample_id(index)
+        stored = self._images[index]
         if stored is None:
             raise SampleError(sample_id, "no image")
         file = Path(stored["path"]) if stored["bytes"] is None else io.BytesIO(stored["bytes"])
@@ -124,16 +122,14 @@ class LabelledImages:
 
 def _only_column(table: "Dataset", kind: type, name: str | None) -> str:
     """Return the column of a type: the one called `name`, or the only one."""
-    columns = [
-        column
-        for column, feature in table.features.items()
-        if isinstance(feature, kind) and name in (None, column)
-    ]
-    if len(columns) != 1:
+    features = table.features.items()
+    columns = [column for column, feature in features if isinstance(feature, kind)]
+    chosen = [column for column in columns if name in (None, column)]
+    if len(chosen) != 1:
         wanted = f"one column of {kind.__name__}" + (f" named {name!r}" if name else "")
         got = columns or table.column_names
         raise ValueError(f"label: expected {wanted}, got {got}; add label=NAME")
-    return columns[0]
+    return chosen[0]
 
 
 class ClassExamples:
@@ -190,17 +186,11 @@ def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> Cla
 
 def _open_dataset(spec: FileSpec) -> LabelledImages:
     """Open a dataset of the hub, or a folder of parquet files."""
-    import datasets
+    from datasets import load_dataset
 
     path = expand_user(spec.files[0])
-    try:
-        table = datasets.load_dataset(str(path), split=spec.split)
-    except ConnectionError as error:
-        raise FileNotFoundError(
-            f"spec: expected a folder of parquet files or a dataset of the hub, got {str(path)!r}, "
-            f"and the hub is not reachable: {error}"
-        ) from error
-    return LabelledImages(table, f"{path.name}-{spec.split}", label=spec.label, names=spec.names)
+    table, name = load_dataset(str(path), split=spec.split), f"{path.name}-{spec.split}"
+    return LabelledImages(table, name, label=spec.label, names=spec.names)
 
 
 def _open_folder(spec: FileSpec) -> LabelledImages:
@@ -209,12 +199,10 @@ def _open_folder(spec: FileSpec) -> LabelledImages:
     from datasets import ClassLabel, Dataset, Features, Image
     from torchvision.datasets import ImageFolder
 
-    try:
-        folder = ImageFolder(str(expand_user(spec.files[0])))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"spec: expected {_FORMS}, got {shortened(spec.files[0])} in {Path.cwd()}: {error}"
-        ) from error
+    root = expand_user(spec.files[0])
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"spec: expected {_FORMS}, got {shortened(spec.files[0])}")
+    folder = ImageFolder(str(root))
     columns = {"image": [file for file, _ in folder.samples], "label": folder.targets}
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=folder.classes)})
     return LabelledImages(Dataset.from_dict(columns, features=features), "", names=spec.names)

@@ -33,9 +33,10 @@ def _encodable(text: str) -> str:
 
 
 def _texts(value: Any) -> Any:
-    """Return a text as a list, and the texts of Karpathy's [{"raw": text}, ..]."""
+    """Return a text as a list, and the texts of lists of {"raw"} (Karpathy) or {"answer"} (VQA)."""
     if isinstance(value, list):
-        return [text.get("raw") if isinstance(text, dict) else text for text in value]
+        texts = (text if isinstance(text, dict) else {"raw": text} for text in value)
+        return [text.get("raw", text.get("answer")) for text in texts]
     return [] if value is None else [str(value) if isinstance(value, bool) else value]
 
 
@@ -55,35 +56,29 @@ _JOINED = (
 """Field, and the fields of Winoground, ARO and SugarCrepe that together make it."""
 
 
+def _named(default: Any, *names: str) -> Any:
+    return Field(default, validation_alias=AliasChoices(*names))
+
+
 class FileRow(BaseModel):
     """A row of a file; each field lists its names in the formats."""
 
-    images: Texts = Field(
-        min_length=1,
-        validation_alias=AliasChoices(
-            *("images", "image", "filename", "file_name", "image_path"),
-            *("Flickr30K_ID", "Flikr30kID"),  # the second in the files of 2018
-        ),
+    images: Texts = _named(
+        *([], "images", "image", "filename", "file_name", "image_path"),
+        *("Flickr30K_ID", "Flikr30kID"),  # of SNLI-VE, and of its files of 2018
     )
-    folder: Id = Field("", validation_alias=AliasChoices("filepath", "directory"))
-    texts: Texts = Field(
-        [],
-        validation_alias=AliasChoices(
-            *("texts", "caption", "sentences", "caption_options"),
-            *("question", "sentence2", "sentence", "text"),
-        ),
+    folder: Id = _named("", "filepath", "directory")
+    texts: Texts = _named(
+        *([], "texts", "caption", "sentences", "caption_options"),
+        *("question", "sentence2", "sentence", "text"),
     )
-    answers: Texts = Field([], validation_alias=AliasChoices("answer", "gold_label", "label"))
-    id: Id | None = Field(
-        None,
-        validation_alias=AliasChoices(
-            *("question_id", "pairID", "identifier"),
-            *("image_id", "cocoid", "imgid", "id"),
-        ),
-    )
+    answers: Texts = _named([], "answer", "answers", "gold_label", "label")
+    first_answer: Text = _named("", "multiple_choice_answer")
+    id: Id = _named("", "question_id", "pairID", "identifier", "image_id", "cocoid", "imgid", "id")
+    image_id: Id = ""
     split: Text = ""
-    category: Annotated[Texts, AfterValidator("_".join)] = Field(
-        "", validation_alias=AliasChoices("collapsed_tag", "relation_name", "attributes", "domain")
+    category: Annotated[Texts, AfterValidator("_".join)] = _named(
+        "", "collapsed_tag", "relation_name", "attributes", "domain"
     )
     box: Box | None = None
     boxes: list[list[Box]] = []
@@ -91,9 +86,7 @@ class FileRow(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _join(cls, row: Any) -> Any:
-        if not isinstance(row, dict):
-            return row
+    def _join(cls, row: dict[str, Any]) -> dict[str, Any]:
         for field, names in _JOINED:
             if all(map(row.__contains__, names)):
                 row = row | {field: [row[name] for name in names]}
@@ -121,13 +114,14 @@ def read_rows(file: Path, *keys: str, images: int = 1) -> dict[int | str, FileRo
         images: Number of images of each row.
     """
     data = read_json(file, f"rows with the key {' or '.join(keys)}")
-    is_row = isinstance(data, dict) and not data.keys().isdisjoint(keys)  # a file of one line
-    return as_rows([data] if is_row else data, str(file), *keys, images=images)
+    return as_rows(data, str(file), *keys, images=images)
 
 
 def as_rows(data: Any, where: str, *keys: str, images: int = 1) -> dict[int | str, FileRow]:
     """Return the rows of a list or object, see `read_rows`; `where` begins the errors."""
     expected = f"the key {' or '.join(keys)}"
+    if isinstance(data, dict) and not data.keys().isdisjoint(keys):  # a file of one line
+        data = [data]
     if not isinstance(data, list | dict):
         raise ValueError(f"{where}: expected rows with {expected}, got {shortened(data)}")
     rows = dict(enumerate(data)) if isinstance(data, list) else data
@@ -137,7 +131,8 @@ def as_rows(data: Any, where: str, *keys: str, images: int = 1) -> dict[int | st
     rows = validate(dict[int | str, FileRow], rows, where)
     for place, row in rows.items():
         if len(row.images) != images:
-            raise ValueError(f"{where}[{place}]: expected {images} images, got {row.images}")
+            got = row.images or shortened(data[place])
+            raise ValueError(f"{where}[{place}]: expected {images} image paths, got {got}")
     return rows
 
 
@@ -161,18 +156,9 @@ class StoredRows:
         rows: list[dict[str, Any]],
         split: str | None = None,
     ) -> None:
-        wanted, known = (
-            set(split.split("+") if split else ()),
-            {row.get("split", "") for row in rows},
-        )
-        if absent := sorted(wanted - known):
-            names = " or ".join(sorted(known - {""})) or "none, since the files have none"
-            raise ValueError(f"split: expected {names}, got {'+'.join(absent)}")
         self._files = files
         self._root = None if image_root is None else expand_user(image_root)
-        self._rows = Dataset.from_list(
-            rows if split is None else [row for row in rows if row["split"] in wanted]
-        )
+        self._rows = Dataset.from_list(_of_split(rows, split))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -187,10 +173,8 @@ class StoredRows:
         first: dict[tuple[str, ...], int] = {}
         folders = [str(self._folder(file)) for file in range(len(self._files))]
         columns = zip(self._rows["file"][:], self._rows["images"][:], strict=True)
-        return [
-            first.setdefault((folders[file], *images), number)
-            for number, (file, images) in enumerate(columns)
-        ]
+        images = ((folders[file], *images) for file, images in columns)
+        return [first.setdefault(key, number) for number, key in enumerate(images)]
 
     def _row(self, index: int) -> dict[str, Any]:
         check_index(index, len(self))
@@ -217,3 +201,13 @@ def existing_image(path: Path) -> Path:
         return path
     paths = [Path(f"{path}{suffix}") for suffix in (".jpg", ".png", "")]
     return next((named for named in paths if os.path.isfile(named)), paths[0])
+
+
+def _of_split(rows: list[dict[str, Any]], split: str | None) -> list[dict[str, Any]]:
+    if split is None:
+        return rows
+    wanted, known = set(split.split("+")), {row["split"] for row in rows}
+    if absent := sorted(wanted - known):
+        names = " or ".join(sorted(known - {""})) or "none, since the files have none"
+        raise ValueError(f"split: expected {names}, got {'+'.join(absent)}")
+    return [row for row in rows if row["split"] in wanted]

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from elip_models.images import SampleError, open_image_file
 from elip_models.pretraining.data.checks import existing_files
-from elip_models.pretraining.data.file_rows import FileRow, Id, StoredRows, Text, as_rows
-from elip_models.pretraining.data.json_files import read_json, validate
+from elip_models.pretraining.data.file_rows import FileRow, StoredRows, as_rows
+from elip_models.pretraining.data.json_files import read_json
 from elip_models.pretraining.data.sample import Sample, clean_captions
 
 
@@ -84,29 +83,15 @@ class JsonSource(StoredRows):
         return mask
 
 
-class _Annotation(BaseModel):
-    image_id: Id
-    caption: Text
-
-
 def _read(number: int, file: Path) -> Iterator[dict[str, Any]]:
     for place, row in _images(file).items():
         captions, (path,) = clean_captions(row.texts), row.paths()
         if len(row.boxes) not in (0, len(captions)):
-            raise ValueError(
-                f"{file}[{place}][boxes]: expected a list for each of {len(captions)} captions, "
-                f"got {len(row.boxes)}"
-            )
-        yield {
-            "file": number,
-            "place": str(place),
-            "images": [path],
-            "captions": captions,
-            "id": row.id or path,
-            "split": row.split,
-            "domain": row.category,
-            "boxes": row.boxes,
-        }
+            wanted = f"a list for each of {len(captions)} captions"
+            raise ValueError(f"{file}[{place}][boxes]: expected {wanted}, got {len(row.boxes)}")
+        names = {"file": number, "place": str(place), "images": [path], "id": row.id or path}
+        texts = {"captions": captions, "split": row.split, "domain": row.category}
+        yield names | texts | {"boxes": row.boxes}
 
 
 def _images(file: Path) -> dict[int | str, FileRow]:
@@ -115,10 +100,10 @@ def _images(file: Path) -> dict[int | str, FileRow]:
     if not isinstance(data, dict) or "images" not in data:
         return as_rows(data, str(file), "caption")
     images = as_rows(data["images"], f"{file}[images]", "filename", "file_name")
-    captions: dict[str | None, list[str]] = defaultdict(list)
+    captions: dict[str, list[str]] = defaultdict(list)
     annotations = data.get("annotations", [])
-    for annotation in validate(list[_Annotation], annotations, f"{file}[annotations]"):
-        captions[annotation.image_id].append(annotation.caption)
+    for annotation in as_rows(annotations, f"{file}[annotations]", "caption", images=0).values():
+        captions[annotation.image_id] += annotation.texts
     for image in images.values():
         image.texts += captions.pop(image.id, [])
     if captions:

@@ -168,17 +168,17 @@ def without(entry, key):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", (without(WINOGROUND, "image_1"),), r"a.jsonl\[0\]\[images\]: Field required"),
+        (
+            "a.jsonl",
+            (without(WINOGROUND, "image_1"),),
+            r"a.jsonl\[0\]: expected 2 image paths, got",
+        ),
         ("a.jsonl", (WINOGROUND | {"caption_1": 3},), r"\[0\]\[texts\]\[1\]: .*, got 3"),
         ("a.jsonl", (WINOGROUND, WINOGROUND), "id: expected another one for each .*, got '3'"),
-        ("a.jsonl", (WINOGROUND | {"caption_0": " "},), r"\[0\]: expected at least two captions"),
         ("a.json", [without(RELATION, "bbox_w")], r"a.json\[0\]: expected bbox_x, bbox_y, bbox_w"),
         ("a.json", [RELATION | {"bbox_w": float("nan")}], r"\[0\]\[box\]\[2\]: .*, got nan"),
         ("a.json", [ATTRIBUTES, RELATION], r"a.json\[1\]: expected the key attributes"),
         ("a.json", [ORDER | {"caption_options": ["a"]}], r"\[0\]: expected at least two captions"),
-        ("a.json", {"x": CREPE, "y": []}, r"a.json\[y\]: expected the key negative_cap"),
-        ("a.json", [], r"a.json: expected entries with one of the keys caption_0, .*, got \[\]"),
-        ("a.json", [{"image": "a.jpg", "caption": "a dog"}], r"a.json: expected entries with one"),
         ("a.json", "text", r"a.json: expected entries with one of the keys .*, got 'text'"),
     ],
 )
@@ -191,17 +191,11 @@ def test_other_malformed_specs(tmp_path):
     crepe = write(tmp_path / "swap_obj.json", {"0": CREPE})
     order = write(tmp_path / "order.json", [ORDER])
     (tmp_path / "empty").mkdir()
-    (tmp_path / "twice.json").write_text('{"0": {}, "0": {}}')
     for spec, error, message in (
         (f"{crepe},{order}", ValueError, "files of one benchmark, got sugarcrepe in swap_obj.json"),
-        (f"{crepe},{crepe}", ValueError, "id: expected another one .*, got 'swap_obj/0' again"),
-        (str(tmp_path / "twice.json"), ValueError, "an object has a key twice"),
-        (str(tmp_path / "empty"), FileNotFoundError, "expected a folder of .json files, got none"),
-        (str(tmp_path / "missing.json"), FileNotFoundError, "spec: expected an existing file"),
+        (str(tmp_path / "empty"), FileNotFoundError, r"expected a folder with \*.json"),
         (f"{crepe},split=test", ValueError, "spec: expected the options images, got 'split'"),
-        ("", ValueError, "spec: expected emoji_composition:size=200 or files, got ''"),
-        (3, TypeError, "spec: expected a text or a mapping, got 3"),
-        ("emoji_composition:size=0", ValueError, "size: expected an integer at least 1"),
+        ("", ValueError, "spec: expected emoji_composition:size=2000 or files, got ''"),
     ):
         with pytest.raises(error, match=message):
             open_composition(spec, image_size=16)

@@ -66,12 +66,6 @@ def test_a_list_and_a_shard_hold_the_same_samples(scene_files):
         assert sample.image.mode == "RGB" and sample.image.tobytes() == other.image.tobytes()
 
 
-def test_every_image_of_a_list_reads(scene_files):
-    report = check_source(opened(scene_files / "test.json"))
-    assert (report.seen, report.reasons) == (TEST_SCENES, [])
-    assert report.summary() == f"All of {TEST_SCENES} samples could be read."
-
-
 def test_a_spec_of_emoji_scenes():
     source = open_source("emoji_scenes:seed=3,size=7", image_size=24)
     assert isinstance(source, EmojiScenes)
@@ -121,7 +115,7 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         ("no-*.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-\*\.tar'"),
         ("no-{0..2}.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-0\.tar'"),
         ("no-{3..2}.tar", ValueError, r"spec: expected a rising range .*, got '\{3\.\.2\}'"),
-        ("empty", FileNotFoundError, r"expected a folder of \.tar files, got 'empty'"),
+        ("empty", FileNotFoundError, r"expected a folder with \*\.tar, got 'empty'"),
         ("a.txt", ValueError, r"spec: expected files that are all \.json, or all \.tar.*txt"),
         ("list.json", ValueError, r"spec: expected at least one sample, got none in 'list\.json'"),
         ("a.tar,list.json", ValueError, r"spec: expected .*, got \['\.json', '\.tar'\]"),
@@ -141,36 +135,19 @@ def test_bad_specs(spec, error, message, tmp_path, monkeypatch):
         open_source(spec, image_size=16)
 
 
-def test_a_bad_image_size_is_refused_for_every_kind_of_source():
-    with pytest.raises(ValueError, match="image_size: expected an integer at least 1, got 0"):
-        open_source("list.json", image_size=0)
-
-
 def test_captions_are_a_text_or_a_list_and_empty_ones_are_dropped(tmp_path):
-    path = write_list(
-        tmp_path,
-        [
-            {"image": "a.png", "caption": " one\n text "},
-            {"image": "a.png", "caption": ["two", "", "  ", "three"], "image_id": 17},
-        ],
-    )
-    first, second = JsonSource(path)
-    assert (first.captions, first.id) == (("one text",), "a.png")
-    assert (second.captions, second.id) == (("two", "three"), "17")
-    assert JsonSource(path).captions(1) == ("two", "three")
-
-
-def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
-    path = write_list(tmp_path, [{"image": "a.png", "caption": "é"}])
-    path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert JsonSource(path).captions(0) == ("é",)
-
-
-def test_image_root_replaces_the_folder_of_the_list(tmp_path):
+    entries = [
+        {"image": "a.png", "caption": " one\n text é"},
+        {"image": "a.png", "caption": ["two", "", "  ", "three"], "image_id": 17},
+    ]
     write_list(tmp_path / "images", [])
-    path = tmp_path / "list.json"
-    path.write_text('[{"image": "a.png", "caption": "a"}]')
-    assert JsonSource(path, image_root=tmp_path / "images")[0].image.size == (6, 5)
+    path = write_list(tmp_path, entries)
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # may begin with a byte order mark
+    source = JsonSource(path, image_root=tmp_path / "images")
+    first, second = source
+    assert (first.captions, first.id, first.image.size) == (("one text é",), "a.png", (6, 5))
+    assert (second.captions, second.id) == (("two", "three"), "17")
+    assert source.captions(1) == ("two", "three") and source.image_number(1) == 0
 
 
 @pytest.mark.parametrize(
@@ -205,10 +182,8 @@ BOXES = {"image": "a", "caption": "a", "boxes": [[[0, float("nan"), 1, 1]]]}
     ("content", "message"),
     [
         ("{", r"list\.json: expected a list of .*, got no valid JSON"),
-        ("[" * 10**5, r"list\.json: expected a list of .*, got no valid JSON"),
         ('{"image": "a.png"}', r"list\.json\[image\]: expected the key caption, got"),
-        ('["a.png"]', r"list\.json\[0\]: expected the key caption, got 'a\.png'"),
-        ('[{"caption": "a"}]', r"list\.json\[0\]\[images\]: Field required, got \{'caption"),
+        ('[{"caption": "a"}]', r"list\.json\[0\]: expected 1 image paths, got \{'caption"),
         ('[{"image": 3, "caption": "a"}]', r"\[0\]\[image\]\[0\]: .* valid string, got 3"),
         ('[{"image": "a", "caption": [3]}]', r"\[0\]\[caption\]\[0\]: .* valid string, got 3"),
         ('[{"image": "a", "caption": "a", "caption": "b"}]', "an object has a key twice, of"),
@@ -221,7 +196,7 @@ BOXES = {"image": "a", "caption": "a", "boxes": [[[0, float("nan"), 1, 1]]]}
         ('{"images": [{"filename": "a", "sentences": [{}]}]}', r"\[images\]\[0\]\[sentences\]"),
         (
             '{"images": [], "annotations": [{"image_id": 3}]}',
-            r"\[annotations\]\[0\]\[caption\]: Field required",
+            r"\[annotations\]\[0\]: expected the key caption, got",
         ),
     ],
 )

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -16,7 +16,7 @@ from elip_models.pretraining.data import (
     open_source,
     soft_scores,
 )
-from elip_models.pretraining.data.tasks.vqa_files import MIN_FIRST_ANSWERS
+from elip_models.pretraining.data.tasks.file_examples import MIN_FIRST_ANSWERS
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +120,7 @@ def test_an_answer_list_from_the_data_has_frequent_first_answers(tmp_path):
     ("content", "example_id"),
     [
         ((SNLI,), "7#0r1"),
-        (({**SNLI, "Flickr30K_ID": 0} | {"Flickr30K_ID": "7"},), "7#0r1"),
-        (({k: v for k, v in SNLI.items() if k != "Flickr30K_ID"} | {"Flikr30kID": "7.jpg"},), None),
+        (({"Flikr30kID": "7.jpg", **{k: v for k, v in SNLI.items() if k[0] != "F"}},), "7#0r1"),
         ([{"image": "7", "sentence": "it is red", "label": "neutral"}], "0"),
     ],
 )
@@ -131,7 +130,7 @@ def test_snli_ve(content, example_id, tmp_path):
     source = opened("entailment", f"{path},images={tmp_path / 'flickr'}")
     assert source.answers == ("entailment", "neutral", "contradiction")
     assert source[0].images[0].size == (6, 5)
-    assert source[0][1:] == ("it is red", {"neutral": 1.0}, example_id or "7#0r1")
+    assert source[0][1:] == ("it is red", {"neutral": 1.0}, example_id)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def cifar(folder: Path) -> str:
     broken = {"bytes": b"no image", "path": None}
     names = {"fine_label": ["apple", "bear_cub"], "coarse_label": ["fruit", "mammals"]}
     labels = {name: ClassLabel(names=each) for name, each in names.items()}
-    rows = {"img": [image, image, broken], "fine_label": [1, 0, 0], "coarse_label": [1, 0, 0]}
+    rows = {"img": [image, None, broken], "fine_label": [1, 0, 0], "coarse_label": [1, 0, 0]}
     features = Features({"img": ImageFeature(), **labels})
     (folder / "cifar").mkdir()
     Dataset.from_dict(rows, features=features).to_parquet(folder / "cifar" / "test-0.parquet")
@@ -241,8 +240,9 @@ def test_cifar_of_parquet_files(tmp_path):
     source = open_classes(f"{spec},split=test,label=fine_label", image_size=16)
     assert (source.classes, source.names) == (("apple", "bear_cub"), ("apple", "bear cub"))
     assert (source[0].captions, source[0].image.size) == (("bear_cub",), (6, 5))
-    with pytest.raises(SampleError, match="cifar-test-2: not a readable image"):
-        source[2]
+    reasons = dict(check_source(source).reasons)
+    assert reasons.pop("cifar-test-1") == "no image"
+    assert reasons.keys() == {"cifar-test-2"}
     examples = opened("classification", f"{spec},split=test,label=coarse_label")
     assert examples.text_alone(0)[1:] == ("", {"mammals": 1.0}, "cifar-test-0")
     for wrong, message in {
@@ -256,24 +256,15 @@ def test_cifar_of_parquet_files(tmp_path):
             open_classes(wrong, image_size=16)
 
 
-@pytest.mark.parametrize(
-    ("images", "label", "error", "message"),
-    [
-        ("a.png", [0, -1], ValueError, "images all have a class, got 1 of 2 without .* hub-test"),
-        ("a.png", [0, None], ValueError, "images all have a class, got 1 of 2 without"),
-        (None, [0, 0], SampleError, "hub-test-0: no image"),
-        ("a.png", ["a", "b"], ValueError, "expected one column of ClassLabel, got .'img', 'label'"),
-    ],
-)
-def test_a_table_without_classes_or_images_is_refused(images, label, error, message, tmp_path):
-    content = images and {"bytes": draw(tmp_path / images).read_bytes(), "path": None}
-    kind = Value("string") if "a" in label else ClassLabel(names=["a", "b"])
-    features = Features({"img": ImageFeature(), "label": kind})
+@pytest.mark.parametrize("label", [-1, None])
+def test_a_split_without_classes_is_refused(label, tmp_path):
+    image = {"bytes": draw(tmp_path / "a.png").read_bytes(), "path": None}
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
     (tmp_path / "hub").mkdir()
-    table = Dataset.from_dict({"img": [content] * 2, "label": label}, features=features)
+    table = Dataset.from_dict({"img": [image, None], "label": [0, label]}, features=features)
     table.to_parquet(tmp_path / "hub" / "test-0.parquet")
-    with pytest.raises(error, match=message):
-        open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)[0]
+    with pytest.raises(ValueError, match=r"images all have a class, got 1 of 2 without .* hub"):
+        open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)
 
 
 def test_a_missing_folder_of_classes_names_the_alternatives():
@@ -281,23 +272,11 @@ def test_a_missing_folder_of_classes_names_the_alternatives():
         open_classes("emoji_class:size=600", image_size=16)
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "entailment"])
-def test_a_list_without_an_example_is_refused(task, tmp_path):
-    (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(ValueError, match="spec: expected at least one sample, got none in"):
-        opened(task, f"{tmp_path / 'empty.json'}")
-
-
 BROKEN = {
     "no JSON": ("vqa", "{", r"q\.json: expected VQA v2's .*, got no valid JSON"),
-    "no image": ("vqa", [{"question": "a"}], r"q\.json\[0\]\[images\]: Field required, got"),
+    "no image": ("vqa", [{"question": "a"}], r"q\.json\[0\]: expected 1 image paths, got"),
     "a caption": ("vqa", [{"image": "a", "caption": "b"}], r"\[0\]: .* the key question"),
-    "no subset": ("vqa", {"questions": []}, r"q\.json\[data_subtype\]: Field required"),
-    "bad id": (
-        "vqa",
-        {"questions": [{**QUESTION, "image_id": "x"}], "data_subtype": "x"},
-        r"q\.json\[questions\]\[0\]\[image_id\]: Input should be a valid integer.*, got 'x'",
-    ),
+    "no subset": ("vqa", {"questions": []}, r"q\.json\[data_subtype\]: .*, got None"),
     "half a line": ("nlvr2", json.dumps(NLVR2) + '\n{"b"', r"q\.json: .*, got no valid JSON"),
     "a label": (
         "entailment",
@@ -308,9 +287,10 @@ BROKEN = {
     "one image": (
         "nlvr2",
         [{"images": ["a"], "sentence": "b", "label": "True"}],
-        r"q\.json\[0\]: expected 2 images, got \['a'\]",
+        r"q\.json\[0\]: expected 2 image paths, got \['a'\]",
     ),
     "no list": ("nlvr2", 3, r"q\.json: expected rows with the key sentence"),
+    "no entry": ("nlvr2", [], "spec: expected at least one sample, got none in"),
 }
 
 
@@ -323,21 +303,15 @@ def test_a_broken_file_is_one_line_with_the_place_and_the_value(task, content, m
     assert "\n" not in str(caught.value)
 
 
-def test_a_question_without_its_annotation_is_named(tmp_path):
+def test_a_broken_annotation_or_answer_list_is_named(tmp_path):
     spec = vqa_files(tmp_path, {**with_answers("yes"), "question_id": 8})
     with pytest.raises(ValueError, match=r"questions\.json\[questions\]\[0\]: .*, got 7"):
         opened("vqa", spec)
-
-
-@pytest.mark.parametrize(
-    ("listed", "message"),
-    [(["a", 3], r"\[1\]: Input should be .*, got 3"), (["a", "a"], ": .* got 'a' again")],
-)
-def test_a_broken_answer_list_is_named(listed, message, tmp_path):
     spec = vqa_files(tmp_path, with_answers("yes"))
-    write(tmp_path / "list.json", listed)
-    with pytest.raises(ValueError, match=rf"list\.json{message}"):
-        opened("vqa", spec)
+    for listed, message in ((["a", 3], r"\[1\]: .*, got 3"), (["a", "a"], ": .* got 'a' again")):
+        write(tmp_path / "list.json", listed)
+        with pytest.raises(ValueError, match=rf"list\.json{message}"):
+            opened("vqa", spec)
 
 
 def test_a_missing_image_is_that_examples_error(tmp_path):
@@ -346,9 +320,8 @@ def test_a_missing_image_is_that_examples_error(tmp_path):
     answers = write(tmp_path / "list.json", ["c"])
     source = opened("vqa", f"{write(tmp_path / 'q.json', entries)},answers={answers}")
     assert source[0].text == "b"
-    with pytest.raises(SampleError, match=r"q\.json\[1\] no\.jpg: no such file") as caught:
+    with pytest.raises(SampleError, match=r"q\.json\[1\] no\.jpg: no such file"):
         source[1]
-    assert caught.value.id == "q.json[1] no.jpg"
     assert [sample_id for sample_id, _ in check_source(source).reasons] == ["q.json[1] no.jpg"]
 
 
@@ -357,7 +330,6 @@ def test_a_missing_image_is_that_examples_error(tmp_path):
     [
         (3, TypeError, "spec: expected a text or a mapping, got 3"),
         ("", ValueError, "spec: expected emoji_questions:size=2000 or files, got ''"),
-        ([], ValueError, "spec: expected at least one sample"),
         ("emoji_pairs:size=2", ValueError, "got emoji_pairs, which is for nlvr2"),
         ("no.json", FileNotFoundError, "spec: expected an existing file, got 'no.json'"),
         ("no.json,split=test", ValueError, "expected the options images, .*, got 'split'"),

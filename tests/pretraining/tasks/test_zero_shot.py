@@ -152,13 +152,15 @@ def test_a_file_names_the_classes(tmp_path):
     spec = f"{numbered},names={file}"
     assert top1(open_classes(spec, image_size=8)) == 1
     for content, message in (
-        (["red"], r"expected a name for each of the 3 classes, got none for '1'; add it"),
+        (["red"], r"expected a name for each of the 3 classes, got none for '1' in .*; add it"),
         ({"0": 1}, r"names\.json\[0\]: Input should be a valid string, got 1"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             open_classes(spec, image_size=8)
-    with pytest.raises(ValueError, match=r"names: expected WordNet ids or the numbers 0 to 999"):
+    with pytest.raises(
+        ValueError, match=r"names: expected a name for each .* got none for 'blue_sky' in imagenet"
+    ):
         open_classes(f"{folder},names=imagenet", image_size=8)
     with pytest.raises(FileNotFoundError, match="missing"):
         open_classes(f"{folder},names={tmp_path / 'missing.json'}", image_size=8)

@@ -124,49 +124,37 @@ class CompositionFiles(StoredRows):
     """
 
     def __init__(self, spec: FileSpec, files: Sequence[Path]) -> None:
-        read = [_read(file) for file in files]
-        self.benchmark, *others = dict.fromkeys(benchmark for benchmark, _ in read)
+        read = {file: _read(file) for file in files}
+        self.benchmark, *others = dict.fromkeys(benchmark for benchmark, _ in read.values())
         if others:
-            pairs = zip(files, read, strict=True)
-            named = ", ".join(f"{benchmark} in {file.name}" for file, (benchmark, _) in pairs)
+            named = ", ".join(f"{name} in {file.name}" for file, (name, _) in read.items())
             raise ValueError(f"spec: expected files of one benchmark, got {named}")
         views: dict[str, dict[str, Any]] = {}
-        examples: list[CompositionExample] = []
-        for number, (file, (_, rows)) in enumerate(zip(files, read, strict=True)):
+        self.examples: list[CompositionExample] = []
+        for number, (file, (_, rows)) in enumerate(read.items()):
             root = file.parent if spec.images is None else expand_user(spec.images)
             for place, row in rows.items():
-                captions = _captions(row, self.benchmark, f"{file}[{place}]")
                 names = [_view_name(root / image, row.box) for image in row.paths()]
                 for name, image in zip(names, row.paths(), strict=True):
                     view = {"file": number, "place": str(place), "images": [image], "id": name}
                     view = views.setdefault(name, view | {"box": row.box, "captions": {}})
-                    view["captions"] |= dict.fromkeys(captions)
-                example_id, category = f"{file.stem}/{place}", row.category
-                if self.benchmark == "winoground":
-                    example_id = row.id or example_id
-                if self.benchmark == "sugarcrepe":
-                    category = file.stem
-                examples.append(
-                    CompositionExample(example_id, category, tuple(names), captions, cluster=0)
-                )
-        super().__init__(
-            files,
-            spec.images,
-            [view | {"captions": [*view["captions"]]} for view in views.values()],
-        )
-        ids = Counter(example.id for example in examples)
-        if twice := [name for name, count in ids.items() if count > 1]:
-            raise ValueError(f"id: expected another one for each example, got {twice[0]!r} again")
+                    view["captions"] |= dict.fromkeys(row.texts)
+                texts = tuple(row.texts)
+                example = CompositionExample(row.id, row.category, tuple(names), texts, cluster=0)
+                self.examples.append(example)
+        rows = [view | {"captions": [*view["captions"]]} for view in views.values()]
+        super().__init__([*read], spec.images, rows)
         numbers = {name: self.image_number(index) for index, name in enumerate(views)}
-        clusters = _clusters([[numbers[name] for name in each.images] for each in examples])
-        self.examples = [
-            example._replace(cluster=cluster)
-            for example, cluster in zip(examples, clusters, strict=True)
-        ]
-        self.categories = _scored_categories(self.benchmark, examples)
+        clusters = _clusters([[numbers[name] for name in each.images] for each in self.examples])
+        for number, cluster in enumerate(clusters):
+            self.examples[number] = self.examples[number]._replace(cluster=cluster)
+        self.categories = _scored_categories(self.benchmark, self.examples)
         self.averages = self.benchmark in ("vg_relation", "vg_attribution") or (
             self.benchmark == "sugarcrepe" and len(self.categories) > 1
         )
+        ids = Counter(example.id for example in self.examples)
+        if twice := [name for name, count in ids.items() if count > 1]:
+            raise ValueError(f"id: expected another one for each example, got {twice[0]!r} again")
 
     def __getitem__(self, index: int) -> Sample:
         row = self._row(index)
@@ -184,25 +172,28 @@ def _read(file: Path) -> tuple[str, dict[int | str, FileRow]]:
     """Return the benchmark that a file belongs to by the keys of its first entry, and its rows."""
     expected = f"entries with one of the keys {', '.join(_BENCHMARKS)}"
     data = read_json(file, expected)
-    if isinstance(data, dict) and "caption_0" in data:  # a file of one line
-        data = [data]
-    entries = [*data.values()] if isinstance(data, dict) else data
-    first = entries[0] if isinstance(entries, list) and entries else None
-    key = next((key for key in _BENCHMARKS if isinstance(first, dict) and key in first), None)
+    entries = data.values() if isinstance(data, dict) else data
+    first = next(iter(entries), None) if isinstance(data, list | dict) else None
+    keys = {*(data if isinstance(data, dict) else ()), *(first if isinstance(first, dict) else ())}
+    key = next((key for key in _BENCHMARKS if key in keys), None)
     if key is None:
         raise ValueError(f"{file}: expected {expected}, got {shortened(data)}")
-    return _BENCHMARKS[key], as_rows(data, str(file), key, images=2 if key == "caption_0" else 1)
-
-
-def _captions(row: FileRow, benchmark: str, where: str) -> tuple[str, ...]:
-    captions = tuple(" ".join(text.split()) for text in row.texts)
-    if len(captions) < 2 or not all(captions):
-        raise ValueError(f"{where}: expected at least two captions, got {captions}")
-    if benchmark.startswith("vg_") and row.box is None:
-        raise ValueError(f"{where}: expected bbox_x, bbox_y, bbox_w and bbox_h")
-    if benchmark == "order":  # a permutation that equals the caption is not wrong
-        return tuple(dict.fromkeys(captions))
-    return captions
+    rows = as_rows(data, str(file), key, images=2 if key == "caption_0" else 1)
+    for place, row in rows.items():
+        row.texts = [" ".join(text.split()) for text in row.texts]
+        if len(row.texts) < 2 or not all(row.texts):
+            raise ValueError(
+                f"{file}[{place}]: expected at least two captions, got {shortened(row.texts)}"
+            )
+        if key == "caption_options":  # a permutation that equals the caption is not wrong
+            row.texts = [*dict.fromkeys(row.texts)]
+        if key in ("relation_name", "attributes") and row.box is None:
+            raise ValueError(f"{file}[{place}]: expected bbox_x, bbox_y, bbox_w and bbox_h")
+        if key == "negative_caption":
+            row.category = file.stem
+        if key != "caption_0" or not row.id:  # the id of ARO's entries is that of the image
+            row.id = f"{file.stem}/{place}"
+    return _BENCHMARKS[key], rows
 
 
 def _scored_categories(benchmark: str, examples: Sequence[CompositionExample]) -> tuple[str, ...]:

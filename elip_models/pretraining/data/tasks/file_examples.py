@@ -1,27 +1,40 @@
 """Examples of the tasks in files, as their authors publish them and as ALBEF and BLIP list them.
 
+    vqa         {"questions": [{"question_id", "image_id", "question"}, ..], "data_subtype"}
+                {"annotations": [{"question_id", "answers": [{"answer"}, ..],
+                                  "multiple_choice_answer"}, ..]}
+                [{"image", "question", "question_id", "answer": a list of ten, or one text}, ..]
     entailment  {"Flickr30K_ID", "sentence2", "gold_label", "pairID"}          one object per line
                 [{"image": Flickr30k's id, "sentence", "label"}, ..]
     nlvr2       {"identifier", "sentence", "label", "directory" (training)}    one object per line
                 [{"images": [path, path], "sentence", "label"}, ..]
     grounding   [{"image", "text", "box", "split" (optional), "proposals" (optional)}, ..]
 
-NLVR2's training images are in numbered folders below the folder of images. Boxes are [left, top,
-width, height] in pixels of the stored image, as in COCO. `vqa_files` has the formats of VQA.
+Questions without annotations, such as those of the test set, have no answers. Answers stay as
+people wrote them; the metric normalises them, see `vqa_answers`. NLVR2's training images are in
+numbered folders below the folder of images. Boxes are [left, top, width, height] in pixels.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from elip_models.images import SampleError, open_image_file
+from elip_models.pretraining.data.checks import expand_user
 from elip_models.pretraining.data.data_spec import FileSpec
 from elip_models.pretraining.data.examples import Example
-from elip_models.pretraining.data.file_rows import FileRow, StoredRows, read_rows
+from elip_models.pretraining.data.file_rows import FileRow, StoredRows, as_rows, read_rows
+from elip_models.pretraining.data.json_files import read_json, validate
 from elip_models.pretraining.data.scene_sampling import Box
 from elip_models.pretraining.data.tasks.grounding import Target
+from elip_models.pretraining.data.tasks.vqa_answers import normalise_answer
+from elip_models.validation import shortened
 
+MIN_FIRST_ANSWERS = 9
+"""Questions whose first answer a text must be, to be in a list made from the data."""
+_TEST_IMAGES = {"test-dev2015": "test2015"}
 _LABELS = {
     "entailment": ("entailment", "neutral", "contradiction"),
     "nlvr2": ("false", "true"),
@@ -58,10 +71,13 @@ class FileExamples(StoredRows):
         return Example((), row["text"], answers, row["id"])
 
 
-def example_row(
-    file: int, place: int | str, row: FileRow, example_id: str, weight: float = 1.0
+def _example(
+    file: int, place: int | str, row: FileRow, number: int, weight: float = 1.0
 ) -> dict[str, Any]:
-    """Return a row of `FileExamples`. The weight of an answer is its share times `weight`."""
+    """Return a row of `FileExamples`, whose id is `number` if the file has none.
+
+    The weight of an answer is the share of the people who gave it, times `weight`.
+    """
     counts = Counter(row.answers)
     return {
         "file": file,
@@ -70,7 +86,7 @@ def example_row(
         "text": row.text,
         "answers": [*counts],
         "weights": [weight * (count / len(row.answers)) for count in counts.values()],
-        "id": example_id,
+        "id": row.id or str(number),
         "split": row.split,
     }
 
@@ -89,8 +105,7 @@ def labelled_examples(
                     f"{file}[{place}]: label: expected one of {', '.join(_LABELS[task])}, got "
                     f"{', '.join(row.answers) or 'none'}"
                 )
-            example_id = row.id or str(len(examples))  # over all files, so that ids are unique
-            examples.append(example_row(number, place, row, example_id))
+            examples.append(_example(number, place, row, len(examples)))
     return FileExamples(files, spec, examples, _LABELS[task])
 
 
@@ -116,12 +131,11 @@ def grounding_examples(spec: FileSpec, files: Sequence[Path]) -> GroundingFiles:
     examples = []
     for number, file in enumerate(files):
         for place, row in read_rows(file, "box").items():
-            name = f"{file.name}[{place}]"
+            row.id, row.texts = f"{file.name}[{place}]", row.text.split()
             for box in (row.box, *(row.proposals or ())):
                 if box is None or min(box[2:]) <= 0:
-                    raise ValueError(f"{name}: expected a width and height above 0, got {box}")
-            row.texts = row.text.split()
-            example = example_row(number, place, row, name)
+                    raise ValueError(f"{row.id}: expected a width and height above 0, got {box}")
+            example = _example(number, place, row, len(examples))
             examples.append(example | {"box": row.box, "proposals": row.proposals})
     without = [example for example in examples if example["proposals"] is None]
     if 0 < len(without) < len(examples):
@@ -130,3 +144,74 @@ def grounding_examples(spec: FileSpec, files: Sequence[Path]) -> GroundingFiles:
             "here; write [] where the detector found nothing"
         )
     return GroundingFiles(files, spec, examples)
+
+
+def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
+    """Read questions, and their answers if the files have any.
+
+    The possible answers are a JSON list of texts, such as ALBEF's answer_list.json. Without a list,
+    they are the answers that are the first answer of at least nine questions, normalised for
+    annotations, as in METER: 3,129 for the training and validation sets.
+    """
+    annotations: dict[str, FileRow] = {}
+    questions: dict[int, dict[int | str, FileRow]] = {}
+    for number, file in enumerate(files):
+        data = read_json(file, "VQA v2's questions or annotations, or a list of questions")
+        if isinstance(data, dict) and "annotations" in data:
+            where, key = f"{file}[annotations]", "multiple_choice_answer"
+            rows = as_rows(data["annotations"], where, key, images=0)
+            annotations |= {row.id: row for row in rows.values()}
+        elif isinstance(data, dict) and "questions" in data:
+            questions[number] = _official_questions(data, file, spec)
+        else:
+            questions[number] = as_rows(data, str(file), "question")
+    examples: list[dict[str, Any]] = []
+    first_answers: Counter[str] = Counter()
+    for number, rows in questions.items():
+        for place, row in rows.items():
+            if annotations:
+                if row.id not in annotations:
+                    raise ValueError(
+                        f"{files[number]}[questions][{place}]: question_id: expected one with an "
+                        f"annotation, got {row.id}"
+                    )
+                row.answers = annotations[row.id].answers
+                first = [normalise_answer(annotations[row.id].first_answer)]
+            else:
+                first = [answer for answer, _ in Counter(row.answers).most_common(1)]
+            first_answers.update(filter(None, first))
+            examples.append(_example(number, place, row, len(examples), spec.weight))
+    return FileExamples(files, spec, examples, _answer_list(spec, first_answers))
+
+
+def _official_questions(
+    data: dict[str, Any], file: Path, spec: FileSpec
+) -> dict[int | str, FileRow]:
+    """Return the questions of a VQA v2 file, with the paths of their images."""
+    subset = data.get("data_subtype")
+    if not isinstance(subset, str):
+        got = shortened(subset)
+        raise ValueError(f"{file}[data_subtype]: expected a text such as 'val2014', got {got}")
+    subset = _TEST_IMAGES.get(subset, subset)
+    folder = file.parent if spec.images is None else expand_user(spec.images)
+    prefix = f"{subset}/" if os.path.isdir(folder / subset) else ""
+    rows = as_rows(data["questions"], f"{file}[questions]", "question", images=0)
+    for row in rows.values():
+        row.images = [f"{prefix}COCO_{subset}_{row.image_id:0>12}"]
+    return rows
+
+
+def _answer_list(spec: FileSpec, first_answers: Counter[str]) -> tuple[str, ...]:
+    if spec.answers is None:
+        listed = [answer for answer, count in first_answers.items() if count >= MIN_FIRST_ANSWERS]
+        if first_answers and not listed:
+            raise ValueError(
+                f"answers: expected a file, or an answer that is the first of {MIN_FIRST_ANSWERS} "
+                f"questions, got {len(first_answers)} rarer ones; add answers=answer_list.json"
+            )
+        return tuple(listed)
+    file = expand_user(spec.answers)
+    answers = validate(tuple[str, ...], read_json(file, "a list of texts"), str(file))
+    if twice := [answer for answer, count in Counter(answers).items() if count > 1]:
+        raise ValueError(f"{file}: expected each answer once, got {twice[0]!r} again")
+    return answers
