@@ -26,9 +26,10 @@ def evaluate(
     task: Annotated[
         str,
         typer.Argument(
+            metavar="TASK",
             help="retrieval: recall@1/5/10. zero-shot: top-1 and top-5 accuracy by class names. "
             "composition: Winoground, ARO, SugarCrepe. grounding: Grad-CAM of expressions. vqa, "
-            "entailment, nlvr2, captioning, classification: a model of `elip finetune TASK`."
+            "entailment, nlvr2, captioning, classification: a model of `elip finetune TASK`.",
         ),
     ],
     model: SavedModel,

@@ -4,14 +4,11 @@ import copy
 import json
 import shutil
 
-from safetensors.torch import load_file
-
 from elip_models.api import reduce_
 from elip_models.pretraining.checkpoints.export import save_as
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.data import load_tokenizer, train_tokenizer
 from elip_models.pretraining.models.registry import create_model
-from elip_models.pretraining.training.finetune import finetune_recipe
 from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategies import STRATEGIES
 from tests.fuzz.harness import Loss, kind, refused
@@ -23,7 +20,6 @@ from tests.fuzz.weight_file_cases import (
     SOURCES,
     SPECIAL,
     check_values,
-    write_safetensors,
 )
 from tests.helpers.damage import damaged
 from tests.helpers.towers import plain_vit
@@ -79,22 +75,6 @@ def _damage_json(path, rng):
             "\xff",
         )
         path.write_text(rng.choice(texts), encoding="latin-1")
-
-
-@kind(share=1, prepare=save_folders)
-def finetune_folders(folder, rng, prepared):
-    family = rng.choice(list(SOURCES))
-    source = shutil.copytree(prepared / family, folder / "model")
-    if rng.random() < 0.3:
-        path = source / "model.safetensors"
-        write_safetensors(load_file(path), path, rng)
-    else:
-        _damage_json(source / "config.json", rng)
-    try:
-        finetune_recipe("vqa_tiny" if rng.random() < 0.7 else "vqa", source, {})
-    except ValueError as error:
-        return refused(error, "--from") if "--from" in str(error) else refused(error)
-    return "read"
 
 
 @kind(share=1, prepare=save_folders)

@@ -35,7 +35,7 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.tasks.features import TIE_TOLERANCE, unguided
 from elip_models.pretraining.tasks.pairs import Method, PairScorer
-from elip_models.pretraining.tasks.task import Evaluation, EvaluationRun, Prediction, TaskScores
+from elip_models.pretraining.tasks.task import EvaluationRun, EvaluationTask, Prediction, TaskScores
 
 if TYPE_CHECKING:
     from elip_models.pretraining.models.base import PretrainedModel
@@ -47,7 +47,7 @@ Judgement = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Composition(Evaluation):
+class Composition(EvaluationTask):
     """Scoring of captions and images that differ in their composition.
 
     Args:

@@ -35,7 +35,7 @@ from elip_models.pretraining.data.shared_images import image_number
 from elip_models.pretraining.data.tasks.grounding import Referring, Target
 from elip_models.pretraining.models.layers.attention_map import attention_map
 from elip_models.pretraining.tasks.features import unguided
-from elip_models.pretraining.tasks.task import Evaluation, EvaluationRun, Prediction, TaskScores
+from elip_models.pretraining.tasks.task import EvaluationRun, EvaluationTask, Prediction, TaskScores
 from elip_models.reduction.strategy import mask_after
 from elip_models.reduction.token_assignment import slots_after
 from elip_models.validation import Depth
@@ -67,7 +67,7 @@ class _Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Grounding(Evaluation):
+class Grounding(EvaluationTask):
     """Grounding of expressions by ALBEF, BLIP or METER with ITM.
 
     The scores are "pointing" and, with proposals, "accuracy", for each split of the data apart.
@@ -232,15 +232,15 @@ def best_box(pixels: Tensor, boxes: Sequence[Box]) -> Box | None:
     The area is that of the whole box, also outside of the image. The first of equal boxes is best;
     the result is None if no box is above 0.
     """
-    best, found = 0.0, None
+    highest, best = 0.0, None
     for box in boxes:
         left, top, width, height = box
         rows = slice(max(0, int(top)), max(0, int(top + height)))
         inside = pixels[rows, max(0, int(left)) : max(0, int(left + width))]
         score = inside.sum().item() / (width * height) ** 0.5
-        if score > best:
-            best, found = score, box
-    return found
+        if score > highest:
+            highest, best = score, box
+    return best
 
 
 def iou(first: Box, second: Box) -> float:

@@ -43,9 +43,9 @@ def draw_predictions(
     It shows images, text and predictions. If the model reduces its image tower, patches that were
     dropped or merged are grey.
     """
-    predictions = {each.id: each for each in scores.predictions}
+    predictions = {prediction.id: prediction for prediction in scores.predictions}
     samples = readable_samples(source, range(0, len(source), max(1, len(source) // count)))
-    shown = [(each, predictions[each.id]) for each in samples if each.id in predictions][:count]
+    shown = [(s, predictions[s.id]) for s in samples if s.id in predictions][:count]
     rows = max(1, -(-len(shown) // COLUMNS))
     number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # images in a sample
     figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
@@ -56,7 +56,7 @@ def draw_predictions(
         images, text, right = _parts(sample)
         pixels = [_pixels(model, tokenizer, image, text) for image in images]
         gap = torch.ones(*pixels[0].shape[:2], 1)
-        beside = [part for each in pixels for part in (gap, each)][1:]
+        beside = [part for picture in pixels for part in (gap, picture)][1:]
         axis.imshow(torch.cat(beside, dim=2).permute(1, 2, 0).numpy())
         _write_prediction(axis, text, right, prediction)
     figure.suptitle(scores.summary(), fontsize=10)

@@ -11,7 +11,7 @@ from elip_models.pretraining.tasks.class_tasks import NLVR2, Classification, Ent
 from elip_models.pretraining.tasks.composition import Composition
 from elip_models.pretraining.tasks.grounding import Grounding
 from elip_models.pretraining.tasks.retrieval import Retrieval
-from elip_models.pretraining.tasks.task import Evaluation, Task
+from elip_models.pretraining.tasks.task import EvaluationTask, Task
 from elip_models.pretraining.tasks.vqa import VQA
 from elip_models.pretraining.tasks.zero_shot import ZeroShot
 from elip_models.saving.files import write_file
@@ -21,7 +21,7 @@ TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Retrieval, VQA, Entailment, NLVR2, Captioning, Classification)
 }
 """Tasks of `elip finetune`."""
-EVALUATIONS: dict[str, type[Evaluation]] = {
+EVALUATIONS: dict[str, type[EvaluationTask]] = {
     **TASKS,
     **{kind.name: kind for kind in (ZeroShot, Composition, Grounding)},
 }
@@ -33,12 +33,12 @@ def get_task(name: str, **options: Any) -> Task:
     return _made(TASKS, name, options)
 
 
-def get_evaluation(name: str, **options: Any) -> Evaluation:
+def get_evaluation(name: str, **options: Any) -> EvaluationTask:
     """Return the task of `elip eval` called `name`, which need not be a downstream task."""
     return _made(EVALUATIONS, name, options)
 
 
-def _made(kinds: Mapping[str, type[Evaluation]], name: str, options: Mapping[str, Any]) -> Any:
+def _made(kinds: Mapping[str, type[EvaluationTask]], name: str, options: Mapping[str, Any]) -> Any:
     if name not in kinds:
         raise ValueError(
             f"task: expected one of {', '.join(kinds)}, got {name!r}{did_you_mean(name, kinds)}"

@@ -1,4 +1,4 @@
-"""Base classes of the tasks: `Evaluation` reads data and scores a model, `Task` also trains one.
+"""Base classes of the tasks: `EvaluationTask` scores a model on data, `Task` also trains it.
 
 A task is a frozen dataclass of its settings, in a file of its own. `registry` lists all of them.
 """
@@ -91,7 +91,7 @@ class TaskScores:
 
 
 class EvaluationRun(NamedTuple):
-    """What `Evaluation.score` reads: a model in eval mode, and batches of the data."""
+    """What `EvaluationTask.score` reads: a model in eval mode, and batches of the data."""
 
     model: "PretrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -108,7 +108,7 @@ class EvaluationRun(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation(ABC):
+class EvaluationTask(ABC):
     """A measure of models on data; a subclass has its settings as fields, which are checked.
 
     `batch_size` is the default of the command, and `read` yields the batches of a source.
@@ -207,7 +207,7 @@ class Preprocessor:
 
 
 @dataclass(frozen=True)
-class Task(Evaluation):
+class Task(EvaluationTask):
     """A downstream task: models are fine-tuned for it, and scored.
 
     `metrics` are the names of the scores, higher is better.

@@ -24,7 +24,7 @@ from elip_models.pretraining.tasks.features import (
     ranks_of,
     similarities,
 )
-from elip_models.pretraining.tasks.task import Evaluation, EvaluationRun, TaskScores
+from elip_models.pretraining.tasks.task import EvaluationRun, EvaluationTask, TaskScores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ KS = (1, 5)
 
 
 @dataclass(frozen=True)
-class ZeroShot(Evaluation):
+class ZeroShot(EvaluationTask):
     """Classification of images by the names of their classes: top-1 and top-5 accuracy."""
 
     name: ClassVar[str] = "zero_shot"
