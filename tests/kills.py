@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import psutil
 
-from elip_models.pretraining.training.accelerator import NO_SHARED_STORE
 from tests.helpers.tiny_run import logged, tiny_arguments
 
 STEPS, SECONDS = 60, 180  # of a run; until a step or a save must have come
+NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # else restarted processes may hang
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", NO_SHARED_STORE: "1"}
 OPTIONS = (f"optim.steps={STEPS}", "checkpoint_every=3", "keep_checkpoints=2")
 

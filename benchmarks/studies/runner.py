@@ -34,7 +34,7 @@ from elip_models.profiling.runner import DENSE
 from elip_models.profiling.runner import measure as profile
 from elip_models.profiling.workload import Workload
 from elip_models.reduction import flops
-from elip_models.saving.files import read_object, write_json
+from elip_models.saving.files import publish, read_object, unfinished, write_json
 from elip_models.validation import (
     ConfigError,
     Stopped,
@@ -204,7 +204,8 @@ def _make_tokenizer(study: Study, config: RunConfig) -> None:
             captions = tokenizer_captions(source, model)
             with as_config_error("data.vocab_size"):
                 tokenizer = train_tokenizer(captions, config.data.vocab_size)
-            RunFolder(path.parent).save_tokenizer(tokenizer.save_pretrained)
+            tokenizer.save_pretrained(unfinished(path))
+            publish(path)
 
 
 def _open(study: Study, run: Run, config: RunConfig, console: Console) -> Finished:

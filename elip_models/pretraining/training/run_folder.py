@@ -12,7 +12,7 @@ best/                        those of the step that was selected on the validati
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,20 +107,9 @@ class RunFolder:
         if unfinished(self.tokenizer).exists():
             publish(self.tokenizer)
 
-    def trained_tokenizer(self) -> Path | None:
-        """Return the folder of the tokenizer that the run has trained; None if it has not."""
-        folders = self.tokenizer, unfinished(self.tokenizer)
-        return next((folder for folder in folders if folder.exists()), None)
-
-    def train_tokenizer(self, save: Callable[[Path], Any]) -> Path:
-        """Call `save(folder)` with a hidden folder, which `record_start` publishes; return it."""
-        save(unfinished(self.tokenizer))
-        return unfinished(self.tokenizer)
-
-    def save_tokenizer(self, save: Callable[[Path], Any]) -> None:
-        """Call `save(folder)` with a hidden folder, and publish it."""
-        self.train_tokenizer(save)
-        publish(self.tokenizer)
+    def trained_tokenizer(self) -> Path:
+        """Return the folder of the run's tokenizer; before the start, it is a hidden one."""
+        return self.tokenizer if self.tokenizer.exists() else unfinished(self.tokenizer)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the log, without half of a row that a killed run left at its end."""

@@ -163,11 +163,11 @@ def make_tokenizer(
             "'train', which trains a new one"
         )
     with accelerator.main_process_first():
-        if (path := folder.trained_tokenizer()) is None:
+        path = folder.trained_tokenizer()
+        if not path.exists():
             with as_config_error("data.vocab_size"):
                 captions = tokenizer_captions(source, model, console)
-                tokenizer = train_tokenizer(captions, data.vocab_size)
-            path = folder.train_tokenizer(tokenizer.save_pretrained)
+                train_tokenizer(captions, data.vocab_size).save_pretrained(path)
     return load_tokenizer(str(path))
 
 

