@@ -71,7 +71,7 @@ def test_a_reader_passes_rates_and_a_price(capsys):
         (["--reduced", "5"], "--reduced: expected --images-per-second too"),
         (["--images-per-second", "0"], "expected a number above 0, got 0"),
         (["--price", "inf"], "expected a number above 0, got inf"),
-        (["--results", "no/such.json"], "python -m benchmarks.real.collection measures them"),
+        (["--results", "no/such.json"], "--images-per-second of your own"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):

@@ -12,7 +12,6 @@ from benchmarks.studies.analysis import (
     detectable_ratio,
     dunnett,
     dunnett_quantile,
-    holm,
     margin,
     residual_variance,
     with_reference,
@@ -93,9 +92,6 @@ def test_one_comparison_has_students_interval(freedom):
     assert dunnett_quantile(1, freedom, 0.5, 0.95) == pytest.approx(quantile, rel=1e-3)
     found = dunnett({"one": Contrast(1.0, 0.5, freedom, frozenset({0, 1}), pooled=False)})
     assert found["one"].half == pytest.approx(0.5 * quantile)
-    assert holm({"one": Contrast(1.0, 0.5, freedom, frozenset(), pooled=True)})["one"].half == (
-        pytest.approx(0.5 * quantile)
-    )
 
 
 def test_one_arm_has_the_interval_of_the_paired_t_test():
@@ -103,21 +99,6 @@ def test_one_arm_has_the_interval_of_the_paired_t_test():
     found = against(study(measured), "dense", [LOSS])["tome", LOSS]
     ends = stats.ttest_rel(measured["tome"], measured["dense"]).confidence_interval(0.95)
     assert found.mean - found.half == pytest.approx(ends.low, rel=1e-3)
-
-
-def test_holm_rejects_as_its_steps_do():
-    """Use p-values of 0.004, 0.02, 0.03 and 0.2: 0.004 and no other is below 0.05 / 4, 0.05 / 3."""
-    chances = {"a": 0.03, "b": 0.004, "c": 0.2, "d": 0.02}
-    found = holm(
-        {
-            name: Contrast(float(stats.t.isf(p / 2, 10)), 1.0, 10, frozenset(), pooled=True)
-            for name, p in chances.items()
-        }
-    )
-    assert [name for name, each in found.items() if each.is_significant] == ["b"]
-    levels = {name: 2 * stats.t.sf(each.half, 10) for name, each in found.items()}
-    step = 0.05 / 3
-    assert levels == pytest.approx({"a": step, "b": 0.05 / 4, "c": step, "d": step})
 
 
 @pytest.mark.parametrize(("seeds", "most"), [(3, 0.11), (8, 0.08)])
@@ -138,22 +119,6 @@ def test_intervals_cover_all_effects_if_an_arm_varies_more():
         gaps = zip(found.values(), effects, strict=True)
         covered += all(abs(each.mean - effect) <= each.half for each, effect in gaps)
     assert covered / 300 >= 0.92
-
-
-def test_few_families_of_pairs_have_a_false_rejection():
-    """Use six pairs: two differ by far, and Holm's later steps are less strict."""
-    rng, wrong = np.random.default_rng(2), 0
-    for _ in range(2000):
-        errors = np.sqrt(rng.chisquare(10, 6) / 10)
-        means = rng.normal(size=6) + np.array([30.0, 30, 0, 0, 0, 0])
-        found = holm(
-            {
-                i: Contrast(float(mean), float(error), 10, frozenset(), pooled=True)
-                for i, (mean, error) in enumerate(zip(means, errors, strict=True))
-            }
-        )
-        wrong += any(found[i].is_significant for i in range(2, 6))
-    assert 0.03 <= wrong / 2000 <= 0.06
 
 
 def test_arms_that_hardly_differ_have_short_intervals_and_others_keep_theirs():
