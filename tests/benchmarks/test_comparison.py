@@ -19,7 +19,6 @@ from benchmarks.parity import (
     OURS,
     check_coarser_errors,
     check_errors,
-    first_and_last,
     in_fp64,
     parity,
     with_compiled,
@@ -95,11 +94,6 @@ def test_parity_compares_every_image(image):
         parity((exact,), {"eager": (torch.ones(16, 3),), OURS: (wrong,)})
 
 
-def test_the_first_and_last_images_are_compared_with_fp64():
-    assert first_and_last(9, 4) == [0, 1, 7, 8] and first_and_last(9, 5) == [0, 1, 6, 7, 8]
-    assert first_and_last(3, 4) == [0, 1, 2] and first_and_last(1, 8) == [0]
-
-
 @pytest.fixture
 def fake_device():
     """Replace CUDA graphs by ones that record nothing, on a device with 1,000 bytes of L2 cache."""
@@ -153,21 +147,6 @@ def test_a_graph_keeps_its_tensors_alive(fake_device):
     del step
     gc.collect()
     assert all(ref() is None for ref in alive)
-
-
-def test_a_graph_of_a_copy_keeps_its_buffers_alive(fake_device):
-    alive, zeros = [], torch.zeros
-
-    def watched(*args, **kwargs):
-        buffer = zeros(*args, **kwargs)
-        alive.append(weakref.ref(buffer))
-        return buffer
-
-    with patch.object(torch, "zeros", watched):
-        step = comparison.as_step(partial(comparison.copied, 1000, 3))
-    gc.collect()
-    assert len(alive) == 3 and all(ref() is not None for ref in alive)
-    del step
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel is launched")

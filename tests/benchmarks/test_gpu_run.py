@@ -41,14 +41,6 @@ def test_every_file_is_a_step(monkeypatch, command, first, pattern):
     assert sorted(files(command)) == sorted(there)
 
 
-def test_the_sanitized_tests_are_there():
-    text = (ROOT / "tests/gpu/test_accuracy.py").read_text()
-    for step in steps("sanitize"):
-        assert step.words[step.words.index("--tool") + 1] == step.name
-        names = step.words[step.words.index("-k") + 1].split(" or ")
-        assert all(f"def test_{name}" in text or f"_{name}(" in text for name in names)
-
-
 def test_a_sweep_is_started_with_options_that_it_has(monkeypatch):
     seen = []
     monkeypatch.setattr(tune, "ON_GPU", True)

@@ -38,7 +38,6 @@ from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.merge import Merge
 from tests.helpers.models import enlarged
 from tests.helpers.programs import exit_status
-from tests.helpers.tiers import slow_except
 
 COUNT, KEEP, PATCHES = 24, 32, 64
 HALF = Schedule.parse("1(100%) 2(50%)")
@@ -128,22 +127,6 @@ def test_constant_scores_keep_the_named_patches_of_the_upper_half(model, source,
     reach = 1.96 * upper.std().item() / math.sqrt(COUNT)
     assert stage["kept"]["high"] - stage["kept"]["mean"] == pytest.approx(reach)
     assert scores["named"]["mean"] == pytest.approx(named.float().mean().item())
-
-
-CHANCE = [("random", 60), ("constant", 120)]
-
-
-@pytest.mark.parametrize(("scorer", "count"), slow_except(CHANCE[:1], CHANCE))
-def test_scores_independent_of_the_image_give_chance(model, tokenizer, scorer, count):
-    source = EmojiScenes(count, seed=9, clutter=4, textures=True)
-    constant = type("Constant", (Told,), {"rows": torch.ones(count, PATCHES)})()
-    strategy = constant if scorer == "constant" else f"random:schedule={HALF}"
-    (stage,) = selection_scores(model, source, tokenizer, strategy, batch_size=count)["stages"]
-    for key in ("kept", "purity"):
-        reach = (stage[key]["high"] - stage[key]["mean"]) / 1.96
-        assert abs(stage[key]["mean"] - stage[f"{key}_chance"]["mean"]) < 3 * reach < 0.1
-    if scorer == "random":
-        assert stage["changed_by_another_image"] is None and stage["agrees"] is None
 
 
 def test_purity_and_its_chance():
@@ -248,26 +231,6 @@ def test_a_curve_uses_the_patches_with_the_highest_scores(model, source, monkeyp
     assert areas.keys() == {"insertion", "deletion", "random", "all_patches"}
 
 
-def test_insertion_and_deletion_use_opposite_ends_of_the_scores(model, source, monkeypatch):
-    """Use a score that counts the patches of the row's upper half."""
-    row = torch.arange(PATCHES).float().expand(3, -1)
-
-    def score(model, images, texts, order, count):
-        return (order.topk(count, dim=1).indices >= KEEP).sum(1) / KEEP
-
-    monkeypatch.setattr(deletion_insertion, "_score", score)
-    areas = removal_areas(model, None, None, row)
-    assert (areas["deletion"] < areas["random"]).all()
-    assert (areas["random"] < areas["insertion"]).all()
-
-
-def test_agreement_is_1_only_for_exact(model, source, tokenizer):
-    for scorer, agrees in (("received", False), ("exact", True)):
-        strategy = ELIP(HALF, scorer=scorer)
-        (stage,) = selection_scores(model, source, tokenizer, strategy, limit=4)["stages"]
-        assert (stage["agrees"]["mean"] == 1) == agrees
-
-
 def test_equal_scores_are_in_random_order():
     """Use scores with only two values, as of a random selection."""
     row = torch.zeros(200, PATCHES).index_fill(1, torch.arange(KEEP), 1.0)
@@ -288,14 +251,6 @@ def test_every_model_is_measured_as_json_with_and_without_selection(name, source
         assert all(set(OF_A_STAGE) < set(stage) for stage in scores["stages"])
         assert (scores["insertion"] is None) == (strategy is not None or not model.ranks)
     assert model.training and torch.equal(torch.get_rng_state(), state)
-
-
-def test_scores_are_reproducible(model, source, tokenizer):
-    strategy = f"random:schedule={HALF}"
-    first, second = (
-        selection_scores(model, source, tokenizer, strategy, limit=6) for _ in range(2)
-    )
-    assert first == second
 
 
 def test_a_model_that_reduces_nothing_loses_nothing(model, source, tokenizer):
@@ -320,15 +275,6 @@ def test_named_patches_need_masks_or_boxes(tmp_path, model, tokenizer):
     # The middle of the image is cut out: 4 of 64 patches, and the half of them
     assert scores["named"]["mean"] == pytest.approx((4 + 32) / 2 / PATCHES)
     assert scores["stages"][0]["kept"]["images"] == 2
-
-
-@pytest.mark.parametrize("boxes", [3, [[[1, 2, 3, 4]]], [[1, 2, 3, 4]] * 2, [[[1, 2, "3", 4]], []]])
-def test_invalid_boxes_raise(tmp_path, boxes):
-    path = tmp_path / "list.json"
-    path.write_text(json.dumps([{"image": "a.png", "caption": ["a", "b"], "boxes": boxes}]))
-    message = r"list\.json\[0\]: boxes: expected a list for each of 2 captions, of \[left, top"
-    with pytest.raises(ValueError, match=message):
-        JsonSource(path)
 
 
 def test_fewer_than_two_samples_raise(model, source, tokenizer):
