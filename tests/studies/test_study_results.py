@@ -10,7 +10,6 @@ from benchmarks.studies.analysis import against
 from benchmarks.studies.command import write_page
 from benchmarks.studies.page import differences, markdown, means, study_page
 from benchmarks.studies.results import (
-    Interval,
     by_seed,
     differences_by_seed,
     read_results,
@@ -18,29 +17,6 @@ from benchmarks.studies.results import (
     relative_time,
     values_of,
 )
-from elip_models.validation import ConfigError
-
-
-def test_an_interval_is_that_of_students_t():
-    assert Interval.of([1.0, 2.0, 3.0])[:3] == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6), 3)
-    assert Interval.of([5.0])[:3] == (5.0, None, 1)
-
-
-@pytest.mark.parametrize(
-    ("mean", "half", "verdict"),
-    [
-        (2.0, 1.9, "above"),
-        (-2.0, 1.9, "below"),
-        (2.0, 2.0, "not significant"),
-        (-0.1, 0.3, "not significant"),
-        (0.0, 0.0, "not significant"),
-        (2.0, None, "no interval"),
-    ],
-)
-def test_a_difference_is_significant_if_its_interval_excludes_zero(mean, half, verdict):
-    assert Interval(mean, half).verdict == verdict
-    assert Interval(mean, half).is_significant == (verdict in ("above", "below"))
-
 
 LOSS = "reduced.contrastive_loss"
 DENSE = {"step_flops": 1.0, "step_time": 1.0}
@@ -164,11 +140,6 @@ def test_the_page_lists_the_equivalent_arms_with_their_bounds():
         f"Equivalent to `dense` in {LOSS} within 0.975, the deficit of `short`: "
     )
     assert "`near` (at most 0." in notes[1] and "far" not in notes[1]
-
-
-def test_a_metric_that_no_run_has_raises():
-    with pytest.raises(ConfigError, match="quality: expected metrics of r1, got 'r2'"):
-        means(document(dense=[0.5]) | {"quality": ["r1", "r2"]})
 
 
 @pytest.mark.slow
