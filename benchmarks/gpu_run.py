@@ -53,9 +53,7 @@ def steps(command: str, out: Path, limit: float) -> list[Step]:
             words = (sys.executable, "-m", "benchmarks.tune", "--out", str(out / "tune.json"))
             words += ("--seconds", str(2 * limit / 3))
             return [Step(str(sweep), (*words, str(sweep))) for sweep in SWEEPS]
-    predicted = (sys.executable, "-m", "benchmarks.predicted", str(out / "bench.json"))
-    every = [_bench(file, out) for file in _files("benchmarks/bench_tower.py")]
-    return [*every, Step("predicted", predicted)]
+    return [_bench(file, out) for file in _files("benchmarks/bench_tower.py")]
 
 
 def _files(first: str) -> list[Path]:
@@ -80,7 +78,7 @@ def _bench(file: Path, out: Path) -> Step:
 
 
 def chosen(every: list[Step], names: list[str]) -> list[Step]:
-    """Return the steps of some names or, for sweeps, ops; predictions follow any benchmark.
+    """Return the steps of some names or, for sweeps, ops.
 
     Raises:
         ValueError: there is no such step.
@@ -89,7 +87,7 @@ def chosen(every: list[Step], names: list[str]) -> list[Step]:
     if unknown:
         known = [step.name for step in every]
         raise ValueError(f"NAME: expected some of {known}, got {sorted(unknown)}")
-    wanted = {*names, "predicted"} if names else {step.name for step in every}
+    wanted = set(names) or {step.name for step in every}
     return [step for step in every if wanted & {step.name, step.name.partition(".")[0]}]
 
 
@@ -149,10 +147,8 @@ def run(command: str, todo: list[Step], out: Path, state: dict[str, Any], option
         outcomes[key] = f"failed with exit status {status}" if status else "passed"
         if status is None:
             outcomes[key] = f"failed: interrupted after {seconds:.0f} s"
-        if step.results is not None:
-            outcomes.pop(f"{command}/predicted", None)
-            if step.results.exists():
-                append(step.results, out / "bench.json")
+        if step.results is not None and step.results.exists():
+            append(step.results, out / "bench.json")
         write(out / "steps.json", state)
     found = {name: outcomes.get(name, "left") for name in (f"{command}/{s.name}" for s in todo)}
     say("")

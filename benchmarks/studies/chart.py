@@ -1,7 +1,6 @@
 """Chart of a study as SVG for light and dark pages: differences in quality, and costs.
 
-The chart of a built-in study shows at most six families of arms, named in words, and the quality
-with reduced images. The tables of its page have all arms.
+It shows the first two metrics of the study's quality.
 """
 
 from collections.abc import Sequence
@@ -33,63 +32,6 @@ BETTER, WORSE = "#0072b2", "#d55e00"
 CURVE = 3  # families with at least so many FLOPs shares are drawn as a curve, others as rows
 METRICS = 2  # metrics that the rows show
 
-_QUALITY = {
-    "tome": "ToMe: similar patches merged",
-    "evit": "EViT: attended patches kept",
-    "last": "ELIP, fast scorer",
-    "paper": "ELIP, as published",
-    "random": "random patches kept",
-    "dense-short": "shorter dense training",
-}
-_TRANSFER = {
-    "tome": "ToMe: similar patches merged",
-    "random-nearest": "random patches, others merged",
-    "dense-short": "shorter dense training",
-}
-_GUIDANCE = {
-    "dense": "no reduction",
-    "none-0.8": "own caption, weight 0.2",
-    "match-0.5": "own caption, as strong as the image",
-    "other": "another caption of the image",
-}
-ARMS = {
-    "quality": _QUALITY,
-    "quality_emoji": _TRANSFER,
-    "quality_flat": _TRANSFER
-    | {"paper": "ELIP, as published", "dense-0.88": "dense, as many FLOPs as the paper's"},
-    "reduced_later": {
-        "tome": "ToMe: similar patches merged",
-        "guided-tome": "ToMe, attended patches last",
-        "random-nearest": "random patches, others merged",
-        "evit": "EViT: attended patches kept",
-        "last": "ELIP, fast scorer",
-        "random": "random patches kept",
-    },
-    "scorers": {
-        "last-nearest": "attention of the last layer",
-        "mean-nearest": "mean attention of all layers",
-        "exact-nearest": "all layers run (paper)",
-        "attention-nearest": "attention sublayers run",
-        "random-nearest": "random patches",
-    },
-    "guidance": {
-        **_GUIDANCE,
-        "dropout": "own caption, every second image",
-        "none-0": "own caption alone",
-    },
-    "guidance_flat": {"own": "own caption alone", "negatives": "caption of another image alone"},
-    "guidance_albef": {**_GUIDANCE, "after-itc": "own caption, after contrast"},
-    "guidance_blip": {**_GUIDANCE, "after-itc": "own caption, after contrast"},
-}
-"""By built-in study: the families of arms in its chart, in words."""
-WORDS = {
-    "dense": "dense training",
-    "vision": "image alone",
-    "reduced.top1": "pairs ranked first",
-    "reduced.contrastive_loss": "contrastive loss",
-}
-"""References and metrics in words; those of other studies have their own names."""
-
 
 class Point(NamedTuple):
     """An arm with its differences from the reference by metric, and its relative costs."""
@@ -106,9 +48,8 @@ def draw(document: Document, path: Path) -> Path:
     Each arm is a row with its FLOPs and time. A family of arms at several FLOPs shares is a curve
     of the first metric over FLOPs.
     """
-    names = ARMS.get(document["study"])
-    metrics = document["quality"][:METRICS] if names is None else [*WORDS][-METRICS:]
-    families = _families(document, metrics, names)
+    metrics = document["quality"][:METRICS]
+    families = _families(document, metrics)
     curves = {name: points for name, points in families.items() if len(points) >= CURVE}
     rows = [point for name, points in families.items() if name not in curves for point in points]
     heights = [4.0] if curves else []
@@ -126,28 +67,19 @@ def draw(document: Document, path: Path) -> Path:
     return path
 
 
-def _families(
-    document: Document, metrics: Sequence[str], names: dict[str, str] | None
-) -> dict[str, list[Point]]:
-    """Return the measured arms by family, without the parent of the reference.
-
-    `names` are the families to return, in words; None: all, by their names.
-    """
+def _families(document: Document, metrics: Sequence[str]) -> dict[str, list[Point]]:
+    """Return the measured arms by family, without the parent of the reference."""
     reference = document["references"][0]
-    found: dict[str, list[Point]] = {}
+    families: dict[str, list[Point]] = {}
     compared = against(document, reference, metrics)
     for arm, settings in document["arms"].items():
-        family = settings["family"]
-        if names is not None and family not in names:
-            continue
         gaps = {metric: compared.get((arm, metric)) for metric in metrics}
         if arm == reference:
             gaps = dict.fromkeys(metrics, Interval(0.0, None))
         if any(gaps.values()):
             costs = relative_cost(document, arm), relative_time(document, arm)
-            shown = (family, arm) if names is None else (names[family], names[family])
-            found.setdefault(shown[0], []).append(Point(shown[1], gaps, *costs))
-    return found
+            families.setdefault(settings["family"], []).append(Point(arm, gaps, *costs))
+    return families
 
 
 def _draw_rows(
@@ -173,7 +105,7 @@ def _draw_rows(
         known = [(value, row) for row, value in enumerate(values) if value is not None]
         x, y = zip(*known, strict=True) if known else ((), ())
         axes[-1].scatter(x, y, marker="D", facecolors=fill, edgecolors=GREY, label=name)
-    axes[-1].set_xlabel(f"cost, {_reference(document)} = 1")
+    axes[-1].set_xlabel(f"cost, {document['references'][0]} = 1")
     axes[-1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     for axis in axes:
         axis.grid(color=GREY, alpha=0.3)
@@ -197,7 +129,7 @@ def _draw_curves(
         style = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1}
         if known:
             axis.errorbar(*zip(*known, strict=True), label=family, **style)
-    axis.set_xlabel(f"FLOPs, {_reference(document)} = 1")
+    axis.set_xlabel(f"FLOPs, {document['references'][0]} = 1")
     axis.set_ylabel(_label(document, metric))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
@@ -218,11 +150,6 @@ def _colour(gap: Interval, metric: str) -> str:
 def _label(document: Document, metric: str) -> str:
     unit, better = ("", "lower") if is_loss(metric) else (", points", "higher")
     return (
-        f"{WORDS.get(metric, metric)}{unit}\nchange from {_reference(document)}\n"
+        f"{metric}{unit}\nchange from {document['references'][0]}\n"
         f"({better} is better; simultaneous 95% CI)"
     )
-
-
-def _reference(document: Document) -> str:
-    reference = document["references"][0]
-    return WORDS.get(reference, reference) if document["study"] in ARMS else reference

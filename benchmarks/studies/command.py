@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.studies.chart import draw
 from benchmarks.studies.measures import FINETUNED
-from benchmarks.studies.page import HOW_TO_READ, differences, means, study_page
+from benchmarks.studies.page import differences, means, study_page
 from benchmarks.studies.results import Document, read_results, write_results
 from benchmarks.studies.runner import (
     check_settings,
@@ -166,5 +166,5 @@ def write_page(results: Path, path: Path) -> list[Path]:
     """Write the Markdown page of one study, and its chart beside it, from its results."""
     document = read_results(results)
     chart = draw(document, path.with_suffix(".svg"))
-    write_file(path, study_page(document, chart.name, HOW_TO_READ).encode())
+    write_file(path, study_page(document, chart.name).encode())
     return [path, chart]

@@ -6,7 +6,7 @@ Recalls and shares are in percent and their differences in percentage points; lo
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from benchmarks.studies.analysis import POWER, UNEQUAL, against, bounds, margin
+from benchmarks.studies.analysis import POWER, against, bounds, margin
 from benchmarks.studies.results import (
     LEVEL,
     Document,
@@ -24,65 +24,16 @@ CHART = (
     f"Bars are simultaneous {LEVEL:.0%} confidence intervals. A change is coloured if its interval "
     "excludes zero. The tables have all arms."
 )
-HOW_TO_READ = f"""## How to read the tables
-
-An **arm** is one setting that a study compares. All arms of one **seed** begin with the same
-weights and see the same batches.
-
-| metric | meaning |
-| --- | --- |
-| `dense.*` | held-out images encoded without text and with all patches |
-| `reduced.*` | held-out images reduced by the arm's strategy, guided by the image alone |
-| `r1` | mean of R@1 from image to text and from text to image |
-| `top1` | share of images and of texts whose own pair ranks first among 100 pairs |
-| `contrastive_loss` | contrastive loss of batches of 100 pairs |
-| `objective.*` | training losses on held-out batches, with each image reduced as in training |
-| `selection.*` | what the reduction keeps of the patches that the caption names |
-| `finetuned.*` | the downstream task's own metric after fine-tuning, such as R@1 both ways |
-
-- **Mean ± half**: mean over seeds and half of its {LEVEL:.0%} confidence interval (Student's t), of
-  each arm alone.
-- **Paired difference**: the arm minus the reference, seed by seed, with its {LEVEL:.0%} confidence
-  interval in brackets, adjusted for the number of comparisons (see **Family**). Only runs that
-  begin with the same model are paired.
-- **Variance**: an analysis of variance with the factors arm and seed gives the standard error. An
-  arm whose differences vary more or less than those of the other arms (F-test, {UNEQUAL:.0%} level)
-  has the variance of its own differences (Welch). With three seeds this variance has two degrees of
-  freedom, and the interval is long. If the reference varies more than the arms, all arms have their
-  own variances.
-- **Family**: the differences whose intervals are adjusted together. In the table of a study, these
-  are all differences from one reference, in all metrics; arms that are only measured are a family
-  of their own. The intervals follow from Dunnett's test (Dunnett's T3 with own variances); the
-  level is divided between the metrics (Bonferroni). They are simultaneous: in {LEVEL:.0%} of
-  families, all of them contain the true differences. On the page of a question, other pairs of arms
-  are one family, by Holm's procedure: an interval excludes zero exactly if the procedure rejects
-  equality. These intervals are not simultaneous. In both kinds, if no true difference exists, at
-  most {1 - LEVEL:.0%} of families have a significant one. With few seeds this is approximate: in a
-  simulation with three seeds and 24 arms, 9% of studies had one with equal variances, and 22% if
-  two arms vary five times as much as the others.
-- **Significant** (bold): the interval excludes zero. A lower loss is better. "No significant
-  difference" does not mean that two arms are equal.
-- **Minimal detectable effect**: the difference that would be significant with {POWER:.0%} power,
-  median of the arms. Smaller differences are detected less often.
-- **Equivalent**: two one-sided tests, simultaneous for all arms at {1 - LEVEL:.0%}, show that the
-  loss differs from that of the reference by less than a margin. The margin is the mean deficit of
-  `dense-short`, dense training with 0.71 of the steps. Its own uncertainty is not included.
-- **FLOPs** are those of training the image tower, scorer included, relative to the first reference.
-  The text tower is not reduced: in `clip_tiny` it is about 11% of the FLOPs of a dense step.
-  For an arm that begins with another model they are those of one training step. For an arm that
-  does not train they are those of one forward pass. Fine-tuning is not included.
-- **Time** is training time relative to the first reference. Its steps alternate with steps of the
-  dense model in one process.
-"""
+HOW_TO_READ = "`docs/study.md` in the repository explains how to read the tables."
 
 
-def study_page(document: Document, chart: str, notes: str) -> str:
+def study_page(document: Document, chart: str, notes: str = HOW_TO_READ) -> str:
     """Return the page of one study.
 
     Args:
         document: Results of the study.
         chart: Link to its chart.
-        notes: Markdown below the title: how to read the tables, or a link to that.
+        notes: Markdown below the title.
     """
     seeds = sorted({run["seed"] for run in document["runs"]})
     parts = [

@@ -8,7 +8,7 @@ does not show
                by NumPy instead of ex2.approx
     order      programs and threads run one after the other: no races, no missing barriers
     code       registers, spills and access widths: see `python -m benchmarks.kernel_analysis`
-    time       modelled by `benchmarks/kernel_analysis/latency.py`, measured by `benchmarks/gpu.sh`
+    time       measured by `benchmarks/gpu.sh`
 
 `python -m elip_kernels.testing` checks every op on the device of this machine against fp64.
 """

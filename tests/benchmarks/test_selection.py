@@ -1,7 +1,6 @@
 """`python -m benchmarks.selection`: what a reduction keeps, on scenes with known answers."""
 
 import json
-import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
@@ -30,7 +29,7 @@ from elip_models.pretraining.data import (
     train_tokenizer,
 )
 from elip_models.pretraining.models.registry import create_model, family_of
-from elip_models.reduction.encode import encode_image, run_tower
+from elip_models.reduction.encode import run_tower
 from elip_models.reduction.schedule import Schedule, Stage
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.elip import ELIP, Staged
@@ -38,7 +37,6 @@ from elip_models.reduction.strategy import StageInfo
 from elip_models.towers.merge import Merge
 from tests.helpers.models import enlarged
 from tests.helpers.programs import exit_status
-from tests.helpers.tiers import slow_except
 
 COUNT, KEEP, PATCHES = 24, 32, 64
 HALF = Schedule.parse("1(100%) 2(50%)")
@@ -119,33 +117,6 @@ def test_scores_opposite_to_the_mask_keep_no_named_patch(model, source, tokenize
     assert 0 < stage["purity"]["mean"] < stage["purity_chance"]["mean"]
 
 
-def test_constant_scores_keep_the_named_patches_of_the_upper_half(model, source, tokenizer):
-    named = named_patches(source)
-    scores = told(model, source, tokenizer, torch.ones(COUNT, PATCHES))
-    upper = named[:, :KEEP].sum(1) / named.sum(1)
-    (stage,) = scores["stages"]
-    assert stage["kept"]["mean"] == pytest.approx(upper.mean().item())
-    reach = 1.96 * upper.std().item() / math.sqrt(COUNT)
-    assert stage["kept"]["high"] - stage["kept"]["mean"] == pytest.approx(reach)
-    assert scores["named"]["mean"] == pytest.approx(named.float().mean().item())
-
-
-CHANCE = [("random", 60), ("constant", 120)]
-
-
-@pytest.mark.parametrize(("scorer", "count"), slow_except(CHANCE[:1], CHANCE))
-def test_scores_independent_of_the_image_give_chance(model, tokenizer, scorer, count):
-    source = EmojiScenes(count, seed=9, clutter=4, textures=True)
-    constant = type("Constant", (Told,), {"rows": torch.ones(count, PATCHES)})()
-    strategy = constant if scorer == "constant" else f"random:schedule={HALF}"
-    (stage,) = selection_scores(model, source, tokenizer, strategy, batch_size=count)["stages"]
-    for key in ("kept", "purity"):
-        reach = (stage[key]["high"] - stage[key]["mean"]) / 1.96
-        assert abs(stage[key]["mean"] - stage[f"{key}_chance"]["mean"]) < 3 * reach < 0.1
-    if scorer == "random":
-        assert stage["changed_by_another_image"] is None and stage["agrees"] is None
-
-
 def test_purity_and_its_chance():
     source = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]]).bool()
     pure, _ = purity(torch.tensor([[1, 1, 0, 1, 0, 1]]).bool(), source[None])
@@ -168,28 +139,6 @@ def test_kept_patches_are_traced_through_the_stages():
     infos = [StageInfo(Stage(i, 1, 0), each) for i, each in enumerate((first, second))]
     kept = [each[0].nonzero().flatten().tolist() for each in kept_patches(infos, 8)]
     assert kept == [[0, 2, 3, 7], [2]]
-
-
-@pytest.mark.slow
-def test_another_caption_and_another_image_change_what_the_model_keeps(model, source, tokenizer):
-    strategy = ELIP(HALF, scorer="last", fusion=0.0)
-    scores = selection_scores(model, source, tokenizer, strategy, batch_size=7)
-    own = own_captions(source)
-    another = [source.captions(i)[(i + 1) % 5] for i in range(COUNT)]
-
-    @torch.no_grad()
-    def kept(captions):
-        guide = model.eval().encode_captions(tokenizer, captions)
-        _, infos = encode_image(
-            model.visual, images_of(source), guide, strategy=strategy, return_info=True
-        )
-        return [set(each.tolist()) for each in infos[0].reduction.kept]
-
-    expected = kept(own)
-    for key, captions in (("caption", another), ("image", own[1:] + own[:1])):
-        shares = [len(a - b) / KEEP for a, b in zip(expected, kept(captions), strict=True)]
-        found = scores["stages"][0][f"changed_by_another_{key}"]
-        assert found["mean"] == pytest.approx(sum(shares) / COUNT) and found["mean"] > 0
 
 
 def test_a_merging_strategy_has_only_purity(model, source, tokenizer):
@@ -248,35 +197,6 @@ def test_a_curve_uses_the_patches_with_the_highest_scores(model, source, monkeyp
     assert areas.keys() == {"insertion", "deletion", "random", "all_patches"}
 
 
-def test_insertion_and_deletion_use_opposite_ends_of_the_scores(model, source, monkeypatch):
-    """Use a score that counts the patches of the row's upper half."""
-    row = torch.arange(PATCHES).float().expand(3, -1)
-
-    def score(model, images, texts, order, count):
-        return (order.topk(count, dim=1).indices >= KEEP).sum(1) / KEEP
-
-    monkeypatch.setattr(deletion_insertion, "_score", score)
-    areas = removal_areas(model, None, None, row)
-    assert (areas["deletion"] < areas["random"]).all()
-    assert (areas["random"] < areas["insertion"]).all()
-
-
-def test_agreement_is_1_only_for_exact(model, source, tokenizer):
-    for scorer, agrees in (("received", False), ("exact", True)):
-        strategy = ELIP(HALF, scorer=scorer)
-        (stage,) = selection_scores(model, source, tokenizer, strategy, limit=4)["stages"]
-        assert (stage["agrees"]["mean"] == 1) == agrees
-
-
-def test_equal_scores_are_in_random_order():
-    """Use scores with only two values, as of a random selection."""
-    row = torch.zeros(200, PATCHES).index_fill(1, torch.arange(KEEP), 1.0)
-    places = deletion_insertion._places(row, torch.rand_like(row).argsort(1))
-    assert (places.sort(1).values == torch.arange(PATCHES)).all()
-    assert (places[:, :KEEP] >= PATCHES - KEEP).all()
-    assert (places.mean(0)[:KEEP] - places[:, :KEEP].mean()).abs().max() < 4 * KEEP / 200**0.5
-
-
 @pytest.mark.parametrize("name", ["elip_albef_tiny", "elip_blip_tiny", "elip_meter_tiny"])
 def test_every_model_is_measured_as_json_with_and_without_selection(name, source, tokenizer):
     model = small(name, tokenizer).train()
@@ -288,14 +208,6 @@ def test_every_model_is_measured_as_json_with_and_without_selection(name, source
         assert all(set(OF_A_STAGE) < set(stage) for stage in scores["stages"])
         assert (scores["insertion"] is None) == (strategy is not None or not model.ranks)
     assert model.training and torch.equal(torch.get_rng_state(), state)
-
-
-def test_scores_are_reproducible(model, source, tokenizer):
-    strategy = f"random:schedule={HALF}"
-    first, second = (
-        selection_scores(model, source, tokenizer, strategy, limit=6) for _ in range(2)
-    )
-    assert first == second
 
 
 def test_a_model_that_reduces_nothing_loses_nothing(model, source, tokenizer):

@@ -1,7 +1,6 @@
 """benchmarks/tune.py without a GPU: the sweep in PyTorch, and compilation of candidates."""
 
 import json
-from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from benchmarks import tune
 from benchmarks.gpu_run import TO_BE_CONTINUED
-from benchmarks.sweeps import SHAPES, SWEEPS, Shape, Sweep, arguments
+from benchmarks.sweeps import SWEEPS, Shape, Sweep, arguments
 from benchmarks.tune import changed, changed_table
 from elip_kernels import launch
 from elip_kernels._triton import HAS_TRITON
@@ -116,48 +115,6 @@ def test_an_error_that_loses_the_device_ends_the_sweep(monkeypatch, tmp_path, me
     one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
     with pytest.raises(RuntimeError, match=r"reduce\.reduce_forward B2-N18-fp32: .*num_warps"):
         tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
-
-
-class InlineExecutor:
-    """An executor that runs each call immediately and breaks after `lives` calls."""
-
-    def __init__(self, lives):
-        self.lives, self.done = lives, []
-
-    def submit(self, call, *args):
-        if len(self.done) == self.lives:
-            raise BrokenExecutor
-        future = Future()
-        try:
-            future.set_result(call(*args))
-        except RuntimeError as error:
-            future.set_exception(error)
-        self.done.append((args, future))
-        return future
-
-
-@pytest.mark.parametrize("lives", [99, 1])
-def test_candidates_are_compiled_in_other_processes_before_timing(monkeypatch, lives):
-    seen, right = [], tune.results
-
-    def watched(op, args):
-        seen.append(launch.reduce_forward(17, 4).num_warps)
-        if seen[-1] == 8:
-            raise RuntimeError("does not fit")
-        return right(op, args)
-
-    monkeypatch.setattr(tune, "results", watched)
-    sweep, pool = (
-        Sweep("reduce", "reduce_forward", {"num_warps": (4, 8, 16)}),
-        InlineExecutor(lives),
-    )
-    tune.precompile(pool, [sweep], SMALL, seconds=60)
-    assert seen == [4, 8, 16][:lives]
-    assert [future.exception() is None for _, future in pool.done] == [True, False, True][:lives]
-
-
-def test_the_shapes_that_matter_most_come_first():
-    assert list(map(str, SHAPES[:3])) == ["B256-N257-bf16", "B256-N197-bf16", "B64-N257-bf16"]
 
 
 def test_the_command_needs_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):

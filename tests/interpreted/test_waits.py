@@ -1,78 +1,27 @@
-"""Waits of a program for memory: counted in the interpreter against those of `latency.py`."""
+"""Waits of a program for memory, counted in the interpreter."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from benchmarks.kernel_analysis.latency import modelled_waits
+from benchmarks.kernel_analysis.__main__ import waits_of
 from benchmarks.kernel_analysis.waits import counted_waits
-from elip_kernels import launch
-from tests.interpreted.test_traffic import OPS, SMALL, bf16, fp32
-
-CASES = [*SMALL[1::2], pytest.param((1, 150, 330, 60, bf16), marks=pytest.mark.slow)]
+from elip_kernels.testing import WITH_KERNELS
 
 
-def check(op, case, **options):
-    """Check that modelled and counted waits agree; return the names of the kernels."""
-    with counted_waits() as launches:
-        OPS[op][0](*case, **options)
-    for launched in launches:
-        stated = [
-            modelled_waits(launched.kernel, launched.arguments, held)
-            for held in held_by_program(launched)
-        ]
-        assert max(stated) == launched.waits, launched.kernel
-    return {launched.kernel for launched in launches}
-
-
-def held_by_program(launched):
-    """Return how many tokens each row of each program of a merge contains."""
-    if launched.kernel != "_merge_fwd_kernel":
-        return [None]
-    arguments = launched.arguments
-    held = arguments["starts_ptr"].diff(
-        dim=1, append=torch.full((len(arguments["starts_ptr"]), 1), arguments["N"])
-    )
-    return [rows.tolist() for image in held for rows in image.split(arguments["BLOCK_R"])]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_waits_are_as_stated(launches, op, case):
-    check(op, case)
-
-
-@pytest.mark.parametrize(
-    ("op", "options"),
-    [
-        ("reduce", {"masked": True, "num_prefix_tokens": 0}),
-        ("received", {"masked": True}),
-        ("received", {"group": 1}),
-        *(("generic_row", {"group": group}) for group in (2, 3, 4, 7)),
-        ("reduce", {"merge": False, "num_prefix_tokens": 3}),
-        ("score_reduce", {"has_text": True}),
-        ("score_reduce", {"merge": False}),
-        ("bipartite", {"has_penalty": True, "has_size": False}),
-        ("nearest", {"has_size": False}),
-        ("diverse", {"masked": True}),
-        ("diverse", {"starts": True}),
-        ("dpp", {"masked": True}),
-        ("dpp", {"weighed": False}),
-    ],
-    ids=str,
-)
-def test_waits_of_options(launches, op, options):
-    check(op, (2, 21, 70, 8, fp32), **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"merge": False}], ids=str)
-def test_waits_of_many_tokens(launches, monkeypatch, options):
-    for name in ("MAX_MOVED", "MAX_SELECTED", "TILE"):
-        monkeypatch.setattr(launch, name, 64)
-    assert "_stream_kernel" in check("reduce", (1, 150, 40, 60, bf16), **options)
-    if not options:
-        assert "_slots_of_kernel" in check("bipartite", (1, 150, 40, 60, bf16))
+@pytest.mark.slow
+def test_the_waits_of_one_image_are_those_of_the_docs():
+    """In bf16 for a ViT-B, the figures of docs/kernels.md; each greedy step waits for the last."""
+    found = {op: waits_of(op, "bf16") for op in WITH_KERNELS}
+    waits = {
+        name: int(count)
+        for line in found.values()
+        for name, count in (each.split() for each in line.partition(": ")[2].split(", "))
+    }
+    greedy = {"_diverse_kernel": 167, "_dpp_kernel": 937}
+    assert {name: waits.pop(name) for name in greedy} == greedy
+    assert max(waits.values()) == 11
 
 
 @triton.jit

@@ -20,7 +20,6 @@ from benchmarks.kernel_analysis.compile import (
     recorded_launches,
     warps_at_once,
 )
-from benchmarks.kernel_analysis.latency import WAITS
 from elip_kernels.testing import BATCHES, REAL_CASES, WITH_KERNELS
 from tests.helpers.tiers import tiered
 
@@ -280,10 +279,9 @@ PIPELINED = {
 
 @pytest.mark.parametrize("op", tiered(WITH_KERNELS, ["score_reduce"], slow=["bipartite_merge"]))
 def test_loops_with_products_or_own_stages_are_pipelined(op):
-    """`latency.py` counts on it for the kernels that it models."""
+    """`waits.py` counts on it."""
     for name, (_, code) in compiled(op, 577, "bf16").items():
-        if name in WAITS:
-            assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
+        assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.paper_flops import EVITS, PAPER, UNSCORED, Reading, conclusions, readings
 from benchmarks.paper_table1 import (
     OF_MOMENTUM,
     SHARED,
@@ -18,7 +17,7 @@ from benchmarks.paper_table1 import (
     step_counts,
 )
 from benchmarks.paper_table1 import PAPER as TABLE1
-from elip_models.profiling.measure import FlopCount, count_step
+from elip_models.profiling.measure import count_step
 from elip_models.profiling.runner import profile_model, verdict
 from elip_models.profiling.table import runs
 from elip_models.profiling.workload import Workload
@@ -197,31 +196,6 @@ def test_an_unknown_strategy_raises(text, message, capsys):
 def test_runs_of_token_counts():
     assert runs([197, 197, 178]) == "2×197 1×178"
     assert runs(range(9, 0, -1)) == "9 8 .. 1"
-
-
-def made_up_counts():
-    """Return the paper's figures as counts of 500 pairs; a scoring pass costs twice the tower."""
-    counts = {}
-    for name, (dense, elip_, evit) in PAPER.items():
-        both = {"dense": dense, UNSCORED: elip_, EVITS[0]: evit, EVITS[1]: dense * 0.9}
-        both |= {f"ELIP, {scorer}": 2 * dense for scorer in ("last", "exact", "official")}
-        for towers, scale in (("both towers", 1), ("image tower", 0.5)):
-            flops = {m: int(scale * v * 2e9 / 3) for m, v in both.items()}
-            flops["dense"] += 1 if towers == "both towers" else int(dense * 1e9)
-            counts[name, towers] = {m: FlopCount(f, 2 * f) for m, f in flops.items()}
-    return counts
-
-
-def test_the_reading_that_explains_the_paper_is_found():
-    found = readings(made_up_counts())
-    best = found[0]
-    assert isinstance(best, Reading)
-    assert (best.towers, best.elip, best.evit) == ("both towers", UNSCORED, EVITS[0])
-    assert best.worst < 1e-6
-    assert best.images in (pytest.approx(500, rel=1e-6), pytest.approx(1500, rel=1e-6))
-    lines = conclusions(made_up_counts(), found)
-    assert "does not count the scoring pass" in lines[0]
-    assert "Not explained" in lines[-1]
 
 
 @pytest.fixture(scope="module")

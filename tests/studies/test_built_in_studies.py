@@ -1,17 +1,14 @@
 """Built-in studies: each is valid, has a version at full size, and all of its arms are valid."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from benchmarks.studies import chart, runner
+from benchmarks.studies import runner
 from benchmarks.studies.measures import FINETUNED
 from benchmarks.studies.plan import load_study, plan, study_names
-from benchmarks.studies.results import read_results
 from benchmarks.studies.study import FINETUNE, Run
 from elip_models.pretraining.training.training_data import meta_model
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import tiered
 
 
 @pytest.fixture(autouse=True)
@@ -79,20 +76,3 @@ def test_full_size_studies_take_a_training_step(name):
             model(**model.random_inputs(images)).loss.backward()
         assert all(p.grad is not None for p in model.tower.model.parameters()), arm
     assert seen
-
-
-RESULTS = Path(chart.__file__).parents[1] / "results" / "studies"
-
-
-@pytest.mark.parametrize(
-    "name", slow_except(["quality"], sorted(path.stem for path in RESULTS.glob("*.json")))
-)
-def test_a_chart_shows_at_most_six_families_in_words_with_reduced_images(name, tmp_path):
-    names = chart.ARMS[name]
-    assert len(names) <= 6 and len({*names.values()}) == len(names)
-    document = read_results(RESULTS / f"{name}.json")
-    assert {*names} <= {arm["family"] for arm in document["arms"].values()}
-    drawn = chart.draw(document, tmp_path / "chart.svg").read_text()
-    measured = [each for each in names.values() if each in drawn]
-    assert len(measured) >= 2 and "pairs ranked first, points" in drawn and "95% CI" in drawn
-    assert "dense.top1" not in drawn and "dense.r1" not in drawn

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -23,7 +22,7 @@ from elip_models.pretraining.training.trainer import Trainer
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.reduction import flops
 from elip_models.reduction.strategies import STRATEGIES, ToMe
-from elip_models.validation import ConfigError, Stopped, TrainingError
+from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.study_case import tiny_study
 from tests.helpers.tiny_run import logged, own_process
 
@@ -52,16 +51,6 @@ def test_all_arms_of_a_seed_run_before_any_of_the_next(tmp_path):
     names = ["dense", "tome", "after-0.61", "after-0.82"]
     assert plan(study) == [Run(name, seed) for seed in (0, 1) for name in names]
     assert plan(study, seeds=[7]) == [Run(name, 7) for name in names]
-
-
-def test_selected_arms_are_planned_with_their_parents(tmp_path):
-    study = tiny_study(tmp_path)
-    assert plan(study, only=["after-0.61"], seeds=[0]) == [Run("dense", 0), Run("after-0.61", 0)]
-    assert [run.arm for run in plan(study, only=["after"], seeds=[0])] == [
-        "dense",
-        "after-0.61",
-        "after-0.82",
-    ]
 
 
 def test_an_arm_overrides_the_recipe_and_the_study(tmp_path):
@@ -103,18 +92,6 @@ def test_studies_of_one_group_train_an_arm_once(tmp_path, stubbed):
         runner.check_settings(changed, plan(changed))
 
 
-def test_a_study_like_another_changes_its_own_keys(tmp_path):
-    tiny_study(tmp_path)
-    path = tmp_path / "twin.yaml"
-    path.write_text(
-        "like: tiny.yaml\noverrides: {optim.steps: 5}\narms: {more: {seed: 1}, after: null}"
-    )
-    twin = load_study(path, {"optim.lr": 2e-4})
-    assert [*twin.arms] == ["dense", "tome", "more"]
-    assert twin.overrides["optim.steps"] == 5 and twin.overrides["optim.lr"] == 2e-4
-    assert twin.overrides["optim.batch_size"] == 8
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -132,21 +109,6 @@ def test_a_study_like_another_changes_its_own_keys(tmp_path):
 def test_an_invalid_study_raises(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_study(tmp_path, **changes)
-
-
-@pytest.mark.parametrize(
-    ("arm", "message"),
-    [
-        ({"optim.lrr": 1}, "arms.a: optim.lrr: unknown key"),
-        ({"model.overrides.strategy": "tomee"}, "arms.a: model: strategy: expected NAME"),
-        ({"at_flops": 0.1}, "arms.a: at_flops: ratio: expected a share"),
-        ({"data.eval": None, "at_flops": 1}, "data.eval: expected held-out samples"),
-    ],
-)
-def test_an_invalid_arm_raises_before_anything_runs(tmp_path, arm, message):
-    study = tiny_study(tmp_path, arms={"a": {"at_flops": 0.8} | arm})
-    with pytest.raises(ConfigError, match=message):
-        runner.check_settings(study, plan(study))
 
 
 def test_an_unknown_arm_or_study_raises(tmp_path):
@@ -203,16 +165,6 @@ def test_a_run_locked_by_another_process_is_skipped_with_its_children(tmp_path, 
     assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.82"]
 
 
-def test_a_signal_ends_the_run_and_the_study(tmp_path, stubbed, monkeypatch):
-    def stopping(config, **options):
-        raise Stopped("ended", signal.SIGTERM)
-
-    monkeypatch.setattr(runner, "train", stopping)
-    with pytest.raises(Stopped, match="ended"):
-        run_all(tiny_study(tmp_path))
-    assert not stubbed
-
-
 def test_a_failed_run_raises_after_all_others_ran(tmp_path, stubbed, monkeypatch):
     train = runner.train
 
@@ -259,12 +211,6 @@ def test_an_override_that_would_not_reach_every_arm_raises(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=f"{key}: {message}"):
             load_study(tmp_path / "tiny.yaml", {key: 1})
-
-
-def test_an_override_of_data_reaches_every_arm(tmp_path):
-    tiny_study(tmp_path, arms={"more": {"data.train": "more.tar"}})
-    study = load_study("tiny.yaml", {"data.train": "others.tar"})
-    assert {study.config(Run(arm, 0)).data.train for arm in study.arms} == {"others.tar"}
 
 
 def test_at_flops_of_an_arm_that_does_not_train_is_of_a_forward_pass(tmp_path):

@@ -1,51 +1,22 @@
 """Results of a study: intervals, costs, conclusions and pages."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-import yaml
 
+from benchmarks.studies import results
 from benchmarks.studies.analysis import against
 from benchmarks.studies.command import write_page
-from benchmarks.studies.page import differences, means
+from benchmarks.studies.page import differences, markdown, means, study_page
 from benchmarks.studies.results import (
-    Interval,
     by_seed,
     differences_by_seed,
+    read_results,
     relative_cost,
     relative_time,
     values_of,
 )
-from elip_models.validation import ConfigError
-
-SCRIPT = Path(__file__).parents[2] / "docs" / "study.py"
-_spec = spec_from_file_location("study_page", SCRIPT)
-study_page = module_from_spec(_spec)
-_spec.loader.exec_module(study_page)
-
-
-def test_an_interval_is_that_of_students_t():
-    assert Interval.of([1.0, 2.0, 3.0])[:3] == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6), 3)
-    assert Interval.of([5.0])[:3] == (5.0, None, 1)
-
-
-@pytest.mark.parametrize(
-    ("mean", "half", "verdict"),
-    [
-        (2.0, 1.9, "above"),
-        (-2.0, 1.9, "below"),
-        (2.0, 2.0, "not significant"),
-        (-0.1, 0.3, "not significant"),
-        (0.0, 0.0, "not significant"),
-        (2.0, None, "no interval"),
-    ],
-)
-def test_a_difference_is_significant_if_its_interval_excludes_zero(mean, half, verdict):
-    assert Interval(mean, half).verdict == verdict
-    assert Interval(mean, half).is_significant == (verdict in ("above", "below"))
-
 
 LOSS = "reduced.contrastive_loss"
 DENSE = {"step_flops": 1.0, "step_time": 1.0}
@@ -149,11 +120,11 @@ def test_a_difference_is_bold_if_its_interval_excludes_zero():
 
 def test_the_page_counts_runs_from_trees_with_uncommitted_changes():
     found = document(dense=[0.5, 0.7], up=[0.6, 0.8])
-    page = study_page.study_page(found, "tiny.svg", "")
+    page = study_page(found, "tiny.svg", "")
     assert "None of the runs are from trees with uncommitted changes." in page
     found["runs"][0]["commit"] = {"id": "0123456789", "dirty": True}
     found["runs"][1]["commit"] = {}
-    page = study_page.study_page(found, "tiny.svg", "")
+    page = study_page(found, "tiny.svg", "")
     assert "1 of the runs is from trees with uncommitted changes, so" in page
     assert "Runs without a commit: 1." in page
 
@@ -171,84 +142,28 @@ def test_the_page_lists_the_equivalent_arms_with_their_bounds():
     assert "`near` (at most 0." in notes[1] and "far" not in notes[1]
 
 
-def test_a_metric_that_no_run_has_raises():
-    with pytest.raises(ConfigError, match="quality: expected metrics of r1, got 'r2'"):
-        means(document(dense=[0.5]) | {"quality": ["r1", "r2"]})
-
-
 @pytest.mark.slow
-def test_the_pages_follow_the_results(tmp_path):
-    results, docs = tmp_path / "results", tmp_path / "docs"
-    results.mkdir(), docs.mkdir()
-    arguments = ["--results", str(results), "--docs", str(docs)]
-    (results / "tiny.json").write_text(json.dumps(document(dense=[0.5, 0.6], half=[0.5, 0.7])))
-    assert study_page.main([*arguments, "--check"]) == 1
-    assert study_page.main(arguments) == 0
-    assert study_page.main([*arguments, "--check"]) == 0
-    assert "[Is it?](studies/tiny.md)" in (docs / "study.md").read_text()
-    page = docs / "studies" / "tiny.md"
+def test_a_page_shows_means_differences_and_costs(tmp_path):
+    results = tmp_path / "tiny.json"
+    results.write_text(json.dumps(document(dense=[0.5, 0.6], half=[0.5, 0.7])))
+    page, chart = write_page(results, tmp_path / "own.md")
     text = page.read_text()
-    assert text.startswith("# Is it?") and "commit 0123456" in text
+    assert text.startswith("# Is it?") and "commit 0123456" in text and "(own.svg)" in text
     assert "| `half` | 2 | 0.50 | 0.80 | – | 60.0 ± 127.1 |" in text
     assert "## Paired differences from `dense`" in text
     assert "| `half` | +5.0 (−58.5 to 68.5) |" in text and "Minimal detectable effect" in text
-    assert "cost, dense = 1" in (docs / "studies" / "tiny.svg").read_text()
-    page.write_text(text.replace("60.0", "61.0"))
-    assert study_page.main([*arguments, "--check"]) == 1
-    written = write_page(results / "tiny.json", docs / "own.md")
-    assert [path.name for path in written] == ["own.md", "own.svg"]
+    assert "cost, dense = 1" in chart.read_text()
 
 
-@pytest.mark.slow
-def test_the_committed_pages_show_the_committed_results():
-    assert study_page.main(["--check"]) == 0
+COMMITTED = Path(results.__file__).parents[1] / "results" / "studies"
 
 
-@pytest.mark.parametrize(
-    ("recall", "loss", "word"),
-    [
-        ((2.0, 1.0), (-1.0, 2.0), "significantly better (reduced.top1)"),
-        ((2.0, 3.0), (-1.0, 0.5), f"significantly better ({LOSS})"),
-        ((0.1, 3.0), (1.0, 0.5), f"significantly worse ({LOSS})"),
-        ((2.0, 1.0), (1.0, 0.5), f"significantly better (reduced.top1) and worse ({LOSS})"),
-        ((2.0, 3.0), (1.0, 1.5), ""),
-        ((2.0, None), (1.0, None), "untested"),
-    ],
-)
-def test_a_verdict_follows_from_the_intervals(recall, loss, word):
-    gaps = {"reduced.top1": Interval(*recall), LOSS: Interval(*loss)}
-    assert study_page.verdict_of(gaps) == word
-
-
-def test_an_answer_compares_the_arms_that_have_results():
-    """Use equal gaps in all comparisons but one, `last` vs `mean`, which is a family of its own."""
-    found = document(
-        dense=[0.5, 0.52, 0.51],
-        tome=[0.6, 0.622, 0.61],
-        last=[0.501, 0.519, 0.511],
-        mean=[0.6, 0.62, 0.612],
-    )
-    for run in found["runs"]:
-        value = run["metrics"].pop("r1")
-        run["metrics"] = {"reduced.top1": value, LOSS: -value}
-    pairs = (("tiny", "tome"), ("tiny", "last"), ("another", "last"))
-    differences = [{"study": study, "arm": arm, "against": "dense"} for study, arm in pairs]
-    differences.append({"study": "tiny", "arm": "last", "against": "mean"})
-    question = {"question": "Which?", "short": "Two", "about": ".", "differences": differences}
-    text = study_page.answer(question, {"tiny": found})
-    verdict = f"significantly better than `dense` (reduced.top1, {LOSS})"
-    assert f"- `tome` is {verdict}.\n" in text
-    assert f"- `last` is significantly worse than `mean` (reduced.top1, {LOSS})." in text
-    assert "- No significant difference: `last` vs `dense`." in text
-    assert "Minimal detectable effect (80% power" in text
-    assert text.count("[tiny](") == 3 and "another" not in text
-    differences[0]["main"] = True
-    text = study_page.summary([question], {"tiny": found})
-    assert "| [Two](findings/two.md) | `tome` vs `dense` | significantly better" in text
-
-
-def test_every_difference_of_the_questions_has_results():
-    results = {path.stem: json.loads(path.read_text()) for path in study_page.RESULTS.glob("*")}
-    for question in yaml.safe_load(study_page.QUESTIONS.read_text()):
-        found = study_page.comparisons(question, results)
-        assert len(found) == len(question["differences"]) > 0, question["question"]
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_of_committed_pages_follow_from_the_committed_results(path):
+    """The pages are those that `docs/study.py` wrote at commit 1a22749."""
+    found = read_results(path)
+    page = (COMMITTED.parents[2] / "docs" / "studies" / f"{path.stem}.md").read_text()
+    assert markdown(means(found)) in page
+    for reference in found["references"]:
+        table, notes = differences(found, reference)
+        assert markdown(table) in page and " ".join(notes) in page

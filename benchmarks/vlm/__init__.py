@@ -1,1 +1,0 @@
-"""A small LLaVA on generated questions: what fewer image tokens cost a language model."""
