@@ -28,12 +28,11 @@ from benchmarks.machine import machine
 from benchmarks.real.dinov2 import MEAN, PIXELS, STD, timm_model
 from benchmarks.real.photographs import photograph_paths
 from elip_models import embed, reduce_, save_reduced
-from elip_models.embedding.compare import compare_neighbours
 from elip_models.embedding.decoding import decoded_sample, default_workers
 from elip_models.embedding.encoder import Encoder, open_encoder
-from elip_models.embedding.image_source import SourceOptions
-from elip_models.embedding.open_images import open_images
 from elip_models.embedding.output import CHECK
+from elip_models.embedding.search import compare_neighbours
+from elip_models.embedding.source import open_images
 from elip_models.profiling.commit import commit
 from elip_models.saving.files import read_object, write_json
 
@@ -209,7 +208,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _pixels(encoder: Encoder, photographs: Path, count: int) -> torch.Tensor:
-    source = open_images(photographs, SourceOptions())
+    source = open_images(photographs)
     return decoded_sample(source, count, encoder.preprocessing.transform, 0).pixels
 
 
