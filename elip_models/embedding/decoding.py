@@ -11,22 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from elip_models.embedding.image_source import ImageSource
-from elip_models.embedding.preprocessing import check_pixels
-from elip_models.embedding.stored import Payload, read
+from elip_models.embedding.source import ImageSource, Payload, read_payload
 from elip_models.images import SampleError, decode_image
 
 Transform = Callable[[Image.Image], Tensor]
 MOST_WORKERS = 16
-
-
-class Decoded(NamedTuple):
-    """One image: its row, pixels (3, H, W) and SHA-256; or the reason why it has no pixels."""
-
-    row: int
-    pixels: Tensor | None
-    sha256: str
-    reason: str = ""
+SAMPLE_BATCH = 8  # images that a worker decodes at a time for a sample
 
 
 class Batch(NamedTuple):
@@ -44,11 +34,6 @@ class Batch(NamedTuple):
     pixels: Tensor | None
     skipped: list[tuple[int, str]]
 
-    @property
-    def size(self) -> int:
-        """The number of images, the skipped ones included."""
-        return len(self.rows) + len(self.skipped)
-
 
 class _Decoder(Dataset):
     """Decodes and transforms the image of a row and a payload, which stand for an index."""
@@ -56,29 +41,30 @@ class _Decoder(Dataset):
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
 
-    def __getitem__(self, item: tuple[int, Payload]) -> Decoded:
+    def __getitem__(self, item: tuple[int, Payload]) -> tuple[int, str, Tensor | str]:
+        """Return the row, the SHA-256 and the pixels, or the reason why there are none."""
         row, payload = item
         try:
-            content = read(payload)
-            digest = hashlib.sha256(content).hexdigest()
+            content = read_payload(payload)
             image = decode_image(io.BytesIO(content), "")
         except SampleError as error:
-            return Decoded(row, None, "", error.reason)
+            return row, "", error.reason
         try:
-            return Decoded(row, check_pixels(self.transform(image)), digest)
+            return row, hashlib.sha256(content).hexdigest(), self.transform(image)
         except Exception as error:  # libraries raise any error for an image of an odd shape
-            reason = f"cannot be preprocessed: {error!s:.300}"
-            return Decoded(row, None, "", reason)
+            return row, "", f"cannot be preprocessed: {error!s:.300}"
 
 
-def _collate(images: list[Decoded]) -> Batch:
-    found = [each for each in images if each.pixels is not None]
-    return Batch(
-        rows=[each.row for each in found],
-        sha256=[each.sha256 for each in found],
-        pixels=torch.stack([each.pixels for each in found]) if found else None,
-        skipped=[(each.row, each.reason) for each in images if each.pixels is None],
-    )
+def _collate(images: Iterable[tuple[int, str, Tensor | str]]) -> Batch:
+    rows, digests, pixels, skipped = [], [], [], []
+    for row, digest, decoded in images:
+        if isinstance(decoded, str):
+            skipped.append((row, decoded))
+        else:
+            rows.append(row)
+            digests.append(digest)
+            pixels.append(decoded)
+    return Batch(rows, digests, torch.stack(pixels) if pixels else None, skipped)
 
 
 class _Payloads:
@@ -89,19 +75,16 @@ class _Payloads:
 
     def __iter__(self) -> Iterator[list[tuple[int, Payload]]]:
         for rows in self.ranges:
-            batch: list[tuple[int, Payload]] = []
-            for row, payload in zip(rows, self.source.payloads(rows.start, rows.stop), strict=True):
-                batch.append((row, payload))
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-            if batch:
-                yield batch
+            payloads = self.source.payloads(rows.start, rows.stop)
+            for first in range(rows.start, rows.stop, self.batch_size):
+                batch = range(first, min(first + self.batch_size, rows.stop))
+                yield [(row, next(payloads)) for row in batch]
 
 
-def default_workers(device: torch.device) -> int:
+def default_workers(device: torch.device, cores: int | None = None) -> int:
     """Return the number of worker processes: on a CPU half of the cores, which the model shares."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // 2) if device.type == "cpu" else min(MOST_WORKERS, cores or 1)
 
 
@@ -128,11 +111,13 @@ def decoded_batches(
     return iter(loader)
 
 
-def decoded_sample(source: ImageSource, count: int, transform: Transform, workers: int) -> Batch:
-    """Return up to `count` images of the source as one batch."""
+def decoded_sample(
+    source: ImageSource, count: int, transform: Transform, workers: int = 0
+) -> Batch:
+    """Return up to `count` images of the source, in evenly spaced parts, as one batch."""
     items = list(source.sample(count))
-    chunks = [items[i : i + 8] for i in range(0, len(items), 8)]
+    batches = [items[i : i + SAMPLE_BATCH] for i in range(0, len(items), SAMPLE_BATCH)]
     loader = DataLoader(
-        _Decoder(transform), batch_sampler=chunks, collate_fn=list, num_workers=workers
+        _Decoder(transform), batch_sampler=batches, collate_fn=list, num_workers=workers
     )
-    return _collate([each for chunk in loader for each in chunk])
+    return _collate(image for batch in loader for image in batch)

@@ -1,51 +1,55 @@
-"""What the page of `elip demo` shows of an image: its merged tokens, and dense and reduced figures.
+"""The page of `elip demo`, built with Gradio: which tokens of an image a reduction merges.
 
-    demo = DemoModel(open_encoder("timm:vit_small_patch16_224"))
-    pixels = demo.read("photo.jpg")
-    comparison = demo.compare(pixels, demo.strategy("tome", keep=0.5), block=6)
-    comparison.merged.save("merged.png")
-
-A caption never guides the reduction of an image here: its own text would decide what the image
-shows, and the ranking of captions would be circular.
+demo = Demo(open_encoder("timm:vit_small_patch16_224"))
+demo.compare(Path("photo.jpg"), demo.strategy("tome", keep=0.5), block=6).merged.save("merged.png")
+serve(build_page(demo), port=7860)
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from elip_models.analysis.calibrate import STRATEGIES
 from elip_models.analysis.feature_measures import cosine
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import grid_shape
-from elip_models.embedding.encoder import Encoder, dense_of
-from elip_models.images import decode_image
-from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
+from elip_models.embedding.encoder import DENSE, Encoder
+from elip_models.images import MAX_IMAGE_BYTES, SampleError, decode_image
+from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 from elip_models.reduction.encode import encode_image
-from elip_models.reduction.flops import DEFAULT_KEEP, at_keep, kept_share
+from elip_models.reduction.flops import DEFAULT_KEEP, at_keep, inference_ratio, kept_share
 from elip_models.reduction.strategies import DEFAULT
-from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, ignore_slow_scorers
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import as_config_error, check_text
+from elip_models.validation import ConfigError, as_config_error, require_extra
 
+with require_extra("elip demo"):
+    import gradio
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+HOSTS = ["127.0.0.1", "localhost"]
+DEFAULT_MODEL = "timm:vit_small_patch16_224"
+"""A model for which the default reduction saves time on a CPU."""
 SAVED = "as saved"
 """The choice of the strategy that a model was saved or trained with."""
-MERGING = tuple(
-    text.removesuffix(":without_text=vision") for text in STRATEGIES if text != "resize"
-)
+DRAWN = [text.removesuffix(":without_text=vision") for text in STRATEGIES if text != "resize"]
 """Strategies whose tokens can be drawn: those of `calibrate` without `resize`."""
-DEFAULT_STRATEGY = DEFAULT.name
-MAX_CAPTIONS = 100
 ROUNDS = 3  # of the timing
+KEPT_SECONDS = 3600  # of uploaded and shown pictures
+SHOWN, THUMBNAIL = 24, 240  # images that a search shows, and their pixels
+INTRODUCTION = """# What does token reduction merge?
+A vision transformer cuts an image into patches, one token each. Token reduction merges similar
+tokens or drops unimportant ones, so that the model computes less. Choose an image and move the
+sliders. Patches of one token have their mean colour and an outline; dropped patches are grey."""
 
 
 @dataclass(frozen=True)
@@ -53,72 +57,42 @@ class Comparison:
     """An image with and without reduction.
 
     Attributes:
-        strategy: the strategy with its settings.
         image: the image as the model reads it, cropped and resized.
         merged: the same with the patches of each token after a block in one colour, as `elip
             visualize` draws it.
         tokens: after each block, how many tokens of patches are left.
-        patches: how many patches the image has.
         cosine: of the reduced and the dense feature.
-        ranking: each caption with the cosines of its feature and the dense and the reduced feature
-            of the image, the most similar to the dense one first.
     """
 
-    strategy: Strategy
     image: Image.Image
     merged: Image.Image
     tokens: list[int]
-    patches: int
     cosine: float
-    ranking: list[tuple[str, float, float]]
 
 
-class Times(NamedTuple):
-    """The measured time of a dense batch in milliseconds, and the reduced one relative to it.
+class Demo:
+    """A dense model, which is compared to reduced copies with the same weights.
 
-    The ratio is the median over rounds, in which both are measured one behind the other.
-    """
-
-    dense: float
-    ratio: float
-    batch_size: int
-
-
-class DemoModel:
-    """An encoder without reduction, which is compared to reduced copies with the same weights.
+    No text guides a reduction here.
 
     Raises:
         ConfigError: the model cannot be reduced, or its images are not of its tower's size.
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        self.dense = dense_of(encoder)
+        self.dense, self.saved = encoder.reduced(DENSE), encoder.strategy
         with as_config_error("MODEL"):
             self.image_model = as_reducible(self.dense.model).image_model
             self.tower = as_tower(self.image_model)
-            pixels = self._normalised(Image.new("RGB", (64, 64)))
-        with torch.no_grad():
-            patches = self.tower.embed(pixels).shape[1] - self.tower.num_prefix_tokens
+            pixels = self._pixels(Image.new("RGB", (64, 64)))
+            with torch.no_grad():
+                patches = self.tower.embed(pixels).shape[1] - self.tower.num_prefix_tokens
         self.size = self.tower.size._replace(image=tuple(pixels.shape[2:]), num_patches=patches)
-        self.saved = encoder.strategy
-        self.mean, self.std = _statistics(self.dense)
 
     @property
     def choices(self) -> list[str]:
         """The strategies to choose from; the model's own is the first, if it has one."""
-        return [*([] if self.saved is None else [SAVED]), *MERGING]
-
-    @property
-    def default_choice(self) -> str:
-        """The strategy that the page begins with."""
-        return DEFAULT_STRATEGY if self.saved is None else SAVED
-
-    @property
-    def default_keep(self) -> float:
-        """The mean share of tokens that the model's own strategy keeps, or the default one."""
-        if self.saved is None:
-            return DEFAULT_KEEP
-        return round(kept_share(self.saved, self.size), 2)
+        return [*([] if self.saved is None else [SAVED]), *DRAWN]
 
     def strategy(self, choice: str, keep: float) -> Strategy:
         """Return one of `choices` at a mean share of tokens over the blocks.
@@ -126,114 +100,74 @@ class DemoModel:
         Raises:
             TypeError, ValueError: it cannot reduce the model, or keep so few tokens.
         """
-        own = choice == SAVED and self.saved is not None
-        chosen = (self.saved if own else get_strategy(choice)).fitted(self.tower)
-        if chosen.is_guided:
-            chosen = replace(chosen, without_text="vision").fitted(self.tower)
-        return at_keep(chosen, self.size, keep)
+        is_own = choice == SAVED and self.saved is not None
+        strategy = (self.saved if is_own else get_strategy(choice)).fitted(self.tower)
+        if strategy.is_guided:
+            strategy = replace(strategy, without_text="vision").fitted(self.tower)
+        return at_keep(strategy, self.size, keep)
+
+    def _pixels(self, image: Image.Image) -> Tensor:
+        pixels = self.dense.preprocessing.transform(image)[None]
+        parameter = next(self.dense.model.parameters())
+        return pixels.to(parameter.device, parameter.dtype)
 
     def read(self, path: Path) -> Tensor:
-        """Read an image file as the model expects it, (1, 3, H, W).
+        """Return an image file as the model reads it, (1, 3, H, W).
 
         Raises:
-            SampleError: it is no raster image, damaged, or larger than the limits of `data.sample`.
-            ValueError: the model's preprocessing gives it another size than a square image.
+            SampleError: it is no raster image, damaged, or larger than the limits.
         """
-        pixels = self._normalised(decode_image(path, path.name))
-        if tuple(pixels.shape[2:]) != self.size.image:
-            raise ValueError(
-                f"image: expected {self.size.image} pixels after the model's preprocessing, got "
-                f"{tuple(pixels.shape[2:])}; crop the image to a square"
-            )
-        return pixels
+        return self._pixels(decode_image(path, path.name))
 
-    def _normalised(self, image: Image.Image) -> Tensor:
-        pixels = self.dense.preprocessing.transform(image)[None]
-        fits = tuple(pixels.shape[2:]) == self.tower.image_size
-        if not (fits or self.tower.has_dynamic_size):
-            raise ValueError(
-                "expected a model whose images have its tower's size, "
-                f"{self.tower.image_size}, got {tuple(pixels.shape[2:])} from its preprocessing"
-            )
-        weight = next(self.image_model.parameters())
-        return pixels.to(weight.device, weight.dtype)
-
-    @torch.no_grad()
-    def compare(
-        self, pixels: Tensor, strategy: Strategy, block: int, captions: Sequence[str] = ()
-    ) -> Comparison:
-        """Compare the features of one image, (1, 3, H, W), and rank captions by them.
+    def compare(self, pixels: Tensor, strategy: Strategy, block: int) -> Comparison:
+        """Return the features of an image with and without reduction, and its tokens.
 
         Args:
             pixels: the image, as `read` returns it.
             strategy: as `strategy` returns it.
             block: draw the tokens after this block, counted from 1.
-            captions: texts to rank, for an image-text model.
-
-        Raises:
-            TypeError, ValueError: a strategy or captions that the model cannot read.
         """
+        if block not in range(1, self.tower.depth + 1):
+            raise ValueError(f"block: expected 1 to {self.tower.depth}, got {block}")
         with warnings.catch_warnings(), ignore_slow_scorers():
             warnings.simplefilter("ignore", UnguidedWarning)
             dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
             _, infos = encode_image(self.image_model, pixels, strategy=strategy, return_info=True)
-        image = (pixels[0].float().cpu() * self.std + self.mean).clamp(0, 1)
         rows, columns = grid_shape(self.size.num_patches, self.size.image)
-        found = self._tokens_by_block(infos, rows * columns)
-        shown = found[block - 1]
-        merged = image if shown is None else merged_image(image, shown.view(rows, columns))
+        after = tokens_of_patches(infos, rows * columns)
+        steps = {info.stage.first: step[0].cpu() for info, step in zip(infos, after, strict=True)}
+        tokens: list[Tensor | None] = [None]  # of each patch after each block; None: its own
+        for i in range(self.tower.depth):
+            tokens.append(steps.get(i, tokens[-1]))
+        mean, std = self._statistics()
+        image = (pixels[0].float().cpu() * std + mean).clamp(0, 1)
+        drawn = tokens[block]
+        merged = image if drawn is None else merged_image(image, drawn.view(rows, columns))
         return Comparison(
-            strategy,
             _as_picture(image).resize(tuple(merged.shape[:0:-1]), Image.Resampling.NEAREST),
             _as_picture(merged),
-            [rows * columns if each is None else _count(each) for each in found],
-            rows * columns,
+            [rows * columns if t is None else int((t.unique() >= 0).sum()) for t in tokens[1:]],
             cosine(dense, reduced).item(),
-            self._rank(captions, dense, reduced),
         )
 
-    def _tokens_by_block(self, infos: Sequence[StageInfo], num_patches: int) -> list[Tensor | None]:
-        """Return the token of each patch (P,) after each block, None before the first step."""
-        after = tokens_of_patches(infos, num_patches)
-        steps = {info.stage.first: each[0].cpu() for info, each in zip(infos, after, strict=True)}
-        found: list[Tensor | None] = []
-        for i in range(self.tower.depth):
-            found.append(steps.get(i, found[-1] if found else None))
-        return found
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, (3, 1, 1), that images are normalised by."""
+        settings = self.dense.preprocessing.described
+        if settings.get("do_normalize") is False:  # of transformers
+            return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+        prefix = "image_" if settings["kind"] == "transformers" else ""
+        mean, std = (torch.tensor(settings[f"{prefix}{name}"]) for name in ("mean", "std"))
+        return mean[:, None, None], std[:, None, None]
 
-    def _rank(
-        self, captions: Sequence[str], dense: Tensor, reduced: Tensor
-    ) -> list[tuple[str, float, float]]:
-        """Return captions with the cosines to both features (1, D) of an image."""
-        if not captions:
-            return []
-        if len(captions) > MAX_CAPTIONS:
-            raise ValueError(f"captions: expected at most {MAX_CAPTIONS}, got {len(captions)}")
-        check_text("captions", *captions)
-        texts = F.normalize(self.dense.encode_texts(captions), dim=-1)
-        both = [(F.normalize(each, dim=-1) @ texts.T)[0].tolist() for each in (dense, reduced)]
-        return sorted(zip(captions, *both, strict=True), key=lambda each: -each[1])
-
-    def time(self, pixels: Tensor, strategy: Strategy, batch_size: int) -> Times:
-        """Measure a batch of copies of one image, (1, 3, H, W), dense and reduced side by side."""
+    def time(self, pixels: Tensor, strategy: Strategy, batch_size: int) -> tuple[float, float]:
+        """Return milliseconds of a batch of copies of an image, dense, and the reduced share."""
         batch = pixels.expand(batch_size, -1, -1, -1).contiguous()
         encoders = {"dense": self.dense, "reduced": self.dense.reduced(strategy)}
         steps = {name: partial(encoder, batch) for name, encoder in encoders.items()}
         with warnings.catch_warnings(), ignore_slow_scorers():
             warnings.simplefilter("ignore", UnguidedWarning)
             times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
-        ratio = ratios_to("dense", times)["reduced"]
-        return Times(milliseconds(times)["dense"], ratio, batch_size)
-
-
-def _statistics(encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation, (3, 1, 1), that images are normalised by."""
-    settings = encoder.preprocessing.described
-    if settings.get("do_normalize") is False:  # of transformers
-        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    prefix = "image_" if settings["kind"] == "transformers" else ""
-    mean, std = (torch.tensor(settings[f"{prefix}{name}"]) for name in ("mean", "std"))
-    return mean[:, None, None], std[:, None, None]
+        return milliseconds(times)["dense"], ratios_to("dense", times)["reduced"]
 
 
 def _as_picture(pixels: Tensor) -> Image.Image:
@@ -241,6 +175,191 @@ def _as_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def _count(tokens: Tensor) -> int:
-    """Return how many tokens the patches have, from the token of each patch; -1 is none."""
-    return int((tokens.unique() >= 0).sum())
+def example_image(side: int = 448) -> Image.Image:
+    """Return the picture with which the page opens: a house, a tree and the sun, in large areas."""
+    image = Image.new("RGB", (side, side), "#9cc9f0")
+    draw, unit = ImageDraw.Draw(image), side / 8
+    for kind, colour, box in (
+        ("ellipse", "#ffd94a", (5.6, 0.6, 7.2, 2.2)),
+        ("ellipse", "#5c9b4e", (-3, 5, 6, 12)),
+        ("ellipse", "#74b35f", (2, 5.4, 12, 12)),
+        ("rectangle", "#d9bd94", (1.2, 3.8, 3.6, 6.2)),
+        ("polygon", "#a8493a", (0.9, 3.8, 2.4, 2.4, 3.9, 3.8)),
+        ("rectangle", "#6b4a35", (2.1, 4.9, 2.7, 6.2)),
+        ("rectangle", "#6b4a35", (5.7, 4.6, 6, 6.4)),
+        ("ellipse", "#2f6b3a", (4.9, 2.9, 6.8, 5.2)),
+    ):
+        getattr(draw, kind)([unit * value for value in box], fill=colour)
+    return image
+
+
+def build_page(
+    demo: Demo, *, batch_size: int = 4, embeddings: tuple[Path, Encoder] | None = None
+) -> gradio.Blocks:
+    """Return the page for one model.
+
+    Args:
+        demo: the model.
+        batch_size: times are measured on batches of so many images.
+        embeddings: a folder of `embed` to search in, and the encoder of its model.
+    """
+    depth = demo.tower.depth
+    keep = DEFAULT_KEEP if demo.saved is None else round(kept_share(demo.saved, demo.size), 2)
+    picture = {"format": "png", "interactive": False, "buttons": [], "height": 340}
+    with gradio.Blocks(
+        title=f"elip demo: {demo.dense.name}",
+        analytics_enabled=False,
+        delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
+    ) as page:
+        gradio.Markdown(INTRODUCTION)
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=260):
+                upload = gradio.Image(
+                    example_image(),
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload"],
+                    label="Image",
+                    height=200,
+                    elem_id="image",
+                )
+                inputs = [
+                    upload,
+                    gradio.Dropdown(
+                        demo.choices,
+                        value=DEFAULT.name if demo.saved is None else SAVED,
+                        label="Strategy",
+                    ),
+                    gradio.Slider(
+                        0.2,
+                        1.0,
+                        keep,
+                        step=0.01,
+                        label="Keep: mean share of the tokens",
+                        elem_id="keep",
+                    ),
+                    gradio.Slider(
+                        1, depth, (depth + 1) // 2, step=1, label="Draw the tokens after block"
+                    ),
+                ]
+            with gradio.Column(scale=3):
+                with gradio.Row():
+                    outputs = [
+                        gradio.Image(label="Image, as the model reads it", **picture),
+                        gradio.Image(label="Merged tokens", elem_id="merged", **picture),
+                    ]
+                outputs.append(gradio.Markdown(elem_id="figures"))
+        gradio.on(
+            [page.load, *(component.change for component in inputs)],
+            partial(_show, demo, batch_size),
+            inputs,
+            outputs,
+            trigger_mode="always_last",
+            concurrency_limit=1,  # over all browsers: nothing else runs while time is measured
+            show_progress="minimal",
+            api_visibility="private",
+        )
+        if embeddings is not None:
+            _add_search(upload, *embeddings)
+    return page
+
+
+def _show(
+    demo: Demo, batch_size: int, path: str | None, choice: str, keep: float, block: int
+) -> Iterator[tuple[Image.Image, Image.Image, str]]:
+    """Yield the values of the outputs: without the times, which take longer, then with them."""
+    if path is None:
+        raise gradio.Error("Choose an image first.")
+    try:
+        strategy = demo.strategy(choice, keep)
+        pixels = demo.read(Path(path))
+        comparison = demo.compare(pixels, strategy, block)
+        patches, left = demo.size.num_patches, comparison.tokens[block - 1]
+        figures = (
+            "| | dense | reduced |\n|:--|--:|--:|\n"
+            f"| tokens after block {block} | {patches} | {left} |\n"
+            f"| cosine with the dense feature | 1 | {comparison.cosine:.4f} |\n"
+            f"| FLOPs | 1 | {inference_ratio(strategy, demo.size):.2f} |\n"
+            f"| measured time, {batch_size} images | "
+        )
+        note = (
+            f"\n\nTokens after each block: {', '.join(map(str, comparison.tokens))}. `{strategy}`"
+        )
+        yield comparison.image, comparison.merged, f"{figures}.. | measuring |{note}"
+        dense, share = demo.time(pixels, strategy, batch_size)
+    except (SampleError, TypeError, ValueError) as error:
+        raise gradio.Error(str(error)) from error
+    gain = "no gain" if no_gain(share) else f"{share:.2f} of dense"
+    yield comparison.image, comparison.merged, f"{figures}{dense:.1f} ms | {gain} |{note}"
+
+
+def _add_search(upload: gradio.Image, folder: Path, encoder: Encoder) -> None:
+    """Add a search in a folder of embeddings, by a text or by the image of the comparison."""
+    from elip_models.embedding.collection import open_collection
+    from elip_models.embedding.search import find, image_features, text_features
+
+    gradio.Markdown(f"## Search in `{folder}`")
+    with gradio.Row():
+        text = gradio.Textbox(label="Text", max_length=1000, visible=encoder.has_text, scale=3)
+        button = gradio.Button("Find images like the image above", scale=1, elem_id="similar")
+    gallery = gradio.Gallery(label="Most similar images", columns=6, elem_id="found")
+
+    def show(query: str | Path) -> list[tuple[Image.Image, str]]:
+        is_text = isinstance(query, str)
+        try:
+            features = text_features(encoder, query) if is_text else image_features(encoder, query)
+            hits = find(open_collection(folder), features, str(query), top=SHOWN).hits
+        except ConfigError as error:
+            raise gradio.Error(str(error)) from error
+        return [
+            (_thumbnail(hit.path), f"{hit.rank}. {hit.similarity:.3f} {hit.key}") for hit in hits
+        ]
+
+    def show_similar(path: str | None) -> list[tuple[Image.Image, str]]:
+        if path is None:
+            raise gradio.Error("Choose an image first.")
+        return show(Path(path))
+
+    options = {"api_visibility": "private", "concurrency_limit": 1}
+    text.submit(show, text, gallery, **options)
+    button.click(show_similar, upload, gallery, **options)
+
+
+def _thumbnail(path: str | None) -> Image.Image:
+    """Return a small copy of an image, grey if it is not a readable file of this machine."""
+    image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#808080")
+    if path is not None:
+        try:
+            image = decode_image(Path(path), path)
+        except SampleError:
+            return image
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
+
+
+def serve(page: gradio.Blocks, *, port: int, wait: bool = True) -> None:
+    """Serve the page to programs of this machine, until the process is interrupted.
+
+    Requests for another host are refused, so that no page elsewhere reaches it by DNS rebinding.
+
+    Raises:
+        ConfigError: another program uses the port.
+    """
+    try:
+        page.launch(
+            server_name=HOSTS[0],
+            server_port=port,
+            share=False,
+            max_file_size=MAX_IMAGE_BYTES,
+            theme=gradio.themes.Default(font=("system-ui",), font_mono=("monospace",)),
+            footer_links=[],
+            ssr_mode=False,
+            enable_monitoring=False,
+            quiet=True,
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]},
+            prevent_thread_lock=not wait,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"--port: expected a free port of {HOSTS[0]}, got {port} ({error}); pass another one"
+        ) from error

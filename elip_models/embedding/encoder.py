@@ -1,9 +1,11 @@
 """A model as a function from images, or texts, to embeddings."""
 
 import hashlib
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,22 +15,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import output_feature
-from elip_models.embedding.open_encoder import (
-    DENSE,
-    open_embedding_model,
-    set_reduction,
-    strategy_in,
-    tokenizer_name,
-)
-from elip_models.embedding.preprocessing import Preprocessing, check_pixels, preprocessing_of
+from elip_models.api import reduce_, strategies_in, unreduce_
+from elip_models.embedding.preprocessing import Preprocessing, preprocessing_of
 from elip_models.profiling.workload import shared_copy
+from elip_models.reduction.flops import check_share
 from elip_models.reduction.serialization import settings_of
+from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
+from elip_models.saving.dense_models import OPEN_CLIP_CONFIG, NewPartsWarning
+from elip_models.saving.open_model import model_folder, open_model, split_spec, split_weights
 from elip_models.towers import ImageTextModel, SelfReducingModel, as_image_text, library_of
 from elip_models.validation import ConfigError, as_config_error
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DENSE = "none"
+"""The reduction that leaves a model dense."""
 Function = Callable[[nn.Module, Tensor], Tensor]
 """A model and images (B, 3, H, W) -> features (B, D)."""
 
@@ -46,7 +48,7 @@ class Encoder:
         precision: 'fp32', 'bf16' or 'fp16'.
         dimension: D.
         weights_sha256: of the model's tensors.
-        run: `features` of the model, compiled; None: not compiled.
+        compiled: run the model by torch.compile.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Encoder:
     precision: str = "fp32"
     dimension: int = 0
     weights_sha256: str = ""
-    run: Callable[[Tensor], Tensor] | None = None
+    compiled: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +68,9 @@ class Encoder:
 
     @property
     def strategy(self) -> Strategy | None:
-        """The strategy that reduces the model, or None."""
-        return strategy_in(self.model)
+        """The strategy that reduces the model, or None if it is dense."""
+        strategies = strategies_in(self.model)
+        return next((kept for kept in strategies if not isinstance(kept, Dense)), None)
 
     @property
     def has_text(self) -> bool:
@@ -76,20 +79,22 @@ class Encoder:
 
     @property
     def _image_text(self) -> ImageTextModel | SelfReducingModel | None:
-        return (
-            self.model if isinstance(self.model, SelfReducingModel) else as_image_text(self.model)
-        )
+        model = self.model
+        return model if isinstance(model, SelfReducingModel) else as_image_text(model)
 
     @cached_property
     def _tokenizer(self) -> Any:
         return self._image_text.load_tokenizer(tokenizer_name(self.name))
 
+    @cached_property
+    def _run(self) -> Function:
+        return torch.compile(self.features) if self.compiled else self.features
+
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return features (B, D) in fp32, on the device, of pixels (B, 3, H, W)."""
         moved = pixels.to(self.device, DTYPES[self.precision], non_blocking=True)
-        found = self.features(self.model, moved) if self.run is None else self.run(moved)
-        return found.float()
+        return self._run(self.model, moved).float()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -103,22 +108,16 @@ class Encoder:
                 f"texts: expected an image-text model, got {self.name!r}, which embeds images only"
             )
         with as_config_error("texts"):
-            tokenizer = self._tokenizer
-        tokens = self._image_text.tokenise(tokenizer, texts)
+            tokens = self._image_text.tokenise(self._tokenizer, texts)
         return _text_features(self.model, {k: v.to(self.device) for k, v in tokens.items()}).float()
 
     def reduced(self, reduce: str | Strategy | None, keep: float | None = None) -> "Encoder":
         """Return an encoder with the same weights and another reduction; 'none' for dense."""
         model = set_reduction(shared_copy(self.model), reduce, keep)
-        return replace(self, model=model, run=None)
-
-    def compiled(self) -> "Encoder":
-        """Return the encoder with its model compiled by torch.compile."""
-        return replace(self, run=torch.compile(partial(self.features, self.model)))
+        return replace(self, model=model, compiled=False)
 
     def described(self) -> dict[str, Any]:
         """Return model, preprocessing, strategy and precision, as the manifest stores them."""
-        strategy = self.strategy
         return {
             "model": {
                 "name": self.name,
@@ -129,9 +128,9 @@ class Encoder:
                 "has_text": self.has_text,
             },
             "preprocessing": self.preprocessing.described,
-            "strategy": None if strategy is None else settings_of(strategy),
+            "strategy": None if self.strategy is None else settings_of(self.strategy),
             "precision": self.precision,
-            "compiled": self.run is not None,
+            "compiled": self.compiled,
         }
 
 
@@ -140,7 +139,7 @@ def open_encoder(
     *,
     reduce: str | Strategy | None = None,
     keep: float | None = None,
-    preprocess: str | Path | None = None,
+    preprocess: str | Path | dict[str, Any] | None = None,
     precision: Precision = "auto",
     device: str | torch.device | None = None,
     pretrained: bool = True,
@@ -155,54 +154,94 @@ def open_encoder(
     features, feature = _image_features(model, new_parts)
     preprocessing = preprocessing_of(model, preprocess)
     weights = weights_sha256(model)
-    device = _device(device)
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"device: expected one of this machine, such as 'cuda:1' or 'cpu': {error!s:.200}"
+        ) from error
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision not in DTYPES:
         raise ConfigError(f"precision: expected auto, {', '.join(DTYPES)}, got {precision!r}")
     model = set_reduction(model, reduce, keep).to(device, DTYPES[precision]).eval()
     model.requires_grad_(False)
-    made = Encoder(name, model, features, feature, preprocessing, precision)
-    made = replace(made, dimension=_dimension(made), weights_sha256=weights)
-    return made.compiled() if compile else made
+    encoder = Encoder(name, model, features, feature, preprocessing, precision)
+    dimension = _dimension(encoder)
+    return replace(encoder, dimension=dimension, weights_sha256=weights, compiled=compile)
 
 
-def _device(name: str | torch.device | None) -> torch.device:
-    """Return a device that can be used; None is the GPU if there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"device: expected one of this machine, such as 'cuda:1' or 'cpu', got {str(name)!r}: "
-            f"{error!s:.200}"
-        ) from error
-    return device
+def open_embedding_model(spec: str, pretrained: bool) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model that a text names, and its parts that have no weights.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be loaded.
+        ImportError: a library is missing; the message names the extra.
+    """
+    with warnings.catch_warnings(record=True) as caught, as_config_error("model", inner="spec"):
+        warnings.simplefilter("always")
+        model = open_model(spec, pretrained=pretrained)
+    new_parts: tuple[str, ...] = ()
+    for warning in caught:
+        if isinstance(warning.message, NewPartsWarning):
+            new_parts = warning.message.parts
+        else:
+            warnings.warn(warning.message, stacklevel=2)
+    return model.eval(), new_parts
+
+
+def tokenizer_name(spec: str) -> str:
+    """Return what a model's `load_tokenizer` takes: the name in its library, or a folder."""
+    if os.path.isdir(spec):
+        folder = model_folder(spec)
+        is_open_clip = (folder / OPEN_CLIP_CONFIG).is_file()
+        return f"local-dir:{folder}" if is_open_clip else str(folder)
+    library, name = split_spec(spec)
+    return split_weights(name)[0] if library == "open_clip" else name
+
+
+def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float | None) -> nn.Module:
+    """Reduce a model in place, or make it dense.
+
+    Args:
+        model: image model or image-text model.
+        reduce: a strategy, a line of text that describes one, or a file of `calibrate`; 'none' for
+            dense. None and no `keep`: the reduction with which the model was saved, if any.
+        keep: mean share of tokens over the layers.
+
+    Raises:
+        ConfigError: the model cannot be reduced like this.
+    """
+    with as_config_error("keep", inner="keep"):
+        check_share(keep)
+    if reduce is None and keep is None:
+        return model
+    if reduce == DENSE:
+        if keep is not None:
+            raise ConfigError(f"keep: expected none with reduce='none', got {keep}")
+        return unreduce_(model)
+    with as_config_error("reduce", inner="strategy"):
+        return reduce_(model, reduce, keep=keep)
 
 
 def _dimension(encoder: Encoder) -> int:
     """Return the width of the embedding of a grey image."""
-    with as_config_error("model"):
-        grey = [Image.new("RGB", size, "gray") for size in ((256, 256), (320, 240))]
-        pixels, other = (check_pixels(encoder.preprocessing.transform(each)) for each in grey)
-        if pixels.shape != other.shape:
-            raise ValueError(
-                f"expected a preprocessing to one size, got {tuple(pixels.shape)} and "
-                f"{tuple(other.shape)} for images of two shapes"
-            )
-        try:
-            found = encoder(pixels[None])
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"expected a model that embeds an image alone, got a {type(encoder.model).__name__}"
-                f": {error!s:.300}"
-            ) from error
-    if found.dim() != 2 or len(found) != 1:
+    transform = encoder.preprocessing.transform
+    pixels, other = (transform(Image.new("RGB", size)) for size in ((256, 256), (320, 240)))
+    if pixels.shape != other.shape:
         raise ConfigError(
-            f"model: expected one vector for an image, got a tensor {tuple(found.shape)} of a "
-            f"{type(encoder.model).__name__}"
+            f"model: expected a preprocessing to one size, got {tuple(pixels.shape)} and "
+            f"{tuple(other.shape)} for images of two shapes"
         )
-    return found.shape[1]
+    try:
+        _, dimension = encoder(pixels[None]).shape
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model: expected one that embeds an image alone as a vector, got a "
+            f"{type(encoder.model).__name__}: {error!s:.300}"
+        ) from error
+    return dimension
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -231,21 +270,17 @@ def _image_features(model: nn.Module, new_parts: Sequence[str]) -> tuple[Functio
         if hasattr(model, "reset_classifier"):
             model.reset_classifier(0)
         return (lambda model, x: output_feature(model(x))), "pooled feature before the classifier"
-    if library == "transformers":
-        return _transformers_features(model, new_parts)
-    raise ConfigError(
-        f"model: expected one of timm, open_clip, transformers or this library, got a "
-        f"{type(model).__module__}.{type(model).__name__}"
-    )
-
-
-def _transformers_features(model: nn.Module, new_parts: Sequence[str]) -> tuple[Function, str]:
+    if library != "transformers":
+        raise ConfigError(
+            f"model: expected one of timm, open_clip, transformers or this library, got a "
+            f"{type(model).__module__}.{type(model).__name__}"
+        )
     if hasattr(model, "get_image_features"):
         name = "get_image_features"
         return (lambda model, x: model.get_image_features(pixel_values=x).pooler_output), name
     if hasattr(model, "vision_proj"):  # BLIP for retrieval
         return _blip_features, "vision_proj of the class token, normalised"
-    if [each for each in new_parts if each != "pooler"]:
+    if set(new_parts) - {"pooler"}:
         raise ConfigError(f"model: expected weights for all parts, got none for {new_parts}")
     if new_parts:
         name = "class token of last_hidden_state"
@@ -268,8 +303,3 @@ def _text_features(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
         return model.get_text_features(**tokens).pooler_output
     text = model.text_encoder(**tokens).last_hidden_state
     return F.normalize(model.text_proj(text[:, 0]), dim=-1)
-
-
-def dense_of(encoder: Encoder) -> Encoder:
-    """Return the encoder without reduction."""
-    return encoder.reduced(DENSE)

@@ -1,12 +1,12 @@
 """The options of `embed`, with their defaults."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 from elip_models.embedding.encoder import Precision
-from elip_models.embedding.image_source import OnDuplicate, SourceOptions
-from elip_models.validation import ConfigError, Count, PositiveInt, Share, Workers, check_fields
+from elip_models.validation import ConfigError
 
 EmbeddingDtype = Literal["float32", "float16"]
 
@@ -20,7 +20,6 @@ class EmbedOptions:
         image_column: column of the images, or of their paths. None: by its type or name.
         key_column: column of the keys. None: `key`, if there is one.
         keep_columns: columns of the source that are copied into the output.
-        on_duplicate: 'error', or 'suffix' to append #2, #3 and so on to equal keys.
         check: number of images that are first encoded dense and reduced; 0: no check.
         min_cosine: smallest mean cosine in the check with which the run begins.
         batch_size: images in a batch.
@@ -40,54 +39,25 @@ class EmbedOptions:
     preprocess: str | Path | None = None
     image_column: str | None = None
     key_column: str | None = None
-    keep_columns: tuple[str, ...] = ()
-    on_duplicate: OnDuplicate = "error"
-    check: Count = 200
-    min_cosine: Share | None = None
-    batch_size: PositiveInt = 64
-    shard_size: PositiveInt = 10_000
-    workers: Workers | None = None
+    keep_columns: Sequence[str] = ()
+    check: int = 200
+    min_cosine: float | None = None
+    batch_size: int = 64
+    shard_size: int = 10_000
+    workers: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
     precision: Precision = "auto"
     device: str | None = None
     compile: bool = False
     pretrained: bool = True
     ray: str | None = None
-    ray_actors: PositiveInt | None = None
+    ray_actors: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_columns, list):
-            object.__setattr__(self, "keep_columns", tuple(self.keep_columns))
-        try:
-            check_fields(self)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from error
-
-    @property
-    def source(self) -> SourceOptions:
-        """The options of the source."""
-        return SourceOptions(
-            self.image_column, self.key_column, self.keep_columns, self.on_duplicate
-        )
-
-
-class EmbedKeywords(TypedDict, total=False):
-    """The fields of `EmbedOptions` as keyword arguments."""
-
-    preprocess: str | Path | None
-    image_column: str | None
-    key_column: str | None
-    keep_columns: tuple[str, ...] | list[str]
-    on_duplicate: OnDuplicate
-    check: int
-    min_cosine: float | None
-    batch_size: int
-    shard_size: int
-    workers: int | None
-    embedding_dtype: EmbeddingDtype
-    precision: Precision
-    device: str | None
-    compile: bool
-    pretrained: bool
-    ray: str | None
-    ray_actors: int | None
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.embedding_dtype not in ("float32", "float16"):
+            raise ConfigError(
+                f"embedding_dtype: expected float32 or float16, got {self.embedding_dtype!r}"
+            )

@@ -2,12 +2,13 @@
 
     manifest.json                 what is embedded and how; at the end counts and checksums
     images/shard-000000.parquet   a whole shard, or no file
-    texts/shard-000000.parquet
+    checksums/                    of each Parquet file, written after it, as `sha256sum` has it
     skipped.parquet               written at the end, from the lists in the shards
     check.json                    figures of the check before the run
 
-Every file is written under another name and renamed. A shard has the list of its skipped images in
-its metadata, so that one rename completes both. docs/embed.md describes the format.
+Every file is written under another name and renamed. A shard counts only with its checksum, so that
+one that was damaged or swapped is written again. The shard has the list of its skipped images in
+its metadata. docs/embed.md describes the format.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 from filelock import FileLock, Timeout
 from pyarrow import parquet
@@ -25,60 +27,53 @@ from pyarrow import parquet
 from elip_models.saving.files import read_object, write_file, write_json
 from elip_models.validation import ConfigError, shortened
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, SKIPPED, CHECK, LOCK = "manifest.json", "skipped.parquet", "check.json", ".lock"
-IMAGES, TEXTS = "images", "texts"
-SHARDS = "*/shard-*.parquet"
-UNFINISHED = (
-    *(f".{name}.*" for name in (MANIFEST, SKIPPED, CHECK)),
-    *(f"{part}/.shard-*.parquet.*" for part in (IMAGES, TEXTS)),
-)
-"""What `write_file` leaves in a folder if the process is killed."""
+IMAGES, CHECKSUMS = "images", "checksums"
 METADATA = b"elip"
 RESULT = ("complete", "counts", "files")
 """Fields of the manifest that a run sets at its end; the others are its settings."""
+UNFINISHED = ".*.[0-9]*.[0-9]*"
+"""What `write_file` leaves behind if the process is killed: a name, a process and a thread."""
 Skipped = tuple[int, str, bool]
 """Row of an image without an embedding, the reason, and whether its embedding was not finite."""
 
 
 class OutputFolder:
-    """The files of one collection of embeddings. One process writes."""
+    """The files of one collection of embeddings."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and lock it; raise ConfigError if another run uses it."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output: expected a folder, got the file {self.path}")
-        self._refuse_other_files()
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        """Create the folder and lock it.
+
+        Raises:
+            ConfigError: another run uses the folder, or it has other files.
+        """
+        names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        others = [name for name in names if name != LOCK]
+        if self.path.is_file() or (others and MANIFEST not in names):
+            raise ConfigError(
+                f"output: expected a new or empty folder, or one with a {MANIFEST} of this "
+                f"command, got {self.path} {', '.join(others[:3])}"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
-        with writing(self.path):
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise ConfigError(
-                    f"output: expected a folder that no other run uses, got {self.path}; wait "
-                    "until the other run ends, or choose another folder"
-                ) from None
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"output: expected a folder that no other run uses, got {self.path}; wait until "
+                "the other run ends, or choose another folder"
+            ) from None
         try:
             yield
         finally:
             lock.release()
 
-    def _refuse_other_files(self) -> None:
-        names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
-        others = [name for name in names if not name.startswith(".")]
-        if others and MANIFEST not in names:
-            raise ConfigError(
-                f"output: expected a new or empty folder, or one with a {MANIFEST} of this "
-                f"command, got {self.path} with {', '.join(others[:3])}{' ..' * (len(others) > 3)}"
-            )
-
-    def begin(self, settings: dict[str, Any]) -> None:
+    def begin(self, settings: Mapping[str, Any]) -> None:
         """Store the settings of a run, or compare them with those of the run to continue.
 
         A run that wrote no shard, such as one that the check stopped, does not bind the next one.
@@ -86,26 +81,20 @@ class OutputFolder:
         Raises:
             ConfigError: the folder has embeddings with other settings.
         """
-        for pattern in UNFINISHED:
-            for file in self.path.glob(pattern):
+        for part in ("", IMAGES, CHECKSUMS):
+            for file in (self.path / part).glob(UNFINISHED):
                 file.unlink()
         settings = json.loads(json.dumps({"format": FORMAT} | settings))
-        manifest = self.path / MANIFEST
-        if manifest.is_file():
-            saved = self.manifest()
-            if any(self.path.glob(SHARDS)):
-                self._check_same({k: v for k, v in saved.items() if k not in RESULT}, settings)
-                return
-        with writing(self.path):
-            (self.path / CHECK).unlink(missing_ok=True)
-            write_json(manifest, _with_result(settings))
+        if (self.path / MANIFEST).is_file() and any(self.path.glob("*/shard-*.parquet")):
+            self._check_same(settings)
+            return
+        (self.path / CHECK).unlink(missing_ok=True)
+        write_json(self.path / MANIFEST, settings | dict.fromkeys(RESULT) | {"complete": False})
 
     def reopen(self) -> None:
-        """Store that the embeddings are not complete, since shards are missing."""
-        saved = self.manifest()
-        if saved["complete"]:
-            with writing(self.path):
-                write_json(self.path / MANIFEST, _with_result(saved))
+        """Store that the embeddings are not complete."""
+        unfinished = dict.fromkeys(RESULT) | {"complete": False}
+        write_json(self.path / MANIFEST, self.manifest() | unfinished)
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; raise ConfigError if it is not what a run wrote."""
@@ -113,133 +102,139 @@ class OutputFolder:
             saved = read_object(self.path / MANIFEST)
         except (OSError, ValueError) as error:
             raise ConfigError(f"output: {error}") from error
-        if saved.get("format") != FORMAT or "complete" not in saved:
+        if saved.get("format") != FORMAT:
             raise ConfigError(
-                f"output: expected a {MANIFEST} of format {FORMAT}, got format "
-                f"{shortened(saved.get('format'))} in {self.path}"
+                f"output: expected embeddings of format {FORMAT}, got format "
+                f"{shortened(saved.get('format'))} in {self.path}, of another version of this "
+                "library; choose another folder, or remove this one"
             )
         return saved
 
-    def _check_same(self, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-        there, now = _flat(saved), _flat(settings)
-        keys = [
-            key
+    def _check_same(self, settings: Mapping[str, Any]) -> None:
+        there = {key: value for key, value in self.manifest().items() if key not in RESULT}
+        there, now = _by_dotted_key(there), _by_dotted_key(settings)
+        different = [
+            f"{key}: {shortened(there.get(key))} there, {shortened(now.get(key))} now"
             for key in {**there, **now}
             if there.get(key) != now.get(key) and key != "source.location"
         ]
-        if not keys:
-            return
-        listed = "; ".join(
-            f"{key}: {shortened(there.get(key))} there, {shortened(now.get(key))} now"
-            for key in keys[:3]
-        )
-        more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise ConfigError(
-            f"output: expected the settings of the embeddings in {self.path}, got others: {listed}"
-            f"{more}; choose another folder, or remove this one"
-        )
+        if different:
+            more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
+            raise ConfigError(
+                f"output: expected the settings of the embeddings in {self.path}, got others: "
+                f"{'; '.join(different[:3])}{more}; choose another folder, or remove this one"
+            )
 
-    def shard(self, number: int, part: str = IMAGES) -> Path:
-        """Return the file of a shard."""
-        return self.path / part / f"shard-{number:06d}.parquet"
+    def write(self, file: str, columns: Mapping[str, Any], skipped: Sequence[Skipped] = ()) -> None:
+        """Write a Parquet file and its checksum."""
+        metadata = {METADATA: json.dumps(sorted(skipped)).encode()}
+        table = pyarrow.table(dict(columns)).replace_schema_metadata(metadata)
+        content = pyarrow.BufferOutputStream()
+        parquet.write_table(table, content, compression="zstd", use_dictionary=False)
+        buffer = content.getvalue()
+        checksum = self._checksum_of(file)
+        with whole_files_stay(self.path):
+            for path in (self.path / file, checksum):
+                path.parent.mkdir(exist_ok=True)
+            write_file(self.path / file, buffer)
+            line = f"{hashlib.sha256(buffer).hexdigest()}  {file}\n"
+            write_file(checksum, line.encode())
 
-    def write_shard(
-        self,
-        number: int,
-        columns: Mapping[str, Any],
-        skipped: Sequence[Skipped] = (),
-        part: str = IMAGES,
-    ) -> None:
-        """Write a shard with these columns, completely or not at all."""
-        table = pyarrow.table(dict(columns))
-        metadata = {METADATA: json.dumps({"skipped": [*skipped]}).encode()}
-        self._write_table(self.shard(number, part), table.replace_schema_metadata(metadata))
+    def _checksum_of(self, file: str) -> Path:
+        return self.path / CHECKSUMS / f"{file.replace('/', '-')}.sha256"
 
-    def _write_table(self, path: Path, table: pyarrow.Table) -> None:
-        memory = pyarrow.BufferOutputStream()
-        parquet.write_table(table, memory, compression="zstd", use_dictionary=False)
-        with writing(self.path):
-            path.parent.mkdir(exist_ok=True)
-            write_file(path, memory.getvalue())
-
-    def skipped_in(self, number: int, rows: int) -> list[Skipped] | None:
-        """Return the skipped images of a shard of `rows` images; None if it is not whole."""
-        path = self.shard(number)
-        if not path.is_file():
-            return None
+    def is_whole(self, file: str) -> bool:
+        """Return whether a Parquet file is as it was written."""
         try:
-            found = parquet.read_metadata(path)
-            content = json.loads(found.metadata[METADATA])
-            skipped = [(int(row), str(why), bool(bad)) for row, why, bad in content["skipped"]]
-        except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
-            return None
-        return skipped if found.num_rows + len(skipped) == rows else None
+            line = self._checksum_of(file).read_text()
+            return line == f"{sha256_of(self.path / file)}  {file}\n"
+        except (OSError, ValueError):
+            return False
 
-    def complete(self, keys: Sequence[str], skipped: Sequence[Skipped]) -> dict[str, int]:
+    def skipped_in(self, file: str) -> list[Skipped]:
+        """Return the skipped images of a whole shard."""
+        metadata = parquet.read_metadata(self.path / file).metadata
+        return [(row, reason, bad) for row, reason, bad in json.loads(metadata[METADATA])]
+
+    def complete(self, shards: Sequence[str], keys: Sequence[str]) -> dict[str, int]:
         """Write the list of skipped images and the final manifest; return the counts.
 
+        Args:
+            shards: the files of all shards of images.
+            keys: of all images.
+
         Raises:
-            RuntimeError: embedded and skipped images do not add up to those that were found.
+            ConfigError: a shard is missing, or was changed since it was written.
         """
-        skipped = sorted(skipped)
+        for file in shards:
+            if not self._checksum_of(file).is_file():
+                raise ConfigError(
+                    f"output: expected {file} in {self.path}; all processes have to see the same "
+                    "folder; run the same command again"
+                )
+        skipped = sorted(row for file in shards for row in self.skipped_in(file))
+        rows, reasons, bad = zip(*skipped, strict=True) if skipped else ((), (), ())
         table = {
-            "row": pyarrow.array([row for row, _, _ in skipped], pyarrow.int64()),
-            "key": pyarrow.array([keys[row] for row, _, _ in skipped], pyarrow.string()),
-            "reason": pyarrow.array([reason for _, reason, _ in skipped], pyarrow.string()),
+            "row": pyarrow.array(rows, pyarrow.int64()),
+            "key": pyarrow.array([keys[row] for row in rows], pyarrow.string()),
+            "reason": pyarrow.array(reasons, pyarrow.string()),
         }
-        self._write_table(self.path / SKIPPED, pyarrow.table(table))
-        files = [self._described(path) for path in sorted(self.path.glob(SHARDS))]
-        embedded = sum(each["rows"] for each in files if each["file"].startswith(f"{IMAGES}/"))
+        self.write(SKIPPED, table)
+        files = [self._described(file) for file in (*shards, SKIPPED)]
+        embedded = sum(described["rows"] for described in files[: len(shards)])
         counts = {"found": len(keys), "embedded": embedded, "skipped": len(skipped)}
-        counts["non_finite"] = sum(is_non_finite for *_, is_non_finite in skipped)
         if embedded + len(skipped) != len(keys):
-            raise RuntimeError(
-                f"{self.path}: expected {len(keys)} images, embedded or skipped, got {embedded} "
-                f"and {len(skipped)}"
-            )
-        files.append(self._described(self.path / SKIPPED))
-        settings = {key: value for key, value in self.manifest().items() if key not in RESULT}
+            raise RuntimeError(f"{self.path}: expected {len(keys)} images in all, got {counts}")
+        counts["non_finite"] = sum(bad)
         result = {"complete": True, "counts": counts, "files": files}
-        with writing(self.path):
-            write_json(self.path / MANIFEST, settings | result)
+        with whole_files_stay(self.path):
+            write_json(self.path / MANIFEST, self.manifest() | result)
         return counts
 
-    def _described(self, path: Path) -> dict[str, Any]:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    def _described(self, file: str) -> dict[str, Any]:
+        path = self.path / file
         return {
-            "file": path.relative_to(self.path).as_posix(),
+            "file": file,
             "rows": parquet.read_metadata(path).num_rows,
             "bytes": path.stat().st_size,
-            "sha256": digest,
+            "sha256": self._checksum_of(file).read_text().partition(" ")[0],
         }
 
 
-def _with_result(settings: dict[str, Any]) -> dict[str, Any]:
-    settings = {key: value for key, value in settings.items() if key not in RESULT}
-    return settings | {"complete": False, "counts": None, "files": None}
+def shard_file(number: int) -> str:
+    """Return the name of the file of a shard of images."""
+    return f"{IMAGES}/shard-{number:06d}.parquet"
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of a nested dict by their dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    found: dict[str, Any] = {}
-    for key, each in value.items():
-        found |= _flat(each, f"{name}.{key}" if name else key)
-    return found
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_arrow(features: np.ndarray) -> pyarrow.FixedSizeListArray:
+    """Return features (n, D) as an array of fixed-size lists."""
+    flat = np.ascontiguousarray(features).reshape(-1)
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), features.shape[1])
+
+
+def _by_dotted_key(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a dict and of the dicts in it by their dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = value if isinstance(value, dict) and value else {"": value}
+        values |= {f"{key}.{name}".rstrip("."): leaf for name, leaf in inner.items()}
+    return values
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def whole_files_stay(path: Path) -> Iterator[None]:
     """Turn an error of the file system, such as a full disk, into one that names the remedy."""
     try:
         yield
     except OSError as error:
-        what = error.strerror or str(error)
-        raise OSError(
-            error.errno,
-            f"{what}; the files that were written are whole: after the cause is removed, run the "
-            "same command again",
-            str(path),
-        ) from error
+        reason = (
+            f"{error.strerror or error}; the files that were written are whole: after the cause is "
+            "removed, run the same command again"
+        )
+        raise OSError(error.errno, reason, str(path)) from error

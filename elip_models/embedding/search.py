@@ -1,34 +1,45 @@
 """Search in a collection of embeddings, by a text or an image.
 
-    found = search("embeddings", "a dog on a beach", top=10)
-    found.hits[0].key, found.hits[0].similarity
+    result = search("embeddings", "a dog on a beach", top=10)
+    result.hits[0].key, result.hits[0].similarity
 
-Similarity is the cosine of the embeddings. The search compares all embeddings, unless `build_index`
-has written an index beside them.
+    build_index("embeddings")
+
+Similarity is the cosine of the embeddings. The search compares all embeddings, unless there is an
+index of faiss: index/images.faiss, and index/index.json with its recall and checksums.
 """
 
+import json
+import math
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
+from torch import Tensor
 
-from elip_models.embedding.collection import Collection, open_collection
-from elip_models.embedding.encoder import Encoder
-from elip_models.embedding.index import Index, Report, open_index
-from elip_models.embedding.neighbours import nearest
-from elip_models.embedding.query import (
-    Query,
-    check_weights,
-    embed_query,
-    query_encoder,
-    query_of,
-)
+from elip_models.embedding.collection import Collection, open_collection, unit
+from elip_models.embedding.encoder import DENSE, Encoder, open_encoder
+from elip_models.embedding.output import MANIFEST, OutputFolder, sha256_of, whole_files_stay
+from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
+from elip_models.intervals import Interval, bootstrap_interval
+from elip_models.reduction.serialization import strategy_of
 from elip_models.reduction.user_warnings import UnguidedWarning
-from elip_models.validation import ConfigError, PositiveInt, check
+from elip_models.saving.files import read_object, write_json
+from elip_models.validation import ConfigError, as_config_error, check_text
+
+Report = Callable[[str], object]
+HNSW_IMAGES = 200_000
+"""Up to so many images the index is a graph (HNSW); the lists of IVF are built faster."""
+CANDIDATES = 128  # of a search in the graph
+PROBES = 64  # lists that a search reads
+TRAINING_VECTORS = 64  # for each list
+CHECKED_QUERIES, NEIGHBOURS = 200, 10
+FOLDER, VECTORS, DESCRIPTION = "index", "images.faiss", "index.json"
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,8 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found.
+class SearchResult:
+    """The images that are the most similar to a query.
 
     Attributes:
         folder: of the embeddings.
@@ -61,15 +72,14 @@ class Found:
     """
 
     folder: Path
-    query: Query
+    query: str
     images: int
     index: str | None
     hits: tuple[Hit, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Return all as plain data."""
-        plain = asdict(self) | {"folder": str(self.folder), "query": self.query._asdict()}
-        return plain | {"hits": [asdict(hit) for hit in self.hits]}
+        return asdict(self) | {"folder": str(self.folder), "hits": [*map(asdict, self.hits)]}
 
 
 def search(
@@ -81,7 +91,7 @@ def search(
     exact: bool = False,
     device: str | None = None,
     report: Report = lambda text: None,
-) -> Found:
+) -> SearchResult:
     """Find the images of a collection that are the most similar to a text or an image.
 
     Args:
@@ -98,55 +108,358 @@ def search(
         ConfigError: the folder, the query or the model is not what is expected. The message begins
             with the argument.
     """
-    _check_top(top)
     collection = open_collection(folder)
-    asked = query_of(query, collection)
+    is_image = isinstance(query, Path) or os.path.isfile(query)
+    query = str(query)
+    if not is_image and query.lower().endswith(IMAGE_ENDINGS):
+        raise ConfigError(f"query: expected a text or the path of an image, got no file {query!r}")
+    if not is_image and not collection.manifest["model"]["has_text"]:
+        raise ConfigError(
+            f"query: expected the path of an image, since {collection.manifest['model']['name']!r} "
+            f"embeds no texts, got {query!r:.200}"
+        )
+    if not isinstance(model, Encoder):
+        encoder = query_encoder(collection, model, device)
+    else:
+        encoder = model
+        _check_weights(encoder, collection)
+    features = image_features(encoder, Path(query)) if is_image else text_features(encoder, query)
+    return find(collection, features, query, top=top, exact=exact, report=report)
+
+
+def query_encoder(
+    collection: Collection, model: str | None = None, device: str | None = None
+) -> Encoder:
+    """Open the model that embedded a collection, with its preprocessing and reduction, in fp32.
+
+    Args:
+        collection: the embeddings.
+        model: where the model is now. None: where the manifest says.
+        device: where it runs. None: the GPU if there is one.
+
+    Raises:
+        ConfigError: the model is not found, or has other weights or another preprocessing.
+    """
+    manifest = collection.manifest
+    name, strategy = model or manifest["model"]["name"], manifest["strategy"]
+    preprocessing = manifest["preprocessing"]
+    with as_config_error("folder"):
+        reduce = DENSE if strategy is None else strategy_of(strategy)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnguidedWarning)  # `embed` gave it
+            encoder = open_encoder(
+                name,
+                reduce=reduce,
+                preprocess=preprocessing if preprocessing["kind"] == "given" else None,
+                precision="fp32",
+                device=device,
+            )
+    except ConfigError as error:
+        if model is not None or not str(error).startswith("model:"):
+            raise
+        raise ConfigError(
+            f"model: expected the model that the embeddings name, {name!r}; if it is at another "
+            f"place now, pass that as model; got: {str(error).removeprefix('model: ')}"
+        ) from error
+    _check_weights(encoder, collection)
+    if json.loads(json.dumps(encoder.preprocessing.described)) != preprocessing:
+        raise ConfigError(
+            f"model: expected the preprocessing of the embeddings, {preprocessing}, got "
+            f"{encoder.preprocessing.described}; embed the images again"
+        )
+    return encoder
+
+
+def _check_weights(encoder: Encoder, collection: Collection) -> None:
+    """Raise ConfigError if an encoder has other weights than those of the embeddings."""
+    saved = collection.manifest["model"]
+    if encoder.weights_sha256 != saved["weights_sha256"]:
+        raise ConfigError(
+            f"model: expected the weights that embedded the images, of {saved['name']!r} with "
+            f"SHA-256 {saved['weights_sha256']:.16}.., got those of {encoder.name!r} with "
+            f"{encoder.weights_sha256:.16}.."
+        )
+
+
+def text_features(encoder: Encoder, text: str) -> Tensor:
+    """Return the feature (1, D) of a text; raise ConfigError if it has no words."""
+    with as_config_error("query"):
+        check_text("query", text)
+    if not text.strip():
+        raise ConfigError(f"query: expected a text or the path of an image, got {text!r}")
+    return encoder.encode_texts([text])
+
+
+def image_features(encoder: Encoder, path: Path) -> Tensor:
+    """Return the feature (1, D) of an image file; raise ConfigError if it cannot be read."""
+    try:
+        image = decode_image(path, str(path))
+    except SampleError as error:
+        raise ConfigError(f"query: expected a readable image, got {error}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnguidedWarning)  # `embed` gave it
-        if isinstance(model, Encoder):
-            check_weights(model, collection)
-            encoder = model
-        else:
-            encoder = query_encoder(collection, model, device)
-        vector = embed_query(asked, encoder)
+        return encoder(encoder.preprocessing.transform(image)[None])
+
+
+def find(
+    collection: Collection,
+    features: Tensor,
+    query: str,
+    *,
+    top: int = 10,
+    exact: bool = False,
+    report: Report = lambda text: None,
+) -> SearchResult:
+    """Return the images that are the most similar to a feature (1, D), as `search` does."""
+    if top < 1:
+        raise ConfigError(f"top: expected at least 1, got {top}")
+    if not features.isfinite().all():
+        raise ConfigError(f"query: expected a finite embedding, got NaN or infinity for {query!r}")
     if top > len(collection):
         report(f"{collection.folder} has {len(collection)} images, fewer than {top}; all are shown")
+        top = len(collection)
+    vectors = unit(features.cpu().numpy())
     index = None if exact else open_index(collection, report)
-    rows, cosines = _find(collection, vector, min(top, len(collection)), index)
+    rows, cosines = (
+        collection.nearest(vectors, top) if index is None else index.nearest(vectors, top)
+    )
+    rows = rows[0][rows[0] >= 0].tolist()  # faiss fills up with -1
     hits = [
-        Hit(i + 1, float(cosine), key, image_file(collection.manifest, key))
-        for i, (key, cosine) in enumerate(zip(collection.keys(rows), cosines, strict=True))
+        Hit(rank, float(cosine), key, image_file(collection, key))
+        for rank, (key, cosine) in enumerate(
+            zip(collection.keys(rows), cosines[0], strict=False), 1
+        )
     ]
     kind = None if index is None else index.kind
-    return Found(collection.folder, asked, len(collection), kind, tuple(hits))
+    return SearchResult(collection.folder, query, len(collection), kind, tuple(hits))
 
 
-def _find(
-    collection: Collection, vector: np.ndarray, top: int, index: Index | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and cosines (K,) of the images that are the most similar to a vector (1, D)."""
-    if index is None:
-        rows, cosines = nearest(collection, vector, top)
-        return rows[0], cosines[0]
-    rows, cosines = index.nearest(vector, top)
-    found = rows[0] >= 0  # faiss fills up with -1
-    return rows[0][found], cosines[0][found]
-
-
-def _check_top(top: int) -> None:
-    """Raise ConfigError unless `top` is an integer of at least 1."""
-    try:
-        check("top", top, PositiveInt)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def image_file(manifest: Mapping[str, Any], key: str) -> str | None:
+def image_file(collection: Collection, key: str) -> str | None:
     """Return the path of an image if it is a file of this machine, from its key; or else None."""
-    source = manifest.get("source") or {}
-    kind, location = source.get("kind"), str(source.get("location"))
-    folders = {"folder": location, "list": os.path.dirname(location)}
-    if kind not in folders:
+    source = collection.manifest["source"]
+    folder = {"folder": source["location"], "list": os.path.dirname(source["location"])}
+    path = os.path.join(folder.get(source["kind"], ""), key)
+    return path if source["kind"] in folder and os.path.isfile(path) else None
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index of all embeddings of a collection.
+
+    Attributes:
+        kind: 'HNSW' or 'IVF'.
+        index: that of faiss.
+        recall: mean share of the ten nearest neighbours of some images that it finds.
+    """
+
+    kind: str
+    index: faiss.Index
+    recall: float = 1.0
+
+    def nearest(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and cosines (Q, K); a row of -1 stands for an image that was not found."""
+        cosines, rows = self.index.search(queries, top)
+        return rows, cosines
+
+
+def build_index(
+    folder: str | os.PathLike, *, progress: Callable[[int, int], object] = lambda done, total: None
+) -> Index:
+    """Build an index of a collection, beside its embeddings, which `search` then uses.
+
+    Args:
+        folder: of the embeddings, which `embed` wrote.
+        progress: called with the images so far, and all.
+
+    Raises:
+        ConfigError: the folder is not what is expected, or another command uses it.
+    """
+    collection = open_collection(folder)
+    output = collection.folder / FOLDER
+    with OutputFolder(collection.folder).locked(), whole_files_stay(collection.folder):
+        index = _new_index(collection)
+        for first, vectors in collection.vectors():
+            index.index.add(vectors)
+            progress(first + len(vectors), len(collection))
+        index = replace(index, recall=_recall(collection, index))
+        output.mkdir(exist_ok=True)
+        (output / DESCRIPTION).unlink(missing_ok=True)  # without it the vectors are not used
+        try:
+            faiss.write_index(index.index, str(output / VECTORS))
+        except RuntimeError as error:  # of faiss, such as for a full disk
+            raise OSError(f"{output}: {str(error).splitlines()[-1]}") from error
+        description = {
+            "kind": index.kind,
+            "images": len(collection),
+            "recall_at_10": index.recall,
+            "sha256": sha256_of(output / VECTORS),
+            "manifest_sha256": sha256_of(collection.folder / MANIFEST),
+            "faiss": faiss.__version__,
+        }
+        write_json(output / DESCRIPTION, description)
+    return index
+
+
+def _new_index(collection: Collection) -> Index:
+    """Return an index without vectors, whose kind depends on the number of images."""
+    images = len(collection)
+    if images <= HNSW_IMAGES:
+        index = faiss.index_factory(collection.dimension, "HNSW32", faiss.METRIC_INNER_PRODUCT)
+        faiss.ParameterSpace().set_index_parameter(index, "efSearch", CANDIDATES)
+        return Index("HNSW", index)
+    lists = 4 * math.isqrt(images)
+    kind = f"IVF{lists},Flat"
+    index = faiss.index_factory(collection.dimension, kind, faiss.METRIC_INNER_PRODUCT)
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(PROBES, lists))
+    index.train(collection.take(sampled_rows(images, TRAINING_VECTORS * lists, seed=0)))
+    return Index("IVF", index)
+
+
+def sampled_rows(total: int, count: int, seed: int) -> np.ndarray:
+    """Return up to `count` different rows of `total`, drawn at random and ascending."""
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(total, min(count, total), replace=False))
+
+
+def _recall(collection: Collection, index: Index) -> float:
+    """Return the mean share of the nearest neighbours of some images that an index finds."""
+    top = min(NEIGHBOURS, len(collection) - 1)
+    own = sampled_rows(len(collection), CHECKED_QUERIES, seed=0)
+    queries = collection.take(own)
+    rows = [of.nearest(queries, top + 1)[0] for of in (collection, index)]
+    return float(np.mean(shared_neighbours(*rows, own))) if top else 1.0
+
+
+def shared_neighbours(first: np.ndarray, second: np.ndarray, own: np.ndarray) -> list[float]:
+    """Return the share of the neighbours (Q, K + 1) of images that both have, K of each.
+
+    The neighbours may have the image itself, `own` (Q,), which does not count.
+    """
+    top = first.shape[1] - 1
+    shares = []
+    for image, *lines in zip(own.tolist(), first.tolist(), second.tolist(), strict=True):
+        one, other = ({*[row for row in line if row != image][:top]} for line in lines)
+        shares.append(len(one & other) / top)
+    return shares
+
+
+def open_index(collection: Collection, report: Report = lambda text: None) -> Index | None:
+    """Return the index of a collection, or None without one that fits.
+
+    `report` is called with the reason why an index is not used.
+    """
+    folder = collection.folder / FOLDER
+    if not (folder / DESCRIPTION).is_file():
         return None
-    path = os.path.join(folders[kind], key)
-    return path if os.path.isfile(path) else None
+    try:
+        description = read_object(folder / DESCRIPTION)
+        if description["manifest_sha256"] != sha256_of(collection.folder / MANIFEST):
+            raise ValueError("it is of other embeddings than the folder has now")
+        if description["sha256"] != sha256_of(folder / VECTORS):
+            raise ValueError(f"the SHA-256 of {VECTORS} differs from that in {DESCRIPTION}")
+        index = faiss.read_index(str(folder / VECTORS))
+        return Index(description["kind"], index, description["recall_at_10"])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        report(
+            f"the index in {folder} is not used, and all embeddings are compared: {error}; `elip "
+            "index` builds it again"
+        )
+        return None
+
+
+@dataclass(frozen=True)
+class NeighbourRecall:
+    """How many of the dense neighbours of an image are also its reduced neighbours.
+
+    Attributes:
+        dense: folder of the dense embeddings.
+        reduced: folder of the reduced ones.
+        recall: mean share of the nearest neighbours that both have, with its 95% bootstrap
+            confidence interval over the queries.
+        top: number of neighbours of a query.
+        queries: number of images whose neighbours are compared.
+        images: number of images in both with the same bytes, among which the neighbours are.
+        only_dense: images of the dense folder that the reduced one has not.
+        only_reduced: images of the reduced folder that the dense one has not.
+        same_weights: whether the models of both have the same weights.
+    """
+
+    dense: Path
+    reduced: Path
+    recall: Interval
+    top: int
+    queries: int
+    images: int
+    only_dense: int
+    only_reduced: int
+    same_weights: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all as plain data."""
+        plain = asdict(self) | {"recall": self.recall._asdict()}
+        return plain | {"dense": str(self.dense), "reduced": str(self.reduced)}
+
+
+def compare_neighbours(
+    dense: str | os.PathLike,
+    reduced: str | os.PathLike,
+    *,
+    top: int = 10,
+    queries: int = 1000,
+    seed: int = 0,
+) -> NeighbourRecall:
+    """Compare the nearest neighbours of images in two collections of the same images.
+
+    An image is not its own neighbour. Neighbours are found exactly, among the images of both. The
+    keys of all images are in memory.
+
+    Args:
+        dense: folder of the dense embeddings.
+        reduced: folder of the reduced embeddings.
+        top: number of neighbours of a query.
+        queries: number of images whose neighbours are compared; all, if there are fewer.
+        seed: of the random choice of the queries.
+
+    Raises:
+        ConfigError: a folder is not what is expected, or both have too few images in common.
+    """
+    collections = open_collection(dense), open_collection(reduced)
+    names = [_names(collection) for collection in collections]
+    common = [name for name in names[0] if name in names[1]]
+    if not 0 < top < len(common):
+        raise ConfigError(
+            f"top: expected fewer than the {len(common)} images that {dense} and {reduced} have in "
+            f"common, got {top}"
+        )
+    chosen = sampled_rows(len(common), queries, seed)
+    positions = []
+    for collection, row_of in zip(collections, names, strict=True):
+        rows = np.array([row_of[name] for name in common])
+        position = np.full(len(collection), -1)
+        position[rows] = np.arange(len(rows))
+        queries = collection.take(rows[chosen])
+        nearest, _ = collection.nearest(queries, top + 1, among=position >= 0)
+        positions.append(position[nearest])
+    shares = shared_neighbours(*positions, chosen)
+    weights = {collection.manifest["model"]["weights_sha256"] for collection in collections}
+    return NeighbourRecall(
+        dense=Path(dense),
+        reduced=Path(reduced),
+        recall=bootstrap_interval(shares, seed=seed),
+        top=top,
+        queries=len(chosen),
+        images=len(common),
+        only_dense=len(names[0]) - len(common),
+        only_reduced=len(names[1]) - len(common),
+        same_weights=len(weights) == 1,
+    )
+
+
+def _names(collection: Collection) -> dict[tuple[str, str], int]:
+    """Return the row of each image by its key and the SHA-256 of its bytes."""
+    names: dict[tuple[str, str], int] = {}
+    for first, table in collection.tables("key", "sha256"):
+        pairs = zip(*(column.to_pylist() for column in table.columns), strict=True)
+        names |= {pair: row for row, pair in enumerate(pairs, first)}
+    return names

@@ -1,112 +1,111 @@
-"""One shard of a collection: its rows, and the file of their embeddings."""
+"""Shards of a collection: the rows of each, and the processes that encode and write them.
 
-import platform
-from collections.abc import Callable, Iterator
+    job = Job(encoder, source, Path("embeddings"), EmbedOptions())
+    for images, skipped in job.embed(job.missing(range(len(job)))):
+        ...
+
+The same job runs in one process, in those of torchrun and in the actors of Ray.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import torch
-from torch import Tensor
 
-from elip_models.embedding.decoding import Batch
+from elip_models.embedding.decoding import Batch, decoded_batches, default_workers
 from elip_models.embedding.encoder import Encoder
-from elip_models.embedding.image_source import ImageSource
-from elip_models.embedding.options import EmbeddingDtype
-from elip_models.embedding.output import OutputFolder, Skipped
-from elip_models.profiling.measure import installed_versions
+from elip_models.embedding.options import EmbedOptions
+from elip_models.embedding.output import OutputFolder, Skipped, as_arrow, shard_file
+from elip_models.embedding.source import ImageSource
 
-PACKAGES = ("elip-kernels", "torch", "timm", "open_clip_torch", "transformers", "torchvision")
-PACKAGES += ("pillow", "pyarrow")
 NON_FINITE = "the embedding has NaN or infinity"
 
 
 @dataclass(frozen=True)
-class Shards:
-    """The rows of a source in shards of `size` rows; the last one may be smaller.
+class Job:
+    """What a process needs to encode shards of a collection; no batch is in two shards.
 
     Attributes:
-        rows: the number of rows.
-        size: rows in a shard.
-        batch_size: images in a batch. No batch is in two shards.
+        encoder: the model.
+        source: the collection.
+        output: the folder of the embeddings.
+        options: sizes of batches and shards, type of the numbers, and worker processes.
     """
 
-    rows: int
-    size: int
-    batch_size: int
+    encoder: Encoder
+    source: ImageSource
+    output: Path
+    options: EmbedOptions
 
     def __len__(self) -> int:
-        return -(-self.rows // self.size)
+        return -(-len(self.source) // self.options.shard_size)
 
-    def __getitem__(self, number: int) -> range:
+    def rows(self, number: int) -> range:
         """Return the rows of a shard."""
-        return range(number * self.size, min(self.rows, (number + 1) * self.size))
+        size = self.options.shard_size
+        return range(number * size, min((number + 1) * size, len(self.source)))
 
-    def batches(self, number: int) -> int:
-        """Return the number of batches of a shard."""
-        return -(-len(self[number]) // self.batch_size)
+    def images(self, numbers: Iterable[int]) -> int:
+        """Return the number of images in some shards."""
+        return sum(len(self.rows(number)) for number in numbers)
 
+    @property
+    def workers(self) -> int:
+        """The number of processes that decode images."""
+        chosen = self.options.workers
+        return default_workers(self.encoder.device) if chosen is None else chosen
 
-def embed_shard(
-    encoder: Encoder,
-    source: ImageSource,
-    folder: OutputFolder,
-    shards: Shards,
-    number: int,
-    batches: Iterator[Batch],
-    *,
-    embedding_dtype: EmbeddingDtype = "float32",
-    progress: Callable[[int, int], object] = lambda images, skipped: None,
-) -> list[Skipped]:
-    """Encode the images of one shard, write its file, and return the images that are not in it.
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Return the shards that are not whole in the folder."""
+        folder = OutputFolder(self.output)
+        return [number for number in numbers if not folder.is_whole(shard_file(number))]
 
-    Args:
-        encoder: the model.
-        source: the collection, for the keys and the columns to keep.
-        folder: where the shard is written.
-        shards: the rows of all shards.
-        number: of this shard.
-        batches: iterator whose next batches are those of the shard, as `decoded_batches` yields.
-        embedding_dtype: type of the numbers in the file.
-        progress: called with the images of the shard so far, and the skipped ones among them.
-    """
-    found: list[Tensor] = []
-    kept: list[int] = []
-    digests: list[str] = []
-    skipped: list[Skipped] = []
-    for batch in islice(batches, shards.batches(number)):
-        if batch.pixels is not None:
-            found.append(encoder(batch.pixels))  # stays on the device, so that nothing waits
-        kept += batch.rows
-        digests += batch.sha256
-        skipped += [(row, reason, False) for row, reason in batch.skipped]
-        progress(len(kept) + len(skipped), len(skipped))
-    width = encoder.dimension
-    features = torch.cat(found).cpu().numpy() if found else np.empty((0, width), np.float32)
-    with np.errstate(over="ignore"):
-        features = features.astype(embedding_dtype)
-    finite = np.isfinite(features).all(axis=1)
-    skipped += [(row, NON_FINITE, True) for row, good in zip(kept, finite, strict=True) if not good]
-    kept = [row for row, good in zip(kept, finite, strict=True) if good]
-    columns = {
-        "key": pyarrow.array([source.keys[row] for row in kept], pyarrow.string()),
-        "embedding": as_arrow(features[finite]),
-        "sha256": pyarrow.array(
-            [each for each, good in zip(digests, finite, strict=True) if good], pyarrow.string()
-        ),
-        **source.kept(kept),
-    }
-    folder.write_shard(number, columns, sorted(skipped))
-    return skipped
+    def embed(self, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Encode and write shards; yield the images of each batch, and the skipped ones of them.
 
+        Worker processes decode the images of all shards in one pass, so the model does not wait at
+        the beginning of each.
+        """
+        size = self.options.batch_size
+        batches = decoded_batches(
+            self.source,
+            map(self.rows, numbers),
+            self.encoder.preprocessing.transform,
+            size,
+            workers=self.workers,
+            pin_memory=self.encoder.device.type == "cuda",
+        )
+        for number in numbers:
+            count = -(-len(self.rows(number)) // size)
+            yield from self._embed_shard(number, islice(batches, count))
 
-def as_arrow(features: np.ndarray) -> pyarrow.FixedSizeListArray:
-    """Return features (n, D) as an array of fixed-size lists."""
-    flat = np.ascontiguousarray(features).reshape(-1)
-    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat), features.shape[1])
-
-
-def library_versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the libraries on which the embeddings depend."""
-    return {"python": platform.python_version(), **installed_versions(PACKAGES)}
+    def _embed_shard(self, number: int, batches: Iterable[Batch]) -> Iterator[tuple[int, int]]:
+        features = [torch.empty(0, self.encoder.dimension, device=self.encoder.device)]
+        rows: list[int] = []
+        digests: list[str] = []
+        skipped: list[Skipped] = []
+        for batch in batches:
+            if batch.pixels is not None:
+                features.append(self.encoder(batch.pixels))  # stays on the device: nothing waits
+            rows += batch.rows
+            digests += batch.sha256
+            skipped += [(row, reason, False) for row, reason in batch.skipped]
+            yield len(batch.rows) + len(batch.skipped), len(batch.skipped)
+        with np.errstate(over="ignore"):
+            vectors = torch.cat(features).cpu().numpy().astype(self.options.embedding_dtype)
+        finite = np.isfinite(vectors).all(axis=1)
+        kept = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
+        bad = [(row, NON_FINITE, True) for row in sorted({*rows} - {*kept})]
+        further = self.source.columns.take(pyarrow.array(kept, pyarrow.int64()))
+        columns = {
+            "key": pyarrow.array([self.source.keys[row] for row in kept], pyarrow.string()),
+            "embedding": as_arrow(vectors[finite]),
+            "sha256": pyarrow.array(digests, pyarrow.string()).filter(finite),
+            **dict(zip(further.column_names, further.columns, strict=True)),
+        }
+        OutputFolder(self.output).write(shard_file(number), columns, skipped + bad)
+        yield 0, len(bad)

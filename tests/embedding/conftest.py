@@ -9,6 +9,7 @@ import torch
 from pyarrow import parquet
 
 import elip_models
+from elip_models.embedding.encoder import open_encoder
 from tests.helpers.damage import picture
 from tests.helpers.tiny_run import own_process
 
@@ -50,6 +51,12 @@ def model(tmp_path_factory):
             torch.nn.init.normal_(weight, std=0.2)
     torch.save(made.state_dict(), path)
     return f"timm:test_vit:{path}"
+
+
+@pytest.fixture(scope="session")
+def encoder(model):
+    """Return the model, opened."""
+    return open_encoder(model, device="cpu")
 
 
 @pytest.fixture(autouse=True)

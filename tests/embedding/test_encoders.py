@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 import elip_models
-from elip_models.embedding.encoder import dense_of, open_encoder
+from elip_models.embedding.encoder import open_encoder
 from elip_models.pretraining.models.registry import create_model
 from elip_models.validation import ConfigError
 from tests.helpers.models import (
@@ -65,7 +65,7 @@ def test_a_saved_reduced_model_of_timm_keeps_its_reduction(image, tmp_path):
     dense = open_encoder(str(tmp_path), reduce="none")
     assert dense.strategy is None and dense.weights_sha256 == encoder.weights_sha256
     assert not torch.equal(embedding(encoder, image), embedding(dense, image))
-    assert torch.equal(embedding(dense_of(encoder), image), embedding(dense, image))
+    assert torch.equal(embedding(encoder.reduced("none"), image), embedding(dense, image))
     assert encoder.strategy.name == "tome"  # a copy was made dense
 
 
@@ -145,17 +145,9 @@ def test_a_model_without_preprocessing_names_the_option(image, tmp_path):
     torch.testing.assert_close(white, torch.full((3, 48, 48), 2.0))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"size": 48}, "preprocess: expected size, crop.*at least mean and std"),
-        ({"mean": [0.5], "std": [1.0] * 3}, "preprocess: mean: expected"),
-        ({"mean": [0.5] * 3, "std": [1.0] * 3, "crop": 0}, "preprocess: crop: expected"),
-    ],
-)
-def test_a_wrong_preprocessing_is_named(model, tmp_path, content, message):
-    (tmp_path / "own.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=message):
+def test_a_wrong_preprocessing_is_named(model, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"size": 48}))
+    with pytest.raises(ConfigError, match=r"preprocess: expected crop, .*at least mean and std"):
         open_encoder(model, preprocess=tmp_path / "own.json")
 
 
@@ -201,8 +193,6 @@ def test_weights_of_another_model_are_an_error(model, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ConfigError, match="model: expected weights of test_vit in"):
         open_encoder(f"timm:test_vit:{tmp_path}/other.pt")
-    with pytest.raises(ConfigError, match=r"no config.json in it"):
-        open_encoder(str(tmp_path))
 
 
 @pytest.mark.slow

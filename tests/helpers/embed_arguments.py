@@ -25,11 +25,10 @@ TABLE = {
         good,
         {
             "model": [None, 3, "nope", "timm:nope"],
-            "source": [None, 3, "no/such/folder"],
-            "output": [None, 3, __file__],
+            "source": ["no/such/folder"],
+            "output": [__file__],
             "reduce": [3, "tomee"],
             "keep": [0, 2, "half"],
-            "texts": [3, "no/such/file"],
             "progress": [],
             "report": [],
         },

@@ -3,8 +3,7 @@
 import numpy as np
 import pyarrow
 
-from elip_models.embedding.output import OutputFolder
-from elip_models.embedding.shard import as_arrow
+from elip_models.embedding.output import OutputFolder, as_arrow, shard_file
 
 
 def write_collection(folder, vectors, *, keys=None, sha256=None, shard_size=10_000):
@@ -13,15 +12,19 @@ def write_collection(folder, vectors, *, keys=None, sha256=None, shard_size=10_0
     sha256 = keys if sha256 is None else sha256
     output = OutputFolder(folder)
     model = {"name": "timm:none", "weights_sha256": "0", "has_text": False}
+    source = {"kind": "tar", "location": "none.tar"}
+    files = []
     with output.locked():
-        output.begin({"model": model | {"dimension": vectors.shape[1]}, "strategy": None})
-        for number, first in enumerate(range(0, max(1, len(vectors)), shard_size)):
+        model["dimension"] = vectors.shape[1]
+        output.begin({"model": model, "strategy": None, "source": source})
+        for first in range(0, max(1, len(vectors)), shard_size):
             rows = slice(first, first + shard_size)
             columns = {
                 "key": pyarrow.array(keys[rows], pyarrow.string()),
                 "embedding": as_arrow(np.asarray(vectors[rows])),
                 "sha256": pyarrow.array(sha256[rows], pyarrow.string()),
             }
-            output.write_shard(number, columns)
-        output.complete(keys, [])
+            files.append(shard_file(len(files)))
+            output.write(files[-1], columns)
+        output.complete(files, keys)
     return folder

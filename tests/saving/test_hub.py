@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 import elip_models
-from elip_models.embedding.open_encoder import open_embedding_model
+from elip_models.embedding.encoder import open_embedding_model
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.saving.open_model import open_model

@@ -1,0 +1,136 @@
+"""Actors of Ray write the same bytes as one process, also if one of them is killed."""
+
+import os
+import signal
+import socket
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import elip_models
+from elip_models.embedding.cluster import Cluster, ShardActor
+from elip_models.embedding.options import EmbedOptions
+from elip_models.embedding.shard import Job
+from elip_models.embedding.source import Stored, open_images
+from elip_models.validation import ConfigError
+from tests.embedding.conftest import SMALL, files_of
+from tests.helpers.tiny_run import elip
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+GPU_NODE, CPU_NODE, HEAD = {"CPU": 32.0, "GPU": 4.0}, {"CPU": 8.0}, {"node:head": 1.0}
+
+
+@pytest.mark.parametrize(
+    "actors, device, nodes, expected",
+    [
+        (None, None, [GPU_NODE, GPU_NODE, CPU_NODE], Cluster("cuda", 8, 8)),
+        (None, "cpu", [GPU_NODE, CPU_NODE], Cluster("cpu", 2, 16)),
+        (3, "cuda:0", [GPU_NODE], Cluster("cuda", 3, 8)),
+        (None, None, [CPU_NODE, CPU_NODE, HEAD], Cluster("cpu", 2, 8)),
+        (3, None, [CPU_NODE, CPU_NODE], Cluster("cpu", 3, 4)),
+        (5, None, [CPU_NODE, {"CPU": 2.0}], Cluster("cpu", 5, 2)),
+        (9, None, [CPU_NODE], "ray_actors: expected 1 to 8, the CPU cores"),
+        (5, None, [GPU_NODE], "ray_actors: expected 1 to 4, the GPUs"),
+        (None, "cuda", [CPU_NODE], "ray_actors: expected 1 to 0, the GPUs"),
+    ],
+)
+def test_actors_fit_the_nodes(actors, device, nodes, expected):
+    if isinstance(expected, Cluster):
+        assert Cluster.of_nodes(nodes, actors, device) == expected
+        return
+    with pytest.raises(ConfigError, match=expected):
+        Cluster.of_nodes(nodes, actors, device)
+
+
+def test_automatic_precision_needs_the_device_of_the_actors(encoder):
+    Cluster("cpu", 2, 1).check_precision(encoder)
+    with pytest.raises(ConfigError, match=r"precision: expected fp32, .* cpu, and the actors use"):
+        Cluster("cuda", 2, 1).check_precision(encoder)
+
+
+@pytest.mark.parametrize("missing", ["folder", "images"])
+def test_a_node_without_the_files_is_an_error(missing, whole, pictures, encoder):
+    source = open_images(pictures)
+    if missing == "images":
+        files = next(source.payloads(0, 1)).files
+        payloads = [Stored(files, f"/no/such/{i}.png") for i in range(9)]
+        source = replace(source, payloads=lambda start, stop: iter(payloads[start:stop]))
+    folder = whole if missing == "images" else Path("/no/such/folder")
+    actor = ShardActor(Job(encoder, source, folder, EmbedOptions(**SMALL)), "cpu", 1)
+    with pytest.raises(ConfigError, match=r"(output|source): expected .* all nodes of the cluster"):
+        actor.embed([0])
+
+
+def test_without_ray_the_error_names_the_extra(pictures, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["embed", pictures, "--model", model, "--output", tmp_path / "out"]
+    assert elip(*arguments, "--ray", "local") == 2
+    printed = capsys.readouterr().err
+    assert "embed with ray needs ray: pip install 'elip-kernels[ray]'" in printed
+
+
+@needs_ray
+@pytest.mark.parametrize("address", ["head:x", "ray://head:10001", "127.0.0.1:{port}"])
+def test_a_wrong_address_is_one_line(address):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = address.format(port=free.getsockname()[1])
+    with (
+        pytest.raises(ConfigError, match="ray: expected 'local', ") as caught,
+        Cluster.connected(address),
+    ):
+        pass
+    assert "\n" not in str(caught.value) and address in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def ray_of_two():
+    """Connect this process to a new Ray of two CPU cores."""
+    import ray
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def killing(source, row, marker):
+    """A source that once kills the process of an actor when it has come to a row."""
+    payloads, driver = source.payloads, os.getpid()
+
+    def killed(start, stop):
+        for at, payload in zip(range(start, stop), payloads(start, stop), strict=True):
+            if at == row and os.getpid() != driver and not marker.exists() and start % 2 == 0:
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield payload
+
+    return replace(source, payloads=killed)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_actor_loses_nothing_and_doubles_nothing(damaged, encoder, tmp_path, ray_of_two):
+    options = SMALL | {"shard_size": 2, "batch_size": 1}
+    elip_models.embed(encoder, damaged, tmp_path / "one", **options)
+    source = killing(open_images(damaged), 8, tmp_path / "killed")
+    shown = []
+    options |= {"ray": "auto", "ray_actors": 2, "progress": lambda *at: shown.append(at)}
+    result = elip_models.embed(encoder, source, tmp_path / "out", **options)
+    assert (tmp_path / "killed").exists()
+    assert (result.found, result.embedded, result.skipped) == (13, 9, 4)
+    assert shown == sorted(shown) and shown[-1][::2] == (13, 13)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_an_error_of_an_actor_is_one_line(pictures, encoder, tmp_path, ray_of_two):
+    def payloads(start, stop):
+        raise ConfigError("source: expected whole files")
+
+    source = replace(open_images(pictures), payloads=payloads)
+    with pytest.raises(ConfigError, match=r"^source: expected whole files$"):
+        elip_models.embed(encoder, source, tmp_path / "out", **SMALL, ray="auto")

@@ -1,0 +1,386 @@
+"""`embed` writes what the model returns, lists what it cannot read, and continues when stopped.
+
+The tests run the command and read its files; they import no part of it but what they replace.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import timm
+import torch
+from filelock import FileLock
+from PIL import Image
+from pyarrow import parquet
+
+import elip_models
+from elip_models.embedding import encoder as encoders
+from elip_models.embedding import output
+from elip_models.validation import ConfigError
+from tests.embedding.conftest import READABLE, SMALL, embedded, files_of
+from tests.helpers.damage import picture
+from tests.helpers.tiny_run import elip, own_process
+
+SKIPPED = ["cut.png", "empty.png", "gone.png", "text.jpg"]
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def command(source, model, folder, *options):
+    options = ["--batch-size=2", "--shard-size=3", "--workers=0", *options]
+    return [str(each) for each in ("embed", source, "--model", model, "--output", folder, *options)]
+
+
+def start(arguments, launcher=()):
+    program = [sys.executable, "-m", *launcher, "-m", "elip_models.cli", *arguments]
+    if not launcher:
+        program.remove("-m")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(program, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def test_the_embeddings_are_the_pooled_features_of_the_model(whole, pictures, model):
+    table = embedded(whole)
+    made = timm.create_model("test_vit", num_classes=0).eval()
+    weights = torch.load(model.partition("vit:")[2], weights_only=True)
+    made.load_state_dict({k: v for k, v in weights.items() if not k.startswith("head.")})
+    config = timm.data.resolve_model_data_config(made)
+    transform = timm.data.create_transform(**config, is_training=False)
+    keys = sorted(["sub/a.jpg", *(f"{i}.png" for i in range(READABLE - 1))])
+    assert table["key"].to_pylist() == keys
+    assert table.schema.field("embedding").type == pyarrow.list_(pyarrow.float32(), 64)
+    for row in table.to_pylist():
+        content = (pictures / row["key"]).read_bytes()
+        assert row["sha256"] == hashlib.sha256(content).hexdigest()
+        pixels = transform(Image.open(pictures / row["key"]).convert("RGB"))
+        with torch.no_grad():
+            wanted = made(pixels[None])[0]
+        torch.testing.assert_close(torch.tensor(row["embedding"]), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_manifest_describes_the_files(whole):
+    manifest = manifest_of(whole)
+    assert manifest["complete"] is True and manifest["strategy"] is None
+    assert manifest["counts"] == {"found": 9, "embedded": 9, "skipped": 0, "non_finite": 0}
+    assert manifest["model"]["dimension"] == 64 and manifest["preprocessing"]["kind"] == "timm"
+    shards = [f"images/shard-{i:06d}.parquet" for i in range(3)]
+    assert [each["file"] for each in manifest["files"]] == [*shards, "skipped.parquet"]
+    for each in manifest["files"]:
+        content = (whole / each["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == each["sha256"]
+        assert len(content) == each["bytes"]
+
+
+def test_images_that_cannot_be_read_are_listed_with_the_reason(damaged, model, tmp_path):
+    options = SMALL | {"workers": 1}
+    result = elip_models.embed(model, damaged, tmp_path / "out", **options)
+    assert (result.found, result.embedded, result.skipped) == (13, 9, 4)
+    table = parquet.read_table(tmp_path / "out" / "skipped.parquet").to_pydict()
+    reasons = dict(zip(table["key"], table["reason"], strict=True))
+    assert sorted(reasons) == SKIPPED and "empty file" in reasons["empty.png"]
+    assert "No such file" in reasons["gone.png"]
+    assert "not a readable image" in reasons["text.jpg"]
+    again = elip_models.embed(model, damaged, tmp_path / "out", **options)
+    assert again.images_per_second is None and again.skipped == 4
+
+
+def test_an_image_that_cannot_be_preprocessed_is_listed(pictures, encoder, tmp_path):
+    plain = encoder.preprocessing.transform
+
+    def transform(image):
+        if image.width == 64:
+            raise ValueError("an odd shape")
+        return plain(image)
+
+    odd = encoder.preprocessing._replace(transform=transform)
+    odd = replace(encoder, preprocessing=odd)
+    assert elip_models.embed(odd, pictures, tmp_path, **SMALL).skipped == 1
+    table = parquet.read_table(tmp_path / "skipped.parquet").to_pydict()
+    assert table["key"] == ["sub/a.jpg"]
+    assert table["reason"] == ["cannot be preprocessed: an odd shape"]
+
+
+def test_embeddings_with_nan_are_skipped_counted_and_an_error(
+    pictures, model, tmp_path, monkeypatch, capsys
+):
+    call = encoders.Encoder.__call__
+
+    def with_nan(self, pixels):
+        features = call(self, pixels)
+        features[0, 0] = torch.nan if len(features) == 2 else 0
+        return features
+
+    monkeypatch.setattr(encoders.Encoder, "__call__", with_nan)
+    assert elip(*command(pictures, model, tmp_path / "out")) == 1
+    printed = capsys.readouterr()
+    assert "6 of 9 images embedded" in printed.out
+    assert printed.err.startswith("error: 3 embeddings have NaN")
+    reasons = parquet.read_table(tmp_path / "out" / "skipped.parquet")["reason"].to_pylist()
+    assert reasons == ["the embedding has NaN or infinity"] * 3
+    assert manifest_of(tmp_path / "out")["counts"]["non_finite"] == 3
+
+
+def test_float16_is_stored_and_overflow_is_not_finite(
+    whole, pictures, encoder, tmp_path, monkeypatch
+):
+    options = SMALL | {"embedding_dtype": "float16"}
+    elip_models.embed(encoder, pictures, tmp_path / "half", **options)
+    table = embedded(tmp_path / "half")
+    assert table.schema.field("embedding").type == pyarrow.list_(pyarrow.float16(), 64)
+    half, single = (np.array(each["embedding"].to_pylist()) for each in (table, embedded(whole)))
+    np.testing.assert_allclose(half, single, rtol=1e-3, atol=1e-3)
+    call = encoders.Encoder.__call__
+    monkeypatch.setattr(encoders.Encoder, "__call__", lambda self, x: call(self, x) * 1e5)
+    assert elip_models.embed(encoder, pictures, tmp_path / "big", **options).non_finite == 9
+
+
+def test_the_check_compares_dense_and_reduced_embeddings(pictures, model, tmp_path, capsys):
+    options = ["--reduce", "tome", "--keep", "0.6"]
+    assert elip(*command(pictures, model, tmp_path / "out", *options, "--min-cosine", 1.0)) == 2
+    printed = capsys.readouterr().err
+    assert "9 images dense and reduced: cosine" in printed
+    assert "error: --min-cosine: expected a mean cosine of at least 1" in printed
+    assert not list((tmp_path / "out").glob("images/*"))
+    options[-1] = "0.9"  # another keep in the same folder, since nothing was written
+    assert elip(*command(pictures, model, tmp_path / "out", *options, "--min-cosine", 0)) == 0
+    checked = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert checked["images"] == 9 and 0 < checked["cosine"]["mean"] < 1
+    assert checked["time_ratio"] > 0
+    assert manifest_of(tmp_path / "out")["strategy"]["strategy"] == "tome"
+
+
+WRONG = {
+    "batch_size": (0, "batch_size: expected at least 1, got 0"),
+    "embedding_dtype": ("int8", "embedding_dtype: expected"),
+    "preprocess": ("imagnet", "preprocess: expected 'imagenet', 'clip' or a JSON file"),
+    "reduce": ("tomme", "reduce: .*did you mean 'tome'"),
+    "device": ("gpu", "device: expected one of this machine, such as 'cuda:1' or 'cpu'"),
+    "keep_columns": (["label"], "keep_columns: expected no columns of this source, got 'label'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named(name, pictures, model, tmp_path):
+    value, message = WRONG[name]
+    with pytest.raises(ConfigError, match=message):
+        elip_models.embed(model, pictures, tmp_path / "out", **SMALL | {name: value})
+
+
+# a run that is stopped
+
+
+def broken_collection(folder):
+    """1,000 images, of which 20 cannot be read."""
+    folder.mkdir()
+    contents = [picture(i, format="JPEG", size=(24, 20)) for i in range(10)]
+    for i in range(1000):
+        broken = {7: b"", 57: b"no image", 107: contents[0][:90]}.get(i % 150)
+        (folder / f"{i:04d}.jpg").write_bytes(contents[i % 10] if broken is None else broken)
+    return folder
+
+
+def test_a_collection_with_broken_images_killed_twice_gives_the_same_bytes(model, tmp_path):
+    source = broken_collection(tmp_path / "images")
+    options = ["--batch-size=20", "--shard-size=40", "--workers=1"]
+    assert elip(*command(source, model, tmp_path / "whole", *options)) == 0
+    out = tmp_path / "out"
+    for shards in (3, 11):  # the process is killed when it has written so many
+        process = start(command(source, model, out, *options))
+        while len(list(out.glob("images/*.parquet"))) < shards and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        assert manifest_of(out)["complete"] is False
+    assert elip(*command(source, model, out, *options)) == 0
+    assert len(embedded(out)) == 980
+    skipped = parquet.read_table(out / "skipped.parquet")
+    assert len(skipped) == 20 and all(skipped["reason"].to_pylist())
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert {path.name for path in out.rglob(".*")} <= {".lock"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_kill_at_a_random_moment_gives_the_same_bytes(seed, whole, pictures, encoder, tmp_path):
+    rng = random.Random(seed)
+    for _ in range(2):
+        process = os.fork()
+        if process == 0:
+            elip_models.embed(encoder, pictures, tmp_path, **SMALL)
+            os._exit(0)
+        time.sleep(rng.uniform(0, 0.4))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    elip_models.embed(encoder, pictures, tmp_path, **SMALL)
+    assert files_of(tmp_path) == files_of(whole)
+
+
+def flipped(folder):
+    path = folder / "images" / "shard-000001.parquet"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+def unfinished(folder):
+    saved = manifest_of(folder) | {"complete": False, "counts": None, "files": None}
+    (folder / "manifest.json").write_text(json.dumps(saved))
+
+
+DAMAGES = {
+    "flipped byte": flipped,
+    "other shard": lambda folder: shutil.copy(
+        folder / "images" / "shard-000000.parquet", folder / "images" / "shard-000001.parquet"
+    ),
+    "cut": lambda folder: (folder / "images" / "shard-000001.parquet").write_bytes(b"PAR1"),
+    "missing": lambda folder: (folder / "images" / "shard-000001.parquet").unlink(),
+    "missing checksum": lambda folder: next(folder.glob("checksums/*1.parquet.sha256")).unlink(),
+    "skipped": lambda folder: (folder / "skipped.parquet").write_bytes(b"PAR1"),
+    "flipped in a stopped run": lambda folder: (flipped(folder), unfinished(folder)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_swapped_shard_is_named_and_written_again(
+    name, whole, pictures, encoder, tmp_path
+):
+    out = shutil.copytree(whole, tmp_path / "out")
+    DAMAGES[name](out)
+    lines, shown = [], []
+    progress = {"progress": lambda *counts: shown.append(counts), "report": lines.append}
+    elip_models.embed(encoder, pictures, out, **SMALL, **progress)
+    assert files_of(out) == files_of(whole)
+    if name != "skipped":
+        assert shown[0] == (6, 0, 9) and shown[-1] == (9, 0, 9)
+        assert name == "missing" or "images/shard-000001.parquet" in lines[0]
+
+
+def test_a_second_run_in_the_folder_is_one_line(whole, pictures, model, capsys):
+    with FileLock(whole / ".lock"):
+        assert elip(*command(pictures, model, whole)) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "--output: expected a folder that no other run uses" in printed
+
+
+def test_other_settings_are_refused_with_both_named(whole, pictures, model, tmp_path):
+    before = files_of(whole)
+    for options, message in (
+        ({"reduce": "tome"}, "strategy: None there.*'tome' now"),
+        ({"embedding_dtype": "float16"}, "embedding_dtype: 'float32' there, 'float16' now"),
+        ({"preprocess": "clip"}, "preprocessing.kind: 'timm' there, 'given' now"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            elip_models.embed(model, pictures, whole, **SMALL | options)
+    (tmp_path / "a.png").write_bytes((pictures / "0.png").read_bytes())
+    with pytest.raises(ConfigError, match=r"source.found: 9 there, 1 now; source.sha256"):
+        elip_models.embed(model, tmp_path, whole, **SMALL)
+    weights = torch.load(model.partition("vit:")[2], weights_only=True)
+    weights["cls_token"] += 1
+    torch.save(weights, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=r"model.name: .* there, .*other.pt' now; model.weights"):
+        elip_models.embed(f"timm:test_vit:{tmp_path}/other.pt", pictures, whole, **SMALL)
+    assert files_of(whole) == before
+
+
+def test_an_output_of_another_version_is_named(whole, pictures, encoder, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / "manifest.json").write_text(json.dumps(manifest_of(whole) | {"format": 1}))
+    with pytest.raises(
+        ConfigError, match=r"expected embeddings of format 2, got format 1 .*choose"
+    ):
+        elip_models.embed(encoder, pictures, out, **SMALL)
+
+
+def test_other_files_are_refused_and_stay(pictures, encoder, tmp_path):
+    (tmp_path / ".manifest.json.bak").write_text("mine")
+    with pytest.raises(ConfigError, match=r"output: expected a new or empty folder.*json.bak"):
+        elip_models.embed(encoder, pictures, tmp_path, **SMALL)
+    with pytest.raises(ConfigError, match="output: expected a new or empty folder"):
+        elip_models.embed(encoder, pictures, tmp_path / ".manifest.json.bak", **SMALL)
+    with pytest.raises(ConfigError, match="output: expected a folder outside the source"):
+        elip_models.embed(encoder, pictures, pictures / "sub" / "out", **SMALL)
+    assert not (pictures / "sub" / "out").exists()
+    assert (tmp_path / ".manifest.json.bak").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line_and_whole_shards_stay(
+    whole, pictures, model, tmp_path, monkeypatch, capsys
+):
+    write, calls = output.write_file, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(output, "write_file", full)
+    assert elip(*command(pictures, model, tmp_path / "out")) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "No space left on device; the files that were written are whole" in printed
+    assert elip(*command(pictures, model, tmp_path / "out")) == 0
+    assert "3 of 9 images were embedded before" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == files_of(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_give_the_same_bytes(whole, pictures, model, tmp_path):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start(command(pictures, model, tmp_path / "out"), launcher)
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err[-3000:]
+    assert out.count("9 of 9 images embedded") == 1
+    assert files_of(tmp_path / "out") == files_of(whole)
+
+
+def test_a_missing_extra_is_one_sentence(pictures, monkeypatch, tmp_path, capsys):
+    for name in [name for name in sys.modules if name.startswith("elip_models.embedding")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert elip(*command(pictures, "timm:test_vit", tmp_path / "out")) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "needs pyarrow: pip install 'elip-kernels[embed]'" in printed
+
+
+# the blocks of docs/embed.md that read the output
+
+PAGE = Path(__file__).parents[2] / "docs" / "embed.md"
+READERS = dict(
+    re.findall(r"^### (\w+)\n+```py\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+)
+
+
+@pytest.mark.parametrize("library", ["pyarrow", "DuckDB", "polars", "datasets", "FAISS", "LanceDB"])
+def test_the_block_of_a_library_reads_the_output(library, whole, tmp_path, monkeypatch):
+    if find_spec(library.lower()) is None:
+        pytest.skip(f"{library} is not installed; the tests need it for this block alone")
+    shutil.copytree(whole, tmp_path / "embeddings")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names = {}
+    with own_process():
+        exec(compile(READERS[library], library, "exec"), names)
+    if "vectors" in names:
+        assert names["vectors"].shape == (9, 64)
+    if "index" in names:
+        assert names["index"].ntotal == 9
