@@ -176,10 +176,8 @@ class DownloadedShard:
         try:
             self._file = _download(url)
             self.rows = list(index_rows(self._file, self.name))
-        except ValueError as error:
-            self.problem = str(error).removeprefix(f"{self.name}: ")
-        except OSError as error:
-            self.problem = str(error)
+        except Exception as error:  # one that is raised in a thread would be lost
+            self.problem = str(error).removeprefix(f"{self.name}: ") or type(error).__name__
 
     def __len__(self) -> int:
         return len(self.rows)
