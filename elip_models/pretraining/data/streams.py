@@ -233,7 +233,7 @@ def _check_url(url: str) -> None:
     """Raise ValueError unless fsspec can open such a URL."""
     try:
         if not is_stream(url) or "{" in url or "}" in url:
-            raise ValueError("it is not a URL, or has a range in another")
+            raise ValueError("it is not a URL, or has braces other than {0000..0099}")
         urlsplit(url)
         fsspec.get_filesystem_class(url.partition("://")[0])
     except (ImportError, ValueError) as error:
