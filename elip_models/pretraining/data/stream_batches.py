@@ -10,7 +10,8 @@ resumed reader downloads this shard again and continues with exactly the next sa
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -119,13 +120,18 @@ class StreamBatches(IterableDataset):
 
     def _shards(self, reader: int, turn: int) -> Iterator[tuple[int, DownloadedShard]]:
         """Yield the turns of a reader with their shards; the next one is downloaded meanwhile."""
-        with ThreadPoolExecutor(1) as downloads:
-            following = downloads.submit(self.source.download, self._number(reader, turn))
-            while True:
-                shard = following.result()
-                following = downloads.submit(self.source.download, self._number(reader, turn + 1))
-                yield turn, shard
-                turn += 1
+        following = self._start_download(reader, turn)
+        while True:
+            shard = following.get()
+            following = self._start_download(reader, turn + 1)
+            yield turn, shard
+            turn += 1
+
+    def _start_download(self, reader: int, turn: int) -> "Queue[DownloadedShard]":
+        """Download a shard in a thread, which does not delay the end of the process."""
+        number, result = self._number(reader, turn), Queue()
+        Thread(target=lambda: result.put(self.source.download(number)), daemon=True).start()
+        return result
 
     def _number(self, reader: int, turn: int) -> int:
         """Return the number of the shard that a reader takes in this turn."""

@@ -176,10 +176,8 @@ class DownloadedShard:
         try:
             self._file = _download(url)
             self.rows = list(index_rows(self._file, self.name))
-        except ValueError as error:
-            self.problem = str(error).removeprefix(f"{self.name}: ")
-        except OSError as error:
-            self.problem = str(error)
+        except Exception as error:  # one that is raised in a thread would be lost
+            self.problem = str(error).removeprefix(f"{self.name}: ") or type(error).__name__
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -235,7 +233,7 @@ def _check_url(url: str) -> None:
     """Raise ValueError unless fsspec can open such a URL."""
     try:
         if not is_stream(url) or "{" in url or "}" in url:
-            raise ValueError("it is not a URL, or has a range in another")
+            raise ValueError("it is not a URL, or has braces other than {0000..0099}")
         urlsplit(url)
         fsspec.get_filesystem_class(url.partition("://")[0])
     except (ImportError, ValueError) as error:

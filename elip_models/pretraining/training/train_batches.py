@@ -182,7 +182,8 @@ def _read_positions(path: Path, workers: int) -> list[tuple[int, int]]:
         positions = []
     if len(positions) != workers:
         raise TrainingError(
-            f"{path}: expected the position of each of {workers} workers, got another content; "
-            "remove this checkpoint to resume an older one"
+            f"{path}: expected the position of each of {workers} workers, got another content, "
+            "or that of an earlier version; start a new run, or remove this checkpoint to resume "
+            "an older one"
         )
     return positions

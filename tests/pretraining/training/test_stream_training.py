@@ -18,6 +18,7 @@ from elip_models.pretraining.data import (
     DataError,
     EmojiScenes,
     StreamBatches,
+    StreamSource,
     open_stream,
     stream_loader,
     streams,
@@ -177,6 +178,23 @@ def test_a_stream_without_a_readable_sample_is_a_data_error(tmp_path, members, n
         take(9, batches)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_download_does_not_delay_the_end(folder, num_workers, monkeypatch):
+    download = StreamSource.download
+
+    def slow(source, number):
+        time.sleep(0 if number in (0, 1) else 60)
+        return download(source, number)
+
+    monkeypatch.setattr(StreamSource, "download", slow)
+    monkeypatch.setattr(StreamBatches, "_number", lambda batches, reader, turn: reader + 2 * turn)
+    batches = iter(stream_loader(batches_of(spec(folder), num_workers=num_workers)))
+    next(batches)
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 4
+
+
 NUMBERS = ("loss", "step", "epoch", "lr", "grad_norm")
 
 
@@ -252,20 +270,6 @@ def test_a_run_over_https_reports_unreadable_shards(tmp_path):
 def test_unsupported_uses_of_a_stream_raise(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         train(tiny_config(tmp_path / "run", stream(scenes(tmp_path)), *overrides))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "hf://datasets/someone/pairs/train-{0000..0002}.tar,samples=24",
-        "https://host/{0..2}.tar,samples=24,resample=true",
-        "{stream: 'https://host/{0..2}.tar', samples: 24, resample: true}",
-    ],
-)
-def test_a_stream_on_the_command_line(tmp_path, text):
-    source = open_training_data(tiny_config(tmp_path, f"data.train={text}"), 32)
-    assert (len(source), len(source.shards)) == (24, 3)
-    assert source.spec.resample == ("resample" in text)
 
 
 def test_a_task_on_a_stream_raises(tmp_path):
