@@ -12,8 +12,9 @@ best/                        those of the step that was selected on the validati
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,33 @@ class RunFolder:
     def locked(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
         """Create the folder, lock it against other runs, and check that `config` can run in it.
 
-        TrainingError is raised if another run uses it, or if it contains something else.
+        TrainingError is raised if another run uses it, or if it contains something else. A run that
+        fails before its start leaves nothing.
         """
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.create()
+        lock = self.path / ".lock"
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                self.check(config, resume=resume)
-                yield
+            with FileLock(lock, timeout=0):
+                try:
+                    self.check(config, resume=resume)
+                    yield
+                finally:
+                    if not self.recipe.is_file():
+                        self._undo_start(lock, created)
         except Timeout:
             raise TrainingError(
                 f"{self.path} is in use by another run: wait until it ends, or set another "
                 "output_dir"
             ) from None
+
+    def _undo_start(self, lock: Path, created: list[Path]) -> None:
+        lock.unlink(missing_ok=True)
+        if created:
+            shutil.rmtree(unfinished(self.tokenizer), ignore_errors=True)
+        with suppress(OSError):  # another process has written there
+            for path in created:
+                path.rmdir()
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """Raise TrainingError if a run of `config` cannot start or resume in this folder."""
@@ -86,7 +102,13 @@ class RunFolder:
 
     def create(self) -> None:
         """Create the folder if there is none."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a null byte
+            raise TrainingError(
+                f"output_dir: expected a folder that can be written, got {str(self.path)!r:.300}: "
+                f"{getattr(error, 'strerror', None) or error}"
+            ) from error
 
     def prepare(self) -> None:
         """Create the folder and remove what a killed run left half-written in it."""
@@ -96,14 +118,14 @@ class RunFolder:
         restore_replaced(self.tokenizer)
 
     def record_start(self, config: RunConfig, provenance: dict[str, Any]) -> None:
-        """Append a line of provenance and write the recipe: the folder now contains a run.
+        """Write the recipe and append a line of provenance: the folder now contains a run.
 
         A recipe with a command or a password is readable by its owner only.
         """
-        _append_line(self.provenance, provenance)
         values = dataclasses.asdict(config)
         has_secrets = json.dumps(redacted(values)) != json.dumps(values)
         save_recipe(config, self.recipe, mode=0o600 if has_secrets else None)
+        _append_line(self.provenance, provenance)
         if unfinished(self.tokenizer).exists():
             publish(self.tokenizer)
 

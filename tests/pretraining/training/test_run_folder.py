@@ -11,7 +11,7 @@ from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_checkpoints import MANIFEST, Checkpoints, step_of
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
-from elip_models.validation import TrainingError
+from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.tiny_run import own_process, tiny_config
 
 
@@ -22,8 +22,8 @@ def _own_process():
 
 
 def contents(folder):
-    """Relative name -> bytes of each file but the lock."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    """Relative name -> bytes of each file."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -36,6 +36,13 @@ def test_a_folder_with_other_files_is_refused_and_keeps_them(tmp_path, name, res
     with pytest.raises(TrainingError, match=r"output_dir: expected a new or empty folder.* set an"):
         train(tiny_config(tmp_path), resume=resume)
     assert contents(tmp_path) == {name: b'{"step": 9}'}
+
+
+@pytest.mark.parametrize("option", ["optim.batch_size=49", "data.tokenizer=/missing"])
+def test_a_start_that_fails_leaves_nothing(tmp_path, option):
+    with pytest.raises(ConfigError):
+        train(tiny_config(tmp_path / "a" / "b", option))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_not_started_again_nor_resumed_by_another_recipe(tmp_path):
