@@ -266,9 +266,7 @@ def test_learned_encodes_the_dense_image_first(family):
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(
-        ValueError, match="text_reduction: expected one of 'random'"
-    ):
+    with pytest.raises(ValueError, match="text_reduction: expected one of 'random'"):
         elip_models.create_model("elip_clip_tiny", text_reduction="learned")
     with pytest.raises(ValueError, match="text_drop: expected a number in"):
         elip_models.create_model("elip_clip_tiny", text_reduction="post", text_drop=1.0)
