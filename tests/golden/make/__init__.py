@@ -1,1 +1,0 @@
-"""Scripts that made the golden tensors. Each takes the path of an official checkout."""
