@@ -1,6 +1,5 @@
 """Configuration of models: inputs, image tower, and token reduction of images and texts."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -36,8 +35,8 @@ OF_ELIP = ELIPOptions.__annotations__.keys() - {"without_text"}  # which all gui
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputConfig(Config):
-    """Preprocessing of images and captions, in training and evaluation.
+class VisionConfig(Config):
+    """Sizes of the image tower, a timm VisionTransformer without a head, and the preprocessing.
 
     Attributes:
         resize: 'crop' uses the centre of an image; 'squash' all of it, with another aspect ratio.
@@ -48,17 +47,6 @@ class InputConfig(Config):
     resize: Literal["crop", "squash"] = "crop"
     captions: Literal["plain", "albef", "blip", "blip_question"] = "plain"
     max_words: PositiveInt = 30
-
-    @property
-    def reads_guide_captions(self) -> bool:
-        """Whether a training step takes a second caption of each image, for guidance."""
-        return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig(InputConfig):
-    """Sizes of the image tower, a timm VisionTransformer without a head."""
-
     image_size: Size = 224
     patch_size: Annotated[Size, divisor_of("image_size")] = 16
     vision_width: Size = 768
@@ -66,6 +54,11 @@ class VisionConfig(InputConfig):
     vision_heads: Annotated[PositiveInt, divisor_of("vision_width")] = 12
     vision_mlp_ratio: Positive = 4.0
     vision_norm_eps: NonNegative = 1e-6
+
+    @property
+    def reads_guide_captions(self) -> bool:
+        """Whether a training step takes a second caption of each image, for guidance."""
+        return False
 
     def vit(self, **options: Any) -> VisionTransformer:
         """Return the image tower; `options` are passed to timm."""
@@ -120,20 +113,19 @@ class ReductionConfig(VisionConfig):
         if self.schedule is not None:
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)
         reduction = self.reduction  # raises an error for invalid options
-        if not reduction.is_guided and not isinstance(reduction, Dense):
-            for name, value, default in self._changed_fields():
-                if name.startswith("guide"):
-                    raise ValueError(
-                        f"{name}: expected {default!r} where no text guides the reduction, "
-                        f"which is {reduction}, got {value!r}"
-                    )
+        if reduction.is_guided or isinstance(reduction, Dense):
+            return
+        for name, value in self._changed_fields().items():
+            if name.startswith("guide"):
+                raise ValueError(
+                    f"{name}: expected {type(self).__dataclass_fields__[name].default!r} where no "
+                    f"text guides the reduction, which is {reduction}, got {value!r}"
+                )
 
-    def _changed_fields(self) -> Iterator[tuple[str, Any, Any]]:
-        """Yield the name, value and default of each field that differs from its default."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                yield field.name, value, field.default
+    def _changed_fields(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults."""
+        values = {field: getattr(self, field.name) for field in fields(self)}
+        return {field.name: v for field, v in values.items() if v != field.default}
 
     @property
     def reduction(self) -> Strategy:
@@ -149,7 +141,7 @@ class ReductionConfig(VisionConfig):
                 )
             return self.elip(schedule) if schedule else Dense()
         open_options = option_types(name).keys() - written.keys() - options.keys()
-        for field, value, _ in self._changed_fields():
+        for field, value in self._changed_fields().items():
             if field in OF_ELIP & open_options:  # `name` has this option too, and would not get it
                 raise ValueError(
                     f"{field}: expected strategy='elip', whose option it is, got {value!r} "

@@ -35,62 +35,35 @@ from elip_models.saving.files import read_config
 from elip_models.saving.hub import fetch_folder
 from elip_models.validation import did_you_mean, mismatch_error
 
-FAMILIES: dict[str, type[PretrainedModel]] = {
-    model.family: model for model in (CLIP, ALBEF, BLIP, METER)
+FINE_TUNED: dict[type[PretrainedModel], tuple[type[PretrainedModel], ...]] = {
+    CLIP: (CLIPRetrieval, CLIPClassification),
+    ALBEF: (ALBEFRetrieval, ALBEFVQA, ALBEFEntailment, ALBEFNLVR2),
+    BLIP: (BLIPRetrieval, BLIPVQA, BLIPNLVR2, BLIPCaptioning),
+    METER: (METERRetrieval, METERVQA, METEREntailment, METERNLVR2),
 }
-DOWNSTREAM: dict[str, type[PretrainedModel]] = {
-    model.family: model
-    for model in (
-        *(ALBEFRetrieval, ALBEFVQA, ALBEFEntailment, ALBEFNLVR2),
-        *(BLIPRetrieval, BLIPVQA, BLIPNLVR2, BLIPCaptioning),
-        *(METERRetrieval, METERVQA, METEREntailment, METERNLVR2),
-        *(CLIPRetrieval, CLIPClassification),
-    )
-}
+FAMILIES = {model.family: model for model in FINE_TUNED}
+DOWNSTREAM = {model.family: model for models in FINE_TUNED.values() for model in models}
 MODELS = FAMILIES | DOWNSTREAM
 """Family -> class, for pre-training and downstream tasks."""
 TINY = {"image_size": 64, "patch_size": 8, "vision_heads": 2, "vision_width": 64, "text_width": 64}
-TINY_BERT = TINY | {
-    "text_depth": 4,
-    "text_heads": 2,
-    "text_hidden": 256,
-    "vocab_size": 1024,
-    "context_length": 32,
-    "max_positions": 64,
-    "initializer_range": 0.125,
-    "cls_token_id": 1,
-    "sep_token_id": 2,
-}
+TINY |= {"text_heads": 2, "vocab_size": 1024, "context_length": 32}
+TINY_BERT = TINY | {"text_depth": 4, "text_hidden": 256, "max_positions": 64}
+TINY_BERT |= {"initializer_range": 0.125, "cls_token_id": 1, "sep_token_id": 2}
 TINY_MOMENTUM = {"text_dropout": 0.0, "embed_dim": 64, "queue_size": 64, "momentum": 0.98}
+TINY_CROSS = {"cross_width": 64, "cross_depth": 2, "cross_heads": 2, "cross_hidden": 256}
 CONFIGS: dict[str, Any] = {
     "clip_vit_b16": CLIPConfig(),
     "clip_vit_s16": CLIPConfig(
         vision_width=384, vision_heads=6, text_width=384, text_heads=6, embed_dim=384
     ),
-    "clip_tiny": CLIPConfig(
-        **TINY,
-        text_depth=3,
-        text_heads=2,
-        vocab_size=1024,
-        context_length=32,
-        eos_token_id=2,
-        embed_dim=64,
-    ),
+    "clip_tiny": CLIPConfig(**TINY, text_depth=3, eos_token_id=2, embed_dim=64),
     "albef": ALBEFConfig(),
     "albef_tiny": ALBEFConfig(**TINY_BERT, **TINY_MOMENTUM, text_layers=2, mask_token_id=4),
     "blip": BLIPConfig(),
     "blip_tiny": BLIPConfig(**TINY_BERT, **TINY_MOMENTUM, decoder_token_id=5, encoder_token_id=6),
     "meter": METERConfig(),
     "meter_b32": METERConfig(patch_size=32),
-    "meter_tiny": METERConfig(
-        **TINY_BERT,
-        cross_width=64,
-        cross_depth=2,
-        cross_heads=2,
-        cross_hidden=256,
-        dropout=0.0,
-        mask_token_id=4,
-    ),
+    "meter_tiny": METERConfig(**TINY_BERT, **TINY_CROSS, dropout=0.0, mask_token_id=4),
 }
 PREFIX = "elip_"
 HUB = "hf:"
@@ -124,19 +97,17 @@ def create_model(
         overrides: fields of the model's config, such as `CLIPConfig`.
 
     Raises:
-        TypeError: the type of an override differs from its field's.
-        ValueError: the name or an override is unknown; the weights do not fit an override; or
-            pretrained=True, since no weights are published.
+        TypeError, ValueError: the name or an override is unknown or of another type; the weights
+            do not fit an override; or pretrained=True, since no weights are published.
     """
     if isinstance(name, str) and name.startswith(HUB):
         return load_model(name.removeprefix(HUB), **overrides)
-    family = family_of(name, task)
-    expected = "pretrained: expected False, or a folder written by save_pretrained, got"
-    if not isinstance(pretrained, (bool, str, os.PathLike)):
-        raise TypeError(f"{expected} {pretrained!r}")
+    family, config = family_of(name, task), config_of(name)
     if pretrained is True:
-        raise ValueError(f"{expected} True; no weights are published under these names")
-    config = config_of(name)
+        raise ValueError(
+            "pretrained: expected False, or a folder written by save_pretrained, got True; no "
+            "weights are published under these names"
+        )
     if pretrained is False:
         values = vars(config) if task is None else inherited_fields(family, vars(config))
         return family(family.config_class.from_dict(values | overrides))
@@ -163,7 +134,7 @@ def family_of(name: str, task: str | None = None) -> type[PretrainedModel]:
 
 def downstream_of(family: type[PretrainedModel], task: str) -> type[PretrainedModel]:
     """Return the class that fine-tunes a pre-trained family for a downstream task."""
-    tasks = {model.task: model for model in DOWNSTREAM.values() if model.pretraining is family}
+    tasks = {model.task: model for model in FINE_TUNED[family]}
     if task not in tasks:
         raise ValueError(
             f"task: expected a task of {family.__name__}, {', '.join(sorted(tasks))}, got "

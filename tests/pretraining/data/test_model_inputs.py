@@ -16,7 +16,7 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.data.caption_rules import CaptionRule, apply_caption_rule
 from elip_models.pretraining.data.transforms import ResizeMode
-from elip_models.pretraining.models.config import InputConfig
+from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.training.run_config import DataConfig
@@ -67,7 +67,7 @@ def test_questions_of_blip_lose_characters(question, expected):
 
 
 def test_configs_list_all_caption_rules_and_resize_modes():
-    hints = typing.get_type_hints(InputConfig)
+    hints = typing.get_type_hints(VisionConfig)
     assert hints["captions"] == CaptionRule and hints["resize"] == ResizeMode
     hints = typing.get_type_hints(DataConfig, include_extras=True)
     assert hints["captions"] == CaptionRule | None and hints["resize"] == ResizeMode | None

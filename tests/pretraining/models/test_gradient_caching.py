@@ -10,7 +10,7 @@ from elip_models.pretraining.training.trainer import train
 from elip_models.profiling.measure import saved_bytes
 from elip_models.validation import ConfigError
 from tests.helpers.tiers import tiered
-from tests.helpers.tiny_run import logged, own_process, tiny_config
+from tests.helpers.tiny_run import own_process, tiny_config
 from tests.helpers.towers import assert_equal_gradients, gradients
 
 SIZES = {
@@ -74,18 +74,6 @@ def test_gradient_caching_saves_less_for_backward():
             model(**batch)
         saved.append(count())
     assert saved[1] < saved[0] / 5
-
-
-@pytest.mark.slow
-def test_a_training_run_in_slices_has_equal_losses(tmp_path):
-    settings = ("model.overrides.drop_path=0",)
-    for name, slices in (("whole", 1), ("slices", 4)):
-        with own_process():
-            train(tiny_config(tmp_path / name, f"optim.batch_slices={slices}", *settings))
-    whole, slices = (
-        [row["loss"] for row in logged(tmp_path / name, "loss")] for name in ("whole", "slices")
-    )
-    assert slices == pytest.approx(whole, rel=1e-5)
 
 
 def test_models_with_other_losses_refuse_batch_slices(tmp_path):

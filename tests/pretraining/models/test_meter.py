@@ -184,22 +184,6 @@ def test_checkpointing_changes_no_gradient(golden):
         torch.testing.assert_close(gradients[1][name], grad, atol=1e-7, rtol=1e-5, msg=name)
 
 
-def test_padding_of_the_text_changes_nothing():
-    torch.manual_seed(0)
-    model = METER(METERConfig(**TINY, schedule="meter", scorer="last")).eval()
-    images, ids = torch.randn(2, 3, 32, 32), torch.randint(4, 96, (2, 6))
-    padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], dim=1)
-
-    def fused(ids):
-        mask = (ids != 0).long()
-        text = model.encode_text(ids, mask)
-        image, _ = model.encode_image(images, text[:, 0])
-        return model.fuse(text, mask, image)[::2]
-
-    for got, expected in zip(fused(padded), fused(ids), strict=True):
-        torch.testing.assert_close(got[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
-
-
 def test_roberta_equals_transformers():
     torch.manual_seed(0)
     sizes = TINY | ROBERTA | {"vocab_size": 96, "mask_token_id": 95, "max_positions": 18}

@@ -35,12 +35,6 @@ def test_with_equal_weights_the_first_stage_is_that_of_exact(family, fusion):
         torch.testing.assert_close(row, exact, rtol=1e-9, atol=1e-12)
 
 
-@FAMILIES
-def test_a_stage_of_one_layer_is_that_of_exact_at_any_fusion(family):
-    by_rows, by_exact = both(family, 0.3, schedule="3(100%) 1(60%) 2(60%)")
-    torch.testing.assert_close(by_rows[0].attention, by_exact[0].attention)
-
-
 def test_a_token_merged_by_nearest_has_the_scores_of_all_it_holds():
     model = made("blip", **DEEP, scorer="momentum", merge="nearest").eval()
     images, ids, mask = batch_of_four()

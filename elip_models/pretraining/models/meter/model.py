@@ -101,10 +101,8 @@ class METERBackbone(CrossModalModel):
         self.text_layers = BertTower(bert, cross_attention=layers, embeddings=None)
         self.image_layers = BertTower(bert, cross_attention=layers, embeddings=None)
         self.text_pooler, self.image_pooler = BertPooler(bert), BertPooler(bert)
-        for part in (self.text_transform, self.image_transform, self.token_types):
-            part.apply(self.text_layers.init)
-        for pooler in (self.text_pooler, self.image_pooler):
-            pooler.apply(self.text_layers.init)
+        parts = self.text_transform, self.image_transform, self.token_types
+        nn.ModuleList([*parts, self.text_pooler, self.image_pooler]).apply(self.text_layers.init)
 
     @property
     def fusion_tower(self) -> BertTower:
