@@ -10,7 +10,7 @@ import elip_kernels
 from benchmarks.cases import described, sweep
 from benchmarks.comparison import compare
 from benchmarks.kernel_analysis import least_work
-from benchmarks.kernel_analysis.work import INT32, Work
+from benchmarks.kernel_analysis.least_work import INT32, Work
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 from elip_kernels import BipartiteInfo
 

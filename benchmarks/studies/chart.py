@@ -4,7 +4,6 @@ It shows the first two metrics of the study's quality.
 """
 
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +25,7 @@ with require_extra("benchmarks.studies.chart"):
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
 
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", GREY)
-MARKERS = "os^vDP*X<>"
 BETTER, WORSE = "#0072b2", "#d55e00"
-CURVE = 3  # families with at least so many FLOPs shares are drawn as a curve, others as rows
 METRICS = 2  # metrics that the rows show
 
 
@@ -45,41 +41,30 @@ class Point(NamedTuple):
 def draw(document: Document, path: Path) -> Path:
     """Draw the differences from the first reference and their confidence intervals.
 
-    Each arm is a row with its FLOPs and time. A family of arms at several FLOPs shares is a curve
-    of the first metric over FLOPs.
+    Each arm is a row with its FLOPs and time.
     """
     metrics = document["quality"][:METRICS]
-    families = _families(document, metrics)
-    curves = {name: points for name, points in families.items() if len(points) >= CURVE}
-    rows = [point for name, points in families.items() if name not in curves for point in points]
-    heights = [4.0] if curves else []
-    heights += [1.1 + 0.25 * len(rows)] if rows else []
+    points = _points(document, metrics)
     with matplotlib.rc_context(STYLE):
-        figure = plt.figure(figsize=(9, sum(heights)), layout="constrained")
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        if curves:
-            _draw_curves(parts[0].subplots(), document, curves, metrics[0])
-        if rows:
-            axes = parts[-1].subplots(1, len(metrics) + 1, sharey=True)
-            _draw_rows(axes, document, rows, metrics)
+        figure = plt.figure(figsize=(9, 1.1 + 0.25 * len(points)), layout="constrained")
+        _draw_rows(figure.subplots(1, len(metrics) + 1, sharey=True), document, points, metrics)
         write_figure(figure, path, bbox_inches="tight", metadata=METADATA)
         plt.close(figure)
     return path
 
 
-def _families(document: Document, metrics: Sequence[str]) -> dict[str, list[Point]]:
-    """Return the measured arms by family, without the parent of the reference."""
-    reference = document["references"][0]
-    families: dict[str, list[Point]] = {}
+def _points(document: Document, metrics: Sequence[str]) -> list[Point]:
+    """Return the measured arms, without the parent of the reference."""
+    reference, points = document["references"][0], []
     compared = against(document, reference, metrics)
-    for arm, settings in document["arms"].items():
+    for arm in document["arms"]:
         gaps = {metric: compared.get((arm, metric)) for metric in metrics}
         if arm == reference:
             gaps = dict.fromkeys(metrics, Interval(0.0, None))
         if any(gaps.values()):
             costs = relative_cost(document, arm), relative_time(document, arm)
-            families.setdefault(settings["family"], []).append(Point(arm, gaps, *costs))
-    return families
+            points.append(Point(arm, gaps, *costs))
+    return points
 
 
 def _draw_rows(
@@ -109,29 +94,6 @@ def _draw_rows(
     axes[-1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     for axis in axes:
         axis.grid(color=GREY, alpha=0.3)
-
-
-def _draw_curves(
-    axis: Axes, document: Document, curves: dict[str, list[Point]], metric: str
-) -> None:
-    """Draw one line per family, shifted sideways so that error bars do not overlap."""
-    axis.axhline(0, color=GREY, linewidth=1)
-    axis.grid(color=GREY, alpha=0.3)
-    middle = (len(curves) - 1) / 2
-    for index, ((family, points), colour, marker) in enumerate(
-        zip(curves.items(), cycle(COLOURS), cycle(MARKERS))
-    ):
-        known = sorted(
-            (point.flops + 0.006 * (index - middle), *_scaled(point.gaps[metric], metric))
-            for point in points
-            if point.flops is not None and point.gaps[metric]
-        )
-        style = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1}
-        if known:
-            axis.errorbar(*zip(*known, strict=True), label=family, **style)
-    axis.set_xlabel(f"FLOPs, {document['references'][0]} = 1")
-    axis.set_ylabel(_label(document, metric))
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _scaled(gap: Interval, metric: str) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.studies.measures import FINETUNED, MEASURES, METRICS
 from benchmarks.studies.study import FINETUNE, NAME, TOKENIZER, Arm, Study
-from elip_models.validation import ConfigError, did_you_mean, shortened
+from elip_models.validation import ConfigError, shortened
 
 OF_RUNNER = ("seed", "name", "output_dir", "model.pretrained", "data.tokenizer")
 """Keys of the fine-tuning that follow from the run."""
@@ -49,57 +49,48 @@ def check_study(study: Study) -> None:
             raise ConfigError(f"{key}: expected each once, got {shortened(counted[0][0])} twice")
     _check_arms(study)
     _check_finetuning(study)
-    for name in study.measures:
-        if name not in MEASURES:
-            raise ConfigError(
-                f"measures: expected some of {', '.join(MEASURES)}, got {shortened(name)}"
-            )
-    named = [("references", each) for each in study.references]
-    for key, name in (*named, ("margin", study.margin)):
-        if name is not None and name not in study.arms:
-            raise ConfigError(
-                f"{key}: expected some of {shortened(list(study.arms))}, got {shortened(name)}"
-            )
-    patterns = [each for name in study.measures for each in METRICS.get(name, ["*"])]
+    margins = () if study.margin is None else (study.margin,)
+    for key, names, known in (
+        ("measures", study.measures, MEASURES),
+        ("references", study.references, study.arms),
+        ("margin", margins, study.arms),
+    ):
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"{key}: expected some of {', '.join(known)}, got {shortened(name)}"
+                )
+    patterns = [pattern for name in study.measures for pattern in METRICS.get(name, ["*"])]
     for metric in study.quality:
         if not any(fnmatchcase(metric, pattern) for pattern in patterns):
             raise ConfigError(
-                f"quality: expected metrics of {', '.join(study.measures)}, got "
-                f"{shortened(metric)}{did_you_mean(metric, patterns)}"
+                f"quality: expected metrics of {', '.join(study.measures)}, got {shortened(metric)}"
             )
 
 
 def _check_arms(study: Study) -> None:
     """Check that each arm begins with an arm before it that trains."""
-    before: list[str] = []
+    trained: list[str] = []
     for name, arm in study.arms.items():
-        if arm.parent is not None and arm.parent not in before:
+        if arm.parent is not None and arm.parent not in trained:
             raise ConfigError(
-                f"arms.{name}.from: expected one of {before}, got {shortened(arm.parent)}"
-            )
-        if arm.parent is not None and study.arms[arm.parent].length == 0:
-            raise ConfigError(
-                f"arms.{name}.from: expected an arm that trains, got {shortened(arm.parent)}"
+                f"arms.{name}.from: expected an arm that trains before it, one of {trained}, got "
+                f"{shortened(arm.parent)}"
             )
         if arm.parent is None and arm.length == 0:
             raise ConfigError(f"arms.{name}.length: expected above 0 without 'from', got 0")
-        before.append(name)
+        trained += [name] if arm.length else []
 
 
 def _check_finetuning(study: Study) -> None:
     """Check that the keys `finetune.*` and the measure `finetuned` are both there, or neither."""
     for name, arm in study.arms.items():
         keys = [key for key in study.overrides | arm.overrides if key.startswith(FINETUNE)]
-        if keys and FINETUNED not in study.measures:
+        if bool(keys) != (FINETUNED in study.measures):
             raise ConfigError(
-                f"measures: expected {FINETUNED!r} among them, since {keys[0]} is set, got "
-                f"{shortened(list(study.measures))}"
+                f"arms.{name}: measures: expected {FINETUNED!r} exactly if there is a block "
+                f"'finetune', got {', '.join(study.measures)} and {', '.join(keys) or 'no block'}"
             )
         for key in keys:
             if key.removeprefix(FINETUNE) in OF_RUNNER:
                 raise ConfigError(f"{key}: the runner sets it for every run; remove it")
-        if FINETUNED in study.measures and f"{FINETUNE}recipe" not in keys:
-            raise ConfigError(
-                f"arms.{name}: finetune.recipe: expected a recipe of `elip finetune`, since "
-                f"'measures' has {FINETUNED!r}, got none"
-            )

@@ -16,6 +16,7 @@ from benchmarks.studies.results import (
     relative_cost,
     relative_time,
 )
+from benchmarks.tables import table
 from elip_models.validation import ConfigError
 
 NONE = "–"
@@ -49,10 +50,11 @@ def study_page(document: Document, chart: str, notes: str = HOW_TO_READ) -> str:
         settings = ", ".join(f"`{key}={value}`" for key, value in document["overrides"].items())
         parts.append(f"Settings of every arm: {settings}.")
     alt = f"Change in quality and cost of the main arms of the study {document['study']}"
-    parts += [f"![{alt}]({chart})", CHART, "## Means over seeds", markdown(means(document))]
+    parts += [f"![{alt}]({chart})", CHART, "## Means over seeds", table(*means(document), left=1)]
     for reference in document["references"]:
-        table, notes = differences(document, reference)
-        parts += [f"## Paired differences from `{reference}`", markdown(table), " ".join(notes)]
+        columns, notes = differences(document, reference)
+        title = f"## Paired differences from `{reference}`"
+        parts += [title, table(*columns, left=1), " ".join(notes)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -165,13 +167,6 @@ def difference_cell(gap: Interval | None, metric: str) -> str:
 
 def _ratio(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
-
-
-def markdown(table: Table, *, left: int = 1) -> str:
-    """Return a Markdown table whose first `left` columns are left-aligned."""
-    header, rows = table
-    rule = ["---"] * left + ["--:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
 
 
 def _origins(document: Document) -> str:

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
 from benchmarks.kernel_analysis import least_work
+from benchmarks.kernel_analysis.least_work import Work
 from benchmarks.kernel_analysis.traffic import Access, traffic
-from benchmarks.kernel_analysis.work import Work
 from elip_kernels import launch
 from elip_kernels._example import EXAMPLES, Sizes
 from elip_kernels.testing import WITH_KERNELS, Case, kernels_on_cpu

@@ -89,10 +89,13 @@ def test_the_command_line_sets_keys_of_every_second_stage(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"finetune": {}}, "arms.dense: finetune.recipe: expected a recipe of `elip finetune`"),
+        (
+            {"finetune": {}},
+            "arms.dense: measures: expected 'finetuned' exactly if there is a block",
+        ),
         (
             {"measures": ["retrieval"], "quality": ["dense.r1"]},
-            "measures: expected 'finetuned' among them, since finetune.recipe is set",
+            "measures: expected 'finetuned' exactly if .*got retrieval and finetune.recipe",
         ),
         ({"quality": ["dense.r1"]}, "quality: expected metrics of finetuned, got 'dense.r1'"),
         ({"arms": {"a": {"finetune": {"seed": 1}}}}, "finetune.seed: the runner sets it"),

@@ -28,7 +28,7 @@ STUDIES = {
         {"quality": ["dense.r9"]},
         "quality: expected metrics of retrieval, got 'dense.r9'",
     ),
-    "margin": ({"margin": "danse"}, "margin: expected some of ['dense', "),
+    "margin": ({"margin": "danse"}, "margin: expected some of dense, "),
     "like itself": ({"like": "tiny.yaml"}, "like: expected at most 8 studies"),
 }
 

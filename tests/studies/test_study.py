@@ -101,7 +101,7 @@ def test_studies_of_one_group_train_an_arm_once(tmp_path, stubbed):
         ({"colour": 1}, "colour: unknown key"),
         ({"arms": {"a": 3}}, "arms.a: expected a mapping of keys, got 3"),
         ({"arms": {"a": {"at_flops": 2}}}, r"arms.a.at_flops: expected .*\(0, 1\].* got 2"),
-        ({"arms": {"a": {"from": "b"}}}, r"arms.a.from: expected one of .*got 'b'"),
+        ({"arms": {"a": {"from": "b"}}}, r"arms.a.from: expected an arm that trains .*got 'b'"),
         ({"arms": {"a": {"length": 0}}}, "arms.a.length: expected above 0 without 'from', got 0"),
         ({"arms": {"a": {"from": "after-0.61"}}}, "arms.a.from: expected an arm that trains"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.studies import results
 from benchmarks.studies.analysis import against
 from benchmarks.studies.command import write_page
-from benchmarks.studies.page import differences, markdown, means, study_page
+from benchmarks.studies.page import differences, means, study_page
 from benchmarks.studies.results import (
     by_seed,
     differences_by_seed,
@@ -17,6 +17,7 @@ from benchmarks.studies.results import (
     relative_time,
     values_of,
 )
+from benchmarks.tables import table
 
 LOSS = "reduced.contrastive_loss"
 DENSE = {"step_flops": 1.0, "step_time": 1.0}
@@ -163,7 +164,7 @@ def test_the_tables_of_committed_pages_follow_from_the_committed_results(path):
     """The pages are those that `docs/study.py` wrote at commit 1a22749."""
     found = read_results(path)
     page = (COMMITTED.parents[2] / "docs" / "studies" / f"{path.stem}.md").read_text()
-    assert markdown(means(found)) in page
+    assert table(*means(found), left=1) in page
     for reference in found["references"]:
-        table, notes = differences(found, reference)
-        assert markdown(table) in page and " ".join(notes) in page
+        columns, notes = differences(found, reference)
+        assert table(*columns, left=1) in page and " ".join(notes) in page
