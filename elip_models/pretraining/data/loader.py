@@ -79,11 +79,6 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.offset = 0
 
     @property
-    def length(self) -> int:
-        """Samples of all sources; an epoch has `samples` of them."""
-        return sum(self.lengths)
-
-    @property
     def batches_per_epoch(self) -> int:
         """Global batches in an epoch."""
         return self.samples // (self.batch_size * self.world_size)
