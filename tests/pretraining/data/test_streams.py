@@ -244,8 +244,6 @@ def test_too_large_members_are_skipped_without_buffering(tmp_path, monkeypatch):
         ("https://h/{0..99999999999}.tar,samples=5", r"at most 1000000 names .* got 1e\+11 names"),
         ("https://h/" + "{0..9}" * 5000 + ".tar,samples=5", "got inf names"),
         ("https://h/{0..9999}/{0..999}.tar,samples=5", "at most 1000000 names"),
-        ("https://h/" + "a" * 9999 + "{0..99999}.tar,samples=5", "characters in all"),
-        ("https://h/{0..1" + "0" * 5000 + "}.tar,samples=5", "at most 18 digits"),
         ("https://h/{{0..9}..{0..9}}.tar,samples=5", "not one in another"),
         ("https://h/{a,b}.tar,samples=5", "expected ranges such as"),
         ("https://h/a.tar,samples=5,samples=6", "expected samples once"),
