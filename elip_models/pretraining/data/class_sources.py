@@ -4,22 +4,29 @@
     FOLDER                           one folder of images per class, as ImageNet's validation set
     datasets:NAME,split=test         a dataset of the hub, or a folder of parquet files
 
-The last two take `,names=imagenet` or `,names=FILE`, see `class_names`. If open_clip is installed,
-its templates are used.
+The last two take `,names=imagenet` or `,names=FILE`. Names of classes, as texts use them:
+
+    WordNet ids               names of ImageNet's classes; some of them suffice, as in ImageNet-R
+    numbers, names=imagenet   the same by number, as in ImageNet-V2; the classes get WordNet ids
+    any, names=FILE           names of a JSON object {"class": "name", ..}, or for numbers a list
+    others                    the classes with spaces for "_"
+
+The names and templates of ImageNet are those of open_clip if it is installed. Otherwise the names
+are those of timm, and "a photo of a dog." is the only template.
 """
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from elip_models.images import SampleError, decode_image
-from elip_models.pretraining.data.checks import check_index, expand_user
-from elip_models.pretraining.data.class_names import IMAGENET, named_classes
+from elip_models.pretraining.data.checks import check_index, existing_files, expand_user
 from elip_models.pretraining.data.data_spec import FileSpec, built_in_options, parse_files
 from elip_models.pretraining.data.examples import Example
+from elip_models.pretraining.data.json_files import read_json, validate
 from elip_models.pretraining.data.sample import Sample, Source
 from elip_models.pretraining.data.scene_captions import with_article
 from elip_models.pretraining.data.scenes import EmojiClasses
@@ -29,8 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Template = Callable[[str], str]
-_BUILT_IN = "emoji_classes"
-_DATASETS = "datasets"
+_BUILT_IN, _DATASETS = "emoji_classes", "datasets"
 _FORMS = (
     f"{_BUILT_IN}:size=600, {_DATASETS}:NAME_OR_FOLDER,split=test, or a folder with a folder of "
     "images per class"
@@ -64,29 +70,27 @@ class LabelledImages:
     Args:
         table: The images, in its only column of images.
         name: Ids are this name and the number of the row. "": the folder and name of the file.
-        label: Class column. None: the only column of classes.
-        names: "imagenet", a JSON file, or None; see `named_classes`.
+        spec: The class column `label`, by default the only one, and the `names` of the classes.
 
     Raises:
         ValueError: A column is missing, or images have no class, as in many test sets.
     """
 
-    def __init__(
-        self, table: "Dataset", name: str, *, label: str | None = None, names: str | None = None
-    ) -> None:
+    def __init__(self, table: "Dataset", name: str, spec: FileSpec) -> None:
         from datasets import ClassLabel, Image
 
-        image, label = _only_column(table, Image, None), _only_column(table, ClassLabel, label)
+        image = _only_column(table, Image, None)
+        label = _only_column(table, ClassLabel, spec.label)
         self._images = table.cast_column(image, Image(decode=False))[image]
-        self._numbers = table[label][:]
-        self._name = name
+        self._numbers, self._name = table[label][:], name
         unknown = sum(number is None or number < 0 for number in self._numbers)
         if unknown:
             raise ValueError(
                 f"split: expected one whose images all have a class, got {unknown} of "
                 f"{len(table)} without one in {name}; use another split, such as validation"
             )
-        self.classes, self.names = named_classes(table.features[label].names, names)
+        classes = table.features[label].names
+        self.classes, self.names = _named_classes(classes, spec.names)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -178,7 +182,7 @@ def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> Cla
         shown = ", ".join(source.names[:3])
         raise ValueError(
             f"spec: expected classes with names, got the numbers {shown}.. in {shortened(spec)}; "
-            f"add ,names={IMAGENET} if they are those of ImageNet's classes, as in ImageNet-V2, "
+            "add ,names=imagenet if they are those of ImageNet's classes, as in ImageNet-V2, "
             'or ,names=FILE with a JSON object {"0": "name", ..}'
         )
     return source
@@ -189,8 +193,8 @@ def _open_dataset(spec: FileSpec) -> LabelledImages:
     from datasets import load_dataset
 
     path = expand_user(spec.files[0])
-    table, name = load_dataset(str(path), split=spec.split), f"{path.name}-{spec.split}"
-    return LabelledImages(table, name, label=spec.label, names=spec.names)
+    table = load_dataset(str(path), split=spec.split)
+    return LabelledImages(table, f"{path.name}-{spec.split}", spec)
 
 
 def _open_folder(spec: FileSpec) -> LabelledImages:
@@ -205,4 +209,38 @@ def _open_folder(spec: FileSpec) -> LabelledImages:
     folder = ImageFolder(str(root))
     columns = {"image": [file for file, _ in folder.samples], "label": folder.targets}
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=folder.classes)})
-    return LabelledImages(Dataset.from_dict(columns, features=features), "", names=spec.names)
+    return LabelledImages(Dataset.from_dict(columns, features=features), "", spec)
+
+
+def _named_classes(
+    classes: Sequence[str], source: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the classes and their names, by "imagenet", a JSON file, or None."""
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo("imagenet-1k")
+    ids = imagenet.label_names()
+    if source == "imagenet":
+        numbers = {str(number): name for number, name in enumerate(ids)}
+        classes = [numbers.get(name, name) for name in classes]
+    if source not in (None, "imagenet"):
+        (file,) = existing_files("names", expand_user(source))
+        listed = read_json(file, 'a JSON object {"class": "name", ..} or a list')
+        if isinstance(listed, list):
+            listed = {str(number): name for number, name in enumerate(listed)}
+        names = validate(dict[str, str], listed, str(file))
+    elif source is None and not set(classes) <= set(ids):
+        names = {name: name.replace("_", " ") for name in classes}
+    elif find_spec("open_clip") is None:
+        texts = (text.partition(",")[0] for text in imagenet.label_descriptions())
+        names = dict(zip(ids, texts, strict=True))
+    else:
+        from open_clip import IMAGENET_CLASSNAMES
+
+        names = dict(zip(ids, IMAGENET_CLASSNAMES, strict=True))
+    if missing := [name for name in classes if name not in names]:
+        raise ValueError(
+            f"names: expected a name for each of the {len(classes)} classes, got none for "
+            f"{shortened(missing[0])} in {source}; add it to a JSON file of names"
+        )
+    return tuple(classes), tuple(names[name] for name in classes)

@@ -6,7 +6,9 @@ emoji_questions:seed=0,size=2000
 """
 
 import inspect
+import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any
@@ -35,7 +37,7 @@ class FileSpec(BaseModel):
         weight: Weight of each correct answer, for example 0.5 (ALBEF) or 0.2 (BLIP) for Visual
             Genome.
         label: Name of the class column of a table. None: the only class column.
-        names: Names of the classes: "imagenet" or a JSON file. None: see `named_classes`.
+        names: Names of the classes: "imagenet" or a JSON file. None: see `class_sources`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -100,9 +102,8 @@ def built_in_options(spec: Spec, name: str, source: type) -> dict[str, Any] | No
             f"{shortened(spec)}{did_you_mean(unknown[0], known)}"
         )
     if "size" not in options:
-        raise ValueError(
-            f"spec: expected a size, got {shortened(spec)}; write {name}:seed=0,size=500"
-        )
+        example = f"{name}:seed=0,size=500"
+        raise ValueError(f"spec: expected a size, got {shortened(spec)}; write {example}")
     return options
 
 
@@ -117,17 +118,19 @@ def _parse_value(text: str) -> Any:
 def expand_ranges(path: str) -> Iterator[str]:
     """Yield "a-08.tar", "a-09.tar" and "a-10.tar" for "a-{08..10}.tar", as the shell does.
 
-    Raises ValueError for a falling range, and for a range of more than a million numbers.
+    Raises ValueError for a falling range, and for more than a million names.
     """
-    if (match := _RANGE.search(path)) is None:
-        yield path
-        return
-    first, last = match.groups()
-    if not 0 <= int(last) - int(first) < _MAX_NAMES:
+    parts = _RANGE.split(path)
+    bounds = [*zip(parts[1::3], parts[2::3], strict=True)]
+    ranges = [range(int(first), int(last) + 1) for first, last in bounds]
+    count = math.prod(float(len(numbers)) for numbers in ranges)
+    if count > _MAX_NAMES or not all(ranges):
+        kind = "rising ranges" if count else "a rising range"
         raise ValueError(
-            f"spec: expected a rising range of at most {_MAX_NAMES} numbers, got {match[0]!r}"
+            f"spec: expected {kind} of at most {_MAX_NAMES} names in all, got {count:.4g} names "
+            f"in {shortened(path)}"
         )
-    for number in range(int(first), int(last) + 1):
-        name = f"{path[: match.start()]}{number:0{len(first)}d}"
-        for rest in expand_ranges(path[match.end() :]):
-            yield name + rest
+    for numbers in itertools.product(*ranges):
+        pairs = zip(numbers, bounds, strict=True)
+        names = (f"{number:0{len(first)}d}" for number, (first, _) in pairs)
+        yield "".join(itertools.chain(*zip(parts[::3], [*names, ""], strict=True)))

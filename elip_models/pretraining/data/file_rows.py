@@ -40,6 +40,11 @@ def _texts(value: Any) -> Any:
     return [] if value is None else [str(value) if isinstance(value, bool) else value]
 
 
+def _joined(value: Any) -> Any:
+    """Return the attributes of a Visual Genome pair as one text."""
+    return "_".join(map(str, value)) if isinstance(value, list) else value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 """A text without unpaired surrogates, which JSON can hold and Arrow cannot."""
 Id = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_encodable)]
@@ -77,7 +82,7 @@ class FileRow(BaseModel):
     id: Id = _named("", "question_id", "pairID", "identifier", "image_id", "cocoid", "imgid", "id")
     image_id: Id = ""
     split: Text = ""
-    category: Annotated[Texts, AfterValidator("_".join)] = _named(
+    category: Annotated[Text, BeforeValidator(_joined)] = _named(
         "", "collapsed_tag", "relation_name", "attributes", "domain"
     )
     box: Box | None = None
@@ -124,14 +129,14 @@ def as_rows(data: Any, where: str, *keys: str, images: int = 1) -> dict[int | st
         data = [data]
     if not isinstance(data, list | dict):
         raise ValueError(f"{where}: expected rows with {expected}, got {shortened(data)}")
-    rows = dict(enumerate(data)) if isinstance(data, list) else data
-    for place, row in rows.items():
-        if not isinstance(row, dict) or row.keys().isdisjoint(keys):
-            raise ValueError(f"{where}[{place}]: expected {expected}, got {shortened(row)}")
-    rows = validate(dict[int | str, FileRow], rows, where)
+    entries = dict(enumerate(data)) if isinstance(data, list) else data
+    for place, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys().isdisjoint(keys):
+            raise ValueError(f"{where}[{place}]: expected {expected}, got {shortened(entry)}")
+    rows = validate(dict[int | str, FileRow], entries, where)
     for place, row in rows.items():
         if len(row.images) != images:
-            got = row.images or shortened(data[place])
+            got = row.images or shortened(entries[place])
             raise ValueError(f"{where}[{place}]: expected {images} image paths, got {got}")
     return rows
 

@@ -130,24 +130,25 @@ class CompositionFiles(StoredRows):
             named = ", ".join(f"{name} in {file.name}" for file, (name, _) in read.items())
             raise ValueError(f"spec: expected files of one benchmark, got {named}")
         views: dict[str, dict[str, Any]] = {}
-        self.examples: list[CompositionExample] = []
+        examples: list[CompositionExample] = []
         for number, (file, (_, rows)) in enumerate(read.items()):
             root = file.parent if spec.images is None else expand_user(spec.images)
             for place, row in rows.items():
-                names = [_view_name(root / image, row.box) for image in row.paths()]
+                names = tuple(_view_name(root / image, row.box) for image in row.paths())
                 for name, image in zip(names, row.paths(), strict=True):
                     view = {"file": number, "place": str(place), "images": [image], "id": name}
-                    view = views.setdefault(name, view | {"box": row.box, "captions": {}})
-                    view["captions"] |= dict.fromkeys(row.texts)
+                    view |= {"box": row.box, "captions": {}}
+                    views.setdefault(name, view)["captions"].update(dict.fromkeys(row.texts))
                 texts = tuple(row.texts)
-                example = CompositionExample(row.id, row.category, tuple(names), texts, cluster=0)
-                self.examples.append(example)
-        rows = [view | {"captions": [*view["captions"]]} for view in views.values()]
-        super().__init__([*read], spec.images, rows)
+                examples.append(CompositionExample(row.id, row.category, names, texts, cluster=0))
+        stored = [view | {"captions": [*view["captions"]]} for view in views.values()]
+        super().__init__([*read], spec.images, stored)
         numbers = {name: self.image_number(index) for index, name in enumerate(views)}
-        clusters = _clusters([[numbers[name] for name in each.images] for each in self.examples])
-        for number, cluster in enumerate(clusters):
-            self.examples[number] = self.examples[number]._replace(cluster=cluster)
+        clusters = _clusters([[numbers[name] for name in example.images] for example in examples])
+        self.examples = [
+            example._replace(cluster=cluster)
+            for example, cluster in zip(examples, clusters, strict=True)
+        ]
         self.categories = _scored_categories(self.benchmark, self.examples)
         self.averages = self.benchmark in ("vg_relation", "vg_attribution") or (
             self.benchmark == "sugarcrepe" and len(self.categories) > 1
