@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,7 +16,6 @@ from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
 from elip_models.validation import (
     Bounds,
     Count,
-    NonNegative,
     Positive,
     PositiveInt,
     Rate,
@@ -38,19 +36,15 @@ Layers = Literal["all"] | tuple[Count, ...] | None
     [
         (PositiveInt, [1, sys.maxsize], [0, -1, 10**400], [True, 1.0, "1", None]),
         (Positive, [1, 0.5], [0, -1.0, math.nan, math.inf], [True, "0.5", None, 1j]),
-        (NonNegative, [0, 0.0], [-1e-9], ["0"]),
         (Share, [0, 1, 0.5], [1.1, -0.1], [False, "1e-3"]),
-        (Rate, [0, 0.99], [1], [None]),
         (bool, [True, False], [], [1, 0, "yes", None]),
         (str, [""], [], [b"", 3]),
         (Literal["a", "b"], ["a"], ["c"], [1, ["a"], None]),
-        (PositiveInt | None, [None, 1], [0], ["1"]),
         (Literal["a"] | PositiveInt, ["a", 2], ["b", 0], [True, 1.5]),
         (Layers, ["all", None, (), (1, 2)], ["any", (1, -1)], [[1], (1, "2"), 3]),
         (tuple[int, Share], [(1, 1)], [(1,), (1, 2), ()], [[1, 1], (1.0, 1)]),
         (dict[str, Positive], [{}, {"a": 1}], [{"a": 0}], [{"a": "1"}, []]),
         (dict[str, Any], [{"a": object()}], [], [None]),
-        (Callable, [len], [], ["len"]),
         (Schedule, [Schedule.parse("clip")], [], ["clip"]),
     ],
 )
@@ -66,10 +60,8 @@ def test_accepted_values_and_types_of_errors(hint, fits, out_of_range, of_other_
         (PositiveInt, 0, "x: expected an integer at least 1, got 0"),
         (Rate, 1, "x: expected a number in [0, 1), got 1"),
         (Positive | None, "1", "x: expected a number above 0 or None, got '1'"),
-        (bool, 1, "x: expected True or False, got 1"),
         (Literal["a", "b"], "c", "x: expected one of 'a', 'b', got 'c'"),
         (Layers, -1, "x: expected 'all' or None or a tuple, each an integer at least 0, got -1"),
-        (tuple[int, Share], (1, 2), "x: expected [an integer, a number in [0, 1]], got (1, 2)"),
         (dict[str, Positive], [], "x: expected a dict, each a number above 0, got []"),
         (Schedule, "clip", "x: expected a Schedule, got 'clip'"),
         (str, list(range(1000)), "x: expected a string, got [0, 1, 2"),
@@ -98,7 +90,6 @@ class Tower:
     ("arguments", "error", "message"),
     [
         ({"heads": 5}, ValueError, "^heads: expected a divisor of width = 12, got 5$"),
-        ({"heads": 0}, ValueError, "^heads: expected an integer at least 1, got 0$"),
         ({"width": "12"}, TypeError, "^width: expected an integer at least 1, got '12'$"),
         ({"split": 3}, ValueError, "^split: expected an integer below heads = 3, got 3$"),
     ],

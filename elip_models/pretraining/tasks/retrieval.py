@@ -14,6 +14,7 @@ A model without features (METER) scores every pair, and one without ITM (CLIP) r
 Images are encoded without text. With `guided`, a *query* caption guides the reduction of its
 candidate images during re-ranking. An image that is the query is never reduced by a caption.
 Recall is ours, since torchmetrics has neither several captions for an image nor this rule on ties.
+The whole matrix of similarities is in memory: 0.5 GB for the 5,000 images of COCO's test split.
 Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 """
 
@@ -140,6 +141,8 @@ class Retrieval(Task):
 
     def check(self, model: "PretrainedModel") -> None:
         """Raise ValueError unless the model has features to rank, or image-text matching."""
+        if self.guided and not (self.candidates and hasattr(model, "matching_logits")):
+            raise ValueError("guided: expected a model and --rerank that re-rank by ITM, got none")
         if self.candidates and not hasattr(model, "matching_logits"):
             super().check(model)
         if not self.candidates and not model.ranks:

@@ -273,6 +273,8 @@ def test_a_model_without_matching_ranks_by_features(model, tokenizer, scenes):
     expected = BY_FEATURES.evaluate(model, tokenizer, scenes)
     assert Retrieval().evaluate(model, tokenizer, scenes) == expected
     assert expected.baselines.keys() == {"chance"}
+    with pytest.raises(ValueError, match="guided: expected a model and --rerank that re-rank"):
+        Retrieval(guided=True).check(model)
 
 
 def test_index_images_are_encoded_without_text_and_queries_guide_only_candidates():

@@ -12,7 +12,6 @@ from torch import nn
 
 from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import (
-    EMOJI,
     EmojiClasses,
     class_sources,
     open_classes,
@@ -131,48 +130,29 @@ def test_numbers_are_not_names_of_classes(tmp_path):
     source = open_classes(f"{folder},names=imagenet", image_size=8)
     assert source.classes == ("n01440764", "n01530575", "n15075141")
     assert source.names == tuple(open_clip.IMAGENET_CLASSNAMES[i] for i in numbers.values())
-    assert source[2].captions == ("n01530575",)
     for spec, answers in ((folder, tuple(numbers)), (f"{folder},names=imagenet", source.classes)):
         assert open_examples("classification", spec, image_size=8).answers == answers
 
 
 def test_a_file_names_the_classes(tmp_path):
     folder, file = colour_folder(tmp_path / "images"), tmp_path / "names.json"
-    colours = {"red": "dark red", "green": "lime", "blue_sky": "azure"}
-    file.write_text(json.dumps(colours))
+    file.write_text(json.dumps({"red": "dark red", "green": "lime", "blue_sky": "azure"}))
     source = open_classes(f"{folder},names={file}", image_size=8)
-    assert (source.classes, source.names) == (
-        ("blue_sky", "green", "red"),
-        ("azure", "lime", "dark red"),
-    )
+    assert source.classes == ("blue_sky", "green", "red")
+    assert source.names == ("azure", "lime", "dark red")
     numbered = colour_folder(tmp_path / "numbers", dict(zip("012", COLOURS.values(), strict=True)))
     file.write_text(json.dumps(["red", "green", "blue sky"]))
-    spec = f"{numbered},names={file}"
-    assert top1(open_classes(spec, image_size=8)) == 1
-    for content, message in (
-        (["red"], r"expected a name for each of the 3 classes, got none for '1' in .*; add it"),
-        ({"0": 1}, r"names\.json\[0\]: Input should be a valid string, got 1"),
-    ):
-        file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=message):
-            open_classes(spec, image_size=8)
-    with pytest.raises(
-        ValueError, match=r"names: expected a name for each .* got none for 'blue_sky' in imagenet"
-    ):
-        open_classes(f"{folder},names=imagenet", image_size=8)
-    with pytest.raises(FileNotFoundError, match="missing"):
-        open_classes(f"{folder},names={tmp_path / 'missing.json'}", image_size=8)
+    assert top1(open_classes(f"{numbered},names={file}", image_size=8)) == 1
+    file.write_text(json.dumps(["red"]))
+    with pytest.raises(ValueError, match="a name for each of the 3 classes, got none for '1'"):
+        open_classes(f"{numbered},names={file}", image_size=8)
 
 
-def test_the_built_in_classes_are_balanced_images_of_one_emoji():
+def test_the_built_in_classes_are_balanced():
     source = open_classes("emoji_classes:seed=3,size=120", image_size=32)
-    assert Counter(source.captions(i) for i in range(120)) == {(name,): 2 for name in EMOJI}
-    assert source.classes == source.names == tuple(EMOJI)
-    for index in range(120):
-        (group,) = source.scene(index).groups
-        assert (group.name, group.count) == (source.captions(index)[0], 1)
-    texts = {template("owl") for template in source.templates}
-    assert {"a red picture of an owl", "an owl on the left"} <= texts
+    counts = Counter(source.captions(i) for i in range(120))
+    assert counts == {(name,): 2 for name in source.classes}
+    assert source[7].image.size == (32, 32)
 
 
 def test_images_are_encoded_without_any_text(tmp_path, monkeypatch):
