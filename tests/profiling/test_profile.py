@@ -10,8 +10,6 @@ from rich.console import Console
 from benchmarks.paper_table1 import (
     OF_MOMENTUM,
     SHARED,
-    conclusion,
-    nearest,
     ratios,
     report_of,
     step_counts,
@@ -214,7 +212,6 @@ def test_a_step_of_blip_is_the_papers(blip_counts):
     said = {"official": paper.elip, "EViT": paper.evit, "ToMe": paper.tome}
     for method, flops in said.items():
         assert counted[method] == pytest.approx(flops / paper.dense, rel=0.01)
-    assert nearest(blip_counts, paper)[0] == "official"
 
 
 @pytest.mark.exhaustive
@@ -225,14 +222,12 @@ def test_the_report_on_table_1_uses_the_counts(blip_counts):
     console = Console(width=180, record=True, file=io.StringIO())
     console.print(report)
     printed = console.export_text()
-    for part in ("meter_b32", "11.04 (+0.1%)", "0.847 (+0.0%)", "blip agrees with 'official'"):
+    for part in ("meter_b32", "11.04 (+0.1%)", "0.847 (+0.0%)"):
         assert part in printed
     rows = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
     methods = [[row[0].strip(), row[1].strip(), row[2].strip()] for row in rows]
     assert methods.count(["", "EViT", "4.80"]) == methods.count(["", "ToMe", "6.98"]) == 1
     assert methods.count(["", "ToMe", "-"]) == 2  # of METER, which the paper has no figure of
-    assert data["conclusion"] == conclusion(counts)
-    assert "meter agrees with none, nearest 'last'" in data["conclusion"]
     assert json.loads(json.dumps(data))["counted_ratios"]["blip"] == ratios(blip_counts)
 
 

@@ -345,3 +345,11 @@ def test_a_failing_command_leaves_nothing_and_prints_the_cause(tmp_path, capsys)
         assert elip("convert", tmp_path / "ours", tmp_path / "out", *arguments) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_saved_files_have_default_permissions_and_no_temporary_file_is_left(tmp_path):
+    (tmp_path / "other").write_text("")
+    folder = create_model("clip_tiny").save_pretrained(tmp_path / "model")
+    expected = (tmp_path / "other").stat().st_mode
+    files = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert files == dict.fromkeys(("README.md", "config.json", "model.safetensors"), expected)
