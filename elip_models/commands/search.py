@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +70,7 @@ def search(
             folder, query, top=top, model=model, exact=exact, device=device, report=report
         )
     if as_json:
-        _print_json(result.as_json())
+        _print_json(asdict(result))
     else:
         _print_found(result)
 
@@ -81,15 +82,10 @@ def index(
     with require_extra("elip index"):
         from elip_models.embedding.search import build_index
 
-    console = Console(stderr=True)
-    with as_option_error(OPTIONS, errors=ConfigError), console.status("") as status:
-
-        def show(done: int, total: int) -> None:
-            status.update(f"building the index: {done} of {total} images")
-
-        result = build_index(folder, progress=show)
+    with _working("building the index"):
+        result = build_index(folder)
     _print(
-        f"{folder}: {result.kind} index of {result.index.ntotal} images; it finds "
+        f"{folder}: {result.kind} index of {result.vectors.ntotal} images; it finds "
         f"{result.recall:.3f} of the ten nearest images of an exact search"
     )
 
@@ -109,7 +105,7 @@ def _compare(dense: Path, reduced: Path, top: int, queries: int, seed: int, as_j
     with _working("comparing"):
         comparison = compare_neighbours(dense, reduced, top=top, queries=queries, seed=seed)
     if as_json:
-        _print_json(comparison.as_json())
+        _print_json(asdict(comparison) | {"recall": comparison.recall._asdict()})
     else:
         _print_kept(comparison)
 
@@ -127,7 +123,7 @@ def _print(text: str) -> None:
 
 
 def _print_json(content: dict) -> None:
-    typer.echo(json.dumps(content, indent=2))
+    typer.echo(json.dumps(content, indent=2, default=str))
 
 
 def _print_found(result: "SearchResult") -> None:

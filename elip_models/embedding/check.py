@@ -1,10 +1,9 @@
 """The check before a long run: some images encoded dense and reduced, and the saved time."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -52,10 +51,6 @@ class EmbeddingCheck:
             f"{self.collection} images take about {_duration(self.reduced_seconds)} reduced, "
             f"{_duration(self.dense_seconds)} dense: {gain}"
         )
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all figures as plain data."""
-        return asdict(self) | {"cosine": self.cosine._asdict()}
 
 
 def check_reduction(job: Job) -> EmbeddingCheck:

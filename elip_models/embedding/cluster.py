@@ -42,23 +42,19 @@ class ShardActor:
         self.job = job
 
     def embed(self, numbers: Sequence[int]) -> tuple[int, int]:
-        """Write shards; return the numbers of their images and of the skipped ones.
-
-        Raises:
-            ConfigError: this node does not see the output folder or the images.
-        """
+        """Write the shards that are missing; return the numbers of images and of skipped ones."""
         job = self.job
-        if not (job.output / MANIFEST).is_file():
-            raise ConfigError(
-                f"output: expected a folder that all nodes of the cluster share, got {job.output}, "
-                f"which the node {socket.gethostname()} does not see"
-            )
         stored = [image for _, image in job.source.sample(PROBES) if isinstance(image, Stored)]
-        if stored and not any(image.files.exists(image.path) for image in stored):
-            raise ConfigError(
-                f"source: expected images that all nodes of the cluster see, got "
-                f"{job.source.location}, which the node {socket.gethostname()} does not see"
-            )
+        sees_images = not stored or any(image.files.exists(image.path) for image in stored)
+        for argument, path, is_seen in (
+            ("output", job.output, (job.output / MANIFEST).is_file()),
+            ("source", job.source.location, sees_images),
+        ):
+            if not is_seen:
+                raise ConfigError(
+                    f"{argument}: expected a place that all nodes of the cluster see, got {path}, "
+                    f"which the node {socket.gethostname()} does not see"
+                )
         counts = list(job.embed(job.missing(numbers)))
         return job.images(numbers), sum(skipped for _, skipped in counts)
 
@@ -82,17 +78,9 @@ class Cluster:
     def connected(
         cls, address: str, *, actors: int | None = None, device: str | None = None
     ) -> "Iterator[Cluster]":
-        """Connect to a cluster until the end.
+        """Connect to the cluster of an address until the end; see `EmbedOptions` for it.
 
-        Args:
-            address: 'local' for a new one on this machine, 'auto' for that of this node, or
-                'HOST:PORT' of the head node. A process that has connected to Ray stays connected.
-            actors: number of actors. None: one for each GPU, or as many as nodes without GPUs.
-            device: 'cuda' or 'cpu'. None: 'cuda' if the cluster has GPUs.
-
-        Raises:
-            ConfigError: there is no such cluster, or it has too few GPUs or cores.
-            ImportError: Ray is missing; the message names the extra.
+        A process that has connected to Ray stays connected.
         """
         require_packages("embed with ray", "ray")
         import ray
@@ -147,12 +135,7 @@ class Cluster:
             )
 
     def embed(self, job: Job, missing: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Encode shards; yield the numbers of images and of skipped images of each task.
-
-        Raises:
-            ConfigError: a node lacks the images, or does not share the folder.
-            OSError: an actor could not write a shard.
-        """
+        """Encode shards; yield the numbers of images and of skipped images of each task."""
         import ray
         from ray.exceptions import RayTaskError
         from ray.util import ActorPool

@@ -1,7 +1,7 @@
 """The embeddings of a finished run, read shard by shard, each after its checksum is compared.
 
     collection = open_collection("embeddings")
-    rows, cosines = collection.nearest(vectors, top=10)      # faiss compares all embeddings
+    cosines, rows = collection.search(vectors, top=10)      # faiss compares all embeddings
 
 The rows of all shards count from 0. docs/embed.md describes the files.
 """
@@ -91,10 +91,10 @@ class Collection:
             keys |= {row: table["key"][row - first].as_py() for row in here}
         return [keys[row] for row in rows]
 
-    def nearest(
+    def search(
         self, queries: np.ndarray, top: int, among: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of the most similar images, and their cosines, (Q, K) each.
+        """Return the cosines of the most similar images, and their rows, (Q, K) each.
 
         Args:
             queries: normalised vectors (Q, D).
@@ -111,7 +111,7 @@ class Collection:
                 cosines, best = faiss.knn(queries, vectors, count, faiss.METRIC_INNER_PRODUCT)
                 heap.add_result(cosines, rows[best])
         heap.finalize()
-        return heap.I, heap.D
+        return heap.D, heap.I
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -7,9 +7,10 @@ serve(build_page(demo), port=7860)
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -52,16 +53,11 @@ tokens or drops unimportant ones, so that the model computes less. Choose an ima
 sliders. Patches of one token have their mean colour and an outline; dropped patches are grey."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """An image with and without reduction.
+class Comparison(NamedTuple):
+    """An image as the model reads it, and as `elip visualize` draws its tokens after a block.
 
-    Attributes:
-        image: the image as the model reads it, cropped and resized.
-        merged: the same with the patches of each token after a block in one colour, as `elip
-            visualize` draws it.
-        tokens: after each block, how many tokens of patches are left.
-        cosine: of the reduced and the dense feature.
+    `tokens` are the tokens of patches that are left after each block, and `cosine` is that of the
+    reduced and the dense feature.
     """
 
     image: Image.Image
@@ -71,13 +67,7 @@ class Comparison:
 
 
 class Demo:
-    """A dense model, which is compared to reduced copies with the same weights.
-
-    No text guides a reduction here.
-
-    Raises:
-        ConfigError: the model cannot be reduced, or its images are not of its tower's size.
-    """
+    """A dense model, which is compared to reduced copies with the same weights."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.dense, self.saved = encoder.reduced(DENSE), encoder.strategy
@@ -95,11 +85,7 @@ class Demo:
         return [*([] if self.saved is None else [SAVED]), *DRAWN]
 
     def strategy(self, choice: str, keep: float) -> Strategy:
-        """Return one of `choices` at a mean share of tokens over the blocks.
-
-        Raises:
-            TypeError, ValueError: it cannot reduce the model, or keep so few tokens.
-        """
+        """Return one of `choices` at a mean share of tokens over the blocks, without a text."""
         is_own = choice == SAVED and self.saved is not None
         strategy = (self.saved if is_own else get_strategy(choice)).fitted(self.tower)
         if strategy.is_guided:
@@ -112,21 +98,11 @@ class Demo:
         return pixels.to(parameter.device, parameter.dtype)
 
     def read(self, path: Path) -> Tensor:
-        """Return an image file as the model reads it, (1, 3, H, W).
-
-        Raises:
-            SampleError: it is no raster image, damaged, or larger than the limits.
-        """
+        """Return an image file as the model reads it, (1, 3, H, W)."""
         return self._pixels(decode_image(path, path.name))
 
     def compare(self, pixels: Tensor, strategy: Strategy, block: int) -> Comparison:
-        """Return the features of an image with and without reduction, and its tokens.
-
-        Args:
-            pixels: the image, as `read` returns it.
-            strategy: as `strategy` returns it.
-            block: draw the tokens after this block, counted from 1.
-        """
+        """Compare an image (1, 3, H, W) with and without reduction; blocks count from 1."""
         if block not in range(1, self.tower.depth + 1):
             raise ValueError(f"block: expected 1 to {self.tower.depth}, got {block}")
         with warnings.catch_warnings(), ignore_slow_scorers():
@@ -176,32 +152,27 @@ def _as_picture(pixels: Tensor) -> Image.Image:
 
 
 def example_image(side: int = 448) -> Image.Image:
-    """Return the picture with which the page opens: a house, a tree and the sun, in large areas."""
+    """Return the picture with which the page opens: the sun, hills and a house."""
     image = Image.new("RGB", (side, side), "#9cc9f0")
     draw, unit = ImageDraw.Draw(image), side / 8
-    for kind, colour, box in (
-        ("ellipse", "#ffd94a", (5.6, 0.6, 7.2, 2.2)),
-        ("ellipse", "#5c9b4e", (-3, 5, 6, 12)),
-        ("ellipse", "#74b35f", (2, 5.4, 12, 12)),
-        ("rectangle", "#d9bd94", (1.2, 3.8, 3.6, 6.2)),
-        ("polygon", "#a8493a", (0.9, 3.8, 2.4, 2.4, 3.9, 3.8)),
-        ("rectangle", "#6b4a35", (2.1, 4.9, 2.7, 6.2)),
-        ("rectangle", "#6b4a35", (5.7, 4.6, 6, 6.4)),
-        ("ellipse", "#2f6b3a", (4.9, 2.9, 6.8, 5.2)),
+    for shape, colour, *box in (
+        (draw.ellipse, "#ffd94a", 5.6, 0.6, 7.2, 2.2),
+        (draw.ellipse, "#5c9b4e", -3, 5, 6, 12),
+        (draw.ellipse, "#74b35f", 2, 5.4, 12, 12),
+        (draw.rectangle, "#d9bd94", 1.2, 3.8, 3.6, 6.2),
+        (draw.polygon, "#a8493a", 0.9, 3.8, 2.4, 2.4, 3.9, 3.8),
+        (draw.rectangle, "#6b4a35", 2.1, 4.9, 2.7, 6.2),
     ):
-        getattr(draw, kind)([unit * value for value in box], fill=colour)
+        shape([unit * value for value in box], fill=colour)
     return image
 
 
 def build_page(
     demo: Demo, *, batch_size: int = 4, embeddings: tuple[Path, Encoder] | None = None
 ) -> gradio.Blocks:
-    """Return the page for one model.
+    """Return the page for one model, whose times are measured on batches of `batch_size` images.
 
-    Args:
-        demo: the model.
-        batch_size: times are measured on batches of so many images.
-        embeddings: a folder of `embed` to search in, and the encoder of its model.
+    `embeddings` are a folder of `embed` to search in, and the encoder of its model.
     """
     depth = demo.tower.depth
     keep = DEFAULT_KEEP if demo.saved is None else round(kept_share(demo.saved, demo.size), 2)
@@ -341,9 +312,6 @@ def serve(page: gradio.Blocks, *, port: int, wait: bool = True) -> None:
     """Serve the page to programs of this machine, until the process is interrupted.
 
     Requests for another host are refused, so that no page elsewhere reaches it by DNS rebinding.
-
-    Raises:
-        ConfigError: another program uses the port.
     """
     try:
         page.launch(

@@ -226,20 +226,15 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
 
 
 def _dimension(encoder: Encoder) -> int:
-    """Return the width of the embedding of a grey image."""
+    """Return the width of the embedding of an image, also if it is no square."""
     transform = encoder.preprocessing.transform
-    pixels, other = (transform(Image.new("RGB", size)) for size in ((256, 256), (320, 240)))
-    if pixels.shape != other.shape:
-        raise ConfigError(
-            f"model: expected a preprocessing to one size, got {tuple(pixels.shape)} and "
-            f"{tuple(other.shape)} for images of two shapes"
-        )
     try:
-        _, dimension = encoder(pixels[None]).shape
+        images = [transform(Image.new("RGB", size)) for size in ((256, 256), (320, 240))]
+        _, dimension = encoder(torch.stack(images)).shape
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"model: expected one that embeds an image alone as a vector, got a "
-            f"{type(encoder.model).__name__}: {error!s:.300}"
+            f"model: expected one that embeds an image alone as a vector, with a preprocessing to "
+            f"one size, got a {type(encoder.model).__name__}: {error!s:.300}"
         ) from error
     return dimension
 

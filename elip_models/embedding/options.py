@@ -55,8 +55,8 @@ class EmbedOptions:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if (size := getattr(self, name)) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {size}")
         if self.embedding_dtype not in ("float32", "float16"):
             raise ConfigError(
                 f"embedding_dtype: expected float32 or float16, got {self.embedding_dtype!r}"

@@ -14,6 +14,7 @@ its metadata. docs/embed.md describes the format.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,9 @@ IMAGES, CHECKSUMS = "images", "checksums"
 METADATA = b"elip"
 RESULT = ("complete", "counts", "files")
 """Fields of the manifest that a run sets at its end; the others are its settings."""
-UNFINISHED = ".*.[0-9]*.[0-9]*"
+UNFINISHED = re.compile(
+    r"\.((manifest|check)\.json|(images-)?(shard-\d+|skipped)\.parquet(\.sha256)?)\.\d+\.\d+"
+)
 """What `write_file` leaves behind if the process is killed: a name, a process and a thread."""
 Skipped = tuple[int, str, bool]
 """Row of an image without an embedding, the reason, and whether its embedding was not finite."""
@@ -53,25 +56,21 @@ class OutputFolder:
             ConfigError: another run uses the folder, or it has other files.
         """
         names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
-        others = [name for name in names if name != LOCK]
+        others = [name for name in names if name != LOCK and not UNFINISHED.fullmatch(name)]
         if self.path.is_file() or (others and MANIFEST not in names):
             raise ConfigError(
                 f"output: expected a new or empty folder, or one with a {MANIFEST} of this "
                 f"command, got {self.path} {', '.join(others[:3])}"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK)
         try:
-            lock.acquire(timeout=0)
+            with FileLock(self.path / LOCK, timeout=0):
+                yield
         except Timeout:
             raise ConfigError(
                 f"output: expected a folder that no other run uses, got {self.path}; wait until "
                 "the other run ends, or choose another folder"
             ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Store the settings of a run, or compare them with those of the run to continue.
@@ -82,8 +81,9 @@ class OutputFolder:
             ConfigError: the folder has embeddings with other settings.
         """
         for part in ("", IMAGES, CHECKSUMS):
-            for file in (self.path / part).glob(UNFINISHED):
-                file.unlink()
+            for file in (self.path / part).glob(".*"):
+                if UNFINISHED.fullmatch(file.name):
+                    file.unlink()
         settings = json.loads(json.dumps({"format": FORMAT} | settings))
         if (self.path / MANIFEST).is_file() and any(self.path.glob("*/shard-*.parquet")):
             self._check_same(settings)
@@ -131,14 +131,18 @@ class OutputFolder:
         table = pyarrow.table(dict(columns)).replace_schema_metadata(metadata)
         content = pyarrow.BufferOutputStream()
         parquet.write_table(table, content, compression="zstd", use_dictionary=False)
-        buffer = content.getvalue()
-        checksum = self._checksum_of(file)
-        with whole_files_stay(self.path):
-            for path in (self.path / file, checksum):
+        digest = hashlib.sha256(buffer := content.getvalue()).hexdigest()
+        line = f"{digest}  {file}\n".encode()
+        for path, written in ((self.path / file, buffer), (self._checksum_of(file), line)):
+            try:
                 path.parent.mkdir(exist_ok=True)
-            write_file(self.path / file, buffer)
-            line = f"{hashlib.sha256(buffer).hexdigest()}  {file}\n"
-            write_file(checksum, line.encode())
+                write_file(path, written)
+            except OSError as error:  # such as a full disk
+                reason = (
+                    f"{error.strerror}; the files that were written are whole: after the cause is "
+                    "removed, run the same command again"
+                )
+                raise OSError(error.errno, reason, str(path)) from error
 
     def _checksum_of(self, file: str) -> Path:
         return self.path / CHECKSUMS / f"{file.replace('/', '-')}.sha256"
@@ -187,8 +191,7 @@ class OutputFolder:
             raise RuntimeError(f"{self.path}: expected {len(keys)} images in all, got {counts}")
         counts["non_finite"] = sum(bad)
         result = {"complete": True, "counts": counts, "files": files}
-        with whole_files_stay(self.path):
-            write_json(self.path / MANIFEST, self.manifest() | result)
+        write_json(self.path / MANIFEST, self.manifest() | result)
         return counts
 
     def _described(self, file: str) -> dict[str, Any]:
@@ -225,16 +228,3 @@ def _by_dotted_key(content: Mapping[str, Any]) -> dict[str, Any]:
         inner = value if isinstance(value, dict) and value else {"": value}
         values |= {f"{key}.{name}".rstrip("."): leaf for name, leaf in inner.items()}
     return values
-
-
-@contextmanager
-def whole_files_stay(path: Path) -> Iterator[None]:
-    """Turn an error of the file system, such as a full disk, into one that names the remedy."""
-    try:
-        yield
-    except OSError as error:
-        reason = (
-            f"{error.strerror or error}; the files that were written are whole: after the cause is "
-            "removed, run the same command again"
-        )
-        raise OSError(error.errno, reason, str(path)) from error

@@ -1,7 +1,9 @@
 """How a model expects its images, as its library describes it: crop, size, mean and deviation."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,15 +86,9 @@ def _of_open_clip(model: nn.Module) -> Preprocessing | None:
     return Preprocessing(transform, {"kind": "open_clip"} | _plain(asdict(config)))
 
 
-class _Processor:
-    """An image processor of transformers as a function of one image."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return pixels (3, H, W)."""
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+def _processed(processor: Any, image: Image.Image) -> Tensor:
+    """Return the pixels (3, H, W) of an image by an image processor of transformers."""
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def _of_transformers(model: nn.Module) -> Preprocessing | None:
@@ -110,7 +106,7 @@ def _of_transformers(model: nn.Module) -> Preprocessing | None:
         return None
     settings = {key: value for key, value in processor.to_dict().items() if key[0] != "_"}
     described = {"kind": "transformers", "class": type(processor).__name__} | _plain(settings)
-    return Preprocessing(_Processor(processor), described)
+    return Preprocessing(partial(_processed, processor), described)
 
 
 def _of_settings(model: nn.Module, settings: str | Path | dict[str, Any]) -> Preprocessing:
@@ -153,10 +149,6 @@ def _image_size(model: nn.Module) -> tuple[int, int]:
     return as_tower(model if whole is None else whole.image_model).image_size
 
 
-def _plain(value: Any) -> Any:
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings as JSON has them."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    return json.loads(json.dumps(settings, default=str))

@@ -8,15 +8,15 @@ This file prepares the folder and completes it; `Job` encodes the shards in betw
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
 
 from elip_models.embedding.check import EmbeddingCheck, check_reduction
 from elip_models.embedding.cluster import Cluster
@@ -114,72 +114,44 @@ def embed(
                 f"output: expected a folder outside the source {images}, since the next run would "
                 f"list the output as a part of it, got {output}"
             )
+    # of torchrun, each with its GPU if there are GPUs
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST)
     with ExitStack() as stack:
-        processes = stack.enter_context(_joined_processes())
         cluster = None
         if chosen.ray is not None:
             resources = {"actors": chosen.ray_actors, "device": chosen.device}
             cluster = stack.enter_context(Cluster.connected(chosen.ray, **resources))
-        if processes.rank == 0:
+        if processes.is_main_process:
             stack.enter_context(folder.locked())
-        encoder = model if isinstance(model, Encoder) else _encoder(model, chosen, reduce, keep)
+        encoder = model
+        if not isinstance(model, Encoder):
+            of_torchrun = processes.device if processes.num_processes > 1 else None
+            encoder = open_encoder(
+                model,
+                reduce=reduce,
+                keep=keep,
+                preprocess=chosen.preprocess,
+                precision=chosen.precision,
+                device=chosen.device or of_torchrun,
+                pretrained=chosen.pretrained,
+                compile=chosen.compile,
+            )
         if cluster is not None and chosen.precision == "auto":
             cluster.check_precision(encoder)
         job = Job(encoder, source, folder.path.resolve(), chosen)
-        checked, left = _begin(job, folder, report) if processes.rank == 0 else (None, 0)
-        processes.wait()
+        checked, left = _begin(job, folder, report) if processes.is_main_process else (None, 0)
+        processes.wait_for_everyone()
         start = time.perf_counter()
-        _embed(job, range(processes.rank, len(job), processes.count), cluster, progress)
-        processes.wait()
+        own = range(processes.process_index, len(job), processes.num_processes)
+        _embed(job, own, cluster, progress)
+        processes.wait_for_everyone()
         seconds = time.perf_counter() - start
-        if processes.rank == 0:
+        if processes.is_main_process:
             folder.complete([shard_file(number) for number in range(len(job))], source.keys)
-        processes.wait()
+        processes.wait_for_everyone()
     speed = left / seconds if left else None
     counts = folder.manifest()["counts"]
     return Embedded(folder.path, **counts, images_per_second=speed, check=checked)
-
-
-class _Processes(NamedTuple):
-    """The number of this process, and how many torchrun has started."""
-
-    rank: int = 0
-    count: int = 1
-
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        if self.count > 1:
-            dist.barrier()
-
-
-@contextmanager
-def _joined_processes() -> Iterator[_Processes]:
-    """Yield the processes that torchrun has started, connected with each other."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield _Processes()
-        return
-    dist.init_process_group("gloo", timeout=LONGEST)
-    yield _Processes(dist.get_rank(), dist.get_world_size())
-    dist.destroy_process_group()  # not after an error, when the others do not come
-
-
-def _encoder(
-    model: str, options: EmbedOptions, reduce: str | Strategy | None, keep: float | None
-) -> Encoder:
-    """Open the model, on the GPU of this process of torchrun if no device is chosen."""
-    device = options.device
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return open_encoder(
-        model,
-        reduce=reduce,
-        keep=keep,
-        preprocess=options.preprocess,
-        precision=options.precision,
-        device=device,
-        pretrained=options.pretrained,
-        compile=options.compile,
-    )
 
 
 def _begin(job: Job, folder: OutputFolder, report: Report) -> tuple[EmbeddingCheck | None, int]:
@@ -217,7 +189,7 @@ def _begin(job: Job, folder: OutputFolder, report: Report) -> tuple[EmbeddingChe
             f"and reduced embeddings, got {checked.cosine.mean:.4f} on {checked.images} images; "
             "raise keep, or let `elip calibrate` choose a reduction"
         )
-    write_json(folder.path / CHECK, checked.as_json())
+    write_json(folder.path / CHECK, asdict(checked) | {"cosine": checked.cosine._asdict()})
     return checked, left
 
 

@@ -9,14 +9,13 @@ Similarity is the cosine of the embeddings. The search compares all embeddings, 
 index of faiss: index/images.faiss, and index/index.json with its recall and checksums.
 """
 
-import json
 import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import faiss
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from elip_models.embedding.collection import Collection, open_collection, unit
 from elip_models.embedding.encoder import DENSE, Encoder, open_encoder
-from elip_models.embedding.output import MANIFEST, OutputFolder, sha256_of, whole_files_stay
+from elip_models.embedding.output import MANIFEST, OutputFolder, sha256_of
 from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
 from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.reduction.serialization import strategy_of
@@ -44,13 +43,9 @@ FOLDER, VECTORS, DESCRIPTION = "index", "images.faiss", "index.json"
 
 @dataclass(frozen=True)
 class Hit:
-    """An image of the collection that is similar to a query.
+    """An image that is similar to a query by the cosine of the embeddings, `similarity`.
 
-    Attributes:
-        rank: from 1.
-        similarity: cosine of the embeddings of the image and the query.
-        key: name of the image.
-        path: its file, if it is a file of this machine.
+    Ranks begin with 1, and `path` is the image if it is a file of this machine.
     """
 
     rank: int
@@ -61,7 +56,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The images that are the most similar to a query.
+    """The images that are the most similar to a query, a text or the path of an image.
 
     Attributes:
         folder: of the embeddings.
@@ -76,10 +71,6 @@ class SearchResult:
     images: int
     index: str | None
     hits: tuple[Hit, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all as plain data."""
-        return asdict(self) | {"folder": str(self.folder), "hits": [*map(asdict, self.hits)]}
 
 
 def search(
@@ -163,7 +154,7 @@ def query_encoder(
             f"place now, pass that as model; got: {str(error).removeprefix('model: ')}"
         ) from error
     _check_weights(encoder, collection)
-    if json.loads(json.dumps(encoder.preprocessing.described)) != preprocessing:
+    if encoder.preprocessing.described != preprocessing:
         raise ConfigError(
             f"model: expected the preprocessing of the embeddings, {preprocessing}, got "
             f"{encoder.preprocessing.described}; embed the images again"
@@ -221,9 +212,8 @@ def find(
         top = len(collection)
     vectors = unit(features.cpu().numpy())
     index = None if exact else open_index(collection, report)
-    rows, cosines = (
-        collection.nearest(vectors, top) if index is None else index.nearest(vectors, top)
-    )
+    searched = collection if index is None else index.vectors
+    cosines, rows = searched.search(vectors, top)
     rows = rows[0][rows[0] >= 0].tolist()  # faiss fills up with -1
     hits = [
         Hit(rank, float(cosine), key, image_file(collection, key))
@@ -243,92 +233,65 @@ def image_file(collection: Collection, key: str) -> str | None:
     return path if source["kind"] in folder and os.path.isfile(path) else None
 
 
-@dataclass(frozen=True)
-class Index:
+class Index(NamedTuple):
     """An index of all embeddings of a collection.
 
     Attributes:
-        kind: 'HNSW' or 'IVF'.
-        index: that of faiss.
+        kind: the name of the index for `faiss.index_factory`.
+        vectors: that of faiss.
         recall: mean share of the ten nearest neighbours of some images that it finds.
     """
 
     kind: str
-    index: faiss.Index
-    recall: float = 1.0
-
-    def nearest(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows and cosines (Q, K); a row of -1 stands for an image that was not found."""
-        cosines, rows = self.index.search(queries, top)
-        return rows, cosines
+    vectors: faiss.Index
+    recall: float
 
 
-def build_index(
-    folder: str | os.PathLike, *, progress: Callable[[int, int], object] = lambda done, total: None
-) -> Index:
+def build_index(folder: str | os.PathLike) -> Index:
     """Build an index of a collection, beside its embeddings, which `search` then uses.
-
-    Args:
-        folder: of the embeddings, which `embed` wrote.
-        progress: called with the images so far, and all.
 
     Raises:
         ConfigError: the folder is not what is expected, or another command uses it.
     """
     collection = open_collection(folder)
-    output = collection.folder / FOLDER
-    with OutputFolder(collection.folder).locked(), whole_files_stay(collection.folder):
-        index = _new_index(collection)
-        for first, vectors in collection.vectors():
-            index.index.add(vectors)
-            progress(first + len(vectors), len(collection))
-        index = replace(index, recall=_recall(collection, index))
+    output, images = collection.folder / FOLDER, len(collection)
+    lists = 4 * math.isqrt(images)
+    kind, parameter, value = "HNSW32", "efSearch", CANDIDATES
+    if images > HNSW_IMAGES:
+        kind, parameter, value = f"IVF{lists},Flat", "nprobe", min(PROBES, lists)
+    with OutputFolder(collection.folder).locked():
+        vectors = faiss.index_factory(collection.dimension, kind, faiss.METRIC_INNER_PRODUCT)
+        faiss.ParameterSpace().set_index_parameter(vectors, parameter, value)
+        if not vectors.is_trained:
+            vectors.train(collection.take(sampled_rows(images, TRAINING_VECTORS * lists, seed=0)))
+        for _, embeddings in collection.vectors():
+            vectors.add(embeddings)
+        own = sampled_rows(images, CHECKED_QUERIES, seed=0)
+        queries, top = collection.take(own), min(NEIGHBOURS + 1, images)
+        rows = [searched.search(queries, top)[1] for searched in (collection, vectors)]
+        recall = float(np.mean(shared_neighbours(*rows, own))) if top > 1 else 1.0
         output.mkdir(exist_ok=True)
         (output / DESCRIPTION).unlink(missing_ok=True)  # without it the vectors are not used
         try:
-            faiss.write_index(index.index, str(output / VECTORS))
+            faiss.write_index(vectors, str(output / VECTORS))
         except RuntimeError as error:  # of faiss, such as for a full disk
             raise OSError(f"{output}: {str(error).splitlines()[-1]}") from error
         description = {
-            "kind": index.kind,
-            "images": len(collection),
-            "recall_at_10": index.recall,
+            "kind": kind,
+            "images": images,
+            "recall_at_10": recall,
             "sha256": sha256_of(output / VECTORS),
             "manifest_sha256": sha256_of(collection.folder / MANIFEST),
             "faiss": faiss.__version__,
         }
         write_json(output / DESCRIPTION, description)
-    return index
-
-
-def _new_index(collection: Collection) -> Index:
-    """Return an index without vectors, whose kind depends on the number of images."""
-    images = len(collection)
-    if images <= HNSW_IMAGES:
-        index = faiss.index_factory(collection.dimension, "HNSW32", faiss.METRIC_INNER_PRODUCT)
-        faiss.ParameterSpace().set_index_parameter(index, "efSearch", CANDIDATES)
-        return Index("HNSW", index)
-    lists = 4 * math.isqrt(images)
-    kind = f"IVF{lists},Flat"
-    index = faiss.index_factory(collection.dimension, kind, faiss.METRIC_INNER_PRODUCT)
-    faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(PROBES, lists))
-    index.train(collection.take(sampled_rows(images, TRAINING_VECTORS * lists, seed=0)))
-    return Index("IVF", index)
+    return Index(kind, vectors, recall)
 
 
 def sampled_rows(total: int, count: int, seed: int) -> np.ndarray:
     """Return up to `count` different rows of `total`, drawn at random and ascending."""
     rng = np.random.default_rng(seed)
     return np.sort(rng.choice(total, min(count, total), replace=False))
-
-
-def _recall(collection: Collection, index: Index) -> float:
-    """Return the mean share of the nearest neighbours of some images that an index finds."""
-    top = min(NEIGHBOURS, len(collection) - 1)
-    own = sampled_rows(len(collection), CHECKED_QUERIES, seed=0)
-    queries = collection.take(own)
-    rows = [of.nearest(queries, top + 1)[0] for of in (collection, index)]
-    return float(np.mean(shared_neighbours(*rows, own))) if top else 1.0
 
 
 def shared_neighbours(first: np.ndarray, second: np.ndarray, own: np.ndarray) -> list[float]:
@@ -358,8 +321,8 @@ def open_index(collection: Collection, report: Report = lambda text: None) -> In
             raise ValueError("it is of other embeddings than the folder has now")
         if description["sha256"] != sha256_of(folder / VECTORS):
             raise ValueError(f"the SHA-256 of {VECTORS} differs from that in {DESCRIPTION}")
-        index = faiss.read_index(str(folder / VECTORS))
-        return Index(description["kind"], index, description["recall_at_10"])
+        vectors = faiss.read_index(str(folder / VECTORS))
+        return Index(description["kind"], vectors, description["recall_at_10"])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         report(
             f"the index in {folder} is not used, and all embeddings are compared: {error}; `elip "
@@ -394,11 +357,6 @@ class NeighbourRecall:
     only_dense: int
     only_reduced: int
     same_weights: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all as plain data."""
-        plain = asdict(self) | {"recall": self.recall._asdict()}
-        return plain | {"dense": str(self.dense), "reduced": str(self.reduced)}
 
 
 def compare_neighbours(
@@ -439,7 +397,7 @@ def compare_neighbours(
         position = np.full(len(collection), -1)
         position[rows] = np.arange(len(rows))
         queries = collection.take(rows[chosen])
-        nearest, _ = collection.nearest(queries, top + 1, among=position >= 0)
+        _, nearest = collection.search(queries, top + 1, among=position >= 0)
         positions.append(position[nearest])
     shares = shared_neighbours(*positions, chosen)
     weights = {collection.manifest["model"]["weights_sha256"] for collection in collections}

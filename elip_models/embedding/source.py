@@ -34,12 +34,12 @@ from pyarrow import csv
 from pyarrow import dataset as arrow_dataset
 
 from elip_models.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, SampleError
-from elip_models.validation import ConfigError, did_you_mean
+from elip_models.validation import ConfigError
 
 PATHS = ("image", "path", "file_name", "url")
 """Columns that may have the paths of images, the first that is there."""
 KEY = "key"
-OUTPUT_COLUMNS = (KEY, "embedding", "sha256")
+OUTPUT_COLUMNS = {KEY, "embedding", "sha256"}
 DATASETS = ("dataset_info.json", "dataset_dict.json")
 """One of them is in a folder that `save_to_disk` wrote."""
 NO_COLUMNS = pyarrow.table({})
@@ -139,7 +139,6 @@ class Columns(NamedTuple):
     def image_in(self, schema: pyarrow.Schema) -> str:
         """Return the column of images: of `datasets` or bytes or, if there is none, of paths."""
         if self.image is not None:
-            _check_column("image_column", self.image, schema.names)
             return self.image
         kinds = pyarrow.types
         for is_image in (kinds.is_struct, kinds.is_binary, kinds.is_large_binary):
@@ -153,23 +152,8 @@ class Columns(NamedTuple):
 
     def others_in(self, names: Sequence[str]) -> list[str]:
         """Return the column of keys, if there is one, and those to keep."""
-        if self.key is not None:
-            _check_column("key_column", self.key, names)
-        for name in self.keep:
-            _check_column("keep_columns", name, names)
-            if name in OUTPUT_COLUMNS:
-                raise ConfigError(
-                    f"keep_columns: expected other names than {', '.join(OUTPUT_COLUMNS)}, which "
-                    f"the output has, got {name!r}; rename the column in the source"
-                )
-        key = self.key or KEY
-        return [*([key] if key in names else []), *(name for name in self.keep if name != key)]
-
-
-def _check_column(argument: str, name: str, names: Sequence[str]) -> None:
-    if name not in names:
-        known = f"columns among {', '.join(names)}" if names else "no columns of this source"
-        raise ConfigError(f"{argument}: expected {known}, got {name!r}{did_you_mean(name, names)}")
+        key = [self.key or KEY] if self.key or KEY in names else []
+        return [*dict.fromkeys([*key, *self.keep])]
 
 
 def open_images(
@@ -192,20 +176,24 @@ def open_images(
             does not fit it.
     """
     columns = Columns(image_column, key_column, list(keep_columns))
+    if used := OUTPUT_COLUMNS & {*keep_columns}:
+        raise ConfigError(
+            f"keep_columns: expected other names than those of the output, got {', '.join(used)}; "
+            "rename them in the source"
+        )
     location = os.path.expanduser(os.fspath(source))
     shown = without_secrets(location)
     try:
         listed = _listed(location, columns)
-        key = key_column or KEY
-        keys = (
-            listed.columns[key].to_pylist() if key in listed.columns.schema.names else listed.keys
-        )
+        keys, others = listed.keys, columns.others_in(listed.columns.column_names)
+        if others and others[0] == (key_column or KEY):
+            keys = listed.columns[others[0]].to_pylist()
         kept = listed.columns.select(columns.keep)
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, ImportError, tarfile.TarError) as error:
-        reason = str(error) or type(error).__name__
-        raise ConfigError(f"source: expected {EXPECTED}, got {shown}: {reason:.300}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"source: {shown}: {reason:.300}; expected {EXPECTED}") from error
     if not keys:
         raise ConfigError(f"source: expected at least one image, got none in {shown}")
     keys = [str(key).encode("utf-8", "backslashreplace").decode() for key in keys]
@@ -251,7 +239,6 @@ def _listed_folder(files: AbstractFileSystem, folder: str, columns: Columns) -> 
         )
     if present and present != ["images"]:
         return READERS[kinds[present[0]]](files, matching[present[0]], columns)
-    columns.others_in([])
     paths = matching["images"]
     names = [path.removeprefix(folder).lstrip("/") for path in paths]
     payloads = [Stored(files, path) for path in paths]
@@ -262,8 +249,7 @@ def _in_memory(payloads: Sequence[Payload]) -> Callable[[int, int], Iterator[Pay
     return lambda start, stop: iter(payloads[start:stop])
 
 
-def _tars(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> ImageSource:
-    columns.others_in([])
+def _tars(files: AbstractFileSystem, paths: Sequence[str], _: Columns) -> ImageSource:
     images = [image for path in paths for image in _images_in_tar(files, path)]
     keys, payloads = zip(*images, strict=True) if images else ((), ())
     places = [payload[2:] for payload in payloads if isinstance(payload, Stored)]

@@ -60,7 +60,9 @@ def test_a_node_without_the_files_is_an_error(missing, whole, pictures, encoder)
         source = replace(source, payloads=lambda start, stop: iter(payloads[start:stop]))
     folder = whole if missing == "images" else Path("/no/such/folder")
     actor = ShardActor(Job(encoder, source, folder, EmbedOptions(**SMALL)), "cpu", 1)
-    with pytest.raises(ConfigError, match=r"(output|source): expected .* all nodes of the cluster"):
+    with pytest.raises(
+        ConfigError, match=r"(output|source): expected a place that all nodes of the cluster see"
+    ):
         actor.embed([0])
 
 

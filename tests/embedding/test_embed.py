@@ -171,7 +171,7 @@ WRONG = {
     "preprocess": ("imagnet", "preprocess: expected 'imagenet', 'clip' or a JSON file"),
     "reduce": ("tomme", "reduce: .*did you mean 'tome'"),
     "device": ("gpu", "device: expected one of this machine, such as 'cuda:1' or 'cpu'"),
-    "keep_columns": (["label"], "keep_columns: expected no columns of this source, got 'label'"),
+    "keep_columns": (["label"], "source: .*label"),
 }
 
 
@@ -319,6 +319,15 @@ def test_other_files_are_refused_and_stay(pictures, encoder, tmp_path):
         elip_models.embed(encoder, pictures, pictures / "sub" / "out", **SMALL)
     assert not (pictures / "sub" / "out").exists()
     assert (tmp_path / ".manifest.json.bak").read_text() == "mine"
+    (tmp_path / ".manifest.json.bak").rename(tmp_path / ".manifest.json.7.7")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / ".shard-000001.parquet.7.7").touch()  # of a killed run
+    (tmp_path / "manifest.json").write_text("{}")
+    for name in (".notes.1.2", "images/.mine.parquet"):
+        (tmp_path / name).touch()
+    elip_models.embed(encoder, pictures, tmp_path, **SMALL)
+    hidden = {path.name for path in tmp_path.rglob(".*")}
+    assert hidden == {".lock", ".notes.1.2", ".mine.parquet"}
 
 
 def test_a_full_disk_is_one_line_and_whole_shards_stay(

@@ -235,27 +235,29 @@ def test_a_change_of_names_or_sizes_changes_the_checksum(pictures, tmp_path):
 
 
 WRONG = {
-    "unknown column": ("csv", {"keep_columns": ["labell"]}, "keep_columns.*did you mean 'label'"),
-    "no columns": ("folder", {"keep_columns": ["label"]}, "keep_columns: expected no columns"),
-    "unknown key": ("parquet", {"key_column": "id"}, "key_column: expected columns among"),
-    "unknown image": ("json", {"image_column": "url"}, "image_column: expected columns among"),
-    "tar": ("tar", {"key_column": "id"}, "key_column: expected no columns of this source"),
+    "unknown column": ("csv", {"keep_columns": ["labell"]}, "labell"),
+    "no columns": ("folder", {"keep_columns": ["label"]}, "label"),
+    "unknown key": ("parquet", {"key_column": "id"}, "id"),
+    "unknown image": ("json", {"image_column": "url"}, "url"),
+    "tar": ("tar", {"key_column": "id"}, "id"),
+    "datasets": ("datasets", {"keep_columns": ["labell"]}, "labell"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_column_is_an_error(case, pictures, tmp_path):
-    form, options, message = WRONG[case]
-    with pytest.raises(ConfigError, match=message):
+    form, options, name = WRONG[case]
+    with pytest.raises(ConfigError, match=rf"source: .*\b{name}\b.*; expected a folder") as caught:
         open_images(FORMS[form](pictures, tmp_path), **options)
+    assert "\n" not in str(caught.value)
 
 
 FILES = {
-    "broken.parquet": (b"PAR1", "source: expected a folder of images"),
-    "broken.json": (b"{", "source: expected a folder of images"),
-    "numbers.json": (b"[1]", "source: expected a folder of images"),
-    "twice.csv": (b"image,image\na,b\n", "source: expected a folder of images"),
-    "broken.tar": (b"no tar", "source: expected a folder of images"),
+    "broken.parquet": (b"PAR1", "expected a folder of images"),
+    "broken.json": (b"{", "expected a folder of images"),
+    "numbers.json": (b"[1]", "expected a folder of images"),
+    "twice.csv": (b"image,image\na,b\n", "expected a folder of images"),
+    "broken.tar": (b"no tar", "expected a folder of images"),
     "notes.txt": (b"text", "no such folder; the working folder is"),
     "equal.json": (b'["a.png", "a.png"]', "different key for each image, got 'a.png' 2 times"),
     "output.json": (b'[{"path": "a", "sha256": "b"}]', "keep_columns: expected other names"),
