@@ -5,12 +5,8 @@ from typing import Any
 
 from elip_models.validation import require_packages
 
-LAZY = {
-    "create_model": "registry",
-    "list_models": "registry",
-    "load_model": "registry",
-}
-"""Public name -> its module, imported on first use, since that module imports this package."""
+PUBLIC = ("create_model", "list_models", "load_model")
+"""Names of `registry`, which is imported on first use, since it imports this package."""
 
 require_packages(
     "elip_models.pretraining.models",
@@ -19,10 +15,10 @@ require_packages(
 
 
 def __getattr__(name: str) -> Any:
-    if name not in LAZY:
+    if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)
+    return getattr(import_module(f"{__name__}.registry"), name)
 
 
 def __dir__() -> list[str]:
-    return [*LAZY]
+    return [*PUBLIC]

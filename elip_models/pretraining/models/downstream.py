@@ -91,12 +91,12 @@ def encoder_weights(
     `rules` rename weights inside the encoders. A copy without a momentum weight gets the weight of
     the encoder.
     """
-    parts = {"encoders.": renamed(weights, [("encoders.", "")])}
+    rules, online = list(rules), renamed(weights, [("encoders.", "")])
+    result = renamed(renamed(online, rules), [("", "encoders.")])
     if distill:
-        parts["encoders_m."] = parts["encoders."] | renamed(weights, [("encoders_m.", "")])
-    rules = list(rules)
-    named = ((part, renamed(inside, rules)) for part, inside in parts.items())
-    return {part + name: weight for part, inside in named for name, weight in inside.items()}
+        copies = online | renamed(weights, [("encoders_m.", "")])
+        result |= renamed(renamed(copies, rules), [("", "encoders_m.")])
+    return result
 
 
 class MomentumRetrieval(MomentumModel):

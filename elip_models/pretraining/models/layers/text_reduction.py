@@ -86,9 +86,10 @@ class TextReduction:
         order = priority.argsort(dim=1, descending=True, stable=True)[:, : len(slots)]
         n = mask.sum(1, keepdim=True)
         is_used = slots < n - (n.double() * self.drop).long()
-        position = torch.where(is_used, order, L).sort(dim=1).values
-        is_used, kept = position < L, position.clamp_max(L - 1)
-        return ReducedText(take_rows(tokens, kept), is_used, (kept == anchor).int().argmax(1), kept)
+        position = torch.where(is_used, order, L).sort(dim=1).values  # unused slots last
+        kept = position.clamp_max(L - 1)
+        new_anchor = (kept == anchor).int().argmax(1)
+        return ReducedText(take_rows(tokens, kept), position < L, new_anchor, kept)
 
     def _priority(self, mask: Tensor, scores: Tensor | None) -> Tensor:
         """Return a finite priority (B, L); the least are dropped first."""
