@@ -1,41 +1,26 @@
-"""Time of reduce against the official algorithm, an eager form, its compiled form, and a copy.
-
-On a GPU, from `MANY` tokens on, the form that selects in one launch and moves in another is timed,
-too: one program then needs so many registers for all scores that few run at once.
-"""
-
-from unittest.mock import patch
+"""Time of reduce against the official algorithm, an eager form, its compiled form, and a copy."""
 
 import pytest
 import torch
 
 import elip_kernels
-from benchmarks.cases import ON_GPU, described, directions, reduce_cases
+from benchmarks.cases import described, directions, reduce_cases
 from benchmarks.comparison import compare
 from benchmarks.kernel_analysis import least_work
-from benchmarks.official_reduce import eager_reduce, official_reduce
 from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled, with_gradient
-from elip_kernels import launch
+from benchmarks.replaced_forms import eager_reduce, official_reduce
 
 FUNCTIONS = {"official": official_reduce, "eager": eager_reduce, OURS: elip_kernels.reduce}
 IMAGES = 8  # compared with fp64: the first and last images
-MANY, IN_TWO = 513, "in two launches"
 
 
-def reduce_in_two(tokens, scores, keep):
-    """Return `reduce` by two launches, as for more candidates than `MAX_MOVED`."""
-    with patch.object(launch, "MAX_MOVED", 0):
-        return elip_kernels.reduce(tokens, scores, keep)
-
-
-def forms_of(keep, *, in_two=False):
+def forms_of(keep):
     """Return the forms by name, each (tokens, scores) -> (output,)."""
 
     def form(function):
         return lambda tokens, scores: (function(tokens, scores, keep),)
 
-    two = {IN_TWO: reduce_in_two} if in_two else {}
-    return {name: form(function) for name, function in (FUNCTIONS | two).items()}
+    return {name: form(function) for name, function in FUNCTIONS.items()}
 
 
 def work_of(case, direction):
@@ -47,11 +32,10 @@ def work_of(case, direction):
 @pytest.mark.cases(case=reduce_cases, direction=directions)
 def test_reduce(record, rounds, case, direction):
     inputs = list(case.inputs())
-    in_two = ON_GPU and MANY <= case.N <= launch.MAX_MOVED and direction != "backward"
     if direction != "forward":
         inputs[0].requires_grad_()
         inputs.append(torch.randn(case.B, case.K + 2, case.D).to(case.dtype))
-    inputs, forms = on_device(inputs), forms_of(case.K, in_two=in_two)
+    inputs, forms = on_device(inputs), forms_of(case.K)
     exact = with_gradient(forms["official"], *in_fp64(inputs, IMAGES))
     forms, left_out = with_compiled(forms, case, inputs)
     checked = parity(exact, {name: with_gradient(form, *inputs) for name, form in forms.items()})

@@ -11,19 +11,20 @@ import torch
 import elip_kernels
 from benchmarks.cases import DEVICE, HEADS, described, sweep
 from benchmarks.comparison import compare
-from benchmarks.eager_rows import (
+from benchmarks.kernel_analysis import least_work
+from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
+from benchmarks.replaced_forms import (
     EPS,
     attention_row,
     column_means,
     eager_output,
+    eager_reduce,
     eager_row,
     official_output,
+    official_reduce,
     official_row,
     parameters,
 )
-from benchmarks.kernel_analysis import least_work
-from benchmarks.official_reduce import eager_reduce, official_reduce
-from benchmarks.parity import OURS, in_fp64, on_device, parity, with_compiled
 
 IMAGES = 4  # compared with fp64: the first and last images
 

@@ -1,8 +1,7 @@
 """Time of every strategy at equal training FLOPs against dense, in training and inference.
 
 The share of the dense FLOPs is that of ELIP with the paper's schedule and the scorer 'last'.
-`at_flops` sets the other strategies to it; `resize` takes the nearest size. The full scale uses
-batch 1 and the largest power of two for which the benchmark takes two minutes at most.
+`at_flops` sets the other strategies to it; `resize` takes the nearest size.
 
 Parity: the tokens of each strategy in the timed dtype against fp64 with the same kept and merged
 tokens (`resize`: the same small image). The error is at most twice that of dense.
@@ -14,7 +13,6 @@ import torch
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU
 from benchmarks.parity import check_errors, relative_error
-from elip_models.profiling.measure import time_side_by_side
 from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.flops import training_ratio
@@ -25,16 +23,14 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
 
 BASE, SMALL, TINY = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny"))
-SECONDS, LARGEST = 120, 256
-MODES = ("training", "inference")
 
 
 def steps(scale):
     """Return mode and batch size of each case, as 'training-B2'."""
     if scale == "full":
-        return [f"{mode}-{batch}" for mode in MODES for batch in ("B1", "largest")]
-    small = ["training-B2", "inference-B1"]
-    return [*small, "inference-B4"] if scale == "default" else small
+        batches = 1, 64 if ON_GPU else 8
+        return [f"{mode}-B{B}" for mode in ("training", "inference") for B in batches]
+    return ["training-B2", "inference-B1", "inference-B4"][: 3 if scale == "default" else 2]
 
 
 def created(scale):
@@ -86,32 +82,14 @@ def compare_with_fp64(model, strategies):
     return check_errors(errors, ours=list(strategies))
 
 
-def largest_batch(model, mode, count, rounds):
-    """Return the largest power of two at which `count` strategies take two minutes at most.
-
-    The estimate uses the time of the dense model.
-    """
-    workload = Workload(model, 1)
-    with in_mode(workload, mode):
-        forward = workload.forward(None)
-        step = (lambda: workload.train_step(forward)) if mode == "training" else forward
-        seconds = min(time_side_by_side({DENSE: step}, device=DEVICE, rounds=3)[DENSE])
-    batch = 1
-    while batch < LARGEST and 2 * batch * seconds * count * (rounds + 3) < SECONDS:
-        batch *= 2
-    return batch
-
-
 @pytest.mark.cases(case=steps)
 def test_strategies(record, rounds, scale, case):
-    mode, _, batch = case.partition("-")
+    mode, _, batch = case.partition("-B")
     name, model = created(scale)
     strategies, share = strategies_at_equal_flops(as_tower(model))
     checked = compare_with_fp64(model, strategies)
     every = {DENSE: None, **strategies}
-    is_largest = batch == "largest"
-    B = largest_batch(model, mode, len(every), rounds) if is_largest else int(batch[1:])
-    workload = Workload(model, B)
+    workload = Workload(model, int(batch))
     measured = measure(workload, every, mode, rounds=rounds)
     flops = {name: sum(each) for name, each in count(workload, every, mode).items()}
     with in_mode(workload, mode):
@@ -126,7 +104,7 @@ def test_strategies(record, rounds, scale, case):
             strategy_flops={name: each / flops[DENSE] for name, each in flops.items()},
             share=share,
             memory={name: each.memory for name, each in measured.items()},
-            shape={"B": B, "image": workload.tower.image_size[0]},
+            shape={"B": int(batch), "image": workload.tower.image_size[0]},
             dtype=DTYPE_NAMES[MAIN_DTYPE],
             parity=checked,
         )

@@ -139,7 +139,8 @@ def run(command: str, todo: list[Step], out: Path, state: dict[str, Any], option
         if key in outcomes or left <= 0:
             continue
         seconds = min(options.limit, left)
-        say(f"\n=== {key}: {seconds:.0f} s at most")  # a killed step leaves half a line
+        # A killed step leaves half a line.
+        sys.stdout.write(f"\n=== {key}: {seconds:.0f} s at most\n")
         status = finish(step, seconds)
         is_cut, is_first = status is None and left < options.limit and not is_first, False
         if is_cut or status == TO_BE_CONTINUED:
@@ -151,15 +152,8 @@ def run(command: str, todo: list[Step], out: Path, state: dict[str, Any], option
             append(step.results, out / "bench.json")
         write(out / "steps.json", state)
     found = {name: outcomes.get(name, "left") for name in (f"{command}/{s.name}" for s in todo)}
-    say("")
-    for name, outcome in found.items():
-        say(f"{name}: {outcome}")
+    sys.stdout.write("\n" + "".join(f"{name}: {found[name]}\n" for name in found))
     return 0 if set(found.values()) <= {"passed"} else 1
-
-
-def say(line: str) -> None:
-    """Write a line to stdout."""
-    sys.stdout.write(line + "\n")
 
 
 def main() -> int:

@@ -3,7 +3,8 @@
 import os
 import platform
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import cpuinfo
@@ -20,12 +21,8 @@ def machine() -> dict[str, Any]:
     return {
         "device": measured["device"] if ON_GPU else f"{brand}, {os.cpu_count()} cores",
         "threads": measured["threads"],
-        "versions": {name: _version(name) for name in ("torch", "triton", "timm")},
+        "versions": {
+            name: version(name) if find_spec(name) else "absent"
+            for name in ("torch", "triton", "timm")
+        },
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"

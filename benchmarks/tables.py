@@ -54,7 +54,7 @@ def device_tables(results: Results) -> str:
 
 
 def chart(results: Results, kind: str, title: str) -> str:
-    """Return the link to a chart of `charts.draw`."""
+    """Return the link to a chart of `plot.draw`."""
     return f"![{kind} on {results.machine['device']}: {title}]({results.slug}-{kind}.svg)"
 
 

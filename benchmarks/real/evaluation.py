@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 import elip_models
 from benchmarks.machine import machine
-from benchmarks.real.dinov2 import onnx_features
-from benchmarks.real.photographs import batches
+from benchmarks.real.dinov2 import batches, onnx_features
 from elip_models.analysis.feature_measures import cosine, neighbours
 from elip_models.intervals import bootstrap_interval
 from elip_models.profiling.commit import commit
@@ -252,11 +251,6 @@ def onnx_error(model: nn.Module, paths: Sequence[Path]) -> dict[str, float | int
         "patch_error": error[:, 1:].max().item(),
         "largest_feature": expected.abs().max().item(),
     }
-
-
-def check_folder(output: Path | None) -> None:
-    if output is not None and not output.parent.is_dir():
-        raise FileNotFoundError(f"output: expected a file in a folder that exists, got {output}")
 
 
 def measured_on() -> dict[str, Any]:

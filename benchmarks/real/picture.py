@@ -16,7 +16,7 @@ from torch import Tensor
 
 import elip_models
 from benchmarks.real import dinov2
-from benchmarks.real.photographs import batches
+from benchmarks.real.dinov2 import batches
 from elip_models.analysis.chart_style import write_figure
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import new_figure

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.studies.analysis import against
-from benchmarks.studies.results import (
-    Document,
-    Interval,
-    is_loss,
-    relative_cost,
-    relative_time,
-)
+from benchmarks.studies.results import Document, Interval, is_loss, relative_cost, relative_time
 from elip_models.analysis.chart_style import GREY, METADATA, STYLE, write_figure
 from elip_models.validation import require_extra
 

@@ -1,7 +1,7 @@
 """Console output of `python -m benchmarks.studies`: the plan, the progress and the results."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -75,10 +75,6 @@ class Progress:
         line.add_row(f"{done}/{len(self.runs)}", bar, f"{run.arm}, seed {run.seed}", self._left())
         self.console.print(line)
 
-    def after(self, run: Run) -> None:
-        """Write the results so far."""
-        write_results(self.study, self.results)
-
     def run(self) -> None:
         """Run the study, then print its results."""
         check_settings(self.study, self.runs)
@@ -86,7 +82,8 @@ class Progress:
         quiet = Console(quiet=True)
         console = self.console if self.console.is_terminal else quiet
         try:
-            run_study(self.study, self.runs, console=console, before=self.before, after=self.after)
+            after = partial(write_results, self.study, self.results)
+            run_study(self.study, self.runs, console=console, before=self.before, after=after)
         finally:
             show_results(write_results(self.study, self.results), self.console)
 
@@ -121,13 +118,10 @@ class Progress:
         own = [found["seconds"] for found in results if found["arm"] == run.arm]
         if own:
             return median(own)
-        work = self.costs[run.arm].flops
-        others = [(found["seconds"], self.costs[found["arm"]].flops) for found in results]
-        if work:
-            rates = [seconds / theirs for seconds, theirs in others if theirs]
-            return work * median(rates) if rates else None
-        measured = [seconds for seconds, theirs in others if not theirs]
-        return median(measured) if measured else None
+        work = {arm: cost.flops for arm, cost in self.costs.items()}
+        alike = [found for found in results if bool(work[found["arm"]]) == bool(work[run.arm])]
+        rates = [found["seconds"] / (work[found["arm"]] or 1) for found in alike]
+        return (work[run.arm] or 1) * median(rates) if rates else None
 
 
 def _cost(config: RunConfig, length: float) -> Cost:

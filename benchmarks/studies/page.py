@@ -69,7 +69,7 @@ def means(document: Document) -> Table:
         if known and metric not in known:
             raise ConfigError(f"quality: expected metrics of {', '.join(known)}, got {metric!r}")
     header = ["arm", "seeds", "FLOPs", "time", "final training loss"]
-    header += map(title, document["quality"])
+    header += [title(metric, "%") for metric in document["quality"]]
     rows = []
     for arm in document["arms"]:
         seeds = {run["seed"] for run in document["runs"] if run["arm"] == arm}
@@ -84,7 +84,7 @@ def differences(document: Document, reference: str) -> tuple[Table, list[str]]:
     """Return header and rows, for each quality metric the arm minus the reference, and notes."""
     metrics = document["quality"]
     found = against(document, reference, metrics)
-    header, rows = ["arm", *map(difference_title, metrics)], []
+    header, rows = ["arm", *(title(metric, "points") for metric in metrics)], []
     for arm in document["arms"]:
         gaps = [(found.get((arm, metric)), metric) for metric in metrics]
         if any(gap for gap, _ in gaps):
@@ -101,12 +101,10 @@ def power(found: Mapping[tuple[str, str], Interval]) -> str:
             effects.setdefault(metric, []).append(gap.detectable)
     if not effects:
         return "No test with one seed."
-    shown = ", ".join(_effect(median(each), metric) for metric, each in effects.items())
+    medians = {metric: _number(median(values), metric) for metric, values in effects.items()}
+    units = {metric: "" if is_loss(metric) else " points" for metric in medians}
+    shown = ", ".join(f"{metric} {value}{units[metric]}" for metric, value in medians.items())
     return f"Minimal detectable effect ({POWER:.0%} power, median of the arms): {shown}."
-
-
-def _effect(value: float, metric: str) -> str:
-    return f"{metric} {_number(value, metric)}" + ("" if is_loss(metric) else " points")
 
 
 def equivalent(document: Document, reference: str, metrics: Sequence[str]) -> list[str]:
@@ -128,14 +126,9 @@ def equivalent(document: Document, reference: str, metrics: Sequence[str]) -> li
     return sentences
 
 
-def title(metric: str) -> str:
-    """Return the column title of a metric."""
-    return metric if is_loss(metric) else f"{metric}, %"
-
-
-def difference_title(metric: str) -> str:
-    """Return the column title of differences of a metric."""
-    return metric if is_loss(metric) else f"{metric}, points"
+def title(metric: str, unit: str) -> str:
+    """Return the column title of a metric; losses have no unit."""
+    return metric if is_loss(metric) else f"{metric}, {unit}"
 
 
 def _number(value: float, metric: str) -> str:

@@ -44,14 +44,13 @@ from benchmarks.studies.study import FINETUNE, Arm, Run, Study
 from elip_models.pretraining.training.yaml_config import from_mapping, read_mapping
 from elip_models.validation import (
     ConfigError,
-    Seed,
     as_config_error,
     did_you_mean,
-    mismatch_error,
     shortened,
 )
 
 MAX_LIKE = 8
+BUILT_IN = Path(__file__).parent / "recipes"
 
 
 def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Study:
@@ -88,7 +87,7 @@ def load_study(name_or_path: str | Path, overrides: Mapping[str, Any] | None = N
 
 def study_names() -> list[str]:
     """Return the sorted names of the built-in studies."""
-    return sorted(entry.name[:-5] for entry in _built_in().iterdir() if entry.suffix == ".yaml")
+    return sorted(entry.name[:-5] for entry in BUILT_IN.iterdir() if entry.suffix == ".yaml")
 
 
 def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
@@ -120,15 +119,11 @@ def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -
 def seeds_of(text: str | None) -> tuple[int, ...]:
     """Parse seeds such as '0,1,2'; return an empty tuple for None."""
     words = [word.strip() for word in text.split(",")] if text else []
-    seeds = [int(word) for word in words if re.fullmatch("[0-9]{1,10}", word)]
-    fit = len(set(seeds)) == len(words) and all(
-        mismatch_error(each, Seed) is None for each in seeds
-    )
-    if not fit:
+    if len({*words}) < len(words) or not all(re.fullmatch("[0-9]{1,10}", word) for word in words):
         raise ConfigError(
             f"--seeds: expected numbers such as 0,1,2, each once, got {shortened(text)}"
         )
-    return tuple(seeds)
+    return tuple(map(int, words))
 
 
 def _read(name_or_path: str, number: int = 1) -> dict[str, Any]:
@@ -144,7 +139,7 @@ def _read(name_or_path: str, number: int = 1) -> dict[str, Any]:
                 f"study {shortened(name_or_path)}: expected a path ending in .yaml or one of "
                 f"{', '.join(study_names())}{did_you_mean(name_or_path, study_names())}"
             )
-        path = _built_in() / f"{name_or_path}.yaml"
+        path = BUILT_IN / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ConfigError(f"study {name_or_path}: no such file")
     values = read_mapping(path)
@@ -173,10 +168,6 @@ def _finetuning(values: dict[str, Any]) -> dict[str, Any]:
     found = _mapping(values, "finetune")
     values.pop("finetune", None)
     return {f"{FINETUNE}{key}": value for key, value in found.items()}
-
-
-def _built_in() -> Path:
-    return Path(__file__).parent / "recipes"
 
 
 def _arms(values: dict[str, Any], start: str | None) -> Iterable[tuple[str, Arm]]:

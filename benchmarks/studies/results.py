@@ -62,18 +62,9 @@ class Interval(NamedTuple):
         return cls(fmean(values), quantile * stdev(values) / count**0.5, count)
 
     @property
-    def verdict(self) -> str:
-        """Return on which side of zero the whole interval of a difference is."""
-        if self.half is None:
-            return "no interval"
-        if abs(self.mean) <= self.half:
-            return "not significant"
-        return "above" if self.mean > 0 else "below"
-
-    @property
     def is_significant(self) -> bool:
-        """Return True if the interval excludes zero."""
-        return self.verdict in ("above", "below")
+        """Return True if the interval of a difference excludes zero."""
+        return self.half is not None and abs(self.mean) > self.half
 
 
 def is_loss(metric: str) -> bool:

@@ -58,7 +58,7 @@ def run_study(
     *,
     console: Console,
     before: Callable[[Run], None],
-    after: Callable[[Run], None],
+    after: Callable[[], object],
 ) -> None:
     """Perform, in order, all runs that are not finished and not locked by another process.
 
@@ -67,7 +67,7 @@ def run_study(
         runs: Runs of `plan`.
         console: Console for the progress of training.
         before: Called with each run before this process performs it.
-        after: Called with each run after this process performed it.
+        after: Called after each run that this process performed.
 
     Raises:
         ConfigError: see `check_settings`.
@@ -85,7 +85,7 @@ def run_study(
                 raise
             except TrainingError as error:
                 failed[run] = error
-            after(run)
+            after()
     if failed:
         errors = "; ".join(f"{run.arm}, seed {run.seed}: {error}" for run, error in failed.items())
         raise TrainingError(f"{len(failed)} runs failed: {errors}")

@@ -310,9 +310,9 @@ def test_a_run_that_failed_or_was_stopped_is_refused(
     measure, tmp_path, capsys, stops_at, failed, missing
 ):
     (tmp_path / "spoils.py").write_text(SPOILS.replace("STOPS_AT", stops_at))
-    status, content = measure("benchmarks/bench_overhead.py", "-p", "spoils")
+    status, content = measure("benchmarks/bench_host.py", "-k", "overhead", "-p", "spoils")
     assert status != 0
-    name = "benchmarks/bench_overhead.py::test_overhead[{}]".format
+    name = "benchmarks/bench_host.py::test_overhead[{}]".format
     assert content["run"] == {
         "planned": 2,
         "failed": [name(op) for op in failed],

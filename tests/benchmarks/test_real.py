@@ -10,8 +10,8 @@ from PIL import Image
 import elip_models
 from benchmarks.real import __main__ as command
 from benchmarks.real import dinov2, evaluation
+from benchmarks.real.dinov2 import batches, photograph_paths
 from benchmarks.real.evaluation import features, finds_itself, patch_cosine, read_settings
-from benchmarks.real.photographs import batches, photograph_paths
 from elip_models.analysis import feature_measures
 from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
 from elip_models.intervals import bootstrap_interval

@@ -7,14 +7,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.paper_table1 import (
+from benchmarks.paper import (
     OF_MOMENTUM,
     SHARED,
+    TABLE1,
     ratios,
     report_of,
     step_counts,
 )
-from benchmarks.paper_table1 import PAPER as TABLE1
 from elip_models.profiling.measure import count_step
 from elip_models.profiling.runner import profile_model, verdict
 from elip_models.profiling.table import runs

@@ -39,7 +39,7 @@ def _own_folder(tmp_path, monkeypatch):
 def run_all(study, **options):
     runs = plan(study, **options)
     begun = []
-    runner.run_study(study, runs, console=QUIET, before=begun.append, after=lambda run: None)
+    runner.run_study(study, runs, console=QUIET, before=begun.append, after=lambda: None)
     return begun
 
 

@@ -1,6 +1,8 @@
-"""CLS attention and its output in plain PyTorch, the forms that the absorbed ops replace.
+"""The forms that ops replace, in plain PyTorch: CLS attention, its output, and the reduction.
 
-official: LayerNorm, the whole qkv projection and the whole N x N attention map.
+official: LayerNorm, the whole qkv projection and the whole N x N attention map; the reduction sorts
+all scores, indexes every image in a Python loop, sums the dropped tokens in a second loop, and
+concatenates the results, as the official ELIP code does. Only tokens have a gradient.
 eager: LayerNorm, the projections that the CLS query needs, and its row only.
 tokens (B, N, D) are the block's input, cls (B, D) replaces row 0, p are the block's parameters.
 """
@@ -77,3 +79,33 @@ def _official_map(tokens: Tensor, cls: Tensor, p: Parameters) -> tuple[Tensor, T
     qkv = F.linear(_normed(tokens, cls, p), weight, bias).unflatten(-1, (3, HEADS, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return torch.matmul(q * q.shape[-1] ** -0.5, k.mT).softmax(-1), v
+
+
+def official_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
+    """Reduce tokens (B, N, D) by scores attn (B, N-1) -> (B, keep+2, D)."""
+    with torch.no_grad():
+        scores, order = attn.sort(dim=-1, descending=True)
+        kept = order[:, :keep].sort(dim=-1).values + 1
+        kept = torch.cat([torch.zeros_like(kept[:, :1]), kept], dim=-1)
+        weights = scores[:, keep:] / (scores[:, keep:].sum(dim=-1, keepdim=True) + 1e-6)
+        dropped = order[:, keep:] + 1
+    merged = [
+        (x[index] * weight[:, None]).sum(dim=0, keepdim=True).to(x.dtype)
+        for x, index, weight in zip(tokens, dropped, weights, strict=True)
+    ]
+    stays = [x[index] for x, index in zip(tokens, kept, strict=True)]
+    return torch.cat([torch.stack(stays), torch.stack(merged)], dim=1)
+
+
+def eager_reduce(tokens: Tensor, attn: Tensor, keep: int) -> Tensor:
+    """Reduce without a loop: topk, index_select and one batched product."""
+    B, N, D = tokens.shape
+    with torch.no_grad():
+        kept = attn.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values
+        weights = attn.scatter(1, kept, 0.0)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-6)
+        first = N * torch.arange(B, device=tokens.device)[:, None]
+        rows = (F.pad(kept + 1, (1, 0)) + first).flatten()
+    stays = tokens.flatten(0, 1).index_select(0, rows).view(B, keep + 1, D)
+    merged = torch.bmm(weights[:, None].to(tokens.dtype), tokens[:, 1:])
+    return torch.cat([stays, merged], dim=1)
