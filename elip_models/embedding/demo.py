@@ -44,7 +44,7 @@ SAVED = "as saved"
 """The choice of the strategy that a model was saved or trained with."""
 DRAWN = [text.removesuffix(":without_text=vision") for text in STRATEGIES if text != "resize"]
 """Strategies whose tokens can be drawn: those of `calibrate` without `resize`."""
-ROUNDS = 3  # of the timing
+ROUNDS = 5  # of the timing
 KEPT_SECONDS = 3600  # of uploaded and shown pictures
 SHOWN, THUMBNAIL = 24, 240  # images that a search shows, and their pixels
 INTRODUCTION = """# What does token reduction merge?

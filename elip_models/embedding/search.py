@@ -396,8 +396,8 @@ def compare_neighbours(
         rows = np.array([row_of[name] for name in common])
         position = np.full(len(collection), -1)
         position[rows] = np.arange(len(rows))
-        queries = collection.take(rows[chosen])
-        _, nearest = collection.search(queries, top + 1, among=position >= 0)
+        vectors = collection.take(rows[chosen])
+        _, nearest = collection.search(vectors, top + 1, among=position >= 0)
         positions.append(position[nearest])
     shares = shared_neighbours(*positions, chosen)
     weights = {collection.manifest["model"]["weights_sha256"] for collection in collections}

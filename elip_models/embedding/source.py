@@ -191,7 +191,7 @@ def open_images(
         kept = listed.columns.select(columns.keep)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, tarfile.TarError) as error:
+    except (OSError, TypeError, ValueError, KeyError, ImportError, tarfile.TarError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"source: {shown}: {reason:.300}; expected {EXPECTED}") from error
     if not keys:

@@ -167,12 +167,6 @@ def test_a_run_folder_embeds_with_its_own_reduction(image, tmp_path, tokenizer):
     assert not torch.equal(embedding(dense, image), embedding(tome, image))
 
 
-def test_texts_without_a_tokenizer_name_it(tmp_path):
-    create_model("clip_tiny").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"texts: none of tokenizer.json"):
-        open_encoder(str(tmp_path)).encode_texts(["a dog"])
-
-
 REFUSED = {
     "timm:no_such_vit": "model: expected a name of timm.list_models",
     "timm:test_vit:missing.pt": "model: expected a file of weights behind the name",
@@ -189,13 +183,6 @@ def test_a_wrong_model_is_an_error(name):
 
 
 @pytest.mark.slow
-def test_weights_of_another_model_are_an_error(model, tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
-    with pytest.raises(ConfigError, match="model: expected weights of test_vit in"):
-        open_encoder(f"timm:test_vit:{tmp_path}/other.pt")
-
-
-@pytest.mark.slow
 def test_a_convolutional_network_embeds_dense(image):
     encoder = open_encoder("timm:test_resnet", pretrained=False)
     assert embedding(encoder, image).shape == (1, encoder.dimension)
@@ -209,11 +196,6 @@ def test_a_preprocessing_to_several_sizes_is_an_error(tmp_path):
     found.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="with a preprocessing to one size"):
         open_encoder(str(tmp_path))
-
-
-def test_keep_beside_none_is_an_error(model):
-    with pytest.raises(ConfigError, match="keep: expected none with reduce='none'"):
-        open_encoder(model, reduce="none", keep=0.5)
 
 
 @pytest.mark.slow
