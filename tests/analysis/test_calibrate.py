@@ -12,7 +12,6 @@ from elip_models.analysis.calibrate import (
     _Search,
     calibrate,
 )
-from elip_models.analysis.calibration import Calibration, Trial
 from elip_models.intervals import Interval
 from elip_models.reduction.flops import inference_ratio
 from elip_models.reduction.strategy_spec import parse_spec
@@ -20,7 +19,6 @@ from elip_models.towers import as_tower
 from tests.helpers.models import siglip_vision
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
-from tests.vlm.models import build
 
 FEW = ("tome:compare=keys", "tome", "evit")
 
@@ -82,17 +80,6 @@ def test_the_model_stays_as_it_was(pictures):
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 
-@pytest.mark.parametrize("strategy", [None, "diverse"])
-def test_a_language_model_is_refused_with_the_name_of_its_image_tower(strategy):
-    model, pixels = build("llava")[0].float(), torch.randn(8, 3, 32, 32)
-    tower = model.model.vision_tower
-    assert calibrate(tower, pixels, strategies=("tome",), tolerance=0.5, time=False).trials
-    if strategy is not None:
-        elip_models.reduce_(model, strategy)
-    with pytest.raises(TypeError, match=r"use its image tower, model\.model\.vision_tower$"):
-        calibrate(model, pixels)
-
-
 def test_a_saved_choice_reduces_a_model(model, pictures, tmp_path):
     found = calibrate(model, pictures, strategies=FEW, tolerance=0.9, metric="neighbours")
     assert all(each.time > 0 for each in found.trials)
@@ -112,18 +99,6 @@ def test_no_setting_within_the_tolerance_is_said(model, pictures, tmp_path):
     with pytest.raises(ValueError, match="expected a choice to save, got none: No setting"):
         found.save(tmp_path / "a.json")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_fastest_is_chosen_and_of_equal_times_the_one_of_fewest_flops():
-    tome = elip_models.ToMe(4)
-    loss, too_much = Interval(0.01, 0.0, 0.02), Interval(0.01, 0.0, 0.2)
-    trials = (
-        Trial(tome, 0.9, loss, 0.52),
-        Trial(tome, 0.8, loss, 0.54),
-        Trial(tome, 0.7, loss, 0.60),
-        Trial(tome, 0.6, too_much, 0.30),
-    )
-    assert Calibration("cosine", 0.05, 9, trials).chosen == trials[1]
 
 
 def test_a_strategy_that_cannot_reduce_the_model_is_listed():
@@ -165,11 +140,6 @@ def test_the_metric_of_the_caller(model, pictures):
 def test_a_bad_argument_is_named(model, options, error, message):
     with pytest.raises(error, match=message):
         calibrate(**{"model": model, "images": images(8), "time": False} | options)
-
-
-def test_a_reduced_model_is_refused():
-    with pytest.raises(ValueError, match="model: expected one that reduce_ has not changed"):
-        calibrate(elip_models.reduce_(plain_vit()), images(8))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import elip_models
-from elip_models.analysis.merging import GREY, merged_clip, tokens_of_patches
+from elip_models.analysis.merging import tokens_of_patches
 from elip_models.analysis.visualize import patch_grid
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
 from elip_models.commands.inspect_model import read_source
@@ -60,27 +60,6 @@ def test_an_error_names_what_a_clip_is(folder, gif, tmp_path):
         read_pairs([folder], [])
     with pytest.raises(ConfigError, match=r"--data: .* 4 frames, got"):
         read_source("emoji_scenes:size=5", 2, as_tower(model_of("VivitLayer")))
-
-
-def test_tubelets_of_a_token_have_their_mean_colour_in_all_their_frames():
-    clip = torch.rand(4, 3, 4, 6)
-    drawn = merged_clip(clip, torch.tensor([[[0, 0, 1], [2, -1, 3]], [[0, 4, 5], [6, 7, 3]]]))
-    side = drawn.shape[2] // 2
-    assert drawn.shape == (4, 3, 2 * side, 3 * side)
-
-    def tubelet(t, row, column):  # without the lines on its left and above
-        rows, columns = (slice(side * k + 1, side * (k + 1)) for k in (row, column))
-        return drawn[t, :, rows, columns]
-
-    members = [clip[:2, :, :2, :4], clip[2:, :, :2, :2]]
-    mean = torch.cat([each.transpose(0, 1).flatten(1) for each in members], dim=1).mean(1)
-    for place in ((0, 0, 0), (1, 0, 1), (2, 0, 0), (3, 0, 0)):
-        expected = mean[:, None, None].expand(3, side - 1, side - 1)
-        torch.testing.assert_close(tubelet(*place), expected)
-    assert tubelet(0, 1, 1).unique().tolist() == [pytest.approx(GREY)]
-    torch.testing.assert_close(tubelet(0, 1, 2), tubelet(3, 1, 2))
-    alone = clip[1, :, :2, 4:].repeat_interleave(side // 2, 1).repeat_interleave(side // 2, 2)
-    assert torch.equal(tubelet(1, 0, 2), alone[:, 1:, 1:])
 
 
 @torch.no_grad()

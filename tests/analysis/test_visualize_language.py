@@ -1,7 +1,5 @@
 """`elip visualize --question`: the places of the image tokens that a language model reads."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers as hf
@@ -13,8 +11,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from elip_models import unreduce_
 from elip_models.analysis.visualize import GREY
 from elip_models.analysis.visualize_language import (
-    WITHOUT_GRID,
-    VisualizedLanguageModel,
     open_language_model,
     token_grid,
 )
@@ -22,7 +18,7 @@ from elip_models.validation import ConfigError
 from elip_models.vlm.families import find_multimodal
 from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import elip
-from tests.vlm.configs import CASES, EAGER, EAGER_TOWER, IMAGE, VIDEO
+from tests.vlm.configs import CASES, IMAGE, VIDEO
 from tests.vlm.models import model_of
 
 QUESTION = "how many dogs are there?"
@@ -142,49 +138,6 @@ def test_a_token_is_drawn_where_its_part_of_the_image_is(folder, place):
     assert lit
     for i in lit:
         assert white[i].flatten()[changed[i].argmax()] == white[i].max()
-
-
-BY_QUARTERS = [
-    name
-    for name in CASES
-    if not name.startswith(("qwen", "fast_vlm", *WITHOUT_GRID)) and "_video" not in name
-]
-"""Families but Qwen, which is tested above, and FastVLM, whose convolutions cover the image."""
-MIXING = ("out_proj", "o_proj", "fc2", "down_proj", "lin2", "projection_layer", "attn.proj")
-"""The last layers of the blocks of image towers, without which a token reads its own patch."""
-
-
-def image_features(model, inputs):
-    """Return the projected tokens (n, D) of an image."""
-    found = model.model.get_image_features(**inputs, return_dict=True).pooler_output
-    return torch.cat([each.flatten(0, -2) for each in found])
-
-
-@pytest.mark.slow
-@torch.no_grad()
-@pytest.mark.parametrize("name", BY_QUARTERS)
-def test_tokens_are_in_the_order_of_the_quarters_of_a_tile(name):
-    torch.manual_seed(0)
-    config, inputs = CASES[name]()
-    attention = {"": "eager"} if name in EAGER_TOWER else "eager" if name in EAGER else "sdpa"
-    model = model_of(config, attention).float()
-    for key, weight in find_multimodal(model).tower.named_parameters():
-        if key.removesuffix(".weight").endswith(MIXING):
-            weight.zero_()
-    inputs = {key: value[:1] for key, value in inputs.items()}
-    pixels = inputs["pixel_values"]
-    inputs["pixel_values"] = pixels = pixels[:, :1] if pixels.dim() == 5 else pixels
-    before = image_features(model, inputs)
-    plain = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False))
-    opened = VisualizedLanguageModel(name, model, plain)
-    grid = token_grid(opened, Image.new("RGB", (1, 1)), inputs, len(before))
-    half = pixels.shape[-1] // 2
-    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        other = pixels.clone()
-        other[..., y * half : (y + 1) * half, x * half : (x + 1) * half] *= -1
-        after = image_features(model, inputs | {"pixel_values": other})
-        changed = (after - before).norm(dim=1).view(1, grid.rows, grid.columns)
-        assert F.adaptive_avg_pool2d(changed, 2).flatten().argmax() == 2 * y + x
 
 
 def test_the_command_writes_a_picture_for_each_image(folder, tmp_path, capsys):

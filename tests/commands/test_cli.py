@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 
 import pytest
 
@@ -35,31 +34,6 @@ def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
     }
 
 
-def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
-    made_with = []
-
-    class Reporter:
-        def __init__(self, *arguments):
-            made_with.extend(type(argument).__name__ for argument in arguments)
-
-        def timing(self, console, batch_size):
-            console.print(f"a table of times, batch {batch_size}")
-            return "timing.json"
-
-        def picture(self):
-            return "kept.png"
-
-    report = types.ModuleType("report")
-    report.Reporter = Reporter
-    monkeypatch.setitem(sys.modules, "elip_models.pretraining.training.report", report)
-    assert elip(*tiny_arguments(tmp_path, "report=[timing, picture]", "optim.steps=1")) == 0
-    assert made_with[0] == "CLIP"
-    assert made_with[2:] == ["EmojiScenes", type(tmp_path).__name__]
-    printed = capsys.readouterr().out
-    for text in ("a table of times, batch 8", "timing.json", "kept.png"):
-        assert text in printed
-
-
 def test_eval_retrieval_scores_the_saved_model_as_training_did(run, tmp_path, capsys):
     output = tmp_path / "scores.json"
     data = "emoji_scenes:seed=1,size=10"
@@ -69,13 +43,6 @@ def test_eval_retrieval_scores_the_saved_model_as_training_did(run, tmp_path, ca
     assert "retrieval: 10 examples" in capsys.readouterr().out
     scores = json.loads(output.read_text())["scores"]
     assert {name: score["mean"] for name, score in scores.items()} == logged(run, *scores)[-1]
-
-
-@pytest.mark.slow
-def test_eval_retrieval_on_a_list_of_image_files(run, scene_files, capsys):
-    data = scene_files / "test.json"
-    assert elip("eval", "retrieval", "--model", run / "model", "--data", data) == 0
-    assert f"retrieval: {len(json.loads(data.read_text()))} examples" in capsys.readouterr().out
 
 
 def test_data_check(capsys):

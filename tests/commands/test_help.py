@@ -83,15 +83,6 @@ def test_no_warning_of_an_import_covers_an_error(tmp_path):
     assert done.stderr.startswith("error: --from: ") and done.stderr.count("\n") == 1
 
 
-def test_completion_reaches_the_commands_of_a_group():
-    completing = {
-        "_ELIP_COMPLETE": "complete_bash",
-        "COMP_WORDS": "elip data ",
-        "COMP_CWORD": "2",
-    }
-    assert process("-m", "elip_models", **completing).split() == ["check"]
-
-
 def test_every_public_name_is_imported_on_first_use():
     classes = {strategy.__name__ for strategy in (*elip_models.STRATEGIES.values(), Dense)}
     names = {*elip_models.MODULES, *classes, "STRATEGIES"}

@@ -70,13 +70,6 @@ def test_show_names_where_each_value_comes_from(capsys):
     assert "model.overrides.vision_width" not in shown
 
 
-def test_show_of_a_fine_tuning_recipe_names_what_the_checkpoint_sets(capsys):
-    assert elip("recipes", "show", "vqa_albef") == 0
-    shown = rows(capsys.readouterr().out)
-    assert shown["model.pretrained"][:2] == ["of the checkpoint", "--from"]
-    assert shown["task"][:2] == ["vqa", "recipe"]
-
-
 def test_show_of_an_unknown_recipe_suggests_one(capsys):
     assert elip("recipes", "show", "clip_tny") == 2
     error = capsys.readouterr().err

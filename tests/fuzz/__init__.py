@@ -1,4 +1,7 @@
-"""Hostile inputs of every kind, by a seed: python -m tests.fuzz --count 3000 --seed 1"""
+"""Hostile tensors, strategies, weights and model folders, by a seed.
+
+python -m tests.fuzz --count 3000 --seed 1
+"""
 
 import os
 

@@ -15,7 +15,7 @@ import torch
 from tests import fuzz
 from tests.fuzz.harness import FAILURES, KINDS, OUTCOMES, run
 
-LIBRARIES = ("datasets", "open_clip", "peft", "timm", "transformers", "tensorboard")
+LIBRARIES = ("open_clip", "peft", "timm", "transformers")
 """Imported once, before a case is forked."""
 FIXED = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
@@ -31,8 +31,8 @@ def import_kinds():
 def counts(count, only):
     """How many cases each kind has: its share of all, at least one."""
     chosen = {name: KINDS[name] for name in only or sorted(KINDS)}
-    whole = sum(each.share for each in chosen.values())
-    return {name: max(1, round(count * each.share / whole)) for name, each in chosen.items()}
+    whole = sum(kind.share for kind in chosen.values())
+    return {name: max(1, round(count * kind.share / whole)) for name, kind in chosen.items()}
 
 
 def table(cases, seed, root, numbers=None):
@@ -57,8 +57,8 @@ def table(cases, seed, root, numbers=None):
 
 
 def line(name, counted):
-    values = [counted.total(), *(counted[each] for each in (*OUTCOMES, *FAILURES))]
-    return f"| {name} | " + " | ".join(str(each) for each in values) + " |\n"
+    values = [counted.total(), *(counted[outcome] for outcome in (*OUTCOMES, *FAILURES))]
+    return f"| {name} | " + " | ".join(map(str, values)) + " |\n"
 
 
 def main():

@@ -8,7 +8,6 @@ and a loss that was not reported.
 """
 
 import contextlib
-import io
 import os
 import random
 import resource
@@ -22,8 +21,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-from tests.helpers import programs
 
 SECONDS = 10
 GIGABYTES = 2
@@ -74,19 +71,6 @@ def refused(error, *names):
     if missing:
         raise Loss(f"{missing} not named: {error}")
     return "refused"
-
-
-def command(words):
-    """Run the arguments of `elip`, or the words of `python -m ..`; what it prints is dropped."""
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            programs.run(words if words[0] == "python" else ["elip", *words])
-    except SystemExit as exit:
-        if exit.code not in (0, 1, 2) or "Traceback" in output.getvalue():
-            raise Loss(f"exit status {exit.code}: {output.getvalue()[-300:]}") from exit
-        return "refused" if exit.code else "read"
-    return "read"
 
 
 def run(name, seed, number, root, prepared=None):
@@ -168,16 +152,17 @@ def _wait(process, report):
     if peak > GIGABYTES:
         return Outcome("memory", f"{peak:.1f} GiB; {said}")
     names = sorted((*OUTCOMES, *FAILURES), key=len, reverse=True)
-    name = next(each for each in names if said.startswith(each))
+    name = next(name for name in names if said.startswith(name))
     return Outcome(name, said.removeprefix(name).strip())
 
 
 def _files(root, case):
     """Names and sizes of all files outside of the case's folder and of the home with its caches."""
-    found = set()
+    sizes = {}
     for folder, folders, files in os.walk(root):
-        paths = [Path(folder) / each for each in folders]
-        folders[:] = [each.name for each in paths if each not in (case, root / "home")]
-        found |= {(f"{each}/", 0) for each in paths}
-        found |= {(f"{folder}/{each}", os.lstat(f"{folder}/{each}").st_size) for each in files}
-    return {each for each in found if each[0] != f"{root}/marker"}
+        paths = [Path(folder) / name for name in folders]
+        folders[:] = [path.name for path in paths if path not in (case, root / "home")]
+        sizes |= {f"{path}/": 0 for path in paths}
+        sizes |= {f"{folder}/{name}": os.lstat(f"{folder}/{name}").st_size for name in files}
+    sizes.pop(f"{root}/marker", None)
+    return set(sizes.items())

@@ -1,6 +1,6 @@
 """Hostile tensors, numbers and infos given to each public function of elip_kernels.
 
-A result must be that of plain tensors with the same values, and that of fp64 within rounding.
+A result must be that of plain tensors with the same values, within rounding.
 """
 
 import inspect
@@ -160,12 +160,11 @@ def is_dense(value):
     return is_strided and value.is_floating_point() and type(value) is torch.Tensor
 
 
-def plain(value, dtype=None):
-    """A contiguous copy of a tensor, in another dtype if it is a float."""
+def plain(value):
+    """A contiguous copy of a tensor."""
     if not torch.is_tensor(value):
         return value
-    copy = value.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
-    return copy.to(dtype) if dtype and copy.is_floating_point() else copy
+    return value.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def check_close(got, expected, roundings, what):
@@ -184,24 +183,6 @@ def check_close(got, expected, roundings, what):
     subnormal = 0.0 if eps == 0 else torch.finfo(got_dtype).smallest_normal * eps
     if (error > roundings * (eps * largest + subnormal)).any():
         raise Loss(f"{what}: {error.max()} away: {got} is not {expected}")
-
-
-def check_exact(function, given, out):
-    """Compare with fp64 what does not depend on the choice of tokens."""
-    wide = {name: plain(value, torch.float64) for name, value in given.items()}
-    if any(isinstance(v, torch.Tensor) and v.dtype == torch.float64 for v in given.values()):
-        return
-    name = function.__name__
-    if name == "reduce" and given["attn"].dim() == 2 and len(out) > 2:
-        exact = call(function, wide)
-        if not torch.equal(out[1], exact[1]):
-            raise Loss(f"kept {out[1]}, in fp64 {exact[1]}")
-        check_close(out[2], exact[2], 64, "weights")
-    elif name == "apply_merge":
-        for got, exact in zip(out, call(function, wide), strict=True):
-            check_close(got, exact.to(got.dtype), 64, "merged")
-    elif name in ("unmerge", "fuse_text"):
-        check_close(out[0], call(function, wide)[0].to(out[0].dtype), 8, name)
 
 
 @kind(share=4)
@@ -227,7 +208,6 @@ def kernels(folder, rng):
         return "read"
     for i, (got, plain_one) in enumerate(zip(out, expected, strict=True)):
         check_close(got, plain_one, 64, f"{function.__name__}({changed}), output {i}")
-    check_exact(function, given, out)
     return "read"
 
 

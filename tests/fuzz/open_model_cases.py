@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from elip_models import load_reduced, open_model, reduce_, save_reduced
 from elip_models.pretraining.models.registry import create_model, load_model
-from tests.fuzz.harness import Loss, command, kind, refused
+from tests.fuzz.harness import Loss, kind, refused
+from tests.fuzz.hostile_json import change_json, value
 from tests.helpers.damage import damaged
 
 DOCUMENTED = (ValueError, FileNotFoundError, TypeError)
@@ -29,53 +30,10 @@ OPEN_CLIP = {
 }
 
 
-def value(rng, depth=0):
-    """A value that a config does not expect."""
-    makers = (
-        lambda: rng.choice((0, -1, 1, 3, 7, 10**6, 2**20, 2**31, 2**63, 10**12, 10**30, -(2**40))),
-        lambda: rng.choice((0.0, -1.5, 1e300, float("nan"), float("inf"), 1e-300)),
-        lambda: rng.choice(("", "x", "\0", "../..", "ü" * 300, "hf-hub:a/b", "a/b", "[", "None")),
-        lambda: rng.choice((None, True, False, [], {}, [[]], [None], {"": ""})),
-        lambda: [value(rng, depth + 1) for _ in range(rng.randrange(3))] if depth < 3 else None,
-        lambda: {f"k{i}": value(rng, depth + 1) for i in range(rng.randrange(3))},
-    )
-    return rng.choice(makers if depth < 3 else makers[:4])()
-
-
-def places(content):
-    """The dicts and lists of a JSON value with each of their keys."""
-    found, left = [], [content]
-    for each in left:
-        keys = each if isinstance(each, dict) else range(len(each))
-        for key in keys:
-            found.append((each, key))
-            if isinstance(each[key], (dict, list)):
-                left.append(each[key])
-    return found
-
-
-def change_json(path, rng, extra=()):
-    """Replace values of a JSON file, remove some, add some, or replace all of it."""
-    content = json.loads(path.read_text())
-    if rng.random() < 0.05:
-        content = value(rng)
-    for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        if not isinstance(content, (dict, list)) or not places(content):
-            break
-        owner, key = rng.choice(places(content))
-        if isinstance(owner, dict) and rng.random() < 0.2:
-            del owner[key]
-        elif isinstance(owner, dict) and extra and rng.random() < 0.2:
-            owner[rng.choice(extra)] = value(rng)
-        else:
-            owner[key] = value(rng)
-    path.write_text(json.dumps(content))
-
-
 def change_weights(path, rng):
     """Damage one tensor of a safetensors file; returns its name, and whether it must be refused."""
     weights = load_file(path)
-    name = rng.choice(sorted(each for each in weights if weights[each].is_floating_point()))
+    name = rng.choice(sorted(key for key in weights if weights[key].is_floating_point()))
     tensor = weights[name]
     damages = (
         lambda: None,
@@ -118,7 +76,9 @@ def tried(load, name):
             loaded = load()
     except DOCUMENTED as error:
         return None, refused(error, *([name] if name else []))
-    if name is not None and not any(name.partition(".")[0] in str(each.message) for each in told):
+    if name is not None and not any(
+        name.partition(".")[0] in str(warning.message) for warning in told
+    ):
         raise Loss(f"{name} was damaged, and nothing said so")
     return loaded, "reported" if told else "read"
 
@@ -126,13 +86,9 @@ def tried(load, name):
 def opened(load, name=None):
     """Load a model, whose weights must be finite where it was not refused."""
     model, outcome = tried(load, name)
-    bad = (
-        []
-        if model is None
-        else [each for each, tensor in model.named_parameters() if not tensor.isfinite().all()]
-    )
-    if bad:
-        raise Loss(f"not finite: {bad[0]}")
+    for key, tensor in () if model is None else model.named_parameters():
+        if not tensor.isfinite().all():
+            raise Loss(f"not finite: {key}")
     return outcome
 
 
@@ -150,14 +106,6 @@ def save_ours(folder):
         if name != "plain":
             adapt_(model, AdaptConfig(kind=name, r=2, width=4))
         model.save_pretrained(folder / name, tokenizer=tokenizer)
-
-
-@kind(share=0.3, prepare=save_ours)
-def evaluated_folders(folder, rng, prepared):
-    copy = shutil.copytree(prepared / "plain", folder / "model")
-    path = rng.choice(sorted(path for path in copy.iterdir() if path.is_file()))
-    path.write_bytes(damaged(path.read_bytes(), rng))
-    return command(["eval", "retrieval", "--model", str(copy), "--data", "emoji_scenes:size=3"])
 
 
 @kind(prepare=save_ours)

@@ -1,18 +1,22 @@
-"""Weight files of other libraries: hostile tensors, containers, headers and bytes."""
+"""Weight files and folders of other libraries: hostile tensors, headers, bytes and configs."""
 
 import json
 import math
+import shutil
 import struct
 
 import torch
 from safetensors.torch import save_file
 
+from elip_models.pretraining.checkpoints.export import save_as
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.checkpoints.names import KINDS
 from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.pretraining.checkpoints.warm_start import warm_start_
+from elip_models.pretraining.data import train_tokenizer
 from elip_models.pretraining.models.registry import create_model
 from tests.fuzz.harness import MARKER, Loss, kind, refused
+from tests.fuzz.hostile_json import change_json
 from tests.helpers.damage import damaged
 
 SIZES = {"vision_width": 32, "vision_heads": 2, "text_width": 32, "text_heads": 2}
@@ -164,4 +168,28 @@ def weight_files(folder, rng, prepared):
     except (ValueError, FileNotFoundError) as error:
         return refused(error, ":")
     check_values(model, family, weights)
+    return "read"
+
+
+def save_folders(folder):
+    """A tiny CLIP as a folder of transformers and of open_clip."""
+    tokenizer = train_tokenizer(["a red dog", "two cats"] * 9, 300)
+    model = create_model("clip_tiny", vocab_size=320, **SIZES, **SPECIAL["clip"])
+    save_as(model, folder / "hf_clip", "hf", tokenizer=tokenizer)
+    save_as(model, folder / "open_clip", "open_clip")
+
+
+@kind(share=1, prepare=save_folders)
+def library_folders(folder, rng, prepared):
+    source = shutil.copytree(prepared / rng.choice(("hf_clip", "open_clip")), folder / "model")
+    path = rng.choice(sorted(source.glob("*config*.json")))
+    if rng.random() < 0.75:
+        change_json(path, rng)
+    else:
+        path.write_bytes(damaged(path.read_bytes(), rng))
+    try:
+        model = convert_checkpoint(source, **(HEADS if rng.random() < 0.3 else {}))
+    except (ValueError, FileNotFoundError) as error:
+        return refused(error, ":")
+    check_values(model, "clip", {})
     return "read"

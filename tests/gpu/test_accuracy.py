@@ -303,13 +303,3 @@ def test_empty_batch(device, launches, name):
     there = map_tensors(lambda t: t.to(device), empty)
     assert [tuple(t.shape) for t in ops.OPS[name].outputs(there)] == shapes
     assert not launches
-
-
-@pytest.mark.parametrize("name", ops.OPS)
-def test_autocast_changes_nothing(device, name):
-    arguments = ops.example(name, device, *pick((4, 197), (1, TOKENS)), torch.float32)
-    plain = ops.OPS[name].outputs(arguments)
-    with torch.autocast(device.type, HALF):
-        mixed = ops.OPS[name].outputs(arguments)
-    assert [t.dtype for t in mixed] == [t.dtype for t in plain]
-    ops.assert_alike(mixed, plain)

@@ -8,8 +8,6 @@ from PIL import Image
 
 BLOCK = tarfile.BLOCKSIZE
 
-SIX_GIGABYTES = b"\x80" + (6 << 30).to_bytes(11, "big")
-"""A size in a header."""
 KEYS = tuple(f"k{i}" for i in range(6))
 
 
@@ -47,28 +45,12 @@ def overwrite(path, offset, content):
         file.write(content)
 
 
-def header(name, size, kind=b"0"):
-    """A header with a checksum that holds, whatever it says."""
-    block = bytearray(BLOCK)
-    block[:100] = name.encode().ljust(100, b"\0")
-    block[100:108], block[257:265] = b"0000644\0", b"ustar\x0000"
-    block[124:136] = size
-    block[156:157] = kind
-    return with_checksum(block)
-
-
 def with_checksum(block):
     """The header with the checksum that holds for it."""
     block = bytearray(block)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
-
-
-def pax(records, kind=b"x"):
-    """An extended header with these bytes as its records."""
-    size = b"%011o\0" % len(records)
-    return header("././@PaxHeader", size, kind) + records + bytes(-len(records) % BLOCK)
 
 
 def damaged(content, rng):

@@ -136,19 +136,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert_equal_gradients(resumed.state_dict(), unstopped.state_dict())
 
 
-@pytest.mark.slow
-def test_options_are_those_of_reduce_(tmp_path):
-    callback = ReductionCallback(schedule=SCHEDULE, merge="none", until=1)
-    _, watch = run(tmp_path, callback, activation_checkpointing=True)
-    assert watch.tokens()[0] == 11 and watch.tokens()[-1] == 37
-
-
-@pytest.mark.slow
-def test_accumulated_batches_are_one_step(tmp_path):
-    _, watch = run(tmp_path, ReductionCallback(HALF, until=1), gradient_accumulation_steps=2)
-    assert watch.tokens() == [19] * 2 + [37] * 8
-
-
 @pytest.mark.parametrize(
     ("until", "error"), [(1.5, ValueError), (-1, ValueError), ("end", TypeError), (True, TypeError)]
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elip_models.integrations.open_clip import main, parse_reduce, reduce_first_model, with_globals
+from elip_models.integrations.open_clip import main, parse_reduce, reduce_first_model
 from tests.helpers.models import open_clip_pair
 from tests.helpers.tiers import tiered
 
@@ -74,21 +74,6 @@ def test_only_the_first_model_is_reduced():
     assert create() == (models[0], "train", "val") and create()[0] is models[1]
     assert "forward" in vars(models[0].visual.transformer.resblocks[0])
     assert "forward" not in vars(models[1].visual.transformer.resblocks[0])
-
-
-def called():
-    return "their own"
-
-
-def calls():
-    return called()
-
-
-def test_a_function_reads_a_replaced_global_and_its_module_does_not_change():
-    assert with_globals(calls, called=lambda: "ours")() == "ours"
-    assert calls() == "their own"
-    with pytest.raises(TypeError, match=r"calls: expected a function that calls missing"):
-        with_globals(calls, missing=None)
 
 
 def test_reduce_is_a_strategy_or_a_share_or_both():

@@ -18,8 +18,6 @@ from elip_models.integrations.peft.adapt import (
 from elip_models.integrations.peft.adapt_config import AdaptConfig
 from elip_models.integrations.peft.saved_adapter import load_adapter_, save_adapter
 from elip_models.pretraining.training.optim import parameter_groups
-from elip_models.pretraining.training.yaml_config import from_mapping
-from elip_models.profiling.measure import saved_bytes
 from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import option_types
@@ -141,22 +139,6 @@ SCORES = [("clip", each, kind) for kind in KINDS for each in (*SCORERS, 1)]
 SCORES += [("albef", each, kind) for kind in KINDS for each in ("momentum", "exact")]
 
 
-def test_merged_weights_follow_the_formula():
-    model = plain("clip")
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    perturbed(adapt_(model, config("lora", alpha=3.0)))
-    parts = {name: p.detach() for name, p in model.named_parameters()}
-    merged = merge_(model).state_dict()
-    assert list(merged) == list(before)
-    moved = {name for name in before if not torch.equal(before[name], merged[name])}
-    layers = {adapted_layer_of(name) for name in parts} - {None}
-    assert moved == {f"{layer}.weight" for layer in layers}
-    for layer in layers:
-        a, b = (parts[f"{layer}.lora_{part}.default.weight"] for part in "AB")
-        expected = before[f"{layer}.weight"] + 3.0 / 4 * b @ a
-        torch.testing.assert_close(merged[f"{layer}.weight"], expected, **CLOSE)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_trains_as_before_and_is_adapted_again(family):
     model = plain(family)
@@ -227,27 +209,6 @@ def test_checkpointing_gives_the_same_gradients(family, kind):
         results.append({n: p.grad for n, p in copied.named_parameters() if p.requires_grad})
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, **CLOSE)
-
-
-@pytest.mark.parametrize(("family", "kind"), CASES)
-def test_less_is_saved_for_backward_than_in_full_fine_tuning(family, kind):
-    counts = []
-    for model in (plain(family), adapt_(plain(family), config(kind))):
-        with saved_bytes([*model.parameters(), *model.buffers()]) as saved:
-            loss = model(**inputs_of(family)).loss
-            counts.append(saved())
-        assert loss.isfinite()
-    assert counts[1] < counts[0]
-
-
-def test_a_recipe_selects_the_adapter():
-    assert from_mapping(AdaptConfig, {}).kind is None
-    given = {"kind": "lora", "r": 16, "target_modules": ["attn.qkv"], "full": ["head.*"]}
-    read = from_mapping(AdaptConfig, given)
-    assert (read.target_modules, read.full, read.r) == (("attn.qkv",), ("head.*",), 16)
-    model = plain("clip")
-    assert adapt_(model, AdaptConfig()) is model
-    assert model.adapted is None
 
 
 @pytest.mark.parametrize(

@@ -73,16 +73,3 @@ def test_a_tile_of_fully_masked_keys(launches, closed):
     got = elip_kernels.cls_attention(q, k, mask=mask)
     exact = elip_kernels.cls_attention(q.double(), k.double(), mask=mask)
     assert not got[:, 1:65].any() and error(got, exact) <= 1e-5
-
-
-def test_empty_batch(launches):
-    arguments = block(32, 2, torch.float32)
-    row = elip_kernels.cls_attention_from_tokens(
-        torch.randn(0, 9, 32), torch.randn(0, 32), **arguments
-    )
-    assert row.shape == (0, 9)
-    assert elip_kernels.cls_attention(torch.randn(0, 2, 8), torch.randn(0, 2, 9, 8)).shape == (
-        0,
-        9,
-    )
-    assert launches["elip::cls_attention"] == 1

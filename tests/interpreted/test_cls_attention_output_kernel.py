@@ -124,27 +124,6 @@ def test_zero_token_and_an_eps_beyond_half_precision(dtype):
     assert error(got, exact) <= BUDGET[dtype]
 
 
-def test_token_without_variance_and_no_eps_beyond_the_last():
-    """Rows that pad the last tile do not become NaN, even if eps is 0."""
-    tokens, cls = tokens_and_cls(1, 11, 32, torch.float32)
-    key = torch.randn(2, 32)
-    got = means(tokens, cls, key, 0.0)
-    assert error(got, exact_means(tokens, cls, key, 0.0)) <= 1e-5
-
-
-def test_empty_batch_and_tokens_that_are_cls_alone(launches):
-    arguments = block(32, 2, 32, torch.float32)
-    for N in (9, launch.PART + 2):  # in several parts too
-        got = elip_kernels.cls_attention_output(
-            torch.randn(0, N, 32), torch.randn(0, 32), **arguments
-        )
-        assert got.shape == (0, 64)
-    tokens, cls = tokens_and_cls(2, 1, 32, torch.float32)
-    got = elip_kernels.cls_attention_output(tokens, cls, **arguments)
-    assert error(got, in_fp64(tokens, cls, arguments)) <= 1e-5
-    assert launches[NAME] == 4
-
-
 WIDTHS = [(768, 12), (1024, 16), (1152, 18), (1408, 3), (1664, 17), (2047, 2), (2048, 16)]  # D, H
 
 

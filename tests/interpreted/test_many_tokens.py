@@ -118,18 +118,6 @@ def test_merging_many_tokens(launches, monkeypatch, N):
         torch.testing.assert_close(ours, exact.to(ours.dtype), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("N", tiered([4097, 16_385], [4097], slow=[16_385]))
-def test_an_output_of_many_tokens(launches, N):
-    tokens, cls = torch.randn(1, N, 16), torch.randn(1, 16)
-    arguments = block(16, 2, torch.float32)
-    value = {"v_weight": torch.randn(16, 16), "v_bias": None}
-    got = elip_kernels.cls_attention_output(tokens, cls, **arguments, **value)
-    assert launches["elip::cls_attention_output"] == 1
-    wide = {n: v.double() if torch.is_tensor(v) else v for n, v in (arguments | value).items()}
-    exact = elip_kernels.cls_attention_output(tokens.double(), cls.double(), **wide)
-    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
-
-
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
 def test_an_image_selects_the_same_alone_and_in_a_large_batch(launches, dtype):
     """Images are first in a tile of 16: on the CPU, unlike in tensor cores, the last bit of a

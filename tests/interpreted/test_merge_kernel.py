@@ -11,7 +11,7 @@ from elip_kernels import launch
 from elip_kernels.info import BipartiteInfo
 from elip_kernels.ops.bipartite import apply_merge, merge_op, merge_reference
 from tests.helpers.tiers import tiered
-from tests.interpreted.test_bipartite_kernel import DTYPES, NAN, check
+from tests.interpreted.test_bipartite_kernel import DTYPES, NAN
 from tests.interpreted.test_bipartite_kernel import inputs as match_inputs
 
 BLOCK_R = launch.merge_gather(2)[0]
@@ -85,15 +85,6 @@ def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
     tokens, _, size = match_inputs(1, N)
     _, _, rounds = merged(tokens, BipartiteInfo(slots, r), size)
     assert rounds <= N / BLOCK_R + BLOCK_R
-
-
-@pytest.mark.parametrize("N", tiered([197, 257, 577], [257], slow=[577]))
-def test_rows_of_few_tokens_take_a_round_for_each(launches, N):
-    """As in ToMe on random tokens: three tokens of ten are merged away."""
-    tokens, metric, size = match_inputs(1, N)
-    _, info = check(launches, tokens, metric, 3 * N // 10, size)
-    _, _, rounds = merged(tokens, info, size)
-    assert rounds == torch.bincount(info.slots[0].long()).max() < BLOCK_R
 
 
 @pytest.mark.parametrize(

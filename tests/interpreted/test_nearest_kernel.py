@@ -84,21 +84,6 @@ def test_padding_is_neither_kept_nor_merged(launches, bad):
     assert info.mask.sum(1)[1] < 9 and not out[~info.mask].any()
 
 
-def test_a_row_of_padding_is_empty(launches):
-    tokens, kept, metric, size = inputs(2, 19)
-    kept[0, 2] = kept[1, 0] = -1
-    out, info = check(launches, tokens, kept, metric, size)
-    assert not info.source_map()[0, 3].any() and not out[0, 3].any()
-
-
-def test_empty_batch_launches_nothing(launches):
-    tokens, kept = torch.randn(0, 20, 8, requires_grad=True), torch.ones(0, 5).long()
-    merged, size = merge_nearest(tokens, kept, torch.randn(0, 20, 4))
-    merged.sum().backward()
-    assert merged.shape == (0, 6, 8) and size.shape == (0, 6)
-    assert tokens.grad.shape == tokens.shape
-
-
 def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
     tokens, kept, metric, size = inputs(2, 35, 72, K=11)
     runs = []
@@ -112,15 +97,3 @@ def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
     assert all(map(torch.equal, *runs))
     assert merged.isfinite().all() and leaf.grad.isfinite().all()
     assert (sizes.sum(1) == size.sum(1)).all()
-
-
-def test_tokens_are_selected_as_by_the_pytorch_form(launches):
-    attn, mask = torch.randn(3, 67), torch.rand(3, 67) < 0.7
-    attn[:, 5:20] = attn[:, 9:10]
-    for real in (None, mask):
-        for scores in (attn, attn.bfloat16(), attn[:, :60]):
-            real = real if real is None else real[:, : scores.shape[1]]
-            kept = select_tokens(scores, 12, mask=real, num_prefix_tokens=2)
-            exact = select_tokens(scores.double(), 12, mask=real, num_prefix_tokens=2)
-            assert torch.equal(kept, exact)
-    assert launches == Counter({"elip::select": 12})

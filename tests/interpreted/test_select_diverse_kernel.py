@@ -141,11 +141,6 @@ def test_an_image_gives_the_same_positions_in_every_batch(launches, select):
 
 
 @pytest.mark.parametrize("select", SELECTIONS)
-def test_an_empty_batch(launches, select):
-    assert by_kernels(select, torch.randn(0, 9, 8), 4).shape == (0, 4)
-
-
-@pytest.mark.parametrize("select", SELECTIONS)
 def test_unsupported_arguments_run_the_reference(launches, monkeypatch, select):
     monkeypatch.setattr(launch, "MAX_SELECTED", 30)
     monkeypatch.setattr(OPERATORS[select.__name__], "warned_reasons", set())

@@ -343,22 +343,6 @@ def test_operations_are_those_of_the_flop_formulas(op):
     assert counted > 0
 
 
-@pytest.mark.parametrize("op", ["reduce", "score_reduce"])
-def test_pruning_alone_multiplies_nothing(op):
-    case = (2, 21, 36, 8, fp32)
-    works = OPS[op][1](*case, merge=False)
-    assert sum(work.operations for work in works) == flops(op, *case, merge=False)
-
-
-def test_the_work_of_an_op_is_that_of_its_launches():
-    received = least_work.together(*received_works(2, 150, 40, 70, bf16))
-    assert least_work.attention_column_mean(2, 6, 3, 70, 150, 4, bf16) == received
-    B, N, D, K, dtype = REAL[0]
-    launches = score_reduce_works(B, N, D, K, dtype)[1:-1]
-    launches.insert(0, least_work.query(B, D, H, dtype))
-    assert least_work.score_reduce(B, N, D, K, H, dtype) == least_work.together(*launches)
-
-
 @triton.jit
 def _copy_kernel(x_ptr, out_ptr, N, TOO_MANY: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
@@ -387,9 +371,3 @@ def test_an_off_by_one_mask_is_found(x_and_out):
     with traffic(), pytest.raises(IndexError, match=where):
         _copy_kernel[(1,)](x, out, 19, TOO_MANY=1, BLOCK=32)
     _copy_kernel[(1,)](x, out, 19, TOO_MANY=1, BLOCK=32)  # no error without traffic()
-
-
-def test_gaps_of_a_strided_tensor_are_outside(x_and_out):
-    x, out = x_and_out
-    with traffic(), pytest.raises(IndexError, match="load of 9 lanes"):
-        _copy_kernel[(1,)](x[::2], out, 19, TOO_MANY=0, BLOCK=32)

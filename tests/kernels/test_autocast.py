@@ -52,13 +52,6 @@ def test_the_generic_row_leaves_none(cached):
     assert cached == [False] * 3
 
 
-def test_adaptive_leaves_none(cached):
-    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE, strategy="adaptive")
-    with torch.autocast("cpu", torch.bfloat16):
-        model(images())
-    assert cached == [False] * 3
-
-
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_guiding_text_leaves_none(name, monkeypatch):
     model, seen = PAIRS[name](), []

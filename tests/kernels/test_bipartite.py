@@ -121,32 +121,6 @@ def test_is_the_definition(N, r, p):
         assert torch.equal(sizes[b], expected_size)
 
 
-@pytest.mark.parametrize("p", [0, 1])
-@pytest.mark.parametrize(("N", "r"), [(3, 1), (12, 5), (13, 3), (50, 9)])
-def test_a_penalty_is_the_definition(N, r, p):
-    tokens, metric, size = inputs(N=N)
-    penalty = torch.randn(2, N)
-    merged, sizes = bipartite_merge(
-        tokens, metric, r, size=size, penalty=penalty, num_prefix_tokens=p
-    )
-    for b in range(2):
-        expected, expected_size = definition(tokens[b], metric[b], size[b], r, p, penalty[b])
-        torch.testing.assert_close(merged[b].double(), expected, atol=1e-6, rtol=0)
-        assert torch.equal(sizes[b], expected_size)
-
-
-def test_where_the_penalty_is_three_tokens_merge_only_if_no_others_are_left():
-    tokens, metric, _ = inputs(N=21)
-    penalty = torch.zeros(2, 21)
-    penalty[:, 4:15:2] = 3.0  # six of the ten possible sources
-    for r in range(1, 11):
-        _, _, info = bipartite_merge(tokens, metric, r, penalty=penalty, return_info=True)
-        is_merged = info.slots[:, ::2] >= 11 - r
-        assert (is_merged.sum(1) == r).all()
-        spared = (~is_merged[:, 2:8]).sum(1)
-        assert (spared == min(6, 10 - r)).all()
-
-
 def test_ties_go_to_the_lower_index():
     metric = torch.ones(1, 9, 4)
     _, _, info = bipartite_merge(torch.randn(1, 9, 2), metric, 2, return_info=True)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import elip_kernels
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import HAS_TRITON, tl, triton
+from elip_kernels._triton import HAS_TRITON, triton
 
 if not HAS_TRITON:
     pytest.skip("triton is absent, so there is nothing to compile", allow_module_level=True)
@@ -90,15 +89,6 @@ def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     launch, code = codes["_move_kernel"]
     assert code.occupancy[0] >= 32
     assert moves_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_D"] * SIZE[dtype])
-
-
-@pytest.mark.parametrize("arch", tiered([90, 100, 120], [], slow=[100]))
-def test_barriers_are_counted_for_each_loop(arch):
-    """Code behind the end of a kernel, which waits for products of Blackwell, is no loop."""
-    for launch in report.recorded_call("score_reduce", 2, 257, 166, "bf16", arch):
-        if launch.name in ("scores_kernel", "_move_kernel"):
-            outside, inside = compile_launch(launch, arch).barriers
-            assert outside > 0 and 1 <= inside <= 4
 
 
 @pytest.mark.parametrize(
@@ -237,26 +227,6 @@ def test_occupancy(arch, registers, shared, num_warps, occupancy):
     assert warps_at_once(arch, registers, shared, num_warps) == occupancy
 
 
-@kernel
-def _copy_kernel(x_ptr, y_ptr, stride, n, scale, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs * stride, mask=offs < n)
-    tl.store(y_ptr + offs * stride, x * scale, mask=offs < n)
-
-
-def copy(x, stride=1, n=1008):
-    with recorded_launches(90) as launches:
-        _copy_kernel[(1,)](x, torch.empty(2048), stride, n, 0.5, BLOCK=1024, num_warps=4)
-    return launches[0]
-
-
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90], slow=["gfx942"]))
-def test_a_launch_compiles_for_an_architecture_that_is_not_there(arch):
-    code = compile_launch(copy(torch.empty(2048)), arch)
-    assert code.wide_bytes() == ((16, 16) if arch == "gfx942" else (32, 32))
-    assert code.loads.total() > 0 and is_clean(code)
-
-
 @pytest.mark.parametrize("op", WITH_KERNELS)
 def test_every_launch_sets_precision_and_fusion(op):
     for launch in report.recorded_call(op, 2, 257, 166, "bf16", 90):
@@ -282,29 +252,3 @@ def test_loops_with_products_or_own_stages_are_pipelined(op):
     """`waits.py` counts on it."""
     for name, (_, code) in compiled(op, 577, "bf16").items():
         assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name
-
-
-@pytest.mark.slow
-def test_an_architecture_gets_its_own_configuration():
-    hip = torch.version.hip
-    for dtype, arch, scores, query in (
-        ("bf16", 90, "ieee", "tf32x3"),
-        ("fp32", 90, "tf32x3", "tf32x3"),
-        ("bf16", "gfx942", "ieee", "ieee"),
-        ("fp32", "gfx942", "ieee", "ieee"),
-    ):
-        first, second, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, arch)
-        assert (first.name, second.name) == ("_query_kernel", "scores_kernel")
-        assert first.arguments["PRECISION"] == query
-        assert second.arguments["PRECISION"] == scores
-    assert torch.version.hip == hip
-
-
-def test_outside_the_recorder_the_reference_runs():
-    tokens, row = torch.randn(2, 9, 4), torch.rand(2, 9)
-    with recorded_launches(90) as launches:
-        elip_kernels.reduce(tokens, row, 3)
-    assert len(launches) == 1
-    kept = elip_kernels.reduce(tokens, row, 3, merge=False)
-    assert len(launches) == 1
-    assert torch.equal(kept[:, 0], tokens[:, 0])

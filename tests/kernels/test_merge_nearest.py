@@ -90,15 +90,6 @@ def test_padding_is_neither_kept_nor_merged(bad):
     assert torch.equal(ones.sum(1), mask.sum(1).float())
 
 
-def test_a_row_of_padding_may_be_requested():
-    tokens, kept, metric, _ = inputs()
-    kept[0, 2] = kept[1, 0] = -1
-    merged, sizes, info = merge_nearest(tokens, kept, metric, return_info=True)
-    assert torch.equal(sizes == 0, torch.tensor([[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]).bool())
-    assert torch.equal(merged[sizes == 0], torch.zeros(2, 6))
-    assert torch.equal(unmerge(merged, info), unmerge(merged, info.source_map()))
-
-
 def test_ties_go_to_the_lower_row_and_no_prefix_token_is_joined():
     metric = torch.ones(1, 9, 4)
     kept = torch.tensor([[6, 3, 8]])

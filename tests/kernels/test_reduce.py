@@ -87,25 +87,6 @@ def test_a_gradient_of_the_gradient(merge):
     )
 
 
-def test_dropped_tokens_get_no_gradient_without_merging_whatever_comes_back():
-    tokens, scores = Case(1, 6, 2, 2).inputs()
-    out, info = elip_kernels.reduce(
-        tokens.requires_grad_(), scores, 2, merge=False, return_info=True
-    )
-    out.backward(torch.full_like(out, float("inf")))
-    expected = torch.zeros(1, 6)
-    expected[:, 0] = float("inf")
-    expected.scatter_(1, info.kept, float("inf"))
-    assert torch.equal(tokens.grad, expected[..., None].expand(-1, -1, 2))
-
-
-def test_weights_are_fp64_wherever_an_input_is():
-    tokens, scores = torch.randn(2, 6, 2, dtype=torch.float64), torch.rand(2, 5)
-    for keep in (3, 5):
-        _, info = elip_kernels.reduce(tokens, scores, keep, return_info=True)
-        assert info.weights.dtype == torch.float64
-
-
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel runs")
 def test_an_unsupported_size_warns_once():
     from elip_kernels.testing import launchers_on_cpu
@@ -211,10 +192,3 @@ def test_a_kernel_that_the_device_has_no_room_for_runs_pytorch(monkeypatch):
     with launchers_on_cpu(), pytest.warns(_operator.FallbackWarning, match="shared memory"):
         out = elip_kernels.reduce(tokens, scores, 3)
     assert torch.equal(out, elip_kernels.reduce(tokens, scores, 3))
-
-
-def test_a_very_wide_head_runs_pytorch():
-    for channels, fits in ((16_384, HAS_TRITON), (16_385, False)):
-        q, k = torch.empty(1, 1, channels), torch.empty(1, 1, 3, channels)
-        reason = OPERATORS["cls_attention"].unsupported(q, k, None, 1.0)
-        assert (reason is None) is fits

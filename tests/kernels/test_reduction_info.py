@@ -43,40 +43,6 @@ def test_maps_chain_through_merged_tokens(p, merge):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_score_reduce_reports_whether_it_merged(merge):
-    D = 8
-    out, info, _ = elip_kernels.score_reduce(
-        torch.randn(B, N, D),
-        torch.randn(B, D),
-        4,
-        norm_weight=torch.ones(D),
-        norm_bias=None,
-        eps=1e-6,
-        q_weight=torch.randn(D, D),
-        q_bias=None,
-        k_weight=torch.randn(D, D),
-        num_heads=2,
-        merge=merge,
-        return_info=True,
-    )
-    assert info.source_map().shape == (B, out.shape[1], N)
-    assert info.merged == merge
-
-
-def test_bipartite_maps_chain():
-    tokens = torch.randn(B, N, 4)
-    merged, _, first = elip_kernels.bipartite_merge(tokens, tokens, 4, return_info=True)
-    _, _, then = elip_kernels.bipartite_merge(merged, merged, 3, return_info=True)
-    assert torch.equal(first.source_map(), source_matrix(first))
-    both = then.source_map(first.source_map())
-    rows = then.slots.gather(1, first.slots.long())
-    assert torch.equal(both, rows[:, None] == torch.arange(6)[:, None])
-    assert (both.sum(1) == 1).all()
-    out, info = reduced(merged, 3)
-    assert info.source_map(first.source_map()).shape == (B, out.shape[1], N)
-
-
-@pytest.mark.parametrize("merge", [True, False])
 def test_unmerge_gives_every_token_its_row(merge):
     tokens = torch.randn(B, N, 4)
     out, first = reduced(tokens, 7, merge=merge)

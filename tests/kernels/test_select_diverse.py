@@ -137,23 +137,6 @@ def test_tokens_without_direction_come_last(select, value):
     assert got[0, :D].tolist() == [others[n] for n in alone]
 
 
-def test_a_full_rank_of_tokens_leaves_the_lowest_free_indices():
-    tokens = torch.randn(B, N, 5)
-    for dtype in (torch.float32, torch.float64):
-        got = select_dpp(tokens.to(dtype), N, relevance=torch.rand(B, N), **by_step)
-        for row in got.tolist():
-            assert row[5:] == sorted(row[5:]) and sorted(row) == list(range(N))
-
-
-@pytest.mark.parametrize("value", [0.0, torch.nan])
-def test_irrelevant_tokens_come_after_relevant_ones(value):
-    relevance = torch.rand(B, N) + 0.1
-    relevance[:, ::2] = value
-    got = select_dpp(torch.randn(B, N, N), N, relevance=relevance, **by_step)
-    assert (got[:, : N // 2] % 2 == 1).all()
-    assert torch.equal(got[:, N // 2 :], torch.arange(0, N, 2).expand(B, -1))
-
-
 def tokens_and_mask():
     return torch.randn(B, N, D, requires_grad=True), torch.rand(B, N) < 0.7
 

@@ -49,11 +49,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(name):
     )
 
 
-def test_the_batch_is_0_if_nothing_fits():
-    model = create_model("elip_clip_tiny")
-    assert [row.batch for row in largest_batches("a", model, {}, 1000)] == [0]
-
-
 def test_flops_only_with_max_batch_raises(capsys):
     assert elip("profile", "--model", "clip_tiny", "--max-batch", "--flops-only") == 2
     assert "--flops-only: expected it without --max-batch" in " ".join(

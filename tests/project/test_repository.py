@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 
 import yaml
-from readme_renderer import markdown
 
 import elip_kernels
 
@@ -94,12 +93,6 @@ def test_the_links_of_the_description_work_outside_the_repository():
         kind = "raw" if picture else "blob"
         base = f"{REPOSITORY}/{kind}/v{elip_kernels.__version__}/"
         assert (ROOT / link.removeprefix(base).partition("#")[0]).exists(), link
-
-
-def test_the_description_renders_without_a_relative_link():
-    page = markdown.render(description(REPOSITORY))
-    assert page and re.findall(r'(?:href|src)="(?!https://|#)([^"]*)"', page) == []
-    assert "<table>" in page and "<img" in page
 
 
 def test_without_an_address_the_description_is_the_readme():

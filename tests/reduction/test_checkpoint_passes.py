@@ -1,9 +1,5 @@
 """A recomputation replays the passes of its calls, whichever others wait for backward."""
 
-import copy
-import pickle
-import threading
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -120,18 +116,6 @@ def test_a_draw_that_cannot_be_found_is_an_error(function):
         loss.backward()
 
 
-def test_guidance_inside_of_the_checkpoint_draws_nothing_again():
-    model, x, t = drawing_vit(), images(3), text(3)
-
-    def guided(x):
-        with elip_models.guidance(model, t):
-            return model(x)
-
-    expected = gradients_of(model, lambda: guided(x).square().sum())
-    got = gradients_of(model, lambda: checkpointed(guided, x).square().sum())
-    assert_equal_gradients(got, expected)
-
-
 @pytest.mark.parametrize("same_images", [False, True])
 @pytest.mark.parametrize("first_back", [0, 1])
 def test_calls_of_a_whole_model_with_several_texts_in_one_checkpoint(first_back, same_images):
@@ -186,22 +170,3 @@ def test_an_autograd_function_around_the_model_is_refused_by_its_name():
         pytest.raises(RuntimeError, match=r"autograd\.Function .*; call the model outside of it"),
     ):
         Around.apply(images(2))
-
-
-def test_a_pass_that_a_thread_has_not_ended_ends_with_it():
-    model = elip_models.reduce_(clip_vit(), "tome")
-    passes = model.blocks[0].forward.reduction.eager
-    tokens, begun = model._pos_embed(model.patch_embed(images(2))), []
-
-    def run():
-        model.blocks[1](model.blocks[0](tokens.detach()))
-        begun.append(weakref.ref(passes.running.forward))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert passes.running.forward is None
-    assert begun[0]() is None
-    run()
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.blocks[0].forward.reduction.eager.running.forward is None

@@ -21,7 +21,7 @@ from tests.helpers.towers import (
     plain_vit,
     text,
 )
-from tests.reduction.test_strategies import STRATEGIES, patched, strategies
+from tests.reduction.test_strategies import STRATEGIES, strategies
 
 NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"], slow=["random"])
 
@@ -114,25 +114,6 @@ def test_a_recomputation_finds_its_own_pass(forward, order, mode):
         assert_equal_gradients(gradients(model), expected[i], rtol=1e-5, atol=1e-5)
 
 
-def test_two_forwards_in_one_checkpoint_keep_their_own_choices():
-    model, pixels, texts = clip_vit(), images(3), [text(3), text(3)]
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
-
-    def both(x):
-        total = 0.0
-        for t in texts:
-            with elip_models.guidance(model, t):
-                total = total + model(x).square().sum()
-        return total
-
-    both(pixels.clone().requires_grad_()).backward()
-    expected = gradients(model)
-    model.zero_grad()
-    pixels.requires_grad_()
-    checkpoint(both, pixels, use_reentrant=False).backward()
-    assert_equal_gradients(gradients(model), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_a_forward_in_a_backward_hook_is_a_forward(is_checkpointed):
     """It uses its own guidance, with and without blocks that are recomputed around it."""
@@ -156,18 +137,6 @@ def test_a_forward_in_a_backward_hook_is_a_forward(is_checkpointed):
     tokens.register_hook(run)
     tokens.square().sum().backward()
     assert torch.equal(within[0], expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recomputed_block_does_what_its_forward_did(name):
-    strategy = STRATEGIES[name]
-    model, x, t = clip_vit(proj_drop_rate=0.2, drop_path_rate=0.1), images(3), text(3)
-    gradients = []
-    for call in (model, checkpointed_blocks(model)):
-        model.zero_grad()
-        patched(model, strategy, x, t, call).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert_equal_gradients(*gradients)
 
 
 @pytest.mark.parametrize("name", NAMES)

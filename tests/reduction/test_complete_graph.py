@@ -72,56 +72,6 @@ def test_pitome_merges_as_a_tower_under_the_official_patch():
         assert 0.75 * (1 - i / 4) == case["margin"]
 
 
-def test_the_margin_of_pitome_falls_evenly_over_the_blocks():
-    keys, tower = torch.randn(4, 2, 31, 8), as_tower(plain_vit())
-    similarity = cosines(keys.mean(1)[:, 1:])
-    for i, margin in ((0, 0.9), (3, 0.45)):
-        pairs = PiToMe(margin=0.9).choose(
-            tower, Stage(i, 1, 20), Attention(keys[:, 0], keys[:, 0], keys), None
-        )
-        expected = pairs_by_energy(similarity, 10, margin).behind(1)
-        assert torch.equal(pairs.sources, expected.sources)
-        assert torch.equal(pairs.targets, expected.targets)
-    assert not torch.equal(expected.sources, pairs_by_energy(similarity, 10, 0.9).sources + 1)
-
-
-def crossget_by_hand(S, importance, r):
-    """Return the target of each source for one image, computed with Python lists."""
-    n = len(S)
-    best = [max(float(S[i, j]) for j in range(n) if j != i) for i in range(n)]
-    order = sorted(range(n), key=lambda i: (-best[i], i))
-    score = {}
-    for a, i in enumerate(order[:-1]):
-        score[i] = max(float(S[i, j]) for j in order[a + 1 :]) - float(importance[i])
-    sources = sorted(score, key=lambda i: (-score[i], i))[:r]
-    rest = [j for j in range(n) if j not in sources]
-    return {i: max(rest, key=lambda j: float(S[i, j])) for i in sources}
-
-
-@pytest.mark.parametrize(("n", "r"), [(4, 1), (12, 6), (25, 7)])
-def test_crossget_is_its_definition(n, r):
-    S, importance = cosines(torch.randn(3, n, 5).double()), torch.rand(3, n).double() * 2 - 1
-    pairs = pairs_by_importance(S, importance, r)
-    for b in range(3):
-        found = dict(zip(pairs.sources[b].tolist(), pairs.targets[b].tolist(), strict=True))
-        assert found == crossget_by_hand(S[b], importance[b], r)
-    w = torch.stack([importance.gather(1, x) for x in pairs[:2]], 2).softmax(2)
-    torch.testing.assert_close(pairs.weights.gather(1, pairs.sources), 2 * w[..., 0])
-    sums = torch.zeros(3, n).double().scatter_add(1, pairs.targets, 2 * w[..., 1] - 1)
-    is_source = torch.zeros(3, n).scatter(1, pairs.sources, 1.0).bool()
-    torch.testing.assert_close(pairs.weights[~is_source], (1 + sums)[~is_source])
-
-
-def test_pitome_protects_patches_that_are_unlike_all_others():
-    crowd = torch.tensor([1.0, 0, 0, 0]) + 0.1 * torch.randn(1, 12, 4)
-    alone = torch.eye(4)[None, 1:]
-    similarity = cosines(torch.cat([crowd[:, :6], alone, crowd[:, 6:]], dim=1))
-    pairs = pairs_by_energy(similarity, 6, 0.5)
-    touched = torch.cat([pairs.sources, pairs.targets], dim=1)
-    assert pairs.sources.shape == (1, 6)
-    assert set(touched[0].tolist()) <= {*range(6), *range(9, 15)}
-
-
 def run(strategy, x, t=None, model=None):
     model = model or plain_vit().eval()
     return elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)

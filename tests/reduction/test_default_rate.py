@@ -102,12 +102,6 @@ def test_an_integer_is_an_error_that_offers_a_float(call, keep):
         call(plain_vit(), keep=keep)
 
 
-def test_all_tokens_are_a_float():
-    model, x = plain_vit(), images()
-    dense = model(x)
-    assert torch.equal(reduce_(model, keep=1.0)(x), dense)
-
-
 # the default strategy
 
 

@@ -1,7 +1,5 @@
 """Calls that return the tokens of several blocks, on a reduced model."""
 
-import threading
-
 import pytest
 import timm
 import torch
@@ -9,7 +7,7 @@ import torch
 import elip_models
 from elip_kernels import unmerge
 from elip_models import reduce_
-from tests.helpers.models import PAIRS, ROTARY, TOWERS, WITHOUT_CLS, ids, output
+from tests.helpers.models import PAIRS, ROTARY, TOWERS, WITHOUT_CLS, output
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
@@ -126,16 +124,6 @@ def test_hidden_states_of_transformers_are_whole_grids(library, strategy):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_transformers_returns_whole_grids_of_a_whole_model():
-    model = reduce_(PAIRS["HF CLIP pair"]().eval(), schedule=SCHEDULE)
-    x, tokens = images(), ids()
-    plain = model(input_ids=tokens, pixel_values=x)
-    dense = model(input_ids=tokens, pixel_values=x, output_hidden_states=True)
-    assert torch.equal(dense.image_embeds, plain.image_embeds)
-    shapes = {h.shape for h in dense.vision_model_output.hidden_states}
-    assert shapes == {(2, 37, WIDTH)}
-
-
 def test_get_intermediate_layers_and_features_only_give_grids():
     model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
     _, grids = layers(model, x)
@@ -192,48 +180,6 @@ def test_a_call_that_stops_early_leaves_nothing():
     assert torch.equal(found[0].flatten(2).mT, grids[3][:, 1:])
     assert model.blocks[3].forward.reduction.eager.running.forward is None
     assert torch.equal(model(x), expected)
-
-
-def test_a_call_that_fails_leaves_nothing():
-    model, x = reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
-    expected = model(x)
-    with pytest.raises(ValueError, match="attn_mask"):
-        model.forward_intermediates(x, attn_mask=torch.zeros(37, 37))
-    assert torch.equal(model(x), expected)
-    hidden = reduce_(TOWERS["HF CLIP"]().eval(), schedule=SCHEDULE)
-    expected = hidden(x).image_embeds
-    with pytest.raises(RuntimeError):
-        hidden(torch.randn(2, 5, 48, 48), output_hidden_states=True)
-    assert torch.equal(hidden(x).image_embeds, expected)
-
-
-def test_a_call_for_grids_belongs_to_its_thread():
-    """Another thread runs a plain forward in the middle of it."""
-    model, x, found = reduce_(plain_vit().eval(), schedule=SCHEDULE), images(), []
-    expected = entered(model, x)[-1]
-
-    def plain():
-        found.append(entered(model, x)[-1])
-
-    def run_another(*_):
-        hook.remove()
-        thread = threading.Thread(target=plain)
-        thread.start()
-        thread.join()
-
-    hook = model.blocks[3].register_forward_hook(run_another)
-    _, grids = layers(model, x)
-    assert torch.equal(found[0], expected)
-    assert {grid.shape for grid in grids} == {(2, 37, WIDTH)}
-
-
-def test_guidance_reaches_a_call_for_grids():
-    model, x, t = reduce_(plain_vit().eval(), schedule=SCHEDULE, fusion=0.0), images(), text()
-    with elip_models.guidance(model, t):
-        final, _ = layers(model, x, norm=True)
-        assert torch.equal(model.forward_head(final), model(x))
-    plain, _ = layers(model, x, norm=True)
-    assert not torch.equal(plain, final)
 
 
 @pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), [], slow=["elip"]))

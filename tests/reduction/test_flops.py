@@ -125,15 +125,3 @@ def test_at_flops_of_a_forward_alone(case):
     assert counted.forward / dense.forward == pytest.approx(0.75, rel=0.01)
     with pytest.raises(ValueError, match="of the dense forward FLOPs"):
         CASES[case].at_flops(tower, 0.01, training=False)
-
-
-@pytest.mark.parametrize(("scorer", "floor"), [("official", 0.2410), ("exact", 0.2126)])
-def test_a_scoring_pass_has_a_floor(scorer, floor):
-    plan = replace(CASES["elip"], scorer=scorer)
-    with pytest.raises(ValueError, match=f"nearest is {floor}"):
-        plan.at_flops(workload(VIT).tower, 0.2)
-
-
-def test_images_take_no_gradient_in_a_training_step():
-    embed, dense = workload(VIT).tower.size.embed_flops(), counted_dense(VIT)
-    assert dense.backward / dense.forward == pytest.approx(2 - embed / dense.forward, rel=1e-3)

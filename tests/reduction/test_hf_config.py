@@ -2,15 +2,13 @@
 
 import json
 
-import pytest
 import torch
 import transformers
 
 import elip_models
 from elip_models import TokenMerging, ToMe, is_reduced, reduction_summary
 from elip_models.reduction.serialization import strategy_of
-from elip_models.validation import ConfigError
-from tests.helpers.models import HF, hf_clip, hf_vision
+from tests.helpers.models import HF, hf_clip
 from tests.helpers.towers import SCHEDULE
 from tests.saving.test_saved_reduced import features
 
@@ -49,23 +47,6 @@ def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):
     assert reduction_summary(elip_models.reduce_(model, keep=0.8)).strategy == expected
 
 
-def test_settings_that_cannot_be_read_are_an_error_of_a_plain_reduce_alone():
-    model = hf_clip()
-    model.config.elip = {"version": 1, "strategy": "mine.Own", "settings": {}}
-    with pytest.raises(ConfigError, match=r"CLIPConfig.elip: strategy: expected one of merge"):
-        elip_models.reduce_(model)
-    assert reduction_summary(elip_models.reduce_(model, strategy=ToMe(r=2))).strategy == ToMe(r=2)
-
-
-def test_a_config_that_two_models_share_is_written_right(tmp_path):
-    model = elip_models.reduce_(hf_clip(), strategy="tome")
-    elip_models.unreduce_(
-        elip_models.reduce_(transformers.CLIPModel(model.config), strategy="tome")
-    )
-    elip_models.save_reduced(model, tmp_path)
-    assert is_reduced(elip_models.load_reduced(tmp_path))
-
-
 def test_another_model_of_the_same_config_is_unchanged(tmp_path):
     config = transformers.ViTConfig(**HF)
     one, other = transformers.ViTModel(config), transformers.ViTModel(config)
@@ -78,12 +59,3 @@ def test_another_model_of_the_same_config_is_unchanged(tmp_path):
     elip_models.reduce_(one)
     other.save_pretrained(tmp_path)
     assert "elip" not in json.loads((tmp_path / "config.json").read_text())
-
-
-def test_a_users_change_of_a_reduced_models_config_stays():
-    model = elip_models.reduce_(hf_vision("ViTForImageClassification", "ViTConfig"))
-    assert model.config is model.vit.config
-    model.config.output_hidden_states = True
-    elip_models.unreduce_(model.vit)
-    assert model.config.output_hidden_states is model.vit.config.output_hidden_states is True
-    assert not hasattr(model.config, "elip")

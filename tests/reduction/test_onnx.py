@@ -86,12 +86,6 @@ OWN_CASES = {
 CASES = with_every_strategy(OWN_CASES, leave_out=["random"])  # draws: has a test of its own
 
 
-@pytest.mark.slow
-def test_a_small_model():
-    model = elip_models.reduce_(plain_vit(depth=2).eval(), schedule="1(100%) 1(50%)")
-    assert_runs_alike(exported(model, (images(),)), model, images())
-
-
 @pytest.mark.parametrize("name", tiered(CASES, [], slow=["elip last", "tome", "nearest adaptive"]))
 def test_onnxruntime_returns_what_pytorch_returns_for_any_batch(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
@@ -193,12 +187,3 @@ def test_ties_go_to_the_lower_index_and_nan_after_all_numbers(keep):
     scores = torch.tensor([[nan, 0.5, -inf, 0.5, 0.5, nan, inf, 0.0, -0.0, nan], [0.25] * 10])
     args = torch.randn(2, 11, 3), scores
     assert_runs_alike(exported(Kept(keep), args), Kept(keep), *args)
-
-
-@pytest.mark.slow
-def test_equal_tokens_merge_by_the_lower_index():
-    def slots(tokens):
-        return elip_kernels.bipartite_merge(tokens, tokens, 3, return_info=True)[2].slots
-
-    tokens = torch.randn(2, 1, 4).expand(2, 11, 4).contiguous()
-    assert_runs_alike(exported(Call(slots), (tokens,)), Call(slots), tokens)

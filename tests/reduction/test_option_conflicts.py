@@ -68,14 +68,6 @@ def test_each_word_leaves_its_number_of_tokens(merge, rows):
     assert tokens.shape[1] == rows
 
 
-def test_a_strategy_of_a_user_has_a_word_too():
-    class Old(ToMe):
-        merge = True
-
-    with pytest.raises(TypeError, match=r"merge: expected .* got True; pass 'one'"):
-        reduce_(plain_vit(), strategy=Old())
-
-
 # keep beside the strategy's own option
 
 
@@ -106,12 +98,6 @@ def test_keep_beside_the_strategys_own_option_names_both(call, options, other):
     with pytest.raises(ValueError, match=r"keep: expected no .* got keep=0.7 and ") as error:
         call(plain_vit(), keep=0.7, **options)
     assert other in str(error.value)
-
-
-@pytest.mark.parametrize("strategy", [*STRATEGIES, EViT(layers="all"), ToMe(proportional=False)])
-def test_keep_goes_with_every_option_that_does_not_set_it(strategy):
-    model = reduce_(plain_vit(), strategy=strategy, keep=0.8)
-    assert reduction_summary(model).keep == pytest.approx(0.8, abs=0.1)
 
 
 def test_every_strategy_names_the_field_that_keep_sets():

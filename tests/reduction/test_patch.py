@@ -32,14 +32,6 @@ def model(request):
     return request.param()
 
 
-def test_the_head_reads_the_tokens_of_encode_image(model):
-    x, t, plan = images(), text(), {"schedule": SCHEDULE, "scorer": "last"}
-    tokens = elip_models.encode_image(model, x, t, **plan)
-    elip_models.reduce_(model, **plan)
-    with elip_models.guidance(model, t):
-        assert torch.equal(model(x), model.forward_head(tokens))
-
-
 def test_unreduce_restores_the_model(model):
     x = images()
     before, attributes = model(x), set(vars(model))

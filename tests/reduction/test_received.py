@@ -6,7 +6,7 @@ import torch
 import elip_models
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import as_tower
-from tests.helpers.models import hf_siglip, siglip_vision
+from tests.helpers.models import siglip_vision
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text, whole_grid
 
 TOWERS = {"timm": plain_vit, "siglip": siglip_vision}
@@ -49,20 +49,3 @@ def test_a_text_changes_nothing_and_a_warning_names_the_scorer():
     ):
         assert torch.equal(model(x), alone)
     assert "guided by" not in elip_models.reduction_summary(model).line
-
-
-def test_a_whole_model_encodes_its_text_once():
-    model, read = hf_siglip().eval(), []
-    model.text_model.register_forward_hook(lambda *_: read.append(1))
-    elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="received")
-    ids = torch.randint(0, 20, (2, 8))
-    model(pixel_values=images(), input_ids=ids)
-    assert len(read) == 1
-    elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="last")
-    model(pixel_values=images(), input_ids=ids)
-    assert len(read) == 3  # and once more to guide
-
-
-def test_a_tower_without_cls_names_what_is_possible():
-    with pytest.raises(TypeError, match=r"a text alone can score .*scorer='received'"):
-        elip_models.reduce_(siglip_vision(), strategy="elip", schedule=SCHEDULE, fusion=1.0)

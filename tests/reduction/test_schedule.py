@@ -3,7 +3,7 @@
 import pytest
 
 from elip_models import Schedule
-from elip_models.reduction.schedule import PRESETS, Stage
+from elip_models.reduction.schedule import Stage
 
 PAPER = "2(100%) 2(90%) 6(65%) 2(40%)"
 TABLE_8 = [
@@ -37,14 +37,6 @@ def test_stages_begin_at_layers_2_4_10_with_depths_2_6_2():
     stages = Schedule.parse(PAPER).stages(256)
     assert stages == (Stage(2, 2, 230), Stage(4, 6, 166), Stage(10, 2, 102))
     assert Schedule.parse("12(100%)").stages(256) == ()
-
-
-@pytest.mark.parametrize(
-    ("name", "depth"), [("clip", 12), ("albef", 12), ("blip", 12), ("meter", 11)]
-)
-def test_presets_by_name(name, depth):
-    assert Schedule.parse(name).depth == depth
-    assert str(Schedule.parse(name)) == PRESETS[name]
 
 
 def test_tokens_per_layer():

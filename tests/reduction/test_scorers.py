@@ -74,25 +74,6 @@ def test_bf16_is_exact_under_autocast_and_leaves_other_dtypes_as_they_are():
     assert torch.equal(row("bf16", tower, *given), row("exact", tower, *given))
 
 
-def test_bf16_in_the_dry_run_casts_no_weight_of_the_training_pass():
-    model, x, t = plain_vit(), images(), text()
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="bf16")
-    with torch.autocast("cpu", torch.bfloat16), elip_models.guidance(model, t):
-        model(x).square().sum().backward()
-    assert not [n for n, p in model.named_parameters() if p.grad is None]
-    model.zero_grad()
-    with elip_models.guidance(model, t):
-        assert model(x).dtype == torch.float32
-
-
-def test_all_scorers_agree_on_a_stage_of_one_layer():
-    stage = Stage(first=3, layers=1, keep=10)
-    tower, *given = entered(clip_vit())
-    expected = row("exact", tower, *given, stage)
-    for name in ("alternate", "attention", "cls", "mean", "last"):
-        torch.testing.assert_close(row(name, tower, *given, stage), expected)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("scorer", BETWEEN)
 def test_every_tower_takes_it(scorer):

@@ -55,18 +55,6 @@ IMAGES = [images(2) for _ in range(THREADS)]
 TEXTS = [4 * text(2) for _ in range(THREADS)]
 
 
-@pytest.mark.exhaustive
-def test_a_thousand_outputs_of_threads_are_right():
-    model = clip_vit().eval()
-    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
-    outputs = [guided(model, i) for i in range(THREADS)]
-    other = guided(model, 0), guided(model, 1)
-    assert not torch.equal(*other) and torch.equal(other[0], outputs[0])
-    wrong, count = wrong_of(model, guided, 130), THREADS * 130
-    print(f"{wrong} of {count} outputs wrong")  # noqa: T201
-    assert count > 1000 and wrong == 0
-
-
 @strategies
 def test_every_strategy_serves_threads(name):
     strategy = STRATEGIES[name]
@@ -77,22 +65,6 @@ def test_every_strategy_serves_threads(name):
             assert in_threads(lambda i: model(IMAGES[i]).shape) == [model(IMAGES[0]).shape] * 8
         return
     assert wrong_of(model, guided, 6) == 0
-
-
-@pytest.mark.parametrize("name", tiered(STRATEGIES, [], slow=["elip"]))
-def test_threads_without_guidance_are_unguided(name):
-    strategy = STRATEGIES[name]
-    """This holds while another thread is guided, too."""
-    if strategy.name == "random":
-        pytest.skip("its draws differ from call to call")
-    model = clip_vit().eval()
-    elip_models.reduce_(model, strategy=strategy)
-
-    @torch.no_grad()
-    def every_second(model, i):
-        return guided(model, i) if i % 2 else model(IMAGES[i])
-
-    assert wrong_of(model, every_second, 8) == 0
 
 
 def test_guidance_ends_with_its_context_in_any_order():
@@ -167,7 +139,6 @@ IN_PLACE.append((IN_PLACE[0][0], "guided_tome"))
 
 
 WHOLE = [*((name, "elip") for name in PAIRS), *IN_PLACE]
-GUIDED = [(name, "elip") for name in ("open_clip pair", "HF CLIP pair", "HF SigLIP pair")]
 
 
 @pytest.mark.parametrize(("name", "strategy"), tiered(WHOLE, [], slow=[("open_clip pair", "elip")]))
@@ -218,20 +189,6 @@ def test_a_compiled_model_never_uses_the_guidance_of_another_thread():
         assert torch.allclose(compiled(IMAGES[0]), expected[0], atol=1e-6)
     with torch.no_grad():
         assert torch.equal(compiled(IMAGES[0]), unguided)
-
-
-@pytest.mark.parametrize("strategy", tiered(["evit", "tome"], [], slow=["evit"]))
-def test_a_compiled_model_that_no_text_guides_serves_threads(strategy):
-    torch._dynamo.reset()
-    model = plain_vit().eval()
-    elip_models.reduce_(model, strategy=strategy)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-
-    @torch.no_grad()
-    def run(model, i):
-        return compiled(IMAGES[i])
-
-    assert wrong_of(model, run, 8) == 0
 
 
 def test_data_parallel_raises():

@@ -193,14 +193,3 @@ TRACED = [name for name in STRATEGIES if name not in ("random", "resize")]
 def test_a_trace_runs_any_batch(name):
     model = elip_models.reduce_(plain_vit().eval(), strategy=STRATEGIES[name])
     assert_runs_any_batch(torch.jit.trace(model, images(3)), model, lambda batch: (images(batch),))
-
-
-@pytest.mark.slow
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("strategy", "options"),
-    [("tome", {"dynamic_img_size": True}), ("elip", {"global_pool": "avg"})],
-)
-def test_a_trace_of_images_of_any_size_and_of_patches_that_are_pooled(strategy, options):
-    model = elip_models.reduce_(plain_vit(**options).eval(), strategy=strategy)
-    assert_runs_any_batch(torch.jit.trace(model, images(3)), model, lambda batch: (images(batch),))

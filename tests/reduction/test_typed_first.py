@@ -10,10 +10,7 @@ import torch
 
 import elip_models
 from elip_models import PatchDropout, ToMe
-from elip_models.reduction.flops import kept_share
-from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.user_warnings import warn_once
-from elip_models.towers import as_tower
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
@@ -57,26 +54,6 @@ def test_a_preset_means_the_papers_schedule_at_any_depth(depth):
     assert model(x).shape == (1, 3)
 
 
-@pytest.mark.parametrize("preset", ["clip", "albef", "blip", "meter"])
-def test_presets_scale_and_written_layers_do_not(preset):
-    model = vit(24)
-    elip_models.reduce_(model, schedule=preset)
-    assert elip_models.reduction_summary(model).strategy.schedule.depth == 24
-    with pytest.raises(ValueError, match=r"expected 24 layers.*scaled to the tower: '4"):
-        elip_models.reduce_(model, schedule="2(100%) 2(90%) 6(65%) 2(40%)")
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("keep", [0.9, 0.6])
-def test_one_number_is_the_mean_share_of_tokens(name, keep):
-    model = vit()
-    elip_models.reduce_(model, keep=keep, strategy=name)
-    summary, tower = elip_models.reduction_summary(model), as_tower(model)
-    one_token = 15 / 197 if name == "resize" else 2 / 197  # a row or column of patches
-    assert summary.keep == pytest.approx(keep, abs=one_token)
-    assert summary.keep == kept_share(summary.strategy, tower.size)
-
-
 def test_one_number_in_a_forward():
     model, x = vit(), torch.randn(2, 3, 224, 224)
     seen = []
@@ -112,17 +89,6 @@ def test_one_number_in_a_forward():
 def test_wrong_arguments_raise(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         elip_models.reduce_(vit(), **options)
-
-
-def test_encode_image_reduces_as_reduce_does():
-    model, x, t = plain_vit(), images(), text()
-    tokens = elip_models.encode_image(model, x, t, strategy="elip")
-    alone = elip_models.encode_image(model, x, strategy="elip", keep=0.6)
-    elip_models.reduce_(model, strategy="elip")
-    with elip_models.guidance(model, t):
-        assert torch.equal(model.forward_features(x), tokens)
-    elip_models.reduce_(model, strategy="elip", keep=0.6)
-    assert torch.equal(model.forward_features(x), alone)
 
 
 def test_a_summary_is_read_by_a_person():

@@ -8,11 +8,9 @@ import pytest
 import timm
 import torch
 import transformers
-from accelerate import Accelerator
 from PIL import Image
 from timm.utils import ModelEmaV3
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
@@ -153,38 +151,7 @@ def test_model_ema_of_timm_follows_and_stays_reduced():
     assert torch.allclose(ema.module.head.weight, model.head.weight - 0.5)
 
 
-def test_forward_features_and_head_of_timm():
-    model, pixels = reduced(), x()
-    tokens = model.forward_features(pixels)
-    assert tokens.shape[1] < 17
-    torch.testing.assert_close(model.forward_head(tokens), model(pixels))
-
-
 # PyTorch
-
-
-def test_functional_call_with_other_weights():
-    model, pixels = reduced(), x()
-    other = {name: p + 0.1 for name, p in model.state_dict().items()}
-    found = torch.func.functional_call(model, other, (pixels,))
-    model.load_state_dict(other)
-    assert torch.equal(found, model(pixels))
-
-
-def test_averaged_model():
-    model = reduced()
-    averaged = AveragedModel(model)
-    averaged.update_parameters(model)
-    pixels = x()
-    torch.testing.assert_close(averaged(pixels), model(pixels))
-
-
-def test_a_frozen_tower_and_a_trained_head():
-    model = reduced().train()
-    model.requires_grad_(False)
-    model.head.requires_grad_(True)
-    model(x()).sum().backward()
-    assert model.head.weight.grad is not None and model.patch_embed.proj.weight.grad is None
 
 
 def test_the_flop_counter_sees_the_saving():
@@ -221,10 +188,3 @@ def test_the_rate_changes_live():
 
 
 # accelerate, peft
-
-
-def test_accelerate_prepares_and_unwraps():
-    accelerator = Accelerator(cpu=True)
-    model = accelerator.prepare(reduced().train())
-    accelerator.backward(model(x()).sum())
-    assert elip_models.is_reduced(accelerator.unwrap_model(model))

@@ -173,15 +173,6 @@ def test_the_callback_keeps_every_strategy_of_a_language_model(tmp_path):
     assert getattr(model.config, "elip", None) is None
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-@pytest.mark.parametrize("line", ["diverse", "fastv:layer=1"])
-def test_the_callback_takes_strategies_of_language_models(name, line):
-    model = build(name)[0]
-    ReductionCallback(line, keep=0.5).on_step_begin(None, State(0), None, model=model)
-    (strategy,) = strategies_in(model)
-    assert strategy.name == line.partition(":")[0]
-
-
 def test_a_model_of_the_paper_is_found_inside_of_another_module():
     own = PaperCLIP().reduce()
     whole = torch.nn.Sequential(own)

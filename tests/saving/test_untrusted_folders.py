@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import elip_models
 from elip_models.saving.open_model import open_model
-from tests.helpers.models import hf_clip
 from tests.pretraining.models.test_saving import CONFIG
 from tests.saving.test_open_model import tiny_vit
 from tests.saving.test_saved_reduced import LIBRARIES
@@ -149,15 +148,6 @@ def test_weights_that_a_reduced_model_cannot_have_are_named(saved, library, dama
         elip_models.load_reduced(tmp_path)
     assert name in str(caught.value)
     assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_weights_of_transformers_that_a_model_cannot_have_are_named(damage, tmp_path):
-    hf_clip().save_pretrained(tmp_path)
-    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
-    change(tmp_path / "model.safetensors", name, DAMAGES[damage])
-    with pytest.raises(ValueError, match=name):
-        open_model(f"hf:{tmp_path}")
 
 
 def test_a_part_that_a_file_lacks_is_new_and_named(tmp_path):

@@ -9,7 +9,7 @@ import elip_models
 from elip_models import reduce_
 from elip_models.reduction.strategy_spec import get_strategy
 from tests.helpers.models import HF, HF_TEXT, dinov2, hf_blip, hf_vision, ids
-from tests.helpers.towers import SCHEDULE, WIDTH, images, whole_grid
+from tests.helpers.towers import SCHEDULE, images, whole_grid
 
 ADAPTIVE = {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE}
 MERGING = {
@@ -108,23 +108,6 @@ def backbone():
     return dinov2("Dinov2Backbone", out_features=STAGES, apply_layernorm=False).eval()
 
 
-def depth_model():
-    """Return a model that reads the feature maps of a DINOv2."""
-    vision = transformers.Dinov2Config(
-        **HF, mlp_ratio=2, out_features=STAGES, reshape_hidden_states=False
-    )
-    widths = {f"{name}_hidden_size": 8 for name in ("fusion", "head")}
-    config = transformers.DepthAnythingConfig(
-        backbone_config=vision,
-        patch_size=HF["patch_size"],
-        reassemble_hidden_size=WIDTH,
-        neck_hidden_sizes=[8, 8, 8, 8],
-        head_in_channels=8,
-        **widths,
-    )
-    return transformers.DepthAnythingForDepthEstimation(config).eval()
-
-
 @pytest.mark.parametrize("strategy", MERGING)
 def test_the_feature_maps_of_a_backbone_are_whole_grids(strategy):
     model, x, settings = backbone(), images(), MERGING[strategy]
@@ -145,15 +128,6 @@ def dinov2_like(model):
     other = dinov2()
     other.load_state_dict(model.state_dict())
     return other.eval()
-
-
-def test_a_model_of_depths_reads_whole_grids():
-    model, x = depth_model(), images()
-    dense = model(x).predicted_depth
-    found = reduce_(model)(x).predicted_depth
-    assert found.shape == dense.shape and found.isfinite().all()
-    assert elip_models.reduction_summary(model).keep < 0.9
-    assert torch.equal(elip_models.unreduce_(model)(x).predicted_depth, dense)
 
 
 NEEDING = {"ViT": lambda: masked_modeling("ViT"), "PaliGemma": paligemma, "backbone": backbone}

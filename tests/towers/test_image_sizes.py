@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models import encode_image, reduce_
-from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import ImageResize
 from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, TOWERS, eva, output
@@ -91,26 +90,6 @@ def test_a_model_that_moves_its_positions_in_training_uses_one_draw_a_pass():
     assert not torch.equal(first, model(x))
     torch.manual_seed(3)
     assert torch.equal(first, model(x))
-
-
-def test_ratios_are_of_the_images_own_patches():
-    model = reduce_(dynamic_vit(), schedule=SCHEDULE)
-    with elip_models.record_stages(model) as infos:
-        model(pictures())
-        model(images())
-    kept = [info.reduction.kept.shape[1] for info in infos]
-    schedule = Schedule.parse(SCHEDULE)
-    assert kept == schedule.keep_counts(40) + schedule.keep_counts(36)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_encode_image_reduces_by_the_images_own_patches(strategy):
-    model, x = dynamic_vit(), pictures()
-    options = {"scorer": "last", "without_text": "vision"}
-    settings = STRATEGIES[strategy] | (options if "schedule" in STRATEGIES[strategy] else {})
-    tokens = encode_image(model, x, **settings)
-    reduce_(model, **settings)
-    assert torch.equal(model(x), model.forward_head(tokens))
 
 
 @pytest.mark.parametrize("library", HF)

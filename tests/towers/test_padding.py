@@ -10,7 +10,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransfo
 
 import elip_models
 from elip_models.towers import as_tower
-from tests.helpers.models import HF, HF_TEXT, enlarged, naflex
+from tests.helpers.models import HF, enlarged, naflex
 from tests.helpers.towers import WIDTH
 
 GRIDS = ((3, 4), (6, 6), (2, 5), (1, 1), (5, 7))
@@ -156,19 +156,6 @@ def test_an_image_of_a_padded_batch_is_reduced_as_it_is_alone(name, strategy):
     assert not torch.allclose(padded[1], dense[1], atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["tome:r=3,position=mean", "pitome:r=1,position=mean"])
-@pytest.mark.parametrize("name", sorted(ROTARY))
-@torch.no_grad()
-def test_mean_positions_are_those_of_each_images_own_grid(name, strategy):
-    model, batch = model_of(name), pictures([(3, 4), (6, 6), (2, 5), (2, 4), (5, 7)])
-    elip_models.reduce_(model, strategy=strategy)
-    padded = features(model, batch, 40)
-    for b, image in enumerate(batch):
-        (expected,) = features(model, [image])
-        torch.testing.assert_close(padded[b], expected, atol=1e-6, rtol=1e-6)
-
-
 @models
 @torch.no_grad()
 def test_parts_add_up_to_the_model_on_images_of_one_size(name):
@@ -186,17 +173,6 @@ def test_parts_add_up_to_the_model_on_images_of_one_size(name):
     assert elip_models.encode_image(model, torch.stack(batch)).shape[1] < tokens.shape[1]
     grid = tower.embed(torch.zeros(1, 3, *tower.image_size).double())
     assert grid.shape[1] == tower.num_tokens
-
-
-@pytest.mark.parametrize("options", [{"protect": 0.4}, {"protect": 0.0, "weight": 1.0}])
-@torch.no_grad()
-def test_guided_merging_protects_a_share_of_each_image(options):
-    model, batch = model_of(HAS_CLS), pictures()
-    elip_models.reduce_(model, strategy="guided_tome", r=5, without_text="vision", **options)
-    padded = features(model, batch, 40)
-    for b, image in enumerate(batch):
-        (expected,) = features(model, [image])
-        torch.testing.assert_close(padded[b], expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -328,20 +304,3 @@ def test_a_graph_reads_the_mask_as_a_tensor(name):
         batch = [batch[k] for k in order]
         expected, found = features(model, batch, 40), features(model, batch, 40, compiled)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_siglip2_is_reduced_inside_its_image_text_model():
-    vision = {name: n for name, n in HF.items() if name != "image_size"} | {"num_patches": 36}
-    text = HF_TEXT | {"max_position_embeddings": 16, "projection_size": WIDTH}
-    config = transformers.Siglip2Config(vision_config=vision, text_config=text)
-    model = enlarged(transformers.Siglip2Model(config)).eval().double()
-    batch = pictures()
-    elip_models.reduce_(model)
-
-    def image_features(*args):
-        return model.get_image_features(*args)
-
-    padded = features(model, batch, 40, image_features)
-    for b, image in enumerate(batch):
-        (expected,) = features(model, [image], call=image_features)
-        torch.testing.assert_close(padded[b], expected, atol=1e-6, rtol=1e-6)

@@ -27,7 +27,7 @@ from tests.helpers.models import (
     trunk_pair,
 )
 from tests.helpers.tiers import tiered
-from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text
+from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 
 MODELS = POOLED | POOLED_WITHOUT_CLS
 MERGING = {
@@ -126,19 +126,6 @@ def test_a_strategy_at_zero_strength_is_the_untouched_model(name, strategy):
         assert torch.equal(output(model, x), expected)
 
 
-LAST = [("timm average", EViT(0.5, layers=(5,))), ("open_clip attention", ToMe((0,) * 5 + (9,)))]
-
-
-@pytest.mark.parametrize(("name", "strategy"), LAST)
-def test_a_step_in_the_last_block_alone_is_counted(name, strategy):
-    model, x = MODELS[name]().eval(), images()
-    _, tokens, _ = reduced(model, strategy, x, text())
-    seen = []
-    as_tower(model).blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
-    output(model, x)
-    assert tokens.shape[1] < 37 == seen[0].shape[1]
-
-
 def test_a_text_is_the_query_of_a_rotary_tower_without_cls_by_any_layer():
     """A wrapped projection, which is called, and a plain one, which is read, score alike."""
     model, x, t = POOLED_WITHOUT_CLS["rope average, no CLS"]().eval(), images(), text()
@@ -169,25 +156,3 @@ def test_a_whole_model_that_text_cannot_guide_is_reduced_as_its_image_tower():
         elip_models.unreduce_(bare)
         elip_models.reduce_(model, schedule=SCHEDULE)
         assert torch.equal(output_of_pair(model, x, tokens), expected)
-
-
-def test_a_whole_model_that_text_cannot_guide_needs_a_strategy_that_does_without():
-    trunk = plain_vit(global_pool="map", class_token=False, num_classes=0)
-    model = trunk_pair(trunk, 16, Mlp()).eval()
-    with pytest.raises(TypeError, match="no linear projection to go back through"):
-        elip_models.reduce_(model, schedule=SCHEDULE)
-    elip_models.reduce_(model, strategy=ToMe(4))
-    assert output_of_pair(model, images(), ids()).shape == (2, 16)
-
-
-def test_coca_captions_what_its_reduced_tower_sees():
-    model, x, tokens = coca().eval(), images(), ids()
-    dense = model(x, tokens)["logits"]
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    out = model(x, tokens)
-    assert out["logits"].shape == dense.shape
-    assert not torch.allclose(out["logits"], dense)
-    out["logits"].square().mean().backward()
-    assert {n for n in gradients(model) if n.startswith("visual.transformer")}
-    elip_models.unreduce_(model)
-    assert torch.equal(model(x, tokens)["logits"], dense)

@@ -1,7 +1,5 @@
 """Towers whose blocks read positions: rotations, or a bias for each pair of positions."""
 
-import functools
-
 import pytest
 import timm
 import torch
@@ -51,16 +49,6 @@ def test_parts_add_up_to_the_block(model):
             x = whole
 
 
-def test_all_tokens_at_their_positions_equal_the_full_grid(model):
-    tower, x = as_tower(model), images()
-    if not tower.is_rotary:
-        pytest.skip("it has no rotation")
-    tokens = tower.embed(x)
-    placed = tower.with_positions(torch.arange(36).expand(2, -1))
-    for i in range(tower.depth):
-        assert torch.equal(placed.block(i, tokens), tower.block(i, tokens))
-
-
 def test_kept_tokens_are_rotated_as_timms_own_patch_dropout_does():
     model, x = ROTARY["rope"]().eval(), images()
     tower, p = as_tower(model), model.num_prefix_tokens
@@ -81,23 +69,6 @@ def test_positions_follow_tokens_through_the_stages():
         kept = places.gather(1, info.reduction.kept - 5)
         places = torch.cat([kept, torch.full((2, 1), -1)], dim=1)  # the merged one: no place
         assert torch.equal(info.positions, places)
-
-
-def test_the_rotation_decides_what_is_computed():
-    model, x, t = ROTARY["rope"]().eval(), images(), text()
-    tokens = elip_models.encode_image(model, x, t, schedule="3(100%) 3(50%)")
-    tower = as_tower(model)
-    entered = tower.embed(x)
-    for block in model.blocks[:3]:
-        entered = block(entered, rope=model.rope.get_embed())
-    _, (info,) = elip_models.encode_image(model, x, t, schedule="3(100%) 3(50%)", return_info=True)
-    out = elip_kernels.reduce(entered, info.attention, 18)
-    wrong = right = out
-    for block in model.blocks[3:]:
-        right = block(right, rope=tower.rotations_at(model.rope.get_embed(), info.positions))
-        wrong = block(wrong, rope=model.rope.get_embed()[:19])
-    assert torch.equal(model.norm(right), tokens)
-    assert not torch.allclose(model.norm(wrong), tokens, atol=1e-2)
 
 
 EXACT = {"schedule": SCHEDULE, "scorer": "exact"}
@@ -194,14 +165,6 @@ def test_scores_are_those_of_the_attention_with_its_bias(name):
         _, (info,) = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
         row = whole[:, :, 0].mean(1)
         torch.testing.assert_close(info.attention, row, atol=1e-6, rtol=1e-5)
-
-
-def test_a_forward_of_the_user_is_not_bypassed_by_a_bias():
-    model = TOWERS["timm BEiT"]()
-    block = model.blocks[3]
-    block.forward = functools.partial(type(block).forward, block)
-    with pytest.raises(TypeError, match="Blocks that run their own forward"):
-        elip_models.reduce_(model, schedule=SCHEDULE)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import transformers
 
 import elip_models
 from tests.helpers.models import HF, enlarged
-from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text
+from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images, text
 
 
 def blip(**options):
@@ -41,13 +41,6 @@ def test_outputs_and_gradients_are_those_of_the_eager_form(mode):
     assert torch.equal(model(x).last_hidden_state, expected)
 
 
-def test_it_drops_attention_weights_in_training():
-    model, x = elip_models.use_sdpa_(blip(attention_dropout=0.5)).train(), images()
-    assert not torch.equal(model(x).last_hidden_state, model(x).last_hidden_state)
-    model.eval()
-    assert torch.equal(model(x).last_hidden_state, model(x).last_hidden_state)
-
-
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
@@ -73,8 +66,3 @@ def test_compiles_whole():
     expected = model(x).last_hidden_state
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_other_models_are_refused_with_the_reason():
-    with pytest.raises(TypeError, match="choose their attention themselves"):
-        elip_models.use_sdpa_(plain_vit())

@@ -277,21 +277,6 @@ def test_checkpointing_and_compiling_repeat_layers_that_read_their_own_positions
         torch.testing.assert_close(features(compiled, x), features(model, x))
 
 
-@torch.no_grad()
-def test_kept_tubelets_are_rotated_as_vjepas_own_masks_do():
-    model, x = model_of("VJEPA2Layer"), inputs("VJEPA2Layer")
-    tower = as_tower(model)
-    kept = torch.stack([torch.randperm(72)[:20].sort().values for _ in range(2)])
-    tokens = tower.embed(x).gather(1, kept[..., None].expand(-1, -1, 32))
-    expected = tower.blocks[0](tokens, position_mask=kept)[0]
-    torch.testing.assert_close(tower.with_positions(kept).block(0, tokens), expected)
-    nowhere = tower.with_positions(torch.full((2, 20), -1)).qkv(0, tokens)[1]
-    assert torch.equal(
-        nowhere[0, :, 0],
-        tower.blocks[0].attention.key(tower.blocks[0].norm1(tokens))[0, 0].view(2, 16),
-    )
-
-
 BEIT = HF | {"use_relative_position_bias": True}
 
 

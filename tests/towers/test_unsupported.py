@@ -44,23 +44,6 @@ def test_a_model_of_transformers_is_refused_by_its_kind(name):
         elip_models.reduce_(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("swin_tiny_patch4_window7_224", "attends in windows"),
-        ("convnext_atto", "is a convolutional network"),
-        ("test_resnet", "is a convolutional network"),
-        ("crossvit_9_240", "runs two branches"),
-        ("pvt_v2_b0", "windowed, hierarchical or convolutional"),
-    ],
-)
-def test_a_model_of_timm_is_refused_by_its_kind(name, reason):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    with pytest.raises(TypeError, match=f"{reason}.*{PLAIN}"):
-        elip_models.reduce_(model)
-
-
 def of_library(name):
     """Return a model whose class is defined in another library."""
     return type("Model", (nn.Module,), {"__module__": f"{name}.models"})()

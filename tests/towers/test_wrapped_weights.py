@@ -242,18 +242,6 @@ def test_the_active_adapter_counts(name, state, how):
     assert_equal_outputs(model, expected)
 
 
-def test_pefts_own_model_is_reduced_guided_and_restored():
-    model, x, t = get_peft_model(plain_vit(), lora()).eval(), images(), text()
-    dense, how = model(x), elip("exact")
-    tokens = elip_models.encode_image(model, x, t, **how)
-    whole = copy.deepcopy(model).merge_and_unload()
-    expected = elip_models.encode_image(whole, x, t, **how)
-    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
-    assert elip_models.reduce_(model, **how) is model
-    assert_equal_outputs(model, merged(model, how), x, t)
-    assert torch.equal(elip_models.unreduce_(model.eval())(x), dense)
-
-
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_a_whole_model_guides_itself_by_its_adapted_text(make, order):

@@ -7,7 +7,6 @@ from elip_models import (
     create_model,
     guidance,
     is_reduced,
-    record_stages,
     reduce_,
     reduction_summary,
     unreduce_,
@@ -47,13 +46,6 @@ def test_a_wrong_strategy_is_refused_with_its_name(llava, strategy):
     assert not is_reduced(llava)
 
 
-@pytest.mark.parametrize("keep", [0, 0.0, 1, 1.5, -3, "0.5", True])
-def test_a_wrong_keep_is_refused(llava, keep):
-    with pytest.raises((TypeError, ValueError), match="keep: expected"):
-        reduce_(llava, keep=keep)
-    assert not is_reduced(llava)
-
-
 def test_settings_may_be_keywords(llava):
     reduce_(llava, "diverse", relevance=True, keep=0.25)
     assert reduction_summary(llava).strategy == Diverse(keep=0.25, relevance=True)
@@ -62,13 +54,6 @@ def test_settings_may_be_keywords(llava):
     with pytest.raises(ValueError, match="relevance: expected it inside the instance"):
         reduce_(llava, Stride(), relevance=True)
     assert reduction_summary(llava).strategy == Diverse(keep=0.25, relevance=True)
-
-
-def test_keep_stands_in_one_place(llava):
-    with pytest.raises(ValueError, match="keep: expected it once"):
-        reduce_(llava, "diverse:keep=0.5", keep=0.25)
-    with pytest.raises(ValueError, match="keep: expected it inside the instance"):
-        reduce_(llava, Stride(), keep=0.25)
 
 
 def test_the_default_and_the_summary(llava):
@@ -113,10 +98,4 @@ def test_guidance_of_a_language_model_needs_a_reduced_tower(llava):
         pass
     reduce_(llava, "elip", keep=0.7)
     with guidance(llava, text_cls):
-        pass
-
-
-def test_a_model_that_is_not_reduced_records_nothing(llava):
-    changed = pytest.raises(ValueError, match="expected one that reduce_ has changed")
-    with changed, record_stages(llava):
         pass

@@ -78,32 +78,6 @@ def test_a_reduced_model_leaves_the_cache_itself_as_it_is(name):
     assert not cache.is_compileable
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(
-    "with_config", [False, True], ids=["layers made later", "layers made first"]
-)
-def test_generate_twice_with_a_cache_of_the_user(name, with_config):
-    model, inputs = reduced(name)
-    further = prompt(model, {}, ((3,), (6,)))
-
-    def turns():
-        mine = own_cache(model.config if with_config else None)
-        first = oracle.stock_generate(model, inputs | mine)
-        ids = torch.cat((first.sequences, further["input_ids"]), 1)
-        written = torch.ones_like(first.sequences[:, inputs["input_ids"].shape[1] :])
-        mask = torch.cat((inputs["attention_mask"], written, further["attention_mask"]), 1)
-        return oracle.stock_generate(model, {"input_ids": ids, "attention_mask": mask} | mine)
-
-    with record_stages(model) as infos:
-        output = turns()
-    unreduce_(model)
-    with oracle.hidden(model, infos[0].kept):
-        expected = turns()
-    assert torch.equal(output.sequences, expected.sequences)
-    assert all(map(oracle.close, output.logits, expected.logits))
-
-
 CHANGES = {
     "reorder_cache": (torch.tensor([1, 0]), torch.tensor([1, 0])),
     "batch_select_indices": (torch.tensor([1]), torch.tensor([1])),
@@ -126,24 +100,6 @@ def test_rows_are_those_of_the_sequences(strategy, change):
         for turn in (inputs, further)
     )
     assert oracle.close(oracle.next_turn(model, output, *turns).logits, expected[rows])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_cache_can_be_reset(strategy):
-    model, inputs = reduced(strategy=strategy)
-    expected, cache = filled(model, inputs)
-    cache.reset()
-    if cache.get_seq_length():
-        pytest.skip("reset of this transformers keeps the length of a dynamic cache")
-    name = oracle.cache_of(expected)[0]
-    again = model(**inputs, **{name: cache})
-    assert torch.equal(again.logits, expected.logits)
-    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
-    cache.reset()
-    unreduce_(model)
-    assert model(**inputs, **{name: cache}).logits.isfinite().all()
-    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
 @torch.no_grad()

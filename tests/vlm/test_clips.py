@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
-from elip_models.vlm.clips import TokenGroup, VideoLayout
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.packing import find_runs
 from tests.helpers.tiers import slow_except
@@ -96,36 +95,6 @@ def test_diverse_selects_from_all_frames_that_text_separates():
     assert kept[0, starts + lengths - 1].all()
     reduce_(model, "stride", keep=5)  # of each frame
     assert (oracle.forward(model, inputs)[1] & videos).sum() == 15
-
-
-def test_clips_whose_frames_are_apart_are_told_by_their_lengths():
-    layout = VideoLayout(VIDEO, None, True, 4)
-    videos = torch.zeros(2, 24, dtype=torch.bool)
-    for row, start, length in ((0, 1, 2), (0, 4, 2), (0, 7, 2), (0, 10, 3), (0, 14, 3), (1, 9, 2)):
-        videos[row, start : start + length] = True
-    groups = {len(group.positions[0]): group for group in layout.clips(videos, [4, 2, 6, 2], None)}
-    assert groups[4].positions.tolist() == [[1, 2, 4, 5]]
-    assert groups[4].frame == 2 and groups[4].always == (1, 3)
-    assert groups[6].positions.tolist() == [[10, 11, 12, 14, 15, 16]]
-    assert groups[2].rows.tolist() == [[0], [1]]
-    with pytest.raises(ValueError, match="pixel_values_videos: expected the clips"):
-        list(layout.clips(videos, [4, 2], None))
-    assert TokenGroup(groups[2].rows, groups[2].positions).frame is None
-
-
-@torch.no_grad()
-def test_frames_are_not_guessed_from_positions_of_a_text():
-    model, inputs = build("qwen2_vl_video")
-    reduce_(model, "evs")
-    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    for _ in range(2):  # without positions, and then with those of the call before
-        with pytest.raises(ValueError, match="position_ids: expected the places of a video's tok"):
-            model(**inputs, inputs_embeds=embeds)
-        model.model.rope_deltas = torch.zeros(2, 1, dtype=torch.long)
-    places = torch.tensor([[0, 0, 0, 0, 0], [3, 3, 4, 4, 3], [3, 4, 3, 4, 3]])[:, None]
-    layout, videos = VideoLayout(VIDEO, None, False, 4), torch.ones(1, 5, dtype=torch.bool)
-    assert [group.frame for group in layout.clips(videos, [], places)] == [4]
-    assert [group.frame for group in layout.clips(videos[:, :4], [], places[..., :4])] == [4]
 
 
 def test_evs_is_refused_for_models_without_video_tokens():

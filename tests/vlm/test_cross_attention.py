@@ -169,16 +169,6 @@ def test_a_second_turn_has_new_images(case):
     assert oracle.close(logits[read], expected[read])
 
 
-@torch.no_grad()
-def test_a_cache_of_another_keep_is_refused(case):
-    model, inputs = case
-    reduce_(model, keep=5)
-    again = second_turn(inputs, model(**inputs, use_cache=True))
-    reduce_(model, keep=8)
-    with pytest.raises(ValueError, match="cache: expected one that the same strategy has filled"):
-        model(**again)
-
-
 @pytest.mark.parametrize("strategy", ["fastv", "visionzip", "evs"])
 def test_strategies_that_need_image_tokens_in_the_prompt_are_refused(case, strategy):
     with pytest.raises(TypeError, match=f"model: expected one .* for '{strategy}', got mllama"):

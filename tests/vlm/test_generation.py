@@ -148,15 +148,6 @@ def test_embeddings_in_place_of_ids(name):
     assert oracle.close(logits[read], expected[read])
 
 
-@torch.no_grad()
-def test_generation_from_embeddings():
-    model, inputs = made("llava")
-    inputs = {"pixel_values": inputs["pixel_values"][1:]}  # generate counts images as rows
-    inputs |= prompt(model, inputs, ((3, "image", 2), (1, "image", 6)))
-    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
-    _assert_generates_as_oracle(model, inputs)
-
-
 def _unpickled(model):
     return pickle.loads(pickle.dumps(model))
 
@@ -174,28 +165,6 @@ def test_copies_are_reduced(name, clone):
     unreduce_(other)
     assert is_reduced(model) and not is_reduced(other)
     assert torch.equal(other(**inputs).logits, unreduce_(model)(**inputs).logits)
-
-
-@torch.no_grad()
-def test_rows_of_a_cache_are_selected_and_repeated():
-    model, inputs = made("llava")
-    further = prompt(model, {}, ((2,), (5,)))
-    reduce_(model, keep=0.5)
-    expected = oracle.next_turn(model, model(**inputs, use_cache=True), inputs, further).logits
-    order = torch.tensor([1, 0])
-    for change, rows in (
-        (lambda cache: cache.reorder_cache(order), order),
-        (lambda cache: cache.batch_select_indices(order), order),
-        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1])),
-    ):
-        first = model(**inputs, use_cache=True)
-        change(oracle.cache_of(first)[1])
-        parts = [
-            {key: value[rows] for key, value in turn.items() if "pixel" not in key}
-            for turn in (inputs, further)
-        ]
-        logits = oracle.next_turn(model, first, *parts).logits
-        assert oracle.close(logits, expected[rows])
 
 
 @torch.no_grad()
@@ -272,15 +241,6 @@ def test_windows_shorter_than_the_prompt_are_refused():
     _assert_generates_as_oracle(unreduce_(model), inputs, max_new_tokens=3)
 
 
-@torch.no_grad()
-def test_gemma3_beyond_its_window_is_refused():
-    model, inputs = made("gemma3")
-    model.config.text_config.sliding_window = 8
-    reduce_(model, keep=0.5)
-    with pytest.raises(ValueError, match="at most 8 tokens, the window"):
-        model(**inputs)
-
-
 LINEAR = {
     "Qwen3.5": lambda: hf.Qwen3_5TextConfig(
         **TEXT, layer_types=["linear_attention", "full_attention", "full_attention"]
@@ -294,13 +254,6 @@ def test_linear_attention_is_refused(name):
     config, _ = llava()
     config.text_config = LINEAR[name]()
     with pytest.raises(TypeError, match=r"layers of type (linear_attention|mamba)"):
-        reduce_(hf.LlavaForConditionalGeneration(config), keep=0.5)
-
-
-def test_language_models_without_position_ids_are_refused():
-    config, _ = llava()
-    config.text_config = hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=120)
-    with pytest.raises(TypeError, match="that takes position_ids"):
         reduce_(hf.LlavaForConditionalGeneration(config), keep=0.5)
 
 

@@ -12,7 +12,7 @@ from elip_models.vlm.call import current_call
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.strategies.layer_strategy import FastV, Pyramid
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, IMAGE, PAD
+from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import build
 
 FAST = [name for name in ("llava", "qwen2_5_vl", "gemma3") if name in CASES]
@@ -110,27 +110,6 @@ def test_a_pyramid_removes_tokens_at_each_border(name):
     assert oracle.close(logits[read], expected[read])
     assert (logits[~info.kept_behind[-1]] - logits[~info.kept_behind[-1]][:1]).abs().max() == 0
     assert torch.equal(model(**inputs).logits, dense)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("strategy", [FastV(layer=1, keep=0.5), Pyramid(stages=3, keep=0.5)])
-def test_a_row_of_text_beside_images_keeps_its_length(strategy):
-    model, inputs = built("llava")
-    ids, pixels = inputs["input_ids"], inputs["pixel_values"][:1]
-    ids = torch.cat((ids[:1], ids[:1].masked_fill(ids[:1] == IMAGE, 7)))
-    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels}
-    reduce_(model, strategy)
-    with record_stages(model) as infos:
-        output = model(**inputs, output_hidden_states=True)
-    kept_behind, drops = infos[0].kept_behind, strategy.drops(3)
-    assert (output.logits[~kept_behind[-1]] == 0).all()
-    unreduce_(model)
-    with Hidden(model, drops, kept_behind):
-        expected = model(**inputs, output_hidden_states=True)
-    read = kept_behind[-1] & inputs["attention_mask"].bool()
-    pairs = zip(output.hidden_states, expected.hidden_states, strict=True)
-    assert all(oracle.close(found[read], right[read]) for found, right in pairs)
-    assert oracle.close(output.logits[read], expected.logits[read])
 
 
 @torch.no_grad()

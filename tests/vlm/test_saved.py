@@ -49,22 +49,6 @@ def test_all_strategies_are_saved_and_loaded(llava, tmp_path):
     assert places(elip_models.load_reduced(tmp_path, strategy="stride"))[0] == Stride()
 
 
-def test_the_config_has_what_is_installed(llava):
-    model, _ = llava
-    config = model.config
-    reduce_(model, "tome", keep=0.7)
-    reduce_(model, "diverse", keep=0.25)
-    assert set(model.config.elip) == {"version", "strategy", "settings", "language_model"}
-    assert model.config is model.model.config
-    assert not hasattr(config, "elip")  # that of other models
-    names = [row["strategy"] for row in reduce_(model, "fastv").config.elip["language_model"]]
-    assert names == ["diverse", "fastv"]
-    other = unreduce_(copy.deepcopy(model))
-    assert not hasattr(other.config, "elip") and hasattr(model.config, "elip")
-    reduce_(reduce_(other, "stride"), "tome", keep=0.8)
-    assert other.config.elip["language_model"][0]["strategy"] == "stride"
-
-
 def test_a_call_with_arguments_replaces_what_is_stored(llava):
     model, _ = llava
     stored = reduce_(reduce_(copy.deepcopy(model), "tome", keep=0.7), "diverse").config.elip

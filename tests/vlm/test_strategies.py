@@ -164,13 +164,6 @@ def test_keep_is_a_share_or_a_number(keep, count):
     assert FastV(layer=2, keep=keep).kept(36, num_layers=4) == (36, 36, count, count)
 
 
-@pytest.mark.parametrize("name", LANGUAGE_STRATEGIES)
-def test_one_token_is_refused_with_the_share_of_all(name):
-    with pytest.raises(ValueError, match=r"keep: expected .* got 1, one token; pass 1\.0 for all"):
-        LANGUAGE_STRATEGIES[name](keep=1)
-    assert LANGUAGE_STRATEGIES[name](keep=1.0).keep == 1.0
-
-
 @pytest.mark.parametrize("keep", [0, 0.0, 1, True, 1.5, -1, "half"])
 def test_every_wrong_keep_is_refused_with_the_same_requirement(keep):
     requirement = (

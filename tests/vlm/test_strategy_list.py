@@ -62,13 +62,6 @@ def test_a_strategy_of_a_language_model_has_a_reason_exactly_if_reduce_raises(na
         assert not elip_models.is_reduced(model)
 
 
-def test_a_tower_without_adapter_gives_its_reason_to_the_strategies_of_images():
-    by_name = reasons(build("qwen2_5_vl")[0])
-    (reason,) = {by_name[name] for name in STRATEGIES}
-    assert reason.startswith("it has an image tower of its own kind")
-    assert by_name.keys() & LANGUAGE_STRATEGIES.keys() == {"visionzip"}
-
-
 def test_the_command_prints_a_line_for_each_strategy(capsys):
     assert elip("strategies") == 0
     _, *lines = capsys.readouterr().out.splitlines()

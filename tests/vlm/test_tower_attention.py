@@ -67,11 +67,3 @@ def test_images_that_are_no_run_of_patches_are_refused():
     reduce_(model, "diverse", keep=0.5)  # takes the two images as one run
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
     assert (inputs["input_ids"] == IMAGE).any()
-
-
-def test_a_tower_that_cannot_be_read_is_refused():
-    model, _ = build("idefics2")
-    find_multimodal(model).model.vision_model = torch.nn.Identity()
-    with pytest.raises(TypeError, match="whose attention 'visionzip' can read"):
-        reduce_(model, "visionzip")
-    assert not is_reduced(model)
