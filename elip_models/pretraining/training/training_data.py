@@ -45,7 +45,7 @@ MAX_COUNTED_SAMPLES = 1_000
 
 
 def input_fields(data: DataConfig) -> dict[str, str]:
-    """Return the fields of `InputConfig` that a recipe sets."""
+    """Return the fields of `VisionConfig` that a recipe sets."""
     fields = {"captions": data.captions, "max_words": data.max_words, "resize": data.resize}
     return {name: value for name, value in fields.items() if value is not None}
 
