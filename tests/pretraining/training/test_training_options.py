@@ -170,3 +170,8 @@ def test_embeddings_of_another_tokenizer_raise(tmp_path):
     tokens = "['*.token_embedding.weight']"
     new = (f"model.allow_missing={tokens}", f"model.allow_unexpected={tokens}")
     assert train(tiny_config(tmp_path / "third", begins, *new)).step == 4
+
+
+def test_pretrained_with_another_initialisation_raises(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: expected null with model\.vision_"):
+        tiny_config(tmp_path, "model.pretrained=a", "model.vision_init=timm:b")
