@@ -80,7 +80,7 @@ def ranks(process):
     """The training processes, of which torchrun is the parent where there are several."""
     if "torch.distributed.run" not in process.args:
         return [process.pid]
-    return [each.pid for each in psutil.Process(process.pid).children()]
+    return [child.pid for child in psutil.Process(process.pid).children()]
 
 
 def are_others(process, before):
@@ -127,7 +127,7 @@ def compare(root, case, count, seed):
             raise AssertionError("the undisturbed run failed")
         met = killed(broken, case, count, random.Random(f"{seed} {case.recipe}"))
         losses = [logged(folder, "loss", "step") for folder in (whole, broken)]
-        weights = [(each / "model" / "model.safetensors").read_bytes() for each in (whole, broken)]
+        weights = [(run / "model" / "model.safetensors").read_bytes() for run in (whole, broken)]
         if len(losses[0]) != STEPS or losses[0] != losses[1] or weights[0] != weights[1]:
             raise AssertionError("other losses or weights than those of the undisturbed run")
     except (AssertionError, OSError, psutil.Error, subprocess.TimeoutExpired) as error:

@@ -44,9 +44,9 @@ def run(folder, *options, resume=False, recipe="clip_tiny"):
 def shared_folder():
     """One folder for both processes."""
     with TemporaryDirectory() as own:
-        found = [own]
-        dist.broadcast_object_list(found)
-        yield Path(found[0])
+        names = [own]
+        dist.broadcast_object_list(names)
+        yield Path(names[0])
         dist.barrier()
 
 
@@ -76,7 +76,7 @@ def as_replicated(rank, options=(), recipe="clip_tiny", **tolerance):
         result = run(sharded, *options, SHARD, recipe=recipe)
         assert_equal_runs(sharded, whole, **(ROUNDING | tolerance))
         assert result.is_main_process == (rank == 0)
-        is_whole = not any(isinstance(each, DTensor) for each in result.model.parameters())
+        is_whole = not any(isinstance(weight, DTensor) for weight in result.model.parameters())
         assert is_whole == (rank == 0)
         if rank == 0:
             assert_equal_weights(load_model(sharded / "model"), result.model)
@@ -116,12 +116,12 @@ def nonfinite(rank):
         as_replicated(rank)
 
 
-def uncached(rank, **given):
+def uncached(rank, **options):
     """bf16 as under DistributedDataParallel where autocast keeps no weight either: two passes
     through one cast weight would sum their gradients in bf16."""
     torch.set_autocast_cache_enabled(False)
     with mock.patch("torch.set_autocast_cache_enabled"):
-        as_replicated(rank, options=BF16, **given)
+        as_replicated(rank, options=BF16, **options)
     torch.set_autocast_cache_enabled(True)
 
 

@@ -110,7 +110,7 @@ def test_a_recipe_decays_and_scales_what_the_original_does(name):
             {ours: parameter.squeeze() if kind == "open_clip" else parameter}, table
         )
         assert {decays(*item) for item in theirs.items()} == {decay_of[parameter]}, ours
-        scales = {5 if any(part in each for part in faster) else 1 for each in theirs}
+        scales = {5 if any(part in name for part in faster) else 1 for name in theirs}
         assert scales == {scale_of[parameter]}, ours
 
 

@@ -13,45 +13,35 @@ from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import own_process, tiny_config
 
 
-def recording_console(**options):
-    return Console(file=io.StringIO(), width=120, record=True, **options)
+def plan(recipe, *overrides, num_processes=1):
+    """Return the rows of a plan by their names."""
+    console = Console(file=io.StringIO(), width=300, record=True)
+    print_plan(load_recipe(recipe, overrides), console, device="cuda", num_processes=num_processes)
+    lines = [line.strip("│ ") for line in console.export_text().splitlines()]
+    rows = dict(line.split("  ", 1) for line in lines if "  " in line)
+    return {name: value.strip() for name, value in rows.items()}
 
 
 def test_the_plan_names_model_reduction_data_length_and_folder():
-    config = load_recipe("blip_4m", ["data.train=[a.json, b.json]", "output_dir=runs/mine"])
-    console = recording_console()
-    print_plan(config, console, device="cuda", num_processes=8)
-    lines = [line.strip("│ ") for line in console.export_text().splitlines()]
-    rows = dict(line.split("  ", 1) for line in lines if "  " in line)
-    rows = {name: value.strip() for name, value in rows.items()}
-    assert rows["model"].startswith("elip_blip, about ")
-    assert rows["model"].endswith(" M parameters")
+    rows = plan("blip_4m", "data.train=[a.json]", "output_dir=runs/mine", num_processes=8)
+    assert re.fullmatch(r"elip_blip, about [\d.]+ M parameters", rows["model"])
     assert rows["reduction"].startswith("image tower: elip: ")
-    assert re.search(r"\d\.\d\d of dense FLOPs in inference, 0\.\d\d in$", rows["reduction"])
-    assert rows["training data"] == "a.json, b.json"
-    assert rows["evaluation data"] == "none"
+    assert (rows["training data"], rows["evaluation data"]) == ("a.json", "none")
     assert rows["length"] == "15 epochs, 848 images per step, on 8 processes on cuda"
     assert rows["folder"] == "runs/mine"
 
 
-def test_the_plan_says_why_the_demo_costs_more_than_dense_in_inference():
-    console = Console(file=io.StringIO(), width=300, record=True)
-    print_plan(load_recipe("clip_tiny"), console, device="cpu", num_processes=1)
-    (line,) = (each for each in console.export_text().splitlines() if "reduction" in each)
-    inference, training = map(float, re.findall(r"\d\.\d\d", line))
-    assert training < 1 < inference and "the scorer 'exact' runs layers twice" in line
-
-
-def test_the_plan_hides_secrets_of_a_stream():
+def test_the_plan_says_why_the_demo_costs_more_than_dense_and_hides_secrets():
     stream = "data.train={stream: ['https://me:word@host/{0..3}.tar'], samples: 64}"
-    console = recording_console()
-    print_plan(load_recipe("clip_tiny", [stream]), console, device="cpu", num_processes=1)
-    assert "word" not in console.export_text()
+    rows = plan("clip_tiny", stream)
+    inference, training = map(float, re.findall(r"\d\.\d\d", rows["reduction"]))
+    assert training < 1 < inference and "scorer 'exact' runs layers twice" in rows["reduction"]
+    assert "host" in rows["training data"] and "word" not in rows["training data"]
 
 
 @pytest.mark.parametrize("is_terminal", first_quick([False, True]))
 def test_a_run_prints_steps_and_the_start_of_each_part(tmp_path, is_terminal):
-    console = recording_console(force_terminal=is_terminal)
+    console = Console(file=io.StringIO(), width=120, record=True, force_terminal=is_terminal)
     config = tiny_config(tmp_path, "optim.steps=7", "report=[retrieval, picture]")
     with own_process():
         result = train(config, console=console)
