@@ -77,11 +77,11 @@ class Collection:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the embeddings (n, D) of n rows, normalised, in fp32."""
-        taken = np.empty((len(rows), self.dimension), np.float32)
+        chosen = np.empty((len(rows), self.dimension), np.float32)
         for first, vectors in self.vectors():
             here = (rows >= first) & (rows < first + len(vectors))
-            taken[here] = vectors[rows[here] - first]
-        return taken
+            chosen[here] = vectors[rows[here] - first]
+        return chosen
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Return the keys of some rows, in any order; only their shards are read."""

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -67,18 +68,13 @@ def _collate(images: Iterable[tuple[int, str, Tensor | str]]) -> Batch:
     return Batch(rows, digests, torch.stack(pixels) if pixels else None, skipped)
 
 
-class _Payloads:
-    """Batches of payloads of the images in some ranges of rows; no batch spans two ranges."""
-
-    def __init__(self, source: ImageSource, ranges: Iterable[range], batch_size: int) -> None:
-        self.source, self.ranges, self.batch_size = source, list(ranges), batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, Payload]]]:
-        for rows in self.ranges:
-            payloads = self.source.payloads(rows.start, rows.stop)
-            for first in range(rows.start, rows.stop, self.batch_size):
-                batch = range(first, min(first + self.batch_size, rows.stop))
-                yield [(row, next(payloads)) for row in batch]
+def _payload_batches(
+    source: ImageSource, ranges: Iterable[range], batch_size: int
+) -> Iterator[list[tuple[int, Payload]]]:
+    for rows in ranges:
+        payloads = zip(rows, source.payloads(rows.start, rows.stop), strict=True)
+        while batch := list(islice(payloads, batch_size)):
+            yield batch
 
 
 def default_workers(device: torch.device, cores: int | None = None) -> int:
@@ -103,7 +99,7 @@ def decoded_batches(
     """
     loader = DataLoader(
         _Decoder(transform),
-        batch_sampler=_Payloads(source, ranges, batch_size),
+        batch_sampler=_payload_batches(source, ranges, batch_size),
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin_memory,

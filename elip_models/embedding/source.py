@@ -193,7 +193,7 @@ def open_images(
         raise
     except (OSError, TypeError, ValueError, KeyError, ImportError, tarfile.TarError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"source: {shown}: {reason:.300}; expected {EXPECTED}") from error
+        raise ConfigError(f"source: expected {EXPECTED}, got {shown}: {reason:.300}") from error
     if not keys:
         raise ConfigError(f"source: expected at least one image, got none in {shown}")
     keys = [str(key).encode("utf-8", "backslashreplace").decode() for key in keys]

@@ -1,6 +1,7 @@
 """Actors of Ray write the same bytes as one process, also if one of them is killed."""
 
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from elip_models.embedding.shard import Job
 from elip_models.embedding.source import Stored, open_images
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import SMALL, files_of
+from tests.embedding.test_sources import FORMS, digests
 from tests.helpers.tiny_run import elip
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -86,6 +88,16 @@ def test_a_wrong_address_is_one_line(address):
     ):
         pass
     assert "\n" not in str(caught.value) and address in str(caught.value)
+
+
+@needs_ray
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_source_reaches_an_actor(form, pictures, tmp_path):
+    from ray import cloudpickle
+
+    source = open_images(FORMS[form](pictures, tmp_path))
+    sent = pickle.loads(cloudpickle.dumps(source))
+    assert digests(sent) == digests(source) and sent.described() == source.described()
 
 
 @pytest.fixture(scope="module")

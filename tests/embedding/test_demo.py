@@ -182,10 +182,10 @@ def test_the_page_is_served_to_this_machine_under_its_own_name_only(page, monkey
     monkeypatch.setattr(socket.socket, "connect", record_connect)
     monkeypatch.setattr(socket, "getaddrinfo", record_look_up)
     monkeypatch.setenv("GRADIO_SHARE", "True")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port: expected a free port .*, got {port}"):
             pages.serve(page, port=port, wait=False)
     pages.serve(page, port=port, wait=False)

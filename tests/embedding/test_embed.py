@@ -44,7 +44,7 @@ def manifest_of(folder):
 
 def command(source, model, folder, *options):
     options = ["--batch-size=2", "--shard-size=3", "--workers=0", *options]
-    return [str(each) for each in ("embed", source, "--model", model, "--output", folder, *options)]
+    return [str(part) for part in ("embed", source, "--model", model, "--output", folder, *options)]
 
 
 def start(arguments, launcher=()):
@@ -80,11 +80,11 @@ def test_the_manifest_describes_the_files(whole):
     assert manifest["counts"] == {"found": 9, "embedded": 9, "skipped": 0, "non_finite": 0}
     assert manifest["model"]["dimension"] == 64 and manifest["preprocessing"]["kind"] == "timm"
     shards = [f"images/shard-{i:06d}.parquet" for i in range(3)]
-    assert [each["file"] for each in manifest["files"]] == [*shards, "skipped.parquet"]
-    for each in manifest["files"]:
-        content = (whole / each["file"]).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == each["sha256"]
-        assert len(content) == each["bytes"]
+    assert [entry["file"] for entry in manifest["files"]] == [*shards, "skipped.parquet"]
+    for entry in manifest["files"]:
+        content = (whole / entry["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+        assert len(content) == entry["bytes"]
 
 
 def test_images_that_cannot_be_read_are_listed_with_the_reason(damaged, model, tmp_path):
@@ -143,7 +143,7 @@ def test_float16_is_stored_and_overflow_is_not_finite(
     elip_models.embed(encoder, pictures, tmp_path / "half", **options)
     table = embedded(tmp_path / "half")
     assert table.schema.field("embedding").type == pyarrow.list_(pyarrow.float16(), 64)
-    half, single = (np.array(each["embedding"].to_pylist()) for each in (table, embedded(whole)))
+    half, single = (np.array(rows["embedding"].to_pylist()) for rows in (table, embedded(whole)))
     np.testing.assert_allclose(half, single, rtol=1e-3, atol=1e-3)
     call = encoders.Encoder.__call__
     monkeypatch.setattr(encoders.Encoder, "__call__", lambda self, x: call(self, x) * 1e5)

@@ -37,13 +37,13 @@ def embedding(encoder, image):
 
 
 def processor(folder, size=48):
-    found = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size)
-    found.save_pretrained(folder)
-    return found
+    made = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size)
+    made.save_pretrained(folder)
+    return made
 
 
-def pixels_of(found, image):
-    return found(images=image, return_tensors="pt")["pixel_values"]
+def pixels_of(made, image):
+    return made(images=image, return_tensors="pt")["pixel_values"]
 
 
 def test_a_model_of_timm_embeds_before_its_classifier(model, image):
@@ -83,8 +83,8 @@ def test_a_clip_of_open_clip_embeds_images_and_texts(image, tmp_path):
     tokens = open_clip.get_tokenizer("ViT-B-32", context_length=12)(["a dog", "a cat"])
     with torch.no_grad():
         torch.testing.assert_close(embedding(encoder, image), made.encode_image(pixels))
-        found, wanted = encoder.encode_texts(["a dog", "a cat"]), made.encode_text(tokens)
-    torch.testing.assert_close(found, wanted)
+        texts, wanted = encoder.encode_texts(["a dog", "a cat"]), made.encode_text(tokens)
+    torch.testing.assert_close(texts, wanted)
 
 
 @pytest.mark.slow
@@ -156,8 +156,8 @@ def test_a_run_folder_embeds_with_its_own_reduction(image, tmp_path, tokenizer):
     made.save_pretrained(tmp_path / "model", tokenizer)
     encoder = open_encoder(str(tmp_path))
     assert encoder.strategy.name == "elip" and encoder.has_text
-    found = embedding(encoder, image)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(1))
+    feature = embedding(encoder, image)
+    torch.testing.assert_close(feature.norm(dim=1), torch.ones(1))
     assert encoder.encode_texts(["a dog", "two cats"]).shape == (2, encoder.dimension)
     (tmp_path / "model" / "tokenizer.json").unlink()  # it is read once
     assert encoder.encode_texts(["a dog"]).shape == (1, encoder.dimension)
@@ -192,8 +192,8 @@ def test_a_convolutional_network_embeds_dense(image):
 
 def test_a_preprocessing_to_several_sizes_is_an_error(tmp_path):
     hf_vision("ViTModel", "ViTConfig").save_pretrained(tmp_path)
-    found = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, do_center_crop=False)
-    found.save_pretrained(tmp_path)
+    made = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, do_center_crop=False)
+    made.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="with a preprocessing to one size"):
         open_encoder(str(tmp_path))
 
