@@ -15,7 +15,6 @@ import elip_models
 from elip_models.analysis.merging import tokens_of_patches
 from elip_models.analysis.visualize import (
     attention_maps,
-    concentration,
     draw_reduction,
     patch_grid,
     surviving_patches,
@@ -24,7 +23,6 @@ from elip_models.pretraining.data import EmojiScenes
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
 from elip_models.pretraining.training import report
 from elip_models.pretraining.training.report import Reporter
-from elip_models.towers import as_tower
 from tests.helpers.tiers import first_quick
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
@@ -77,20 +75,6 @@ def test_a_patch_shows_the_score_of_its_token(registers, merge):
             for score, patches in zip(info.attention[b], held, strict=True):
                 expected[sorted(patches)] = score
             torch.testing.assert_close(heat[b], expected, atol=0, rtol=0, equal_nan=True)
-
-
-@torch.no_grad()
-def test_concentration_is_the_mass_of_the_top_patches():
-    tower, x, shares = as_tower(plain_vit(reg_tokens=2)), images(3), (0.01, 0.25, 1.0)
-    masses = concentration(tower, x, shares)
-    tokens = tower.embed(x)
-    for i in range(tower.depth):
-        row = tower.attention_map(i, tokens)[:, :, 0].mean(1)[:, 3:]
-        row = row / row.sum(1, keepdim=True)
-        for s, count in enumerate((1, 9, 36)):
-            expected = row.topk(count).values.sum(1).mean()
-            torch.testing.assert_close(masses[i, s], expected, atol=1e-5, rtol=0)
-        tokens = tower.block(i, tokens)
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,8 @@ DAMAGES = {
         weights_changed(lambda b: b[: len(b) // 2]),
         "expected a complete safetensors file",
     ),
-    "emptied": (weights_changed(lambda b: b""), "expected a complete safetensors file"),
-    "header": (weights_changed(lambda b: b[:9] + b"\xff" + b[10:]), "a complete safetensors file"),
     "NaN": (with_nan, "expected numbers, got NaN in image_projection.weight"),
-    "depth": (config_changed(text_depth=10**10), r"text_depth: expected an integer in \[1, 1024\]"),
     "width": (config_changed(vision_width=2**20), "expected weights that fit"),
-    "no JSON": (config_of("["), "config.json: expected a JSON object"),
-    "no object": (config_of("[1]"), "config.json: expected a JSON object"),
     "deep": (config_of("[" * 100_000), "config.json: expected a JSON object"),
     "tokenizer": (evil_tokenizer, "contains custom code"),
 }
@@ -96,57 +91,20 @@ def test_a_damaged_model_folder_is_one_line(model, name, monkeypatch, capsys):
 
 COMMANDS = {
     "long folder": (["train", "clip_tiny", f"output_dir={LONG}", *TINY], "File name too long"),
-    "empty folder": (["train", "clip_tiny", "output_dir=''", *TINY], "output_dir: must match"),
     "file": (["train", "clip_tiny", "output_dir=file", *TINY], "a folder that can be written"),
-    "in a file": (["train", "clip_tiny", "output_dir=file/a", *TINY], "that can be written"),
-    "seed": (["train", "clip_tiny", "seed=5000000000", *TINY], "seed: must be less than"),
-    "workers": (["train", "clip_tiny", "data.num_workers=100000", *TINY], "data.num_workers"),
-    "nobody": (
-        ["train", "clip_tiny", "data.train=~nouser/x.tar", *TINY],
-        "the ~name of a known user",
-    ),
-    "scenes": (["train", "clip_tiny", f"data.train=emoji_scenes:size={10**20}"], "size: expected"),
     "deep YAML": (["train", "deep.yaml"], "not valid YAML"),
-    "bytes": (["train", "bytes.yaml"], "expected a mapping"),
-    "deep value": (["train", "clip_tiny", f"optim.lr={'[' * 5000}"], "expected a list in YAML"),
     "deep JSON": (["data", "check", "deep.json"], "got no valid JSON"),
     "to a folder": (
         ["profile", "--model", "clip_tiny", "--flops-only", "--output", "."],
         "--output: expected a file",
     ),
-    "rate": (["train", "clip_tiny", "optim.lr=1e300", *TINY], "optim.lr: must be less"),
-    "epochs": (["train", "clip_tiny", "optim.epochs=1e30"], "optim.epochs: must be less"),
-    "slices": (
-        ["train", "clip_tiny", "optim.batch_slices=99999", *TINY],
-        "optim.batch_slices: must be",
-    ),
-    "passes": (
-        ["train", "clip_tiny", f"optim.grad_accumulation={2**62}"],
-        "optim.grad_accumulation:",
-    ),
-    "augment": (
-        ["train", "clip_tiny", f"data.randaugment=[{2**62}, 5]"],
-        "data.randaugment.0: must be less",
-    ),
     "memory": (
         ["profile", "--model", "clip_tiny", "--max-batch", "--memory", f"{'9' * 400}GB"],
         "--memory: expected a size such as 16GB",
     ),
-    "a device": (
-        ["profile", "--model", "clip_tiny", "--flops-only", "--output", "/dev/null"],
-        "--output: expected a file",
-    ),
     "no such folder": (
         ["eval", "retrieval", "--model", "a", "--data", "b", "--output", "missing/a.json"],
         "--output: expected a file in a folder that exists",
-    ),
-    "workers of an evaluation": (
-        ["eval", "retrieval", "--model", "a", "--data", "b", "--num-workers", "1000"],
-        "--num-workers: num_workers: expected at most",
-    ),
-    "sides": (
-        ["data", "check", "emoji_scenes:size=2", "--image-size", "99999"],
-        "Invalid value for '--image-size'",
     ),
 }
 
@@ -157,7 +115,6 @@ def test_an_invalid_command_is_one_line(tmp_path, monkeypatch, capsys, name):
     (tmp_path / "file").write_text("a")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "deep.yaml").write_text("model: " + "[" * 3_000)
-    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     before = sorted(os.listdir())
     arguments, said = COMMANDS[name]
     assert elip(*arguments) == 2

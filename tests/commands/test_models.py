@@ -4,7 +4,6 @@ import pytest
 import timm
 
 import elip_models
-from elip_models.analysis.supported_models import timm_support
 from elip_models.commands.models import FAMILIES
 from tests.helpers.tiny_run import elip
 
@@ -43,12 +42,6 @@ def test_a_filter_gives_strategies_and_reasons(pattern, row, reason, capsys):
     cells = [cell.strip() for cell in line.strip("│").split("│")]
     assert cells[1 : len(row) + 1] == row
     assert reason in printed
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_the_default_is_that_of_reduce(name):
-    model = elip_models.reduce_(timm.create_model(name))
-    assert timm_support(name).default == elip_models.reduction_summary(model).strategy.name
 
 
 def test_an_unknown_name_gets_a_suggestion(capsys):

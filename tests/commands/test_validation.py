@@ -3,7 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import pytest
 
@@ -18,7 +18,6 @@ from elip_models.validation import (
     Count,
     Positive,
     PositiveInt,
-    Rate,
     Share,
     below,
     check,
@@ -38,14 +37,11 @@ Layers = Literal["all"] | tuple[Count, ...] | None
         (Positive, [1, 0.5], [0, -1.0, math.nan, math.inf], [True, "0.5", None, 1j]),
         (Share, [0, 1, 0.5], [1.1, -0.1], [False, "1e-3"]),
         (bool, [True, False], [], [1, 0, "yes", None]),
-        (str, [""], [], [b"", 3]),
         (Literal["a", "b"], ["a"], ["c"], [1, ["a"], None]),
         (Literal["a"] | PositiveInt, ["a", 2], ["b", 0], [True, 1.5]),
         (Layers, ["all", None, (), (1, 2)], ["any", (1, -1)], [[1], (1, "2"), 3]),
         (tuple[int, Share], [(1, 1)], [(1,), (1, 2), ()], [[1, 1], (1.0, 1)]),
         (dict[str, Positive], [{}, {"a": 1}], [{"a": 0}], [{"a": "1"}, []]),
-        (dict[str, Any], [{"a": object()}], [], [None]),
-        (Schedule, [Schedule.parse("clip")], [], ["clip"]),
     ],
 )
 def test_accepted_values_and_types_of_errors(hint, fits, out_of_range, of_other_type):
@@ -58,12 +54,10 @@ def test_accepted_values_and_types_of_errors(hint, fits, out_of_range, of_other_
     ("hint", "value", "message"),
     [
         (PositiveInt, 0, "x: expected an integer at least 1, got 0"),
-        (Rate, 1, "x: expected a number in [0, 1), got 1"),
         (Positive | None, "1", "x: expected a number above 0 or None, got '1'"),
         (Literal["a", "b"], "c", "x: expected one of 'a', 'b', got 'c'"),
         (Layers, -1, "x: expected 'all' or None or a tuple, each an integer at least 0, got -1"),
-        (dict[str, Positive], [], "x: expected a dict, each a number above 0, got []"),
-        (Schedule, "clip", "x: expected a Schedule, got 'clip'"),
+        (tuple[int, Share], (1, 2), "x: expected [an integer, a number in [0, 1]], got (1, 2)"),
         (str, list(range(1000)), "x: expected a string, got [0, 1, 2"),
     ],
 )

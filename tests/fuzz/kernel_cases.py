@@ -21,7 +21,7 @@ B, N, D, H = 2, 7, 6, 2
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHER_DTYPES = (torch.complex64, torch.bool, torch.int8, torch.uint16, torch.float8_e4m3fn)
 NUMBERS = (
-    *(0, 1, -1, 2, N, N + 1, 2**31, -(2**63), 10**30, 10**5000, True, False, None),
+    *(0, 1, -1, 2, N, N + 1, 2**31, -(2**63), 10**30, True, False, None),
     *(0.0, -0.0, 0.5, 1.0, 1.5, 5e-324, 1e308, math.nan, math.inf, -math.inf, 1j),
     *(np.int64(2), np.float32(0.5), np.float64(0.5), np.array([1, 2]), np.bool_(True)),
     *(torch.tensor(2), torch.tensor(0.5), Fraction(1, 2), "2", b"2", "match", [], {}, (1,), len),

@@ -11,27 +11,13 @@ import elip_kernels
 import elip_models
 from elip_kernels._example import EXAMPLES
 from elip_models.integrations.peft.adapt_config import AdaptConfig
-from tests.helpers import embed_arguments, selection_arguments
+from tests.helpers import embed_arguments
 from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.pretraining.models.test_saving import CONFIG, pair
 
 B, N, D, H = 2, 10, 8, 2
 META = {"device": "meta"}
-
-
-def good_received():
-    return {"q": torch.randn(B, 4, 7, 4), "k": torch.randn(B, 2, N, 4)}
-
-
-def good_unmerge():
-    tokens, metric = torch.randn(2, 13, 6), torch.randn(2, 13, 8)
-    merged, _, info = elip_kernels.bipartite_merge(tokens, metric, 4, return_info=True)
-    return {"merged": merged, "info": info}
-
-
-def good_merge_by():
-    return {"tokens": torch.randn(2, 13, 6), "info": good_unmerge()["info"]}
 
 
 def good_encode():
@@ -55,51 +41,101 @@ def good_load():
     return {"folder": elip_models.save_reduced(**good_save())}
 
 
-matrix = [
-    None,
-    torch.randn(D),
-    torch.randn(D, D + 1),
-    torch.ones(D, D).long(),
-    torch.randn(D, D, **META),
-]
-vector = [3.0, torch.randn(1, D), torch.randn(D + 1), torch.ones(D).long(), torch.randn(D, **META)]
-flag = [1, None, "yes"]
-mask = [
-    *([True] * N, torch.ones(B, N), torch.ones(B, N - 1).bool()),
-    torch.ones(B, N, **META).bool(),
-]
+def but(*shape, dtype=torch.float32):
+    """Tensors that an argument of this shape and dtype refuses."""
+    good = torch.ones(shape, dtype=dtype)
+    other = torch.int64 if good.is_floating_point() else torch.float32
+    return [torch.cat([good, good], -1), good[0], good.to(other), good.to("meta")]
 
 
-BAD_KEPT = [(4,), (B, 0), (B, N), (3, 4)]
+def op(name, **values):
+    """An op: arguments that pass, and what is refused, by annotation or `values` of its own."""
+    return partial(good_arguments, name), refused_values(name) | values
 
 
-def metric(N):
-    """What (B, N, C) features are not."""
-    wrong = [None, torch.randn(B, N), torch.randn(B, N - 1, 8), torch.ones(B, N, 8).long()]
-    return [*wrong, torch.randn(B, N, 8, **META)]
-
-
-def size(N):
-    """What (B, N) sizes are not."""
-    wrong = [[1.0] * N, torch.ones(N), torch.ones(B, N - 1), torch.ones(B, N, 2)]
-    wrong += [torch.ones(B, N).bfloat16(), torch.ones(B, N).long(), torch.ones(B, N, **META)]
-    return wrong
-
-
+tokens = [torch.randn(N, D), torch.ones(B, N, D).long(), torch.randn(B, N, 0), torch.randn(B, 0, D)]
+matrix, vector, mask = but(D, D), but(D), but(B, N, dtype=torch.bool)
+per_image = [[N, N], torch.tensor([N]), torch.tensor([N, N + 1]), torch.tensor([-1, N])]
+number, prefix = [0, -1, N + 1, 0.0, 1.5, float("nan")], [True, -1, 99]
+metric = [torch.randn(B, N), torch.randn(B, N - 1, 4), torch.ones(B, N, 4).long()]
+fused = {"fusion": [True, "0.5", -0.1, 1.1], "guidance_norm": [1, "l2"]}
 absorbed = {
-    "tokens": [
-        *(None, torch.randn(N, D), torch.ones(B, N, D).long()),
-        *(torch.randn(B, 0, D), torch.randn(B, N, 0)),
-    ],
-    "cls": [None, torch.randn(D), torch.randn(B, D + 1), torch.randn(B, D, **META)],
-    "norm_weight": vector,
-    "norm_bias": vector,
+    "tokens": tokens,
+    "cls": but(B, D),
+    **dict.fromkeys(("norm_weight", "norm_bias", "q_bias"), vector),
+    **dict.fromkeys(("q_weight", "k_weight"), matrix),
     "eps": [None, 1, -1e-6, float("nan")],
-    "q_weight": matrix,
-    "q_bias": vector,
-    "k_weight": matrix,
     "num_heads": [None, True, 0, 3, 2.0],
-    "scale": ["small", True],
+}
+OPS = {
+    "reduce": {
+        "tokens": tokens,
+        "attn": [torch.rand(B, N + 1), torch.rand(B, H, N - 1), torch.ones(B, N).long()],
+        "keep": number,
+        "mask": mask,
+        "num_prefix_tokens": prefix,
+    },
+    "cls_attention": {
+        "q": [torch.randn(B, 4), torch.ones(B, H, 4).long(), torch.randn(B, 0, 4)],
+        "k": [torch.randn(B, N, 4), torch.randn(B, H, N, 5), torch.randn(B, 2 * H, N, 4)],
+        "mask": mask,
+    },
+    "attention_column_mean": {
+        "q": [torch.randn(B, 4, 4), torch.ones(B, 4, N, 4).long(), torch.randn(B, H, 0, 4)],
+        "k": [torch.randn(B, N, 4), torch.randn(B, H, N, 5), torch.randn(B, 3, N, 4)],
+        **dict.fromkeys(("mask", "query_mask"), mask),
+    },
+    "cls_attention_from_tokens": absorbed,
+    "cls_attention_output": absorbed | {"v_weight": matrix, "v_bias": vector},
+    "score_reduce": absorbed
+    | fused
+    | {"keep": [True, "4", 0, N - 1, 0.0, 1.0], "text": but(3, D), "scored": but(B, N, D)}
+    | {"row": [torch.rand(B, N).double(), torch.rand(B, N - 1), torch.rand(B, N, **META)]},
+    "bipartite_merge": {
+        "tokens": tokens[:2],
+        "metric": metric,
+        "r": [True, 2.0, -1],
+        **dict.fromkeys(("size", "penalty"), but(B, N)),
+        "lengths": per_image,
+        "merges": per_image,
+        "num_prefix_tokens": prefix,
+    },
+    "fuse_text": fused | {"tokens": tokens, "text": but(3, D)},
+    "select_tokens": {
+        "attn": [torch.rand(B), torch.rand(B, H, N, N - 1), torch.ones(B, N).long()],
+        "keep": number,
+        "mask": mask,
+        "num_prefix_tokens": prefix,
+    },
+    "merge_nearest": {
+        "tokens": tokens[:2],
+        "kept": [torch.rand(B, 4), *(torch.ones(shape).long() for shape in [(4,), (B, 0), (3, 4)])],
+        "metric": metric,
+        "size": but(B, N),
+        "mask": mask,
+        "num_prefix_tokens": prefix,
+    },
+    "unmerge": {
+        "merged": [torch.randn(6, 8), torch.randn(2, 8, 6)],
+        "info": [4, torch.ones(2, 6, N), torch.ones(6, N).bool()],
+    },
+    "apply_merge": {
+        "tokens": [torch.randn(N, D), torch.randn(B, N - 1, D), torch.ones(B, N, D).long()],
+        "info": [None, torch.zeros(2, N)],
+        "size": but(B, N),
+    },
+    "select_diverse": {
+        "tokens": tokens,
+        "keep": number,
+        "mask": mask,
+        "first": [
+            torch.ones(B),
+            torch.ones(B, 1).long(),
+            torch.full((B,), N),
+            torch.full((B,), -1),
+        ],
+    },
+    "select_dpp": {"tokens": tokens, "keep": number, "mask": mask, "relevance": but(B, N)},
 }
 settings = {
     "keep": [0, -0.1, 1.1, "0.7", True, 0.01],
@@ -137,150 +173,9 @@ features = {
     "progress": [],
 }
 
-EVERY_OP = {
-    example.function: (partial(good_arguments, name), refused_values(name))
-    for name, example in EXAMPLES.items()
-}
-"""The ops below have values of their own."""
-OTHERS = EVERY_OP | selection_arguments.TABLE | embed_arguments.TABLE
-TABLE = OTHERS | {
+TABLE = {EXAMPLES[name].function: op(name, **OPS.get(name, {})) for name in EXAMPLES}
+TABLE |= embed_arguments.TABLE | {
     elip_kernels.use_pytorch_ops: (dict, {}),
-    elip_kernels.reduce: (
-        partial(good_arguments, "reduce"),
-        {
-            "tokens": [
-                *(None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()),
-                *(torch.randn(B, N, 0), torch.randn(B, 0, D)),
-            ],
-            "attn": [
-                *(None, torch.rand(B), torch.rand(B, N + 1), torch.rand(B, H, N - 1)),
-                *(torch.rand(B, H, N, N - 1), torch.ones(B, N).long(), torch.rand(B, N, **META)),
-            ],
-            "keep": [None, True, "4", 0, -1, N, 0.0, 1.5, float("nan")],
-            "merge": flag,
-            "normalize": flag,
-            "mask": mask,
-            "num_prefix_tokens": [None, True, 1.0, -1, N],
-            "return_info": flag,
-        },
-    ),
-    elip_kernels.cls_attention: (
-        partial(good_arguments, "cls_attention"),
-        {
-            "q": [
-                *(None, torch.randn(B, 4), torch.ones(B, H, 4).long()),
-                *(torch.randn(B, 0, 4), torch.randn(B, H, 0)),
-            ],
-            "k": [
-                *(None, torch.randn(B, N, 4), torch.randn(B, H, N, 5), torch.randn(B, 3, N, 4)),
-                *(torch.randn(B, H, N, 4).double(), torch.randn(B, H, N, 4, **META)),
-                *(torch.randn(B, 0, N, 4), torch.randn(B, 2 * H, N, 4)),
-            ],
-            "scale": ["small", True],
-            "mask": mask,
-        },
-    ),
-    elip_kernels.attention_column_mean: (
-        good_received,
-        {
-            "q": [
-                *(None, torch.randn(B, 4, 4), torch.ones(B, 4, 7, 4).long()),
-                *(torch.randn(B, 0, 7, 4), torch.randn(B, 4, 0, 4), torch.randn(B, 4, 7, 0)),
-            ],
-            "k": [
-                *(None, torch.randn(B, N, 4), torch.randn(B, 2, N, 5), torch.randn(3, 2, N, 4)),
-                *(torch.randn(B, 2, N, 4).double(), torch.randn(B, 2, N, 4, **META)),
-                *(torch.randn(B, 0, N, 4), torch.randn(B, 3, N, 4)),
-            ],
-            "scale": ["small", True],
-            "mask": mask,
-            "query_mask": [torch.ones(B, 7), torch.ones(B, N).bool(), [True] * 7],
-        },
-    ),
-    elip_kernels.cls_attention_from_tokens: (
-        partial(good_arguments, "cls_attention_from_tokens"),
-        absorbed,
-    ),
-    elip_kernels.bipartite_merge: (
-        lambda: {"tokens": torch.randn(2, 13, 6), "metric": torch.randn(2, 13, 8), "r": 4},
-        {
-            "tokens": [None, [[1.0]], torch.randn(13, 6), torch.ones(2, 13, 6).long()],
-            "metric": metric(13),
-            "r": [None, True, 2.0, "4", -1],
-            "size": size(13),
-            "penalty": [
-                *([1.0] * 13, torch.ones(13), torch.ones(2, 12), torch.ones(2, 13, 1)),
-                *(torch.ones(2, 13).bool(), torch.ones(2, 13).half()),
-                torch.ones(2, 13, **META),
-            ],
-            "lengths": selection_arguments.counts(13),
-            "merges": [*selection_arguments.counts(13), torch.tensor([4, 4])],
-            "num_prefix_tokens": [None, True, 1.0, -1, 99],
-            "return_info": [1, None, "yes"],
-        },
-    ),
-    elip_kernels.fuse_text: (
-        lambda: {"tokens": torch.randn(B, N, D), "text": torch.randn(B, D), "fusion": 0.8},
-        {
-            "tokens": absorbed["tokens"],
-            "text": [1.0, torch.randn(3, D), torch.randn(D), torch.randn(B, D, **META)],
-            "fusion": [None, True, "0.5", -0.1, 1.1],
-            "guidance_norm": [None, 1, "l2"],
-        },
-    ),
-    elip_kernels.select_tokens: (
-        lambda: {"attn": torch.rand(B, N), "keep": 4},
-        {
-            "attn": [None, torch.rand(B), torch.rand(B, H, N, N - 1), torch.ones(B, N).long()],
-            "keep": [None, True, "4", 0, -1, N, 0.0, 1.5],
-            "mask": mask,
-            "num_prefix_tokens": [None, True, 1.0, -1, N],
-        },
-    ),
-    elip_kernels.merge_nearest: (
-        partial(good_arguments, "merge_nearest"),
-        {
-            "tokens": [None, [[1.0]], torch.randn(N, D), torch.ones(B, N, D).long()],
-            "kept": [None, torch.rand(B, 4), *(torch.ones(shape).long() for shape in BAD_KEPT)],
-            "metric": metric(N),
-            "size": size(N),
-            "mask": mask,
-            "num_prefix_tokens": [None, True, 1.0, -1, N],
-            "return_info": flag,
-        },
-    ),
-    elip_kernels.unmerge: (
-        good_unmerge,
-        {
-            "merged": [None, torch.randn(9, 6), torch.randn(2, 8, 6)],
-            "info": [None, 4, torch.ones(2, 9, 13), torch.ones(9, 13).bool()],
-        },
-    ),
-    elip_kernels.apply_merge: (
-        good_merge_by,
-        {
-            "tokens": [
-                *(None, torch.randn(13, 6), torch.randn(2, 12, 6), torch.randn(3, 13, 6)),
-                *(torch.ones(2, 13, 6).long(), torch.randn(2, 13, 6, **META)),
-            ],
-            "info": [None, torch.zeros(2, 13)],
-            "size": [[1.0] * 13, torch.ones(2, 12), torch.ones(2, 13).long()],
-        },
-    ),
-    elip_kernels.score_reduce: (
-        partial(good_arguments, "score_reduce"),
-        absorbed
-        | dict.fromkeys(["merge", "normalize", "return_info"], flag)
-        | {"keep": [None, True, "4", 0, N - 1, 0.0, 1.0]}
-        | {"fusion": [None, True, "0.5", -0.1, 1.1], "guidance_norm": [None, 1, "l2"]}
-        | {"text": [1.0, torch.randn(3, D), torch.randn(D), torch.ones(B, D).long()]}
-        | {"scored": [1, torch.randn(B, N, D + 1), torch.randn(B, N, D, **META)]}
-        | {"row": [1, torch.rand(B, N).double(), torch.rand(B, N - 1), torch.rand(B, N, **META)]},
-    ),
-    elip_kernels.cls_attention_output: (
-        partial(good_arguments, "cls_attention_output"),
-        absorbed | {"v_weight": matrix, "v_bias": vector},
-    ),
     elip_models.encode_image: (
         good_encode,
         settings
@@ -291,7 +186,7 @@ TABLE = OTHERS | {
                 *(torch.ones(2, 3, 48, 48).byte(), torch.randn(2, 3, 48, 48, **META)),
             ],
             "text_cls": text_cls,
-            "return_info": flag,
+            "return_info": [1, None],
         },
     ),
     elip_models.reduce_: (
@@ -301,7 +196,7 @@ TABLE = OTHERS | {
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.use_sdpa_: (
         lambda: {"model": BlipVisionModel(BlipVisionConfig(num_hidden_layers=1))},
-        {"model": [None, "vit", plain_vit()], "enabled": flag},
+        {"model": [None, "vit", plain_vit()], "enabled": [1, None]},
     ),
     elip_models.guidance: (
         good_guidance,
@@ -324,7 +219,7 @@ TABLE = OTHERS | {
     elip_models.calibrate: (
         lambda: good_images() | {"strategies": ["tome"], "tolerance": 0.5, "time": False},
         features
-        | dict.fromkeys(("class_token_only", "every", "time"), flag)
+        | {name: [1, None] for name in ("class_token_only", "every", "time")}
         | {
             "tolerance": [None, 0, -1, "0.1", 1.5],
             "metric": ["cosin", None, 3, lambda *_: 0.1, lambda *_: torch.full((8,), torch.nan)],

@@ -83,10 +83,7 @@ def run(folder, callback, make=classifier, *, resume=None, **options):
     ("callback", "reduced"),
     [
         (lambda: ReductionCallback(HALF), 5),
-        (lambda: ReductionCallback(HALF, until=3), 3),
         (lambda: ReductionCallback(HALF, until=0.8), 4),
-        (lambda: ReductionCallback(HALF, until=1.0), 5),
-        (lambda: ReductionCallback(HALF, until=0), 0),
         (lambda: ReductionCallback(PatchDropout(0.5, until=2)), 2),
         (lambda: ReductionCallback("tome:r=4", until=2), 2),
         (lambda: ReductionCallback(keep=0.7, until=2), 2),

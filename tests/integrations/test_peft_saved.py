@@ -74,13 +74,3 @@ def test_the_rank_is_held_to_the_file_before_memory_is_taken(kind, field, tmp_pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: 10**9}))
     with pytest.raises(ValueError, match=f"{path}: {field}: expected the first size in .* got 10"):
         elip_models.create_model(f"hf:{folder}")
-
-
-def test_a_reduced_model_with_an_adapter_is_loaded_with_both(tmp_path):
-    model = adapted("clip", "lora").float()
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schedule": "6(100%) 6(50%)"}))
-    loaded = elip_models.load_reduced(tmp_path)
-    assert loaded.adapted == model.adapted
-    assert loaded.config.schedule == "6(100%) 6(50%)"

@@ -99,22 +99,3 @@ def test_large_scores_do_not_overflow(launches):
     largest = 50.0 * (q @ k.mT).abs().max().item()
     assert largest > 700  # exp overflows beyond 89 in fp32
     assert error(got, exact) <= torch.finfo(torch.float32).eps * largest
-
-
-def test_an_image_gives_the_same_bits_in_every_batch(launches):
-    (q, k), both_masks = queries_and_keys(5, 4, 2, 70, 130, 16, torch.float16), masks(5, 70, 130)
-    whole = by_kernels(q, k, **both_masks)
-    alone = by_kernels(q[3:4], k[3:4], **{name: mask[3:4] for name, mask in both_masks.items()})
-    assert torch.equal(alone[0], whole[3])
-
-
-@pytest.mark.parametrize(
-    ("dtype", "d"), [(torch.float64, 8), (torch.float32, 65), (torch.half, 129)]
-)
-def test_unsupported_arguments_run_the_reference(launches, monkeypatch, dtype, d):
-    q, k = queries_and_keys(1, 2, 1, 5, 9, d, dtype)
-    monkeypatch.setattr(OPERATORS["attention_column_mean"], "warned_reasons", set())
-    with pytest.warns(elip_kernels.FallbackWarning, match="fp64|at most (64|128) channels"):
-        got = elip_kernels.attention_column_mean(q, k)
-    operator = OPERATORS["attention_column_mean"]
-    assert torch.equal(got, operator.reference(q, k, None, None, d**-0.5))

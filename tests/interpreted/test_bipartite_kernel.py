@@ -115,49 +115,6 @@ def test_a_penalty_delays_a_source(launches, kind):
     assert not torch.equal(plain.slots, delayed.slots)
 
 
-@pytest.mark.parametrize(("N", "dtype"), tiered(ONE, ONE[:2], slow=[(197, torch.float32)]), ids=str)
-def test_all_merge_into_one(launches, N, dtype):
-    tokens, metric, size = inputs(2, N, dtype=dtype)
-    metric = metric.float()
-    metric[:, 1::2] = -metric[:, 11:12]
-    metric[:, 11] *= -1
-    metric[:, ::2] = metric[:, 11:12] + 0.1 * metric[:, ::2]
-    _, info = check(launches, tokens, metric, (N - 1) // 2, size)
-    assert (info.slots[:, 2::2] == info.slots[:, 11:12]).all()
-
-
-def test_no_output_is_left_unwritten_and_runs_repeat(launches, poisoned_memory):
-    tokens, metric, size = inputs(2, 35, 72)
-    runs = []
-    for _ in range(2):
-        leaf = tokens.detach().requires_grad_()
-        merged, sizes, info = bipartite.bipartite_merge(
-            leaf, metric, 11, size=size, return_info=True
-        )
-        merged.square().sum().backward()
-        runs.append((merged.detach(), sizes, info.slots, leaf.grad))
-    assert all(map(torch.equal, *runs))
-    assert merged.isfinite().all() and leaf.grad.isfinite().all()
-    assert (sizes.sum(1) == size.sum(1)).all()
-    assert ((info.slots >= 0) & (info.slots < 24)).all()
-    assert launches["elip::bipartite_merge_backward"] == 2
-
-
-def test_fp64_and_long_inputs_run_pytorch(launches, monkeypatch):
-    def refuse(*args):
-        raise AssertionError("launched")
-
-    for name in ("match", "merge_fwd", "merge_bwd"):
-        monkeypatch.setattr(bipartite, name, refuse)
-    tokens, metric, size = inputs(1, 9)
-    leaf = tokens.double().requires_grad_()
-    bipartite.bipartite_merge(leaf, metric.double(), 3, size=size)[0].sum().backward()
-    monkeypatch.setattr("elip_kernels.launch.MAX_STREAMED", 7)
-    leaf = tokens.requires_grad_()
-    bipartite.bipartite_merge(leaf, metric, 3)[0].sum().backward()
-    assert launches == Counter(dict.fromkeys(ALL_OPS, 2))  # dispatched, then PyTorch
-
-
 @pytest.mark.parametrize(
     "part",
     tiered(

@@ -157,14 +157,3 @@ def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memor
         got = elip_kernels.cls_attention_output(tokens, cls, **arguments | {"v_weight": v_weight})
         assert error(got, expected) <= BUDGET[torch.float32]
     assert launches[NAME] == 3
-
-
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
-def test_an_image_gives_the_same_bits_alone_and_among_others(launches, dtype):
-    (tokens, cls), arguments = tokens_and_cls(20, 130, 96, dtype), block(96, 4, 24, dtype)
-    together = elip_kernels.cls_attention_output(tokens, cls, **arguments)
-    for i in (0, 19):
-        one = slice(i, i + 1)
-        got = elip_kernels.cls_attention_output(tokens[one], cls[one], **arguments)
-        assert torch.equal(got, together[one])
-    assert launches[NAME] == 3

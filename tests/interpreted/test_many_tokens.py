@@ -116,22 +116,3 @@ def test_merging_many_tokens(launches, monkeypatch, N):
         results.append([*pairs[:2], *nearest[:2], leaf.grad, *slots])
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours, exact.to(ours.dtype), atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str)
-def test_an_image_selects_the_same_alone_and_in_a_large_batch(launches, dtype):
-    """Images are first in a tile of 16: on the CPU, unlike in tensor cores, the last bit of a
-    product depends on its row in the tile.
-    """
-    B, N, D = 100, 10, 32
-    tokens, cls, text = torch.randn(B, N, D), torch.randn(B, D), torch.randn(B, D)
-    tokens, cls, text = (t.to(dtype) for t in (tokens, cls, text))
-    options = block(D, 2, dtype) | {"keep": 4, "fusion": 0.5, "return_info": True}
-    whole, info, row = elip_kernels.score_reduce(tokens, cls, text=text, **options)
-    for i in (0, 16, 96):
-        one = slice(i, i + 1)
-        image = tokens[one], cls[one]
-        alone, its, own = elip_kernels.score_reduce(*image, text=text[one], **options)
-        assert torch.equal(own, row[one]) and torch.equal(its.kept, info.kept[one])
-        assert torch.equal(its.weights, info.weights[one]) and torch.equal(alone, whole[one])
-    assert launches["elip::score_reduce"] == 4

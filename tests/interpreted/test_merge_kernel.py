@@ -87,18 +87,6 @@ def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
     assert rounds <= N / BLOCK_R + BLOCK_R
 
 
-@pytest.mark.parametrize(
-    "name", tiered(HELD, ["a row of most"], slow=["just as many as a round takes"])
-)
-def test_an_image_merges_to_the_same_bits_in_every_batch(launches, name):
-    tokens, info, size = inputs(HELD[name], B=3)
-    whole, sizes = apply_merge(tokens, info, size=size)
-    for i in range(3):
-        own = info._replace(slots=info.slots[i : i + 1])
-        alone, own_sizes = apply_merge(tokens[i : i + 1], own, size=size[i : i + 1])
-        assert torch.equal(alone[0], whole[i]) and torch.equal(own_sizes[0], sizes[i])
-
-
 def test_a_token_of_a_full_row_touches_no_other(launches):
     tokens, info, size = inputs(HELD["a row of most"], B=1)
     hub = info.slots[0] == 9

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import elip_kernels
-from elip_kernels import launch, select_diverse, select_dpp
+from elip_kernels import select_diverse, select_dpp
 from elip_kernels._operator import OPERATORS
 from elip_kernels.ops.select_dpp import SPANNED
 from tests.helpers.tiers import tiered
@@ -130,23 +130,3 @@ def test_a_position_beyond_the_image_reads_nothing_beyond_it(launches, select):
             )
         assert got[:, 0].tolist() == [0, 19]
     assert by_kernels(select, tokens, 20).tolist() == [list(range(20))] * 2
-
-
-@pytest.mark.parametrize("select", SELECTIONS)
-def test_an_image_gives_the_same_positions_in_every_batch(launches, select):
-    tokens, own_options = torch.randn(3, 70, 16).half(), options_of(select, 3, 70, 0.7)
-    whole = by_kernels(select, tokens, 12, **own_options)
-    alone = by_kernels(select, tokens[2:], 12, **{n: v[2:] for n, v in own_options.items()})
-    assert torch.equal(alone[0], whole[2])
-
-
-@pytest.mark.parametrize("select", SELECTIONS)
-def test_unsupported_arguments_run_the_reference(launches, monkeypatch, select):
-    monkeypatch.setattr(launch, "MAX_SELECTED", 30)
-    monkeypatch.setattr(OPERATORS[select.__name__], "warned_reasons", set())
-    for tokens, reason in (
-        (torch.randn(1, 31, 8), "at most 30"),
-        (torch.ones(1, 9, 8).double(), "fp64"),
-    ):
-        with pytest.warns(elip_kernels.FallbackWarning, match=reason):
-            select(tokens, 4)

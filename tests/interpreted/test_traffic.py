@@ -15,7 +15,6 @@ from elip_kernels._example import EXAMPLES, Sizes
 from elip_kernels.testing import WITH_KERNELS, Case, kernels_on_cpu
 from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import block
-from tests.interpreted.selection_works import diverse_works, dpp_works, run_diverse, run_dpp
 from tests.interpreted.test_bipartite_kernel import inputs
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -179,6 +178,24 @@ def nearest_works(B, N, D, K, dtype, has_size=True, tiled=False):
         least_work.nearest_match(B, N, C, K, dtype, tiled=tiled),
         *merge_works(B, N, D, 1 + K, dtype, has_size=has_size, tiled=tiled),
     ]
+
+
+def run_diverse(B, N, D, K, dtype):
+    elip_kernels.select_diverse(torch.randn(B, N, D).to(dtype), K)
+
+
+def diverse_works(B, N, D, K, dtype, tiled=False):
+    cosines = least_work.cosines(B, N, D, dtype, has_nearest=True, tiled=tiled)
+    return [cosines, least_work.diverse(B, N, D, K, dtype)]
+
+
+def run_dpp(B, N, D, K, dtype):
+    elip_kernels.select_dpp(torch.randn(B, N, D).to(dtype), K, relevance=torch.rand(B, N))
+
+
+def dpp_works(B, N, D, K, dtype, tiled=False):
+    cosines = least_work.cosines(B, N, D, dtype, tiled=tiled)
+    return [cosines, least_work.dpp(B, N, K, has_relevance=True)]
 
 
 OPS = {

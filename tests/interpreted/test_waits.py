@@ -68,11 +68,7 @@ def test_a_load_from_a_loaded_address_is_another_wait(follows, waits):
         ({}, 9 + 1),
         ({"AHEAD": True}, 5 + 1),  # two tiles are in flight
         ({"MULTIPLY": True}, 5 + 1),
-        ({"MULTIPLY": True, "num_stages": 1}, 9 + 1),
-        ({"MULTIPLY": True, "num_stages": 4}, 3 + 1),
         ({"MULTIPLY": True, "BESIDE": True}, 2 + 8 + 1),  # loads that feed no product wait
-        ({"BESIDE": True, "STAGES": 4}, 3 + 1),  # a loop with its own num_stages
-        ({"STAGES": 1}, 9 + 1),
     ],
     ids=str,
 )

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
@@ -95,28 +94,12 @@ def test_no_gradient_passes():
     assert not elip_kernels.cls_attention(q, torch.randn(B, H, N, 12)).requires_grad
 
 
-CALLS = {
-    "cls_attention": lambda: (torch.randn(B, H, 12), torch.randn(B, H, N, 12), None, 0.3),
-    "cls_attention grouped": lambda: (torch.randn(B, H, 12), torch.randn(B, 2, N, 12), None, 0.3),
-    "cls_attention_from_tokens": lambda: op_arguments(torch.randn(B, N, D)),
-}
-
-
 def op_arguments(tokens, **changes):
     """Return tokens and query arguments of an absorbed op, with a fusion of 0.7."""
     dtype, block_ = tokens.dtype, block(torch.promote_types(tokens.dtype, torch.float32))
     cls, text = torch.randn(2, len(tokens), D).to(dtype)
     made = block_ | {"cls": cls, "text": text, "fusion": 0.7, "match": True, "scale": 0.3}
     return tokens, *QueryArguments(**made | changes)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name):
-    first, *others = CALLS[name]()
-    opcheck(
-        getattr(torch.ops.elip, name.removesuffix(" grouped")).default,
-        (first.requires_grad_(), *others),
-    )
 
 
 def test_flops_have_no_key_projection_of_the_tokens():

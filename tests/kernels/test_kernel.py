@@ -11,7 +11,6 @@ from elip_kernels._triton import HAS_TRITON, tl
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
 
 if HAS_TRITON:
-    from triton import knobs
     from triton.runtime.jit import JITFunction
 
     from benchmarks.kernel_analysis.stub_device import stub_device
@@ -123,30 +122,6 @@ def test_devices_have_their_own_code_and_stream(device, double):
     second = launch(double, ARGUMENTS["as before"])
     assert first is not second and launch(double, ARGUMENTS["as before"]) is second
     assert [stream for _, stream, *_ in device.launches] == [100, 101, 101]
-
-
-def test_settings_of_triton_are_respected(device, double, monkeypatch):
-    code = launch(double, ARGUMENTS["as before"])
-    monkeypatch.setattr(knobs.runtime, "debug", True)
-    assert launch(double, ARGUMENTS["as before"]) is not code
-    monkeypatch.undo()
-    assert launch(double, ARGUMENTS["as before"]) is code
-
-
-def test_hooks_are_called(device, double):
-    launch(double, ARGUMENTS["as before"])
-    seen = []
-    hook = seen.append
-    knobs.runtime.launch_enter_hook.add(hook)
-    try:
-        launch(double, ARGUMENTS["as before"])
-    finally:
-        knobs.runtime.launch_enter_hook.remove(hook)
-    launch(double, ARGUMENTS["as before"])
-    assert [launched.get()["name"] for launched in seen] == ["double_kernel"]
-    double.add_pre_run_hook(lambda *args, **constants: seen.append(args))
-    launch(double, ARGUMENTS["as before"])
-    assert seen[-1] == ARGUMENTS["as before"]
 
 
 def test_threads_share_a_kernel(device, double):

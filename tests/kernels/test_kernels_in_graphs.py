@@ -1,16 +1,12 @@
 """`torch.compile` sees the kernels of every op; graphs of sizes that may change contain the op."""
 
-import re
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from torch._inductor import config
-from torch._inductor.utils import run_and_get_code
 
 import elip_kernels
 import elip_models
@@ -23,7 +19,6 @@ from tests.helpers.towers import images, plain_vit
 if not HAS_TRITON:
     pytest.skip("triton is absent, so there are no kernels", allow_module_level=True)
 
-from benchmarks.kernel_analysis.compile import target_of
 from benchmarks.kernel_analysis.stub_device import stub_device
 
 B, N, D, K, H = 2, 50, 96, 30, 3
@@ -111,19 +106,6 @@ def test_a_batch_size_that_changes_keeps_the_kernels_and_another_size_the_op():
         tokens, row = tokens.clone(), row.clone()
 
 
-def test_an_exported_program_contains_the_op():
-    class Reduced(torch.nn.Module):
-        def forward(self, tokens, row):
-            return reduced(tokens, row)
-
-    with stub_device(90):
-        program = torch.export.export(Reduced(), (torch.randn(B, N, D), torch.rand(B, N)))
-        for exported in (program, program.run_decompositions()):
-            targets = [str(node.target) for node in exported.graph.nodes]
-            assert "elip.reduce.default" in targets
-            assert not any("triton" in target for target in targets)
-
-
 MODELS = {
     "tome": ["_match_kernel", "_slots_kernel", "_order_kernel", "_merge_fwd_kernel"],
     "elip": ["_query_kernel", "scores_kernel", "_score_select_kernel", "_move_kernel"],
@@ -137,19 +119,3 @@ def test_the_graph_of_a_reduced_model_has_kernels_in_place_of_ops(strategy):
         torch.compile(model, backend=backend, fullgraph=True)(images(B))
         launches, ops = launches_of(graphs)
     assert {kernel for kernel, _ in launches} == set(MODELS[strategy]) and not ops
-
-
-@pytest.mark.slow
-def test_inductor_compiles_and_launches_the_kernels():
-    """For sm_90, on the stub."""
-    heuristics = "torch._inductor.runtime.triton_heuristics.GPUTarget"
-    alone = config.patch(compile_threads=1, force_disable_caches=True)
-    inputs = EXAMPLES["cls_attention"].arguments(SIZES)
-    with stub_device(90) as driver, patch(heuristics, lambda *_: target_of(90)), alone:
-        torch._dynamo.reset()
-        compiled = torch.compile(elip_kernels.cls_attention, fullgraph=True)
-        _, codes = run_and_get_code(compiled, **inputs)
-        launched = [function for _, _, function, _ in driver.launches]
-    compiled_kernels = re.findall(r"async_compile\.triton\('(\w+)'", "\n".join(codes))
-    assert compiled_kernels == launched == ["_keys_kernel", "_row_kernel"]
-    assert "torch.ops.elip" not in "\n".join(codes)

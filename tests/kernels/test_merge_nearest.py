@@ -5,10 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
 
-import elip_kernels
 import elip_models
 from elip_kernels import merge_nearest, select_tokens, unmerge
 from elip_models import ELIP, AdaptiveELIP, EViT, RandomPruning
@@ -113,35 +110,6 @@ def test_a_metric_without_direction_ranks_last(bad):
     assert (merge_nearest(tokens, kept, metric)[1] == torch.tensor([1, 6, 1, 1])).all()
 
 
-def test_the_same_tokens_are_selected_as_by_reduce():
-    attn, mask = torch.rand(2, 3, 13), torch.rand(2, 13) < 0.5
-    attn[:, :, 4] = attn[:, :, 8]
-    tokens, options = torch.randn(2, 13, 4), {"num_prefix_tokens": 2}
-    for rows in (attn, attn[:, 0], attn[:, 0].bfloat16(), torch.rand(2, 3, 13, 13)):
-        for keep in (4, 0.5, 11):
-            for real in (None, mask):
-                _, info = elip_kernels.reduce(
-                    *(tokens, rows, keep), merge=False, mask=real, return_info=True, **options
-                )
-                assert torch.equal(select_tokens(rows, keep, mask=real, **options), info.kept) or (
-                    keep == 11 and real is not None  # reduce leaves padding in place
-                )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_of_one_token_are_exact_and_sums_are_fp32(dtype):
-    tokens, kept, metric, size = inputs(N=57, D=16, K=40, dtype=dtype)
-    merged, sizes, info = merge_nearest(tokens, kept, metric, size=size + 0.3, return_info=True)
-    source = info.source_map()
-    alone = source.sum(2) == 1
-    assert merged.dtype == dtype and sizes.dtype == torch.float32
-    weights = source.double() * (size + 0.3).double()[:, None]
-    expected = weights @ tokens.double() / weights.sum(2, keepdim=True)
-    assert torch.equal(merged[alone], expected[alone].to(dtype))
-    half_ulp = torch.finfo(dtype).eps / 2
-    assert ((merged - expected).abs() <= 1e-6 + half_ulp * expected.abs()).all()
-
-
 def test_steps_chain_and_sizes_count():
     tokens, kept, metric, _ = inputs(N=21, K=9)
     merged, size, first = merge_nearest(tokens, kept, metric, return_info=True)
@@ -176,24 +144,6 @@ def test_gradient_reaches_tokens_only():
     merged.square().sum().backward()
     assert leaves[0].grad.abs().sum(-1).min() > 0
     assert metric.grad is None and size.grad is None and not sizes.requires_grad
-
-
-def test_opcheck():
-    _, kept, metric, _ = inputs()
-    kept[0, 1] = -1
-    opcheck(torch.ops.elip.nearest_match.default, (metric, kept, 1))
-    mask = torch.rand(2, 12) < 0.5
-    for real in (None, mask):
-        opcheck(torch.ops.elip.select.default, (torch.rand(2, 12), real, 5, 1))
-
-
-def test_flops_are_counted():
-    tokens, kept, metric, _ = inputs()
-    with FlopCounterMode(display=False) as counter:
-        merge_nearest(tokens, kept, metric)
-    counts = counter.get_flop_counts()["Global"]
-    assert counts[torch.ops.elip.nearest_match] == 2 * 2 * 13 * 4 * 8
-    assert counts[torch.ops.elip.bipartite_merge] == 2 * 2 * 13 * 6
 
 
 MODELS = {name: TOWERS[name] for name in ("timm", "timm q/k norm", "open_clip", "HF CLIP")}
@@ -255,21 +205,3 @@ def test_attention_in_proportion_loses_nothing_of_patches_that_are_the_same(prop
         error = (model(x) - dense).abs().max()
     assert infos[0].sizes[0].tolist() == [1] + 18 * [2]
     assert error < 1e-10 if proportional else error > 1e-3
-
-
-def test_a_stage_merges_by_the_keys_of_its_first_block():
-    model, x = plain_vit().eval(), images()
-    before, entered = [], []
-    model.blocks[1].register_forward_hook(lambda _, args, out: before.append(out))
-    model.blocks[2].attn.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-    elip_models.reduce_(model, schedule="2(100%) 4(50%)", merge="nearest")
-    with torch.no_grad(), elip_models.record_stages(model) as infos:
-        model(x)
-        metric = as_tower(model).qkv(2, before[0])[1].mean(1)
-        (info,), tokens = infos, before[0]
-    for b in range(2):
-        kept = info.reduction.kept[b]
-        rows, sizes, _ = definition(tokens[b], kept, metric[b], torch.ones(37), 1)
-        rows = model.blocks[2].norm1(rows.float())
-        torch.testing.assert_close(entered[0][b], rows, atol=1e-5, rtol=0)
-        assert torch.equal(info.sizes[b], sizes)

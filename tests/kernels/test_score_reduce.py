@@ -121,14 +121,6 @@ def test_opcheck_and_gradcheck():
     assert torch.autograd.gradgradcheck(lambda t: out(t).square(), (tokens,))
 
 
-def test_flops():
-    tokens, cls = torch.randn(B, N, D), torch.randn(B, D)
-    with FlopCounterMode(display=False) as counter:
-        elip_kernels.score_reduce(tokens, cls, K, **block())
-    rows, query = H * N + N - 1 - K, 2 * D
-    assert counter.get_total_flops() == 2 * B * D * (rows + query)
-
-
 class CountOps(TorchDispatchMode):
     """Count the calls of this project's ops."""
 
@@ -192,24 +184,3 @@ def test_a_stage_boundary_launches_nothing_else(scorer, make, dtype, monkeypatch
     assert [launch.name for launch in launches] == BOUNDARY
     ops = {event.name.removeprefix("aten::") for event in seen.events()}
     assert ops <= {"elip::score_reduce"} | VIEWS | ALLOCATE, ops
-
-
-LAYER_OF_CLS = ["_query_kernel", "_weights_kernel", "_weigh_kernel", "_value_kernel"]
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("make", [plain_vit, open_clip_vit])
-def test_a_layer_of_cls_launches_four_kernels(make, dtype, monkeypatch):
-    """Without the block's own output projection, norm and MLP, and one residual sum."""
-    from benchmarks.kernel_analysis.compile import recorded_launches
-
-    tower = as_tower(make().to(dtype).eval())
-    monkeypatch.setattr(type(tower), "project", lambda tower, i, attended: attended)
-    monkeypatch.setattr(type(tower), "mlp", lambda tower, i, tokens: tokens)
-    tokens, cls = torch.randn(2, 37, WIDTH).to(dtype), torch.randn(2, WIDTH).to(dtype)
-    with recorded_launches(90) as launches, torch.no_grad(), profile() as seen:
-        tower.cls_block(3, tokens, cls)
-    assert [launch.name for launch in launches] == LAYER_OF_CLS
-    ops = {event.name.removeprefix("aten::") for event in seen.events()}
-    assert ops <= {"elip::cls_attention_output", "add"} | VIEWS | ALLOCATE, ops

@@ -3,7 +3,6 @@
 import re
 import shlex
 import unicodedata
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import elip_models
 from elip_models.cli import app, as_program
 from elip_models.pretraining.models import registry
 from tests.helpers.programs import PROGRAMS
+from tests.helpers.scripts import load_script
 from tests.helpers.tiers import slow_except
 
 ROOT = Path(__file__).parents[2]
@@ -41,10 +41,7 @@ def blocks(page, language):
 
 def script(name):
     """Return docs/NAME.py as a module."""
-    spec = spec_from_file_location(name, DOCS / f"{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCS / f"{name}.py")
 
 
 def inputs(page):

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import nbclient
@@ -28,14 +27,6 @@ SAMPLE = ("timm_finetuning", "own_strategy")  # of what `pytest -m slow` runs
 
 def tier(name):
     return pytest.mark.slow if name in SAMPLE else pytest.mark.exhaustive
-
-
-def load(name):
-    """An example as a module, without running it."""
-    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_example_is_run():

@@ -93,7 +93,3 @@ def test_the_links_of_the_description_work_outside_the_repository():
         kind = "raw" if picture else "blob"
         base = f"{REPOSITORY}/{kind}/v{elip_kernels.__version__}/"
         assert (ROOT / link.removeprefix(base).partition("#")[0]).exists(), link
-
-
-def test_without_an_address_the_description_is_the_readme():
-    assert description(None) == (ROOT / "README.md").read_text()

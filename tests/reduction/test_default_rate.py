@@ -13,7 +13,7 @@ from elip_models.reduction.strategy_spec import fit_strategy, get_strategy, opti
 from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
 from tests.helpers.tiers import first_quick
-from tests.helpers.towers import SCHEDULE, images, plain_vit
+from tests.helpers.towers import images, plain_vit
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_small_patch14_dinov2")
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
@@ -87,13 +87,9 @@ def test_models_of_the_paper_keep_the_schedule_of_the_paper():
     [
         reduce_,
         lambda model, keep: encode_image(model, images(), keep=keep),
-        lambda model, keep: reduce_(model, "tome", keep=keep),
-        lambda model, keep: reduce_(model, ToMe(), keep=keep),
         lambda model, keep: ToMe().at_keep(model, keep),
         lambda model, keep: set_reduction(model, None, keep),
-        lambda model, keep: set_reduction(model, "none", keep),
         lambda model, keep: elip_models.distill(model, images(8), keep=keep),
-        lambda model, keep: reduce_(model, schedule=SCHEDULE, keep=keep),
     ],
 )
 def test_an_integer_is_an_error_that_offers_a_float(call, keep):

@@ -5,7 +5,6 @@ import timm
 import torch
 
 import elip_models
-from elip_kernels import unmerge
 from elip_models import reduce_
 from tests.helpers.models import PAIRS, ROTARY, TOWERS, WITHOUT_CLS, output
 from tests.helpers.tiers import tiered
@@ -67,18 +66,6 @@ def test_a_grid_has_the_tokens_of_the_plain_forward(strategy):
             assert places <= rows | zeros
             assert len(places - zeros) >= (len(rows) if strategy != "adaptive" else 2)
             assert grid[b, 0].equal(tokens[b, 0])
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_positions_are_those_of_the_recorded_stages(strategy):
-    model, x = reduce_(plain_vit().eval(), **STRATEGIES[strategy]), images()
-    with elip_models.record_stages(model) as infos:
-        _, grids = layers(model, x)
-    source = None
-    for info in infos:
-        source = info.reduction.source_map(source)
-    left = entered(model, x)[-1]  # of a strategy that pads, the last block leaves the grid
-    assert torch.equal(grids[-1], left if strategy == "adaptive" else unmerge(left, source))
 
 
 @pytest.mark.parametrize(

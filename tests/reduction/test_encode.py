@@ -10,6 +10,7 @@ from elip_models.reduction import flops
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import elip as stage
 from tests.helpers.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
+from tests.reduction.test_strategies import STRATEGIES
 
 PAPER = "2(100%) 2(90%) 6(65%) 2(40%)"
 
@@ -98,22 +99,10 @@ def test_inference_cost_counts_the_scorer():
     assert 0.69 < costs["last"] < 0.73
 
 
-def strategies():
-    yield stage.ELIP(SCHEDULE)
-    yield elip_models.RandomPruning(SCHEDULE)
-    yield elip_models.TokenMerging(4)
-    yield elip_models.EViT(0.7, layers=(1, 3))
-    yield elip_models.ToMe(4)
-    yield elip_models.GuidedToMe(4)
-    yield elip_models.PiToMe(4)
-    yield elip_models.CrossGET(4)
-    yield elip_models.AdaptiveELIP(SCHEDULE, keep_mass=0.5)
-    yield stage.ELIP(SCHEDULE, merge="nearest")
-    yield elip_models.EViT(0.7, layers=(1, 3), merge="nearest")
-    yield elip_models.AdaptiveELIP(SCHEDULE, keep_mass=0.5, merge="nearest")
+REPLAYED = [strategy for strategy in STRATEGIES.values() if strategy.name != "resize"]
 
 
-@pytest.mark.parametrize("strategy", list(strategies()), ids=str)
+@pytest.mark.parametrize("strategy", REPLAYED, ids=str)
 def test_another_tower_replays_each_step(strategy):
     """Without the text, the same tower gives the same tokens only if it replays every step."""
     tower, x = elip_models.towers.as_tower(clip_vit().eval()), images()

@@ -43,8 +43,6 @@ QUICK += ["HF DINOv2"]
 QUICK += ["DINOv3", "rope mixed", "HF SigLIP vision", "timm SigLIP"]
 QUICK += ["open_clip pair", "HF CLIP pair", "HF SigLIP pair"]
 SLOW = ["timm distilled", "open_clip own attention", "timm attention, CLS", "HF DINOv2 average"]
-EACH_LIBRARY = ("timm", "open_clip", "HF CLIP", "HF CLIP pair")
-every_model = pytest.mark.parametrize("name", tiered(MODELS, QUICK, slow=SLOW))
 
 
 def every_model_in(ways, argument):

@@ -12,14 +12,8 @@ from elip_models.validation import check, did_you_mean, shortened
 SCHEDULES = {
     "digits of others": ("٣(100%)", "schedule: expected groups"),
     "many groups": ("2(100%) " * 30_000, "schedule: expected at most 1024 layers, got 60000"),
-    "many empty groups": ("0(100%) " * 30_000, "schedule: expected at least one layer"),
-    "many layers": ("9999(50%)", "schedule: expected at most 1024 layers, got 9999"),
     "more layers": ("9" * 10**6 + "(50%)", "schedule: expected groups"),
-    "exponent": ("12(1e1%)", "schedule: expected groups"),
-    "digits": (f"12({'5' * 10**6}%)", "schedule: expected groups"),
-    "decimals": (f"12(5.{'5' * 10**6}%)", "schedule: expected groups"),
     "long": ("x" * 10**7, "schedule: expected groups"),
-    "parentheses": ("(" * 10**6, "schedule: expected groups"),
     "rising": (f"1(50%) {'1(40%) ' * 1000}1(60%)", "schedule: expected ratios that never rise"),
 }
 
@@ -37,20 +31,9 @@ def test_a_hostile_schedule_is_one_sentence(name):
 SPECS = {
     "unknown": "tomee" * 10**6,
     "options": "tome:" + "r=1," * 10**6,
-    "unknown options": "tome:" + ",".join(f"a{i}=1" for i in range(10**5)),
-    "no value": "tome:r=" + " " * 10**6,
-    "commas": "tome:r=" + "1, " * 10**5 + "x=1",
-    "spaces": "tome:r=1" + " " * 10**5 + "," + " " * 10**5,
     "signs": "tome:r=" + "-" * 10**5 + "1",
-    "exponents": "tome:r=" + "1e" * 10**5,
-    "digits": "tome:r=" + "9" * 10**5,
     "digits of others": "tome:r=٣",
-    "word": "tome:r=" + "x" * 10**6,
-    "colons": ":" * 10**6,
-    "equals": "tome:" + "=" * 10**6,
     "parentheses": "elip:schedule=" + "(" * 10**6,
-    "nearly zero": "evit:keep_ratio=1e-400",
-    "no number": "tome:r=nan",
     "layers": "evit:layers=" + ",".join("-1" for _ in range(10**5)),
 }
 
@@ -72,9 +55,6 @@ VALUES = {
     "long text": "x" * 10**7,
     "wide": WIDE,
     "deep": DEEP,
-    "large dict": dict.fromkeys(range(10**6)),
-    "large integer": 10**5000,
-    "bytes": bytes(10**7),
 }
 
 
@@ -83,7 +63,7 @@ def test_a_message_quotes_the_beginning_of_a_value(name):
     value, start = VALUES[name], time.monotonic()
     assert len(shortened(value)) <= 200
     with pytest.raises(TypeError, match=r"^a: expected") as error:
-        check("a", value, float | None if name != "large integer" else str)
+        check("a", value, float | None)
     assert len(str(error.value)) < 300
     for call in (lambda: check_merge(value), lambda: get_strategy("tome", r=value)):
         with pytest.raises((TypeError, ValueError), match="expected") as error:

@@ -20,13 +20,8 @@ from elip_models import (
     ELIP,
     TRIPS,
     AdaptiveELIP,
-    CrossGET,
     EViT,
-    GuidedToMe,
     ImageResize,
-    PatchDropout,
-    PiToMe,
-    TokenMerging,
     ToMe,
 )
 from tests.helpers.models import hf_clip, ids, open_clip_pair
@@ -69,16 +64,10 @@ VISION = {"schedule": SCHEDULE, "without_text": "vision"}
 OWN_CASES = {
     **{f"elip {s}": ELIP(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
     "adaptive": AdaptiveELIP(**VISION, keep_mass=0.5),
-    "guided_tome": GuidedToMe(4, weight=0.5),
-    "pitome": PiToMe(4),
-    "crossget": CrossGET(4),
-    "evit": EViT(0.7, layers=(1, 3)),
     "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
-    "patch_dropout": PatchDropout(0.5),  # does nothing in inference
     "nearest": ELIP(**VISION, merge="nearest"),
     "nearest adaptive": AdaptiveELIP(**VISION, keep_mass=0.5, merge="nearest"),
     "resize": ImageResize(32),
-    "merge": TokenMerging(4),
     "tome": ToMe(4),
     "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
     "trips": TRIPS(**VISION),
@@ -92,10 +81,6 @@ def test_onnxruntime_returns_what_pytorch_returns_for_any_batch(name):
     program = exported(model, (images(),), dynamic=({0: BATCH},))
     for batch in (1, 2, 5):
         assert_runs_alike(program, model, images(batch))
-
-
-OTHERS = ("timm registers", "open_clip", "EVA-02 tiny", "HF SigLIP vision")
-OTHERS += ("HF CLIP", "HF ViT", "HF DeiT", "HF DINOv2")
 
 
 @pytest.mark.exhaustive

@@ -15,6 +15,7 @@ from elip_models.reduction.strategy import StageInfo, Strategy, TokenCounts
 from elip_models.reduction.summary import Summary
 from elip_models.towers import as_tower
 from elip_models.towers.merge import Merge
+from examples.own_strategy import Longest
 from tests.helpers.models import TOWERS, eva, output, siglip_vision
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
@@ -25,9 +26,6 @@ from tests.helpers.towers import (
     plain_vit,
     text,
 )
-from tests.project.test_examples import load
-
-Longest = load("own_strategy").Longest
 
 
 @dataclass(frozen=True)

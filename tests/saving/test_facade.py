@@ -171,18 +171,3 @@ def test_the_callback_keeps_every_strategy_of_a_language_model(tmp_path):
     callback.on_step_begin(None, State(9), None, model=model)
     assert not elip_models.is_reduced(model)
     assert getattr(model.config, "elip", None) is None
-
-
-def test_a_model_of_the_paper_is_found_inside_of_another_module():
-    own = PaperCLIP().reduce()
-    whole = torch.nn.Sequential(own)
-    assert elip_models.is_reduced(whole)
-    with elip_models.record_stages(own), pytest.raises(RuntimeError, match="got one inside"):
-        elip_models.reduce_(own, "evit")
-    elip_models.unreduce_(whole)
-    assert not elip_models.is_reduced(own)
-    elip_models.reduce_(own.visual, "tome")
-    assert elip_models.is_reduced(own) and not elip_models.is_reduced(elip_models.unreduce_(own))
-    own.compile(backend="eager")
-    with pytest.raises(TypeError, match=r"before torch\.compile"):
-        elip_models.reduce_(own, "tome")

@@ -126,10 +126,7 @@ def test_a_processor_of_a_wrong_kind_is_an_error(content, tmp_path):
     ("spec", "message"),
     [
         ("vit_base", "spec: expected 'timm:NAME', .* got 'vit_base'"),
-        ("timm:", "spec: expected 'timm:NAME', .* got 'timm:'"),
         ("timm:vit_bse", r"spec: expected a name of timm.list_models\(\), got 'vit_bse'"),
-        ("open_clip:ViT-X", r"spec: expected a name of open_clip.list_models\(\), got 'ViT-X'"),
-        ("open_clip:ViT-B-32/mine", "spec: expected weights of ViT-B-32 among .*, got 'mine'"),
         ("hf:/no/such/folder", "spec: expected a model with local .* got 'hf:/no/such/folder'"),
         ("clip_tiny", "no weights are published"),
     ],

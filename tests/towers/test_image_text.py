@@ -13,7 +13,7 @@ from elip_models.api import is_reduced
 from elip_models.towers import as_image_text
 from tests.helpers.models import PAIRS, hf_blip, hf_clip, ids, open_clip_pair
 from tests.helpers.models import output_of_pair as run
-from tests.helpers.towers import SCHEDULE, WIDTH, images
+from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images
 
 
 def guidance_of(model, tokens):
@@ -61,6 +61,25 @@ def test_text_guides_the_image_tower(model):
     assert torch.equal(run(model, x, tokens), dense)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert not is_reduced(model)
+
+
+def test_under_autocast_the_text_that_guides_trains_too(model):
+    """The guidance runs the text tower without gradient, on weights that training casts as well."""
+    x, tokens = images(), ids()
+    arguments = (x, tokens) if hasattr(model, "visual") else ()
+    named = {} if arguments else {"input_ids": tokens, "pixel_values": x}
+
+    def trained():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(*arguments, **named).values()
+        learned = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        sum(t.float().square().sum() for t in learned).backward()
+        return gradients(model).keys()
+
+    expected = trained()
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    assert trained() == expected
 
 
 @pytest.mark.parametrize(("make", "further"), [(hf_clip, ()), (hf_blip, (True,))])

@@ -1,7 +1,6 @@
 """Towers whose blocks read positions: rotations, or a bias for each pair of positions."""
 
 import pytest
-import timm
 import torch
 
 import elip_kernels
@@ -47,18 +46,6 @@ def test_parts_add_up_to_the_block(model):
             got = bound.cls_attention(i, x, x[:, 0])
             torch.testing.assert_close(got, row, atol=1e-5, rtol=0)
             x = whole
-
-
-def test_kept_tokens_are_rotated_as_timms_own_patch_dropout_does():
-    model, x = ROTARY["rope"]().eval(), images()
-    tower, p = as_tower(model), model.num_prefix_tokens
-    kept = torch.stack([torch.randperm(36)[:12].sort().values for _ in range(2)])
-    tokens, rope = model._pos_embed(model.patch_embed(x))
-    rope = timm.layers.apply_keep_indices_nlc(tokens, rope, kept).unsqueeze(1)
-    patches = tokens[:, p:].gather(1, kept[..., None].expand(-1, -1, WIDTH))
-    tokens = torch.cat([tokens[:, :p], patches], dim=1)
-    expected = model.blocks[0](tokens, rope=rope)
-    assert torch.equal(tower.with_positions(kept).block(0, tokens), expected)
 
 
 def test_positions_follow_tokens_through_the_stages():

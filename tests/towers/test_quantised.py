@@ -21,13 +21,8 @@ from elip_models import (
     ELIP,
     TRIPS,
     AdaptiveELIP,
-    CrossGET,
     EViT,
-    GuidedToMe,
     ImageResize,
-    PatchDropout,
-    PiToMe,
-    RandomPruning,
     ToMe,
 )
 from elip_models.reduction.encode import run_tower
@@ -64,13 +59,7 @@ OWN_CASES = {
     **{f"elip {s}": ELIP(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
     "adaptive": AdaptiveELIP(**VISION, keep_mass=0.5),
     "evit": EViT(0.7, layers=(1, 3)),
-    "guided_tome": GuidedToMe(4),
-    "pitome": PiToMe(4),
-    "crossget": CrossGET(4),
     "nearest": ELIP(**VISION, merge="nearest"),
-    "evit, no gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
-    "patch_dropout": PatchDropout(0.5),  # does nothing in inference
-    "random": RandomPruning(SCHEDULE),
     "resize": ImageResize(32),
     "tome": ToMe(4),
     "trips": TRIPS(**VISION),
@@ -90,21 +79,17 @@ def rms(error):
 
 
 EVERY = list(product(STRATEGIES, QUANTISED))
-QUICK = [("elip last", "int8 weights")]
-
-
-@pytest.mark.parametrize(
+every_case = pytest.mark.parametrize(
     ("strategy", "how"),
     tiered(
         EVERY,
-        quick=QUICK,
-        slow=[
-            ("elip last", "fp8 weights"),
-            ("evit", "fp8 weights"),
-            ("patch_dropout", "fp8 weights"),
-        ],
+        quick=[("elip last", "int8 weights")],
+        slow=[(name, "fp8 weights") for name in ("elip last", "evit", "patch_dropout")],
     ),
 )
+
+
+@every_case
 def test_a_model_is_quantised_before_or_after_it_is_reduced(strategy, how):
     model, x, strategy = plain_vit().eval(), images(), STRATEGIES[strategy]
     before = elip_models.reduce_(QUANTISED[how](model), strategy=strategy)
@@ -112,18 +97,7 @@ def test_a_model_is_quantised_before_or_after_it_is_reduced(strategy, how):
     assert torch.equal(drawn(after, x), drawn(before, x))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "how"),
-    tiered(
-        EVERY,
-        quick=QUICK,
-        slow=[
-            ("elip last", "fp8 weights"),
-            ("evit", "fp8 weights"),
-            ("patch_dropout", "fp8 weights"),
-        ],
-    ),
-)
+@every_case
 @torch.no_grad()
 def test_of_the_same_choice_quantising_costs_no_more_than_in_the_dense_model(strategy, how):
     """The error is at most twice as large, because sums have fewer tokens."""

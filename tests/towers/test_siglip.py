@@ -101,24 +101,6 @@ def test_another_text_keeps_other_patches_and_its_length_does_not_matter():
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(
-    "name", ["tome", "guided_tome", "pitome", "crossget", "random", "patch_dropout", "trips"]
-)
-def test_strategies_without_a_cls_row_run(name):
-    model, x, t = siglip_vision().train(), images(), text()
-    options = {"schedule": SCHEDULE} if name in ("random", "trips") else {}
-    strategy = get_strategy(name, **options)
-    tower = as_tower(model)
-    torch.manual_seed(0)
-    tokens, infos = elip_models.encode_image(model, x, t, strategy=strategy, return_info=True)
-    assert tokens.shape[1] == strategy.token_counts(tower.size)[-1].mlp < 36
-    left = whole_grid(tokens, infos) if strategy.merge != "none" else tokens
-    elip_models.reduce_(model, strategy=strategy)
-    torch.manual_seed(0)
-    with elip_models.guidance(model, t):
-        assert torch.equal(model(x).last_hidden_state, left)
-
-
 def test_a_pair_is_guided_by_the_feature_of_its_last_text_token():
     model, tokens = hf_siglip().eval(), torch.randint(0, 50, (2, 8))
     mask = torch.ones_like(tokens)

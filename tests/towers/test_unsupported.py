@@ -14,18 +14,10 @@ PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
     "ViTMAEModel": r"at random in every call.*ViTModel\.from_pretrained loads its checkpoint",
-    "ImageGPTModel": "no adapter reads yet; CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2, DINOv3 and",
     "SwinModel": f"attends in windows.*{PLAIN}",
-    "SamVisionModel": f"attends in windows.*{PLAIN}",
-    "SegformerModel": f"pools or convolves its grid.*{PLAIN}",
     "ConvNextModel": f"is a convolutional network.*{PLAIN}",
-    "ResNetModel": f"is a convolutional network.*{PLAIN}",
-    "YolosModel": f"detection tokens after its patches.*need every token; {PLAIN}",
-    "DepthProModel": f"boxes, masks or depths.*{PLAIN}",
     "TimesformerModel": "over the patches of one frame.*VideoMAE and V-JEPA 2 are supported",
-    "XCLIPModel": "reads videos.*VideoMAE and V-JEPA 2 are supported",
     "WhisperModel": "reads audio.*pass an image model",
-    "PatchTSTModel": "reads time series.*pass an image model",
     "BertModel": "reads text alone.*such as CLIPModel or LlavaForConditionalGeneration",
     "Glm4vModel": "an image tower of its own kind.*supported, also inside other models",
 }

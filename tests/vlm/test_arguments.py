@@ -32,10 +32,7 @@ WRONG = {
     "divers": r"strategy: expected one of a language model .*did you mean 'diverse'",
     "tomee": r"strategy: expected one of .* image tower .*did you mean 'tome'",
     "diverse:relevanc=true": "expected a setting of 'diverse'.*did you mean 'relevance'",
-    "diverse:relevance=3": "relevance: expected true or false",
-    "fastv:layer=0": "layer: expected",
     "stride:keep=1": r"keep: expected .* got 1, one token; pass 1\.0 for all of them",
-    "visionzip:contextual=2": "contextual: expected",
 }
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers as hf
 
 from elip_models import record_stages, reduce_, unreduce_
 from elip_models.vlm.families import find_multimodal
@@ -17,13 +16,6 @@ FAMILIES = [name for name in ("llava", "gemma3", "qwen2_5_vl") if name in CASES]
 def reduced(name="llava", strategy="diverse"):
     model, inputs = build(name, "eager" if name in EAGER else "sdpa")
     return reduce_(model, strategy, keep=0.5), inputs
-
-
-def own_cache(config=None):
-    """Return an empty cache of the user, under the name that transformers gives it."""
-    settings = {} if config is None else {"config": config.get_text_config()}
-    is_renamed = hasattr(hf.DynamicCache, "get_query_offset")  # since 5.24
-    return {"cache" if is_renamed else "past_key_values": hf.DynamicCache(**settings)}
 
 
 def filled(model, inputs):
@@ -63,21 +55,6 @@ def test_callers_see_the_whole_length_and_the_language_model_what_is_held(name, 
         assert cache.get_mask_sizes(3, i) == (length + 3, 0)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_reduced_model_leaves_the_cache_itself_as_it_is(name):
-    model, inputs = reduced(name)
-    mine, stock = own_cache(model.config), own_cache(model.config)
-    output = oracle.stock_generate(model, inputs | mine)
-    oracle.stock_generate(unreduce_(model), inputs | stock)
-    (cache,), (other,) = mine.values(), stock.values()
-    assert oracle.cache_of(output)[1] is cache
-    assert type(cache) is hf.DynamicCache and vars(cache).keys() == vars(other).keys()
-    assert cache.is_sliding == other.is_sliding and len(cache) == len(other)
-    assert cache.get_seq_length() == other.get_seq_length()
-    assert not cache.is_compileable
-
-
 CHANGES = {
     "reorder_cache": (torch.tensor([1, 0]), torch.tensor([1, 0])),
     "batch_select_indices": (torch.tensor([1]), torch.tensor([1])),
@@ -100,26 +77,6 @@ def test_rows_are_those_of_the_sequences(strategy, change):
         for turn in (inputs, further)
     )
     assert oracle.close(oracle.next_turn(model, output, *turns).logits, expected[rows])
-
-
-@torch.no_grad()
-def test_an_error_in_the_language_model_leaves_the_state_of_the_cache():
-    model, inputs = reduced()
-    further = prompt(model, {}, ((2,), (5,)))
-    output, cache = filled(model, inputs)
-    expected = oracle.next_turn(model, output, inputs, further).logits
-    output, cache = filled(model, inputs)
-
-    def fail(layer, args):
-        raise RuntimeError("out of memory")
-
-    layers = find_multimodal(model).language_model.layers
-    handle = layers[0].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        oracle.next_turn(model, output, inputs, further)
-    handle.remove()
-    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
-    assert torch.equal(oracle.next_turn(model, output, inputs, further).logits, expected)
 
 
 @torch.no_grad()

@@ -7,9 +7,7 @@ import torch
 import transformers as hf
 
 from elip_models import (
-    LANGUAGE_STRATEGIES,
     is_reduced,
-    list_strategies,
     record_stages,
     reduce_,
     reduction_summary,
@@ -174,12 +172,3 @@ def test_strategies_that_need_image_tokens_in_the_prompt_are_refused(case, strat
     with pytest.raises(TypeError, match=f"model: expected one .* for '{strategy}', got mllama"):
         reduce_(case[0], strategy)
     assert not is_reduced(case[0])
-
-
-def test_the_list_has_the_reasons_of_reduce(case):
-    reasons = {entry.name: entry.why_unsupported for entry in list_strategies(case[0])}
-    refused = {name for name in LANGUAGE_STRATEGIES if reasons[name] is not None}
-    assert refused == {"visionzip", "evs", "fastv", "pyramid"}
-    for name in refused:
-        with pytest.raises(TypeError, match=reasons[name]):
-            reduce_(case[0], name)

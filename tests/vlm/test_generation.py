@@ -11,7 +11,7 @@ import transformers as hf
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
 from tests.helpers.tiers import first_quick
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, IMAGE, TEXT, llava
+from tests.vlm.configs import CASES, EAGER, TEXT, llava
 from tests.vlm.models import build, model_of, prompt
 
 QUICK = ("llava", "gemma3", "qwen3_vl")
@@ -297,15 +297,3 @@ def test_packed_texts_are_refused():
     with pytest.raises(ValueError, match="several texts packed into a row"):
         model(**inputs)
     assert model(**inputs | {"position_ids": None}).logits.shape[0] == 2  # no state is left
-
-
-def test_image_tokens_are_those_of_the_prompt():
-    model, inputs = made("llava")
-    reduce_(model, keep=4)
-    with torch.no_grad(), record_stages(model) as infos:
-        oracle.stock_generate(model, inputs)
-    images = inputs["input_ids"] == IMAGE
-    assert torch.equal(infos[0].images, images)
-    assert (infos[0].kept & images).sum(1).tolist() == [4, 8]
-    longest = int(infos[0].kept.sum(1).max())
-    assert [info.cached[0] for info in infos] == list(range(longest, longest + 6))

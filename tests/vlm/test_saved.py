@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 import elip_models
 from elip_models import is_reduced, reduce_, reduction_summary, unreduce_
 from elip_models.validation import ConfigError
-from elip_models.vlm.strategies.controls import RandomTokens, Stride
+from elip_models.vlm.strategies.controls import Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.layer_strategy import FastV
 from tests.vlm.models import build
@@ -79,26 +79,3 @@ def test_settings_that_cannot_be_read_are_an_error(llava, tmp_path, saved, messa
     with pytest.raises(ConfigError, match=f"LlavaConfig.elip: {message}"):
         reduce_(model)
     assert not is_reduced(model)
-
-
-@torch.no_grad()
-def test_a_tower_pruned_at_random_beside_random_tokens_of_the_language_model(llava, tmp_path):
-    model, inputs = llava
-    dense = model(**inputs).logits
-    reduce_(model, "random", keep=0.7)
-    reduction = reduction_summary(model)
-    assert reduction.strategy is None and reduction.tower.strategy.name == "random"
-    first, same, other = (_logits(model, inputs, seed) for seed in (0, 0, 1))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other) and not torch.equal(first, dense)
-    reduce_(model, "random_tokens", keep=0.5)
-    expected = places(model)
-    assert expected[0] == RandomTokens(keep=0.5) and expected[2].name == "random"
-    model.save_pretrained(tmp_path)
-    assert places(elip_models.load_reduced(tmp_path)) == expected
-    assert torch.equal(unreduce_(model)(**inputs).logits, dense)
-
-
-def _logits(model, inputs, seed):
-    torch.manual_seed(seed)
-    return model(**inputs).logits
