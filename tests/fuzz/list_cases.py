@@ -5,7 +5,7 @@ import json
 
 from elip_models.images import SampleError
 from elip_models.pretraining.data import JsonSource, check_source, open_examples, open_source
-from elip_models.pretraining.data.shared_images import group_by_image
+from elip_models.pretraining.data.derived_sources import group_by_image
 from tests.fuzz.harness import Loss, kind, refused
 from tests.helpers.damage import damaged, picture
 

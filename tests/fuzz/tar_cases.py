@@ -11,6 +11,7 @@ from PIL import Image
 
 from elip_models.images import SampleError
 from elip_models.pretraining.data import open_stream
+from elip_models.pretraining.data.streams import DownloadedShard
 from tests.fuzz.harness import Loss, kind, refused
 from tests.helpers.damage import BLOCK, shard
 
@@ -99,7 +100,7 @@ def check_pair(sample):
 def tars(folder, rng):
     path, written = whole(folder, rng)
     path.write_bytes(rng.choice(DAMAGES)(path.read_bytes(), rng))
-    downloaded = open_stream({"stream": f"file://{path}", "samples": 6}).download(0)
+    downloaded = DownloadedShard(f"file://{path}")
     if downloaded.problem:
         return refused(ValueError(f"{downloaded.name}: {downloaded.problem}"), "s.tar")
     lost = 0

@@ -5,15 +5,11 @@ from contextlib import suppress
 from typing import Any
 
 from elip_models.images import SampleError
-from elip_models.pretraining.data.examples import ExampleSource
-from elip_models.pretraining.data.sample import Source
-from elip_models.validation import DataError, PositiveInt, Share, check
-
-DEFAULT_MAX_BAD_SHARE = 0.05
+from elip_models.pretraining.data.samples import ExampleSource, Source
+from elip_models.validation import DataError
 
 _MIN_SAMPLES = 100  # the share of fewer samples is too uncertain to stop a run
 _EXAMPLES = 5
-
 
 Skipped = tuple[str, str] | tuple[str, str, int]
 """Id of a sample and the reason why it cannot be read, with its index in a source that has one."""
@@ -37,16 +33,9 @@ class SkipReport:
     """
 
     def __init__(
-        self,
-        max_bad_share: float = DEFAULT_MAX_BAD_SHARE,
-        *,
-        length: int | None = None,
-        what: str = "samples",
+        self, max_bad_share: float = 0.05, *, length: int | None = None, what: str = "samples"
     ) -> None:
-        check("max_bad_share", max_bad_share, Share)
-        self.max_bad_share = max_bad_share
-        self.length = length
-        self.what = what
+        self.max_bad_share, self.length, self.what = max_bad_share, length, what
         self.seen = 0
         self.reasons: list[tuple[str, str]] = []
         self._indices: set[int] = set()
@@ -91,17 +80,15 @@ class SkipReport:
         )
 
 
-def check_source(source: Source, limit: int | None = None) -> SkipReport:
+def check_source(source: Source | ExampleSource, limit: int | None = None) -> SkipReport:
     """Read every sample, or the first `limit`, and report those that cannot be read."""
-    check("limit", limit, PositiveInt | None)
     report = SkipReport(length=len(source))
-    for index in range(len(source) if limit is None else min(limit, len(source))):
-        skipped = []
+    for index in range(len(source))[:limit]:
         try:
             source[index]
         except SampleError as error:
-            skipped.append((error.id, error.reason, index))
-        report.record(skipped, 1)
+            report.record([(error.id, error.reason)], 0)
+        report.seen += 1
     return report
 
 

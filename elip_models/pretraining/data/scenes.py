@@ -13,8 +13,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elip_models.pretraining.data.checks import check_index
-from elip_models.pretraining.data.sample import Sample
+from elip_models.pretraining.data.samples import Sample, check_index
 from elip_models.pretraining.data.scene_captions import (
     at_place,
     caption_scene,

@@ -114,7 +114,7 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         (" , ", ValueError, "spec: expected .*emoji_scenes.*, got ' , '"),
         ("no-*.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-\*\.tar'"),
         ("no-{0..2}.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-0\.tar'"),
-        ("no-{3..2}.tar", ValueError, "spec: expected a rising range .*, got 0 names in"),
+        ("no-{3..2}.tar", ValueError, "spec: expected rising ranges .*, got 0 names in"),
         ("empty", FileNotFoundError, r"expected a folder with \*\.tar, got 'empty'"),
         ("a.txt", ValueError, r"spec: expected files that are all \.json, or all \.tar.*txt"),
         ("list.json", ValueError, r"spec: expected at least one sample, got none in 'list\.json'"),
@@ -122,7 +122,7 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         ("a.tar,split=test", ValueError, r"all \.tar and then no options, got \['\.tar'\]"),
         ("emoji_scenes", ValueError, "spec: expected a size, got 'emoji_scenes'; write emoji_sc"),
         ("emoji_scenes:size=0", ValueError, "size: expected an integer at least 1, got 0"),
-        ("emoji_scenes:size=1,sed=2", ValueError, "seed, size, clutter, textures, got 'sed'"),
+        ("emoji_scenes:size=1,sed=2", ValueError, "size, seed, clutter, textures, got 'sed'"),
     ],
 )
 def test_bad_specs(spec, error, message, tmp_path, monkeypatch):
@@ -293,21 +293,6 @@ def test_a_file_that_is_no_tar_is_refused(content, tmp_path):
         path.write_bytes(b"text" * 300 if content == "text" else b"")
     with pytest.raises(ValueError, match=r"s\.tar: expected a complete, uncompressed tar, got"):
         ShardSource(path)
-
-
-@pytest.mark.parametrize("kind", [JsonSource, ShardSource])
-@pytest.mark.parametrize(
-    ("paths", "error", "message"),
-    [
-        (3, TypeError, "paths: expected a path or a list of paths, got 3"),
-        ([3], TypeError, r"paths: expected a path or a list of paths, got \[3\]"),
-        ([], ValueError, "paths: expected at least one path, got none"),
-        ("no", FileNotFoundError, "paths: expected an existing file, got 'no'; the working folder"),
-    ],
-)
-def test_bad_paths(kind, paths, error, message):
-    with pytest.raises(error, match=message):
-        kind(paths)
 
 
 @pytest.mark.parametrize("index", [-1, 1])

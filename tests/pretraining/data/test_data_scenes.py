@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 
 from elip_models.pretraining.data import (
-    BACKGROUNDS,
-    EMOJI,
     EmojiScenes,
-    Group,
-    Scene,
     open_classes,
     open_source,
     render,
 )
 from elip_models.pretraining.data.scene_captions import at_place, counted
-from elip_models.pretraining.data.scene_sampling import COUNTS, MAX_CLUTTER, place_names
+from elip_models.pretraining.data.scene_sampling import (
+    BACKGROUNDS,
+    COUNTS,
+    EMOJI,
+    MAX_CLUTTER,
+    Group,
+    Scene,
+    place_names,
+)
 from elip_models.pretraining.data.scenes import _font_path, draw_emoji, visible_masks
 
 OPTIONS = [{}, {"clutter": 1}, {"clutter": 4, "textures": True}, {"clutter": MAX_CLUTTER}]

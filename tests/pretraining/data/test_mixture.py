@@ -147,17 +147,10 @@ def test_a_position_is_exact_with_weights(offset):
     whole = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
     places = epoch_of(whole, 2)
     resumed = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
-    resumed.set_position(2, offset)
+    resumed.batches_done = 2 * whole.batches_per_epoch + offset
     batches = iter(resumed)
     rest = [place for _ in range(whole.batches_per_epoch - offset) for place in next(batches)]
     assert rest == places[2 * offset :]
-
-
-def test_bad_weights():
-    with pytest.raises(ValueError, match="weights: expected one for each of 2 sources, got 1"):
-        EpochSampler(LENGTHS, 2, seed=0, weights=(1,))
-    with pytest.raises(ValueError, match=r"weights: expected a tuple, each a number above 0, got"):
-        EpochSampler(LENGTHS, 2, seed=0, weights=(1, 0))
 
 
 @pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"], slow=["null"]))

@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from elip_models.pretraining.data import ShardSource, check_source, shard_index
+from elip_models.pretraining.data import ShardSource, check_source, shard_source
 from tests.helpers.damage import BLOCK, headers, overwrite, picture, shard, with_checksum
 
 DAMAGED = r"s\.tar: expected a complete, uncompressed tar, got .*; remove it, or download"
@@ -128,7 +128,7 @@ def test_several_processes_give_the_same_index(tmp_path, monkeypatch):
     expected = read(ShardSource(paths))
     for path in paths:
         path.touch()
-    monkeypatch.setattr(shard_index, "MIN_PARALLEL_BYTES", 1)
+    monkeypatch.setattr(shard_source, "MIN_PARALLEL_BYTES", 1)
     assert read(ShardSource(paths)) == expected
     for path in paths[1:]:
         overwrite(path, 3, b"\xff")

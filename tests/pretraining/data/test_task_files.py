@@ -16,7 +16,7 @@ from elip_models.pretraining.data import (
     open_source,
     soft_scores,
 )
-from elip_models.pretraining.data.tasks.file_examples import MIN_FIRST_ANSWERS
+from elip_models.pretraining.data.example_files import MIN_FIRST_ANSWERS
 
 
 @pytest.fixture(autouse=True)
