@@ -140,8 +140,7 @@ class ClassExamples:
     """An `ExampleSource` of images without text, whose `answers` are the classes."""
 
     def __init__(self, source: ClassSource) -> None:
-        self.source = source
-        self.answers = source.classes
+        self.source, self.answers = source, source.classes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -158,15 +157,8 @@ class ClassExamples:
 def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> ClassSource:
     """Open the images that `spec` names, see the top of this file.
 
-    Args:
-        spec: Built-in images, a folder, or a dataset of the hub.
-        image_size: Size in pixels of built-in images.
-        needs_names: False: for a task without texts, whose classes may be numbers.
-
-    Raises:
-        TypeError, ValueError: The specification is malformed, or the names of the classes are
-            numbers.
-        FileNotFoundError: There is no such folder or dataset.
+    Built-in images have `image_size` pixels. Classes whose names are numbers raise ValueError,
+    unless `needs_names` is False, for a task without texts.
     """
     options = built_in_options(spec, EmojiClasses.name, EmojiClasses)
     if options is not None:

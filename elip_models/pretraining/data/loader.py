@@ -3,9 +3,11 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,9 +21,6 @@ from elip_models.pretraining.data.samples import (
     check_not_empty,
 )
 from elip_models.validation import ConfigError, Count, check
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 """Largest number of worker processes of a loader: four for each CPU, and 64 on a small machine."""
@@ -94,7 +93,7 @@ class EvaluationBatch(NamedTuple):
 
 def evaluation_batches(
     source: Source,
-    transform: Callable[["Image.Image"], Tensor],
+    transform: Callable[[Image.Image], Tensor],
     batch_size: int,
     *,
     report: SkipReport | None = None,
@@ -131,7 +130,7 @@ class ExampleBatch(NamedTuple):
 
 def example_batches(
     source: ExampleSource,
-    transform: Callable[["Image.Image"], Tensor],
+    transform: Callable[[Image.Image], Tensor],
     batch_size: int,
     *,
     report: SkipReport | None = None,
@@ -142,16 +141,15 @@ def example_batches(
         yield ExampleBatch(images, examples, indices)
 
 
+@dataclass(eq=False)
 class _Prepared(Dataset):
     """Images as tensors, each with its sample or example without images, or with its error.
 
     An error is returned, since only the text of one that is raised in a worker would arrive.
     """
 
-    def __init__(
-        self, source: Source | ExampleSource, transform: Callable[["Image.Image"], Tensor]
-    ) -> None:
-        self.source, self.transform = source, transform
+    source: Source | ExampleSource
+    transform: Callable[[Image.Image], Tensor]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -169,7 +167,7 @@ class _Prepared(Dataset):
 
 def _readable(
     source: Source | ExampleSource,
-    transform: Callable[["Image.Image"], Tensor],
+    transform: Callable[[Image.Image], Tensor],
     batch_size: int,
     report: SkipReport | None,
     num_workers: int,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from elip_models.images import SampleError
@@ -15,6 +16,7 @@ Skipped = tuple[str, str] | tuple[str, str, int]
 """Id of a sample and the reason why it cannot be read, with its index in a source that has one."""
 
 
+@dataclass
 class SkipReport:
     """Count of the samples that could not be read, among all samples tried.
 
@@ -32,13 +34,13 @@ class SkipReport:
         reasons: Id of each unreadable sample and the reason, in the order of reading.
     """
 
-    def __init__(
-        self, max_bad_share: float = 0.05, *, length: int | None = None, what: str = "samples"
-    ) -> None:
-        self.max_bad_share, self.length, self.what = max_bad_share, length, what
-        self.seen = 0
-        self.reasons: list[tuple[str, str]] = []
-        self._indices: set[int] = set()
+    max_bad_share: float = 0.05
+    _: KW_ONLY
+    length: int | None = None
+    what: str = "samples"
+    seen: int = field(default=0, init=False)
+    reasons: list[tuple[str, str]] = field(default_factory=list, init=False)
+    _indices: set[int] = field(default_factory=set, init=False)
 
     @property
     def share(self) -> float:

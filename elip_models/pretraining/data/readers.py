@@ -88,17 +88,7 @@ def open_source(
 def open_examples(
     task: ExampleTask, spec: Spec | Sequence[Spec], *, image_size: int
 ) -> ExampleSource:
-    """Open the examples of a task, see the top of this file.
-
-    Args:
-        task: Name of the task.
-        spec: One line, a mapping, or a list of them, which are concatenated.
-        image_size: Size in pixels of built-in images. Stored images keep their size.
-
-    Raises:
-        TypeError, ValueError: The specification or a file is malformed, or has no example.
-        FileNotFoundError: A file is missing.
-    """
+    """Open the examples of a task, as `open_source` opens images with captions."""
     check("task", task, ExampleTask)
     if isinstance(spec, list | tuple):
         return _joined(spec, ConcatExamples, partial(open_examples, task, image_size=image_size))

@@ -10,6 +10,7 @@ resumed reader downloads this shard again and continues with exactly the next sa
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from queue import Queue
 from threading import Thread
 from typing import Any
@@ -25,6 +26,7 @@ from elip_models.pretraining.data.samples import Sample
 from elip_models.pretraining.data.streams import MAX_LOST_SHARDS, DownloadedShard, StreamSource
 
 
+@dataclass(eq=False)
 class StreamBatches(IterableDataset):
     """Batches of one rank: {"images": (B, 3, S, S), ..}, the output of `prepare` for each sample.
 
@@ -42,26 +44,23 @@ class StreamBatches(IterableDataset):
         ValueError: There are fewer shards than readers, and the stream is not resampled.
     """
 
-    def __init__(
-        self,
-        source: StreamSource,
-        prepare: Callable[[Sample, int, np.random.Generator], dict[str, Tensor]],
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-    ) -> None:
-        self.source, self.prepare, self.batch_size = source, prepare, batch_size
-        self.seed, self.rank, self.num_workers = seed, rank, num_workers
-        self.workers = max(1, num_workers)
-        self.readers = world_size * self.workers
-        if len(source.shards) < self.readers and not source.resample:
+    source: StreamSource
+    prepare: Callable[[Sample, int, np.random.Generator], dict[str, Tensor]]
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        self.workers = max(1, self.num_workers)
+        self.readers = self.world_size * self.workers
+        if len(self.source.shards) < self.readers and not self.source.resample:
             raise ValueError(
                 f"stream: expected at least {self.readers} shards, one for each reader (processes "
-                f"x workers: {world_size} x {self.workers}), got {len(source.shards)}; use fewer "
-                "processes, a lower data.num_workers, or resample: true"
+                f"x workers: {self.world_size} x {self.workers}), got {len(self.source.shards)}; "
+                "use fewer processes, a lower data.num_workers, or resample: true"
             )
         self.positions = [(0, 0)] * self.workers
         self.done = 0

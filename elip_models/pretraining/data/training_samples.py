@@ -12,10 +12,12 @@ the pass is the turn of a sample.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -27,14 +29,11 @@ from elip_models.pretraining.data.loader import (
     worker_options,
 )
 from elip_models.pretraining.data.read_errors import DataError
-from elip_models.pretraining.data.samples import Sample
+from elip_models.pretraining.data.samples import Example, ExampleSource, Sample, Source
 from elip_models.pretraining.data.tokenizer import tokenize
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import PreTrainedTokenizerBase
-
-    from elip_models.pretraining.data.samples import Example, ExampleSource, Source
 
 _MAX_TRIES = 1000  # so that an unreadable source fails before all of it is tried
 
@@ -108,6 +107,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return np.concatenate(parts)
 
 
+@dataclass(eq=False)
 class TrainingSamples(Dataset):
     """Dataset of prepared training samples, indexed by (turn, index).
 
@@ -116,14 +116,10 @@ class TrainingSamples(Dataset):
     If no sample can be read, it is a DataError. `seed` is that of all random choices.
     """
 
-    def __init__(
-        self,
-        source: "Source | ExampleSource",
-        prepare: "Callable[[Sample | Example, int, np.random.Generator], dict[str, Tensor]]",
-        *,
-        seed: int,
-    ) -> None:
-        self.source, self.prepare, self.seed = source, prepare, seed
+    source: Source | ExampleSource
+    prepare: Callable[[Sample | Example, int, np.random.Generator], dict[str, Tensor]]
+    _: KW_ONLY
+    seed: int
 
     def __len__(self) -> int:
         return len(self.source)
@@ -167,6 +163,7 @@ def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | 
     return stack_tensors(samples) | {"skipped": skipped}
 
 
+@dataclass(frozen=True)
 class ImageTextPreparation:
     """Preparation of an image and one of its captions.
 
@@ -184,29 +181,23 @@ class ImageTextPreparation:
             image, or of the same one if it has no other.
     """
 
-    def __init__(
-        self,
-        transform: "Callable[[Image.Image], Tensor]",
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        context_length: int,
-        captions: CaptionRule = "plain",
-        max_words: int = MAX_WORDS,
-        guide_captions: bool = False,
-    ) -> None:
-        self.transform, self.tokenizer = transform, tokenizer
-        self.context_length, self.guide_captions = context_length, guide_captions
-        self.captions, self.max_words = captions, max_words
+    transform: Callable[[Image.Image], Tensor]
+    tokenizer: "PreTrainedTokenizerBase"
+    _: KW_ONLY
+    context_length: int
+    captions: CaptionRule = "plain"
+    max_words: int = MAX_WORDS
+    guide_captions: bool = False
 
     def __call__(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Return the tensors of one sample; `rng` makes all random choices."""
         caption = sample.captions[rng.integers(len(sample.captions))]
         image = apply_seeded(self.transform, sample.image, rng)
-        text = self._tokenize(caption)
+        tensors = {"images": image, **self._tokenize(caption)}
         if self.guide_captions:
             guide = self._tokenize(other_caption(sample.captions, caption, rng))
-            text |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
-        return {"images": image, **text}
+            tensors |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
+        return tensors
 
     def _tokenize(self, caption: str) -> dict[str, Tensor]:
         cleaned = apply_caption_rule(caption, self.captions, self.max_words)
@@ -228,7 +219,7 @@ def other_caption(captions: Sequence[str], caption: str, rng: np.random.Generato
 
 
 def apply_seeded(
-    transform: "Callable[[Image.Image], Tensor]", image: "Image.Image", rng: np.random.Generator
+    transform: Callable[[Image.Image], Tensor], image: Image.Image, rng: np.random.Generator
 ) -> Tensor:
     """Return `transform(image)` with torch's CPU generator seeded by `rng`, then restored."""
     with torch.random.fork_rng(devices=[]):

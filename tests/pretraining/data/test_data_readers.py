@@ -12,7 +12,6 @@ from PIL import Image
 
 from elip_models.images import SampleError
 from elip_models.pretraining.data import (
-    EmojiScenes,
     JsonSource,
     ShardSource,
     Source,
@@ -20,7 +19,7 @@ from elip_models.pretraining.data import (
     open_source,
 )
 from tests.helpers.damage import shard
-from tests.helpers.scene_files import NUM_SHARDS, SCENES_A_SHARD, TEST_SCENES
+from tests.helpers.scene_files import TEST_SCENES
 
 
 def image_bytes(image_format: str = "PNG", mode: str = "RGB", colour="red") -> bytes:
@@ -48,14 +47,6 @@ def opened(spec: object) -> Source:
     return open_source(str(spec), image_size=16)
 
 
-def test_shards_hold_the_scenes_and_all_their_captions(scene_files):
-    source = opened(scene_files / "train-*.tar")
-    scenes = EmojiScenes(NUM_SHARDS * SCENES_A_SHARD, seed=1)
-    assert len(source) == len(scenes)
-    for index in range(len(source)):
-        assert source.captions(index) == scenes.captions(index)
-
-
 def test_a_list_and_a_shard_hold_the_same_samples(scene_files):
     listed, sharded = opened(scene_files / "test.json"), opened(scene_files / "test-0000.tar")
     assert len(listed) == len(sharded) == TEST_SCENES
@@ -64,12 +55,6 @@ def test_a_list_and_a_shard_hold_the_same_samples(scene_files):
         other = by_key[sample.id]
         assert sample.captions == other.captions
         assert sample.image.mode == "RGB" and sample.image.tobytes() == other.image.tobytes()
-
-
-def test_a_spec_of_emoji_scenes():
-    source = open_source("emoji_scenes:seed=3,size=7", image_size=24)
-    assert isinstance(source, EmojiScenes)
-    assert (len(source), source.seed, source[0].image.size) == (7, 3, (24, 24))
 
 
 def test_ranges_globs_folders_and_lists_name_the_same_shards(tmp_path):

@@ -19,7 +19,6 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural
 from elip_models.pretraining.data.scene_sampling import (
-    BACKGROUNDS,
     EMOJI,
     MAX_CLUTTER,
     Group,
@@ -243,21 +242,6 @@ def test_soft_scores_are_the_mean_of_the_metric_over_nine_of_ten(given, score):
     assert soft_scores({"a": given / 10}) == {"a": score}
 
 
-@pytest.mark.parametrize(
-    ("task", "spec", "message"),
-    [
-        ("vqa", "emoji_pairs:size=4", "expected emoji_questions or .*, got emoji_pairs, .* nlvr2"),
-        ("vqa", "emoji_questions", "spec: expected a size, got 'emoji_questions'"),
-        ("nlvr2", "emoji_pairs:size=4,colour=red", "expected the options .*, got 'colour'"),
-        ("nlvr2", "emoji_pairs:size=4,clutter=7", "clutter: expected an integer in .*, got 7"),
-        ("retrieval", "emoji_scenes:size=4", "task: expected one of 'vqa', .*, got 'retrieval'"),
-    ],
-)
-def test_bad_specs(task, spec, message):
-    with pytest.raises(ValueError, match=message):
-        open_examples(task, spec, image_size=16)
-
-
 def test_classes_are_examples_without_a_text():
     source = open_examples("classification", "emoji_classes:seed=2,size=70", image_size=24)
     assert source.answers == tuple(EMOJI)
@@ -266,15 +250,6 @@ def test_classes_are_examples_without_a_text():
     ]
     assert source[61] == source[61]._replace(text="", id="emoji_classes-2-61")
     assert source[61].images[0].size == (24, 24)
-
-
-def test_several_specs_are_one_source():
-    parts = [f"emoji_questions:seed={seed},size=4" for seed in (0, 1)]
-    joined = open_examples("vqa", parts, image_size=16)
-    alone = open_examples("vqa", parts[1:], image_size=16)
-    assert (len(joined), joined.answers) == (8, alone.answers)
-    assert joined[6] == alone[2]._replace(id=f"1/{alone[2].id}")
-    assert set(BACKGROUNDS) < set(joined.answers)
 
 
 def test_data_check_counts_the_answers(capsys):

@@ -314,17 +314,6 @@ def test_a_broken_annotation_or_answer_list_is_named(tmp_path):
             opened("vqa", spec)
 
 
-def test_a_missing_image_is_that_examples_error(tmp_path):
-    draw(tmp_path / "a.jpg")
-    entries = [{"image": name, "question": "b", "answer": "c"} for name in ("a.jpg", "no.jpg")]
-    answers = write(tmp_path / "list.json", ["c"])
-    source = opened("vqa", f"{write(tmp_path / 'q.json', entries)},answers={answers}")
-    assert source[0].text == "b"
-    with pytest.raises(SampleError, match=r"q\.json\[1\] no\.jpg: no such file"):
-        source[1]
-    assert [sample_id for sample_id, _ in check_source(source).reasons] == ["q.json[1] no.jpg"]
-
-
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
