@@ -8,16 +8,9 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.class_sources import ClassSource, open_classes
     from elip_models.pretraining.data.composition_files import CompositionExample, CompositionSource
     from elip_models.pretraining.data.derived_sources import MixedSource
-    from elip_models.pretraining.data.emoji_tasks import (
-        EmojiComposition,
-        EmojiEntailment,
-        EmojiPairs,
-        EmojiQuestions,
-    )
     from elip_models.pretraining.data.json_source import JsonSource
     from elip_models.pretraining.data.loader import (
         EvaluationBatch,
-        ExampleBatch,
         evaluation_batches,
         example_batches,
     )
@@ -30,7 +23,7 @@ with require_extra("elip_models.pretraining.data"):
         Sample,
         Source,
     )
-    from elip_models.pretraining.data.scenes import EmojiClasses, EmojiScenes, render
+    from elip_models.pretraining.data.scenes import EmojiScenes, render
     from elip_models.pretraining.data.shard_source import ShardSource
     from elip_models.pretraining.data.stream_batches import StreamBatches, stream_loader
     from elip_models.pretraining.data.streams import StreamSource, is_stream, open_stream
@@ -50,16 +43,10 @@ __all__ = [
     "CompositionExample",
     "CompositionSource",
     "DataError",
-    "EmojiClasses",
-    "EmojiComposition",
-    "EmojiEntailment",
-    "EmojiPairs",
-    "EmojiQuestions",
     "EmojiScenes",
     "EpochSampler",
     "EvaluationBatch",
     "Example",
-    "ExampleBatch",
     "ExampleSource",
     "ImageTextPreparation",
     "JsonSource",

@@ -160,7 +160,7 @@ def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> Cla
     Built-in images have `image_size` pixels. Classes whose names are numbers raise ValueError,
     unless `needs_names` is False, for a task without texts.
     """
-    options = built_in_options(spec, EmojiClasses.name, EmojiClasses)
+    options = built_in_options(spec, EmojiClasses)
     if options is not None:
         return EmojiClasses(**options, image_size=image_size)
     is_dataset = str(spec).startswith("datasets:")

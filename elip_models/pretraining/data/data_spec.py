@@ -87,19 +87,19 @@ def _check_options(options: Collection[str], allowed: Collection[str], spec: Spe
             )
 
 
-def built_in_options(spec: Spec, name: str, source: type) -> dict[str, Any] | None:
+def built_in_options(spec: Spec, source: type[Any]) -> dict[str, Any] | None:
     """Return {"seed": 0, "size": 100} for "NAME:seed=0,size=100", or None for other data.
 
-    An option that is no argument of the class `source` raises ValueError.
+    `source` is the class of the built-in data. Other options than its arguments raise ValueError.
     """
-    if not isinstance(spec, str) or spec.partition(":")[0].strip() != name:
+    if not isinstance(spec, str) or spec.partition(":")[0].strip() != source.name:
         return None
     parts = (part.partition("=") for part in spec.partition(":")[2].split(",") if part.strip())
     options = {option.strip(): _parse_value(value) for option, _, value in parts}
     known = [name for name in inspect.signature(source).parameters if name != "image_size"]
     _check_options(options, known, spec)
     if "size" not in options:
-        example = f"{name}:seed=0,size=500"
+        example = f"{source.name}:seed=0,size=500"
         raise ValueError(f"spec: expected a size, got {shortened(spec)}; write {example}")
     return options
 

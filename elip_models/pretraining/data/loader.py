@@ -18,7 +18,6 @@ from elip_models.pretraining.data.samples import (
     ExampleSource,
     Sample,
     Source,
-    check_not_empty,
 )
 from elip_models.validation import ConfigError, Count, check
 
@@ -173,7 +172,6 @@ def _readable(
     num_workers: int,
 ) -> Iterator[tuple[Tensor, list[Any], list[int]]]:
     """Yield the images, the items without images, and the indices of each readable batch."""
-    check_not_empty("source", source)
     report = SkipReport(length=len(source)) if report is None else report
     dataset, options = _Prepared(source, transform), worker_options(num_workers)
     first, is_readable = 0, False

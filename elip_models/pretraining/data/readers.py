@@ -49,7 +49,7 @@ from elip_models.pretraining.data.example_files import (
     vqa_examples,
 )
 from elip_models.pretraining.data.json_source import JsonSource
-from elip_models.pretraining.data.samples import ExampleSource, Source, check_not_empty
+from elip_models.pretraining.data.samples import ExampleSource, Source
 from elip_models.pretraining.data.scenes import EmojiData, EmojiScenes
 from elip_models.pretraining.data.shard_source import ShardSource
 from elip_models.pretraining.data.streams import is_stream, redacted
@@ -103,9 +103,14 @@ def open_composition(spec: Spec, *, image_size: int) -> CompositionSource:
 
 
 def _joined(specs: Sequence[Spec], join: type, open_one: Callable[[Spec], Any]) -> Any:
-    check_not_empty("spec", specs)
     sources = [open_one(spec) for spec in specs]
-    return sources[0] if len(sources) == 1 else join(sources)
+    return sources[0] if len(sources) == 1 else _not_empty(join(sources), specs)
+
+
+def _not_empty(source: Any, spec: Spec | Sequence[Spec]) -> Any:
+    if len(source) == 0:
+        raise ValueError(f"spec: expected at least one sample, got none in {shortened(spec)}")
+    return source
 
 
 def _read_captions(spec: FileSpec, files: list[Path], *, needs_captions: bool) -> Source:
@@ -144,7 +149,7 @@ def _open(kind: str, spec: Spec, image_size: int, **options: bool) -> Any:
     check("image_size", image_size, PositiveInt)
     expected = _KINDS[kind]
     for other, (built_in, *_) in _KINDS.items():
-        if (drawn := built_in_options(spec, built_in.name, built_in)) is None:
+        if (drawn := built_in_options(spec, built_in)) is None:
             continue
         if other != kind:
             got = f"{built_in.name}, which is for {other}"
@@ -152,9 +157,7 @@ def _open(kind: str, spec: Spec, image_size: int, **options: bool) -> Any:
         return built_in(**drawn, image_size=image_size)
     named = parse_files(spec, expected.options, f"{expected.built_in.name}:size=2000 or files")
     files = [file for path in named.files for file in _expand(path, expected.files)]
-    source = expected.read(named, files, **options)
-    check_not_empty("spec", source, spec)
-    return source
+    return _not_empty(expected.read(named, files, **options), spec)
 
 
 def _expand(path: str, pattern: str) -> list[Path]:

@@ -1,6 +1,5 @@
 """Samples, examples of downstream tasks, and the protocols of their sources."""
 
-from collections.abc import Sized
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -120,13 +119,6 @@ def clean_captions(value: Any) -> list[str]:
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise ValueError(f"caption: expected a text or a list of texts, got {shortened(value)}")
     return [collapsed for text in captions if (collapsed := " ".join(text.split()))]
-
-
-def check_not_empty(argument: str, value: Sized, spec: object = None) -> None:
-    """Raise ValueError if `value` is empty; the message names `argument` and `spec`."""
-    if len(value) == 0:
-        where = "" if spec is None else f" in {shortened(spec)}"
-        raise ValueError(f"{argument}: expected at least one sample, got none{where}")
 
 
 def check_index(index: int, length: int) -> None:

@@ -34,6 +34,7 @@ _MAX_PADDING = tarfile.RECORDSIZE + tarfile.BLOCKSIZE  # zeros that end a tar: f
 _COLUMNS = {name: Value("string") for name in ("key", "problem")}
 _COLUMNS |= {name: Value("int64") for name in ("shard", "offset", "size")}
 _COLUMNS |= {"captions": List(Value("string"))}
+_EMPTY = {"key": "", "offset": 0, "size": 0, "captions": [], "problem": ""}
 
 
 class ShardSource:
@@ -104,11 +105,7 @@ def _rows(shards: Sequence[tuple[int, str, *tuple[int, ...]]]) -> Iterator[dict[
                 for row in index_rows(file, path):
                     yield row | {"shard": number}
         except ValueError as error:
-            yield _row("") | {"problem": str(error), "shard": -1}
-
-
-def _row(key: str) -> dict[str, Any]:
-    return {"key": key, "offset": 0, "size": 0, "captions": [], "problem": ""}
+            yield _EMPTY | {"problem": str(error), "shard": -1}
 
 
 def index_rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
@@ -122,7 +119,7 @@ def index_rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
             `name`.
     """
     for key, members in _samples(file, name).items():
-        row = _row(key)
+        row = _EMPTY | {"key": key}
         try:
             row["captions"] = _captions(members, file)
         except (ValueError, RecursionError) as error:

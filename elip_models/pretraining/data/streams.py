@@ -67,9 +67,9 @@ def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) ->
             f"spec: expected samples, the number in an epoch, got {redacted(spec)!r}; "
             f"write {_FORM}, or append ,samples=1000000"
         )
-    urls = options["stream"]
-    urls = (urls,) if isinstance(urls, str) else tuple(urls)
-    return StreamSource(**options | {"stream": urls})
+    if isinstance(urls := options["stream"], str | list):
+        options["stream"] = (urls,) if isinstance(urls, str) else tuple(urls)
+    return StreamSource(**options)
 
 
 def _parse(spec: str) -> dict[str, Any]:

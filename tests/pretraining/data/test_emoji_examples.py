@@ -10,13 +10,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from elip_models.pretraining.data import (
-    EmojiEntailment,
-    EmojiPairs,
-    EmojiQuestions,
-    open_examples,
-    soft_scores,
-)
+from elip_models.pretraining.data import open_examples, soft_scores
+from elip_models.pretraining.data.emoji_tasks import EmojiEntailment, EmojiPairs, EmojiQuestions
 from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural
 from elip_models.pretraining.data.scene_sampling import (
     EMOJI,
