@@ -3,73 +3,56 @@
 from elip_models.validation import DataError, require_extra
 
 with require_extra("elip_models.pretraining.data"):
+    from elip_models.pretraining.data.answers import soft_scores
     from elip_models.pretraining.data.caption_rules import apply_caption_rule
-    from elip_models.pretraining.data.class_sources import (
-        ClassSource,
-        open_classes,
-    )
-    from elip_models.pretraining.data.examples import Example, ExampleSource, soft_scores
+    from elip_models.pretraining.data.class_sources import ClassSource, open_classes
+    from elip_models.pretraining.data.composition_files import CompositionExample, CompositionSource
+    from elip_models.pretraining.data.derived_sources import MixedSource
     from elip_models.pretraining.data.json_source import JsonSource
     from elip_models.pretraining.data.loader import (
-        EpochSampler,
         EvaluationBatch,
-        ExampleBatch,
         evaluation_batches,
         example_batches,
-        train_loader,
     )
-    from elip_models.pretraining.data.mixture import MixedSource
     from elip_models.pretraining.data.read_errors import SkipReport, check_source
     from elip_models.pretraining.data.readers import open_composition, open_examples, open_source
-    from elip_models.pretraining.data.sample import NamedMasks, Sample, Source
-    from elip_models.pretraining.data.scene_sampling import BACKGROUNDS, EMOJI, Group, Scene
-    from elip_models.pretraining.data.scenes import EmojiClasses, EmojiScenes, render
+    from elip_models.pretraining.data.samples import (
+        Example,
+        ExampleSource,
+        NamedMasks,
+        Sample,
+        Source,
+    )
+    from elip_models.pretraining.data.scenes import EmojiScenes, render
     from elip_models.pretraining.data.shard_source import ShardSource
     from elip_models.pretraining.data.stream_batches import StreamBatches, stream_loader
     from elip_models.pretraining.data.streams import StreamSource, is_stream, open_stream
-    from elip_models.pretraining.data.tasks.composition_files import (
-        CompositionExample,
-        CompositionSource,
-    )
-    from elip_models.pretraining.data.tasks.emoji_composition import EmojiComposition
-    from elip_models.pretraining.data.tasks.entailment import EmojiEntailment
-    from elip_models.pretraining.data.tasks.pairs import EmojiPairs
-    from elip_models.pretraining.data.tasks.questions import EmojiQuestions
-    from elip_models.pretraining.data.tasks.text_only import question_only_accuracy
     from elip_models.pretraining.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
     from elip_models.pretraining.data.training_samples import (
+        EpochSampler,
         ImageTextPreparation,
         TrainingSamples,
         apply_seeded,
         other_caption,
+        train_loader,
     )
     from elip_models.pretraining.data.transforms import image_transform
 
 __all__ = [
-    "BACKGROUNDS",
-    "EMOJI",
     "ClassSource",
     "CompositionExample",
     "CompositionSource",
     "DataError",
-    "EmojiClasses",
-    "EmojiComposition",
-    "EmojiEntailment",
-    "EmojiPairs",
-    "EmojiQuestions",
     "EmojiScenes",
     "EpochSampler",
     "EvaluationBatch",
     "Example",
-    "ExampleBatch",
     "ExampleSource",
-    "Group",
     "ImageTextPreparation",
     "JsonSource",
     "MixedSource",
     "NamedMasks",
     "Sample",
-    "Scene",
     "ShardSource",
     "SkipReport",
     "Source",
@@ -90,7 +73,6 @@ __all__ = [
     "open_source",
     "open_stream",
     "other_caption",
-    "question_only_accuracy",
     "render",
     "soft_scores",
     "stream_loader",

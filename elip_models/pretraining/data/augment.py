@@ -32,7 +32,6 @@ from PIL import Image, ImageEnhance, ImageOps
 RandAugmentPolicy = Literal["albef", "meter"]
 Operation = Callable[[Image.Image, float], Image.Image]
 """A function of an image and a signed strength."""
-MAX_MAGNITUDE = 10
 PROBABILITY = 0.5  # of applying an operation of 'albef'
 GREY = (128, 128, 128)
 

@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from elip_models.images import SampleError, decode_image
-from elip_models.pretraining.data.checks import check_index, existing_files, expand_user
-from elip_models.pretraining.data.data_spec import FileSpec, built_in_options, parse_files
-from elip_models.pretraining.data.examples import Example
+from elip_models.pretraining.data.data_spec import (
+    FileSpec,
+    built_in_options,
+    expand_user,
+    parse_files,
+)
 from elip_models.pretraining.data.json_files import read_json, validate
-from elip_models.pretraining.data.sample import Sample, Source
+from elip_models.pretraining.data.samples import Example, Sample, Source, check_index
 from elip_models.pretraining.data.scene_captions import with_article
 from elip_models.pretraining.data.scenes import EmojiClasses
 from elip_models.validation import shortened
@@ -36,9 +39,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Template = Callable[[str], str]
-_BUILT_IN, _DATASETS = "emoji_classes", "datasets"
 _FORMS = (
-    f"{_BUILT_IN}:size=600, {_DATASETS}:NAME_OR_FOLDER,split=test, or a folder with a folder of "
+    "emoji_classes:size=600, datasets:NAME_OR_FOLDER,split=test, or a folder with a folder of "
     "images per class"
 )
 
@@ -89,8 +91,7 @@ class LabelledImages:
                 f"split: expected one whose images all have a class, got {unknown} of "
                 f"{len(table)} without one in {name}; use another split, such as validation"
             )
-        classes = table.features[label].names
-        self.classes, self.names = _named_classes(classes, spec.names)
+        self.classes, self.names = _named_classes(table.features[label].names, spec.names)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -126,8 +127,7 @@ class LabelledImages:
 
 def _only_column(table: "Dataset", kind: type, name: str | None) -> str:
     """Return the column of a type: the one called `name`, or the only one."""
-    features = table.features.items()
-    columns = [column for column, feature in features if isinstance(feature, kind)]
+    columns = [column for column, feature in table.features.items() if isinstance(feature, kind)]
     chosen = [column for column in columns if name in (None, column)]
     if len(chosen) != 1:
         wanted = f"one column of {kind.__name__}" + (f" named {name!r}" if name else "")
@@ -140,8 +140,7 @@ class ClassExamples:
     """An `ExampleSource` of images without text, whose `answers` are the classes."""
 
     def __init__(self, source: ClassSource) -> None:
-        self.source = source
-        self.answers = source.classes
+        self.source, self.answers = source, source.classes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -158,26 +157,18 @@ class ClassExamples:
 def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> ClassSource:
     """Open the images that `spec` names, see the top of this file.
 
-    Args:
-        spec: Built-in images, a folder, or a dataset of the hub.
-        image_size: Size in pixels of built-in images.
-        needs_names: False: for a task without texts, whose classes may be numbers.
-
-    Raises:
-        TypeError, ValueError: The specification is malformed, or the names of the classes are
-            numbers.
-        FileNotFoundError: There is no such folder or dataset.
+    Built-in images have `image_size` pixels. Classes whose names are numbers raise ValueError,
+    unless `needs_names` is False, for a task without texts.
     """
-    options = built_in_options(spec, _BUILT_IN, EmojiClasses)
+    options = built_in_options(spec, EmojiClasses)
     if options is not None:
         return EmojiClasses(**options, image_size=image_size)
-    prefix, _, dataset = str(spec).partition(":")
-    is_dataset = prefix == _DATASETS
+    is_dataset = str(spec).startswith("datasets:")
     allowed = ("split", "label", "names") if is_dataset else ("names",)
-    named = parse_files(dataset if is_dataset else spec, allowed, _FORMS)
+    named = parse_files(spec.removeprefix("datasets:") if is_dataset else spec, allowed, _FORMS)
     if len(named.files) != 1 or (is_dataset and named.split is None):
         raise ValueError(f"spec: expected {_FORMS}, got {shortened(spec)}")
-    source = _open_dataset(named) if is_dataset else _open_folder(named)
+    source = _read_dataset(named) if is_dataset else _read_folder(named)
     if needs_names and all(name.isdecimal() for name in source.names):
         shown = ", ".join(source.names[:3])
         raise ValueError(
@@ -188,8 +179,7 @@ def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> Cla
     return source
 
 
-def _open_dataset(spec: FileSpec) -> LabelledImages:
-    """Open a dataset of the hub, or a folder of parquet files."""
+def _read_dataset(spec: FileSpec) -> LabelledImages:
     from datasets import load_dataset
 
     path = expand_user(spec.files[0])
@@ -197,8 +187,7 @@ def _open_dataset(spec: FileSpec) -> LabelledImages:
     return LabelledImages(table, f"{path.name}-{spec.split}", spec)
 
 
-def _open_folder(spec: FileSpec) -> LabelledImages:
-    """Open a folder that has one folder of images for each class."""
+def _read_folder(spec: FileSpec) -> LabelledImages:
     # `load_dataset("imagefolder")` would take a class called "train" or "test" for a split.
     from datasets import ClassLabel, Dataset, Features, Image
     from torchvision.datasets import ImageFolder
@@ -218,29 +207,34 @@ def _named_classes(
     """Return the classes and their names, by "imagenet", a JSON file, or None."""
     from timm.data import ImageNetInfo
 
-    imagenet = ImageNetInfo("imagenet-1k")
-    ids = imagenet.label_names()
+    ids = ImageNetInfo("imagenet-1k").label_names()
     if source == "imagenet":
         numbers = {str(number): name for number, name in enumerate(ids)}
         classes = [numbers.get(name, name) for name in classes]
     if source not in (None, "imagenet"):
-        (file,) = existing_files("names", expand_user(source))
-        listed = read_json(file, 'a JSON object {"class": "name", ..} or a list')
-        if isinstance(listed, list):
-            listed = {str(number): name for number, name in enumerate(listed)}
-        names = validate(dict[str, str], listed, str(file))
+        file = expand_user(source)
+        names = read_json(file, 'a JSON object {"class": "name", ..} or a list')
+        if isinstance(names, list):
+            names = {str(number): name for number, name in enumerate(names)}
+        names = validate(dict[str, str], names, str(file))
     elif source is None and not set(classes) <= set(ids):
         names = {name: name.replace("_", " ") for name in classes}
-    elif find_spec("open_clip") is None:
-        texts = (text.partition(",")[0] for text in imagenet.label_descriptions())
-        names = dict(zip(ids, texts, strict=True))
     else:
-        from open_clip import IMAGENET_CLASSNAMES
-
-        names = dict(zip(ids, IMAGENET_CLASSNAMES, strict=True))
+        names = dict(zip(ids, _imagenet_names(), strict=True))
     if missing := [name for name in classes if name not in names]:
         raise ValueError(
             f"names: expected a name for each of the {len(classes)} classes, got none for "
             f"{shortened(missing[0])} in {source}; add it to a JSON file of names"
         )
     return tuple(classes), tuple(names[name] for name in classes)
+
+
+def _imagenet_names() -> Sequence[str]:
+    if find_spec("open_clip") is None:
+        from timm.data import ImageNetInfo
+
+        texts = ImageNetInfo("imagenet-1k").label_descriptions()
+        return [text.partition(",")[0] for text in texts]
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return IMAGENET_CLASSNAMES

@@ -9,24 +9,24 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from elip_models.pretraining.data.json_files import validate
 from elip_models.validation import did_you_mean, shortened
 
 Spec = str | Mapping[str, Any]
 """One line, or a mapping with the fields of `FileSpec`."""
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+_MAX_NAMES = 10**6
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class FileSpec(BaseModel):
+class FileSpec(BaseModel, frozen=True):
     """Data files and how to read them.
 
     Args:
@@ -40,9 +40,9 @@ class FileSpec(BaseModel):
         names: Names of the classes: "imagenet" or a JSON file. None: see `class_sources`.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    files: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(min_length=1)
+    files: Annotated[
+        tuple[str, ...], BeforeValidator(lambda files: [files] if isinstance(files, str) else files)
+    ]
     images: str | None = None
     split: str | None = None
     answers: str | None = None
@@ -51,11 +51,7 @@ class FileSpec(BaseModel):
     names: str | None = None
 
 
-_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
-_MAX_NAMES = 10**6
-
-
-def parse_files(spec: Spec, allowed: Collection[str], expected: str = "files") -> FileSpec:
+def parse_files(spec: Spec, allowed: Collection[str], expected: str) -> FileSpec:
     """Parse a specification of files, with no options except those `allowed`.
 
     In the one-line form, every part that is not an option is a file name. A file name that contains
@@ -65,11 +61,7 @@ def parse_files(spec: Spec, allowed: Collection[str], expected: str = "files") -
     if not isinstance(spec, str | Mapping):
         raise TypeError(f"spec: expected a text or a mapping, got {shortened(spec)}")
     fields = dict(spec) if isinstance(spec, Mapping) else _parse_line(spec)
-    for name in fields.keys() - {"files", *allowed}:
-        raise ValueError(
-            f"spec: expected the options {', '.join(allowed)}, got {shortened(name)} in "
-            f"{shortened(spec)}{did_you_mean(name, allowed)}"
-        )
+    _check_options(fields.keys() - {"files"}, allowed, spec)
     if not fields.get("files"):
         raise ValueError(f"spec: expected {expected}, got {shortened(spec)}")
     return validate(FileSpec, fields, "spec")
@@ -86,23 +78,28 @@ def _parse_line(spec: str) -> dict[str, Any]:
     return fields
 
 
-def built_in_options(spec: Spec, name: str, source: type) -> dict[str, Any] | None:
+def _check_options(options: Collection[str], allowed: Collection[str], spec: Spec) -> None:
+    for name in options:
+        if name not in allowed:
+            raise ValueError(
+                f"spec: expected the options {', '.join(allowed)}, got {shortened(name)} in "
+                f"{shortened(spec)}{did_you_mean(name, allowed)}"
+            )
+
+
+def built_in_options(spec: Spec, source: type[Any]) -> dict[str, Any] | None:
     """Return {"seed": 0, "size": 100} for "NAME:seed=0,size=100", or None for other data.
 
-    An option that is no argument of the class `source` raises ValueError.
+    `source` is the class of the built-in data. Other options than its arguments raise ValueError.
     """
-    if not isinstance(spec, str) or spec.partition(":")[0].strip() != name:
+    if not isinstance(spec, str) or spec.partition(":")[0].strip() != source.name:
         return None
     parts = (part.partition("=") for part in spec.partition(":")[2].split(",") if part.strip())
     options = {option.strip(): _parse_value(value) for option, _, value in parts}
     known = [name for name in inspect.signature(source).parameters if name != "image_size"]
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(
-            f"spec: expected the options {', '.join(known)}, got {shortened(unknown[0])} in "
-            f"{shortened(spec)}{did_you_mean(unknown[0], known)}"
-        )
+    _check_options(options, known, spec)
     if "size" not in options:
-        example = f"{name}:seed=0,size=500"
+        example = f"{source.name}:seed=0,size=500"
         raise ValueError(f"spec: expected a size, got {shortened(spec)}; write {example}")
     return options
 
@@ -124,13 +121,27 @@ def expand_ranges(path: str) -> Iterator[str]:
     bounds = [*zip(parts[1::3], parts[2::3], strict=True)]
     ranges = [range(int(first), int(last) + 1) for first, last in bounds]
     count = math.prod(float(len(numbers)) for numbers in ranges)
-    if count > _MAX_NAMES or not all(ranges):
-        kind = "rising ranges" if count else "a rising range"
+    if not 0 < count <= _MAX_NAMES:
         raise ValueError(
-            f"spec: expected {kind} of at most {_MAX_NAMES} names in all, got {count:.4g} names "
-            f"in {shortened(path)}"
+            f"spec: expected rising ranges of at most {_MAX_NAMES} names in all, got {count:.4g} "
+            f"names in {shortened(path)}"
         )
     for numbers in itertools.product(*ranges):
         pairs = zip(numbers, bounds, strict=True)
         names = (f"{number:0{len(first)}d}" for number, (first, _) in pairs)
         yield "".join(itertools.chain(*zip(parts[::3], [*names, ""], strict=True)))
+
+
+def expand_user(path: str | Path) -> Path:
+    """Return the path with ~ and ~user expanded. Raises FileNotFoundError for an unknown user."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise FileNotFoundError(
+            f"{path}: expected ~ or the ~name of a known user; write ./{path} for a file"
+        )
+    return Path(expanded)
+
+
+def path_list(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return one path or several as a list."""
+    return [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]

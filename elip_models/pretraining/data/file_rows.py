@@ -4,7 +4,6 @@
 """
 
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +21,9 @@ from pydantic import (
 )
 
 from elip_models.images import decode_image
-from elip_models.pretraining.data.checks import check_index, expand_user
-from elip_models.pretraining.data.json_files import read_json, validate
+from elip_models.pretraining.data.data_spec import expand_user
+from elip_models.pretraining.data.json_files import validate
+from elip_models.pretraining.data.samples import check_index
 from elip_models.validation import shortened
 
 
@@ -100,30 +100,22 @@ class FileRow(BaseModel):
             row = row | {"images": [f"{pair}-img0.png", f"{pair}-img1.png"]}
         return row
 
-    @property
-    def text(self) -> str:
-        """Return the only text of the row."""
-        return " ".join(self.texts)
-
     def paths(self) -> list[str]:
         """Return the paths of the images below the folder of images."""
         return [f"{self.folder}/{image}" if self.folder else image for image in self.images]
 
 
-def read_rows(file: Path, *keys: str, images: int = 1) -> dict[int | str, FileRow]:
-    """Return the rows of a file by their positions, or by their keys in an object of rows.
+def read_rows(
+    data: Any, where: str | Path, *keys: str, images: int = 1
+) -> dict[int | str, FileRow]:
+    """Return the rows of JSON data by their positions, or by their keys in an object of rows.
 
     Args:
-        file: A JSON list or object of rows, or one row per line.
+        data: A list or object of rows, or one row.
+        where: The file and the place of the data in it, for errors.
         keys: Each row has one of these keys.
         images: Number of images of each row.
     """
-    data = read_json(file, f"rows with the key {' or '.join(keys)}")
-    return as_rows(data, str(file), *keys, images=images)
-
-
-def as_rows(data: Any, where: str, *keys: str, images: int = 1) -> dict[int | str, FileRow]:
-    """Return the rows of a list or object, see `read_rows`; `where` begins the errors."""
     expected = f"the key {' or '.join(keys)}"
     if isinstance(data, dict) and not data.keys().isdisjoint(keys):  # a file of one line
         data = [data]
@@ -133,7 +125,7 @@ def as_rows(data: Any, where: str, *keys: str, images: int = 1) -> dict[int | st
     for place, entry in entries.items():
         if not isinstance(entry, dict) or entry.keys().isdisjoint(keys):
             raise ValueError(f"{where}[{place}]: expected {expected}, got {shortened(entry)}")
-    rows = validate(dict[int | str, FileRow], entries, where)
+    rows = validate(dict[int | str, FileRow], entries, str(where))
     for place, row in rows.items():
         if len(row.images) != images:
             got = row.images or shortened(entries[place])
@@ -141,29 +133,30 @@ def as_rows(data: Any, where: str, *keys: str, images: int = 1) -> dict[int | st
     return rows
 
 
+def image_folder(images: str | Path | None, file: Path) -> Path:
+    """Return the folder `images`, or by default the folder of the file."""
+    return file.parent if images is None else expand_user(images)
+
+
+def stored_row(
+    row: FileRow, file: Path, place: int | str, images: str | Path | None
+) -> dict[str, Any]:
+    """Return what all sources of files store of a row; paths are below the folder `images`."""
+    folder = image_folder(images, file)
+    paths = [str(folder / path) for path in row.paths()]
+    return {"place": f"{file.name}[{place}]", "images": paths, "id": row.id, "split": row.split}
+
+
 class StoredRows:
     """Base of the sources of files; also a `SharedImages`.
 
-    Arrow holds the rows, so that worker processes share their memory. A row has the number of its
-    "file", its "place" in it, and "images", relative paths.
-
-    Args:
-        files: The files.
-        image_root: Folder of the images. None: the folder of each file.
-        rows: The rows. An image without suffix is a .jpg or a .png file.
-        split: Only the rows of a split ("testA"), or of several ("train+restval").
+    Arrow holds the rows, so that worker processes share their memory. A row has its "place", such
+    as "list.json[3]", and "images", paths. An image without suffix is a .jpg or a .png file.
+    `split` keeps only the rows of a split ("testA"), or of several ("train+restval").
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        image_root: str | Path | None,
-        rows: list[dict[str, Any]],
-        split: str | None = None,
-    ) -> None:
-        self._files = files
-        self._root = None if image_root is None else expand_user(image_root)
-        self._rows = Dataset.from_list(_of_split(rows, split))
+    def __init__(self, rows: list[dict[str, Any]], split: str | None = None) -> None:
+        self._rows = Dataset.from_list(rows if split is None else _of_split(rows, split))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,41 +169,28 @@ class StoredRows:
     @cached_property
     def _image_numbers(self) -> list[int]:
         first: dict[tuple[str, ...], int] = {}
-        folders = [str(self._folder(file)) for file in range(len(self._files))]
-        columns = zip(self._rows["file"][:], self._rows["images"][:], strict=True)
-        images = ((folders[file], *images) for file, images in columns)
-        return [first.setdefault(key, number) for number, key in enumerate(images)]
+        images = map(tuple, self._rows["images"][:])
+        return [first.setdefault(paths, number) for number, paths in enumerate(images)]
 
     def _row(self, index: int) -> dict[str, Any]:
         check_index(index, len(self))
         return self._rows[index]
 
-    def _folder(self, file: int) -> Path:
-        return self._files[file].parent if self._root is None else self._root
-
-    def _name(self, row: dict[str, Any]) -> str:
-        return f"{self._files[row['file']].name}[{row['place']}]"
-
-    def _paths(self, row: dict[str, Any]) -> list[Path]:
-        return [existing_image(self._folder(row["file"]) / image) for image in row["images"]]
-
     def _images(self, row: dict[str, Any]) -> tuple[Image.Image, ...]:
         """Decode the images of a row; raise SampleError for one that cannot be read."""
-        paths = self._paths(row)
-        return tuple(decode_image(path, f"{self._name(row)} {path.name}") for path in paths)
+        paths = map(existing_image, row["images"])
+        return tuple(decode_image(path, f"{row['place']} {path.name}") for path in paths)
 
 
-def existing_image(path: Path) -> Path:
+def existing_image(image: str) -> Path:
     """Return the path of an image, with .jpg or .png if it has no suffix, whichever exists."""
-    if path.suffix:
-        return path
-    paths = [Path(f"{path}{suffix}") for suffix in (".jpg", ".png", "")]
-    return next((named for named in paths if os.path.isfile(named)), paths[0])
+    if Path(image).suffix:
+        return Path(image)
+    paths = [Path(f"{image}{suffix}") for suffix in (".jpg", ".png", "")]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
-def _of_split(rows: list[dict[str, Any]], split: str | None) -> list[dict[str, Any]]:
-    if split is None:
-        return rows
+def _of_split(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
     wanted, known = set(split.split("+")), {row["split"] for row in rows}
     if absent := sorted(wanted - known):
         names = " or ".join(sorted(known - {""})) or "none, since the files have none"

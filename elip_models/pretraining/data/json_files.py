@@ -17,31 +17,7 @@ def read_json(file: Path, expected: str) -> Any:
     Raises:
         ValueError: It is invalid; the message names what is `expected`.
     """
-    return _parse(file.read_bytes(), str(file), expected)
-
-
-def parse_entries(content: bytes, file: str, expected: str) -> list[Any]:
-    """Return the entries in the content of a JSON list or of a JSON Lines file."""
-    entries = _parse(content, file, expected)
-    if isinstance(entries, dict):  # one line
-        return [entries]
-    if not isinstance(entries, list):
-        raise ValueError(f"{file}: expected {expected}, got {shortened(entries)}")
-    return entries
-
-
-def validate(kind: type[Kind], value: Any, where: str) -> Kind:
-    """Return `value` as a pydantic type; raise ValueError for the first mistake, after `where`."""
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        place = "".join(f"[{part}]" for part in mistake["loc"])
-        got = shortened(mistake["input"])
-        raise ValueError(f"{where}{place}: {mistake['msg']}, got {got}") from error
-
-
-def _parse(content: bytes, file: str, expected: str) -> Any:
+    content = file.read_bytes()
     lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
     is_lines = len(lines) > 1 and all(line.startswith(b"{") for line in lines[:2])
     try:
@@ -58,3 +34,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entry) < len(pairs):
         raise ValueError(f"an object has a key twice, of {shortened([key for key, _ in pairs])}")
     return entry
+
+
+def validate(kind: type[Kind], value: Any, where: str) -> Kind:
+    """Return `value` as a pydantic type; raise ValueError for the first mistake, after `where`."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" for part in mistake["loc"])
+        got = shortened(mistake["input"])
+        raise ValueError(f"{where}{place}: {mistake['msg']}, got {got}") from error

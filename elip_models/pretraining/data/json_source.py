@@ -18,14 +18,20 @@ from typing import Any
 import numpy as np
 
 from elip_models.images import SampleError, open_image_file
-from elip_models.pretraining.data.checks import existing_files
-from elip_models.pretraining.data.file_rows import FileRow, StoredRows, as_rows
+from elip_models.pretraining.data.data_spec import path_list
+from elip_models.pretraining.data.file_rows import (
+    FileRow,
+    StoredRows,
+    existing_image,
+    read_rows,
+    stored_row,
+)
 from elip_models.pretraining.data.json_files import read_json
-from elip_models.pretraining.data.sample import Sample, clean_captions
+from elip_models.pretraining.data.samples import Sample, clean_captions
 
 
 class JsonSource(StoredRows):
-    """A `Source` over one or several JSON files; also `NamedMasks` and `SharedImages`.
+    """A `Source` over JSON files; also `NamedMasks` and `SharedImages`.
 
     The id of a sample is its "image_id" or image path in a list, COCO's id, or Karpathy's "imgid".
     Entries with the same path share one image. A missing or damaged image and a missing caption
@@ -39,7 +45,6 @@ class JsonSource(StoredRows):
             files of test images of COCO and NoCaps.
 
     Raises:
-        FileNotFoundError: A file is missing.
         ValueError: A file has none of the formats.
     """
 
@@ -51,15 +56,15 @@ class JsonSource(StoredRows):
         split: str | None = None,
         needs_captions: bool = True,
     ) -> None:
-        files = existing_files("paths", paths)
-        rows = [row for number, file in enumerate(files) for row in _read(number, file)]
-        super().__init__(files, image_root, rows, split)
+        super().__init__(
+            [row for file in path_list(paths) for row in _read(file, image_root)], split
+        )
         self._needs_captions = needs_captions
 
     def __getitem__(self, index: int) -> Sample:
         row = self._row(index)
         if self._needs_captions and not row["captions"]:
-            raise SampleError(f"{self._name(row)} {row['images'][0]}", "no caption")
+            raise SampleError(f"{row['place']} {Path(row['images'][0]).name}", "no caption")
         (image,) = self._images(row)
         return Sample(image, tuple(row["captions"]), row["id"])
 
@@ -75,7 +80,7 @@ class JsonSource(StoredRows):
     def named_mask(self, index: int, caption: int) -> np.ndarray:
         """Return (H, W) bool, true inside the boxes of one caption; all false if it has none."""
         row = self._row(index)
-        with open_image_file(self._paths(row)[0], self._name(row)) as image:
+        with open_image_file(existing_image(row["images"][0]), row["place"]) as image:
             mask = np.zeros((image.height, image.width), dtype=bool)
         for left, top, width, height in row["boxes"][caption] if row["boxes"] else ():
             rows = slice(max(0, round(top)), max(0, round(top + height)))
@@ -83,26 +88,25 @@ class JsonSource(StoredRows):
         return mask
 
 
-def _read(number: int, file: Path) -> Iterator[dict[str, Any]]:
+def _read(file: Path, image_root: str | Path | None) -> Iterator[dict[str, Any]]:
     for place, row in _images(file).items():
         captions, (path,) = clean_captions(row.texts), row.paths()
         if len(row.boxes) not in (0, len(captions)):
             wanted = f"a list for each of {len(captions)} captions"
             raise ValueError(f"{file}[{place}][boxes]: expected {wanted}, got {len(row.boxes)}")
-        names = {"file": number, "place": str(place), "images": [path], "id": row.id or path}
-        texts = {"captions": captions, "split": row.split, "domain": row.category}
-        yield names | texts | {"boxes": row.boxes}
+        texts = {"captions": captions, "domain": row.category, "boxes": row.boxes}
+        yield stored_row(row, file, place, image_root) | texts | {"id": row.id or path}
 
 
 def _images(file: Path) -> dict[int | str, FileRow]:
     """Return the images of a file, with the captions of COCO's annotations."""
     data = read_json(file, "a list of images with captions, or a file of Karpathy or COCO")
     if not isinstance(data, dict) or "images" not in data:
-        return as_rows(data, str(file), "caption")
-    images = as_rows(data["images"], f"{file}[images]", "filename", "file_name")
+        return read_rows(data, file, "caption")
+    images = read_rows(data["images"], f"{file}[images]", "filename", "file_name")
     captions: dict[str, list[str]] = defaultdict(list)
     annotations = data.get("annotations", [])
-    for annotation in as_rows(annotations, f"{file}[annotations]", "caption", images=0).values():
+    for annotation in read_rows(annotations, f"{file}[annotations]", "caption", images=0).values():
         captions[annotation.image_id] += annotation.texts
     for image in images.values():
         image.texts += captions.pop(image.id, [])

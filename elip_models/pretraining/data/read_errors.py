@@ -2,23 +2,21 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from elip_models.images import SampleError
-from elip_models.pretraining.data.examples import ExampleSource
-from elip_models.pretraining.data.sample import Source
-from elip_models.validation import DataError, PositiveInt, Share, check
-
-DEFAULT_MAX_BAD_SHARE = 0.05
+from elip_models.pretraining.data.samples import ExampleSource, Source
+from elip_models.validation import DataError
 
 _MIN_SAMPLES = 100  # the share of fewer samples is too uncertain to stop a run
 _EXAMPLES = 5
-
 
 Skipped = tuple[str, str] | tuple[str, str, int]
 """Id of a sample and the reason why it cannot be read, with its index in a source that has one."""
 
 
+@dataclass
 class SkipReport:
     """Count of the samples that could not be read, among all samples tried.
 
@@ -36,20 +34,13 @@ class SkipReport:
         reasons: Id of each unreadable sample and the reason, in the order of reading.
     """
 
-    def __init__(
-        self,
-        max_bad_share: float = DEFAULT_MAX_BAD_SHARE,
-        *,
-        length: int | None = None,
-        what: str = "samples",
-    ) -> None:
-        check("max_bad_share", max_bad_share, Share)
-        self.max_bad_share = max_bad_share
-        self.length = length
-        self.what = what
-        self.seen = 0
-        self.reasons: list[tuple[str, str]] = []
-        self._indices: set[int] = set()
+    max_bad_share: float = 0.05
+    _: KW_ONLY
+    length: int | None = None
+    what: str = "samples"
+    seen: int = field(default=0, init=False)
+    reasons: list[tuple[str, str]] = field(default_factory=list, init=False)
+    _indices: set[int] = field(default_factory=set, init=False)
 
     @property
     def share(self) -> float:
@@ -91,17 +82,15 @@ class SkipReport:
         )
 
 
-def check_source(source: Source, limit: int | None = None) -> SkipReport:
+def check_source(source: Source | ExampleSource, limit: int | None = None) -> SkipReport:
     """Read every sample, or the first `limit`, and report those that cannot be read."""
-    check("limit", limit, PositiveInt | None)
     report = SkipReport(length=len(source))
-    for index in range(len(source) if limit is None else min(limit, len(source))):
-        skipped = []
+    for index in range(len(source))[:limit]:
         try:
             source[index]
         except SampleError as error:
-            skipped.append((error.id, error.reason, index))
-        report.record(skipped, 1)
+            report.record([(error.id, error.reason)], 0)
+        report.seen += 1
     return report
 
 

@@ -25,33 +25,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from elip_models.pretraining.data.checks import check_not_empty, expand_user
 from elip_models.pretraining.data.class_sources import ClassExamples, open_classes
+from elip_models.pretraining.data.composition_files import CompositionFiles, CompositionSource
 from elip_models.pretraining.data.data_spec import (
     FileSpec,
     Spec,
     built_in_options,
     expand_ranges,
+    expand_user,
     parse_files,
 )
-from elip_models.pretraining.data.examples import ExampleSource
-from elip_models.pretraining.data.json_source import JsonSource
-from elip_models.pretraining.data.mixture import ConcatExamples, MixedSource
-from elip_models.pretraining.data.sample import Source
-from elip_models.pretraining.data.scenes import EmojiScenes
-from elip_models.pretraining.data.shard_source import ShardSource
-from elip_models.pretraining.data.streams import is_stream, redacted
-from elip_models.pretraining.data.tasks.composition_files import CompositionFiles, CompositionSource
-from elip_models.pretraining.data.tasks.emoji_composition import EmojiComposition
-from elip_models.pretraining.data.tasks.emoji_grounding import EmojiGrounding
-from elip_models.pretraining.data.tasks.entailment import EmojiEntailment
-from elip_models.pretraining.data.tasks.file_examples import (
+from elip_models.pretraining.data.derived_sources import ConcatExamples, MixedSource
+from elip_models.pretraining.data.emoji_tasks import (
+    EmojiComposition,
+    EmojiEntailment,
+    EmojiGrounding,
+    EmojiPairs,
+    EmojiQuestions,
+)
+from elip_models.pretraining.data.example_files import (
     grounding_examples,
     labelled_examples,
     vqa_examples,
 )
-from elip_models.pretraining.data.tasks.pairs import EmojiPairs
-from elip_models.pretraining.data.tasks.questions import EmojiQuestions
+from elip_models.pretraining.data.json_source import JsonSource
+from elip_models.pretraining.data.samples import ExampleSource, Source
+from elip_models.pretraining.data.scenes import EmojiData, EmojiScenes
+from elip_models.pretraining.data.shard_source import ShardSource
+from elip_models.pretraining.data.streams import is_stream, redacted
 from elip_models.validation import PositiveInt, check, shortened
 
 ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification", "grounding"]
@@ -74,10 +75,8 @@ def open_source(
         FileNotFoundError: No file matches.
     """
     if isinstance(spec, list | tuple):
-        check_not_empty("spec", spec)
         options = {"image_size": image_size, "needs_captions": needs_captions}
-        sources = [open_source(part, **options) for part in spec]
-        return sources[0] if len(sources) == 1 else MixedSource(sources)
+        return _joined(spec, MixedSource, partial(open_source, **options))
     if is_stream(spec):
         raise ValueError(
             f"spec: expected data on disk, whose samples can be counted, got {redacted(spec)!r}; "
@@ -89,22 +88,10 @@ def open_source(
 def open_examples(
     task: ExampleTask, spec: Spec | Sequence[Spec], *, image_size: int
 ) -> ExampleSource:
-    """Open the examples of a task, see the top of this file.
-
-    Args:
-        task: Name of the task.
-        spec: One line, a mapping, or a list of them, which are concatenated.
-        image_size: Size in pixels of built-in images. Stored images keep their size.
-
-    Raises:
-        TypeError, ValueError: The specification or a file is malformed, or has no example.
-        FileNotFoundError: A file is missing.
-    """
+    """Open the examples of a task, as `open_source` opens images with captions."""
     check("task", task, ExampleTask)
     if isinstance(spec, list | tuple):
-        check_not_empty("spec", spec)
-        sources = [open_examples(task, part, image_size=image_size) for part in spec]
-        return sources[0] if len(sources) == 1 else ConcatExamples(sources)
+        return _joined(spec, ConcatExamples, partial(open_examples, task, image_size=image_size))
     if task == "classification":
         return ClassExamples(open_classes(spec, image_size=image_size, needs_names=False))
     return _open(task, spec, image_size)
@@ -113,6 +100,17 @@ def open_examples(
 def open_composition(spec: Spec, *, image_size: int) -> CompositionSource:
     """Open a compositional benchmark; the arguments and errors are those of `open_examples`."""
     return _open("composition", spec, image_size)
+
+
+def _joined(specs: Sequence[Spec], join: type, open_one: Callable[[Spec], Any]) -> Any:
+    sources = [open_one(spec) for spec in specs]
+    return sources[0] if len(sources) == 1 else _not_empty(join(sources), specs)
+
+
+def _not_empty(source: Any, spec: Spec | Sequence[Spec]) -> Any:
+    if len(source) == 0:
+        raise ValueError(f"spec: expected at least one sample, got none in {shortened(spec)}")
+    return source
 
 
 def _read_captions(spec: FileSpec, files: list[Path], *, needs_captions: bool) -> Source:
@@ -131,40 +129,35 @@ def _read_captions(spec: FileSpec, files: list[Path], *, needs_captions: bool) -
 class _Kind(NamedTuple):
     """The built-in data, the reader of files with its options, and the files of a folder."""
 
-    name: str
-    built_in: Callable[..., Any]
+    built_in: type[EmojiData]
     read: Callable[..., Any]
     options: tuple[str, ...] = ("images",)
     files: str = "*.json"
 
 
 _KINDS = {
-    "captions": _Kind("emoji_scenes", EmojiScenes, _read_captions, ("images", "split"), "*.tar"),
-    "vqa": _Kind("emoji_questions", EmojiQuestions, vqa_examples, ("images", "answers", "weight")),
-    "entailment": _Kind(
-        "emoji_entailment", EmojiEntailment, partial(labelled_examples, "entailment")
-    ),
-    "nlvr2": _Kind("emoji_pairs", EmojiPairs, partial(labelled_examples, "nlvr2")),
-    "grounding": _Kind("emoji_grounding", EmojiGrounding, grounding_examples, ("images", "split")),
-    "composition": _Kind("emoji_composition", EmojiComposition, CompositionFiles),
+    "captions": _Kind(EmojiScenes, _read_captions, ("images", "split"), "*.tar"),
+    "vqa": _Kind(EmojiQuestions, vqa_examples, ("images", "answers", "weight")),
+    "entailment": _Kind(EmojiEntailment, partial(labelled_examples, "entailment")),
+    "nlvr2": _Kind(EmojiPairs, partial(labelled_examples, "nlvr2")),
+    "grounding": _Kind(EmojiGrounding, grounding_examples, ("images", "split")),
+    "composition": _Kind(EmojiComposition, CompositionFiles),
 }
 
 
 def _open(kind: str, spec: Spec, image_size: int, **options: bool) -> Any:
     check("image_size", image_size, PositiveInt)
-    chosen = _KINDS[kind]
-    for other, (name, built_in, *_) in _KINDS.items():
-        if (drawn := built_in_options(spec, name, built_in)) is None:
+    expected = _KINDS[kind]
+    for other, (built_in, *_) in _KINDS.items():
+        if (drawn := built_in_options(spec, built_in)) is None:
             continue
         if other != kind:
-            got = f"{name}, which is for {other}"
-            raise ValueError(f"spec: expected {chosen.name} or files, got {got}")
+            got = f"{built_in.name}, which is for {other}"
+            raise ValueError(f"spec: expected {expected.built_in.name} or files, got {got}")
         return built_in(**drawn, image_size=image_size)
-    named = parse_files(spec, chosen.options, f"{chosen.name}:size=2000 or files")
-    files = [file for part in named.files for file in _expand(part, chosen.files)]
-    source = chosen.read(named, files, **options)
-    check_not_empty("spec", source, spec)
-    return source
+    named = parse_files(spec, expected.options, f"{expected.built_in.name}:size=2000 or files")
+    files = [file for path in named.files for file in _expand(path, expected.files)]
+    return _not_empty(expected.read(named, files, **options), spec)
 
 
 def _expand(path: str, pattern: str) -> list[Path]:
@@ -177,10 +170,11 @@ def _expand(path: str, pattern: str) -> list[Path]:
     else:
         ranges = expand_ranges(str(plain))
         names = [match for name in ranges for match in sorted(glob.glob(name)) or [name]]
-    if not names or not all(map(os.path.isfile, names)):
-        wanted = f"a folder with {pattern}" if os.path.isdir(plain) else "an existing file"
-        absent = next((name for name in names if not os.path.isfile(name)), path)
+    absent = [name for name in names if not os.path.isfile(name)]
+    if absent or not names:
+        wanted = "an existing file" if names else f"a folder with {pattern}"
         raise FileNotFoundError(
-            f"spec: expected {wanted}, got {shortened(absent)}; the working folder is {Path.cwd()}"
+            f"spec: expected {wanted}, got {shortened([*absent, path][0])}; the working folder is "
+            f"{Path.cwd()}"
         )
     return [Path(name) for name in names]

@@ -200,21 +200,21 @@ def sample_scene(
 
 def add_texture(rng: Random, scene: Scene) -> Scene:
     """Return the scene on a random texture, with random sizes and angles of the emoji."""
-    groups = []
-    for group in scene.groups:
-        copies = tuple(
-            Copy(copy.x, copy.y, rng.choice(_SHRINKS) * copy.size, rng.choice(_ANGLES))
-            for copy in group.copies
-        )
-        groups.append(replace(group, copies=copies))
+
+    def varied(copy: Copy) -> Copy:
+        return Copy(copy.x, copy.y, rng.choice(_SHRINKS) * copy.size, rng.choice(_ANGLES))
+
+    groups = tuple(
+        replace(group, copies=tuple(map(varied, group.copies))) for group in scene.groups
+    )
     side = rng.randint(*_TEXTURE_CELLS)
     texture = Texture(side, rng.randbytes(side * side), rng.random() < 0.5)
-    return replace(scene, groups=tuple(groups), texture=texture)
+    return replace(scene, groups=groups, texture=texture)
 
 
 def hide_group(scene: Scene, number: int) -> Scene:
     """Return the scene with a dark rectangle instead of a group."""
-    groups = tuple(group for i, group in enumerate(scene.groups) if i != number)
+    groups = scene.groups[:number] + scene.groups[number + 1 :]
     return replace(scene, groups=groups, cover=scene.groups[number].place.box)
 
 

@@ -13,8 +13,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elip_models.pretraining.data.checks import check_index
-from elip_models.pretraining.data.sample import Sample
+from elip_models.pretraining.data.samples import Sample, check_index
 from elip_models.pretraining.data.scene_captions import (
     at_place,
     caption_scene,
@@ -130,10 +129,6 @@ class EmojiData(Config):
         clutter: Number of additional emoji in each scene, 0 to 6.
         textures: Draw smooth or sharp mosaics of 2 to 16 shades a side as backgrounds, and emoji of
             several sizes and angles.
-
-    Raises:
-        TypeError, ValueError: An argument has another type, or is out of range.
-        ImportError: The extra `demo` is not installed.
     """
 
     name: ClassVar[str]
@@ -196,12 +191,8 @@ class EmojiScenes(EmojiData):
         return add_texture(rng, scene) if self.textures else scene, named
 
 
-def _background_template(background: str) -> Callable[[str], str]:
-    return lambda name: f"{with_article(background)} picture of {with_article(name)}"
-
-
-def _place_template(place: str) -> Callable[[str], str]:
-    return lambda name: f"{with_article(name)} {at_place(place)}"
+def _template(form: str) -> Callable[[str], str]:
+    return lambda name: form.format(with_article(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +208,8 @@ class EmojiClasses(EmojiData):
     name = "emoji_classes"
     classes = names = tuple(EMOJI)
     templates = (
-        *map(_background_template, BACKGROUNDS),
-        *map(_place_template, place_names(clutter=0)),
+        *(_template(f"{with_article(background)} picture of {{}}") for background in BACKGROUNDS),
+        *(_template(f"{{}} {at_place(place)}") for place in place_names(clutter=0)),
     )
 
     def __getitem__(self, index: int) -> Sample:

@@ -10,6 +10,7 @@ resumed reader downloads this shard again and continues with exactly the next sa
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from queue import Queue
 from threading import Thread
 from typing import Any
@@ -21,10 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from elip_models.images import SampleError
 from elip_models.pretraining.data.loader import WorkerLoader, stack_tensors, worker_options
 from elip_models.pretraining.data.read_errors import DataError
-from elip_models.pretraining.data.sample import Sample
+from elip_models.pretraining.data.samples import Sample
 from elip_models.pretraining.data.streams import MAX_LOST_SHARDS, DownloadedShard, StreamSource
 
 
+@dataclass(eq=False)
 class StreamBatches(IterableDataset):
     """Batches of one rank: {"images": (B, 3, S, S), ..}, the output of `prepare` for each sample.
 
@@ -35,45 +37,30 @@ class StreamBatches(IterableDataset):
         worker   number of the worker that made it
         position (turn, place) of the next sample of this worker
 
-    If no sample can be read, a DataError takes the place of a batch.
-
-    Args:
-        source: The stream.
-        prepare: Maps (sample, index, random generator) to tensors by name.
-        batch_size: Samples in a batch.
-        seed: Seed of all random choices.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        num_workers: Worker processes of this rank.
+    If no sample can be read, a DataError takes the place of a batch. `prepare` maps (sample, index,
+    random generator) to tensors by name; `num_workers` are the worker processes of this rank.
 
     Raises:
         ValueError: There are fewer shards than readers, and the stream is not resampled.
     """
 
-    def __init__(
-        self,
-        source: StreamSource,
-        prepare: Callable[[Sample, int, np.random.Generator], dict[str, Tensor]],
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-    ) -> None:
-        self.source = source
-        self.prepare = prepare
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.num_workers = num_workers
-        self.workers = max(1, num_workers)
-        self.readers = world_size * self.workers
-        if len(source.shards) < self.readers and not source.spec.resample:
+    source: StreamSource
+    prepare: Callable[[Sample, int, np.random.Generator], dict[str, Tensor]]
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        self.workers = max(1, self.num_workers)
+        self.readers = self.world_size * self.workers
+        if len(self.source.shards) < self.readers and not self.source.resample:
             raise ValueError(
                 f"stream: expected at least {self.readers} shards, one for each reader (processes "
-                f"x workers: {world_size} x {self.workers}), got {len(source.shards)}; use fewer "
-                "processes, a lower data.num_workers, or resample: true"
+                f"x workers: {self.world_size} x {self.workers}), got {len(self.source.shards)}; "
+                "use fewer processes, a lower data.num_workers, or resample: true"
             )
         self.positions = [(0, 0)] * self.workers
         self.done = 0
@@ -103,13 +90,8 @@ class StreamBatches(IterableDataset):
                 except SampleError as error:
                     skipped.append((error.id, error.reason))
                 if len(samples) == self.batch_size:
-                    yield {
-                        **stack_tensors(samples),
-                        "skipped": skipped,
-                        "shards": shards,
-                        "worker": worker,
-                        "position": (turn, place + 1),
-                    }
+                    state = {"skipped": skipped, "shards": shards, "worker": worker}
+                    yield stack_tensors(samples) | state | {"position": (turn, place + 1)}
                     samples, skipped, shards = [], [], []
             if lost == MAX_LOST_SHARDS:
                 problem = shard.problem or (skipped[-1][1] if skipped else "it has no sample")
@@ -129,14 +111,14 @@ class StreamBatches(IterableDataset):
 
     def _start_download(self, reader: int, turn: int) -> "Queue[DownloadedShard]":
         """Download a shard in a thread, which does not delay the end of the process."""
-        number, result = self._number(reader, turn), Queue()
-        Thread(target=lambda: result.put(self.source.download(number)), daemon=True).start()
+        url, result = self.source.shards[self._number(reader, turn)], Queue()
+        Thread(target=lambda: result.put(DownloadedShard(url)), daemon=True).start()
         return result
 
     def _number(self, reader: int, turn: int) -> int:
         """Return the number of the shard that a reader takes in this turn."""
         count = len(self.source.shards)
-        if self.source.spec.resample:
+        if self.source.resample:
             return int(np.random.default_rng((self.seed, reader, turn)).integers(count))
         this_pass, place = divmod(turn, len(range(reader, count, self.readers)))
         order = np.random.default_rng((self.seed, this_pass)).permutation(count)

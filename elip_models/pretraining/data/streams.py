@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -21,15 +22,13 @@ import fsspec
 
 from elip_models.pretraining.data.data_spec import expand_ranges
 from elip_models.pretraining.data.read_errors import DataError, SkipReport, check_source
-from elip_models.pretraining.data.sample import Sample
-from elip_models.pretraining.data.shard_index import index_rows
-from elip_models.pretraining.data.shard_source import read_sample
+from elip_models.pretraining.data.samples import Sample
+from elip_models.pretraining.data.shard_source import index_rows, read_sample
 from elip_models.validation import PositiveInt, check_fields, did_you_mean
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 _OPTION = re.compile(r",(samples|resample)=(\w+)$")
 _USER = re.compile(r"\A(?:[^/?#:]*:.*@|[^/?#]*@)", re.DOTALL)  # any character in a password
-_HIDDEN = "***"
 _FORM = "{stream: 'https://host/train-{0000..0099}.tar', samples: 1000000}"
 _RETRY_DELAYS = (1.0, 5.0)  # seconds before a download is tried again
 _CHUNK = 2**24
@@ -38,9 +37,55 @@ MAX_LOST_SHARDS = 20
 """Consecutive shards without a readable sample that stop a reader."""
 
 
+def is_stream(spec: Any) -> bool:
+    """Return whether a specification names shards that are not on disk."""
+    if isinstance(spec, Mapping):
+        return "stream" in spec
+    return isinstance(spec, str) and _SCHEME.match(spec) is not None
+
+
+def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> "StreamSource":
+    """Return the shards that `spec` names, without opening any of them.
+
+    Args:
+        spec: One line, or a mapping with the fields of `StreamSource`.
+        samples: Number of samples in an epoch if `spec` does not set it.
+
+    Raises:
+        TypeError, ValueError: The specification is malformed, or no library opens such a URL.
+    """
+    options = {} if samples is None else {"samples": samples}
+    options |= _parse(spec) if isinstance(spec, str) else spec
+    known = [field.name for field in fields(StreamSource)]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"spec: expected {', '.join(known)}, got {unknown[0]!r} in {redacted(spec)!r}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
+    if "samples" not in options:
+        raise ValueError(
+            f"spec: expected samples, the number in an epoch, got {redacted(spec)!r}; "
+            f"write {_FORM}, or append ,samples=1000000"
+        )
+    if isinstance(urls := options["stream"], str | list):
+        options["stream"] = (urls,) if isinstance(urls, str) else tuple(urls)
+    return StreamSource(**options)
+
+
+def _parse(spec: str) -> dict[str, Any]:
+    """Split the options off the end of a line, so that a URL may contain commas."""
+    options: dict[str, Any] = {}
+    while option := _OPTION.search(spec):
+        name, value = option.groups()
+        number = int(value) if value.isdecimal() and len(value) < 20 else value
+        options[name] = {"true": True, "false": False}.get(value, number)
+        spec = spec[: option.start()]
+    return {"stream": spec, **options}
+
+
 @dataclass(frozen=True)
-class StreamSpec:
-    """URLs of shards and how they are read.
+class StreamSource:
+    """Shards at URLs. Its length is the number of samples in an epoch.
 
     Args:
         stream: URLs that fsspec opens, with ranges such as {0000..0012}.
@@ -56,72 +101,18 @@ class StreamSpec:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-def is_stream(spec: Any) -> bool:
-    """Return whether a specification names shards that are not on disk."""
-    if isinstance(spec, Mapping):
-        return "stream" in spec
-    return isinstance(spec, str) and _SCHEME.match(spec) is not None
-
-
-def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> "StreamSource":
-    """Return the shards that `spec` names, without opening any of them.
-
-    Args:
-        spec: One line or a mapping, see `StreamSpec`.
-        samples: Number of samples in an epoch if `spec` does not set it.
-
-    Raises:
-        TypeError, ValueError: The specification is malformed, or no library opens such a URL.
-    """
-    options: dict[str, Any] = {} if samples is None else {"samples": samples}
-    options |= _parse(spec) if isinstance(spec, str) else spec
-    known = [field.name for field in fields(StreamSpec)]
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"spec: expected {', '.join(known)}, got {name!r} in {redacted(spec)!r}"
-                f"{did_you_mean(name, known)}"
-            )
-    if "samples" not in options:
-        raise ValueError(
-            f"spec: expected samples, the number in an epoch, got {redacted(spec)!r}; "
-            f"write {_FORM}, or append ,samples=1000000"
-        )
-    urls = options.pop("stream")
-    urls = (urls,) if isinstance(urls, str) else urls
-    return StreamSource(StreamSpec(tuple(urls) if isinstance(urls, list) else urls, **options))
-
-
-def _parse(spec: str) -> dict[str, Any]:
-    """Split the options off the end of a line, so that a URL may contain commas."""
-    options: dict[str, Any] = {}
-    while option := _OPTION.search(spec):
-        name, value = option.groups()
-        number = int(value) if value.isdecimal() and len(value) < 20 else value
-        options[name] = {"true": True, "false": False}.get(value, number)
-        spec = spec[: option.start()]
-    return {"stream": spec, **options}
-
-
-class StreamSource:
-    """Shards of a `StreamSpec`. Its length is the number of samples in an epoch."""
-
-    def __init__(self, spec: StreamSpec) -> None:
-        self.spec = spec
-        self.shards = [shard for url in spec.stream for shard in expand_ranges(url)]
         if not self.shards:
             raise ValueError(f"stream: expected at least one URL, such as {_FORM}, got none")
         for shard in self.shards:
             _check_url(shard)
 
-    def __len__(self) -> int:
-        return self.spec.samples
+    @cached_property
+    def shards(self) -> list[str]:
+        """The URL of each shard."""
+        return [shard for url in self.stream for shard in expand_ranges(url)]
 
-    def download(self, number: int) -> "DownloadedShard":
-        """Download a shard. A failure is not raised, but the `problem` of the result."""
-        return DownloadedShard(self.shards[number])
+    def __len__(self) -> int:
+        return self.samples
 
     def first_captions(self, count: int) -> Iterator[tuple[str, ...]]:
         """Yield the captions of the first `count` samples that have any; no image is decoded.
@@ -129,15 +120,15 @@ class StreamSource:
         Raises DataError if the first shards have none.
         """
         left = count
-        for number in range(len(self.shards)):
-            shard = self.download(number)
+        for number, url in enumerate(self.shards, 1):
+            shard = DownloadedShard(url)
             for row in shard.rows:
                 if row["captions"]:
                     yield tuple(row["captions"])
                     left -= 1
                 if not left:
                     return
-            if left == count and number + 1 in (MAX_LOST_SHARDS, len(self.shards)):
+            if left == count and number in (MAX_LOST_SHARDS, len(self.shards)):
                 problem = shard.problem or "no captions"
                 raise DataError(f"no readable sample up to {shard.name}: {problem}")
 
@@ -147,8 +138,8 @@ class StreamSource:
         Returns the report of unreadable samples and shards, and the captions of the samples.
         """
         report, captions = SkipReport(), []
-        for number in range(len(self.shards)):
-            shard = self.download(number)
+        for url in self.shards:
+            shard = DownloadedShard(url)
             if shard.problem:
                 report.record([(shard.name, shard.problem)], 1)
             rows = shard.rows if limit is None else shard.rows[: limit - report.seen]
@@ -163,6 +154,8 @@ class StreamSource:
 
 class DownloadedShard:
     """A shard in a temporary file without a name, which is freed with this object.
+
+    A failure to download or read it is not raised, but its `problem`.
 
     Attributes:
         name: File name of the shard.
@@ -224,9 +217,9 @@ def redacted(spec: Any) -> Any:
     if not isinstance(spec, str):
         return spec
     before, *urls = spec.split("://")
-    shown = "://".join([before, *(_USER.sub(f"{_HIDDEN}@", url) for url in urls)])
+    shown = "://".join([before, *(_USER.sub("***@", url) for url in urls)])
     query = re.compile("[?#]").search(shown, len(before) + 3)
-    return shown[: query.end()] + _HIDDEN if query else shown
+    return shown[: query.end()] + "***" if query else shown
 
 
 def _check_url(url: str) -> None:

@@ -1,17 +1,16 @@
 """Image transforms for training and evaluation, which return normalised tensors."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from elip_models.images import CLIP_MEAN, CLIP_STD
-from elip_models.pretraining.data.augment import MAX_MAGNITUDE, RandAugment, RandAugmentPolicy
-from elip_models.validation import Bounds, require_extra
+from elip_models.pretraining.data.augment import RandAugment, RandAugmentPolicy
+from elip_models.validation import require_extra
 
-Magnitude = Annotated[int, Bounds(0, MAX_MAGNITUDE)]
 ResizeMode = Literal["crop", "squash"]
 
 

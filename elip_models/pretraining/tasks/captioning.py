@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from elip_models.pretraining.data import JsonSource, Sample, Source, open_source
-from elip_models.pretraining.data.shared_images import group_by_image
+from elip_models.pretraining.data.derived_sources import group_by_image
 from elip_models.pretraining.tasks.caption_metrics import caption_scores
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,

@@ -23,7 +23,7 @@ from elip_models.pretraining.data import (
     example_batches,
     open_examples,
 )
-from elip_models.pretraining.data.shared_images import image_number
+from elip_models.pretraining.data.samples import image_number
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
     Prediction,

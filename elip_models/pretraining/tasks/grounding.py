@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from elip_models.intervals import score_interval
 from elip_models.pretraining.data import DataError, ExampleSource, example_batches, open_examples
+from elip_models.pretraining.data.samples import Referring, Target, image_number
 from elip_models.pretraining.data.scene_sampling import Box
-from elip_models.pretraining.data.shared_images import image_number
-from elip_models.pretraining.data.tasks.grounding import Referring, Target
 from elip_models.pretraining.models.layers.attention_map import attention_map
 from elip_models.pretraining.tasks.features import unguided
 from elip_models.pretraining.tasks.task import EvaluationRun, EvaluationTask, Prediction, TaskScores

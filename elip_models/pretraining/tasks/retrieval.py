@@ -29,7 +29,8 @@ from torch import Tensor
 
 from elip_models.intervals import Interval, score_interval
 from elip_models.pretraining.data import DataError, Sample, Source, open_source, other_caption
-from elip_models.pretraining.data.shared_images import group_by_image, image_number
+from elip_models.pretraining.data.derived_sources import group_by_image
+from elip_models.pretraining.data.samples import image_number
 from elip_models.pretraining.tasks.features import encode_texts, ranks_of, similarities, unguided
 from elip_models.pretraining.tasks.pairs import Encoded, PairScorer
 from elip_models.pretraining.tasks.task import (

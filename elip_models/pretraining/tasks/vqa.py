@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from elip_models.pretraining.data import Example, ExampleSource, soft_scores, tokenize
-from elip_models.pretraining.data.examples import AnswerableExamples
-from elip_models.pretraining.data.tasks.vqa_answers import Revision, vqa_accuracy
+from elip_models.pretraining.data.answers import Revision, vqa_accuracy
+from elip_models.pretraining.data.derived_sources import AnswerableExamples
 from elip_models.pretraining.tasks.class_tasks import ClassTask
 from elip_models.pretraining.tasks.task import Preprocessor
 from elip_models.validation import PositiveInt

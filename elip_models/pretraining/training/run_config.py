@@ -56,7 +56,7 @@ class DataConfig:
 
     train: str | dict[str, Any] | tuple[str, ...]
     """A source specification as in `open_source`, or several, which are mixed. Pre-training also
-    takes one stream, see `StreamSpec`: {stream: "https://..", samples: 1000000}."""
+    takes one stream, see `StreamSource`: {stream: "https://..", samples: 1000000}."""
     weights: tuple[Positive, ...] | None = None
     """How often the samples of each source are drawn in an epoch; null: once each."""
     eval: str | None = None

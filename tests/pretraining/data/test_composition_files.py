@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from elip_models.images import SampleError
-from elip_models.pretraining.data import EMOJI, EmojiComposition, open_composition
+from elip_models.pretraining.data import open_composition
+from elip_models.pretraining.data.composition_files import MIN_ATTRIBUTES, SYMMETRIC_RELATIONS
+from elip_models.pretraining.data.emoji_tasks import EmojiComposition
 from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural, relation
-from elip_models.pretraining.data.scene_sampling import MAX_CLUTTER, place_names
-from elip_models.pretraining.data.tasks.composition_files import MIN_ATTRIBUTES, SYMMETRIC_RELATIONS
+from elip_models.pretraining.data.scene_sampling import EMOJI, MAX_CLUTTER, place_names
 from tests.helpers.tiers import first_quick
 
 WINOGROUND = {

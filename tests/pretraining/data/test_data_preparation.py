@@ -1,6 +1,5 @@
 """Preparation of samples: image transforms and tokenizers."""
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -124,21 +123,10 @@ def test_tokenizers_that_cannot_serve_are_refused(tokenizer, tmp_path):
         load_tokenizer(bare)
 
 
-def test_randaugment_survives_pickling_and_leaves_hues_alone():
-    """As loader processes that are not forked need it; what is not red stays grey."""
-    transform = image_transform(
-        32, train=True, mean=(0.0,) * 3, std=(1.0,) * 3, scale=None, randaugment=(2, 7)
-    )
-    copied = pickle.loads(pickle.dumps(transform))
-    ramp = Image.fromarray(torch.arange(32 * 32).reshape(32, 32).remainder(200).byte().numpy())
-    red = Image.merge("RGB", (ramp, Image.new("L", (32, 32)), Image.new("L", (32, 32))))
-    seen = set()
-    for seed in range(20):
-        torch.manual_seed(seed)
-        out = transform(red)
-        torch.manual_seed(seed)
-        assert torch.equal(copied(red), out)
-        assert out[0].max() > 0
-        assert torch.equal(out[1], out[2])
-        seen.add(out[0].sum().item())
-    assert len(seen) > 10
+@pytest.mark.parametrize("content", ["[]", "3", "", "[" * 100_000, "\xff"], ids=lambda t: t[:5])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_names_the_folder(tmp_path, name, content):
+    train_tokenizer(["a red dog", "two cats"] * 9, 300).save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"name_or_path: expected a folder .*{tmp_path.name}"):
+        load_tokenizer(tmp_path)

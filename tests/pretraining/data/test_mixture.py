@@ -20,7 +20,7 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
-from elip_models.validation import ConfigError, TrainingError
+from elip_models.validation import TrainingError
 from tests.helpers.damage import shard
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_config
@@ -73,17 +73,6 @@ def test_several_specs_are_one_source(list_and_shards):
     assert len(alone) == 24 and not isinstance(alone, MixedSource)
     with pytest.raises(ValueError, match="spec: expected at least one"):
         open_source([], image_size=32)
-
-
-def test_unreadable_samples_of_two_sources_are_two(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        entries = [{"image": "gone.png", "caption": "gone"}]
-        (tmp_path / folder / "list.json").write_text(json.dumps(entries))
-    source = open_source([str(tmp_path / f"{f}/list.json") for f in ("a", "b")], image_size=32)
-    report = check_source(source)
-    names = [sample_id for sample_id, _ in report.reasons]
-    assert names == ["0/list.json[0] gone.png", "1/list.json[0] gone.png"]
 
 
 def run_python_of_the_document(word):
@@ -147,17 +136,10 @@ def test_a_position_is_exact_with_weights(offset):
     whole = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
     places = epoch_of(whole, 2)
     resumed = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
-    resumed.set_position(2, offset)
+    resumed.batches_done = 2 * whole.batches_per_epoch + offset
     batches = iter(resumed)
     rest = [place for _ in range(whole.batches_per_epoch - offset) for place in next(batches)]
     assert rest == places[2 * offset :]
-
-
-def test_bad_weights():
-    with pytest.raises(ValueError, match="weights: expected one for each of 2 sources, got 1"):
-        EpochSampler(LENGTHS, 2, seed=0, weights=(1,))
-    with pytest.raises(ValueError, match=r"weights: expected a tuple, each a number above 0, got"):
-        EpochSampler(LENGTHS, 2, seed=0, weights=(1, 0))
 
 
 @pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"], slow=["null"]))
@@ -197,8 +179,3 @@ def test_a_run_with_other_sources_or_weights_is_not_resumed(list_and_shards, tmp
     (tmp_path / "a.json").write_text(json.dumps(entries[:20]))
     with own_process(), pytest.raises(TrainingError, match=r"num_samples = \[24, 16\], got \[20"):
         train(tiny_config(tmp_path / "run", *settings), resume=True)
-
-
-def test_a_missing_source_is_named(list_and_shards, tmp_path):
-    with own_process(), pytest.raises(ConfigError, match=r"data\.train: .*none\.json"):
-        train(tiny_config(tmp_path / "run", f"data.train={[list_and_shards[0], 'none.json']}"))

@@ -16,7 +16,7 @@ from elip_models.pretraining.data import (
     open_source,
     soft_scores,
 )
-from elip_models.pretraining.data.tasks.file_examples import MIN_FIRST_ANSWERS
+from elip_models.pretraining.data.example_files import MIN_FIRST_ANSWERS
 
 
 @pytest.fixture(autouse=True)
@@ -312,17 +312,6 @@ def test_a_broken_annotation_or_answer_list_is_named(tmp_path):
         write(tmp_path / "list.json", listed)
         with pytest.raises(ValueError, match=rf"list\.json{message}"):
             opened("vqa", spec)
-
-
-def test_a_missing_image_is_that_examples_error(tmp_path):
-    draw(tmp_path / "a.jpg")
-    entries = [{"image": name, "question": "b", "answer": "c"} for name in ("a.jpg", "no.jpg")]
-    answers = write(tmp_path / "list.json", ["c"])
-    source = opened("vqa", f"{write(tmp_path / 'q.json', entries)},answers={answers}")
-    assert source[0].text == "b"
-    with pytest.raises(SampleError, match=r"q\.json\[1\] no\.jpg: no such file"):
-        source[1]
-    assert [sample_id for sample_id, _ in check_source(source).reasons] == ["q.json[1] no.jpg"]
 
 
 @pytest.mark.parametrize(

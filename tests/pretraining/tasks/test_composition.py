@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from elip_models.intervals import group_mean_interval, score_interval
-from elip_models.pretraining.data import DataError, EmojiComposition, open_composition
+from elip_models.pretraining.data import DataError, open_composition
+from elip_models.pretraining.data.emoji_tasks import EmojiComposition
 from elip_models.pretraining.tasks.composition import PAIR_CHANCE, Composition, judge
 from elip_models.pretraining.tasks.task import evaluation_transform
 from elip_models.pretraining.training.trainer import train

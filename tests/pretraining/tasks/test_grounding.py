@@ -14,8 +14,8 @@ from elip_kernels import unmerge
 from elip_models.analysis.visualize import source_maps
 from elip_models.intervals import score_interval
 from elip_models.pretraining.data import DataError, open_examples, train_tokenizer
+from elip_models.pretraining.data.samples import Target
 from elip_models.pretraining.data.scene_sampling import Box
-from elip_models.pretraining.data.tasks.grounding import Target
 from elip_models.pretraining.models.albef.model import ALBEF
 from elip_models.pretraining.models.layers.attention_map import attention_map
 from elip_models.pretraining.tasks import grounding

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elip_models.pretraining.data import open_examples, soft_scores
-from elip_models.pretraining.data.tasks.vqa_answers import (
+from elip_models.pretraining.data.answers import (
     CONTRACTIONS,
     normalise_answer,
     strip_punctuation,

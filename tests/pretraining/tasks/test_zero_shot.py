@@ -11,12 +11,8 @@ from PIL import Image
 from torch import nn
 
 from elip_models.intervals import wilson_interval
-from elip_models.pretraining.data import (
-    EmojiClasses,
-    class_sources,
-    open_classes,
-    open_examples,
-)
+from elip_models.pretraining.data import class_sources, open_classes, open_examples
+from elip_models.pretraining.data.scenes import EmojiClasses
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.tasks.task import Loading
 from elip_models.pretraining.tasks.zero_shot import ZeroShot, class_features

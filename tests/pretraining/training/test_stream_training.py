@@ -24,8 +24,7 @@ from elip_models.pretraining.data import (
     streams,
     train_loader,
 )
-from elip_models.pretraining.data.loader import EpochSampler
-from elip_models.pretraining.data.training_samples import TrainingSamples
+from elip_models.pretraining.data.training_samples import EpochSampler, TrainingSamples
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train

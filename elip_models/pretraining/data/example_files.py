@@ -22,14 +22,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from elip_models.images import SampleError, open_image_file
-from elip_models.pretraining.data.checks import expand_user
-from elip_models.pretraining.data.data_spec import FileSpec
-from elip_models.pretraining.data.examples import Example
-from elip_models.pretraining.data.file_rows import FileRow, StoredRows, as_rows, read_rows
+from elip_models.pretraining.data.answers import normalise_answer
+from elip_models.pretraining.data.data_spec import FileSpec, expand_user
+from elip_models.pretraining.data.file_rows import (
+    FileRow,
+    StoredRows,
+    existing_image,
+    image_folder,
+    read_rows,
+    stored_row,
+)
 from elip_models.pretraining.data.json_files import read_json, validate
+from elip_models.pretraining.data.samples import Example, Target
 from elip_models.pretraining.data.scene_sampling import Box
-from elip_models.pretraining.data.tasks.grounding import Target
-from elip_models.pretraining.data.tasks.vqa_answers import normalise_answer
 from elip_models.validation import shortened
 
 MIN_FIRST_ANSWERS = 9
@@ -49,19 +54,15 @@ class FileExamples(StoredRows):
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        spec: FileSpec,
-        rows: list[dict[str, Any]],
-        answers: tuple[str, ...] = (),
+        self, rows: list[dict[str, Any]], spec: FileSpec, answers: tuple[str, ...] = ()
     ) -> None:
-        super().__init__(files, spec.images, rows, spec.split)
+        super().__init__(rows, spec.split)
         self.answers = answers
 
     def __getitem__(self, index: int) -> Example:
         row = self._row(index)
         if not row["text"].strip():
-            raise SampleError(self._name(row), "the text is empty")
+            raise SampleError(row["place"], "the text is empty")
         return self.text_alone(index)._replace(images=self._images(row))
 
     def text_alone(self, index: int) -> Example:
@@ -72,23 +73,16 @@ class FileExamples(StoredRows):
 
 
 def _example(
-    file: int, place: int | str, row: FileRow, number: int, weight: float = 1.0
+    spec: FileSpec, file: Path, place: int | str, row: FileRow, number: int
 ) -> dict[str, Any]:
     """Return a row of `FileExamples`, whose id is `number` if the file has none.
 
-    The weight of an answer is the share of the people who gave it, times `weight`.
+    The weight of an answer is the share of the people who gave it, times `spec.weight`.
     """
     counts = Counter(row.answers)
-    return {
-        "file": file,
-        "place": str(place),
-        "images": row.paths(),
-        "text": row.text,
-        "answers": [*counts],
-        "weights": [weight * (count / len(row.answers)) for count in counts.values()],
-        "id": row.id or str(number),
-        "split": row.split,
-    }
+    weights = [spec.weight * (count / len(row.answers)) for count in counts.values()]
+    texts = {"text": " ".join(row.texts), "answers": [*counts], "weights": weights}
+    return stored_row(row, file, place, spec.images) | texts | {"id": row.id or str(number)}
 
 
 def labelled_examples(
@@ -96,8 +90,9 @@ def labelled_examples(
 ) -> FileExamples:
     """Read hypotheses about an image, or statements about two images, with their labels."""
     examples: list[dict[str, Any]] = []
-    for number, file in enumerate(files):
-        rows = read_rows(file, "sentence", "sentence2", images=_IMAGES[task])
+    for file in files:
+        data = read_json(file, "rows with the key sentence or sentence2")
+        rows = read_rows(data, file, "sentence", "sentence2", images=_IMAGES[task])
         for place, row in rows.items():
             row.answers = [label.lower() for label in row.answers]
             if row.answers not in [[label] for label in _LABELS[task]]:
@@ -105,8 +100,8 @@ def labelled_examples(
                     f"{file}[{place}]: label: expected one of {', '.join(_LABELS[task])}, got "
                     f"{', '.join(row.answers) or 'none'}"
                 )
-            examples.append(_example(number, place, row, len(examples)))
-    return FileExamples(files, spec, examples, _LABELS[task])
+            examples.append(_example(spec, file, place, row, len(examples)))
+    return FileExamples(examples, spec, _LABELS[task])
 
 
 class GroundingFiles(FileExamples):
@@ -118,7 +113,7 @@ class GroundingFiles(FileExamples):
         proposals = row["proposals"]
         if proposals is not None:
             proposals = tuple(Box(*box) for box in proposals)
-        with open_image_file(self._paths(row)[0], self._name(row)) as image:
+        with open_image_file(existing_image(row["images"][0]), row["place"]) as image:
             return Target(Box(*row["box"]), proposals, row["split"], image.size)
 
 
@@ -129,13 +124,13 @@ def grounding_examples(spec: FileSpec, files: Sequence[Path]) -> GroundingFiles:
         ValueError: An entry is malformed, only some have proposals, or no entry is of the split.
     """
     examples = []
-    for number, file in enumerate(files):
-        for place, row in read_rows(file, "box").items():
-            row.id, row.texts = f"{file.name}[{place}]", row.text.split()
+    for file in files:
+        for place, row in read_rows(read_json(file, "rows with the key box"), file, "box").items():
+            row.id, row.texts = f"{file.name}[{place}]", " ".join(row.texts).split()
             for box in (row.box, *(row.proposals or ())):
                 if box is None or min(box[2:]) <= 0:
                     raise ValueError(f"{row.id}: expected a width and height above 0, got {box}")
-            example = _example(number, place, row, len(examples))
+            example = _example(spec, file, place, row, len(examples))
             examples.append(example | {"box": row.box, "proposals": row.proposals})
     without = [example for example in examples if example["proposals"] is None]
     if 0 < len(without) < len(examples):
@@ -143,7 +138,7 @@ def grounding_examples(spec: FileSpec, files: Sequence[Path]) -> GroundingFiles:
             f"{without[0]['id']}: proposals: expected boxes in all entries or in none, got none "
             "here; write [] where the detector found nothing"
         )
-    return GroundingFiles(files, spec, examples)
+    return GroundingFiles(examples, spec)
 
 
 def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
@@ -154,25 +149,25 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
     annotations, as in METER: 3,129 for the training and validation sets.
     """
     annotations: dict[str, FileRow] = {}
-    questions: dict[int, dict[int | str, FileRow]] = {}
-    for number, file in enumerate(files):
+    questions: dict[Path, dict[int | str, FileRow]] = {}
+    for file in files:
         data = read_json(file, "VQA v2's questions or annotations, or a list of questions")
         if isinstance(data, dict) and "annotations" in data:
             where, key = f"{file}[annotations]", "multiple_choice_answer"
-            rows = as_rows(data["annotations"], where, key, images=0)
+            rows = read_rows(data["annotations"], where, key, images=0)
             annotations |= {row.id: row for row in rows.values()}
         elif isinstance(data, dict) and "questions" in data:
-            questions[number] = _official_questions(data, file, spec)
+            questions[file] = _official_questions(data, file, spec)
         else:
-            questions[number] = as_rows(data, str(file), "question")
+            questions[file] = read_rows(data, file, "question")
     examples: list[dict[str, Any]] = []
     first_answers: Counter[str] = Counter()
-    for number, rows in questions.items():
+    for file, rows in questions.items():
         for place, row in rows.items():
             if annotations:
                 if row.id not in annotations:
                     raise ValueError(
-                        f"{files[number]}[questions][{place}]: question_id: expected one with an "
+                        f"{file}[questions][{place}]: question_id: expected one with an "
                         f"annotation, got {row.id}"
                     )
                 row.answers = annotations[row.id].answers
@@ -180,8 +175,8 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
             else:
                 first = [answer for answer, _ in Counter(row.answers).most_common(1)]
             first_answers.update(filter(None, first))
-            examples.append(_example(number, place, row, len(examples), spec.weight))
-    return FileExamples(files, spec, examples, _answer_list(spec, first_answers))
+            examples.append(_example(spec, file, place, row, len(examples)))
+    return FileExamples(examples, spec, _answer_list(spec, first_answers))
 
 
 def _official_questions(
@@ -193,9 +188,8 @@ def _official_questions(
         got = shortened(subset)
         raise ValueError(f"{file}[data_subtype]: expected a text such as 'val2014', got {got}")
     subset = _TEST_IMAGES.get(subset, subset)
-    folder = file.parent if spec.images is None else expand_user(spec.images)
-    prefix = f"{subset}/" if os.path.isdir(folder / subset) else ""
-    rows = as_rows(data["questions"], f"{file}[questions]", "question", images=0)
+    prefix = f"{subset}/" if os.path.isdir(image_folder(spec.images, file) / subset) else ""
+    rows = read_rows(data["questions"], f"{file}[questions]", "question", images=0)
     for row in rows.values():
         row.images = [f"{prefix}COCO_{subset}_{row.image_id:0>12}"]
     return rows

@@ -22,11 +22,16 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image
 
 from elip_models.images import MAX_PIXELS, SampleError
-from elip_models.pretraining.data.checks import expand_user
 from elip_models.pretraining.data.data_spec import FileSpec
-from elip_models.pretraining.data.file_rows import Box, FileRow, StoredRows, as_rows
+from elip_models.pretraining.data.file_rows import (
+    Box,
+    FileRow,
+    StoredRows,
+    read_rows,
+    stored_row,
+)
 from elip_models.pretraining.data.json_files import read_json
-from elip_models.pretraining.data.sample import Sample
+from elip_models.pretraining.data.samples import Sample, Source
 from elip_models.validation import shortened
 
 MIN_ATTRIBUTES = 25
@@ -79,7 +84,7 @@ class CompositionExample(NamedTuple):
     cluster: int
 
 
-class CompositionSource(Protocol):
+class CompositionSource(Source, Protocol):
     """A `Source` of images, each with all captions that it is compared with, and its examples.
 
     Attributes:
@@ -93,14 +98,6 @@ class CompositionSource(Protocol):
     examples: Sequence[CompositionExample]
     categories: tuple[str, ...]
     averages: bool
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read and decode one image. Raises SampleError if it cannot be read."""
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions without decoding the image."""
 
 
 _BENCHMARKS = {
@@ -131,18 +128,16 @@ class CompositionFiles(StoredRows):
             raise ValueError(f"spec: expected files of one benchmark, got {named}")
         views: dict[str, dict[str, Any]] = {}
         examples: list[CompositionExample] = []
-        for number, (file, (_, rows)) in enumerate(read.items()):
-            root = file.parent if spec.images is None else expand_user(spec.images)
+        for file, (_, rows) in read.items():
             for place, row in rows.items():
-                names = tuple(_view_name(root / image, row.box) for image in row.paths())
-                for name, image in zip(names, row.paths(), strict=True):
-                    view = {"file": number, "place": str(place), "images": [image], "id": name}
-                    view |= {"box": row.box, "captions": {}}
+                stored = stored_row(row, file, place, spec.images)
+                names = tuple(_view_name(image, row.box) for image in stored["images"])
+                for name, image in zip(names, stored["images"], strict=True):
+                    view = stored | {"images": [image], "id": name, "box": row.box, "captions": {}}
                     views.setdefault(name, view)["captions"].update(dict.fromkeys(row.texts))
                 texts = tuple(row.texts)
                 examples.append(CompositionExample(row.id, row.category, names, texts, cluster=0))
-        stored = [view | {"captions": [*view["captions"]]} for view in views.values()]
-        super().__init__([*read], spec.images, stored)
+        super().__init__([view | {"captions": [*view["captions"]]} for view in views.values()])
         numbers = {name: self.image_number(index) for index, name in enumerate(views)}
         clusters = _clusters([[numbers[name] for name in example.images] for example in examples])
         self.examples = [
@@ -161,7 +156,7 @@ class CompositionFiles(StoredRows):
         row = self._row(index)
         (image,) = self._images(row)
         if row["box"] is not None:
-            image = _crop(image, row["box"], self._name(row))
+            image = _crop(image, row["box"], row["place"])
         return Sample(image, tuple(row["captions"]), row["id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -179,7 +174,7 @@ def _read(file: Path) -> tuple[str, dict[int | str, FileRow]]:
     key = next((key for key in _BENCHMARKS if key in keys), None)
     if key is None:
         raise ValueError(f"{file}: expected {expected}, got {shortened(data)}")
-    rows = as_rows(data, str(file), key, images=2 if key == "caption_0" else 1)
+    rows = read_rows(data, file, key, images=2 if key == "caption_0" else 1)
     for place, row in rows.items():
         row.texts = [" ".join(text.split()) for text in row.texts]
         if len(row.texts) < 2 or not all(row.texts):
@@ -204,8 +199,8 @@ def _scored_categories(benchmark: str, examples: Sequence[CompositionExample]) -
     return tuple(name for name in sorted(counts) if counts[name] >= least and name not in left_out)
 
 
-def _view_name(path: Path, box: Box | None) -> str:
-    return str(path) if box is None else f"{path}[{', '.join(f'{side:g}' for side in box)}]"
+def _view_name(image: str, box: Box | None) -> str:
+    return image if box is None else f"{image}[{', '.join(f'{side:g}' for side in box)}]"
 
 
 def _crop(image: Image.Image, box: Box, name: str) -> Image.Image:

@@ -1,4 +1,6 @@
-"""The accuracy of VQA by the rule of the official `vqaEval.py`.
+"""Scores of answers: METER's targets, and the official VQA accuracy.
+
+`vqa_accuracy` follows the rule of the official `vqaEval.py`:
 
     strip_punctuation   a mark beside a space, and every mark of a text      "red, blue" "red blue"
                         with a number such as 1,000, is removed; any other   "t-shirt"   "t shirt"
@@ -21,8 +23,6 @@ that of ALBEF and ELIP (`vqaTools/vqaEval.py`).
 import re
 from functools import lru_cache
 from typing import Literal
-
-from elip_models.pretraining.data.examples import soft_scores
 
 Revision = Literal[2017, 2021]
 
@@ -55,6 +55,15 @@ CONTRACTIONS |= {  # each form without one of its apostrophes
     for place in range(len(form))
     if form[place] == "'"
 }
+
+
+def soft_scores(answers: dict[str, float]) -> dict[str, float]:
+    """Return the VQA score of each answer, min(1, 3 x share).
+
+    Of ten people, one gives 0.3, two 0.6, three 0.9, and four or more 1. This equals the mean of
+    min(1, n / 3) over any nine of the ten. METER uses these scores as targets.
+    """
+    return {answer: min(1.0, round(3 * share, 6)) for answer, share in answers.items()}
 
 
 def strip_punctuation(text: str) -> str:

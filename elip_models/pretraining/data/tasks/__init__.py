@@ -1,1 +1,0 @@
-"""Data of the downstream tasks: built-in examples, files, and a baseline without images."""
