@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TIE_TOLERANCE = 1e-6
 """Similarities closer than this are a tie, so that rounding errors do not decide."""
-CHUNK = 1024  # rows that are ranked at once
 
 Progress = Callable[[str, int, int], object]
 """Called with what is counted, such as "sample", how many of them are done, and their number."""
@@ -95,9 +94,6 @@ def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
 
     Both arguments are (Q, C); each row has at least one relevant candidate.
     """
-    ranks = []
-    for scores, right in zip(similarity.split(CHUNK), relevant.split(CHUNK), strict=True):
-        best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        behind = scores < best - TIE_TOLERANCE
-        ranks.append((~behind & ~right).sum(dim=1))
-    return torch.cat(ranks)
+    best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
+    behind = similarity < best - TIE_TOLERANCE
+    return (~behind & ~relevant).sum(dim=1)

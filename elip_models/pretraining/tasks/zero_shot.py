@@ -56,12 +56,16 @@ class ZeroShot(EvaluationTask):
     def score(self, run: EvaluationRun) -> TaskScores:
         """Classify all images by the names of the classes."""
         images, classes_of_images = encode_images(run.model, run.batches)
-        source, size = run.source, run.loading.batch_size
-        templates = source.names, source.templates
-        progress = run.loading.progress
-        classes = class_features(run.model, run.tokenizer, *templates, size, progress)
-        number = {name: i for i, name in enumerate(source.classes)}
-        labels = torch.tensor([number[name] for (name,) in classes_of_images])
+        source = run.source
+        classes = class_features(
+            run.model,
+            run.tokenizer,
+            source.names,
+            source.templates,
+            run.loading.batch_size,
+            run.loading.progress,
+        )
+        labels = torch.tensor([source.classes.index(name) for (name,) in classes_of_images])
         labels = labels.to(images.device)
         relevant = _equal_names(source.names).to(images.device)[labels]
         ranks = ranks_of(similarities(images, classes), relevant).cpu().numpy()
