@@ -91,6 +91,7 @@ def evaluate(
     from elip_models.pretraining.tasks.registry import EVALUATIONS, get_task, read_answers
     from elip_models.pretraining.tasks.tables import score_table
     from elip_models.pretraining.tasks.task import Loading
+    from elip_models.saving.files import write_json
 
     name = task.replace("-", "_")
     named = {"candidates": rerank, "itm": itm, "guided": guided, "layer": layer}
@@ -113,7 +114,7 @@ def evaluate(
     scores = evaluation.evaluate(trained, tokenizer, source, loading, read_answers(folder))
     Console().print(score_table(scores))
     if output is not None:
-        scores.write(output)
+        write_json(output, scores.as_dict())
 
 
 def weights_folder(model: Path) -> Path:

@@ -50,9 +50,10 @@ def draw_predictions(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (sample, prediction) in zip(axes.flat, shown, strict=False):
-        images, text, right = (sample.image,), "", sample.captions[:1]
         if isinstance(sample, Example):
             images, text, right = sample.images, sample.text, sample.answers
+        else:
+            images, text, right = (sample.image,), "", sample.captions[:1]
         pixels = [_pixels(model, tokenizer, image, text) for image in images]
         axis.imshow(torch.cat(pixels, dim=2).permute(1, 2, 0).numpy())
         is_right = (prediction.score or 0.0) >= 0.5

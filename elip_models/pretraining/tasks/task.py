@@ -6,7 +6,6 @@ A task is a frozen dataclass of its settings, in a file of its own. `registry` l
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -28,7 +27,6 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.data.training_samples import tokenize_text
 from elip_models.pretraining.models.base import eval_mode
 from elip_models.pretraining.tasks.features import Progress, isolated_rng, no_progress
-from elip_models.saving.files import write_json
 from elip_models.validation import check_fields
 
 if TYPE_CHECKING:
@@ -107,11 +105,6 @@ class TaskScores:
         scores = {name: score._asdict() for name, score in self.scores.items()}
         predictions = [prediction._asdict() for prediction in self.predictions]
         return {**vars(self), "scores": scores, "predictions": predictions}
-
-    def write(self, path: Path) -> Path:
-        """Write `as_dict` as JSON, atomically."""
-        write_json(path, self.as_dict())
-        return path
 
     def summary(self) -> str:
         """Return one line with the means."""

@@ -67,7 +67,9 @@ class ZeroShot(EvaluationTask):
         )
         labels = torch.tensor([source.classes.index(name) for (name,) in classes_of_images])
         labels = labels.to(images.device)
-        relevant = _equal_names(source.names).to(images.device)[labels]
+        # of classes with the same name, of which ImageNet has two pairs, the first is predicted
+        names = torch.tensor([source.names.index(name) for name in source.names])
+        relevant = (names[:, None] == names).tril().to(images.device)[labels]
         ranks = ranks_of(similarities(images, classes), relevant).cpu().numpy()
         return TaskScores(
             task=self.name,
@@ -76,16 +78,6 @@ class ZeroShot(EvaluationTask):
             num_examples=len(labels),
             notes={"classes": str(len(classes))},
         )
-
-
-def _equal_names(names: Sequence[str]) -> Tensor:
-    """Return (C, C): for each class, itself and the earlier classes with the same name.
-
-    Of equal scores the first is taken. ImageNet has two pairs of such classes.
-    """
-    numbers = torch.tensor([names.index(name) for name in names])
-    places = torch.arange(len(names))
-    return (numbers[:, None] == numbers) & (places[:, None] <= places)
 
 
 def class_features(

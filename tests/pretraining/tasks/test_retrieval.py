@@ -1,6 +1,5 @@
 """Retrieval: recall by its definition, ties, chance, re-ranking, and what guides which images."""
 
-import json
 import math
 import random
 
@@ -8,12 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from elip_models.images import SampleError
 from elip_models.intervals import score_interval
 from elip_models.pretraining.data import (
-    DataError,
     EmojiScenes,
-    JsonSource,
     MixedSource,
     train_tokenizer,
 )
@@ -96,24 +92,6 @@ def test_chance_is_what_a_random_ranking_reaches(k):
 BY_FEATURES = Retrieval(candidates=0)
 
 
-class Damaged:
-    """A source whose samples at `bad` cannot be read."""
-
-    def __init__(self, source, bad):
-        self.source, self.bad = source, bad
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        if index in self.bad:
-            raise SampleError(f"sample {index}", "damaged")
-        return self.source[index]
-
-    def captions(self, index):
-        return self.source.captions(index)
-
-
 @pytest.fixture(scope="module")
 def scenes():
     return EmojiScenes(12, seed=5, image_size=64)
@@ -128,23 +106,6 @@ def tokenizer(scenes):
 def model(tokenizer):
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return create_model("clip_tiny", vision_depth=2, vocab_size=len(tokenizer), **ids)
-
-
-def test_a_list_of_pairs_is_scored_as_the_list_of_its_images(model, tokenizer, scenes, tmp_path):
-    images, pairs = [], []
-    for number in range(12):
-        scenes[number].image.save(tmp_path / f"{number}.png")
-        entry = {"image": f"{number}.png", "caption": list(scenes.captions(number))}
-        images.append(entry)
-        pairs += [entry | {"caption": caption} for caption in entry["caption"]]
-    random.Random(0).shuffle(pairs)
-    scores = []
-    for name, entries in (("images", images), ("pairs", pairs)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
-        source = JsonSource(tmp_path / f"{name}.json")
-        scores.append(BY_FEATURES.evaluate(model, tokenizer, source, Loading(5)))
-    assert scores[1].scores == scores[0].scores
-    assert (scores[1].num_examples, scores[1].notes["captions"]) == (12, "60")
 
 
 def test_images_are_encoded_without_captions_whatever_the_batch(
@@ -167,21 +128,6 @@ def test_images_are_encoded_without_captions_whatever_the_batch(
     assert scores.baselines["chance"]["text_to_image_r1"] == pytest.approx(1 / 12)
     assert BY_FEATURES.evaluate(model, tokenizer, scenes, Loading(12)) == scores
     assert model.training and torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_random_reduction_does_not_change_the_random_state(tokenizer, scenes, model):
-    drawn = create_model("clip_tiny", **vars(model.config) | {"strategy": "random"})
-    before = torch.get_rng_state()
-    BY_FEATURES.evaluate(drawn, tokenizer, scenes)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_unreadable_samples_are_counted_and_too_many_end_the_evaluation(model, tokenizer, scenes):
-    loading = Loading(4, max_bad_share=0.5)
-    scores = BY_FEATURES.evaluate(model, tokenizer, Damaged(scenes, {0, 7}), loading)
-    assert (scores.num_examples, scores.num_skipped, scores.notes["captions"]) == (10, 2, "50")
-    with pytest.raises(DataError, match="sample 0"):
-        BY_FEATURES.evaluate(model, tokenizer, Damaged(scenes, set(range(6))), Loading(4))
 
 
 class Pairs(Captioned):
@@ -220,13 +166,6 @@ def test_pairs_of_the_same_image_are_not_negatives():
     assert sample["image_ids"] == 2
     assert not (sample["false_ids"][:, 0] == 3).any()
     assert sample_of(MixedSource([Captioned(), Pairs()]), 14)["image_ids"] == 6 + 2
-
-
-def test_one_image_alone_has_no_false_texts():
-    source = Pairs()
-    source.images = 1
-    with pytest.raises(DataError, match="false_texts: expected captions of other images, got 0"):
-        sample_of(source, 0, false_texts=2)
 
 
 def r1(scores):
