@@ -33,6 +33,15 @@ def no_progress(unit: str, done: int, total: int) -> None:
     """Show nothing."""
 
 
+def check_features(model: "PretrainedModel") -> None:
+    """Raise ValueError unless the model has features of images and texts alone to rank."""
+    if not model.ranks:
+        raise ValueError(
+            f"model: expected one with features to rank, got {type(model).__name__}, which has "
+            "none of images and texts alone; for retrieval, METER needs --rerank"
+        )
+
+
 def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
     """Return a context that restores the state of the random generators at its end."""
     if device.type == "cpu":

@@ -31,7 +31,13 @@ from torch import Tensor
 from elip_models.intervals import Interval, score_interval
 from elip_models.pretraining.data import DataError, Sample, Source, open_source, other_caption
 from elip_models.pretraining.data.shared_images import group_by_image, image_number
-from elip_models.pretraining.tasks.features import encode_texts, ranks_of, similarities, unguided
+from elip_models.pretraining.tasks.features import (
+    check_features,
+    encode_texts,
+    ranks_of,
+    similarities,
+    unguided,
+)
 from elip_models.pretraining.tasks.pairs import Encoded, PairScorer
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
@@ -159,11 +165,8 @@ class Retrieval(Task):
             raise ValueError("guided: expected a model and --rerank that re-rank by ITM, got none")
         if self.candidates and not hasattr(model, "matching_logits"):
             super().check(model)
-        if not self.candidates and not model.ranks:
-            raise ValueError(
-                f"model: expected one with features to rank, got {type(model).__name__}, which has "
-                "none of images and texts alone; METER needs --rerank"
-            )
+        if not self.candidates:
+            check_features(model)
 
     def sample(
         self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator

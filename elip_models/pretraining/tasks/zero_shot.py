@@ -18,6 +18,7 @@ from elip_models.intervals import score_interval
 from elip_models.pretraining.data import ClassSource, open_classes
 from elip_models.pretraining.tasks.features import (
     Progress,
+    check_features,
     encode_images,
     encode_texts,
     no_progress,
@@ -47,11 +48,7 @@ class ZeroShot(EvaluationTask):
 
     def check(self, model: "PretrainedModel") -> None:
         """Raise ValueError unless the model has features to rank."""
-        if not model.ranks:
-            raise ValueError(
-                f"model: expected one with features to rank, got {type(model).__name__}, which has "
-                "none of images and texts alone"
-            )
+        check_features(model)
 
     def score(self, run: EvaluationRun) -> TaskScores:
         """Classify all images by the names of the classes."""
