@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from elip_models.validation import as_config_error, check, require_extra
+from elip_models.validation import as_config_error, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Check data.")
 
 CheckedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
-TASKS = "vqa, entailment, nlvr2, classification, retrieval or captioning"
 LISTED = 20
 """Largest number of answers in the table."""
 
@@ -36,7 +35,7 @@ def check_data(
             help="JSON list, tar shards, emoji_scenes:size=500, or https://host/shard.tar alone.",
         ),
     ],
-    task: Annotated[str, typer.Option(help=f"Task of the data: {TASKS}.")] = "retrieval",
+    task: Annotated[CheckedTask, typer.Option(help="Task of the data.")] = "retrieval",
     limit: Annotated[
         int | None, typer.Option(min=1, max=sys.maxsize, help="Read at most so many samples.")
     ] = None,
@@ -52,8 +51,6 @@ def check_data(
     )
     from elip_models.pretraining.data.streams import redacted
 
-    with as_config_error("TASK"):
-        check("task", task, CheckedTask)
     has_captions = task in ("retrieval", "captioning")
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
     with as_config_error("SPEC", inner="spec"):

@@ -75,16 +75,11 @@ class Composition(EvaluationTask):
 
     def check(self, model: "PretrainedModel") -> None:
         """Raise ValueError unless the model has what is compared."""
-        matches, name = hasattr(model, "matching_logits"), type(model).__name__
-        if self.itm and not matches:
+        name = type(model).__name__
+        if not hasattr(model, "matching_logits") and (self.itm or not model.ranks):
             raise ValueError(
-                f"model: expected one with image-text matching (ALBEF, BLIP, METER) for itm, got "
-                f"{name}; leave out itm"
-            )
-        if not matches and not model.ranks:
-            raise ValueError(
-                f"model: expected one that is pre-trained or fine-tuned for retrieval, got {name}, "
-                "which scores no pairs of image and text"
+                "model: expected one with image-text matching (ALBEF, BLIP, METER), or with "
+                f"features to rank and without itm, got {name}"
             )
         if self.guided and not model.reduction.is_guided:
             raise ValueError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from elip_models.pretraining.models.base import PretrainedModel
 
-COLUMNS = 4
+COLUMNS, SHOWN = 4, 12
 WIDTH = 3.2  # inches
 SMALL = {"fontsize": 8, "parse_math": False}
 COLOURS = {True: "#2a7f3f", False: "#b3372f"}
@@ -33,17 +33,15 @@ def draw_predictions(
     source: Source | ExampleSource,
     scores: TaskScores,
     path: Path,
-    *,
-    count: int = 12,
 ) -> Path:
-    """Write a PNG of at most `count` examples, evenly spaced in the evaluated `source`.
+    """Write a PNG of at most `SHOWN` examples, evenly spaced in the evaluated `source`.
 
     It shows images, text and predictions. If the model reduces its image tower, patches that were
     dropped or merged are grey.
     """
     predictions = {prediction.id: prediction for prediction in scores.predictions}
-    samples = readable_samples(source, range(0, len(source), max(1, len(source) // count)))
-    shown = [(s, predictions[s.id]) for s in samples if s.id in predictions][:count]
+    samples = readable_samples(source, range(0, len(source), max(1, len(source) // SHOWN)))
+    shown = [(s, predictions[s.id]) for s in samples if s.id in predictions][:SHOWN]
     rows = max(1, -(-len(shown) // COLUMNS))
     figure = new_figure(WIDTH * COLUMNS, (WIDTH + 0.8) * rows)
     axes = figure.subplots(rows, COLUMNS, squeeze=False)

@@ -292,4 +292,4 @@ def test_data_check_counts_the_answers(capsys):
     for text in ("6 of 6 read", "different texts", "neutral", "2 (33.3%)"):
         assert text in printed
     assert elip("data", "check", "a.json", "--task", "vqs") == 2
-    assert "TASK: task: expected one of 'vqa'" in capsys.readouterr().err
+    assert "'vqs' is not one of 'vqa'" in capsys.readouterr().err

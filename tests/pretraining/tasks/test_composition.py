@@ -132,7 +132,6 @@ def test_the_scores_of_a_benchmark_are_the_means_of_its_examples(tmp_path):
     second = scores.predictions[1]
     assert np.allclose(json.loads(second.output), EVERY_CASE["text only"][0])
     assert (second.id, second.score) == ("1", 0.0)  # of the group
-    assert json.loads(json.dumps(scores.as_dict()))["scores"]["group_score"]["mean"] == 1 / 3
 
 
 def test_features_are_compared_by_their_cosine(tmp_path):
@@ -216,8 +215,6 @@ def test_the_command_scores_a_run(run, tmp_path, capsys):
     assert json.loads(output.read_text()) == json.loads(json.dumps(scores.as_dict()))
     assert elip(*command, data, "--itm") == 2
     assert "--model: expected one with image-text matching" in capsys.readouterr().err
-    assert elip(*command, "missing.json") == 2
-    assert "--data: expected an existing file, got 'missing.json'" in capsys.readouterr().err
     assert elip(*command, data, "--layer", 1) == 2
     assert "expected some of itm, guided, got 'layer'" in capsys.readouterr().err
 

@@ -38,7 +38,6 @@ FAMILIES = ("albef", "blip", "meter")
 WAYS = {
     "dense": {"schedule": None},
     "elip": {},
-    "dropped": {"merge": "none"},
     "tome": {"strategy": "tome", "strategy_options": {"r": 3}, "schedule": None},
     "padded": {"strategy": "adaptive:keep_mass=0.4", "schedule": None},
 }
@@ -202,7 +201,7 @@ def peaked(model, images, input_ids, attention_mask, **options):
 
 def test_scores_of_splits_with_intervals_over_images(albef, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(grounding, "gradcam", peaked)
-    right, wrong, none = ({"proposals": each} for each in ([[2, 2, 2, 2], RIGHT], [LEFT], []))
+    right, wrong, none = ({"proposals": boxes} for boxes in ([[2, 2, 2, 2], RIGHT], [LEFT], []))
     entries = [
         *(entry(0, split="val", **right), entry(0, split="val", **right)),
         entry(1, split="val", box=[5, 5, 2, 2], **right),  # the right proposal is not chosen
@@ -210,18 +209,18 @@ def test_scores_of_splits_with_intervals_over_images(albef, tokenizer, tmp_path,
     ]
     source = open_examples("grounding", write_list(tmp_path, *entries), image_size=16)
     scores = Grounding().evaluate(albef, tokenizer, source, Loading(batch_size=2))
-    found = scores.scores
-    assert found["val_accuracy"] == score_interval([1, 1, 0], [0, 0, 1])
-    assert found["val_pointing"] == score_interval([1, 1, 0], [0, 0, 1])
-    assert found["testA_accuracy"].mean == 0 and found["testA_pointing"].mean == 1
+    intervals = scores.scores
+    assert intervals["val_accuracy"] == score_interval([1, 1, 0], [0, 0, 1])
+    assert intervals["val_pointing"] == score_interval([1, 1, 0], [0, 0, 1])
+    assert intervals["testA_accuracy"].mean == 0 and intervals["testA_pointing"].mean == 1
     chance, without = scores.baselines.values()
     assert chance == pytest.approx(
         {"val_accuracy": 1 / 3, "testA_accuracy": 0}
         | {"val_pointing": 1 / 16, "testA_pointing": 1 / 16}
     )
     assert without["val_accuracy"] == 0 and without["val_pointing"] == 0
-    assert [each.score for each in scores.predictions] == [1, 1, 0, 0, 0]
-    assert [each.output for each in scores.predictions[2:]] == [
+    assert [prediction.score for prediction in scores.predictions] == [1, 1, 0, 0, 0]
+    assert [prediction.output for prediction in scores.predictions[2:]] == [
         "[2.0, 2.0, 2.0, 2.0]",
         "[1.0, 1.0, 4.0, 4.0]",
         "",
@@ -245,7 +244,8 @@ def test_the_list_of_refcoco_is_made_as_the_document_says(tmp_path, monkeypatch)
     }.items():
         (tmp_path / name).write_text(json.dumps(content))
     text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
-    (block,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "refs" in each)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    (block,) = (block for block in blocks if "refs" in block)
     exec(block, {})
     source = open_examples("grounding", "refcoco.json,split=testA", image_size=16)
     proposals = Box(1, 2, 3, 4), Box(0, 0, 8, 8)
@@ -267,5 +267,3 @@ def test_the_command_scores_a_saved_model(albef, tokenizer, tmp_path, capsys):
     capsys.readouterr()
     assert elip(*command, "--data", data, "--layer", 9) == 2
     assert "--layer: expected 1 to 1" in capsys.readouterr().err
-    assert elip(*command, "--data", "emoji_scenes:size=9") == 2
-    assert "--data: " in capsys.readouterr().err

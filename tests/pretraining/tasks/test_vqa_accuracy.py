@@ -23,8 +23,8 @@ def shares(answers):
 def test_the_accuracy_equals_the_official_one(revision):
     assert len(RECORDED) == 54
     for case in RECORDED:
-        found = vqa_accuracy(shares(case["answers"]), case["predicted"], revision)
-        assert 100 * found == pytest.approx(case[str(revision)], abs=1e-6), case
+        accuracy = vqa_accuracy(shares(case["answers"]), case["predicted"], revision)
+        assert 100 * accuracy == pytest.approx(case[str(revision)], abs=1e-6), case
 
 
 def test_the_list_of_answers_is_normalised_but_people_are_compared_as_they_wrote(tmp_path):
