@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Check data.")
 
 CheckedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
-LISTED = 20
-"""Largest number of answers in the table."""
+LISTED = 20  # answers in the table
 
 ImageSize = Annotated[int, typer.Option(min=1, max=4096, help="Side of built-in scenes in pixels.")]
 
@@ -98,14 +97,13 @@ def _answers(source: "ExampleSource", count: int) -> dict[str, str]:
     """Return what the first `count` examples contain, by label of a table."""
     examples = [source.text_alone(index) for index in range(count)]
     right = Counter(answer for example in examples for answer in example.answers)
-    rows = {
+    common = [
+        f"{answer} {number / right.total():.1%}" for answer, number in right.most_common(LISTED)
+    ]
+    return {
         "words per text": _words(example.text for example in examples),
-        "different texts": str(len({example.text for example in examples})),
         "answers to choose from": str(len(source.answers)),
         "answers given": f"{right.total()}, {len(right)} different ones",
+        "most frequent": ", ".join(common),
         "not to choose": str(sum(right[answer] for answer in right.keys() - {*source.answers})),
-        "without an answer": str(sum(not example.answers for example in examples)),
     }
-    for answer, number in right.most_common(LISTED):
-        rows[f"  {answer}"] = f"{number} ({number / right.total():.1%})"
-    return rows | ({"  ..": f"{len(right) - LISTED} more"} if len(right) > LISTED else {})

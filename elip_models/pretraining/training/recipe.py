@@ -98,11 +98,6 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
         try:
             values[key.strip()] = parse_yaml(text)
         except ConfigError:
-            if text.lstrip().startswith("["):
-                raise ConfigError(
-                    f"override {shortened(override)}: expected a list in YAML; put its items in "
-                    f"quotes, such as {key}=['a.json', '*.tar']"
-                ) from None
             values[key.strip()] = text  # a glob such as *.tar is not valid YAML
     return values
 

@@ -90,7 +90,6 @@ def test_later_override_wins(recipe):
         ("output_dir=' '", "output_dir: "),
         ("data.train=3", "data.train: must be a valid string or must be an object or must be a"),
         ("data.train=???", "data.train: required; set data.train=VALUE"),
-        ("data.train=[a.json,*.tar]", "put its items in quotes, such as data.train=['a.json', '*"),
         ("data.weights=[1, 2]", "data.weights: expected one for each of the 1 sources of data.tr"),
         ("trackers=tensorboard", "trackers: must be a valid array, got 'tensorboard'"),
         ("report=[poem]", "report.0: must be 'retrieval', 'zero_shot', 'timing' or 'picture', got"),
