@@ -118,7 +118,6 @@ Count = Annotated[int, Bounds(0, sys.maxsize)]
 PositiveInt = Annotated[int, Bounds(1, sys.maxsize)]
 Depth = Annotated[int, Bounds(1, 1024)]  # layers; a mistake must not take all memory
 Size = Annotated[int, Bounds(1, 2**20)]  # of a tensor, for the same reason
-Workers = Annotated[int, Bounds(0, 1024)]  # processes
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, includes_low=False)]
