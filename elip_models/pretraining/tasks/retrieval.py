@@ -242,23 +242,18 @@ class Retrieval(Task):
             captions += batch.captions
         texts = [text for several in captions for text in several]
         owners = torch.tensor([image for image, several in enumerate(captions) for _ in several])
-        image_features = text_features = None
-        if model.ranks:
-            size, progress = run.loading.batch_size, run.loading.progress
-            text_features = encode_texts(model, run.tokenizer, texts, size, progress)
-            image_features = torch.cat(features)
-            if matches:  # which compares on the CPU
-                image_features, text_features = image_features.cpu(), text_features.cpu()
-            owners = owners.to(image_features.device)
-        return _Index(
-            names,
-            texts,
-            owners,
-            image_features,
-            text_features,
-            Encoded(torch.cat(tokens), torch.cat(masks) if masks else None) if matches else None,
-            torch.cat(pixels) if pixels else None,
-        )
+        mask = torch.cat(masks) if masks else None
+        encoded = Encoded(torch.cat(tokens), mask) if matches else None
+        guided = torch.cat(pixels) if pixels else None
+        if not model.ranks:
+            return _Index(names, texts, owners, None, None, encoded, guided)
+        size, progress = run.loading.batch_size, run.loading.progress
+        of_texts = encode_texts(model, run.tokenizer, texts, size, progress)
+        of_images = torch.cat(features)
+        if matches:  # which compares on the CPU
+            of_images, of_texts = of_images.cpu(), of_texts.cpu()
+        owners = owners.to(of_images.device)
+        return _Index(names, texts, owners, of_images, of_texts, encoded, guided)
 
     def _matched(
         self, run: EvaluationRun, pairs: PairScorer, index: _Index, *, from_text: bool
