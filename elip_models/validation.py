@@ -52,10 +52,6 @@ class Stopped(TrainingError):
         return 128 + self.signal
 
 
-class TextError(ValueError):
-    """Raised for a text with an unpaired surrogate, which JSON can hold and UTF-8 cannot."""
-
-
 UNIONS = (types.UnionType, typing.Union)
 WORDS = {
     int: "an integer",
@@ -122,7 +118,6 @@ Count = Annotated[int, Bounds(0, sys.maxsize)]
 PositiveInt = Annotated[int, Bounds(1, sys.maxsize)]
 Depth = Annotated[int, Bounds(1, 1024)]  # layers; a mistake must not take all memory
 Size = Annotated[int, Bounds(1, 2**20)]  # of a tensor, for the same reason
-Workers = Annotated[int, Bounds(0, 1024)]  # processes
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, includes_low=False)]
@@ -250,15 +245,6 @@ def did_you_mean(name: Any, known: Iterable[str], *, cutoff: float = 0.6) -> str
     names = {name.lower(): name for name in known}
     close = difflib.get_close_matches(text[:100].lower(), names, n=1, cutoff=cutoff)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
-
-
-def check_text(name: str, *texts: str) -> None:
-    """Raise TextError, naming the argument `name`, unless all texts are valid Unicode."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(f"{name}: expected Unicode text, got {text!r:.100}") from error
 
 
 def check_output(option: str, output: Path | None) -> None:

@@ -13,21 +13,8 @@ from elip_models.intervals import (
     score_interval,
     wilson_interval,
 )
-from tests.helpers.tiers import tiered
 
 ENDS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-
-
-@pytest.mark.parametrize("right", [(4, 8), (10, 20), (180, 200)])
-def test_the_interval_of_binary_scores_is_binomial(right):
-    """An end is one of the binomial's that its share of draws, by four standard errors, may hit."""
-    right, n = right
-    interval = bootstrap_interval([True] * right + [False] * (n - right))
-    assert interval.mean == right / n
-    binomial, error = stats.binom(n, right / n), 4 * (ENDS[0] * ENDS[1] / RESAMPLES) ** 0.5
-    for end, share in zip((interval.low, interval.high), ENDS, strict=True):
-        first, last = binomial.ppf([share - error, share + error]) / n
-        assert first <= end <= last
 
 
 RANDOM = np.random.default_rng(1)
@@ -87,35 +74,6 @@ def test_constant_scores_have_the_interval_of_wilson():
     assert 0 < low < 0.3 < high < 1
     assert score_interval([1.0] * 40, np.arange(40) // 5) == wilson_interval(1.0, 8)
     assert score_interval([1.0, 0.0] * 20, np.arange(40) // 2) == wilson_interval(0.5, 20)
-
-
-def test_copies_of_an_example_add_no_information():
-    scores = np.random.default_rng(1).choice([0.0, 0.3, 1.0], 200)
-    alone = score_interval(scores)
-    assert score_interval(scores, np.arange(200)[::-1]) == pytest.approx(alone)
-    copies = score_interval(np.repeat(scores, 5), np.repeat(np.arange(200), 5))
-    assert copies == pytest.approx(alone)
-
-
-@pytest.mark.parametrize("correlation", tiered([0.3, 0.5], [], slow=[0.3]))
-def test_the_interval_covers_the_true_recall_with_correlated_captions(correlation):
-    """500 images of five captions: the recall of an image's captions is beta distributed.
-
-    The share of 1,000 intervals that cover has a standard error of 0.7 points. Intervals that
-    ignore images cover 80% or less.
-    """
-    recall, runs, images, random = 0.6, 1000, 500, np.random.default_rng(7)
-    owners = np.arange(images).repeat(5)
-    spread = 1 / correlation - 1  # a + b of the beta distribution with this correlation
-    covered, ignored = 0, 0
-    for _ in range(runs):
-        of_image = random.beta(recall * spread, (1 - recall) * spread, images)
-        hits = random.random(5 * images) < of_image[owners]
-        interval, alone = score_interval(hits, owners), score_interval(hits)
-        covered += interval.low <= recall <= interval.high
-        ignored += alone.low <= recall <= alone.high
-    assert 0.93 <= covered / runs <= 0.97
-    assert ignored / runs < 0.85
 
 
 def test_the_interval_of_a_mean_over_groups():

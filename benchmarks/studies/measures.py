@@ -29,7 +29,6 @@ from elip_models.pretraining.tasks.features import (
     encode_images,
     encode_texts,
     ranks_of,
-    similarities,
 )
 from elip_models.pretraining.tasks.retrieval import recall_at_k
 from elip_models.pretraining.training.loss_log import losses_of
@@ -114,7 +113,7 @@ def _retrieval_of(
     model: PretrainedModel, images: Tensor, texts: Tensor, owners: Tensor
 ) -> dict[str, float]:
     """Return the scores of features (I, E), (T, E) and the image index of each text (T,)."""
-    scores = recall_at_k(similarities(images, texts), owners, ks=(1, 5))
+    scores = recall_at_k(images, texts, owners, ks=(1, 5))
     scores["r1"] = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
     firsts = texts[torch.searchsorted(owners, torch.arange(len(images), device=owners.device))]
     scale = 1 / model.monitored()["temperature"]

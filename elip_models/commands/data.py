@@ -2,11 +2,11 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from elip_models.pretraining.tasks.tables import data_table
-from elip_models.validation import as_config_error, check, require_extra
+from elip_models.validation import as_config_error, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -15,14 +15,12 @@ with require_extra("elip_models.commands"):
     from rich.table import Table
 
 if TYPE_CHECKING:
-    from elip_models.pretraining.data import ExampleSource, SkipReport
+    from elip_models.pretraining.data import ExampleSource
 
 app = typer.Typer(no_args_is_help=True, help="Check data.")
 
 CheckedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
-TASKS = "vqa, entailment, nlvr2, classification, retrieval or captioning"
-LISTED = 20
-"""Largest number of answers in the table."""
+LISTED = 20  # answers in the table
 
 ImageSize = Annotated[int, typer.Option(min=1, max=4096, help="Side of built-in scenes in pixels.")]
 
@@ -36,7 +34,7 @@ def check_data(
             help="JSON list, tar shards, emoji_scenes:size=500, or https://host/shard.tar alone.",
         ),
     ],
-    task: Annotated[str, typer.Option(help=f"Task of the data: {TASKS}.")] = "retrieval",
+    task: Annotated[CheckedTask, typer.Option(help="Task of the data.")] = "retrieval",
     limit: Annotated[
         int | None, typer.Option(min=1, max=sys.maxsize, help="Read at most so many samples.")
     ] = None,
@@ -52,8 +50,6 @@ def check_data(
     )
     from elip_models.pretraining.data.streams import redacted
 
-    with as_config_error("TASK"):
-        check("task", task, CheckedTask)
     has_captions = task in ("retrieval", "captioning")
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
     with as_config_error("SPEC", inner="spec"):
@@ -63,41 +59,51 @@ def check_data(
             source = open_source(specs, image_size=image_size)
         else:
             source = open_examples(task, specs, image_size=image_size)
-    console, named = Console(), escape(", ".join(redacted(specs)))
-    with console.status(f"reading {named}"):
+    console, captions = Console(), None
+    name = ", ".join(redacted(specs))
+    with console.status(f"reading {escape(name)}"):
         if streams:
             report, captions = source.check(limit)
         else:
             report = check_source(source, limit)
-    if streams:
-        console.print(data_table(named, report.seen, report, captions))
-    elif has_captions:
+    if has_captions and captions is None:
         captions = [text for i in range(report.seen) for text in source.captions(i)]
-        console.print(data_table(named, len(source), report, captions))
+    size = report.seen if streams else len(source)
+    rows = {
+        "data": name,
+        "samples": f"{report.seen} of {size} read",
+        "unreadable": f"{len(report.reasons)} ({report.share:.1%})",
+    }
+    if has_captions:
+        rows["captions"] = f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} per sample"
+        rows |= {"words per caption": _words(captions)}
     else:
-        console.print(_examples_table(named, source, report))
+        rows |= _answers(source, report.seen)
+    table = Table(show_header=False)
+    for label, value in rows.items():
+        table.add_row(escape(label), escape(value))
+    console.print(table)
     if report.reasons:
         console.print(escape(report.summary()), soft_wrap=True)
         raise typer.Exit(1)
 
 
-def _examples_table(name: str, source: "ExampleSource", report: "SkipReport") -> Table:
-    examples = [source.text_alone(index) for index in range(report.seen)]
-    words = [len(example.text.split()) for example in examples] or [0]
+def _words(texts: Iterable[str]) -> str:
+    words = [len(text.split()) for text in texts] or [0]
+    return f"{fmean(words):.1f}, at most {max(words)}"
+
+
+def _answers(source: "ExampleSource", count: int) -> dict[str, str]:
+    """Return what the first `count` examples contain, by label of a table."""
+    examples = [source.text_alone(index) for index in range(count)]
     right = Counter(answer for example in examples for answer in example.answers)
-    listed = set(source.answers)
-    table = Table(show_header=False)
-    table.add_row("data", name)
-    table.add_row("examples", f"{report.seen} of {len(source)} read")
-    table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
-    table.add_row("different texts", str(len({example.text for example in examples})))
-    table.add_row("words per text", f"{fmean(words):.1f}, at most {max(words)}")
-    table.add_row("answers to choose from", str(len(source.answers)))
-    table.add_row("answers given", f"{right.total()}, {len(right)} different ones")
-    table.add_row("not to choose", f"{sum(right[answer] for answer in right.keys() - listed)}")
-    table.add_row("without an answer", f"{sum(not example.answers for example in examples)}")
-    for answer, count in right.most_common(LISTED):
-        table.add_row(f"  {escape(answer)}", f"{count} ({count / right.total():.1%})")
-    if len(right) > LISTED:
-        table.add_row("  ..", f"{len(right) - LISTED} more")
-    return table
+    common = [
+        f"{answer} {number / right.total():.1%}" for answer, number in right.most_common(LISTED)
+    ]
+    return {
+        "words per text": _words(example.text for example in examples),
+        "answers to choose from": str(len(source.answers)),
+        "answers given": f"{right.total()}, {len(right)} different ones",
+        "most frequent": ", ".join(common),
+        "not to choose": str(sum(right[answer] for answer in right.keys() - {*source.answers})),
+    }

@@ -88,17 +88,18 @@ def evaluate(
     """Score a trained model."""
     check_output("--output", output)
     from elip_models.pretraining.data.loader import worker_options
-    from elip_models.pretraining.tasks.registry import get_evaluation, read_answers
+    from elip_models.pretraining.tasks.registry import EVALUATIONS, get_task, read_answers
     from elip_models.pretraining.tasks.tables import score_table
     from elip_models.pretraining.tasks.task import Loading
+    from elip_models.saving.files import write_json
 
     name = task.replace("-", "_")
-    settings = {"candidates": 0} if name == "retrieval" else {}
     named = {"candidates": rerank, "itm": itm, "guided": guided, "layer": layer}
+    settings = {"candidates": 0} if name == "retrieval" else {}
     settings |= {option: value for option, value in named.items() if value}
     settings |= parse_overrides(options or (), "candidates=64")
     with as_config_error(f"eval {task}", inner="task_options"):
-        evaluation = get_evaluation(name, **settings)
+        evaluation = get_task(name, EVALUATIONS, **settings)
     with as_config_error("--num-workers"):
         worker_options(num_workers)
     loading = Loading(batch_size or evaluation.batch_size, num_workers, max_bad_share)
@@ -113,7 +114,7 @@ def evaluate(
     scores = evaluation.evaluate(trained, tokenizer, source, loading, read_answers(folder))
     Console().print(score_table(scores))
     if output is not None:
-        scores.write(output)
+        write_json(output, scores.as_dict())
 
 
 def weights_folder(model: Path) -> Path:

@@ -12,7 +12,7 @@ from elip_models.pretraining.training.recipe import (
     recipe_title,
 )
 from elip_models.pretraining.training.yaml_config import REQUIRED, yaml_line
-from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
+from elip_models.validation import as_config_error, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -44,18 +44,12 @@ def recipes(ctx: typer.Context) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a recipe, such as clip_tiny.")],
+    name: Annotated[str, typer.Argument(help="Recipe, such as clip_tiny, or a YAML file.")],
 ) -> None:
     """Show each key of a recipe, its value, where the value comes from, and its meaning."""
-    full = {recipe.removeprefix(f"{FINETUNE}/"): recipe for recipe in recipe_names(FINETUNE)}
-    full |= {recipe: recipe for recipe in [*recipe_names(), *full.values()]}
-    if name not in full:
-        raise ConfigError(
-            f"NAME: expected a name that `elip recipes` lists, got {shortened(name)}"
-            f"{did_you_mean(name, full)}"
-        )
-    settings = recipe_settings(full[name])
-    trains = not full[name].startswith(FINETUNE)
+    with as_config_error("NAME"):
+        settings = recipe_settings(name)
+    trains = all(key != "task" or value is None for key, value, *_ in settings)
     table = Table(Column("key", no_wrap=True), "value", "from", "meaning")
     for key, value, source, meaning in [*settings, *(_of_the_model(settings) if trains else ())]:
         if not trains and key in BY_CHECKPOINT:

@@ -29,7 +29,7 @@ from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.reduction.serialization import strategy_of
 from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.saving.files import read_object, write_json
-from elip_models.validation import ConfigError, as_config_error, check_text
+from elip_models.validation import ConfigError, as_config_error
 
 Report = Callable[[str], object]
 HNSW_IMAGES = 200_000
@@ -176,7 +176,7 @@ def _check_weights(encoder: Encoder, collection: Collection) -> None:
 def text_features(encoder: Encoder, text: str) -> Tensor:
     """Return the feature (1, D) of a text; raise ConfigError if it has no words."""
     with as_config_error("query"):
-        check_text("query", text)
+        text.encode()  # raises for an unpaired surrogate
     if not text.strip():
         raise ConfigError(f"query: expected a text or the path of an image, got {text!r}")
     return encoder.encode_texts([text])

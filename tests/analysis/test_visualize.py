@@ -22,7 +22,7 @@ from elip_models.analysis.visualize import (
 from elip_models.pretraining.data import EmojiScenes
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
 from elip_models.pretraining.training import report
-from elip_models.pretraining.training.report import Reporter
+from elip_models.pretraining.training.report import draw_kept_tokens, time_tower
 from tests.helpers.tiers import first_quick
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
@@ -147,8 +147,8 @@ TINY_CLIP = dict(
 @pytest.mark.parametrize("schedule", first_quick([None, "1(100%) 2(50%)"]))
 def test_a_training_run_ends_with_the_picture(schedule, tokenizer, tmp_path):
     config = CLIPConfig(**TINY_CLIP, eos_token_id=tokenizer.eos_token_id, schedule=schedule)
-    reporter = Reporter(CLIP(config).eval(), tokenizer, EmojiScenes(5, image_size=32), tmp_path)
-    assert rows_of(reporter.picture(2)) == 2
+    model, source = CLIP(config).eval(), EmojiScenes(5, image_size=32)
+    assert rows_of(draw_kept_tokens(model, tokenizer, source, tmp_path / "kept.png")) == 5
 
 
 CHOSEN = {
@@ -163,7 +163,7 @@ def test_a_training_run_times_its_own_tower_with_its_own_reduction(name, tmp_pat
     monkeypatch.setattr(report, "ROUNDS", 1)
     model = CLIP(CLIPConfig(**TINY_CLIP, eos_token_id=2, **CHOSEN[name])).eval()
     console = Console(width=120, record=True, file=io.StringIO())
-    path = Reporter(model, None, None, tmp_path).timing(console, 3)
+    path = time_tower(model, tmp_path / "timing.json", console, 3)
     rows = json.loads(path.read_text())["rows"]
     timed = "elip" if name == "dense" else name
     modes = [("training", "dense"), ("training", timed)]

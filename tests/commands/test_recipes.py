@@ -73,5 +73,5 @@ def test_show_names_where_each_value_comes_from(capsys):
 def test_show_of_an_unknown_recipe_suggests_one(capsys):
     assert elip("recipes", "show", "clip_tny") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: NAME: expected a name that `elip recipes` lists")
+    assert error.startswith("error: NAME: recipe 'clip_tny': expected a path ending in .yaml, or a")
     assert error.endswith("did you mean 'clip_tiny'?\n")

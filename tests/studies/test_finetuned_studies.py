@@ -113,7 +113,10 @@ def test_an_invalid_second_stage_raises(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"recipe": "retrieval_tny"}, "recipe: expected one of .*did you mean 'retrieval_tiny'"),
+        (
+            {"recipe": "retrieval_tny"},
+            "recipe 'retrieval_tny': expected .*did you mean 'retrieval_tiny'",
+        ),
         ({"optim.lrr": 1}, "optim.lrr: unknown key"),
         ({"data.train": "???"}, r"data.train: required; set finetune.data.train=VALUE$"),
         ({"data.eval": None}, "data.eval: expected held-out samples to score, got null"),

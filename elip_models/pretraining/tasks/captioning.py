@@ -4,7 +4,6 @@ Files of NoCaps name a domain for each image; each domain also has scores of its
 (Li et al., 2022); CIDEr (Vedantam et al., 2015); NoCaps (Agrawal et al., 2019).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -80,8 +79,12 @@ class Captioning(Task):
             written += self.write(run.model, run.tokenizer, batch.images.to(run.device))
             captions += batch.captions
             ids += batch.ids
-        if self.submission is not None:
-            write_json(Path(self.submission), _submitted(ids, written))
+        if self.submission is not None:  # in the format of the servers, whose ids are numbers
+            numbers = [int(name) if name.isdecimal() else name for name in ids]
+            rows = zip(numbers, written, strict=True)
+            write_json(
+                Path(self.submission), [{"image_id": n, "caption": text} for n, text in rows]
+            )
         domains = run.source.domains() if isinstance(run.source, JsonSource) else {}
         known = [i for i, texts in enumerate(captions) if texts]
         scores, baselines, ciders = {}, {}, {}
@@ -93,13 +96,14 @@ class Captioning(Task):
             baseline, _ = caption_scores(others, references, parts)
             ciders = dict(zip(known, by_image, strict=True))
             baselines = {"another image's": {name: one.mean for name, one in baseline.items()}}
-        rows = enumerate(zip(ids, written, strict=True))
         return TaskScores(
             task=self.name,
             scores=scores,
             baselines=baselines,
             num_examples=len(known),
-            predictions=tuple(Prediction(name, text, ciders.get(i)) for i, (name, text) in rows),
+            predictions=tuple(
+                Prediction(ids[i], text, ciders.get(i)) for i, text in enumerate(written)
+            ),
             notes={"words": "by a plain rule, not by Stanford's PTB tokenizer"},
         )
 
@@ -118,10 +122,3 @@ class Captioning(Task):
         ids = model.generate(images, prompt=prompt, decoding=decoding)
         rest = ids[:, 1 + prompt.shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(rest, skip_special_tokens=True)]
-
-
-def _submitted(ids: Sequence[str], written: Sequence[str]) -> list[dict[str, int | str]]:
-    """Return the captions in the format of an evaluation server, whose ids are numbers."""
-    numbers = (int(name) if name.isdecimal() else name for name in ids)
-    pairs = zip(numbers, written, strict=True)
-    return [{"image_id": number, "caption": text} for number, text in pairs]

@@ -8,14 +8,12 @@ Source: SNLI-VE (Xie et al., 2019); NLVR2 (Suhr et al., 2019).
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.intervals import score_interval
 from elip_models.pretraining.data import (
     DataError,
     Example,
@@ -26,6 +24,7 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.data.samples import image_number
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
+    Outcome,
     Prediction,
     Preprocessor,
     Task,
@@ -91,11 +90,12 @@ class ClassTask(Task):
         return lambda **inputs: columns[model.logits(**inputs)[:, columns].argmax(1)]
 
     def score(self, run: EvaluationRun) -> TaskScores:
-        """Return the mean accuracy of the predicted answers; examples without one are left out."""
+        """Return the mean accuracy of the predicted answers; examples without one are left out.
+
+        The baselines are a random answer and the most frequent one.
+        """
         model, source = run.model, run.source
-        answers = run.answers
-        if answers is None:
-            answers = _source_answers(source, getattr(model.config, "num_classes", None))
+        answers = run.answers or _source_answers(source, getattr(model.config, "num_classes", None))
         outputs = self.outputs(answers, source)
         predict = self.predictor(model, run.tokenizer, answers, outputs)
         examples: list[Example] = []
@@ -110,44 +110,33 @@ class ClassTask(Task):
             predicted += [answers[number] for number in predict(**inputs).tolist()]
             examples += batch.examples
             images += [image_number(source, index) for index in batch.indices]
-        scores = [
-            self.accuracy(example.answers, text) if example.answers else None
-            for example, text in zip(examples, predicted, strict=True)
-        ]
-        known = [(s, image) for s, image in zip(scores, images, strict=True) if s is not None]
-        baselines = self._baselines(examples, [answers[number] for number in outputs])
-        return TaskScores(
-            task=self.name,
-            scores={"accuracy": score_interval(*zip(*known, strict=True))},
-            baselines=baselines,
-            num_examples=len(known),
-            predictions=tuple(
-                map(Prediction, (example.id for example in examples), predicted, scores)
-            ),
+        possible = [answers[number] for number in outputs]
+        majority = _most_frequent([e.answers for e in examples if e.answers], possible)
+        outcomes, predictions = [], []
+        for example, image, text in zip(examples, images, predicted, strict=True):
+            score = None
+            if example.answers:
+                score = self.accuracy(example.answers, text)
+                always = self.accuracy(example.answers, majority)
+                baselines = {"chance": 1 / len(possible), "majority": always}
+                outcomes.append(Outcome("accuracy", score, image, baselines))
+            predictions.append(Prediction(example.id, text, score))
+        return TaskScores.of(
+            self.name, outcomes, num_examples=len(outcomes), predictions=tuple(predictions)
         )
 
-    def _baselines(
-        self, examples: Sequence[Example], answers: Sequence[str]
-    ) -> dict[str, dict[str, float]]:
-        """Return the accuracy of a random answer and of the most frequent one.
 
-        `answers` are those that can be predicted. Raises DataError if no example has one of them.
-        """
-        known = [example.answers for example in examples if example.answers]
-        if not known:
-            raise DataError("examples: expected answers, got none; use data with answers")
-        possible = set(answers)
-        if not any(weights.keys() & possible for weights in known):
-            raise DataError(
-                f"answers: expected some among the {len(answers)} of the model, such as "
-                f"{answers[0]!r}, got none of them, but {next(iter(known[0]))!r}; use other data"
-            )
-        heaviest = Counter(max(weights, key=weights.get) for weights in known)
-        always = heaviest.most_common(1)[0][0]
-        return {
-            "chance": {"accuracy": 1 / len(answers)},
-            "majority": {"accuracy": fmean(self.accuracy(weights, always) for weights in known)},
-        }
+def _most_frequent(known: Sequence[dict[str, float]], answers: Sequence[str]) -> str:
+    """Return the most frequent answer; raise DataError if none is among the possible `answers`."""
+    if not known:
+        raise DataError("examples: expected answers, got none; use data with answers")
+    if set(answers).isdisjoint(answer for weights in known for answer in weights):
+        raise DataError(
+            f"answers: expected some among the {len(answers)} of the model, such as "
+            f"{answers[0]!r}, got none of them, but {next(iter(known[0]))!r}; use other data"
+        )
+    heaviest = Counter(max(weights, key=weights.get) for weights in known)
+    return heaviest.most_common(1)[0][0]
 
 
 def _source_answers(source: ExampleSource, outputs: int | None) -> tuple[str, ...]:

@@ -19,14 +19,13 @@ Source: Winoground (Thrush et al., 2022); ARO (Yuksekgonul et al., 2023); SugarC
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from elip_models.intervals import Interval, group_mean_interval, score_interval
+from elip_models.intervals import group_mean_interval
 from elip_models.pretraining.data import (
     CompositionExample,
     CompositionSource,
@@ -35,7 +34,13 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.tasks.features import TIE_TOLERANCE, unguided
 from elip_models.pretraining.tasks.pairs import Method, PairScorer
-from elip_models.pretraining.tasks.task import EvaluationRun, EvaluationTask, Prediction, TaskScores
+from elip_models.pretraining.tasks.task import (
+    EvaluationRun,
+    EvaluationTask,
+    Outcome,
+    Prediction,
+    TaskScores,
+)
 
 if TYPE_CHECKING:
     from elip_models.pretraining.models.base import PretrainedModel
@@ -70,16 +75,11 @@ class Composition(EvaluationTask):
 
     def check(self, model: "PretrainedModel") -> None:
         """Raise ValueError unless the model has what is compared."""
-        matches, name = hasattr(model, "matching_logits"), type(model).__name__
-        if self.itm and not matches:
+        name = type(model).__name__
+        if not hasattr(model, "matching_logits") and (self.itm or not model.ranks):
             raise ValueError(
-                f"model: expected one with image-text matching (ALBEF, BLIP, METER) for itm, got "
-                f"{name}; leave out itm"
-            )
-        if not matches and not model.ranks:
-            raise ValueError(
-                f"model: expected one that is pre-trained or fine-tuned for retrieval, got {name}, "
-                "which scores no pairs of image and text"
+                "model: expected one with image-text matching (ALBEF, BLIP, METER), or with "
+                f"features to rank and without itm, got {name}"
             )
         if self.guided and not model.reduction.is_guided:
             raise ValueError(
@@ -89,23 +89,21 @@ class Composition(EvaluationTask):
 
     def score(self, run: EvaluationRun) -> TaskScores:
         """Score the examples whose images can all be read, also by category."""
-        source, method = run.source, self.method(run.model)
+        source, method, loading = run.source, self.method(run.model), run.loading
         texts = [*dict.fromkeys(text for example in source.examples for text in example.captions)]
+        numbers = {text: number for number, text in enumerate(texts)}
         scores: dict[str, dict[str, float]] = {}  # by id of the image, and caption
         with unguided():
             pairs = PairScorer(
-                run.model,
-                run.tokenizer,
-                texts,
-                method,
-                run.loading.batch_size,
-                run.loading.progress,
+                run.model, run.tokenizer, texts, method, loading.batch_size, loading.progress
             )
             for batch in run.batches:
-                images, values = batch.images.to(run.device), []
-                rows, columns = _pairs(batch.captions, texts)
+                images = batch.images.to(run.device)
+                rows = [row for row, several in enumerate(batch.captions) for _ in several]
+                columns = [numbers[text] for several in batch.captions for text in several]
                 encoded = {"guided": images} if self.guided else {"images": pairs.encode(images)}
-                values = iter(pairs.score(rows, columns, **encoded).tolist())
+                values = pairs.score(torch.tensor(rows), torch.tensor(columns), **encoded)
+                values = iter(values.tolist())
                 for name, captions in zip(batch.ids, batch.captions, strict=True):
                     scores[name] = {text: next(values) for text in captions}
         examples = [example for example in source.examples if scores.keys() >= {*example.images}]
@@ -118,22 +116,17 @@ class Composition(EvaluationTask):
         judgements = [judge(similar) for similar in similarities]
         counts = Counter(example.category for example in examples)
         sizes = {name: counts[name] for name in source.categories if counts[name]}
-        outputs = zip(examples, similarities, judgements, strict=True)
-        intervals = _scores(examples, judgements, sizes, averages=source.averages)
-        chance = _chance(examples)
-        return TaskScores(
-            task=self.name,
-            scores=intervals,
-            baselines={
-                "chance": {
-                    name: next(v for metric, v in chance.items() if name.endswith(metric))
-                    for name in intervals
-                }
-            },
+        same_tokens = torch.unique(pairs.ids, dim=0, return_inverse=True)[1].tolist()
+        token_sets = [[same_tokens[numbers[text]] for text in e.captions] for e in examples]
+        result = TaskScores.of(
+            self.name,
+            _outcomes(examples, judgements, sizes),
             num_examples=len(examples),
             predictions=tuple(
                 Prediction(example.id, json.dumps(similar), min(judgement.values()))
-                for example, similar, judgement in outputs
+                for example, similar, judgement in zip(
+                    examples, similarities, judgements, strict=True
+                )
             ),
             notes={
                 "benchmark": source.benchmark,
@@ -141,29 +134,46 @@ class Composition(EvaluationTask):
                 "guided": "yes" if self.guided else "no",
                 "images": str(len(scores)),
                 "examples without image": str(len(source.examples) - len(examples)),
-                "examples with a wrong caption of the same tokens": str(_ties(examples, pairs)),
+                "examples with a wrong caption of the same tokens": str(
+                    sum(right in wrong for right, *wrong in token_sets)
+                ),
                 "examples by category": ", ".join(f"{n}: {size}" for n, size in sizes.items()),
             },
         )
+        if source.averages and sizes:
+            grouped = [
+                (judgement["accuracy"], example.category, example.cluster)
+                for example, judgement in zip(examples, judgements, strict=True)
+                if example.category in sizes
+            ]
+            macro = group_mean_interval(*zip(*grouped, strict=True))
+            chance = result.baselines["chance"]
+            first = {"accuracy": result.scores["accuracy"], "macro_accuracy": macro}
+            averaged = {"accuracy": chance["accuracy"], "macro_accuracy": chance["accuracy"]}
+            result = replace(
+                result, scores=first | result.scores, baselines={"chance": averaged | chance}
+            )
+        return result
 
 
-def _pairs(
-    captions: Sequence[Sequence[str]], texts: Sequence[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the numbers of the image and of the text of each caption, (P,) each."""
-    numbers = {text: number for number, text in enumerate(texts)}
-    rows = [row for row, several in enumerate(captions) for _ in several]
-    return torch.tensor(rows), torch.tensor([numbers[t] for several in captions for t in several])
-
-
-def _ties(examples: Sequence[CompositionExample], pairs: PairScorer) -> int:
-    """Return the number of examples with a further caption of the tokens of the first one."""
-    same = torch.unique(pairs.ids, dim=0, return_inverse=True)[1].tolist()
-    numbers = dict(zip(pairs.texts, same, strict=True))
-    return sum(
-        numbers[example.captions[0]] in [numbers[text] for text in example.captions[1:]]
-        for example in examples
-    )
+def _outcomes(
+    examples: Sequence[CompositionExample],
+    judgements: Sequence[Judgement],
+    categories: Iterable[str],
+) -> list[Outcome]:
+    """Return the scores over all examples, then over those of each category."""
+    return [
+        Outcome(
+            metric if category is None else f"{category}_{metric}",
+            score,
+            example.cluster,
+            {"chance": PAIR_CHANCE.get(metric, 1 / len(example.captions))},
+        )
+        for category in (None, *categories)
+        for example, judgement in zip(examples, judgements, strict=True)
+        if category in (None, example.category)
+        for metric, score in judgement.items()
+    ]
 
 
 def judge(similar: Sequence[Sequence[float]]) -> Judgement:
@@ -182,40 +192,3 @@ def judge(similar: Sequence[Sequence[float]]) -> Judgement:
     text = above(first, other_crossed) and above(second, crossed)
     image = above(first, crossed) and above(second, other_crossed)
     return dict(zip(PAIR_CHANCE, map(float, (text, image, text and image)), strict=True))
-
-
-def _scores(
-    examples: Sequence[CompositionExample],
-    judgements: Sequence[Judgement],
-    categories: Sequence[str],
-    *,
-    averages: bool,
-) -> dict[str, Interval]:
-    """Return the interval of each metric, over all examples and over those of each category.
-
-    With `averages`, also the mean of the accuracies of the categories.
-    """
-    rows = list(zip(examples, judgements, strict=True))
-    scores = {}
-    for category in (None, *categories):
-        chosen = [row for row in rows if category in (None, row[0].category)]
-        clusters = [example.cluster for example, _ in chosen]
-        for metric in judgements[0]:
-            name = metric if category is None else f"{category}_{metric}"
-            scores[name] = score_interval([scored[metric] for _, scored in chosen], clusters)
-        if category is None and averages and categories:
-            numbers = {name: number for number, name in enumerate(categories)}
-            grouped = [
-                (scored["accuracy"], numbers[example.category], example.cluster)
-                for example, scored in rows
-                if example.category in numbers
-            ]
-            scores["macro_accuracy"] = group_mean_interval(*zip(*grouped, strict=True))
-    return scores
-
-
-def _chance(examples: Sequence[CompositionExample]) -> dict[str, float]:
-    """Return the expected scores of a model whose scores are random and different."""
-    if len(examples[0].images) == 2:
-        return PAIR_CHANCE
-    return {"accuracy": fmean(1 / len(example.captions) for example in examples)}

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TIE_TOLERANCE = 1e-6
 """Similarities closer than this are a tie, so that rounding errors do not decide."""
-CHUNK = 1024  # rows that are ranked at once
 
 Progress = Callable[[str, int, int], object]
 """Called with what is counted, such as "sample", how many of them are done, and their number."""
@@ -32,6 +31,15 @@ Progress = Callable[[str, int, int], object]
 
 def no_progress(unit: str, done: int, total: int) -> None:
     """Show nothing."""
+
+
+def check_features(model: "PretrainedModel") -> None:
+    """Raise ValueError unless the model has features of images and texts alone to rank."""
+    if not model.ranks:
+        raise ValueError(
+            f"model: expected one with features to rank, got {type(model).__name__}, which has "
+            "none of images and texts alone; for retrieval, METER needs --rerank"
+        )
 
 
 def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
@@ -95,9 +103,6 @@ def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
 
     Both arguments are (Q, C); each row has at least one relevant candidate.
     """
-    ranks = []
-    for scores, right in zip(similarity.split(CHUNK), relevant.split(CHUNK), strict=True):
-        best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        behind = scores < best - TIE_TOLERANCE
-        ranks.append((~behind & ~right).sum(dim=1))
-    return torch.cat(ranks)
+    best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
+    behind = similarity < best - TIE_TOLERANCE
+    return (~behind & ~relevant).sum(dim=1)

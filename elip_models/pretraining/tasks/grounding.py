@@ -27,14 +27,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_convert, box_iou
 
-from elip_models.intervals import score_interval
-from elip_models.pretraining.data import DataError, ExampleSource, example_batches, open_examples
-from elip_models.pretraining.data.samples import Referring, Target, image_number
+from elip_models.pretraining.data import ExampleSource, example_batches, open_examples
+from elip_models.pretraining.data.samples import Target, image_number
 from elip_models.pretraining.data.scene_sampling import Box
 from elip_models.pretraining.models.layers.attention_map import attention_map
 from elip_models.pretraining.tasks.features import unguided
-from elip_models.pretraining.tasks.task import EvaluationRun, EvaluationTask, Prediction, TaskScores
+from elip_models.pretraining.tasks.task import (
+    EvaluationRun,
+    EvaluationTask,
+    Outcome,
+    Prediction,
+    TaskScores,
+)
 from elip_models.reduction.strategy import mask_after
 from elip_models.reduction.token_assignment import slots_after
 from elip_models.validation import Depth
@@ -48,21 +54,10 @@ WITHOUT_MAP = "largest box, image centre"
 
 
 class Heat(NamedTuple):
-    """Grad-CAM of a batch: heat (B, rows, columns), ITM scores (B,), image tokens of each (B,)."""
+    """Grad-CAM of a batch: heat (B, rows, columns), and the image tokens of each image (B,)."""
 
     patches: Tensor
-    scores: Tensor
     num_tokens: Tensor
-
-
-class _Score(NamedTuple):
-    """The score of an expression by one metric, and those of the two baselines."""
-
-    metric: str  # with the split
-    image: int
-    score: float
-    chance: float
-    without_map: float
 
 
 @dataclass(frozen=True)
@@ -92,42 +87,33 @@ class Grounding(EvaluationTask):
 
     def score(self, run: EvaluationRun) -> TaskScores:
         """Score how well Grad-CAM of the model finds what expressions refer to."""
-        model, source = run.model, run.source
-        if not isinstance(source, Referring):
-            raise TypeError(f"source: expected expressions with boxes, got {type(source).__name__}")
-        scores, predictions, counts = [], [], []
-        options = {"layer": self.layer, "guided": self.guided}
+        model, source, outcomes, predictions, counts = run.model, run.source, [], [], []
         with unguided():
             for batch in run.batches:
                 texts = model.tokenise(run.tokenizer, [example.text for example in batch.examples])
                 texts = {name: ids.to(run.device) for name, ids in texts.items()}
-                heat = gradcam(model, batch.images.to(run.device), **texts, **options)
+                images = batch.images.to(run.device)
+                heat = gradcam(model, images, **texts, layer=self.layer, guided=self.guided)
                 counts += heat.num_tokens.tolist()
                 for index, example, patches in zip(
                     batch.indices, batch.examples, heat.patches.float().cpu(), strict=True
                 ):
-                    image, target = image_number(source, index), source.target(index)
-                    rows, output = _scores_of(patches, target, image, model.config.resize)
-                    scores += rows
-                    predictions.append(Prediction(example.id, output, rows[-1].score))
-        if not scores:
-            raise DataError("examples: expected at least one, got none")
-        by_metric: dict[str, list[_Score]] = {}
-        for score in scores:
-            by_metric.setdefault(score.metric, []).append(score)
+                    target, box = source.target(index), None
+                    image, prefix = image_number(source, index), target.split and f"{target.split}_"
+                    score, baselines = pointing(patches, target, model.config.resize)
+                    outcomes.append(Outcome(f"{prefix}pointing", score, image, baselines))
+                    if target.proposals is not None:
+                        box = best_box(
+                            upsample(patches, target.size, model.config.resize), target.proposals
+                        )
+                        score, baselines = box_accuracy(box, target)
+                        outcomes.append(Outcome(f"{prefix}accuracy", score, image, baselines))
+                    output = "" if box is None else json.dumps([round(side, 2) for side in box])
+                    predictions.append(Prediction(example.id, output, score))
         depth = len(cross_attention_layers(model))
-        return TaskScores(
-            task=self.name,
-            scores={
-                name: score_interval([row.score for row in rows], [row.image for row in rows])
-                for name, rows in by_metric.items()
-            },
-            baselines={
-                "chance": {n: fmean(row.chance for row in rows) for n, rows in by_metric.items()},
-                WITHOUT_MAP: {
-                    name: fmean(row.without_map for row in rows) for name, rows in by_metric.items()
-                },
-            },
+        return TaskScores.of(
+            self.name,
+            outcomes,
             num_examples=len(predictions),
             predictions=tuple(predictions),
             notes={
@@ -169,7 +155,7 @@ def gradcam(
     patches = spread[:, model.tower.num_prefix_tokens :]
     side = round(patches.shape[1] ** 0.5)  # our image towers are square, also of smaller images
     counts = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.sum(1)
-    return Heat(patches.unflatten(1, (side, side)), scores.detach(), counts)
+    return Heat(patches.unflatten(1, (side, side)), counts)
 
 
 def cross_attention(model: nn.Module, layer: int | None = None) -> nn.Module:
@@ -242,22 +228,29 @@ def best_box(pixels: Tensor, boxes: Sequence[Box]) -> Box | None:
     return best
 
 
-def iou(first: Box, second: Box) -> float:
-    """Return the intersection over union of two boxes."""
-    width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
-    height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
-    shared = max(0.0, width) * max(0.0, height)
-    return shared / (first[2] * first[3] + second[2] * second[3] - shared)
+def ious(boxes: Sequence[Box], box: Box) -> list[float]:
+    """Return the intersection over union of boxes with a box."""
+    corners = (
+        box_convert(torch.tensor(several).double(), "xywh", "xyxy") for several in (boxes, [box])
+    )
+    return box_iou(*corners)[:, 0].tolist()
 
 
-def pointing(heat: Tensor, target: Target, resize: str) -> float:
-    """Return the share of the patches with the largest heat whose centre is in the true box."""
-    if not heat.max() > 0:
-        return 0.0
+def pointing(heat: Tensor, target: Target, resize: str) -> tuple[float, dict[str, float]]:
+    """Return the share of the patches with the largest heat whose centre is in the true box.
+
+    The baselines are a random pixel, and the centre of the image.
+    """
     left, top, width, height = read_area(target.size, resize)
     rows, columns = (heat == heat.max()).nonzero().add(0.5).unbind(1)
     across, down = left + columns * width / heat.shape[1], top + rows * height / heat.shape[0]
-    return _contains(target.box, across, down).double().mean().item()
+    hits = _contains(target.box, across, down).double().mean().item()
+    (width, height), (left, top, across, down) = target.size, target.box
+    columns = max(0.0, min(width, left + across) - max(0.0, left))
+    rows = max(0.0, min(height, top + down) - max(0.0, top))
+    centre = _contains(target.box, torch.tensor(width / 2), torch.tensor(height / 2))
+    baselines = {"chance": columns * rows / (width * height), WITHOUT_MAP: float(centre)}
+    return hits if heat.max() > 0 else 0.0, baselines
 
 
 def _contains(box: Box, across: Tensor, down: Tensor) -> Tensor:
@@ -266,33 +259,14 @@ def _contains(box: Box, across: Tensor, down: Tensor) -> Tensor:
     return in_columns & (top <= down) & (down < top + height)
 
 
-def _scores_of(heat: Tensor, target: Target, image: int, resize: str) -> tuple[list[_Score], str]:
-    """Return the scores of one expression by the heat (rows, columns) of its image, and its box."""
-    prefix = f"{target.split}_" if target.split else ""
-    hit = pointing(heat, target, resize)
-    scores = [_Score(f"{prefix}pointing", image, hit, *_point_baselines(target))]
-    if target.proposals is None:
-        return scores, ""
-    chosen = best_box(upsample(heat, target.size, resize), target.proposals)
-    right = float(chosen is not None and iou(chosen, target.box) >= MIN_IOU)
-    scores.append(_Score(f"{prefix}accuracy", image, right, *_box_baselines(target)))
-    box = "" if chosen is None else json.dumps([round(number, 2) for number in chosen])
-    return scores, box
+def box_accuracy(box: Box | None, target: Target) -> tuple[float, dict[str, float]]:
+    """Return 1.0 if the chosen box has the required IoU with the true one.
 
-
-def _point_baselines(target: Target) -> tuple[float, float]:
-    """Return the scores of a random pixel and of the centre of the image."""
-    (width, height), (left, top, across, down) = target.size, target.box
-    columns = max(0.0, min(width, left + across) - max(0.0, left))
-    rows = max(0.0, min(height, top + down) - max(0.0, top))
-    centre = _contains(target.box, torch.tensor(width / 2), torch.tensor(height / 2))
-    return columns * rows / (width * height), float(centre)
-
-
-def _box_baselines(target: Target) -> tuple[float, float]:
-    """Return the scores of a random proposal and of the largest one."""
+    The baselines are a random proposal, and the largest one.
+    """
     if not target.proposals:
-        return 0.0, 0.0
-    right = [iou(box, target.box) >= MIN_IOU for box in target.proposals]
-    areas = [box[2] * box[3] for box in target.proposals]
-    return fmean(right), float(right[areas.index(max(areas))])
+        return 0.0, {"chance": 0.0, WITHOUT_MAP: 0.0}
+    right = [float(overlap >= MIN_IOU) for overlap in ious(target.proposals, target.box)]
+    areas = [width * height for _, _, width, height in target.proposals]
+    baselines = {"chance": fmean(right), WITHOUT_MAP: right[areas.index(max(areas))]}
+    return (0.0 if box is None else right[target.proposals.index(box)]), baselines

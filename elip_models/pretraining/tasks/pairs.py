@@ -77,8 +77,8 @@ class PairScorer:
                 pixels = guided[row].to(self.device)
                 values, real = self.encode(pixels, self.model.text_cls(ids, mask))
             else:
-                parts = (None if part is None else part[row].to(self.device) for part in images)
-                values, real = parts
+                values = images.values[row].to(self.device)
+                real = None if images.mask is None else images.mask[row].to(self.device)
             if self.method == "itm":
                 matched = self.model.matching_logits(values, real, ids, mask)
             else:

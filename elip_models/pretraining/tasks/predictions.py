@@ -17,15 +17,13 @@ from elip_models.reduction.strategies import Dense
 from elip_models.reduction.user_warnings import ignore_slow_scorers
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
 
-    from elip_models.pretraining.data import Sample
     from elip_models.pretraining.models.base import PretrainedModel
-    from elip_models.pretraining.tasks.task import Prediction
 
-COLUMNS = 4
+COLUMNS, SHOWN = 4, 12
 WIDTH = 3.2  # inches
+SMALL = {"fontsize": 8, "parse_math": False}
 COLOURS = {True: "#2a7f3f", False: "#b3372f"}
 
 
@@ -35,50 +33,35 @@ def draw_predictions(
     source: Source | ExampleSource,
     scores: TaskScores,
     path: Path,
-    *,
-    count: int = 12,
 ) -> Path:
-    """Write a PNG of at most `count` examples, evenly spaced in the evaluated `source`.
+    """Write a PNG of at most `SHOWN` examples, evenly spaced in the evaluated `source`.
 
     It shows images, text and predictions. If the model reduces its image tower, patches that were
     dropped or merged are grey.
     """
     predictions = {prediction.id: prediction for prediction in scores.predictions}
-    samples = readable_samples(source, range(0, len(source), max(1, len(source) // count)))
-    shown = [(s, predictions[s.id]) for s in samples if s.id in predictions][:count]
+    samples = readable_samples(source, range(0, len(source), max(1, len(source) // SHOWN)))
+    shown = [(s, predictions[s.id]) for s in samples if s.id in predictions][:SHOWN]
     rows = max(1, -(-len(shown) // COLUMNS))
-    number = max((len(_parts(sample)[0]) for sample, _ in shown), default=1)  # images in a sample
-    figure = new_figure(WIDTH * COLUMNS, (WIDTH / number + 0.8) * rows)
+    figure = new_figure(WIDTH * COLUMNS, (WIDTH + 0.8) * rows)
     axes = figure.subplots(rows, COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (sample, prediction) in zip(axes.flat, shown, strict=False):
-        images, text, right = _parts(sample)
+        if isinstance(sample, Example):
+            images, text, right = sample.images, sample.text, sample.answers
+        else:
+            images, text, right = (sample.image,), "", sample.captions[:1]
         pixels = [_pixels(model, tokenizer, image, text) for image in images]
-        gap = torch.ones(*pixels[0].shape[:2], 1)
-        beside = [part for picture in pixels for part in (gap, picture)][1:]
-        axis.imshow(torch.cat(beside, dim=2).permute(1, 2, 0).numpy())
-        _write_prediction(axis, text, right, prediction)
+        axis.imshow(torch.cat(pixels, dim=2).permute(1, 2, 0).numpy())
+        is_right = (prediction.score or 0.0) >= 0.5
+        answer = prediction.output + ("" if is_right else f" (right: {', '.join(right)})")
+        axis.set_title(textwrap.fill(textwrap.shorten(text, 120), 38), **SMALL)
+        style = {"ha": "center", "va": "top", "color": COLOURS[is_right]}
+        axis.text(0.5, -0.04, textwrap.fill(answer, 42), transform=axis.transAxes, **style, **SMALL)
     figure.suptitle(scores.summary(), fontsize=10)
     write_figure(figure, path, dpi=110)
     return path
-
-
-def _write_prediction(axis: "Axes", text: str, right: str, prediction: "Prediction") -> None:
-    title = textwrap.fill(textwrap.shorten(text, 120, placeholder=" .."), 38)
-    axis.set_title(title, fontsize=8, parse_math=False)
-    is_right = (prediction.score or 0.0) >= 0.5
-    answer = prediction.output if is_right else f"{prediction.output}\n(right: {right})"
-    answer = "\n".join(textwrap.fill(line, 42) for line in answer.splitlines())
-    style = {"ha": "center", "va": "top", "fontsize": 8, "color": COLOURS[is_right]}
-    axis.text(0.5, -0.04, answer, transform=axis.transAxes, parse_math=False, **style)
-
-
-def _parts(sample: "Sample | Example") -> tuple[tuple, str, str]:
-    """Return the images of a sample, its text and its right answer."""
-    if isinstance(sample, Example):
-        return sample.images, sample.text, ", ".join(sample.answers)
-    return (sample.image,), "", sample.captions[0]
 
 
 @torch.no_grad()

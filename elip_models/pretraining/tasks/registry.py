@@ -14,7 +14,7 @@ from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.tasks.task import EvaluationTask, Task
 from elip_models.pretraining.tasks.vqa import VQA
 from elip_models.pretraining.tasks.zero_shot import ZeroShot
-from elip_models.saving.files import write_file
+from elip_models.saving.files import write_json
 from elip_models.validation import did_you_mean
 
 TASKS: dict[str, type[Task]] = {
@@ -28,28 +28,20 @@ EVALUATIONS: dict[str, type[EvaluationTask]] = {
 """Tasks of `elip eval`."""
 
 
-def get_task(name: str, **options: Any) -> Task:
-    """Return the downstream task called `name`, with the given settings instead of its defaults."""
-    return _made(TASKS, name, options)
-
-
-def get_evaluation(name: str, **options: Any) -> EvaluationTask:
-    """Return the task of `elip eval` called `name`, which need not be a downstream task."""
-    return _made(EVALUATIONS, name, options)
-
-
-def _made(kinds: Mapping[str, type[EvaluationTask]], name: str, options: Mapping[str, Any]) -> Any:
+def get_task(
+    name: str, kinds: Mapping[str, type[EvaluationTask]] = TASKS, **options: Any
+) -> EvaluationTask:
+    """Return the task of `kinds` called `name`, with the given settings instead of its defaults."""
     if name not in kinds:
         raise ValueError(
             f"task: expected one of {', '.join(kinds)}, got {name!r}{did_you_mean(name, kinds)}"
         )
     known = [field.name for field in fields(kinds[name])]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"task_options: expected some of {', '.join(known) or 'none'}, got {option!r}"
-                f"{did_you_mean(option, known)}"
-            )
+    for option in options.keys() - {*known}:
+        raise ValueError(
+            f"task_options: expected some of {', '.join(known) or 'none'}, got {option!r}"
+            f"{did_you_mean(option, known)}"
+        )
     return kinds[name](**options)
 
 
@@ -58,7 +50,7 @@ ANSWERS = "answers.json"
 
 def save_answers(folder: Path, answers: Sequence[str]) -> None:
     """Write all possible answers of a model beside it, in the order of its outputs."""
-    write_file(folder / ANSWERS, (json.dumps([*answers]) + "\n").encode())
+    write_json(folder / ANSWERS, [*answers])
 
 
 def read_answers(folder: Path) -> tuple[str, ...] | None:

@@ -14,12 +14,13 @@ A model without features (METER) scores every pair, and one without ITM (CLIP) r
 Images are encoded without text. With `guided`, a *query* caption guides the reduction of its
 candidate images during re-ranking. An image that is the query is never reduced by a caption.
 Recall is ours, since torchmetrics has neither several captions for an image nor this rule on ties.
-The whole matrix of similarities is in memory: 0.5 GB for the 5,000 images of COCO's test split.
+Similarities are computed for `CHUNK` queries at once: the whole matrix of 100,000 images with five
+captions each has 200 GB.
 Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
@@ -31,7 +32,13 @@ from elip_models.intervals import Interval, score_interval
 from elip_models.pretraining.data import DataError, Sample, Source, open_source, other_caption
 from elip_models.pretraining.data.derived_sources import group_by_image
 from elip_models.pretraining.data.samples import image_number
-from elip_models.pretraining.tasks.features import encode_texts, ranks_of, similarities, unguided
+from elip_models.pretraining.tasks.features import (
+    check_features,
+    encode_texts,
+    ranks_of,
+    similarities,
+    unguided,
+)
 from elip_models.pretraining.tasks.pairs import Encoded, PairScorer
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
@@ -47,33 +54,32 @@ if TYPE_CHECKING:
 
 KS = (1, 5, 10)
 RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in KS)
+CHUNK = 1024
 MAX_DRAWS = 1000  # draws for one caption of another image
 
 
 def recall_at_k(
-    similarity: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS
+    images: Tensor, texts: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Return recall@k both ways for a full similarity matrix (num_images, num_texts).
+    """Return recall@k both ways by the features of images (I, E) and texts (T, E).
 
-    `text_to_image` (num_texts,) is the row of the image that each text describes.
+    `text_to_image` (T,) is the row of the image that each text describes.
     """
-    ways = zip(("image_to_text", "text_to_image"), _ranks(similarity, text_to_image), strict=True)
-    return {f"{way}_r{k}": (rank < k).double().mean().item() for way, rank in ways for k in ks}
+    numbers = torch.arange(len(images), device=text_to_image.device)
+    of_images, _ = _ranks(_similar(images, texts), numbers, text_to_image)
+    of_texts, _ = _ranks(_similar(texts, images), text_to_image, numbers)
+    ways = {"image_to_text": of_images, "text_to_image": of_texts}
+    return {f"{way}_r{k}": (ways[way] < k).double().mean().item() for way in ways for k in ks}
 
 
 def recall_intervals(
-    similarity: Tensor, text_to_image: Tensor, of_texts: Tensor | None = None
+    of_images: Tensor, of_texts: Tensor, text_to_image: Tensor
 ) -> dict[str, Interval]:
-    """Return the recalls with their 95% intervals, with the names of `recall_at_k`.
-
-    `of_texts` (num_texts, num_images) are the scores of text queries, if they are others.
-    """
-    of_images, of_texts = _ranks(similarity, text_to_image, of_texts)
-    ways = {"image_to_text": (of_images, None), "text_to_image": (of_texts, text_to_image.cpu())}
-    return {
-        f"{way}_r{k}": score_interval((ranks < k).cpu().numpy(), clusters)
-        for way, (ranks, clusters) in ways.items()
-        for k in KS
+    """Return the recalls of the ranks of both ways with their 95% intervals."""
+    of_images, of_texts = of_images.cpu().numpy(), of_texts.cpu().numpy()
+    owners = text_to_image.cpu().numpy()
+    return {f"image_to_text_r{k}": score_interval(of_images < k) for k in KS} | {
+        f"text_to_image_r{k}": score_interval(of_texts < k, owners) for k in KS
     }
 
 
@@ -94,23 +100,37 @@ def chance_level(
     return chance | {f"text_to_image_r{k}": min(1.0, k / num_images) for k in ks}
 
 
+def _similar(queries: Tensor, candidates: Tensor) -> Iterator[Tensor]:
+    """Yield the similarities (.., C) of all queries, of `CHUNK` at once."""
+    return (similarities(chunk, candidates) for chunk in queries.split(CHUNK))
+
+
 def _ranks(
-    similarity: Tensor, text_to_image: Tensor, of_texts: Tensor | None = None
+    rows: Iterable[Tensor], query_images: Tensor, candidate_images: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the ranks of the first correct text of each image, and of the image of each text."""
-    relevant = torch.arange(len(similarity), device=similarity.device)[:, None] == text_to_image
-    of_texts = similarity.T if of_texts is None else of_texts
-    return ranks_of(similarity, relevant), ranks_of(of_texts, relevant.T)
+    """Return the rank of the first correct candidate of each query, and its best one, (Q,) each.
+
+    `rows` are the scores (.., C) of some queries at once, in order. A candidate is correct if its
+    image is that of the query.
+    """
+    ranks, best, start = [], [], 0
+    for scores in rows:
+        own = query_images[start : start + len(scores)]
+        ranks.append(ranks_of(scores, own[:, None] == candidate_images))
+        best.append(scores.argmax(1))
+        start += len(scores)
+    return torch.cat(ranks), torch.cat(best)
 
 
 class _Index(NamedTuple):
-    """Images and captions of the data, with the similarity (I, T) of their features, if any."""
+    """Images and captions of the data, and what is encoded of them."""
 
     names: list[str]
     texts: list[str]
-    text_to_image: Tensor  # (T,), the image of each text
-    similarity: Tensor | None
-    images: Encoded | None  # of image-text matching, on the CPU
+    owners: Tensor  # (T,), the image of each text
+    image_features: Tensor | None  # (I, E)
+    text_features: Tensor | None  # (T, E)
+    tokens: Encoded | None  # of image-text matching, on the CPU
     pixels: Tensor | None  # (I, 3, S, S), if queries guide the reduction
 
 
@@ -146,11 +166,8 @@ class Retrieval(Task):
             raise ValueError("guided: expected a model and --rerank that re-rank by ITM, got none")
         if self.candidates and not hasattr(model, "matching_logits"):
             super().check(model)
-        if not self.candidates and not model.ranks:
-            raise ValueError(
-                f"model: expected one with features to rank, got {type(model).__name__}, which has "
-                "none of images and texts alone; METER needs --rerank"
-            )
+        if not self.candidates:
+            check_features(model)
 
     def sample(
         self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator
@@ -176,28 +193,39 @@ class Retrieval(Task):
         """Score recall@k both ways."""
         matches = self.candidates > 0 and hasattr(run.model, "matching_logits")
         with unguided():
-            index = self._index(run, matches=matches)
-            scored = self._matched(run, index) if matches else (index.similarity, None)
-        owners = index.text_to_image
-        baselines = {"chance": chance_level(owners, len(index.names))}
-        if matches and index.similarity is not None:
-            baselines["features"] = recall_at_k(index.similarity, owners)
-        best = scored[0].argmax(1)
-        right = (owners[best] == torch.arange(len(best), device=best.device)).double()
-        texts = [index.texts[text] for text in best.tolist()]
+            index = self._encode(run, matches=matches)
+            images, texts, owners = index.image_features, index.text_features, index.owners
+            if matches:
+                pairs = PairScorer(
+                    run.model, run.tokenizer, index.texts, "itm", run.loading.batch_size
+                )
+                of_images, of_texts = (
+                    self._matched(run, pairs, index, from_text=from_text)
+                    for from_text in (False, True)
+                )
+            else:
+                of_images, of_texts = _similar(images, texts), _similar(texts, images)
+            numbers = torch.arange(len(index.names), device=owners.device)
+            image_ranks, best = _ranks(of_images, numbers, owners)
+            text_ranks, _ = _ranks(of_texts, owners, numbers)
+        baselines = {"chance": chance_level(owners, len(numbers))}
+        if matches and images is not None:
+            baselines["features"] = recall_at_k(images, texts, owners)
+        right = (owners[best] == numbers).double().tolist()
+        predicted = [index.texts[text] for text in best.tolist()]
         return TaskScores(
             task=self.name,
-            scores=recall_intervals(scored[0], owners, scored[1]),
+            scores=recall_intervals(image_ranks, text_ranks, owners),
             baselines=baselines,
-            num_examples=len(index.names),
-            predictions=tuple(map(Prediction, index.names, texts, right.tolist())),
+            num_examples=len(numbers),
+            predictions=tuple(map(Prediction, index.names, predicted, right)),
             notes={
                 "captions": str(len(index.texts)),
                 "ranked by": f"ITM of {self.candidates} candidates" if matches else "features",
             },
         )
 
-    def _index(self, run: EvaluationRun, *, matches: bool) -> _Index:
+    def _encode(self, run: EvaluationRun, *, matches: bool) -> _Index:
         """Encode all images without text, and all captions alone."""
         model, features, tokens, masks, pixels = run.model, [], [], [], []
         names, captions = [], []
@@ -215,49 +243,41 @@ class Retrieval(Task):
             captions += batch.captions
         texts = [text for several in captions for text in several]
         owners = torch.tensor([image for image, several in enumerate(captions) for _ in several])
-        similarity = None
-        if model.ranks:
-            size, progress = run.loading.batch_size, run.loading.progress
-            of_texts = encode_texts(model, run.tokenizer, texts, size, progress)
-            similarity = similarities(torch.cat(features), of_texts)
-            similarity = similarity.cpu() if matches else similarity
-            owners = owners.to(similarity.device)
-        images = Encoded(torch.cat(tokens), torch.cat(masks) if masks else None) if tokens else None
-        return _Index(
-            names, texts, owners, similarity, images, torch.cat(pixels) if pixels else None
-        )
+        mask = torch.cat(masks) if masks else None
+        encoded = Encoded(torch.cat(tokens), mask) if matches else None
+        guided = torch.cat(pixels) if pixels else None
+        if not model.ranks:
+            return _Index(names, texts, owners, None, None, encoded, guided)
+        size, progress = run.loading.batch_size, run.loading.progress
+        of_texts = encode_texts(model, run.tokenizer, texts, size, progress)
+        of_images = torch.cat(features)
+        if matches:  # which compares on the CPU
+            of_images, of_texts = of_images.cpu(), of_texts.cpu()
+        owners = owners.to(of_images.device)
+        return _Index(names, texts, owners, of_images, of_texts, encoded, guided)
 
-    def _matched(self, run: EvaluationRun, index: _Index) -> tuple[Tensor, Tensor]:
-        """Return the scores of pairs: (I, T) for image queries, (T, I) for text queries."""
-        model, loading, similarity = run.model, run.loading, index.similarity
-        pairs = PairScorer(model, run.tokenizer, index.texts, "itm", loading.batch_size)
-        num_images, num_texts = len(index.names), len(index.texts)
-        scores = torch.full((2, num_images, num_texts), -math.inf)
-        queries = num_images + num_texts
-        for row in range(num_images):
-            texts = self._candidates(None if similarity is None else similarity[row], num_texts)
-            images = torch.full_like(texts, row)
-            scores[0, row, texts] = pairs.score(images, texts, images=index.images)
-            loading.progress("query", row + 1, queries)
-        for column in range(num_texts):
-            of_text = None if similarity is None else similarity[:, column]
-            images = self._candidates(of_text, num_images)
-            texts = torch.full_like(images, column)
-            scores[1, images, column] = pairs.score(
-                images, texts, images=index.images, guided=index.pixels
-            )
-            loading.progress("query", num_images + column + 1, queries)
+    def _matched(
+        self, run: EvaluationRun, pairs: PairScorer, index: _Index, *, from_text: bool
+    ) -> Iterator[Tensor]:
+        """Yield the scores (1, C) of the candidates of each query, -inf if not re-ranked."""
+        sides = (index.names, index.image_features), (index.texts, index.text_features)
+        (queries, features), (candidates, others) = sides[::-1] if from_text else sides
         adds = self.adds_similarity
         if adds is None:
-            adds = getattr(model, "adds_similarity", False)
-        if similarity is not None and adds:
-            scores += similarity
-        return scores[0], scores[1].T
-
-    def _candidates(self, similarity: Tensor | None, number: int) -> Tensor:
-        if similarity is None:
-            return torch.arange(number)
-        return similarity.topk(min(self.candidates, number)).indices
+            adds = getattr(run.model, "adds_similarity", False)
+        done, total = len(index.names) * from_text, len(index.names) + len(index.texts)
+        for query in range(len(queries)):
+            chosen, similarity = torch.arange(len(candidates)), torch.zeros(len(candidates))
+            if features is not None:
+                similarity = similarities(features[query : query + 1], others)[0]
+                chosen = similarity.topk(min(self.candidates, len(candidates))).indices
+            same = torch.full_like(chosen, query)
+            rows, columns = (chosen, same) if from_text else (same, chosen)
+            guided = index.pixels if from_text else None
+            scores = torch.full((1, len(candidates)), -math.inf)
+            scores[0, chosen] = pairs.score(rows, columns, images=index.tokens, guided=guided)
+            run.loading.progress("query", done + query + 1, total)
+            yield scores + similarity if adds else scores
 
 
 def _sample_other_captions(

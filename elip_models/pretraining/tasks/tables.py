@@ -1,7 +1,5 @@
 """Tables for a console."""
 
-from collections.abc import Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from elip_models.validation import require_extra
@@ -11,25 +9,10 @@ with require_extra("elip_models.pretraining.tasks.tables"):
     from rich.table import Table
 
 if TYPE_CHECKING:
-    from elip_models.pretraining.data import SkipReport
     from elip_models.pretraining.tasks.task import TaskScores
 
 MAX_SCORES = 30
 """Largest number of scores that a table lists, such as those of the categories of a benchmark."""
-
-
-def data_table(name: str, size: int, report: "SkipReport", captions: Sequence[str]) -> Table:
-    """Return how much of a source of `size` samples was read, and how long the captions are."""
-    words = [len(text.split()) for text in captions] or [0]
-    table = Table(show_header=False)
-    table.add_row("data", name)
-    table.add_row("samples", f"{report.seen} of {size} read")
-    table.add_row("unreadable", f"{len(report.reasons)} ({report.share:.1%})")
-    table.add_row(
-        "captions", f"{len(captions)}, {len(captions) / max(1, report.seen):.2f} per sample"
-    )
-    table.add_row("words per caption", f"{fmean(words):.1f}, at most {max(words)}")
-    return table
 
 
 def score_table(scores: "TaskScores") -> Table:

@@ -3,19 +3,19 @@
 A task is a frozen dataclass of its settings, in a file of its own. `registry` lists all of them.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.intervals import Interval
+from elip_models.intervals import Interval, score_interval
 from elip_models.pretraining.data import (
+    DataError,
     ExampleSource,
     SkipReport,
     Source,
@@ -27,7 +27,6 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.data.training_samples import tokenize_text
 from elip_models.pretraining.models.base import eval_mode
 from elip_models.pretraining.tasks.features import Progress, isolated_rng, no_progress
-from elip_models.saving.files import write_file
 from elip_models.validation import check_fields
 
 if TYPE_CHECKING:
@@ -55,6 +54,15 @@ class Prediction(NamedTuple):
     score: float | None
 
 
+class Outcome(NamedTuple):
+    """The score of one example by one metric, and those of the baselines by name."""
+
+    metric: str
+    score: float
+    image: int  # examples with an equal number are drawn together in the bootstrap
+    baselines: dict[str, float]
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """Scores of a model on a task."""
@@ -67,6 +75,25 @@ class TaskScores:
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)  # of each example, in order
     notes: dict[str, str] = field(default_factory=dict)  # other facts that the scores depend on
 
+    @classmethod
+    def of(cls, task: str, outcomes: Sequence[Outcome], **fields: Any) -> Self:
+        """Return the mean of each metric with its interval over images, and of its baselines.
+
+        Raises:
+            DataError: there are no outcomes.
+        """
+        if not outcomes:
+            raise DataError("examples: expected at least one with an answer, got none")
+        by_metric: dict[str, list[Outcome]] = {}
+        for outcome in outcomes:
+            by_metric.setdefault(outcome.metric, []).append(outcome)
+        scores, baselines = {}, {name: {} for name in outcomes[0].baselines}
+        for metric, rows in by_metric.items():
+            scores[metric] = score_interval([r.score for r in rows], [r.image for r in rows])
+            for name, means in baselines.items():
+                means[metric] = fmean(row.baselines[name] for row in rows)
+        return cls(task, scores, baselines, **fields)
+
     @property
     def metrics(self) -> dict[str, float]:
         """Means by name, for logs."""
@@ -78,11 +105,6 @@ class TaskScores:
         scores = {name: score._asdict() for name, score in self.scores.items()}
         predictions = [prediction._asdict() for prediction in self.predictions]
         return {**vars(self), "scores": scores, "predictions": predictions}
-
-    def write(self, path: Path) -> Path:
-        """Write `as_dict` as JSON, atomically."""
-        write_file(path, (json.dumps(self.as_dict(), indent=2) + "\n").encode())
-        return path
 
     def summary(self) -> str:
         """Return one line with the means."""

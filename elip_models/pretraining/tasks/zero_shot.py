@@ -18,6 +18,7 @@ from elip_models.intervals import score_interval
 from elip_models.pretraining.data import ClassSource, open_classes
 from elip_models.pretraining.tasks.features import (
     Progress,
+    check_features,
     encode_images,
     encode_texts,
     no_progress,
@@ -47,23 +48,25 @@ class ZeroShot(EvaluationTask):
 
     def check(self, model: "PretrainedModel") -> None:
         """Raise ValueError unless the model has features to rank."""
-        if not model.ranks:
-            raise ValueError(
-                f"model: expected one with features to rank, got {type(model).__name__}, which has "
-                "none of images and texts alone"
-            )
+        check_features(model)
 
     def score(self, run: EvaluationRun) -> TaskScores:
         """Classify all images by the names of the classes."""
         images, classes_of_images = encode_images(run.model, run.batches)
-        source, size = run.source, run.loading.batch_size
-        templates = source.names, source.templates
-        progress = run.loading.progress
-        classes = class_features(run.model, run.tokenizer, *templates, size, progress)
-        number = {name: i for i, name in enumerate(source.classes)}
-        labels = torch.tensor([number[name] for (name,) in classes_of_images])
+        source = run.source
+        classes = class_features(
+            run.model,
+            run.tokenizer,
+            source.names,
+            source.templates,
+            run.loading.batch_size,
+            run.loading.progress,
+        )
+        labels = torch.tensor([source.classes.index(name) for (name,) in classes_of_images])
         labels = labels.to(images.device)
-        relevant = _equal_names(source.names).to(images.device)[labels]
+        # of classes with the same name, of which ImageNet has two pairs, the first is predicted
+        names = torch.tensor([source.names.index(name) for name in source.names])
+        relevant = (names[:, None] == names).tril().to(images.device)[labels]
         ranks = ranks_of(similarities(images, classes), relevant).cpu().numpy()
         return TaskScores(
             task=self.name,
@@ -72,16 +75,6 @@ class ZeroShot(EvaluationTask):
             num_examples=len(labels),
             notes={"classes": str(len(classes))},
         )
-
-
-def _equal_names(names: Sequence[str]) -> Tensor:
-    """Return (C, C): for each class, itself and the earlier classes with the same name.
-
-    Of equal scores the first is taken. ImageNet has two pairs of such classes.
-    """
-    numbers = torch.tensor([names.index(name) for name in names])
-    places = torch.arange(len(names))
-    return (numbers[:, None] == numbers) & (places[:, None] <= places)
 
 
 def class_features(

@@ -19,7 +19,6 @@ from elip_models.validation import ConfigError, as_config_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Scores = TaskScores
 PRETRAINING_TASKS = {"retrieval": Retrieval(candidates=0), "zero_shot": ZeroShot()}
 VALIDATION = "validation"
 """Name of the evaluation of a downstream task on `data.validation`."""

@@ -27,11 +27,11 @@ from elip_models.pretraining.models.registry import (
     inherited_fields,
 )
 from elip_models.pretraining.tasks.registry import TASKS
-from elip_models.pretraining.training.recipe import FINETUNE, recipe_names, recipe_with
+from elip_models.pretraining.training.recipe import FINETUNE, recipe_with
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import input_fields
 from elip_models.saving.files import read_config
-from elip_models.validation import ConfigError, as_config_error, did_you_mean
+from elip_models.validation import ConfigError, as_config_error
 
 REDUCTION = {
     field.name for config in (ContrastiveConfig, TextReductionConfig) for field in fields(config)
@@ -101,20 +101,12 @@ def recipe_for(
 
 
 def recipe_of(task: str, family: type[PretrainedModel]) -> str:
-    """Return the name or path of the recipe that `task` is, or that `family` has for this task.
+    """Return the recipe that `family` has for a task; other names and paths as they are.
 
     Raises:
-        ValueError: a task that the family does not have, or an unknown recipe.
+        ValueError: a task that the family does not have.
     """
-    names = [name.removeprefix(f"{FINETUNE}/") for name in recipe_names(FINETUNE)]
-    if task in TASKS:
-        downstream_of(family, task)
-        task = f"{task}_{family.family}"
-    if task in names:
-        return f"{FINETUNE}/{task}"
-    if task.endswith((".yaml", ".yml")):
+    if task not in TASKS:
         return task
-    raise ValueError(
-        f"expected one of {', '.join(TASKS)}, a recipe of {', '.join(names)}, or a YAML file, got "
-        f"{task!r}{did_you_mean(task, [*TASKS, *names])}"
-    )
+    downstream_of(family, task)
+    return f"{FINETUNE}/{task}_{family.family}"

@@ -98,11 +98,6 @@ def parse_overrides(overrides: Sequence[str], example: str) -> dict[str, Any]:
         try:
             values[key.strip()] = parse_yaml(text)
         except ConfigError:
-            if text.lstrip().startswith("["):
-                raise ConfigError(
-                    f"override {shortened(override)}: expected a list in YAML; put its items in "
-                    f"quotes, such as {key}=['a.json', '*.tar']"
-                ) from None
             values[key.strip()] = text  # a glob such as *.tar is not valid YAML
     return values
 
@@ -141,7 +136,7 @@ def recipe_title(name: str) -> str:
 
 
 def recipe_settings(name: str) -> list[Setting]:
-    """Return all keys of a built-in recipe, with the defaults of those that it does not set."""
+    """Return all keys of a recipe, with the defaults of those that it does not set."""
     return _settings(RunConfig, _read_recipe(_find_recipe(name)))
 
 
@@ -189,13 +184,14 @@ def _find_recipe(name_or_path: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"recipe {name_or_path}: no such file")
         return path
-    names = recipe_names() + recipe_names(FINETUNE)
+    names = {name.removeprefix(f"{FINETUNE}/"): name for name in recipe_names(FINETUNE)}
+    names |= {name: name for name in [*recipe_names(), *names.values()]}
     if name_or_path not in names:
         raise ConfigError(
             f"recipe {shortened(name_or_path)}: expected a path ending in .yaml, or a name that "
             f"`elip recipes` lists{did_you_mean(name_or_path, names)}"
         )
-    return RECIPES / f"{name_or_path}.yaml"
+    return RECIPES / f"{names[name_or_path]}.yaml"
 
 
 def _read_recipe(path: Path, depth: int = 1) -> dict[str, Any]:

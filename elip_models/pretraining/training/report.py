@@ -32,55 +32,48 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROUNDS = 5
+PICTURED = 5  # images
 
 
-class Reporter:
-    """Reports on a trained model, from samples that it was not trained on.
+@torch.no_grad()
+def draw_kept_tokens(
+    model: PretrainedModel, tokenizer: "PreTrainedTokenizerBase", source: Source, path: Path
+) -> Path:
+    """Write a picture of the patches kept by each stage, CLS attention and captions.
 
-    A dense model is timed with the paper's strategy. The picture of any model shows the paper's
-    strategy, guided by the first captions of the samples.
+    It shows the first images of `source`, which the model was not trained on, and the paper's
+    strategy for any model, guided by the first captions of the images.
     """
+    device, config = next(model.parameters()).device, model.config
+    transform = image_transform(config.image_size, train=False, resize=config.resize)
+    report = SkipReport(1.0, length=len(source))  # training has checked the share already
+    batch = next(evaluation_batches(source, transform, PICTURED, report=report))
+    captions = [several[0] for several in batch.captions]
+    guidance = model.encode_captions(tokenizer, captions)
+    with ignore_slow_scorers():
+        _, infos = run_tower(model.tower, batch.images.to(device), guidance, model.elip_strategy())
+    mean, std = (torch.tensor(value)[:, None, None] for value in model.image_stats())
+    pixels = (batch.images * std + mean).clamp(0, 1)
+    return draw_reduction(pixels, captions, infos, path, grid=patch_grid(model.tower))
 
-    def __init__(
-        self,
-        model: PretrainedModel,
-        tokenizer: "PreTrainedTokenizerBase",
-        source: Source,
-        output_dir: Path,
-    ) -> None:
-        self.model, self.tokenizer, self.source = model, tokenizer, source
-        self.output_dir = output_dir
-        self.device = next(model.parameters()).device
-        self.strategy = model.elip_strategy()
 
-    @torch.no_grad()
-    def picture(self, count: int = 5) -> Path:
-        """Write `kept_tokens.png`: patches kept by each stage, CLS attention and captions."""
-        config, tower = self.model.config, self.model.tower
-        transform = image_transform(config.image_size, train=False, resize=config.resize)
-        report = SkipReport(1.0, length=len(self.source))  # training has checked the share already
-        batch = next(evaluation_batches(self.source, transform, count, report=report))
-        captions = [several[0] for several in batch.captions]
-        guidance = self.model.encode_captions(self.tokenizer, captions)
-        with ignore_slow_scorers():
-            _, infos = run_tower(tower, batch.images.to(self.device), guidance, self.strategy)
-        mean, std = (torch.tensor(v)[:, None, None] for v in self.model.image_stats())
-        pixels = (batch.images * std + mean).clamp(0, 1)
-        path = self.output_dir / "kept_tokens.png"
-        return draw_reduction(pixels, captions, infos, path, grid=patch_grid(tower))
+def time_tower(model: PretrainedModel, path: Path, console: Console, batch_size: int) -> Path:
+    """Time the image tower, dense and reduced; print a table and write JSON.
 
-    def timing(self, console: Console, batch_size: int) -> Path:
-        """Time the image tower, dense and reduced; print a table and write `timing.json`."""
-        reduction, memory = self.model.reduction, memory_kind(self.device)
-        strategy = self.strategy if isinstance(reduction, Dense) else reduction
-        console.print("timing the image tower, dense and reduced")
-        tower, compared = self.model.visual, {strategy.name: strategy}
-        rows = profile_model("image tower", tower, compared, batch_size=batch_size, rounds=ROUNDS)
-        console.print(_timing_table(rows, strategy, memory))
-        report = {**measured_on(self.device), "rounds": ROUNDS, "memory_is": memory}
-        path = self.output_dir / "timing.json"
-        write_json(path, report | {"rows": [asdict(row) for row in rows]})
-        return path
+    A dense model is timed with the paper's strategy.
+    """
+    device = next(model.parameters()).device
+    is_dense, memory = isinstance(model.reduction, Dense), memory_kind(device)
+    strategy = model.elip_strategy() if is_dense else model.reduction
+    console.print("timing the image tower, dense and reduced")
+    compared = {strategy.name: strategy}
+    rows = profile_model(
+        "image tower", model.visual, compared, batch_size=batch_size, rounds=ROUNDS
+    )
+    console.print(_timing_table(rows, strategy, memory))
+    report = {**measured_on(device), "rounds": ROUNDS, "memory_is": memory}
+    write_json(path, report | {"rows": [asdict(row) for row in rows]})
+    return path
 
 
 def _timing_table(rows: Sequence[ProfileRow], strategy: Strategy, memory: str) -> Table:

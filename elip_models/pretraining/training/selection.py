@@ -87,8 +87,7 @@ def selected_folder(folder: Path) -> tuple[Path, Selection | None]:
 
 
 def _read(folder: Path) -> Selection | None:
-    path = folder / RECORD
-    if not path.is_file():
+    if not (folder / RECORD).is_file():
         return None
-    record = read_object(path)
+    record = read_object(folder / RECORD)
     return Selection(tuple(record["metrics"]), record["value"], record["step"])

@@ -1,5 +1,6 @@
 """What `elip train` prints before and after a run, and writes after it."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,12 +70,13 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
     summary.add_row("steps", str(result.step))
     summary.add_row("loss", f"{result.loss:.4f}")
     summary.add_row("skipped", escape(result.skipped))
-    if result.scores is not None:
-        summary.add_row("retrieval", score_table(result.scores))
-    if result.zero_shot is not None:
-        summary.add_row("zero-shot", score_table(result.zero_shot))
-    if result.task_scores is not None:
-        summary.add_row(config.task, score_table(result.task_scores))
+    for name, scores in (
+        ("retrieval", result.scores),
+        ("zero-shot", result.zero_shot),
+        (config.task, result.task_scores),
+    ):
+        if scores is not None:
+            summary.add_row(name, score_table(scores))
     if result.selection is not None:
         summary.add_row("weights", escape(str(result.selection)))
         if result.last_scores is not None:
@@ -83,38 +85,34 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
     console.print(Panel(summary, title=escape(config.name), expand=False))
 
 
-def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
+def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> Iterator[Path]:
     """Write the time of the image tower and the picture of a pre-trained model."""
-    if not {"timing", "picture"} & set(config.report):
-        return []
-    from elip_models.pretraining.training.report import Reporter
+    from elip_models.pretraining.training.report import draw_kept_tokens, time_tower
 
-    reporter = Reporter(result.model, result.tokenizer, result.eval_source, result.output_dir)
-    files = []
+    model, folder = result.model, result.output_dir
     if "timing" in config.report:
-        files.append(reporter.timing(console, config.optim.batch_size // config.optim.batch_slices))
+        images = config.optim.batch_size // config.optim.batch_slices
+        yield time_tower(model, folder / "timing.json", console, images)
     if "picture" in config.report:
         console.print("drawing kept_tokens.png")
-        files.append(reporter.picture())
-    return files
+        path = folder / "kept_tokens.png"
+        yield draw_kept_tokens(model, result.tokenizer, result.eval_source, path)
 
 
-def _write_scores(config: RunConfig, result: TrainResult, console: Console) -> list[Path]:
+def _write_scores(config: RunConfig, result: TrainResult, console: Console) -> Iterator[Path]:
     """Write the scores and the picture of a fine-tuned model."""
-    scores = result.task_scores
+    scores, folder = result.task_scores, result.output_dir
     if scores is None:
-        return []
-    files = [result.output_dir / "scores.json"]
+        return
     content = scores.as_dict()
     if result.selection is not None:
         last = result.last_scores.as_dict()["scores"]
         content["selection"] = asdict(result.selection) | {"last": last}
-    write_json(files[0], content)
+    write_json(folder / "scores.json", content)
+    yield folder / "scores.json"
     if "picture" in config.report and scores.predictions:
         from elip_models.pretraining.tasks.predictions import draw_predictions
 
         console.print("drawing predictions.png")
-        path = result.output_dir / "predictions.png"
         shown = result.model, result.tokenizer, result.eval_source, scores
-        files.append(draw_predictions(*shown, path))
-    return files
+        yield draw_predictions(*shown, folder / "predictions.png")

@@ -22,9 +22,10 @@ from torch import Tensor
 from elip_models.integrations.peft.adapt import trainable_counts
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import family_of
+from elip_models.pretraining.tasks.task import TaskScores
 from elip_models.pretraining.training.accelerator import make_accelerator, make_barrier_group
 from elip_models.pretraining.training.errors import as_write_error
-from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation, Scores
+from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
 from elip_models.pretraining.training.model import make_model
 from elip_models.pretraining.training.optim import learning_rate
@@ -294,7 +295,7 @@ class Trainer:
                 self._log(score.metrics)
         self._restart_timer()
 
-    def _evaluate(self, tasks: list[str]) -> list[Scores]:
+    def _evaluate(self, tasks: list[str]) -> list[TaskScores]:
         """Return scores on the main process, and an empty list on the others, which wait for it."""
         scores = []
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
@@ -307,7 +308,7 @@ class Trainer:
         self._wait_for_main()
         return scores
 
-    def _evaluate_one(self, task: str, model: PretrainedModel) -> Scores:
+    def _evaluate_one(self, task: str, model: PretrainedModel) -> TaskScores:
         samples = len(self.evaluation.sources[task])
         self.console.print(f"evaluating {task} on {samples} samples")
         bar = self.bars.add_task("", total=samples, unit="sample")

@@ -18,30 +18,12 @@ with require_extra("elip_models.pretraining.training"):
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-MAX_DEPTH, MAX_ALIASES = 32, 16
 REQUIRED = "???"
 """The value, in a recipe, of a key that the user has to set."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key may not occur twice.
-
-    Levels and aliases are limited: the time of PyYAML grows with the square of the levels, and a
-    few dozen aliases of aliases describe more values than memory can hold.
-    """
-
-    depth = aliases = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        self.depth += 1
-        self.aliases += self.check_event(yaml.AliasEvent)
-        if self.depth > MAX_DEPTH or self.aliases > MAX_ALIASES:
-            raise yaml.YAMLError(
-                f"expected at most {MAX_DEPTH} levels and {MAX_ALIASES} aliases, got more"
-            )
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+    """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key may not occur twice."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

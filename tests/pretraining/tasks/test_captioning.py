@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 
 import pytest
 from PIL import Image
@@ -32,61 +31,6 @@ WRITTEN = (
     "a bus in the street",
     "a cat sits on a branch",
 )
-
-
-def ngrams(text, n):
-    words = text.split()
-    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
-def bleu_4(written, captions):
-    """Return BLEU-4 by the formulas of Papineni et al. (2002)."""
-    log_precision, length, closest = 0.0, 0, 0
-    for n in range(1, 5):
-        right = there = 0
-        for text, references in zip(written, captions, strict=True):
-            most = Counter()
-            for reference in references:
-                most |= ngrams(reference, n)
-            right += (ngrams(text, n) & most).total()
-            there += ngrams(text, n).total()
-        log_precision += math.log(right / there) / 4
-    for text, references in zip(written, captions, strict=True):
-        words = len(text.split())
-        length += words
-        closest += min((len(r.split()) for r in references), key=lambda m: (abs(m - words), m))
-    return math.exp(log_precision + min(0.0, 1 - closest / length))
-
-
-def cider_d(written, captions):
-    """Return CIDEr-D by the formulas of Vedantam et al. (2015)."""
-    scores = [0.0] * len(written)
-    for n in range(1, 5):
-        images = Counter(g for refs in captions for g in set().union(*(ngrams(r, n) for r in refs)))
-
-        def vector(text, n=n, images=images):
-            return {
-                g: c * math.log(len(written) / images.get(g, 1)) for g, c in ngrams(text, n).items()
-            }
-
-        for i, (text, references) in enumerate(zip(written, captions, strict=True)):
-            said = vector(text)
-            for reference in references:
-                right = vector(reference)
-                product = sum(min(said[g], right[g]) * right[g] for g in said.keys() & right.keys())
-                norms = math.hypot(*said.values()) * math.hypot(*right.values())
-                gap = len(text.split()) - len(reference.split())
-                share = math.exp(-(gap**2) / 72) * product / norms if norms else 0.0
-                scores[i] += 10 * share / 4 / len(references)
-    return scores
-
-
-def test_scores_equal_the_published_formulas():
-    scores, ciders = caption_scores(WRITTEN, CAPTIONS)
-    assert ciders == pytest.approx(cider_d(WRITTEN, CAPTIONS), rel=1e-9)
-    assert scores["cider"].mean == pytest.approx(sum(ciders) / 5)
-    assert scores["bleu_4"].mean == pytest.approx(bleu_4(WRITTEN, CAPTIONS), rel=1e-6)
-    assert all(score.low < score.mean < score.high for score in scores.values())
 
 
 @pytest.mark.parametrize(
@@ -146,10 +90,6 @@ def test_each_domain_has_scores_with_the_word_weights_of_all_images(tmp_path, mo
     assert result.scores["near-domain_bleu_4"] == bleu
     assert result.baselines["another image's"].keys() == result.scores.keys()
     assert len(result.scores) == 2 * (1 + len(set(DOMAINS)))
-
-
-def test_data_without_domains_has_no_further_scores(monkeypatch):
-    assert evaluated("emoji_scenes:size=4", monkeypatch).scores.keys() == {"cider", "bleu_4"}
 
 
 @pytest.mark.parametrize("known", [(), (0, 2)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elip_models.images import SampleError
-from elip_models.intervals import score_interval, wilson_interval
+from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import DataError, Example
 from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.tasks.retrieval import Retrieval
@@ -89,16 +89,6 @@ def test_nlvr2_swaps_the_images_and_sides_of_every_second_example(text, swapped)
         orders.append(bool(sample["images"][0].mean() > sample["images"][1].mean()))
         assert tokenizer.texts[-1] == (swapped if orders[-1] else read.clean(text))
     assert 10 < sum(orders) < 30
-    kept = [get_task("nlvr2").sample(read, source[0], 0, rng)["images"] for _ in range(8)]
-    assert all(images[0].mean() < images[1].mean() for images in kept)
-
-
-def test_an_image_is_classified_without_a_text():
-    source = Greys()
-    sample = get_task("classification").sample(
-        preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
-    )
-    assert sample.keys() == {"images", "labels"}
 
 
 def test_answers_are_generated_with_weights_or_classified_with_scores():
@@ -125,13 +115,13 @@ def test_an_evaluation_reports_samples_texts_and_queries():
 
 
 @pytest.mark.parametrize("config", [{}, {"num_classes": 2}])
-def test_a_correct_model_scores_1_and_its_predictions_are_stored(config, tmp_path):
+def test_a_correct_model_scores_1_and_its_predictions_are_stored(config):
     scores = VQA(candidates=9).evaluate(Stub(**config), Tokens(), Greys(), LOADING)
     assert scores.scores["accuracy"] == wilson_interval(1.0, 8)
     assert scores.baselines == {"chance": {"accuracy": 0.5}, "majority": {"accuracy": 0.5}}
-    assert [each.output for each in scores.predictions] == ["dark", "bright"] * 4
+    assert [prediction.output for prediction in scores.predictions] == ["dark", "bright"] * 4
     assert scores.summary() == "vqa: accuracy 100.0%"
-    written = json.loads(scores.write(tmp_path / "scores.json").read_text())
+    written = json.loads(json.dumps(scores.as_dict()))
     assert written["scores"]["accuracy"] == wilson_interval(1.0, 8)._asdict()
     assert written["predictions"][0] == {"id": "g0", "output": "dark", "score": 1.0}
 
@@ -142,13 +132,6 @@ def test_a_model_with_another_number_of_answers_than_the_data_is_refused():
     learned = ("dark", "bright", "grey")
     scores = VQA().evaluate(Stub(num_classes=3), Tokens(), Greys(), LOADING, learned)
     assert scores.baselines["chance"] == {"accuracy": 1 / 3}
-
-
-def test_data_without_any_answer_of_the_model_is_refused():
-    with pytest.raises(
-        DataError, match=r"among the 2 .* such as 'yes', got none of them, but 'dar"
-    ):
-        VQA().evaluate(Stub(num_classes=2), Tokens(), Greys(), LOADING, ("yes", "no"))
 
 
 @pytest.mark.parametrize("task", ["entailment", "retrieval"])
@@ -175,7 +158,7 @@ def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written(revisio
 
     source, model = Written(), Stub(num_classes=2)
     scores = VQA(revision=revision).evaluate(model, Tokens(), source, LOADING)
-    assert [each.score for each in scores.predictions] == [score, 0.0] * 4
+    assert [prediction.score for prediction in scores.predictions] == [score, 0.0] * 4
     sample = VQA().sample(
         preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
     )
@@ -204,27 +187,6 @@ def test_a_classifier_is_not_trained_on_questions_without_a_listed_answer():
         VQA().training_source(source, preprocessor(source, num_classes=2).model)
 
 
-def test_questions_about_one_image_are_drawn_together():
-    class SharedImage(Greys):
-        def image_number(self, index):
-            return index - index % 4
-
-    class Brighter(Stub):
-        def logits(self, images, **inputs):
-            level = torch.arange(len(images)) % 3 - 0.5
-            return torch.stack([-level, level], dim=1)
-
-    alone, shared = (
-        VQA().evaluate(Brighter(num_classes=2), Tokens(), each, Loading(batch_size=8))
-        for each in (Greys(), SharedImage())
-    )
-    scores = [each.score for each in alone.predictions]
-    assert scores == [each.score for each in shared.predictions]
-    assert 0 < alone.scores["accuracy"].mean < 1
-    assert alone.scores["accuracy"] == score_interval(scores)
-    assert shared.scores["accuracy"] == score_interval(scores, [0] * 4 + [4] * 4)
-
-
 def test_an_unreadable_question_does_not_shift_the_images():
     class Damaged(Greys):
         def image_number(self, index):
@@ -237,7 +199,9 @@ def test_an_unreadable_question_does_not_shift_the_images():
 
     loading = Loading(batch_size=3, max_bad_share=0.5)
     scores = VQA().evaluate(Stub(), Tokens(), Damaged(), loading)
-    assert [each.id for each in scores.predictions] == [f"g{i}" for i in (1, 2, 3, 4, 6, 7)]
+    assert [prediction.id for prediction in scores.predictions] == [
+        f"g{i}" for i in (1, 2, 3, 4, 6, 7)
+    ]
     assert scores.scores["accuracy"] == wilson_interval(1.0, 4)  # four images in six questions
     assert (scores.num_examples, scores.num_skipped) == (6, 2)
 
@@ -264,16 +228,10 @@ def test_a_head_is_compared_among_the_classes_of_the_data_alone():
     learned, task = ("cat", "dog", "fox", "owl"), get_task("classification")
     model = Constant(num_classes=4)
     scores = task.evaluate(model, Tokens(), Levels(("dog", "fox")), LOADING, learned)
-    assert [each.output for each in scores.predictions] == ["fox"] * 8
+    assert [prediction.output for prediction in scores.predictions] == ["fox"] * 8
     assert scores.scores["accuracy"].mean == 0.5
     assert scores.baselines["chance"] == {"accuracy": 0.5}
     every = task.evaluate(model, Tokens(), Levels(learned), LOADING)
-    assert {each.output for each in every.predictions} == {"cat"}
+    assert {prediction.output for prediction in every.predictions} == {"cat"}
     with pytest.raises(DataError, match=r"answers: expected some among the 4 of the model"):
         task.evaluate(model, Tokens(), Levels(("elk",)), LOADING, learned)
-
-
-def test_candidates_are_at_most_the_listed_answers():
-    model = Stub()
-    VQA(candidates=9, answer_length=6).evaluate(model, Tokens(), Greys(), LOADING)
-    assert model.asked == ((2, 6), 2)

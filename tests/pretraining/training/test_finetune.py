@@ -234,7 +234,7 @@ def test_options_that_a_task_ignores_raise(family, field, value):
 @pytest.mark.parametrize(
     ("task", "family", "message"),
     [
-        ("vqaa", "albef", "TASK: expected one of .*did you mean 'vqa"),
+        ("vqaa", "albef", "recipe 'vqaa': expected a path .*did you mean 'vqa"),
         ("entailment", "blip", "TASK: task: expected a task of BLIP, .*got 'entailment'"),
         ("captioning_tiny", "albef", "task: expected a task of ALBEF, .*got 'captioning'"),
     ],
