@@ -36,6 +36,7 @@ from elip_models.saving.dense_models import (
     load_open_clip,
     load_timm,
     load_transformers,
+    make_open_clip,
 )
 from elip_models.saving.files import read_object, write_file, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
@@ -311,14 +312,7 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
         content = {"model_cfg": known, "preprocess_cfg": preprocessing}
         write_json(staging / OPEN_CLIP_CONFIG, content)
         with without_open_clip_log(), torch.device("meta"):
-            made = open_clip.create_model(
-                f"local-dir:{staging}",
-                load_weights=False,
-                device="meta",
-                pretrained_image=False,
-                pretrained_text=False,
-            )
-        _check_config(made, model, config)
+            _check_config(make_open_clip(staging), model, config)
         write_tensors(staging / "open_clip_model.safetensors", model.state_dict())
 
 
@@ -339,14 +333,16 @@ def without_open_clip_log() -> Iterator[None]:
 
 def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
     """Raise ValueError if the model made from a config has other modules or shapes, norms aside."""
-
-    def parts(whole: nn.Module) -> set[tuple[str, Any]]:
-        modules = (m for m in whole.named_modules() if not isinstance(m[1], nn.LayerNorm))
-        shapes = {(name, tuple(weight.shape)) for name, weight in whole.state_dict().items()}
-        return shapes | {(name, type(module).__name__) for name, module in modules}
-
-    other = sorted(parts(made) ^ parts(model), key=str)
-    if other:
+    of_made, of_model = (
+        {
+            (name, type(module).__name__)
+            for name, module in whole.named_modules()
+            if not isinstance(module, nn.LayerNorm)
+        }
+        | {(name, tuple(weight.shape)) for name, weight in whole.state_dict().items()}
+        for whole in (made, model)
+    )
+    if other := sorted(of_made ^ of_model, key=str):
         raise ValueError(
             f"config: expected the model's own, got {config!r:.80}, which differs in {other[0]}"
         )
