@@ -27,6 +27,7 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
@@ -115,26 +116,16 @@ def distill(
     refuse_multimodal(model)
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)
-    path = None if checkpoint is None else Path(checkpoint)
-    _train(model.eval(), images, options, path, progress)
-    return model
-
-
-def _train(
-    model: nn.Module,
-    images: Tensor | Sequence[Tensor],
-    options: _Options,
-    checkpoint: Path | None,
-    progress: Progress,
-) -> None:
-    student = _image_model(model)
+    student = _image_model(model.eval())
     _check_images(images, as_tower(student))
     teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(options.seed)
-        with _only_blocks_train(student), _adapters(student, options.lora_rank):
-            _Run(student, teacher, images, options).train(checkpoint, progress)
+        torch.manual_seed(seed)
+        with _only_blocks_train(student), _adapters(student, lora_rank):
+            run = _Run(student, teacher, images, options)
+            run.train(None if checkpoint is None else Path(checkpoint), progress)
+    return model
 
 
 def _image_model(model: nn.Module) -> nn.Module:
@@ -219,15 +210,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Return groups for AdamW: matrices decay; biases, norms and single vectors do not."""
-    groups: dict[float, list[nn.Parameter]] = {WEIGHT_DECAY: [], 0.0: []}
-    for parameter in parameters:
-        is_matrix = sum(size != 1 for size in parameter.shape) > 1
-        groups[WEIGHT_DECAY if is_matrix else 0.0].append(parameter)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
-
-
 class _Run:
     """The training of a student: its optimiser, and its state in a file."""
 
@@ -243,7 +225,7 @@ class _Run:
         default = LR if options.lora_rank is None else LORA_LR
         self.peak_lr = options.lr or default
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.trained.values()))
+        self.optimizer = torch.optim.AdamW(param_groups_weight_decay(student, WEIGHT_DECAY))
         generator = torch.Generator().manual_seed(self.seed)
         epochs = math.ceil(steps * size / len(images))
         order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
