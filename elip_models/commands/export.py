@@ -57,7 +57,7 @@ def export(
     count = None if batch == DYNAMIC else int(batch)
     from elip_models.api import reduction_summary
     from elip_models.saving.files import write_file
-    from elip_models.saving.open_model import quiet_logs
+    from elip_models.saving.meta_build import quiet_logs
 
     console = Console(stderr=True)
     with console.status("opening the model"):

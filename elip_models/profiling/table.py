@@ -4,11 +4,10 @@ Weights are random, since neither FLOPs nor times depend on them. A strategy tha
 model, or cannot reach the requested FLOPs, is listed with the reason instead of a row.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,7 +36,8 @@ from elip_models.reduction.strategy_spec import (
 )
 from elip_models.reduction.summary import runs
 from elip_models.saving.files import write_json
-from elip_models.saving.open_model import FORMS, open_model, quiet_logs
+from elip_models.saving.meta_build import quiet_logs
+from elip_models.saving.open_model import FORMS, open_model
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error, check_output
 
@@ -61,8 +61,6 @@ class ProfileSettings:
     parts: bool = False  # also profile by component
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ConfigError(f"--model: expected one or more, {FORMS}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.mode not in (*MODES, "both"):
@@ -85,6 +83,8 @@ class ProfileSettings:
                 get_strategy(text)
                 check_keep(text, {}, self.keep)
                 check_keep(text, {}, self.flops, name="flops")
+        if not self.models:
+            raise ConfigError(f"--model: expected one or more, {FORMS}")
 
     @property
     def compared(self) -> dict[str, None]:
@@ -109,60 +109,6 @@ class LeftOut:
 
     def __str__(self) -> str:
         return f"{self.model}: {self.strategy} is left out: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """All rows of the table, the costs by component, and the options."""
-
-    settings: ProfileSettings
-    rows: tuple[ProfileRow, ...]
-    left_out: tuple[LeftOut, ...]
-    parts: tuple[ComponentCosts, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the table as plain data, with the device and versions."""
-        return {
-            **measured_on(self.settings.device),
-            "dtype": self.settings.dtype,
-            "rounds": self.settings.rounds,
-            "weights": "random",
-            "flops_are_of": "one image, or pair of a whole model",
-            "memory_is": memory_kind(self.settings.device),
-            "rows": [asdict(row) for row in self.rows],
-            "left_out": [asdict(row) for row in self.left_out],
-            "parts": [asdict(row) for row in self.parts],
-        }
-
-
-def run_profile(settings: ProfileSettings, show_status: Callable[[str], None]) -> Profile:
-    """Measure all rows, model by model; describe each measurement to `show_status` before it.
-
-    An unknown model, or one that cannot be reduced, raises ConfigError.
-    """
-    rows: list[ProfileRow] = []
-    left_out: list[LeftOut] = []
-    parts: list[ComponentCosts] = []
-    for spec in settings.models:
-        model, strategies, refused = open_for_profile(spec, settings)
-        left_out += refused
-        for batch_size in settings.batch_sizes:
-            doing = "counting" if settings.rounds is None else "measuring, side by side:"
-            compared = f"dense and {len(strategies)} strategies"
-            show_status(f"{doing} {spec}, batch {batch_size}, {compared}")
-            rows += profile_model(
-                spec,
-                model,
-                strategies,
-                batch_size=batch_size,
-                modes=[mode for mode in MODES if settings.mode in (mode, "both")],
-                rounds=settings.rounds,
-            )
-            if settings.parts:
-                with as_config_error("--parts"):
-                    workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
-                    parts += profile_components(spec, workload, every)
-    return Profile(settings, tuple(rows), tuple(left_out), tuple(parts))
 
 
 def open_for_profile(
@@ -195,16 +141,20 @@ def open_for_profile(
     return model, fitting, left_out
 
 
-def table_of(profile: Profile) -> Table:
+def table_of(settings: ProfileSettings, rows: Sequence[ProfileRow]) -> Table:
     """Return a table with a section for each model, batch and mode."""
-    rows, timed = profile.rows, profile.settings.rounds is not None
-    table = Table("strategy", "tokens per layer", title=_title(profile))
+    steps = sorted({row.step for row in rows})
+    title = f"FLOPs of one image or pair, {' or '.join(steps)}; ratios against dense"
+    if settings.flops is not None:
+        title += f"; towers at {settings.flops:g} of dense training FLOPs"
     names = ["kept", "forward\nGFLOPs", "backward\nGFLOPs", "FLOPs"]
-    names += ["ms", "time", "MB", "memory"] if timed else []
+    if settings.rounds is not None:
+        title += f"; {measured_on(settings.device)['device']}, {settings.dtype}"
+        title += f"; memory: {memory_kind(settings.device)}"
+        names += ["ms", "time", "MB", "memory", ""]
+    table = Table("strategy", "tokens per layer", title=title)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    if timed:
-        table.add_column("")
     for key, section in groupby(rows, lambda row: (row.model, row.mode, row.batch_size)):
         model, mode, batch_size = key
         table.add_section()
@@ -212,18 +162,6 @@ def table_of(profile: Profile) -> Table:
         for row in section:
             table.add_row(escape(row.strategy), runs(t.attention for t in row.tokens), *_cells(row))
     return table
-
-
-def _title(profile: Profile) -> str:
-    steps = sorted({row.step for row in profile.rows})
-    title = f"FLOPs of one image or pair, {' or '.join(steps)}; ratios against dense"
-    if profile.settings.flops is not None:
-        title += f"; towers at {profile.settings.flops:g} of dense training FLOPs"
-    if profile.settings.rounds is not None:
-        device = profile.settings.device
-        title += f"; {measured_on(device)['device']}, {profile.settings.dtype}"
-        title += f"; memory: {memory_kind(device)}"
-    return title
 
 
 def _cells(row: ProfileRow) -> list[str]:
@@ -241,16 +179,50 @@ def _cells(row: ProfileRow) -> list[str]:
 
 
 def print_profile(settings: ProfileSettings, *, output: Path | None, console: Console) -> None:
-    """Measure, print, and write `output` as JSON."""
+    """Measure all rows, model by model, print them, and write `output` as JSON.
+
+    An unknown model, or one that cannot be reduced, raises ConfigError.
+    """
     check_output("--output", output)
     if not console.is_terminal:
         console = Console(width=WIDTH)
+    rows: list[ProfileRow] = []
+    left_out: list[LeftOut] = []
+    parts: list[ComponentCosts] = []
+    doing = "counting" if settings.rounds is None else "measuring, side by side:"
     with console.status("opening models") as status:
-        profile = run_profile(settings, status.update)
-    console.print(table_of(profile))
-    for left_out in profile.left_out:
-        console.print(str(left_out), markup=False)
-    if profile.parts:
-        console.print(components_table(profile.parts))
+        for spec in settings.models:
+            model, strategies, refused = open_for_profile(spec, settings)
+            left_out += refused
+            for batch_size in settings.batch_sizes:
+                compared = f"dense and {len(strategies)} strategies"
+                status.update(f"{doing} {spec}, batch {batch_size}, {compared}")
+                rows += profile_model(
+                    spec,
+                    model,
+                    strategies,
+                    batch_size=batch_size,
+                    modes=[mode for mode in MODES if settings.mode in (mode, "both")],
+                    rounds=settings.rounds,
+                )
+                if settings.parts:
+                    with as_config_error("--parts"):
+                        workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
+                        parts += profile_components(spec, workload, every)
+    console.print(table_of(settings, rows))
+    for refusal in left_out:
+        console.print(str(refusal), markup=False)
+    if parts:
+        console.print(components_table(parts))
     if output is not None:
-        write_json(output, profile.as_json())
+        content = {
+            **measured_on(settings.device),
+            "dtype": settings.dtype,
+            "rounds": settings.rounds,
+            "weights": "random",
+            "flops_are_of": "one image, or pair of a whole model",
+            "memory_is": memory_kind(settings.device),
+        }
+        tables = {"rows": rows, "left_out": left_out, "parts": parts}
+        plain = {name: [asdict(row) for row in table] for name, table in tables.items()}
+        write_json(output, content | plain)

@@ -1,5 +1,6 @@
 """Models on the meta device: a config is compared with its weight file before it takes memory."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,16 @@ LARGEST = 2**24
 DEEPEST = 1024
 DEPTH = re.compile(r"(layers?|depths?|blocks|stages)$")
 INDEX = "model.safetensors.index.json"
-RANDOM_VALUES = {"uniform_", "normal_", "erfinv_"}
+RANDOM_VALUES = {
+    "uniform_",
+    "normal_",
+    "erfinv_",
+    "trunc_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+}
 """Methods of a tensor, and functions of `nn.init`, that set random values."""
 LIBRARY_ERRORS = (
     ArithmeticError,
@@ -88,7 +98,7 @@ def check_integers(path: Path, config: dict[str, Any]) -> None:
 
 def outline_of(make: Callable[[], nn.Module]) -> nn.Module:
     """Return what `make` returns on the meta device, to be compared with weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutRandomValues():
         return make()
 
 
@@ -112,3 +122,14 @@ def library_errors(path: Any, expected: str) -> Iterator[None]:
     except LIBRARY_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected {expected}, got {reason:.300}") from error
+
+
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Disable log messages of libraries up to warnings, such as those about random weights."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -10,7 +10,6 @@
 A library is imported when one of its models is opened.
 """
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -221,14 +220,3 @@ def missing_files_as_value_error(argument: str, spec: str) -> Iterator[None]:
         raise ValueError(
             f"{argument}: expected a model with local or downloadable files, got {spec!r}: {error}"
         ) from error
-
-
-@contextmanager
-def quiet_logs() -> Iterator[None]:
-    """Disable log messages of libraries up to warnings, such as those about random weights."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
