@@ -209,7 +209,8 @@ class _Run:
         self.seed, self.done = options["seed"], 0
         self.peak_lr = options["lr"] or (LR if options["lora_rank"] is None else LORA_LR)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(param_groups_weight_decay(student, WEIGHT_DECAY))
+        groups = param_groups_weight_decay(student, WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(groups[::-1])  # the order in stored checkpoints
         generator = torch.Generator().manual_seed(self.seed)
         epochs = math.ceil(steps * size / len(images))
         order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
