@@ -281,11 +281,12 @@ def _reduce(
     model: nn.Module, multimodal: Multimodal, strategy: Any, keep: Any, options: dict[str, Any]
 ) -> None:
     """Reduce the image tower or the language model, and store all strategies in the config."""
+    is_saved = getattr(multimodal.config, "elip", None) is not None
     if _is_for_tower(strategy, options):
         patch.install_strategy(model, strategy, options, keep)
-    elif strategy is None and keep is None and (saved := _saved(model, multimodal)) is not None:
+    elif strategy is None and keep is None and is_saved and not is_reduced(model):
         with as_config_error(f"{type(multimodal.config).__name__}.elip"):
-            restore_(model, saved)
+            restore_(model, multimodal.config.elip)
     else:
         reduce_language_model(
             model, multimodal, language_strategy(strategy, {"keep": keep, **options})
@@ -301,11 +302,6 @@ def restore_(model: nn.Module, saved: Any) -> None:
     for strategy in (of_tower, *of_language_model):
         if strategy is not None:
             reduce_(model, strategy)
-
-
-def _saved(model: nn.Module, multimodal: Multimodal) -> Any:
-    """Return the settings of a saved model that is not reduced yet, or None."""
-    return None if is_reduced(model) else getattr(multimodal.config, "elip", None)
 
 
 def _is_for_tower(strategy: Any, options: dict[str, Any]) -> bool:

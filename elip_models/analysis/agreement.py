@@ -1,6 +1,6 @@
 """Agreement of the scorers: how many of the tokens that `exact` drops another scorer drops too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,16 +20,14 @@ def scorer_agreement(
     text_cls: Tensor | None,
     strategy: ELIP,
     scorers: Sequence[str | int] = OTHERS,
-    *,
-    rows: Mapping[int, Tensor] | None = None,
 ) -> dict[str | int, list[float]]:
     """Return, by stage, the share of tokens dropped by `exact` that each scorer drops too.
 
     All scorers are applied to the tokens that `exact` keeps. 'chance' is the share of a random
     choice. The images are (B, 3, H, W), `text_cls` is the guidance (B, D) or None: vision only. The
-    strategy's own scorer is not used. `rows` of `forward_with_scores` add the scorer 'momentum'.
+    strategy's own scorer is not used.
     """
-    shares = agreement_by_image(model, images, text_cls, strategy, scorers, rows=rows)
+    shares = agreement_by_image(model, images, text_cls, strategy, scorers)
     return {name: [share.mean().item() for share in stages] for name, stages in shares.items()}
 
 
@@ -40,16 +38,12 @@ def agreement_by_image(
     text_cls: Tensor | None,
     strategy: ELIP,
     scorers: Sequence[str | int],
-    *,
-    rows: Mapping[int, Tensor] | None = None,
 ) -> dict[str | int, list[Tensor]]:
     """Return `scorer_agreement` for each image, (B,) for each stage."""
     tower = as_tower(model).resized_for(images)
     others = {name: replace(strategy, scorer=name) for name in scorers}
     forward = ForwardState(tower, replace(strategy, scorer="exact"), text_cls)
-    names = (*scorers, *(["momentum"] if rows else []), "chance")
-    shares: dict[str | int, list[Tensor]] = {name: [] for name in names}
-    momentum_forward = ForwardState(tower, forward.strategy, text_cls, rows=rows)
+    shares: dict[str | int, list[Tensor]] = {name: [] for name in (*scorers, "chance")}
     tokens = tower.embed(images)
     for i in range(tower.depth):
         entered, positions = tokens, forward.positions(i)
@@ -62,9 +56,7 @@ def agreement_by_image(
             name: other.score(tower.with_positions(positions), info.stage, entered, text_cls)
             for name, other in others.items()
         }
-        if rows:
-            scores["momentum"] = momentum_forward.row(i)
-        forward.infos[i] = momentum_forward.infos[i] = info
+        forward.infos[i] = info
         for name, row in scores.items():
             both = _dropped(tower, entered, row, keep) & reference
             shares[name].append(both.sum(1) / reference.sum(1))

@@ -14,7 +14,6 @@ timed side by side.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,11 +94,19 @@ def calibrate(
         TypeError, ValueError: a wrong argument, or a model that cannot be reduced or is already.
     """
     check("tolerance", tolerance, PositiveShare)
-    _check_options(strategies, every=every, time=time, class_token_only=class_token_only)
+    for name, flag in (("every", every), ("time", time), ("class_token_only", class_token_only)):
+        check(name, flag, bool)
+    if isinstance(strategies, str) or not all(isinstance(text, str) for text in strategies):
+        raise TypeError(
+            f"strategies: expected a sequence of texts such as 'tome', got {shortened(strategies)}"
+        )
     features = _Features(model, images, metric, batch_size)
     search = _Search(features, tolerance, every=every, progress=progress)
     for text in strategies:
-        search.add(_with_class_token_only(text) if class_token_only else text)
+        name, settings = parse_spec(text)
+        if class_token_only and "class_token_only" in option_types(name):
+            text += f"{',' if settings else ':'}class_token_only=true"
+        search.add(text)
     trials = search.trials
     if time and trials:
         progress("times")
@@ -112,24 +119,6 @@ def calibrate(
         refused=search.refused,
         measured_on=measured_on(images.device) | {"batch_size": features.batch_size},
     )
-
-
-def _check_options(strategies: Any, **flags: Any) -> None:
-    """Raise TypeError unless the strategies are texts, and the flags True or False."""
-    for name, flag in flags.items():
-        check(name, flag, bool)
-    if isinstance(strategies, str) or not all(isinstance(text, str) for text in strategies):
-        raise TypeError(
-            f"strategies: expected a sequence of texts such as 'tome', got {shortened(strategies)}"
-        )
-
-
-def _with_class_token_only(text: str) -> str:
-    """Return the strategy with this setting, if it has it."""
-    name, settings = parse_spec(text)
-    if "class_token_only" not in option_types(name):
-        return text
-    return f"{text}{',' if settings else ':'}class_token_only=true"
 
 
 class _Features:

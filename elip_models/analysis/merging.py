@@ -11,13 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_models.analysis.visualize import (
-    GREY,
-    make_panels,
-    save_figure,
-    source_maps,
-    write_caption,
-)
+from elip_models.analysis.visualize import GREY, Panel, draw_panels, source_maps
 from elip_models.reduction.strategy import StageInfo
 
 MAX_FRAMES = 16  # in the picture of a clip, evenly spaced
@@ -87,18 +81,15 @@ def draw_merging(
     count = min(MAX_STEPS, len(infos))
     shown = [len(infos) * (k + 1) // count - 1 for k in range(count)]
     tokens = tokens_of_patches(infos, grid[0] * grid[1])
-    figure, axes = make_panels(len(images), count + 1, images.shape[3] / images.shape[2])
-    for b, (row, image, caption) in enumerate(zip(axes, images.cpu(), captions, strict=True)):
-        row[0].imshow(image.permute(1, 2, 0).numpy())
-        for axis, s in zip(row[1:], shown, strict=False):
-            merged = merged_image(image, tokens[s][b].cpu().view(grid))
-            axis.imshow(merged.permute(1, 2, 0).numpy())
-        write_caption(row[-1], caption)
-    axes[0, 0].set_title("image", fontsize=9)
-    for axis, s in zip(axes[0, 1:], shown, strict=False):
+    rows = []
+    for b, image in enumerate(images.cpu()):
+        merged = (merged_image(image, tokens[s][b].cpu().view(grid)) for s in shown)
+        rows.append([Panel(picture.permute(1, 2, 0)) for picture in (image, *merged)])
+    titles = ["image"]
+    for s in shown:
         left = (tokens[s][0].unique() >= 0).sum().item()
-        axis.set_title(f"after layer {infos[s].stage.first + 1}:\n{left} tokens", fontsize=9)
-    return save_figure(figure, path, title=title, note=NOTE)
+        titles.append(f"after layer {infos[s].stage.first + 1}:\n{left} tokens")
+    return draw_panels(rows, captions, path, titles=titles, title=title, note=NOTE)
 
 
 def draw_clips(
@@ -115,19 +106,15 @@ def draw_clips(
     The clips are (B, T, 3, H, W) in [0, 1], `grid` has the steps in time, the rows and the columns
     of the patches. Other arguments are those of `draw_reduction`.
     """
-    (B, T), size = clips.shape[:2], clips.shape[3:]
+    B, T = clips.shape[:2]
     last = tokens_of_patches(infos, math.prod(grid))[-1].cpu().view(B, *grid)
     count = min(MAX_FRAMES, T)
     shown = [round(k * (T - 1) / max(count - 1, 1)) for k in range(count)]
-    figure, axes = make_panels(2 * B, count, size[1] / size[0])
-    for b, (clip, tokens, caption) in enumerate(zip(clips.cpu(), last, captions, strict=True)):
-        merged = merged_clip(clip, tokens)
-        for row, frames in zip(axes[2 * b : 2 * b + 2], (clip, merged), strict=True):
-            for axis, t in zip(row, shown, strict=False):
-                axis.imshow(frames[t].permute(1, 2, 0).numpy())
+    rows, texts = [], []
+    for clip, tokens, caption in zip(clips.cpu(), last, captions, strict=True):
+        for frames in (clip, merged_clip(clip, tokens)):
+            rows.append([Panel(frames[t].permute(1, 2, 0)) for t in shown])
         left = (tokens.unique() >= 0).sum().item()
-        write_caption(axes[2 * b, -1], caption)
-        write_caption(axes[2 * b + 1, -1], f"{left} tokens of {tokens.numel()}")
-    for axis, t in zip(axes[0], shown, strict=False):
-        axis.set_title(f"frame {t + 1}", fontsize=9)
-    return save_figure(figure, path, title=title, note=f"{NOTE} {OF_CLIPS}")
+        texts += [caption, f"{left} tokens of {tokens.numel()}"]
+    titles = [f"frame {t + 1}" for t in shown]
+    return draw_panels(rows, texts, path, titles=titles, title=title, note=f"{NOTE} {OF_CLIPS}")

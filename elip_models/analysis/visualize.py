@@ -11,7 +11,7 @@ Merged tokens are traced back through every stage (`source_map` of the info).
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
     import numpy as np
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DIM, GREY = 0.15, 0.45  # weight of a dropped patch's own colour, and the grey mixed with it
@@ -111,6 +110,50 @@ def grid_shape(num_patches: int, image_size: tuple[int, int]) -> tuple[int, int]
     return best, P // best
 
 
+class Panel(NamedTuple):
+    """A picture (H, W, 3), or scores (H, W) with NaN for none, and a line below it."""
+
+    picture: Any
+    below: str = ""
+
+
+def draw_panels(
+    rows: Sequence[Sequence[Panel]],
+    captions: Sequence[str],
+    path: Path,
+    *,
+    titles: Sequence[str],
+    title: str,
+    note: str,
+) -> Path:
+    """Write a PNG with rows of panels, each with a caption at its end.
+
+    `titles` are above the first row, `title` above all and `note` below all.
+    """
+    height, width = rows[0][0].picture.shape[:2]
+    columns, wide = len(rows[0]), width / height
+    figure = new_figure(1.7 * wide * columns + 2.4, 1.85 * len(rows) + 0.9)
+    widths = [wide] * columns + [1.3]
+    axes = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, panels, caption in zip(axes, rows, captions, strict=True):
+        for axis, panel in zip(row[:-1], panels, strict=True):
+            axis.imshow(panel.picture, cmap="inferno", extent=(0, width, height, 0))
+            place = {"ha": "center", "va": "top", "transform": axis.transAxes}
+            axis.text(0.5, -0.03, panel.below, fontsize=7, **place)
+        text = textwrap.fill(textwrap.shorten(caption, MAX_CAPTION, placeholder=" .."), 26)
+        row[-1].text(0.0, 0.5, text, fontsize=9, va="center", parse_math=False)
+    for axis, text in zip(axes[0, :-1], titles, strict=True):
+        axis.set_title(text, fontsize=9)
+    inches = figure.get_figwidth()
+    title = "\n".join(textwrap.fill(line, int(12 * inches)) for line in title.splitlines())
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.supxlabel(textwrap.fill(note, int(16 * inches)), fontsize=8)
+    write_figure(figure, path, dpi=130)
+    return path
+
+
 def draw_reduction(
     images: Tensor,
     captions: Sequence[str],
@@ -127,36 +170,18 @@ def draw_reduction(
     num_patches = grid[0] * grid[1]
     survivors = surviving_patches(infos, num_patches)
     heats = attention_maps(infos, num_patches)
-    heats = [h * info.attention.shape[1] for h, info in zip(heats, infos, strict=True)]
-    height, width = images.shape[2:]
-    figure, axes = make_panels(len(images), 2 * len(infos) + 1, width / height)
-    for b, (row, image, caption) in enumerate(zip(axes, images.cpu(), captions, strict=True)):
-        row[0].imshow(image.permute(1, 2, 0).numpy())
-        for s, (alive, heat) in enumerate(zip(survivors, heats, strict=True)):
-            row[1 + 2 * s].imshow(dimmed(image, alive[b].view(grid)))
-            axis, heat = row[2 + 2 * s], heat[b].view(grid).cpu().float().clamp(min=0)
-            axis.imshow(heat.sqrt().numpy(), cmap="inferno", extent=(0, width, height, 0))
-            known = heat[~heat.isnan()].tolist() or [float("nan")]
-            scale = f"{min(known):.2f} to {max(known):.2f} times uniform"
-            place = {"ha": "center", "va": "top", "transform": axis.transAxes}
-            axis.text(0.5, -0.03, scale, fontsize=7, **place)
-        write_caption(row[-1], caption)
-    axes[0, 0].set_title("image", fontsize=9)
-    for s, info in enumerate(infos):
-        before = f"before layer {info.stage.first + 1}"
-        axes[0, 1 + 2 * s].set_title(f"{before}:\n{info.stage.keep} kept", fontsize=9)
-        axes[0, 2 + 2 * s].set_title("scores", fontsize=9)
-    return save_figure(figure, path, title=title, note=NOTE)
-
-
-def save_figure(figure: "Figure", path: Path, *, title: str, note: str) -> Path:
-    """Write the figure as a PNG, with a title and a note below."""
-    width = figure.get_figwidth()  # inches
-    title = "\n".join(textwrap.fill(line, int(12 * width)) for line in title.splitlines())
-    figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.supxlabel(textwrap.fill(note, int(16 * width)), fontsize=8)
-    write_figure(figure, path, dpi=130)
-    return path
+    rows, titles = [], ["image"]
+    for info in infos:
+        titles += [f"before layer {info.stage.first + 1}:\n{info.stage.keep} kept", "scores"]
+    for b, image in enumerate(images.cpu()):
+        row = [Panel(image.permute(1, 2, 0))]
+        for alive, heat, info in zip(survivors, heats, infos, strict=True):
+            scores = (heat[b] * info.attention.shape[1]).view(grid).cpu().float().clamp(min=0)
+            known = scores[~scores.isnan()].tolist() or [float("nan")]
+            below = f"{min(known):.2f} to {max(known):.2f} times uniform"
+            row += [Panel(dimmed(image, alive[b].view(grid))), Panel(scores.sqrt(), below)]
+        rows.append(row)
+    return draw_panels(rows, captions, path, titles=titles, title=title, note=NOTE)
 
 
 def draw_concentration(masses: Tensor, path: Path, *, title: str) -> Path:
@@ -183,22 +208,6 @@ def new_figure(width: float, height: float) -> "Figure":
     with require_extra("elip_models.analysis.visualize"):
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def make_panels(rows: int, columns: int, wide: float) -> "tuple[Figure, np.ndarray]":
-    """Return axes (rows, columns + 1): pictures of aspect ratio `wide`, and captions."""
-    figure = new_figure(1.7 * wide * columns + 2.4, 1.85 * rows + 0.9)
-    widths = [wide] * columns + [1.3]
-    axes = figure.subplots(rows, columns + 1, squeeze=False, width_ratios=widths)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    return figure, axes
-
-
-def write_caption(axis: "Axes", caption: str) -> None:
-    """Write a caption beside the pictures of a row."""
-    text = textwrap.fill(textwrap.shorten(caption, MAX_CAPTION, placeholder=" .."), 26)
-    axis.text(0.0, 0.5, text, fontsize=9, va="center", parse_math=False)
 
 
 def dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":

@@ -5,11 +5,11 @@ is reduced by the image alone.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ from elip_models.reduction.encode import encode_image
 from elip_models.reduction.patch import strategy_by_default
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import check_keep, resolve_strategy
+from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.saving.open_model import open_model, size_options, split_spec
 from elip_models.towers import (
     ReducibleModel,
@@ -99,8 +99,6 @@ def open_visualized_model(
     strategy: str | None = None,
     keep: float | None = None,
     schedule: str | None = None,
-    scorer: str | int | None = None,
-    fusion: float | None = None,
     image_size: int | None = None,
 ) -> VisualizedModel:
     """Open a model, as `open_model` does, with a reduction, by the arguments of `reduce_`.
@@ -113,42 +111,35 @@ def open_visualized_model(
         reducible = as_reducible(model)
         tower = as_tower(reducible.image_model)
         mean, std = (torch.tensor(stat)[:, None, None] for stat in reducible.image_stats())
-    options = {"schedule": schedule, "scorer": scorer, "fusion": fusion}
-    changes = {name: value for name, value in options.items() if value is not None}
-    try:
-        if strategy is None and isinstance(reducible, SelfReducingModel):
-            chosen = _changed(model.elip_strategy(), tower, changes, keep)
+    with reduction_option_errors():
+        if isinstance(reducible, SelfReducingModel):
+            default = model.elip_strategy
+            if strategy is None and schedule is not None:
+                strategy, schedule = replace(default(), schedule=schedule), None
         else:
-            chosen = resolve_strategy(
+            default = partial(
+                strategy_by_default,
                 tower,
-                strategy,
-                changes,
-                keep=keep,
-                default=lambda: strategy_by_default(
-                    tower,
-                    as_image_text(model),
-                    has_text=reducible.has_text,
-                    use_config=keep is None,
-                ),
+                as_image_text(model),
+                has_text=reducible.has_text,
+                use_config=keep is None,
             )
-    except (TypeError, ValueError) as error:  # the message begins with the argument's name
-        is_option = str(error).partition(":")[0] in ("strategy", "keep", *options)
-        raise ConfigError(f"--{error}" if is_option else f"--strategy: {error}") from error
+        options = {"schedule": schedule}
+        chosen = resolve_strategy(tower, strategy, options, keep=keep, default=default)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     guide = _guide_of(reducible, spec) if reducible.has_text and chosen.is_guided else None
     name = spec if pretrained else f"{spec} (random weights)"
     return VisualizedModel(name, reducible.image_model, tower, chosen, guide, mean, std)
 
 
-def _changed(strategy: ELIP, tower: Tower, options: dict[str, Any], keep: float | None) -> ELIP:
-    """Return the strategy with these options, after checking that it reduces the tower."""
-    check_keep(ELIP.name, options, keep)
-    strategy = replace(strategy, **options).fitted(tower)
-    if not strategy.schedule.stages(tower.num_patches):
-        raise ValueError(
-            f"schedule: expected a group that keeps less than 100%, got '{strategy.schedule}'"
-        )
-    return strategy if keep is None else strategy.at_keep(tower, keep)
+@contextmanager
+def reduction_option_errors() -> Iterator[None]:
+    """Turn an error of an argument of `reduce_` into a ConfigError of its option."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:  # the message begins with the argument's name
+        is_option = str(error).partition(":")[0] in ("strategy", "keep", "schedule")
+        raise ConfigError(f"--{error}" if is_option else f"--strategy: {error}") from error
 
 
 def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
@@ -157,8 +148,8 @@ def _guide_of(model: ReducibleModel, spec: str) -> CaptionEncoder:
         tokenizer = model.load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--model: expected a tokenizer beside the model, got none with {spec!r}; --fusion 1 "
-            f"reduces without text ({error})"
+            f"--model: expected a tokenizer beside the model, got none with {spec!r}; "
+            f"--strategy elip:fusion=1 reduces without text ({error})"
         ) from error
     return partial(model.encode_captions, tokenizer)
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from elip_models.analysis.visualize import dimmed, make_panels, save_figure, write_caption
+from elip_models.analysis.visualize import Panel, dimmed, draw_panels
+from elip_models.analysis.visualize_inputs import reduction_option_errors
 from elip_models.api import record_stages, reduce_, reduction_summary
 from elip_models.saving.dense_models import load_transformers
 from elip_models.saving.meta_build import library_errors
@@ -119,11 +120,8 @@ def open_language_model(
             f"--strategy: expected one of a language model, {', '.join(LANGUAGE_STRATEGIES)}, with "
             f"--question, got {shortened(strategy)}{did_you_mean(name, LANGUAGE_STRATEGIES)}"
         )
-    try:
+    with reduction_option_errors():
         reduce_(model, strategy, keep=keep)
-    except (TypeError, ValueError) as error:  # the message begins with the argument's name
-        is_option = str(error).partition(":")[0] in ("strategy", "keep")
-        raise ConfigError(f"--{error}" if is_option else f"--strategy: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     visualized = VisualizedLanguageModel(spec, model, processor)
     if not str(visualized):
@@ -216,19 +214,15 @@ def draw_image(
     grid: TokenGrid, kept: Sequence[Tensor], path: Path, *, title: str, caption: str
 ) -> Path:
     """Write a PNG: the image, and for each of `kept` (n,) bool the places of its tokens."""
-    whole = mosaic([tile.permute(1, 2, 0) for tile in grid.tiles])
-    figure, axes = make_panels(1, 1 + len(kept), whole.shape[1] / whole.shape[0])
-    axes[0, 0].imshow(whole.numpy())
-    axes[0, 0].set_title("image", fontsize=9)
-    for axis, tokens in zip(axes[0, 1:], kept, strict=False):
+    panels = [Panel(mosaic([tile.permute(1, 2, 0) for tile in grid.tiles]))]
+    for tokens in kept:
         alive = tokens.cpu().view(len(grid.tiles), grid.rows, grid.columns)
         pictures = map(dimmed, grid.tiles, alive)
-        axis.imshow(mosaic([torch.from_numpy(picture) for picture in pictures]).numpy())
-        axis.set_title(f"{int(tokens.sum())} of {len(tokens)} tokens", fontsize=9)
-    write_caption(axes[0, -1], caption)
-    counts = ", then ".join(str(int(tokens.sum())) for tokens in kept)
-    title = f"{title}: {counts} of {len(kept[0])} image tokens"
-    return save_figure(figure, path, title=title, note=NOTE)
+        panels.append(Panel(mosaic([torch.from_numpy(picture) for picture in pictures])))
+    counts = [str(int(tokens.sum())) for tokens in kept]
+    titles = ["image", *(f"{count} of {len(kept[0])} tokens" for count in counts)]
+    title = f"{title}: {', then '.join(counts)} of {len(kept[0])} image tokens"
+    return draw_panels([panels], [caption], path, titles=titles, title=title, note=NOTE)
 
 
 def mosaic(tiles: Sequence[Tensor]) -> Tensor:

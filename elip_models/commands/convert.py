@@ -11,29 +11,14 @@ with require_extra("elip_models.commands"):
     from rich.console import Console
     from rich.markup import escape
 
-Source = Annotated[
-    Path,
-    typer.Argument(
-        help="Checkpoint of ALBEF, BLIP, METER, open_clip or transformers: file or folder."
-    ),
-]
-AllowMissing = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Patterns of our parameter names that the source may lack, such as 'itm_head.*'."
-    ),
-]
-AllowUnexpected = Annotated[
-    list[str] | None, typer.Option(help="Patterns of parameter names of the source to drop.")
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="Folder or hub name of a tokenizer; default: the one in the source folder."),
-]
-
 
 def convert(
-    source: Source,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Checkpoint of ALBEF, BLIP, METER, open_clip or transformers: file or folder."
+        ),
+    ],
     output: Annotated[Path, typer.Argument(help="New or empty folder to write.")],
     overrides: Annotated[
         list[str] | None,
@@ -47,9 +32,21 @@ def convert(
         int | None,
         typer.Option(min=1, help="Image side in pixels; interpolates position embeddings."),
     ] = None,
-    allow_missing: AllowMissing = None,
-    allow_unexpected: AllowUnexpected = None,
-    tokenizer: Tokenizer = None,
+    allow_missing: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Patterns of our parameter names that the source may lack, such as 'itm_head.*'."
+        ),
+    ] = None,
+    allow_unexpected: Annotated[
+        list[str] | None, typer.Option(help="Patterns of parameter names of the source to drop.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of a tokenizer; default: the one in the source folder."
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint of another library to a model of this one, or the reverse."""
     from elip_models.pretraining.checkpoints.export import save_as

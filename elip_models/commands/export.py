@@ -1,10 +1,7 @@
 """The command `elip export`: a reduced model as an ONNX file, compared to PyTorch."""
 
 import inspect
-import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,11 +57,12 @@ def export(
     count = None if batch == DYNAMIC else int(batch)
     from elip_models.api import reduction_summary
     from elip_models.saving.files import write_file
+    from elip_models.saving.meta_build import quiet_logs
 
     console = Console(stderr=True)
     with console.status("opening the model"):
         reduced = _open_reduced(model, strategy, keep, image_size, pretrained=pretrained)
-    with console.status("exporting: one to two minutes for a ViT-B"), _quiet_logs():
+    with console.status("exporting: one to two minutes for a ViT-B"), quiet_logs():
         content = _exported(reduced, count)
     write_file(output, content)
     with console.status("running onnxruntime"):
@@ -136,7 +134,8 @@ def _exported(model: "nn.Module", count: int | None) -> bytes:
 
     inputs = _inputs(model, count or 2)  # a single image would fix the number
     batch = {0: torch.export.Dim("batch")}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the exporter on its own code
         program = torch.onnx.export(
             model,
             kwargs=inputs,
@@ -164,16 +163,3 @@ def _compare(model: "nn.Module", path: Path, count: int) -> tuple[float, float]:
         for output, tensor in zip(outputs, expected, strict=True)
     ]
     return float(max(differences)), float(max(tensor.abs().max() for tensor in expected))
-
-
-@contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Disable warnings of the exporter on its own code and graph."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.disable(before)

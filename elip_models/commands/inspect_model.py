@@ -1,9 +1,8 @@
 """The commands `elip visualize` and `elip profile`: pictures and costs of a reduction."""
 
-import re
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from elip_models.validation import (
     ConfigError,
@@ -22,73 +21,54 @@ if TYPE_CHECKING:
     from elip_models.analysis.visualize_inputs import CaptionedImages
     from elip_models.towers import Tower
 
-VisualizedModel = Annotated[
-    str,
-    typer.Option(
-        help="Folder of a saved model, timm:NAME, open_clip:NAME:TAG, hf:NAME or our own NAME."
-    ),
-]
-VisualizedFiles = Annotated[
-    list[Path] | None,
-    typer.Argument(help="Image files, the same as with --image.", show_default=False),
-]
-VisualizedImages = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="Image file; for a video model a folder of frames or a GIF. May be repeated."
-    ),
-]
-Captions = Annotated[
-    list[str] | None, typer.Option(help="Caption of each image, in order, if a text guides.")
-]
-Question = Annotated[
-    str | None,
-    typer.Option(
-        help="Question to a multimodal language model of transformers, such as LLaVA: draw which "
-        "image tokens it reads."
-    ),
-]
-VisualizedData = Annotated[
-    str | None,
-    typer.Option(help="Instead of images: JSON list, tar shards or emoji_scenes:size=500."),
-]
-VisualizedStrategy = Annotated[
-    str | None,
-    typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or merge."),
-]
-VisualizedKeep = Annotated[
-    float | None,
-    typer.Option(
-        help="Mean share of tokens over the layers. With --question, the share of an image's "
-        "tokens, or their number."
-    ),
-]
-Scorer = Annotated[str | None, typer.Option(help="Scorer: last, exact, official, mean, 1, ..")]
-Fusion = Annotated[
-    float | None,
-    typer.Option(
-        help="Weight of the CLS token in the fusion with the text: 1 ignores the text, 0 uses the "
-        "text alone."
-    ),
-]
-
 
 def visualize(
-    model: VisualizedModel,
-    images: VisualizedFiles = None,
-    image: VisualizedImages = None,
-    caption: Captions = None,
-    question: Question = None,
-    data: VisualizedData = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a saved model, timm:NAME, open_clip:NAME:TAG, hf:NAME or our own NAME."
+        ),
+    ],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, the same as with --image.", show_default=False),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Image file; for a video model a folder of frames or a GIF. May be repeated."
+        ),
+    ] = None,
+    caption: Annotated[
+        list[str] | None, typer.Option(help="Caption of each image, in order, if a text guides.")
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="Question to a multimodal language model of transformers, such as LLaVA: draw "
+            "which image tokens it reads."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Instead of images: JSON list, tar shards or emoji_scenes:size=500."),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=64, help="Number of samples of --data.")] = 4,
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("kept.png"),
-    strategy: VisualizedStrategy = None,
-    keep: VisualizedKeep = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or merge."),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean share of tokens over the layers. With --question, the share of an image's "
+            "tokens, or their number."
+        ),
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Schedule, such as '2(100%) 10(50%)'.")
     ] = None,
-    scorer: Scorer = None,
-    fusion: Fusion = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Image side in pixels; default: the model's own.")
     ] = None,
@@ -105,12 +85,12 @@ def visualize(
     from elip_models.analysis.pictures import draw_pictures
 
     captions = visualize_inputs.check_pairs(files, caption or [])
-    number = int(scorer) if scorer and re.fullmatch("[0-9]{1,9}", scorer) else scorer
-    options = {"schedule": schedule, "scorer": number, "fusion": fusion, "image_size": image_size}
+    options = {"schedule": schedule, "image_size": image_size}
     if question is not None:
-        no_weights = None if pretrained else False
-        others = {"caption": caption, "data": data, "no-pretrained": no_weights, **options}
-        _refuse_beside_question(others)
+        others = {"caption": caption, "data": data, "no-pretrained": not pretrained, **options}
+        for name in (name for name, value in others.items() if value):
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: expected none with --question, got one; leave it out")
         paths = _draw_language_model(model, files, question, output, strategy, keep)
     else:
         visualized = visualize_inputs.open_visualized_model(
@@ -144,14 +124,6 @@ def read_source(spec: str, count: int, tower: "Tower") -> "CaptionedImages":
     return shown
 
 
-def _refuse_beside_question(options: dict[str, Any]) -> None:
-    """Raise ConfigError for an option that does not apply to a language model."""
-    for name, value in options.items():
-        if value is not None and value != []:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option}: expected none with --question, got one; leave it out")
-
-
 def _draw_language_model(
     model: str,
     files: list[Path],
@@ -170,39 +142,31 @@ def _draw_language_model(
     return draw_kept_tokens(visualized, pictures, question, output)
 
 
-ProfiledModels = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Model: timm:NAME, open_clip:NAME, hf:NAME, elip_clip_vit_b16, ..; may be repeated."
-    ),
-]
-ProfiledStrategies = Annotated[
-    list[str] | None,
-    typer.Option(help="Strategy, such as evit, tome:r=13 or elip:scorer=exact; default: all."),
-]
-ProfileSchedule = Annotated[
-    str | None, typer.Option(help="Schedule of strategies without their own.")
-]
-ProfileBatches = Annotated[
-    list[int],
-    typer.Option(min=1, max=2**20, help="Images or pairs in a step; repeat for several."),
-]
-FlopsTarget = Annotated[
-    float | None, typer.Option(help="Set all strategies to this share of dense training FLOPs.")
-]
-KeepTarget = Annotated[
-    float | None,
-    typer.Option(help="Set all strategies to this mean share of tokens over the layers."),
-]
-
-
 def profile(
-    model: ProfiledModels = None,
-    strategy: ProfiledStrategies = None,
-    schedule: ProfileSchedule = None,
-    flops: FlopsTarget = None,
-    keep: KeepTarget = None,
-    batch_size: ProfileBatches = [8],  # noqa: B006, typer copies it
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model: timm:NAME, open_clip:NAME, hf:NAME, elip_clip_vit_b16, ..; repeatable."
+        ),
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="Strategy, such as evit, tome:r=13 or elip:scorer=exact; default: all."),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Schedule of strategies without their own.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Set all strategies to this share of dense training FLOPs.")
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Set all strategies to this mean share of tokens over the layers."),
+    ] = None,
+    batch_size: Annotated[
+        list[int],
+        typer.Option(min=1, max=2**20, help="Images or pairs in a step; repeat for several."),
+    ] = [8],  # noqa: B006, typer copies it
     mode: Annotated[str, typer.Option(help="Mode: training, inference or both.")] = "both",
     dtype: Annotated[
         str, typer.Option(help="Precision of the weights: fp32, bf16 or fp16.")
@@ -214,7 +178,7 @@ def profile(
         bool, typer.Option("--flops-only", help="Only count FLOPs, on the meta device.")
     ] = False,
     parts: Annotated[
-        bool, typer.Option("--parts", help="Also show costs by component: towers, fusion, ..")
+        bool, typer.Option("--parts", help="Also show FLOPs by component: towers, fusion, ..")
     ] = False,
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="Instead: find the largest training batch.")

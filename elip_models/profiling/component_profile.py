@@ -1,16 +1,13 @@
-"""FLOPs and time of a training step by component of a model (ELIP, Figure 2b).
+"""FLOPs of a training step by component of a model (ELIP, Figure 2b).
 
 An op belongs to the innermost enclosing call in `CALLS`, or else to the heads. In the image tower,
 our ops and ops without gradient choose and merge tokens and count as scoring. An op of backward
 belongs to the component of its forward op: autograd numbers its nodes in the order of the forward
-pass. A multiply-add counts as two FLOPs. Time is measured op by op, which adds microseconds to each
-op. Shares of time are therefore unreliable for layers of less than a millisecond.
+pass. A multiply-add counts as two FLOPs.
 """
 
-import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from operator import attrgetter
@@ -71,23 +68,18 @@ CALLS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class ComponentCosts:
-    """Costs of one training step, forward and backward, by component."""
+    """FLOPs of one training step, forward and backward, by component."""
 
     model: str
     strategy: str
     batch_size: int
     flops: dict[str, float]  # of one image and its text
-    seconds: dict[str, float] | None = None  # mean time of a step; None if it was not timed
 
 
 def profile_components(
-    name: str,
-    workload: Workload,
-    strategies: Mapping[str, Strategy | None],
-    *,
-    rounds: int | None,
+    name: str, workload: Workload, strategies: Mapping[str, Strategy | None]
 ) -> list[ComponentCosts]:
-    """Count each strategy's training step by component, and time it unless `rounds` is None.
+    """Count each strategy's training step by component.
 
     A strategy of None is dense. A model that is not one of this library raises ValueError.
     """
@@ -99,32 +91,22 @@ def profile_components(
         )
     twin, costs = workload.on_meta(), []
     for strategy_name, strategy in strategies.items():
-        counted = run_by_component(twin, strategy)
-        flops = {part: counted.flops[part] / workload.batch_size for part in PARTS}
-        seconds = None
-        if rounds is not None:
-            run_by_component(workload, strategy)
-            timed = run_by_component(workload, strategy, rounds)
-            seconds = {part: timed.seconds[part] / rounds for part in PARTS}
-        costs.append(ComponentCosts(name, strategy_name, workload.batch_size, flops, seconds))
+        counted = count_by_component(twin, strategy)
+        flops = {part: counted[part] / workload.batch_size for part in PARTS}
+        costs.append(ComponentCosts(name, strategy_name, workload.batch_size, flops))
     return costs
 
 
-def run_by_component(
-    workload: Workload, strategy: Strategy | None, rounds: int = 1
-) -> "ComponentMode":
-    """Run `rounds` training steps with `strategy` and return their summed costs by component."""
-    by_component = ComponentMode(workload.device)
-    is_counted = workload.device.type == "meta"
-    kernels = sdpa_kernel(SDPBackend.MATH) if is_counted else nullcontext()
-    with in_mode(workload, "training"), kernels:
-        model = workload.reduced_by(strategy)
+def count_by_component(twin: Workload, strategy: Strategy | None) -> dict[str, int]:
+    """Run a training step with `strategy` on the meta device; return its FLOPs by component."""
+    by_component = ComponentMode()
+    with in_mode(twin, "training"), sdpa_kernel(SDPBackend.MATH):
+        model = twin.reduced_by(strategy)
         for name, part in CALLS[model.family].items():
             _mark(model, name, part, by_component)
         with by_component:
-            for _ in range(rounds):
-                workload.train_step(lambda: workload.reducible.as_tensor(model(**workload.inputs)))
-    return by_component
+            twin.train_step(lambda: twin.reducible.as_tensor(model(**twin.inputs)))
+    return by_component.flops
 
 
 def _mark(model: nn.Module, name: str, part: str, by_component: "ComponentMode") -> None:
@@ -147,25 +129,14 @@ def _mark(model: nn.Module, name: str, part: str, by_component: "ComponentMode")
 
 
 class ComponentMode(TorchDispatchMode):
-    """A dispatch mode that adds each op's FLOPs, and the time until the next op, to a component."""
+    """A dispatch mode that adds the FLOPs of each op to a component."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = device
         self.inside: list[str] = []  # components of the running marked calls, outermost first
         self.flops = dict.fromkeys(PARTS, 0)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.now, self.since = HEADS, 0.0
         self.ends: list[int] = []  # last autograd number of each run of ops of one component
         self.components: list[str] = []  # of each run
-
-    def __enter__(self) -> "ComponentMode":
-        self.since = time.perf_counter()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._switch(HEADS)
 
     def __torch_dispatch__(
         self,
@@ -175,26 +146,17 @@ class ComponentMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         part, kwargs = self._part_of(func), kwargs or {}
-        if part != self.now:
-            self._switch(part)
         out = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops[part] += formula(*args, **kwargs, out_val=out)
         return out
 
-    def _switch(self, part: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[self.now] += now - self.since
-        self.now, self.since = part, now
-
     def _part_of(self, func: Any) -> str:
         if torch._C._current_graph_task_id() != -1:
             number = torch._C._current_autograd_node()._sequence_nr()
             run = bisect_right(self.ends, number)
-            return self.components[run] if run < len(self.components) else self.now
+            return self.components[run] if run < len(self.components) else HEADS
         part = self.inside[-1] if self.inside else HEADS
         if part == IMAGE and (func.namespace == "elip" or not torch.is_grad_enabled()):
             part = SCORING
@@ -208,22 +170,12 @@ class ComponentMode(TorchDispatchMode):
 
 
 def components_table(costs: Sequence[ComponentCosts]) -> Table:
-    """Return a table of the components' shares of FLOPs, and of time if it was measured."""
-    table = Table(title="Training step by component: shares of FLOPs, and of time if measured")
-    for column in ("model", "strategy", ""):
-        table.add_column(column)
-    for part in PARTS:
+    """Return a table of the components' shares of FLOPs."""
+    table = Table("model", "strategy", title="Training step by component: shares of FLOPs")
+    for part in (*PARTS, "GFLOPs"):
         table.add_column(part, justify="right")
-    table.add_column("all", justify="right")
     for row in costs:
-        total = f"{sum(row.flops.values()) / 1e9:.3f} GFLOPs"
-        table.add_row(escape(row.model), escape(row.strategy), *_shares("FLOPs", row.flops, total))
-        if row.seconds is not None:
-            total = f"{1e3 * sum(row.seconds.values()):.1f} ms"
-            table.add_row("", "", *_shares("time", row.seconds, total))
+        total = sum(row.flops.values())
+        shares = (f"{row.flops[part] / total:.1%}" for part in PARTS)
+        table.add_row(escape(row.model), escape(row.strategy), *shares, f"{total / 1e9:.3f}")
     return table
-
-
-def _shares(what: str, values: Mapping[str, float], total: str) -> list[str]:
-    whole = sum(values.values())
-    return [what, *(f"{values[part] / whole:.1%}" for part in PARTS), total]

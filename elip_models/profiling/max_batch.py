@@ -12,18 +12,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from elip_models.profiling.measure import memory_kind, memory_of
-from elip_models.profiling.table import FORMS, ProfileSettings, fit_strategies, open_for_profile
+from elip_models.profiling.table import ProfileSettings, open_for_profile
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import write_json
-from elip_models.validation import ConfigError, check_output, require_extra, shortened
-
-with require_extra("elip_models.profiling"):
-    from rich.console import Console
-    from rich.table import Table
+from elip_models.validation import ConfigError, check_output, shortened
 
 BATCHES = (2, 4)
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -85,10 +83,10 @@ def _fit_line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
 
 def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
     """Return the rows as a table for a terminal."""
-    table = Table(title=f"largest training batch in {memory}", caption=f"by the {measured}")
-    sizes = ("MiB of model", "MiB per step", "MiB per image")
-    for column in ("model", "strategy", *sizes, "batch", "ratio"):
-        table.add_column(column, justify="left" if column in ("model", "strategy") else "right")
+    title, caption = f"largest training batch in {memory}", f"by the {measured}"
+    table = Table("model", "strategy", title=title, caption=caption)
+    for column in ("MiB of model", "MiB per step", "MiB per image", "batch", "ratio"):
+        table.add_column(column, justify="right")
     for row in rows:
         sizes = (f"{size / 2**20:.1f}" for size in (row.model_state, row.fixed, row.per_image))
         table.add_row(row.model, row.strategy, *sizes, str(row.batch), f"{row.ratio:.2f}")
@@ -101,18 +99,15 @@ def print_largest_batches(
     """Measure, print, and write `output` as JSON. Invalid settings raise ConfigError."""
     size = bytes_of(memory)
     check_output("--output", output)
-    if not settings.models:
-        raise ConfigError(f"--model: expected one or more, {FORMS}")
     if settings.rounds is None:
         raise ConfigError("--flops-only: expected it without --max-batch, which measures memory")
     rows: list[MaxBatch] = []
     for name in settings.models:
         with console.status(f"measuring {name}"):
-            model = open_for_profile(name, settings)
-            strategies, left_out = fit_strategies(name, model, settings)
+            model, strategies, left_out = open_for_profile(name, settings)
             rows += largest_batches(name, model, strategies, size)
         for refusal in left_out:
-            console.print(f"{name}: {refusal.strategy} is left out: {refusal.reason}", markup=False)
+            console.print(str(refusal), markup=False)
     measured = memory_kind(next(model.parameters()).device)
     console.print(batches_table(rows, memory, measured))
     if output is not None:

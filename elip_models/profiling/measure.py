@@ -6,7 +6,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import NamedTuple
@@ -72,26 +72,11 @@ def _seconds(step: Step, calls: int, device: torch.device) -> float:
     return seconds / calls
 
 
-@dataclass(frozen=True)
-class GraphedStep:
-    """A callable CUDA graph.
-
-    The graph contains only addresses, so the recorded step is stored to keep its tensors alive.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    step: Step
-
-    def __call__(self) -> None:
-        """Replay the graph."""
-        self.graph.replay()
-
-
-def capture_graph(prepare: Callable[[], Step]) -> GraphedStep:
+def capture_graph(prepare: Callable[[], Step]) -> Step:
     """Record the step that `prepare` returns as a CUDA graph, which launches without Python.
 
     `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
-    forward pass in `prepare`.
+    forward pass in `prepare`. The graph has only addresses: the result keeps the step's tensors.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -102,7 +87,11 @@ def capture_graph(prepare: Callable[[], Step]) -> GraphedStep:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step()
-    return GraphedStep(graph, step)
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Step) -> None:
+    graph.replay()
 
 
 def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:

@@ -4,13 +4,10 @@ Weights are random, since neither FLOPs nor times depend on them. A strategy tha
 model, or cannot reach the requested FLOPs, is listed with the reason instead of a row.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,6 +36,7 @@ from elip_models.reduction.strategy_spec import (
 )
 from elip_models.reduction.summary import runs
 from elip_models.saving.files import write_json
+from elip_models.saving.meta_build import quiet_logs
 from elip_models.saving.open_model import FORMS, open_model
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error, check_output
@@ -85,6 +83,8 @@ class ProfileSettings:
                 get_strategy(text)
                 check_keep(text, {}, self.keep)
                 check_keep(text, {}, self.flops, name="flops")
+        if not self.models:
+            raise ConfigError(f"--model: expected one or more, {FORMS}")
 
     @property
     def compared(self) -> dict[str, None]:
@@ -107,93 +107,26 @@ class LeftOut:
     strategy: str
     reason: str
 
-
-@dataclass(frozen=True)
-class Profile:
-    """All rows of the table, the costs by component, and the options."""
-
-    settings: ProfileSettings
-    rows: tuple[ProfileRow, ...]
-    left_out: tuple[LeftOut, ...]
-    parts: tuple[ComponentCosts, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the table as plain data, with the device and versions."""
-        return {
-            **measured_on(self.settings.device),
-            "dtype": self.settings.dtype,
-            "rounds": self.settings.rounds,
-            "weights": "random",
-            "flops_are_of": "one image, or pair of a whole model",
-            "memory_is": memory_kind(self.settings.device),
-            "rows": [asdict(row) for row in self.rows],
-            "left_out": [asdict(row) for row in self.left_out],
-            "parts": [asdict(row) for row in self.parts],
-        }
+    def __str__(self) -> str:
+        return f"{self.model}: {self.strategy} is left out: {self.reason}"
 
 
-def run_profile(
-    settings: ProfileSettings, show_status: Callable[[str], None] | None = None
-) -> Profile:
-    """Measure all rows, model by model; describe each measurement to `show_status` before it.
+def open_for_profile(
+    spec: str, settings: ProfileSettings
+) -> tuple[nn.Module, dict[str, Strategy], list[LeftOut]]:
+    """Open the model with random weights, on the meta device if nothing is timed.
 
-    An unknown model, or one that cannot be reduced, raises ConfigError.
+    Returns:
+        The model, the strategies that fit it, by spec, and the others with their reasons.
     """
-    rows: list[ProfileRow] = []
-    left_out: list[LeftOut] = []
-    parts: list[ComponentCosts] = []
-    for spec in settings.models:
-        model = open_for_profile(spec, settings)
-        strategies, refused = fit_strategies(spec, model, settings)
-        left_out += refused
-        for batch_size in settings.batch_sizes:
-            if show_status is not None:
-                doing = "counting" if settings.rounds is None else "measuring, side by side:"
-                compared = f"dense and {len(strategies)} strategies"
-                show_status(f"{doing} {spec}, batch {batch_size}, {compared}")
-            rows += profile_model(
-                spec,
-                model,
-                strategies,
-                batch_size=batch_size,
-                modes=[mode for mode in MODES if settings.mode in (mode, "both")],
-                rounds=settings.rounds,
-            )
-            if settings.parts:
-                with as_config_error("--parts"):
-                    workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
-                    parts += profile_components(spec, workload, every, rounds=settings.rounds)
-    return Profile(settings, tuple(rows), tuple(left_out), tuple(parts))
-
-
-def open_for_profile(spec: str, settings: ProfileSettings) -> nn.Module:
-    """Open the model with random weights, on the meta device if nothing is timed."""
-    with as_config_error("--model", inner="spec"), settings.device, _warnings_disabled():
+    with as_config_error("--model", inner="spec"), settings.device, quiet_logs():
         model = open_model(spec, pretrained=False).to(DTYPES[settings.dtype])
         as_tower(as_reducible(model).image_model)
-    return model
-
-
-@contextmanager
-def _warnings_disabled() -> Iterator[None]:
-    """Disable log messages of libraries about random weights, which are intended here."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def fit_strategies(
-    name: str, model: nn.Module, settings: ProfileSettings
-) -> tuple[dict[str, Strategy], list[LeftOut]]:
-    """Return the strategies that fit the model, by spec, and the others with their reasons."""
     workload, fitting, left_out = Workload(model, 1), {}, []
     for text in settings.compared:
         try:
-            name_of_strategy, written = parse_spec(text)
-            takes = "schedule" in option_types(name_of_strategy) and "schedule" not in written
+            name, written = parse_spec(text)
+            takes = "schedule" in option_types(name) and "schedule" not in written
             strategy = get_strategy(text, schedule=settings.schedule if takes else None)
             if settings.flops is not None:
                 fitted = strategy.fitted(workload.tower)
@@ -202,44 +135,33 @@ def fit_strategies(
                 strategy = fit_strategy(strategy, workload.tower, settings.keep)
             workload.forward(strategy)
         except (TypeError, ValueError) as error:
-            left_out.append(LeftOut(name, text, " ".join(str(error).split())))
+            left_out.append(LeftOut(spec, text, " ".join(str(error).split())))
         else:
             fitting[text] = strategy
-    return fitting, left_out
+    return model, fitting, left_out
 
 
-def table_of(profile: Profile) -> Table:
+def table_of(settings: ProfileSettings, rows: Sequence[ProfileRow]) -> Table:
     """Return a table with a section for each model, batch and mode."""
-    rows, timed = profile.rows, profile.settings.rounds is not None
-    table = Table(title=_title(profile))
-    table.add_column("strategy")
-    table.add_column("tokens per layer")
+    steps = sorted({row.step for row in rows})
+    title = f"FLOPs of one image or pair, {' or '.join(steps)}; ratios against dense"
+    if settings.flops is not None:
+        title += f"; towers at {settings.flops:g} of dense training FLOPs"
     names = ["kept", "forward\nGFLOPs", "backward\nGFLOPs", "FLOPs"]
-    names += ["ms", "time", "MB", "memory"] if timed else []
+    if settings.rounds is not None:
+        title += f"; {measured_on(settings.device)['device']}, {settings.dtype}"
+        title += f"; memory: {memory_kind(settings.device)}"
+        names += ["ms", "time", "MB", "memory", ""]
+    table = Table("strategy", "tokens per layer", title=title)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    if timed:
-        table.add_column("")
-    for _, section in groupby(rows, lambda row: (row.model, row.batch_size, row.mode)):
-        section = list(section)
+    for key, section in groupby(rows, lambda row: (row.model, row.mode, row.batch_size)):
+        model, mode, batch_size = key
         table.add_section()
-        head = section[0]
-        table.add_row(f"[bold]{escape(head.model)}[/]", f"{head.mode}, batch {head.batch_size}")
+        table.add_row(f"[bold]{escape(model)}[/]", f"{mode}, batch {batch_size}")
         for row in section:
             table.add_row(escape(row.strategy), runs(t.attention for t in row.tokens), *_cells(row))
     return table
-
-
-def _title(profile: Profile) -> str:
-    steps = sorted({row.step for row in profile.rows})
-    title = f"FLOPs of one image or pair, {' or '.join(steps)}; ratios against dense"
-    if profile.settings.flops is not None:
-        title += f"; towers at {profile.settings.flops:g} of dense training FLOPs"
-    if profile.settings.rounds is not None:
-        device = profile.settings.device
-        title += f"; {measured_on(device)['device']}, {profile.settings.dtype}"
-        title += f"; memory: {memory_kind(device)}"
-    return title
 
 
 def _cells(row: ProfileRow) -> list[str]:
@@ -257,19 +179,50 @@ def _cells(row: ProfileRow) -> list[str]:
 
 
 def print_profile(settings: ProfileSettings, *, output: Path | None, console: Console) -> None:
-    """Measure, print, and write `output` as JSON."""
-    if not settings.models:
-        raise ConfigError(f"--model: expected one or more, {FORMS}")
+    """Measure all rows, model by model, print them, and write `output` as JSON.
+
+    An unknown model, or one that cannot be reduced, raises ConfigError.
+    """
     check_output("--output", output)
     if not console.is_terminal:
         console = Console(width=WIDTH)
+    rows: list[ProfileRow] = []
+    left_out: list[LeftOut] = []
+    parts: list[ComponentCosts] = []
+    doing = "counting" if settings.rounds is None else "measuring, side by side:"
     with console.status("opening models") as status:
-        profile = run_profile(settings, status.update)
-    console.print(table_of(profile))
-    for left_out in profile.left_out:
-        line = f"{left_out.model}: {left_out.strategy} is left out: {left_out.reason}"
-        console.print(line, markup=False)
-    if profile.parts:
-        console.print(components_table(profile.parts))
+        for spec in settings.models:
+            model, strategies, refused = open_for_profile(spec, settings)
+            left_out += refused
+            for batch_size in settings.batch_sizes:
+                compared = f"dense and {len(strategies)} strategies"
+                status.update(f"{doing} {spec}, batch {batch_size}, {compared}")
+                rows += profile_model(
+                    spec,
+                    model,
+                    strategies,
+                    batch_size=batch_size,
+                    modes=[mode for mode in MODES if settings.mode in (mode, "both")],
+                    rounds=settings.rounds,
+                )
+                if settings.parts:
+                    with as_config_error("--parts"):
+                        workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
+                        parts += profile_components(spec, workload, every)
+    console.print(table_of(settings, rows))
+    for refusal in left_out:
+        console.print(str(refusal), markup=False)
+    if parts:
+        console.print(components_table(parts))
     if output is not None:
-        write_json(output, profile.as_json())
+        content = {
+            **measured_on(settings.device),
+            "dtype": settings.dtype,
+            "rounds": settings.rounds,
+            "weights": "random",
+            "flops_are_of": "one image, or pair of a whole model",
+            "memory_is": memory_kind(settings.device),
+        }
+        tables = {"rows": rows, "left_out": left_out, "parts": parts}
+        plain = {name: [asdict(row) for row in table] for name, table in tables.items()}
+        write_json(output, content | plain)

@@ -18,7 +18,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,6 +26,7 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
@@ -34,15 +34,14 @@ from elip_models.api import is_reduced, record_stages, reduce_, reduction_summar
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.token_assignment import slots_after
 from elip_models.saving.files import write_file
-from elip_models.towers import SelfReducingModel, Tower, as_reducible, as_tower
+from elip_models.towers import SelfReducingModel, as_reducible, as_tower
 from elip_models.validation import (
     Positive,
     PositiveInt,
     Seed,
     TrainingError,
-    check_fields,
+    check,
     require_extra,
-    shortened,
 )
 from elip_models.vlm.families import refuse_multimodal
 
@@ -51,18 +50,14 @@ Progress = Callable[[int, float], object]
 LR, LORA_LR = 5e-6, 1e-4
 WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.1, 1.0
 SAVE_EVERY = 50
-
-
-@dataclass(frozen=True)
-class _Options:
-    steps: PositiveInt
-    batch_size: PositiveInt
-    lr: Positive | None
-    seed: Seed
-    lora_rank: PositiveInt | None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+OPTIONS: dict[str, Any] = {
+    "steps": PositiveInt,
+    "batch_size": PositiveInt,
+    "lr": Positive | None,
+    "seed": Seed,
+    "lora_rank": PositiveInt | None,
+}
+"""The types of the options of `distill` that a stopped run must have again."""
 
 
 def distill(
@@ -109,32 +104,25 @@ def distill(
             be trained, or a checkpoint of another run.
         TrainingError: the loss is not finite.
     """
-    options = _Options(steps, batch_size, lr, seed, lora_rank)
-    if not isinstance(checkpoint, str | os.PathLike | None):
-        raise TypeError(f"checkpoint: expected a path or None, got {shortened(checkpoint)}")
+    options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    options["lora_rank"] = lora_rank
+    for name, value in options.items():
+        check(name, value, OPTIONS[name])
+    check("checkpoint", checkpoint, str | os.PathLike | None)
     refuse_multimodal(model)
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)
-    path = None if checkpoint is None else Path(checkpoint)
-    _train(model.eval(), images, options, path, progress)
-    return model
-
-
-def _train(
-    model: nn.Module,
-    images: Tensor | Sequence[Tensor],
-    options: _Options,
-    checkpoint: Path | None,
-    progress: Progress,
-) -> None:
-    student = _image_model(model)
-    _check_images(images, as_tower(student))
+    student = _image_model(model.eval())
+    if not len(images):
+        raise ValueError("images: expected at least one image, got none")
     teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(options.seed)
-        with _only_blocks_train(student), _adapters(student, options.lora_rank):
-            _Run(student, teacher, images, options).train(checkpoint, progress)
+        torch.manual_seed(seed)
+        with _only_blocks_train(student), _adapters(student, lora_rank):
+            run = _Run(student, teacher, images, options)
+            run.train(None if checkpoint is None else Path(checkpoint), progress)
+    return model
 
 
 def _image_model(model: nn.Module) -> nn.Module:
@@ -150,19 +138,6 @@ def _image_model(model: nn.Module) -> nn.Module:
         got = ", ".join(map(str, dtypes)) or "none"
         raise ValueError(f"model: expected parameters in fp32 that require a gradient, got {got}")
     return reducible.image_model
-
-
-def _check_images(images: Any, tower: Tower) -> None:
-    """Raise TypeError or ValueError unless the first image has the type and size of the tower's."""
-    size = "H, W" if tower.has_dynamic_size else "{}, {}".format(*tower.image_size)
-    expected = f"images: expected floating-point images (n, 3, {size}), at least one, got"
-    if not isinstance(images, Tensor | Sequence) or not len(images):
-        raise TypeError(f"{expected} {shortened(images)}")
-    if not isinstance(images[0], Tensor) or not images[0].is_floating_point():
-        raise TypeError(f"{expected} {getattr(images[0], 'dtype', type(images[0]).__name__)}")
-    shape = tuple(images[0].shape)
-    if len(shape) != 3 or not (tower.has_dynamic_size or shape[1:] == tower.image_size):
-        raise ValueError(f"{expected} an image {shape}")
 
 
 @contextmanager
@@ -219,15 +194,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Return groups for AdamW: matrices decay; biases, norms and single vectors do not."""
-    groups: dict[float, list[nn.Parameter]] = {WEIGHT_DECAY: [], 0.0: []}
-    for parameter in parameters:
-        is_matrix = sum(size != 1 for size in parameter.shape) > 1
-        groups[WEIGHT_DECAY if is_matrix else 0.0].append(parameter)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
-
-
 class _Run:
     """The training of a student: its optimiser, and its state in a file."""
 
@@ -236,19 +202,20 @@ class _Run:
         student: nn.Module,
         teacher: nn.Module,
         images: Tensor | Sequence[Tensor],
-        options: _Options,
+        options: dict[str, Any],
     ) -> None:
         self.student, self.teacher, self.images = student, teacher, images
-        steps, size, self.seed, self.done = options.steps, options.batch_size, options.seed, 0
-        default = LR if options.lora_rank is None else LORA_LR
-        self.peak_lr = options.lr or default
+        steps, size = options["steps"], options["batch_size"]
+        self.seed, self.done = options["seed"], 0
+        self.peak_lr = options["lr"] or (LR if options["lora_rank"] is None else LORA_LR)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.trained.values()))
+        groups = param_groups_weight_decay(student, WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(groups[::-1])  # the order in stored checkpoints
         generator = torch.Generator().manual_seed(self.seed)
         epochs = math.ceil(steps * size / len(images))
         order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
         self.batches = order[: steps * size].split(size)
-        self.settings: dict[str, Any] = asdict(options) | {
+        self.settings: dict[str, Any] = options | {
             "strategy": str(reduction_summary(student).strategy),
             "images": [len(images), _checksum([images[0], images[len(images) - 1]])],
             "model": _checksum(self.trained.values()),

@@ -4,7 +4,6 @@ No code of the folder runs. A config that does not fit the weights beside it tak
 Weights that are missing, not finite or of another kind, such as int8 for float, raise ValueError.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 from elip_models.saving.files import check_finite, read_object, read_tensors
 from elip_models.saving.meta_build import (
-    at_most,
+    WithoutRandomValues,
     check_integers,
     library_errors,
-    meta_device,
+    outline_of,
     read_header,
     read_headers,
-    with_memory,
 )
 from elip_models.saving.weights import check_weights, kind_of, load_weights
 from elip_models.validation import mismatch_error
@@ -63,8 +61,6 @@ def load_timm(folder: Path) -> nn.Module:
 
 def load_open_clip(folder: Path) -> nn.Module:
     """Load the model of open_clip that `save_reduced` wrote; its towers are not from a hub."""
-    import open_clip
-
     path = folder / OPEN_CLIP_CONFIG
     described = read_object(path).get("model_cfg")
     if mismatch_error(described, dict) or any(
@@ -77,16 +73,19 @@ def load_open_clip(folder: Path) -> nn.Module:
             f"{path}: expected towers that the folder describes, got one of a hub or another "
             f"folder; load it by open_clip if you trust it, and pass it as model="
         )
-    return _load(
-        path,
-        folder / "open_clip_model.safetensors",
-        lambda: open_clip.create_model(
-            f"local-dir:{folder}",
-            load_weights=False,
-            device=torch.get_default_device(),
-            pretrained_image=False,
-            pretrained_text=False,
-        ),
+    return _load(path, folder / "open_clip_model.safetensors", lambda: make_open_clip(folder))
+
+
+def make_open_clip(folder: Path) -> nn.Module:
+    """Make the model that open_clip_config.json in a folder describes, with random weights."""
+    import open_clip
+
+    return open_clip.create_model(
+        f"local-dir:{folder}",
+        load_weights=False,
+        device=torch.get_default_device(),
+        pretrained_image=False,
+        pretrained_text=False,
     )
 
 
@@ -96,10 +95,9 @@ def _load(config: Path, weights: Path, make: Callable[[], nn.Module]) -> nn.Modu
     check_integers(config, read_object(config))
     stored = read_header(weights)
     with library_errors(config, f"a config of a model in {weights.name}"):
-        with meta_device(len(stored)):
-            outline = make()
-        check_weights(outline, stored)
-        model = with_memory(outline, make, stored)
+        check_weights(outline_of(make), stored)
+        with WithoutRandomValues():
+            model = make()
     load_weights(model, read_tensors(weights))
     return model.eval()
 
@@ -116,9 +114,10 @@ def load_transformers(
         new_parts: whether parts of the model that the weights lack altogether, such as a pooler,
             get initial values, with a warning. All other missing tensors raise ValueError.
     """
-    stored, limits = _stored(Path(name), config) if os.path.isdir(name) else ({}, (math.inf,))
-    path = Path(name) / CONFIG if os.path.isdir(name) else name
-    with library_errors(path, f"weights of a {type(config).__name__}"), at_most(*limits):
+    is_folder = os.path.isdir(name)
+    path = Path(name) / CONFIG if is_folder else name
+    with library_errors(path, f"weights of a {type(config).__name__}"):
+        stored = _check_size(Path(name), kind, config) if is_folder else {}
         model, info = kind.from_pretrained(
             name,
             config=config,
@@ -145,11 +144,11 @@ def load_transformers(
 
 def from_config(kind: Any, config: Any) -> nn.Module:
     """Return a model of transformers with random weights; `kind` is as in `load_transformers`."""
-    from transformers import MODEL_MAPPING, AutoModel
+    from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 
-    if kind is not AutoModel:
+    if issubclass(kind, PreTrainedModel):
         return kind(config)
-    if type(config) not in MODEL_MAPPING:  # AutoModel takes seconds to list all that it has
+    if kind is AutoModel and type(config) not in MODEL_MAPPING:  # listing all takes seconds
         raise ValueError(f"{type(config).__name__} is of no model that AutoModel has")
     return kind.from_config(config, trust_remote_code=False)
 
@@ -160,8 +159,8 @@ def _parts_without(model: nn.Module, missing: list[str]) -> list[str]:
     return sorted({name.partition(".")[0] for name in missing} - present)
 
 
-def _stored(folder: Path, config: Any) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """Return the header of the weights, and the most tensors and numbers of a model of that size.
+def _check_size(folder: Path, kind: Any, config: Any) -> dict[str, Tensor]:
+    """Return the header of the weights; ValueError if the config has many more numbers than they.
 
     The header is empty for weights in files of pickle.
     """
@@ -170,16 +169,20 @@ def _stored(folder: Path, config: Any) -> tuple[dict[str, Tensor], tuple[int, in
             f"{folder}: expected a whole model, got an adapter; use PeftModel.from_pretrained"
         )
     stored = read_headers(folder)
-    if stored is None:
-        numbers = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
-        if not numbers:
-            raise FileNotFoundError(f"folder: expected model.safetensors in {folder}, got none")
-        tensors = numbers // 64
-    else:
-        tensors, numbers = len(stored), 2 * sum(tensor.numel() for tensor in stored.values())
-    is_quantised = getattr(config, "quantization_config", None) is not None
-    limits = 4 * tensors + 1000, numbers * (PACKED if is_quantised else 1) + SPARE
-    return stored or {}, limits
+    numbers = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
+    if stored is not None:
+        numbers = 2 * sum(tensor.numel() for tensor in stored.values())
+    elif not numbers:
+        raise FileNotFoundError(f"folder: expected model.safetensors in {folder}, got none")
+    if getattr(config, "quantization_config", None) is not None:
+        numbers *= PACKED
+    outline = outline_of(lambda: from_config(kind, config))
+    size = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
+    if size > numbers + SPARE:
+        raise ValueError(
+            f"model: expected at most {numbers + SPARE} numbers, by its file, got more"
+        )
+    return stored or {}
 
 
 def _check_kinds(folder: Path, made: nn.Module, stored: dict[str, Tensor]) -> None:

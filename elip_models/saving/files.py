@@ -153,17 +153,13 @@ def read_config(folder: str | os.PathLike, *, with_weights: bool = True) -> tupl
     return family, config
 
 
-def read_tensors(path: Path, *, finite: bool = True) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
-
-    ValueError is raised if the file is damaged and, with `finite`, by `check_finite`.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; ValueError if it is damaged or not finite."""
     try:
         tensors = load_file(path)
     except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: expected a complete safetensors file, got {error}") from error
-    if finite:
-        check_finite(path, tensors)
+    check_finite(path, tensors)
     return tensors
 
 
@@ -181,10 +177,10 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _unusable(tensor: Tensor) -> str | None:
     """Return what a tensor has instead of finite numbers in memory, or None."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return f"a {'nested' if tensor.is_nested else tensor.layout} tensor"
-    if tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-        return f"a {'meta' if tensor.is_meta else tensor.dtype} tensor"
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        return f"a {tensor.layout} tensor on {tensor.device}"
+    if tensor.is_quantized or tensor.is_complex():
+        return f"a {tensor.dtype} tensor"
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
     if tensor.dtype not in FLOATS:

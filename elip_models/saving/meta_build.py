@@ -1,23 +1,17 @@
 """Models on the meta device: a config is compared with its weight file before it takes memory."""
 
-import math
+import logging
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
 from torch.overrides import TorchFunctionMode
 
 from elip_models.saving.files import read_object
-from elip_models.saving.weights import first_names
 from elip_models.validation import mismatch_error, require_extra
 
 with require_extra("elip_models.saving"):
@@ -27,44 +21,18 @@ with require_extra("elip_models.saving"):
 LARGEST = 2**24
 DEEPEST = 1024
 DEPTH = re.compile(r"(layers?|depths?|blocks|stages)$")
-MOST_TENSORS = 32_768
-"""Of a model whose weights are not read: 1,024 layers of 32."""
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-INITIALISERS = {
+RANDOM_VALUES = {
     "uniform_",
     "normal_",
-    "trunc_normal_",
     "erfinv_",
-    "mul_",
-    "add_",
-    "clamp_",
-    "fill_",
-    "zero_",
-    "ones_",
-    "zeros_",
-    "constant_",
-    "copy_",
+    "trunc_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
 }
-NOT_STORED: dict[str, Callable[[torch.Size], Tensor]] = {
-    "position_ids": lambda shape: torch.arange(shape[-1]).expand(shape),
-    "token_type_ids": lambda shape: torch.zeros(shape, dtype=torch.long),
-}
-"""Values of the buffers that transformers does not store, by name; shapes (1, L)."""
+"""Methods of a tensor, and functions of `nn.init`, that set random values."""
 LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -86,13 +54,15 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        kinds = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        return {
-            name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
-            for name, (shape, dtype) in kinds.items()
-        }
+            return {name: _without_values(part) for name, part in slices.items()}
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: expected a complete safetensors file, got {error}") from error
+
+
+def _without_values(part: Any) -> Tensor:
+    shape = part.get_shape()
+    dtype = (part[:0] if shape else part[...]).dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def read_headers(folder: Path) -> dict[str, Tensor] | None:
@@ -126,95 +96,22 @@ def check_integers(path: Path, config: dict[str, Any]) -> None:
                 raise ValueError(f"{path}: {key}: expected at most {limit}, got {value!r:.40}")
 
 
-@contextmanager
-def at_most(tensors: int, numbers: float = math.inf) -> Iterator[None]:
-    """Raise ValueError once modules that this thread creates have more parameters than that.
-
-    `numbers` is the most that their parameters and buffers on the meta device may have together.
-    """
-    thread, count, size = threading.get_ident(), 0, 0
-
-    def check(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal count, size
-        if threading.get_ident() != thread or tensor is None:
-            return
-        count += isinstance(tensor, nn.Parameter)
-        size += tensor.numel() if tensor.is_meta else 0
-        if count > tensors:
-            raise ValueError(f"model: expected at most {tensors} tensors, by its file, got more")
-        if size > numbers:
-            raise ValueError(f"model: expected at most {numbers} numbers, by its file, got more")
-
-    handles = (
-        register_module_parameter_registration_hook(check),
-        register_module_buffer_registration_hook(check),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def meta_device(tensors: int) -> Iterator[None]:
-    """Create modules on the meta device, without initial values; `with_memory` gives them memory.
-
-    ValueError is raised for many more parameters than a file of that many tensors has.
-    """
-    with at_most(4 * tensors + 1000), torch.device("meta"), _WithoutInitialValues():
-        yield
-
-
-def with_memory(
-    outline: nn.Module, make: Callable[[], nn.Module], weight_names: Iterable[str]
-) -> nn.Module:
-    """Return `outline`, which `make()` made under `meta_device`, with memory for its tensors.
-
-    The memory has no values yet: the caller loads the weights of `weight_names`. If these leave out
-    a tensor of the model, the result is a new `make()` instead, which has initial values.
-    """
-    first = first_names(outline)
-    loaded = {first[name] for name in weight_names if name in first}
-    state = outline.state_dict(keep_vars=True)
-    undefined = {id(tensor) for tensor in _meta_tensors(outline)}
-    undefined -= {id(tensor) for name, tensor in state.items() if first[name] in loaded}
-    device = torch.get_default_device()
-    new: dict[int, Tensor] = {}  # a tensor that modules share stays shared
-    for module in outline.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            is_known = type(module).__module__.startswith("transformers.") and name in NOT_STORED
-            if is_known and id(tensor) in undefined:
-                undefined.remove(id(tensor))
-                new[id(tensor)] = NOT_STORED[name](tensor.shape).to(device)
-    if undefined:
+def outline_of(make: Callable[[], nn.Module]) -> nn.Module:
+    """Return what `make` returns on the meta device, to be compared with weights."""
+    with torch.device("meta"), WithoutRandomValues():
         return make()
-    for module in outline.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    if id(tensor) not in new:
-                        new[id(tensor)] = _with_memory(tensor, device)
-                    tensors[name] = new[id(tensor)]
-    return outline
 
 
-def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
-    empty = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, tensor.requires_grad)
-    return empty
+class WithoutRandomValues(TorchFunctionMode):
+    """Create modules whose random initial values are undefined, since weights replace them all."""
 
-
-def _meta_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters, buffers, and tensors in plain attributes, if without memory."""
-    for module in model.modules():
-        values = [*module._parameters.values(), *module._buffers.values()]
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                inner = value.values() if isinstance(value, dict) else value
-                values += inner if isinstance(inner, list | tuple | ValuesView) else [inner]
-        yield from (value for value in values if isinstance(value, Tensor) and value.is_meta)
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM_VALUES:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -227,18 +124,12 @@ def library_errors(path: Any, expected: str) -> Iterator[None]:
         raise ValueError(f"{path}: expected {expected}, got {reason:.300}") from error
 
 
-class _WithoutInitialValues(TorchFunctionMode):
-    """Leave out what sets values, for meta tensors have none and it takes most of the time."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        is_setting = func is torch.tensor and args and isinstance(args[0], int | float)
-        if is_setting:  # keeps its value
-            return func(*args, **{"device": "cpu", **kwargs})
-        if getattr(func, "__name__", "") in INITIALISERS:
-            tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Disable log messages of libraries up to warnings, such as those about random weights."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)

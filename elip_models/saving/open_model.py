@@ -23,7 +23,7 @@ from torch import nn
 from elip_models.saving.dense_models import CONFIG, from_config, load_transformers
 from elip_models.saving.files import read_config, read_object
 from elip_models.saving.hub import fetch_folder
-from elip_models.saving.meta_build import MOST_TENSORS, at_most, check_integers, library_errors
+from elip_models.saving.meta_build import check_integers, library_errors
 from elip_models.saving.model_registry import source_of_family, source_of_name
 from elip_models.saving.saved_reduced import is_saved_reduction, load_reduced
 from elip_models.validation import check, mismatch_error, require_extra
@@ -143,7 +143,7 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
     if name not in open_clip.list_models():
         raise ValueError(f"spec: expected a name of open_clip.list_models(), got {name!r}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    is_file = bool(tag) and tag not in tags and os.path.isfile(tag)
+    is_file = tag not in tags and os.path.isfile(tag)
     if is_file:
         _check_weights_file(tag, pretrained)
     elif tag and tag not in tags:
@@ -179,8 +179,7 @@ def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         )
         kind = BlipForImageTextRetrieval if config.model_type == "blip" and ranks else AutoModel
         if not pretrained:
-            with at_most(MOST_TENSORS):
-                return from_config(kind, config)
+            return from_config(kind, config)
     return load_transformers(name, kind, config, new_parts=True)
 
 

@@ -9,11 +9,8 @@
 Each library can load its folder without this one; the model is dense then.
 """
 
-import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +33,11 @@ from elip_models.saving.dense_models import (
     load_open_clip,
     load_timm,
     load_transformers,
+    make_open_clip,
 )
 from elip_models.saving.files import read_object, write_file, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
-from elip_models.saving.meta_build import check_integers, library_errors
+from elip_models.saving.meta_build import check_integers, library_errors, quiet_logs
 from elip_models.saving.model_registry import source_of_family
 from elip_models.towers import SelfReducingModel, library_of, without_adapter
 from elip_models.validation import as_config_error, check
@@ -81,7 +79,15 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
         _check_reduces(model)
         return model.save_pretrained(folder)
     if LANGUAGE_MODEL in (getattr(getattr(model, "config", None), "elip", None) or ()):
-        return _save_language_model(model, folder)
+        if without_adapter(model) is not model:
+            raise ValueError(
+                "model: expected a language model without an adapter, whose files have no place "
+                "for its strategy, got one of peft; save it by its save_pretrained, and call "
+                "reduce_ after loading"
+            )
+        _write_by_library(model, folder, None)
+        (folder / SETTINGS).unlink(missing_ok=True)
+        return folder
     reduction, module = _reduction_in(model)
     is_adapter = without_adapter(model) is not model
     library = "peft" if is_adapter else library_of(model)
@@ -90,7 +96,6 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
             f"model: expected one of {', '.join(WRITERS)}, got {type(model).__name__}; save the "
             "reduced model inside it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     store_in_config(model, reduction)
     WRITERS[library](model, folder, config)
     if library == "transformers" and not module:
@@ -144,7 +149,12 @@ def load_reduced(
         return model
     with as_config_error(where):
         module = saved.pop("module", "") if isinstance(saved, dict) else ""
-        reduced = _reduced_module(model, module)
+        try:
+            reduced = without_adapter(model).get_submodule(module) if module else model
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"module: expected the name of a module in {type(model).__name__}, got {module!r}"
+            ) from error
         if strategy is None:
             reduce_(reduced, strategy=strategy_of(saved))
             return model
@@ -160,20 +170,6 @@ def is_saved_reduction(folder: Path) -> bool:
         return False
     config = read_object(folder / CONFIG)
     return "elip" in config and source_of_family(config.get("model")) is None
-
-
-def _save_language_model(model: nn.Module, folder: Path) -> Path:
-    """Save a multimodal language model, whose config has its strategies."""
-    if without_adapter(model) is not model:
-        raise ValueError(
-            "model: expected a language model without an adapter, whose files have no place for "
-            "the strategy of the language model, got one of peft; save it by its save_pretrained, "
-            "and call reduce_ after loading"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_by_library(model, folder, None)
-    (folder / SETTINGS).unlink(missing_ok=True)
-    return folder
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -216,15 +212,6 @@ def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
     return reductions[0], names[id(owner)]
 
 
-def _reduced_module(model: nn.Module, name: Any) -> nn.Module:
-    try:
-        return without_adapter(model).get_submodule(name) if name else model
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"module: expected the name of a module in {type(model).__name__}, got {name!r}"
-        ) from error
-
-
 def _read_settings(folder: Path) -> tuple[Any, str]:
     if (folder / SETTINGS).is_file():
         return read_object(folder / SETTINGS), str(folder / SETTINGS)
@@ -248,7 +235,7 @@ def _open_dense(folder: Path) -> nn.Module:
             "has only an adapter, got None"
         )
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        with without_open_clip_log():
+        with quiet_logs():
             return load_open_clip(folder)
     if "architecture" in config:
         return load_timm(folder)
@@ -310,43 +297,23 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
     with staging_folder(folder) as staging:
         content = {"model_cfg": known, "preprocess_cfg": preprocessing}
         write_json(staging / OPEN_CLIP_CONFIG, content)
-        with without_open_clip_log(), torch.device("meta"):
-            made = open_clip.create_model(
-                f"local-dir:{staging}",
-                load_weights=False,
-                device="meta",
-                pretrained_image=False,
-                pretrained_text=False,
-            )
-        _check_config(made, model, config)
+        with quiet_logs(), torch.device("meta"):
+            _check_config(make_open_clip(staging), model, config)
         write_tensors(staging / "open_clip_model.safetensors", model.state_dict())
-
-
-@contextmanager
-def without_open_clip_log() -> Iterator[None]:
-    """Drop what open_clip logs to the root logger in this thread, such as missing weights."""
-    thread = threading.get_ident()
-
-    def is_kept(record: logging.LogRecord) -> bool:
-        return record.thread != thread or Path(record.pathname).parent.name != "open_clip"
-
-    logging.root.addFilter(is_kept)
-    try:
-        yield
-    finally:
-        logging.root.removeFilter(is_kept)
 
 
 def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
     """Raise ValueError if the model made from a config has other modules or shapes, norms aside."""
-
-    def parts(whole: nn.Module) -> set[tuple[str, Any]]:
-        modules = (m for m in whole.named_modules() if not isinstance(m[1], nn.LayerNorm))
-        shapes = {(name, tuple(weight.shape)) for name, weight in whole.state_dict().items()}
-        return shapes | {(name, type(module).__name__) for name, module in modules}
-
-    other = sorted(parts(made) ^ parts(model), key=str)
-    if other:
+    of_made, of_model = (
+        {
+            (name, type(module).__name__)
+            for name, module in whole.named_modules()
+            if not isinstance(module, nn.LayerNorm)
+        }
+        | {(name, tuple(weight.shape)) for name, weight in whole.state_dict().items()}
+        for whole in (made, model)
+    )
+    if other := sorted(of_made ^ of_model, key=str):
         raise ValueError(
             f"config: expected the model's own, got {config!r:.80}, which differs in {other[0]}"
         )
@@ -373,11 +340,14 @@ WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {
 def _card(reduction: Reduction, library: str, folder: Path) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    values = card_values(reduction.strategy, reduction.tower.size) | {
-        "name": folder.resolve().name,
-        "about": f"A model of {library} with token reduction in the image tower. {library} alone "
-        "can load it as a dense model.",
-        "usage": 'import elip_models\n\nmodel = elip_models.load_reduced("owner/name")',
-    }
-    data = ModelCardData(library_name=library, tags=["token-reduction", "elip"])
-    return str(ModelCard.from_template(data, template_str=CARD, **values))
+    return str(
+        ModelCard.from_template(
+            ModelCardData(library_name=library, tags=["token-reduction", "elip"]),
+            template_str=CARD,
+            **card_values(reduction.strategy, reduction.tower.size),
+            name=folder.resolve().name,
+            about=f"A model of {library} with token reduction in the image tower. {library} alone "
+            "can load it as a dense model.",
+            usage='import elip_models\n\nmodel = elip_models.load_reduced("owner/name")',
+        )
+    )

@@ -4,9 +4,7 @@ import pytest
 
 from elip_models import ELIP
 from elip_models.analysis.agreement import scorer_agreement
-from elip_models.reduction.momentum_scores import forward_with_scores
 from elip_models.reduction.scorers import SCORERS
-from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text
 
@@ -22,11 +20,3 @@ def test_each_scorer_is_compared_with_exact_at_every_stage(make):
     assert min(shares["bf16"]) > 0.7  # near ties alone are decided otherwise
     assert shares["alternate"] == [1.0] * 3  # of stages of one or two layers it is the same
     assert shares["last"] != shares["official"]
-
-
-def test_rows_of_the_same_tower_choose_as_exact_before_any_token_leaves():
-    model, x, strategy = clip_vit().eval(), images(4), ELIP(SCHEDULE, fusion=1.0)
-    _, rows = forward_with_scores(as_tower(model), x, None, strategy)
-    shares = scorer_agreement(model, x, None, strategy, rows=rows)
-    assert shares["momentum"][0] == 1.0
-    assert all(0 <= share <= 1 for share in shares["momentum"])

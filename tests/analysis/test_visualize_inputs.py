@@ -115,9 +115,9 @@ def test_models_of_transformers_are_guided_by_their_text_tower(
 ):
     model = make().eval()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"--model: expected a tokenizer .* --fusion 1"):
+    with pytest.raises(ConfigError, match=r"--model: expected a tokenizer .* elip:fusion=1"):
         open_visualized_model(f"hf:{tmp_path}", schedule=SIX)
-    assert open_visualized_model(f"hf:{tmp_path}", schedule=SIX, fusion=1.0).guide is None
+    assert open_visualized_model(f"hf:{tmp_path}", strategy="elip:fusion=1").guide is None
     small_tokenizer.save_pretrained(tmp_path)
     pictured = open_visualized_model(f"hf:{tmp_path}", schedule=SIX)
     images = normalised(pictured, pairs)
@@ -148,7 +148,7 @@ def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
 
 def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     tiny_vit().save_pretrained(tmp_path)
-    pictured = open_visualized_model(f"hf:{tmp_path}", schedule="clip", scorer="last")
+    pictured = open_visualized_model(f"hf:{tmp_path}", schedule="clip")
     assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
     images = normalised(pictured, pairs)
     assert not differ(
@@ -160,7 +160,7 @@ def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
 def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     model = our_folder(tmp_path / "model", tokenizer)
     output = tmp_path / "kept.png"
-    data = ["--data", "emoji_scenes:seed=1,size=5", "--count", 2, "--scorer", "exact"]
+    data = ["--data", "emoji_scenes:seed=1,size=5", "--count", 2]
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
     others = [tmp_path / "kept_merged.png", tmp_path / "kept_concentration.png"]
     assert capsys.readouterr().out.split() == [str(output), *map(str, others)]
@@ -168,7 +168,7 @@ def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     assert all(path.is_file() for path in others)
     entries = [{"image": "gone.png", "caption": "a"}, {"image": "b.png", "caption": ["b", "c"]}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
-    data = ["--data", tmp_path / "list.json", "--fusion", 1]
+    data = ["--data", tmp_path / "list.json", "--strategy", "elip:fusion=1"]
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
 
 

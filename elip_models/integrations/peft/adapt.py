@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from elip_models.integrations.peft.adapt_config import AdaptConfig
 from elip_models.integrations.peft.adaptable_model import AdaptableModel, Adapted
-from elip_models.validation import require_extra
+from elip_models.validation import check, require_extra
 
 Model = TypeVar("Model", bound=AdaptableModel)
 Targets = str | tuple[str, ...]
@@ -89,8 +89,7 @@ def adapt_(model: Model, config: AdaptConfig) -> Model:
             f"model: expected one as of `create_model`, got {type(model).__name__}; adapt models "
             "of other libraries with peft"
         )
-    if not isinstance(config, AdaptConfig):
-        raise TypeError(f"config: expected an AdaptConfig, got {config!r:.80}")
+    check("config", config, AdaptConfig)
     if config.kind is None:
         return model
     family = model.family.split("_")[0]
@@ -101,10 +100,18 @@ def adapt_(model: Model, config: AdaptConfig) -> Model:
     online = {name for name, layer in layers.items() if layer.weight.requires_grad}
     full = _fully_trained(model, config, trained)
     if config.kind == "lora":
-        _inject_lora_(model, config, targets)
+        with require_extra("elip_models.integrations.peft.adapt"):
+            from peft import LoraConfig, inject_adapter_in_model
+        lora = LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+        )
+        inject_adapter_in_model(lora, model)
     else:
         for name, layer in layers.items():
-            _replace_layer_(model, name, Bottleneck(layer, config.width))
+            model.set_submodule(name, Bottleneck(layer, config.width))
     model.adapted = Adapted(config, frozenset(trained))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(unadapted_name(name) in full or adapted_layer_of(name) in online)
@@ -128,7 +135,7 @@ def merge_(model: Model) -> Model:
     adapted = {n: m for n, m in model.named_modules() if "base_layer" in m._modules}
     for name, layer in adapted.items():
         layer.merge()
-        _replace_layer_(model, name, layer.base_layer)
+        model.set_submodule(name, layer.base_layer)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in model.adapted.trained)
     model.adapted = None
@@ -158,23 +165,6 @@ def adapted_layer_of(name: str) -> str | None:
     """Return the layer that an adapter's parameter belongs to, or None for other parameters."""
     match = re.match(r"(.*)\.(lora_[AB]\.default|adapter_(down|up))\.", name)
     return match and match[1]
-
-
-def _replace_layer_(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _inject_lora_(model: nn.Module, config: AdaptConfig, targets: Targets) -> None:
-    with require_extra("elip_models.integrations.peft.adapt"):
-        from peft import LoraConfig, inject_adapter_in_model
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
-    inject_adapter_in_model(lora, model)
 
 
 def _matches(name: str, targets: Targets) -> bool:

@@ -39,7 +39,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import fit_strategy
 from elip_models.saving.files import read_config, read_tensors, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
-from elip_models.saving.meta_build import meta_device, with_memory
+from elip_models.saving.meta_build import WithoutRandomValues, outline_of
 from elip_models.saving.weights import check_weights, first_names, load_weights
 from elip_models.towers import as_tower
 from elip_models.towers.base import scoring_context
@@ -359,14 +359,14 @@ class PretrainedModel(
                 )
         weights = read_tensors(path / "model.safetensors")
         try:
-            with meta_device(len(weights)):  # weights that do not fit take no memory
-                outline = cls(config)
-            check_weights(outline, weights)
+            # weights that do not fit take no memory
+            check_weights(outline_of(lambda: cls(config)), weights)
         except ValueError as error:
             raise ValueError(
                 f"folder: expected weights that fit {path}/config.json: {error}"
             ) from error
-        model = with_memory(outline, lambda: cls(config), weights)
+        with WithoutRandomValues():
+            model = cls(config)
         load_weights(model, weights)
         return load_adapter_(model, path) if has_adapter(path) else model
 
