@@ -1,5 +1,6 @@
 """Errors that end a run."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +8,15 @@ from pathlib import Path
 
 from elip_models.validation import TrainingError
 
-UNWRITABLE = re.compile(
-    r"\[Errno (5|27|28|30|122)\]|\(os error \d+\)|PytorchStreamWriter|inline_con"
+_CODES = "|".join(
+    str(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 )
-"""Errors of a disk that is full, over a quota or a limit, damaged or read-only: of the operating
-system, of writers in Rust, and of PyTorch's writer."""
+UNWRITABLE = re.compile(
+    rf"\[Errno ({_CODES})\]|\(os error ({_CODES}|112)\)|\[WinError 112\]"
+    "|PytorchStreamWriter|inline_con"
+)
+"""Errors of a disk that is full (112 on Windows), over a quota or a limit, damaged or read-only: of
+the operating system, of writers in Rust, and of PyTorch's writer."""
 
 
 @contextmanager

@@ -1,9 +1,8 @@
 """Recipes: a `RunConfig` read from YAML and changed by dotted overrides.
 
-A recipe contains data, not code, except for a `pipe:` URL in `data.train`, which is a command.
-`load_recipe` takes the name of a file in `elip_models/pretraining/recipes` or a path, and
-`key=value` overrides. A recipe with `base: NAME` inherits the values of the recipe NAME and changes
-some.
+A recipe contains data, not code. `load_recipe` takes the name of a file in
+`elip_models/pretraining/recipes` or a path, and `key=value` overrides. A recipe with `base: NAME`
+inherits the values of the recipe NAME and changes some.
 """
 
 import copy

@@ -53,15 +53,18 @@ class Checkpoints:
         return None
 
     def commit(self, step: int, *, keep: int, **invariants: int | list[int]) -> None:
-        """Publish the checkpoint in `unfinished(of(step))`, and remove all but the `keep` newest.
+        """Publish the checkpoint in `unfinished(of(step))`, and keep it and the `keep - 1` before.
 
-        A resumed run must share the `invariants`.
+        Later checkpoints are damaged ones, which the run did not resume. A resumed run must share
+        the `invariants`.
         """
         folder = unfinished(self.of(step))
         state = {"step": step, "invariants": invariants, "sha256": sha256_of(folder)}
         write_json(folder / MANIFEST, state)
         publish(self.of(step))
-        for checkpoint in self._all()[:-keep]:
+        checkpoints = self._all()
+        end = checkpoints.index(self.of(step)) + 1
+        for checkpoint in (*checkpoints[: max(0, end - keep)], *checkpoints[end:]):
             hidden = checkpoint.rename(unfinished(checkpoint))  # half-removed, it must not be used
             shutil.rmtree(hidden, ignore_errors=True)
 

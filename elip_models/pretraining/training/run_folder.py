@@ -12,6 +12,7 @@ best/                        those of the step that was selected on the validati
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,31 +48,34 @@ class RunFolder:
     def locked(self, config: RunConfig, *, resume: bool) -> Iterator[None]:
         """Create the folder, lock it against other runs, and check that `config` can run in it.
 
-        TrainingError is raised if another run uses it, or if it contains something else. A run that
-        fails before its start leaves nothing.
+        TrainingError is raised if another run uses it, if it cannot be written, or if it contains
+        something else. A run that fails before its start leaves nothing.
         """
         created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.create()
-        lock = self.path / ".lock"
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            with FileLock(lock, timeout=0):
-                try:
-                    self.check(config, resume=resume)
-                    yield
-                finally:
-                    if not self.recipe.is_file():
-                        self._undo_start(lock, created)
+            lock.acquire()
         except Timeout:
             raise TrainingError(
                 f"{self.path} is in use by another run: wait until it ends, or set another "
                 "output_dir"
             ) from None
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self.check(config, resume=resume)
+            yield
+        finally:
+            if not self.recipe.is_file():
+                self._undo_start(created)
+            lock.release()
 
-    def _undo_start(self, lock: Path, created: list[Path]) -> None:
-        lock.unlink(missing_ok=True)
+    def _undo_start(self, created: list[Path]) -> None:
         if created:
             shutil.rmtree(unfinished(self.tokenizer), ignore_errors=True)
-        with suppress(OSError):  # another process has written there
+        with suppress(OSError):  # another process has written there, or Windows keeps the lock
+            (self.path / ".lock").unlink(missing_ok=True)
             for path in created:
                 path.rmdir()
 
@@ -105,10 +109,14 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:  # ValueError: a null byte
-            raise TrainingError(
-                f"output_dir: expected a folder that can be written, got {str(self.path)!r:.300}: "
-                f"{getattr(error, 'strerror', None) or error}"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> TrainingError:
+        return TrainingError(
+            f"output_dir: expected a folder that can be written, got {str(self.path)!r:.300}: "
+            f"{getattr(error, 'strerror', None) or error}; change its permissions, or set another "
+            "output_dir"
+        )
 
     def prepare(self) -> None:
         """Create the folder and remove what a killed run left half-written in it."""
@@ -120,7 +128,7 @@ class RunFolder:
     def record_start(self, config: RunConfig, provenance: dict[str, Any]) -> None:
         """Write the recipe and append a line of provenance: the folder now contains a run.
 
-        A recipe with a command or a password is readable by its owner only.
+        A recipe with a password, or with a URL that has a query, is readable by its owner only.
         """
         values = dataclasses.asdict(config)
         has_secrets = json.dumps(redacted(values)) != json.dumps(values)
@@ -157,7 +165,12 @@ class RunFolder:
 
 
 def _append_line(path: Path, content: dict[str, Any]) -> None:
-    with path.open("ab") as file:
+    """Append a line of JSON, after a line that a full disk or a kill left without its end."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
         file.write(_line(content))
 
 

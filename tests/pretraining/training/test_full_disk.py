@@ -32,3 +32,5 @@ def test_an_error_of_a_writer_is_one_line_and_others_pass(tmp_path, failure):
     assert str(tmp_path) in str(error.value) and str(failure) in str(error.value)
     with pytest.raises(FileNotFoundError), as_write_error(tmp_path):
         raise FileNotFoundError(2, "no")
+    with pytest.raises(Exception, match="No such file"), as_write_error(tmp_path):
+        raise Exception("No such file or directory (os error 2)")

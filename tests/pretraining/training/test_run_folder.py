@@ -38,6 +38,12 @@ def test_a_folder_with_other_files_is_refused_and_keeps_them(tmp_path, name, res
     assert contents(tmp_path) == {name: b'{"step": 9}'}
 
 
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()  # as if without permission to write
+    with pytest.raises(TrainingError, match=r"output_dir: expected a folder that can be written"):
+        train(tiny_config(tmp_path))
+
+
 @pytest.mark.parametrize("option", ["optim.batch_size=49", "data.tokenizer=/missing"])
 def test_a_start_that_fails_leaves_nothing(tmp_path, option):
     with pytest.raises(ConfigError):
@@ -57,9 +63,11 @@ def test_a_finished_run_is_not_started_again_nor_resumed_by_another_recipe(tmp_p
 
 def test_a_run_writes_its_provenance(tmp_path):
     train(tiny_config(tmp_path, "optim.steps=1"))
+    provenance = tmp_path / "provenance.jsonl"
+    provenance.write_text(provenance.read_text() + '{"started": "2')  # of a run that was killed
     train(tiny_config(tmp_path, "optim.steps=2"), resume=True)
-    lines = (tmp_path / "provenance.jsonl").read_text().splitlines()
-    first, second = (json.loads(line) for line in lines)
+    first, _, second = provenance.read_text().splitlines()
+    first, second = json.loads(first), json.loads(second)
     assert [first["resumed"], second["resumed"]] == [None, "step_00000001"]
     assert first["versions"]["torch"] and first["command"] and first["samples"] == 48
 
@@ -150,6 +158,15 @@ def test_the_newest_checkpoints_are_kept_and_an_equal_step_is_replaced(tmp_path)
     assert step_of(checkpoints.latest(), num_samples=7) == 3
     with pytest.raises(TrainingError, match="expected num_samples = 7, got 8"):
         step_of(checkpoints.latest(), num_samples=8)
+
+
+def test_a_later_checkpoint_that_is_damaged_does_not_cost_an_intact_one(tmp_path):
+    checkpoints = committed(tmp_path, 4, 8)
+    flip(checkpoints.of(8) / "model.safetensors")
+    assert checkpoints.latest() == checkpoints.of(4)
+    committed(tmp_path, 6, keep=1)  # of the run that resumed step 4, and is killed after step 6
+    assert checkpoints.latest() == checkpoints.of(6)
+    assert [folder.name for folder in checkpoints.path.iterdir()] == ["step_00000006"]
 
 
 @pytest.mark.parametrize("killed_at", ["before", "between", "after"])
