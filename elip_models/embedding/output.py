@@ -168,7 +168,7 @@ class OutputFolder:
             keys: of all images.
 
         Raises:
-            ConfigError: a shard is missing, or was changed since it was written.
+            ConfigError: a shard is missing.
         """
         for file in shards:
             if not self._checksum_of(file).is_file():

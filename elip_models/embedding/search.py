@@ -6,7 +6,8 @@
     build_index("embeddings")
 
 Similarity is the cosine of the embeddings. The search compares all embeddings, unless there is an
-index of faiss: index/images.faiss, and index/index.json with its recall and checksums.
+index of faiss: index/images.faiss, and index/index.json with its recall and the SHA-256 of the
+manifest.
 """
 
 import math
@@ -272,15 +273,19 @@ def build_index(folder: str | os.PathLike) -> Index:
         recall = float(np.mean(shared_neighbours(*rows, own))) if top > 1 else 1.0
         output.mkdir(exist_ok=True)
         (output / DESCRIPTION).unlink(missing_ok=True)  # without it the vectors are not used
+        unfinished = output / f".{VECTORS}"
         try:
-            faiss.write_index(vectors, str(output / VECTORS))
+            faiss.write_index(vectors, str(unfinished))
+            unfinished.replace(output / VECTORS)  # a search may have mapped the file
         except RuntimeError as error:  # of faiss, such as for a full disk
             raise OSError(f"{output}: {str(error).splitlines()[-1]}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
         description = {
             "kind": kind,
             "images": images,
             "recall_at_10": recall,
-            "sha256": sha256_of(output / VECTORS),
+            "bytes": (output / VECTORS).stat().st_size,
             "manifest_sha256": sha256_of(collection.folder / MANIFEST),
             "faiss": faiss.__version__,
         }
@@ -310,7 +315,8 @@ def shared_neighbours(first: np.ndarray, second: np.ndarray, own: np.ndarray) ->
 def open_index(collection: Collection, report: Report = lambda text: None) -> Index | None:
     """Return the index of a collection, or None without one that fits.
 
-    `report` is called with the reason why an index is not used.
+    The file is mapped into memory, so that a search reads only what it compares. `report` is called
+    with the reason why an index is not used.
     """
     folder = collection.folder / FOLDER
     if not (folder / DESCRIPTION).is_file():
@@ -319,9 +325,9 @@ def open_index(collection: Collection, report: Report = lambda text: None) -> In
         description = read_object(folder / DESCRIPTION)
         if description["manifest_sha256"] != sha256_of(collection.folder / MANIFEST):
             raise ValueError("it is of other embeddings than the folder has now")
-        if description["sha256"] != sha256_of(folder / VECTORS):
-            raise ValueError(f"the SHA-256 of {VECTORS} differs from that in {DESCRIPTION}")
-        vectors = faiss.read_index(str(folder / VECTORS))
+        if description["bytes"] != (folder / VECTORS).stat().st_size:
+            raise ValueError(f"{VECTORS} has not the size that {DESCRIPTION} names")
+        vectors = faiss.read_index(str(folder / VECTORS), faiss.IO_FLAG_MMAP_IFC)
         return Index(description["kind"], vectors, description["recall_at_10"])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         report(

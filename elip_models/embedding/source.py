@@ -27,13 +27,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import datasets
 import pyarrow
-from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from pyarrow import csv
 from pyarrow import dataset as arrow_dataset
 
 from elip_models.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, SampleError
+from elip_models.pretraining.data.data_spec import expand_ranges
 from elip_models.validation import ConfigError
 
 PATHS = ("image", "path", "file_name", "url")
@@ -81,6 +81,8 @@ def read_payload(payload: Payload) -> bytes:
         content = payload if isinstance(payload, bytes) else payload.read()
     except Exception as error:  # libraries of file systems raise errors of any type
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(payload, Stored):  # fsspec names the URL
+            reason = reason.replace(payload.path, without_secrets(payload.path))
         raise SampleError("", f"cannot be read: {reason:.300}") from error
     if not 0 < len(content) <= MAX_IMAGE_BYTES:
         reason = f"expected at most {MAX_IMAGE_BYTES} bytes, got more" if content else "empty file"
@@ -192,7 +194,7 @@ def open_images(
     except ConfigError:
         raise
     except (OSError, TypeError, ValueError, KeyError, ImportError, tarfile.TarError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).replace(location, shown).split()) or type(error).__name__
         raise ConfigError(f"source: expected {EXPECTED}, got {shown}: {reason:.300}") from error
     if not keys:
         raise ConfigError(f"source: expected at least one image, got none in {shown}")
@@ -212,7 +214,7 @@ def _listed(location: str, columns: Columns) -> ImageSource:
     if _ending(path) not in READERS and not is_pattern:
         return _listed_folder(files, path, columns)
     paths: list[str] = []
-    for name in braceexpand(location) if is_pattern else [location]:
+    for name in expand_ranges(location) if is_pattern else [location]:
         paths += sorted(files.glob(name)) if "*" in name else [url_to_fs(name)[1]]
     endings = {_ending(path) for path in paths}
     if len(endings) != 1 or not endings <= READERS.keys():
@@ -250,7 +252,12 @@ def _in_memory(payloads: Sequence[Payload]) -> Callable[[int, int], Iterator[Pay
 
 
 def _tars(files: AbstractFileSystem, paths: Sequence[str], _: Columns) -> ImageSource:
-    images = [image for path in paths for image in _images_in_tar(files, path)]
+    images: list[tuple[str, Payload]] = []
+    for path in paths:
+        try:
+            images += _images_in_tar(files, path)
+        except tarfile.TarError as error:
+            raise ValueError(f"{without_secrets(path)} is no tar file ({error})") from error
     keys, payloads = zip(*images, strict=True) if images else ((), ())
     places = [payload[2:] for payload in payloads if isinstance(payload, Stored)]
     return ImageSource("tar", keys, _in_memory(payloads), places)
@@ -262,7 +269,7 @@ def _images_in_tar(files: AbstractFileSystem, path: str) -> Iterator[tuple[str, 
     The part behind a damaged byte is one image that cannot be read. `tarfile` itself ends without
     an error at a damaged header; therefore what follows its last member has to be zeros.
     """
-    archive, last, problem = posixpath.basename(path), None, ""
+    archive, last, problem = posixpath.basename(without_secrets(path)), None, ""
     with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         try:
             for member in tar:
@@ -295,7 +302,7 @@ def _list(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> 
         entries = (
             [json.loads(line) for line in lines] if ending == ".jsonl" else json.loads(content)
         )
-        if not isinstance(entries, list) or not {*map(type, entries)} <= {str, dict}:
+        if not (entries and isinstance(entries, list) and {*map(type, entries)} <= {str, dict}):
             raise ValueError("expected a list of paths, or of objects with a path")
         rows = [{PATHS[0]: entry} if isinstance(entry, str) else entry for entry in entries]
         table = pyarrow.Table.from_struct_array(pyarrow.array(rows))
@@ -329,7 +336,8 @@ def _parquet(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) 
                 ) from error
 
     names: Sequence[Any] = range(ends[-1] if ends else 0)
-    if pyarrow.types.is_string(whole.schema.field(column).type):
+    kind = whole.schema.field(column).type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         names = whole.to_table([column])[column].to_pylist()
     kept = whole.to_table(columns.others_in(whole.schema.names))
     return ImageSource("parquet", names, payloads, [*counts, *map(files.size, paths)], kept)

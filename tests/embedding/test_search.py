@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import timm
@@ -260,6 +261,19 @@ INDEX_DAMAGES = {
     "json": lambda folder: (folder / "index" / "index.json").write_text("["),
     "other embeddings": other_vectors,
 }
+
+
+def test_a_full_disk_leaves_no_part_of_an_index(folder, monkeypatch):
+    def write_index(vectors, path):
+        Path(path).write_bytes(b"part")
+        raise RuntimeError("no space left on device")
+
+    build_index(folder)
+    monkeypatch.setattr(faiss, "write_index", write_index)
+    with pytest.raises(OSError, match="no space left on device"):
+        build_index(folder)
+    assert {path.name for path in (folder / "index").iterdir()} == {"images.faiss"}
+    assert open_index(open_collection(folder)) is None
 
 
 @pytest.mark.parametrize("name", INDEX_DAMAGES)

@@ -148,7 +148,14 @@ def test_a_list_and_a_tar_on_a_web_server_are_sources_without_secrets(pictures, 
     assert read_payload(first) == (pictures / "0.png").read_bytes()
     with pytest.raises(SampleError, match="cannot be read"):
         read_payload(second)
-    assert open_images(f"http://{address}/images-0000.tar?token=1").location.endswith(".tar")
+    tar = open_images(f"http://{address}/images-0000.tar?token=1")
+    assert tar.location.endswith(".tar") and tar.keys[0] == "images-0000.tar:0"
+    (tmp_path / "gone.json").write_text(json.dumps([f"http://{address}/gone.png?token=1"]))
+    for name in ("gone.json", "missing.tar?token=1", "list.json?token=1"):
+        with pytest.raises((ConfigError, SampleError), match=r"gone|missing|no\.png") as error:
+            *_, last = open_images(f"http://{address}/{name}").payloads(0, 2)
+            read_payload(last)
+        assert "token" not in str(error.value)
     server.shutdown()
     server.server_close()
 
@@ -182,6 +189,15 @@ def test_the_damaged_part_of_a_tar_is_named(at, tmp_path):
             reasons.append(error.reason)
     assert "the tar file is damaged from byte" in reasons[-1]
     assert len(source) == {"header": 2, "content": 3}[at]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 2048])
+def test_a_file_that_is_no_tar_is_named_among_others(content, tmp_path):
+    for number in range(3):
+        shard(tmp_path / f"{number}.tar")
+    (tmp_path / "1.tar").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"/1\.tar is no tar file"):
+        open_images(f"{tmp_path}/{{0..2}}.tar")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -256,6 +272,7 @@ FILES = {
     "broken.parquet": (b"PAR1", "expected a folder of images"),
     "broken.json": (b"{", "expected a folder of images"),
     "numbers.json": (b"[1]", "expected a folder of images"),
+    "empty.jsonl": (b"", "expected a list of paths"),
     "twice.csv": (b"image,image\na,b\n", "expected a folder of images"),
     "broken.tar": (b"no tar", "expected a folder of images"),
     "notes.txt": (b"text", "no such folder; the working folder is"),
@@ -286,6 +303,12 @@ def test_a_source_without_images_or_of_two_kinds_is_an_error(pictures, tmp_path)
     shard(as_folder(pictures, tmp_path) / "0.tar")
     with pytest.raises(ConfigError, match=r"one kind, got tar files and images; .*/\*.tar"):
         open_images(tmp_path)
+
+
+def test_paths_as_large_strings_are_keys(pictures, tmp_path):
+    path = as_folder(pictures, tmp_path) / "paths.parquet"  # as polars writes them
+    parquet.write_table(pyarrow.table({"path": pyarrow.array(["0.png"], "large_string")}), path)
+    assert open_images(path).keys == ["0.png"]
 
 
 def test_a_damaged_parquet_file_is_one_line(pictures, tmp_path):
