@@ -11,13 +11,7 @@ import pytest
 from PIL import Image
 
 from elip_models.images import SampleError
-from elip_models.pretraining.data import (
-    JsonSource,
-    ShardSource,
-    Source,
-    check_source,
-    open_source,
-)
+from elip_models.pretraining.data import JsonSource, ShardSource, Source, check_source, open_source
 from tests.helpers.damage import shard
 from tests.helpers.scene_files import TEST_SCENES
 

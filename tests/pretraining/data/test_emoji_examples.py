@@ -13,12 +13,7 @@ import pytest
 from elip_models.pretraining.data import open_examples, soft_scores
 from elip_models.pretraining.data.emoji_tasks import EmojiEntailment, EmojiPairs, EmojiQuestions
 from elip_models.pretraining.data.scene_captions import NUMBERS
-from elip_models.pretraining.data.scene_sampling import (
-    EMOJI,
-    MAX_CLUTTER,
-    Group,
-    Scene,
-)
+from elip_models.pretraining.data.scene_sampling import EMOJI, MAX_CLUTTER, Group, Scene
 from elip_models.pretraining.data.scenes import COVER_COLOUR
 from tests.helpers.scene_words import NAME, PLACES, SIDES, SINGULAR, count, named, the_one
 from tests.helpers.tiers import tiered
