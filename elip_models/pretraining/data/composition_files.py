@@ -23,13 +23,7 @@ from PIL import Image
 
 from elip_models.images import MAX_PIXELS, SampleError
 from elip_models.pretraining.data.data_spec import FileSpec
-from elip_models.pretraining.data.file_rows import (
-    Box,
-    FileRow,
-    StoredRows,
-    read_rows,
-    stored_row,
-)
+from elip_models.pretraining.data.file_rows import Box, FileRow, StoredRows, read_rows, stored_row
 from elip_models.pretraining.data.json_files import read_json
 from elip_models.pretraining.data.samples import Sample, Source
 from elip_models.validation import shortened

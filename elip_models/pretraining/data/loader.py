@@ -13,12 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from elip_models.images import SampleError
 from elip_models.pretraining.data.read_errors import DataError, SkipReport
-from elip_models.pretraining.data.samples import (
-    Example,
-    ExampleSource,
-    Sample,
-    Source,
-)
+from elip_models.pretraining.data.samples import Example, ExampleSource, Sample, Source
 from elip_models.validation import ConfigError, Count, check
 
 MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))

@@ -23,11 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elip_models.images import SampleError
 from elip_models.pretraining.data.caption_rules import MAX_WORDS, CaptionRule, apply_caption_rule
-from elip_models.pretraining.data.loader import (
-    WorkerLoader,
-    stack_tensors,
-    worker_options,
-)
+from elip_models.pretraining.data.loader import WorkerLoader, stack_tensors, worker_options
 from elip_models.pretraining.data.read_errors import DataError
 from elip_models.pretraining.data.samples import Example, ExampleSource, Sample, Source
 from elip_models.pretraining.data.tokenizer import tokenize
@@ -150,9 +146,8 @@ def train_loader(dataset: TrainingSamples, sampler: EpochSampler, num_workers: i
     A batch is {"images": (B, 3, S, S), "input_ids": (B, L), "attention_mask": (B, L), "skipped":
     list of (id, reason, index)}, with any other tensors of the samples.
     """
-    return WorkerLoader(
-        dataset, batch_sampler=sampler, collate_fn=_collate, **worker_options(num_workers)
-    )
+    options = worker_options(num_workers)
+    return WorkerLoader(dataset, batch_sampler=sampler, collate_fn=_collate, **options)
 
 
 def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:

@@ -1,6 +1,5 @@
 """Winoground, ARO and SugarCrepe in their authors' formats, and the built-in benchmark."""
 
-import json
 import pickle
 import re
 from collections import Counter
@@ -13,8 +12,10 @@ from elip_models.images import SampleError
 from elip_models.pretraining.data import open_composition
 from elip_models.pretraining.data.composition_files import MIN_ATTRIBUTES, SYMMETRIC_RELATIONS
 from elip_models.pretraining.data.emoji_tasks import EmojiComposition
-from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural, relation
-from elip_models.pretraining.data.scene_sampling import EMOJI, MAX_CLUTTER, place_names
+from elip_models.pretraining.data.scene_captions import NUMBERS, relation
+from elip_models.pretraining.data.scene_sampling import MAX_CLUTTER
+from tests.helpers.scene_words import NAME, PLACES, SIDES, count, named, the_one
+from tests.helpers.task_files import draw, write
 from tests.helpers.tiers import first_quick
 
 WINOGROUND = {
@@ -36,20 +37,6 @@ ATTRIBUTES = GENOME | {"attributes": ["red", "wet"]}
 ORDER = {"image": "val2014/1.jpg", "caption_options": ["a b c", "b a c", "a b c", "c b a", "b a c"]}
 HUGE = {"bbox_w": 2**20, "bbox_h": 2**10}
 CREPE = {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}
-
-
-def write(path, content):
-    """Write JSON, or one JSON object per line for a tuple."""
-    lines = isinstance(content, tuple)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(map(json.dumps, content)) if lines else json.dumps(content)
-    path.write_text(text)
-    return path
-
-
-def draw(path, colour="red", size=(6, 5)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
 
 
 def opened(*files, images=None):
@@ -83,7 +70,7 @@ def test_examples_linked_by_images_form_a_cluster(tmp_path):
         WINOGROUND | {"id": i, "image_0": one, "image_1": two} for i, (one, two) in enumerate(pairs)
     )
     source = opened(write(tmp_path / "examples.jsonl", lines))
-    assert [each.cluster for each in source.examples] == [0, 0, 0, 1, 1]
+    assert [example.cluster for example in source.examples] == [0, 0, 0, 1, 1]
     assert len(source) == 7
 
 
@@ -97,7 +84,7 @@ def test_a_part_of_an_image_is_shown_and_parts_of_one_image_form_a_cluster(tmp_p
     file = write(tmp_path / "visual_genome_relation.json", [entry, beyond, entry])
     source = opened(file, images=tmp_path / "vg")
     assert source.benchmark == "vg_relation" and source.averages
-    assert len(source) == 2 and [each.cluster for each in source.examples] == [0, 0, 0]
+    assert len(source) == 2 and [example.cluster for example in source.examples] == [0, 0, 0]
     assert source.examples[0].captions == (RELATION["true_caption"], RELATION["false_caption"])
     assert source.examples[0].id == "visual_genome_relation/0"
     assert source.examples[0].images == source.examples[2].images != source.examples[1].images
@@ -134,10 +121,16 @@ def test_sugarcrepe_is_one_file_or_a_folder_with_a_category_per_file(tmp_path):
     source = open_composition(f"{folder},images={tmp_path / 'val2017'}", image_size=16)
     assert (source.benchmark, source.categories) == ("sugarcrepe", ("add_att", "swap_obj"))
     assert source.averages and len(source) == 1
-    assert [each.id for each in source.examples] == ["add_att/0", "swap_obj/0", "swap_obj/7"]
+    assert [example.id for example in source.examples] == ["add_att/0", "swap_obj/0", "swap_obj/7"]
     assert source[0].captions == ("a dog", "a cat", "a fox")  # each once
     assert not opened(folder / "swap_obj.json").averages
     assert len(pickle.loads(pickle.dumps(source)).examples) == 3  # for worker processes
+
+
+def test_files_of_two_benchmarks_are_refused(tmp_path):
+    crepe = write(tmp_path / "swap_obj.json", {"0": CREPE})
+    with pytest.raises(ValueError, match="files of one benchmark, got sugarcrepe in swap_obj"):
+        opened(crepe, write(tmp_path / "order.json", [ORDER]))
 
 
 def test_an_image_that_cannot_be_read_is_an_error_of_that_image(tmp_path):
@@ -188,45 +181,21 @@ def test_a_malformed_file_is_named(name, content, message, tmp_path):
         opened(write(tmp_path / name, content))
 
 
-def test_other_malformed_specs(tmp_path):
-    crepe = write(tmp_path / "swap_obj.json", {"0": CREPE})
-    order = write(tmp_path / "order.json", [ORDER])
-    (tmp_path / "empty").mkdir()
-    for spec, error, message in (
-        (f"{crepe},{order}", ValueError, "files of one benchmark, got sugarcrepe in swap_obj.json"),
-        (str(tmp_path / "empty"), FileNotFoundError, r"expected a folder with \*.json"),
-        (f"{crepe},split=test", ValueError, "spec: expected the options images, got 'split'"),
-        ("", ValueError, "spec: expected emoji_composition:size=2000 or files, got ''"),
-    ):
-        with pytest.raises(error, match=message):
-            open_composition(spec, image_size=16)
-
-
-SINGULAR = {name: name for name in EMOJI} | {plural(name): name for name in EMOJI}
-NAME = "|".join(sorted(SINGULAR, key=len, reverse=True))
-PLACE_OF = {at_place(place): place for place in {*place_names(0), *place_names(1)}}
-SIDES = "to the left of|to the right of|above|below"
-
-
 def is_true(caption, scene):
     """Return whether a caption is true of a scene, from its words only."""
 
-    def groups(name):
-        return [group for group in scene.groups if group.name == SINGULAR[name]]
-
-    if found := re.fullmatch(rf"the ({NAME}) is ({SIDES}) the ({NAME})", caption):
-        (one,), (two,) = groups(found[1]), groups(found[3])
-        return relation(one, two) == found[2]
+    if match := re.fullmatch(rf"the ({NAME}) is ({SIDES}) the ({NAME})", caption):
+        one, two = the_one(scene, match[1]), the_one(scene, match[3])
+        return relation(one, two) == match[2]
     number = "|".join(NUMBERS)
-    if found := re.fullmatch(rf"({number}) ({NAME}) and ({number}) ({NAME})", caption):
-        counted = ((found[1], found[2]), (found[3], found[4]))
-        return all(
-            sum(group.count for group in groups(name)) == NUMBERS.index(word)
-            for word, name in counted
-        )
-    found = re.fullmatch(rf"an? ({NAME}) (.*) and an? ({NAME}) (.*)", caption)
-    placed = ((found[1], found[2]), (found[3], found[4]))
-    return all([each.place.name for each in groups(name)] == [PLACE_OF[at]] for name, at in placed)
+    if match := re.fullmatch(rf"({number}) ({NAME}) and ({number}) ({NAME})", caption):
+        counted = ((match[1], match[2]), (match[3], match[4]))
+        return all(count(scene, name) == NUMBERS.index(word) for word, name in counted)
+    match = re.fullmatch(rf"an? ({NAME}) (.*) and an? ({NAME}) (.*)", caption)
+    placed = ((match[1], match[2]), (match[3], match[4]))
+    return all(
+        [group.place.name for group in named(scene, name)] == [PLACES[at]] for name, at in placed
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,7 +209,7 @@ def test_each_caption_is_true_of_its_own_image_only(options):
     source = EmojiComposition(90, seed=2, **options)
     for number, example in enumerate(source.examples):
         truth = [
-            [is_true(text, each) for each in source.scenes(number)] for text in example.captions
+            [is_true(text, scene) for scene in source.scenes(number)] for text in example.captions
         ]
         assert truth == [[True, False], [False, True]], example
         if example.category == "relation":
@@ -252,7 +221,7 @@ def test_the_images_of_an_example_differ_in_two_emoji_only():
     for number in range(30):
         one, two = source.scenes(number)
         assert (one.background, one.texture) == (two.background, two.texture)
-        assert [each.copies for each in one.groups] == [each.copies for each in two.groups]
+        assert [group.copies for group in one.groups] == [group.copies for group in two.groups]
         pairs = [(a.name, b.name) for a, b in zip(one.groups, two.groups, strict=True)]
         changed = {pair for pair in pairs if len({*pair}) == 2}
         assert len(changed) == 2 and len({name for pair in changed for name in pair}) == 2
@@ -261,7 +230,7 @@ def test_the_images_of_an_example_differ_in_two_emoji_only():
 def test_the_built_in_benchmark_is_balanced_and_reproducible():
     source = open_composition("emoji_composition:seed=3,size=30", image_size=32)
     assert isinstance(source, EmojiComposition) and len(source) == 60
-    assert Counter(each.category for each in source.examples) == dict.fromkeys(
+    assert Counter(example.category for example in source.examples) == dict.fromkeys(
         ("relation", "place", "count"), 10
     )
     shorter = EmojiComposition(6, seed=3, image_size=32)

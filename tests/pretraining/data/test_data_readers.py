@@ -11,13 +11,7 @@ import pytest
 from PIL import Image
 
 from elip_models.images import SampleError
-from elip_models.pretraining.data import (
-    JsonSource,
-    ShardSource,
-    Source,
-    check_source,
-    open_source,
-)
+from elip_models.pretraining.data import JsonSource, ShardSource, Source, check_source, open_source
 from tests.helpers.damage import shard
 from tests.helpers.scene_files import TEST_SCENES
 
@@ -98,7 +92,6 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         (3, TypeError, "spec: expected a text or a mapping, got 3"),
         (" , ", ValueError, "spec: expected .*emoji_scenes.*, got ' , '"),
         ("no-*.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-\*\.tar'"),
-        ("no-{0..2}.tar", FileNotFoundError, r"spec: expected an existing file, got 'no-0\.tar'"),
         ("no-{3..2}.tar", ValueError, "spec: expected rising ranges .*, got 0 names in"),
         ("empty", FileNotFoundError, r"expected a folder with \*\.tar, got 'empty'"),
         ("a.txt", ValueError, r"spec: expected files that are all \.json, or all \.tar.*txt"),
@@ -106,7 +99,6 @@ def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
         ("a.tar,list.json", ValueError, r"spec: expected .*, got \['\.json', '\.tar'\]"),
         ("a.tar,split=test", ValueError, r"all \.tar and then no options, got \['\.tar'\]"),
         ("emoji_scenes", ValueError, "spec: expected a size, got 'emoji_scenes'; write emoji_sc"),
-        ("emoji_scenes:size=0", ValueError, "size: expected an integer at least 1, got 0"),
         ("emoji_scenes:size=1,sed=2", ValueError, "size, seed, clutter, textures, got 'sed'"),
     ],
 )
@@ -143,7 +135,6 @@ def test_captions_are_a_text_or_a_list_and_empty_ones_are_dropped(tmp_path):
         ({"image": "a" * 256 + ".png", "caption": "a"}, "no such file"),
         ({"image": "pipe.png", "caption": "a"}, "not a file"),
         ({"image": "a.png", "caption": ["  "]}, "no caption"),
-        ({"image": "a.png", "caption": None}, "no caption"),
     ],
 )
 def test_an_unreadable_entry_is_that_samples_error(entry, reason, tmp_path):
@@ -199,9 +190,9 @@ def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path
         "d/1.PNG": image_bytes(),
         "d/2.jpg": image_bytes("JPEG"),
         "d/1.txt": b"two",
-        "d/2.txt": b" three\n",
+        "d/2.txt": "\ufeff three\n".encode(),  # may begin with a byte order mark
         "d/3.webp": image_bytes("WEBP"),
-        "d/3.json": b'{"caption": "four"}',
+        "d/3.json": b'{"captions": null, "caption": "four"}',
         "d/3.cls": b"7",
         "README": b"ignored",
     }
@@ -217,9 +208,7 @@ def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path
         ({"k.png": b"not an image", "k.txt": b"a"}, "not a readable image"),
         ({"k.txt": b"a"}, "no image member"),
         ({"k.png": image_bytes()}, "no caption"),
-        ({"k.png": image_bytes(), "k.txt": b" \n"}, "no caption"),
         ({"k.png": image_bytes(), "k.json": b"{}"}, "no caption"),
-        ({"k.png": image_bytes(), "k.json": b"{"}, "captions not readable"),
         ({"k.png": image_bytes(), "k.json": b"[]"}, "json: expected an object"),
         ({"k.png": image_bytes(), "k.json": b'{"caption": 3}'}, "caption: expected a text or"),
         ({"k.png": image_bytes(), "k.txt": b"\xff"}, "captions not readable"),
@@ -232,13 +221,6 @@ def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):
     with pytest.raises(SampleError, match=reason) as caught:
         source[0]
     assert caught.value.id == "s.tar:k"
-
-
-def test_the_caption_key_with_a_value_is_used_and_a_byte_order_mark_is_removed(tmp_path):
-    members = {"a.png": image_bytes(), "a.json": b'{"captions": null, "caption": "one"}'}
-    members |= {"b.png": image_bytes(), "b.txt": "\ufefftwo".encode()}
-    source = ShardSource(shard(tmp_path / "s.tar", members.items()))
-    assert [source.captions(index) for index in range(2)] == [("one",), ("two",)]
 
 
 @pytest.mark.parametrize("members", [[], [("a.parquet", b"rows")]])

@@ -12,10 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from elip_models.pretraining.data import (
-    EmojiScenes,
-    render,
-)
+from elip_models.pretraining.data import EmojiScenes, render
 from elip_models.pretraining.data.scene_captions import at_place, counted
 from elip_models.pretraining.data.scene_sampling import (
     BACKGROUNDS,

@@ -12,15 +12,10 @@ import pytest
 
 from elip_models.pretraining.data import open_examples, soft_scores
 from elip_models.pretraining.data.emoji_tasks import EmojiEntailment, EmojiPairs, EmojiQuestions
-from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural
-from elip_models.pretraining.data.scene_sampling import (
-    EMOJI,
-    MAX_CLUTTER,
-    Group,
-    Scene,
-    place_names,
-)
+from elip_models.pretraining.data.scene_captions import NUMBERS
+from elip_models.pretraining.data.scene_sampling import EMOJI, MAX_CLUTTER, Group, Scene
 from elip_models.pretraining.data.scenes import COVER_COLOUR
+from tests.helpers.scene_words import NAME, PLACES, SIDES, SINGULAR, count, named, the_one
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import elip
 
@@ -29,25 +24,6 @@ OPTIONS = [{}, {"clutter": 1}, {"clutter": 4, "textures": True}, {"clutter": MAX
 ANSWER_NUMBERS = (2, 3, 9, 8, 2, 59)
 """Number of possible answers of each form of question."""
 CHANCE = {"vqa": np.mean([1 / n for n in ANSWER_NUMBERS]), "entailment": 1 / 3, "nlvr2": 1 / 2}
-SINGULAR = {name: name for name in EMOJI} | {plural(name): name for name in EMOJI}
-PLACES = {at_place(place): place for place in {*place_names(0), *place_names(1)}}
-SIDES = "to the left of|to the right of|above|below"
-NAME = "|".join(sorted(SINGULAR, key=len, reverse=True))
-"""Pattern of any emoji, in the singular or the plural."""
-
-
-def named(scene: Scene, name: str) -> list[Group]:
-    return [group for group in scene.groups if group.name == SINGULAR[name]]
-
-
-def count(scene: Scene, name: str) -> int:
-    return sum(group.count for group in named(scene, name))
-
-
-def the_one(scene: Scene, name: str) -> Group:
-    (group,) = named(scene, name)
-    assert group.count == 1
-    return group
 
 
 def is_beside(one: Group, side: str, other: Group) -> bool:

@@ -18,8 +18,8 @@ from elip_models.pretraining.data import (
     DataError,
     EmojiScenes,
     StreamBatches,
-    StreamSource,
     open_stream,
+    stream_batches,
     stream_loader,
     streams,
     train_loader,
@@ -179,13 +179,11 @@ def test_a_stream_without_a_readable_sample_is_a_data_error(tmp_path, members, n
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_download_does_not_delay_the_end(folder, num_workers, monkeypatch):
-    download = StreamSource.download
+    def slow(url):
+        time.sleep(0 if url.endswith(("/0.tar", "/1.tar")) else 60)
+        return streams.DownloadedShard(url)
 
-    def slow(source, number):
-        time.sleep(0 if number in (0, 1) else 60)
-        return download(source, number)
-
-    monkeypatch.setattr(StreamSource, "download", slow)
+    monkeypatch.setattr(stream_batches, "DownloadedShard", slow)
     monkeypatch.setattr(StreamBatches, "_number", lambda batches, reader, turn: reader + 2 * turn)
     batches = iter(stream_loader(batches_of(spec(folder), num_workers=num_workers)))
     next(batches)
