@@ -228,8 +228,16 @@ def describe_type(hint: Any) -> str:
     return WORDS.get(origin or hint) or f"a {hint.__name__}"
 
 
-_REPR = reprlib.Repr()  # of few items of a value, which costs little however large the value is
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 200, 200, 200
+class _Repr(reprlib.Repr):
+    """`repr` of few items of a value, which costs little however large the value is."""
+
+    def repr_int(self, value: int, level: int) -> str:
+        is_long = value.bit_length() > 512  # Python prints at most 4,300 digits
+        return f"an integer of {value.bit_length()} bits" if is_long else repr(value)
+
+
+_REPR = _Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 200, 200
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 10
 
 
