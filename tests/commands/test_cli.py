@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from elip_models.cli import main
+from elip_models.pretraining.training import report
 from tests.helpers.damage import shard
 from tests.helpers.tiny_run import elip, logged, tiny_arguments
 
@@ -32,6 +33,14 @@ def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
         "checkpoints",
         "model",
     }
+
+
+def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "ROUNDS", 1)
+    assert elip(*tiny_arguments(tmp_path, "report=[timing, picture]", "optim.steps=1")) == 0
+    printed = capsys.readouterr().out
+    assert "batch 8: relative to dense" in " ".join(printed.split())
+    assert (tmp_path / "timing.json").is_file() and (tmp_path / "kept_tokens.png").is_file()
 
 
 def test_eval_retrieval_scores_the_saved_model_as_training_did(run, tmp_path, capsys):

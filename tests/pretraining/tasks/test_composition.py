@@ -216,8 +216,6 @@ def test_the_command_scores_a_run(run, tmp_path, capsys):
     assert json.loads(output.read_text()) == json.loads(json.dumps(scores.as_dict()))
     assert elip(*command, data, "--itm") == 2
     assert "--model: expected one with image-text matching" in capsys.readouterr().err
-    assert elip(*command, data, "--layer", 1) == 2
-    assert "expected some of itm, guided, got 'layer'" in capsys.readouterr().err
 
 
 def test_a_guided_image_has_the_features_that_its_caption_selects(run):

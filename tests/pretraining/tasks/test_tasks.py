@@ -231,7 +231,5 @@ def test_a_head_is_compared_among_the_classes_of_the_data_alone():
     assert [prediction.output for prediction in scores.predictions] == ["fox"] * 8
     assert scores.scores["accuracy"].mean == 0.5
     assert scores.baselines["chance"] == {"accuracy": 0.5}
-    every = task.evaluate(model, Tokens(), Levels(learned), LOADING)
-    assert {prediction.output for prediction in every.predictions} == {"cat"}
     with pytest.raises(DataError, match=r"answers: expected some among the 4 of the model"):
         task.evaluate(model, Tokens(), Levels(("elk",)), LOADING, learned)
