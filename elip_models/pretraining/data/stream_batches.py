@@ -123,15 +123,24 @@ class StreamBatches(IterableDataset):
         following = self._start_download(reader, turn)
         while True:
             shard = following.get()
+            if isinstance(shard, DataError):
+                raise shard
             following = self._start_download(reader, turn + 1)
             yield turn, shard
             turn += 1
 
-    def _start_download(self, reader: int, turn: int) -> "Queue[DownloadedShard]":
+    def _start_download(self, reader: int, turn: int) -> "Queue[DownloadedShard | DataError]":
         """Download a shard in a thread, which does not delay the end of the process."""
-        number, result = self._number(reader, turn), Queue()
-        Thread(target=lambda: result.put(self.source.download(number)), daemon=True).start()
+        result: Queue[DownloadedShard | DataError] = Queue()
+        arguments = (self._number(reader, turn), result)
+        Thread(target=self._download, args=arguments, daemon=True).start()
         return result
+
+    def _download(self, number: int, result: "Queue[DownloadedShard | DataError]") -> None:
+        try:
+            result.put(self.source.download(number))
+        except DataError as error:
+            result.put(error)
 
     def _number(self, reader: int, turn: int) -> int:
         """Return the number of the shard that a reader takes in this turn."""

@@ -1,5 +1,6 @@
 """Training on a stream: distribution of shards over readers, seeds, resuming."""
 
+import errno
 import io
 import itertools
 import json
@@ -176,6 +177,18 @@ def test_a_stream_without_a_readable_sample_is_a_data_error(tmp_path, members, n
     )
     with pytest.raises(DataError, match=r"^no readable sample in 20 consecutive shards.*a\.tar: "):
         take(9, batches)
+
+
+class FullDisk(io.BytesIO):
+    def write(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_full_temporary_folder_ends_the_run_and_loses_no_shard(folder, num_workers, monkeypatch):
+    monkeypatch.setattr(streams.tempfile, "TemporaryFile", FullDisk)
+    with pytest.raises(DataError, match=r"^TMPDIR: expected space.*set TMPDIR to"):
+        take(1, batches_of(spec(folder), num_workers=num_workers))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
