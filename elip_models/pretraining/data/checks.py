@@ -22,12 +22,12 @@ def check_index(index: int, length: int) -> None:
 
 def expand_user(path: str | Path) -> Path:
     """Return the path with ~ and ~user expanded. Raises FileNotFoundError for an unknown user."""
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
         raise FileNotFoundError(
             f"{path}: expected ~ or the ~name of a known user; write ./{path} for a file"
         )
-    return Path(found)
+    return Path(expanded)
 
 
 def existing_files(argument: str, value: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -39,7 +39,7 @@ def read_index(shards: Sequence[Path]) -> "Dataset":
 
     Raises:
         ValueError: Shards are damaged, not uncompressed tars, or have no sample.
-        OSError: The table cannot be written.
+        OSError: A shard cannot be read, or the table cannot be written.
     """
     with require_extra("ShardSource"):
         from datasets import Dataset, Features, List, Value
@@ -61,8 +61,11 @@ def read_index(shards: Sequence[Path]) -> "Dataset":
             gen_kwargs={"shards": states},
             num_proc=min(len(shards), os.cpu_count() or 1) if is_large else None,
         )
-    except DatasetGenerationError as error:
-        raise OSError(f"the index of tar shards cannot be made: {error.__cause__}") from error
+    except (DatasetGenerationError, OSError) as error:
+        raise OSError(
+            f"paths: the index of tar shards cannot be made: {error.__cause__ or error}; make the "
+            "shards readable, or set HF_DATASETS_CACHE to a folder with space that can be written"
+        ) from error
     damaged = np.flatnonzero(index.data.column("shard").to_numpy() < 0)
     if damaged.size:
         more = f" ({damaged.size} shards in all)" if damaged.size > _EXAMPLES else ""

@@ -25,7 +25,7 @@ def group_by_image(source: Source) -> Source:
     entries: dict[int, list[int]] = {}
     for index in range(len(source) if isinstance(source, SharedImages) else 0):
         entries.setdefault(source.image_number(index), []).append(index)
-    is_shared = any(len(each) > 1 for each in entries.values())
+    is_shared = any(len(indices) > 1 for indices in entries.values())
     return _GroupedByImage(source, list(entries.values())) if is_shared else source
 
 
@@ -41,9 +41,10 @@ class _GroupedByImage:
     def __getitem__(self, index: int) -> Sample:
         check_index(index, len(self))
         entries = self._entries[index]
-        first = next((each for each in entries if self._source.captions(each)), entries[0])
+        first = next((entry for entry in entries if self._source.captions(entry)), entries[0])
         return self._source[first]._replace(captions=self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         check_index(index, len(self))
-        return tuple(text for each in self._entries[index] for text in self._source.captions(each))
+        entries = self._entries[index]
+        return tuple(text for entry in entries for text in self._source.captions(entry))
