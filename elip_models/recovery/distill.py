@@ -42,6 +42,7 @@ from elip_models.validation import (
     TrainingError,
     check,
     require_extra,
+    shortened,
 )
 from elip_models.vlm.families import refuse_multimodal
 
@@ -109,12 +110,17 @@ def distill(
     for name, value in options.items():
         check(name, value, OPTIONS[name])
     check("checkpoint", checkpoint, str | os.PathLike | None)
+    if not isinstance(images, Tensor | Sequence):
+        raise TypeError(
+            f"images: expected a tensor (n, 3, H, W) or a sequence of images, got "
+            f"{shortened(images)}"
+        )
+    if not len(images):
+        raise ValueError("images: expected at least one image, got none")
     refuse_multimodal(model)
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)
     student = _image_model(model.eval())
-    if not len(images):
-        raise ValueError("images: expected at least one image, got none")
     teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

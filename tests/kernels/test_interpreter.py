@@ -7,7 +7,7 @@ from tests.helpers.interpreter import FOLDER, check_passes, file
 
 SMALL = [f"{file('traffic')}::test_every_op_stores_each_byte_once_and_touches_nothing_else"]
 SMALL += [f"{file('traffic')}::test_each_byte_of_a_small_call_moves_once"]
-SMALL += [f"{file('reduce_kernel')}::test_{name}" for name in ("any_width", "masks")]
+SMALL += [f"{file('reduce_kernel')}::test_masks"]
 HALF = [file(name) for name in ("reduce_kernel", "traffic", "waits")]
 
 pytestmark = pytest.mark.skipif(

@@ -24,8 +24,9 @@ _TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
 class WorkerLoader(DataLoader):
     """DataLoader that raises a DataError where one takes the place of a batch.
 
-    Its worker processes tokenize in one thread, unless the environment sets this: the tokenizers
-    library prints a warning in a process that is forked after parallel tokenization.
+    `iter()` starts the worker processes, so that those of a run are forked before the threads of
+    its progress bars and trackers. They tokenize in one thread, unless the environment sets this:
+    the tokenizers library prints a warning in a process that is forked after parallel tokenization.
     """
 
     def __iter__(self) -> Iterator[Any]:
@@ -36,10 +37,14 @@ class WorkerLoader(DataLoader):
         finally:
             if not is_set:
                 os.environ.pop(_TOKENIZER_THREADS, None)
-        for batch in batches:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        return _without_errors(batches)
+
+
+def _without_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:

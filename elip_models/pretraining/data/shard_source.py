@@ -44,7 +44,7 @@ class ShardSource:
     changes. The source works in forked and spawned worker processes.
 
     Raises:
-        OSError: A shard is missing, or the index cannot be written.
+        OSError: A shard is missing or cannot be read, or the index cannot be written.
         ValueError: A shard is damaged, not an uncompressed tar, or has no sample.
     """
 
@@ -87,8 +87,11 @@ def _read_index(shards: Sequence[Path]) -> Dataset:
             gen_kwargs={"shards": states},
             num_proc=min(len(shards), os.cpu_count() or 1) if is_large else None,
         )
-    except DatasetGenerationError as error:
-        raise OSError(f"the index of tar shards cannot be made: {error.__cause__}") from error
+    except (DatasetGenerationError, OSError) as error:
+        raise OSError(
+            f"paths: the index of tar shards cannot be made: {error.__cause__ or error}; make the "
+            "shards readable, or set HF_DATASETS_CACHE to a folder with space that can be written"
+        ) from error
     damaged = np.flatnonzero(index.data.column("shard").to_numpy() < 0)
     if damaged.size:
         more = f" ({damaged.size} shards in all)" if damaged.size > _EXAMPLES else ""

@@ -105,14 +105,17 @@ class StreamBatches(IterableDataset):
         following = self._start_download(reader, turn)
         while True:
             shard = following.get()
+            if isinstance(shard, DataError):
+                raise shard
             following = self._start_download(reader, turn + 1)
             yield turn, shard
             turn += 1
 
-    def _start_download(self, reader: int, turn: int) -> "Queue[DownloadedShard]":
+    def _start_download(self, reader: int, turn: int) -> "Queue[DownloadedShard | DataError]":
         """Download a shard in a thread, which does not delay the end of the process."""
-        url, result = self.source.shards[self._number(reader, turn)], Queue()
-        Thread(target=lambda: result.put(DownloadedShard(url)), daemon=True).start()
+        url = self.source.shards[self._number(reader, turn)]
+        result: Queue[DownloadedShard | DataError] = Queue()
+        Thread(target=_download, args=(url, result), daemon=True).start()
         return result
 
     def _number(self, reader: int, turn: int) -> int:
@@ -123,6 +126,13 @@ class StreamBatches(IterableDataset):
         this_pass, place = divmod(turn, len(range(reader, count, self.readers)))
         order = np.random.default_rng((self.seed, this_pass)).permutation(count)
         return int(order[reader + place * self.readers])
+
+
+def _download(url: str, result: "Queue[DownloadedShard | DataError]") -> None:
+    try:
+        result.put(DownloadedShard(url))
+    except DataError as error:
+        result.put(error)
 
 
 def stream_loader(

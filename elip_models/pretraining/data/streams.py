@@ -7,11 +7,13 @@ A shard is downloaded to a temporary file and then read like one on disk: a shar
 is named, and all samples of a shard can be permuted. A download leaves no file behind.
 """
 
+import errno
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -155,7 +157,8 @@ class StreamSource:
 class DownloadedShard:
     """A shard in a temporary file without a name, which is freed with this object.
 
-    A failure to download or read it is not raised, but its `problem`.
+    A failure to download or read it is not raised, but its `problem`. Only a full disk raises
+    DataError: it is no damage of the shard, which must not be left out.
 
     Attributes:
         name: File name of the shard.
@@ -169,7 +172,9 @@ class DownloadedShard:
         try:
             self._file = _download(url)
             self.rows = list(index_rows(self._file, self.name))
-        except Exception as error:  # one that is raised in a thread would be lost
+        except DataError:
+            raise
+        except Exception as error:  # file system libraries raise errors of any type
             self.problem = str(error).removeprefix(f"{self.name}: ") or type(error).__name__
 
     def __len__(self) -> int:
@@ -180,7 +185,10 @@ class DownloadedShard:
 
 
 def _download(url: str) -> BinaryIO:
-    """Return the content of a URL. Raises OSError, without the secrets of the URL, in the end."""
+    """Return the content of a URL.
+
+    Raises OSError, without the secrets of the URL, or DataError if the temporary folder is full.
+    """
     waits = [*_RETRY_DELAYS, None]
     while True:
         file = tempfile.TemporaryFile()  # noqa: SIM115, it is returned
@@ -188,10 +196,18 @@ def _download(url: str) -> BinaryIO:
             system, path = fsspec.url_to_fs(url)
             with system.open(path, "rb", block_size=_CHUNK) as remote:
                 shutil.copyfileobj(remote, file, _CHUNK)
+            file.flush()
             return file
         except Exception as error:  # file system libraries raise errors of any type
-            file.close()
+            with suppress(OSError):  # on a full disk
+                file.close()
             if (wait := waits.pop(0)) is None:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise DataError(
+                        "TMPDIR: expected space for two shards of each reader, got a full disk at "
+                        f"{tempfile.gettempdir()}: set TMPDIR to a folder with more space, or "
+                        "lower data.num_workers"
+                    ) from error
                 raise OSError(_reason(error.__cause__ or error, url)) from error
             time.sleep(wait)
 

@@ -84,17 +84,15 @@ class ShardedModel:
         self.copy = copy.deepcopy(model) if accelerator.is_main_process else None
         self.model = model
         self.scalars = _shard_(model, accelerator.device)
+        # No output is changed in place. A context in each step would show every warning again.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         with as_config_error("optim"):
             self.optimizer = make_optimizer(model, optim)
         _separate_groups_(self.optimizer)
 
     def forward(self, **tensors: Tensor) -> Any:
         """Return the model's output in the precision of the run."""
-        with (
-            self.accelerator.autocast(AutocastKwargs(cache_enabled=False)),
-            warnings.catch_warnings(),
-        ):  # no output is changed in place
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             return self.model(**tensors)
 
     def accumulate(self) -> AbstractContextManager[None]:

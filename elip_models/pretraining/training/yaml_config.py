@@ -22,8 +22,20 @@ REQUIRED = "???"
 """The value, in a recipe, of a key that the user has to set."""
 
 
+MAX_ALIASES = 64
+"""Aliases in a file: nested ones would make a short file an endless value."""
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number, as in YAML 1.2, and a key may not occur twice."""
+
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_ALIASES:
+            raise yaml.YAMLError(f"expected at most {MAX_ALIASES} aliases, got more")
+        return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -1,6 +1,7 @@
 """Loading: batches depend on (seed, epoch, offset) only; bad samples are replaced and counted."""
 
 import itertools
+import multiprocessing
 import os
 
 import pytest
@@ -106,6 +107,15 @@ def test_reading_leaves_the_global_generator_and_the_environment_alone(dataset, 
     take(dataset, EpochSampler(LENGTH, BATCH, 0), 2, num_workers=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert THREADS not in os.environ
+
+
+def test_workers_start_with_the_iterator_before_a_run_has_threads(dataset):
+    loader = train_loader(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
+    before = len(multiprocessing.active_children())
+    batches = iter(loader)
+    assert len(multiprocessing.active_children()) == before + 1
+    next(batches)
+    batches.close()
 
 
 @pytest.mark.parametrize(("user", "worker"), [(None, "false"), ("true", "true")])

@@ -5,6 +5,7 @@ import pickle
 import tarfile
 from functools import partial
 
+import datasets
 import pytest
 
 from elip_models.pretraining.data import ShardSource, check_source, shard_source
@@ -115,6 +116,13 @@ def test_the_index_is_built_once_and_again_for_a_changed_shard(tmp_path, monkeyp
     paths[2].write_bytes(content)
     os.utime(paths[2], ns=(before.st_atime_ns, before.st_mtime_ns))
     assert ShardSource(paths).captions(5) == ("another c",)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_remedy(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(OSError, match=r"^paths: the index.*Not a directory.*HF_DATASETS_CACHE"):
+        ShardSource(three(tmp_path))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Training on a stream: distribution of shards over readers, seeds, resuming."""
 
+import errno
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -177,19 +179,32 @@ def test_a_stream_without_a_readable_sample_is_a_data_error(tmp_path, members, n
         take(9, batches)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_download_does_not_delay_the_end(folder, num_workers, monkeypatch):
-    def slow(url):
-        time.sleep(0 if url.endswith(("/0.tar", "/1.tar")) else 60)
+class FullDisk(io.BytesIO):
+    def write(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_full_temporary_folder_ends_the_run_and_loses_no_shard(folder, num_workers, monkeypatch):
+    monkeypatch.setattr(streams.tempfile, "TemporaryFile", FullDisk)
+    with pytest.raises(DataError, match=r"^TMPDIR: expected space.*set TMPDIR to"):
+        take(1, batches_of(spec(folder), num_workers=num_workers))
+
+
+def test_a_download_that_never_ends_does_not_hold_the_end(folder, monkeypatch):
+    never = threading.Event()
+
+    def download(url):
+        if not url.endswith(("/0.tar", "/1.tar")):
+            never.wait()
         return streams.DownloadedShard(url)
 
-    monkeypatch.setattr(stream_batches, "DownloadedShard", slow)
+    monkeypatch.setattr(stream_batches, "DownloadedShard", download)
     monkeypatch.setattr(StreamBatches, "_number", lambda batches, reader, turn: reader + 2 * turn)
-    batches = iter(stream_loader(batches_of(spec(folder), num_workers=num_workers)))
-    next(batches)
-    start = time.monotonic()
+    batches = iter(stream_loader(batches_of(spec(folder))))
+    assert next(batches)["images"].shape[0] > 0
     batches.close()
-    assert time.monotonic() - start < 4
+    never.set()
 
 
 NUMBERS = ("loss", "step", "epoch", "lr", "grad_norm")
