@@ -33,7 +33,7 @@ from elip_models.pretraining.checkpoints.renaming import rename_tensors
 from elip_models.pretraining.checkpoints.weight_files import read_weights
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import MODELS
-from elip_models.saving.files import read_config
+from elip_models.saving.files import check_finite, read_config
 from elip_models.saving.weights import first_names, load_weights, matches_any
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if (path / "config.json").is_file():
         family, config = read_config(path, with_weights=False)
         if family in MODELS:
+            check_finite(path, weights)
             if has_adapter(path):
                 raise ValueError(
                     f"source: expected plain weights, got adapters beside them in {path}; load it "
@@ -166,6 +167,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     family, names, _ = KINDS[kind]
     ignored = tuple(name for name in weights if matches_any(name, NOT_LOADED))
     kept = {name: weight for name, weight in weights.items() if name not in ignored}
+    check_finite(path, kept)
     ours = rename_tensors(kept, names)
     fields = sizes_from_weights(family, ours)
     if "input_resolution" in ignored:  # only in OpenAI's CLIP
