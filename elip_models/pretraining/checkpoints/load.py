@@ -28,7 +28,13 @@ from elip_models.pretraining.checkpoints.model_config import (
     fields_from_config,
     sizes_from_weights,
 )
-from elip_models.pretraining.checkpoints.names import FILLS, KINDS, NOT_LOADED, recognise_kind
+from elip_models.pretraining.checkpoints.names import (
+    FILLS,
+    KINDS,
+    MOMENTUM,
+    NOT_LOADED,
+    recognise_kind,
+)
 from elip_models.pretraining.checkpoints.renaming import rename_tensors
 from elip_models.pretraining.checkpoints.weight_files import read_weights
 from elip_models.pretraining.models.base import PretrainedModel, without_removed_fields
@@ -200,8 +206,10 @@ def load_checkpoint_(
     kept = {n: w for n, w in checkpoint.weights.items() if not matches_any(n, dropped)}
     weights = fit_weights(model, kept)
     fills: dict[str, str | None] = {}
-    for part, other in FILLS.get(model.family, {}).items():
-        if not part.startswith(tuple(fills)) and not any(n.startswith(part) for n in weights):
+    parts = FILLS.get(model.family, {}) | ({} if momentum else MOMENTUM)
+    for part, other in parts.items():
+        is_absent = _has(part, state) and not _has(part, weights)
+        if is_absent and not part.startswith(tuple(fills)):
             fills[part] = other
     try:
         load_weights(model, weights, allow_missing=(*missing, *(f"{part}*" for part in fills)))
@@ -268,6 +276,10 @@ def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
     """Return the weight with as many leading dims of size 1 as `shape`, if the others are equal."""
     own, other = (list(dropwhile(lambda n: n == 1, sizes)) for sizes in (weight.shape, shape))
     return weight.reshape(shape) if own == other else weight
+
+
+def _has(part: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(part) for name in names)
 
 
 def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:
