@@ -18,8 +18,8 @@ from typing import Any
 
 from elip_models.embedding.decoding import default_workers
 from elip_models.embedding.encoder import Encoder
-from elip_models.embedding.output import MANIFEST
-from elip_models.embedding.shard import Job
+from elip_models.embedding.output import MANIFEST, OutputFolder
+from elip_models.embedding.shard import Job, library_versions
 from elip_models.embedding.source import Stored
 from elip_models.validation import ConfigError, require_packages
 
@@ -55,6 +55,12 @@ class ShardActor:
                     f"{argument}: expected a place that all nodes of the cluster see, got {path}, "
                     f"which the node {socket.gethostname()} does not see"
                 )
+        expected, own = OutputFolder(job.output).manifest()["versions"], library_versions()
+        if other := [f"{name} {own[name]}" for name in own if own[name] != expected.get(name)]:
+            raise ConfigError(
+                f"ray: expected the versions of the command on all nodes, {expected}, got "
+                f"{', '.join(other)} on {socket.gethostname()}; install the same versions"
+            )
         counts = list(job.embed(job.missing(numbers)))
         return job.images(numbers), sum(skipped for _, skipped in counts)
 

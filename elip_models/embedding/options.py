@@ -57,6 +57,10 @@ class EmbedOptions:
         for name in ("batch_size", "shard_size"):
             if (size := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {size}")
+        if self.ray is None and self.ray_actors is not None:
+            raise ConfigError(
+                f"ray_actors: expected none without ray, got {self.ray_actors}; pass ray='local'"
+            )
         if self.embedding_dtype not in ("float32", "float16"):
             raise ConfigError(
                 f"embedding_dtype: expected float32 or float16, got {self.embedding_dtype!r}"

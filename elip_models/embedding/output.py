@@ -78,15 +78,17 @@ class OutputFolder:
         A run that wrote no shard, such as one that the check stopped, does not bind the next one.
 
         Raises:
-            ConfigError: the folder has embeddings with other settings.
+            ConfigError: the folder has embeddings with other settings, or a manifest of another
+                program.
         """
+        saved = self.manifest() if (self.path / MANIFEST).is_file() else None
         for part in ("", IMAGES, CHECKSUMS):
             for file in (self.path / part).glob(".*"):
                 if UNFINISHED.fullmatch(file.name):
                     file.unlink()
         settings = json.loads(json.dumps({"format": FORMAT} | settings))
-        if (self.path / MANIFEST).is_file() and any(self.path.glob("*/shard-*.parquet")):
-            self._check_same(settings)
+        if saved is not None and any(self.path.glob("*/shard-*.parquet")):
+            self._check_same(saved, settings)
             return
         (self.path / CHECK).unlink(missing_ok=True)
         write_json(self.path / MANIFEST, settings | dict.fromkeys(RESULT) | {"complete": False})
@@ -110,8 +112,8 @@ class OutputFolder:
             )
         return saved
 
-    def _check_same(self, settings: Mapping[str, Any]) -> None:
-        there = {key: value for key, value in self.manifest().items() if key not in RESULT}
+    def _check_same(self, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        there = {key: value for key, value in saved.items() if key not in RESULT}
         there, now = _by_dotted_key(there), _by_dotted_key(settings)
         different = [
             f"{key}: {shortened(there.get(key))} there, {shortened(now.get(key))} now"

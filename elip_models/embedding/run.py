@@ -6,7 +6,6 @@ This file prepares the folder and completes it; `Job` encodes the shards in betw
 """
 
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,15 +22,12 @@ from elip_models.embedding.cluster import Cluster
 from elip_models.embedding.encoder import Encoder, open_encoder
 from elip_models.embedding.options import EmbedOptions
 from elip_models.embedding.output import CHECK, OutputFolder, shard_file
-from elip_models.embedding.shard import Job
+from elip_models.embedding.shard import Job, library_versions
 from elip_models.embedding.source import ImageSource, open_images
-from elip_models.profiling.measure import installed_versions
 from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import write_json
 from elip_models.validation import ConfigError
 
-PACKAGES = ("elip-kernels", "torch", "timm", "open_clip_torch", "transformers", "torchvision")
-PACKAGES += ("pillow", "pyarrow")
 LONGEST = timedelta(weeks=52)
 """Time that a process waits for the others, whose shards may take as long as the whole run."""
 Progress = Callable[[int, int, int], object]
@@ -124,7 +120,13 @@ def embed(
         if processes.is_main_process:
             stack.enter_context(folder.locked())
         encoder = model
-        if not isinstance(model, Encoder):
+        if isinstance(model, Encoder):
+            if (reduce, keep) != (None, None):
+                raise ConfigError(
+                    f"reduce: expected none with an Encoder, which has its own, got {reduce!r} and "
+                    f"keep={keep}; pass encoder.reduced(reduce, keep)"
+                )
+        else:
             of_torchrun = processes.device if processes.num_processes > 1 else None
             encoder = open_encoder(
                 model,
@@ -139,23 +141,28 @@ def embed(
         if cluster is not None and chosen.precision == "auto":
             cluster.check_precision(encoder)
         job = Job(encoder, source, folder.path.resolve(), chosen)
-        checked, left = _begin(job, folder, report) if processes.is_main_process else (None, 0)
+        own = range(processes.process_index, len(job), processes.num_processes)
+        if processes.is_main_process:
+            checked, missing = _begin(job, folder, report)
+        else:
+            checked, missing = None, job.missing(own)
         processes.wait_for_everyone()
         start = time.perf_counter()
-        own = range(processes.process_index, len(job), processes.num_processes)
-        _embed(job, own, cluster, progress)
+        _embed(job, own, [number for number in missing if number in own], cluster, progress)
         processes.wait_for_everyone()
         seconds = time.perf_counter() - start
         if processes.is_main_process:
             folder.complete([shard_file(number) for number in range(len(job))], source.keys)
         processes.wait_for_everyone()
-    speed = left / seconds if left else None
+    speed = job.images(missing) / seconds if missing else None
     counts = folder.manifest()["counts"]
     return Embedded(folder.path, **counts, images_per_second=speed, check=checked)
 
 
-def _begin(job: Job, folder: OutputFolder, report: Report) -> tuple[EmbeddingCheck | None, int]:
-    """Prepare the folder; return the figures of the check, and how many images are left."""
+def _begin(
+    job: Job, folder: OutputFolder, report: Report
+) -> tuple[EmbeddingCheck | None, list[int]]:
+    """Prepare the folder; return the figures of the check, and the shards that are missing."""
     options, total = job.options, len(job.source)
     settings = job.encoder.described() | {
         "embedding_dtype": options.embedding_dtype,
@@ -163,7 +170,7 @@ def _begin(job: Job, folder: OutputFolder, report: Report) -> tuple[EmbeddingChe
         "shard_size": options.shard_size,
         "source": job.source.described(),
         "columns": list(options.keep_columns),
-        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
+        "versions": library_versions(),
     }
     folder.begin(settings)
     missing = job.missing(range(len(job)))
@@ -174,13 +181,13 @@ def _begin(job: Job, folder: OutputFolder, report: Report) -> tuple[EmbeddingChe
         report(f"written again, since they are not whole: {', '.join(changed[:3])}{more}")
     if not left:
         report(f"{folder.path} is complete; nothing is left to do")
-        return None, 0
+        return None, missing
     folder.reopen()
     if left < total:
         report(f"{total - left} of {total} images were embedded before; continuing")
-        return None, left
+        return None, missing
     if not options.check or job.encoder.strategy is None:
-        return None, left
+        return None, missing
     checked = check_reduction(job)
     report(str(checked))
     if options.min_cosine is not None and not checked.cosine.mean >= options.min_cosine:
@@ -190,12 +197,17 @@ def _begin(job: Job, folder: OutputFolder, report: Report) -> tuple[EmbeddingChe
             "raise keep, or let `elip calibrate` choose a reduction"
         )
     write_json(folder.path / CHECK, asdict(checked) | {"cosine": checked.cosine._asdict()})
-    return checked, left
+    return checked, missing
 
 
-def _embed(job: Job, numbers: Sequence[int], cluster: Cluster | None, progress: Progress) -> None:
+def _embed(
+    job: Job,
+    numbers: Sequence[int],
+    missing: Sequence[int],
+    cluster: Cluster | None,
+    progress: Progress,
+) -> None:
     """Encode the shards among `numbers` that are missing."""
-    missing = job.missing(numbers)
     total = job.images(numbers)
     done, skipped = total - job.images(missing), 0
     progress(done, skipped, total)

@@ -7,6 +7,7 @@
 The same job runs in one process, in those of torchrun and in the actors of Ray.
 """
 
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,8 +22,16 @@ from elip_models.embedding.encoder import Encoder
 from elip_models.embedding.options import EmbedOptions
 from elip_models.embedding.output import OutputFolder, Skipped, as_arrow, shard_file
 from elip_models.embedding.source import ImageSource
+from elip_models.profiling.measure import installed_versions
 
 NON_FINITE = "the embedding has NaN or infinity"
+PACKAGES = ("elip-kernels", "torch", "timm", "open_clip_torch", "transformers", "torchvision")
+PACKAGES += ("pillow", "pyarrow")
+
+
+def library_versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the libraries on which the embeddings depend."""
+    return {"python": platform.python_version(), **installed_versions(PACKAGES)}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import elip_models
+from elip_models.embedding import cluster
 from elip_models.embedding.cluster import Cluster, ShardActor
 from elip_models.embedding.options import EmbedOptions
 from elip_models.embedding.shard import Job
@@ -66,6 +67,14 @@ def test_a_node_without_the_files_is_an_error(missing, whole, pictures, encoder)
         ConfigError, match=r"(output|source): expected a place that all nodes of the cluster see"
     ):
         actor.embed([0])
+
+
+def test_a_node_with_other_versions_is_an_error(whole, pictures, encoder, monkeypatch):
+    other = cluster.library_versions() | {"torch": "1.0"}
+    monkeypatch.setattr(cluster, "library_versions", lambda: other)
+    job = Job(encoder, open_images(pictures), whole, EmbedOptions(**SMALL))
+    with pytest.raises(ConfigError, match=r"ray: expected the versions of .*, got torch 1\.0 on"):
+        ShardActor(job, "cpu", 1).embed([0])
 
 
 def test_without_ray_the_error_names_the_extra(pictures, model, tmp_path, monkeypatch, capsys):

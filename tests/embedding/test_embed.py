@@ -172,6 +172,7 @@ WRONG = {
     "reduce": ("tomme", "reduce: .*did you mean 'tome'"),
     "device": ("gpu", "device: expected one of this machine, such as 'cuda:1' or 'cpu'"),
     "keep_columns": (["label"], "source: .*label"),
+    "ray_actors": (2, "ray_actors: expected none without ray, got 2"),
 }
 
 
@@ -180,6 +181,11 @@ def test_a_wrong_argument_is_named(name, pictures, model, tmp_path):
     value, message = WRONG[name]
     with pytest.raises(ConfigError, match=message):
         elip_models.embed(model, pictures, tmp_path / "out", **SMALL | {name: value})
+
+
+def test_a_reduction_beside_an_encoder_is_an_error(pictures, encoder, tmp_path):
+    with pytest.raises(ConfigError, match=r"reduce: expected none with an Encoder.*'tome'"):
+        elip_models.embed(encoder, pictures, tmp_path / "out", reduce="tome", **SMALL)
 
 
 # a run that is stopped
@@ -322,9 +328,13 @@ def test_other_files_are_refused_and_stay(pictures, encoder, tmp_path):
     (tmp_path / ".manifest.json.bak").rename(tmp_path / ".manifest.json.7.7")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / ".shard-000001.parquet.7.7").touch()  # of a killed run
-    (tmp_path / "manifest.json").write_text("{}")
     for name in (".notes.1.2", "images/.mine.parquet"):
         (tmp_path / name).touch()
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(ConfigError, match="output: expected embeddings of format 2"):
+        elip_models.embed(encoder, pictures, tmp_path, **SMALL)
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
+    (tmp_path / "manifest.json").write_text('{"format": 2}')
     elip_models.embed(encoder, pictures, tmp_path, **SMALL)
     hidden = {path.name for path in tmp_path.rglob(".*")}
     assert hidden == {".lock", ".notes.1.2", ".mine.parquet"}

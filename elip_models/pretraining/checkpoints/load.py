@@ -28,12 +28,18 @@ from elip_models.pretraining.checkpoints.model_config import (
     fields_from_config,
     sizes_from_weights,
 )
-from elip_models.pretraining.checkpoints.names import FILLS, KINDS, NOT_LOADED, recognise_kind
+from elip_models.pretraining.checkpoints.names import (
+    FILLS,
+    KINDS,
+    MOMENTUM,
+    NOT_LOADED,
+    recognise_kind,
+)
 from elip_models.pretraining.checkpoints.renaming import rename_tensors
 from elip_models.pretraining.checkpoints.weight_files import read_weights
-from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.base import PretrainedModel, without_removed_fields
 from elip_models.pretraining.models.registry import MODELS
-from elip_models.saving.files import read_config
+from elip_models.saving.files import check_finite, read_config
 from elip_models.saving.weights import first_names, load_weights, matches_any
 
 if TYPE_CHECKING:
@@ -156,16 +162,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if (path / "config.json").is_file():
         family, config = read_config(path, with_weights=False)
         if family in MODELS:
+            check_finite(path, weights)
             if has_adapter(path):
                 raise ValueError(
                     f"source: expected plain weights, got adapters beside them in {path}; load it "
                     "by load_model, merge_ it, and save it to another folder"
                 )
-            return Checkpoint(path, family, weights, config)
+            return Checkpoint(path, family, weights, without_removed_fields(config))
     kind = recognise_kind(weights)
     family, names, _ = KINDS[kind]
     ignored = tuple(name for name in weights if matches_any(name, NOT_LOADED))
     kept = {name: weight for name, weight in weights.items() if name not in ignored}
+    check_finite(path, kept)
     ours = rename_tensors(kept, names)
     fields = sizes_from_weights(family, ours)
     if "input_resolution" in ignored:  # only in OpenAI's CLIP
@@ -198,8 +206,10 @@ def load_checkpoint_(
     kept = {n: w for n, w in checkpoint.weights.items() if not matches_any(n, dropped)}
     weights = fit_weights(model, kept)
     fills: dict[str, str | None] = {}
-    for part, other in FILLS.get(model.family, {}).items():
-        if not part.startswith(tuple(fills)) and not any(n.startswith(part) for n in weights):
+    parts = FILLS.get(model.family, {}) | ({} if momentum else MOMENTUM)
+    for part, other in parts.items():
+        is_absent = _has(part, state) and not _has(part, weights)
+        if is_absent and not part.startswith(tuple(fills)):
             fills[part] = other
     try:
         load_weights(model, weights, allow_missing=(*missing, *(f"{part}*" for part in fills)))
@@ -266,6 +276,10 @@ def match_leading_dims(weight: Tensor, shape: torch.Size) -> Tensor:
     """Return the weight with as many leading dims of size 1 as `shape`, if the others are equal."""
     own, other = (list(dropwhile(lambda n: n == 1, sizes)) for sizes in (weight.shape, shape))
     return weight.reshape(shape) if own == other else weight
+
+
+def _has(part: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(part) for name in names)
 
 
 def _decoder_is_tied(weights: dict[str, Tensor]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elip_models.saving.files import check_finite, read_object, read_tensors
+from elip_models.saving.files import read_object, read_tensors
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -23,6 +23,7 @@ WEIGHT_FILES = (
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file or folder, without DataParallel's and compile's prefixes.
 
+    They may be infinite, as the attention mask of some checkpoints of CLIP is.
     FileNotFoundError is raised for a missing file, ValueError for one with other content.
     """
     if path.is_dir():
@@ -57,7 +58,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"source: expected a file or a folder, got none at {path}")
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return read_tensors(path, finite=False)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content = content.get("state_dict") or content.get("model") or content
@@ -75,5 +76,4 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"source: expected a state dict, bare or under 'state_dict' or 'model', in {path}, got "
             f"other values under {', '.join(map(str, content))!r:.200}"
         )
-    check_finite(path, content)
     return content

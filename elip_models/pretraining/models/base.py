@@ -348,7 +348,7 @@ class PretrainedModel(
         family, values = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
-        values = {n: v for n, v in values.items() if (n, v) not in REMOVED_FIELDS.items()}
+        values = without_removed_fields(values)
         with as_config_error(str(path / "config.json")):
             config = cls.config_class.from_dict(values)
             if config.reduction.has_open_rate:
@@ -369,6 +369,11 @@ class PretrainedModel(
             model = cls(config)
         load_weights(model, weights)
         return load_adapter_(model, path) if has_adapter(path) else model
+
+
+def without_removed_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a saved config without those of earlier versions."""
+    return {n: v for n, v in values.items() if (n, v) not in REMOVED_FIELDS.items()}
 
 
 def _chosen_rows(values: Tensor, share: float) -> Tensor:

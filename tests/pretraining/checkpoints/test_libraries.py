@@ -133,6 +133,7 @@ def test_an_open_clip_checkpoint_gives_the_recorded_features(golden, tmp_path, f
 def test_openai_clip_has_quick_gelu_by_its_names(tmp_path):
     numbers = {"input_resolution": 48, "context_length": 8, "vocab_size": 50}
     weights = small_open_clip() | {name: torch.tensor(n) for name, n in numbers.items()}
+    weights["attn_mask"] = torch.full((4, 4), -torch.inf)  # a buffer that older versions saved
     assert convert_checkpoint(saved(weights, tmp_path), **HEADS).config.activation == "quick_gelu"
 
 

@@ -50,6 +50,16 @@ def test_a_reduced_model_gets_dense_weights_and_momentum_a_copy(family, tmp_path
         assert (start.copied, start.new, start.left_out) == ({}, (), ())
 
 
+@pytest.mark.parametrize("name, task", [("albef_tiny", "vqa"), ("blip_tiny", "retrieval")])
+def test_a_downstream_model_starts_from_one_of_its_own_task(name, task, tmp_path):
+    source = create_model(name, task=task)
+    source.save_pretrained(tmp_path)
+    model = create_model(name, task=task)
+    assert warm_start_(model, tmp_path).copied == {"encoders_m.": "encoders."}
+    assert_equal_weights(model.encoders, source.encoders)
+    assert_equal_weights(model.encoders_m, model.encoders)
+
+
 def test_position_embeddings_are_interpolated_and_listed(tmp_path):
     source = trained("clip_tiny")
     save_as(source, tmp_path / "there", "open_clip")

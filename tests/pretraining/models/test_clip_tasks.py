@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import elip_models
+from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.clip.tasks import (
     CLIPClassification,
@@ -90,7 +91,8 @@ def test_a_saved_config_with_a_removed_field_loads(tmp_path):
     folder = classifier().save_pretrained(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"projects": False}))
-    CLIPClassification.from_pretrained(folder)
+    for model in (CLIPClassification.from_pretrained(folder), convert_checkpoint(folder)):
+        assert type(model) is CLIPClassification
     (folder / "config.json").write_text(json.dumps(config | {"projects": True}))
     with pytest.raises(ValueError, match="projects"):
         CLIPClassification.from_pretrained(folder)
