@@ -5,6 +5,7 @@ step_00001000/run.json     the step, the invariants that a resumed run must shar
                            SHA-256 of each file
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from elip_models.saving.files import (
 from elip_models.validation import TrainingError
 
 MANIFEST = "run.json"
+NAME = re.compile(r"step_\d{8,}")
 
 
 class Checkpoints:
@@ -75,7 +77,8 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
-        return sorted(self.path.glob("step_*[0-9]"), key=_step_in)
+        folders = (path for path in self.path.glob("step_*") if NAME.fullmatch(path.name))
+        return sorted(folders, key=_step_in)
 
 
 def step_of(checkpoint: Path, **invariants: int | list[int]) -> int:
