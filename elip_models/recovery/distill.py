@@ -117,6 +117,10 @@ def distill(
         )
     if not len(images):
         raise ValueError("images: expected at least one image, got none")
+    first = images[0]
+    if not isinstance(first, Tensor) or first.dim() != 3 or not first.is_floating_point():
+        got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else first
+        raise TypeError(f"images: expected floating-point images (3, H, W), got {shortened(got)}")
     refuse_multimodal(model)
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)

@@ -103,14 +103,18 @@ def outline_of(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 class WithoutRandomValues(TorchFunctionMode):
-    """Create modules whose random initial values are undefined, since weights replace them all."""
+    """Create modules with zeros for random initial values, since weights replace them all.
+
+    Undefined values would not do: `trunc_normal_` draws again until all are within its bounds.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in RANDOM_VALUES:
-            return args[0] if args else kwargs["tensor"]
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
         return func(*args, **kwargs)
 
 

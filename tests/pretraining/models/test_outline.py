@@ -22,10 +22,11 @@ def test_a_loaded_model_has_the_tensors_of_the_saved_one(name, tmp_path):
         assert not tensors
 
 
-def test_only_random_values_are_left_out():
+def test_only_random_values_are_zeros():
     with WithoutRandomValues():
         norm, table = nn.LayerNorm(3), torch.arange(3.0) ** 2
-        before = torch.full((2,), 7.0)
-        assert nn.init.normal_(before) is before and before.eq(7).all()
+        for draw in (nn.init.normal_, nn.init.trunc_normal_, nn.init.kaiming_uniform_):
+            weight = torch.full((2, 2), 7.0)  # beyond the bounds of `trunc_normal_`
+            assert draw(weight) is weight and weight.eq(0).all()
     assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
     assert table.tolist() == [0, 1, 4]
