@@ -275,7 +275,7 @@ def test_a_run_over_https_reports_unreadable_shards(tmp_path):
         (("optim.batch_size=25",), r"optim\.batch_size: expected at most 24, .*got 25"),
         (("data.weights=[2]",), r"data\.train: expected data\.weights: null"),
         (("data.eval=https://h/a.tar",), r"data\.eval: .*samples can be counted"),
-        (("data.train=['https://h/a.tar', b.json]",), r"data\.train: expected one stream.*2 sourc"),
+        (("data.train=['https://h/a.tar', b.json]",), r"data\.train: expected one stream"),
         (("data.train.samples=0",), r"data\.train: samples: expected .*at least 1"),
     ],
 )
