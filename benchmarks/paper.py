@@ -98,9 +98,8 @@ def step_tflops(model: CrossModalModel) -> float:
     config = model.config
     with torch.device("meta"):
         images = torch.empty(BATCH_SIZE, 3, config.image_size, config.image_size)
-        ids = torch.ones(BATCH_SIZE, config.context_length, dtype=torch.long)
-        mask, drawn = torch.ones_like(ids), model.fixed_draw(images, ids)
-        flops = count_step(lambda: model(images, ids, mask, drawn=drawn).loss, backward=True)
+        inputs = model.random_inputs(images)
+        flops = count_step(lambda: model(**inputs).loss, backward=True)
     return sum(flops) / 1e12
 
 

@@ -26,7 +26,6 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
@@ -44,6 +43,9 @@ from elip_models.validation import (
     require_extra,
     shortened,
 )
+
+with require_extra("elip_models.recovery"):
+    from timm.optim import param_groups_weight_decay
 from elip_models.vlm.families import refuse_multimodal
 
 M = TypeVar("M", bound=nn.Module)

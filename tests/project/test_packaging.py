@@ -63,8 +63,7 @@ NEEDS = {
     "elip_models.pretraining.models": "models",
     "elip_models.profiling": "train",
     "elip_models.save_reduced": "models",
-    "elip_models.pretraining.training.recipe": "train",
-    "elip_models.pretraining.training.trainer": "train",
+    "elip_models.pretraining.training": "train",
 }
 """Of the rooms and names that do not work with torch alone, the extra that their error names."""
 

@@ -161,7 +161,9 @@ class PretrainedModel(
         required = {argument.name for argument in arguments if argument.default is argument.empty}
         inputs = {name: value for name, value in values.items() if name in required}
         if config.reads_guide_captions:
-            inputs |= {"guide_ids": ids.roll(1, 0), "guide_mask": mask}
+            inputs["guide_ids"] = ids.roll(1, 0)
+            if "attention_mask" in required:  # CLIP reads texts without one
+                inputs["guide_mask"] = mask
         return inputs
 
     def as_tensor(self, output: Any) -> Tensor:

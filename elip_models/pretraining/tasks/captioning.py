@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from elip_models.pretraining.data import JsonSource, Sample, Source, open_source
 from elip_models.pretraining.data.derived_sources import group_by_image
@@ -24,7 +23,16 @@ from elip_models.pretraining.tasks.task import (
     TaskScores,
 )
 from elip_models.saving.files import write_json
-from elip_models.validation import Positive, PositiveInt, check_output, require_packages
+from elip_models.validation import (
+    Positive,
+    PositiveInt,
+    check_output,
+    require_extra,
+    require_packages,
+)
+
+with require_extra("elip_models.pretraining.tasks"):
+    from transformers import GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, box_iou
 
 from elip_models.pretraining.data import ExampleSource, example_batches, open_examples
 from elip_models.pretraining.data.samples import Target, image_number
@@ -43,7 +42,10 @@ from elip_models.pretraining.tasks.task import (
 )
 from elip_models.reduction.strategy import mask_after
 from elip_models.reduction.token_assignment import slots_after
-from elip_models.validation import Depth
+from elip_models.validation import Depth, require_extra
+
+with require_extra("elip_models.pretraining.tasks"):
+    from torchvision.ops import box_convert, box_iou
 
 if TYPE_CHECKING:
     from elip_models.pretraining.models.base import PretrainedModel

@@ -11,7 +11,7 @@ Source: METER (Dou et al., 2022); ELIP, section 3, and its official METER code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -263,6 +263,11 @@ class METER(METERMatcher):
         replaces random masks and images, to repeat the step of another implementation.
         """
         if drawn is None:
+            if self._lacks_vocabulary():
+                raise ValueError(
+                    "mask_whole_words: expected the word boundaries of the tokenizer, got none; "
+                    "call model.read_vocabulary_(tokenizer) before training"
+                )
             drawn = self.draw(images, input_ids)
         text, _ = self.encode_and_fuse(images, drawn.masked_ids, attention_mask, keeps_text=True)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
@@ -271,14 +276,19 @@ class METER(METERMatcher):
         loss_itm, itm_logits = self.match(images, input_ids, attention_mask, itm_draw)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
+    def random_inputs(self, images: Tensor) -> dict[str, Any]:
+        """Return inputs for measuring; without a tokenizer, each token is a word to mask."""
+        inputs = super().random_inputs(images)
+        if self._lacks_vocabulary():
+            inputs["drawn"] = self.draw(images, inputs["input_ids"])
+        return inputs
+
+    def _lacks_vocabulary(self) -> bool:
+        return self.config.mask_whole_words and self.continues is None
+
     def draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
         """Draw the masked tokens of MLM and the images of ITM."""
         config = self.config
-        if config.mask_whole_words and self.continues is None:
-            raise ValueError(
-                "mask_whole_words: expected the word boundaries of the tokenizer, got none; call "
-                "model.read_vocabulary_(tokenizer) before training"
-            )
         masked = mask_tokens(
             input_ids,
             mask_token_id=config.mask_token_id,
