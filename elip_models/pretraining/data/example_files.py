@@ -11,7 +11,7 @@
     grounding   [{"image", "text", "box", "split" (optional), "proposals" (optional)}, ..]
 
 Questions without annotations, such as those of the test set, have no answers. Answers stay as
-people wrote them; the metric normalises them, see `vqa_answers`. NLVR2's training images are in
+people wrote them; the metric normalises them, see `answers`. NLVR2's training images are in
 numbered folders below the folder of images. Boxes are [left, top, width, height] in pixels.
 """
 

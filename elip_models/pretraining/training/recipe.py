@@ -49,7 +49,7 @@ RESUMABLE_KEYS = (
     "trackers",
     "report",
 )
-"""Keys that may change on resuming: length and output of the run, and keys without gradients."""
+"""Keys that may change on resuming: length and output of the run, and what changes no gradient."""
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

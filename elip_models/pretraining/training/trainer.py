@@ -2,8 +2,8 @@
 
 A checkpoint is written between two optimiser steps. The order of the data is a function of seed and
 epoch. The position in it and the learning rate are functions of the step. So a run that was killed
-and resumed computes the same as one that was not. A stream continues at the start of a shard
-(`train_batches`).
+and resumed computes the same as one that was not. A checkpoint also contains the position in a
+stream (`train_batches`).
 """
 
 import math
