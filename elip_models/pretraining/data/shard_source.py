@@ -20,7 +20,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from elip_models.images import SampleError, decode_image
+from elip_models.images import MAX_IMAGE_BYTES, SampleError, decode_image
 from elip_models.pretraining.data.data_spec import path_list
 from elip_models.pretraining.data.samples import Sample, check_index, clean_captions
 
@@ -196,6 +196,9 @@ def read_sample(file: BinaryIO, shard: str, row: Mapping[str, Any]) -> Sample:
     sample_id = f"{shard}:{row['key']}"
     if row["problem"]:
         raise SampleError(sample_id, row["problem"])
+    if row["size"] > MAX_IMAGE_BYTES:
+        reason = f"expected an image of at most {MAX_IMAGE_BYTES} bytes, got {row['size']}"
+        raise SampleError(sample_id, reason)
     file.seek(row["offset"])
     image = decode_image(io.BytesIO(file.read(row["size"])), sample_id)
     return Sample(image, tuple(row["captions"]), sample_id)

@@ -90,6 +90,14 @@ def test_two_images_of_one_name_are_reported(tmp_path):
     ]
 
 
+def test_a_too_large_image_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_source, "MAX_IMAGE_BYTES", 99)
+    source = ShardSource(shard(tmp_path / "s.tar"))
+    monkeypatch.setattr(shard_source, "decode_image", None)
+    reasons = [reason for _, reason in check_source(source).reasons]
+    assert len(reasons) == 6 and "expected an image of at most 99 bytes, got" in reasons[0]
+
+
 def test_folders_links_and_hidden_files_are_not_samples(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name in ("a.png", "a.txt"):
