@@ -88,8 +88,11 @@ def test_operations_are_drawn_with_replacement_and_those_of_albef_applied_half_o
         torch.manual_seed(0)
         augment = RandAugment(2, 7, policy)
         draws = [augment.draw() for _ in range(4000)]
+        numbers = Counter(map(len, draws))
+        for number, chance in enumerate(((1 - share) ** 2, 2 * share * (1 - share), share**2)):
+            deviation = math.sqrt(chance * (1 - chance) / 4000)
+            assert numbers[number] / 4000 == pytest.approx(chance, abs=4 * deviation)
         drawn = Counter(choice for one in draws for choice in one)
-        assert drawn.total() / 8000 == pytest.approx(share, abs=0.03)
         choices = {(name, sign) for name in OPERATIONS[policy] for sign in (1, -1)}
         assert drawn.keys() == choices and min(drawn.values()) > 140
         assert any(len(one) == 2 and one[0][0] == one[1][0] for one in draws)
