@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from queue import Queue
 from threading import Thread
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from elip_models.pretraining.data.loader import WorkerLoader, stack_tensors, wor
 from elip_models.pretraining.data.read_errors import DataError
 from elip_models.pretraining.data.samples import Sample
 from elip_models.pretraining.data.streams import MAX_LOST_SHARDS, DownloadedShard, StreamSource
+from elip_models.validation import Bounds, PositiveInt, check
 
 
 @dataclass(eq=False)
@@ -54,6 +55,8 @@ class StreamBatches(IterableDataset):
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        check("batch_size", self.batch_size, PositiveInt)
+        check("rank", self.rank, Annotated[int, Bounds(0, self.world_size - 1)])
         self.workers = max(1, self.num_workers)
         self.readers = self.world_size * self.workers
         if len(self.source.shards) < self.readers and not self.source.resample:

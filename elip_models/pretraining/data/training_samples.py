@@ -13,7 +13,7 @@ the pass is the turn of a sample.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from elip_models.pretraining.data.loader import WorkerLoader, stack_tensors, wor
 from elip_models.pretraining.data.read_errors import DataError
 from elip_models.pretraining.data.samples import Example, ExampleSource, Sample, Source
 from elip_models.pretraining.data.tokenizer import tokenize
+from elip_models.validation import Bounds, Positive, PositiveInt, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         weights: How often the samples of each source appear in an epoch, such as 1, 2 or 0.5.
 
     Raises:
-        ValueError: An epoch has no complete batch.
+        ValueError: An epoch has no complete batch, `rank` is not below `world_size`, or a weight
+            is not above 0.
     """
 
     def __init__(
@@ -63,6 +65,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         *,
         weights: Sequence[float] | None = None,
     ) -> None:
+        check("batch_size", batch_size, PositiveInt)
+        check("rank", rank, Annotated[int, Bounds(0, world_size - 1)])
+        check("weights", tuple(weights or ()), tuple[Positive, ...])
         self.lengths = tuple(length) if isinstance(length, Sequence) else (length,)
         pairs = zip(self.lengths, weights or [1.0] * len(self.lengths), strict=True)
         self._counts = [max(1, round(weight * length)) for length, weight in pairs]

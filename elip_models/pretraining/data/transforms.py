@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elip_models.images import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.data.augment import RandAugment, RandAugmentPolicy
-from elip_models.validation import require_extra
+from elip_models.validation import check, require_extra
 
 ResizeMode = Literal["crop", "squash"]
 
@@ -43,8 +43,11 @@ def image_transform(
             and changes the aspect ratio.
 
     Raises:
+        ValueError: `resize` or `randaugment_policy` is unknown.
         ImportError: torchvision is missing.
     """
+    check("resize", resize, ResizeMode)
+    check("randaugment_policy", randaugment_policy, RandAugmentPolicy)
     with require_extra("image_transform"):
         from torchvision.transforms import InterpolationMode, v2
     bicubic = InterpolationMode.BICUBIC

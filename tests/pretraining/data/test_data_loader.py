@@ -249,6 +249,15 @@ def test_ranks_partition_the_global_batch():
     assert [first + second for first, second in zip(*ranks, strict=True)] == whole
 
 
-def test_a_batch_that_is_larger_than_the_epoch_is_an_error():
-    with pytest.raises(ValueError, match=r"batch_size: expected at most 5 per rank .*, got 6"):
-        EpochSampler(10, 6, 0, world_size=2)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 6}, "batch_size: expected at most 5 per rank .*, got 6"),
+        ({"batch_size": 0}, "batch_size: expected an integer at least 1, got 0"),
+        ({"rank": 2}, r"rank: expected an integer in \[0, 1\], got 2"),
+        ({"weights": (-1.0,)}, "weights: expected .* above 0, got"),
+    ],
+)
+def test_settings_that_would_lose_or_repeat_samples_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        EpochSampler(10, **{"batch_size": 2, "seed": 0, "world_size": 2, **options})

@@ -29,6 +29,12 @@ def test_squashing_shows_the_whole_image():
     assert torch.equal(image_transform(8, train=True, scale=None, **options)(image), tensor)
 
 
+@pytest.mark.parametrize("option", ["resize", "randaugment_policy"])
+def test_an_unknown_name_raises(option):
+    with pytest.raises(ValueError, match=f"{option}: expected one of .*, got 'squish'"):
+        image_transform(8, train=True, **{option: "squish"})
+
+
 def test_training_never_mirrors_left_and_right():
     image = Image.new("RGB", (32, 32), "black")
     image.paste("white", (0, 0, 16, 32))
