@@ -8,7 +8,7 @@
     normalise_words     lower case, number words as digits,                  "Two dogs"  "2 dogs"
                         no articles, contractions with an apostrophe         "dont"      "don't"
 
-The accuracy of a prediction is min(1, 3 x share of the people whose answer equals it), which is the
+The accuracy of a prediction is min(1, 3 x share of the people whose answer equals it). This is the
 mean of min(1, n / 3) over all sets of nine of the ten people. What is compared depends on the
 revision of the official file:
 

@@ -105,7 +105,7 @@ def built_in_options(spec: Spec, source: type[Any]) -> dict[str, Any] | None:
 
 
 def _parse_value(text: str) -> Any:
-    """Return a number or a truth value; another text as it is, which the data then refuses."""
+    """Return a number or a truth value, or else the text, for which the data raises an error."""
     try:
         return json.loads(text)
     except ValueError:

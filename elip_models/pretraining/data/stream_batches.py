@@ -5,7 +5,7 @@ A reader is one worker of one rank. Every pass over the shards is a permutation 
 for the others. The order of the samples of a shard depends on (seed, reader, turn), where the turn
 counts the shards of the reader; the caption and the crop of a sample also on its index.
 
-Each batch holds the position behind it: the turn, and the place in the order of that shard. A
+Each batch has the position after it: the turn, and the place in the order of that shard. A
 resumed reader downloads this shard again and continues with exactly the next sample.
 """
 

@@ -1,9 +1,9 @@
 """The order of training samples, their preparation, and a loader that resumes exactly.
 
-The order of an epoch depends on (seed, epoch) only, and all random choices for a sample on (seed,
-turn, index), where the turn counts how often the sample was used before. A batch therefore depends
-on (seed, epoch, offset) only: neither the number of workers nor a restart changes it. An unreadable
-sample is replaced and reported.
+The order of an epoch depends on (seed, epoch) only. All random choices for a sample depend on
+(seed, turn, index), where the turn counts how often the sample was used before. A batch therefore
+depends on (seed, epoch, offset) only: neither the number of workers nor a restart changes it. An
+unreadable sample is replaced and reported.
 
 An epoch has n_i = max(1, round(weight_i * length_i)) samples of source i. They are the next n_i
 samples of an endless sequence of passes over source i. All samples of a source thus appear equally

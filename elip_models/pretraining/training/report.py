@@ -41,8 +41,8 @@ def draw_kept_tokens(
 ) -> Path:
     """Write a picture of the patches kept by each stage, CLS attention and captions.
 
-    It shows the first images of `source`, which the model was not trained on, and the paper's
-    strategy for any model, guided by the first captions of the images.
+    It shows the first images of `source`, which the model was not trained on. The strategy is the
+    paper's for any model, guided by the first captions of the images.
     """
     device, config = next(model.parameters()).device, model.config
     transform = image_transform(config.image_size, train=False, resize=config.resize)

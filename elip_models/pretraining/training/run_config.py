@@ -266,7 +266,7 @@ class RunConfig:
         is_scored = reports - {"zero_shot"} or (self.eval_every and data.zero_shot is None)
         if is_scored and data.eval is None:
             raise ValueError(
-                "data.eval: expected a source, since eval_every or report asks for one, got null; "
+                "data.eval: expected a source, since eval_every or report needs one, got null; "
                 "or set eval_every=0 and report=[]"
             )
         return self
