@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 from elip_models.images import SampleError, decode_image
 from elip_models.pretraining.data.data_spec import (
     FileSpec,
+    Spec,
     built_in_options,
     expand_user,
     parse_files,
@@ -154,7 +155,7 @@ class ClassExamples:
         return Example((), "", {name: 1.0}, self.source.sample_id(index))
 
 
-def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> ClassSource:
+def open_classes(spec: Spec, *, image_size: int, needs_names: bool = True) -> ClassSource:
     """Open the images that `spec` names, see the top of this file.
 
     Built-in images have `image_size` pixels. Classes whose names are numbers raise ValueError,
@@ -165,7 +166,9 @@ def open_classes(spec: str, *, image_size: int, needs_names: bool = True) -> Cla
         return EmojiClasses(**options, image_size=image_size)
     is_dataset = str(spec).startswith("datasets:")
     allowed = ("split", "label", "names") if is_dataset else ("names",)
-    named = parse_files(spec.removeprefix("datasets:") if is_dataset else spec, allowed, _FORMS)
+    named = parse_files(
+        str(spec).removeprefix("datasets:") if is_dataset else spec, allowed, _FORMS
+    )
     if len(named.files) != 1 or (is_dataset and named.split is None):
         raise ValueError(f"spec: expected {_FORMS}, got {shortened(spec)}")
     source = _read_dataset(named) if is_dataset else _read_folder(named)

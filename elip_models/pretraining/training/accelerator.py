@@ -47,7 +47,7 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
-def make_barrier_group(accelerator: "Accelerator") -> "dist.ProcessGroup | None":
+def make_barrier_group(accelerator: Accelerator) -> "dist.ProcessGroup | None":
     """Return a gloo process group whose barrier has a timeout of seven days; None for one process.
 
     The other processes wait in it while the main process evaluates, which may take hours. NCCL ends
