@@ -45,14 +45,6 @@ def overwrite(path, offset, content):
         file.write(content)
 
 
-def with_checksum(block):
-    """The header with the checksum that holds for it."""
-    block = bytearray(block)
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
 def damaged(content, rng):
     """Bytes with one of six kinds of damage, by a `random.Random`."""
     at, length = rng.randrange(len(content)), rng.choice((1, 4, 512))
