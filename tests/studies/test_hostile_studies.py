@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from benchmarks.studies import runner
-from benchmarks.studies.plan import plan
+from benchmarks.studies.plan import plan, seeds_of
 from benchmarks.studies.results import read_results
 from elip_models.validation import ConfigError
 from tests.helpers.programs import study_status
@@ -42,6 +42,12 @@ def test_a_hostile_study_is_one_line_before_anything_trains(tmp_path, monkeypatc
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and len(error) < 1000
     assert os.listdir(tmp_path) == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("text", ["5" * 5000, "٣", "1,", "-1", "1,1", "0,00", "0x1", "1e3"])
+def test_hostile_seeds_are_refused(text):
+    with pytest.raises(ConfigError, match="--seeds: expected"):
+        seeds_of(text)
 
 
 RESULTS = {
