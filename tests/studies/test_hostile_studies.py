@@ -8,7 +8,7 @@ import yaml
 
 from benchmarks.studies import runner
 from benchmarks.studies.plan import plan, seeds_of
-from benchmarks.studies.results import read_results
+from benchmarks.studies.results import OF_STUDY, read_results
 from elip_models.validation import ConfigError
 from tests.helpers.programs import study_status
 from tests.helpers.study_case import TINY, tiny_study
@@ -53,7 +53,8 @@ def test_hostile_seeds_are_refused(text):
 RESULTS = {
     "no JSON": "[",
     "nothing": "{}",
-    "runs": json.dumps({"study": "a", "arms": {}, "runs": [1]}),
+    "runs": json.dumps(dict.fromkeys(OF_STUDY) | {"arms": {}, "runs": [1]}),
+    "arms": json.dumps(dict.fromkeys(OF_STUDY) | {"arms": {"a": {}}, "runs": []}),
 }
 
 
