@@ -22,7 +22,7 @@ from elip_kernels._triton import HAS_TRITON
 from elip_models import reduce_
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
-launching = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
 N, D, HEADS, DEPTH, PIXELS = 197, 768, 12, 12, 64
 REPEATS = 20
 STRATEGIES = ("tome", "evit", "elip", "pitome")
@@ -99,7 +99,7 @@ def made(op, tokens):
     return OPS[op](tokens)
 
 
-@launching
+@needs_triton
 @pytest.mark.parametrize("op", OPS)
 def test_op(record, rounds, device, op):
     tokens = torch.rand(1, N, D, device=DEVICE)
@@ -123,7 +123,7 @@ def pytorch_form(call):
         return first(call())
 
 
-@launching
+@needs_triton
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_block(record, rounds, device, strategy):
     """Time added to a block of a dense tower; the tensors are so small that only Python counts."""

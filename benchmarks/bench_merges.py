@@ -59,8 +59,8 @@ def eager_nearest(
 def timed(record, rounds, case, direction, forms, inputs, forward, rows, **facts):
     """Compare the forms, time them and record the result.
 
-    forms take tokens, metric and further inputs, and merge into `rows` rows; `forward` is the work
-    of the forward pass.
+    `forms` take tokens, metric and further inputs, and merge into `rows` rows. `forward` is the
+    work of the forward pass.
     """
     tokens, *others = inputs
     others.append(torch.randint(1, 5, (case.B, case.N)).float())

@@ -4,8 +4,7 @@
 #   benchmarks/gpu.sh sanitize [TOOL ...]  run some of tests/gpu under compute-sanitizer with
 #                                          memcheck, racecheck and initcheck, or with TOOL only
 #   benchmarks/gpu.sh tune [OP ...]        try other numbers for elip_kernels/launch.py
-#   benchmarks/gpu.sh bench [NAME ...]     run all benchmarks, or bench_NAME.py only, and compare the
-#                                          times of the ops with the prediction of latency.py
+#   benchmarks/gpu.sh bench [NAME ...]     run all benchmarks, or bench_NAME.py only
 # A call ends after 500 seconds (--seconds); the same command again goes on with what is left.
 # Each file, tool and sweep is a process with a limit (--limit); failures are listed at the end.
 # Results and log.txt go to $OUT, or to benchmarks/results/<device>. If the source tree has no .git,

@@ -151,9 +151,9 @@ def run(command: str, todo: list[Step], out: Path, state: dict[str, Any], option
         if step.results is not None and step.results.exists():
             append(step.results, out / "bench.json")
         write(out / "steps.json", state)
-    found = {name: outcomes.get(name, "left") for name in (f"{command}/{s.name}" for s in todo)}
-    sys.stdout.write("\n" + "".join(f"{name}: {found[name]}\n" for name in found))
-    return 0 if set(found.values()) <= {"passed"} else 1
+    keys = [f"{command}/{step.name}" for step in todo]
+    sys.stdout.write("\n" + "".join(f"{key}: {outcomes.get(key, 'left')}\n" for key in keys))
+    return 0 if all(outcomes.get(key) == "passed" for key in keys) else 1
 
 
 def main() -> int:

@@ -3,14 +3,14 @@
 import os
 import platform
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import cpuinfo
 
 from benchmarks.cases import DEVICE, ON_GPU
-from elip_models.profiling.measure import measured_on
+from elip_models.profiling.measure import installed_versions, measured_on
+
+PACKAGES = ("torch", "triton", "timm")
 
 
 @cache
@@ -21,8 +21,5 @@ def machine() -> dict[str, Any]:
     return {
         "device": measured["device"] if ON_GPU else f"{brand}, {os.cpu_count()} cores",
         "threads": measured["threads"],
-        "versions": {
-            name: version(name) if find_spec(name) else "absent"
-            for name in ("torch", "triton", "timm")
-        },
+        "versions": dict.fromkeys(PACKAGES, "absent") | installed_versions(PACKAGES),
     }

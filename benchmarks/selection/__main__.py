@@ -85,13 +85,13 @@ def selection_tables(scores: dict[str, Any]) -> tuple[Table, Table]:
 
 
 def _interval(
-    found: dict[str, Any] | None, scale: int, digits: int, chance: dict[str, Any] | None = None
+    interval: dict[str, Any] | None, scale: int, digits: int, chance: dict[str, Any] | None = None
 ) -> str:
-    if found is None:
+    if interval is None:
         return "-"
-    text = f"{scale * found['mean']:.{digits}f}"
-    if found["high"] is not None:
-        text += f" ± {scale * (found['high'] - found['mean']):.{digits}f}"
+    text = f"{scale * interval['mean']:.{digits}f}"
+    if interval["high"] is not None:
+        text += f" ± {scale * (interval['high'] - interval['mean']):.{digits}f}"
     return text if chance is None else f"{text} ({scale * chance['mean']:.{digits}f})"
 
 

@@ -114,13 +114,13 @@ class Progress:
 
     def _seconds(self, run: Run) -> float | None:
         """Estimate the seconds of a run from finished runs of its arm, or from their FLOPs."""
-        results = [found for each in self.runs if (found := result_of(self.study, each))]
-        own = [found["seconds"] for found in results if found["arm"] == run.arm]
+        results = [result for other in self.runs if (result := result_of(self.study, other))]
+        own = [result["seconds"] for result in results if result["arm"] == run.arm]
         if own:
             return median(own)
         work = {arm: cost.flops for arm, cost in self.costs.items()}
-        alike = [found for found in results if bool(work[found["arm"]]) == bool(work[run.arm])]
-        rates = [found["seconds"] / (work[found["arm"]] or 1) for found in alike]
+        alike = [result for result in results if bool(work[result["arm"]]) == bool(work[run.arm])]
+        rates = [result["seconds"] / (work[result["arm"]] or 1) for result in alike]
         return (work[run.arm] or 1) * median(rates) if rates else None
 
 

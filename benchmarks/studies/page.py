@@ -28,18 +28,17 @@ CHART = (
 HOW_TO_READ = "`docs/study.md` in the repository explains how to read the tables."
 
 
-def study_page(document: Document, chart: str, notes: str = HOW_TO_READ) -> str:
+def study_page(document: Document, chart: str) -> str:
     """Return the page of one study.
 
     Args:
         document: Results of the study.
         chart: Link to its chart.
-        notes: Markdown below the title.
     """
     seeds = sorted({run["seed"] for run in document["runs"]})
     parts = [
         f"# {document['question']}",
-        notes,
+        HOW_TO_READ,
         f"What the ELIP paper reports: {document['paper']}",
         f"Runs: {len(document['runs'])}, with the recipe `{document['recipe']}` and seeds "
         f"{', '.join(map(str, seeds))}. Command: "

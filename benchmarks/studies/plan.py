@@ -119,11 +119,12 @@ def plan(study: Study, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -
 def seeds_of(text: str | None) -> tuple[int, ...]:
     """Parse seeds such as '0,1,2'; return an empty tuple for None."""
     words = [word.strip() for word in text.split(",")] if text else []
-    if len({*words}) < len(words) or not all(re.fullmatch("[0-9]{1,10}", word) for word in words):
+    seeds = tuple(int(word) for word in words if re.fullmatch("[0-9]{1,10}", word))
+    if len({*seeds}) < len(words):
         raise ConfigError(
             f"--seeds: expected numbers such as 0,1,2, each once, got {shortened(text)}"
         )
-    return tuple(map(int, words))
+    return seeds
 
 
 def _read(name_or_path: str, number: int = 1) -> dict[str, Any]:

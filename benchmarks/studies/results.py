@@ -32,6 +32,7 @@ with require_extra("benchmarks.studies"):
 LEVEL = 0.95
 Document = dict[str, Any]
 OF_STUDY = {"study", "question", "paper", "recipe", "overrides", "quality", "references"}
+OF_ARM = {"parent", "length"}
 OF_RUN = {"arm", "seed", "metrics", "measured_on", "commit"}
 Beginning = float | None
 Values = dict[int, dict[Beginning, float]]  # by seed, and by the model that the run begins with
@@ -130,7 +131,10 @@ def read_results(path: Path) -> Document:
         document = read_object(path)
     arms, runs = document.get("arms"), document.get("runs")
     is_study = isinstance(arms, dict) and isinstance(runs, list) and document.keys() >= OF_STUDY
-    if not is_study or any(not isinstance(run, dict) or not run.keys() >= OF_RUN for run in runs):
+    parts = [(arm, OF_ARM) for arm in arms.values()] if is_study else []
+    parts += [(run, OF_RUN) for run in runs] if is_study else []
+    fits = all(isinstance(part, dict) and part.keys() >= keys for part, keys in parts)
+    if not (is_study and fits):
         raise ConfigError(f"results: {expected} {shortened(document)} in {path}")
     return document
 

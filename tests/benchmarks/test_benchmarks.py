@@ -174,6 +174,28 @@ def test_an_incomplete_run_is_refused(page, tmp_path, capsys, change, reason):
     assert [path.name for path in (tmp_path / "docs").iterdir()] == ["benchmarks.md"]
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"parity": PASSED | {"passed": False}}, "parity failed"),
+        ({"parity": PASSED | {"max_abs": 2e-6}}, "parity failed"),
+        ({"parity": PASSED | {"max_abs": float("nan")}}, "parity failed"),
+        ({"parity": PASSED | {"coarser": PASSED | {"max_abs": 2e-6}}}, "parity failed"),
+        ({"parity": None}, "parity was not checked"),
+        ({"rounds": 3}, "expected 10 rounds or more, got 3"),
+    ],
+)
+def test_results_without_parity_are_refused(page, tmp_path, capsys, change, reason):
+    op, *others = entries()
+    arguments = page([*others, op | change])
+    before = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    assert reason in message and "bench.json: reduce" in message
+    assert (tmp_path / "docs" / "benchmarks.md").read_text() == before
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["benchmarks.md"]
+
+
 def test_a_page_without_markers_is_refused(page, tmp_path, capsys):
     arguments = page(entries())
     (tmp_path / "docs" / "benchmarks.md").write_text("nothing")

@@ -62,6 +62,13 @@ def test_parity_needs_finite_outputs(spoilt, value):
         parity((exact, exact), outputs | {spoilt: (ones, torch.full((4, 3), value))})
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 5), (2, 3, 5), (4, 3, 1), (5, 3, 5)])
+def test_parity_needs_equal_shapes(shape):
+    ones = torch.ones(4, 3, 5)
+    with pytest.raises(AssertionError, match="parity"):
+        parity((ones.double(),), {"eager": (ones,), OURS: (torch.ones(shape),)})
+
+
 @pytest.mark.parametrize("image", [0, 7, 15])
 def test_parity_compares_every_image(image):
     (exact,) = in_fp64((torch.ones(16, 3),), 4)

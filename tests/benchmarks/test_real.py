@@ -81,20 +81,20 @@ def test_photographs_come_in_the_order_of_their_list(tmp_path):
 @pytest.mark.parametrize("text", ["tome 0.5", "elip:merge=nearest 0.6", "tome:r=9"])
 def test_the_features_are_those_of_the_reduced_model(model, text):
     images = torch.randn(2, 3, 224, 224)
-    found, setting = features_of(model, text, images)
+    result, setting = features_of(model, text, images)
     with torch.no_grad():
         tokens, _ = setting.model.forward_intermediates(images, indices=1, output_fmt="NLC")
-        torch.testing.assert_close(found.cls, setting.model(images))
-    torch.testing.assert_close(found.patches, tokens[:, 1:])
+        torch.testing.assert_close(result.cls, setting.model(images))
+    torch.testing.assert_close(result.patches, tokens[:, 1:])
 
 
 def test_dropped_patches_have_no_features_and_those_of_a_smaller_image_are_interpolated(model):
     images = torch.randn(2, 3, 224, 224)
     assert features_of(model, "elip:merge=none 0.6", images)[0].patches is None
-    found, setting = features_of(model, "resize:size=112", images)
+    result, setting = features_of(model, "resize:size=112", images)
     tokens = elip_models.encode_image(model, images, strategy=setting.summary.strategy)
-    assert tokens.shape[1] == 1 + 7 * 7 and found.patches.shape == (2, 196, 24)
-    corners = [found.patches[:, i] for i in (0, 13, 182, 195)]
+    assert tokens.shape[1] == 1 + 7 * 7 and result.patches.shape == (2, 196, 24)
+    corners = [result.patches[:, i] for i in (0, 13, 182, 195)]
     torch.testing.assert_close(torch.stack(corners, 1), tokens[:, [1, 7, 43, 49]])
 
 

@@ -1,5 +1,7 @@
 """Waits of a program for memory, counted in the interpreter."""
 
+from itertools import chain
+
 import pytest
 import torch
 import triton
@@ -13,12 +15,11 @@ from elip_kernels.testing import WITH_KERNELS
 @pytest.mark.slow
 def test_the_waits_of_one_image_are_those_of_the_docs():
     """In bf16 for a ViT-B, the figures of docs/kernels.md; each greedy step waits for the last."""
-    found = {op: waits_of(op, "bf16") for op in WITH_KERNELS}
-    waits = {
-        name: int(count)
-        for line in found.values()
-        for name, count in (each.split() for each in line.partition(": ")[2].split(", "))
-    }
+    launches = [waits_of(op, "bf16").partition(": ")[2].split(", ") for op in WITH_KERNELS]
+    waits = {}
+    for launch in chain.from_iterable(launches):
+        kernel, count = launch.split()
+        waits[kernel] = max(int(count), waits.get(kernel, 0))
     greedy = {"_diverse_kernel": 167, "_dpp_kernel": 937}
     assert {name: waits.pop(name) for name in greedy} == greedy
     assert max(waits.values()) == 11

@@ -1,4 +1,4 @@
-"""The compile report as a command: tables, JSON, and failures of the compiler."""
+"""The compile report as a command: its table, and failures of the compiler."""
 
 import os
 import sys

@@ -22,8 +22,10 @@ from elip_models import (
     AdaptiveELIP,
     EViT,
     ImageResize,
+    RandomPruning,
     ToMe,
 )
+from elip_models.towers import as_tower
 from tests.helpers.models import hf_clip, ids, open_clip_pair
 from tests.helpers.strategies import with_every_strategy
 from tests.helpers.tiers import tiered
@@ -81,6 +83,25 @@ def test_onnxruntime_returns_what_pytorch_returns_for_any_batch(name):
     program = exported(model, (images(),), dynamic=({0: BATCH},))
     for batch in (1, 2, 5):
         assert_runs_alike(program, model, images(batch))
+
+
+@pytest.mark.exhaustive
+def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
+    """The graph draws random numbers; the same numbers give the same result in both."""
+    model = elip_models.reduce_(plain_vit().eval(), strategy=RandomPruning(SCHEDULE))
+    x = images()
+    program = exported(model, (x,))
+    draws = [n.output[0] for n in program.graph.node if n.op_type.startswith("RandomUniform")]
+    assert len(draws) == len(RandomPruning(SCHEDULE).stages(as_tower(model).size))
+    program.graph.output.extend(onnx.ValueInfoProto(name=name) for name in draws)
+    session = opened(program)
+    first, second = (run(session, x) for _ in range(2))
+    assert not any(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    features, *drawn = second
+    monkeypatch.setattr(torch, "rand", lambda *size, device: drawn.pop(0).view(size))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), features, **CLOSE)
+    assert not drawn
 
 
 @pytest.mark.exhaustive

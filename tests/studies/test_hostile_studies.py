@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from benchmarks.studies import runner
-from benchmarks.studies.plan import plan
-from benchmarks.studies.results import read_results
+from benchmarks.studies.plan import plan, seeds_of
+from benchmarks.studies.results import OF_STUDY, read_results
 from elip_models.validation import ConfigError
 from tests.helpers.programs import study_status
 from tests.helpers.study_case import TINY, tiny_study
@@ -44,10 +44,17 @@ def test_a_hostile_study_is_one_line_before_anything_trains(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["tiny.yaml"]
 
 
+@pytest.mark.parametrize("text", ["5" * 5000, "٣", "1,", "-1", "1,1", "0,00", "0x1", "1e3"])
+def test_hostile_seeds_are_refused(text):
+    with pytest.raises(ConfigError, match="--seeds: expected"):
+        seeds_of(text)
+
+
 RESULTS = {
     "no JSON": "[",
     "nothing": "{}",
-    "runs": json.dumps({"study": "a", "arms": {}, "runs": [1]}),
+    "runs": json.dumps(dict.fromkeys(OF_STUDY) | {"arms": {}, "runs": [1]}),
+    "arms": json.dumps(dict.fromkeys(OF_STUDY) | {"arms": {"a": {}}, "runs": []}),
 }
 
 

@@ -315,7 +315,7 @@ def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
         assert ("step_time" in run) == trained == (run["beginning"] is None)
         assert ("loss" in run) == ("images" in run) == (not run["arm"].startswith("after"))
     assert [*Path("runs").rglob("checkpoints")] == []
-    assert "+" in study_page(found, "chart.svg", "")
+    assert "+" in study_page(found, "chart.svg")
 
 
 @pytest.mark.slow

@@ -121,11 +121,11 @@ def test_a_difference_is_bold_if_its_interval_excludes_zero():
 
 def test_the_page_counts_runs_from_trees_with_uncommitted_changes():
     found = document(dense=[0.5, 0.7], up=[0.6, 0.8])
-    page = study_page(found, "tiny.svg", "")
+    page = study_page(found, "tiny.svg")
     assert "None of the runs are from trees with uncommitted changes." in page
     found["runs"][0]["commit"] = {"id": "0123456789", "dirty": True}
     found["runs"][1]["commit"] = {}
-    page = study_page(found, "tiny.svg", "")
+    page = study_page(found, "tiny.svg")
     assert "1 of the runs is from trees with uncommitted changes, so" in page
     assert "Runs without a commit: 1." in page
 
