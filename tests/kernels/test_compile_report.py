@@ -142,6 +142,32 @@ def test_alignment_that_varies_with_the_batch_is_not_specialised(op, monkeypatch
                 assert len(aligned) == 1 or may_differ, (one.name, parameter.name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", tiered([90, 86, 120], [90], slow=[86]))
+@pytest.mark.parametrize("heads", [24, 48])
+def test_many_heads_score_without_a_spill(heads, arch, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", 64 * heads)
+    monkeypatch.setattr(report, "HEADS", heads)
+    for dtype in SIZE:
+        _, scores, _ = report.recorded_call("cls_attention_from_tokens", 1, 257, 0, dtype, arch)
+        assert scores.name == "scores_kernel"
+        assert is_clean(compile_launch(scores, arch)), dtype
+
+
+@pytest.mark.parametrize(
+    "op",
+    tiered(
+        ["score_reduce", "cls_attention", "cls_attention_from_tokens"], [], slow=["score_reduce"]
+    ),
+)
+def test_the_largest_image_compiles_without_a_spill(op, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", 1536)
+    monkeypatch.setattr(report, "HEADS", 24)
+    for B in BATCHES:
+        for launch in report.recorded_call(op, B, 1025, 400, "bf16", 90):
+            assert is_clean(compile_launch(launch, 90)), launch.name
+
+
 @pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
 @pytest.mark.parametrize("op", ["bipartite_merge", "merge_nearest"])
 @pytest.mark.parametrize("N", tiered([577, 1025, 16_385], [577], slow=[16_385]))

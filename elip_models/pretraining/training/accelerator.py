@@ -1,7 +1,10 @@
-"""The `accelerate.Accelerator` of a run, and a process group to wait in."""
+"""The `accelerate.Accelerator` of a run, its expected warnings, and a process group to wait in."""
 
 import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -43,8 +46,21 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
         )
     if missing := set(config.trackers) - {str(tracker) for tracker in accelerator.log_with}:
         raise ConfigError(f"trackers: expected installed ones, got {sorted(missing)}")
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are intended
     return accelerator
+
+
+@contextmanager
+def expected_warnings_ignored() -> Iterator[None]:
+    """Ignore warnings about what a run intends: tied weights, and outputs of FSDP2 as views."""
+    logger = logging.getLogger("accelerate.utils.other")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():  # one for the run: one in each step would repeat warnings
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def make_barrier_group(accelerator: Accelerator) -> "dist.ProcessGroup | None":

@@ -103,7 +103,14 @@ def _damage_of(checkpoint: Path) -> str | None:
             f"{checkpoint}: expected a checkpoint of this version, got one of an earlier version: "
             "finish the run with that version, or set another output_dir"
         )
-    if state.keys() != {"step", "invariants", "sha256"} or state["step"] != _step_in(checkpoint):
+    is_whole = (
+        state.keys() == {"step", "invariants", "sha256"}
+        and state["step"] == _step_in(checkpoint)
+        and isinstance(state["invariants"], dict)
+        and isinstance(state["sha256"], dict)
+        and state["sha256"]
+    )
+    if not is_whole:
         return f"{MANIFEST} is not what was written"
     return damage_of(checkpoint, state["sha256"])
 

@@ -12,7 +12,6 @@ accelerate handles ranks, device, accumulation, trackers and random generators.
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -84,8 +83,6 @@ class ShardedModel:
         self.copy = copy.deepcopy(model) if accelerator.is_main_process else None
         self.model = model
         self.scalars = _shard_(model, accelerator.device)
-        # No output is changed in place. A context in each step would show every warning again.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         with as_config_error("optim"):
             self.optimizer = make_optimizer(model, optim)
         _separate_groups_(self.optimizer)

@@ -23,7 +23,11 @@ from elip_models.integrations.peft.adapt import trainable_counts
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import family_of
 from elip_models.pretraining.tasks.task import TaskScores
-from elip_models.pretraining.training.accelerator import make_accelerator, make_barrier_group
+from elip_models.pretraining.training.accelerator import (
+    expected_warnings_ignored,
+    make_accelerator,
+    make_barrier_group,
+)
 from elip_models.pretraining.training.errors import as_write_error
 from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
@@ -101,7 +105,7 @@ class Trainer:
     def run(self) -> TrainResult:
         """Prepare the run, train to the last step, save the model and return the result."""
         locked = self.folder.locked(self.config, resume=self.resume)
-        with locked if self.is_main else nullcontext():
+        with locked if self.is_main else nullcontext(), expected_warnings_ignored():
             self.prepare()
             with progress_bar(self.console) as self.bars:
                 self._train()

@@ -1,9 +1,11 @@
 """Training of every family: losses, precision, evaluation, the log, and errors that stop a run."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -289,3 +291,11 @@ def test_divergence_is_no_error_of_drawing_negatives(tmp_path):
     rate = ("optim.lr=1e30", "optim.max_grad_norm=null", "optim.max_nonfinite_steps=2")
     with pytest.raises(TrainingError, match="not finite"):
         train(tiny_config(tmp_path, *rate, "log_every=4", recipe="albef_tiny"))
+
+
+def test_a_run_leaves_loggers_and_warning_filters_as_they_were(tmp_path):
+    logger = logging.getLogger("accelerate.utils.other")
+    before = logger.level, list(warnings.filters)
+    with own_process():
+        train(tiny_config(tmp_path, "optim.steps=1"))
+    assert (logger.level, list(warnings.filters)) == before
