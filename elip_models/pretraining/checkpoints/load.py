@@ -85,7 +85,7 @@ class LoadReport:
     left_out: tuple[str, ...]
 
     def summary(self) -> str:
-        """Return the list as text, with counts of tensors by the first two parts of their names."""
+        """Return the report as text; tensors are counted by the first two parts of their names."""
         rows = {
             "loaded": _counted(self.loaded),
             "interpolated": ", ".join(f"{name} {how}" for name, how in self.interpolated.items()),
@@ -195,7 +195,7 @@ def load_checkpoint_(
     allow_unexpected: Iterable[str] = (),
     momentum: bool = True,
 ) -> LoadReport:
-    """Load a checkpoint in place, and copy the parts of the model of which it has nothing.
+    """Load a checkpoint in place; parts of the model that it lacks are filled as in `FILLS`.
 
     ValueError lists what is missing, unexpected or of another shape; the model is unchanged then.
     Without `momentum`, momentum encoders and queue are not read.
