@@ -19,6 +19,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+MOST_SHARED = 4
+"""Tensors of a file may together be so many times its size, by sharing memory, as tied ones do."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -76,5 +78,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"source: expected a state dict, bare or under 'state_dict' or 'model', in {path}, got "
             f"other values under {', '.join(others)!r:.200}"
+        )
+    size, total = path.stat().st_size, sum(w.numel() * w.element_size() for _, w in pairs)
+    if total > MOST_SHARED * size:
+        raise ValueError(
+            f"source: expected tensors of at most {MOST_SHARED} times the size of {path}, got "
+            f"{total} bytes from {size}; save a copy of each tensor"
         )
     return content

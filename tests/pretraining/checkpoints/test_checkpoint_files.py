@@ -39,6 +39,7 @@ def small_open_clip(embed_dim=16):
         ({"a": torch.zeros(1), "_orig_mod.a": torch.zeros(1)}, "each tensor once"),
         ({"model": {1: torch.zeros(1)}}, "got other values under '1'"),
         ({}, "got other values under ''"),
+        ({"a": torch.zeros(1).expand(2**16, 2**16)}, "at most 4 times the size of"),
         ({"layer.weight": torch.zeros(2)}, r"albef, .*hf_blip, got names such as layer\.weight"),
     ],
 )
