@@ -41,6 +41,7 @@ from elip_models.pretraining.models.base import PretrainedModel, without_removed
 from elip_models.pretraining.models.registry import MODELS
 from elip_models.saving.files import check_finite, read_config
 from elip_models.saving.weights import first_names, load_weights, matches_any
+from elip_models.validation import as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,9 @@ def convert_checkpoint(
             )
         fields = fields | ids
     fields = fields | overrides
-    model = family(family.config_class.from_dict(fields | default_heads(fields)))
+    with as_config_error(f"source: {source}"):
+        config = family.config_class.from_dict(fields | default_heads(fields))
+    model = family(config)
     loaded = load_checkpoint_(
         model, checkpoint, allow_missing=allow_missing, allow_unexpected=allow_unexpected
     )
