@@ -41,6 +41,7 @@ from elip_models.pretraining.models.base import PretrainedModel, without_removed
 from elip_models.pretraining.models.registry import MODELS
 from elip_models.saving.files import check_finite, read_config
 from elip_models.saving.weights import first_names, load_weights, matches_any
+from elip_models.validation import as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,7 @@ class LoadReport:
     left_out: tuple[str, ...]
 
     def summary(self) -> str:
-        """Return the list as text, with counts of tensors by the first two parts of their names."""
+        """Return the report as text; tensors are counted by the first two parts of their names."""
         rows = {
             "loaded": _counted(self.loaded),
             "interpolated": ", ".join(f"{name} {how}" for name, how in self.interpolated.items()),
@@ -147,7 +148,9 @@ def convert_checkpoint(
             )
         fields = fields | ids
     fields = fields | overrides
-    model = family(family.config_class.from_dict(fields | default_heads(fields)))
+    with as_config_error(f"source: {source}"):
+        config = family.config_class.from_dict(fields | default_heads(fields))
+    model = family(config)
     loaded = load_checkpoint_(
         model, checkpoint, allow_missing=allow_missing, allow_unexpected=allow_unexpected
     )
@@ -195,7 +198,7 @@ def load_checkpoint_(
     allow_unexpected: Iterable[str] = (),
     momentum: bool = True,
 ) -> LoadReport:
-    """Load a checkpoint in place, and copy the parts of the model of which it has nothing.
+    """Load a checkpoint in place; parts of the model that it lacks are filled as in `FILLS`.
 
     ValueError lists what is missing, unexpected or of another shape; the model is unchanged then.
     Without `momentum`, momentum encoders and queue are not read.

@@ -123,8 +123,12 @@ def fields_from_config(kind: str, folder: Path, vocab_size: int) -> dict[str, An
     return {  # configs keep default ids beyond a small vocabulary
         name: value
         for name, value in fields.items()
-        if not name.endswith("_token_id") or (value is not None and 0 <= value < vocab_size)
+        if not name.endswith("_token_id") or not _is_unused(value, vocab_size)
     }
+
+
+def _is_unused(token_id: Any, vocab_size: int) -> bool:
+    return token_id is None or (isinstance(token_id, int) and not 0 <= token_id < vocab_size)
 
 
 def _hf_fields(kind: str, config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elip_models.saving.files import read_object, read_tensors
+from elip_models.validation import mismatch_error
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -18,6 +19,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+MOST_SHARED = 4
+"""Tensors of a file may together be so many times its size, by sharing memory, as tied ones do."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -35,7 +38,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path = files[0]
     if path.suffix == ".json":
         shards = read_object(path).get("weight_map")
-        if not isinstance(shards, dict):
+        if mismatch_error(shards, dict[str, str]):
             raise ValueError(
                 f"source: expected weights, or the index of their shards, got {path}; pass the "
                 "folder of a config"
@@ -43,11 +46,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         files = [path.parent / shard for shard in sorted(set(shards.values()))]
     else:
         files = [path]
-    weights = {
-        name.replace("_orig_mod.", ""): weight
-        for file in files
-        for name, weight in _read_file(file).items()
-    }
+    stored = {name: weight for file in files for name, weight in _read_file(file).items()}
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in stored.items()}
+    if len(weights) < len(stored):
+        raise ValueError(f"source: expected each tensor once, with or without _orig_mod, in {path}")
     while weights and all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
     return weights
@@ -71,9 +73,16 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"content ({type(error).__name__}: {reason:.200}); if you trust it, save only its "
             "state dict, torch.save({'model': state_dict}, ..)"
         ) from error
-    if not pairs or any(not (type(n) is str and isinstance(w, Tensor)) for n, w in pairs):
+    others = [str(n) for n, w in pairs if not (type(n) is str and isinstance(w, Tensor))]
+    if others or not content:
         raise ValueError(
             f"source: expected a state dict, bare or under 'state_dict' or 'model', in {path}, got "
-            f"other values under {', '.join(map(str, content))!r:.200}"
+            f"other values under {', '.join(others)!r:.200}"
+        )
+    size, total = path.stat().st_size, sum(w.numel() * w.element_size() for _, w in pairs)
+    if total > MOST_SHARED * size:
+        raise ValueError(
+            f"source: expected tensors of at most {MOST_SHARED} times the size of {path}, got "
+            f"{total} bytes from {size}; save a copy of each tensor"
         )
     return content

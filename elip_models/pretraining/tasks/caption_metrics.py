@@ -5,8 +5,8 @@
     CIDEr-D  10 times the mean, over n = 1..4 and the references of an image, of the cosine of
              clipped tf-idf n-grams times e^(-(l_w - l_r)^2 / 72)
 
-Texts are split into words by `words_of`, close to Stanford's PTB tokenizer, which needs Java. For
-scores that compare with papers, pass the captions that `submission` writes to COCO's own tool.
+`words_of` splits texts into words, close to Stanford's PTB tokenizer, which needs Java. For scores
+comparable with those of papers, pass the file of `submission` to pycocoevalcap's `COCOEvalCap`.
 """
 
 import re

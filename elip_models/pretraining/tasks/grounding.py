@@ -66,7 +66,7 @@ class Heat(NamedTuple):
 class Grounding(EvaluationTask):
     """Grounding of expressions by ALBEF, BLIP or METER with ITM.
 
-    The scores are "pointing" and, with proposals, "accuracy", for each split of the data apart.
+    The scores are "pointing" and, with proposals, "accuracy". Each split of the data has its own.
 
     Args:
         layer: Layer with cross attention, counted from 1. None: half of them, as ALBEF's 3 of 6.

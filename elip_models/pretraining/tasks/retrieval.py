@@ -163,7 +163,11 @@ class Retrieval(Task):
     def check(self, model: "PretrainedModel") -> None:
         """Raise ValueError unless the model has features to rank, or image-text matching."""
         if self.guided and not (self.candidates and hasattr(model, "matching_logits")):
-            raise ValueError("guided: expected a model and --rerank that re-rank by ITM, got none")
+            raise ValueError(
+                "guided: expected --rerank and a model with image-text matching (ALBEF, BLIP, "
+                f"METER), got {type(model).__name__} and {self.candidates} candidates; leave out "
+                "guided"
+            )
         if self.candidates and not hasattr(model, "matching_logits"):
             super().check(model)
         if not self.candidates:

@@ -149,7 +149,7 @@ class EvaluationTask(ABC):
 
     @abstractmethod
     def check(self, model: "PretrainedModel") -> None:
-        """Raise TypeError or ValueError, whose text begins with the argument, if none is scored."""
+        """Raise TypeError or ValueError, which names the argument, for a model without a score."""
 
     def samples(self, source: Source | ExampleSource) -> Source | ExampleSource:
         """Return what is read of the source."""
@@ -190,7 +190,7 @@ class EvaluationTask(ABC):
 
 
 def _counted(batches: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
-    """Yield batches, and report when the next one is requested that a batch is done."""
+    """Yield batches, and report each one as done when the next one is requested."""
     done = 0
     progress("sample", done, total)
     for batch in batches:

@@ -66,7 +66,7 @@ class ZeroShot(EvaluationTask):
         labels = labels.to(images.device)
         # of classes with the same name, of which ImageNet has two pairs, the first is predicted
         names = torch.tensor([source.names.index(name) for name in source.names])
-        relevant = (names[:, None] == names).tril().to(images.device)[labels]
+        relevant = (names[:, None] == names).triu().to(images.device)[labels]
         ranks = ranks_of(similarities(images, classes), relevant).cpu().numpy()
         return TaskScores(
             task=self.name,

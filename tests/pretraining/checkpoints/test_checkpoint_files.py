@@ -35,9 +35,11 @@ def small_open_clip(embed_dim=16):
         ({"model": Surprise()}, "global: GLOBAL exec was not an allowed"),
         ({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace()}, r"argparse\.Namespace"),
         ("text", "AttributeError"),
-        ({"model": {"a": 1}}, "got other values under 'a'"),
+        ({"model": {"b": torch.zeros(1), "a": 1}}, "got other values under 'a'"),
+        ({"a": torch.zeros(1), "_orig_mod.a": torch.zeros(1)}, "each tensor once"),
         ({"model": {1: torch.zeros(1)}}, "got other values under '1'"),
         ({}, "got other values under ''"),
+        ({"a": torch.zeros(1).expand(2**16, 2**16)}, "at most 4 times the size of"),
         ({"layer.weight": torch.zeros(2)}, r"albef, .*hf_blip, got names such as layer\.weight"),
     ],
 )
@@ -74,9 +76,10 @@ def test_missing_files_and_configs_alone_are_named(tmp_path):
         convert_checkpoint(tmp_path / "none.pth")
     with pytest.raises(FileNotFoundError, match=r"source: expected one of model\.safetensors"):
         convert_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="source: expected weights, or the index of their shards"):
-        convert_checkpoint(tmp_path / "config.json")
+    for content in ("{}", '{"weight_map": {"a": 1}}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="source: expected weights, or the index of their"):
+            convert_checkpoint(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

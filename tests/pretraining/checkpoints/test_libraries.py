@@ -245,6 +245,7 @@ def test_the_bias_of_the_sigmoid_loss_is_exported_to_open_clip(tmp_path):
         ({"text_cfg": {"pool_type": "last"}}, "pool_type = 'argmax' or 'eos'"),
         ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask = False"),
         ({"text_cfg": 3}, "expected a config of open_clip"),
+        ({"text_cfg": {"pad_id": "a"}}, "pad_token_id: expected .*got 'a'"),
     ],
 )
 def test_a_setting_of_open_clip_that_ours_lacks_is_refused(tmp_path, change, message):

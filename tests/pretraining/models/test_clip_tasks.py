@@ -135,9 +135,9 @@ def test_every_strategy_trains_saves_and_loads(strategy, tuning, tmp_path):
     assert losses[-1] < losses[0]
     other = CLIPClassification.from_pretrained(model.save_pretrained(tmp_path)).eval()
     logits = []
-    for each in (other, model.eval()):
+    for one in (other, model.eval()):
         torch.manual_seed(1)
-        logits.append(each.logits(inputs["images"]))
+        logits.append(one.logits(inputs["images"]))
     assert torch.equal(*logits)
 
 

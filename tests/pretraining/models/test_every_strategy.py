@@ -82,26 +82,26 @@ def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
 def test_the_padding_of_adaptive_changes_no_loss(family, momentum):
     options = {"momentum_reduction": momentum} if family in MOMENTUM else {}
     model, batch = reduced(family, "adaptive", **options).eval(), batch_of_four()
-    drawn, found = draws(family, *batch, "local"), []
+    drawn, masks = draws(family, *batch, "local"), []
 
     def disturbed(tokens, mask):
         if mask is None:
             return tokens, mask
-        found.append(mask)
+        masks.append(mask)
         return torch.where(mask[..., None], tokens, 1e3 * torch.randn_like(tokens)), mask
 
     expected, _ = step(model, batch, drawn)
     if family in MOMENTUM:
         images = model._encode_images
-        model._encode_images = lambda *args: tuple(disturbed(*each) for each in images(*args))
+        model._encode_images = lambda *args: tuple(disturbed(*encoded) for encoded in images(*args))
     else:
         fuse = model.fuse
-        model.fuse = lambda *given, **options: fuse(
-            *given[:2], *disturbed(*given[2:4]), *given[4:], **options
+        model.fuse = lambda *args, **options: fuse(
+            *args[:2], *disturbed(*args[2:4]), *args[4:], **options
         )
     got, _ = step(model, batch, drawn)
-    assert len(found) == 2 - (family in MOMENTUM and momentum == "none")
-    assert all((~mask).any() for mask in found)
+    assert len(masks) == 2 - (family in MOMENTUM and momentum == "none")
+    assert all((~mask).any() for mask in masks)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 

@@ -70,9 +70,9 @@ def test_dropout_of_all_guidance_is_vision_alone(family):
             model = enlarged(tiny(**(SEEN | options)))
         else:
             model = made(family, **(SEEN | options))
-        return losses_of(model.train(), **given).loss
+        return losses_of(model.train(), **inputs).loss
 
-    given = batch() if family == "clip" else pairs(family)
+    inputs = batch() if family == "clip" else pairs(family)
     assert torch.equal(run(guide_dropout=1.0), run(fusion=1.0))
     assert not torch.equal(run(guide_dropout=1.0), run())
 
@@ -114,14 +114,14 @@ def test_after_itc_no_caption_reaches_the_image_features_and_the_others_are_guid
     "options", [{"guide_negatives": 0.5, "guide_dropout": 0.3}, {"guide": "after_itc"}], ids=str
 )
 def test_checkpointing_does_not_change_gradients(options):
-    found, inputs = [], batch_of_four()
+    steps, inputs = [], batch_of_four()
     drawn = draws("albef", *inputs, gather="local")
     for enable in (False, True):
         torch.manual_seed(3)
         model = made("albef", **SEEN, **options).train()
         model.set_grad_checkpointing(enable)
-        found.append(step(model, inputs, drawn)[1])
-    assert_equal_gradients(*found, rtol=1e-9, atol=1e-12)
+        steps.append(step(model, inputs, drawn)[1])
+    assert_equal_gradients(*steps, rtol=1e-9, atol=1e-12)
 
 
 def test_guidance_leaks_unseen_captions_into_features_of_noise():
@@ -141,10 +141,10 @@ def test_guidance_leaks_unseen_captions_into_features_of_noise():
         seen, targets = features[:256], captions[:256].double()
         ridge = seen.T @ seen + 1e-3 * torch.eye(seen.shape[1])
         read = F.normalize(features[256:] @ torch.linalg.solve(ridge, seen.T @ targets), dim=1)
-        found = (
+        similar = (
             read.view(4, 16, -1) @ F.normalize(captions[256:].double(), dim=1).view(4, 16, -1).mT
         )
-        return (found.argmax(2) == torch.arange(16)).float().mean().item()
+        return (similar.argmax(2) == torch.arange(16)).float().mean().item()
 
     assert accuracy(fusion=1.0) == chance
     assert accuracy(fusion=0.8) > 5 * chance

@@ -143,8 +143,8 @@ def test_the_official_step_is_reproduced(task, suffix, options):
     with_itm = {"with_itm": True} if task == "retrieval" else {}  # as the run was recorded
     model = filled(made(task, **options, **with_itm), task).double()
     out = model(**batch_of(task, case))
-    given = ("loss", "logits", "loss_rank", "loss_itm", "rank_logits", "itm_logits")
-    for name in case.keys() & given:
+    outputs = ("loss", "logits", "loss_rank", "loss_itm", "rank_logits", "itm_logits")
+    for name in case.keys() & outputs:
         assert_close(getattr(out, name).double(), case[name], msg=name)
     out.loss.backward()
     expected = rename_tensors(
@@ -206,8 +206,8 @@ def test_without_a_text_no_caption_reaches_the_image():
     model = made("retrieval", **REDUCED, without_text="vision").eval()
     images = torch.randn(2, 3, 16, 16)
     calls = []
-    model.text.register_forward_hook(lambda *given: calls.append(given))
-    model.text.embeddings.register_forward_hook(lambda *given: calls.append(given))
+    model.text.register_forward_hook(lambda *args: calls.append(args))
+    model.text.embeddings.register_forward_hook(lambda *args: calls.append(args))
     tokens, _ = model.matching_tokens(images)
     assert tokens.shape[1] == 10 and not calls
 
@@ -250,14 +250,14 @@ def test_a_recipe_decays_and_scales_what_the_original_does(task):
     values = yaml.safe_load(recipe.read_text())
     optim, model = values["optim"], made(task)
     groups = parameter_groups(model, 0.1, optim["lr_scale"], no_decay=optim["no_decay"])
-    found = {p: (g["lr_scale"], g["weight_decay"] > 0) for g in groups for p in g["params"]}
+    options = {p: (g["lr_scale"], g["weight_decay"] > 0) for g in groups for p in g["params"]}
     head = {"vqa": 50, "entailment": 10, "nlvr2": 10, "retrieval": 1}[task]
     theirs = rename_tensors(dict(model.named_parameters()), reversed_names(names_of(task)))
     for name, parameter in theirs.items():
         scale = head if "classifier" in name else 5 if "cross_modal" in name else 1
         decays = not ("bias" in name or "LayerNorm" in name)
         if parameter.requires_grad:
-            assert found[parameter] == (scale, decays), name
+            assert options[parameter] == (scale, decays), name
     assert values["model"]["overrides"].keys() <= vars(model.config).keys()
     defaults = type(model.config)()
     for name, value in values["model"]["overrides"].items():

@@ -52,23 +52,23 @@ def test_a_step_scores_nothing_and_trains(family, monkeypatch):
     model, batch = made(family, **DEEP, scorer="momentum").train(), batch_of_four()
     drawn = draws(family, *batch, gather="local")
     monkeypatch.setattr("elip_models.reduction.strategies.elip.ELIP.score", None)
-    losses, found = step(model, batch, drawn)
+    losses, grads = step(model, batch, drawn)
     assert torch.isfinite(losses).all()
     assert all(
-        g.abs().sum() > 0 for n, g in found.items() if "visual.blocks" in n and "weight" in n
+        g.abs().sum() > 0 for n, g in grads.items() if "visual.blocks" in n and "weight" in n
     )
 
 
 @FAMILIES
 def test_checkpointing_does_not_change_gradients(family):
-    batch, found = batch_of_four(), []
+    batch, steps = batch_of_four(), []
     drawn = draws(family, *batch, gather="local")
     for enable in (False, True):
         torch.manual_seed(3)
         model = made(family, **DEEP, scorer="momentum").train()
         model.set_grad_checkpointing(enable)
-        found.append(step(model, batch, drawn)[1])
-    assert_equal_gradients(*found, rtol=1e-9, atol=1e-12)
+        steps.append(step(model, batch, drawn)[1])
+    assert_equal_gradients(*steps, rtol=1e-9, atol=1e-12)
 
 
 def test_without_the_momentum_tower_it_is_exact():

@@ -57,12 +57,12 @@ def test_padding_merges_first_and_is_in_no_token():
     text_mask, image_mask = torch.ones(2, 10), torch.ones(2, 17, dtype=torch.bool)
     text_mask[0, 6:], image_mask[1, 9:] = 0, False
     entered = fused(text_mask=text_mask, image_mask=image_mask)
-    pumer, found = PuMer(layers=(0,)), []
+    pumer, outputs = PuMer(layers=(0,)), []
     for padding in (3.0, -50.0):
         text = entered.text.masked_fill(text_mask[..., None] == 0, padding)
         image = entered.image.masked_fill(~image_mask[..., None], padding)
-        found.append(pumer.run(layer(), entered._replace(text=text, image=image)))
-    one, other = found
+        outputs.append(pumer.run(layer(), entered._replace(text=text, image=image)))
+    one, other = outputs
     assert torch.equal(one.text_mask, other.text_mask)
     assert torch.equal(one.image_mask, other.image_mask)
     assert torch.equal(one.text[one.text_mask], other.text[one.text_mask])
@@ -87,12 +87,12 @@ def test_recomputed_layers_drop_the_same_tokens():
     model = made("meter", dropout=0.1, cross_reduction=PUMER)
     recomputing = copy.deepcopy(model)
     recomputing.set_grad_checkpointing()
-    found = []
-    for each in (model, recomputing):
+    steps = []
+    for one in (model, recomputing):
         torch.manual_seed(2)
-        found.append(step(each, batch, drawn))
-    assert torch.equal(found[0][0], found[1][0])
-    assert_equal_gradients(found[1][1], found[0][1])
+        steps.append(step(one, batch, drawn))
+    assert torch.equal(steps[0][0], steps[1][0])
+    assert_equal_gradients(steps[1][1], steps[0][1])
 
 
 def test_mlm_keeps_all_text_tokens_and_itm_does_not():

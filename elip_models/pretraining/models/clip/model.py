@@ -198,14 +198,24 @@ class CLIP(PretrainedModel):
 
         guide_ids and guide_mask (B, L) are other captions of the images, for guide='other'.
         """
+        features = self.encode_pairs(images, input_ids, attention_mask, guide_ids, guide_mask)
+        return CLIPOutput(self._loss(*features), *features)
+
+    def encode_pairs(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        guide_ids: Tensor | None,
+        guide_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features (B, E) of guided images and of texts; see `forward`."""
         slices = self.batch_slices
         text_features = encode_in_slices(self.encode_text, slices, input_ids, attention_mask)
         text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
         guides = self.select_guidance(text_cls, text_features, scale, guide_ids, guide_mask)
         encode = partial(self._encode_image, strategy=self.reduction)
-        image_features = encode_in_slices(encode, slices, images, guides)
-        features = image_features, text_features
-        return CLIPOutput(self._loss(*features), *features)
+        return encode_in_slices(encode, slices, images, guides), text_features
 
     def set_batch_slices(self, count: int) -> None:
         """Encode a batch in `count` slices, see `encode_in_slices`."""

@@ -60,8 +60,7 @@ class CLIPRetrieval(CLIP):
 
         image_ids (B,) int64 are equal where two pairs show the same image.
         """
-        output = super().forward(images, input_ids, attention_mask, guide_ids, guide_mask)
-        features = output.image_features, output.text_features
+        features = self.encode_pairs(images, input_ids, attention_mask, guide_ids, guide_mask)
         scale, gather = self.logit_scale.exp(), self.config.gather
         loss = contrastive_loss(*features, scale, gather=gather, image_ids=image_ids)
         return CLIPOutput(loss, *features)

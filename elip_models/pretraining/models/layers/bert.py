@@ -1,10 +1,10 @@
 """BERT as a list of transformers' layers: embeddings, cross attention to image tokens, head.
 
 BertModel of transformers has embeddings, and cross attention in all of its layers or in none. Here
-a model selects the layers to run and their inputs: ALBEF's first half encodes the text alone, its
-second half and all layers of BLIP also attend to the image, and METER has two stacks without
-embeddings that attend to one another. BlipTextModel of transformers has eager attention only; these
-layers run on SDPA.
+a model selects the layers to run and their inputs. ALBEF's first half encodes the text alone; its
+second half and all layers of BLIP also attend to the image. METER has two stacks without embeddings
+that attend to one another. BlipTextModel of transformers has eager attention only; these layers run
+on SDPA.
 """
 
 import copy

@@ -5,6 +5,7 @@
 Keys and values of earlier tokens, and of the states, are cached between steps.
 """
 
+from copy import copy
 from inspect import signature
 
 import torch
@@ -43,13 +44,13 @@ def generate(
             f"max_length: expected {P + 1}, one more than the tokens of the prompt, to "
             f"{positions}, the positions of the text tower, got {decoding.max_length}"
         )
+    decoding = copy(decoding)
+    decoding.update(pad_token_id=tower.config.pad_token_id, eos_token_id=end_token_id)
     ids = _GenerationModel(tower, head).generate(
         input_ids=input_ids,
         states=states[0],
         states_mask=states[1],
         generation_config=decoding,
-        pad_token_id=tower.config.pad_token_id,
-        eos_token_id=end_token_id,
         **{CACHE: EncoderDecoderCache(DynamicCache(), DynamicCache())},
     )
     ended = (ids[:, P:-1] == end_token_id).cumsum(1) > 0
