@@ -31,17 +31,17 @@ def write_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
         content: What it contains afterwards.
         mode: Permissions, such as 0o600; None: those of any new file.
     """
-    unfinished = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}")
-    unfinished.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}")
+    temporary.unlink(missing_ok=True)
     try:
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode or 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode or 0o666)
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-        os.replace(unfinished, path)
+        os.replace(temporary, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
