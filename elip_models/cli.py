@@ -4,7 +4,7 @@
     elip eval TASK --model RUN --data D    elip visualize
     elip profile                           elip export MODEL OUT.onnx
     elip convert
-    elip data check | export               python -m elip_models ..
+    elip data check SPEC                   python -m elip_models ..
     elip recipes [show NAME]               elip models [FILTER]
     elip strategies [MODEL]
     elip calibrate MODEL IMAGES            elip distill MODEL IMAGES

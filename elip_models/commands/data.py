@@ -22,8 +22,6 @@ app = typer.Typer(no_args_is_help=True, help="Check data.")
 CheckedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
 LISTED = 20  # answers in the table
 
-ImageSize = Annotated[int, typer.Option(min=1, max=4096, help="Side of built-in scenes in pixels.")]
-
 
 @app.command("check")
 def check_data(
@@ -38,7 +36,9 @@ def check_data(
     limit: Annotated[
         int | None, typer.Option(min=1, max=sys.maxsize, help="Read at most so many samples.")
     ] = None,
-    image_size: ImageSize = 224,
+    image_size: Annotated[
+        int, typer.Option(min=1, max=4096, help="Side of built-in scenes in pixels.")
+    ] = 224,
 ) -> None:
     """Read every sample of the sources; exit status 1 where some cannot be read."""
     from elip_models.pretraining.data import (

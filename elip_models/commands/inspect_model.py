@@ -88,9 +88,12 @@ def visualize(
     options = {"schedule": schedule, "image_size": image_size}
     if question is not None:
         others = {"caption": caption, "data": data, "no-pretrained": not pretrained, **options}
-        for name in (name for name, value in others.items() if value):
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option}: expected none with --question, got one; leave it out")
+        for name, value in others.items():
+            if value:
+                option = name.replace("_", "-")
+                raise ConfigError(
+                    f"--{option}: expected none with --question, got {shortened(value)}"
+                )
         paths = _draw_language_model(model, files, question, output, strategy, keep)
     else:
         visualized = visualize_inputs.open_visualized_model(

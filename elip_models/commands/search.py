@@ -63,16 +63,16 @@ def search(
         name = "FOLDER" if folder is None else "QUERY"
         raise ConfigError(f"{name}: expected one, or --compare DENSE REDUCED, got none")
     with require_extra("elip search"):
-        from elip_models.embedding.search import search as find
+        from elip_models.embedding.search import search as search_collection
 
     with _working("searching") as report:
-        result = find(
+        result = search_collection(
             folder, query, top=top, model=model, exact=exact, device=device, report=report
         )
     if as_json:
         _print_json(asdict(result))
     else:
-        _print_found(result)
+        _print_hits(result)
 
 
 def index(
@@ -107,7 +107,7 @@ def _compare(dense: Path, reduced: Path, top: int, queries: int, seed: int, as_j
     if as_json:
         _print_json(asdict(comparison) | {"recall": comparison.recall._asdict()})
     else:
-        _print_kept(comparison)
+        _print_recall(comparison)
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def _print_json(content: dict) -> None:
     typer.echo(json.dumps(content, indent=2, default=str))
 
 
-def _print_found(result: "SearchResult") -> None:
+def _print_hits(result: "SearchResult") -> None:
     table = Table("rank", "similarity", Column("key", overflow="fold"))
     for hit in result.hits:
         table.add_row(str(hit.rank), f"{hit.similarity:.4f}", _printable(hit.key))
@@ -135,7 +135,7 @@ def _print_found(result: "SearchResult") -> None:
     _print(f"{result.images} images, {how}")
 
 
-def _print_kept(comparison: "NeighbourRecall") -> None:
+def _print_recall(comparison: "NeighbourRecall") -> None:
     mean, low, high = comparison.recall
     _print(
         f"neighbours kept, of {comparison.top}: {mean:.4f} (95% CI {low:.4f} to {high:.4f}, "

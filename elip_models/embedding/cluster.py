@@ -28,7 +28,7 @@ SHARDS_IN_TASK = 8
 """Shards that an actor decodes in one pass; with less, the GPU waits at the start of each."""
 TASKS_FOR_ACTOR = 4
 """Tasks of each actor, at least, so that all actors end at about the same time."""
-PROBES = 64
+PROBES = 64  # images that an actor looks for before it encodes
 
 
 class ShardActor:

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from elip_models.embedding.output import IMAGES, MANIFEST, sha256_of
-from elip_models.saving.files import read_object
+from elip_models.embedding.output import IMAGES, MANIFEST
+from elip_models.saving.files import file_sha256, read_object
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip search"):
@@ -62,7 +62,7 @@ class Collection:
             first, path = end - shard["rows"], self.folder / shard["file"]
             if rows is not None and not any(first <= row < end for row in rows):
                 continue
-            if not path.is_file() or sha256_of(path) != shard["sha256"]:
+            if not path.is_file() or file_sha256(path) != shard["sha256"]:
                 raise ConfigError(
                     f"folder: {path} is not as it was written: its SHA-256 differs from that in "
                     f"{MANIFEST}; the same `elip embed` command writes it again"

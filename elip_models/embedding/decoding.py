@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class _Decoder(Dataset):
-    """Decodes and transforms the image of a row and a payload, which stand for an index."""
+    """Decode and transform images; an item is a row of the source and its payload."""
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform

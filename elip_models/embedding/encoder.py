@@ -159,7 +159,8 @@ def open_encoder(
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(
-            f"device: expected one of this machine, such as 'cuda:1' or 'cpu': {error!s:.200}"
+            f"device: expected one of this machine, such as 'cuda:1' or 'cpu', got "
+            f"{str(device)!r}: {error!s:.200}"
         ) from error
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

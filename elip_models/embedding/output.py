@@ -25,7 +25,7 @@ import pyarrow
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 
-from elip_models.saving.files import read_object, write_file, write_json
+from elip_models.saving.files import file_sha256, read_object, write_file, write_json
 from elip_models.validation import ConfigError, shortened
 
 FORMAT = 2
@@ -153,7 +153,7 @@ class OutputFolder:
         """Return whether a Parquet file is as it was written."""
         try:
             line = self._checksum_of(file).read_text()
-            return line == f"{sha256_of(self.path / file)}  {file}\n"
+            return line == f"{file_sha256(self.path / file)}  {file}\n"
         except (OSError, ValueError):
             return False
 
@@ -209,12 +209,6 @@ class OutputFolder:
 def shard_file(number: int) -> str:
     """Return the name of the file of a shard of images."""
     return f"{IMAGES}/shard-{number:06d}.parquet"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_arrow(features: np.ndarray) -> pyarrow.FixedSizeListArray:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
@@ -14,11 +14,18 @@ from elip_models.images import CLIP_STATS, IMAGENET_STATS
 from elip_models.pretraining.data import image_transform
 from elip_models.saving.files import read_object
 from elip_models.towers import SelfReducingModel, as_image_text, as_tower, library_of
-from elip_models.validation import ConfigError, as_config_error
+from elip_models.validation import Bounds, ConfigError, PositiveShare, as_config_error, check
 
 STATS = {"imagenet": IMAGENET_STATS, "clip": CLIP_STATS}
-KEYS = {"size", "crop", "interpolation", "mean", "std"}
-"""Keys of a JSON file."""
+Numbers = tuple[float, float, float]
+KEYS: dict[str, Any] = {
+    "size": Annotated[int, Bounds(1, 2**14)],
+    "crop": PositiveShare,
+    "interpolation": Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+    "mean": Numbers,
+    "std": Numbers,
+}
+"""Keys of a JSON file, and their types."""
 
 
 class Preprocessing(NamedTuple):
@@ -133,10 +140,12 @@ def _named(name: str) -> dict[str, Any]:
             f"expected {', '.join(map(repr, STATS))} or a JSON file, got {name!r:.200}"
         )
     content = read_object(Path(name))
-    if content.keys() - KEYS or not {"mean", "std"} <= content.keys():
+    if content.keys() - KEYS.keys() or not {"mean", "std"} <= content.keys():
         raise ValueError(
             f"expected {', '.join(sorted(KEYS))}, at least mean and std, got {', '.join(content)}"
         )
+    for key, value in content.items():
+        check(key, tuple(value) if isinstance(value, list) else value, KEYS[key])
     names = {"crop": "crop_pct", "size": "input_size"}
     content |= {"size": [3, content["size"], content["size"]]} if "size" in content else {}
     return {names.get(key, key): value for key, value in content.items()}

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from elip_models.embedding.collection import Collection, open_collection, unit
 from elip_models.embedding.encoder import DENSE, Encoder, open_encoder
-from elip_models.embedding.output import MANIFEST, OutputFolder, sha256_of
+from elip_models.embedding.output import MANIFEST, OutputFolder
 from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
 from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.reduction.serialization import strategy_of
 from elip_models.reduction.user_warnings import UnguidedWarning
-from elip_models.saving.files import read_object, write_json
+from elip_models.saving.files import file_sha256, read_object, write_json
 from elip_models.validation import ConfigError, as_config_error
 
 Report = Callable[[str], object]
@@ -286,7 +286,7 @@ def build_index(folder: str | os.PathLike) -> Index:
             "images": images,
             "recall_at_10": recall,
             "bytes": (output / VECTORS).stat().st_size,
-            "manifest_sha256": sha256_of(collection.folder / MANIFEST),
+            "manifest_sha256": file_sha256(collection.folder / MANIFEST),
             "faiss": faiss.__version__,
         }
         write_json(output / DESCRIPTION, description)
@@ -323,7 +323,7 @@ def open_index(collection: Collection, report: Report = lambda text: None) -> In
         return None
     try:
         description = read_object(folder / DESCRIPTION)
-        if description["manifest_sha256"] != sha256_of(collection.folder / MANIFEST):
+        if description["manifest_sha256"] != file_sha256(collection.folder / MANIFEST):
             raise ValueError("it is of other embeddings than the folder has now")
         if description["bytes"] != (folder / VECTORS).stat().st_size:
             raise ValueError(f"{VECTORS} has not the size that {DESCRIPTION} names")

@@ -178,7 +178,7 @@ def open_images(
             does not fit it.
     """
     columns = Columns(image_column, key_column, list(keep_columns))
-    if used := OUTPUT_COLUMNS & {*keep_columns}:
+    if used := sorted(OUTPUT_COLUMNS & {*keep_columns}):
         raise ConfigError(
             f"keep_columns: expected other names than those of the output, got {', '.join(used)}; "
             "rename them in the source"

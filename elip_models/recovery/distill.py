@@ -43,10 +43,10 @@ from elip_models.validation import (
     require_extra,
     shortened,
 )
+from elip_models.vlm.families import refuse_multimodal
 
 with require_extra("elip_models.recovery"):
     from timm.optim import param_groups_weight_decay
-from elip_models.vlm.families import refuse_multimodal
 
 M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[int, float], object]
@@ -127,6 +127,13 @@ def distill(
     if not is_reduced(model) or keep is not None or strategy is not None:
         reduce_(model, strategy, keep=keep)
     student = _image_model(model.eval())
+    tower = as_tower(student)
+    if not tower.has_dynamic_size and tuple(first.shape[1:]) != tower.image_size:
+        height, width = tower.image_size
+        raise ValueError(
+            f"images: expected {height} x {width} pixels, got {tuple(first.shape[1:])}; "
+            f"{tower.size_advice}"
+        )
     teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -31,17 +31,17 @@ def write_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
         content: What it contains afterwards.
         mode: Permissions, such as 0o600; None: those of any new file.
     """
-    unfinished = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}")
-    unfinished.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}")
+    temporary.unlink(missing_ok=True)
     try:
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode or 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode or 0o666)
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-        os.replace(unfinished, path)
+        os.replace(temporary, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -95,20 +95,21 @@ def _replaced(path: Path) -> Path:
 def sha256_of(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder and its subfolders, by its relative path."""
     files = sorted(entry for entry in folder.rglob("*") if entry.is_file())
-    return {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
 def damage_of(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Describe the first file that `sha256_of` would not return so; None if there is none."""
+    """Describe the first file that is missing or has another SHA-256; None if there is none."""
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != digest:
+        if file_sha256(folder / name) != digest:
             return f"{name} is not what was written"
     return None
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -36,7 +36,6 @@ FORMS = (
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
 """Library -> its option for the image size; of other models it is a field of the config."""
-BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
 
 
 def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:

@@ -12,8 +12,9 @@ from rich.console import Console
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import elip_models
-from elip_models.analysis.merging import tokens_of_patches
+from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import (
+    GREY,
     attention_maps,
     draw_reduction,
     patch_grid,
@@ -128,6 +129,24 @@ def test_a_merged_patch_shows_its_token(merge):
             for token, patches in enumerate(held):
                 expected[sorted(patches)] = token
             assert torch.equal(tokens[b], expected)
+
+
+def test_patches_of_a_token_have_their_mean_colour_and_dropped_ones_are_grey():
+    image, side = torch.rand(3, 4, 6), 128
+    drawn = merged_image(image, torch.tensor([[0, 0, 1], [2, -1, 2]]))
+    assert drawn.shape == (3, 2 * side, 3 * side)
+
+    def patch(row, column):  # without the lines on its left and above
+        rows, columns = (slice(side * k + 1, side * (k + 1)) for k in (row, column))
+        return drawn[:, rows, columns]
+
+    mean = image[:, :2, :4].mean((1, 2))[:, None, None]
+    torch.testing.assert_close(patch(0, 0), mean.expand(3, side - 1, side - 1))
+    torch.testing.assert_close(patch(0, 0), patch(0, 1))
+    torch.testing.assert_close(patch(1, 0), patch(1, 2))
+    assert patch(1, 1).unique().tolist() == [pytest.approx(GREY)]
+    alone = image[:, :2, 4:].repeat_interleave(side // 2, 1).repeat_interleave(side // 2, 2)
+    assert torch.equal(patch(0, 2), alone[:, 1:, 1:])
 
 
 TINY_CLIP = dict(

@@ -145,9 +145,17 @@ def test_a_model_without_preprocessing_names_the_option(image, tmp_path):
     torch.testing.assert_close(white, torch.full((3, 48, 48), 2.0))
 
 
-def test_a_wrong_preprocessing_is_named(model, tmp_path):
-    (tmp_path / "own.json").write_text(json.dumps({"size": 48}))
-    with pytest.raises(ConfigError, match=r"preprocess: expected crop, .*at least mean and std"):
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"size": 48}, "expected crop, .*at least mean and std"),
+        ({"mean": [0.5], "std": [0.5] * 3}, r"mean: expected \[a number, .*got \(0.5,\)"),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "cubic"}, "interpolation: exp"),
+    ],
+)
+def test_a_wrong_preprocessing_is_named(settings, message, model, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=f"preprocess: {message}"):
         open_encoder(model, preprocess=tmp_path / "own.json")
 
 

@@ -119,7 +119,7 @@ def test_every_form_lists_the_same_images(form, pictures, tmp_path):
     assert [row for row, _ in source.sample(5)] == [0, 1, 2]
     if form in WITH_COLUMNS:
         kept = open_images(FORMS[form](pictures, tmp_path), keep_columns=["label"])
-        assert kept.columns["label"].to_pylist() == ["0", "1", "2"] or form == "csv"
+        assert [*map(str, kept.columns["label"].to_pylist())] == ["0", "1", "2"]  # csv: integers
         assert len(kept.columns) == 3
 
 

@@ -246,3 +246,8 @@ def test_wrong_arguments_of_the_command(arguments, message, tmp_path, monkeypatc
     fixed = ["timm:test_vit", "--no-pretrained", "--output", "out"]
     assert elip("distill", *fixed, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_of_another_size_are_an_error(dense, pictures):
+    with pytest.raises(ValueError, match=r"images: expected 48 x 48 pixels, got \(48, 32\); "):
+        distill(copy.deepcopy(dense), pictures[..., :32], keep=0.5, steps=1)
