@@ -208,6 +208,7 @@ CHROME_OPTIONS = ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", 
 @pytest.mark.slow
 @pytest.mark.skipif(DRIVER is None, reason="needs Debian's packages chromium and chromium-driver")
 def test_a_person_opens_the_page_and_searches(page, scene):
+    pytest.importorskip("selenium", reason="selenium drives the browser")
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elip_models.saving.files import read_object, read_tensors
-from elip_models.validation import mismatch_error
+from elip_models.validation import mismatch_error, shortened
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -42,6 +42,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"source: expected weights, or the index of their shards, got {path}; pass the "
                 "folder of a config"
+            )
+        if outside := [shard for shard in shards.values() if Path(shard).name != shard]:
+            raise ValueError(
+                f"source: expected shards beside the index {path}, got {shortened(outside[0])}; "
+                "move them there"
             )
         files = [path.parent / shard for shard in sorted(set(shards.values()))]
     else:

@@ -1,6 +1,7 @@
 """Files of checkpoints: forms that are read, and one line for a file that is no checkpoint."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 
 from elip_models.pretraining.checkpoints.export import to_hf
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
+from elip_models.pretraining.checkpoints.weight_files import read_weights
 from elip_models.pretraining.models.registry import create_model
 from tests.helpers.weights import assert_equal_weights
 from tests.pretraining.checkpoints.test_official import saved
@@ -122,3 +124,12 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, name, change, message):
     weights[name] = change(weights[name])
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(saved(weights, tmp_path), **HEADS)
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "model").mkdir()
+    index = {"weight_map": {"a": "../a.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"shards beside the index .*got '\.\./a\.safetensors'"):
+        read_weights(tmp_path / "model")
