@@ -30,13 +30,12 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.user_warnings import SlowScorerWarning
 
 BOUND = 1e-6  # relative error: towers run in fp64, but losses are fp32
-SHARED, MOMENTUM = "last, shared", "momentum"
+SHARED = "last, shared"
 SCORERS = {
     "official": {"scorer": "official"},
     "exact": {"scorer": "exact"},
     "last": {"scorer": "last"},
     SHARED: {"scorer": "last", "momentum_reduction": "shared"},
-    MOMENTUM: {"scorer": "momentum"},
 }
 
 
@@ -51,7 +50,7 @@ def forms_of(model):
     """Return the dense and the reduced models by name; they share all weights."""
     forms = {}
     for name, fields in {DENSE: {"schedule": None}, **SCORERS}.items():
-        if name in (SHARED, MOMENTUM) and not isinstance(model, MomentumModel):
+        if name == SHARED and not isinstance(model, MomentumModel):
             continue
         forms[name] = shared_copy(model)
         forms[name].config = replace(model.config, **fields)

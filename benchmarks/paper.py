@@ -40,14 +40,12 @@ ELIPS: dict[str, dict[str, Any]] = {  # fields of the config by method
     "official": {"scorer": "official"},
     "exact": {"scorer": "exact"},
     "last": {"scorer": "last"},
-    "momentum": {"scorer": "momentum"},
     SHARED: {"scorer": "last", "momentum_reduction": "shared"},
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "EViT": {"strategy": "evit:keep_ratio=0.7,layers=all"},
     "ToMe": {"strategy": "tome:r=13"},
 }
-OF_MOMENTUM = ("momentum", SHARED)  # methods that need a momentum tower
 
 
 class Table1(NamedTuple):
@@ -78,7 +76,7 @@ def step_counts(name: str) -> dict[str, float]:
     own = {"momentum_reduction": "own"} if has_momentum else {}
     forms = {DENSE: (name, {})}
     for method, fields in ELIPS.items():
-        if has_momentum or method not in OF_MOMENTUM:
+        if has_momentum or method != SHARED:  # which needs a momentum tower
             forms[method] = f"elip_{name}", fields
     forms |= {method: (name, fields | own) for method, fields in OTHERS.items()}
     counts = {}

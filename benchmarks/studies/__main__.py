@@ -13,7 +13,7 @@ from elip_models.pretraining.training.recipe import parse_overrides
 from elip_models.validation import check_output
 
 STUDIES = (
-    *("ablations", "guidance", "guidance_albef", "guidance_blip", "guidance_flat", "quality"),
+    *("ablations", "guidance", "guidance_albef", "guidance_blip", "quality"),
     *("quality_emoji", "quality_flat", "reduced_later", "scorers", "text_removal"),
     "text_removal_meter",
 )

@@ -131,8 +131,7 @@ def _retrieval_of(
 def objectives(run: Finished) -> dict[str, float]:
     """Return the means of "objective.loss" and its parts over whole batches.
 
-    Each image is reduced as in training, guided by its first caption, or by its second one if the
-    model's `guide` is another caption than the contrasted one.
+    Each image is reduced as in training, guided by its first caption.
     """
     losses: list[dict[str, Tensor]] = []
     device = next(run.model.parameters()).device
@@ -140,10 +139,6 @@ def objectives(run: Finished) -> dict[str, float]:
         firsts = [several[0] for several in batch.captions]
         if len(firsts) == run.config.optim.batch_size or not losses:
             inputs = {"images": batch.images, **run.model.tokenise(run.tokenizer, firsts)}
-            if run.model.config.reads_guide_captions:
-                others = [several[1 % len(several)] for several in batch.captions]
-                text = run.model.tokenise(run.tokenizer, others)
-                inputs |= {"guide_ids": text["input_ids"], "guide_mask": text["attention_mask"]}
             losses.append(losses_of(run.model(**{k: v.to(device) for k, v in inputs.items()})))
     means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
     return {f"objective.{name}": mean.item() for name, mean in means.items()}

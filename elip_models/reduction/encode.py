@@ -1,6 +1,6 @@
 """encode_image: run a tower's blocks in order, reduced by a strategy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Unpack, overload
 
@@ -118,13 +118,12 @@ def run_tower(
     *,
     cls_only: bool = False,
     replays: Sequence[StageInfo] | None = None,
-    rows: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, list[StageInfo]]:
     """Run `encode_image` with checked arguments; return the tokens and a `StageInfo` per step.
 
     With `cls_only` the caller reads token 0 alone. Without gradient and without hooks on the last
     block, that block then computes this token only: the tokens are (B, 1, D). `replays` are results
-    of another tower on the same images, to reproduce. `rows` are scores in place of a scorer.
+    of another tower on the same images, to reproduce.
     """
     if is_reduced_tower(tower):
         raise ValueError(
@@ -138,9 +137,7 @@ def run_tower(
     tokens = strategy.embed(tower, images)
     num_tokens = None if strategy.changes_embedding else tokens.shape[1]
     tower = tower.resized_for(images)
-    forward = ForwardState(
-        tower, strategy, text_cls, num_tokens=num_tokens, replays=replays, rows=rows
-    )
+    forward = ForwardState(tower, strategy, text_cls, num_tokens=num_tokens, replays=replays)
     run = forward.run_block
     if tower.checkpointing and tower.model.training:
         run = partial(checkpoint, forward.run_block, use_reentrant=False)

@@ -7,7 +7,7 @@ The state of one forward pass is its `ForwardState`. The caller that runs the bl
 enters the blocks in order: `encode_image`, the blocks of a reduced model, pictures and benchmarks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -74,7 +74,6 @@ class ForwardState:
         num_tokens: int | None = None,
         on_grid: bool = False,
         replays: Iterable[StageInfo] | None = None,
-        rows: Mapping[int, Tensor] | None = None,
         real: Tensor | None = None,
     ) -> None:
         """Create the state of a forward pass.
@@ -86,8 +85,6 @@ class ForwardState:
             num_tokens: tokens that enter block 0; by default those of the tower's image size.
             on_grid: blocks take and return all tokens of block 0; see `Slots`.
             replays: results of steps on the same images elsewhere, which are repeated here.
-            rows: (B, N) scores over the tokens of block 0 that select in place of a scorer, by
-                the first block of the stage.
             real: (B, N) bool, False for padding among the tokens that enter the first step; None
                 means that there is no padding.
         """
@@ -99,7 +96,6 @@ class ForwardState:
             self.size = tower.size._replace(num_patches=num_tokens - tower.num_prefix_tokens)
         self.on_grid = on_grid
         self.unmerges = strategy.pads or (tower.pools and strategy.merge != "none")
-        self.rows = rows or {}
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
@@ -115,8 +111,7 @@ class ForwardState:
             self.stages = stages_of(strategy, self.size)
             for group in self.groups:
                 self.stages = group.stages | self.stages
-            is_eager_inference = not tower.model.training and not torch.compiler.is_compiling()
-            if is_eager_inference and not self.rows:
+            if not tower.model.training and not torch.compiler.is_compiling():
                 _warn_if_slower(strategy, self.size)
         else:
             self.stages = {}
@@ -181,16 +176,6 @@ class ForwardState:
         size, or if the batch or the strategy is padded, so that nothing after it reads padding.
         """
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
-
-    def row(self, i: int) -> Tensor | None:
-        """Return the scores of `rows` before block i; a merged token has the sum of its tokens."""
-        row = self.rows.get(i)
-        if row is None:
-            return None
-        for first, info in self.infos.items():
-            if first < i:
-                row = (info.reduction.source_map().to(row.dtype) @ row[..., None])[..., 0]
-        return row
 
     def replaces_block(self, i: int) -> bool:
         """Return whether the strategy runs in place of block i."""
@@ -297,9 +282,7 @@ class ForwardState:
     def _context(self, i: int, entering: BlockStep, keep: Tensor | None = None) -> Context:
         """Return the inputs of a step before block i, beside its tokens."""
         replay = self.infos.get(i)
-        return Context(
-            self.text_cls, self.previous(i), replay, self.row(i), mask=entering.mask, keep=keep
-        )
+        return Context(self.text_cls, self.previous(i), replay, mask=entering.mask, keep=keep)
 
     def _slots_after(self, info: StageInfo, slots: Slots | None) -> Slots | None:
         """Return where the tokens of block 0 are after a step, if a block must return them."""

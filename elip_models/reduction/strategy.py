@@ -71,7 +71,6 @@ class Context(NamedTuple):
         previous: the result of the previous step in this forward pass.
         replay: the earlier result that this step must reproduce: of the forward pass that is now
             recomputed, or of another tower that read the same images.
-        row: (B, N) scores that select in place of a scorer, or None.
         mask: (B, N) bool, False for padding; None in a batch without padding.
         keep: (B,) the number of patches that each image of a padded batch keeps, or None.
     """
@@ -79,7 +78,6 @@ class Context(NamedTuple):
     text_cls: Tensor | None = None
     previous: StageInfo | None = None
     replay: StageInfo | None = None
-    row: Tensor | None = None
     mask: Tensor | None = None
     keep: Tensor | None = None
 

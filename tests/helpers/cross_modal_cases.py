@@ -278,7 +278,6 @@ CASES = {
     **{f"{family}, local": partial(own_pairs, family=family) for family in MODELS},
     **{f"{family}, global": partial(whole_batch, family=family) for family in RETRIEVAL},
     "albef, global, checkpointing": partial(whole_batch, family="albef", checkpointing=True),
-    "albef, global, after ITC": partial(whole_batch, family="albef", guide="after_itc"),
     "albef, global, tome": partial(whole_batch, family="albef", strategy="tome:r=3"),
     "blip, global, adaptive": partial(whole_batch, family="blip", **PADDED, text_reduction="post"),
     "meter, global, adaptive": partial(whole_batch, family="meter", **PADDED),

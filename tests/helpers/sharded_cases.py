@@ -156,19 +156,16 @@ ALL = (
 )
 SCORERS = ("official", "exact", "attention", "cls", "last")
 LION = ("optim.name=lion", "optim.lr=1e-4", "model.overrides.loss=sigmoid")
-LEARNED = ("model.overrides.text_reduction=learned",)
+POST = ("model.overrides.text_reduction=post",)
 LORA = ("peft.kind=lora",)
 BF16 = ("optim.precision=bf16",)
 METER = ("model.overrides.dropout=0.1", "optim.gather=global", "optim.grad_accumulation=2")
-PUMER = ("model.overrides.cross_reduction=pumer:layers=0",)
 
 CASES = {
     "clip, all options": partial(as_replicated, options=ALL),
     "meter": partial(as_replicated, options=METER, recipe="meter_tiny"),
     "meter, checkpointing": partial(
-        as_replicated,
-        options=(*METER, *PUMER, "optim.grad_checkpointing=true"),
-        recipe="meter_tiny",
+        as_replicated, options=(*METER, "optim.grad_checkpointing=true"), recipe="meter_tiny"
     ),
     **{
         f"{recipe}, {scorer}": partial(
@@ -179,7 +176,7 @@ CASES = {
     },
     "clip, lion": partial(as_replicated, options=LION),
     "clip, text": partial(as_replicated, options=("model.overrides.text_reduction=random",)),
-    "meter, text": partial(as_replicated, options=LEARNED, recipe="meter_tiny"),
+    "meter, text": partial(as_replicated, options=POST, recipe="meter_tiny"),
     "clip, lora": partial(as_replicated, options=LORA),
     "meter, lora": partial(as_replicated, options=LORA, recipe="meter_tiny"),
     "clip, bf16": partial(as_replicated, options=BF16),

@@ -65,7 +65,6 @@ class Tokens:
 class Config:
     image_size, resize, captions, context_length = SIZE, "squash", "plain", 4
     max_words = 30
-    reads_guide_captions = False
 
 
 class Stub(nn.Module):

@@ -66,7 +66,7 @@ def test_full_size_studies_take_a_training_step(name):
     for arm in study.arms:
         overrides = study.overrides | study.arms[arm].overrides
         strategy = str(overrides.get("model.overrides.strategy")).partition(":")[0]
-        kind = study.recipe, strategy, overrides.get("model.overrides.guide")
+        kind = study.recipe, strategy
         if kind in seen:
             continue
         seen.add(kind)

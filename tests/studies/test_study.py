@@ -279,7 +279,7 @@ def test_the_remaining_time_follows_from_finished_runs(tmp_path, stubbed):
 
 @pytest.mark.slow
 def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
-    other = {"model.overrides.guide": "other", "model.overrides.fusion": 0.5}
+    other = {"model.overrides.fusion": 0.5}
     study = tiny_study(tmp_path, measures=[*MEASURES][:3], arms={"other": other})
     step, last = Trainer._train_step, study.folder(Run("tome", 1))
 
@@ -321,7 +321,7 @@ def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
     arms = {name: {"model.overrides.strategy": name} for name in STRATEGIES}
-    arms["guided-by-another"] = {"model.overrides.guide": "other"}
+    arms["guided"] = {"model.overrides.guidance_norm": "match"}
     study = tiny_study(tmp_path, arms=arms)
 
     def begun(arm, seed):

@@ -2,7 +2,7 @@
 
     official ALBEF, BLIP, METER   .pth or .ckpt; ELIP's own have the same names
     open_clip                     .pt, .safetensors, or a folder with open_clip_config.json
-    transformers                  a folder of CLIPModel or of the Blip family
+    transformers                  a folder of CLIPModel
     ours                          a folder that save_pretrained wrote
 
 `weight_files.py` reads the files, `names.py` has the names of tensors, `model_config.py` derives

@@ -112,10 +112,10 @@ def fields_from_config(kind: str, folder: Path, vocab_size: int) -> dict[str, An
     if images.is_file():
         stats = read_object(images)
         _check_stats(images, stats.get("image_mean"), stats.get("image_std"))
-    if kind in ("hf_clip", "hf_blip") and path.is_file():
+    if kind == "hf_clip" and path.is_file():
         with library_errors(path, "a config of transformers"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            fields = _hf_fields(kind, config)
+            fields = _hf_fields(config)
     elif (path := folder / OPEN_CLIP_CONFIG).is_file():
         fields = _open_clip_fields(path)
     else:
@@ -131,29 +131,22 @@ def _is_unused(token_id: Any, vocab_size: int) -> bool:
     return token_id is None or (isinstance(token_id, int) and not 0 <= token_id < vocab_size)
 
 
-def _hf_fields(kind: str, config: Any) -> dict[str, Any]:
+def _hf_fields(config: Any) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
+    if vision.hidden_act != text.hidden_act:
+        raise ValueError(
+            f"expected activation {text.hidden_act!r} in both towers, got {vision.hidden_act!r}"
+        )
     fields = {
         "vision_heads": vision.num_attention_heads,
         "text_heads": text.num_attention_heads,
         "vision_norm_eps": vision.layer_norm_eps,
         "text_norm_eps": text.layer_norm_eps,
         "pad_token_id": text.pad_token_id,
+        "activation": text.hidden_act,
     }
-    activation = text.hidden_act if kind == "hf_clip" else "gelu"
-    if {vision.hidden_act, text.hidden_act} != {activation}:
-        raise ValueError(
-            f"expected activation {activation!r} in both towers, got {vision.hidden_act!r} and "
-            f"{text.hidden_act!r}"
-        )
-    if kind == "hf_clip":
-        fields["activation"] = activation
-        fields |= {"eos_token_id": text.eos_token_id} if text.eos_token_id != 2 else {}
-        return fields  # in transformers, 2 means the highest id of each text
-    first = text.bos_token_id  # BLIP's tokenizers add [DEC], then [ENC]
-    ids = {"sep_token_id": text.sep_token_id, "decoder_token_id": first}
-    ids["encoder_token_id"] = None if first is None else first + 1
-    return fields | ids | {"text_dropout": text.hidden_dropout_prob}
+    # in transformers, 2 means the highest id of each text
+    return fields | ({} if text.eos_token_id == 2 else {"eos_token_id": text.eos_token_id})
 
 
 def _open_clip_fields(path: Path) -> dict[str, Any]:

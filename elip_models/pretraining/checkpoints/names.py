@@ -53,10 +53,9 @@ OPEN_CLIP = {
     **OPEN_CLIP_TEXT,
     **_with_prefix("text.", "", OPEN_CLIP_TEXT),  # of open_clip's CustomTextCLIP
 }
-HF_VIT = {  # first the names in CLIP, then those in BLIP
+HF_VIT = {
     "embeddings.class_embedding": "cls_token",
     "embeddings.position_embedding.weight": "pos_embed",
-    "embeddings.position_embedding": "pos_embed",
     "embeddings.patch_embedding.*": "patch_embed.proj.*",
     "pre_layrnorm.*": "norm_pre.*",
     "post_layernorm.*": "norm.*",
@@ -64,9 +63,7 @@ HF_VIT = {  # first the names in CLIP, then those in BLIP
     "encoder.layers.*.layer_norm2.*": "blocks.*.norm2.*",
     "encoder.layers.*.mlp.*": "blocks.*.mlp.*",
     f"encoder.layers.*.self_attn.{QKV}_proj.*": "blocks.*.attn.qkv.*",
-    "encoder.layers.*.self_attn.qkv.*": "blocks.*.attn.qkv.*",
     "encoder.layers.*.self_attn.out_proj.*": "blocks.*.attn.proj.*",
-    "encoder.layers.*.self_attn.projection.*": "blocks.*.attn.proj.*",
 }
 HF_CLIP = {
     **_with_prefix("vision_model.", "visual.", HF_VIT),
@@ -81,13 +78,6 @@ BLIP_TEXT = _with_prefix("text_encoder.", "encoders.text.", BERT)
 DECODER = {
     **_with_prefix("text_decoder.bert.", "decoder.", BERT),
     "text_decoder.cls.*": "language_head.*",
-}
-HF_BLIP = {
-    **_with_prefix("vision_model.", "encoders.visual.", HF_VIT),
-    **BLIP_TEXT,
-    **_with_prefix("text_model.", "encoders.text.", BERT),  # of BlipModel
-    **PROJECTIONS,
-    **DECODER,
 }
 
 
@@ -150,7 +140,6 @@ KINDS = {
     "meter": Kind("meter", METER, ("vit_model.visual.conv1.weight",)),
     "open_clip": Kind("clip", OPEN_CLIP, ("visual.class_embedding", "*token_embedding.weight")),
     "hf_clip": Kind("clip", HF_CLIP, ("vision_model.pre_layrnorm.*", "text_model.*")),
-    "hf_blip": Kind("blip", HF_BLIP, ("vision_model.embeddings.class_embedding", "text_*")),
 }
 """The kinds by name; a checkpoint is of the first one whose patterns all match."""
 MOMENTUM: dict[str, str | None] = {"encoders_m.": "encoders.", "queue.": None}

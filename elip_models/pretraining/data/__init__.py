@@ -33,7 +33,6 @@ with require_extra("elip_models.pretraining.data"):
         ImageTextPreparation,
         TrainingSamples,
         apply_seeded,
-        other_caption,
         train_loader,
     )
     from elip_models.pretraining.data.transforms import image_transform
@@ -72,7 +71,6 @@ __all__ = [
     "open_examples",
     "open_source",
     "open_stream",
-    "other_caption",
     "render",
     "soft_scores",
     "stream_loader",

@@ -177,8 +177,6 @@ class ImageTextPreparation:
         context_length: Number of tokens of a text, at least 3.
         captions: Rule for the text of a caption, see `caption_rules`.
         max_words: Number of words that the rule keeps.
-        guide_captions: Also return "guide_ids" and "guide_mask" (L,) of another caption of the
-            image, or of the same one if it has no other.
     """
 
     transform: Callable[[Image.Image], Tensor]
@@ -187,21 +185,13 @@ class ImageTextPreparation:
     context_length: int
     captions: CaptionRule = "plain"
     max_words: int = MAX_WORDS
-    guide_captions: bool = False
 
     def __call__(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Return the tensors of one sample; `rng` makes all random choices."""
         caption = sample.captions[rng.integers(len(sample.captions))]
         image = apply_seeded(self.transform, sample.image, rng)
-        tensors = {"images": image, **self._tokenize(caption)}
-        if self.guide_captions:
-            guide = self._tokenize(other_caption(sample.captions, caption, rng))
-            tensors |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
-        return tensors
-
-    def _tokenize(self, caption: str) -> dict[str, Tensor]:
         cleaned = apply_caption_rule(caption, self.captions, self.max_words)
-        return tokenize_text(cleaned, self.tokenizer, self.context_length)
+        return {"images": image, **tokenize_text(cleaned, self.tokenizer, self.context_length)}
 
 
 def tokenize_text(
@@ -210,12 +200,6 @@ def tokenize_text(
     """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
     tokens = tokenize(tokenizer, [text], context_length)
     return {name: ids[0] for name, ids in tokens.items()}
-
-
-def other_caption(captions: Sequence[str], caption: str, rng: np.random.Generator) -> str:
-    """Draw another caption of an image, or return the same one if it has no other."""
-    others = [other for other in captions if other != caption] or [caption]
-    return others[rng.integers(len(others))]
 
 
 def apply_seeded(

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
-from elip_kernels.autocast import no_autocast
 from elip_models.images import CLIP_STATS, Stats
 from elip_models.integrations.peft.adapt import adapt_, unadapted_name
 from elip_models.integrations.peft.adaptable_model import AdaptableModel
@@ -30,7 +29,6 @@ from elip_models.integrations.peft.saved_adapter import (
     save_adapter,
 )
 from elip_models.pretraining.models.config import reduction_fields
-from elip_models.pretraining.models.layers.losses import hard_negatives
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import PatchDropout
 from elip_models.reduction.strategies.dense import Dense
@@ -42,14 +40,20 @@ from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_fold
 from elip_models.saving.meta_build import WithoutRandomValues, outline_of
 from elip_models.saving.weights import check_weights, first_names, load_weights
 from elip_models.towers import as_tower
-from elip_models.towers.base import scoring_context
 from elip_models.towers.reducible_model import check_tokenizer_in, random_ids
 from elip_models.validation import Config, as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REMOVED_FIELDS = {"projects": False}
+REMOVED_FIELDS = {
+    "projects": False,
+    "guide": "own",
+    "guide_negatives": 0.0,
+    "guide_dropout": 0.0,
+    "cross_reduction": None,
+    "with_itm": False,
+}
 """Fields of earlier versions, and the value that a saved config may still have."""
 
 
@@ -159,12 +163,7 @@ class PretrainedModel(
         }
         arguments = signature(type(self).forward).parameters.values()
         required = {argument.name for argument in arguments if argument.default is argument.empty}
-        inputs = {name: value for name, value in values.items() if name in required}
-        if config.reads_guide_captions:
-            inputs["guide_ids"] = ids.roll(1, 0)
-            if "attention_mask" in required:  # CLIP reads texts without one
-                inputs["guide_mask"] = mask
-        return inputs
+        return {name: value for name, value in values.items() if name in required}
 
     def as_tensor(self, output: Any) -> Tensor:
         """Return the loss of an output."""
@@ -213,46 +212,6 @@ class PretrainedModel(
         """
         config = replace(self.config, **reduction_fields(strategy or self.dense))
         self.reduction, self.config = fit_strategy(config.reduction, self.tower), config
-
-    def select_guidance(
-        self,
-        text_cls: Tensor,
-        features: Tensor | None = None,
-        scale: Tensor | None = None,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Select the guidance (B, D) of the images of a training step by the rules of the config.
-
-        Random choices are made in training mode only. A row of zeros means no text.
-
-        Args:
-            text_cls: (B, D), guidance from the images' own captions.
-            features: (B, E), normalised features of the same captions, for `guide_negatives`.
-            scale: inverse temperature, beside `features`.
-            guide_ids: (B, L), other captions of the same images, required for guide='other'.
-            guide_mask: (B, L), attention mask of `guide_ids`.
-        """
-        config = self.config
-        if not self.reduction.is_guided:
-            return text_cls
-        if config.reads_guide_captions:
-            if guide_ids is None:
-                raise ValueError(
-                    "guide_ids: expected another caption of each image, (B, L), with "
-                    "guide='other', got none; `elip train` passes them"
-                )
-            with scoring_context(self, text_cls):
-                text_cls = self.text_cls(guide_ids, guide_mask)
-        if self.training and features is not None and config.guide_negatives:
-            with torch.no_grad(), no_autocast(features):
-                others = hard_negatives(scale.float() * features.float() @ features.float().T)
-                chosen = _chosen_rows(text_cls, config.guide_negatives)
-                text_cls = torch.where(chosen, text_cls[others], text_cls)
-        if self.training and config.guide_dropout:
-            chosen = _chosen_rows(text_cls, config.guide_dropout)
-            text_cls = text_cls.detach().masked_fill(chosen, 0.0)
-        return text_cls
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
         """Update what depends on the step, from 0, or the epochs so far, such as patch dropout."""
@@ -376,11 +335,6 @@ class PretrainedModel(
 def without_removed_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a saved config without those of earlier versions."""
     return {n: v for n, v in values.items() if (n, v) not in REMOVED_FIELDS.items()}
-
-
-def _chosen_rows(values: Tensor, share: float) -> Tensor:
-    """Return (B, 1) bool, True for a random share of the rows."""
-    return torch.rand(len(values), 1, device=values.device) < share
 
 
 def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:

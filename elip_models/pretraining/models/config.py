@@ -55,11 +55,6 @@ class VisionConfig(Config):
     vision_mlp_ratio: Positive = 4.0
     vision_norm_eps: NonNegative = 1e-6
 
-    @property
-    def reads_guide_captions(self) -> bool:
-        """Whether a training step takes a second caption of each image, for guidance."""
-        return False
-
     def vit(self, **options: Any) -> VisionTransformer:
         """Return the image tower; `options` are passed to timm."""
         return VisionTransformer(
@@ -89,7 +84,6 @@ class ReductionConfig(VisionConfig):
         schedule: '2(100%) 2(90%) 6(65%) 2(40%)', or a preset. None: 'elip' does not reduce, and
             other strategies without a rate of their own keep 0.7 of the tokens, as in `reduce_`.
         count_cls: whether keep ratios count CLS among the patches, as in the official CLIP code.
-        guide_dropout: share of the images that training reduces without text.
 
     Raises:
         TypeError, ValueError: a field is invalid; the message has its name and value.
@@ -105,22 +99,13 @@ class ReductionConfig(VisionConfig):
     without_text: Literal["dense", "vision"] = "dense"
     merge: Merge = ELIP.merge
     proportional: bool = ELIP.proportional
-    guide_dropout: Share = 0.0
 
     def __post_init__(self) -> None:
         check_merge(self.merge)
         super().__post_init__()
         if self.schedule is not None:
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)
-        reduction = self.reduction  # raises an error for invalid options
-        if reduction.is_guided or isinstance(reduction, Dense):
-            return
-        for name, value in self._changed_fields().items():
-            if name.startswith("guide"):
-                raise ValueError(
-                    f"{name}: expected {type(self).__dataclass_fields__[name].default!r} where no "
-                    f"text guides the reduction, which is {reduction}, got {value!r}"
-                )
+        self.reduction  # noqa: B018, raises an error for invalid options
 
     def _changed_fields(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults."""
@@ -172,31 +157,11 @@ def reduction_fields(strategy: Strategy) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveConfig(ReductionConfig):
-    """The caption that guides an image in training with the contrastive loss.
-
-    Attributes:
-        guide: 'own', as in the paper, is the caption of the positive pair. The kept tokens then
-            leak the caption into the loss. 'other' is another caption of the image, `guide_ids`.
-        guide_negatives: share of the images that the caption of another image guides; similar
-            captions are more likely.
-    """
-
-    guide: Literal["own", "other"] = "own"
-    guide_negatives: Share = 0.0
-
-    @property
-    def reads_guide_captions(self) -> bool:
-        """Whether a training step takes a second caption of each image, for guidance."""
-        return self.guide == "other"
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextReductionConfig(Config):
     """Pruning of text tokens after half of the layers of a text tower.
 
     Attributes:
-        text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
+        text_reduction: 'random' or 'post', see `TextReduction`; or None.
         text_drop: share of a text's tokens that are dropped.
     """
 
@@ -209,8 +174,3 @@ class TextReductionConfig(Config):
         if self.text_reduction is None or self.text_drop == 0:
             return None
         return TextReduction(self.text_reduction, self.text_drop)
-
-    @property
-    def image_guides_text(self) -> bool:
-        """Whether the dropped text tokens depend on the image."""
-        return self.text_reduction == "learned" and self.text_drop > 0

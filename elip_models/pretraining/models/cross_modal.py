@@ -5,7 +5,6 @@ token; image tokens (B, N, D) and their mask (B, N), True = real token, None if 
 hidden states of a text (B, L, D); features (B, E).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -18,7 +17,6 @@ from elip_models.pretraining.models.config import ReductionConfig, TokenId
 from elip_models.pretraining.models.layers.bert import BertTower
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo, mask_after
-from elip_models.towers.base import scoring_context
 from elip_models.validation import Depth, Positive, PositiveInt, Size, divisor_of, same_as
 
 if TYPE_CHECKING:
@@ -130,29 +128,19 @@ class CrossModalModel(PretrainedModel):
         return self.encode_text(input_ids, attention_mask)[:, 0]
 
     def encode_image(
-        self,
-        images: Tensor,
-        text_cls: Tensor | None = None,
-        rows: Mapping[int, Tensor] | None = None,
+        self, images: Tensor, text_cls: Tensor | None = None
     ) -> tuple[Tensor, list[StageInfo]]:
         """Encode images by the reduced tower; `text_cls` (B, D) guides, None means no text.
 
-        `rows` are attention rows by block index that replace the scores. The result is the
-        remaining tokens (B, N, D), which are K+2 of the last stage for ELIP, and one info for each
-        reduction.
+        The result is the remaining tokens (B, N, D), which are K+2 of the last stage for ELIP, and
+        one info for each reduction.
         """
-        return run_tower(self.tower, images, text_cls, self.reduction, rows=rows)
+        return run_tower(self.tower, images, text_cls, self.reduction)
 
     def encode_masked(self, images: Tensor, text_cls: Tensor | None = None) -> MaskedTokens:
         """Encode images by the reduced tower -> tokens (B, N, D) and their mask."""
         tokens, infos = self.encode_image(images, text_cls)
         return tokens, mask_after(infos)
-
-    def dense_cls(self, images: Tensor) -> Tensor:
-        """Return the CLS outputs (B, D) of images (B, 3, H, W), without reduction or gradient."""
-        with scoring_context(self.visual, images):
-            tokens, _ = run_tower(self.tower, images, None, self.dense, cls_only=True)
-        return tokens[:, 0]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of storing their activations."""

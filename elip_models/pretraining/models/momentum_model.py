@@ -14,7 +14,7 @@ Source: ALBEF (Li et al., 2021), sections 3.2 and 3.3; BLIP (Li et al., 2022).
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from elip_models.pretraining.models.config import ContrastiveConfig
 from elip_models.pretraining.models.cross_modal import (
     CrossModalConfig,
     CrossModalModel,
@@ -37,10 +36,6 @@ from elip_models.pretraining.models.layers.momentum import (
     update_momentum_,
 )
 from elip_models.reduction.encode import run_tower
-from elip_models.reduction.momentum_scores import forward_with_scores
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import is_sharded
@@ -48,16 +43,12 @@ from elip_models.validation import Bounds, NonNegative, Share, Size
 
 
 @dataclass(frozen=True, kw_only=True)
-class MomentumConfig(CrossModalConfig, ContrastiveConfig):
+class MomentumConfig(CrossModalConfig):
     """BERT beside the image tower, momentum encoders and a queue of their features.
 
-    For the other fields, see `CrossModalConfig` and `ContrastiveConfig`.
+    For the other fields, see `CrossModalConfig`.
 
     Attributes:
-        scorer: also 'momentum': the momentum tower encodes all patches first, and its CLS attention
-            selects the tokens of the trained tower. Outside of training losses it is 'exact'.
-        guide: also 'after_itc': the caption guides the images for ITM, MLM and LM. ITC encodes them
-            a second time, without text.
         embed_dim: width of the features.
         temperature: initial temperature of their similarities.
         queue_size: number of features in the queue.
@@ -69,8 +60,6 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
             reduces the momentum tower by its own scores.
     """
 
-    scorer: ScorerName | Literal["momentum"] = "exact"
-    guide: Literal["own", "other", "after_itc"] = "own"
     text_dropout: Share = 0.1
     text_norm_eps: NonNegative = 1e-12
     embed_dim: Size = 256
@@ -82,30 +71,6 @@ class MomentumConfig(CrossModalConfig, ContrastiveConfig):
     negative_epsilon: Share = 0.0
     momentum_reduction: Literal["none", "shared", "own"] = "none"
     resize: Literal["crop", "squash"] = "squash"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scorer == "momentum" and self.momentum_reduction != "none":
-            raise ValueError(
-                "momentum_reduction: expected 'none' with scorer='momentum', which scores all "
-                f"patches, got {self.momentum_reduction!r}"
-            )
-        if self.guide == "after_itc" and self.reads_momentum:
-            raise ValueError(
-                "guide: expected 'own' or 'other' with scorer='momentum' or a momentum_reduction, "
-                "since the caption would reach ITC through the momentum tower, got 'after_itc'"
-            )
-
-    @property
-    def reads_momentum(self) -> bool:
-        """Whether the momentum tower takes part in the reduction."""
-        return self.scorer == "momentum" or self.momentum_reduction != "none"
-
-    def elip(self, schedule: Schedule | str) -> ELIP:
-        """Return ELIP for the schedule; scorer='momentum' is replaced by 'exact' here."""
-        if self.scorer == "momentum":
-            return replace(self, scorer="exact").elip(schedule)
-        return super().elip(schedule)
 
     @property
     def bert(self) -> BertConfig:
@@ -194,14 +159,9 @@ class DistilledModel(CrossModalModel):
         update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
 
     def _encode_images(self, images: Tensor, text_cls: Tensor) -> tuple[MaskedTokens, MaskedTokens]:
-        how = self.config.momentum_reduction
-        if self.config.scorer == "momentum" and type(self.reduction) is ELIP:
-            image_m, rows = forward_with_scores(
-                self.tower_m, images, text_cls.detach(), self.reduction
-            )
-            image, infos = self.encode_image(images, text_cls, rows)
-            return (image, mask_after(infos)), (image_m, None)
+        """Encode images by the online and, without gradient, by the momentum tower."""
         image, infos = self.encode_image(images, text_cls)
+        how = self.config.momentum_reduction
         strategy = self.dense if how == "none" else self.reduction
         replays = infos if how == "shared" else None
         with torch.no_grad():
@@ -287,7 +247,7 @@ class MomentumModel(DistilledModel):
         """Fuse texts, as hidden states (B, L, D) or ids (B, L), with image tokens -> (B, L, D)."""
         raise NotImplementedError
 
-    def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text_reduced(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encode the texts of a training step; a subclass may drop text tokens."""
         return self.encode_text(input_ids, mask)
 
@@ -329,8 +289,6 @@ class MomentumModel(DistilledModel):
         attention_mask: Tensor,
         image_ids: Tensor | None = None,
         *,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
         drawn: Any = None,
     ) -> MomentumOutput:
         """Return the losses of a batch of pairs; in training, update momentum encoders and queue.
@@ -339,7 +297,7 @@ class MomentumModel(DistilledModel):
         For the other arguments, see `contrast`.
         """
         text = input_ids, attention_mask
-        contrast = self.contrast(images, *text, guide_ids, guide_mask, image_ids)
+        contrast = self.contrast(images, *text, image_ids)
         if drawn is None:
             drawn = self.draw(contrast.similar, input_ids, image_ids)
         fused = input_ids if self.fuses_ids else contrast.text
@@ -373,28 +331,20 @@ class MomentumModel(DistilledModel):
         images: Tensor,
         input_ids: Tensor,
         mask: Tensor,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
     ) -> ContrastiveOutput:
         """Compute ITC of a batch; in training, update the momentum encoders and the queue.
 
         With gradient accumulation, both are updated at each forward pass; a model that FSDP has
-        sharded raises TypeError. For guide_ids and guide_mask, see `select_guidance`. image_ids
-        (B,) int64 are equal where two pairs show the same image, whose texts are all positives; for
-        models that set `stores_image_ids`.
+        sharded raises TypeError. image_ids (B,) int64 are equal where two pairs show the same
+        image, whose texts are all positives; for models that set `stores_image_ids`.
         """
         online, gather = self.encoders, self.config.gather
-        text = self.encode_text_reduced(images, input_ids, mask)
+        text = self.encode_text_reduced(input_ids, mask)
         if self.training:
             self._update_momentum()
-        texts, scale = online.text_features(text), 1 / self.temperature
-        guides = self.select_guidance(text[:, 0], texts, scale, guide_ids, guide_mask)
-        image, image_m = self._encode_images(images, guides)
-        itc_image = image[0]
-        if self.config.guide == "after_itc" and self.reduction.is_guided:
-            itc_image, _ = self.encode_image(images, torch.zeros_like(guides))
-        features = online.image_features(itc_image), texts
+        image, image_m = self._encode_images(images, text[:, 0])
+        features = online.image_features(image[0]), online.text_features(text)
         features_m = self._momentum_features(image_m[0], input_ids, mask)
         gather_m = "global" if self.training else gather
         with torch.no_grad():

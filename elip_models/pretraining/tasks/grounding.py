@@ -179,11 +179,6 @@ def cross_attention_layers(model: nn.Module) -> list[nn.Module]:
             "model: expected ALBEF, BLIP or METER with ITM, pre-trained or fine-tuned for "
             f"retrieval, got {type(model).__name__}"
         )
-    if getattr(model, "pumer", None) is not None:
-        raise ValueError(
-            "model: expected one that keeps its image tokens in fusion, got cross_reduction = "
-            f"{model.config.cross_reduction!r}"
-        )
     layers = model.fusion_tower.layers
     return [layer.crossattention.self for layer in layers if layer.add_cross_attention]
 

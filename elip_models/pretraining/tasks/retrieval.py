@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from elip_models.intervals import Interval, score_interval
-from elip_models.pretraining.data import DataError, Sample, Source, open_source, other_caption
+from elip_models.pretraining.data import DataError, Sample, Source, open_source
 from elip_models.pretraining.data.derived_sources import group_by_image
 from elip_models.pretraining.data.samples import image_number
 from elip_models.pretraining.tasks.features import (
@@ -176,13 +176,10 @@ class Retrieval(Task):
     def sample(
         self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """Return an image with one of its captions, and the negatives and guides the model uses."""
+        """Return an image with one of its captions, and the negatives that the model uses."""
         caption = sample.captions[rng.integers(len(sample.captions))]
         tensors = {"images": preprocessor.image(sample.image, rng), **preprocessor.text(caption)}
         tensors["image_ids"] = torch.tensor(image_number(preprocessor.source, index))
-        if preprocessor.model.reads_guide_captions:
-            guide = preprocessor.text(other_caption(sample.captions, caption, rng))
-            tensors |= {"guide_ids": guide["input_ids"], "guide_mask": guide["attention_mask"]}
         number = getattr(preprocessor.model, "false_texts", 0)  # negatives of METER
         if not number:
             return tensors

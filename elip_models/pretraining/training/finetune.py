@@ -15,7 +15,7 @@ from typing import Any
 
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.config import (
-    ContrastiveConfig,
+    ReductionConfig,
     TextReductionConfig,
     VisionConfig,
 )
@@ -34,7 +34,7 @@ from elip_models.saving.files import read_config
 from elip_models.validation import ConfigError, as_config_error
 
 REDUCTION = {
-    field.name for config in (ContrastiveConfig, TextReductionConfig) for field in fields(config)
+    field.name for config in (ReductionConfig, TextReductionConfig) for field in fields(config)
 } - {field.name for field in fields(VisionConfig)}
 
 
@@ -45,7 +45,7 @@ def finetune_recipe(
 
     `task` is a task, for which the model's family has a recipe, or the name or path of a recipe.
     With `reduced`, the image tower is reduced as in the saved model; options that the task's model
-    does not have, such as another guide, are dropped.
+    does not have, such as text reduction, are dropped.
     """
     with as_config_error("--from"):
         if (folder / "model" / "config.json").is_file():

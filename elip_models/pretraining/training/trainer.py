@@ -46,7 +46,6 @@ from elip_models.pretraining.training.signal_handling import StopSignal
 from elip_models.pretraining.training.summary import print_plan
 from elip_models.pretraining.training.train_batches import make_train_batches
 from elip_models.pretraining.training.training_data import (
-    check_guide_captions,
     make_tokenizer,
     meta_model,
     open_training_data,
@@ -139,8 +138,6 @@ class Trainer:
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with as_config_error("data.train", inner="spec"):
             self.source = open_training_data(self.config, model.image_size)
-        with as_config_error("model.overrides.guide"):
-            check_guide_captions(model, self.source)
         self.evaluation = Evaluation(self.config, model.image_size)
         self.best = BestWeights(self.config, task, self.folder.best)
         self.tokenizer = make_tokenizer(

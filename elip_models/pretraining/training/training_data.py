@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -119,26 +118,7 @@ def make_preparation(
         context_length=data.context_length,
         captions=model.captions,
         max_words=model.max_words,
-        guide_captions=model.reads_guide_captions,
     )
-
-
-def check_guide_captions(model: VisionConfig, source: Source | StreamSource) -> None:
-    """Warn if the model takes a second caption that some images of `source` do not have.
-
-    At most 1,000 samples are read. If no image has a second caption, ValueError is raised.
-    """
-    if not model.reads_guide_captions:
-        return
-    captions = [set(several) for several in sample_captions(source, MAX_COUNTED_SAMPLES)]
-    share = sum(len(several) < 2 for several in captions) / len(captions)
-    if share == 1:
-        raise ValueError("expected 'own', since no image has a second caption, got 'other'")
-    if share:
-        warnings.warn(
-            f"guide='other': {share:.0%} of the images have one caption, which guides them itself",
-            stacklevel=2,
-        )
 
 
 def make_tokenizer(

@@ -133,8 +133,6 @@ class Staged(Strategy):
         """Score the tokens, then keep and merge them by that row."""
         if context.replay is not None:
             row = context.replay.attention
-        elif context.row is not None:
-            row = context.row
         else:
             row = self.score(tower, stage, tokens, context.text_cls)
         if self.merge != "nearest":
@@ -291,7 +289,7 @@ class ELIP(Guided, Staged):
         """Fuse, score and reduce; in one op if the scorer reads the row of one block."""
         read = get_scorer(self.scorer).read
         drops = stage.keep < tokens.shape[1] - tower.num_prefix_tokens
-        if read is None or context.row is not None or not drops or self.merge == "nearest":
+        if read is None or not drops or self.merge == "nearest":
             return super().step(tower, stage, tokens, context)
         row = None if context.replay is None else context.replay.attention
         with scoring_context(tower.model, tokens):

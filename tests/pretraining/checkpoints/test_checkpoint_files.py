@@ -42,7 +42,7 @@ def small_open_clip(embed_dim=16):
         ({"model": {1: torch.zeros(1)}}, "got other values under '1'"),
         ({}, "got other values under ''"),
         ({"a": torch.zeros(1).expand(2**16, 2**16)}, "at most 4 times the size of"),
-        ({"layer.weight": torch.zeros(2)}, r"albef, .*hf_blip, got names such as layer\.weight"),
+        ({"layer.weight": torch.zeros(2)}, r"albef, .*hf_clip, got names such as layer\.weight"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content, message):

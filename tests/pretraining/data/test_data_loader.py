@@ -83,21 +83,6 @@ def test_text_is_padded_or_truncated_and_keeps_its_end(dataset, tokenizer):
     assert (ids[mask == 0] == tokenizer.pad_token_id).all()
 
 
-def test_a_second_caption_of_the_same_image_guides_and_changes_nothing_else(dataset, tokenizer):
-    guided = make_dataset(dataset.source, tokenizer, guide_captions=True)
-    seen = set()
-    for turn in range(40):
-        sample, plain = guided[turn, 3], dataset[turn, 3]
-        assert all(torch.equal(sample[name], plain[name]) for name in TENSORS)
-        assert sample["guide_mask"].sum() == (sample["guide_ids"] != tokenizer.pad_token_id).sum()
-        assert not torch.equal(sample["guide_ids"], sample["input_ids"])
-        seen.add(tuple(sample["guide_ids"].tolist()))
-    captions = {tuple(dataset[turn, 3]["input_ids"].tolist()) for turn in range(40)}
-    assert seen == captions
-    single = make_dataset(DamagedSource(LENGTH, set()), tokenizer, guide_captions=True)[0, 3]
-    assert torch.equal(single["guide_ids"], single["input_ids"])
-
-
 def test_reading_leaves_the_global_generator_and_the_environment_alone(dataset, monkeypatch):
     monkeypatch.delenv(THREADS, raising=False)
     torch.manual_seed(5)

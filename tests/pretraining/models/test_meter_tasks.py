@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 
 from elip_models.pretraining.checkpoints.names import KINDS
 from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
-from elip_models.pretraining.models.meter.model import METER
+from elip_models.pretraining.models.meter.model import METER, METERDraw
 from elip_models.pretraining.models.meter.tasks import (
     METERNLVR2,
     METERVQA,
-    DrawnImages,
     METEREntailment,
     METERRetrieval,
 )
@@ -113,10 +112,22 @@ def batch_of(task, case):
         task, ["labels"]
     )
     batch = {name: case[name] for name in names}
-    if task == "retrieval":
-        drawn = DrawnImages(case["itm_labels"], case["false_images"])
-        batch |= {"image_ids": torch.arange(3), "drawn": drawn}
-    return batch
+    return batch | ({"image_ids": torch.arange(3)} if task == "retrieval" else {})
+
+
+def outputs_of(model, task, case):
+    """Return the losses and logits of a step by their recorded names.
+
+    The official run of retrieval added ITM, which the official settings leave out.
+    """
+    batch = batch_of(task, case)
+    out = model(**batch)
+    if task != "retrieval":
+        return vars(out)
+    drawn = METERDraw(None, None, case["itm_labels"], case["false_images"])
+    loss, logits = model.match(case["images"], case["input_ids"], case["attention_mask"], drawn)
+    ranks = {"loss": out.loss + loss, "loss_rank": out.loss, "rank_logits": out.logits}
+    return ranks | {"loss_itm": loss, "itm_logits": logits}
 
 
 def random_batch(model, B=3):
@@ -140,13 +151,12 @@ def test_the_official_step_is_reproduced(task, suffix, options):
     case = {
         n: t.double() if t.is_floating_point() else t for n, t in recorded(task, suffix).items()
     }
-    with_itm = {"with_itm": True} if task == "retrieval" else {}  # as the run was recorded
-    model = filled(made(task, **options, **with_itm), task).double()
-    out = model(**batch_of(task, case))
-    outputs = ("loss", "logits", "loss_rank", "loss_itm", "rank_logits", "itm_logits")
-    for name in case.keys() & outputs:
-        assert_close(getattr(out, name).double(), case[name], msg=name)
-    out.loss.backward()
+    model = filled(made(task, **options), task).double()
+    out = outputs_of(model, task, case)
+    assert out.keys() <= case.keys()
+    for name, value in out.items():
+        assert_close(value.double(), case[name], msg=name)
+    out["loss"].backward()
     expected = rename_tensors(
         {n[5:]: g for n, g in case.items() if n.startswith("grad/")}, names_of(task)
     )
@@ -217,31 +227,8 @@ def test_the_pre_trained_model_matches_by_its_logit_of_a_pair():
     batch = random_batch(made("vqa"))
     images, ids, mask = batch["images"], batch["input_ids"], batch["attention_mask"]
     logits = model.matching_logits(*model.matching_tokens(images), ids, mask)
-    pairs = DrawnImages(torch.ones(len(ids), dtype=torch.long), images)
+    pairs = METERDraw(None, None, torch.ones(len(ids), dtype=torch.long), images)
     assert_close(logits, model.match(images, ids, mask, pairs)[1][:, 1])
-
-
-def test_a_text_whose_other_image_is_its_own_is_a_pair():
-    model, images = made("retrieval"), torch.randn(6, 3, 16, 16)
-    ids = torch.tensor([0, 0, 0, 0, 1, 2])
-    images[1:4] = images[0]
-    for _ in range(20):
-        drawn = model.draw(images, ids)
-        is_own = (drawn.false_images == images).flatten(1).all(1)
-        assert drawn.itm_labels[is_own].all() and 3 <= drawn.itm_labels.sum() < 6
-    assert model.draw(images[:1], ids[:1]).itm_labels.tolist() == [1]
-
-
-def test_the_head_of_itm_stays_as_it_was_pre_trained():
-    model = made("retrieval", with_itm=True)
-    batch = random_batch(model)
-    before = model.itm_head.weight.clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    out = model(**batch)
-    out.loss.backward()
-    optimizer.step()
-    assert out.loss_itm > 0 and torch.equal(model.itm_head.weight, before)
-    assert model.rank_head.weight.grad.any()
 
 
 @task_of

@@ -107,8 +107,6 @@ def test_a_layer_is_counted_among_those_with_cross_attention():
     assert cross_attention(model, 6) is layers[7].crossattention.self
     with pytest.raises(ValueError, match=r"layer: expected 1 to 6, .* of ALBEF .*, got 7"):
         cross_attention(model, 7)
-    with pytest.raises(ValueError, match=r"keeps its image tokens in fusion, got .*'pumer'"):
-        cross_attention(made("meter", cross_reduction="pumer"))
     with pytest.raises(TypeError, match=r"model: expected ALBEF, BLIP or METER .*, got Linear"):
         cross_attention(torch.nn.Linear(1, 1))
 

@@ -157,10 +157,9 @@ def sample_of(source, index, **config):
 
 def test_a_sample_has_its_image_id_and_the_texts_that_the_model_uses():
     sample = sample_of(Captioned(), 2)
-    assert sample["image_ids"] == 2 and not sample.keys() & {"false_ids", "guide_ids"}
-    sample = sample_of(Captioned(), 2, false_texts=5, reads_guide_captions=True)
+    assert sample["image_ids"] == 2 and "false_ids" not in sample
+    sample = sample_of(Captioned(), 2, false_texts=5)
     assert sample["false_ids"].shape == sample["false_mask"].shape == (5, 4)
-    assert sample["guide_ids"].shape == sample["guide_mask"].shape == (4,)
 
 
 def test_pairs_of_the_same_image_are_not_negatives():

@@ -291,12 +291,6 @@ def test_a_task_on_a_stream_raises(tmp_path):
         open_training_data(config, 32)
 
 
-def test_guide_other_trains_on_a_stream(tmp_path):
-    url = scenes(tmp_path)
-    result = train(tiny_config(tmp_path / "run", stream(url), "model.overrides.guide=other"))
-    assert result.step == 4
-
-
 def test_a_worker_ignores_the_signal_that_ends_the_job():
     dataset = TrainingSamples(EmojiScenes(8, image_size=8), numbered, seed=0)
     others = _children()

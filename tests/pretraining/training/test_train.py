@@ -231,26 +231,16 @@ def test_a_setting_that_does_not_fit_raises(tmp_path, recipe, override, message)
         train(tiny_config(tmp_path, override, recipe=recipe))
 
 
-def one_caption_each(folder, *second):
-    """Write a list of sixteen images that are missing; the first have a second caption."""
-    captions = [[f"picture {i}", *second[i : i + 1]] for i in range(16)]
-    entries = [{"image": f"{i}.png", "caption": texts} for i, texts in enumerate(captions)]
+def missing_images(folder):
+    """Write a list of sixteen images that are missing."""
+    entries = [{"image": f"{i}.png", "caption": f"picture {i}"} for i in range(16)]
     (folder / "list.json").write_text(json.dumps(entries))
     return f"data.train={folder / 'list.json'}"
 
 
-def test_guide_other_needs_second_captions(tmp_path):
-    other = "model.overrides.guide=other"
-    with pytest.raises(ConfigError, match=r"model\.overrides\.guide: expected 'own'.*'other'"):
-        train(tiny_config(tmp_path / "run", one_caption_each(tmp_path), other))
-    data = one_caption_each(tmp_path, "a second one")
-    with pytest.warns(UserWarning, match="94% of the images have one"), pytest.raises(DataError):
-        train(tiny_config(tmp_path / "run", data, other))
-
-
 def test_too_much_unreadable_data_stops_the_run(tmp_path):
     with pytest.raises(DataError, match=r"no readable sample .* list\.json\[\d+\] \d+\.png"):
-        train(tiny_config(tmp_path / "run", one_caption_each(tmp_path)))
+        train(tiny_config(tmp_path / "run", missing_images(tmp_path)))
 
 
 def spoil_losses(monkeypatch, steps):

@@ -62,8 +62,6 @@ RESUMED = [
         ("optim.compile=aot_eager",),
     )
 ]
-GUIDES = ("guide=other", "guide_negatives=0.5", "guide_dropout=0.3", "guidance_norm=match")
-RESUMED.append(("clip_tiny", tuple(f"model.overrides.{option}" for option in GUIDES)))
 RESUMED += [  # dropout, drawn negatives, masked tokens, and a queue that wraps around
     ("albef_tiny", ("model.overrides.text_dropout=0.1",)),
     ("blip_tiny", ("model.overrides.text_dropout=0.1",)),

@@ -21,7 +21,7 @@ Source: model_retrieval.py, model_vqa.py, model_ve.py, model_nlvr.py and the con
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from elip_models.pretraining.models.downstream import (
 from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
 from elip_models.pretraining.models.layers.losses import at_least_fp32, distilled_cross_entropy
 from elip_models.pretraining.models.momentum_model import DistilledModel
-from elip_models.validation import NonNegative, Size, Zero
+from elip_models.validation import NonNegative, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,18 +81,10 @@ class ALBEFRetrieval(MomentumRetrieval, ALBEFMatcher):
 
 @dataclass(frozen=True, kw_only=True)
 class ALBEFTaskConfig(ALBEFFinetuningConfig):
-    """Hyper-parameters of an ALBEF without contrastive features; each text guides its own image."""
+    """Hyper-parameters of an ALBEF without contrastive features.
 
-    guide: Literal["own"] = "own"
-    guide_negatives: Zero = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.distill and self.reads_momentum:
-            raise ValueError(
-                "distill: expected True with scorer='momentum' or a momentum_reduction, which need "
-                "the momentum encoders, got False"
-            )
+    Without `distill`, `momentum_reduction` has no effect.
+    """
 
 
 class ALBEFTask(DistilledModel):
@@ -117,7 +109,7 @@ class ALBEFTask(DistilledModel):
         return [("visual.",), ("text.",)]
 
     def encode_pair(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Fuse texts (B, L) with their images -> (B, L, D), without sampling or distillation."""
+        """Fuse texts (B, L) with their images -> (B, L, D), without distillation."""
         text = self.encode_text(input_ids, mask)
         image = self.encode_masked(*self._tower_inputs(images, text[:, 0]))
         return self.encoders.fuse(text, mask, *image)
@@ -130,13 +122,13 @@ class ALBEFTask(DistilledModel):
         In training, this updates the momentum encoders first. Without them, the second result is
         None.
         """
-        text, momentum = self.encode_text(input_ids, mask), self.encoders_m
-        inputs = self._tower_inputs(images, self.select_guidance(text[:, 0]))
+        momentum = self.encoders_m
         if momentum is None:
-            return self.encoders.fuse(text, mask, *self.encode_masked(*inputs)), None
+            return self.encode_pair(images, input_ids, mask), None
+        text = self.encode_text(input_ids, mask)
         if self.training:
             self._update_momentum()
-        image, image_m = self._encode_images(*inputs)
+        image, image_m = self._encode_images(*self._tower_inputs(images, text[:, 0]))
         with torch.no_grad():
             text_m = momentum.encode_text(input_ids, mask)
             fused_m = momentum.fuse(text_m, mask, *image_m)

@@ -48,20 +48,15 @@ from elip_models.pretraining.models.downstream import (
 )
 from elip_models.pretraining.models.layers.bert import masked_language_head
 from elip_models.pretraining.models.layers.distributed import all_gather
-from elip_models.pretraining.models.layers.losses import (
-    IGNORED,
-    language_loss,
-    next_tokens,
-)
+from elip_models.pretraining.models.layers.losses import IGNORED, language_loss, next_tokens
 from elip_models.pretraining.models.layers.momentum import similarities
 from elip_models.pretraining.models.momentum_model import (
     ContrastiveOutput,
     DistilledModel,
     Encoders,
 )
-from elip_models.reduction.scorers import ScorerName
 from elip_models.towers.base import scoring_context
-from elip_models.validation import Count, NonNegative, Rate, Share, Size, Zero
+from elip_models.validation import Count, NonNegative, Rate, Share, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,13 +120,9 @@ class BLIPRetrieval(BLIPBase, MomentumRetrieval):
 class BLIPTaskConfig(BLIPFinetuningConfig):
     """Hyper-parameters of a BLIP without momentum encoders: see `BLIPFinetuningConfig`.
 
-    Each text guides its own image. The fields of momentum encoders, features and their queue have
-    no effect.
+    The fields of momentum encoders, features and their queue have no effect.
     """
 
-    scorer: ScorerName = "exact"
-    guide: Literal["own"] = "own"
-    guide_negatives: Zero = 0.0
     momentum_reduction: Literal["none"] = "none"
 
 
@@ -149,8 +140,7 @@ class BLIPTask(BLIPBase, DistilledModel):
         if not self.reduction.is_guided:
             return None
         with scoring_context(self, input_ids):
-            text_cls = self.text_cls(input_ids, mask)
-        return self.select_guidance(text_cls)
+            return self.text_cls(input_ids, mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +316,6 @@ class BLIPCaptioningConfig(BLIPTaskConfig):
 
     context_length: Size = 40
     without_text: Literal["dense", "vision"] = "vision"
-    guide_dropout: Zero = 0.0
     prompt: str = "a picture of "
     prompt_tokens: Count = 3
 

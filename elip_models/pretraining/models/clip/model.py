@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig
 
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.models.config import ContrastiveConfig, TextReductionConfig, TokenId
+from elip_models.pretraining.models.config import ReductionConfig, TextReductionConfig, TokenId
 from elip_models.pretraining.models.layers.clip_text import CLIPTextTower
 from elip_models.pretraining.models.layers.losses import contrastive_loss, sigmoid_loss
 from elip_models.reduction.encode import run_tower
@@ -50,17 +50,16 @@ INITIAL_BIAS = -10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPConfig(ContrastiveConfig, TextReductionConfig):
+class CLIPConfig(ReductionConfig, TextReductionConfig):
     """Hyper-parameters of a CLIP model.
 
-    For the other fields, see `VisionConfig`, `ContrastiveConfig` and `TextReductionConfig`.
+    For the other fields, see `VisionConfig`, `ReductionConfig` and `TextReductionConfig`.
 
     Attributes:
         activation: of all MLPs; OpenAI's models use 'quick_gelu', x sigmoid(1.702 x).
         loss: 'itc', the softmax over all pairs, or 'sigmoid', SigLIP's loss with a learned bias.
         temperature: initial temperature of the similarities; None is 0.07, and 0.1 for 'sigmoid'.
         gather: where negatives come from, see `contrastive_loss`.
-        text_reduction: without 'learned', whose dense pass of the image costs more than it saves.
     """
 
     vision_norm_eps: NonNegative = 1e-5
@@ -79,7 +78,6 @@ class CLIPConfig(ContrastiveConfig, TextReductionConfig):
     loss: Literal["itc", "sigmoid"] = "itc"
     temperature: Annotated[float, Bounds(1e-4, 1e4)] | None = None
     gather: Literal["local", "global"] = "local"
-    text_reduction: Literal["random", "post"] | None = None
 
     def vit(self, **options: Any) -> VisionTransformer:
         """Create the image tower with CLIP's initial weights; `options` are timm's."""
@@ -191,31 +189,20 @@ class CLIP(PretrainedModel):
         images: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
     ) -> CLIPOutput:
-        """Return the contrastive loss of a batch; row i of images and texts is one pair.
-
-        guide_ids and guide_mask (B, L) are other captions of the images, for guide='other'.
-        """
-        features = self.encode_pairs(images, input_ids, attention_mask, guide_ids, guide_mask)
+        """Return the contrastive loss of a batch; row i of images and texts is one pair."""
+        features = self.encode_pairs(images, input_ids, attention_mask)
         return CLIPOutput(self._loss(*features), *features)
 
     def encode_pairs(
-        self,
-        images: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        guide_ids: Tensor | None,
-        guide_mask: Tensor | None,
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the features (B, E) of guided images and of texts; see `forward`."""
+        """Return the features (B, E) of images, guided by their texts, and of the texts."""
         slices = self.batch_slices
         text_features = encode_in_slices(self.encode_text, slices, input_ids, attention_mask)
-        text_cls, scale = self.guidance(text_features), self.logit_scale.exp()
-        guides = self.select_guidance(text_cls, text_features, scale, guide_ids, guide_mask)
         encode = partial(self._encode_image, strategy=self.reduction)
-        return encode_in_slices(encode, slices, images, guides), text_features
+        image_features = encode_in_slices(encode, slices, images, self.guidance(text_features))
+        return image_features, text_features
 
     def set_batch_slices(self, count: int) -> None:
         """Encode a batch in `count` slices, see `encode_in_slices`."""

@@ -24,7 +24,7 @@ from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig, CLIPOutp
 from elip_models.pretraining.models.downstream import TaskOutput, Weights, renamed
 from elip_models.pretraining.models.layers.losses import contrastive_loss
 from elip_models.reduction.encode import run_tower
-from elip_models.validation import Share, Size, Zero
+from elip_models.validation import Share, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,14 +53,12 @@ class CLIPRetrieval(CLIP):
         input_ids: Tensor,
         attention_mask: Tensor,
         image_ids: Tensor,
-        guide_ids: Tensor | None = None,
-        guide_mask: Tensor | None = None,
     ) -> CLIPOutput:
         """Return the loss of a batch; for the other arguments, see `CLIP.forward`.
 
         image_ids (B,) int64 are equal where two pairs show the same image.
         """
-        features = self.encode_pairs(images, input_ids, attention_mask, guide_ids, guide_mask)
+        features = self.encode_pairs(images, input_ids, attention_mask)
         scale, gather = self.logit_scale.exp(), self.config.gather
         loss = contrastive_loss(*features, scale, gather=gather, image_ids=image_ids)
         return CLIPOutput(loss, *features)
@@ -70,7 +68,7 @@ class CLIPRetrieval(CLIP):
 class CLIPClassificationConfig(CLIPConfig):
     """Hyper-parameters of a classifier, besides those of the pre-trained model.
 
-    For the other fields, see `CLIPConfig`; those of texts and of guidance have no effect.
+    For the other fields, see `CLIPConfig`; those of texts have no effect.
 
     Attributes:
         num_classes: number of classes; the default is ImageNet's.
@@ -83,9 +81,6 @@ class CLIPClassificationConfig(CLIPConfig):
     tuning: Literal["probe", "full"] = "full"
     label_smoothing: Share = 0.0
     without_text: Literal["dense", "vision"] = "vision"
-    guide: Literal["own"] = "own"
-    guide_negatives: Zero = 0.0
-    guide_dropout: Zero = 0.0
 
 
 class CLIPClassification(PretrainedModel):

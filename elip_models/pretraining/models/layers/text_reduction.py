@@ -22,7 +22,7 @@ from elip_kernels.ops.gather_ops import take_rows
 from elip_models.pretraining.models.layers.losses import IGNORED
 from elip_models.validation import Rate, check_fields
 
-TextStrategy = Literal["random", "post", "learned"]
+TextStrategy = Literal["random", "post"]
 
 
 class ReducedText(NamedTuple):
@@ -51,13 +51,8 @@ class ReducedText(NamedTuple):
 class TextReduction:
     """Strategy and share of dropping text tokens.
 
-    The paper says of 'learned' only that the vision encoder's [CLS] features guide it. Our
-    interpretation: the score is an attention row of the first layer after the reduction. Its query
-    is the image CLS instead of the anchor (`elip_kernels.cls_attention`).
-
     Attributes:
-        strategy: 'random' drops random tokens, 'post' the last ones, 'learned' those with the least
-            score.
+        strategy: 'random' drops random tokens, 'post' the last ones.
         drop: share of the real tokens of a text, in [0, 1).
     """
 
@@ -67,21 +62,18 @@ class TextReduction:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(
-        self, tokens: Tensor, mask: Tensor, anchor: Tensor, scores: Tensor | None = None
-    ) -> ReducedText:
+    def __call__(self, tokens: Tensor, mask: Tensor, anchor: Tensor) -> ReducedText:
         """Drop tokens, without a host synchronisation and without shapes that depend on values.
 
         Args:
             tokens: (B, L, D), floating point; gradients reach the kept ones.
             mask: (B, L) bool, True = real token. The anchor counts as real.
             anchor: (B,) int64, position of a token that is kept.
-            scores: (B, L), for 'learned' only. Ties keep the lower index; NaN counts as the least.
         """
         L, anchor = tokens.shape[1], anchor[:, None]
         slots = torch.arange(L - int(self.drop * L), device=mask.device)
         mask = mask.scatter(1, anchor, True)
-        priority = self._priority(mask, scores).masked_fill(~mask, -torch.inf)
+        priority = self._priority(mask).masked_fill(~mask, -torch.inf)
         priority = priority.scatter(1, anchor, torch.inf)
         order = priority.argsort(dim=1, descending=True, stable=True)[:, : len(slots)]
         n = mask.sum(1, keepdim=True)
@@ -91,11 +83,8 @@ class TextReduction:
         new_anchor = (kept == anchor).int().argmax(1)
         return ReducedText(take_rows(tokens, kept), position < L, new_anchor, kept)
 
-    def _priority(self, mask: Tensor, scores: Tensor | None) -> Tensor:
+    def _priority(self, mask: Tensor) -> Tensor:
         """Return a finite priority (B, L); the least are dropped first."""
         if self.strategy == "random":
             return torch.rand(mask.shape, device=mask.device)
-        if self.strategy == "post":
-            return -torch.arange(mask.shape[1], device=mask.device).float().expand(mask.shape)
-        least, most = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
-        return scores.detach().nan_to_num(least, most, least)
+        return -torch.arange(mask.shape[1], device=mask.device).float().expand(mask.shape)

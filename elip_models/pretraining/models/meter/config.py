@@ -7,19 +7,8 @@ from transformers import BertConfig
 
 from elip_models.pretraining.models.config import TextReductionConfig, TokenId
 from elip_models.pretraining.models.cross_modal import CrossModalConfig
-from elip_models.pretraining.models.layers.pumer import PuMer
-from elip_models.reduction.strategy_spec import parse_spec
-from elip_models.validation import (
-    Depth,
-    NonNegative,
-    PositiveInt,
-    Share,
-    Size,
-    as_config_error,
-    divisor_of,
-)
+from elip_models.validation import Depth, NonNegative, PositiveInt, Share, Size, divisor_of
 
-CROSS_REDUCTIONS = {"pumer": PuMer}
 ROBERTA = {  # fields of METERConfig with other values for roberta-base
     "text_encoder": "roberta",
     "vocab_size": 50265,
@@ -44,8 +33,6 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
         cross_width: width of the co-attention layers; `cross_depth` is their number on each side.
         dropout: of the text encoder and of the co-attention layers.
         mask_whole_words: mask words instead of tokens, see `METER.read_vocabulary_`.
-        cross_reduction: 'pumer', or with options 'pumer:prune=0.3,layers=1,2,3', reduces the tokens
-            of both sides in the co-attention layers, see `PuMer`. MLM keeps all text tokens.
     """
 
     vision_depth: Depth = 11
@@ -60,26 +47,6 @@ class METERConfig(CrossModalConfig, TextReductionConfig):
     mask_token_id: TokenId = 103
     mask_probability: Share = 0.15
     mask_whole_words: bool = False
-    cross_reduction: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        pumer = self.pumer
-        if pumer is not None and not set(pumer.layers) <= set(range(self.cross_depth)):
-            raise ValueError(
-                f"cross_reduction: expected layers of the {self.cross_depth} of fusion, 0 to "
-                f"{self.cross_depth - 1}, got {pumer.layers}"
-            )
-
-    @property
-    def pumer(self) -> PuMer | None:
-        """Reduction in fusion, by default in the existing layers of `PuMer`, or None."""
-        if self.cross_reduction is None:
-            return None
-        layers = tuple(i for i in PuMer.layers if i < self.cross_depth)
-        with as_config_error("cross_reduction"):
-            name, settings = parse_spec(self.cross_reduction, CROSS_REDUCTIONS)
-            return CROSS_REDUCTIONS[name](**({"layers": layers} | settings))
 
     @property
     def max_tokens(self) -> int:

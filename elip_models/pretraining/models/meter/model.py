@@ -22,7 +22,6 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 from elip_models.pretraining.models.cross_modal import CrossModalModel
 from elip_models.pretraining.models.layers.bert import BertTower, masked_language_head
 from elip_models.pretraining.models.layers.losses import language_loss, mask_tokens
-from elip_models.pretraining.models.layers.pumer import FusionTokens
 from elip_models.pretraining.models.layers.text_reduction import ReducedText
 from elip_models.pretraining.models.meter.config import METERConfig
 
@@ -49,34 +48,18 @@ class METEROutput:
     itm_logits: Tensor
 
 
-class DrawnImages(NamedTuple):
-    """Random choices of ITM.
+class METERDraw(NamedTuple):
+    """Random choices of a step: the results of `mask_tokens`, and the images of ITM.
 
     Attributes:
         itm_labels: (B,) int64, 1 where a text keeps its image in ITM.
         false_images: (B, 3, H, W), another image for each text, used where its label is 0.
     """
 
-    itm_labels: Tensor
-    false_images: Tensor
-
-
-class METERDraw(NamedTuple):
-    """Random choices of a step: the results of `mask_tokens`, then those of `DrawnImages`."""
-
     masked_ids: Tensor
     labels: Tensor
     itm_labels: Tensor
     false_images: Tensor
-
-
-def draw_itm_images(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw ITM's labels (B,), 1 for the half of images that is kept, and indices (B,) of others."""
-    B, device = len(images), images.device
-    pairs = max(1, B // 2)  # a batch of one image has no other image
-    labels = (torch.randperm(B, device=device) < pairs).long()
-    shift = torch.randint(1, max(2, B), (B,), device=device)
-    return labels, (torch.arange(B, device=device) + shift) % B
 
 
 class METERBackbone(CrossModalModel):
@@ -92,7 +75,7 @@ class METERBackbone(CrossModalModel):
         self.visual = config.vit(pre_norm=True, act_layer="quick_gelu")
         self.read_tower()
         self.text = BertTower(config.bert("text"), embeddings=EMBEDDINGS[config.text_encoder])
-        self.text_reduction, self.pumer = config.text_token_reduction, config.pumer
+        self.text_reduction = config.text_token_reduction
         width, bert = config.cross_width, config.bert("cross")
         self.text_transform = nn.Linear(config.text_width, width)
         self.image_transform = nn.Linear(config.vision_width, width)
@@ -120,51 +103,27 @@ class METERBackbone(CrossModalModel):
         image: Tensor,
         image_mask: Tensor | None = None,
         image_types: Tensor | None = None,
-        *,
-        keeps_text: bool = False,
-    ) -> FusionTokens:
-        """Run the co-attention layers, which drop tokens as `config.cross_reduction` specifies.
+    ) -> tuple[Tensor, Tensor]:
+        """Run the co-attention layers -> fused text (B, L, C) and image (B, N, C).
 
-        image_types (B,) are rows of the token type embeddings, `IMAGE` by default; keeps_text keeps
-        all text tokens.
+        image_types (B,) are rows of the token type embeddings, `IMAGE` by default.
         """
         types = self.token_types.weight
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
         text = self.text_transform(text) + types[TEXT]
         image = self.image_transform(image) + image_type
-        inputs = FusionTokens(text, mask, image, image_mask)
+        own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
         for i in range(self.config.cross_depth):
-            outputs = self._text_layer(i, inputs, keeps_text)
-            tokens, own_mask = outputs.image, outputs.image_mask
-            if own_mask is None:
-                own_mask = mask.new_ones(tokens.shape[:2])
-            read = inputs.text, inputs.text_mask
-            image = self.image_layers.run(tokens, own_mask, range(i, i + 1), *read)
-            inputs = outputs._replace(image=image)
-        return inputs
-
-    def _text_layer(self, i: int, inputs: FusionTokens, keeps_text: bool) -> FusionTokens:
-        if self.pumer is None or i not in self.pumer.layers:
-            text, mask, image, image_mask = inputs
-            text = self.text_layers.run(text, mask, range(i, i + 1), image, image_mask)
-            return inputs._replace(text=text)
-
-        def step(layer: nn.Module, text: Tensor) -> tuple[Tensor, FusionTokens]:
-            outputs = self.pumer.run(layer, inputs._replace(text=text), keeps_text=keeps_text)
-            return outputs.text, outputs
-
-        text, outputs = self.text_layers.run_layer_with(i, step, inputs.text)
-        return outputs._replace(text=text)
+            layer = range(i, i + 1)
+            text, image = (
+                self.text_layers.run(text, mask, layer, image, image_mask),
+                self.image_layers.run(image, own_mask, layer, text, mask),
+            )
+        return text, image
 
     def pool(self, text: Tensor, image: Tensor) -> Tensor:
         """Return the input (B, 2C) of the heads from fused text (B, L, C) and image (B, N, C)."""
         return torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
-
-    def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
-        """Encode texts alone, without the tokens that `text_reduction` drops half way."""
-        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
-        hidden = self.text.embed(input_ids)
-        return self.text.run_reduced(hidden, mask, self.text_reduction, image_cls=image_cls)
 
     def encode_and_fuse(
         self,
@@ -172,16 +131,12 @@ class METERBackbone(CrossModalModel):
         input_ids: Tensor,
         mask: Tensor,
         image_types: Tensor | None = None,
-        *,
-        keeps_text: bool = False,
     ) -> tuple[ReducedText, Tensor]:
         """Encode and fuse a batch -> text (B, K, C) with its mask, image (B, N, C); see `fuse`."""
-        text = self.encode_text_reduced(images, input_ids, mask)
-        image = self.encode_masked(images, self.select_guidance(text.tokens[:, 0]))
-        outputs = self.fuse(text.tokens, text.mask, *image, image_types, keeps_text=keeps_text)
-        if outputs.text.shape[1] == text.mask.shape[1]:
-            return text._replace(tokens=outputs.text), outputs.image
-        return ReducedText(outputs.text, outputs.text_mask), outputs.image
+        text = self.text.run_reduced(self.text.embed(input_ids), mask, self.text_reduction)
+        image = self.encode_masked(images, text.tokens[:, 0])
+        tokens, image = self.fuse(text.tokens, text.mask, *image, image_types)
+        return text._replace(tokens=tokens), image
 
 
 class METERMatcher(METERBackbone):
@@ -195,7 +150,7 @@ class METERMatcher(METERBackbone):
         self.itm_head.apply(self.text_layers.init)
 
     def match(
-        self, images: Tensor, input_ids: Tensor, mask: Tensor, drawn: DrawnImages
+        self, images: Tensor, input_ids: Tensor, mask: Tensor, drawn: METERDraw
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of ITM and its logits (B, 2), no pair or a pair."""
         is_pair = (drawn.itm_labels == 1)[:, None, None, None]
@@ -213,8 +168,7 @@ class METERMatcher(METERBackbone):
     ) -> Tensor:
         """Return a score (B,) of each text with the image tokens of its row; larger is better."""
         text = self.encode_text(input_ids, attention_mask)
-        outputs = self.fuse(text, attention_mask, tokens, image_mask)
-        return self.rank(self.pool(outputs.text, outputs.image))
+        return self.rank(self.pool(*self.fuse(text, attention_mask, tokens, image_mask)))
 
 
 class METER(METERMatcher):
@@ -258,9 +212,8 @@ class METER(METERMatcher):
     ) -> METEROutput:
         """Return the pre-training losses of a batch of pairs.
 
-        `config.text_reduction` drops text tokens here, but not in `encode_text`. 'learned' adds a
-        dense forward of the image tower to each pass, without gradient, before the text. `drawn`
-        replaces random masks and images, to repeat the step of another implementation.
+        `config.text_reduction` drops text tokens here, but not in `encode_text`. `drawn` replaces
+        random masks and images, to repeat the step of another implementation.
         """
         if drawn is None:
             if self._lacks_vocabulary():
@@ -269,11 +222,10 @@ class METER(METERMatcher):
                     "call model.read_vocabulary_(tokenizer) before training"
                 )
             drawn = self.draw(images, input_ids)
-        text, _ = self.encode_and_fuse(images, drawn.masked_ids, attention_mask, keeps_text=True)
+        text, _ = self.encode_and_fuse(images, drawn.masked_ids, attention_mask)
         mlm_logits, labels = self.language_head(text.tokens), text.labels(drawn.labels)
         loss_mlm = language_loss(mlm_logits, labels, gather=self.config.gather)
-        itm_draw = DrawnImages(drawn.itm_labels, drawn.false_images)
-        loss_itm, itm_logits = self.match(images, input_ids, attention_mask, itm_draw)
+        loss_itm, itm_logits = self.match(images, input_ids, attention_mask, drawn)
         return METEROutput(loss_mlm + loss_itm, loss_mlm, loss_itm, mlm_logits, itm_logits)
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
@@ -287,8 +239,8 @@ class METER(METERMatcher):
         return self.config.mask_whole_words and self.continues is None
 
     def draw(self, images: Tensor, input_ids: Tensor) -> METERDraw:
-        """Draw the masked tokens of MLM and the images of ITM."""
-        config = self.config
+        """Draw the masked tokens of MLM, and for ITM which half of the images is replaced."""
+        config, B = self.config, len(images)
         masked = mask_tokens(
             input_ids,
             mask_token_id=config.mask_token_id,
@@ -297,5 +249,8 @@ class METER(METERMatcher):
             probability=config.mask_probability,
             continues=self.continues,
         )
-        itm_labels, others = draw_itm_images(images)
+        pairs = max(1, B // 2)  # a batch of one image has no other image
+        itm_labels = (torch.randperm(B, device=images.device) < pairs).long()
+        shift = torch.randint(1, max(2, B), (B,), device=images.device)
+        others = (torch.arange(B, device=images.device) + shift) % B
         return METERDraw(*masked, itm_labels, images[others])

@@ -3,11 +3,10 @@
     VQA         a classifier over the pooled pair; binary cross entropy, summed over the answers
     entailment  the same classifier with three classes; cross entropy
     NLVR2       one pass for each of two images, with different token types; a classifier over both
-    retrieval   a score for each pair; cross entropy of the true text among false texts; optionally
-                ITM with the frozen pre-trained head
+    retrieval   a score for each pair; cross entropy of the true text among false texts
 
 Source: METER (Dou et al., 2022) and its official code. For retrieval, that code lists ITM with a
-weight of 0.5, but it uses only losses whose weight is at least 1.
+weight of 0.5, but it uses only losses whose weight is at least 1: the head of ITM is frozen.
 """
 
 from dataclasses import dataclass
@@ -17,21 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.pretraining.models.downstream import (
-    Classifier,
-    TaskOutput,
-    Weights,
-    renamed,
-)
+from elip_models.pretraining.models.downstream import Classifier, TaskOutput, Weights, renamed
 from elip_models.pretraining.models.meter.config import METERConfig
-from elip_models.pretraining.models.meter.model import (
-    IMAGE,
-    METER,
-    DrawnImages,
-    METERBackbone,
-    METERMatcher,
-    draw_itm_images,
-)
+from elip_models.pretraining.models.meter.model import IMAGE, METER, METERBackbone, METERMatcher
 from elip_models.validation import PositiveInt, Size
 
 PRETRAINED_HEADS = ("language_head.", "itm_head.")
@@ -67,30 +54,11 @@ class METERRetrievalConfig(METERConfig):
 
     Attributes:
         false_texts: number of false texts for each image in training.
-        with_itm: add ITM to the loss.
     """
 
     image_size: Size = 384
     context_length: Size = 40
     false_texts: PositiveInt = 15
-    with_itm: bool = False
-
-
-@dataclass
-class RankingOutput:
-    """Output of a step: `loss`, equal to `loss_rank`, and logits (B, 1+F), the true text first."""
-
-    loss: Tensor
-    loss_rank: Tensor
-    rank_logits: Tensor
-
-
-@dataclass
-class METERRetrievalOutput(RankingOutput):
-    """Output of a step with ITM: `loss` is the sum of both losses; itm_logits: (B, 2)."""
-
-    loss_itm: Tensor
-    itm_logits: Tensor
 
 
 class METERClassifier(Classifier, METERBackbone):
@@ -237,26 +205,13 @@ class METERRetrieval(METERMatcher):
         image_ids: Tensor,
         false_ids: Tensor,
         false_mask: Tensor,
-        *,
-        drawn: DrawnImages | None = None,
-    ) -> RankingOutput:
-        """Return the losses of a batch of pairs; with ITM, a `METERRetrievalOutput`.
+    ) -> TaskOutput:
+        """Return the loss of a batch, and scores (B, 1+F) of its texts, the true one first.
 
         false_ids and false_mask (B, F, L) are other texts for each image. image_ids (B,) int64 are
-        equal where two pairs show the same image, for ITM. `drawn` replaces random images of ITM.
+        the numbers of the images, which retrieval passes to all models.
         """
         ids = torch.cat([input_ids[:, None], false_ids], 1)
         mask = torch.cat([attention_mask[:, None], false_mask], 1)
         ranks = self.rank_logits(images, ids, mask)
-        loss_rank = F.cross_entropy(ranks.float(), torch.zeros_like(image_ids))
-        if not self.config.with_itm:
-            return RankingOutput(loss_rank, loss_rank, ranks)
-        drawn = self.draw(images, image_ids) if drawn is None else drawn
-        loss_itm, itm_logits = self.match(images, input_ids, attention_mask, drawn)
-        return METERRetrievalOutput(loss_rank + loss_itm, loss_rank, ranks, loss_itm, itm_logits)
-
-    def draw(self, images: Tensor, image_ids: Tensor) -> DrawnImages:
-        """Draw the images of ITM; another pair with the same image stays a pair."""
-        labels, others = draw_itm_images(images)
-        labels = labels | (image_ids == image_ids[others]).long()
-        return DrawnImages(labels, images[others])
+        return TaskOutput(F.cross_entropy(ranks.float(), torch.zeros_like(image_ids)), ranks)
