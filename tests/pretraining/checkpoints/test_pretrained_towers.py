@@ -90,8 +90,11 @@ def test_meter_computes_the_outputs_of_roberta():
     text = RobertaModel(RobertaConfig(**BERT | options)).eval()
     load_pretrained_towers_(model, text=text)
     ids = torch.randint(7, 1000, (2, 6))
-    expected = text(ids).last_hidden_state
-    torch.testing.assert_close(model.encode_text(ids, torch.ones_like(ids)), expected)
+    ids[1, 4:], head = ROBERTA["pad_token_id"], model.language_head.predictions
+    mask = (ids != ROBERTA["pad_token_id"]).long()
+    expected = text(ids, mask).last_hidden_state
+    torch.testing.assert_close(model.encode_text(ids, mask)[mask == 1], expected[mask == 1])
+    assert head.decoder.weight is not model.text.embeddings.word_embeddings.weight
 
 
 def test_clip_takes_an_image_tower():

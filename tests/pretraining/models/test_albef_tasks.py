@@ -13,7 +13,7 @@ from elip_models.pretraining.models.albef.tasks import (
     ALBEFEntailment,
     ALBEFRetrieval,
 )
-from elip_models.pretraining.models.layers.losses import hard_negatives, soft_contrastive_loss
+from elip_models.pretraining.models.layers.losses import soft_contrastive_loss
 from elip_models.pretraining.models.layers.momentum import NO_IMAGE
 from elip_models.pretraining.models.momentum_model import Negatives
 from tests.helpers.golden_weights import matrix, ruled
@@ -199,13 +199,3 @@ def test_a_single_positive_is_the_pair_itself():
     expected = soft_contrastive_loss(similar, teacher, 0.4)
     got = soft_contrastive_loss(similar, teacher, 0.4, positives=pairs)
     torch.testing.assert_close(got, expected)
-
-
-def test_a_negative_never_shows_the_image_of_its_row():
-    positives = torch.eye(4, dtype=torch.bool)
-    positives[0, 2] = positives[2, 0] = True
-    for _ in range(20):
-        drawn = hard_negatives(torch.randn(4, 4), positives=positives)
-        assert not positives.gather(1, drawn[:, None]).any()
-    alone = hard_negatives(torch.randn(4, 4), positives=torch.ones(4, 4, dtype=torch.bool))
-    assert (alone != torch.arange(4)).all()  # another caption of the image, if there is no more

@@ -28,10 +28,11 @@ OPTIONS = {
 }
 OTHERS = [name for name in STRATEGIES if name != "elip"]
 LEFT = {"evit": 10, "tome": 8, "patch_dropout": 9, "resize": 10, "adaptive": 10}
-LEFT |= {"trips": 10, "random": 10, "guided_tome": 8, "pitome": 8, "crossget": 8}
+LEFT |= {"elip": 10, "trips": 10, "random": 10, "guided_tome": 8, "pitome": 8, "crossget": 8}
 MOMENTUM = ["albef", "blip"]
-CASES = [(family, strategy) for family in MODELS for strategy in OTHERS]
+CASES = [(family, strategy) for family in MODELS for strategy in STRATEGIES]
 QUICK = [
+    *((family, "elip") for family in MODELS),
     ("albef", "tome"),
     ("blip", "guided_tome"),
     ("albef", "crossget"),

@@ -109,18 +109,6 @@ def test_nucleus_sampling_is_reproducible_and_stays_in_the_nucleus(model):
     assert (before[ids[:, 1:] != PAD] < NUCLEUS.top_p).all()
 
 
-@MODES
-def test_captions_start_with_the_prompt_and_end_once(model, decoding):
-    prompt = prompts()
-    ids = model.generate(images(), prompt=prompt, decoding=decoding)
-    assert ids.dtype == torch.long and ids.shape[1] <= decoding.max_length
-    assert (ids[:, 0] == BEGIN).all() and torch.equal(ids[:, 1:3], prompt)
-    for text in ids[:, 3:]:
-        places = (text == END).nonzero()[:, 0].tolist()
-        assert len(places) <= 1
-        assert (text[places[0] + 1 :] == PAD).all() if places else (text != PAD).all()
-
-
 @pytest.mark.parametrize("decoding", [SHORT, BEAMS], ids=["greedy", "beams"])
 def test_a_caption_does_not_depend_on_the_others_of_its_batch(model, decoding):
     x, prompt = images(), prompts()

@@ -2,15 +2,18 @@
 
 import copy
 import json
+from functools import partial
 
 import open_clip
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch import nn
 
 import elip_models
 from elip_models.api import is_reduced
+from elip_models.saving.meta_build import WithoutRandomValues
 from tests.helpers.models import hf_clip, ids
 from tests.helpers.models import output_of_pair as run
 from tests.helpers.towers import SCHEDULE, WIDTH, images
@@ -62,42 +65,51 @@ def assert_same(other, model):
     assert torch.equal(features(elip_models.unreduce_(model)), dense)
 
 
-def save(model, path):
-    """Save as the training script of open_clip, with prefixes; or as a plain state dict."""
-    state = model.state_dict()
-    if path.suffix == ".safetensors":
+def loaded(model, folder, make, suffix):
+    """Save as open_clip's training script or as a plain state dict, and load into another model."""
+    path, other, state = folder / f"epoch_1{suffix}", make(), model.state_dict()
+    if suffix == ".safetensors":
         save_file({name: value.contiguous() for name, value in state.items()}, path)
     else:
-        wrapped = {f"module.{name}": value for name, value in state.items()}
-        torch.save({"epoch": 1, "name": "tiny", "state_dict": wrapped}, path)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("make", [pair, lambda: reduced(pair())], ids=["untouched", "reduced"])
-def test_open_clip_loads_the_checkpoint(model, tmp_path, make, suffix):
-    path = tmp_path / f"epoch_1{suffix}"
-    save(model, path)
-    other = make()
+        torch.save({"state_dict": {f"module.{name}": w for name, w in state.items()}}, path)
     assert not torch.allclose(features(other), features(model))
     keys = open_clip.load_checkpoint(other, str(path))
     assert not keys.missing_keys and not keys.unexpected_keys
+    return other
+
+
+def created(model, folder):
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
+    return open_clip.create_model(f"local-dir:{folder}", output_dict=True).eval()
+
+
+def pickled(model, folder):
+    torch.save(model, folder / "model.pt")
+    return torch.load(folder / "model.pt", weights_only=False)
+
+
+MAKERS = {"untouched": pair, "reduced": lambda: reduced(pair())}
+WAYS = {
+    **{
+        f"{suffix}, {name}": partial(loaded, make=make, suffix=suffix)
+        for suffix in (".pt", ".safetensors")
+        for name, make in MAKERS.items()
+    },
+    "local-dir, untouched": created,
+    "pickle, reduced": pickled,
+    "deepcopy, reduced": lambda model, folder: copy.deepcopy(model),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_saved_or_copied_model_is_the_same_model(way, model, tmp_path):
+    other = WAYS[way](model, tmp_path)
+    assert is_reduced(other) == way.endswith(", reduced")
     assert_same(other, model)
 
 
-@pytest.mark.parametrize("how", ["pretrained", "local-dir"])
-def test_open_clip_creates_a_model_from_the_checkpoint(model, tmp_path, how, monkeypatch):
-    save(model, tmp_path / "open_clip_pytorch_model.bin")
-    if how == "pretrained":
-        monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"tiny": CONFIG})
-        arguments = {"pretrained": str(tmp_path / "open_clip_pytorch_model.bin")}
-        other = open_clip.create_model("tiny", output_dict=True, **arguments)
-    else:
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}))
-        other = open_clip.create_model(f"local-dir:{tmp_path}", output_dict=True)
-    assert_same(other.eval(), model)
-
-
-@pytest.mark.parametrize("make", [pair, lambda: reduced(pair())], ids=["untouched", "reduced"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_dense_checkpoint_loads_into_either_model(make, tmp_path):
     """Load a checkpoint that was trained without `reduce_`."""
     dense, other = pair(), make()
@@ -108,22 +120,19 @@ def test_a_dense_checkpoint_loads_into_either_model(make, tmp_path):
     assert torch.equal(features(dense), expected)
 
 
-def test_a_whole_saved_model_is_reduced_until_it_is_not(model, tmp_path):
-    torch.save(model, tmp_path / "model.pt")
-    other = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert is_reduced(other)
-    assert_same(other, model)
-
-
-def test_a_deepcopy_is_reduced_until_it_is_not(model):
-    other = copy.deepcopy(model)
-    assert is_reduced(other)
-    assert_same(other, model)
-
-
 def test_transformers_saves_and_loads(tmp_path):
     model = reduced(hf_clip().eval())
     model.save_pretrained(tmp_path)
     other = transformers.CLIPModel.from_pretrained(tmp_path, local_files_only=True).eval()
     assert not is_reduced(other)
     assert_same(other, model)
+
+
+def test_only_random_values_are_zeros():
+    with WithoutRandomValues():
+        norm, table = nn.LayerNorm(3), torch.arange(3.0) ** 2
+        for draw in (nn.init.normal_, nn.init.trunc_normal_, nn.init.kaiming_uniform_):
+            weight = torch.full((2, 2), 7.0)  # beyond the bounds of `trunc_normal_`
+            assert draw(weight) is weight and weight.eq(0).all()
+    assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
+    assert table.tolist() == [0, 1, 4]
