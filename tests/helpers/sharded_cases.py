@@ -175,7 +175,6 @@ CASES = {
         for scorer in SCORERS
     },
     "clip, lion": partial(as_replicated, options=LION),
-    "clip, text": partial(as_replicated, options=("model.overrides.text_reduction=random",)),
     "meter, text": partial(as_replicated, options=POST, recipe="meter_tiny"),
     "clip, lora": partial(as_replicated, options=LORA),
     "meter, lora": partial(as_replicated, options=LORA, recipe="meter_tiny"),

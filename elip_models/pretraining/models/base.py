@@ -53,6 +53,8 @@ REMOVED_FIELDS = {
     "guide_dropout": 0.0,
     "cross_reduction": None,
     "with_itm": False,
+    "text_reduction": None,
+    "text_drop": 0.4,
 }
 """Fields of earlier versions, and the value that a saved config may still have."""
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig
 
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.pretraining.models.config import ReductionConfig, TextReductionConfig, TokenId
+from elip_models.pretraining.models.config import ReductionConfig, TokenId
 from elip_models.pretraining.models.layers.clip_text import CLIPTextTower
 from elip_models.pretraining.models.layers.losses import contrastive_loss, sigmoid_loss
 from elip_models.reduction.encode import run_tower
@@ -50,10 +50,10 @@ INITIAL_BIAS = -10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPConfig(ReductionConfig, TextReductionConfig):
+class CLIPConfig(ReductionConfig):
     """Hyper-parameters of a CLIP model.
 
-    For the other fields, see `VisionConfig`, `ReductionConfig` and `TextReductionConfig`.
+    For the other fields, see `VisionConfig` and `ReductionConfig`.
 
     Attributes:
         activation: of all MLPs; OpenAI's models use 'quick_gelu', x sigmoid(1.702 x).
@@ -132,7 +132,7 @@ class CLIP(PretrainedModel):
         self.config = config
         self.visual = config.vit()
         self.read_tower()
-        self.text = CLIPTextTower(config.text, config.text_token_reduction)
+        self.text = CLIPTextTower(config.text)
         self.image_projection = nn.Linear(config.vision_width, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(config.text_width, config.embed_dim, bias=False)
         for projection in (self.image_projection, self.text_projection):
@@ -146,12 +146,9 @@ class CLIP(PretrainedModel):
         """Map text features (B, E) to the width of the image tower -> (B, D), detached."""
         return (text_features @ self.image_projection.weight.to(text_features.dtype)).detach()
 
-    def encode_text(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, reduce: bool = True
-    ) -> Tensor:
-        """Return normalised features (B, E) of texts (B, L); reduce=False keeps all text tokens."""
-        hidden = self.text(input_ids, attention_mask, reduce=reduce)
-        return F.normalize(self.text_projection(hidden), dim=-1)
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return normalised features (B, E) of texts (B, L)."""
+        return F.normalize(self.text_projection(self.text(input_ids, attention_mask)), dim=-1)
 
     def encode_image(
         self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True

@@ -111,9 +111,7 @@ class BertTower(nn.Module):
         if reduction is None:
             return ReducedText(run(hidden, mask), mask)
         half, depth = len(self.layers) // 2, len(self.layers)
-        hidden = run(hidden, mask, range(half))
-        first = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-        text = reduction(hidden, mask != 0, first)
+        text = reduction(run(hidden, mask, range(half)), mask != 0)
         return text._replace(tokens=run(text.tokens, text.mask, range(half, depth)))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

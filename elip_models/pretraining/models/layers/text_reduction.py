@@ -1,9 +1,7 @@
 """Drop text tokens half way through a text tower; padding does not count.
 
-    n real tokens of a text: n - int(drop * n) stay in order, with the anchor
+    n real tokens of a text: n - int(drop * n) stay in order, with the first, [CLS]
     L tokens of a batch:     K = L - int(drop * L) slots; unused slots are masked
-
-The anchor is the token whose output represents the text: BERT's [CLS], CLIP's end of text.
 
 Source: ELIP, section 4.4.1: "we preserved the first half of all Transformer layers and pruned 40%
 of text tokens in the second half", of METER and BLIP (Table 7). Our interpretation: each pass of a
@@ -26,18 +24,16 @@ TextStrategy = Literal["random", "post"]
 
 
 class ReducedText(NamedTuple):
-    """Remaining tokens of a batch of texts; without reduction, `anchor` and `kept` are None.
+    """Remaining tokens of a batch of texts; without reduction, `kept` is None.
 
     Attributes:
         tokens: (B, K, D); unused slots, at the end, hold other tokens of the text.
         mask: (B, K) bool, True = kept token, False = unused slot; the mask passed in, if all stay.
-        anchor: (B,) int64, position of the anchor.
         kept: (B, K) int64, positions in the input, ascending where `mask` is True.
     """
 
     tokens: Tensor
     mask: Tensor
-    anchor: Tensor | None = None
     kept: Tensor | None = None
 
     def labels(self, labels: Tensor) -> Tensor:
@@ -62,29 +58,25 @@ class TextReduction:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, tokens: Tensor, mask: Tensor, anchor: Tensor) -> ReducedText:
+    def __call__(self, tokens: Tensor, mask: Tensor) -> ReducedText:
         """Drop tokens, without a host synchronisation and without shapes that depend on values.
 
         Args:
             tokens: (B, L, D), floating point; gradients reach the kept ones.
-            mask: (B, L) bool, True = real token. The anchor counts as real.
-            anchor: (B,) int64, position of a token that is kept.
+            mask: (B, L) bool, True = real token. The first token counts as real.
         """
-        L, anchor = tokens.shape[1], anchor[:, None]
-        slots = torch.arange(L - int(self.drop * L), device=mask.device)
-        mask = mask.scatter(1, anchor, True)
-        priority = self._priority(mask).masked_fill(~mask, -torch.inf)
-        priority = priority.scatter(1, anchor, torch.inf)
+        L, device = tokens.shape[1], mask.device
+        slots = torch.arange(L - int(self.drop * L), device=device)
+        first = torch.arange(L, device=device) == 0
+        mask = mask | first
+        if self.strategy == "random":
+            priority = torch.rand(mask.shape, device=device)
+        else:
+            priority = -torch.arange(L, device=device).float().expand(mask.shape)
+        priority = priority.masked_fill(~mask, -torch.inf).masked_fill(first, torch.inf)
         order = priority.argsort(dim=1, descending=True, stable=True)[:, : len(slots)]
         n = mask.sum(1, keepdim=True)
         is_used = slots < n - (n.double() * self.drop).long()
         position = torch.where(is_used, order, L).sort(dim=1).values  # unused slots last
         kept = position.clamp_max(L - 1)
-        new_anchor = (kept == anchor).int().argmax(1)
-        return ReducedText(take_rows(tokens, kept), position < L, new_anchor, kept)
-
-    def _priority(self, mask: Tensor) -> Tensor:
-        """Return a finite priority (B, L); the least are dropped first."""
-        if self.strategy == "random":
-            return torch.rand(mask.shape, device=mask.device)
-        return -torch.arange(mask.shape[1], device=mask.device).float().expand(mask.shape)
+        return ReducedText(take_rows(tokens, kept), position < L, kept)
