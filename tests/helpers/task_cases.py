@@ -90,7 +90,7 @@ class Stub(nn.Module):
         self.asked = answer_ids.shape, k
         return self.logits(images, input_ids, attention_mask).argmax(1)
 
-    def matching_tokens(self, images, text_cls=None):
+    def encode_masked(self, images, text_cls=None):
         self.guides.append(text_cls)
         return images.flatten(2).transpose(1, 2), None
 

@@ -223,7 +223,6 @@ class MomentumModel(DistilledModel):
     output_class: ClassVar[type[MomentumOutput]] = MomentumOutput
     fuses_ids: ClassVar[bool] = False
     stores_image_ids: ClassVar[bool] = False
-    matching_tokens = DistilledModel.encode_masked
 
     def __init__(self, config: MomentumConfig, encoders: Encoders) -> None:
         super().__init__(config, encoders)

@@ -49,7 +49,7 @@ class PairScorer:
         """Encode images (B, 3, S, S); the texts (B, D) guide the reduction."""
         model = self.model
         if self.method == "itm":
-            return Encoded(*model.matching_tokens(images, text_cls))
+            return Encoded(*model.encode_masked(images, text_cls))
         if text_cls is None:
             return Encoded(model.image_features(images).float(), None)
         tokens, _ = run_tower(model.tower, images, text_cls, model.reduction, cls_only=True)

@@ -233,7 +233,7 @@ class Retrieval(Task):
         for batch in run.batches:
             images = batch.images.to(run.device)
             if matches:
-                values, mask = model.matching_tokens(images)
+                values, mask = model.encode_masked(images)
                 tokens.append(values.float().cpu())
                 masks += [] if mask is None else [mask.cpu()]
                 pixels += [batch.images] if self.guided else []

@@ -5,8 +5,6 @@ import torch
 from torch import nn
 
 from elip_models.pretraining.checkpoints.export import save_as
-from elip_models.pretraining.checkpoints.names import KINDS
-from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
 from elip_models.pretraining.checkpoints.warm_start import warm_start_
 from elip_models.pretraining.models.registry import create_model
 from tests.helpers.weights import assert_equal_weights
@@ -78,23 +76,6 @@ def test_position_embeddings_are_interpolated_and_listed(tmp_path):
         "  new           nothing",
         "  left out      nothing",
     ]
-
-
-def test_a_part_that_a_kind_of_checkpoint_lacks_is_copied_or_new(tmp_path):
-    source = trained("blip_tiny")
-    absent = ("decoder.", "language_head.", *MOMENTUM)
-    kept = {n: w for n, w in source.state_dict().items() if not n.startswith(absent)}
-    weights = rename_tensors(kept, reversed_names(KINDS["blip"].names))
-    torch.save({"model": weights | {"idx_queue": torch.zeros(1, 8)}}, tmp_path / "blip.pth")
-    model = create_model("elip_blip_tiny")
-    start = warm_start_(model, tmp_path / "blip.pth")
-    assert start.copied == {"decoder.": "encoders.text.", "encoders_m.": "encoders."}
-    assert "language_head.predictions.transform.dense.weight" in start.new
-    assert start.left_out == ("idx_queue",)
-    query = "layers.1.attention.self.query.weight"
-    assert torch.equal(
-        model.get_parameter(f"decoder.{query}"), source.encoders.text.get_parameter(query)
-    )
 
 
 def test_named_tensors_stay_new_or_are_left_out(tmp_path):

@@ -13,7 +13,6 @@ from elip_models.pretraining.models.albef.tasks import (
     ALBEFEntailment,
     ALBEFRetrieval,
 )
-from elip_models.pretraining.models.layers.losses import soft_contrastive_loss
 from elip_models.pretraining.models.layers.momentum import NO_IMAGE
 from elip_models.pretraining.models.momentum_model import Negatives
 from tests.helpers.golden_weights import matrix, ruled
@@ -191,11 +190,3 @@ def test_retrieval_is_the_official_one():
     _, plain = official(ALBEFRetrieval, distill=False)
     fill_queue_(plain.queue)
     assert_close(plain(*batch, drawn=drawn).loss_itc, case["loss_itc_plain"])
-
-
-def test_a_single_positive_is_the_pair_itself():
-    similar = tuple(torch.randn(3, 5) for _ in range(2))
-    teacher, pairs = tuple(torch.randn(3, 5) for _ in range(2)), torch.eye(3, 5, dtype=torch.bool)
-    expected = soft_contrastive_loss(similar, teacher, 0.4)
-    got = soft_contrastive_loss(similar, teacher, 0.4, positives=pairs)
-    torch.testing.assert_close(got, expected)

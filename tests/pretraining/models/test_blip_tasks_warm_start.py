@@ -60,7 +60,7 @@ def test_retrieval_starts_with_all_of_blip_but_the_decoder(tmp_path):
     assert torch.equal(ours.image_features(x), model.image_features(x))
     for part in ("text_features", "text_cls"):
         assert torch.equal(getattr(ours, part)(ids, ids), getattr(model, part)(ids, ids))
-    tokens = ours.matching_tokens(x)
+    tokens = ours.encode_masked(x)
     logits = ours.matching_logits(*tokens, ids, mask_of(ids))
     assert torch.equal(logits, model.matching_logits(*tokens, ids, mask_of(ids)))
 

@@ -5,28 +5,15 @@ import copy
 import pytest
 import torch
 
-import elip_models
 from elip_models.pretraining.training.trainer import train
 from elip_models.profiling.measure import saved_bytes
 from elip_models.validation import ConfigError
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import own_process, tiny_config
 from tests.helpers.towers import assert_equal_gradients, gradients
+from tests.pretraining.models.test_clip import batch, tiny
 
-SIZES = {
-    "image_size": 32,
-    "vision_width": 32,
-    "vision_heads": 2,
-    "vision_depth": 3,
-    "text_width": 32,
-    "text_heads": 2,
-    "text_depth": 1,
-    "embed_dim": 16,
-    "vocab_size": 48,
-    "context_length": 8,
-    "eos_token_id": 41,
-    "schedule": "1(100%) 1(75%) 1(50%)",
-}
+SIZES = {"vision_depth": 3, "schedule": "1(100%) 1(75%) 1(50%)"}
 STRATEGIES = {
     "last": {"scorer": "last"},
     "exact": {"scorer": "exact"},
@@ -38,40 +25,27 @@ STRATEGIES = {
 }
 
 
-def tiny_clip(**options):
-    torch.manual_seed(0)
-    return elip_models.create_model("elip_clip_tiny", **(SIZES | options))
-
-
-def batch_of(model, count=6):
-    ids = torch.randint(1, 40, (count, 8))
-    ids[:, -1] = model.config.eos_token_id
-    return {"images": torch.randn(count, 3, 32, 32), "input_ids": ids}
-
-
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", tiered(STRATEGIES, ["last", "guided_tome"], slow=["exact"]))
 def test_gradients_are_those_of_the_whole_batch(name, checkpointed):
-    model = tiny_clip(**STRATEGIES[name]).double()
-    other, batch = copy.deepcopy(model), batch_of(model)
-    batch["images"] = batch["images"].double()
-    expected = model(**batch)
+    model, inputs = tiny(**SIZES | STRATEGIES[name]).double(), batch(6)
+    other, inputs["images"] = copy.deepcopy(model), inputs["images"].double()
+    expected = model(**inputs)
     expected.loss.backward()
     other.set_batch_slices(4)  # of two, two, one and one
     other.set_grad_checkpointing(checkpointed)
-    output = other(**batch)
+    output = other(**inputs)
     output.loss.backward()
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-12, atol=0)
     assert_equal_gradients(gradients(other), gradients(model), rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_caching_saves_less_for_backward():
-    model = tiny_clip()
-    batch, saved = batch_of(model, 8), []
+    model, inputs, saved = tiny(**SIZES), batch(8), []
     for slices in (1, 4):
         model.set_batch_slices(slices)
         with saved_bytes(model.parameters()) as count:
-            model(**batch)
+            model(**inputs)
         saved.append(count())
     assert saved[1] < saved[0] / 5
 

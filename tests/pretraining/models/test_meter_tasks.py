@@ -207,26 +207,16 @@ def test_matching_one_text_equals_ranking_several(options):
     ranks = model.rank_logits(images, ids, mask)
     for text in range(2):
         one = ids[:, text], mask[:, text]
-        tokens, image_mask = model.matching_tokens(images, model.text_cls(*one))
+        tokens, image_mask = model.encode_masked(images, model.text_cls(*one))
         assert tokens.shape[1] == 17 or options
         assert_close(model.matching_logits(tokens, image_mask, *one), ranks[:, text])
-
-
-def test_without_a_text_no_caption_reaches_the_image():
-    model = made("retrieval", **REDUCED, without_text="vision").eval()
-    images = torch.randn(2, 3, 16, 16)
-    calls = []
-    model.text.register_forward_hook(lambda *args: calls.append(args))
-    model.text.embeddings.register_forward_hook(lambda *args: calls.append(args))
-    tokens, _ = model.matching_tokens(images)
-    assert tokens.shape[1] == 10 and not calls
 
 
 def test_the_pre_trained_model_matches_by_its_logit_of_a_pair():
     model = filled(pretrained()).eval()
     batch = random_batch(made("vqa"))
     images, ids, mask = batch["images"], batch["input_ids"], batch["attention_mask"]
-    logits = model.matching_logits(*model.matching_tokens(images), ids, mask)
+    logits = model.matching_logits(*model.encode_masked(images), ids, mask)
     pairs = METERDraw(None, None, torch.ones(len(ids), dtype=torch.long), images)
     assert_close(logits, model.match(images, ids, mask, pairs)[1][:, 1])
 

@@ -142,8 +142,6 @@ class METERBackbone(CrossModalModel):
 class METERMatcher(METERBackbone):
     """Backbone with the head of ITM."""
 
-    matching_tokens = METERBackbone.encode_masked
-
     def __init__(self, config: METERConfig) -> None:
         super().__init__(config)
         self.itm_head = nn.Linear(2 * config.cross_width, 2)
