@@ -1,10 +1,44 @@
-"""Weights and inputs of recorded runs that follow from a name and are not stored in a file."""
+"""Recorded runs of fine-tuning: their tensors, and weights and inputs that follow from a name."""
 
 import math
 import random
 from functools import cache
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BOUND = 2e-6  # of the largest entry: the official runs are fp64, our losses are fp32 inside
+
+
+def recorded(name):
+    """Return the tensors of a run, in fp64 and int64."""
+    case = load_file(GOLDEN / f"{name}.safetensors")
+    return {n: t.double() if t.is_floating_point() else t.long() for n, t in case.items()}
+
+
+def padded(counts, *answers):
+    """Return flat lists of the answers to all questions as (B, A, ..), zero for a missing one."""
+    real = torch.arange(int(counts.max())) < counts[:, None]
+    rows = [values.new_zeros(*real.shape, *values.shape[1:]) for values in answers]
+    for row, values in zip(rows, answers, strict=True):
+        row[real] = values
+    return rows
+
+
+def assert_close(got, expected, name="", least=1e-12):
+    """Compare relative to the largest entry, or to `least` if that is larger."""
+    bound = BOUND * expected.abs().max().clamp_min(least)
+    assert (got.double().reshape(expected.shape) - expected).abs().max() <= bound, name
+
+
+def assert_gradients(got, expected, least):
+    """Compare all gradients; `least`, relative to the largest one, is for those of rounding."""
+    assert got.keys() == expected.keys()
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        assert_close(got[name], grad, name, least * largest)
 
 
 def ruled(name, shape):

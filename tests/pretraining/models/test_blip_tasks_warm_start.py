@@ -5,8 +5,8 @@ from safetensors.torch import load_file
 
 from elip_models.pretraining.models.blip.model import BLIP, BLIPConfig
 from elip_models.saving.weights import load_weights
-from tests.helpers.golden_weights import ruled
-from tests.pretraining.models.test_blip_tasks import SIZES, fresh, mask_of, recorded
+from tests.helpers.golden_weights import recorded, ruled
+from tests.pretraining.models.test_blip_tasks import SIZES, fresh, mask_of
 
 
 def pretrained(**options):
@@ -31,7 +31,7 @@ def begun(task, model, folder, missing=(), **options):
 
 
 def test_vqa_starts_with_both_towers_of_blip(tmp_path):
-    model, case = pretrained(), recorded("vqa")
+    model, case = pretrained(), recorded("blip_vqa")
     ours, new = begun("vqa", model, tmp_path, tie_decoder=True)  # of the pre-training config
     assert not new
     x, ids = case["images"], case["input_ids"]
@@ -44,7 +44,7 @@ def test_vqa_starts_with_both_towers_of_blip(tmp_path):
 
 
 def test_captioning_starts_with_image_tower_and_decoder_of_blip(tmp_path):
-    model, case = pretrained(), recorded("captioning")
+    model, case = pretrained(), recorded("blip_captioning")
     ours, new = begun("captioning", model, tmp_path)
     assert not new
     x, ids = case["images"], case["input_ids"]
@@ -53,7 +53,7 @@ def test_captioning_starts_with_image_tower_and_decoder_of_blip(tmp_path):
 
 
 def test_retrieval_starts_with_all_of_blip_but_the_decoder(tmp_path):
-    model, case = pretrained(), recorded("retrieval")
+    model, case = pretrained(), recorded("blip_retrieval")
     ours, new = begun("retrieval", model, tmp_path, missing=["queue.ids"])
     assert new == {"queue.ids"}
     x, ids = case["images"], case["input_ids"]
@@ -67,7 +67,7 @@ def test_retrieval_starts_with_all_of_blip_but_the_decoder(tmp_path):
 
 def test_nlvr2_starts_with_two_copies_of_each_cross_attention(tmp_path):
     """Compare two equal images with one image in BLIP."""
-    model, case = pretrained(), recorded("nlvr2")
+    model, case = pretrained(), recorded("blip_nlvr2")
     sizes = {"text_depth": 3, "merge_from": 3}
     ours, new = begun("nlvr2", model, tmp_path, ["classifier.*"], **sizes)
     assert new == {"classifier.0.weight", "classifier.2.weight"}
