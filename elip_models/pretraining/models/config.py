@@ -107,11 +107,6 @@ class ReductionConfig(VisionConfig):
             self.elip(self.schedule).schedule.for_depth(self.vision_depth)
         self.reduction  # noqa: B018, raises an error for invalid options
 
-    def _changed_fields(self) -> dict[str, Any]:
-        """Return the fields that differ from their defaults."""
-        values = {field: getattr(self, field.name) for field in fields(self)}
-        return {field.name: v for field, v in values.items() if v != field.default}
-
     @property
     def reduction(self) -> Strategy:
         """The strategy of the image tower."""
@@ -126,11 +121,12 @@ class ReductionConfig(VisionConfig):
                 )
             return self.elip(schedule) if schedule else Dense()
         open_options = option_types(name).keys() - written.keys() - options.keys()
-        for field, value in self._changed_fields().items():
-            if field in OF_ELIP & open_options:  # `name` has this option too, and would not get it
+        for field in fields(self):  # options of ELIP that the strategy has too, and would not get
+            value = getattr(self, field.name)
+            if field.name in OF_ELIP & open_options and value != field.default:
                 raise ValueError(
-                    f"{field}: expected strategy='elip', whose option it is, got {value!r} "
-                    f"with strategy={name!r}; set strategy='{name}:{field}={value}'"
+                    f"{field.name}: expected strategy='elip', whose option it is, got {value!r} "
+                    f"with strategy={name!r}; set strategy='{name}:{field.name}={value}'"
                 )
         own = {"schedule": schedule, "without_text": self.without_text}
         own = {option: own[option] for option in own.keys() & open_options}
