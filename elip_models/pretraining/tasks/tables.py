@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 def score_table(scores: "TaskScores") -> Table:
     """Return scores in percent with their 95% confidence intervals, baselines and notes."""
-    examples = f"{scores.num_examples} examples"
-    title = f"{scores.task}: {examples}" if scores.task else examples
+    title = f"{scores.task}: {scores.num_examples} examples"
     notes = [f"{name}: {note}" for name, note in scores.notes.items()]
     table = Table(title=title, caption=escape("\n".join(notes)), caption_justify="left")
     for column in ("", "%", "95% interval", *scores.baselines):
