@@ -1,6 +1,5 @@
 """Readers of JSON lists and tar shards: specifications, samples, and unreadable samples."""
 
-import gzip
 import io
 import json
 import os
@@ -61,21 +60,15 @@ def test_ranges_globs_folders_and_lists_name_the_same_shards(tmp_path):
         "s-1[01].tar": ids[2:],
         "s-11.tar, s-08.tar": [ids[3], ids[0]],
         "s-{08..09}.tar,s-1*.tar": ids,
-        "s-{0..1}{0..1}.tar": None,
+        "": ids,
     }
     for spec, expected in specs.items():
         parts = ",".join(str(tmp_path / part.strip()) for part in spec.split(","))
-        if expected is None:
-            with pytest.raises(FileNotFoundError, match=r"s-00\.tar"):
-                opened(parts)
-        else:
-            assert [sample.id for sample in opened(parts)] == expected
-    assert [sample.id for sample in opened(tmp_path)] == ids
-
-
-def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
-    write_shard(tmp_path / "s[1].tar", ["k"])
-    assert [sample.id for sample in opened(tmp_path / "s[1].tar")] == ["s[1].tar:k"]
+        assert [sample.id for sample in opened(parts)] == expected
+    with pytest.raises(FileNotFoundError, match=r"s-00\.tar"):
+        opened(tmp_path / "s-{0..1}{0..1}.tar")
+    write_shard(tmp_path / "s-1[01].tar", ["k"])  # a file whose name looks like a pattern
+    assert [sample.id for sample in opened(tmp_path / "s-1[01].tar")] == ["s-1[01].tar:k"]
 
 
 def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
@@ -240,26 +233,12 @@ def test_a_deleted_shard_is_a_sample_error(tmp_path):
 
 def test_shards_survive_pickling_and_forking(tmp_path):
     source = ShardSource([write_shard(tmp_path / f"{n}.tar", ["k", "l"]) for n in range(3)])
-    expected = [sample.id for sample in source]
-    copy = pickle.loads(pickle.dumps(source))
-    assert [sample.id for sample in copy] == expected
+    ids = [sample.id for sample in source]
+    assert [sample.id for sample in pickle.loads(pickle.dumps(source))] == ids
     child = os.fork()
     if child == 0:
-        same = all(source[i].id == expected[i] for i in (5, 0, 3, 1))
-        os._exit(0 if same else 1)
-    assert [source[i].id for i in range(6)] == expected
-    assert os.waitpid(child, 0)[1] == 0
-
-
-@pytest.mark.parametrize("content", ["text", "empty", "compressed"])
-def test_a_file_that_is_no_tar_is_refused(content, tmp_path):
-    path = tmp_path / "s.tar"
-    if content == "compressed":
-        path.write_bytes(gzip.compress(shard(path, [("k.txt", b"a")]).read_bytes()))
-    else:
-        path.write_bytes(b"text" * 300 if content == "text" else b"")
-    with pytest.raises(ValueError, match=r"s\.tar: expected a complete, uncompressed tar, got"):
-        ShardSource(path)
+        os._exit(any(source[i].id != ids[i] for i in (5, 0, 3, 1)))
+    assert [sample.id for sample in source] == ids and os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("index", [-1, 1])

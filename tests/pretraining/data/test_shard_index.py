@@ -1,5 +1,6 @@
 """Tar shards on disk: a damaged shard is named, and the index is built once."""
 
+import gzip
 import os
 import pickle
 import tarfile
@@ -51,6 +52,8 @@ DAMAGES = {
     "zeros within": partial(zeroed, first=4, last=6),
     "rest never written": never_written,
     "a second tar": appended,
+    "a text": lambda path: path.write_bytes(b"text" * 300),
+    "compressed": lambda path: path.write_bytes(gzip.compress(path.read_bytes())),
 }
 
 
