@@ -9,7 +9,6 @@ from PIL import Image
 from elip_models.pretraining.data import (
     EmojiScenes,
     ImageTextPreparation,
-    Sample,
     TrainingSamples,
     image_transform,
     tokenize,
@@ -18,7 +17,7 @@ from elip_models.pretraining.data.caption_rules import CaptionRule, apply_captio
 from elip_models.pretraining.data.transforms import ResizeMode
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.models.registry import create_model, load_model
-from elip_models.pretraining.tasks.retrieval import Retrieval
+from elip_models.pretraining.tasks.task import evaluation_transform
 from elip_models.pretraining.training.run_config import DataConfig
 from elip_models.pretraining.training.trainer import train
 from tests.helpers.tiny_run import own_process, tiny_config
@@ -109,29 +108,14 @@ def test_training_reads_captions_by_the_rule(tokenizer):
         )
 
 
-class Wide:
-    """Images that differ at their left edge alone, which a centre crop does not show."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> Sample:
-        image = Image.new("RGB", (96, 32), "white")
-        image.paste((30 * index, 255 - 30 * index, 60), (0, 0, 30, 32))
-        return Sample(image, self.captions(index), str(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return (f"caption {index}",)
-
-
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 def test_evaluation_resizes_as_the_config_says(resize, tokenizer):
     model = create_model("blip_tiny", vocab_size=len(tokenizer), resize=resize)
-    seen = []
-    model.encoders.visual.patch_embed.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
-    Retrieval(candidates=0).evaluate(model, tokenizer, Wide())
-    images = torch.cat(seen)
-    assert (images[0] != images[1]).any() == (resize == "squash")
+    wide = Image.new("RGB", (96, 32), "white")
+    marked = wide.copy()
+    marked.paste("red", (0, 0, 30, 32))  # which a centre crop does not show
+    first, second = map(evaluation_transform(model), (wide, marked))
+    assert torch.equal(first, second) == (resize == "crop")
 
 
 def test_a_recipe_overrides_the_preprocessing_and_the_saved_model_keeps_it(tmp_path):

@@ -15,6 +15,7 @@ from elip_models.pretraining.data import (
     open_source,
     soft_scores,
 )
+from elip_models.pretraining.data.answers import vqa_accuracy
 from tests.helpers.task_files import draw, write
 
 
@@ -88,6 +89,20 @@ def test_an_answer_list_from_the_data_has_frequent_first_answers(tmp_path):
     few = write(tmp_path / "few.json", entries[:8])
     with pytest.raises(ValueError, match=r"answers: expected a file, .* first of 9"):
         opened("vqa", str(few))
+
+
+def test_the_list_of_answers_is_normalised_but_people_are_compared_as_they_wrote(tmp_path):
+    said = with_answers(*["Two dogs."] * 4, *["2 dogs"] * 3, *["the"] * 3)
+    questions = [QUESTION | {"question_id": i, "image_id": i // 3} for i in range(9)]
+    content = {"questions": questions, "data_subtype": "val2014"}
+    annotations = {"annotations": [said | {"question_id": i} for i in range(9)]}
+    files = write(tmp_path / "q.json", content), write(tmp_path / "a.json", annotations)
+    source = opened("vqa", ",".join(map(str, files)))
+    assert source.answers == ("2 dogs",)
+    people = source.text_alone(0).answers
+    assert people == {"Two dogs.": 0.4, "2 dogs": 0.3, "the": 0.3}
+    assert vqa_accuracy(people, "2 dogs") == 0.9
+    assert [source.image_number(i) for i in range(9)] == [0, 0, 0, 3, 3, 3, 6, 6, 6]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Downstream tasks: training samples, and scores of models with known outputs."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from elip_models.images import SampleError
 from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import DataError, Example
+from elip_models.pretraining.data.answers import vqa_accuracy
 from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.tasks.task import Loading
@@ -25,6 +28,8 @@ from tests.helpers.task_cases import (
     matcher,
     preprocessor,
 )
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def test_every_task_is_made_by_name_and_wrong_settings_are_named():
@@ -162,6 +167,16 @@ def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written():
         preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
     )
     assert sample["answer_scores"].tolist() == [1.0, 0.0]
+
+
+def test_the_accuracy_of_vqa_equals_the_recorded_one_of_the_official_file():
+    cases = json.loads((GOLDEN / "vqa_accuracy.json").read_text())["cases"]
+    assert len(cases) == 54
+    for case in cases:
+        counts = Counter(case["answers"])
+        shares = {text: count / len(case["answers"]) for text, count in counts.items()}
+        accuracy = vqa_accuracy(shares, case["predicted"])
+        assert 100 * accuracy == pytest.approx(case["2017"], abs=1e-6), case
 
 
 def test_a_classifier_is_not_trained_on_questions_without_a_listed_answer():
