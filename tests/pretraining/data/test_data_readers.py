@@ -1,39 +1,29 @@
 """Readers of JSON lists and tar shards: specifications, samples, and unreadable samples."""
 
-import io
 import json
 import os
 import pickle
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from elip_models.images import SampleError
 from elip_models.pretraining.data import JsonSource, ShardSource, Source, check_source, open_source
-from tests.helpers.damage import shard
+from tests.helpers.damage import picture, shard
 from tests.helpers.scene_files import TEST_SCENES
-
-
-def image_bytes(image_format: str = "PNG", mode: str = "RGB", colour="red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (6, 5), colour).save(buffer, image_format)
-    return buffer.getvalue()
+from tests.helpers.task_files import draw, write
 
 
 def write_shard(path: Path, keys: list[str]) -> Path:
-    members = []
-    for key in keys:
-        members += [(f"{key}.png", image_bytes()), (f"{key}.txt", f"caption {key}".encode())]
-    return shard(path, members)
+    members = [
+        ((f"{key}.png", picture()), (f"{key}.txt", f"caption {key}".encode())) for key in keys
+    ]
+    return shard(path, [member for pair in members for member in pair])
 
 
-def write_list(folder: Path, entries: list, name: str = "list.json") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "a.png").write_bytes(image_bytes())
-    path = folder / name
-    path.write_text(json.dumps(entries))
-    return path
+def write_list(folder: Path, entries: list) -> Path:
+    draw(folder / "a.png")
+    return write(folder / "list.json", entries)
 
 
 def opened(spec: object) -> Source:
@@ -131,7 +121,7 @@ def test_captions_are_a_text_or_a_list_and_empty_ones_are_dropped(tmp_path):
     ],
 )
 def test_an_unreadable_entry_is_that_samples_error(entry, reason, tmp_path):
-    (tmp_path / "cut.png").write_bytes(image_bytes()[:45])
+    (tmp_path / "cut.png").write_bytes(picture()[:200])
     os.mkfifo(tmp_path / "pipe.png")
     source = JsonSource(write_list(tmp_path, [{"image": "a.png", "caption": "a"}, entry]))
     assert source[0].captions == ("a",)
@@ -180,11 +170,11 @@ def test_a_file_of_another_form_is_one_line_that_names_the_place(content, messag
 def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path):
     members = {
         "d/1.json": b'{"captions": ["one", "two"], "caption": "unused"}',
-        "d/1.PNG": image_bytes(),
-        "d/2.jpg": image_bytes("JPEG"),
+        "d/1.PNG": picture(),
+        "d/2.jpg": picture(format="JPEG"),
         "d/1.txt": b"two",
         "d/2.txt": "\ufeff three\n".encode(),  # may begin with a byte order mark
-        "d/3.webp": image_bytes("WEBP"),
+        "d/3.webp": picture(format="WEBP"),
         "d/3.json": b'{"captions": null, "caption": "four"}',
         "d/3.cls": b"7",
         "README": b"ignored",
@@ -192,7 +182,7 @@ def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path
     samples = list(ShardSource(shard(tmp_path / "s.tar", members.items())))
     assert [sample.id for sample in samples] == ["s.tar:d/1", "s.tar:d/2", "s.tar:d/3"]
     assert [sample.captions for sample in samples] == [("one", "two"), ("three",), ("four",)]
-    assert all(sample.image.size == (6, 5) for sample in samples)
+    assert all(sample.image.size == (12, 10) for sample in samples)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +190,15 @@ def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path
     [
         ({"k.png": b"not an image", "k.txt": b"a"}, "not a readable image"),
         ({"k.txt": b"a"}, "no image member"),
-        ({"k.png": image_bytes()}, "no caption"),
-        ({"k.png": image_bytes(), "k.json": b"{}"}, "no caption"),
-        ({"k.png": image_bytes(), "k.json": b"[]"}, "json: expected an object"),
-        ({"k.png": image_bytes(), "k.json": b'{"caption": 3}'}, "caption: expected a text or"),
-        ({"k.png": image_bytes(), "k.txt": b"\xff"}, "captions not readable"),
+        ({"k.png": picture()}, "no caption"),
+        ({"k.png": picture(), "k.json": b"{}"}, "no caption"),
+        ({"k.png": picture(), "k.json": b"[]"}, "json: expected an object"),
+        ({"k.png": picture(), "k.json": b'{"caption": 3}'}, "caption: expected a text or"),
+        ({"k.png": picture(), "k.txt": b"\xff"}, "captions not readable"),
     ],
 )
 def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):
-    good = {"good.png": image_bytes(), "good.txt": b"fine"}
+    good = {"good.png": picture(), "good.txt": b"fine"}
     source = ShardSource(shard(tmp_path / "s.tar", (members | good).items()))
     assert source[1].captions == ("fine",)
     with pytest.raises(SampleError, match=reason) as caught:

@@ -50,21 +50,15 @@ def the_one(scene: Scene, name: str) -> Group:
     return group
 
 
+def offset(one: Group, other: Group) -> tuple[float, float]:
+    """Return how far the place of `one` is to the right of and below that of `other`."""
+    (x, y, *_), (left, top, *_) = one.place.box, other.place.box
+    return x - left, y - top
+
+
 def is_beside(one: Group, side: str, other: Group) -> bool:
-    """Return whether the place of `one` is on a side of that of `other`; copies lie inside."""
-    (left, top, width, height), (x, y, *_) = one.place.box, other.place.box
-    return {
-        "to the left of": left + width < x + 1e-9,
-        "to the right of": left > x + 1e-9,
-        "above": top + height < y + 1e-9,
-        "below": top > y + 1e-9,
-    }[side]
-
-
-def distance(one: Group, other: Group) -> float:
-    """Return the distance of two places in horizontal and vertical steps."""
-    (left, top, *_), (x, y, *_) = one.place.box, other.place.box
-    return abs(left - x) + abs(top - y)
+    x, y = offset(one, other)
+    return {"to the left of": -x, "to the right of": x, "above": -y, "below": y}[side] > 1e-9
 
 
 def answer(text: str, scene: Scene) -> str:
@@ -81,7 +75,7 @@ def answer(text: str, scene: Scene) -> str:
     if match := re.fullmatch(rf"what is immediately ({SIDES}) the ({NAME})\?", text):
         anchor = the_one(scene, match[2])
         beside = [group for group in scene.groups if is_beside(group, match[1], anchor)]
-        return min(beside, key=lambda group: distance(group, anchor)).name
+        return min(beside, key=lambda group: sum(map(abs, offset(group, anchor)))).name
     assert text == "what colour is the background?"
     return scene.background
 

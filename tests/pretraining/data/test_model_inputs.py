@@ -2,14 +2,14 @@
 
 import typing
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from elip_models.pretraining.data import (
-    EmojiScenes,
     ImageTextPreparation,
-    TrainingSamples,
+    Sample,
     image_transform,
     tokenize,
 )
@@ -92,20 +92,16 @@ def test_each_model_preprocesses_as_its_original(name, resize, rule, tokenizer):
             assert torch.equal(found, expected["input_ids"])
 
 
-def test_training_reads_captions_by_the_rule(tokenizer):
-    def words(**options):
-        scenes, transform = EmojiScenes(4, image_size=16), image_transform(16, train=False)
-        prepare = ImageTextPreparation(transform, tokenizer, context_length=32, **options)
-        dataset = TrainingSamples(scenes, prepare, seed=0)
-        ids = [dataset[turn, index]["input_ids"] for turn in range(5) for index in range(4)]
-        return [tokenizer.decode(text, skip_special_tokens=True).split() for text in ids]
-
-    cut = [text[:3] for text in words(captions="albef")]
-    assert words(captions="albef", max_words=3) == cut
-    for rule in ("albef", "blip"):
-        assert any("," in word for text in words(captions=rule) for word in text) == (
-            rule == "blip"
-        )
+@pytest.mark.parametrize(
+    ("rule", "max_words", "text"),
+    [("albef", 30, "a dog a cat"), ("albef", 2, "a dog"), ("blip", 30, "a dog, a cat")],
+)
+def test_training_reads_captions_by_the_rule(rule, max_words, text, tokenizer):
+    options = {"context_length": 32, "captions": rule, "max_words": max_words}
+    prepare = ImageTextPreparation(image_transform(8, train=False), tokenizer, **options)
+    sample = Sample(Image.new("RGB", (8, 8)), ("A dog, a cat",), "a")
+    ids = prepare(sample, 0, np.random.default_rng(0))["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
