@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from elip_models.pretraining.training.recipe import parse_overrides
-from elip_models.validation import ConfigError, as_config_error, check_output, require_extra
+from elip_models.validation import as_config_error, check_output, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -61,7 +61,6 @@ def evaluate(
 ) -> None:
     """Score a trained model."""
     check_output("--output", output)
-    from elip_models.pretraining.data.loader import worker_options
     from elip_models.pretraining.tasks.registry import EVALUATIONS, get_task, read_answers
     from elip_models.pretraining.tasks.tables import score_table
     from elip_models.pretraining.tasks.task import Loading
@@ -72,15 +71,11 @@ def evaluate(
     settings |= parse_overrides(options or (), "candidates=64")
     with as_config_error(f"eval {task}", inner="task_options"):
         evaluation = get_task(name, EVALUATIONS, **settings)
-    with as_config_error("--num-workers"):
-        worker_options(num_workers)
     loading = Loading(batch_size, num_workers, max_bad_share)
     folder = weights_folder(model)
     trained, tokenizer = open_trained(folder)
-    try:
+    with as_config_error("--model", inner="model"):
         evaluation.check(trained)
-    except ValueError as error:  # its text begins with "model" or "guided"
-        raise ConfigError(f"--{error}") from error
     with as_config_error("--data", inner="spec"):
         source = evaluation.open(data, image_size=trained.config.image_size)
     scores = evaluation.evaluate(trained, tokenizer, source, loading, read_answers(folder))

@@ -23,7 +23,6 @@ from elip_models.pretraining.data import (
     train_loader,
 )
 from elip_models.pretraining.data.loader import WorkerLoader
-from elip_models.validation import ConfigError
 
 SIZE, BATCH, LENGTH = 16, 4, 22
 THREADS = "TOKENIZERS_PARALLELISM"
@@ -206,14 +205,6 @@ def test_evaluation_stops_at_too_many_unreadable_samples():
         list(evaluation_batches(DamagedSource(10, {1}), transform, 3))
     with pytest.raises(DataError, match="no readable sample: 2 of 2"):
         list(evaluation_batches(DamagedSource(2, {0, 1}), transform, 3, report=SkipReport(1.0)))
-
-
-def test_bad_loader_arguments(dataset):
-    sampler = EpochSampler(LENGTH, BATCH, 0)
-    with pytest.raises(ValueError, match="num_workers: expected an integer at least 0, got -1"):
-        train_loader(dataset, sampler, -1)
-    with pytest.raises(ConfigError, match=r"num_workers: expected at most \d+ with the \d+ CPUs"):
-        train_loader(dataset, sampler, 100_000)
 
 
 def epochs_of(sampler: EpochSampler, epochs: int) -> list[list[tuple[int, int]]]:

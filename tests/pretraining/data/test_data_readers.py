@@ -195,6 +195,7 @@ def test_captions_of_json_and_txt_are_united_and_members_grouped_by_key(tmp_path
         ({"k.png": picture(), "k.json": b"[]"}, "json: expected an object"),
         ({"k.png": picture(), "k.json": b'{"caption": 3}'}, "caption: expected a text or"),
         ({"k.png": picture(), "k.txt": b"\xff"}, "captions not readable"),
+        ({"k.png": picture(), "k.jpg": picture(), "k.txt": b"a"}, "several images or captions"),
     ],
 )
 def test_an_unreadable_member_is_that_samples_error(members, reason, tmp_path):

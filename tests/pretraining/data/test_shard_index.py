@@ -85,14 +85,6 @@ def test_every_format_and_any_name_is_read(tmp_path, kind):
     assert [(sample.id, sample.captions) for sample in source] == [(f"s.tar:{name}", ("long",))]
 
 
-def test_two_images_of_one_name_are_reported(tmp_path):
-    members = [("a.png", picture()), ("a.txt", b"one"), ("a.jpg", picture(1, "JPEG"))]
-    report = check_source(ShardSource(shard(tmp_path / "s.tar", members)))
-    assert report.reasons == [
-        ("s.tar:a", "several images or captions are named a; rename all but one")
-    ]
-
-
 def test_a_too_large_image_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_source, "MAX_IMAGE_BYTES", 99)
     source = ShardSource(shard(tmp_path / "s.tar"))
