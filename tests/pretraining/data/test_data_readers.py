@@ -234,11 +234,8 @@ def test_shards_survive_pickling_and_forking(tmp_path):
 
 @pytest.mark.parametrize("index", [-1, 1])
 def test_an_index_outside_is_an_error(index, tmp_path):
-    entries = [{"image": "a.png", "caption": "a"}]
-    for source in (
-        JsonSource(write_list(tmp_path, entries)),
-        ShardSource(write_shard(tmp_path / "s.tar", ["k"])),
-    ):
+    listed = write_list(tmp_path, [{"image": "a.png", "caption": "a"}])
+    for source in (JsonSource(listed), ShardSource(write_shard(tmp_path / "s.tar", ["k"]))):
         for read in (source.__getitem__, source.captions):
             with pytest.raises(IndexError, match=rf"index: expected 0 <= index < 1, got {index}"):
                 read(index)

@@ -241,7 +241,6 @@ def test_a_missing_folder_of_classes_names_the_alternatives():
 
 
 BROKEN = {
-    "a caption": ("vqa", [{"image": "a", "caption": "b"}], r"\[0\]: .* the key question"),
     "no subset": ("vqa", {"questions": []}, r"q\.json\[data_subtype\]: .*, got None"),
     "half a line": ("nlvr2", json.dumps(NLVR2) + '\n{"b"', r"q\.json: .*, got no valid JSON"),
     "a label": (
@@ -282,7 +281,6 @@ def test_a_broken_annotation_or_answer_list_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("", ValueError, "spec: expected emoji_questions:size=2000 or files, got ''"),
         ("emoji_pairs:size=2", ValueError, "got emoji_pairs, which is for nlvr2"),
         ("no.json,split=test", ValueError, "expected the options images, .*, got 'split'"),
         ("no.json,weight=x", ValueError, r"spec\[weight\]: .* valid number.*, got 'x'"),
