@@ -88,6 +88,7 @@ def vqa_accuracy(answers: dict[str, float], predicted: str) -> float:
         answers: The answers as people wrote them, each with the share of the ten people.
         predicted: The answer of a model.
     """
-    wanted, of_people = normalise_answer(predicted), strip_punctuation if len(answers) > 1 else str
+    wanted = normalise_answer(predicted)
+    of_people = strip_punctuation if len(answers) > 1 else str
     share = sum(share for answer, share in answers.items() if of_people(answer) == wanted)
     return soft_scores({wanted: share})[wanted]

@@ -59,9 +59,7 @@ class FileRow(BaseModel):
         *("Flickr30K_ID", "Flikr30kID"),  # of SNLI-VE, and of its files of 2018
     )
     folder: Id = _named("", "filepath", "directory")
-    texts: Texts = _named(
-        *([], "caption", "sentences", "question", "sentence2", "sentence"),
-    )
+    texts: Texts = _named([], "caption", "sentences", "question", "sentence2", "sentence")
     answers: Texts = _named([], "answer", "answers", "gold_label", "label")
     first_answer: Text = _named("", "multiple_choice_answer")
     id: Id = _named("", "question_id", "pairID", "identifier", "image_id", "cocoid", "imgid", "id")

@@ -156,8 +156,9 @@ class _Matcher:
                 guide = self._model.text_cls(ids, mask)
                 tokens, real = self._model.matching_tokens(pixels, guide)
             else:
-                tokens, real = self._index.tokens[image].to(self._device), self._index.mask
-                real = None if real is None else real[image].to(self._device)
+                tokens, real = self._index.tokens[image].to(self._device), None
+                if self._index.mask is not None:
+                    real = self._index.mask[image].to(self._device)
             scores.append(self._model.matching_logits(tokens, real, ids, mask).float().cpu())
         return torch.cat(scores)
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def score_table(scores: "TaskScores") -> Table:
     """Return scores in percent with their 95% confidence intervals, baselines and notes."""
-    title = f"{scores.task}: {scores.num_examples} examples"
+    examples = f"{scores.num_examples} examples"
+    title = f"{scores.task}: {examples}" if scores.task else examples
     notes = [f"{name}: {note}" for name, note in scores.notes.items()]
     table = Table(title=title, caption=escape("\n".join(notes)), caption_justify="left")
     for column in ("", "%", "95% interval", *scores.baselines):

@@ -67,7 +67,8 @@ class TaskScores:
     @property
     def metrics(self) -> dict[str, float]:
         """Means by name, for logs."""
-        return {f"{self.task}_{name}": score.mean for name, score in self.scores.items()}
+        prefix = f"{self.task}_" if self.task else ""
+        return {f"{prefix}{name}": score.mean for name, score in self.scores.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-compatible values."""
@@ -78,7 +79,7 @@ class TaskScores:
     def summary(self) -> str:
         """Return one line with the means."""
         means = ", ".join(f"{name} {score.mean:.1%}" for name, score in self.scores.items())
-        return f"{self.task}: {means}"
+        return f"{self.task}: {means}" if self.task else means
 
 
 class EvaluationRun(NamedTuple):
