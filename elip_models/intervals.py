@@ -58,7 +58,7 @@ def bootstrap_interval(
 
     `clusters` are the numbers of the images of the examples. None: all examples are independent.
     """
-    return _group_means(scores, np.zeros(len(scores), int), clusters, seed)[0]
+    return _mean_over_clusters(scores, clusters, seed)[0]
 
 
 def score_interval(
@@ -66,23 +66,8 @@ def score_interval(
     clusters: Sequence[int] | np.ndarray | None = None,
 ) -> Interval:
     """Return the interval of the mean of scores in [0, 1]; its width is never 0."""
-    return group_mean_interval(scores, np.zeros(len(scores), int), clusters)
-
-
-def group_mean_interval(
-    scores: Sequence[float] | np.ndarray,
-    groups: Sequence[int] | np.ndarray,
-    clusters: Sequence[int] | np.ndarray | None = None,
-) -> Interval:
-    """Return the interval of the mean over groups of the mean of scores in [0, 1] of each group.
-
-    A draw averages the groups that it contains. The Wilson interval has G^2 / sum_g (1 / n_g)
-    trials for G groups of n_g clusters each.
-    """
-    interval, trials = _group_means(scores, groups, clusters, seed=0)
-    if interval.low < interval.high:
-        return interval
-    return wilson_interval(interval.mean, len(trials) ** 2 / float((1 / trials).sum()))
+    interval, count = _mean_over_clusters(scores, clusters, seed=0)
+    return interval if interval.low < interval.high else wilson_interval(interval.mean, count)
 
 
 def wilson_interval(share: float, count: float) -> Interval:
@@ -94,26 +79,19 @@ def wilson_interval(share: float, count: float) -> Interval:
     return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
 
 
-def _group_means(
+def _mean_over_clusters(
     scores: Sequence[float] | np.ndarray,
-    groups: Sequence[int] | np.ndarray,
     clusters: Sequence[int] | np.ndarray | None,
     seed: int,
-) -> tuple[Interval, np.ndarray]:
-    """Return the bootstrap interval, and the number of clusters in each group."""
+) -> tuple[Interval, int]:
+    """Return the bootstrap interval of the mean, and the number of clusters."""
     if len(scores) == 0:
         raise ValueError("scores: expected one per example, got none")
-    _, clusters = np.unique(
-        np.arange(len(scores)) if clusters is None else clusters, return_inverse=True
-    )
-    _, groups = np.unique(groups, return_inverse=True)
-    table = np.zeros((2, clusters.max() + 1, groups.max() + 1))  # sums and sizes
-    np.add.at(table, (0, clusters, groups), np.asarray(scores, dtype=np.float64))
-    np.add.at(table, (1, clusters, groups), 1)
+    clusters = np.arange(len(scores)) if clusters is None else clusters
+    _, clusters, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    sums = np.bincount(clusters, np.asarray(scores, dtype=np.float64))
 
     def mean(totals: np.ndarray) -> np.ndarray:
-        sums, sizes = np.split(totals, 2, axis=1)
-        means = np.divide(sums, sizes, where=sizes > 0, out=np.full(sizes.shape, np.nan))
-        return np.nanmean(means, axis=1)
+        return totals[:, 0] / totals[:, 1]
 
-    return interval_of_totals(np.concatenate(table, axis=1), mean, seed), (table[1] > 0).sum(axis=0)
+    return interval_of_totals(np.stack([sums, sizes], axis=1), mean, seed), len(sizes)

@@ -9,7 +9,6 @@ from elip_models.intervals import (
     LEVEL,
     RESAMPLES,
     bootstrap_interval,
-    group_mean_interval,
     score_interval,
     wilson_interval,
 )
@@ -72,28 +71,3 @@ def test_constant_scores_have_the_interval_of_wilson():
     assert 0 < low < 0.3 < high < 1
     assert score_interval([1.0] * 40, np.arange(40) // 5) == wilson_interval(1.0, 8)
     assert score_interval([1.0, 0.0] * 20, np.arange(40) // 2) == wilson_interval(0.5, 20)
-
-
-def test_the_interval_of_a_mean_over_groups():
-    random = np.random.default_rng(0)
-    sizes, shares = np.array([40, 400, 1000]), np.array([0.8, 0.5, 0.3])
-    groups = np.repeat([7, 2, 5], sizes)
-    scores = np.concatenate([np.arange(n) < n * p for n, p in zip(sizes, shares, strict=True)])
-    interval = group_mean_interval(scores, groups)
-    assert interval.mean == pytest.approx(shares.mean())
-    half = 1.96 * (shares * (1 - shares) / sizes).sum() ** 0.5 / 3
-    assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.05)
-    order = random.permutation(len(scores))
-    assert group_mean_interval(scores[order], groups[order]) == pytest.approx(interval)
-    copies = np.tile(np.arange(len(scores)), 4)  # four scores of each image carry as much as one
-    repeated = group_mean_interval(np.tile(scores, 4), np.tile(groups, 4), copies)
-    assert repeated == pytest.approx(interval)
-    halves = group_mean_interval([1, 0], [0, 1])  # of all draws, half have one group only
-    assert halves == (0.5, 0.0, 1.0)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_equal_groups_of_unequal_sizes_have_the_interval_of_fewer_trials(share):
-    interval = group_mean_interval([share] * 110, [0] * 10 + [1] * 100)
-    assert interval == wilson_interval(share, 4 / (1 / 10 + 1 / 100))
-    assert group_mean_interval([share] * 20, [0, 1] * 10) == wilson_interval(share, 20)

@@ -6,7 +6,6 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.answers import soft_scores
     from elip_models.pretraining.data.caption_rules import apply_caption_rule
     from elip_models.pretraining.data.class_sources import ClassSource, open_classes
-    from elip_models.pretraining.data.composition_files import CompositionExample, CompositionSource
     from elip_models.pretraining.data.derived_sources import MixedSource
     from elip_models.pretraining.data.json_source import JsonSource
     from elip_models.pretraining.data.loader import (
@@ -15,7 +14,7 @@ with require_extra("elip_models.pretraining.data"):
         example_batches,
     )
     from elip_models.pretraining.data.read_errors import SkipReport, check_source
-    from elip_models.pretraining.data.readers import open_composition, open_examples, open_source
+    from elip_models.pretraining.data.readers import open_examples, open_source
     from elip_models.pretraining.data.samples import (
         Example,
         ExampleSource,
@@ -39,8 +38,6 @@ with require_extra("elip_models.pretraining.data"):
 
 __all__ = [
     "ClassSource",
-    "CompositionExample",
-    "CompositionSource",
     "DataError",
     "EmojiScenes",
     "EpochSampler",
@@ -67,7 +64,6 @@ __all__ = [
     "is_stream",
     "load_tokenizer",
     "open_classes",
-    "open_composition",
     "open_examples",
     "open_source",
     "open_stream",

@@ -9,22 +9,15 @@
                         no articles, contractions with an apostrophe         "dont"      "don't"
 
 The accuracy of a prediction is min(1, 3 x share of the people whose answer equals it). This is the
-mean of min(1, n / 3) over all sets of nine of the ten people. What is compared depends on the
-revision of the official file:
-
-    2017   prediction: both steps. People: punctuation, only where they disagree
-    2021   both steps for prediction and people where these disagree; otherwise no step
-
-By the rule of 2017, a question that all people answered with "none" is never answered correctly.
-Source: VQA (Antol et al., 2015), PythonEvaluationTools of its repository. The file of 2017 is also
-that of ALBEF and ELIP (`vqaTools/vqaEval.py`).
+mean of min(1, n / 3) over all sets of nine of the ten people. Both steps are applied to the
+prediction, and only `strip_punctuation` to the answers of people, where these disagree. A question
+that all people answered with "none" is therefore never answered correctly.
+Source: VQA (Antol et al., 2015), PythonEvaluationTools of its repository from 2017 to 2021, which
+is also the file of ALBEF and ELIP (`vqaTools/vqaEval.py`).
 """
 
 import re
 from functools import lru_cache
-from typing import Literal
-
-Revision = Literal[2017, 2021]
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
@@ -84,27 +77,18 @@ def normalise_words(text: str) -> str:
 @lru_cache(2**16)
 def normalise_answer(answer: str) -> str:
     """Return an answer after both steps: "The two dogs." becomes "2 dogs", "the" becomes ""."""
-    return normalise_words(strip_punctuation(_on_one_line(answer)))
+    on_one_line = answer.replace("\n", " ").replace("\t", " ").strip()
+    return normalise_words(strip_punctuation(on_one_line))
 
 
-def vqa_accuracy(answers: dict[str, float], predicted: str, revision: Revision = 2017) -> float:
+def vqa_accuracy(answers: dict[str, float], predicted: str) -> float:
     """Return the official accuracy in [0, 1] of a predicted answer.
 
     Args:
         answers: The answers as people wrote them, each with the share of the ten people.
         predicted: The answer of a model.
-        revision: Year of the rule.
     """
-    if revision == 2017:
-        in_prediction = normalise_answer
-        in_people = strip_punctuation if len(answers) > 1 else str
-    else:
-        disagree = len({_on_one_line(answer) for answer in answers}) > 1
-        in_prediction = in_people = normalise_answer if disagree else _on_one_line
-    wanted = in_prediction(predicted)
-    share = sum(share for answer, share in answers.items() if in_people(answer) == wanted)
+    wanted = normalise_answer(predicted)
+    of_people = strip_punctuation if len(answers) > 1 else str
+    share = sum(share for answer, share in answers.items() if of_people(answer) == wanted)
     return soft_scores({wanted: share})[wanted]
-
-
-def _on_one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()

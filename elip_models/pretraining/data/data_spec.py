@@ -133,13 +133,8 @@ def expand_ranges(path: str) -> Iterator[str]:
 
 
 def expand_user(path: str | Path) -> Path:
-    """Return the path with ~ and ~user expanded. Raises FileNotFoundError for an unknown user."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise FileNotFoundError(
-            f"{path}: expected ~ or the ~name of a known user; write ./{path} for a file"
-        )
-    return Path(expanded)
+    """Return the path with ~ and the ~name of a known user expanded."""
+    return Path(os.path.expanduser(path))
 
 
 def path_list(paths: str | Path | Sequence[str | Path]) -> list[Path]:

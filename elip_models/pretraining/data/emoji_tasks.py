@@ -5,20 +5,16 @@ for which it is correct. `EmojiExamples` repeats each text several times in a ro
 answer and other images each time. The text alone therefore does not predict its answer.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import product
 from typing import Any, ClassVar
 
-from elip_models.pretraining.data.composition_files import CompositionExample
-from elip_models.pretraining.data.samples import Example, Sample, Target, check_index
+from elip_models.pretraining.data.samples import Example, check_index
 from elip_models.pretraining.data.scene_captions import (
     at_place,
     in_words,
     plural,
-    relation,
     with_article,
 )
 from elip_models.pretraining.data.scene_sampling import (
@@ -26,8 +22,6 @@ from elip_models.pretraining.data.scene_sampling import (
     COUNTS,
     NAMES,
     SIDES,
-    Box,
-    Group,
     Scene,
     add_texture,
     hide_group,
@@ -114,8 +108,7 @@ class EmojiExamples(EmojiData):
         text, answer, scenes = self.forms[index // self.turns % len(self.forms)](sampler)
         if self.textures:
             scenes = tuple(add_texture(sampler.rng, scene) for scene in scenes)
-        answers = {answer: 1.0} if self.answers else {}
-        return Example((), text, answers, self.sample_id(index)), scenes
+        return Example((), text, {answer: 1.0}, self.sample_id(index)), scenes
 
 
 _YES_NO, _NUMBERS = ("yes", "no"), tuple(map(str, COUNTS))
@@ -277,124 +270,3 @@ class EmojiPairs(EmojiExamples):
     name = "emoji_pairs"
     answers = _TRUTH
     forms = (_both, _more, _in_all, _same_background)
-
-
-def _expression(sampler: ExampleSampler, place: str | None) -> Drawn:
-    (name,) = sampler.names(1)
-    drawn = sampler.text.choices([*COUNTS], [*COUNTS.values()])[0]
-    count = 1 if sampler.clutter else drawn
-    names = [name] if place is None else [name, name]
-    noun = name if count == 1 else in_words(count, name)
-    text = f"the {noun}" if place is None else f"the {noun} {at_place(place)}"
-    return text, "", (sampler.scene(names=names, counts=[count], place=place),)
-
-
-class EmojiGrounding(EmojiExamples):
-    """Expressions such as "the dog" and "the two dogs on the left", in equal numbers.
-
-    With a place, another group of the scene shows the same emoji. Boxes are the squares around the
-    emoji of a group; the proposals of an image are the boxes of all its groups.
-    """
-
-    name = "emoji_grounding"
-    answers = ()
-    forms = (
-        lambda sampler: _expression(sampler, None),
-        lambda sampler: _expression(sampler, sampler.text.choice(place_names(sampler.clutter))),
-    )
-
-    def target(self, index: int) -> Target:
-        """Return the boxes of the group that the expression names, and of all groups."""
-        (scene,), size = self.scenes(index), self.image_size
-        boxes = [_group_box(group, size) for group in scene.groups]
-        return Target(boxes[0], tuple(sorted(boxes)), "", (size, size))
-
-
-def _group_box(group: Group, image_size: int) -> Box:
-    """Return the box around the squares of all copies, in pixels."""
-    left = min(copy.x - copy.size / 2 for copy in group.copies) * image_size
-    top = min(copy.y - copy.size / 2 for copy in group.copies) * image_size
-    right = max(copy.x + copy.size / 2 for copy in group.copies) * image_size
-    bottom = max(copy.y + copy.size / 2 for copy in group.copies) * image_size
-    return Box(left, top, right - left, bottom - top)
-
-
-def _relation_caption(scene: Scene) -> str:
-    one, two, *_ = scene.groups
-    return f"the {one.name} is {relation(one, two)} the {two.name}"
-
-
-def _place_caption(scene: Scene) -> str:
-    one, two, *_ = scene.groups
-    here, there = at_place(one.place.name), at_place(two.place.name)
-    return f"{with_article(one.name)} {here} and {with_article(two.name)} {there}"
-
-
-def _count_caption(scene: Scene) -> str:
-    one, two, *_ = scene.groups
-    counts = Counter(group.name for group in scene.groups for _ in group.copies)
-    return f"{in_words(counts[one.name], one.name)} and {in_words(counts[two.name], two.name)}"
-
-
-_CAPTIONS = {"relation": _relation_caption, "place": _place_caption, "count": _count_caption}
-"""Category: the caption of the first two emoji of a scene."""
-
-
-class EmojiComposition(EmojiData):
-    """A `CompositionSource` of `size` examples in the form of Winoground, drawn on the fly.
-
-        the dog is to the left of the fox           the fox is to the left of the dog
-        a dog at the top and a fox in the centre    a fox at the top and a dog in the centre
-        one dog and three foxes                     one fox and three dogs
-
-    In the second image, two emoji of the first one are swapped. Neither the words of a caption nor
-    the emoji of an image thus predict which of them belong together. Categories are balanced. The
-    arguments are those of `EmojiData`.
-    """
-
-    name = benchmark = "emoji_composition"
-    categories = tuple(_CAPTIONS)
-    averages = False
-
-    def __len__(self) -> int:
-        """Return the number of images, two for each example."""
-        return 2 * self.size
-
-    def __getitem__(self, index: int) -> Sample:
-        (number, side), size = divmod(index, 2), self.image_size
-        example, scenes = self._draw(number)
-        return Sample(render(scenes[side], size), example.captions, example.images[side])
-
-    @cached_property
-    def examples(self) -> tuple[CompositionExample, ...]:
-        """The examples, without their images."""
-        return tuple(self._draw(number)[0] for number in range(self.size))
-
-    def captions(self, index: int) -> tuple[str, str]:
-        """Return both captions of the example of an image, without drawing the image."""
-        return self._draw(index // 2)[0].captions
-
-    def scenes(self, number: int) -> tuple[Scene, Scene]:
-        """Return the two scenes of an example as data, without drawing them."""
-        return self._draw(number)[1]
-
-    def _draw(self, number: int) -> tuple[CompositionExample, tuple[Scene, Scene]]:
-        check_index(number, self.size)
-        rng, name = self.random(number), self.sample_id(number)
-        category = self.categories[number % len(self.categories)]
-        names, counts = rng.sample(NAMES, 2), [1, 1]
-        if category == "count" and self.clutter:  # each copy is a group of its own
-            names.append(names[1])
-        elif category == "count":
-            counts = rng.sample([*COUNTS], 2)
-        scene = sample_scene(rng, self.clutter, names=names, counts=counts)
-        if self.textures:  # the same for both
-            scene = add_texture(rng, scene)
-        swapped = {names[0]: names[1], names[1]: names[0]}
-        groups = (
-            replace(group, name=swapped.get(group.name, group.name)) for group in scene.groups
-        )
-        scenes = (scene, replace(scene, groups=tuple(groups)))
-        captions = tuple(map(_CAPTIONS[category], scenes))
-        images = (f"{name}-0", f"{name}-1")
-        return CompositionExample(name, category, images, captions, number), scenes

@@ -8,11 +8,10 @@
                 [{"image": Flickr30k's id, "sentence", "label"}, ..]
     nlvr2       {"identifier", "sentence", "label", "directory" (training)}    one object per line
                 [{"images": [path, path], "sentence", "label"}, ..]
-    grounding   [{"image", "text", "box", "split" (optional), "proposals" (optional)}, ..]
 
 Questions without annotations, such as those of the test set, have no answers. Answers stay as
 people wrote them; the metric normalises them, see `answers`. NLVR2's training images are in
-numbered folders below the folder of images. Boxes are [left, top, width, height] in pixels.
+numbered folders below the folder of images.
 """
 
 import os
@@ -21,20 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from elip_models.images import SampleError, open_image_file
+from elip_models.images import SampleError
 from elip_models.pretraining.data.answers import normalise_answer
 from elip_models.pretraining.data.data_spec import FileSpec, expand_user
 from elip_models.pretraining.data.file_rows import (
     FileRow,
     StoredRows,
-    existing_image,
     image_folder,
     read_rows,
     stored_row,
 )
 from elip_models.pretraining.data.json_files import read_json, validate
-from elip_models.pretraining.data.samples import Example, Target
-from elip_models.pretraining.data.scene_sampling import Box
+from elip_models.pretraining.data.samples import Example
 from elip_models.validation import shortened
 
 MIN_FIRST_ANSWERS = 9
@@ -53,10 +50,8 @@ class FileExamples(StoredRows):
     A missing or damaged image and an empty text raise SampleError for that example only.
     """
 
-    def __init__(
-        self, rows: list[dict[str, Any]], spec: FileSpec, answers: tuple[str, ...] = ()
-    ) -> None:
-        super().__init__(rows, spec.split)
+    def __init__(self, rows: list[dict[str, Any]], answers: tuple[str, ...]) -> None:
+        super().__init__(rows)
         self.answers = answers
 
     def __getitem__(self, index: int) -> Example:
@@ -101,44 +96,7 @@ def labelled_examples(
                     f"{', '.join(row.answers) or 'none'}"
                 )
             examples.append(_example(spec, file, place, row, len(examples)))
-    return FileExamples(examples, spec, _LABELS[task])
-
-
-class GroundingFiles(FileExamples):
-    """Referring expressions, each with what it refers to."""
-
-    def target(self, index: int) -> Target:
-        """Return the boxes of an expression, and the size of its image."""
-        row = self._row(index)
-        proposals = row["proposals"]
-        if proposals is not None:
-            proposals = tuple(Box(*box) for box in proposals)
-        with open_image_file(existing_image(row["images"][0]), row["place"]) as image:
-            return Target(Box(*row["box"]), proposals, row["split"], image.size)
-
-
-def grounding_examples(spec: FileSpec, files: Sequence[Path]) -> GroundingFiles:
-    """Read referring expressions, all or those of some splits ("testA", "val+testA").
-
-    Raises:
-        ValueError: An entry is malformed, only some have proposals, or no entry is of the split.
-    """
-    examples = []
-    for file in files:
-        for place, row in read_rows(read_json(file, "rows with the key box"), file, "box").items():
-            row.id, row.texts = f"{file.name}[{place}]", " ".join(row.texts).split()
-            for box in (row.box, *(row.proposals or ())):
-                if box is None or min(box[2:]) <= 0:
-                    raise ValueError(f"{row.id}: expected a width and height above 0, got {box}")
-            example = _example(spec, file, place, row, len(examples))
-            examples.append(example | {"box": row.box, "proposals": row.proposals})
-    without = [example for example in examples if example["proposals"] is None]
-    if 0 < len(without) < len(examples):
-        raise ValueError(
-            f"{without[0]['id']}: proposals: expected boxes in all entries or in none, got none "
-            "here; write [] where the detector found nothing"
-        )
-    return GroundingFiles(examples, spec)
+    return FileExamples(examples, _LABELS[task])
 
 
 def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
@@ -176,7 +134,7 @@ def vqa_examples(spec: FileSpec, files: Sequence[Path]) -> FileExamples:
                 first = [answer for answer, _ in Counter(row.answers).most_common(1)]
             first_answers.update(filter(None, first))
             examples.append(_example(spec, file, place, row, len(examples)))
-    return FileExamples(examples, spec, _answer_list(spec, first_answers))
+    return FileExamples(examples, _answer_list(spec, first_answers))
 
 
 def _official_questions(

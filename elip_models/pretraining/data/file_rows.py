@@ -40,25 +40,11 @@ def _texts(value: Any) -> Any:
     return [] if value is None else [str(value) if isinstance(value, bool) else value]
 
 
-def _joined(value: Any) -> Any:
-    """Return the attributes of a Visual Genome pair as one text."""
-    return "_".join(map(str, value)) if isinstance(value, list) else value
-
-
 Text = Annotated[str, AfterValidator(_encodable)]
 """A text without unpaired surrogates, which JSON can hold and Arrow cannot."""
 Id = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_encodable)]
 Texts = Annotated[list[Text], BeforeValidator(_texts)]
 Box = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
-
-_JOINED = (
-    ("images", ("image_0", "image_1")),
-    ("texts", ("caption_0", "caption_1")),
-    ("texts", ("true_caption", "false_caption")),
-    ("texts", ("caption", "negative_caption")),
-    ("box", ("bbox_x", "bbox_y", "bbox_w", "bbox_h")),
-)
-"""Field, and the fields of Winoground, ARO and SugarCrepe that together make it."""
 
 
 def _named(default: Any, *names: str) -> Any:
@@ -69,36 +55,26 @@ class FileRow(BaseModel):
     """A row of a file; each field lists its names in the formats."""
 
     images: Texts = _named(
-        *([], "images", "image", "filename", "file_name", "image_path"),
+        *([], "images", "image", "filename", "file_name"),
         *("Flickr30K_ID", "Flikr30kID"),  # of SNLI-VE, and of its files of 2018
     )
     folder: Id = _named("", "filepath", "directory")
-    texts: Texts = _named(
-        *([], "texts", "caption", "sentences", "caption_options"),
-        *("question", "sentence2", "sentence", "text"),
-    )
+    texts: Texts = _named([], "caption", "sentences", "question", "sentence2", "sentence")
     answers: Texts = _named([], "answer", "answers", "gold_label", "label")
     first_answer: Text = _named("", "multiple_choice_answer")
     id: Id = _named("", "question_id", "pairID", "identifier", "image_id", "cocoid", "imgid", "id")
     image_id: Id = ""
     split: Text = ""
-    category: Annotated[Text, BeforeValidator(_joined)] = _named(
-        "", "collapsed_tag", "relation_name", "attributes", "domain"
-    )
-    box: Box | None = None
+    domain: Text = ""
     boxes: list[list[Box]] = []
-    proposals: list[Box] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _join(cls, row: dict[str, Any]) -> dict[str, Any]:
-        for field, names in _JOINED:
-            if all(map(row.__contains__, names)):
-                row = row | {field: [row[name] for name in names]}
-        if "identifier" in row:  # of NLVR2
-            pair = str(row["identifier"]).rpartition("-")[0]
-            row = row | {"images": [f"{pair}-img0.png", f"{pair}-img1.png"]}
-        return row
+    def _add_images_of_nlvr2(cls, row: dict[str, Any]) -> dict[str, Any]:
+        if "identifier" not in row:
+            return row
+        pair = str(row["identifier"]).rpartition("-")[0]
+        return row | {"images": [f"{pair}-img0.png", f"{pair}-img1.png"]}
 
     def paths(self) -> list[str]:
         """Return the paths of the images below the folder of images."""

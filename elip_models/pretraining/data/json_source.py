@@ -94,7 +94,7 @@ def _read(file: Path, image_root: str | Path | None) -> Iterator[dict[str, Any]]
         if len(row.boxes) not in (0, len(captions)):
             wanted = f"a list for each of {len(captions)} captions"
             raise ValueError(f"{file}[{place}][boxes]: expected {wanted}, got {len(row.boxes)}")
-        texts = {"captions": captions, "domain": row.category, "boxes": row.boxes}
+        texts = {"captions": captions, "domain": row.domain, "boxes": row.boxes}
         yield stored_row(row, file, place, image_root) | texts | {"id": row.id or path}
 
 

@@ -14,10 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from elip_models.images import SampleError
 from elip_models.pretraining.data.read_errors import DataError, SkipReport
 from elip_models.pretraining.data.samples import Example, ExampleSource, Sample, Source
-from elip_models.validation import ConfigError, Count, check
 
-MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
-"""Largest number of worker processes of a loader: four for each CPU, and 64 on a small machine."""
 _TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
 
 
@@ -48,16 +45,7 @@ def _without_errors(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
-    """Return the DataLoader arguments that all loaders share.
-
-    Raises TypeError or ValueError unless `num_workers` is in [0, MAX_WORKERS].
-    """
-    check("num_workers", num_workers, Count)
-    if num_workers > MAX_WORKERS:
-        raise ConfigError(
-            f"num_workers: expected at most {MAX_WORKERS} with the {os.cpu_count()} CPUs of this "
-            f"machine, got {num_workers}"
-        )
+    """Return the DataLoader arguments that all loaders share."""
     return {
         "num_workers": num_workers,
         "pin_memory": torch.cuda.is_available(),

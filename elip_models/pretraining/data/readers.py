@@ -10,12 +10,7 @@ entailment      emoji_entailment:seed=0,size=2000
 snli_ve_train.jsonl,images=flickr30k-images;  ve_train.json,images=..
 nlvr2           emoji_pairs:seed=0,size=2000
 train.json,images=images/train;  nlvr_train.json,images=..
-grounding       emoji_grounding:seed=0,size=200;  refcoco+.json,images=coco,split=testA
 classification  emoji_classes:seed=0,size=600;  FOLDER;  datasets:NAME_OR_FOLDER,split=test
-composition     emoji_composition:seed=1,size=200
-winoground/examples.jsonl,images=winoground/images
-visual_genome_relation.json,images=vg;  coco_order.json,images=coco
-sugarcrepe/swap_obj.json,images=val2017;  sugarcrepe,images=val2017
 """
 
 import glob
@@ -26,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from elip_models.pretraining.data.class_sources import ClassExamples, open_classes
-from elip_models.pretraining.data.composition_files import CompositionFiles, CompositionSource
 from elip_models.pretraining.data.data_spec import (
     FileSpec,
     Spec,
@@ -36,18 +30,8 @@ from elip_models.pretraining.data.data_spec import (
     parse_files,
 )
 from elip_models.pretraining.data.derived_sources import ConcatExamples, MixedSource
-from elip_models.pretraining.data.emoji_tasks import (
-    EmojiComposition,
-    EmojiEntailment,
-    EmojiGrounding,
-    EmojiPairs,
-    EmojiQuestions,
-)
-from elip_models.pretraining.data.example_files import (
-    grounding_examples,
-    labelled_examples,
-    vqa_examples,
-)
+from elip_models.pretraining.data.emoji_tasks import EmojiEntailment, EmojiPairs, EmojiQuestions
+from elip_models.pretraining.data.example_files import labelled_examples, vqa_examples
 from elip_models.pretraining.data.json_source import JsonSource
 from elip_models.pretraining.data.samples import ExampleSource, Source
 from elip_models.pretraining.data.scenes import EmojiData, EmojiScenes
@@ -55,7 +39,7 @@ from elip_models.pretraining.data.shard_source import ShardSource
 from elip_models.pretraining.data.streams import is_stream, redacted
 from elip_models.validation import PositiveInt, check, shortened
 
-ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification", "grounding"]
+ExampleTask = Literal["vqa", "entailment", "nlvr2", "classification"]
 
 
 def open_source(
@@ -97,11 +81,6 @@ def open_examples(
     return _open(task, spec, image_size)
 
 
-def open_composition(spec: Spec, *, image_size: int) -> CompositionSource:
-    """Open a compositional benchmark; the arguments and errors are those of `open_examples`."""
-    return _open("composition", spec, image_size)
-
-
 def _joined(specs: Sequence[Spec], join: type, open_one: Callable[[Spec], Any]) -> Any:
     sources = [open_one(spec) for spec in specs]
     return sources[0] if len(sources) == 1 else _not_empty(join(sources), specs)
@@ -140,8 +119,6 @@ _KINDS = {
     "vqa": _Kind(EmojiQuestions, vqa_examples, ("images", "answers", "weight")),
     "entailment": _Kind(EmojiEntailment, partial(labelled_examples, "entailment")),
     "nlvr2": _Kind(EmojiPairs, partial(labelled_examples, "nlvr2")),
-    "grounding": _Kind(EmojiGrounding, grounding_examples, ("images", "split")),
-    "composition": _Kind(EmojiComposition, CompositionFiles),
 }
 
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from elip_models.pretraining.data.scene_sampling import Box
 from elip_models.validation import shortened
 
 
@@ -79,30 +78,6 @@ class SharedImages(Protocol):
 
     def image_number(self, index: int) -> int:
         """Return the first index that shows the same image as `index`."""
-
-
-class Target(NamedTuple):
-    """What a referring expression refers to.
-
-    Attributes:
-        box: Left, top, width and height, in pixels of the image.
-        proposals: Boxes of a detector in the same form; None: no detector was used.
-        split: Name of the part of the data, such as "testA", or "".
-        size: Width and height of the image in pixels.
-    """
-
-    box: Box
-    proposals: tuple[Box, ...] | None
-    split: str
-    size: tuple[int, int]
-
-
-@runtime_checkable
-class Referring(Protocol):
-    """Part of an `ExampleSource` of referring expressions."""
-
-    def target(self, index: int) -> Target:
-        """Return what the expression refers to. Reads the header of the image, not its pixels."""
 
 
 def image_number(source: Source | ExampleSource, index: int) -> int:

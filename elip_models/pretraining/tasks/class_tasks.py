@@ -8,12 +8,14 @@ Source: SNLI-VE (Xie et al., 2019); NLVR2 (Suhr et al., 2019).
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from elip_models.intervals import score_interval
 from elip_models.pretraining.data import (
     DataError,
     Example,
@@ -24,7 +26,6 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.data.samples import image_number
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
-    Outcome,
     Prediction,
     Preprocessor,
     Task,
@@ -112,17 +113,21 @@ class ClassTask(Task):
             images += [image_number(source, index) for index in batch.indices]
         possible = [answers[number] for number in outputs]
         majority = _most_frequent([e.answers for e in examples if e.answers], possible)
-        outcomes, predictions = [], []
+        predictions, scores, of_majority, clusters = [], [], [], []
         for example, image, text in zip(examples, images, predicted, strict=True):
-            score = None
-            if example.answers:
-                score = self.accuracy(example.answers, text)
-                always = self.accuracy(example.answers, majority)
-                baselines = {"chance": 1 / len(possible), "majority": always}
-                outcomes.append(Outcome("accuracy", score, image, baselines))
+            score = self.accuracy(example.answers, text) if example.answers else None
             predictions.append(Prediction(example.id, text, score))
-        return TaskScores.of(
-            self.name, outcomes, num_examples=len(outcomes), predictions=tuple(predictions)
+            if score is not None:
+                scores.append(score)
+                of_majority.append(self.accuracy(example.answers, majority))
+                clusters.append(image)
+        baselines = {"chance": 1 / len(possible), "majority": fmean(of_majority)}
+        return TaskScores(
+            self.name,
+            {"accuracy": score_interval(scores, clusters)},
+            {name: {"accuracy": share} for name, share in baselines.items()},
+            num_examples=len(scores),
+            predictions=tuple(predictions),
         )
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from elip_models.pretraining.tasks.captioning import Captioning
 from elip_models.pretraining.tasks.class_tasks import NLVR2, Classification, Entailment
-from elip_models.pretraining.tasks.composition import Composition
-from elip_models.pretraining.tasks.grounding import Grounding
 from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.tasks.task import EvaluationTask, Task
 from elip_models.pretraining.tasks.vqa import VQA
@@ -21,10 +19,7 @@ TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Retrieval, VQA, Entailment, NLVR2, Captioning, Classification)
 }
 """Tasks of `elip finetune`."""
-EVALUATIONS: dict[str, type[EvaluationTask]] = {
-    **TASKS,
-    **{kind.name: kind for kind in (ZeroShot, Composition, Grounding)},
-}
+EVALUATIONS: dict[str, type[EvaluationTask]] = TASKS | {ZeroShot.name: ZeroShot}
 """Tasks of `elip eval`."""
 
 

@@ -39,7 +39,6 @@ from elip_models.pretraining.tasks.features import (
     similarities,
     unguided,
 )
-from elip_models.pretraining.tasks.pairs import Encoded, PairScorer
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
     Prediction,
@@ -130,8 +129,38 @@ class _Index(NamedTuple):
     owners: Tensor  # (T,), the image of each text
     image_features: Tensor | None  # (I, E)
     text_features: Tensor | None  # (T, E)
-    tokens: Encoded | None  # of image-text matching, on the CPU
+    tokens: Tensor | None  # (I, N, D) for image-text matching, on the CPU
+    mask: Tensor | None  # (I, N) of the tokens
     pixels: Tensor | None  # (I, 3, S, S), if queries guide the reduction
+
+
+class _Matcher:
+    """Image-text matching of pairs from an index, `batch_size` pairs in a forward pass."""
+
+    def __init__(self, run: EvaluationRun, index: _Index) -> None:
+        self._model, self._device, self._index = run.model, run.device, index
+        self._batch_size = run.loading.batch_size
+        tokens = run.model.tokenise(run.tokenizer, index.texts)
+        self._ids, self._mask = tokens["input_ids"], tokens["attention_mask"]
+
+    def scores(self, images: Tensor, texts: Tensor, *, guided: bool) -> Tensor:
+        """Return the scores (P,) on the CPU of pairs of images and texts, (P,) int64 numbers.
+
+        With `guided`, each text guides the reduction of the image of its pair.
+        """
+        scores, size = [], self._batch_size
+        for image, text in zip(images.split(size), texts.split(size), strict=True):
+            ids, mask = self._ids[text].to(self._device), self._mask[text].to(self._device)
+            if guided:
+                pixels = self._index.pixels[image].to(self._device)
+                guide = self._model.text_cls(ids, mask)
+                tokens, real = self._model.encode_masked(pixels, guide)
+            else:
+                tokens, real = self._index.tokens[image].to(self._device), None
+                if self._index.mask is not None:
+                    real = self._index.mask[image].to(self._device)
+            scores.append(self._model.matching_logits(tokens, real, ids, mask).float().cpu())
+        return torch.cat(scores)
 
 
 @dataclass(frozen=True)
@@ -197,11 +226,9 @@ class Retrieval(Task):
             index = self._encode(run, matches=matches)
             images, texts, owners = index.image_features, index.text_features, index.owners
             if matches:
-                pairs = PairScorer(
-                    run.model, run.tokenizer, index.texts, "itm", run.loading.batch_size
-                )
+                matcher = _Matcher(run, index)
                 of_images, of_texts = (
-                    self._matched(run, pairs, index, from_text=from_text)
+                    self._matched(run, matcher, index, from_text=from_text)
                     for from_text in (False, True)
                 )
             else:
@@ -244,21 +271,19 @@ class Retrieval(Task):
             captions += batch.captions
         texts = [text for several in captions for text in several]
         owners = torch.tensor([image for image, several in enumerate(captions) for _ in several])
-        mask = torch.cat(masks) if masks else None
-        encoded = Encoded(torch.cat(tokens), mask) if matches else None
-        guided = torch.cat(pixels) if pixels else None
+        encoded = [torch.cat(parts) if parts else None for parts in (tokens, masks, pixels)]
         if not model.ranks:
-            return _Index(names, texts, owners, None, None, encoded, guided)
+            return _Index(names, texts, owners, None, None, *encoded)
         size, progress = run.loading.batch_size, run.loading.progress
         of_texts = encode_texts(model, run.tokenizer, texts, size, progress)
         of_images = torch.cat(features)
         if matches:  # which compares on the CPU
             of_images, of_texts = of_images.cpu(), of_texts.cpu()
         owners = owners.to(of_images.device)
-        return _Index(names, texts, owners, of_images, of_texts, encoded, guided)
+        return _Index(names, texts, owners, of_images, of_texts, *encoded)
 
     def _matched(
-        self, run: EvaluationRun, pairs: PairScorer, index: _Index, *, from_text: bool
+        self, run: EvaluationRun, matcher: _Matcher, index: _Index, *, from_text: bool
     ) -> Iterator[Tensor]:
         """Yield the scores (1, C) of the candidates of each query, -inf if not re-ranked."""
         sides = (index.names, index.image_features), (index.texts, index.text_features)
@@ -273,10 +298,9 @@ class Retrieval(Task):
                 similarity = similarities(features[query : query + 1], others)[0]
                 chosen = similarity.topk(min(self.candidates, len(candidates))).indices
             same = torch.full_like(chosen, query)
-            rows, columns = (chosen, same) if from_text else (same, chosen)
-            guided = index.pixels if from_text else None
+            pairs = (chosen, same) if from_text else (same, chosen)
             scores = torch.full((1, len(candidates)), -math.inf)
-            scores[0, chosen] = pairs.score(rows, columns, images=index.tokens, guided=guided)
+            scores[0, chosen] = matcher.scores(*pairs, guided=self.guided and from_text)
             run.loading.progress("query", done + query + 1, total)
             yield scores + similarity if adds else scores
 

@@ -11,21 +11,16 @@ with require_extra("elip_models.pretraining.tasks.tables"):
 if TYPE_CHECKING:
     from elip_models.pretraining.tasks.task import TaskScores
 
-MAX_SCORES = 30
-"""Largest number of scores that a table lists, such as those of the categories of a benchmark."""
-
 
 def score_table(scores: "TaskScores") -> Table:
     """Return scores in percent with their 95% confidence intervals, baselines and notes."""
     examples = f"{scores.num_examples} examples"
     title = f"{scores.task}: {examples}" if scores.task else examples
-    notes = [f"{name}: {note:.100}" for name, note in scores.notes.items() if note]
-    if len(scores.scores) > MAX_SCORES:
-        notes.append(f"{len(scores.scores) - MAX_SCORES} more scores: see --output")
+    notes = [f"{name}: {note}" for name, note in scores.notes.items()]
     table = Table(title=title, caption=escape("\n".join(notes)), caption_justify="left")
     for column in ("", "%", "95% interval", *scores.baselines):
         table.add_column(column, justify="right" if column else "left")
-    for name, score in list(scores.scores.items())[:MAX_SCORES]:
+    for name, score in scores.scores.items():
         interval = f"{100 * score.low:.1f} to {100 * score.high:.1f}"
         others = (baseline.get(name) for baseline in scores.baselines.values())
         shown = ("" if value is None else f"{100 * value:.1f}" for value in others)

@@ -6,16 +6,14 @@ A task is a frozen dataclass of its settings, in a file of its own. `registry` l
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elip_models.intervals import Interval, score_interval
+from elip_models.intervals import Interval
 from elip_models.pretraining.data import (
-    DataError,
     ExampleSource,
     SkipReport,
     Source,
@@ -54,15 +52,6 @@ class Prediction(NamedTuple):
     score: float | None
 
 
-class Outcome(NamedTuple):
-    """The score of one example by one metric, and those of the baselines by name."""
-
-    metric: str
-    score: float
-    image: int  # examples with an equal number are drawn together in the bootstrap
-    baselines: dict[str, float]
-
-
 @dataclass(frozen=True)
 class TaskScores:
     """Scores of a model on a task."""
@@ -74,25 +63,6 @@ class TaskScores:
     num_skipped: int = 0  # examples that could not be read
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)  # of each example, in order
     notes: dict[str, str] = field(default_factory=dict)  # other facts that the scores depend on
-
-    @classmethod
-    def of(cls, task: str, outcomes: Sequence[Outcome], **fields: Any) -> Self:
-        """Return the mean of each metric with its interval over images, and of its baselines.
-
-        Raises:
-            DataError: there are no outcomes.
-        """
-        if not outcomes:
-            raise DataError("examples: expected at least one with an answer, got none")
-        by_metric: dict[str, list[Outcome]] = {}
-        for outcome in outcomes:
-            by_metric.setdefault(outcome.metric, []).append(outcome)
-        scores, baselines = {}, {name: {} for name in outcomes[0].baselines}
-        for metric, rows in by_metric.items():
-            scores[metric] = score_interval([r.score for r in rows], [r.image for r in rows])
-            for name, means in baselines.items():
-                means[metric] = fmean(row.baselines[name] for row in rows)
-        return cls(task, scores, baselines, **fields)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -133,11 +103,10 @@ class EvaluationRun(NamedTuple):
 class EvaluationTask(ABC):
     """A measure of models on data; a subclass has its settings as fields, which are checked.
 
-    `batch_size` is the default of the command, and `read` yields the batches of a source.
+    `read` yields the batches of a source.
     """
 
     name: ClassVar[str]
-    batch_size: ClassVar[int] = 64
     read: ClassVar[Callable[..., Iterator[Any]]] = staticmethod(evaluation_batches)
 
     def __post_init__(self) -> None:
@@ -149,7 +118,7 @@ class EvaluationTask(ABC):
 
     @abstractmethod
     def check(self, model: "PretrainedModel") -> None:
-        """Raise TypeError or ValueError, which names the argument, for a model without a score."""
+        """Raise ValueError, which names the argument, for a model without a score."""
 
     def samples(self, source: Source | ExampleSource) -> Source | ExampleSource:
         """Return what is read of the source."""

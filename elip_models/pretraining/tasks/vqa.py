@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from elip_models.pretraining.data import Example, ExampleSource, soft_scores, tokenize
-from elip_models.pretraining.data.answers import Revision, vqa_accuracy
+from elip_models.pretraining.data.answers import vqa_accuracy
 from elip_models.pretraining.data.derived_sources import AnswerableExamples
 from elip_models.pretraining.tasks.class_tasks import ClassTask
 from elip_models.pretraining.tasks.task import Preprocessor
@@ -38,14 +38,12 @@ class VQA(ClassTask):
         answers_per_question: Number of answers used in training, those with the largest weights.
         answer_length: Tokens of an answer with its first and last token; longer ones are truncated.
         candidates: Number of answers whose likelihood is compared.
-        revision: Year of the official rule of the accuracy, see `vqa_accuracy`.
     """
 
     name: ClassVar[str] = "vqa"
     answers_per_question: PositiveInt = 10
     answer_length: PositiveInt = 10
     candidates: PositiveInt = 128
-    revision: Revision = 2017
 
     def training_source(self, source: ExampleSource, config: Any) -> ExampleSource:
         """Return the questions with a listed answer for a classifier, as METER, or all."""
@@ -53,7 +51,7 @@ class VQA(ClassTask):
 
     def accuracy(self, answers: dict[str, float], predicted: str) -> float:
         """Return the official accuracy of a predicted answer."""
-        return vqa_accuracy(answers, predicted, self.revision)
+        return vqa_accuracy(answers, predicted)
 
     def targets(self, preprocessor: Preprocessor, example: Example) -> dict[str, Tensor]:
         """Return the scores of all answers for a classifier, or the answers as tokens."""

@@ -21,8 +21,11 @@ def image_of(pixels) -> Image.Image:
     return Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8))
 
 
-def applied(name, sign=1, *, magnitude=7, pixels=SMOOTH):
-    image = RandAugment(2, magnitude).apply(image_of(pixels), [(name, sign)])
+WHOLE = np.asarray(image_of(SMOOTH)).astype(float)
+
+
+def applied(name, sign=1, *, policy="albef", magnitude=7, pixels=SMOOTH):
+    image = RandAugment(2, magnitude, policy).apply(image_of(pixels), [(name, sign)])
     return np.asarray(image).astype(float)
 
 
@@ -32,40 +35,55 @@ def sampled(x, y):
     return np.stack([100 + 90 * np.sin(x / 5 + y / 9), 3 * x + 4 * y, 200 - 2 * x], -1), inside
 
 
-@pytest.mark.parametrize(("magnitude", "shift"), [(7, 7), (5, 5), (10, 10)])
+@pytest.mark.parametrize(
+    ("policy", "magnitude", "shift", "fill"),
+    [
+        ("albef", 7, 7, 128),
+        ("albef", 5, 5, 128),
+        ("albef", 10, 10, 128),
+        ("meter", 9, -30, 0),  # to the other side
+    ],
+)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_translation_is_of_as_many_pixels_as_the_magnitude_and_leaves_grey(
-    magnitude, shift, sign
+def test_a_translation_has_its_pixels_and_leaves_grey_or_black(
+    policy, magnitude, shift, fill, sign
 ):
-    expected = np.full_like(SMOOTH, 128)
-    moved, left = slice(shift, None), slice(None, -shift)
-    to, of = (moved, left) if sign == 1 else (left, moved)
-    expected[:, to] = np.asarray(image_of(SMOOTH))[:, of]
-    assert np.array_equal(applied("TranslateX", sign, magnitude=magnitude), expected)
-    expected[:] = 128
-    expected[to] = np.asarray(image_of(SMOOTH))[of]
-    assert np.array_equal(applied("TranslateY", sign, magnitude=magnitude), expected)
+    moved, left = slice(abs(shift), None), slice(None, -abs(shift))
+    to, of = (moved, left) if sign * shift > 0 else (left, moved)
+    across, down = np.full_like(WHOLE, fill), np.full_like(WHOLE, fill)
+    across[:, to], down[to] = WHOLE[:, of], WHOLE[of]
+    options = {"policy": policy, "magnitude": magnitude}
+    assert np.array_equal(applied("TranslateX", sign, **options), across)
+    assert np.array_equal(applied("TranslateY", sign, **options), down)
 
 
+@pytest.mark.parametrize(
+    ("policy", "magnitude", "shear", "degrees", "centre", "fill", "error"),
+    [
+        # Bilinear interpolation of a sine of period 31, on rounded values, rounded again: below 2.
+        ("albef", 7, -0.21, 21, SIZE / 2, 128, 2),
+        # The nearest pixel is at most 0.5 away in each direction; the slope is below 28 and 14.
+        ("meter", 9, 0.09, 9, (SIZE - 1) / 2, 0, 22),
+    ],
+)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ["ShearX", "ShearY", "Rotate"])
-def test_shears_are_of_0_21_and_rotations_of_21_degrees_at_magnitude_7(name, sign):
-    shear, angle = sign * 0.21, math.radians(sign * 21)
-    dx, dy = X - SIZE / 2, Y - SIZE / 2
+def test_shears_and_rotations(name, sign, policy, magnitude, shear, degrees, centre, fill, error):
+    shear, angle = sign * shear, math.radians(sign * degrees)
+    dx, dy = X - centre, Y - centre
     x, y = {
-        "ShearX": (X - shear * Y, Y),
-        "ShearY": (X, Y - shear * X),
+        "ShearX": (X + shear * Y, Y),
+        "ShearY": (X, Y + shear * X),
         "Rotate": (
-            SIZE / 2 + math.cos(angle) * dx - math.sin(angle) * dy,
-            SIZE / 2 + math.sin(angle) * dx + math.cos(angle) * dy,
+            centre + math.cos(angle) * dx - math.sin(angle) * dy,
+            centre + math.sin(angle) * dx + math.cos(angle) * dy,
         ),
     }[name]
     expected, inside = sampled(x, y)
-    got = applied(name, sign)
-    # Bilinear interpolation of a sine of period 31, on rounded values, rounded again: below 2.
-    assert np.abs(got - expected)[inside].max() < 2
+    pixels = applied(name, sign, policy=policy, magnitude=magnitude)
+    assert np.abs(pixels - expected)[inside].max() < error
     outside = (x < -1) | (x > SIZE) | (y < -1) | (y > SIZE)
-    assert outside.any() and (got[outside] == 128).all()
+    assert outside.any() and (pixels[outside] == fill).all()
 
 
 def test_light_is_multiplied_by_1_36_at_magnitude_7_and_by_1_at_5():
@@ -119,13 +137,6 @@ def test_it_applies_what_it_draws_in_order_and_is_pickled():
     assert (np.asarray(augment.apply(image, [back, there]))[:, :7] == 128).all()
 
 
-def meter(name, sign=1, *, pixels=SMOOTH):
-    """Return pixels after METER's operation at magnitude 9 of 30."""
-    image = RandAugment(2, 9, "meter").apply(image_of(pixels), [(name, sign)])
-    return np.asarray(image).astype(float)
-
-
-WHOLE = np.asarray(image_of(SMOOTH)).astype(float)
 GREY_OF = np.rint(WHOLE @ [0.299, 0.587, 0.114])[..., None]
 AT_MAGNITUDE_9 = {
     "Posterize": WHOLE // 128 * 128,  # int(4 * 0.3) = 1 bit
@@ -139,37 +150,7 @@ AT_MAGNITUDE_9 = {
 
 @pytest.mark.parametrize("name", AT_MAGNITUDE_9)
 def test_colours_of_meter_at_magnitude_9(name):
-    assert np.abs(meter(name) - AT_MAGNITUDE_9[name]).max() <= 1
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
-def test_a_translation_of_meter_is_of_30_pixels_and_leaves_black(name, sign):
-    axis = 1 if name == "TranslateX" else 0
-    expected = np.zeros_like(WHOLE)
-    to, of = (slice(None, 2), slice(30, None)) if sign == 1 else (slice(30, None), slice(None, 2))
-    places = [(slice(None), each) if axis else (each,) for each in (to, of)]
-    expected[places[0]] = WHOLE[places[1]]
-    assert np.array_equal(meter(name, sign), expected)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_shears_of_meter_are_of_0_09_and_rotations_of_9_degrees(sign):
-    shear, angle, centre = sign * 0.09, math.radians(sign * 9), (SIZE - 1) / 2
-    dx, dy = X - centre, Y - centre
-    positions = {
-        "ShearX": (X + shear * Y, Y),
-        "ShearY": (X, Y + shear * X),
-        "Rotate": (
-            centre + math.cos(angle) * dx - math.sin(angle) * dy,
-            centre + math.sin(angle) * dx + math.cos(angle) * dy,
-        ),
-    }
-    for name, (x, y) in positions.items():
-        expected, inside = sampled(x, y)
-        # The nearest pixel is at most 0.5 away in each direction; the slope is below 28 and 14.
-        assert np.abs(meter(name, sign) - expected)[inside].max() < 22, name
-    assert not meter("Rotate", sign)[0, 0].any()
+    assert np.abs(applied(name, policy="meter", magnitude=9) - AT_MAGNITUDE_9[name]).max() <= 1
 
 
 def test_meter_augments_the_image_before_it_is_resized():

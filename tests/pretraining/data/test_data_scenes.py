@@ -74,12 +74,8 @@ def test_a_sample_depends_on_seed_index_and_options_alone(options):
     for index in range(3):
         assert short[index] == long[index]
         assert short[index].captions == short.captions(index)
-    samples = [
-        EmojiScenes(50, seed=seed, **options).scene(index)
-        for seed in range(4)
-        for index in range(50)
-    ]
-    assert len(set(samples)) == len(samples)
+    sources = [EmojiScenes(50, seed=seed, **options) for seed in range(4)]
+    assert len({source.scene(index) for source in sources for index in range(50)}) == 200
 
 
 def test_a_seed_means_the_same_scene_in_every_release():
@@ -118,12 +114,13 @@ def test_scenes_use_every_background_place_and_count_without_overlap(options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_five_captions_are_true_and_name_the_emoji_of_their_masks(options):
-    source = EmojiScenes(60, seed=3, image_size=32, **options)
+    source, distinct = EmojiScenes(60, seed=3, image_size=32, **options), []
     for index in range(60):
         scene, captions = source.scene(index), source.captions(index)
         claims = [check_caption(caption, scene) for caption in captions]
         least = len(scene.groups) - source.clutter
         assert len(set(captions)) == 5
+        distinct.append(len({frozenset(names) for names, *_ in claims}))
         assert [(len(names), *others) for names, *others in claims] == [
             (least, least, 0, True),
             (2, 2, 0, True),
@@ -137,18 +134,7 @@ def test_five_captions_are_true_and_name_the_emoji_of_their_masks(options):
         for caption, (names, *_) in enumerate(claims):
             mask = np.logical_or.reduce([masks[name] for name in names])
             np.testing.assert_array_equal(source.named_mask(index, caption), mask)
-
-
-def test_the_five_captions_name_different_groups_of_clutter_uniformly():
-    source = EmojiScenes(500, seed=3, clutter=4)
-    named, distinct = Counter(), []
-    for index in range(500):
-        scene = source.scene(index)
-        names = [check_caption(caption, scene)[0] for caption in source.captions(index)]
-        distinct.append(len(set(map(frozenset, names))))
-        named.update(i for i in range(6) for caption in names if scene.groups[i].name in caption)
-    assert np.mean(distinct) > 4
-    assert max(named.values()) - min(named.values()) < 0.2 * np.mean([*named.values()])
+    assert source.clutter < 4 or np.mean(distinct) > 4  # each caption names other emoji
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -182,9 +168,8 @@ def test_a_texture_changes_no_place_and_keeps_the_colour_that_captions_name():
 
 
 @pytest.mark.parametrize("image_size", [1, 16, 97, 224])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_renders_at_any_size(image_size, options):
-    source = EmojiScenes(3, image_size=image_size, **options)
+def test_renders_at_any_size(image_size):
+    source = EmojiScenes(3, image_size=image_size, clutter=4, textures=True)
     for index, (image, *_) in enumerate(source):
         assert image.size == (image_size, image_size) and image.mode == "RGB"
         assert source.named_mask(index, 0).shape == (image_size, image_size)

@@ -1,6 +1,5 @@
 """Several sources of different kinds in one run: weights, shuffling, and exact resuming."""
 
-import io
 import json
 import re
 import shutil
@@ -21,36 +20,17 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import TrainingError
-from tests.helpers.damage import shard
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_config
 
 LENGTHS = (20, 8)
 
 
-def png(image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture
-def list_and_shards(tmp_path):
-    """Return 24 scenes in a JSON list and 16 others in two tar shards."""
-    scenes = EmojiScenes(40, image_size=32)
-    entries = []
-    for number in range(24):
-        name = f"{number}.png"
-        (tmp_path / name).write_bytes(png(scenes[number].image))
-        entries.append({"image": name, "caption": list(scenes.captions(number))})
-    (tmp_path / "a.json").write_text(json.dumps(entries))
-    for first in (24, 32):
-        members = []
-        for number in range(first, first + 8):
-            members.append((f"{number:09d}.png", png(scenes[number].image)))
-            members.append((f"{number:09d}.txt", scenes.captions(number)[0].encode()))
-        shard(tmp_path / f"{first // 32:05d}.tar", members)
-    return [str(tmp_path / "a.json"), str(tmp_path / "*.tar")]
+def list_and_shards(scene_files, tmp_path):
+    """Return ten scenes in a JSON list and ten in a tar shard, in a folder to change."""
+    folder = shutil.copytree(scene_files, tmp_path / "files")
+    return [str(folder / "test.json"), str(folder / "test-*.tar")]
 
 
 def epoch_of(sampler, epoch):
@@ -61,18 +41,18 @@ def epoch_of(sampler, epoch):
 
 
 def test_several_specs_are_one_source(list_and_shards):
-    source = open_source(list_and_shards, image_size=32)
-    assert isinstance(source, MixedSource) and source.lengths == (24, 16)
-    ids = ["0/0.png", "0/23.png", "1/00000.tar:000000024", "1/00001.tar:000000039"]
-    assert [source[index].id for index in (0, 23, 24, 39)] == ids
-    assert source.captions(24) == EmojiScenes(40, image_size=32).captions(24)[:1]
-    with pytest.raises(IndexError, match="expected 0 <= index < 40, got 40"):
-        source[40]
+    source = open_source(list_and_shards, image_size=64)
+    assert isinstance(source, MixedSource) and source.lengths == (10, 10)
+    ids = ["0/emoji_scenes-2-9", "1/test-0000.tar:emoji_scenes-2-0"]
+    assert [source[index].id for index in (9, 10)] == ids
+    assert source.captions(10) == EmojiScenes(1, seed=2).captions(0)
+    with pytest.raises(IndexError, match="expected 0 <= index < 20, got 20"):
+        source[20]
     assert check_source(source).reasons == []
-    alone = open_source(list_and_shards[:1], image_size=32)
-    assert len(alone) == 24 and not isinstance(alone, MixedSource)
+    alone = open_source(list_and_shards[:1], image_size=64)
+    assert len(alone) == 10 and not isinstance(alone, MixedSource)
     with pytest.raises(ValueError, match="spec: expected at least one"):
-        open_source([], image_size=32)
+        open_source([], image_size=64)
 
 
 def run_python_of_the_document(word):
@@ -175,7 +155,7 @@ def test_a_run_with_other_sources_or_weights_is_not_resumed(list_and_shards, tmp
         train(tiny_config(tmp_path / "run", *settings))
     with own_process(), pytest.raises(TrainingError, match=r"data\.weights: None -> \(1\.0, 2"):
         train(tiny_config(tmp_path / "run", *settings, "data.weights=[1, 2]"), resume=True)
-    entries = json.loads((tmp_path / "a.json").read_text())
-    (tmp_path / "a.json").write_text(json.dumps(entries[:20]))
-    with own_process(), pytest.raises(TrainingError, match=r"num_samples = \[24, 16\], got \[20"):
+    listed = Path(list_and_shards[0])
+    listed.write_text(json.dumps(json.loads(listed.read_text())[:8]))
+    with own_process(), pytest.raises(TrainingError, match=r"num_samples = \[10, 10\], got \[8"):
         train(tiny_config(tmp_path / "run", *settings), resume=True)

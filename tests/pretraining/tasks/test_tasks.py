@@ -1,7 +1,9 @@
 """Downstream tasks: training samples, and scores of models with known outputs."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from elip_models.images import SampleError
 from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import DataError, Example
+from elip_models.pretraining.data.answers import vqa_accuracy
 from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.tasks.retrieval import Retrieval
 from elip_models.pretraining.tasks.task import Loading
@@ -25,6 +28,8 @@ from tests.helpers.task_cases import (
     matcher,
     preprocessor,
 )
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def test_every_task_is_made_by_name_and_wrong_settings_are_named():
@@ -148,8 +153,7 @@ def test_a_random_model_does_not_change_the_random_state(task):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("revision", "score"), [(2017, 0.6), (2021, 1.0)])
-def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written(revision, score):
+def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written():
     class Written(Greys):
         answers = ("two dogs", "a cat")
 
@@ -157,12 +161,22 @@ def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written(revisio
             return super().text_alone(index)._replace(answers={"2 dogs": 0.2, "two dogs": 0.8})
 
     source, model = Written(), Stub(num_classes=2)
-    scores = VQA(revision=revision).evaluate(model, Tokens(), source, LOADING)
-    assert [prediction.score for prediction in scores.predictions] == [score, 0.0] * 4
+    scores = VQA().evaluate(model, Tokens(), source, LOADING)
+    assert [prediction.score for prediction in scores.predictions] == [0.6, 0.0] * 4
     sample = VQA().sample(
         preprocessor(source, num_classes=2), source[0], 0, np.random.default_rng(0)
     )
     assert sample["answer_scores"].tolist() == [1.0, 0.0]
+
+
+def test_the_accuracy_of_vqa_equals_the_recorded_one_of_the_official_file():
+    cases = json.loads((GOLDEN / "vqa_accuracy.json").read_text())["cases"]
+    assert len(cases) == 54
+    for case in cases:
+        counts = Counter(case["answers"])
+        shares = {text: count / len(case["answers"]) for text, count in counts.items()}
+        accuracy = vqa_accuracy(shares, case["predicted"])
+        assert 100 * accuracy == pytest.approx(case["2017"], abs=1e-6), case
 
 
 def test_a_classifier_is_not_trained_on_questions_without_a_listed_answer():
