@@ -155,7 +155,7 @@ ALL = (
     "report=[retrieval]",
 )
 SCORERS = ("official", "exact", "attention", "cls", "last")
-LION = ("optim.name=lion", "optim.lr=1e-4", "model.overrides.loss=sigmoid")
+SIGMOID = ("model.overrides.loss=sigmoid",)
 LEARNED = ("model.overrides.text_reduction=learned",)
 LORA = ("peft.kind=lora",)
 BF16 = ("optim.precision=bf16",)
@@ -177,7 +177,7 @@ CASES = {
         for recipe in ("clip_tiny", "meter_tiny")
         for scorer in SCORERS
     },
-    "clip, lion": partial(as_replicated, options=LION),
+    "clip, sigmoid": partial(as_replicated, options=SIGMOID),
     "clip, text": partial(as_replicated, options=("model.overrides.text_reduction=random",)),
     "meter, text": partial(as_replicated, options=LEARNED, recipe="meter_tiny"),
     "clip, lora": partial(as_replicated, options=LORA),

@@ -1,4 +1,4 @@
-"""The weights with the best score on the validation split, beside the last ones of a run.
+"""The weights with the best score on the validation split, which are the result of a run.
 
     best/                  model and tokenizer, as in `model/`
     best/selection.json    the metrics, their mean on the validation split, and the step
@@ -67,11 +67,9 @@ class BestWeights:
         write_json(unfinished(self.folder) / RECORD, asdict(self.selection))
         publish(self.folder)
 
-    def load(self, last_step: int, device: torch.device) -> PretrainedModel | None:
-        """Return the selected model in eval mode; None if it is that of the last step, or none."""
-        if self.selection is None or self.selection.step == last_step:
-            return None
-        return load_model(self.folder).to(device).eval()
+    def load(self, device: torch.device) -> PretrainedModel | None:
+        """Return the selected model in eval mode; None if none was selected."""
+        return load_model(self.folder).to(device).eval() if self.selection else None
 
 
 def selected_folder(folder: Path) -> tuple[Path, Selection | None]:

@@ -22,7 +22,7 @@ NOT_OF_THE_PAPER = {  # what to train on, what touches no gradient, and what no 
     "data.validation",
     *("model.overrides", "optim.grad_checkpointing", "optim.compile", "data.zero_shot"),
     *("optim.batch_slices", "optim.max_nonfinite_steps"),
-    *("model.pretrained", "model.allow_missing", "model.allow_unexpected", "optim.ema"),
+    *("model.pretrained", "model.allow_missing", "model.allow_unexpected"),
 }
 
 

@@ -6,10 +6,9 @@ import sys
 import pytest
 
 import elip_models.saving.files as files
-from elip_models.pretraining.training.provenance import run_provenance
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_checkpoints import MANIFEST, Checkpoints, step_of
-from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.pretraining.training.run_folder import RunFolder, run_provenance
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.tiny_run import own_process, tiny_config
