@@ -12,9 +12,9 @@ from elip_models.pretraining.data import Source
 from elip_models.pretraining.data.streams import redacted
 from elip_models.pretraining.tasks.tables import score_table
 from elip_models.pretraining.tasks.task import TaskScores
+from elip_models.pretraining.training.evaluation import Selection
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import as_write_error
-from elip_models.pretraining.training.selection import Selection
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.reduction.summary import Summary
 from elip_models.saving.files import write_json

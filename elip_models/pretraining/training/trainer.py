@@ -36,7 +36,6 @@ from elip_models.pretraining.training.replicated import ReplicatedModel
 from elip_models.pretraining.training.run_checkpoints import step_of
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder, as_write_error, run_provenance
-from elip_models.pretraining.training.selection import BestWeights
 from elip_models.pretraining.training.sharded import ShardedModel, check_sharding
 from elip_models.pretraining.training.signal_handling import StopSignal
 from elip_models.pretraining.training.summary import TrainResult, print_plan, progress_bar
@@ -137,8 +136,7 @@ class Trainer:
             self.source = open_training_data(self.config, model.image_size)
         with as_config_error("model.overrides.guide"):
             check_guide_captions(model, self.source)
-        self.evaluation = Evaluation(self.config, model.image_size)
-        self.best = BestWeights(self.config, task, self.folder.best)
+        self.evaluation = Evaluation(self.config, model.image_size, self.folder.best)
         self.tokenizer = make_tokenizer(
             self.config, self.source, model, self.folder, self.accelerator, self.console
         )
@@ -303,12 +301,10 @@ class Trainer:
         scores = []
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
             for task in tasks if self.is_main else ():
-                is_result = task == self.config.task
-                best = self.best.load(self.accelerator.device) if is_result else None
+                best = self._selected_model() if task == self.config.task else None
                 scores.append(self._evaluate_one(task, best or model))
                 if task == VALIDATION:
-                    save = partial(self.evaluation.save, model, self.tokenizer)
-                    self.best.update(scores[-1], self.step, save)
+                    self.evaluation.select(model, self.tokenizer, self.step)
         if self.barrier_group is not None:
             dist.barrier(self.barrier_group)
         return scores
@@ -343,7 +339,7 @@ class Trainer:
         model = self.parallel.finish()
         if self.is_main:
             self.evaluation.save(model, self.tokenizer, self.folder.model)
-            model = self.best.load(self.accelerator.device) or model
+            model = self._selected_model() or model
         task, scores = self.config.task, self.evaluation.scores
         self.accelerator.end_training()
         return TrainResult(
@@ -356,10 +352,13 @@ class Trainer:
             scores=None if task else scores.get("retrieval"),
             zero_shot=scores.get("zero_shot"),
             task_scores=scores.get(task) if task else None,
-            selection=self.best.selection,
+            selection=self.evaluation.selection,
             skipped=self.batches.summary(),
             is_main_process=self.is_main,
         )
+
+    def _selected_model(self) -> PretrainedModel | None:
+        return self.evaluation.selected_model(self.accelerator.device)
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.total_steps

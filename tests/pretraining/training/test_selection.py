@@ -13,8 +13,8 @@ from elip_models.pretraining.data import open_source, train_tokenizer
 from elip_models.pretraining.models.registry import create_model, family_of, load_model
 from elip_models.pretraining.tasks.registry import TASKS
 from elip_models.pretraining.tasks.task import TaskScores
+from elip_models.pretraining.training.evaluation import RECORD
 from elip_models.pretraining.training.finetune import finetune_recipe
-from elip_models.pretraining.training.selection import RECORD
 from elip_models.pretraining.training.summary import print_summary
 from elip_models.pretraining.training.trainer import Trainer, train
 from elip_models.validation import ConfigError
