@@ -20,7 +20,7 @@ from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.training.finetune import finetune_recipe
 from elip_models.pretraining.training.recipe import FINETUNE, load_recipe, recipe_names
 from elip_models.pretraining.training.summary import print_summary
-from elip_models.pretraining.training.trainer import Trainer, train
+from elip_models.pretraining.training.trainer import train
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.validation import ConfigError
 from tests.helpers.tiers import slow_except, tiered
@@ -120,24 +120,6 @@ def test_the_commands_fine_tune_and_score(saved, capsys):
     assert elip("eval", "nlvr2", "--model", folder, "--data", DATA["nlvr2"].format(1, 6)) == 2
     said = capsys.readouterr().err
     assert "expected a model trained by `elip finetune nlvr2`, got METERVQA, one for vqa" in said
-
-
-@pytest.mark.slow
-def test_a_killed_run_continues_exactly(saved, monkeypatch):
-    _, whole = run(saved, "albef", "entailment", output_dir="whole")
-    step = Trainer._train_step
-
-    def killed(trainer):
-        if trainer.step == 1:
-            raise KeyboardInterrupt
-        step(trainer)
-
-    again = {"output_dir": "killed", "checkpoint_every": 1}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_train_step", killed)
-        run(saved, "albef", "entailment", **again)
-    _, resumed = run(saved, "albef", "entailment", resume=True, **again)
-    assert (resumed.loss, resumed.task_scores) == (whole.loss, whole.task_scores)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from elip_models.pretraining.training.recipe import (
-    FINETUNE,
     load_recipe,
     recipe_names,
     resume_conflicts,
@@ -158,29 +157,3 @@ def test_a_recipe_inherits_from_its_base(tmp_path):
     optim = dataclasses.replace(base.optim, lr=1e-3)
     assert own == dataclasses.replace(base, name="own", optim=optim)
     assert own.model.overrides["queue_size"] == 65536  # of the base of the base
-
-
-@pytest.mark.parametrize(
-    ("name", "batch", "epochs", "candidates"),
-    [
-        ("retrieval_albef", 16, 5, 256),
-        ("retrieval_albef_flickr", 16, 5, 128),
-        ("entailment_albef", 16, 3, None),
-        ("vqa_albef", 16, 8, None),
-        ("nlvr2_albef", 8, 10, None),
-        ("retrieval_blip", 16, 3, 256),
-        ("retrieval_blip_flickr", 16, 5, 128),
-        ("captioning_blip", 16, 6, None),
-    ],
-)
-def test_the_values_of_elip_differ_in_batch_epochs_and_selection_only(
-    name, batch, epochs, candidates
-):
-    elip, original = (load_recipe(f"{FINETUNE}/{n}", DATA) for n in (f"{name}_elip", name))
-    assert (elip.optim.batch_size, elip.optim.epochs) == (batch, epochs)
-    assert elip.task_options.get("candidates") == candidates
-    selects = name.startswith(("entailment", "nlvr2"))
-    assert elip.eval.select == (original.eval.select if selects else None)
-    changed = {"optim.batch_size", "optim.epochs", "eval.select", "name", "output_dir"}
-    assert original.optim.batch_size == 2 * batch
-    assert not resume_conflicts(original, elip, may_change=changed)

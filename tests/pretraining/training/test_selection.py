@@ -122,8 +122,9 @@ def test_without_eval_every_an_epoch_ends_with_a_validation(saved, values):
     assert [row["step"] for row in rows] == [4, 7]
 
 
-def test_a_resumed_run_keeps_the_best_weights(saved, values, monkeypatch):
-    values += [30, 60, 50, 40]
+def test_a_killed_run_continues_exactly_and_keeps_the_best_weights(saved, values, monkeypatch):
+    values += [30, 60, 50, 40] * 2
+    whole = train(config_of(saved, output_dir="whole"))
     step = Trainer._train_step
 
     def killed(trainer):
@@ -136,7 +137,8 @@ def test_a_resumed_run_keeps_the_best_weights(saved, values, monkeypatch):
         train(config_of(saved))
     Path("run/best").rename("run/.best.replaced")  # as if it was killed in between
     result = train(config_of(saved), resume=True)
-    assert result.selection.step == 2 and not values
+    assert result.selection == whole.selection and result.selection.step == 2 and not values
+    assert (result.loss, result.task_scores) == (whole.loss, whole.task_scores)
     assert json.loads((Path("run/best") / RECORD).read_text())["step"] == 2
     assert not list(Path("run").glob(".best*"))
 
