@@ -141,10 +141,16 @@ def open_for_profile(
     return model, fitting, left_out
 
 
-def table_of(rows: Sequence[ProfileRow], title: str) -> Table:
+def table_of(settings: ProfileSettings, rows: Sequence[ProfileRow]) -> Table:
     """Return a table with a section for each model, batch and mode."""
+    steps = sorted({row.step for row in rows})
+    title = f"FLOPs of one image or pair, {' or '.join(steps)}; ratios against dense"
+    if settings.flops is not None:
+        title += f"; towers at {settings.flops:g} of dense training FLOPs"
     names = ["kept", "forward\nGFLOPs", "backward\nGFLOPs", "FLOPs"]
-    if any(row.seconds is not None for row in rows):
+    if settings.rounds is not None:
+        title += f"; {measured_on(settings.device)['device']}, {settings.dtype}"
+        title += f"; memory: {memory_kind(settings.device)}"
         names += ["ms", "time", "MB", "memory", ""]
     table = Table("strategy", "tokens per layer", title=title)
     for name in names:
@@ -156,17 +162,6 @@ def table_of(rows: Sequence[ProfileRow], title: str) -> Table:
         for row in section:
             table.add_row(escape(row.strategy), runs(t.attention for t in row.tokens), *_cells(row))
     return table
-
-
-def _title(settings: ProfileSettings, rows: Sequence[ProfileRow]) -> str:
-    steps = sorted({row.step for row in rows})
-    title = f"FLOPs of one image or pair, {' or '.join(steps)}; ratios against dense"
-    if settings.flops is not None:
-        title += f"; towers at {settings.flops:g} of dense training FLOPs"
-    if settings.rounds is None:
-        return title
-    device = measured_on(settings.device)["device"]
-    return f"{title}; {device}, {settings.dtype}; memory: {memory_kind(settings.device)}"
 
 
 def _cells(row: ProfileRow) -> list[str]:
@@ -214,7 +209,7 @@ def print_profile(settings: ProfileSettings, *, output: Path | None, console: Co
                     with as_config_error("--parts"):
                         workload, every = Workload(model, batch_size), {DENSE: None, **strategies}
                         parts += profile_components(spec, workload, every)
-    console.print(table_of(rows, _title(settings, rows)))
+    console.print(table_of(settings, rows))
     for refusal in left_out:
         console.print(str(refusal), markup=False)
     if parts:

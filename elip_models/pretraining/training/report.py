@@ -1,5 +1,6 @@
 """The report after a training run: times of the image tower, and a picture."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +16,17 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.profiling.measure import measured_on, memory_kind
-from elip_models.profiling.runner import profile_model
-from elip_models.profiling.table import table_of
+from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
+from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.user_warnings import ignore_slow_scorers
 from elip_models.saving.files import write_json
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from rich.console import Console
+    from rich.table import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +70,24 @@ def time_tower(model: PretrainedModel, path: Path, console: Console, batch_size:
     rows = profile_model(
         "image tower", model.visual, compared, batch_size=batch_size, rounds=ROUNDS
     )
-    console.print(table_of(rows, f"image tower, dense and reduced; memory: {memory}"))
+    console.print(_timing_table(rows, strategy, memory))
     report = {**measured_on(device), "rounds": ROUNDS, "memory_is": memory}
     write_json(path, report | {"rows": [asdict(row) for row in rows]})
     return path
+
+
+def _timing_table(rows: Sequence[ProfileRow], strategy: Strategy, memory: str) -> Table:
+    """Return the reduced rows of a profile, in training and in inference."""
+    caption = f"memory: {memory}"
+    if strategy.is_guided:
+        caption += "; guided by random texts"
+        if getattr(strategy, "without_text", None) == "dense":
+            caption += "; without a text, nothing is reduced"
+    title = f"image tower, batch {rows[0].batch_size}: relative to dense"
+    table = Table(strategy.name, "tokens", "FLOPs", "time", "memory", title=title, caption=caption)
+    for row in rows:
+        if row.strategy != DENSE:
+            figures = (row.retained, row.flops_ratio, row.time_ratio, row.memory_ratio)
+            tokens, flops, time, memory = ("" if x is None else f"{x:.2f}" for x in figures)
+            table.add_row(row.mode, tokens, flops, f"{time} {row.verdict}".strip(), memory)
+    return table
