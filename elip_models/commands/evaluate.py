@@ -86,7 +86,7 @@ def evaluate(
 
 def weights_folder(model: Path) -> Path:
     """Return the folder of the weights to evaluate; print which they are if `model` is a run."""
-    from elip_models.pretraining.training.selection import selected_folder
+    from elip_models.pretraining.training.evaluation import selected_folder
 
     folder, selection = selected_folder(model)
     if folder != model:

@@ -1,12 +1,9 @@
 """The commands `elip recipes` and `elip recipes show NAME`."""
 
-from dataclasses import fields
 from typing import Annotated
 
 from elip_models.pretraining.training.recipe import (
     FINETUNE,
-    Setting,
-    field_meanings,
     recipe_names,
     recipe_settings,
     recipe_title,
@@ -51,29 +48,10 @@ def show(
         settings = recipe_settings(name)
     trains = all(key != "task" or value is None for key, value, *_ in settings)
     table = Table(Column("key", no_wrap=True), "value", "from", "meaning")
-    for key, value, source, meaning in [*settings, *(_of_the_model(settings) if trains else ())]:
+    for key, value, source, meaning in settings:
         if not trains and key in BY_CHECKPOINT:
             value, source = "of the checkpoint", "--from"
         elif value == REQUIRED:
             value, source = f"set {key}=VALUE", "required"
         table.add_row(key, escape(yaml_line(value)), source, escape(meaning))
     Console().print(table)
-
-
-def _of_the_model(settings: list[Setting]) -> list[Setting]:
-    """Return the fields on reduction in the config of the recipe's model, unless it sets them."""
-    from elip_models.pretraining.models.config import ReductionConfig, VisionConfig
-    from elip_models.pretraining.models.registry import config_of
-    from elip_models.reduction.strategies.elip import ELIPOptions
-
-    values = {setting.key: setting.value for setting in settings}
-    config = config_of(values["model.name"])
-    meanings = field_meanings(ELIPOptions) | field_meanings(ReductionConfig)
-    names = [
-        field.name for field in fields(ReductionConfig) if not hasattr(VisionConfig, field.name)
-    ]
-    return [
-        Setting(f"model.overrides.{name}", getattr(config, name), "model", meanings[name])
-        for name in names
-        if name not in values["model.overrides"]
-    ]

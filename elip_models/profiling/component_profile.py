@@ -2,11 +2,10 @@
 
 An op belongs to the innermost enclosing call in `CALLS`, or else to the heads. In the image tower,
 our ops and ops without gradient choose and merge tokens and count as scoring. An op of backward
-belongs to the component of its forward op: autograd numbers its nodes in the order of the forward
-pass. A multiply-add counts as two FLOPs.
+belongs to the component of the forward op that saved the tensors it reads. A multiply-add counts as
+two FLOPs.
 """
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -89,22 +89,22 @@ def profile_components(
             f"parts: expected a model of this library, one of {', '.join(CALLS)}, got "
             f"{type(workload.model).__name__}"
         )
-    twin, costs = workload.on_meta(), []
+    twin, size = workload.on_meta(), workload.batch_size
+    costs = []
     for strategy_name, strategy in strategies.items():
-        counted = count_by_component(twin, strategy)
-        flops = {part: counted[part] / workload.batch_size for part in PARTS}
-        costs.append(ComponentCosts(name, strategy_name, workload.batch_size, flops))
+        flops = {part: count / size for part, count in _count(twin, strategy).items()}
+        costs.append(ComponentCosts(name, strategy_name, size, flops))
     return costs
 
 
-def count_by_component(twin: Workload, strategy: Strategy | None) -> dict[str, int]:
+def _count(twin: Workload, strategy: Strategy | None) -> dict[str, int]:
     """Run a training step with `strategy` on the meta device; return its FLOPs by component."""
     by_component = ComponentMode()
     with in_mode(twin, "training"), sdpa_kernel(SDPBackend.MATH):
         model = twin.reduced_by(strategy)
         for name, part in CALLS[model.family].items():
             _mark(model, name, part, by_component)
-        with by_component:
+        with by_component, saved_tensors_hooks(by_component.pack, by_component.unpack):
             twin.train_step(lambda: twin.reducible.as_tensor(model(**twin.inputs)))
     return by_component.flops
 
@@ -133,10 +133,9 @@ class ComponentMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside: list[str] = []  # components of the running marked calls, outermost first
+        self.inside = [HEADS]  # components of the running marked calls, outermost first
+        self.in_backward: str | None = None  # component of the running op of backward
         self.flops = dict.fromkeys(PARTS, 0)
-        self.ends: list[int] = []  # last autograd number of each run of ops of one component
-        self.components: list[str] = []  # of each run
 
     def __torch_dispatch__(
         self,
@@ -145,28 +144,27 @@ class ComponentMode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        part, kwargs = self._part_of(func), kwargs or {}
+        kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.flops[part] += formula(*args, **kwargs, out_val=out)
+            self.flops[self._part_of(func)] += formula(*args, **kwargs, out_val=out)
         return out
 
     def _part_of(self, func: Any) -> str:
-        if torch._C._current_graph_task_id() != -1:
-            number = torch._C._current_autograd_node()._sequence_nr()
-            run = bisect_right(self.ends, number)
-            return self.components[run] if run < len(self.components) else HEADS
-        part = self.inside[-1] if self.inside else HEADS
-        if part == IMAGE and (func.namespace == "elip" or not torch.is_grad_enabled()):
-            part = SCORING
-        end = torch.autograd._get_sequence_nr()
-        if self.components and self.components[-1] == part:
-            self.ends[-1] = end
-        else:
-            self.ends.append(end)
-            self.components.append(part)
-        return part
+        part = self.in_backward or self.inside[-1]
+        without_gradient = self.in_backward is None and not torch.is_grad_enabled()
+        is_scoring = part == IMAGE and (func.namespace == "elip" or without_gradient)
+        return SCORING if is_scoring else part
+
+    def pack(self, tensor: Tensor) -> tuple[str, Tensor]:
+        """Store the component of a forward op with a tensor that it saves for backward."""
+        return self.inside[-1], tensor
+
+    def unpack(self, saved: tuple[str, Tensor]) -> Tensor:
+        """Return a saved tensor; the op of backward that reads it belongs to its component."""
+        self.in_backward, tensor = saved
+        return tensor
 
 
 def components_table(costs: Sequence[ComponentCosts]) -> Table:

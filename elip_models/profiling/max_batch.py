@@ -81,18 +81,6 @@ def _fit_line(model: nn.Module, strategy: Strategy | None) -> tuple[int, int]:
     return max(0, memory[0] - BATCHES[0] * per_image), per_image
 
 
-def batches_table(rows: list[MaxBatch], memory: str, measured: str) -> Table:
-    """Return the rows as a table for a terminal."""
-    title, caption = f"largest training batch in {memory}", f"by the {measured}"
-    table = Table("model", "strategy", title=title, caption=caption)
-    for column in ("MiB of model", "MiB per step", "MiB per image", "batch", "ratio"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        sizes = (f"{size / 2**20:.1f}" for size in (row.model_state, row.fixed, row.per_image))
-        table.add_row(row.model, row.strategy, *sizes, str(row.batch), f"{row.ratio:.2f}")
-    return table
-
-
 def print_largest_batches(
     settings: ProfileSettings, memory: str, *, output: Path | None, console: Console
 ) -> None:
@@ -109,7 +97,14 @@ def print_largest_batches(
         for refusal in left_out:
             console.print(str(refusal), markup=False)
     measured = memory_kind(next(model.parameters()).device)
-    console.print(batches_table(rows, memory, measured))
+    title, caption = f"largest training batch in {memory}", f"by the {measured}"
+    table = Table("model", "strategy", title=title, caption=caption)
+    for column in ("MiB of model", "MiB per step", "MiB per image", "batch", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        sizes = (f"{size / 2**20:.1f}" for size in (row.model_state, row.fixed, row.per_image))
+        table.add_row(row.model, row.strategy, *sizes, str(row.batch), f"{row.ratio:.2f}")
+    console.print(table)
     if output is not None:
         document = {"memory": size, "measured": measured, "rows": [asdict(row) for row in rows]}
         write_json(output, document)

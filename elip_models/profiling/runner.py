@@ -61,8 +61,8 @@ class StepCost(NamedTuple):
 
     seconds: float
     time_ratio: float
-    memory: int | None  # None in inference on a CPU
-    memory_ratio: float | None
+    memory: int | None = None  # None in inference on a CPU
+    memory_ratio: float | None = None
 
 
 def profile_model(
@@ -155,23 +155,17 @@ def measure(
             steps = {name: partial(workload.train_step, step) for name, step in forwards.items()}
         times = time_side_by_side(steps, device=workload.device, rounds=rounds)
         ratios = ratios_to(DENSE, times)
-        memory = {}
-        if mode == "training" or workload.device.type == "cuda":
-            parameters = tuple(workload.model.parameters())
-            memory = {
-                name: memory_of(
-                    step, workload.device, forward=forwards[name], parameters=parameters
-                )
-                for name, step in steps.items()
-            }
+        costs = {name: StepCost(median(times[name]), ratios[name]) for name in strategies}
+        if mode == "inference" and workload.device.type != "cuda":
+            return costs
+        parameters = tuple(workload.model.parameters())
+        memory = {
+            name: memory_of(step, workload.device, forward=forwards[name], parameters=parameters)
+            for name, step in steps.items()
+        }
     return {
-        name: StepCost(
-            median(times[name]),
-            ratios[name],
-            memory.get(name),
-            memory[name] / memory[DENSE] if memory else None,
-        )
-        for name in strategies
+        name: cost._replace(memory=memory[name], memory_ratio=memory[name] / memory[DENSE])
+        for name, cost in costs.items()
     }
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training.recipe import (
     FINETUNE,
     load_recipe,
@@ -52,7 +51,7 @@ def test_show_has_a_row_with_a_source_for_every_key(name, capsys):
     shown = rows(capsys.readouterr().out)
     assert shown.keys() >= {each.key for each in recipe_settings(name)}
     sources = {source for _, source, _ in (cells for cells in shown.values() if cells[0])}
-    assert sources <= {"recipe", "model", "default", "required", "--from"}
+    assert sources <= {"recipe", "default", "required", "--from"}
 
 
 def test_show_names_where_each_value_comes_from(capsys):
@@ -62,12 +61,6 @@ def test_show_names_where_each_value_comes_from(capsys):
     assert shown["optim.decay"][:2] == ["cosine", "default"]
     assert shown["data.train"][:2] == ["set data.train=VALUE", "required"]
     assert shown["optim.lr"][2] == "Peak learning rate"
-    schedule = create_model("elip_clip_tiny").config.schedule
-    assert elip("recipes", "show", "clip_tiny") == 0
-    shown = rows(capsys.readouterr().out)
-    assert shown["model.overrides.schedule"][:2] == [schedule, "model"]
-    assert shown["model.overrides.scorer"][:2] == ["exact", "model"]
-    assert "model.overrides.vision_width" not in shown
 
 
 def test_show_of_an_unknown_recipe_suggests_one(capsys):

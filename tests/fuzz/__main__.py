@@ -48,17 +48,10 @@ def table(cases, seed, root, numbers=None):
             outcome = run(name, seed, number, root, prepared)
             outcomes[name][outcome.name] += 1
             if outcome.name in FAILURES:
-                failures.append(
-                    f"--only {name} --seed {seed} --number {number}: "
-                    f"{outcome.name} {outcome.detail}"
-                )
+                case = f"--only {name} --seed {seed} --number {number}"
+                failures.append(f"{case}: {outcome.name} {outcome.detail}")
         sys.stderr.write(f"{name}: {time.monotonic() - start:.0f} s\n")
     return outcomes, failures
-
-
-def line(name, counted):
-    values = [counted.total(), *(counted[outcome] for outcome in (*OUTCOMES, *FAILURES))]
-    return f"| {name} | " + " | ".join(map(str, values)) + " |\n"
 
 
 def main():
@@ -77,12 +70,13 @@ def main():
         (root / "home").mkdir()
         cases = counts(options.count, options.only)
         outcomes, failures = table(cases, options.seed, root, options.number)
-    sys.stdout.write("| kind | tried | " + " | ".join((*OUTCOMES, *FAILURES)) + " |\n")
-    sys.stdout.write("| --- |" + " ---: |" * (1 + len(OUTCOMES) + len(FAILURES)) + "\n")
-    for name, counted in outcomes.items():
-        sys.stdout.write(line(name, counted))
-    if len(outcomes) > 1:
-        sys.stdout.write(line("all", sum(outcomes.values(), Counter())))
+    columns = (*OUTCOMES, *FAILURES)
+    sys.stdout.write(
+        f"| kind | tried | {' | '.join(columns)} |\n{'| --- ' * (2 + len(columns))}|\n"
+    )
+    for name, counted in (*outcomes.items(), ("all", sum(outcomes.values(), Counter()))):
+        values = [counted.total(), *(counted[column] for column in columns)]
+        sys.stdout.write(f"| {name} | {' | '.join(map(str, values))} |\n")
     sys.stdout.write("\n".join([*failures, f"{len(failures)} failures", ""]))
     return bool(failures)
 

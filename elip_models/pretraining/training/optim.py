@@ -1,4 +1,4 @@
-"""Learning rate of a step, parameter groups, and the optimiser: AdamW, or timm's Lion or Muon."""
+"""Learning rate of a step, parameter groups, and steps of AdamW."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elip_models.pretraining.training.run_config import OptimConfig
-from elip_models.validation import require_extra
-
-with require_extra("elip_models.pretraining.training"):
-    from timm.optim import Lion, Muon
 
 MAX_WARMUP_SHARE = 0.2
-MIN_MATRIX_SIDE = 4
-"""Smallest side of a matrix that Muon updates; ITM's head has only two rows."""
 
 
 def learning_rate(
@@ -53,11 +47,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the parameters by weight decay and by multiple of the learning rate.
 
-    `OptimConfig` documents the settings. Only parameters that require a gradient are grouped. The
-    first two groups have an `lr_scale` of 1, with and without decay, and may be empty.
+    `OptimConfig` documents the settings. Only parameters that require a gradient are grouped.
+    Scalars, which FSDP2 does not shard, have groups of their own.
     """
     scales = lr_scale or {}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     used = set()
     for name, parameter in model.named_parameters():
         scaled = next((pattern for pattern in scales if fnmatchcase(name, pattern)), None)
@@ -68,7 +62,7 @@ def parameter_groups(
             decays = sum(size != 1 for size in parameter.shape) > 1
         else:
             decays = not any(fnmatchcase(name, pattern) for pattern in no_decay)
-        key = scales.get(scaled, 1.0), decays
+        key = scales.get(scaled, 1.0), decays, parameter.ndim == 0
         groups.setdefault(key, []).append(parameter)
     if unused := scales.keys() - used:
         raise ValueError(
@@ -76,22 +70,13 @@ def parameter_groups(
         )
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
-        for (scale, decays), parameters in groups.items()
+        for (scale, decays, _), parameters in groups.items()
     ]
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
-    """Return the optimiser that `optim` names; each of its groups has an `lr_scale`.
-
-    Muon updates the weights of linear layers. The rest, such as embeddings and vectors, is updated
-    by AdamW inside the same optimiser.
-    """
+    """Return AdamW with the settings of `optim`; each of its groups has an `lr_scale`."""
     groups = parameter_groups(model, optim.weight_decay, optim.lr_scale, no_decay=optim.no_decay)
-    if optim.name == "lion":
-        return Lion(groups, lr=optim.lr, betas=optim.betas)
-    if optim.name == "muon":
-        groups = _split_groups(groups, _hidden_matrices(model), optim.eps)
-        return Muon(groups, lr=optim.lr, betas=optim.betas, nesterov=True)
     fused = torch.cuda.is_available() or None  # skips a step without a synchronisation: `step_`
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
@@ -114,25 +99,3 @@ def skip_nonfinite_step_(optimizer: Optimizer, grad_norm: Tensor) -> None:
     """Set a fused optimiser to skip its next step if the norm is not finite."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
     inner.grad_scale, inner.found_inf = None, (~grad_norm.isfinite()).float()
-
-
-def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of linear layers, except those shared with an embedding."""
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
-    return {weight for weight in weights - embeddings if min(weight.shape) >= MIN_MATRIX_SIDE}
-
-
-def _split_groups(
-    groups: list[dict[str, Any]], hidden: set[nn.Parameter], eps: float
-) -> list[dict[str, Any]]:
-    """Split each group for Muon and AdamW, which is timm's `use_fallback` without Nesterov."""
-    split = []
-    for group in groups:
-        for is_hidden, options in (
-            (True, {"use_fallback": False}),
-            (False, {"use_fallback": True, "nesterov": False, "eps": eps}),
-        ):
-            parameters = [p for p in group["params"] if (p in hidden) == is_hidden]
-            split.append(group | options | {"params": parameters})
-    return split

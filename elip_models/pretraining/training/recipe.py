@@ -119,7 +119,7 @@ def recipe_names(part: str = "") -> list[str]:
 
 
 class Setting(NamedTuple):
-    """A key of a recipe; `source` is where its value comes from: "recipe", "model" or "default"."""
+    """A key of a recipe; `source` is where its value comes from: "recipe" or "default"."""
 
     key: str
     value: Any
@@ -140,7 +140,7 @@ def recipe_settings(name: str) -> list[Setting]:
 
 
 def _settings(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[Setting]:
-    hints, meanings, settings = typing.get_type_hints(cls), field_meanings(cls), []
+    hints, meanings, settings = typing.get_type_hints(cls), _field_meanings(cls), []
     for field in dataclasses.fields(cls):
         name, key = field.name, f"{prefix}{field.name}"
         if dataclasses.is_dataclass(hints[name]):
@@ -155,7 +155,7 @@ def _settings(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[Se
     return settings
 
 
-def field_meanings(cls: type) -> dict[str, str]:
+def _field_meanings(cls: type) -> dict[str, str]:
     """Return the first sentence on each field of a dataclass, from its schema or its docstring."""
     if is_pydantic_dataclass(cls):
         properties = TypeAdapter(cls).json_schema()["properties"]

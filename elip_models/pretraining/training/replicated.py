@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.training.optim import make_optimizer, step_
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ReplicatedModel:
-    """The model, its optimiser and, if the recipe sets `ema`, the moving average of its weights."""
+    """The model and its optimiser."""
 
     def __init__(
         self, accelerator: "Accelerator", model: PretrainedModel, optim: OptimConfig
@@ -28,11 +27,6 @@ class ReplicatedModel:
         self.accelerator = accelerator
         with as_config_error("optim"):
             optimizer = make_optimizer(model, optim)
-        self.average = None
-        if optim.ema is not None:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema))
-            self.average.module.to(accelerator.device)  # the count of steps stays on the host
-            accelerator.register_for_checkpointing(self.average)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.model: PretrainedModel = accelerator.unwrap_model(self.wrapped)
         backend = "inductor" if optim.compile is True else optim.compile
@@ -59,23 +53,20 @@ class ReplicatedModel:
             self.optimizer.step()  # the scaler skips it if the gradient is not finite
         self.optimizer.zero_grad()
         self.model.clamp_temperature_()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
         return grad_norm
 
     @contextmanager
     def evaluation_model(self) -> Iterator[PretrainedModel]:
-        """Yield the model to evaluate and save: the moving average if there is one."""
-        yield self.model if self.average is None else self.average.module
+        """Yield the model to evaluate and save."""
+        yield self.model
 
     def finish(self) -> PretrainedModel:
         """Return the trained model in eval mode, without wrappers."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # ends autocast too
-        with self.evaluation_model() as model:
-            return model.eval()
+        return self.model.eval()
 
     def save(self, folder: Path) -> None:
-        """Write model, optimiser, average and random generators."""
+        """Write model, optimiser and random generators."""
         self.accelerator.save_state(str(folder))
 
     def load(self, folder: Path) -> None:

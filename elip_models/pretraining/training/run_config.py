@@ -115,17 +115,13 @@ class DataConfig:
 
 @dataclass(frozen=True, config=CONFIG)
 class OptimConfig:
-    """The optimiser, and its learning rate: linear warm-up, then decay."""
+    """AdamW and its learning rate: linear warm-up, then decay."""
 
     batch_size: PositiveInt
     """Images for each rank and forward pass. An optimiser step uses `grad_accumulation` times as
     many on each rank."""
     lr: Positive
     """Peak learning rate."""
-    name: Literal["adamw", "lion", "muon"] = "adamw"
-    """The optimiser: "adamw"; "lion" of timm, which needs an `lr` three to ten times lower and a
-    `weight_decay` as many times higher, and has no `eps`; or "muon" of timm, which updates the
-    weights of linear layers and leaves the other parameters to AdamW."""
     steps: PositiveInt | None = None
     """Optimiser steps; takes precedence over `epochs`."""
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
@@ -155,7 +151,7 @@ class OptimConfig:
     """Patterns of parameter names, such as "*.bias"; null: biases, norms, single vectors and the
     temperature."""
     betas: tuple[Rate, Rate] = (0.9, 0.98)
-    """The two betas of AdamW or Lion."""
+    """The two betas of AdamW."""
     eps: Positive = 1e-6
     """The epsilon of AdamW."""
     max_grad_norm: Positive | None = 1.0
@@ -173,9 +169,6 @@ class OptimConfig:
     compile: bool | Literal["inductor", "aot_eager", "eager"] = False
     """Compile the model for training steps with torch.compile; true, or the name of a backend.
     Evaluation is not compiled."""
-    ema: Rate | None = None
-    """Decay of an exponential moving average of the weights, such as 0.9999. The average is
-    evaluated and saved as the model; checkpoints contain both. null: no average."""
     gather: Literal["local", "global"] = "local"
     """Contrast within a rank ("local") or over all ranks ("global")."""
     shard: bool = False
@@ -196,8 +189,8 @@ class EvalConfig:
 
     select: str | tuple[str, ...] | None = None
     """Metric of the task, such as "accuracy", or several, whose mean counts: the weights with the
-    highest value on `data.validation` are stored in `best` and scored on `data.eval`, as the last
-    ones are. null: the last weights are the result."""
+    highest value on `data.validation` are stored in `best` and are the result. null: the last
+    weights are the result."""
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -11,23 +11,42 @@ best/                        those of the step that was selected on the validati
 """
 
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from elip_models.pretraining.data.streams import redacted
 from elip_models.pretraining.training.recipe import load_recipe, resume_conflicts, save_recipe
 from elip_models.pretraining.training.run_checkpoints import Checkpoints
 from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.profiling.commit import commit
+from elip_models.profiling.measure import installed_versions
 from elip_models.saving.files import publish, restore_replaced, unfinished, write_file
 from elip_models.validation import ConfigError, TrainingError, require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from filelock import FileLock, Timeout
+
+PACKAGES = ("elip-kernels", "timm", "transformers", "accelerate", "datasets", "peft")
+_CODES = "|".join(
+    str(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+)
+UNWRITABLE = re.compile(
+    rf"\[Errno ({_CODES})\]|\(os error ({_CODES}|112)\)|\[WinError 112\]"
+    "|PytorchStreamWriter|inline_con"
+)
+"""Errors of a disk that is full (112 on Windows), over a quota or a limit, damaged or read-only: of
+the operating system, of writers in Rust, and of PyTorch's writer."""
 
 
 class RunFolder:
@@ -176,3 +195,36 @@ def _append_line(path: Path, content: dict[str, Any]) -> None:
 
 def _line(content: dict[str, Any]) -> bytes:
     return json.dumps(content).encode() + b"\n"
+
+
+def run_provenance(num_samples: int, checkpoint: Path | None) -> dict[str, Any]:
+    """Return time, command, versions, commit and samples of a run that starts or resumes."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed": None if checkpoint is None else checkpoint.name,
+        "command": redacted(sys.argv),
+        # torch names its build, such as 2.13.0+cpu, which its package does not
+        "versions": {"torch": torch.__version__, **installed_versions(PACKAGES)},
+        "commit": commit(),
+        "samples": num_samples,
+    }
+
+
+@contextmanager
+def as_write_error(path: Path) -> Iterator[None]:
+    """Convert an error of writing below `path`, such as a full disk, to TrainingError.
+
+    Other errors pass.
+    """
+    try:
+        yield
+    except TrainingError:
+        raise
+    except BaseException as error:  # that of torch.distributed.checkpoint is no Exception
+        if not UNWRITABLE.search(str(error)):
+            raise
+        raise TrainingError(
+            f"{path}: the run ended, since a file could not be written "
+            f"({str(error).splitlines()[0]}): free or allow space, then continue from the last "
+            "checkpoint with --resume"
+        ) from error

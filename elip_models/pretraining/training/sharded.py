@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
 
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.momentum_model import DistilledModel
@@ -61,8 +60,6 @@ def check_sharding(config: RunConfig, num_processes: int) -> None:
         f"the momentum encoders of {family.__name__} need gathered weights": is_distilled,
         "optim.precision=fp16: the gradient scaler would check one shard": optim.precision
         == "fp16",
-        "optim.name=muon makes whole matrices orthogonal, not shards": optim.name == "muon",
-        "optim.ema: the average needs a whole model": optim.ema is not None,
         "optim.compile: compiled shards are not tested": bool(optim.compile),
     }
     for problem, is_present in problems.items():
@@ -85,7 +82,6 @@ class ShardedModel:
         self.scalars = _shard_(model, accelerator.device)
         with as_config_error("optim"):
             self.optimizer = make_optimizer(model, optim)
-        _separate_groups_(self.optimizer)
 
     def forward(self, **tensors: Tensor) -> Any:
         """Return the model's output in the precision of the run."""
@@ -156,27 +152,15 @@ def _shard_(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
     return scalars
 
 
-def _split(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return shards and whole parameters, which cannot be mixed in one operation; no empty list."""
-    shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    return [group for group in (shards, whole) if group]
-
-
 def _clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """Clip gradients, some of which are shards, and return their norm before clipping."""
-    groups = _split([p for p in model.parameters() if p.grad is not None])
-    norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    grad_norm = torch.linalg.vector_norm(torch.stack(whole))
-    for group in groups:
-        clip_grads_with_norm_(group, max_norm, grad_norm)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    shards = [parameter for parameter in trained if isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+    groups = [parameters for parameters in (shards, whole) if parameters]  # one op mixes no two
+    norms = [get_total_norm([p.grad for p in parameters]) for parameters in groups]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+    for parameters in groups:
+        clip_grads_with_norm_(parameters, max_norm, grad_norm)
     return grad_norm
-
-
-def _separate_groups_(optimizer: Optimizer) -> None:
-    """Split groups into shards and whole parameters, which fused optimisers cannot mix."""
-    groups, optimizer.param_groups = optimizer.param_groups, []
-    for group in groups:
-        for parameters in _split(group["params"]):
-            optimizer.add_param_group(group | {"params": parameters})

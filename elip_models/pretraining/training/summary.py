@@ -1,15 +1,20 @@
-"""What `elip train` prints before and after a run, and writes after it."""
+"""The result of a run, and what `elip train` prints before, during and after it."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from elip_models.integrations.peft.adapt import trainable_counts
+from elip_models.pretraining.data import Source
 from elip_models.pretraining.data.streams import redacted
 from elip_models.pretraining.tasks.tables import score_table
-from elip_models.pretraining.training.errors import as_write_error
-from elip_models.pretraining.training.result import TrainResult
+from elip_models.pretraining.tasks.task import TaskScores
+from elip_models.pretraining.training.evaluation import Selection
 from elip_models.pretraining.training.run_config import RunConfig
+from elip_models.pretraining.training.run_folder import as_write_error
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.reduction.summary import Summary
 from elip_models.saving.files import write_json
@@ -19,7 +24,40 @@ with require_extra("elip_models.pretraining.training"):
     from rich.console import Console
     from rich.markup import escape
     from rich.panel import Panel
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a finished run, with the trained model in eval mode, without wrappers.
+
+    With `eval.select`, model and scores are those of the selected step. After a sharded run the
+    model is whole on the main process and sharded on the others. The scores are those of the last
+    evaluation, if any.
+    """
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase"
+    eval_source: Source | None  # the opened `data.eval`
+    output_dir: Path
+    step: int  # number of optimiser steps
+    loss: float  # of the last step
+    scores: TaskScores | None
+    zero_shot: TaskScores | None
+    task_scores: TaskScores | None  # of a fine-tuning run
+    selection: Selection | None  # of these weights on `data.validation`
+    skipped: str  # a summary of the samples that could not be read
+    is_main_process: bool  # False on ranks above 0 of `torchrun`
 
 
 def print_plan(config: RunConfig, console: Console, *, device: str, num_processes: int) -> None:
@@ -59,6 +97,14 @@ def _specification(spec: str | dict | tuple[str, ...]) -> str:
     return f"{', '.join(map(str, shown)):.200}"
 
 
+def progress_bar(console: Console) -> Progress:
+    """Return bars, shown on a terminal only; `add_task` takes what a bar counts as `unit`."""
+    counts = TextColumn("{task.fields[unit]}"), MofNCompleteColumn(), BarColumn()
+    left = TimeRemainingColumn(), TextColumn("left")
+    columns = (*counts, TextColumn("{task.description}"), *left)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
 def print_summary(config: RunConfig, result: TrainResult, console: Console) -> None:
     """Write the reports that `config.report` names, then print steps, loss, scores and files."""
     names = ("model", *(["best"] if result.selection else []), "metrics.jsonl")
@@ -79,8 +125,6 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
             summary.add_row(name, score_table(scores))
     if result.selection is not None:
         summary.add_row("weights", escape(str(result.selection)))
-        if result.last_scores is not None:
-            summary.add_row("last step", escape(result.last_scores.summary()))
     summary.add_row("files", escape("\n".join(map(str, files))))
     console.print(Panel(summary, title=escape(config.name), expand=False))
 
@@ -106,8 +150,7 @@ def _write_scores(config: RunConfig, result: TrainResult, console: Console) -> I
         return
     content = scores.as_dict()
     if result.selection is not None:
-        last = result.last_scores.as_dict()["scores"]
-        content["selection"] = asdict(result.selection) | {"last": last}
+        content["selection"] = asdict(result.selection)
     write_json(folder / "scores.json", content)
     yield folder / "scores.json"
     if "picture" in config.report and scores.predictions:

@@ -26,7 +26,7 @@ from elip_models.pretraining.data import (
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import make_preparation
-from elip_models.validation import ConfigError, TrainingError, as_config_error
+from elip_models.validation import ConfigError, as_config_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -127,7 +127,8 @@ class _StreamedBatches(TrainBatches):
     def start(self, batches_done: int, checkpoint: Path | None) -> None:
         self._positions = [(0, 0)] * self._stream.workers
         if checkpoint is not None:
-            self._positions = _read_positions(checkpoint / self._file, self._stream.workers)
+            positions = json.loads((checkpoint / self._file).read_bytes())
+            self._positions = [(turn, place) for turn, place in positions]
         self._batches = iter(stream_loader(self._stream, self._positions, batches_done))
 
     def next_batch(self) -> dict[str, Tensor]:
@@ -149,18 +150,3 @@ class _StreamedBatches(TrainBatches):
     def summary(self) -> str:
         shards = f" {self._shards.summary()}" if self._shards.reasons else ""
         return self._skips.summary() + shards
-
-
-def _read_positions(path: Path, workers: int) -> list[tuple[int, int]]:
-    """Return the position of each worker; raise TrainingError if the file has none."""
-    try:
-        positions = [(int(turn), int(place)) for turn, place in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError):
-        positions = []
-    if len(positions) != workers:
-        raise TrainingError(
-            f"{path}: expected the position of each of {workers} workers, got another content, "
-            "or that of an earlier version; start a new run, or remove this checkpoint to resume "
-            "an older one"
-        )
-    return positions

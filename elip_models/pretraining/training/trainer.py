@@ -28,22 +28,17 @@ from elip_models.pretraining.training.accelerator import (
     make_accelerator,
     make_barrier_group,
 )
-from elip_models.pretraining.training.errors import as_write_error
 from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
 from elip_models.pretraining.training.model import make_model
 from elip_models.pretraining.training.optim import learning_rate
-from elip_models.pretraining.training.progress import progress_bar
-from elip_models.pretraining.training.provenance import run_provenance
 from elip_models.pretraining.training.replicated import ReplicatedModel
-from elip_models.pretraining.training.result import TrainResult
 from elip_models.pretraining.training.run_checkpoints import step_of
 from elip_models.pretraining.training.run_config import RunConfig
-from elip_models.pretraining.training.run_folder import RunFolder
-from elip_models.pretraining.training.selection import BestWeights
+from elip_models.pretraining.training.run_folder import RunFolder, as_write_error, run_provenance
 from elip_models.pretraining.training.sharded import ShardedModel, check_sharding
 from elip_models.pretraining.training.signal_handling import StopSignal
-from elip_models.pretraining.training.summary import print_plan
+from elip_models.pretraining.training.summary import TrainResult, print_plan, progress_bar
 from elip_models.pretraining.training.train_batches import make_train_batches
 from elip_models.pretraining.training.training_data import (
     make_tokenizer,
@@ -138,8 +133,7 @@ class Trainer:
         family, task = family_of(self.config.model.name, self.config.task), task_of(self.config)
         with as_config_error("data.train", inner="spec"):
             self.source = open_training_data(self.config, model.image_size)
-        self.evaluation = Evaluation(self.config, model.image_size)
-        self.best = BestWeights(self.config, task, self.folder.best)
+        self.evaluation = Evaluation(self.config, model.image_size, self.folder.best)
         self.tokenizer = make_tokenizer(
             self.config, self.source, model, self.folder, self.accelerator, self.console
         )
@@ -297,16 +291,19 @@ class Trainer:
         self._restart_timer()
 
     def _evaluate(self, tasks: list[str]) -> list[TaskScores]:
-        """Return scores on the main process, and an empty list on the others, which wait for it."""
+        """Return scores on the main process, and an empty list on the others, which wait for it.
+
+        `data.eval` of a task is scored by the selected weights, if there are any.
+        """
         scores = []
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
-            if self.is_main:
-                for task in tasks:
-                    scores.append(self._evaluate_one(task, model))
-                    if task == VALIDATION:
-                        save = partial(self.evaluation.save, model, self.tokenizer)
-                        self.best.update(scores[-1], self.step, save)
-        self._wait_for_main()
+            for task in tasks if self.is_main else ():
+                best = self._selected_model() if task == self.config.task else None
+                scores.append(self._evaluate_one(task, best or model))
+                if task == VALIDATION:
+                    self.evaluation.select(model, self.tokenizer, self.step)
+        if self.barrier_group is not None:
+            dist.barrier(self.barrier_group)
         return scores
 
     def _evaluate_one(self, task: str, model: PretrainedModel) -> TaskScores:
@@ -321,10 +318,6 @@ class Trainer:
             return self.evaluation.run(task, model, self.tokenizer, show)
         finally:
             self.bars.remove_task(bar)
-
-    def _wait_for_main(self) -> None:
-        if self.barrier_group is not None:
-            dist.barrier(self.barrier_group)
 
     def _save_checkpoint(self) -> None:
         if self.losses:
@@ -343,9 +336,8 @@ class Trainer:
         model = self.parallel.finish()
         if self.is_main:
             self.evaluation.save(model, self.tokenizer, self.folder.model)
+            model = self._selected_model() or model
         task, scores = self.config.task, self.evaluation.scores
-        last_scores = scores.get(task) if task else None
-        model = self._selected(model)
         self.accelerator.end_training()
         return TrainResult(
             model=model,
@@ -357,22 +349,13 @@ class Trainer:
             scores=None if task else scores.get("retrieval"),
             zero_shot=scores.get("zero_shot"),
             task_scores=scores.get(task) if task else None,
-            selection=self.best.selection,
-            last_scores=last_scores,
+            selection=self.evaluation.selection,
             skipped=self.batches.summary(),
             is_main_process=self.is_main,
         )
 
-    def _selected(self, last: PretrainedModel) -> PretrainedModel:
-        """Return the selected weights on the main process, scored on `data.eval`, or the last."""
-        best = None
-        if self.is_main:
-            best = self.best.load(self.total_steps, self.accelerator.device)
-        if best is not None and self.config.task in self.evaluation.sources:
-            with self.accelerator.autocast():
-                self._evaluate_one(self.config.task, best)
-        self._wait_for_main()
-        return last if best is None else best
+    def _selected_model(self) -> PretrainedModel | None:
+        return self.evaluation.selected_model(self.accelerator.device)
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.total_steps

@@ -125,7 +125,6 @@ def test_scores_are_logged_during_training_and_written_as_json(tmp_path):
         "eval_every=2",
         "report=[zero_shot]",
         "optim.steps=5",
-        "optim.ema=0.5",
     )
     with own_process():
         result = train(tiny_config(tmp_path, *settings))

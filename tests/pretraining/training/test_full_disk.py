@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from elip_models.pretraining.training.errors import as_write_error
+from elip_models.pretraining.training.run_folder import as_write_error
 from elip_models.validation import TrainingError
 from tests.helpers.tiers import tiered
 

@@ -22,7 +22,7 @@ NOT_OF_THE_PAPER = {  # what to train on, what touches no gradient, and what no 
     "data.validation",
     *("model.overrides", "optim.grad_checkpointing", "optim.compile", "data.zero_shot"),
     *("optim.batch_slices", "optim.max_nonfinite_steps"),
-    *("model.pretrained", "model.allow_missing", "model.allow_unexpected", "optim.ema"),
+    *("model.pretrained", "model.allow_missing", "model.allow_unexpected"),
 }
 
 
@@ -71,19 +71,12 @@ def test_stale_tables_are_seen_and_rewritten(tmp_path):
     for name in recipes.PAGES:
         text = "before\n<!-- recipes:begin -->\nold\n<!-- recipes:end -->\nafter\n"
         (tmp_path / name).write_text(text)
-    given = ["--folder", str(tmp_path)]
-    assert recipes.main(["--check", *given]) == 1
-    assert recipes.main(given) == 0
-    assert recipes.main(["--check", *given]) == 0
-    for name, row in {
-        "original_recipes.md": "| `data.randaugment` | `[2, 5]` | `[2, 5]` | ELIP BLIP/data/__init",
-        "fidelity.md": "| `retrieval_blip_flickr` | `optim.epochs` | `6` | `5` |",
-    }.items():
+    folder = ["--folder", str(tmp_path)]
+    assert recipes.main(["--check", *folder]) == 1
+    assert recipes.main(folder) == recipes.main(["--check", *folder]) == 0
+    for name in recipes.PAGES:
         text = (tmp_path / name).read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert row in text
-    (tmp_path / "fidelity.md").write_text("no markers")
-    assert recipes.main(given) == 1
 
 
 FINETUNING = recipes.read_finetune_originals()

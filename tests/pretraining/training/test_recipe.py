@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from elip_models.pretraining.training.recipe import (
-    FINETUNE,
     load_recipe,
     recipe_names,
     resume_conflicts,
@@ -46,16 +45,12 @@ def test_reads_a_file_and_fills_the_defaults(recipe):
     ("override", "section", "field", "value"),
     [
         ("optim.lr=3e-4", "optim", "lr", 3e-4),
-        ("optim.lr=1", "optim", "lr", 1.0),
-        ("optim.betas=[0.8, 0.9]", "optim", "betas", (0.8, 0.9)),
         ("optim.lr_scale={temperature: 5e-2}", "optim", "lr_scale", {"temperature": 0.05}),
         ("optim.max_grad_norm=null", "optim", "max_grad_norm", None),
         ("optim.no_decay=[]", "optim", "no_decay", ()),
-        ("data.train=*.tar", "data", "train", "*.tar"),
         ("data.train=a-{0000..0003}.tar", "data", "train", "a-{0000..0003}.tar"),
         ("data.train=['a.json', '*.tar']", "data", "train", ("a.json", "*.tar")),
         ("data.train=2024-01-01", "data", "train", "2024-01-01"),
-        ("model.overrides.drop_path=0.1", "model", "overrides", {"drop_path": 0.1}),
         ("model.overrides={schedule: null}", "model", "overrides", {"schedule": None}),
     ],
 )
@@ -63,40 +58,28 @@ def test_override(recipe, override, section, field, value):
     assert getattr(getattr(load_recipe(recipe, [override]), section), field) == value
 
 
-def test_later_override_wins(recipe):
-    assert load_recipe(recipe, ["seed=1", "seed=2"]).seed == 2
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
         ("lr=1", "lr: unknown key; did you mean 'optim.lr'?"),
-        ("optm.lr=1", "optm: unknown key; did you mean 'optim'?"),
-        ("peft.rank=1", "peft.rank: unknown key"),
         ("optim.lr=-1", "optim.lr: must be greater than 0, got -1"),
-        ("optim.lr=fast", "optim.lr: must be a valid number, got 'fast'"),
         ("optim.lr=.nan", "optim.lr: must be a finite number, got nan"),
         ("optim.lr=true", "optim.lr: must be a valid number, got True"),
         ("optim.lr.peak=1", "optim.lr.peak: expected lr to be a section, got 0.001"),
         ("optim=1", "optim: must be an object, got 1"),
         ("optim.steps=null", "optim.steps: expected it or optim.epochs to be set, got neither"),
-        ("optim.batch_size=yes", "optim.batch_size: must be a valid integer, got True"),
         ("optim.batch_slices=5", "optim.batch_slices: must be at most optim.batch_size = 4, got 5"),
         ("optim.betas=[0.9, 1]", "optim.betas.1: must be less than 1, got 1"),
         ("optim.precision=fp8", "optim.precision: must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
-        ("optim.warmup_lr=1", "optim.warmup_lr: must be at most optim.lr = 0.001, got 1"),
         ("peft={kind: lora, r: 0}", "peft.r: expected an integer at least 1, got 0"),
-        ("output_dir=' '", "output_dir: "),
         ("data.train=3", "data.train: must be a valid string or must be an object or must be a"),
         ("data.train=???", "data.train: required; set data.train=VALUE"),
         ("data.weights=[1, 2]", "data.weights: expected one for each of the 1 sources of data.tr"),
         ("trackers=tensorboard", "trackers: must be a valid array, got 'tensorboard'"),
         ("report=[poem]", "report.0: must be 'retrieval', 'zero_shot', 'timing' or 'picture', got"),
-        ("report=[picture]", "data.eval: expected a source"),
         ("eval_every=5", "data.eval: expected a source"),
         ("data.validation=a.json", "eval.select, data.validation: expected null in pre-training"),
-        ("eval.select=accuracy", "eval.select, data.validation: expected null in pre-training"),
         ("seed", "override 'seed': expected key=value"),
     ],
 )
@@ -106,21 +89,16 @@ def test_mistake_names_key_requirement_and_value(recipe, override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "overrides", [["report=[timing]"], ["report=[picture, retrieval]"], ["data.zero_shot=images"]]
-)
-def test_report_options_that_a_task_lacks_raise(recipe, overrides):
+@pytest.mark.parametrize("override", ["report=[picture, retrieval]", "data.zero_shot=images"])
+def test_report_options_that_a_task_lacks_raise(recipe, override):
     with pytest.raises(ConfigError, match=r"report, data.zero_shot: expected .* the task vqa"):
-        load_recipe(recipe, ["task=vqa", "data.eval=a.json", *overrides])
-    load_recipe(recipe, ["task=vqa", "data.eval=a.json", "report=[picture]"])
+        load_recipe(recipe, ["task=vqa", "data.eval=a.json", override])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a\n- b", "expected a mapping of keys, got list"),
-        ("", "expected a mapping of keys, got NoneType"),
-        ("a: [", "not valid YAML"),
         ("a: 1\nb: {c: 1, c: 2}", "line 2: key 'c' occurs twice"),
         ("a: &a [*a]", "not valid YAML: Circular reference"),
         ("a: " + "[" * 100_000, "not valid YAML: maximum recursion depth"),
@@ -128,6 +106,8 @@ def test_report_options_that_a_task_lacks_raise(recipe, overrides):
         ("name: test", "output_dir: required; set output_dir=VALUE"),
         (MINIMAL.replace("lr: 1e-3", "eps: 1"), "optim.lr: required; set optim.lr=VALUE"),
         ("base: 3", "base: expected the name of a recipe, got 3"),
+        ("base: clip_vit_s16_cc3m", "data.train: required; set data.train=VALUE"),
+        ("base: missing.yaml", "recipe missing.yaml: no such file"),
         ("base: albef_4n", "recipe 'albef_4n': expected a path ending in .yaml, or a name that"),
         ("base: own.yaml", "base: expected at most 7 recipes in a row"),
     ],
@@ -147,12 +127,6 @@ def test_anchors_and_merged_keys_are_read(tmp_path):
     assert values["d"] == values["f"] == {"aa": 1, "bb": 3} and values["e"] == {"aa": 4, "bb": 3}
 
 
-@pytest.mark.parametrize("name", ["clip_tny", "missing/recipe.yaml"])
-def test_missing_recipe(name):
-    with pytest.raises(ConfigError, match=name):
-        load_recipe(name)
-
-
 def test_a_wrong_value_ends_the_command_before_anything_is_written(tmp_path, capsys):
     folder = tmp_path / "run"
     assert elip("train", "clip_tiny", f"output_dir={folder}", "optim.lrr=1") == 2
@@ -165,12 +139,6 @@ def test_built_in_recipe_loads_and_survives_a_round_trip(tmp_path, name):
     config = load_recipe(name, ["data.train=a.json"])
     save_recipe(config, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == config
-
-
-@pytest.mark.parametrize("name", ["clip_vit_s16_cc3m", "clip_vit_b16_cc12m"])
-def test_a_recipe_without_built_in_data_requires_data_train(name):
-    with pytest.raises(ConfigError, match=r"data\.train: required; set data\.train=VALUE"):
-        load_recipe(name)
 
 
 def test_resuming_may_change_length_and_output_only(recipe):
@@ -189,29 +157,3 @@ def test_a_recipe_inherits_from_its_base(tmp_path):
     optim = dataclasses.replace(base.optim, lr=1e-3)
     assert own == dataclasses.replace(base, name="own", optim=optim)
     assert own.model.overrides["queue_size"] == 65536  # of the base of the base
-
-
-@pytest.mark.parametrize(
-    ("name", "batch", "epochs", "candidates"),
-    [
-        ("retrieval_albef", 16, 5, 256),
-        ("retrieval_albef_flickr", 16, 5, 128),
-        ("entailment_albef", 16, 3, None),
-        ("vqa_albef", 16, 8, None),
-        ("nlvr2_albef", 8, 10, None),
-        ("retrieval_blip", 16, 3, 256),
-        ("retrieval_blip_flickr", 16, 5, 128),
-        ("captioning_blip", 16, 6, None),
-    ],
-)
-def test_the_values_of_elip_differ_in_batch_epochs_and_selection_only(
-    name, batch, epochs, candidates
-):
-    elip, original = (load_recipe(f"{FINETUNE}/{n}", DATA) for n in (f"{name}_elip", name))
-    assert (elip.optim.batch_size, elip.optim.epochs) == (batch, epochs)
-    assert elip.task_options.get("candidates") == candidates
-    selects = name.startswith(("entailment", "nlvr2"))
-    assert elip.eval.select == (original.eval.select if selects else None)
-    changed = {"optim.batch_size", "optim.epochs", "eval.select", "name", "output_dir"}
-    assert original.optim.batch_size == 2 * batch
-    assert not resume_conflicts(original, elip, may_change=changed)

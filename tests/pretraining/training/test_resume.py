@@ -163,27 +163,23 @@ def scaled(config, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 5])
-def test_a_gradient_scaler_is_resumed_exactly(tmp_path, monkeypatch, step):
+def test_a_gradient_scaler_is_resumed_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "make_accelerator", scaled)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    overrides = ("optim.steps=8", "checkpoint_every=1", "keep_checkpoints=9")
+    overrides = ("optim.steps=8", "checkpoint_every=2", "keep_checkpoints=9")
     train(tiny_config(whole, *overrides))
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "model")
-    for number in range(step + 1, 9):
-        shutil.rmtree(stopped / "checkpoints" / f"step_{number:08}")
+    for step in (6, 8):
+        shutil.rmtree(stopped / "checkpoints" / f"step_{step:08}")
     train(tiny_config(stopped, *overrides), resume=True)
-    assert len(logged(whole, "grad_norm")) == 8
     assert logged(stopped, *NUMBERS) == logged(whole, *NUMBERS)
     scales = [
-        torch.load(folder / "checkpoints" / f"step_{number:08}" / "scaler.pt")["scale"]
-        for number in (1, step, 8)
+        torch.load(folder / "checkpoints" / f"step_{step:08}" / "scaler.pt")["scale"]
         for folder in (whole, stopped)
+        for step in (2, 4, 8)
     ]
-    assert scales[0] < 2.0**127
-    assert scales[::2] == scales[1::2]
-    assert len(set(scales)) == 3
+    assert scales[:3] == scales[3:] and len(set(scales)) == 3
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
     assert weights[0] == weights[1]
 

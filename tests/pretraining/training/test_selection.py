@@ -1,5 +1,6 @@
-"""`eval.select`: the weights that are best on the validation split are stored and evaluated."""
+"""`eval.select`: the weights that are best on the validation split are the result."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from elip_models.pretraining.data import open_source, train_tokenizer
 from elip_models.pretraining.models.registry import create_model, family_of, load_model
 from elip_models.pretraining.tasks.registry import TASKS
 from elip_models.pretraining.tasks.task import TaskScores
+from elip_models.pretraining.training.evaluation import RECORD
 from elip_models.pretraining.training.finetune import finetune_recipe
-from elip_models.pretraining.training.selection import RECORD, selected_folder
 from elip_models.pretraining.training.summary import print_summary
 from elip_models.pretraining.training.trainer import Trainer, train
 from elip_models.validation import ConfigError
@@ -55,6 +56,7 @@ def saved(tmp_path_factory):
     sizes = family_of("albef_tiny").fit_tokenizer(tokenizer, 32)
     torch.manual_seed(0)
     model = create_model("albef_tiny", image_size=32, vision_depth=2, schedule=None, **sizes)
+    folder = tmp_path_factory.mktemp("albef")
     model.save_pretrained(folder, tokenizer=tokenizer)
     return folder
 
@@ -79,60 +81,50 @@ def config_of(saved, **changes):
     return finetune_recipe("entailment_tiny", saved, TINY | changes)
 
 
-def test_the_best_weights_are_stored_and_scored_beside_the_last_ones(saved, values, capsys):
+def test_the_best_weights_are_stored_and_scored(saved, values, capsys):
     values += [30, 60, 60, 50]
-    steps = {}
+    steps, evaluate = {}, Trainer._evaluate
 
     def remember(trainer, *arguments):
-        found = evaluate(trainer, *arguments)
-        steps[trainer.step] = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-        return found
+        scores = evaluate(trainer, *arguments)
+        steps[trainer.step] = copy.deepcopy(trainer.model)
+        return scores
 
-    evaluate = Trainer._evaluate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_evaluate", remember)
         result = train(config := config_of(saved))
     assert result.selection.step == 2 and result.selection.value == pytest.approx(0.6)
-    best, last = (load_model(f"run/{name}") for name in ("best", "model"))
-    assert_equal_weights(result.model, best)
-    for step, model in ((2, best), (4, last)):
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, steps[step][name]), (step, name)
+    assert_equal_weights(result.model, steps[2])
+    assert_equal_weights(load_model("run/best"), steps[2])
+    assert_equal_weights(load_model("run/model"), steps[4])
     rows = logged(result.output_dir, "validation_accuracy")
     assert [round(row["validation_accuracy"], 2) for row in rows] == [0.3, 0.6, 0.6, 0.5]
-    assert len(logged(result.output_dir, "entailment_accuracy")) == 1  # at the end, the last ones
+    assert logged(result.output_dir, "entailment_accuracy") == [result.task_scores.metrics]
     print_summary(config, result, Console(quiet=True))
     written = json.loads(Path("run/scores.json").read_text())
     assert written["scores"] == result.task_scores.as_dict()["scores"]
-    assert written["selection"]["last"] == result.last_scores.as_dict()["scores"]
-    assert {key: written["selection"][key] for key in ("step", "metrics")} == {
-        "step": 2,
-        "metrics": ["accuracy"],
-    }
+    assert (written["selection"]["step"], written["selection"]["metrics"]) == (2, ["accuracy"])
     capsys.readouterr()
     arguments = ("--data", TINY["data.eval"], "--output", "again.json")
     assert elip("eval", "entailment", "--model", "run", *arguments) == 0
     assert "evaluating run/best, weights of step 2, the best on data.validation" in (
         " ".join(capsys.readouterr().out.split())
     )
-    again = json.loads(Path("again.json").read_text())
-    assert again["scores"] == written["scores"] and again["task"] == "entailment"
+    assert json.loads(Path("again.json").read_text())["scores"] == written["scores"]
     assert elip("eval", "entailment", "--model", "run/model", *arguments) == 0
-    assert json.loads(Path("again.json").read_text())["scores"] == written["selection"]["last"]
     assert "best" not in capsys.readouterr().out
 
 
 def test_without_eval_every_an_epoch_ends_with_a_validation(saved, values):
     values += [10, 20]
     result = train(config_of(saved, **{"eval_every": 0, "optim.steps": 7}))
-    assert [row["step"] for row in logged(result.output_dir, "validation_accuracy", "step")] == [
-        4,
-        7,
-    ]
+    rows = logged(result.output_dir, "validation_accuracy", "step")
+    assert [row["step"] for row in rows] == [4, 7]
 
 
-def test_a_resumed_run_keeps_the_best_weights(saved, values, monkeypatch):
-    values += [30, 60, 50, 40]
+def test_a_killed_run_continues_exactly_and_keeps_the_best_weights(saved, values, monkeypatch):
+    values += [30, 60, 50, 40] * 2
+    whole = train(config_of(saved, output_dir="whole"))
     step = Trainer._train_step
 
     def killed(trainer):
@@ -145,18 +137,10 @@ def test_a_resumed_run_keeps_the_best_weights(saved, values, monkeypatch):
         train(config_of(saved))
     Path("run/best").rename("run/.best.replaced")  # as if it was killed in between
     result = train(config_of(saved), resume=True)
-    assert result.selection.step == 2 and not values
+    assert result.selection == whole.selection and result.selection.step == 2 and not values
+    assert (result.loss, result.task_scores) == (whole.loss, whole.task_scores)
     assert json.loads((Path("run/best") / RECORD).read_text())["step"] == 2
     assert not list(Path("run").glob(".best*"))
-
-
-def test_a_run_without_selection_is_evaluated_by_its_last_weights(saved):
-    changes = {"data.validation": None, "eval.select": None, "eval_every": 0, "optim.steps": 1}
-    result = train(config_of(saved, **changes))
-    assert result.selection is None and result.task_scores is result.last_scores
-    assert selected_folder(Path("run")) == (Path("run/model"), None)
-    assert selected_folder(Path("run/model")) == (Path("run/model"), None)
-    assert not Path("run/best").exists()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +150,6 @@ def test_a_run_without_selection_is_evaluated_by_its_last_weights(saved):
         ({"eval.select": ["accuracy", "cider"]}, r"the metrics of entailment, got \"cider\""),
         ({"data.validation": None}, r"data\.validation: expected a source, since eval\.select"),
         ({"data.validation": TINY["data.eval"]}, "expected another split than data.eval"),
-        ({"data.validation": "emoji_entailment:sizes=1"}, r"^data\.validation: "),
     ],
 )
 def test_a_selection_that_cannot_be_made_raises(saved, changes, message):

@@ -40,8 +40,6 @@ def test_sharded_runs_equal_replicated_ones(failed, case):
 UNSUPPORTED = [
     ("albef_tiny", "seed=0", "the momentum encoders of ALBEF"),
     ("clip_tiny", "optim.precision=fp16", r"optim\.precision=fp16"),
-    ("clip_tiny", "optim.name=muon", r"optim\.name=muon"),
-    ("meter_tiny", "optim.ema=0.9", r"optim\.ema"),
     ("meter_tiny", "optim.compile=eager", r"optim\.compile"),
 ]
 

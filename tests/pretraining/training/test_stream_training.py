@@ -111,46 +111,27 @@ def test_a_pass_has_every_sample_once_and_the_next_in_another_order_and_augmenta
     assert first != second and len(set(drawn(batches))) == 40
 
 
-@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (2, 2)])
-def test_readers_share_each_pass_without_waiting(folder, world_size, num_workers):
-    """Distribute five shards over readers, which do not wait for each other."""
-    workers, first_pass = max(1, num_workers), []
-    for rank in range(world_size):
-        batches = batches_of(
-            spec(folder), rank=rank, world_size=world_size, num_workers=num_workers
-        )
-        batches = take(20 * workers, batches)
-        for worker in range(workers):
+def test_readers_share_each_pass_without_waiting(folder):
+    """Distribute five shards over two workers of two ranks, which do not wait for each other."""
+    first_pass = []
+    for rank in range(2):
+        batches = take(40, batches_of(spec(folder), rank=rank, world_size=2, num_workers=2))
+        for worker in range(2):
             own = numbers(batch for batch in batches if batch["worker"] == worker)
             assert len(own) == 40
-            shards = len(range(rank * workers + worker, SHARDS, world_size * workers))
-            first_pass += own[: shards * SAMPLES]
+            first_pass += own[: len(range(2 * rank + worker, SHARDS, 4)) * SAMPLES]
     assert sorted(first_pass) == list(range(20))
 
 
-@pytest.mark.parametrize(("world_size", "num_workers", "readers"), [(6, 0, 6), (3, 2, 6)])
-def test_fewer_shards_than_readers(folder, world_size, num_workers, readers):
-    options = {"world_size": world_size, "num_workers": num_workers}
-    with pytest.raises(ValueError, match=rf"at least {readers} shards.*got 5; .*num_workers"):
+def test_fewer_shards_than_readers(folder):
+    options = {"world_size": 3, "num_workers": 2}
+    with pytest.raises(ValueError, match=r"at least 6 shards.*got 5; .*num_workers"):
         batches_of(spec(folder), **options)
     own = [
         tuple(numbers(take(10, batches_of(spec(folder, resample=True), rank=rank, **options))))
         for rank in range(2)
     ]
     assert own[0] != own[1]
-
-
-@pytest.mark.parametrize(("num_workers", "done"), [(0, 1), (0, 4), (2, 5)])
-def test_a_resumed_run_continues_with_the_next_sample(folder, num_workers, done):
-    options = {"num_workers": num_workers, "batch_size": 3}
-    whole = take(20, batches_of(spec(folder), **options))
-    positions = [(0, 0)] * max(1, num_workers)
-    for batch in whole[:done]:
-        positions[batch["worker"]] = batch["position"]
-    resumed = stream_loader(batches_of(spec(folder), **options), positions, done)
-    after = list(itertools.islice(resumed, 20 - done))
-    assert after[0]["worker"] == done % max(1, num_workers)
-    assert (numbers(after), drawn(after)) == (numbers(whole[done:]), drawn(whole[done:]))
 
 
 def test_lost_shards_and_samples_are_reported_and_the_others_are_read(folder, tmp_path):
@@ -168,13 +149,12 @@ def test_lost_shards_and_samples_are_reported_and_the_others_are_read(folder, tm
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("members", [None, [], [("a.png", b"no image"), ("a.txt", b"a")]])
+@pytest.mark.parametrize("members", [None, [("a.png", b"no image"), ("a.txt", b"a")]])
 def test_a_stream_without_a_readable_sample_is_a_data_error(tmp_path, members, num_workers):
     if members is not None:
         shard(tmp_path / "a.tar", members)
-    batches = batches_of(
-        {"stream": f"file://{tmp_path}/a.tar", "samples": 5}, num_workers=num_workers
-    )
+    stream = {"stream": f"file://{tmp_path}/a.tar", "samples": 5}
+    batches = batches_of(stream, num_workers=num_workers)
     with pytest.raises(DataError, match=r"^no readable sample in 20 consecutive shards.*a\.tar: "):
         take(9, batches)
 
@@ -230,12 +210,8 @@ def stream(url, **options):
 
 @pytest.mark.parametrize("num_workers", first_quick([0, 2]))
 def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(tmp_path, num_workers):
-    overrides = (
-        stream(scenes(tmp_path)),
-        f"data.num_workers={num_workers}",
-        "checkpoint_every=3",
-        "optim.steps=5",
-    )
+    overrides = (stream(scenes(tmp_path)), "checkpoint_every=3", "optim.steps=5")
+    overrides += (f"data.num_workers={num_workers}",)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     result = train(tiny_config(whole, *overrides))
     assert result.skipped.startswith("All of 40 samples")
@@ -252,11 +228,9 @@ def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(tmp_path, num_wo
 @pytest.mark.slow
 def test_too_many_lost_shards_stop_the_run(tmp_path):
     urls = scenes(tmp_path).replace("3}", "4}")
-    config = tiny_config(
-        tmp_path / "run", stream(urls), "optim.steps=600", "data.max_bad_share=0.1"
-    )
+    options = (stream(urls), "optim.steps=600", "data.max_bad_share=0.1")
     with pytest.raises(DataError, match=r"\d+ of \d+ shards .*4\.tar \(FileNotFoundError: "):
-        train(config)
+        train(tiny_config(tmp_path / "run", *options))
 
 
 def test_a_run_over_https_reports_unreadable_shards(tmp_path):

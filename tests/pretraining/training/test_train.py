@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import subprocess
 import sys
 import warnings
@@ -40,14 +39,6 @@ def losses(folder):
     return [row["loss"] for row in logged(folder, "loss")]
 
 
-def assert_all_losses_fall(folder, recipe):
-    rows = logged(folder, *LOSSES[recipe])
-    tenth = len(rows) // 10
-    for name in LOSSES[recipe]:
-        first, last = (sum(row[name] for row in part) for part in (rows[:tenth], rows[-tenth:]))
-        assert last < first, name
-
-
 def test_loss_falls_and_the_saved_model_is_the_trained_one(tmp_path):
     options = ("data.train=emoji_scenes:size=16", "optim.steps=40", "optim.lr=0.003")
     result = train(tiny_config(tmp_path, *options))
@@ -59,27 +50,18 @@ def test_loss_falls_and_the_saved_model_is_the_trained_one(tmp_path):
     assert rates == [learning_rate(step, optim, total_steps=40) for step in range(40)]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_all_losses_fall(recipe, tmp_path):
-    data = ("data.train=emoji_scenes:size=200", "optim.batch_size=16")
-    steps = ("optim.steps=200", "optim.warmup_steps=10")
-    result = train(tiny_config(tmp_path, *data, *steps, recipe=recipe))
-    assert_all_losses_fall(tmp_path, recipe)
-    if "loss_itc" in LOSSES[recipe]:  # well below what features that say nothing have
-        last = [row["loss_itc"] for row in logged(tmp_path, "loss_itc")][-20:]
-        assert sum(last) / 20 < math.log(16 + result.model.config.queue_size) - 0.2
-    other = load_model(tmp_path / "model")
-    assert_equal_weights(other, result.model)
-    assert len(load_tokenizer(tmp_path / "model")) == other.config.vocab_size
-
-
 @pytest.mark.parametrize("recipe", tiered(reversed(RECIPES), [], slow=["meter_tiny"]))
-def test_shards_train_too(recipe, tmp_path, scene_files):
+def test_all_losses_fall_on_shards(recipe, tmp_path, scene_files):
     data = (f"data.train={scene_files / 'train-000{0..3}.tar'}", "data.vocab_size=600")
     sizes = ("optim.batch_size=16", "optim.steps=100", "optim.warmup_steps=10")
-    train(tiny_config(tmp_path, *data, *sizes, recipe=recipe))
-    assert_all_losses_fall(tmp_path, recipe)
+    result = train(tiny_config(tmp_path, *data, *sizes, recipe=recipe))
+    rows = logged(tmp_path, *LOSSES[recipe])
+    for name in LOSSES[recipe]:
+        first, last = (sum(row[name] for row in part) for part in (rows[:10], rows[-10:]))
+        assert last < first, name
+    saved = load_model(tmp_path / "model")
+    assert_equal_weights(saved, result.model)
+    assert len(load_tokenizer(tmp_path / "model")) == saved.config.vocab_size
 
 
 def test_same_seed_same_losses_other_seed_other_losses(tmp_path):
@@ -93,13 +75,7 @@ def test_accumulation_takes_half_as_many_steps_of_the_epoch(tmp_path):
     data = ("data.train=emoji_scenes:size=64", "optim.steps=null", "optim.epochs=1")
     options = (*data, "optim.batch_size=8", "optim.grad_accumulation=2")
     assert train(tiny_config(tmp_path, *options)).step == 4
-    rows = logged(tmp_path, "loss", "step", "epoch")
-    assert [(row["step"], row["epoch"]) for row in rows] == [
-        (1, 0.25),
-        (2, 0.5),
-        (3, 0.75),
-        (4, 1.0),
-    ]
+    assert [row["epoch"] for row in logged(tmp_path, "epoch", "loss")] == [0.25, 0.5, 0.75, 1.0]
 
 
 CHEAP = [
@@ -184,8 +160,7 @@ def test_text_init_loads_the_text_tower(tmp_path):
 
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-OPTIONS = ("optim.name=muon", "optim.ema=0.7", "optim.compile=aot_eager")
-SIGMOID = (*OPTIONS, "model.overrides.loss=sigmoid")
+SIGMOID = ("optim.compile=aot_eager", "model.overrides.loss=sigmoid")
 
 
 @pytest.mark.parametrize("options", tiered([((),), (SIGMOID,)], [], slow=[((),)]))
@@ -210,18 +185,14 @@ def test_an_evaluation_may_take_longer_than_processes_wait_in_training(tmp_path)
 
 UNFIT = [
     ("clip_tiny", "model.name=clip_tny", "model: .*clip_tny"),
-    ("clip_tiny", "model.overrides={colour: red}", "model: .*colour"),
     ("clip_tiny", "model.overrides.gather=global", r"model\.overrides\.gather: .*optim\.gather"),
     ("clip_tiny", "data.train=missing.json", r"data\.train: .*missing\.json"),
-    ("clip_tiny", "data.eval=missing.json", r"data\.eval: .*missing\.json"),
     ("clip_tiny", "data.vocab_size=5", r"data\.vocab_size: .*at least 261.*got 5"),
-    ("clip_tiny", "data.tokenizer=/missing/folder", r"data\.tokenizer: .*missing/folder"),
     ("clip_tiny", "optim.batch_size=49", r"optim\.batch_size: .*at most 48.*got 49"),
     ("clip_tiny", "trackers=[blackboard]", "trackers: .*blackboard"),
     ("meter_tiny", "report=[retrieval]", "report: expected no retrieval.*METER"),
     ("albef_tiny", "optim.batch_size=32", "model: queue_size: expected at least the batch, 32"),
     ("albef_tiny", "optim.lr_scale={temprature: 0.1}", "optim: lr_scale: .*temprature"),
-    ("albef_tiny", "model.text_init=bert", "model.vision_init, model.text_init: text"),
 ]
 
 
@@ -263,10 +234,7 @@ def test_a_run_continues_and_counts_nonfinite_steps(tmp_path, monkeypatch):
     assert [row["loss"] for row in rows[:2]] == [rows[0]["loss"]] * 2  # of the last finite step
     assert rows[3]["loss"] < rows[0]["loss"] and result.step == 4
     assert [row["nonfinite"] for row in logged(tmp_path, "nonfinite")] == [1, 1, 1]
-    weights = [
-        tensor for tensor in result.model.state_dict().values() if tensor.is_floating_point()
-    ]
-    assert all(weight.isfinite().all() for weight in weights)
+    assert all(weight.isfinite().all() for weight in result.model.parameters())
 
 
 def test_too_many_nonfinite_steps_end_the_run_and_keep_the_last_checkpoint(tmp_path, monkeypatch):

@@ -1,25 +1,20 @@
-"""Options of training: initial weights, optimisers, a moving average, compilation."""
+"""Options of training: initial weights, and compilation."""
 
-import dataclasses
 import io
 import shutil
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
-from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from elip_models.pretraining.models.clip.model import CLIP
-from elip_models.pretraining.models.registry import load_model
-from elip_models.pretraining.tasks.retrieval import Retrieval
+from elip_models.pretraining.models.registry import FAMILIES, load_model
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_config
-from tests.helpers.weights import assert_equal_weights
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +47,8 @@ def assert_same(one, other):
         assert torch.equal(other[name], weight), name
 
 
-RESUMED = [
-    (recipe, options)
-    for recipe in ("clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny")
-    for options in (
-        ("optim.name=lion", "optim.lr=1e-4"),
-        ("optim.name=muon",),
-        ("optim.ema=0.7",),
-        ("optim.compile=aot_eager",),
-    )
-]
-RESUMED += [  # dropout, drawn negatives, masked tokens, and a queue that wraps around
+RESUMED = [  # compiled, dropout, drawn negatives, masks, and a queue that wraps
+    *((f"{family}_tiny", ("optim.compile=aot_eager",)) for family in FAMILIES),
     ("albef_tiny", ("model.overrides.text_dropout=0.1",)),
     ("blip_tiny", ("model.overrides.text_dropout=0.1",)),
     ("meter_tiny", ("model.overrides.dropout=0.1",)),
@@ -72,69 +58,38 @@ RESUMED += [  # dropout, drawn negatives, masked tokens, and a queue that wraps 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "options"),
-    tiered(RESUMED, [RESUMED[0]], slow=[("clip_tiny", ("optim.ema=0.7",)), *RESUMED[-2:]]),
+    tiered(RESUMED, [RESUMED[0]], slow=RESUMED[-2:]),
 )
 def test_resuming_is_exact(recipe, options, tmp_path):
     assert_same(*train_resumed(tmp_path, *options, recipe=recipe))
 
 
-@pytest.mark.parametrize("name", tiered(["muon", "lion"], [], slow=["muon"]))
-def test_every_optimiser_trains(name, tmp_path):
-    lr = {"lion": "3e-4", "muon": "0.003"}[name]
-    data = ("data.train=emoji_scenes:size=16", "optim.steps=30")
-    train(tiny_config(tmp_path, *data, f"optim.name={name}", f"optim.lr={lr}"))
-    assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
-
-
-def test_the_average_is_saved_and_evaluated_and_does_not_change_training(tmp_path):
-    settings = ("checkpoint_every=1", "keep_checkpoints=4", "report=[retrieval]")
-    result = train(tiny_config(tmp_path / "average", *settings, "optim.ema=0.7"))
-    plain = train(tiny_config(tmp_path / "plain", *settings))
-    assert losses(tmp_path / "average") == losses(tmp_path / "plain")
-    folders = sorted((tmp_path / "average" / "checkpoints").iterdir())
-    steps = [load_file(folder / "model.safetensors") for folder in folders]
-    expected = dict(steps[0])
-    for weights in steps[1:]:
-        expected = {n: 0.7 * expected[n] + 0.3 * weight for n, weight in weights.items()}
-    saved = load_model(tmp_path / "average" / "model")
-    assert_equal_weights(result.model, saved)
-    for name, weight in saved.state_dict().items():
-        torch.testing.assert_close(weight, expected[name])
-    scores = Retrieval(candidates=0).evaluate(saved.eval(), result.tokenizer, result.eval_source)
-    assert scores.scores == result.scores.scores
-    last = plain.model.state_dict()
-    assert all(torch.equal(last[name], weight) for name, weight in steps[-1].items())
-
-
 @pytest.mark.slow
 def test_a_compiled_step_is_recompiled_only_where_patch_dropout_ends(tmp_path):
-    options = (
-        "{strategy: patch_dropout, strategy_options: {keep_ratio: 0.5, until: 2}, schedule: null}"
+    dropout = (
+        "model.overrides.strategy=patch_dropout",
+        "model.overrides.strategy_options={keep_ratio: 0.5, until: 2}",
+        "model.overrides.schedule=null",
     )
     for name, compiled in (("plain", "false"), ("compiled", "eager")):
-        settings = ("model.name=clip_tiny", f"optim.compile={compiled}")
-        config = tiny_config(tmp_path / name, *settings)
-        overrides = config.model.overrides | yaml.safe_load(options)
-        model = dataclasses.replace(config.model, overrides=overrides)
         torch.compiler.reset()
         counters.clear()
         with own_process():
-            result = train(dataclasses.replace(config, model=model))
+            config = tiny_config(tmp_path / name, f"optim.compile={compiled}", *dropout)
+            result = train(config)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
     assert type(result.model) is CLIP
 
 
-COMPILED = ("clip_tiny", "albef_tiny", "blip_tiny", "meter_tiny")
-
-
-@pytest.mark.parametrize("recipe", tiered(COMPILED, [], slow=["clip_tiny"]))
-def test_compiled_training_gives_the_losses_of_uncompiled(recipe, tmp_path):
+@pytest.mark.parametrize("family", tiered(FAMILIES, [], slow=["clip"]))
+def test_compiled_training_gives_the_losses_of_uncompiled(family, tmp_path):
     for name in ("false", "aot_eager"):
+        options = {"recipe": f"{family}_tiny"}
         torch.compiler.reset()
         with own_process():
-            train(tiny_config(tmp_path / name, f"optim.compile={name}", recipe=recipe))
+            train(tiny_config(tmp_path / name, f"optim.compile={name}", **options))
     assert losses(tmp_path / "aot_eager") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
