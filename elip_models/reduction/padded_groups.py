@@ -117,7 +117,6 @@ def _joined(
         reduction = _joined_reduction(reductions, groups, K, N, mask, slots)
     joined = {
         "attention": _spread([info.attention for info in results], groups, N),
-        "weights": _spread([info.weights for info in results], groups, N, fill=1),
         "sizes": _spread([info.sizes for info in results], after, R),
     }
     if tower.has_positions and like.positions is not None:

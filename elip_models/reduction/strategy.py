@@ -29,7 +29,6 @@ class StageInfo(NamedTuple):
         attention: (B, N) the row of scores that selected, prefix tokens included, or None.
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
-        weights: (B, N) the factor of each token in its row's sum, beside its size; None means 1.
         groups: of a padded batch under a strategy that takes none, the groups of images that were
             reduced together (`padded_groups.py`).
     """
@@ -39,7 +38,6 @@ class StageInfo(NamedTuple):
     attention: Tensor | None = None
     sizes: Tensor | None = None
     positions: Tensor | None = None
-    weights: Tensor | None = None
     groups: tuple[Any, ...] = ()
 
     @property

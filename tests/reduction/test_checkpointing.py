@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
-from elip_models import ELIP, TRIPS, CrossGET, EViT, ToMe
+from elip_models import ELIP, TRIPS, EViT, GuidedToMe, ToMe
 from elip_models.reduction import scorers
 from elip_models.reduction.strategies import elip as stage
 from tests.helpers.tiers import slow_except, tiered
@@ -183,7 +183,7 @@ IN_SEVERAL = {
     "tome": ToMe(4),
     "nearest": ELIP("1(100%) 2(50%)", merge="nearest"),
     "evit": EViT(0.7, layers=(1,)),
-    "crossget": CrossGET(4),
+    "guided_tome": GuidedToMe(4),
 }
 
 

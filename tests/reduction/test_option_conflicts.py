@@ -118,8 +118,8 @@ def test_the_command_line_refuses_both_too():
     ("options", "has", "owners"),
     [
         ({"scorer": "exact"}, "has no such option", "'elip', 'adaptive', 'trips'"),
-        ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'guided_tome', 'crossget', 'elip'"),
-        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'guided_tome', 'pitome', 'crossget'"),
+        ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'guided_tome', 'elip'"),
+        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'guided_tome'"),
     ],
     ids=str,
 )

@@ -87,7 +87,7 @@ def test_a_mask_of_the_caller_is_refused_in_an_exported_graph(strict):
         model(x, attention_mask=mask)
 
 
-PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "crossget", "adaptive")]
+PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "guided_tome", "adaptive")]
 
 
 @torch.no_grad()

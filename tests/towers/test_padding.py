@@ -180,10 +180,9 @@ def test_parts_add_up_to_the_model_on_images_of_one_size(name):
     [
         ("SigLIP 2", "tome:r=5"),
         ("NaFlex avg", "tome:r=5"),
-        pytest.param("SigLIP 2", "pitome:r=5", marks=pytest.mark.slow),
         pytest.param(HAS_CLS, "evit:merge=nearest", marks=pytest.mark.slow),
         pytest.param(HAS_CLS, "adaptive", marks=pytest.mark.slow),
-        pytest.param("NaFlex axial", "pitome:r=1", marks=pytest.mark.slow),
+        pytest.param("NaFlex axial", "tome:r=1", marks=pytest.mark.slow),
         pytest.param("NaFlex DINOv3", "tome:r=3", marks=pytest.mark.slow),
     ],
 )
@@ -220,10 +219,8 @@ def test_intermediate_tokens_are_whole_grids():
 
 
 GROUPED = {
-    "pitome": "pitome:r=1",  # the energies of two last patches would be equal
     "received": "elip:scorer=received,schedule=clip",
     "received nearest": "elip:scorer=received,merge=nearest,proportional=True,schedule=clip",
-    "crossget": "crossget:r=5",
     "evit": "evit:layers=all,keep_ratio=0.8",
     "evit nearest": "evit:merge=nearest",
     "elip": "elip:schedule=clip",
@@ -232,13 +229,13 @@ GROUPED = {
     "adaptive": "adaptive:keep_mass=0.6,schedule=clip",
     "adaptive nearest": "adaptive:merge=nearest,proportional=True,schedule=clip",
 }
-GUIDED = {"crossget", "elip", "elip exact", "trips", "adaptive", "adaptive nearest"}
+GUIDED = {"elip", "elip exact", "trips", "adaptive", "adaptive nearest"}
 NEEDS_CLS = GUIDED | {"evit", "evit nearest"}
-KEEPS_ONE = {"pitome", "crossget", "evit", "evit nearest"}  # a schedule refuses one patch
+KEEPS_ONE = {"evit", "evit nearest"}  # a schedule refuses one patch
 GROUPED_CASES = [
     pytest.param(
         *(strategy, name),
-        marks=[] if strategy in ("pitome", "elip") and name == HAS_CLS else pytest.mark.slow,
+        marks=[] if strategy in ("evit", "elip") and name == HAS_CLS else pytest.mark.slow,
     )
     for strategy in GROUPED
     for name in ([HAS_CLS, "NaFlex axial"] if strategy in NEEDS_CLS else MODELS)

@@ -5,7 +5,7 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_models import CrossGET, EViT, PiToMe, ToMe
+from elip_models import EViT, ToMe
 from elip_models.reduction.step import ForwardState
 from elip_models.towers import as_tower
 from tests.helpers.models import BIASED, ROTARY, TOWERS
@@ -60,7 +60,7 @@ def test_positions_follow_tokens_through_the_stages():
 
 EXACT = {"schedule": SCHEDULE, "scorer": "exact"}
 PLACED = {"elip": EXACT, "evit": {"strategy": "evit"}, "nearest": EXACT | {"merge": "nearest"}}
-PLACED |= {"tome": {"strategy": "tome"}, "pitome": {"strategy": "pitome"}}
+PLACED |= {"tome": {"strategy": "tome"}}
 
 
 @pytest.mark.parametrize("how", tiered(PLACED, ["elip"], slow=["evit"]))
@@ -81,8 +81,6 @@ def test_checkpointing_replays_the_positions(model, how):
 MERGES = {
     "tome": ToMe((9, 0, 12, 3, 0, 0)),
     "tome without norms": ToMe((9, 0, 12, 3, 0, 0), keep_norm=True, compare="tokens"),
-    "pitome": PiToMe((9, 0, 12, 3, 0, 0)),
-    "crossget": CrossGET((9, 0, 12, 3, 0, 0)),
 }
 
 
