@@ -29,8 +29,6 @@ class StageInfo(NamedTuple):
         attention: (B, N) the row of scores that selected, prefix tokens included, or None.
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
-        groups: of a padded batch under a strategy that takes none, the groups of images that were
-            reduced together (`padded_groups.py`).
     """
 
     stage: Stage
@@ -38,7 +36,6 @@ class StageInfo(NamedTuple):
     attention: Tensor | None = None
     sizes: Tensor | None = None
     positions: Tensor | None = None
-    groups: tuple[Any, ...] = ()
 
     @property
     def mask(self) -> Tensor | None:
@@ -105,8 +102,7 @@ class Strategy(CostModel):
         merge: what becomes of dropped tokens, see `Merge`.
         drops_patches: the last block returns no patch, only the class token.
         pads: images of a batch may keep different numbers of tokens; some slots are padding.
-        takes_padding: a step takes a padded batch, see `Context.mask`. Otherwise, images with
-            the same number of patches are reduced together.
+        takes_padding: a step takes a padded batch, see `Context.mask`; others raise an error.
     """
 
     name: ClassVar[str]
