@@ -14,7 +14,6 @@ from tests.helpers.models import eva, open_clip_vit, output, siglip_vision
 from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.towers import (
     SCHEDULE,
-    WIDTH,
     assert_equal_gradients,
     clip_vit,
     gradients,
@@ -56,20 +55,6 @@ def test_encode_image_raises_for_a_reduced_model(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
     with pytest.raises(ValueError, match="unreduce_"):
         elip_models.encode_image(model, images(), schedule=SCHEDULE)
-
-
-def test_a_method_that_would_remove_blocks_raises(model):
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    with pytest.raises(ValueError, match=r"prune_intermediate_layers.*unreduce_"):
-        model.prune_intermediate_layers(2)
-    elip_models.unreduce_(model)
-    assert model.prune_intermediate_layers(2) == [4, 5]
-
-
-def test_attention_masks_raise(model):
-    elip_models.reduce_(model, schedule=SCHEDULE)
-    with pytest.raises(ValueError, match="attn_mask"):
-        model.blocks[1](torch.randn(2, 37, WIDTH), attn_mask=torch.zeros(37, 37))
 
 
 def test_guidance_looks_through_data_parallel_wrappers(model, free_port):

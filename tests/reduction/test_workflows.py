@@ -3,7 +3,6 @@
 import copy
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
-from tests.helpers.models import hf_clip, hf_vision, ids, open_clip_pair
+from tests.helpers.models import hf_clip
 from tests.helpers.towers import images
 
 BY_ANY = pytest.mark.parametrize("how", [{}, {"strategy": "elip"}], ids=["default", "elip"])
@@ -92,50 +91,7 @@ def test_image_features_alone():
     assert found.shape == dense.shape and not torch.allclose(found, dense)
 
 
-def test_image_classification_pipeline(picture):
-    model = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).eval()
-    elip_models.reduce_(model, strategy="tome:r=3")
-    size = {"height": 48, "width": 48}
-    image_processor = transformers.ViTImageProcessor(size=size)
-
-    def chances():
-        logits = model(**image_processor(picture, return_tensors="pt")).logits[0]
-        return dict(zip(model.config.id2label.values(), logits.softmax(0).tolist(), strict=True))
-
-    reduced = chances()
-    pipe = transformers.pipeline(
-        "image-classification", model=model, image_processor=image_processor
-    )
-    found = {each["label"]: each["score"] for each in pipe(picture, top_k=5)}
-    assert found == pytest.approx(reduced)
-    elip_models.unreduce_(model)
-    assert found != pytest.approx(chances())
-
-
 # open_clip
-
-
-@BY_ANY
-def test_zero_shot_classifier_of_open_clip(how):
-    model, pixels, prompts = open_clip_pair().eval(), images(2), ids(3)
-    elip_models.reduce_(model, keep=0.6, **how)
-    with torch.no_grad():
-        classes = model.encode_text(prompts, normalize=True)
-        features = model.encode_image(pixels, normalize=True)
-        logits = (100 * features @ classes.T).softmax(-1)
-        found = model(pixels, prompts)
-    assert logits.shape == (2, 3)
-    torch.testing.assert_close(found["image_features"], features)
-
-
-@BY_ANY
-def test_training_step_of_open_clip_with_its_loss(how):
-    model, loss = open_clip_pair().train(), open_clip.ClipLoss()
-    elip_models.reduce_(model, keep=0.6, **how)
-    model.set_grad_checkpointing()
-    out = model(images(4), ids(4))
-    loss(out["image_features"], out["text_features"], out["logit_scale"]).backward()
-    assert all(p.grad is not None for p in model.visual.parameters())
 
 
 # timm
@@ -175,16 +131,6 @@ def test_channels_last_images_and_an_empty_batch():
     found = model(pixels.to(memory_format=torch.channels_last))
     torch.testing.assert_close(found, model(pixels))
     assert model(pixels[:0]).shape == (0, 5)
-
-
-def test_the_rate_changes_live():
-    model, pixels, counts = reduced(), x(), []
-    for keep in (1.0, 0.8, 0.5):
-        elip_models.reduce_(model, keep=keep)
-        with elip_models.record_stages(model) as infos:
-            model(pixels)
-        counts.append(infos[-1].stage.keep if infos else 16)
-    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 3
 
 
 # accelerate, peft
