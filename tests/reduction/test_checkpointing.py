@@ -38,13 +38,8 @@ def checkpointed_blocks(model):
     return lambda x: in_blocks(model, x, partial(checkpoint, use_reentrant=False))
 
 
-def segments(model):
-    def forward(x):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
-        return model.forward_head(model.norm(x))
-
-    return forward
+def in_segments(model):
+    return lambda x: sequential(model, x)
 
 
 def timm_checkpointing(model):
@@ -53,7 +48,7 @@ def timm_checkpointing(model):
 
 
 @pytest.mark.parametrize("scorer", ["exact", "last"])
-@pytest.mark.parametrize("wrap", [checkpointed_blocks, segments, timm_checkpointing])
+@pytest.mark.parametrize("wrap", [checkpointed_blocks, in_segments, timm_checkpointing])
 def test_checkpointing_replays_the_selection(wrap, scorer):
     model = clip_vit(proj_drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.2)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)

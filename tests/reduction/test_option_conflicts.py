@@ -40,7 +40,6 @@ BOTH = pytest.mark.parametrize("call", [reduce_, encode], ids=["reduce_", "encod
     "make",
     [
         lambda merge: ELIP(merge=merge),
-        lambda merge: reduce_(plain_vit(), strategy="elip", merge=merge),
         lambda merge: create_model("elip_clip_tiny", merge=merge),
         lambda merge: strategy_of(
             (stored := settings_of(ELIP("clip")))

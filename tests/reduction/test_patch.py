@@ -138,19 +138,21 @@ def test_a_block_that_is_used_twice_raises_and_nothing_changes(make):
     assert torch.equal(output(elip_models.unreduce_(model), x), expected)
 
 
-def test_guidance_is_scoped_and_nests(model):
-    elip_models.reduce_(model, schedule=SCHEDULE, without_text="vision")
-    model.eval()
-    x, a, b = images(), text(), text()
+def test_guidance_is_scoped_and_ends_in_any_order(model):
+    elip_models.reduce_(model.eval(), schedule=SCHEDULE, fusion=0.2)
+    x = images()
     plain = model(x)
-    with elip_models.guidance(model, a):
-        guided = model(x)
-        with elip_models.guidance(model, b):
-            model(x)
-        assert torch.equal(model(x), guided)
-    assert torch.equal(model(x), plain)
-    with pytest.raises(ZeroDivisionError), elip_models.guidance(model, a):
+    first, second = (elip_models.guidance(model, text()) for _ in range(2))
+    with pytest.raises(ZeroDivisionError), first:
+        by_first = model(x)
+        with elip_models.guidance(model, text()):
+            assert not torch.equal(model(x), by_first)
+        assert torch.equal(model(x), by_first)
+        second.__enter__()
+        by_second = model(x)
         raise ZeroDivisionError
+    assert torch.equal(model(x), by_second) and not torch.equal(by_second, plain)
+    second.__exit__(None, None, None)
     assert torch.equal(model(x), plain)
 
 
