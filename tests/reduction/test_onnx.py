@@ -20,7 +20,6 @@ from elip_models import (
     RandomPruning,
 )
 from elip_models.towers import as_tower
-from tests.helpers.models import hf_clip, ids, open_clip_pair
 from tests.helpers.strategies import WITHOUT_TEXT
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit
@@ -84,25 +83,6 @@ def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(x), features, **CLOSE)
     assert not drawn
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("library", ["open_clip", "HF"])
-def test_a_whole_clip_is_guided_by_its_text_input(library):
-    model = {"open_clip": open_clip_pair, "HF": hf_clip}[library]().eval()
-    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.0, guidance_norm="match")
-
-    def inputs_of(batch):
-        return tuple(f(batch) for f in ((images, ids) if library == "open_clip" else (ids, images)))
-
-    inputs = inputs_of(2)
-    program = exported(model, inputs, dynamic=({0: BATCH}, {0: BATCH}))
-    other = tuple(ids() if t.dtype == torch.int64 else t for t in inputs)
-    for each in (inputs, other, inputs_of(5)):
-        assert_runs_alike(program, model, *each)
-    of_image = -1 if library == "HF" else 0
-    session = opened(program)
-    assert not torch.allclose(run(session, *inputs)[of_image], run(session, *other)[of_image])
 
 
 class OpCall(nn.Module):

@@ -34,7 +34,16 @@ from tests.helpers.models import (
 from tests.helpers.official import check_gradients, tower
 from tests.helpers.strategies import with_every_strategy
 from tests.helpers.tiers import slow_except, tiered
-from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text, whole_grid
+from tests.helpers.towers import (
+    SCHEDULE,
+    WIDTH,
+    assert_equal_gradients,
+    gradients,
+    images,
+    plain_vit,
+    text,
+    whole_grid,
+)
 
 
 def evit_case(golden):
@@ -231,7 +240,9 @@ def test_copies_reduce_and_can_be_undone(strategy, how):
     assert torch.equal(output(elip_models.unreduce_(other), x), dense)
 
 
-COMPILED = [("timm", name) for name in STRATEGIES]
+SCORERS = ("official", "bf16", "cls", "last", 1)
+COMPILING = STRATEGIES | {f"elip {s}": ELIP(SCHEDULE, scorer=s) for s in SCORERS}
+COMPILED = [("timm", name) for name in COMPILING]
 COMPILED += [(library, name) for library in ("open_clip", "HF CLIP") for name in MECHANISMS]
 
 
@@ -240,14 +251,20 @@ COMPILED += [(library, name) for library in ("open_clip", "HF CLIP") for name in
 )
 def test_compiles_whole_forward_and_backward(library, name):
     torch._dynamo.reset()
-    model, strategy, x, t = TOWERS[library](), STRATEGIES[name], images(), text()
+    model, strategy, x, t = TOWERS[library](), COMPILING[name], images(), text()
     expected = patched(model, strategy, x, t)
+    expected.square().sum().backward()
+    trained = gradients(model)
+    model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    other = patched(model, strategy, x, 2 * t, compiled)
     got = patched(model, strategy, x, t, compiled)
+    got.square().sum().backward()
+    assert gradients(model).keys() == trained.keys()
     if strategy.name not in ("random", "patch_dropout"):  # whose draws are the compiler's own
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    got.square().sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        assert_equal_gradients(gradients(model), trained, atol=1e-4, rtol=1e-4)
+        assert strategy.is_guided or torch.equal(other, got)
 
 
 def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
@@ -282,6 +299,10 @@ def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
         (
             lambda: elip_models.reduce_(plain_vit(), strategy=ToMe(4), schedule=SCHEDULE),
             r"schedule: expected it inside the instance, tome\(schedule",
+        ),
+        (
+            lambda: elip_models.reduce_(plain_vit(), "elip:scorer=cls", scorer="exact"),
+            "scorer: expected it once",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import elip_models
-from elip_models import PatchDropout, ToMe
+from elip_models import PatchDropout
 from elip_models.reduction.user_warnings import warn_once
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
 from tests.helpers.towers import images, plain_vit, text
@@ -52,24 +52,6 @@ def test_a_preset_means_the_papers_schedule_at_any_depth(depth):
     counts = [layer.attention for layer in elip_models.reduction_summary(model).tokens]
     assert sorted(set(counts), reverse=True) == [197, 178, 129, 80][-depth:]
     assert model(x).shape == (1, 3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keep": 0.05}, "keep: expected at least 0.13.*got 0.05; reduce in earlier layers"),
-        (
-            {"keep": 0.05, "strategy": "elip"},
-            "keep: expected at least 0.17.*got 0.05; reduce in earlier layers",
-        ),
-        ({"keep": True}, "keep: expected a float in .* got True; pass 1.0 for all"),
-        ({"strategy": "elip:scorer=cls", "scorer": "exact"}, "scorer: expected it once"),
-        ({"strategy": ToMe(8), "scorer": "exact"}, "scorer: expected it inside the instance"),
-    ],
-)
-def test_wrong_arguments_raise(options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        elip_models.reduce_(vit(), **options)
 
 
 def test_a_summary_is_read_by_a_person():
