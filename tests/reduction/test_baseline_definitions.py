@@ -7,6 +7,7 @@ import torch
 
 import elip_models
 from elip_models import ELIP, AdaptiveELIP, ImageResize, PatchDropout, RandomPruning
+from tests.helpers.models import TOWERS, output
 from tests.helpers.towers import images, plain_vit, text
 
 
@@ -62,6 +63,14 @@ def test_adaptive_padding_changes_nothing():
     expected = elip_models.encode_image(model, x, t, strategy=exact)
     assert expected.shape[1] == kept + 2 < tokens.shape[1]
     torch.testing.assert_close(tokens[:, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["open_clip", "HF CLIP", "HF BLIP", "timm distilled"])
+def test_resize_to_the_same_size_is_the_dense_model(library):
+    model, x = TOWERS[library]().eval(), images()
+    dense = output(model, x)
+    elip_models.reduce_(model, strategy=ImageResize(48))
+    torch.testing.assert_close(output(model, x), dense, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

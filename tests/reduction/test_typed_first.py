@@ -33,18 +33,6 @@ def test_no_argument_means_merge_at_any_depth(depth):
     assert elip_models.reduction_summary(model).keep == pytest.approx(0.8, abs=2 / 197)
 
 
-def test_no_argument_means_shares_of_each_image():
-    model = vit(dynamic_img_size=True)
-    elip_models.reduce_(model)
-    for size in (96, 224, 384):
-        with elip_models.record_stages(model) as infos:
-            model(torch.randn(1, 3, size, size))
-        patches = (size // 16) ** 2
-        shares = [info.stage.keep / patches for info in infos]
-        expected = [1 - 0.6 * (i + 1) / 12 for i in range(12)]
-        assert shares == pytest.approx(expected, abs=0.03)
-
-
 @pytest.mark.parametrize("depth", [3, 4, 12, 24])
 def test_a_preset_means_the_papers_schedule_at_any_depth(depth):
     model, x = vit(depth), torch.randn(1, 3, 224, 224)
@@ -135,7 +123,10 @@ def test_one_text_guides_all_images(make):
 
 @pytest.mark.parametrize(
     ("options", "reads"),
-    [({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)],
+    [
+        *(({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)),
+        ({"strategy": "elip:scorer=received"}, False),
+    ],
 )
 def test_a_text_for_a_strategy_that_reads_none_warns(options, reads):
     warn_once.cache_clear()

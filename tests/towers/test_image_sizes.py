@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models import encode_image, reduce_
@@ -92,21 +91,6 @@ def test_transformers_interpolates_the_positions_of_a_reduced_model(library, str
     assert infos[0].reduction.weights.shape[1] in (1 + 40, 2 + 40, 4 + 40)
     for info, other in zip(infos, others, strict=True):
         assert torch.equal(info.reduction.kept, other.reduction.kept)
-
-
-@pytest.mark.parametrize("strategy", ["elip", "evit", "tome"])
-def test_a_checkpoint_replays_an_image_of_another_size(strategy):
-    model = reduce_(dynamic_vit(), **STRATEGIES[strategy]).train()
-    x = pictures().requires_grad_()
-    model(x).square().sum().backward()
-    expected = gradients(model)
-    model.zero_grad()
-    tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-    for block in model.blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False)
-    model(images())  # of the other size, between
-    model.forward_head(model.norm(tokens)).square().sum().backward()
-    assert_equal_gradients(gradients(model), expected)
 
 
 BACKENDS = [("elip", "eager"), *((strategy, "aot_eager") for strategy in STRATEGIES)]
