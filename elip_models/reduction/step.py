@@ -230,7 +230,8 @@ class ForwardState:
             self._check_entering(i, entering.tokens)
         else:
             stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
-        tower, context = self._tower_at(i, entering, kwargs), self._context(i, entering, keep)
+        tower, replay = self._tower_at(i, entering, kwargs), self.infos.get(i)
+        context = Context(self.text_cls, self.previous(i), replay, self.row(i), entering.mask, keep)
         tokens, info = strategy.step(tower, stage, entering.tokens, context)
         if padding is None:
             self._check_remaining(i, tokens)
@@ -261,13 +262,6 @@ class ForwardState:
             tower = tower.from_block_kwargs(i, kwargs)
         positions = entering.positions
         return tower if positions is None else tower.with_positions(positions)
-
-    def _context(self, i: int, entering: BlockStep, keep: Tensor | None = None) -> Context:
-        """Return the inputs of a step before block i, beside its tokens."""
-        replay = self.infos.get(i)
-        return Context(
-            self.text_cls, self.previous(i), replay, self.row(i), mask=entering.mask, keep=keep
-        )
 
     def _slots_after(self, info: StageInfo, slots: Slots | None) -> Slots | None:
         """Return where the tokens of block 0 are after a step, if a block must return them."""

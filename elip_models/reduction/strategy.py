@@ -40,7 +40,7 @@ class StageInfo(NamedTuple):
     @property
     def mask(self) -> Tensor | None:
         """Return (B, R) bool over the remaining tokens, False for padding; None without padding."""
-        return getattr(self.reduction, "mask", None)
+        return self.reduction.mask
 
     @property
     def mean_keep(self) -> Tensor | int:

@@ -10,15 +10,6 @@ from tests.helpers.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, t
 from tests.reduction.test_strategies import STRATEGIES
 
 
-@pytest.mark.parametrize("make", [plain_vit, clip_vit])
-def test_dense_schedule_is_timms_own_forward(make):
-    model, x = make(), images()
-    expected = model.forward_features(x)
-    assert torch.equal(elip_models.encode_image(model, x, text(), schedule="6(100%)"), expected)
-    unguided = elip_models.encode_image(model, x, schedule=SCHEDULE, without_text="dense")
-    assert torch.equal(unguided, expected)
-
-
 @pytest.mark.parametrize("scorer", ["official", "exact", "cls", "last", 1, "2-layer stages"])
 def test_scorers_by_their_definition(scorer):
     """The row of the first stage equals that of the model's own blocks and attention maps."""

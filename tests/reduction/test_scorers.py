@@ -30,23 +30,19 @@ def switch_off(*linears):
         torch.nn.init.zeros_(linear.bias)
 
 
+@pytest.mark.parametrize("scorer", ["attention", "alternate"])
 @pytest.mark.parametrize("make", [plain_vit, clip_vit])
-def test_attention_is_exact_where_no_mlp_adds_anything(make):
+def test_what_a_scorer_leaves_out_is_all_that_differs_from_exact(make, scorer):
+    """`attention` leaves out the MLPs before the last layer, `alternate` every second layer."""
     model = make()
     tower, *given = entered(model)
-    assert not torch.allclose(row("attention", tower, *given), row("exact", tower, *given))
-    switch_off(*(model.blocks[i].mlp.fc2 for i in LAYERS[:-1]))
-    torch.testing.assert_close(row("attention", tower, *given), row("exact", tower, *given))
-
-
-@pytest.mark.parametrize("make", [plain_vit, clip_vit])
-def test_alternate_is_exact_where_every_second_layer_adds_nothing(make):
-    model = make()
-    tower, *given = entered(model)
-    assert not torch.allclose(row("alternate", tower, *given), row("exact", tower, *given))
-    for i in (2, 4):
-        switch_off(model.blocks[i].attn.proj, model.blocks[i].mlp.fc2)
-    torch.testing.assert_close(row("alternate", tower, *given), row("exact", tower, *given))
+    assert not torch.allclose(row(scorer, tower, *given), row("exact", tower, *given))
+    blocks = model.blocks
+    if scorer == "attention":
+        switch_off(*(blocks[i].mlp.fc2 for i in LAYERS[:-1]))
+    else:
+        switch_off(*(part for i in (2, 4) for part in (blocks[i].attn.proj, blocks[i].mlp.fc2)))
+    torch.testing.assert_close(row(scorer, tower, *given), row("exact", tower, *given))
 
 
 def test_mean_is_that_of_the_maps_of_all_layers_of_the_stage():

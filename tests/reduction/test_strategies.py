@@ -46,8 +46,9 @@ from tests.helpers.towers import (
 )
 
 
-def evit_case(golden):
-    case = golden("evit")
+def loaded(golden, name):
+    """Return a golden case and its tower with the official weights."""
+    case = golden(name)
     model = tower(case)
     weights = {n: w for n, w in case.under("sd/").items() if not n.startswith("head.")}
     model.load_state_dict(weights)
@@ -68,37 +69,30 @@ def run(case, model, strategy, prefix=""):
     return tokens, logits, infos, grads
 
 
-def test_evit_reproduces_the_official_run(golden):
-    case, model = evit_case(golden)
-    tokens, logits, infos, grads = run(case, model, EViT(keep_ratio=0.7))
+@pytest.mark.parametrize("attention_gradient", [True, False])
+def test_evit_reproduces_the_official_run(golden, attention_gradient):
+    case, model = loaded(golden, "evit")
+    strategy = EViT(0.7, attention_gradient=attention_gradient)
+    tokens, logits, infos, grads = run(case, model, strategy)
     assert [info.stage.first for info in infos] == [3, 6, 9]
+    close = {"atol": 1e-5, "rtol": 0}
     for s, info in enumerate(infos):
         assert torch.equal(info.reduction.kept - 1, case[f"stage{s}/idx"].long())
-        torch.testing.assert_close(
-            info.attention[:, 1:], case[f"stage{s}/cls_attn"], atol=1e-6, rtol=0
-        )
-    torch.testing.assert_close(tokens, case["out_tokens"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits, case["logits"], atol=1e-5, rtol=0)
-    check_gradients(grads, case.under("grad/"))
-
-
-def test_without_attention_gradient_evit_selects_the_same(golden):
-    case, model = evit_case(golden)
-    tokens, _, infos, grads = run(case, model, EViT(0.7, attention_gradient=False))
-    for s, info in enumerate(infos):
-        assert torch.equal(info.reduction.kept - 1, case[f"stage{s}/idx"].long())
-    torch.testing.assert_close(tokens, case["out_tokens"], atol=1e-5, rtol=0)
-    assert not torch.allclose(grads["image"], case["grad/image"], atol=1e-4)
+        row = info.attention[:, 1:]
+        torch.testing.assert_close(row, case[f"stage{s}/cls_attn"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(tokens, case["out_tokens"], **close)
+    torch.testing.assert_close(logits, case["logits"], **close)
+    if attention_gradient:
+        check_gradients(grads, case.under("grad/"))
+    else:
+        assert not torch.allclose(grads["image"], case["grad/image"], atol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", ["r4/", "r8/", "r8_noprop/"])
 def test_tome_reproduces_the_official_run(golden, prefix):
-    case = golden("tome")
-    model = tower(case)
-    weights = {n: w for n, w in case.under("sd/").items() if not n.startswith("head.")}
-    model.load_state_dict(weights)
+    case, model = loaded(golden, "tome")
     strategy = ToMe(r=int(prefix[1]), proportional="noprop" not in prefix)
-    tokens, logits, infos, grads = run(case, model.eval(), strategy, prefix)
+    tokens, logits, infos, grads = run(case, model, strategy, prefix)
     torch.testing.assert_close(tokens, case[f"{prefix}out_tokens"], atol=1e-5, rtol=0)
     torch.testing.assert_close(logits, case[f"{prefix}logits"], atol=1e-5, rtol=0)
     torch.testing.assert_close(infos[-1].sizes, case[f"{prefix}size_final"].flatten(1))

@@ -33,15 +33,6 @@ def test_no_argument_means_merge_at_any_depth(depth):
     assert elip_models.reduction_summary(model).keep == pytest.approx(0.8, abs=2 / 197)
 
 
-@pytest.mark.parametrize("depth", [3, 4, 12, 24])
-def test_a_preset_means_the_papers_schedule_at_any_depth(depth):
-    model, x = vit(depth), torch.randn(1, 3, 224, 224)
-    elip_models.reduce_(model, schedule="clip")
-    counts = [layer.attention for layer in elip_models.reduction_summary(model).tokens]
-    assert sorted(set(counts), reverse=True) == [197, 178, 129, 80][-depth:]
-    assert model(x).shape == (1, 3)
-
-
 def test_a_summary_is_read_by_a_person():
     model = vit()
     assert str(elip_models.reduction_summary(model)) == "dense: 12×197 tokens, not reduced"
