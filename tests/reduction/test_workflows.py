@@ -1,4 +1,4 @@
-"""Workflows of timm, transformers, open_clip and PyTorch with a reduced model."""
+"""Workflows of timm, transformers and PyTorch with a reduced model."""
 
 import timm
 import torch
@@ -24,21 +24,12 @@ def x(batch=2):
     return torch.randn(batch, 3, 64, 64)
 
 
-# transformers
-
-
 def test_image_features_alone():
     model, pixels = hf_clip().eval(), images()
     dense = model.get_image_features(pixels).pooler_output
     elip_models.reduce_(model, keep=0.6)
     found = model.get_image_features(pixels).pooler_output
     assert found.shape == dense.shape and not torch.allclose(found, dense)
-
-
-# open_clip
-
-
-# timm
 
 
 def test_model_ema_of_timm_follows_and_stays_reduced():
@@ -49,9 +40,6 @@ def test_model_ema_of_timm_follows_and_stays_reduced():
     ema.update(model)
     assert elip_models.is_reduced(ema.module)
     assert torch.allclose(ema.module.head.weight, model.head.weight - 0.5)
-
-
-# PyTorch
 
 
 def test_the_flop_counter_sees_the_saving():
@@ -75,6 +63,3 @@ def test_channels_last_images_and_an_empty_batch():
     found = model(pixels.to(memory_format=torch.channels_last))
     torch.testing.assert_close(found, model(pixels))
     assert model(pixels[:0]).shape == (0, 5)
-
-
-# accelerate, peft
