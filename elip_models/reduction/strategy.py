@@ -29,9 +29,6 @@ class StageInfo(NamedTuple):
         attention: (B, N) the row of scores that selected, prefix tokens included, or None.
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
-        weights: (B, N) the factor of each token in its row's sum, beside its size; None means 1.
-        groups: of a padded batch under a strategy that takes none, the groups of images that were
-            reduced together (`padded_groups.py`).
     """
 
     stage: Stage
@@ -39,13 +36,11 @@ class StageInfo(NamedTuple):
     attention: Tensor | None = None
     sizes: Tensor | None = None
     positions: Tensor | None = None
-    weights: Tensor | None = None
-    groups: tuple[Any, ...] = ()
 
     @property
     def mask(self) -> Tensor | None:
         """Return (B, R) bool over the remaining tokens, False for padding; None without padding."""
-        return getattr(self.reduction, "mask", None)
+        return self.reduction.mask
 
     @property
     def mean_keep(self) -> Tensor | int:
@@ -105,8 +100,7 @@ class Strategy(CostModel):
         merge: what becomes of dropped tokens, see `Merge`.
         drops_patches: the last block returns no patch, only the class token.
         pads: images of a batch may keep different numbers of tokens; some slots are padding.
-        takes_padding: a step takes a padded batch, see `Context.mask`. Otherwise, images with
-            the same number of patches are reduced together.
+        takes_padding: a step takes a padded batch, see `Context.mask`; others raise an error.
     """
 
     name: ClassVar[str]

@@ -25,7 +25,6 @@ from elip_models.validation import (
     PositiveInt,
     PositiveShare,
     Rate,
-    Share,
     did_you_mean,
     shortened,
 )
@@ -50,7 +49,6 @@ class StrategyOptions(ELIPOptions, total=False):
     position: Literal["kept", "mean"] | None
     protect: Rate | None
     weight: float | None
-    margin: Share | None
     keep_ratio: PositiveShare | None
     layers: Literal["all"] | tuple[Count, ...] | None
     attention_gradient: bool | None

@@ -26,34 +26,21 @@ VIDEO_MAE = VIT._replace(
     mlp=("intermediate", "output.dense", "output.dropout"),
     after=((), ()),
 )
+CLIP_LAYERS = (
+    "CLIPEncoderLayer CLIPSegEncoderLayer MetaClip2EncoderLayer AltCLIPEncoderLayer "
+    "MLCDEncoderLayer ChineseCLIPVisionLayer GitVisionEncoderLayer Kosmos2VisionEncoderLayer "
+    "OwlViTEncoderLayer Owlv2EncoderLayer SiglipEncoderLayer Siglip2EncoderLayer "
+    "Idefics2EncoderLayer Idefics3EncoderLayer SmolVLMEncoderLayer"
+)
 LAYERS = {
-    "CLIPEncoderLayer": CLIP,
-    "CLIPSegEncoderLayer": CLIP,
-    "MetaClip2EncoderLayer": CLIP,
-    "AltCLIPEncoderLayer": CLIP,
-    "MLCDEncoderLayer": CLIP,
-    "ChineseCLIPVisionLayer": CLIP,
-    "GitVisionEncoderLayer": CLIP,
-    "Kosmos2VisionEncoderLayer": CLIP,
-    "OwlViTEncoderLayer": CLIP,
-    "Owlv2EncoderLayer": CLIP,
-    "SiglipEncoderLayer": CLIP,
-    "Siglip2EncoderLayer": CLIP,
+    **dict.fromkeys(CLIP_LAYERS.split(), CLIP),
+    **dict.fromkeys(("BlipEncoderLayer", "Blip2EncoderLayer", "InstructBlipEncoderLayer"), BLIP),
+    **dict.fromkeys(
+        ("ViTLayer", "DeiTLayer", "IJepaLayer", "ViTMSNLayer", "ASTLayer", "VivitLayer"), VIT
+    ),
     "JanusVisionEncoderLayer": CLIP._replace(out=("projection_layer", "projection_dropout")),
-    "Idefics2EncoderLayer": CLIP,
-    "Idefics3EncoderLayer": CLIP,
-    "SmolVLMEncoderLayer": CLIP,
-    "BlipEncoderLayer": BLIP,
-    "Blip2EncoderLayer": BLIP,
-    "InstructBlipEncoderLayer": BLIP,
-    "ViTLayer": VIT,
-    "DeiTLayer": VIT,
-    "IJepaLayer": VIT,
-    "ViTMSNLayer": VIT,
     "BeitLayer": VIT._replace(after=per_sublayer("dropout", "lambda_{}", "drop_path")),
     "PixioLayer": VIT._replace(after=per_sublayer("dropout", "drop_path")),
-    "ASTLayer": VIT,
-    "VivitLayer": VIT,
     "VideoMAELayer": VIDEO_MAE,
     "DPTViTLayer": VIDEO_MAE,
     "Data2VecVisionLayer": VIDEO_MAE._replace(

@@ -52,10 +52,6 @@ class Positions(TowerParts):
         """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         return self
 
-    def select_images(self, images: Tensor) -> Self:
-        """Return the tower for some images of the batch, by their indices (G,)."""
-        return self
-
     def at_no_position(self) -> Self:
         """Return the tower for one token that comes from outside the image."""
         if not self.has_positions:

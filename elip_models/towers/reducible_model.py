@@ -152,9 +152,6 @@ class ImageTextModel(ReducibleModel):
     saved_config: Any = None
     reads_patches: bool = False
 
-    def __init__(self, model: nn.Module) -> None:
-        raise NotImplementedError
-
     @staticmethod
     def accepts(model: nn.Module) -> bool:
         """Return whether this adapter reads the model."""

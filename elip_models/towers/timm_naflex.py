@@ -6,7 +6,6 @@ size. The rotations of a dict are those of each image's own grid, (B, 1, N0, 2d)
 """
 
 import math
-from typing import Self
 
 from timm.models.eva import EvaBlock
 from timm.models.naflexvit import NaFlexVit
@@ -75,10 +74,6 @@ class RotaryNaFlexTower(NaFlexSizes, EvaTower):
         if model.rope_is_mixed:
             return "each block has its own rotations, which change with the sizes of the images"
         return super().refuses(model)
-
-    def select_images(self, images: Tensor) -> Self:
-        """Return the tower for some images of the batch, by their indices (G,)."""
-        return self.changed(ropes=self.ropes[images] if self.ropes.dim() == 4 else self.ropes)
 
     def rotations_at(self, rope: Tensor, positions: Tensor) -> Tensor:
         """Return the rotations (B, 1, N-p, 2d) at `positions`.

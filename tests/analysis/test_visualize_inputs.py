@@ -172,7 +172,7 @@ def test_the_command_draws_two_pictures(tmp_path, tokenizer, files, capsys):
     assert elip("visualize", "--model", model, *data, "--output", output) == 0
 
 
-MERGES = ["tome", "guided_tome:fusion=1", "pitome"]
+MERGES = ["tome", "guided_tome:fusion=1"]
 
 
 @pytest.mark.parametrize("strategy", slow_except(MERGES[:1], MERGES))

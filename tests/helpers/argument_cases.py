@@ -5,7 +5,6 @@ from functools import partial
 
 import timm
 import torch
-from transformers import BlipVisionConfig, BlipVisionModel
 
 import elip_kernels
 import elip_models
@@ -194,10 +193,6 @@ TABLE |= embed_arguments.TABLE | {
         settings | {"model": models},
     ),
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
-    elip_models.use_sdpa_: (
-        lambda: {"model": BlipVisionModel(BlipVisionConfig(num_hidden_layers=1))},
-        {"model": [None, "vit", plain_vit()], "enabled": [1, None]},
-    ),
     elip_models.guidance: (
         good_guidance,
         {"model": [None, plain_vit()], "text_cls": [None, *text_cls[:3]]},

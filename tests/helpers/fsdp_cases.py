@@ -16,12 +16,10 @@ import elip_models
 from elip_models import (
     ELIP,
     AdaptiveELIP,
-    CrossGET,
     EViT,
     GuidedToMe,
     ImageResize,
     PatchDropout,
-    PiToMe,
     RandomPruning,
     ToMe,
 )
@@ -274,8 +272,6 @@ OWN_CASES = {
     "evit without gradient": EViT(0.7, layers=(1, 3), attention_gradient=False),
     "tome": ToMe(4),
     "guided_tome": GuidedToMe(4),
-    "pitome": PiToMe(4),
-    "crossget": CrossGET(4),
     "patch_dropout": PatchDropout(0.5),
     "random": RandomPruning(SCHEDULE),
     "resize": ImageResize(32),

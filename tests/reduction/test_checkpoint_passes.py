@@ -12,7 +12,7 @@ import elip_models
 from elip_models import StageInfo
 from examples.own_strategy import Longest
 from tests.helpers.models import hf_clip, ids
-from tests.helpers.towers import assert_equal_gradients, clip_vit, gradients, images, text
+from tests.helpers.towers import assert_equal_gradients, clip_vit, gradients, images
 from tests.reduction.test_checkpointing import in_blocks
 
 checkpointed = partial(checkpoint, use_reentrant=False)
@@ -155,18 +155,3 @@ def test_another_strategy_before_backward_is_an_error(change, blocks_too):
     change(model)
     with pytest.raises(RuntimeError, match="call reduce_ before the forward"):
         out.sum().backward()
-
-
-def test_an_autograd_function_around_the_model_is_refused_by_its_name():
-    model = elip_models.reduce_(clip_vit(), "elip")
-
-    class Around(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return model(x)
-
-    with (
-        elip_models.guidance(model, text(2)),
-        pytest.raises(RuntimeError, match=r"autograd\.Function .*; call the model outside of it"),
-    ):
-        Around.apply(images(2))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
-from elip_models import ELIP, TRIPS, CrossGET, EViT, ToMe
+from elip_models import ELIP, TRIPS, EViT, GuidedToMe, ToMe
 from elip_models.reduction import scorers
 from elip_models.reduction.strategies import elip as stage
 from tests.helpers.tiers import slow_except, tiered
@@ -21,7 +21,7 @@ from tests.helpers.towers import (
     plain_vit,
     text,
 )
-from tests.reduction.test_strategies import STRATEGIES, strategies
+from tests.reduction.test_strategies import STRATEGIES
 
 NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"], slow=["random"])
 
@@ -38,13 +38,8 @@ def checkpointed_blocks(model):
     return lambda x: in_blocks(model, x, partial(checkpoint, use_reentrant=False))
 
 
-def segments(model):
-    def forward(x):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-        x = checkpoint_sequential(model.blocks, 2, x, use_reentrant=False)
-        return model.forward_head(model.norm(x))
-
-    return forward
+def in_segments(model):
+    return lambda x: sequential(model, x)
 
 
 def timm_checkpointing(model):
@@ -53,7 +48,7 @@ def timm_checkpointing(model):
 
 
 @pytest.mark.parametrize("scorer", ["exact", "last"])
-@pytest.mark.parametrize("wrap", [checkpointed_blocks, segments, timm_checkpointing])
+@pytest.mark.parametrize("wrap", [checkpointed_blocks, in_segments, timm_checkpointing])
 def test_checkpointing_replays_the_selection(wrap, scorer):
     model = clip_vit(proj_drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.2)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
@@ -165,25 +160,12 @@ def test_a_recomputed_block_finds_its_own_pass(name):
     assert_equal_gradients(got, expected)
 
 
-@strategies
-def test_encode_image_checkpoints_without_choosing_again(strategy):
-    model, x, t = clip_vit(proj_drop_rate=0.2, num_classes=0), images(), text()
-    gradients = []
-    for enable in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(3)
-        elip_models.encode_image(model, x, t, strategy=strategy).square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
-    assert_equal_gradients(*gradients)
-
-
 IN_ONE_GRAPH = {"elip": ELIP("1(100%) 2(50%)"), "trips": TRIPS("1(100%) 2(50%)")}
 IN_SEVERAL = {
     "tome": ToMe(4),
     "nearest": ELIP("1(100%) 2(50%)", merge="nearest"),
     "evit": EViT(0.7, layers=(1,)),
-    "crossget": CrossGET(4),
+    "guided_tome": GuidedToMe(4),
 }
 
 

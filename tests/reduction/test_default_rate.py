@@ -51,12 +51,9 @@ def test_a_name_a_line_and_an_instance_have_the_same_rate(name):
     assert kept_share(STRATEGIES[name](), tower.size) == kept_share(expected, tower.size)
 
 
-def test_the_rate_of_an_instance_stays():
+def test_the_rate_of_an_instance_stays_and_keep_sets_that_of_one_without():
     for strategy in (ToMe(3), TokenMerging(3), Dense()):
         assert fit_strategy(strategy, as_tower(plain_vit())) == strategy
-
-
-def test_keep_sets_the_rate_of_an_instance_without_one():
     model = reduce_(plain_vit(), ToMe(), keep=0.8)
     assert elip_models.reduction_summary(model).strategy == ToMe().at_keep(model, 0.8)
     with pytest.raises(ValueError, match="keep: expected no r beside it"):

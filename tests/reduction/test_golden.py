@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import open_clip
 import pytest
 import torch
 
@@ -37,23 +38,40 @@ def test_timm_tower_reproduces_official_albef_and_blip(golden, name, scorer):
     )
 
 
-@pytest.mark.parametrize("scorer", ["official", "exact"])
-def test_timm_clip_tower_reproduces_official_openclip(golden, scorer):
-    case = golden("elip_openclip")
+def in_timm(case):
+    """Return an image tower with the official weights in timm, its projection, and its names."""
     model = tower(case, pre_norm=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5))
     weights = case.under("sd/")
     proj = weights.pop("proj").requires_grad_()
     shapes = {n: p.shape for n, p in model.named_parameters()}
     model.load_state_dict({timm_name(n): w.view(shapes[timm_name(n)]) for n, w in weights.items()})
-    image = case["image"].requires_grad_()
-    tokens, infos = elip_models.encode_image(
-        model,
-        image,
-        case["text_cls"] @ proj.T,
-        schedule=Schedule.parse(SCHEDULE, count_cls=True),
-        scorer=scorer,
-        return_info=True,
+    return model, proj, {n: timm_name(n) for n in weights}
+
+
+def in_open_clip(case):
+    """Return the same tower in open_clip."""
+    config = case.meta["config"]
+    model = open_clip.transformer.VisionTransformer(
+        image_size=config["image"],
+        patch_size=config["patch"],
+        width=config["embed_dim"],
+        layers=config["depth"],
+        heads=config["heads"],
+        mlp_ratio=config["mlp_ratio"],
+        output_dim=case["out_pooled"].shape[1],
     )
+    model.load_state_dict(case.under("sd/"))
+    return model, model.proj, {n: n for n in case.under("sd/")}
+
+
+@pytest.mark.parametrize("scorer", ["official", "exact"])
+@pytest.mark.parametrize("made", [in_timm, in_open_clip])
+def test_clip_tower_reproduces_official_openclip(golden, made, scorer):
+    case = golden("elip_openclip")
+    model, proj, names = made(case)
+    image, schedule = case["image"].requires_grad_(), Schedule.parse(SCHEDULE, count_cls=True)
+    text_cls, plan = case["text_cls"] @ proj.T, {"schedule": schedule, "scorer": scorer}
+    tokens, infos = elip_models.encode_image(model, image, text_cls, return_info=True, **plan)
     check_stages(case, infos)
     pooled = tokens[:, 0] @ proj
     torch.testing.assert_close(tokens[:, 1:], case["out_tokens"], atol=1e-5, rtol=0)
@@ -61,7 +79,7 @@ def test_timm_clip_tower_reproduces_official_openclip(golden, scorer):
     loss = (pooled * case["upstream/out_pooled"]).sum()
     (loss + (tokens[:, 1:] * case["upstream/out_tokens"]).sum()).backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
-    theirs = {n: grads[timm_name(n)] for n in weights}
+    theirs = {n: grads[name] for n, name in names.items()}
     check_gradients(theirs | {"image": image.grad, "proj": proj.grad}, case.under("grad/"))
 
 

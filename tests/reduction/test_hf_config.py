@@ -13,26 +13,15 @@ from tests.helpers.towers import SCHEDULE
 from tests.saving.test_saved_reduced import features
 
 
-def test_save_pretrained_alone_stores_the_strategy(tmp_path):
+def test_save_pretrained_stores_the_strategy_until_unreduce_removes_it(tmp_path):
     model = elip_models.reduce_(hf_clip().eval(), schedule=SCHEDULE)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(features(elip_models.load_reduced(tmp_path)), features(model))
-
-
-def test_a_dense_model_stores_no_strategy(tmp_path):
-    model = elip_models.reduce_(hf_clip(), schedule=SCHEDULE)
-    elip_models.unreduce_(model).save_pretrained(tmp_path)
-    assert "elip" not in json.loads((tmp_path / "config.json").read_text())
-    loaded = transformers.CLIPModel.from_pretrained(tmp_path)
-    assert not hasattr(loaded.config, "elip")
-
-
-def test_unreduce_removes_the_stored_strategy(tmp_path):
-    elip_models.reduce_(hf_clip(), schedule=SCHEDULE).save_pretrained(tmp_path)
-    model = transformers.AutoModel.from_pretrained(tmp_path)
-    assert model.config.elip["strategy"] == "elip"
-    assert not is_reduced(model)
-    assert not hasattr(elip_models.unreduce_(model).config, "elip")
+    model.save_pretrained(tmp_path / "reduced")
+    assert torch.equal(features(elip_models.load_reduced(tmp_path / "reduced")), features(model))
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "reduced")
+    assert loaded.config.elip["strategy"] == "elip" and not is_reduced(loaded)
+    assert not hasattr(elip_models.unreduce_(loaded).config, "elip")
+    elip_models.unreduce_(model).save_pretrained(tmp_path / "dense")
+    assert "elip" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
 def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):

@@ -17,17 +17,10 @@ import elip_kernels
 import elip_models
 from elip_kernels._example import EXAMPLES, Sizes, tensors_of
 from elip_models import (
-    ELIP,
-    TRIPS,
-    AdaptiveELIP,
-    EViT,
-    ImageResize,
     RandomPruning,
-    ToMe,
 )
 from elip_models.towers import as_tower
-from tests.helpers.models import hf_clip, ids, open_clip_pair
-from tests.helpers.strategies import with_every_strategy
+from tests.helpers.strategies import WITHOUT_TEXT
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit
 
@@ -62,19 +55,7 @@ def assert_runs_alike(program, model, *args):
     torch.testing.assert_close(run(opened(program), *args), expected, **CLOSE)
 
 
-VISION = {"schedule": SCHEDULE, "without_text": "vision"}
-OWN_CASES = {
-    **{f"elip {s}": ELIP(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
-    "adaptive": AdaptiveELIP(**VISION, keep_mass=0.5),
-    "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
-    "nearest": ELIP(**VISION, merge="nearest"),
-    "nearest adaptive": AdaptiveELIP(**VISION, keep_mass=0.5, merge="nearest"),
-    "resize": ImageResize(32),
-    "tome": ToMe(4),
-    "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),
-    "trips": TRIPS(**VISION),
-}
-CASES = with_every_strategy(OWN_CASES, leave_out=["random"])  # draws: has a test of its own
+CASES = {name: case for name, case in WITHOUT_TEXT.items() if name != "random"}  # see below
 
 
 @pytest.mark.parametrize("name", tiered(CASES, [], slow=["elip last", "tome", "nearest adaptive"]))
@@ -102,37 +83,6 @@ def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(x), features, **CLOSE)
     assert not drawn
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("library", ["open_clip", "HF"])
-def test_a_whole_clip_is_guided_by_its_text_input(library):
-    model = {"open_clip": open_clip_pair, "HF": hf_clip}[library]().eval()
-    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.0, guidance_norm="match")
-
-    def inputs_of(batch):
-        return tuple(f(batch) for f in ((images, ids) if library == "open_clip" else (ids, images)))
-
-    inputs = inputs_of(2)
-    program = exported(model, inputs, dynamic=({0: BATCH}, {0: BATCH}))
-    other = tuple(ids() if t.dtype == torch.int64 else t for t in inputs)
-    for each in (inputs, other, inputs_of(5)):
-        assert_runs_alike(program, model, *each)
-    of_image = -1 if library == "HF" else 0
-    session = opened(program)
-    assert not torch.allclose(run(session, *inputs)[of_image], run(session, *other)[of_image])
-
-
-class Call(nn.Module):
-    """Return a public op as a model."""
-
-    def __init__(self, op, **options):
-        super().__init__()
-        self.eval()
-        self.op, self.options = op, options
-
-    def forward(self, *tensors):
-        return self.op(*tensors, **self.options)
 
 
 class OpCall(nn.Module):

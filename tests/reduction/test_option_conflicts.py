@@ -10,7 +10,6 @@ from elip_models import (
     ELIP,
     EViT,
     ImageResize,
-    TokenMerging,
     encode_image,
     reduce_,
     reduction_summary,
@@ -41,7 +40,6 @@ BOTH = pytest.mark.parametrize("call", [reduce_, encode], ids=["reduce_", "encod
     "make",
     [
         lambda merge: ELIP(merge=merge),
-        lambda merge: reduce_(plain_vit(), strategy="elip", merge=merge),
         lambda merge: create_model("elip_clip_tiny", merge=merge),
         lambda merge: strategy_of(
             (stored := settings_of(ELIP("clip")))
@@ -53,12 +51,6 @@ def test_a_bool_is_refused_and_the_word_for_it_is_named(make, value, word):
     message = f"merge: expected 'one', 'none' or 'nearest', got {value}; pass '{word}'"
     with pytest.raises((TypeError, ValueError), match=message):
         make(value)
-
-
-@pytest.mark.parametrize(("merge", "rows"), [("one", 2 + 18), ("none", 1 + 18), ("nearest", 19)])
-def test_each_word_leaves_its_number_of_tokens(merge, rows):
-    tokens = encode(plain_vit(), schedule="3(100%) 3(50%)", merge=merge)
-    assert tokens.shape[1] == rows
 
 
 # keep beside the strategy's own option
@@ -118,8 +110,8 @@ def test_the_command_line_refuses_both_too():
     ("options", "has", "owners"),
     [
         ({"scorer": "exact"}, "has no such option", "'elip', 'adaptive', 'trips'"),
-        ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'guided_tome', 'crossget', 'elip'"),
-        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'guided_tome', 'pitome', 'crossget'"),
+        ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'guided_tome', 'elip'"),
+        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'guided_tome'"),
     ],
     ids=str,
 )
@@ -158,17 +150,6 @@ def test_a_schedule_means_elip_and_takes_its_options():
 
 
 # the default strategy
-
-
-@pytest.mark.parametrize("keep", [None, 0.8])
-def test_every_entry_has_the_same_default(keep):
-    model, x = plain_vit(), images()
-    tokens = encode_image(model, x, keep=keep)
-    strategy = reduction_summary(reduce_(model, keep=keep)).strategy
-    assert strategy == TokenMerging().at_keep(model, keep or 0.7)
-    assert torch.equal(model.forward_features(x), tokens)
-    shown = open_visualized_model("timm:vit_tiny_patch16_224", pretrained=False, keep=keep)
-    assert shown.strategy == TokenMerging().at_keep(shown.tower, keep or 0.7)
 
 
 def replaced_block():

@@ -24,18 +24,12 @@ def test_strings_of_table_8_round_trip(text):
     assert Schedule.parse(schedule) is schedule
 
 
-@pytest.mark.parametrize(("num_patches", "counts"), [(256, [230, 166, 102]), (196, [176, 127, 78])])
-def test_kept_patches_of_the_paper(num_patches, counts):
-    assert Schedule.parse(PAPER).keep_counts(num_patches) == counts
-
-
-def test_official_clip_counts_cls():
+def test_kept_patches_and_stages_of_the_paper():
+    schedule = Schedule.parse(PAPER)
+    assert schedule.keep_counts(256) == [230, 166, 102]
+    assert schedule.keep_counts(196) == [176, 127, 78]
     assert Schedule.parse(PAPER, count_cls=True).keep_counts(196) == [177, 128, 78]
-
-
-def test_stages_begin_at_layers_2_4_10_with_depths_2_6_2():
-    stages = Schedule.parse(PAPER).stages(256)
-    assert stages == (Stage(2, 2, 230), Stage(4, 6, 166), Stage(10, 2, 102))
+    assert schedule.stages(256) == (Stage(2, 2, 230), Stage(4, 6, 166), Stage(10, 2, 102))
     assert Schedule.parse("12(100%)").stages(256) == ()
 
 

@@ -67,22 +67,6 @@ def test_every_strategy_serves_threads(name):
     assert wrong_of(model, guided, 6) == 0
 
 
-def test_guidance_ends_with_its_context_in_any_order():
-    model = clip_vit().eval()
-    elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)
-    with torch.no_grad():
-        unguided = model(IMAGES[0])
-        first, second = (elip_models.guidance(model, t) for t in TEXTS[:2])
-        first.__enter__()
-        second.__enter__()
-        by_second = model(IMAGES[0])
-        first.__exit__(None, None, None)
-        assert torch.equal(model(IMAGES[0]), by_second)
-        second.__exit__(None, None, None)
-        assert torch.equal(model(IMAGES[0]), unguided)
-        assert not torch.equal(by_second, unguided)
-
-
 def test_tasks_of_one_thread_have_their_own_guidance():
     model = clip_vit().eval()
     elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.2)

@@ -16,20 +16,6 @@ from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
 from tests.reduction.test_strategies import STRATEGIES
 
-
-@pytest.mark.parametrize("name", tiered(STRATEGIES, [], slow=["elip"]))
-def test_a_guided_model_is_exported_with_its_guidance(name):
-    strategy = STRATEGIES[name]
-    if strategy.name in ("random", "patch_dropout"):
-        pytest.skip("it draws, or does nothing in inference")
-    model, x, t = clip_vit().eval(), images(), text()
-    elip_models.reduce_(model, strategy=strategy)
-    with torch.no_grad(), elip_models.guidance(model, t):
-        expected = model(x)
-        exported = torch.export.export(model, (x,)).module()
-    assert torch.equal(exported(x), expected)
-
-
 BATCH = torch.export.Dim("batch")
 
 
@@ -47,13 +33,14 @@ def assert_runs_any_batch(program, model, inputs, output=lambda out: out):
     slow_except([], ["resize"])
     + tiered([n for n in STRATEGIES if n != "resize"], [], slow=["elip"]),
 )
-def test_a_program_takes_any_batch(name):
-    model = elip_models.reduce_(plain_vit().eval(), strategy=STRATEGIES[name])
-    program = torch.export.export(model, (images(3),), dynamic_shapes=({0: BATCH},)).module()
-    if name == "random":  # it draws anew in every call
-        assert program(images(5)).shape == model(images(5)).shape
-    else:
-        assert_runs_any_batch(program, model, lambda batch: (images(batch),))
+def test_a_program_takes_any_batch_and_has_the_guidance(name):
+    model = elip_models.reduce_(clip_vit().eval(), strategy=STRATEGIES[name])
+    with elip_models.guidance(model, text(1)):
+        program = torch.export.export(model, (images(3),), dynamic_shapes=({0: BATCH},)).module()
+        if name == "random":  # it draws anew in every call
+            assert program(images(5)).shape == model(images(5)).shape
+        else:
+            assert_runs_any_batch(program, model, lambda batch: (images(batch),))
 
 
 HF_TOWERS = [("HF ViT", "tome"), ("HF DeiT", "evit"), ("HF DINOv2", "tome")]
@@ -87,7 +74,7 @@ def test_a_mask_of_the_caller_is_refused_in_an_exported_graph(strict):
         model(x, attention_mask=mask)
 
 
-PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "crossget", "adaptive")]
+PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "guided_tome", "adaptive")]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import elip_models
-from elip_models import PatchDropout, ToMe
+from elip_models import PatchDropout
 from elip_models.reduction.user_warnings import warn_once
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
 from tests.helpers.towers import images, plain_vit, text
@@ -31,57 +31,6 @@ def test_no_argument_means_merge_at_any_depth(depth):
     assert model(x).shape == (1, 3)
     elip_models.reduce_(model, keep=0.8)
     assert elip_models.reduction_summary(model).keep == pytest.approx(0.8, abs=2 / 197)
-
-
-def test_no_argument_means_shares_of_each_image():
-    model = vit(dynamic_img_size=True)
-    elip_models.reduce_(model)
-    for size in (96, 224, 384):
-        with elip_models.record_stages(model) as infos:
-            model(torch.randn(1, 3, size, size))
-        patches = (size // 16) ** 2
-        shares = [info.stage.keep / patches for info in infos]
-        expected = [1 - 0.6 * (i + 1) / 12 for i in range(12)]
-        assert shares == pytest.approx(expected, abs=0.03)
-
-
-@pytest.mark.parametrize("depth", [3, 4, 12, 24])
-def test_a_preset_means_the_papers_schedule_at_any_depth(depth):
-    model, x = vit(depth), torch.randn(1, 3, 224, 224)
-    elip_models.reduce_(model, schedule="clip")
-    counts = [layer.attention for layer in elip_models.reduction_summary(model).tokens]
-    assert sorted(set(counts), reverse=True) == [197, 178, 129, 80][-depth:]
-    assert model(x).shape == (1, 3)
-
-
-def test_one_number_in_a_forward():
-    model, x = vit(), torch.randn(2, 3, 224, 224)
-    seen = []
-    for i, block in enumerate(model.blocks):
-        block.mlp.register_forward_hook(lambda m, args, out, i=i: seen.append(args[0].shape[1]))
-    elip_models.reduce_(model, keep=0.7, strategy="tome")
-    model(x)
-    tokens_entering = [197, *seen[:-1]]
-    mean = (sum(seen) + sum(tokens_entering)) / (2 * 12 * 197)
-    assert mean == pytest.approx(0.7, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keep": 0.05}, "keep: expected at least 0.13.*got 0.05; reduce in earlier layers"),
-        (
-            {"keep": 0.05, "strategy": "elip"},
-            "keep: expected at least 0.17.*got 0.05; reduce in earlier layers",
-        ),
-        ({"keep": True}, "keep: expected a float in .* got True; pass 1.0 for all"),
-        ({"strategy": "elip:scorer=cls", "scorer": "exact"}, "scorer: expected it once"),
-        ({"strategy": ToMe(8), "scorer": "exact"}, "scorer: expected it inside the instance"),
-    ],
-)
-def test_wrong_arguments_raise(options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        elip_models.reduce_(vit(), **options)
 
 
 def test_a_summary_is_read_by_a_person():
@@ -165,7 +114,10 @@ def test_one_text_guides_all_images(make):
 
 @pytest.mark.parametrize(
     ("options", "reads"),
-    [({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)],
+    [
+        *(({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)),
+        ({"strategy": "elip:scorer=received"}, False),
+    ],
 )
 def test_a_text_for_a_strategy_that_reads_none_warns(options, reads):
     warn_once.cache_clear()

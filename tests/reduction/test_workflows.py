@@ -1,23 +1,14 @@
-"""Workflows of timm, transformers, open_clip and PyTorch with a reduced model."""
+"""Workflows of timm, transformers and PyTorch with a reduced model."""
 
-import copy
-
-import numpy as np
-import open_clip
-import pytest
 import timm
 import torch
-import transformers
-from PIL import Image
 from timm.utils import ModelEmaV3
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
-from tests.helpers.models import hf_clip, hf_vision, ids, open_clip_pair
+from tests.helpers.models import hf_clip
 from tests.helpers.towers import images
 
-BY_ANY = pytest.mark.parametrize("how", [{}, {"strategy": "elip"}], ids=["default", "elip"])
 VIT = {"depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "img_size": 64}
 
 
@@ -33,112 +24,12 @@ def x(batch=2):
     return torch.randn(batch, 3, 64, 64)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Return a tokenizer of a few words, with the end of text that CLIP's text tower needs."""
-    words = [
-        "[PAD]",
-        "[UNK]",
-        *["a", "photo", "of", "cat", "dog", "red", "bird"],
-    ]
-    vocab = {word: i for i, word in enumerate(words)} | {"[EOS]": 49}
-    found = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    found.pre_tokenizer = pre_tokenizers.Whitespace()
-    found.post_processor = processors.TemplateProcessing(
-        single="$A [EOS]", special_tokens=[("[EOS]", 49)]
-    )
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, model_max_length=8, **names)
-
-
-@pytest.fixture
-def picture():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
-
-
-def processor():
-    size = {"height": 48, "width": 48}
-    return transformers.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=size)
-
-
-# transformers
-
-
-@BY_ANY
-def test_zero_shot_pipeline_with_more_prompts_than_images(tokenizer, picture, tmp_path, how):
-    model = elip_models.reduce_(hf_clip().eval(), keep=0.6, **how)
-    parts = {"tokenizer": tokenizer, "image_processor": processor()}
-    labels = {"candidate_labels": ["cat", "red dog", "bird"], "hypothesis_template": "a {}"}
-
-    def scores(model):
-        pipe = transformers.pipeline("zero-shot-image-classification", model=model, **parts)
-        return {each["label"]: each["score"] for each in pipe(picture, **labels)}
-
-    found = scores(model)
-    assert len(found) == 3
-    dense = scores(elip_models.unreduce_(copy.deepcopy(model)))
-    assert found != dense
-    model.save_pretrained(tmp_path)
-    again = elip_models.reduce_(transformers.CLIPModel.from_pretrained(tmp_path))
-    for other in (again, elip_models.load_reduced(tmp_path)):
-        assert scores(other) == pytest.approx(found, rel=1e-5) != dense
-
-
 def test_image_features_alone():
     model, pixels = hf_clip().eval(), images()
     dense = model.get_image_features(pixels).pooler_output
     elip_models.reduce_(model, keep=0.6)
     found = model.get_image_features(pixels).pooler_output
     assert found.shape == dense.shape and not torch.allclose(found, dense)
-
-
-def test_image_classification_pipeline(picture):
-    model = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).eval()
-    elip_models.reduce_(model, strategy="tome:r=3")
-    size = {"height": 48, "width": 48}
-    image_processor = transformers.ViTImageProcessor(size=size)
-
-    def chances():
-        logits = model(**image_processor(picture, return_tensors="pt")).logits[0]
-        return dict(zip(model.config.id2label.values(), logits.softmax(0).tolist(), strict=True))
-
-    reduced = chances()
-    pipe = transformers.pipeline(
-        "image-classification", model=model, image_processor=image_processor
-    )
-    found = {each["label"]: each["score"] for each in pipe(picture, top_k=5)}
-    assert found == pytest.approx(reduced)
-    elip_models.unreduce_(model)
-    assert found != pytest.approx(chances())
-
-
-# open_clip
-
-
-@BY_ANY
-def test_zero_shot_classifier_of_open_clip(how):
-    model, pixels, prompts = open_clip_pair().eval(), images(2), ids(3)
-    elip_models.reduce_(model, keep=0.6, **how)
-    with torch.no_grad():
-        classes = model.encode_text(prompts, normalize=True)
-        features = model.encode_image(pixels, normalize=True)
-        logits = (100 * features @ classes.T).softmax(-1)
-        found = model(pixels, prompts)
-    assert logits.shape == (2, 3)
-    torch.testing.assert_close(found["image_features"], features)
-
-
-@BY_ANY
-def test_training_step_of_open_clip_with_its_loss(how):
-    model, loss = open_clip_pair().train(), open_clip.ClipLoss()
-    elip_models.reduce_(model, keep=0.6, **how)
-    model.set_grad_checkpointing()
-    out = model(images(4), ids(4))
-    loss(out["image_features"], out["text_features"], out["logit_scale"]).backward()
-    assert all(p.grad is not None for p in model.visual.parameters())
-
-
-# timm
 
 
 def test_model_ema_of_timm_follows_and_stays_reduced():
@@ -149,9 +40,6 @@ def test_model_ema_of_timm_follows_and_stays_reduced():
     ema.update(model)
     assert elip_models.is_reduced(ema.module)
     assert torch.allclose(ema.module.head.weight, model.head.weight - 0.5)
-
-
-# PyTorch
 
 
 def test_the_flop_counter_sees_the_saving():
@@ -175,16 +63,3 @@ def test_channels_last_images_and_an_empty_batch():
     found = model(pixels.to(memory_format=torch.channels_last))
     torch.testing.assert_close(found, model(pixels))
     assert model(pixels[:0]).shape == (0, 5)
-
-
-def test_the_rate_changes_live():
-    model, pixels, counts = reduced(), x(), []
-    for keep in (1.0, 0.8, 0.5):
-        elip_models.reduce_(model, keep=keep)
-        with elip_models.record_stages(model) as infos:
-            model(pixels)
-        counts.append(infos[-1].stage.keep if infos else 16)
-    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 3
-
-
-# accelerate, peft

@@ -7,7 +7,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import elip_models
 from elip_models import reduce_
-from elip_models.reduction.strategy_spec import get_strategy
 from tests.helpers.models import HF, HF_TEXT, dinov2, hf_blip, hf_vision, ids
 from tests.helpers.towers import SCHEDULE, images, whole_grid
 
@@ -59,15 +58,6 @@ def masked_modeling(family):
     return model.eval()
 
 
-def read_by_decoder(model, x):
-    """Return the patches (B, D, 6, 6)."""
-    seen = []
-    handle = model.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(x)
-    handle.remove()
-    return seen[0]
-
-
 def test_cross_attention_reads_no_padding():
     model, x, tokens = hf_blip().eval(), images(), ids()
     encoded, infos = elip_models.encode_image(
@@ -83,22 +73,6 @@ def test_cross_attention_reads_no_padding():
     assert torch.equal(model(input_ids=tokens, pixel_values=x).itm_score, expected)
     reduce_(model, **ADAPTIVE)
     assert model.vision_model(x).last_hidden_state.shape[1] == 37
-
-
-@pytest.mark.parametrize(
-    ("family", "strategy"),
-    [(f, s) for f in ("ViT", "DeiT") for s in MERGING if f + s != "DeiTtome"],
-)
-def test_a_pixel_decoder_has_each_patch_at_its_position(family, strategy):
-    model, x, strategy = masked_modeling(family), images(), get_strategy(**MERGING[strategy])
-    dense = model(x).reconstruction
-    tokens, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
-    reduce_(model, strategy=strategy)
-    expected = whole_grid(tokens, infos)[:, -36:].mT.unflatten(2, (6, 6))
-    torch.testing.assert_close(read_by_decoder(model, x), expected)
-    assert not torch.allclose(model(x).reconstruction, dense)
-    elip_models.unreduce_(model)
-    assert torch.equal(model(x).reconstruction, dense)
 
 
 STAGES = ["stage1", "stage2", "stage4", "stage6"]

@@ -1,17 +1,17 @@
 """Images of other sizes than the model's, and models with a changed size."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models import encode_image, reduce_
 from elip_models.reduction.strategies import ImageResize
 from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, TOWERS, eva
-from tests.helpers.tiers import first_quick, tiered
+from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import (
     SCHEDULE,
     assert_equal_gradients,
@@ -20,15 +20,9 @@ from tests.helpers.towers import (
     plain_vit,
     text,
 )
+from tests.reduction.test_dense_outputs import STRATEGIES
 
 OTHER = (64, 40)  # 8 x 5 patches of 8 pixels, where the models are made for 6 x 6
-STRATEGIES = {
-    "elip": {"schedule": SCHEDULE},
-    "dropping": {"schedule": SCHEDULE, "merge": "none"},
-    "evit": {"strategy": "evit"},
-    "tome": {"strategy": "tome:r=3"},
-    "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
-}
 HF = [name for name in TOWERS if name.startswith("HF")]
 
 
@@ -40,38 +34,26 @@ def dynamic_vit(**options):
     return plain_vit(dynamic_img_size=True, **options).eval()
 
 
-def made_for(model, size):
-    """Return a timm model of one size with the same weights."""
-    other = plain_vit().eval()
-    other.load_state_dict(model.state_dict())
-    other.set_input_size(size)
-    return other
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_dynamic_model_is_reduced_as_one_made_for_the_size(strategy):
-    model, settings = dynamic_vit(), STRATEGIES[strategy]
-    reduced = reduce_(copy.deepcopy(model), **settings)
-    for size in (OTHER, (48, 48)):
-        x, expected = pictures(size), reduce_(made_for(model, size), **settings)
-        torch.testing.assert_close(reduced(x), expected(x), atol=1e-5, rtol=1e-5)
-
-
 DINOV3 = {"rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
+DYNAMIC = {"timm": plain_vit, "EVA-02": eva, "DINOv3": partial(eva, **DINOV3)}
+IN_EACH = [(make, strategy) for make in DYNAMIC for strategy in STRATEGIES]
 
 
-@pytest.mark.parametrize("strategy", first_quick(STRATEGIES, 2))
-@pytest.mark.parametrize("options", [{}, DINOV3], ids=["EVA-02", "DINOv3"])
-def test_a_dynamic_rotary_model_is_reduced_as_one_made_for_the_size(options, strategy):
-    """The table of a model made for one size may be rounded in another order."""
-    settings = STRATEGIES[strategy]
-    dynamic = eva(dynamic_img_size=True, **options).eval()
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    slow_except([(n, s) for n, s in IN_EACH if n == "timm" or s in ("elip", "dropping")], IN_EACH),
+)
+def test_a_dynamic_model_is_reduced_as_one_made_for_the_size(name, strategy):
+    """The table of a rotary model made for one size may be rounded in another order."""
+    make, settings = DYNAMIC[name], STRATEGIES[strategy]
+    close = 1e-5 if name == "timm" else 1e-4
+    dynamic = make(dynamic_img_size=True).eval()
     reduced = reduce_(copy.deepcopy(dynamic), **settings)
     for size in (OTHER, (48, 48)):
-        x, made = pictures(size), eva(**options).eval()
+        x, made = pictures(size), make().eval()
         made.load_state_dict(dynamic.state_dict())
         made.set_input_size(size)
-        torch.testing.assert_close(reduced(x), reduce_(made, **settings)(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(reduced(x), reduce_(made, **settings)(x), atol=close, rtol=close)
         cls = encode_image(dynamic, x, **settings)[:, 0]
         torch.testing.assert_close(reduced.forward_features(x)[:, 0], cls, atol=1e-6, rtol=1e-6)
 
@@ -109,21 +91,6 @@ def test_transformers_interpolates_the_positions_of_a_reduced_model(library, str
     assert infos[0].reduction.weights.shape[1] in (1 + 40, 2 + 40, 4 + 40)
     for info, other in zip(infos, others, strict=True):
         assert torch.equal(info.reduction.kept, other.reduction.kept)
-
-
-@pytest.mark.parametrize("strategy", ["elip", "evit", "tome"])
-def test_a_checkpoint_replays_an_image_of_another_size(strategy):
-    model = reduce_(dynamic_vit(), **STRATEGIES[strategy]).train()
-    x = pictures().requires_grad_()
-    model(x).square().sum().backward()
-    expected = gradients(model)
-    model.zero_grad()
-    tokens = model.norm_pre(model._pos_embed(model.patch_embed(x)))
-    for block in model.blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False)
-    model(images())  # of the other size, between
-    model.forward_head(model.norm(tokens)).square().sum().backward()
-    assert_equal_gradients(gradients(model), expected)
 
 
 BACKENDS = [("elip", "eager"), *((strategy, "aot_eager") for strategy in STRATEGIES)]

@@ -52,20 +52,17 @@ def test_a_model_of_the_hub_is_not_looked_up_and_its_default_warns_once():
         assert image_text.image_stats() == stats
 
 
-def test_the_processor_in_the_folder_of_a_model_counts(tmp_path):
-    hf_clip().save_pretrained(tmp_path)
-    CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(tmp_path)
-    model = CLIPModel.from_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert as_image_text(model).image_stats() == (HALF, HALF)
-
-
-def test_the_config_of_a_model_counts():
+def test_the_config_of_a_model_and_the_processor_in_its_folder_count(tmp_path):
     model = vit()
     assert image_stats_of(model) is None
     model.config.image_mean, model.config.image_std = HALF, HALF
     assert image_stats_of(model) == (HALF, HALF)
+    hf_clip().save_pretrained(tmp_path)
+    CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = as_image_text(CLIPModel.from_pretrained(tmp_path))
+        assert loaded.image_stats() == (HALF, HALF)
 
 
 def test_the_local_cache_of_the_hub_counts(tmp_path, monkeypatch):

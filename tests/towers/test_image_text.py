@@ -11,7 +11,7 @@ import transformers
 import elip_models
 from elip_models.api import is_reduced
 from elip_models.towers import as_image_text
-from tests.helpers.models import PAIRS, hf_blip, hf_clip, ids, open_clip_pair
+from tests.helpers.models import PAIRS, hf_blip, hf_clip, hf_siglip, ids, open_clip_pair
 from tests.helpers.models import output_of_pair as run
 from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images
 
@@ -82,7 +82,7 @@ def test_under_autocast_the_text_that_guides_trains_too(model):
     assert trained() == expected
 
 
-@pytest.mark.parametrize(("make", "further"), [(hf_clip, ()), (hf_blip, (True,))])
+@pytest.mark.parametrize(("make", "further"), [(hf_clip, ()), (hf_siglip, ()), (hf_blip, (True,))])
 def test_a_mask_counts_by_position_and_by_name(make, further):
     model, x, tokens = make().eval(), images(), ids()
     mask = torch.ones_like(tokens)

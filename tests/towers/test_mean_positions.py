@@ -9,7 +9,7 @@ import torch
 from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed, get_mixed_freqs
 
 import elip_models
-from elip_models import CrossGET, GuidedToMe, PiToMe, ToMe
+from elip_models import GuidedToMe, ToMe
 from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, dinov3
 from tests.helpers.tiers import slow_except
@@ -21,9 +21,7 @@ from tests.helpers.towers import (
 ROTATING = [name for name in ROTARY if name != "EVA without rotation"]
 MEANS = {
     "tome": ToMe((9, 0, 12, 3, 0, 0), position="mean"),
-    "pitome": PiToMe((9, 0, 12, 3, 0, 0), position="mean"),
     "guided_tome": GuidedToMe((9, 0, 12, 3, 0, 0), position="mean"),
-    "crossget": CrossGET((9, 0, 12, 3, 0, 0), position="mean"),
 }
 
 

@@ -1,7 +1,5 @@
 """Batches of images of different sizes: patches with a mask, in models that take them so."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import transformers
@@ -11,7 +9,6 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransfo
 import elip_models
 from elip_models.towers import as_tower
 from tests.helpers.models import HF, enlarged, naflex
-from tests.helpers.towers import WIDTH
 
 GRIDS = ((3, 4), (6, 6), (2, 5), (1, 1), (5, 7))
 P, CHANNELS = 8, 3 * 8 * 8
@@ -180,10 +177,8 @@ def test_parts_add_up_to_the_model_on_images_of_one_size(name):
     [
         ("SigLIP 2", "tome:r=5"),
         ("NaFlex avg", "tome:r=5"),
-        pytest.param("SigLIP 2", "pitome:r=5", marks=pytest.mark.slow),
-        pytest.param(HAS_CLS, "evit:merge=nearest", marks=pytest.mark.slow),
-        pytest.param(HAS_CLS, "adaptive", marks=pytest.mark.slow),
-        pytest.param("NaFlex axial", "pitome:r=1", marks=pytest.mark.slow),
+        pytest.param(HAS_CLS, "guided_tome:r=5", marks=pytest.mark.slow),
+        pytest.param("NaFlex axial", "tome:r=1", marks=pytest.mark.slow),
         pytest.param("NaFlex DINOv3", "tome:r=3", marks=pytest.mark.slow),
     ],
 )
@@ -219,63 +214,28 @@ def test_intermediate_tokens_are_whole_grids():
     assert not shapes[1][padding].any()
 
 
-GROUPED = {
-    "pitome": "pitome:r=1",  # the energies of two last patches would be equal
-    "received": "elip:scorer=received,schedule=clip",
-    "received nearest": "elip:scorer=received,merge=nearest,proportional=True,schedule=clip",
-    "crossget": "crossget:r=5",
-    "evit": "evit:layers=all,keep_ratio=0.8",
-    "evit nearest": "evit:merge=nearest",
-    "elip": "elip:schedule=clip",
-    "elip exact": "elip:scorer=exact,merge=none,schedule=clip",
-    "trips": "trips:schedule=clip",
-    "adaptive": "adaptive:keep_mass=0.6,schedule=clip",
-    "adaptive nearest": "adaptive:merge=nearest,proportional=True,schedule=clip",
-}
-GUIDED = {"crossget", "elip", "elip exact", "trips", "adaptive", "adaptive nearest"}
-NEEDS_CLS = GUIDED | {"evit", "evit nearest"}
-KEEPS_ONE = {"pitome", "crossget", "evit", "evit nearest"}  # a schedule refuses one patch
-GROUPED_CASES = [
-    pytest.param(
-        *(strategy, name),
-        marks=[] if strategy in ("pitome", "elip") and name == HAS_CLS else pytest.mark.slow,
-    )
-    for strategy in GROUPED
-    for name in ([HAS_CLS, "NaFlex axial"] if strategy in NEEDS_CLS else MODELS)
-]
-
-
-@pytest.mark.parametrize(("strategy", "name"), GROUPED_CASES)
+@pytest.mark.parametrize(
+    ("strategy", "name", "reason"),
+    [
+        ("evit", HAS_CLS, "takes the mask of a padded batch"),
+        ("elip:schedule=clip", HAS_CLS, "takes the mask of a padded batch"),
+        ("random", "SigLIP 2", "takes the mask of a padded batch"),
+        ("random:merge=none", "NaFlex avg", "merges, since the model pools patches"),
+    ],
+)
 @torch.no_grad()
-def test_strategies_without_masks_reduce_images_of_the_same_size_together(strategy, name):
-    least = (1, 1) if strategy in KEEPS_ONE else (1, 3)
-    grids = ((3, 4), (6, 6), (2, 5), least, (5, 7), (4, 3))  # two images of 12 patches
-    model = model_of(name)
-    batch, text = pictures(grids), torch.randn(len(grids), WIDTH).double()
-    p, counts = as_tower(model).num_prefix_tokens, [rows * columns for rows, columns in grids]
-    dense = features(model, batch, 40)
-    elip_models.reduce_(model, strategy=GROUPED[strategy])
-
-    def guided(rows):
-        return elip_models.guidance(model, text[rows]) if strategy in GUIDED else nullcontext()
-
-    with elip_models.record_stages(model) as infos, guided(slice(None)):
-        padded = features(model, batch, 40)
-    for b, image in enumerate(batch):
-        with guided([b]):
-            expected, left = alone(model, image, is_grid=padded[b].dim() == 2)
-        torch.testing.assert_close(padded[b], expected, atol=1e-6, rtol=1e-6)
-        assert infos[-1].mask[b].sum() == (left or p + counts[b])
-    assert not torch.allclose(padded[1], dense[1], atol=1e-3)
-    assert infos[-1].reduction.num_rows < p + 36
-
-
-def test_a_model_that_pools_by_its_mask_needs_merged_tokens():
-    model, batch = model_of("NaFlex avg"), pictures()
-    elip_models.reduce_(model, strategy="random:merge=none")
-    with pytest.raises(ValueError, match="expected one that merges, since the model pools patches"):
+def test_strategies_without_masks_need_images_of_one_size(strategy, name, reason):
+    model, batch = elip_models.reduce_(model_of(name), strategy=strategy), pictures()
+    with pytest.raises(ValueError, match=f"strategy: expected one that {reason}"):
         features(model, batch)
-    assert model(pictures([(6, 6)])[0][None]).shape == (1, 5)
+    if "none" in strategy:
+        assert model(pictures([(6, 6)])[0][None]).shape == (1, 5)
+        return
+    with elip_models.record_stages(model) as infos:
+        alone = features(model, pictures([(5, 4)]) * 2)
+    assert infos and infos[-1].reduction.num_rows < 20
+    if strategy != "random":  # it draws for each image
+        torch.testing.assert_close(*alone)
 
 
 def test_masks_that_hide_more_than_padding_are_refused():

@@ -10,8 +10,6 @@ from elip_models import (
     TRIPS,
     AdaptiveELIP,
     EViT,
-    ImageResize,
-    PatchDropout,
     RandomPruning,
     ToMe,
 )
@@ -26,7 +24,6 @@ from tests.helpers.models import (
     output_of_pair,
     trunk_pair,
 )
-from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 
 MODELS = POOLED | POOLED_WITHOUT_CLS
@@ -84,46 +81,6 @@ def test_attention_pooling_adds_the_log_of_sizes_to_its_scores(strategy):
     torch.testing.assert_close(
         got, model.head(model.attn_pool(tokens, attn_mask=bias)), atol=1e-5, rtol=1e-5
     )
-
-
-def idle(strategy, size):
-    """Return the strategy with settings that reduce nothing."""
-    return ImageResize(size.image[0]) if strategy is ImageResize else strategy.at_strength(size, 0)
-
-
-EACH = {s.name: s for s in MERGING.values()} | {
-    "patch_dropout": PatchDropout(),
-    "resize": ImageResize,
-}
-IDLE = [(name, strategy) for name in MODELS for strategy in EACH]
-IDLE_QUICK = [(name, s) for name in ("timm average", "timm SigLIP") for s in ("elip", "tome")]
-
-
-@pytest.mark.parametrize(
-    ("name", "strategy"),
-    tiered(
-        IDLE,
-        IDLE_QUICK,
-        slow=[
-            ("timm average", "evit"),
-            ("EVA-02 average", "tome"),
-            ("open_clip average, norm behind", "tome"),
-            ("HF DINOv2 average", "tome"),
-            ("timm NaFlex average", "random"),
-            ("HF SigLIP average", "random"),
-        ],
-    ),
-)
-def test_a_strategy_at_zero_strength_is_the_untouched_model(name, strategy):
-    model, x = MODELS[name]().eval(), images()
-    tower, expected = as_tower(model), output(model, x)
-    strategy = idle(EACH[strategy], tower.size)
-    reason = strategy.why_unsupported(tower)
-    if reason is not None:
-        pytest.skip(reason)
-    elip_models.reduce_(model, strategy=strategy)
-    with elip_models.guidance(model, text()):
-        assert torch.equal(output(model, x), expected)
 
 
 def test_a_text_is_the_query_of_a_rotary_tower_without_cls_by_any_layer():

@@ -17,20 +17,12 @@ from torchao.quantization import (
 )
 
 import elip_models
-from elip_models import (
-    ELIP,
-    TRIPS,
-    AdaptiveELIP,
-    EViT,
-    ImageResize,
-    ToMe,
-)
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import through_transpose
 from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_pair
-from tests.helpers.strategies import with_every_strategy
+from tests.helpers.strategies import WITHOUT_TEXT as STRATEGIES
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
@@ -54,17 +46,6 @@ QUANTISED = WEIGHTS | {
     "int8 weights and activations": by(Int8DynamicActivationInt8WeightConfig),
     "quantize_dynamic": dynamic,
 }
-VISION = {"schedule": SCHEDULE, "without_text": "vision"}
-OWN_CASES = {
-    **{f"elip {s}": ELIP(**VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
-    "adaptive": AdaptiveELIP(**VISION, keep_mass=0.5),
-    "evit": EViT(0.7, layers=(1, 3)),
-    "nearest": ELIP(**VISION, merge="nearest"),
-    "resize": ImageResize(32),
-    "tome": ToMe(4),
-    "trips": TRIPS(**VISION),
-}
-STRATEGIES = with_every_strategy(OWN_CASES)
 
 
 @torch.no_grad()

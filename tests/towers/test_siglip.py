@@ -6,27 +6,14 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models.reduction.strategy_spec import get_strategy
-from elip_models.towers import as_image_text, as_tower
-from tests.helpers.models import hf_siglip, siglip_vision
+from elip_models.towers import as_tower
+from tests.helpers.models import siglip_vision
 from tests.helpers.towers import SCHEDULE, WIDTH, images, text, whole_grid
 
 
 @pytest.fixture(params=["sdpa", "eager"])
 def model(request):
     return siglip_vision(request.param).eval()
-
-
-@torch.no_grad()
-def test_parts_add_up_to_the_block(model):
-    tower = as_tower(model)
-    tokens = tower.embed(images())
-    assert tokens.shape == (2, tower.num_tokens, WIDTH) == (2, 36, WIDTH)
-    assert not tower.has_cls
-    for i in range(tower.depth):
-        whole = tower.block(i, tokens)
-        close = {"atol": 2e-5, "rtol": 2e-5}
-        torch.testing.assert_close(tower.mlp(i, tower.attend(i, tokens)), whole, **close)
-        tokens = whole
 
 
 def row_by_hand(layer, tokens, t):
@@ -88,25 +75,3 @@ def test_the_probe_weights_each_token_by_its_patches(model, settings):
         source = info.reduction.source_map(source)
     expected = probed(model.head, tokens, source.sum(2))  # none for padding
     torch.testing.assert_close(reduced.pooler_output, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_another_text_keeps_other_patches_and_its_length_does_not_matter():
-    model, x, t = siglip_vision().eval(), images(), text()
-    kept = [
-        elip_models.encode_image(model, x, each, schedule=SCHEDULE, return_info=True)[1]
-        for each in (t, 3 * t, -t)
-    ]
-    first, longer, other = (infos[0].reduction.kept for infos in kept)
-    assert torch.equal(first, longer)
-    assert not torch.equal(first, other)
-
-
-def test_a_pair_is_guided_by_the_feature_of_its_last_text_token():
-    model, tokens = hf_siglip().eval(), torch.randint(0, 50, (2, 8))
-    mask = torch.ones_like(tokens)
-    mask[:, 5:7] = 0
-    pair, x = as_image_text(model), images()
-    for each in (None, mask):
-        features = model.text_model(tokens, attention_mask=each).pooler_output
-        assert torch.equal(pair.text_cls(tokens, x, each), features)
-        assert torch.equal(pair.text_cls(tokens, x, attention_mask=each), features)

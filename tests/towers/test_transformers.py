@@ -20,20 +20,16 @@ AUDIO = {"max_length": 80, "num_mel_bins": 32, "frequency_stride": 6, "time_stri
 VIDEO = {"num_frames": 4, "tubelet_size": [2, 8, 8]}
 VJEPA2 = {"frames_per_clip": 4, "crop_size": 48, "mlp_ratio": 2.0, "pred_hidden_size": 24}
 VJEPA2 |= {"pred_num_attention_heads": 2, "pred_num_hidden_layers": 1, "num_pooler_layers": 1}
+PLAIN = "CLIP CLIPSeg MetaClip2 AltCLIP MLCD OwlViT Owlv2 Siglip Blip Blip2 InstructBlip Aimv2"
 MODELS = {
-    "CLIPEncoderLayer": ("CLIPVisionModel", {}),
-    "CLIPSegEncoderLayer": ("CLIPSegVisionModel", {}),
-    "MetaClip2EncoderLayer": ("MetaClip2VisionModel", {}),
-    "AltCLIPEncoderLayer": ("AltCLIPVisionModel", {}),
-    "MLCDEncoderLayer": ("MLCDVisionModel", {}),
+    **{f"{name}EncoderLayer": (f"{name}VisionModel", {}) for name in PLAIN.split()},
+    **{
+        f"{name}EncoderLayer": (f"{name}VisionTransformer", {})
+        for name in ("Idefics2", "Idefics3", "SmolVLM")
+    },
+    **{f"{name}Layer": (f"{name}Model", {}) for name in ("ViT", "DeiT", "IJepa", "ViTMSN")},
     "ChineseCLIPVisionLayer": ("ChineseCLIPVisionModel", {}),
     "GitVisionEncoderLayer": ("GitVisionModel", {}),
-    "OwlViTEncoderLayer": ("OwlViTVisionModel", {}),
-    "Owlv2EncoderLayer": ("Owlv2VisionModel", {}),
-    "SiglipEncoderLayer": ("SiglipVisionModel", {}),
-    "Idefics2EncoderLayer": ("Idefics2VisionTransformer", {}),
-    "Idefics3EncoderLayer": ("Idefics3VisionTransformer", {}),
-    "SmolVLMEncoderLayer": ("SmolVLMVisionTransformer", {}),
     "BeitLayer": (
         "BeitModel",
         {"use_relative_position_bias": True, "use_mean_pooling": False, "drop_path_rate": 0.0},
@@ -45,13 +41,6 @@ MODELS = {
     "PixioLayer": ("PixioModel", {"n_cls_tokens": 3}),
     "Tipsv2VisionLayer": ("Tipsv2VisionModel", {"num_register_tokens": 1, "layerscale_value": 0.3}),
     "JanusVisionEncoderLayer": ("JanusVisionModel", {}),
-    "BlipEncoderLayer": ("BlipVisionModel", {}),
-    "Blip2EncoderLayer": ("Blip2VisionModel", {}),
-    "InstructBlipEncoderLayer": ("InstructBlipVisionModel", {}),
-    "ViTLayer": ("ViTModel", {}),
-    "DeiTLayer": ("DeiTModel", {}),
-    "IJepaLayer": ("IJepaModel", {}),
-    "ViTMSNLayer": ("ViTMSNModel", {}),
     "ASTLayer": ("ASTModel", AUDIO),
     "VivitLayer": ("VivitModel", VIDEO),
     "VideoMAELayer": ("VideoMAEModel", {"num_frames": 4, "use_mean_pooling": False}),
@@ -67,7 +56,6 @@ MODELS = {
         "InternVLVisionModel",
         {"layer_scale_init_value": 0.3, "use_mean_pooling": False},
     ),
-    "Aimv2EncoderLayer": ("Aimv2VisionModel", {}),
 }
 INPUTS = {"ASTLayer": (2, 80, 32), "VivitLayer": (2, 4, 3, 48, 48)}
 INPUTS["VideoMAELayer"] = INPUTS["VJEPA2Layer"] = INPUTS["VivitLayer"]
@@ -223,6 +211,8 @@ WHOLE = {
     "VJEPA2Model": ("VJEPA2Config", TINY | VJEPA2),
     "VJEPA2ForVideoClassification": ("VJEPA2Config", TINY | VJEPA2),
     "ViTMSNForImageClassification": ("ViTMSNConfig", HF),
+    "DeiTForMaskedImageModeling": ("DeiTConfig", HF | {"encoder_stride": 8}),
+    "ViTForMaskedImageModeling": ("ViTConfig", HF | {"encoder_stride": 8}),
 }
 
 
@@ -290,8 +280,6 @@ def test_a_pooler_that_averages_counts_tokens_by_their_size(name):
     model, x = beit(name), images()
     tower = as_tower(model)
     assert tower.pools
-    with pytest.raises(TypeError, match="class_token_only: the model uses the patches"):
-        elip_models.reduce_(model, strategy="tome:class_token_only=true")
     seen = []
     tower.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
     model(x)

@@ -13,7 +13,6 @@ from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import elip_models
-from tests.helpers.cross_modal_cases import batch_of_four, draws, losses, made
 from tests.helpers.models import (
     HF,
     dinov2,
@@ -254,19 +253,3 @@ def test_a_whole_model_guides_itself_by_its_adapted_text(make, order):
     got, expected = (each(*positional, **arguments) for each in (model, whole.eval()))
     name = "image_embeds" if make is hf_clip else "image_features"
     torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["albef", "blip"])
-def test_our_models_train_as_merged(family):
-    model = made(family)
-    wrapped = get_peft_model(model, lora()).double()
-    model.encoders_m.load_state_dict(model.encoders.state_dict())
-    whole = copy.deepcopy(wrapped).merge_and_unload()
-    batch = batch_of_four()
-    drawn = draws(family, *batch, "local")
-    got, expected = (each(*batch, drawn=drawn) for each in (wrapped, whole))
-    torch.testing.assert_close(losses(got), losses(expected), atol=1e-6, rtol=1e-6)
-    got.loss.backward()
-    gradients = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
-    online = [g for n, g in gradients.items() if ".encoders." in n]
-    assert online and all(g.any() for g in online)

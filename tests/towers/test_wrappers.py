@@ -36,41 +36,6 @@ class Halves(nn.Module):
         return weight / 2
 
 
-class Eighths(torch.Tensor):
-    """A weight in eighths, as in torchao: nn.Linear stays, and a tensor subclass multiplies."""
-
-    @staticmethod
-    def __new__(cls, codes):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=codes.dtype)
-
-    def __init__(self, codes):
-        self.codes = codes
-
-    def __tensor_flatten__(self):
-        return ["codes"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, meta, size, stride):
-        return Eighths(inner["codes"])
-
-    @classmethod
-    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
-        if op is torch.ops.aten.detach.default:
-            return cls(args[0].codes)
-        raise NotImplementedError(f"{op}: only a product with it is defined")
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is nn.functional.linear:
-            return function(args[0], args[1].codes / 8, args[2])
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-def quantise_weight(attn):
-    codes = (attn.qkv.weight.detach() * 8).round()
-    attn.qkv.weight = nn.Parameter(Eighths(codes), requires_grad=False)
-
-
 def quantise(attn):
     attn.qkv = Quantised(attn.qkv)
 
@@ -88,7 +53,6 @@ def replace_forward(attn):
 
 WRAPPERS = {
     "quantised": quantise,
-    "a quantised weight": quantise_weight,
     "a subclass": subclass,
     "another forward": replace_forward,
     "a hook": lambda attn: attn.qkv.register_forward_hook(lambda m, x, y: -y),

@@ -8,7 +8,6 @@ calibration, commands, tests and pages are derived from it and from the attribut
 from elip_models.reduction.flops import DEFAULT_KEEP, kept_share
 from elip_models.reduction.strategies.adaptive import AdaptiveELIP
 from elip_models.reduction.strategies.baselines import TRIPS, PatchDropout, RandomPruning
-from elip_models.reduction.strategies.complete_graph import CrossGET, PiToMe
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.evit import EViT
@@ -25,13 +24,11 @@ __all__ = [
     "STRATEGIES",
     "TRIPS",
     "AdaptiveELIP",
-    "CrossGET",
     "Dense",
     "EViT",
     "GuidedToMe",
     "ImageResize",
     "PatchDropout",
-    "PiToMe",
     "RandomPruning",
     "ToMe",
     "TokenMerging",
@@ -44,8 +41,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
         ToMe,
         GuidedToMe,
         ImageResize,
-        PiToMe,
-        CrossGET,
         EViT,
         ELIP,
         AdaptiveELIP,

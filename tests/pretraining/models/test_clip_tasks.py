@@ -23,8 +23,6 @@ CLASSES = 5
 OPTIONS = {  # what a strategy asks for in a tower of 16 patches
     "tome": {"r": 1},
     "guided_tome": {"r": 1},
-    "pitome": {"r": 1},
-    "crossget": {"r": 1},
     "resize": {"size": 16},
 }
 

@@ -20,22 +20,19 @@ OPTIONS = {
     "evit": {"keep_ratio": 0.7},
     "tome": {"r": 3},
     "guided_tome": {"r": 3, "protect": 0.5},
-    "pitome": {"r": 3},
-    "crossget": {"r": 3},
     "patch_dropout": {"keep_ratio": 0.5},
     "resize": {"size": 12},
     "adaptive": {"keep_mass": 0.4},
 }
 OTHERS = [name for name in STRATEGIES if name != "elip"]
 LEFT = {"evit": 10, "tome": 8, "patch_dropout": 9, "resize": 10, "adaptive": 10}
-LEFT |= {"elip": 10, "trips": 10, "random": 10, "guided_tome": 8, "pitome": 8, "crossget": 8}
+LEFT |= {"elip": 10, "trips": 10, "random": 10, "guided_tome": 8}
 MOMENTUM = ["albef", "blip"]
 CASES = [(family, strategy) for family in MODELS for strategy in STRATEGIES]
 QUICK = [
     *((family, "elip") for family in MODELS),
     ("albef", "tome"),
     ("blip", "guided_tome"),
-    ("albef", "crossget"),
     ("blip", "adaptive"),
     ("meter", "evit"),
     ("meter", "random"),

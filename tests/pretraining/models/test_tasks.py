@@ -18,7 +18,7 @@ QUICK = [
     *(("blip_captioning", "elip"), ("blip_retrieval", "adaptive"), ("meter_vqa", "trips")),
     *(("meter_nlvr2", "elip"), ("meter_retrieval", "evit")),
 ]
-SLOW = [("albef_vqa", "evit"), ("albef_nlvr2", "pitome"), ("blip_vqa", "patch_dropout")]
+SLOW = [("albef_vqa", "evit"), ("albef_nlvr2", "merge"), ("blip_vqa", "patch_dropout")]
 STEPS = [(name, strategy) for name in TASKS for strategy in STRATEGIES]
 PAIRS = [name for name in TASKS if name.endswith(("vqa", "entailment", "nlvr2"))]
 WITH_MOMENTUM = [
