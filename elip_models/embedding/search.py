@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import faiss
 import numpy as np
+from faiss.contrib.evaluation import knn_intersection_measure
 from torch import Tensor
 
 from elip_models.embedding.collection import Collection, open_collection, unit
@@ -37,7 +38,7 @@ HNSW_IMAGES = 200_000
 CANDIDATES = 128  # of a search in the graph
 PROBES = 64  # lists that a search reads
 TRAINING_VECTORS = 64  # for each list
-CHECKED_QUERIES, NEIGHBOURS = 200, 10
+CHECKED_QUERIES, TOP = 200, 10
 FOLDER, VECTORS, DESCRIPTION = "index", "images.faiss", "index.json"
 
 
@@ -266,10 +267,10 @@ def build_index(folder: str | os.PathLike) -> Index:
             vectors.train(collection.take(_sampled_rows(images, TRAINING_VECTORS * lists)))
         for _, embeddings in collection.vectors():
             vectors.add(embeddings)
-        own = _sampled_rows(images, CHECKED_QUERIES)
-        queries, top = collection.take(own), min(NEIGHBOURS + 1, images)
-        rows = [searched.search(queries, top)[1] for searched in (collection, vectors)]
-        recall = float(np.mean(_shared_neighbours(*rows, own))) if top > 1 else 1.0
+        queries, top = collection.take(_sampled_rows(images, CHECKED_QUERIES)), min(TOP + 1, images)
+        # without the first of each row, the image itself
+        rows = [searched.search(queries, top)[1][:, 1:] for searched in (collection, vectors)]
+        recall = float(knn_intersection_measure(*rows)) if top > 1 else 1.0
         output.mkdir(exist_ok=True)
         (output / DESCRIPTION).unlink(missing_ok=True)  # without it the vectors are not used
         unfinished = output / f".{VECTORS}"
@@ -296,19 +297,6 @@ def _sampled_rows(total: int, count: int) -> np.ndarray:
     """Return up to `count` different rows of `total`, drawn at random and ascending."""
     rng = np.random.default_rng(0)
     return np.sort(rng.choice(total, min(count, total), replace=False))
-
-
-def _shared_neighbours(first: np.ndarray, second: np.ndarray, own: np.ndarray) -> list[float]:
-    """Return the share of the neighbours (Q, K + 1) of images that both have, K of each.
-
-    The neighbours may have the image itself, `own` (Q,), which does not count.
-    """
-    top = first.shape[1] - 1
-    shares = []
-    for image, *lines in zip(own.tolist(), first.tolist(), second.tolist(), strict=True):
-        one, other = ({*[row for row in line if row != image][:top]} for line in lines)
-        shares.append(len(one & other) / top)
-    return shares
 
 
 def open_index(collection: Collection, report: Report = lambda text: None) -> Index | None:

@@ -11,7 +11,7 @@ import transformers as hf
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
 from tests.helpers.tiers import first_quick
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, TEXT, llava
+from tests.vlm.configs import CASES, EAGER, TEXT
 from tests.vlm.models import build, model_of, prompt
 
 QUICK = ("llava", "gemma3", "qwen3_vl")
@@ -220,7 +220,7 @@ def test_padding_does_not_change_a_selection_by_the_question():
 
 
 def _windowed(window):
-    config, pixels = llava()
+    config, pixels = CASES["llava"]()
     config.text_config = hf.MistralConfig(**TEXT, sliding_window=window)
     model = model_of(config, "sdpa")
     return model, pixels | prompt(model, pixels, ((4, "image", 3), (2, "image", 1, "image", 6)))
@@ -251,7 +251,7 @@ LINEAR = {
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_attention_is_refused(name):
-    config, _ = llava()
+    config, _ = CASES["llava"]()
     config.text_config = LINEAR[name]()
     with pytest.raises(TypeError, match=r"layers of type (linear_attention|mamba)"):
         reduce_(hf.LlavaForConditionalGeneration(config), keep=0.5)
