@@ -101,15 +101,12 @@ def test_images_that_cannot_be_read_are_listed_with_the_reason(damaged, model, t
 
 
 def test_an_image_that_cannot_be_preprocessed_is_listed(pictures, encoder, tmp_path):
-    plain = encoder.preprocessing.transform
-
     def transform(image):
         if image.width == 64:
             raise ValueError("an odd shape")
-        return plain(image)
+        return encoder.preprocessing.transform(image)
 
-    odd = encoder.preprocessing._replace(transform=transform)
-    odd = replace(encoder, preprocessing=odd)
+    odd = replace(encoder, preprocessing=encoder.preprocessing._replace(transform=transform))
     assert elip_models.embed(odd, pictures, tmp_path, **SMALL).skipped == 1
     table = parquet.read_table(tmp_path / "skipped.parquet").to_pydict()
     assert table["key"] == ["sub/a.jpg"]
@@ -167,8 +164,6 @@ def test_the_check_compares_dense_and_reduced_embeddings(pictures, model, tmp_pa
 
 WRONG = {
     "batch_size": (0, "batch_size: expected at least 1, got 0"),
-    "embedding_dtype": ("int8", "embedding_dtype: expected"),
-    "preprocess": ("imagnet", "preprocess: expected 'imagenet', 'clip' or a JSON file"),
     "reduce": ("tomme", "reduce: .*did you mean 'tome'"),
     "device": ("gpu", "device: expected one of this machine, such as 'cuda:1' or 'cpu'"),
     "keep_columns": (["label"], "source: .*label"),
@@ -306,15 +301,6 @@ def test_other_settings_are_refused_with_both_named(whole, pictures, model, tmp_
     assert files_of(whole) == before
 
 
-def test_an_output_of_another_version_is_named(whole, pictures, encoder, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "out")
-    (out / "manifest.json").write_text(json.dumps(manifest_of(whole) | {"format": 1}))
-    with pytest.raises(
-        ConfigError, match=r"expected embeddings of format 2, got format 1 .*choose"
-    ):
-        elip_models.embed(encoder, pictures, out, **SMALL)
-
-
 def test_other_files_are_refused_and_stay(pictures, encoder, tmp_path):
     (tmp_path / ".manifest.json.bak").write_text("mine")
     with pytest.raises(ConfigError, match=r"output: expected a new or empty folder.*json.bak"):
@@ -369,16 +355,6 @@ def test_two_processes_of_torchrun_give_the_same_bytes(whole, pictures, model, t
     assert process.returncode == 0, err[-3000:]
     assert out.count("9 of 9 images embedded") == 1
     assert files_of(tmp_path / "out") == files_of(whole)
-
-
-def test_a_missing_extra_is_one_sentence(pictures, monkeypatch, tmp_path, capsys):
-    for name in [name for name in sys.modules if name.startswith("elip_models.embedding")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert elip(*command(pictures, "timm:test_vit", tmp_path / "out")) == 2
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1
-    assert "needs pyarrow: pip install 'elip-kernels[embed]'" in printed
 
 
 # the blocks of docs/embed.md that read the output
