@@ -122,15 +122,6 @@ def test_an_invalid_command_is_one_line(tmp_path, monkeypatch, capsys, name):
     assert sorted(os.listdir()) == before
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
-    def full(*_, **options):
-        raise OSError(28, "No space left on device", "step_00000001")
-
-    monkeypatch.setattr("elip_models.pretraining.training.run_checkpoints.Checkpoints.commit", full)
-    assert elip(*tiny_arguments(tmp_path)) == 2
-    assert "No space left on device" in " ".join(capsys.readouterr().err.split())
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -17,7 +17,6 @@ from elip_models.integrations.peft.adapt import (
 from elip_models.integrations.peft.adapt_config import AdaptConfig
 from elip_models.integrations.peft.saved_adapter import load_adapter_, save_adapter
 from elip_models.pretraining.training.optim import parameter_groups
-from elip_models.reduction.scorers import SCORERS
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import option_types
 from tests.helpers.cross_modal_cases import batch_of_four, draws, losses, made
@@ -132,10 +131,6 @@ def test_a_step_equals_the_plain_model_under_every_strategy(strategy, kind):
     options = {"strategy": strategy, "strategy_options": OPTIONS.get(strategy)}
     model = perturbed(adapt_(tiny(name, **options).double(), config(kind)))
     assert_same_step(model, plain_equivalent(model), inputs_of("clip"))
-
-
-SCORES = [("clip", each, kind) for kind in KINDS for each in (*SCORERS, 1)]
-SCORES += [("albef", each, kind) for kind in KINDS for each in ("momentum", "exact")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,8 @@ import torch
 import transformers as hf
 
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
+from elip_models.vlm.attention_probe import is_watched
+from elip_models.vlm.families import find_multimodal
 from tests.helpers.tiers import first_quick
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, TEXT
@@ -154,17 +156,21 @@ def _unpickled(model):
 
 @torch.no_grad()
 @some(("llava", "qwen2_5_vl", "gemma3"))
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, _unpickled])
-def test_copies_are_reduced(name, clone):
+def test_copies_are_reduced_and_unreduce_leaves_nothing(name, strategy, clone):
     _, inputs = made(name)
     model = model_of(CASES[name]()[0], "sdpa")  # no model of transformers that ran can be pickled
-    other = clone(reduce_(model, keep=0.5))
-    logits, kept = oracle.forward(other, inputs)
-    assert not kept.all()
+    other = clone(reduce_(model, strategy, keep=0.5))
+    logits = other(**inputs).logits
     assert torch.equal(logits, model(**inputs).logits)
     unreduce_(other)
     assert is_reduced(model) and not is_reduced(other)
-    assert torch.equal(other(**inputs).logits, unreduce_(model)(**inputs).logits)
+    layers = find_multimodal(other).language_model.layers
+    assert not any(is_watched(layer.self_attn) or layer._forward_pre_hooks for layer in layers)
+    assert "extra_repr" not in vars(find_multimodal(other).model)
+    dense = other(**inputs).logits
+    assert torch.equal(dense, unreduce_(model)(**inputs).logits) and not torch.equal(dense, logits)
 
 
 @torch.no_grad()

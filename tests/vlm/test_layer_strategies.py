@@ -1,19 +1,17 @@
 """Image tokens removed behind layers of the language model."""
 
-import copy
-
 import pytest
 import torch
 
 from elip_kernels import cls_attention
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
-from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.strategies.layer_strategy import FastV, Pyramid
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import build
+from tests.vlm.test_training import assert_trains_as_oracle, trained
 
 FAST = [name for name in ("llava", "qwen2_5_vl", "gemma3") if name in CASES]
 FAMILIES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.exhaustive) for n in CASES]
@@ -142,24 +140,11 @@ def test_the_tokens_that_the_last_one_attends_to_most_stay(attention):
 
 
 def test_loss_and_gradients_train_the_model_with_fewer_tokens():
-    model, inputs = built("llava")
-    labels = inputs["input_ids"].clone()
-    labels[(labels == model.config.image_token_id) | (inputs["attention_mask"] == 0)] = -100
+    model, inputs = trained("llava")
     reduce_(model, "fastv:layer=1", keep=0.5)
-    with record_stages(model) as infos:
-        loss = model(**inputs, labels=labels).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    unreduce_(model)
-    with Hidden(model, ((1, 0.5),), infos[0].kept_behind):
-        expected = model(**inputs, labels=labels).loss
-        expected.backward()
-    assert abs(loss - expected) <= 1e-6 * abs(expected)
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    largest = max(each.abs().max() for each in gradients.values())
-    assert found.keys() == gradients.keys()
-    assert max((found[n] - g).abs().max() for n, g in gradients.items()) <= 1e-6 * largest
+    assert_trains_as_oracle(
+        model, inputs, lambda model, info: Hidden(model, ((1, 0.5),), info.kept_behind)
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -198,23 +183,6 @@ def test_an_error_in_a_layer_leaves_nothing_behind(strategy):
     assert current_call() is None
     assert torch.equal(model(**text).logits, dense)
     assert torch.equal(model(**inputs).logits, expected)
-
-
-@torch.no_grad()
-def test_a_copy_is_reduced_and_unreduce_leaves_nothing():
-    model, inputs = built("llava")
-    reduce_(model, "fastv", keep=0.5)
-    other = copy.deepcopy(model)
-    dense = unreduce_(copy.deepcopy(model))(**inputs).logits
-    reduced = model(**inputs).logits
-    assert not torch.equal(reduced, dense)
-    assert torch.equal(other(**inputs).logits, reduced)
-    unreduce_(other)
-    assert not is_reduced(other) and torch.equal(other(**inputs).logits, dense)
-    layers = find_multimodal(other).language_model.layers
-    assert not any(is_watched(each.self_attn) or each._forward_pre_hooks for each in layers)
-    assert "extra_repr" not in vars(find_multimodal(other).model)
-    assert torch.equal(model(**inputs).logits, reduced)
 
 
 def test_one_strategy_of_each_place_is_used_together():
