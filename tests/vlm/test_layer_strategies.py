@@ -1,5 +1,8 @@
 """Image tokens removed behind layers of the language model."""
 
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 
@@ -26,41 +29,31 @@ def first_layer(model):
     return max(1, len(getattr(find_multimodal(model).tower, "deepstack_visual_indexes", ())))
 
 
-class Hidden:
-    """Hides removed columns from the layers behind each drop of a stock model."""
+@contextmanager
+def hidden(model, drops, kept_behind):
+    """Hide removed columns from the layers behind each drop of a stock model."""
+    layers = find_multimodal(model).language_model.layers
+    handles = [
+        layer.register_forward_pre_hook(partial(hide, kept), with_kwargs=True)
+        for i, layer in enumerate(layers)
+        for kept in [k for (at, _), k in zip(drops, kept_behind, strict=True) if at <= i][-1:]
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
 
-    def __init__(self, model, drops, kept_behind):
-        layers = find_multimodal(model).language_model.layers
-        self.handles = [
-            layer.register_forward_pre_hook(self.hook(kept), with_kwargs=True)
-            for i, layer in enumerate(layers)
-            for kept in [k for (at, _), k in zip(drops, kept_behind, strict=True) if at <= i][-1:]
-        ]
 
-    def hook(self, kept):
-        def hide(layer, args, kwargs):
-            mask, queries = kwargs.get("attention_mask"), args[0].shape[1]
-            cache = next((kwargs[n] for n in oracle.CACHE_NAMES if kwargs.get(n) is not None), None)
-            past = 0 if cache is None else cache.layers[0].get_seq_length() - (queries == 1)
-            if mask is None:
-                total = past + queries
-                seen = torch.arange(total) <= torch.arange(past, total)[:, None]
-                mask = seen.expand(len(kept), 1, -1, -1)
-            columns = torch.ones(len(kept), mask.shape[-1], dtype=torch.bool)
-            columns[:, : kept.shape[1]] = kept[:, : mask.shape[-1]]
-            value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            return args, kwargs | {
-                "attention_mask": mask.masked_fill(~columns[:, None, None], value)
-            }
-
-        return hide
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
+def hide(kept, layer, args, kwargs):
+    mask, queries = kwargs.get("attention_mask"), args[0].shape[1]
+    cache = next((kwargs[n] for n in oracle.CACHE_NAMES if kwargs.get(n) is not None), None)
+    past = 0 if cache is None else cache.layers[0].get_seq_length() - (queries == 1)
+    if mask is None:
+        seen = torch.arange(past + queries) <= torch.arange(past, past + queries)[:, None]
+        mask = seen.expand(len(kept), 1, -1, -1)
+    columns = torch.ones(len(kept), mask.shape[-1], dtype=torch.bool)
+    columns[:, : kept.shape[1]] = kept[:, : mask.shape[-1]]
+    value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return args, kwargs | {"attention_mask": mask.masked_fill(~columns[:, None, None], value)}
 
 
 @torch.no_grad()
@@ -80,7 +73,7 @@ def test_logits_and_decoding_are_those_of_layers_without_removed_columns(name, f
     assert not torch.equal(info.kept, info.kept_behind[0])
     unreduce_(model)
     drops = strategy.drops(len(find_multimodal(model).language_model.layers))
-    with oracle.hidden(model, info.kept), Hidden(model, drops, info.kept_behind):
+    with oracle.hidden(model, info.kept), hidden(model, drops, info.kept_behind):
         expected = oracle.stock_generate(model, inputs)
     assert torch.equal(found.sequences, expected.sequences)
     assert all(map(oracle.close, found.logits, expected.logits))
@@ -102,7 +95,7 @@ def test_a_pyramid_removes_tokens_at_each_border(name):
     longest = [int(each.sum(1).max()) for each in (info.kept, *info.kept_behind)]
     assert list(info.cached) == longest  # the exact length of each layer's cache
     unreduce_(model)
-    with Hidden(model, drops, info.kept_behind):
+    with hidden(model, drops, info.kept_behind):
         expected = model(**inputs).logits
     read = info.kept_behind[-1] & inputs["attention_mask"].bool()
     assert oracle.close(logits[read], expected[read])
@@ -143,7 +136,7 @@ def test_loss_and_gradients_train_the_model_with_fewer_tokens():
     model, inputs = trained("llava")
     reduce_(model, "fastv:layer=1", keep=0.5)
     assert_trains_as_oracle(
-        model, inputs, lambda model, info: Hidden(model, ((1, 0.5),), info.kept_behind)
+        model, inputs, lambda model, info: hidden(model, ((1, 0.5),), info.kept_behind)
     )
 
 
