@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -11,24 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from elip_models.pretraining.models.registry import create_model
 from tests.helpers.damage import picture
-from tests.helpers.tiny_run import elip, tiny_arguments
+from tests.helpers.tiny_run import elip
 
 TINY = ("optim.steps=1", "trackers=[]", "report=[]")
 LONG = "x" * 300
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    assert elip(*tiny_arguments(folder)) == 0
-    return folder / "model"
-
-
 @pytest.fixture
-def model(saved, tmp_path):
+def model(tokenizer, tmp_path):
     """Return a model folder that a test may damage."""
-    return shutil.copytree(saved, tmp_path / "model")
+    return create_model("clip_tiny", vocab_size=600).save_pretrained(tmp_path / "model", tokenizer)
 
 
 def weights_changed(change):
