@@ -1,5 +1,6 @@
 """`elip demo`: what the page computes, and that it stays on this machine."""
 
+import shutil
 import socket
 
 import numpy as np
@@ -176,6 +177,51 @@ def test_the_page_is_served_to_this_machine_under_its_own_name_only(page, monkey
             assert httpx.get(url).status_code == 200
             assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 400
     finally:
+        page.close()
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+CHROME_OPTIONS = ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-sandbox")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DRIVER is None, reason="needs Debian's packages chromium and chromium-driver")
+def test_a_person_opens_the_page_and_searches(page, scene):
+    pytest.importorskip("selenium", reason="selenium drives the browser")
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for option in CHROME_OPTIONS:
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pages.serve(page, port=port, wait=False)
+    browser = webdriver.Chrome(options=options)
+    try:
+
+        def until(selector, text=""):
+            def shown(_):
+                return [
+                    e for e in browser.find_elements(By.CSS_SELECTOR, selector) if text in e.text
+                ]
+
+            return WebDriverWait(browser, 120).until(shown)
+
+        browser.get(f"http://127.0.0.1:{port}")
+        until("#figures", "ms")
+        (merged,) = until("#merged img")
+        assert browser.execute_script("return arguments[0].naturalWidth", merged) > 100
+        until("#similar")[0].click()
+        until("#found img")
+        assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+    finally:
+        browser.quit()
         page.close()
 
 
