@@ -13,6 +13,7 @@ from elip_models.integrations.peft.adapt import (
     adapted_layer_of,
     merge_,
     trainable_counts,
+    trainable_share,
 )
 from elip_models.integrations.peft.adapt_config import AdaptConfig
 from elip_models.integrations.peft.saved_adapter import load_adapter_, save_adapter
@@ -158,7 +159,9 @@ def test_only_adapters_and_temperatures_train(family, kind):
     assert not any("_m." in name for name in trained)
     given = [p for group in parameter_groups(model, 0.1) for p in group["params"]]
     assert {id(p) for p in given} == {id(p) for p in model.parameters() if p.requires_grad}
-    assert trainable_counts(model)[0] == sum(p.numel() for p in given)
+    trained, every = trainable_counts(model)
+    assert trained == sum(p.numel() for p in given)
+    assert trainable_share(model) == trained / every
 
 
 @pytest.mark.parametrize("kind", KINDS)

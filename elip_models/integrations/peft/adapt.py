@@ -150,6 +150,12 @@ def trainable_counts(model: AdaptableModel) -> tuple[int, int]:
     return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
 
 
+def trainable_share(model: AdaptableModel) -> float:
+    """Return the share of the parameters that train, in [0, 1], without momentum copies."""
+    trained, every = trainable_counts(model)
+    return trained / every
+
+
 def unadapted_name(name: str) -> str | None:
     """Return the name that a parameter had before `adapt_`, or None for an adapter's parameter."""
     return None if adapted_layer_of(name) else name.replace(".base_layer.", ".")
