@@ -29,10 +29,6 @@ def visualize(
             help="Folder of a saved model, timm:NAME, open_clip:NAME:TAG, hf:NAME or our own NAME."
         ),
     ],
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Image files, the same as with --image.", show_default=False),
-    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(
@@ -41,13 +37,6 @@ def visualize(
     ] = None,
     caption: Annotated[
         list[str] | None, typer.Option(help="Caption of each image, in order, if a text guides.")
-    ] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(
-            help="Question to a multimodal language model of transformers, such as LLaVA: draw "
-            "which image tokens it reads."
-        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -60,11 +49,7 @@ def visualize(
         typer.Option(help="Strategy, such as tome:r=8; default: the model's own, or merge."),
     ] = None,
     keep: Annotated[
-        float | None,
-        typer.Option(
-            help="Mean share of tokens over the layers. With --question, the share of an image's "
-            "tokens, or their number."
-        ),
+        float | None, typer.Option(help="Mean share of tokens over the layers.")
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Schedule, such as '2(100%) 10(50%)'.")
@@ -75,7 +60,7 @@ def visualize(
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
 ) -> None:
     """Draw kept and merged patches of images or clips, the CLS attention and its concentration."""
-    files = [*(image or []), *(images or [])]
+    files = image or []
     if bool(files) == (data is not None):
         raise ConfigError("--image: expected images, or else --data, not both")
     check_output("--output", output)
@@ -85,26 +70,19 @@ def visualize(
     from elip_models.analysis.pictures import draw_pictures
 
     captions = visualize_inputs.check_pairs(files, caption or [])
-    options = {"schedule": schedule, "image_size": image_size}
-    if question is not None:
-        others = {"caption": caption, "data": data, "no-pretrained": not pretrained, **options}
-        for name, value in others.items():
-            if value:
-                option = name.replace("_", "-")
-                raise ConfigError(
-                    f"--{option}: expected none with --question, got {shortened(value)}"
-                )
-        paths = _draw_language_model(model, files, question, output, strategy, keep)
+    visualized = visualize_inputs.open_visualized_model(
+        model,
+        pretrained=pretrained,
+        strategy=strategy,
+        keep=keep,
+        schedule=schedule,
+        image_size=image_size,
+    )
+    if data is None:
+        shown = visualize_inputs.read_pairs(files, captions, visualized.tower.num_frames)
     else:
-        visualized = visualize_inputs.open_visualized_model(
-            model, pretrained=pretrained, strategy=strategy, keep=keep, **options
-        )
-        if data is None:
-            shown = visualize_inputs.read_pairs(files, captions, visualized.tower.num_frames)
-        else:
-            shown = read_source(data, count, visualized.tower)
-        paths = draw_pictures(visualized, shown, output)
-    for path in paths:
+        shown = read_source(data, count, visualized.tower)
+    for path in draw_pictures(visualized, shown, output):
         Console().print(escape(str(path)), soft_wrap=True)
 
 
@@ -125,24 +103,6 @@ def read_source(spec: str, count: int, tower: "Tower") -> "CaptionedImages":
     if not shown:
         raise ConfigError(f"--data: expected a readable sample, got none in {spec!r}")
     return shown
-
-
-def _draw_language_model(
-    model: str,
-    files: list[Path],
-    question: str,
-    output: Path,
-    strategy: str | None,
-    keep: float | None,
-) -> list[Path]:
-    """Draw which image tokens a multimodal language model reads."""
-    from elip_models.analysis import visualize_inputs
-    from elip_models.analysis.visualize_language import draw_kept_tokens, open_language_model
-
-    is_number = keep is not None and keep > 1 and keep.is_integer()
-    visualized = open_language_model(model, strategy, int(keep) if is_number else keep)
-    pictures = [image for image, _ in visualize_inputs.read_pairs(files, [])]
-    return draw_kept_tokens(visualized, pictures, question, output)
 
 
 def profile(

@@ -91,25 +91,17 @@ class Collection:
             keys |= {row: table["key"][row - first].as_py() for row in here}
         return [keys[row] for row in rows]
 
-    def search(
-        self, queries: np.ndarray, top: int, among: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the cosines of the most similar images, and their rows, (Q, K) each.
+    def search(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cosines of the `top` most similar images, and their rows, (Q, K) each.
 
-        Args:
-            queries: normalised vectors (Q, D).
-            top: rows for each query, K; at most the rows to choose from.
-            among: whether each row of the collection may be chosen, (N,) bool. None: all.
+        The queries are normalised vectors (Q, D).
         """
         heap = faiss.ResultHeap(len(queries), top, keep_max=True)
         for first, vectors in self.vectors():
-            rows = np.arange(first, first + len(vectors))
-            if among is not None:
-                rows, vectors = rows[among[rows]], vectors[among[rows]]
-            if len(rows):
-                count = min(top, len(rows))
+            count = min(top, len(vectors))
+            if count:
                 cosines, best = faiss.knn(queries, vectors, count, faiss.METRIC_INNER_PRODUCT)
-                heap.add_result(cosines, rows[best])
+                heap.add_result(cosines, best + first)
         heap.finalize()
         return heap.D, heap.I
 

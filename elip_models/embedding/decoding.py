@@ -107,9 +107,7 @@ def decoded_batches(
     return iter(loader)
 
 
-def decoded_sample(
-    source: ImageSource, count: int, transform: Transform, workers: int = 0
-) -> Batch:
+def decoded_sample(source: ImageSource, count: int, transform: Transform, workers: int) -> Batch:
     """Return up to `count` images of the source, in evenly spaced parts, as one batch."""
     items = list(source.sample(count))
     batches = [items[i : i + SAMPLE_BATCH] for i in range(0, len(items), SAMPLE_BATCH)]

@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import faiss
 import numpy as np
+from faiss.contrib.evaluation import knn_intersection_measure
 from torch import Tensor
 
 from elip_models.embedding.collection import Collection, open_collection, unit
 from elip_models.embedding.encoder import DENSE, Encoder, open_encoder
 from elip_models.embedding.output import MANIFEST, OutputFolder
 from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
-from elip_models.intervals import Interval, bootstrap_interval
 from elip_models.reduction.serialization import strategy_of
 from elip_models.reduction.user_warnings import UnguidedWarning
 from elip_models.saving.files import file_sha256, read_object, write_json
@@ -38,7 +38,7 @@ HNSW_IMAGES = 200_000
 CANDIDATES = 128  # of a search in the graph
 PROBES = 64  # lists that a search reads
 TRAINING_VECTORS = 64  # for each list
-CHECKED_QUERIES, NEIGHBOURS = 200, 10
+CHECKED_QUERIES, TOP = 200, 10
 FOLDER, VECTORS, DESCRIPTION = "index", "images.faiss", "index.json"
 
 
@@ -264,13 +264,13 @@ def build_index(folder: str | os.PathLike) -> Index:
         vectors = faiss.index_factory(collection.dimension, kind, faiss.METRIC_INNER_PRODUCT)
         faiss.ParameterSpace().set_index_parameter(vectors, parameter, value)
         if not vectors.is_trained:
-            vectors.train(collection.take(sampled_rows(images, TRAINING_VECTORS * lists, seed=0)))
+            vectors.train(collection.take(_sampled_rows(images, TRAINING_VECTORS * lists)))
         for _, embeddings in collection.vectors():
             vectors.add(embeddings)
-        own = sampled_rows(images, CHECKED_QUERIES, seed=0)
-        queries, top = collection.take(own), min(NEIGHBOURS + 1, images)
-        rows = [searched.search(queries, top)[1] for searched in (collection, vectors)]
-        recall = float(np.mean(shared_neighbours(*rows, own))) if top > 1 else 1.0
+        queries, top = collection.take(_sampled_rows(images, CHECKED_QUERIES)), min(TOP + 1, images)
+        # without the first of each row, the image itself
+        rows = [searched.search(queries, top)[1][:, 1:] for searched in (collection, vectors)]
+        recall = float(knn_intersection_measure(*rows)) if top > 1 else 1.0
         output.mkdir(exist_ok=True)
         (output / DESCRIPTION).unlink(missing_ok=True)  # without it the vectors are not used
         unfinished = output / f".{VECTORS}"
@@ -293,23 +293,10 @@ def build_index(folder: str | os.PathLike) -> Index:
     return Index(kind, vectors, recall)
 
 
-def sampled_rows(total: int, count: int, seed: int) -> np.ndarray:
+def _sampled_rows(total: int, count: int) -> np.ndarray:
     """Return up to `count` different rows of `total`, drawn at random and ascending."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return np.sort(rng.choice(total, min(count, total), replace=False))
-
-
-def shared_neighbours(first: np.ndarray, second: np.ndarray, own: np.ndarray) -> list[float]:
-    """Return the share of the neighbours (Q, K + 1) of images that both have, K of each.
-
-    The neighbours may have the image itself, `own` (Q,), which does not count.
-    """
-    top = first.shape[1] - 1
-    shares = []
-    for image, *lines in zip(own.tolist(), first.tolist(), second.tolist(), strict=True):
-        one, other = ({*[row for row in line if row != image][:top]} for line in lines)
-        shares.append(len(one & other) / top)
-    return shares
 
 
 def open_index(collection: Collection, report: Report = lambda text: None) -> Index | None:
@@ -335,95 +322,3 @@ def open_index(collection: Collection, report: Report = lambda text: None) -> In
             "index` builds it again"
         )
         return None
-
-
-@dataclass(frozen=True)
-class NeighbourRecall:
-    """How many of the dense neighbours of an image are also its reduced neighbours.
-
-    Attributes:
-        dense: folder of the dense embeddings.
-        reduced: folder of the reduced ones.
-        recall: mean share of the nearest neighbours that both have, with its 95% bootstrap
-            confidence interval over the queries.
-        top: number of neighbours of a query.
-        queries: number of images whose neighbours are compared.
-        images: number of images in both with the same bytes, among which the neighbours are.
-        only_dense: images of the dense folder that the reduced one has not.
-        only_reduced: images of the reduced folder that the dense one has not.
-        same_weights: whether the models of both have the same weights.
-    """
-
-    dense: Path
-    reduced: Path
-    recall: Interval
-    top: int
-    queries: int
-    images: int
-    only_dense: int
-    only_reduced: int
-    same_weights: bool
-
-
-def compare_neighbours(
-    dense: str | os.PathLike,
-    reduced: str | os.PathLike,
-    *,
-    top: int = 10,
-    queries: int = 1000,
-    seed: int = 0,
-) -> NeighbourRecall:
-    """Compare the nearest neighbours of images in two collections of the same images.
-
-    An image is not its own neighbour. Neighbours are found exactly, among the images of both. The
-    keys of all images are in memory.
-
-    Args:
-        dense: folder of the dense embeddings.
-        reduced: folder of the reduced embeddings.
-        top: number of neighbours of a query.
-        queries: number of images whose neighbours are compared; all, if there are fewer.
-        seed: of the random choice of the queries.
-
-    Raises:
-        ConfigError: a folder is not what is expected, or both have too few images in common.
-    """
-    collections = open_collection(dense), open_collection(reduced)
-    names = [_names(collection) for collection in collections]
-    common = [name for name in names[0] if name in names[1]]
-    if not 0 < top < len(common):
-        raise ConfigError(
-            f"top: expected fewer than the {len(common)} images that {dense} and {reduced} have in "
-            f"common, got {top}"
-        )
-    chosen = sampled_rows(len(common), queries, seed)
-    positions = []
-    for collection, row_of in zip(collections, names, strict=True):
-        rows = np.array([row_of[name] for name in common])
-        position = np.full(len(collection), -1)
-        position[rows] = np.arange(len(rows))
-        vectors = collection.take(rows[chosen])
-        _, nearest = collection.search(vectors, top + 1, among=position >= 0)
-        positions.append(position[nearest])
-    shares = shared_neighbours(*positions, chosen)
-    weights = {collection.manifest["model"]["weights_sha256"] for collection in collections}
-    return NeighbourRecall(
-        dense=Path(dense),
-        reduced=Path(reduced),
-        recall=bootstrap_interval(shares, seed=seed),
-        top=top,
-        queries=len(chosen),
-        images=len(common),
-        only_dense=len(names[0]) - len(common),
-        only_reduced=len(names[1]) - len(common),
-        same_weights=len(weights) == 1,
-    )
-
-
-def _names(collection: Collection) -> dict[tuple[str, str], int]:
-    """Return the row of each image by its key and the SHA-256 of its bytes."""
-    names: dict[tuple[str, str], int] = {}
-    for first, table in collection.tables("key", "sha256"):
-        pairs = zip(*(column.to_pylist() for column in table.columns), strict=True)
-        names |= {pair: row for row, pair in enumerate(pairs, first)}
-    return names

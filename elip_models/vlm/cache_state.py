@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elip_models.vlm.packing import gather_columns
+
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 
 
@@ -57,8 +59,7 @@ class CacheState:
     def gather(self, mask: Tensor) -> Tensor:
         """Return (B, .., held) of a mask (B, .., length) for the cached tokens."""
         mask = mask.expand(len(self.columns), *mask.shape[1:])
-        columns = self.columns.view(len(mask), *[1] * (mask.dim() - 2), -1)
-        before = mask.gather(-1, columns.expand(*mask.shape[:-1], -1))
+        before = gather_columns(mask, self.columns)
         return torch.cat((before, mask[..., self.start : self.length]), -1)
 
     def rows(self, indices: Tensor) -> "CacheState":

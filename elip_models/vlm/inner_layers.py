@@ -17,8 +17,8 @@ from elip_models.vlm.attention_probe import Watcher, unwatch, watch
 from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import InnerCall, current_call
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.packing import Packing, gather_columns, hide, runs_by_length
-from elip_models.vlm.prompt_reduction import check_call
+from elip_models.vlm.packing import Packing, runs_by_length
+from elip_models.vlm.prompt_reduction import check_call, reduced_mask
 from elip_models.vlm.strategies.base import count_kept
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
@@ -173,7 +173,7 @@ class LayerHook:
             is_flash = self.inner.is_flash
             return call.attended(self.level) if is_flash else _causal_mask(call, self.level)
         if mask.shape[-1] == past.length + packing.length:
-            return _reduced_mask(mask, packing, past)
+            return reduced_mask(mask, packing, past)
         new = _causal_mask(call, self.level)
         if not mask.is_floating_point():
             return new
@@ -191,18 +191,6 @@ def _check_checkpointing(model: nn.Module) -> None:
             "gradient checkpointing of this transformers runs the hooks of layers again, got one "
             "inside it; update transformers, or turn gradient checkpointing off"
         )
-
-
-def _reduced_mask(mask: Tensor, packing: Packing, past: CacheState) -> Tensor:
-    """Return the attention mask of a level from that of level 0, (B, K) or (B, 1, S, K)."""
-    mask = mask.expand(len(packing.order), *mask.shape[1:])
-    before = gather_columns(mask[..., : past.length], past.columns)
-    after = gather_columns(mask[..., past.length :], packing.order)
-    mask = torch.cat((hide(before, ~past.real), hide(after, ~packing.real)), -1)
-    if mask.dim() == 2:
-        return mask
-    rows = packing.order[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-    return mask.gather(2, rows)
 
 
 def _causal_mask(call: InnerCall, level: int) -> Tensor:

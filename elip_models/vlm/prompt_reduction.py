@@ -242,14 +242,7 @@ def _reduced_deepstack(kwargs: dict[str, Any], packing: Packing) -> dict[str, An
 
 
 def _mask(mask: Tensor | None, packing: Packing | None, past: CacheState, embeds: Tensor) -> Tensor:
-    """Return the attention mask of the tokens that remain and of those in the cache.
-
-    Args:
-        mask: of the whole sequences, (B, N) or (B, 1, T, N); None is a mask of ones.
-        packing: which of the new tokens remain; None if all.
-        past: the state of the cache.
-        embeds: (B, T, D) the new tokens.
-    """
+    """Return `reduced_mask` for the new tokens `embeds` (B, T, D); None is a mask of ones."""
     batch, new = embeds.shape[:2]
     if mask is None:
         mask = past.columns.new_ones(batch, past.length + new)
@@ -260,8 +253,19 @@ def _mask(mask: Tensor | None, packing: Packing | None, past: CacheState, embeds
         )
     if mask.dim() == 2 and new == 1 and past.mask is not None:
         return torch.cat((past.mask, mask[:, past.start :]), 1)
+    return reduced_mask(mask, packing, past)
+
+
+def reduced_mask(mask: Tensor, packing: Packing | None, past: CacheState) -> Tensor:
+    """Return the attention mask of the tokens that remain and of those in the cache.
+
+    Args:
+        mask: of the whole sequences, (B, N) or (B, 1, T, N).
+        packing: which of the new tokens remain; None if all.
+        past: the state of the cache.
+    """
     before = hide(past.gather(mask), F.pad(~past.real, (0, past.length - past.start)))
-    after = mask[..., past.length :].expand(batch, *mask.shape[1:-1], -1)
+    after = mask[..., past.length :].expand(len(before), *mask.shape[1:-1], -1)
     if packing is not None:
         after = hide(gather_columns(after, packing.order), ~packing.real)
     mask = torch.cat((before, after), -1)

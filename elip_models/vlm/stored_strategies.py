@@ -17,10 +17,6 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.validation import check
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import LanguageStrategy
-from elip_models.vlm.strategies.controls import RandomTokens
-
-OLD_NAMES = {"random": RandomTokens.name}
-"""The names of language strategies in settings of earlier releases."""
 
 
 def store_strategies(
@@ -54,22 +50,5 @@ def read_strategies(saved: Any) -> tuple[Strategy | None, list[LanguageStrategy]
     check("settings", saved, dict)
     of_language_model = saved.get(LANGUAGE_MODEL, [])
     check(LANGUAGE_MODEL, of_language_model, list)
-    language_strategies = [
-        strategy_of(_updated(settings), LANGUAGE_STRATEGIES) for settings in of_language_model
-    ]
-    return strategy_in(saved), language_strategies
-
-
-def _updated(stored: Any) -> Any:
-    """Return the settings of one strategy, of an earlier release too.
-
-    There the name 'random' was that of an image strategy too, and keep=1 kept every token.
-    """
-    if not isinstance(stored, dict):
-        return stored
-    name, settings = stored.get("strategy"), stored.get("settings")
-    if isinstance(name, str):
-        stored = stored | {"strategy": OLD_NAMES.get(name, name)}
-    if isinstance(settings, dict) and type(settings.get("keep")) is int and settings["keep"] == 1:
-        stored = stored | {"settings": settings | {"keep": 1.0}}
-    return stored
+    stored = [strategy_of(settings, LANGUAGE_STRATEGIES) for settings in of_language_model]
+    return strategy_in(saved), stored

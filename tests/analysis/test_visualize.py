@@ -21,7 +21,7 @@ from elip_models.analysis.visualize import (
     surviving_patches,
 )
 from elip_models.pretraining.data import EmojiScenes
-from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
+from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training import report
 from elip_models.pretraining.training.report import draw_kept_tokens, time_tower
 from tests.helpers.tiers import first_quick
@@ -95,28 +95,12 @@ def rows_of(path):
     return len(re.findall("1{150,}", lines))
 
 
-@pytest.mark.parametrize("batch", first_quick([1, 3]))
-def test_the_picture_has_a_row_an_image(batch, tmp_path):
+def test_the_picture_has_a_row_an_image(tmp_path):
     infos, _ = reduce_images()
-    infos = [
-        info._replace(
-            attention=info.attention[:1].expand(batch, -1),
-            reduction=info.reduction._replace(
-                kept=info.reduction.kept[:1].expand(batch, -1),
-                weights=info.reduction.weights[:1].expand(batch, -1),
-            ),
-        )
-        for info in infos
-    ]
-    path = draw_reduction(
-        torch.rand(batch, 3, 48, 48) / 2,
-        ["costs $5 and $6"] * batch,
-        infos,
-        tmp_path / "a.png",
-        grid=(6, 6),
-        title="$",
-    )
-    assert rows_of(path) == batch
+    pixels, captions = torch.rand(2, 3, 48, 48) / 2, ["costs $5 and $6"] * 2
+    path = tmp_path / "a.png"
+    draw_reduction(pixels, captions, infos, path, grid=(6, 6), title="$")
+    assert rows_of(path) == 2
 
 
 @pytest.mark.parametrize("merge", ["one", "none"])
@@ -149,24 +133,15 @@ def test_patches_of_a_token_have_their_mean_colour_and_dropped_ones_are_grey():
     assert torch.equal(patch(0, 2), alone[:, 1:, 1:])
 
 
-TINY_CLIP = dict(
-    image_size=32,
-    patch_size=8,
-    vision_width=32,
-    vision_depth=3,
-    vision_heads=2,
-    text_width=32,
-    text_depth=1,
-    text_heads=2,
-    vocab_size=600,
-    embed_dim=16,
-)
+def tiny_clip(**options):
+    name = "elip_clip_tiny" if "schedule" in options else "clip_tiny"
+    options |= {"image_size": 32, "vision_depth": 3, "vocab_size": 600}
+    return create_model(name, **options).eval()
 
 
-@pytest.mark.parametrize("schedule", first_quick([None, "1(100%) 2(50%)"]))
-def test_a_training_run_ends_with_the_picture(schedule, tokenizer, tmp_path):
-    config = CLIPConfig(**TINY_CLIP, eos_token_id=tokenizer.eos_token_id, schedule=schedule)
-    model, source = CLIP(config).eval(), EmojiScenes(5, image_size=32)
+@pytest.mark.parametrize("options", first_quick([{}, {"schedule": "1(100%) 2(50%)"}]))
+def test_a_training_run_ends_with_the_picture(options, tokenizer, tmp_path):
+    model, source = tiny_clip(**options), EmojiScenes(5, image_size=32)
     assert rows_of(draw_kept_tokens(model, tokenizer, source, tmp_path / "kept.png")) == 5
 
 
@@ -180,7 +155,7 @@ CHOSEN = {
 @pytest.mark.parametrize("name", first_quick(CHOSEN))
 def test_a_training_run_times_its_own_tower_with_its_own_reduction(name, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROUNDS", 1)
-    model = CLIP(CLIPConfig(**TINY_CLIP, eos_token_id=2, **CHOSEN[name])).eval()
+    model = tiny_clip(**CHOSEN[name])
     console = Console(width=120, record=True, file=io.StringIO())
     path = time_tower(model, tmp_path / "timing.json", console, 3)
     rows = json.loads(path.read_text())["rows"]

@@ -4,7 +4,6 @@ import json
 
 import open_clip
 import pytest
-import timm
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from elip_models.analysis import visualize_inputs
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
 from elip_models.pretraining.data import load_tokenizer, tokenize
-from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig
+from elip_models.pretraining.models.clip.model import CLIP
+from elip_models.pretraining.models.registry import create_model
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
@@ -62,24 +62,10 @@ def normalised(pictured, pairs):
 
 
 def our_folder(folder, tokenizer):
-    config = CLIPConfig(
-        image_size=32,
-        patch_size=8,
-        vision_width=32,
-        vision_depth=6,
-        vision_heads=2,
-        text_width=32,
-        text_depth=1,
-        text_heads=2,
-        vocab_size=600,
-        context_length=24,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        embed_dim=16,
-        schedule=SIX,
-        scorer="last",
-    )
-    CLIP(config).save_pretrained(folder, tokenizer)
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    sizes = {"image_size": 32, "vision_depth": 6, "vocab_size": 600, "context_length": 24}
+    model = create_model("elip_clip_tiny", **sizes, **ids, schedule=SIX, scorer="last")
+    model.save_pretrained(folder, tokenizer)
     return str(folder)
 
 
@@ -133,8 +119,7 @@ def test_models_of_transformers_are_guided_by_their_text_tower(
 
 def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
     def tokenize(texts):
-        ids = torch.tensor([[len(text) % 40, 3, 4, 5, 6, 7, 8, 49] for text in texts])
-        return ids
+        return torch.tensor([[len(text) % 40, 3, 4, 5, 6, 7, 8, 49] for text in texts])
 
     monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: open_clip_pair())
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: {"ViT-B-32": tokenize}[name])
@@ -185,21 +170,14 @@ def test_a_strategy_without_scores_is_drawn_by_what_it_merges(strategy, tmp_path
     assert Image.open(output).width > 2 * Image.open(output).height > 400
 
 
-@pytest.mark.parametrize("model", ["clip_tiny", "timm:vit_tiny_patch16_224"])
-def test_an_image_needs_a_caption_only_if_a_text_guides(
-    model, tmp_path, files, monkeypatch, capsys
-):
-    small = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3)
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: small)
-    arguments = ["--model", model, "--no-pretrained", "--image", files[0]]
-    arguments += ["--output", tmp_path / "a.png"]
+def test_an_image_needs_a_caption_only_if_a_text_guides(tmp_path, files, monkeypatch, capsys):
+    arguments = [*TINY, "--image", files[0], "--output", tmp_path / "a.png"]
     assert elip("visualize", *arguments, "--strategy", "tome", "--keep", 0.7) == 0
     assert (tmp_path / "a.png").is_file()
-    if model == "clip_tiny":
-        monkeypatch.setattr(visualize_inputs, "_guide_of", lambda *_: lambda captions: None)
-        assert elip("visualize", *arguments) == 2
-        error = capsys.readouterr().err
-        assert "--caption: expected one for each --image, 1, got none; --strategy tome" in error
+    monkeypatch.setattr(visualize_inputs, "_guide_of", lambda *_: lambda captions: None)
+    assert elip("visualize", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "--caption: expected one for each --image, 1, got none; --strategy tome" in error
 
 
 TINY = ["--model", "clip_tiny", "--no-pretrained"]

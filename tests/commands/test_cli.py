@@ -1,7 +1,6 @@
 """The command line: a whole run, and one line for each error of the user."""
 
 import json
-import sys
 
 import pytest
 
@@ -11,28 +10,21 @@ from tests.helpers.damage import shard
 from tests.helpers.tiny_run import elip, logged, tiny_arguments
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    assert elip(*tiny_arguments(folder, "report=[retrieval]")) == 0
-    return folder
-
-
-def test_train_prints_loss_scores_chance_and_place(tmp_path, capsys):
-    assert elip(*tiny_arguments(tmp_path / "run", "report=[retrieval]")) == 0
+def test_train_prints_loss_scores_and_chance_and_eval_gives_the_same_scores(tmp_path, capsys):
+    run, output = tmp_path / "run", tmp_path / "scores.json"
+    assert elip(*tiny_arguments(run, "report=[retrieval]")) == 0
     printed = capsys.readouterr().out
     for text in ("step 4/4", "loss", "image_to_text_r1", "chance", "10.0 ", "could be read"):
         assert text in printed
-    files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {
-        ".lock",
-        "provenance.jsonl",
-        "recipe.yaml",
-        "tokenizer",
-        "metrics.jsonl",
-        "checkpoints",
-        "model",
+    files = {path.name for path in run.iterdir()}
+    assert files == {".lock", "provenance.jsonl", "recipe.yaml", "tokenizer"} | {
+        *("metrics.jsonl", "checkpoints", "model")
     }
+    data = ["--data", "emoji_scenes:seed=1,size=10", "--output", output]
+    assert elip("eval", "retrieval", "--model", run / "model", *data) == 0
+    assert "retrieval: 10 examples" in capsys.readouterr().out
+    scores = json.loads(output.read_text())["scores"]
+    assert {name: score["mean"] for name, score in scores.items()} == logged(run, *scores)[-1]
 
 
 def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
@@ -41,17 +33,6 @@ def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "batch 8: relative to dense" in " ".join(printed.split())
     assert (tmp_path / "timing.json").is_file() and (tmp_path / "kept_tokens.png").is_file()
-
-
-def test_eval_retrieval_scores_the_saved_model_as_training_did(run, tmp_path, capsys):
-    output = tmp_path / "scores.json"
-    data = "emoji_scenes:seed=1,size=10"
-    assert (
-        elip("eval", "retrieval", "--model", run / "model", "--data", data, "--output", output) == 0
-    )
-    assert "retrieval: 10 examples" in capsys.readouterr().out
-    scores = json.loads(output.read_text())["scores"]
-    assert {name: score["mean"] for name, score in scores.items()} == logged(run, *scores)[-1]
 
 
 def test_data_check(capsys):
@@ -95,22 +76,6 @@ def test_mistake_is_one_line_and_exit_status_2(arguments, message, capsys):
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
-
-
-def test_a_folder_with_a_run_is_an_error(run, capsys):
-    assert elip(*tiny_arguments(run)) == 2
-    assert "--resume" in capsys.readouterr().err
-
-
-def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
-    for module in (
-        "elip_models.pretraining.training.trainer",
-        "elip_models.pretraining.training.accelerator",
-    ):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert elip(*tiny_arguments(tmp_path)) == 2
-    assert "pip install 'elip-kernels[train]'" in capsys.readouterr().err
 
 
 def test_bug_keeps_its_traceback(monkeypatch):

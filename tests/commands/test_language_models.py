@@ -18,10 +18,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("command", ["export", "distill", "calibrate"])
 def test_a_language_model_is_one_line_that_names_its_tower(
-    command, name, folder, tmp_path, monkeypatch, capsys
+    command, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     arguments = {
@@ -29,11 +28,10 @@ def test_a_language_model_is_one_line_that_names_its_tower(
         "distill": (folder / "images", "--output", "out"),
         "calibrate": (folder / "images", "--output", "out.json"),
     }[command]
-    assert elip(command, f"hf:{folder / name}", *arguments) == 2
-    tower = {"llava": "vision_tower", "qwen2_5_vl": "visual"}[name]
+    assert elip(command, f"hf:{folder / 'llava'}", *arguments) == 2
     error = "error: MODEL: expected an image model or an image-text model, got a multimodal langu"
     printed = capsys.readouterr().err
-    assert error in printed and f"use its image tower, model.{tower}" in printed
+    assert error in printed and "use its image tower, model.vision_tower" in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 import socket
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,6 @@ from elip_models.embedding.source import Stored, open_images
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import SMALL, files_of
 from tests.embedding.test_sources import FORMS, digests
-from tests.helpers.tiny_run import elip
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 GPU_NODE, CPU_NODE, HEAD = {"CPU": 32.0, "GPU": 4.0}, {"CPU": 8.0}, {"node:head": 1.0}
@@ -31,12 +29,9 @@ GPU_NODE, CPU_NODE, HEAD = {"CPU": 32.0, "GPU": 4.0}, {"CPU": 8.0}, {"node:head"
     [
         (None, None, [GPU_NODE, GPU_NODE, CPU_NODE], Cluster("cuda", 8, 8)),
         (None, "cpu", [GPU_NODE, CPU_NODE], Cluster("cpu", 2, 16)),
-        (3, "cuda:0", [GPU_NODE], Cluster("cuda", 3, 8)),
         (None, None, [CPU_NODE, CPU_NODE, HEAD], Cluster("cpu", 2, 8)),
-        (3, None, [CPU_NODE, CPU_NODE], Cluster("cpu", 3, 4)),
         (5, None, [CPU_NODE, {"CPU": 2.0}], Cluster("cpu", 5, 2)),
         (9, None, [CPU_NODE], "ray_actors: expected 1 to 8, the CPU cores"),
-        (5, None, [GPU_NODE], "ray_actors: expected 1 to 4, the GPUs"),
         (None, "cuda", [CPU_NODE], "ray_actors: expected 1 to 0, the GPUs"),
     ],
 )
@@ -54,35 +49,24 @@ def test_automatic_precision_needs_the_device_of_the_actors(encoder):
         Cluster("cuda", 2, 1).check_precision(encoder)
 
 
-@pytest.mark.parametrize("missing", ["folder", "images"])
-def test_a_node_without_the_files_is_an_error(missing, whole, pictures, encoder):
-    source = open_images(pictures)
-    if missing == "images":
+@pytest.mark.parametrize("other", ["folder", "images", "versions"])
+def test_a_node_of_other_files_or_versions_is_an_error(
+    other, whole, pictures, encoder, monkeypatch
+):
+    source, folder, message = open_images(pictures), whole, "expected a place that all nodes of"
+    if other == "images":
         files = next(source.payloads(0, 1)).files
         payloads = [Stored(files, f"/no/such/{i}.png") for i in range(9)]
         source = replace(source, payloads=lambda start, stop: iter(payloads[start:stop]))
-    folder = whole if missing == "images" else Path("/no/such/folder")
+    elif other == "folder":
+        folder = Path("/no/such/folder")
+    else:
+        versions = cluster.library_versions() | {"torch": "1.0"}
+        monkeypatch.setattr(cluster, "library_versions", lambda: versions)
+        message = r"ray: expected the versions of .*, got torch 1\.0 on"
     actor = ShardActor(Job(encoder, source, folder, EmbedOptions(**SMALL)), "cpu", 1)
-    with pytest.raises(
-        ConfigError, match=r"(output|source): expected a place that all nodes of the cluster see"
-    ):
+    with pytest.raises(ConfigError, match=message):
         actor.embed([0])
-
-
-def test_a_node_with_other_versions_is_an_error(whole, pictures, encoder, monkeypatch):
-    other = cluster.library_versions() | {"torch": "1.0"}
-    monkeypatch.setattr(cluster, "library_versions", lambda: other)
-    job = Job(encoder, open_images(pictures), whole, EmbedOptions(**SMALL))
-    with pytest.raises(ConfigError, match=r"ray: expected the versions of .*, got torch 1\.0 on"):
-        ShardActor(job, "cpu", 1).embed([0])
-
-
-def test_without_ray_the_error_names_the_extra(pictures, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    arguments = ["embed", pictures, "--model", model, "--output", tmp_path / "out"]
-    assert elip(*arguments, "--ray", "local") == 2
-    printed = capsys.readouterr().err
-    assert "embed with ray needs ray: pip install 'elip-kernels[ray]'" in printed
 
 
 @needs_ray

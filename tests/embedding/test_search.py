@@ -12,12 +12,10 @@ import timm
 import torch
 
 import elip_models
-from elip_models.analysis.feature_measures import neighbours
 from elip_models.embedding import search as searches
 from elip_models.embedding.collection import open_collection
 from elip_models.embedding.encoder import open_encoder
-from elip_models.embedding.search import build_index, compare_neighbours, open_index, search
-from elip_models.intervals import bootstrap_interval
+from elip_models.embedding.search import build_index, open_index, search
 from elip_models.pretraining.models.registry import create_model
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded
@@ -90,12 +88,11 @@ def test_a_search_in_several_shards_is_exact(tmp_path):
     collection = open_collection(tmp_path)
     queries = collection.take(np.array([3, 30]))
     unit = vectors.astype(np.float64) / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for among in (np.ones(50, bool), np.arange(50) % 2 == 0):
-        cosines, rows = collection.search(queries, 12, among)
-        for i, own in enumerate((3, 30)):
-            wanted = np.argsort(-np.where(among, unit @ unit[own], -2))[:12]
-            assert rows[i].tolist() == wanted.tolist()
-            np.testing.assert_allclose(cosines[i], (unit @ unit[own])[wanted], atol=1e-6)
+    cosines, rows = collection.search(queries, 12)
+    for i, own in enumerate((3, 30)):
+        wanted = np.argsort(-(unit @ unit[own]))[:12]
+        assert rows[i].tolist() == wanted.tolist()
+        np.testing.assert_allclose(cosines[i], (unit @ unit[own])[wanted], atol=1e-6)
     assert collection.keys([49, 0, 21]) == ["49.png", "0.png", "21.png"]
 
 
@@ -229,6 +226,7 @@ def test_the_command_builds_an_index_that_a_search_uses(whole, pictures, encoder
 
 @pytest.mark.parametrize("kind", ["HNSW", "IVF"])
 def test_the_recall_of_an_index_is_measured(kind, folder, vectors, monkeypatch):
+    monkeypatch.setattr(searches, "CHECKED_QUERIES", 600)
     if kind == "IVF":
         monkeypatch.setattr(searches, "HNSW_IMAGES", 100)
         monkeypatch.setattr(searches, "TRAINING_VECTORS", 4)
@@ -237,13 +235,9 @@ def test_the_recall_of_an_index_is_measured(kind, folder, vectors, monkeypatch):
     collection = open_collection(folder)
     index = open_index(collection)
     assert index.kind == built.kind and kind in index.kind and index.recall == built.recall
-    own = searches.sampled_rows(600, 200, seed=0)
-    queries = collection.take(own)
-    exact, approximate = collection.search(queries, 11)[1], index.vectors.search(queries, 11)[1]
-    shares = [
-        len({*a} - {row} & {*b} - {row}) / 10
-        for a, b, row in zip(exact, approximate, own, strict=True)
-    ]
+    queries = collection.take(np.arange(600))
+    rows = [searched.search(queries, 11)[1] for searched in (collection, index.vectors)]
+    shares = [len({*a[1:]} & {*b[1:]}) / 10 for a, b in zip(*rows, strict=True)]
     assert index.recall == pytest.approx(np.mean(shares))
     assert 0.3 < index.recall < 0.9 if kind == "IVF" else index.recall > 0.95
     assert {path.name for path in (folder / "index").iterdir()} == {"images.faiss", "index.json"}
@@ -287,42 +281,6 @@ def test_a_damaged_index_is_not_used(name, folder):
     assert open_index(open_collection(folder), lines.append) is not None
 
 
-# neighbours kept
-
-
-def test_the_neighbours_kept_are_those_of_the_features(vectors, tmp_path):
-    noise = np.random.default_rng(1).standard_normal(vectors.shape).astype(np.float32)
-    reduced = vectors + 0.3 * noise
-    order = np.random.default_rng(2).permutation(600)
-    keys = [f"{i}.png" for i in order]
-    write_collection(tmp_path / "dense", vectors, shard_size=250)
-    write_collection(tmp_path / "reduced", reduced[order], keys=keys, shard_size=400)
-    kept = compare_neighbours(tmp_path / "dense", tmp_path / "reduced")
-    shares = neighbours(torch.from_numpy(vectors), torch.from_numpy(reduced))
-    np.testing.assert_allclose(kept.recall, bootstrap_interval(shares.double().numpy()), atol=1e-6)
-    assert (kept.queries, kept.images, kept.only_dense, kept.only_reduced) == (600, 600, 0, 0)
-    assert kept.same_weights
-    folders = tmp_path / "dense", tmp_path / "reduced"
-    part, again, other = (compare_neighbours(*folders, queries=50, seed=seed) for seed in (3, 3, 4))
-    assert part == again and part.recall != other.recall and part.queries == 50
-
-
-def test_images_that_one_folder_has_not_are_left_out_and_counted(vectors, tmp_path, capsys):
-    keys = [f"{i}.png" for i in range(600)]
-    sha256 = ["changed" if i == 7 else key for i, key in enumerate(keys)]
-    dense, reduced = tmp_path / "dense", tmp_path / "reduced"
-    write_collection(dense, vectors[:500], keys=keys[:500])
-    write_collection(reduced, vectors[3:], keys=keys[3:], sha256=sha256[3:])
-    assert elip("search", "--compare", dense, reduced, "--queries", "100") == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "neighbours kept, of 10: 1.0000 (95% CI 1.0000 to 1.0000, 100 queries" in printed
-    assert f"images only in {dense}, which are left out: 4" in printed
-    assert f"images only in {reduced}, which are left out: 101" in printed
-    assert elip("search", "--compare", dense, reduced, "--top", "496") == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert "--top: expected fewer than the 496 images that" in error
-
-
 def test_the_python_of_the_page_runs(whole, pictures, tmp_path, monkeypatch, capsys):
     (tmp_path / "photographs").mkdir()
     shutil.copy(pictures / "sub" / "a.jpg", tmp_path / "photographs" / "dog.jpg")
@@ -337,11 +295,9 @@ def test_the_python_of_the_page_runs(whole, pictures, tmp_path, monkeypatch, cap
 
 def test_the_command_names_its_arguments(whole, tmp_path, capsys):
     for arguments, message in (
-        ([], "FOLDER: expected one, or --compare DENSE REDUCED, got none"),
-        ([whole], "QUERY: expected one, or --compare DENSE REDUCED, got none"),
+        ([], "Missing argument 'folder'"),
         ([tmp_path, "a dog"], "FOLDER: expected a folder of embeddings"),
         ([whole, "a dog"], "QUERY: expected the path of an image"),
-        ([whole, "--compare", whole, whole], "FOLDER: expected none with --compare, got"),
     ):
         assert elip("search", *arguments) == 2
         assert message in " ".join(capsys.readouterr().err.split())

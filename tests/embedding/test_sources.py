@@ -250,22 +250,13 @@ def test_a_change_of_names_or_sizes_changes_the_checksum(pictures, tmp_path):
     assert before["sha256"] != open_images(folder).described()["sha256"]
 
 
-WRONG = {
-    "unknown column": ("csv", {"keep_columns": ["labell"]}, "labell"),
-    "no columns": ("folder", {"keep_columns": ["label"]}, "label"),
-    "unknown key": ("parquet", {"key_column": "id"}, "id"),
-    "unknown image": ("json", {"image_column": "url"}, "url"),
-    "tar": ("tar", {"key_column": "id"}, "id"),
-    "datasets": ("datasets", {"keep_columns": ["labell"]}, "labell"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_column_is_an_error(case, pictures, tmp_path):
-    form, options, name = WRONG[case]
-    with pytest.raises(ConfigError, match=rf"source: expected a folder .*\b{name}\b") as caught:
-        open_images(FORMS[form](pictures, tmp_path), **options)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("form", ["csv", "folder", "tar", "datasets"])
+def test_a_wrong_column_is_an_error(form, pictures, tmp_path):
+    source = FORMS[form](pictures, tmp_path)
+    for option in ({"keep_columns": ["labell"]}, {"key_column": "labell"}):
+        with pytest.raises(ConfigError, match=r"source: expected a folder .*labell") as caught:
+            open_images(source, **option)
+        assert "\n" not in str(caught.value)
 
 
 FILES = {
@@ -274,7 +265,6 @@ FILES = {
     "numbers.json": (b"[1]", "expected a folder of images"),
     "empty.jsonl": (b"", "expected a list of paths"),
     "twice.csv": (b"image,image\na,b\n", "expected a folder of images"),
-    "broken.tar": (b"no tar", "expected a folder of images"),
     "notes.txt": (b"text", "no such folder; the working folder is"),
     "equal.json": (b'["a.png", "a.png"]', "different key for each image, got 'a.png' 2 times"),
     "output.json": (b'[{"path": "a", "sha256": "b"}]', "keep_columns: expected other names"),

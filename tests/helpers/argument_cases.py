@@ -5,12 +5,12 @@ from functools import partial
 
 import timm
 import torch
+from PIL import Image
 
 import elip_kernels
 import elip_models
 from elip_kernels._example import EXAMPLES
 from elip_models.integrations.peft.adapt_config import AdaptConfig
-from tests.helpers import embed_arguments
 from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.pretraining.models.test_saving import CONFIG, pair
@@ -38,6 +38,13 @@ def good_save():
 
 def good_load():
     return {"folder": elip_models.save_reduced(**good_save())}
+
+
+def good_embed():
+    folder = tempfile.mkdtemp()
+    Image.new("RGB", (32, 32)).save(f"{folder}/a.png")
+    places = {"model": "timm:vit_tiny_patch16_224", "source": folder, "output": tempfile.mkdtemp()}
+    return places | {"pretrained": False, "check": 0, "workers": 0, "keep": 0.7}
 
 
 def but(*shape, dtype=torch.float32):
@@ -173,7 +180,19 @@ features = {
 }
 
 TABLE = {EXAMPLES[name].function: op(name, **OPS.get(name, {})) for name in EXAMPLES}
-TABLE |= embed_arguments.TABLE | {
+TABLE |= {
+    elip_models.embed: (
+        good_embed,
+        {
+            "model": [None, 3, "nope", "timm:nope"],
+            "source": ["no/such/folder"],
+            "output": [__file__],
+            "reduce": [3, "tomee"],
+            "keep": [0, 2, "half"],
+            "progress": [],
+            "report": [],
+        },
+    ),
     elip_kernels.use_pytorch_ops: (dict, {}),
     elip_models.encode_image: (
         good_encode,

@@ -24,6 +24,7 @@ from elip_models import (
     ToMe,
 )
 from elip_models.towers import as_tower
+from tests.helpers.models import TOWERS
 from tests.helpers.strategies import with_every_strategy
 from tests.helpers.towers import WIDTH, clip_vit, images, plain_vit, text
 
@@ -214,17 +215,6 @@ def checkpointed(make):
     return model
 
 
-def own_clip(rank):
-    """A model of this package, whose own forward runs its tower; without a root in the middle."""
-    model = elip_models.create_model("elip_clip_tiny", image_size=48, vocab_size=50).double()
-    sharded, (x, _) = copy.deepcopy(model), inputs(rank)
-    shard(sharded, {"ignored_params": {sharded.logit_scale}})
-    words = half(rank, torch.randint(1, 49, (4, 8)))
-    expected = step(model, lambda: model(x, words).image_features)
-    for _ in range(2):
-        assert_same(step(sharded, lambda: sharded(x, words).image_features), expected)
-
-
 def dropping():
     return clip_vit(proj_drop_rate=0.2, drop_path_rate=0.2)
 
@@ -240,14 +230,6 @@ def paired(model, x, t):
     words = t[:, :8].abs().mul(20).long().clamp(max=49)
     out = model(x, words)
     return torch.cat(out[:2])
-
-
-def hf_clip():
-    import transformers
-
-    sizes = {"image_size": 48, "patch_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2}
-    config = transformers.CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=64, **sizes)
-    return transformers.CLIPVisionModelWithProjection(config)
 
 
 def with_lora():
@@ -314,8 +296,7 @@ CASES = {
     "unreduce_": undone,
     "optimizer and state dict": optimized,
     "a whole open_clip CLIP": partial(patched, make=open_clip_pair, run=paired, scorer="cls"),
-    "a CLIP of this package": own_clip,
-    "HF CLIP": partial(patched, make=hf_clip, order="fully_shard", scorer="official"),
+    "HF CLIP": partial(patched, make=TOWERS["HF CLIP"], order="fully_shard", scorer="official"),
     "bf16": partial(mixed_precision, forward=guided),
     "bf16 blocks": partial(mixed_precision, forward=guided, blocks_alone=True),
     "bf16 in encode_image": partial(mixed_precision, forward=encoded),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elip_models import record_stages
+from elip_models import record_stages, reduce_
 from elip_models.vlm.families import find_multimodal
 from tests.vlm.configs import IMAGE, VIDEO
 
@@ -83,6 +83,17 @@ def stock_generate(model: nn.Module, inputs: dict, **settings: Any) -> Any:
     return model.generate(
         **inputs, **settings, output_logits=True, return_dict_in_generate=True, pad_token_id=0
     )
+
+
+@torch.no_grad()
+def assert_unchanged_with_every_token(model: nn.Module, inputs: dict) -> None:
+    """Reduce a model such that every token stays; its logits and tokens are the same bits."""
+    logits, output = model(**inputs).logits, stock_generate(model, inputs)
+    reduce_(model, keep=1.0)
+    assert torch.equal(model(**inputs).logits, logits)
+    same = stock_generate(model, inputs)
+    assert torch.equal(same.sequences, output.sequences)
+    assert all(map(torch.equal, same.logits, output.logits))
 
 
 def skip_mixed_images(model: nn.Module, beams: int) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
+from elip_models import record_stages, reduce_, reduction_summary, unreduce_
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.packing import find_runs
 from tests.helpers.tiers import slow_except
@@ -95,13 +95,6 @@ def test_diverse_selects_from_all_frames_that_text_separates():
     assert kept[0, starts + lengths - 1].all()
     reduce_(model, "stride", keep=5)  # of each frame
     assert (oracle.forward(model, inputs)[1] & videos).sum() == 15
-
-
-def test_evs_is_refused_for_models_without_video_tokens():
-    model, _ = build("llava")
-    with pytest.raises(TypeError, match="for 'evs', got llava: it has no tokens of videos"):
-        reduce_(model, "evs")
-    assert not is_reduced(model)
 
 
 def test_the_summary_of_evs_is_of_a_clip():

@@ -16,6 +16,7 @@ from elip_models import (
 from tests.vlm import oracle
 from tests.vlm.configs import IMAGE, PAD, TEXT, VISION
 from tests.vlm.models import model_of
+from tests.vlm.test_training import assert_trains_as_oracle
 
 TILE = 17  # tokens: 4x4 patches and the class token
 
@@ -79,15 +80,9 @@ STRATEGIES = ["diverse", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cd
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_keeping_every_token_changes_nothing(case, attention):
-    model, inputs = case
-    model.set_attn_implementation(attention)
-    logits, output = model(**inputs).logits, oracle.stock_generate(model, inputs)
-    reduce_(model, keep=1.0)
-    assert torch.equal(model(**inputs).logits, logits)
-    same = oracle.stock_generate(model, inputs)
-    model.set_attn_implementation("sdpa")
-    assert torch.equal(same.sequences, output.sequences)
-    assert all(map(torch.equal, same.logits, output.logits))
+    case[0].set_attn_implementation(attention)
+    oracle.assert_unchanged_with_every_token(*case)
+    case[0].set_attn_implementation("sdpa")
 
 
 @torch.no_grad()
@@ -112,20 +107,10 @@ def test_the_result_is_that_of_the_model_without_removed_tokens(case, strategy):
 def test_loss_and_gradients_are_those_of_the_model_without_removed_tokens(case):
     model, inputs = case
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    weights = [weight for weight in model.model.parameters() if weight.requires_grad]
     reduce_(model, keep=0.5)
-    with record_stages(model) as infos:
-        loss = model(**inputs, labels=labels).loss
-    found = torch.autograd.grad(loss, weights, allow_unused=True)
-    unreduce_(model)
-    with without(model, infos[0].kept):
-        expected = model(**inputs, labels=labels).loss
-        gradients = torch.autograd.grad(expected, weights, allow_unused=True)
-    largest = max(each.abs().max() for each in gradients if each is not None)
-    assert oracle.close(loss, expected)
-    for one, other in zip(found, gradients, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or (one - other).abs().max() <= 1e-6 * largest
+    assert_trains_as_oracle(
+        model, inputs | {"labels": labels}, lambda model, info: without(model, info.kept)
+    )
 
 
 @torch.no_grad()

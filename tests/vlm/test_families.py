@@ -36,15 +36,8 @@ def test_every_family_of_the_table_has_a_model():
     assert {config()[0].model_type for config in CASES.values()} == set(LANGUAGE_MODEL)
 
 
-@torch.no_grad()
 def test_keeping_every_token_changes_nothing(case):
-    model, inputs = case
-    logits, output = model(**inputs).logits, oracle.stock_generate(model, inputs)
-    reduce_(model, keep=1.0)
-    assert torch.equal(model(**inputs).logits, logits)
-    same = oracle.stock_generate(model, inputs)
-    assert torch.equal(same.sequences, output.sequences)
-    assert all(map(torch.equal, same.logits, output.logits))
+    oracle.assert_unchanged_with_every_token(*case)
 
 
 STRATEGIES = (

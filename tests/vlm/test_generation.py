@@ -9,9 +9,11 @@ import torch
 import transformers as hf
 
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
+from elip_models.vlm.attention_probe import is_watched
+from elip_models.vlm.families import find_multimodal
 from tests.helpers.tiers import first_quick
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, TEXT, llava
+from tests.vlm.configs import CASES, EAGER, TEXT
 from tests.vlm.models import build, model_of, prompt
 
 QUICK = ("llava", "gemma3", "qwen3_vl")
@@ -154,17 +156,21 @@ def _unpickled(model):
 
 @torch.no_grad()
 @some(("llava", "qwen2_5_vl", "gemma3"))
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, _unpickled])
-def test_copies_are_reduced(name, clone):
+def test_copies_are_reduced_and_unreduce_leaves_nothing(name, strategy, clone):
     _, inputs = made(name)
     model = model_of(CASES[name]()[0], "sdpa")  # no model of transformers that ran can be pickled
-    other = clone(reduce_(model, keep=0.5))
-    logits, kept = oracle.forward(other, inputs)
-    assert not kept.all()
+    other = clone(reduce_(model, strategy, keep=0.5))
+    logits = other(**inputs).logits
     assert torch.equal(logits, model(**inputs).logits)
     unreduce_(other)
     assert is_reduced(model) and not is_reduced(other)
-    assert torch.equal(other(**inputs).logits, unreduce_(model)(**inputs).logits)
+    layers = find_multimodal(other).language_model.layers
+    assert not any(is_watched(layer.self_attn) or layer._forward_pre_hooks for layer in layers)
+    assert "extra_repr" not in vars(find_multimodal(other).model)
+    dense = other(**inputs).logits
+    assert torch.equal(dense, unreduce_(model)(**inputs).logits) and not torch.equal(dense, logits)
 
 
 @torch.no_grad()
@@ -220,7 +226,7 @@ def test_padding_does_not_change_a_selection_by_the_question():
 
 
 def _windowed(window):
-    config, pixels = llava()
+    config, pixels = CASES["llava"]()
     config.text_config = hf.MistralConfig(**TEXT, sliding_window=window)
     model = model_of(config, "sdpa")
     return model, pixels | prompt(model, pixels, ((4, "image", 3), (2, "image", 1, "image", 6)))
@@ -251,7 +257,7 @@ LINEAR = {
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_attention_is_refused(name):
-    config, _ = llava()
+    config, _ = CASES["llava"]()
     config.text_config = LINEAR[name]()
     with pytest.raises(TypeError, match=r"layers of type (linear_attention|mamba)"):
         reduce_(hf.LlavaForConditionalGeneration(config), keep=0.5)

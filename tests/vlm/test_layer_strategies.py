@@ -1,19 +1,20 @@
 """Image tokens removed behind layers of the language model."""
 
-import copy
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
 from elip_kernels import cls_attention
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
-from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.strategies.layer_strategy import FastV, Pyramid
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import build
+from tests.vlm.test_training import assert_trains_as_oracle, trained
 
 FAST = [name for name in ("llava", "qwen2_5_vl", "gemma3") if name in CASES]
 FAMILIES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.exhaustive) for n in CASES]
@@ -28,41 +29,31 @@ def first_layer(model):
     return max(1, len(getattr(find_multimodal(model).tower, "deepstack_visual_indexes", ())))
 
 
-class Hidden:
-    """Hides removed columns from the layers behind each drop of a stock model."""
+@contextmanager
+def hidden(model, drops, kept_behind):
+    """Hide removed columns from the layers behind each drop of a stock model."""
+    layers = find_multimodal(model).language_model.layers
+    handles = [
+        layer.register_forward_pre_hook(partial(hide, kept), with_kwargs=True)
+        for i, layer in enumerate(layers)
+        for kept in [k for (at, _), k in zip(drops, kept_behind, strict=True) if at <= i][-1:]
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
 
-    def __init__(self, model, drops, kept_behind):
-        layers = find_multimodal(model).language_model.layers
-        self.handles = [
-            layer.register_forward_pre_hook(self.hook(kept), with_kwargs=True)
-            for i, layer in enumerate(layers)
-            for kept in [k for (at, _), k in zip(drops, kept_behind, strict=True) if at <= i][-1:]
-        ]
 
-    def hook(self, kept):
-        def hide(layer, args, kwargs):
-            mask, queries = kwargs.get("attention_mask"), args[0].shape[1]
-            cache = next((kwargs[n] for n in oracle.CACHE_NAMES if kwargs.get(n) is not None), None)
-            past = 0 if cache is None else cache.layers[0].get_seq_length() - (queries == 1)
-            if mask is None:
-                total = past + queries
-                seen = torch.arange(total) <= torch.arange(past, total)[:, None]
-                mask = seen.expand(len(kept), 1, -1, -1)
-            columns = torch.ones(len(kept), mask.shape[-1], dtype=torch.bool)
-            columns[:, : kept.shape[1]] = kept[:, : mask.shape[-1]]
-            value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            return args, kwargs | {
-                "attention_mask": mask.masked_fill(~columns[:, None, None], value)
-            }
-
-        return hide
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
+def hide(kept, layer, args, kwargs):
+    mask, queries = kwargs.get("attention_mask"), args[0].shape[1]
+    cache = next((kwargs[n] for n in oracle.CACHE_NAMES if kwargs.get(n) is not None), None)
+    past = 0 if cache is None else cache.layers[0].get_seq_length() - (queries == 1)
+    if mask is None:
+        seen = torch.arange(past + queries) <= torch.arange(past, past + queries)[:, None]
+        mask = seen.expand(len(kept), 1, -1, -1)
+    columns = torch.ones(len(kept), mask.shape[-1], dtype=torch.bool)
+    columns[:, : kept.shape[1]] = kept[:, : mask.shape[-1]]
+    value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return args, kwargs | {"attention_mask": mask.masked_fill(~columns[:, None, None], value)}
 
 
 @torch.no_grad()
@@ -82,7 +73,7 @@ def test_logits_and_decoding_are_those_of_layers_without_removed_columns(name, f
     assert not torch.equal(info.kept, info.kept_behind[0])
     unreduce_(model)
     drops = strategy.drops(len(find_multimodal(model).language_model.layers))
-    with oracle.hidden(model, info.kept), Hidden(model, drops, info.kept_behind):
+    with oracle.hidden(model, info.kept), hidden(model, drops, info.kept_behind):
         expected = oracle.stock_generate(model, inputs)
     assert torch.equal(found.sequences, expected.sequences)
     assert all(map(oracle.close, found.logits, expected.logits))
@@ -104,7 +95,7 @@ def test_a_pyramid_removes_tokens_at_each_border(name):
     longest = [int(each.sum(1).max()) for each in (info.kept, *info.kept_behind)]
     assert list(info.cached) == longest  # the exact length of each layer's cache
     unreduce_(model)
-    with Hidden(model, drops, info.kept_behind):
+    with hidden(model, drops, info.kept_behind):
         expected = model(**inputs).logits
     read = info.kept_behind[-1] & inputs["attention_mask"].bool()
     assert oracle.close(logits[read], expected[read])
@@ -142,24 +133,11 @@ def test_the_tokens_that_the_last_one_attends_to_most_stay(attention):
 
 
 def test_loss_and_gradients_train_the_model_with_fewer_tokens():
-    model, inputs = built("llava")
-    labels = inputs["input_ids"].clone()
-    labels[(labels == model.config.image_token_id) | (inputs["attention_mask"] == 0)] = -100
+    model, inputs = trained("llava")
     reduce_(model, "fastv:layer=1", keep=0.5)
-    with record_stages(model) as infos:
-        loss = model(**inputs, labels=labels).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    unreduce_(model)
-    with Hidden(model, ((1, 0.5),), infos[0].kept_behind):
-        expected = model(**inputs, labels=labels).loss
-        expected.backward()
-    assert abs(loss - expected) <= 1e-6 * abs(expected)
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    largest = max(each.abs().max() for each in gradients.values())
-    assert found.keys() == gradients.keys()
-    assert max((found[n] - g).abs().max() for n, g in gradients.items()) <= 1e-6 * largest
+    assert_trains_as_oracle(
+        model, inputs, lambda model, info: hidden(model, ((1, 0.5),), info.kept_behind)
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -198,23 +176,6 @@ def test_an_error_in_a_layer_leaves_nothing_behind(strategy):
     assert current_call() is None
     assert torch.equal(model(**text).logits, dense)
     assert torch.equal(model(**inputs).logits, expected)
-
-
-@torch.no_grad()
-def test_a_copy_is_reduced_and_unreduce_leaves_nothing():
-    model, inputs = built("llava")
-    reduce_(model, "fastv", keep=0.5)
-    other = copy.deepcopy(model)
-    dense = unreduce_(copy.deepcopy(model))(**inputs).logits
-    reduced = model(**inputs).logits
-    assert not torch.equal(reduced, dense)
-    assert torch.equal(other(**inputs).logits, reduced)
-    unreduce_(other)
-    assert not is_reduced(other) and torch.equal(other(**inputs).logits, dense)
-    layers = find_multimodal(other).language_model.layers
-    assert not any(is_watched(each.self_attn) or each._forward_pre_hooks for each in layers)
-    assert "extra_repr" not in vars(find_multimodal(other).model)
-    assert torch.equal(model(**inputs).logits, reduced)
 
 
 def test_one_strategy_of_each_place_is_used_together():

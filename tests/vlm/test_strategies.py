@@ -11,27 +11,16 @@ from elip_models.vlm.strategies.cdpruner import CDPruner, scaled
 from elip_models.vlm.strategies.controls import Pool, Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.evs import EVS
-from elip_models.vlm.strategies.layer_strategy import FastV, LayerStrategy
+from elip_models.vlm.strategies.layer_strategy import FastV
 from elip_models.vlm.strategies.visionzip import VisionZip, choose
 
 BEFORE = [name for name, cls in LANGUAGE_STRATEGIES.items() if issubclass(cls, ImageTokenStrategy)]
-INSIDE = [name for name, cls in LANGUAGE_STRATEGIES.items() if issubclass(cls, LayerStrategy)]
 
 
 def test_no_name_is_that_of_an_image_strategy():
     assert elip_models.LANGUAGE_STRATEGIES is LANGUAGE_STRATEGIES
     assert LANGUAGE_STRATEGIES.keys().isdisjoint(elip_models.STRATEGIES)
-    assert LANGUAGE_STRATEGIES.keys() == {*BEFORE, *INSIDE}
-
-
-@pytest.mark.parametrize("name", LANGUAGE_STRATEGIES)
-def test_every_strategy_tells_where_it_acts_and_what_it_does(name):
-    strategy = LANGUAGE_STRATEGIES[name]
-    assert strategy.name == name
-    assert strategy.place in ("before the language model", "inside the language model")
-    assert 0 < len(strategy.summary.split()) <= 10
-    assert isinstance(strategy.is_guided, bool)
-    assert strategy().keep == 0.5
+    assert all(strategy.name == name for name, strategy in LANGUAGE_STRATEGIES.items())
 
 
 @pytest.mark.parametrize("number", range(20))

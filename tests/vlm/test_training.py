@@ -5,7 +5,8 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 
-from elip_models import is_reduced, reduce_, unreduce_
+from elip_models import is_reduced, record_stages, reduce_, unreduce_
+from tests.helpers.towers import gradients as gradients_of
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, IMAGE, PAD, VIDEO
 from tests.vlm.models import build
@@ -42,26 +43,27 @@ def gradients(model, inputs):
     model.zero_grad()
     loss = model(**inputs).loss
     loss.backward()
-    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-    return loss.detach(), {name: grad.clone() for name, grad in found.items()}
+    return loss.detach(), gradients_of(model)
 
 
-def assert_trains_as_oracle(model, inputs):
-    loss, found = gradients(model, inputs)
-    with torch.no_grad():
-        _, kept = oracle.forward(model, inputs)
+def assert_trains_as_oracle(
+    model, inputs, hidden=lambda model, info: oracle.hidden(model, info.kept)
+):
+    """Compare with the stock model, from which `hidden` hides what was removed."""
+    with record_stages(model) as infos:
+        loss, reduced = gradients(model, inputs)
     unreduce_(model)
-    with oracle.hidden(model, kept):
+    with hidden(model, infos[0]):
         other, expected = gradients(model, inputs)
-    assert not kept.all()
+    assert not all(kept.all() for kept in (infos[0].kept, *infos[0].kept_behind))
     tolerance = TOLERANCE[other.dtype]
     assert (loss - other).abs() <= tolerance * other
-    assert set(found) == set(expected)
+    assert set(reduced) == set(expected)
     largest = torch.stack([grad.abs().max() for grad in expected.values()]).max()
     assert largest > 1e-3
-    for name, grad in found.items():
+    for name, grad in reduced.items():
         assert (grad - expected[name]).abs().max() <= tolerance * largest, name
-    return found
+    return reduced
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
