@@ -264,6 +264,5 @@ PIPELINED = {
 
 @pytest.mark.parametrize("op", tiered(WITH_KERNELS, ["score_reduce"], slow=["bipartite_merge"]))
 def test_loops_with_products_or_own_stages_are_pipelined(op):
-    """`waits.py` models these loops as pipelined."""
     for name, (_, code) in compiled(op, 577, "bf16").items():
         assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name

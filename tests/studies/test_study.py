@@ -310,7 +310,7 @@ def test_a_tiny_study_is_killed_resumes_and_is_written(tmp_path, monkeypatch):
         assert own == RETRIEVAL_METRICS
         assert metrics["objective.loss"] > 0 and 0 <= metrics["reduced.r1"] <= 1
         assert ("selection.lost" in metrics) == (run["arm"] != "dense")
-        assert ("selection.1.kept" in metrics) == (run["arm"] not in ("dense", "tome"))
+        assert ("selection.last.kept" in metrics) == (run["arm"] not in ("dense", "tome"))
         trained = not run["arm"].startswith("after")
         assert ("step_time" in run) == trained == (run["beginning"] is None)
         assert ("loss" in run) == ("images" in run) == (not run["arm"].startswith("after"))
