@@ -102,7 +102,7 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
     B, N, dtype = shape.B, shape.N, shape.dtype
     tokens, K, r = random(B, N, WIDTH, dtype=dtype), shape.kept, shape.merged
     if op in ("reduce", "reduce_backward"):
-        selecting = (tokens, random(B, N).softmax(1)[:, 1:], None, K, 1, True, True)
+        selecting = (tokens, random(B, N).softmax(1)[:, 1:], None, K, 1, True)
         if op == "reduce":
             return selecting
         out, _, weights, slots = torch.ops.elip.reduce(*selecting)
@@ -131,4 +131,4 @@ def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
     )
     if op == "cls_attention_output":
         return tokens, *query, matrices[2], bias
-    return tokens, *query, K, True, True, None, None
+    return tokens, *query, K, True, None, None

@@ -98,7 +98,7 @@ def tuned_kernels(sweep: Sweep, args: tuple[Any, ...]) -> set[str]:
 
 def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the outputs of an op as a tuple; on a GPU those of its kernels, without a fallback."""
-    outputs = (OPERATORS[op].launcher if ON_GPU else OPERATORS[op].reference)(*args)
+    outputs = (OPERATORS[op].launch if ON_GPU else OPERATORS[op].reference)(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

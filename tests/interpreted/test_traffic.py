@@ -43,7 +43,7 @@ def run_reduce(B, N, D, K, dtype, masked=False, **options):
     out.sum().backward()
 
 
-def reduce_works(*case, masked=False, normalize=True, **options):
+def reduce_works(*case, masked=False, **options):
     forward, backward = (
         least_work.reduce(*case, **options),
         least_work.reduce_backward(*case, **options),
@@ -272,7 +272,6 @@ def test_programs_touch_little_more_than_they_must(op):
     "options",
     [
         {"masked": True},
-        {"normalize": False},
         {"num_prefix_tokens": 0},
         {"num_prefix_tokens": 3, "masked": True},
         {"merge": False},

@@ -98,7 +98,7 @@ def arguments_of_the_op(dtype=torch.float32):
     cls, text, (gamma, beta, bias) = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 4)
     matrices = torch.randn(4, 4), bias, torch.randn(4, 4)
     query = QueryArguments(cls, text, 0.7, False, gamma, beta, 1e-6, *matrices, 2, 0.5)
-    return tokens, query, 3, True, True, None, None
+    return tokens, query, 3, True, None, None
 
 
 @pytest.mark.slow
