@@ -19,10 +19,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from elip_kernels import launch
 from elip_kernels._kernel import captured_launches
 from elip_kernels._triton import OutOfResources, is_interpreted
 from elip_kernels.autocast import without_autocast
-from elip_kernels.launch import device_guard
 
 PLAIN = frozenset(
     {torch.Tensor, torch.nn.Parameter, int, float, bool, torch.dtype, type(None), str}
@@ -195,7 +195,7 @@ class Operator:
         """Launch the kernels on the device of the first argument; none for an empty batch."""
         if args[0].numel() == 0:
             return self.fake(*args)
-        with device_guard(args[0]):
+        with launch.device_guard(args[0]):
             return self.launcher(*args)
 
     def _in_graph(

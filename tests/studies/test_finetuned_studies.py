@@ -180,7 +180,7 @@ def test_arms_have_the_downstream_metric_of_their_own_weights(finished, monkeypa
     assert shared.model.pretrained == f"{study.root}/dense/0/model"
     assert not (study.folder(Run("shared", 0)) / "model").exists()
     assert [*study.root.rglob("checkpoints")] == []
-    page = study_page(document, "chart.svg")
+    page = study_page(document)
     assert f"{RECALL}, points" in page and "`finetune.recipe=retrieval_tiny`" in page
 
 
