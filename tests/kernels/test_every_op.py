@@ -140,3 +140,16 @@ def test_strides_do_not_matter(name):
     arguments = EXAMPLES[name].arguments(SMALL)
     outputs = EXAMPLES[name].outputs(map_tensors(strided, arguments))
     torch.testing.assert_close(outputs, EXAMPLES[name].outputs(arguments))
+
+
+@every_op
+def test_a_gradient_reaches_the_first_tensor_only(name):
+    example, arguments = EXAMPLES[name], EXAMPLES[name].arguments(SMALL)
+    floats = [t for t in tensors_of(tuple(arguments.values())) if t.is_floating_point()]
+    first, *others = [tensor.requires_grad_() for tensor in floats]
+    out, *rest = tensors_of(example.function(**arguments))
+    assert not any(tensor.requires_grad for tensor in rest)
+    if out.requires_grad:
+        out.square().sum().backward()
+        assert first.grad.any()
+    assert all(tensor.grad is None for tensor in others)
