@@ -1,14 +1,12 @@
-"""Microseconds of Python for a call at batch 1, without the time of the device, and its overhead.
+"""Microseconds of Python for a call at batch 1, without the time of the device.
 
 On a GPU, calls return before their kernels end. Elsewhere the kernels are compiled for sm_90, and a
 stub of Triton's driver takes their launches, so this is the host's part without the driver's call.
-The overhead is that of a public call (checks and dispatch) over the body of its op.
 """
 
 import time
 from contextlib import nullcontext
 from copy import deepcopy
-from statistics import median
 
 import pytest
 import timm
@@ -17,10 +15,8 @@ import torch
 import elip_kernels
 from benchmarks.cases import DEVICE, ON_GPU
 from benchmarks.parity import OURS, parity
-from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
 from elip_models import reduce_
-from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so nothing is launched")
 N, D, HEADS, DEPTH, PIXELS = 197, 768, 12, 12, 64
@@ -143,53 +139,3 @@ def test_block(record, rounds, device, strategy):
             facts = {"ratios": ratios, "host_microseconds": times, "added_to_a_block": added}
             facts |= {"parity": same, "dtype": "fp32"}
             record(calls[strategy], strategy=strategy, rounds=rounds, **facts)
-
-
-SHAPE = {"B": 1, "N": 17, "D": 16}  # so small that the overhead is visible
-
-
-def body_of(name):
-    """Return the function that the op runs on this device."""
-    return OPERATORS[name].on_device if ON_GPU else OPERATORS[name].reference
-
-
-def reduce_calls():
-    tokens = torch.randn(*SHAPE.values(), device=DEVICE)
-    scores = torch.rand(1, 16, device=DEVICE)
-    body = body_of("reduce")
-    return {
-        "body": lambda: body(tokens, scores, None, 8, 1, True, True)[0],
-        OURS: lambda: elip_kernels.reduce(tokens, scores, 8),
-    }
-
-
-def cls_attention_calls():
-    q, k = torch.randn(1, 2, 8, device=DEVICE), torch.randn(1, 2, 17, 8, device=DEVICE)
-    body = body_of("cls_attention")
-    return {
-        "body": lambda: body(q, k, None, 8**-0.5),
-        OURS: lambda: elip_kernels.cls_attention(q, k),
-    }
-
-
-OVERHEADS = {"reduce": reduce_calls, "cls_attention": cls_attention_calls}
-
-
-@pytest.mark.parametrize("op", OVERHEADS)
-def test_overhead(record, rounds, op):
-    calls = OVERHEADS[op]()
-    exact = (calls["body"]().double(),)
-    checked = parity(exact, {name: (call(),) for name, call in calls.items()})
-    times = time_side_by_side(calls, device=torch.device("cpu"), rounds=rounds)
-    added = [ours - body for ours, body in zip(times[OURS], times["body"], strict=True)]
-    record(
-        calls[OURS],
-        op=op,
-        rounds=rounds,
-        ratios={"body": ratios_to("body", times)[OURS]},
-        milliseconds=milliseconds(times),
-        overhead_microseconds=1e6 * median(added),
-        shape=SHAPE,
-        dtype="fp32",
-        parity=checked,
-    )

@@ -3,8 +3,7 @@
 A step is forward and backward of all objectives, with momentum towers and without the optimiser.
 
 Parity, in fp64, without dropout, on two pairs: `exact` keeps the tokens of `official` and has the
-same loss with the same random numbers. The committed times of ITM in one pass and of negatives that
-are drawn at once are of this file at commit 1a22749.
+same loss with the same random numbers.
 """
 
 import warnings

@@ -8,7 +8,6 @@ stopped early, or if the commit is unknown or there are fewer than ten rounds.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.marked_block import rewrite
 from benchmarks.measured import Refused, Results, read_results
 from benchmarks.parity import OURS
 from benchmarks.tables import device_tables, op_page, tower
@@ -38,16 +38,6 @@ FORMS = {  # form or scorer: colour, marker
     "last": ("#009e73", "o"),
 }
 Rows = dict[str, dict[str, float]]
-
-
-def page_with(page: str, results: list[Results]) -> str:
-    """Return `page` with the tables between its two markers."""
-    block = "\n\n".join(device_tables(device) for device in results)
-    block = block or "No results are committed yet."
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if pattern.search(page) is None:
-        raise Refused(f"the page: expected {BEGIN} and {END}, got neither or only one")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{block}\n\n{END}", page, count=1)
 
 
 def write(device: Results, docs: Path) -> list[Path]:
@@ -145,23 +135,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         results = read_results(options.results)
-        current = options.page.read_text(encoding="utf-8")
-        wanted = page_with(current, results)
     except Refused as reason:
         sys.stderr.write(f"refused: {reason}\n")
         return 1
-    docs = options.page.parent
+    block = "\n\n".join(map(device_tables, results)) or "No results are committed yet."
+    command, docs = "python -m benchmarks.plot", options.page.parent
+    status = rewrite(options.page, BEGIN, END, block, command=command, check=options.check)
     if options.check:
-        stale = stale_files(results, docs)
-        if wanted != current:
-            stale.append(options.page)
-        for path in stale:
-            sys.stderr.write(f"{path}: missing or stale; run python -m benchmarks.plot\n")
-        return 1 if stale else 0
-    for device in results:
-        write(device, docs)
-    write_file(options.page, wanted.encode())
-    return 0
+        for path in (stale := stale_files(results, docs)):
+            sys.stderr.write(f"{path} is missing or stale: run {command}\n")
+        return int(bool(status or stale))
+    if status == 0:
+        for device in results:
+            write(device, docs)
+    return status
 
 
 if __name__ == "__main__":

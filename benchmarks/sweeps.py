@@ -5,12 +5,18 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, HEADS, WIDTH
-from elip_kernels.ops.absorbed_query import QueryArguments
+from elip_kernels._example import EXAMPLES, Sizes, map_tensors
+from elip_kernels.testing import RecordedCalls
 
-CHANNELS = WIDTH // HEADS
+PUBLIC = {
+    "reduce_backward": "reduce",
+    "bipartite_match": "bipartite_merge",
+    "bipartite_merge_backward": "bipartite_merge",
+    "nearest_match": "merge_nearest",
+}
+"""The public op that calls an op of another name."""
 Number = int | float
 
 
@@ -41,7 +47,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Shape:
-    """Batch of a ViT-B: images, tokens per image, dtype; 65% of patches kept, 25% merged."""
+    """Batch of a ViT-B: images, tokens per image, dtype; 65% of patches kept, 35% merged."""
 
     B: int
     N: int
@@ -51,11 +57,6 @@ class Shape:
     def kept(self) -> int:
         """Return the number of kept patches."""
         return max(1, int(0.65 * (self.N - 1)))
-
-    @property
-    def merged(self) -> int:
-        """Return the number of merged tokens."""
-        return self.N // 4
 
     def __str__(self) -> str:
         return f"B{self.B}-N{self.N}-{DTYPE_NAMES[self.dtype]}"
@@ -92,43 +93,10 @@ SHAPES = (
 )
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a random tensor on the measured device."""
-    return torch.randn(*shape, device=DEVICE).to(dtype)
-
-
 def arguments(op: str, shape: Shape) -> tuple[Any, ...]:
-    """Return the arguments of `torch.ops.elip.<op>`."""
-    B, N, dtype = shape.B, shape.N, shape.dtype
-    tokens, K, r = random(B, N, WIDTH, dtype=dtype), shape.kept, shape.merged
-    if op in ("reduce", "reduce_backward"):
-        selecting = (tokens, random(B, N).softmax(1)[:, 1:], None, K, 1, True, True)
-        if op == "reduce":
-            return selecting
-        out, _, weights, slots = torch.ops.elip.reduce(*selecting)
-        return torch.randn_like(out), slots, weights, True
-    if op == "attention_column_mean":
-        q, k = random(2, B, HEADS, N, CHANNELS, dtype=dtype)
-        return q, k, None, None, CHANNELS**-0.5
-    if op.startswith("bipartite"):
-        matching = (random(B, N, CHANNELS, dtype=dtype), None, r, 1)
-        if op == "bipartite_match":
-            return matching
-        size, slots = torch.ones(B, N, device=DEVICE), torch.ops.elip.bipartite_match(*matching)
-        if op == "bipartite_merge":
-            return tokens, size, slots, N - r
-        out, out_size = torch.ops.elip.bipartite_merge(tokens, size, slots, N - r)
-        return torch.randn_like(out), size, out_size, slots
-    if op == "nearest_match":
-        kept = torch.ops.elip.select(random(B, N - 1), None, K, 1)
-        return random(B, N, CHANNELS, dtype=dtype), kept, 1
-    cls, text = random(2, B, WIDTH, dtype=dtype)
-    gamma, beta, bias = random(3, WIDTH, dtype=dtype)
-    matrices = random(3, WIDTH, WIDTH, dtype=dtype) / WIDTH**0.5
-    query = QueryArguments(
-        *(cls, text, 0.8, False, gamma, beta, 1e-6),
-        *(matrices[0], bias, matrices[1], HEADS, CHANNELS**-0.5),
-    )
-    if op == "cls_attention_output":
-        return tokens, *query, matrices[2], bias
-    return tokens, *query, K, True, True, None, None
+    """Return the arguments of `torch.ops.elip.<op>`, as the example of its public op calls it."""
+    example = EXAMPLES[PUBLIC.get(op, op)]
+    sizes = Sizes(shape.B, shape.N, WIDTH, shape.kept, HEADS, shape.dtype)
+    with RecordedCalls() as recorded:
+        example.outputs(map_tensors(lambda tensor: tensor.to(DEVICE), example.arguments(sizes)))
+    return dict(reversed(recorded.calls))[op]

@@ -40,15 +40,9 @@ def device_tables(results: Results) -> str:
         parts += onnx_table(exported)
     if steps:
         parts += pretraining_table(steps)
-    replaced = [entry for entry in results.entries if "instead_of" in entry]
-    if replaced:
-        parts.append(replacements(replaced))
     if ops:
         parts.append(chart(results, "ops", "times over that of a copy"))
         parts.append(f"[Every op, side by side]({results.slug}-ops.md).")
-    added = [entry for entry in results.entries if "overhead_microseconds" in entry]
-    if added:
-        parts.append(overhead(added))
     parts += [serving(entry) for entry in results.entries if "latency" in entry]
     return "\n\n".join(parts)
 
@@ -163,16 +157,6 @@ def pretraining_table(entries: list[Entry]) -> list[str]:
     return [note, table(["model, batch, dtype", "dense, ms", *names], rows, left=1)]
 
 
-def replacements(entries: list[Entry]) -> str:
-    """Return one sentence per replaced implementation: our time relative to its time."""
-    ways: dict[str, list[str]] = {}
-    for entry in entries:
-        ((way, value),) = entry["ratios"].items()
-        cell = f"{entry['op']} {ratio(value)}"
-        ways.setdefault(f"{entry['does']} instead of {way}", []).append(cell)
-    return " ".join(f"Relative time of {way}: {', '.join(cells)}." for way, cells in ways.items())
-
-
 def op_page(results: Results) -> str | None:
     """Return the page of ops, or None if no op was measured."""
     ops = [entry for entry in results.entries if "possible" in entry]
@@ -205,12 +189,6 @@ def op_table(entries: list[Entry]) -> list[str]:
     reasons = {reason for entry in entries for reason in entry["left_out"].items()}
     absent = [f"– means that {name} was not measured: {why}." for name, why in sorted(reasons)]
     return [note, table(header, rows, left=2), *absent]
-
-
-def overhead(entries: list[Entry]) -> str:
-    """Return the overhead of public calls in one sentence."""
-    added = ", ".join(f"{e['op']} {e['overhead_microseconds']:.0f} µs" for e in entries)
-    return f"Overhead of a public call over the body of its op: {added}."
 
 
 def serving(entry: Entry) -> str:

@@ -98,7 +98,7 @@ def tuned_kernels(sweep: Sweep, args: tuple[Any, ...]) -> set[str]:
 
 def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the outputs of an op as a tuple; on a GPU those of its kernels, without a fallback."""
-    outputs = (OPERATORS[op].launcher if ON_GPU else OPERATORS[op].reference)(*args)
+    outputs = (OPERATORS[op].launch if ON_GPU else OPERATORS[op].reference)(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -112,7 +112,7 @@ def check(
     """
     if op == "score_reduce":
         tokens, *others = args[0], *args[1 + len(QueryArguments._fields) :]
-        given = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, *others[1:3])
+        given = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, others[1])
         right = (*given, right[-1])
     for ours, theirs in zip(got, right, strict=True):
         atol = rtol = 0.0

@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from elip_kernels import launch
 from elip_kernels._kernel import captured_launches
 from elip_kernels._triton import OutOfResources, is_interpreted
 from elip_kernels.autocast import without_autocast
@@ -117,7 +118,8 @@ class Operator:
     Args:
         name: name of the op, without the namespace.
         reference: PyTorch implementation for every device. Its annotations define the schema.
-        launcher: implementation with kernels; takes the same arguments.
+        launcher: implementation with kernels; takes the same arguments, of a batch that is not
+            empty, whose device is the current one.
         unsupported: returns the reason why the kernels do not support the arguments, or None. The
             PyTorch implementation supports all arguments.
         fake: returns outputs of the right shapes and dtypes, with undefined values.
@@ -139,7 +141,7 @@ class Operator:
         save: Callable[..., None] | None = None,
     ) -> None:
         self.name, self.reference, self.launcher = name, reference, launcher
-        self.unsupported = unsupported
+        self.unsupported, self.fake = unsupported, fake
         self.warned_reasons: set[str] = set()
         schema = torch.library.infer_schema(reference, mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
@@ -179,7 +181,7 @@ class Operator:
         reason = self.unsupported(*args)
         if reason is None:
             try:
-                return self.launcher(*args)
+                return self.launch(*args)
             except OutOfResources as error:
                 reason = f"the device has too little for them: {error}"
         if reason not in self.warned_reasons:
@@ -188,6 +190,13 @@ class Operator:
             message += f"the PyTorch implementation ran instead of the kernels, because {reason}"
             warnings.warn(message, FallbackWarning, stacklevel=2)
         return self.reference(*args)
+
+    def launch(self, *args: Any) -> Any:
+        """Launch the kernels on the device of the first argument; none for an empty batch."""
+        if args[0].numel() == 0:
+            return self.fake(*args)
+        with launch.device_guard(args[0]):
+            return self.launcher(*args)
 
     def _in_graph(
         self,
@@ -204,7 +213,7 @@ class Operator:
         if not is_known or _keeps_ops() or self.unsupported(*args) is not None:
             return mode.__torch_dispatch__(overload, types, args, kwargs)
         with mode, captured_launches():
-            return without_autocast(self.launcher)(*args)
+            return without_autocast(self.launch)(*args)
 
     def _autograd_function(
         self, backward: Callable[..., Any], save: Callable[..., None]

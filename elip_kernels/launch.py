@@ -249,6 +249,16 @@ def unsupported_device(device: torch.device) -> str | None:
     return f"the kernels need compute capability {least}, and {device} has {own}"
 
 
+def dense_rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors, copied where the last stride is not 1; None stays None."""
+    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors, copied where they are not contiguous; None stays None."""
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
 def addressable(tokens: Tensor) -> Tensor:
     """Return `tokens` (.., N, D), copied if 32-bit offsets within an image or head do not reach."""
     fits = tokens.stride(-1) == 1 and tokens.stride(-2) * tokens.shape[-2] < 2**31

@@ -27,5 +27,5 @@ TRITON_INTERPRET=1 python -m pytest -q -p tests.interpreted.profiles --hypothesi
   -m "" tests/interpreted || status=1
 python -m pytest -q -m "" tests/kernels/test_compile_report.py tests/kernels/test_compile_report_command.py \
   tests/kernels/test_every_op.py tests/kernels/test_kernel.py || status=1
-python -m benchmarks.kernel_analysis report || status=1
+python -m benchmarks.kernel_analysis || status=1
 exit $status

@@ -1,1 +1,1 @@
-"""Analysis of the kernels without a GPU: compiled code, memory traffic, waits."""
+"""Analysis of the kernels without a GPU: compiled code and memory traffic."""

@@ -3,7 +3,7 @@
     recorded_launches(arch)         runs launchers on CPU tensors and records the launches
     compile_launch(recorded, arch)  compiles a recorded launch through Triton's own warm-up, which
                                     specialises on the arguments as on a device
-    Compiled                        registers, spills, shared memory, occupancy, accesses, barriers
+    Compiled                        registers, spills, shared memory, occupancy, accesses
 
 An architecture is 80, 86, 89, 90, 100 or 120 (compute capability times ten) or "gfx942".
 """
@@ -72,7 +72,6 @@ class Compiled:
         shared: bytes of shared memory.
         occupancy: warps that an SM or CU runs at once, and what limits them.
         instructions: count of each mnemonic in the code; the body of a loop counts once.
-        barriers: of a block outside of loops, then in each loop that has any; None on AMD.
         loads: count of global loads of each width in bits.
         stores: count of global stores of each width in bits.
         products_in_loop: the most products into Blackwell's tensor memory in the body of a loop.
@@ -87,7 +86,6 @@ class Compiled:
     shared: int
     occupancy: tuple[int, str]
     instructions: Counter[str]
-    barriers: tuple[int, ...] | None
     loads: Counter[int]
     stores: Counter[int]
     products_in_loop: int
@@ -198,7 +196,6 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "local": local,
         "spills": mnemonics["LDL"] + mnemonics["STL"],
         "instructions": mnemonics,
-        "barriers": _sass_barriers(sass),
         "loads": Counter(_sass_bits(w) for w in words if w[0] in ("LDG", "LDGSTS")),
         "stores": Counter(_sass_bits(w) for w in words if w[0] == "STG"),
     }
@@ -209,22 +206,6 @@ def _sass_bits(words: list[str]) -> int:
     return next(
         (int(w.lstrip("US")) for w in words if re.fullmatch(r"[US]?(8|16|64|128|256)", w)), 32
     )
-
-
-def _sass_barriers(sass: str) -> tuple[int, ...]:
-    """Return `Compiled.barriers`; a loop is the code from a label to a branch back to it."""
-    code = re.findall(r"^(\.L_x_\d+):|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.M)
-    labels = {label: at for at, (label, _) in enumerate(code) if label}
-    loops = [range(len(code))]  # the first one is the whole code
-    end = max((at for at, (_, line) in enumerate(code) if "EXIT" in line), default=len(code))
-    for at, (_, line) in enumerate(code[:end]):  # waiting continues behind the end
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if target and labels[target[1]] < at:
-            loops.append(range(labels[target[1]], at))
-    barriers = [at for at, (_, line) in enumerate(code) if re.search(r"\bBAR\.", line)]
-    innermost = [min((loop for loop in loops if at in loop), key=len) for at in barriers]
-    whole, *others = map(innermost.count, loops)
-    return whole, *filter(None, others)
 
 
 GCN_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
@@ -249,7 +230,6 @@ def _read_amdgcn(assembly: str) -> dict[str, Any]:
         "local": 0,
         "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
         "instructions": mnemonics,
-        "barriers": None,
         "loads": accesses("load"),
         "stores": accesses("store"),
     }

@@ -1,17 +1,20 @@
 """Compile every kernel for real shapes: one row per kernel, tokens, dtype and architecture.
 
-fp16 compiles as bf16 does. Barriers are those of a block outside of loops, and in each loop that
-has any: 22+4+4 has two loops with four per step. The last columns have the number of programs at
-several batch sizes. Nothing is timed.
+fp16 compiles as bf16 does. `wide_share` is the share of the bytes that is moved by accesses of 128
+bits or more. `moved` is the bytes that the programs access over the distinct bytes of the launch,
+which are the least that memory must move: counted in Triton's interpreter, for one image of 257
+tokens in bf16. Nothing is timed.
 """
 
+import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
-from math import prod
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -29,9 +32,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS, WIDTH = 12, 768
 KEY = ("kernel", "N", "dtype", "arch")
 COLUMNS = (*KEY, "warps", "stages", "registers", "stack", "spills", "shared")
-COLUMNS += ("occupancy", "limit", "wide_share", "instructions", "barriers")
-BATCH_SIZES = (1, 8, 32, 64, 256)  # images
-COLUMNS += tuple(f"B={B}" for B in BATCH_SIZES)
+COLUMNS += ("occupancy", "limit", "wide_share", "instructions", "moved")
+COUNTED = (257, "bf16")  # tokens and dtype of `moved`
 
 
 class Job(NamedTuple):
@@ -55,22 +57,19 @@ def report(archs: Sequence[Arch], ops: Sequence[str]) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         facts = list(threads.map(_compile_in_subprocess, jobs.values()))
     rows = [dict(zip(KEY, key, strict=True)) | f for key, f in zip(jobs, facts, strict=True)]
-    programs = programs_of(ops)
+    moved = moved_over_distinct(ops)
     for row in rows:
-        row |= {f"B={B}": n for B, n in programs[row["kernel"], row["N"], row["dtype"]].items()}
+        if (row["N"], row["dtype"]) == COUNTED:
+            row["moved"] = moved[row["kernel"]]
     return rows
 
 
-def programs_of(
-    ops: Sequence[str], batches: Sequence[int] = BATCH_SIZES
-) -> dict[tuple[str, int, str], dict[int, int]]:
-    """Return the number of programs of each batch by kernel, tokens and dtype."""
-    by_kernel: dict[tuple[str, int, str], dict[int, int]] = {}
-    for op, (N, K), dtype, B in product(ops, REAL_CASES, DTYPES, batches):
-        for launch in recorded_call(op, B, N, K, dtype, 90):
-            of_kernel = by_kernel.setdefault((launch.name, N, dtype), {})
-            of_kernel.setdefault(B, prod(launch.grid))  # of the first op, as in the rows
-    return by_kernel
+def moved_over_distinct(ops: Sequence[str]) -> dict[str, float]:
+    """Return `moved` by kernel; the interpreter needs a process of its own."""
+    command = (sys.executable, "-m", "benchmarks.kernel_analysis.traffic", *ops)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    counted = subprocess.run(command, env=environment, capture_output=True, check=True)
+    return json.loads(counted.stdout)
 
 
 def recorded_call(op: str, B: int, N: int, K: int, dtype: str, arch: Arch) -> list[RecordedLaunch]:
@@ -107,8 +106,6 @@ def _compile(job: Job) -> dict[str, Any]:
     facts |= {"stack": code.stack + code.local, "spills": code.spills, "shared": code.shared}
     facts |= {"occupancy": warps, "limit": limit, "wide_share": round(code.wide_share(), 3)}
     facts["instructions"] = code.instructions.total()
-    if code.barriers is not None:
-        facts["barriers"] = "+".join(map(str, code.barriers))
     return facts if warps else facts | {"error": f"does not fit: {limit}"}
 
 

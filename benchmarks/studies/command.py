@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
-from benchmarks.studies.chart import draw
 from benchmarks.studies.measures import FINETUNED
 from benchmarks.studies.page import differences, means, study_page
 from benchmarks.studies.results import Document, read_results, write_results
@@ -14,7 +12,6 @@ from benchmarks.studies.runner import (
     check_settings,
     check_tree,
     is_finished,
-    result_of,
     run_study,
 )
 from benchmarks.studies.study import Run, Study
@@ -72,7 +69,7 @@ class Progress:
         done = sum(is_finished(self.study, each) for each in self.runs)
         line = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=len(self.runs), completed=done, width=24)
-        line.add_row(f"{done}/{len(self.runs)}", bar, f"{run.arm}, seed {run.seed}", self._left())
+        line.add_row(f"{done}/{len(self.runs)}", bar, f"{run.arm}, seed {run.seed}")
         self.console.print(line)
 
     def run(self) -> None:
@@ -90,38 +87,17 @@ class Progress:
     def plan(self) -> None:
         """Print the arms, the cost of a run of each, and how many runs are finished."""
         shown = Table(title=f"{self.study.name}: {len(self.runs)} runs")
-        for name in ("arm", "strategy", "FLOPs of a step", "FLOPs", "minutes", "finished"):
+        for name in ("arm", "strategy", "FLOPs of a step", "FLOPs", "finished"):
             shown.add_column(name, overflow="fold")
         if FINETUNED in self.study.measures:
             shown.add_column("fine-tuning", overflow="fold")
         for arm, cost in self.costs.items():
             runs = [run for run in self.runs if run.arm == arm]
-            seconds = self._seconds(runs[0])
-            minutes = "?" if seconds is None else f"{seconds / 60:.1f}"
             done = f"{sum(is_finished(self.study, run) for run in runs)} of {len(runs)}"
-            cells = f"{cost.step_flops:.3f}", f"{cost.flops:.2g}", minutes, done
+            cells = f"{cost.step_flops:.3f}", f"{cost.flops:.2g}", done
             finetuning = self.study.finetuning(runs[0])
             shown.add_row(arm, cost.strategy, *cells, finetuning and finetuning.task)
-        self.console.print(shown, self._left())
-
-    def _left(self) -> str:
-        """Return the remaining time of one process, or "" if no finished run allows an estimate."""
-        todo = [self._seconds(run) for run in self.runs if not is_finished(self.study, run)]
-        known = [seconds for seconds in todo if seconds is not None]
-        if len(known) < len(todo):
-            return ""
-        return f"{sum(known) / 3600:.1f} h left"
-
-    def _seconds(self, run: Run) -> float | None:
-        """Estimate the seconds of a run from finished runs of its arm, or from their FLOPs."""
-        results = [result for other in self.runs if (result := result_of(self.study, other))]
-        own = [result["seconds"] for result in results if result["arm"] == run.arm]
-        if own:
-            return median(own)
-        work = {arm: cost.flops for arm, cost in self.costs.items()}
-        alike = [result for result in results if bool(work[result["arm"]]) == bool(work[run.arm])]
-        rates = [result["seconds"] / (work[result["arm"]] or 1) for result in alike]
-        return (work[run.arm] or 1) * median(rates) if rates else None
+        self.console.print(shown)
 
 
 def _cost(config: RunConfig, length: float) -> Cost:
@@ -156,9 +132,6 @@ def show_results(document: Document, console: Console) -> None:
             console.print(shown)
 
 
-def write_page(results: Path, path: Path) -> list[Path]:
-    """Write the Markdown page of one study, and its chart beside it, from its results."""
-    document = read_results(results)
-    chart = draw(document, path.with_suffix(".svg"))
-    write_file(path, study_page(document, chart.name).encode())
-    return [path, chart]
+def write_page(results: Path, path: Path) -> None:
+    """Write the Markdown page of one study from its results."""
+    write_file(path, study_page(read_results(results)).encode())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.selection.scores import selection_scores
+from benchmarks.studies.named_patches import selection_scores
 from elip_models.pretraining.data import (
     EvaluationBatch,
     SkipReport,
@@ -145,19 +145,14 @@ def objectives(run: Finished) -> dict[str, float]:
 
 
 def selection(run: Finished) -> dict[str, float]:
-    """Return `selection_scores`: "selection.lost", .., and per stage "selection.last.kept", ...
-
-    With up to four stages there are also "selection.1.kept", ... A dense run has no scores.
-    """
+    """Return `selection_scores`: "selection.lost", "selection.last.kept"; none of a dense run."""
     if isinstance(run.model.reduction, Dense):
         return {}
-    scores = selection_scores(run.model, run.source, run.tokenizer)
-    stages = scores["stages"]
-    parts = {str(i): stage for i, stage in enumerate(stages[:-1], 1) if len(stages) <= 4}
-    found = {f"last.{name}": value for name, value in stages[-1].items()}
-    found |= {f"{i}.{name}": value for i, stage in parts.items() for name, value in stage.items()}
-    found |= {name: value for name, value in scores.items() if name != "stages"}
-    return {f"selection.{k}": v["mean"] for k, v in found.items() if isinstance(v, dict)}
+    torch.manual_seed(0)
+    return {
+        f"selection.{name}": value
+        for name, value in selection_scores(run.model, run.source, run.tokenizer).items()
+    }
 
 
 def finetuned(run: Finished) -> dict[str, float]:

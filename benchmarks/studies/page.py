@@ -1,4 +1,4 @@
-"""One study as a Markdown page: means of its arms, paired differences from each reference, a chart.
+"""One study as a Markdown page: means of its arms, paired differences from each reference.
 
 Recalls and shares are in percent and their differences in percentage points; losses have no unit.
 """
@@ -8,7 +8,6 @@ from statistics import median
 
 from benchmarks.studies.analysis import POWER, against, bounds, margin
 from benchmarks.studies.results import (
-    LEVEL,
     Document,
     Interval,
     by_seed,
@@ -21,20 +20,11 @@ from elip_models.validation import ConfigError
 
 NONE = "–"
 Table = tuple[list[str], list[list[str]]]  # header, and rows
-CHART = (
-    f"Bars are simultaneous {LEVEL:.0%} confidence intervals. A change is coloured if its interval "
-    "excludes zero. The tables have all arms."
-)
 HOW_TO_READ = "`docs/study.md` in the repository explains how to read the tables."
 
 
-def study_page(document: Document, chart: str) -> str:
-    """Return the page of one study.
-
-    Args:
-        document: Results of the study.
-        chart: Link to its chart.
-    """
+def study_page(document: Document) -> str:
+    """Return the page of one study."""
     seeds = sorted({run["seed"] for run in document["runs"]})
     parts = [
         f"# {document['question']}",
@@ -48,8 +38,7 @@ def study_page(document: Document, chart: str) -> str:
     if document["overrides"]:
         settings = ", ".join(f"`{key}={value}`" for key, value in document["overrides"].items())
         parts.append(f"Settings of every arm: {settings}.")
-    alt = f"Change in quality and cost of the main arms of the study {document['study']}"
-    parts += [f"![{alt}]({chart})", CHART, "## Means over seeds", table(*means(document), left=1)]
+    parts += ["## Means over seeds", table(*means(document), left=1)]
     for reference in document["references"]:
         columns, notes = differences(document, reference)
         title = f"## Paired differences from `{reference}`"

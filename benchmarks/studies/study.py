@@ -75,7 +75,7 @@ class Study(Config):
     group: Folder of the runs in `RUNS`; several studies can share it.
     recipe: Name or path for `load_recipe`.
     seeds: Seeds of the runs.
-    quality: Metrics of `MEASURES` that are compared; the chart shows the first ones.
+    quality: Metrics of `MEASURES` that are compared.
     references: Arms that all others are compared with, paired by seed.
     question: Title of the page.
     paper: What the paper reports on the question.

@@ -278,12 +278,8 @@ def launch_query(
     cls_score = a.cls.new_empty(B, H, dtype=torch.float32)
     z = cls_score.new_empty(B, D) if normed else None
     text = None if a.fusion == 1.0 else a.text
-    cls, text, q_weight, k_weight = (
-        t if t is None or t.stride(1) == 1 else t.contiguous()
-        for t in (a.cls, text, a.q_weight, a.k_weight)
-    )
-    vectors = (t if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.q_bias))
-    gamma, beta, bias = vectors
+    cls, text, q_weight, k_weight = launch.dense_rows(a.cls, text, a.q_weight, a.k_weight)
+    gamma, beta, bias = launch.contiguous(a.norm_weight, a.norm_bias, a.q_bias)
     text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
     settings = launch.query(W, dtype, cls, text, q_weight, k_weight)
     _query_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](

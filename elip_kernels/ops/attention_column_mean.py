@@ -215,9 +215,9 @@ def _attention_column_mean(
     """Allocate and launch: log-sum-exp per query, sums per key, mean."""
     (B, H, M, d), (_, G, N, _) = q.shape, k.shape
     q, k = launch.addressable(q), launch.addressable(k)
-    mask, query_mask = (m if m is None else m.contiguous() for m in (mask, query_mask))
+    mask, query_mask = launch.contiguous(mask, query_mask)
     out = k.new_empty(B, N, dtype=torch.float32)
-    if out.numel() == 0:
+    if N == 0:
         return out
     of_scores = (*q.stride()[:3], *k.stride()[:3], scale, M, N, d)
     settings = launch.column_sums(d, q.dtype) | launch.CODE
@@ -226,13 +226,12 @@ def _attention_column_mean(
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     T = launch.cdiv(M, block_m)
     lse, sums = out.new_empty(B, H, T * block_m), out.new_empty(B, G, N)
-    with launch.device_guard(k):
-        _lse_kernel[(B, H, T)](q, k, mask, query_mask, lse, *of_scores, **settings, **counted)
-        _sums_kernel[(B, G, launch.cdiv(N, block_n))](q, k, mask, lse, sums, *of_scores, **settings)
-        settings = launch.column_mean(M, N) | launch.CODE
-        _mean_kernel[(B, launch.cdiv(N, settings["BLOCK_N"]))](
-            *(sums, query_mask, out, M, N, H, G), **settings, **counted
-        )
+    _lse_kernel[(B, H, T)](q, k, mask, query_mask, lse, *of_scores, **settings, **counted)
+    _sums_kernel[(B, G, launch.cdiv(N, block_n))](q, k, mask, lse, sums, *of_scores, **settings)
+    settings = launch.column_mean(M, N) | launch.CODE
+    _mean_kernel[(B, launch.cdiv(N, settings["BLOCK_N"]))](
+        *(sums, query_mask, out, M, N, H, G), **settings, **counted
+    )
     return out
 
 

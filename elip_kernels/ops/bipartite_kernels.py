@@ -178,30 +178,25 @@ def match(
     """Allocate and launch: scores and partners, then slots."""
     B, N, C = metric.shape
     metric = launch.addressable(metric)
-    penalty = None if penalty is None else penalty.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
-    merges = None if merges is None else merges.contiguous()
+    penalty, lengths, merges = launch.contiguous(penalty, lengths, merges)
     num_a = (N + 1) // 2
     best = metric.new_empty(B, num_a, dtype=torch.float32)
     partner = metric.new_empty(B, num_a, dtype=torch.int32)
     slots = metric.new_empty(B, N, dtype=torch.int32)
     block_a, block_b, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
-    if B == 0:
-        return slots
-    with launch.device_guard(metric):
-        _match_kernel[(B, launch.cdiv(num_a, block_a))](
-            *(metric, penalty, lengths, best, partner, metric.stride(0), metric.stride(1), N, C),
-            SMALLEST_SQUARE=SMALLEST_SQUARE,
-            HAS_PENALTY=penalty is not None,
-            HAS_LENGTHS=lengths is not None,
-            WIDEN=is_interpreted(),
-            BLOCK_A=block_a,
-            BLOCK_B=block_b,
-            BLOCK_C=block_c,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
-        _launch_slots(best, partner, slots, r, num_prefix_tokens, lengths, merges)
+    _match_kernel[(B, launch.cdiv(num_a, block_a))](
+        *(metric, penalty, lengths, best, partner, metric.stride(0), metric.stride(1), N, C),
+        SMALLEST_SQUARE=SMALLEST_SQUARE,
+        HAS_PENALTY=penalty is not None,
+        HAS_LENGTHS=lengths is not None,
+        WIDEN=is_interpreted(),
+        BLOCK_A=block_a,
+        BLOCK_B=block_b,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+        **launch.CODE,
+    )
+    _launch_slots(best, partner, slots, r, num_prefix_tokens, lengths, merges)
     return slots
 
 

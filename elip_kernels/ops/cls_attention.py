@@ -220,37 +220,32 @@ def _from_tokens(tokens: Tensor, *query: Any) -> Tensor:
     B, N, _ = tokens.shape
     arguments, tokens = QueryArguments(*query), launch.addressable(tokens)
     out = tokens.new_empty(B, N, dtype=torch.float32)
-    if B == 0:
-        return out
-    with launch.device_guard(tokens):
-        u, cls_score, _ = launch_query(arguments, tokens.dtype)
-        launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
+    u, cls_score, _ = launch_query(arguments, tokens.dtype)
+    launch_row(*score_tiles(tokens, u, arguments.eps), cls_score, out)
     return out
 
 
 def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Allocate and launch: the scores, the row."""
     (B, G, N, d), H = k.shape, q.shape[1]
-    q, k = q if q.stride(2) == 1 else q.contiguous(), launch.addressable(k)
-    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    k, (q, mask) = launch.addressable(k), launch.dense_rows(q, mask)
     out = k.new_empty(B, N, dtype=torch.float32)
-    if out.numel() == 0:
+    if N == 0:
         return out
     T = max(1, launch.cdiv(N - 1, launch.KEYS))
     scores, cls_score = out.new_empty(B, H, N - 1), out.new_empty(B, H)
     tops, totals = out.new_empty(2, B, H, T)
-    with launch.device_guard(k):
-        _keys_kernel[(B, G, T)](
-            *(q, k, mask, scores, tops, totals, cls_score, *q.stride()[:2], *k.stride()[:3]),
-            *(0 if mask is None else mask.stride(0), scale, N, d),
-            GROUP=H // G,
-            HAS_MASK=mask is not None,
-            BLOCK_N=launch.KEYS,
-            BLOCK_D=launch.next_power_of_2(d),
-            num_warps=4,
-            **launch.CODE,
-        )
-        launch_row(scores, tops, totals, cls_score, out)
+    _keys_kernel[(B, G, T)](
+        *(q, k, mask, scores, tops, totals, cls_score, *q.stride()[:2], *k.stride()[:3]),
+        *(0 if mask is None else mask.stride(0), scale, N, d),
+        GROUP=H // G,
+        HAS_MASK=mask is not None,
+        BLOCK_N=launch.KEYS,
+        BLOCK_D=launch.next_power_of_2(d),
+        num_warps=4,
+        **launch.CODE,
+    )
+    launch_row(scores, tops, totals, cls_score, out)
     return out
 
 

@@ -333,9 +333,8 @@ def _values(
 ) -> None:
     """Launch `_value_kernel`, which writes o to `out` (B, H*d)."""
     (B, P, H, D), W = means.shape, v_weight.shape[0] // query.num_heads
-    v_weight = v_weight if v_weight.stride(1) == 1 else v_weight.contiguous()
-    vectors = (query.norm_weight, query.norm_bias, v_bias)
-    gamma, beta, bias = (t if t is None else t.contiguous() for t in vectors)
+    (v_weight,) = launch.dense_rows(v_weight)
+    gamma, beta, bias = launch.contiguous(query.norm_weight, query.norm_bias, v_bias)
     settings = launch.value(W, out.dtype, v_weight)
     _value_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](
         *(means, gamma, beta, v_weight, bias, out, v_weight.stride(0), B, P, D, H, W),
@@ -349,9 +348,7 @@ def _cls_attention_output(tokens: Tensor, *arguments: Any) -> Tensor:
     *query, v_weight, v_bias = arguments
     query = QueryArguments(*query)
     out = tokens.new_empty(tokens.shape[0], v_weight.shape[0])
-    if len(out):
-        with launch.device_guard(tokens):
-            _values(weighted_means(tokens, query), query, v_weight, v_bias, out)
+    _values(weighted_means(tokens, query), query, v_weight, v_bias, out)
     return out
 
 

@@ -33,6 +33,21 @@ def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
     return key if real is None else key.masked_fill(~real, least)
 
 
+def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
+    """Return (B, N-p): rows of kept candidates in image order, padding last; then the others."""
+    key = order_key(scores, real)
+    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
+    above, equal = key > last, key == last
+    is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
+    count = is_kept.cumsum(1)
+    others = torch.arange(keep, keep + scores.shape[1], device=scores.device) - count
+    if real is not None:
+        fills = is_kept & ~real
+        filled = fills.cumsum(1)
+        count = torch.where(fills, keep - filled[:, -1:] + filled, count - filled)
+    return torch.where(is_kept, count - 1, others)
+
+
 def largest(scores: Tensor, count: int) -> Tensor:
     """Return positions (B, count) of the largest scores (B, N), descending; ties: lower first."""
     if exports_onnx():  # no stable sort, but TopK breaks ties the same way

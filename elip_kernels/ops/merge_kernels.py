@@ -167,52 +167,44 @@ def merge_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Allocate and launch: the order of the tokens by rows, then the rows."""
     B, N, D = tokens.shape
-    tokens, slots = launch.addressable(tokens), slots.contiguous()
-    size = None if size is None else size.contiguous()
+    tokens, (size, slots) = launch.addressable(tokens), launch.contiguous(size, slots)
     out = tokens.new_empty(B, num_rows, D)
     out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
     order, starts = slots.new_empty(B, N), slots.new_empty(B, num_rows)
-    if B == 0:
-        return out, out_size
     block_n, block_m, num_warps = launch.merge_order(N)
     block_r, block_d, merge_warps = launch.merge_gather(tokens.element_size())
     options = {"HAS_SIZE": size is not None, **launch.CODE}
-    with launch.device_guard(tokens):
-        _order_kernel[(B, launch.cdiv(max(N, num_rows), block_n))](
-            *(size, slots, order, starts, out_size, N, num_rows),
-            BLOCK_N=block_n,
-            BLOCK_M=block_m,
-            num_warps=num_warps,
-            **options,
-        )
-        _merge_fwd_kernel[(B, launch.cdiv(num_rows, block_r), launch.cdiv(D, block_d))](
-            *(tokens, size, order, starts, out_size, out, tokens.stride(0), tokens.stride(1)),
-            *(N, num_rows, D),
-            BLOCK_R=block_r,
-            BLOCK_D=block_d,
-            num_warps=merge_warps,
-            num_stages=1,
-            **options,
-        )
+    _order_kernel[(B, launch.cdiv(max(N, num_rows), block_n))](
+        *(size, slots, order, starts, out_size, N, num_rows),
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        num_warps=num_warps,
+        **options,
+    )
+    _merge_fwd_kernel[(B, launch.cdiv(num_rows, block_r), launch.cdiv(D, block_d))](
+        *(tokens, size, order, starts, out_size, out, tokens.stride(0), tokens.stride(1)),
+        *(N, num_rows, D),
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=merge_warps,
+        num_stages=1,
+        **options,
+    )
     return out, out_size
 
 
 def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
     """Allocate and launch."""
-    grad_out, slots = grad_out.contiguous(), slots.contiguous()
-    size = None if size is None else size.contiguous()
+    grad_out, size, slots = launch.contiguous(grad_out, size, slots)
     (B, R, D), N = grad_out.shape, slots.shape[1]
     grad = grad_out.new_empty(B, N, D)
     block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
-    if grad.numel() == 0:
-        return grad
-    with launch.device_guard(grad_out):
-        _merge_bwd_kernel[(B, launch.cdiv(N, block_n), launch.cdiv(D, block_d))](
-            *(grad_out, size, out_size, slots, grad, N, R, D),
-            HAS_SIZE=size is not None,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
+    _merge_bwd_kernel[(B, launch.cdiv(N, block_n), launch.cdiv(D, block_d))](
+        *(grad_out, size, out_size, slots, grad, N, R, D),
+        HAS_SIZE=size is not None,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        **launch.CODE,
+    )
     return grad

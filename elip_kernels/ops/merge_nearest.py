@@ -198,20 +198,17 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
     metric, kept = launch.addressable(metric), kept.contiguous()
     slots = metric.new_empty(B, N, dtype=torch.int32)
     block_n, block_k, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
-    if B == 0:
-        return slots
-    with launch.device_guard(metric):
-        _nearest_kernel[(B, launch.cdiv(N, block_n))](
-            *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
-            P=num_prefix_tokens,
-            SMALLEST_SQUARE=SMALLEST_SQUARE,
-            WIDEN=is_interpreted(),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_C=block_c,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
+    _nearest_kernel[(B, launch.cdiv(N, block_n))](
+        *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
+        P=num_prefix_tokens,
+        SMALLEST_SQUARE=SMALLEST_SQUARE,
+        WIDEN=is_interpreted(),
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+        **launch.CODE,
+    )
     return slots
 
 

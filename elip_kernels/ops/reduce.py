@@ -9,7 +9,7 @@
 The scores get no gradient. Sums are fp32 (fp64 if an input is fp64). Kept rows are exact copies.
 Traffic: every program reads N scores, reads its slice of D once and writes it once. Beyond 1,024
 candidates, selection (`select_kernels.py`) and movement (`scatter_tokens.py`) are two launches.
-Source: ELIP, Eq. 3 and 4; with `normalize=False`, the weights of EViT.
+Source: ELIP, Eq. 3 and 4.
 """
 
 from typing import Literal, overload
@@ -29,12 +29,13 @@ from elip_kernels.ops.gather_ops import (
     accumulator,
     add_rows,
     merge_rows,
-    order_key,
+    places,
     sum_rows,
     take_rows,
 )
 from elip_kernels.ops.scatter_tokens import empty_outputs, launch_move
 from elip_kernels.ops.select_device import (
+    LEAST_SUM,
     SUM_SCALE,
     load_tile,
     move_tile,
@@ -45,22 +46,20 @@ from elip_kernels.ops.select_device import (
 )
 from elip_kernels.ops.select_kernels import launch_select
 
-EPSILON = 1e-6  # added to the sum of the dropped scores (Eq. 4)
-
 
 @overload
 def reduce(
-    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ...,
     mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def reduce(
-    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ...,
     mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: Literal[True],
 ) -> tuple[Tensor, ReductionInfo]: ...  # fmt: skip
 @overload
 def reduce(
-    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ..., normalize: bool = ...,
+    tokens: Tensor, attn: Tensor, keep: int | float, *, merge: bool = ...,
     mask: Tensor | None = ..., num_prefix_tokens: int = ..., return_info: bool,
 ) -> Tensor | tuple[Tensor, ReductionInfo]: ...  # fmt: skip
 def reduce(
@@ -69,7 +68,6 @@ def reduce(
     keep: int | float,
     *,
     merge: bool = True,
-    normalize: bool = True,
     mask: Tensor | None = None,
     num_prefix_tokens: int = 1,
     return_info: bool = False,
@@ -87,8 +85,7 @@ def reduce(
             they must not be negative.
         keep: int, number of candidates to keep; or float, a ratio r in (0, 1] of the N-p
             candidates, max(1, int(r * (N-p))). If all are kept, `tokens` itself is returned.
-        merge: append the weighted sum of the dropped tokens.
-        normalize: divide the weights by their sum + 1e-6.
+        merge: append the mean of the dropped tokens, weighted by their scores.
         mask: (B, N) bool, True = real. Padding is kept only if there are fewer real tokens than
             `keep`; it then fills the last rows. Padding is never merged.
         num_prefix_tokens: p, the number of leading tokens that are always kept.
@@ -102,13 +99,11 @@ def reduce(
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     scores, keep = reduce_arguments(tokens, attn, keep, mask, num_prefix_tokens)
-    check_flags(merge=merge, normalize=normalize, return_info=return_info)
+    check_flags(merge=merge, return_info=return_info)
     if keep == scores.shape[1]:
         info = _keep_all_info(tokens, scores, mask, num_prefix_tokens) if return_info else None
         return (tokens, info) if return_info else tokens
-    out, kept, weights, _ = reduce_op(
-        tokens, scores, mask, keep, num_prefix_tokens, merge, normalize
-    )
+    out, kept, weights, _ = reduce_op(tokens, scores, mask, keep, num_prefix_tokens, merge)
     if not return_info:
         return out
     mask = _output_mask(mask, kept, num_prefix_tokens, merge)
@@ -143,7 +138,6 @@ def reduce_reference(
     keep: int,
     num_prefix_tokens: int,
     merge: bool,
-    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `reduce` in PyTorch: out (B, R, D), kept (B, K), weights, slots int32 (B, N)."""
     B, N, _ = tokens.shape
@@ -161,29 +155,13 @@ def reduce_reference(
         weight = scores.gather(1, dropped - num_prefix_tokens).nan_to_num(0.0, 0.0, 0.0)
         if mask is not None:
             weight = weight * mask.gather(1, dropped)
-        if normalize:
-            scale = 1.0 if exports_onnx() else SUM_SCALE  # ONNX export drops + 1e-8 and below
-            total = (weight * scale).sum(1, keepdim=True) + EPSILON * scale
-            weight = weight / total * scale
+        scale = 1.0 if exports_onnx() else SUM_SCALE  # ONNX export drops + 1e-8 and below
+        total = (weight * scale).sum(1, keepdim=True) + LEAST_SUM * scale
+        weight = weight / total * scale
         weights.scatter_(1, dropped, weight)
         out[:, -1] = merge_rows(tokens, dropped, weight)
     kept = order[:, num_prefix_tokens:first_dropped].clone(memory_format=torch.contiguous_format)
     return out, kept, weights, place.clamp(max=first_dropped).int()
-
-
-def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
-    """Return (B, N-p): rows of kept candidates in image order, padding last; then the others."""
-    key = order_key(scores, real)
-    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, equal = key > last, key == last
-    is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
-    count = is_kept.cumsum(1)
-    others = torch.arange(keep, keep + scores.shape[1], device=scores.device) - count
-    if real is not None:
-        fills = is_kept & ~real
-        filled = fills.cumsum(1)
-        count = torch.where(fills, keep - filled[:, -1:] + filled, count - filled)
-    return torch.where(is_kept, count - 1, others)
 
 
 def reduce_backward_reference(
@@ -206,8 +184,8 @@ def _movement(slots: Tensor, weights: Tensor, R: int, merge: bool) -> tuple[Tens
 def _reduce_fwd_kernel(
     tokens_ptr, scores_ptr, mask_ptr, out_ptr, kept_ptr, weights_ptr, slots_ptr,
     stride_tb, stride_tn, stride_sb, stride_mb, N, K, D,
-    P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
-    EPSILON: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    P: tl.constexpr, MERGE: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Select and move a slice of D. Grid: (image and slice of D); each program selects again."""
     pid_b, pid_d = part_and_slice(tl.program_id(0), D, BLOCK_D)
@@ -225,7 +203,7 @@ def _reduce_fwd_kernel(
     if HAS_MASK:
         real = tl.load(mask_ptr + pid_b * stride_mb + P + offs_n, mask=mask_n, other=0)
         is_real = mask_n & (real != 0)
-    is_kept, slot, weight = select_and_weigh(score, is_real, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    is_kept, slot, weight = select_and_weigh(score, is_real, mask_n, K, MERGE)
     if pid_d == 0:
         store_selection(
             kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, P
@@ -276,39 +254,30 @@ def _reduce_fwd(
     keep: int,
     num_prefix_tokens: int,
     merge: bool,
-    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate and launch."""
     B, N, D = tokens.shape
     tokens = launch.addressable(tokens)
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    mask = mask if mask is None or mask.stride(1) == 1 else mask.contiguous()
+    scores, mask = launch.dense_rows(scores, mask)
     out, kept, weights, slots = empty_outputs(tokens, keep, num_prefix_tokens, merge)
-    if tokens.numel() == 0:
-        return out, kept, weights, slots
     if scores.shape[1] > launch.MAX_MOVED:
-        real = None if mask is None else mask[:, num_prefix_tokens:]
-        flags = {"num_prefix_tokens": num_prefix_tokens, "merge": merge, "normalize": normalize}
-        with launch.device_guard(tokens):
-            launch_select(scores, real, kept, weights, slots, epsilon=EPSILON, **flags)
-            launch_move(tokens, out, weights, slots, merge=merge)
+        real, p = None if mask is None else mask[:, num_prefix_tokens:], num_prefix_tokens
+        launch_select(scores, real, kept, weights, slots, num_prefix_tokens=p, merge=merge)
+        launch_move(tokens, out, weights, slots, merge=merge)
         return out, kept, weights, slots
     block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
-    with launch.device_guard(tokens):
-        _reduce_fwd_kernel[(B * launch.cdiv(D, block_d),)](
-            *(tokens, scores, mask, out, kept, weights, slots),
-            *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
-            *(0 if mask is None else mask.stride(0), N, keep, D),
-            P=num_prefix_tokens,
-            MERGE=merge,
-            NORMALIZE=normalize,
-            HAS_MASK=mask is not None,
-            EPSILON=EPSILON,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
+    _reduce_fwd_kernel[(B * launch.cdiv(D, block_d),)](
+        *(tokens, scores, mask, out, kept, weights, slots),
+        *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
+        *(0 if mask is None else mask.stride(0), N, keep, D),
+        P=num_prefix_tokens,
+        MERGE=merge,
+        HAS_MASK=mask is not None,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        **launch.CODE,
+    )
     return out, kept, weights, slots
 
 
@@ -318,21 +287,18 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
     (B, R, D), N = grad_out.shape, slots.shape[1]
     grad = grad_out.new_empty(B, N, D)
     block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
-    if grad.numel() == 0:
-        return grad
-    with launch.device_guard(grad_out):
-        _reduce_bwd_kernel[(B * launch.cdiv(N, block_n) * launch.cdiv(D, block_d),)](
-            *(grad_out, slots, weights, grad, N, R, D),
-            MERGE=merge,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-            **launch.CODE,
-        )
+    _reduce_bwd_kernel[(B * launch.cdiv(N, block_n) * launch.cdiv(D, block_d),)](
+        *(grad_out, slots, weights, grad, N, R, D),
+        MERGE=merge,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        **launch.CODE,
+    )
     return grad
 
 
-def _fake(tokens, scores, mask, keep, num_prefix_tokens, merge, normalize):
+def _fake(tokens, scores, mask, keep, num_prefix_tokens, merge):
     weights = accumulator(tokens, scores)
     return empty_outputs(tokens, keep, num_prefix_tokens, merge, weights=weights)
 
@@ -345,7 +311,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, *_):
-    return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 6
+    return reduce_backward_op(grad_out, *ctx.saved_tensors, ctx.merge), *[None] * 5
 
 
 def _save_movement(ctx, inputs, output) -> None:

@@ -44,11 +44,7 @@ from elip_kernels.ops.absorbed import (
 from elip_kernels.ops.absorbed_query import QueryArguments, launch_query, with_query_signature
 from elip_kernels.ops.cls_attention import absorbed_flops, absorbed_reference, absorbed_unsupported
 from elip_kernels.ops.gather_ops import accumulator
-from elip_kernels.ops.reduce import (
-    EPSILON,
-    reduce_backward_op,
-    reduce_reference,
-)
+from elip_kernels.ops.reduce import reduce_backward_op, reduce_reference
 from elip_kernels.ops.scatter_tokens import empty_outputs, launch_move
 from elip_kernels.ops.select_device import select_and_weigh, store_prefix, store_selection
 from elip_kernels.ops.select_kernels import launch_select
@@ -60,8 +56,7 @@ def score_reduce(
     norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
     k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
     fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
-    normalize: bool = ..., scored: Tensor | None = ...,
-    row: Tensor | None = ..., return_info: Literal[False] = ...,
+    scored: Tensor | None = ..., row: Tensor | None = ..., return_info: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def score_reduce(
@@ -69,8 +64,7 @@ def score_reduce(
     norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
     k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
     fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
-    normalize: bool = ..., scored: Tensor | None = ...,
-    row: Tensor | None = ..., return_info: Literal[True],
+    scored: Tensor | None = ..., row: Tensor | None = ..., return_info: Literal[True],
 ) -> tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
 @overload
 def score_reduce(
@@ -78,16 +72,14 @@ def score_reduce(
     norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
     k_weight: Tensor, num_heads: int, scale: float | None = ..., text: Tensor | None = ...,
     fusion: float = ..., guidance_norm: Literal["none", "match"] = ..., merge: bool = ...,
-    normalize: bool = ..., scored: Tensor | None = ...,
-    row: Tensor | None = ..., return_info: bool,
+    scored: Tensor | None = ..., row: Tensor | None = ..., return_info: bool,
 ) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]: ...  # fmt: skip
 def score_reduce(
     tokens: Tensor, cls: Tensor, keep: int | float, *, norm_weight: Tensor | None,
     norm_bias: Tensor | None, eps: float, q_weight: Tensor, q_bias: Tensor | None,
     k_weight: Tensor, num_heads: int, scale: float | None = None, text: Tensor | None = None,
     fusion: float = 1, guidance_norm: Literal["none", "match"] = "none", merge: bool = True,
-    normalize: bool = True, scored: Tensor | None = None, row: Tensor | None = None,
-    return_info: bool = False,
+    scored: Tensor | None = None, row: Tensor | None = None, return_info: bool = False,
 ) -> Tensor | tuple[Tensor, ReductionInfo, Tensor]:  # fmt: skip
     """Score the patches by a block's CLS row, keep the best and merge the rest.
 
@@ -115,8 +107,7 @@ def score_reduce(
         text: (B, D), or (1, D) for all images, fused with `cls` first; zeros mean no text.
         fusion: share of `cls` in the fusion, in [0, 1]. With 1 the text is not read.
         guidance_norm: "match" first scales the text to the norm of `cls`; "none" does not.
-        merge: append the weighted sum of the dropped tokens.
-        normalize: divide the merge weights by their sum + 1e-6.
+        merge: append the mean of the dropped tokens, weighted by the row.
         scored: (B, N, D), tokens to score instead of `tokens`, for example after a dry run. They
             get no gradient.
         row: (B, N) fp32, the row that an earlier call returned. It is used instead of scoring, so
@@ -137,9 +128,9 @@ def score_reduce(
         *(tokens, cls, eps, num_heads, scale, norm, matrices, {"q_bias": q_bias}), **guide, least=3
     )
     keep = check_keep(keep, tokens.shape[1] - 1, all_allowed=False)
-    check_flags(merge=merge, normalize=normalize, return_info=return_info)
+    check_flags(merge=merge, return_info=return_info)
     other = _check_scored_and_row(scored, row, tokens)
-    out, kept, weights, _, row = _score_reduce_op(tokens, *query, keep, merge, normalize, *other)
+    out, kept, weights, _, row = _score_reduce_op(tokens, *query, keep, merge, *other)
     return (out, ReductionInfo(kept, weights, None, 1, merge), row) if return_info else out
 
 
@@ -162,23 +153,22 @@ def _check_scored_and_row(
     return scored, row
 
 
-@with_query_signature(keep=int, merge=bool, normalize=bool, scored=Tensor | None, row=Tensor | None)
+@with_query_signature(keep=int, merge=bool, scored=Tensor | None, row=Tensor | None)
 def score_reduce_reference(
     tokens: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute `score_reduce` in PyTorch: the outputs of `reduce`, and the row (B, N)."""
-    query, (keep, merge, normalize, scored, row) = _split_arguments(arguments)
+    query, (keep, merge, scored, row) = _split_arguments(arguments)
     scored = (tokens if scored is None else scored).detach()
     row = absorbed_reference(scored, *query)[1].mean(1) if row is None else _copy(row)
-    return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge, normalize), row
+    return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge), row
 
 
 @kernel(do_not_specialize=["N", "K", "T"], do_not_specialize_on_alignment=STATS)
 def _score_select_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
     N, K, H, T,
-    MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Combine the scores of an image into its row, and select from it. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
@@ -190,7 +180,7 @@ def _score_select_kernel(
     )  # fmt: skip
     tl.store(row_ptr + pid_b * N + 1 + offs_n, row, mask=mask_n)
     tl.store(row_ptr + pid_b * N, cls_row)
-    is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    is_kept, slot, weight = select_and_weigh(row, mask_n, mask_n, K, MERGE)
     store_selection(
         kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, N, K, 1
     )
@@ -199,51 +189,45 @@ def _score_select_kernel(
 
 def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Allocate and launch; a given row replaces the query and score kernels."""
-    query, (keep, merge, normalize, scored, known) = _split_arguments(arguments)
+    query, (keep, merge, scored, known) = _split_arguments(arguments)
     B, N, _ = tokens.shape
     tokens = launch.addressable(tokens)
     scored = tokens if scored is None else launch.addressable(scored)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
     row = tokens.new_empty(B, N, dtype=torch.float32) if known is None else _copy(known)
-    outputs = out, kept, weights, slots, row
-    if B == 0:
-        return outputs
-    with launch.device_guard(tokens):
-        if known is None:
-            u, cls_score, _ = launch_query(query, scored.dtype)
-            tiles = score_tiles(scored, u, query.eps)
-            _launch_selection(*tiles, cls_score, outputs[1:], merge=merge, normalize=normalize)
-        else:
-            flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
-            launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, **flags)
-        launch_move(tokens, out, weights, slots, merge=merge)
-    return outputs
+    selection = kept, weights, slots
+    if known is None:
+        u, cls_score, _ = launch_query(query, scored.dtype)
+        tiles = score_tiles(scored, u, query.eps)
+        _launch_row_and_selection(*tiles, cls_score, row, *selection, merge=merge)
+    else:
+        launch_select(row[:, 1:], None, *selection, num_prefix_tokens=1, merge=merge)
+    launch_move(tokens, out, weights, slots, merge=merge)
+    return out, *selection, row
 
 
-def _launch_selection(
+def _launch_row_and_selection(
     scores: Tensor,
     tops: Tensor,
     totals: Tensor,
     cls_score: Tensor,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    row: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    slots: Tensor,
     *,
     merge: bool,
-    normalize: bool,
 ) -> None:
-    """Write kept, weights, slots and the row; a long row is written by its own launch first."""
-    kept, weights, slots, row = outputs
+    """Write the row, kept, weights and slots; a long row is written by its own launch first."""
     (B, N), (_, H, T) = row.shape, tops.shape
     if N - 1 > launch.MAX_SELECTED:
         launch_row(scores, tops, totals, cls_score, row)
-        flags = {"merge": merge, "normalize": normalize, "epsilon": EPSILON}
-        launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, **flags)
+        launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, merge=merge)
         return
     block_n, block_t, num_warps = launch.select(N - 1, T)
     _score_select_kernel[(B,)](
         *(scores, tops, totals, cls_score, row, kept, weights, slots, N, kept.shape[1], H, T),
         MERGE=merge,
-        NORMALIZE=normalize,
-        EPSILON=EPSILON,
         BLOCK_N=block_n,
         BLOCK_T=block_t,
         BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
@@ -264,7 +248,7 @@ def _split_arguments(arguments: tuple[Any, ...]) -> tuple[QueryArguments, tuple[
 
 
 def _fake(tokens, *arguments):
-    _, (keep, merge, _, scored, known) = _split_arguments(arguments)
+    _, (keep, merge, scored, known) = _split_arguments(arguments)
     row = known
     if row is None:
         read = tokens if scored is None else scored
@@ -295,7 +279,7 @@ def _backward(ctx, grad_out, *_):
 
 def _flops(tokens_shape, *shapes, **kwargs) -> int:
     """Return the FLOPs of the row, and 2 for each element of a dropped token that is merged."""
-    _, (keep, merge, _, _, row) = _split_arguments(shapes)
+    _, (keep, merge, _, row) = _split_arguments(shapes)
     B, N, D = tokens_shape
     scored = absorbed_flops(tokens_shape, *shapes) if row is None else 0
     return scored + (2 * B * D * (N - 1 - keep) if merge else 0)

@@ -14,6 +14,8 @@ PADDING_KEY = tl.constexpr(1)
 NAN_KEY = tl.constexpr(2)
 SUM_SCALE = 2.0**-17  # factor of scores in sums, so that no sum of 65,536 of them overflows
 SCALE = tl.constexpr(SUM_SCALE)
+LEAST_SUM = 1e-6  # added to the sum of the dropped scores (ELIP, Eq. 4)
+EPSILON = tl.constexpr(LEAST_SUM)
 
 
 @triton.jit
@@ -81,10 +83,7 @@ def zero_rows(x, is_read):
 
 
 @triton.jit
-def select_and_weigh(
-    score, is_real, is_inside, K,
-    MERGE: tl.constexpr, NORMALIZE: tl.constexpr, EPSILON: tl.constexpr,
-):  # fmt: skip
+def select_and_weigh(score, is_real, is_inside, K, MERGE: tl.constexpr):
     """Apply Eq. 3-4 to scores [BLOCK_N]; return is_kept, slot, and weights (0 if kept)."""
     key = order_key(score, is_real, is_inside)
     is_kept, slot = output_slots(key, kth_largest(key, K), K)
@@ -92,8 +91,7 @@ def select_and_weigh(
     if MERGE:
         is_merged = is_inside & is_real & (tl.abs(score) < float("inf")) & (is_kept == 0)
         weight = tl.where(is_merged, score, 0.0)
-        if NORMALIZE:
-            weight = weight / (tl.sum(weight * SCALE, 0) + EPSILON * SCALE) * SCALE
+        weight = weight / (tl.sum(weight * SCALE, 0) + EPSILON * SCALE) * SCALE
     return is_kept, slot, weight
 
 

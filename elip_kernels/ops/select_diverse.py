@@ -246,21 +246,18 @@ def _diverse(tokens: Tensor, real: Tensor | None, first: Tensor | None, keep: in
     """Allocate and launch: cosines of all pairs, then the selection."""
     B, N, D = tokens.shape
     order = tokens.new_empty(B, keep, dtype=torch.int64)
-    if B == 0:
-        return order
-    real = real if real is None or real.stride(1) == 1 else real.contiguous()
+    (real,) = launch.dense_rows(real)
     T = launch.cdiv(N, launch.bipartite_match(D, tokens.element_size())[0])
     nearest = tokens.new_empty(B, T, N, dtype=torch.float32) if first is None else None
-    with launch.device_guard(tokens):
-        cosine = launch_cosines(tokens, real, nearest)
-        _diverse_kernel[(B,)](
-            *(cosine, nearest, None if first is None else first.contiguous(), real, order),
-            *(0 if real is None else real.stride(0), N, keep, T),
-            HAS_FIRST=first is not None,
-            HAS_MASK=real is not None,
-            **launch.greedy(N),
-            **launch.CODE,
-        )
+    cosine = launch_cosines(tokens, real, nearest)
+    _diverse_kernel[(B,)](
+        *(cosine, nearest, None if first is None else first.contiguous(), real, order),
+        *(0 if real is None else real.stride(0), N, keep, T),
+        HAS_FIRST=first is not None,
+        HAS_MASK=real is not None,
+        **launch.greedy(N),
+        **launch.CODE,
+    )
     return order
 
 

@@ -175,23 +175,18 @@ def _dpp(tokens: Tensor, relevance: Tensor | None, real: Tensor | None, keep: in
     """Allocate and launch: cosines of all pairs, then the selection."""
     B, N, _ = tokens.shape
     order = tokens.new_empty(B, keep, dtype=torch.int64)
-    if B == 0:
-        return order
-    real, relevance = (
-        t if t is None or t.stride(1) == 1 else t.contiguous() for t in (real, relevance)
+    real, relevance = launch.dense_rows(real, relevance)
+    cosine = launch_cosines(tokens)
+    factor = cosine.new_empty(B, keep, N)
+    _dpp_kernel[(B,)](
+        *(cosine, relevance, real, factor, order),
+        *(0 if t is None else t.stride(0) for t in (relevance, real)),
+        *(N, keep),
+        HAS_RELEVANCE=relevance is not None,
+        HAS_MASK=real is not None,
+        **launch.greedy(N),
+        **launch.CODE,
     )
-    with launch.device_guard(tokens):
-        cosine = launch_cosines(tokens)
-        factor = cosine.new_empty(B, keep, N)
-        _dpp_kernel[(B,)](
-            *(cosine, relevance, real, factor, order),
-            *(0 if t is None else t.stride(0) for t in (relevance, real)),
-            *(N, keep),
-            HAS_RELEVANCE=relevance is not None,
-            HAS_MASK=real is not None,
-            **launch.greedy(N),
-            **launch.CODE,
-        )
     return order
 
 

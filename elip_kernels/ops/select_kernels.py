@@ -13,6 +13,7 @@ from elip_kernels import launch
 from elip_kernels._kernel import kernel
 from elip_kernels._triton import tl, triton
 from elip_kernels.ops.select_device import (
+    EPSILON,
     SCALE,
     kept_among,
     order_key,
@@ -41,8 +42,7 @@ def _load_scores(
 @kernel(do_not_specialize=["N", "K"])
 def _select_kernel(
     scores_ptr, real_ptr, kept_ptr, weights_ptr, slots_ptr, stride_sb, stride_rb, N, K,
-    P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
-    EPSILON: tl.constexpr, BLOCK_N: tl.constexpr,
+    P: tl.constexpr, MERGE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Select among N candidates after P prefix tokens, in registers. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
@@ -51,7 +51,7 @@ def _select_kernel(
     if HAS_MASK:
         real_ptr += pid_b * stride_rb
     offs_n, mask_n, is_real, score = _load_scores(scores_ptr, real_ptr, 0, N, HAS_MASK, BLOCK_N)
-    is_kept, slot, weight = select_and_weigh(score, is_real, mask_n, K, MERGE, NORMALIZE, EPSILON)
+    is_kept, slot, weight = select_and_weigh(score, is_real, mask_n, K, MERGE)
     store_selection(
         kept_ptr, weights_ptr, slots_ptr, is_kept, slot, weight, offs_n, mask_n, pid_b, all_n, K, P
     )
@@ -107,8 +107,7 @@ def _sum_of_merged(
 @kernel(do_not_specialize=["N", "K"])
 def _stream_kernel(
     scores_ptr, real_ptr, kept_ptr, weights_ptr, slots_ptr, stride_sb, stride_rb, N, K,
-    P: tl.constexpr, MERGE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_MASK: tl.constexpr,
-    EPSILON: tl.constexpr, BLOCK_N: tl.constexpr,
+    P: tl.constexpr, MERGE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Select among N candidates, BLOCK_N at a time. Grid: (image)."""
     pid_b = tl.program_id(0).to(tl.int64)
@@ -118,7 +117,7 @@ def _stream_kernel(
         real_ptr += pid_b * stride_rb
     threshold, equal, quota = _kth_largest(scores_ptr, real_ptr, N, K, HAS_MASK, BLOCK_N)
     total = 1.0
-    if MERGE and NORMALIZE:
+    if MERGE:
         total = EPSILON * SCALE + _sum_of_merged(
             scores_ptr, real_ptr, threshold, equal, quota, N, HAS_MASK, BLOCK_N
         )
@@ -135,9 +134,7 @@ def _stream_kernel(
         weight = tl.zeros_like(score)
         if MERGE:
             is_merged = is_real & (tl.abs(score) < float("inf")) & (is_kept == 0)
-            weight = tl.where(is_merged, score, 0.0)
-            if NORMALIZE:
-                weight = weight / total * SCALE
+            weight = tl.where(is_merged, score, 0.0) / total * SCALE
         store_selection(
             kept_ptr, weights_ptr, slots_ptr,
             is_kept, slot, weight, offs_n, mask_n, pid_b, all_n, K, P,
@@ -154,8 +151,6 @@ def launch_select(
     *,
     num_prefix_tokens: int,
     merge: bool = False,
-    normalize: bool = False,
-    epsilon: float = 0.0,
 ) -> None:
     """Write `kept` (B, K) from scores (B, N) and, if given, `weights` and `slots` (B, p+N)."""
     B, N = scores.shape
@@ -168,9 +163,7 @@ def launch_select(
         *(0 if real is None else real.stride(0), N, kept.shape[1]),
         P=num_prefix_tokens,
         MERGE=merge,
-        NORMALIZE=normalize,
         HAS_MASK=real is not None,
-        EPSILON=epsilon,
         BLOCK_N=block_n,
         num_warps=num_warps,
         **launch.CODE,

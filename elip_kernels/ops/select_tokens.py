@@ -21,8 +21,7 @@ from elip_kernels._validate import (
     check_prefix,
     check_tensor,
 )
-from elip_kernels.ops.gather_ops import accumulator
-from elip_kernels.ops.reduce import places
+from elip_kernels.ops.gather_ops import accumulator, places
 from elip_kernels.ops.select_kernels import launch_select
 
 
@@ -72,13 +71,9 @@ def select_reference(
 def _select(scores: Tensor, real: Tensor | None, keep: int, num_prefix_tokens: int) -> Tensor:
     """Allocate and launch."""
     B = scores.shape[0]
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    real = real if real is None or real.stride(1) == 1 else real.contiguous()
+    scores, real = launch.dense_rows(scores, real)
     kept = scores.new_empty(B, keep, dtype=torch.int64)
-    if B == 0:
-        return kept
-    with launch.device_guard(scores):
-        launch_select(scores, real, kept, num_prefix_tokens=num_prefix_tokens)
+    launch_select(scores, real, kept, num_prefix_tokens=num_prefix_tokens)
     return kept
 
 

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import elip_kernels  # noqa: F401  (its operators and examples)
 from elip_kernels._example import EXAMPLES, Sizes
@@ -65,6 +66,22 @@ def call(
     """Call an op on its example; return the tensors of its result, and last the gradient."""
     example = EXAMPLES[name]
     return example.outputs(example.arguments(Sizes(B, N, D, K, H, dtype)))
+
+
+class RecordedCalls(TorchDispatchMode):
+    """Record the name and the arguments of every call of this project's ops in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation; record it if it is one of `torch.ops.elip`."""
+        if func.namespace == "elip":
+            self.calls.append((func.name().split("::")[1].partition(".")[0], args))
+        return func(*args, **(kwargs or {}))
 
 
 REAL_SHAPES = [(257, 230), (257, 166), (257, 102), (197, 176), (197, 127), (197, 78), (50, 32)]

@@ -73,9 +73,6 @@ def entries():
         "width": 192,
     }
     unshared = {"ratios": {"official": 0.9}, "step_flops": {"dense": 1.0, "official": 0.88}}
-    way = common | {"does": "ITM in one pass", "instead_of": "two passes"}
-    ways = [way | {"op": name, "ratios": {"two passes": r}} for name, r in (("x", 0.9), ("y", 1))]
-    overhead = common | {"op": "reduce", "overhead_microseconds": 21.4}
     serving = common | {
         "op": "vit_tiny_patch16_224",
         "ratios": {"last": 0.8},
@@ -96,7 +93,7 @@ def entries():
         "shape": {"B": 1, "image": 336},
     }
     steps = [step, step | {"op": "meter"} | unshared]
-    return [op, tower, strategies, language, exported, *steps, *ways, overhead, serving]
+    return [op, tower, strategies, language, exported, *steps, serving]
 
 
 @pytest.fixture
@@ -146,10 +143,8 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "Pre-training step",
         "| albef 256 px, 4, fp32, width 192 | 1500 | 0.99 no gain (0.88, 0.81) | 0.73 (0.72, 0.80)",
         "| meter 256 px, 4, fp32, width 192 | 1500 | 0.90 (0.88, 0.81) | – |",
-        "ITM in one pass instead of two passes: x 0.90, y 1.00 no gain.",
         "compiled was not measured: no compiler.",
         "no kernel runs on this device",
-        "reduce 21 µs",
         "12,000 requests. Time relative to dense 0.80; latency dense / reduced "
         "p50 40.2 / 30.4 ms, p99 90 / 81 ms; memory of the process grew by 0.5 MiB.",
     ):
@@ -286,57 +281,26 @@ def test_each_strategy_scorer_and_model_has_a_benchmark(smallest):
     assert of_models == FAMILIES.keys()
 
 
-@pytest.mark.slow
-def test_the_bf16_scorer_is_compared_with_the_official_one_in_bf16(smallest):
-    *_, found = smallest
-    checked = found["test_tower[tiny-96px-B1-fp32-inference]"]["parity"]
-    assert "bf16" not in checked["errors"]
-    assert checked["coarser"]["dtype"] == "bf16"
-    coarser = checked["coarser"]
-    assert checked["bound"] < coarser["errors"]["bf16"] <= coarser["bound"]
-
-
-@pytest.mark.slow
-def test_a_step_of_pretraining_is_measured_dense_and_reduced(smallest):
-    *_, found = smallest
-    step = found["test_pretraining[albef]"]
-    scorers = ["official", "exact", "last", "last, shared"]
-    assert list(step["ratios"]) == scorers
-    flops = [step["step_flops"][name] for name in ("dense", *scorers)]
-    assert flops == sorted(flops, reverse=True) and flops[0] == 1
-    assert step["memory"]["last"] < step["memory"]["dense"]
-
-
 SPOILS = """
-import elip_kernels, pytest
-own = elip_kernels.reduce
-elip_kernels.reduce = lambda *args, **options: own(*args, **options) + 1
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    items.append(items.pop(0))
+import elip_kernels
+own = elip_kernels.unmerge
+elip_kernels.unmerge = lambda *args: own(*args) + 1
 
 def pytest_runtest_setup(item):
-    if item.name == "test_overhead[STOPS_AT]":
+    if STOPS and "unmerge" in item.name:
         raise KeyboardInterrupt
 """
 
 
-@pytest.mark.parametrize(
-    ("stops_at", "failed", "missing"),
-    tiered([("", ["reduce"], []), ("reduce", [], ["reduce"])], [], slow=[("", ["reduce"], [])]),
-)
-def test_a_run_that_failed_or_was_stopped_is_refused(
-    measure, tmp_path, capsys, stops_at, failed, missing
-):
-    (tmp_path / "spoils.py").write_text(SPOILS.replace("STOPS_AT", stops_at))
-    status, content = measure("benchmarks/bench_host.py", "-k", "overhead", "-p", "spoils")
+@pytest.mark.parametrize("stops", tiered([False, True], [], slow=[False]))
+def test_a_run_that_failed_or_was_stopped_is_refused(measure, tmp_path, capsys, stops):
+    (tmp_path / "spoils.py").write_text(SPOILS.replace("STOPS", str(stops)))
+    words = ("--smallest", "-k", "merge", "-p", "spoils")
+    status, content = measure("benchmarks/bench_parts.py", *words)
     assert status != 0
-    name = "benchmarks/bench_host.py::test_overhead[{}]".format
-    assert content["run"] == {
-        "planned": 2,
-        "failed": [name(op) for op in failed],
-        "missing": [name(op) for op in missing],
-    }
-    assert [each["name"] for each in content["benchmarks"]] == ["test_overhead[cls_attention]"]
+    run = content["run"]
+    assert (run["planned"], len(run["failed"]), len(run["missing"])) == (2, not stops, stops)
+    assert "unmerge" in str(run["failed"] + run["missing"])
+    (passed,) = content["benchmarks"]
+    assert "apply_merge" in passed["name"]
     assert "1 of 2 benchmarks" in refused(tmp_path, capsys)

@@ -112,14 +112,6 @@ def test_no_output_overwrites_an_earlier_one(direction):
     assert len({t.data_ptr() for each in outputs for t in each}) == 3
 
 
-def test_the_reason_for_a_missing_compiled_form_is_returned(monkeypatch):
-    forms, case = forms_of(3), Case(2, 9, 64, 3)
-    monkeypatch.setattr("benchmarks.parity.ON_GPU", True)  # a GPU needs no C++ compiler
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    _, left_out = with_compiled(forms, case, case.inputs())
-    assert "B64-N257-D768-K166" in left_out["compiled"]
-
-
 def test_the_compiled_form_allows_repeated_backward_passes(monkeypatch):
     case = Case(2, 9, 64, 3)
     tokens, scores = case.inputs()

@@ -54,15 +54,6 @@ def test_a_sweep_is_started_with_options_that_it_has(monkeypatch):
     assert seen == [([sweep], Path("out/tune.json"), options) for sweep in tune.SWEEPS]
 
 
-def test_a_name_chooses_a_step_or_the_sweeps_of_an_op(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    of_op = [s.name for s in gpu_run.chosen(steps("tune"), ["cls_attention_output"])]
-    assert of_op == [f"cls_attention_output.{t}" for t in ("weight_tiles", "weigh", "value")]
-    assert [s.name for s in gpu_run.chosen(steps("bench"), ["rows"])] == ["rows"]
-    with pytest.raises(ValueError, match=r"NAME: expected some of .*'device'.*, got \['no'\]"):
-        gpu_run.chosen(steps("tests"), ["device", "no"])
-
-
 def test_a_step_that_the_end_of_the_call_cuts_is_left(monkeypatch, tmp_path, capsys):
     """The second of two steps has less time than its limit; alone, it has all of it."""
     state, ran = {"outcomes": {}}, []

@@ -29,13 +29,6 @@ def test_a_candidate_changes_only_the_numbers_it_names():
         changed(answer, {"BLOCK_N": 16})
 
 
-def test_the_table_is_restored_after_the_block():
-    own = launch.reduce_backward(2)
-    with changed_table("reduce_backward", {"num_warps": 1}):
-        assert launch.reduce_backward(2) == own._replace(num_warps=1)
-    assert launch.reduce_backward(2) == own
-
-
 def test_every_sweep_runs_and_writes_a_complete_file(tmp_path, capsys):
     out = tmp_path / "tune.json"
     few = [Sweep(s.op, s.table, {a: n[:1] for a, n in s.axes.items()}) for s in SWEEPS]
@@ -83,11 +76,15 @@ def test_a_candidate_with_other_results_is_wrong(tmp_path, monkeypatch, capsys, 
     assert "1 WRONG" in capsys.readouterr().out
 
 
-def test_a_candidate_that_does_not_compile_is_left_out(monkeypatch, tmp_path, capsys):
+def test_a_candidate_that_does_not_compile_is_left_out_and_a_lost_device_ends_the_sweep(
+    monkeypatch, tmp_path, capsys
+):
+    message = "PassManager::run failed\nmore"
+
     @contextmanager
     def refusing(table, changes):
         if changes:
-            raise RuntimeError("PassManager::run failed\nmore")
+            raise RuntimeError(message)
         yield
 
     monkeypatch.setattr(tune, "changed_table", refusing)
@@ -97,24 +94,9 @@ def test_a_candidate_that_does_not_compile_is_left_out(monkeypatch, tmp_path, ca
     assert "no candidate ran; 1 left out" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
     assert result["candidates"][0]["left_out"] == "RuntimeError: PassManager::run failed"
-
-
-@pytest.mark.parametrize(
-    "message",
-    ["CUDA error: unspecified launch failure", "an illegal memory access was encountered"],
-)
-def test_an_error_that_loses_the_device_ends_the_sweep(monkeypatch, tmp_path, message):
-    @contextmanager
-    def failing(table, changes):
-        if changes:
-            raise RuntimeError(message)
-        yield
-
-    monkeypatch.setattr(tune, "changed_table", failing)
-    monkeypatch.setattr(tune, "tuned_kernels", lambda *_: set())
-    one = Sweep("reduce", "reduce_forward", {"num_warps": (4,)})
+    message = "CUDA error: unspecified launch failure"
     with pytest.raises(RuntimeError, match=r"reduce\.reduce_forward B2-N18-fp32: .*num_warps"):
-        tune.tune([one], [SMALL], tmp_path / "tune.json", rounds=1, seconds=60)
+        tune.tune([one], [SMALL], tmp_path / "other.json", rounds=1, seconds=60)
 
 
 def test_the_command_needs_a_gpu_and_known_ops(tmp_path, capsys, monkeypatch):

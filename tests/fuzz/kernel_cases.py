@@ -79,7 +79,6 @@ def arguments(rng):
         "fusion": 0.7,
         "guidance_norm": "none",
         "merge": True,
-        "normalize": True,
     }
     parameters = inspect.signature(function).parameters
     made = EXAMPLES[name].arguments(Sizes(B, N, D, 4, H, dtype))

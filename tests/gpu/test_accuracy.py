@@ -87,13 +87,16 @@ def test_reduce_of_many_tokens(device, launches, N, dtype):
 def test_special_scores_rank_as_the_specification(device, keep):
     row = [0.0, -0.0, NAN, INF, -INF, 1.0, 1.0, 1e-42, -NAN, -1.0, 0.0, 9e2]
     scores = torch.tensor([row, [NAN] * 12, [-0.0, 0.0] * 6, [INF, -INF] * 6, [0.125] * 12])
-    inputs = (torch.randn(5, 13, WIDTH), scores, torch.randn(5, keep + 2, WIDTH))
-    got = ops.reduce(*on(device, inputs), normalize=False)
-    exact = ops.reduce(*widened(inputs), normalize=False)
-    assert torch.equal(got[1].cpu(), exact[1])
-    assert torch.equal(got[0][:, :-1].cpu(), inputs[0].gather(1, _rows(exact[1], WIDTH)))
-    for ours, theirs in zip(got, exact, strict=True):  # scores reach 900, and so do sums of them
-        torch.testing.assert_close(ours.cpu().double(), theirs.double(), atol=1e-6, rtol=1e-6)
+    for merge, ranked in ((False, scores), (True, scores.abs())):  # weights are not negative
+        rows = keep + 1 + merge
+        inputs = (torch.randn(5, 13, WIDTH), ranked, torch.randn(5, rows, WIDTH))
+        got = ops.reduce(*on(device, inputs), merge=merge)
+        exact = ops.reduce(*widened(inputs), merge=merge)
+        assert torch.equal(got[1].cpu(), exact[1])
+        copied = inputs[0].gather(1, _rows(exact[1], WIDTH))
+        assert torch.equal(got[0][:, : keep + 1].cpu(), copied)
+        for ours, theirs in zip(got, exact, strict=True):
+            torch.testing.assert_close(ours.cpu().double(), theirs.double(), atol=1e-6, rtol=1e-6)
 
 
 def _rows(kept, D):

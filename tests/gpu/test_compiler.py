@@ -11,9 +11,9 @@ from torch.library import opcheck
 
 import elip_kernels
 from elip_kernels._operator import OPERATORS
+from elip_kernels.testing import RecordedCalls
 from tests.gpu import ops
 from tests.gpu.ops import HALF, TOKENS, on, pick
-from tests.kernels.test_every_op import OpArguments
 
 pytestmark = pytest.mark.gpu
 elip = torch.ops.elip
@@ -33,9 +33,9 @@ def _fresh_compiler():
 @pytest.mark.parametrize("dtype", pick(ops.DTYPES[:2], ops.DTYPES[:1]), ids=str)
 @pytest.mark.parametrize("name", ops.OPS)
 def test_opcheck_of_the_ops_of_a_call(device, name, dtype):
-    with OpArguments() as recorded:
+    with RecordedCalls() as recorded:
         ops.OPS[name].outputs(ops.example(name, device, 2, 50, dtype))
-    for op, (first, *others) in recorded.by_op.items():
+    for op, (first, *others) in dict(reversed(recorded.calls)).items():
         leaf = first.detach().requires_grad_(OPERATORS[op].function is not None)
         check(OPERATORS[op].overload, (leaf, *others))
 

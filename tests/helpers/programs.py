@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from benchmarks.paper import paper
-from benchmarks.selection.__main__ import selection
 from benchmarks.studies.__main__ import study
 from elip_models.cli import main, run_command
 from tests.helpers.tiny_run import status_of
 
 PROGRAMS = {
     "benchmarks.paper": paper,
-    "benchmarks.selection": selection,
     "benchmarks.studies": study,
 }
 """Function of each module that is run as `python -m MODULE`."""

@@ -38,7 +38,7 @@ def test_a_boundary_of_many_tokens_runs_the_kernels(launches, monkeypatch, N, D,
 
 
 @pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float32], slow=[torch.bfloat16]), ids=str)
-@pytest.mark.parametrize("options", [{}, {"merge": False}, {"normalize": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"merge": False}], ids=str)
 @pytest.mark.parametrize(
     ("N", "p"),
     tiered(

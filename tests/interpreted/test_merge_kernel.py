@@ -12,7 +12,6 @@ from elip_kernels.info import BipartiteInfo
 from elip_kernels.ops.bipartite import apply_merge, merge_op, merge_reference
 from tests.helpers.tiers import tiered
 from tests.interpreted.test_bipartite_kernel import DTYPES, NAN
-from tests.interpreted.test_bipartite_kernel import inputs as match_inputs
 
 BLOCK_R = launch.merge_gather(2)[0]
 HELD = {  # tokens of each row
@@ -74,17 +73,6 @@ def test_rows_agree_with_fp64_within_the_rounds(launches, poisoned_memory, name,
         bound, exact = most_rounds(*info[:2])
         assert rounds == exact <= bound
     assert launches["elip::bipartite_merge"] == 2
-
-
-@pytest.mark.parametrize("N", tiered([41, 257, 577, 1025], [41, 257], slow=[1025]))
-def test_a_hub_takes_no_round_for_each_of_its_tokens(launches, N):
-    """Half of all tokens are merged into one."""
-    r = N // 2
-    slots = torch.full((1, N), r // 2, dtype=torch.int32)
-    slots[:, 1::2] = torch.arange(r)
-    tokens, _, size = match_inputs(1, N)
-    _, _, rounds = merged(tokens, BipartiteInfo(slots, r), size)
-    assert rounds <= N / BLOCK_R + BLOCK_R
 
 
 def test_a_token_of_a_full_row_touches_no_other(launches):

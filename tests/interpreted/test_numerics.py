@@ -4,11 +4,7 @@ import pytest
 import torch
 
 import elip_kernels
-from elip_kernels.testing import Case
 from tests.helpers.tiers import tiered
-from tests.interpreted import test_bipartite_kernel as bipartite
-from tests.interpreted import test_nearest_kernel as nearest
-from tests.interpreted import test_reduce_kernel as reduce
 from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
 
 every_dtype = pytest.mark.parametrize(
@@ -36,33 +32,3 @@ def test_row_from_tokens(launches, kind, dtype):
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
     assert launches["elip::cls_attention_from_tokens"] == 1
     assert error(row, row_in_fp64(tokens, cls, arguments)) <= BUDGET[dtype]
-
-
-@every_dtype
-def test_generic_row(launches, dtype):
-    q, k = torch.randn(1, H, D // H).to(dtype), torch.randn(1, H, N, D // H).to(dtype)
-    row = elip_kernels.cls_attention(q, k)
-    assert launches["elip::cls_attention"] == 1
-    assert error(row, elip_kernels.cls_attention(q.double(), k.double())) <= BUDGET[dtype]
-
-
-@pytest.mark.parametrize("keep", [230, 102])
-@every_dtype
-def test_reduce(launches, keep, dtype):
-    tokens, scores = Case(1, N, D, keep, dtype).inputs()
-    out, _ = reduce.check(launches, tokens, scores, keep)
-    exact = elip_kernels.reduce(tokens.double(), scores.double(), keep)
-    assert torch.equal(out[:, :-1].double(), exact[:, :-1])
-    if dtype == torch.float32:
-        assert (out[:, -1] - exact[:, -1]).abs().max() <= 1e-6
-
-
-@every_dtype
-def test_bipartite_merge(launches, dtype):
-    tokens, metric, size = bipartite.inputs(1, N, D, D // H, dtype)
-    bipartite.check(launches, tokens, metric, 64, size)
-
-
-@every_dtype
-def test_merge_nearest(launches, dtype):
-    nearest.check(launches, *nearest.inputs(1, N, D, D // H, 166, dtype=dtype))

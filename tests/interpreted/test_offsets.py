@@ -155,16 +155,16 @@ def scored():
 @pytest.mark.parametrize("masked", [False, True])
 def test_reduce(scored, masked):
     mask = torch.rand(1, N) > 0.3 if masked else None
-    check(launcher("reduce"), *scored, mask, K, 1, True, True)
+    check(launcher("reduce"), *scored, mask, K, 1, True)
 
 
 def test_reduce_of_strided_tokens(scored):
     tokens = torch.randn(1, N, 2 * D)[..., :D]
-    check(launcher("reduce"), tokens, scored[1], None, K, 2, True, False)
+    check(launcher("reduce"), tokens, scored[1], None, K, 2, True)
 
 
 def test_reduce_backward(scored):
-    _, _, weights, slots = launcher("reduce")(*scored, None, K, 1, True, True)
+    _, _, weights, slots = launcher("reduce")(*scored, None, K, 1, True)
     check(launcher("reduce_backward"), torch.randn(1, K + 2, D), slots, weights, True)
 
 
@@ -223,7 +223,7 @@ def test_attention_output(scored):
 
 
 def test_score_reduce(scored):
-    of_image, shared = absorbed(K, True, True, None, None)
+    of_image, shared = absorbed(K, True, None, None)
     check(launcher("score_reduce"), scored[0].bfloat16(), *of_image, shared=shared)
 
 

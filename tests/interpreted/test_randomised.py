@@ -101,7 +101,6 @@ def check_moved(launches, out, tokens, leaf, scores, keep, **options):
     real=st.sampled_from([None, 0.0, 0.2, 0.6, 0.95]),
     num_prefix_tokens=st.integers(0, 3),
     merge=st.booleans(),
-    normalize=st.booleans(),
     seed=seeds,
 )
 def test_reduce(
@@ -111,7 +110,7 @@ def test_reduce(
     p, B = num_prefix_tokens, shape["B"]
     shape["N"] += p
     scores = scores_of(kind, B, shape["N"] - p).to(score_dtype)
-    if flags["normalize"] and kind == "signed":
+    if flags["merge"] and kind == "signed":
         scores = scores.abs()
     mask = None if real is None else torch.rand(B, shape["N"]) < real
     tokens = laid_out(layout, **shape, dtype=dtype)
@@ -218,7 +217,6 @@ def test_attention_output(launches, shape, H, dtype, layout, biased, seed):
     dtype=dtypes,
     layout=layouts,
     merge=st.booleans(),
-    normalize=st.booleans(),
     fusion=st.sampled_from([0.0, 0.3, 1.0]),
     guidance_norm=st.sampled_from(["none", "match"]),
     has_dry_run=st.booleans(),

@@ -84,16 +84,6 @@ def test_rows_are_fp32_and_as_exact_as_their_inputs(dtype):
     torch.testing.assert_close(got.sum(1), torch.ones(B))
 
 
-def test_no_gradient_passes():
-    tokens = torch.randn(B, N, D, requires_grad=True)
-    arguments = block(torch.float32)
-    arguments["q_weight"].requires_grad_()
-    row = elip_kernels.cls_attention_from_tokens(tokens, tokens[:, 0], **arguments)
-    q = torch.randn(B, H, 12, requires_grad=True)
-    assert not row.requires_grad
-    assert not elip_kernels.cls_attention(q, torch.randn(B, H, N, 12)).requires_grad
-
-
 def op_arguments(tokens, **changes):
     """Return tokens and query arguments of an absorbed op, with a fusion of 0.7."""
     dtype, block_ = tokens.dtype, block(torch.promote_types(tokens.dtype, torch.float32))

@@ -142,30 +142,25 @@ def test_alignment_that_varies_with_the_batch_is_not_specialised(op, monkeypatch
                 assert len(aligned) == 1 or may_differ, (one.name, parameter.name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", tiered([90, 86, 120], [90], slow=[86]))
-@pytest.mark.parametrize("heads", [24, 48])
-def test_many_heads_score_without_a_spill(heads, arch, monkeypatch):
-    monkeypatch.setattr(report, "WIDTH", 64 * heads)
-    monkeypatch.setattr(report, "HEADS", heads)
-    for dtype in SIZE:
-        _, scores, _ = report.recorded_call("cls_attention_from_tokens", 1, 257, 0, dtype, arch)
-        assert scores.name == "scores_kernel"
-        assert is_clean(compile_launch(scores, arch)), dtype
+WIDEST = [  # op, width, heads, tokens, architecture
+    ("score_reduce", 1536, 24, 1025, 90),
+    ("cls_attention", 1536, 24, 1025, 90),
+    ("cls_attention_from_tokens", 1536, 24, 1025, 90),
+    *(("cls_attention_from_tokens", 3072, 48, 257, arch) for arch in (90, 86, 120)),
+    *(("cls_attention_output", 2048, 16, 257, arch) for arch in ARCHITECTURES),
+    *(("cls_attention_output", 1152, 24, 257, arch) for arch in ARCHITECTURES),
+]
 
 
 @pytest.mark.parametrize(
-    "op",
-    tiered(
-        ["score_reduce", "cls_attention", "cls_attention_from_tokens"], [], slow=["score_reduce"]
-    ),
+    ("op", "width", "heads", "N", "arch"), tiered(WIDEST, [], slow=[WIDEST[0], WIDEST[4]])
 )
-def test_the_largest_image_compiles_without_a_spill(op, monkeypatch):
-    monkeypatch.setattr(report, "WIDTH", 1536)
-    monkeypatch.setattr(report, "HEADS", 24)
-    for B in BATCHES:
-        for launch in report.recorded_call(op, B, 1025, 400, "bf16", 90):
-            assert is_clean(compile_launch(launch, 90)), launch.name
+def test_wide_towers_and_many_heads_compile_without_a_spill(op, width, heads, N, arch, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", width)
+    monkeypatch.setattr(report, "HEADS", heads)
+    for dtype in SIZE if N == 257 else ["bf16"]:
+        for launch in report.recorded_call(op, BATCHES[0], N, 166, dtype, arch):
+            assert is_clean(compile_launch(launch, arch)), (launch.name, dtype)
 
 
 @pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
@@ -175,24 +170,6 @@ def test_merging_stays_in_registers(N, op, dtype):
     for name, (_, code) in compiled(op, N, dtype).items():
         assert is_clean(code), name
         assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
-
-
-@pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90], slow=["gfx942"]))
-@pytest.mark.parametrize(
-    ("width", "heads"), tiered([(2048, 16), (1152, 24)], [(2048, 16)], slow=[(1152, 24)])
-)
-def test_an_output_of_every_width_compiles_everywhere_without_a_spill(
-    width, heads, arch, dtype, monkeypatch
-):
-    monkeypatch.setattr(report, "WIDTH", width)
-    monkeypatch.setattr(report, "HEADS", heads)
-    launches = report.recorded_call("cls_attention_output", 2, 257, 166, dtype, arch)
-    assert [launch.name for launch in launches] == [
-        *("_query_kernel", "_weights_kernel", "_weigh_kernel", "_value_kernel")
-    ]
-    for launch in launches:
-        assert is_clean(compile_launch(launch, arch)), launch.name
 
 
 @pytest.mark.parametrize(
@@ -264,6 +241,5 @@ PIPELINED = {
 
 @pytest.mark.parametrize("op", tiered(WITH_KERNELS, ["score_reduce"], slow=["bipartite_merge"]))
 def test_loops_with_products_or_own_stages_are_pipelined(op):
-    """`waits.py` models these loops as pipelined."""
     for name, (_, code) in compiled(op, 577, "bf16").items():
         assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from functools import partial
 
 import pytest
 import timm
@@ -10,11 +9,9 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_kernels._example import EXAMPLES
 from elip_models.api import is_reduced
 from elip_models.reduction.strategies.elip import ELIPOptions
 from tests.helpers.argument_cases import TABLE
-from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, plain_vit
 
 ALIASES = {"text": "(schedule|text)", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
@@ -72,20 +69,6 @@ def test_good_arguments_pass(function):
     if function is elip_models.unreduce_:
         arguments.pop("schedule")
     CONTEXTS.get(function, function)(**arguments)
-
-
-BY_ANNOTATION = [
-    pytest.param(example.function, name, argument, values, id=f"{name}-{argument}")
-    for name, example in EXAMPLES.items()
-    for argument, values in refused_values(name).items()
-]
-
-
-@pytest.mark.parametrize(("function", "name", "argument", "values"), BY_ANNOTATION)
-def test_an_op_refuses_what_its_annotation_excludes(function, name, argument, values):
-    test_a_bad_argument_is_named_with_what_was_expected_and_got(
-        function, partial(good_arguments, name), argument, values
-    )
 
 
 def test_every_public_function_is_in_the_table():

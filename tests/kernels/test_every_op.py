@@ -6,33 +6,20 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import elip_kernels
 from elip_kernels._example import EXAMPLES, Sizes, map_tensors, tensors_of
 from elip_kernels._operator import OPERATORS
+from elip_kernels.testing import RecordedCalls
 
 SMALL = Sizes(B=2, N=20, D=24, K=11, H=3, dtype=torch.float32)
 every_op = pytest.mark.parametrize("name", EXAMPLES)
 
 
-class OpArguments(TorchDispatchMode):
-    """Record the arguments of every call of this project's ops, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.by_op = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "elip":
-            self.by_op.setdefault(func.name().split("::")[1], args)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["", "masked"])
 def op_arguments(request):
     """Return arguments of every op of `torch.ops.elip`, as the examples call it, or with masks."""
-    with OpArguments() as recorded:
+    with RecordedCalls() as recorded:
         for example in EXAMPLES.values():
             arguments = example.arguments(SMALL)
             if request.param:
@@ -41,7 +28,7 @@ def op_arguments(request):
                 ).parameters.keys()
                 arguments |= {key: torch.rand(SMALL.B, SMALL.N) < 0.8 for key in names}
             example.outputs(arguments)
-    return recorded.by_op
+    return dict(reversed(recorded.calls))
 
 
 def test_every_public_op_has_an_example():
@@ -153,3 +140,16 @@ def test_strides_do_not_matter(name):
     arguments = EXAMPLES[name].arguments(SMALL)
     outputs = EXAMPLES[name].outputs(map_tensors(strided, arguments))
     torch.testing.assert_close(outputs, EXAMPLES[name].outputs(arguments))
+
+
+@every_op
+def test_a_gradient_reaches_the_first_tensor_only(name):
+    example, arguments = EXAMPLES[name], EXAMPLES[name].arguments(SMALL)
+    floats = [t for t in tensors_of(tuple(arguments.values())) if t.is_floating_point()]
+    first, *others = [tensor.requires_grad_() for tensor in floats]
+    out, *rest = tensors_of(example.function(**arguments))
+    assert not any(tensor.requires_grad for tensor in rest)
+    if out.requires_grad:
+        out.square().sum().backward()
+        assert first.grad.any()
+    assert all(tensor.grad is None for tensor in others)

@@ -8,7 +8,7 @@ from tests.helpers.interpreter import FOLDER, check_passes, file
 SMALL = [f"{file('traffic')}::test_every_op_stores_each_byte_once_and_touches_nothing_else"]
 SMALL += [f"{file('traffic')}::test_each_byte_of_a_small_call_moves_once"]
 SMALL += [f"{file('reduce_kernel')}::test_masks"]
-HALF = [file(name) for name in ("reduce_kernel", "traffic", "waits")]
+HALF = [file(name) for name in ("reduce_kernel", "traffic")]
 
 pytestmark = pytest.mark.skipif(
     not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret"
@@ -21,7 +21,7 @@ def test_kernels_under_the_interpreter():
 
 
 @pytest.mark.slow
-def test_accesses_and_waits_under_the_interpreter():
+def test_accesses_under_the_interpreter():
     check_passes(*HALF)
 
 

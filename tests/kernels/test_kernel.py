@@ -103,17 +103,14 @@ def by_triton(monkeypatch):
     return kernels
 
 
-def test_a_tested_version_of_triton_makes_the_first_launch_only(device, double, by_triton):
+@pytest.mark.parametrize(("is_tested", "launches"), [(True, 1), (False, 3)])
+def test_a_tested_version_of_triton_makes_the_first_launch_only_and_another_one_all(
+    device, double, by_triton, monkeypatch, is_tested, launches
+):
+    monkeypatch.setattr(_kernel, "IS_TESTED", is_tested)
     codes = [launch(double, ARGUMENTS[name]) for name in ("as before", "other values", "as before")]
     assert len(set(map(id, codes))) == 1 and len(device.launches) == 3
-    assert by_triton == [double]
-
-
-def test_another_version_of_triton_makes_every_launch(device, double, by_triton, monkeypatch):
-    monkeypatch.setattr(_kernel, "IS_TESTED", False)
-    codes = [launch(double, ARGUMENTS[name]) for name in ("as before", "other values", "as before")]
-    assert len(set(map(id, codes))) == 1 and len(device.launches) == 3
-    assert by_triton == [double] * 3 and not double.compiled
+    assert by_triton == [double] * launches
 
 
 def test_devices_have_their_own_code_and_stream(device, double):

@@ -12,36 +12,22 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from elip_kernels._example import EXAMPLES
 from elip_kernels._kernel import Kernel
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
-from elip_kernels.testing import WITH_KERNELS, call
+from elip_kernels.testing import WITH_KERNELS, RecordedCalls, call
 
 DATA_READ = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-class Calls(TorchDispatchMode):
-    """Record the name and the arguments of every call of this project's ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "elip":
-            self.seen.append((func.name().removesuffix(".default"), args))
-        return func(*args, **(kwargs or {}))
-
-
 def run(name, dtype):
     """Run forward, and backward if there is one; return the calls of ops."""
-    with Calls() as calls:
+    with RecordedCalls() as recorded:
         call(name, 2, 19, 24, 12, 3, dtype)
-    return calls.seen
+    return recorded.calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,7 +45,7 @@ def test_launchers_and_references_do_not_read_data(name, dtype, monkeypatch):
     if HAS_TRITON:
         monkeypatch.setattr(Kernel, "run", lambda self, *args, **kw: launched.append(self))
     for op, arguments in run(name, dtype):
-        operator = OPERATORS[op.removeprefix("elip::")]
+        operator = OPERATORS[op]
         for form in (operator.reference, operator.on_device):
             with FakeTensorMode() as mode:
                 form(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))

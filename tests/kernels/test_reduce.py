@@ -53,17 +53,6 @@ def test_keep_as_ratio_and_count():
     assert not info.weights.any()
 
 
-def test_gradient_reaches_tokens_only():
-    tokens, scores = Case(2, 10, 4, 4).inputs()
-    tokens.requires_grad_()
-    scores.requires_grad_()
-    out, info = elip_kernels.reduce(tokens, scores, 4, return_info=True)
-    out.square().sum().backward()
-    assert scores.grad is None
-    assert tokens.grad.abs().sum(-1).min() > 0
-    assert not info.weights.requires_grad
-
-
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_gradients_in_fp64(check, merge):
@@ -95,10 +84,8 @@ def test_an_unsupported_size_warns_once():
 def test_the_kernels_take_65536_candidates(p, N, fits):
     tokens, scores = torch.empty(1, N, 4), torch.empty(1, N - p)
     operator = OPERATORS["reduce"]
-    assert (operator.unsupported(tokens, scores, None, 3, p, True, True) is None) is fits
-    assert "16 prefix" in operator.unsupported(
-        tokens[:, :40], scores[:, :20], None, 3, 20, True, True
-    )
+    assert (operator.unsupported(tokens, scores, None, 3, p, True) is None) is fits
+    assert "16 prefix" in operator.unsupported(tokens[:, :40], scores[:, :20], None, 3, 20, True)
 
 
 def test_padding_garbage_stays_out():
@@ -125,11 +112,9 @@ def old_device(monkeypatch):
 def test_an_older_gpu_runs_pytorch(old_device):
     with FakeTensorMode():
         tokens, scores = torch.empty(2, 9, 4, device="cuda"), torch.empty(2, 8, device="cuda")
-    reason = OPERATORS["reduce"].unsupported(tokens, scores, None, 3, 1, True, True)
+    reason = OPERATORS["reduce"].unsupported(tokens, scores, None, 3, 1, True)
     assert reason == "the kernels need compute capability 8.0, and cuda:0 has 7.5"
-    assert (
-        OPERATORS["reduce"].unsupported(*Case(2, 9, 4, 3).inputs(), None, 3, 1, True, True) is None
-    )
+    assert OPERATORS["reduce"].unsupported(*Case(2, 9, 4, 3).inputs(), None, 3, 1, True) is None
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so no kernel runs")

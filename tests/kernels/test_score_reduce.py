@@ -1,18 +1,16 @@
 """score_reduce: row and reduction as one op, and the kernels of a stage boundary."""
 
-from collections import Counter
-
 import pytest
 import torch
 from torch.library import opcheck
 from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_kernels
 import elip_models
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.ops.absorbed_query import QueryArguments
+from elip_kernels.testing import RecordedCalls
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Context
 from elip_models.towers import Tower, as_tower
@@ -98,7 +96,7 @@ def arguments_of_the_op(dtype=torch.float32):
     cls, text, (gamma, beta, bias) = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 4)
     matrices = torch.randn(4, 4), bias, torch.randn(4, 4)
     query = QueryArguments(cls, text, 0.7, False, gamma, beta, 1e-6, *matrices, 2, 0.5)
-    return tokens, query, 3, True, True, None, None
+    return tokens, query, 3, True, None, None
 
 
 @pytest.mark.slow
@@ -119,19 +117,6 @@ def test_opcheck_and_gradcheck():
 
     assert torch.autograd.gradcheck(out, (tokens,))
     assert torch.autograd.gradgradcheck(lambda t: out(t).square(), (tokens,))
-
-
-class CountOps(TorchDispatchMode):
-    """Count the calls of this project's ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "elip":
-            self.calls[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 VIEWS = {
@@ -157,9 +142,9 @@ def test_a_stage_boundary_of_last_launches_the_same_kernels_whatever_the_batch(b
     from benchmarks.kernel_analysis.compile import recorded_launches
 
     arguments = {"schedule": SCHEDULE, "scorer": "last"}
-    with recorded_launches(90) as launches, CountOps() as counter:
+    with recorded_launches(90) as launches, RecordedCalls() as recorded:
         elip_models.encode_image(clip_vit(), images(batch), text(batch), **arguments)
-    assert counter.calls == {"elip::score_reduce": 3}
+    assert [op for op, _ in recorded.calls] == ["score_reduce"] * 3
     assert [launch.name for launch in launches] == BOUNDARY * 3
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import elip_kernels
 from elip_kernels import select_diverse, select_dpp
 
 B, N, D = 3, 23, 16
@@ -122,28 +121,3 @@ def test_tokens_without_direction_come_last(select, value):
     others = [n for n in range(N) if n not in (0, 3, 7, 8)]
     alone = select(tokens[:1, others], D, **by_step)[0]
     assert got[0, :D].tolist() == [others[n] for n in alone]
-
-
-def tokens_and_mask():
-    return torch.randn(B, N, D, requires_grad=True), torch.rand(B, N) < 0.7
-
-
-class Kept(torch.nn.Module):
-    def __init__(self, select):
-        super().__init__()
-        self.select = select
-
-    def forward(self, tokens, mask):
-        kept = self.select(tokens, 7, mask=mask)
-        return tokens.take_along_dim(kept[..., None], 1)
-
-
-@pytest.mark.parametrize("select", SELECTIONS)
-def test_function_transforms(select):
-    tokens, mask = tokens_and_mask()
-    expected = Kept(select)(tokens, mask)
-    assert torch.equal(torch.func.vmap(lambda t: select(t[None], 7)[0])(tokens), select(tokens, 7))
-    gradient = torch.func.grad(lambda t: Kept(select)(t, mask).sum())(tokens)
-    assert torch.equal(gradient.sum((1, 2)), torch.full((B,), 7.0 * D))
-    with elip_kernels.use_pytorch_ops():
-        assert torch.equal(Kept(select)(tokens, mask), expected)

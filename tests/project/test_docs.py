@@ -187,16 +187,6 @@ def test_the_links_of_a_page_exist(page):
         assert not anchor or anchor in anchors(path), link
 
 
-def test_the_glossary_explains_each_term_in_one_line():
-    lines = (DOCS / "glossary.md").read_text().split("\n")
-    terms = [line for line in lines if line.startswith("- ")]
-    assert terms
-    assert all(re.match(r'- <a id="[\w-]+"></a>\*\*.*?\*\*: .*\.$', line) for line in terms)
-    titles = [re.search(r"\*\*(.*?)\*\*", line)[1].lower() for line in terms]
-    letters = [re.sub("[^a-z]", "", title) for title in titles]
-    assert letters == sorted(letters)
-
-
 def test_the_reference_has_every_public_name_of_the_kernels():
     page = (DOCS / "api" / "kernels.md").read_text()
     named = {line.rpartition(".")[2] for line in re.findall(r"^::: (.*)$", page, re.MULTILINE)}

@@ -34,9 +34,8 @@ def test_every_example_is_run():
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_an_example_is_read_in_a_minute_and_says_what_to_install(name):
+def test_an_example_says_what_to_install(name):
     text = (EXAMPLES / f"{name}.py").read_text()
-    assert text.count("\n") <= 60
     assert "pip install 'elip-kernels[" in text.split('"""')[1]
 
 

@@ -104,11 +104,6 @@ def test_the_import_brings_no_heavy_library():
     assert run(sys.executable, "-c", code).stdout == "[]\n"
 
 
-@pytest.mark.slow
-def test_with_torch_alone_every_import_works_or_names_its_extra():
-    check_imports()
-
-
 def test_the_version_stands_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" in project["project"]["dynamic"]

@@ -90,19 +90,11 @@ def test_the_command_line_sets_keys_of_every_second_stage(tmp_path):
     ("changes", "message"),
     [
         (
-            {"finetune": {}},
-            "arms.dense: measures: expected 'finetuned' exactly if there is a block",
-        ),
-        (
             {"measures": ["retrieval"], "quality": ["dense.r1"]},
             "measures: expected 'finetuned' exactly if .*got retrieval and finetune.recipe",
         ),
         ({"quality": ["dense.r1"]}, "quality: expected metrics of finetuned, got 'dense.r1'"),
         ({"arms": {"a": {"finetune": {"seed": 1}}}}, "finetune.seed: the runner sets it"),
-        (
-            {"finetune": STAGE | {"model.pretrained": "x"}},
-            "finetune.model.pretrained: the runner sets it for every run",
-        ),
     ],
 )
 def test_an_invalid_second_stage_raises(tmp_path, changes, message):
@@ -180,7 +172,7 @@ def test_arms_have_the_downstream_metric_of_their_own_weights(finished, monkeypa
     assert shared.model.pretrained == f"{study.root}/dense/0/model"
     assert not (study.folder(Run("shared", 0)) / "model").exists()
     assert [*study.root.rglob("checkpoints")] == []
-    page = study_page(document, "chart.svg")
+    page = study_page(document)
     assert f"{RECALL}, points" in page and "`finetune.recipe=retrieval_tiny`" in page
 
 

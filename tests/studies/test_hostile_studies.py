@@ -15,19 +15,13 @@ from tests.helpers.study_case import TINY, tiny_study
 
 STUDIES = {
     "group outside": ({"group": "../../x"}, "group: expected a name of letters, digits"),
-    "arm outside": ({"arms": {"../x": {}}}, "arms: expected a name of letters, digits"),
     "tokenizer": ({"arms": {"tokenizer": {}}}, "arms: expected a name of letters, digits"),
     "same share": (
         {"arms": {"a": {"at_flops": [0.501, 0.502]}}},
         "arms.a: expected arms of other names, got 'a-0.50' twice",
     ),
     "no overrides": ({"overrides": None}, "overrides: expected a mapping"),
-    "no reference": ({"references": []}, "references: expected one or more, got none"),
     "seed twice": ({"seeds": [1, 1]}, "seeds: expected each once, got 1 twice"),
-    "metric": (
-        {"quality": ["dense.r9"]},
-        "quality: expected metrics of retrieval, got 'dense.r9'",
-    ),
     "margin": ({"margin": "danse"}, "margin: expected some of dense, "),
     "like itself": ({"like": "tiny.yaml"}, "like: expected at most 8 studies"),
 }

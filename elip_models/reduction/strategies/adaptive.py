@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elip_kernels import ReductionInfo
 from elip_kernels.ops.gather_ops import largest
-from elip_kernels.ops.reduce import EPSILON
+from elip_kernels.ops.select_device import LEAST_SUM
 from elip_models.reduction.nearest import merge_nearest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.scorers import ScorerName
@@ -133,5 +133,5 @@ class AdaptiveELIP(ELIP):
         index = torch.arange(n, device=scores.device)
         slots = torch.where(is_kept, index, index + n).argsort(1)[:, :keep]
         weights = scores.masked_fill(is_kept, 0.0)
-        weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
+        weights = weights / (weights.sum(1, keepdim=True) + LEAST_SUM)
         return slots, index[:keep] < count, weights

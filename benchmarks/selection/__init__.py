@@ -1,1 +1,0 @@
-"""What a reduction keeps of the objects that captions name, measured on built-in scenes."""
