@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.real.dinov2 import ENDINGS
-
+ENDINGS = (".jpg", ".jpeg", ".png")
 CAPTIONS = 5
 """Of each photograph of Flickr8k."""
 TEXT_BATCH = 64

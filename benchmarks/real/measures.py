@@ -10,10 +10,10 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from benchmarks.real.materials import CAPTIONS
+from elip_models.analysis.probe import Probe
 
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Inverse strengths of the probe's penalty, of which the validation split chooses one."""
@@ -38,31 +38,12 @@ class Scale(NamedTuple):
         return (features - self.mean) / self.deviation
 
 
-class Probe(NamedTuple):
-    """A linear classifier of features."""
-
-    scale: Scale
-    classifier: LogisticRegression
-
-    @classmethod
-    def fit(
-        cls, features: Tensor, labels: Tensor, validation: Tensor, validation_labels: Tensor
-    ) -> Self:
-        """Return the probe of training features whose penalty is best on the validation split."""
-        scale = Scale.of(features)
-        probes = [
-            cls(
-                scale,
-                LogisticRegression(C=penalty, max_iter=500).fit(scale.apply(features), labels),
-            )
-            for penalty in PENALTIES
-        ]
-        return max(probes, key=lambda probe: probe.correct(validation, validation_labels).mean())
-
-    def correct(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return (n,) ones where the class is right."""
-        predicted = self.classifier.predict(self.scale.apply(features).numpy())
-        return (torch.from_numpy(predicted) == labels).double()
+def fitted_probe(
+    features: Tensor, labels: Tensor, validation: Tensor, validation_labels: Tensor
+) -> Probe:
+    """Return the probe of training features whose penalty is best on the validation split."""
+    probes = [Probe.fit(features, labels, inverse_penalty=penalty) for penalty in PENALTIES]
+    return max(probes, key=lambda probe: probe.correct(validation, validation_labels).mean())
 
 
 def knn_correct(features: Tensor, labels: Tensor, train: Tensor, train_labels: Tensor) -> Tensor:

@@ -30,12 +30,13 @@ from benchmarks.real.dinov2 import batches
 from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
 from benchmarks.real.measures import (
     RECALLS,
-    Probe,
     RetrievalMaps,
+    fitted_probe,
     knn_correct,
     rank_correlation,
 )
 from elip_models.analysis.feature_measures import cosine, neighbours
+from elip_models.analysis.probe import Probe
 from elip_models.intervals import bootstrap_interval
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import (
@@ -129,7 +130,7 @@ class Bench:
 
     def _probe(self, setting: Setting) -> Probe:
         """Return the probe of a setting's features."""
-        return Probe.fit(
+        return fitted_probe(
             self._of(setting, self.train.paths),
             self.train.labels,
             self._of(setting, self.validation.paths),
