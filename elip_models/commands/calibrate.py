@@ -1,6 +1,7 @@
 """The command `elip calibrate`: the cheapest reduction that changes a model's features little."""
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,8 +22,21 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.analysis.calibration import Calibration
 
-OPTIONS = {"model": "MODEL", "images": "IMAGES", "tolerance": "--tolerance", "metric": "--metric"}
+OPTIONS = {
+    "model": "MODEL",
+    "images": "IMAGES",
+    "labels": "--labels",
+    "tolerance": "--tolerance",
+    "metric": "--metric",
+}
 """Argument of `elip_models.calibrate` -> that of the command."""
+FOLDERS = "folders"
+UNLABELLED, LABELLED = 100, 1000
+"""Images by default."""
+ADVICE = (
+    "The cosine and the neighbours of features describe a change; they do not tell what a task "
+    "loses. If your images have classes, --labels judges by a task."
+)
 
 
 def calibrate(
@@ -30,15 +44,26 @@ def calibrate(
         str, typer.Argument(help="timm:NAME, open_clip:NAME:TAG, hf:NAME or folder of a model.")
     ],
     images: Annotated[Path, typer.Argument(help="Folder of images, searched with its subfolders.")],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Judge by top-1 of a linear probe: 'folders' if each class has a folder, or a CSV "
+            "file of lines image,label."
+        ),
+    ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Largest mean loss: of cosine, or of neighbours kept.")
+        float, typer.Option(help="Largest mean loss: 0.01 is one point of top-1, or of the metric.")
     ] = 0.01,
     metric: Annotated[
-        str, typer.Option(help="Loss: cosine, neighbours, or FILE.py:function of your own.")
-    ] = "cosine",
+        str | None,
+        typer.Option(
+            help="Without labels: cosine (default), neighbours, or FILE.py:function of your own."
+        ),
+    ] = None,
     count: Annotated[
-        int, typer.Option(min=8, help="Number of images, drawn at random from the folder.")
-    ] = 100,
+        int | None,
+        typer.Option(min=8, help="Images, drawn at random: by default 100, or 1,000 with labels."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     batch_size: Annotated[
         int, typer.Option(min=1, max=2**16, help="Images in a batch, for features and times.")
@@ -63,6 +88,8 @@ def calibrate(
     if output.suffix != ".json":
         raise ConfigError(f"--output: expected a name ending in .json, got {output}")
     chosen_metric = _metric(metric)
+    if count is None:
+        count = UNLABELLED if labels is None else LABELLED
     paths = image_paths(images, count, seed)
     import torch
 
@@ -72,11 +99,14 @@ def calibrate(
     console = Console(stderr=True)
     opened, files = open_with_images(model, paths, console, pretrained=pretrained)
     device = next(opened.parameters()).device
-    pixels = torch.stack([image for _, image in readable(files, console)]).to(device)
+    read, decoded = zip(*readable(files, console), strict=True)
+    pixels = torch.stack(decoded).to(device)
+    classes = None if labels is None else _classes(labels, images, read)
     with console.status("dense features") as status, as_option_error(OPTIONS):
         calibration = analysis.calibrate(
             as_reducible(opened).image_model,
             pixels,
+            labels=None if classes is None else torch.tensor(classes),
             tolerance=tolerance,
             metric=chosen_metric,
             class_token_only=class_token_only,
@@ -85,6 +115,36 @@ def calibrate(
             progress=status.update,
         )
     _report(calibration, output)
+    if labels is None:
+        console.print(ADVICE, soft_wrap=True, highlight=False)
+
+
+def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> list[int]:
+    """Return the number of the class of each image.
+
+    Args:
+        labels: the option.
+        folder: of the images; names in a CSV file are relative to it.
+        paths: the images that were read.
+    """
+    if labels == FOLDERS:
+        names = [path.parent.name for path in paths]
+    else:
+        file = Path(labels)
+        if not file.is_file():
+            raise ConfigError(f"--labels: expected 'folders' or a CSV file, got {labels!r}")
+        with file.open(newline="") as lines:
+            rows = {row[0]: row[1] for row in csv.reader(lines) if len(row) == 2}
+        keys = [path.relative_to(folder).as_posix() for path in paths]
+        missing = [key for key in keys if key not in rows]
+        if missing:
+            raise ConfigError(
+                f"--labels: expected a line image,label of each image in {labels}, got none of "
+                f"{shortened(missing[0])} and {len(missing) - 1} others"
+            )
+        names = [rows[key] for key in keys]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return [numbers[name] for name in names]
 
 
 def _report(calibration: "Calibration", output: Path) -> None:
@@ -103,8 +163,10 @@ def _report(calibration: "Calibration", output: Path) -> None:
     Console().print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
 
 
-def _metric(text: str) -> str | Callable[..., Any]:
+def _metric(text: str | None) -> str | Callable[..., Any] | None:
     """Return the metric that FILE.py:function names, or the text itself."""
+    if text is None:
+        return None
     file, colon, name = text.rpartition(":")
     if not colon:
         return text

@@ -91,7 +91,8 @@ class ForwardState:
         if tower.has_dynamic_size and num_tokens is not None:
             if isinstance(num_tokens, Tensor):  # under torch.jit.trace
                 num_tokens = int(num_tokens)
-            self.size = tower.size._replace(num_patches=num_tokens - tower.num_prefix_tokens)
+            patches = num_tokens - tower.num_prefix_tokens
+            self.size = strategy.resized(tower.size)._replace(num_patches=patches)
         self.on_grid = on_grid
         self.unmerges = strategy.pads or (tower.pools and strategy.merge != "none")
         self.infos = {info.stage.first: info for info in replays or ()}
@@ -336,7 +337,8 @@ def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
 @_cached
 def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
     """Return the number of tokens that enter each block, and of those that leave the last."""
-    return size.num_tokens, *(layer.mlp for layer in strategy.token_counts(size))
+    counts = strategy.token_counts(size)
+    return counts[0].attention, *(layer.mlp for layer in counts)
 
 
 def keeps_of(

@@ -171,6 +171,10 @@ class Strategy(CostModel):
         """Return whether a forward pass with this guidance, in this mode, is reduced."""
         return training or not self.training_only
 
+    def resized(self, size: TowerSize) -> TowerSize:
+        """Return the size of the tower that reads the images of `resize`."""
+        return size
+
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return the images (B, 3, h, w) that the tower reads, of images (B, 3, H, W)."""
         return images

@@ -1,4 +1,4 @@
-"""Photographs and a small model for the tests of `benchmarks.real`."""
+"""Materials and a small model for the tests of `benchmarks.real`."""
 
 import pytest
 import timm
@@ -6,18 +6,40 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-TILE, N = 210, 12
+TILE = 105
+SPLITS = {"train": 5, "validation": 2, "test": 2}
+"""Photographs of each class."""
+CAPTIONED = {"train": 12, "dev": 11, "test": 11}
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder of tiles of the two photographs that scikit-learn ships."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for name, image in zip("ab", load_sample_images().images, strict=True):
-        for i in range(N // 2):
-            top, left = TILE * (i // 3), TILE * (i % 3)
-            tile = image[top : top + TILE, left : left + TILE]
-            Image.fromarray(tile).save(folder / f"{name}{i}.png")
+    """A folder of materials, of tiles of the two photographs that scikit-learn ships."""
+    folder = tmp_path_factory.mktemp("materials")
+    photographs = load_sample_images().images
+    count = 0
+
+    def write(path, photograph):
+        nonlocal count
+        top, left = TILE * (count // 6 % 4), TILE * (count % 6)
+        tile = photographs[photograph][top : top + TILE, left : left + TILE]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tile).save(path)
+        count += 1
+
+    for split, photos in SPLITS.items():
+        for i in range(photos):
+            write(folder / "clothes" / split / "temple" / f"{i}.png", 0)
+            write(folder / "clothes" / split / "flower" / f"{i}.png", 1)
+    captions = []
+    for split, photos in CAPTIONED.items():
+        names = [f"{split}{i}.png" for i in range(photos)]
+        for i, name in enumerate(names):
+            write(folder / "flickr8k" / "images" / name, i % 2)
+            captions += [f"{name}#{k}\ta {'flower' if i % 2 else 'temple'} {k}" for k in range(5)]
+        file = folder / "flickr8k" / f"Flickr_8k.{split}Images.txt"
+        file.write_text("\n".join([*names, "without_a_caption.png"]))
+    (folder / "flickr8k" / "Flickr8k.token.txt").write_text("\n".join(captions))
     return folder
 
 

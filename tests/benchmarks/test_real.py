@@ -1,169 +1,170 @@
-"""`python -m benchmarks.real`: measures, features after unmerge, results, times and their page."""
+"""`python -m benchmarks.real.tasks`: materials, measures, results, times; weights and picture."""
 
-import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
-import elip_models
-from benchmarks.real import __main__ as command
-from benchmarks.real import dinov2, evaluation
-from benchmarks.real.dinov2 import batches, photograph_paths
-from benchmarks.real.evaluation import features, finds_itself, patch_cosine, read_settings
-from elip_models.analysis import feature_measures
-from elip_models.analysis.feature_measures import NEIGHBOURS, cosine, neighbours
+from benchmarks.real import dinov2, materials, measures, tasks
+from benchmarks.real.features import features, read_settings
 from elip_models.intervals import bootstrap_interval
-from elip_models.reduction.strategies import Dense
 from elip_models.saving.open_model import open_model
+from tests.benchmarks.conftest import CAPTIONED, SPLITS
 from tests.benchmarks.weights import needs_weights
 from tests.project.test_docs import script
-
-N = 12  # photographs of `folder`
 
 
 @pytest.fixture
 def results(folder, model, monkeypatch, tmp_path):
-    """Return a function that runs the command with the small model, and returns its JSON."""
+    """Return a function that runs the command with a small model and small texts."""
     monkeypatch.setattr(dinov2, "timm_model", lambda: model)
-    monkeypatch.setattr(command, "onnx_error", lambda model, paths: {"images": len(paths)})
+    vectors = {"temple": torch.eye(4)[0], "flower": torch.eye(4)[1]}
+
+    def text_features(captions, folder):
+        return torch.stack([vectors[caption.split()[1]] for caption in captions])
+
+    monkeypatch.setattr(materials, "text_features", text_features)
 
     def run(*arguments):
         output = tmp_path / "results.json"
-        assert command.main([str(folder), "--output", str(output), *map(str, arguments)]) == 0
+        assert tasks.main([str(folder), "--output", str(output), *map(str, arguments)]) == 0
         return json.loads(output.read_text())
 
     return run
 
 
-def features_of(model, setting, images):
-    (setting,) = read_settings(setting, model)
-    return features(setting.unreduced, [images], setting.summary, lambda _: None), setting
+def test_materials_are_read_in_order_with_labels_and_captions(folder, tmp_path):
+    split = materials.clothes(folder, "train")
+    assert [path.parent.name for path in split.paths] == ["flower"] * 5 + ["temple"] * 5
+    assert split.labels.tolist() == [0] * 5 + [1] * 5
+    captioned = materials.flickr8k(folder, "dev")
+    assert [path.name for path in captioned.paths][:2] == ["dev0.png", "dev1.png"]
+    assert len(captioned.paths) == CAPTIONED["dev"]
+    assert captioned.captions[:6] == [*(f"a temple {k}" for k in range(5)), "a flower 0"]
+    with pytest.raises(FileNotFoundError, match="folder: expected photographs in"):
+        materials.clothes(tmp_path, "train")
 
 
-def test_equal_features_have_the_best_value_of_each_measure():
-    dense = torch.randn(30, 8)
-    for measure in (cosine, neighbours, finds_itself):
-        torch.testing.assert_close(measure(dense, 3 * dense), torch.ones(30))
-    patches = torch.randn(30, 5, 8)
-    torch.testing.assert_close(patch_cosine(patches, 3 * patches), torch.ones(30))
-    assert finds_itself(torch.eye(30), torch.eye(30).roll(1, 0)).sum() == 0
+def test_recalls_of_hand_computed_ranks():
+    """Image 1 ranks a caption of image 0 first; caption 5, of image 1, ranks image 0 first."""
+    maps = measures.RetrievalMaps(
+        measures.Scale(torch.zeros(2), torch.ones(2)), torch.eye(2), torch.eye(2)
+    )
+    images = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    texts = torch.tensor([[1.0, 0.0]] * 4 + [[0.6, 0.8]] + [[1.0, 0.05]] + [[0.0, 1.0]] * 4)
+    recalls = maps.recalls(images, texts)
+    assert recalls["text_to_image_r1"].tolist() == pytest.approx([0.8, 0.8])
+    assert recalls["image_to_text_r1"].tolist() == [1, 0]
+    assert recalls["text_to_image_r5"].tolist() == recalls["image_to_text_r5"].tolist() == [1, 1]
 
 
-def test_neighbours_are_counted_against_a_plain_form():
-    dense, reduced = torch.randn(30, 8), torch.randn(30, 8)
-
-    def nearest(features, i):
-        unit = features / features.norm(dim=1, keepdim=True)
-        order = sorted(range(30), key=lambda j: -float(unit[i] @ unit[j]))
-        return set([j for j in order if j != i][:NEIGHBOURS])
-
-    shares = [len(nearest(dense, i) & nearest(reduced, i)) / NEIGHBOURS for i in range(30)]
-    torch.testing.assert_close(neighbours(dense, reduced), torch.tensor(shares))
-    with pytest.raises(ValueError, match=r"images: expected more than 10, .* got 10"):
-        neighbours(torch.randn(10, 4), torch.randn(10, 4))
-
-
-def test_photographs_come_in_the_order_of_their_list(tmp_path):
-    with pytest.raises(ValueError, match="expected photographs, got none in"):
-        photograph_paths(tmp_path)
-    for i, name in enumerate(("b.jpg", "a.jpg", "c.png")):
-        Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(tmp_path / name)
-    (tmp_path / "names.txt").write_text("c.png\nabsent.jpg\nb.jpg\n")
-    assert [path.name for path in photograph_paths(tmp_path)] == ["a.jpg", "b.jpg", "c.png"]
-    listed = photograph_paths(tmp_path, tmp_path / "names.txt")
-    assert [path.name for path in listed] == ["c.png", "b.jpg"]
-    (images,) = batches(listed, pixels=28)
-    assert images.shape == (2, 3, 28, 28) and images[0].mean() > images[1].mean()
+def test_neighbours_vote_as_scikit_learn_does():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(60, 8, generator=generator)
+    labels = torch.randint(3, (60,), generator=generator)
+    points = torch.randn(40, 8, generator=generator)
+    oracle = KNeighborsClassifier(
+        measures.NEIGHBOURS, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)
+    )
+    expected = oracle.fit(train, labels).predict(points)
+    correct = measures.knn_correct(points, torch.from_numpy(expected), train, labels)
+    assert correct.mean() == 1
 
 
-@pytest.mark.parametrize("text", ["tome 0.5", "elip:merge=nearest 0.6", "tome:r=9"])
-def test_the_features_are_those_of_the_reduced_model(model, text):
-    images = torch.randn(2, 3, 224, 224)
-    result, setting = features_of(model, text, images)
+def test_a_probe_and_maps_learn_what_can_be_learnt(monkeypatch):
+    monkeypatch.setattr(measures, "BATCH", 15)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 3
+    points = torch.eye(16)[labels] + 0.03 * torch.randn(120, 16, generator=generator)
+    probe = measures.fitted_probe(points[:60], labels[:60], points[60:90], labels[60:90])
+    assert probe.correct(points[90:], labels[90:]).mean() == 1
+    assert probe.correct(points[90:], (labels[90:] + 1) % 3).mean() == 0
+    images = torch.randn(200, 16, generator=generator)
+    rotated = images @ torch.randn(16, 12, generator=generator)
+    maps = measures.RetrievalMaps.fit(images[:150], rotated[:150].repeat_interleave(5, 0))
+    recalls = maps.recalls(images[150:], rotated[150:].repeat_interleave(5, 0))
+    assert recalls["text_to_image_r5"].mean() > 0.9
+
+
+@pytest.mark.parametrize("text", ["tome 0.5", "tome:r=9", "resize:size=112"])
+def test_features_are_those_of_the_reduced_model_and_are_computed_once(
+    folder, model, monkeypatch, tmp_path, text
+):
+    _, setting = read_settings(text, model)
+    paths = materials.clothes(folder, "test").paths
+    counts = []
+    found = features(setting, paths, tmp_path, seed=0, advance=counts.append)
+    (images,) = dinov2.batches(paths)
     with torch.no_grad():
-        tokens, _ = setting.model.forward_intermediates(images, indices=1, output_fmt="NLC")
-        torch.testing.assert_close(result.cls, setting.model(images))
-    torch.testing.assert_close(result.patches, tokens[:, 1:])
+        torch.testing.assert_close(found, setting.model(images))
+    monkeypatch.setattr(setting.model, "forward", None)
+    again = features(setting, paths, tmp_path, seed=0, advance=counts.append)
+    assert torch.equal(found, again) and counts == [len(paths)]
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_dropped_patches_have_no_features_and_those_of_a_smaller_image_are_interpolated(model):
-    images = torch.randn(2, 3, 224, 224)
-    assert features_of(model, "elip:merge=none 0.6", images)[0].patches is None
-    result, setting = features_of(model, "resize:size=112", images)
-    tokens = elip_models.encode_image(model, images, strategy=setting.summary.strategy)
-    assert tokens.shape[1] == 1 + 7 * 7 and result.patches.shape == (2, 196, 24)
-    corners = [result.patches[:, i] for i in (0, 13, 182, 195)]
-    torch.testing.assert_close(torch.stack(corners, 1), tokens[:, [1, 7, 43, 49]])
+def test_the_results_of_a_setting_are_paired_with_dense(folder, model, results):
+    document = results("--own", "--settings", "tome 0.5, resize 0.5, random 0.3")
+    assert document["split"] == "validation"
+    assert document["photographs"]["clothes"]["measured"] == 2 * SPLITS["validation"]
+    tome, _, random = document["settings"]
+    assert 0.4 < tome["flops"] < 0.6 and random["cosine"]["mean"] < tome["cosine"]["mean"] < 1
+    assert set(tome["difference"]) == {*tasks.TASKS, tasks.OWN}
+    for name, difference in tome["difference"].items():
+        gap = tome[name]["mean"] - document["dense"][name]["mean"]
+        assert difference["mean"] == pytest.approx(gap, abs=2e-5)
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+    tested = results("--test", "--settings", "tome 0.5, resize 0.5")
+    assert tested["split"] == "test" and "top1_own" not in tested["dense"]
+    assert tested["rank_correlation"] == {}
 
 
-def test_a_model_that_reduces_nothing_and_a_folder_of_a_trained_one(model, results, tmp_path):
-    trained = elip_models.reduce_(copy.deepcopy(model), "tome", keep=0.5)
-    with torch.no_grad():
-        trained.blocks[0].mlp.fc1.weight.mul_(1.5)
-    elip_models.save_reduced(trained, tmp_path / "trained-0.5")
-    settings = f"tome:r=0, tome 0.5, {tmp_path}/trained-0.5"
-    dense, plain, other = results("--images", N, "--settings", settings)["settings"]
-    assert dense["flops"] == dense["kept"] == 1
-    for name in evaluation.MEASURES:
-        assert dense[name] == {"mean": 1.0, "low": 1.0, "high": 1.0}, name
-    assert (other["setting"], other["flops"]) == ("trained-0.5", plain["flops"])
-    assert other["cosine"]["mean"] != plain["cosine"]["mean"]
+def test_intervals_are_of_the_differences_by_image():
+    generator = torch.Generator().manual_seed(0)
+    dense = (torch.rand(50, generator=generator) < 0.7).double()
+    reduced = (torch.rand(50, generator=generator) < 0.6).double()
+    found = tasks.means({"top1": reduced - dense})["top1"]
+    expected = bootstrap_interval((reduced - dense).numpy())._asdict()
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_differences_are_paired_by_image(folder, model, results):
-    options = ("--settings", "tome 0.5, evit:merge=none 0.5", "--against", "tome 0.5")
-    tome, evit = results("--images", N, *options)["settings"]
-    assert evit["patches"] is None and "difference" not in tome
-    images = list(batches(photograph_paths(folder)))
-    dense = torch.cat([elip_models.encode_image(model, b, strategy=Dense()) for b in images])
-    cosines = [
-        cosine(dense[:, 0], features_of(model, text, torch.cat(images))[0].cls)
-        for text in ("evit:merge=none 0.5", "tome 0.5")
+def test_cosine_may_order_settings_as_a_task_does_or_not():
+    rising = [{"mean": value} for value in (0.1, 0.2, 0.3)]
+    entries = [
+        dict.fromkeys((*tasks.TASKS, "neighbours"), value) | {"cosine": other}
+        for value, other in zip(rising, reversed(rising), strict=True)
     ]
-    gap = (cosines[0] - cosines[1]).detach().double()
-    expected = bootstrap_interval(gap.numpy())._asdict()
-    assert evit["difference"]["cosine"] == pytest.approx(expected, abs=2e-5)
-
-
-def test_sets_are_disjoint_and_their_neighbours_are_their_own(monkeypatch, results):
-    monkeypatch.setattr(feature_measures, "NEIGHBOURS", 3)
-    (row,) = results("--images", 5, "--sets", 2, "--settings", "resize 0.5")["settings"]
-    for name in evaluation.MEASURES:
-        assert len(row["by_set"][name]) == 2
-        assert row[name]["mean"] == pytest.approx(sum(row["by_set"][name]) / 2, abs=2e-5)
+    found = tasks.correlations(entries)
+    assert found["cosine"] == dict.fromkeys(tasks.TASKS, -1.0)
+    assert found["neighbours"] == dict.fromkeys(tasks.TASKS, 1.0)
 
 
 def test_times_are_added_to_results(results):
-    before = results("--images", N, "--settings", "tome 0.5, resize 0.5")
+    before = results("--settings", "tome 0.5, resize 0.5")
     document = results("--time", "--rounds", 2)
     added = document.pop("time")
     assert document == before
-    assert list(added["by_threads"]) == ["1", "2"]
-    for times in added["by_threads"].values():
-        assert list(times["ratios"]) == ["dense", "tome 0.5", "resize 0.5"]
-        assert times["ratios"]["dense"] == 1 and min(times["milliseconds"].values()) > 0
+    runs = [(run["threads"], run["batch"]) for run in added["runs"]]
+    assert runs == [(1, 1), (1, 8), (2, 1), (2, 8)]
+    for run in added["runs"]:
+        assert list(run["ratios"]) == ["dense", "tome 0.5", "resize 0.5"]
+        assert run["ratios"]["dense"] == 1 and min(run["milliseconds"].values()) > 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "7", "--sets", "2"], "sets of 1 to 12 photographs in all"),
         (["--settings", "tome 0.5, tome 0.5"], "expected each once, got 'tome 0.5' twice"),
-        (
-            ["--settings", "tome 0.5", "--against", "tome 0.6"],
-            "against: expected one of the settings, got 'tome 0.6'",
-        ),
         (["--time"], "time: expected --output"),
     ],
 )
-def test_wrong_arguments_are_refused_before_the_run(
-    folder, model, monkeypatch, capsys, arguments, message
-):
+def test_wrong_arguments_are_refused(folder, model, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(dinov2, "timm_model", lambda: model)
     with pytest.raises(SystemExit, match="2"):
-        command.main([str(folder), "--images", str(N), *arguments])
+        tasks.main([str(folder), *arguments])
     assert message in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.evit import EViT
 from elip_models.reduction.strategies.guided_tome import GuidedToMe
 from elip_models.reduction.strategies.resize import ImageResize
+from elip_models.reduction.strategies.resize_merge import ResizeMerge
 from elip_models.reduction.strategies.token_merging import TokenMerging
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Strategy
@@ -30,6 +31,7 @@ __all__ = [
     "ImageResize",
     "PatchDropout",
     "RandomPruning",
+    "ResizeMerge",
     "ToMe",
     "TokenMerging",
 ]
@@ -39,6 +41,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     for strategy in (
         TokenMerging,
         ToMe,
+        ResizeMerge,
         GuidedToMe,
         ImageResize,
         EViT,

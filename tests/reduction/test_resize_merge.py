@@ -1,0 +1,80 @@
+"""`resize_merge`: the tower of a smaller image, whose tokens merge; one `keep` sets both."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+
+import elip_models
+from elip_models import ResizeMerge, TokenMerging
+from elip_models.reduction.flops import at_keep, inference_ratio, kept_share
+from elip_models.reduction.strategies import ImageResize
+from elip_models.towers import TowerSize, as_tower
+from tests.helpers.towers import plain_vit
+
+SMALL = TowerSize((224, 224), 256, 1, width=384, hidden=1536, heads=6, depth=12)
+"""Of a ViT-S/14."""
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return plain_vit(depth=6).eval()
+
+
+def test_it_merges_the_tokens_of_a_model_for_smaller_images(model):
+    side = as_tower(model).image_size[0]
+    images = torch.randn(2, 3, side, side)
+    resize = ImageResize(size=side // 2)
+    smaller = plain_vit(depth=6, img_size=side // 2).eval()
+    grid = (side // 16, side // 16)
+    positions = resample_abs_pos_embed(model.pos_embed, grid, num_prefix_tokens=1)
+    smaller.load_state_dict(model.state_dict() | {"pos_embed": positions})
+    expected = elip_models.encode_image(
+        smaller, resize.resize(as_tower(model), images), strategy=TokenMerging(r=1)
+    )
+    strategy = ResizeMerge(size=side // 2, r=1)
+    assert strategy.token_counts(as_tower(model).size)[0].attention == 10
+    found = elip_models.encode_image(model, images, strategy=strategy)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["resize", "merge"])
+def test_each_part_alone_is_the_other_strategy(model, other):
+    tower = as_tower(model)
+    height = tower.image_size[0] // 2
+    parts = {
+        "resize": (ResizeMerge(size=height, r=0), ImageResize(size=height)),
+        "merge": (ResizeMerge(r=2), TokenMerging(r=2)),
+    }
+    images = torch.randn(2, 3, *tower.image_size)
+    one, two = (elip_models.encode_image(model, images, strategy=each) for each in parts[other])
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.6, 0.5, 0.4, 0.3])
+def test_keep_sets_image_and_merges(keep):
+    strategy = at_keep(ResizeMerge(), SMALL, keep)
+    assert kept_share(strategy, SMALL) == pytest.approx(keep, rel=0.02)
+    assert strategy.size < 224 and strategy.r > 0
+    assert inference_ratio(strategy, SMALL) == pytest.approx(keep, abs=0.06)
+    given = at_keep(ResizeMerge(size=196), SMALL, min(keep, 0.7))
+    assert given.size == 196 and kept_share(given, SMALL) == pytest.approx(min(keep, 0.7), rel=0.02)
+
+
+def test_the_cost_falls_with_the_strength():
+    costs = [inference_ratio(ResizeMerge().at_strength(SMALL, i / 50), SMALL) for i in range(51)]
+    assert costs[0] == 1 and all(b <= a + 0.005 for a, b in pairwise(costs))
+
+
+def test_a_reduced_model_trains_and_reads_images_of_another_size():
+    torch.manual_seed(0)
+    model = plain_vit(depth=4, dynamic_img_size=True)
+    elip_models.reduce_(model, strategy="resize_merge", keep=0.5)
+    side = as_tower(model).image_size[0]
+    model(torch.randn(2, 3, side, side)).sum().backward()
+    assert all(weight.grad is not None for weight in model.blocks.parameters())
+    with elip_models.record_stages(model) as infos:
+        model.eval()(torch.randn(1, 3, side, 2 * side))
+    assert infos and infos[0].sizes.shape[1] > 0
