@@ -146,6 +146,11 @@ def _attention_half(tower: Tower, i: int, tokens: Tensor) -> Tensor:
         return tower.attend(i, tokens)
 
 
+def _block(tower: Tower, i: int, tokens: Tensor) -> Tensor:
+    """Run block i; its output is used for scoring alone."""
+    return tower.run_block_without_hooks(i, tokens)
+
+
 def _after(
     tower: Tower,
     before: Sequence[int],
@@ -153,7 +158,7 @@ def _after(
     tokens: Tensor,
     query: Query,
     *,
-    run: Callable[[Tower, int, Tensor], Tensor] = Tower.run_block_without_hooks,
+    run: Callable[[Tower, int, Tensor], Tensor] = _block,
 ) -> ScoringInput:
     """Return the inputs of the CLS row of block `target` after running the blocks `before`.
 

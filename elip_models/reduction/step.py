@@ -337,8 +337,8 @@ def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
 @_cached
 def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
     """Return the number of tokens that enter each block, and of those that leave the last."""
-    counts = strategy.token_counts(size)
-    return counts[0].attention, *(layer.mlp for layer in counts)
+    entering = strategy.resized(size).num_tokens
+    return entering, *(layer.mlp for layer in strategy.token_counts(size))
 
 
 def keeps_of(

@@ -80,7 +80,7 @@ def test_every_strategy_names_the_field_that_keep_sets():
         model = plain_vit()
         found, default = cls().at_keep(model, 0.7), cls()
         changed = {name for name in vars(found) if vars(found)[name] != vars(default)[name]}
-        assert cls.keep_field in changed <= {cls.keep_field, "without_text"}
+        assert cls.keep_field in changed <= {cls.keep_field, "without_text", "size"}
 
 
 SHARE = {"keep": None, "flops": 0.7}
@@ -111,7 +111,7 @@ def test_the_command_line_refuses_both_too():
     [
         ({"scorer": "exact"}, "has no such option", "'elip', 'adaptive', 'trips'"),
         ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'guided_tome', 'elip'"),
-        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'guided_tome'"),
+        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'resize_merge', 'guided_tome'"),
     ],
     ids=str,
 )

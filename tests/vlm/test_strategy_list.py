@@ -37,7 +37,8 @@ def test_the_list_of_a_model_has_the_reasons():
     assert reasons(plain_vit()) == needs
     no_cls = {"evit": "the tower has no CLS token, whose attention selects and fuses"}
     assert reasons(siglip_vision()) == needs | no_cls
-    grid = {"resize": "its language model has a token for each patch of the image"}
+    reason = "its language model has a token for each patch of the image"
+    grid = dict.fromkeys(("resize_merge", "resize"), reason)
     video = {"evs": "it has no tokens of videos: it reads images, or each frame as an image"}
     assert reasons(build("llava")[0]) == grid | video
     with pytest.raises(TypeError, match="got ResNet"):

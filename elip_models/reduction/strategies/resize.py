@@ -54,15 +54,22 @@ class ImageResize(Strategy):
         self.pixels(size)
         return ()
 
+    def resized(self, size: TowerSize) -> TowerSize:
+        """Return the size of the tower that reads the resized image."""
+        if self.size == size.image[0]:  # it is that of the resized image
+            return size
+        height, width = pixels = self.pixels(size)
+        patches = (height // size.patch) * (width // size.patch)
+        return size._replace(image=pixels, num_patches=patches)
+
     def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens of the resized image in every block."""
-        height, width = self.pixels(size)
-        tokens = size.num_prefix_tokens + (height // size.patch) * (width // size.patch)
+        tokens = self.resized(size).num_tokens
         return (TokenCounts(tokens, tokens),) * size.depth
 
     def embed_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of the patch embedding of the resized image."""
-        return size._replace(image=self.pixels(size)).embed_flops()
+        return self.resized(size).embed_flops()
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) resized to (B, 3, h, w)."""

@@ -48,12 +48,7 @@ class ResizeMerge(TokenMerging):
 
     def resized(self, size: TowerSize) -> TowerSize:
         """Return the size of the tower that reads the smaller image."""
-        image = self._image(size)
-        if image.size == size.image[0]:  # it is that of the smaller image
-            return size
-        height, width = pixels = image.pixels(size)
-        patches = (height // size.patch) * (width // size.patch)
-        return size._replace(image=pixels, num_patches=patches)
+        return self._image(size).resized(size)
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
@@ -61,15 +56,17 @@ class ResizeMerge(TokenMerging):
 
     def embed_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of the patch embedding of the resized image."""
-        return self._image(size).embed_flops(size)
+        return self.resized(size).embed_flops()
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return one stage per block, from the first that merges."""
-        return super().stages(self.resized(size))
+        whole = self.with_rate(size)
+        return super(ResizeMerge, whole).stages(whole.resized(size))
 
     def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens in each block, beginning with those of the resized image."""
-        return super().token_counts(self.resized(size))
+        whole = self.with_rate(size)
+        return super(ResizeMerge, whole).token_counts(whole.resized(size))
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with a smaller image, if its size is open, and a share of merges."""
