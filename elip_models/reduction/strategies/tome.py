@@ -15,7 +15,7 @@ from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategy import Context, StageInfo, Strategy, counts_of
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.merge import Merge
-from elip_models.validation import Count, Rate, check_fields
+from elip_models.validation import Count, Rate, Share, check_fields
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class ToMe(Strategy):
             whose values do not change. For models that read no patch of the last block.
         position: the position of a merged token, where blocks rotate by it: that of the token that
             others merged into ('kept'), or the mean by size ('mean'), whose rotation is computed.
+        decrease: the first block merges 1 + decrease times as many tokens as the mean block, the
+            last one 1 - decrease times, and the others between them: 0 is the constant schedule of
+            the paper, 1 its decreasing one. No effect on one number per block.
     """
 
     name: ClassVar[str] = "tome"
@@ -57,6 +60,7 @@ class ToMe(Strategy):
     keep_norm: bool = False
     class_token_only: bool = False
     position: Literal["kept", "mean"] = "kept"
+    decrease: Share = 0.0
 
     @property
     def drops_patches(self) -> bool:
@@ -79,15 +83,15 @@ class ToMe(Strategy):
 
     def _merged_per_block(self, size: TowerSize) -> tuple[int, ...]:
         """Return how many tokens each block merges away."""
-        r = self.with_rate(size).r
-        if isinstance(r, float):
-            total = round(r * size.depth * size.num_patches)
-            bounds = [total * i // size.depth for i in range(size.depth + 1)]
-            return tuple(b - a for a, b in pairwise(bounds))
-        merges = r if isinstance(r, tuple) else (r,) * size.depth
-        if len(merges) != size.depth:
-            raise ValueError(f"r: expected {size.depth} numbers, one a block, got {len(merges)}")
-        return merges
+        r, depth = self.with_rate(size).r, size.depth
+        if isinstance(r, tuple):
+            if len(r) != depth:
+                raise ValueError(f"r: expected {depth} numbers, one a block, got {len(r)}")
+            return r
+        total = round(r * depth * size.num_patches) if isinstance(r, float) else r * depth
+        slope = self.decrease / max(depth - 1, 1)
+        bounds = [int(total * i / depth * (1 + slope * (depth - i))) for i in range(depth + 1)]
+        return tuple(b - a for a, b in pairwise(bounds))
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return one stage per block, from the first that merges."""
