@@ -55,7 +55,7 @@ def clothes(folder: Path, split: str) -> LabelledSplit:
 
 
 def flickr8k(folder: Path, split: str) -> CaptionedSplit:
-    """Return the split 'train', 'dev' or 'test' of Flickr8k."""
+    """Return the split 'train', 'dev' or 'test' of Flickr8k, without names that have no file."""
     root = folder / "flickr8k"
     captions: dict[str, list[str]] = {}
     for line in (root / "Flickr8k.token.txt").read_text().splitlines():
@@ -63,6 +63,7 @@ def flickr8k(folder: Path, split: str) -> CaptionedSplit:
         captions.setdefault(name.partition("#")[0], []).append(caption)
     names = (root / f"Flickr_8k.{split}Images.txt").read_text().split()
     names = [name for name in names if len(captions.get(name, ())) >= CAPTIONS]
+    names = [name for name in names if (root / "images" / name).is_file()]
     return CaptionedSplit(
         [root / "images" / name for name in names],
         [caption for name in names for caption in captions[name][:CAPTIONS]],

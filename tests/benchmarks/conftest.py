@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
             write(folder / "flickr8k" / "images" / name, i % 2)
             captions += [f"{name}#{k}\ta {'flower' if i % 2 else 'temple'} {k}" for k in range(5)]
         file = folder / "flickr8k" / f"Flickr_8k.{split}Images.txt"
-        file.write_text("\n".join([*names, "without_a_caption.png"]))
+        file.write_text("\n".join([*names, "without_a_caption.png", "without_a_file.png"]))
+        captions += [f"without_a_file.png#{k}\ta temple {k}" for k in range(5)]
     (folder / "flickr8k" / "Flickr8k.token.txt").write_text("\n".join(captions))
     return folder
 
