@@ -3,8 +3,8 @@
 python docs/readme_table.py             # rewrite the block between the two markers
 python docs/readme_table.py --check     # exit status 1 if the block is stale
 
-Times come from `benchmarks/results/DEVICE`, features from `benchmarks/results/real`, the accuracy
-of a trained model from `benchmarks/results/studies`.
+Times of towers come from `benchmarks/results/DEVICE`, the pretrained model from
+`benchmarks/results/real`, the accuracy of a trained model from `benchmarks/results/studies`.
 """
 
 import argparse
@@ -25,17 +25,12 @@ from elip_models.saving.files import read_object
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-THREADS = "2"  # of the times of the pretrained model
+BATCH, THREADS = 8, 2
+"""Of the times of the pretrained model."""
 TOP1, LOSS = "reduced.top1", "reduced.contrastive_loss"
-MEASURES = ("cosine", "neighbours")
-FINAL = "merge:class_token_only=true"
-STRATEGY_TEXTS = {name: strategy.summary for name, strategy in STRATEGIES.items()} | {
-    FINAL: "as `merge`; the last block computes only the class token"
-}
-LABELS = {  # of strategies in the results of photographs, if another than the name
-    "merge": "tome:compare=tokens,keep_norm=true",
-    FINAL: "tome:compare=tokens,keep_norm=true,class_token_only=true",
-}
+TASKS = {"top1": "top-1", "text_to_image_r5": "R@5"}
+RATES = (0.7, 0.5, 0.35)
+SHOWN = ("resize_merge", "resize", "merge", "tome", "evit", "elip", "random")
 PICTURE = (
     "![A photograph of a pagoda by a lake, then the same picture as 127 and as 11 areas of one "
     "colour](docs/merged_tokens.png)\n\n"
@@ -54,67 +49,90 @@ class OutdatedText(Exception):
 
 def block(results: Path) -> str:
     """Return the result in a sentence, a picture, the table and its explanation, and findings."""
-    photographs = read_object(results / "real" / "dinov2_s_flickr8k_strategies.json")
-    settings = {row["setting"]: row for row in photographs["settings"]}
-    ratios = photographs["time"]["by_threads"][THREADS]["ratios"]
-    training = max(strategy_entries(results, "training"), key=batch_size)
+    tasks = read_object(results / "real" / "tasks_test.json")
     quality = read_results(results / "studies" / "quality.json")
-    header = ["strategy", "what it does", "cosine", "neighbours kept", "time", "training time"]
-    rows = []
-    for name in sorted(STRATEGY_TEXTS, key=lambda name: -neighbours(settings, name)):
-        if (setting := setting_of(name, 0.5)) in settings:
-            measures = [share(settings[setting][measure]) for measure in MEASURES]
-            times = f"{ratios[setting]:.2f}", time_cell(training, name)
-            rows.append([f"`{name}`", STRATEGY_TEXTS[name], *measures, *times])
     return "\n\n".join(
         [
-            in_a_sentence(photographs, settings, read_object(results / "real" / "collection.json")),
+            in_a_sentence(tasks),
             PICTURE,
-            note(photographs, settings, training),
-            table(header, rows, left=2),
-            rates(settings, ratios),
+            note(tasks),
+            strategy_table(tasks),
             "\n".join(f"- {line}" for line in findings(quality, results)),
         ]
     )
 
 
-def setting_of(name: str, keep: float) -> str:
-    """Return the label of a strategy at a rate in the results of photographs."""
-    return f"{LABELS.get(name, name)} {keep:g}"
+def rows_by_setting(tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the results by setting, with the time of each."""
+    run = next(
+        run for run in tasks["time"]["runs"] if (run["batch"], run["threads"]) == (BATCH, THREADS)
+    )
+    return {
+        row["setting"]: row | {"time": run["ratios"][row["setting"]]} for row in tasks["settings"]
+    }
 
 
-def neighbours(settings: dict[str, dict[str, Any]], name: str) -> float:
-    """Return the neighbours that a strategy keeps at half of the tokens; -1 if not measured."""
-    row = settings.get(setting_of(name, 0.5))
-    return -1.0 if row is None else row["neighbours"]["mean"]
-
-
-def in_a_sentence(
-    photographs: dict[str, Any], settings: dict[str, dict[str, Any]], collection: dict[str, Any]
-) -> str:
+def in_a_sentence(tasks: dict[str, Any]) -> str:
     """Return what the default setting saves and costs."""
-    setting, times = setting_of(DEFAULT.name, DEFAULT_KEEP), photographs["time"]
-    row, ratio = settings[setting], times["by_threads"][THREADS]["ratios"][setting]
-    many = collection["reduced"]
-    if many["keep"] != DEFAULT_KEEP or setting_of(many["strategy"], DEFAULT_KEEP) not in settings:
-        raise OutdatedText(f"{__file__}: expected {DEFAULT_KEEP} in collection.json, got {many}")
-    few = settings[setting_of(many["strategy"], DEFAULT_KEEP)]
+    row = rows_by_setting(tasks)[f"{DEFAULT.name} {DEFAULT_KEEP}"]
+    photographs = tasks["photographs"]
     return (
         f"**By default, `reduce_` applies `{DEFAULT.name}` with `keep={DEFAULT_KEEP}`. A "
-        f"pretrained DINOv2 ViT-S, not trained further, then takes {ratio:.2f} of the dense time "
-        f"({row['flops']:.2f} of the FLOPs; batch {times['batch']}, {times['device']}). Of the ten "
-        f"nearest neighbours of a photograph, it keeps {row['neighbours']['mean']:.0%} among "
-        f"{photographs['photographs']['images']} photographs. The features have a mean cosine of "
-        f"{row['cosine']['mean']:.3f} with the dense ones.** `{many['strategy']}` at the same rate "
-        f"keeps {few['neighbours']['mean']:.0%} of them, and {many['recall_at_10']['mean']:.0%} "
-        f"among {collection['photographs']:,} photographs "
-        "([scaling](docs/scaling.md#a-collection-of-a-billion-images))."
+        f"pretrained DINOv2 ViT-S, not trained further, then takes {row['time']:.2f} of the dense "
+        f"time ({row['flops']:.2f} of the FLOPs; batch {BATCH}, {tasks['time']['device']}). The "
+        "top-1 accuracy of a linear probe changes by "
+        f"{points(row['difference']['top1'])} points, R@5 of text-image retrieval by "
+        f"{points(row['difference']['text_to_image_r5'])}** (95% intervals over "
+        f"{photographs['clothes']['measured']} and {photographs['flickr8k']['measured']} "
+        "photographs)."
     )
 
 
-def share(measured: dict[str, float]) -> str:
-    """Return '0.458 (0.445 to 0.470)'."""
-    return "{mean:.3f} ({low:.3f} to {high:.3f})".format(**measured)
+def points(interval: dict[str, float]) -> str:
+    """Return '−1.4 (−3.5 to 0.8)' in points."""
+    mean, low, high = (100 * interval[end] for end in ("mean", "low", "high"))
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f})".replace("-", "−")
+
+
+def note(tasks: dict[str, Any]) -> str:
+    """Return the explanation of the table."""
+    dense, photographs = tasks["dense"], tasks["photographs"]
+    errors = [
+        100 * (row["difference"][task]["high"] - row["difference"][task]["low"]) / 2
+        for row in tasks["settings"]
+        for task in TASKS
+    ]
+    return (
+        f"Points that {tasks['model'].split(',')[0]} loses or gains against dense, without "
+        f"training: **top-1** of a linear probe of dense features on "
+        f"{photographs['clothes']['measured']} photographs of clothes (dense: "
+        f"{100 * dense['top1']['mean']:.1f}), and **R@5** of text-to-image retrieval among "
+        f"{photographs['flickr8k']['measured']} photographs of Flickr8k (dense: "
+        f"{100 * dense['text_to_image_r5']['mean']:.1f}). The 95% intervals are at most "
+        f"±{max(errors):.1f} points wide ([all results](docs/real_model.md)). **Time** is relative "
+        f"to dense at batch {BATCH}, {THREADS} threads, {tasks['time']['device']}. `elip` has no "
+        "text here and selects by the image alone."
+    )
+
+
+def strategy_table(tasks: dict[str, Any]) -> str:
+    """Return points of top-1 and R@5, and the time, of each strategy at each rate."""
+    settings = rows_by_setting(tasks)
+    rows = [
+        [f"`{name}`", STRATEGIES[name].summary]
+        + [cell(settings.get(f"{name} {keep}")) for keep in RATES]
+        for name in SHOWN
+    ]
+    header = ["top-1, R@5 (time)", "", *(f"`keep={keep}`" for keep in RATES)]
+    return table(header, rows, left=2)
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Return '−0.3, −1.1 (0.71)', or a dash."""
+    if row is None:
+        return "–"
+    gaps = (f"{100 * row['difference'][task]['mean']:+.1f}" for task in TASKS)
+    return f"{', '.join(gaps)} ({row['time']:.2f})".replace("-", "−")
 
 
 def strategy_entries(results: Path, direction: str) -> list[dict[str, Any]]:
@@ -135,62 +153,6 @@ def batch_size(entry: dict[str, Any]) -> int:
 def is_reduced(entry: dict[str, Any], name: str) -> bool:
     """Return whether a strategy needs fewer FLOPs than the dense model in this direction."""
     return entry["strategy_flops"][name] < 1
-
-
-def time_cell(entry: dict[str, Any], name: str) -> str:
-    """Return a time ratio with "no gain" if it is one, or a dash if it was not measured."""
-    ratio = entry["ratios"].get(name)
-    if ratio is None:
-        return "–"
-    return f"{ratio:.2f}" + (" no gain" if no_gain(ratio) else "")
-
-
-def note(
-    photographs: dict[str, Any], settings: dict[str, dict[str, Any]], training: dict[str, Any]
-) -> str:
-    """Return the explanation of the columns: models, images, devices and sizes."""
-    source, times = photographs["photographs"], photographs["time"]
-    costs = [row["flops"] for row in settings.values() if row["setting"].endswith(" 0.5")]
-    count = source["images"] * source["sets"]
-    measured = [name for name in STRATEGIES if name in training["ratios"]]
-    others = [name for name in measured if setting_of(name, 0.5) not in settings]
-    return "\n".join(
-        [
-            f"- **Cosine, neighbours kept, time**: {photographs['model'].split(',')[0]}, not "
-            f"trained further, with half of the tokens ({min(costs):.2f} to {max(costs):.2f} of "
-            f"the dense FLOPs), on {count} photographs of Flickr8k's test split in "
-            f"{source['sets']} sets. Cosine is that of the reduced and the dense CLS feature. "
-            f"[Neighbours kept](docs/glossary.md#neighbours-kept) are among {source['images']} "
-            "photographs. Time is relative to dense in inference at batch "
-            f"{times['batch']}, with {THREADS} threads on {times['device']}. `elip` has no text "
-            "here and selects by the image alone. In brackets: 95% confidence intervals over "
-            "images.",
-            f"- **Training time** is relative to the dense `{training['op']}`, "
-            f"{training['shape']['image']} px, {training['dtype']}, at {cost_range(training)} of "
-            f"its training FLOPs and batch {batch_size(training)}, on {training['device']}. For "
-            f"{in_words(others)} see [benchmarks](docs/benchmarks.md).",
-        ]
-    )
-
-
-def cost_range(entry: dict[str, Any]) -> str:
-    """Return '0.70 to 0.72', the FLOPs of all strategies of an entry."""
-    costs = [cost for name, cost in entry["strategy_flops"].items() if name in STRATEGIES]
-    return f"{min(costs):.2f} to {max(costs):.2f}"
-
-
-def rates(settings: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
-    """Return the table of neighbours and times at each rate."""
-    titles = {name: f"`{name}`" for name in ("tome", FINAL, "resize")}
-    rows = [
-        [f"`keep={keep}`"]
-        + [
-            f"{settings[setting]['neighbours']['mean']:.2f} ({ratios[setting]:.2f})"
-            for setting in (setting_of(name, keep) for name in titles)
-        ]
-        for keep in (0.7, 0.5, 0.35)
-    ]
-    return table(["neighbours kept (time)", *titles.values()], rows, left=1)
 
 
 def findings(quality: Document, results: Path) -> list[str]:
