@@ -1,10 +1,10 @@
 """A smaller image, whose most similar tokens are merged.
 
-    image   patches^(3/4): of `keep` = k of the tokens, the smaller image leaves k^0.75
-    merges  the rest, k^0.25, spread over the blocks as `TokenMerging` does
+    image   leaves sqrt(k) of the tokens, of `keep` = k
+    merges  leave sqrt(k) of those, spread over the blocks as `TokenMerging` does
 
-Either alone loses more at half of the FLOPs: merging, since its last blocks have few tokens left,
-and the smaller image, since it treats all areas alike.
+Either alone loses more at half of the FLOPs (docs/real_model.md): merging leaves the last blocks
+few tokens, and a smaller image treats all areas alike.
 """
 
 from dataclasses import dataclass, replace
@@ -19,9 +19,6 @@ from elip_models.reduction.strategies.token_merging import TokenMerging
 from elip_models.reduction.strategy import Strategy, least_share
 from elip_models.towers import Tower, TowerSize
 from elip_models.validation import PositiveInt
-
-IMAGE_SHARE = 0.75
-"""Exponent of the share of the tokens that the smaller image leaves."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class ResizeMerge(TokenMerging):
             return super().at_strength(self.resized(size), strength)
         kept = 1 - strength * (1 - least_share(size))
         rows = size.image[0] // size.patch
-        height = size.patch * max(1, round(rows * kept ** (IMAGE_SHARE / 2)))
+        height = size.patch * max(1, round(rows * kept**0.25))
         patches = replace(self, size=height).resized(size).num_patches
         merged = 2 * max(0.0, patches - kept * size.num_patches)  # half of them, on average
         per_block = round(merged) / (size.depth * patches)
