@@ -63,9 +63,9 @@ def test_keep_sets_image_and_merges(keep):
     assert fixed.size == 196 and kept_share(fixed, SMALL) == pytest.approx(min(keep, 0.7), rel=0.02)
 
 
-def test_the_cost_falls_with_the_strength():
+def test_the_cost_falls_with_the_strength_without_a_gap():
     costs = [inference_ratio(ResizeMerge().at_strength(SMALL, i / 50), SMALL) for i in range(51)]
-    assert costs[0] == 1 and all(b <= a + 0.005 for a, b in pairwise(costs))
+    assert costs[0] == 1 and all(-0.005 <= a - b < 0.035 for a, b in pairwise(costs))
 
 
 def test_a_reduced_model_trains():

@@ -8,6 +8,7 @@ and the smaller image, since it treats all areas alike.
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import ClassVar
 
 from torch import Tensor
@@ -77,7 +78,8 @@ class ResizeMerge(TokenMerging):
             return super().at_strength(self.resized(size), strength)
         kept = 1 - strength * (1 - least_share(size))
         rows = size.image[0] // size.patch
-        height = size.patch * max(1, round(rows * kept ** (IMAGE_SHARE / 2)))
+        least = ceil(rows * kept**0.5)  # rows of an image whose tokens need not merge
+        height = size.patch * max(least, round(rows * kept ** (IMAGE_SHARE / 2)))
         patches = resized_size(size, height).num_patches
         merged = 2 * max(0.0, patches - kept * size.num_patches)  # half of them, on average
         per_block = round(merged) / (size.depth * patches)
