@@ -1,8 +1,8 @@
 """Find the cheapest reduction of a model that changes its features of given images little.
 
-    found = elip_models.calibrate(model, images, labels=labels, tolerance=0.02)
-    print(found)                          # a table, and the choice as a sentence
-    found.save("calibrated.json")
+    calibration = elip_models.calibrate(model, images, labels=labels, tolerance=0.02)
+    print(calibration)                    # a table, and the choice as a sentence
+    calibration.save("calibrated.json")
     elip_models.reduce_(model, "calibrated.json")
 
 Each strategy is set to shares of the dense FLOPs between 0.95 and 0.30. A setting is within the

@@ -55,12 +55,12 @@ def test_labels_decide_what_calibrate_chooses():
     torch.manual_seed(0)
     model, labels = plain_vit().eval(), torch.arange(24) % 2
     pictures = images(24) * 0.1 + labels[:, None, None, None] * 3
-    found = calibrate(
+    calibration = calibrate(
         model, pictures, labels=labels, strategies=("tome", "resize"), tolerance=0.5, time=False
     )
-    assert found.metric == "top-1"
-    assert found.chosen.flops < 0.5 and found.chosen.loss.high <= 0.5
-    elip_models.reduce_(model, found.chosen.strategy)
+    assert calibration.metric == "top-1"
+    assert calibration.chosen.flops < 0.5 and calibration.chosen.loss.high <= 0.5
+    elip_models.reduce_(model, calibration.chosen.strategy)
     with pytest.raises(ValueError, match="expected one that reduce_ has not changed"):
         calibrate(model, pictures, labels=labels)
 
@@ -70,6 +70,7 @@ def test_labels_decide_what_calibrate_chooses():
     [
         ({"labels": [0, 1]}, TypeError, r"labels: expected an int64 tensor \(n,\), got"),
         ({"labels": torch.zeros(8).long()}, ValueError, "labels: expected at least two classes"),
+        ({"labels": torch.zeros(0).long()}, ValueError, "labels: expected at least two classes"),
         ({"labels": torch.arange(9)}, ValueError, "labels: expected 8, one an image, got 9"),
         (
             {"labels": torch.arange(8), "metric": "cosine"},
