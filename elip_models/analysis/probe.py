@@ -73,7 +73,7 @@ class ProbeLoss:
         """Draw the folds.
 
         Args:
-            labels: (n,) the class of each image, integers from 0.
+            labels: (n,) the class of each image, integers from 0, on any device.
             seed: of the draw.
 
         Raises:
@@ -87,7 +87,7 @@ class ProbeLoss:
                 "labels: expected at least two classes with numbers from 0, got "
                 f"{shortened(labels.unique().tolist())}"
             )
-        self.labels = labels
+        self.labels = labels.cpu()
         generator = torch.Generator().manual_seed(seed)
         self.folds = torch.randperm(len(labels), generator=generator).tensor_split(FOLDS)
         self._probes: list[Probe] = []
