@@ -38,14 +38,15 @@ def read_settings(text: str, model: nn.Module) -> list[Setting]:
     """Return dense and the settings of a line; a comma and a space separate them.
 
     Raises:
-        ValueError, TypeError: what `reduce_` raises, or a setting that is given twice.
+        ValueError, TypeError: what `reduce_` raises, or two settings of the same name.
     """
-    texts = [part.strip() for part in text.split(", ")]
-    repeated = {part for part in texts if texts.count(part) > 1}
-    if repeated:
-        raise ValueError(f"settings: expected each once, got {min(repeated)!r} twice")
     dense = Setting(DENSE, model, elip_models.reduction_summary(model))
-    return [dense, *(_read_setting(part, model) for part in texts)]
+    settings = [dense, *(_read_setting(part.strip(), model) for part in text.split(", "))]
+    names = [setting.text for setting in settings]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise ValueError(f"settings: expected different names, got {min(repeated)!r} twice")
+    return settings
 
 
 def _read_setting(text: str, model: nn.Module) -> Setting:

@@ -173,7 +173,7 @@ def test_times_are_added_to_results(results):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--settings", "tome 0.5, tome 0.5"], "expected each once, got 'tome 0.5' twice"),
+        (["--settings", "tome 0.5, tome 0.5"], "expected different names, got 'tome 0.5' twice"),
         (["--time"], "time: expected --output"),
     ],
 )
