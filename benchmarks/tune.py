@@ -112,8 +112,8 @@ def check(
     """
     if op == "score_reduce":
         tokens, *others = args[0], *args[1 + len(QueryArguments._fields) :]
-        given = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, others[1])
-        right = (*given, right[-1])
+        selected = torch.ops.elip.reduce(tokens, got[-1][:, 1:], None, others[0], 1, others[1])
+        right = (*selected, right[-1])
     for ours, theirs in zip(got, right, strict=True):
         atol = rtol = 0.0
         if ours.is_floating_point():

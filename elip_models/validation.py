@@ -122,7 +122,6 @@ Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, includes_low=False)]
 Share = Annotated[float, Bounds(0, 1)]
-Zero = Annotated[float, Bounds(0, 0)]  # a share that a subclass does not support
 PositiveShare = Annotated[float, Bounds(0, 1, includes_low=False)]
 Rate = Annotated[float, Bounds(0, 1, includes_high=False)]
 

@@ -23,35 +23,49 @@ DENSE = "dense"
 
 
 class Setting(NamedTuple):
-    """A setting as it was written, and the reduced model."""
+    """A setting as it was written, and the reduced model.
+
+    weights: the digest of the weights of a trained model; empty for those of DINOv2.
+    """
 
     text: str
     model: nn.Module
     summary: Summary
+    weights: str = ""
 
 
 def read_settings(text: str, model: nn.Module) -> list[Setting]:
     """Return dense and the settings of a line; a comma and a space separate them.
 
     Raises:
-        ValueError, TypeError: what `reduce_` raises, or a setting that is given twice.
+        ValueError, TypeError: what `reduce_` raises, or two settings of the same name.
     """
-    texts = [part.strip() for part in text.split(", ")]
-    repeated = {part for part in texts if texts.count(part) > 1}
-    if repeated:
-        raise ValueError(f"settings: expected each once, got {min(repeated)!r} twice")
     dense = Setting(DENSE, model, elip_models.reduction_summary(model))
-    return [dense, *(_read_setting(part, model) for part in texts)]
+    settings = [dense, *(_read_setting(part.strip(), model) for part in text.split(", "))]
+    names = [setting.text for setting in settings]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise ValueError(f"settings: expected different names, got {min(repeated)!r} twice")
+    return settings
 
 
 def _read_setting(text: str, model: nn.Module) -> Setting:
     if Path(text).is_dir():
-        reduced, text = elip_models.load_reduced(text).eval(), Path(text).name
-    else:
-        strategy, _, keep = text.rpartition(" ")
-        options = {"strategy": strategy, "keep": float(keep)} if strategy else {"strategy": text}
-        reduced = elip_models.reduce_(copy.deepcopy(model), **options)
+        trained = elip_models.load_reduced(text).eval()
+        summary = elip_models.reduction_summary(trained)
+        return Setting(Path(text).name, trained, summary, _digest(trained))
+    strategy, _, keep = text.rpartition(" ")
+    options = {"strategy": strategy, "keep": float(keep)} if strategy else {"strategy": text}
+    reduced = elip_models.reduce_(copy.deepcopy(model), **options)
     return Setting(text, reduced, elip_models.reduction_summary(reduced))
+
+
+def _digest(model: nn.Module) -> str:
+    """Return the SHA-256 of the weights."""
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        digest.update(weight.contiguous().numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -79,6 +93,7 @@ def features(
         return torch.cat(parts)
 
     key = [str(setting.summary.strategy), setting.text, str(seed), *map(str, paths)]
+    key += [setting.weights] if setting.weights else []
     return stored(folder, key, compute)
 
 

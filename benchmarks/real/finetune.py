@@ -7,10 +7,10 @@ The first command trains every arm with every seed and stores each run when it h
 again, it goes on with the runs that are missing. The second adds the time of a training step of
 each arm relative to dense; run it while nothing else runs. `materials.py` says what FOLDER holds.
 
-An arm is a strategy and `keep`, as 'merge 0.5'. With `+ finish` it trains densely in the last tenth
-of the steps. 'dense 0.5' trains densely for half of the steps: the comparison at equal cost. Each run
-is evaluated at its end, on the validation and test splits together: with the dense model, and with
-the reduced one.
+An arm is a strategy and `keep`, as 'merge 0.5'. With `+ finish`, the last tenth of its steps is
+dense. 'dense 0.5' trains densely for half of the steps: the comparison at equal cost. Each run is
+evaluated at its end, on the validation and test splits together: with the dense model, and with the
+reduced one.
 """
 
 import argparse

@@ -79,7 +79,7 @@ class RetrievalMaps(NamedTuple):
         image = torch.randn(WIDTH, images.shape[1], generator=generator) / images.shape[1] ** 0.5
         text = torch.randn(WIDTH, texts.shape[2], generator=generator) / texts.shape[2] ** 0.5
         log_temperature = torch.tensor(3.0)
-        weights = [each.requires_grad_() for each in (image, text, log_temperature)]
+        weights = [weight.requires_grad_() for weight in (image, text, log_temperature)]
         optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.1)
         steps = EPOCHS * -(-len(images) // BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -106,9 +106,9 @@ class RetrievalMaps(NamedTuple):
         best = similarity.T.gather(1, torch.arange(len(texts)).view(-1, CAPTIONS)).amax(1)
         image_rank = (similarity > best).sum(0)
         by_text = text_rank.view(-1, CAPTIONS)
-        found = [(by_text < k).double().mean(1) for k in (1, 5)]
-        found += [(image_rank < k).double() for k in (1, 5)]
-        return dict(zip(RECALLS, found, strict=True))
+        recalls = [(by_text < k).double().mean(1) for k in (1, 5)]
+        recalls += [(image_rank < k).double() for k in (1, 5)]
+        return dict(zip(RECALLS, recalls, strict=True))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

@@ -117,7 +117,7 @@ class Bench:
         clothes = self._of(setting, self.split.clothes.paths)
         captioned = self._of(setting, self.split.flickr8k.paths)
         labels = self.split.clothes.labels
-        found = {
+        values = {
             TOP1: self.probe.correct(clothes, labels),
             KNN: knn_correct(clothes, labels, self.train_features, self.train.labels),
             **self.maps.recalls(captioned, self.split.texts),
@@ -125,8 +125,8 @@ class Bench:
             "neighbours": neighbours(self.dense_flickr8k, captioned),
         }
         if self.own:
-            found[OWN] = self._probe(setting).correct(clothes, labels)
-        return found
+            values[OWN] = self._probe(setting).correct(clothes, labels)
+        return values
 
     def _probe(self, setting: Setting) -> Probe:
         """Return the probe of a setting's features."""
@@ -211,7 +211,7 @@ def correlations(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float
     """Return how well cosine and neighbours order the settings as each task does (Spearman)."""
     if len(entries) < 3:
         return {}
-    ranked = {name: [each[name]["mean"] for each in entries] for name in (*TASKS, *DESCRIPTIONS)}
+    ranked = {name: [row[name]["mean"] for row in entries] for name in (*TASKS, *DESCRIPTIONS)}
     return {
         description: {
             task: round(rank_correlation(ranked[description], ranked[task]), 3) for task in TASKS
@@ -237,14 +237,16 @@ def timed(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for threads in THREADS:
             torch.set_num_threads(threads)
             for batch in BATCHES:
-                steps = {each.text: partial(each.model, images[:batch]) for each in settings}
-                found = time_side_by_side(
+                steps = {text: partial(model, images[:batch]) for text, model, *_ in settings}
+                seconds = time_side_by_side(
                     steps, device=images.device, rounds=options.rounds, progress=advance
                 )
-                ratios = {name: round(value, 4) for name, value in ratios_to(DENSE, found).items()}
+                ratios = {
+                    name: round(value, 4) for name, value in ratios_to(DENSE, seconds).items()
+                }
                 times.append(
                     {"threads": threads, "batch": batch, "ratios": ratios}
-                    | {"milliseconds": milliseconds(found)}
+                    | {"milliseconds": milliseconds(seconds)}
                 )
     torch.set_num_threads(before)
     measured = {**measured_on(), "rounds": options.rounds}

@@ -1,8 +1,8 @@
 """Find the cheapest reduction of a model that changes its features of given images little.
 
-    found = elip_models.calibrate(model, images, labels=labels, tolerance=0.02)
-    print(found)                          # a table, and the choice as a sentence
-    found.save("calibrated.json")
+    calibration = elip_models.calibrate(model, images, labels=labels, tolerance=0.02)
+    print(calibration)                    # a table, and the choice as a sentence
+    calibration.save("calibrated.json")
     elip_models.reduce_(model, "calibrated.json")
 
 Each strategy is set to shares of the dense FLOPs between 0.95 and 0.30. A setting is within the
@@ -22,7 +22,7 @@ from elip_models.analysis.calibration import Calibration, Trial
 from elip_models.analysis.feature_measures import cosine, neighbours, output_feature
 from elip_models.analysis.probe import ProbeLoss
 from elip_models.api import is_reduced, reduce_
-from elip_models.intervals import Interval, bootstrap_interval
+from elip_models.intervals import Interval, bootstrap_interval, score_interval
 from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_side
 from elip_models.profiling.workload import shared_copy
 from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
@@ -171,6 +171,8 @@ class _Features:
                 f"metric: expected finite losses, got a sum of {losses.sum().item()} with "
                 f"{strategy}; look for infinite or NaN features of the model"
             )
+        if isinstance(self.metric, ProbeLoss) and not losses.any():
+            return score_interval(losses.double().numpy())  # of equal values, which is not 0 wide
         return bootstrap_interval(losses.double().numpy())
 
     def timed(self, trials: Sequence[Trial]) -> list[Trial]:

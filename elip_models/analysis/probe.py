@@ -73,7 +73,7 @@ class ProbeLoss:
         """Draw the folds.
 
         Args:
-            labels: (n,) the class of each image, integers from 0.
+            labels: (n,) the class of each image, integers from 0, on any device.
             seed: of the draw.
 
         Raises:
@@ -82,12 +82,12 @@ class ProbeLoss:
         if not isinstance(labels, Tensor) or labels.dtype != torch.long or labels.dim() != 1:
             got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else labels
             raise TypeError(f"labels: expected an int64 tensor (n,), got {shortened(got)}")
-        if labels.min() < 0 or len(labels.unique()) < 2:
+        if len(labels.unique()) < 2 or labels.min() < 0:
             raise ValueError(
                 "labels: expected at least two classes with numbers from 0, got "
                 f"{shortened(labels.unique().tolist())}"
             )
-        self.labels = labels
+        self.labels = labels.cpu()
         generator = torch.Generator().manual_seed(seed)
         self.folds = torch.randperm(len(labels), generator=generator).tensor_split(FOLDS)
         self._probes: list[Probe] = []

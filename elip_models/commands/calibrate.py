@@ -140,7 +140,7 @@ def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> list[int]:
         if missing:
             raise ConfigError(
                 f"--labels: expected a line image,label of each image in {labels}, got none of "
-                f"{shortened(missing[0])} and {len(missing) - 1} others"
+                f"{len(missing)} images, such as {shortened(missing[0])}"
             )
         names = [rows[key] for key in keys]
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}

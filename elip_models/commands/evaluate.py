@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from elip_models.commands.image_folder import as_option_error
 from elip_models.pretraining.training.recipe import parse_overrides
 from elip_models.validation import as_config_error, check_output, require_extra
 
@@ -74,7 +75,7 @@ def evaluate(
     loading = Loading(batch_size, num_workers, max_bad_share)
     folder = weights_folder(model)
     trained, tokenizer = open_trained(folder)
-    with as_config_error("--model", inner="model"):
+    with as_option_error({"model": "--model", "guided": "--set guided"}):
         evaluation.check(trained)
     with as_config_error("--data", inner="spec"):
         source = evaluation.open(data, image_size=trained.config.image_size)

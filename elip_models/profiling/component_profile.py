@@ -52,14 +52,12 @@ CALLS: dict[str, dict[str, str]] = {
     | {
         "encode_text": TEXT,
         "encode_text_reduced": TEXT,
-        "dense_cls": SCORING,
         "fuse_reduced": FUSION,
         "decode": FUSION,
     },
     "meter": {
         "encode_image": IMAGE,
-        "encode_text_reduced": TEXT,
-        "dense_cls": SCORING,
+        "text.run_reduced": TEXT,
         "fuse": FUSION,
     },
 }

@@ -135,9 +135,8 @@ def run_tower(
     text_cls = None if text_cls is None else text_cls.detach()
     images = strategy.resize(tower, images)
     tokens = strategy.embed(tower, images)
-    num_tokens = None if strategy.changes_embedding else tokens.shape[1]
     tower = tower.resized_for(images)
-    forward = ForwardState(tower, strategy, text_cls, num_tokens=num_tokens, replays=replays)
+    forward = ForwardState(tower, strategy, text_cls, num_tokens=tokens.shape[1], replays=replays)
     run = forward.run_block
     if tower.checkpointing and tower.model.training:
         run = partial(checkpoint, forward.run_block, use_reentrant=False)

@@ -55,12 +55,12 @@ def test_labels_decide_what_calibrate_chooses():
     torch.manual_seed(0)
     model, labels = plain_vit().eval(), torch.arange(24) % 2
     pictures = images(24) * 0.1 + labels[:, None, None, None] * 3
-    found = calibrate(
+    calibration = calibrate(
         model, pictures, labels=labels, strategies=("tome", "resize"), tolerance=0.5, time=False
     )
-    assert found.metric == "top-1"
-    assert found.chosen.flops < 0.5 and found.chosen.loss.high <= 0.5
-    elip_models.reduce_(model, found.chosen.strategy)
+    assert calibration.metric == "top-1"
+    assert calibration.chosen.flops < 0.5 and calibration.chosen.loss.high <= 0.5
+    elip_models.reduce_(model, calibration.chosen.strategy)
     with pytest.raises(ValueError, match="expected one that reduce_ has not changed"):
         calibrate(model, pictures, labels=labels)
 
@@ -70,6 +70,7 @@ def test_labels_decide_what_calibrate_chooses():
     [
         ({"labels": [0, 1]}, TypeError, r"labels: expected an int64 tensor \(n,\), got"),
         ({"labels": torch.zeros(8).long()}, ValueError, "labels: expected at least two classes"),
+        ({"labels": torch.zeros(0).long()}, ValueError, "labels: expected at least two classes"),
         ({"labels": torch.arange(9)}, ValueError, "labels: expected 8, one an image, got 9"),
         (
             {"labels": torch.arange(8), "metric": "cosine"},
@@ -103,3 +104,14 @@ def test_the_command_reads_labels_of_folders_and_of_a_file(tmp_path, capsys):
     assert "dark/0.png" in capsys.readouterr().err
     assert elip("calibrate", *arguments, "--tolerance", 0.9) == 0
     assert "--labels judges by a task" in capsys.readouterr().err
+
+
+def test_few_images_that_lose_nothing_prove_no_small_loss():
+    labels = torch.arange(12) % 2
+    pictures = (3.0 * labels - 1.5)[:, None, None, None].expand(12, *images(1).shape[1:])
+    calibration = calibrate(
+        plain_vit().eval(), pictures, labels=labels, strategies=("tome",), tolerance=0.1, time=False
+    )
+    (trial,) = calibration.trials
+    assert (trial.loss.mean, trial.loss.low) == (0, 0) and 0.2 < trial.loss.high < 0.3
+    assert calibration.chosen is None

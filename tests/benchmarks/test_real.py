@@ -1,5 +1,6 @@
 """`python -m benchmarks.real.tasks`: materials, measures, results, times; weights and picture."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+import elip_models
 from benchmarks.real import dinov2, materials, measures, tasks
 from benchmarks.real.features import features, read_settings
 from elip_models.intervals import bootstrap_interval
@@ -106,6 +108,20 @@ def test_features_are_those_of_the_reduced_model_and_are_computed_once(
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_features_of_a_trained_model_are_those_of_its_weights(folder, model, tmp_path):
+    paths = materials.clothes(folder, "test").paths
+    reduced, features_of_weights = elip_models.reduce_(copy.deepcopy(model), keep=0.5), []
+    for scale in (1.0, 2.0):
+        reduced.norm.weight.data.mul_(scale)
+        trained = elip_models.save_reduced(reduced, tmp_path / str(scale) / "trained")
+        _, setting = read_settings(str(trained), model)
+        assert setting.text == "trained"
+        stored = features(setting, paths, tmp_path / "features", seed=0, advance=str)
+        features_of_weights.append(stored)
+    first, second = features_of_weights
+    torch.testing.assert_close(second, 2 * first)
+
+
 def test_the_results_of_a_setting_are_paired_with_dense(folder, model, results):
     document = results("--own", "--settings", "tome 0.5, resize 0.5, random 0.3")
     assert document["split"] == "validation"
@@ -157,7 +173,7 @@ def test_times_are_added_to_results(results):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--settings", "tome 0.5, tome 0.5"], "expected each once, got 'tome 0.5' twice"),
+        (["--settings", "tome 0.5, tome 0.5"], "expected different names, got 'tome 0.5' twice"),
         (["--time"], "time: expected --output"),
     ],
 )

@@ -24,7 +24,7 @@ from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.saving.open_model import open_model
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import plain_vit
 
@@ -39,7 +39,7 @@ def workload(family, **options):
         return Workload(model, 2)
 
 
-@pytest.mark.parametrize("family", tiered(FAMILIES, [], slow=["clip"]))
+@pytest.mark.parametrize("family", slow_except([], FAMILIES))
 def test_components_add_up_to_the_total(family):
     measured = workload(family)
     counted = count(measured, STRATEGIES, "training")

@@ -36,8 +36,8 @@ def test_it_merges_the_tokens_of_a_model_for_smaller_images(model):
     )
     strategy = ResizeMerge(size=side // 2, r=1)
     assert strategy.token_counts(as_tower(model).size)[0].attention == 10
-    found = elip_models.encode_image(model, images, strategy=strategy)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    tokens = elip_models.encode_image(model, images, strategy=strategy)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("other", ["resize", "merge"])
@@ -49,7 +49,7 @@ def test_each_part_alone_is_the_other_strategy(model, other):
         "merge": (ResizeMerge(r=2), TokenMerging(r=2)),
     }
     images = torch.randn(2, 3, *tower.image_size)
-    one, two = (elip_models.encode_image(model, images, strategy=each) for each in parts[other])
+    one, two = (elip_models.encode_image(model, images, strategy=part) for part in parts[other])
     assert torch.equal(one, two)
 
 
@@ -59,22 +59,49 @@ def test_keep_sets_image_and_merges(keep):
     assert kept_share(strategy, SMALL) == pytest.approx(keep, rel=0.02)
     assert strategy.size < 224 and strategy.r > 0
     assert inference_ratio(strategy, SMALL) == pytest.approx(keep, abs=0.06)
-    given = at_keep(ResizeMerge(size=196), SMALL, min(keep, 0.7))
-    assert given.size == 196 and kept_share(given, SMALL) == pytest.approx(min(keep, 0.7), rel=0.02)
+    fixed = at_keep(ResizeMerge(size=196), SMALL, min(keep, 0.7))
+    assert fixed.size == 196 and kept_share(fixed, SMALL) == pytest.approx(min(keep, 0.7), rel=0.02)
 
 
-def test_the_cost_falls_with_the_strength():
+def test_the_cost_falls_with_the_strength_without_a_gap():
     costs = [inference_ratio(ResizeMerge().at_strength(SMALL, i / 50), SMALL) for i in range(51)]
-    assert costs[0] == 1 and all(b <= a + 0.005 for a, b in pairwise(costs))
+    assert costs[0] == 1 and all(-0.005 <= a - b < 0.035 for a, b in pairwise(costs))
 
 
-def test_a_reduced_model_trains_and_reads_images_of_another_size():
+def test_a_reduced_model_trains():
     torch.manual_seed(0)
-    model = plain_vit(depth=4, dynamic_img_size=True)
+    model = plain_vit(depth=4)
     elip_models.reduce_(model, strategy="resize_merge", keep=0.5)
-    side = as_tower(model).image_size[0]
-    model(torch.randn(2, 3, side, side)).sum().backward()
+    model(torch.randn(2, 3, *as_tower(model).image_size)).sum().backward()
     assert all(weight.grad is not None for weight in model.blocks.parameters())
-    with elip_models.record_stages(model) as infos:
-        model.eval()(torch.randn(1, 3, side, 2 * side))
-    assert infos and infos[0].sizes.shape[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "heights"),
+    [({"size": 32, "keep": 0.3}, (32, 32)), ({"r": 3}, (48, 96))],
+    ids=["size", "r"],
+)
+def test_images_of_other_sizes_have_the_height_of_the_setting_or_their_own(options, heights):
+    torch.manual_seed(0)
+    model = plain_vit(depth=4, dynamic_img_size=True).eval()
+    side = as_tower(model).image_size[0]
+    batches = [torch.randn(2, 3, side * i, side * 2) for i in (1, 2)]
+    encoded = [
+        elip_models.encode_image(
+            model, images, strategy="resize_merge", return_info=True, **options
+        )
+        for images in batches
+    ]
+    elip_models.reduce_(model, strategy="resize_merge", **options)
+    for images, (tokens, infos), height in zip(batches, encoded, heights, strict=True):
+        assert torch.equal(model.forward_features(images), tokens)
+        width = height * images.shape[3] // images.shape[2]
+        assert infos[0].reduction.slots.shape[1] == 1 + height * width // 8**2
+
+
+def test_a_reduced_model_compiles_as_one_graph(model):
+    elip_models.reduce_(model, strategy="resize_merge", keep=0.5)
+    images = torch.randn(2, 3, *as_tower(model).image_size)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(images), model(images))

@@ -35,14 +35,14 @@ def switch_off(*linears):
 def test_what_a_scorer_leaves_out_is_all_that_differs_from_exact(make, scorer):
     """`attention` leaves out the MLPs before the last layer, `alternate` every second layer."""
     model = make()
-    tower, *given = entered(model)
-    assert not torch.allclose(row(scorer, tower, *given), row("exact", tower, *given))
+    tower, *inputs = entered(model)
+    assert not torch.allclose(row(scorer, tower, *inputs), row("exact", tower, *inputs))
     blocks = model.blocks
     if scorer == "attention":
         switch_off(*(blocks[i].mlp.fc2 for i in LAYERS[:-1]))
     else:
         switch_off(*(part for i in (2, 4) for part in (blocks[i].attn.proj, blocks[i].mlp.fc2)))
-    torch.testing.assert_close(row(scorer, tower, *given), row("exact", tower, *given))
+    torch.testing.assert_close(row(scorer, tower, *inputs), row("exact", tower, *inputs))
 
 
 def test_mean_is_that_of_the_maps_of_all_layers_of_the_stage():
@@ -54,13 +54,13 @@ def test_mean_is_that_of_the_maps_of_all_layers_of_the_stage():
 
 def test_bf16_is_exact_under_autocast_and_leaves_other_dtypes_as_they_are():
     model = plain_vit()
-    tower, *given = entered(model)
+    tower, *inputs = entered(model)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = row("exact", tower, *given)
-    low, exact = row("bf16", tower, *given), row("exact", tower, *given)
+        expected = row("exact", tower, *inputs)
+    low, exact = row("bf16", tower, *inputs), row("exact", tower, *inputs)
     assert torch.equal(low, expected)
     assert low.dtype == torch.float32
     assert not torch.equal(low, exact)
     assert (low - exact).abs().max() < 0.05 * exact.max()
-    tower, given = as_tower(model.double()), [each.double() for each in given]
-    assert torch.equal(row("bf16", tower, *given), row("exact", tower, *given))
+    tower, inputs = as_tower(model.double()), [tensor.double() for tensor in inputs]
+    assert torch.equal(row("bf16", tower, *inputs), row("exact", tower, *inputs))

@@ -38,9 +38,11 @@ def hidden(model, drops, kept_behind):
         for i, layer in enumerate(layers)
         for kept in [k for (at, _), k in zip(drops, kept_behind, strict=True) if at <= i][-1:]
     ]
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def hide(kept, layer, args, kwargs):

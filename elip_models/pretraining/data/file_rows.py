@@ -128,7 +128,7 @@ class StoredRows:
 
     Arrow holds the rows, so that worker processes share their memory. A row has its "place", such
     as "list.json[3]", and "images", paths. An image without suffix is a .jpg or a .png file.
-    `split` keeps only the rows of a split ("testA"), or of several ("train+restval").
+    `split` keeps only the rows of a split ("val"), or of several ("train+restval").
     """
 
     def __init__(self, rows: list[dict[str, Any]], split: str | None = None) -> None:

@@ -147,7 +147,7 @@ class Evaluation:
             return
         scores = self.scores[VALIDATION].scores
         value = fmean(scores[name].mean for name in self.metrics)
-        if self.selection is None or value > self.selection.value:
+        if value > (self.selection.value if self.selection else -math.inf):  # never NaN
             self.selection = Selection(self.metrics, value, step)
             self.save(model, tokenizer, unfinished(self.best))
             write_json(unfinished(self.best) / RECORD, asdict(self.selection))

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENIZER_SAMPLES = 50_000
-MAX_COUNTED_SAMPLES = 1_000
 
 
 def input_fields(data: DataConfig) -> dict[str, str]:

@@ -34,33 +34,18 @@ class ImageResize(Strategy):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def pixels(self, size: TowerSize, image: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Return the resized (h, w) of an image (H, W), by default of the tower's own size."""
-        (height, width), patch = image or size.image, size.patch
-        smaller = self.with_rate(size).size
-        if smaller % patch or smaller > height:
-            raise ValueError(
-                f"size: expected a multiple of the patch, {patch}, up to {height}, the image's "
-                f"height, got {smaller}"
-            )
-        return smaller, max(patch, round(smaller * width / height / patch) * patch)
-
     def why_unsupported(self, tower: Tower) -> str | None:
         """Return why the tower cannot read a smaller image."""
         return tower.refuses_resizing()
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
         """Return no stage: the blocks run unchanged."""
-        self.pixels(size)
+        resized_pixels(size.image, self.with_rate(size).size, size.patch)
         return ()
 
     def resized(self, size: TowerSize) -> TowerSize:
         """Return the size of the tower that reads the resized image."""
-        if self.size == size.image[0]:  # it is that of the resized image
-            return size
-        height, width = pixels = self.pixels(size)
-        patches = (height // size.patch) * (width // size.patch)
-        return size._replace(image=pixels, num_patches=patches)
+        return resized_size(size, self.with_rate(size).size)
 
     def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
         """Return the tokens of the resized image in every block."""
@@ -73,9 +58,7 @@ class ImageResize(Strategy):
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
-        at_least_fp32 = torch.promote_types(images.dtype, torch.float32)
-        pixels, wide = self.pixels(tower.size, images.shape[2:]), images.to(at_least_fp32)
-        return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)
+        return resized_images(images, self.with_rate(tower.size).size, tower.size.patch)
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         """Return the strategy with the size of that strength, in whole patches."""
@@ -91,3 +74,29 @@ class ImageResize(Strategy):
         """
         size = tower_of(model).size
         return at_flops(self, size, ratio, training=training, exactly=False)
+
+
+def resized_pixels(image: tuple[int, int], height: int, patch: int) -> tuple[int, int]:
+    """Return the size (h, w) of an image (H, W) at another height, in whole patches."""
+    if height % patch or height > image[0]:
+        raise ValueError(
+            f"size: expected a multiple of the patch, {patch}, up to {image[0]}, the image's "
+            f"height, got {height}"
+        )
+    return height, max(patch, round(height * image[1] / image[0] / patch) * patch)
+
+
+def resized_size(size: TowerSize, height: int) -> TowerSize:
+    """Return the size of the tower that reads images of this height."""
+    if height == size.image[0]:
+        return size
+    image = resized_pixels(size.image, height, size.patch)
+    patches = (image[0] // size.patch) * (image[1] // size.patch)
+    return size._replace(image=image, num_patches=patches)
+
+
+def resized_images(images: Tensor, height: int, patch: int) -> Tensor:
+    """Return images (B, 3, H, W) of this height, in whole patches."""
+    pixels = resized_pixels(tuple(images.shape[2:]), height, patch)
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)

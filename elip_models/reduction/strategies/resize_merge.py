@@ -8,13 +8,14 @@ few tokens, and a smaller image treats all areas alike.
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import ClassVar
 
 from torch import Tensor
 
 from elip_models.reduction.flops import TokenCounts
 from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategies.resize import ImageResize
+from elip_models.reduction.strategies.resize import resized_images, resized_size
 from elip_models.reduction.strategies.token_merging import TokenMerging
 from elip_models.reduction.strategy import Strategy, least_share
 from elip_models.towers import Tower, TowerSize
@@ -45,11 +46,14 @@ class ResizeMerge(TokenMerging):
 
     def resized(self, size: TowerSize) -> TowerSize:
         """Return the size of the tower that reads the smaller image."""
-        return self._image(size).resized(size)
+        return resized_size(size, self._height(size) or size.image[0])
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
-        return self._image(tower.size).resize(tower, images)
+        height, image = self._height(tower.size), tuple(images.shape[2:])
+        if height is None and image == tower.size.image:
+            return images
+        return resized_images(images, height or image[0], tower.size.patch)
 
     def embed_flops(self, size: TowerSize) -> int:
         """Return the FLOPs of the patch embedding of the resized image."""
@@ -71,13 +75,13 @@ class ResizeMerge(TokenMerging):
             return super().at_strength(self.resized(size), strength)
         kept = 1 - strength * (1 - least_share(size))
         rows = size.image[0] // size.patch
-        height = size.patch * max(1, round(rows * kept**0.25))
-        patches = replace(self, size=height).resized(size).num_patches
+        least = ceil(rows * kept**0.5)  # rows of an image whose tokens need not merge
+        height = size.patch * max(least, round(rows * kept**0.25))
+        patches = resized_size(size, height).num_patches
         merged = 2 * max(0.0, patches - kept * size.num_patches)  # half of them, on average
         per_block = round(merged) / (size.depth * patches)
         return replace(self, size=height, r=min(0.5, per_block))
 
-    def _image(self, size: TowerSize) -> ImageResize:
-        """Return the resize alone."""
-        height = self.with_rate(size).size if self.size is None else self.size
-        return ImageResize(size=height or size.image[0])
+    def _height(self, size: TowerSize) -> int | None:
+        """Return the height of the smaller image, or None for the image's own."""
+        return self.with_rate(size).size if self.size is None else self.size

@@ -93,8 +93,8 @@ def test_each_model_preprocesses_as_its_original(name, resize, rule, tokenizer):
         for max_words in (30, 4):
             model = create_model(name, vocab_size=len(tokenizer), max_words=max_words)
             expected = tokenize(tokenizer, [apply_caption_rule(caption, rule, max_words)], 32)
-            found = model.tokenise(tokenizer, [caption])["input_ids"]
-            assert torch.equal(found, expected["input_ids"])
+            tokens = model.tokenise(tokenizer, [caption])
+            assert torch.equal(tokens["input_ids"], expected["input_ids"])
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,15 @@ def test_captions_of_coco(tmp_path):
         assert open_source(str(write(path, content)), image_size=16).captions(0) == ("0", "1")
 
 
+def test_boxes_mark_what_a_caption_names(tmp_path):
+    draw(tmp_path / "a.jpg")
+    entry = {"image": "a.jpg", "caption": ["one", "two"], "boxes": [[[1, 2.4, 2, 9]], []]}
+    source = open_source(str(write(tmp_path / "list.json", [entry])), image_size=16)
+    mask = source.named_mask(0, 0)
+    assert mask.shape == (5, 6) and mask[2:, 1:3].all() and mask.sum() == 6
+    assert not source.named_mask(0, 1).any()
+
+
 def cifar(folder: Path) -> str:
     """Write parquet files in the form of CIFAR-100 on the hub."""
     image = {"bytes": draw(folder / "a.png").read_bytes(), "path": None}
