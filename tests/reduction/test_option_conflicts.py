@@ -111,7 +111,7 @@ def test_the_command_line_refuses_both_too():
     [
         ({"scorer": "exact"}, "has no such option", "'elip', 'adaptive', 'trips'"),
         ({"fusion": 0.5, "keep": 0.7}, "has no such option", "'guided_tome', 'elip'"),
-        ({"r": 8}, "is set by keep alone", "'merge', 'tome', 'resize_merge', 'guided_tome'"),
+        ({"r": 8}, "is set by keep alone", "'resize_merge', 'merge', 'tome', 'guided_tome'"),
     ],
     ids=str,
 )

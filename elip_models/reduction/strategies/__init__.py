@@ -39,9 +39,9 @@ __all__ = [
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
+        ResizeMerge,
         TokenMerging,
         ToMe,
-        ResizeMerge,
         GuidedToMe,
         ImageResize,
         EViT,
