@@ -48,10 +48,8 @@ class Idea(NamedTuple):
     flops: the share of the dense FLOPs that merges in the blocks reach. None: no merges.
     weights: how many tokens each block merges, relative to the others.
     class_token_only: the last block computes the class token alone.
-    keys: compare mean keys in place of tokens, and do not keep norms, as ToMe does.
-    proportional: add the log of sizes to the attention scores.
     image_sizes: the patches of a smaller image begin with the size that makes their sum that of the
-        dense model's patches; those of coarse areas with 4.
+        dense model's patches.
     temperature: scale attention scores by log(dense tokens) / log(tokens).
     """
 
@@ -60,8 +58,6 @@ class Idea(NamedTuple):
     flops: float | None = None
     weights: tuple[float, ...] = (1.0,) * DEPTH
     class_token_only: bool = False
-    keys: bool = False
-    proportional: bool = True
     image_sizes: bool = False
     temperature: bool = False
 
@@ -125,19 +121,15 @@ IDEAS = {
     "154 px, sizes of patches": Idea(154, image_sizes=True),
     "154 px, temperature of attention": Idea(154, temperature=True),
     "154 px, merge, 0.35": Idea(154, flops=0.35),
-    "126 px": Idea(126),
     "182 px, merge, 0.49": Idea(182, flops=0.49),
     "182 px, merge, 0.42": HALF(),
     "182 px, merge, decreasing 18:7, 0.42": HALF(weights=DECREASING),
     "182 px, merge, decreasing 12:1, 0.42": HALF(weights=_linear(12, 1)),
     "182 px, merge in the first six blocks, 0.42": HALF(weights=(1.0,) * 6 + (0.0,) * 6),
-    "182 px, ToMe's keys and means, 0.42": HALF(weights=DECREASING, keys=True),
-    "182 px, merge without sizes in attention, 0.42": HALF(weights=DECREASING, proportional=False),
     "182 px, merge, decreasing 18:7, 0.35": HALF(weights=DECREASING, flops=0.35),
     "196 px, merge, decreasing 18:7, 0.42": HALF(pixels=196, weights=DECREASING),
     "154 px, merge, decreasing 18:7, 0.25": HALF(pixels=154, weights=DECREASING, flops=0.25),
     "smooth areas at half resolution": Idea(coarse=45),
-    "smooth areas at half resolution, sizes": Idea(coarse=45, image_sizes=True),
 }
 
 
@@ -148,16 +140,13 @@ def forward(model: nn.Module, images: Tensor, idea: Idea) -> Tensor:
     merges, sizes = idea.merges(x.shape[2]), None
     if idea.image_sizes:
         sizes = torch.ones(x.shape[:2])
-        if idea.coarse:
-            sizes[:, -idea.coarse :] = 4
-        else:
-            sizes[:, 1:] = PATCHES / idea.patches
+        sizes[:, 1:] = PATCHES / idea.patches
     for i, block in enumerate(model.blocks):
         B, N, D = x.shape
         q, k, v = block.attn.qkv(block.norm1(x)).view(B, N, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         if idea.class_token_only and i == DEPTH - 1:
             q, x = q[:, :, :1], x[:, :1]
-        bias = sizes.log()[:, None, None] if idea.proportional and sizes is not None else None
+        bias = None if sizes is None else sizes.log()[:, None, None]
         scale = (D // HEADS) ** -0.5
         if idea.temperature:
             scale *= math.log(PATCHES + 1) / math.log(N)
@@ -165,7 +154,7 @@ def forward(model: nn.Module, images: Tensor, idea: Idea) -> Tensor:
         x = x + block.ls1(block.attn.proj(attended.transpose(1, 2).flatten(2)))
         count = min(merges[i], (N - 1) // 2)
         if count and x.shape[1] > 1:
-            x, sizes = _merged(x, k, count, sizes, idea)
+            x, sizes = _merged(x, count, sizes)
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return model.norm(x[:, 0])
 
@@ -207,16 +196,11 @@ def _mixed(
     )
 
 
-def _merged(
-    x: Tensor, keys: Tensor, count: int, sizes: Tensor | None, idea: Idea
-) -> tuple[Tensor, Tensor]:
-    """Merge `count` tokens of x (B, N, D); return the tokens and their sizes."""
-    compared = keys.mean(1) if idea.keys else x
+def _merged(x: Tensor, count: int, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Merge `count` tokens of x (B, N, D) as `TokenMerging`; return the tokens and their sizes."""
     merged, sizes, match = elip_kernels.bipartite_merge(
-        x, compared, count, size=sizes, num_prefix_tokens=1, return_info=True
+        x, x, count, size=sizes, num_prefix_tokens=1, return_info=True
     )
-    if idea.keys:
-        return merged, sizes
     largest = merged.new_zeros(merged.shape[:2])
     largest = largest.scatter_reduce(1, match.slots.long(), x.norm(dim=2), "amax")
     return merged * (largest / merged.norm(dim=2))[..., None], sizes

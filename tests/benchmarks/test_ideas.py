@@ -61,9 +61,6 @@ def test_every_idea_costs_what_its_name_says():
         {"pixels": 70, "image_sizes": True},
         {"pixels": 70, "temperature": True},
         {"coarse": 60},
-        {"coarse": 60, "image_sizes": True},
-        {"flops": 0.3, "keys": True},
-        {"flops": 0.3, "proportional": False},
     ],
 )
 @torch.no_grad()
