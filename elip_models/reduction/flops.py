@@ -101,6 +101,11 @@ def kept_share(strategy: CostModel, size: TowerSize) -> float:
     return sum(layer.attention + layer.mlp for layer in counts) / (2 * size.depth * size.num_tokens)
 
 
+def most_kept(strategy: CostModel, size: TowerSize) -> float:
+    """Return the mean share of the tokens that the strategy leaves at its weakest."""
+    return kept_share(strategy.at_strength(size, 0.0), size)
+
+
 def at_flops(
     strategy: S, size: TowerSize, ratio: float, *, training: bool = True, exactly: bool = True
 ) -> S:
@@ -134,9 +139,15 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
     """Return the strategy at the strength that leaves nearest to `keep` of the tokens.
 
     Raises:
-        TypeError, ValueError: no share, or a smaller one than the strategy can leave.
+        TypeError, ValueError: no share, or one that the strategy cannot leave.
     """
     check_share(keep)
+    most = most_kept(strategy, size)
+    if keep > most * (1 + TOLERANCE):
+        raise ValueError(
+            f"keep: expected at most {most:.3f}, what {strategy} leaves of the tokens at its "
+            f"weakest, got {keep}; set fewer of its options"
+        )
     best = _nearest(strategy, size, keep, kept_share)
     least = kept_share(strategy.at_strength(size, 1.0), size)
     if keep < least * (1 - TOLERANCE):

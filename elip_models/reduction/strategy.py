@@ -152,8 +152,10 @@ class Strategy(CostModel):
         return self.keep_field is not None and getattr(self, self.keep_field) is None
 
     def with_rate(self, size: TowerSize) -> Self:
-        """Return the strategy with its `keep_field` set: None becomes `DEFAULT_KEEP`."""
-        return flops.at_keep(self, size, flops.DEFAULT_KEEP) if self.has_open_rate else self
+        """Return the strategy with its `keep_field` set: None becomes at most `DEFAULT_KEEP`."""
+        if not self.has_open_rate:
+            return self
+        return flops.at_keep(self, size, min(flops.DEFAULT_KEEP, flops.most_kept(self, size)))
 
     def for_step(self, step: int) -> "Strategy":
         """Return the strategy for training step `step`, counted from 0."""

@@ -105,3 +105,10 @@ def test_a_reduced_model_compiles_as_one_graph(model):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(images), model(images))
+
+
+def test_a_given_size_bounds_what_keep_can_be():
+    with pytest.raises(ValueError, match=r"keep: expected at most 0\.5\d+, what resize_merge"):
+        at_keep(ResizeMerge(size=168), SMALL, 0.9)
+    unmerged = ResizeMerge(size=168).with_rate(SMALL)
+    assert unmerged.r == 0 and kept_share(unmerged, SMALL) < 0.6
