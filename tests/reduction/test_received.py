@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import elip_models
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import as_tower
 from tests.helpers.models import siglip_vision
-from tests.helpers.towers import SCHEDULE, images, plain_vit, whole_grid
+from tests.helpers.towers import SCHEDULE, images, plain_vit, text, whole_grid
 
 TOWERS = {"timm": plain_vit, "siglip": siglip_vision}
 
@@ -35,3 +36,15 @@ def test_a_tower_without_cls_is_reduced_by_itself(without_text):
     elip_models.reduce_(model, strategy="elip", **plan)
     assert torch.equal(model(x).last_hidden_state, whole_grid(tokens, infos))
     assert tokens.shape[1] < as_tower(model).num_tokens
+
+
+def test_a_text_changes_nothing_and_a_warning_names_the_scorer():
+    warn_once.cache_clear()
+    model, x = plain_vit().eval(), images()
+    elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="received")
+    alone = model(x)
+    with (
+        pytest.warns(UnguidedWarning, match="^'elip' reads no text with scorer='received'"),
+        elip_models.guidance(model, text()),
+    ):
+        assert torch.equal(model(x), alone)
