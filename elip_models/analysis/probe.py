@@ -1,6 +1,6 @@
 """A linear probe of image features, and what it loses if it reads those of a reduced model.
 
-    probe = softmax regression of standardised features, with the penalty sum(W^2) / 2 C
+    probe = softmax regression of standardised features: mean cross-entropy + sum(W^2) / (2 C n)
 
 The probe is fitted on dense features alone: reduced features that keep what it reads lose nothing.
 """
@@ -48,8 +48,8 @@ class Probe(NamedTuple):
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            fit = F.cross_entropy(F.linear(scaled, weight, bias), labels, reduction="sum")
-            value = inverse_penalty * fit + weight.square().sum() / 2
+            value = F.cross_entropy(F.linear(scaled, weight, bias), labels)
+            value = value + weight.square().sum() / (2 * inverse_penalty * len(labels))
             value.backward()
             return value
 
