@@ -109,8 +109,8 @@ def note(tasks: dict[str, Any]) -> str:
         f"{100 * dense['top1']['mean']:.1f}), and **R@5** of text-to-image retrieval among "
         f"{photographs['flickr8k']['measured']} photographs of Flickr8k (dense: "
         f"{100 * dense['text_to_image_r5']['mean']:.1f}). The 95% intervals reach at most "
-        f"{max(errors):.1f} points to each side ([all results](docs/real_model.md)). **Time** is relative "
-        f"to dense at batch {BATCH}, {THREADS} threads, {tasks['time']['device']}. `elip` has no "
+        f"{max(errors):.1f} points to each side ([all results](docs/real_model.md)). **Time** is "
+        f"relative to dense at batch {BATCH}, {THREADS} threads, {tasks['time']['device']}. `elip` has no "
         "text here and selects by the image alone."
     )
 
