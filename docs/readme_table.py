@@ -110,8 +110,8 @@ def note(tasks: dict[str, Any]) -> str:
         f"{photographs['flickr8k']['measured']} photographs of Flickr8k (dense: "
         f"{100 * dense['text_to_image_r5']['mean']:.1f}). The 95% intervals reach at most "
         f"{max(errors):.1f} points to each side ([all results](docs/real_model.md)). **Time** is "
-        f"relative to dense at batch {BATCH}, {THREADS} threads, {tasks['time']['device']}. `elip` has no "
-        "text here and selects by the image alone."
+        f"relative to dense at batch {BATCH}, {THREADS} threads, {tasks['time']['device']}. `elip` "
+        "has no text here and selects by the image alone."
     )
 
 
