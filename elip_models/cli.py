@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "search": (
         "search.search",
-        "Search in a folder of embeddings by a text or an image, or compare two such folders.",
+        "Search in a folder of embeddings by a text or an image.",
     ),
     "index": (
         "search.index",

@@ -41,7 +41,7 @@ def draw_pictures(model: VisualizedModel, shown: CaptionedImages, path: Path) ->
         grid = (tower.num_steps, *patch_grid(tower))
         return [draw_clips(pixels, captions, infos, path, grid=grid, title=str(model))]
     paths, merged = [], path
-    layout = {"grid": patch_grid(tower), "title": str(model)}
+    layout = {"grid": patch_grid(tower, model.strategy), "title": str(model)}
     if all(info.attention is not None for info in infos):
         paths.append(draw_reduction(pixels, captions, infos, path, **layout))
         merged = path.with_stem(f"{path.stem}_merged")

@@ -21,7 +21,7 @@ from elip_kernels import unmerge
 from elip_models.analysis.chart_style import write_figure
 from elip_models.reduction.step import ForwardState
 from elip_models.reduction.strategies import Dense
-from elip_models.reduction.strategy import StageInfo
+from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.towers import Tower
 from elip_models.validation import require_extra
 
@@ -94,12 +94,16 @@ def concentration(tower: Tower, images: Tensor, shares: Sequence[float] = SHARES
     return torch.stack(masses)
 
 
-def patch_grid(tower: Tower) -> tuple[int, int]:
-    """Return rows and columns of the patches, chosen so that a patch is as square as possible.
+def patch_grid(tower: Tower, strategy: Strategy | None = None) -> tuple[int, int]:
+    """Return rows and columns of the patches that enter block 0, each as square as possible.
 
-    Those of a clip are of one step in time.
+    Those of a clip are of one step in time. `strategy` may make the image smaller.
     """
-    return grid_shape(tower.num_patches // tower.num_steps, tower.image_size)
+    num_patches, image_size = tower.num_patches, tower.image_size
+    if strategy is not None:
+        size = strategy.resized(tower.size)
+        num_patches, image_size = size.num_patches, size.image
+    return grid_shape(num_patches // tower.num_steps, image_size)
 
 
 def grid_shape(num_patches: int, image_size: tuple[int, int]) -> tuple[int, int]:

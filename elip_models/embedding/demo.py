@@ -109,7 +109,8 @@ class Demo:
             warnings.simplefilter("ignore", UnguidedWarning)
             dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
             _, infos = encode_image(self.image_model, pixels, strategy=strategy, return_info=True)
-        rows, columns = grid_shape(self.size.num_patches, self.size.image)
+        size = strategy.resized(self.size)
+        rows, columns = grid_shape(size.num_patches, size.image)
         after = tokens_of_patches(infos, rows * columns)
         steps = {info.stage.first: step[0].cpu() for info, step in zip(infos, after, strict=True)}
         tokens: list[Tensor | None] = [None]  # of each patch after each block; None: its own

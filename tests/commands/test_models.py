@@ -28,7 +28,7 @@ def test_without_a_filter_every_family_has_a_row(capsys):
         ("deit_tiny_distilled*", ["merge", "", "", ""], ""),
         (
             "beit_base_patch16_224",
-            ["merge", "resize", "", "1"],
+            ["merge", "resize_merge, resize", "", "1"],
             "1. the bias of its attention is that of one image size",
         ),
         ("cait_xxs24_224", ["none", "all", "", "1"], "1. it mixes its attention heads"),

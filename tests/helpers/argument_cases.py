@@ -236,7 +236,8 @@ TABLE |= {
         | {name: [1, None] for name in ("class_token_only", "every", "time")}
         | {
             "tolerance": [None, 0, -1, "0.1", 1.5],
-            "metric": ["cosin", None, 3, lambda *_: 0.1, lambda *_: torch.full((8,), torch.nan)],
+            "labels": [3, [0, 1], torch.zeros(8, dtype=torch.long), torch.arange(7)],
+            "metric": ["cosin", 3, lambda *_: 0.1, lambda *_: torch.full((8,), torch.nan)],
             "strategies": ["tome", [3]],
         },
     ),

@@ -146,7 +146,10 @@ def saved_timm(folder, strategy=None):
     ("change", "message"),
     [
         ({"version": 2}, "version: expected at most 1, .* got 2; upgrade elip-kernels"),
-        ({"strategy": "tom"}, "strategy: expected one of merge, .* got 'tom'; pass an instance of"),
+        (
+            {"strategy": "tom"},
+            "strategy: expected one of .*, got 'tom'; pass an instance of",
+        ),
         (
             {"settings": {"rr": 3}},
             "settings.rr: expected keys among r, proportional, .* got 'rr'",

@@ -83,5 +83,6 @@ def _pixels(
         _, infos = run_tower(model.tower, seen[None].to(device), guide, model.reduction)
     if not infos:
         return pixels
-    alive = surviving_patches(infos, model.tower.num_patches)[-1][0]
-    return torch.from_numpy(dimmed(pixels, alive.view(patch_grid(model.tower)))).permute(2, 0, 1)
+    rows, columns = patch_grid(model.tower, model.reduction)
+    alive = surviving_patches(infos, rows * columns)[-1][0]
+    return torch.from_numpy(dimmed(pixels, alive.view(rows, columns))).permute(2, 0, 1)
