@@ -208,13 +208,17 @@ def means(values: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 
 def correlations(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return how well cosine and neighbours order the settings as each task does (Spearman)."""
+    """Return how well cosine and neighbours order the settings as each task does (Spearman).
+
+    Tasks in which all settings are equal have no order, and are left out.
+    """
     if len(entries) < 3:
         return {}
     ranked = {name: [row[name]["mean"] for row in entries] for name in (*TASKS, *DESCRIPTIONS)}
+    tasks = [task for task in TASKS if len(set(ranked[task])) > 1]
     return {
         description: {
-            task: round(rank_correlation(ranked[description], ranked[task]), 3) for task in TASKS
+            task: round(rank_correlation(ranked[description], ranked[task]), 3) for task in tasks
         }
         for description in DESCRIPTIONS
     }
