@@ -142,9 +142,9 @@ def ideas_table(document: dict[str, Any]) -> str:
             "### Ideas",
             f"Differences from dense in points on photographs that are not those of the tests: "
             f"{counts['clothes']:,} of clothes, held out from a probe of {counts['fitted']:,}, and "
-            f"{counts['flickr8k']:,} of Flickr8k's dev split. 0.42 is the share of the FLOPs; in "
-            "rows of 0.42, 0.35 with 182 px, and 0.25, the last block computes the class token "
-            f"alone. At commit {document['commit']['id'][:7]}.",
+            f"{counts['flickr8k']:,} of Flickr8k's dev split. The number at the end of a name is "
+            "the share of the FLOPs. In the rows of 0.42 and 0.25, and of 0.35 with 182 px, the last "
+            f"block computes the class token alone. Commit {document['commit']['id'][:7]}.",
             table(["idea", "FLOPs", *titles, "cosine"], rows, left=1),
         ]
     )

@@ -139,8 +139,8 @@ def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> list[int]:
         missing = [key for key in keys if key not in rows]
         if missing:
             raise ConfigError(
-                f"--labels: expected a line image,label of each image in {labels}, got none of "
-                f"{len(missing)} images, such as {shortened(missing[0])}"
+                f"--labels: expected a line image,label for each image in {labels}, got none for "
+                f"{len(missing)} images, such as {shortened(missing[0])}; add the lines"
             )
         names = [rows[key] for key in keys]
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}

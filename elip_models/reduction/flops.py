@@ -146,7 +146,7 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
     if keep > most * (1 + TOLERANCE):
         raise ValueError(
             f"keep: expected at most {most:.3f}, what {strategy} leaves of the tokens at its "
-            f"weakest, got {keep}; set fewer of its options"
+            f"weakest, got {keep}; pass a smaller keep, or leave its other options unset"
         )
     best = _nearest(strategy, size, keep, kept_share)
     least = kept_share(strategy.at_strength(size, 1.0), size)

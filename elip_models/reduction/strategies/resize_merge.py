@@ -3,8 +3,7 @@
     image   leaves sqrt(k) of the tokens, of `keep` = k
     merges  leave sqrt(k) of those, spread over the blocks as `TokenMerging` does
 
-Either alone keeps less recall at half of the FLOPs (docs/real_model.md): merging leaves the last
-blocks few tokens, and a smaller image treats all areas alike.
+Either alone keeps less recall at half of the FLOPs (docs/real_model.md).
 """
 
 from dataclasses import dataclass, replace
