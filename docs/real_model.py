@@ -143,8 +143,8 @@ def ideas_table(document: dict[str, Any]) -> str:
             f"Differences from dense in points on photographs that are not those of the tests: "
             f"{counts['clothes']:,} of clothes, held out from a probe of {counts['fitted']:,}, and "
             f"{counts['flickr8k']:,} of Flickr8k's dev split. The number at the end of a name is "
-            "the share of the FLOPs. In the rows of 0.42 and 0.25, and of 0.35 with 182 px, the last "
-            f"block computes the class token alone. Commit {document['commit']['id'][:7]}.",
+            "the share of the FLOPs. In the rows of 0.42 and 0.25, and of 0.35 with 182 px, the "
+            f"last block computes the class token alone. Commit {document['commit']['id'][:7]}.",
             table(["idea", "FLOPs", *titles, "cosine"], rows, left=1),
         ]
     )
