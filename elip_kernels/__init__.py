@@ -1,6 +1,6 @@
 """Fused kernels for vision token reduction. All functions take and return tensors."""
 
-from elip_kernels._operator import FallbackWarning, use_pytorch_ops
+from elip_kernels._operator import FallbackWarning, export_custom_ops, use_pytorch_ops
 from elip_kernels.info import BipartiteInfo, ReductionInfo, unmerge
 from elip_kernels.ops.attention_column_mean import attention_column_mean
 from elip_kernels.ops.bipartite import apply_merge, bipartite_merge
@@ -27,6 +27,7 @@ __all__ = [
     "cls_attention",
     "cls_attention_from_tokens",
     "cls_attention_output",
+    "export_custom_ops",
     "fuse_text",
     "merge_nearest",
     "reduce",

@@ -10,19 +10,19 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch._C._functorch import TransformType
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
 from elip_kernels._kernel import captured_launches
 from elip_kernels._triton import OutOfResources, is_interpreted
 from elip_kernels.autocast import without_autocast
+from elip_kernels.differentiation import is_differentiated
 
 PLAIN = frozenset(
     {torch.Tensor, torch.nn.Parameter, int, float, bool, torch.dtype, type(None), str}
@@ -31,22 +31,15 @@ PLAIN = frozenset(
 VMAP = torch._C._dispatch_key_parse("VmapMode")  # of batched gradients
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
-_is_decomposed = False
+_is_decomposed = _exports_ops = False
 
 
 @contextmanager
 def use_pytorch_ops() -> Iterator[None]:
     """Run the PyTorch implementation of every op inside the `with` block.
 
-    The switch is process-wide: it affects all threads until the block ends. It is meant for
-    inference without Python, for example with AOTInductor. A graph that is captured inside
-    contains aten ops only and no `elip::*` op::
-
-        with torch.no_grad(), elip_kernels.use_pytorch_ops():
-            program = torch.export.export(model, (images,))
-        package = torch._inductor.aoti_compile_and_package(program)
-
-    `torch.onnx.export(model, ..)` needs no switch: it always gets the PyTorch implementations.
+    The switch is process-wide: it affects all threads until the block ends. `torch.export`,
+    `torch.onnx.export` and `torch.jit.trace` need no switch: they get these implementations.
     """
     global _is_decomposed
     before, _is_decomposed = _is_decomposed, True
@@ -56,25 +49,34 @@ def use_pytorch_ops() -> Iterator[None]:
         _is_decomposed = before
 
 
+@contextmanager
+def export_custom_ops() -> Iterator[None]:
+    """Let `torch.export` and `torch.jit.trace` capture the ops `elip::*` inside the `with` block.
+
+    Without it, a captured graph contains ATen ops only, and loads where torch alone is installed.
+    With it, the loaded graph launches the kernels on a GPU, and a process must
+    `import elip_kernels` before it loads the file. The switch is process-wide::
+
+        with torch.no_grad(), elip_kernels.export_custom_ops():
+            program = torch.export.export(model, (images,))
+        torch.export.save(program, "model.pt2")
+    """
+    global _exports_ops
+    before, _exports_ops = _exports_ops, True
+    try:
+        yield
+    finally:
+        _exports_ops = before
+
+
+def is_captured() -> bool:
+    """Return whether torch.export, torch.onnx.export or torch.jit.trace captures this call."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def exports_onnx() -> bool:
     """Return whether `torch.onnx.export` is running, which translates aten ops only."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-
-
-def is_differentiated() -> bool:
-    """Return whether a function transform or forward-mode AD differentiates this call.
-
-    `torch.func.grad`, `jvp` and forward-mode AD support aten ops only. `vmap` alone calls an op
-    once per sample. Inside a compiled graph, the value is the one at the time of tracing.
-    """
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return forward_ad._current_level >= 0
-    stack = torch._C._functorch.get_interpreter_stack()
-    return any(transform.key() in (TransformType.Grad, TransformType.Jvp) for transform in stack)
-
-
-# `torch.compiler.assume_constant_result` sets this too, but it imports torch._dynamo.
-is_differentiated._dynamo_marked_constant = True
 
 
 def _is_eager(args: tuple[Any, ...]) -> bool:
@@ -143,6 +145,8 @@ class Operator:
         self.name, self.reference, self.launcher = name, reference, launcher
         self.unsupported, self.fake = unsupported, fake
         self.warned_reasons: set[str] = set()
+        names = inspect.signature(reference).parameters
+        self.is_weight = [name.endswith(("_weight", "_bias")) for name in names]  # not of images
         schema = torch.library.infer_schema(reference, mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         self.decomposition = without_autocast(reference)
@@ -157,16 +161,19 @@ class Operator:
         torch.library.register_torch_dispatch(
             f"elip::{name}", FunctionalTensorMode, self._in_graph, lib=LIBRARY
         )
+        torch.library.register_vmap(f"elip::{name}", self._of_samples, lib=LIBRARY)
         register_flop_formula(getattr(torch.ops.elip, name))(flops)
         self.overload = getattr(torch.ops.elip, name).default
         OPERATORS[name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if _is_decomposed or exports_onnx() or is_differentiated():
+        if _is_decomposed or is_differentiated():
             return self.decomposition(*args)
         if torch.compiler.is_compiling() or not _is_eager(args):
+            if exports_onnx() or (is_captured() and not _exports_ops):
+                return self.decomposition(*args)
             return self.overload(*args)
-        implementation = self.implementations.get(args[0].device.type)
+        implementation = self._implementation(args[0].device.type)
         if implementation is None:
             return self.overload(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
@@ -175,6 +182,11 @@ class Operator:
             return self.function.apply(*args)
         with torch.no_grad():
             return implementation(*args)
+
+    def _implementation(self, device: str) -> Callable[..., Any] | None:
+        """Return what runs on a device without the dispatcher; None if the dispatcher decides."""
+        own = self.decomposition if device == "cpu" else None
+        return self.implementations.get(device, own)
 
     def on_device(self, *args: Any) -> Any:
         """Launch the kernels; if they do not support the arguments, warn once and run PyTorch."""
@@ -215,13 +227,35 @@ class Operator:
         with mode, captured_launches():
             return without_autocast(self.launch)(*args)
 
+    def _of_samples(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Call the op under `vmap`: once, on a batch of the images of all samples.
+
+        If the weights of a layer are mapped too, as in an ensemble, call it for each sample.
+        """
+        count, arguments = info.batch_size, list(zip(args, in_dims, self.is_weight, strict=False))
+        if any(is_weight and dim is not None for _, dim, is_weight in arguments):
+            samples = (repeat(x, count) if d is None else x.unbind(d) for x, d, _ in arguments)
+            calls = [_tensors(self.overload(*sample)) for sample in zip(*samples, strict=True)]
+            outputs = tuple(map(torch.stack, zip(*calls, strict=True)))
+        else:
+            batch: list[Any] = []
+            sizes: tuple[int, ...] = ()
+            for x, dim, is_weight in arguments:
+                if torch.is_tensor(x) and not is_weight:
+                    x = x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+                    sizes = sizes or x.shape[:2]  # of the first; one text may be for all images
+                    x = x.expand(*sizes, *x.shape[2:]).flatten(0, 1)
+                batch.append(x)
+            outputs = tuple(x.unflatten(0, sizes) for x in _tensors(self.overload(*batch)))
+        return (outputs[0], 0) if len(outputs) == 1 else (outputs, (0,) * len(outputs))
+
     def _autograd_function(
         self, backward: Callable[..., Any], save: Callable[..., None]
     ) -> type[torch.autograd.Function]:
         """Return the function of autograd with the formulas that `register_autograd` takes."""
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = self.implementations[args[0].device.type](*args)
+            output = self._implementation(args[0].device.type)(*args)
             save(ctx, args, output)
             return output
 
@@ -239,4 +273,9 @@ def _no_gradient(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mark_outputs(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.mark_non_differentiable(*((output,) if torch.is_tensor(output) else output))
+    ctx.mark_non_differentiable(*_tensors(output))
+
+
+def _tensors(output: Any) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of an op, which may be a single tensor."""
+    return (output,) if torch.is_tensor(output) else output

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._operator import Operator
+from elip_kernels._operator import Operator, exports_onnx
 from elip_kernels._validate import check_device, check_flags, check_shape, check_tokens
+from elip_kernels.autocast import without_autocast
 from elip_kernels.info import BipartiteInfo, ReductionInfo, check_match
 from elip_kernels.ops.bipartite_arguments import (
     check_arguments,
@@ -41,7 +42,15 @@ from elip_kernels.ops.bipartite_arguments import (
     counts_within,
 )
 from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, match
-from elip_kernels.ops.gather_ops import accumulator, add_rows, flat_rows, largest, sum_rows, sums_by
+from elip_kernels.ops.gather_ops import (
+    accumulator,
+    add_rows,
+    flat_rows,
+    largest,
+    sum_rows,
+    sums_by,
+    take_rows,
+)
 from elip_kernels.ops.merge_kernels import merge_bwd, merge_fwd
 
 
@@ -116,6 +125,10 @@ def bipartite_merge(
     check_size_values(size)
     if merges is None:
         r = min(r, max(0, tokens.shape[1] - num_prefix_tokens) // 2)
+    if lengths is None and r > 0 and exports_onnx():
+        call = without_autocast(_merge_in_onnx)
+        merged, size, info = call(tokens, metric, size, penalty, r, num_prefix_tokens)
+        return (merged, size, info) if return_info else (merged, size)
     if lengths is None:
         info = _match(metric.detach(), penalty, r, num_prefix_tokens)
     else:
@@ -223,9 +236,9 @@ def _slots(
 def unit_rows(metric: Tensor) -> Tensor:
     """Return metric (B, N, C) / norm in the accumulator's dtype; NaN if there is no direction."""
     metric = metric.to(accumulator(metric))
-    square = metric.square().sum(2, keepdim=True)
-    has_direction = (square >= SMALLEST_SQUARE) & square.isfinite()
-    return torch.where(has_direction, metric * square.rsqrt(), float("nan"))
+    norm = torch.linalg.vector_norm(metric, dim=2, keepdim=True)
+    normal = norm.clamp(SMALLEST_SQUARE**0.5, torch.finfo(norm.dtype).max)
+    return metric / norm.masked_fill_(norm != normal, float("nan"))
 
 
 def match_reference(
@@ -239,32 +252,77 @@ def match_reference(
     """Compute the matching in PyTorch; return slots (B, N) int32."""
     B, N, _ = metric.shape
     num_a, first_b = (N + 1) // 2, (N + 1) // 2 - r
-    unit = unit_rows(metric)
+    unit, tokens = unit_rows(metric), torch.arange(N, device=metric.device)
     if lengths is not None:
-        tokens = torch.arange(N, device=metric.device)
         is_real = tokens < lengths[:, None]
         unit = unit.masked_fill(~is_real[..., None], float("nan"))
         first_b = ((lengths + 1) // 2 - merges)[:, None]
-    similarity = unit[:, ::2] @ unit[:, 1::2].mT  # (B, ceil(N/2), floor(N/2))
-    best, partner = similarity.masked_fill(similarity.isnan(), float("-inf")).max(2)
-    if penalty is not None:
-        best = best - penalty[:, ::2]
-        best = best.masked_fill(best.isnan(), float("-inf"))
+    penalty = None if penalty is None else penalty[:, ::2]
+    best, partner = _partners(unit[:, ::2], unit[:, 1::2], penalty)
     is_merged = best.new_zeros(B, num_a, dtype=torch.bool)
     if lengths is None:
         merged = largest(best[:, num_prefix_tokens:], r)
-        is_merged.scatter_(1, merged + num_prefix_tokens, True)
+        is_merged = is_merged.scatter(1, merged + num_prefix_tokens, 1)  # TorchScript has no bool
     else:  # padding has no direction, and the highest indices
         rank = largest(best[:, num_prefix_tokens:], num_a).argsort(1)
         is_merged[:, num_prefix_tokens:] = rank < merges[:, None]
     rows = torch.arange(num_a, device=metric.device)
-    slots = partner.new_empty(B, N, dtype=torch.int32)
-    slots[:, ::2] = torch.where(is_merged, first_b + partner, rows - is_merged.cumsum(1))
-    slots[:, 1::2] = first_b + rows[: N // 2]
+    slots_a = torch.where(is_merged, first_b + partner, rows - is_merged.cumsum(1))
+    slots_b = (first_b + rows).expand_as(slots_a)
+    # a slice in place of index_select would limit an exported graph to odd or even N
+    pairs = torch.stack([slots_a, slots_b], dim=2).flatten(1).to(torch.int32)
+    slots = pairs.index_select(1, tokens)
     if lengths is not None:
         slots = torch.where(merges[:, None] == 0, tokens, slots)
         slots = slots.clamp(max=N - r - 1).masked_fill(~is_real, N - r - 1).to(torch.int32)
     return slots
+
+
+def _partners(unit_a: Tensor, unit_b: Tensor, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return best - penalty and partner, both (B, A), of unit_a (B, A, C) among unit_b."""
+    similarity = torch.bmm(unit_a, unit_b.mT)
+    best, partner = similarity.masked_fill_(similarity.isnan(), float("-inf")).max(2)
+    if penalty is not None:
+        best = best - penalty
+        best = best.masked_fill(best.isnan(), float("-inf"))
+    return best, partner
+
+
+def _merge_in_onnx(
+    tokens: Tensor,
+    metric: Tensor,
+    size: Tensor | None,
+    penalty: Tensor | None,
+    r: int,
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Tensor, BipartiteInfo]:
+    """Match and merge with few nodes, the same result as that of the two ops.
+
+    Gather all tokens in the order of their rows, the r merged ones last, and add these to theirs.
+    """
+    (B, N, _), p, device = tokens.shape, num_prefix_tokens, tokens.device
+    of_a = torch.arange(p + 1 if p else 0, N, 2, device=device)
+    of_b = torch.arange(p or 1, N, 2, device=device)
+    A, R = of_a.shape[0], N - r
+    unit = unit_rows(metric.detach())
+    penalty = None if penalty is None else penalty.index_select(1, of_a)
+    best, partner = _partners(unit.index_select(1, of_a), unit.index_select(1, of_b), penalty)
+    order = largest(best, A)
+    targets = partner.gather(1, order[:, :r]) + (R - of_b.shape[0])
+    merged, kept = of_a.expand(B, -1).gather(1, order).split([r, A - r], dim=1)
+    kept = kept.topk(A - r, largest=False).values
+    prefix = torch.arange(p, device=device)
+    order = torch.cat([prefix.expand(B, -1), kept, of_b.expand(B, -1), merged], dim=1)
+    rows = torch.cat([torch.arange(R, device=device).expand(B, -1), targets], dim=1)
+    if size is None:
+        size = tokens.new_ones(B, N, dtype=accumulator(tokens))
+    size = size.gather(1, order)
+    out_size = size.new_zeros(B, R).scatter_add(1, rows, size)
+    weight = size / _divisor(out_size).gather(1, rows)
+    out, merged = (take_rows(tokens, order) * weight[..., None]).split([R, r], dim=1)
+    out = out.scatter_add(1, targets[..., None].expand_as(merged), merged).to(tokens.dtype)
+    slots = torch.zeros_like(order).scatter(1, order, rows).to(torch.int32)
+    return out, out_size, BipartiteInfo(slots, R)
 
 
 def merge_reference(
@@ -274,10 +332,10 @@ def merge_reference(
     (B, N, D), rows = tokens.shape, flat_rows(slots, num_rows)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens))
-    out_size = sums_by(rows, size.reshape(-1), B * num_rows)
-    weight = size / _divisor(out_size).index_select(0, rows).view(B, N)
-    weighted = (tokens * weight[..., None]).reshape(B * N, D)
-    out = sums_by(rows, weighted, B * num_rows)
+    size = size.reshape(B * N, 1)
+    out_size = sums_by(rows, size, B * num_rows)
+    weight = size / _divisor(out_size).index_select(0, rows)
+    out = sums_by(rows, tokens.reshape(B * N, D) * weight, B * num_rows)
     return out.to(tokens.dtype).view(B, num_rows, D), out_size.view(B, num_rows)
 
 
@@ -295,8 +353,8 @@ def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
 
 
 def _divisor(out_size: Tensor) -> Tensor:
-    """Return `out_size` with 0 replaced by 1, so that empty rows do not divide by zero."""
-    return out_size.masked_fill(out_size == 0, 1.0)
+    """Return `out_size`, at least the smallest normal number: empty rows do not divide by zero."""
+    return out_size.clamp(min=torch.finfo(out_size.dtype).tiny)
 
 
 def _match_flops(metric_shape, *args, **kwargs) -> int:

@@ -120,7 +120,8 @@ def cls_attention_from_tokens(
 
     Args:
         tokens: (B, N, D), fp32, bf16, fp16 or fp64, before the block's norm. Row 0 is CLS; its
-            content is replaced by `cls`.
+            content is replaced by `cls`. With values beyond 1e18 the norm overflows, and the row
+            has NaN.
         cls: (B, D), the (fused) CLS token, before the norm.
         norm_weight: (D,), weight of the block's LayerNorm, or None.
         norm_bias: (D,), bias of the block's LayerNorm, or None.

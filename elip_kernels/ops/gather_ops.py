@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_kernels._operator import exports_onnx, is_differentiated
+from elip_kernels._operator import exports_onnx, is_captured
+from elip_kernels.differentiation import is_differentiated
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -18,13 +19,13 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
     """Return integers (B, N-p) in the order of selection: numbers, then NaN, then padding.
 
-    ONNX has no bit casts. There the scores themselves are returned, with -inf clamped to the
-    smallest number, and NaN and padding as -inf.
+    A captured graph has no bit casts, which ONNX and TorchScript lack. There the scores themselves
+    are returned, clamped to half of the lowest number, with NaN as the lowest and padding as -inf.
     """
-    if exports_onnx():
-        is_last = scores.isnan() if real is None else scores.isnan() | ~real
-        key = scores.clamp(min=torch.finfo(scores.dtype).min)
-        return key.masked_fill(is_last, float("-inf"))
+    if is_captured():
+        lowest = torch.finfo(scores.dtype).min
+        key = scores.clamp(min=lowest / 2).masked_fill(scores.isnan(), lowest)
+        return key if real is None else key.masked_fill(~real, float("-inf"))
     bits = torch.int32 if scores.dtype == torch.float32 else torch.int64
     least, most = torch.iinfo(bits).min, torch.iinfo(bits).max
     key = (scores + 0.0).view(bits)  # -0.0 becomes +0.0
@@ -57,7 +58,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
     """Return row indices (B, ...) of N rows per image as indices into B * N rows, flattened."""
-    first = torch.arange(0, rows.shape[0] * N, N, device=rows.device)
+    first = N * torch.arange(rows.shape[0], device=rows.device)
     return (rows + first.view(-1, *[1] * (rows.dim() - 1))).reshape(-1)
 
 
@@ -83,8 +84,14 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
-    """Return (count, ...): values (M, ...) summed by row (M,); CUDA sorts, for a fixed order."""
-    sums = values.new_zeros(count, *values.shape[1:])
+    """Return (count, D): values (M, D) summed by row (M,).
+
+    CUDA sorts, for a fixed order. ONNX scatters elements: onnxruntime adds rows (`ScatterND`) in
+    several threads without a lock, and loses some.
+    """
+    sums = values.new_zeros(count, values.shape[1])
+    if exports_onnx():
+        return sums.scatter_add_(0, rows.long()[:, None].expand_as(values), values)
     if values.is_cuda:
         return sums.index_put_((rows.long(),), values, accumulate=True)
     return sums.index_add_(0, rows, values)

@@ -143,7 +143,7 @@ def match_reference(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Ten
     partner = similarity.masked_fill(~is_target[:, None], float("-inf")).max(2).indices
     rows = torch.arange(p, p + K, device=metric.device).expand(B, -1)
     slots = F.pad(p + partner, (0, 1)).scatter(1, kept.where(is_target, N), rows)[:, :N].int()
-    slots[:, :p] = torch.arange(p, device=metric.device)
+    slots[:, :p] = torch.arange(p, device=metric.device).expand(B, -1)
     return slots
 
 

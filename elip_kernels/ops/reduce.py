@@ -146,8 +146,8 @@ def reduce_reference(
     scores = scores.to(accumulator(tokens, scores))
     place = F.pad(places(scores, real, keep) + num_prefix_tokens, (num_prefix_tokens, 0))
     index = torch.arange(N, device=tokens.device)
-    place[:, :num_prefix_tokens] = index[:num_prefix_tokens]
-    order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
+    place[:, :num_prefix_tokens] = index[:num_prefix_tokens].expand(B, -1)
+    order = place.scatter(1, place, index.expand(B, -1))
     # The last row is a placeholder, which the merged token overwrites.
     out, weights = take_rows(tokens, order[:, : first_dropped + int(merge)]), scores.new_zeros(B, N)
     if merge:
@@ -158,7 +158,7 @@ def reduce_reference(
         scale = 1.0 if exports_onnx() else SUM_SCALE  # ONNX export drops + 1e-8 and below
         total = (weight * scale).sum(1, keepdim=True) + LEAST_SUM * scale
         weight = weight / total * scale
-        weights.scatter_(1, dropped, weight)
+        weights = weights.scatter(1, dropped, weight)
         out[:, -1] = merge_rows(tokens, dropped, weight)
     kept = order[:, num_prefix_tokens:first_dropped].clone(memory_format=torch.contiguous_format)
     return out, kept, weights, place.clamp(max=first_dropped).int()

@@ -64,7 +64,7 @@ def select_reference(
     B, candidates = scores.shape
     place = places(scores.to(accumulator(scores)), real, keep)
     index = torch.arange(num_prefix_tokens, num_prefix_tokens + candidates, device=scores.device)
-    order = torch.empty_like(place).scatter_(1, place, index.expand(B, -1))
+    order = place.scatter(1, place, index.expand(B, -1))
     return order[:, :keep].clone(memory_format=torch.contiguous_format)
 
 

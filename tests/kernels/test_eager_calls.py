@@ -68,6 +68,12 @@ def test_results_and_gradients_are_those_of_the_dispatcher(called):
     assert torch.autograd.gradgradcheck(reduced, tokens())
 
 
+def test_a_cpu_runs_pytorch_without_the_dispatcher():
+    expected = by_dispatcher(reduced, tokens())
+    with patch.object(OPERATORS["reduce"], "overload", side_effect=AssertionError):
+        assert torch.equal(reduced(tokens()), expected)
+
+
 def test_hooks_of_saved_tensors_are_called(called):
     packed = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x)

@@ -14,7 +14,12 @@ from elip_models.reduction.strategies.elip import ELIPOptions
 from tests.helpers.argument_cases import TABLE
 from tests.helpers.towers import SCHEDULE, plain_vit
 
-ALIASES = {"text": "(schedule|text)", "pretrained": "(pretrained|folder)", "overrides": r"\w+"}
+ALIASES = {
+    "text": "(schedule|text)",
+    "pretrained": "(pretrained|folder)",
+    "overrides": r"\w+",
+    "total": "keep",
+}
 
 
 def entered(context):
@@ -27,7 +32,13 @@ def entered(context):
     return enter
 
 
-CONTEXT_MANAGERS = (elip_kernels.use_pytorch_ops, elip_models.guidance, elip_models.record_stages)
+CONTEXT_MANAGERS = (
+    elip_kernels.use_pytorch_ops,
+    elip_kernels.export_custom_ops,
+    elip_models.budget,
+    elip_models.guidance,
+    elip_models.record_stages,
+)
 CONTEXTS = {manager: entered(manager) for manager in CONTEXT_MANAGERS}
 
 

@@ -61,6 +61,30 @@ def test_opcheck(op, op_arguments):
     opcheck(OPERATORS[op].overload, (first, *others))
 
 
+MAPPED = {
+    "first tensor": lambda position, is_weight: position == 0,
+    "images": lambda position, is_weight: not is_weight,
+    "images and weights": lambda position, is_weight: True,
+}
+"""The arguments that `vmap` maps."""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_vmap_is_a_call_for_each_sample(op, mapped, op_arguments):
+    op, arguments = OPERATORS[op], op_arguments[op]
+    dims, samples = [], []
+    for position, (x, is_weight) in enumerate(zip(arguments, op.is_weight, strict=False)):
+        dims.append(1 if torch.is_tensor(x) and MAPPED[mapped](position, is_weight) else None)
+        samples.append([x if dims[-1] is None else x.detach().roll(i, 0) for i in range(3)])
+    stacks = [x[0] if d is None else torch.stack(x, d) for x, d in zip(samples, dims, strict=True)]
+    outputs = tensors_of(torch.vmap(op.overload, tuple(dims))(*stacks))
+    for i, sample in enumerate(zip(*samples, strict=True)):
+        expected = tensors_of(op.overload(*sample))
+        torch.testing.assert_close([output[i] for output in outputs], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @every_op
 def test_autocast_changes_nothing(name, dtype):
