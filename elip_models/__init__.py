@@ -1,11 +1,11 @@
-"""Text-guided vision token reduction for image-text models, and the models that train with it."""
+"""Token merging for the vision transformer you already have: faster in inference and training."""
 
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from elip_models.saving.model_registry import register_models
-from elip_models.validation import require_extra
+from elip_models.validation import did_you_mean, require_extra
 
 if find_spec("elip_models.pretraining") is not None:  # the core works without it
     register_models("elip_models.pretraining.models.registry")
@@ -22,6 +22,7 @@ __all__ = [
     "UnguidedWarning",
     "__version__",
     "adapt_",
+    "budget",
     "calibrate",
     "create_model",
     "distill",
@@ -55,6 +56,7 @@ LAZY = {
     "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.recovery.distill": ("distill",),
     "elip_models.api": (
+        "budget",
         "guidance",
         "is_reduced",
         "record_stages",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from elip_kernels import __version__
     from elip_models.analysis.calibrate import calibrate
     from elip_models.api import (
+        budget,
         guidance,
         is_reduced,
         record_stages,
@@ -113,7 +116,8 @@ else:
         elif name in MODULES or name in module.__all__:
             value = getattr(module, name)
         else:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            close = did_you_mean(name, __getattr__("__all__"))
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{close}")
         return globals().setdefault(name, value)
 
     def __dir__() -> list[str]:

@@ -6,10 +6,12 @@ multimodal language model         `vlm/patch.py` removes image tokens before or 
 model of `create_model`           its own forward reduces, by the strategy in its config
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from elip_models.reduction import patch
@@ -19,11 +21,17 @@ from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategies.elip import Guided
 from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
+from elip_models.reduction.strategy_spec import (
+    StrategyOptions,
+    name_in,
+    option_types,
+    resolve_strategy,
+)
 from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import SelfReducingModel
-from elip_models.validation import as_config_error
+from elip_models.validation import PositiveInt, as_config_error, check
+from elip_models.vlm.budget import Budget, budgeting
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, find_multimodal
 from elip_models.vlm.patch import (
@@ -35,6 +43,7 @@ from elip_models.vlm.patch import (
     refuse_language_strategy,
     uninstall_strategies,
 )
+from elip_models.vlm.question import asking
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies.base import LanguageStrategy
 from elip_models.vlm.summary import MultimodalSummary
@@ -46,8 +55,8 @@ M = TypeVar("M", bound=nn.Module)
 def reduce_(
     model: M,
     strategy: str | AnyStrategy | None = None,
-    *,
     keep: float | int | None = None,
+    *,
     schedule: Schedule | str | None = None,
     **options: Unpack[StrategyOptions],
 ) -> M:
@@ -55,6 +64,7 @@ def reduce_(
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
         elip_models.reduce_(model)                       # token merging, 70% of the tokens
+        elip_models.reduce_(model, "tome", 0.5)          # another strategy, half of the tokens
         elip_models.reduce_(model, strategy="elip")      # the paper's stages, guided by a text
         print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
 
@@ -95,11 +105,11 @@ def reduce_(
         RuntimeError: a call with other settings inside `guidance` or `record_stages`.
     """
     options = {"schedule": schedule, **options}
+    patch.refuse_compiled(model, "reduce_")
     multimodal = find_multimodal(model)
-    if multimodal is None:
+    if multimodal is None and not _is_for_tower(strategy, options):
         refuse_language_strategy(model, strategy)
     if isinstance(model, SelfReducingModel):
-        patch.refuse_compiled(model, "reduce_")
         default = model.elip_strategy
         chosen = resolve_strategy(model.tower, strategy, options, keep=keep, default=default)
         if chosen != model.reduction:
@@ -175,11 +185,15 @@ def strategies_in(model: nn.Module) -> tuple[AnyStrategy, ...]:
 
 
 @contextmanager
-def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
+def guidance(
+    model: nn.Module, text_cls: Tensor | None = None, *, question: Tensor | None = None
+) -> Iterator[None]:
     """Guide a reduced model by a text in the forward passes inside.
 
         with elip_models.guidance(model, text_cls):
             features = model(images)
+        with elip_models.guidance(model, question=mask):    # of a multimodal language model
+            logits = model(**inputs).logits
 
     The guidance applies to the thread or asyncio task that enters it; others may run the same model
     with their own. One thread or task at a time can guide a compiled model. The backward pass may
@@ -190,15 +204,24 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
             it.
         text_cls: (B, D), one vector per image in the tower's width D, or (1, D) for all images. It
             is detached.
+        question: (B, N) bool, the tokens of each prompt of a multimodal language model by which
+            strategies that read the question select image tokens. Tokens behind the first N are
+            none of it. Labels have precedence. Without both, all text is the question.
 
     Raises:
-        TypeError, ValueError: a model that `reduce_` has not changed, or `text_cls` not (B, D).
+        TypeError, ValueError: a model that `reduce_` has not changed, `text_cls` not (B, D), or
+            `question` not (B, N) with a token in each row; neither of them.
     """
     if isinstance(model, SelfReducingModel):
         raise TypeError(
             f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
             "forward takes its texts; pass them with the images"
         )
+    asked = nullcontext() if question is None else asking(*_question_of(model, question))
+    if text_cls is None and question is not None:
+        with asked:
+            yield
+        return
     reductions = _tower_reductions(model)
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
@@ -221,10 +244,85 @@ def guidance(model: nn.Module, text_cls: Tensor) -> Iterator[None]:
     for reduction in reductions:
         reduction.guide(this, text_cls)
     try:
-        yield
+        with asked:
+            yield
     finally:
         for reduction in reductions:
             reduction.unguide(this)
+
+
+@contextmanager
+def budget(
+    model: nn.Module,
+    keep: float | int | Sequence[float | int] | None = None,
+    *,
+    total: int | None = None,
+) -> Iterator[None]:
+    """Set how many image tokens a multimodal language model keeps in the calls inside.
+
+        with elip_models.budget(model, 256):              # of each image
+            model.generate(**inputs)
+        with elip_models.budget(model, total=1024):       # of all images and tiles of a prompt
+            model.generate(**inputs)
+
+    It replaces the `keep` of the strategy before the language model; without one, of that inside
+    it. It applies to the thread or asyncio task that enters it.
+
+    Args:
+        model: a multimodal language model whose image tokens `reduce_` removes.
+        keep: as of `reduce_`; or one for each image of the batch, in the order of the prompts.
+        total: the tokens of all images of a prompt together, in proportion to their own. A strategy
+            inside the language model leaves as many behind its last drop.
+
+    Raises:
+        TypeError, ValueError: a model without such a strategy, a wrong value, or both arguments.
+            The forward pass raises ValueError for a budget that does not fit the prompt.
+    """
+    strategies, multimodal = language_strategies_in(model), find_multimodal(model)
+    if not strategies:
+        raise ValueError(
+            "model: expected a multimodal language model whose image tokens reduce_ removes, got a "
+            f"{type(model).__name__}; call reduce_ with such a strategy first"
+        )
+    if (keep is None) == (total is None):
+        raise ValueError(
+            f"keep: expected either `keep` or `total`, got keep={keep} and total={total}; pass one"
+        )
+    keeps = keep if isinstance(keep, Sequence) and not isinstance(keep, str) else [keep]
+    if total is not None:
+        check("total", total, PositiveInt)
+    else:
+        for value in keeps:
+            replace(strategies[0], keep=value)  # checks it
+    own = tuple(keeps) if keeps is keep else keep
+    with budgeting(Budget(prompt_hooks(multimodal), own, total)):
+        yield
+
+
+def _question_of(model: nn.Module, question: Tensor) -> tuple[object, Tensor]:
+    """Return the hooks that read the question, and a copy of its tokens (B, N) bool."""
+    multimodal = find_multimodal(model)
+    hooks = None if multimodal is None else prompt_hooks(multimodal)
+    if hooks is None:
+        raise ValueError(
+            "model: expected a multimodal language model whose image tokens reduce_ removes, for "
+            f"`question`, got a {type(model).__name__}; call reduce_ with such a strategy first"
+        )
+    is_mask = isinstance(question, Tensor) and question.dtype == torch.bool
+    if not is_mask or question.dim() != 2:
+        got = f"{question.dtype} {tuple(question.shape)}" if isinstance(question, Tensor) else ""
+        raise TypeError(
+            f"question: expected a bool tensor (B, N), got {got or type(question).__name__}; pass "
+            "True for each token of the question"
+        )
+    if not question.any(1).all():
+        raise ValueError(
+            "question: expected a token in each row, got a row without; mark a token of its text"
+        )
+    if not any(strategy.reads_question for strategy in language_strategies_in(model)):
+        names = ", ".join(repr(strategy.name) for strategy in language_strategies_in(model))
+        warn_once(f"{names} reads no question", UnguidedWarning, stacklevel=5)
+    return hooks, question.clone()
 
 
 def _tower_reductions(model: nn.Module) -> list[Reduction]:
@@ -238,7 +336,8 @@ def _tower_reductions(model: nn.Module) -> list[Reduction]:
         raise ValueError(
             "model: expected one whose image tower reduce_ has changed, got a "
             f"{type(model).__name__} with {strategies[0].name!r}, which acts on the language model "
-            "and reads the question in the prompt itself; call the model without guidance"
+            "and reads the question in the prompt itself; call the model without guidance, or "
+            "pass `question`, a mask of its tokens"
         ) from error
 
 
@@ -288,9 +387,7 @@ def _reduce(
         with as_config_error(f"{type(multimodal.config).__name__}.elip"):
             restore_(model, multimodal.config.elip)
     else:
-        reduce_language_model(
-            model, multimodal, language_strategy(strategy, {"keep": keep, **options})
-        )
+        reduce_language_model(multimodal, language_strategy(strategy, {"keep": keep, **options}))
     of_towers = [reduction.strategy for reduction in patch.reductions_of(model)]
     of_tower = of_towers[0] if of_towers else None
     store_strategies(model, multimodal.config, of_tower, language_strategies_in(model))
@@ -305,10 +402,10 @@ def restore_(model: nn.Module, saved: Any) -> None:
 
 
 def _is_for_tower(strategy: Any, options: dict[str, Any]) -> bool:
-    """Return whether the arguments name a strategy of image towers."""
+    """Return whether the arguments name a strategy of image towers, or an option of one."""
     if isinstance(strategy, str):
-        name = strategy.partition(":")[0].strip()
-        return strategy.endswith(".json") or name in STRATEGIES
+        return strategy.endswith(".json") or name_in(strategy) in STRATEGIES
     if strategy is None:
-        return any(value is not None for value in options.values())
+        known = {option for name in STRATEGIES for option in option_types(name)}
+        return any(name in known for name, value in options.items() if value is not None)
     return isinstance(strategy, Strategy)

@@ -302,6 +302,7 @@ PACKAGES = {
         "typer",
         "yaml",
     ),
+    "vllm": ("vllm",),
 }
 """Extra -> the top-level modules that it installs."""
 EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}

@@ -3,6 +3,8 @@
 Several models may share one config object while only one of them is reduced. So the strategy is
 written into a copy, which the modules of that model use instead. `remove_from_config` restores the
 shared object, unless the copy has changed otherwise.
+
+A model that transformers makes of such a config is dense, about which a hook of PyTorch warns.
 """
 
 import copy
@@ -10,11 +12,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from elip_models.reduction.reduced_model import Reduction
-from elip_models.reduction.serialization import settings_of, strategy_of
+from elip_models.reduction.serialization import check_stored, settings_of, strategy_of
 from elip_models.reduction.strategy import Strategy
-from elip_models.towers import ImageTextModel, Tower
+from elip_models.reduction.user_warnings import warn_once
+from elip_models.towers import ImageTextModel, Tower, library_of
 from elip_models.validation import as_config_error
 
 LANGUAGE_MODEL = "language_model"
@@ -35,7 +39,7 @@ def store_in_config(model: nn.Module, reduction: Reduction) -> None:
 def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
     """Return the strategy that a model was saved with, or None."""
     config = owner.saved_config
-    saved = _stored_in(config)
+    saved = stored_in(config)
     if saved is None:
         return None
     with as_config_error(f"{type(config).__name__}.elip"):
@@ -45,9 +49,10 @@ def strategy_in_config(owner: ImageTextModel | Tower) -> Strategy | None:
 def strategy_in(saved: Any) -> Strategy | None:
     """Return the strategy in stored settings, or None in those of a language model alone."""
     if isinstance(saved, dict) and LANGUAGE_MODEL in saved:
-        if "strategy" not in saved:
-            return None
         saved = {key: value for key, value in saved.items() if key != LANGUAGE_MODEL}
+        if "strategy" not in saved:
+            check_stored(saved, known=("version",))
+            return None
     return strategy_of(saved)
 
 
@@ -58,7 +63,7 @@ def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduct
     configs = {id(config): config for config in own_configs if config is not None}
     shared = [r.shared_config for r in reductions if r.shared_config is not None]
     for config in configs.values():
-        if _stored_in(config) is None:
+        if stored_in(config) is None:
             continue
         own = copy.copy(config)
         del own.elip
@@ -73,7 +78,7 @@ def replace_config(modules: Iterable[nn.Module], config: Any, by: Any) -> None:
             module.config = by
 
 
-def _stored_in(config: Any) -> Any:
+def stored_in(config: Any) -> Any:
     """Return the settings in a config, or None; a config of the paper's models has a method."""
     return None if config is None else vars(config).get("elip")
 
@@ -81,3 +86,23 @@ def _stored_in(config: Any) -> Any:
 def _config_of(module: nn.Module) -> Any:
     """Return the module's own config, or None."""
     return vars(module).get("config")
+
+
+def _warn_of_dense_model(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Warn once if transformers makes a model whose config stores a reduction.
+
+    PyTorch calls it for every module that gets a child. Only one that is being made has none yet.
+    """
+    config = _config_of(module)
+    if not isinstance(getattr(config, "elip", None), dict) or any(module.children()):
+        return
+    if library_of(module) == "transformers":
+        warn_once(
+            f"{type(config).__name__}.elip: transformers does not apply the reduction that this "
+            "config stores, so the model is dense; call elip_models.reduce_(model), or load its "
+            "folder by elip_models.load_reduced",
+            UserWarning,
+        )
+
+
+register_module_module_registration_hook(_warn_of_dense_model)

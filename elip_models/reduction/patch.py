@@ -26,6 +26,7 @@ from elip_models.reduction.model_patches import (
 )
 from elip_models.reduction.reduced_model import ReducedBlock, Reduction
 from elip_models.reduction.strategies import default_strategy
+from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.reduction.summary import Summary
@@ -40,7 +41,6 @@ def install_strategy(
     model: M, strategy: str | Strategy | None, options: dict[str, Any], keep: float | None
 ) -> M:
     """Resolve the strategy, and install it unless the model is already reduced by it."""
-    refuse_compiled(model, "reduce_")
     (image_text, tower), others = _read(model), reductions_of(model)
     has_text = image_text is not None and image_text.refuses() is None
     use_config = keep is None and not others
@@ -107,8 +107,9 @@ def _refuse_replaced(reduction: Reduction) -> None:
     for owner, name in owners:
         if _replaced(owner, name) is not None:
             raise TypeError(
-                f"model: expected {type(owner).__name__}s that run their own {name}, got one whose "
-                f"{name} was replaced, which {strategy.name!r} would bypass"
+                f"model: expected each {type(owner).__name__} with its own {name}, got one whose "
+                f"{name} was replaced, which {strategy.name!r} would bypass; take {ELIP.name!r}, "
+                "which calls it, or load the model without a device_map that offloads parts"
             )
 
 
@@ -236,12 +237,22 @@ def reductions_in(model: nn.Module) -> list[Reduction]:
 def refuse_compiled(model: nn.Module, name: str) -> None:
     """Raise TypeError if the model is compiled, or no module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected an nn.Module, got {type(model).__name__}; pass the model inside a "
-            "pipeline or an engine, such as pipe.model"
-        )
+        raise TypeError(f"model: expected an nn.Module, got {_what_to_pass(model)}")
     if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
         raise TypeError(
             "model: expected a model before torch.compile, got a compiled one; call "
             f"{name} on the original module, then compile it"
         )
+
+
+def _what_to_pass(value: Any) -> str:
+    """Return the type of a value that is no module, and what to pass instead."""
+    if isinstance(value, str):
+        remedy = "open a model by its name with elip_models.open_model, and pass that"
+    elif isinstance(value, type):
+        return f"the class {value.__name__}; pass an instance"
+    elif isinstance(value, list | tuple) and any(isinstance(item, nn.Module) for item in value):
+        remedy = "pass one model of it, such as its first item"
+    else:
+        remedy = "pass the model inside a pipeline or an engine, such as pipe.model"
+    return f"{type(value).__name__}; {remedy}"

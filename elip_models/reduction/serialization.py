@@ -42,14 +42,7 @@ def strategy_of(saved: Any, named: Mapping[str, type] = NAMED) -> Any:
     Raises:
         TypeError, ValueError: settings of a later version, or an unknown strategy, key or value.
     """
-    check("settings", saved, dict)
-    check("version", saved.get("version"), PositiveInt)
-    if saved["version"] > VERSION:
-        raise ValueError(
-            f"version: expected at most {VERSION}, which this elip-kernels reads, got "
-            f"{saved['version']}; upgrade elip-kernels"
-        )
-    _check_keys("", saved, known=("version", "strategy", "settings"))
+    check_stored(saved, known=("version", "strategy", "settings"))
     name, settings = saved.get("strategy"), saved.get("settings")
     check("strategy", name, str)
     check("settings", settings, dict)
@@ -76,6 +69,18 @@ def strategy_of(saved: Any, named: Mapping[str, type] = NAMED) -> Any:
     }
     with as_config_error("settings"):
         return named[name](**read)
+
+
+def check_stored(saved: Any, known: Iterable[str]) -> None:
+    """Raise TypeError or ValueError for a later version of settings, or an unknown key of them."""
+    check("settings", saved, dict)
+    check("version", saved.get("version"), PositiveInt)
+    if saved["version"] > VERSION:
+        raise ValueError(
+            f"version: expected at most {VERSION}, which this elip-kernels reads, got "
+            f"{saved['version']}; upgrade elip-kernels"
+        )
+    _check_keys("", saved, known=known)
 
 
 def read_strategy(path: str) -> Strategy:

@@ -10,7 +10,7 @@ A strategy is written as one line: a name in `STRATEGIES`, then its settings.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -26,12 +26,19 @@ from elip_models.validation import (
     PositiveShare,
     Rate,
     did_you_mean,
+    mismatch_error,
     shortened,
 )
 
 SETTING = re.compile(r",\s*(?=\w+\s*=)")  # the commas that begin another setting
 NUMBERS = re.compile(r"[-+.0-9e]+(\s*,\s*[-+.0-9e]+)*,?")
 WORDS = {"true": True, "false": False, "none": None}
+OTHER_NAMES = {
+    "strategy": "algorithm|method|name|policy|strategies",
+    "1 - keep": "sparsity|(drop|merge|prune|pruning|reduction)_(rate|ratio)",
+    "keep": "budget|num_tokens|rate|ratio|(retain|retention|token)_ratio|(.+_)?keep(_.+)?",
+}
+"""Patterns of what other libraries call the arguments of `reduce_`, or the share they remove."""
 S = TypeVar("S", bound=Strategy)
 
 
@@ -134,7 +141,7 @@ def from_line(line: str, options: Mapping[str, Any], table: Mapping[str, type] =
         if key not in known:
             raise ValueError(
                 f"{key}: expected none with strategy={shortened(line)}, which takes "
-                f"{', '.join(known)}, got {shortened(value)}{did_you_mean(key, known)}"
+                f"{', '.join(known)}, got {shortened(value)}{_what_was_meant(key, value, known)}"
             )
         if key in settings:
             raise ValueError(
@@ -184,14 +191,42 @@ def _check_no_options(options: Mapping[str, Any]) -> None:
             known = {option for key in STRATEGIES for option in option_types(key)} | {"keep"}
             raise ValueError(
                 f"{name}: expected an option of a strategy, got {name}={shortened(value)}"
-                f"{did_you_mean(name, sorted(known))}"
+                f"{_in_its_place(name, value) or did_you_mean(name, sorted(known))}"
             )
         reason = "is set by keep alone" if DEFAULT.name in owners else "has no such option"
+        best = min(owners, key=lambda key: vars(STRATEGIES[key]).get("keep_field") != name)
+        or_keep = ", or keep in its place" if STRATEGIES[best].keep_field == name else ""
         raise ValueError(
             f"{name}: expected a strategy beside it, since the default, {DEFAULT.name!r}, "
             f"{reason}, got {name}={shortened(value)}; strategies with it: "
-            f"{', '.join(map(repr, owners))}. Pass strategy={owners[0]!r}"
+            f"{', '.join(map(repr, owners))}. Pass strategy={best!r}{or_keep}"
         )
+
+
+def _what_was_meant(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown option: what to pass instead, if it is clear."""
+    close = did_you_mean(name, known, cutoff=0.8)
+    return close or _in_its_place(name, value, known) or did_you_mean(name, known)
+
+
+def _in_its_place(name: str, value: Any, known: Iterable[str] = ()) -> str:
+    """Return the end of an error about a name of other libraries: what `reduce_` calls it, or "".
+
+    `known` are the options of the strategy; a `keep` among them may be a number of tokens.
+    """
+    arguments = (key for key, pattern in OTHER_NAMES.items() if re.fullmatch(pattern, name))
+    argument, meaning = next(arguments, None), "the share of the tokens that stay"
+    if argument is None:
+        return ""
+    if argument == "strategy":
+        return f"; pass strategy={shortened(value)}"
+    if argument == "keep" and "keep" in known and isinstance(value, int):
+        return f"; pass keep={value}"
+    is_share = mismatch_error(value, PositiveShare) is None
+    keep = round(1 - value, 6) if is_share and argument == "1 - keep" else value
+    if not is_share or keep == 0:
+        return f"; pass keep, {meaning}, such as keep=0.5"
+    return f"; pass keep={keep}, {meaning}"
 
 
 def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, dict[str, Any]]:
@@ -203,14 +238,13 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
     is_strategy = table is STRATEGIES
     prefix, known = "strategy: " if is_strategy else "", ", ".join(table)
     or_instance = ", or a Strategy" if is_strategy else ""
-    name, colon, rest = (
-        part.strip() for part in (text if isinstance(text, str) else "").partition(":")
-    )
+    name = name_in(text)
     if name not in table:
         raise ValueError(
             f"{prefix}expected NAME or NAME:key=value,.. with {known}{or_instance}, got "
-            f"{shortened(text)}{did_you_mean(name, table)}"
+            f"{shortened(text)}{remedy_for(text, table)}"
         )
+    _, colon, rest = (part.strip() for part in text.partition(":"))
     settings: dict[str, Any] = {}
     types = option_types(name, table)
     for setting in SETTING.split(rest) if colon else ():
@@ -218,7 +252,7 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
         if not equals or not key or not value:
             raise ValueError(
                 f"{prefix}expected settings key=value in {shortened(text)}, got "
-                f"{shortened(setting)}"
+                f"{shortened(setting)}{remedy_for(_value(Any, name, setting), ())}"
             )
         if key in settings:
             raise ValueError(
@@ -227,10 +261,24 @@ def parse_spec(text: str, table: Mapping[str, type] = STRATEGIES) -> tuple[str, 
         if key not in types:
             raise ValueError(
                 f"{prefix}expected a setting of {name!r}, one of {', '.join(types)}, got "
-                f"{shortened(key)}{did_you_mean(key, types)}"
+                f"{shortened(key)}{_what_was_meant(key, _value(Any, key, value), types)}"
             )
         settings[key] = _value(types[key], key, value)
     return name, settings
+
+
+def name_in(text: Any) -> str:
+    """Return the name in 'NAME:key=value,..', or "" of a value that is no text."""
+    return text.partition(":")[0].strip() if isinstance(text, str) else ""
+
+
+def remedy_for(strategy: Any, table: Iterable[str]) -> str:
+    """Return the end of an error about a value that is no strategy of `table`: what to pass."""
+    if isinstance(strategy, type):
+        return f"; pass an instance, {strategy.__name__}()"
+    if isinstance(strategy, int | float):
+        return _in_its_place("keep", strategy)
+    return did_you_mean(name_in(strategy), table)
 
 
 def option_types(name: str, table: Mapping[str, type] = STRATEGIES) -> dict[str, Any]:

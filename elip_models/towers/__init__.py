@@ -4,6 +4,7 @@ A tower reads a model's own modules and adds nothing to it. `as_tower` returns t
 model, `as_image_text` that of a whole language-image model, whose text can guide its image tower.
 """
 
+import re
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def as_tower(model: nn.Module) -> Tower:
     if library is None:
         raise TypeError(
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
-            f"{type(model).__name__}: {other_reason(model)}"
+            f"{type(model).__name__}: {other_reason(model, _reducible_inside(model))}"
         )
     towers = (_load(name) for name in ADAPTERS[library].towers)
     tower = next(tower for tower in towers if tower.accepts(model))
@@ -95,6 +96,20 @@ def as_tower(model: nn.Module) -> Tower:
             f"{type(model).__name__}: {reason}"
         )
     return tower(model)
+
+
+def _reducible_inside(model: object) -> str | None:
+    """Return how code writes the first module in a wrapper that can be reduced, or None."""
+    if not isinstance(model, nn.Module):
+        return None
+    for name, module in model.named_modules():
+        if library_of(module) is not None:
+            try:
+                as_reducible(module)
+            except TypeError:
+                continue
+            return "model" + re.sub(r"[.](\d+)", r"[\1]", f".{name}")
+    return None
 
 
 def as_image_text(model: nn.Module) -> ImageTextModel | None:

@@ -19,9 +19,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elip_kernels
 from elip_kernels import ReductionInfo
+from elip_kernels.differentiation import has_tangents
 from elip_kernels.ops.gather_ops import accumulator
 from elip_models.towers.merge import Merge, merge_flag
 from elip_models.towers.positions import Positions
@@ -139,9 +141,11 @@ class Tower(Positions):
         if own is not None:
             own = own[:, :, : q.shape[2]]  # of the first tokens, if these alone attend
             bias = own if bias is None else own + bias
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=self.attention_dropout(i), scale=self.scale
-        )
+        # fused attention has no tangent
+        with sdpa_kernel(SDPBackend.MATH) if has_tangents() else nullcontext():
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=self.attention_dropout(i), scale=self.scale
+            )
         return tokens + self.project(i, attended.transpose(1, 2).flatten(2))
 
     def attention_map(self, i: int, tokens: Tensor, *, qkv: QKV | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import (
     DPTForDepthEstimation,
     DPTForSemanticSegmentation,
     IJepaForImageClassification,
+    JanusVisionModel,
     MetaClip2ForImageClassification,
     Owlv2ForObjectDetection,
     OwlViTForObjectDetection,
@@ -68,6 +69,8 @@ def needs_grid(model: nn.Module) -> str | None:
         return "its heads give a box for each patch"
     if isinstance(model, VJEPA2Model):
         return "its predictor reads a token for each patch at its position"
+    if isinstance(model, JanusVisionModel):
+        return "its pooled output is the token of its first patch"
     if isinstance(model, DENSE_HEADS):
         return "its head reads a grid of patches"
     if language_config(model) is not None:

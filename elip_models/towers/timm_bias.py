@@ -63,7 +63,7 @@ class BiasTower(PlainTimm):
         """Return the tokens before block 0 of images (B, 3, H, W)."""
         model, tokens = self.model, self.model.patch_embed(images)
         if model.cls_token is not None:
-            tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         positions = getattr(model, "pos_embed", None)
         tokens = tokens if positions is None else tokens + positions
         return run(model, ["pos_drop"], tokens)

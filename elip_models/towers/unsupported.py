@@ -14,7 +14,7 @@ VIDEO = (
     "reads videos with attention of its own, which no adapter reads yet; ViViT, VideoMAE and "
     "V-JEPA 2 are supported"
 )
-WRAPPER = "is of another library, or a wrapper; pass the image model inside a wrapper"
+WRAPPER = "is of another library, or a wrapper; pass"
 PART = "is a part of a model; pass the whole model"
 NOT_YET = "which no adapter reads yet"
 
@@ -42,8 +42,8 @@ TRANSFORMERS = {
     "ViTModel.from_pretrained loads its checkpoint, and reads all patches in order",
     "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
     "pvt* levit cvt segformer glpn focalnet poolformer mobilevit* swiftformer": STAGES,
-    "convnext* dinov3_convnext resnet regnet bit efficientnet mobilenet_* align": CONVOLUTIONAL,
-    "hgnet_v2 textnet": CONVOLUTIONAL,
+    "convnext* dinov3_convnext *resnet* regnet* bit efficientnet mobilenet_* align": CONVOLUTIONAL,
+    "hgnet* textnet": CONVOLUTIONAL,
     "yolos": "has detection tokens after its patches, and adds embeddings of all positions between "
     f"its layers, which need every token; {PLAIN}",
     "*detr* d_fine deimv2 table-transformer *grounding-dino omdet-turbo": GRID,
@@ -77,28 +77,34 @@ LIBRARIES = {
     "vit_b_16",
     "diffusers": "is of diffusers, whose models return a grid and so need every token; tokens of "
     "image encoders alone can be reduced, such as pipe.image_encoder",
-    "sentence_transformers": "is of sentence_transformers; pass the model of transformers inside "
-    "it, such as model[0].model",
 }
 """Reasons for models of other libraries, by the library's name."""
 
 
 def timm_reason(model: nn.Module) -> str:
     """Return why a model of timm that is no VisionTransformer and no Eva cannot be reduced."""
-    return f"it {_first(TIMM, type(model).__module__.rpartition('.')[2])}"
+    return f"it {first_match(TIMM, type(model).__module__.rpartition('.')[2])}"
 
 
 def transformers_reason(model: nn.Module) -> str:
     """Return why a model of transformers without a known tower cannot be reduced."""
     if not hasattr(model, "main_input_name"):
         return f"it {PART}"
-    return f"it {_first(TRANSFORMERS, model.config.model_type) or _modality_reason(model)}"
+    backbone = getattr(model.config, "backbone_config", None)  # its `backbone` is a name of timm
+    name = getattr(backbone, "backbone", None) or getattr(backbone, "model_type", "")
+    if (reason := first_match(TRANSFORMERS, name)) is not None:
+        return f"its backbone, {name}, {reason}"
+    return f"it {first_match(TRANSFORMERS, model.config.model_type) or _modality_reason(model)}"
 
 
-def other_reason(model: nn.Module) -> str:
-    """Return why a model of another library cannot be reduced."""
+def other_reason(model: nn.Module, inside: str | None) -> str:
+    """Return why a model of another library cannot be reduced.
+
+    `inside` is how code writes the image model in a wrapper, such as 'model[0]'; None without one.
+    """
     roots = [cls.__module__.split(".")[0] for cls in type(model).__mro__]
-    return f"it {next((LIBRARIES[root] for root in roots if root in LIBRARIES), WRAPPER)}"
+    wrapper = f"{WRAPPER} {inside or 'the image model inside a wrapper'}"
+    return f"it {next((LIBRARIES[root] for root in roots if root in LIBRARIES), wrapper)}"
 
 
 def _modality_reason(model: nn.Module) -> str:
@@ -112,7 +118,7 @@ def _modality_reason(model: nn.Module) -> str:
     return next(reason for kind, reason in MODALITIES.items() if kind in kinds)
 
 
-def _first(table: Mapping[str, str], name: str) -> str | None:
+def first_match(table: Mapping[str, str], name: str) -> str | None:
     """Return the value of the first key that has a pattern of the name, or None."""
     reasons = (
         reason

@@ -51,6 +51,11 @@ def run(session, *args):
 
 @torch.no_grad()
 def assert_runs_alike(program, model, *args):
+    """Check the outputs, and that no node loses sums when several threads add to one row."""
+    nodes = [node for node in program.graph.node if node.op_type == "ScatterND"]
+    assert not [
+        node for node in nodes if any(attribute.s == b"add" for attribute in node.attribute)
+    ]
     expected = [t for t in pytree.tree_leaves(model(*args)) if isinstance(t, torch.Tensor)]
     torch.testing.assert_close(run(opened(program), *args), expected, **CLOSE)
 
@@ -123,6 +128,35 @@ def test_every_op(name, make):
     model = OpCall(*make(name))
     inputs = tuple(model.arguments[key] for key in model.names)
     assert_runs_alike(exported(model, inputs), model, *inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("p", "N", "r"), [(0, 12, 6), (0, 13, 1), (1, 13, 6), (4, 13, 4)])
+def test_bipartite_merge_with_ties_and_without_direction(p, N, r, dynamic):
+    """Half of the patches are equal; one has no direction, and one no weight."""
+    tokens, metric = torch.randn(2, N, 8), torch.randn(2, N, 4)
+    metric[:, N // 2 :] = metric[:, -1:]
+    metric[:, 5] = 0.0
+    size, penalty = torch.randint(0, 3, (2, N)).float(), torch.rand(2, N).round()
+    options = {"r": r, "num_prefix_tokens": p, "return_info": True}
+    arguments = {"tokens": tokens, "metric": metric, "size": size, "penalty": penalty}
+    model = OpCall(elip_kernels.bipartite_merge, arguments | options)
+    inputs = tuple(arguments.values())
+    program = exported(model, inputs, dynamic=((4 * ({0: BATCH},)),) if dynamic else None)
+    assert_runs_alike(program, model, *inputs)
+
+
+class MergedUnderAutocast(nn.Module):
+    def forward(self, tokens):
+        with torch.autocast("cpu", torch.bfloat16):
+            return elip_kernels.bipartite_merge(tokens, tokens, 3)
+
+
+@pytest.mark.slow
+def test_bipartite_merge_matches_in_fp32_under_autocast():
+    model, tokens = MergedUnderAutocast(), torch.randn(2, 13, 8)
+    assert_runs_alike(exported(model, (tokens,)), model, tokens)
 
 
 class Kept(nn.Module):

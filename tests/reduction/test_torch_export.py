@@ -1,5 +1,6 @@
-"""torch.export of a reduced model, AOTInductor's package of it, and TorchScript."""
+"""Programs of torch.export, packages of AOTInductor and traces of reduced models."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -12,35 +13,105 @@ from torch import nn
 import elip_kernels
 import elip_models
 from tests.helpers.models import TOWERS, hf_clip, hf_vision, ids, open_clip_pair
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
 from tests.reduction.test_strategies import STRATEGIES
 
-BATCH = torch.export.Dim("batch")
+BATCH, BATCHES = torch.export.Dim("batch"), (1, 2, 5)
 
 
 def assert_runs_any_batch(program, model, inputs, output=lambda out: out):
     """Export with the arguments `inputs(batch)`."""
-    for batch in (1, 2, 5):
+    for batch in BATCHES:
         args = inputs(batch)
         found, expected = output(program(*args)), output(model(*args))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
+LOADS = {
+    "trace": "torch.jit.load(path)",
+    "export": "torch.export.load(path).module()",
+    "aotinductor": "torch._inductor.aoti_load_package(path)",
+}
+"""How a process loads an archive of PyTorch."""
+
+
+def save_archive(kind, model, path):
+    """Save a reduced model for any batch size."""
+    if kind == "trace":
+        return torch.jit.save(torch.jit.trace(model, images(3)), path)
+    program = torch.export.export(model, (images(3),), dynamic_shapes=({0: BATCH},))
+    if kind == "export":
+        return torch.export.save(program, path)
+    options = {"fallback_random": True}  # draws the numbers of PyTorch
+    return torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs=options
+    )
+
+
+def seeded_outputs(model, inputs):
+    outputs = []
+    for x in inputs:
+        torch.manual_seed(0)
+        outputs.append(model(x))
+    return outputs
+
+
+def outputs_alone(kind, path, inputs, library="torch"):
+    """Return the outputs of an archive in a process that imports `library`, but not ours."""
+    hidden = {"elip_kernels", "elip_models", "timm"} - {library}
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({hidden}))  # their import raises ImportError
+import torch, {library}
+path, inputs, outputs = sys.argv[1:]
+model = {LOADS[kind]}
+{inspect.getsource(seeded_outputs)}
+with torch.no_grad():
+    torch.save(seeded_outputs(model, torch.load(inputs)), outputs)
+"""
+    files = [path.parent / name for name in ("inputs.pt", "outputs.pt")]
+    torch.save(inputs, files[0])
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, *files], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(files[1])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name",
-    slow_except([], ["resize"])
-    + tiered([n for n in STRATEGIES if n != "resize"], [], slow=["elip"]),
+    ("kind", "name"),
+    tiered(
+        [(kind, name) for kind in LOADS for name in STRATEGIES],
+        [],
+        slow=[("trace", "evit"), ("trace", "resize"), ("export", "tome")],
+    ),
 )
-def test_a_program_takes_any_batch_and_has_the_guidance(name):
+def test_an_archive_runs_any_batch_where_only_torch_is_imported(kind, name, tmp_path):
+    if kind == "aotinductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
     model = elip_models.reduce_(clip_vit().eval(), strategy=STRATEGIES[name])
+    inputs, path = [images(batch) for batch in BATCHES], tmp_path / "model.pt2"
     with elip_models.guidance(model, text(1)):
-        program = torch.export.export(model, (images(3),), dynamic_shapes=({0: BATCH},)).module()
-        if name == "random":  # it draws anew in every call
-            assert program(images(5)).shape == model(images(5)).shape
-        else:
-            assert_runs_any_batch(program, model, lambda batch: (images(batch),))
+        save_archive(kind, model, path)
+        expected = seeded_outputs(model, inputs)
+    outputs = outputs_alone(kind, path, inputs)
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trace", "export"])
+def test_an_archive_of_our_ops_runs_where_elip_kernels_is_imported(kind, tmp_path):
+    model = elip_models.reduce_(plain_vit().eval(), strategy="tome", keep=0.6)
+    inputs, path = [images(batch) for batch in BATCHES], tmp_path / "model.pt2"
+    with elip_kernels.export_custom_ops():
+        save_archive(kind, model, path)
+    outputs = outputs_alone(kind, path, inputs, library="elip_kernels")
+    torch.testing.assert_close(outputs, seeded_outputs(model, inputs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(AssertionError, match="elip"):
+        outputs_alone(kind, path, inputs)
 
 
 HF_TOWERS = [("HF ViT", "tome"), ("HF DeiT", "evit"), ("HF DINOv2", "tome")]
@@ -80,7 +151,7 @@ PAIRS = [(lib, name) for lib in ("open_clip", "HF") for name in ("elip", "guided
 @torch.no_grad()
 @pytest.mark.parametrize(("library", "name"), tiered(PAIRS, [], slow=[("open_clip", "elip")]))
 def test_a_whole_model_is_exported_with_its_own_guidance_for_any_batch(library, name):
-    """The program has only our ops of the reduction, and none that looks up the guidance."""
+    """The program has none of our ops, not even one that looks up the guidance."""
     model = {"open_clip": open_clip_pair, "HF": hf_clip}[library]().eval()
     elip_models.reduce_(model, strategy=name, keep=0.6)
 
@@ -92,33 +163,47 @@ def test_a_whole_model_is_exported_with_its_own_guidance_for_any_batch(library, 
     program = torch.export.export(model, inputs(3), dynamic_shapes=shapes)
     of_images = "image_features" if library == "open_clip" else "image_embeds"
     assert_runs_any_batch(program.module(), model, inputs, lambda out: out[of_images])
-    ours = {str(n.target) for n in program.graph.nodes if str(n.target).startswith("elip.")}
-    assert not any("guidance" in each for each in ours)
-    if name == "elip":
-        assert ours == {"elip.score_reduce.default"}
+    assert not [n.target for n in program.graph.nodes if str(n.target).startswith("elip")]
 
 
-DECOMPOSED = {
-    "elip": {"schedule": SCHEDULE},
-    "evit": {"strategy": "evit"},
-    "tome": {"strategy": "tome"},
-}
+@torch.no_grad()
+def test_a_trace_has_none_of_our_ops_unless_they_are_exported():
+    model, x = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
+
+    def ops(trace):
+        torch.testing.assert_close(trace(x), model(x), atol=1e-6, rtol=1e-5)
+        return {node.kind() for node in trace.inlined_graph.nodes() if "elip" in node.kind()}
+
+    assert ops(torch.jit.trace(model, x)) == set()
+    with elip_kernels.export_custom_ops():
+        trace = torch.jit.trace(model, x)
+    assert ops(trace) == {"elip::score_reduce"}
 
 
-def decomposed_program(options):
-    """Return a reduced model, exported inside `use_pytorch_ops`, and the model."""
-    model = elip_models.reduce_(plain_vit().eval(), **options)
-    with torch.no_grad(), elip_kernels.use_pytorch_ops():
-        return torch.export.export(model, (images(),)), model
+class Merged(nn.Module):
+    def forward(self, tokens):
+        return elip_kernels.bipartite_merge(tokens, tokens, 3)
 
 
-@pytest.mark.parametrize("name", tiered(DECOMPOSED, [], slow=["elip"]))
-def test_a_decomposed_program_has_none_of_our_ops(name):
-    program, model = decomposed_program(DECOMPOSED[name])
-    assert not [n.target for n in program.graph.nodes if str(n.target).startswith("elip.")]
-    x = images()
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(x), model(x), atol=1e-6, rtol=1e-5)
+def test_bipartite_merge_is_exported_for_any_number_of_tokens():
+    model, shape = Merged(), {0: BATCH, 1: torch.export.Dim("tokens", min=12, max=400)}
+    program = torch.export.export(model, (torch.randn(3, 13, 8),), dynamic_shapes=(shape,)).module()
+    for B, N in [(1, 13), (2, 20)]:
+        tokens = torch.randn(B, N, 8)
+        torch.testing.assert_close(program(tokens), model(tokens))
+
+
+class Kept(nn.Module):
+    def forward(self, tokens, scores, mask):
+        return elip_kernels.reduce(tokens, scores, 4, mask=mask)
+
+
+def test_a_program_ranks_padding_after_scores_that_are_nan():
+    scores, mask = torch.rand(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    scores[:, 5:], mask[:, 3:5] = float("nan"), False
+    arguments = torch.randn(2, 9, 4), scores, mask
+    program = torch.export.export(Kept(), arguments).module()
+    torch.testing.assert_close(program(*arguments), Kept()(*arguments))
 
 
 def test_outside_of_it_ops_are_ops_again():
@@ -135,31 +220,6 @@ def test_outside_of_it_ops_are_ops_again():
     assert ops() == ["elip::reduce"]
 
 
-ALONE = """
-import sys, torch
-x, expected = torch.load(sys.argv[2])
-found = torch._inductor.aoti_load_package(sys.argv[1])(x)
-torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-assert not {"elip_kernels", "elip_models"} & sys.modules.keys()
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler"
-)
-def test_aotinductor_runs_a_decomposed_program_where_our_ops_are_unknown(tmp_path):
-    """One strategy suffices: it compiles for a minute, and all programs have ATen ops alone."""
-    program, model = decomposed_program(DECOMPOSED["elip"])
-    x, package, tensors = images(), tmp_path / "model.pt2", tmp_path / "tensors.pt"
-    with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-        torch.save((x, model(x)), tensors)
-    words = [sys.executable, "-c", ALONE, str(package), str(tensors)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential], ids=["itself", "inside"])
 def test_scripting_raises_until_the_reduction_is_undone(wrap):
     model = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE)
@@ -170,13 +230,3 @@ def test_scripting_raises_until_the_reduction_is_undone(wrap):
     scripted = torch.jit.script(wrap(elip_models.unreduce_(model)))
     x = images()
     assert torch.equal(scripted(x), model(x))
-
-
-TRACED = [name for name in STRATEGIES if name not in ("random", "resize")]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", tiered(TRACED, ["elip"], slow=["evit"]))
-def test_a_trace_runs_any_batch(name):
-    model = elip_models.reduce_(plain_vit().eval(), strategy=STRATEGIES[name])
-    assert_runs_any_batch(torch.jit.trace(model, images(3)), model, lambda batch: (images(batch),))

@@ -285,3 +285,12 @@ def test_a_pooler_that_averages_counts_tokens_by_their_size(name):
     model(x)
     elip_models.reduce_(model)(x)
     assert seen[0].shape == seen[1].shape and not torch.equal(*seen)
+
+
+@torch.no_grad()
+def test_a_pooler_of_the_first_patch_reads_it_with_and_without_hidden_states():
+    model, x = model_of("JanusVisionEncoderLayer"), images()
+    elip_models.reduce_(model)
+    pooled = model(x).pooler_output
+    assert torch.equal(pooled, model(x, output_hidden_states=True).pooler_output)
+    assert not torch.equal(pooled, elip_models.unreduce_(model)(x).pooler_output)

@@ -8,13 +8,15 @@ from torch import nn
 
 import elip_models
 from tests.helpers.models import hf_vision
-from tests.helpers.towers import images
+from tests.helpers.towers import images, plain_vit
 
 PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
     "ViTMAEModel": r"at random in every call.*ViTModel\.from_pretrained loads its checkpoint",
     "SwinModel": f"attends in windows.*{PLAIN}",
+    "DetrForObjectDetection": f"backbone, resnet50, is a convolutional network.*{PLAIN}",
+    "UperNetForSemanticSegmentation": f"backbone, resnet, is a convolutional network.*{PLAIN}",
     "ConvNextModel": f"is a convolutional network.*{PLAIN}",
     "TimesformerModel": "over the patches of one frame.*VideoMAE and V-JEPA 2 are supported",
     "WhisperModel": "reads audio.*pass an image model",
@@ -32,8 +34,8 @@ def test_a_model_of_transformers_is_refused_by_its_kind(name):
     kind = getattr(transformers, name)
     with torch.device("meta"):
         model = kind(kind.config_class(**SMALL.get(name, {})))
-    with pytest.raises(TypeError, match=f"got {name}: it .*{TRANSFORMERS[name]}"):
-        elip_models.reduce_(model)
+    with pytest.raises(TypeError, match=f"got {name}: its? .*{TRANSFORMERS[name]}"):
+        elip_models.reduce_(model, "merge")
 
 
 def of_library(name):
@@ -43,14 +45,16 @@ def of_library(name):
 
 def test_models_of_other_libraries_and_parts_say_what_to_pass():
     torchvision = pytest.importorskip("torchvision")
+    wrapper = nn.ModuleDict({"trunk": nn.Sequential(plain_vit())})
     with torch.device("meta"):
         vit_b_16 = torchvision.models.vit_b_16()
         features = timm.create_model("test_vit", features_only=True)
     cases = {
         r"torchvision.*timm.create_model\('vit_base_patch16_224'\)": vit_b_16,
         r"pipe\.image_encoder": of_library("diffusers"),
-        r"model\[0\]\.model": of_library("sentence_transformers"),
-        "pass the image model inside a wrapper": nn.Sequential(features),
+        r"pass model\[1\]\.trunk\[0\]$": nn.Sequential(nn.Identity(), wrapper),
+        r"pass model\[0\]$": nn.Sequential(features),
+        "pass the image model inside a wrapper": nn.Sequential(nn.Identity()),
         "a part of a model; pass the whole": hf_vision("ViTModel", "ViTConfig").layers[0],
     }
     cases[r"pass the model inside a pipeline or an engine, such as pipe\.model"] = object()

@@ -97,6 +97,6 @@ def resized_size(size: TowerSize, height: int) -> TowerSize:
 
 def resized_images(images: Tensor, height: int, patch: int) -> Tensor:
     """Return images (B, 3, H, W) of this height, in whole patches."""
-    pixels = resized_pixels(tuple(images.shape[2:]), height, patch)
+    pixels = resized_pixels(tuple(map(int, images.shape[2:])), height, patch)
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return F.interpolate(wide, pixels, mode="bicubic", antialias=True).to(images.dtype)

@@ -228,7 +228,7 @@ class ToMe(Strategy):
         q, k, v = tower.qkv(i, tokens)
         p = tower.num_prefix_tokens
         first = tower.attend(i, tokens[:, :p], self._bias(q, context), qkv=(q[:, :, :p], k, v))
-        none = torch.empty(len(tokens), 0, dtype=torch.long, device=tokens.device)
+        none = tokens.new_empty(tokens.shape[0], 0, dtype=torch.long)
         weights = tokens.new_zeros(tokens.shape[:2], dtype=accumulator(tokens))
         dropped = ReductionInfo(none, weights, None, tower.num_prefix_tokens, merged=False)
         return tower.mlp(i, first), StageInfo(stage, dropped)
