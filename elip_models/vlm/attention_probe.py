@@ -18,8 +18,13 @@ PREFIX = "elip_watched_"
 class Watcher:
     """The base class of objects that receive queries and keys."""
 
-    def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:
-        """Receive queries (B, H, N, d), keys (B, G, K, d) and the factor of their products."""
+    def receive(
+        self, query: Tensor, key: Tensor, scale: float | None, softcap: float | None
+    ) -> None:
+        """Receive queries (B, H, N, d), keys (B, G, K, d), the factor of their products, and c.
+
+        Scores s become c * tanh(s / c), unless c is None.
+        """
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -63,7 +68,8 @@ def _watched(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs
     """Compute attention by the function that the module used before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    module.watcher.receive(query.detach(), key.detach(), kwargs.get("scaling"))
+    settings = (kwargs.get("scaling"), kwargs.get("softcap"))
+    module.watcher.receive(query.detach(), key.detach(), *settings)
     own = module.config._attn_implementation.removeprefix(PREFIX)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)

@@ -32,3 +32,6 @@ def show_full_length(cache: Any, removed: RemovedTokens) -> None:
         ReducedLayer(layer, removed.length, removed if i == 0 else None)
         for i, layer in enumerate(cache.layers)
     ]
+    for layer in cache.layers:
+        own = getattr(layer.held, "is_croppable", True)  # of transformers before 5.24
+        layer.is_croppable = removed.is_croppable and own

@@ -48,6 +48,24 @@ class CacheState:
         """Return the state after `length` more tokens, all of which remain."""
         return replace(self, length=self.length + length)
 
+    def cropped(self, number: int) -> "CacheState":
+        """Return the state without the last `number` tokens.
+
+        Raises:
+            ValueError: some of them were removed before.
+        """
+        length, cut = self.length - number, self.start - (self.length - number)
+        if cut <= 0:
+            return replace(self, length=length)
+        last = torch.arange(length, self.start, device=self.columns.device)
+        if not (self.columns[:, -cut:] == last).all():
+            raise ValueError(
+                f"cache: expected to crop tokens of text behind the images, got {number} tokens, "
+                "some of which were removed; begin with an empty cache"
+            )
+        mask = None if self.mask is None else self.mask[:, :-cut]
+        return CacheState(self.columns[:, :-cut], self.real[:, :-cut], length, length, mask)
+
     def extended(self, order: Tensor, real: Tensor, length: int) -> "CacheState":
         """Return the state after `length` more tokens, of which those at `order` (B, M) remain."""
         between = torch.arange(self.start, self.length, device=order.device)
@@ -74,12 +92,15 @@ class RemovedTokens:
 
     before: the tokens that are left of the whole sequences, or None if none was removed before the
         language model.
-    inside: for each level of `inside`, the tokens that are left of those the language model reads;
-        empty if none was removed inside it.
+    inside: for each level of the language model, the tokens that are left of those it reads; empty
+        if none was removed inside it.
+    is_croppable: whether the last tokens can be taken back, as assisted decoding does: they did not
+        change which tokens were removed.
     """
 
     before: CacheState | None
     inside: tuple[CacheState, ...] = ()
+    is_croppable: bool = False
 
     @property
     def length(self) -> int:
@@ -91,7 +112,12 @@ class RemovedTokens:
         first = self.before or self.inside[0]
         indices = indices.to(first.columns.device)
         before = None if self.before is None else self.before.rows(indices)
-        return RemovedTokens(before, tuple(level.rows(indices) for level in self.inside))
+        inside = tuple(level.rows(indices) for level in self.inside)
+        return replace(self, before=before, inside=inside)
+
+    def cropped(self, number: int) -> "RemovedTokens":
+        """Return what was removed from the sequences without their last `number` tokens."""
+        return replace(self, before=self.before.cropped(number))
 
     def repeated(self, repeats: int) -> "RemovedTokens":
         """Return what was removed if each row is repeated."""

@@ -5,16 +5,20 @@ sequence that the language model reads is level 0, and each drop inside the lang
 level. The layers of a level share one `Packing` of level 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from elip_models.vlm.budget import Budget
 from elip_models.vlm.cache_state import CacheState, RemovedTokens
 from elip_models.vlm.packing import Packing
+from elip_models.vlm.question import Question
+from elip_models.vlm.selections import Selections
 
 V = TypeVar("V")
 
@@ -43,17 +47,20 @@ class InnerCall:
     """The forward pass of a language model inside which tokens are removed.
 
     images: (B, S) bool, the image tokens of the sequence that it reads.
+    last: (B, S) int64, the last token of the question of an image that begins at each position;
+        None if the call has no image.
     text: (B, K) bool, False for padding of the text among all cached and new tokens, or None.
     past: what the cache of each level held before.
     packings: the packing of each level that the forward pass has reached.
-    row: (B, K) the attention of the last token in the watched layer that ran last.
+    watched: query, keys, scale and soft-capping of the watched layer that ran last.
     """
 
     images: Tensor
+    last: Tensor | None
     text: Tensor | None
     past: tuple[CacheState, ...]
     packings: list[Packing]
-    row: Tensor | None = None
+    watched: tuple[Any, ...] = ()
     made: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
 
     def once(self, level: int, value: Any, make: Callable[[Any], V]) -> V:
@@ -92,7 +99,12 @@ class PromptCall:
     images: (B, N) bool, the image tokens, or None if the call has neither ids nor embeddings.
     videos: (B, N) bool, those of videos, if the strategy compares the frames of a clip.
     clip_lengths: the tokens of each clip, if the model writes text between frames.
-    mask: (B, K), the attention mask of all cached and new tokens, or None.
+    question: what guides the selection, or None if the call has no image.
+    budget: of the strategy inside the language model, or None.
+    selections: those of the generation, if the call is a step of one without a cache.
+    numbers: counts the selections.
+    mask: (B, K), the attention mask of all cached and new tokens, or None; without the removed ones
+        when the language model runs.
     kept: (B, N) bool, the tokens that remain, or None if all do.
     kept_behind: (B, S) bool for each drop, of the sequence that the language model reads.
     packing: the packing of `kept`.
@@ -100,6 +112,8 @@ class PromptCall:
     removed: what was removed from the cache before.
     state: what the cache holds afterwards, if tokens were removed before the language model.
     inner: the forward pass of the language model, if tokens are removed inside it.
+    levels: the level of each layer of the language model, if tokens are removed inside it.
+    is_croppable: as of `RemovedTokens`.
     tower: for each call of the image tower, the attention that its patches receive and their keys.
     token: what ends the call.
     """
@@ -107,6 +121,10 @@ class PromptCall:
     images: Tensor | None = None
     videos: Tensor | None = None
     clip_lengths: list[int] = field(default_factory=list)
+    question: Question | None = None
+    budget: Budget | None = None
+    selections: Selections | None = None
+    numbers: Iterator[int] = field(default_factory=count)
     mask: Tensor | None = None
     kept: Tensor | None = None
     kept_behind: tuple[Tensor, ...] = ()
@@ -115,6 +133,8 @@ class PromptCall:
     removed: RemovedTokens | None = None
     state: CacheState | None = None
     inner: InnerCall | None = None
+    levels: tuple[int, ...] = ()
+    is_croppable: bool = False
     tower: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     token: Token | None = field(default=None, repr=False)
 
@@ -122,13 +142,34 @@ class PromptCall:
         """Return what is recorded, with the cache of the language model afterwards."""
         kept = torch.ones_like(self.images) if self.kept is None else self.kept
         layers = [] if cache is None else cache.layers
-        lengths = tuple(layer.get_seq_length() for layer in layers)
+        lengths = tuple(  # a recurrent layer holds no tokens
+            int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
+            for layer in layers
+        )
         return PromptInfo(self.images, kept, self.whole_kept_behind(), lengths)
+
+    def select(self, make: Callable[[], V]) -> V:
+        """Return `make()`, or what this selection made in the first step of the generation."""
+        if self.selections is None:
+            return make()
+        made, number = self.selections.made, next(self.numbers)
+        if number == len(made):
+            made.append(make())
+        return made[number]
 
     def removed_afterwards(self) -> RemovedTokens | None:
         """Return what is removed from the cache behind the forward pass, or None."""
         inside = () if self.inner is None else self.inner.states()
-        return RemovedTokens(self.state, inside) if self.state is not None or inside else None
+        if self.state is None and not inside:
+            return None
+        return RemovedTokens(self.state, inside, self.is_croppable and not inside)
+
+    def attended_afterwards(self, cache: Any) -> tuple[Tensor, ...]:
+        """Return (B, M) bool for each layer of the cache, the tokens that are no padding."""
+        if self.inner is not None:
+            return tuple(self.inner.attended(level) for level in self.levels)
+        real = self.state.real if self.state.mask is None else self.state.mask.bool()
+        return (real,) * len(cache.layers)
 
     def whole_kept_behind(self) -> tuple[Tensor, ...]:
         """Return `kept_behind` (B, N) of the whole prompt."""

@@ -29,11 +29,14 @@ FRAME_TOKENS: dict[str, Callable[[Multimodal], int] | None] = {
     "perception_lm": lambda m: (_perception_side(m) // m.config.projector_pooling_ratio) ** 2,
     "qwen2_5_vl": None,
     "qwen2_vl": None,
+    "qwen3_5": None,
+    "qwen3_5_moe": None,
     "qwen3_vl": None,
+    "qwen3_vl_moe": None,
     "video_llava": lambda m: _side(m) ** 2 + 1,
 }
 """The tokens of a frame by `config.model_type`; None if they depend on the size of the video."""
-FRAMES_APART = {"qwen3_vl"}
+FRAMES_APART = {"qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"}
 """The models that write text between the frames of a clip."""
 
 
@@ -50,6 +53,15 @@ class TokenGroup(NamedTuple):
     positions: Tensor
     frame: int | None = None
     always: tuple[int, ...] = (-1,)
+
+    @property
+    def length(self) -> int:
+        """Return how many tokens an image has."""
+        return self.positions.shape[1]
+
+    def of(self, indices: list[int]) -> "TokenGroup":
+        """Return the tokens of these images of the group."""
+        return self._replace(rows=self.rows[indices], positions=self.positions[indices])
 
 
 def groups_of_images(images: Tensor) -> Iterator[TokenGroup]:

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction.call_context import records_of
+from elip_models.vlm.budget import budget_of
 from elip_models.vlm.cache_state import cache_in
 from elip_models.vlm.call import begin_call, current_call
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.prompt_reduction import (
-    PromptReduction,
-    check_call,
-    question_of,
-    tokens_of,
-)
+from elip_models.vlm.prompt_reduction import PromptReduction, tokens_of
+from elip_models.vlm.question import Question
+from elip_models.vlm.static_cache import is_static
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
 
@@ -41,7 +39,11 @@ class CrossAttentionReduction(PromptReduction):
         """Remove tokens from what the cross-attention layers read."""
         states, mask = kwargs.get("cross_attention_states"), kwargs.get("cross_attention_mask")
         cache, new = cache_in(kwargs), {}
-        check_call(None, 0, cache)
+        if is_static(cache):
+            raise TypeError(
+                f"cache: expected a dynamic cache, got {type(cache).__name__}, which has slots for "
+                "all tokens of the tiles; call generate without cache_implementation"
+            )
         if states is not None:
             new["cross_attention_states"] = states = self._reduced(model, states, kwargs)
         if mask is not None:
@@ -60,7 +62,7 @@ class CrossAttentionReduction(PromptReduction):
 
     def _reduced(self, model: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Return (tiles, k, D), the tokens of the tiles (tiles, n, D) that remain."""
-        count, call = self.strategy.count(states.shape[1]), current_call()
+        count, call = self._count(states, kwargs), current_call()
         kept = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         if count < states.shape[1]:
             context = ImageContext(always=())  # no token is predicted from one of an image
@@ -77,6 +79,25 @@ class CrossAttentionReduction(PromptReduction):
             call.images = torch.ones_like(call.kept)
         return states
 
+    def _count(self, states: Tensor, kwargs: dict[str, Any]) -> int:
+        """Return how many tokens of each tile stay, the same for all of them."""
+        budget, length = budget_of(self), states.shape[1]
+        keep = None if budget is None else budget.keep
+        if isinstance(keep, tuple):
+            raise ValueError(
+                "keep: expected the same for every tile of a language model with "
+                f"cross-attention, got {len(keep)} of them; pass a single one, or `total`"
+            )
+        if budget is None or budget.total is None:
+            return self.strategy.count(length, keep)
+        tiles = len(states) // len(_text(kwargs))
+        if budget.total < tiles:
+            raise ValueError(
+                f"total: expected at least {tiles}, a token for each tile of the prompt, got "
+                f"{budget.total}; pass a larger total"
+            )
+        return self.strategy.count(length, budget.total // tiles)
+
     def _reduced_mask(self, mask: Tensor, keys: int) -> Tensor:
         """Return the mask (B, 1, S, keys) of one for every token of all tiles."""
         tiles = mask.shape[-1] // self.tile
@@ -88,16 +109,15 @@ class CrossAttentionReduction(PromptReduction):
         return mask.unflatten(-1, (tiles, self.tile))[..., : keys // tiles].flatten(-2)
 
     def _question(self, model: nn.Module, tiles: int, kwargs: dict[str, Any]) -> Tensor:
-        """Return the mean embedding (tiles, D) of the text beside each tile."""
+        """Return the mean embedding (tiles, D) of the question before the first label of a row."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        others = ~tokens_of(model, ids, embeds, self.placeholder_ids)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            others = others & mask[:, -others.shape[1] :].bool()
+        images = tokens_of(model, ids, embeds, self.placeholder_ids)
+        question = Question.of(self, images, kwargs.get("attention_mask"))
         if embeds is None:
             embeds = model.get_input_embeddings()(ids)
         rows = torch.arange(len(embeds), device=embeds.device)
-        return question_of(embeds, others, rows.repeat_interleave(tiles // len(embeds)))
+        rows = rows.repeat_interleave(tiles // len(embeds))
+        return question.means(embeds, rows, torch.zeros_like(rows))
 
 
 def _text(kwargs: dict[str, Any]) -> Tensor:

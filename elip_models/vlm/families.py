@@ -11,33 +11,33 @@ from typing import Any
 from torch import nn
 
 LANGUAGE_MODEL = {
-    "aya_vision": "language_model",
-    "cohere2_vision": "language_model",
-    "fast_vlm": "language_model",
-    "gemma3": "language_model",
-    "got_ocr2": "language_model",
-    "idefics2": "text_model",
-    "idefics3": "text_model",
-    "internvl": "language_model",
-    "llava": "language_model",
-    "llava_next": "language_model",
-    "llava_next_video": "language_model",
-    "llava_onevision": "language_model",
-    "mistral3": "language_model",
-    "paligemma": "language_model",
-    "perception_lm": "language_model",
-    "qwen2_5_vl": "language_model",
-    "qwen2_vl": "language_model",
-    "qwen3_vl": "language_model",
-    "smolvlm": "text_model",
-    "video_llava": "language_model",
-    "vipllava": "language_model",
+    **dict.fromkeys(
+        (
+            *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "ernie4_5_vl_moe"),
+            *("exaone4_5", "fast_vlm", "gemma3", "gemma3n", "gemma4", "glm46v", "glm4v"),
+            *("glm4v_moe", "glm_ocr", "glmga", "got_ocr2", "hyperclovax_vision_v2", "internvl"),
+            *("janus", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
+            *("llava_next_video", "llava_onevision", "mistral3", "molmo2", "ovis2"),
+            *("paddleocr_vl", "paligemma", "perception_lm", "pp_chart2table", "qianfan_ocr"),
+            *("qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe"),
+            *("qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2"),
+            *("video_llama_3", "video_llava", "vipllava"),
+        ),
+        "language_model",
+    ),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), "text_model"),
+    "llama4": "language_model.model",
 }
-"""The name of the language model inside the model, by `config.model_type`."""
+"""The path of the language model inside the model, by `config.model_type`."""
 CROSS_ATTENTION = {"mllama": "language_model"}
 """The same for models whose language model reads images by cross-attention."""
+FAMILIES = LANGUAGE_MODEL | CROSS_ATTENTION
+PATCH_TOKENS = {"deepseek_vl", "janus", "llava", "paligemma", "video_llava"}
+"""The models whose image tokens are the patches of one layer of the image tower, one each."""
 TOKEN_IDS = ("image_token_id", "video_token_id")
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+RECURRENT = {"conv", "linear_attention"}
+"""The types of layers that read a sequence token by token, without a mask of pairs."""
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"} | RECURRENT
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Multimodal:
 
     model: the module that puts image features into the sequence and calls the language model.
     language_model: the language model inside.
-    head: the module that calls `model` and computes the loss, if there is one.
+    head: the module that computes the loss, if there is one: a caller of `model`, or itself.
     """
 
     model: nn.Module
@@ -72,7 +72,7 @@ class Multimodal:
     @property
     def tower(self) -> nn.Module:
         """Return the image model."""
-        names = ("vision_tower", "vision_model", "visual", "image_tower")
+        names = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
         return next(getattr(self.model, name) for name in names if hasattr(self.model, name))
 
     @property
@@ -90,10 +90,29 @@ class Multimodal:
 
     @property
     def window(self) -> int | None:
-        """Return how many tokens back the shortest layer of the language model can attend."""
-        types = getattr(self.text_config, "layer_types", None) or ["sliding_attention"]
-        is_local = "sliding_attention" in types
-        return getattr(self.text_config, "sliding_window", None) if is_local else None
+        """Return how long a prompt may be whose tokens attend to all before them, or None.
+
+        A longer one exceeds the window or the chunk of a layer, or changes its temperature.
+        """
+        config = self.text_config
+        types = getattr(config, "layer_types", None) or ["sliding_attention"]
+        limits = [
+            getattr(config, name, None)
+            for kind, name in (
+                ("sliding_attention", "sliding_window"),
+                ("chunked_attention", "attention_chunk_size"),
+            )
+            if kind in types
+        ]
+        if getattr(config, "attn_temperature_tuning", False):
+            limits.append(config.floor_scale - 1)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Return the layers of the language model that read a sequence token by token."""
+        types = getattr(self.text_config, "layer_types", None) or ()
+        return tuple(i for i, kind in enumerate(types) if kind in RECURRENT)
 
     @property
     def why_tokens_must_stay(self) -> str | None:
@@ -117,12 +136,22 @@ def find_multimodal(model: Any) -> Multimodal | None:
         return None
     parents = {child: module for module in model.modules() for child in module.children()}
     for module in model.modules():
-        name = (LANGUAGE_MODEL | CROSS_ATTENTION).get(
-            getattr(getattr(module, "config", None), "model_type", None)
-        )
-        if name is not None and name in module._modules:
-            return Multimodal(module, module._modules[name], parents.get(module))
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        name, *inner = FAMILIES.get(kind, "").split(".")
+        part = dict(module.named_children()).get(name)
+        if part is not None:
+            head = module if inner else parents.get(module)
+            return Multimodal(module, part.get_submodule(".".join(inner)), head)
     return None
+
+
+def unsupported_config(model: nn.Module) -> Any:
+    """Return the config of a model without a row here that has image tokens in its prompt, or None.
+
+    The model is one of which `find_multimodal` has returned None.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next((c for c in configs if getattr(c, "image_token_id", None) is not None), None)
 
 
 def refuse_multimodal(model: nn.Module) -> None:

@@ -1,11 +1,13 @@
 """The hooks of the language model's layers, where image tokens are removed behind a layer.
 
-A layer before a drop is watched: its last query and its keys give the attention that selects.
-The hook of the layer behind it removes tokens from the hidden states. This hook, and those of all
-later layers, remove them from the masks and rotations, which the language model makes once for all
-layers. Each layer's key-value cache thus holds the tokens that this layer read.
+A layer before a drop is watched: its keys, and its query of the last token of the question, give
+the attention that selects. The hook of the layer behind it removes tokens from the hidden states.
+This hook, and those of all later layers, remove them from the masks and rotations, which the
+language model makes once for all layers. Each layer's key-value cache thus holds the tokens that
+this layer read.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +16,20 @@ from torch import Tensor, nn
 from elip_kernels import cls_attention
 from elip_models.reduction.model_patches import remove_hooks
 from elip_models.vlm.attention_probe import Watcher, unwatch, watch
+from elip_models.vlm.budget import parts
 from elip_models.vlm.cache_state import CacheState, cache_in
-from elip_models.vlm.call import InnerCall, current_call
+from elip_models.vlm.call import InnerCall, PromptCall, current_call
+from elip_models.vlm.clips import TokenGroup, groups_of_images
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.packing import Packing, runs_by_length
+from elip_models.vlm.packing import Packing
 from elip_models.vlm.prompt_reduction import check_call, reduced_mask
-from elip_models.vlm.strategies.base import count_kept
+from elip_models.vlm.static_cache import (
+    is_static,
+    is_static_step,
+    pad_to_slots,
+    remove_slots,
+    step_mask,
+)
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
 
@@ -30,7 +40,7 @@ class InnerLayers(Watcher):
         layers = multimodal.language_model.layers
         self.strategy = strategy
         self.drops = strategy.drops(len(layers))
-        self.levels = [sum(at <= i for at, _ in self.drops) for i in range(len(layers))]
+        self.levels = [sum(at <= i for at in self.drops) for i in range(len(layers))]
         self.window = multimodal.window
         self.is_flash = "flash" in (multimodal.text_config._attn_implementation or "")
 
@@ -40,12 +50,12 @@ class InnerLayers(Watcher):
         layers = language_model.layers
         language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
         language_model.register_forward_hook(self.end, with_kwargs=True, prepend=True)
-        for at, _ in self.drops:
+        for at in self.drops:
             watch(layers[at - 1].self_attn, self)
         for i, (layer, level) in enumerate(zip(layers, self.levels, strict=True)):
             if level:
-                is_first = any(at == i for at, _ in self.drops)
-                layer.register_forward_pre_hook(LayerHook(self, level, is_first), with_kwargs=True)
+                hook = LayerHook(self, level, i, is_first=i in self.drops)
+                layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     @staticmethod
     def uninstall(multimodal: Multimodal) -> None:
@@ -57,8 +67,11 @@ class InnerLayers(Watcher):
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""
-        prompt, embeds = current_call(), kwargs.get("inputs_embeds")
-        if prompt is None or prompt.images is None or embeds is None:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or is_static_step(embeds.shape[1], cache_in(kwargs)):
+            return
+        prompt = current_call()
+        if prompt is None or prompt.images is None:
             return
         (batch, length), cache = embeds.shape[:2], cache_in(kwargs)
         past = () if prompt.removed is None else prompt.removed.inside
@@ -70,22 +83,26 @@ class InnerLayers(Watcher):
         if not past:
             if length == 1 or not prompt.images.any():
                 return
-            held = 0 if cache is None else cache.get_seq_length()
+            held = 0 if cache is None else int(cache.get_seq_length())
             past = (CacheState.whole(batch, held, embeds.device),) * (1 + len(self.drops))
         check_call(self.window, past[0].length + length, cache)
         _check_checkpointing(model)
         images, packing = prompt.images, Packing.identity(batch, length, embeds.device)
+        last = None if prompt.question is None else prompt.question.last
         if prompt.packing is not None:
             images = prompt.packing.rows(images) & prompt.packing.real
+            last = prompt.packing.places(prompt.packing.rows(last))
             packing = packing.with_real(prompt.packing.real)
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:  # the model made masks of it before
-            mask = prompt.mask if prompt.state is None else None
+        mask = prompt.mask
         text = None if mask is None else mask[:, : past[0].length + length].bool()
-        prompt.inner = InnerCall(images, text, past, [packing])
+        prompt.inner = InnerCall(images, last, text, past, [packing])
+        prompt.levels = tuple(self.levels)
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """End it, and return the hidden states to the length of level 0."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or is_static_step(embeds.shape[1], cache_in(kwargs)):
+            return None
         prompt = current_call()
         if prompt is None or prompt.inner is None:
             return None
@@ -100,62 +117,92 @@ class InnerLayers(Watcher):
             )
         return output
 
-    def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:
-        """Store the attention of the last token in a watched layer."""
-        prompt = current_call()
-        if prompt is None or prompt.inner is None:  # a text alone, or a recomputation
+    def receive(
+        self, query: Tensor, key: Tensor, scale: float | None, softcap: float | None
+    ) -> None:
+        """Store what a watched layer attends with."""
+        if query.shape[2] == 1:  # a step of decoding
             return
-        call = prompt.inner
-        level = len(call.packings) - 1
-        mask, new = call.attended(level), query.shape[2]
-        last = new - 1 - mask[:, -new:].flip(1).to(torch.uint8).argmax(1)
-        rows = torch.arange(len(mask), device=mask.device)
-        call.row = cls_attention(query[rows, :, last], key, scale=scale, mask=mask)
+        prompt = current_call()
+        if prompt is not None and prompt.inner is not None:  # no text alone, and no recomputation
+            prompt.inner.watched = query, key, scale, softcap
 
-    def select(self, call: InnerCall, keep: float | int) -> Packing:
-        """Return the packing of a new level, whose images keep a share or a number of tokens."""
-        before = call.packings[-1]
-        images = before.rows(call.images) & before.real
-        kept, width = before.real.clone(), images.shape[1]
-        for rows, positions in runs_by_length(images):
-            number = count_kept(positions.shape[1], keep)
-            scores = call.row[:, -width:][rows, positions]
-            scores[:, -1] = torch.inf  # the last token of an image stays
-            chosen = positions.gather(1, scores.topk(number, dim=1).indices)
-            kept[rows, positions] = False
-            kept[rows, chosen] = True
+    def select(self, prompt: PromptCall) -> Packing:
+        """Return the packing of a new level."""
+        call, before = prompt.inner, prompt.inner.packings[-1]
+        images, kept = before.rows(call.images) & before.real, before.real.clone()
+        further = len(self.drops) - len(call.packings)
+        count = partial(self.strategy.count, further=further)
+        for group, indices, number in parts(groups_of_images(images), count, prompt.budget):
+            part = group.of(indices)
+            chosen = prompt.select(partial(self._choose, call, part, number))
+            kept[part.rows, part.positions] = False
+            kept[part.rows, part.positions.gather(1, chosen)] = True
         return Packing.of(kept)
+
+    def _choose(self, call: InnerCall, group: TokenGroup, number: int) -> Tensor:
+        """Return (R, number), the positions in images that the question attends to most."""
+        rows, positions = group.rows, group.positions
+        before, (query, key, *settings) = call.packings[-1], call.watched
+        ends = before.places(before.rows(call.last))[rows, positions[:, :1]]
+        if bool((ends < positions[:, -1:]).any()):
+            raise ValueError(
+                "question: expected its last token behind each image, which it attends to for "
+                f"{self.strategy.name!r}, got one before; mark a token of text behind the images"
+            )
+        mask, row = call.attended(len(call.packings) - 1), rows[:, 0]
+        past, key = mask.shape[1] - query.shape[2], key[:, :, : mask.shape[1]]
+        seen = torch.arange(mask.shape[1], device=mask.device) <= past + ends
+        attention = attention_row(query[row, :, ends[:, 0]], key[row], mask[row] & seen, *settings)
+        scores = attention.gather(1, past + positions)
+        scores[:, -1] = torch.inf  # the last token of an image stays
+        return scores.topk(number, dim=1).indices
 
 
 class LayerHook:
     """The pre-hook of a layer behind at least one drop.
 
     level: how many drops come before the layer.
+    layer: the index of the layer.
     is_first: the last of them is directly in front.
     """
 
-    def __init__(self, inner: InnerLayers, level: int, is_first: bool) -> None:
+    def __init__(self, inner: InnerLayers, level: int, layer: int, is_first: bool) -> None:
         self.inner = inner
         self.level = level
+        self.layer = layer
         self.is_first = is_first
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Remove tokens from the layer's arguments."""
+        cache = cache_in(kwargs)
+        if is_static_step(args[0].shape[1], cache):
+            mask = step_mask(kwargs.get("attention_mask"), cache.layers[self.layer])
+            return args, kwargs | {"attention_mask": mask}
         prompt = current_call()
         if prompt is None or prompt.inner is None:
             return None
         call = prompt.inner
-        if self.is_first:
-            later = self.inner.select(call, self.inner.drops[self.level - 1][1])
+        if self.is_first and args[0].shape[1] == 1:  # a step of decoding
+            call.packings.append(call.packings[-1])
+        elif self.is_first:
+            later = self.inner.select(prompt)
             call.packings.append(call.packings[-1].then(later))
             args = (later.rows(args[0]), *args[1:])
         packing = call.packings[self.level]
+        if is_static(cache):
+            remove_slots([cache.layers[self.layer]], packing.length - packing.order.shape[1])
         changes = {
-            "attention_mask": lambda mask: self._mask(mask, call),
-            "position_embeddings": lambda pair: tuple(map(packing.features, pair)),
+            "attention_mask": lambda mask: self._mask(mask, call, cache),
+            "position_embeddings": lambda turns: (
+                packing.features(turns)  # complex numbers, in Llama 4
+                if isinstance(turns, Tensor)
+                else tuple(map(packing.features, turns))
+            ),
             "position_ids": packing.positions,
+            "moe_mm_token_type_ids": packing.rows,
         }
         new = {
             name: call.once(self.level, kwargs.get(name), change)
@@ -164,7 +211,14 @@ class LayerHook:
         }
         return args, kwargs | new
 
-    def _mask(self, mask: Tensor | None, call: InnerCall) -> Tensor | None:
+    def _mask(self, mask: Tensor | None, call: InnerCall, cache: Any) -> Tensor | None:
+        """Return the mask of this level, with all slots of a static cache."""
+        if not is_static(cache):
+            return self._reduced_mask(mask, call)
+        mask = None if mask is None else mask[..., : call.images.shape[1]]
+        return pad_to_slots(self._reduced_mask(mask, call), cache.layers[self.layer])
+
+    def _reduced_mask(self, mask: Tensor | None, call: InnerCall) -> Tensor | None:
         """Return the mask of this level, from that of level 0 if the layer was given one."""
         packing, past = call.packings[self.level], call.past[self.level]
         if mask is None:
@@ -191,6 +245,21 @@ def _check_checkpointing(model: nn.Module) -> None:
             "gradient checkpointing of this transformers runs the hooks of layers again, got one "
             "inside it; update transformers, or turn gradient checkpointing off"
         )
+
+
+def attention_row(
+    query: Tensor, key: Tensor, mask: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Return (R, K) the attention, mean over heads, of queries (R, H, d) to keys (R, G, K, d).
+
+    `mask` (R, K) is False for keys that the query does not see.
+    """
+    if softcap is None:
+        return cls_attention(query, key, scale=scale, mask=mask)
+    scores = query.unflatten(1, (key.shape[1], -1)) @ key.mT * (scale or query.shape[-1] ** -0.5)
+    scores = softcap * (scores.float() / softcap).tanh()
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return scores.softmax(-1).mean((1, 2))
 
 
 def _causal_mask(call: InnerCall, level: int) -> Tensor:

@@ -71,6 +71,12 @@ class Packing:
         order = self.order.expand(*shape[:-2], *self.order.shape)
         return positions.expand(shape).gather(-1, order)
 
+    def places(self, positions: Tensor) -> Tensor:
+        """Return where tokens that remain, at positions (B, K), stand in the packed sequence."""
+        places = torch.arange(self.order.shape[1], device=self.order.device).expand_as(self.order)
+        inverse = self.order.new_zeros(len(self.order), self.length).scatter(1, self.order, places)
+        return inverse.gather(1, positions)
+
     def scatter(self, hidden: Tensor) -> Tensor:
         """Return (B, N, D) of hidden states (B, M, D), with zeros for removed tokens."""
         hidden = torch.where(self.real.unsqueeze(-1), hidden, 0)

@@ -8,19 +8,21 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from elip_models.reduction import patch
+from elip_models.reduction.hf_config import stored_in
 from elip_models.reduction.model_patches import hide_reductions, remove_hooks, show_reduction
 from elip_models.reduction.strategies import DEFAULT, STRATEGIES
-from elip_models.reduction.strategy_spec import from_line
-from elip_models.validation import did_you_mean, shortened
+from elip_models.reduction.strategy import tower_of
+from elip_models.reduction.strategy_spec import from_line, name_in, remedy_for
+from elip_models.validation import shortened
 from elip_models.vlm.cross_attention import CrossAttentionReduction
-from elip_models.vlm.families import Multimodal, find_multimodal
+from elip_models.vlm.families import Multimodal, find_multimodal, unsupported_config
 from elip_models.vlm.inner_layers import InnerLayers
 from elip_models.vlm.prompt_reduction import PromptReduction
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy, LanguageStrategy
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.tower_attention import TowerAttention
+from elip_models.vlm.unsupported import language_support
 
 T = TypeVar("T")
 
@@ -32,11 +34,8 @@ def language_strategies_in(model: nn.Module) -> tuple[LanguageStrategy, ...]:
     return tuple(strategy for strategy in strategies if strategy is not None)
 
 
-def reduce_language_model(
-    model: nn.Module, multimodal: Multimodal, chosen: LanguageStrategy
-) -> None:
+def reduce_language_model(multimodal: Multimodal, chosen: LanguageStrategy) -> None:
     """Replace the strategy before the language model, or the one inside it."""
-    patch.refuse_compiled(model, "reduce_")
     _check_supported(multimodal, chosen)
     front, inside = installed_strategies(multimodal)
     if chosen in (front, inside):
@@ -63,15 +62,35 @@ def _check_supported(multimodal: Multimodal, strategy: LanguageStrategy) -> None
 
 
 def refuse_language_strategy(model: nn.Module, strategy: Any) -> None:
-    """Raise TypeError for a strategy that acts in a multimodal language model alone."""
-    name = strategy.partition(":")[0].strip() if isinstance(strategy, str) else None
-    is_language = isinstance(strategy, LanguageStrategy) or name in LANGUAGE_STRATEGIES
-    if is_language and isinstance(model, nn.Module):
-        name = name or strategy.name
+    """Raise TypeError for a strategy of language models, or None, that cannot reduce the model.
+
+    Without a strategy, a language model of an unsupported family is not reduced by half, unless its
+    config stores a strategy of its image tower.
+    """
+    name, kind, config = name_in(strategy), type(model).__name__, unsupported_config(model)
+    if config is not None and (strategy is not None or stored_in(config) is None):
         raise TypeError(
-            f"model: expected a multimodal language model, in which {name!r} acts, got a "
-            f"{type(model).__name__}; take a strategy of image models, such as {DEFAULT.name!r}"
+            "model: expected a language model of a supported family, which `elip models "
+            f"--language` lists, got a {kind}, of {config.model_type!r}{_remedy(model, config)}"
         )
+    if isinstance(strategy, LanguageStrategy) or name in LANGUAGE_STRATEGIES:
+        end = _remedy(model, getattr(model, "config", None)) or "; pass the whole model"
+        raise TypeError(
+            f"model: expected a multimodal language model, in which {name or strategy.name!r} "
+            f"acts, got a {kind}{end}"
+        )
+
+
+def _remedy(model: nn.Module, config: Any) -> str:
+    """Return the end of an error: why the family is not supported, or a strategy that may be."""
+    reason = language_support().get(getattr(config, "model_type", None))
+    if reason is not None:
+        return f": {reason}"
+    try:
+        tower_of(model)
+    except TypeError:
+        return ""
+    return f"; take a strategy of image towers, such as {DEFAULT.name!r}"
 
 
 def language_strategy(
@@ -84,12 +103,11 @@ def language_strategy(
             raise ValueError(f"{name}: expected it inside the instance, got {value!r} beside it")
         return strategy
     line = next(iter(LANGUAGE_STRATEGIES)) if strategy is None else strategy
-    name = line.partition(":")[0].strip() if isinstance(line, str) else line
-    if name not in LANGUAGE_STRATEGIES:
+    if name_in(line) not in LANGUAGE_STRATEGIES:
         raise ValueError(
             f"strategy: expected one of a language model ({', '.join(LANGUAGE_STRATEGIES)}) or of "
             f"its image tower ({', '.join(STRATEGIES)}), got {shortened(strategy)}"
-            f"{did_you_mean(name, [*LANGUAGE_STRATEGIES, *STRATEGIES])}"
+            f"{remedy_for(strategy, [*LANGUAGE_STRATEGIES, *STRATEGIES])}"
         )
     return from_line(line, options, LANGUAGE_STRATEGIES)
 

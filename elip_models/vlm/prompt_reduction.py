@@ -10,8 +10,8 @@ two. The last token of each image stays, because the token behind it is predicte
 """
 
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +19,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elip_models.reduction.call_context import records_of
+from elip_models.vlm.budget import budget_of, parts
 from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
 from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import PromptCall, begin_call, current_call, end_call
 from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
+from elip_models.vlm.question import IGNORED, LABELS, Question, is_marked
+from elip_models.vlm.selections import Selections
+from elip_models.vlm.static_cache import (
+    has_reduced_slots,
+    has_slots,
+    is_static,
+    is_static_step,
+    pad_to_slots,
+    padding_of,
+    remove_slots,
+    show_static_length,
+    step_arguments,
+)
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.tower_attention import tower_attention
 
-LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
+OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
+"""Further arguments (B, N, ..) of language models: of Gemma 3n and 4, and of ERNIE 4.5."""
 
 
 class PromptReduction:
@@ -38,44 +53,68 @@ class PromptReduction:
         self.strategy = strategy
         self.placeholder_ids = multimodal.placeholder_ids
         self.window = multimodal.window
+        self.is_recurrent = bool(multimodal.recurrent_layers)
         self.layout = _layout_for(strategy, multimodal)
 
     def install(self, multimodal: Multimodal) -> None:
         """Register the hooks."""
         model, language_model = multimodal.model, multimodal.language_model
-        model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-        language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
-        language_model.register_forward_hook(self.restore, with_kwargs=True)
-        if multimodal.head is not None:
+        if multimodal.head is not None:  # first: it may be `model`, whose `begin` reads the labels
             multimodal.head.register_forward_pre_hook(self.note_labels, with_kwargs=True)
             multimodal.head.register_forward_hook(
                 self.forget_labels, with_kwargs=True, always_call=True
             )
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+        language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
+        language_model.register_forward_hook(self.restore, with_kwargs=True)
 
     def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the labels of the loss that will be computed."""
-        LABELS.set(kwargs.get("labels"))
+        if kwargs.get("labels") is not None:
+            LABELS.set(kwargs["labels"])
 
     def forget_labels(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget the labels."""
-        LABELS.set(None)
+        if kwargs.get("labels") is not None:
+            LABELS.set(None)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
+        if _is_static_step(args, kwargs):
+            return
         call = begin_call()
         _refuse_packed(kwargs)
+        _refuse_static_turn(cache_in(kwargs))
         ids = args[0] if args else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         call.images = tokens_of(model, ids, embeds, self.placeholder_ids)
-        if self.layout is not None and call.images is not None and call.images.shape[1] > 1:
+        call.is_croppable = self.strategy is not None and (
+            is_marked(self) or not self.strategy.reads_question
+        )
+        if call.images is None:
+            return
+        if ids is None:
+            _refuse_unknown(call.images)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            _check_width(mask, call.images.shape[1], cache_in(kwargs))
+            call.mask = mask
+        elif is_static(cache_in(kwargs)):
+            call.mask = padding_of(mask, call.images.shape[1])
+        if call.images.shape[1] == 1 or not call.images.any():
+            return
+        if self.layout is not None:
             call.videos = tokens_of(model, ids, embeds, (self.layout.token_id,))
             call.clip_lengths = self.layout.clip_lengths(kwargs)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and call.images is not None:
-            call.mask = mask
+        call.question = Question.of(self, call.images, call.mask)
+        call.budget = budget_of(self) if self.strategy is None else None
+        if cache_in(kwargs) is None:
+            call.selections = Selections.of(self, ids, kwargs.get("mm_encoder_outputs"))
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forget the forward pass."""
+        if _is_static_step(args, kwargs):
+            return
         call = current_call()
         if call is not None and call.removed is not None and removed_from(call.cache) is None:
             show_full_length(call.cache, call.removed)  # the language model raised an error
@@ -85,6 +124,8 @@ class PromptReduction:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Remove tokens from what the language model reads."""
+        if _is_static_step(args, kwargs):
+            return args, step_arguments(kwargs)
         call = current_call()
         embeds = kwargs.get("inputs_embeds")
         if call is None or call.images is None or embeds is None:
@@ -95,13 +136,15 @@ class PromptReduction:
         selected = self._select(embeds, call, kwargs.get("position_ids"))
         length = embeds.shape[1]
         if selected is not None or past is not None:
+            if self.is_recurrent:
+                _refuse_static(call.cache, kwargs.get("attention_mask"))
             check_call(self.window, length + (past.length if past else 0), call.cache)
         if call.cache is not None:
             show_held_length(call.cache)
         if selected is None and past is None:
             return None
         if past is None:
-            cached = 0 if call.cache is None else call.cache.get_seq_length()
+            cached = 0 if call.cache is None else int(call.cache.get_seq_length())
             past = CacheState.whole(len(embeds), cached, embeds.device)
         if selected is None:
             call.state = past.grown(length)
@@ -109,22 +152,35 @@ class PromptReduction:
             embeds, call.kept = selected
             _check_labels(call.kept)
             call.packing = Packing.of(call.kept)
+            if self.is_recurrent and past.length:
+                _refuse_gaps(call.packing)
             call.state = past.extended(call.packing.order, call.packing.real, length)
         new, call.state = _reduced_arguments(kwargs, embeds, call, past)
         return args, new
 
     def restore(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Return hidden states to the length of the whole sequence."""
+        if _is_static_step(args, kwargs):
+            return None
         call = current_call()
         if call is None or call.images is None:
             return None
         cache = cache_in(output) or call.cache
         for kept in call.whole_kept_behind()[-1:]:
             _check_labels(kept)
+        is_shorter = call.packing is not None or call.kept_behind
+        if is_shorter and output.get("router_logits") is not None:
+            raise ValueError(
+                "output_router_logits: expected False for a reduced model, whose load-balancing "
+                "loss would count removed tokens, got True; leave it out"
+            )
         for infos in records_of(self):
             infos.append(call.info(cache))
         if cache is not None and (removed := call.removed_afterwards()) is not None:
-            show_full_length(cache, removed)
+            if is_static(cache):
+                show_static_length(cache, removed.length, call.attended_afterwards(cache))
+            else:
+                show_full_length(cache, removed)
         if call.packing is None:
             return None
         scatter = call.packing.scatter
@@ -140,20 +196,22 @@ class PromptReduction:
     ) -> tuple[Tensor, Tensor] | None:
         """Return embeddings and (B, N) bool, the tokens to keep; None to keep all."""
         images = call.images
-        if self.strategy is None or images.shape[1] == 1:  # a step of decoding must not synchronise
+        if self.strategy is None or call.question is None:  # no image
             return None
         kept = torch.ones_like(images)
-        is_shorter = False
-        for group in self._groups(call, position_ids):
-            rows, positions = group.rows, group.positions
-            count = max(self.strategy.count(positions.shape[1]), len(group.always))
-            if isinstance(self.strategy.keep, int) or count < positions.shape[1]:
-                _refuse_cut(positions, call.cache)
-            if count == positions.shape[1]:
+        is_shorter, budget = False, budget_of(self)
+        is_share = isinstance(self.strategy.keep, float) and budget is None
+        groups = self._groups(call, position_ids)
+        for group, indices, number in parts(groups, self.strategy.count, budget):
+            if not is_share or number < group.length:
+                _refuse_cut(group.positions, call.cache)
+            if number == group.length:
                 continue
             is_shorter = True
-            context = self._context(embeds, call, group)
-            chosen, values = self.strategy.reduce(embeds[rows, positions], count, context)
+            chosen, values = call.select(
+                partial(self._reduce, embeds, call, group, indices, number)
+            )
+            rows, positions, *_ = group.of(indices)
             kept[rows, positions] = False
             positions = positions.gather(1, chosen)
             kept[rows, positions] = True
@@ -170,14 +228,19 @@ class PromptReduction:
             yield from groups_of_images(call.images & ~call.videos)
         yield from self.layout.clips(call.videos, call.clip_lengths, position_ids)
 
+    def _reduce(
+        self, embeds: Tensor, call: PromptCall, group: TokenGroup, indices: list[int], number: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what `ImageTokenStrategy.reduce` does for some images of a group."""
+        context, part = self._context(embeds, call, group).of(indices), group.of(indices)
+        return self.strategy.reduce(embeds[part.rows, part.positions], number, context)
+
     def _context(self, embeds: Tensor, call: PromptCall, group: TokenGroup) -> ImageContext:
         """Return what the strategy reads beside the tokens of the images."""
         context = ImageContext(frame=group.frame, always=group.always)
         if self.strategy.reads_question:
-            others = ~call.images
-            if call.mask is not None:
-                others = others & call.mask[:, -others.shape[1] :].bool()
-            question = question_of(embeds, others, group.rows[:, 0])
+            starts = group.positions[:, 0]
+            question = call.question.means(embeds, group.rows[:, 0], starts)
             context = context._replace(question=question)
         if self.strategy.reads_tower:
             attention, keys = tower_attention(*group.positions.shape)
@@ -196,10 +259,25 @@ def check_call(window: int | None, length: int, cache: Any) -> None:
             f"model's attention, since it counts the removed ones too, got {length}; call "
             "unreduce_ for longer prompts"
         )
-    if getattr(cache, "is_compileable", False):
+    if not is_static(cache):
+        return
+    if not hasattr(cache.layers[0], "cumulative_length"):
         raise TypeError(
-            f"cache: expected a dynamic cache, got {type(cache).__name__}, whose length is "
-            "fixed; call generate without cache_implementation"
+            "cache: expected a dynamic cache, since the static ones of this transformers do not "
+            f"count their tokens, got {type(cache).__name__}; update transformers, or call "
+            "generate without cache_implementation"
+        )
+    if int(cache.get_seq_length()):
+        raise ValueError(
+            "cache: expected an empty static cache for a prompt with images, got one with tokens; "
+            "pass the prompt at once, or call generate without cache_implementation"
+        )
+    longest = max(layer.max_cache_len for layer in cache.layers if has_slots(layer))
+    if window is not None and longest >= window:
+        raise ValueError(
+            f"cache: expected a static cache shorter than {window} tokens, the window of the "
+            f"language model's attention, got {longest}; call generate without "
+            "cache_implementation"
         )
 
 
@@ -211,12 +289,20 @@ def _reduced_arguments(
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict) and any(whole is None for whole in mask.values()):
         mask = None  # plain causal attention, whose masks the language model makes itself
+    if call.mask is not None:
+        call.mask = _mask(call.mask, packing, past, embeds)
     if isinstance(mask, dict):
         mask = {kind: _mask(whole, packing, past, embeds) for kind, whole in mask.items()}
+    elif call.mask is not None and (mask is None or mask.dim() == 2):
+        mask = call.mask
     else:
         mask = _mask(mask, packing, past, embeds)
-        if mask.dim() == 2 and embeds.shape[1] > 1:
-            state = replace(state, mask=mask[:, : state.columns.shape[1]])
+    if is_static(call.cache):
+        remove_slots(call.cache.layers, packing.length - packing.order.shape[1])
+        mask = pad_to_slots(mask, call.cache.layers[0])
+    text = mask if isinstance(mask, Tensor) and mask.dim() == 2 else call.mask
+    if text is not None and embeds.shape[1] > 1:
+        state = replace(state, mask=text[:, : state.columns.shape[1]])
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + past.length
@@ -224,12 +310,22 @@ def _reduced_arguments(
     if packing is not None:
         new["inputs_embeds"] = packing.rows(embeds)
         new["position_ids"] = packing.positions(positions)
+        for name in OF_EACH_TOKEN:
+            if kwargs.get(name) is not None:
+                new[name] = packing.rows(kwargs[name])
     if kwargs.get("cache_position") is not None:
         width = new["inputs_embeds"].shape[1]
         new["cache_position"] = torch.arange(width, device=embeds.device) + past.held
     if packing is not None and kwargs.get("visual_pos_masks") is not None:
         new |= _reduced_deepstack(kwargs, packing)
     return new, state
+
+
+def _is_static_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of the model is a step behind a reduced prompt in a static cache."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    return tokens is not None and is_static_step(tokens.shape[1], cache_in(kwargs))
 
 
 def _reduced_deepstack(kwargs: dict[str, Any], packing: Packing) -> dict[str, Any]:
@@ -285,16 +381,6 @@ def _layout_for(strategy: ImageTokenStrategy | None, multimodal: Multimodal) -> 
     return None  # a clip without text between frames is a run like an image
 
 
-def question_of(embeds: Tensor, others: Tensor, rows: Tensor) -> Tensor:
-    """Return (R, D), the mean embedding of the tokens `others` (B, N) bool beside each image.
-
-    `rows` (R,) has the row of each image.
-    """
-    weights = others.to(embeds.dtype).unsqueeze(-1)
-    mean = (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return mean[rows]
-
-
 def tokens_of(
     model: nn.Module, ids: Tensor | None, embeds: Tensor | None, values: tuple[int, ...]
 ) -> Tensor | None:
@@ -306,8 +392,9 @@ def tokens_of(
 
 def _placeholders(model: nn.Module, embeds: Tensor, ids: tuple[int, ...]) -> Tensor:
     """Return (B, N) bool, which embeddings (B, N, D) are those of `ids`, if the model has these."""
-    words = model.config.get_text_config().vocab_size
-    known = torch.tensor([i for i in ids if i < words], device=embeds.device)
+    config = model.config.get_text_config()
+    words = config.vocab_size + getattr(config, "additional_vocab_size", 0)  # of Molmo 2
+    known = torch.tensor([i for i in ids if i < words], device=embeds.device, dtype=torch.long)
     rows = model.get_input_embeddings()(known)
     return (embeds.unsqueeze(-2) == rows).all(-1).any(-1)
 
@@ -317,7 +404,7 @@ def _check_labels(kept: Tensor) -> None:
     labels = LABELS.get()
     if labels is None or labels.shape != kept.shape:
         return
-    if bool(((labels[:, 1:] != -100).to(kept.device) & ~kept[:, :-1]).any()):
+    if bool(((labels[:, 1:] != IGNORED).to(kept.device) & ~kept[:, :-1]).any()):
         raise ValueError(
             "labels: expected -100 at image tokens, since removed ones predict nothing, got other "
             "labels; set those of image tokens to -100"
@@ -333,6 +420,63 @@ def _refuse_cut(positions: Tensor, cache: Any) -> None:
             "input_ids: expected whole images, behind a token of text, got image tokens at the "
             "beginning of a call that continues a cache, as prefill_chunk_size cuts them; pass the "
             "prompt at once"
+        )
+
+
+def _check_width(mask: Tensor, new: int, cache: Any) -> None:
+    """Raise ValueError if a mask (B, K) of a prompt lacks columns, which removed tokens need."""
+    if new == 1:
+        return
+    tokens = new if cache is None else new + cache.get_seq_length()
+    if mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask: expected {tokens} columns, one for each cached and each new token, "
+            f"got {mask.shape[1]}; pass 1 for tokens and 0 for padding, or no mask"
+        )
+
+
+def _refuse_unknown(images: Tensor) -> None:
+    """Raise ValueError if embeddings (B, N, D) of a prompt have no placeholder, `images` (B, N)."""
+    if images.shape[1] > 1 and not images.any():
+        raise ValueError(
+            "inputs_embeds: expected the placeholders of images, which the model replaces, got a "
+            "prompt without, in which image features cannot be told from text; pass input_ids, "
+            "and pixel_values if it has images"
+        )
+
+
+def _refuse_static(cache: Any, mask: Any) -> None:
+    """Raise TypeError for a language model with recurrent layers and a static cache.
+
+    In its dict of masks, those of recurrent layers have no columns.
+    """
+    if is_static(cache) or isinstance(mask, dict):
+        raise TypeError(
+            "cache: expected a dynamic one, and a tensor (B, N) as attention_mask, for a language "
+            f"model with recurrent layers, got {type(cache).__name__} and {type(mask).__name__}; "
+            "call generate without cache_implementation"
+        )
+
+
+def _refuse_gaps(packing: Packing) -> None:
+    """Raise ValueError if padding would come between a cache and the tokens that remain.
+
+    It would change the state of layers that read a sequence token by token.
+    """
+    if not packing.real.all():
+        raise ValueError(
+            "input_ids: expected rows in which as many tokens remain, for a call that continues a "
+            "cache of a language model with recurrent layers, got "
+            f"{', '.join(map(str, packing.real.sum(1).tolist()))}; pass one row at a time"
+        )
+
+
+def _refuse_static_turn(cache: Any) -> None:
+    """Raise ValueError for several tokens behind a static cache with removed tokens."""
+    if has_reduced_slots(cache):
+        raise ValueError(
+            "input_ids: expected one token behind a static cache with removed tokens, got several; "
+            "begin with an empty cache, or call generate without cache_implementation"
         )
 
 

@@ -1,14 +1,21 @@
-"""The layer of a key-value cache from which tokens were removed, outside of the language model."""
+"""The layers of a key-value cache from which tokens were removed, outside of the language model."""
 
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from elip_models.validation import require_extra
 from elip_models.vlm.cache_state import RemovedTokens
 
 with require_extra("elip_models.vlm"):
     from transformers.cache_utils import CacheLayerMixin
+
+COUNTED = (
+    "cache: expected a model that reduce_ has changed, for a cache with removed tokens, got one "
+    "that counts every token; call reduce_ again, or begin with an empty cache"
+)
 
 
 class ReducedLayer(CacheLayerMixin):
@@ -23,8 +30,6 @@ class ReducedLayer(CacheLayerMixin):
         removed: what was removed from the sequences, in the first layer of the cache; None in the
             others.
     """
-
-    is_croppable = False
 
     def __init__(self, held: Any, length: int, removed: RemovedTokens | None = None) -> None:
         self.held = held
@@ -78,13 +83,28 @@ class ReducedLayer(CacheLayerMixin):
         self.held.reset()
         self.length, self.removed = 0, None
 
-    def crop(self, *_: Any) -> NoReturn:
-        """Raise an error: the last tokens of the layer are not those of the sequence."""
-        raise NotImplementedError(
-            "cache: expected decoding that only adds tokens, got a call of crop, as assisted "
-            "decoding does; the last tokens of a cache with removed tokens are not those of the "
-            "sequence. Call generate without assistant_model and prompt_lookup_num_tokens"
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens; before transformers 5.24, the length to keep.
+
+        Raises:
+            NotImplementedError: these tokens may have changed which image tokens were removed.
+        """
+        if not self.is_croppable:
+            raise NotImplementedError(
+                "cache: expected decoding that only adds tokens, got a call of crop, as assisted "
+                "decoding does, under a strategy that reads the question or removes tokens inside "
+                "the language model. Call generate without assistant_model and "
+                "prompt_lookup_num_tokens, or mark the question by guidance(model, question=mask)"
+            )
+        if not self.length:
+            self.held.crop(tokens_to_remove)
+            return
+        is_length = tokens_to_remove > 0
+        number = self.length - tokens_to_remove if is_length else -tokens_to_remove
+        self.held.crop(-number)
+        self.length -= number
+        if self.removed is not None:
+            self.removed = self.removed.cropped(number)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Initialize the layer inside."""
@@ -94,10 +114,7 @@ class ReducedLayer(CacheLayerMixin):
         """Raise an error: a model that is not reduced cannot continue the sequences."""
         if not self.length:
             return self.held.update(*args, **kwargs)
-        raise ValueError(
-            "cache: expected a model that reduce_ has changed, for a cache with removed tokens, "
-            "got one that counts every token; call reduce_ again, or begin with an empty cache"
-        )
+        raise ValueError(COUNTED)
 
     def offload(self) -> None:
         """Move keys and values to the CPU."""
@@ -106,3 +123,57 @@ class ReducedLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Move keys and values back."""
         self.held.prefetch()
+
+
+class StaticReducedLayer(ReducedLayer):
+    """A layer of a static cache, which stays in `cache.layers` inside the language model too.
+
+    Attributes:
+        held: the layer of transformers, with the keys and values of the tokens that are left.
+        missing: how many tokens of each sequence were removed; None after `reset`.
+        padding: (B, L) bool, the slots that no token attends to.
+        is_open: whether the model that removed the tokens runs, whose masks fit the slots.
+    """
+
+    is_compileable = True
+
+    def __init__(self, held: Any, attended: Tensor, length: int) -> None:
+        """Make the layer from `attended` (B, M) bool, behind a prompt of `length` tokens."""
+        super().__init__(held, length)
+        self.missing: int | None = length - attended.shape[1]
+        self.padding = F.pad(~attended, (0, held.max_cache_len - attended.shape[1]))
+        self.is_open = False
+
+    def attended(self) -> Tensor:
+        """Return (B, 1, 1, L) bool, the slots that the next token attends to, its own included."""
+        slots = torch.arange(self.padding.shape[1], device=self.padding.device)
+        return ((slots <= self.held.cumulative_length) & ~self.padding)[:, None, None]
+
+    def get_seq_length(self) -> Any:
+        """Return the length of the whole sequences, a tensor."""
+        return self.held.get_seq_length() + (self.missing or 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length of a mask for the whole sequences, and its first position."""
+        return self.get_max_length(), 0
+
+    def get_max_length(self) -> int:
+        """Return how long the whole sequences can become."""
+        return self.held.max_cache_len + (self.missing or 0)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens; raise an error for a model that is not reduced."""
+        if self.missing is not None and not self.is_open:
+            raise ValueError(COUNTED)
+        self.is_open = False
+        return self.held.update(*args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows, as beam search does."""
+        self.held.reorder_cache(beam_idx)
+        self.padding = self.padding[beam_idx]
+
+    def reset(self) -> None:
+        """Remove every token, after which the layer is like one from which nothing was removed."""
+        super().reset()
+        self.missing = None

@@ -17,6 +17,7 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.validation import check
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import LanguageStrategy
+from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
 
 def store_strategies(
@@ -47,8 +48,15 @@ def read_strategies(saved: Any) -> tuple[Strategy | None, list[LanguageStrategy]
     Raises:
         TypeError, ValueError: settings of a later version, or an unknown strategy, key or value.
     """
-    check("settings", saved, dict)
+    of_tower = strategy_in(saved)
     of_language_model = saved.get(LANGUAGE_MODEL, [])
     check(LANGUAGE_MODEL, of_language_model, list)
     stored = [strategy_of(settings, LANGUAGE_STRATEGIES) for settings in of_language_model]
-    return strategy_in(saved), stored
+    inside = sorted(isinstance(strategy, LayerStrategy) for strategy in stored)
+    if LANGUAGE_MODEL in saved and inside not in ([False], [True], [False, True]):
+        raise ValueError(
+            f"{LANGUAGE_MODEL}: expected one strategy before the language model, one inside it, or "
+            f"both, got {len(inside) - sum(inside)} before and {sum(inside)} inside; remove the "
+            "others"
+        )
+    return of_tower, stored

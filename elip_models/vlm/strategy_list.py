@@ -10,7 +10,7 @@ from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy import Strategy, tower_of
 from elip_models.towers import Tower
 from elip_models.towers.unsupported import PLAIN
-from elip_models.vlm.families import find_multimodal
+from elip_models.vlm.families import find_multimodal, unsupported_config
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 
 
@@ -57,7 +57,9 @@ def list_strategies(model: nn.Module | None = None) -> list[StrategyEntry]:
                 raise
             of_image = reason_of(error)
         if multimodal is None:
-            of_language = "it needs a multimodal language model"
+            config, of_language = unsupported_config(model), "it needs a multimodal language model"
+            if config is not None:
+                of_language += f" of a supported family, not of {config.model_type!r}"
     entries = [_image_entry(cls(), tower, of_image) for cls in STRATEGIES.values()]
     for name, cls in LANGUAGE_STRATEGIES.items():
         strategy = cls()

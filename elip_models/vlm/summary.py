@@ -8,7 +8,7 @@ from elip_models.vlm.families import Multimodal
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
-NOMINAL_TOKENS = 576  # of a model whose images have different numbers of tokens
+EXAMPLE_TOKENS = 576  # as of LLaVA-1.5: no config has the number of the model's own images
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class MultimodalSummary:
 
     strategy: what selects image tokens before the language model, or None.
     inside: what selects them inside the language model, or None.
-    image_tokens, kept_tokens: of an image of the model's size, or of 576 tokens if sizes differ.
+    image_tokens, kept_tokens: of an example image or clip of 576 tokens, whatever those of the
+        model have, or of a tile.
     layer_tokens: the tokens of the image that each layer of the language model reads.
     prefill_flops: FLOPs of the language model for the kept tokens, selection included, relative to
         those for all tokens of the image. Tokens of text come on top of both.
@@ -25,7 +26,7 @@ class MultimodalSummary:
         model.
     dense_cache_bytes: the same for all tokens of the image.
     tower: the reduction of the image tower, or None.
-    unit: what the tokens are of: an image, a tile of a model with cross-attention, or a clip.
+    unit: what the tokens are of: an example, or a tile of a model with cross-attention.
     """
 
     strategy: ImageTokenStrategy | None
@@ -37,7 +38,7 @@ class MultimodalSummary:
     cache_bytes: int
     dense_cache_bytes: int
     tower: Summary | None
-    unit: str = "an image"
+    unit: str = "an example image"
 
     @classmethod
     def of(
@@ -48,12 +49,11 @@ class MultimodalSummary:
         tower: Summary | None,
     ) -> "MultimodalSummary":
         """Summarize a model that `strategy`, `inside` and `tower` reduce."""
-        cross, unit = multimodal.cross_attention_layers, "an image"
-        tokens = getattr(multimodal.config, "image_seq_length", None) or NOMINAL_TOKENS
+        cross, tokens, unit = multimodal.cross_attention_layers, EXAMPLE_TOKENS, cls.unit
         if cross:
             tokens, unit = multimodal.tower.num_patches, "a tile"
         if strategy is not None and strategy.reads_frames:
-            tokens, unit = NOMINAL_TOKENS, "a clip"
+            unit = "an example clip"
         depth = len(multimodal.language_model.layers)
         kept = tokens if strategy is None else strategy.count(tokens)
         readers = [i in cross or not cross for i in range(depth)]

@@ -30,7 +30,9 @@ class TowerAttention(Watcher):
         for module in multimodal.tower.modules():
             unwatch(module)
 
-    def receive(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+    def receive(
+        self, query: Tensor, key: Tensor, scale: float | None, softcap: float | None
+    ) -> None:
         """Store what the patches receive, and their keys, mean over heads."""
         call = current_call()
         if call is None:

@@ -9,11 +9,11 @@ from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.packing import find_runs
 from tests.helpers.tiers import slow_except
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, VIDEO
+from tests.vlm.configs import CASES, QWEN, VIDEO
 from tests.vlm.models import build
 
 CLIPS = [name for name in CASES if name.endswith("_video") and name != "llava_next_video"]
-FRAMES = {"qwen2_vl": 3, "qwen2_5_vl": 3, "qwen3_vl": 3}
+FRAMES = dict.fromkeys(QWEN, 3)
 """The frames of the clip by model type; the others have four."""
 
 
@@ -101,4 +101,4 @@ def test_the_summary_of_evs_is_of_a_clip():
     model, _ = build("llava_onevision_video")
     summary = reduction_summary(reduce_(model, "evs", keep=0.25))
     assert (summary.kept_tokens, summary.image_tokens) == (144, 576)
-    assert "144 of 576 in a clip" in str(summary)
+    assert "144 of 576 in an example clip" in str(summary)

@@ -6,18 +6,21 @@ import torch
 from elip_models import is_reduced, reduce_, unreduce_
 from elip_models.vlm.families import LANGUAGE_MODEL
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, IMAGE, VIDEO
+from tests.vlm.configs import CASES, CONFIGS, IMAGE, VIDEO, attentions
 from tests.vlm.models import build
 
 QUICK = {"llava", "llava_next", "idefics3", "gemma3", "paligemma", "qwen2_5_vl_video", "qwen3_vl"}
+QUICK |= {"gemma4", "lfm2_vl"}
 
 
 def _families():
-    """Return (name, attention) of every case; most are slow, and all with eager exhaustive."""
+    """Return (name, attention) of every case; most are slow, and a second one is exhaustive."""
     for name in CASES:
-        if name not in EAGER:
-            yield pytest.param((name, "sdpa"), marks=[] if name in QUICK else pytest.mark.slow)
-        yield pytest.param((name, "eager"), marks=[] if name in EAGER else pytest.mark.exhaustive)
+        first, *others = attentions(name)
+        is_quick = name in QUICK or first == "eager"
+        yield pytest.param((name, first), marks=[] if is_quick else pytest.mark.slow)
+        for attention in others:
+            yield pytest.param((name, attention), marks=pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="module", params=list(_families()), ids="-".join)
@@ -33,7 +36,7 @@ def case(built):
 
 
 def test_every_family_of_the_table_has_a_model():
-    assert {config()[0].model_type for config in CASES.values()} == set(LANGUAGE_MODEL)
+    assert {config().model_type for config in CONFIGS.values()} == set(LANGUAGE_MODEL)
 
 
 def test_keeping_every_token_changes_nothing(case):

@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers as hf
 
-from elip_models import is_reduced, record_stages, reduce_, unreduce_
+from elip_models import guidance, is_reduced, record_stages, reduce_, unreduce_
 from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.families import find_multimodal
 from tests.helpers.tiers import first_quick
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, TEXT
-from tests.vlm.models import build, model_of, prompt
+from tests.vlm.models import build, model_of, pixels_of, prompt
 
 QUICK = ("llava", "gemma3", "qwen3_vl")
 """Masks of two dimensions, dicts of masks, and positions of three axes."""
@@ -55,7 +55,7 @@ def test_a_text_alone_is_untouched(name):
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"use_cache": False}], ids=str)
 def test_ways_to_generate(name, settings):
     model, inputs = made(name)
-    oracle.skip_mixed_images(model, settings.get("num_beams", 1))
+    oracle.skip_gap("beams" if "num_beams" in settings else "no cache", model)
     _assert_generates_as_oracle(model, inputs, **settings)
 
 
@@ -63,6 +63,8 @@ def _assert_generates_as_oracle(model, inputs, **settings):
     reduce_(model, keep=0.5)
     output, kept = oracle.generate(model, inputs, **settings)
     unreduce_(model)
+    if find_multimodal(model).recurrent_layers:
+        settings["use_cache"] = False  # the oracle does not reorder beams
     with oracle.hidden(model, kept[:: settings.get("num_beams", 1)]):
         expected = oracle.stock_generate(model, inputs, **settings)
     assert not kept.all()
@@ -84,7 +86,7 @@ TURNS = {
 @pytest.mark.parametrize("first_rows", [None, ((6,), (3,))], ids=["after images", "after text"])
 def test_a_second_turn_with_the_cache_of_the_first(name, rows, first_rows):
     model, inputs = made(name)
-    pixels = {k: v for k, v in inputs.items() if "pixel" in k or k.startswith("image_")}
+    pixels = pixels_of(inputs)
     if first_rows:
         inputs = prompt(model, {}, first_rows)
     after = prompt(model, pixels, TURNS[rows])
@@ -92,6 +94,10 @@ def test_a_second_turn_with_the_cache_of_the_first(name, rows, first_rows):
         after |= pixels
     third = prompt(model, {}, ((1,), (3,)))
     reduce_(model, keep=0.5)
+    if rows == "ragged" and find_multimodal(model).recurrent_layers:
+        with pytest.raises(ValueError, match=r"rows in which as many tokens remain.*got .*one row"):
+            _three_turns(model, inputs, after, third)
+        return
     with record_stages(model) as infos:
         logits = _three_turns(model, inputs, after, third)
     unreduce_(model)
@@ -139,6 +145,7 @@ def _two_generations(model, inputs, further):
 @some(quick=("llava", "gemma3", "qwen2_5_vl"))
 def test_embeddings_in_place_of_ids(name):
     model, inputs = made(name)
+    oracle.skip_gap("embeddings", model)
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
     reduce_(model, keep=0.5)
     logits, kept = oracle.forward(model, inputs)
@@ -148,6 +155,23 @@ def test_embeddings_in_place_of_ids(name):
     assert torch.equal(kept.all(1), torch.tensor([False, False]))
     read = kept & inputs["attention_mask"].bool()
     assert oracle.close(logits[read], expected[read])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
+def test_embeddings_that_hold_image_features_are_refused(strategy):
+    model, inputs = made("llava")
+    read = []
+    language_model = find_multimodal(model).language_model
+    handle = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**inputs)
+    handle.remove()
+    reduce_(model, strategy, keep=0.5)
+    with pytest.raises(ValueError, match="inputs_embeds: expected the placeholders of images"):
+        model(inputs_embeds=read[0], attention_mask=inputs["attention_mask"])
+    assert oracle.stock_generate(model, inputs).sequences.shape[0] == 2
 
 
 def _unpickled(model):
@@ -247,19 +271,18 @@ def test_windows_shorter_than_the_prompt_are_refused():
     _assert_generates_as_oracle(unreduce_(model), inputs, max_new_tokens=3)
 
 
-LINEAR = {
-    "Qwen3.5": lambda: hf.Qwen3_5TextConfig(
-        **TEXT, layer_types=["linear_attention", "full_attention", "full_attention"]
-    ),
-    "Mamba": lambda: hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=120),
-}
+def test_the_window_of_llama_4_is_its_chunk_or_its_first_temperature():
+    config = CASES["llama4"]()[0]
+    model = hf.Llama4ForConditionalGeneration(config)
+    assert find_multimodal(model).window == config.text_config.attention_chunk_size == 256
+    config.text_config.floor_scale = 100
+    assert find_multimodal(model).window == 99
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_attention_is_refused(name):
+def test_a_language_model_without_positions_is_refused():
     config, _ = CASES["llava"]()
-    config.text_config = LINEAR[name]()
-    with pytest.raises(TypeError, match=r"layers of type (linear_attention|mamba)"):
+    config.text_config = hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=120)
+    with pytest.raises(TypeError, match=r"takes position_ids.* in place of MambaModel"):
         reduce_(hf.LlavaForConditionalGeneration(config), keep=0.5)
 
 
@@ -279,19 +302,65 @@ def test_a_prefill_in_chunks_that_cut_images_is_refused(keep):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
-def test_ways_to_generate_that_need_another_cache_are_refused(name):
+def test_assisted_decoding_has_the_tokens_of_plain_decoding(name):
     model, inputs = made(name)
-    reduce_(model, keep=0.5)
-    with pytest.raises(TypeError, match="expected a dynamic cache, got StaticCache"):
-        model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
     one = prompt(model, inputs, ((2, "image", 1, "image", 1, "image", 6),)) | {
         key: value for key, value in inputs.items() if "pixel" in key or key.startswith("image_")
     }
+    lookup = dict(max_new_tokens=16, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    crops = []
+    for strategy in ("stride", "cdpruner"):
+        reduce_(model, strategy, keep=0.5)
+        with guidance(model, question=one["attention_mask"].bool()):
+            expected = oracle.stock_generate(model, one, max_new_tokens=16)
+            with record_stages(model) as infos:
+                output = oracle.stock_generate(model, one, **lookup)
+        assert torch.equal(output.sequences, expected.sequences)
+        crops += [info.kept.shape[1] for info in infos[1:]]
+    assert max(crops) > 1  # steps that read candidates, some of which are taken back
+    further = prompt(model, {}, ((3,),))
+    continued = _continued(model, output, one, further)
+    assert oracle.close(continued, _continued(model, expected, one, further))
     refused = pytest.raises(NotImplementedError, match="without assistant_model")
     if hasattr(hf.DynamicCache, "is_croppable"):  # generate asks the cache before it calls crop
         refused = pytest.raises(ValueError, match="requires a cache that can be cropped")
-    with refused:
-        model.generate(**one, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2)
+    for inside in ((), ("stride", "fastv:layer=2")):
+        for strategy in inside:
+            reduce_(model, strategy, keep=0.5)
+        with refused:
+            oracle.stock_generate(model, one, **lookup)
+
+
+def _continued(model, output, one, further):
+    """Return the logits of a turn behind a generation."""
+    before = one | {
+        "input_ids": output.sequences[:, :-1],
+        "attention_mask": torch.ones_like(output.sequences[:, :-1]),
+    }
+    return oracle.next_turn(model, output, before, further).logits
+
+
+@torch.no_grad()
+@some(("gemma4", "gemma3n"), quick=("gemma4",))
+def test_a_static_cache_of_layers_that_share_keys_has_the_tokens_of_the_dynamic_one(name):
+    model, inputs = made(name)
+    reduce_(model, keep=0.3)
+    expected = oracle.stock_generate(model, inputs)
+    output = oracle.stock_generate(model, inputs, cache_implementation="static")
+    assert torch.equal(output.sequences, expected.sequences)
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
+@torch.no_grad()
+def test_a_static_cache_of_recurrent_layers_is_refused():
+    model, inputs = made("lfm2_vl")
+    reduce_(model, keep=0.5)
+    refused = r"cache: expected a dynamic one, .* got StaticCache .* without cache_implementation"
+    with pytest.raises(TypeError, match=refused):
+        model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
+    cache = hf.StaticCache(config=model.config, max_cache_len=99)
+    with pytest.raises(TypeError, match=refused):
+        model(**inputs, past_key_values=cache)
 
 
 @torch.no_grad()

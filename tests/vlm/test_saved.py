@@ -9,7 +9,9 @@ from transformers import AutoModelForImageTextToText
 
 import elip_models
 from elip_models import is_reduced, reduce_, reduction_summary, unreduce_
+from elip_models.reduction.serialization import settings_of
 from elip_models.validation import ConfigError
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.controls import Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.layer_strategy import FastV
@@ -60,14 +62,32 @@ def test_a_call_with_arguments_replaces_what_is_stored(llava):
     assert reduction_summary(reduce_(model)).strategy == Diverse()  # of a reduced model: defaults
 
 
+STRIDE = settings_of(Stride(), LANGUAGE_STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"version": 99}, "version: expected at most 1"), ({"front": 1}, "front: expected keys")],
+)
+def test_settings_of_another_version_are_an_error(llava, tmp_path, change, message):
+    reduce_(llava[0]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["elip"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        elip_models.load_reduced(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
         ([{"version": 1, "strategy": "mine.Own", "settings": {}}], "strategy: expected one of div"),
         ({"strategy": "diverse"}, "language_model: expected a list"),
+        ([], "language_model: expected one strategy before .* got 0 before and 0 inside"),
+        ([STRIDE] * 5000, "language_model: expected one strategy before .* got 5000 before"),
     ],
 )
-def test_settings_that_cannot_be_read_are_an_error(llava, tmp_path, saved, message):
+def test_strategies_that_cannot_be_read_are_an_error(llava, tmp_path, saved, message):
     model, _ = llava
     reduce_(model).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -124,7 +124,7 @@ def test_pool_averages_the_areas_of_a_square_grid():
     torch.testing.assert_close(means[:, 1], grid[:, :2, 2:].mean((1, 2)), atol=1e-6, rtol=0)
     assert Pool(keep=1.0).count(15) == 15  # nothing is averaged
     with pytest.raises(ValueError, match="square number of tokens for 'pool', got 15"):
-        pool.reduce(tokens[:, :15], 4, ImageContext())
+        pool.count(15)
 
 
 @pytest.mark.parametrize("name", BEFORE)

@@ -39,7 +39,7 @@ def test_the_list_of_a_model_has_the_reasons():
     assert reasons(siglip_vision()) == needs | no_cls
     reason = "its language model has a token for each patch of the image"
     grid = dict.fromkeys(("resize_merge", "resize"), reason)
-    video = {"evs": "it has no tokens of videos: it reads images, or each frame as an image"}
+    video = {"evs": "it has no clips of comparable frames: it reads images, or each frame as one"}
     assert reasons(build("llava")[0]) == grid | video
     with pytest.raises(TypeError, match="got ResNet"):
         elip_models.list_strategies(timm.create_model("resnet18"))

@@ -7,8 +7,9 @@ import torch
 
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
 from elip_models.vlm.attention_probe import is_watched
-from elip_models.vlm.families import find_multimodal
+from elip_models.vlm.families import PATCH_TOKENS, find_multimodal
 from elip_models.vlm.tower_attention import attention_of
+from tests.helpers.tiers import slow_except
 from tests.vlm import oracle
 from tests.vlm.configs import IMAGE
 from tests.vlm.models import build
@@ -56,6 +57,19 @@ def test_generate_reads_the_tower_too_and_unreduce_restores_it():
     unreduce_(model)
     assert not is_reduced(model) and not is_watched(attention_of(find_multimodal(model)))
     assert all(map(torch.equal, oracle.stock_generate(model, inputs).logits, stock.logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", slow_except([], sorted(PATCH_TOKENS - {"llava"})))
+def test_the_patches_of_other_families_are_their_image_tokens(name):
+    model, inputs = build(name)
+    reduce_(model, "visionzip:contextual=0", keep=0.5)
+    logits, kept = oracle.forward(model, inputs)
+    unreduce_(model)
+    with oracle.hidden(model, kept):
+        expected = model(**inputs).logits
+    read = kept & inputs["attention_mask"].bool()
+    assert not kept.all() and oracle.close(logits[read], expected[read])
 
 
 @torch.no_grad()

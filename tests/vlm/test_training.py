@@ -8,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
 from tests.helpers.towers import gradients as gradients_of
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, IMAGE, PAD, VIDEO
+from tests.vlm.configs import CASES, IMAGE, PAD, VIDEO, attentions
 from tests.vlm.models import build
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6}  # norms compute in fp32 in both
-QUICK = {"llava", "qwen3_vl_video", "gemma3", "paligemma"}
+QUICK = {"llava", "qwen3_vl_video", "gemma3", "paligemma", "lfm2_vl"}
 LORA = LoraConfig(
     target_modules=r".*layers\.\d+\.self_attn\.[qv]_proj", r=4, init_lora_weights=False
 )
@@ -20,7 +20,7 @@ LORA = LoraConfig(
 
 def _cases():
     for name in CASES:
-        for attention in ("eager",) if name in EAGER else ("sdpa", "eager"):
+        for attention in attentions(name):
             is_quick = name in QUICK and attention == "sdpa"
             yield pytest.param(name, attention, marks=[] if is_quick else pytest.mark.exhaustive)
 
@@ -102,6 +102,14 @@ def test_labels_that_removed_tokens_would_predict_are_refused(name):
     model(**inputs)  # the labels of a call that failed are forgotten
     inputs["labels"] = inputs["input_ids"]
     assert reduce_(model, keep=1.0)(**inputs).loss.isfinite()
+
+
+def test_a_load_balancing_loss_is_refused():
+    model, inputs = trained("qwen3_vl_moe")
+    reduce_(model, keep=0.5)
+    with pytest.raises(ValueError, match="output_router_logits: expected False for a reduced mod"):
+        model(**inputs, output_router_logits=True)
+    assert model(**inputs).loss.isfinite()
 
 
 def test_the_trainer_trains_a_reduced_model(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 from elip_models.reduction.strategy import strategy_text
 from elip_models.validation import Bounds, PositiveShare, check_fields, mismatch_error, shortened
 from elip_models.vlm.clips import VideoLayout
-from elip_models.vlm.families import Multimodal
+from elip_models.vlm.families import PATCH_TOKENS, Multimodal
 from elip_models.vlm.tower_attention import attention_of
 
 TokenCount = Annotated[int, Bounds(2, sys.maxsize)]
@@ -20,7 +20,7 @@ BY_CROSS_ATTENTION = "it reads image tokens by cross-attention, so that the prom
 class ImageContext(NamedTuple):
     """What a strategy may read beside the tokens of R images.
 
-    question: (R, D) the mean embedding of the text beside each image, if it `reads_question`.
+    question: (R, D) the mean embedding of the question of each image, if it `reads_question`.
     attention: (R, n) the attention that each patch receives in the image tower, if it
         `reads_tower`: from the class token, or from all patches if there is none.
     keys: (R, n, d) the keys of that attention, mean over heads.
@@ -33,6 +33,11 @@ class ImageContext(NamedTuple):
     keys: Tensor | None = None
     frame: int | None = None
     always: tuple[int, ...] = (-1,)
+
+    def of(self, indices: list[int]) -> "ImageContext":
+        """Return the context of these of the R images."""
+        question, attention, keys = (None if t is None else t[indices] for t in self[:3])
+        return self._replace(question=question, attention=attention, keys=keys)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,11 @@ class LanguageStrategy:
     def __str__(self) -> str:
         """Return the name, the number of tokens, and the settings that are not the default."""
         return strategy_text(self, "keep")
+
+    @property
+    def reads_question(self) -> bool:
+        """Return whether the question changes the result."""
+        return self.is_guided
 
     def why_unsupported(self, multimodal: Multimodal) -> str | None:
         """Return the reason why the strategy cannot reduce the model, or None."""
@@ -92,9 +102,11 @@ class ImageTokenStrategy(LanguageStrategy):
     def why_unsupported(self, multimodal: Multimodal) -> str | None:
         """Return the reason why the strategy cannot reduce the model, or None."""
         if self.reads_frames and VideoLayout.of(multimodal) is None:
-            return "it has no tokens of videos: it reads images, or each frame as an image"
+            return "it has no clips of comparable frames: it reads images, or each frame as one"
         if self.reads_tower and multimodal.cross_attention_layers:
             return BY_CROSS_ATTENTION
+        if self.reads_tower and multimodal.config.model_type not in PATCH_TOKENS:
+            return "its image tokens are not the patches of its image tower, one each"
         if self.reads_tower and attention_of(multimodal) is None:
             tower = type(multimodal.tower).__name__
             return (
@@ -103,14 +115,9 @@ class ImageTokenStrategy(LanguageStrategy):
             )
         return super().why_unsupported(multimodal)
 
-    @property
-    def reads_question(self) -> bool:
-        """Return whether the text counts."""
-        return self.is_guided
-
-    def count(self, length: int) -> int:
-        """Return how many of an image's `length` tokens stay."""
-        return count_kept(length, self.keep)
+    def count(self, length: int, keep: float | int | None = None) -> int:
+        """Return how many of an image's `length` tokens stay, by `keep` or the strategy's own."""
+        return count_kept(length, self.keep if keep is None else keep)
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Select `count` tokens of each image, the most important first.

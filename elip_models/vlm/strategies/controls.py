@@ -49,10 +49,21 @@ class Pool(ImageTokenStrategy):
     name: ClassVar[str] = "pool"
     summary: ClassVar[str] = "control: averages neighbouring tokens of a square grid"
 
-    def count(self, length: int) -> int:
-        """Return the largest square number of tokens that `keep` allows."""
-        count = super().count(length)
-        return length if count == length else isqrt(count) ** 2
+    def count(self, length: int, keep: float | int | None = None) -> int:
+        """Return the largest square number of tokens that `keep` allows.
+
+        Raises:
+            ValueError: the tokens are not a square grid.
+        """
+        count = super().count(length, keep)
+        if count == length:
+            return length
+        if isqrt(length) ** 2 != length:
+            raise ValueError(
+                f"strategy: expected images of a square number of tokens for 'pool', got {length}; "
+                "take another strategy, such as 'stride'"
+            )
+        return isqrt(count) ** 2
 
     def reduce(
         self, tokens: Tensor, count: int, context: ImageContext
@@ -60,11 +71,6 @@ class Pool(ImageTokenStrategy):
         """Return the means, at the positions of the lower right corners of their areas."""
         R, n, D = tokens.shape
         side, new = isqrt(n), isqrt(count)
-        if side * side != n:
-            raise ValueError(
-                f"strategy: expected images of a square number of tokens for 'pool', got {n}; "
-                "take another strategy, such as 'stride'"
-            )
         grid = tokens.transpose(1, 2).reshape(R, D, side, side)
         means = F.adaptive_avg_pool2d(grid.float(), new).flatten(2).transpose(1, 2)
         ends = -(-torch.arange(1, new + 1, device=tokens.device) * side // new) - 1

@@ -30,7 +30,7 @@ class Diverse(ImageTokenStrategy):
 
     @property
     def reads_question(self) -> bool:
-        """Return whether the text counts."""
+        """Return whether the question changes the result."""
         return self.relevance
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
