@@ -1,5 +1,7 @@
 """`ReductionCallback` sets the reduction of each step of transformers' Trainer, resumed or not."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -13,10 +15,14 @@ from transformers import (
 
 import elip_models
 from elip_models import ELIP, PatchDropout, ToMe
+from elip_models.api import strategies_in
 from elip_models.integrations.hf_trainer import ReductionCallback
 from elip_models.reduction.serialization import settings_of
+from elip_models.vlm.strategies.controls import Stride
 from tests.helpers.models import hf_clip, hf_vision
 from tests.helpers.towers import SCHEDULE, assert_equal_gradients, plain_vit
+from tests.vlm.configs import IMAGE
+from tests.vlm.models import build
 
 HALF = PatchDropout(0.5)
 
@@ -107,6 +113,73 @@ def test_without_a_strategy_that_of_the_config_is_used():
         callback.on_step_begin(None, state, None, model=model)
         strategy = elip_models.reduction_summary(model).strategy
         assert (strategy == ToMe(r=2)) == (step < 3)
+
+
+def strategies_by_step(callback, model, steps=4):
+    """Return the strategies of the model in each step, and those that its config stores."""
+    by_step = []
+    for step in range(steps):
+        state = TrainerState(global_step=step, max_steps=steps)
+        callback.on_step_begin(None, state, None, model=model)
+        stored = getattr(model.config, "elip", {})
+        names = [saved["strategy"] for saved in stored.get("language_model", [])]
+        names += [stored["strategy"]] if "strategy" in stored else []
+        by_step.append((sorted(entry.name for entry in strategies_in(model)), sorted(names)))
+    return by_step
+
+
+LANGUAGE = {
+    "llava": ("diverse", "fastv:layer=1", "tome"),
+    "llava with one": ("fastv:layer=1",),
+    "qwen2_vl": ("diverse", "fastv:layer=1"),
+    "qwen2_vl as it is": (),
+}
+
+
+@pytest.mark.parametrize("case", LANGUAGE)
+def test_a_language_model_keeps_its_strategies_until_the_dense_steps(case, tmp_path):
+    model = build(case.split()[0])[0]
+    for strategy in LANGUAGE[case]:
+        elip_models.reduce_(model, strategy)
+    names = [strategy.partition(":")[0] for strategy in LANGUAGE[case] or ("diverse",)]
+    *reduced, first, last = strategies_by_step(ReductionCallback(until=2), model)
+    assert reduced == [(names, names)] * 2 and first == last == ([], [])
+    model.save_pretrained(tmp_path)
+    assert "elip" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1", Stride(keep=0.25), "tome"])
+def test_a_strategy_of_any_place_reduces_a_language_model(strategy):
+    name = strategy.partition(":")[0] if isinstance(strategy, str) else strategy.name
+    reduced, *_, dense = strategies_by_step(ReductionCallback(strategy, until=3), build("llava")[0])
+    assert reduced == ([name], [name]) and dense == ([], [])
+
+
+def test_a_trained_language_model_saves_its_reduction_or_none(tmp_path):
+    model, inputs = build("llava")
+    rows = {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"].float()}
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= IMAGE, -100)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    Trainer(
+        model.float(),
+        args,
+        data_collator=lambda _: rows | {"labels": labels},
+        train_dataset=[{}] * 2,
+        callbacks=[ReductionCallback(until=1)],
+    ).train()
+    configs = [json.loads((tmp_path / f"checkpoint-{i}/config.json").read_text()) for i in (1, 2)]
+    assert configs[0]["elip"]["language_model"][0]["strategy"] == "diverse"
+    assert "elip" not in configs[1]
+
+
+def test_a_strategy_of_language_models_names_one_of_image_models():
+    message = (
+        "language model, in which 'diverse' acts, .* take a strategy of image towers, .*'merge'"
+    )
+    with pytest.raises(TypeError, match=message):
+        strategies_by_step(ReductionCallback("diverse"), plain_vit())
 
 
 @pytest.mark.slow

@@ -213,6 +213,7 @@ def test_checkpointing_gives_the_same_gradients(family, kind):
         ({"target_modules": r".*\.attn"}, r"linear layers in CLIP.*visual\.blocks\.0\.attn"),
         ({"target_modules": ("image_projection",)}, "whose weight CLIP also uses elsewhere"),
         ({"full": ("haed.*",)}, r"full: expected patterns .*haed"),
+        ({"target_modules": "("}, r"target_modules: expected a regular expression.* got '\('"),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)

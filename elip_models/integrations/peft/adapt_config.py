@@ -1,9 +1,10 @@
 """The settings of an adapter."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from elip_models.validation import Config, Positive, PositiveInt, Rate
+from elip_models.validation import Config, Positive, PositiveInt, Rate, shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +30,14 @@ class AdaptConfig(Config):
     width: PositiveInt = 64
     target_modules: str | tuple[str, ...] | None = None
     full: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"target_modules: expected a regular expression, or a list of names, got "
+                    f"{shortened(self.target_modules)}: {error}"
+                ) from error

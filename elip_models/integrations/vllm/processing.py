@@ -1,0 +1,81 @@
+"""The prompt side of vLLM: fewer placeholders for each image, and cache keys with the settings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from elip_models.integrations.vllm.settings import serving_strategy
+from elip_models.integrations.vllm.tokens import shorten_placeholders
+from elip_models.validation import require_extra
+from elip_models.vlm.strategies.base import ImageTokenStrategy
+
+with require_extra("elip_models.integrations.vllm"):
+    from vllm.multimodal.processing import (
+        BaseMultiModalProcessor,
+        BaseProcessingInfo,
+        PromptReplacement,
+        PromptUpdate,
+        PromptUpdateDetails,
+    )
+
+
+class ReducedInfo(BaseProcessingInfo):
+    """What vLLM asks about a model before it sees an image. Mix it into the info of a family."""
+
+    reduces_videos: ClassVar[bool]
+
+    @cached_property
+    def strategy(self) -> ImageTokenStrategy | None:
+        """Return the strategy of the model, or None."""
+        return serving_strategy(self.get_hf_config())
+
+    @property
+    def model_id(self) -> str:
+        """Return the part of cache keys that names the model; it has the settings too."""
+        name = super().model_id
+        return name if self.strategy is None else f"{name} {self.strategy!r}"
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Return how many images and clips a prompt may have: no clip that cannot be reduced."""
+        limits = super().get_supported_mm_limits()
+        if self.strategy is None or self.reduces_videos:
+            return limits
+        return {name: 0 if name == "video" else limit for name, limit in limits.items()}
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int] | None:
+        """Return the most tokens of an image and a clip; vLLM profiles memory by them."""
+        whole = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        if whole is None or self.strategy is None:
+            return whole
+        allowed = [name for name, limit in self.allowed_mm_limits.items() if limit]
+        return {name: self.strategy.count(whole[name]) for name in allowed if name in whole}
+
+
+class ReducedProcessor(BaseMultiModalProcessor):
+    """The processor of prompts. Mix it into the processor of a family."""
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        """Return what replaces images in the prompt; vLLM's processors define this method."""
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        strategy = self.info.strategy
+        return updates if strategy is None else [_shorten(update, strategy) for update in updates]
+
+
+def _shorten(update: PromptReplacement, strategy: ImageTokenStrategy) -> PromptReplacement:
+    """Return the replacement of images with fewer placeholders."""
+    content = update.replacement
+
+    def replacement(index: int) -> PromptUpdateDetails:
+        details = content(index) if callable(content) else content
+        if isinstance(details, list):
+            details = PromptUpdateDetails.from_seq(details)
+        ids, is_feature = details.full, details.is_embed
+        flags = [True] * len(ids) if is_feature is None else is_feature(ids).tolist()
+        return replace(details, full=shorten_placeholders(ids, flags, strategy))
+
+    return replace(update, replacement=replacement)

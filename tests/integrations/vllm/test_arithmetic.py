@@ -1,0 +1,133 @@
+"""Settings, counts and positions of the vLLM plugin, in plain torch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as hf
+
+import elip_models
+from elip_models.integrations.vllm.positions import (
+    decode_offsets,
+    encode_offsets,
+    grid_offsets,
+    prompt_positions,
+    whole_starts,
+)
+from elip_models.integrations.vllm.settings import SUPPORTED, serving_strategy
+from elip_models.integrations.vllm.tokens import select_features, shorten_placeholders
+from elip_models.validation import ConfigError
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES, Diverse, Pool, Stride
+from elip_models.vlm.strategies.base import ImageContext
+from tests.vlm.models import build
+
+IMAGE = 9
+
+
+def strategy_of(settings):
+    return serving_strategy(SimpleNamespace(elip=settings))
+
+
+def test_settings_are_the_arguments_of_reduce():
+    assert serving_strategy(SimpleNamespace()) is None
+    assert strategy_of(None) is None
+    assert strategy_of({"keep": 0.25}) == Diverse(keep=0.25)
+    assert strategy_of({"strategy": "pool", "keep": 64}) == Pool(keep=64)
+    assert strategy_of({"strategy": "diverse:keep=0.5"}) == Diverse(keep=0.5)
+
+
+def test_settings_of_a_saved_model_are_read():
+    model, _ = build("llava")
+    elip_models.reduce_(model, "stride", keep=0.3)
+    assert serving_strategy(model.config) == Stride(keep=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("diverse", "elip: settings: expected a dict"),
+        ({"keep": 2.0}, r"elip: keep: expected a float in \(0, 1\]"),
+        ({"kep": 0.5}, "elip: kep: .* did you mean 'keep'"),
+        ({"strategy": "tome"}, "elip: "),
+        ({"strategy": "cdpruner"}, "got 'cdpruner': it reads the question"),
+        ({"strategy": "diverse", "relevance": True}, "got 'diverse': it reads the question"),
+        ({"strategy": "visionzip"}, "got 'visionzip': it reads the attention"),
+        ({"strategy": "evs"}, "got 'evs': vLLM has it for videos as --video-pruning-rate"),
+        ({"strategy": "fastv"}, "got 'fastv': it acts inside the language model"),
+    ],
+)
+def test_settings_that_cannot_act_in_vllm_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        strategy_of(settings)
+
+
+def test_two_saved_strategies_are_refused():
+    model, _ = build("llava")
+    elip_models.reduce_(model, "stride", keep=0.5)
+    elip_models.reduce_(model, "fastv", layer=1)
+    with pytest.raises(ConfigError, match="got stride and fastv; pass one"):
+        serving_strategy(model.config)
+
+
+def test_placeholders_are_removed_and_other_ids_stay():
+    ids = [1, *[IMAGE] * 6, 2, IMAGE, IMAGE, 3]
+    flags = [token == IMAGE for token in ids]
+    assert shorten_placeholders(ids, flags, Stride(keep=0.5)) == [1, *[IMAGE] * 4, 2, 3]
+    assert shorten_placeholders(ids, flags, Stride(keep=1.0)) == ids
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_features_are_those_of_reduce_in_image_order(name):
+    strategy = LANGUAGE_STRATEGIES[name](keep=0.25)
+    columns = torch.arange(64.0)[:, None]  # of a second level, which goes with its row
+    features = torch.cat((torch.randn(64, 8), columns), 1)
+    torch.manual_seed(3)
+    kept = select_features(features, 8, strategy)
+    torch.manual_seed(3)
+    positions, values = strategy.reduce(features[None, :, :8], 16, ImageContext())
+    positions, order = positions[0].sort()
+    assert kept[:, 8].tolist() == positions.tolist()
+    assert torch.equal(kept[:, :8], features[positions, :8] if values is None else values[0, order])
+
+
+def test_image_text_of_a_prompt_keeps_the_positions_of_the_whole_prompt():
+    config = hf.Qwen2_5_VLConfig(
+        text_config=dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=4, tokens_per_second=3),
+        image_token_id=IMAGE,
+        vision_start_token_id=8,
+    )
+    with torch.device("meta"):
+        model = hf.Qwen2_5_VLModel(config)
+    grids = [(1, 4, 8), (1, 6, 4)]
+    lengths = [8, 6]
+    ids = torch.tensor([[1, 8, *[IMAGE] * 8, 2, 8, *[IMAGE] * 6, 3, 3]])
+    whole, _ = model.get_rope_index(
+        ids, mm_token_type_ids=(ids == IMAGE).int(), image_grid_thw=torch.tensor(grids)
+    )
+    kept = [[0, 5, 7], [2, 5]]
+    starts = whole_starts([2, 7], [3, 2], lengths)
+    assert starts == [2, 12]
+    positions = prompt_positions(whole[:, 0], starts, [3, 2], lengths)
+    for start, places, (frames, rows, columns) in zip((2, 7), kept, grids, strict=True):
+        offsets = grid_offsets(frames, rows // 2, columns // 2)[:, places]
+        positions[:, start : start + len(places)] += offsets
+    stays = [start + place for start, places in zip(starts, kept, strict=True) for place in places]
+    is_kept = (ids[0] != IMAGE).scatter(0, torch.tensor(stays), True)
+    assert torch.equal(positions, whole[:, 0, is_kept])
+
+
+def test_times_of_a_clip_are_rounded_down():
+    offsets = grid_offsets(3, 1, 2, time_step=1.5)
+    assert offsets.tolist() == [[0, 0, 1, 1, 3, 3], [0] * 6, [0, 1] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_offsets_are_exact_in_every_dtype(dtype):
+    offsets = torch.tensor([[0, 127, 128], [129, 1000, 16383], [5, 255, 8191]])
+    assert torch.equal(decode_offsets(encode_offsets(offsets, dtype)), offsets)
+
+
+def test_pool_counts_square_images_alone():
+    with pytest.raises(ValueError, match="square number of tokens for 'pool', got 15"):
+        shorten_placeholders([IMAGE] * 15, [True] * 15, Pool(keep=0.5))

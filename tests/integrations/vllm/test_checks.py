@@ -1,0 +1,93 @@
+"""What the plugin refuses when vLLM reads its configuration, and versions of vLLM."""
+
+import pytest
+import transformers as hf
+
+pytest.importorskip("vllm", reason="needs vLLM: pip install 'elip-kernels[vllm-test]'")
+
+from elip_models.integrations.vllm import plugin
+from tests.integrations.vllm.checkpoints import MODELS
+from tests.integrations.vllm.engines import configure
+
+pytestmark = pytest.mark.slow
+
+
+def save_config(family, folder):
+    config, processor = MODELS[family]()
+    config.architectures = [
+        f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration"
+    ]
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"keep": 0}, {}, "elip: keep: expected a float"),
+        ({"strategy": "fastv"}, {}, "got 'fastv': it acts inside the language model"),
+        (
+            {"keep": 0.5},
+            {"pipeline_parallel_size": 2},
+            "--pipeline-parallel-size: expected it unset",
+        ),
+        ({"keep": 0.5}, {"video_pruning_rate": 0.5}, "--video-pruning-rate: expected it unset"),
+        (
+            {"keep": 0.5},
+            {"enable_lora": True, "enable_tower_connector_lora": True},
+            "--enable-tower-connector-lora: expected it unset",
+        ),
+        (
+            {"keep": 0.5},
+            {"compilation_config": {"cudagraph_mm_encoder": True}},
+            "cudagraph_mm_encoder: expected it unset",
+        ),
+    ],
+)
+def test_settings_and_options_that_do_not_fit_are_refused(tmp_path, settings, options, message):
+    save_config("qwen2_5_vl", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        configure(tmp_path, settings, **options)
+
+
+SMALL = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            hf.PaliGemmaConfig(
+                text_config=hf.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=32),
+                vision_config=hf.SiglipVisionConfig(**SMALL),
+                architectures=["PaliGemmaForConditionalGeneration"],
+            ),
+            "got PaliGemmaForConditionalGeneration; pass",
+        ),
+        (
+            hf.LlavaConfig(
+                text_config=hf.LlamaConfig(**SMALL),
+                vision_config=hf.PixtralVisionConfig(**SMALL),
+                architectures=["LlavaForConditionalGeneration"],
+            ),
+            "got pixtral, with a token between rows",
+        ),
+    ],
+    ids=["without an entry", "another tower"],
+)
+def test_settings_of_models_that_are_not_reduced_are_refused(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        configure(tmp_path, {"keep": 0.5}, skip_tokenizer_init=True)
+    assert configure(tmp_path, None, skip_tokenizer_init=True)
+
+
+def test_another_version_is_warned_of_and_what_it_lacks_is_named(monkeypatch):
+    messages = []
+    for level in ("warning", "error"):
+        monkeypatch.setattr(plugin.logger, level, lambda text, *args: messages.append(text % args))
+    monkeypatch.setattr(plugin.vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(plugin, "SEAMS", (*plugin.SEAMS, "vllm.multimodal:NOTHING.there"))
+    plugin.register()
+    assert messages[0].startswith("elip-kernels is tested with vLLM 0.32, got 0.99.0")
+    assert "vLLM 0.99.0 has no vllm.multimodal:NOTHING.there; install vLLM 0.32" in messages[1]
