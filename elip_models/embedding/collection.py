@@ -6,6 +6,7 @@
 The rows of all shards count from 0. docs/embed.md describes the files.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,11 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from elip_models.embedding.output import IMAGES, MANIFEST
-from elip_models.saving.files import file_sha256, read_object
+from elip_models.embedding.output import IMAGES, MANIFEST, read_manifest
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip search"):
     import faiss
-
-FORMATS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,13 @@ class Collection:
             first, path = end - shard["rows"], self.folder / shard["file"]
             if rows is not None and not any(first <= row < end for row in rows):
                 continue
-            if not path.is_file() or file_sha256(path) != shard["sha256"]:
+            content = path.read_bytes() if path.is_file() else b""
+            if hashlib.sha256(content).hexdigest() != shard["sha256"]:
                 raise ConfigError(
                     f"folder: {path} is not as it was written: its SHA-256 differs from that in "
                     f"{MANIFEST}; the same `elip embed` command writes it again"
                 )
-            yield first, parquet.read_table(path, columns=list(columns))
+            yield first, parquet.read_table(pyarrow.BufferReader(content), columns=list(columns))
 
     def vectors(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the first row and the embeddings (n, D) of each shard, normalised, in fp32."""
@@ -126,18 +125,14 @@ def open_collection(folder: str | os.PathLike) -> Collection:
             f"without a {MANIFEST}"
         )
     try:
-        manifest = read_object(path / MANIFEST)
-        if manifest["format"] not in FORMATS:
-            raise ValueError(f"format: expected 1 or 2, got {manifest['format']!r}")
+        manifest = read_manifest(path)
         complete = manifest["complete"]
         files = manifest["files"] if complete else []
         shards = [file for file in files if file["file"].startswith(f"{IMAGES}/")]
         collection = Collection(path, manifest, shards)
         images = len(collection), collection.dimension
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"folder: {path / MANIFEST}: expected what `elip embed` writes: {error!s:.300}"
-        ) from error
+        raise ConfigError(f"folder: expected what `elip embed` writes: {error!s:.300}") from error
     if not complete:
         raise ConfigError(
             f"folder: expected a finished run, got one that has not finished in {path}; the same "

@@ -1,16 +1,17 @@
 """The page of `elip demo`, built with Gradio: which tokens of an image a reduction merges.
 
 demo = Demo(open_encoder("timm:vit_small_patch16_224"))
-demo.compare(Path("photo.jpg"), demo.strategy("tome", keep=0.5), block=6).merged.save("merged.png")
-serve(build_page(demo), port=7860)
+pixels = demo.read(Path("photo.jpg"))
+demo.compare(pixels, demo.strategy("tome", keep=0.5), block=6).merged.save("merged.png")
 """
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -21,7 +22,7 @@ from elip_models.analysis.feature_measures import cosine
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import grid_shape
 from elip_models.embedding.encoder import DENSE, Encoder
-from elip_models.images import MAX_IMAGE_BYTES, SampleError, decode_image
+from elip_models.images import SampleError, decode_image
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
 from elip_models.reduction.encode import encode_image
 from elip_models.reduction.flops import DEFAULT_KEEP, at_keep, inference_ratio, kept_share
@@ -30,14 +31,11 @@ from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, ignore_slow_scorers
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import ConfigError, as_config_error, require_extra
+from elip_models.validation import Bounds, as_config_error, check, require_extra
 
 with require_extra("elip demo"):
     import gradio
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-HOSTS = ["127.0.0.1", "localhost"]
 DEFAULT_MODEL = "timm:vit_small_patch16_224"
 """A model for which the default reduction saves time on a CPU."""
 SAVED = "as saved"
@@ -46,11 +44,17 @@ DRAWN = [text.removesuffix(":without_text=vision") for text in STRATEGIES if tex
 """Strategies whose tokens can be drawn: those of `calibrate` without `resize`."""
 ROUNDS = 5  # of the timing
 KEPT_SECONDS = 3600  # of uploaded and shown pictures
-SHOWN, THUMBNAIL = 24, 240  # images that a search shows, and their pixels
+SHOWN, THUMBNAIL = 24, 300  # images that a search shows, and their pixels
 INTRODUCTION = """# What does token reduction merge?
 A vision transformer cuts an image into patches, one token each. Token reduction merges similar
 tokens or drops unimportant ones, so that the model computes less. Choose an image and move the
 sliders. Patches of one token have their mean colour and an outline; dropped patches are grey."""
+EVENT = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+"""The options of every event: one runs at a time over all browsers, which keeps times correct."""
+CHOOSE = "Choose an image first."
+CSS = "#figures :is(th, td) + * { white-space: nowrap }"
+"""On a narrow screen, the first column of the figures wraps, and no number or word is cut."""
+RANDOM = ", with **random weights**: pictures and cosine say nothing about a trained model"
 
 
 class Comparison(NamedTuple):
@@ -103,8 +107,7 @@ class Demo:
 
     def compare(self, pixels: Tensor, strategy: Strategy, block: int) -> Comparison:
         """Compare an image (1, 3, H, W) with and without reduction; blocks count from 1."""
-        if block not in range(1, self.tower.depth + 1):
-            raise ValueError(f"block: expected 1 to {self.tower.depth}, got {block}")
+        check("block", block, Annotated[int, Bounds(1, self.tower.depth)])
         with warnings.catch_warnings(), ignore_slow_scorers():
             warnings.simplefilter("ignore", UnguidedWarning)
             dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
@@ -169,46 +172,38 @@ def example_image(side: int = 448) -> Image.Image:
 
 
 def build_page(
-    demo: Demo, *, batch_size: int = 4, embeddings: tuple[Path, Encoder] | None = None
+    demo: Demo,
+    *,
+    batch_size: int = 4,
+    random_weights: bool = False,
+    embeddings: tuple[Path, Encoder] | None = None,
 ) -> gradio.Blocks:
     """Return the page for one model, whose times are measured on batches of `batch_size` images.
 
+    If `random_weights` is set, the page states that the model has no trained weights.
     `embeddings` are a folder of `embed` to search in, and the encoder of its model.
     """
-    depth = demo.tower.depth
+    depth, name = demo.tower.depth, demo.dense.name
     keep = DEFAULT_KEEP if demo.saved is None else round(kept_share(demo.saved, demo.size), 2)
     picture = {"format": "png", "interactive": False, "buttons": [], "height": 340}
     with gradio.Blocks(
-        title=f"elip demo: {demo.dense.name}",
+        title=f"elip demo: {name}",
         analytics_enabled=False,
         delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
     ) as page:
-        gradio.Markdown(INTRODUCTION)
+        gradio.Markdown(f"{INTRODUCTION}\n\nModel: `{name}`{RANDOM if random_weights else ''}")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=260):
+                options = {"type": "filepath", "image_mode": None, "sources": ["upload"]}
                 upload = gradio.Image(
-                    example_image(),
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload"],
-                    label="Image",
-                    height=200,
-                    elem_id="image",
+                    example_image(), label="Image", height=200, elem_id="image", **options
                 )
+                strategy = DEFAULT.name if demo.saved is None else SAVED
                 inputs = [
                     upload,
-                    gradio.Dropdown(
-                        demo.choices,
-                        value=DEFAULT.name if demo.saved is None else SAVED,
-                        label="Strategy",
-                    ),
+                    gradio.Dropdown(demo.choices, value=strategy, label="Strategy"),
                     gradio.Slider(
-                        0.2,
-                        1.0,
-                        keep,
-                        step=0.01,
-                        label="Keep: mean share of the tokens",
-                        elem_id="keep",
+                        0.2, 1.0, keep, step=0.01, label="Keep: mean share of the tokens"
                     ),
                     gradio.Slider(
                         1, depth, (depth + 1) // 2, step=1, label="Draw the tokens after block"
@@ -217,7 +212,7 @@ def build_page(
             with gradio.Column(scale=3):
                 with gradio.Row():
                     outputs = [
-                        gradio.Image(label="Image, as the model reads it", **picture),
+                        gradio.Image(label="Input of the model", **picture),
                         gradio.Image(label="Merged tokens", elem_id="merged", **picture),
                     ]
                 outputs.append(gradio.Markdown(elem_id="figures"))
@@ -227,9 +222,8 @@ def build_page(
             inputs,
             outputs,
             trigger_mode="always_last",
-            concurrency_limit=1,  # over all browsers: nothing else runs while time is measured
             show_progress="minimal",
-            api_visibility="private",
+            **EVENT,
         )
         if embeddings is not None:
             _add_search(upload, *embeddings)
@@ -238,31 +232,39 @@ def build_page(
 
 def _show(
     demo: Demo, batch_size: int, path: str | None, choice: str, keep: float, block: int
-) -> Iterator[tuple[Image.Image, Image.Image, str]]:
+) -> Iterator[tuple[Image.Image | None, Image.Image | None, str]]:
     """Yield the values of the outputs: without the times, which take longer, then with them."""
     if path is None:
-        raise gradio.Error("Choose an image first.")
-    try:
-        strategy = demo.strategy(choice, keep)
-        pixels = demo.read(Path(path))
+        yield None, None, CHOOSE
+        return
+    with _shown_errors():
+        strategy, pixels = demo.strategy(choice, keep), demo.read(Path(path))
         comparison = demo.compare(pixels, strategy, block)
         patches, left = demo.size.num_patches, comparison.tokens[block - 1]
         figures = (
             "| | dense | reduced |\n|:--|--:|--:|\n"
             f"| tokens after block {block} | {patches} | {left} |\n"
-            f"| cosine with the dense feature | 1 | {comparison.cosine:.4f} |\n"
+            "| cosine with the dense feature (1: no change, 0: unrelated) "
+            f"| 1.000 | {comparison.cosine:.3f} |\n"
             f"| FLOPs | 1 | {inference_ratio(strategy, demo.size):.2f} |\n"
-            f"| measured time, {batch_size} images | "
+            f"| time of a batch of {batch_size} | "
         )
         note = (
             f"\n\nTokens after each block: {', '.join(map(str, comparison.tokens))}. `{strategy}`"
         )
         yield comparison.image, comparison.merged, f"{figures}.. | measuring |{note}"
         dense, share = demo.time(pixels, strategy, batch_size)
-    except (SampleError, TypeError, ValueError) as error:
-        raise gradio.Error(str(error)) from error
     gain = "no gain" if no_gain(share) else f"{share:.2f} of dense"
     yield comparison.image, comparison.merged, f"{figures}{dense:.1f} ms | {gain} |{note}"
+
+
+@contextmanager
+def _shown_errors() -> Iterator[None]:
+    """Show an error of a person's choice on the page, and none in the terminal."""
+    try:
+        yield
+    except (SampleError, TypeError, ValueError) as error:
+        raise gradio.Error(str(error), print_exception=False) from error
 
 
 def _add_search(upload: gradio.Image, folder: Path, encoder: Encoder) -> None:
@@ -272,63 +274,37 @@ def _add_search(upload: gradio.Image, folder: Path, encoder: Encoder) -> None:
 
     gradio.Markdown(f"## Search in `{folder}`")
     with gradio.Row():
-        text = gradio.Textbox(label="Text", max_length=1000, visible=encoder.has_text, scale=3)
-        button = gradio.Button("Find images like the image above", scale=1, elem_id="similar")
-    gallery = gradio.Gallery(label="Most similar images", columns=6, elem_id="found")
+        with gradio.Column(scale=1, min_width=260):
+            text = gradio.Textbox(
+                label="Text", max_length=1000, visible=encoder.has_text, elem_id="text"
+            )
+            button = gradio.Button("Find similar images", elem_id="similar")
+        with gradio.Column(scale=3):
+            gallery = gradio.Gallery(label="Most similar images", columns=3, elem_id="results")
 
-    def show(query: str | Path) -> list[tuple[Image.Image, str]]:
-        is_text = isinstance(query, str)
-        try:
-            features = text_features(encoder, query) if is_text else image_features(encoder, query)
-            hits = find(open_collection(folder), features, str(query), top=SHOWN).hits
-        except ConfigError as error:
-            raise gradio.Error(str(error)) from error
-        return [
-            (_thumbnail(hit.path), f"{hit.rank}. {hit.similarity:.3f} {hit.key}") for hit in hits
-        ]
+    def images_like(features: Tensor) -> list[tuple[Image.Image, str]]:
+        hits = find(open_collection(folder), features, "", top=SHOWN).hits
+        return [(_thumbnail(hit.path), f"{hit.similarity:.3f} {hit.key}") for hit in hits]
 
-    def show_similar(path: str | None) -> list[tuple[Image.Image, str]]:
-        if path is None:
-            raise gradio.Error("Choose an image first.")
-        return show(Path(path))
+    def search_text(query: str | None) -> list[tuple[Image.Image, str]]:
+        with _shown_errors():
+            return images_like(text_features(encoder, query or ""))
 
-    options = {"api_visibility": "private", "concurrency_limit": 1}
-    text.submit(show, text, gallery, **options)
-    button.click(show_similar, upload, gallery, **options)
+    def search_image(path: str | None) -> list[tuple[Image.Image, str]]:
+        with _shown_errors():
+            if path is None:
+                raise ValueError(CHOOSE)
+            return images_like(image_features(encoder, Path(path)))
+
+    text.submit(search_text, text, gallery, **EVENT)
+    button.click(search_image, upload, gallery, **EVENT)
 
 
 def _thumbnail(path: str | None) -> Image.Image:
     """Return a small copy of an image, grey if it is not a readable file of this machine."""
     image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#808080")
     if path is not None:
-        try:
+        with suppress(SampleError):
             image = decode_image(Path(path), path)
-        except SampleError:
-            return image
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
-
-
-def serve(page: gradio.Blocks, *, port: int, wait: bool = True) -> None:
-    """Serve the page to programs of this machine, until the process is interrupted.
-
-    Requests for another host are refused, so that no page elsewhere reaches it by DNS rebinding.
-    """
-    try:
-        page.launch(
-            server_name=HOSTS[0],
-            server_port=port,
-            share=False,
-            max_file_size=MAX_IMAGE_BYTES,
-            theme=gradio.themes.Default(font=("system-ui",), font_mono=("monospace",)),
-            footer_links=[],
-            ssr_mode=False,
-            enable_monitoring=False,
-            quiet=True,
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]},
-            prevent_thread_lock=not wait,
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"--port: expected a free port of {HOSTS[0]}, got {port} ({error}); pass another one"
-        ) from error

@@ -1,6 +1,5 @@
 """A model as a function from images, or texts, to embeddings."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from elip_models.reduction.serialization import settings_of
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.saving.dense_models import OPEN_CLIP_CONFIG, NewPartsWarning
+from elip_models.saving.files import tensors_sha256
 from elip_models.saving.open_model import model_folder, open_model, split_spec, split_weights
 from elip_models.towers import ImageTextModel, SelfReducingModel, as_image_text, library_of
 from elip_models.validation import ConfigError, as_config_error
@@ -153,10 +153,10 @@ def open_encoder(
     model, new_parts = open_embedding_model(name, pretrained)
     features, feature = _image_features(model, new_parts)
     preprocessing = preprocessing_of(model, preprocess)
-    weights = weights_sha256(model)
+    weights = tensors_sha256(model.state_dict())
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # raises for the device 'meta'
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(
             f"device: expected one of this machine, such as 'cuda:1' or 'cpu', got "
@@ -238,16 +238,6 @@ def _dimension(encoder: Encoder) -> int:
             f"one size, got a {type(encoder.model).__name__}: {error!s:.300}"
         ) from error
     return dimension
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Return a SHA-256 of the names, types, shapes and values of a model's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
-    return digest.hexdigest()
 
 
 def _image_features(model: nn.Module, new_parts: Sequence[str]) -> tuple[Function, str]:

@@ -15,21 +15,28 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
-from filelock import FileLock, Timeout
 from pyarrow import parquet
+from pydantic import TypeAdapter
 
-from elip_models.saving.files import file_sha256, read_object, write_file, write_json
+from elip_models.saving.files import (
+    file_sha256,
+    read_checked,
+    read_object,
+    write_checked,
+    write_file,
+)
+from elip_models.saving.locked_folder import locked_folder
 from elip_models.validation import ConfigError, shortened
 
-FORMAT = 2
-MANIFEST, SKIPPED, CHECK, LOCK = "manifest.json", "skipped.parquet", "check.json", ".lock"
+FORMAT = 3
+MANIFEST, SKIPPED, CHECK = "manifest.json", "skipped.parquet", "check.json"
 IMAGES, CHECKSUMS = "images", "checksums"
 METADATA = b"elip"
 RESULT = ("complete", "counts", "files")
@@ -40,6 +47,7 @@ UNFINISHED = re.compile(
 """What `write_file` leaves behind if the process is killed: a name, a process and a thread."""
 Skipped = tuple[int, str, bool]
 """Row of an image without an embedding, the reason, and whether its embedding was not finite."""
+SKIPPED_ROWS = TypeAdapter(list[Skipped])
 
 
 class OutputFolder:
@@ -48,29 +56,9 @@ class OutputFolder:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the folder and lock it.
-
-        Raises:
-            ConfigError: another run uses the folder, or it has other files.
-        """
-        names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
-        others = [name for name in names if name != LOCK and not UNFINISHED.fullmatch(name)]
-        if self.path.is_file() or (others and MANIFEST not in names):
-            raise ConfigError(
-                f"output: expected a new or empty folder, or one with a {MANIFEST} of this "
-                f"command, got {self.path} {', '.join(others[:3])}"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / LOCK, timeout=0):
-                yield
-        except Timeout:
-            raise ConfigError(
-                f"output: expected a folder that no other run uses, got {self.path}; wait until "
-                "the other run ends, or choose another folder"
-            ) from None
+    def locked(self) -> AbstractContextManager[None]:
+        """Create the folder and lock it, as `locked_folder` does."""
+        return locked_folder(self.path, "output", marker=MANIFEST, leftovers=UNFINISHED.pattern)
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Store the settings of a run, or compare them with those of the run to continue.
@@ -91,26 +79,21 @@ class OutputFolder:
             self._check_same(saved, settings)
             return
         (self.path / CHECK).unlink(missing_ok=True)
-        write_json(self.path / MANIFEST, settings | dict.fromkeys(RESULT) | {"complete": False})
+        write_checked(self.path / MANIFEST, settings | dict.fromkeys(RESULT) | {"complete": False})
 
     def reopen(self) -> None:
         """Store that the embeddings are not complete."""
         unfinished = dict.fromkeys(RESULT) | {"complete": False}
-        write_json(self.path / MANIFEST, self.manifest() | unfinished)
+        write_checked(self.path / MANIFEST, self.manifest() | unfinished)
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; raise ConfigError if it is not what a run wrote."""
         try:
-            saved = read_object(self.path / MANIFEST)
+            return read_manifest(self.path)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"output: {error}") from error
-        if saved.get("format") != FORMAT:
             raise ConfigError(
-                f"output: expected embeddings of format {FORMAT}, got format "
-                f"{shortened(saved.get('format'))} in {self.path}, of another version of this "
-                "library; choose another folder, or remove this one"
-            )
-        return saved
+                f"output: {error}; choose another folder, or remove this one"
+            ) from error
 
     def _check_same(self, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         there = {key: value for key, value in saved.items() if key not in RESULT}
@@ -150,17 +133,23 @@ class OutputFolder:
         return self.path / CHECKSUMS / f"{file.replace('/', '-')}.sha256"
 
     def is_whole(self, file: str) -> bool:
-        """Return whether a Parquet file is as it was written."""
+        """Return whether the file of a shard is as it was written."""
         try:
             line = self._checksum_of(file).read_text()
-            return line == f"{file_sha256(self.path / file)}  {file}\n"
-        except (OSError, ValueError):
+            if line != f"{file_sha256(self.path / file)}  {file}\n":
+                return False
+            self.skipped_in(file)
+        except (OSError, ValueError, KeyError, TypeError):  # of pyarrow too
             return False
+        return True
 
     def skipped_in(self, file: str) -> list[Skipped]:
         """Return the skipped images of a whole shard."""
-        metadata = parquet.read_metadata(self.path / file).metadata
-        return [(row, reason, bad) for row, reason, bad in json.loads(metadata[METADATA])]
+        return SKIPPED_ROWS.validate_json(self._footer(file).metadata[METADATA])
+
+    def _footer(self, file: str) -> parquet.FileMetaData:
+        with (self.path / file).open("rb") as opened:  # pyarrow takes no path that is not UTF-8
+            return parquet.read_metadata(opened)
 
     def complete(self, shards: Sequence[str], keys: Sequence[str]) -> dict[str, int]:
         """Write the list of skipped images and the final manifest; return the counts.
@@ -170,7 +159,7 @@ class OutputFolder:
             keys: of all images.
 
         Raises:
-            ConfigError: a shard is missing.
+            ConfigError: a shard is missing, or has other images than the source.
         """
         for file in shards:
             if not self._checksum_of(file).is_file():
@@ -178,7 +167,16 @@ class OutputFolder:
                     f"output: expected {file} in {self.path}; all processes have to see the same "
                     "folder; run the same command again"
                 )
+        files = [self._described(file) for file in shards]
+        embedded = sum(described["rows"] for described in files)
         skipped = sorted(row for file in shards for row in self.skipped_in(file))
+        counts = {"found": len(keys), "embedded": embedded, "skipped": len(skipped)}
+        are_rows = not skipped or (skipped[0][0] >= 0 and skipped[-1][0] < len(keys))
+        if embedded + len(skipped) != len(keys) or not are_rows:
+            raise ConfigError(
+                f"output: expected files of the {len(keys)} images of the source in {self.path}, "
+                f"got {counts}; remove {self.path / IMAGES} and run the same command again"
+            )
         rows, reasons, bad = zip(*skipped, strict=True) if skipped else ((), (), ())
         table = {
             "row": pyarrow.array(rows, pyarrow.int64()),
@@ -186,24 +184,31 @@ class OutputFolder:
             "reason": pyarrow.array(reasons, pyarrow.string()),
         }
         self.write(SKIPPED, table)
-        files = [self._described(file) for file in (*shards, SKIPPED)]
-        embedded = sum(described["rows"] for described in files[: len(shards)])
-        counts = {"found": len(keys), "embedded": embedded, "skipped": len(skipped)}
-        if embedded + len(skipped) != len(keys):
-            raise RuntimeError(f"{self.path}: expected {len(keys)} images in all, got {counts}")
         counts["non_finite"] = sum(bad)
+        files.append(self._described(SKIPPED))
         result = {"complete": True, "counts": counts, "files": files}
-        write_json(self.path / MANIFEST, self.manifest() | result)
+        write_checked(self.path / MANIFEST, self.manifest() | result)
         return counts
 
     def _described(self, file: str) -> dict[str, Any]:
         path = self.path / file
         return {
             "file": file,
-            "rows": parquet.read_metadata(path).num_rows,
+            "rows": self._footer(file).num_rows,
             "bytes": path.stat().st_size,
             "sha256": self._checksum_of(file).read_text().partition(" ")[0],
         }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder; raise OSError or ValueError if it is damaged or edited."""
+    version = read_object(folder / MANIFEST).get("format")
+    if version != FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST}: format: expected {FORMAT}, got {shortened(version)}, of another "
+            "version of this library"
+        )
+    return read_checked(folder / MANIFEST)
 
 
 def shard_file(number: int) -> str:

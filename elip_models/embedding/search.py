@@ -6,8 +6,8 @@
     build_index("embeddings")
 
 Similarity is the cosine of the embeddings. The search compares all embeddings, unless there is an
-index of faiss: index/images.faiss, and index/index.json with its recall and the SHA-256 of the
-manifest.
+index of faiss: index/images.faiss, and index/index.json with its recall, its SHA-256 and that of
+the manifest.
 """
 
 import math
@@ -29,7 +29,7 @@ from elip_models.embedding.output import MANIFEST, OutputFolder
 from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
 from elip_models.reduction.serialization import strategy_of
 from elip_models.reduction.user_warnings import UnguidedWarning
-from elip_models.saving.files import file_sha256, read_object, write_json
+from elip_models.saving.files import file_sha256, read_checked, write_checked
 from elip_models.validation import ConfigError, as_config_error
 
 Report = Callable[[str], object]
@@ -256,6 +256,8 @@ def build_index(folder: str | os.PathLike) -> Index:
     """
     collection = open_collection(folder)
     output, images = collection.folder / FOLDER, len(collection)
+    with as_config_error("folder"):
+        str(output).encode()  # raises for a path that is not UTF-8, which faiss cannot open
     lists = 4 * math.isqrt(images)
     kind, parameter, value = "HNSW32", "efSearch", CANDIDATES
     if images > HNSW_IMAGES:
@@ -285,11 +287,12 @@ def build_index(folder: str | os.PathLike) -> Index:
             "kind": kind,
             "images": images,
             "recall_at_10": recall,
-            "bytes": (output / VECTORS).stat().st_size,
+            "modified": (output / VECTORS).stat().st_mtime_ns,
+            "sha256_of_vectors": file_sha256(output / VECTORS),
             "manifest_sha256": file_sha256(collection.folder / MANIFEST),
             "faiss": faiss.__version__,
         }
-        write_json(output / DESCRIPTION, description)
+        write_checked(output / DESCRIPTION, description)
     return Index(kind, vectors, recall)
 
 
@@ -302,21 +305,23 @@ def _sampled_rows(total: int, count: int) -> np.ndarray:
 def open_index(collection: Collection, report: Report = lambda text: None) -> Index | None:
     """Return the index of a collection, or None without one that fits.
 
-    The file is mapped into memory, so that a search reads only what it compares. `report` is called
-    with the reason why an index is not used.
+    The file is mapped into memory, so that a search reads only what it compares: its SHA-256 is
+    compared if its modification time differs. `report` is called with the reason why an index is
+    not used.
     """
     folder = collection.folder / FOLDER
     if not (folder / DESCRIPTION).is_file():
         return None
     try:
-        description = read_object(folder / DESCRIPTION)
+        description = read_checked(folder / DESCRIPTION)
         if description["manifest_sha256"] != file_sha256(collection.folder / MANIFEST):
             raise ValueError("it is of other embeddings than the folder has now")
-        if description["bytes"] != (folder / VECTORS).stat().st_size:
-            raise ValueError(f"{VECTORS} has not the size that {DESCRIPTION} names")
+        is_same = description["modified"] == (folder / VECTORS).stat().st_mtime_ns
+        if not is_same and description["sha256_of_vectors"] != file_sha256(folder / VECTORS):
+            raise ValueError(f"{folder / VECTORS} has another SHA-256 than in {DESCRIPTION}")
         vectors = faiss.read_index(str(folder / VECTORS), faiss.IO_FLAG_MMAP_IFC)
         return Index(description["kind"], vectors, description["recall_at_10"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         report(
             f"the index in {folder} is not used, and all embeddings are compared: {error}; `elip "
             "index` builds it again"

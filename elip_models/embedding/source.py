@@ -17,23 +17,24 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
 
 import datasets
 import pyarrow
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from pyarrow import csv
 from pyarrow import dataset as arrow_dataset
 
 from elip_models.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, SampleError
 from elip_models.pretraining.data.data_spec import expand_ranges
+from elip_models.pretraining.data.remote_files import files_of, reason_of
+from elip_models.saving.meta_build import LIBRARY_ERRORS
 from elip_models.validation import ConfigError
 
 PATHS = ("image", "path", "file_name", "url")
@@ -80,7 +81,7 @@ def read_payload(payload: Payload) -> bytes:
     try:
         content = payload if isinstance(payload, bytes) else payload.read()
     except Exception as error:  # libraries of file systems raise errors of any type
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = reason_of(error)
         if isinstance(payload, Stored):  # fsspec names the URL
             reason = reason.replace(payload.path, without_secrets(payload.path))
         raise SampleError("", f"cannot be read: {reason:.300}") from error
@@ -193,8 +194,8 @@ def open_images(
         kept = listed.columns.select(columns.keep)
     except ConfigError:
         raise
-    except (OSError, TypeError, ValueError, KeyError, ImportError, tarfile.TarError) as error:
-        reason = " ".join(str(error).replace(location, shown).split()) or type(error).__name__
+    except (OSError, tarfile.TarError, *LIBRARY_ERRORS) as error:
+        reason = " ".join(reason_of(error).replace(location, shown).split())
         raise ConfigError(f"source: expected {EXPECTED}, got {shown}: {reason:.300}") from error
     if not keys:
         raise ConfigError(f"source: expected at least one image, got none in {shown}")
@@ -209,13 +210,13 @@ def open_images(
 
 
 def _listed(location: str, columns: Columns) -> ImageSource:
-    files, path = url_to_fs(location)
+    files, path = files_of(location)
     is_pattern = ("*" in path or "{" in path) and not files.exists(path)
     if _ending(path) not in READERS and not is_pattern:
         return _listed_folder(files, path, columns)
     paths: list[str] = []
     for name in expand_ranges(location) if is_pattern else [location]:
-        paths += sorted(files.glob(name)) if "*" in name else [url_to_fs(name)[1]]
+        paths += sorted(files.glob(name)) if "*" in name else [files_of(name)[1]]
     endings = {_ending(path) for path in paths}
     if len(endings) != 1 or not endings <= READERS.keys():
         raise ValueError(f"expected files with one ending, got {len(paths)} files")
@@ -370,8 +371,8 @@ def _payload(files: AbstractFileSystem, folder: str, value: Any) -> Payload:
     if "://" not in value:
         return Stored(files, posixpath.join(folder, value))
     try:
-        return Stored(*url_to_fs(value))
-    except (ImportError, ValueError, TypeError) as error:
+        return Stored(*files_of(value))
+    except (OSError, *LIBRARY_ERRORS) as error:
         return SampleError("", f"cannot be opened: {error!s:.300}")
 
 
@@ -380,11 +381,10 @@ READERS = {".tar": _tars, ".parquet": _parquet, ".json": _list, ".jsonl": _list,
 
 
 def without_secrets(location: str) -> str:
-    """Return a path, or a URL without its user, password and query, which may be a token."""
+    """Return a path, or a URL without users, passwords and query, which may be a token."""
     if "://" not in location:
         return location
-    url = urlsplit(location)
-    return urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment=""))
+    return re.sub("://[^/]*@", "://", re.split("[?#]", location, maxsplit=1)[0])
 
 
 def _ending(path: str) -> str:

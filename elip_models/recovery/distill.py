@@ -13,15 +13,13 @@ merges patches instead of dropping them.
 """
 
 import copy
-import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from zlib import crc32
 
 import torch
@@ -32,9 +30,10 @@ from elip_models.analysis.feature_measures import cosine, output_feature
 from elip_models.api import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.token_assignment import slots_after
-from elip_models.saving.files import write_file
+from elip_models.saving.files import read_state, write_tensors
 from elip_models.towers import SelfReducingModel, as_reducible, as_tower
 from elip_models.validation import (
+    Bounds,
     Positive,
     PositiveInt,
     Seed,
@@ -53,6 +52,8 @@ Progress = Callable[[int, float], object]
 LR, LORA_LR = 5e-6, 1e-4
 WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.1, 1.0
 SAVE_EVERY = 50
+FORMAT = 2
+"""The version of the checkpoint file."""
 OPTIONS: dict[str, Any] = {
     "steps": PositiveInt,
     "batch_size": PositiveInt,
@@ -94,8 +95,9 @@ def distill(
         seed: of the order of the images, of LoRA and of the strategy.
         lora_rank: train LoRA adapters of this rank in the linear layers of the blocks, and merge
             them into the weights at the end. None: train all weights of the blocks.
-        checkpoint: a file for the state of the run, written every 50 steps. If it exists, the run
-            continues from it, and ends as one that was not stopped.
+        checkpoint: a safetensors file for the state of the run, with its SHA-256, written at the
+            start and every 50 steps. If it exists, the run continues from it, and ends as one that
+            was not stopped.
         progress: is called after each step with the number of steps and the loss.
 
     Returns:
@@ -229,12 +231,13 @@ class _Run:
         self.peak_lr = options["lr"] or (LR if options["lora_rank"] is None else LORA_LR)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         groups = param_groups_weight_decay(student, WEIGHT_DECAY)
-        self.optimizer = torch.optim.AdamW(groups[::-1])  # the order in stored checkpoints
+        self.optimizer = torch.optim.AdamW(groups)
         generator = torch.Generator().manual_seed(self.seed)
         epochs = math.ceil(steps * size / len(images))
         order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(epochs)])
         self.batches = order[: steps * size].split(size)
         self.settings: dict[str, Any] = options | {
+            "format": FORMAT,
             "strategy": str(reduction_summary(student).strategy),
             "images": [len(images), _checksum([images[0], images[len(images) - 1]])],
             "model": _checksum(self.trained.values()),
@@ -244,6 +247,8 @@ class _Run:
         """Run the steps that remain."""
         if checkpoint is not None and checkpoint.exists():
             self._restore(checkpoint)
+        elif checkpoint is not None:
+            self._save(checkpoint, 0)  # a disk that is full is noticed here
         for i in range(self.done, len(self.batches)):
             loss = self._step(i)
             if checkpoint is not None and (i + 1) % SAVE_EVERY == 0:
@@ -270,32 +275,54 @@ class _Run:
 
     def _save(self, path: Path, done: int) -> None:
         """Write the state after `done` steps, completely or not at all."""
-        content = io.BytesIO()
-        state = {"settings": self.settings, "done": done, "trained": self.trained}
-        torch.save(state | {"optimizer": self.optimizer.state_dict()}, content)
-        write_file(path, content.getvalue())
+        tensors: dict[str, Tensor] = {f"trained.{n}": p for n, p in self.trained.items()}
+        for name, parameter in self.trained.items():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{key}.{name}": moment for key, moment in moments.items()}
+        write_tensors(path, tensors, {"settings": self.settings, "done": done})
 
     @torch.no_grad()
     def _restore(self, path: Path) -> None:
         """Continue from a file of `_save`; ValueError if it is damaged or of another run."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = state["settings"]
-        except (RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+            state, tensors = read_state(path)
+            check("settings", state.get("settings"), dict)
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"checkpoint: expected a file of `distill`, got a damaged {path}; remove it to "
-                "start again"
+                f"checkpoint: expected a file of `distill`, got a damaged one: {error!s:.300}; "
+                "remove it to start again"
             ) from error
-        other = [name for name, value in self.settings.items() if settings.get(name) != value]
+        other = [
+            name for name, value in self.settings.items() if state["settings"].get(name) != value
+        ]
         if other:
             raise ValueError(
                 f"checkpoint: expected a run with the same {', '.join(other)}, got another one in "
                 f"{path}; remove it to start again"
             )
+        self._check_shapes(path, tensors)
+        check("checkpoint: done", state.get("done"), Annotated[int, Bounds(0, len(self.batches))])
         for name, parameter in self.trained.items():
-            parameter.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            parameter.copy_(tensors.pop(f"trained.{name}"))
+        for name, moment in tensors.items():
+            key, _, trained = name.partition(".")
+            moment = moment.to(self.trained[trained].device) if key != "step" else moment
+            self.optimizer.state[self.trained[trained]][key] = moment
         self.done = state["done"]
+
+    def _check_shapes(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Raise ValueError if tensors are not those that `_save` writes of this run."""
+        shapes = {f"trained.{n}": p.shape for n, p in self.trained.items()}
+        for name, parameter in self.trained.items():
+            if f"step.{name}" in tensors:
+                shapes |= {f"step.{name}": torch.Size()}
+                shapes |= {f"{key}.{name}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}
+        stored = {name: tensor.shape for name, tensor in tensors.items()}
+        if stored != shapes or {tensor.dtype for tensor in tensors.values()} != {torch.float32}:
+            raise ValueError(
+                f"checkpoint: expected the tensors of this model and their moments in fp32, got "
+                f"others in {path}; remove it to start again"
+            )
 
 
 def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elip_models.validation import require_extra
+from elip_models.validation import check, require_extra
 
 with require_extra("elip_models.saving"):
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DIGEST = "sha256"
+"""The entry of a checked JSON object with the SHA-256 of the others."""
 
 
 def write_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
@@ -40,6 +42,8 @@ def write_file(path: Path, content: bytes, *, mode: int | None = None) -> None:
             file.flush()
             os.fsync(descriptor)
         os.replace(temporary, path)
+    except OSError as error:  # that of a write does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -119,16 +123,76 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, completely or not at all; memory formats are not stored."""
+def write_checked(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with its SHA-256, completely or not at all; `read_checked` reads it."""
+    write_json(path, _sealed(content))
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """Return the object that `write_checked` wrote; ValueError if it has changed since."""
+    return _checked(path, read_object(path))
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content | {DIGEST: digest}
+
+
+def _checked(path: Path, sealed: dict[str, Any]) -> dict[str, Any]:
+    content = {key: value for key, value in sealed.items() if key != DIGEST}
+    if sealed.get(DIGEST) != _sealed(content)[DIGEST]:
+        raise ValueError(f"{path} is not as it was written: its content has another SHA-256")
+    return content
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any] | None = None
+) -> None:
+    """Write a safetensors file, completely or not at all; memory formats are not stored.
+
+    With a `state`, a JSON object, the file has this state and the SHA-256 of all: see `read_state`.
+    """
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(path, save(values, metadata={"format": "pt"}))
+    metadata = {"format": "pt"}
+    if state is not None:
+        content = {"state": state, "tensors": tensors_sha256(values)}
+        metadata["state"] = json.dumps(_sealed(content))
+    write_file(path, save(values, metadata=metadata))
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the state and the finite tensors that `write_tensors` wrote.
+
+    TypeError or ValueError is raised if the file is damaged or has changed.
+    """
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("state", "{}")
+    content = _checked(path, _object(path, text))
+    if content.get("tensors") != tensors_sha256(tensors):
+        raise ValueError(f"{path} is not as it was written: its tensors have another SHA-256")
+    check("state", content.get("state"), dict)
+    return content["state"], tensors
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of the names, types, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; any other content raises ValueError."""
+    return _object(path, path.read_bytes())
+
+
+def _object(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object, got no valid JSON: {error}") from error
     if not isinstance(content, dict):

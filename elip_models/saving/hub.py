@@ -15,6 +15,7 @@ from elip_models.validation import check, require_extra
 with require_extra("elip_models.saving"):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from safetensors import SafetensorError
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CARD = """---
@@ -54,19 +55,29 @@ def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) ->
             repository, revision=revision or None, allow_patterns=[*FILES], token=token
         )
     except (OSError, HFValidationError) as error:
+        reason, *_ = str(error).split("\n")
         raise FileNotFoundError(
             f"folder: expected an existing folder, or 'owner/name' of a hub repository that can be "
-            f"downloaded, got {str(name)!r}: {error}"
+            f"downloaded, got {str(name)!r}: {reason}"
         ) from error
     return Path(path)
 
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder whose files then move into `folder`; README.md is not replaced there."""
+    """Yield a folder whose files then move into `folder`; README.md is not replaced there.
+
+    OSError is raised if a file cannot be written, such as on a full disk; it names `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".") as staging:
-        yield Path(staging)
+        try:
+            yield Path(staging)
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "filename", None) is not None:
+                raise
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OSError(getattr(error, "errno", None), reason, str(folder)) from error
         for file in sorted(path for path in Path(staging).rglob("*") if path.is_file()):
             target = folder / file.relative_to(staging)
             target.parent.mkdir(exist_ok=True)

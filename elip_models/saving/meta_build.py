@@ -1,6 +1,7 @@
 """Models on the meta device: a config is compared with its weight file before it takes memory."""
 
 import logging
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,9 +38,11 @@ LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    EOFError,
     ImportError,
     LookupError,
     NameError,
+    pickle.PickleError,
     RuntimeError,
     SafetensorError,
     StrictDataclassError,
@@ -124,8 +127,14 @@ def library_errors(path: Any, expected: str) -> Iterator[None]:
     try:
         yield
     except LIBRARY_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise ValueError(f"{path}: expected {expected}, got {reason:.300}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the text of a library's error, without the advice to run the code in a pickle."""
+    text = str(error)
+    return text.partition(". ")[0] if "weights_only" in text else text
 
 
 @contextmanager

@@ -13,7 +13,7 @@ A library is imported when one of its models is opened.
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +113,15 @@ def split_weights(name: str) -> tuple[str, str]:
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
+    is_elsewhere, file = name.startswith(("local-dir:", "hf-hub:")), ""
     if not is_elsewhere and ":" in name:
         name, file = split_weights(name)
         _check_weights_file(file, pretrained)
         options = {"pretrained_cfg_overlay": {"file": file}, **options}
     if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
         raise ValueError(f"spec: expected a name of timm.list_models(), got {name!r}")
-    try:
+    with _errors_of(name, file) if file else nullcontext():
         return timm.create_model(name, pretrained=pretrained, **options)
-    except RuntimeError as error:  # weights of another model
-        if "pretrained_cfg_overlay" not in options:
-            raise
-        raise ValueError(f"spec: expected weights of {name} in {file}: {error!s:.300}") from error
 
 
 def _check_weights_file(file: str, pretrained: bool) -> None:
@@ -133,6 +129,11 @@ def _check_weights_file(file: str, pretrained: bool) -> None:
         raise ValueError(f"spec: expected a file of weights behind the name, got {file!r:.300}")
     if not pretrained:
         raise ValueError(f"pretrained: expected True with a file of weights, got False and {file}")
+
+
+def _errors_of(name: str, file: str) -> AbstractContextManager[None]:
+    """Turn errors of a library that reads weights in a file into ValueError."""
+    return library_errors(f"spec: {file}", f"weights of {name}")
 
 
 def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -153,12 +154,13 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
         )
     weights = (tag or tags[0]) if pretrained else None
     device = torch.get_default_device()
-    try:
-        return open_clip.create_model(name, pretrained=weights, device=device, **options)
-    except RuntimeError as error:  # of a failed download, or of weights of another model
-        if weights is None:
-            raise
-        raise (ValueError if is_file else OSError)(str(error)) from error
+    with _errors_of(name, tag) if is_file else nullcontext():
+        try:
+            return open_clip.create_model(name, pretrained=weights, device=device, **options)
+        except RuntimeError as error:  # of a failed download
+            if is_file or weights is None:
+                raise
+            raise OSError(str(error)) from error
 
 
 def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

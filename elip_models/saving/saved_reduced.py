@@ -268,6 +268,7 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> nn.Module:
         reader = transformers.AutoConfig if is_auto else kind.config_class
         options = {"trust_remote_code": False} if is_auto else {}
         config = reader.from_pretrained(folder, **options)
+    vars(config).pop("elip", None)  # load_reduced applies it to the dense model
     return load_transformers(folder, kind, config)
 
 

@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 import elip_models
 from elip_models.embedding.encoder import open_encoder
+from elip_models.pretraining.models.registry import create_model
 from tests.helpers.damage import picture
 from tests.helpers.tiny_run import own_process
 
@@ -85,3 +86,14 @@ def whole(pictures, model, tmp_path_factory):
     with own_process():
         elip_models.embed(model, pictures, folder, **SMALL)
     return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(pictures, tokenizer, tmp_path_factory):
+    """The embeddings of an image-text model that reduces, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("captioned")
+    torch.manual_seed(0)
+    create_model("elip_clip_tiny").eval().save_pretrained(folder / "run" / "model", tokenizer)
+    with own_process():
+        elip_models.embed(str(folder / "run"), pictures, folder / "out", **SMALL)
+    return folder / "out", folder / "run"

@@ -1,8 +1,18 @@
 """`elip demo`: what the page computes, and that it stays on this machine."""
 
+import itertools
+import json
+import os
+import queue
+import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import threading
 
+import httpx
 import numpy as np
 import pytest
 import timm
@@ -12,7 +22,9 @@ from transformers import CLIPImageProcessor
 
 import elip_models
 from elip_models.analysis.merging import merged_image, tokens_of_patches
+from elip_models.embedding.collection import open_collection
 from elip_models.embedding.encoder import open_encoder
+from elip_models.embedding.search import find, query_encoder
 from elip_models.images import SampleError
 from elip_models.profiling.measure import no_gain
 from elip_models.validation import ConfigError
@@ -21,6 +33,7 @@ from tests.helpers.tiny_run import elip
 
 gradio = pytest.importorskip("gradio", reason="needs the app extra")
 pages = pytest.importorskip("elip_models.embedding.demo", reason="needs the app extra")
+servers = pytest.importorskip("elip_models.embedding.page_server", reason="needs the app extra")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +49,44 @@ def scene(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(demo, encoder, whole):
-    return pages.build_page(demo, batch_size=1, embeddings=(whole, encoder))
+def searched(captioned):
+    """A folder of embeddings, and the encoder of its image-text model."""
+    return captioned[0], query_encoder(open_collection(captioned[0]))
+
+
+@pytest.fixture(scope="module")
+def uploads():
+    with servers.upload_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def page(searched, uploads):
+    return pages.build_page(pages.Demo(searched[1]), batch_size=1, embeddings=searched)
+
+
+@pytest.fixture(scope="module")
+def port():
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def url(page, uploads, port):
+    """The address of the served page, which may also be called demo.example.org."""
+    urls = queue.Queue()
+    options = {"allowed_hosts": ["demo.example.org"], "on_start": urls.put}
+    server = servers.PageServer(page, uploads, port=port, **options)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield urls.get(timeout=60)
+    server.should_exit = True
+    thread.join()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind((servers.ADDRESS, 0))
+        return free.getsockname()[1]
 
 
 def test_the_picture_is_that_of_visualize_after_the_block(demo, scene):
@@ -97,6 +146,10 @@ def test_a_saved_reduction_is_the_first_choice(tmp_path, scene):
         pages.Demo(open_encoder("timm:resnet18", pretrained=False))
 
 
+SESSIONS = itertools.count()
+"""The names of sessions with the server."""
+
+
 def values_of(page, name):
     """The first values of the components with this type."""
     return [block.value for block in page.blocks.values() if isinstance(block, name)]
@@ -122,15 +175,23 @@ def test_a_default_reduction_saves_time_on_the_first_screen(scene):
     assert not no_gain(sorted(shares)[1])
 
 
+def test_random_weights_are_named_on_the_page(demo):
+    for random_weights in (False, True):
+        page = pages.build_page(demo, random_weights=random_weights)
+        assert ("random weights" in values_of(page, gradio.Markdown)[0]) == random_weights
+
+
 def test_other_mistakes_are_a_sentence(page, demo, scene, tmp_path):
     for values, message in (
-        ((None, "tome", 0.5, 3), "Choose an image first"),
         ((str(scene), "tome", 0.01, 3), "keep: expected at least"),
+        ((str(scene), "tome", True, 3), "keep: expected a float"),
         ((str(scene), "tone", 0.5, 3), "did you mean 'tome'"),
-        ((str(scene), "tome", 0.5, 99), "block: expected"),
+        ((str(scene), "tome", 0.5, 99), r"block: expected an integer in \[1, "),
+        ((str(scene), "tome", 0.5, 1.5), r"block: expected an integer in \[1, .*, got 1.5"),
     ):
-        with pytest.raises(gradio.Error, match=message):
+        with pytest.raises(gradio.Error, match=message) as error:
             next(page.fns[0].fn(*values))
+        assert not error.value.print_exception
     (tmp_path / "text.jpg").write_bytes(b"no image")
     with pytest.raises(gradio.Error, match=r"text\.jpg: not a readable image"):
         next(page.fns[0].fn(str(tmp_path / "text.jpg"), "tome", 0.5, 3))
@@ -139,45 +200,137 @@ def test_other_mistakes_are_a_sentence(page, demo, scene, tmp_path):
         demo.read(tmp_path / "huge.png")
 
 
-def test_an_image_or_a_text_is_searched_in_embeddings_and_no_path_is_opened(page, pictures):
+def captions(folder, encoder, text):
+    hits = find(open_collection(folder), encoder.encode_texts([text]), text, top=9).hits
+    return [f"{hit.similarity:.3f} {hit.key}" for hit in hits]
+
+
+def test_a_text_is_searched_as_a_text_even_if_it_is_a_path(page, searched, pictures):
     _, by_text, by_image = page.fns.values()
     gallery = by_image.fn(str(pictures / "sub" / "a.jpg"))
-    assert len(gallery) == 9 and gallery[0][1] == "1. 1.000 sub/a.jpg"
+    assert len(gallery) == 9 and gallery[0][1] == "1.000 sub/a.jpg"
     with pytest.raises(gradio.Error, match="Choose an image first"):
         by_image.fn(None)
     for text in ("a dog", str(pictures / "0.png"), "/etc/passwd"):
-        with pytest.raises(gradio.Error, match="expected an image-text model, got"):
-            by_text.fn(text)
+        assert [caption for _, caption in by_text.fn(text)] == captions(*searched, text)
+    with pytest.raises(gradio.Error, match="query: expected a text"):
+        by_text.fn(None)
 
 
-def test_the_page_is_served_to_this_machine_under_its_own_name_only(page, monkeypatch):
-    import httpx
+def join(url, function, data, **headers):
+    """Send an event of the page, and return the answer with the session that waits for it."""
+    session = str(next(SESSIONS))
+    event = {"data": data, "fn_index": function, "session_hash": session}
+    return httpx.post(f"{url}/gradio_api/queue/join", json=event, headers=headers), session
 
-    asked = []
-    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+def result(url, function, data):
+    """Return the last output of an event, as the page receives it."""
+    answer, session = join(url, function, data)
+    assert answer.status_code == 200, answer.text
+    stream = f"{url}/gradio_api/queue/data?session_hash={session}"
+    with httpx.stream("GET", stream, timeout=60) as lines:
+        messages = (json.loads(line[5:]) for line in lines.iter_lines() if line[:5] == "data:")
+        return next(m["output"] for m in messages if m["msg"] == "process_completed")
+
+
+def upload(url, path, **headers):
+    files = {"files": (path.name, path.read_bytes())}
+    return httpx.post(f"{url}/gradio_api/upload", files=files, headers=headers)
+
+
+def as_file(path):
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+def test_an_uploaded_image_is_compared_and_searched(url, pictures):
+    image = as_file(upload(url, pictures / "sub" / "a.jpg").json()[0])
+    *_, figures = result(url, 0, [image, "tome", 0.5, 3])["data"]
+    assert re.search(r"cosine .*1: no change.* 1.000 \| 0.\d{3} \|.*of a batch of 1", figures, re.S)
+    (gallery,) = result(url, 2, [image])["data"]
+    assert gallery[0]["caption"] == "1.000 sub/a.jpg"
+
+
+def test_every_route_answers_to_the_address_of_the_server_alone(url, port, pictures):
+    routes = ("", "config", "gradio_api/info", "theme.css", "gradio_api/queue/data?session_hash=a")
+    for host in ("evil.example", "127.0.0.1.evil.example", f"localhost.:{port}"):
+        for route in routes:
+            answer = httpx.get(f"{url}/{route}", headers={"Host": host})
+            assert answer.status_code == 400, (route, host)
+        assert join(url, 1, ["a"], Host=host)[0].status_code == 400
+        assert upload(url, pictures / "0.png", Host=host).status_code == 400
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "demo.example.org"):
+        assert httpx.get(f"{url}/config", headers={"Host": host}).status_code == 200
+    for origin, status in (("http://evil.example", 400), ("null", 400), (url, 200)):
+        assert join(url, 1, ["a"], Origin=origin)[0].status_code == status
+        assert upload(url, pictures / "0.png", Origin=origin).status_code == status
+
+
+def test_no_path_or_url_that_a_client_names_is_opened(url, uploads, pictures, monkeypatch):
+    hosts, look_up = set(), socket.getaddrinfo
     monkeypatch.setattr(
-        socket.socket, "connect", lambda self, at: asked.append(at[0]) or connect(self, at)
+        socket,
+        "getaddrinfo",
+        lambda host, *args, **kw: hosts.add(host) or look_up(host, *args, **kw),
     )
+    image = upload(url, pictures / "0.png").json()[0]
+    for path in (
+        *("/etc/passwd", "/nowhere", pictures / "0.png", "pyproject.toml", f"{image}/../../0.png"),
+        *("http://pypi.org/a.png", f"http://pypi.org/../../../../../../../../..{image}"),
+    ):
+        for function, rest in ((0, ["tome", 0.5, 3]), (1, []), (2, [])):
+            answer, _ = join(url, function, [as_file(path), *rest])
+            assert answer.status_code == 400 and "expected that of an uploaded file" in answer.text
+    for route in ("file=https://pypi.org", "file/https://pypi.org", "proxy=https://pypi.org"):
+        assert httpx.get(f"{url}/gradio_api/{route}").status_code == 400
+    assert httpx.get(f"{url}/gradio_api/file={pictures / '0.png'}").status_code == 403
+    assert hosts == {servers.ADDRESS}
+
+
+def test_size_and_number_of_requests_have_limits(url, port):
+    answer, _ = join(url, 1, ["a" * servers.MAX_REQUEST_BYTES])
+    assert (
+        answer.status_code == 400 and "Content-Length: expected at most 65536 bytes" in answer.text
+    )
+    answer = httpx.post(f"{url}/gradio_api/queue/join", content=iter([b"{}"]))  # in chunks
+    assert answer.status_code == 400
+    headers = f"Host: localhost\r\nContent-Length: {servers.MAX_UPLOAD_BYTES + 1}"
+    multipart = "Content-Type: multipart/form-data; boundary=a"
+    with socket.create_connection((servers.ADDRESS, port)) as client:
+        request = f"POST /gradio_api/upload HTTP/1.1\r\n{headers}\r\n{multipart}\r\n\r\n"
+        client.sendall(request.encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
+    statuses = [join(url, 1, ["a"])[0].status_code for _ in range(3 * servers.MAX_WAITING)]
+    assert {*statuses} == {200, 503}
+    clients = [socket.create_connection((servers.ADDRESS, port)) for _ in range(70)]
+    try:
+        assert httpx.get(url).status_code == 503
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_the_address_is_announced_once_the_server_answers_and_no_page_is_asked_before(
+    demo, uploads, monkeypatch
+):
+    asked, connect = [], socket.socket.connect
     monkeypatch.setattr(
-        socket, "getaddrinfo", lambda host, *args: asked.append(host) or look_up(host, *args)
+        socket.socket, "connect", lambda self, at: asked.append(at) or connect(self, at)
     )
     monkeypatch.setenv("GRADIO_SHARE", "True")
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        port = busy.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port: expected a free port .*, got {port}"):
-            pages.serve(page, port=port, wait=False)
-    pages.serve(page, port=port, wait=False)
-    try:
-        assert page.share is False and page.analytics_enabled is False
-        assert asked and {*asked} == {"127.0.0.1"}
-        for path in ("", "config", "gradio_api/info"):
-            url = f"http://127.0.0.1:{port}/{path}"
-            assert httpx.get(url).status_code == 200
-            assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 400
-    finally:
-        page.close()
+    port, urls, page = free_port(), [], pages.build_page(demo)
+
+    def announce(url):
+        urls.append((url, server.started))
+        server.should_exit = True
+
+    server = servers.PageServer(page, uploads, port=port, on_start=announce)
+    message = f"--port: expected a free port .*, got {port}"
+    with socket.create_server((servers.ADDRESS, port)), pytest.raises(ConfigError, match=message):
+        server.run()
+    server.run()
+    assert urls == [(f"http://127.0.0.1:{port}", True)] and asked == []
+    assert not page.share and not page.analytics_enabled
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -187,7 +340,7 @@ CHROME_OPTIONS = ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DRIVER is None, reason="needs Debian's packages chromium and chromium-driver")
-def test_a_person_opens_the_page_and_searches(page, scene):
+def test_a_person_opens_the_page_and_searches(searched, pictures, tmp_path):
     pytest.importorskip("selenium", reason="selenium drives the browser")
     from selenium import webdriver
     from selenium.webdriver.common.by import By
@@ -198,31 +351,49 @@ def test_a_person_opens_the_page_and_searches(page, scene):
     for option in CHROME_OPTIONS:
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pages.serve(page, port=port, wait=False)
-    browser = webdriver.Chrome(options=options)
+    command = ["demo", "--embeddings", searched[0], "--port", str(free_port())]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elip_models", *command],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stderr.readline()
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     try:
 
         def until(selector, text=""):
             def shown(_):
-                return [
-                    e for e in browser.find_elements(By.CSS_SELECTOR, selector) if text in e.text
-                ]
+                elements = browser.find_elements(By.CSS_SELECTOR, selector)
+                return [element for element in elements if text in element.text]
 
-            return WebDriverWait(browser, 120).until(shown)
+            return WebDriverWait(browser, 60).until(shown)
 
-        browser.get(f"http://127.0.0.1:{port}")
-        until("#figures", "ms")
-        (merged,) = until("#merged img")
-        assert browser.execute_script("return arguments[0].naturalWidth", merged) > 100
-        until("#similar")[0].click()
-        until("#found img")
+        for width in (1400, 500):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(re.search(r"http://\S+", line).group())
+            until("#figures", " ms")
+            (merged,) = until("#merged img")
+            assert browser.execute_script("return arguments[0].naturalWidth", merged) > 100
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            (last,) = until("#figures th", "reduced")
+            assert last.size["height"] < 60  # one line
+            browser.find_element(By.CSS_SELECTOR, "#image button[aria-label*=emove]").click()
+            until("#figures", pages.CHOOSE)
+            browser.find_element(By.CSS_SELECTOR, "#image input").send_keys(str(pictures / "0.png"))
+            until("#figures", " ms")
+            until("#similar")[0].click()
+            until("#results", "1.000 0.png")
+            until("#text textarea")[0].send_keys("a dog\n")
+            until("#results", captions(*searched, "a dog")[0])
         assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+        process.send_signal(signal.SIGINT)  # while the page is open
+        assert process.wait(30) == 0 and process.stderr.read() == ""
+        assert list(tmp_path.glob("elip-demo-*")) == []
     finally:
         browser.quit()
-        page.close()
+        process.kill()
 
 
 def test_the_command_refuses_options_that_the_embeddings_decide(whole, tmp_path, capsys):
@@ -230,6 +401,7 @@ def test_the_command_refuses_options_that_the_embeddings_decide(whole, tmp_path,
         ([whole, "--preprocess", "clip"], "--preprocess: expected none with --embeddings"),
         ([whole, "--no-pretrained"], "--no-pretrained: expected none with --embeddings"),
         ([tmp_path], "--embeddings: expected a folder"),
+        ([whole, "--allowed-host", "http://a"], "--allowed-host: expected a name without scheme"),
     ):
         assert elip("demo", "--embeddings", *arguments) == 2
         assert text in " ".join(capsys.readouterr().err.split())

@@ -16,7 +16,7 @@ from elip_models.embedding import search as searches
 from elip_models.embedding.collection import open_collection
 from elip_models.embedding.encoder import open_encoder
 from elip_models.embedding.search import build_index, open_index, search
-from elip_models.pretraining.models.registry import create_model
+from elip_models.saving.files import read_checked, read_object, write_checked, write_json
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded
 from tests.helpers.embedding_folders import write_collection
@@ -33,18 +33,7 @@ def keys_of(result):
 
 
 def change_manifest(folder, **changes):
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.fixture(scope="module")
-def captioned(pictures, tokenizer, tmp_path_factory):
-    """The embeddings of an image-text model that reduces, and the folder of its run."""
-    folder = tmp_path_factory.mktemp("captioned")
-    torch.manual_seed(0)
-    create_model("elip_clip_tiny").eval().save_pretrained(folder / "run" / "model", tokenizer)
-    elip_models.embed(str(folder / "run"), pictures, folder / "out", **SMALL)
-    return folder / "out", folder / "run"
+    write_checked(folder / "manifest.json", read_checked(folder / "manifest.json") | changes)
 
 
 def test_an_image_of_the_collection_finds_itself_first(whole, pictures, encoder):
@@ -159,7 +148,13 @@ DAMAGES = {
         lambda folder: change_manifest(folder, complete=False, files=None),
         "expected a finished run, got one that has not finished in .*continues it",
     ),
-    "format": (lambda folder: change_manifest(folder, format=3), r"format: expected 1 or 2, got 3"),
+    "format": (lambda folder: change_manifest(folder, format=4), r"format: expected 3, got 4"),
+    "edited": (
+        lambda folder: write_json(
+            folder / "manifest.json", read_object(folder / "manifest.json") | {"source": 5}
+        ),
+        "manifest.json is not as it was written: its content has another SHA-256",
+    ),
     "no model": (lambda folder: change_manifest(folder, model=[]), "what `elip embed` writes"),
     "no shards": (
         lambda folder: change_manifest(folder, files=[]),
@@ -186,14 +181,6 @@ def test_a_damaged_folder_is_one_line(name, tmp_path):
     damage(tmp_path)
     with pytest.raises(ConfigError, match=f"^folder: .*{message}"):
         open_collection(tmp_path).search(np.ones((1, 4), np.float32), 2)
-
-
-def test_a_folder_of_the_earlier_format_is_searched(tmp_path):
-    write_collection(tmp_path, np.eye(6, 4, dtype=np.float32) + 1, shard_size=3)
-    shutil.rmtree(tmp_path / "checksums")
-    change_manifest(tmp_path, format=1)
-    collection = open_collection(tmp_path)
-    assert collection.search(collection.take(np.array([2])), 1)[1].tolist() == [[2]]
 
 
 # the index
@@ -250,11 +237,26 @@ def other_vectors(folder):
     shutil.move(folder.parent / "kept", folder / "index")
 
 
+def flipped_index(folder):
+    path = folder / "index" / "images.faiss"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
 INDEX_DAMAGES = {
+    "flipped byte": flipped_index,
     "cut": lambda folder: (folder / "index" / "images.faiss").write_bytes(b"none"),
     "json": lambda folder: (folder / "index" / "index.json").write_text("["),
     "other embeddings": other_vectors,
 }
+
+
+def test_a_folder_whose_name_is_not_utf8_is_searched(vectors, tmp_path):
+    folder = write_collection(tmp_path / "\udcff", vectors)
+    assert open_collection(folder).search(vectors[:1], 1)[1].tolist() == [[0]]
+    with pytest.raises(ConfigError, match="folder: 'utf-8' codec"):
+        build_index(folder)
 
 
 def test_a_full_disk_leaves_no_part_of_an_index(folder, monkeypatch):

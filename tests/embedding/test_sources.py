@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import socket
 import tarfile
 import threading
 import warnings
@@ -17,7 +18,7 @@ import pytest
 from pyarrow import parquet
 
 import elip_models
-from elip_models.embedding.source import open_images, read_payload
+from elip_models.embedding.source import open_images, read_payload, without_secrets
 from elip_models.images import SampleError
 from elip_models.validation import ConfigError
 from tests.helpers.damage import damaged, picture, shard
@@ -141,7 +142,8 @@ def test_a_list_and_a_tar_on_a_web_server_are_sources_without_secrets(pictures, 
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"127.0.0.1:{server.server_port}"
     as_folder(pictures, tmp_path)
-    (tmp_path / "list.json").write_text(json.dumps([f"http://{address}/0.png?token=1", "no.png"]))
+    url = f"http://{address}/0.png?token=1&of=https://example.org/0.png"
+    (tmp_path / "list.json").write_text(json.dumps([url, "no.png"]))
     listed = open_images(f"http://{address}/list.json")
     assert listed.keys == [f"http://{address}/0.png", "no.png"]
     first, second = listed.payloads(0, 2)
@@ -315,3 +317,38 @@ def test_the_splits_of_a_dataset_are_named(pictures, tmp_path):
     datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "all")
     with pytest.raises(ConfigError, match=r"expected one split, .*/all/train"):
         open_images(Path(tmp_path / "all"))
+
+
+def test_a_server_that_sends_nothing_is_left_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("elip_models.pretraining.data.remote_files.SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://user:SECRET@127.0.0.1:{silent.getsockname()[1]}/a"
+        (tmp_path / "list.csv").write_text(f"image\n{url}.png?token=HUSH")
+        source = open_images(tmp_path / "list.csv")
+        assert not any(word in source.keys[0] for word in ("SECRET", "HUSH"))
+        with pytest.raises(SampleError, match="cannot be read: the server did not answer in time"):
+            digests(source)
+        for ending in (".tar", ".csv", ""):
+            with pytest.raises(ConfigError, match=r"source: .*/a.*: the server did not answer"):
+                open_images(f"{url}{ending}?token=HUSH")
+
+
+SHOWN = {
+    "a?b@c": "a?b@c",
+    "https://user:SECRET@host/a.png?token=HUSH": "https://host/a.png",
+    "zip://*.png::https://user:SECRET@host/a.zip?token=HUSH": "zip://*.png::https://host/a.zip",
+}
+
+
+@pytest.mark.parametrize("location", SHOWN)
+def test_a_location_is_shown_without_its_secrets(location):
+    assert without_secrets(location) == SHOWN[location]
+
+
+SCHEMES = ("dir://x", "data:,x", "reference://x", "zip://a::b", "memory://x", "foo://x")
+
+
+@pytest.mark.parametrize("location", SCHEMES)
+def test_a_location_of_any_library_is_one_line(location):
+    with pytest.raises(ConfigError, match=f"^source: expected .*got {location.partition(':')[0]}"):
+        open_images(location)

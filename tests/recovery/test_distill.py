@@ -1,14 +1,18 @@
 """`distill` brings a reduced model nearer to the dense one, and a stopped run ends the same."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import elip_models
 from elip_models.analysis.feature_measures import cosine
 from elip_models.recovery.distill import _outputs, _Run, distill
+from elip_models.saving.files import read_state, write_tensors
 from elip_models.validation import TrainingError
 from tests.helpers.models import dinov2, eva, open_clip_vit, siglip_vision
 from tests.helpers.tiers import slow_except
@@ -175,9 +179,66 @@ def test_the_state_of_another_run_is_refused(
     distill(copy.deepcopy(dense), **options)
     with pytest.raises(ValueError, match=message):
         distill(**{"model": copy.deepcopy(dense), **options, **change})
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"checkpoint: expected a file .* damaged"):
-        distill(copy.deepcopy(dense), **options)
+
+
+def flip(state, tensors, file):
+    content = bytearray(file.read_bytes())
+    content[-50] ^= 1
+    file.write_bytes(content)
+
+
+def rewritten(change):
+    def write(state, tensors, file):
+        change(state, tensors)
+        write_tensors(file, tensors, state)
+
+    return write
+
+
+NORM = "blocks.0.norm1.weight"
+DAMAGES = {
+    "cut": (lambda state, tensors, file: file.write_bytes(b"{}"), "expected a file .* damaged"),
+    "flipped byte": (flip, "expected a file .* another SHA-256"),
+    "another format": (
+        rewritten(lambda state, tensors: state.pop("settings")),
+        "expected a file .* settings",
+    ),
+    "negative steps": (rewritten(lambda state, tensors: state.update(done=-5)), "done: expected"),
+    "many steps": (rewritten(lambda state, tensors: state.update(done=10**9)), "done: expected"),
+    "no steps": (rewritten(lambda state, tensors: state.pop("done")), "done: expected"),
+    "a shape that broadcasts": (
+        rewritten(lambda state, tensors: tensors.update({f"trained.{NORM}": torch.ones(1)})),
+        "expected the tensors of this model",
+    ),
+    "a moment that broadcasts": (
+        rewritten(lambda state, tensors: tensors.update({f"exp_avg.{NORM}": torch.ones(1)})),
+        "expected the tensors of this model",
+    ),
+    "a missing weight": (
+        rewritten(lambda state, tensors: tensors.pop(f"trained.{NORM}")),
+        "expected the tensors of this model",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def state_file(dense, pictures, tmp_path_factory):
+    """Return the state after both steps of a run, and the arguments of the run."""
+    file = tmp_path_factory.mktemp("state") / "state.safetensors"
+    options = {"keep": 0.5, "steps": 2, "images": pictures[:8]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elip_models.recovery.distill.SAVE_EVERY", 2)
+        distill(copy.deepcopy(dense), checkpoint=file, **options)
+    return file, options
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_forged_state_is_refused(name, dense, state_file, tmp_path):
+    (file, options), (damage, message) = state_file, DAMAGES[name]
+    file = Path(shutil.copy(file, tmp_path))
+    damage(*read_state(file), file)
+    with pytest.raises((TypeError, ValueError), match=rf"^checkpoint: .*{message}"):
+        distill(copy.deepcopy(dense), checkpoint=file, **options)
 
 
 def folder_of(path, count):
@@ -198,7 +259,7 @@ def test_the_command(tmp_path, capsys):
     assert "1 of 13 images were not read" in shown.err
     assert "dense features of 8 held-out images: " in shown.out and "after 2 steps" in shown.out
     assert shown.out.count("95% CI") == 2
-    assert ".distill.pt" not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert ".distill.safetensors" not in {path.name for path in (tmp_path / "out").iterdir()}
     model = elip_models.load_reduced(tmp_path / "out")
     assert elip_models.reduction_summary(model).keep == pytest.approx(0.6, abs=0.05)
 
@@ -222,10 +283,13 @@ def test_a_stopped_command_continues(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(_Run, "_step", stopped)
     assert run() == 2
-    assert [path.name for path in output.iterdir()] == [".distill.pt"]
+    assert {path.name for path in output.iterdir()} == {".distill.safetensors", ".lock"}
     monkeypatch.setattr(_Run, "_step", step)
     assert run("--lr", 1) == 2
     assert "--output: expected a run with the same lr" in capsys.readouterr().err
+    with FileLock(output / ".lock"):
+        assert run() == 2
+    assert "--output: expected a folder that no other run uses" in capsys.readouterr().err
     assert run() == 0
     shown = capsys.readouterr()
     assert "continuing from " in shown.err and "after 3 steps" in shown.out
@@ -238,6 +302,7 @@ def test_a_stopped_command_continues(tmp_path, capsys, monkeypatch):
         (["none"], "IMAGES: expected a folder of images"),
         (["photographs", "--keep", "2"], "--keep: expected"),
         (["photographs", "--output", "a/b"], "--output: expected a folder, or a new one in"),
+        (["photographs", "--output", "photographs"], "--output: expected a new or empty folder"),
     ],
 )
 def test_wrong_arguments_of_the_command(arguments, message, tmp_path, monkeypatch, capsys):

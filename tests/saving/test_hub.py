@@ -1,19 +1,42 @@
 """Our models are loaded by name from the hub, and have a model card of their cost."""
 
+import errno
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 
 import elip_models
 from elip_models.embedding.encoder import open_embedding_model
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import create_model, load_model
+from elip_models.saving.files import write_file
+from elip_models.saving.hub import staging_folder
 from elip_models.saving.open_model import open_model
 from tests.helpers.models import hf_clip
 from tests.helpers.tiers import first_quick
+
+FULL = "No space left on device"
+ERRORS = [OSError(errno.ENOSPC, FULL), SafetensorError(f"I/O error: {FULL} (os error 28)")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_a_full_disk_names_what_was_not_written(error, tmp_path, monkeypatch):
+    with pytest.raises(OSError, match=FULL) as caught, staging_folder(tmp_path):
+        raise error
+    assert caught.value.filename == str(tmp_path)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, FULL)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=FULL) as caught:
+        write_file(tmp_path / "a", b"a")
+    assert caught.value.filename == str(tmp_path / "a") and not list(tmp_path.iterdir())
+
 
 NAMES = ["clip_tiny", "elip_clip_tiny", "elip_albef_tiny", "elip_blip_tiny", "elip_meter_tiny"]
 
@@ -48,6 +71,20 @@ def test_the_card_has_tokens_flops_and_usage(name, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, is_offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        ConnectionError, match=r"127\.0\.0\.1|repo_id: .* 'me/model'; save"
+    ) as raised:
+        create_model("elip_clip_tiny").push_to_hub("me/model", token="hf_none")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError, match="'owner/name' of a hub repository") as raised:
+        elip_models.load_reduced("me/model")
+    assert "\n" not in str(raised.value)
 
 
 WAYS = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,26 @@ def test_weights_that_a_reduced_model_cannot_have_are_named(saved, library, dama
         elip_models.load_reduced(tmp_path)
     assert name in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+class RunsCode:
+    """A class whose pickle runs code."""
+
+    def __reduce__(self):
+        return exec, ("raise AssertionError('code ran')",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_a_pickle_is_refused_without_advice_to_run_it(write, tmp_path):
+    tiny_vit().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / "pytorch_model.bin"
+    write(RunsCode(), file)
+    for spec in (f"hf:{tmp_path}", f"timm:test_vit:{file}", f"open_clip:ViT-B-32:{file}"):
+        with torch.device("meta"), pytest.raises(ValueError) as caught:
+            open_model(spec)
+        assert str(tmp_path) in str(caught.value)
+        assert "weights_only=False" not in str(caught.value)
 
 
 def test_a_part_that_a_file_lacks_is_new_and_named(tmp_path):

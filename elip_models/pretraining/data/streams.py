@@ -24,6 +24,7 @@ import fsspec
 
 from elip_models.pretraining.data.data_spec import expand_ranges
 from elip_models.pretraining.data.read_errors import DataError, SkipReport, check_source
+from elip_models.pretraining.data.remote_files import files_of
 from elip_models.pretraining.data.samples import Sample
 from elip_models.pretraining.data.shard_source import index_rows, read_sample
 from elip_models.validation import PositiveInt, check_fields, did_you_mean
@@ -193,7 +194,7 @@ def _download(url: str) -> BinaryIO:
     while True:
         file = tempfile.TemporaryFile()  # noqa: SIM115, it is returned
         try:
-            system, path = fsspec.url_to_fs(url)
+            system, path = files_of(url)
             with system.open(path, "rb", block_size=_CHUNK) as remote:
                 shutil.copyfileobj(remote, file, _CHUNK)
             file.flush()

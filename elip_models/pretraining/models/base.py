@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from torch import Tensor, nn
 
 from elip_models.images import CLIP_STATS, Stats
@@ -131,7 +132,13 @@ class PretrainedModel(
         from elip_models.pretraining.data import load_tokenizer
 
         check_tokenizer_in(Path(name))
-        return load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
+        if (largest := max(tokenizer.get_vocab().values())) >= self.config.vocab_size:
+            raise ValueError(
+                f"tokenizer: expected ids below the model's vocab_size {self.config.vocab_size}, "
+                f"got {largest} in {name}; use the tokenizer that the model was trained with"
+            )
+        return tokenizer
 
     def tokenise(
         self, tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str]
@@ -270,6 +277,27 @@ class PretrainedModel(
         if self.adapted is None:
             remove_adapter(folder)
         return Path(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model to the hub, and return the address of the commit.
+
+        Args:
+            repo_id: 'owner/name'.
+            options: of `ModelHubMixin.push_to_hub`.
+
+        Raises:
+            ConnectionError: the hub cannot be reached.
+            OSError: its answer is an error, such as that of a wrong token.
+        """
+        try:
+            return super().push_to_hub(repo_id, **options)
+        except HfHubHTTPError:
+            raise
+        except HTTPError as error:
+            raise ConnectionError(
+                f"repo_id: expected a hub that can be reached, got {error} for {repo_id!r}; save "
+                "the model by save_pretrained, and push it with a connection"
+            ) from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         first, state = first_names(self), self.state_dict()

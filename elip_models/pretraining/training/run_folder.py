@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,8 @@ from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import installed_versions
 from elip_models.saving.files import publish, restore_replaced, unfinished, write_file
-from elip_models.validation import ConfigError, TrainingError, require_extra
-
-with require_extra("elip_models.pretraining.training"):
-    from filelock import FileLock, Timeout
+from elip_models.saving.locked_folder import locked_folder
+from elip_models.validation import ConfigError, TrainingError
 
 PACKAGES = ("elip-kernels", "timm", "transformers", "accelerate", "datasets", "peft")
 _CODES = "|".join(
@@ -70,43 +68,20 @@ class RunFolder:
         TrainingError is raised if another run uses it, if it cannot be written, or if it contains
         something else. A run that fails before its start leaves nothing.
         """
-        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.create()
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise TrainingError(
-                f"{self.path} is in use by another run: wait until it ends, or set another "
-                "output_dir"
-            ) from None
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            self.check(config, resume=resume)
-            yield
-        finally:
-            if not self.recipe.is_file():
-                self._undo_start(created)
-            lock.release()
-
-    def _undo_start(self, created: list[Path]) -> None:
-        if created:
-            shutil.rmtree(unfinished(self.tokenizer), ignore_errors=True)
-        with suppress(OSError):  # another process has written there, or Windows keeps the lock
-            (self.path / ".lock").unlink(missing_ok=True)
-            for path in created:
-                path.rmdir()
+        is_new = not os.path.exists(self.path)
+        leftovers = rf"\.{self.tokenizer.name}|\.{self.recipe.name}\.\d+\.\d+"
+        options = {"marker": self.recipe.name, "leftovers": leftovers, "error": TrainingError}
+        with locked_folder(self.path, "output_dir", **options):
+            try:
+                self.check(config, resume=resume)
+                yield
+            finally:
+                if is_new and not self.recipe.is_file():
+                    shutil.rmtree(unfinished(self.tokenizer), ignore_errors=True)
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """Raise TrainingError if a run of `config` cannot start or resume in this folder."""
         if not self.recipe.is_file():
-            names = [path.name for path in self.path.glob("[!.]*")]
-            if names:
-                raise TrainingError(
-                    "output_dir: expected a new or empty folder, or one of a run, got "
-                    f"{self.path} with {', '.join(sorted(names)[:3])}: set another output_dir"
-                )
             return
         if not resume:
             raise TrainingError(
@@ -123,23 +98,8 @@ class RunFolder:
                 f"{'; '.join(map(redacted, conflicts))}"
             )
 
-    def create(self) -> None:
-        """Create the folder if there is none."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # ValueError: a null byte
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: Exception) -> TrainingError:
-        return TrainingError(
-            f"output_dir: expected a folder that can be written, got {str(self.path)!r:.300}: "
-            f"{getattr(error, 'strerror', None) or error}; change its permissions, or set another "
-            "output_dir"
-        )
-
     def prepare(self) -> None:
-        """Create the folder and remove what a killed run left half-written in it."""
-        self.create()
+        """Remove what a killed run left half-written in the folder."""
         self.checkpoints.remove_unfinished()
         restore_replaced(self.best)
         restore_replaced(self.tokenizer)
