@@ -102,6 +102,8 @@ COMMANDS = {
     ),
 }
 """The place of each command in `elip_models.commands`, imported when it is called, and its help."""
+STYLE: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
+"""Of the programs of typer. In 80 columns, the panels of rich would cut the names of options."""
 
 
 class CommandGroup(TyperGroup):
@@ -111,6 +113,11 @@ class CommandGroup(TyperGroup):
         """Return the name of the command that is called, the command and its arguments."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None else load_command(name), rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the whole help of each command, where click would cut it to one line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in self.commands.items()])
 
 
 def load_command(name: str) -> Any:
@@ -124,12 +131,12 @@ def load_command(name: str) -> Any:
 
 def as_program(command: Callable[..., None], name: str | None = None) -> typer.Typer:
     """Return a program with one command, whose options are the arguments of a function."""
-    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program = typer.Typer(add_completion=False, **STYLE)
     program.command(name)(command)
     return program
 
 
-app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, **STYLE)
 for _name, (_, _help) in COMMANDS.items():
     app.command(_name, help=_help)(lambda: None)
 

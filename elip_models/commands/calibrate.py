@@ -133,8 +133,13 @@ def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> list[int]:
         file = Path(labels)
         if not file.is_file():
             raise ConfigError(f"--labels: expected 'folders' or a CSV file, got {labels!r}")
-        with file.open(newline="") as lines:
-            rows = {row[0]: row[1] for row in csv.reader(lines) if len(row) == 2}
+        try:
+            with file.open(newline="", encoding="utf-8") as lines:
+                rows = {row[0]: row[1] for row in csv.reader(lines) if len(row) == 2}
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(
+                f"--labels: expected a CSV file in UTF-8, got {labels}: {error}; save it as text"
+            ) from error
         keys = [path.relative_to(folder).as_posix() for path in paths]
         missing = [key for key in keys if key not in rows]
         if missing:

@@ -23,7 +23,7 @@ def convert(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Fields of the model's config, such as activation=quick_gelu.",
         ),
     ] = None,

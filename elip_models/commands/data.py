@@ -17,7 +17,7 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.pretraining.data import ExampleSource
 
-app = typer.Typer(no_args_is_help=True, help="Check data.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check data.")
 
 CheckedTask = Literal["vqa", "entailment", "nlvr2", "classification", "retrieval", "captioning"]
 LISTED = 20  # answers in the table
@@ -28,7 +28,7 @@ def check_data(
     specs: Annotated[
         list[str],
         typer.Argument(
-            metavar="SPEC...",
+            metavar="SPEC",
             help="JSON list, tar shards, emoji_scenes:size=500, or https://host/shard.tar alone.",
         ),
     ],
@@ -40,7 +40,7 @@ def check_data(
         int, typer.Option(min=1, max=4096, help="Side of built-in scenes in pixels.")
     ] = 224,
 ) -> None:
-    """Read every sample of the sources; exit status 1 where some cannot be read."""
+    """Read every sample; exit status 1 if one cannot be read."""
     from elip_models.pretraining.data import (
         check_source,
         is_stream,

@@ -1,6 +1,9 @@
 """The command `elip demo`: a local page on which a person sees what a reduction merges."""
 
+import signal
+import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +37,10 @@ def demo(
         Path | None,
         typer.Option(help="Folder of `elip embed`, to search in; its model is the default one."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another host name of the page, such as that of a proxy; repeatable."),
+    ] = None,
 ) -> None:
     """Open a local page: what a reduction merges in your images, and what it changes."""
     require_packages("elip demo", *PACKAGES["app"])
@@ -44,28 +51,45 @@ def demo(
             f"{embeddings}"
         )
     console = Console(stderr=True)
-    with console.status("opening the model"):
-        from elip_models.embedding.demo import DEFAULT_MODEL, HOSTS, Demo, build_page, serve
+    with console.status("opening the model"), warnings.catch_warnings():
+        from elip_models.embedding.demo import CSS, DEFAULT_MODEL, Demo, build_page
         from elip_models.embedding.encoder import open_encoder
+        from elip_models.embedding.page_server import PageServer, upload_folder
         from elip_models.reduction.user_warnings import UnguidedWarning
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnguidedWarning)  # no text guides on the page
-            if embeddings is None:
-                encoder = open_encoder(
-                    model or DEFAULT_MODEL, preprocess=preprocess, pretrained=pretrained
-                )
-                collection = None
-            else:
-                from elip_models.embedding.collection import open_collection
-                from elip_models.embedding.search import query_encoder
+        warnings.simplefilter("ignore", UnguidedWarning)  # no text guides on the page
+        if embeddings is None:
+            encoder = open_encoder(
+                model or DEFAULT_MODEL, preprocess=preprocess, pretrained=pretrained
+            )
+            collection = None
+        else:
+            from elip_models.embedding.collection import open_collection
+            from elip_models.embedding.search import query_encoder
 
-                names = {"folder": "--embeddings", "model": "MODEL"}
-                with as_option_error(names, errors=ConfigError):
-                    encoder = query_encoder(open_collection(embeddings), model)
-                collection = embeddings, encoder
-        page = build_page(Demo(encoder), batch_size=batch_size, embeddings=collection)
-    console.print(
-        escape(f"{encoder.name}: http://{HOSTS[0]}:{port} (Ctrl+C ends it)"), soft_wrap=True
-    )
-    serve(page, port=port)
+            names = {"folder": "--embeddings", "model": "MODEL"}
+            with as_option_error(names, errors=ConfigError):
+                encoder = query_encoder(open_collection(embeddings), model)
+            collection = embeddings, encoder
+        compared = Demo(encoder)
+
+    def announce(url: str) -> None:
+        name = encoder.name if pretrained else f"{encoder.name}, random weights"
+        console.print(escape(f"{name}: {url} (Ctrl+C ends it)"), soft_wrap=True)
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # deletes the uploads
+    with upload_folder() as uploads, suppress(KeyboardInterrupt):
+        page = build_page(
+            compared,
+            batch_size=batch_size,
+            random_weights=not pretrained,
+            embeddings=collection,
+        )
+        PageServer(
+            page,
+            uploads,
+            port=port,
+            allowed_hosts=allowed_host or (),
+            css=CSS,
+            on_start=announce,
+        ).run()

@@ -1,7 +1,7 @@
 """The command `elip distill`: recover the quality of a reduced model from images without labels."""
 
 import random
-import tempfile
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ from elip_models.commands.image_folder import (
     open_with_images,
     readable,
 )
+from elip_models.saving.locked_folder import locked_folder
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.commands"):
@@ -29,7 +30,9 @@ OPTIONS = {"model": "MODEL", "images": "IMAGES", "checkpoint": "--output"} | {
 }
 """Argument of `elip_models.distill` -> that of the command."""
 HELD_OUT_SHARE, LEAST_HELD_OUT = 0.1, 8
-CHECKPOINT = ".distill.pt"
+CHECKPOINT, TRIAL = ".distill.safetensors", ".trial"
+LEFTOVERS = rf"\{TRIAL}|\.\{CHECKPOINT}\.\d+\.\d+"
+"""Names that a start that was killed may leave."""
 COLUMNS = (
     "steps",
     MofNCompleteColumn(),
@@ -69,26 +72,31 @@ def distill(
     """Train a reduced model, without labels, to give the dense model's features."""
     if output.is_file() or not output.parent.is_dir():
         raise ConfigError(f"--output: expected a folder, or a new one in a folder, got {output}")
-    most = round(steps * batch_size / (1 - HELD_OUT_SHARE)) + LEAST_HELD_OUT
-    paths = image_paths(images, most, seed, least=LEAST_HELD_OUT + 1)
-    console = Console(stderr=True)
-    opened, files = open_with_images(model, paths, console, pretrained=pretrained)
-    files.paths = [path for path, _ in readable(files, console)]
-    count = max(LEAST_HELD_OUT, round(HELD_OUT_SHARE * len(files)))
-    if count >= len(files):
-        raise ConfigError(f"IMAGES: expected more than {count} readable images, got {len(files)}")
-    held_out = set(random.Random(seed).sample(range(len(files)), count))
-    pixels = [files[i] for i in held_out]
-    files.paths = [path for i, path in enumerate(files.paths) if i not in held_out]
-    options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    with as_option_error(OPTIONS):
-        from elip_models.api import reduce_, unreduce_
+    with locked_folder(output, "--output", marker=CHECKPOINT, leftovers=LEFTOVERS):
+        most = round(steps * batch_size / (1 - HELD_OUT_SHARE)) + LEAST_HELD_OUT
+        paths = image_paths(images, most, seed, least=LEAST_HELD_OUT + 1)
+        console = Console(stderr=True)
+        opened, files = open_with_images(model, paths, console, pretrained=pretrained)
+        files.paths = [path for path, _ in readable(files, console)]
+        count = max(LEAST_HELD_OUT, round(HELD_OUT_SHARE * len(files)))
+        if count >= len(files):
+            raise ConfigError(
+                f"IMAGES: expected more than {count} readable images, got {len(files)}"
+            )
+        held_out = set(random.Random(seed).sample(range(len(files)), count))
+        pixels = [files[i] for i in held_out]
+        files.paths = [path for i, path in enumerate(files.paths) if i not in held_out]
+        options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+        with as_option_error(OPTIONS):
+            from elip_models.api import reduce_, unreduce_
 
-        dense = _features(unreduce_(opened), pixels)
-        reduce_(opened, strategy, keep=0.5 if keep is None and strategy is None else keep)
-        before = _features(opened, pixels)
-        _train(opened, model, files, output, console, **options, lora_rank=lora_rank)
-    cosines = " before, ".join(_mean_cosine(dense, x) for x in (before, _features(opened, pixels)))
+            dense = _features(unreduce_(opened), pixels)
+            reduce_(opened, strategy, keep=0.5 if keep is None and strategy is None else keep)
+            before = _features(opened, pixels)
+            _train(opened, model, files, output, console, **options, lora_rank=lora_rank)
+        cosines = " before, ".join(
+            _mean_cosine(dense, x) for x in (before, _features(opened, pixels))
+        )
     Console().print(
         escape(
             f"Mean cosine with the dense features of {count} held-out images: {cosines} after "
@@ -114,9 +122,10 @@ def _train(
 
     library, name = split_spec(spec)
     config = split_weights(name)[0] if library == "open_clip" else None
-    output.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output) as trial:
-        save_reduced(model, trial, config=config)  # an error comes before the training
+    try:
+        save_reduced(model, output / TRIAL, config=config)  # an error comes before the training
+    finally:
+        shutil.rmtree(output / TRIAL, ignore_errors=True)
     checkpoint = output / CHECKPOINT
     if checkpoint.exists():
         console.print(escape(f"continuing from {checkpoint}"), soft_wrap=True)
@@ -128,7 +137,8 @@ def _train(
 
         train(model, files, checkpoint=checkpoint, progress=show, **options)
     save_reduced(model, output, config=config)
-    checkpoint.unlink(missing_ok=True)
+    for file in (*output.glob(f".{CHECKPOINT}.*"), checkpoint):
+        file.unlink()
 
 
 def _features(model: "nn.Module", images: "list[Tensor]") -> "Tensor":

@@ -100,9 +100,9 @@ def open_trained(folder: Path) -> "tuple[PretrainedModel, PreTrainedTokenizerBas
     """Load a saved model and its tokenizer, on a GPU if there is one."""
     import torch
 
-    from elip_models.pretraining.data import load_tokenizer
     from elip_models.pretraining.models.registry import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with as_config_error("--model", inner="spec"):
-        return load_model(folder).to(device), load_tokenizer(str(folder))
+        model = load_model(folder).to(device)
+        return model, model.load_tokenizer(str(folder))

@@ -26,7 +26,7 @@ def finetune(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Values of the recipe, such as data.train=vqa.json optim.lr=2e-5.",
         ),
     ] = None,

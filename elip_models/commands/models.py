@@ -23,11 +23,21 @@ def models(
     pattern: Annotated[
         str | None,
         typer.Argument(
-            metavar="[FILTER]", help="Name in timm, with * for any part, such as 'vit_small_*'."
+            metavar="FILTER", help="Name in timm, with * for any part, such as 'vit_small_*'."
         ),
     ] = None,
+    language: Annotated[
+        bool, typer.Option("--language", help="List the multimodal language models.")
+    ] = False,
 ) -> None:
     """List the models that can be reduced; with FILTER, check models of timm by name."""
+    if language:
+        if pattern is not None:
+            raise ConfigError(
+                f"FILTER: expected none with --language, got {shortened(pattern)}; leave it out"
+            )
+        _print_language_models()
+        return
     if pattern is None:
         _print_families()
         return
@@ -52,6 +62,24 @@ def _print_families() -> None:
     console = Console()
     console.print(table)
     console.print("elip models 'vit_*' checks models of timm by name", highlight=False)
+    console.print("elip models --language lists multimodal language models", highlight=False)
+
+
+def _print_language_models() -> None:
+    """Print which model types of transformers have a language model that can be reduced."""
+    import transformers
+
+    from elip_models.vlm.unsupported import language_support
+
+    support = language_support()
+    names = [name for name, reason in support.items() if reason is None]
+    console = Console(soft_wrap=True, highlight=False)
+    version = transformers.__version__
+    console.print(f"{len(names)} of {len(support)} types of transformers {version} can be reduced:")
+    console.print(", ".join(names))
+    for reason in dict.fromkeys(filter(None, support.values())):
+        others = ", ".join(name for name in support if support[name] == reason)
+        console.print(escape(f"cannot be reduced: {others}: {reason}"))
 
 
 def _print_support(names: list[str]) -> None:

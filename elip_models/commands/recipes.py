@@ -20,7 +20,7 @@ with require_extra("elip_models.commands"):
 BY_CHECKPOINT = ("model.name", "model.pretrained", "data.tokenizer")
 """Keys that `elip finetune` sets by its option --from."""
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 
 @app.callback()
@@ -43,7 +43,7 @@ def recipes(ctx: typer.Context) -> None:
 def show(
     name: Annotated[str, typer.Argument(help="Recipe, such as clip_tiny, or a YAML file.")],
 ) -> None:
-    """Show each key of a recipe, its value, where the value comes from, and its meaning."""
+    """Show the keys of a recipe: value, origin of the value, meaning."""
     with as_config_error("NAME"):
         settings = recipe_settings(name)
     trains = all(key != "task" or value is None for key, value, *_ in settings)

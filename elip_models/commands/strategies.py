@@ -17,7 +17,7 @@ def strategies(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="Model as of elip profile, such as timm:vit_base_patch16_224."
+            metavar="MODEL", help="Model as of elip profile, such as timm:vit_base_patch16_224."
         ),
     ] = None,
 ) -> None:

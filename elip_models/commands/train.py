@@ -22,7 +22,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Values of the recipe, such as optim.lr=3e-4 data.train=a.json.",
         ),
     ] = None,

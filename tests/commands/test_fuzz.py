@@ -12,7 +12,7 @@ from tests.helpers.tiers import tiered
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("count", tiered([40, 600], [], slow=[40]))
+@pytest.mark.parametrize("count", tiered([40, 600], [40]))
 def test_damaged_input_causes_no_traceback_and_no_loss_of_data(count):
     command = [sys.executable, "-m", "tests.fuzz", "--count", str(count)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -39,5 +39,5 @@ def test_the_strategies_of_a_language_model_whose_tower_has_no_adapter(folder, c
     assert elip("strategies", f"hf:{folder / 'qwen2_5_vl'}") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert " diverse " in printed
-    assert "not supported: visionzip: its image tower, " in printed
+    assert "not supported: visionzip: its image tokens are not the patches " in printed
     assert "tome" in printed and "it has an image tower of its own kind" in printed

@@ -1,4 +1,4 @@
-"""Hostile tensors, strategies, weights and model folders, by a seed.
+"""Hostile tensors, strategies, model folders, embeddings, states and commands, by a seed.
 
 python -m tests.fuzz --count 3000 --seed 1
 """
