@@ -13,7 +13,7 @@ import transformers
 
 import elip_models
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE
-from benchmarks.parity import check_errors, relative_error
+from benchmarks.parity import check_errors, relative_error, why_not_compiled
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 
 DENSE = "dense"
@@ -74,6 +74,24 @@ def decode(model, prompt, filled):
     return cache
 
 
+@torch.inference_mode()
+def generate_step(model, call, prompt, filled):
+    """Add tokens to a copy of the cache, with the inputs that `generate` makes, by `call`."""
+    cache, mask = copy.deepcopy(filled), prompt["attention_mask"]
+    token, length = prompt["input_ids"][:, -1:], mask.shape[1]
+    for i in range(DECODED):
+        mask = torch.cat((mask, mask[:, :1]), 1)
+        inputs = model.prepare_inputs_for_generation(
+            token,
+            attention_mask=mask,
+            position_ids=torch.tensor([[length + i]], device=DEVICE),
+            use_cache=True,
+            **named(cache),
+        )
+        logits = call(**inputs).logits
+    return logits
+
+
 def cache_of(output):
     return output["cache"] if "cache" in output else output["past_key_values"]
 
@@ -88,18 +106,25 @@ def cached_bytes(cache):
     return sum(2 * each.keys.numel() * each.keys.element_size() for each in cache.layers)
 
 
-PHASES = ("prefill", "decoding")
+def steps(scale):
+    """Return strategy and phase of each case, as 'stride-prefill'.
+
+    Strategies before the language model leave a cache of the same size: without `--full`, only
+    `stride` of them decodes.
+    """
+    if scale == "smallest":
+        return ["stride-prefill", "stride-decoding"]
+    decoding = STRATEGIES if scale == "full" else ("stride", "fastv:layer=2")
+    return [f"{name}-prefill" for name in STRATEGIES] + [f"{name}-decoding" for name in decoding]
 
 
-@pytest.mark.cases(
-    strategy=lambda scale: STRATEGIES[:1] if scale == "smallest" else STRATEGIES,
-    phase=lambda _: PHASES,
-)
-def test_vlm(record, rounds, scale, strategy, phase):
+@pytest.mark.cases(case=steps)
+def test_vlm(record, rounds, scale, case):
+    strategy, _, phase = case.rpartition("-")
     model = model_of(scale)
     prompt = prompt_of(model)
     models = {DENSE: model}
-    for keep in KEEPS[1:2] if scale == "smallest" else KEEPS:
+    for keep in KEEPS if scale == "full" else KEEPS[1:2]:
         models[f"{keep:g}"] = elip_models.reduce_(copy.deepcopy(model), strategy, keep=keep)
     caches = {name: cache_of(prefill(each, prompt)) for name, each in models.items()}
     same = elip_models.reduce_(copy.deepcopy(model), "stride", keep=1.0)
@@ -121,6 +146,52 @@ def test_vlm(record, rounds, scale, strategy, phase):
         milliseconds=milliseconds(times),
         parity=check_errors({DENSE: 0.0, "keep=1": error}, ours=["keep=1"]),
         cache_bytes={name: cached_bytes(each) for name, each in caches.items()},
+        tokens={"image": model.config.image_seq_length, "text": TEXT_TOKENS, "decoded": DECODED},
+        shape={"B": 1, "image": model.config.vision_config.image_size},
+        dtype=DTYPE_NAMES[MAIN_DTYPE],
+    )
+
+
+@pytest.mark.cases(strategy=lambda scale: ("diverse", "fastv:layer=2"))
+def test_vlm_caches(record, rounds, scale, strategy):
+    """Decode with a static cache, as is and compiled, relative to the dynamic cache."""
+    model = elip_models.reduce_(model_of(scale), strategy, keep=0.25)
+    prompt = prompt_of(model)
+    length = prompt["attention_mask"].shape[1] + DECODED
+    caches = {
+        "dynamic": transformers.DynamicCache(config=model.config),
+        "static": transformers.StaticCache(config=model.config, max_cache_len=length),
+    }
+    with torch.inference_mode():
+        for cache in caches.values():
+            positions = prompt["attention_mask"].cumsum(1) - 1
+            settings = {"is_first_iteration": True, "use_cache": True, "position_ids": positions}
+            ids = prompt["input_ids"]
+            others = {name: value for name, value in prompt.items() if name != "input_ids"}
+            model(
+                **model.prepare_inputs_for_generation(ids, **others, **settings, **named(cache)),
+                logits_to_keep=1,
+            )
+    steps = {
+        name: partial(generate_step, model, model, prompt, cache) for name, cache in caches.items()
+    }
+    reason = why_not_compiled()
+    if reason is None:
+        compiled = torch.compile(model, fullgraph=True)
+        steps["compiled"] = partial(generate_step, model, compiled, prompt, caches["static"])
+    logits = {name: step() for name, step in steps.items()}
+    errors = {name: relative_error(value, logits["dynamic"]) for name, value in logits.items()}
+    times = time_side_by_side(steps, device=DEVICE, rounds=rounds)
+    record(
+        steps["static"],
+        op="llava caches",
+        direction="decoding",
+        rounds=rounds,
+        strategy=strategy,
+        ratios=ratios_to("dynamic", times),
+        milliseconds=milliseconds(times),
+        reasons={} if reason is None else {"compiled": reason},
+        parity=check_errors(errors, ours=[name for name in steps if name != "dynamic"]),
         tokens={"image": model.config.image_seq_length, "text": TEXT_TOKENS, "decoded": DECODED},
         shape={"B": 1, "image": model.config.vision_config.image_size},
         dtype=DTYPE_NAMES[MAIN_DTYPE],

@@ -16,7 +16,7 @@ def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=10, help="interleaved rounds of a measurement")
     scales = parser.getgroup("scale of the benchmarks").addoption
     scales("--smallest", action="store_true", help="one small case of each benchmark")
-    scales("--full", action="store_true", help="every case; the default takes ten minutes")
+    scales("--full", action="store_true", help="every case; the default takes at most ten minutes")
 
 
 def pytest_configure(config):

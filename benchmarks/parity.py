@@ -141,9 +141,9 @@ def with_compiled(
     Returns:
         Forms by name, and the reasons for forms that are left out.
     """
-    eager, compiler = forms["eager"], os.environ.get("CXX", "g++")
-    if not ON_GPU and shutil.which(compiler) is None:
-        return forms, {"compiled": f"no C++ compiler ({compiler}) on this machine"}
+    eager, reason = forms["eager"], why_not_compiled()
+    if reason is not None:
+        return forms, {"compiled": reason}
     if case not in COMPILED:
         names = " and ".join(map(str, COMPILED))
         return forms, {"compiled": f"compiling takes long, so only {names} is compiled"}
@@ -153,6 +153,14 @@ def with_compiled(
     with autograd_compiler.patch(donated_buffer=False, enable_autograd_cache=False):
         with_gradient(compiled, *inputs, retain_graph=True)
     return {**forms, "compiled": compiled}, {}
+
+
+def why_not_compiled() -> str | None:
+    """Return why torch.compile cannot run on this machine, or None."""
+    compiler = os.environ.get("CXX", "g++")
+    if ON_GPU or shutil.which(compiler) is not None:
+        return None
+    return f"no C++ compiler ({compiler}) on this machine"
 
 
 def with_gradient(

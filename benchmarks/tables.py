@@ -115,22 +115,23 @@ def language_model_table(entries: list[Entry]) -> list[str]:
 
 
 def onnx_table(entries: list[Entry]) -> list[str]:
-    """Return the times in onnxruntime relative to the dense tower there."""
-    names = list(entries[0]["ratios"])
+    """Return the times of exported towers relative to the dense tower in onnxruntime."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry["ratios"]))
     rows = [
         [
             tower(entry),
+            str(entry["runtime_threads"]),
             milliseconds(entry["milliseconds"]["dense"]),
-            *(ratio(entry["ratios"][name]) for name in names),
+            *(ratio(entry["ratios"].get(name)) for name in names),
         ]
         for entry in entries
     ]
     note = (
         f"Inference in onnxruntime {entries[0]['onnxruntime']} after `torch.onnx.export`: time "
-        f"relative to the dense tower in onnxruntime, at {entries[0]['share']:.3f} of its training "
-        "FLOPs. `PyTorch` is the dense tower in PyTorch."
+        "relative to the dense tower in onnxruntime, by strategy and `keep`. `PyTorch` is the "
+        "dense tower in PyTorch."
     )
-    return [note, table(["tower, batch, dtype", "dense, ms", *names], rows, left=1)]
+    return [note, table(["tower, batch, dtype", "threads", "dense, ms", *names], rows, left=1)]
 
 
 def pretraining_table(entries: list[Entry]) -> list[str]:

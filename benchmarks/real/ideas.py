@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ from elip_models.saving.files import write_json
 from elip_models.validation import check_output
 
 HEADS, PATCHES = 6, (PIXELS // PATCH) ** 2
+CALIBRATION = 20
+"""Photographs of each kind that set the thresholds of an adaptive idea."""
 
 
 class Idea(NamedTuple):
@@ -51,6 +54,10 @@ class Idea(NamedTuple):
     image_sizes: the patches of a smaller image begin with the size that makes their sum that of the
         dense model's patches.
     temperature: scale attention scores by log(dense tokens) / log(tokens).
+    adaptive: each image merges its own number of tokens in a block: pairs at least as similar as a
+        threshold, at which the mean over training photographs is that of `merges`.
+    protect: subtract this many times the class token's attention on a token, relative to its mean,
+        from the token's similarity, so that what the class token reads is merged late.
     """
 
     pixels: int = PIXELS
@@ -60,6 +67,8 @@ class Idea(NamedTuple):
     class_token_only: bool = False
     image_sizes: bool = False
     temperature: bool = False
+    adaptive: bool = False
+    protect: float = 0.0
 
     @property
     def patches(self) -> int:
@@ -130,33 +139,116 @@ IDEAS = {
     "196 px, merge, decreasing 18:7, 0.42": HALF(pixels=196, weights=DECREASING),
     "154 px, merge, decreasing 18:7, 0.25": HALF(pixels=154, weights=DECREASING, flops=0.25),
     "smooth areas at half resolution": Idea(coarse=45),
+    "merge, numbers by image, 0.49": Idea(flops=0.49, adaptive=True),
+    "182 px, merge, numbers by image, 0.42": HALF(adaptive=True),
+    "182 px, merge, class token's tokens late (0.02), 0.42": HALF(protect=0.02),
+    "182 px, merge, class token's tokens late (0.1), 0.42": HALF(protect=0.1),
 }
 
 
 @torch.no_grad()
-def forward(model: nn.Module, images: Tensor, idea: Idea) -> Tensor:
-    """Return the class-token features (B, D) of images (B, 3, 224, 224)."""
+def forward(
+    model: nn.Module, images: Tensor, idea: Idea, thresholds: Sequence[float] = ()
+) -> Tensor:
+    """Return the class-token features (B, D) of images (B, 3, 224, 224).
+
+    With the `thresholds` of each block, the images of an adaptive idea are computed one by one.
+    """
+    if idea.adaptive:
+        features = [_adaptive(model, image[None], idea, thresholds)[0] for image in images]
+        return torch.cat(features)
     x = _embed(model, images, idea)
     merges, sizes = idea.merges(x.shape[2]), None
     if idea.image_sizes:
         sizes = torch.ones(x.shape[:2])
         sizes[:, 1:] = PATCHES / idea.patches
-    for i, block in enumerate(model.blocks):
-        B, N, D = x.shape
-        q, k, v = block.attn.qkv(block.norm1(x)).view(B, N, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        if idea.class_token_only and i == DEPTH - 1:
-            q, x = q[:, :, :1], x[:, :1]
-        bias = None if sizes is None else sizes.log()[:, None, None]
-        scale = (D // HEADS) ** -0.5
-        if idea.temperature:
-            scale *= math.log(PATCHES + 1) / math.log(N)
-        attended = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-        x = x + block.ls1(block.attn.proj(attended.transpose(1, 2).flatten(2)))
-        count = min(merges[i], (N - 1) // 2)
-        if count and x.shape[1] > 1:
-            x, sizes = _merged(x, count, sizes)
-        x = x + block.ls2(block.mlp(block.norm2(x)))
+    for i, count in enumerate(merges):
+        x, penalty = _attended(model, x, sizes, idea, i)
+        count = min(count, (x.shape[1] - 1) // 2)
+        x, sizes = _finished(model.blocks[i], x, count, sizes, penalty)
     return model.norm(x[:, 0])
+
+
+def _attended(
+    model: nn.Module, x: Tensor, sizes: Tensor | None, idea: Idea, index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the tokens after the attention of a block, and the penalty (B, N) of protection."""
+    block, (B, N, D) = model.blocks[index], x.shape
+    q, k, v = block.attn.qkv(block.norm1(x)).view(B, N, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    if idea.class_token_only and index == DEPTH - 1:
+        q, x = q[:, :, :1], x[:, :1]
+    bias = None if sizes is None else sizes.log()[:, None, None]
+    scale = (D // HEADS) ** -0.5
+    if idea.temperature:
+        scale *= math.log(PATCHES + 1) / math.log(N)
+    penalty = None
+    if idea.protect:
+        scores = scale * q[:, :, :1] @ k.mT
+        row = (scores if bias is None else scores + bias).softmax(-1).mean(1)[:, 0]
+        penalty = idea.protect * row / row[:, 1:].mean(1, keepdim=True)
+    attended = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    return x + block.ls1(block.attn.proj(attended.transpose(1, 2).flatten(2))), penalty
+
+
+def _finished(
+    block: nn.Module, x: Tensor, count: int, sizes: Tensor | None, penalty: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Merge `count` tokens and run the MLP of a block; return the tokens and their sizes."""
+    if count and x.shape[1] > 1:
+        x, sizes = _merged(x, count, sizes, penalty)
+    return x + block.ls2(block.mlp(block.norm2(x))), sizes
+
+
+def _adaptive(
+    model: nn.Module, image: Tensor, idea: Idea, thresholds: Sequence[float]
+) -> tuple[Tensor, list[int]]:
+    """Return the features (1, D) of one image, and how many tokens each block merged."""
+    x, sizes, merges = _embed(model, image, idea), None, []
+    for i, threshold in enumerate(thresholds):
+        x, _ = _attended(model, x, sizes, idea, i)
+        merges.append(min(int((_similarities(x) >= threshold).sum()), (x.shape[1] - 1) // 2))
+        x, sizes = _finished(model.blocks[i], x, merges[-1], sizes)
+    return model.norm(x[:, 0]), merges
+
+
+def _similarities(x: Tensor) -> Tensor:
+    """Return the similarity of each token of x (1, N, D) that may be merged to its partner."""
+    unit = F.normalize(x[0], dim=1)
+    if len(unit) < 3:
+        return x.new_zeros(0)
+    return (unit[2::2] @ unit[1::2].T).amax(1)
+
+
+@torch.no_grad()
+def mean_flops(
+    model: nn.Module, idea: Idea, thresholds: Sequence[float], paths: Sequence[Path]
+) -> float:
+    """Return the FLOPs relative to dense; of an adaptive idea, the mean over photographs."""
+    width = model.embed_dim
+    if not idea.adaptive:
+        return idea.relative_flops(idea.merges(width), width)
+    images = torch.cat([*batches(paths)])
+    merges = [_adaptive(model, image[None], idea, thresholds)[1] for image in images]
+    return fmean(idea.relative_flops(counts, width) for counts in merges)
+
+
+@torch.no_grad()
+def calibrated(model: nn.Module, images: Tensor, idea: Idea) -> list[float]:
+    """Return thresholds at which each block merges `idea.merges` tokens of an image on average."""
+    states: list[tuple[Tensor, Tensor | None]] = [
+        (_embed(model, image[None], idea), None) for image in images
+    ]
+    thresholds = []
+    for i, count in enumerate(idea.merges(states[0][0].shape[2])):
+        attended = [(_attended(model, x, sizes, idea, i)[0], sizes) for x, sizes in states]
+        similarities = torch.cat([_similarities(x) for x, _ in attended]).sort(descending=True)[0]
+        total = min(count * len(images), len(similarities))
+        thresholds.append(float(similarities[total - 1]) if total else math.inf)
+        states = [
+            _finished(model.blocks[i], x, int((_similarities(x) >= thresholds[-1]).sum()), sizes)
+            for x, sizes in attended
+        ]
+    return thresholds
 
 
 def _embed(model: nn.Module, images: Tensor, idea: Idea) -> Tensor:
@@ -196,10 +288,12 @@ def _mixed(
     )
 
 
-def _merged(x: Tensor, count: int, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+def _merged(
+    x: Tensor, count: int, sizes: Tensor | None, penalty: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Merge `count` tokens of x (B, N, D) as `TokenMerging`; return the tokens and their sizes."""
     merged, sizes, match = elip_kernels.bipartite_merge(
-        x, x, count, size=sizes, num_prefix_tokens=1, return_info=True
+        x, x, count, size=sizes, penalty=penalty, num_prefix_tokens=1, return_info=True
     )
     largest = merged.new_zeros(merged.shape[:2])
     largest = largest.scatter_reduce(1, match.slots.long(), x.norm(dim=2), "amax")
@@ -228,15 +322,25 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
     """Return what each idea loses against dense, in shares, paired by photograph."""
     model = dinov2.timm_model()
     train, validation = (materials.clothes(folder, split) for split in ("train", "validation"))
-    dev, captioned = materials.flickr8k(folder, "dev"), materials.flickr8k(folder, "train")
+    dev = materials.flickr8k(folder, "dev")
     held = torch.arange(len(train.labels)) % 3 == 0
-    clothes = [path for path, is_held in zip(train.paths, held, strict=True) if is_held]
+    clothes, fitted_paths = (
+        [path for path, is_held in zip(train.paths, held, strict=True) if is_held == kind]
+        for kind in (True, False)
+    )
     paths = {"clothes": clothes + validation.paths, "flickr8k": dev.paths}
     labels = torch.cat([train.labels[held], validation.labels])
 
+    captioned = materials.flickr8k(folder, "train")
+    samples = [*_spread_out(fitted_paths), *_spread_out(captioned.paths)]
+
+    def thresholds_of(idea: Idea) -> list[float]:
+        return calibrated(model, torch.cat([*batches(samples)]), idea) if idea.adaptive else []
+
     def features(name: str, idea: Idea, files: Sequence[Path]) -> Tensor:
         def compute() -> Tensor:
-            return torch.cat([forward(model, images, idea) for images in batches(files)])
+            limits = thresholds_of(idea)
+            return torch.cat([forward(model, images, idea, limits) for images in batches(files)])
 
         return stored(folder / "features", ["idea", name, str(idea), *map(str, files)], compute)
 
@@ -262,11 +366,11 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
         for name, idea in progress.track(IDEAS.items(), description="ideas"):
             found = {kind: features(name, idea, files) for kind, files in paths.items()}
             reduced = values(found)
-            width = dense["clothes"].shape[1]
+            some = [path for files in paths.values() for path in _spread_out(files)]
             rows.append(
                 {
                     "idea": name,
-                    "flops": round(idea.relative_flops(idea.merges(width), width), 4),
+                    "flops": round(mean_flops(model, idea, thresholds_of(idea), some), 4),
                     "difference": means({task: reduced[task] - whole[task] for task in whole}),
                     **means({"cosine": cosine(dense["flickr8k"], found["flickr8k"])}),
                 }
@@ -278,6 +382,11 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
         "dense": means(whole),
         "ideas": rows,
     }
+
+
+def _spread_out(paths: Sequence[Path]) -> Sequence[Path]:
+    """Return `CALIBRATION` paths at equal distances."""
+    return paths[:: len(paths) // CALIBRATION][:CALIBRATION]
 
 
 if __name__ == "__main__":

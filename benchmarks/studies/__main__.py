@@ -29,7 +29,7 @@ def study(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Values of the recipe for every arm."),
+        typer.Argument(metavar="KEY=VALUE", help="Values of the recipe for every arm."),
     ] = None,
     only: Annotated[str | None, typer.Option(help="Arms to run, such as dense,tome.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds to run, such as 0,1,2.")] = None,

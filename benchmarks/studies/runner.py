@@ -109,7 +109,7 @@ def perform(study: Study, run: Run, console: Console) -> None:
     start = time.monotonic()
     config, result = study.config(run), result_of(study, run)
     folder = RunFolder(config.output_dir)
-    folder.create()
+    folder.path.mkdir(parents=True, exist_ok=True)
     if result is None:
         _make_tokenizer(study, config)
         if study.arms[run.arm].length:

@@ -5,6 +5,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from transformers import BertConfig, BertModel, BertTokenizer
 
 TILE = 105
 SPLITS = {"train": 5, "validation": 2, "test": 2}
@@ -14,7 +15,7 @@ CAPTIONED = {"train": 12, "dev": 11, "test": 11}
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder of materials, of tiles of the two photographs that scikit-learn ships."""
+    """A folder of materials: tiles of two photographs of scikit-learn, a tiny text encoder."""
     folder = tmp_path_factory.mktemp("materials")
     photographs = load_sample_images().images
     count = 0
@@ -41,7 +42,18 @@ def folder(tmp_path_factory):
         file.write_text("\n".join([*names, "without_a_caption.png", "without_a_file.png"]))
         captions += [f"without_a_file.png#{k}\ta temple {k}" for k in range(5)]
     (folder / "flickr8k" / "Flickr8k.token.txt").write_text("\n".join(captions))
+    write_text_encoder(folder / "all-MiniLM-L6-v2")
     return folder
+
+
+def write_text_encoder(folder):
+    """Save a tiny text encoder with random weights."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "flower", "temple", *"01234"]
+    BertTokenizer({word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": len(words), "intermediate_size": 48}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

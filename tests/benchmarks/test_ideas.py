@@ -1,15 +1,11 @@
-"""`benchmarks.real.ideas` and `finetune`: their forward passes, arms, and results that continue."""
-
-import json
+"""`benchmarks.real.ideas`: its forward passes."""
 
 import pytest
 import timm
 import torch
 
 import elip_models
-from benchmarks.real import dinov2, finetune
-from benchmarks.real.finetune import Arm
-from benchmarks.real.ideas import DECREASING, IDEAS, Idea, forward
+from benchmarks.real.ideas import DECREASING, IDEAS, Idea, calibrated, forward
 from elip_models import ImageResize, TokenMerging
 from elip_models.reduction.flops import inference_ratio
 from elip_models.towers import as_tower
@@ -61,6 +57,7 @@ def test_every_idea_costs_what_its_name_says():
         {"pixels": 70, "image_sizes": True},
         {"pixels": 70, "temperature": True},
         {"coarse": 60},
+        {"flops": 0.5, "protect": 1.0},
     ],
 )
 @torch.no_grad()
@@ -72,39 +69,13 @@ def test_each_option_changes_the_features(dino, options):
     assert not torch.equal(features, forward(dino, images, Idea(**without)))
 
 
-def test_arms_are_read():
-    assert Arm.parse("dense") == Arm()
-    assert Arm.parse("dense 0.5") == Arm(share=0.5)
-    assert Arm.parse("merge 0.7") == Arm("merge", 0.7)
-    assert Arm.parse("resize 0.5 + finish") == Arm("resize", 0.5, finish=True)
-    assert all(Arm.parse(text) for text in finetune.ARMS)
-
-
-def test_finetuning_continues_and_is_timed(folder, monkeypatch, tmp_path):
-    sizes = {"depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 0, "img_size": 64}
-    monkeypatch.setattr(
-        dinov2, "timm_model", lambda _: timm.create_model("vit_tiny_patch16_224", **sizes)
-    )
-    output = tmp_path / "runs.json"
-    common = [str(folder), "--output", str(output), "--pixels", "64", "--steps", "20"]
-    arms = ["--arms", "dense", "merge 0.5 + finish", "--seeds", "0"]
-    assert finetune.main([*common, *arms]) == 0
-    first = json.loads(output.read_text())
-    assert [run["arm"] for run in first["runs"]] == ["dense", "merge 0.5 + finish"]
-    assert set(first["runs"][1]["scores"]) == {"dense", "reduced"}
-    assert finetune.main([*common, "--arms", "dense", "random 0.5", "--seeds", "0", "1"]) == 0
-    second = json.loads(output.read_text())
-    assert second["runs"][:2] == first["runs"] and len(second["runs"]) == 5
-    again = finetune.train(
-        Arm(),
-        0,
-        finetune.Clothes.read(folder, ["train"], 64),
-        finetune.Clothes.read(folder, ["validation", "test"], 64),
-        20,
-    )
-    assert again == first["runs"][0]["scores"]  # a seed draws the same photographs and weights
-    assert finetune.main([*common, "--time", "--rounds", "1"]) == 0
-    times = json.loads(output.read_text())["time"]["ratios"]
-    assert list(times) == ["dense", "merge 0.5", "random 0.5"] and times["dense"] == 1
-    with pytest.raises(SystemExit):
-        finetune.main([*common[:-1], "30", *arms])
+@torch.no_grad()
+def test_thresholds_merge_the_same_number_on_average(dino):
+    images, idea = torch.randn(3, 3, 224, 224), Idea(flops=0.5, adaptive=True)
+    fixed = idea._replace(adaptive=False)
+    limits = calibrated(dino, images[:1], idea)
+    alone = forward(dino, images[:1], idea, limits)
+    torch.testing.assert_close(alone, forward(dino, images[:1], fixed), atol=2e-5, rtol=1e-4)
+    limits = calibrated(dino, images, idea)
+    features = forward(dino, images, idea, limits)
+    assert not torch.allclose(features, forward(dino, images, fixed), atol=1e-3)

@@ -21,14 +21,8 @@ from tests.project.test_docs import script
 
 @pytest.fixture
 def results(folder, model, monkeypatch, tmp_path):
-    """Return a function that runs the command with a small model and small texts."""
+    """Return a function that runs the command with a small model."""
     monkeypatch.setattr(dinov2, "timm_model", lambda: model)
-    vectors = {"temple": torch.eye(4)[0], "flower": torch.eye(4)[1]}
-
-    def text_features(captions, folder):
-        return torch.stack([vectors[caption.split()[1]] for caption in captions])
-
-    monkeypatch.setattr(materials, "text_features", text_features)
 
     def run(*arguments):
         output = tmp_path / "results.json"

@@ -315,6 +315,7 @@ def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
 
     def begun(arm, seed):
         config = study.config(Run(arm, seed))
+        Path(config.output_dir).mkdir(parents=True)
         runner._make_tokenizer(study, config)
         trainer = Trainer(config, resume=True, console=QUIET)
         trainer.prepare()
@@ -324,9 +325,8 @@ def test_arms_of_a_seed_share_initialisation_and_batches(tmp_path):
         batch = trainer.batches.next_batch()
         return weights | {name: batch[name] for name in ("images", "input_ids")}
 
-    Path("runs/studies/tiny").mkdir(parents=True)
     reference = begun("dense", 0)
-    for name in arms:
+    for name in arms.keys() - {"dense"}:
         found = begun(name, 0)
         assert found.keys() == reference.keys()
         assert all(torch.equal(found[key], reference[key]) for key in found), name
