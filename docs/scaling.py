@@ -80,7 +80,7 @@ def block(measured: Mapping[str, Any], price: float) -> str:
             f"of the rate of the model alone. The reduced embeddings have a mean cosine of "
             f"{mean(reduced['cosine']):.3f} with the dense ones. Among {measured['photographs']:,} "
             f"photographs, {mean(reduced['recall_at_10']):.0%} of the "
-            f"[neighbours are kept](glossary.md#neighbours-kept).{ray(measured)}",
+            f"[neighbours are kept](concepts.md#neighbours-kept).{ray(measured)}",
             f"For {IMAGES:,} images at this rate, and at an example price of ${price:.2f} for a "
             "machine and hour:",
             cost_table(rates, price),

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{measured.commit}, {measured.machine['threads']} threads; "
             f"{', '.join(map(' '.join, versions))}."
         )
-        parts += language_model_table(measured.entries)
+        parts += language_model_table([e for e in measured.entries if "language_model" in e])
     settings = {"command": "python docs/vlm.py", "check": options.check}
     study = study_block(read_object(RESULTS / "study.json"))
     return rewrite(options.page, BEGIN, END, "\n\n".join(parts), **settings) or rewrite(

@@ -101,6 +101,8 @@ def test_the_command_reads_labels_of_folders_and_of_a_file(tmp_path, capsys):
         assert "loss (top-1)" in shown.out and "--labels judges by a task" not in shown.err
     table.write_text("\n".join(rows[1:]))
     assert elip("calibrate", *arguments, "--labels", table) == 2
+    table.write_bytes(b"\x80.png,cat")
+    assert elip("calibrate", *arguments, "--labels", table) == 2
     assert "dark/0.png" in capsys.readouterr().err
     assert elip("calibrate", *arguments, "--tolerance", 0.9) == 0
     assert "--labels judges by a task" in capsys.readouterr().err

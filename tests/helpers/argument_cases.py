@@ -14,6 +14,7 @@ from elip_models.integrations.peft.adapt_config import AdaptConfig
 from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.pretraining.models.test_saving import CONFIG, pair
+from tests.vlm.models import build
 
 B, N, D, H = 2, 10, 8, 2
 META = {"device": "meta"}
@@ -27,8 +28,15 @@ def good_patch():
     return {"model": plain_vit(), "schedule": SCHEDULE}
 
 
+def reduced_llava():
+    model = build("llava")[0]
+    elip_models.reduce_(model, "elip", keep=0.7)
+    return elip_models.reduce_(model, "diverse")
+
+
 def good_guidance():
-    return {"model": elip_models.reduce_(**good_patch()), "text_cls": text()}
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    return {"model": reduced_llava(), "text_cls": torch.randn(1, 32), "question": mask}
 
 
 def good_save():
@@ -194,6 +202,7 @@ TABLE |= {
         },
     ),
     elip_kernels.use_pytorch_ops: (dict, {}),
+    elip_kernels.export_custom_ops: (dict, {}),
     elip_models.encode_image: (
         good_encode,
         settings
@@ -214,7 +223,15 @@ TABLE |= {
     elip_models.unreduce_: (good_patch, {"model": [None, "vit"]}),
     elip_models.guidance: (
         good_guidance,
-        {"model": [None, plain_vit()], "text_cls": [None, *text_cls[:3]]},
+        {
+            "model": [None, plain_vit()],
+            "text_cls": text_cls[:3],
+            "question": [3, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.bool)],
+        },
+    ),
+    elip_models.budget: (
+        lambda: {"model": reduced_llava(), "keep": 0.5},
+        {"model": [None, plain_vit()], "keep": [None, 0, 1.5, "x", [0.5, "x"]], "total": [5]},
     ),
     elip_models.create_model: (
         lambda: {"name": "clip_tiny"},

@@ -3,14 +3,19 @@
 The models have a name and a class that users know, with few layers and random weights.
 """
 
+import copy
 import io
+from inspect import signature
 
+import accelerate
 import numpy as np
 import pytest
 import timm
 import torch
 import transformers
 from PIL import Image
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import elip_models
 from elip_models import reduce_, reduction_summary
@@ -29,6 +34,7 @@ from tests.helpers.models import (
 )
 from tests.helpers.towers import WIDTH, images, plain_vit
 from tests.towers.test_hf_readers import llava, logits_of
+from tests.vlm.models import build
 
 
 def timm_model(name, **options):
@@ -114,6 +120,43 @@ def guide_by_the_output_of_another_model():
         pass
 
 
+def reduce_with_replaced_forward():
+    model = plain_vit()
+    accelerate.hooks.add_hook_to_module(model.blocks[0], accelerate.hooks.ModelHook())
+    reduce_(model, "tome")
+
+
+OF_OTHER_LIBRARIES = {
+    "keep_rate": (0.7, r"got keep_rate=0\.7; pass keep=0\.7, the share of the tokens that stay$"),
+    "ratio": (0.5, r"pass keep=0\.5, the share"),
+    "keep_ratio": (0.5, "Pass strategy='evit', or keep in its place$"),
+    "prune_rate": (0.3, r"got prune_rate=0\.3; pass keep=0\.7, the share"),
+    "sparsity": (0.25, r"pass keep=0\.75, the share"),
+    "num_keep": (98, r"pass keep, the share of the tokens that stay, such as keep=0\.5$"),
+    "r": (8, "Pass strategy='tome', or keep in its place$"),
+    "method": ("evit", "pass strategy='evit'$"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_LIBRARIES)
+def test_a_name_of_other_libraries_leads_to_the_argument(name):
+    value, message = OF_OTHER_LIBRARIES[name]
+    with pytest.raises(ValueError, match=rf"^{name}: .*{message}"):
+        reduce_(plain_vit(), **{name: value})
+
+
+def test_an_option_of_the_strategy_comes_before_a_name_of_other_libraries():
+    with pytest.raises(ValueError, match="did you mean 'keep_ratio'"):
+        reduce_(plain_vit(), "evit", keep_rate=0.7)
+    with pytest.raises(ValueError, match=r"which takes r, .*got 0\.7; pass keep=0\.7"):
+        reduce_(plain_vit(), "tome", keep_rate=0.7)
+
+
+def test_a_public_name_without_its_underscore():
+    with pytest.raises(AttributeError, match="no attribute 'reduce'; did you mean 'reduce_'"):
+        elip_models.reduce  # noqa: B018
+
+
 REFUSED = {
     'timm.create_model("swin_tiny_patch4_window7_224")': (
         lambda: reduce_(on_meta(lambda: timm.create_model("swin_tiny_patch4_window7_224"))),
@@ -123,12 +166,66 @@ REFUSED = {
         lambda: reduce_(plain_vit(), strategy="ToMe"),
         "got 'ToMe'; did you mean 'tome'",
     ),
+    "reduce_(model, 0.5)": (
+        lambda: reduce_(plain_vit(), 0.5),
+        r"got 0\.5; pass keep=0\.5, the share of the tokens that stay$",
+    ),
+    "reduce_(model, 8)": (
+        lambda: reduce_(plain_vit(), 8),
+        r"got 8; pass keep, the share of the tokens that stay, such as keep=0\.5$",
+    ),
+    "reduce_(model, ToMe)": (
+        lambda: reduce_(plain_vit(), elip_models.ToMe),
+        r"got <class '.*ToMe'>; pass an instance, ToMe\(\)$",
+    ),
+    "reduce_(model, [])": (lambda: reduce_(plain_vit(), []), r"or a Strategy, got \[\]$"),
+    'reduce_(model, "tome:0.5")': (
+        lambda: reduce_(plain_vit(), "tome:0.5"),
+        r"got '0\.5'; pass keep=0\.5",
+    ),
+    'reduce_(model, "tome:keep=0.5")': (
+        lambda: reduce_(plain_vit(), "tome:keep=0.5"),
+        r"got 'keep'; pass keep=0\.5",
+    ),
+    'reduce_(model, "diverse")': (
+        lambda: reduce_(plain_vit(), "diverse"),
+        "language model, in which 'diverse' acts, .* strategy of image towers, such as 'merge'$",
+    ),
+    "keep=1": (lambda: reduce_(plain_vit(), keep=1), r"got the integer 1; pass 1\.0 for all"),
     "keep=50": (lambda: reduce_(plain_vit(), keep=50), "pass 0.5 for half of the tokens"),
     "reduce_(torch.compile(model))": (
         lambda: reduce_(torch.compile(plain_vit())),
         "got a compiled one; call reduce_ on the original module, then compile it",
     ),
     "torch.onnx.export(model, dynamo=False)": (export_by_torchscript, "pass dynamo=True"),
+    'reduce_("vit_base_patch16_224")': (
+        lambda: reduce_("vit_base_patch16_224"),
+        "got str; open a model by its name with elip_models.open_model, and pass that$",
+    ),
+    "reduce_(timm.models.VisionTransformer)": (
+        lambda: reduce_(timm.models.VisionTransformer),
+        "got the class VisionTransformer; pass an instance$",
+    ),
+    "reduce_(open_clip.create_model_and_transforms(..))": (
+        lambda: reduce_((plain_vit(), None, None)),
+        "got tuple; pass one model of it, such as its first item$",
+    ),
+    "reduce_(nn.Sequential(model))": (
+        lambda: reduce_(nn.Sequential(plain_vit())),
+        r"got Sequential: .* a wrapper; pass model\[0\]$",
+    ),
+    "reduce_(nn.DataParallel(model))": (
+        lambda: reduce_(nn.DataParallel(plain_vit())),
+        r"got DataParallel: .* a wrapper; pass model\.module$",
+    ),
+    "reduce_(SentenceTransformer(..))": (
+        lambda: reduce_(nn.Sequential(nn.ModuleDict({"model": hf_clip()}))),
+        r"a wrapper; pass model\[0\]\.model$",
+    ),
+    'from_pretrained(.., device_map={.. "disk"})': (
+        reduce_with_replaced_forward,
+        "whose forward was replaced, which 'tome' would bypass; take 'elip', .* device_map",
+    ),
     "guidance(model, text_features)": (
         guide_by_the_output_of_another_model,
         rf"expected \(B, {WIDTH}\), the tower's width.*project it to the tower's width first",
@@ -159,6 +256,128 @@ def feature_extractor():
     assert len(pipe(picture)[0]) == 37
 
 
+def classifier():
+    return reduce_(
+        hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).eval(), "tome", 0.6
+    )
+
+
+def classification_pipeline():
+    model = classifier()
+    processor = transformers.ViTImageProcessor(size={"height": 48, "width": 48})
+    pipe = transformers.pipeline("image-classification", model=model, image_processor=processor)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8))
+    logits = model(**processor(picture, return_tensors="pt")).logits
+    scores = {row["label"]: row["score"] for row in pipe(picture, top_k=5)}
+    expected = {f"LABEL_{i}": score for i, score in enumerate(logits.softmax(1)[0].tolist())}
+    assert scores == pytest.approx(expected)
+
+
+def keep_is_the_third_argument():
+    model = reduce_(plain_vit(), "tome", 0.5)
+    assert reduction_summary(model).keep == pytest.approx(0.5, abs=0.05)
+
+
+def made_from_its_config():
+    model, x = classifier(), images()
+    other = transformers.AutoModelForImageClassification.from_config(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(reduce_(other)(x).logits, model(x).logits)
+
+
+def loaded_with_other_labels(folder):
+    classifier().save_pretrained(folder)
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        folder, num_labels=7, ignore_mismatched_sizes=True
+    )
+    assert reduce_(model)(images()).logits.shape == (2, 7)
+    assert reduction_summary(model).strategy == reduction_summary(classifier()).strategy
+
+
+def loaded_quantised(folder):
+    model, x, int8 = classifier(), images(), Int8WeightOnlyConfig()
+    model.save_pretrained(folder)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(
+        folder, quantization_config=transformers.TorchAoConfig(int8)
+    )
+    quantize_(model.vit, int8)
+    torch.testing.assert_close(reduce_(loaded.eval()).vit(x)[0], model.vit(x)[0])
+
+
+def pickled_whole():
+    model, x, file = reduce_(plain_vit().eval()), images(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), model(x))
+    assert not elip_models.is_reduced(elip_models.unreduce_(loaded))
+
+
+def copied():
+    model, x = reduce_(plain_vit().eval()), images()
+    other = elip_models.unreduce_(copy.deepcopy(model))
+    assert elip_models.is_reduced(model) and not torch.equal(other(x), model(x))
+
+
+def averaged():
+    model, x = reduce_(plain_vit().eval()), images()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(average(x), model(x))
+
+
+def prepared_by_accelerate():
+    model, x = plain_vit().eval(), images()
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared = accelerator.prepare(reduce_(model, "tome"))
+    expected = prepared(x)
+    assert accelerator.unwrap_model(prepared) is model
+    assert torch.equal(
+        reduce_(accelerator.prepare(elip_models.unreduce_(model)), "tome")(x), expected
+    )
+
+
+def trained_without_callback(folder):
+    rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i} for i in range(2)]
+    args = transformers.TrainingArguments(
+        folder, max_steps=1, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    with torch.enable_grad():
+        transformers.Trainer(classifier(), args, train_dataset=rows).train()
+    assert elip_models.is_reduced(elip_models.load_reduced(f"{folder}/checkpoint-1"))
+
+
+def features_of_timm():
+    model = timm.create_model("test_vit", features_only=True, img_size=64).eval()
+    x = torch.randn(1, 3, 64, 64)
+    dense = model(x)
+    grids = reduce_(model, "evit", 0.6)(x)
+    assert [grid.shape for grid in grids] == [grid.shape for grid in dense]
+    assert not torch.allclose(grids[-1], dense[-1])
+
+
+def another_head_and_size():
+    model = reduce_(plain_vit().eval())
+    model.reset_classifier(7)
+    model.set_input_size((96, 96))
+    assert model(torch.randn(2, 3, 96, 96)).shape == (2, 7)
+    assert reduction_summary(model).dense_tokens == 145
+
+
+def other_attention():
+    model, x = classifier(), images()
+    expected = model(x).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(x).logits, expected)
+    assert model.config.elip["strategy"] == "tome"
+
+
+def more_words():
+    model, inputs = build("llava")
+    reduce_(model).resize_token_embeddings(200)
+    assert model(**inputs).logits.shape[-1] == 200
+
+
 def loaded_after_it():
     model, x = reduce_(plain_vit().eval()), images()
     other = reduce_(plain_vit().eval())
@@ -177,10 +396,24 @@ WORK = {
     'pipeline("image-feature-extraction", model=model)': feature_extractor,
     "model.load_state_dict(state)": loaded_after_it,
     "model.half()": in_half_precision,
+    'reduce_(model, "tome", 0.5)': keep_is_the_third_argument,
+    'pipeline("image-classification", model=model)': classification_pipeline,
+    "AutoModel.from_config(model.config)": made_from_its_config,
+    "from_pretrained(folder, num_labels=7)": loaded_with_other_labels,
+    "from_pretrained(folder, quantization_config=TorchAoConfig(..))": loaded_quantised,
+    "torch.save(model)": pickled_whole,
+    "copy.deepcopy(model)": copied,
+    "AveragedModel(model)": averaged,
+    "Accelerator().prepare(model)": prepared_by_accelerate,
+    "Trainer(model)": trained_without_callback,
+    "timm.create_model(.., features_only=True)": features_of_timm,
+    "model.set_input_size((96, 96))": another_head_and_size,
+    'model.set_attn_implementation("eager")': other_attention,
+    "llava.resize_token_embeddings(200)": more_words,
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("line", WORK)
-def test_a_line_works(line):
-    WORK[line]()
+def test_a_line_works(line, tmp_path):
+    WORK[line](*[str(tmp_path)] * len(signature(WORK[line]).parameters))

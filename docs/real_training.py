@@ -1,0 +1,152 @@
+"""Write the tables of training in real_model.md from the results of `benchmarks.real`.
+
+python docs/real_training.py             # rewrite the block between the markers
+python docs/real_training.py --check     # exit status 1 if the block is stale
+"""
+
+import argparse
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t
+
+from benchmarks.marked_block import rewrite
+from benchmarks.real.training import DENSE, FINISH, FINISHED, REDUCED, Arm
+from benchmarks.tables import table
+from elip_models.saving.files import read_object
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
+BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
+ENDS = {DENSE: "", REDUCED: "", FINISHED: " + finish"}
+MEASURES = {
+    "top1": "top-1",
+    "text_to_image_r1": "text to image, R@1",
+    "text_to_image_r5": "R@5",
+    "image_to_text_r1": "image to text, R@1",
+    "image_to_text_r5": "R@5",
+}
+
+
+def block(results: Path) -> str:
+    """Return a table for each study whose results are there."""
+    studies = {
+        "finetune.json": (
+            "### Fine-tuning a classifier",
+            "DINOv2 ViT-S/14 with a new last layer is trained on {train:,} photographs of clothes "
+            "and judged on {held_out:,} others (the validation and test splits), in {steps} steps "
+            "of {batch} images of {pixels} x {pixels} px.",
+        ),
+        "clip.json": (
+            "### Training a CLIP",
+            "DINOv2 ViT-S/14 and MiniLM, with projections fitted on the frozen towers, are trained "
+            "on {train:,} photographs of Flickr8k with captions and judged on the {test:,} of its "
+            "test split, in {steps} steps of {batch} pairs with images of {pixels} x {pixels} px. "
+            "In training, the caption of an image guides `elip`; in evaluation no text does.",
+        ),
+    }
+    parts = []
+    for file, (title, sentence) in studies.items():
+        if (results / file).is_file():
+            document = read_object(results / file)
+            parts += [title, sentence.format(**document["settings"]) + " " + note(document)]
+            parts += [study_table(document)]
+    return "\n\n".join(parts)
+
+
+def note(document: dict[str, Any]) -> str:
+    """Return what the columns are, and what was measured where."""
+    time = document.get("time")
+    measured = (
+        f" Time of training is that of the steps, from medians of {time['rounds']} interleaved "
+        f"rounds with {time['threads']} threads."
+        if time
+        else ""
+    )
+    seeds = sorted({row["seed"] for row in document["runs"]})
+    return (
+        f"Points against `dense`, paired by seed, with 95% intervals of Student's t over "
+        f"{len(seeds)} seeds; bold: the interval excludes zero. Each model is judged dense and, in "
+        "the columns marked so, reduced as it was trained. `+ finish`: the last tenth of the steps "
+        f"is dense.{measured} {document['device']}, {document['date']}, commit "
+        f"{document['commit']['id'][:7]}; matrix products in bf16."
+    )
+
+
+def study_table(document: dict[str, Any]) -> str:
+    """Return a row for each arm and end: time, and the difference of each measure from dense."""
+    values = values_by_seed(document)
+    dense = values[DENSE, DENSE, DENSE]
+    measures = {name: title for name, title in MEASURES.items() if name in dense}
+    header = ["arm", "time of training", *measures.values()]
+    header += [f"{title}, reduced" for title in measures.values()]
+    rows = []
+    for arm, end in dict.fromkeys((arm, end) for arm, end, _ in values):
+        cells = [f"`{arm}`{ENDS[end]}", training_time(document, arm, end)]
+        for forward in (DENSE, REDUCED):
+            of_arm = values.get((arm, end, forward), {})
+            cells += [
+                absolute(dense[name])
+                if (arm, forward) == (DENSE, DENSE)
+                else difference(of_arm.get(name, {}), dense[name])
+                for name in measures
+            ]
+        rows.append(cells)
+    return table(header, rows, left=1)
+
+
+def values_by_seed(document: dict[str, Any]) -> dict[tuple[str, str, str], Any]:
+    """Return {(arm, end, forward): {measure: {seed: value}}}."""
+    values: dict[tuple[str, str, str], Any] = {}
+    for row in document["runs"]:
+        for end, forwards in row["ends"].items():
+            for forward, scores in forwards.items():
+                measures = values.setdefault((row["arm"], end, forward), {})
+                for name, value in scores.items():
+                    measures.setdefault(name, {})[row["seed"]] = value
+    return values
+
+
+def training_time(document: dict[str, Any], arm: str, end: str) -> str:
+    """Return the time of all steps relative to dense; a dash without times."""
+    share = Arm.parse(arm).share
+    ratio = document.get("time", {}).get("ratios", {}).get(arm, 1.0 if share < 1 else None)
+    if ratio is None:
+        return "–"
+    if end == FINISHED:
+        ratio = (1 - FINISH) * ratio + FINISH
+    return f"{share * ratio:.2f}"
+
+
+def absolute(values: dict[int, float]) -> str:
+    """Return the mean over seeds in percent."""
+    return f"{100 * fmean(values.values()):.1f}"
+
+
+def difference(values: dict[int, float], reference: dict[int, float]) -> str:
+    """Return '−1.4 (−3.5 to 0.8)' in points, in bold if the interval excludes zero."""
+    gaps = [100 * (values[seed] - reference[seed]) for seed in values if seed in reference]
+    if not gaps:
+        return "–"
+    mean = fmean(gaps)
+    if len(gaps) == 1:
+        return f"{mean:+.1f}".replace("-", "−")
+    half = float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
+    text = f"{mean:+.1f} ({mean - half:.1f} to {mean + half:.1f})".replace("-", "−")
+    return f"**{text}**" if half < abs(mean) else text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=DOCS / "real_model.md")
+    options = parser.parse_args(arguments)
+    text, command = block(options.results), "python docs/real_training.py"
+    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
