@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.marked_block import rewrite
+from benchmarks.real import training_tables
 from benchmarks.tables import ratio, table
 from elip_models.saving.files import read_object
 
@@ -34,7 +35,8 @@ def block(results: Path) -> str:
     if "time" in document:
         parts += [time_table(document)]
     parts += [correlations(document), ideas_table(read_object(results / "ideas.json"))]
-    return "\n\n".join([*parts, recovery(results)])
+    parts += [recovery(results), training_tables.tables(results)]
+    return "\n\n".join(filter(None, parts))
 
 
 def note(document: dict[str, Any]) -> str:

@@ -386,7 +386,7 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
 
 def _spread_out(paths: Sequence[Path]) -> Sequence[Path]:
     """Return `CALIBRATION` paths at equal distances."""
-    return paths[:: len(paths) // CALIBRATION][:CALIBRATION]
+    return paths[:: max(len(paths) // CALIBRATION, 1)][:CALIBRATION]
 
 
 if __name__ == "__main__":

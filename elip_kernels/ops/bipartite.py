@@ -318,7 +318,8 @@ def _merge_in_onnx(
         size = tokens.new_ones(B, N, dtype=accumulator(tokens))
     size = size.gather(1, order)
     out_size = size.new_zeros(B, R).scatter_add(1, rows, size)
-    weight = size / _divisor(out_size).gather(1, rows)
+    divisor = out_size.clamp(min=torch.finfo(out_size.dtype).tiny)  # one node, for normal sizes
+    weight = size / divisor.gather(1, rows)
     out, merged = (take_rows(tokens, order) * weight[..., None]).split([R, r], dim=1)
     out = out.scatter_add(1, targets[..., None].expand_as(merged), merged).to(tokens.dtype)
     slots = torch.zeros_like(order).scatter(1, order, rows).to(torch.int32)
@@ -353,8 +354,8 @@ def shares(size: Tensor | None, out_size: Tensor, slots: Tensor) -> Tensor:
 
 
 def _divisor(out_size: Tensor) -> Tensor:
-    """Return `out_size`, at least the smallest normal number: empty rows do not divide by zero."""
-    return out_size.clamp(min=torch.finfo(out_size.dtype).tiny)
+    """Return `out_size`, and 1 for empty rows, whose numerators are zero."""
+    return torch.where(out_size == 0, 1, out_size)
 
 
 def _match_flops(metric_shape, *args, **kwargs) -> int:

@@ -94,7 +94,8 @@ def _warn_of_dense_model(module: nn.Module, name: str, child: nn.Module | None) 
     PyTorch calls it for every module that gets a child. Only one that is being made has none yet.
     """
     config = _config_of(module)
-    if not isinstance(getattr(config, "elip", None), dict) or any(module.children()):
+    own = getattr(config, "__dict__", {})  # a config's __getattr__ may raise anything
+    if not isinstance(own.get("elip"), dict) or any(module.children()):
         return
     if library_of(module) == "transformers":
         warn_once(

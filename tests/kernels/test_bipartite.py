@@ -169,6 +169,15 @@ def test_steps_chain_and_sizes_count():
     assert torch.equal(unmerge(merged, both), unmerge(unmerge(merged, then), first))
 
 
+def test_means_of_subnormal_sizes_are_exact():
+    tokens, metric, _ = inputs()
+    size = torch.full(tokens.shape[:2], 2.0**-140)
+    merged, sizes = bipartite_merge(tokens, metric, 3, size=size)
+    expected, ones = bipartite_merge(tokens, metric, 3)
+    torch.testing.assert_close(merged, expected)
+    assert torch.equal(sizes, ones * 2.0**-140)
+
+
 @pytest.mark.parametrize("with_size", [True, False])
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_gradients_in_fp64(check, with_size):

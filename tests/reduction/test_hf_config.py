@@ -41,6 +41,17 @@ def test_a_dense_model_of_a_config_with_a_reduction_warns_once(make, tmp_path, r
     assert not recwarn.list
 
 
+def test_a_config_that_raises_for_unknown_names_does_not_stop_a_module():
+    class Strict(dict):
+        def __getattr__(self, name):
+            return self[name]
+
+    module = torch.nn.Module()
+    module.config = Strict()
+    module.child = torch.nn.Linear(1, 1)
+    assert isinstance(module.child, torch.nn.Linear)
+
+
 def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):
     elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
     model = elip_models.reduce_(transformers.AutoModel.from_pretrained(tmp_path))

@@ -1,24 +1,15 @@
-"""Write the tables of training in real_model.md from the results of `benchmarks.real`.
+"""Tables of the trainings in real_model.md, from their results."""
 
-python docs/real_training.py             # rewrite the block between the markers
-python docs/real_training.py --check     # exit status 1 if the block is stale
-"""
-
-import argparse
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import t
 
-from benchmarks.marked_block import rewrite
 from benchmarks.real.training import DENSE, FINISH, FINISHED, REDUCED, Arm
 from benchmarks.tables import table
 from elip_models.saving.files import read_object
 
-DOCS = Path(__file__).resolve().parent
-RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
-BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
 ENDS = {DENSE: "", REDUCED: "", FINISHED: " + finish"}
 MEASURES = {
     "top1": "top-1",
@@ -29,8 +20,8 @@ MEASURES = {
 }
 
 
-def block(results: Path) -> str:
-    """Return a table for each study whose results are there."""
+def tables(results: Path) -> str:
+    """Return a table for each study whose results are in the folder; empty without any."""
     studies = {
         "finetune.json": (
             "### Fine-tuning a classifier",
@@ -135,18 +126,3 @@ def difference(values: dict[int, float], reference: dict[int, float]) -> str:
     half = float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
     text = f"{mean:+.1f} ({mean - half:.1f} to {mean + half:.1f})".replace("-", "−")
     return f"**{text}**" if half < abs(mean) else text
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=DOCS / "real_model.md")
-    options = parser.parse_args(arguments)
-    text, command = block(options.results), "python docs/real_training.py"
-    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
