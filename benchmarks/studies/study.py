@@ -45,6 +45,7 @@ QUIET = {
     "keep_checkpoints": 1,
 }
 """Defaults of every run, which measures at the end and logs every loss."""
+STRATEGY = "model.overrides.strategy"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Study(Config):
         values = {k: v for k, v in self._settings(run).items() if not k.startswith(FINETUNE)}
         values = {**QUIET, **values, "seed": run.seed}
         values |= {"name": f"{self.group}/{run.arm}/{run.seed}", "output_dir": str(folder)}
+        if "model.overrides" not in values:
+            values.setdefault(STRATEGY, "elip")  # that of a recipe is no part of a study
         if arm.parent is not None:
             values |= self._model_of(Run(arm.parent, run.seed))
         with as_config_error(f"arms.{run.arm}"):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,10 +140,15 @@ def tiny_clip(**options):
     return create_model(name, **options).eval()
 
 
-@pytest.mark.parametrize("options", first_quick([{}, {"schedule": "1(100%) 2(50%)"}]))
-def test_a_training_run_ends_with_the_picture(options, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "options", first_quick([{"strategy": "merge"}, {}, {"schedule": "1(100%) 2(50%)"}])
+)
+def test_a_training_run_ends_with_the_picture(options, tokenizer, tmp_path, monkeypatch):
+    merging = Mock(wraps=report.draw_merging)
+    monkeypatch.setattr(report, "draw_merging", merging)
     model, source = tiny_clip(**options), EmojiScenes(5, image_size=32)
     assert rows_of(draw_kept_tokens(model, tokenizer, source, tmp_path / "kept.png")) == 5
+    assert merging.called == ("strategy" in options)
 
 
 CHOSEN = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from elip_models.analysis.merging import draw_merging
 from elip_models.analysis.visualize import draw_reduction, patch_grid
 from elip_models.pretraining.data import (
     SkipReport,
@@ -39,10 +40,10 @@ PICTURED = 5  # images
 def draw_kept_tokens(
     model: PretrainedModel, tokenizer: "PreTrainedTokenizerBase", source: Source, path: Path
 ) -> Path:
-    """Write a picture of the patches kept by each stage, CLS attention and captions.
+    """Write a picture of what the model keeps or merges, with captions.
 
-    It shows the first images of `source`, which the model was not trained on. The strategy is the
-    paper's for any model, guided by the first captions of the images.
+    It shows the first images of `source`, which the model was not trained on. The first captions
+    guide a strategy that reads a text. A model that reduces nothing is drawn with the paper's.
     """
     device, config = next(model.parameters()).device, model.config
     transform = image_transform(config.image_size, train=False, resize=config.resize)
@@ -51,10 +52,14 @@ def draw_kept_tokens(
     captions = [several[0] for several in batch.captions]
     guidance = model.encode_captions(tokenizer, captions)
     with ignore_slow_scorers():
-        _, infos = run_tower(model.tower, batch.images.to(device), guidance, model.elip_strategy())
+        images = batch.images.to(device)
+        infos = run_tower(model.tower, images, guidance, model.reduction)[1]
+        infos = infos or run_tower(model.tower, images, guidance, model.elip_strategy())[1]
     mean, std = (torch.tensor(value)[:, None, None] for value in model.image_stats())
     pixels = (batch.images * std + mean).clamp(0, 1)
-    return draw_reduction(pixels, captions, infos, path, grid=patch_grid(model.tower))
+    has_scores = all(info.attention is not None for info in infos)
+    draw = draw_reduction if has_scores else draw_merging
+    return draw(pixels, captions, infos, path, grid=patch_grid(model.tower))
 
 
 def time_tower(model: PretrainedModel, path: Path, console: Console, batch_size: int) -> Path:
