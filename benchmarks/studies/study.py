@@ -110,7 +110,7 @@ class Study(Config):
         values = {**QUIET, **values, "seed": run.seed}
         values |= {"name": f"{self.group}/{run.arm}/{run.seed}", "output_dir": str(folder)}
         if "model.overrides" not in values:
-            values.setdefault(STRATEGY, "elip")  # that of a recipe is no part of a study
+            values[STRATEGY] = self._strategy(run.arm)
         if arm.parent is not None:
             values |= self._model_of(Run(arm.parent, run.seed))
         with as_config_error(f"arms.{run.arm}"):
@@ -125,6 +125,12 @@ class Study(Config):
         if config.data.eval is None and set(self.measures) != {FINETUNED}:
             raise ConfigError("data.eval: expected held-out samples to measure on, got null")
         return config
+
+    def _strategy(self, name: str) -> str:
+        """Return the strategy of an arm: its own, its parent's, or `elip`; not the recipe's."""
+        arm = self.arms[name]
+        own = (self.overrides | arm.overrides).get(STRATEGY)
+        return own or (self._strategy(arm.parent) if arm.parent else "elip")
 
     def finetuning(self, run: "Run") -> RunConfig | None:
         """Return the recipe of the fine-tuning of a run, which need not have pre-trained yet.
