@@ -8,7 +8,7 @@ momentum tower too. The paper has no figure for METER with ToMe.
 Table 5 has the CLIP models. The paper does not state their batch, so ratios to the dense model are
 compared, which do not depend on it. The readings of Table 5 that were tried (one tower or both, one
 pass or both, with and without the scoring pass, every batch that the paper names) are fitted by
-`paper_flops.py` at commit 1a22749; docs/fidelity.md has the conclusions.
+`paper_flops.py` at commit 1a22749; docs/paper.md has the conclusions.
 """
 
 from collections.abc import Mapping

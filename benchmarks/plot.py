@@ -1,4 +1,4 @@
-"""Write tables and charts of docs/benchmarks.md from the committed results.
+"""Write tables and charts of docs/appendix.md from the committed results.
 
     python -m benchmarks.plot [--results DIR] [--page PAGE] [--check]
 
@@ -9,6 +9,8 @@ stopped early, or if the commit is unknown or there are fewer than ten rounds.
 
 import argparse
 import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +51,13 @@ def write(device: Results, docs: Path) -> list[Path]:
     path.parent.mkdir(exist_ok=True)
     write_file(path, page.encode())
     return [*draw(device, docs), path]
+
+
+def sections(results: list[Results]) -> Iterator[str]:
+    """Yield the tables of each run, below one heading for each device."""
+    for device, runs in groupby(results, lambda run: run.machine["device"]):
+        yield f"### {device}"
+        yield from map(device_tables, runs)
 
 
 def stale_files(results: list[Results], docs: Path) -> list[Path]:
@@ -130,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if results are refused or, with --check, if a file is stale."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "appendix.md")
     parser.add_argument("--check", action="store_true", help="only report stale files")
     options = parser.parse_args(arguments)
     try:
@@ -138,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as reason:
         sys.stderr.write(f"refused: {reason}\n")
         return 1
-    block = "\n\n".join(map(device_tables, results)) or "No results are committed yet."
+    block = "\n\n".join(sections(results)) or "No results are committed yet."
     command, docs = "python -m benchmarks.plot", options.page.parent
     status = rewrite(options.page, BEGIN, END, block, command=command, check=options.check)
     if options.check:

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.measured import Results
 from benchmarks.parity import OURS
 from elip_models.profiling.measure import no_gain
+from elip_models.reduction.strategies import STRATEGIES
 
 OTHERS = ("official", "eager", "compiled")
 
@@ -16,7 +17,7 @@ Entry = dict[str, Any]
 
 
 def device_tables(results: Results) -> str:
-    """Return the section of a device: versions, tables, and a link to its page of ops."""
+    """Return the tables of a run on a device: versions, tables, and a link to its page of ops."""
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     about = (
@@ -27,7 +28,7 @@ def device_tables(results: Results) -> str:
     compared = [entry for entry in results.entries if "strategies" in entry]
     steps = [entry for entry in results.entries if "step_flops" in entry]
     ops = [entry for entry in results.entries if "possible" in entry]
-    parts = [f"### {machine['device']}", about]
+    parts = [about]
     if towers:
         parts += [chart(results, "towers", "times relative to dense"), *tower_table(towers)]
     if compared:
@@ -76,13 +77,13 @@ def tower_table(entries: list[Entry]) -> list[str]:
 
 def strategy_table(entries: list[Entry]) -> list[str]:
     """Return time and (in brackets) counted FLOPs of each strategy relative to dense."""
-    names, rows = list(entries[0]["ratios"]), []
+    names, rows = [name for name in entries[0]["ratios"] if name in STRATEGIES], []
     for entry in entries:
         flops = entry["strategy_flops"]
         cells = [f"{ratio(entry['ratios'][name])} ({flops[name]:.2f})" for name in names]
         dense = milliseconds(entry["milliseconds"]["dense"])
         rows.append([tower(entry), entry["direction"], dense, *cells])
-    settings = ", ".join(f"`{each}`" for each in entries[0]["strategies"].values())
+    settings = ", ".join(f"`{entries[0]['strategies'][name]}`" for name in names)
     note = (
         "Time of each strategy relative to the dense tower, with relative FLOPs in brackets. All "
         f"are set to {entries[0]['share']:.3f} of a dense training step; `resize` takes the nearest"

@@ -88,7 +88,7 @@ def language_models(results: Path) -> str:
         f"**Language models**: with {percent(LANGUAGE_KEEP)} of the {prefill['tokens']['image']} "
         f"image tokens, the prefill of a LLaVA takes {ratio:.2f} of "
         f"the time. The accuracy of a small one, not trained further, changes by {cost} points "
-        "([study](docs/vlm_study.md))."
+        "([study](docs/results.md#image-tokens-of-a-language-model))."
     )
 
 
@@ -106,7 +106,8 @@ def training(quality: Document) -> str:
         "**Training**: a tiny CLIP, trained further on generated scenes with `tome` at "
         f"{trained_cost(quality):.2f} of the dense FLOPs, shows no significant difference in "
         f"top-1: {interval(gap, TOP1, ' points', '95% CI ')}, {gap.seeds} seeds. Nor does random "
-        f"pruning with merges: {interval(random, TOP1, ' points')} ([study](docs/study.md))."
+        f"pruning with merges: {interval(random, TOP1, ' points')} "
+        "([studies](docs/results.md#training-studies))."
     )
 
 
@@ -135,7 +136,7 @@ def caption(tasks: dict[str, Any]) -> str:
         f"right: {photographs['flickr8k']['measured']:,} photographs of Flickr8k. Lines that leave "
         f"the charts lose more. 95% intervals reach at most {max(errors):.1f} points to "
         f"each side. Batch {BATCH}, {THREADS} threads, {tasks['time']['device']} "
-        "([all results](docs/real_model.md)).*"
+        "([all results](docs/results.md)).*"
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the results in real_model.md from the committed results of `benchmarks.real.tasks`.
+"""Write the results in appendix.md from the committed results of `benchmarks.real.tasks`.
 
 python docs/real_model.py             # rewrite the block between the markers
 python docs/real_model.py --check     # exit status 1 if the block is stale
@@ -162,7 +162,7 @@ def recovery(results: Path) -> str:
             f"neighbours at {before['flops']:.2f} of the FLOPs"
         )
     return (
-        "[`elip distill`](faster.md#recover-quality-without-labels) recovers features without "
+        "[`elip distill`](calibrate.md#recover-quality-without-labels) recovers features without "
         f"labels: {' and '.join(texts)} ({len(texts)} runs, one seed each). It has not been judged "
         "by the tasks."
     )
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=DOCS / "real_model.md")
+    parser.add_argument("--page", type=Path, default=DOCS / "appendix.md")
     options = parser.parse_args(arguments)
     text, command = block(options.results), "python docs/real_model.py"
     return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)

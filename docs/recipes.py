@@ -1,17 +1,14 @@
 """Write the tables of recipes: our value, the original value, its source.
 
-python docs/recipes.py             # rewrite the blocks between two markers
-python docs/recipes.py --check     # exit status 1 if a block is stale
+python docs/recipes.py             # rewrite the block between two markers
+python docs/recipes.py --check     # exit status 1 if the block is stale
 
-docs/original_recipes.md has every value of the pre-training recipes. docs/fidelity.md has the
-differences of the fine-tuning recipes, and ELIP's own values beside those of ALBEF and BLIP. The
-original values are in docs/originals.yaml and docs/originals_finetune.yaml; ours are read from the
-recipes.
+docs/original_recipes.md has every value of the pre-training recipes, the differences of the
+fine-tuning recipes, and ELIP's own values beside those of ALBEF and BLIP. The original values are
+in docs/originals.yaml and docs/originals_finetune.yaml; ours are read from the recipes.
 """
 
 import argparse
-import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -22,11 +19,17 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.marked_block import rewrite
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training.recipe import FINETUNE, load_recipe, recipe_settings
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
+OF_FINE_TUNING = """### Fine-tuning recipes
+
+The recipes of `elip finetune` have the values of the original configurations, except for these
+differences. METER's recipes are those of ELIP too: its configuration is unchanged.
+"""
 
 
 def read_originals() -> dict[str, Any]:
@@ -143,9 +146,6 @@ def _values_of_elip() -> Iterator[str]:
                 yield _row(f"`{base}`", f"`{key}`", _shown(original[key]), _shown(value))
 
 
-PAGES = {"original_recipes.md": block, "fidelity.md": finetune_block}
-
-
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -160,28 +160,14 @@ def _shown(value: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--page", type=Path, default=FOLDER / "original_recipes.md")
     options = parser.parse_args(arguments)
-    return max(_update(options.folder / name, PAGES[name](), options.check) for name in PAGES)
-
-
-def _update(page: Path, text: str, is_check: bool) -> int:
-    current = page.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(current):
-        sys.stderr.write(f"{page}: expected {BEGIN} and {END} in it, got neither\n")
-        return 1
-    wanted = pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", current, count=1)
-    if wanted == current:
-        return 0
-    if is_check:
-        sys.stderr.write(f"the tables of {page.name} are stale: run python docs/recipes.py\n")
-        return 1
-    page.write_text(wanted, encoding="utf-8")
-    return 0
+    text = f"{block()}\n\n{OF_FINE_TUNING}\n{finetune_block()}"
+    command = "python docs/recipes.py"
+    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of vlm.md and vlm_study.md from the committed results.
+"""Write the tables of vlm.md and of the appendix from the committed results.
 
 python docs/vlm.py             # rewrite the blocks between the markers
 python docs/vlm.py --check     # exit status 1 if a block is stale
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--page", type=Path, default=DOCS / "vlm.md", help="with the times")
-    parser.add_argument("--study-page", type=Path, default=DOCS / "vlm_study.md")
+    parser.add_argument("--study-page", type=Path, default=DOCS / "appendix.md")
     options = parser.parse_args(arguments)
     parts = []
     for measured in read_results(RESULTS):

@@ -3,7 +3,7 @@
     collection = open_collection("embeddings")
     cosines, rows = collection.search(vectors, top=10)      # faiss compares all embeddings
 
-The rows of all shards count from 0. docs/embed.md describes the files.
+The rows of all shards count from 0. docs/collections.md describes the files.
 """
 
 import hashlib

@@ -8,7 +8,7 @@
 
 Every file is written under another name and renamed. A shard counts only with its checksum, so that
 one that was damaged or swapped is written again. The shard has the list of its skipped images in
-its metadata. docs/embed.md describes the format.
+its metadata. docs/collections.md describes the format.
 """
 
 import hashlib

@@ -307,9 +307,9 @@ def test_two_processes_of_torchrun_give_the_same_bytes(whole, pictures, model, t
     assert files_of(tmp_path / "out") == files_of(whole)
 
 
-# the blocks of docs/embed.md that read the output
+# the blocks of docs/collections.md that read the output
 
-PAGE = Path(__file__).parents[2] / "docs" / "embed.md"
+PAGE = Path(__file__).parents[2] / "docs" / "collections.md"
 READERS = dict(
     re.findall(r"^### (\w+)\n+```py\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 )

@@ -185,7 +185,7 @@ def test_the_wheel_has_the_metadata_of_a_package_index(built):
     assert metadata["Author"] and metadata["License-Expression"] == "Apache-2.0"
     assert not any("License" in each for each in metadata.get_all("Classifier"))
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert "docs/faster.md)" in metadata.get_payload(decode=True).decode()
+    assert "docs/strategies.md)" in metadata.get_payload(decode=True).decode()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""docs/reproduce.md: the tiny commands run, in order, and print the row of their table."""
+"""docs/paper.md: the tiny commands run, in order, and print the row of their table."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ import pytest
 from elip_models.pretraining.training.recipe import recipe_settings
 from tests.helpers.programs import exit_status
 
-PAGE = Path(__file__).parents[2] / "docs" / "reproduce.md"
+PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
 ITEMS = [*(f"Table {number}" for number in range(1, 11)), *(f"Figure {i}" for i in range(1, 5))]
 RECALLS = r"image_to_text_r1 .*text_to_image_r10 "
 

@@ -160,7 +160,7 @@ COMMITTED = Path(results.__file__).parents[1] / "results" / "studies"
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)
 def test_the_tables_of_committed_pages_follow_from_the_committed_results(path):
-    """The pages are those that `docs/study.py` wrote at commit 1a22749."""
+    """The pages are those that `docs/study.py` of commit 1a22749 wrote."""
     found = read_results(path)
     page = (COMMITTED.parents[2] / "docs" / "studies" / f"{path.stem}.md").read_text()
     assert table(*means(found), left=1) in page

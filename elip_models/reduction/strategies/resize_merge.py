@@ -3,7 +3,7 @@
     image   leaves sqrt(k) of the tokens, of `keep` = k
     merges  leave sqrt(k) of those, spread over the blocks as `TokenMerging` does
 
-Either alone keeps less recall at half of the FLOPs (docs/real_model.md).
+Either alone keeps less recall at half of the FLOPs (docs/results.md).
 """
 
 from dataclasses import dataclass, replace
