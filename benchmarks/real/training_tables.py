@@ -1,4 +1,4 @@
-"""Tables of the trainings in real_model.md, from their results."""
+"""Tables of the trainings in appendix.md, from their results."""
 
 from pathlib import Path
 from statistics import fmean, stdev
