@@ -20,7 +20,7 @@ import matplotlib
 from benchmarks.marked_block import rewrite
 from benchmarks.measured import Refused, Results, read_results
 from benchmarks.parity import OURS
-from benchmarks.tables import device_tables, op_page, tower
+from benchmarks.tables import device_tables, has_chart, op_page, tower
 from elip_models.analysis.chart_style import GREY, METADATA, STYLE, write_figure
 from elip_models.saving.files import write_file
 
@@ -69,13 +69,13 @@ def stale_files(results: list[Results], docs: Path) -> list[Path]:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write <slug>-towers.svg and <slug>-ops.svg if there are results; return their paths."""
+    """Write <slug>-towers.svg and <slug>-ops.svg if `has_chart` is true; return their paths."""
     folder.mkdir(exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
         for kind, panels_of in (("towers", tower_panels), ("ops", op_panels)):
-            panels = panels_of(results.entries)
-            if panels:
+            if has_chart(kind, results.entries):
+                panels = panels_of(results.entries)
                 figure = plot(panels, f"{kind} on {results.machine['device']}")
                 paths.append(folder / f"{results.slug}-{kind}.svg")
                 write_figure(figure, paths[-1], bbox_inches="tight", metadata=METADATA)

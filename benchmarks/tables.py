@@ -30,7 +30,9 @@ def device_tables(results: Results) -> str:
     ops = [entry for entry in results.entries if "possible" in entry]
     parts = [about]
     if towers:
-        parts += [chart(results, "towers", "times relative to dense"), *tower_table(towers)]
+        if has_chart("towers", results.entries):
+            parts.append(chart(results, "towers", "times relative to dense"))
+        parts += tower_table(towers)
     if compared:
         parts += strategy_table(compared)
     language = [entry for entry in results.entries if "language_model" in entry]
@@ -42,10 +44,18 @@ def device_tables(results: Results) -> str:
     if steps:
         parts += pretraining_table(steps)
     if ops:
-        parts.append(chart(results, "ops", "times over that of a copy"))
+        if has_chart("ops", results.entries):
+            parts.append(chart(results, "ops", "times over that of a copy"))
         parts.append(f"[Every op, side by side]({results.slug}-ops.md).")
     parts += [serving(entry) for entry in results.entries if "latency" in entry]
     return "\n\n".join(parts)
+
+
+def has_chart(kind: str, entries: Sequence[Entry]) -> bool:
+    """Return whether there is a chart: of three towers or more, or of ops that ran kernels."""
+    if kind == "towers":
+        return len({tower(entry) for entry in entries if "flops" in entry}) > 2
+    return any(entry["kernels"] for entry in entries if "possible" in entry)
 
 
 def chart(results: Results, kind: str, title: str) -> str:

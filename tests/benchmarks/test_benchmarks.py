@@ -120,7 +120,7 @@ def page(tmp_path):
     return write
 
 
-def test_tables_and_charts_come_from_the_json(page, tmp_path):
+def test_tables_come_from_the_json(page, tmp_path):
     arguments = page(entries())
     assert main([*arguments, "--check"]) == 1
     assert main(arguments) == 0
@@ -149,6 +149,14 @@ def test_tables_and_charts_come_from_the_json(page, tmp_path):
         "p50 40.2 / 30.4 ms, p99 90 / 81 ms; memory of the process grew by 0.5 MiB.",
     ):
         assert part in text, part
+    assert ".svg" not in text
+
+
+def test_charts_show_kernels_and_several_towers(page, tmp_path):
+    op, tower, *_ = entries()
+    towers = [tower | {"shape": {"B": batch, "image": 256}} for batch in (1, 4, 16)]
+    assert main(page([op | {"kernels": True}, *towers])) == 0
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
     for name in ("some-cpu-towers.svg", "some-cpu-ops.svg"):
         assert f"({name})" in text
         assert "</svg>" in (tmp_path / "docs" / name).read_text()
