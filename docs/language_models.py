@@ -57,10 +57,10 @@ def page() -> str:
     ]
     return "\n".join(
         [
-            "# Multimodal language models of transformers",
+            "# Multimodal language models",
             "",
-            "Look up here whether the language model of a model of transformers can read fewer "
-            "image tokens. `elip models --language` prints the same for the installed version. "
+            "The transformers models whose language model can read fewer image tokens. `elip "
+            "models --language` prints the same for the installed version. "
             f"`docs/language_models.py` wrote this page with transformers "
             f"{transformers.__version__}.",
             "",

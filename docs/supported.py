@@ -33,7 +33,7 @@ def named(spec: str) -> Callable[[], nn.Module]:
 
 
 def configured(model: str, config: str) -> Callable[[], nn.Module]:
-    """Return a function that creates a model of transformers with its default config."""
+    """Return a function that creates a transformers model with its default config."""
     return lambda: getattr(transformers, model)(getattr(transformers, config)())
 
 

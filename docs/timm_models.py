@@ -1,4 +1,4 @@
-"""Write docs/timm_models.md: which ViT-like models of timm can be reduced, and why others cannot.
+"""Write docs/timm_models.md: which ViT-like timm models can be reduced, and why others cannot.
 
 python docs/timm_models.py           # builds every model on the meta device: a few minutes
 
@@ -73,10 +73,10 @@ def page(answers: dict[str, Answer]) -> str:
     """Return the text of the page."""
     listed = ", ".join(f"`{module}`" for module in MODULES)
     lines = [
-        "# Models of timm",
+        "# timm models",
         "",
-        "Look up here whether a ViT of timm can be reduced. `docs/timm_models.py` tested, with "
-        f"timm {timm.__version__}: every name of the modules {listed}, created by "
+        f"The timm ViTs that can be reduced, as `docs/timm_models.py` tested them with timm "
+        f"{timm.__version__}: every name of the modules {listed}, created by "
         "`timm.create_model(name)`. Hierarchical models (Swin, Hiera, MViT, PVT, LeViT and others) "
         "and convolutional models are not supported and not listed. In towers without a class "
         "token, `elip` and `adaptive` need a text as guidance.",

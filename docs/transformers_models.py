@@ -1,4 +1,4 @@
-"""Write docs/transformers_models.md: which vision models of transformers can be reduced.
+"""Write docs/transformers_models.md: which transformers vision models can be reduced.
 
 python docs/transformers_models.py           # builds every model on the meta device: a minute
 
@@ -90,10 +90,10 @@ def page(answers: dict[str, str]) -> str:
     """Return the text of the page."""
     taken = sum(cells.startswith("yes") for cells in answers.values())
     lines = [
-        "# Vision models of transformers",
+        "# transformers models",
         "",
-        "Look up here whether a model of transformers can be reduced. "
-        f"`docs/transformers_models.py` tested, with transformers {transformers.__version__}: the "
+        "The transformers models that can be reduced, as `docs/transformers_models.py` tested "
+        f"them with transformers {transformers.__version__}: the "
         "classes that the library lists as models of images, as image-text models that rank and as "
         "video classifiers, and image towers of other models, each with its default config. "
         f"{taken} of {len(answers)} can be reduced. The same towers work inside other models, such "

@@ -125,8 +125,8 @@ def reduce_(
 def unreduce_(model: M) -> M:
     """Undo `reduce_`, also on a deepcopied or unpickled model, and return the model.
 
-    Given the image model inside a reduced image-text model, it restores the whole model. Of a
-    multimodal language model it restores the image tower too.
+    Pass a whole image-text model or just its image tower. Of a multimodal language model it restores
+    the image tower too.
 
     Args:
         model: a model that `reduce_` may have changed.

@@ -94,7 +94,7 @@ COMMANDS = {
     "recipes": ("recipes.app", "List the recipes, or show the settings of one."),
     "models": (
         "models.models",
-        "List the models that can be reduced; with FILTER, check models of timm by name.",
+        "List the models that can be reduced; with FILTER, check timm models by name.",
     ),
     "strategies": (
         "strategies.strategies",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 NEIGHBOURS = 10
 OUTPUTS = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
-"""Of a model of transformers; the first that is there is the feature."""
+"""Of a transformers model; the first that is there is the feature."""
 
 
 def output_feature(output: Any) -> Tensor:

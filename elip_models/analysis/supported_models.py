@@ -21,7 +21,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 class TimmSupport(NamedTuple):
-    """Which strategies can reduce a model of timm.
+    """Which strategies can reduce a timm model.
 
     refusal: why no strategy can, or None. default: name of the strategy of `reduce_(model)`.
     reasons: for each strategy, why it does not work, or None. pooling: how the model pools.

@@ -30,7 +30,7 @@ def models(
         bool, typer.Option("--language", help="List the multimodal language models.")
     ] = False,
 ) -> None:
-    """List the models that can be reduced; with FILTER, check models of timm by name."""
+    """List the models that can be reduced; with FILTER, check timm models by name."""
     if language:
         if pattern is not None:
             raise ConfigError(
@@ -61,7 +61,7 @@ def _print_families() -> None:
     table.add_row("this library", escape(", ".join(registered_names())), "elip_clip_vit_b16")
     console = Console()
     console.print(table)
-    console.print("elip models 'vit_*' checks models of timm by name", highlight=False)
+    console.print("elip models 'vit_*' checks timm models by name", highlight=False)
     console.print("elip models --language lists multimodal language models", highlight=False)
 
 

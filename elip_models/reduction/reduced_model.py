@@ -279,7 +279,7 @@ class ReducedBlock:
 def with_masks(args: Args, kwargs: Kwargs, real: Tensor | None) -> tuple[Args, Kwargs]:
     """Return a block's arguments with masks of the tokens `real` (B, N), or without any.
 
-    torch.export cannot read the values of a mask, so models of transformers pass one that hides no
+    torch.export cannot read the values of a mask, so transformers models pass one that hides no
     token, where they pass None in a call.
     """
 

@@ -49,7 +49,7 @@ class NewPartsWarning(UserWarning):
 
 
 def load_timm(folder: Path) -> nn.Module:
-    """Load the model of timm that `save_reduced` wrote."""
+    """Load the timm model that `save_reduced` wrote."""
     import timm
 
     return _load(
@@ -60,7 +60,7 @@ def load_timm(folder: Path) -> nn.Module:
 
 
 def load_open_clip(folder: Path) -> nn.Module:
-    """Load the model of open_clip that `save_reduced` wrote; its towers are not from a hub."""
+    """Load the open_clip model that `save_reduced` wrote; its towers are not from a hub."""
     path = folder / OPEN_CLIP_CONFIG
     described = read_object(path).get("model_cfg")
     if mismatch_error(described, dict) or any(
@@ -105,7 +105,7 @@ def _load(config: Path, weights: Path, make: Callable[[], nn.Module]) -> nn.Modu
 def load_transformers(
     name: str | Path, kind: Any, config: Any, *, new_parts: bool = False
 ) -> nn.Module:
-    """Load a model of transformers from a folder, or by its name on the hub.
+    """Load a transformers model from a folder, or by its name on the hub.
 
     Args:
         name: folder or name.
@@ -143,7 +143,7 @@ def load_transformers(
 
 
 def from_config(kind: Any, config: Any) -> nn.Module:
-    """Return a model of transformers with random weights; `kind` is as in `load_transformers`."""
+    """Return a transformers model with random weights; `kind` is as in `load_transformers`."""
     from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 
     if issubclass(kind, PreTrainedModel):

@@ -42,7 +42,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     """Open the model that `spec` names, in eval mode.
 
     With `pretrained=False` under `with torch.device("meta"):`, the model takes no memory. Code in a
-    folder or a repository does not run. A whole part of a model of transformers that its weights
+    folder or a repository does not run. A whole part of a transformers model that its weights
     lack, such as a pooler, has initial values, with a warning.
 
     Example::

@@ -49,7 +49,7 @@ Config = str | dict[str, Any] | None
 def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config = None) -> Path:
     """Save a reduced model in the format of its library, together with its reduction.
 
-    The library alone can load the folder as a dense model. For a model of peft only the adapter is
+    The library alone can load the folder as a dense model. For a PEFT model only the adapter is
     saved, as peft does; `PeftModel.from_pretrained(base, folder)` returns a dense model, which
     `load_reduced(folder, model)` reduces.
 

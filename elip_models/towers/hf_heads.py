@@ -1,4 +1,4 @@
-"""What models of transformers do with the tokens of their image tower."""
+"""What transformers models do with the tokens of their image tower."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How a model of transformers expects its images, from the files of its processor."""
+"""How a transformers model expects its images, from the files of its processor."""
 
 import json
 from pathlib import Path

@@ -37,7 +37,7 @@ TIMM = {
 """Reasons for the models in these files of timm, as patterns of their names."""
 
 TRANSFORMERS = {
-    "timm_wrapper gemma3n_vision": "wraps a model of timm; pass its .timm_model",
+    "timm_wrapper gemma3n_vision": "wraps a timm model; pass its .timm_model",
     "vit_mae": "masks and shuffles its patches at random in every call, also in evaluation; "
     "ViTModel.from_pretrained loads its checkpoint, and reads all patches in order",
     "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
@@ -68,7 +68,7 @@ LANGUAGE = (
 )
 IMAGES = (
     f"has layers {NOT_YET}; CLIP, SigLIP, ViT, DeiT, BLIP, DINOv2, DINOv3 and others of "
-    "transformers are supported, and most ViTs of timm"
+    "transformers are supported, and most timm ViTs"
 )
 
 LIBRARIES = {
@@ -82,12 +82,12 @@ LIBRARIES = {
 
 
 def timm_reason(model: nn.Module) -> str:
-    """Return why a model of timm that is no VisionTransformer and no Eva cannot be reduced."""
+    """Return why a timm model that is no VisionTransformer and no Eva cannot be reduced."""
     return f"it {first_match(TIMM, type(model).__module__.rpartition('.')[2])}"
 
 
 def transformers_reason(model: nn.Module) -> str:
-    """Return why a model of transformers without a known tower cannot be reduced."""
+    """Return why a transformers model without a known tower cannot be reduced."""
     if not hasattr(model, "main_input_name"):
         return f"it {PART}"
     backbone = getattr(model.config, "backbone_config", None)  # its `backbone` is a name of timm

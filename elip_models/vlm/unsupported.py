@@ -25,7 +25,7 @@ REASONS = {
     "inkling* lfm3_vl nemotron_h_omni unlimited_ocr": "has layers of a type, such as hybrid or "
     "with reference tokens, whose state counts every token",
     "granite4_vision": "adds further image features between the layers of its language model",
-    "*": "is not compared with the model of transformers by a test yet; 'tome' and others reduce "
+    "*": "is not compared with the transformers model by a test yet; 'tome' and others reduce "
     "its image tower if that is supported",
 }
 """Reasons as patterns of `config.model_type`."""
