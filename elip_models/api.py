@@ -125,8 +125,8 @@ def reduce_(
 def unreduce_(model: M) -> M:
     """Undo `reduce_`, also on a deepcopied or unpickled model, and return the model.
 
-    Pass a whole image-text model or just its image tower. Of a multimodal language model it restores
-    the image tower too.
+    Pass a whole image-text model or just its image tower. `unreduce_` restores the image tower of a
+    multimodal language model, too.
 
     Args:
         model: a model that `reduce_` may have changed.
