@@ -62,6 +62,8 @@ def reduce_(
 ) -> M:
     """Make a model drop and merge image tokens, in place, and return it.
 
+    Example::
+
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
         elip_models.reduce_(model)                       # token merging, 70% of the tokens
         elip_models.reduce_(model, "tome", 0.5)          # another strategy, half of the tokens
@@ -85,10 +87,11 @@ def reduce_(
             stores the strategy. Of CoCa, whose text cannot guide its images, the image tower alone
             is reduced.
         strategy: a name in `elip_models.STRATEGIES`, a line such as 'evit:keep_ratio=0.6', a file
-            of `calibrate` such as 'best.json', or an instance. Without any argument, that of the
-            config of a saved transformers model; otherwise 'merge' at keep=0.7, or, if that cannot
-            be used, another one with a warning. For a language model 'diverse' at keep=0.5. For a
-            model of `create_model` its own ELIP, or ELIP with the paper's schedule.
+            of `calibrate` such as 'best.json', or an instance. None means: for an image model
+            'merge' at keep=0.7, or, with a warning, 'elip' or 'random' if other code has replaced
+            the forward of a block; for a language model 'diverse' at keep=0.5; for a saved
+            transformers model what its config stores; for a model of `create_model` its own ELIP,
+            or ELIP with the paper's schedule.
         keep: the target: the mean share of tokens over the layers, a float in (0, 1], in place of
             the strategy's own option (`schedule`, `r`, `keep_ratio`, `size`). Without both, a named
             strategy keeps 0.7. For a language model, a float is the share of each image's tokens,

@@ -72,6 +72,13 @@ def calibrate(
 ) -> Calibration:
     """Find the cheapest reduction whose features differ from the dense ones within a tolerance.
 
+    Example::
+
+        calibration = calibrate(model, images, labels=labels, tolerance=0.02)
+        print(calibration)  # every setting that was tried, and the choice
+        calibration.save("calibrated.json")
+        reduce_(model, "calibrated.json")
+
     Args:
         model: an image model of timm, open_clip or transformers, not reduced, on the device to
             measure; or a whole image-text model, of which the image model is calibrated.

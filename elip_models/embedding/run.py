@@ -70,6 +70,10 @@ def embed(
 ) -> Embedded:
     """Embed the images of a collection, and write the vectors as Parquet files.
 
+    Example::
+
+        embed("timm:vit_small_patch14_dinov2", "photographs", "embeddings", reduce="tome", keep=0.7)
+
     A call that was stopped continues with the same arguments, and gives the same bytes.
 
     Args:

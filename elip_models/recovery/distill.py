@@ -80,6 +80,11 @@ def distill(
 ) -> M:
     """Train a reduced model, in place and without labels, to give the dense model's features.
 
+    Example::
+
+        distill(model, images, keep=0.5)
+        save_reduced(model, "distilled")
+
     It trains in eval mode, without dropout. The text side of an image-text model does not change.
 
     Args:
