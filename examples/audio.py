@@ -1,6 +1,6 @@
 """Classify audio with merged tokens: the Audio Spectrogram Transformer reads patches of sound.
 
-pip install 'elip-kernels[models]'
+pip install -e ".[models]"
 python examples/audio.py
 """
 

@@ -1,6 +1,6 @@
 """Segmentation with a reduced tower: restore one token per patch after merging.
 
-    pip install 'elip-kernels[models]'
+    pip install -e ".[models]"
     python examples/dense_grid.py
 
 `unmerge` returns, for every patch, the token that it was merged into. So a head that needs one

@@ -1,6 +1,6 @@
 """Train a transformers model with its Trainer on half of the patches, and on all in the last steps.
 
-    pip install 'elip-kernels[train]'
+    pip install -e ".[train]"
     python examples/hf_trainer.py
 
 FLIP trains this way: it drops patches at random, then trains briefly on whole images. A run that

@@ -1,6 +1,6 @@
 """Zero-shot classification with open_clip and a reduced image tower: K prompts, B images.
 
-    pip install 'elip-kernels[open-clip]'
+    pip install -e ".[open-clip]"
     python examples/open_clip_zero_shot.py --pretrained laion2b_s34b_b88k
 
 Without --pretrained nothing is downloaded and the weights are random. The probabilities and the

@@ -1,6 +1,6 @@
 """Write a strategy: keep the patches whose tokens have the largest norm, merge the others.
 
-pip install 'elip-kernels[models]'
+pip install -e ".[models]"
 python examples/own_strategy.py
 """
 

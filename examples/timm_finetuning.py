@@ -1,6 +1,6 @@
 """Fine-tune a timm model on 70% of its tokens, with timm's optimizer and loader.
 
-    pip install 'elip-kernels[models]'
+    pip install -e ".[models]"
     python examples/timm_finetuning.py
 
 timm's own train.py finds the registered model:

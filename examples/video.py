@@ -1,6 +1,6 @@
 """Classify a video with merged tokens: ViViT merges over space and time.
 
-pip install 'elip-kernels[models]'
+pip install -e ".[models]"
 python examples/video.py
 """
 

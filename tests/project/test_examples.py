@@ -36,7 +36,7 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("name", PRINTED)
 def test_an_example_says_what_to_install(name):
     text = (EXAMPLES / f"{name}.py").read_text()
-    assert "pip install 'elip-kernels[" in text.split('"""')[1]
+    assert 'pip install -e ".[' in text.split('"""')[1]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in PRINTED])
