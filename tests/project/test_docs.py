@@ -5,6 +5,7 @@ import shlex
 import unicodedata
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import open_clip
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 import transformers
 import typer
+from PIL import Image
 
 import elip_kernels
 import elip_models
@@ -63,7 +65,6 @@ def inputs(page):
         "attention_mask": batch[2],
         "text_cls": torch.randn(2, 192),
         "loader": [batch],
-        "photograph": None,  # of a processor that is replaced
     }
 
 
@@ -90,7 +91,7 @@ def small_models(monkeypatch):
     llava, prompt = build("llava", rows=((1, "image", 3),))
     pretrained = {
         "AutoModel": dinov2(num_hidden_layers=6),
-        "AutoProcessor": lambda **inputs: prompt,
+        "AutoProcessor": Mock(return_value=prompt),
         "LlavaForConditionalGeneration": llava,
         "LlavaOnevisionForConditionalGeneration": build("llava_onevision")[0],
     }
@@ -114,6 +115,7 @@ PYTHON = [page for page in WITH_PYTHON if blocks(page, "python")]
 )
 def test_the_python_of_a_page_runs(page, small_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("photograph.jpg")
     names = {"elip_models": elip_models, "range": lambda stop: range(min(stop, 3))}
     for code in blocks(page, "python"):
         on_cpu = page.name not in META_PAGES or any(word in code for word in CPU_WORDS)
