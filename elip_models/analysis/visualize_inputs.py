@@ -113,9 +113,9 @@ def open_visualized_model(
         mean, std = (torch.tensor(stat)[:, None, None] for stat in reducible.image_stats())
     with reduction_option_errors():
         if isinstance(reducible, SelfReducingModel):
-            default = model.elip_strategy
+            default = (lambda: model.reduction) if model.is_reduced else model.elip_strategy
             if strategy is None and schedule is not None:
-                strategy, schedule = replace(default(), schedule=schedule), None
+                strategy, schedule = replace(model.elip_strategy(), schedule=schedule), None
         else:
             default = partial(
                 strategy_by_default,

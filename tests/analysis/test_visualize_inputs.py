@@ -12,7 +12,7 @@ from elip_models.analysis import visualize_inputs
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
 from elip_models.pretraining.data import load_tokenizer, tokenize
 from elip_models.pretraining.models.clip.model import CLIP
-from elip_models.pretraining.models.registry import create_model
+from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
@@ -93,6 +93,15 @@ def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
         return_info=True,
     )
     assert not differ(infos, expected)
+
+
+def test_our_clip_is_drawn_with_the_strategy_of_its_training(tmp_path, tokenizer):
+    folder = our_folder(tmp_path / "model", tokenizer)
+    model = load_model(folder, strategy="merge")
+    model.save_pretrained(tmp_path / "merging", tokenizer)
+    pictured = open_visualized_model(str(tmp_path / "merging"))
+    assert pictured.strategy == model.reduction and pictured.strategy.name == "merge"
+    assert open_visualized_model(folder, strategy="elip").strategy.name == "elip"
 
 
 @pytest.mark.parametrize("make", [hf_clip, hf_blip])
