@@ -35,6 +35,7 @@ def block(results: Path) -> str:
     if "time" in document:
         parts += [time_table(document)]
     parts += [correlations(document), ideas_table(read_object(results / "ideas.json"))]
+    parts += [adaptive_batches(read_object(results / "adaptive_batches.json"))]
     parts += [recovery(results), training_tables.tables(results)]
     return "\n\n".join(filter(None, parts))
 
@@ -148,6 +149,26 @@ def ideas_table(document: dict[str, Any]) -> str:
             "the share of the FLOPs. In the rows of 0.42 and 0.25, and of 0.35 with 182 px, the "
             f"last block computes the class token alone. Commit {document['commit']['id'][:7]}.",
             table(["idea", "FLOPs", *titles, "cosine"], rows, left=1),
+        ]
+    )
+
+
+def adaptive_batches(document: dict[str, Any]) -> str:
+    """Return what numbers of merges by image cost in padded batches, as a table."""
+    header = ["idea", "photographs", "one image"]
+    header += [f"batch {B}{by}" for B in document["batch_sizes"][1:] for by in ("", ", by length")]
+    rows = []
+    for row in document["rows"]:
+        pairs = zip(row["flops"]["data"], row["flops"]["length"], strict=True)
+        (single, _), *batched = pairs
+        cells = [single, *(each for pair in batched for each in pair)]
+        rows.append([row["idea"], row["photographs"], *(f"{each:.2f}" for each in cells)])
+    return "\n\n".join(
+        [
+            "Numbers of merges by image help single images. A batch is padded to its longest "
+            "image, which costs more than it gains. FLOPs relative to dense, of batches in the "
+            "order of the data and of batches of similar lengths:",
+            table(header, rows, left=2),
         ]
     )
 

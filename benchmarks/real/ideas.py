@@ -227,9 +227,16 @@ def mean_flops(
     width = model.embed_dim
     if not idea.adaptive:
         return idea.relative_flops(idea.merges(width), width)
-    images = torch.cat([*batches(paths)])
-    merges = [_adaptive(model, image[None], idea, thresholds)[1] for image in images]
+    merges = merged_counts(model, torch.cat([*batches(paths)]), idea, thresholds)
     return fmean(idea.relative_flops(counts, width) for counts in merges)
+
+
+@torch.no_grad()
+def merged_counts(
+    model: nn.Module, images: Tensor, idea: Idea, thresholds: Sequence[float]
+) -> list[list[int]]:
+    """Return how many tokens each block merges of each image, for an adaptive idea."""
+    return [_adaptive(model, image[None], idea, thresholds)[1] for image in images]
 
 
 @torch.no_grad()
@@ -332,7 +339,7 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
     labels = torch.cat([train.labels[held], validation.labels])
 
     captioned = materials.flickr8k(folder, "train")
-    samples = [*_spread_out(fitted_paths), *_spread_out(captioned.paths)]
+    samples = [*spread_out(fitted_paths), *spread_out(captioned.paths)]
 
     def thresholds_of(idea: Idea) -> list[float]:
         return calibrated(model, torch.cat([*batches(samples)]), idea) if idea.adaptive else []
@@ -366,7 +373,7 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
         for name, idea in progress.track(IDEAS.items(), description="ideas"):
             found = {kind: features(name, idea, files) for kind, files in paths.items()}
             reduced = values(found)
-            some = [path for files in paths.values() for path in _spread_out(files)]
+            some = [path for files in paths.values() for path in spread_out(files)]
             rows.append(
                 {
                     "idea": name,
@@ -384,9 +391,9 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
     }
 
 
-def _spread_out(paths: Sequence[Path]) -> Sequence[Path]:
-    """Return `CALIBRATION` paths at equal distances."""
-    return paths[:: max(len(paths) // CALIBRATION, 1)][:CALIBRATION]
+def spread_out(paths: Sequence[Path], count: int = CALIBRATION) -> Sequence[Path]:
+    """Return `count` paths at equal distances."""
+    return paths[:: max(len(paths) // count, 1)][:count]
 
 
 if __name__ == "__main__":

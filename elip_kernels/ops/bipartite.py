@@ -281,7 +281,7 @@ def match_reference(
 def _partners(unit_a: Tensor, unit_b: Tensor, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return best - penalty and partner, both (B, A), of unit_a (B, A, C) among unit_b."""
     similarity = torch.bmm(unit_a, unit_b.mT)
-    best, partner = similarity.masked_fill_(similarity.isnan(), float("-inf")).max(2)
+    best, partner = similarity.nan_to_num_(float("-inf")).max(2)
     if penalty is not None:
         best = best - penalty
         best = best.masked_fill(best.isnan(), float("-inf"))

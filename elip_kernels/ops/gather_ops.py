@@ -58,6 +58,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
     """Return row indices (B, ...) of N rows per image as indices into B * N rows, flattened."""
+    if rows.shape[0] == 1 and not is_captured():  # a trace would be of one image for ever
+        return rows.reshape(-1)
     first = N * torch.arange(rows.shape[0], device=rows.device)
     return (rows + first.view(-1, *[1] * (rows.dim() - 1))).reshape(-1)
 

@@ -5,6 +5,7 @@ import timm
 import torch
 
 import elip_models
+from benchmarks.real.adaptive_batches import batch_flops
 from benchmarks.real.ideas import DECREASING, IDEAS, Idea, calibrated, forward
 from elip_models import ImageResize, TokenMerging
 from elip_models.reduction.flops import inference_ratio
@@ -79,3 +80,14 @@ def test_thresholds_merge_the_same_number_on_average(dino):
     limits = calibrated(dino, images, idea)
     features = forward(dino, images, idea, limits)
     assert not torch.allclose(features, forward(dino, images, fixed), atol=1e-3)
+
+
+def test_a_batch_costs_what_its_longest_image_costs_in_each_block():
+    idea = Idea()
+    few, many = [0, 4] + [0] * 10, [8, 0] + [0] * 10
+    longest = [0, 4] + [0] * 10
+    assert batch_flops(idea, [few, many], 2, 384) == idea.relative_flops(longest, 384)
+    alone = [idea.relative_flops(each, 384) for each in (few, many)]
+    assert batch_flops(idea, [few, many], 1, 384) == pytest.approx(sum(alone) / 2)
+    crossing = [8] + [0] * 11, [0, 20] + [0] * 10  # the longest differs by block
+    assert batch_flops(idea, crossing, 2, 384) == idea.relative_flops([0, 8] + [0] * 10, 384)

@@ -16,6 +16,7 @@ from elip_models.pretraining.data.read_errors import DataError, SkipReport
 from elip_models.pretraining.data.samples import Example, ExampleSource, Sample, Source
 
 _TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
+GRACE_SECONDS = 20
 
 
 class WorkerLoader(DataLoader):
@@ -58,10 +59,16 @@ def worker_options(num_workers: int) -> dict[str, Any]:
 def _ignore_interrupts(worker: int) -> None:
     """Ignore Ctrl-C and the first SIGTERM in a worker, so that the main process handles them.
 
-    A terminal and Slurm send these signals to all processes. A second SIGTERM ends the worker.
+    A terminal and Slurm send these signals to all processes. A second SIGTERM ends the worker
+    `GRACE_SECONDS` later: the main process may not have noticed it, because it handles two that
+    arrive during one operation of PyTorch as one.
     """
+
+    def end_later(*_: object) -> None:
+        signal.alarm(GRACE_SECONDS)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, end_later))
 
 
 def stack_tensors(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

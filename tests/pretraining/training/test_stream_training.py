@@ -265,7 +265,8 @@ def test_a_task_on_a_stream_raises(tmp_path):
         open_training_data(config, 32)
 
 
-def test_a_worker_ignores_the_signal_that_ends_the_job():
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_worker_outlives_the_signals_that_end_the_job(signals):
     dataset = TrainingSamples(EmojiScenes(8, image_size=8), numbered, seed=0)
     others = _children()
     batches = iter(train_loader(dataset, EpochSampler(8, 2, 0), 2))
@@ -273,8 +274,9 @@ def test_a_worker_ignores_the_signal_that_ends_the_job():
         next(batches)  # of each worker: both have begun
     children = _children() - others
     assert len(children) >= 2
-    for pid in children:
+    for pid in [*children] * signals:
         os.kill(pid, signal.SIGTERM)
+        time.sleep(0.02)
     assert len([next(batches) for _ in range(12)]) == 12
     start = time.monotonic()
     batches.close()
