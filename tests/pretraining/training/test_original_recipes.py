@@ -68,15 +68,13 @@ def test_the_tables_of_the_document_are_up_to_date():
 
 
 def test_stale_tables_are_seen_and_rewritten(tmp_path):
-    for name in recipes.PAGES:
-        text = "before\n<!-- recipes:begin -->\nold\n<!-- recipes:end -->\nafter\n"
-        (tmp_path / name).write_text(text)
-    folder = ["--folder", str(tmp_path)]
-    assert recipes.main(["--check", *folder]) == 1
-    assert recipes.main(folder) == recipes.main(["--check", *folder]) == 0
-    for name in recipes.PAGES:
-        text = (tmp_path / name).read_text()
-        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    page = tmp_path / "original_recipes.md"
+    page.write_text("before\n<!-- recipes:begin -->\nold\n<!-- recipes:end -->\nafter\n")
+    options = ["--page", str(page)]
+    assert recipes.main(["--check", *options]) == 1
+    assert recipes.main(options) == recipes.main(["--check", *options]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
 
 
 FINETUNING = recipes.read_finetune_originals()
