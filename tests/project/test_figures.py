@@ -34,7 +34,6 @@ NOT_MEASURED = {
 }
 """Figures by page that are typed by hand, and why."""
 SECTIONS = {
-    "serve.md": ("### How much time it saves",),  # no results are committed
     "training.md": (
         "## Larger models and images",  # test_docs.py compares it with the counts
         "## Sharded training",  # bytes, counted from the parameters

