@@ -133,7 +133,7 @@ class Photographs(NamedTuple):
 
 
 class Optimization:
-    """AdamW with one cycle of the learning rate; matrix products in bf16."""
+    """AdamW with one cycle of the learning rate."""
 
     def __init__(self, learner: Learner, steps: int) -> None:
         """Begin `steps` steps."""
@@ -197,6 +197,7 @@ def train(study: Study, arm: Arm, seed: int, steps: int) -> dict[str, Scores]:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", torch.bfloat16)
 def _scores(study: Study, learner: Learner, arm: Arm) -> Scores:
     learner.eval().reduce(Arm())
     scores = {DENSE: study.scores(learner)}

@@ -83,11 +83,12 @@ def test_a_seed_repeats_a_run(study, folder):
 
 def test_a_clip_begins_with_the_fitted_projections(folder):
     study = clip.Flickr8k(folder, PIXELS)
-    scores = training.train(study, Arm.parse("dense 0"), 0, STEPS)["dense"]["dense"]
+    learner = study.learner().eval()
     photographs = study.test_photographs.batch(torch.arange(len(study.test.paths)))
     texts = materials.text_features(study.test.captions, folder / "all-MiniLM-L6-v2")
     with torch.no_grad():
-        expected = study.maps.recalls(study.learner().tower(photographs), texts)
+        scores = study.scores(learner)
+        expected = study.maps.recalls(learner.tower(photographs), texts)
     assert scores == {name: round(each.mean().item(), 5) for name, each in expected.items()}
 
 
