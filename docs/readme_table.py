@@ -143,8 +143,8 @@ def caption(tasks: dict[str, Any]) -> str:
         f"35% of the tokens. Left: {photographs['clothes']['measured']} photographs of clothes; "
         f"right: {photographs['flickr8k']['measured']:,} photographs of Flickr8k. Lines that leave "
         f"the charts fall further. 95% intervals reach at most {max(errors):.1f} points to "
-        f"each side. Batch {BATCH}, {THREADS} threads, {tasks['time']['device']} "
-        "([all results](docs/results.md)).*"
+        f"each side. Batch {BATCH}, {THREADS} threads, {tasks['time']['device']}; "
+        "no GPU was measured ([all results](docs/results.md)).*"
     )
 
 

@@ -43,21 +43,21 @@ def panels(photograph: Path) -> tuple[list[Tensor], list[str]]:
     side = dinov2.PIXELS // dinov2.PATCH
     tokens = [torch.arange(side * side)[None], *tokens_of_patches(infos, side * side)]
     texts = [f"{len(tokens[layer].unique())} tokens" for layer in LAYERS]
-    texts[-1] += f", cosine {cosine:.3f}"
+    texts[-1] += f"\ncosine {cosine:.3f}"
     return [merged_image(pixels, tokens[layer].view(side, side)) for layer in LAYERS], texts
 
 
 def draw(photographs: Sequence[Path], path: Path) -> None:
     """Write a JPEG with one row of panels for each photograph."""
-    figure = new_figure(3.0 * len(LAYERS), 3.4 * len(photographs) + 0.3)
+    figure = new_figure(3.0 * len(LAYERS), 3.6 * len(photographs) + 0.3)
     rows = figure.subplots(len(photographs), len(LAYERS), squeeze=False)
     for row, photograph in zip(rows, photographs, strict=True):
         for axis, picture, text in zip(row, *panels(photograph), strict=True):
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(text, fontsize=16)
+            axis.set_xlabel(text, fontsize=21)
     for axis, layer in zip(rows[0], LAYERS, strict=True):
-        axis.set_title(f"after layer {layer}" if layer else "patches", fontsize=19)
+        axis.set_title(f"after layer {layer}" if layer else "patches", fontsize=23)
     write_figure(figure, path, dpi=92, pil_kwargs={"quality": 72})
 
 
