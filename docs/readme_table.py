@@ -95,7 +95,7 @@ def language_models(results: Path) -> str:
     return (
         f"**Language models**: with {percent(LANGUAGE_KEEP)} of the {prefill['tokens']['image']} "
         f"image tokens, the prefill of a LLaVA takes {ratio:.2f} of "
-        f"the time. The accuracy of a small one, not trained further, changes by {cost} points "
+        f"the time. The accuracy of a small LLaVA, not trained further, changes by {cost} points "
         "([study](docs/results.md#image-tokens-of-a-language-model))."
     )
 

@@ -58,7 +58,7 @@ def draw(photographs: Sequence[Path], path: Path) -> None:
             axis.set_xlabel(text, fontsize=21)
     for axis, layer in zip(rows[0], LAYERS, strict=True):
         axis.set_title(f"after layer {layer}" if layer else "patches", fontsize=23)
-    write_figure(figure, path, dpi=92, pil_kwargs={"quality": 72})
+    write_figure(figure, path, dpi=92, bbox_inches="tight", pil_kwargs={"quality": 72})
 
 
 def main(arguments: list[str] | None = None) -> None:
