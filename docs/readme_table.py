@@ -69,12 +69,13 @@ def image_models(tasks: dict[str, Any]) -> str:
     if any(gap["high"] < 0 for gap in default["difference"].values()):
         raise OutdatedText(f"{__file__}: expected no significant loss, got {default['difference']}")
     return (
-        f"**Image models**: {percent(1 - default['time'])} less time, without training. The "
-        f"default changes top-1 by {points(default['difference']['top1'])} points and R@5 by "
-        f"{points(default['difference']['text_to_image_r5'])}, and loses significantly on none of "
-        f"{len(default['difference'])} measures. `{HALF.split()[0]}` at half of the "
-        f"tokens saves {percent(1 - half['time'])}, for {points(half['difference']['top1'])} and "
-        f"{points(half['difference']['text_to_image_r5'])} points."
+        f"**Image models**: the default takes {percent(1 - default['time'])} less time, without "
+        f"training. Top-1 changes by {points(default['difference']['top1'], '95% CI ')} points and "
+        f"R@5 by {points(default['difference']['text_to_image_r5'])}; none of "
+        f"{len(default['difference'])} measures shows a significant loss. `{HALF.split()[0]}`, "
+        f"which makes the image smaller too, takes {percent(1 - half['time'])} less with half of "
+        f"the tokens. It changes top-1 by {points(half['difference']['top1'])} points and R@5 by "
+        f"{points(half['difference']['text_to_image_r5'])}."
     )
 
 
@@ -94,7 +95,7 @@ def language_models(results: Path) -> str:
     return (
         f"**Language models**: with {percent(LANGUAGE_KEEP)} of the {prefill['tokens']['image']} "
         f"image tokens, the prefill of a LLaVA takes {ratio:.2f} of "
-        f"the time. The accuracy of a small one, not trained further, changes by {cost} points "
+        f"the time. The accuracy of a small LLaVA, not trained further, changes by {cost} points "
         "([study](docs/results.md#image-tokens-of-a-language-model))."
     )
 
@@ -112,8 +113,8 @@ def training(quality: Document) -> str:
     return (
         "**Training**: a tiny CLIP, trained further on generated scenes with `tome` at "
         f"{trained_cost(quality):.2f} of the dense FLOPs, shows no significant difference in "
-        f"top-1: {interval(gap, TOP1, ' points', '95% CI ')}, {gap.seeds} seeds. Nor does random "
-        f"pruning with merges: {interval(random, TOP1, ' points')} "
+        f"top-1: {interval(gap, TOP1, ' points', '95% CI ')}, {gap.seeds} seeds. The control, "
+        f"which merges random tokens, shows none either: {interval(random, TOP1, ' points')} "
         "([studies](docs/results.md#training-studies))."
     )
 
@@ -123,10 +124,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def points(interval: dict[str, float]) -> str:
-    """Return '−1.4 (−3.5 to 0.8)' in points."""
+def points(interval: dict[str, float], label: str = "") -> str:
+    """Return '−1.4 (−3.5 to 0.8)' in points, with a label of the interval."""
     mean, low, high = (100 * interval[end] for end in ("mean", "low", "high"))
-    return f"{mean:+.1f} ({low:.1f} to {high:.1f})".replace("-", "−")
+    return f"{mean:+.1f} ({label}{low:.1f} to {high:.1f})".replace("-", "−")
 
 
 def caption(tasks: dict[str, Any]) -> str:
@@ -141,9 +142,9 @@ def caption(tasks: dict[str, Any]) -> str:
         f"*A pretrained {tasks['model'].split(',')[0]} without further training, with 70, 50 and "
         f"35% of the tokens. Left: {photographs['clothes']['measured']} photographs of clothes; "
         f"right: {photographs['flickr8k']['measured']:,} photographs of Flickr8k. Lines that leave "
-        f"the charts lose more. 95% intervals reach at most {max(errors):.1f} points to "
-        f"each side. Batch {BATCH}, {THREADS} threads, {tasks['time']['device']} "
-        "([all results](docs/results.md)).*"
+        f"the charts fall further. 95% intervals reach at most {max(errors):.1f} points to "
+        f"each side. Batch {BATCH}, {THREADS} threads, {tasks['time']['device']}; "
+        "no GPU was measured ([all results](docs/results.md)).*"
     )
 
 

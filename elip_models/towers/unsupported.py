@@ -19,8 +19,8 @@ PART = "is a part of a model; pass the whole model"
 NOT_YET = "which no adapter reads yet"
 
 TIMM = {
-    "cait": "mixes its attention heads before and after the softmax, and meets its class token in "
-    f"its last layers alone; {PLAIN}",
+    "cait": "mixes its attention heads before and after the softmax, and adds its class token in "
+    f"its last layers; {PLAIN}",
     "convit": "gates its attention by the positions of patches, which would not follow the tokens; "
     f"{PLAIN}",
     "crossvit": f"runs two branches of patches side by side; {PLAIN}",

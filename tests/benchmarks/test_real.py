@@ -195,13 +195,14 @@ def test_the_weights_give_the_features_of_the_file(tmp_path):
 def test_the_picture_counts_the_tokens_of_a_photograph(tmp_path):
     from benchmarks.real import picture
 
-    titles = [*picture.panels(picture.default_photograph(), [1, 12])]
-    assert titles[0] == "photograph:\n256 tokens"
-    counts = [int(title.split()[-2]) for title in titles[1:]]
-    assert 256 > counts[0] > counts[1] > 1 and titles[1].startswith("after layer 1 of 12:")
-    picture.main([str(tmp_path / "out.png"), "--layers", "12"])
-    with Image.open(tmp_path / "out.png") as image:
-        assert image.format == "PNG" and image.width > 1.5 * image.height
+    pictures, texts = picture.panels(picture.PHOTOGRAPHS[0])
+    assert len(pictures) == len(picture.LAYERS) and texts[0] == "256 tokens"
+    counts = [int(text.split()[0]) for text in texts]
+    assert counts == sorted(counts, reverse=True) and len({*counts}) == len(counts)
+    assert 0.9 < float(texts[-1].partition("\ncosine ")[2]) <= 1
+    picture.main([str(tmp_path / "out.jpg"), "--photographs", str(picture.PHOTOGRAPHS[0])])
+    with Image.open(tmp_path / "out.jpg") as image:
+        assert image.format == "JPEG" and image.width > 3 * image.height
 
 
 @pytest.mark.parametrize("page", ["real_model", "vlm"])
