@@ -291,12 +291,18 @@ def budget(
         raise ValueError(
             f"keep: expected either `keep` or `total`, got keep={keep} and total={total}; pass one"
         )
+    strategy = next((own for own in strategies if own.keep is not None), None)
+    if strategy is None:
+        raise ValueError(
+            f"keep: expected none under {strategies[0].name!r}, which removes what an image "
+            f"repeats, got keep={keep} and total={total}; set its tolerance, or add 'fastv'"
+        )
     keeps = keep if isinstance(keep, Sequence) and not isinstance(keep, str) else [keep]
     if total is not None:
         check("total", total, PositiveInt)
     else:
         for value in keeps:
-            replace(strategies[0], keep=value)  # checks it
+            replace(strategy, keep=value)  # checks it
     own = tuple(keeps) if keeps is keep else keep
     with budgeting(Budget(prompt_hooks(multimodal), own, total)):
         yield
