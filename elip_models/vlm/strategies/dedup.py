@@ -40,8 +40,8 @@ class Dedup(LanguageStrategy):
         """Return the reason why the strategy cannot reduce the model, or None."""
         if multimodal.config.model_type not in PATCH_ARGUMENTS:
             return (
-                "its image tower makes the positions of patches inside its embeddings, from the "
-                "grid of the image, and takes no others"
+                "its image tower, or what joins its patches, makes their positions from the size "
+                "of the whole image"
             )
         if find_spec("transformers.vision_utils") is None:
             return "it needs a later transformers, whose image towers take positions of patches"
