@@ -27,7 +27,7 @@ from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
 from elip_models.vlm.question import IGNORED, LABELS, Question, is_marked
-from elip_models.vlm.retrieval import ids_of_retrieval, note_kept
+from elip_models.vlm.retrieval import ids_of_retrieval, mark_removed
 from elip_models.vlm.selections import Selections
 from elip_models.vlm.static_cache import (
     has_reduced_slots,
@@ -185,16 +185,17 @@ class PromptReduction:
                 show_static_length(cache, removed.length, call.attended_afterwards(cache))
             else:
                 show_full_length(cache, removed)
+        if call.packing is not None:
+            scatter = call.packing.scatter
+            output["last_hidden_state"] = scatter(output["last_hidden_state"])
+            if output.get("hidden_states") is not None:
+                output["hidden_states"] = tuple(
+                    None if hidden is None else scatter(hidden)
+                    for hidden in output["hidden_states"]
+                )
         info = call.info(None)
-        note_kept((info.kept, *info.kept_behind)[-1])
-        if call.packing is None:
-            return None
-        scatter = call.packing.scatter
-        output["last_hidden_state"] = scatter(output["last_hidden_state"])
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(
-                None if hidden is None else scatter(hidden) for hidden in output["hidden_states"]
-            )
+        kept = (info.kept, *info.kept_behind)[-1]
+        output["last_hidden_state"] = mark_removed(output["last_hidden_state"], kept)
         return output
 
     def _select(

@@ -64,7 +64,13 @@ def ids_of_retrieval() -> Tensor | None:
     return None if call is None else call.ids
 
 
-def note_kept(kept: Tensor) -> None:
-    """Note the tokens (B, N) bool that remain in the retrieval model that runs, if one does."""
-    if (call := CURRENT.get()) is not None:
-        call.kept = kept
+def mark_removed(hidden: Tensor, kept: Tensor) -> Tensor:
+    """Return hidden states (B, N, D) for the head of the retrieval model that runs, if one does.
+
+    The head normalises every token. Those beside `kept` (B, N) bool are ones, since zeros would
+    have no finite gradient.
+    """
+    if (call := CURRENT.get()) is None:
+        return hidden
+    call.kept = kept
+    return hidden.where(kept.unsqueeze(-1), 1)

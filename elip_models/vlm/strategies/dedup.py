@@ -40,8 +40,8 @@ class Dedup(LanguageStrategy):
         """Return the reason why the strategy cannot reduce the model, or None."""
         if multimodal.config.model_type not in PATCH_ARGUMENTS:
             return (
-                "its image tower, or what joins its patches, makes their positions from the size "
-                "of the whole image"
+                "its image tower needs every patch: it makes their positions in its embeddings, or "
+                "joins them, by the grid of the whole image"
             )
         if find_spec("transformers.vision_utils") is None:
             return "it needs a later transformers, whose image towers take positions of patches"
