@@ -81,7 +81,8 @@ def page() -> str:
             "The first columns are [strategies](vlm.md#strategies): before the language model "
             "(`diverse`, `cdpruner` and others), inside it (`fastv`, `pyramid`) or before the "
             "image tower (`dedup`). The others are checks, by tests with tiny random models in "
-            "fp64. Each compares the reduced model with the stock model, which reads every token, but hides the removed ones:",
+            "fp64. Each compares the reduced model with the stock model, which reads every token, "
+            "but hides the removed ones:",
             "",
             "- **every token**: with `keep=1.0`, logits and generated tokens are the same bits;",
             "- **logits** of a padded batch, and **gradients** with and without checkpointing;",
