@@ -114,7 +114,7 @@ DOCUMENTS: dict[str, Callable[[], Image.Image]] = {
 
 
 def qwen(smallest: bool) -> nn.Module:
-    """Return a Qwen2.5-VL with random weights."""
+    """Return a Qwen2.5-VL with random weights, so large that patches attend unequally."""
     depth, width = (2, 64) if smallest else (8, 512)
     vision = {"depth": depth, "hidden_size": width // 2, "intermediate_size": width}
     vision |= {"num_heads": 8, "out_hidden_size": width, "window_size": 112, "patch_size": 14}
@@ -130,7 +130,11 @@ def qwen(smallest: bool) -> nn.Module:
         vision_end_token_id=6,
     )
     torch.manual_seed(0)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config).to(DEVICE).eval()
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).to(DEVICE).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    return model
 
 
 def prompt_of(image: Image.Image) -> dict[str, Tensor]:
