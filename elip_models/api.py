@@ -79,7 +79,8 @@ def reduce_(
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
     the language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A
-    strategy of each of these three places can be used at the same time.
+    strategy of each of these three places can be used at the same time. 'dedup' removes repeated
+    patches before the image tower, and takes the place of one before the language model.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, a
