@@ -169,6 +169,25 @@ def test_logits_and_generated_tokens_are_those_of_the_hidden_patches(name):
     assert all(map(oracle.close, output.logits, generated.logits))
 
 
+WAYS = ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", WAYS, ids=str)
+@pytest.mark.parametrize("name", first_quick(["qwen2_5_vl", "qwen3_vl"]))
+def test_ways_to_generate(name, settings):
+    model, inputs = made(name)
+    reduce_(model, "dedup:tolerance=0")
+    output, kept = oracle.generate(model, inputs, **settings)
+    unreduce_(model)
+    kept = kept[:: settings.get("num_beams", 1)]
+    settings = settings if "num_beams" in settings else {}
+    with unattended(model, Dedup(0.0)), oracle.hidden(model, kept):
+        expected = oracle.stock_generate(model, inputs, **settings)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
 def _real(model, ids):
     """Return which tokens from 100 on are those of images and videos."""
     values = ids[ids >= 100]
