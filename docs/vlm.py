@@ -30,8 +30,8 @@ def study_block(study: dict[str, Any]) -> str:
         f"{study['steps']:,} steps, {_plural(study['seeds'], 'seed')}; {study['evaluated']:,} "
         f"questions on other images; {study['image_tokens']} image tokens. Measured on "
         f"{study['date']} at commit {study['commit']['id'][:9]} on {study['device']}. In brackets "
-        "the 95% confidence interval over questions; the differences are paired by question. Bold: it excludes zero. "
-        "The last column has the difference of each seed."
+        "the 95% confidence interval over questions; the differences are paired by question. "
+        "Bold: it excludes zero. The last column has the difference of each seed."
     )
     dense = study["settings"][0]["by_seed"]
     rows = [
