@@ -60,7 +60,8 @@ def documents_block(measured: dict[str, Any]) -> str:
         f"{measured['text_tokens']} tokens of text. Measured on {measured['device']} on "
         f"{measured['date']} at commit {measured['commit']['id'][:7]}, "
         f"{_plural(measured['threads'], 'thread')}; {versions}. Times are medians of "
-        f"{measured['rounds']} rounds, relative to the dense model; prefill includes the image tower."
+        f"{measured['rounds']} rounds, relative to the dense model; prefill includes the image "
+        "tower."
     )
     rows = [
         [
