@@ -13,20 +13,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from benchmarks.tables import table
 from elip_models.vlm.families import FAMILIES
+from elip_models.vlm.retrieval import RETRIEVAL
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategy_list import list_strategies
 from elip_models.vlm.unsupported import language_support
 from tests.vlm.checks import CHECKS, GAPS
-from tests.vlm.configs import CONFIGS
+from tests.vlm.configs import CONFIGS, retrieval_model
 
 PAGE = Path(__file__).with_name("language_models.md")
 
 
+def model_of(family: str) -> torch.nn.Module:
+    """Return a model of a family, or of a type for retrieval, on the meta device."""
+    with torch.device("meta"):
+        if family in RETRIEVAL:
+            return retrieval_model(family)
+        kind = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family])
+        return kind(CONFIGS.get(family, kind.config_class)())
+
+
 def strategy_reasons(family: str) -> dict[str, str | None]:
     """Return why each strategy cannot reduce the language model of a family, or None."""
-    kind = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family])
-    with torch.device("meta"):
-        model = kind(CONFIGS.get(family, kind.config_class)())
+    model = model_of(family)
     reasons = {entry.name: entry.why_unsupported for entry in list_strategies(model)}
     return {name: reasons[name] for name in LANGUAGE_STRATEGIES}
 
@@ -34,6 +42,7 @@ def strategy_reasons(family: str) -> dict[str, str | None]:
 def page() -> str:
     """Return the text of the page."""
     columns = {"before": "diverse", "`visionzip`": "visionzip", "`evs`": "evs", "inside": "fastv"}
+    columns |= {"`dedup`": "dedup"}
     notes: list[str] = []
 
     def cell(reason: str | None) -> str:
@@ -49,6 +58,11 @@ def page() -> str:
         cells = [reasons[name] for name in columns.values()]
         cells += [GAPS.get((check, family)) for check in CHECKS]
         rows.append([f"`{family}`", *map(cell, cells)])
+    of_images = {title: name for title, name in columns.items() if name != "evs"}
+    retrieval = [
+        [f"`{name}`", *(cell(strategy_reasons(name)[own]) for own in of_images.values())]
+        for name in RETRIEVAL
+    ]
     support = language_support()
     others = dict.fromkeys(filter(None, support.values()))
     unsupported = [
@@ -65,9 +79,10 @@ def page() -> str:
             f"{transformers.__version__}.",
             "",
             "The first columns are [strategies](vlm.md#strategies): before the language model "
-            "(`diverse`, `cdpruner` and others) or inside it (`fastv`, `pyramid`). The others are "
-            "checks, by tests with tiny random models in fp64. Each compares the reduced model "
-            "with the stock model, which reads every token, but hides the removed ones:",
+            "(`diverse`, `cdpruner` and others), inside it (`fastv`, `pyramid`) or before the "
+            "image tower (`dedup`). The others are checks, by tests with tiny random models in "
+            "fp64. Each compares the reduced model with the stock model, which reads every token, "
+            "but hides the removed ones:",
             "",
             "- **every token**: with `keep=1.0`, logits and generated tokens are the same bits;",
             "- **logits** of a padded batch, and **gradients** with and without checkpointing;",
@@ -79,6 +94,15 @@ def page() -> str:
             f"{len(rows)} types are supported.",
             "",
             table(["`model_type`", *columns, *CHECKS], rows, left=1),
+            "",
+            "## Retrieval",
+            "",
+            "Models of late interaction. Their embeddings of removed tokens are zeros, as those of "
+            "padding; the others are compared with the stock model, which hides the removed ones.",
+            "",
+            table(["`model_type`", *of_images], retrieval, left=1),
+            "",
+            "## Reasons",
             "",
             *(f"{i}. {note[0].upper()}{note[1:]}." for i, note in enumerate(notes, 1)),
             "",

@@ -3,7 +3,8 @@
 python docs/vlm.py             # rewrite the blocks between the markers
 python docs/vlm.py --check     # exit status 1 if a block is stale
 
-The results are those of `benchmarks/bench_vlm.py`, and of a study whose code is at commit 1a22749.
+The results are those of `benchmarks/bench_vlm.py`, of `benchmarks/redundant_patches.py`, and of a
+study whose code is at commit 1a22749.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from elip_models.saving.files import read_object
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "vlm"
 BEGIN, END = "<!-- times:begin -->", "<!-- times:end -->"
+DOCUMENTS_BEGIN, DOCUMENTS_END = "<!-- documents:begin -->", "<!-- documents:end -->"
 STUDY_BEGIN, STUDY_END = "<!-- study:begin -->", "<!-- study:end -->"
 
 
@@ -25,11 +27,11 @@ def study_block(study: dict[str, Any]) -> str:
     """Return what was trained, and the tables of accuracies and of kinds of questions."""
     note = (
         f"{study['questions']:,} training images with five to seven questions each, "
-        f"{study['steps']:,} steps, {_seeds(study['seeds'])}; {study['evaluated']:,} questions on "
-        f"other images; {study['image_tokens']} image tokens. Measured on {study['date']} at "
-        f"commit {study['commit']['id'][:9]} on {study['device']}. In brackets the 95% confidence "
-        "interval over questions; the differences are paired by question. Bold: it excludes zero. "
-        "The last column has the difference of each seed."
+        f"{study['steps']:,} steps, {_plural(study['seeds'], 'seed')}; {study['evaluated']:,} "
+        f"questions on other images; {study['image_tokens']} image tokens. Measured on "
+        f"{study['date']} at commit {study['commit']['id'][:9]} on {study['device']}. In brackets "
+        "the 95% confidence interval over questions; the differences are paired by question. "
+        "Bold: it excludes zero. The last column has the difference of each seed."
     )
     dense = study["settings"][0]["by_seed"]
     rows = [
@@ -50,8 +52,34 @@ def study_block(study: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"
+def documents_block(measured: dict[str, Any]) -> str:
+    """Return how documents were measured, and the table of tokens, times and features."""
+    versions = ", ".join(map(" ".join, measured["versions"].items()))
+    note = (
+        f"A Qwen2.5-VL with random weights, on JPEG files of quality {measured['quality']}, with "
+        f"{measured['text_tokens']} tokens of text. Measured on {measured['device']} on "
+        f"{measured['date']} at commit {measured['commit']['id'][:7]}, "
+        f"{_plural(measured['threads'], 'thread')}; {versions}. Times are medians of "
+        f"{measured['rounds']} rounds, relative to the dense model; prefill includes the image "
+        "tower."
+    )
+    rows = [
+        [
+            f"{name}, {document['units']:,} tokens",
+            tolerance,
+            f"{removed:.0%}",
+            *(f"{document[phase]['ratios'][tolerance]:.2f}" for phase in ("tower", "prefill")),
+            f"{document['cosine'][tolerance]:.3f}",
+        ]
+        for name, document in measured["documents"].items()
+        for tolerance, removed in document["removed"].items()
+    ]
+    header = ["image", "tolerance", "removed", "image tower", "prefill", "cosine of features"]
+    return f"{note}\n\n{table(header, rows, left=1)}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _title(setting: dict[str, Any]) -> str:
@@ -88,15 +116,19 @@ def main(arguments: list[str] | None = None) -> int:
         versions = measured.machine["versions"].items()
         parts.append(
             f"Measured on {measured.machine['device']} on {measured.date} at commit "
-            f"{measured.commit}, {measured.machine['threads']} threads; "
+            f"{measured.commit}, {_plural(measured.machine['threads'], 'thread')}; "
             f"{', '.join(map(' '.join, versions))}."
         )
         parts += language_model_table([e for e in measured.entries if "language_model" in e])
     settings = {"command": "python docs/vlm.py", "check": options.check}
+    documents = documents_block(read_object(RESULTS / "dedup.json"))
     study = study_block(read_object(RESULTS / "study.json"))
-    return rewrite(options.page, BEGIN, END, "\n\n".join(parts), **settings) or rewrite(
-        options.study_page, STUDY_BEGIN, STUDY_END, study, **settings
+    blocks = (
+        (options.page, BEGIN, END, "\n\n".join(parts)),
+        (options.page, DOCUMENTS_BEGIN, DOCUMENTS_END, documents),
+        (options.study_page, STUDY_BEGIN, STUDY_END, study),
     )
+    return max(rewrite(*block, **settings) for block in blocks)
 
 
 if __name__ == "__main__":

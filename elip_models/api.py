@@ -79,7 +79,8 @@ def reduce_(
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
     the language model, 'fastv' and 'pyramid' inside it. The others reduce its image tower. A
-    strategy of each of these three places can be used at the same time.
+    strategy of each of these three places can be used at the same time. 'dedup' removes repeated
+    patches before the image tower, and takes the place of one before the language model.
 
     Args:
         model: an image model of timm, open_clip or transformers, a whole image-text model, a
@@ -291,12 +292,18 @@ def budget(
         raise ValueError(
             f"keep: expected either `keep` or `total`, got keep={keep} and total={total}; pass one"
         )
+    strategy = next((own for own in strategies if own.keep is not None), None)
+    if strategy is None:
+        raise ValueError(
+            f"keep: expected none under {strategies[0].name!r}, which removes what an image "
+            f"repeats, got keep={keep} and total={total}; set its tolerance, or add 'fastv'"
+        )
     keeps = keep if isinstance(keep, Sequence) and not isinstance(keep, str) else [keep]
     if total is not None:
         check("total", total, PositiveInt)
     else:
         for value in keeps:
-            replace(strategies[0], keep=value)  # checks it
+            replace(strategy, keep=value)  # checks it
     own = tuple(keeps) if keeps is keep else keep
     with budgeting(Budget(prompt_hooks(multimodal), own, total)):
         yield

@@ -34,6 +34,11 @@ CROSS_ATTENTION = {"mllama": "language_model"}
 FAMILIES = LANGUAGE_MODEL | CROSS_ATTENTION
 PATCH_TOKENS = {"deepseek_vl", "janus", "llava", "paligemma", "video_llava"}
 """The models whose image tokens are the patches of one layer of the image tower, one each."""
+PATCH_ARGUMENTS = {
+    *("exaone4_5", "glm_ocr", "hyperclovax_vision_v2", "qwen2_5_omni_thinker", "qwen2_5_vl"),
+    *("qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
+}
+"""The models whose image tower takes the positions and segments of patches as arguments."""
 TOKEN_IDS = ("image_token_id", "video_token_id")
 RECURRENT = {"conv", "linear_attention"}
 """The types of layers that read a sequence token by token, without a mask of pairs."""

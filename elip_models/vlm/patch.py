@@ -17,9 +17,12 @@ from elip_models.validation import shortened
 from elip_models.vlm.cross_attention import CrossAttentionReduction
 from elip_models.vlm.families import Multimodal, find_multimodal, unsupported_config
 from elip_models.vlm.inner_layers import InnerLayers
+from elip_models.vlm.patch_reduction import PatchReduction
 from elip_models.vlm.prompt_reduction import PromptReduction
+from elip_models.vlm.retrieval import RetrievalHead
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy, LanguageStrategy
+from elip_models.vlm.strategies.dedup import Dedup
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.tower_attention import TowerAttention
 from elip_models.vlm.unsupported import language_support
@@ -125,7 +128,7 @@ def _owner(module: nn.Module, kind: type[T]) -> T | None:
 
 def installed_strategies(
     multimodal: Multimodal,
-) -> tuple[ImageTokenStrategy | None, LayerStrategy | None]:
+) -> tuple[ImageTokenStrategy | Dedup | None, LayerStrategy | None]:
     """Return the strategies before the language model and inside it, or None."""
     before = prompt_hooks(multimodal)
     inner = _owner(multimodal.language_model, InnerLayers)
@@ -133,7 +136,9 @@ def installed_strategies(
 
 
 def _install(
-    multimodal: Multimodal, front: ImageTokenStrategy | None, inside: LayerStrategy | None
+    multimodal: Multimodal,
+    front: ImageTokenStrategy | Dedup | None,
+    inside: LayerStrategy | None,
 ) -> None:
     """Replace what is installed."""
     is_cross = bool(multimodal.cross_attention_layers)
@@ -143,6 +148,9 @@ def _install(
     uninstall_strategies(multimodal)
     if tower is not None:
         tower.install(multimodal)
+    if isinstance(front, Dedup):
+        PatchReduction(front).install(multimodal)
+    RetrievalHead().install(multimodal)
     before.install(multimodal)
     if inner is not None:
         inner.install(multimodal)
@@ -154,6 +162,8 @@ def uninstall_strategies(multimodal: Multimodal) -> None:
     """Restore the modules."""
     for module in multimodal.hooked:
         remove_hooks(module, PromptReduction)
+    PatchReduction.uninstall(multimodal)
+    RetrievalHead.uninstall(multimodal)
     TowerAttention.uninstall(multimodal)
     InnerLayers.uninstall(multimodal)
     hide_reductions(multimodal.model, str)

@@ -27,6 +27,7 @@ from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
 from elip_models.vlm.question import IGNORED, LABELS, Question, is_marked
+from elip_models.vlm.retrieval import ids_of_retrieval, mark_removed
 from elip_models.vlm.selections import Selections
 from elip_models.vlm.static_cache import (
     has_reduced_slots,
@@ -40,6 +41,7 @@ from elip_models.vlm.static_cache import (
     step_arguments,
 )
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
+from elip_models.vlm.strategies.dedup import Dedup
 from elip_models.vlm.tower_attention import tower_attention
 
 OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
@@ -49,7 +51,7 @@ OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
 class PromptReduction:
     """The hooks that reduce one multimodal language model, and the strategy they use."""
 
-    def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy | None) -> None:
+    def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy | Dedup | None) -> None:
         self.strategy = strategy
         self.placeholder_ids = multimodal.placeholder_ids
         self.window = multimodal.window
@@ -87,6 +89,7 @@ class PromptReduction:
         _refuse_packed(kwargs)
         _refuse_static_turn(cache_in(kwargs))
         ids = args[0] if args else kwargs.get("input_ids")
+        ids = ids_of_retrieval() if ids is None else ids
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         call.images = tokens_of(model, ids, embeds, self.placeholder_ids)
         call.is_croppable = self.strategy is not None and (
@@ -107,7 +110,8 @@ class PromptReduction:
             call.videos = tokens_of(model, ids, embeds, (self.layout.token_id,))
             call.clip_lengths = self.layout.clip_lengths(kwargs)
         call.question = Question.of(self, call.images, call.mask)
-        call.budget = budget_of(self) if self.strategy is None else None
+        has_rate = self.strategy is not None and self.strategy.keep is not None
+        call.budget = None if has_rate else budget_of(self)
         if cache_in(kwargs) is None:
             call.selections = Selections.of(self, ids, kwargs.get("mm_encoder_outputs"))
 
@@ -181,14 +185,17 @@ class PromptReduction:
                 show_static_length(cache, removed.length, call.attended_afterwards(cache))
             else:
                 show_full_length(cache, removed)
-        if call.packing is None:
-            return None
-        scatter = call.packing.scatter
-        output["last_hidden_state"] = scatter(output["last_hidden_state"])
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(
-                None if hidden is None else scatter(hidden) for hidden in output["hidden_states"]
-            )
+        if call.packing is not None:
+            scatter = call.packing.scatter
+            output["last_hidden_state"] = scatter(output["last_hidden_state"])
+            if output.get("hidden_states") is not None:
+                output["hidden_states"] = tuple(
+                    None if hidden is None else scatter(hidden)
+                    for hidden in output["hidden_states"]
+                )
+        info = call.info(None)
+        kept = (info.kept, *info.kept_behind)[-1]
+        output["last_hidden_state"] = mark_removed(output["last_hidden_state"], kept)
         return output
 
     def _select(
@@ -198,6 +205,9 @@ class PromptReduction:
         images = call.images
         if self.strategy is None or call.question is None:  # no image
             return None
+        if isinstance(self.strategy, Dedup):  # its patches have features of zeros
+            kept = ~images | embeds.any(-1)
+            return None if kept.all() else (embeds, kept)
         kept = torch.ones_like(images)
         is_shorter, budget = False, budget_of(self)
         is_share = isinstance(self.strategy.keep, float) and budget is None
@@ -371,7 +381,9 @@ def reduced_mask(mask: Tensor, packing: Packing | None, past: CacheState) -> Ten
     return mask.gather(2, rows)
 
 
-def _layout_for(strategy: ImageTokenStrategy | None, multimodal: Multimodal) -> VideoLayout | None:
+def _layout_for(
+    strategy: ImageTokenStrategy | Dedup | None, multimodal: Multimodal
+) -> VideoLayout | None:
     """Return the layout of videos if the strategy needs it."""
     if strategy is None or not strategy.joins_frames:
         return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from elip_models.reduction.summary import Summary, runs
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.dedup import Dedup
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
 EXAMPLE_TOKENS = 576  # as of LLaVA-1.5: no config has the number of the model's own images
@@ -29,7 +30,7 @@ class MultimodalSummary:
     unit: what the tokens are of: an example, or a tile of a model with cross-attention.
     """
 
-    strategy: ImageTokenStrategy | None
+    strategy: ImageTokenStrategy | Dedup | None
     inside: LayerStrategy | None
     image_tokens: int
     kept_tokens: int
@@ -44,7 +45,7 @@ class MultimodalSummary:
     def of(
         cls,
         multimodal: Multimodal,
-        strategy: ImageTokenStrategy | None,
+        strategy: ImageTokenStrategy | Dedup | None,
         inside: LayerStrategy | None,
         tower: Summary | None,
     ) -> "MultimodalSummary":
@@ -54,6 +55,8 @@ class MultimodalSummary:
             tokens, unit = multimodal.tower.num_patches, "a tile"
         if strategy is not None and strategy.reads_frames:
             unit = "an example clip"
+        if isinstance(strategy, Dedup):
+            unit = "an image without repetition"
         depth = len(multimodal.language_model.layers)
         kept = tokens if strategy is None else strategy.count(tokens)
         readers = [i in cross or not cross for i in range(depth)]

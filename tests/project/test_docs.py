@@ -94,6 +94,7 @@ def small_models(monkeypatch):
         "AutoProcessor": Mock(return_value=prompt),
         "LlavaForConditionalGeneration": llava,
         "LlavaOnevisionForConditionalGeneration": build("llava_onevision")[0],
+        "Qwen2_5_VLForConditionalGeneration": build("qwen2_5_vl")[0],
     }
     for name, model in pretrained.items():
         cls = getattr(transformers, name)

@@ -496,6 +496,18 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vision_config=clip(), text_config=llama(), vision_feature_layers=[-1, -2], **INDEX
     ),
 }
+RETRIEVAL = {
+    "colpali": (hf.ColPaliConfig, hf.ColPaliForRetrieval, "paligemma"),
+    "colqwen2": (hf.ColQwen2Config, hf.ColQwen2ForRetrieval, "qwen2_vl"),
+}
+"""The config, the model and the language model of a retrieval model, by `config.model_type`."""
+
+
+def retrieval_model(name: str) -> Any:
+    config, model, inner = RETRIEVAL[name]
+    return model(config(vlm_config=CONFIGS[inner](), embedding_dim=16))
+
+
 OMNI = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 GLM = ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga")
 QWEN = ("qwen3_5", "qwen3_5_moe", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")

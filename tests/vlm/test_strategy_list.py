@@ -27,7 +27,8 @@ def test_the_list_has_every_strategy():
     assert entries.keys() == STRATEGIES.keys() | LANGUAGE_STRATEGIES.keys()
     assert {name for name, entry in entries.items() if entry.is_guided} == GUIDED
     for name, entry in entries.items():
-        assert entry.keep == (DEFAULT_KEEP if name in STRATEGIES else 0.5)
+        own_keep = None if name == "dedup" else 0.5
+        assert entry.keep == (DEFAULT_KEEP if name in STRATEGIES else own_keep)
         assert entry.place and entry.why_unsupported is None
         assert 1 <= len(entry.summary.split()) <= 10
 
@@ -40,7 +41,11 @@ def test_the_list_of_a_model_has_the_reasons():
     reason = "its language model has a token for each patch of the image"
     grid = dict.fromkeys(("resize_merge", "resize"), reason)
     video = {"evs": "it has no clips of comparable frames: it reads images, or each frame as one"}
-    assert reasons(build("llava")[0]) == grid | video
+    tower = {
+        "dedup": "its image tower needs every patch: it makes their positions in its embeddings, "
+        "or joins them, by the grid of the whole image"
+    }
+    assert reasons(build("llava")[0]) == grid | video | tower
     with pytest.raises(TypeError, match="got ResNet"):
         elip_models.list_strategies(timm.create_model("resnet18"))
 
@@ -70,7 +75,8 @@ def test_the_command_prints_a_line_for_each_strategy(capsys):
     assert len(lines) == len(entries)
     for line, entry in zip(lines, entries, strict=True):
         assert line.split()[0] == entry.name
-        assert all(part in line for part in (entry.place, f"{entry.keep:g}", entry.summary))
+        keep = "-" if entry.keep is None else f"{entry.keep:g}"
+        assert all(part in line for part in (entry.place, keep, entry.summary))
         assert ("guides" in line) == entry.is_guided
 
 

@@ -7,6 +7,7 @@ from elip_models.vlm.patch import language_strategy
 from elip_models.vlm.stored_strategies import read_strategies
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy, LanguageStrategy
+from elip_models.vlm.strategies.dedup import Dedup
 
 
 def serving_strategy(config: Any) -> ImageTokenStrategy | None:
@@ -49,6 +50,8 @@ def _strategy_of(settings: Any) -> LanguageStrategy:
 
 def _why_unsupported(strategy: LanguageStrategy) -> str | None:
     """Return the reason why the strategy cannot act in vLLM, or None."""
+    if isinstance(strategy, Dedup):
+        return "it removes patches before the image tower, which is another one in vLLM"
     if not isinstance(strategy, ImageTokenStrategy):
         return "it acts inside the language model, whose layers read one sequence in vLLM"
     if strategy.reads_question:

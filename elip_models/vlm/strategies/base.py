@@ -49,17 +49,24 @@ class LanguageStrategy:
         place: where tokens are removed.
         summary: what the strategy does, in at most ten words.
         is_guided: the question changes the result with the default settings.
-        keep: how many tokens stay; a field of every subclass.
+        keep: how many tokens stay, a field of a subclass; None if the image alone decides.
+        reads_tower: it reads the attention of the image tower.
+        joins_frames, reads_frames: as of `ImageTokenStrategy`.
     """
 
     name: ClassVar[str]
     place: ClassVar[str]
     summary: ClassVar[str]
     is_guided: ClassVar[bool] = False
+    reads_tower: ClassVar[bool] = False
+    joins_frames: ClassVar[bool] = False
+    reads_frames: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        _check_keep(self.keep, {field.name: field.type for field in fields(self)}["keep"])
+        hint = {field.name: field.type for field in fields(self)}.get("keep")
+        if hint is not None:
+            _check_keep(self.keep, hint)
         check_fields(self)
 
     def __str__(self) -> str:
@@ -93,9 +100,6 @@ class ImageTokenStrategy(LanguageStrategy):
     """
 
     place: ClassVar[str] = "before the language model"
-    reads_tower: ClassVar[bool] = False
-    joins_frames: ClassVar[bool] = False
-    reads_frames: ClassVar[bool] = False
 
     keep: PositiveShare | TokenCount = 0.5
 

@@ -1,0 +1,116 @@
+"""The removal of redundant patches before the image tower of a multimodal language model.
+
+A forward pre-hook of the tower removes patches from its input. The remaining ones keep their
+positions, segments and windows, which the tower takes as arguments. Behind the tower, a removed
+unit of patches has a feature of zeros, by which `PromptReduction` finds and removes its token.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elip_models.reduction.model_patches import remove_hooks
+from elip_models.vlm.families import Multimodal
+from elip_models.vlm.strategies.dedup import Dedup
+
+STAYS: ContextVar[Tensor | None] = ContextVar("STAYS", default=None)
+"""(U,) bool, the units that stay in the call of an image tower, or None if all do."""
+
+
+class PatchReduction:
+    """The hooks of an image tower, and the strategy they use."""
+
+    def __init__(self, strategy: Dedup) -> None:
+        self.strategy = strategy
+
+    def install(self, multimodal: Multimodal) -> None:
+        """Register the hooks."""
+        tower = multimodal.tower
+        tower.register_forward_pre_hook(self.remove, with_kwargs=True)
+        tower.register_forward_hook(self.restore, with_kwargs=True, always_call=True)
+
+    @staticmethod
+    def uninstall(multimodal: Multimodal) -> None:
+        """Undo `install`."""
+        remove_hooks(multimodal.tower, PatchReduction)
+
+    def remove(
+        self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Remove patches from what the tower reads."""
+        arguments = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
+        patches, grid, config = arguments["hidden_states"], arguments["grid_thw"], tower.config
+        side = config.spatial_merge_size
+        units = patches.detach().unflatten(1, (config.in_channels, -1)).unflatten(0, (-1, side**2))
+        stays = self.strategy.select(units, grid // grid.new_tensor([1, side, side]))
+        if stays.all():
+            return None
+        STAYS.set(stays)
+        arguments["hidden_states"] = patches[stays.repeat_interleave(side**2)]
+        return (), arguments | _remaining_arguments(tower, grid, stays, arguments)
+
+    def restore(self, tower: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Return features of zeros for the removed units; `last_hidden_state` has none."""
+        stays = STAYS.get()
+        STAYS.set(None)
+        if stays is None or output is None:  # the tower raised an error
+            return None
+        output["pooler_output"] = _scatter(output["pooler_output"], stays)
+        if output.get("deepstack_features") is not None:
+            output["deepstack_features"] = [
+                _scatter(features, stays) for features in output["deepstack_features"]
+            ]
+        return output
+
+
+def _scatter(features: Tensor, stays: Tensor) -> Tensor:
+    """Return (U, D) of the features (K, D) of the units that stay."""
+    whole = features.new_zeros(len(stays), features.shape[1])
+    return whole.index_put((stays.nonzero()[:, 0],), features)
+
+
+def _remaining_arguments(
+    tower: nn.Module, grid: Tensor, stays: Tensor, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a tower that it makes from the grid, for the remaining patches.
+
+    Args:
+        tower: the image tower.
+        grid: (R, 3) frames, rows and columns of patches.
+        stays: (U,) bool, the units that stay.
+        arguments: those of the call, which may have some for all patches already.
+    """
+    from transformers import vision_utils as vision
+
+    config, side = tower.config, tower.config.spatial_merge_size
+    patches = stays.repeat_interleave(side**2)
+    positions = vision.get_vision_position_ids(grid, side, kwargs=arguments)
+    ends = vision.get_vision_cu_seqlens(grid, kwargs=arguments)
+    new = {"position_ids": positions[patches], "cu_seqlens": _remaining_ends(ends, patches)}
+    if getattr(config, "window_size", None) is not None:
+        order, ends = vision.get_vision_window_index(
+            grid, side, config.window_size, config.patch_size, kwargs=arguments
+        )
+        ordered = stays[order]
+        new["window_index"] = (stays.cumsum(0) - 1)[order[ordered]]
+        ends = _remaining_ends(ends, ordered.repeat_interleave(side**2))
+        new["cu_window_seqlens"] = ends.unique_consecutive()
+    if getattr(config, "num_position_embeddings", None) is not None:
+        indices, weights = vision.get_vision_interpolation_indices_and_weights(
+            grid,
+            tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=side,
+            kwargs=arguments,
+        )
+        new |= {"interp_indices": indices[patches], "interp_weights": weights[patches]}
+    return new
+
+
+def _remaining_ends(ends: Tensor, stays: Tensor) -> Tensor:
+    """Return where segments of patches end, int32, if the patches `stays` (N,) bool remain."""
+    return F.pad(stays.cumsum(0), (1, 0))[ends.to(stays.device, torch.int64)].to(torch.int32)
