@@ -20,9 +20,9 @@ class Dedup(LanguageStrategy):
     """Remove redundant patches of documents and screens.
 
     The background of an image is the most frequent value of each colour channel. A unit is removed
-    if its content is that of the background, or of the kept unit that its left or upper neighbour
-    is or repeats. The last unit of each image or frame stays. How many tokens stay depends on the
-    image, so the strategy has no `keep`.
+    if its content is that of the background, unless it is the first such unit of the image or
+    frame, or that of the kept unit that its left or upper neighbour is or repeats. How many tokens
+    stay depends on the image, so the strategy has no `keep`.
 
     Attributes:
         tolerance: the largest absolute difference of normalised pixel values within which two
@@ -67,7 +67,9 @@ class Dedup(LanguageStrategy):
         background = torch.cat([c.mode(0).values.expand(len(c), -1) for c in corners])
         is_plain = self._is_same(units, background[:, None, :, None])
         own = torch.arange(len(units), device=units.device)
-        source = torch.cat((own.where(~is_plain, -1), own.new_tensor([-1])))  # of no neighbour
+        is_first = torch.cat([p & (p.cumsum(0) == 1) for p in is_plain.split(places.lengths)])
+        is_kept = is_first | ~is_plain
+        source = torch.cat((own.where(is_kept, -1), own.new_tensor([-1])))  # of no neighbour
         others = ~is_plain.cpu()
         for diagonal in places.diagonals:
             index = diagonal[others[diagonal]].to(units.device)
@@ -75,9 +77,7 @@ class Dedup(LanguageStrategy):
                 kept = source[neighbour.to(units.device)[index]]
                 is_repeated = (kept >= 0) & self._is_same(units[index], units[kept])
                 source[index] = kept.where(is_repeated & (source[index] == index), source[index])
-        stays = source[:-1] == own
-        stays[places.last.to(units.device)] = True
-        return stays
+        return source[:-1] == own
 
     def _is_same(self, units: Tensor, others: Tensor) -> Tensor:
         return (units - others).abs().amax((1, 2, 3)) <= self.tolerance
@@ -88,7 +88,6 @@ class _Places(NamedTuple):
 
     lengths: the number of units of each frame.
     left, above: (U,) the neighbour of each unit, or -1.
-    last: (F,) the last unit of each frame.
     diagonals: the units of all frames with the same sum of row and column, ascending. The
         neighbours of a unit are on the diagonal before.
     """
@@ -96,7 +95,6 @@ class _Places(NamedTuple):
     lengths: list[int]
     left: Tensor
     above: Tensor
-    last: Tensor
     diagonals: tuple[Tensor, ...]
 
     @classmethod
@@ -113,6 +111,5 @@ class _Places(NamedTuple):
             lengths,
             left=(unit - 1).where(column > 0, -1),
             above=(unit - widths).where(row > 0, -1),
-            last=torch.tensor(lengths).cumsum(0) - 1,
             diagonals=order.split((row + column).bincount().tolist()),
         )
