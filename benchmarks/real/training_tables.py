@@ -1,5 +1,6 @@
 """Tables of the trainings in appendix.md, from their results."""
 
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -55,13 +56,14 @@ def note(document: dict[str, Any]) -> str:
         if time
         else ""
     )
-    seeds = sorted({row["seed"] for row in document["runs"]})
+    counts = Counter(row["arm"] for row in document["runs"]).values()
+    seeds = f"{min(counts)}" if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
     return (
-        f"Points against `dense`, paired by seed, with 95% intervals of Student's t over "
-        f"{len(seeds)} seeds; bold: the interval excludes zero. Each model is judged dense and, in "
-        "the columns marked so, reduced as it was trained. `+ finish`: the last tenth of the steps "
-        f"is dense.{measured} {document['device']}, {document['date']}, commit "
-        f"{document['commit']['id'][:7]}; matrix products in bf16."
+        f"Points against `dense`, paired by seed, with 95% intervals of Student's t; bold: the "
+        f"interval excludes zero. Seeds of each arm: {seeds}; one seed has no interval. Each model "
+        "is judged dense and, in the columns marked so, reduced as it was trained. `+ finish`: the "
+        f"last tenth of the steps is dense.{measured} {document['device']}, {document['date']}, "
+        f"commit {document['commit']['id'][:7]}; matrix products in bf16."
     )
 
 

@@ -64,4 +64,9 @@ def test_the_page_has_the_studies_whose_results_are_there(file, tmp_path):
     assert tables(tmp_path) == ""
     write_json(tmp_path / file, document())
     text = tables(tmp_path)
-    assert text.count("### ") == 1 and "3,068 photographs" in text and "over 3 seeds" in text
+    assert text.count("### ") == 1 and "3,068 photographs" in text
+    assert "Seeds of each arm: 3;" in text
+    begun = document()
+    begun["runs"].append(begun["runs"][0] | {"seed": 3})
+    write_json(tmp_path / file, begun)
+    assert "Seeds of each arm: 3 to 4;" in tables(tmp_path)
