@@ -38,6 +38,9 @@ def device_tables(results: Results) -> str:
     language = [entry for entry in results.entries if "language_model" in entry]
     if language:
         parts += language_model_table(language)
+    caches = [entry for entry in results.entries if "static" in entry.get("ratios", ())]
+    if caches:
+        parts += cache_table(caches)
     exported = [entry for entry in results.entries if "onnxruntime" in entry]
     if exported:
         parts += onnx_table(exported)
@@ -123,6 +126,24 @@ def language_model_table(entries: list[Entry]) -> list[str]:
         f"{tokens['decoded']} tokens."
     )
     return [note, table(["strategy", "phase", "dense, ms", *keeps], rows, left=2)]
+
+
+def cache_table(entries: list[Entry]) -> list[str]:
+    """Return the times of a token with a static cache relative to a dynamic one."""
+    names = list(entries[0]["ratios"])[1:]
+    rows = [
+        [
+            f"`{entry['strategy']}`",
+            milliseconds(entry["milliseconds"]["dynamic"]),
+            *(ratio(entry["ratios"].get(name)) for name in names),
+        ]
+        for entry in entries
+    ]
+    note = (
+        "Decoding of the same model at `keep=0.25` with a static cache, as is and compiled: time "
+        f"of {entries[0]['tokens']['decoded']} tokens relative to the dynamic cache."
+    )
+    return [note, table(["strategy", "dynamic, ms", *names], rows, left=1)]
 
 
 def onnx_table(entries: list[Entry]) -> list[str]:

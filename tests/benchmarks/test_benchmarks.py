@@ -54,6 +54,13 @@ def entries():
         "share": 0.702,
         "shape": {"B": 1, "image": 224},
     }
+    caches = common | {
+        "op": "llava caches",
+        "strategy": "fastv:layer=2",
+        "milliseconds": {"dynamic": 518.2, "static": 510.1, "compiled": 437.0},
+        "ratios": {"dynamic": 1.0, "static": 0.991, "compiled": 0.837},
+        "tokens": {"image": 576, "text": 48, "decoded": 16},
+    }
     exported = common | {
         "op": "vit_small_patch16_224",
         "onnxruntime": "1.32.0",
@@ -93,7 +100,7 @@ def entries():
         "shape": {"B": 1, "image": 336},
     }
     steps = [step, step | {"op": "meter"} | unshared]
-    return [op, tower, strategies, language, exported, *steps, serving]
+    return [op, tower, strategies, language, caches, exported, *steps, serving]
 
 
 @pytest.fixture
@@ -138,6 +145,7 @@ def test_tables_come_from_the_json(page, tmp_path):
         "`tome(r=13)`",
         "A LLaVA with random weights, 576 image tokens and 48 of text",
         "| `diverse` | prefill | 900 | 0.50 (0.31) |",
+        "| `fastv:layer=2` | 518 | 0.99 no gain | 0.84 |",
         "Inference in onnxruntime 1.32.0",
         "| vit_small_patch16 224 px, 1, fp32 | 2 | 41.2 | 0.73 | 1.53 no gain |",
         "Pre-training step",
