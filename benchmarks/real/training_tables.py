@@ -117,8 +117,11 @@ def absolute(values: dict[int, float]) -> str:
     return f"{100 * fmean(values.values()):.1f}"
 
 
-def difference(values: dict[int, float], reference: dict[int, float]) -> str:
-    """Return '−1.4 (−3.5 to 0.8)' in points, in bold if the interval excludes zero."""
+def difference(values: dict[int, float], reference: dict[int, float], label: str = "") -> str:
+    """Return '−1.4 (−3.5 to 0.8)' in points, in bold if the interval excludes zero.
+
+    The label stands before the interval.
+    """
     gaps = [100 * (values[seed] - reference[seed]) for seed in values if seed in reference]
     if not gaps:
         return "–"
@@ -126,5 +129,5 @@ def difference(values: dict[int, float], reference: dict[int, float]) -> str:
     if len(gaps) == 1:
         return f"{mean:+.1f}".replace("-", "−")
     half = float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
-    text = f"{mean:+.1f} ({mean - half:.1f} to {mean + half:.1f})".replace("-", "−")
+    text = f"{mean:+.1f} ({label}{mean - half:.1f} to {mean + half:.1f})".replace("-", "−")
     return f"**{text}**" if half < abs(mean) else text
