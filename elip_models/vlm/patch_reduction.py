@@ -41,6 +41,12 @@ class PatchReduction:
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Remove patches from what the tower reads."""
+        STAYS.set(None)  # an interrupt may have left one
+        if kwargs.get("return_dict") is False:
+            raise ValueError(
+                "return_dict: expected True for an image tower whose patches 'dedup' removes, got "
+                "False; leave it out"
+            )
         arguments = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
         patches, grid, config = arguments["hidden_states"], arguments["grid_thw"], tower.config
         side = config.spatial_merge_size
@@ -53,7 +59,7 @@ class PatchReduction:
         return (), arguments | _remaining_arguments(tower, grid, stays, arguments)
 
     def restore(self, tower: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Return features of zeros for the removed units; `last_hidden_state` has none."""
+        """Return features of zeros for the removed units; hidden states have none."""
         stays = STAYS.get()
         STAYS.set(None)
         if stays is None or output is None:  # the tower raised an error
@@ -69,7 +75,7 @@ class PatchReduction:
 def _scatter(features: Tensor, stays: Tensor) -> Tensor:
     """Return (U, D) of the features (K, D) of the units that stay."""
     whole = features.new_zeros(len(stays), features.shape[1])
-    return whole.index_put((stays.nonzero()[:, 0],), features)
+    return whole.index_put((stays.nonzero()[:, 0].to(features.device),), features)
 
 
 def _remaining_arguments(
@@ -94,6 +100,7 @@ def _remaining_arguments(
         order, ends = vision.get_vision_window_index(
             grid, side, config.window_size, config.patch_size, kwargs=arguments
         )
+        order = order.to(stays.device)
         ordered = stays[order]
         new["window_index"] = (stays.cumsum(0) - 1)[order[ordered]]
         ends = _remaining_ends(ends, ordered.repeat_interleave(side**2))

@@ -27,7 +27,7 @@ from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
 from elip_models.vlm.question import IGNORED, LABELS, Question, is_marked
-from elip_models.vlm.retrieval import ids_of_retrieval, mark_removed
+from elip_models.vlm.retrieval import retrieval_call
 from elip_models.vlm.selections import Selections
 from elip_models.vlm.static_cache import (
     has_reduced_slots,
@@ -89,7 +89,8 @@ class PromptReduction:
         _refuse_packed(kwargs)
         _refuse_static_turn(cache_in(kwargs))
         ids = args[0] if args else kwargs.get("input_ids")
-        ids = ids_of_retrieval() if ids is None else ids
+        if ids is None and (retrieval := retrieval_call(model)) is not None:
+            ids = retrieval.ids
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         call.images = tokens_of(model, ids, embeds, self.placeholder_ids)
         call.is_croppable = self.strategy is not None and (
@@ -193,9 +194,11 @@ class PromptReduction:
                     None if hidden is None else scatter(hidden)
                     for hidden in output["hidden_states"]
                 )
-        info = call.info(None)
-        kept = (info.kept, *info.kept_behind)[-1]
-        output["last_hidden_state"] = mark_removed(output["last_hidden_state"], kept)
+        if (retrieval := retrieval_call(model)) is not None:
+            info = call.info(None)
+            kept = (info.kept, *info.kept_behind)[-1]
+            hidden = output["last_hidden_state"]
+            output["last_hidden_state"] = retrieval.mark_removed(hidden, kept)
         return output
 
     def _select(

@@ -1,10 +1,10 @@
 """Retrieval by late interaction: models with an embedding of each token (ColPali, ColQwen2).
 
 Their head may put the image features into the prompt itself, so that the model inside gets no ids.
-It makes an embedding of every token: those of removed tokens become zeros, as those of padding.
+The head makes an embedding of every token: those of removed ones become zeros, as those of padding.
 """
 
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,21 @@ RETRIEVAL = ("colpali", "colqwen2")
 
 @dataclass
 class RetrievalCall:
-    """The ids (B, N) of a forward pass of the head, and the tokens (B, N) bool that remain."""
+    """A forward pass of a head: its ids (B, N), and the tokens (B, N) bool that remain."""
 
+    head: nn.Module
     ids: Tensor | None
+    is_tuple: bool  # what the caller gets
+    before: "Token[RetrievalCall | None] | None" = None
     kept: Tensor | None = None
+
+    def mark_removed(self, hidden: Tensor, kept: Tensor) -> Tensor:
+        """Return hidden states (B, N, D) for the head, which normalises every token.
+
+        Those beside `kept` (B, N) bool are ones, since zeros would have no finite gradient.
+        """
+        self.kept = kept
+        return hidden.where(kept.unsqueeze(-1), 1)
 
 
 CURRENT: ContextVar[RetrievalCall | None] = ContextVar("CURRENT", default=None)
@@ -44,33 +55,30 @@ class RetrievalHead:
         if multimodal.head is not None:
             remove_hooks(multimodal.head, RetrievalHead)
 
-    def begin(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the ids."""
-        CURRENT.set(RetrievalCall(args[0] if args else kwargs.get("input_ids")))
+    def begin(
+        self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Note the ids, and ask for an output with names."""
+        wanted = kwargs.get("return_dict")
+        is_tuple = not (head.config.return_dict if wanted is None else wanted)
+        call = RetrievalCall(head, args[0] if args else kwargs.get("input_ids"), is_tuple)
+        call.before = CURRENT.set(call)
+        return args, kwargs | {"return_dict": True}
 
     def end(self, head: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Set the embeddings of removed tokens to zero."""
         call = CURRENT.get()
-        CURRENT.set(None)
-        if call is None or call.kept is None or output is None:
+        if call is None or call.before is None:
             return None
-        output["embeddings"] = output["embeddings"].where(call.kept.unsqueeze(-1), 0)
-        return output
+        CURRENT.reset(call.before)
+        if output is None:  # the head raised an error
+            return None
+        if call.kept is not None:
+            output["embeddings"] = output["embeddings"].where(call.kept.unsqueeze(-1), 0)
+        return output.to_tuple() if call.is_tuple else output
 
 
-def ids_of_retrieval() -> Tensor | None:
-    """Return the ids (B, N) of the retrieval model that runs in this thread, or None."""
+def retrieval_call(module: nn.Module) -> RetrievalCall | None:
+    """Return the forward pass of the head that has this module, if it runs in this thread."""
     call = CURRENT.get()
-    return None if call is None else call.ids
-
-
-def mark_removed(hidden: Tensor, kept: Tensor) -> Tensor:
-    """Return hidden states (B, N, D) for the head of the retrieval model that runs, if one does.
-
-    The head normalises every token. Those beside `kept` (B, N) bool are ones, since zeros would
-    have no finite gradient.
-    """
-    if (call := CURRENT.get()) is None:
-        return hidden
-    call.kept = kept
-    return hidden.where(kept.unsqueeze(-1), 1)
+    return call if call is not None and module in call.head.modules() else None

@@ -88,11 +88,17 @@ class MultimodalSummary:
 
     def __str__(self) -> str:
         """Return the summary as a table of two columns."""
-        used = [str(strategy) for strategy in (self.strategy, self.inside) if strategy is not None]
+        is_dedup = isinstance(self.strategy, Dedup)
+        before, front = (self.strategy, None) if is_dedup else (None, self.strategy)
+        tower = [str(each) for each in (before, self.tower and self.tower.figures) if each]
+        used = [str(strategy) for strategy in (front, self.inside) if strategy is not None]
         cached, dense = _size(self.cache_bytes), _size(self.dense_cache_bytes)
         lines = [
-            ("image tower", "dense" if self.tower is None else self.tower.figures),
-            ("language model", ", then ".join(used) or "reads every image token"),
+            ("image tower", ", then ".join(tower) or "dense"),
+            (
+                "language model",
+                ", then ".join(used) or f"reads every {'remaining ' * is_dedup}image token",
+            ),
             ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in {self.unit}"),
             ("tokens per layer", runs(self.layer_tokens)),
             ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for the tokens of {self.unit}"),

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, vision_utils
 
 import elip_models
 from elip_models import budget, is_reduced, list_strategies, reduce_, reduction_summary, unreduce_
@@ -46,9 +46,9 @@ def select(colours, tolerance=0.0):
     return stays.view(rows, columns).int().tolist()
 
 
-def test_repeated_units_go_and_those_of_the_background_but_one():
+def test_repeated_units_go_and_those_of_the_background_but_the_first_and_the_last():
     colours = [[9.0, 0.0, 7.0, 7.0], [0.0, 5.0, 5.0, 7.0], [0.0, 0.0, 5.0, 0.0]]
-    assert select(colours) == [[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert select(colours) == [[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
 
 
 def test_a_colour_that_occurs_once_stays():
@@ -58,7 +58,7 @@ def test_a_colour_that_occurs_once_stays():
 
 def test_a_unit_is_compared_with_the_kept_one_so_that_a_gradient_stays():
     ramp = [[0.0] * 9, [1 + 0.25 * i for i in range(9)]]
-    assert select(ramp, tolerance=0.5)[1] == [1, 0, 0, 1, 0, 0, 1, 0, 0]
+    assert select(ramp, tolerance=0.5)[1] == [1, 0, 0, 1, 0, 0, 1, 0, 1]
     assert select(ramp, tolerance=0.2)[1] == [1] * 9
 
 
@@ -72,8 +72,8 @@ def test_one_differing_pixel_of_one_channel_keeps_a_unit():
     units = torch.zeros(4, 4, 3, 8)
     units[1, 2, 1, 5] = 0.3
     grid = torch.tensor([[1, 2, 2]])
-    assert Dedup(0.2).select(units, grid).int().tolist() == [1, 1, 0, 0]
-    assert Dedup(0.4).select(units, grid).int().tolist() == [1, 0, 0, 0]
+    assert Dedup(0.2).select(units, grid).int().tolist() == [1, 1, 0, 1]
+    assert Dedup(0.4).select(units, grid).int().tolist() == [1, 0, 0, 1]
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def test_features_of_kept_units_are_those_of_a_tower_that_hides_the_removed_ones
             assert not values[~stays].any()
     assert 0.2 < stays.double().mean() < 0.8
     assert (dense - expected.pooler_output)[stays].abs().max() > 1e-3
-    assert all(units.any() for units in stays.split((grid.prod(1) // 4).tolist()))
+    assert stays[(grid.prod(1) // 4).cumsum(0) - 1].all()
 
 
 @torch.no_grad()
@@ -206,7 +206,10 @@ def test_an_image_without_repetition_is_read_by_the_dense_model(name):
     reduce_(model, "dedup:tolerance=0")
     assert torch.equal(model(**inputs).logits, logits)
     assert reduction_summary(model).kept_tokens == reduction_summary(model).image_tokens
-    assert "an image without repetition" in str(reduction_summary(model))
+    lines = str(reduction_summary(model)).splitlines()
+    assert lines[0].split() == ["image", "tower", f"{reduction_summary(model).strategy}"]
+    assert lines[1].endswith("reads every remaining image token")
+    assert "an image without repetition" in lines[-1]
 
 
 @torch.no_grad()
@@ -254,9 +257,9 @@ def test_a_second_turn_reads_the_cache_of_the_first(name):
 @families
 def test_removed_patches_have_no_gradient(name):
     model, inputs = made(name)
-    is_text = inputs["input_ids"].lt(100) & inputs["input_ids"].gt(0)
-    is_text[:, 1:] &= is_text[:, :-1].clone()  # a removed token predicts nothing
-    labels = inputs["input_ids"].where(is_text, -100)
+    labels = inputs["input_ids"].where(
+        inputs["input_ids"].lt(100) & inputs["input_ids"].gt(0), -100
+    )
     reduce_(model, "dedup:tolerance=0")
     stays = []
     tower = find_multimodal(model).tower
@@ -304,6 +307,49 @@ def test_an_error_of_the_tower_leaves_nothing_behind():
         model(**inputs)
     handle.remove()
     assert torch.equal(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_an_interrupt_of_the_tower_leaves_nothing_behind():
+    model, inputs = made("qwen2_5_vl")
+    tower = find_multimodal(reduce_(model, "dedup:tolerance=0")).tower
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = tower.blocks[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    handle.remove()
+    pixels, grid = torch.randn_like(inputs["pixel_values"]), inputs["image_grid_thw"]
+    features = tower(pixels, grid_thw=grid).pooler_output
+    assert torch.equal(features, unreduce_(model) and tower(pixels, grid_thw=grid).pooler_output)
+
+
+@torch.no_grad()
+def test_the_last_token_of_a_prompt_that_ends_with_an_image_has_logits():
+    model, inputs = made("qwen2_5_vl")
+    alone = one_row(inputs, 0)
+    end = int((alone["input_ids"][0] == model.config.image_token_id).nonzero()[-1]) + 1
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        alone[key] = alone[key][:, :end]
+    reduce_(model, "dedup:tolerance=0")
+    assert model(**alone).logits[0, -1].abs().max() > 0
+
+
+def test_a_tuple_of_the_tower_is_refused():
+    model, inputs = made("qwen2_5_vl")
+    tower = find_multimodal(reduce_(model, "dedup")).tower
+    with pytest.raises(ValueError, match="return_dict: expected True"):
+        tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"], return_dict=False)
+
+
+def test_a_transformers_without_positions_of_a_grid_is_refused(monkeypatch):
+    later, earlier = build("qwen3_vl")[0], build("qwen2_5_vl")[0]
+    monkeypatch.delattr(vision_utils, "get_vision_interpolation_indices_and_weights")
+    with pytest.raises(TypeError, match="it needs a later transformers"):
+        reduce_(later, "dedup")
+    assert is_reduced(reduce_(earlier, "dedup"))
 
 
 @pytest.mark.parametrize("name", first_quick(["llava", "glm4v", "lfm2_vl", "idefics3"]))

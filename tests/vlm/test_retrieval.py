@@ -102,3 +102,43 @@ def test_an_error_leaves_no_ids_behind():
     handle.remove()
     with pytest.raises(ValueError, match="inputs_embeds: expected the placeholders"):
         model.vlm(inputs_embeds=torch.randn(1, 6, 32).double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RETRIEVAL)
+def test_a_tuple_has_the_embeddings_too(name):
+    model, inputs = made(name)
+    reduce_(model, "diverse")
+    expected = model(**inputs)
+    values = model(**inputs, return_dict=False)
+    assert isinstance(values, tuple) and len(values) == len(expected.to_tuple())
+    assert torch.equal(values[list(expected).index("embeddings")], expected.embeddings)
+
+
+@torch.no_grad()
+def test_a_head_that_runs_inside_of_another_one_changes_neither():
+    model, inputs = made("colqwen2")
+    other, others = made("colpali")
+    reduce_(model, "diverse")
+    reduce_(other, "diverse")
+    expected, expected_other = model(**inputs).embeddings, other(**others).embeddings
+    found = []
+    model.vlm.register_forward_hook(lambda *_: found.append(other(**others).embeddings))
+    assert torch.equal(model(**inputs).embeddings, expected)
+    assert torch.equal(found[0], expected_other)
+
+
+@torch.no_grad()
+def test_an_interrupted_head_changes_no_other_model():
+    model, inputs = made("colqwen2")
+    llava, prompt = build("llava")
+    reduce_(model, "diverse")
+    expected = reduce_(llava, "diverse").model(**prompt).last_hidden_state
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model.embedding_proj_layer.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    assert torch.equal(llava.model(**prompt).last_hidden_state, expected)

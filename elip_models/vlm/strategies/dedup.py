@@ -4,7 +4,6 @@ A unit is the square of patches that becomes one token, such as 2x2 in Qwen-VL.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -14,15 +13,18 @@ from elip_models.validation import NonNegative
 from elip_models.vlm.families import PATCH_ARGUMENTS, Multimodal
 from elip_models.vlm.strategies.base import LanguageStrategy
 
+INTERPOLATION = "get_vision_interpolation_indices_and_weights"
+
 
 @dataclass(frozen=True)
 class Dedup(LanguageStrategy):
     """Remove redundant patches of documents and screens.
 
-    The background of an image is the most frequent value of each colour channel. A unit is removed
-    if its content is that of the background, unless it is the first such unit of the image or
-    frame, or that of the kept unit that its left or upper neighbour is or repeats. How many tokens
-    stay depends on the image, so the strategy has no `keep`.
+    The background of a frame has, for each colour channel, the most frequent value of the first
+    pixels of its units. Of the units with this content, the first stays. Another unit goes if it
+    equals the kept unit that its left or upper neighbour is, or repeats. The last unit of a frame
+    stays, as under every strategy. How many tokens stay depends on the image, so there is no
+    `keep`.
 
     Attributes:
         tolerance: the largest absolute difference of normalised pixel values within which two
@@ -43,8 +45,11 @@ class Dedup(LanguageStrategy):
                 "its image tower needs every patch: it makes their positions in its embeddings, or "
                 "joins them, by the grid of the whole image"
             )
-        if find_spec("transformers.vision_utils") is None:
-            return "it needs a later transformers, whose image towers take positions of patches"
+        from transformers import vision_utils
+
+        has_grid = getattr(multimodal.tower.config, "num_position_embeddings", None) is not None
+        if has_grid and not hasattr(vision_utils, INTERPOLATION):
+            return f"it needs a later transformers, which has `vision_utils.{INTERPOLATION}`"
         return super().why_unsupported(multimodal)
 
     def count(self, length: int, keep: None = None) -> int:
@@ -62,22 +67,23 @@ class Dedup(LanguageStrategy):
         Returns:
             (U,) bool.
         """
-        places = _Places.of(grid)
+        places, device = _Places.of(grid), units.device
         corners = units[:, 0, :, 0].split(places.lengths)
         background = torch.cat([c.mode(0).values.expand(len(c), -1) for c in corners])
         is_plain = self._is_same(units, background[:, None, :, None])
-        own = torch.arange(len(units), device=units.device)
         is_first = torch.cat([p & (p.cumsum(0) == 1) for p in is_plain.split(places.lengths)])
-        is_kept = is_first | ~is_plain
-        source = torch.cat((own.where(is_kept, -1), own.new_tensor([-1])))  # of no neighbour
-        others = ~is_plain.cpu()
+        own = torch.arange(len(units), device=device)
+        source = torch.cat((own.where(is_first | ~is_plain, -1), own.new_tensor([-1])))
+        neighbours, is_content = places.neighbours.to(device), ~is_plain.cpu()
         for diagonal in places.diagonals:
-            index = diagonal[others[diagonal]].to(units.device)
-            for neighbour in (places.left, places.above):
-                kept = source[neighbour.to(units.device)[index]]
+            index = diagonal[is_content[diagonal]].to(device)
+            for neighbour in neighbours[:, index]:
+                kept = source[neighbour]
                 is_repeated = (kept >= 0) & self._is_same(units[index], units[kept])
                 source[index] = kept.where(is_repeated & (source[index] == index), source[index])
-        return source[:-1] == own
+        stays = source[:-1] == own
+        stays[places.last.to(device)] = True
+        return stays
 
     def _is_same(self, units: Tensor, others: Tensor) -> Tensor:
         return (units - others).abs().amax((1, 2, 3)) <= self.tolerance
@@ -87,14 +93,15 @@ class _Places(NamedTuple):
     """Where the units of images are, as int64 indices of units on the CPU.
 
     lengths: the number of units of each frame.
-    left, above: (U,) the neighbour of each unit, or -1.
+    last: (F,) the last unit of each frame.
+    neighbours: (2, U) the left and the upper neighbour of each unit, or -1.
     diagonals: the units of all frames with the same sum of row and column, ascending. The
         neighbours of a unit are on the diagonal before.
     """
 
     lengths: list[int]
-    left: Tensor
-    above: Tensor
+    last: Tensor
+    neighbours: Tensor
     diagonals: tuple[Tensor, ...]
 
     @classmethod
@@ -107,9 +114,10 @@ class _Places(NamedTuple):
         widths = torch.tensor([c for _, c in sizes]).repeat_interleave(torch.tensor(lengths))
         unit = torch.arange(len(row))
         order = (row + column).argsort(stable=True)
+        left, above = (unit - 1).where(column > 0, -1), (unit - widths).where(row > 0, -1)
         return cls(
             lengths,
-            left=(unit - 1).where(column > 0, -1),
-            above=(unit - widths).where(row > 0, -1),
+            last=torch.tensor(lengths).cumsum(0) - 1,
+            neighbours=torch.stack((left, above)),
             diagonals=order.split((row + column).bincount().tolist()),
         )
