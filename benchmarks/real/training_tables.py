@@ -1,13 +1,14 @@
 """Tables of the trainings in appendix.md, from their results."""
 
 from collections import Counter
+from math import cos, pi
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import t
 
-from benchmarks.real.training import DENSE, FINISH, FINISHED, REDUCED, Arm
+from benchmarks.real.training import DENSE, FINISH, FINISHED, REDUCED, WARMUP, Arm
 from benchmarks.tables import table
 from elip_models.saving.files import read_object
 
@@ -56,13 +57,15 @@ def note(document: dict[str, Any]) -> str:
         if time
         else ""
     )
+    highest = (1 + cos(pi * (1 - FINISH / (1 - WARMUP)))) / 2  # of a cosine schedule
     counts = Counter(row["arm"] for row in document["runs"]).values()
     seeds = f"{min(counts)}" if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
     return (
         f"Points against `dense`, paired by seed, with 95% intervals of Student's t; bold: the "
         f"interval excludes zero. Seeds of each arm: {seeds}; one seed has no interval. Each model "
         "is judged dense and, in the columns marked so, reduced as it was trained. `+ finish`: the "
-        f"last tenth of the steps is dense.{measured} {document['device']}, {document['date']}, "
+        f"last tenth of the steps is dense, with at most {highest:.0%} of the highest learning "
+        f"rate.{measured} {document['device']}, {document['date']}, "
         f"commit {document['commit']['id'][:7]}; matrix products in bf16."
     )
 
