@@ -3,18 +3,17 @@
 python docs/readme_table.py             # rewrite the block between the two markers
 python docs/readme_table.py --check     # exit status 1 if the block is stale
 
-Times of towers come from `benchmarks/results/DEVICE`, the pretrained model from
-`benchmarks/results/real`, the accuracy of a trained model from `benchmarks/results/studies`.
+The image models come from `benchmarks/results/real`, the language models from
+`benchmarks/results/vlm`.
 """
 
 import argparse
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from benchmarks.marked_block import rewrite
-from benchmarks.studies.analysis import against
-from benchmarks.studies.results import Document, Interval, by_seed, read_results
+from benchmarks.real.training import DENSE, REDUCED
+from benchmarks.real.training_tables import difference, values_by_seed
 from benchmarks.tables import table
 from elip_models.reduction.flops import DEFAULT_KEEP
 from elip_models.reduction.strategies import DEFAULT, STRATEGIES
@@ -24,12 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BATCH, THREADS = 8, 2
 """Of the times of the pretrained model."""
-TOP1, LOSS = "reduced.top1", "reduced.contrastive_loss"
 TASKS = {"top1": "top-1, points", "text_to_image_r5": "R@5, points"}
 HALF = "resize_merge 0.5"
 TABLE = ("merge 0.7", HALF, "resize 0.5", "evit 0.7")
 LANGUAGE_STRATEGY, LANGUAGE_KEEP = "diverse", 0.25
-RANDOM = "random-nearest"
 CHART = (
     "![Top-1 accuracy and recall against time, for merging, a smaller image, EViT and random "
     "pruning](docs/time_against_accuracy.svg)"
@@ -43,8 +40,8 @@ class OutdatedText(Exception):
 def block(results: Path) -> str:
     """Return the chart, and what it and other results say of three kinds of models."""
     tasks = read_object(results / "real" / "tasks_test.json")
-    quality = read_results(results / "studies" / "quality.json")
-    lines = [image_models(tasks), language_models(results), training(quality)]
+    study = read_object(results / "real" / "finetune.json")
+    lines = [image_models(tasks), language_models(results), training(study)]
     return "\n\n".join([CHART, caption(tasks), "\n".join(f"- {line}" for line in lines)])
 
 
@@ -100,22 +97,21 @@ def language_models(results: Path) -> str:
     )
 
 
-def training(quality: Document) -> str:
-    """Return what training with `tome` costs and loses, and with random pruning.
-
-    Raises:
-        OutdatedText: one of the two differs significantly from dense.
-    """
-    gaps = against(quality, "dense", (TOP1, LOSS))
-    gap, random = gaps["tome", TOP1], gaps[RANDOM, TOP1]
-    if gap.is_significant or random.is_significant:
-        raise OutdatedText(f"{__file__}: expected no significant difference, got {gap}, {random}")
+def training(study: dict[str, Any]) -> str:
+    """Return what fine-tuning with the default costs, beside a smaller image and fewer steps."""
+    values, ratios = values_by_seed(study), study["time"]["ratios"]
+    dense = values[DENSE, DENSE, DENSE]["top1"]
+    arm, smaller = (f"{name} {DEFAULT_KEEP}" for name in (DEFAULT.name, "resize"))
+    reduced, small = (values[each, REDUCED, REDUCED]["top1"] for each in (arm, smaller))
+    fewer = values[f"{DENSE} {DEFAULT_KEEP}", DENSE, DENSE]["top1"]
     return (
-        "**Training**: a tiny CLIP, trained further on generated scenes with `tome` at "
-        f"{trained_cost(quality):.2f} of the dense FLOPs, shows no significant difference in "
-        f"top-1: {interval(gap, TOP1, ' points', '95% CI ')}, {gap.seeds} seeds. The control, "
-        f"which merges random tokens, shows none either: {interval(random, TOP1, ' points')} "
-        "([studies](docs/results.md#training-studies))."
+        "**Training**: a step of fine-tuning DINOv2 ViT-S/14 with the default takes "
+        f"{percent(1 - ratios[arm])} less time. Trained on {study['settings']['train']:,} "
+        f"photographs, the reduced model changes top-1 by {difference(reduced, dense, '95% CI ')} "
+        f"points. A smaller image (`resize`, {percent(1 - ratios[smaller])} less time) changes it "
+        f"by {difference(small, dense)}, dense training with {percent(DEFAULT_KEEP)} of the steps "
+        f"by {difference(fewer, dense)} ({len(dense)} seeds, "
+        "[all strategies](docs/results.md#fine-tuning-with-fewer-tokens))."
     )
 
 
@@ -162,25 +158,6 @@ def settings_table(tasks: dict[str, Any]) -> str:
     ]
     header = ["strategy and `keep`", *TASKS.values(), "time"]
     return table(header, [dense, *cells], left=1)
-
-
-def trained_cost(quality: Document) -> float:
-    """Return the FLOPs of a training step of `tome` relative to dense, mean over seeds."""
-    return fmean(by_seed(quality, "tome", "step_flops").values())
-
-
-def signed(value: float, metric: str, sign: str = "+") -> str:
-    """Return a difference with its sign, in points for top-1."""
-    scale, digits = (100, 1) if metric == TOP1 else (1, 3)
-    return f"{scale * value:{sign}.{digits}f}".replace("-", "−")
-
-
-def interval(gap: Interval, metric: str, unit: str = "", label: str = "") -> str:
-    """Return '+0.4 (−1.5 to 2.3)', in bold if the interval excludes zero."""
-    half = gap.half or 0.0
-    low, high = (signed(value, metric, "-") for value in (gap.mean - half, gap.mean + half))
-    text = f"{signed(gap.mean, metric)}{unit} ({label}{low} to {high})"
-    return f"**{text}**" if gap.is_significant else text
 
 
 def main(arguments: list[str] | None = None) -> int:
