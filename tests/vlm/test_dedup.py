@@ -280,7 +280,8 @@ def test_a_reduced_model_is_saved_and_loaded(name, tmp_path):
     elip_models.save_reduced(model, tmp_path)
     loaded = elip_models.load_reduced(tmp_path)
     assert reduction_summary(loaded).strategy == Dedup(0.25)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    found = loaded(**inputs).logits  # transformers gives experts other kernels after loading
+    torch.testing.assert_close(found, model(**inputs).logits)
     tower = find_multimodal(unreduce_(loaded)).tower
     assert not tower._forward_hooks and not tower._forward_pre_hooks and not is_reduced(loaded)
 
