@@ -50,7 +50,6 @@ def device_tables(results: Results) -> str:
         if has_chart("ops", results.entries):
             parts.append(chart(results, "ops", "times over that of a copy"))
         parts.append(f"[Every op, side by side]({results.slug}-ops.md).")
-    parts += [serving(entry) for entry in results.entries if "latency" in entry]
     return "\n\n".join(parts)
 
 
@@ -222,21 +221,6 @@ def op_table(entries: list[Entry]) -> list[str]:
     reasons = {reason for entry in entries for reason in entry["left_out"].items()}
     absent = [f"– means that {name} was not measured: {why}." for name, why in sorted(reasons)]
     return [note, table(header, rows, left=2), *absent]
-
-
-def serving(entry: Entry) -> str:
-    """Return latencies and memory of many requests in a few sentences."""
-    by, latency = entry["served_by"], entry["latency"]
-    latencies = [
-        f"{name} {' / '.join(milliseconds(latency[of][name]) for of in ('dense', 'last'))} ms"
-        for name in latency["last"]
-    ]
-    return (
-        f"Serving: {by['threads']} threads share one model, `{by['strategy']}`, each guided by its "
-        f"own text; {tower(entry)}, {entry['requests']:,} requests. Time relative to "
-        f"dense {ratio(entry['ratios']['last'])}; latency dense / reduced {', '.join(latencies)}; "
-        f"memory of the process grew by {entry['grown_bytes'] / 2**20:.1f} MiB."
-    )
 
 
 def tower(entry: Entry) -> str:
