@@ -7,7 +7,6 @@ order of the data, and of batches of similar lengths, which needs all lengths in
 Photographs are those of the validation split of the clothes and of Flickr8k's dev split.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -19,10 +18,15 @@ import torch
 
 from benchmarks.real import dinov2, materials
 from benchmarks.real.dinov2 import batches
-from benchmarks.real.ideas import IDEAS, Idea, calibrated, merged_counts, spread_out
+from benchmarks.real.ideas import (
+    IDEAS,
+    Idea,
+    calibrated,
+    merged_counts,
+    run_measurement,
+    spread_out,
+)
 from benchmarks.real.tasks import measured_on
-from elip_models.saving.files import write_json
-from elip_models.validation import check_output
 
 PHOTOGRAPHS = 160
 """Of each kind."""
@@ -71,20 +75,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.real.adaptive_batches",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="the materials, see benchmarks/real/materials.py")
-    parser.add_argument("--output", type=Path, required=True, metavar="X.json", help="the results")
-    options = parser.parse_args(arguments)
-    try:
-        check_output("--output", options.output)
-        write_json(options.output, measure(options.folder))
-    except (ImportError, OSError, ValueError) as error:
-        parser.error(str(error))
-    return 0
+    return run_measurement(measure, "benchmarks.real.adaptive_batches", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ stopped continues. `materials.py` says what FOLDER holds.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -309,9 +309,19 @@ def _merged(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
+    return run_measurement(measure, "benchmarks.real.ideas", __doc__, arguments)
+
+
+def run_measurement(
+    measure: Callable[[Path], dict[str, Any]],
+    command: str,
+    description: str,
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a command that measures with a folder of materials; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.real.ideas",
-        description=__doc__,
+        prog=f"python -m {command}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="the materials, see benchmarks/real/materials.py")
@@ -319,13 +329,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_output("--output", options.output)
-        write_json(options.output, measure(options.folder, Console()))
+        write_json(options.output, measure(options.folder))
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     return 0
 
 
-def measure(folder: Path, console: Console) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Any]:
     """Return what each idea loses against dense, in shares, paired by photograph."""
     model = dinov2.timm_model()
     train, validation = (materials.clothes(folder, split) for split in ("train", "validation"))
@@ -369,6 +379,7 @@ def measure(folder: Path, console: Console) -> dict[str, Any]:
         }
 
     whole, rows = values(dense), []
+    console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for name, idea in progress.track(IDEAS.items(), description="ideas"):
             found = {kind: features(name, idea, files) for kind, files in paths.items()}
