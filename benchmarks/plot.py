@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.marked_block import rewrite
+from benchmarks.marked_block import Block, rewrite
 from benchmarks.measured import Refused, Results, read_results
 from benchmarks.parity import OURS
 from benchmarks.tables import device_tables, has_chart, op_page, tower
@@ -28,7 +28,6 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 FORMS = {  # form or scorer: colour, marker
     "official": ("#d55e00", "s"),
@@ -147,9 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as reason:
         sys.stderr.write(f"refused: {reason}\n")
         return 1
-    block = "\n\n".join(sections(results)) or "No results are committed yet."
+    text = "\n\n".join(sections(results)) or "No results are committed yet."
     command, docs = "python -m benchmarks.plot", options.page.parent
-    status = rewrite(options.page, BEGIN, END, block, command=command, check=options.check)
+    block = Block(options.page, "benchmarks", text)
+    status = rewrite(block, command=command, check=options.check)
     if options.check:
         for path in (stale := stale_files(results, docs)):
             sys.stderr.write(f"{path} is missing or stale: run {command}\n")

@@ -6,19 +6,19 @@ python docs/api_table.py --check     # exit status 1 if a table is stale
 Names are in the order of the page. The description is the first line of a name's docstring.
 """
 
-import argparse
 import importlib
 import inspect
 import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc import locate
 from types import ModuleType
 from typing import Any
 
+from benchmarks.marked_block import Block, run
+
 FOLDER = Path(__file__).parent / "api"
 PAGES = {"kernels.md": "elip_kernels", "models.md": "elip_models"}
-BEGIN, END = "<!-- names:begin -->", "<!-- names:end -->"
 CONSTANTS = {
     "LANGUAGE_STRATEGIES": "The strategies of a multimodal language model by name.",
     "__version__": "The version of the package.",
@@ -74,33 +74,15 @@ def table(package: ModuleType, folder: Path, file: str) -> str:
     return "\n".join(lines)
 
 
+def blocks() -> Iterator[Block]:
+    """Yield the table of each package."""
+    for file, package in PAGES.items():
+        yield Block(FOLDER / file, "names", table(importlib.import_module(package), FOLDER, file))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    options = parser.parse_args(arguments)
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    status = 0
-    for file, package in PAGES.items():
-        path = options.folder / file
-        current = path.read_text(encoding="utf-8")
-        if not pattern.search(current):
-            sys.stderr.write(f"{path}: expected {BEGIN} and {END} in it, got neither\n")
-            status = 1
-            continue
-        text = (
-            f"{BEGIN}\n\n{table(importlib.import_module(package), options.folder, file)}\n\n{END}"
-        )
-        wanted = pattern.sub(lambda _, text=text: text, current, count=1)
-        if wanted == current:
-            continue
-        if options.check:
-            sys.stderr.write(f"{path} is stale: run python docs/api_table.py\n")
-            status = 1
-        else:
-            path.write_text(wanted, encoding="utf-8")
-    return status
+    return run(blocks, "python docs/api_table.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ The image models come from `benchmarks/results/real`, the language models from
 `benchmarks/results/vlm`.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked_block import rewrite
+from benchmarks.marked_block import Block, run
 from benchmarks.real.training import DENSE, REDUCED
 from benchmarks.real.training_tables import difference, values_by_seed
 from benchmarks.tables import table
@@ -160,27 +159,18 @@ def settings_table(tasks: dict[str, Any]) -> str:
     return table(header, [dense, *cells], left=1)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=ROOT / "README.md")
-    options = parser.parse_args(arguments)
-    tasks = read_object(options.results / "real" / "tasks_test.json")
-    blocks = {"results": block(options.results), "settings": settings_table(tasks)}
-    statuses = [
-        rewrite(
-            options.page,
-            f"<!-- {name}:begin -->",
-            f"<!-- {name}:end -->",
-            text,
-            command="python docs/readme_table.py",
-            check=options.check,
-        )
-        for name, text in blocks.items()
+def blocks() -> list[Block]:
+    """Return the results and the settings."""
+    tasks, page = read_object(RESULTS / "real" / "tasks_test.json"), ROOT / "README.md"
+    return [
+        Block(page, "results", block(RESULTS)),
+        Block(page, "settings", settings_table(tasks)),
     ]
-    return max(statuses)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/readme_table.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,16 @@ python docs/real_model.py             # rewrite the block between the markers
 python docs/real_model.py --check     # exit status 1 if the block is stale
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked_block import rewrite
+from benchmarks.marked_block import Block, run
 from benchmarks.real import training_tables
 from benchmarks.tables import ratio, table
 from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
-BEGIN, END = "<!-- real:begin -->", "<!-- real:end -->"
 TASKS = {
     "top1": "top-1",
     "top1_own": "top-1, own probe",
@@ -189,15 +187,14 @@ def recovery(results: Path) -> str:
     )
 
 
+def blocks() -> list[Block]:
+    """Return the block of the appendix."""
+    return [Block(DOCS / "appendix.md", "real", block(RESULTS))]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=DOCS / "appendix.md")
-    options = parser.parse_args(arguments)
-    text, command = block(options.results), "python docs/real_model.py"
-    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/real_model.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

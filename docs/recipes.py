@@ -8,7 +8,6 @@ fine-tuning recipes, and ELIP's own values beside those of ALBEF and BLIP. The o
 in docs/originals.yaml and docs/originals_finetune.yaml; ours are read from the recipes.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.marked_block import rewrite
+from benchmarks.marked_block import Block, run
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training.recipe import FINETUNE, load_recipe, recipe_settings
 
 FOLDER = Path(__file__).parent
-BEGIN, END = "<!-- recipes:begin -->", "<!-- recipes:end -->"
+PAGE = FOLDER / "original_recipes.md"
 OF_FINE_TUNING = """### Fine-tuning recipes
 
 The recipes of `elip finetune` have the values of the original configurations, except for these
@@ -159,15 +158,14 @@ def _shown(value: Any) -> str:
     return f"`{text}`".replace("'", "")
 
 
+def blocks() -> list[Block]:
+    """Return the tables of pre-training and of fine-tuning."""
+    return [Block(PAGE, "recipes", f"{block()}\n\n{OF_FINE_TUNING}\n{finetune_block()}")]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--page", type=Path, default=FOLDER / "original_recipes.md")
-    options = parser.parse_args(arguments)
-    text = f"{block()}\n\n{OF_FINE_TUNING}\n{finetune_block()}"
-    command = "python docs/recipes.py"
-    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/recipes.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ python docs/serving.py             # rewrite the block between the markers
 python docs/serving.py --check     # exit status 1 if the block is stale
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked_block import rewrite
+from benchmarks.marked_block import Block, run
 from benchmarks.tables import table
 from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "serving"
-BEGIN, END = "<!-- serving:begin -->", "<!-- serving:end -->"
 
 
 def block(document: dict[str, Any]) -> str:
@@ -45,14 +43,15 @@ def block(document: dict[str, Any]) -> str:
     return f"{note[0].upper()}{note[1:]}\n\n{table(header, rows, left=0)}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(arguments)
+def blocks() -> list[Block]:
+    """Return the results of each device."""
     text = "\n\n".join(block(read_object(path)) for path in sorted(RESULTS.glob("*.json")))
-    page, command = DOCS / "serve.md", "python docs/serving.py"
-    return rewrite(page, BEGIN, END, text, command=command, check=options.check)
+    return [Block(DOCS / "serve.md", "serving", text)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/serving.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

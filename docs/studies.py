@@ -4,11 +4,10 @@ python docs/studies.py             # rewrite the block between the markers
 python docs/studies.py --check     # exit status 1 if the block is stale
 """
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.marked_block import rewrite
+from benchmarks.marked_block import Block, run
 from benchmarks.studies.analysis import against
 from benchmarks.studies.page import difference_cell
 from benchmarks.studies.results import read_results, relative_cost
@@ -16,7 +15,6 @@ from benchmarks.tables import table
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "studies"
-BEGIN, END = "<!-- studies:begin -->", "<!-- studies:end -->"
 TOP1, LOSS = "reduced.top1", "reduced.contrastive_loss"
 DENSE_TOP1, OBJECTIVE = "dense.top1", "objective.loss"
 OF_LEAK = (DENSE_TOP1, OBJECTIVE)
@@ -89,15 +87,14 @@ def block(results: Path) -> str:
     return table(header, rows, left=2)
 
 
+def blocks() -> list[Block]:
+    """Return the table of comparisons."""
+    return [Block(DOCS / "results.md", "studies", block(RESULTS))]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=DOCS / "results.md")
-    options = parser.parse_args(arguments)
-    text, command = block(options.results), "python docs/studies.py"
-    return rewrite(options.page, BEGIN, END, text, command=command, check=options.check)
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/studies.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ python docs/supported.py --check     # exit status 1 if the block is stale
 The script builds every model on the meta device and checks every strategy on it.
 """
 
-import argparse
 import logging
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +15,13 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.marked_block import Block, run
 from elip_models.analysis.supported_models import check_strategies
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.saving.open_model import open_model
 from elip_models.vlm.strategy_list import reason_of
 
 PAGE = Path(__file__).with_name("models.md")
-BEGIN, END = "<!-- supported:begin -->", "<!-- supported:end -->"
 
 
 def named(spec: str) -> Callable[[], nn.Module]:
@@ -138,27 +135,15 @@ def block() -> str:
     return "\n".join([*lines, "", *numbered, "", *unsupported])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if the page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--page", type=Path, default=PAGE)
-    options = parser.parse_args(arguments)
+def blocks() -> list[Block]:
+    """Return the table of strategies and models."""
     logging.getLogger().setLevel(logging.ERROR)  # hides warnings about weights that are not loaded
-    current = options.page.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    text = block()
-    wanted = pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", current, count=1)
-    if f"{BEGIN}\n\n{text}\n\n{END}" not in wanted:
-        sys.stderr.write(f"{options.page}: expected {BEGIN} and {END} in it, got neither\n")
-        return 1
-    if wanted == current:
-        return 0
-    if options.check:
-        sys.stderr.write("the table of supported models is stale: run python docs/supported.py\n")
-        return 1
-    options.page.write_text(wanted, encoding="utf-8")
-    return 0
+    return [Block(PAGE, "supported", block())]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/supported.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

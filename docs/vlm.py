@@ -7,20 +7,16 @@ The results are those of `benchmarks/bench_vlm.py`, of `benchmarks/redundant_pat
 study whose code is at commit 1a22749.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked_block import rewrite
+from benchmarks.marked_block import Block, run
 from benchmarks.measured import read_results
 from benchmarks.tables import language_model_table, table
 from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "vlm"
-BEGIN, END = "<!-- times:begin -->", "<!-- times:end -->"
-DOCUMENTS_BEGIN, DOCUMENTS_END = "<!-- documents:begin -->", "<!-- documents:end -->"
-STUDY_BEGIN, STUDY_END = "<!-- study:begin -->", "<!-- study:end -->"
 
 
 def study_block(study: dict[str, Any]) -> str:
@@ -104,13 +100,8 @@ def _points(interval: list[float]) -> str:
     return f"**{text}**" if interval[1] > 0 or interval[2] < 0 else text
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--page", type=Path, default=DOCS / "vlm.md", help="with the times")
-    parser.add_argument("--study-page", type=Path, default=DOCS / "appendix.md")
-    options = parser.parse_args(arguments)
+def blocks() -> list[Block]:
+    """Return the times, the documents and the study."""
     parts = []
     for measured in read_results(RESULTS):
         versions = measured.machine["versions"].items()
@@ -120,15 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
             f"{', '.join(map(' '.join, versions))}."
         )
         parts += language_model_table([e for e in measured.entries if "language_model" in e])
-    settings = {"command": "python docs/vlm.py", "check": options.check}
     documents = documents_block(read_object(RESULTS / "dedup.json"))
     study = study_block(read_object(RESULTS / "study.json"))
-    blocks = (
-        (options.page, BEGIN, END, "\n\n".join(parts)),
-        (options.page, DOCUMENTS_BEGIN, DOCUMENTS_END, documents),
-        (options.study_page, STUDY_BEGIN, STUDY_END, study),
-    )
-    return max(rewrite(*block, **settings) for block in blocks)
+    return [
+        Block(DOCS / "vlm.md", "times", "\n\n".join(parts)),
+        Block(DOCS / "vlm.md", "documents", documents),
+        Block(DOCS / "appendix.md", "study", study),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/vlm.py", __doc__, arguments)
 
 
 if __name__ == "__main__":

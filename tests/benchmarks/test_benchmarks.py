@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.plot import BEGIN, END, main
+from benchmarks.plot import main
 from elip_models import STRATEGIES
 from elip_models.pretraining.models.registry import FAMILIES
 from elip_models.reduction.scorers import SCORERS
 from tests.helpers.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PASSED = {"max_abs": 1e-7, "bound": 1e-6, "passed": True}
 
 
