@@ -125,17 +125,42 @@ def bipartite_merge(
     check_size_values(size)
     if merges is None:
         r = min(r, max(0, tokens.shape[1] - num_prefix_tokens) // 2)
+    merged, size, info = merge_pairs(
+        tokens,
+        metric,
+        r,
+        size=size,
+        penalty=penalty,
+        lengths=lengths,
+        merges=merges,
+        num_prefix_tokens=num_prefix_tokens,
+    )
+    return (merged, size, info) if return_info else (merged, size)
+
+
+def merge_pairs(
+    tokens: Tensor,
+    metric: Tensor,
+    r: int,
+    *,
+    size: Tensor | None,
+    penalty: Tensor | None,
+    lengths: Tensor | None,
+    merges: Tensor | None,
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Tensor, BipartiteInfo]:
+    """Merge as `bipartite_merge` does, without its checks, for callers that compute the arguments.
+
+    r is within its limit; size (B, N) and penalty have the accumulator's dtype and no gradient.
+    """
     if lengths is None and r > 0 and exports_onnx():
-        call = without_autocast(_merge_in_onnx)
-        merged, size, info = call(tokens, metric, size, penalty, r, num_prefix_tokens)
-        return (merged, size, info) if return_info else (merged, size)
+        return without_autocast(_merge_in_onnx)(tokens, metric, size, penalty, r, num_prefix_tokens)
     if lengths is None:
         info = _match(metric.detach(), penalty, r, num_prefix_tokens)
     else:
         matching = (metric.detach(), penalty, r, num_prefix_tokens)
         size, info = _match_padded(tokens, *matching, size, lengths, merges)
-    merged, size = _merged(tokens, size, info)
-    return (merged, size, info) if return_info else (merged, size)
+    return *_merged(tokens, size, info), info
 
 
 def apply_merge(

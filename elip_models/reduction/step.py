@@ -57,6 +57,7 @@ class ForwardState:
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
         recomputation selects the same tokens. The caller adds results; `enter_block` does not.
     slots: `BlockStep.slots` after each step, by block.
+    counts: the tokens that enter each block, and those that leave the last; empty without steps.
     padding: of a padded batch, or None.
     guided_by: the owner of the guidance, see `Guide`.
     entering: in a checkpoint, the sum (B, D) of the tokens that entered the first block.
@@ -111,6 +112,7 @@ class ForwardState:
                 _warn_if_slower(strategy, self.size)
         else:
             self.stages = {}
+        self.counts = tokens_entering(strategy, self.size) if self.stages else ()
 
     def _set_padding(self, real: Tensor) -> None:
         """Set the padding of the batch, and the sizes of its longest image."""
@@ -256,7 +258,7 @@ class ForwardState:
         return slots_of(info.reduction) if slots is None else slots.after(info.reduction)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
-        expected = tokens_entering(self.strategy, self.size)[i]
+        expected = self.counts[i]
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"images: expected {expected} tokens before block {i}, those of images "
@@ -265,7 +267,7 @@ class ForwardState:
 
     def _check_remaining(self, i: int, tokens: Tensor) -> None:
         """Check the token count that FLOPs, `at_flops` and `at_keep` are computed from."""
-        expected = tokens_entering(self.strategy, self.size)[i + 1]
+        expected = self.counts[i + 1]
         if tokens.shape[1] != expected:
             raise ValueError(
                 f"strategy: expected {self.strategy.name!r} to leave {expected} tokens at block "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
+from elip_kernels.ops.bipartite import merge_pairs
 from elip_kernels.ops.gather_ops import accumulator
 from elip_models.reduction.flops import TokenCounts
 from elip_models.reduction.schedule import Stage
@@ -184,7 +185,7 @@ class ToMe(Strategy):
             match = context.replay.reduction
             merged, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
         else:
-            merged, sizes, match = elip_kernels.bipartite_merge(
+            merged, sizes, match = merge_pairs(
                 tokens,
                 self.compared(tokens, keys),
                 r,
@@ -193,7 +194,6 @@ class ToMe(Strategy):
                 lengths=lengths,
                 merges=None if lengths is None else lengths - p - context.keep,
                 num_prefix_tokens=p,
-                return_info=True,
             )
         tokens = self.scaled(merged, tokens, match, context.mask)
         positions = None
