@@ -106,7 +106,7 @@ def reduce_(
         TypeError: the model cannot be reduced, is compiled, or an argument has a wrong type.
         ValueError: a wrong value, an option that the strategy does not have, or two arguments that
             set the number of tokens.
-        RuntimeError: a call with other settings inside `guidance` or `record_stages`.
+        RuntimeError: a call with other settings inside `guidance`, `budget` or `record_stages`.
     """
     options = {"schedule": schedule, **options}
     patch.refuse_compiled(model, "reduce_")

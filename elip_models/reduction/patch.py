@@ -151,7 +151,7 @@ def refuse_in_use(is_in_use: bool) -> None:
     """Raise RuntimeError if forward passes inside a context use the present settings."""
     if is_in_use:
         raise RuntimeError(
-            "reduce_: expected a call outside of guidance(model, ..) and record_stages(model), "
+            "reduce_: expected a call outside of guidance, budget and record_stages of the model, "
             "which use the earlier settings, got one inside; leave them first"
         )
 

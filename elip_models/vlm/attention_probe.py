@@ -70,7 +70,7 @@ def _watched(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs
 
     settings = (kwargs.get("scaling"), kwargs.get("softcap"))
     module.watcher.receive(query.detach(), key.detach(), *settings)
-    own = module.config._attn_implementation.removeprefix(PREFIX)
+    own = module.own_config._attn_implementation or "eager"  # set_attn_implementation changes it
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
     return function(module, query, key, *args, **kwargs)

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from itertools import groupby
 from typing import NamedTuple
 
+from torch import Tensor
+
 from elip_models.vlm.clips import TokenGroup
 
 Keep = float | int
@@ -56,7 +58,7 @@ def budget_of(hooks: object) -> Budget | None:
 
 
 def parts(
-    groups: Iterable[TokenGroup], count: Count, budget: Budget | None
+    groups: Iterable[TokenGroup], count: Count, budget: Budget | None, sequences: Tensor
 ) -> Iterator[tuple[TokenGroup, list[int], int]]:
     """Yield images of a group of which as many tokens stay.
 
@@ -64,6 +66,7 @@ def parts(
         groups: the images of a batch.
         count: the strategy's.
         budget: in place of the strategy's own `keep`, or None.
+        sequences: (B, N), equal for the beams of a prompt.
 
     Yields:
         A group, the indices of some of its images, and how many tokens of each of these stay.
@@ -72,12 +75,14 @@ def parts(
         ValueError: a budget for another number of images, or of less than a token for each.
     """
     groups = list(groups)
-    for group, numbers in zip(groups, _numbers(groups, count, budget), strict=True):
+    for group, numbers in zip(groups, _numbers(groups, count, budget, sequences), strict=True):
         for number in sorted(set(numbers)):
             yield group, [i for i, other in enumerate(numbers) if other == number], number
 
 
-def _numbers(groups: Sequence[TokenGroup], count: Count, budget: Budget | None) -> list[list[int]]:
+def _numbers(
+    groups: Sequence[TokenGroup], count: Count, budget: Budget | None, sequences: Tensor
+) -> list[list[int]]:
     """Return how many tokens of each image stay, for each group."""
     keep = None if budget is None else budget.keep
     if budget is None or (budget.total is None and not isinstance(keep, tuple)):
@@ -91,7 +96,7 @@ def _numbers(groups: Sequence[TokenGroup], count: Count, budget: Budget | None) 
     )
     rows = [list(row) for _, row in groupby(images, lambda image: image.row)]
     if budget.total is None:
-        keeps = _keeps(rows, keep)
+        keeps = _keeps(rows, keep, sequences)
     else:
         keeps = [share for row in rows for share in _shares(row, budget.total)]
     numbers = [[0] * len(group.rows) for group in groups]
@@ -100,11 +105,15 @@ def _numbers(groups: Sequence[TokenGroup], count: Count, budget: Budget | None) 
     return numbers
 
 
-def _keeps(rows: list[list[Image]], keep: tuple[Keep, ...]) -> list[Keep]:
+def _keeps(rows: list[list[Image]], keep: tuple[Keep, ...], sequences: Tensor) -> list[Keep]:
     """Return the `keep` of each image; beams repeat the rows of a prompt."""
-    images = sum(map(len, rows))
+    images, repeats = (
+        sum(map(len, rows)),
+        sequences.unique_consecutive(dim=0, return_counts=True)[1],
+    )
     beams = images // max(len(keep), 1)
-    if not beams or sum(map(len, rows[::beams])) != len(keep):
+    is_fit = beams and sum(map(len, rows[::beams])) == len(keep)
+    if not is_fit or bool((repeats % beams).any()):
         raise ValueError(
             f"keep: expected one for each of the {images} images of the batch, got {len(keep)}; "
             "pass a single one for all images, or `total` for a prompt"

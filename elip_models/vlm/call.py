@@ -6,7 +6,7 @@ level. The layers of a level share one `Packing` of level 0.
 """
 
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
@@ -96,7 +96,9 @@ class InnerCall:
 class PromptCall:
     """The forward pass of a multimodal model.
 
+    hooks: those of the model.
     images: (B, N) bool, the image tokens, or None if the call has neither ids nor embeddings.
+    sequences: (B, N), equal for the beams of a prompt: the ids, or `images` without them.
     videos: (B, N) bool, those of videos, if the strategy compares the frames of a clip.
     clip_lengths: the tokens of each clip, if the model writes text between frames.
     question: what guides the selection, or None if the call has no image.
@@ -110,15 +112,18 @@ class PromptCall:
     packing: the packing of `kept`.
     cache: the key-value cache that the language model gets.
     removed: what was removed from the cache before.
+    slots: the layers of a static cache that have fewer slots than before, and how many fewer; empty
+        when the language model has ended.
     state: what the cache holds afterwards, if tokens were removed before the language model.
     inner: the forward pass of the language model, if tokens are removed inside it.
     levels: the level of each layer of the language model, if tokens are removed inside it.
     is_croppable: as of `RemovedTokens`.
     tower: for each call of the image tower, the attention that its patches receive and their keys.
-    token: what ends the call.
     """
 
+    hooks: object
     images: Tensor | None = None
+    sequences: Tensor | None = None
     videos: Tensor | None = None
     clip_lengths: list[int] = field(default_factory=list)
     question: Question | None = None
@@ -131,12 +136,12 @@ class PromptCall:
     packing: Packing | None = None
     cache: Any = None
     removed: RemovedTokens | None = None
+    slots: list[tuple[Any, int]] = field(default_factory=list)
     state: CacheState | None = None
     inner: InnerCall | None = None
     levels: tuple[int, ...] = ()
     is_croppable: bool = False
     tower: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    token: Token | None = field(default=None, repr=False)
 
     def info(self, cache: Any) -> PromptInfo:
         """Return what is recorded, with the cache of the language model afterwards."""
@@ -181,17 +186,16 @@ class PromptCall:
 CALLS: ContextVar[tuple[PromptCall, ...]] = ContextVar("CALLS", default=())
 
 
-def begin_call() -> PromptCall:
-    """Begin a forward pass of the multimodal model."""
-    call = PromptCall()
-    call.token = CALLS.set((*CALLS.get(), call))
+def begin_call(hooks: object) -> PromptCall:
+    """Begin a forward pass of the model with these hooks; forget one that was interrupted."""
+    call = PromptCall(hooks)
+    CALLS.set((*(other for other in CALLS.get() if other.hooks is not hooks), call))
     return call
 
 
 def end_call() -> None:
     """End the forward pass that began last."""
-    if call := current_call():
-        CALLS.reset(call.token)
+    CALLS.set(CALLS.get()[:-1])
 
 
 def current_call() -> PromptCall | None:

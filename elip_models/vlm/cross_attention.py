@@ -31,7 +31,7 @@ class CrossAttentionReduction(PromptReduction):
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the multimodal model."""
-        begin_call()
+        begin_call(self)
 
     def remove(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

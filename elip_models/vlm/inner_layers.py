@@ -42,7 +42,12 @@ class InnerLayers(Watcher):
         self.drops = strategy.drops(len(layers))
         self.levels = [sum(at <= i for at in self.drops) for i in range(len(layers))]
         self.window = multimodal.window
-        self.is_flash = "flash" in (multimodal.text_config._attn_implementation or "")
+        self.config = multimodal.text_config
+
+    @property
+    def is_flash(self) -> bool:
+        """Return whether attention takes a mask (B, N); `set_attn_implementation` changes it."""
+        return "flash" in (self.config._attn_implementation or "")
 
     def install(self, multimodal: Multimodal) -> None:
         """Register hooks behind those of `PromptReduction`; watch the layers before the drops."""
@@ -133,7 +138,8 @@ class InnerLayers(Watcher):
         images, kept = before.rows(call.images) & before.real, before.real.clone()
         further = len(self.drops) - len(call.packings)
         count = partial(self.strategy.count, further=further)
-        for group, indices, number in parts(groups_of_images(images), count, prompt.budget):
+        groups, budget = groups_of_images(images), prompt.budget
+        for group, indices, number in parts(groups, count, budget, prompt.sequences):
             part = group.of(indices)
             chosen = prompt.select(partial(self._choose, call, part, number))
             kept[part.rows, part.positions] = False
@@ -142,21 +148,21 @@ class InnerLayers(Watcher):
 
     def _choose(self, call: InnerCall, group: TokenGroup, number: int) -> Tensor:
         """Return (R, number), the positions in images that the question attends to most."""
-        rows, positions = group.rows, group.positions
         before, (query, key, *settings) = call.packings[-1], call.watched
-        ends = before.places(before.rows(call.last))[rows, positions[:, :1]]
+        rows, positions = group.rows.to(query.device), group.positions.to(query.device)
+        ends = before.places(before.rows(call.last)).to(query.device)[rows, positions[:, :1]]
         if bool((ends < positions[:, -1:]).any()):
             raise ValueError(
                 "question: expected its last token behind each image, which it attends to for "
                 f"{self.strategy.name!r}, got one before; mark a token of text behind the images"
             )
-        mask, row = call.attended(len(call.packings) - 1), rows[:, 0]
+        mask, row = call.attended(len(call.packings) - 1).to(query.device), rows[:, 0]
         past, key = mask.shape[1] - query.shape[2], key[:, :, : mask.shape[1]]
         seen = torch.arange(mask.shape[1], device=mask.device) <= past + ends
         attention = attention_row(query[row, :, ends[:, 0]], key[row], mask[row] & seen, *settings)
         scores = attention.gather(1, past + positions)
         scores[:, -1] = torch.inf  # the last token of an image stays
-        return scores.topk(number, dim=1).indices
+        return scores.topk(number, dim=1).indices.to(group.positions.device)
 
 
 class LayerHook:
@@ -193,7 +199,8 @@ class LayerHook:
             args = (later.rows(args[0]), *args[1:])
         packing = call.packings[self.level]
         if is_static(cache):
-            remove_slots([cache.layers[self.layer]], packing.length - packing.order.shape[1])
+            missing = packing.length - packing.order.shape[1]
+            prompt.slots += remove_slots([cache.layers[self.layer]], missing)
         changes = {
             "attention_mask": lambda mask: self._mask(mask, call, cache),
             "position_embeddings": lambda turns: (

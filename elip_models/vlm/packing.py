@@ -45,6 +45,12 @@ class Packing:
         real = self.real.gather(1, later.order) & later.real
         return type(self)(self.order.gather(1, later.order), real, self.length)
 
+    def on(self, device: torch.device) -> Self:
+        """Return the packing on a device: layers of a model may lie on several."""
+        if self.order.device == device:
+            return self
+        return type(self)(self.order.to(device), self.real.to(device), self.length)
+
     def kept(self) -> Tensor:
         """Return (B, N) bool, the tokens that remain."""
         return self.scatter_flags(self.real)
@@ -57,18 +63,20 @@ class Packing:
         """Return (.., B, M, D) of values (.., B, N, D), where B may be 1."""
         *front, _, _, D = values.shape
         values = values.expand(*front, len(self.order), self.length, D)
-        order = self.order.unsqueeze(-1).expand(*front, *self.order.shape, D)
+        order = self.on(values.device).order
+        order = order.unsqueeze(-1).expand(*front, *order.shape, D)
         return values.gather(-2, order)
 
     def rows(self, values: Tensor) -> Tensor:
         """Return (B, M, ..) of values (B, N, ..)."""
-        index = self.order.view(*self.order.shape, *[1] * (values.dim() - 2))
+        order = self.on(values.device).order
+        index = order.view(*order.shape, *[1] * (values.dim() - 2))
         return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
 
     def positions(self, positions: Tensor) -> Tensor:
         """Return (.., B, M) of position ids (.., B, N), where B may be 1."""
         shape = (*positions.shape[:-2], len(self.order), self.length)
-        order = self.order.expand(*shape[:-2], *self.order.shape)
+        order = self.on(positions.device).order.expand(*shape[:-2], *self.order.shape)
         return positions.expand(shape).gather(-1, order)
 
     def places(self, positions: Tensor) -> Tensor:
@@ -79,8 +87,9 @@ class Packing:
 
     def scatter(self, hidden: Tensor) -> Tensor:
         """Return (B, N, D) of hidden states (B, M, D), with zeros for removed tokens."""
-        hidden = torch.where(self.real.unsqueeze(-1), hidden, 0)
-        index = self.order.unsqueeze(-1).expand_as(hidden)
+        here = self.on(hidden.device)
+        hidden = torch.where(here.real.unsqueeze(-1), hidden, 0)
+        index = here.order.unsqueeze(-1).expand_as(hidden)
         full = hidden.new_zeros(len(hidden), self.length, hidden.shape[-1])
         return full.scatter(1, index, hidden)
 

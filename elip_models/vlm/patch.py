@@ -8,17 +8,21 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from elip_models.reduction.call_context import records_of
 from elip_models.reduction.hf_config import stored_in
 from elip_models.reduction.model_patches import hide_reductions, remove_hooks, show_reduction
+from elip_models.reduction.patch import refuse_in_use
 from elip_models.reduction.strategies import DEFAULT, STRATEGIES
 from elip_models.reduction.strategy import tower_of
 from elip_models.reduction.strategy_spec import from_line, name_in, remedy_for
 from elip_models.validation import shortened
+from elip_models.vlm.budget import budget_of
 from elip_models.vlm.cross_attention import CrossAttentionReduction
 from elip_models.vlm.families import Multimodal, find_multimodal, unsupported_config
 from elip_models.vlm.inner_layers import InnerLayers
 from elip_models.vlm.patch_reduction import PatchReduction
 from elip_models.vlm.prompt_reduction import PromptReduction
+from elip_models.vlm.question import is_marked
 from elip_models.vlm.retrieval import RetrievalHead
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy, LanguageStrategy
@@ -142,6 +146,8 @@ def _install(
 ) -> None:
     """Replace what is installed."""
     is_cross = bool(multimodal.cross_attention_layers)
+    if (old := prompt_hooks(multimodal)) is not None:
+        refuse_in_use(bool(records_of(old)) or budget_of(old) is not None or is_marked(old))
     before = (CrossAttentionReduction if is_cross else PromptReduction)(multimodal, front)
     inner = None if inside is None else InnerLayers(multimodal, inside)
     tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)

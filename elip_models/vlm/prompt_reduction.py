@@ -37,12 +37,13 @@ from elip_models.vlm.static_cache import (
     pad_to_slots,
     padding_of,
     remove_slots,
+    return_slots,
     show_static_length,
     step_arguments,
 )
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.strategies.dedup import Dedup
-from elip_models.vlm.tower_attention import tower_attention
+from elip_models.vlm.tower_attention import refuse_repeated, tower_attention
 
 OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
 """Further arguments (B, N, ..) of language models: of Gemma 3n and 4, and of ERNIE 4.5."""
@@ -72,9 +73,8 @@ class PromptReduction:
         language_model.register_forward_hook(self.restore, with_kwargs=True)
 
     def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note the labels of the loss that will be computed."""
-        if kwargs.get("labels") is not None:
-            LABELS.set(kwargs["labels"])
+        """Note the labels of the loss that will be computed, or that there are none."""
+        LABELS.set(kwargs.get("labels"))
 
     def forget_labels(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget the labels."""
@@ -85,7 +85,7 @@ class PromptReduction:
         """Note the image tokens of a forward pass of the multimodal model."""
         if _is_static_step(args, kwargs):
             return
-        call = begin_call()
+        call = begin_call(self)
         _refuse_packed(kwargs)
         _refuse_static_turn(cache_in(kwargs))
         ids = args[0] if args else kwargs.get("input_ids")
@@ -98,11 +98,11 @@ class PromptReduction:
         )
         if call.images is None:
             return
+        call.sequences = call.images if ids is None else ids
         if ids is None:
             _refuse_unknown(call.images)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            _check_width(mask, call.images.shape[1], cache_in(kwargs))
-            call.mask = mask
+            call.mask = _fitted(mask, call.images.shape[1], cache_in(kwargs))
         elif is_static(cache_in(kwargs)):
             call.mask = padding_of(mask, call.images.shape[1])
         if call.images.shape[1] == 1 or not call.images.any():
@@ -110,6 +110,8 @@ class PromptReduction:
         if self.layout is not None:
             call.videos = tokens_of(model, ids, embeds, (self.layout.token_id,))
             call.clip_lengths = self.layout.clip_lengths(kwargs)
+        if self.strategy is not None and self.strategy.reads_tower:
+            refuse_repeated(ids, call.images, kwargs.get("pixel_values"))
         call.question = Question.of(self, call.images, call.mask)
         has_rate = self.strategy is not None and self.strategy.keep is not None
         call.budget = None if has_rate else budget_of(self)
@@ -123,6 +125,8 @@ class PromptReduction:
         call = current_call()
         if call is not None and call.removed is not None and removed_from(call.cache) is None:
             show_full_length(call.cache, call.removed)  # the language model raised an error
+        for layer, number in [] if call is None else call.slots:  # the same in a static cache
+            return_slots(layer, number)
         end_call()
 
     def remove(
@@ -140,17 +144,18 @@ class PromptReduction:
         past = None if call.removed is None else call.removed.before
         selected = self._select(embeds, call, kwargs.get("position_ids"))
         length = embeds.shape[1]
-        if selected is not None or past is not None:
-            if self.is_recurrent:
-                _refuse_static(call.cache, kwargs.get("attention_mask"))
-            check_call(self.window, length + (past.length if past else 0), call.cache)
-        if call.cache is not None:
-            show_held_length(call.cache)
         if selected is None and past is None:
+            if call.cache is not None:
+                show_held_length(call.cache)
             return None
         if past is None:
             cached = 0 if call.cache is None else int(call.cache.get_seq_length())
             past = CacheState.whole(len(embeds), cached, embeds.device)
+        if self.is_recurrent:
+            _refuse_static(call.cache, kwargs.get("attention_mask"))
+        check_call(self.window, past.length + length, call.cache)
+        if call.cache is not None:
+            show_held_length(call.cache)
         if selected is None:
             call.state = past.grown(length)
         else:
@@ -183,6 +188,7 @@ class PromptReduction:
             infos.append(call.info(cache))
         if cache is not None and (removed := call.removed_afterwards()) is not None:
             if is_static(cache):
+                call.slots.clear()
                 show_static_length(cache, removed.length, call.attended_afterwards(cache))
             else:
                 show_full_length(cache, removed)
@@ -215,7 +221,7 @@ class PromptReduction:
         is_shorter, budget = False, budget_of(self)
         is_share = isinstance(self.strategy.keep, float) and budget is None
         groups = self._groups(call, position_ids)
-        for group, indices, number in parts(groups, self.strategy.count, budget):
+        for group, indices, number in parts(groups, self.strategy.count, budget, call.sequences):
             if not is_share or number < group.length:
                 _refuse_cut(group.positions, call.cache)
             if number == group.length:
@@ -311,7 +317,8 @@ def _reduced_arguments(
     else:
         mask = _mask(mask, packing, past, embeds)
     if is_static(call.cache):
-        remove_slots(call.cache.layers, packing.length - packing.order.shape[1])
+        missing = packing.length - packing.order.shape[1]
+        call.slots += remove_slots(call.cache.layers, missing)
         mask = pad_to_slots(mask, call.cache.layers[0])
     text = mask if isinstance(mask, Tensor) and mask.dim() == 2 else call.mask
     if text is not None and embeds.shape[1] > 1:
@@ -432,22 +439,25 @@ def _refuse_cut(positions: Tensor, cache: Any) -> None:
         return
     if bool((positions[:, 0] == 0).any()):
         raise ValueError(
-            "input_ids: expected whole images, behind a token of text, got image tokens at the "
-            "beginning of a call that continues a cache, as prefill_chunk_size cuts them; pass the "
-            "prompt at once"
+            "input_ids: expected a token of text before the image, in a call that continues a "
+            "cache, got image tokens at its beginning, as prefill_chunk_size cuts them; pass the "
+            "prompt at once, or a token of text with the image"
         )
 
 
-def _check_width(mask: Tensor, new: int, cache: Any) -> None:
-    """Raise ValueError if a mask (B, K) of a prompt lacks columns, which removed tokens need."""
-    if new == 1:
-        return
-    tokens = new if cache is None else new + cache.get_seq_length()
-    if mask.shape[1] < tokens:
+def _fitted(mask: Tensor, new: int, cache: Any) -> Tensor:
+    """Return a mask (B, K) without columns behind the new tokens, which a model may be given.
+
+    Raises:
+        ValueError: the mask of a prompt lacks columns, which removed tokens need.
+    """
+    tokens = new if cache is None else new + int(cache.get_seq_length())
+    if mask.shape[1] < tokens and new > 1:
         raise ValueError(
             f"attention_mask: expected {tokens} columns, one for each cached and each new token, "
             f"got {mask.shape[1]}; pass 1 for tokens and 0 for padding, or no mask"
         )
+    return mask[:, :tokens]
 
 
 def _refuse_unknown(images: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from elip_models.validation import require_extra
 from elip_models.vlm.cache_state import RemovedTokens
+from elip_models.vlm.static_cache import return_slots
 
 with require_extra("elip_models.vlm"):
     from transformers.cache_utils import CacheLayerMixin
@@ -176,4 +177,6 @@ class StaticReducedLayer(ReducedLayer):
     def reset(self) -> None:
         """Remove every token, after which the layer is like one from which nothing was removed."""
         super().reset()
+        if self.missing is not None:
+            return_slots(self.held, self.missing)
         self.missing = None

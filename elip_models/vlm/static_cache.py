@@ -81,11 +81,19 @@ def has_slots(layer: Any) -> bool:
     return hasattr(layer, "max_cache_len")
 
 
-def remove_slots(layers: list[Any], number: int) -> None:
-    """Let layers of a static cache, which are empty, allocate fewer slots."""
-    for layer in layers:
-        if not layer.is_initialized:
-            layer.max_cache_len -= number
+def remove_slots(layers: list[Any], number: int) -> list[tuple[Any, int]]:
+    """Let layers of a static cache, which are empty, allocate fewer slots; return how many."""
+    changed = [(layer, number) for layer in layers if not layer.is_initialized]
+    for layer, number in changed:
+        layer.max_cache_len -= number
+    return changed
+
+
+def return_slots(layer: Any, number: int) -> None:
+    """Empty a layer of a static cache, and let it allocate the slots that were removed."""
+    layer.reset()
+    layer.max_cache_len += number
+    layer.is_initialized = False
 
 
 def pad_to_slots(mask: Any, layer: Any) -> Any:

@@ -1,11 +1,15 @@
 """The attention that patches receive in the image tower of a multimodal language model."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from elip_kernels import attention_column_mean, cls_attention
 from elip_models.vlm.attention_probe import Watcher, unwatch, watch
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import Multimodal
+from elip_models.vlm.packing import find_runs
 
 CLASS_TOKENS = ("class_embedding", "cls_token")
 
@@ -60,6 +64,29 @@ def tower_attention(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
             f"{got or 'no images'}; take another strategy, such as 'diverse'"
         )
     return images[0]
+
+
+def refuse_repeated(ids: Tensor | None, images: Tensor, pixels: Any) -> None:
+    """Raise ValueError if `generate` has repeated images for sequences that have several.
+
+    Two sequences of one prompt get the images 1 1 2 2, and need 1 2 1 2.
+
+    Args:
+        ids: (B, N), or None.
+        images: (B, N) bool, the image tokens.
+        pixels: the argument `pixel_values`.
+    """
+    counts = find_runs(images)[0].bincount(minlength=len(images))
+    row = int((counts > 1).to(torch.uint8).argmax())
+    first = int(counts[:row].sum())
+    if ids is None or not isinstance(pixels, Tensor) or counts[row] < 2 or row + 1 == len(ids):
+        return
+    if torch.equal(ids[row], ids[row + 1]) and torch.equal(pixels[first], pixels[first + 1]):
+        raise ValueError(
+            "num_beams, num_return_sequences: expected 1 for 'visionzip' and prompts of several "
+            "images, which generate would mix up, got more sequences for a prompt; take another "
+            "strategy, such as 'diverse'"
+        )
 
 
 def attention_of(multimodal: Multimodal) -> nn.Module | None:

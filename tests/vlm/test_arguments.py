@@ -6,10 +6,12 @@ import transformers as hf
 from transformers import AutoModelForImageTextToText
 
 from elip_models import (
+    budget,
     create_model,
     guidance,
     is_reduced,
     list_strategies,
+    record_stages,
     reduce_,
     reduction_summary,
     unreduce_,
@@ -162,3 +164,12 @@ def test_guidance_of_a_language_model_needs_a_reduced_tower(llava):
     reduce_(llava, "elip", keep=0.7)
     with guidance(llava, text_cls):
         pass
+
+
+@pytest.mark.parametrize("strategy", ["stride", "fastv:layer=1"])
+def test_no_other_strategy_inside_a_context(llava, strategy):
+    reduce_(llava, "diverse")
+    question = torch.ones(1, 9, dtype=torch.bool)
+    for context in (record_stages(llava), budget(llava, 4), guidance(llava, question=question)):
+        with context, pytest.raises(RuntimeError, match="expected a call outside of guidance"):
+            reduce_(llava, strategy, keep=0.5)

@@ -96,3 +96,12 @@ def test_a_wrong_budget_is_refused_with_the_requirement(wrong):
     with pytest.raises(ValueError, match=message), budget(model, **settings):
         model(**inputs)
     unreduce_(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
+def test_a_list_for_other_prompts_than_those_of_the_batch_is_refused(strategy):
+    model, inputs = build("llava", rows=((4, "image", 3), (2, "image", 3), (2, "image", 3)))
+    reduce_(model, strategy, keep=0.5)
+    with budget(model, [4]), pytest.raises(ValueError, match=r"each of the 3 images.* got 1"):
+        model(**inputs)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers as hf
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from elip_models import guidance, is_reduced, record_stages, reduce_, unreduce_
 from elip_models.vlm.attention_probe import is_watched
@@ -269,6 +270,28 @@ def test_windows_shorter_than_the_prompt_are_refused():
     with pytest.raises(ValueError, match=f"at most {length + 2} tokens.* got {length + 3}"):
         oracle.stock_generate(model, inputs)
     _assert_generates_as_oracle(unreduce_(model), inputs, max_new_tokens=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
+def test_text_in_the_cache_counts_in_the_window(strategy):
+    model, images = _windowed(70)
+    text = prompt(model, {}, ((40,), (40,)))
+    reduce_(model, strategy, keep=0.5)
+    output = model(**text, use_cache=True)
+    with pytest.raises(ValueError, match=r"at most 70 tokens.* got 81"):
+        oracle.next_turn(model, output, text, images)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
+def test_layers_may_lie_on_several_devices(strategy):
+    model, inputs = build("llava", rows=((2, "image", 1, "image", 6),))
+    language_model = find_multimodal(model).language_model
+    for part in (*language_model.layers[1:], language_model.norm, model.lm_head):
+        add_hook_to_module(part.to("meta"), AlignDevicesHook("meta", place_submodules=True))
+    reduce_(model, strategy, keep=0.5)
+    assert model(**inputs, use_cache=False).logits.device.type == "meta"
 
 
 def test_the_window_of_llama_4_is_its_chunk_or_its_first_temperature():

@@ -241,3 +241,14 @@ def test_a_drop_inside_deepstack_is_refused():
         with pytest.raises(ValueError, match=f"behind layer {first} or later"):
             reduce_(model, FastV(layer=first - 1))
     assert not is_reduced(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [("eager", "sdpa"), ("sdpa", "eager")], ids=" to ".join)
+def test_another_implementation_of_attention_after_reduce(change):
+    model, inputs = build("llava", change[0], rows=((2, "image", 1, "image", 6),))
+    expected = oracle.stock_generate(model, inputs)
+    reduce_(model, "fastv:layer=1", keep=1.0)
+    model.set_attn_implementation(change[1])
+    output = oracle.stock_generate(model, inputs)
+    assert all(map(oracle.close, output.logits, expected.logits))

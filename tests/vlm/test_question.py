@@ -165,3 +165,31 @@ def test_a_wrong_question_is_refused_with_the_requirement(wrong):
     reduce_(model, "fastv:layer=1")
     with pytest.raises(error, match=message), guidance(model, question=question):
         model(**inputs)
+
+
+def test_an_interrupted_training_step_leaves_no_labels():
+    model, inputs = built("llava", rows=((4, "image", 9), (2, "image", 1, "image", 9)))
+    reduce_(model, "cdpruner", keep=0.3)
+    expected = selections(model, inputs)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    layer = find_multimodal(model).language_model.layers[1]
+    hook = layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs, labels=labels)
+    hook.remove()
+    assert torch.equal(selections(model, inputs), expected)
+
+
+@torch.no_grad()
+def test_columns_of_a_mask_behind_the_tokens_are_not_read():
+    model, inputs = built("llava")
+    reduce_(model, "cdpruner", keep=0.3)
+    expected, logits = selections(model, inputs), model(**inputs).logits
+    wider = torch.nn.functional.pad(inputs["attention_mask"], (0, 7), value=1)
+    inputs = inputs | {"attention_mask": wider}
+    assert torch.equal(selections(model, inputs), expected)
+    assert torch.equal(model(**inputs).logits, logits)

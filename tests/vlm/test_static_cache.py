@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from transformers import StaticCache
 
-from elip_models import reduce_, unreduce_
+from elip_models import guidance, reduce_, unreduce_
 from elip_models.vlm.families import find_multimodal
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER
-from tests.vlm.models import build
+from tests.vlm.models import build, prompt
 from tests.vlm.test_generation import _windowed
 from tests.vlm.test_question import why_unsupported
 
@@ -96,6 +96,46 @@ def test_the_cache_has_slots_for_the_tokens_that_remain_alone():
     cache, length = oracle.cache_of(output)[1], output.sequences.shape[1] - 1
     assert [layer.keys.shape[2] for layer in cache.layers] == [length, length, length - 11]
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [length] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategies", STRATEGIES[1:], ids=" ".join)
+def test_a_cache_is_used_again_after_its_reset_or_an_error(strategies):
+    model, inputs = reduced("llava", strategies)
+    expected, length = oracle.stock_generate(model, inputs), inputs["input_ids"].shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=length + 6)
+    slots = [layer.max_cache_len for layer in cache.layers]
+    unfit = torch.ones(2, length + 1, dtype=torch.bool)
+    for error in (None, "question: expected"):
+        if error is not None:
+            with guidance(model, question=unfit), pytest.raises(ValueError, match=error):
+                model(**inputs, past_key_values=cache)
+        output = oracle.stock_generate(model, inputs | {"past_key_values": cache})
+        assert torch.equal(output.sequences, expected.sequences)
+        cache.reset()
+        assert [layer.get_max_length() for layer in cache.layers] == slots
+    text = prompt(model, {}, ((length - 3,), (length,)))
+    output = oracle.stock_generate(model, text | {"past_key_values": cache})
+    assert torch.equal(output.sequences, oracle.stock_generate(model, text).sequences)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategies", STRATEGIES[1:], ids=" ".join)
+def test_an_error_in_a_layer_returns_the_slots(strategies):
+    model, inputs = reduced("llava", strategies)
+    cache = StaticCache(config=model.config, max_cache_len=99)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = find_multimodal(model).language_model.layers[-1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    hook.remove()
+    cache.reset()
+    assert [layer.max_cache_len for layer in cache.layers] == [99] * len(cache.layers)
+    output = oracle.stock_generate(model, inputs | {"past_key_values": cache})
+    assert torch.equal(output.sequences, oracle.stock_generate(model, inputs).sequences)
 
 
 @torch.no_grad()
