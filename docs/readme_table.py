@@ -25,6 +25,8 @@ BATCH, THREADS = 8, 2
 TASKS = {"top1": "top-1, points", "text_to_image_r5": "R@5, points"}
 HALF = "resize_merge 0.5"
 TABLE = ("merge 0.7", HALF, "resize 0.5", "evit 0.7")
+STUDIES = "finetune", "clip"
+PAPER, CLIP_KEEP, RECALL = "elip:scorer=exact", 0.5, "text_to_image_r5"
 LANGUAGE_STRATEGY, LANGUAGE_KEEP = "diverse", 0.25
 CHART = (
     "![Top-1 accuracy and recall against time, for merging, a smaller image, EViT and random "
@@ -39,8 +41,13 @@ class OutdatedText(Exception):
 def block(results: Path) -> str:
     """Return the chart, and what it and other results say of three kinds of models."""
     tasks = read_object(results / "real" / "tasks_test.json")
-    study = read_object(results / "real" / "finetune.json")
-    lines = [image_models(tasks), language_models(results), training(study)]
+    finetuned, clip = (read_object(results / "real" / f"{name}.json") for name in STUDIES)
+    lines = [
+        image_models(tasks),
+        language_models(results),
+        fine_tuning(finetuned),
+        clip_training(clip),
+    ]
     return "\n\n".join([CHART, caption(tasks), "\n".join(f"- {line}" for line in lines)])
 
 
@@ -96,7 +103,7 @@ def language_models(results: Path) -> str:
     )
 
 
-def training(study: dict[str, Any]) -> str:
+def fine_tuning(study: dict[str, Any]) -> str:
     """Return what fine-tuning with the default costs, beside a smaller image and fewer steps."""
     values, ratios = values_by_seed(study), study["time"]["ratios"]
     dense = values[DENSE, DENSE, DENSE]["top1"]
@@ -104,13 +111,34 @@ def training(study: dict[str, Any]) -> str:
     reduced, small = (values[each, REDUCED, REDUCED]["top1"] for each in (arm, smaller))
     fewer = values[f"{DENSE} {DEFAULT_KEEP}", DENSE, DENSE]["top1"]
     return (
-        "**Training**: a step of fine-tuning DINOv2 ViT-S/14 with the default takes "
+        "**Fine-tuning**: a step of DINOv2 ViT-S/14 with the default takes "
         f"{percent(1 - ratios[arm])} less time. Trained on {study['settings']['train']:,} "
         f"photographs, the reduced model changes top-1 by {difference(reduced, dense, '95% CI ')} "
         f"points. A smaller image (`resize`, {percent(1 - ratios[smaller])} less time) changes it "
         f"by {difference(small, dense)}, dense training with {percent(DEFAULT_KEEP)} of the steps "
         f"by {difference(fewer, dense)} ({len(dense)} seeds, "
         "[all strategies](docs/results.md#fine-tuning-with-fewer-tokens))."
+    )
+
+
+def clip_training(study: dict[str, Any]) -> str:
+    """Return what training a CLIP with half of the tokens costs: recall of the reduced model."""
+    values, ratios = values_by_seed(study), study["time"]["ratios"]
+    dense = values[DENSE, DENSE, DENSE][RECALL]
+
+    def change(name: str, label: str = "") -> str:
+        arm = f"{name} {CLIP_KEEP}"
+        end = DENSE if name == DENSE else REDUCED
+        return difference(values[arm, end, end][RECALL], dense, label)
+
+    saved = percent(1 - ratios[f"{DEFAULT.name} {CLIP_KEEP}"])
+    return (
+        f"**Training a CLIP** with {percent(CLIP_KEEP)} of the image tokens: a step of DINOv2 and "
+        f"MiniLM on {study['settings']['train']:,} photographs with captions takes {saved} less "
+        f"time. R@5 of the reduced model changes by {change(DEFAULT.name, '95% CI ')} points, with "
+        f"the paper's method (`elip`) by {change(PAPER)}, with a smaller image by "
+        f"{change('resize')}, and of dense training with {percent(CLIP_KEEP)} of the steps by "
+        f"{change(DENSE)} ({len(dense)} seeds, [all strategies](docs/results.md#training-a-clip))."
     )
 
 

@@ -141,9 +141,10 @@ def patched(model, strategy, x, t, call=None):
         return output(model if call is None else call, x)
 
 
-REFUSED = {("HF SigLIP", name) for name in ("evit", "evit every layer", "nearest evit")}
+OF_CLS = ("evit", "evit every layer", "nearest evit", "tome to the class token")
+REFUSED = {("HF SigLIP", name) for name in OF_CLS}
 PLACED = ["timm BEiT", "timm relative positions", "HF DINOv3"]
-REFUSED |= {(tower, "resize") for tower in PLACED}
+REFUSED |= {(tower, name) for tower in PLACED for name in ("resize", "resize_merge")}
 PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS, *PLACED] for name in STRATEGIES]
 TAKEN = [pair for pair in PAIRS if pair not in REFUSED]
 MECHANISMS = ["elip", "tome", "resize"]  # before a block, in its place, before the tower
