@@ -332,16 +332,21 @@ def _parquet(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) 
                     yield from (_payload(files, folder, value.as_py()) for value in values)
                     row += len(batch)
             except (pyarrow.ArrowException, OSError) as error:
+                shown = without_secrets(group.path)
+                reason = str(error).replace(group.path, shown)
                 raise ConfigError(
-                    f"source: expected whole Parquet files, got {group.path}: {error!s:.300}"
+                    f"source: expected whole Parquet files, got {shown}: {reason:.300}"
                 ) from error
 
     names: Sequence[Any] = range(ends[-1] if ends else 0)
+    values: list[Any] = []
     kind = whole.schema.field(column).type
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        names = whole.to_table([column])[column].to_pylist()
+        values = whole.to_table([column])[column].to_pylist()
+        names = [without_secrets(str(value)) for value in values]
     kept = whole.to_table(columns.others_in(whole.schema.names))
-    return ImageSource("parquet", names, payloads, [*counts, *map(files.size, paths)], kept)
+    content = [*counts, *map(files.size, paths), *values]
+    return ImageSource("parquet", names, payloads, content, kept)
 
 
 def _datasets_folder(files: AbstractFileSystem, folder: str, columns: Columns) -> ImageSource:

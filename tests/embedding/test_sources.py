@@ -333,6 +333,16 @@ def test_a_server_that_sends_nothing_is_left_in_time(tmp_path, monkeypatch):
                 open_images(f"{url}{ending}?token=HUSH")
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_urls_in_a_parquet_file_are_keys_without_secrets(kind, tmp_path):
+    urls = ["https://user:SECRET@host/a.png?token=HUSH", "0.png"]
+    table = pyarrow.table({"url": pyarrow.array(urls, kind)})
+    parquet.write_table(table, tmp_path / "urls.parquet")
+    source = open_images(tmp_path / "urls.parquet")
+    assert source.keys == ["https://host/a.png", "0.png"]
+    assert next(source.payloads(0, 1)).path == urls[0]
+
+
 SHOWN = {
     "a?b@c": "a?b@c",
     "https://user:SECRET@host/a.png?token=HUSH": "https://host/a.png",
