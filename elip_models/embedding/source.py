@@ -132,6 +132,13 @@ class ImageSource:
             yield from zip(range(start, stop), self.payloads(start, stop), strict=True)
 
 
+def _has_images(kind: pyarrow.DataType) -> bool:
+    """Return whether cells are bytes, or bytes and a path as `datasets` has them."""
+    if pyarrow.types.is_struct(kind):
+        return kind.num_fields > 0 and {field.name for field in kind} <= {"bytes", "path"}
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
 class Columns(NamedTuple):
     """The column of images, that of keys, and those to keep, as arguments of `open_images`."""
 
@@ -143,15 +150,17 @@ class Columns(NamedTuple):
         """Return the column of images: of `datasets` or bytes or, if there is none, of paths."""
         if self.image is not None:
             return self.image
-        kinds = pyarrow.types
-        for is_image in (kinds.is_struct, kinds.is_binary, kinds.is_large_binary):
-            for column in schema:
-                if is_image(column.type):
-                    return column.name
+        found = [column.name for column in schema if _has_images(column.type)]
+        if len(found) == 1:
+            return found[0]
         for name in PATHS:
-            if name in schema.names:
+            if name in (found or schema.names):
                 return name
-        raise ValueError(f"expected a column {', '.join(PATHS)}, got {', '.join(schema.names)}")
+        got = ", ".join(found or schema.names)
+        raise ValueError(
+            f"expected one column of images, or one named {', '.join(PATHS)}, got {got}; name the "
+            "column by image_column, which is --image-column"
+        )
 
     def others_in(self, names: Sequence[str]) -> list[str]:
         """Return the column of keys, if there is one, and those to keep."""

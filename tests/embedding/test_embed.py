@@ -130,6 +130,14 @@ def test_embeddings_with_nan_are_skipped_counted_and_an_error(
     assert manifest_of(tmp_path / "out")["counts"]["non_finite"] == 3
 
 
+def test_a_run_that_embeds_no_image_is_an_error(model, tmp_path, capsys):
+    (tmp_path / "list.json").write_text('["missing.png"]')
+    assert elip(*command(tmp_path / "list.json", model, tmp_path / "out")) == 1
+    printed = capsys.readouterr()
+    assert "0 of 1 images embedded" in printed.out
+    assert printed.err.startswith("error: no image was embedded")
+
+
 def test_float16_is_stored_and_overflow_is_not_finite(
     whole, pictures, encoder, tmp_path, monkeypatch
 ):

@@ -297,6 +297,37 @@ def test_a_source_without_images_or_of_two_kinds_is_an_error(pictures, tmp_path)
         open_images(tmp_path)
 
 
+def with_further_column(form, pictures, target):
+    """Write a source whose images come after a column of objects and one of bytes."""
+    images = [{"bytes": (pictures / name).read_bytes(), "path": None} for name in NAMES]
+    columns = {"answers": [{"answer": "a", "n": 1}] * 3, "hash": [b"h"] * 3, "image": images}
+    if form == "datasets":
+        made = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        made.save_to_disk(target / "dataset")
+        return target / "dataset"
+    if form == "jsonl":
+        lines = [{"meta": {"w": 40}, "image": name} for name in NAMES]
+        (as_folder(pictures, target) / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return target / "list.jsonl"
+    parquet.write_table(pyarrow.table(columns), target / "a.parquet")
+    return target / "a.parquet"
+
+
+@pytest.mark.parametrize("form", ["parquet", "datasets", "jsonl"])
+def test_images_are_found_beside_objects_and_other_bytes(form, pictures, tmp_path):
+    source = open_images(with_further_column(form, pictures, tmp_path))
+    wanted = [hashlib.sha256((pictures / name).read_bytes()).hexdigest() for name in NAMES]
+    assert [*digests(source).values()] == wanted
+
+
+def test_two_columns_of_images_without_a_known_name_are_an_error(tmp_path):
+    parquet.write_table(pyarrow.table({"left": [b"l"], "right": [b"r"]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"one column of images, .* left, right; .*--image-col"):
+        open_images(tmp_path / "a.parquet")
+    source = open_images(tmp_path / "a.parquet", image_column="right")
+    assert read_payload(next(source.payloads(0, 1))) == b"r"
+
+
 def test_paths_as_large_strings_are_keys(pictures, tmp_path):
     path = as_folder(pictures, tmp_path) / "paths.parquet"  # as polars writes them
     parquet.write_table(pyarrow.table({"path": pyarrow.array(["0.png"], "large_string")}), path)
