@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow
 from fsspec import AbstractFileSystem
-from pyarrow import csv
+from pyarrow import csv, parquet
 from pyarrow import dataset as arrow_dataset
 
 from elip_models.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, SampleError
@@ -45,6 +45,7 @@ DATASETS = ("dataset_info.json", "dataset_dict.json")
 """One of them is in a folder that `save_to_disk` wrote."""
 NO_COLUMNS = pyarrow.table({})
 BATCH = 64  # images of a Parquet file in memory at a time
+READ_BYTES = 1 << 20  # of a Parquet file at a time
 EXPECTED = (
     "a folder of images, .tar files, .parquet files, a list of paths (.json, .jsonl, .csv), or a "
     "folder of save_to_disk of datasets"
@@ -326,23 +327,29 @@ def _list(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> 
 def _parquet(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> ImageSource:
     whole = arrow_dataset.dataset(paths, filesystem=files, format="parquet")
     column = columns.image_in(whole.schema)
-    groups = [part for file in whole.get_fragments() for part in file.split_by_row_group()]
-    counts = [group.row_groups[0].num_rows for group in groups]
+    groups = [
+        (file.path, group.id, group.num_rows)
+        for file in whole.get_fragments()
+        for group in file.row_groups
+    ]
+    counts = [count for _, _, count in groups]
     ends = [*accumulate(counts)]
 
     def payloads(start: int, stop: int) -> Iterator[Payload]:
-        for group, count, end in zip(groups, counts, ends, strict=True):
-            row, folder = end - count, posixpath.dirname(group.path)
+        for (path, group, count), end in zip(groups, ends, strict=True):
+            row, folder = end - count, posixpath.dirname(path)
             if row >= stop or end <= start:
                 continue
             try:
-                for batch in group.to_batches(columns=[column], batch_size=BATCH):
-                    values = batch.column(0)[max(0, start - row) : max(0, stop - row)]
-                    yield from (_payload(files, folder, value.as_py()) for value in values)
-                    row += len(batch)
-            except (pyarrow.ArrowException, OSError) as error:
-                shown = without_secrets(group.path)
-                reason = str(error).replace(group.path, shown)
+                for values in _batches(files, path, group, column):
+                    for value in values[max(0, start - row) : max(0, stop - row)]:
+                        yield _payload(files, folder, value.as_py())
+                    row += len(values)
+                    if row >= stop:
+                        break
+            except (pyarrow.ArrowException, KeyError, OSError) as error:
+                shown = without_secrets(path)
+                reason = str(error).replace(path, shown)
                 raise ConfigError(
                     f"source: expected whole Parquet files, got {shown}: {reason:.300}"
                 ) from error
@@ -356,6 +363,17 @@ def _parquet(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) 
     kept = whole.to_table(columns.others_in(whole.schema.names))
     content = [*counts, *map(files.size, paths), *values]
     return ImageSource("parquet", names, payloads, content, kept)
+
+
+def _batches(
+    files: AbstractFileSystem, path: str, group: int, column: str
+) -> Iterator[pyarrow.Array]:
+    """Yield the cells of a column in a row group, `BATCH` at a time; no more of it is read."""
+    with files.open(path, "rb") as opened:
+        file = parquet.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False)
+        for batch in batches:
+            yield batch.column(column)
 
 
 def _datasets_folder(files: AbstractFileSystem, folder: str, columns: Columns) -> ImageSource:

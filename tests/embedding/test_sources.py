@@ -343,6 +343,20 @@ def test_a_damaged_parquet_file_is_one_line(pictures, tmp_path):
         digests(open_images(path))
 
 
+def test_the_first_images_of_a_row_group_are_read_without_the_rest(tmp_path):
+    path = tmp_path / "a.parquet"
+    contents = [random.Random(i).randbytes(2**16) for i in range(256)]
+    options = {"compression": "none", "use_dictionary": False, "data_page_size": 2**18}
+    parquet.write_table(pyarrow.table({"image": contents}), path, **options)
+    content = bytearray(path.read_bytes())
+    content[2**23 : 2**23 + 2**18] = b"\xff" * 2**18
+    path.write_bytes(content)
+    source = open_images(path)
+    assert [*map(read_payload, source.payloads(1, 64))] == contents[1:64]
+    with pytest.raises(ConfigError, match="expected whole Parquet files"):
+        [*source.payloads(64, 256)]
+
+
 def test_the_splits_of_a_dataset_are_named(pictures, tmp_path):
     split = datasets.load_from_disk(str(as_dataset(pictures, tmp_path)))
     datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "all")
