@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow import csv, parquet
 from pyarrow import dataset as arrow_dataset
 
@@ -117,9 +118,11 @@ class ImageSource:
         return len(self.keys)
 
     def described(self) -> dict[str, Any]:
-        """Return what the manifest stores, with a SHA-256 of the keys and the content."""
+        """Return what the manifest stores, with a SHA-256 of keys, content and columns."""
         digest = hashlib.sha256(self.kind.encode())
-        for text in chain(self.keys, map(str, self.content)):
+        table = self.columns
+        kept = (str(cell) for column in table.columns for cell in column)
+        for text in chain(self.keys, map(str, self.content), table.column_names, kept):
             digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
         named = {"location": self.location, "kind": self.kind}
         return named | {"found": len(self), "sha256": digest.hexdigest()}
@@ -163,10 +166,13 @@ class Columns(NamedTuple):
             "column by image_column, which is --image-column"
         )
 
+    def key_in(self, names: Sequence[str]) -> str | None:
+        """Return the column of keys, if there is one."""
+        return self.key or (KEY if KEY in names else None)
+
     def others_in(self, names: Sequence[str]) -> list[str]:
         """Return the column of keys, if there is one, and those to keep."""
-        key = [self.key or KEY] if self.key or KEY in names else []
-        return [*dict.fromkeys([*key, *self.keep])]
+        return [*dict.fromkeys(filter(None, [self.key_in(names), *self.keep]))]
 
 
 def open_images(
@@ -198,9 +204,9 @@ def open_images(
     shown = without_secrets(location)
     try:
         listed = _listed(location, columns)
-        keys, others = listed.keys, columns.others_in(listed.columns.column_names)
-        if others and others[0] == (key_column or KEY):
-            keys = listed.columns[others[0]].to_pylist()
+        keys, key = listed.keys, columns.key_in(listed.columns.column_names)
+        if key is not None:
+            keys = listed.columns[key].to_pylist()
         kept = listed.columns.select(columns.keep)
     except ConfigError:
         raise
@@ -321,7 +327,9 @@ def _list(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> 
     payloads = [_payload(files, posixpath.dirname(paths[0]), value) for value in values]
     names = [without_secrets(str(value)) for value in values]
     kept = table.select(columns.others_in(table.column_names))
-    return ImageSource("list", names, _in_memory(payloads), values, kept)
+    has_key = columns.key_in(table.column_names) is not None
+    content = [*(names if has_key else values), *map(_local_size, payloads)]
+    return ImageSource("list", names, _in_memory(payloads), content, kept)
 
 
 def _parquet(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> ImageSource:
@@ -355,13 +363,14 @@ def _parquet(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) 
                 ) from error
 
     names: Sequence[Any] = range(ends[-1] if ends else 0)
-    values: list[Any] = []
+    content = [*counts, *map(files.size, paths)]
     kind = whole.schema.field(column).type
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         values = whole.to_table([column])[column].to_pylist()
         names = [without_secrets(str(value)) for value in values]
+        has_key = columns.key_in(whole.schema.names) is not None
+        content = [*(names if has_key else values), *map(_local_size, payloads(0, len(values)))]
     kept = whole.to_table(columns.others_in(whole.schema.names))
-    content = [*counts, *map(files.size, paths), *values]
     return ImageSource("parquet", names, payloads, content, kept)
 
 
@@ -406,6 +415,16 @@ def _payload(files: AbstractFileSystem, folder: str, value: Any) -> Payload:
         return Stored(*files_of(value))
     except (OSError, *LIBRARY_ERRORS) as error:
         return SampleError("", f"cannot be opened: {error!s:.300}")
+
+
+def _local_size(payload: Payload) -> int | None:
+    """Return the size of a file of this machine, so that a later run notices another image."""
+    if not (isinstance(payload, Stored) and isinstance(payload.files, LocalFileSystem)):
+        return None
+    try:
+        return os.path.getsize(payload.path)
+    except (OSError, ValueError):  # no such file; a name that no file can have
+        return None
 
 
 READERS = {".tar": _tars, ".parquet": _parquet, ".json": _list, ".jsonl": _list, ".csv": _list}

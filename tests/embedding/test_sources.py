@@ -252,6 +252,37 @@ def test_a_change_of_names_or_sizes_changes_the_checksum(pictures, tmp_path):
     assert before["sha256"] != open_images(folder).described()["sha256"]
 
 
+LISTS = ("json", "jsonl", "csv", "paths", "parquet of paths")
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_another_size_of_a_listed_image_changes_the_checksum(form, pictures, tmp_path):
+    path = FORMS[form](pictures, tmp_path)
+    before = open_images(path).described()
+    assert before == open_images(path).described()
+    (tmp_path / "0.png").write_bytes(b"other")
+    assert before["sha256"] != open_images(path).described()["sha256"]
+
+
+def listed(ending, lines, folder):
+    """Write a list of images and return its description, with the captions kept."""
+    path = folder / f"list{ending}"
+    if ending == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+    else:
+        path.write_text(json.dumps(lines))
+    return open_images(path, keep_columns=["caption"]).described()
+
+
+@pytest.mark.parametrize("ending", [".json", ".parquet"])
+def test_a_corrected_caption_changes_the_checksum_and_a_renewed_token_does_not(ending, tmp_path):
+    line = {"key": "a", "url": "https://host/a.png?sig=1", "caption": "a dog"}
+    before = listed(ending, [line], tmp_path)
+    assert listed(ending, [line | {"url": "https://host/a.png?sig=23"}], tmp_path) == before
+    for change in ({"caption": "a cat"}, {"url": "https://host/b.png?sig=1"}, {"key": "b"}):
+        assert listed(ending, [line | change], tmp_path)["sha256"] != before["sha256"]
+
+
 @pytest.mark.parametrize("form", ["csv", "folder", "tar", "datasets"])
 def test_a_wrong_column_is_an_error(form, pictures, tmp_path):
     source = FORMS[form](pictures, tmp_path)
