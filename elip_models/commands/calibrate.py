@@ -114,9 +114,9 @@ def calibrate(
             every=every,
             progress=status.update,
         )
-    _report(calibration, output)
     if labels is None:
         console.print(ADVICE, soft_wrap=True, highlight=False)
+    _report(calibration, output)
 
 
 def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> list[int]:
@@ -153,10 +153,13 @@ def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> list[int]:
 
 
 def _report(calibration: "Calibration", output: Path) -> None:
-    """Print the table and the choice; write them and a chart, if there is a choice."""
+    """Print the table and the choice; write them and a chart, or exit with 1 without a choice."""
     Console().print(escape(str(calibration)), soft_wrap=True, highlight=False)
     if calibration.chosen is None:
-        return
+        there = "; the file that is there is from an earlier run" if output.exists() else ""
+        error = f"error: {output} was not written, since no setting is within the tolerance{there}"
+        Console(stderr=True).print(escape(error), soft_wrap=True, highlight=False)
+        raise typer.Exit(1)
     calibration.save(output)
     lines = [f'{output}: call elip_models.reduce_(model, "{output}")']
     if find_spec("matplotlib") is None:
