@@ -85,8 +85,8 @@ def calibrate(
         images: (n, 3, H, W), at least 8, normalised as the model expects. They should be like the
             images of the application; a hundred are enough to begin with.
         labels: (n,) int64, the class of each image, from 0. The loss is then the top-1 accuracy
-            that a linear probe of dense features loses on reduced ones, cross-validated. A thousand
-            images are enough to begin with.
+            that a linear probe of dense features loses on reduced ones, cross-validated in five
+            folds: each class needs five images. A thousand images are enough to begin with.
         tolerance: the largest mean loss, in (0, 1]; with labels, 0.01 is one point.
         metric: without labels; 'cosine' (default), the loss 1 - cosine of dense and reduced
             feature; 'neighbours', the share of the ten nearest neighbours among these images that
@@ -104,7 +104,8 @@ def calibrate(
         The settings that were tried, and the choice.
 
     Raises:
-        TypeError, ValueError: a wrong argument, or a model that cannot be reduced or is already.
+        TypeError, ValueError: a wrong argument, a model that cannot be reduced or is already, or
+            labels that the probe does not predict better than the most frequent class does.
     """
     check("tolerance", tolerance, PositiveShare)
     for name, flag in (("every", every), ("time", time), ("class_token_only", class_token_only)):
@@ -131,6 +132,7 @@ def calibrate(
         tolerance=tolerance,
         images=len(images),
         trials=tuple(trials),
+        dense_accuracy=features.metric.accuracy if labels is not None else None,
         refused=search.refused,
         measured_on=measured_on(images.device) | {"batch_size": features.batch_size},
     )
@@ -257,10 +259,9 @@ def _metric(metric: str | Metric | None, labels: Tensor | None, images: Tensor) 
             raise ValueError(
                 f"metric: expected none with labels, whose loss is that of top-1, got {metric!r}"
             )
-        loss = ProbeLoss(labels)
-        if len(labels) != len(images):
+        if isinstance(labels, Tensor) and labels.dim() and len(labels) != len(images):
             raise ValueError(f"labels: expected {len(images)}, one an image, got {len(labels)}")
-        return loss
+        return ProbeLoss(labels)
     metric = DEFAULT_METRIC if metric is None else metric
     if metric not in METRICS if isinstance(metric, str) else not callable(metric):
         raise ValueError(

@@ -33,8 +33,8 @@ def as_option_error(
         raise ConfigError(f"{options.get(name, name)}{colon}{rest}") from error
 
 
-def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[Path]:
-    """Return `count` image files of a folder, drawn at random and sorted by name."""
+def image_files(folder: Path, *, least: int = 8) -> list[Path]:
+    """Return the image files of a folder, with its subfolders, sorted by name."""
     from elip_models.images import IMAGE_ENDINGS
 
     if not folder.is_dir():
@@ -45,6 +45,11 @@ def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[
             f"IMAGES: expected at least {least} image files ({', '.join(IMAGE_ENDINGS)}), got "
             f"{len(paths)} in {folder}"
         )
+    return paths
+
+
+def sample_files(paths: Sequence[Path], count: int, seed: int) -> list[Path]:
+    """Return `count` of the files, drawn at random and sorted by name."""
     return sorted(random.Random(seed).sample(paths, min(count, len(paths))))
 
 
