@@ -154,12 +154,27 @@ class _Features:
         check("batch_size", batch_size, PositiveInt)
         self.batch_size = min(batch_size, len(images))
         self.metric = metric
+        self.dense = self._dense()
         self.size = self.tower.size
         if self.tower.has_dynamic_size:
             tokens = self.tower.embed(images[:1]).shape[1]
             patches = tokens - self.tower.num_prefix_tokens
             self.size = self.size._replace(num_patches=patches)
-        self.dense = self.of(self.model)
+
+    def _dense(self) -> Tensor:
+        """Return the features of the dense model; ValueError for images of another type."""
+        weight = next(self.model.parameters())
+        expected, got = ((x.dtype, str(x.device)) for x in (weight, self.images))
+        try:
+            return self.of(self.model)
+        except RuntimeError as error:
+            if expected == got:
+                raise
+            raise ValueError(
+                f"images: expected the type and device of the model, {expected[0]} on "
+                f"{expected[1]}, got {got[0]} on {got[1]}: {error!s:.200}; pass "
+                "images.to(device, dtype)"
+            ) from error
 
     def of(self, model: nn.Module) -> Tensor:
         """Return the features (n, D) in fp32 on the CPU."""

@@ -228,7 +228,10 @@ def open_images(
 def _listed(location: str, columns: Columns) -> ImageSource:
     files, path = files_of(location)
     is_pattern = ("*" in path or "{" in path) and not files.exists(path)
-    if _ending(path) not in READERS and not is_pattern:
+    # a web server has no folders: `isdir` would read the file
+    is_web = re.search("https?://", location) is not None
+    is_folder = not (is_web or is_pattern) and files.isdir(path)
+    if is_folder or not (_ending(path) in READERS or is_pattern):
         return _listed_folder(files, path, columns)
     paths: list[str] = []
     for name in expand_ranges(location) if is_pattern else [location]:

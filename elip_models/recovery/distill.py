@@ -132,9 +132,7 @@ def distill(
         got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else first
         raise TypeError(f"images: expected floating-point images (3, H, W), got {shortened(got)}")
     refuse_multimodal(model)
-    if not is_reduced(model) or keep is not None or strategy is not None:
-        reduce_(model, strategy, keep=keep)
-    student = _image_model(model.eval())
+    student = _image_model(model)
     tower = as_tower(student)
     if not tower.has_dynamic_size and tuple(first.shape[1:]) != tower.image_size:
         height, width = tower.image_size
@@ -142,6 +140,9 @@ def distill(
             f"images: expected {height} x {width} pixels, got {tuple(first.shape[1:])}; "
             f"{tower.size_advice}"
         )
+    if not is_reduced(model) or keep is not None or strategy is not None:
+        reduce_(model, strategy, keep=keep)
+    model.eval()
     teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

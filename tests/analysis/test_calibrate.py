@@ -136,6 +136,13 @@ def test_a_bad_argument_is_named(model, options, error, message):
         calibrate(**{"model": model, "images": images(8), "time": False} | options)
 
 
+def test_images_of_another_dtype_than_the_model_are_named():
+    with pytest.raises(
+        ValueError, match=r"^images: expected .* torch.bfloat16 on cpu, got torch.fl"
+    ):
+        calibrate(plain_vit().eval().bfloat16(), images(8), time=False)
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     photographs = tmp_path / "photographs" / "of summer"

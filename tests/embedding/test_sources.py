@@ -171,6 +171,15 @@ def test_several_files_are_one_source_by_range_pattern_and_folder(tmp_path):
         assert open_images(f"{tmp_path}/{pattern}").keys == whole.keys
 
 
+def test_a_folder_may_have_the_ending_of_a_file(pictures, tmp_path):
+    for name in ("a.parquet", "photographs.tar"):
+        (tmp_path / name).mkdir()
+    as_parquet(pictures, tmp_path / "a.parquet")
+    as_folder(pictures, tmp_path / "photographs.tar")
+    assert open_images(tmp_path / "a.parquet").keys == ["0", "1", "2"]
+    assert open_images(tmp_path / "photographs.tar").keys == [*NAMES]
+
+
 @pytest.mark.parametrize("at", ["header", "content"])
 def test_the_damaged_part_of_a_tar_is_named(at, tmp_path):
     path = shard(tmp_path / "0.tar", [(f"{i}.png", picture(i)) for i in range(3)])

@@ -335,6 +335,8 @@ def test_wrong_arguments_of_the_command(arguments, message, tmp_path, monkeypatc
     assert message in capsys.readouterr().err
 
 
-def test_images_of_another_size_are_an_error(dense, pictures):
+def test_images_of_another_size_are_an_error_and_the_model_stays_dense(dense, pictures):
+    model = copy.deepcopy(dense).train()
     with pytest.raises(ValueError, match=r"images: expected 48 x 48 pixels, got \(48, 32\); "):
-        distill(copy.deepcopy(dense), pictures[..., :32], keep=0.5, steps=1)
+        distill(model, pictures[..., :32], keep=0.5, steps=1)
+    assert not elip_models.is_reduced(model) and model.training
