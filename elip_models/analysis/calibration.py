@@ -53,18 +53,18 @@ class Calibration:
         tolerance: the largest mean loss.
         images: the number of images.
         trials: the settings, in the order in which they were tried.
-        dense_accuracy: with labels, the top-1 accuracy of the probe on dense features.
         refused: strategies that cannot reduce this model, with the reason.
         measured_on: the device, the batch size and the threads of the times.
+        dense_accuracy: with labels, the top-1 accuracy of the probe on dense features.
     """
 
     metric: str
     tolerance: float
     images: int
     trials: tuple[Trial, ...]
-    dense_accuracy: float | None = None
     refused: dict[str, str] = field(default_factory=dict)
     measured_on: dict[str, Any] = field(default_factory=dict)
+    dense_accuracy: float | None = None
 
     @property
     def chosen(self) -> Trial | None:
