@@ -85,8 +85,8 @@ def calibrate(
         images: (n, 3, H, W), at least 8, normalised as the model expects. They should be like the
             images of the application; a hundred are enough to begin with.
         labels: (n,) int64, the class of each image, from 0. The loss is then the top-1 accuracy
-            that a linear probe of dense features loses on reduced ones, cross-validated. A thousand
-            images are enough to begin with.
+            that a linear probe of dense features loses on reduced ones, cross-validated in five
+            folds: each class needs five images. A thousand images are enough to begin with.
         tolerance: the largest mean loss, in (0, 1]; with labels, 0.01 is one point.
         metric: without labels; 'cosine' (default), the loss 1 - cosine of dense and reduced
             feature; 'neighbours', the share of the ten nearest neighbours among these images that
@@ -104,7 +104,8 @@ def calibrate(
         The settings that were tried, and the choice.
 
     Raises:
-        TypeError, ValueError: a wrong argument, or a model that cannot be reduced or is already.
+        TypeError, ValueError: a wrong argument, a model that cannot be reduced or is already, or
+            labels that the probe does not predict better than the most frequent class does.
     """
     check("tolerance", tolerance, PositiveShare)
     for name, flag in (("every", every), ("time", time), ("class_token_only", class_token_only)):
@@ -131,6 +132,7 @@ def calibrate(
         tolerance=tolerance,
         images=len(images),
         trials=tuple(trials),
+        dense_accuracy=features.metric.accuracy if labels is not None else None,
         refused=search.refused,
         measured_on=measured_on(images.device) | {"batch_size": features.batch_size},
     )
@@ -152,12 +154,27 @@ class _Features:
         check("batch_size", batch_size, PositiveInt)
         self.batch_size = min(batch_size, len(images))
         self.metric = metric
+        self.dense = self._dense()
         self.size = self.tower.size
         if self.tower.has_dynamic_size:
             tokens = self.tower.embed(images[:1]).shape[1]
             patches = tokens - self.tower.num_prefix_tokens
             self.size = self.size._replace(num_patches=patches)
-        self.dense = self.of(self.model)
+
+    def _dense(self) -> Tensor:
+        """Return the features of the dense model; ValueError for images of another type."""
+        weight = next(self.model.parameters())
+        expected, got = ((x.dtype, str(x.device)) for x in (weight, self.images))
+        try:
+            return self.of(self.model)
+        except RuntimeError as error:
+            if expected == got:
+                raise
+            raise ValueError(
+                f"images: expected the type and device of the model, {expected[0]} on "
+                f"{expected[1]}, got {got[0]} on {got[1]}: {error!s:.200}; pass "
+                "images.to(device, dtype)"
+            ) from error
 
     def of(self, model: nn.Module) -> Tensor:
         """Return the features (n, D) in fp32 on the CPU."""
@@ -257,10 +274,9 @@ def _metric(metric: str | Metric | None, labels: Tensor | None, images: Tensor) 
             raise ValueError(
                 f"metric: expected none with labels, whose loss is that of top-1, got {metric!r}"
             )
-        loss = ProbeLoss(labels)
-        if len(labels) != len(images):
+        if isinstance(labels, Tensor) and labels.dim() and len(labels) != len(images):
             raise ValueError(f"labels: expected {len(images)}, one an image, got {len(labels)}")
-        return loss
+        return ProbeLoss(labels)
     metric = DEFAULT_METRIC if metric is None else metric
     if metric not in METRICS if isinstance(metric, str) else not callable(metric):
         raise ValueError(

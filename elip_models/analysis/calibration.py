@@ -55,6 +55,7 @@ class Calibration:
         trials: the settings, in the order in which they were tried.
         refused: strategies that cannot reduce this model, with the reason.
         measured_on: the device, the batch size and the threads of the times.
+        dense_accuracy: with labels, the top-1 accuracy of the probe on dense features.
     """
 
     metric: str
@@ -63,6 +64,7 @@ class Calibration:
     trials: tuple[Trial, ...]
     refused: dict[str, str] = field(default_factory=dict)
     measured_on: dict[str, Any] = field(default_factory=dict)
+    dense_accuracy: float | None = None
 
     @property
     def chosen(self) -> Trial | None:
@@ -111,7 +113,11 @@ class Calibration:
             for row in rows
         )
         left_out = (f"{name}: {reason}" for name, reason in self.refused.items())
-        return "\n".join((*lines, *left_out, self.sentence()))
+        accuracy = () if self.dense_accuracy is None else (self._accuracy(),)
+        return "\n".join((*lines, *accuracy, *left_out, self.sentence()))
+
+    def _accuracy(self) -> str:
+        return f"The probe classifies {self.dense_accuracy:.1%} of the images by dense features."
 
     def save(self, path: str | Path) -> None:
         """Write the choice as a file for `reduce_(model, path)`, with all that was tried.
@@ -137,6 +143,7 @@ class Calibration:
             "metric": self.metric,
             "tolerance": self.tolerance,
             "images": self.images,
+            "dense_accuracy": self.dense_accuracy,
             "result": self.sentence(),
             "refused": self.refused,
             "measured_on": self.measured_on,

@@ -67,7 +67,13 @@ class ProbeLoss:
     """What probes of dense features lose on reduced ones, image by image, cross-validated.
 
     Each image is classified by a probe that was fitted on the images of the other folds.
+
+    Attributes:
+        accuracy: of the dense features, cross-validated; None before the first call.
+        most_frequent: share of the images that are of the most frequent class.
     """
+
+    accuracy: float | None = None
 
     def __init__(self, labels: Tensor, *, seed: int = 0) -> None:
         """Draw the folds.
@@ -77,7 +83,8 @@ class ProbeLoss:
             seed: of the draw.
 
         Raises:
-            TypeError, ValueError: labels of another form, or of a single class.
+            TypeError, ValueError: labels of another form, of a single class, or a class with fewer
+                images than folds.
         """
         if not isinstance(labels, Tensor) or labels.dtype != torch.long or labels.dim() != 1:
             got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else labels
@@ -88,8 +95,16 @@ class ProbeLoss:
                 f"{shortened(labels.unique().tolist())}"
             )
         self.labels = labels.cpu()
-        generator = torch.Generator().manual_seed(seed)
-        self.folds = torch.randperm(len(labels), generator=generator).tensor_split(FOLDS)
+        numbers, counts = self.labels.unique(return_counts=True)
+        if counts.min() < FOLDS:
+            raise ValueError(
+                f"labels: expected at least {FOLDS} images of each class, one a fold, got "
+                f"{counts.min()} of class {numbers[counts.argmin()]}; add images, or leave it out"
+            )
+        self.most_frequent = counts.max().item() / len(labels)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        order = order[self.labels[order].argsort(stable=True)]  # each fold has all classes
+        self.folds = [order[i::FOLDS] for i in range(FOLDS)]
         self._probes: list[Probe] = []
         self._dense = torch.zeros(0)
 
@@ -99,10 +114,21 @@ class ProbeLoss:
         Args:
             dense: (n, D); the probes are fitted on those of the first call.
             reduced: (n, D).
+
+        Raises:
+            ValueError: the probes of dense features are not better than the most frequent class.
         """
         if not self._probes:
             self._probes = [self._fit(dense, fold) for fold in self.folds]
             self._dense = self.correct(dense)
+            self.accuracy = self._dense.mean().item()
+        if self.accuracy <= self.most_frequent:
+            raise ValueError(
+                "labels: expected classes that a linear probe tells apart by dense features, got a "
+                f"top-1 of {self.accuracy:.3f}, with {self.most_frequent:.3f} of the images in the "
+                "most frequent class; a probe that is wrong has nothing to lose: use more images, "
+                "other labels or another model"
+            )
         return self._dense - self.correct(reduced)
 
     def correct(self, features: Tensor) -> Tensor:

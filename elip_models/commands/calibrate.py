@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.commands.image_folder import (
     as_option_error,
-    image_paths,
+    image_files,
     open_with_images,
     readable,
+    sample_files,
 )
 from elip_models.validation import ConfigError, check_output, require_extra, shortened
 
@@ -62,7 +63,11 @@ def calibrate(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(min=8, help="Images, drawn at random: by default 100, or 1,000 with labels."),
+        typer.Option(
+            min=8,
+            help="Images, drawn at random: by default 100, or 1,000 with labels, and at least 5 of "
+            "each class.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     batch_size: Annotated[
@@ -88,9 +93,12 @@ def calibrate(
     if output.suffix != ".json":
         raise ConfigError(f"--output: expected a name ending in .json, got {output}")
     chosen_metric = _metric(metric)
-    if count is None:
-        count = UNLABELLED if labels is None else LABELLED
-    paths = image_paths(images, count, seed)
+    paths = image_files(images)
+    classes = None if labels is None else _classes(labels, images, paths)
+    if classes is None:
+        paths = sample_files(paths, count or UNLABELLED, seed)
+    else:
+        paths = _sample_by_class(classes, count, seed)
     import torch
 
     from elip_models.analysis import calibrate as analysis
@@ -101,12 +109,15 @@ def calibrate(
     device = next(opened.parameters()).device
     read, decoded = zip(*readable(files, console), strict=True)
     pixels = torch.stack(decoded).to(device)
-    classes = None if labels is None else _classes(labels, images, read)
+    numbers = None
+    if classes is not None:
+        number_of = {name: i for i, name in enumerate(sorted({classes[path] for path in read}))}
+        numbers = torch.tensor([number_of[classes[path]] for path in read])
     with console.status("dense features") as status, as_option_error(OPTIONS):
         calibration = analysis.calibrate(
             as_reducible(opened).image_model,
             pixels,
-            labels=None if classes is None else torch.tensor(classes),
+            labels=numbers,
             tolerance=tolerance,
             metric=chosen_metric,
             class_token_only=class_token_only,
@@ -114,49 +125,76 @@ def calibrate(
             every=every,
             progress=status.update,
         )
-    _report(calibration, output)
     if labels is None:
         console.print(ADVICE, soft_wrap=True, highlight=False)
+    _report(calibration, output)
 
 
-def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> list[int]:
-    """Return the number of the class of each image.
+def _classes(labels: str, folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Return the class of each image.
 
     Args:
         labels: the option.
         folder: of the images; names in a CSV file are relative to it.
-        paths: the images that were read.
+        paths: the images.
     """
     if labels == FOLDERS:
-        names = [path.parent.name for path in paths]
-    else:
-        file = Path(labels)
-        if not file.is_file():
-            raise ConfigError(f"--labels: expected 'folders' or a CSV file, got {labels!r}")
-        try:
-            with file.open(newline="", encoding="utf-8") as lines:
-                rows = {row[0]: row[1] for row in csv.reader(lines) if len(row) == 2}
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(
-                f"--labels: expected a CSV file in UTF-8, got {labels}: {error}; save it as text"
-            ) from error
-        keys = [path.relative_to(folder).as_posix() for path in paths]
-        missing = [key for key in keys if key not in rows]
-        if missing:
-            raise ConfigError(
-                f"--labels: expected a line image,label for each image in {labels}, got none for "
-                f"{len(missing)} images, such as {shortened(missing[0])}; add the lines"
-            )
-        names = [rows[key] for key in keys]
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    return [numbers[name] for name in names]
+        return {path: path.parent.name for path in paths}
+    file = Path(labels)
+    if not file.is_file():
+        raise ConfigError(f"--labels: expected 'folders' or a CSV file, got {labels!r}")
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = {row[0]: row[1] for row in csv.reader(lines) if len(row) == 2}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            f"--labels: expected a CSV file in UTF-8, got {labels}: {error}; save it as text"
+        ) from error
+    keys = {path: path.relative_to(folder).as_posix() for path in paths}
+    missing = [key for key in keys.values() if key not in rows]
+    if missing:
+        raise ConfigError(
+            f"--labels: expected a line image,label for each image in {labels}, got none for "
+            f"{len(missing)} images, such as {shortened(missing[0])}; add the lines"
+        )
+    return {path: rows[key] for path, key in keys.items()}
+
+
+def _sample_by_class(classes: dict[Path, str], count: int | None, seed: int) -> list[Path]:
+    """Return about `count` images, of each class its share, and at least as many as folds."""
+    from elip_models.analysis.probe import FOLDS
+
+    members: dict[str, list[Path]] = {}
+    for path, name in classes.items():
+        members.setdefault(name, []).append(path)
+    rarest = min(members, key=lambda name: len(members[name]))
+    if len(members[rarest]) < FOLDS:
+        raise ConfigError(
+            f"--labels: expected at least {FOLDS} images of each class, got "
+            f"{len(members[rarest])} of {shortened(rarest)}; add images, or remove the class"
+        )
+    least = FOLDS * len(members)
+    if count is not None and count < least:
+        raise ConfigError(
+            f"--count: expected at least {least}, {FOLDS} for each of {len(members)} classes, got "
+            f"{count}"
+        )
+    share = min(1, max(count or LABELLED, least) / len(classes))
+    return sorted(
+        path
+        for paths in members.values()
+        for path in sample_files(paths, max(FOLDS, round(share * len(paths))), seed)
+    )
 
 
 def _report(calibration: "Calibration", output: Path) -> None:
-    """Print the table and the choice; write them and a chart, if there is a choice."""
+    """Print the table and the choice; write them and a chart, or exit with 1 without a choice."""
     Console().print(escape(str(calibration)), soft_wrap=True, highlight=False)
     if calibration.chosen is None:
-        return
+        there = "; the file that is there is from an earlier run" if output.exists() else ""
+        error = f"error: {output} was not written, since no setting is within the tolerance{there}"
+        Console(stderr=True).print(escape(error), soft_wrap=True, highlight=False)
+        raise typer.Exit(1)
     calibration.save(output)
     lines = [f'{output}: call elip_models.reduce_(model, "{output}")']
     if find_spec("matplotlib") is None:

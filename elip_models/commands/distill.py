@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.commands.image_folder import (
     as_option_error,
-    image_paths,
+    image_files,
     open_with_images,
     readable,
+    sample_files,
 )
 from elip_models.saving.locked_folder import locked_folder
 from elip_models.validation import ConfigError, require_extra
@@ -74,7 +75,7 @@ def distill(
         raise ConfigError(f"--output: expected a folder, or a new one in a folder, got {output}")
     with locked_folder(output, "--output", marker=CHECKPOINT, leftovers=LEFTOVERS):
         most = round(steps * batch_size / (1 - HELD_OUT_SHARE)) + LEAST_HELD_OUT
-        paths = image_paths(images, most, seed, least=LEAST_HELD_OUT + 1)
+        paths = sample_files(image_files(images, least=LEAST_HELD_OUT + 1), most, seed)
         console = Console(stderr=True)
         opened, files = open_with_images(model, paths, console, pretrained=pretrained)
         files.paths = [path for path, _ in readable(files, console)]

@@ -88,9 +88,13 @@ def embed(
     if result.skipped:
         line += f", {result.skipped} skipped, listed in {result.folder / 'skipped.parquet'}"
     Console().print(escape(line), soft_wrap=True, highlight=False)
+    error = None
     if result.non_finite:
-        line = f"{result.non_finite} embeddings have NaN or infinity; the images are skipped"
-        Console(stderr=True).print(escape(f"error: {line}"), soft_wrap=True, highlight=False)
+        error = f"{result.non_finite} embeddings have NaN or infinity; the images are skipped"
+    elif not result.embedded:
+        error = "no image was embedded; skipped.parquet has the reasons"
+    if error is not None:
+        Console(stderr=True).print(escape(f"error: {error}"), soft_wrap=True, highlight=False)
         raise typer.Exit(1)
 
 

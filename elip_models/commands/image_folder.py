@@ -1,7 +1,7 @@
 """Image folders as inputs of commands: the files, and their pixels as a model expects them."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +14,13 @@ with require_extra("elip_models.commands"):
     from rich.progress import track
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
-    from elip_models.towers import ReducibleModel
+    Transform = Callable[[Image], Tensor]
 
+TRIAL_SIZES = ((256, 256), (320, 240))
+"""A preprocessing to one size gives that size for images of both."""
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
@@ -33,8 +36,8 @@ def as_option_error(
         raise ConfigError(f"{options.get(name, name)}{colon}{rest}") from error
 
 
-def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[Path]:
-    """Return `count` image files of a folder, drawn at random and sorted by name."""
+def image_files(folder: Path, *, least: int = 8) -> list[Path]:
+    """Return the image files of a folder, with its subfolders, sorted by name."""
     from elip_models.images import IMAGE_ENDINGS
 
     if not folder.is_dir():
@@ -45,20 +48,20 @@ def image_paths(folder: Path, count: int, seed: int, *, least: int = 8) -> list[
             f"IMAGES: expected at least {least} image files ({', '.join(IMAGE_ENDINGS)}), got "
             f"{len(paths)} in {folder}"
         )
+    return paths
+
+
+def sample_files(paths: Sequence[Path], count: int, seed: int) -> list[Path]:
+    """Return `count` of the files, drawn at random and sorted by name."""
     return sorted(random.Random(seed).sample(paths, min(count, len(paths))))
 
 
 class ImageFiles(Sequence):
-    """Images of files, (3, H, W) each, cropped and normalised for a model, read when indexed."""
+    """Images of files, (3, H, W) each, as a model expects them, read when indexed."""
 
-    def __init__(self, paths: Sequence[Path], model: "ReducibleModel") -> None:
-        import torch
-
-        from elip_models.towers import as_tower
-
+    def __init__(self, paths: Sequence[Path], transform: "Transform") -> None:
         self.paths = list(paths)
-        self.size = as_tower(model.image_model).image_size
-        self.stats = [torch.tensor(stat)[:, None, None] for stat in model.image_stats()]
+        self.transform = transform
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -66,10 +69,43 @@ class ImageFiles(Sequence):
 
     def __getitem__(self, i: int) -> "Tensor":
         """Read file i; SampleError if it cannot be read."""
-        from elip_models.images import decode_image, pixels_of
+        from elip_models.images import SampleError, decode_image
 
-        (mean, std), path = self.stats, self.paths[i]
-        return (pixels_of(decode_image(path, str(path)), self.size) - mean) / std
+        path = self.paths[i]
+        image = decode_image(path, str(path))
+        try:
+            return self.transform(image)
+        except Exception as error:  # libraries raise any error for an image of an odd shape
+            raise SampleError(str(path), f"cannot be preprocessed: {error!s:.300}") from error
+
+
+def _transform(model: "nn.Module") -> "tuple[Transform, str]":
+    """Return the preprocessing that `elip embed` uses too, and its size in words.
+
+    A model without one, or whose own has not the size of the tower, gets a crop to that size.
+    """
+    import torch
+    from PIL import Image
+
+    from elip_models.embedding.preprocessing import preprocessing_of
+    from elip_models.images import pixels_of
+    from elip_models.towers import as_reducible, as_tower
+
+    reducible = as_reducible(model)
+    tower = as_tower(reducible.image_model)
+    size = tower.image_size
+    try:
+        own = preprocessing_of(model)
+        shapes = {tuple(own.transform(Image.new("RGB", side)).shape) for side in TRIAL_SIZES}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # or ConfigError
+        shapes = set()
+    shape = shapes.pop() if len(shapes) == 1 else ()
+    if len(shape) == 3 and (tower.has_dynamic_size or shape[1:] == size):
+        words = f"by the model's own preprocessing ({own.described['kind']})"
+        return own.transform, f"{shape[1]} x {shape[2]} pixels, {words}"
+    mean, std = (torch.tensor(stat)[:, None, None] for stat in reducible.image_stats())
+    words = f"{size[0]} x {size[1]} pixels, cropped at the centre to the size of the model"
+    return (lambda image: (pixels_of(image, size) - mean) / std), words
 
 
 def open_with_images(
@@ -79,14 +115,15 @@ def open_with_images(
     import torch
 
     from elip_models.saving.open_model import open_model
-    from elip_models.towers import as_reducible
     from elip_models.vlm.families import refuse_multimodal
 
     with console.status("opening the model"), as_config_error("MODEL", inner="spec"):
         model = open_model(spec, pretrained=pretrained)
     with as_config_error("MODEL", inner="model"):
         refuse_multimodal(model)
-        files = ImageFiles(paths, as_reducible(model))
+        transform, size = _transform(model)
+    console.print(escape(f"images are read at {size}"), soft_wrap=True, highlight=False)
+    files = ImageFiles(paths, transform)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), files
 
 

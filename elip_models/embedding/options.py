@@ -1,7 +1,7 @@
 """The options of `embed`, with their defaults."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +9,10 @@ from elip_models.embedding.encoder import Precision
 from elip_models.validation import ConfigError
 
 EmbeddingDtype = Literal["float32", "float16"]
+OF_MODEL = ("preprocess", "precision", "device", "compile", "pretrained")
+"""Options with which `embed` opens a model."""
+OF_SOURCE = ("image_column", "key_column", "keep_columns")
+"""Options with which `embed` opens a source."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,29 @@ class EmbedOptions:
             raise ConfigError(
                 f"ray_actors: expected none without ray, got {self.ray_actors}; pass ray='local'"
             )
+        if self.min_cosine is not None and not self.check:
+            raise ConfigError(
+                f"min_cosine: expected none with check=0, which skips the check, got "
+                f"{self.min_cosine}; leave out one of them"
+            )
         if self.embedding_dtype not in ("float32", "float16"):
             raise ConfigError(
                 f"embedding_dtype: expected float32 or float16, got {self.embedding_dtype!r}"
             )
+
+    def refuse(self, names: Sequence[str], owner: str, function: str) -> None:
+        """Raise ConfigError for an option that a model or source was opened with.
+
+        Args:
+            names: `OF_MODEL` or `OF_SOURCE`. With Ray, `device` is that of the actors.
+            owner: what has these options, such as 'an Encoder'.
+            function: which opens it.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_of_ray = field.name == "device" and self.ray is not None
+            if field.name in names and not is_of_ray and value not in (field.default, []):
+                raise ConfigError(
+                    f"{field.name}: expected the default with {owner}, which has its own, got "
+                    f"{value!r}; pass it to {function}"
+                )

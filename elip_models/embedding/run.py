@@ -20,7 +20,7 @@ from accelerate import PartialState
 from elip_models.embedding.check import EmbeddingCheck, check_reduction
 from elip_models.embedding.cluster import Cluster
 from elip_models.embedding.encoder import Encoder, open_encoder
-from elip_models.embedding.options import EmbedOptions
+from elip_models.embedding.options import OF_MODEL, OF_SOURCE, EmbedOptions
 from elip_models.embedding.output import CHECK, OutputFolder, shard_file
 from elip_models.embedding.shard import Job, library_versions
 from elip_models.embedding.source import ImageSource, open_images
@@ -81,7 +81,7 @@ def embed(
             `save_reduced`, of a run, of `save_pretrained` or of transformers, or 'hf:NAME' on the
             hub; or an `Encoder`, which has its reduction, precision and device.
         source: a folder of images, tar files, a list of paths, Parquet files or a folder of
-            `datasets`, as a path or a URL of fsspec.
+            `datasets`, as a path or a URL of fsspec; or an `ImageSource`, which has its columns.
         output: the folder of the embeddings, which is created if necessary.
         reduce: a strategy, a file of `calibrate`, or 'none' for dense. None: as it was saved.
         keep: mean share of tokens over the layers, as in `reduce_`.
@@ -99,7 +99,11 @@ def embed(
         OSError: a file cannot be written. The files that were written are whole.
     """
     chosen = EmbedOptions(**options)
-    if not isinstance(source, ImageSource):
+    if isinstance(model, Encoder):
+        chosen.refuse(OF_MODEL, "an Encoder", "open_encoder")
+    if isinstance(source, ImageSource):
+        chosen.refuse(OF_SOURCE, "an ImageSource", "open_images")
+    else:
         source = open_images(
             source,
             image_column=chosen.image_column,
@@ -173,7 +177,7 @@ def _begin(
         "batch_size": options.batch_size,
         "shard_size": options.shard_size,
         "source": job.source.described(),
-        "columns": list(options.keep_columns),
+        "columns": job.source.columns.column_names,
         "versions": library_versions(),
     }
     folder.begin(settings)

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow
 from fsspec import AbstractFileSystem
-from pyarrow import csv
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow import csv, parquet
 from pyarrow import dataset as arrow_dataset
 
 from elip_models.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, SampleError
@@ -45,6 +46,7 @@ DATASETS = ("dataset_info.json", "dataset_dict.json")
 """One of them is in a folder that `save_to_disk` wrote."""
 NO_COLUMNS = pyarrow.table({})
 BATCH = 64  # images of a Parquet file in memory at a time
+READ_BYTES = 1 << 20  # of a Parquet file at a time
 EXPECTED = (
     "a folder of images, .tar files, .parquet files, a list of paths (.json, .jsonl, .csv), or a "
     "folder of save_to_disk of datasets"
@@ -116,9 +118,11 @@ class ImageSource:
         return len(self.keys)
 
     def described(self) -> dict[str, Any]:
-        """Return what the manifest stores, with a SHA-256 of the keys and the content."""
+        """Return what the manifest stores, with a SHA-256 of keys, content and columns."""
         digest = hashlib.sha256(self.kind.encode())
-        for text in chain(self.keys, map(str, self.content)):
+        table = self.columns
+        kept = (str(cell) for column in table.columns for cell in column)
+        for text in chain(self.keys, map(str, self.content), table.column_names, kept):
             digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
         named = {"location": self.location, "kind": self.kind}
         return named | {"found": len(self), "sha256": digest.hexdigest()}
@@ -132,6 +136,13 @@ class ImageSource:
             yield from zip(range(start, stop), self.payloads(start, stop), strict=True)
 
 
+def _has_images(kind: pyarrow.DataType) -> bool:
+    """Return whether cells are bytes, or bytes and a path as `datasets` has them."""
+    if pyarrow.types.is_struct(kind):
+        return kind.num_fields > 0 and {field.name for field in kind} <= {"bytes", "path"}
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
 class Columns(NamedTuple):
     """The column of images, that of keys, and those to keep, as arguments of `open_images`."""
 
@@ -143,20 +154,25 @@ class Columns(NamedTuple):
         """Return the column of images: of `datasets` or bytes or, if there is none, of paths."""
         if self.image is not None:
             return self.image
-        kinds = pyarrow.types
-        for is_image in (kinds.is_struct, kinds.is_binary, kinds.is_large_binary):
-            for column in schema:
-                if is_image(column.type):
-                    return column.name
+        found = [column.name for column in schema if _has_images(column.type)]
+        if len(found) == 1:
+            return found[0]
         for name in PATHS:
-            if name in schema.names:
+            if name in (found or schema.names):
                 return name
-        raise ValueError(f"expected a column {', '.join(PATHS)}, got {', '.join(schema.names)}")
+        got = ", ".join(found or schema.names)
+        raise ValueError(
+            f"expected one column of images, or one named {', '.join(PATHS)}, got {got}; name the "
+            "column by image_column, which is --image-column"
+        )
+
+    def key_in(self, names: Sequence[str]) -> str | None:
+        """Return the column of keys, if there is one."""
+        return self.key or (KEY if KEY in names else None)
 
     def others_in(self, names: Sequence[str]) -> list[str]:
         """Return the column of keys, if there is one, and those to keep."""
-        key = [self.key or KEY] if self.key or KEY in names else []
-        return [*dict.fromkeys([*key, *self.keep])]
+        return [*dict.fromkeys(filter(None, [self.key_in(names), *self.keep]))]
 
 
 def open_images(
@@ -188,9 +204,9 @@ def open_images(
     shown = without_secrets(location)
     try:
         listed = _listed(location, columns)
-        keys, others = listed.keys, columns.others_in(listed.columns.column_names)
-        if others and others[0] == (key_column or KEY):
-            keys = listed.columns[others[0]].to_pylist()
+        keys, key = listed.keys, columns.key_in(listed.columns.column_names)
+        if key is not None:
+            keys = listed.columns[key].to_pylist()
         kept = listed.columns.select(columns.keep)
     except ConfigError:
         raise
@@ -212,7 +228,10 @@ def open_images(
 def _listed(location: str, columns: Columns) -> ImageSource:
     files, path = files_of(location)
     is_pattern = ("*" in path or "{" in path) and not files.exists(path)
-    if _ending(path) not in READERS and not is_pattern:
+    # a web server has no folders: `isdir` would read the file
+    is_web = re.search("https?://", location) is not None
+    is_folder = not (is_web or is_pattern) and files.isdir(path)
+    if is_folder or not (_ending(path) in READERS or is_pattern):
         return _listed_folder(files, path, columns)
     paths: list[str] = []
     for name in expand_ranges(location) if is_pattern else [location]:
@@ -311,37 +330,62 @@ def _list(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> 
     payloads = [_payload(files, posixpath.dirname(paths[0]), value) for value in values]
     names = [without_secrets(str(value)) for value in values]
     kept = table.select(columns.others_in(table.column_names))
-    return ImageSource("list", names, _in_memory(payloads), values, kept)
+    has_key = columns.key_in(table.column_names) is not None
+    content = [*(names if has_key else values), *map(_local_size, payloads)]
+    return ImageSource("list", names, _in_memory(payloads), content, kept)
 
 
 def _parquet(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> ImageSource:
     whole = arrow_dataset.dataset(paths, filesystem=files, format="parquet")
     column = columns.image_in(whole.schema)
-    groups = [part for file in whole.get_fragments() for part in file.split_by_row_group()]
-    counts = [group.row_groups[0].num_rows for group in groups]
+    groups = [
+        (file.path, group.id, group.num_rows)
+        for file in whole.get_fragments()
+        for group in file.row_groups
+    ]
+    counts = [count for _, _, count in groups]
     ends = [*accumulate(counts)]
 
     def payloads(start: int, stop: int) -> Iterator[Payload]:
-        for group, count, end in zip(groups, counts, ends, strict=True):
-            row, folder = end - count, posixpath.dirname(group.path)
+        for (path, group, count), end in zip(groups, ends, strict=True):
+            row, folder = end - count, posixpath.dirname(path)
             if row >= stop or end <= start:
                 continue
             try:
-                for batch in group.to_batches(columns=[column], batch_size=BATCH):
-                    values = batch.column(0)[max(0, start - row) : max(0, stop - row)]
-                    yield from (_payload(files, folder, value.as_py()) for value in values)
-                    row += len(batch)
-            except (pyarrow.ArrowException, OSError) as error:
+                for values in _batches(files, path, group, column):
+                    for value in values[max(0, start - row) : max(0, stop - row)]:
+                        yield _payload(files, folder, value.as_py())
+                    row += len(values)
+                    if row >= stop:
+                        break
+            except (pyarrow.ArrowException, KeyError, OSError) as error:
+                shown = without_secrets(path)
+                reason = str(error).replace(path, shown)
                 raise ConfigError(
-                    f"source: expected whole Parquet files, got {group.path}: {error!s:.300}"
+                    f"source: expected whole Parquet files, got {shown}: {reason:.300}"
                 ) from error
 
     names: Sequence[Any] = range(ends[-1] if ends else 0)
+    content = [*counts, *map(files.size, paths)]
     kind = whole.schema.field(column).type
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        names = whole.to_table([column])[column].to_pylist()
+        values = whole.to_table([column])[column].to_pylist()
+        names = [without_secrets(str(value)) for value in values]
+        has_key = columns.key_in(whole.schema.names) is not None
+        content = [*(names if has_key else values), *map(_local_size, payloads(0, len(values)))]
     kept = whole.to_table(columns.others_in(whole.schema.names))
-    return ImageSource("parquet", names, payloads, [*counts, *map(files.size, paths)], kept)
+    return ImageSource("parquet", names, payloads, content, kept)
+
+
+def _batches(
+    files: AbstractFileSystem, path: str, group: int, column: str
+) -> Iterator[pyarrow.Array]:
+    """Yield the cells of a column in a row group, `BATCH` at a time; no more of it is read."""
+    with files.open(path, "rb") as opened:
+        file = parquet.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
+        batches = file.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False)
+        for batch in batches:
+            yield batch.column(column)
 
 
 def _datasets_folder(files: AbstractFileSystem, folder: str, columns: Columns) -> ImageSource:
@@ -374,6 +418,16 @@ def _payload(files: AbstractFileSystem, folder: str, value: Any) -> Payload:
         return Stored(*files_of(value))
     except (OSError, *LIBRARY_ERRORS) as error:
         return SampleError("", f"cannot be opened: {error!s:.300}")
+
+
+def _local_size(payload: Payload) -> int | None:
+    """Return the size of a file of this machine, so that a later run notices another image."""
+    if not (isinstance(payload, Stored) and isinstance(payload.files, LocalFileSystem)):
+        return None
+    try:
+        return os.path.getsize(payload.path)
+    except (OSError, ValueError):  # no such file; a name that no file can have
+        return None
 
 
 READERS = {".tar": _tars, ".parquet": _parquet, ".json": _list, ".jsonl": _list, ".csv": _list}

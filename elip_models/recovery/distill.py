@@ -30,7 +30,7 @@ from elip_models.analysis.feature_measures import cosine, output_feature
 from elip_models.api import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.token_assignment import slots_after
-from elip_models.saving.files import read_state, write_tensors
+from elip_models.saving.files import read_state, tensors_sha256, write_tensors
 from elip_models.towers import SelfReducingModel, as_reducible, as_tower
 from elip_models.validation import (
     Bounds,
@@ -52,7 +52,7 @@ Progress = Callable[[int, float], object]
 LR, LORA_LR = 5e-6, 1e-4
 WARMUP_SHARE, WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.1, 1.0
 SAVE_EVERY = 50
-FORMAT = 2
+FORMAT = 3
 """The version of the checkpoint file."""
 OPTIONS: dict[str, Any] = {
     "steps": PositiveInt,
@@ -99,10 +99,11 @@ def distill(
         lr: peak learning rate; None: 5e-6, or 1e-4 with LoRA.
         seed: of the order of the images, of LoRA and of the strategy.
         lora_rank: train LoRA adapters of this rank in the linear layers of the blocks, and merge
-            them into the weights at the end. None: train all weights of the blocks.
+            them into the weights at the end. A run that is stopped leaves the weights as they were.
+            None: train all weights of the blocks, which a stopped run has changed.
         checkpoint: a safetensors file for the state of the run, with its SHA-256, written at the
             start and every 50 steps. If it exists, the run continues from it, and ends as one that
-            was not stopped.
+            was not stopped. The model must have the weights with which the run began.
         progress: is called after each step with the number of steps and the loss.
 
     Returns:
@@ -131,9 +132,7 @@ def distill(
         got = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else first
         raise TypeError(f"images: expected floating-point images (3, H, W), got {shortened(got)}")
     refuse_multimodal(model)
-    if not is_reduced(model) or keep is not None or strategy is not None:
-        reduce_(model, strategy, keep=keep)
-    student = _image_model(model.eval())
+    student = _image_model(model)
     tower = as_tower(student)
     if not tower.has_dynamic_size and tuple(first.shape[1:]) != tower.image_size:
         height, width = tower.image_size
@@ -141,6 +140,9 @@ def distill(
             f"images: expected {height} x {width} pixels, got {tuple(first.shape[1:])}; "
             f"{tower.size_advice}"
         )
+    if not is_reduced(model) or keep is not None or strategy is not None:
+        reduce_(model, strategy, keep=keep)
+    model.eval()
     teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -182,7 +184,10 @@ def _only_blocks_train(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
-    """Add LoRA adapters to the linear layers of the blocks; merge them into the weights after."""
+    """Add LoRA adapters to the linear layers of the blocks; merge them into the weights after.
+
+    After an error they are removed, and the weights are as before.
+    """
     if rank is None:
         yield
         return
@@ -202,11 +207,11 @@ def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
     try:
         yield
+        for name in layers:
+            model.get_submodule(name).merge()
     finally:
         for name in layers:
-            adapted = model.get_submodule(name)
-            adapted.merge()
-            model.set_submodule(name, adapted.base_layer)
+            model.set_submodule(name, model.get_submodule(name).base_layer)
         del model.peft_config
         for parameter in required:
             parameter.requires_grad_()
@@ -245,7 +250,7 @@ class _Run:
             "format": FORMAT,
             "strategy": str(reduction_summary(student).strategy),
             "images": [len(images), _checksum([images[0], images[len(images) - 1]])],
-            "model": _checksum(self.trained.values()),
+            "model": tensors_sha256(student.state_dict()),
         }
 
     def train(self, checkpoint: Path | None, progress: Progress) -> None:

@@ -166,6 +166,11 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
 def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
 
+    if "@" in name and not os.path.exists(name):
+        raise ValueError(
+            f"spec: expected a name on the hub without a revision, got {name!r:.300}; download it "
+            "by `hf download NAME --revision REVISION --local-dir FOLDER`, and pass 'hf:FOLDER'"
+        )
     with library_errors(name, "a name on the hub, or a folder with a config of transformers"):
         described, _ = PretrainedConfig.get_config_dict(name)
     if mismatch_error(described, dict):

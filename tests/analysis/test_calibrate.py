@@ -136,6 +136,13 @@ def test_a_bad_argument_is_named(model, options, error, message):
         calibrate(**{"model": model, "images": images(8), "time": False} | options)
 
 
+def test_images_of_another_dtype_than_the_model_are_named():
+    with pytest.raises(
+        ValueError, match=r"^images: expected .* torch.bfloat16 on cpu, got torch.fl"
+    ):
+        calibrate(plain_vit().eval().bfloat16(), images(8), time=False)
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     photographs = tmp_path / "photographs" / "of summer"
@@ -153,7 +160,12 @@ def test_the_command(tmp_path, capsys):
     assert "1 of 10 images were not read" in shown.err
     assert "within 1 on these 9 images" in shown.out
     assert {path.name for path in tmp_path.glob("found*")} == {"found.json", "found.png"}
+    before = output.read_bytes()
+    assert elip("calibrate", *arguments, "--tolerance", 1e-9) == 1
+    shown = capsys.readouterr()
+    assert "No setting is within 1e-09" in shown.out
+    assert "found.json was not written" in shown.err and "from an earlier run" in shown.err
+    assert output.read_bytes() == before
     output.unlink()
-    assert elip("calibrate", *arguments, "--tolerance", 1e-9) == 0
-    assert "No setting is within 1e-09" in capsys.readouterr().out
-    assert not output.exists()
+    assert elip("calibrate", *arguments, "--tolerance", 1e-9) == 1
+    assert "from an earlier run" not in capsys.readouterr().err and not output.exists()

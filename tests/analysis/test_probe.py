@@ -1,5 +1,8 @@
 """A probe of features, and `calibrate` with labels."""
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +11,8 @@ from sklearn.linear_model import LogisticRegression
 import elip_models
 from elip_models.analysis.calibrate import calibrate
 from elip_models.analysis.probe import FOLDS, Probe, ProbeLoss
+from elip_models.commands.calibrate import _sample_by_class
+from elip_models.validation import ConfigError
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
 
@@ -70,7 +75,12 @@ def test_labels_decide_what_calibrate_chooses():
     [
         ({"labels": [0, 1]}, TypeError, r"labels: expected an int64 tensor \(n,\), got"),
         ({"labels": torch.zeros(8).long()}, ValueError, "labels: expected at least two classes"),
-        ({"labels": torch.zeros(0).long()}, ValueError, "labels: expected at least two classes"),
+        ({"labels": torch.zeros(0).long()}, ValueError, "labels: expected 8, one an image, got 0"),
+        (
+            {"labels": torch.arange(8) // 4},
+            ValueError,
+            "labels: expected at least 5 images of each",
+        ),
         ({"labels": torch.arange(9)}, ValueError, "labels: expected 8, one an image, got 9"),
         (
             {"labels": torch.arange(8), "metric": "cosine"},
@@ -82,6 +92,34 @@ def test_labels_decide_what_calibrate_chooses():
 def test_a_bad_argument_is_named(options, error, message):
     with pytest.raises(error, match=message):
         calibrate(plain_vit().eval(), images(8), time=False, **options)
+
+
+def test_labels_that_the_probe_does_not_predict_are_refused(blobs):
+    """A probe of noise predicts little, so no reduction could lose anything."""
+    features, labels = blobs
+    loss = ProbeLoss(labels)
+    loss(features, features)
+    assert loss.accuracy == loss.correct(features).mean() > loss.most_frequent == 1 / 3
+    for fold in loss.folds:
+        assert labels[fold].bincount().tolist() == [4, 4, 4]
+    torch.manual_seed(0)
+    options = {"tolerance": 0.9, "strategies": ("tome",), "time": False}
+    rare = (torch.arange(30) < 5).long()
+    with pytest.raises(
+        ValueError, match=r"^labels: expected classes .* top-1 of 0.8.*, with 0.833"
+    ):
+        calibrate(plain_vit().eval(), images(30), labels=rare, **options)
+
+
+def test_the_drawn_images_keep_the_shares_of_the_classes():
+    classes = {Path(f"{i}.png"): "rare" if i < 6 else f"class {i % 2}" for i in range(406)}
+    names = [classes[path] for path in _sample_by_class(classes, 100, 0)]
+    assert Counter(names) == {"rare": 5, "class 0": 49, "class 1": 49}
+    assert len(_sample_by_class(classes, None, 0)) == 406
+    with pytest.raises(ConfigError, match="--count: expected at least 15, 5 for each of 3 classes"):
+        _sample_by_class(classes, 14, 0)
+    with pytest.raises(ConfigError, match=r"--labels: expected at least 5 images of each .*1 of"):
+        _sample_by_class({**classes, Path("a.png"): "single"}, 100, 0)
 
 
 def test_the_command_reads_labels_of_folders_and_of_a_file(tmp_path, capsys):
@@ -98,7 +136,8 @@ def test_the_command_reads_labels_of_folders_and_of_a_file(tmp_path, capsys):
     for labels in ("folders", table):
         assert elip("calibrate", *arguments, "--labels", labels, "--tolerance", 0.9) == 0
         shown = capsys.readouterr()
-        assert "loss (top-1)" in shown.out and "--labels judges by a task" not in shown.err
+        assert "loss (top-1)" in shown.out and "The probe classifies 100.0% of" in shown.out
+        assert "--labels judges by a task" not in shown.err
     table.write_text("\n".join(rows[1:]))
     assert elip("calibrate", *arguments, "--labels", table) == 2
     table.write_bytes(b"\x80.png,cat")

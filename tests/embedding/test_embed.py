@@ -27,6 +27,7 @@ from pyarrow import parquet
 import elip_models
 from elip_models.embedding import encoder as encoders
 from elip_models.embedding import output
+from elip_models.embedding.source import open_images
 from elip_models.saving.files import read_checked, write_checked
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded, files_of
@@ -130,6 +131,14 @@ def test_embeddings_with_nan_are_skipped_counted_and_an_error(
     assert manifest_of(tmp_path / "out")["counts"]["non_finite"] == 3
 
 
+def test_a_run_that_embeds_no_image_is_an_error(model, tmp_path, capsys):
+    (tmp_path / "list.json").write_text('["missing.png"]')
+    assert elip(*command(tmp_path / "list.json", model, tmp_path / "out")) == 1
+    printed = capsys.readouterr()
+    assert "0 of 1 images embedded" in printed.out
+    assert printed.err.startswith("error: no image was embedded")
+
+
 def test_float16_is_stored_and_overflow_is_not_finite(
     whole, pictures, encoder, tmp_path, monkeypatch
 ):
@@ -164,6 +173,7 @@ WRONG = {
     "reduce": ("tomme", "reduce: .*did you mean 'tome'"),
     "device": ("meta", "device: expected one of this machine, such as 'cuda:1' or 'cpu'"),
     "keep_columns": (["label"], "source: .*label"),
+    "min_cosine": (0.9, "min_cosine: expected none with check=0, .*got 0.9; leave out one"),
     "ray_actors": (2, "ray_actors: expected none without ray, got 2"),
 }
 
@@ -178,6 +188,34 @@ def test_a_wrong_argument_is_named(name, pictures, model, tmp_path):
 def test_a_reduction_beside_an_encoder_is_an_error(pictures, encoder, tmp_path):
     with pytest.raises(ConfigError, match=r"reduce: expected none with an Encoder.*'tome'"):
         elip_models.embed(encoder, pictures, tmp_path / "out", reduce="tome", **SMALL)
+
+
+OF_ENCODER = {
+    "precision": "bf16",
+    "compile": True,
+    "preprocess": "clip",
+    "device": "cpu",
+    "pretrained": False,
+}
+
+
+@pytest.mark.parametrize("name", OF_ENCODER)
+def test_an_option_of_the_model_beside_an_encoder_is_an_error(name, pictures, encoder, tmp_path):
+    option = {name: OF_ENCODER[name]}
+    with pytest.raises(ConfigError, match=f"^{name}: expected the default with an Encoder"):
+        elip_models.embed(encoder, pictures, tmp_path / "out", **option, **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_are_those_of_an_open_source(pictures, encoder, tmp_path):
+    lines = [{"path": str(pictures / "0.png"), "caption": "a", "licence": "b"}]
+    (tmp_path / "list.json").write_text(json.dumps(lines))
+    source = open_images(tmp_path / "list.json", keep_columns=["caption"])
+    for name, value in {"keep_columns": ["licence"], "key_column": "licence"}.items():
+        with pytest.raises(ConfigError, match=f"^{name}: .* with an ImageSource.*licence"):
+            elip_models.embed(encoder, source, tmp_path / "out", **{name: value}, **SMALL)
+    elip_models.embed(encoder, source, tmp_path / "out", **SMALL)
+    assert manifest_of(tmp_path / "out")["columns"] == ["caption"]
 
 
 # a run that is stopped

@@ -171,6 +171,15 @@ def test_several_files_are_one_source_by_range_pattern_and_folder(tmp_path):
         assert open_images(f"{tmp_path}/{pattern}").keys == whole.keys
 
 
+def test_a_folder_may_have_the_ending_of_a_file(pictures, tmp_path):
+    for name in ("a.parquet", "photographs.tar"):
+        (tmp_path / name).mkdir()
+    as_parquet(pictures, tmp_path / "a.parquet")
+    as_folder(pictures, tmp_path / "photographs.tar")
+    assert open_images(tmp_path / "a.parquet").keys == ["0", "1", "2"]
+    assert open_images(tmp_path / "photographs.tar").keys == [*NAMES]
+
+
 @pytest.mark.parametrize("at", ["header", "content"])
 def test_the_damaged_part_of_a_tar_is_named(at, tmp_path):
     path = shard(tmp_path / "0.tar", [(f"{i}.png", picture(i)) for i in range(3)])
@@ -252,6 +261,37 @@ def test_a_change_of_names_or_sizes_changes_the_checksum(pictures, tmp_path):
     assert before["sha256"] != open_images(folder).described()["sha256"]
 
 
+LISTS = ("json", "jsonl", "csv", "paths", "parquet of paths")
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_another_size_of_a_listed_image_changes_the_checksum(form, pictures, tmp_path):
+    path = FORMS[form](pictures, tmp_path)
+    before = open_images(path).described()
+    assert before == open_images(path).described()
+    (tmp_path / "0.png").write_bytes(b"other")
+    assert before["sha256"] != open_images(path).described()["sha256"]
+
+
+def listed(ending, lines, folder):
+    """Write a list of images and return its description, with the captions kept."""
+    path = folder / f"list{ending}"
+    if ending == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+    else:
+        path.write_text(json.dumps(lines))
+    return open_images(path, keep_columns=["caption"]).described()
+
+
+@pytest.mark.parametrize("ending", [".json", ".parquet"])
+def test_a_corrected_caption_changes_the_checksum_and_a_renewed_token_does_not(ending, tmp_path):
+    line = {"key": "a", "url": "https://host/a.png?sig=1", "caption": "a dog"}
+    before = listed(ending, [line], tmp_path)
+    assert listed(ending, [line | {"url": "https://host/a.png?sig=23"}], tmp_path) == before
+    for change in ({"caption": "a cat"}, {"url": "https://host/b.png?sig=1"}, {"key": "b"}):
+        assert listed(ending, [line | change], tmp_path)["sha256"] != before["sha256"]
+
+
 @pytest.mark.parametrize("form", ["csv", "folder", "tar", "datasets"])
 def test_a_wrong_column_is_an_error(form, pictures, tmp_path):
     source = FORMS[form](pictures, tmp_path)
@@ -297,6 +337,37 @@ def test_a_source_without_images_or_of_two_kinds_is_an_error(pictures, tmp_path)
         open_images(tmp_path)
 
 
+def with_further_column(form, pictures, target):
+    """Write a source whose images come after a column of objects and one of bytes."""
+    images = [{"bytes": (pictures / name).read_bytes(), "path": None} for name in NAMES]
+    columns = {"answers": [{"answer": "a", "n": 1}] * 3, "hash": [b"h"] * 3, "image": images}
+    if form == "datasets":
+        made = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        made.save_to_disk(target / "dataset")
+        return target / "dataset"
+    if form == "jsonl":
+        lines = [{"meta": {"w": 40}, "image": name} for name in NAMES]
+        (as_folder(pictures, target) / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return target / "list.jsonl"
+    parquet.write_table(pyarrow.table(columns), target / "a.parquet")
+    return target / "a.parquet"
+
+
+@pytest.mark.parametrize("form", ["parquet", "datasets", "jsonl"])
+def test_images_are_found_beside_objects_and_other_bytes(form, pictures, tmp_path):
+    source = open_images(with_further_column(form, pictures, tmp_path))
+    wanted = [hashlib.sha256((pictures / name).read_bytes()).hexdigest() for name in NAMES]
+    assert [*digests(source).values()] == wanted
+
+
+def test_two_columns_of_images_without_a_known_name_are_an_error(tmp_path):
+    parquet.write_table(pyarrow.table({"left": [b"l"], "right": [b"r"]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"one column of images, .* left, right; .*--image-col"):
+        open_images(tmp_path / "a.parquet")
+    source = open_images(tmp_path / "a.parquet", image_column="right")
+    assert read_payload(next(source.payloads(0, 1))) == b"r"
+
+
 def test_paths_as_large_strings_are_keys(pictures, tmp_path):
     path = as_folder(pictures, tmp_path) / "paths.parquet"  # as polars writes them
     parquet.write_table(pyarrow.table({"path": pyarrow.array(["0.png"], "large_string")}), path)
@@ -310,6 +381,20 @@ def test_a_damaged_parquet_file_is_one_line(pictures, tmp_path):
     path.write_bytes(content[:4] + bytes(60) + content[64:])
     with pytest.raises(ConfigError, match=r"source: expected whole Parquet files, got .*a.parq"):
         digests(open_images(path))
+
+
+def test_the_first_images_of_a_row_group_are_read_without_the_rest(tmp_path):
+    path = tmp_path / "a.parquet"
+    contents = [random.Random(i).randbytes(2**16) for i in range(256)]
+    options = {"compression": "none", "use_dictionary": False, "data_page_size": 2**18}
+    parquet.write_table(pyarrow.table({"image": contents}), path, **options)
+    content = bytearray(path.read_bytes())
+    content[2**23 : 2**23 + 2**18] = b"\xff" * 2**18
+    path.write_bytes(content)
+    source = open_images(path)
+    assert [*map(read_payload, source.payloads(1, 64))] == contents[1:64]
+    with pytest.raises(ConfigError, match="expected whole Parquet files"):
+        [*source.payloads(64, 256)]
 
 
 def test_the_splits_of_a_dataset_are_named(pictures, tmp_path):
@@ -331,6 +416,16 @@ def test_a_server_that_sends_nothing_is_left_in_time(tmp_path, monkeypatch):
         for ending in (".tar", ".csv", ""):
             with pytest.raises(ConfigError, match=r"source: .*/a.*: the server did not answer"):
                 open_images(f"{url}{ending}?token=HUSH")
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_urls_in_a_parquet_file_are_keys_without_secrets(kind, tmp_path):
+    urls = ["https://user:SECRET@host/a.png?token=HUSH", "0.png"]
+    table = pyarrow.table({"url": pyarrow.array(urls, kind)})
+    parquet.write_table(table, tmp_path / "urls.parquet")
+    source = open_images(tmp_path / "urls.parquet")
+    assert source.keys == ["https://host/a.png", "0.png"]
+    assert next(source.payloads(0, 1)).path == urls[0]
 
 
 SHOWN = {

@@ -181,6 +181,28 @@ def test_the_state_of_another_run_is_refused(
         distill(**{"model": copy.deepcopy(dense), **options, **change})
 
 
+def test_a_stopped_run_of_lora_leaves_the_weights_and_continues_with_the_model(
+    dense, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("elip_models.recovery.distill.SAVE_EVERY", 1)
+    options = {"keep": 0.5, "steps": 3, "lr": 1e-2, "lora_rank": 2}
+    whole = distill(copy.deepcopy(dense), pictures, **options).state_dict()
+
+    def stop(step, loss):
+        raise KeyboardInterrupt
+
+    model = copy.deepcopy(dense)
+    options["checkpoint"] = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, pictures, progress=stop, **options)
+    assert_same_weights(model.state_dict(), dense.state_dict())
+    assert all(weight.requires_grad for weight in model.parameters())
+    torch.manual_seed(5)
+    with pytest.raises(ValueError, match="checkpoint: expected a run with the same model"):
+        distill(plain_vit(), pictures, **options)
+    assert_same_weights(distill(model, pictures, **options).state_dict(), whole)
+
+
 def flip(state, tensors, file):
     content = bytearray(file.read_bytes())
     content[-50] ^= 1
@@ -313,6 +335,8 @@ def test_wrong_arguments_of_the_command(arguments, message, tmp_path, monkeypatc
     assert message in capsys.readouterr().err
 
 
-def test_images_of_another_size_are_an_error(dense, pictures):
+def test_images_of_another_size_are_an_error_and_the_model_stays_dense(dense, pictures):
+    model = copy.deepcopy(dense).train()
     with pytest.raises(ValueError, match=r"images: expected 48 x 48 pixels, got \(48, 32\); "):
-        distill(copy.deepcopy(dense), pictures[..., :32], keep=0.5, steps=1)
+        distill(model, pictures[..., :32], keep=0.5, steps=1)
+    assert not elip_models.is_reduced(model) and model.training

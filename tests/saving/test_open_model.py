@@ -117,6 +117,7 @@ def test_a_processor_of_a_wrong_kind_is_an_error(content, tmp_path):
     [
         ("vit_base", "spec: expected 'timm:NAME', .* got 'vit_base'"),
         ("timm:vit_bse", r"spec: expected a name of timm.list_models\(\), got 'vit_bse'"),
+        ("me/model@v1", "spec: expected a name on the hub without a revision, got 'me/model@v1'"),
         ("hf:/no/such/folder", "spec: expected a model with local .* got 'hf:/no/such/folder'"),
         ("clip_tiny", "no weights are published"),
     ],
