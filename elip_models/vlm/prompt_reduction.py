@@ -43,7 +43,7 @@ from elip_models.vlm.static_cache import (
 )
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.strategies.dedup import Dedup
-from elip_models.vlm.tower_attention import refuse_repeated, tower_attention
+from elip_models.vlm.tower_attention import attention_in, tower_attention
 
 OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
 """Further arguments (B, N, ..) of language models: of Gemma 3n and 4, and of ERNIE 4.5."""
@@ -110,8 +110,7 @@ class PromptReduction:
         if self.layout is not None:
             call.videos = tokens_of(model, ids, embeds, (self.layout.token_id,))
             call.clip_lengths = self.layout.clip_lengths(kwargs)
-        if self.strategy is not None and self.strategy.reads_tower:
-            refuse_repeated(ids, call.images, kwargs.get("pixel_values"))
+        call.tower = attention_in(kwargs.get("mm_encoder_outputs"))
         call.question = Question.of(self, call.images, call.mask)
         has_rate = self.strategy is not None and self.strategy.keep is not None
         call.budget = None if has_rate else budget_of(self)
@@ -262,7 +261,7 @@ class PromptReduction:
             question = call.question.means(embeds, group.rows[:, 0], starts)
             context = context._replace(question=question)
         if self.strategy.reads_tower:
-            attention, keys = tower_attention(*group.positions.shape)
+            attention, keys = tower_attention(group.rows[:, 0], group.length)
             context = context._replace(attention=attention, keys=keys)
         return context
 

@@ -1,17 +1,27 @@
-"""The attention that patches receive in the image tower of a multimodal language model."""
+"""The attention that patches receive in the image tower of a multimodal language model.
 
+`generate` runs the tower before the forward pass, in which a strategy reads the attention. So the
+attention belongs to the output of the tower, which the forward pass gets.
+"""
+
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elip_kernels import attention_column_mean, cls_attention
+from elip_models.reduction.model_patches import remove_hooks
 from elip_models.vlm.attention_probe import Watcher, unwatch, watch
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import Multimodal
-from elip_models.vlm.packing import find_runs
 
 CLASS_TOKENS = ("class_embedding", "cls_token")
+NAME = "elip_attention"
+Received = tuple[Tensor, Tensor]
+"""The attention (R, n) that the patches of R images receive, and their keys (R, n, d)."""
+RECEIVED: ContextVar[Received | None] = ContextVar("RECEIVED", default=None)
+"""Those of the tower that runs in this thread or task."""
 
 
 class TowerAttention(Watcher):
@@ -22,71 +32,69 @@ class TowerAttention(Watcher):
         self.has_class_token = not {*names}.isdisjoint(CLASS_TOKENS)
 
     def install(self, multimodal: Multimodal) -> None:
-        """Watch the layer."""
+        """Watch the layer, and the end of the tower."""
         watch(attention_of(multimodal), self)
-        if multimodal.head is not None:  # generate leaves the tower to the forward pass
-            multimodal.head._supports_mm_encoder_outputs = _no_encoder_outputs
+        multimodal.tower.register_forward_hook(self.end)
 
     @staticmethod
     def uninstall(multimodal: Multimodal) -> None:
         """Undo `install`."""
-        vars(multimodal.head or multimodal.model).pop("_supports_mm_encoder_outputs", None)
+        remove_hooks(multimodal.tower, TowerAttention)
         for module in multimodal.tower.modules():
             unwatch(module)
 
     def receive(
         self, query: Tensor, key: Tensor, scale: float | None, softcap: float | None
     ) -> None:
-        """Store what the patches receive, and their keys, mean over heads."""
-        call = current_call()
-        if call is None:
-            return
+        """Keep what the patches receive, and their keys, mean over heads."""
         if self.has_class_token:
             received = cls_attention(query[:, :, 0], key, scale=scale)
         else:
             received = attention_column_mean(query, key, scale=scale)
         first = int(self.has_class_token)
-        call.tower.append((received[:, first:], key.mean(1)[:, first:]))
+        RECEIVED.set((received[:, first:], key.mean(1)[:, first:]))
+
+    def end(self, tower: nn.Module, args: Any, output: Any) -> None:
+        """Store it in the output of the tower, and in the forward pass that runs the tower."""
+        received, call = RECEIVED.get(), current_call()
+        RECEIVED.set(None)
+        if not isinstance(output, tuple):
+            setattr(output, NAME, received)
+        if call is not None:
+            call.tower.append(received)
 
 
-def tower_attention(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+def attention_in(encoded: dict[str, Any] | None) -> list[Received]:
+    """Return what is stored in the argument `mm_encoder_outputs` of a forward pass."""
+    found = (getattr(output, NAME, None) for output in (encoded or {}).values())
+    return [received for received in found if received is not None]
+
+
+def tower_attention(rows: Tensor, tokens: int) -> Received:
     """Return the attention (R, n) and keys (R, n, d) of the images of this forward pass.
+
+    Args:
+        rows: (R,) the sequence of each image, ascending. Beams repeat the sequence of a prompt.
+        tokens: n.
 
     Raises:
         ValueError: the runs of image tokens are not the patches of one image each.
     """
     images = current_call().tower
-    if len(images) != 1 or images[0][0].shape != (rows, tokens):
+    count, patches = images[0][0].shape if len(images) == 1 else (0, 0)
+    if patches != tokens or count == 0 or len(rows) % count:
         got = " and ".join(f"{len(row)} of {row.shape[1]} patches" for row, _ in images)
         raise ValueError(
             "strategy: expected images whose patches are the image tokens of the prompt, with text "
-            f"between them, for 'visionzip', got {rows} runs of {tokens} image tokens for "
+            f"between them, for 'visionzip', got {len(rows)} runs of {tokens} image tokens for "
             f"{got or 'no images'}; take another strategy, such as 'diverse'"
         )
-    return images[0]
-
-
-def refuse_repeated(ids: Tensor | None, images: Tensor, pixels: Any) -> None:
-    """Raise ValueError if `generate` has repeated images for sequences that have several.
-
-    Two sequences of one prompt get the images 1 1 2 2, and need 1 2 1 2.
-
-    Args:
-        ids: (B, N), or None.
-        images: (B, N) bool, the image tokens.
-        pixels: the argument `pixel_values`.
-    """
-    counts = find_runs(images)[0].bincount(minlength=len(images))
-    row = int((counts > 1).to(torch.uint8).argmax())
-    first = int(counts[:row].sum())
-    if ids is None or not isinstance(pixels, Tensor) or counts[row] < 2 or row + 1 == len(ids):
-        return
-    if torch.equal(ids[row], ids[row + 1]) and torch.equal(pixels[first], pixels[first + 1]):
-        raise ValueError(
-            "num_beams, num_return_sequences: expected 1 for 'visionzip' and prompts of several "
-            "images, which generate would mix up, got more sequences for a prompt; take another "
-            "strategy, such as 'diverse'"
-        )
+    beams, counts = len(rows) // count, rows.bincount()
+    within = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    of_prompt = counts[::beams]
+    index = (of_prompt.cumsum(0) - of_prompt)[rows // beams] + within
+    attention, keys = images[0]
+    return attention[index.to(attention.device)], keys[index.to(keys.device)]
 
 
 def attention_of(multimodal: Multimodal) -> nn.Module | None:
@@ -100,7 +108,3 @@ def attention_of(multimodal: Multimodal) -> nn.Module | None:
     if layers is None or not isinstance(layer, int) or not hasattr(layers[0].self_attn, "config"):
         return None
     return layers[layer if layer < 0 else layer - 1].self_attn
-
-
-def _no_encoder_outputs() -> bool:
-    return False
