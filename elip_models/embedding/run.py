@@ -74,7 +74,8 @@ def embed(
 
         embed("timm:vit_small_patch14_dinov2", "photographs", "embeddings", reduce="tome", keep=0.7)
 
-    A call that was stopped continues with the same arguments, and gives the same bytes.
+    A call that was stopped continues with the same arguments, and gives the same bytes, unless the
+    strategy draws tokens at random.
 
     Args:
         model: 'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', a folder of
