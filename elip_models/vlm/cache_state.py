@@ -129,3 +129,10 @@ class RemovedTokens:
 def cache_in(values: Any) -> Any:
     """Return the cache in the arguments or in the output of a language model, or None."""
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
+
+
+def return_slots(layer: Any, number: int) -> None:
+    """Empty a layer of a static cache, and let it allocate the slots that were removed."""
+    layer.reset()
+    layer.max_cache_len += number
+    layer.is_initialized = False

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from elip_models.reduction.call_context import records_of
 from elip_models.vlm.budget import budget_of, parts
 from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
-from elip_models.vlm.cache_state import CacheState, cache_in
+from elip_models.vlm.cache_state import CacheState, cache_in, return_slots
 from elip_models.vlm.call import PromptCall, begin_call, current_call, end_call
 from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
@@ -37,7 +37,6 @@ from elip_models.vlm.static_cache import (
     pad_to_slots,
     padding_of,
     remove_slots,
-    return_slots,
     show_static_length,
     step_arguments,
 )

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elip_models.validation import require_extra
-from elip_models.vlm.cache_state import RemovedTokens
-from elip_models.vlm.static_cache import return_slots
+from elip_models.vlm.cache_state import RemovedTokens, return_slots
 
 with require_extra("elip_models.vlm"):
     from transformers.cache_utils import CacheLayerMixin

@@ -89,13 +89,6 @@ def remove_slots(layers: list[Any], number: int) -> list[tuple[Any, int]]:
     return changed
 
 
-def return_slots(layer: Any, number: int) -> None:
-    """Empty a layer of a static cache, and let it allocate the slots that were removed."""
-    layer.reset()
-    layer.max_cache_len += number
-    layer.is_initialized = False
-
-
 def pad_to_slots(mask: Any, layer: Any) -> Any:
     """Return masks of all slots of a layer of a static cache, of those of the remaining tokens."""
     if isinstance(mask, dict):

@@ -171,9 +171,7 @@ def test_other_settings_raise_inside_guidance_and_record_stages():
     for held in (elip_models.guidance(model, text()), elip_models.record_stages(model)):
         with held:
             elip_models.reduce_(model, schedule=SCHEDULE)  # as it is already
-            with pytest.raises(
-                RuntimeError, match=r"outside of guidance\(model, \.\.\) and record"
-            ):
+            with pytest.raises(RuntimeError, match=r"outside of guidance, budget and record"):
                 elip_models.reduce_(model, schedule="3(100%) 3(40%)")
     elip_models.reduce_(model, schedule="3(100%) 3(40%)")
     with elip_models.record_stages(model) as infos:
