@@ -17,6 +17,8 @@ with require_extra("elip_models.saving"):
     from huggingface_hub.errors import HFValidationError
     from safetensors import SafetensorError
 
+STAGING = ".saving-"
+"""How the name of a `staging_folder` begins; a process that is killed leaves it."""
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CARD = """---
 {{ card_data }}
@@ -70,7 +72,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     OSError is raised if a file cannot be written, such as on a full disk; it names `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".") as staging:
+    with TemporaryDirectory(dir=folder, prefix=STAGING) as staging:
         try:
             yield Path(staging)
         except (OSError, SafetensorError) as error:

@@ -73,7 +73,8 @@ class PromptReduction:
 
     def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the labels of the loss that will be computed, or that there are none."""
-        LABELS.set(kwargs.get("labels"))
+        if not _is_static_step(args, kwargs):
+            LABELS.set(kwargs.get("labels"))
 
     def forget_labels(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget the labels."""
