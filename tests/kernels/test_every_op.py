@@ -69,7 +69,7 @@ MAPPED = {
 """The arguments that `vmap` maps."""
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("mapped", MAPPED)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_vmap_is_a_call_for_each_sample(op, mapped, op_arguments):
