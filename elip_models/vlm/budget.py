@@ -107,11 +107,9 @@ def _numbers(
 
 def _keeps(rows: list[list[Image]], keep: tuple[Keep, ...], sequences: Tensor) -> list[Keep]:
     """Return the `keep` of each image; beams repeat the rows of a prompt."""
-    images, repeats = (
-        sum(map(len, rows)),
-        sequences.unique_consecutive(dim=0, return_counts=True)[1],
-    )
+    images = sum(map(len, rows))
     beams = images // max(len(keep), 1)
+    repeats = sequences.unique_consecutive(dim=0, return_counts=True)[1]
     is_fit = beams and sum(map(len, rows[::beams])) == len(keep)
     if not is_fit or bool((repeats % beams).any()):
         raise ValueError(
