@@ -15,9 +15,7 @@ R = TypeVar("R")
 def no_autocast(tensor: Tensor) -> AbstractContextManager:
     """Return a context without autocast on the device of `tensor`; cheap if autocast is off."""
     device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if _is_enabled(device) else nullcontext()
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -25,7 +23,14 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with no_autocast(args[0]):
+        device = args[0].device.type
+        if not _is_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return run
+
+
+def _is_enabled(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)

@@ -87,6 +87,8 @@ class ForwardState:
             real: (B, N) bool, False for padding among the tokens that enter the first step; None
                 means that there is no padding.
         """
+        if not torch.compiler.is_compiling():
+            tower = tower.changed(blocks=tuple(tower.blocks))  # faster to index than a ModuleList
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.size = tower.size
         if tower.has_dynamic_size and num_tokens is not None:
@@ -175,16 +177,17 @@ class ForwardState:
         Every block of every reduced forward pass is entered here. `kwargs` are what the model
         passes to the block, if it calls it.
         """
-        entering, stage = self._entering(i, tokens), self.stages.get(i)
+        previous, stage = self.previous(i), self.stages.get(i)
+        entering = self._entering(tokens, previous)
         if stage is not None:
-            return self._take_step(i, stage, self._without_padding(entering), kwargs)
+            entering = self._without_padding(entering)
+            return self._take_step(i, stage, entering, previous, kwargs)
         if self.replaces_block(i):
-            return self._run_later_block(i, entering, kwargs)
+            return self._run_later_block(i, entering, previous, kwargs)
         return entering
 
-    def _entering(self, i: int, tokens: Tensor) -> BlockStep:
-        """Return the tokens that enter block i, with what the last step has left of them."""
-        previous = self.previous(i)
+    def _entering(self, tokens: Tensor, previous: StageInfo | None) -> BlockStep:
+        """Return the tokens that enter a block, with what the last step has left of them."""
         if previous is None:
             return BlockStep(tokens)
         slots = self.slots.get(previous.stage.first)
@@ -210,7 +213,12 @@ class ForwardState:
         )
 
     def _take_step(
-        self, i: int, stage: Stage, entering: BlockStep, kwargs: dict[str, Any] | None
+        self,
+        i: int,
+        stage: Stage,
+        entering: BlockStep,
+        previous: StageInfo | None,
+        kwargs: dict[str, Any] | None,
     ) -> BlockStep:
         """Take the step of a stage before block i, or in its place."""
         strategy, padding, keep = self.strategy, self.padding, None
@@ -219,7 +227,7 @@ class ForwardState:
         else:
             stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
         tower, replay = self._tower_at(i, entering, kwargs), self.infos.get(i)
-        context = Context(self.text_cls, self.previous(i), replay, mask=entering.mask, keep=keep)
+        context = Context(self.text_cls, previous, replay, mask=entering.mask, keep=keep)
         tokens, info = strategy.step(tower, stage, entering.tokens, context)
         if padding is None:
             self._check_remaining(i, tokens)
@@ -236,11 +244,15 @@ class ForwardState:
         )
 
     def _run_later_block(
-        self, i: int, entering: BlockStep, kwargs: dict[str, Any] | None
+        self,
+        i: int,
+        entering: BlockStep,
+        previous: StageInfo | None,
+        kwargs: dict[str, Any] | None,
     ) -> BlockStep:
         """Run block i, which has no step, as the strategy runs the blocks after its steps."""
         tower = self._tower_at(i, entering, kwargs)
-        tokens = self.strategy.run_later_block(tower, i, entering.tokens, self.previous(i))
+        tokens = self.strategy.run_later_block(tower, i, entering.tokens, previous)
         return entering._replace(tokens=tokens, replaced_block=True, changes_mask=True)
 
     def _tower_at(self, i: int, entering: BlockStep, kwargs: dict[str, Any] | None) -> Tower:

@@ -181,7 +181,7 @@ class TowerParts:
     """
 
     model: nn.Module
-    blocks: nn.Sequential | nn.ModuleList
+    blocks: nn.Sequential | nn.ModuleList | tuple[nn.Module, ...]
     names: BlockNames
     width: int
     depth: int

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -218,9 +219,7 @@ def in_place_of(
 ) -> tuple[Tensor, R]:
     """Run `function(tokens) -> (tokens, more)` in place of the module's forward, with gradient."""
     if not is_sharded(module):
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(next(module.parameters()), DTensor):
+        if _has_sharded_parameters(module):
             raise ValueError(
                 f"model: expected gathered parameters, got a {type(module).__name__} that is "
                 "sharded as part of another module; fully_shard it too, or call the whole model"
@@ -241,6 +240,14 @@ def in_place_of(
         return module._in_place_of_forward(tokens), results[0]
     finally:
         del module._in_place_of_forward
+
+
+def _has_sharded_parameters(module: nn.Module) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(next(module.parameters()), DTensor)
 
 
 def _is_flattened(module: nn.Module) -> bool:
