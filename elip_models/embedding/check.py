@@ -27,7 +27,7 @@ class EmbeddingCheck:
             ten images or fewer.
         time_ratio: time of a batch in the reduced model, divided by that in the dense model, the
             median over the batches.
-        dense_seconds: expected time of the whole collection in the dense model.
+        dense_seconds: expected time of one process for the whole collection in the dense model.
         reduced_seconds: the same in the reduced model.
         collection: the number of images of the collection.
     """
@@ -49,7 +49,7 @@ class EmbeddingCheck:
             f"{self.images} images dense and reduced: cosine {mean:.4f} (95% CI {low:.4f} to "
             f"{high:.4f}){kept}; {self.time_ratio:.2f} of the dense time of a batch\n"
             f"{self.collection} images take about {_duration(self.reduced_seconds)} reduced, "
-            f"{_duration(self.dense_seconds)} dense: {gain}"
+            f"{_duration(self.dense_seconds)} dense, in one process: {gain}"
         )
 
 
