@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.marked_block import Block, run
 from benchmarks.measured import read_results
+from benchmarks.real.training_tables import difference
 from benchmarks.tables import language_model_table, table
 from elip_models.saving.files import read_object
 
@@ -27,11 +28,12 @@ def study_block(study: dict[str, Any]) -> str:
         f"questions on other images; {study['image_tokens']} image tokens. Measured on "
         f"{study['date']} at commit {study['commit']['id'][:9]} on {study['device']}. In brackets "
         "the 95% confidence interval over questions; the differences are paired by question. "
-        "Bold: it excludes zero. The last column has the difference of each seed."
+        "Those of models that were trained with fewer tokens are paired by seed, with the interval "
+        "of Student's t. Bold: it excludes zero. The last column has the difference of each seed."
     )
     dense = study["settings"][0]["by_seed"]
     rows = [
-        [_title(row), _share(row["accuracy"]), _points(row["difference"]), _by_seed(row, dense)]
+        [_title(row), _share(row["accuracy"]), _points(row, dense), _by_seed(row, dense)]
         for row in study["settings"][1:]
     ]
     rows.insert(0, [_title(study["settings"][0]), _share(study["settings"][0]["accuracy"]), "", ""])
@@ -79,8 +81,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _title(setting: dict[str, Any]) -> str:
-    name = setting["setting"].replace("random ", "random_tokens ")  # its name when it was measured
-    return "every token" if name == "dense" else f"`{name}`"
+    return "every token" if setting["setting"] == "dense" else f"`{setting['setting']}`"
 
 
 def _by_seed(setting: dict[str, Any], dense: list[float]) -> str:
@@ -94,10 +95,13 @@ def _share(interval: list[float]) -> str:
     return f"{mean}% ({low} to {high})"
 
 
-def _points(interval: list[float]) -> str:
-    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in interval)
+def _points(setting: dict[str, Any], dense: list[float]) -> str:
+    """Return the difference from dense, in points, with its interval."""
+    if setting["setting"].startswith("trained"):
+        return difference(dict(enumerate(setting["by_seed"])), dict(enumerate(dense)))
+    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in setting["difference"])
     text = f"{mean} ({low} to {high})"
-    return f"**{text}**" if interval[1] > 0 or interval[2] < 0 else text
+    return text if setting["difference"][1] <= 0 <= setting["difference"][2] else f"**{text}**"
 
 
 def blocks() -> list[Block]:
