@@ -16,7 +16,6 @@ from elip_models.intervals import bootstrap_interval
 from elip_models.saving.open_model import open_model
 from tests.benchmarks.conftest import CAPTIONED, SPLITS
 from tests.benchmarks.weights import needs_weights
-from tests.project.test_docs import script
 
 
 @pytest.fixture
@@ -203,8 +202,3 @@ def test_the_picture_counts_the_tokens_of_a_photograph(tmp_path):
     picture.main([str(tmp_path / "out.jpg"), "--photographs", str(picture.PHOTOGRAPHS[0])])
     with Image.open(tmp_path / "out.jpg") as image:
         assert image.format == "JPEG" and image.width > 2 * image.height  # four panels
-
-
-@pytest.mark.parametrize("page", ["real_model", "vlm"])
-def test_the_tables_of_a_page_are_up_to_date(page):
-    assert script(page).main(["--check"]) == 0

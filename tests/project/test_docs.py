@@ -213,14 +213,10 @@ def test_the_reference_has_every_public_name_of_the_kernels():
     assert named == set(elip_kernels.__all__) - {"__version__"}
 
 
-@pytest.mark.parametrize("name", ["readme_table", "readme_chart", "serving"])
-def test_the_results_of_readme_and_serving_are_up_to_date(name):
+SCRIPTS = ("readme_table", "readme_chart", "serving", "studies", "api_table", "recipes")
+SCRIPTS += ("real_model", "vlm")
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, pytest.param("supported", marks=pytest.mark.slow)])
+def test_the_tables_of_a_script_are_up_to_date(name):
     assert script(name).main(["--check"]) == 0
-
-
-def test_the_results_of_studies_are_up_to_date():
-    assert script("studies").main(["--check"]) == 0
-
-
-def test_the_tables_of_public_names_are_up_to_date():
-    assert script("api_table").main(["--check"]) == 0
