@@ -132,6 +132,21 @@ def step(model, batch, drawn):
     return losses(out), gradients(getattr(model, "module", model))
 
 
+def check_checkpointing(model):
+    """Every weight gets a gradient, and checkpointing changes no loss and no gradient of a step."""
+    batch, other, steps = batch_for(model), copy.deepcopy(model), []
+    other.set_grad_checkpointing()
+    for run in (model, other):
+        torch.manual_seed(3)
+        out = run(**batch)
+        out.loss.backward()
+        steps.append((losses(out), gradients(run)))
+    (expected, expected_gradients), (got, got_gradients) = steps
+    assert expected.isfinite().all() and torch.equal(got, expected)
+    assert expected_gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert_equal_gradients(got_gradients, expected_gradients)
+
+
 def descend(model):
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
 

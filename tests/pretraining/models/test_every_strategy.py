@@ -3,8 +3,6 @@
 The models are those of `cross_modal_cases`, in fp64; the patches of an image are 16.
 """
 
-import copy
-
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -12,9 +10,15 @@ from transformers import GenerationConfig
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import STRATEGIES, ToMe
 from elip_models.reduction.strategy import mask_after
-from tests.helpers.cross_modal_cases import MODELS, batch_of_four, draws, made, step
+from tests.helpers.cross_modal_cases import (
+    MODELS,
+    batch_of_four,
+    check_checkpointing,
+    draws,
+    made,
+    step,
+)
 from tests.helpers.tiers import slow_except, tiered
-from tests.helpers.towers import assert_equal_gradients
 
 OPTIONS = {
     "evit": {"keep_ratio": 0.7},
@@ -45,21 +49,9 @@ def reduced(family, strategy, **options):
     return made(family, strategy=strategy, strategy_options=OPTIONS.get(strategy), **options)
 
 
-def seeded_step(model, batch, drawn):
-    torch.manual_seed(3)
-    return step(model, batch, drawn)
-
-
 @pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK, slow=[("albef", "evit")]))
 def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
-    model, batch = reduced(family, strategy), batch_of_four()
-    drawn, other = draws(family, *batch, "local"), copy.deepcopy(model)
-    other.set_grad_checkpointing()
-    losses, gradients = seeded_step(model, batch, drawn)
-    same, recomputed = seeded_step(other, batch, drawn)
-    assert losses.isfinite().all() and torch.equal(same, losses)
-    assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert_equal_gradients(recomputed, gradients, rtol=0, atol=0)
+    check_checkpointing(reduced(family, strategy))
 
 
 @pytest.mark.parametrize(("family", "strategy"), slow_except(QUICK, CASES))

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from elip_models.reduction.strategies import STRATEGIES
-from tests.helpers.cross_modal_cases import MODELS, TASKS, batch_for, batch_of_four, made
+from tests.helpers.cross_modal_cases import (
+    MODELS,
+    TASKS,
+    batch_for,
+    batch_of_four,
+    check_checkpointing,
+    made,
+)
 from tests.helpers.tiers import first_quick, tiered
-from tests.helpers.towers import assert_equal_gradients, gradients
+from tests.helpers.towers import gradients
 from tests.helpers.weights import assert_equal_weights
 from tests.pretraining.models.test_every_strategy import OPTIONS
 
@@ -27,24 +34,11 @@ WITH_MOMENTUM = [
 ]
 
 
-def step(model, batch):
-    torch.manual_seed(3)
-    out = model(**batch)
-    out.loss.backward()
-    return out.loss.detach(), gradients(model)
-
-
 @pytest.mark.parametrize(("name", "strategy"), tiered(STEPS, QUICK, slow=SLOW))
 def test_every_strategy_trains_and_checkpointing_changes_nothing(name, strategy):
     options = {"without_text": "vision"} if strategy == "elip" else {}
     model = made(name, strategy=strategy, strategy_options=OPTIONS.get(strategy), **options)
-    batch, other = batch_for(model), copy.deepcopy(model)
-    other.set_grad_checkpointing()
-    loss, expected = step(model, batch)
-    same, recomputed = step(other, batch)
-    assert loss.isfinite() and torch.equal(same, loss)
-    assert expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert_equal_gradients(recomputed, expected)
+    check_checkpointing(model)
 
 
 @pytest.mark.parametrize("name", [*MODELS, *first_quick(TASKS, 2)])

@@ -1,6 +1,5 @@
 """Text reduction: dropped tokens against a loop over texts, and BLIP and METER with it."""
 
-import copy
 from typing import get_args
 
 import pytest
@@ -10,9 +9,8 @@ import torch.nn.functional as F
 import elip_models
 from elip_models.pretraining.models.layers.losses import next_tokens
 from elip_models.pretraining.models.layers.text_reduction import TextReduction, TextStrategy
-from tests.helpers.cross_modal_cases import batch_of_four, draws, made
+from tests.helpers.cross_modal_cases import batch_of_four, check_checkpointing, draws, made
 from tests.helpers.tiers import tiered
-from tests.helpers.towers import assert_equal_gradients, gradients
 
 LENGTHS, L = (13, 9, 5, 2, 1, 0), 13
 STRATEGIES = get_args(TextStrategy)
@@ -121,18 +119,7 @@ def test_dropped_tokens_predict_no_next_token():
 
 @pytest.mark.parametrize(("family", "strategy"), tiered(CASES, [("meter", "post")], slow=CASES))
 def test_checkpointing_changes_nothing_and_every_weight_trains(family, strategy):
-    torch.manual_seed(0)
-    model, batch = made(family, text_reduction=strategy, text_depth=3), batch_of_four()
-    other, steps = copy.deepcopy(model), []
-    other.set_grad_checkpointing()
-    for run in (model, other):
-        torch.manual_seed(3)
-        loss = run(*batch).loss
-        loss.backward()
-        steps.append((loss.detach(), gradients(run)))
-    assert torch.equal(steps[0][0], steps[1][0])
-    assert_equal_gradients(steps[1][1], steps[0][1])
-    assert steps[0][1].keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    check_checkpointing(made(family, text_reduction=strategy, text_depth=3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
