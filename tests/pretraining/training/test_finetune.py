@@ -8,12 +8,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from elip_models.pretraining.data import open_source, train_tokenizer
 from elip_models.pretraining.models.registry import (
     DOWNSTREAM,
     FAMILIES,
-    create_model,
-    family_of,
     load_model,
 )
 from elip_models.pretraining.tasks.registry import TASKS, get_task
@@ -24,8 +21,10 @@ from elip_models.pretraining.training.trainer import train
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.validation import ConfigError
 from tests.helpers.tiers import slow_except, tiered
-from tests.helpers.tiny_run import elip, logged, own_process
+from tests.helpers.tiny_run import elip, logged
 from tests.helpers.weights import assert_equal_weights
+
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 QUIET = Console(quiet=True)
 DATA = {
@@ -39,34 +38,6 @@ DATA = {
 PARTS = {"train": (0, 16), "eval": (1, 6)}
 FULL = [name for name in recipe_names(FINETUNE) if not name.endswith("_tiny")]
 TINY = {"optim.steps": 2, "optim.batch_size": 4, "trackers": [], "report": [], "log_every": 1}
-
-
-@pytest.fixture(autouse=True)
-def _own_process(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with own_process():
-        yield
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Return a function from a family to the folder of a pre-trained tiny model and tokenizer."""
-    source, made = open_source("emoji_scenes:size=40", image_size=32), {}
-
-    def folder(family):
-        if family not in made:
-            captions = (text for i in range(40) for text in source.captions(i))
-            tokenizer = train_tokenizer(captions, 300)
-            sizes = family_of(f"{family}_tiny").fit_tokenizer(tokenizer, 32)
-            torch.manual_seed(0)
-            model = create_model(
-                f"{family}_tiny", image_size=32, vision_depth=2, schedule="1(100%) 1(50%)", **sizes
-            )
-            made[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(made[family], tokenizer=tokenizer)
-        return made[family]
-
-    return folder
 
 
 def run(saved, family, task, *, resume=False, **changes):

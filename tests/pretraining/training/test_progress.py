@@ -10,7 +10,7 @@ from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.summary import print_plan, print_summary
 from elip_models.pretraining.training.trainer import train
 from tests.helpers.tiers import first_quick
-from tests.helpers.tiny_run import own_process, tiny_config
+from tests.helpers.tiny_run import tiny_config
 
 
 def plan(recipe, *overrides, num_processes=1):
@@ -44,8 +44,7 @@ def test_the_plan_says_why_a_small_model_costs_more_than_dense_and_hides_secrets
 def test_a_run_prints_steps_and_the_start_of_each_part(tmp_path, is_terminal):
     console = Console(file=io.StringIO(), width=120, record=True, force_terminal=is_terminal)
     config = tiny_config(tmp_path, "optim.steps=7", "report=[retrieval, picture]")
-    with own_process():
-        result = train(config, console=console)
+    result = train(config, console=console)
     print_summary(config, result, console)
     text = console.export_text()
     parts = [

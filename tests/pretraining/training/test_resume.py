@@ -20,19 +20,13 @@ from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.tiers import tiered
-from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
+from tests.helpers.tiny_run import logged, tiny_arguments, tiny_config
 from tests.kills import CASES, compare
 
 COMMAND = [sys.executable, "-m", "elip_models.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 NUMBERS = ("loss", "step", "epoch", "lr", "grad_norm", "temperature")
 SCORES = ("image_to_text_r1", "image_to_text_r10", "text_to_image_r5", "step")
-
-
-@pytest.fixture(autouse=True)
-def _own_process():
-    with own_process():
-        yield
 
 
 def started(folder, *overrides):

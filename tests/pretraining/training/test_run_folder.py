@@ -11,13 +11,7 @@ from elip_models.pretraining.training.run_checkpoints import MANIFEST, Checkpoin
 from elip_models.pretraining.training.run_folder import RunFolder, run_provenance
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError, TrainingError
-from tests.helpers.tiny_run import own_process, tiny_config
-
-
-@pytest.fixture(autouse=True)
-def _own_process():
-    with own_process():
-        yield
+from tests.helpers.tiny_run import tiny_config
 
 
 def contents(folder):

@@ -5,12 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from elip_models.intervals import score_interval
-from elip_models.pretraining.data import open_source, train_tokenizer
-from elip_models.pretraining.models.registry import create_model, family_of, load_model
+from elip_models.pretraining.models.registry import load_model
 from elip_models.pretraining.tasks.registry import TASKS
 from elip_models.pretraining.tasks.task import TaskScores
 from elip_models.pretraining.training.evaluation import RECORD
@@ -18,8 +16,10 @@ from elip_models.pretraining.training.finetune import finetune_recipe
 from elip_models.pretraining.training.summary import print_summary
 from elip_models.pretraining.training.trainer import Trainer, train
 from elip_models.validation import ConfigError
-from tests.helpers.tiny_run import elip, logged, own_process
+from tests.helpers.tiny_run import elip, logged
 from tests.helpers.weights import assert_equal_weights
+
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 TINY = {
     "data.train": "emoji_entailment:seed=0,size=16",
@@ -36,29 +36,6 @@ TINY = {
     "checkpoint_every": 1,
     "output_dir": "run",
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_process(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with own_process():
-        yield
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Return the folder of a tiny ALBEF and its tokenizer."""
-    source, folder = (
-        open_source("emoji_scenes:size=20", image_size=32),
-        tmp_path_factory.mktemp("a"),
-    )
-    tokenizer = train_tokenizer((text for i in range(20) for text in source.captions(i)), 300)
-    sizes = family_of("albef_tiny").fit_tokenizer(tokenizer, 32)
-    torch.manual_seed(0)
-    model = create_model("albef_tiny", image_size=32, vision_depth=2, schedule=None, **sizes)
-    folder = tmp_path_factory.mktemp("albef")
-    model.save_pretrained(folder, tokenizer=tokenizer)
-    return folder
 
 
 @pytest.fixture
@@ -78,7 +55,7 @@ def values(monkeypatch):
 
 
 def config_of(saved, **changes):
-    return finetune_recipe("entailment_tiny", saved, TINY | changes)
+    return finetune_recipe("entailment_tiny", saved("albef"), TINY | changes)
 
 
 def test_the_best_weights_are_stored_and_scored(saved, values, capsys):

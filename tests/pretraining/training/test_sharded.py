@@ -8,7 +8,7 @@ from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.helpers import sharded_cases, two_processes
 from tests.helpers.tiers import tiered
-from tests.helpers.tiny_run import own_process, tiny_config
+from tests.helpers.tiny_run import tiny_config
 
 SLOW = ("clip, all options", "meter", "clip resumed", "clip, fused")
 
@@ -52,6 +52,6 @@ def test_unsupported_sharding_raises(recipe, override, problem):
 
 
 def test_sharding_on_one_process_raises(tmp_path):
-    with own_process(), pytest.raises(ConfigError, match=r"optim\.shard: .*torchrun"):
+    with pytest.raises(ConfigError, match=r"optim\.shard: .*torchrun"):
         train(tiny_config(tmp_path / "run", "optim.shard=true"))
     assert not (tmp_path / "run").exists()

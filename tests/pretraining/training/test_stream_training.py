@@ -35,16 +35,14 @@ from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.damage import shard
 from tests.helpers.streaming import served
 from tests.helpers.tiers import first_quick
-from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
+from tests.helpers.tiny_run import logged, tiny_arguments, tiny_config
 
 SHARDS, SAMPLES = 5, 4
 
 
 @pytest.fixture(autouse=True)
-def _own_process(monkeypatch):
+def _no_delay(monkeypatch):
     monkeypatch.setattr(streams, "_RETRY_DELAYS", (0.0, 0.0))
-    with own_process():
-        yield
 
 
 def png(image):

@@ -29,12 +29,6 @@ LOSSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_process():
-    with own_process():
-        yield
-
-
 def losses(folder):
     return [row["loss"] for row in logged(folder, "loss")]
 

@@ -17,12 +17,6 @@ from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_config
 
 
-@pytest.fixture(autouse=True)
-def _own_process():
-    with own_process():
-        yield
-
-
 def losses(folder):
     return [row["loss"] for row in logged(folder, "loss")]
 
