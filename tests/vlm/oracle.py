@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elip_models import record_stages, reduce_
+from elip_models import record_stages, reduce_, unreduce_
 from elip_models.vlm.families import find_multimodal
 from tests.vlm.checks import GAPS
 from tests.vlm.configs import IMAGE, VIDEO
@@ -116,6 +116,18 @@ def forward(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
     with record_stages(model) as infos:
         logits = model(**inputs).logits
     return logits, infos[0].kept
+
+
+def assert_as_without_removed(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+    """Compare the logits of a reduced model with the oracle's, which it returns with the tokens
+    (B, N) bool that were kept; restore the model."""
+    logits, kept = forward(model, inputs)
+    unreduce_(model)
+    with hidden(model, kept):
+        expected = model(**inputs).logits
+    read = kept & inputs["attention_mask"].bool()
+    assert not kept.all() and close(logits[read], expected[read])
+    return expected, kept
 
 
 def generate(model: nn.Module, inputs: dict, **settings: Any) -> tuple[Any, Tensor]:
