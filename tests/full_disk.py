@@ -15,6 +15,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import NamedTuple
@@ -87,50 +88,68 @@ def fill_at(moment, folder):
     setattr(owner, name, filling)
 
 
-def elip(folder, *options, moment=None):
-    """Status and standard error of a run, in a forked process, since imports take seconds."""
-    with TemporaryFile("w+") as said:
-        process = os.fork()
-        if process == 0:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            status = 1
-            try:
-                report.ROUNDS = 1
-                if moment is not None:
-                    fill_at(MOMENTS[moment], folder)
-                cli.main(tiny_arguments(folder / "run", *OPTIONS, *options))
-            except SystemExit as exit:
-                status = exit.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.waitpid(process, 0)
-        said.seek(0)
-        return os.waitstatus_to_exitcode(status), said.read()
+class Run:
+    """The command `elip` in a forked process, since imports take seconds."""
+
+    def __init__(self, arguments, before=lambda: None):
+        self.said = TemporaryFile("w+")  # noqa: SIM115, `end` closes it
+        self.process = os.fork()
+        if self.process:
+            return
+        os.dup2(self.said.fileno(), 1)
+        os.dup2(self.said.fileno(), 2)
+        status = 1
+        try:
+            before()
+            cli.main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    def send(self, number):
+        os.kill(self.process, number)
+
+    def end(self):
+        """Wait for the process; return its exit status, negative for a signal, and its output."""
+        _, status = os.waitpid(self.process, 0)
+        with self.said as file:
+            file.seek(0)
+            return os.waitstatus_to_exitcode(status), file.read()
+
+
+def check_refused(status, said, text):
+    """Return the line with which a run ended; raise AssertionError unless it is one with a text."""
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    if status != 2 or len(errors) != 1 or text not in errors[0] or "Traceback" in said:
+        raise AssertionError(f"exit status {status}, without {text!r}: {said[-3000:]}")
+    return errors[0]
+
+
+def train(folder, *options, before=lambda: None):
+    return Run(tiny_arguments(folder / "run", *OPTIONS, *options), before).end()
 
 
 def check(folder, name, whole):
     """A disk that is full at a moment; returns the line that was printed."""
     reports = [f"report=[{MOMENTS[name].report}]"]
-    status, said = elip(folder, *reports, moment=name)
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    if status != 2 or len(errors) != 1 or str(folder) not in errors[0] or "Traceback" in said:
-        raise AssertionError(f"{name}: exit status {status}: {said[-3000:]}")
+    before = partial(fill_at, MOMENTS[name], folder)
+    error = check_refused(*train(folder, *reports, before=before), str(folder))
     (folder / "filler").unlink(missing_ok=True)
     checkpoints = folder / "run" / "checkpoints"
     is_saved = name not in ("tokenizer", "first checkpoint")
     assert any(checkpoints.glob("step_*")) == is_saved, f"{name}: {list(checkpoints.iterdir())}"
-    status, said = elip(folder, *reports, "--resume")
+    status, said = train(folder, *reports, "--resume")
     assert status == 0, f"{name}: not resumed: {said[-3000:]}"
     pairs = folder / "run", whole / "run"
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in pairs]
     rows = [logged(run, "loss", "step") for run in pairs]
     assert weights[0] == weights[1] and rows[0] == rows[1], f"{name}: other losses or weights"
     assert not list(checkpoints.glob(".*")), f"{name}: a checkpoint is left half-written"
-    return errors[0]
+    return error
 
 
 @contextmanager
@@ -151,8 +170,9 @@ def main():
     parser.add_argument("--only", nargs="*", default=MOMENTS, choices=MOMENTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    report.ROUNDS = 1
     with TemporaryDirectory() as whole:
-        status, said = elip(Path(whole))
+        status, said = train(Path(whole))
         assert status == 0, said
         for name in options.only:
             with disk() as folder:

@@ -14,16 +14,14 @@ import random
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
 
-from elip_models import cli
 from elip_models.recovery import distill
-from tests.full_disk import disk, fill
+from tests.full_disk import Run, check_refused, disk, fill
 from tests.helpers.damage import picture
 
 IMAGES = 16
@@ -46,39 +44,10 @@ def prepare(root):
     torch.save(timm.create_model("test_vit").state_dict(), "vit.pt")
 
 
-class Run:
-    """A command that writes `folder`/out, in a forked process, since imports take seconds."""
-
-    def __init__(self, command, folder, before=lambda: None):
-        arguments = COMMANDS[command].format(model="timm:test_vit:vit.pt", output=folder / "out")
-        self.said = TemporaryFile("w+")  # noqa: SIM115, `end` closes it
-        self.process = os.fork()
-        if self.process:
-            return
-        os.dup2(self.said.fileno(), 1)
-        os.dup2(self.said.fileno(), 2)
-        status = 1
-        try:
-            distill.SAVE_EVERY = 1
-            before()
-            cli.main(arguments.split())
-        except SystemExit as exit_:
-            status = exit_.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-
-    def send(self, number):
-        os.kill(self.process, number)
-
-    def end(self):
-        """Wait for the process; return its exit status, negative for a signal, and its output."""
-        _, status = os.waitpid(self.process, 0)
-        with self.said as file:
-            file.seek(0)
-            return os.waitstatus_to_exitcode(status), file.read()
+def begin(command, folder, before=lambda: None):
+    """Return the process of a command that writes `folder`/out."""
+    arguments = COMMANDS[command].format(model="timm:test_vit:vit.pt", output=folder / "out")
+    return Run(arguments.split(), before)
 
 
 def files_in(folder):
@@ -94,13 +63,6 @@ def check_whole(folder, expected, status, said):
         raise AssertionError(f"exit status {status}, other files: {others}\n{said[-3000:]}")
 
 
-def check_refused(status, said, text):
-    """Raise AssertionError unless a run ended with one line that has a text."""
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    if status != 2 or len(errors) != 1 or text not in errors[0] or "Traceback" in said:
-        raise AssertionError(f"exit status {status}, without {text!r}: {said[-3000:]}")
-
-
 def killed(root, command, expected, seconds, count, rng):
     """Kill runs `count` times, start others beside them, and compare those that end."""
     folder, runs, refused = None, 0, 0
@@ -108,11 +70,11 @@ def killed(root, command, expected, seconds, count, rng):
         if folder is None:
             folder, runs = root / f"{command}{number}", runs + 1
             folder.mkdir()
-        run = Run(command, folder)
+        run = begin(command, folder)
         time.sleep(rng.uniform(0, seconds))
         run.send(signal.SIGSTOP)
         if number % 4 == 0:
-            other = Run(command, folder).end()
+            other = begin(command, folder).end()
             if BUSY in other[1]:
                 check_refused(*other, BUSY)
                 refused += 1
@@ -125,7 +87,7 @@ def killed(root, command, expected, seconds, count, rng):
         if expected.keys() <= files_in(folder).keys():
             folder = None
     if folder is not None:
-        check_whole(folder, expected, *Run(command, folder).end())
+        check_whole(folder, expected, *begin(command, folder).end())
     return f"{count} kills of {runs} runs, {refused} second runs refused, the same files"
 
 
@@ -150,13 +112,13 @@ def filling(folder, call, left):
 def on_full_disk(command, expected, call, left):
     """Fill the disk before a write; return whether the command met it."""
     with disk() as folder:
-        status, said = Run(command, folder, filling(folder, call, left)).end()
+        status, said = begin(command, folder, filling(folder, call, left)).end()
         if not status:  # it has fewer writes
             check_whole(folder, expected, status, said)
             return False
         check_refused(status, said, str(folder))
         (folder / "filler").unlink(missing_ok=True)
-        check_whole(folder, expected, *Run(command, folder).end())
+        check_whole(folder, expected, *begin(command, folder).end())
     return True
 
 
@@ -168,9 +130,9 @@ def interrupt(root, command, kills, moments, seed):
     """
     rng, whole = random.Random(f"{seed} {command}"), root / "whole"
     whole.mkdir(exist_ok=True)
-    begin = time.monotonic()
-    status, said = Run(command, whole).end()
-    seconds = time.monotonic() - begin
+    start = time.monotonic()
+    status, said = begin(command, whole).end()
+    seconds = time.monotonic() - start
     expected = {n: content for n, content in files_in(whole).items() if "/.lock" not in n}
     check_whole(whole, expected, status, said)
     (whole / "out").rename(root / f"{command}_whole")
@@ -187,6 +149,7 @@ def main():
     parser.add_argument("--only", choices=COMMANDS, nargs="*", default=COMMANDS)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process has no threads of its parent
+    distill.SAVE_EVERY = 1
     with TemporaryDirectory() as root:
         prepare(root)
         for command in options.only:
