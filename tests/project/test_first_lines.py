@@ -3,7 +3,6 @@
 The models have a name and a class that users know, with few layers and random weights.
 """
 
-import copy
 import io
 from inspect import signature
 
@@ -304,21 +303,6 @@ def loaded_quantised(folder):
     torch.testing.assert_close(reduce_(loaded.eval()).vit(x)[0], model.vit(x)[0])
 
 
-def pickled_whole():
-    model, x, file = reduce_(plain_vit().eval()), images(), io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert torch.equal(loaded(x), model(x))
-    assert not elip_models.is_reduced(elip_models.unreduce_(loaded))
-
-
-def copied():
-    model, x = reduce_(plain_vit().eval()), images()
-    other = elip_models.unreduce_(copy.deepcopy(model))
-    assert elip_models.is_reduced(model) and not torch.equal(other(x), model(x))
-
-
 def averaged():
     model, x = reduce_(plain_vit().eval()), images()
     average = torch.optim.swa_utils.AveragedModel(model)
@@ -401,8 +385,6 @@ WORK = {
     "AutoModel.from_config(model.config)": made_from_its_config,
     "from_pretrained(folder, num_labels=7)": loaded_with_other_labels,
     "from_pretrained(folder, quantization_config=TorchAoConfig(..))": loaded_quantised,
-    "torch.save(model)": pickled_whole,
-    "copy.deepcopy(model)": copied,
     "AveragedModel(model)": averaged,
     "Accelerator().prepare(model)": prepared_by_accelerate,
     "Trainer(model)": trained_without_callback,
