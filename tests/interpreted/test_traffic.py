@@ -269,32 +269,29 @@ def test_programs_touch_little_more_than_they_must(op):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("op", "case", "options"),
     [
-        {"masked": True},
-        {"num_prefix_tokens": 0},
-        {"num_prefix_tokens": 3, "masked": True},
-        {"merge": False},
+        ("reduce", (2, 21, 70, 8, fp32), {"masked": True}),
+        ("reduce", (2, 21, 70, 8, fp32), {"num_prefix_tokens": 0}),
+        ("reduce", (2, 21, 70, 8, fp32), {"num_prefix_tokens": 3, "masked": True}),
+        ("reduce", (2, 21, 70, 8, fp32), {"merge": False}),
+        ("received", (2, 150, 40, 70, bf16), {"masked": True}),
+        ("received", (2, 150, 40, 70, bf16), {"group": 1}),
+        ("score_reduce", (2, 21, 70, 8, bf16), {"merge": False}),
+        ("score_reduce", (2, 21, 70, 8, bf16), {"has_text": True}),
+        ("bipartite", (2, 21, 70, 8, bf16), {"has_size": False}),
+        ("bipartite", (2, 21, 70, 8, bf16), {"has_penalty": True}),
+        ("nearest", (2, 21, 70, 8, bf16), {"has_size": False}),
     ],
     ids=str,
 )
-def test_options_of_reduce(launches, options):
-    check("reduce", (2, 21, 70, 8, fp32), **options)
+def test_options_of_an_op(launches, op, case, options):
+    check(op, case, **options)
 
 
 def test_a_key_is_read_once_for_the_heads_of_its_group(launches):
     launched, works = check("generic_row", (2, 150, 40, 8, bf16), group=4)
     assert launched[0].loads["k"].per_program == works[0].read["k"]
-
-
-@pytest.mark.parametrize("options", [{"masked": True}, {"group": 1}], ids=str)
-def test_options_of_attention_received(launches, options):
-    check("received", (2, 150, 40, 70, bf16), **options)
-
-
-@pytest.mark.parametrize("options", [{"merge": False}, {"has_text": True}], ids=str)
-def test_options_of_score_reduce(launches, options):
-    check("score_reduce", (2, 21, 70, 8, bf16), **options)
 
 
 def test_an_output_of_many_tokens_is_made_in_parts(launches, monkeypatch):
@@ -311,15 +308,6 @@ def test_many_tokens_are_selected_first(launches, monkeypatch, limits, options):
         monkeypatch.setattr(launch, name, value)
     check("reduce", (2, 150, 70, 60, bf16), **options)
     check("score_reduce", (1, 150, 40, 60, bf16))
-
-
-@pytest.mark.parametrize("op", ["bipartite", "nearest"])
-def test_merging_without_sizes(launches, op):
-    check(op, (2, 21, 70, 8, bf16), has_size=False)
-
-
-def test_merging_with_a_penalty(launches):
-    check("bipartite", (2, 21, 70, 8, bf16), has_penalty=True)
 
 
 def flops(op, *case, **options):
