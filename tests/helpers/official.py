@@ -18,24 +18,6 @@ OPENCLIP_NAMES = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
-REDUCE_CASES = [
-    "00_base",
-    "01_keep_n_minus_1",
-    "02_keep_1",
-    "03_odd_n",
-    "04_n196",
-    "05_ties_boundary",
-    "06_ties_harmless",
-    "07_all_equal",
-    "08_tiny_mass",
-    "09_zero_mass",
-    "10_bf16",
-    "11_bf16_tokens_f32_attn",
-    "12_bf16_keep_n_minus_1",
-    "13_keep_all",
-    "14_keep_more_than_n",
-    "15_bf16_ties_boundary",
-]
 
 
 def timm_name(name):
