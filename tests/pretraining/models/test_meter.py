@@ -7,7 +7,7 @@ from elip_models.pretraining.models.meter.config import METERConfig
 from elip_models.pretraining.models.meter.model import METER, METERDraw
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.strategies.elip import ELIP
-from tests.helpers.official import check_gradients, check_stages, timm_name
+from tests.helpers.official import check_gradients, check_stages, load_official_, timm_name
 from tests.helpers.towers import our_names
 
 our_name = our_names("meter")
@@ -35,14 +35,6 @@ class Recorded(ELIP):
     def stages(self, size):
         """Return three stages of 16 patches."""
         return Stage(1, 1, 32), Stage(2, 2, 25), Stage(3, 2, 16)
-
-
-def load(module, weights, also_missing=()):
-    shapes = {n: t.shape for n, t in module.state_dict().items()}
-    weights = {n: w.view(shapes[n]) for n, w in weights.items()}
-    missing, unexpected = module.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= set(also_missing), missing
 
 
 def loaded(case, **options):
@@ -73,8 +65,8 @@ def loaded(case, **options):
     )
     model = METER(config)
     model.reduction = Recorded(config.schedule, scorer=config.scorer)
-    shared_bias = ["language_head.predictions.decoder.bias"]
-    load(model, {our_name(n): w for n, w in case.under("sd/").items()}, shared_bias)
+    missing = load_official_(model, case, our_name)
+    assert set(missing) <= {"language_head.predictions.decoder.bias"}, missing
     return model
 
 
@@ -144,8 +136,7 @@ def test_the_official_tower_is_reproduced(golden, scorer):
     sizes |= {"vision_width": meta["embed_dim"], "text_width": meta["embed_dim"]}
     sizes |= {"vision_heads": meta["heads"], "vision_depth": meta["depth"]}
     model = METER(METERConfig(**TINY | sizes, schedule="meter", scorer=scorer))
-    weights = case.under("sd/")
-    load(model.visual, {timm_name(n): w for n, w in weights.items()})
+    assert not load_official_(model.visual, case, timm_name)
     image = case["image"].requires_grad_()
     tokens, infos = model.encode_image(image, case["text_cls"])
     assert [info.reduction.kept.shape[1] for info in infos] == [57, 44, 28]
@@ -153,7 +144,7 @@ def test_the_official_tower_is_reproduced(golden, scorer):
     torch.testing.assert_close(tokens, case["out"], atol=1e-5, rtol=0)
     (tokens * case["upstream/out"]).sum().backward()
     grads = {n: p.grad for n, p in model.visual.named_parameters()}
-    theirs = {n: grads[timm_name(n)] for n in weights}
+    theirs = {n: grads[timm_name(n)] for n in case.under("sd/")}
     check_gradients(theirs | {"image": image.grad}, case.under("grad/"))
 
 
