@@ -359,17 +359,6 @@ def _continued(model, output, one, further):
 
 
 @torch.no_grad()
-@some(("gemma4", "gemma3n"), quick=("gemma4",))
-def test_a_static_cache_of_layers_that_share_keys_has_the_tokens_of_the_dynamic_one(name):
-    model, inputs = made(name)
-    reduce_(model, keep=0.3)
-    expected = oracle.stock_generate(model, inputs)
-    output = oracle.stock_generate(model, inputs, cache_implementation="static")
-    assert torch.equal(output.sequences, expected.sequences)
-    assert all(map(oracle.close, output.logits, expected.logits))
-
-
-@torch.no_grad()
 def test_a_static_cache_of_recurrent_layers_is_refused():
     model, inputs = made("lfm2_vl")
     reduce_(model, keep=0.5)

@@ -13,7 +13,7 @@ from tests.vlm.models import build, prompt
 from tests.vlm.test_generation import _windowed
 from tests.vlm.test_question import why_unsupported
 
-QUICK = ("llava", "gemma3", "qwen2_5_vl")
+QUICK = ("llava", "gemma3", "gemma4", "qwen2_5_vl")  # layers of gemma4 share keys
 STRATEGIES = (("diverse:relevance=true",), ("fastv:layer=2",), ("stride", "fastv:layer=2"))
 FAMILIES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
