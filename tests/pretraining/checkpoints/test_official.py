@@ -1,4 +1,4 @@
-"""Official checkpoints as our models and back: recorded losses, missing parts, and errors."""
+"""Official checkpoints as our models and back, missing parts, and errors."""
 
 from dataclasses import replace
 
@@ -22,7 +22,6 @@ WITHOUT_TENSOR = {  # fields that do not follow from tensors
     "meter": (*SHARED, "cross_heads", "dropout", "schedule", "mask_token_id"),
 }
 OFFICIAL = {"albef": test_albef, "blip": test_blip, "meter": test_meter}
-LOSSES = {"ita": "loss_itc", "itm": "loss_itm", "mlm": "loss_mlm", "lm": "loss_lm"}
 
 
 def official(case, family):
@@ -51,11 +50,10 @@ def without_tensor(config, family):
         ("meter_mlm_itm", "meter", "state_dict"),
     ],
 )
-def test_an_official_checkpoint_gives_the_recorded_losses_and_its_names_back(
-    golden, tmp_path, name, family, key
-):
-    case, module = golden(name), OFFICIAL[family]
-    expected, weights = module.loaded(case), official(case, family)
+def test_an_official_checkpoint_becomes_ours_and_back(golden, tmp_path, name, family, key):
+    """The models of `OFFICIAL` have the recorded losses, as their own tests show."""
+    case = golden(name)
+    expected, weights = OFFICIAL[family].loaded(case), official(case, family)
     if family == "meter":  # which ours does not have
         weights |= {"text_transformer.pooler.dense.bias": torch.zeros(16)}
         weights |= {"vit_model.positional_embedding": torch.zeros(77, 16)}
@@ -67,13 +65,6 @@ def test_an_official_checkpoint_gives_the_recorded_losses_and_its_names_back(
     theirs = rename_tensors(rename_tensors(case.under("sd/"), names), reversed_names(names))
     assert theirs.keys() == case.under("sd/").keys()
     assert all(torch.equal(theirs[n].squeeze(), w.squeeze()) for n, w in case.under("sd/").items())
-    if family == "meter":
-        model.reduction = expected.reduction
-    inputs = case["image"], case["input_ids"].long(), case["attention_mask"]
-    out = model.train()(*inputs, drawn=module.drawn(case))
-    for loss in [loss for loss in case if loss.startswith("loss_")]:
-        ours = LOSSES[loss.removeprefix("loss_")]
-        torch.testing.assert_close(getattr(out, ours), case[loss], atol=2e-6, rtol=0, msg=loss)
 
 
 @pytest.mark.parametrize("kind", ["albef", "blip", "meter"])
