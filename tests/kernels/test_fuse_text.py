@@ -11,17 +11,20 @@ HALF = (torch.float16, torch.bfloat16)
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("guidance_norm", ["none", "match"])
-def test_the_fused_token_is_rounded_once_and_the_others_are_copied(guidance_norm, dtype):
+@pytest.mark.parametrize("fusion", [0.0, 0.3])
+def test_the_fused_token_is_rounded_once_and_others_are_copied(fusion, guidance_norm, dtype):
     tokens = torch.randn(3, 5, 12).to(dtype)[..., :6].requires_grad_()  # strided
     text = torch.randn(3, 6).to(dtype)
     text[0] = 0  # no text
-    for guide in (text, text[-1:]):
-        out = fuse_text(tokens, guide, 0.3, guidance_norm)
-        exact = fuse(tokens[:, 0].double(), guide.double(), 0.3, guidance_norm == "match")
+    for guide in (text[-1:], text):
+        out = fuse_text(tokens, guide, fusion, guidance_norm)
+        exact = fuse(tokens[:, 0].double(), guide.double(), fusion, guidance_norm == "match")
         half_ulp = torch.finfo(dtype).eps / 2
         torch.testing.assert_close(out[:, 0].double(), exact, atol=1e-6, rtol=1.001 * half_ulp)
         assert torch.equal(out[:, 1:], tokens[:, 1:])
         assert out.dtype == dtype and not out.requires_grad
+    assert torch.equal(out[0, 0], tokens[0, 0])
+    assert (out[1:, 0] != tokens[1:, 0]).any(1).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 6), (2, 1, 6)])
