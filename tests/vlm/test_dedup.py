@@ -1,6 +1,7 @@
 """`dedup` removes patches that repeat others before the image tower of Qwen-VL."""
 
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -298,31 +299,19 @@ def test_dedup_and_fastv_act_together_and_a_budget_is_that_of_fastv():
     assert (two.sum(1) < half.sum(1)).all()
 
 
-def test_an_error_of_the_tower_leaves_nothing_behind():
+@torch.no_grad()
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_of_the_tower_leaves_nothing_behind(error):
     model, inputs = made("qwen2_5_vl")
     expected = reduce_(model, "dedup:tolerance=0")(**inputs).logits
-    block = find_multimodal(model).tower.blocks[0]
-    handle = block.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(**inputs)
-    handle.remove()
-    assert torch.equal(model(**inputs).logits, expected)
-
-
-@torch.no_grad()
-def test_an_interrupt_of_the_tower_leaves_nothing_behind():
-    model, inputs = made("qwen2_5_vl")
-    tower = find_multimodal(reduce_(model, "dedup:tolerance=0")).tower
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    handle = tower.blocks[0].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    tower = find_multimodal(model).tower
+    handle = tower.blocks[0].register_forward_hook(Mock(side_effect=error))
+    with pytest.raises(error):
         model(**inputs)
     handle.remove()
     pixels, grid = torch.randn_like(inputs["pixel_values"]), inputs["image_grid_thw"]
     features = tower(pixels, grid_thw=grid).pooler_output
+    assert torch.equal(model(**inputs).logits, expected)
     assert torch.equal(features, unreduce_(model) and tower(pixels, grid_thw=grid).pooler_output)
 
 
