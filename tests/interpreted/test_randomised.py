@@ -257,19 +257,20 @@ def is_clear(metric, penalty, r, p):
     return all((gap > 1e-5).all() for gap in gaps)
 
 
-@given(
-    shape=shapes,
-    C=st.integers(4, 80),
-    share=shares,
-    dtype=dtypes,
-    metric_dtype=dtypes,
-    layout=layouts,
-    kind=st.sampled_from(["normal", "ties", "some without direction"]),
-    has_size=st.booleans(),
-    has_penalty=st.booleans(),
-    p=st.integers(0, 1),
-    seed=seeds,
-)
+merging = {
+    "shape": shapes,
+    "C": st.integers(4, 80),
+    "share": shares,
+    "dtype": dtypes,
+    "metric_dtype": dtypes,
+    "layout": layouts,
+    "kind": st.sampled_from(["normal", "ties", "some without direction"]),
+    "has_size": st.booleans(),
+    "seed": seeds,
+}
+
+
+@given(**merging, has_penalty=st.booleans(), p=st.integers(0, 1))
 def test_bipartite_merge(
     launches, shape, C, share, dtype, metric_dtype, layout, kind, has_size, has_penalty, p, seed
 ):
@@ -299,19 +300,7 @@ def is_near(metric, kept):
     return (best[..., :-1] - best[..., 1:] > 1e-5).all()
 
 
-@given(
-    shape=shapes,
-    C=st.integers(4, 80),
-    share=shares,
-    dtype=dtypes,
-    metric_dtype=dtypes,
-    layout=layouts,
-    kind=st.sampled_from(["normal", "ties", "some without direction"]),
-    has_size=st.booleans(),
-    masked=st.booleans(),
-    p=st.integers(0, 3),
-    seed=seeds,
-)
+@given(**merging, masked=st.booleans(), p=st.integers(0, 3))
 def test_merge_nearest(
     launches, shape, C, share, dtype, metric_dtype, layout, kind, has_size, masked, p, seed
 ):
