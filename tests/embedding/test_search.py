@@ -7,6 +7,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow
 import pytest
 import timm
 import torch
@@ -15,12 +16,36 @@ import elip_models
 from elip_models.embedding import search as searches
 from elip_models.embedding.collection import open_collection
 from elip_models.embedding.encoder import open_encoder
+from elip_models.embedding.output import OutputFolder, as_arrow, shard_file
 from elip_models.embedding.search import build_index, open_index, search
 from elip_models.saving.files import read_checked, read_object, write_checked, write_json
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded
-from tests.helpers.embedding_folders import write_collection
 from tests.helpers.tiny_run import elip
+
+
+def write_collection(folder, vectors, *, keys=None, sha256=None, shard_size=10_000):
+    """Write the vectors (n, D) of images with the keys 0.png, 1.png and so on."""
+    keys = [f"{i}.png" for i in range(len(vectors))] if keys is None else list(keys)
+    sha256 = keys if sha256 is None else sha256
+    output = OutputFolder(folder)
+    model = {"name": "timm:none", "weights_sha256": "0", "has_text": False}
+    source = {"kind": "tar", "location": "none.tar"}
+    files = []
+    with output.locked():
+        model["dimension"] = vectors.shape[1]
+        output.begin({"model": model, "strategy": None, "source": source})
+        for first in range(0, max(1, len(vectors)), shard_size):
+            rows = slice(first, first + shard_size)
+            columns = {
+                "key": pyarrow.array(keys[rows], pyarrow.string()),
+                "embedding": as_arrow(np.asarray(vectors[rows])),
+                "sha256": pyarrow.array(sha256[rows], pyarrow.string()),
+            }
+            files.append(shard_file(len(files)))
+            output.write(files[-1], columns)
+        output.complete(files, keys)
+    return folder
 
 
 def vectors_of(folder):

@@ -1,23 +1,35 @@
 """Arguments of each public function: some that pass, and of each argument what is refused."""
 
 import tempfile
-from functools import partial
+from inspect import signature
 
 import timm
 import torch
 from PIL import Image
+from torch import Tensor
 
 import elip_kernels
 import elip_models
-from elip_kernels._example import EXAMPLES
+from elip_kernels._example import EXAMPLES, Sizes
 from elip_models.integrations.peft.adapt_config import AdaptConfig
-from tests.helpers.refused_values import good_arguments, refused_values
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 from tests.pretraining.models.test_saving import CONFIG, pair
 from tests.vlm.models import build
 
 B, N, D, H = 2, 10, 8, 2
 META = {"device": "meta"}
+SIZES = Sizes(B=B, N=N, D=D, K=6, H=H, dtype=torch.float32)
+BY_ANNOTATION = {
+    Tensor: [None, [1.0], torch.tensor(1.0), torch.ones(2, 3, 4, 5, 6)],
+    Tensor | None: ["yes", [1.0], torch.tensor(1.0), torch.ones(2, 3, 4, 5, 6)],
+    bool: [1, None, "yes"],
+    int: [None, True, "4", 1.5, -1],
+    float: [None, True, "small"],
+    int | float: [None, True, "4", 0, -1],
+    float | None: [True, "small"],
+    str: [None, 1, "no such name"],
+}
+"""Values that any op refuses for an argument of this annotation."""
 
 
 def good_encode():
@@ -64,7 +76,10 @@ def but(*shape, dtype=torch.float32):
 
 def op(name, **values):
     """An op: arguments that pass, and what is refused, by annotation or `values` of its own."""
-    return partial(good_arguments, name), refused_values(name) | values
+    example = EXAMPLES[name]
+    parameters = signature(example.function).parameters.values()
+    refused = {p.name: BY_ANNOTATION.get(p.annotation, [None, "yes"]) for p in parameters}
+    return lambda: example.arguments(SIZES), refused | values
 
 
 tokens = [torch.randn(N, D), torch.ones(B, N, D).long(), torch.randn(B, N, 0), torch.randn(B, 0, D)]
