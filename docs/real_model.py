@@ -167,6 +167,9 @@ def adaptive_batches(document: dict[str, Any]) -> str:
             "image, which costs more than it gains. FLOPs relative to dense, of batches in the "
             "order of the data and of batches of similar lengths:",
             table(header, rows, left=2),
+            "Both studies are finished. Their code was removed after commit 52e4fc0e, where "
+            "`python -m benchmarks.real.ideas FOLDER --output X.json` and "
+            "`python -m benchmarks.real.adaptive_batches FOLDER --output X.json` run them.",
         ]
     )
 
