@@ -4,12 +4,10 @@ The weights of the recorded runs are drawn by a rule from their official names, 
 """
 
 import zlib
-from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from elip_models.pretraining.checkpoints.names import KINDS
 from elip_models.pretraining.checkpoints.renaming import rename_tensors, reversed_names
@@ -21,6 +19,7 @@ from elip_models.pretraining.models.meter.tasks import (
     METERRetrieval,
 )
 from elip_models.pretraining.training.optim import parameter_groups
+from elip_models.pretraining.training.recipe import FINETUNE, recipe_settings
 from elip_models.saving.weights import load_weights
 from tests.helpers.golden_weights import recorded
 from tests.helpers.towers import gradients
@@ -219,10 +218,9 @@ def test_the_pre_trained_model_matches_by_its_logit_of_a_pair():
 
 @task_of
 def test_a_recipe_decays_and_scales_what_the_original_does(task):
-    recipe = files("elip_models.pretraining") / "recipes" / "finetune" / f"{task}_meter.yaml"
-    values = yaml.safe_load(recipe.read_text())
-    optim, model = values["optim"], made(task)
-    groups = parameter_groups(model, 0.1, optim["lr_scale"], no_decay=optim["no_decay"])
+    values = {each.key: each.value for each in recipe_settings(f"{FINETUNE}/{task}_meter")}
+    scales, no_decay, model = values["optim.lr_scale"], values["optim.no_decay"], made(task)
+    groups = parameter_groups(model, 0.1, scales, no_decay=no_decay)
     options = {p: (g["lr_scale"], g["weight_decay"] > 0) for g in groups for p in g["params"]}
     head = {"vqa": 50, "entailment": 10, "nlvr2": 10, "retrieval": 1}[task]
     theirs = rename_tensors(dict(model.named_parameters()), reversed_names(names_of(task)))
@@ -231,7 +229,7 @@ def test_a_recipe_decays_and_scales_what_the_original_does(task):
         decays = not ("bias" in name or "LayerNorm" in name)
         if parameter.requires_grad:
             assert options[parameter] == (scale, decays), name
-    assert values["model"]["overrides"].keys() <= vars(model.config).keys()
+    assert values["model.overrides"].keys() <= vars(model.config).keys()
     defaults = type(model.config)()
-    for name, value in values["model"]["overrides"].items():
+    for name, value in values["model.overrides"].items():
         assert getattr(defaults, name) == value, name
