@@ -29,7 +29,6 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.tokenizer import load_tokenizer, tokenize, train_tokenizer
     from elip_models.pretraining.data.training_samples import (
         EpochSampler,
-        ImageTextPreparation,
         TrainingSamples,
         apply_seeded,
         train_loader,
@@ -44,7 +43,6 @@ __all__ = [
     "EvaluationBatch",
     "Example",
     "ExampleSource",
-    "ImageTextPreparation",
     "JsonSource",
     "MixedSource",
     "NamedMasks",

@@ -13,7 +13,7 @@ the pass is the turn of a sample.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,15 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elip_models.images import SampleError
-from elip_models.pretraining.data.caption_rules import MAX_WORDS, CaptionRule, apply_caption_rule
 from elip_models.pretraining.data.loader import WorkerLoader, stack_tensors, worker_options
 from elip_models.pretraining.data.read_errors import DataError
 from elip_models.pretraining.data.samples import Example, ExampleSource, Sample, Source
-from elip_models.pretraining.data.tokenizer import tokenize
 from elip_models.validation import Bounds, Positive, PositiveInt, check
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MAX_TRIES = 1000  # so that an unreadable source fails before all of it is tried
 
@@ -161,45 +156,6 @@ def _collate(samples: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | 
             return sample
     skipped = [skip for sample in samples for skip in sample["skipped"]]
     return stack_tensors(samples) | {"skipped": skipped}
-
-
-@dataclass(frozen=True)
-class ImageTextPreparation:
-    """Preparation of an image and one of its captions.
-
-    It returns {"images": (3, S, S), "input_ids": (L,), "attention_mask": (L,)}; the last two are
-    int64, padded or truncated to L = `context_length`.
-
-    Args:
-        transform: Maps an image to a tensor (3, S, S). It may draw from torch's CPU generator,
-            whose state outside does not change.
-        tokenizer: A tokenizer with a pad token.
-        context_length: Number of tokens of a text, at least 3.
-        captions: Rule for the text of a caption, see `caption_rules`.
-        max_words: Number of words that the rule keeps.
-    """
-
-    transform: Callable[[Image.Image], Tensor]
-    tokenizer: "PreTrainedTokenizerBase"
-    _: KW_ONLY
-    context_length: int
-    captions: CaptionRule = "plain"
-    max_words: int = MAX_WORDS
-
-    def __call__(self, sample: Sample, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Return the tensors of one sample; `rng` makes all random choices."""
-        caption = sample.captions[rng.integers(len(sample.captions))]
-        image = apply_seeded(self.transform, sample.image, rng)
-        cleaned = apply_caption_rule(caption, self.captions, self.max_words)
-        return {"images": image, **tokenize_text(cleaned, self.tokenizer, self.context_length)}
-
-
-def tokenize_text(
-    text: str, tokenizer: "PreTrainedTokenizerBase", context_length: int
-) -> dict[str, Tensor]:
-    """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
-    tokens = tokenize(tokenizer, [text], context_length)
-    return {name: ids[0] for name, ids in tokens.items()}
 
 
 def apply_seeded(

@@ -21,6 +21,7 @@ from elip_models.pretraining.tasks.task import (
     Preprocessor,
     Task,
     TaskScores,
+    image_with_caption,
 )
 from elip_models.saving.files import write_json
 from elip_models.validation import (
@@ -70,9 +71,8 @@ class Captioning(Task):
         self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         """Return an image and one of its captions, with the prompt."""
-        caption = sample.captions[rng.integers(len(sample.captions))]
-        text = preprocessor.model.prompt + caption
-        return {"images": preprocessor.image(sample.image, rng), **preprocessor.text(text)}
+        prompt = preprocessor.model.prompt
+        return image_with_caption(preprocessor, sample, index, rng, prompt)
 
     def samples(self, source: Source) -> Source:
         """Return one sample for each image, with all of its captions."""

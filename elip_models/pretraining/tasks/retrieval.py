@@ -45,6 +45,7 @@ from elip_models.pretraining.tasks.task import (
     Preprocessor,
     Task,
     TaskScores,
+    image_with_caption,
 )
 from elip_models.validation import Bounds
 
@@ -206,8 +207,7 @@ class Retrieval(Task):
         self, preprocessor: Preprocessor, sample: Sample, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         """Return an image with one of its captions, and the negatives that the model uses."""
-        caption = sample.captions[rng.integers(len(sample.captions))]
-        tensors = {"images": preprocessor.image(sample.image, rng), **preprocessor.text(caption)}
+        tensors = image_with_caption(preprocessor, sample, index, rng)
         tensors["image_ids"] = torch.tensor(image_number(preprocessor.source, index))
         number = getattr(preprocessor.model, "false_texts", 0)  # negatives of METER
         if not number:

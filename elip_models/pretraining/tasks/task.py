@@ -21,8 +21,8 @@ from elip_models.pretraining.data import (
     apply_seeded,
     evaluation_batches,
     image_transform,
+    tokenize,
 )
-from elip_models.pretraining.data.training_samples import tokenize_text
 from elip_models.pretraining.models.base import eval_mode
 from elip_models.pretraining.tasks.features import Progress, isolated_rng, no_progress
 from elip_models.validation import check_fields
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
-    from elip_models.pretraining.data import Example, Sample
+    from elip_models.pretraining.data import Example, Sample, StreamSource
     from elip_models.pretraining.models.base import PretrainedModel
 
 
@@ -178,7 +178,7 @@ def evaluation_transform(model: "PretrainedModel") -> "Callable[[Image.Image], T
 class Preprocessor:
     """Conversion of images and texts to tensors."""
 
-    source: Source | ExampleSource
+    source: "Source | ExampleSource | StreamSource"
     transform: "Callable[[Image.Image], Tensor]"  # to (3, S, S); may draw from the CPU generator
     tokenizer: "PreTrainedTokenizerBase"
     model: Any  # the config of the model
@@ -190,11 +190,24 @@ class Preprocessor:
 
     def text(self, text: str) -> dict[str, Tensor]:
         """Return "input_ids" and "attention_mask", (L,) int64 each, with L = `context_length`."""
-        return tokenize_text(self.clean(text), self.tokenizer, self.context_length)
+        tokens = tokenize(self.tokenizer, [self.clean(text)], self.context_length)
+        return {name: ids[0] for name, ids in tokens.items()}
 
     def clean(self, text: str) -> str:
         """Return the text by the rule of the model's config."""
         return apply_caption_rule(text, self.model.captions, self.model.max_words)
+
+
+def image_with_caption(
+    preprocessor: Preprocessor,
+    sample: "Sample",
+    index: int,
+    rng: np.random.Generator,
+    prompt: str = "",
+) -> dict[str, Tensor]:
+    """Return "images" (3, S, S) and the text of one of its captions, behind `prompt`."""
+    caption = sample.captions[rng.integers(len(sample.captions))]
+    return {"images": preprocessor.image(sample.image, rng), **preprocessor.text(prompt + caption)}
 
 
 @dataclass(frozen=True)

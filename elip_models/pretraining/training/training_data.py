@@ -12,7 +12,6 @@ from torch import Tensor
 
 from elip_models.pretraining.data import (
     ExampleSource,
-    ImageTextPreparation,
     Source,
     StreamSource,
     apply_caption_rule,
@@ -27,7 +26,7 @@ from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.tasks.registry import get_task
-from elip_models.pretraining.tasks.task import Preprocessor, Task
+from elip_models.pretraining.tasks.task import Preprocessor, Task, image_with_caption
 from elip_models.pretraining.training.run_config import DataConfig, RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, as_config_error, require_extra
@@ -108,16 +107,8 @@ def make_preparation(
         randaugment_policy=data.randaugment_policy,
         resize=model.resize,
     )
-    if task is not None:
-        preprocessor = Preprocessor(source, transform, tokenizer, model, data.context_length)
-        return partial(task.sample, preprocessor)
-    return ImageTextPreparation(
-        transform,
-        tokenizer,
-        context_length=data.context_length,
-        captions=model.captions,
-        max_words=model.max_words,
-    )
+    preprocessor = Preprocessor(source, transform, tokenizer, model, data.context_length)
+    return partial(image_with_caption if task is None else task.sample, preprocessor)
 
 
 def make_tokenizer(

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from elip_models.pretraining.data import (
     DataError,
     EmojiScenes,
     EpochSampler,
-    ImageTextPreparation,
     Sample,
     SkipReport,
     TrainingSamples,
@@ -23,6 +23,8 @@ from elip_models.pretraining.data import (
     train_loader,
 )
 from elip_models.pretraining.data.loader import WorkerLoader
+from elip_models.pretraining.models.config import VisionConfig
+from elip_models.pretraining.tasks.task import Preprocessor, image_with_caption
 
 SIZE, BATCH, LENGTH = 16, 4, 22
 THREADS = "TOKENIZERS_PARALLELISM"
@@ -54,10 +56,10 @@ def dataset(tokenizer) -> TrainingSamples:
     return make_dataset(EmojiScenes(LENGTH, seed=4, image_size=SIZE), tokenizer)
 
 
-def make_dataset(source, tokenizer, **options) -> TrainingSamples:
+def make_dataset(source, tokenizer) -> TrainingSamples:
     transform = image_transform(SIZE, train=True, scale=(0.5, 1.0))
-    prepare = ImageTextPreparation(transform, tokenizer, context_length=24, **options)
-    return TrainingSamples(source, prepare, seed=0)
+    preprocessor = Preprocessor(source, transform, tokenizer, VisionConfig(), 24)
+    return TrainingSamples(source, partial(image_with_caption, preprocessor), seed=0)
 
 
 def take(dataset, sampler, count, num_workers=0) -> list[dict]:

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from elip_models.pretraining.data import (
-    ImageTextPreparation,
     Sample,
     image_transform,
     load_tokenizer,
@@ -22,7 +21,11 @@ from elip_models.pretraining.data.tokenizer import MIN_VOCAB_SIZE
 from elip_models.pretraining.data.transforms import ResizeMode
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.models.registry import create_model, load_model
-from elip_models.pretraining.tasks.task import evaluation_transform
+from elip_models.pretraining.tasks.task import (
+    Preprocessor,
+    evaluation_transform,
+    image_with_caption,
+)
 from elip_models.pretraining.training.run_config import DataConfig
 from elip_models.pretraining.training.trainer import train
 from tests.helpers.tiny_run import own_process, tiny_config
@@ -102,10 +105,10 @@ def test_each_model_preprocesses_as_its_original(name, resize, rule, tokenizer):
     [("albef", 30, "a dog a cat"), ("albef", 2, "a dog"), ("blip", 30, "a dog, a cat")],
 )
 def test_training_reads_captions_by_the_rule(rule, max_words, text, tokenizer):
-    options = {"context_length": 32, "captions": rule, "max_words": max_words}
-    prepare = ImageTextPreparation(image_transform(8, train=False), tokenizer, **options)
     sample = Sample(Image.new("RGB", (8, 8)), ("A dog, a cat",), "a")
-    ids = prepare(sample, 0, np.random.default_rng(0))["input_ids"]
+    config = VisionConfig(captions=rule, max_words=max_words)
+    preprocessor = Preprocessor([sample], image_transform(8, train=False), tokenizer, config, 32)
+    ids = image_with_caption(preprocessor, sample, 0, np.random.default_rng(0))["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
