@@ -136,7 +136,7 @@ def objectives(run: Finished) -> dict[str, float]:
     losses: list[dict[str, Tensor]] = []
     device = next(run.model.parameters()).device
     for batch in run.batches():
-        firsts = [several[0] for several in batch.captions]
+        firsts = [sample.captions[0] for sample in batch.samples]
         if len(firsts) == run.config.optim.batch_size or not losses:
             inputs = {"images": batch.images, **run.model.tokenise(run.tokenizer, firsts)}
             losses.append(losses_of(run.model(**{k: v.to(device) for k, v in inputs.items()})))

@@ -8,11 +8,7 @@ with require_extra("elip_models.pretraining.data"):
     from elip_models.pretraining.data.class_sources import ClassSource, open_classes
     from elip_models.pretraining.data.derived_sources import MixedSource
     from elip_models.pretraining.data.json_source import JsonSource
-    from elip_models.pretraining.data.loader import (
-        EvaluationBatch,
-        evaluation_batches,
-        example_batches,
-    )
+    from elip_models.pretraining.data.loader import EvaluationBatch, evaluation_batches
     from elip_models.pretraining.data.read_errors import SkipReport, check_source
     from elip_models.pretraining.data.readers import open_examples, open_source
     from elip_models.pretraining.data.samples import (
@@ -57,7 +53,6 @@ __all__ = [
     "apply_seeded",
     "check_source",
     "evaluation_batches",
-    "example_batches",
     "image_transform",
     "is_stream",
     "load_tokenizer",

@@ -78,61 +78,15 @@ def stack_tensors(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class EvaluationBatch(NamedTuple):
-    """Images (B, 3, S, S) in the order of the source, with the id and all captions of each."""
-
-    images: Tensor
-    ids: list[str]
-    captions: list[tuple[str, ...]]
-
-
-def evaluation_batches(
-    source: Source,
-    transform: Callable[[Image.Image], Tensor],
-    batch_size: int,
-    *,
-    report: SkipReport | None = None,
-    num_workers: int = 0,
-) -> Iterator[EvaluationBatch]:
-    """Yield every readable sample once, in order, in batches; the last one may be smaller.
-
-    Args:
-        source: Images with captions.
-        transform: Maps an image to a tensor (3, S, S).
-        batch_size: Images in a batch.
-        report: Counts unreadable samples, which are left out. None: at most 5% are allowed.
-        num_workers: Worker processes; 0 loads in this process.
-
-    Raises:
-        DataError: More samples are unreadable than `report` allows, or all of them.
-    """
-    for images, samples, _ in _readable(source, transform, batch_size, report, num_workers):
-        captions = [sample.captions for sample in samples]
-        yield EvaluationBatch(images, [sample.id for sample in samples], captions)
-
-
-class ExampleBatch(NamedTuple):
-    """Images and examples (without their images) in the order of the source.
+    """Images and samples, or examples, without their images, in the order of the source.
 
     The images are (B, 3, S, S), or (B, I, 3, S, S) if each example has I of them. `indices` are
-    the places of the examples in the source.
+    the places of the samples in the source.
     """
 
     images: Tensor
-    examples: list[Example]
+    samples: list[Sample] | list[Example]
     indices: list[int]
-
-
-def example_batches(
-    source: ExampleSource,
-    transform: Callable[[Image.Image], Tensor],
-    batch_size: int,
-    *,
-    report: SkipReport | None = None,
-    num_workers: int = 0,
-) -> Iterator[ExampleBatch]:
-    """Yield every readable example once, as `evaluation_batches` does for samples."""
-    for images, examples, indices in _readable(source, transform, batch_size, report, num_workers):
-        yield ExampleBatch(images, examples, indices)
 
 
 @dataclass(eq=False)
@@ -159,14 +113,26 @@ class _Prepared(Dataset):
         return images[0] if len(images) == 1 else images, item._replace(images=())
 
 
-def _readable(
+def evaluation_batches(
     source: Source | ExampleSource,
     transform: Callable[[Image.Image], Tensor],
     batch_size: int,
-    report: SkipReport | None,
-    num_workers: int,
-) -> Iterator[tuple[Tensor, list[Any], list[int]]]:
-    """Yield the images, the items without images, and the indices of each readable batch."""
+    *,
+    report: SkipReport | None = None,
+    num_workers: int = 0,
+) -> Iterator[EvaluationBatch]:
+    """Yield every readable sample once, in order, in batches; the last one may be smaller.
+
+    Args:
+        source: Images with captions, or examples.
+        transform: Maps an image to a tensor (3, S, S).
+        batch_size: Samples in a batch.
+        report: Counts unreadable samples, which are left out. None: at most 5% are allowed.
+        num_workers: Worker processes; 0 loads in this process.
+
+    Raises:
+        DataError: More samples are unreadable than `report` allows, or all of them.
+    """
     report = SkipReport(length=len(source)) if report is None else report
     dataset, options = _Prepared(source, transform), worker_options(num_workers)
     first, is_readable = 0, False
@@ -181,7 +147,7 @@ def _readable(
         report.update(skipped, len(rows))
         if readable:
             is_readable = True
-            images, items, indices = zip(*readable, strict=True)
-            yield torch.stack(images), list(items), list(indices)
+            images, samples, indices = zip(*readable, strict=True)
+            yield EvaluationBatch(torch.stack(images), list(samples), list(indices))
     if not is_readable:
         raise DataError(f"no readable sample: {report.summary()}")

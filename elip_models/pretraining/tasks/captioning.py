@@ -85,8 +85,8 @@ class Captioning(Task):
         ids: list[str] = []
         for batch in run.batches:
             written += self.write(run.model, run.tokenizer, batch.images.to(run.device))
-            captions += batch.captions
-            ids += batch.ids
+            captions += [sample.captions for sample in batch.samples]
+            ids += [sample.id for sample in batch.samples]
         if self.submission is not None:  # in the format of the servers, whose ids are numbers
             numbers = [int(name) if name.isdecimal() else name for name in ids]
             rows = zip(numbers, written, strict=True)

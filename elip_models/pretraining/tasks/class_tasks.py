@@ -6,7 +6,7 @@ Source: SNLI-VE (Xie et al., 2019); NLVR2 (Suhr et al., 2019).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +20,6 @@ from elip_models.pretraining.data import (
     DataError,
     Example,
     ExampleSource,
-    example_batches,
     open_examples,
 )
 from elip_models.pretraining.data.samples import image_number
@@ -46,7 +45,6 @@ class ClassTask(Task):
 
     reads_text: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-    read: ClassVar[Callable[..., Iterator[Any]]] = staticmethod(example_batches)
 
     def accuracy(self, answers: dict[str, float], predicted: str) -> float:
         """Return the score in [0, 1] of a predicted answer, given the answers of an example."""
@@ -105,11 +103,11 @@ class ClassTask(Task):
         for batch in run.batches:
             inputs = {"images": batch.images}
             if self.reads_text:
-                texts = [example.text for example in batch.examples]
+                texts = [example.text for example in batch.samples]
                 inputs |= model.tokenise(run.tokenizer, texts)
             inputs = {name: value.to(run.device) for name, value in inputs.items()}
             predicted += [answers[number] for number in predict(**inputs).tolist()]
-            examples += batch.examples
+            examples += batch.samples
             images += [image_number(source, index) for index in batch.indices]
         possible = [answers[number] for number in outputs]
         majority = _most_frequent([e.answers for e in examples if e.answers], possible)

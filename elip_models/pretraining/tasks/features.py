@@ -67,7 +67,7 @@ def encode_images(
     with unguided(), isolated_rng(device):
         for batch in batches:
             features.append(model.image_features(batch.images.to(device)).float())
-            captions.extend(batch.captions)
+            captions += [sample.captions for sample in batch.samples]
     return torch.cat(features), captions
 
 

@@ -267,8 +267,8 @@ class Retrieval(Task):
             if model.ranks:
                 projected = model.project_image(values) if matches else model.image_features(images)
                 features.append(projected.float())
-            names += batch.ids
-            captions += batch.captions
+            names += [sample.id for sample in batch.samples]
+            captions += [sample.captions for sample in batch.samples]
         texts = [text for several in captions for text in several]
         owners = torch.tensor([image for image, several in enumerate(captions) for _ in several])
         encoded = [torch.cat(parts) if parts else None for parts in (tokens, masks, pixels)]

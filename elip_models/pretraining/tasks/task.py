@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elip_models.intervals import Interval
 from elip_models.pretraining.data import (
+    EvaluationBatch,
     ExampleSource,
     SkipReport,
     Source,
@@ -88,7 +89,7 @@ class EvaluationRun(NamedTuple):
     model: "PretrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     source: Source | ExampleSource
-    batches: Iterator[Any]
+    batches: Iterator[EvaluationBatch]
     report: SkipReport  # complete after the last batch
     loading: Loading
     answers: Sequence[str] | None
@@ -101,13 +102,9 @@ class EvaluationRun(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationTask(ABC):
-    """A measure of models on data; a subclass has its settings as fields, which are checked.
-
-    `read` yields the batches of a source.
-    """
+    """A measure of models on data; a subclass has its settings as fields, which are checked."""
 
     name: ClassVar[str]
-    read: ClassVar[Callable[..., Iterator[Any]]] = staticmethod(evaluation_batches)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -144,7 +141,7 @@ class EvaluationTask(ABC):
         """
         samples = self.samples(source)
         report = SkipReport(loading.max_bad_share, length=len(samples))
-        batches = self.read(
+        batches = evaluation_batches(
             samples,
             evaluation_transform(model),
             loading.batch_size,
@@ -158,7 +155,9 @@ class EvaluationTask(ABC):
         return replace(scores, num_skipped=len(report.reasons))
 
 
-def _counted(batches: Iterator[Any], total: int, progress: Progress) -> Iterator[Any]:
+def _counted(
+    batches: Iterator[EvaluationBatch], total: int, progress: Progress
+) -> Iterator[EvaluationBatch]:
     """Yield batches, and report each one as done when the next one is requested."""
     done = 0
     progress("sample", done, total)

@@ -49,7 +49,7 @@ def draw_kept_tokens(
     transform = image_transform(config.image_size, train=False, resize=config.resize)
     report = SkipReport(1.0, length=len(source))  # training has checked the share already
     batch = next(evaluation_batches(source, transform, PICTURED, report=report))
-    captions = [several[0] for several in batch.captions]
+    captions = [sample.captions[0] for sample in batch.samples]
     guidance = model.encode_captions(tokenizer, captions)
     with ignore_slow_scorers():
         images = batch.images.to(device)

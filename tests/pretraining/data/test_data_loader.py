@@ -180,9 +180,10 @@ def test_evaluation_yields_readable_samples_in_order(num_workers):
     options = {"report": report, "num_workers": num_workers}
     batches = list(evaluation_batches(source, image_transform(SIZE, train=False), 3, **options))
     good = [index for index in range(10) if index not in source.bad]
-    samples = [pair for batch in batches for pair in zip(batch.ids, batch.captions, strict=True)]
-    assert samples == [(f"sample {index}", (f"caption {index}",)) for index in good]
-    assert all(batch.images.shape == (len(batch.ids), 3, SIZE, SIZE) for batch in batches)
+    samples = [sample for batch in batches for sample in batch.samples]
+    assert samples == [Sample(None, (f"caption {i}",), f"sample {i}") for i in good]
+    assert [index for batch in batches for index in batch.indices] == good
+    assert all(batch.images.shape == (len(batch.samples), 3, SIZE, SIZE) for batch in batches)
     assert (report.seen, len(report.reasons)) == (10, 4)
 
 
