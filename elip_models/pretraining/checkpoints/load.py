@@ -37,7 +37,7 @@ from elip_models.pretraining.checkpoints.names import (
 )
 from elip_models.pretraining.checkpoints.renaming import rename_tensors
 from elip_models.pretraining.checkpoints.weight_files import read_weights
-from elip_models.pretraining.models.base import PretrainedModel, without_removed_fields
+from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.registry import MODELS
 from elip_models.saving.files import check_finite, read_config
 from elip_models.saving.weights import first_names, load_weights, matches_any
@@ -171,7 +171,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     f"source: expected plain weights, got adapters beside them in {path}; load it "
                     "by load_model, merge_ it, and save it to another folder"
                 )
-            return Checkpoint(path, family, weights, without_removed_fields(config))
+            return Checkpoint(path, family, weights, config)
     kind = recognise_kind(weights)
     family, names, _ = KINDS[kind]
     ignored = tuple(name for name in weights if matches_any(name, NOT_LOADED))

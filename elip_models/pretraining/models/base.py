@@ -47,18 +47,6 @@ from elip_models.validation import Config, as_config_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REMOVED_FIELDS = {
-    "projects": False,
-    "guide": "own",
-    "guide_negatives": 0.0,
-    "guide_dropout": 0.0,
-    "cross_reduction": None,
-    "with_itm": False,
-    "text_reduction": None,
-    "text_drop": 0.4,
-}
-"""Fields of earlier versions, and the value that a saved config may still have."""
-
 
 class PretrainedModel(
     AdaptableModel,
@@ -339,7 +327,6 @@ class PretrainedModel(
         family, values = read_config(path)
         if family != cls.family:
             raise ValueError(f"folder: expected a {cls.__name__} config, got another in {path}")
-        values = without_removed_fields(values)
         with as_config_error(str(path / "config.json")):
             config = cls.config_class.from_dict(values)
             if config.reduction.has_open_rate:
@@ -360,11 +347,6 @@ class PretrainedModel(
             model = cls(config)
         load_weights(model, weights)
         return load_adapter_(model, path) if has_adapter(path) else model
-
-
-def without_removed_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a saved config without those of earlier versions."""
-    return {n: v for n, v in values.items() if (n, v) not in REMOVED_FIELDS.items()}
 
 
 def with_overrides(model: PretrainedModel, overrides: dict[str, Any]) -> PretrainedModel:

@@ -98,11 +98,6 @@ def _damage_of(checkpoint: Path) -> str | None:
         state = read_object(checkpoint / MANIFEST)
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or not what was written"
-    if "files" in state:
-        raise TrainingError(
-            f"{checkpoint}: expected a checkpoint of this version, got one of an earlier version: "
-            "finish the run with that version, or set another output_dir"
-        )
     is_whole = (
         state.keys() == {"step", "invariants", "sha256"}
         and state["step"] == _step_in(checkpoint)

@@ -1,6 +1,5 @@
 """CLIP as a classifier: head, trained weights, initial weights, reduction by the image alone."""
 
-import json
 from functools import partial
 from itertools import product
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 import elip_models
-from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.clip.tasks import CLIPClassification, CLIPClassificationConfig
 from elip_models.pretraining.models.registry import create_model
@@ -72,17 +70,6 @@ def test_a_classifier_has_the_pretrained_tower():
     assert (set(missing), unexpected) == ({"head.weight", "head.bias"}, [])
     x = batch()["images"]
     assert torch.equal(model.features(x), clip.visual.forward_features(x)[:, 0])
-
-
-def test_a_saved_config_with_a_removed_field_loads(tmp_path):
-    folder = classifier().save_pretrained(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"projects": False}))
-    for model in (CLIPClassification.from_pretrained(folder), convert_checkpoint(folder)):
-        assert type(model) is CLIPClassification
-    (folder / "config.json").write_text(json.dumps(config | {"projects": True}))
-    with pytest.raises(ValueError, match="projects"):
-        CLIPClassification.from_pretrained(folder)
 
 
 def test_it_is_dense_without_vision_only_guidance():

@@ -136,14 +136,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, name, d
         checkpoints.latest()
 
 
-def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path):
-    checkpoints = committed(tmp_path, 4)
-    manifest = checkpoints.of(4) / MANIFEST
-    manifest.write_text(json.dumps({"step": 4, "invariants": {}, "files": {}, "sha256": "0"}))
-    with pytest.raises(TrainingError, match="0004: expected a checkpoint of this version"):
-        checkpoints.latest()
-
-
 def test_the_newest_checkpoints_are_kept_and_an_equal_step_is_replaced(tmp_path):
     checkpoints = committed(tmp_path, 1, 2, 3, 3, keep=2)
     folders = sorted(folder.name for folder in checkpoints.path.iterdir())
