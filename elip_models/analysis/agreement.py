@@ -14,6 +14,7 @@ from elip_models.towers import Tower, as_tower
 OTHERS = tuple(name for name in SCORERS if name != "exact")
 
 
+@torch.no_grad()
 def scorer_agreement(
     model: nn.Module,
     images: Tensor,
@@ -27,23 +28,10 @@ def scorer_agreement(
     choice. The images are (B, 3, H, W), `text_cls` is the guidance (B, D) or None: vision only. The
     strategy's own scorer is not used.
     """
-    shares = agreement_by_image(model, images, text_cls, strategy, scorers)
-    return {name: [share.mean().item() for share in stages] for name, stages in shares.items()}
-
-
-@torch.no_grad()
-def agreement_by_image(
-    model: nn.Module,
-    images: Tensor,
-    text_cls: Tensor | None,
-    strategy: ELIP,
-    scorers: Sequence[str | int],
-) -> dict[str | int, list[Tensor]]:
-    """Return `scorer_agreement` for each image, (B,) for each stage."""
     tower = as_tower(model).resized_for(images)
     others = {name: replace(strategy, scorer=name) for name in scorers}
     forward = ForwardState(tower, replace(strategy, scorer="exact"), text_cls)
-    shares: dict[str | int, list[Tensor]] = {name: [] for name in (*scorers, "chance")}
+    shares: dict[str | int, list[float]] = {name: [] for name in (*scorers, "chance")}
     tokens = tower.embed(images)
     for i in range(tower.depth):
         entered, positions = tokens, forward.positions(i)
@@ -59,10 +47,9 @@ def agreement_by_image(
         forward.infos[i] = info
         for name, row in scores.items():
             both = _dropped(tower, entered, row, keep) & reference
-            shares[name].append(both.sum(1) / reference.sum(1))
+            shares[name].append((both.sum(1) / reference.sum(1)).mean().item())
         candidates = entered.shape[1] - tower.num_prefix_tokens
-        dropped = reference.new_full(reference.shape[:1], candidates - keep, dtype=torch.float64)
-        shares["chance"].append(dropped / candidates)
+        shares["chance"].append((candidates - keep) / candidates)
     return shares
 
 
