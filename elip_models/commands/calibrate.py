@@ -23,14 +23,6 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.analysis.calibration import Calibration
 
-OPTIONS = {
-    "model": "MODEL",
-    "images": "IMAGES",
-    "labels": "--labels",
-    "tolerance": "--tolerance",
-    "metric": "--metric",
-}
-"""Argument of `elip_models.calibrate` -> that of the command."""
 FOLDERS = "folders"
 UNLABELLED, LABELLED = 100, 1000
 """Images by default."""
@@ -113,7 +105,7 @@ def calibrate(
     if classes is not None:
         number_of = {name: i for i, name in enumerate(sorted({classes[path] for path in read}))}
         numbers = torch.tensor([number_of[classes[path]] for path in read])
-    with console.status("dense features") as status, as_option_error(OPTIONS):
+    with console.status("dense features") as status, as_option_error(calibrate):
         calibration = analysis.calibrate(
             as_reducible(opened).image_model,
             pixels,

@@ -67,8 +67,7 @@ def demo(
             from elip_models.embedding.collection import open_collection
             from elip_models.embedding.search import query_encoder
 
-            names = {"folder": "--embeddings", "model": "MODEL"}
-            with as_option_error(names, errors=ConfigError):
+            with as_option_error(demo, errors=ConfigError, folder="--embeddings"):
                 encoder = query_encoder(open_collection(embeddings), model)
             collection = embeddings, encoder
         compared = Demo(encoder)

@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
     from elip_models.commands.image_folder import ImageFiles
 
-OPTIONS = {"model": "MODEL", "images": "IMAGES", "checkpoint": "--output"} | {
-    name: f"--{name.replace('_', '-')}" for name in ("keep", "strategy", "lr", "lora_rank")
-}
-"""Argument of `elip_models.distill` -> that of the command."""
 HELD_OUT_SHARE, LEAST_HELD_OUT = 0.1, 8
 CHECKPOINT, TRIAL = ".distill.safetensors", ".trial"
 LEFTOVERS = rf"\{TRIAL}|\.\{CHECKPOINT}\.\d+\.\d+"
@@ -88,7 +84,7 @@ def distill(
         pixels = [files[i] for i in held_out]
         files.paths = [path for i, path in enumerate(files.paths) if i not in held_out]
         options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-        with as_option_error(OPTIONS):
+        with as_option_error(distill, checkpoint="--output"):
             from elip_models.api import reduce_, unreduce_
 
             dense = _features(unreduce_(opened), pixels)

@@ -25,11 +25,6 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.embedding.run import Embedded
 
-ARGUMENTS = ("model", "output", "reduce", "keep", "preprocess", "image_column")
-ARGUMENTS += ("key_column", "keep_columns", "min_cosine", "batch_size")
-ARGUMENTS += ("shard_size", "embedding_dtype", "precision", "device", "ray", "ray_actors")
-OPTIONS = {name: f"--{name.replace('_', '-')}" for name in ARGUMENTS} | {"source": "SOURCE"}
-"""Argument of `elip_models.embed` -> that of the command."""
 Reduction = Annotated[
     str | None,
     typer.Option(
@@ -106,10 +101,10 @@ def _is_first() -> bool:
 def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "Embedded":
     """Call `elip_models.embed` with a progress bar, and name the options in its errors."""
     with require_extra("elip embed"):
-        from elip_models.embedding.run import embed
+        from elip_models.embedding.run import embed as embed_collection
 
     console = Console(stderr=True)
-    with as_option_error(OPTIONS, errors=ConfigError), _bars(console) as bars:
+    with as_option_error(embed, errors=ConfigError), _bars(console) as bars:
         bar = bars.add_task("", total=None, skipped=0)
 
         def show(done: int, skipped: int, total: int) -> None:
@@ -118,7 +113,7 @@ def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "E
         def report(text: str) -> None:
             bars.console.print(escape(text), soft_wrap=True, highlight=False)
 
-        return embed(model, source, output, progress=show, report=report, **options)
+        return embed_collection(model, source, output, progress=show, report=report, **options)
 
 
 class _Rate(ProgressColumn):

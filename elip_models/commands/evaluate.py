@@ -75,7 +75,7 @@ def evaluate(
     loading = Loading(batch_size, num_workers, max_bad_share)
     folder = weights_folder(model)
     trained, tokenizer = open_trained(folder)
-    with as_option_error({"model": "--model", "guided": "--set guided"}):
+    with as_option_error(evaluate, guided="--set guided"):
         evaluation.check(trained)
     with as_config_error("--data", inner="spec"):
         source = evaluation.open(data, image_size=trained.config.image_size)

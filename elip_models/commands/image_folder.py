@@ -1,7 +1,8 @@
 """Image folders as inputs of commands: the files, and their pixels as a model expects them."""
 
+import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from elip_models.validation import ConfigError, as_config_error, require_extra, shortened
 
 with require_extra("elip_models.commands"):
+    import typer
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import track
@@ -26,14 +28,28 @@ Errors = type[Exception] | tuple[type[Exception], ...]
 
 @contextmanager
 def as_option_error(
-    options: Mapping[str, str], *, errors: Errors = (TypeError, ValueError)
+    command: Callable[..., None], *, errors: Errors = (TypeError, ValueError), **others: str
 ) -> Iterator[None]:
-    """Turn an argument error of a function into a ConfigError that names the option."""
+    """Turn an argument error of a function into a ConfigError that names the command's option.
+
+    An argument is the option of the same name, or that of `others`.
+    """
     try:
         yield
     except errors as error:
         name, colon, rest = str(error).partition(":")
-        raise ConfigError(f"{options.get(name, name)}{colon}{rest}") from error
+        option = others.get(name) or _option_of(command, name)
+        raise ConfigError(f"{option}{colon}{rest}") from error
+
+
+def _option_of(command: Callable[..., None], name: str) -> str:
+    """Return "--batch-size" or "IMAGES" for a parameter of a command; other names as they are."""
+    parameter = inspect.signature(command).parameters.get(name)
+    if parameter is None:
+        return name
+    (info,) = parameter.annotation.__metadata__
+    is_argument = isinstance(info, typer.models.ArgumentInfo)
+    return name.upper() if is_argument else f"--{name.replace('_', '-')}"
 
 
 def image_files(folder: Path, *, least: int = 8) -> list[Path]:

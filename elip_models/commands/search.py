@@ -19,14 +19,6 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.embedding.search import SearchResult
 
-OPTIONS = {
-    "folder": "FOLDER",
-    "output": "FOLDER",
-    "query": "QUERY",
-    **{name: f"--{name}" for name in ("model", "top", "device")},
-}
-"""Argument of the functions of `elip_models.embedding` -> that of the command."""
-
 
 def search(
     folder: Annotated[Path, typer.Argument(help="Folder of embeddings, which `elip embed` wrote.")],
@@ -74,7 +66,7 @@ def index(
 def _working(what: str) -> Iterator:
     """Show that the command works, and name its options in errors; yield a printer of lines."""
     console = Console(stderr=True)
-    with as_option_error(OPTIONS, errors=ConfigError), console.status(what):
+    with as_option_error(search, errors=ConfigError, output="FOLDER"), console.status(what):
         yield lambda text: console.print(escape(text), soft_wrap=True, highlight=False)
 
 
