@@ -1,7 +1,7 @@
 """The command `elip eval TASK`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from elip_models.commands.image_folder import as_option_error
 from elip_models.pretraining.training.recipe import parse_overrides
@@ -11,16 +11,6 @@ with require_extra("elip_models.commands"):
     import typer
     from rich.console import Console
     from rich.markup import escape
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from elip_models.pretraining.models.base import PretrainedModel
-
-
-SavedModel = Annotated[
-    Path, typer.Option(help="Folder of a saved model and its tokenizer, or of its run.")
-]
 
 
 def evaluate(
@@ -32,7 +22,9 @@ def evaluate(
             "vqa, entailment, nlvr2, captioning, classification: a model of `elip finetune TASK`.",
         ),
     ],
-    model: SavedModel,
+    model: Annotated[
+        Path, typer.Option(help="Folder of a saved model and its tokenizer, or of its run.")
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -62,9 +54,13 @@ def evaluate(
 ) -> None:
     """Score a trained model."""
     check_output("--output", output)
+    import torch
+
+    from elip_models.pretraining.models.registry import load_model
     from elip_models.pretraining.tasks.registry import EVALUATIONS, get_task, read_answers
     from elip_models.pretraining.tasks.tables import score_table
     from elip_models.pretraining.tasks.task import Loading
+    from elip_models.pretraining.training.evaluation import selected_folder
     from elip_models.saving.files import write_json
 
     name = task.replace("-", "_")
@@ -72,37 +68,19 @@ def evaluate(
     settings |= parse_overrides(options or (), "candidates=64")
     with as_config_error(f"eval {task}", inner="task_options"):
         evaluation = get_task(name, EVALUATIONS, **settings)
-    loading = Loading(batch_size, num_workers, max_bad_share)
-    folder = weights_folder(model)
-    trained, tokenizer = open_trained(folder)
-    with as_option_error(evaluate, guided="--set guided"):
-        evaluation.check(trained)
-    with as_config_error("--data", inner="spec"):
-        source = evaluation.open(data, image_size=trained.config.image_size)
-    scores = evaluation.evaluate(trained, tokenizer, source, loading, read_answers(folder))
-    Console().print(score_table(scores))
-    if output is not None:
-        write_json(output, scores.as_dict())
-
-
-def weights_folder(model: Path) -> Path:
-    """Return the folder of the weights to evaluate; print which they are if `model` is a run."""
-    from elip_models.pretraining.training.evaluation import selected_folder
-
     folder, selection = selected_folder(model)
     if folder != model:
         line = f"evaluating {folder}" + (f", weights of {selection}" if selection else "")
         Console().print(escape(line), soft_wrap=True, highlight=False)
-    return folder
-
-
-def open_trained(folder: Path) -> "tuple[PretrainedModel, PreTrainedTokenizerBase]":
-    """Load a saved model and its tokenizer, on a GPU if there is one."""
-    import torch
-
-    from elip_models.pretraining.models.registry import load_model
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with as_config_error("--model", inner="spec"):
-        model = load_model(folder).to(device)
-        return model, model.load_tokenizer(str(folder))
+        trained = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = trained.load_tokenizer(str(folder))
+    with as_option_error(evaluate, guided="--set guided"):
+        evaluation.check(trained)
+    with as_config_error("--data", inner="spec"):
+        source = evaluation.open(data, image_size=trained.config.image_size)
+    loading = Loading(batch_size, num_workers, max_bad_share)
+    scores = evaluation.evaluate(trained, tokenizer, source, loading, read_answers(folder))
+    Console().print(score_table(scores))
+    if output is not None:
+        write_json(output, scores.as_dict())
