@@ -5,9 +5,16 @@ import timm
 import torch
 
 import elip_models
-from elip_models import STRATEGIES, Dense, TokenMerging, ToMe, encode_image, reduce_
+from elip_models import (
+    STRATEGIES,
+    Dense,
+    TokenMerging,
+    ToMe,
+    create_model,
+    encode_image,
+    reduce_,
+)
 from elip_models.embedding.encoder import set_reduction
-from elip_models.pretraining.models import create_model
 from elip_models.reduction.flops import DEFAULT_KEEP, kept_share
 from elip_models.reduction.strategy_spec import fit_strategy, get_strategy, option_types
 from elip_models.towers import as_tower

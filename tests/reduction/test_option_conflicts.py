@@ -10,13 +10,13 @@ from elip_models import (
     ELIP,
     EViT,
     ImageResize,
+    create_model,
     encode_image,
     reduce_,
     reduction_summary,
 )
 from elip_models.analysis.visualize_inputs import open_visualized_model
 from elip_models.integrations.open_clip import parse_reduce
-from elip_models.pretraining.models import create_model
 from elip_models.profiling.table import ProfileSettings
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
