@@ -1,13 +1,16 @@
-"""Device and versions that every result records."""
+"""Device, versions, commit and date that results record."""
 
+import datetime
 import os
 import platform
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import cpuinfo
 
 from benchmarks.cases import DEVICE, ON_GPU
+from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import installed_versions, measured_on
 
 PACKAGES = ("torch", "triton", "timm")
@@ -23,3 +26,10 @@ def machine() -> dict[str, Any]:
         "threads": measured["threads"],
         "versions": dict.fromkeys(PACKAGES, "absent") | installed_versions(PACKAGES),
     }
+
+
+def provenance(packages: Sequence[str]) -> dict[str, Any]:
+    """Return `machine`, with the versions of further packages, and the commit and the date."""
+    versions = machine()["versions"] | installed_versions(packages)
+    date = datetime.date.today().isoformat()
+    return machine() | {"versions": versions, "commit": commit(), "date": date}

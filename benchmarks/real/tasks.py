@@ -11,7 +11,6 @@ FOLDER/features, so a run that was stopped continues.
 """
 
 import argparse
-import datetime
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import machine
+from benchmarks.machine import provenance
 from benchmarks.real import dinov2, materials
 from benchmarks.real.dinov2 import batches
 from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
@@ -38,9 +37,7 @@ from benchmarks.real.measures import (
 from elip_models.analysis.feature_measures import cosine, neighbours
 from elip_models.analysis.probe import Probe
 from elip_models.intervals import bootstrap_interval
-from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import (
-    installed_versions,
     milliseconds,
     ratios_to,
     time_side_by_side,
@@ -168,7 +165,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     entries = [entry(setting, values[setting.text], values[DENSE]) for setting in settings]
     split = bench.split
     return {
-        **measured_on(),
+        **provenance(PACKAGES),
         "model": TITLE,
         "split": split.name,
         "photographs": {
@@ -253,16 +250,9 @@ def timed(options: argparse.Namespace, console: Console) -> dict[str, Any]:
                     | {"milliseconds": milliseconds(seconds)}
                 )
     torch.set_num_threads(before)
-    measured = {**measured_on(), "rounds": options.rounds}
+    measured = {**provenance(PACKAGES), "rounds": options.rounds}
     del measured["threads"]
     return document | {"time": measured | {"runs": times}}
-
-
-def measured_on() -> dict[str, Any]:
-    """Return device, versions, commit and date."""
-    versions = machine()["versions"] | installed_versions(PACKAGES)
-    date = datetime.date.today().isoformat()
-    return machine() | {"versions": versions, "commit": commit(), "date": date}
 
 
 def shown(document: dict[str, Any]) -> Table:

@@ -22,8 +22,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import elip_models
+from benchmarks.machine import provenance
 from benchmarks.real.dinov2 import MEAN, STD
-from benchmarks.real.tasks import measured_on
+from benchmarks.real.tasks import PACKAGES
 from elip_models.profiling.measure import milliseconds, ratios_to, time_side_by_side
 from elip_models.saving.files import read_object, write_json
 from elip_models.validation import check_output
@@ -216,7 +217,7 @@ def run(study: Study, options: argparse.Namespace, console: Console) -> dict[str
         "matrix_products": "bf16",
         **study.sizes(),
     }
-    document = {**measured_on(), "settings": settings, "runs": []}
+    document = {**provenance(PACKAGES), "settings": settings, "runs": []}
     if options.output.is_file():
         document = read_object(options.output)
         if document["settings"] != settings:
@@ -246,7 +247,7 @@ def timed(study: Study, options: argparse.Namespace) -> dict[str, Any]:
         steps[text] = partial(Optimization(learner, 10**6).step, batch)
     times = time_side_by_side(steps, device=torch.device("cpu"), rounds=options.rounds)
     ratios = {arm: round(ratio, 4) for arm, ratio in ratios_to(DENSE, times).items()}
-    measured = {**measured_on(), "rounds": options.rounds}
+    measured = {**provenance(PACKAGES), "rounds": options.rounds}
     return document | {"time": measured | {"ratios": ratios, "milliseconds": milliseconds(times)}}
 
 
