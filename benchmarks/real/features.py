@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import elip_models
 from benchmarks.real.dinov2 import batches
 from elip_models.reduction.summary import Summary
+from elip_models.saving.files import tensors_sha256, write_tensors
 
 DENSE = "dense"
 
@@ -53,19 +54,11 @@ def _read_setting(text: str, model: nn.Module) -> Setting:
     if Path(text).is_dir():
         trained = elip_models.load_reduced(text).eval()
         summary = elip_models.reduction_summary(trained)
-        return Setting(Path(text).name, trained, summary, _digest(trained))
+        return Setting(Path(text).name, trained, summary, tensors_sha256(trained.state_dict()))
     strategy, _, keep = text.rpartition(" ")
     options = {"strategy": strategy, "keep": float(keep)} if strategy else {"strategy": text}
     reduced = elip_models.reduce_(copy.deepcopy(model), **options)
     return Setting(text, reduced, elip_models.reduction_summary(reduced))
-
-
-def _digest(model: nn.Module) -> str:
-    """Return the SHA-256 of the weights."""
-    digest = hashlib.sha256()
-    for weight in model.state_dict().values():
-        digest.update(weight.contiguous().numpy())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -106,7 +99,5 @@ def stored(folder: Path, key: Sequence[str], compute: Callable[[], Tensor]) -> T
     file = folder / f"{digest}.safetensors"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        save_file({"features": compute()}, unfinished)
-        unfinished.replace(file)
+        write_tensors(file, {"features": compute()})
     return load_file(file)["features"]
