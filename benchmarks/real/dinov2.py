@@ -16,7 +16,6 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from onnx import numpy_helper
 from PIL import Image
@@ -69,12 +68,14 @@ def timm_model(pixels: int = PIXELS) -> nn.Module:
     The position embeddings are interpolated once, as the file does.
     """
     import timm
+    from timm.layers import resample_abs_pos_embed
 
     model = timm.create_model("vit_small_patch14_dinov2", img_size=pixels, num_classes=0)
     state = weights()
+    positions = state["embeddings.position_embeddings"]
     renamed = {
         "cls_token": state["embeddings.cls_token"],
-        "pos_embed": _positions(state["embeddings.position_embeddings"], pixels // PATCH),
+        "pos_embed": resample_abs_pos_embed(positions, [pixels // PATCH] * 2, antialias=False),
         "norm.weight": state["layernorm.weight"],
         "norm.bias": state["layernorm.bias"],
     }
@@ -101,15 +102,6 @@ def _timm_block(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tenso
     for i in (1, 2):
         block[f"{new}ls{i}.gamma"] = state[f"{old}layer_scale{i}.lambda1"]
     return block
-
-
-def _positions(positions: Tensor, side: int) -> Tensor:
-    """Interpolate position embeddings (1, 1 + 37 * 37, D) to (1, 1 + side * side, D)."""
-    cls, patches = positions[:, :1], positions[:, 1:]
-    rows = round(patches.shape[1] ** 0.5)
-    grid = patches.unflatten(1, (rows, rows)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-    return torch.cat([cls, grid.flatten(2).mT], dim=1)
 
 
 def onnx_features(images: Tensor) -> Tensor:
