@@ -79,32 +79,27 @@ class ALBEFRetrieval(MomentumRetrieval, ALBEFMatcher):
     pretraining = ALBEF
 
 
-@dataclass(frozen=True, kw_only=True)
-class ALBEFTaskConfig(ALBEFFinetuningConfig):
-    """Hyper-parameters of an ALBEF without contrastive features.
-
-    Without `distill`, `momentum_reduction` has no effect.
-    """
-
-
 class ALBEFTask(DistilledModel):
-    """ALBEF without contrastive features, with a head over the fused text."""
+    """ALBEF without contrastive features, with a head over the fused text.
+
+    Without `distill`, `momentum_reduction` of its config has no effect.
+    """
 
     task: ClassVar[str]
     pretraining = ALBEF
     encoders_class: ClassVar[type[ALBEFTowers]]
     ranks = False
 
-    def __init__(self, config: ALBEFTaskConfig) -> None:
+    def __init__(self, config: ALBEFFinetuningConfig) -> None:
         super().__init__(config, self.encoders_class(config), distill=config.distill)
 
     @classmethod
-    def from_pretraining(cls, weights: Weights, config: ALBEFTaskConfig) -> Weights:
+    def from_pretraining(cls, weights: Weights, config: ALBEFFinetuningConfig) -> Weights:
         """Map weights of a pre-trained `ALBEF`, and of its momentum encoders, to this model."""
         return encoder_weights(weights, cls.encoder_rules(config), distill=config.distill)
 
     @classmethod
-    def encoder_rules(cls, config: ALBEFTaskConfig) -> list[tuple[str, ...]]:
+    def encoder_rules(cls, config: ALBEFFinetuningConfig) -> list[tuple[str, ...]]:
         """Return the rules for weights inside the encoders, see `renamed`."""
         return [("visual.",), ("text.",)]
 
@@ -142,7 +137,7 @@ class ALBEFTask(DistilledModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ALBEFVQAConfig(ALBEFTaskConfig):
+class ALBEFVQAConfig(ALBEFFinetuningConfig):
     """Hyper-parameters of an ALBEF for VQA; the defaults are the official code's."""
 
     context_length: Size = 25
@@ -213,8 +208,8 @@ class ALBEFVQA(AnsweringModel, ALBEFTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ALBEFClassifierConfig(ALBEFTaskConfig):
-    """Hyper-parameters of an ALBEF classifier; other fields: see `ALBEFTaskConfig`."""
+class ALBEFClassifierConfig(ALBEFFinetuningConfig):
+    """Hyper-parameters of an ALBEF classifier; other fields: see `ALBEFFinetuningConfig`."""
 
     num_classes: Size
 
