@@ -54,7 +54,7 @@ def check_data(
     streams = has_captions and len(specs) == 1 and is_stream(specs[0])
     with as_config_error("SPEC", inner="spec"):
         if streams:
-            source = open_stream(specs[0], samples=1)  # the check below counts the samples
+            source = open_stream(f"{specs[0]},samples=1")  # the check below counts the samples
         elif has_captions:
             source = open_source(specs, image_size=image_size)
         else:

@@ -71,12 +71,15 @@ def test_clip_runs_it_in_inference(calls, guided):
     model, x = tiny("elip_clip_tiny").eval(), torch.randn(2, 3, 32, 32)
     depth = model.tower.depth
     features = F.normalize(torch.randn(2, 12), dim=-1) if guided else None
-    got = model.encode_image(x, features, reduce=guided)
+    if not guided:
+        model.reduction = model.dense
+    got = model.encode_image(x, features)
     tokens = all_tokens(model, x, features) if guided else model.visual.forward_features(x)
     whole = F.normalize(model.image_projection(tokens[:, 0]), dim=-1)
     torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
     calls.clear()
-    model.encode_image(x, reduce=False)
+    model.reduction = model.dense
+    model.encode_image(x)
     assert len(calls) == depth - 1
     all_tokens(model, x)
     assert len(calls) == depth - 1 + depth

@@ -47,18 +47,16 @@ def is_stream(spec: Any) -> bool:
     return isinstance(spec, str) and _SCHEME.match(spec) is not None
 
 
-def open_stream(spec: str | Mapping[str, Any], *, samples: int | None = None) -> "StreamSource":
+def open_stream(spec: str | Mapping[str, Any]) -> "StreamSource":
     """Return the shards that `spec` names, without opening any of them.
 
     Args:
         spec: One line, or a mapping with the fields of `StreamSource`.
-        samples: Number of samples in an epoch if `spec` does not set it.
 
     Raises:
         TypeError, ValueError: The specification is malformed, or no library opens such a URL.
     """
-    options = {} if samples is None else {"samples": samples}
-    options |= _parse(spec) if isinstance(spec, str) else spec
+    options = _parse(spec) if isinstance(spec, str) else dict(spec)
     known = [field.name for field in fields(StreamSource)]
     if unknown := [name for name in options if name not in known]:
         raise ValueError(

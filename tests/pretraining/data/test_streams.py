@@ -91,7 +91,7 @@ def test_specs_in_one_line_and_as_a_mapping():
     source = open_stream("hf://datasets/someone/pairs/train-{00..02}.tar,samples=5,resample=true")
     assert source.shards[2] == "hf://datasets/someone/pairs/train-02.tar"
     assert (len(source), source.resample) == (5, True)
-    several = open_stream({"stream": ["https://h/{0..1}.tar", "memory://b/a.tar"]}, samples=3)
+    several = open_stream({"stream": ["https://h/{0..1}.tar", "memory://b/a.tar"], "samples": 3})
     assert several.shards == ["https://h/0.tar", "https://h/1.tar", "memory://b/a.tar"]
     with pytest.raises(ValueError, match=r"whose samples can be counted, got 'https://h/a\.tar"):
         open_source("https://h/a.tar,samples=5", image_size=8)

@@ -87,7 +87,9 @@ def test_text_is_pooled_at_its_end_with_any_padding():
 
 def test_images_without_text_are_dense_by_default():
     model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
-    dense = model.encode_image(x, reduce=False)
+    reduction, model.reduction = model.reduction, model.dense
+    dense = model.encode_image(x)
+    model.reduction = reduction
     with pytest.warns(UserWarning, match="nothing is reduced"):
         elip_models.reduction.user_warnings.warn_once.cache_clear()
         assert torch.equal(model.encode_image(x), dense)

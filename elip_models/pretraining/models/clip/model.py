@@ -150,16 +150,14 @@ class CLIP(PretrainedModel):
         """Return normalised features (B, E) of texts (B, L)."""
         return F.normalize(self.text_projection(self.text(input_ids, attention_mask)), dim=-1)
 
-    def encode_image(
-        self, images: Tensor, text_features: Tensor | None = None, *, reduce: bool = True
-    ) -> Tensor:
-        """Return normalised features (B, E) of images (B, 3, H, W); reduce=False runs all tokens.
+    def encode_image(self, images: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """Return normalised features (B, E) of images (B, 3, H, W).
 
         text_features (B, E), normalised, guide the reduction; without them, `config.without_text`
         applies. Without gradient, in eval mode, the last block computes the CLS token alone.
         """
-        text_cls = self.guidance(text_features) if reduce and text_features is not None else None
-        return self._encode_image(images, text_cls, self.reduction if reduce else self.dense)
+        text_cls = None if text_features is None else self.guidance(text_features)
+        return self._encode_image(images, text_cls, self.reduction)
 
     def _encode_image(self, images: Tensor, text_cls: Tensor | None, strategy: Strategy) -> Tensor:
         tokens, _ = run_tower(self.tower, images, text_cls, strategy, cls_only=True)
