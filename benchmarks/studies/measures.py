@@ -20,7 +20,6 @@ from elip_models.pretraining.data import (
     SkipReport,
     Source,
     evaluation_batches,
-    image_transform,
     open_source,
 )
 from elip_models.pretraining.models.base import PretrainedModel
@@ -31,6 +30,7 @@ from elip_models.pretraining.tasks.features import (
     ranks_of,
 )
 from elip_models.pretraining.tasks.retrieval import recall_at_k
+from elip_models.pretraining.tasks.task import evaluation_transform
 from elip_models.pretraining.training.loss_log import losses_of
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
@@ -73,13 +73,10 @@ class Finished:
 
     def batches(self) -> Iterator[EvaluationBatch]:
         """Return batches of all samples, in order."""
-        transform = image_transform(
-            self.model.config.image_size, train=False, resize=self.model.config.resize
-        )
         report = SkipReport(self.config.data.max_bad_share, length=len(self.source))
         return evaluation_batches(
             self.source,
-            transform,
+            evaluation_transform(self.model),
             self.config.optim.batch_size,
             report=report,
             num_workers=self.config.data.num_workers,

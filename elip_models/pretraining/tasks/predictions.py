@@ -75,10 +75,8 @@ def _pixels(
     pixels = (seen * std + mean).clamp(0, 1)
     if isinstance(model.reduction, Dense):
         return pixels
-    guide = None
-    if text and model.reduction.is_guided:
-        read = {name: ids.to(device) for name, ids in model.tokenise(tokenizer, [text]).items()}
-        guide = model.text_cls(**read)
+    is_guided = text and model.reduction.is_guided
+    guide = model.encode_captions(tokenizer, [text]) if is_guided else None
     with ignore_slow_scorers():
         _, infos = run_tower(model.tower, seen[None].to(device), guide, model.reduction)
     if not infos:

@@ -13,9 +13,9 @@ from elip_models.pretraining.data import (
     SkipReport,
     Source,
     evaluation_batches,
-    image_transform,
 )
 from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.tasks.task import evaluation_transform
 from elip_models.profiling.measure import measured_on, memory_kind
 from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
 from elip_models.reduction.encode import run_tower
@@ -45,10 +45,9 @@ def draw_kept_tokens(
     It shows the first images of `source`, which the model was not trained on. The first captions
     guide a strategy that reads a text. A model that reduces nothing is drawn with the paper's.
     """
-    device, config = next(model.parameters()).device, model.config
-    transform = image_transform(config.image_size, train=False, resize=config.resize)
+    device = next(model.parameters()).device
     report = SkipReport(1.0, length=len(source))  # training has checked the share already
-    batch = next(evaluation_batches(source, transform, PICTURED, report=report))
+    batch = next(evaluation_batches(source, evaluation_transform(model), PICTURED, report=report))
     captions = [sample.captions[0] for sample in batch.samples]
     guidance = model.encode_captions(tokenizer, captions)
     with ignore_slow_scorers():
