@@ -59,12 +59,6 @@ class Multimodal:
     head: nn.Module | None
 
     @property
-    def hooked(self) -> tuple[nn.Module, ...]:
-        """Return the modules whose hooks remove tokens."""
-        modules = (self.model, self.language_model, self.head)
-        return tuple(module for module in modules if module is not None)
-
-    @property
     def config(self) -> Any:
         """Return the config of the whole model."""
         return self.model.config

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_kernels import cls_attention
-from elip_models.reduction.model_patches import remove_hooks
-from elip_models.vlm.attention_probe import Watcher, unwatch, watch
+from elip_models.vlm.attention_probe import Watcher, watch
 from elip_models.vlm.budget import parts
 from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import InnerCall, PromptCall, current_call
@@ -61,14 +60,6 @@ class InnerLayers(Watcher):
             if level:
                 hook = LayerHook(self, level, i, is_first=i in self.drops)
                 layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-    @staticmethod
-    def uninstall(multimodal: Multimodal) -> None:
-        """Undo `install`."""
-        remove_hooks(multimodal.language_model, InnerLayers)
-        for layer in multimodal.language_model.layers:
-            remove_hooks(layer, LayerHook)
-            unwatch(getattr(layer, "self_attn", layer))  # there may be cross-attention instead
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""

@@ -16,10 +16,11 @@ from elip_models.reduction.strategies import DEFAULT, STRATEGIES
 from elip_models.reduction.strategy import tower_of
 from elip_models.reduction.strategy_spec import from_line, name_in, remedy_for
 from elip_models.validation import shortened
+from elip_models.vlm.attention_probe import unwatch
 from elip_models.vlm.budget import budget_of
 from elip_models.vlm.cross_attention import CrossAttentionReduction
 from elip_models.vlm.families import Multimodal, find_multimodal, unsupported_config
-from elip_models.vlm.inner_layers import InnerLayers
+from elip_models.vlm.inner_layers import InnerLayers, LayerHook
 from elip_models.vlm.patch_reduction import PatchReduction
 from elip_models.vlm.prompt_reduction import PromptReduction
 from elip_models.vlm.question import is_marked
@@ -32,6 +33,7 @@ from elip_models.vlm.tower_attention import TowerAttention
 from elip_models.vlm.unsupported import language_support
 
 T = TypeVar("T")
+HOOKS = PromptReduction | PatchReduction | RetrievalHead | TowerAttention | InnerLayers | LayerHook
 
 
 def language_strategies_in(model: nn.Module) -> tuple[LanguageStrategy, ...]:
@@ -166,10 +168,7 @@ def _install(
 
 def uninstall_strategies(multimodal: Multimodal) -> None:
     """Restore the modules."""
-    for module in multimodal.hooked:
-        remove_hooks(module, PromptReduction)
-    PatchReduction.uninstall(multimodal)
-    RetrievalHead.uninstall(multimodal)
-    TowerAttention.uninstall(multimodal)
-    InnerLayers.uninstall(multimodal)
+    for module in (multimodal.head or multimodal.model).modules():
+        remove_hooks(module, HOOKS)
+        unwatch(module)
     hide_reductions(multimodal.model, str)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elip_models.reduction.model_patches import remove_hooks
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.strategies.dedup import Dedup
 
@@ -31,11 +30,6 @@ class PatchReduction:
         tower = multimodal.tower
         tower.register_forward_pre_hook(self.remove, with_kwargs=True)
         tower.register_forward_hook(self.restore, with_kwargs=True, always_call=True)
-
-    @staticmethod
-    def uninstall(multimodal: Multimodal) -> None:
-        """Undo `install`."""
-        remove_hooks(multimodal.tower, PatchReduction)
 
     def remove(
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elip_models.reduction.model_patches import remove_hooks
 from elip_models.vlm.families import Multimodal
 
 RETRIEVAL = ("colpali", "colqwen2")
@@ -48,12 +47,6 @@ class RetrievalHead:
             return
         head.register_forward_pre_hook(self.begin, with_kwargs=True)
         head.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-
-    @staticmethod
-    def uninstall(multimodal: Multimodal) -> None:
-        """Undo `install`."""
-        if multimodal.head is not None:
-            remove_hooks(multimodal.head, RetrievalHead)
 
     def begin(
         self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

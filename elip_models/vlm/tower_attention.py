@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_kernels import attention_column_mean, cls_attention
-from elip_models.reduction.model_patches import remove_hooks
-from elip_models.vlm.attention_probe import Watcher, unwatch, watch
+from elip_models.vlm.attention_probe import Watcher, watch
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import Multimodal
 
@@ -35,13 +34,6 @@ class TowerAttention(Watcher):
         """Watch the layer, and the end of the tower."""
         watch(attention_of(multimodal), self)
         multimodal.tower.register_forward_hook(self.end)
-
-    @staticmethod
-    def uninstall(multimodal: Multimodal) -> None:
-        """Undo `install`."""
-        remove_hooks(multimodal.tower, TowerAttention)
-        for module in multimodal.tower.modules():
-            unwatch(module)
 
     def receive(
         self, query: Tensor, key: Tensor, scale: float | None, softcap: float | None
