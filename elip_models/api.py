@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction import patch
-from elip_models.reduction.call_context import recording, records_of
+from elip_models.reduction.call_context import RECORDS, Record, records_of, within
 from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -31,7 +31,7 @@ from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import SelfReducingModel
 from elip_models.validation import PositiveInt, as_config_error, check
-from elip_models.vlm.budget import Budget, budgeting
+from elip_models.vlm.budget import BUDGETS, Budget
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, find_multimodal
 from elip_models.vlm.patch import (
@@ -43,7 +43,7 @@ from elip_models.vlm.patch import (
     refuse_language_strategy,
     uninstall_strategies,
 )
-from elip_models.vlm.question import asking
+from elip_models.vlm.question import MASKS, Mask
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies.base import LanguageStrategy
 from elip_models.vlm.summary import MultimodalSummary
@@ -221,7 +221,7 @@ def guidance(
             f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
             "forward takes its texts; pass them with the images"
         )
-    asked = nullcontext() if question is None else asking(*_question_of(model, question))
+    asked = nullcontext() if question is None else within(MASKS, _question_of(model, question))
     if text_cls is None and question is not None:
         with asked:
             yield
@@ -305,12 +305,12 @@ def budget(
         for value in keeps:
             replace(strategy, keep=value)  # checks it
     own = tuple(keeps) if keeps is keep else keep
-    with budgeting(Budget(prompt_hooks(multimodal), own, total)):
+    with within(BUDGETS, Budget(prompt_hooks(multimodal), own, total)):
         yield
 
 
-def _question_of(model: nn.Module, question: Tensor) -> tuple[object, Tensor]:
-    """Return the hooks that read the question, and a copy of its tokens (B, N) bool."""
+def _question_of(model: nn.Module, question: Tensor) -> Mask:
+    """Return the mask of the hooks that read the question, with a copy of its tokens."""
     multimodal = find_multimodal(model)
     hooks = None if multimodal is None else prompt_hooks(multimodal)
     if hooks is None:
@@ -332,7 +332,7 @@ def _question_of(model: nn.Module, question: Tensor) -> tuple[object, Tensor]:
     if not any(strategy.reads_question for strategy in language_strategies_in(model)):
         names = ", ".join(repr(strategy.name) for strategy in language_strategies_in(model))
         warn_once(f"{names} reads no question", UnguidedWarning, stacklevel=5)
-    return hooks, question.clone()
+    return Mask(hooks, question.clone())
 
 
 def _tower_reductions(model: nn.Module) -> list[Reduction]:
@@ -382,7 +382,7 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
     elif not reductions:
         reductions = [*patch.reductions_in(model)]
     infos: list[Any] = []
-    with recording(reductions, infos):
+    with within(RECORDS, Record(reductions, infos)):
         yield infos
 
 

@@ -10,15 +10,17 @@ A block that activation checkpointing runs again is guided as its forward pass w
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from elip_models.reduction.step import ForwardState
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -60,6 +62,16 @@ _GRAPH = threading.local()
 """`text_cls`: the text that the graph running in this thread has encoded for itself."""
 
 
+@contextmanager
+def within(variable: ContextVar[tuple[T, ...]], item: T) -> Iterator[None]:
+    """Add an item to the variable of this thread or task; at the end remove it, and no other."""
+    variable.set((*variable.get(), item))
+    try:
+        yield
+    finally:
+        variable.set(tuple(other for other in variable.get() if other is not item))
+
+
 def set_guide(reduction: object, text_cls: Tensor | None, owner: object) -> None:
     """Guide the forward passes of this thread or task until `owner` removes the text."""
     guide = guide_of(reduction)
@@ -80,15 +92,10 @@ def guide_of(reduction: object) -> Guide | None:
     return None
 
 
-@contextmanager
-def recomputing(reduction: object, forward: ForwardState) -> Iterator[None]:
+def recomputing(reduction: object, forward: ForwardState) -> AbstractContextManager[None]:
     """Guide the calls inside, in this thread, as the pass that they recompute was guided."""
     recomputation = Recomputation(forward)
-    GUIDES.set((*GUIDES.get(), Guide(reduction, forward.text_cls, recomputation, recomputation)))
-    try:
-        yield
-    finally:
-        drop_guide(recomputation)
+    return within(GUIDES, Guide(reduction, forward.text_cls, recomputation, recomputation))
 
 
 def _op(name: str) -> Any:
@@ -132,17 +139,6 @@ def _in_backward() -> bool:
 @set_guidance.register_fake
 def _(text_cls: Tensor) -> Tensor:
     return torch.empty_like(text_cls)
-
-
-@contextmanager
-def recording(reductions: Sequence[object], infos: list[Any]) -> Iterator[None]:
-    """Append what the reductions record in this thread or task to `infos`."""
-    this = Record(reductions, infos)
-    RECORDS.set((*RECORDS.get(), this))
-    try:
-        yield
-    finally:
-        RECORDS.set(tuple(record for record in RECORDS.get() if record is not this))
 
 
 def records_of(reduction: object) -> list[list[Any]]:

@@ -6,7 +6,6 @@ total=1024         for all images and tiles of a prompt together, in proportion 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import groupby
 from typing import NamedTuple
@@ -40,16 +39,6 @@ class Image(NamedTuple):
 BUDGETS: ContextVar[tuple[Budget, ...]] = ContextVar("BUDGETS", default=())
 Count = Callable[[int, Keep | None], int]
 """Returns how many of so many tokens stay by a `keep`, or by that of the strategy for None."""
-
-
-@contextmanager
-def budgeting(budget: Budget) -> Iterator[None]:
-    """Set the budget of the forward passes of this thread or task inside."""
-    BUDGETS.set((*BUDGETS.get(), budget))
-    try:
-        yield
-    finally:
-        BUDGETS.set(tuple(other for other in BUDGETS.get() if other is not budget))
 
 
 def budget_of(hooks: object) -> Budget | None:

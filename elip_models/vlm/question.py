@@ -4,8 +4,6 @@ It is what `generate` reads as the prompt: the text before the first label behin
 labels, it is the mask of `guidance(model, question=mask)`, and without a mask all text.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -26,17 +24,6 @@ class Mask(NamedTuple):
 
 
 MASKS: ContextVar[tuple[Mask, ...]] = ContextVar("MASKS", default=())
-
-
-@contextmanager
-def asking(hooks: object, tokens: Tensor) -> Iterator[None]:
-    """Mark the tokens of the question in the forward passes of this thread or task inside."""
-    this = Mask(hooks, tokens)
-    MASKS.set((*MASKS.get(), this))
-    try:
-        yield
-    finally:
-        MASKS.set(tuple(mask for mask in MASKS.get() if mask is not this))
 
 
 def is_marked(hooks: object) -> bool:
