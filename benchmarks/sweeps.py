@@ -62,8 +62,11 @@ class Shape:
         return f"B{self.B}-N{self.N}-{DTYPE_NAMES[self.dtype]}"
 
 
-TILE = {"block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
-ROWS = {"block_n": (0.5, 1.0, 2.0), "block_d": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
+TILE = {"BLOCK_D": (0.5, 1.0, 2.0), "num_warps": (4, 8, 16)}
+SLICE = {"BLOCK_D": (0.5, 1.0, 2.0), "num_warps": (4, 8)}
+ROWS = {"BLOCK_N": (0.5, 1.0, 2.0)} | SLICE
+PAIRS = {"BLOCK_A": (16, 32, 64), "BLOCK_B": (32, 64), "num_warps": (4, 8)}
+ORDER = {"BLOCK_N": (0.5, 1.0), "BLOCK_M": (0.5, 1.0), "num_warps": (4, 8)}
 QUERY = {"BLOCK_D": (32, 64, 128), "num_warps": (4, 8), "STAGES": (3, 5, 7)}
 TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_K": (0.5, 1.0), "num_warps": (4, 8), "num_stages": (3, 4)}
 COLUMN_SUMS = {"BLOCK_M": (0.5, 1.0, 2.0), "BLOCK_N": (0.5, 1.0, 2.0)}
@@ -80,10 +83,10 @@ SWEEPS = (
     Sweep("cls_attention_output", "weigh", WEIGH),
     Sweep("cls_attention_output", "value", QUERY),
     Sweep("attention_column_mean", "column_sums", COLUMN_SUMS),
-    Sweep("bipartite_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
-    Sweep("bipartite_merge", "merge_order", {0: (0.5, 1.0), 1: (0.5, 1.0), 2: (4, 8)}),
-    Sweep("bipartite_merge", "merge_gather", ROWS),
-    Sweep("nearest_match", "bipartite_match", {0: (16, 32, 64), 1: (32, 64), 3: (4, 8)}),
+    Sweep("bipartite_match", "bipartite_match", PAIRS),
+    Sweep("bipartite_merge", "merge_order", ORDER),
+    Sweep("bipartite_merge", "merge_gather", {"BLOCK_R": (0.5, 1.0, 2.0)} | SLICE),
+    Sweep("nearest_match", "bipartite_match", PAIRS),
     Sweep("bipartite_merge_backward", "reduce_backward", ROWS),
 )
 SIZES = ((256, 257), (256, 197), (64, 257), (16, 257), (1, 257), (64, 197), (64, 577), (256, 577))

@@ -43,11 +43,9 @@ FATAL = re.compile("CUDA error|HIP error|illegal (memory|instruction)|misaligned
 
 
 def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
-    """Return a result of launch.py (NamedTuple, dict or tuple) with some numbers replaced."""
-    if isinstance(answer, dict):
-        fields: dict[Any, Any] = answer
-    else:
-        fields = dict(zip(getattr(answer, "_fields", range(len(answer))), answer, strict=True))
+    """Return a result of launch.py (dict or tuple) with some numbers replaced."""
+    is_dict = isinstance(answer, dict)
+    fields: dict[Any, Any] = answer if is_dict else dict(enumerate(answer))
     unknown = changes.keys() - fields.keys()
     if unknown:
         raise ValueError(f"axes: expected fields among {list(fields)}, got {sorted(unknown)}")
@@ -55,10 +53,7 @@ def changed(answer: Any, changes: dict[str | int, Number]) -> Any:
         name: int(fields[name] * number) if isinstance(number, float) else number
         for name, number in changes.items()
     }
-    if isinstance(answer, dict):
-        return fields
-    values = fields.values()
-    return type(answer)(*values) if hasattr(answer, "_fields") else tuple(values)
+    return fields if is_dict else tuple(fields.values())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Functions that return a dict return the constexpr arguments and options of one l
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +29,6 @@ LEAST_CAPABILITY = (8, 0)  # of NVIDIA GPUs: bf16 and tf32 in tensor cores
 MAX_PREFIX_TOKENS = 16  # the kernels unroll a loop over them
 
 
-class LaunchConfig(NamedTuple):
-    """Tile of one program (tokens x features) and its number of warps."""
-
-    block_n: int
-    block_d: int
-    num_warps: int
-
-
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()
@@ -47,17 +39,16 @@ def cdiv(n: int, divisor: int) -> int:
     return -(-n // divisor)
 
 
-def reduce_forward(candidates: int, element_size: int) -> LaunchConfig:
+def reduce_forward(candidates: int, element_size: int) -> dict[str, int]:
     """Return a tile of all candidates: 64 registers and 8 warps at 256, 126 and 16 at 1,024."""
     block_n = max(16, next_power_of_2(candidates))
-    return LaunchConfig(
-        block_n, 128 // element_size, 4 if block_n <= 128 else 8 if block_n <= 256 else 16
-    )
+    num_warps = 4 if block_n <= 128 else 8 if block_n <= 256 else 16
+    return {"BLOCK_N": block_n, "BLOCK_D": 128 // element_size, "num_warps": num_warps}
 
 
-def reduce_backward(element_size: int) -> LaunchConfig:
+def reduce_backward(element_size: int) -> dict[str, int]:
     """Return a tile of 32 x 128 (two-byte types): 16 elements per thread, full occupancy."""
-    return LaunchConfig(32, 256 // element_size, 8)
+    return {"BLOCK_N": 32, "BLOCK_D": 256 // element_size, "num_warps": 8}
 
 
 def _precision(wide: bool) -> dict[str, Any]:
@@ -141,10 +132,10 @@ def heads_a_step(block_n: int, block_t: int, num_warps: int) -> int:
     return max(1, min(16, 256 * num_warps // max(block_n, 2 * block_t)))
 
 
-def move(candidates: int, element_size: int) -> LaunchConfig:
+def move(candidates: int, element_size: int) -> dict[str, int]:
     """Return a tile of at most 64 candidates: 63 registers with 4 warps (256 take 124 with 8)."""
     block_n = min(64, max(16, next_power_of_2(candidates)))
-    return LaunchConfig(block_n, 128 // element_size, 4)
+    return {"BLOCK_N": block_n, "BLOCK_D": 128 // element_size, "num_warps": 4}
 
 
 def weight_tiles(heads: int, tokens: Tensor) -> dict[str, Any]:
@@ -193,21 +184,21 @@ def column_mean(queries: int, keys: int) -> dict[str, int]:
     }
 
 
-def bipartite_match(channels: int, element_size: int) -> tuple[int, int, int, int]:
-    """Return BLOCK_A, BLOCK_B, BLOCK_C and warps: 96 registers in bf16 (174 with 64 x 64 tiles)."""
+def bipartite_match(channels: int, element_size: int) -> dict[str, int]:
+    """Return a tile of 32 x 32 products: 96 registers in bf16 (174 with 64 x 64)."""
     block_c = min(64 if element_size == 2 else 16, next_power_of_2(channels))
-    return 32, 32, max(16, block_c), 4
+    return {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_C": max(16, block_c), "num_warps": 4}
 
 
-def merge_order(tokens: int) -> tuple[int, int, int]:
-    """Return BLOCK_N, BLOCK_M (the number of slots, at most 512) and warps: 112 registers."""
+def merge_order(tokens: int) -> dict[str, int]:
+    """Return BLOCK_N, and BLOCK_M (the number of slots, at most 512): 112 registers."""
     block_m = min(512, max(64, next_power_of_2(tokens)))
-    return 8192 // block_m, block_m, 8
+    return {"BLOCK_N": 8192 // block_m, "BLOCK_M": block_m, "num_warps": 8}
 
 
-def merge_gather(element_size: int) -> LaunchConfig:
+def merge_gather(element_size: int) -> dict[str, int]:
     """Return a tile of 16 rows by 512 bytes: 69 registers in bf16, 62 in fp32."""
-    return LaunchConfig(16, 512 // element_size, 8)
+    return {"BLOCK_R": 16, "BLOCK_D": 512 // element_size, "num_warps": 8, "num_stages": 1}
 
 
 def greedy(tokens: int) -> dict[str, int]:

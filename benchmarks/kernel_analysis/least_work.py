@@ -389,7 +389,7 @@ def dpp(B: int, N: int, K: int, *, has_relevance: bool = False) -> Work:
 
 def _nearest(B: int, N: int, D: int, dtype: torch.dtype) -> int:
     """Return the bytes of the nearest cosine of each token in each tile."""
-    return B * ceil(N / launch.bipartite_match(D, dtype.itemsize)[0]) * N * FP32
+    return B * ceil(N / launch.bipartite_match(D, dtype.itemsize)["BLOCK_A"]) * N * FP32
 
 
 def _cosine_rows(B: int, N: int, count: int) -> int:

@@ -183,17 +183,14 @@ def match(
     best = metric.new_empty(B, num_a, dtype=torch.float32)
     partner = metric.new_empty(B, num_a, dtype=torch.int32)
     slots = metric.new_empty(B, N, dtype=torch.int32)
-    block_a, block_b, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
-    _match_kernel[(B, launch.cdiv(num_a, block_a))](
+    settings = launch.bipartite_match(C, metric.element_size())
+    _match_kernel[(B, launch.cdiv(num_a, settings["BLOCK_A"]))](
         *(metric, penalty, lengths, best, partner, metric.stride(0), metric.stride(1), N, C),
         SMALLEST_SQUARE=SMALLEST_SQUARE,
         HAS_PENALTY=penalty is not None,
         HAS_LENGTHS=lengths is not None,
         WIDEN=is_interpreted(),
-        BLOCK_A=block_a,
-        BLOCK_B=block_b,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
+        **settings,
         **launch.CODE,
     )
     _launch_slots(best, partner, slots, r, num_prefix_tokens, lengths, merges)

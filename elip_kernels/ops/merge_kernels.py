@@ -171,23 +171,19 @@ def merge_fwd(
     out = tokens.new_empty(B, num_rows, D)
     out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
     order, starts = slots.new_empty(B, N), slots.new_empty(B, num_rows)
-    block_n, block_m, num_warps = launch.merge_order(N)
-    block_r, block_d, merge_warps = launch.merge_gather(tokens.element_size())
     options = {"HAS_SIZE": size is not None, **launch.CODE}
-    _order_kernel[(B, launch.cdiv(max(N, num_rows), block_n))](
+    settings = launch.merge_order(N)
+    _order_kernel[(B, launch.cdiv(max(N, num_rows), settings["BLOCK_N"]))](
         *(size, slots, order, starts, out_size, N, num_rows),
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
-        num_warps=num_warps,
+        **settings,
         **options,
     )
-    _merge_fwd_kernel[(B, launch.cdiv(num_rows, block_r), launch.cdiv(D, block_d))](
+    settings = launch.merge_gather(tokens.element_size())
+    grid = B, launch.cdiv(num_rows, settings["BLOCK_R"]), launch.cdiv(D, settings["BLOCK_D"])
+    _merge_fwd_kernel[grid](
         *(tokens, size, order, starts, out_size, out, tokens.stride(0), tokens.stride(1)),
         *(N, num_rows, D),
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        num_warps=merge_warps,
-        num_stages=1,
+        **settings,
         **options,
     )
     return out, out_size
@@ -198,13 +194,12 @@ def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Te
     grad_out, size, slots = launch.contiguous(grad_out, size, slots)
     (B, R, D), N = grad_out.shape, slots.shape[1]
     grad = grad_out.new_empty(B, N, D)
-    block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
-    _merge_bwd_kernel[(B, launch.cdiv(N, block_n), launch.cdiv(D, block_d))](
+    settings = launch.reduce_backward(grad_out.element_size())
+    grid = B, launch.cdiv(N, settings["BLOCK_N"]), launch.cdiv(D, settings["BLOCK_D"])
+    _merge_bwd_kernel[grid](
         *(grad_out, size, out_size, slots, grad, N, R, D),
         HAS_SIZE=size is not None,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
+        **settings,
         **launch.CODE,
     )
     return grad

@@ -154,28 +154,28 @@ LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 def _nearest_kernel(
     metric_ptr, kept_ptr, slots_ptr, stride_mb, stride_mn, N, K, C,
     P: tl.constexpr, SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Find the nearest kept token of each token. Grid: (image, BLOCK_N tokens)."""
+    """Find the nearest kept token of each token. Grid: (image, BLOCK_A tokens)."""
     pid_b = tl.program_id(0).to(tl.int64)
     metric_ptr += pid_b * stride_mb
     kept_ptr += pid_b * K
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask_n = offs_n < N
-    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    nearest = tl.zeros([BLOCK_N], tl.int32)
-    own = tl.full([BLOCK_N], -1, tl.int32)
-    offs_k = tl.arange(0, BLOCK_K)
+    best = tl.full([BLOCK_A], float("-inf"), tl.float32)
+    nearest = tl.zeros([BLOCK_A], tl.int32)
+    own = tl.full([BLOCK_A], -1, tl.int32)
+    offs_k = tl.arange(0, BLOCK_B)
     following = tl.load(kept_ptr + offs_k, mask=offs_k < K, other=-1)
-    for start_k in range(0, K, BLOCK_K):
+    for start_k in range(0, K, BLOCK_B):
         kept = following.to(tl.int32)  # prefetches the next tile
         is_kept = (kept >= 0) & (kept < N)
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        further = offs_k + BLOCK_K
+        offs_k = start_k + tl.arange(0, BLOCK_B)
+        further = offs_k + BLOCK_B
         following = tl.load(kept_ptr + further, mask=further < K, other=-1)
         product, square_n, square_k = tile_products(
             metric_ptr, stride_mn, offs_n, kept, mask_n, is_kept, C,
-            WIDEN, BLOCK_N, BLOCK_K, BLOCK_C,
+            WIDEN, BLOCK_A, BLOCK_B, BLOCK_C,
         )  # fmt: skip
         similarity = product * inverse_norm(square_k, SMALLEST_SQUARE)[None, :]
         similarity = similarity * inverse_norm(square_n, SMALLEST_SQUARE)[:, None]
@@ -197,16 +197,13 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
     (B, N, C), K = metric.shape, kept.shape[1]
     metric, kept = launch.addressable(metric), kept.contiguous()
     slots = metric.new_empty(B, N, dtype=torch.int32)
-    block_n, block_k, block_c, num_warps = launch.bipartite_match(C, metric.element_size())
-    _nearest_kernel[(B, launch.cdiv(N, block_n))](
+    settings = launch.bipartite_match(C, metric.element_size())
+    _nearest_kernel[(B, launch.cdiv(N, settings["BLOCK_A"]))](
         *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
         P=num_prefix_tokens,
         SMALLEST_SQUARE=SMALLEST_SQUARE,
         WIDEN=is_interpreted(),
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
+        **settings,
         **launch.CODE,
     )
     return slots

@@ -265,17 +265,15 @@ def _reduce_fwd(
         launch_select(scores, real, kept, weights, slots, num_prefix_tokens=p, merge=merge)
         launch_move(tokens, out, weights, slots, merge=merge)
         return out, kept, weights, slots
-    block_n, block_d, num_warps = launch.reduce_forward(scores.shape[1], tokens.element_size())
-    _reduce_fwd_kernel[(B * launch.cdiv(D, block_d),)](
+    settings = launch.reduce_forward(scores.shape[1], tokens.element_size())
+    _reduce_fwd_kernel[(B * launch.cdiv(D, settings["BLOCK_D"]),)](
         *(tokens, scores, mask, out, kept, weights, slots),
         *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
         *(0 if mask is None else mask.stride(0), N, keep, D),
         P=num_prefix_tokens,
         MERGE=merge,
         HAS_MASK=mask is not None,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
+        **settings,
         **launch.CODE,
     )
     return out, kept, weights, slots
@@ -286,13 +284,12 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
     grad_out = grad_out.contiguous()
     (B, R, D), N = grad_out.shape, slots.shape[1]
     grad = grad_out.new_empty(B, N, D)
-    block_n, block_d, num_warps = launch.reduce_backward(grad_out.element_size())
-    _reduce_bwd_kernel[(B * launch.cdiv(N, block_n) * launch.cdiv(D, block_d),)](
+    settings = launch.reduce_backward(grad_out.element_size())
+    tiles = launch.cdiv(N, settings["BLOCK_N"]) * launch.cdiv(D, settings["BLOCK_D"])
+    _reduce_bwd_kernel[(B * tiles,)](
         *(grad_out, slots, weights, grad, N, R, D),
         MERGE=merge,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
+        **settings,
         **launch.CODE,
     )
     return grad

@@ -72,12 +72,10 @@ def launch_move(
 ) -> None:
     """Write `out` (B, R, D) from tokens (B, N, D) whose last stride is 1."""
     (B, N, D), R = tokens.shape, out.shape[1] - merge
-    block_n, block_d, num_warps = launch.move(N, tokens.element_size())
-    _move_kernel[(B * launch.cdiv(D, block_d),)](
+    settings = launch.move(N, tokens.element_size())
+    _move_kernel[(B * launch.cdiv(D, settings["BLOCK_D"]),)](
         *(tokens, out, weights, slots, *tokens.stride()[:2], N, R, D),
         MERGE=merge,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
+        **settings,
         **launch.CODE,
     )

@@ -224,19 +224,17 @@ def launch_cosines(
     """Return cosines (B, N, N); write `nearest` (B, T, N), the largest of each tile, if given."""
     B, N, D = tokens.shape
     tokens = launch.addressable(tokens)
-    block_a, block_b, block_c, num_warps = launch.bipartite_match(D, tokens.element_size())
+    settings = launch.bipartite_match(D, tokens.element_size())
     cosine = tokens.new_empty(B, N, N, dtype=torch.float32)
-    _cosines_kernel[(B, launch.cdiv(N, block_a), launch.cdiv(N, block_b))](
+    grid = B, launch.cdiv(N, settings["BLOCK_A"]), launch.cdiv(N, settings["BLOCK_B"])
+    _cosines_kernel[grid](
         *(tokens, real, cosine, nearest, tokens.stride(0), tokens.stride(1)),
         *(0 if real is None else real.stride(0), N, D),
         SMALLEST_SQUARE=SMALLEST_SQUARE,
         HAS_NEAREST=nearest is not None,
         HAS_MASK=real is not None,
         WIDEN=is_interpreted(),
-        BLOCK_A=block_a,
-        BLOCK_B=block_b,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
+        **settings,
         **launch.CODE,
     )
     return cosine
@@ -247,7 +245,7 @@ def _diverse(tokens: Tensor, real: Tensor | None, first: Tensor | None, keep: in
     B, N, D = tokens.shape
     order = tokens.new_empty(B, keep, dtype=torch.int64)
     (real,) = launch.dense_rows(real)
-    T = launch.cdiv(N, launch.bipartite_match(D, tokens.element_size())[0])
+    T = launch.cdiv(N, launch.bipartite_match(D, tokens.element_size())["BLOCK_A"])
     nearest = tokens.new_empty(B, T, N, dtype=torch.float32) if first is None else None
     cosine = launch_cosines(tokens, real, nearest)
     _diverse_kernel[(B,)](

@@ -100,8 +100,10 @@ def test_scores_tile_by_tile_select_what_scores_at_once_do(launches, monkeypatch
 @pytest.mark.parametrize("N", tiered([1026, 4097, 16_385], [1026], slow=[16_385]))
 def test_merging_many_tokens(launches, monkeypatch, N):
     """Large tiles keep the number of programs small in the interpreter."""
-    monkeypatch.setattr("elip_kernels.launch.bipartite_match", lambda C, size: (512, 512, 16, 4))
-    monkeypatch.setattr("elip_kernels.launch.merge_order", lambda N: (512, 512, 4))
+    tiles = {"BLOCK_A": 512, "BLOCK_B": 512, "BLOCK_C": 16, "num_warps": 4}
+    monkeypatch.setattr("elip_kernels.launch.bipartite_match", lambda C, size: tiles)
+    order = {"BLOCK_N": 512, "BLOCK_M": 512, "num_warps": 4}
+    monkeypatch.setattr("elip_kernels.launch.merge_order", lambda N: order)
     tokens, metric = torch.randn(1, N, 3), torch.randn(1, N, 8)
     size, penalty = torch.randint(1, 6, (1, N)).float(), 3.0 * (torch.rand(1, N) < 0.3)
     kept, r = elip_kernels.select_tokens(torch.rand(1, N), N // 8), N // 3

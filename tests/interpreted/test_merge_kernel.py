@@ -13,7 +13,7 @@ from elip_kernels.ops.bipartite import apply_merge, merge_op, merge_reference
 from tests.helpers.tiers import tiered
 from tests.interpreted.test_bipartite_kernel import DTYPES, NAN
 
-BLOCK_R = launch.merge_gather(2)[0]
+BLOCK_R = launch.merge_gather(2)["BLOCK_R"]
 HELD = {  # tokens of each row
     "hardly any merged": [1] * 19 + [2],
     "few": [1, 3, 2, 1, 1, 5, 1, 2, 1, 1, 1, 4, 1, 1, 1, 2, 1, 1, 3],
