@@ -175,7 +175,10 @@ def match(
     lengths: Tensor | None = None,
     merges: Tensor | None = None,
 ) -> Tensor:
-    """Allocate and launch: scores and partners, then slots."""
+    """Allocate and launch: scores and partners, then slots.
+
+    If there are many tokens, all of them real, the r best are selected before the slots.
+    """
     B, N, C = metric.shape
     metric = launch.addressable(metric)
     penalty, lengths, merges = launch.contiguous(penalty, lengths, merges)
@@ -193,21 +196,6 @@ def match(
         **settings,
         **launch.CODE,
     )
-    _launch_slots(best, partner, slots, r, num_prefix_tokens, lengths, merges)
-    return slots
-
-
-def _launch_slots(
-    best: Tensor,
-    partner: Tensor,
-    slots: Tensor,
-    r: int,
-    num_prefix_tokens: int,
-    lengths: Tensor | None,
-    merges: Tensor | None,
-) -> None:
-    """Write the slots; if there are many tokens, all of them real, select the r best first."""
-    (B, num_a), N = best.shape, slots.shape[1]
     if num_a <= launch.MAX_SELECTED:
         block_a, _, num_warps = launch.select(num_a, 1)
         _slots_kernel[(B,)](
@@ -218,7 +206,7 @@ def _launch_slots(
             num_warps=num_warps,
             **launch.CODE,
         )
-        return
+        return slots
     merged = best.new_empty(B, r, dtype=torch.int64)
     launch_select(best[:, num_prefix_tokens:], None, merged, num_prefix_tokens=num_prefix_tokens)
     block_a, _, num_warps = launch.row(num_a, 1)
@@ -229,3 +217,4 @@ def _launch_slots(
         num_warps=num_warps,
         **launch.CODE,
     )
+    return slots

@@ -196,45 +196,28 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     scored = tokens if scored is None else launch.addressable(scored)
     out, kept, weights, slots = empty_outputs(tokens, keep, 1, merge)
     row = tokens.new_empty(B, N, dtype=torch.float32) if known is None else _copy(known)
-    selection = kept, weights, slots
+    selection, is_long = (kept, weights, slots), N - 1 > launch.MAX_SELECTED
     if known is None:
         u, cls_score, _ = launch_query(query, scored.dtype)
-        tiles = score_tiles(scored, u, query.eps)
-        _launch_row_and_selection(*tiles, cls_score, row, *selection, merge=merge)
-    else:
+        parts = *score_tiles(scored, u, query.eps), cls_score
+        _, H, T = parts[1].shape
+        if is_long:
+            launch_row(*parts, row)
+        else:
+            block_n, block_t, num_warps = launch.select(N - 1, T)
+            _score_select_kernel[(B,)](
+                *(*parts, row, *selection, N, keep, H, T),
+                MERGE=merge,
+                BLOCK_N=block_n,
+                BLOCK_T=block_t,
+                BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
+                num_warps=num_warps,
+                **launch.CODE,
+            )
+    if is_long or known is not None:
         launch_select(row[:, 1:], None, *selection, num_prefix_tokens=1, merge=merge)
     launch_move(tokens, out, weights, slots, merge=merge)
     return out, *selection, row
-
-
-def _launch_row_and_selection(
-    scores: Tensor,
-    tops: Tensor,
-    totals: Tensor,
-    cls_score: Tensor,
-    row: Tensor,
-    kept: Tensor,
-    weights: Tensor,
-    slots: Tensor,
-    *,
-    merge: bool,
-) -> None:
-    """Write the row, kept, weights and slots; a long row is written by its own launch first."""
-    (B, N), (_, H, T) = row.shape, tops.shape
-    if N - 1 > launch.MAX_SELECTED:
-        launch_row(scores, tops, totals, cls_score, row)
-        launch_select(row[:, 1:], None, kept, weights, slots, num_prefix_tokens=1, merge=merge)
-        return
-    block_n, block_t, num_warps = launch.select(N - 1, T)
-    _score_select_kernel[(B,)](
-        *(scores, tops, totals, cls_score, row, kept, weights, slots, N, kept.shape[1], H, T),
-        MERGE=merge,
-        BLOCK_N=block_n,
-        BLOCK_T=block_t,
-        BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
-        num_warps=num_warps,
-        **launch.CODE,
-    )
 
 
 def _copy(row: Tensor) -> Tensor:
