@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from elip_models.reduction import call_context
 from elip_models.reduction.call_context import Guide
 from elip_models.reduction.reduced_model import Args, Kwargs, Reduction, refuse_fx
-from elip_models.reduction.strategy import Strategy
 from elip_models.towers.base import original_method, scoring_context
 
 MODEL_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
@@ -136,7 +135,9 @@ class CollectHiddenStates:
                     f"output_hidden_states: expected False under {strategy.name!r}, whose grid is "
                     "smaller than the image's, got True; unreduce_ the model first"
                 )
-        replaces = _replaces_attention(strategy) or tower.reads_own_positions
+        # attention modules see other tokens than those that leave the blocks
+        replaces = strategy.replaces_block or strategy.replaces_later or strategy.runs_blocks
+        replaces = replaces or tower.reads_own_positions
         if not output and replaces and tower.collects("attentions", kwargs):
             other = (
                 "" if tower.reads_own_positions else ", or take strategy='elip' with scorer='last'"
@@ -146,11 +147,6 @@ class CollectHiddenStates:
                 "place of the blocks or runs some twice, got True; unreduce_ the model first"
                 f"{other}"
             )
-
-
-def _replaces_attention(strategy: Strategy) -> bool:
-    """Return whether attention modules see other tokens than those that leave the blocks."""
-    return strategy.replaces_block or strategy.replaces_later or strategy.runs_blocks
 
 
 class Representation:

@@ -53,7 +53,8 @@ def install_strategy(
         reason = f"the text encoder of a {type(model).__name__} reads patches"
         raise TypeError(f"class_token_only: expected False, since {reason}, got True")
     reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
-    if not any(_are_alike(reduction, other) for other in others):
+    key = reduction.strategy, reduction.image_text is None
+    if not any(key == (other.strategy, other.image_text is None) for other in others):
         _install(model, reduction)  # an equal one stays, so that torch.compile keeps its graph
     return model
 
@@ -90,12 +91,6 @@ def strategy_by_default(
     saved = strategy_in_config(image_text or tower) if use_config else None
     is_original = all(_replaced(block, "forward") is None for block in tower.blocks)
     return saved or default_strategy(tower, has_text=has_text, may_replace=is_original)
-
-
-def _are_alike(one: Reduction, other: Reduction) -> bool:
-    """Return whether both reduce by the same strategy, and both or neither a whole model."""
-    are_whole = [reduction.image_text is not None for reduction in (one, other)]
-    return one.strategy == other.strategy and are_whole[0] == are_whole[1]
 
 
 def _refuse_replaced(reduction: Reduction) -> None:

@@ -369,16 +369,12 @@ def keeps_of(
 
 
 keeps_of._dynamo_marked_constant = True  # a graph has the result for every number of patches
-
-
-@_cached
-def _inference_cost(strategy: Strategy, size: TowerSize) -> float:
-    return inference_ratio(strategy, size)
+_inference_ratio = cache(inference_ratio)
 
 
 def _warn_if_slower(strategy: Strategy, size: TowerSize) -> None:
     """Warn once if choosing the tokens costs more than dropping them saves."""
-    cost = _inference_cost(strategy, size)
+    cost = _inference_ratio(strategy, size)
     if cost > 1.0:
         scorer = getattr(strategy, "scorer", strategy.name)
         warn_once(
