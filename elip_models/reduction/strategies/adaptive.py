@@ -21,7 +21,7 @@ from elip_kernels.ops.select_device import LEAST_SUM
 from elip_models.reduction.nearest import merge_nearest
 from elip_models.reduction.schedule import Stage
 from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.strategies.elip import ELIP, Staged, fused_cls
+from elip_models.reduction.strategies.elip import ELIP, Staged, query_of
 from elip_models.reduction.strategy import Context, StageInfo
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.base import scoring_context
@@ -95,7 +95,7 @@ class AdaptiveELIP(ELIP):
             return context.replay.attention
         mask = None if context.previous is None else context.previous.reduction.mask
         with scoring_context(tower.model, tokens):
-            cls = fused_cls(tower, tokens, context.text_cls, self)
+            cls = query_of(tower, tokens, context.text_cls, self).fused()
             return tower.cls_attention(stage.last, tokens, cls, mask=mask)
 
     def _reduce(

@@ -318,24 +318,12 @@ def check_text(text_cls: Tensor, expected: tuple[int, int], device: torch.device
         raise ValueError(f"text_cls: expected it on {device}, got {text_cls.device}")
 
 
-def checked_text(tokens: Tensor, text_cls: Tensor | None) -> Tensor | None:
-    """Return the checked guidance (B, D) of `tokens`, expanded from (1, D); None without text."""
-    if text_cls is None:
-        return None
-    if text_cls.shape[0] == 1:
-        text_cls = text_cls.expand(tokens.shape[0], -1)
-    check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
-    return text_cls
-
-
 def query_of(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Query:
     """Return token 0 and the text (B, D) or (1, D) to fuse with it; without CLS the text alone."""
-    text = checked_text(tokens, text_cls)
+    if text_cls is not None:
+        if text_cls.shape[0] == 1:
+            text_cls = text_cls.expand(tokens.shape[0], -1)
+        check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
     if not tower.has_cls:
-        return Query(text.to(tokens.dtype))
-    return Query(tokens[:, 0], text, strategy.fusion, strategy.guidance_norm)
-
-
-def fused_cls(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Guided) -> Tensor:
-    """Return token 0 fused with a text by Eq. 1; without CLS token the text itself."""
-    return query_of(tower, tokens, text_cls, strategy).fused()
+        return Query(text_cls.to(tokens.dtype))
+    return Query(tokens[:, 0], text_cls, strategy.fusion, strategy.guidance_norm)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels.ops.gather_ops import largest
-from elip_models.reduction.strategies.elip import ELIP, Guided, fused_cls
+from elip_models.reduction.strategies.elip import ELIP, Guided, query_of
 from elip_models.reduction.strategies.tome import ToMe
 from elip_models.reduction.strategy import Context
 from elip_models.towers import Tower, TowerSize
@@ -58,7 +58,7 @@ class GuidedToMe(Guided, ToMe):
         """Return the penalty (B, N) of each token by block i's CLS row."""
         p, mask = tower.num_prefix_tokens, context.mask
         with scoring_context(tower.model, tokens):
-            cls = fused_cls(tower, tokens, context.text_cls, self)
+            cls = query_of(tower, tokens, context.text_cls, self).fused()
             row = tower.cls_attention(i, tokens, cls, mask=mask)
             patches = row[:, p:]
             count = int(self.protect * patches.shape[1])
