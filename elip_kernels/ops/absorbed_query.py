@@ -95,11 +95,11 @@ def _load_cls(cls_ptr, text_ptr, offs_c, offs_t, mask, f_cls, f_text, HAS_TEXT: 
 
 
 @triton.jit
-def _fusion_scales(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, BLOCK_B: tl.constexpr,
+def _fused_moments(
+    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, eps, BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Return the factors of CLS and of the text in c, and the mean of c, all [BLOCK_B]."""
+    """Return the factors of CLS and of the text in c, its mean and its rstd, all [BLOCK_B]."""
     fusion = tl.cast(fusion, tl.float32)
     f_cls = tl.full([BLOCK_B], 1.0, tl.float32)
     f_text = tl.zeros([BLOCK_B], tl.float32)
@@ -125,19 +125,7 @@ def _fusion_scales(
         f_text = tl.where(is_text == 1, 1.0 - fusion, 0.0)
         if MATCH:
             f_text *= tl.sqrt(norm_cls) / tl.maximum(tl.sqrt(norm_text), LEAST_NORM)
-    return f_cls, f_text, (f_cls * sum_cls + f_text * sum_text) / D
-
-
-@triton.jit
-def _fused_moments(
-    cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion, eps, BLOCK_B: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_TEXT: tl.constexpr, MATCH: tl.constexpr, LEAST_NORM: tl.constexpr,
-):  # fmt: skip
-    """Return `_fusion_scales` and 1 / sqrt(variance of c + eps), all [BLOCK_B]."""
-    f_cls, f_text, mean = _fusion_scales(
-        cls_ptr, text_ptr, row_c, row_t, mask_b, D, fusion,
-        BLOCK_B, BLOCK_R, HAS_TEXT, MATCH, LEAST_NORM,
-    )  # fmt: skip
+    mean = (f_cls * sum_cls + f_text * sum_text) / D
     squares = tl.zeros([BLOCK_B], tl.float32)
     for d in tl.range(0, D, BLOCK_R, num_stages=3):  # the second read of c hits the cache
         offs = (d + tl.arange(0, BLOCK_R))[None, :]
@@ -190,15 +178,6 @@ def split(x, dtype: tl.constexpr):
     """Return fp32 x as rounded + rest, both of a smaller dtype; for fp32 the rest is 0."""
     rounded = x.to(dtype)
     return rounded, (x - rounded.to(tl.float32)).to(dtype)
-
-
-@triton.jit
-def store_rows(at, u, mask, D, ROWS: tl.constexpr):
-    """Store u as one row, or as rounded and, D entries behind it, the rest."""
-    rounded, rest = split(u, at.dtype.element_ty)
-    tl.store(at, rounded, mask=mask)
-    if ROWS == 2:
-        tl.store(at + D, rest, mask=mask)
 
 
 @kernel(do_not_specialize=["B"])
@@ -261,7 +240,11 @@ def _query_kernel(
         u = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         u = add_product(q, k_slice, u, TERMS, PRECISION) * (scale * gamma) - mean_u[:, None]
         at = query_ptr + (image * H + pid_h) * ROWS * D + offs_d[None, :]
-        store_rows(at, u, mask_b[:, None] & (offs_d < D)[None, :], D, ROWS)
+        mask = mask_b[:, None] & (offs_d < D)[None, :]
+        rounded, rest = split(u, at.dtype.element_ty)
+        tl.store(at, rounded, mask=mask)
+        if ROWS == 2:
+            tl.store(at + D, rest, mask=mask)
 
 
 def launch_query(
