@@ -192,15 +192,6 @@ class GraphPass:
         """Copy without guidance and without a forward pass."""
         return GraphPass, (self.reduction,)
 
-    def guide(self, owner: object, text_cls: Tensor) -> None:
-        """Guide graphs by text_cls (B, D) until `owner` removes it."""
-        self.guides[id(owner)] = self.text_cls = text_cls
-
-    def unguide(self, owner: object) -> None:
-        """Remove the text that `owner` has set."""
-        del self.guides[id(owner)]
-        self.text_cls = next(reversed(self.guides.values()), None)
-
     def begin_dense_call(self) -> None:
         """Begin a call in which every block takes and returns all tokens of block 0."""
         self.on_grid = True
