@@ -13,7 +13,7 @@ A library is imported when one of its models is opened.
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
         options = {"pretrained_cfg_overlay": {"file": file}, **options}
     if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
         raise ValueError(f"spec: expected a name of timm.list_models(), got {name!r}")
-    with _errors_of(name, file) if file else nullcontext():
+    with library_errors(f"spec: {file}", f"weights of {name}") if file else nullcontext():
         return timm.create_model(name, pretrained=pretrained, **options)
 
 
@@ -129,11 +129,6 @@ def _check_weights_file(file: str, pretrained: bool) -> None:
         raise ValueError(f"spec: expected a file of weights behind the name, got {file!r:.300}")
     if not pretrained:
         raise ValueError(f"pretrained: expected True with a file of weights, got False and {file}")
-
-
-def _errors_of(name: str, file: str) -> AbstractContextManager[None]:
-    """Turn errors of a library that reads weights in a file into ValueError."""
-    return library_errors(f"spec: {file}", f"weights of {name}")
 
 
 def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -154,7 +149,7 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
         )
     weights = (tag or tags[0]) if pretrained else None
     device = torch.get_default_device()
-    with _errors_of(name, tag) if is_file else nullcontext():
+    with library_errors(f"spec: {tag}", f"weights of {name}") if is_file else nullcontext():
         try:
             return open_clip.create_model(name, pretrained=weights, device=device, **options)
         except RuntimeError as error:  # of a failed download
