@@ -100,7 +100,7 @@ def profile_model(
                     batch_size=batch_size,
                     image_size=workload.tower.image_size,
                     tokens=tokens,
-                    retained=fmean(map(fmean, tokens)) / workload.tower.num_tokens,
+                    retained=fmean(map(fmean, tokens)) / workload.tower.size.num_tokens,
                     forward_flops=flops.forward / batch_size,
                     backward_flops=flops.backward / batch_size,
                     flops_ratio=sum(flops) / sum(dense),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.base import Tower, in_forward, with_cls
+from elip_models.towers.base import Tower, in_forward
 from elip_models.towers.reducible_model import (
     ImageModel,
     ImageTextModel,
@@ -35,7 +35,6 @@ __all__ = [
     "as_tower",
     "in_forward",
     "library_of",
-    "with_cls",
     "without_adapter",
 ]
 

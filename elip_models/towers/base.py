@@ -45,11 +45,6 @@ class Tower(Positions):
     """An image model as the reduction reads it; see `TowerParts` for what an adapter defines."""
 
     @property
-    def num_tokens(self) -> int:
-        """Return the number of tokens that enter block 0."""
-        return self.num_patches + self.num_prefix_tokens
-
-    @property
     def size(self) -> TowerSize:
         """Return the sizes as plain numbers."""
         return TowerSize(

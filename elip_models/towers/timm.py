@@ -1,6 +1,6 @@
 """Towers of timm's VisionTransformer, plain or like CLIP (pre-norm, QuickGELU, LayerScale).
 
-Uses patch_embed, _pos_embed, patch_drop, norm_pre, blocks (norm1, attn, ls1, drop_path1, and the
+Uses patch_embed, _pos_embed, norm_pre, blocks (norm1, attn, ls1, drop_path1, and the
 same of the MLP sublayer) and norm.
 """
 
@@ -213,10 +213,6 @@ class TimmTower(PlainTimm):
         if isinstance(attn, Attention):
             return None
         return f"its attention is {type(attn).__name__} and not timm's plain Attention"
-
-    def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `embed_methods` and block 0."""
-        return self.model.norm_pre(self.model.patch_drop(tokens))
 
     def is_plain(self, i: int) -> bool:
         """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""

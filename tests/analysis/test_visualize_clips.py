@@ -69,7 +69,7 @@ def test_encode_image_takes_clips_and_gives_each_tubelet_its_token(layer):
     tower = as_tower(model)
     assert (tower.num_frames, tower.num_steps, patch_grid(tower)) == (4, 2, (6, 6))
     tokens, infos = elip_models.encode_image(model, clips, strategy="tome", return_info=True)
-    assert tokens.shape[1] == infos[-1].sizes.shape[1] < tower.num_tokens
+    assert tokens.shape[1] == infos[-1].sizes.shape[1] < tower.size.num_tokens
     with elip_models.record_stages(elip_models.reduce_(model, strategy="tome")) as recorded:
         model(clips)
     found = (tokens_of_patches(each, 72)[-1] for each in (infos, recorded))

@@ -7,7 +7,8 @@ import elip_kernels
 import elip_models
 from elip_models import GuidedToMe, ToMe
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
-from elip_models.towers import as_tower, with_cls
+from elip_models.towers import as_tower
+from elip_models.towers.base import with_cls
 from tests.helpers.models import siglip_vision
 from tests.helpers.towers import clip_vit, images, plain_vit, text
 

@@ -35,7 +35,7 @@ def test_a_tower_without_cls_is_reduced_by_itself(without_text):
     tokens, infos = elip_models.encode_image(model, x, **plan, return_info=True)
     elip_models.reduce_(model, strategy="elip", **plan)
     assert torch.equal(model(x).last_hidden_state, whole_grid(tokens, infos))
-    assert tokens.shape[1] < as_tower(model).num_tokens
+    assert tokens.shape[1] < as_tower(model).size.num_tokens
 
 
 def test_a_text_changes_nothing_and_a_warning_names_the_scorer():

@@ -169,7 +169,7 @@ def test_parts_add_up_to_the_model_on_images_of_one_size(name):
         tokens = whole
     assert elip_models.encode_image(model, torch.stack(batch)).shape[1] < tokens.shape[1]
     grid = tower.embed(torch.zeros(1, 3, *tower.image_size).double())
-    assert grid.shape[1] == tower.num_tokens
+    assert grid.shape[1] == tower.size.num_tokens
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_parts_add_up_to_the_block(model):
     tower, close = as_tower(model), {"atol": 2e-5, "rtol": 2e-5}
     places = torch.stack([torch.randperm(36)[:20].sort().values for _ in range(2)])
     places[:, -1] = -1  # a merged token
-    for at, n in ((None, tower.num_tokens), (places, tower.num_prefix_tokens + 20)):
+    for at, n in ((None, tower.size.num_tokens), (places, tower.num_prefix_tokens + 20)):
         x, bound = tower.embed(images())[:, :n], tower.with_positions(at)
         for i in range(tower.depth):
             whole = bound.block(i, x)

@@ -18,7 +18,7 @@ def model(request):
 def test_parts_add_up_to_the_block(model):
     tower = as_tower(model)
     tokens = tower.embed(images())
-    assert tokens.shape == (2, tower.num_tokens, WIDTH)
+    assert tokens.shape == (2, tower.size.num_tokens, WIDTH)
     for i in range(tower.depth):
         whole = tower.block(i, tokens)
         assert tower.is_plain(i)

@@ -111,7 +111,7 @@ def test_parts_add_up_to_the_layer(layer):
     tower.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     model(x)
     tower, (tokens,) = tower.resized_for(x), entered
-    assert tokens.shape[1] == tower.num_tokens
+    assert tokens.shape[1] == tower.size.num_tokens
     for i in range(tower.depth):
         whole = tower.block(i, tokens)
         apart = tower.mlp(i, tower.attend(i, tokens))
@@ -128,8 +128,8 @@ def test_no_merges_is_the_model_and_merges_are_undone(layer):
     assert torch.equal(features(model, x), dense)
     with elip_models.record_stages(elip_models.reduce_(model)) as infos:
         merged = features(model, x)
-    assert infos[-1].sizes.shape[1] < as_tower(model).num_tokens
-    assert infos[-1].sizes.sum(1).eq(as_tower(model).num_tokens).all()
+    assert infos[-1].sizes.shape[1] < as_tower(model).size.num_tokens
+    assert infos[-1].sizes.sum(1).eq(as_tower(model).size.num_tokens).all()
     assert merged.isfinite().all() and not torch.equal(merged, dense)
     assert torch.equal(features(elip_models.unreduce_(model), x), dense)
 
