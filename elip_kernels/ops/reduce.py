@@ -100,35 +100,21 @@ def reduce(
     """
     scores, keep = reduce_arguments(tokens, attn, keep, mask, num_prefix_tokens)
     check_flags(merge=merge, return_info=return_info)
+    p = num_prefix_tokens
     if keep == scores.shape[1]:
-        info = _keep_all_info(tokens, scores, mask, num_prefix_tokens) if return_info else None
-        return (tokens, info) if return_info else tokens
-    out, kept, weights, _ = reduce_op(tokens, scores, mask, keep, num_prefix_tokens, merge)
+        if not return_info:
+            return tokens
+        B, N, _ = tokens.shape
+        kept = torch.arange(p, N, device=tokens.device).expand(B, -1)
+        weights = tokens.new_zeros(B, N, dtype=accumulator(tokens, scores))
+        return tokens, ReductionInfo(kept, weights, mask, p, merged=False)
+    out, kept, weights, _ = reduce_op(tokens, scores, mask, keep, p, merge)
     if not return_info:
         return out
-    mask = _output_mask(mask, kept, num_prefix_tokens, merge)
-    return out, ReductionInfo(kept, weights, mask, num_prefix_tokens, merge)
-
-
-def _output_mask(
-    mask: Tensor | None, kept: Tensor, num_prefix_tokens: int, merge: bool
-) -> Tensor | None:
-    """Return which output tokens are real; the merged one is if a real token was dropped."""
-    if mask is None:
-        return None
-    parts = [mask[:, :num_prefix_tokens], mask.gather(1, kept)]
-    if merge:
-        parts.append(mask[:, num_prefix_tokens:].sum(1, keepdim=True) > kept.shape[1])
-    return torch.cat(parts, dim=1)
-
-
-def _keep_all_info(
-    tokens: Tensor, scores: Tensor, mask: Tensor | None, num_prefix_tokens: int
-) -> ReductionInfo:
-    B, N, _ = tokens.shape
-    kept = torch.arange(num_prefix_tokens, N, device=tokens.device).expand(B, -1)
-    weights = tokens.new_zeros(B, N, dtype=accumulator(tokens, scores))
-    return ReductionInfo(kept, weights, mask, num_prefix_tokens, merged=False)
+    if mask is not None:  # the merged token is real if a real token was dropped
+        merged = [mask[:, p:].sum(1, keepdim=True) > keep] if merge else []
+        mask = torch.cat([mask[:, :p], mask.gather(1, kept), *merged], dim=1)
+    return out, ReductionInfo(kept, weights, mask, p, merge)
 
 
 def reduce_reference(
