@@ -78,12 +78,6 @@ def absorbed_query(dtype: torch.dtype, query: QueryArguments) -> tuple[Tensor, T
     return u, F.layer_norm(cls, (D,), eps=a.eps)
 
 
-def query_flops(cls_shape: tuple[int, ...], q_weight_shape: tuple[int, ...]) -> int:
-    """Return 4 B D H d: one product with each of the two matrices."""
-    B, D = cls_shape
-    return 4 * B * D * q_weight_shape[0]
-
-
 @triton.jit
 def _load_cls(cls_ptr, text_ptr, offs_c, offs_t, mask, f_cls, f_text, HAS_TEXT: tl.constexpr):
     """Load a slice of c in fp32 [BLOCK_B, features]."""

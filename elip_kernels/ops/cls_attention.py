@@ -41,7 +41,6 @@ from elip_kernels.ops.absorbed_query import (
     QueryArguments,
     absorbed_query,
     launch_query,
-    query_flops,
     with_query_signature,
 )
 from elip_kernels.ops.gather_ops import accumulator
@@ -264,10 +263,10 @@ def _flops(q_shape, k_shape, *args, **kwargs) -> int:
 
 
 def absorbed_flops(tokens_shape: tuple[int, ...], *shapes: Any) -> int:
-    """Return the FLOPs of the query plus 2 B H N D for the scores."""
+    """Return 4 B D H d for the query, by two matrices, and 2 B H N D for the scores."""
     query = QueryArguments(*shapes[: len(QueryArguments._fields)])
     B, N, D = tokens_shape
-    return query_flops((B, D), query.q_weight) + 2 * B * query.num_heads * N * D
+    return 4 * B * D * query.q_weight[0] + 2 * B * query.num_heads * N * D
 
 
 def absorbed_unsupported(tokens: Tensor, *query: Any, most: int | None = None) -> str | None:
