@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -63,12 +63,10 @@ def strategy_of(saved: Any, named: Mapping[str, type] = NAMED) -> Any:
             f"settings.{missing}: expected one for {name!r}, got none; pass it as strategy=, such "
             f"as '{name}:{missing}=..'"
         )
-    read = {
-        key: _schedule(value) if Schedule in get_args(known[key].type) else _tuples(value)
-        for key, value in settings.items()
-    }
+    if isinstance(schedule := settings.get("schedule"), dict):
+        settings = settings | {"schedule": _schedule(schedule)}
     with as_config_error("settings"):
-        return named[name](**read)
+        return named[name](**settings)
 
 
 def check_stored(saved: Any, known: Iterable[str]) -> None:
@@ -121,15 +119,8 @@ def _plain(value: Any) -> Any:
     return {"groups": value.exact} | stored if stored else value.exact
 
 
-def _schedule(value: Any) -> Schedule:
-    """Return the schedule of its JSON."""
-    if not isinstance(value, dict):
-        return Schedule.parse(value)
+def _schedule(value: dict[str, Any]) -> Schedule:
+    """Return the schedule of its text and flags."""
     _check_keys("settings.schedule.", value, known=[field.name for field in fields(Schedule)])
     flags = {name: flag for name, flag in value.items() if name != "groups"}
     return replace(Schedule.parse(value.get("groups")), **flags)
-
-
-def _tuples(value: Any) -> Any:
-    """Return a list as a tuple, other values unchanged."""
-    return tuple(value) if isinstance(value, list) else value
