@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import ReductionInfo
-from elip_kernels.ops.gather_ops import largest
+from elip_kernels.ops.gather_ops import largest, take_rows
 from elip_kernels.ops.select_device import LEAST_SUM
 from elip_models.reduction.nearest import merge_nearest
 from elip_models.reduction.schedule import Stage
@@ -113,7 +113,7 @@ class AdaptiveELIP(ELIP):
             reduction = info.reduction._replace(kept=chosen + p, mask=mask)
             return tokens, info._replace(reduction=reduction)
         patches = tokens[:, p:]
-        kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+        kept = take_rows(tokens, chosen + p)
         merged = (weights.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype)
         tokens = torch.cat([tokens[:, :p], kept, merged], dim=1)
         mask = torch.cat([prefix, real, weights.sum(1, keepdim=True) > 0], dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import elip_kernels
 from elip_kernels import ReductionInfo
-from elip_kernels.ops.gather_ops import largest
+from elip_kernels.ops.gather_ops import largest, take_rows
 from elip_models.reduction.flops import TokenCounts
 from elip_models.reduction.nearest import merge_nearest, nearest_flops
 from elip_models.reduction.schedule import Stage
@@ -121,7 +121,7 @@ class EViT(Strategy):
             return tower.mlp(i, tokens), info
         fused = scores.scatter(1, chosen, 0.0)
         patches = tokens[:, p:]
-        kept = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+        kept = take_rows(tokens, chosen + p)
         rows = [tokens[:, :p], kept]
         if self.merge == "one":
             rows.append((fused.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype))

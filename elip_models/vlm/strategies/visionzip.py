@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elip_kernels.ops.gather_ops import take_rows
 from elip_models.validation import Share
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
@@ -40,17 +41,17 @@ class VisionZip(ImageTokenStrategy):
         dominant, targets, others, nearest = choose(
             context.attention, context.keys, count - means, means
         )
-        features = tokens.gather(1, targets.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+        features = take_rows(tokens, targets)
         if means:
             index = nearest.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
-            merged = tokens.gather(1, others.unsqueeze(-1).expand_as(index))
+            merged = take_rows(tokens, others)
             features = features.scatter_reduce(1, index, merged, "mean", include_self=True)
         dominant = dominant.clone()
         last = tokens.shape[1] - 1
         has_last = (dominant == last).any(1) | (targets == last).any(1)
         dominant[:, -1] = dominant[:, -1].where(has_last, last)
-        own = tokens.gather(1, dominant.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
-        return torch.cat((dominant, targets), 1), torch.cat((own, features), 1)
+        features = torch.cat((take_rows(tokens, dominant), features), 1)
+        return torch.cat((dominant, targets), 1), features
 
     def flops(self, length: int, width: int) -> int:
         """Return the additions of the means; the attention row of the tower is not counted."""
@@ -80,10 +81,6 @@ def choose(
     is_target[: step * means : step] = True
     targets, others = left[:, is_target], left[:, ~is_target]
     unit = F.normalize(keys.float(), dim=-1)
-    of_targets, of_others = (
-        unit.gather(1, positions.unsqueeze(-1).expand(-1, -1, unit.shape[2]))
-        for positions in (targets, others)
-    )
-    similarity = of_others @ of_targets.mT
+    similarity = take_rows(unit, others) @ take_rows(unit, targets).mT
     nearest = similarity.argmax(2) if means else others.new_zeros(others.shape)
     return best, targets, others, nearest
