@@ -151,7 +151,7 @@ class Operator:
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         self.decomposition = without_autocast(reference)
         LIBRARY.impl(name, self.decomposition, "CompositeExplicitAutograd")
-        self.implementations = {"cuda": without_autocast(self.on_device)}
+        self.implementations = {"cpu": self.decomposition, "cuda": without_autocast(self.on_device)}
         LIBRARY.impl(name, self.implementations["cuda"], "CUDA")
         torch.library.register_fake(f"elip::{name}", fake, lib=LIBRARY)
         self.function = None if backward is None else self._autograd_function(backward, save)
@@ -173,7 +173,7 @@ class Operator:
             if exports_onnx() or (is_captured() and not _exports_ops):
                 return self.decomposition(*args)
             return self.overload(*args)
-        implementation = self._implementation(args[0].device.type)
+        implementation = self.implementations.get(args[0].device.type)
         if implementation is None:
             return self.overload(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
@@ -182,11 +182,6 @@ class Operator:
             return self.function.apply(*args)
         with torch.no_grad():
             return implementation(*args)
-
-    def _implementation(self, device: str) -> Callable[..., Any] | None:
-        """Return what runs on a device without the dispatcher; None if the dispatcher decides."""
-        own = self.decomposition if device == "cpu" else None
-        return self.implementations.get(device, own)
 
     def on_device(self, *args: Any) -> Any:
         """Launch the kernels; if they do not support the arguments, warn once and run PyTorch."""
@@ -220,7 +215,8 @@ class Operator:
     ) -> Any:
         """Trace the launches of the kernels into a graph, or the op if they are not known yet."""
         plain = {torch.Tensor, FakeTensor, FunctionalTensor}.issuperset(types)
-        has_kernels = self.implementations.get(args[0].device.type) is not None
+        implementation = self.implementations.get(args[0].device.type)
+        has_kernels = implementation not in (None, self.decomposition)
         is_known = plain and has_kernels and not is_interpreted() and _has_fixed_sizes(args)
         if not is_known or _keeps_ops() or self.unsupported(*args) is not None:
             return mode.__torch_dispatch__(overload, types, args, kwargs)
@@ -255,7 +251,7 @@ class Operator:
         """Return the function of autograd with the formulas that `register_autograd` takes."""
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = self._implementation(args[0].device.type)(*args)
+            output = self.implementations[args[0].device.type](*args)
             save(ctx, args, output)
             return output
 
