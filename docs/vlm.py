@@ -4,7 +4,7 @@ python docs/vlm.py             # rewrite the blocks between the markers
 python docs/vlm.py --check     # exit status 1 if a block is stale
 
 The results are those of `benchmarks/bench_vlm.py`, of `benchmarks/redundant_patches.py`, and of a
-study whose code is at commit 1a22749.
+study whose code is at commit 7962d105.
 """
 
 from pathlib import Path
