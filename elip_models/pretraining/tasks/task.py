@@ -204,7 +204,7 @@ def image_with_caption(
     rng: np.random.Generator,
     prompt: str = "",
 ) -> dict[str, Tensor]:
-    """Return "images" (3, S, S) and the text of one of its captions, behind `prompt`."""
+    """Return "images" (3, S, S) and the text of one of its captions, which begins with `prompt`."""
     caption = sample.captions[rng.integers(len(sample.captions))]
     return {"images": preprocessor.image(sample.image, rng), **preprocessor.text(prompt + caption)}
 
