@@ -243,7 +243,7 @@ def in_place_of(
 
 
 def _has_sharded_parameters(module: nn.Module) -> bool:
-    if not (dist.is_available() and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()):  # no DTensor without a process group
         return False
     from torch.distributed.tensor import DTensor
 
