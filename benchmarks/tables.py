@@ -35,9 +35,8 @@ def device_tables(results: Results) -> str:
         parts += tower_table(towers)
     if compared:
         parts += strategy_table(compared)
-    language = [entry for entry in results.entries if "language_model" in entry]
-    if language:
-        parts += language_model_table(language)
+    if any("language_model" in entry for entry in results.entries):
+        parts.append("[Language models](vlm.md#how-much-time-it-saves) have a table of their own.")
     caches = [entry for entry in results.entries if "static" in entry.get("ratios", ())]
     if caches:
         parts += cache_table(caches)

@@ -1,4 +1,4 @@
-"""Draw the chart of README.md: time against accuracy, from the results of `benchmarks.real.tasks`.
+"""Draw the chart of results.md: time against loss, from the results of `benchmarks.real.tasks`.
 
 python docs/readme_chart.py             # write docs/time_against_accuracy.svg
 python docs/readme_chart.py --check     # exit status 1 if the file is stale
@@ -25,7 +25,7 @@ DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "real" / "tasks_test.json"
 CHART = DOCS / "time_against_accuracy.svg"
 BATCH, THREADS = 8, 2
-KEEPS = (0.7, 0.5, 0.35)
+KEEPS = (0.7, 0.5)
 LINES = {
     "merge": ("merge (default)", "#009e73", "o"),
     "resize_merge": ("resize_merge", "#0072b2", "D"),
@@ -35,11 +35,9 @@ LINES = {
 }
 """Strategy: its name in the chart, colour, marker."""
 PANELS = {
-    "top1": "Classification: top-1 of a linear probe, %",
-    "text_to_image_r5": "Retrieval, text to image: R@5, %",
+    "top1": "Classification: top-1 of a linear probe",
+    "text_to_image_r5": "Retrieval, text to image: R@5",
 }
-LOWEST = 20
-"""Points below dense at which the charts end."""
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -55,21 +53,36 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axes: "Axes", document: dict[str, Any], task: str, title: str) -> None:
-    rows = {row["setting"]: row for row in document["settings"]}
+    rows = {row["setting"]: row["difference"][task] for row in document["settings"]}
     runs = document["time"]["runs"]
     times = next(run for run in runs if (run["batch"], run["threads"]) == (BATCH, THREADS))
-    dense = 100 * document["dense"][task]["mean"]
     for strategy, (label, colour, marker) in LINES.items():
-        settings = [name for name in (f"{strategy} {keep}" for keep in KEEPS) if name in rows]
-        x = [1.0, *(times["ratios"][name] for name in settings)]
-        y = [dense, *(100 * rows[name][task]["mean"] for name in settings)]
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.4, label=label)
-    axes.plot([1.0], [dense], color=GREY, marker="*", markersize=11, zorder=5)
-    axes.annotate("dense", (1.0, dense), (0, 7), textcoords="offset points", ha="center")
-    axes.set_ylim(dense - LOWEST, dense + 3)
-    axes.set_xlim(0.2, 1.06)
+        settings = [f"{strategy} {keep}" for keep in KEEPS]
+        mean, low, high = (
+            [0.0, *(100 * rows[name][end] for name in settings)] for end in ("mean", "low", "high")
+        )
+        errors = [
+            [middle - end for middle, end in zip(mean, low, strict=True)],
+            [end - middle for middle, end in zip(mean, high, strict=True)],
+        ]
+        axes.errorbar(
+            [1.0, *(times["ratios"][name] for name in settings)],
+            mean,
+            errors,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1.4,
+            elinewidth=0.8,
+            capsize=2,
+            label=label,
+        )
+    axes.plot([1.0], [0.0], color=GREY, marker="*", markersize=11, zorder=5)
+    axes.annotate("dense", (1.0, 0.0), (0, 7), textcoords="offset points", ha="center")
+    axes.set_xlim(0.35, 1.06)
     axes.set_title(title, fontsize=9, color=GREY)
     axes.set_xlabel("time relative to dense")
+    axes.set_ylabel("change, points")
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
 
 

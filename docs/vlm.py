@@ -18,6 +18,7 @@ from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "vlm"
+RELEVANT = "diverse:relevance=true"
 
 
 def study_block(study: dict[str, Any]) -> str:
@@ -26,14 +27,16 @@ def study_block(study: dict[str, Any]) -> str:
         f"{study['questions']:,} training images with five to seven questions each, "
         f"{study['steps']:,} steps, {_plural(study['seeds'], 'seed')}; {study['evaluated']:,} "
         f"questions on other images; {study['image_tokens']} image tokens. Measured on "
-        f"{study['date']} at commit {study['commit']['id'][:9]} on {study['device']}. In brackets "
-        "the 95% confidence interval over questions; the differences are paired by question. "
-        "Those of models that were trained with fewer tokens are paired by seed, with the interval "
-        "of Student's t. Bold: it excludes zero. The last column has the difference of each seed."
+        f"{study['date']} at commit {study['commit']['id'][:9]} on {study['device']}. Differences "
+        "from the model with every token are paired by seed, with the 95% confidence interval of "
+        "Student's t over the seeds; one seed has none. The intervals are not adjusted for the "
+        "number of rows, and do not include the choice of the questions. Bold: the interval "
+        "excludes zero. Right answers have the 95% interval over the questions, with the trained "
+        "models fixed."
     )
     dense = study["settings"][0]["by_seed"]
     rows = [
-        [_title(row), _share(row["accuracy"]), _points(row, dense), _by_seed(row, dense)]
+        [_title(row), _share(row["accuracy"]), _points(row["by_seed"], dense), _by_seed(row, dense)]
         for row in study["settings"][1:]
     ]
     rows.insert(0, [_title(study["settings"][0]), _share(study["settings"][0]["accuracy"]), "", ""])
@@ -42,9 +45,16 @@ def study_block(study: dict[str, Any]) -> str:
         [_title(row), *(f"{row['by_kind'][kind][0]:.1%}" for kind in kinds)]
         for row in study["settings"]
     ]
+    seeds = {row["setting"]: row["by_seed"] for row in study["settings"]}
+    keeps = [name.split()[1] for name in seeds if name.startswith(RELEVANT)]
+    relevance = ", ".join(
+        f"{_points(seeds[f'{RELEVANT} {keep}'], seeds[f'diverse {keep}'])} at {keep}"
+        for keep in keeps
+    )
     parts = [
         note,
         table(["image tokens", "right answers", "difference, points", "by seed"], rows, left=1),
+        f"`{RELEVANT}` against `diverse`, paired by seed, in points: {relevance}.",
         table(["right answers", *kinds], by_kind, left=1),
     ]
     return "\n\n".join(parts)
@@ -95,13 +105,9 @@ def _share(interval: list[float]) -> str:
     return f"{mean}% ({low} to {high})"
 
 
-def _points(setting: dict[str, Any], dense: list[float]) -> str:
-    """Return the difference from dense, in points, with its interval."""
-    if setting["setting"].startswith("trained"):
-        return difference(dict(enumerate(setting["by_seed"])), dict(enumerate(dense)))
-    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in setting["difference"])
-    text = f"{mean} ({low} to {high})"
-    return text if setting["difference"][1] <= 0 <= setting["difference"][2] else f"**{text}**"
+def _points(values: list[float], reference: list[float]) -> str:
+    """Return the difference of two settings by seed, in points, with its interval."""
+    return difference(dict(enumerate(values)), dict(enumerate(reference)))
 
 
 def blocks() -> list[Block]:

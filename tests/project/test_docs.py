@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -171,12 +172,34 @@ def test_the_table_of_larger_models_agrees_with_the_counts():
         assert cells.split(" | ") == [*sizes, *(f"{x:.2f}" for x in (*shares, tome.training_flops))]
 
 
-def test_the_summary_on_the_first_page_is_what_is_printed():
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", DOCS / "index.md"], ids=lambda page: page.name
+)
+def test_the_summary_on_the_first_page_is_what_is_printed(page):
     with torch.device("meta"):
         model = elip_models.reduce_(timm.create_model("vit_base_patch16_224"))
-    assert (
-        f"```text\n{elip_models.reduction_summary(model)}\n```" in (DOCS / "index.md").read_text()
-    )
+    assert f"```text\n{elip_models.reduction_summary(model)}\n```" in page.read_text()
+
+
+def test_the_readme_states_the_shape_that_its_op_prints(capsys):
+    (code,) = (code for code in blocks(ROOT / "README.md", "python") if "elip_kernels" in code)
+    exec(compile(code, "README.md", "exec"), {})
+    assert f"# {capsys.readouterr().out.strip()}:" in code
+
+
+CITED = re.compile(r"commits? ((?:[0-9a-f]{7,40}(?:, )?)+)")
+
+
+def test_the_commits_that_the_pages_name_are_in_the_repository():
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("the whole history of the repository is needed")
+    lists = [each for page in PAGES for each in CITED.findall(page.read_text())]
+    named = {commit for commits in lists for commit in commits.rstrip(", ").split(", ")}
+    missing = [each for each in named if git("cat-file", "-e", f"{each}^{{commit}}").returncode]
+    assert named and not missing
 
 
 def test_keep_is_about_the_share_of_the_flops():

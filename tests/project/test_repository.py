@@ -26,6 +26,7 @@ def test_every_address_of_the_project_is_one_of_its_metadata():
 def test_the_citation_and_the_changelog_have_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == elip_kernels.__version__
+    assert f"version = {{{citation['version']}}}" in (ROOT / "README.md").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text()
     released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
     assert released[0] == (citation["version"], citation["date-released"])
