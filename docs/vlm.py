@@ -62,7 +62,7 @@ def study_block(study: dict[str, Any]) -> str:
 
 
 def losses_block(study: dict[str, Any]) -> str:
-    """Return what the models of the study lose with the default strategy, by the share of tokens."""
+    """Return what the models of the study lose with the default strategy, by `keep`."""
     seeds = {row["setting"]: row["by_seed"] for row in study["settings"]}
     losses = {
         name.split()[1]: sorted(

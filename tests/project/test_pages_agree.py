@@ -1,10 +1,11 @@
-"""Pages agree with the code and with each other: extras, options, names, files, run folders."""
+"""Pages agree with the code and with each other: extras, options, names, files, output folders."""
 
 import ast
 import re
 import shlex
 import tomllib
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -12,7 +13,7 @@ import pytest
 import typer
 
 from elip_models.cli import COMMANDS, as_program, load_command
-from elip_models.pretraining.training.recipe import recipe_settings
+from elip_models.pretraining.training.recipe import recipe_names, recipe_settings
 from elip_models.validation import EXTRAS
 from tests.helpers.programs import PROGRAMS
 from tests.project.test_docs import PAGES, ROOT, blocks
@@ -145,19 +146,34 @@ def test_each_name_and_file_in_the_text_of_a_page_exists():
     assert missing == []
 
 
-TRAIN = re.compile(r"(?:^elip|&& elip|-m elip_models\.cli) train (.*)$", re.MULTILINE)
+RUN = re.compile(
+    r"(?:^elip|&& elip|-m elip_models\.cli) (train|finetune|embed) (.*)$", re.MULTILINE
+)
 
 
-def test_a_run_folder_has_one_model_on_all_pages():
-    models = {}
+def written(command, line):
+    """Return the folder that a command writes, and what must be the same to write it again."""
+    words = shlex.split(line, comments=True)
+    options = dict(pairwise(words))
+    if command == "embed":
+        return options["--output"], *map(options.get, ("--model", "--reduce", "--keep"))
+    values = dict(word.split("=", 1) for word in words[1:] if re.match(r"[\w.]+=", word))
+    recipe, start = words[0], options.get("--from")
+    if start is not None:
+        family = Path(start).name.partition("_")[0]  # a task takes the recipe of the model's family
+        names = (f"finetune/{recipe}", f"finetune/{recipe}_{family}")
+        recipe = next(name for name in names if name in recipe_names("finetune"))
+    default = next(each.value for each in recipe_settings(recipe) if each.key == "output_dir")
+    model = {key: value for key, value in values.items() if key.startswith(("model.", "peft."))}
+    return values.get("output_dir", default), recipe, start, *sorted(model.items())
+
+
+def test_an_output_folder_has_one_content_on_all_pages():
+    contents = {}
     for page in PAGES:
         shell = "".join(blocks(page, "bash")).replace("\\\n", " ")
-        for line in TRAIN.findall(shell):
-            recipe, *words = shlex.split(line, comments=True)
-            settings = dict(word.split("=", 1) for word in words if not word.startswith("-"))
-            default = {each.key: each.value for each in recipe_settings(recipe)}["output_dir"]
-            model = {key: value for key, value in settings.items() if key.startswith("model.")}
-            folder = settings.get("output_dir", default)
-            models.setdefault(folder, {})[recipe, *sorted(model.items())] = page.name
-    shared = {folder: runs for folder, runs in models.items() if len(runs) > 1}
-    assert models and not shared
+        for command, line in RUN.findall(shell):
+            folder, *content = written(command, line)
+            contents.setdefault(folder, {})[tuple(content)] = page.name
+    assert contents
+    assert {folder: each for folder, each in contents.items() if len(each) > 1} == {}
