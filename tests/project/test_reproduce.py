@@ -27,9 +27,9 @@ PRINTED = {  # what the commands of a section print, in order
     "Table 4": [r"cider.*bleu_4"],
     "Table 5": [
         r"classification: 12 examples.*accuracy",
-        r"GFLOPs.*dense .*elip:scorer=exact .*evit ",
+        r"GFLOPs.*dense .*elip:scorer=exact .*evit:keep_ratio=0\.7 ",
     ],
-    "Table 6": [r"top-1.*top-5.*accuracy", r"classification: 12 examples.*accuracy"],
+    "Table 6": [r"zero_shot: 12 examples.*top1.*top5", r"classification: 12 examples.*accuracy"],
     "Table 7": [compared("none", "post", "random")] * 2,
     "Table 8": [compared("paper", "20-percent", "40-percent", "two-stages")],
     "Table 9": [r"largest training batch.*dense .*elip:scorer=exact ", r"steps", RECALLS],
