@@ -22,6 +22,7 @@ from elip_models.api import reduce_
 from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import check_keep, get_strategy
+from elip_models.validation import install_command
 
 CREATE = "create_model_and_transforms"
 GUIDED_VALIDATION_ERROR = (
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> int | None:
         from open_clip_train import main as script
     except ImportError as error:
         raise ImportError(
-            f"open_clip's training needs {error.name}: pip install 'elip-kernels[open-clip-train]'"
+            f"open_clip's training needs {error.name}: {install_command('open-clip-train')}"
         ) from error
     if script.parse_args(others).val_data is not None and strategy.is_guided:
         parser.error(GUIDED_VALIDATION_ERROR)
