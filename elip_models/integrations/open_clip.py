@@ -25,6 +25,8 @@ from elip_models.reduction.strategy_spec import check_keep, get_strategy
 from elip_models.validation import install_command
 
 CREATE = "create_model_and_transforms"
+TESTED = ("3.0", "3.3")
+"""The first and the last release of open_clip_torch with which its script was run."""
 GUIDED_VALIDATION_ERROR = (
     "--val-data: expected none with a strategy that the caption guides: open_clip encodes each "
     "image with its own caption there, which leaks the right answer into the ranking; use "
@@ -89,7 +91,8 @@ def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
     if unread:
         raise TypeError(
             f"{function.__module__}.{function.__name__}: expected a function that calls "
-            f"{', '.join(sorted(unread))}, as in open_clip_torch 3.0 to 3.3, got another"
+            f"{', '.join(sorted(unread))}, got another; install open_clip_torch {TESTED[0]} to "
+            f"{TESTED[1]}, with which this was tested"
         )
     return FunctionType(function.__code__, function.__globals__ | names)
 
