@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import tomllib
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,25 @@ def test_the_page_of_finetuning_has_every_recipe_of_another_data_set_or_code():
     assert variants == {
         n for n in recipes_on(DOCS / "finetune.md") if n.endswith(("_flickr", "_elip"))
     }
+
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def extras_of(extra):
+    """Return an extra and all that it contains."""
+    inner = [re.fullmatch(r"elip-kernels\[(.*)\]", each) for each in EXTRAS[extra]]
+    names = [name for each in inner if each for name in each[1].split(",")]
+    return {extra}.union(*map(extras_of, names))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_block_installs_contains_the_commands_of_the_block(page):
+    for code in blocks(page, "bash"):
+        named = re.findall(r'pip install -e "\.\[(.*?)\]"', code)
+        extras = {name for each in named for name in each.split(",")}
+        if extras and re.search(r"^elip |&& elip ", code, re.MULTILINE):
+            assert "train" in set().union(*map(extras_of, extras)), code
 
 
 def test_waiting_for_the_server_ends_if_the_server_does():
