@@ -2,6 +2,7 @@
 
 import reprlib
 import sys
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ def message(argument: str, expected: str, got: Any, remedy: str = "") -> str:
 def described(argument: str, expected: str, got: str, remedy: str = "") -> str:
     """Return an error message as `message` does, for a value that is described already."""
     return f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of NumPy as the int or float with the same digits; others as they are."""
+    if isinstance(value, (int, float)) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return value if isinstance(value, Rational) else float(str(value))
 
 
 def check_dense(argument: str, value: Any, kind: str, shape: str) -> None:
@@ -100,6 +110,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """Return `scale` as a float, or head_dim ** -0.5 if it is None."""
     if scale is None:
         return head_dim**-0.5
+    scale = plain_number(scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(message("scale", "a float or None", scale))
     if not abs(scale) <= sys.float_info.max:
@@ -141,18 +152,27 @@ def check_keep(keep: int | float, candidates: int, *, all_allowed: bool = True) 
         candidates: number of tokens to choose from.
         all_allowed: whether all candidates may be kept.
     """
+    keep = plain_number(keep)
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
-        raise TypeError(message("keep", "an int, or a float ratio in (0, 1]", keep))
+        remedy = "pass 0.7 for 70% of the candidates, or 70 for 70 of them"
+        raise TypeError(message("keep", "an int, or a float ratio in (0, 1]", keep, remedy))
     count = keep
     if isinstance(keep, float):
         if not 0.0 < keep <= 1.0:
-            raise ValueError(message("keep", "a ratio in (0, 1]", keep, "an int counts tokens"))
+            remedy = f"an int counts tokens{_share_of_percent(keep)}"
+            raise ValueError(message("keep", "a ratio in (0, 1]", keep, remedy))
         count = max(1, int(keep * candidates))
     most = candidates if all_allowed else candidates - 1
     if not 1 <= count <= most:
-        remedy = f"there are {candidates} candidates"
+        remedy = f"there are {candidates} candidates{_share_of_percent(keep)}"
         raise ValueError(message("keep", f"1 to {most} candidates kept", keep, remedy))
     return count
+
+
+def _share_of_percent(keep: int | float) -> str:
+    """Return the end of an error for a `keep` that may be meant as a percentage, or ""."""
+    is_percent = isinstance(keep, (int, float)) and 10 <= keep <= 100
+    return f"; pass {keep / 100:g} for {keep:g}%" if is_percent else ""
 
 
 def check_prefix(num_prefix_tokens: int, N: int) -> None:
@@ -212,6 +232,28 @@ def reduce_arguments(
     tokens: Tensor, attn: Tensor, keep: int | float, mask: Tensor | None, num_prefix_tokens: int
 ) -> tuple[Tensor, int]:
     """Check the arguments of `reduce`; return scores (B, N-p) without gradient, and a count."""
+    try:
+        return _reduce_arguments(tokens, attn, keep, mask, num_prefix_tokens)
+    except (TypeError, ValueError) as error:
+        if not _are_swapped(tokens, attn, keep):
+            raise
+        raise type(error)(f"{error}; pass them in the order reduce(tokens, attn, keep)") from None
+
+
+def _are_swapped(tokens: Any, attn: Any, keep: Any) -> bool:
+    """Return whether refused arguments of `reduce` look like others of them."""
+    if isinstance(keep, Tensor):
+        return keep.dim() > 1
+    shapes = [tuple(value.shape) for value in (tokens, attn) if isinstance(value, Tensor)]
+    if list(map(len, shapes)) not in ([2, 3], [3, 3], [4, 3]):
+        return False
+    (B, *_, last), (images, N, _) = shapes
+    return images == B and last <= N
+
+
+def _reduce_arguments(
+    tokens: Tensor, attn: Tensor, keep: int | float, mask: Tensor | None, num_prefix_tokens: int
+) -> tuple[Tensor, int]:
     check_tokens(tokens)
     B, N, _ = tokens.shape
     check_prefix(num_prefix_tokens, N)

@@ -29,9 +29,9 @@ from elip_models.reduction.strategy_spec import (
 )
 from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
-from elip_models.towers import SelfReducingModel
-from elip_models.validation import PositiveInt, as_config_error, check
-from elip_models.vlm.budget import BUDGETS, Budget
+from elip_models.towers import SelfReducingModel, check_module
+from elip_models.validation import PositiveInt, as_config_error, check, shortened
+from elip_models.vlm.budget import BUDGETS, Budget, budget_of
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, find_multimodal
 from elip_models.vlm.patch import (
@@ -109,7 +109,13 @@ def reduce_(
         RuntimeError: a call with other settings inside `guidance`, `budget` or `record_stages`.
     """
     options = {"schedule": schedule, **options}
+    check_module(model, strategy, "reduce_")
     patch.refuse_compiled(model, "reduce_")
+    if isinstance(keep, str) and not isinstance(strategy, str | AnyStrategy | None):
+        raise TypeError(
+            f"strategy: expected a name or a Strategy, got {shortened(strategy)}, with "
+            f"keep={shortened(keep)}; pass keep as the third argument"
+        )
     multimodal = find_multimodal(model)
     if multimodal is None and not _is_for_tower(strategy, options):
         refuse_language_strategy(model, strategy)
@@ -165,7 +171,9 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
         return patch.tower_summary(model)
     reductions = patch.reductions_of(multimodal.tower)
     tower = reductions[0].summary if reductions else None
-    return MultimodalSummary.of(multimodal, *installed_strategies(multimodal), tower)
+    hooks = prompt_hooks(multimodal)
+    inside = None if hooks is None else budget_of(hooks)
+    return MultimodalSummary.of(multimodal, *installed_strategies(multimodal), tower, inside)
 
 
 def is_reduced(model: nn.Module) -> bool:
@@ -216,6 +224,7 @@ def guidance(
         TypeError, ValueError: a model that `reduce_` has not changed, `text_cls` not (B, D), or
             `question` not (B, N) with a token in each row; neither of them.
     """
+    check_module(model, text_cls, "guidance")
     if isinstance(model, SelfReducingModel):
         raise TypeError(
             f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
@@ -282,6 +291,7 @@ def budget(
         TypeError, ValueError: a model without such a strategy, a wrong value, or both arguments.
             The forward pass raises ValueError for a budget that does not fit the prompt.
     """
+    check_module(model, keep, "budget")
     strategies, multimodal = language_strategies_in(model), find_multimodal(model)
     if not strategies:
         raise ValueError(
@@ -300,11 +310,10 @@ def budget(
         )
     keeps = keep if isinstance(keep, Sequence) and not isinstance(keep, str) else [keep]
     if total is not None:
-        check("total", total, PositiveInt)
+        total = check("total", total, PositiveInt)
     else:
-        for value in keeps:
-            replace(strategy, keep=value)  # checks it
-    own = tuple(keeps) if keeps is keep else keep
+        keeps = [replace(strategy, keep=value).keep for value in keeps]  # checks it
+    own = tuple(keeps) if isinstance(keep, Sequence) else keeps[0]
     with within(BUDGETS, Budget(prompt_hooks(multimodal), own, total)):
         yield
 

@@ -22,23 +22,24 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
+from elip_models.validation import (
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    Stopped,
+    TrainingError,
+    install_command,
+    require_extra,
+)
+
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
     from typer.core import TyperGroup
 except ImportError as error:
-    sys.stderr.write(f"elip needs the train extra: pip install 'elip-kernels[train]' ({error})\n")
+    sys.stderr.write(f"elip needs the train extra: {install_command('train')} ({error})\n")
     raise SystemExit(2) from None
-
-from elip_models.validation import (
-    ConfigError,
-    DataError,
-    Stopped,
-    TrainingError,
-    is_missing_extra,
-    require_extra,
-)
 
 COMMANDS = {
     "train": (
@@ -181,9 +182,7 @@ def _run(program: typer.Typer, arguments: Sequence[str] | None, name: str) -> No
     try:
         with require_extra("this"):
             program(args=arguments, prog_name=name)
-    except ImportError as error:
-        if not is_missing_extra(error):
-            raise
+    except MissingExtraError as error:
         _exit_with(str(error))
     except Stopped as stopped:
         _exit_with(str(stopped), stopped.status)

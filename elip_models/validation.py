@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import reprlib
+import shlex
 import signal
 import sys
 import types
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
+from numbers import Integral, Rational, Real
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -37,6 +39,10 @@ class DataError(Exception):
 
 class TrainingError(RuntimeError):
     """A run that cannot start, resume or continue. The message contains a remedy."""
+
+
+class MissingExtraError(ImportError):
+    """A package that an extra of this one installs is missing. The message has the command."""
 
 
 class Stopped(TrainingError):
@@ -127,10 +133,16 @@ Rate = Annotated[float, Bounds(0, 1, includes_high=False)]
 
 
 def check_fields(instance: Any) -> None:
-    """Raise TypeError or ValueError if a field of a dataclass does not match its annotation."""
+    """Raise TypeError or ValueError if a field of a dataclass does not match its annotation.
+
+    A number of NumPy in a field becomes Python's.
+    """
     hints = _field_hints(type(instance))
     for name, hint in hints.items():
-        check(name, getattr(instance, name), hint)
+        value = getattr(instance, name)
+        plain = check(name, value, hint)
+        if plain is not value:
+            object.__setattr__(instance, name, plain)  # the dataclass may be frozen
     for name, hint in hints.items():
         rules = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
         for rule in rules:
@@ -166,11 +178,26 @@ def _field_hints(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def check(name: str, value: Any, hint: Any) -> None:
-    """Raise TypeError or ValueError if the value of argument `name` does not match a type hint."""
+def plain_number(value: Any) -> Any:
+    """Return a number of NumPy as the int or float with the same digits; others as they are."""
+    if isinstance(value, int | float) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return value if isinstance(value, Rational) else float(str(value))
+
+
+def check(name: str, value: Any, hint: Any) -> Any:
+    """Return the value of argument `name`, a number of NumPy as Python's.
+
+    Raises:
+        TypeError, ValueError: the value does not match the type hint.
+    """
+    value = tuple(map(plain_number, value)) if type(value) is tuple else plain_number(value)
     error = mismatch_error(value, hint)
     if error is not None:
         raise error(f"{name}: expected {describe_type(hint)}, got {shortened(value)}")
+    return value
 
 
 def mismatch_error(value: Any, hint: Any) -> type[TypeError | ValueError] | None:
@@ -325,20 +352,23 @@ def require_extra(user: str) -> Iterator[None]:
     except ImportError as error:
         name = error.name or ""
         package = name if name in PARTS else name.partition(".")[0]
-        if package not in EXTRAS | PARTS or is_missing_extra(error):
+        if package not in EXTRAS | PARTS or isinstance(error, MissingExtraError):
             raise
         raise _missing_extra(user, package) from error
 
 
-def is_missing_extra(error: ImportError) -> bool:
-    """Return whether the error is one of `require_extra`, not another failed import."""
-    return "elip-kernels[" in str(error)
+def install_command(extra: str, *options: str) -> str:
+    """Return the command that installs an extra: of the checkout that runs, or of the package."""
+    root = Path(__file__).parents[1]
+    is_checkout = (root / "pyproject.toml").is_file()
+    package = f"{root}[{extra}]" if is_checkout else f"elip-kernels[{extra}]"
+    return shlex.join(["pip", "install", *options, *["-e"] * is_checkout, package])
 
 
-def _missing_extra(user: str, package: str) -> ImportError:
+def _missing_extra(user: str, package: str) -> MissingExtraError:
     if package in PARTS:
-        extra, state, option = PARTS[package], ", which this copy lacks", "--force-reinstall "
+        needs = f"{package}, which this copy lacks"
+        command = install_command(PARTS[package], "--force-reinstall")
     else:
-        extra, state, option = EXTRAS[package], "", ""
-    message = f"{user} needs {package}{state}: pip install {option}'elip-kernels[{extra}]'"
-    return ImportError(message, name=package)
+        needs, command = package, install_command(EXTRAS[package])
+    return MissingExtraError(f"{user} needs {needs}: {command}", name=package)

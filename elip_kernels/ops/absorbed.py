@@ -20,6 +20,7 @@ from elip_kernels._validate import (
     check_tensor,
     check_tokens,
     message,
+    plain_number,
 )
 from elip_kernels.ops.absorbed_query import QueryArguments
 from elip_kernels.ops.fuse_text import check_guidance
@@ -48,6 +49,7 @@ def query_arguments(
     check_tensor("cls", cls, "(B, D)", 2)
     check_shape("cls", cls, (B, D), "(B, D)")
     check_device("cls", cls, "tokens", tokens)
+    eps = plain_number(eps)
     if not isinstance(eps, float):
         raise TypeError(message("eps", "a float, at least 0", eps))
     if not 0 <= eps < float("inf"):
@@ -65,14 +67,14 @@ def query_arguments(
                 check_tensor(name, value, names, len(shape))
                 check_shape(name, value, shape, names)
                 check_device(name, value, "tokens", tokens)
-    check_guidance(tokens, text, fusion, guidance_norm)
+    fusion = check_guidance(tokens, text, fusion, guidance_norm)
     scale = check_scale(scale, width // num_heads)
     projections = matrices["q_weight"], biases["q_bias"], matrices["k_weight"]
     tensors = (cls, text, *norm.values(), *projections)
     cls, text, gamma, beta, *projections = (t if t is None else t.detach() for t in tensors)
     match = guidance_norm == "match"
     return QueryArguments(
-        *(cls, text, float(fusion), match, gamma, beta, eps), *projections, num_heads, scale
+        *(cls, text, fusion, match, gamma, beta, eps), *projections, num_heads, scale
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._validate import check_device, check_tensor, check_tokens, message
+from elip_kernels._validate import check_device, check_tensor, check_tokens, message, plain_number
 from elip_kernels.autocast import without_autocast
 from elip_kernels.ops.gather_ops import accumulator
 
@@ -43,11 +43,11 @@ def fuse_text(
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
     """
     check_tokens(tokens, 1)
-    check_guidance(tokens, text, fusion, guidance_norm)
+    fusion = check_guidance(tokens, text, fusion, guidance_norm)
     tokens = tokens.detach()
     if text is None or fusion == 1:
         return tokens
-    return _fuse_first(tokens, text.detach(), float(fusion), guidance_norm == "match")
+    return _fuse_first(tokens, text.detach(), fusion, guidance_norm == "match")
 
 
 @without_autocast
@@ -57,20 +57,26 @@ def _fuse_first(tokens: Tensor, text: Tensor, fusion: float, match: bool) -> Ten
     return torch.cat([cls.to(tokens.dtype)[:, None], tokens[:, 1:]], 1)
 
 
-def check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str) -> None:
-    """Check that `text`, `fusion` and `guidance_norm` can guide `tokens` (B, N, D)."""
+def check_guidance(tokens: Tensor, text: Tensor | None, fusion: float, guidance_norm: str) -> float:
+    """Check that `text`, `fusion` and `guidance_norm` can guide `tokens` (B, N, D).
+
+    Returns:
+        `fusion` as a float.
+    """
     B, _, D = tokens.shape
     if text is not None:
         check_tensor("text", text, "(B, D) or (1, D)", 2)
         if text.shape not in ((B, D), (1, D)):
             raise ValueError(message("text", f"(B, D) = {(B, D)}, or (1, D) for all images", text))
         check_device("text", text, "tokens", tokens)
+    fusion = plain_number(fusion)
     if isinstance(fusion, bool) or not isinstance(fusion, (int, float)):
         raise TypeError(message("fusion", "a float in [0, 1]", fusion))
     if not 0 <= fusion <= 1:
         raise ValueError(message("fusion", "a float in [0, 1]", fusion))
     if not isinstance(guidance_norm, str) or guidance_norm not in ("none", "match"):
         raise ValueError(message("guidance_norm", "'none' or 'match'", guidance_norm))
+    return float(fusion)
 
 
 def fuse(cls: Tensor, text: Tensor | None, fusion: float, match: bool) -> Tensor:

@@ -29,7 +29,7 @@ from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
 from elip_models.reduction.strategies import STRATEGIES as BUILT_IN
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy, option_types, parse_spec
-from elip_models.towers import Tower, as_reducible, as_tower
+from elip_models.towers import Tower, as_reducible, as_tower, check_module
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
 from elip_models.vlm.families import refuse_multimodal
 
@@ -107,7 +107,7 @@ def calibrate(
         TypeError, ValueError: a wrong argument, a model that cannot be reduced or is already, or
             labels that the probe does not predict better than the most frequent class does.
     """
-    check("tolerance", tolerance, PositiveShare)
+    tolerance = check("tolerance", tolerance, PositiveShare)
     for name, flag in (("every", every), ("time", time), ("class_token_only", class_token_only)):
         check(name, flag, bool)
     if isinstance(strategies, str) or not all(isinstance(text, str) for text in strategies):
@@ -142,6 +142,7 @@ class _Features:
     """The dense features of the images, and the losses and times of reduced copies of the model."""
 
     def __init__(self, model: nn.Module, images: Tensor, metric: Metric, batch_size: int) -> None:
+        check_module(model, images, "calibrate")
         refuse_multimodal(model)
         if is_reduced(model):
             raise ValueError(
@@ -151,8 +152,7 @@ class _Features:
         self.model = shared_copy(as_reducible(model).image_model).eval()
         self.tower = as_tower(self.model)
         self.images = _checked(images, self.tower)
-        check("batch_size", batch_size, PositiveInt)
-        self.batch_size = min(batch_size, len(images))
+        self.batch_size = min(check("batch_size", batch_size, PositiveInt), len(images))
         self.metric = metric
         self.dense = self._dense()
         self.size = self.tower.size

@@ -94,10 +94,14 @@ def calibrate(
     import torch
 
     from elip_models.analysis import calibrate as analysis
+    from elip_models.api import is_reduced, unreduce_
     from elip_models.towers import as_reducible
 
     console = Console(stderr=True)
     opened, files = open_with_images(model, paths, console, pretrained=pretrained)
+    if is_reduced(opened):
+        unreduce_(opened)
+        console.print("MODEL is reduced: its dense model is calibrated", highlight=False)
     device = next(opened.parameters()).device
     read, decoded = zip(*readable(files, console), strict=True)
     pixels = torch.stack(decoded).to(device)

@@ -215,7 +215,7 @@ def set_reduction(model: nn.Module, reduce: str | Strategy | None, keep: float |
         ConfigError: the model cannot be reduced like this.
     """
     with as_config_error("keep", inner="keep"):
-        check_share(keep)
+        keep = check_share(keep)
     if reduce is None and keep is None:
         return model
     if reduce == DENSE:

@@ -44,9 +44,8 @@ class ReductionCallback(TrainerCallback):
             TypeError, ValueError: An invalid `until`. Invalid arguments of `reduce_` raise when
                 training begins.
         """
-        check("until", until, Count | PositiveShare | None)
         self.strategies = () if strategy is None else (strategy,)
-        self.until = until
+        self.until = check("until", until, Count | PositiveShare | None)
         self.options = options
 
     def on_step_begin(

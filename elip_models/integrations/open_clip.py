@@ -22,8 +22,11 @@ from elip_models.api import reduce_
 from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import check_keep, get_strategy
+from elip_models.validation import install_command
 
 CREATE = "create_model_and_transforms"
+TESTED = ("3.0", "3.3")
+"""The first and the last release of open_clip_torch with which its script was run."""
 GUIDED_VALIDATION_ERROR = (
     "--val-data: expected none with a strategy that the caption guides: open_clip encodes each "
     "image with its own caption there, which leaks the right answer into the ranking; use "
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str]) -> int | None:
         from open_clip_train import main as script
     except ImportError as error:
         raise ImportError(
-            f"open_clip's training needs {error.name}: pip install 'elip-kernels[open-clip-train]'"
+            f"open_clip's training needs {error.name}: {install_command('open-clip-train')}"
         ) from error
     if script.parse_args(others).val_data is not None and strategy.is_guided:
         parser.error(GUIDED_VALIDATION_ERROR)
@@ -88,7 +91,8 @@ def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
     if unread:
         raise TypeError(
             f"{function.__module__}.{function.__name__}: expected a function that calls "
-            f"{', '.join(sorted(unread))}, as in open_clip_torch 3.0 to 3.3, got another"
+            f"{', '.join(sorted(unread))}, got another; install open_clip_torch {TESTED[0]} to "
+            f"{TESTED[1]}, with which this was tested"
         )
     return FunctionType(function.__code__, function.__globals__ | names)
 

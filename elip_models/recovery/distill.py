@@ -29,7 +29,7 @@ from elip_models.api import is_reduced, record_stages, reduce_, reduction_summar
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.token_assignment import slots_after
 from elip_models.saving.files import read_state, tensors_sha256, write_tensors
-from elip_models.towers import SelfReducingModel, as_reducible, as_tower
+from elip_models.towers import SelfReducingModel, as_reducible, as_tower, check_module
 from elip_models.validation import (
     Bounds,
     Positive,
@@ -115,9 +115,9 @@ def distill(
     """
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     options["lora_rank"] = lora_rank
-    for name, value in options.items():
-        check(name, value, OPTIONS[name])
+    options = {name: check(name, value, OPTIONS[name]) for name, value in options.items()}
     check("checkpoint", checkpoint, str | os.PathLike | None)
+    check_module(model, images, "distill")
     if not isinstance(images, Tensor | Sequence):
         raise TypeError(
             f"images: expected a tensor (n, 3, H, W) or a sequence of images, got "
@@ -144,8 +144,8 @@ def distill(
     teacher = unreduce_(copy.deepcopy(student)).requires_grad_(False)
     device = next(student.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        with _only_blocks_train(student), _adapters(student, lora_rank):
+        torch.manual_seed(options["seed"])
+        with _only_blocks_train(student), _adapters(student, options["lora_rank"]):
             run = _Run(student, teacher, images, options)
             run.train(None if checkpoint is None else Path(checkpoint), progress)
     return model

@@ -16,7 +16,7 @@ from elip_models.reduction.strategies.elip import check_text
 from elip_models.reduction.strategy import StageInfo, Strategy
 from elip_models.reduction.strategy_spec import StrategyOptions, resolve_strategy
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
-from elip_models.towers import Tower, as_tower, in_forward
+from elip_models.towers import Tower, as_tower, check_module, in_forward
 
 
 @overload
@@ -74,6 +74,7 @@ def encode_image(
         TypeError: the model cannot be reduced, with the reason, or a wrong type.
         ValueError: a wrong value, or a model that `reduce_` has already changed.
     """
+    check_module(model, images, "encode_image")
     tower, options = as_tower(model), {"schedule": schedule, **options}
     strategy = _resolve(tower, strategy, options, keep, has_text=text_cls is not None)
     if not isinstance(return_info, bool):

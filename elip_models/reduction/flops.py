@@ -8,11 +8,12 @@ pass costs twice its forward pass, for the products of input and weight; the emb
 second. Softmax, norms and copies of tokens are not counted.
 """
 
+import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from elip_models.towers import TowerSize
-from elip_models.validation import PositiveShare, check, mismatch_error, shortened
+from elip_models.validation import PositiveShare, check, mismatch_error, plain_number, shortened
 
 S = TypeVar("S", bound="CostModel")
 
@@ -121,7 +122,7 @@ def at_flops(
     Raises:
         ValueError: a ratio that the strategy cannot reach, with the nearest that it can.
     """
-    check("ratio", ratio, PositiveShare)
+    ratio = check("ratio", ratio, PositiveShare)
     share = training_ratio if training else inference_ratio
     best = _nearest(strategy, size, ratio, share)
     reached = share(best, size)
@@ -141,7 +142,7 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
     Raises:
         TypeError, ValueError: no share, or one that the strategy cannot leave.
     """
-    check_share(keep)
+    keep = check_share(keep)
     most = most_kept(strategy, size)
     if keep > most * (1 + TOLERANCE):
         raise ValueError(
@@ -153,28 +154,44 @@ def at_keep(strategy: S, size: TowerSize, keep: float) -> S:
     if keep < least * (1 - TOLERANCE):
         raise ValueError(
             f"keep: expected at least {least:.3f}, what {strategy} leaves of the tokens at its "
-            f"strongest, on average over the {size.depth} layers, got {keep}; reduce in earlier "
-            "layers to keep less"
+            f"strongest, on average over the {size.depth} layers, got {keep}; pass "
+            f"{math.ceil(least * 1000) / 1000} or more"
+            f"{', or earlier blocks as layers' * hasattr(strategy, 'layers')}"
         )
     return best
 
 
-def check_share(keep: float | None) -> None:
-    """Raise TypeError or ValueError unless `keep` is a share of the tokens, or None.
+def check_share(keep: Any) -> float | None:
+    """Return `keep`, a share of the tokens, as a number of Python, or None.
 
-    An integer is an error: a strategy of a language model takes it as a number of tokens.
+    Raises:
+        TypeError, ValueError: another value. An integer is one: a strategy of a language model
+            takes it as a number of tokens.
     """
+    keep = plain_number(keep)
     if isinstance(keep, int) and not isinstance(keep, bool):
         error, got = TypeError, f"the integer {shortened(keep)}"
     else:
         error, got = mismatch_error(keep, PositiveShare | None), shortened(keep)
     if error is not None:
-        is_one = isinstance(keep, int) and keep == 1
-        advice = "1.0 for all of the tokens" if is_one else "0.5 for half of the tokens"
         raise error(
             "keep: expected a float in (0, 1], the mean share of the tokens over the layers, got "
-            f"{got}; pass {advice}"
+            f"{got}; pass {share_for(keep)} of the tokens"
         )
+    return keep
+
+
+def share_for(keep: Any) -> str:
+    """Return the share that a refused `keep` may mean, in words: '0.7 for 70%'."""
+    if isinstance(keep, int) and keep == 1:
+        return "1.0 for all"
+    try:
+        number = float(str(keep).strip().removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    is_percent = 10 <= number <= 100  # 2 may be a number of tokens
+    share = number / 100 if is_percent else number
+    return f"{share:g} for {share:.0%}" if 0 < share <= 1 else "0.5 for half"
 
 
 def _nearest(

@@ -30,7 +30,7 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.reduction.summary import Summary
-from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower
+from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower, check_module
 
 M = TypeVar("M", bound=nn.Module)
 Replacement = (ReducedBlock, PatchEmbedding, Refusal, DenseMethod)
@@ -231,23 +231,9 @@ def reductions_in(model: nn.Module) -> list[Reduction]:
 
 def refuse_compiled(model: nn.Module, name: str) -> None:
     """Raise TypeError if the model is compiled, or no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {_what_to_pass(model)}")
+    check_module(model)
     if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
         raise TypeError(
             "model: expected a model before torch.compile, got a compiled one; call "
             f"{name} on the original module, then compile it"
         )
-
-
-def _what_to_pass(value: Any) -> str:
-    """Return the type of a value that is no module, and what to pass instead."""
-    if isinstance(value, str):
-        remedy = "open a model by its name with elip_models.open_model, and pass that"
-    elif isinstance(value, type):
-        return f"the class {value.__name__}; pass an instance"
-    elif isinstance(value, list | tuple) and any(isinstance(item, nn.Module) for item in value):
-        remedy = "pass one model of it, such as its first item"
-    else:
-        remedy = "pass the model inside a pipeline or an engine, such as pipe.model"
-    return f"{type(value).__name__}; {remedy}"

@@ -12,6 +12,7 @@ A strategy is written as one line: a name in `STRATEGIES`, then its settings.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
 from elip_models.reduction.flops import check_share
@@ -27,6 +28,7 @@ from elip_models.validation import (
     Rate,
     did_you_mean,
     mismatch_error,
+    plain_number,
     shortened,
 )
 
@@ -77,7 +79,7 @@ def resolve_strategy(
     `options` include `schedule`; None as a value means not given. `default` returns the strategy if
     neither a strategy nor a schedule is given. It raises the errors of `reduce_`.
     """
-    check_share(keep)
+    keep = check_share(keep)
     if tower.num_patches < 1:
         height, width = tower.image_size
         raise ValueError(
@@ -218,6 +220,7 @@ def _in_its_place(name: str, value: Any, known: Iterable[str] = ()) -> str:
     argument, meaning = next(arguments, None), "the share of the tokens that stay"
     if argument is None:
         return ""
+    value = plain_number(value)
     if argument == "strategy":
         return f"; pass strategy={shortened(value)}"
     if argument == "keep" and "keep" in known and isinstance(value, int):
@@ -276,7 +279,7 @@ def remedy_for(strategy: Any, table: Iterable[str]) -> str:
     """Return the end of an error about a value that is no strategy of `table`: what to pass."""
     if isinstance(strategy, type):
         return f"; pass an instance, {strategy.__name__}()"
-    if isinstance(strategy, int | float):
+    if isinstance(strategy, Real):
         return _in_its_place("keep", strategy)
     return did_you_mean(name_in(strategy), table)
 

@@ -14,19 +14,21 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from elip_models.saving.dense_models import CONFIG, from_config, load_transformers
+from elip_models.saving.dense_models import CONFIG, OPEN_CLIP_CONFIG, from_config, load_transformers
 from elip_models.saving.files import read_config, read_object
 from elip_models.saving.hub import fetch_folder
 from elip_models.saving.meta_build import check_integers, library_errors
-from elip_models.saving.model_registry import source_of_family, source_of_name
+from elip_models.saving.model_registry import registered_names, source_of_family, source_of_name
 from elip_models.saving.saved_reduced import is_saved_reduction, load_reduced
-from elip_models.validation import check, mismatch_error, require_extra
+from elip_models.validation import check, did_you_mean, mismatch_error, require_extra
 
 FORMS = (
     "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', "
@@ -34,6 +36,8 @@ FORMS = (
     "of list_models(), or a folder of save_reduced, of save_pretrained or of a run"
 )
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+LISTED = ("timm", "open_clip")
+"""The libraries that list the names of their models."""
 IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
 """Library -> its option for the image size; of other models it is a field of the config."""
 
@@ -66,7 +70,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
         ImportError: a library is missing; the message names the extra.
     """
     if not isinstance(spec, str):
-        raise TypeError(f"spec: expected a text, {FORMS}, got {spec!r}")
+        raise TypeError(f"spec: expected a text, {FORMS}, got {type(spec).__name__}")
     check("pretrained", pretrained, bool)
     library, name = split_spec(spec)
     if library is not None:
@@ -76,7 +80,23 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
         return source.create_model(spec, pretrained, **options).eval()
     if os.path.isdir(spec):
         return _from_folder(model_folder(spec), pretrained, options).eval()
-    raise ValueError(f"spec: expected {FORMS}, got {spec!r}")
+    raise ValueError(f"spec: expected {FORMS}, got {spec!r}{_with_library(spec)}")
+
+
+def _with_library(name: str) -> str:
+    """Return the end of an error about a name without library: the spec that it may mean, or ""."""
+    names = {library: _names(library) for library in LISTED if find_spec(library) is not None}
+    base = name.partition(".")[0] or name
+    for library, known in names.items():
+        if base in known:
+            return f"; did you mean {f'{library}:{name}'!r}?"
+    specs = (f"{library}:{known}" for library in names for known in names[library])
+    return did_you_mean(name, [*registered_names(), *specs])
+
+
+def _names(library: str) -> list[str]:
+    """Return the names of a library's models."""
+    return import_module(library).list_models()
 
 
 def model_folder(spec: str) -> Path:
@@ -119,7 +139,10 @@ def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
         _check_weights_file(file, pretrained)
         options = {"pretrained_cfg_overlay": {"file": file}, **options}
     if not is_elsewhere and not timm.is_model(name.rpartition("/")[2].partition(".")[0]):
-        raise ValueError(f"spec: expected a name of timm.list_models(), got {name!r}")
+        raise ValueError(
+            f"spec: expected a name of timm.list_models(), got {name!r}"
+            f"{did_you_mean(name, _names('timm'))}"
+        )
     with library_errors(f"spec: {file}", f"weights of {name}") if file else nullcontext():
         return timm.create_model(name, pretrained=pretrained, **options)
 
@@ -136,7 +159,10 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
 
     name, tag = split_weights(name)
     if name not in open_clip.list_models():
-        raise ValueError(f"spec: expected a name of open_clip.list_models(), got {name!r}")
+        raise ValueError(
+            f"spec: expected a name of open_clip.list_models(), got {name!r}"
+            f"{did_you_mean(name, _names('open_clip'))}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     is_file = tag not in tags and os.path.isfile(tag)
     if is_file:
@@ -196,7 +222,7 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
         if options or not pretrained:
             raise ValueError(
                 f"spec: expected no options with {folder}, which save_reduced wrote, got "
-                f"{options or {'pretrained': False}}; open the dense model as 'hf:{folder}'"
+                f"{options or {'pretrained': False}}; open the dense model {_dense_form(folder)}"
             )
         return load_reduced(folder).eval()
     if not (folder / CONFIG).is_file():
@@ -210,6 +236,14 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
     if pretrained:
         return source.load_model(folder, **options)
     return source.from_config(family, config | options)
+
+
+def _dense_form(folder: Path) -> str:
+    """Return how to open the dense model of a folder of `save_reduced`, in words."""
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return "by open_clip"
+    library = "timm:local-dir" if "architecture" in read_object(folder / CONFIG) else "hf"
+    return f"as '{library}:{folder}'"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from elip_models.towers.reducible_model import (
     SelfReducingModel,
 )
 from elip_models.towers.tower_parts import Projections, Query, TowerSize
-from elip_models.towers.unsupported import other_reason
+from elip_models.towers.unsupported import check_module, other_reason
 from elip_models.towers.wrapped_modules import refuses_sharding
 from elip_models.validation import require_extra
 
@@ -33,6 +33,7 @@ __all__ = [
     "as_image_text",
     "as_reducible",
     "as_tower",
+    "check_module",
     "in_forward",
     "library_of",
     "without_adapter",
@@ -78,6 +79,7 @@ def as_tower(model: nn.Module) -> Tower:
         TypeError: the model cannot be reduced, with the reason.
         ImportError: a library is missing.
     """
+    check_module(model)
     model = _image_model(without_adapter(model))
     _check_sharding(model)
     library = library_of(model)
@@ -97,10 +99,8 @@ def as_tower(model: nn.Module) -> Tower:
     return tower(model)
 
 
-def _reducible_inside(model: object) -> str | None:
+def _reducible_inside(model: nn.Module) -> str | None:
     """Return how code writes the first module in a wrapper that can be reduced, or None."""
-    if not isinstance(model, nn.Module):
-        return None
     for name, module in model.named_modules():
         if library_of(module) is not None:
             try:

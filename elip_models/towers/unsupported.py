@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 PLAIN = "take a plain ViT, such as timm.create_model('vit_base_patch16_224')"
 WINDOWS = f"attends in windows of its grid of patches, which need every token; {PLAIN}"
 STAGES = f"pools or convolves its grid of patches, which needs every token; {PLAIN}"
 CONVOLUTIONAL = f"is a convolutional network, which has no tokens to drop; {PLAIN}"
-GRID = f"returns boxes, masks or depths, which need a token for each patch; {PLAIN}"
 VIDEO = (
     "reads videos with attention of its own, which no adapter reads yet; ViViT, VideoMAE and "
     "V-JEPA 2 are supported"
 )
-WRAPPER = "is of another library, or a wrapper; pass"
 PART = "is a part of a model; pass the whole model"
 NOT_YET = "which no adapter reads yet"
+UNKNOWN = f"is of none of these libraries, and no model inside it can be reduced; {PLAIN}"
 
 TIMM = {
     "cait": "mixes its attention heads before and after the softmax, and adds its class token in "
@@ -40,14 +40,15 @@ TRANSFORMERS = {
     "timm_wrapper gemma3n_vision": "wraps a timm model; pass its .timm_model",
     "vit_mae": "masks and shuffles its patches at random in every call, also in evaluation; "
     "ViTModel.from_pretrained loads its checkpoint, and reads all patches in order",
-    "*swin swinv2 swin2sr hiera sam sam2* sam3* sam_* edgetam* vitdet": WINDOWS,
+    "*swin* hiera sam sam2* sam3* sam_* edgetam* vitdet lw_detr* rf_detr*": WINDOWS,
     "pvt* levit cvt segformer glpn focalnet poolformer mobilevit* swiftformer": STAGES,
     "convnext* dinov3_convnext *resnet* regnet* bit efficientnet mobilenet_* align": CONVOLUTIONAL,
     "hgnet* textnet": CONVOLUTIONAL,
     "yolos": "has detection tokens after its patches, and adds embeddings of all positions between "
     f"its layers, which need every token; {PLAIN}",
-    "*detr* d_fine deimv2 table-transformer *grounding-dino omdet-turbo": GRID,
-    "dpt depth_* *maskformer mask2former oneformer seggpt sapiens2": GRID,
+    "depth_pro": f"runs several ViTs over an image and crops of it, {NOT_YET}; {PLAIN}",
+    "seggpt": "adds a bias by the rows and columns of its grid of patches, which needs every "
+    f"token; {PLAIN}",
     "timesformer": "attends over the frames of one patch, and then over the patches of one frame, "
     "which needs every token; ViViT, VideoMAE and V-JEPA 2 are supported",
     "xclip pe_video*": VIDEO,
@@ -72,13 +73,21 @@ IMAGES = (
 )
 
 LIBRARIES = {
-    "torchvision": "is of torchvision, which keeps the blocks of a ViT in encoder.layers where no "
-    "adapter reads them; timm.create_model('vit_base_patch16_224') is the same architecture as "
-    "vit_b_16",
-    "diffusers": "is of diffusers, whose models return a grid and so need every token; tokens of "
+    "torchvision.*vision_transformer": "is of torchvision, which keeps the blocks of a ViT in "
+    "encoder.layers where no adapter reads them; timm has the same architectures, such as "
+    "timm.create_model('vit_base_patch16_224') for vit_b_16",
+    "torchvision.*swin_transformer torchvision.*maxvit": WINDOWS,
+    " ".join(
+        f"torchvision.models.{name}"
+        for name in (
+            *("alexnet", "convnext", "densenet", "*efficientnet", "googlenet", "inception"),
+            *("mnasnet", "mobilenet*", "regnet", "resnet", "shufflenetv2", "squeezenet", "vgg"),
+        )
+    ): CONVOLUTIONAL,
+    "diffusers.*": "is of diffusers, whose models return a grid and so need every token; tokens of "
     "image encoders alone can be reduced, such as pipe.image_encoder",
 }
-"""Reasons for models of other libraries, by the library's name."""
+"""Reasons for models of other libraries, as patterns of the modules that define their classes."""
 
 
 def timm_reason(model: nn.Module) -> str:
@@ -102,9 +111,33 @@ def other_reason(model: nn.Module, inside: str | None) -> str:
 
     `inside` is how code writes the image model in a wrapper, such as 'model[0]'; None without one.
     """
-    roots = [cls.__module__.split(".")[0] for cls in type(model).__mro__]
-    wrapper = f"{WRAPPER} {inside or 'the image model inside a wrapper'}"
-    return f"it {next((LIBRARIES[root] for root in roots if root in LIBRARIES), wrapper)}"
+    if inside is not None:
+        return f"it is a wrapper; pass {inside}"
+    reasons = (first_match(LIBRARIES, cls.__module__) for cls in type(model).__mro__)
+    return f"it {next(filter(None, reasons), UNKNOWN)}"
+
+
+def check_module(model: Any, other: Any = None, function: str = "") -> None:
+    """Raise TypeError if the argument `model` is no module; the message has what to pass instead.
+
+    `other` is a further argument of `function`, which gets the model if the two are swapped.
+    """
+    if isinstance(model, nn.Module):
+        return
+    got = type(model).__name__
+    if isinstance(other, nn.Module):
+        remedy = f"pass the model first: {function}(model, ..)"
+    elif isinstance(model, type):
+        got, remedy = f"the class {model.__name__}", "pass an instance"
+    elif isinstance(model, str):
+        remedy = "open a model by its name with elip_models.open_model, and pass that"
+    elif isinstance(model, Tensor):
+        remedy = "pass the model that reads it"
+    elif isinstance(model, list | tuple) and any(isinstance(item, nn.Module) for item in model):
+        remedy = "pass one model of it, such as its first item"
+    else:
+        remedy = "pass the model inside a pipeline or an engine, such as pipe.model"
+    raise TypeError(f"model: expected an nn.Module, got {got}; {remedy}")
 
 
 def _modality_reason(model: nn.Module) -> str:

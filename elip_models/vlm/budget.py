@@ -24,6 +24,21 @@ class Budget(NamedTuple):
     keep: Keep | tuple[Keep, ...] | None
     total: int | None
 
+    @property
+    def keep_of_one(self) -> Keep:
+        """Return the `keep` of the first image, for a prompt without others."""
+        if self.keep is None:
+            return self.total
+        return self.keep[0] if isinstance(self.keep, tuple) else self.keep
+
+    def __str__(self) -> str:
+        """Return the arguments of `budget`, and the image whose figures `keep_of_one` gives."""
+        if self.keep is None:
+            return f"total={self.total} for a prompt, here with one image"
+        if isinstance(self.keep, tuple):
+            return f"keep={list(self.keep)}, here the first"
+        return f"keep={self.keep}"
+
 
 class Image(NamedTuple):
     """An image of a batch, of which at least `least` tokens stay; see `TokenGroup`."""

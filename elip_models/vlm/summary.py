@@ -1,15 +1,18 @@
 """The summary of a multimodal language model: tokens, FLOPs and cache of an image."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from elip_models.reduction.summary import Summary, runs
-from elip_models.vlm.families import Multimodal
+from elip_models.towers import as_tower
+from elip_models.vlm.budget import Budget
+from elip_models.vlm.families import PATCH_TOKENS, Multimodal
 from elip_models.vlm.strategies.base import ImageTokenStrategy
 from elip_models.vlm.strategies.dedup import Dedup
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 
-EXAMPLE_TOKENS = 576  # as of LLaVA-1.5: no config has the number of the model's own images
+EXAMPLE_TOKENS = 576  # as of LLaVA-1.5, where the model does not set the number
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class MultimodalSummary:
 
     strategy: what selects image tokens before the language model, or None.
     inside: what selects them inside the language model, or None.
-    image_tokens, kept_tokens: of an example image or clip of 576 tokens, whatever those of the
-        model have, or of a tile.
+    image_tokens, kept_tokens: of an image of the model's own size, if each patch is a token; of a
+        tile; else of an example image or clip of 576 tokens.
     layer_tokens: the tokens of the image that each layer of the language model reads.
     prefill_flops: FLOPs of the language model for the kept tokens, selection included, relative to
         those for all tokens of the image. Tokens of text come on top of both.
@@ -27,7 +30,8 @@ class MultimodalSummary:
         model.
     dense_cache_bytes: the same for all tokens of the image.
     tower: the reduction of the image tower, or None.
-    unit: what the tokens are of: an example, or a tile of a model with cross-attention.
+    unit: what the tokens are of: an image, an example, or a tile of a model with cross-attention.
+    budget: what replaces the `keep` of a strategy in the calls inside `budget`, or None.
     """
 
     strategy: ImageTokenStrategy | Dedup | None
@@ -40,6 +44,7 @@ class MultimodalSummary:
     dense_cache_bytes: int
     tower: Summary | None
     unit: str = "an example image"
+    budget: Budget | None = None
 
     @classmethod
     def of(
@@ -48,19 +53,24 @@ class MultimodalSummary:
         strategy: ImageTokenStrategy | Dedup | None,
         inside: LayerStrategy | None,
         tower: Summary | None,
+        budget: Budget | None = None,
     ) -> "MultimodalSummary":
-        """Summarize a model that `strategy`, `inside` and `tower` reduce."""
-        cross, tokens, unit = multimodal.cross_attention_layers, EXAMPLE_TOKENS, cls.unit
+        """Summarize a model that `strategy`, `inside` and `tower` reduce, within `budget`."""
+        cross, (tokens, unit) = multimodal.cross_attention_layers, _tokens_of_an_image(multimodal)
         if cross:
             tokens, unit = multimodal.tower.num_patches, "a tile"
         if strategy is not None and strategy.reads_frames:
-            unit = "an example clip"
+            tokens, unit = EXAMPLE_TOKENS, "an example clip"
         if isinstance(strategy, Dedup):
             unit = "an image without repetition"
         depth = len(multimodal.language_model.layers)
-        kept = tokens if strategy is None else strategy.count(tokens)
+        keep = None if budget is None else budget.keep_of_one
+        keep_inside = None
+        if strategy is None or strategy.keep is None:
+            keep, keep_inside = None, keep
+        kept = tokens if strategy is None else strategy.count(tokens, keep)
         readers = [i in cross or not cross for i in range(depth)]
-        read = (kept,) * depth if inside is None else inside.kept(kept, depth)
+        read = (kept,) * depth if inside is None else inside.kept(kept, depth, keep_inside)
         read = tuple(count * reads for count, reads in zip(read, readers, strict=True))
         dense = tuple(tokens * reads for reads in readers)
         reduced = _prefill_flops(multimodal, read)
@@ -79,6 +89,7 @@ class MultimodalSummary:
             dense_cache_bytes=sum(dense) * width,
             tower=tower,
             unit=unit,
+            budget=budget,
         )
 
     @property
@@ -99,12 +110,29 @@ class MultimodalSummary:
                 "language model",
                 ", then ".join(used) or f"reads every {'remaining ' * is_dedup}image token",
             ),
+            *([] if self.budget is None else [("budget", str(self.budget))]),
             ("image tokens", f"{self.kept_tokens} of {self.image_tokens} in {self.unit}"),
             ("tokens per layer", runs(self.layer_tokens)),
             ("prefill FLOPs", f"{self.prefill_flops:.3f} of dense, for the tokens of {self.unit}"),
             ("cache", f"{cached} of {dense} for {self.unit}"),
         ]
         return "\n".join(f"{name:<18}{value}" for name, value in lines)
+
+
+def _tokens_of_an_image(multimodal: Multimodal) -> tuple[int, str]:
+    """Return the tokens of an image and what image it is: of the model's own size, or an example.
+
+    The model's own is known if each patch of the image tower is a token.
+    """
+    config = multimodal.config
+    if config.model_type in PATCH_TOKENS:
+        with suppress(TypeError):  # a tower that no adapter reads
+            tower = as_tower(multimodal.tower)
+            is_whole = getattr(config, "vision_feature_select_strategy", None) == "full"
+            height, width = tower.image_size
+            tokens = tower.num_patches + tower.num_prefix_tokens * is_whole
+            return tokens, f"an image of {height} x {width} pixels"
+    return EXAMPLE_TOKENS, "an example image"
 
 
 def _prefill_flops(multimodal: Multimodal, tokens: Sequence[int]) -> int:

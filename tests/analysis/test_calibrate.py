@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import elip_models
+from elip_models.analysis import calibrate as command
 from elip_models.analysis.calibrate import (
     STRATEGIES,
     _Search,
@@ -141,6 +143,23 @@ def test_images_of_another_dtype_than_the_model_are_named():
         ValueError, match=r"^images: expected .* torch.bfloat16 on cpu, got torch.fl"
     ):
         calibrate(plain_vit().eval().bfloat16(), images(8), time=False)
+
+
+def test_the_command_calibrates_the_dense_model_of_a_reduced_one(tmp_path, capsys, monkeypatch):
+    reduced = elip_models.reduce_(timm.create_model("test_vit").eval(), "tome")
+    elip_models.save_reduced(reduced, tmp_path / "saved")
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / f"{i}.png")
+
+    def calibrate_dense(model, images, **options):
+        assert not elip_models.is_reduced(model)
+        raise ValueError("tolerance: stop here")
+
+    monkeypatch.setattr(command, "calibrate", calibrate_dense)
+    output = tmp_path / "found.json"
+    assert elip("calibrate", tmp_path / "saved", tmp_path, "--output", output) == 2
+    shown = capsys.readouterr().err
+    assert "its dense model is calibrated" in shown and "error: --tolerance: stop here" in shown
 
 
 @pytest.mark.slow

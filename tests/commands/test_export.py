@@ -62,5 +62,5 @@ def test_wrong_arguments_are_one_line_and_write_nothing(
 def test_a_missing_extra_is_one_line_that_names_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(validation, "find_spec", lambda name: None)
     assert elip("export", "timm:test_vit", tmp_path / "vit.onnx") == 2
-    expected = "elip export needs onnx: pip install 'elip-kernels[onnx]'"
+    expected = f"elip export needs onnx: {validation.install_command('onnx')}"
     assert expected in capsys.readouterr().err

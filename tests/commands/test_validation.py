@@ -3,10 +3,13 @@
 import math
 import sys
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Annotated, Literal, get_args
 
+import numpy as np
 import pytest
 
+from elip_kernels import _validate
 from elip_models.pretraining.models.layers.text_reduction import TextReduction
 from elip_models.pretraining.models.registry import CONFIGS
 from elip_models.reduction.schedule import Schedule
@@ -25,6 +28,7 @@ from elip_models.validation import (
     did_you_mean,
     divisor_of,
     mismatch_error,
+    plain_number,
 )
 
 Layers = Literal["all"] | tuple[Count, ...] | None
@@ -78,6 +82,24 @@ class Tower:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@pytest.mark.parametrize("plain", [plain_number, _validate.plain_number])
+def test_a_number_of_numpy_is_the_one_with_its_digits(plain):
+    values = [np.float32(0.7), np.float16(0.1), np.int64(3), 0.7, True]
+    assert [*map(plain, values)] == [0.7, 0.1, 3, 0.7, True]
+    assert [*map(type, map(plain, values))] == [float, float, int, float, bool]
+    for value in (np.bool_(True), "0.7", None, Fraction(1, 2)):
+        assert plain(value) is value
+
+
+def test_numbers_of_numpy_in_arguments_and_fields_are_pythons():
+    assert check("x", np.float32(0.7), Share) == 0.7
+    assert repr(check("x", (np.int64(1), np.float32(0.5)), tuple[int, Share])) == "(1, 0.5)"
+    assert repr(Tower(width=np.int64(6))) == repr(Tower(width=6))
+    assert str(STRATEGIES["tome"](r=np.float32(0.1))) == "tome(r=0.1)"
+    with pytest.raises(TypeError, match=r"^x: expected a number"):
+        check("x", np.bool_(True), Share)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,25 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from elip_models.integrations.open_clip import main, parse_reduce, reduce_first_model
+from elip_models.integrations.open_clip import (
+    CREATE,
+    TESTED,
+    main,
+    parse_reduce,
+    reduce_first_model,
+    with_globals,
+)
 from tests.helpers.models import open_clip_pair
 from tests.helpers.tiers import tiered
 
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 
@@ -83,6 +93,15 @@ def test_reduce_is_a_strategy_or_a_share_or_both():
     assert spec.name == "evit" and options == {"strategy": "evit", "keep": 0.7}
     with pytest.raises(ValueError, match="expected one strategy and one keep=SHARE, got"):
         parse_reduce(["evit", "tome"])
+
+
+def test_a_release_with_another_script_leads_to_the_tested_ones():
+    with pytest.raises(TypeError, match=rf"install open_clip_torch {TESTED[0]} to {TESTED[1]}, "):
+        with_globals(lambda: None, **{CREATE: None})
+    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    required = [each for name in ("open-clip", "open-clip-train") for each in extras[name]]
+    bounds = {each.partition(">=")[2] for each in required if each.startswith("open_clip_torch")}
+    assert bounds == {TESTED[0]}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -72,6 +73,18 @@ def test_the_table_has_every_argument(function):
     if function in (elip_models.encode_image, elip_models.reduce_):
         arguments |= set(ELIPOptions.__annotations__)
     assert set(TABLE[function][1]) == arguments - {"options"}
+
+
+OPS = [op for op in TABLE if op.__name__ in elip_kernels.__all__ and op not in CONTEXTS]
+
+
+@pytest.mark.parametrize("function", OPS, ids=lambda f: f.__name__)
+def test_a_number_of_numpy_is_a_number(function):
+    arguments = TABLE[function][0]()
+    of_numpy = {n: np.float32(v) for n, v in arguments.items() if type(v) is float}
+    of_numpy |= {n: np.int64(v) for n, v in arguments.items() if n == "keep" and type(v) is int}
+    found, expected = function(**arguments | of_numpy), function(**arguments)
+    assert str(found) == str(expected)
 
 
 @pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)

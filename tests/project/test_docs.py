@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import tomllib
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ import elip_kernels
 import elip_models
 from elip_models.cli import app, as_program
 from elip_models.pretraining.models import registry
+from elip_models.pretraining.tasks.registry import TASKS
+from elip_models.pretraining.training.recipe import FINETUNE, recipe_names
 from tests.helpers.models import dinov2
 from tests.helpers.programs import PROGRAMS
 from tests.helpers.scripts import load_script
@@ -148,6 +151,56 @@ def test_the_commands_of_all_pages_parse():
         while words and words[0] in getattr(command, "commands", ()):
             _, command, words = command.resolve_command(typer.Context(command), words)
         command.make_context("elip", words)  # raises for an unknown command or option
+
+
+RECIPES = {name.rpartition("/")[2] for name in recipe_names() + recipe_names(FINETUNE)}
+NAMES_A_RECIPE = re.compile(
+    r"(?:elip (?:train|finetune)|elip recipes show|base:) ([\w./]+)"
+    rf"|`(?:finetune/)?((?:{'|'.join(TASKS)})_[a-z]\w+)`"
+)
+
+
+def recipes_on(page):
+    """Return the names of recipes on a page, without their folder."""
+    named = {a or b for a, b in NAMES_A_RECIPE.findall(page.read_text())}
+    return {name.rpartition("/")[2] for name in named}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_recipes_on_a_page_exist(page):
+    assert recipes_on(page) <= RECIPES | set(TASKS) | {"TASK"}
+
+
+def test_the_page_of_finetuning_has_every_recipe_of_another_data_set_or_code():
+    variants = {name for name in RECIPES if name.endswith(("_flickr", "_elip"))}
+    assert variants == {
+        n for n in recipes_on(DOCS / "finetune.md") if n.endswith(("_flickr", "_elip"))
+    }
+
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def extras_of(extra):
+    """Return an extra and all that it contains."""
+    inner = [re.fullmatch(r"elip-kernels\[(.*)\]", each) for each in EXTRAS[extra]]
+    names = [name for each in inner if each for name in each[1].split(",")]
+    return {extra}.union(*map(extras_of, names))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_block_installs_contains_the_commands_of_the_block(page):
+    for code in blocks(page, "bash"):
+        named = re.findall(r'pip install -e "\.\[(.*?)\]"', code)
+        extras = {name for each in named for name in each.split(",")}
+        if extras and re.search(r"^elip |&& elip ", code, re.MULTILINE):
+            assert "train" in set().union(*map(extras_of, extras)), code
+
+
+def test_waiting_for_the_server_ends_if_the_server_does():
+    (line,) = re.findall(r"^.*curl .*/health.*$", (DOCS / "serve.md").read_text(), re.MULTILINE)
+    script = f"curl() {{ false; }}; sleep() {{ command sleep 0.1; }}; command sleep 0.2 & {line}"
+    subprocess.run(["bash", "-c", script], timeout=20, check=False)
 
 
 @pytest.mark.slow

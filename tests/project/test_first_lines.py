@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+import elip_kernels
 import elip_models
 from elip_models import reduce_, reduction_summary
 from elip_models.reduction.user_warnings import warn_once
@@ -191,7 +192,47 @@ REFUSED = {
         "language model, in which 'diverse' acts, .* strategy of image towers, such as 'merge'$",
     ),
     "keep=1": (lambda: reduce_(plain_vit(), keep=1), r"got the integer 1; pass 1\.0 for all"),
-    "keep=50": (lambda: reduce_(plain_vit(), keep=50), "pass 0.5 for half of the tokens"),
+    "keep=50": (lambda: reduce_(plain_vit(), keep=50), "pass 0.5 for 50% of the tokens"),
+    'keep="0.7"': (lambda: reduce_(plain_vit(), keep="0.7"), "got '0.7'; pass 0.7 for 70%"),
+    'keep="70%"': (lambda: reduce_(plain_vit(), keep="70%"), "got '70%'; pass 0.7 for 70%"),
+    "keep=70.0": (lambda: reduce_(plain_vit(), keep=70.0), r"got 70\.0; pass 0.7 for 70%"),
+    "keep=-1.0": (lambda: reduce_(plain_vit(), keep=-1.0), "pass 0.5 for half of the tokens"),
+    'reduce_(llava, keep="0.7")': (
+        lambda: reduce_(build("llava")[0], keep="0.7"),
+        "^keep: .*got '0.7'; pass 0.7 for 70%",
+    ),
+    'reduce_("tome", model)': (
+        lambda: reduce_("tome", plain_vit()),
+        r"^model: .*got str; pass the model first: reduce_\(model",
+    ),
+    'reduce_(model, 0.5, "tome")': (
+        lambda: reduce_(plain_vit(), 0.5, "tome"),
+        "^strategy: .*got 0.5, with keep='tome'; pass keep as the third argument",
+    ),
+    "encode_image(images, model)": (
+        lambda: elip_models.encode_image(images(), plain_vit()),
+        r"got Tensor; pass the model first: encode_image\(model",
+    ),
+    "reduction_summary(images)": (
+        lambda: reduction_summary(images()),
+        "^model: .*got Tensor; pass the model that reads it",
+    ),
+    "kernels.reduce(attn, tokens, keep)": (
+        lambda: elip_kernels.reduce(torch.rand(2, 8), torch.rand(2, 9, 4), 0.5),
+        r"^tokens: .*order reduce\(tokens, attn, keep\)$",
+    ),
+    "kernels.reduce(rows, tokens, keep)": (
+        lambda: elip_kernels.reduce(torch.rand(2, 3, 9), torch.rand(2, 9, 4), 0.5),
+        r"^attn: .*order reduce\(tokens, attn, keep\)$",
+    ),
+    "kernels.reduce(tokens, keep, attn)": (
+        lambda: elip_kernels.reduce(torch.rand(2, 9, 4), 0.5, torch.rand(2, 8)),
+        r"^attn: .*order reduce\(tokens, attn, keep\)$",
+    ),
+    "kernels.reduce(.., 70)": (
+        lambda: elip_kernels.reduce(torch.rand(2, 9, 4), torch.rand(2, 8), 70),
+        "^keep: .*there are 8 candidates; pass 0.7 for 70%",
+    ),
     "reduce_(torch.compile(model))": (
         lambda: reduce_(torch.compile(plain_vit())),
         "got a compiled one; call reduce_ on the original module, then compile it",

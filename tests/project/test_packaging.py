@@ -4,6 +4,7 @@ import ast
 import email
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 import elip_kernels
 import elip_models
+from elip_models.validation import install_command
 
 ROOT = Path(__file__).parents[2]
 IMPORTS_EACH = """
@@ -170,6 +172,10 @@ def test_the_wheel_has_the_metadata_of_a_package_index(built):
     assert not any("License" in each for each in metadata.get_all("Classifier"))
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert "docs/strategies.md)" in metadata.get_payload(decode=True).decode()
+
+
+def test_an_extra_is_installed_from_the_checkout_that_runs():
+    assert shlex.split(install_command("train")) == ["pip", "install", "-e", f"{ROOT}[train]"]
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """One meaning of `keep` and one default rate for every strategy, and the list of all strategies."""
 
+import re
+
+import numpy as np
 import pytest
 import timm
 import torch
 
+import elip_kernels
 import elip_models
 from elip_models import (
     STRATEGIES,
@@ -100,6 +104,23 @@ def test_an_integer_is_an_error_that_offers_a_float(call, keep):
     message = rf"^keep: expected a float in \(0, 1\], .* got the integer {keep}; pass "
     with pytest.raises((TypeError, ConfigError), match=message + ("1.0" if keep == 1 else "0.5")):
         call(plain_vit(), keep=keep)
+
+
+@pytest.mark.parametrize("strategy", ["merge", "evit", "elip"])
+def test_a_share_that_is_too_small_is_an_error_with_one_that_is_not(strategy):
+    model = plain_vit()
+    with pytest.raises(ValueError, match=r"^keep: .*got 0\.01; pass 0\.\d+ or more") as raised:
+        reduce_(model, strategy, keep=0.01)
+    assert "layers" not in str(raised.value).partition(";")[2] or strategy == "evit"
+    reduce_(model, strategy, keep=float(re.search(r"pass (\S+)", str(raised.value))[1]))
+
+
+def test_a_share_of_numpy_is_one():
+    model = reduce_(plain_vit(), "tome", np.float32(0.8))
+    assert elip_models.reduction_summary(model).strategy == ToMe().at_keep(model, 0.8)
+    tokens, scores = torch.rand(2, 11, 4), torch.rand(2, 10)
+    for keep, kept in ((np.float32(0.7), 7), (np.int64(4), 4)):
+        assert elip_kernels.reduce(tokens, scores, keep).shape[1] == 1 + kept + 1
 
 
 # the default strategy

@@ -117,6 +117,13 @@ def test_a_processor_of_a_wrong_kind_is_an_error(content, tmp_path):
     [
         ("vit_base", "spec: expected 'timm:NAME', .* got 'vit_base'"),
         ("timm:vit_bse", r"spec: expected a name of timm.list_models\(\), got 'vit_bse'"),
+        ("timm:vit_tiny_patch16_22", "did you mean 'vit_tiny_patch16_224'"),
+        ("vit_tiny_patch16_224", "; did you mean 'timm:vit_tiny_patch16_224'"),
+        ("vit_small_patch14_dinov2.lvd142m", "'timm:vit_small_patch14_dinov2.lvd142m'"),
+        ("vit_tiny_patch16_225", "; did you mean 'timm:vit_tiny_patch16_224'"),
+        ("ViT-B-32", "; did you mean 'open_clip:ViT-B-32'"),
+        ("open_clip:ViT-B-33", "did you mean 'ViT-B-32'"),
+        ("elip_clip_vitb16", "; did you mean 'elip_clip_vit_b16'"),
         ("me/model@v1", "spec: expected a name on the hub without a revision, got 'me/model@v1'"),
         ("hf:/no/such/folder", "spec: expected a model with local .* got 'hf:/no/such/folder'"),
         ("clip_tiny", "no weights are published"),
@@ -145,7 +152,9 @@ def test_a_folder_of_each_kind_opens(tmp_path):
     opened = open_model(str(tmp_path / "reduced"))
     expected = elip_models.reduction_summary(reduced).strategy
     assert elip_models.reduction_summary(opened).strategy == expected
-    with pytest.raises(ValueError, match=r"pretrained.: False}; open the dense model as 'hf:"):
+    with pytest.raises(ValueError, match=r"pretrained.: False}; open the dense model as") as raised:
         open_model(str(tmp_path / "reduced"), pretrained=False)
+    form = str(raised.value).split("'")[-2]
+    assert not elip_models.is_reduced(open_model(form, pretrained=False))
     elip_models.create_model("clip_tiny").save_pretrained(tmp_path / "run" / "model")
     assert type(open_model(str(tmp_path / "run"))).__name__ == "CLIP"

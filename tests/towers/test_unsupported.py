@@ -13,6 +13,8 @@ from tests.helpers.towers import images, plain_vit
 PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
     "TimmWrapperModel": r"pass its \.timm_model",
+    "RfDetrForObjectDetection": f"backbone, rf_detr_dinov2, attends in windows.*{PLAIN}",
+    "DepthProModel": f"several ViTs over an image and crops.*{PLAIN}",
     "ViTMAEModel": r"at random in every call.*ViTModel\.from_pretrained loads its checkpoint",
     "SwinModel": f"attends in windows.*{PLAIN}",
     "DetrForObjectDetection": f"backbone, resnet50, is a convolutional network.*{PLAIN}",
@@ -48,13 +50,17 @@ def test_models_of_other_libraries_and_parts_say_what_to_pass():
     wrapper = nn.ModuleDict({"trunk": nn.Sequential(plain_vit())})
     with torch.device("meta"):
         vit_b_16 = torchvision.models.vit_b_16()
+        resnet18 = torchvision.models.resnet18()
+        swin_t = torchvision.models.swin_t()
         features = timm.create_model("test_vit", features_only=True)
     cases = {
         r"torchvision.*timm.create_model\('vit_base_patch16_224'\)": vit_b_16,
+        "ResNet: it is a convolutional network": resnet18,
+        "SwinTransformer: it attends in windows": swin_t,
         r"pipe\.image_encoder": of_library("diffusers"),
         r"pass model\[1\]\.trunk\[0\]$": nn.Sequential(nn.Identity(), wrapper),
         r"pass model\[0\]$": nn.Sequential(features),
-        "pass the image model inside a wrapper": nn.Sequential(nn.Identity()),
+        f"no model inside it can be reduced; {PLAIN}": of_library("monai.networks"),
         "a part of a model; pass the whole": hf_vision("ViTModel", "ViTConfig").layers[0],
     }
     cases[r"pass the model inside a pipeline or an engine, such as pipe\.model"] = object()

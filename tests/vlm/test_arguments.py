@@ -115,7 +115,7 @@ def test_the_default_and_the_summary(llava, monkeypatch):
     assert summary.strategy.name == "diverse" and summary.keep == 0.5
     monkeypatch.setattr(llava.config, "image_seq_length", 7)  # no model reads it
     assert str(reduction_summary(llava)) == str(summary)
-    assert "288 of 576 in an example image" in str(summary)
+    assert "8 of 16 in an image of 32 x 32 pixels" in str(summary)
     assert summary.cache_bytes * 2 == summary.dense_cache_bytes
     assert 0.4 < summary.prefill_flops < 0.6
     assert "(reduced) image tokens: diverse(keep=0.5" in repr(llava)

@@ -7,8 +7,16 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from elip_models.reduction.flops import share_for
 from elip_models.reduction.strategy import strategy_text
-from elip_models.validation import Bounds, PositiveShare, check_fields, mismatch_error, shortened
+from elip_models.validation import (
+    Bounds,
+    PositiveShare,
+    check_fields,
+    mismatch_error,
+    plain_number,
+    shortened,
+)
 from elip_models.vlm.clips import VideoLayout
 from elip_models.vlm.families import PATCH_TOKENS, Multimodal
 from elip_models.vlm.tower_attention import attention_of
@@ -66,7 +74,7 @@ class LanguageStrategy:
         """Check the fields."""
         hint = {field.name: field.type for field in fields(self)}.get("keep")
         if hint is not None:
-            _check_keep(self.keep, hint)
+            _check_keep(plain_number(self.keep), hint)
         check_fields(self)
 
     def __str__(self) -> str:
@@ -170,8 +178,7 @@ def _check_keep(keep: Any, hint: Any) -> None:
     if error is not None:
         or_number = "" if hint is PositiveShare else ", or an int of at least 2 for their number"
         one = ", one token" if is_one and keep is not True else ""
-        advice = "1.0 for all of them" if is_one else "0.5 for half of them"
         raise error(
             f"keep: expected a float in (0, 1] for a share of the tokens{or_number}, got "
-            f"{shortened(keep)}{one}; pass {advice}"
+            f"{shortened(keep)}{one}; pass {share_for(keep)} of them"
         )

@@ -74,12 +74,20 @@ class LayerStrategy(LanguageStrategy):
             keep = round(length * (keep / length) ** (1 / (further + 1)))
         return count_kept(length, keep)
 
-    def kept(self, tokens: int, num_layers: int) -> tuple[int, ...]:
-        """Return how many of an image's tokens each layer reads."""
+    def kept(
+        self, tokens: int, num_layers: int, keep: float | int | None = None
+    ) -> tuple[int, ...]:
+        """Return how many of an image's tokens each layer reads, by `keep` or the strategy's own.
+
+        Args:
+            tokens: the tokens before the first layer.
+            num_layers: of the language model.
+            keep: as of `count`.
+        """
         drops, counts = self.drops(num_layers), []
         for at in range(num_layers):
             if at in drops:
-                tokens = self.count(tokens, further=len(drops) - drops.index(at) - 1)
+                tokens = self.count(tokens, keep, further=len(drops) - drops.index(at) - 1)
             counts.append(tokens)
         return tuple(counts)
 
