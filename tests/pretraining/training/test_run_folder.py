@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import elip_models.saving.files as files
+import elip_models.saving.saved_folder as files
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_checkpoints import MANIFEST, Checkpoints, step_of
 from elip_models.pretraining.training.run_folder import RunFolder, run_provenance
