@@ -217,7 +217,7 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
         return _open_hf(str(folder), pretrained, options)
     if "architecture" in read_object(folder / CONFIG):
         raise ValueError(
-            f"spec: expected 'timm:local-dir:{folder}' for a dense model of timm, got {str(folder)!r}"
+            f"spec: expected 'timm:local-dir:{folder}' for a dense model of timm, got '{folder}'"
         )
     family, config = read_config(folder, with_weights=pretrained)
     source = source_of_family(family)

@@ -44,6 +44,8 @@ with require_extra("elip_models.saving"):
 
 SAVING, NEW, LOCK = ".saving-", "new", "lock"
 """The hidden folder of a save, and what it contains."""
+NOT_LOCKED = (Timeout, OSError, NotImplementedError)
+"""Errors of a lock that is in use, removed, or of a file system without locks."""
 README = "README.md"
 CONFIGS = ("adapter_config.json", "config.json", "open_clip_config.json")
 """Without one of these, no library loads a folder."""
@@ -92,9 +94,7 @@ _renameat2 = (
 
 
 @contextmanager
-def saved_folder(
-    folder: str | os.PathLike, replaces: Sequence[str] = REPLACED
-) -> Iterator[Path]:
+def saved_folder(folder: str | os.PathLike, replaces: Sequence[str] = REPLACED) -> Iterator[Path]:
     """Yield a new folder for the files of a save, which then replaces `folder` as one event.
 
     An error in the block, or of the save, leaves `folder` as it was.
@@ -126,11 +126,14 @@ def saved_folder(
             (new / README).unlink(missing_ok=True)
         _check(new)
         if in_place:
+            if other := _names(path, replaces):
+                raise FileExistsError(
+                    errno.EEXIST, f"another save has written {', '.join(other)}", str(folder)
+                )
             _fill(path, new)
             return
         patterns = [*replaces, *(TOKENIZER_FILES if _names(new, TOKENIZER_FILES) else ())]
-        replaced = set(_names(path, patterns))
-        _link_others(path, new, replaced)
+        _link_others(path, new, patterns)
         try:
             old = _exchange_or_rename(new, path)
         except OSError as error:
@@ -138,7 +141,7 @@ def saved_folder(
                 raise
             raise _refusal(path, earlier, f"not renamed by the system: {error.strerror}") from error
         if old is not None:
-            _link_others(old, path, replaced)  # written by others since
+            _link_others(old, path, patterns)  # written by others since
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -221,14 +224,17 @@ def _hidden_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """
     for left in parent.glob(f"{escape(prefix)}*"):
         if (left / LOCK).exists():
-            with suppress(Timeout, OSError), FileLock(left / LOCK, timeout=0):
+            with suppress(*NOT_LOCKED), FileLock(left / LOCK, timeout=0):
                 _remove(left)
     hidden = Path(mkdtemp(dir=parent, prefix=prefix))
+    lock = FileLock(hidden / LOCK, timeout=0)
     try:
-        with FileLock(hidden / LOCK, timeout=0):
-            (hidden / NEW).mkdir()
-            yield hidden / NEW
+        with suppress(NotImplementedError):
+            lock.acquire()
+        (hidden / NEW).mkdir()
+        yield hidden / NEW
     finally:
+        lock.release()
         _remove(hidden)
 
 
@@ -253,7 +259,10 @@ def _check(new: Path) -> None:
     for file in new.rglob("*.safetensors"):
         read_header(file)
     for file in new.rglob("*.json"):
-        json.loads(file.read_bytes())
+        try:
+            json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file.name}: expected JSON, got {error}; save again") from error
     _sync_all(new)
 
 
@@ -274,15 +283,15 @@ def _fill(folder: Path, new: Path) -> None:
         sync(folder)
 
 
-def _link_others(old: Path, new: Path, replaced: set[str]) -> None:
-    """Link what is in the folder `old` into `new`, unless it is replaced or `new` has it."""
+def _link_others(old: Path, new: Path, patterns: Sequence[str]) -> None:
+    """Link what is in the folder `old` into `new`, unless it is of a save or `new` has it."""
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         into = new / Path(folder).relative_to(old)
         return {
             name
             for name in names
-            if (into == new and (name in replaced or name.startswith(SAVING)))
+            if (into == new and (name in _names(old, patterns) or name.startswith(SAVING)))
             or (os.path.lexists(into / name) and not _is_real_folder(os.path.join(folder, name)))
         }
 
