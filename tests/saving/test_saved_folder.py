@@ -9,7 +9,9 @@ import elip_models
 from elip_models.pretraining.models.base import WRITTEN
 from elip_models.pretraining.models.registry import create_model
 from elip_models.saving import saved_folder as module
+from elip_models.saving.locked_folder import locked_folder
 from elip_models.saving.saved_folder import saved_folder
+from elip_models.validation import ConfigError
 from tests.killed_saves import contents, quiet, save_of, without_exchange
 
 
@@ -123,6 +125,20 @@ def test_what_a_killed_save_left_is_removed_and_a_running_one_is_not(tmp_path):
         save(folder, config_json="[2]")
         assert new.exists() and not killed.exists()
     assert texts(tmp_path) == {"model/config.json": "[1]"}
+
+
+def test_a_run_keeps_its_lock_of_a_folder_that_is_replaced(tmp_path):
+    folder, options = tmp_path / "run", {"marker": "state"}
+    with locked_folder(folder, "--output", **options):
+        (folder / "state").touch()
+        save(folder, config_json="{}")
+        save(folder, config_json="[]")
+        with (
+            pytest.raises(ConfigError, match="in use by another run"),
+            locked_folder(folder, "--output", **options),
+        ):
+            pass
+    assert texts(folder) == {"config.json": "[]", "state": "", ".lock": ""}
 
 
 def test_saves_at_once_leave_one_of_them(tmp_path):
