@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE, LEAST_HELD_OUT = 0.1, 8
 CHECKPOINT, TRIAL = ".distill.safetensors", ".trial"
-LEFTOVERS = rf"\{TRIAL}|\.\{CHECKPOINT}\.\d+\.\d+"
+LEFTOVERS = rf"\.?\{TRIAL}(\.saving-.*)?|\.\{CHECKPOINT}\.\d+\.\d+"
 """Names that a start that was killed may leave."""
 COLUMNS = (
     "steps",
@@ -114,12 +114,9 @@ def _train(
 ) -> None:
     """Distill the reduced model, with a progress bar, and save it."""
     from elip_models.recovery.distill import distill as train
-    from elip_models.saving.hub import STAGING
     from elip_models.saving.open_model import split_spec, split_weights
     from elip_models.saving.saved_reduced import save_reduced
 
-    for left in output.glob(f"{STAGING}*"):  # of a run that was killed; this one has the lock
-        shutil.rmtree(left, ignore_errors=True)
     library, name = split_spec(spec)
     config = split_weights(name)[0] if library == "open_clip" else None
     try:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import reprlib
-import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,39 +60,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def unfinished(path: Path) -> Path:
-    """Return the hidden name under which the folder `path` is written, before `publish`."""
-    return path.with_name(f".{path.name}")
-
-
-def publish(path: Path) -> None:
-    """Give the folder `unfinished(path)` its name, when its files are on the disk.
-
-    It replaces a folder with this name. `restore_replaced` undoes a replacement that was killed.
-    """
-    hidden, replaced = unfinished(path), _replaced(path)
-    for entry in (*hidden.rglob("*"), hidden):
-        sync(entry)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        os.replace(path, replaced)
-    os.replace(hidden, path)
-    sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def restore_replaced(path: Path) -> None:
-    """Restore the folder `path` if `publish` was killed, and remove what it left half-written."""
-    if _replaced(path).exists() and not path.exists():
-        os.replace(_replaced(path), path)
-    for leftover in (unfinished(path), _replaced(path)):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
 
 
 def sha256_of(folder: Path) -> dict[str, str]:

@@ -1,24 +1,19 @@
 """Folders of saved models, local or on the Hugging Face hub, and their model cards."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from elip_models.reduction.flops import dense_flops, strategy_flops
 from elip_models.reduction.strategies.dense import Dense
 from elip_models.reduction.strategy import Strategy
+from elip_models.saving.saved_folder import recover
 from elip_models.towers import TowerSize
 from elip_models.validation import check, require_extra
 
 with require_extra("elip_models.saving"):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from safetensors import SafetensorError
 
-STAGING = ".saving-"
-"""How the name of a `staging_folder` begins; a process that is killed leaves it."""
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CARD = """---
 {{ card_data }}
@@ -49,7 +44,7 @@ def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) ->
     that `hf auth login` stored. FileNotFoundError is raised if neither can be found.
     """
     check("folder", name, str | os.PathLike)
-    if os.path.isdir(name):  # False for a name that no file can have
+    if os.path.isdir(name) or recover(name):  # False for a name that no file can have
         return Path(name)
     repository, _, revision = str(name).partition("@")
     try:
@@ -63,28 +58,6 @@ def fetch_folder(name: str | os.PathLike, *, token: str | bool | None = None) ->
             f"downloaded, got {str(name)!r}: {reason}"
         ) from error
     return Path(path)
-
-
-@contextmanager
-def staging_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder whose files then move into `folder`; README.md is not replaced there.
-
-    OSError is raised if a file cannot be written, such as on a full disk; it names `folder`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=STAGING) as staging:
-        try:
-            yield Path(staging)
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "filename", None) is not None:
-                raise
-            reason = getattr(error, "strerror", None) or str(error)
-            raise OSError(getattr(error, "errno", None), reason, str(folder)) from error
-        for file in sorted(path for path in Path(staging).rglob("*") if path.is_file()):
-            target = folder / file.relative_to(staging)
-            target.parent.mkdir(exist_ok=True)
-            if file.name != "README.md" or not target.exists():
-                os.replace(file, target)
 
 
 def card_values(strategy: Strategy, size: TowerSize) -> dict[str, str]:

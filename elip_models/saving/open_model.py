@@ -27,6 +27,7 @@ from elip_models.saving.files import read_config, read_object
 from elip_models.saving.hub import fetch_folder
 from elip_models.saving.meta_build import check_integers, library_errors
 from elip_models.saving.model_registry import registered_names, source_of_family, source_of_name
+from elip_models.saving.saved_folder import recover
 from elip_models.saving.saved_reduced import is_saved_reduction, load_reduced
 from elip_models.validation import check, did_you_mean, mismatch_error, require_extra
 
@@ -72,6 +73,7 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected a text, {FORMS}, got {type(spec).__name__}")
     check("pretrained", pretrained, bool)
+    recover(spec.removeprefix("hf:"))
     library, name = split_spec(spec)
     if library is not None:
         with require_extra("open_model"), missing_files_as_value_error("spec", spec):
@@ -225,10 +227,19 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
                 f"{options or {'pretrained': False}}; open the dense model {_dense_form(folder)}"
             )
         return load_reduced(folder).eval()
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        raise ValueError(
+            f"spec: expected an open_clip model with a reduction, got a dense one in {folder}; "
+            f"load it by open_clip.create_model('local-dir:{folder}'), and reduce_ it"
+        )
     if not (folder / CONFIG).is_file():
         raise ValueError(f"spec: expected {FORMS}, got a folder with no {CONFIG} in it, {folder}")
     if "model_type" in read_object(folder / CONFIG):
         return _open_hf(str(folder), pretrained, options)
+    if "architecture" in read_object(folder / CONFIG):
+        raise ValueError(
+            f"spec: expected 'timm:local-dir:{folder}' for a dense model of timm, got '{folder}'"
+        )
     family, config = read_config(folder, with_weights=pretrained)
     source = source_of_family(family)
     if source is None:

@@ -6,7 +6,8 @@
     peft           the adapter, as its save_pretrained writes it        elip.json
     ours           what save_pretrained writes; fields of config.json
 
-Each library can load its folder without this one; the model is dense then.
+Each library can load its folder without this one; the model is dense then. A save replaces an
+earlier one as one event, see `saved_folder`.
 """
 
 import os
@@ -35,10 +36,11 @@ from elip_models.saving.dense_models import (
     load_transformers,
     make_open_clip,
 )
-from elip_models.saving.files import read_object, write_file, write_json, write_tensors
-from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
-from elip_models.saving.meta_build import check_integers, library_errors, quiet_logs
+from elip_models.saving.files import read_config, read_object, write_file, write_json, write_tensors
+from elip_models.saving.hub import CARD, card_values, fetch_folder
+from elip_models.saving.meta_build import check_integers, library_errors, outline_of, quiet_logs
 from elip_models.saving.model_registry import source_of_family
+from elip_models.saving.saved_folder import README, saved_folder
 from elip_models.towers import SelfReducingModel, library_of, without_adapter
 from elip_models.validation import as_config_error, check
 
@@ -61,7 +63,9 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
     Args:
         model: a model of `reduce_`, a model that contains one, or one of our models with a
             reduction in its config. torch.compile and DistributedDataParallel may wrap it.
-        folder: created if necessary. Files of the same names are replaced, except README.md.
+        folder: created if necessary. An earlier save in it, of any library, is replaced as a whole:
+            after a kill or an error the folder is the old one or the new one. Other files stay,
+            such as a tokenizer, and so does a README.md that was edited.
         config: for open_clip, the name of the model, such as "ViT-B-16", or its `model_cfg`, which
             open_clip does not store. For timm, further arguments of its model.
 
@@ -70,7 +74,9 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
 
     Raises:
         TypeError: the model is sharded, or of another library.
-        ValueError: the model is not reduced or cannot be saved, or `config` is missing or wrong.
+        ValueError: the model is not reduced or cannot be saved, `config` is missing or wrong, or
+            `folder` has an earlier save and is a mount point, contains the current directory, or
+            is in a folder that cannot be written.
     """
     check("model", model, nn.Module)
     check("folder", folder, str | os.PathLike)
@@ -85,8 +91,8 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
                 "for its strategy, got one of peft; save it by its save_pretrained, and call "
                 "reduce_ after loading"
             )
-        _write_by_library(model, folder, None)
-        (folder / SETTINGS).unlink(missing_ok=True)
+        with saved_folder(folder) as new:
+            model.save_pretrained(new)
         return folder
     reduction, module = _reduction_in(model)
     is_adapter = without_adapter(model) is not model
@@ -97,13 +103,12 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
             "reduced model inside it"
         )
     store_in_config(model, reduction)
-    WRITERS[library](model, folder, config)
-    if library == "transformers" and not module:
-        (folder / SETTINGS).unlink(missing_ok=True)
-    else:
-        write_json(folder / SETTINGS, {"module": module, **settings_of(reduction.strategy)})
-    if not (folder / "README.md").exists():
-        write_file(folder / "README.md", _card(reduction, library, folder).encode())
+    with saved_folder(folder) as new:
+        WRITERS[library](model, new, config)
+        if library != "transformers" or module:
+            write_json(new / SETTINGS, {"module": module, **settings_of(reduction.strategy)})
+        if not (new / README).exists():
+            write_file(new / README, _card(reduction, library, folder).encode())
     return folder
 
 
@@ -133,7 +138,9 @@ def load_reduced(
     """
     check("model", model, nn.Module | None)
     folder = fetch_folder(folder)
-    model = _open_dense(folder) if model is None else model
+    if model is None:
+        _check_is_reduced(folder)
+        model = _open_dense(folder)
     if isinstance(model, SelfReducingModel):
         _check_reduces(model)
         if strategy is not None:
@@ -164,7 +171,7 @@ def load_reduced(
 
 def is_saved_reduction(folder: Path) -> bool:
     """Return whether `save_reduced` wrote a folder of another library's model."""
-    if (folder / SETTINGS).is_file() or (folder / OPEN_CLIP_CONFIG).is_file():
+    if (folder / SETTINGS).is_file():
         return True
     if not (folder / CONFIG).is_file():
         return False
@@ -194,6 +201,19 @@ def _check_reduces(model: SelfReducingModel) -> None:
         )
 
 
+def _check_is_reduced(folder: Path) -> None:
+    """Raise an error if a folder has a dense model; no weights are read."""
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    source = source_of_family(config.get("model"))
+    if source is not None:
+        family, values = read_config(folder)
+        with as_config_error(str(folder / CONFIG)):
+            outline = outline_of(lambda: source.from_config(family, values))
+        _check_reduces(outline)
+    elif config or (folder / OPEN_CLIP_CONFIG).is_file():
+        _read_settings(folder)
+
+
 def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
     reductions = reductions_of(model)
     if len(reductions) != 1:
@@ -219,9 +239,18 @@ def _read_settings(folder: Path) -> tuple[Any, str]:
     if "elip" not in config:
         raise FileNotFoundError(
             f"folder: expected {SETTINGS}, or a {CONFIG} with 'elip', as save_reduced writes them, "
-            f"got neither in {folder}; the model is dense: load it by its library, and reduce_ it"
+            f"got neither in {folder}; the model is dense: load it by {_dense_call(folder, config)}"
+            ", and reduce_ it"
         )
     return config["elip"], f"{folder / CONFIG}: elip"
+
+
+def _dense_call(folder: Path, config: dict[str, Any]) -> str:
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return f"open_clip.create_model('local-dir:{folder}')"
+    if "architecture" in config:
+        return f"open_model('timm:local-dir:{folder}')"
+    return f"open_model('hf:{folder}')" if "model_type" in config else "its library"
 
 
 def _open_dense(folder: Path) -> nn.Module:
@@ -280,9 +309,8 @@ def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
             f"model: expected a model of timm.create_model, which stores its arguments in "
             f"pretrained_cfg, got a {type(model).__name__} without it"
         )
-    with staging_folder(folder) as staging:
-        save_config_for_hf(model, staging / CONFIG, model_args=config)
-        write_tensors(staging / "model.safetensors", model.state_dict())
+    save_config_for_hf(model, folder / CONFIG, model_args=config)
+    write_tensors(folder / "model.safetensors", model.state_dict())
 
 
 def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
@@ -295,12 +323,11 @@ def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
             f"model_cfg, which open_clip does not store on a model, got {config!r}"
         )
     preprocessing = open_clip.get_model_preprocess_cfg(model)
-    with staging_folder(folder) as staging:
-        content = {"model_cfg": known, "preprocess_cfg": preprocessing}
-        write_json(staging / OPEN_CLIP_CONFIG, content)
-        with quiet_logs(), torch.device("meta"):
-            _check_config(make_open_clip(staging), model, config)
-        write_tensors(staging / "open_clip_model.safetensors", model.state_dict())
+    content = {"model_cfg": known, "preprocess_cfg": preprocessing}
+    write_json(folder / OPEN_CLIP_CONFIG, content)
+    with quiet_logs(), torch.device("meta"):
+        _check_config(make_open_clip(folder), model, config)
+    write_tensors(folder / "open_clip_model.safetensors", model.state_dict())
 
 
 def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
@@ -321,13 +348,7 @@ def _check_config(made: nn.Module, model: nn.Module, config: Config) -> None:
 
 
 def _write_by_library(model: nn.Module, folder: Path, config: Config) -> None:
-    with staging_folder(folder) as staging:
-        model.save_pretrained(staging)
-        written = {file.name for file in staging.glob("model*.safetensors*")}
-    if written:  # the library would read a file of before that these do not replace
-        for file in folder.glob("model*.safetensors*"):
-            if file.name not in written:
-                file.unlink()
+    model.save_pretrained(folder)
 
 
 WRITERS: dict[str, Callable[[nn.Module, Path, Config], None]] = {

@@ -14,8 +14,8 @@ from elip_models.embedding.encoder import open_embedding_model
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.saving.files import write_file
-from elip_models.saving.hub import staging_folder
 from elip_models.saving.open_model import open_model
+from elip_models.saving.saved_folder import saved_folder
 from tests.helpers.models import hf_clip
 from tests.helpers.tiers import first_quick
 
@@ -25,7 +25,7 @@ ERRORS = [OSError(errno.ENOSPC, FULL), SafetensorError(f"I/O error: {FULL} (os e
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_a_full_disk_names_what_was_not_written(error, tmp_path, monkeypatch):
-    with pytest.raises(OSError, match=FULL) as caught, staging_folder(tmp_path):
+    with pytest.raises(OSError, match=FULL) as caught, saved_folder(tmp_path):
         raise error
     assert caught.value.filename == str(tmp_path)
 

@@ -15,7 +15,7 @@ from elip_models.integrations.peft.adapt import Model, adapt_, adapted_layer_of
 from elip_models.integrations.peft.adapt_config import AdaptConfig
 from elip_models.integrations.peft.adaptable_model import AdaptableModel
 from elip_models.saving.files import read_object, read_tensors, write_json, write_tensors
-from elip_models.saving.hub import staging_folder
+from elip_models.saving.saved_folder import ADAPTER_FILES, saved_folder
 from elip_models.saving.weights import kind_of
 from elip_models.validation import as_config_error
 
@@ -34,11 +34,11 @@ def save_adapter(model: AdaptableModel, folder: str | Path) -> Path:
     """
     if model.adapted is None:
         raise ValueError("model: expected one with adapters, got a plain one; call adapt_ first")
-    with staging_folder(Path(folder)) as staging:
+    with saved_folder(folder, ADAPTER_FILES) as new:
         if model.adapted.config.kind == "lora":
-            model.peft_config["default"].save_pretrained(staging)
-        write_tensors(staging / WEIGHTS, _saved(model))
-        write_json(staging / SETTINGS, asdict(model.adapted.config))
+            model.peft_config["default"].save_pretrained(new)
+        write_tensors(new / WEIGHTS, _saved(model))
+        write_json(new / SETTINGS, asdict(model.adapted.config))
     return Path(folder)
 
 
@@ -85,11 +85,6 @@ def _check_rank(config: AdaptConfig, weights: dict[str, Tensor]) -> None:
 def has_adapter(folder: str | Path) -> bool:
     """Return whether the folder contains an adapter of `save_adapter`."""
     return (Path(folder) / SETTINGS).is_file()
-
-
-def remove_adapter(folder: str | Path) -> None:
-    """Mark a folder as without adapter, before a plain model is saved into it."""
-    (Path(folder) / SETTINGS).unlink(missing_ok=True)
 
 
 def _saved(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -22,7 +22,7 @@ from elip_models.pretraining.checkpoints.renaming import rename_tensors, reverse
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.clip.model import INITIAL_BIAS, CLIPConfig
 from elip_models.saving.files import write_json, write_tensors
-from elip_models.saving.hub import staging_folder
+from elip_models.saving.saved_folder import saved_folder
 from elip_models.validation import require_extra
 
 FORMATS = ("ours", "hf", "open_clip")
@@ -59,7 +59,7 @@ def save_as(
     if to == "ours":
         return model.save_pretrained(folder, tokenizer)
     theirs = to_hf(model) if to == "hf" else to_open_clip(model)
-    with staging_folder(folder) as staged:
+    with saved_folder(folder) as staged:
         if to == "hf":
             theirs.save_pretrained(staged)
         else:

@@ -26,7 +26,6 @@ from elip_models.integrations.peft.adaptable_model import AdaptableModel
 from elip_models.integrations.peft.saved_adapter import (
     has_adapter,
     load_adapter_,
-    remove_adapter,
     save_adapter,
 )
 from elip_models.pretraining.models.config import reduction_fields
@@ -37,8 +36,9 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import fit_strategy
 from elip_models.saving.files import read_config, read_tensors, write_json, write_tensors
-from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
+from elip_models.saving.hub import CARD, card_values, fetch_folder
 from elip_models.saving.meta_build import WithoutRandomValues, outline_of
+from elip_models.saving.saved_folder import REPLACED, saved_folder
 from elip_models.saving.weights import check_weights, first_names, load_weights
 from elip_models.towers import as_tower
 from elip_models.towers.reducible_model import check_tokenizer_in, random_ids
@@ -46,6 +46,9 @@ from elip_models.validation import Config, as_config_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+WRITTEN = (*REPLACED, "answers.json", "selection.json")
+"""Names of the files of an earlier save, and of those that a run writes beside a model."""
 
 
 class PretrainedModel(
@@ -247,10 +250,11 @@ class PretrainedModel(
     def save_pretrained(
         self, folder: str | os.PathLike, tokenizer: Any = None, **options: Any
     ) -> Path:
-        """Save the model; a file that cannot be written completely is not replaced.
+        """Save the model; a kill or an error leaves the folder as it was.
 
         Args:
-            folder: gets model.safetensors, config.json, and README.md if it has none.
+            folder: created if necessary. An earlier save in it is replaced, also one of another
+                library; other files stay, and so does a README.md that was edited.
             tokenizer: saved into the folder too, unless it is None.
             options: of `ModelHubMixin.save_pretrained`, such as push_to_hub=True. Call
                 `tokenizer.push_to_hub` as well for the tokenizer.
@@ -258,16 +262,16 @@ class PretrainedModel(
         Returns:
             The folder.
         """
-        with staging_folder(Path(folder)) as staging:
-            super().save_pretrained(staging, **({"repo_id": Path(folder).name} | options))
+        with saved_folder(folder, WRITTEN) as new:
+            super().save_pretrained(new, **({"repo_id": Path(folder).name} | options))
             if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
-        if self.adapted is None:
-            remove_adapter(folder)
+                tokenizer.save_pretrained(new)
         return Path(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model to the hub, and return the address of the commit.
+
+        The commit removes the files of an earlier save that the model has not.
 
         Args:
             repo_id: 'owner/name'.
@@ -278,7 +282,7 @@ class PretrainedModel(
             OSError: its answer is an error, such as that of a wrong token.
         """
         try:
-            return super().push_to_hub(repo_id, **options)
+            return super().push_to_hub(repo_id, **({"delete_patterns": [*WRITTEN]} | options))
         except HfHubHTTPError:
             raise
         except HTTPError as error:

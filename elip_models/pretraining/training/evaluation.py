@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elip_models.pretraining.data import ClassSource, Source
-from elip_models.pretraining.models.base import PretrainedModel
+from elip_models.pretraining.models.base import WRITTEN, PretrainedModel
 from elip_models.pretraining.models.registry import family_of, load_model
 from elip_models.pretraining.tasks.registry import save_answers
 from elip_models.pretraining.tasks.retrieval import Retrieval
@@ -24,7 +24,8 @@ from elip_models.pretraining.tasks.task import Loading, Progress, TaskScores
 from elip_models.pretraining.tasks.zero_shot import ZeroShot
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import task_of
-from elip_models.saving.files import publish, read_object, unfinished, write_json
+from elip_models.saving.files import read_object, write_json
+from elip_models.saving.saved_folder import recover, saved_folder
 from elip_models.validation import ConfigError, as_config_error, did_you_mean
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ class Evaluation:
         self, model: PretrainedModel, tokenizer: "PreTrainedTokenizerBase", folder: Path
     ) -> None:
         """Write a model with its tokenizer and, for some tasks, its answers."""
-        model.save_pretrained(folder, tokenizer=tokenizer)
-        if self.answers is not None:
-            save_answers(folder, self.answers)
+        with saved_folder(folder, WRITTEN) as new:
+            model.save_pretrained(new, tokenizer=tokenizer)
+            if self.answers is not None:
+                save_answers(new, self.answers)
 
     def run(
         self,
@@ -149,9 +151,9 @@ class Evaluation:
         value = fmean(scores[name].mean for name in self.metrics)
         if value > (self.selection.value if self.selection else -math.inf):  # never NaN
             self.selection = Selection(self.metrics, value, step)
-            self.save(model, tokenizer, unfinished(self.best))
-            write_json(unfinished(self.best) / RECORD, asdict(self.selection))
-            publish(self.best)
+            with saved_folder(self.best, WRITTEN) as new:
+                self.save(model, tokenizer, new)
+                write_json(new / RECORD, asdict(self.selection))
 
     def selected_model(self, device: torch.device) -> PretrainedModel | None:
         """Return the model in `best` in eval mode; None if none was selected."""
@@ -165,7 +167,7 @@ def selected_folder(folder: Path) -> tuple[Path, Selection | None]:
     a model is returned as it is.
     """
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
-        has_best = (folder / "best").is_dir()
+        has_best = (folder / "best").is_dir() or recover(folder / "best")
         folder = folder / ("best" if has_best else "model")
     return folder, _read_selection(folder)
 

@@ -10,14 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from elip_models.saving.files import (
-    damage_of,
-    publish,
-    read_object,
-    sha256_of,
-    unfinished,
-    write_json,
-)
+from elip_models.saving.files import damage_of, read_object, sha256_of, write_json
+from elip_models.saving.saved_folder import publish, unfinished
 from elip_models.validation import TrainingError
 
 MANIFEST = "run.json"

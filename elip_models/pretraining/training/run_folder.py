@@ -31,8 +31,9 @@ from elip_models.pretraining.training.run_checkpoints import Checkpoints
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.profiling.commit import commit
 from elip_models.profiling.measure import installed_versions
-from elip_models.saving.files import publish, restore_replaced, unfinished, write_file
+from elip_models.saving.files import write_file
 from elip_models.saving.locked_folder import locked_folder
+from elip_models.saving.saved_folder import publish, restore_replaced, unfinished
 from elip_models.validation import ConfigError, TrainingError
 
 PACKAGES = ("elip-kernels", "timm", "transformers", "accelerate", "datasets", "peft")

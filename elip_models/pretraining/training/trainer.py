@@ -47,7 +47,7 @@ from elip_models.pretraining.training.training_data import (
     task_of,
 )
 from elip_models.profiling.measure import saved_bytes
-from elip_models.saving.files import unfinished
+from elip_models.saving.saved_folder import unfinished
 from elip_models.validation import Stopped, as_config_error, require_extra
 
 with require_extra("elip_models.pretraining.training"):

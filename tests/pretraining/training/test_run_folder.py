@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import elip_models.saving.files as files
+import elip_models.saving.saved_folder as files
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_checkpoints import MANIFEST, Checkpoints, step_of
 from elip_models.pretraining.training.run_folder import RunFolder, run_provenance
@@ -154,14 +154,21 @@ def test_a_later_checkpoint_that_is_damaged_does_not_cost_an_intact_one(tmp_path
     assert [folder.name for folder in checkpoints.path.iterdir()] == ["step_00000006"]
 
 
-@pytest.mark.parametrize("killed_at", ["before", "between", "after"])
-def test_a_folder_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path, killed_at, monkeypatch):
-    path, replace, left = tmp_path / "best", files.os.replace, ["after", "between", "before"]
+@pytest.mark.parametrize(
+    ("has_exchange", "killed_at"),
+    [(True, "exchange"), (True, "after")]
+    + [(False, moment) for moment in ("before", "between", "after")],
+)
+def test_a_folder_that_is_replaced_is_the_old_one_or_the_new_one(
+    tmp_path, has_exchange, killed_at, monkeypatch
+):
+    path, replace, exchange = tmp_path / "best", files.os.replace, files._exchange
+    left = ["after", "exchange"] if has_exchange else ["after", "between", "before"]
 
-    def killed(*names):
+    def killed(act, *names):
         if left.pop() == killed_at:
             raise KeyboardInterrupt
-        replace(*names)
+        return act(*names)
 
     for content in ("old", "new"):
         files.unfinished(path).mkdir()
@@ -169,9 +176,13 @@ def test_a_folder_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path, kille
         if content == "old":
             files.publish(path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files.os, "replace", killed)
-        patch.setattr(files, "sync", lambda path: killed() if left == ["after"] else None)
+        patch.setattr(files.os, "replace", lambda *names: killed(replace, *names))
+        swap = (lambda *names: killed(exchange, *names)) if has_exchange else lambda *_: False
+        patch.setattr(files, "_exchange", swap)
+        patch.setattr(files, "sync", lambda path: killed(int) if left == ["after"] else None)
         files.publish(path)
+    if killed_at != "between":
+        assert (path / "a").exists()
     files.restore_replaced(path)
     assert (path / "a").read_text() == ("new" if killed_at == "after" else "old")
     assert [folder.name for folder in tmp_path.iterdir()] == ["best"]
