@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from elip_models.integrations.peft.adapt import trainable_counts
 from elip_models.pretraining.models.base import PretrainedModel
@@ -48,7 +49,7 @@ from elip_models.pretraining.training.training_data import (
 )
 from elip_models.profiling.measure import saved_bytes
 from elip_models.saving.files import unfinished
-from elip_models.validation import Stopped, as_config_error, require_extra
+from elip_models.validation import Stopped, TrainingError, as_config_error, require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from accelerate.utils import broadcast_object_list, set_seed
@@ -296,6 +297,7 @@ class Trainer:
         `data.eval` of a task is scored by the selected weights, if there are any.
         """
         scores = []
+        self._require_finite()
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
             for task in tasks if self.is_main else ():
                 best = self._selected_model() if task == self.config.task else None
@@ -321,7 +323,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         if self.losses:
-            self._read_losses()  # raises an error before weights that are not finite are saved
+            self._read_losses()
+        self._require_finite()
         folder = unfinished(self.folder.checkpoints.of(self.step))
         self.parallel.save(folder)
         self.batches.save(folder)
@@ -330,6 +333,19 @@ class Trainer:
             keep = self.config.keep_checkpoints
             self.folder.checkpoints.commit(self.step, keep=keep, **self._invariants())
         self._restart_timer()
+
+    def _require_finite(self) -> None:
+        """Raise TrainingError on every process if weights or buffers of one are not finite."""
+        state = {n: t for n, t in self.model.state_dict().items() if t.is_floating_point()}
+        parts = (t.to_local() if isinstance(t, DTensor) else t for t in state.values())
+        is_bad = torch.stack([~part.isfinite().all() for part in parts])
+        counts = self.accelerator.reduce(is_bad.float(), "sum").tolist()
+        if bad := [name for name, count in zip(state, counts, strict=True) if count]:
+            raise TrainingError(
+                f"step {self.step}: {len(bad)} tensors of the model have NaN or infinity, the "
+                f"first of them {bad[0]}: lower optim.lr, lengthen optim.warmup_steps, or set "
+                "optim.max_grad_norm; --resume continues from the last checkpoint"
+            )
 
     def _finish(self) -> TrainResult:
         self._log_scores()
