@@ -1,14 +1,12 @@
-"""The `accelerate.Accelerator` of a run, its expected warnings, and a process group to wait in."""
+"""The `accelerate.Accelerator` of a run, and its expected warnings."""
 
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
@@ -61,14 +59,3 @@ def expected_warnings_ignored() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def make_barrier_group(accelerator: Accelerator) -> "dist.ProcessGroup | None":
-    """Return a gloo process group whose barrier has a timeout of seven days; None for one process.
-
-    The other processes wait in it while the main process evaluates, which may take hours. NCCL ends
-    a run that waits for ten minutes at a barrier of the default group.
-    """
-    if accelerator.num_processes == 1:
-        return None
-    return dist.new_group(backend="gloo", timeout=timedelta(days=7))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -27,7 +26,6 @@ from elip_models.pretraining.tasks.task import TaskScores
 from elip_models.pretraining.training.accelerator import (
     expected_warnings_ignored,
     make_accelerator,
-    make_barrier_group,
 )
 from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
@@ -48,6 +46,7 @@ from elip_models.pretraining.training.training_data import (
     task_of,
 )
 from elip_models.profiling.measure import saved_bytes
+from elip_models.rank_barrier import RankBarrier
 from elip_models.saving.files import unfinished
 from elip_models.validation import Stopped, TrainingError, as_config_error, require_extra
 
@@ -94,13 +93,18 @@ class Trainer:
         self.accelerator = make_accelerator(config, self.folder)
         if config.optim.shard:
             check_sharding(config, self.accelerator.num_processes)
+        self.barrier = RankBarrier()
         self.is_main = self.accelerator.is_main_process
         self.console = console if self.is_main else Console(quiet=True)
 
     def run(self) -> TrainResult:
         """Prepare the run, train to the last step, save the model and return the result."""
         locked = self.folder.locked(self.config, resume=self.resume)
-        with locked if self.is_main else nullcontext(), expected_warnings_ignored():
+        with (
+            self.barrier.reporting(),
+            locked if self.is_main else nullcontext(),
+            expected_warnings_ignored(),
+        ):
             self.prepare()
             with progress_bar(self.console) as self.bars:
                 self._train()
@@ -112,17 +116,19 @@ class Trainer:
             self.folder.prepare()
             device, count = self.accelerator.device.type, self.accelerator.num_processes
             print_plan(self.config, self.console, device=device, num_processes=count)
-        self.accelerator.wait_for_everyone()
+        self.barrier.wait()
         checkpoint = self._newest_checkpoint() if self.resume else None
         self._open_data()
         self._build_model(resumed=checkpoint is not None)
-        self.accelerator.wait_for_everyone()  # each has loaded the tokenizer
+        self.barrier.wait()
         if self.is_main:
             self.folder.record_start(self.config, run_provenance(len(self.source), checkpoint))
         self._restore(checkpoint)
+        self.barrier.wait()
 
     def _newest_checkpoint(self) -> Path | None:
         latest = self.folder.checkpoints.latest(self._warn) if self.is_main else None
+        self.barrier.wait()
         return broadcast_object_list([latest])[0]
 
     def _warn(self, line: str) -> None:
@@ -136,7 +142,7 @@ class Trainer:
             self.source = open_training_data(self.config, model.image_size)
         self.evaluation = Evaluation(self.config, model.image_size, self.folder.best)
         self.tokenizer = make_tokenizer(
-            self.config, self.source, model, self.folder, self.accelerator, self.console
+            self.config, self.source, model, self.folder, self.barrier, self.console
         )
         with as_config_error("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
@@ -167,6 +173,7 @@ class Trainer:
             resumed=resumed,
             console=self.console,
         )
+        self.barrier.wait()  # the next line communicates
         parallel_class = ShardedModel if optim.shard else ReplicatedModel
         self.parallel = parallel_class(self.accelerator, model, optim)
         self.model = self.parallel.model
@@ -185,7 +192,6 @@ class Trainer:
         losses = [row["loss"] for row in self.folder.rows() if "loss" in row]
         self.loss = losses[-1] if losses else math.nan
         self.losses = LossLog(self.accelerator, max_nonfinite=self.config.optim.max_nonfinite_steps)
-        self.barrier_group = make_barrier_group(self.accelerator)
         purge = {"tensorboard": {"purge_step": self.step + 1}}
         self.accelerator.init_trackers(self.config.name, init_kwargs=purge)
 
@@ -304,8 +310,7 @@ class Trainer:
                 scores.append(self._evaluate_one(task, best or model))
                 if task == VALIDATION:
                     self.evaluation.select(model, self.tokenizer, self.step)
-        if self.barrier_group is not None:
-            dist.barrier(self.barrier_group)
+        self.barrier.wait()
         return scores
 
     def _evaluate_one(self, task: str, model: PretrainedModel) -> TaskScores:
@@ -328,10 +333,11 @@ class Trainer:
         folder = unfinished(self.folder.checkpoints.of(self.step))
         self.parallel.save(folder)
         self.batches.save(folder)
-        self.accelerator.wait_for_everyone()
+        self.barrier.wait()
         if self.is_main:
             keep = self.config.keep_checkpoints
             self.folder.checkpoints.commit(self.step, keep=keep, **self._invariants())
+        self.barrier.wait()
         self._restart_timer()
 
     def _require_finite(self) -> None:
@@ -353,6 +359,7 @@ class Trainer:
         if self.is_main:
             self.evaluation.save(model, self.tokenizer, self.folder.model)
             model = self._selected_model() or model
+        self.barrier.wait()
         task, scores = self.config.task, self.evaluation.scores
         self.accelerator.end_training()
         return TrainResult(
