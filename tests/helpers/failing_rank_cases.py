@@ -35,9 +35,12 @@ def ends_together(rank):
     """The block raises the error of the failing process on both, and soon."""
     environment = {**OF_PROCESSES, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     start = time.monotonic()
-    with mock.patch.dict(os.environ, environment), own_process():
-        with pytest.raises(ConfigError, match=MESSAGE):
-            yield
+    with (
+        mock.patch.dict(os.environ, environment),
+        own_process(),
+        pytest.raises(ConfigError, match=MESSAGE),
+    ):
+        yield
     assert time.monotonic() - start < LONGEST
     dist.barrier()
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from elip_kernels._switch import ProcessSwitch
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, as_config_error, require_extra
@@ -16,6 +17,7 @@ with require_extra("elip_models.pretraining.training"):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+LOGGER = logging.getLogger("accelerate.utils.other")
 NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -47,15 +49,19 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
+def _raise_level() -> int:
+    before = LOGGER.level
+    LOGGER.setLevel(logging.ERROR)
+    return before
+
+
+_QUIET = ProcessSwitch(_raise_level, LOGGER.setLevel)
+
+
 @contextmanager
 def expected_warnings_ignored() -> Iterator[None]:
     """Ignore warnings about what a run intends: tied weights, and outputs of FSDP2 as views."""
-    logger = logging.getLogger("accelerate.utils.other")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():  # one for the run: one in each step would repeat warnings
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-            yield
-    finally:
-        logger.setLevel(level)
+    # one for the run: one in each step would repeat warnings
+    with _QUIET.on(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        yield
