@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from elip_kernels._switch import ProcessSwitch
 from elip_models.saving.files import read_object
-from elip_models.validation import mismatch_error, require_extra
+from elip_models.validation import describe_type, mismatch_error, require_extra, shortened
 
 with require_extra("elip_models.saving"):
     from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +23,8 @@ with require_extra("elip_models.saving"):
 LARGEST = 2**24
 DEEPEST = 1024
 DEPTH = re.compile(r"(layers?|depths?|blocks|stages)$")
+TYPES = {"architecture": str, "model_type": str, "num_classes": int}
+"""The type of keys of a config by which other libraries choose a class."""
 INDEX = "model.safetensors.index.json"
 RANDOM_VALUES = {
     "uniform_",
@@ -85,8 +87,12 @@ def read_headers(folder: Path) -> dict[str, Tensor] | None:
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
-def check_integers(path: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError for an integer in a config that is larger than any size of a model."""
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a config of a name or count of another type, or of too large a size."""
+    for key, hint in TYPES.items():
+        if mismatch_error(config.get(key), hint | None):
+            got = shortened(config[key])
+            raise ValueError(f"{path}: {key}: expected {describe_type(hint)}, got {got}")
     left: list[tuple[str, Any]] = list(config.items())
     while left:
         key, value = left.pop()

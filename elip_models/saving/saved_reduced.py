@@ -37,7 +37,7 @@ from elip_models.saving.dense_models import (
 )
 from elip_models.saving.files import read_object, write_file, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder, staging_folder
-from elip_models.saving.meta_build import check_integers, library_errors, quiet_logs
+from elip_models.saving.meta_build import check_config, library_errors, quiet_logs
 from elip_models.saving.model_registry import source_of_family
 from elip_models.towers import SelfReducingModel, library_of, without_adapter
 from elip_models.validation import as_config_error, check
@@ -263,7 +263,7 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> nn.Module:
             f"model: expected a model loaded by its own class, {name!r:.100} in {folder / CONFIG}, "
             "which is no model class of transformers, got None"
         )
-    check_integers(folder / CONFIG, described)
+    check_config(folder / CONFIG, described)
     with library_errors(folder / CONFIG, f"a config of {name}"):
         reader = transformers.AutoConfig if is_auto else kind.config_class
         options = {"trust_remote_code": False} if is_auto else {}
