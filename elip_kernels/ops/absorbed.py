@@ -68,6 +68,9 @@ def query_arguments(
                 check_shape(name, value, shape, names)
                 check_device(name, value, "tokens", tokens)
     fusion = check_guidance(tokens, text, fusion, guidance_norm)
+    if text is None and fusion != 1:
+        remedy = "pass the text, or leave fusion out"
+        raise ValueError(message("fusion", "1 without a text", fusion, remedy))
     scale = check_scale(scale, width // num_heads)
     projections = matrices["q_weight"], biases["q_bias"], matrices["k_weight"]
     tensors = (cls, text, *norm.values(), *projections)

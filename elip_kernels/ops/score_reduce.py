@@ -106,7 +106,7 @@ def score_reduce(
         scale: factor of the scores; d ** -0.5 by default.
         text: (B, D), or (1, D) for all images, fused with `cls` first; zeros mean no text.
         fusion: share of `cls` in the fusion, in [0, 1]. With 1 the text is not read; without a
-            text, it has no effect.
+            text it must be 1.
         guidance_norm: "match" first scales the text to the norm of `cls`; "none" does not.
         merge: append the mean of the dropped tokens, weighted by the row.
         scored: (B, N, D), tokens to score instead of `tokens`, for example after a dry run. They

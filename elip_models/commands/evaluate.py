@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from elip_models.commands.image_folder import as_option_error
+from elip_models.commands.image_folder import as_option_error, listing
 from elip_models.pretraining.training.recipe import parse_overrides
 from elip_models.validation import as_config_error, check_output, require_extra
 
@@ -77,7 +77,7 @@ def evaluate(
         tokenizer = trained.load_tokenizer(str(folder))
     with as_option_error(evaluate, guided="--set guided"):
         evaluation.check(trained)
-    with as_config_error("--data", inner="spec"):
+    with listing(data), as_config_error("--data", inner="spec"):
         source = evaluation.open(data, image_size=trained.config.image_size)
     loading = Loading(batch_size, num_workers, max_bad_share)
     scores = evaluation.evaluate(trained, tokenizer, source, loading, read_answers(folder))

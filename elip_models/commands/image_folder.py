@@ -1,6 +1,7 @@
 """Image folders as inputs of commands: the files, and their pixels as a model expects them."""
 
 import inspect
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,13 +53,31 @@ def _option_of(command: Callable[..., None], name: str) -> str:
     return name.upper() if is_argument else f"--{name.replace('_', '-')}"
 
 
+@contextmanager
+def listing(source: str) -> Iterator[None]:
+    """Show at once, on stderr, that a command lists a folder, which takes long for a whole disk.
+
+    Options may follow the folder, behind a comma.
+    """
+    folder = source.partition(",")[0]
+    if not os.path.isdir(folder):
+        yield
+        return
+    console, text = Console(stderr=True), escape(f"listing the images in {folder}")
+    if not console.is_terminal:
+        console.print(text, soft_wrap=True, highlight=False)
+    with console.status(text):
+        yield
+
+
 def image_files(folder: Path, *, least: int = 8) -> list[Path]:
     """Return the image files of a folder, with its subfolders, sorted by name."""
     from elip_models.images import IMAGE_ENDINGS
 
     if not folder.is_dir():
         raise ConfigError(f"IMAGES: expected a folder of images, got {shortened(str(folder))}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    with listing(str(folder)):
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
     if len(paths) < least:
         raise ConfigError(
             f"IMAGES: expected at least {least} image files ({', '.join(IMAGE_ENDINGS)}), got "

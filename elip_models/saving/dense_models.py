@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elip_models.saving.files import check_finite, read_object, read_tensors
 from elip_models.saving.meta_build import (
     WithoutRandomValues,
-    check_integers,
+    check_config,
     library_errors,
     outline_of,
     read_header,
@@ -92,7 +92,7 @@ def make_open_clip(folder: Path) -> nn.Module:
 def _load(config: Path, weights: Path, make: Callable[[], nn.Module]) -> nn.Module:
     if not weights.is_file():
         raise FileNotFoundError(f"folder: expected {weights}, as save_reduced writes it, got none")
-    check_integers(config, read_object(config))
+    check_config(config, read_object(config))
     stored = read_header(weights)
     with library_errors(config, f"a config of a model in {weights.name}"):
         check_weights(outline_of(make), stored)

@@ -4,7 +4,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from elip_kernels._switch import ProcessSwitch
 from elip_models.saving.files import read_object
-from elip_models.validation import mismatch_error, require_extra
+from elip_models.validation import describe_type, mismatch_error, require_extra, shortened
 
 with require_extra("elip_models.saving"):
     from huggingface_hub.errors import StrictDataclassError
@@ -22,6 +23,8 @@ with require_extra("elip_models.saving"):
 LARGEST = 2**24
 DEEPEST = 1024
 DEPTH = re.compile(r"(layers?|depths?|blocks|stages)$")
+TYPES = {"architecture": str, "model_type": str, "num_classes": int}
+"""The type of keys of a config by which other libraries choose a class."""
 INDEX = "model.safetensors.index.json"
 RANDOM_VALUES = {
     "uniform_",
@@ -84,8 +87,12 @@ def read_headers(folder: Path) -> dict[str, Tensor] | None:
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
-def check_integers(path: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError for an integer in a config that is larger than any size of a model."""
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a config of a name or count of another type, or of too large a size."""
+    for key, hint in TYPES.items():
+        if mismatch_error(config.get(key), hint | None):
+            got = shortened(config[key])
+            raise ValueError(f"{path}: {key}: expected {describe_type(hint)}, got {got}")
     left: list[tuple[str, Any]] = list(config.items())
     while left:
         key, value = left.pop()
@@ -134,12 +141,15 @@ def library_errors(path: Any, expected: str) -> Iterator[None]:
         raise ValueError(f"{path}: expected {expected}, got {reason:.300}") from error
 
 
-@contextmanager
-def quiet_logs() -> Iterator[None]:
-    """Disable log messages of libraries up to warnings, such as those about random weights."""
+def _disable_logs() -> int:
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return before
+
+
+_QUIET = ProcessSwitch(_disable_logs, logging.disable)
+
+
+def quiet_logs() -> AbstractContextManager[None]:
+    """Disable log messages of libraries up to warnings, such as those about random weights."""
+    return _QUIET.on()

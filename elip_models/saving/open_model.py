@@ -25,7 +25,7 @@ from torch import nn
 from elip_models.saving.dense_models import CONFIG, OPEN_CLIP_CONFIG, from_config, load_transformers
 from elip_models.saving.files import read_config, read_object
 from elip_models.saving.hub import fetch_folder
-from elip_models.saving.meta_build import check_integers, library_errors
+from elip_models.saving.meta_build import check_config, library_errors
 from elip_models.saving.model_registry import registered_names, source_of_family, source_of_name
 from elip_models.saving.saved_folder import recover
 from elip_models.saving.saved_reduced import is_saved_reduction, load_reduced
@@ -200,7 +200,7 @@ def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         raise ValueError(f"{name}: expected a JSON object in config.json, got {described!r:.100}")
     if source_of_family(described.get("model")) is not None:
         return _from_folder(fetch_folder(name), pretrained, options)
-    check_integers(Path(name) / "config.json", described)
+    check_config(Path(name) / "config.json", described)
     with library_errors(name, "a config of a model in this version of transformers"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         ranks = BlipForImageTextRetrieval.__name__ in (

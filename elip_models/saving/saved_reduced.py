@@ -38,7 +38,7 @@ from elip_models.saving.dense_models import (
 )
 from elip_models.saving.files import read_config, read_object, write_file, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder
-from elip_models.saving.meta_build import check_integers, library_errors, outline_of, quiet_logs
+from elip_models.saving.meta_build import check_config, library_errors, outline_of, quiet_logs
 from elip_models.saving.model_registry import source_of_family
 from elip_models.saving.saved_folder import README, saved_folder
 from elip_models.towers import SelfReducingModel, library_of, without_adapter
@@ -292,7 +292,7 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> nn.Module:
             f"model: expected a model loaded by its own class, {name!r:.100} in {folder / CONFIG}, "
             "which is no model class of transformers, got None"
         )
-    check_integers(folder / CONFIG, described)
+    check_config(folder / CONFIG, described)
     with library_errors(folder / CONFIG, f"a config of {name}"):
         reader = transformers.AutoConfig if is_auto else kind.config_class
         options = {"trust_remote_code": False} if is_auto else {}

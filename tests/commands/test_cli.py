@@ -5,7 +5,10 @@ import json
 import pytest
 
 from elip_models.cli import main
+from elip_models.pretraining.data import train_tokenizer
+from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training import report
+from elip_models.validation import ConfigError
 from tests.helpers.damage import shard
 from tests.helpers.tiny_run import elip, logged, tiny_arguments
 
@@ -25,6 +28,25 @@ def test_train_prints_loss_scores_and_chance_and_eval_gives_the_same_scores(tmp_
     assert "retrieval: 10 examples" in capsys.readouterr().out
     scores = json.loads(output.read_text())["scores"]
     assert {name: score["mean"] for name, score in scores.items()} == logged(run, *scores)[-1]
+
+
+def test_a_command_shows_at_once_that_it_lists_images(tmp_path, monkeypatch, capsys):
+    model = create_model("clip_tiny")
+    model.save_pretrained(tmp_path)
+    tokenizer = train_tokenizer(["a cat on a mat"] * 9, 300)
+    tokenizer.save_pretrained(tmp_path)
+    shown = []
+
+    def listed(*arguments, **options):
+        shown.append(capsys.readouterr().err)
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr("elip_models.pretraining.tasks.zero_shot.open_classes", listed)
+    monkeypatch.setattr("pathlib.Path.rglob", listed)
+    assert elip("eval", "zero-shot", "--model", tmp_path, "--data", "/") == 2
+    assert elip("calibrate", "timm:test_vit", tmp_path) == 2
+    for text, folder in zip(shown, ("/", tmp_path), strict=True):
+        assert text.endswith(f"listing the images in {folder}\n")
 
 
 def test_train_writes_the_reports_of_the_recipe(tmp_path, monkeypatch, capsys):

@@ -158,3 +158,15 @@ def test_a_folder_of_each_kind_opens(tmp_path):
     assert not elip_models.is_reduced(open_model(form, pretrained=False))
     elip_models.create_model("clip_tiny").save_pretrained(tmp_path / "run" / "model")
     assert type(open_model(str(tmp_path / "run"))).__name__ == "CLIP"
+
+
+@pytest.mark.parametrize("value", [["clip"], {"a": 1}, 3, True])
+@pytest.mark.parametrize("key", ["model", "model_type", "architecture"])
+def test_a_name_of_another_type_in_a_config_is_an_error(key, value, tmp_path):
+    saved = tiny_clip() if key == "model" else tiny_vit()
+    saved.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    spec = str(tmp_path) if key == "model" else f"hf:{tmp_path}"
+    with pytest.raises(ValueError, match=rf"config\.json: {key}: expected a (text|string), got "):
+        open_model(spec)

@@ -15,7 +15,7 @@ from elip_models.images import CLIP_MEAN, CLIP_STD
 from elip_models.pretraining.models.meter.config import ROBERTA
 from elip_models.pretraining.models.registry import FAMILIES
 from elip_models.saving.files import read_object
-from elip_models.saving.meta_build import library_errors
+from elip_models.saving.meta_build import check_config, library_errors
 
 HEAD_WIDTH = 64
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -114,6 +114,7 @@ def fields_from_config(kind: str, folder: Path, vocab_size: int) -> dict[str, An
         _check_stats(images, stats.get("image_mean"), stats.get("image_std"))
     if kind == "hf_clip" and path.is_file():
         with library_errors(path, "a config of transformers"):
+            check_config(path, read_object(path))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             fields = _hf_fields(config)
     elif (path := folder / OPEN_CLIP_CONFIG).is_file():

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from torch import Tensor
 
+from elip_models.saving.files import read_object
+from elip_models.saving.meta_build import check_config
 from elip_models.validation import Bounds, check, require_extra
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ def load_tokenizer(name_or_path: str | Path) -> "PreTrainedTokenizerBase":
     with require_extra("load_tokenizer"):
         from transformers import AutoTokenizer
     try:
+        if (config := Path(name) / "config.json").is_file():  # which names the class
+            check_config(config, read_object(config))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.eos_token is None and tokenizer.sep_token is not None:
             tokenizer.eos_token = tokenizer.sep_token

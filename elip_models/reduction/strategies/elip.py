@@ -326,4 +326,5 @@ def query_of(tower: Tower, tokens: Tensor, text_cls: Tensor | None, strategy: Gu
         check_text(text_cls, (tokens.shape[0], tokens.shape[2]), tokens.device)
     if not tower.has_cls:
         return Query(text_cls.to(tokens.dtype))
-    return Query(tokens[:, 0], text_cls, strategy.fusion, strategy.guidance_norm)
+    fusion = 1.0 if text_cls is None else strategy.fusion
+    return Query(tokens[:, 0], text_cls, fusion, strategy.guidance_norm)
