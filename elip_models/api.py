@@ -110,7 +110,7 @@ def reduce_(
     """
     options = {"schedule": schedule, **options}
     patch.refuse_compiled(model, "reduce_")
-    multimodal = find_multimodal(model)
+    multimodal = find_multimodal(passed_model(model))
     if multimodal is None and not _is_for_tower(strategy, options):
         refuse_language_strategy(model, strategy)
     if isinstance(model, SelfReducingModel):
@@ -122,7 +122,7 @@ def reduce_(
         return model
     if multimodal is None:
         return patch.install_strategy(model, strategy, options, keep)
-    _reduce(model, multimodal, strategy, keep, options)
+    _reduce(passed_model(model), multimodal, strategy, keep, options)
     return model
 
 
@@ -138,10 +138,13 @@ def unreduce_(model: M) -> M:
     Raises:
         TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
     """
-    patch.uninstall_strategy(model)
-    for own in _reduced_own(model):
-        own.set_reduction(None)
-    if (multimodal := find_multimodal(model)) is not None:
+    patch.refuse_compiled(model, "unreduce_")
+    passed = passed_model(model)
+    if isinstance(passed, SelfReducingModel):
+        passed.set_reduction(None)
+        return model
+    patch.uninstall_strategy(passed)
+    if (multimodal := find_multimodal(passed)) is not None:
         uninstall_strategies(multimodal)
     return model
 
@@ -158,34 +161,35 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
     Raises:
         TypeError: the model cannot be reduced, with the reason.
     """
+    model = passed_model(model) if isinstance(model, nn.Module) else model
     if isinstance(model, SelfReducingModel):
         return Summary.of(model.tower, model.reduction, is_whole=True)
     multimodal = find_multimodal(model)
     if multimodal is None:
         return patch.tower_summary(model)
-    reductions = patch.reductions_of(multimodal.tower)
-    tower = reductions[0].summary if reductions else None
+    reduction = patch.reduction_of(multimodal.tower)
+    tower = None if reduction is None else reduction.summary
     return MultimodalSummary.of(multimodal, *installed_strategies(multimodal), tower)
 
 
 def is_reduced(model: nn.Module) -> bool:
-    """Return whether `reduce_` has changed the model, or one inside it."""
-    if not isinstance(model, nn.Module):
-        return False
-    return bool(strategies_in(model))
-
-
-def _reduced_own(model: nn.Module) -> list[SelfReducingModel]:
-    """Return the models of `create_model` in a model, or the model itself, that are reduced."""
-    modules = model.modules()
-    return [own for own in modules if isinstance(own, SelfReducingModel) and own.is_reduced]
+    """Return whether `reduce_` has changed the model, or the one inside a wrapper."""
+    return isinstance(model, nn.Module) and bool(strategies_in(model))
 
 
 def strategies_in(model: nn.Module) -> tuple[AnyStrategy, ...]:
     """Return the strategies that reduce the model: each, passed to `reduce_`, is set again."""
-    of_own = (own.reduction for own in _reduced_own(model))
-    of_towers = (reduction.strategy for reduction in patch.reductions_of(model))
-    return (*of_own, *of_towers, *language_strategies_in(model))
+    if not any(map(_strategies_of, models_in(model).values())):
+        return ()
+    return _strategies_of(passed_model(model))
+
+
+def _strategies_of(model: nn.Module) -> tuple[AnyStrategy, ...]:
+    if isinstance(model, SelfReducingModel):
+        return (model.reduction,) if model.is_reduced else ()
+    reduction = patch.reduction_of(model)
+    of_tower = () if reduction is None else (reduction.strategy,)
+    return (*of_tower, *language_strategies_in(model))
 
 
 @contextmanager

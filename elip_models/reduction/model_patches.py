@@ -11,6 +11,7 @@ from elip_models.reduction import call_context
 from elip_models.reduction.call_context import Guide
 from elip_models.reduction.reduced_model import Args, Kwargs, Reduction, refuse_fx
 from elip_models.towers.base import original_method, scoring_context
+from elip_models.towers.module_references import ModuleReference, strongly, weakly
 
 MODEL_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
 
@@ -156,10 +157,22 @@ class Representation:
     replaced: what the user had put there, or None.
     """
 
+    model = ModuleReference()
+
     def __init__(self, model: nn.Module, replaced: Callable[[], str] | None) -> None:
         self.model = model
         self.reductions: list[Reduction | str] = []
         self.replaced = replaced
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle is made of, with the model."""
+        return vars(strongly(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled object, which its model owns."""
+        vars(self).update(state)
+        vars(self).update(vars(weakly(self)))
 
     def __call__(self) -> str:
         """Return the model's own text, and a line for each reduction."""
@@ -174,6 +187,13 @@ def show_reduction(model: nn.Module, reduction: Reduction | str) -> None:
     if not isinstance(shown, Representation):
         shown = model.extra_repr = Representation(model, shown)
     shown.reductions.append(reduction)
+
+
+def shown_reduction(model: nn.Module) -> Reduction | None:
+    """Return the reduction that `show_reduction` prints with the model, or None."""
+    shown = vars(model).get("extra_repr")
+    reductions = shown.reductions if isinstance(shown, Representation) else []
+    return next((each for each in reductions if isinstance(each, Reduction)), None)
 
 
 def hide_reductions(model: nn.Module, kind: type) -> None:

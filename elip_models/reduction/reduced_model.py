@@ -22,6 +22,7 @@ from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.towers.base import original_method
+from elip_models.towers.module_references import is_gone, strongly, weakly
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -44,6 +45,7 @@ class Reduction:
     shared_config: Any = None
 
     def __post_init__(self) -> None:
+        vars(self).update(self._holders(weakly))
         tower, strategy = self.tower, self.strategy
         stages = blocks_of(strategy, tower.size)
         self.acts_at = stages
@@ -54,6 +56,22 @@ class Reduction:
         if self.acts_at:
             _refuse_repeated(list(tower.blocks))
 
+    def _holders(self, refer: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the attributes that refer to modules of the model, which owns the reduction."""
+        return {
+            "tower": refer(self.tower),
+            "image_text": None if self.image_text is None else refer(self.image_text),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle is made of, modules included."""
+        return vars(self) | self._holders(strongly)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled reduction, which its model owns."""
+        vars(self).update(state)
+        vars(self).update(self._holders(weakly))
+
     @property
     def passes(self) -> EagerPasses | GraphPass:
         """Return the forward passes of the code that runs now."""
@@ -63,6 +81,12 @@ class Reduction:
     def model(self) -> nn.Module:
         """Return the model that was reduced: the whole model, or an image model alone."""
         return (self.image_text or self.tower).model
+
+    @property
+    def wholes(self) -> list[nn.Module]:
+        """Return the whole model and the image model, without those that were deleted."""
+        holders = (self.image_text, self.tower)
+        return [holder.model for holder in holders if holder and not is_gone(holder, "model")]
 
     @property
     def shares_forward(self) -> bool:

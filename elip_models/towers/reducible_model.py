@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elip_models.images import IMAGENET_STATS, Stats
 from elip_models.towers.base import Tower
+from elip_models.towers.module_references import ModuleReference
 
 TEXT_TOKENS = 77  # the longest random text
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -148,7 +149,8 @@ class ImageTextModel(ReducibleModel):
     reads_patches: whether other parts of the model read the patches of the tower's last block.
     """
 
-    model: nn.Module
+    model = ModuleReference()
+    image_model = ModuleReference()
     saved_config: Any = None
     reads_patches: bool = False
 

@@ -1,6 +1,6 @@
 """Why models of other kinds have no tower, and what to do instead, in words for an error."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -97,13 +97,13 @@ def transformers_reason(model: nn.Module) -> str:
     return f"it {first_match(TRANSFORMERS, model.config.model_type) or _modality_reason(model)}"
 
 
-def other_reason(model: nn.Module, inside: str | None) -> str:
+def other_reason(model: nn.Module, inside: Sequence[str]) -> str:
     """Return why a model of another library cannot be reduced.
 
-    `inside` is how code writes the image model in a wrapper, such as 'model[0]'; None without one.
+    `inside` is how code writes the image models in a wrapper, such as 'model[0]'.
     """
     roots = [cls.__module__.split(".")[0] for cls in type(model).__mro__]
-    wrapper = f"{WRAPPER} {inside or 'the image model inside a wrapper'}"
+    wrapper = f"{WRAPPER} {' or '.join(inside) or 'the image model inside a wrapper'}"
     return f"it {next((LIBRARIES[root] for root in roots if root in LIBRARIES), wrapper)}"
 
 
