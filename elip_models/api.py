@@ -34,6 +34,7 @@ from elip_models.validation import PositiveInt, as_config_error, check
 from elip_models.vlm.budget import BUDGETS, Budget
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, find_multimodal
+from elip_models.vlm.passed_model import models_in, passed_model
 from elip_models.vlm.patch import (
     installed_strategies,
     language_strategies_in,
@@ -141,7 +142,8 @@ def unreduce_(model: M) -> M:
     patch.refuse_compiled(model, "unreduce_")
     passed = passed_model(model)
     if isinstance(passed, SelfReducingModel):
-        passed.set_reduction(None)
+        if passed.is_reduced:
+            passed.set_reduction(None)
         return model
     patch.uninstall_strategy(passed)
     if (multimodal := find_multimodal(passed)) is not None:
@@ -220,6 +222,7 @@ def guidance(
         TypeError, ValueError: a model that `reduce_` has not changed, `text_cls` not (B, D), or
             `question` not (B, N) with a token in each row; neither of them.
     """
+    model = passed_model(model) if isinstance(model, nn.Module) else model
     if isinstance(model, SelfReducingModel):
         raise TypeError(
             f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
@@ -230,33 +233,31 @@ def guidance(
         with asked:
             yield
         return
-    reductions = _tower_reductions(model)
+    reduction = _tower_reduction(model)
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
-    for width in (reduction.tower.width for reduction in reductions):
-        if text_cls.dim() != 2 or text_cls.shape[1] != width:
-            raise ValueError(
-                f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
-                f"images, got {tuple(text_cls.shape)}; "
-                "project it to the tower's width first"
-            )
-    strategies = [reduction.strategy for reduction in reductions]
-    for strategy in (strategy for strategy in strategies if not strategy.is_guided):
-        message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
-        if isinstance(strategy, Guided):
-            reason = f"fusion={strategy.fusion:g}"
-            reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
-            message = f"{strategy.name!r} reads no text with {reason}"
-        warn_once(message, UnguidedWarning, stacklevel=4)
-    text_cls, this = text_cls.detach().clone(), object()
-    for reduction in reductions:
-        reduction.guide(this, text_cls)
-    try:
-        with asked:
-            yield
-    finally:
-        for reduction in reductions:
-            reduction.unguide(this)
+    width = reduction.tower.width
+    if text_cls.dim() != 2 or text_cls.shape[1] != width:
+        raise ValueError(
+            f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
+            f"images, got {tuple(text_cls.shape)}; "
+            "project it to the tower's width first"
+        )
+    _warn_if_unread(reduction.strategy)
+    with asked, reduction.guided(text_cls.detach().clone()):
+        yield
+
+
+def _warn_if_unread(strategy: Strategy) -> None:
+    """Warn once if the strategy reads no text."""
+    if strategy.is_guided:
+        return
+    message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
+    if isinstance(strategy, Guided):
+        reason = f"fusion={strategy.fusion:g}"
+        reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
+        message = f"{strategy.name!r} reads no text with {reason}"
+    warn_once(message, UnguidedWarning, stacklevel=5)
 
 
 @contextmanager
@@ -286,6 +287,7 @@ def budget(
         TypeError, ValueError: a model without such a strategy, a wrong value, or both arguments.
             The forward pass raises ValueError for a budget that does not fit the prompt.
     """
+    model = passed_model(model) if isinstance(model, nn.Module) else model
     strategies, multimodal = language_strategies_in(model), find_multimodal(model)
     if not strategies:
         raise ValueError(
@@ -339,20 +341,20 @@ def _question_of(model: nn.Module, question: Tensor) -> Mask:
     return Mask(hooks, question.clone())
 
 
-def _tower_reductions(model: nn.Module) -> list[Reduction]:
-    """Return the reductions of image towers in a model; raise ValueError if there is none."""
-    try:
-        return patch.reductions_in(model)
-    except ValueError as error:
-        strategies = language_strategies_in(model)
-        if not strategies:
-            raise
-        raise ValueError(
-            "model: expected one whose image tower reduce_ has changed, got a "
-            f"{type(model).__name__} with {strategies[0].name!r}, which acts on the language model "
-            "and reads the question in the prompt itself; call the model without guidance, or "
-            "pass `question`, a mask of its tokens"
-        ) from error
+def _tower_reduction(model: nn.Module) -> Reduction:
+    """Return the reduction of the model's image tower; raise ValueError if there is none."""
+    reduction = patch.reduction_of(model) if isinstance(model, nn.Module) else None
+    if reduction is not None:
+        return reduction
+    strategies = language_strategies_in(model)
+    if not strategies:
+        raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
+    raise ValueError(
+        "model: expected one whose image tower reduce_ has changed, got a "
+        f"{type(model).__name__} with {strategies[0].name!r}, which acts on the language model "
+        "and reads the question in the prompt itself; call the model without guidance, or "
+        "pass `question`, a mask of its tokens"
+    )
 
 
 @contextmanager
@@ -378,16 +380,18 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
         ValueError: a model that `reduce_` has not changed.
     """
     patch.refuse_compiled(model, "record_stages")
+    infos: list[Any] = []
+    with within(RECORDS, Record(_recorded(passed_model(model)), infos)):
+        yield infos
+
+
+def _recorded(model: nn.Module) -> object:
+    """Return the object that makes the records of a reduced model."""
+    if isinstance(model, SelfReducingModel) and model.is_reduced:
+        return model.tower
     multimodal = find_multimodal(model)
     hooks = None if multimodal is None else prompt_hooks(multimodal)
-    reductions: list[object] = [own.tower for own in _reduced_own(model)]
-    if hooks is not None:
-        reductions = [hooks]
-    elif not reductions:
-        reductions = [*patch.reductions_in(model)]
-    infos: list[Any] = []
-    with within(RECORDS, Record(reductions, infos)):
-        yield infos
+    return _tower_reduction(model) if hooks is None else hooks
 
 
 def _reduce(
@@ -402,8 +406,8 @@ def _reduce(
             restore_(model, multimodal.config.elip)
     else:
         reduce_language_model(multimodal, language_strategy(strategy, {"keep": keep, **options}))
-    of_towers = [reduction.strategy for reduction in patch.reductions_of(model)]
-    of_tower = of_towers[0] if of_towers else None
+    reduction = patch.reduction_of(multimodal.tower)
+    of_tower = None if reduction is None else reduction.strategy
     store_strategies(model, multimodal.config, of_tower, language_strategies_in(model))
 
 

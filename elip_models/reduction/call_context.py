@@ -9,7 +9,7 @@ A block that activation checkpointing runs again is guided as its forward pass w
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,9 +48,9 @@ class Guide(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A list that receives what these reductions record, such as the `StageInfo` of every step."""
+    """A list that receives what a reduction records, such as the `StageInfo` of every step."""
 
-    reductions: Sequence[object]
+    reduction: object
     infos: list[Any]
 
 
@@ -143,8 +143,4 @@ def _(text_cls: Tensor) -> Tensor:
 
 def records_of(reduction: object) -> list[list[Any]]:
     """Return the lists that record the reduction in this thread or task."""
-    return [
-        record.infos
-        for record in RECORDS.get()
-        if any(recorded is reduction for recorded in record.reductions)
-    ]
+    return [record.infos for record in RECORDS.get() if record.reduction is reduction]

@@ -5,7 +5,8 @@ forward passes (`forward_passes.py`).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,16 +117,18 @@ class Reduction:
         """Return whether it is guided, or recorded in this thread or task."""
         return bool(self.graph.guides or records_of(self))
 
-    def guide(self, owner: object, text_cls: Tensor) -> None:
+    @contextmanager
+    def guided(self, text_cls: Tensor) -> Iterator[None]:
         """Guide the forward passes of this thread or task by text_cls (B, D)."""
+        owner, graph = object(), self.graph
         call_context.set_guide(self, text_cls, owner)
-        self.graph.guides[id(owner)] = self.graph.text_cls = text_cls
-
-    def unguide(self, owner: object) -> None:
-        """Remove the text that `owner` has set."""
-        call_context.drop_guide(owner)
-        del self.graph.guides[id(owner)]
-        self.graph.text_cls = next(reversed(self.graph.guides.values()), None)
+        graph.guides[id(owner)] = graph.text_cls = text_cls
+        try:
+            yield
+        finally:
+            call_context.drop_guide(owner)
+            del graph.guides[id(owner)]
+            graph.text_cls = next(reversed(graph.guides.values()), None)
 
     def begin_forward(
         self,

@@ -11,6 +11,7 @@ a backbone, whose feature maps are hidden states.
 import inspect
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -207,9 +208,13 @@ class HFTower(HFPositions):
 
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
-    """Return the module with the embeddings and layers of an image tower, and its layers."""
+    """Return the module with the embeddings and layers of the image tower, and its layers.
+
+    Its config is a part of the model's, unlike that of another model inside, such as a teacher.
+    """
+    kinds = set(map(type, _configs_in(getattr(model, "config", None))))
     for module in model.modules():
-        if not hasattr(module, "embeddings") or not hasattr(module, "config"):
+        if not hasattr(module, "embeddings") or type(getattr(module, "config", None)) not in kinds:
             continue
         parents = [getattr(module, name, None) for name in ("encoder", "model")]
         for parent in (*parents, module):
@@ -218,6 +223,14 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
             if is_image and _is_known(layers):
                 return module, layers
     return None
+
+
+def _configs_in(config: Any) -> Iterator[Any]:
+    """Yield a config of transformers, and those of the model's parts inside it."""
+    if hasattr(config, "model_type"):
+        yield config
+        for value in vars(config).values():
+            yield from _configs_in(value)
 
 
 def _is_known(layers: nn.Module | None) -> bool:

@@ -1,8 +1,10 @@
 """Which modules of a model are its own, if it contains other models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
+
+Test = Callable[[nn.Module], bool]
 
 
 def modules_around(model: nn.Module, part: nn.Module) -> list[nn.Module]:
@@ -12,38 +14,25 @@ def modules_around(model: nn.Module, part: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
 
 
-def modules_outside(
-    model: nn.Module, is_other: Callable[[nn.Module], bool]
-) -> list[nn.Module]:
+def modules_outside(model: nn.Module, is_other: Test) -> list[nn.Module]:
     """Return the modules of a model, without those of which `is_other` is true and their parts."""
-    own: dict[nn.Module, None] = {}
-
-    def add(module: nn.Module) -> None:
-        if module not in own and not is_other(module):
-            own[module] = None
-            for child in module.children():
-                add(child)
-
-    add(model)
-    return list(own)
+    return [module for _, module, ends in _walk(model, "model", is_other, set()) if not ends]
 
 
-def outermost(
-    model: nn.Module, is_wanted: Callable[[nn.Module], bool]
-) -> dict[str, nn.Module]:
+def outermost(model: nn.Module, is_wanted: Test) -> dict[str, nn.Module]:
     """Return the outermost modules of which `is_wanted` is true, by how code writes them."""
-    wanted: dict[nn.Module, str] = {}
-    seen: set[nn.Module] = set()
+    return {name: m for name, m, ends in _walk(model, "model", is_wanted, set()) if ends}
 
-    def search(module: nn.Module, name: str) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        if is_wanted(module):
-            wanted[module] = name
-            return
-        for child, inner in module.named_children():
-            search(inner, f"{name}[{child}]" if child.isdigit() else f"{name}.{child}")
 
-    search(model, "model")
-    return {name: module for module, name in wanted.items()}
+def _walk(
+    module: nn.Module, name: str, ends: Test, seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield names and modules from the outside, and whether `ends` is true; then no inner ones."""
+    if module in seen:
+        return
+    seen.add(module)
+    is_end = ends(module)
+    yield name, module, is_end
+    for child, inner in () if is_end else module.named_children():
+        inner_name = f"{name}[{child}]" if child.isdigit() else f"{name}.{child}"
+        yield from _walk(inner, inner_name, ends, seen)

@@ -12,7 +12,7 @@ from torch import nn
 
 from elip_models.reduction.strategy import tower_of
 from elip_models.towers import library_of, without_adapter
-from elip_models.towers.nested_modules import modules_around
+from elip_models.towers.nested_modules import modules_around, modules_outside
 
 LANGUAGE_MODEL = {
     **dict.fromkeys(
@@ -154,6 +154,13 @@ def find_multimodal(model: Any) -> Multimodal | None:
             head = module if inner else parents.get(module)
             return Multimodal(module, part.get_submodule(".".join(inner)), head)
     return None
+
+
+def own_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a multimodal language model without those of models inside it."""
+    model = without_adapter(model)
+    around = modules_around(model, find_multimodal(model).model)
+    return modules_outside(model, lambda m: m not in around and find_multimodal(m) is not None)
 
 
 def _trunk_of(model: nn.Module) -> nn.Module | None:
