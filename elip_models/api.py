@@ -75,7 +75,7 @@ def reduce_(
     settings. Call it before torch.compile. Calls that return the tokens of several blocks return
     whole grids, with zeros for dropped patches; ViTModel and others, which return those of the last
     block, return fewer. A strategy that reads a text takes it from `guidance(model, text_cls)`; a
-    whole image-text model encodes its text first, without gradient, and text i guides image i.
+    whole image-text model can take it from the texts of its calls: `guidance(model, paired=True)`.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
@@ -196,12 +196,18 @@ def _strategies_of(model: nn.Module) -> tuple[AnyStrategy, ...]:
 
 @contextmanager
 def guidance(
-    model: nn.Module, text_cls: Tensor | None = None, *, question: Tensor | None = None
+    model: nn.Module,
+    text_cls: Tensor | None = None,
+    *,
+    paired: bool = False,
+    question: Tensor | None = None,
 ) -> Iterator[None]:
     """Guide a reduced model by a text in the forward passes inside.
 
         with elip_models.guidance(model, text_cls):
             features = model(images)
+        with elip_models.guidance(model, paired=True):      # of a whole image-text model
+            outputs = model(images, texts)                  # text i guides image i
         with elip_models.guidance(model, question=mask):    # of a multimodal language model
             logits = model(**inputs).logits
 
@@ -214,13 +220,18 @@ def guidance(
             it.
         text_cls: (B, D), one vector per image in the tower's width D, or (1, D) for all images. It
             is detached.
+        paired: text i of a whole image-text model's own call guides image i, or its only text all
+            images; another number of texts raises ValueError. Without it the texts of a call guide
+            no image, unless the call itself is about pairs: with return_loss=True (CLIPModel,
+            SiglipModel) or the ITM head (BlipForImageTextRetrieval).
         question: (B, N) bool, the tokens of each prompt of a multimodal language model by which
             strategies that read the question select image tokens. Tokens behind the first N are
             none of it. Labels have precedence. Without both, all text is the question.
 
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, `text_cls` not (B, D), or
-            `question` not (B, N) with a token in each row; neither of them.
+            `question` not (B, N) with a token in each row; `paired` beside `text_cls`, or of a
+            model that takes no texts; none of them.
     """
     model = passed_model(model) if isinstance(model, nn.Module) else model
     if isinstance(model, SelfReducingModel):
@@ -228,12 +239,19 @@ def guidance(
             f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
             "forward takes its texts; pass them with the images"
         )
+    check("paired", paired, bool)
     asked = nullcontext() if question is None else within(MASKS, _question_of(model, question))
-    if text_cls is None and question is not None:
+    if text_cls is None and question is not None and not paired:
         with asked:
             yield
         return
     reduction = _tower_reduction(model)
+    if paired:
+        _check_paired(reduction, text_cls)
+        _warn_if_unread(reduction.strategy)
+        with asked, reduction.paired():
+            yield
+        return
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
     width = reduction.tower.width
@@ -246,6 +264,17 @@ def guidance(
     _warn_if_unread(reduction.strategy)
     with asked, reduction.guided(text_cls.detach().clone()):
         yield
+
+
+def _check_paired(reduction: Reduction, text_cls: Tensor | None) -> None:
+    """Raise ValueError if the model's own calls have no texts that could guide its images."""
+    if text_cls is not None:
+        raise ValueError("paired: expected False beside `text_cls`, got True; pass one of them")
+    if reduction.image_text is None:
+        raise ValueError(
+            "paired: expected an image-text model that reduce_ has changed as a whole, got an "
+            f"image tower of {type(reduction.model).__name__}; pass text_cls"
+        )
 
 
 def _warn_if_unread(strategy: Strategy) -> None:

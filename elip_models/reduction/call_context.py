@@ -47,6 +47,12 @@ class Guide(NamedTuple):
     recomputation: Recomputation | None = None
 
 
+class Pairing(NamedTuple):
+    """The texts of the whole model's own calls guide this reduction, each its image."""
+
+    reduction: object
+
+
 class Record(NamedTuple):
     """A list that receives what a reduction records, such as the `StageInfo` of every step."""
 
@@ -56,6 +62,7 @@ class Record(NamedTuple):
 
 GUIDES: ContextVar[tuple[Guide, ...]] = ContextVar("GUIDES", default=())
 RECORDS: ContextVar[tuple[Record, ...]] = ContextVar("RECORDS", default=())
+PAIRINGS: ContextVar[tuple["Pairing", ...]] = ContextVar("PAIRINGS", default=())
 DENSE_CALLS: ContextVar[tuple[object, ...]] = ContextVar("DENSE_CALLS", default=())
 """The reductions whose models run a method that returns the tokens of several blocks."""
 _GRAPH = threading.local()
@@ -90,6 +97,11 @@ def guide_of(reduction: object) -> Guide | None:
         if guide.reduction is reduction:
             return guide
     return None
+
+
+def is_paired(reduction: object) -> bool:
+    """Return whether the texts of the model's calls guide it in this thread or task."""
+    return any(pairing.reduction is reduction for pairing in PAIRINGS.get())
 
 
 def recomputing(reduction: object, forward: ForwardState) -> AbstractContextManager[None]:

@@ -48,8 +48,9 @@ class PatchEmbedding:
 class EncodeTextFirst:
     """The pre-forward and forward hook of a whole model: its text guides its image tower.
 
-    The text is encoded without gradient, in addition to the forward's own encoding. It is encoded
-    again in a recomputation that may hold calls with several texts.
+    That is so if `guidance(model, paired=True)` asks for it, or if the call itself is about text i
+    and image i together. The text is encoded without gradient, in addition to the forward's own
+    encoding. It is encoded again in a recomputation that may hold calls with several texts.
     """
 
     def __init__(self, reduction: Reduction) -> None:
@@ -62,13 +63,17 @@ class EncodeTextFirst:
             graph = reduction.graph
             is_guided, graph.own_text = graph.text_cls is not None, None
             if not output and not is_guided:
-                text = self._text_cls(args, kwargs)
+                text = self._text_cls(args, kwargs, is_asked=graph.is_paired)
                 is_plain = text is None or torch.compiler.is_exporting()
                 graph.own_text = text if is_plain else call_context.set_guidance(text)
         elif output:
             call_context.drop_guide(self)
-        elif self._guides(call_context.guide_of(reduction)):
-            call_context.set_guide(reduction, self._text_cls(args, kwargs), self)
+        elif self._guides(guide := call_context.guide_of(reduction)):
+            forward = None if guide is None else guide.recomputation.forward
+            was_guided = forward is not None and forward.text_cls is not None
+            is_asked = was_guided or call_context.is_paired(reduction)
+            text = self._text_cls(args, kwargs, is_asked=is_asked)
+            call_context.set_guide(reduction, text, self)
 
     def _guides(self, guide: Guide | None) -> bool:
         """Return whether the text guides a call that has this guide already."""
@@ -77,8 +82,10 @@ class EncodeTextFirst:
         is_own = guide.recomputation.forward.guided_by is self
         return is_own and len(self.reduction.eager.pending) > 1
 
-    def _text_cls(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+    def _text_cls(self, args: Args, kwargs: Kwargs, *, is_asked: bool) -> Tensor | None:
         image_text = self.reduction.image_text
+        if not is_asked and not image_text.pairs(*args, **kwargs):
+            return None
         with scoring_context(image_text.model, next(image_text.model.parameters())):
             return image_text.text_cls(*args, **kwargs)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction import call_context
-from elip_models.reduction.call_context import records_of
+from elip_models.reduction.call_context import PAIRINGS, Pairing, records_of, within
 from elip_models.reduction.forward_passes import EagerPasses, EnteredBlock, GraphPass
 from elip_models.reduction.padding import mask_like, real_tokens
 from elip_models.reduction.step import BlockStep, ForwardState, blocks_of
@@ -115,7 +115,7 @@ class Reduction:
     @property
     def is_in_use(self) -> bool:
         """Return whether it is guided, or recorded in this thread or task."""
-        return bool(self.graph.guides or records_of(self))
+        return bool(self.graph.guides or self.graph.pairings or records_of(self))
 
     @contextmanager
     def guided(self, text_cls: Tensor) -> Iterator[None]:
@@ -129,6 +129,19 @@ class Reduction:
             call_context.drop_guide(owner)
             del graph.guides[id(owner)]
             graph.text_cls = next(reversed(graph.guides.values()), None)
+
+    @contextmanager
+    def paired(self) -> Iterator[None]:
+        """Let text i guide image i in the calls of the whole model in this thread or task."""
+        pairing, graph = Pairing(self), self.graph
+        graph.pairings.add(id(pairing))
+        graph.is_paired = True
+        try:
+            with within(PAIRINGS, pairing):
+                yield
+        finally:
+            graph.pairings.discard(id(pairing))
+            graph.is_paired = bool(graph.pairings)
 
     def begin_forward(
         self,
@@ -167,9 +180,10 @@ class Reduction:
     def _warn_unguided(self) -> None:
         if self.strategy.is_guided and not torch.compiler.is_compiling():
             warn_once(
-                "the images came alone, or with another number of texts, so they are reduced by "
-                "the image alone (without_text='vision'); guidance(model, text_cls) guides them, "
-                "without_text='dense' leaves them as they were",
+                "the images came alone, or with texts that nothing pairs with them, so they are "
+                "reduced by the image alone (without_text='vision'); guidance(model, paired=True) "
+                "lets each text of the call guide its image, guidance(model, text_cls) takes any "
+                "text, without_text='dense' leaves the images as they were",
                 UnguidedWarning,
             )
 

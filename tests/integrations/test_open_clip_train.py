@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 from PIL import Image
 
 from elip_models.integrations.open_clip import main, parse_reduce, reduce_first_model
-from tests.helpers.models import open_clip_pair
+from tests.helpers.models import ids, open_clip_pair, output_of_guided_pair, output_of_pair
 from tests.helpers.tiers import tiered
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
@@ -70,10 +71,20 @@ def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path, reduction):
 def test_only_the_first_model_is_reduced():
     models = [open_clip_pair(), open_clip_pair()]
     made = iter(models)
-    create = reduce_first_model(lambda: (next(made), "train", "val"), {"strategy": "tome"})
+    options = {"strategy": "tome"}
+    create = reduce_first_model(lambda: (next(made), "train", "val"), options, ExitStack())
     assert create() == (models[0], "train", "val") and create()[0] is models[1]
     assert "forward" in vars(models[0].visual.transformer.resblocks[0])
     assert "forward" not in vars(models[1].visual.transformer.resblocks[0])
+
+
+def test_each_caption_guides_its_image_until_training_ends():
+    model, x, tokens = open_clip_pair().eval(), torch.randn(2, 3, 48, 48), ids()
+    with ExitStack() as stack:
+        reduce_first_model(lambda: (model, "train"), {"strategy": "elip:fusion=0.2"}, stack)()
+        guided = output_of_pair(model, x, tokens)
+        assert torch.equal(guided, output_of_guided_pair(model, x, tokens))
+    assert not torch.equal(output_of_pair(model, x, tokens), guided)
 
 
 def test_reduce_is_a_strategy_or_a_share_or_both():

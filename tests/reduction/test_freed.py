@@ -29,7 +29,6 @@ def no_gc():
     gc.enable()
 
 
-
 @pytest.mark.parametrize("strategy", ["tome", "elip", "resize"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model_is_freed_without_the_garbage_collector(no_gc, name, strategy):
@@ -57,9 +56,7 @@ def test_language_model_is_freed_without_the_garbage_collector(no_gc, strategies
     assert gone() is None
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copy_reduces_without_its_original_and_is_freed_too(no_gc, copied):
     model, x = elip_models.reduce_(plain_vit(), "tome"), images()
     expected, same = model(x), copied(model)
