@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from elip_models.reduction import patch
 from elip_models.reduction.call_context import RECORDS, Record, records_of
-from elip_models.reduction.call_variable import Block
 from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -35,6 +34,7 @@ from elip_models.validation import PositiveInt, as_config_error, check, shortene
 from elip_models.vlm.budget import BUDGETS, Budget, budget_of
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, find_multimodal
+from elip_models.vlm.passed_model import models_in, passed_model
 from elip_models.vlm.patch import (
     installed_strategies,
     language_strategies_in,
@@ -75,7 +75,7 @@ def reduce_(
     settings. Call it before torch.compile. Calls that return the tokens of several blocks return
     whole grids, with zeros for dropped patches; ViTModel and others, which return those of the last
     block, return fewer. A strategy that reads a text takes it from `guidance(model, text_cls)`; a
-    whole image-text model encodes its text first, without gradient, and text i guides image i.
+    whole image-text model can take it from the texts of its calls: `guidance(model, paired=True)`.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
@@ -117,7 +117,7 @@ def reduce_(
             f"strategy: expected a name or a Strategy, got {shortened(strategy)}, with "
             f"keep={shortened(keep)}; pass keep as the third argument"
         )
-    multimodal = find_multimodal(model)
+    multimodal = find_multimodal(passed_model(model))
     if multimodal is None and not _is_for_tower(strategy, options):
         refuse_language_strategy(model, strategy)
     if isinstance(model, SelfReducingModel):
@@ -129,7 +129,7 @@ def reduce_(
         return model
     if multimodal is None:
         return patch.install_strategy(model, strategy, options, keep)
-    _reduce(model, multimodal, strategy, keep, options)
+    _reduce(passed_model(model), multimodal, strategy, keep, options)
     return model
 
 
@@ -145,10 +145,14 @@ def unreduce_(model: M) -> M:
     Raises:
         TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
     """
-    patch.uninstall_strategy(model)
-    for own in _reduced_own(model):
-        own.set_reduction(None)
-    if (multimodal := find_multimodal(model)) is not None:
+    patch.refuse_compiled(model, "unreduce_")
+    passed = passed_model(model)
+    if isinstance(passed, SelfReducingModel):
+        if passed.is_reduced:
+            passed.set_reduction(None)
+        return model
+    patch.uninstall_strategy(passed)
+    if (multimodal := find_multimodal(passed)) is not None:
         uninstall_strategies(multimodal)
     return model
 
@@ -165,46 +169,53 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
     Raises:
         TypeError: the model cannot be reduced, with the reason.
     """
+    model = passed_model(model) if isinstance(model, nn.Module) else model
     if isinstance(model, SelfReducingModel):
         return Summary.of(model.tower, model.reduction, is_whole=True)
     multimodal = find_multimodal(model)
     if multimodal is None:
         return patch.tower_summary(model)
-    reductions = patch.reductions_of(multimodal.tower)
-    tower = reductions[0].summary if reductions else None
+    reduction = patch.reduction_of(multimodal.tower)
+    tower = None if reduction is None else reduction.summary
     hooks = prompt_hooks(multimodal)
     inside = None if hooks is None else budget_of(hooks)
     return MultimodalSummary.of(multimodal, *installed_strategies(multimodal), tower, inside)
 
 
 def is_reduced(model: nn.Module) -> bool:
-    """Return whether `reduce_` has changed the model, or one inside it."""
-    if not isinstance(model, nn.Module):
-        return False
-    return bool(strategies_in(model))
-
-
-def _reduced_own(model: nn.Module) -> list[SelfReducingModel]:
-    """Return the models of `create_model` in a model, or the model itself, that are reduced."""
-    modules = model.modules()
-    return [own for own in modules if isinstance(own, SelfReducingModel) and own.is_reduced]
+    """Return whether `reduce_` has changed the model, or the one inside a wrapper."""
+    return isinstance(model, nn.Module) and bool(strategies_in(model))
 
 
 def strategies_in(model: nn.Module) -> tuple[AnyStrategy, ...]:
     """Return the strategies that reduce the model: each, passed to `reduce_`, is set again."""
-    of_own = (own.reduction for own in _reduced_own(model))
-    of_towers = (reduction.strategy for reduction in patch.reductions_of(model))
-    return (*of_own, *of_towers, *language_strategies_in(model))
+    if not any(map(_strategies_of, models_in(model).values())):
+        return ()
+    return _strategies_of(passed_model(model))
+
+
+def _strategies_of(model: nn.Module) -> tuple[AnyStrategy, ...]:
+    if isinstance(model, SelfReducingModel):
+        return (model.reduction,) if model.is_reduced else ()
+    reduction = patch.reduction_of(model)
+    of_tower = () if reduction is None else (reduction.strategy,)
+    return (*of_tower, *language_strategies_in(model))
 
 
 @contextmanager
 def guidance(
-    model: nn.Module, text_cls: Tensor | None = None, *, question: Tensor | None = None
+    model: nn.Module,
+    text_cls: Tensor | None = None,
+    *,
+    paired: bool = False,
+    question: Tensor | None = None,
 ) -> Iterator[None]:
     """Guide a reduced model by a text in the forward passes inside.
 
         with elip_models.guidance(model, text_cls):
             features = model(images)
+        with elip_models.guidance(model, paired=True):      # of a whole image-text model
+            outputs = model(images, texts)                  # text i guides image i
         with elip_models.guidance(model, question=mask):    # of a multimodal language model
             logits = model(**inputs).logits
 
@@ -217,52 +228,74 @@ def guidance(
             it.
         text_cls: (B, D), one vector per image in the tower's width D, or (1, D) for all images. It
             is detached.
+        paired: text i of a whole image-text model's own call guides image i, or its only text all
+            images; another number of texts raises ValueError. Without it the texts of a call guide
+            no image, unless the call itself is about pairs: with return_loss=True (CLIPModel,
+            SiglipModel) or the ITM head (BlipForImageTextRetrieval).
         question: (B, N) bool, the tokens of each prompt of a multimodal language model by which
             strategies that read the question select image tokens. Tokens behind the first N are
             none of it. Labels have precedence. Without both, all text is the question.
 
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, `text_cls` not (B, D), or
-            `question` not (B, N) with a token in each row; neither of them.
+            `question` not (B, N) with a token in each row; `paired` beside `text_cls`, or of a
+            model that takes no texts; none of them.
     """
     check_module(model, text_cls, "guidance")
+    model = passed_model(model)
     if isinstance(model, SelfReducingModel):
         raise TypeError(
             f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
             "forward takes its texts; pass them with the images"
         )
+    check("paired", paired, bool)
     asked = nullcontext() if question is None else MASKS.within(_question_of(model, question))
-    if text_cls is None and question is not None:
+    if text_cls is None and question is not None and not paired:
         with asked:
             yield
         return
-    reductions = _tower_reductions(model)
+    reduction = _tower_reduction(model)
+    if paired:
+        _check_paired(reduction, text_cls)
+        _warn_if_unread(reduction.strategy)
+        with asked, reduction.paired():
+            yield
+        return
     if not isinstance(text_cls, Tensor) or not text_cls.is_floating_point():
         raise TypeError(f"text_cls: expected a floating-point tensor (B, D), got {text_cls!r:.80}")
-    for width in (reduction.tower.width for reduction in reductions):
-        if text_cls.dim() != 2 or text_cls.shape[1] != width:
-            raise ValueError(
-                f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
-                f"images, got {tuple(text_cls.shape)}; "
-                "project it to the tower's width first"
-            )
-    strategies = [reduction.strategy for reduction in reductions]
-    for strategy in (strategy for strategy in strategies if not strategy.is_guided):
-        message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
-        if isinstance(strategy, Guided):
-            reason = f"fusion={strategy.fusion:g}"
-            reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
-            message = f"{strategy.name!r} reads no text with {reason}"
-        warn_once(message, UnguidedWarning, stacklevel=4)
-    text_cls, this = text_cls.detach().clone(), Block()
-    for reduction in reductions:
-        reduction.guide(this, text_cls)
-    try:
-        with asked:
-            yield
-    finally:
-        for reduction in reductions:
-            reduction.unguide(this)
+    width = reduction.tower.width
+    if text_cls.dim() != 2 or text_cls.shape[1] != width:
+        raise ValueError(
+            f"text_cls: expected (B, {width}), the tower's width, or (1, {width}) for all "
+            f"images, got {tuple(text_cls.shape)}; "
+            "project it to the tower's width first"
+        )
+    _warn_if_unread(reduction.strategy)
+    with asked, reduction.guided(text_cls.detach().clone()):
+        yield
+
+
+def _check_paired(reduction: Reduction, text_cls: Tensor | None) -> None:
+    """Raise ValueError if the model's own calls have no texts that could guide its images."""
+    if text_cls is not None:
+        raise ValueError("paired: expected False beside `text_cls`, got True; pass one of them")
+    if reduction.image_text is None:
+        raise ValueError(
+            "paired: expected an image-text model that reduce_ has changed as a whole, got an "
+            f"image tower of {type(reduction.model).__name__}; pass text_cls"
+        )
+
+
+def _warn_if_unread(strategy: Strategy) -> None:
+    """Warn once if the strategy reads no text."""
+    if strategy.is_guided:
+        return
+    message = f"{strategy.name!r} reads no text; 'elip' and 'guided_tome' do"
+    if isinstance(strategy, Guided):
+        reason = f"fusion={strategy.fusion:g}"
+        reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
+        message = f"{strategy.name!r} reads no text with {reason}"
+    warn_once(message, UnguidedWarning, stacklevel=5)
 
 
 @contextmanager
@@ -293,6 +326,7 @@ def budget(
             The forward pass raises ValueError for a budget that does not fit the prompt.
     """
     check_module(model, keep, "budget")
+    model = passed_model(model)
     strategies, multimodal = language_strategies_in(model), find_multimodal(model)
     if not strategies:
         raise ValueError(
@@ -345,20 +379,20 @@ def _question_of(model: nn.Module, question: Tensor) -> Mask:
     return Mask(hooks, question.clone())
 
 
-def _tower_reductions(model: nn.Module) -> list[Reduction]:
-    """Return the reductions of image towers in a model; raise ValueError if there is none."""
-    try:
-        return patch.reductions_in(model)
-    except ValueError as error:
-        strategies = language_strategies_in(model)
-        if not strategies:
-            raise
-        raise ValueError(
-            "model: expected one whose image tower reduce_ has changed, got a "
-            f"{type(model).__name__} with {strategies[0].name!r}, which acts on the language model "
-            "and reads the question in the prompt itself; call the model without guidance, or "
-            "pass `question`, a mask of its tokens"
-        ) from error
+def _tower_reduction(model: nn.Module) -> Reduction:
+    """Return the reduction of the model's image tower; raise ValueError if there is none."""
+    reduction = patch.reduction_of(model) if isinstance(model, nn.Module) else None
+    if reduction is not None:
+        return reduction
+    strategies = language_strategies_in(model)
+    if not strategies:
+        raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
+    raise ValueError(
+        "model: expected one whose image tower reduce_ has changed, got a "
+        f"{type(model).__name__} with {strategies[0].name!r}, which acts on the language model "
+        "and reads the question in the prompt itself; call the model without guidance, or "
+        "pass `question`, a mask of its tokens"
+    )
 
 
 @contextmanager
@@ -384,16 +418,18 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
         ValueError: a model that `reduce_` has not changed.
     """
     patch.refuse_compiled(model, "record_stages")
+    infos: list[Any] = []
+    with RECORDS.within(Record(_recorded(passed_model(model)), infos)):
+        yield infos
+
+
+def _recorded(model: nn.Module) -> object:
+    """Return the object that makes the records of a reduced model."""
+    if isinstance(model, SelfReducingModel) and model.is_reduced:
+        return model.tower
     multimodal = find_multimodal(model)
     hooks = None if multimodal is None else prompt_hooks(multimodal)
-    reductions: list[object] = [own.tower for own in _reduced_own(model)]
-    if hooks is not None:
-        reductions = [hooks]
-    elif not reductions:
-        reductions = [*patch.reductions_in(model)]
-    infos: list[Any] = []
-    with RECORDS.within(Record(reductions, infos)):
-        yield infos
+    return _tower_reduction(model) if hooks is None else hooks
 
 
 def _reduce(
@@ -408,8 +444,8 @@ def _reduce(
             restore_(model, multimodal.config.elip)
     else:
         reduce_language_model(multimodal, language_strategy(strategy, {"keep": keep, **options}))
-    of_towers = [reduction.strategy for reduction in patch.reductions_of(model)]
-    of_tower = of_towers[0] if of_towers else None
+    reduction = patch.reduction_of(multimodal.tower)
+    of_tower = None if reduction is None else reduction.strategy
     store_strategies(model, multimodal.config, of_tower, language_strategies_in(model))
 
 

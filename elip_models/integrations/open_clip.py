@@ -13,12 +13,14 @@ resumes.
 import argparse
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-from elip_models.api import reduce_
+from elip_models.api import guidance, reduce_
+from elip_models.reduction.patch import reduction_of
 from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import check_keep, get_strategy
@@ -61,10 +63,9 @@ def main(arguments: Sequence[str]) -> int | None:
         ) from error
     if script.parse_args(others).val_data is not None and strategy.is_guided:
         parser.error(GUIDED_VALIDATION_ERROR)
-    run = with_globals(
-        script.main, **{CREATE: reduce_first_model(getattr(script, CREATE), options)}
-    )
-    return run(others)
+    with ExitStack() as stack:
+        create = reduce_first_model(getattr(script, CREATE), options, stack)
+        return with_globals(script.main, **{CREATE: create})(others)
 
 
 def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
@@ -97,14 +98,21 @@ def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
     return FunctionType(function.__code__, function.__globals__ | names)
 
 
-def reduce_first_model(create: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """Wrap `create` so that its first model is reduced; the next one, a teacher, stays dense."""
+def reduce_first_model(
+    create: Callable[..., Any], options: dict[str, Any], stack: ExitStack
+) -> Callable[..., Any]:
+    """Wrap `create` so that its first model is reduced; the next one, a teacher, stays dense.
+
+    Until `stack` ends, each caption guides its own image, if the strategy reads a text.
+    """
     made: list[nn.Module] = []
 
     def create_reduced(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         model, *transforms = create(*args, **kwargs)
         if not made:
-            reduce_(model, **options)
+            reduction = reduction_of(reduce_(model, **options))
+            if reduction.strategy.is_guided and reduction.image_text is not None:
+                stack.enter_context(guidance(model, paired=True))
             logging.info("Image tower reduced: %s", options)
         made.append(model)
         return model, *transforms

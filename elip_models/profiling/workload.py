@@ -11,7 +11,7 @@ A training step is the forward and the backward of the output's squares, without
 
 import copy
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from elip_models.api import reduce_
 from elip_models.reduction.encode import encode_image
+from elip_models.reduction.patch import reduction_of
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import Strategy
 from elip_models.towers import SelfReducingModel, as_reducible, as_tower
@@ -53,10 +54,18 @@ class Workload:
         """Return the forward pass with `strategy`, or dense if it is None, in the model's mode.
 
         It returns the CLS output (B, D) of an image model, the features of a whole model, or the
-        loss of one of our models.
+        loss of one of our models. The texts of a whole model guide its images, if they can.
         """
         run, as_tensor, inputs = self.reduced_by(strategy), self.reducible.as_tensor, self.inputs
-        return lambda: as_tensor(run(**inputs))
+        reduction = reduction_of(run) if isinstance(run, nn.Module) else None
+        can_guide = reduction is not None and reduction.image_text is not None
+        paired = reduction.paired if can_guide else nullcontext
+
+        def forward() -> Tensor:
+            with paired():
+                return as_tensor(run(**inputs))
+
+        return forward
 
     def reduced_by(self, strategy: Strategy | None) -> Callable[..., object]:
         """Return a callable for the inputs, which shares all weights with the model."""

@@ -9,7 +9,6 @@ A block that activation checkpointing runs again is guided as its forward pass w
 """
 
 import threading
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,15 +45,22 @@ class Guide(NamedTuple):
     recomputation: Recomputation | None = None
 
 
-class Record(NamedTuple):
-    """A list that receives what these reductions record, such as the `StageInfo` of every step."""
+class Pairing(NamedTuple):
+    """The texts of the whole model's own calls guide this reduction, each its image."""
 
-    reductions: Sequence[object]
+    reduction: object
+
+
+class Record(NamedTuple):
+    """A list that receives what a reduction records, such as the `StageInfo` of every step."""
+
+    reduction: object
     infos: list[Any]
 
 
 GUIDES: CallVariable[Guide] = CallVariable("GUIDES")
 RECORDS: CallVariable[Record] = CallVariable("RECORDS")
+PAIRINGS: CallVariable[Pairing] = CallVariable("PAIRINGS")
 DENSE_CALLS: ContextVar[tuple[object, ...]] = ContextVar("DENSE_CALLS", default=())
 """The reductions whose models run a method that returns the tokens of several blocks."""
 _GRAPH = threading.local()
@@ -82,6 +88,11 @@ def guide_of(reduction: object) -> Guide | None:
         if guide.reduction is reduction:
             return guide
     return None
+
+
+def is_paired(reduction: object) -> bool:
+    """Return whether the texts of the model's calls guide it in this thread or task."""
+    return any(pairing.reduction is reduction for pairing in PAIRINGS.get())
 
 
 def recomputing(reduction: object, forward: ForwardState) -> AbstractContextManager[None]:
@@ -135,8 +146,4 @@ def _(text_cls: Tensor) -> Tensor:
 
 def records_of(reduction: object) -> list[list[Any]]:
     """Return the lists that record the reduction in this thread or task."""
-    return [
-        record.infos
-        for record in RECORDS.get()
-        if any(recorded is reduction for recorded in record.reductions)
-    ]
+    return [record.infos for record in RECORDS.get() if record.reduction is reduction]

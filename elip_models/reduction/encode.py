@@ -137,6 +137,8 @@ def run_tower(
     images = strategy.resize(tower, images)
     tokens = strategy.embed(tower, images)
     tower = tower.resized_for(images)
+    if not torch.compiler.is_compiling():
+        tower = tower.changed(blocks=tuple(tower.blocks))  # faster to index than a ModuleList
     forward = ForwardState(tower, strategy, text_cls, num_tokens=tokens.shape[1], replays=replays)
     run = forward.run_block
     if tower.checkpointing and tower.model.training:

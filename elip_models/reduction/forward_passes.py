@@ -174,6 +174,7 @@ class GraphPass:
 
     reduction: the reduction, to which the guidance belongs.
     guides, text_cls: the texts by the id of their owner, and the most recent text.
+    pairings, is_paired: the owners of `guidance(model, paired=True)`, and whether there is one.
     own_text: the text that the whole model's forward has encoded.
     forward, on_grid: the running forward pass, and whether blocks return whole grids.
     has_own_mask: in torch.export, the model makes a mask that hides no token, see `with_masks`.
@@ -183,6 +184,8 @@ class GraphPass:
         self.reduction = reduction
         self.guides: dict[int, Tensor] = {}
         self.text_cls: Tensor | None = None
+        self.pairings: set[int] = set()
+        self.is_paired = False
         self.own_text: Tensor | None = None
         self.forward: ForwardState | None = None
         self.on_grid = False

@@ -25,14 +25,15 @@ LANGUAGE_MODEL = "language_model"
 """The entry of the settings with the strategies of a multimodal language model."""
 
 
-def store_in_config(model: nn.Module, reduction: Reduction) -> None:
+def store_in_config(reduction: Reduction) -> None:
     """Store the strategy in the model's config, if its library saves one."""
     owner = reduction.image_text or reduction.tower
     if owner.saved_config is None:
         return
     if reduction.shared_config is None:
         reduction.shared_config = owner.saved_config
-        replace_config(model.modules(), reduction.shared_config, copy.copy(reduction.shared_config))
+        modules = reduction.tower.own_modules(reduction.model)
+        replace_config(modules, reduction.shared_config, copy.copy(reduction.shared_config))
     owner.saved_config.elip = settings_of(reduction.strategy)
 
 
@@ -56,19 +57,20 @@ def strategy_in(saved: Any) -> Strategy | None:
     return strategy_of(saved)
 
 
-def remove_from_config(modules: Iterable[nn.Module], reductions: Iterable[Reduction]) -> None:
-    """Remove the strategy from the configs of the modules; other models keep theirs."""
-    modules = list(modules)
+def remove_from_config(modules: list[nn.Module], shared: Any) -> None:
+    """Remove the strategy from the configs of the modules; other models keep theirs.
+
+    A config that was a copy of `shared` is replaced by it.
+    """
     own_configs = map(_config_of, modules)
     configs = {id(config): config for config in own_configs if config is not None}
-    shared = [r.shared_config for r in reductions if r.shared_config is not None]
     for config in configs.values():
         if stored_in(config) is None:
             continue
         own = copy.copy(config)
         del own.elip
-        same = (c for c in shared if type(c) is type(own) and vars(c) == vars(own))
-        replace_config(modules, config, next(same, own))
+        is_same = type(shared) is type(own) and vars(shared) == vars(own)
+        replace_config(modules, config, shared if is_same else own)
 
 
 def replace_config(modules: Iterable[nn.Module], config: Any, by: Any) -> None:

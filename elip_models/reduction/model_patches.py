@@ -11,6 +11,7 @@ from elip_models.reduction import call_context
 from elip_models.reduction.call_context import Guide
 from elip_models.reduction.reduced_model import Args, Kwargs, Reduction, refuse_fx
 from elip_models.towers.base import original_method, scoring_context
+from elip_models.towers.module_references import ModuleReference, strongly, weakly
 
 MODEL_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
 
@@ -47,8 +48,9 @@ class PatchEmbedding:
 class EncodeTextFirst:
     """The pre-forward and forward hook of a whole model: its text guides its image tower.
 
-    The text is encoded without gradient, in addition to the forward's own encoding. It is encoded
-    again in a recomputation that may hold calls with several texts.
+    That is so if `guidance(model, paired=True)` asks for it, or if the call itself is about text i
+    and image i together. The text is encoded without gradient, in addition to the forward's own
+    encoding. It is encoded again in a recomputation that may hold calls with several texts.
     """
 
     def __init__(self, reduction: Reduction) -> None:
@@ -61,13 +63,17 @@ class EncodeTextFirst:
             graph = reduction.graph
             is_guided, graph.own_text = graph.text_cls is not None, None
             if not output and not is_guided:
-                text = self._text_cls(args, kwargs)
+                text = self._text_cls(args, kwargs, is_asked=graph.is_paired)
                 is_plain = text is None or torch.compiler.is_exporting()
                 graph.own_text = text if is_plain else call_context.set_guidance(text)
         elif output:
             call_context.drop_guide(self)
-        elif self._guides(call_context.guide_of(reduction)):
-            call_context.set_guide(reduction, self._text_cls(args, kwargs), self)
+        elif self._guides(guide := call_context.guide_of(reduction)):
+            forward = None if guide is None else guide.recomputation.forward
+            was_guided = forward is not None and forward.text_cls is not None
+            is_asked = was_guided or call_context.is_paired(reduction)
+            text = self._text_cls(args, kwargs, is_asked=is_asked)
+            call_context.set_guide(reduction, text, self)
 
     def _guides(self, guide: Guide | None) -> bool:
         """Return whether the text guides a call that has this guide already."""
@@ -76,8 +82,10 @@ class EncodeTextFirst:
         is_own = guide.recomputation.forward.guided_by is self
         return is_own and len(self.reduction.eager.pending) > 1
 
-    def _text_cls(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+    def _text_cls(self, args: Args, kwargs: Kwargs, *, is_asked: bool) -> Tensor | None:
         image_text = self.reduction.image_text
+        if not is_asked and not image_text.pairs(*args, **kwargs):
+            return None
         with scoring_context(image_text.model, next(image_text.model.parameters())):
             return image_text.text_cls(*args, **kwargs)
 
@@ -156,10 +164,22 @@ class Representation:
     replaced: what the user had put there, or None.
     """
 
+    model = ModuleReference()
+
     def __init__(self, model: nn.Module, replaced: Callable[[], str] | None) -> None:
         self.model = model
         self.reductions: list[Reduction | str] = []
         self.replaced = replaced
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle is made of, with the model."""
+        return vars(strongly(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled object, which its model owns."""
+        vars(self).update(state)
+        vars(self).update(vars(weakly(self)))
 
     def __call__(self) -> str:
         """Return the model's own text, and a line for each reduction."""
@@ -174,6 +194,13 @@ def show_reduction(model: nn.Module, reduction: Reduction | str) -> None:
     if not isinstance(shown, Representation):
         shown = model.extra_repr = Representation(model, shown)
     shown.reductions.append(reduction)
+
+
+def shown_reduction(model: nn.Module) -> Reduction | None:
+    """Return the reduction that `show_reduction` prints with the model, or None."""
+    shown = vars(model).get("extra_repr")
+    reductions = shown.reductions if isinstance(shown, Representation) else []
+    return next((each for each in reductions if isinstance(each, Reduction)), None)
 
 
 def hide_reductions(model: nn.Module, kind: type) -> None:

@@ -19,10 +19,10 @@ from elip_models.reduction.model_patches import (
     EncodeTextFirst,
     PatchEmbedding,
     Refusal,
-    Representation,
     hide_reductions,
     remove_hooks,
     show_reduction,
+    shown_reduction,
 )
 from elip_models.reduction.reduced_model import ReducedBlock, Reduction
 from elip_models.reduction.strategies import default_strategy
@@ -30,7 +30,15 @@ from elip_models.reduction.strategies.elip import ELIP
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.reduction.summary import Summary
-from elip_models.towers import ImageTextModel, Tower, as_image_text, as_tower, check_module
+from elip_models.towers import (
+    ImageTextModel,
+    Tower,
+    as_image_text,
+    as_tower,
+    check_module,
+    without_adapter,
+)
+from elip_models.towers.nested_modules import modules_outside
 
 M = TypeVar("M", bound=nn.Module)
 Replacement = (ReducedBlock, PatchEmbedding, Refusal, DenseMethod)
@@ -41,9 +49,9 @@ def install_strategy(
     model: M, strategy: str | Strategy | None, options: dict[str, Any], keep: float | None
 ) -> M:
     """Resolve the strategy, and install it unless the model is already reduced by it."""
-    (image_text, tower), others = _read(model), reductions_of(model)
+    (image_text, tower), present = _read(model), reduction_of(model)
     has_text = image_text is not None and image_text.refuses() is None
-    use_config = keep is None and not others
+    use_config = keep is None and present is None
 
     def default() -> Strategy:
         return strategy_by_default(tower, image_text, has_text=has_text, use_config=use_config)
@@ -53,10 +61,14 @@ def install_strategy(
         reason = f"the text encoder of a {type(model).__name__} reads patches"
         raise TypeError(f"class_token_only: expected False, since {reason}, got True")
     reduction = Reduction(tower, strategy, _guiding(image_text, strategy, tower))
-    key = reduction.strategy, reduction.image_text is None
-    if not any(key == (other.strategy, other.image_text is None) for other in others):
+    if present is None or _key(present) != _key(reduction):
         _install(model, reduction)  # an equal one stays, so that torch.compile keeps its graph
     return model
+
+
+def _key(reduction: Reduction) -> tuple[Strategy, bool]:
+    """Return what equal reductions of a model have in common."""
+    return reduction.strategy, reduction.image_text is None
 
 
 def _guiding(
@@ -118,11 +130,12 @@ def _replaced(owner: nn.Module, name: str) -> Any:
 def _install(model: nn.Module, reduction: Reduction) -> None:
     """Replace the forward methods of the model's blocks, after undoing an earlier reduction."""
     _refuse_replaced(reduction)
-    refuse_in_use(any(reduction.is_in_use for reduction in reductions_of(model)))
+    present = reduction_of(model)
+    refuse_in_use(present is not None and present.is_in_use)
     uninstall_strategy(model)
     tower, strategy, image_text = reduction.tower, reduction.strategy, reduction.image_text
     show_reduction(reduction.model, reduction)
-    store_in_config(model, reduction)
+    store_in_config(reduction)
     if not reduction.acts_at and not strategy.changes_embedding:
         return
     if strategy.changes_embedding:
@@ -171,19 +184,22 @@ def _hook(module: nn.Module, hook: Hook) -> None:
 
 def uninstall_strategy(model: nn.Module) -> None:
     """Undo `install_strategy`."""
-    refuse_compiled(model, "unreduce_")
-    for module in model.modules():
+    reduction = reduction_of(model)
+    for module in () if reduction is None else reduction.tower.blocks:
         for name, value in vars(module).items():
             if isinstance(value, ReducedBlock) and name != "forward":
                 raise TypeError(
                     f"model: expected {type(module).__name__}s as reduce_ left them, got one whose "
                     "forward was wrapped afterwards; remove that wrapper first"
                 )
-    reductions = reductions_of(model)
-    wholes = (model, *(reduction.model for reduction in reductions))
-    modules = list(dict.fromkeys(module for whole in wholes for module in whole.modules()))
-    remove_from_config(modules, reductions)
-    for module in modules:
+    if reduction is None:
+        remove_from_config(_own_modules(model), None)
+        return
+    tower = reduction.tower
+    whole_modules = (module for whole in reduction.wholes for module in tower.own_modules(whole))
+    remove_from_config([*_own_modules(model), *whole_modules], reduction.shared_config)
+    embedding = [owner for owner, _ in tower.embed_methods]
+    for module in {tower.trunk, *tower.blocks, *embedding, *reduction.wholes}:
         remove_hooks(module, Hook)
         hide_reductions(module, Reduction)
         for name, value in list(vars(module).items()):
@@ -193,40 +209,52 @@ def uninstall_strategy(model: nn.Module) -> None:
                     setattr(module, name, value.replaced)
 
 
+def _own_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of the model, without those of models inside it."""
+    try:
+        tower = _read(model)[1]
+    except TypeError:
+        return modules_outside(model, lambda module: shown_reduction(module) is not None)
+    return tower.own_modules(model)
+
+
 def tower_summary(model: nn.Module) -> Summary:
     """Return how an image model, or the image tower of another, is reduced."""
-    reductions = reductions_of(model) if isinstance(model, nn.Module) else []
-    if reductions:
-        return reductions[0].summary
+    reduction = reduction_of(model) if isinstance(model, nn.Module) else None
+    if reduction is not None:
+        return reduction.summary
     image_text, tower = _read(model)
     return Summary.of(tower, None, is_whole=image_text is not None)
 
 
 def is_reduced_tower(tower: Tower) -> bool:
     """Return whether the tower is reduced; cheap, because it looks at the tower's parts alone."""
+    return _installed_in(tower) is not None
+
+
+def reduction_of(model: nn.Module) -> Reduction | None:
+    """Return the reduction of the model's own tower, or None.
+
+    It is the one that is shown with the model, or the one of the blocks of its tower, which may
+    have been reduced as a part of another model, or alone.
+    """
+    model = without_adapter(model)
+    if (shown := shown_reduction(model)) is not None:
+        return shown
+    try:
+        tower = _read(model)[1]
+    except TypeError:
+        return None
+    return shown_reduction(tower.model) or _installed_in(tower)
+
+
+def _installed_in(tower: Tower) -> Reduction | None:
+    """Return the reduction of the tower's blocks and embedding, or None."""
     methods = [] if tower.refuses_resizing() else tower.embed_methods
     owners = [*methods, *((block, "forward") for block in tower.blocks)]
-    return any(isinstance(vars(owner).get(name), Replacement) for owner, name in owners)
-
-
-def reductions_of(model: nn.Module) -> list[Reduction]:
-    """Return the reductions of the model and of the models inside it."""
-    reductions: list[Any] = []
-    for value in (value for module in model.modules() for value in vars(module).values()):
-        if isinstance(value, ReducedBlock | PatchEmbedding):
-            reductions.append(value.reduction)
-        elif isinstance(value, Representation):
-            reductions += value.reductions
-    unique = {id(reduction): reduction for reduction in reductions}
-    return [reduction for reduction in unique.values() if isinstance(reduction, Reduction)]
-
-
-def reductions_in(model: nn.Module) -> list[Reduction]:
-    """Return `reductions_of`; raise ValueError if there is none."""
-    reductions = reductions_of(model) if isinstance(model, nn.Module) else []
-    if not reductions:
-        raise ValueError("model: expected one that reduce_ has changed, got one without reduction")
-    return reductions
+    values = (vars(owner).get(name) for owner, name in owners)
+    installed = (value for value in values if isinstance(value, ReducedBlock | PatchEmbedding))
+    return next((value.reduction for value in installed), None)
 
 
 def refuse_compiled(model: nn.Module, name: str) -> None:

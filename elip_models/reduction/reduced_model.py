@@ -5,7 +5,8 @@ forward passes (`forward_passes.py`).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction import call_context
-from elip_models.reduction.call_context import records_of
+from elip_models.reduction.call_context import PAIRINGS, Pairing, records_of
+from elip_models.reduction.call_variable import Block
 from elip_models.reduction.forward_passes import EagerPasses, EnteredBlock, GraphPass
 from elip_models.reduction.padding import mask_like, real_tokens
 from elip_models.reduction.step import BlockStep, ForwardState, blocks_of
@@ -22,6 +24,7 @@ from elip_models.reduction.summary import Summary
 from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
 from elip_models.towers import ImageTextModel, Tower
 from elip_models.towers.base import original_method
+from elip_models.towers.module_references import is_gone, strongly, weakly
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -44,6 +47,7 @@ class Reduction:
     shared_config: Any = None
 
     def __post_init__(self) -> None:
+        vars(self).update(self._holders(weakly))
         tower, strategy = self.tower, self.strategy
         stages = blocks_of(strategy, tower.size)
         self.acts_at = stages
@@ -54,6 +58,22 @@ class Reduction:
         if self.acts_at:
             _refuse_repeated(list(tower.blocks))
 
+    def _holders(self, refer: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the attributes that refer to modules of the model, which owns the reduction."""
+        return {
+            "tower": refer(self.tower),
+            "image_text": None if self.image_text is None else refer(self.image_text),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle is made of, modules included."""
+        return vars(self) | self._holders(strongly)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled reduction, which its model owns."""
+        vars(self).update(state)
+        vars(self).update(self._holders(weakly))
+
     @property
     def passes(self) -> EagerPasses | GraphPass:
         """Return the forward passes of the code that runs now."""
@@ -63,6 +83,12 @@ class Reduction:
     def model(self) -> nn.Module:
         """Return the model that was reduced: the whole model, or an image model alone."""
         return (self.image_text or self.tower).model
+
+    @property
+    def wholes(self) -> list[nn.Module]:
+        """Return the whole model and the image model, without those that were deleted."""
+        holders = (self.image_text, self.tower)
+        return [holder.model for holder in holders if holder and not is_gone(holder, "model")]
 
     @property
     def shares_forward(self) -> bool:
@@ -90,18 +116,33 @@ class Reduction:
     @property
     def is_in_use(self) -> bool:
         """Return whether it is guided, or recorded in this thread or task."""
-        return bool(self.graph.guides or records_of(self))
+        return bool(self.graph.guides or self.graph.pairings or records_of(self))
 
-    def guide(self, owner: object, text_cls: Tensor) -> None:
+    @contextmanager
+    def guided(self, text_cls: Tensor) -> Iterator[None]:
         """Guide the forward passes of this thread or task by text_cls (B, D)."""
+        owner, graph = Block(), self.graph
         call_context.set_guide(self, text_cls, owner)
-        self.graph.guides[id(owner)] = self.graph.text_cls = text_cls
+        graph.guides[id(owner)] = graph.text_cls = text_cls
+        try:
+            yield
+        finally:
+            call_context.drop_guide(owner)
+            del graph.guides[id(owner)]
+            graph.text_cls = next(reversed(graph.guides.values()), None)
 
-    def unguide(self, owner: object) -> None:
-        """Remove the text that `owner` has set."""
-        call_context.drop_guide(owner)
-        del self.graph.guides[id(owner)]
-        self.graph.text_cls = next(reversed(self.graph.guides.values()), None)
+    @contextmanager
+    def paired(self) -> Iterator[None]:
+        """Let text i guide image i in the calls of the whole model in this thread or task."""
+        pairing, graph = Pairing(self), self.graph
+        graph.pairings.add(id(pairing))
+        graph.is_paired = True
+        try:
+            with PAIRINGS.within(pairing):
+                yield
+        finally:
+            graph.pairings.discard(id(pairing))
+            graph.is_paired = bool(graph.pairings)
 
     def begin_forward(
         self,
@@ -140,9 +181,10 @@ class Reduction:
     def _warn_unguided(self) -> None:
         if self.strategy.is_guided and not torch.compiler.is_compiling():
             warn_once(
-                "the images came alone, or with another number of texts, so they are reduced by "
-                "the image alone (without_text='vision'); guidance(model, text_cls) guides them, "
-                "without_text='dense' leaves them as they were",
+                "the images came alone, or with texts that nothing pairs with them, so they are "
+                "reduced by the image alone (without_text='vision'); guidance(model, paired=True) "
+                "lets each text of the call guide its image, guidance(model, text_cls) takes any "
+                "text, without_text='dense' leaves the images as they were",
                 UnguidedWarning,
             )
 

@@ -87,8 +87,6 @@ class ForwardState:
             real: (B, N) bool, False for padding among the tokens that enter the first step; None
                 means that there is no padding.
         """
-        if not torch.compiler.is_compiling():
-            tower = tower.changed(blocks=tuple(tower.blocks))  # faster to index than a ModuleList
         self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
         self.size = tower.size
         if tower.has_dynamic_size and num_tokens is not None:
@@ -106,11 +104,11 @@ class ForwardState:
         self.repeats: ForwardState | None = None
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
-        elif strategy.reduces(text_cls, tower.model.training):
+        elif strategy.reduces(text_cls, tower.trunk.training):
             if real is not None:
                 self._set_padding(real)
             self.stages = stages_of(strategy, self.size)
-            if not tower.model.training and not torch.compiler.is_compiling():
+            if not tower.trunk.training and not torch.compiler.is_compiling():
                 _warn_if_slower(strategy, self.size)
         else:
             self.stages = {}

@@ -107,7 +107,8 @@ class Summary:
 
 
 def _guided_by(strategy: Strategy, is_whole: bool) -> str:
-    text = "its own text" if is_whole else "guidance(model, text_cls)"
+    paired = "its own texts, in calls about pairs"
+    text = paired if is_whole else "guidance(model, text_cls)"
     without = getattr(strategy, "without_text", "dense")
     return f"{text}; without it {'the image alone' if without == 'vision' else 'not reduced'}"
 

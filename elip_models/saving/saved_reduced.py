@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.api import reduce_, restore_
 from elip_models.reduction.hf_config import LANGUAGE_MODEL, store_in_config
-from elip_models.reduction.patch import reductions_of
+from elip_models.reduction.patch import reduction_of
 from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies.dense import Dense
@@ -43,6 +43,7 @@ from elip_models.saving.model_registry import source_of_family
 from elip_models.saving.saved_folder import README, saved_folder
 from elip_models.towers import SelfReducingModel, library_of, without_adapter
 from elip_models.validation import as_config_error, check
+from elip_models.vlm.passed_model import passed_model
 
 SETTINGS = "elip.json"
 Config = str | dict[str, Any] | None
@@ -102,7 +103,7 @@ def save_reduced(model: nn.Module, folder: str | os.PathLike, *, config: Config 
             f"model: expected one of {', '.join(WRITERS)}, got {type(model).__name__}; save the "
             "reduced model inside it"
         )
-    store_in_config(model, reduction)
+    store_in_config(reduction)
     with saved_folder(folder) as new:
         WRITERS[library](model, new, config)
         if library != "transformers" or module:
@@ -215,21 +216,20 @@ def _check_is_reduced(folder: Path) -> None:
 
 
 def _reduction_in(model: nn.Module) -> tuple[Reduction, str]:
-    reductions = reductions_of(model)
-    if len(reductions) != 1:
-        remedy = "save each model alone" if reductions else "save a dense model by its library"
+    reduction = reduction_of(passed_model(model))
+    if reduction is None:
         raise ValueError(
-            f"model: expected one model of reduce_, got {len(reductions) or 'no'} reductions in "
-            f"it; {remedy}"
+            "model: expected one model of reduce_, got no reductions in it; save a dense model by "
+            "its library"
         )
-    owner = reductions[0].model
+    owner = reduction.model
     names = {id(module): name for name, module in without_adapter(model).named_modules()}
     if id(owner) not in names:
         raise ValueError(
             f"model: expected the whole {type(owner).__name__} that reduce_ changed, got a "
             f"{type(model).__name__} inside it"
         )
-    return reductions[0], names[id(owner)]
+    return reduction, names[id(owner)]
 
 
 def _read_settings(folder: Path) -> tuple[Any, str]:

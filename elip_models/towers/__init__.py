@@ -4,13 +4,13 @@ A tower reads a model's own modules and adds nothing to it. `as_tower` returns t
 model, `as_image_text` that of a whole language-image model, whose text can guide its image tower.
 """
 
-import re
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from elip_models.towers.base import Tower, in_forward
+from elip_models.towers.nested_modules import outermost
 from elip_models.towers.reducible_model import (
     ImageModel,
     ImageTextModel,
@@ -35,6 +35,7 @@ __all__ = [
     "as_tower",
     "check_module",
     "in_forward",
+    "is_reducible",
     "library_of",
     "without_adapter",
 ]
@@ -86,7 +87,7 @@ def as_tower(model: nn.Module) -> Tower:
     if library is None:
         raise TypeError(
             f"model: expected an image model of {', '.join(ADAPTERS)}, got "
-            f"{type(model).__name__}: {other_reason(model, _reducible_inside(model))}"
+            f"{type(model).__name__}: {other_reason(model, models_inside(model))}"
         )
     towers = (_load(name) for name in ADAPTERS[library].towers)
     tower = next(tower for tower in towers if tower.accepts(model))
@@ -99,16 +100,20 @@ def as_tower(model: nn.Module) -> Tower:
     return tower(model)
 
 
-def _reducible_inside(model: nn.Module) -> str | None:
-    """Return how code writes the first module in a wrapper that can be reduced, or None."""
-    for name, module in model.named_modules():
-        if library_of(module) is not None:
-            try:
-                as_reducible(module)
-            except TypeError:
-                continue
-            return "model" + re.sub(r"[.](\d+)", r"[\1]", f".{name}")
-    return None
+def models_inside(model: object) -> list[str]:
+    """Return how code writes the models in a wrapper that can be reduced."""
+    return [*outermost(model, is_reducible)] if isinstance(model, nn.Module) else []
+
+
+def is_reducible(model: nn.Module) -> bool:
+    """Return whether a module is a model that can be reduced, and no wrapper around one."""
+    if library_of(without_adapter(model)) is None:
+        return isinstance(model, ReducibleModel)
+    try:
+        as_reducible(model)
+    except TypeError:
+        return False
+    return True
 
 
 def as_image_text(model: nn.Module) -> ImageTextModel | None:

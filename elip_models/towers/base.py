@@ -249,7 +249,7 @@ class Tower(Positions):
 
         The result has no gradient.
         """
-        with scoring_context(self.model, tokens), self.unsharded(i, tokens) as (tokens,):
+        with scoring_context(self.trunk, tokens), self.unsharded(i, tokens) as (tokens,):
             parts, weights = self.projections(i), self.weights(i)
             if weights is None:
                 return self.qkv(i, tokens)[1].mean(1)
@@ -294,7 +294,7 @@ class Tower(Positions):
                     tokens, keep=keep, merge=merge_flag(merge), return_info=True, **arguments
                 )
         if row is None:
-            with scoring_context(self.model, tokens):
+            with scoring_context(self.trunk, tokens):
                 row = self.cls_attention(i, scored, query.fused())
         return *self.reduce(tokens, row, keep, merge=merge), row
 

@@ -11,6 +11,7 @@ a backbone, whose feature maps are hidden states.
 import inspect
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from elip_models.towers.hf_heads import averages, needs_grid, reads_layers
 from elip_models.towers.hf_layers import LAYERS
 from elip_models.towers.hf_positions import HFPositions, pair
 from elip_models.towers.hf_processor import image_stats_of
+from elip_models.towers.module_references import ModuleReference
+from elip_models.towers.nested_modules import modules_around, modules_outside
 from elip_models.towers.tower_parts import Block, part, plain_mlp_ratio, run
 from elip_models.towers.unsupported import transformers_reason
 from elip_models.towers.wrapped_modules import library_class, unwrapped
@@ -38,12 +41,12 @@ PRE_NORMS = ("pre_layrnorm", "pre_layernorm")  # before block 0, both spellings
 class HFTower(HFPositions):
     """A vision transformer inside a transformers model."""
 
+    trunk = ModuleReference()
     has_dynamic_size = True  # DINOv2 in any call, others with interpolate_pos_encoding=True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.trunk, self.blocks = _trunk(model)
-        self.collector = self.trunk
         self.names = LAYERS[library_class(self.blocks[0]).__name__]
         self.returns_tuple = self.names.returns_tuple
         attn = self._attention(0)
@@ -61,10 +64,11 @@ class HFTower(HFPositions):
         self.num_prefix_tokens += getattr(config, "num_register_tokens", 0)
         self.num_prefix_tokens += hasattr(embeddings, "distillation_token")
         self.absorbs_keys = self.has_cls and not self.has_positions
-        self.needs_grid = needs_grid(model)
+        around = modules_around(model, self.trunk)
+        self.needs_grid, self.reads_layers = needs_grid(model, around), reads_layers(around)
         has_probe = not self.has_cls and getattr(self.trunk, "use_head", False)
         pools = has_probe or averages(model, self.trunk) or self.needs_grid is not None
-        self.pools = pools and not reads_layers(model)
+        self.pools = pools and not self.reads_layers
         mlp = (part(self.blocks[0], name) for name in self.names.mlp)
         self.mlp_ratio = plain_mlp_ratio(self.width, *(m for m in mlp if isinstance(m, nn.Module)))
         self.is_part = config is not model.config
@@ -105,6 +109,11 @@ class HFTower(HFPositions):
             return None
         return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections)"
 
+    def own_modules(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules of the model without those of models inside, such as a teacher."""
+        around = set(modules_around(model, self.trunk))
+        return modules_outside(model, lambda m: m not in around and _trunk(m) is not None)
+
     @property
     def saved_config(self) -> Any:
         """Return the config that transformers saves with the model."""
@@ -116,7 +125,7 @@ class HFTower(HFPositions):
 
     def refuses_dropping(self) -> str | None:
         """Return why no patch may be dropped; a model that reads single layers has zeros there."""
-        return None if reads_layers(self.model) else self.needs_grid
+        return None if self.reads_layers else self.needs_grid
 
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
@@ -127,6 +136,11 @@ class HFTower(HFPositions):
         if self.has_positions:
             return "its layers read positions of the images' own size"
         return self.needs_grid
+
+    @property
+    def collector(self) -> nn.Module:
+        """Return the module whose call `collects` hidden states or attentions."""
+        return self.trunk
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
         """Return whether this call of `collector` returns all "hidden_states" or "attentions"."""
@@ -194,9 +208,13 @@ class HFTower(HFPositions):
 
 
 def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
-    """Return the module with the embeddings and layers of an image tower, and its layers."""
+    """Return the module with the embeddings and layers of the image tower, and its layers.
+
+    Its config is a part of the model's, unlike that of another model inside, such as a teacher.
+    """
+    kinds = set(map(type, _configs_in(getattr(model, "config", None))))
     for module in model.modules():
-        if not hasattr(module, "embeddings") or not hasattr(module, "config"):
+        if not hasattr(module, "embeddings") or type(getattr(module, "config", None)) not in kinds:
             continue
         parents = [getattr(module, name, None) for name in ("encoder", "model")]
         for parent in (*parents, module):
@@ -205,6 +223,14 @@ def _trunk(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
             if is_image and _is_known(layers):
                 return module, layers
     return None
+
+
+def _configs_in(config: Any) -> Iterator[Any]:
+    """Yield a config of transformers, and those of the model's parts inside it."""
+    if hasattr(config, "model_type"):
+        yield config
+        for value in vars(config).values():
+            yield from _configs_in(value)
 
 
 def _is_known(layers: nn.Module | None) -> bool:

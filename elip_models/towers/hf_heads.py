@@ -1,5 +1,6 @@
 """What transformers models do with the tokens of their image tower."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -61,8 +62,11 @@ def averages(model: nn.Module, trunk: nn.Module) -> bool:
     return isinstance(model, AVERAGED) or pools
 
 
-def needs_grid(model: nn.Module) -> str | None:
-    """Return why the image tower must return a token for each patch, or None if it need not."""
+def needs_grid(model: nn.Module, around: Sequence[nn.Module]) -> str | None:
+    """Return why the image tower must return a token for each patch, or None if it need not.
+
+    `around` are the modules of the model that contain the blocks.
+    """
     if isinstance(model, PIXEL_DECODERS):
         return "it decodes pixels from its patches, each at its position"
     if isinstance(model, DETECTORS):
@@ -73,20 +77,20 @@ def needs_grid(model: nn.Module) -> str | None:
         return "its pooled output is the token of its first patch"
     if isinstance(model, DENSE_HEADS):
         return "its head reads a grid of patches"
-    if language_config(model) is not None:
+    if language_config(around) is not None:
         return "its language model has a token for each patch of the image"
-    if any(isinstance(module, BackboneMixin) for module in model.modules()):
+    if any(isinstance(module, BackboneMixin) for module in around):
         return "its feature maps have a position for each patch"
     return None
 
 
-def reads_layers(model: nn.Module) -> bool:
+def reads_layers(around: Sequence[nn.Module]) -> bool:
     """Return whether a language model reads the tokens of single layers, and no pooled output."""
-    return hasattr(language_config(model), "vision_feature_layer")
+    return hasattr(language_config(around), "vision_feature_layer")
 
 
-def language_config(model: nn.Module) -> Any:
+def language_config(around: Sequence[nn.Module]) -> Any:
     """Return the config of a model that inserts image tokens into a text, or None."""
-    configs = (getattr(module, "config", None) for module in model.modules())
+    configs = (getattr(module, "config", None) for module in around)
     names = ("image_token_id", "image_token_index")
     return next((c for c in configs if any(hasattr(c, name) for name in names)), None)

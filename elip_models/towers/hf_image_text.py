@@ -26,11 +26,14 @@ class HFImageText(ImageTextModel):
 
     kind: the model's class.
     mask_position: the index of attention_mask among the arguments after ids and pixels.
+    pairing: the index there, the name and the default of the argument that asks for an output
+        about text i and image i together.
     reads_padding: texts are padded to the full length and have no mask.
     """
 
     kind: ClassVar[type[nn.Module]]
     mask_position: ClassVar[int] = 0
+    pairing: ClassVar[tuple[int, str, bool]] = (2, "return_loss", False)
     reads_padding: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,19 +54,22 @@ class HFImageText(ImageTextModel):
         vision = self.model.config.vision_config.hidden_size
         return None if text == vision else f"its text is {text} wide, its image tower {vision}"
 
-    def text_cls(
+    def images_and_text(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
-    ) -> Tensor | None:
-        """Return the guidance, computed from the arguments of the model's forward."""
-        if not self.pair(pixel_values, input_ids):
-            return None
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return the images, and the arguments of `encode_guidance`, in those of the forward."""
         at = self.mask_position
         mask = args[at] if len(args) > at else kwargs.get("attention_mask")
-        return self.encode_guidance(input_ids, mask)
+        return pixel_values, {"input_ids": input_ids, "attention_mask": mask}
+
+    def pairs(self, *args: Any, **kwargs: Any) -> bool:
+        """Return whether a forward with these arguments is about text i and image i together."""
+        at, name, default = self.pairing
+        return bool(args[2 + at] if len(args) > 2 + at else kwargs.get(name, default))
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the guidance (B, D) of texts from `tokenise`."""
@@ -136,11 +142,13 @@ class HFSiglip(HFImageText):
 class HFBlip(HFImageText):
     """BlipForImageTextRetrieval, guided by BERT's CLS output.
 
-    In its call, use_itm_head comes before attention_mask.
+    In its call, use_itm_head comes before attention_mask. With this head, which is the default,
+    text i reads image i. Without it, all texts are compared with all images.
     """
 
     kind = BlipForImageTextRetrieval
     mask_position = 1
+    pairing = (0, "use_itm_head", True)
     reads_patches = True  # its text encoder attends to them
 
     def refuses(self) -> str | None:

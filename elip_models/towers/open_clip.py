@@ -188,9 +188,11 @@ class OpenClipImageText(ImageTextModel):
             return "its image tower has no linear projection to go back through"
         return None
 
-    def text_cls(self, image: Tensor | None = None, text: Any = None) -> Tensor | None:
-        """Return the guidance, computed from the arguments of the model's forward."""
-        return self.encode_guidance(text) if self.pair(image, text) else None
+    def images_and_text(
+        self, image: Tensor | None = None, text: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return the images, and the arguments of `encode_guidance`, in those of the forward."""
+        return image, {"text": text}
 
     def encode_guidance(self, text: Tensor) -> Tensor:
         """Return the guidance (B, D) of texts from `tokenise`."""

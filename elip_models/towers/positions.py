@@ -41,7 +41,8 @@ class Positions(TowerParts):
     def changed(self, **attributes: Any) -> Self:
         """Return the tower of the same model with other attributes, and nothing gathered."""
         tower = copy(self)
-        vars(tower).update(attributes, gathered={})
+        for name, value in (attributes | {"gathered": {}}).items():
+            setattr(tower, name, value)
         return tower
 
     def resized_for(self, images: Tensor) -> Self:

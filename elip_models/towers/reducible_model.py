@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elip_models.images import IMAGENET_STATS, Stats
 from elip_models.towers.base import Tower
+from elip_models.towers.module_references import ModuleReference
 
 TEXT_TOKENS = 77  # the longest random text
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -148,7 +149,8 @@ class ImageTextModel(ReducibleModel):
     reads_patches: whether other parts of the model read the patches of the tower's last block.
     """
 
-    model: nn.Module
+    model = ModuleReference()
+    image_model = ModuleReference()
     saved_config: Any = None
     reads_patches: bool = False
 
@@ -161,20 +163,34 @@ class ImageTextModel(ReducibleModel):
         """Return why the text cannot guide the image tower, in one sentence, or None if it can."""
         return None
 
-    def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Return the guidance, computed from the arguments of the model's forward.
-
-        Its shape is (B, D) with the image tower's width D, or (1, D) for all images; None if texts
-        and images do not `pair`.
-        """
+    def images_and_text(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return the images, and the arguments of `encode_guidance`, in those of the forward."""
         raise NotImplementedError
 
-    @staticmethod
-    def pair(images: Tensor | None, texts: Tensor | None) -> bool:
-        """Return whether each image has a text, or one text is for all; K prompts do not pair."""
+    def pairs(self, *args: Any, **kwargs: Any) -> bool:
+        """Return whether a forward with these arguments is about text i and image i together."""
+        return False
+
+    def text_cls(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Return the guidance by the text of each image, from the arguments of the forward.
+
+        Its shape is (B, D) with the image tower's width D, or (1, D) for all images; None if images
+        or texts are missing.
+
+        Raises:
+            ValueError: another number of texts than images.
+        """
+        images, text = self.images_and_text(*args, **kwargs)
+        texts = next(iter(text.values()))
         if images is None or texts is None:
-            return False
-        return texts.shape[0] in (1, images.shape[0])  # torch.export would specialise `len`
+            return None
+        if texts.shape[0] not in (1, images.shape[0]):  # torch.export would specialise `len`
+            raise ValueError(
+                "texts: expected one for each image, or one for all, in a call whose texts guide "
+                f"the images, got {texts.shape[0]} texts and {images.shape[0]} images; pass pairs, "
+                "or call the model outside of guidance(model, paired=True)"
+            )
+        return self.encode_guidance(**text)
 
     def as_tensor(self, output: Any) -> Tensor:
         """Return all floating-point tensors of the output, flattened and concatenated."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_kernels import fuse_text
+from elip_models.towers.module_references import ModuleReference
 from elip_models.towers.wrapped_modules import is_plain
 
 NO_POSITION = -1
@@ -171,7 +172,6 @@ class TowerParts:
     takes_padding: the model passes its blocks a mask, if images of a batch have other sizes.
     has_dynamic_size: the model takes images of other sizes, with other numbers of patches.
     size_advice: the remedy in an error about the image size.
-    collector: the module whose call `collects` hidden states or attentions, or None.
     dense_methods: methods of the model that return the tokens of several blocks.
     unsupported_methods: methods of the model that would return wrong results on a reduced model.
     saved_config: the configuration that the library saves with the model, or None.
@@ -180,8 +180,8 @@ class TowerParts:
         None if its output is another.
     """
 
-    model: nn.Module
-    blocks: nn.Sequential | nn.ModuleList | tuple[nn.Module, ...]
+    model = ModuleReference()
+    blocks = ModuleReference()
     names: BlockNames
     width: int
     depth: int
@@ -203,7 +203,6 @@ class TowerParts:
     takes_padding: bool = False
     has_dynamic_size: bool = False
     size_advice: str = "resize the images"
-    collector: nn.Module | None = None
     dense_methods: tuple[str, ...] = ()
     unsupported_methods: tuple[str, ...] = ()
     saved_config: Any = None
@@ -236,10 +235,24 @@ class TowerParts:
         """Return why an attention cannot be read, in one sentence, or None if it can."""
         raise NotImplementedError
 
+    def own_modules(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules of the model around the tower, without those of models inside it."""
+        return list(model.modules())
+
     @property
     def checkpointing(self) -> bool:
         """Return whether the model's forward, not its blocks, checkpoints their activations."""
         return False
+
+    @property
+    def trunk(self) -> nn.Module:
+        """Return the module that has the blocks: the model, or a part of it."""
+        return self.model
+
+    @property
+    def collector(self) -> nn.Module | None:
+        """Return the module whose call `collects` hidden states or attentions, or None."""
+        return None
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
         """Return whether this call of `collector` returns all "hidden_states" or "attentions"."""

@@ -1,6 +1,6 @@
 """Why models of other kinds have no tower, and what to do instead, in words for an error."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -106,13 +106,13 @@ def transformers_reason(model: nn.Module) -> str:
     return f"it {first_match(TRANSFORMERS, model.config.model_type) or _modality_reason(model)}"
 
 
-def other_reason(model: nn.Module, inside: str | None) -> str:
+def other_reason(model: nn.Module, inside: Sequence[str]) -> str:
     """Return why a model of another library cannot be reduced.
 
-    `inside` is how code writes the image model in a wrapper, such as 'model[0]'; None without one.
+    `inside` is how code writes the image models in a wrapper, such as 'model[0]'.
     """
-    if inside is not None:
-        return f"it is a wrapper; pass {inside}"
+    if inside:
+        return f"it is a wrapper; pass {' or '.join(inside)}"
     reasons = (first_match(LIBRARIES, cls.__module__) for cls in type(model).__mro__)
     return f"it {next(filter(None, reasons), UNKNOWN)}"
 

@@ -10,6 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from elip_models.reduction.strategy import tower_of
+from elip_models.towers import library_of, without_adapter
+from elip_models.towers.nested_modules import modules_around, modules_outside
+
 LANGUAGE_MODEL = {
     **dict.fromkeys(
         (
@@ -130,11 +134,19 @@ class Multimodal:
 
 
 def find_multimodal(model: Any) -> Multimodal | None:
-    """Return the parts of the multimodal language model that `model` is or contains, or None."""
-    if not isinstance(model, nn.Module):
+    """Return the parts of a multimodal language model, or None if the model is another.
+
+    A language model that another model contains, such as the teacher of an image model, is none of
+    its parts.
+    """
+    model = without_adapter(model)
+    if library_of(model) != "transformers":
         return None
+    trunk = _trunk_of(model)
     parents = {child: module for module in model.modules() for child in module.children()}
     for module in model.modules():
+        if module is trunk:
+            return None
         kind = getattr(getattr(module, "config", None), "model_type", None)
         name, *inner = FAMILIES.get(kind, "").split(".")
         part = dict(module.named_children()).get(name)
@@ -144,12 +156,29 @@ def find_multimodal(model: Any) -> Multimodal | None:
     return None
 
 
+def own_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a multimodal language model without those of models inside it."""
+    model = without_adapter(model)
+    around = modules_around(model, find_multimodal(model).model)
+    return modules_outside(model, lambda m: m not in around and find_multimodal(m) is not None)
+
+
+def _trunk_of(model: nn.Module) -> nn.Module | None:
+    """Return the module with the blocks of the model's image tower, or None if it has none."""
+    try:
+        return tower_of(model).trunk
+    except TypeError:
+        return None
+
+
 def unsupported_config(model: nn.Module) -> Any:
     """Return the config of a model without a row here that has image tokens in its prompt, or None.
 
     The model is one of which `find_multimodal` has returned None.
     """
-    configs = (getattr(module, "config", None) for module in model.modules())
+    trunk = _trunk_of(model)
+    modules = model.modules() if trunk is None else modules_around(model, trunk)
+    configs = (getattr(module, "config", None) for module in modules)
     return next((c for c in configs if getattr(c, "image_token_id", None) is not None), None)
 
 

@@ -168,7 +168,8 @@ def _install(
 
 def uninstall_strategies(multimodal: Multimodal) -> None:
     """Restore the modules."""
-    for module in (multimodal.head or multimodal.model).modules():
+    inner = (*multimodal.language_model.modules(), *multimodal.tower.modules())
+    for module in {multimodal.head or multimodal.model, multimodal.model, *inner}:
         remove_hooks(module, HOOKS)
         unwatch(module)
     hide_reductions(multimodal.model, str)

@@ -15,6 +15,7 @@ from elip_models.reduction.hf_config import LANGUAGE_MODEL, replace_config, stra
 from elip_models.reduction.serialization import VERSION, settings_of, strategy_of
 from elip_models.reduction.strategy import Strategy
 from elip_models.validation import check
+from elip_models.vlm.families import own_modules
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import LanguageStrategy
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
@@ -39,7 +40,7 @@ def store_strategies(
         return
     own = copy.copy(config)
     own.elip = settings
-    replace_config(model.modules(), config, own)
+    replace_config(own_modules(model), config, own)
 
 
 def read_strategies(saved: Any) -> tuple[Strategy | None, list[LanguageStrategy]]:

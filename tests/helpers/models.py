@@ -10,6 +10,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
+import elip_models
 from tests.helpers.towers import WIDTH, clip_vit, plain_vit
 
 SIZES = {"image_size": 48, "patch_size": 8}
@@ -290,6 +291,12 @@ def ids(batch=2):
     tokens = torch.randint(1, 49, (batch, 8))
     tokens[:, -1] = 49
     return tokens
+
+
+def output_of_guided_pair(model, x, tokens):
+    """The same of a reduced model, when each text guides its image."""
+    with elip_models.guidance(model, paired=True):
+        return output_of_pair(model, x, tokens)
 
 
 def output_of_pair(model, x, tokens):

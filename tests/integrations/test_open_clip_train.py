@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from elip_models.integrations.open_clip import (
     reduce_first_model,
     with_globals,
 )
-from tests.helpers.models import open_clip_pair
+from tests.helpers.models import ids, open_clip_pair, output_of_guided_pair, output_of_pair
 from tests.helpers.tiers import tiered
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -80,10 +81,20 @@ def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path, reduction):
 def test_only_the_first_model_is_reduced():
     models = [open_clip_pair(), open_clip_pair()]
     made = iter(models)
-    create = reduce_first_model(lambda: (next(made), "train", "val"), {"strategy": "tome"})
+    options = {"strategy": "tome"}
+    create = reduce_first_model(lambda: (next(made), "train", "val"), options, ExitStack())
     assert create() == (models[0], "train", "val") and create()[0] is models[1]
     assert "forward" in vars(models[0].visual.transformer.resblocks[0])
     assert "forward" not in vars(models[1].visual.transformer.resblocks[0])
+
+
+def test_each_caption_guides_its_image_until_training_ends():
+    model, x, tokens = open_clip_pair().eval(), torch.randn(2, 3, 48, 48), ids()
+    with ExitStack() as stack:
+        reduce_first_model(lambda: (model, "train"), {"strategy": "elip:fusion=0.2"}, stack)()
+        guided = output_of_pair(model, x, tokens)
+        assert torch.equal(guided, output_of_guided_pair(model, x, tokens))
+    assert not torch.equal(output_of_pair(model, x, tokens), guided)
 
 
 def test_reduce_is_a_strategy_or_a_share_or_both():

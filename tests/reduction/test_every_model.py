@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import timm
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
+from elip_models.reduction.patch import reduction_of
 from elip_models.towers import as_tower
 from tests.helpers.models import (
     PAIRS,
@@ -70,7 +70,10 @@ class Call:
 
     def __call__(self, model, x=None):
         """Of a reduced model: a tower is guided by the text, a whole model guides itself."""
-        with nullcontext() if self.is_pair else elip_models.guidance(model, self.text):
+        reduction = reduction_of(model)
+        if self.is_pair and reduction.image_text is None:  # of CoCa
+            return self.dense(model, x)
+        with elip_models.guidance(model, None if self.is_pair else self.text, paired=self.is_pair):
             return self.dense(model, x)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
-from tests.helpers.models import PAIRS, ids, output_of_pair
+from tests.helpers.models import PAIRS, ids, output_of_guided_pair
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
 from tests.reduction.test_strategies import STRATEGIES
@@ -132,7 +132,7 @@ def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
 
     @torch.no_grad()
     def run(model, i):
-        return output_of_pair(model, IMAGES[i], tokens[i])
+        return output_of_guided_pair(model, IMAGES[i], tokens[i])
 
     assert wrong_of(model, run, 8) == 0
 

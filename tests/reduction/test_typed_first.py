@@ -11,7 +11,14 @@ import torch
 import elip_models
 from elip_models import PatchDropout
 from elip_models.reduction.user_warnings import warn_again
-from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
+from tests.helpers.models import (
+    PAIRS,
+    hf_clip,
+    ids,
+    open_clip_pair,
+    output_of_guided_pair,
+    output_of_pair,
+)
 from tests.helpers.towers import images, plain_vit, text
 
 
@@ -93,22 +100,23 @@ def test_a_record_has_the_stages_of_the_forwards_inside():
 
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_prompts_and_images_of_different_numbers(make):
-    """With K prompts and B images, the image alone guides."""
+    """With K prompts and B images, the image alone guides; also with K = B."""
     model, x = make().eval(), images(2)
     elip_models.reduce_(model, strategy="elip", keep=0.6, fusion=0.5)
     three = output_of_pair(model, x, ids(3))
     unguided = elip_models.unreduce_(copy.deepcopy(model))
     elip_models.reduce_(unguided, strategy="elip", keep=0.6, fusion=1.0)
     assert torch.equal(three, output_of_pair(unguided, x, ids(3)))
-    assert not torch.equal(output_of_pair(model, x, ids(2)), output_of_pair(unguided, x, ids(2)))
+    assert torch.equal(output_of_pair(model, x, ids(2)), output_of_pair(unguided, x, ids(2)))
+    assert not torch.equal(output_of_guided_pair(model, x, ids(2)), three)
 
 
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_one_text_guides_all_images(make):
     model, x, one = make().eval(), images(2), ids(1)
     elip_models.reduce_(model, strategy="elip", keep=0.6, fusion=0.2)
-    guided = output_of_pair(model, x, one)
-    torch.testing.assert_close(guided, output_of_pair(model, x, one.expand(2, -1)))
+    guided = output_of_guided_pair(model, x, one)
+    torch.testing.assert_close(guided, output_of_guided_pair(model, x, one.expand(2, -1)))
     assert not torch.allclose(guided, output_of_pair(model, x, ids(3)))
 
 

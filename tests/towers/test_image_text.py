@@ -12,6 +12,7 @@ import elip_models
 from elip_models.api import is_reduced
 from elip_models.towers import as_image_text
 from tests.helpers.models import PAIRS, hf_blip, hf_clip, hf_siglip, ids, open_clip_pair
+from tests.helpers.models import output_of_guided_pair as guided
 from tests.helpers.models import output_of_pair as run
 from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images
 
@@ -52,7 +53,7 @@ def test_text_guides_the_image_tower(model):
     with elip_models.guidance(image_model(bare), text):
         expected = run(bare, x, tokens)
     elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
-    got = run(model, x, tokens)
+    got = guided(model, x, tokens)
     assert torch.equal(got, expected)
     assert not torch.allclose(got, dense)
     assert list(model.state_dict()) == keys
@@ -79,7 +80,8 @@ def test_under_autocast_the_text_that_guides_trains_too(model):
 
     expected = trained()
     elip_models.reduce_(model, schedule=SCHEDULE)
-    assert trained() == expected
+    with elip_models.guidance(model, paired=True):
+        assert trained() == expected
 
 
 @pytest.mark.parametrize(("make", "further"), [(hf_clip, ()), (hf_siglip, ()), (hf_blip, (True,))])
@@ -96,14 +98,97 @@ def test_a_mask_counts_by_position_and_by_name(make, further):
 def test_given_guidance_comes_before_the_models_own(model):
     x, tokens = images(), ids()
     elip_models.reduce_(model, schedule=SCHEDULE, fusion=0.0)
-    own = run(model, x, tokens)
+    own = guided(model, x, tokens)
     with elip_models.guidance(model, guidance_of(model, tokens)):
         assert torch.equal(run(model, x, tokens), own)
     text = torch.randn(2, WIDTH)
     with elip_models.guidance(model, text):
         given = run(model, x, tokens)
-    assert torch.equal(run(model, x, tokens), own)
+    with elip_models.guidance(model, paired=True), elip_models.guidance(model, text):
+        assert torch.equal(run(model, x, tokens), given)
+    assert torch.equal(guided(model, x, tokens), own)
     assert not torch.equal(given, own)
+
+
+def outputs(model, x, tokens):
+    """Return what a call gives in which texts are compared with all images, image by image."""
+    if hasattr(model, "visual"):
+        return model(x, tokens)["image_features"]
+    named = {"input_ids": tokens, "pixel_values": x}
+    if isinstance(model, transformers.BlipForImageTextRetrieval):
+        return model(**named, use_itm_head=False).itm_score
+    return model(**named).logits_per_image
+
+
+def test_as_many_prompts_as_images_are_no_pairs(model):
+    """Zero-shot classification: an image has the same scores in every batch."""
+    elip_models.reduce_(model, "elip", keep=0.6, fusion=0.2)
+    x, prompts = images(4), ids(4)
+    alone = [outputs(model, x[:n], prompts)[:1] for n in range(1, 5)]
+    for scores in alone[1:]:
+        torch.testing.assert_close(scores, alone[0])
+    one = outputs(model, x, prompts[:1])[:1]
+    torch.testing.assert_close(one, alone[0][:, : one.shape[1]])
+    with elip_models.guidance(model, paired=True):
+        assert not torch.allclose(outputs(model, x, prompts)[:1], alone[0])
+
+
+def test_other_numbers_raise_if_pairs_are_asked_for(model):
+    elip_models.reduce_(model, "elip", keep=0.6)
+    match = "texts: expected one for each image, or one for all, .* got 3 texts and 2 images"
+    with elip_models.guidance(model, paired=True), pytest.raises(ValueError, match=match):
+        outputs(model, images(2), ids(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "asks", "otherwise"),
+    [
+        (hf_clip, {"return_loss": True}, {"return_loss": False}),
+        (hf_siglip, {"return_loss": True}, {}),
+        (hf_blip, {}, {"use_itm_head": False}),
+        (hf_blip, {"use_itm_head": True}, {"use_itm_head": False}),
+    ],
+)
+def test_a_call_that_is_about_pairs_guides_them(make, asks, otherwise):
+    model, x, tokens = make().eval(), images(), ids()
+    elip_models.reduce_(model, "elip", keep=0.6, fusion=0.2)
+
+    def kept(**options):
+        with elip_models.record_stages(model) as infos:
+            model(input_ids=tokens, pixel_values=x, **options)
+        return [info.reduction.kept.tolist() for info in infos]
+
+    with elip_models.guidance(model, paired=True):
+        guided = kept(**otherwise)
+    assert guided and kept(**asks) == guided != kept(**otherwise)
+    pair = as_image_text(model)
+    (value,) = (asks or {"use_itm_head": True}).values()
+    position = (None, None, value) if make is not hf_blip else (value,)
+    assert pair.pairs(tokens, x, *position) and not pair.pairs(tokens, x, **otherwise)
+
+
+def test_pairing_needs_a_whole_model_and_no_other_text():
+    whole = elip_models.reduce_(open_clip_pair(), "elip")
+    tower = elip_models.reduce_(open_clip_pair(), "tome").visual
+    elip_models.reduce_(tower, "elip")
+    for model, arguments, message in [
+        (tower, {}, "paired: expected an image-text model that reduce_ has changed as a whole"),
+        (whole, {"text_cls": torch.randn(2, WIDTH)}, "paired: expected False beside `text_cls`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            elip_models.guidance(model, paired=True, **arguments).__enter__()
+    with elip_models.guidance(whole, paired=True), pytest.raises(RuntimeError, match="expected a"):
+        elip_models.reduce_(whole, "tome")
+
+
+def test_a_compiled_model_follows_the_pairing():
+    torch._dynamo.reset()
+    model, x, tokens = open_clip_pair().eval(), images(), ids(2)
+    elip_models.reduce_(model, "elip", keep=0.6, fusion=0.2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for run_both in (run, guided, run):
+            torch.testing.assert_close(run_both(compiled, x, tokens), run_both(model, x, tokens))
 
 
 def hooked(model):

@@ -94,7 +94,7 @@ class AdaptiveELIP(ELIP):
         if context.replay is not None:
             return context.replay.attention
         mask = None if context.previous is None else context.previous.reduction.mask
-        with scoring_context(tower.model, tokens):
+        with scoring_context(tower.trunk, tokens):
             cls = query_of(tower, tokens, context.text_cls, self).fused()
             return tower.cls_attention(stage.last, tokens, cls, mask=mask)
 

@@ -279,7 +279,7 @@ class ELIP(Guided, Staged):
 
     def score(self, tower: Tower, stage: Stage, tokens: Tensor, text: Tensor | None) -> Tensor:
         """Return the row (B, N) of the scorer."""
-        with scoring_context(tower.model, tokens):
+        with scoring_context(tower.trunk, tokens):
             query = query_of(tower, tokens, text, self) if self.uses_query else None
             return row_of(get_scorer(self.scorer), tower, stage, tokens, query)
 
@@ -292,7 +292,7 @@ class ELIP(Guided, Staged):
         if read is None or not drops or self.merge == "nearest":
             return super().step(tower, stage, tokens, context)
         row = None if context.replay is None else context.replay.attention
-        with scoring_context(tower.model, tokens):
+        with scoring_context(tower.trunk, tokens):
             query = query_of(tower, tokens, context.text_cls, self)
             reading = ScoringInput(stage.last, tokens, query)
             if row is None:

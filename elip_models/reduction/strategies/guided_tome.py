@@ -57,7 +57,7 @@ class GuidedToMe(Guided, ToMe):
     def penalty(self, tower: Tower, i: int, tokens: Tensor, context: Context) -> Tensor:
         """Return the penalty (B, N) of each token by block i's CLS row."""
         p, mask = tower.num_prefix_tokens, context.mask
-        with scoring_context(tower.model, tokens):
+        with scoring_context(tower.trunk, tokens):
             cls = query_of(tower, tokens, context.text_cls, self).fused()
             row = tower.cls_attention(i, tokens, cls, mask=mask)
             patches = row[:, p:]
