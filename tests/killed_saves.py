@@ -30,6 +30,7 @@ import timm
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import nn
 
 import elip_models
@@ -450,7 +451,8 @@ def write_checkpoint(folder, seed):
 def write_tokenizer(folder, seed):
     hidden = unfinished(folder / "tokenizer")
     shutil.rmtree(hidden, ignore_errors=True)
-    train_tokenizer([f"word{i + seed}" for i in range(9)], 300).save_pretrained(hidden)
+    words = (["a cat", "a dog", "the sea"], ["one two three", "four five"])[seed]
+    train_tokenizer(words, 300).save_pretrained(hidden)
     publish(folder / "tokenizer")
 
 
@@ -460,18 +462,28 @@ def write_adapter(folder, seed):
     save_adapter(adapt_(model, AdaptConfig(kind="lora", r=2 + seed)), folder / "adapter")
 
 
+def write_state(folder, seed):
+    write_tensors(folder / "state.safetensors", {"w": torch.full((3,), seed)}, {"done": seed})
+
+
 WRITES = {
     "checkpoint of a run": write_checkpoint,
     "tokenizer of a run": write_tokenizer,
     "adapter": write_adapter,
-    "state of distill": lambda f, seed: write_tensors(f / "state", {"w": torch.ones(3) * seed}, {}),
+    "state of distill": write_state,
     "best.json": lambda f, seed: write_json(f / "best.json", {"seed": seed}),
 }
 
 
 def visible(folder):
     """The contents of a folder without what a killed write left, which is hidden."""
-    return {name: content for name, content in contents(folder).items() if "/." not in f"/{name}"}
+    found = {name: content for name, content in contents(folder).items() if "/." not in f"/{name}"}
+    for name in found:
+        if name.endswith(".safetensors"):  # the order of its metadata is random
+            with safe_open(folder / name, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                found[name] = file.metadata(), tensors_sha256(tensors)
+    return found
 
 
 def killed_writes(root, name):
@@ -484,6 +496,7 @@ def killed_writes(root, name):
             if seed:
                 write(folder, seed)
     expected = [visible(root / "old"), visible(root / "new")]
+    assert expected[0] != expected[1], name
     for number in range(10**6):
         folder = shutil.copytree(root / "old", root / "killed" / str(number))
         is_whole = not is_killed(partial(write, folder, 1), folder, number)
