@@ -156,7 +156,7 @@ ALL = (
 )
 SCORERS = ("official", "exact", "attention", "cls", "last")
 SIGMOID = ("model.overrides.loss=sigmoid",)
-POST = ("model.overrides.text_reduction=post",)
+LEARNED = ("model.overrides.text_reduction=learned",)
 LORA = ("peft.kind=lora",)
 BF16 = ("optim.precision=bf16",)
 METER = ("model.overrides.dropout=0.1", "optim.gather=global", "optim.grad_accumulation=2")
@@ -175,7 +175,7 @@ CASES = {
         for scorer in SCORERS
     },
     "clip, sigmoid": partial(as_replicated, options=SIGMOID),
-    "meter, text": partial(as_replicated, options=POST, recipe="meter_tiny"),
+    "meter, text": partial(as_replicated, options=LEARNED, recipe="meter_tiny"),
     "clip, lora": partial(as_replicated, options=LORA),
     "meter, lora": partial(as_replicated, options=LORA, recipe="meter_tiny"),
     "clip, bf16": partial(as_replicated, options=BF16),

@@ -30,7 +30,7 @@ PRINTED = {  # what the commands of a section print, in order
         r"GFLOPs.*dense .*elip:scorer=exact .*evit ",
     ],
     "Table 6": [r"top-1.*top-5.*accuracy", r"classification: 12 examples.*accuracy"],
-    "Table 7": [compared("none", "post", "random")] * 2,
+    "Table 7": [compared("none", "post", "random", "learned")] * 2,
     "Table 8": [compared("paper", "20-percent", "40-percent", "two-stages")],
     "Table 9": [r"largest training batch.*dense .*elip:scorer=exact ", r"steps", RECALLS],
     "Table 10": [RECALLS] * 2,

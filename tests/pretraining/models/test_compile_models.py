@@ -24,7 +24,7 @@ ONE_LAYER = {"albef": {}, "blip": {"text_depth": 1}, "meter": {"text_depth": 1, 
 
 REDUCED = {
     "blip": {"strategy": "tome:r=3", "momentum_reduction": "shared", "text_reduction": "post"},
-    "meter": {"strategy": "adaptive:keep_mass=0.4", "text_reduction": "random"},
+    "meter": {"strategy": "adaptive:keep_mass=0.4", "text_reduction": "learned"},
 }
 CASES = [*((family, {}) for family in MODELS), *REDUCED.items()]
 
