@@ -244,21 +244,6 @@ def evaluation(rank, family):
     assert_equal_state(model, before)
 
 
-def compiled(rank, family):
-    """As one graph, collectives included: losses, gradients and state as without it."""
-    model = made(family, "global")
-    eager, batch = copy.deepcopy(model), batch_of_four()
-    drawn = draws(family, *batch, "global")
-    batch, drawn = [half(rank, t) for t in batch], halved(rank, drawn)
-    expected, expected_gradients = step(eager, batch, drawn)
-    one_graph = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out = one_graph(*batch, drawn=drawn)
-    out.loss.backward()
-    torch.testing.assert_close(losses(out), expected, **CLOSE)
-    assert_equal_gradients(gradients(model), expected_gradients, **CLOSE)
-    assert_equal_state(model, eager)
-
-
 def sharded_meter(rank):
     """FSDP2 with every block and layer sharded: losses and gradients of one process."""
     model = made("meter", "global")
@@ -300,5 +285,4 @@ CASES = {
     **{f"{family}, evaluation": partial(evaluation, family=family) for family in MODELS},
     "meter, FSDP2": sharded_meter,
     **{f"{f}, FSDP2": partial(sharded_momentum, family=f) for f in ("albef", "blip")},
-    **{f"{family}, global, compiled": partial(compiled, family=family) for family in MODELS},
 }

@@ -4,12 +4,9 @@ import pytest
 import torch
 
 import elip_kernels
-from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET, block, error, row_in_fp64
 
-every_dtype = pytest.mark.parametrize(
-    "dtype", tiered(BUDGET, [torch.bfloat16], slow=[torch.float32]), ids=str
-)
+every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 N, D, H = 257, 768, 12
 INPUTS = {
     "N(0, 1)": lambda x: x,
@@ -26,7 +23,7 @@ def inputs(kind, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", tiered(INPUTS, ["outlier channels"], slow=["mean 30"]))
+@pytest.mark.parametrize("kind", ["outlier channels"])
 def test_row_from_tokens(launches, kind, dtype):
     tokens, cls, arguments = inputs(kind, dtype)
     row = elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)

@@ -5,7 +5,6 @@ import torch
 
 import elip_models
 from elip_kernels.testing import kernels_on_cpu
-from tests.helpers.tiers import tiered
 
 
 def losses(steps):
@@ -36,7 +35,7 @@ def losses(steps):
     return torch.tensor(history)
 
 
-@pytest.mark.parametrize("steps", tiered([2, 10], [], slow=[2]))
+@pytest.mark.parametrize("steps", [2])
 def test_kernels_train_as_the_reference(steps):
     expected = losses(steps)
     with kernels_on_cpu() as launches:

@@ -7,7 +7,6 @@ import pytest
 
 from elip_kernels._triton import HAS_TRITON
 from tests.helpers.interpreter import FOLDER, check_passes, file
-from tests.helpers.tiers import tiered
 from tests.kernels.test_interpreter import HALF
 
 LIMITS = [file("numerics"), file("many_tokens")]
@@ -15,7 +14,8 @@ OTHERS = {str(path) for path in FOLDER.glob("test_*.py")} - {*HALF, *LIMITS, fil
 FILES = {"agreement": sorted(OTHERS), "limits": LIMITS}
 
 
-@pytest.mark.parametrize("what", tiered(FILES, [], slow=["agreement"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FILES)
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret")
 def test_other_kernels_under_the_interpreter(what):
     check_passes(*FILES[what])
