@@ -76,8 +76,8 @@ def test_kept_tokens_never_touch_the_merged_one(launches):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("keep", [5])
-def test_masks(launches, keep, dtype):
+def test_masks(launches, dtype):
+    keep = 5
     tokens, scores = Case(4, 19, 24, keep, dtype).inputs()
     real = torch.rand(4, 19) > torch.tensor([0.2, 0.5, 0.8, 1.0])[:, None]
     real[:, 0] = True
