@@ -19,7 +19,6 @@ from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.tiny_run import logged, tiny_arguments, tiny_config
-from tests.kills import CASES, compare
 
 COMMAND = [sys.executable, "-m", "elip_models.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -73,12 +72,6 @@ def test_a_killed_run_with_all_options_equals_an_uninterrupted_one(tmp_path):
     assert len(logged(killed, "step")) == len(logged(whole, "step"))
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, killed)]
     assert weights[0] == weights[1]
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_a_random_step_equals_an_uninterrupted_one(tmp_path):
-    """`python -m tests.kills` has many more; of two processes torchrun restarts both."""
-    compare(tmp_path, CASES[0], 1, seed=0)
 
 
 @pytest.mark.slow
