@@ -33,7 +33,7 @@ def test_an_example_says_what_to_install(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm_finetuning", "own_strategy", "dense_grid"])
+@pytest.mark.parametrize("name", PRINTED)
 def test_an_example_prints_what_it_promises(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

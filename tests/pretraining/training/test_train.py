@@ -164,14 +164,6 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
-def test_an_evaluation_may_take_longer_than_processes_wait_in_training(tmp_path):
-    command = [*LAUNCHER, "-m", "tests.helpers.slow_evaluation", tmp_path]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
-    assert logged(tmp_path, "text_to_image_r1")
-    assert (tmp_path / "model" / "model.safetensors").is_file()
-
-
 UNFIT = [
     ("clip_tiny", "model.name=clip_tny", "model: .*clip_tny"),
     ("clip_tiny", "model.overrides.gather=global", r"model\.overrides\.gather: .*optim\.gather"),
