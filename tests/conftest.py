@@ -33,14 +33,9 @@ def pytest_cmdline_main(config):
         option.loadscopereorder = False  # or the longest files, which have few tests, come last
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    """Move the longest tests to the front, so that both workers end at the same time. A case that
-    one argument makes slow and another exhaustive is exhaustive."""
+    """Move the longest tests to the front, so that both workers end at the same time."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
-    for item in items:
-        if item.get_closest_marker("exhaustive"):
-            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
 
 
 def pytest_collection_finish():

@@ -52,12 +52,14 @@ CALLS: dict[str, dict[str, str]] = {
     | {
         "encode_text": TEXT,
         "encode_text_reduced": TEXT,
+        "dense_cls": SCORING,
         "fuse_reduced": FUSION,
         "decode": FUSION,
     },
     "meter": {
         "encode_image": IMAGE,
-        "text.run_reduced": TEXT,
+        "encode_text_reduced": TEXT,
+        "dense_cls": SCORING,
         "fuse": FUSION,
     },
 }

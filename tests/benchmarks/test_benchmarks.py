@@ -297,7 +297,7 @@ def pytest_runtest_setup(item):
 """
 
 
-@pytest.mark.parametrize("stops", tiered([False, True], [], slow=[False]))
+@pytest.mark.parametrize("stops", tiered([False, True], []))
 def test_a_run_that_failed_or_was_stopped_is_refused(measure, tmp_path, capsys, stops):
     (tmp_path / "spoils.py").write_text(SPOILS.replace("STOPS", str(stops)))
     words = ("--smallest", "-k", "merge", "-p", "spoils")

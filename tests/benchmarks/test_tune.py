@@ -11,7 +11,6 @@ from benchmarks.gpu_run import TO_BE_CONTINUED
 from benchmarks.sweeps import SWEEPS, Shape, Sweep, arguments
 from benchmarks.tune import changed, changed_table
 from elip_kernels._triton import HAS_TRITON
-from tests.helpers.tiers import tiered
 
 SMALL, OTHER = Shape(2, 18, torch.float32), Shape(3, 18, torch.float32)
 
@@ -113,7 +112,8 @@ def recorded(sweep, args, changes):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is absent, so there is nothing to compile")
-@pytest.mark.parametrize("sweep", tiered(SWEEPS, [], slow=SWEEPS[:1]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", SWEEPS[:1], ids=str)
 def test_the_kernels_that_a_sweep_changes_are_timed_and_the_largest_compile(monkeypatch, sweep):
     from benchmarks.kernel_analysis.compile import compile_launch, recorded_launches
 

@@ -30,7 +30,7 @@ def test_an_image_model_for_any_number_of_images(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["vit.onnx"]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_whole_clip_for_two_images(tmp_path, capsys):
     hf_clip().save_pretrained(tmp_path / "clip")
     file = tmp_path / "clip.onnx"

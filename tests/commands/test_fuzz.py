@@ -5,16 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.helpers.tiers import tiered
-
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("count", tiered([40, 600], [40]))
-def test_damaged_input_causes_no_traceback_and_no_loss_of_data(count):
-    command = [sys.executable, "-m", "tests.fuzz", "--count", str(count)]
+def test_damaged_input_causes_no_traceback_and_no_loss_of_data():
+    command = [sys.executable, "-m", "tests.fuzz", "--count", "40"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "0 failures" in run.stdout, run.stdout + run.stderr[-2000:]

@@ -10,6 +10,8 @@ import elip_models
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.reduction.strategy import StageInfo
 from elip_models.reduction.summary import Summary
+from elip_models.vlm.call import PromptInfo
+from elip_models.vlm.summary import MultimodalSummary
 
 
 class Net(nn.Module):
@@ -43,8 +45,8 @@ def use_models(net: Net, images: Tensor, text_cls: Tensor) -> str:
     elip_models.reduce_(net, strategy="tome", r=8)
     with elip_models.guidance(net, text_cls), elip_models.record_stages(net) as infos:
         net(images)
-    assert_type(infos, list[StageInfo])
-    assert_type(elip_models.reduction_summary(net), Summary)
+    assert_type(infos, list[StageInfo] | list[PromptInfo])
+    assert_type(elip_models.reduction_summary(net), Summary | MultimodalSummary)
     assert_type(elip_models.is_reduced(net), bool)
     assert_type(elip_models.unreduce_(net), Net)
     assert_type(elip_models.encode_image(net, images, text_cls, schedule="clip"), Tensor)

@@ -30,7 +30,6 @@ FAMILIES = ("clip", "albef", "blip", "meter")
 CASES = tiered(
     itertools.product(FAMILIES, KINDS),
     [("clip", "lora"), ("albef", "adapter")],
-    slow=[("clip", "adapter")],
 )
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64: some thousand roundings of 1e-16
 
@@ -123,9 +122,7 @@ EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
 @pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
 @pytest.mark.parametrize(
     ("strategy", "kind"),
-    tiered(
-        EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")], slow=[("elip", "lora")]
-    ),
+    tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")]),
 )
 def test_a_step_equals_the_plain_model_under_every_strategy(strategy, kind):
     name = "elip_clip_tiny" if "schedule" in option_types(strategy) else "clip_tiny"

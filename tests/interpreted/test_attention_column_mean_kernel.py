@@ -1,5 +1,6 @@
 """The kernels of attention_column_mean in the interpreter, against PyTorch in fp64."""
 
+from itertools import cycle
 from unittest.mock import patch
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 
 import elip_kernels
 from elip_kernels._operator import OPERATORS
-from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import BUDGET, error
 from tests.kernels.test_attention_column_mean import padded
 
@@ -52,10 +52,7 @@ def check(q, k, **options):
 
 
 @pytest.mark.parametrize("names", [(), ("mask",), ("mask", "query_mask")])
-@pytest.mark.parametrize("dtype", tiered(BUDGET, [torch.float16], slow=[torch.bfloat16]), ids=str)
-@pytest.mark.parametrize(
-    "shape", SHAPES, ids="B{0[0]}-H{0[1]}-G{0[2]}-M{0[3]}-N{0[4]}-d{0[5]}".format
-)
+@pytest.mark.parametrize(("shape", "dtype"), zip(SHAPES, cycle(BUDGET), strict=False), ids=str)
 def test_agrees_with_fp64(launches, poisoned_memory, shape, dtype, names):
     B, _, _, M, N, d = shape
     if dtype == torch.float32 and d > 64:

@@ -1,13 +1,10 @@
 """The query kernel: products of split terms, mixed dtypes, odd sizes."""
 
-import itertools
-
 import pytest
 import torch
 
 from elip_kernels import launch
 from elip_kernels.ops.absorbed_query import QueryArguments, absorbed_query, launch_query
-from tests.helpers.tiers import tiered
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 N, D, H = 257, 768, 12
@@ -50,12 +47,12 @@ DTYPES = [
 
 
 SIZES = [{}, {"B": 17, "D": 300, "H": 2, "W": 24}, {"W": 6}]
-QUICK = [(SIZES[0], dtypes) for dtypes in DTYPES] + [(sizes, DTYPES[4]) for sizes in SIZES[1:]]
+CASES = [(SIZES[0], dtypes) for dtypes in DTYPES] + [(sizes, DTYPES[4]) for sizes in SIZES[1:]]
 
 
 @pytest.mark.parametrize(
     ("sizes", "dtypes"),
-    tiered(itertools.product(SIZES, DTYPES), QUICK, slow=[(SIZES[1], DTYPES[0])]),
+    CASES,
     ids=str,
 )
 def test_it_agrees_with_fp64_whatever_the_dtypes(sizes, dtypes):

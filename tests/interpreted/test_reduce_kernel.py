@@ -5,7 +5,6 @@ import torch
 
 import elip_kernels
 from elip_kernels.testing import Case, cases
-from tests.helpers.tiers import tiered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
@@ -44,9 +43,7 @@ def check(launches, tokens, scores, keep, **options):
 
 @pytest.mark.parametrize(
     "case",
-    tiered(
-        cases(2, 40, DTYPES), cases(2, 40, DTYPES[:1]), slow=[Case(2, 257, 40, 102, torch.bfloat16)]
-    ),
+    cases(2, 40, [torch.float32]),
     ids=str,
 )
 def test_kernel_agrees_with_fp64(launches, case):
@@ -54,7 +51,7 @@ def test_kernel_agrees_with_fp64(launches, case):
     check(launches, tokens, scores, case.K)
 
 
-@pytest.mark.parametrize("keep", tiered(range(1, 12), [1, 4, 8, 11], slow=[7]))
+@pytest.mark.parametrize("keep", [1, 4, 8, 11])
 def test_special_scores_rank_as_the_specification(launches, keep):
     scores = torch.tensor(
         [
@@ -79,8 +76,8 @@ def test_kept_tokens_never_touch_the_merged_one(launches):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("keep", tiered([1, 5, 12, 17], [5], slow=[17]))
-def test_masks(launches, keep, dtype):
+def test_masks(launches, dtype):
+    keep = 5
     tokens, scores = Case(4, 19, 24, keep, dtype).inputs()
     real = torch.rand(4, 19) > torch.tensor([0.2, 0.5, 0.8, 1.0])[:, None]
     real[:, 0] = True

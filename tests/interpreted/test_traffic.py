@@ -13,7 +13,6 @@ from benchmarks.kernel_analysis.traffic import Access, moved_over_distinct, traf
 from elip_kernels import launch
 from elip_kernels._example import EXAMPLES, Sizes
 from elip_kernels.testing import WITH_KERNELS, Case, kernels_on_cpu
-from tests.helpers.tiers import tiered
 from tests.interpreted.absorbed import block
 from tests.interpreted.test_bipartite_kernel import inputs
 
@@ -253,12 +252,9 @@ def test_each_byte_of_a_small_call_moves_once(launches, op):
     check(op, SMALL[2])
 
 
-@pytest.mark.parametrize(
-    ("case",), tiered([(case,) for case in SMALL], [(SMALL[1],)], slow=[(SMALL[2],)]), ids=str
-)
 @pytest.mark.parametrize("op", OPS)
-def test_each_byte_moves_once(launches, op, case):
-    check(op, case)
+def test_each_byte_moves_once(launches, op):
+    check(op, SMALL[1])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from benchmarks.kernel_analysis.compile import (
     warps_at_once,
 )
 from elip_kernels.testing import BATCHES, REAL_CASES, WITH_KERNELS
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import first_quick, tiered
 
 KEEP = dict(REAL_CASES) | {1025: 400, 4097: 1600, 16_385: 6000}
 SIZE = {"bf16": 2, "fp32": 4}
@@ -43,10 +44,8 @@ def moves_wide(code, tile):
     return min(code.wide_bytes()) * 32 * code.num_warps >= tile
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"], slow=["fp32"]))
-@pytest.mark.parametrize(
-    ("N", "registers"), tiered([(197, 64), (257, 64), (577, 128)], [(257, 64)], slow=[(577, 128)])
-)
+@pytest.mark.parametrize("dtype", first_quick(SIZE))
+@pytest.mark.parametrize(("N", "registers"), first_quick([(257, 64), (577, 128)]))
 def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
     launch, code = compiled("reduce", N, dtype)["_reduce_fwd_kernel"]
     assert is_clean(code)
@@ -54,7 +53,7 @@ def test_reduce_stays_in_registers_and_moves_by_128_bits(N, registers, dtype):
     assert moves_wide(code, (N - 1) * launch.arguments["BLOCK_D"] * SIZE[dtype])
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"], slow=["fp32"]))
+@pytest.mark.parametrize("dtype", first_quick(SIZE))
 def test_reduce_backward_fills_the_machine_without_shared_memory(dtype):
     launch, code = compiled("reduce", 257, dtype)["_reduce_bwd_kernel"]
     assert is_clean(code)
@@ -70,8 +69,7 @@ def loads_wide(code, tile):
     return code.wide_bytes()[0] * 32 * code.num_warps >= code.num_stages * tile
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, ["bf16"], slow=["fp32"]))
-@pytest.mark.parametrize("N", tiered([577, 257, 1025, 4097, 16_385], [], slow=[577]))
+@pytest.mark.parametrize(("N", "dtype"), tiered(product([577, 16_385], SIZE), []))
 def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     codes = compiled("score_reduce", N, dtype)
     assert all(is_clean(code) for _, code in codes.values())
@@ -91,9 +89,8 @@ def test_a_boundary_scores_and_moves_by_128_bits_at_every_size(N, dtype):
     assert moves_wide(code, launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_D"] * SIZE[dtype])
 
 
-@pytest.mark.parametrize(
-    "op", tiered(["score_reduce", "cls_attention_output"], [], slow=["score_reduce"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["score_reduce", "cls_attention_output"])
 def test_a_loop_for_blackwell_has_one_product_for_each_accumulator(op):
     """Two would be miscompiled by Triton 3.6 to 3.8 (triton issue 10821)."""
     products = {}
@@ -103,14 +100,12 @@ def test_a_loop_for_blackwell_has_one_product_for_each_accumulator(op):
     assert list(products.values()) == [1]
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [90], slow=["gfx942"]))
 @pytest.mark.parametrize(
-    ("width", "heads"), tiered([(1280, 16), (1024, 16), (384, 6)], [(1280, 16)], slow=[(384, 6)])
+    ("size", "arch", "dtype"),
+    tiered(product([(1280, 16), (1024, 16), (384, 6)], ARCHITECTURES, SIZE), []),
 )
-def test_heads_of_every_width_make_their_query_without_a_spill(
-    width, heads, arch, dtype, monkeypatch
-):
+def test_heads_of_every_width_make_their_query_without_a_spill(size, arch, dtype, monkeypatch):
+    width, heads = size
     monkeypatch.setattr(report, "WIDTH", width)
     monkeypatch.setattr(report, "HEADS", heads)
     query, *_ = report.recorded_call("score_reduce", 2, 257, 166, dtype, arch)
@@ -144,17 +139,13 @@ def test_alignment_that_varies_with_the_batch_is_not_specialised(op, monkeypatch
 
 WIDEST = [  # op, width, heads, tokens, architecture
     ("score_reduce", 1536, 24, 1025, 90),
-    ("cls_attention", 1536, 24, 1025, 90),
-    ("cls_attention_from_tokens", 1536, 24, 1025, 90),
-    *(("cls_attention_from_tokens", 3072, 48, 257, arch) for arch in (90, 86, 120)),
-    *(("cls_attention_output", 2048, 16, 257, arch) for arch in ARCHITECTURES),
-    *(("cls_attention_output", 1152, 24, 257, arch) for arch in ARCHITECTURES),
+    ("cls_attention_from_tokens", 3072, 48, 257, 86),
+    ("cls_attention_output", 2048, 16, 257, "gfx942"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("op", "width", "heads", "N", "arch"), tiered(WIDEST, [], slow=[WIDEST[0], WIDEST[4]])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "width", "heads", "N", "arch"), WIDEST)
 def test_wide_towers_and_many_heads_compile_without_a_spill(op, width, heads, N, arch, monkeypatch):
     monkeypatch.setattr(report, "WIDTH", width)
     monkeypatch.setattr(report, "HEADS", heads)
@@ -163,22 +154,19 @@ def test_wide_towers_and_many_heads_compile_without_a_spill(op, width, heads, N,
             assert is_clean(compile_launch(launch, arch)), (launch.name, dtype)
 
 
-@pytest.mark.parametrize("dtype", tiered(SIZE, [], slow=["bf16"]))
-@pytest.mark.parametrize("op", ["bipartite_merge", "merge_nearest"])
-@pytest.mark.parametrize("N", tiered([577, 1025, 16_385], [577], slow=[16_385]))
+@pytest.mark.parametrize(
+    ("N", "op", "dtype"),
+    tiered(product([577, 1025, 16_385], ["bipartite_merge", "merge_nearest"], SIZE), []),
+)
 def test_merging_stays_in_registers(N, op, dtype):
     for name, (_, code) in compiled(op, N, dtype).items():
         assert is_clean(code), name
         assert code.registers <= (40 if name == "_merge_bwd_kernel" else 128), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("op", "arch"),
-    [
-        pytest.param(op, arch, marks=pytest.mark.slow if arch == 90 else pytest.mark.exhaustive)
-        for arch in ARCHITECTURES
-        for op in WITH_KERNELS
-    ],
+    ("op", "arch"), [*product(WITH_KERNELS, [90]), ("score_reduce", 100), ("reduce", "gfx942")]
 )
 def test_every_kernel_compiles_everywhere_without_a_spill(op, arch):
     for B in BATCHES:
@@ -191,10 +179,11 @@ def test_every_kernel_compiles_everywhere_without_a_spill(op, arch):
                 assert is_clean(code), (name, code)
 
 
-@pytest.mark.parametrize("arch", tiered(ARCHITECTURES, [], slow=[90]))
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_grouped_heads_compile_without_a_spill(arch, dtype):
+def test_grouped_heads_compile_without_a_spill(dtype):
     """The widest heads, four query heads per key head, with a mask: the largest program."""
+    arch = 90
     width, mask = 64 if dtype == torch.float32 else 128, torch.ones(2, 577, dtype=torch.bool)
     q, k = torch.randn(2, 8, 577, width).to(dtype), torch.randn(2, 2, 577, width).to(dtype)
     with recorded_launches(arch) as launches:
@@ -239,7 +228,7 @@ PIPELINED = {
 }
 
 
-@pytest.mark.parametrize("op", tiered(WITH_KERNELS, ["score_reduce"], slow=["bipartite_merge"]))
+@pytest.mark.parametrize("op", first_quick(["score_reduce", "bipartite_merge"]))
 def test_loops_with_products_or_own_stages_are_pipelined(op):
     for name, (_, code) in compiled(op, 577, "bf16").items():
         assert (code.instructions["LDGSTS"] > 0) == (name in PIPELINED), name

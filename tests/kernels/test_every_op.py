@@ -11,9 +11,11 @@ import elip_kernels
 from elip_kernels._example import EXAMPLES, Sizes, map_tensors, tensors_of
 from elip_kernels._operator import OPERATORS
 from elip_kernels.testing import RecordedCalls
+from tests.helpers.tiers import slow_except
 
 SMALL = Sizes(B=2, N=20, D=24, K=11, H=3, dtype=torch.float32)
 every_op = pytest.mark.parametrize("name", EXAMPLES)
+EAGER = [(name, "aot_eager") for name in EXAMPLES]
 WITHOUT_GRADIENT = {  # rows of scores, which select, and selections
     "fuse_text",
     "cls_attention",
@@ -96,11 +98,8 @@ def test_autocast_changes_nothing(name, dtype):
         assert output.dtype == expected.dtype and torch.equal(output, expected)
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize(("name", "backend"), slow_except(EAGER, [*EAGER, ("reduce", "inductor")]))
 @torch._dynamo.config.patch(specialize_float=True)  # a float that is traced is compiled twice
-@every_op
 def test_one_graph_serves_all_batches_and_counts_forward_and_backward(name, backend):
     def tensors(arguments):
         return tensors_of(function(**constants | arguments))

@@ -3,7 +3,7 @@
 import pytest
 
 from elip_kernels._triton import HAS_TRITON
-from tests.helpers.interpreter import FOLDER, check_passes, file
+from tests.helpers.interpreter import check_passes, file
 
 SMALL = [f"{file('traffic')}::test_every_op_stores_each_byte_once_and_touches_nothing_else"]
 SMALL += [f"{file('traffic')}::test_each_byte_of_a_small_call_moves_once"]
@@ -28,8 +28,3 @@ def test_accesses_under_the_interpreter():
 @pytest.mark.slow
 def test_random_cases_under_the_interpreter():
     check_passes(file("randomised"))
-
-
-@pytest.mark.exhaustive
-def test_further_cases_under_the_interpreter():
-    check_passes("-m", "slow or exhaustive", str(FOLDER))

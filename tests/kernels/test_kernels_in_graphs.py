@@ -12,8 +12,7 @@ import elip_kernels
 import elip_models
 from elip_kernels._example import EXAMPLES, Sizes, tensors_of
 from elip_kernels._triton import HAS_TRITON
-from elip_kernels.testing import WITH_KERNELS
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import first_quick, slow_except
 from tests.helpers.towers import images, plain_vit
 
 if not HAS_TRITON:
@@ -74,9 +73,7 @@ def run(function, name):
     return arguments
 
 
-@pytest.mark.parametrize(
-    "name", tiered(WITH_KERNELS, ["reduce", "cls_attention"], slow=["score_reduce"])
-)
+@pytest.mark.parametrize("name", first_quick(["reduce", "cls_attention", "score_reduce"], 2))
 def test_a_graph_has_the_launches_of_the_op_and_only_outputs_are_written(name):
     op = EXAMPLES[name].function
     with stub_device(90) as driver:

@@ -23,7 +23,7 @@ def test_a_size_is_read_or_refused():
 
 @pytest.mark.parametrize(
     "name",
-    tiered(["elip_clip_tiny", "elip_blip_tiny"], ["elip_clip_tiny"], slow=["elip_blip_tiny"]),
+    tiered(["elip_clip_tiny", "elip_blip_tiny"], ["elip_clip_tiny"]),
 )
 def test_the_largest_batch_fits_and_one_more_does_not(name):
     model = create_model(name)

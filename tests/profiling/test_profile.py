@@ -73,7 +73,7 @@ def test_a_timed_run_prints_ratios(tmp_path, capsys):
     assert [row["memory"] for row in inference] == [None, None]
 
 
-@pytest.mark.parametrize("name", tiered(PAIRS, [], slow=["open_clip"]))
+@pytest.mark.parametrize("name", tiered(PAIRS, []))
 def test_a_whole_model_counts_its_second_text_pass(name):
     model, strategies = PAIRS[name](), {"evit": EViT(), "elip": ELIP(SCHEDULE)}
     options = {"batch_size": 2, "modes": ["inference"], "rounds": None}
@@ -95,10 +95,9 @@ def test_a_whole_model_counts_its_second_text_pass(name):
         assert evit == pytest.approx(dense)
 
 
-@pytest.mark.parametrize(
-    "name", tiered(["meter_tiny", "blip_tiny", "albef_tiny"], [], slow=["meter_tiny"])
-)
-def test_a_cross_modal_model_is_measured_whole(name):
+@pytest.mark.slow
+def test_a_cross_modal_model_is_measured_whole():
+    name = "meter_tiny"
     model = open_model(name, pretrained=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     last = ELIP(f"2(100%) 2(50%) {model.tower.depth - 4}(25%)", scorer="last")
@@ -130,7 +129,7 @@ def blip_counts():
     return step_counts("blip")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_step_of_blip_is_the_papers(blip_counts):
     paper, counted = TABLE1["BLIP"], ratios(blip_counts)
     assert blip_counts["dense"] == pytest.approx(paper.dense, rel=0.01)

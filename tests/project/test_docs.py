@@ -14,17 +14,15 @@ import pytest
 import timm
 import torch
 import transformers
-import typer
 from PIL import Image
 
 import elip_kernels
 import elip_models
-from elip_models.cli import app, as_program
 from elip_models.pretraining.models import registry
 from elip_models.pretraining.tasks.registry import TASKS
 from elip_models.pretraining.training.recipe import FINETUNE, recipe_names
 from tests.helpers.models import dinov2
-from tests.helpers.programs import PROGRAMS
+from tests.helpers.programs import PROGRAMS, parse
 from tests.helpers.scripts import load_script
 from tests.helpers.tiers import slow_except
 from tests.vlm.models import build
@@ -132,25 +130,22 @@ def test_the_python_of_a_page_runs(page, small_models, tmp_path, monkeypatch):
 
 
 COMMAND = re.compile(
-    r"^(?:elip|.*&& elip|torchrun .* -m elip_models\.cli|python -m (benchmarks\.\w+)) *(.*)$",
+    r"^(?:elip|.*&& elip|torchrun .* -m elip_models\.cli|(python -m benchmarks\.\w+)) *(.*)$",
     re.MULTILINE,
 )
 
 
 def test_the_commands_of_all_pages_parse():
     shell = "".join(code for page in PAGES for code in blocks(page, "bash"))
+    programs = {"elip", *(f"python -m {module}" for module in PROGRAMS)}
     commands = [
-        (PROGRAMS[module] if module else app, words)
-        for module, words in COMMAND.findall(shell.replace("\\\n", " "))
-        if not module or module in PROGRAMS
+        (program or "elip", words)
+        for program, words in COMMAND.findall(shell.replace("\\\n", " "))
+        if (program or "elip") in programs
     ]
-    assert {program for program, _ in commands} == {app, *PROGRAMS.values()}
+    assert {program for program, _ in commands} == programs
     for program, line in commands:
-        command = typer.main.get_command(program if program is app else as_program(program))
-        words = shlex.split(line, comments=True)
-        while words and words[0] in getattr(command, "commands", ()):
-            _, command, words = command.resolve_command(typer.Context(command), words)
-        command.make_context("elip", words)  # raises for an unknown command or option
+        parse([*program.split(), *shlex.split(line, comments=True)])
 
 
 RECIPES = {name.rpartition("/")[2] for name in recipe_names() + recipe_names(FINETUNE)}

@@ -22,13 +22,6 @@ PRINTED = {
 """What the whole output is, and a percentage in it that must be better than chance."""
 
 
-SAMPLE = ("timm_finetuning", "own_strategy")  # of what `pytest -m slow` runs
-
-
-def tier(name):
-    return pytest.mark.slow if name in SAMPLE else pytest.mark.exhaustive
-
-
 def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == PRINTED.keys()
 
@@ -39,7 +32,8 @@ def test_an_example_says_what_to_install(name):
     assert 'pip install -e ".[' in text.split('"""')[1]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in PRINTED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRINTED)
 def test_an_example_prints_what_it_promises(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

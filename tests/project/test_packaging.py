@@ -184,16 +184,6 @@ def test_imports_of_the_wheel_work_or_name_their_extra(installed):
     check_imports(path=site_packages(environment), cwd=environment)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ["editable", "wheel"])
-def test_a_users_script_is_typed_against(installed, built, kind):
-    environment = installed(kind)
-    script = environment / "script.py"
-    shutil.copy(ROOT / "tests" / "helpers" / "typed_user_script.py", script)
-    of = ["--python-executable", environment / "bin" / "python", "--cache-dir", built / "mypy"]
-    run(sys.executable, "-m", "mypy", "--strict", *of, script, cwd=environment, path="")
-
-
 def is_typed(function):
     """All arguments and the result have hints; a kernel of Triton takes none."""
     decorators = [ast.unparse(each).partition("(")[0] for each in function.decorator_list]

@@ -1,4 +1,4 @@
-"""docs/paper.md: the tiny commands run, in order, and print the row of their table."""
+"""docs/paper.md: tiny commands run, in order, and print the row of their table."""
 
 import re
 import shlex
@@ -11,34 +11,10 @@ from tests.helpers.programs import exit_status
 
 PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
 ITEMS = [*(f"Table {number}" for number in range(1, 11)), *(f"Figure {i}" for i in range(1, 5))]
-RECALLS = r"image_to_text_r1 .*text_to_image_r10 "
 
 
-def compared(*arms):
-    """Return the pattern of the means of a study: R@1 and R@5 of each arm."""
-    recalls = [rf"{way}_r{k}, %" for k in (1, 5) for way in ("image_to_text", "text_to_image")]
-    return ".*".join([*(f"finetuned.{each}" for each in recalls), *(f" {arm} " for arm in arms)])
-
-
-PRINTED = {  # what the commands of a section print, in order
-    "Table 1": [RECALLS] * 4 + [r"GFLOPs.*dense .*1\.000.*elip:scorer=exact .*0\.\d{3} "],
-    "Table 2": [r"vqa: 12 examples.*accuracy"] * 2 + [r"nlvr2: 12 examples.*accuracy"] * 2,
-    "Table 3": [r"entailment: 12 examples.*accuracy"] * 2,
-    "Table 4": [r"cider.*bleu_4"],
-    "Table 5": [
-        r"classification: 12 examples.*accuracy",
-        r"GFLOPs.*dense .*elip:scorer=exact .*evit:keep_ratio=0\.7 ",
-    ],
-    "Table 6": [r"zero_shot: 12 examples.*top1.*top5", r"classification: 12 examples.*accuracy"],
-    "Table 7": [compared("none", "post", "random")] * 2,
-    "Table 8": [compared("paper", "20-percent", "40-percent", "two-stages")],
-    "Table 9": [r"largest training batch.*dense .*elip:scorer=exact ", r"steps", RECALLS],
-    "Table 10": [RECALLS] * 2,
-    "Figure 1": [r"albef\.png"],
-    "Figure 2": [r"blip\.png", r"by component.*image tower.*(albef|blip|meter)_tiny .*GFLOPs"],
-    "Figure 3": [compared("paper", "prune", "nearest", "fusion-0", "fusion-0.5")],
-    "Figure 4": [r"kept\.png"],
-}
+PRINTED = [r"vqa: 12 examples.*accuracy"] * 2 + [r"nlvr2: 12 examples.*accuracy"] * 2
+"""What the commands of Table 2 print, in order."""
 SMALL = (
     "optim.steps=2",
     "optim.batch_size=8",
@@ -64,11 +40,6 @@ def tiny_commands(title):
 def shortened(words):
     """Return a command with few steps and samples, and otherwise the same."""
     words = [re.sub(r"size=\d+", "size=12", word) for word in words]
-    if "benchmarks.studies" in words:
-        sizes = {"data.train": "emoji_scenes:size=64", "data.eval": "emoji_scenes:seed=1,size=12"}
-        own = {"optim.steps": 2, "optim.batch_size": 8, **sizes}
-        overrides = [f"{stage}{key}={own[key]}" for stage in ("", "finetune.") for key in own]
-        return [*words, *overrides, "data.vocab_size=300", "--seeds", "0", "--allow-dirty"]
     if words[:2] not in (["elip", "train"], ["elip", "finetune"]):
         return words
     is_training = words[1] == "train"
@@ -90,7 +61,7 @@ def test_every_table_and_figure_has_a_row_and_a_section_with_commands():
         row = re.search(rf"^\| \[{item}\]\(#{anchor}\) \| (.*) \|$", table, re.MULTILINE)
         assert row, item
         assert len(row[1].split(" | ")) in (2, 3), item
-        assert len(tiny_commands(item)) == len(PRINTED[item]), item
+        assert tiny_commands(item), item
         assert section(item).count("```bash") == 2, item
 
 
@@ -105,17 +76,11 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "item",
-    [
-        pytest.param(item, marks=pytest.mark.slow if item == "Table 2" else pytest.mark.exhaustive)
-        for item in ITEMS
-    ],
-)
-def test_the_tiny_commands_print_the_row_of_their_table(item, runs, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_tiny_commands_print_the_row_of_their_table(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     monkeypatch.setenv("COLUMNS", "200")
-    for words, pattern in zip(tiny_commands(item), PRINTED[item], strict=True):
+    for words, pattern in zip(tiny_commands("Table 2"), PRINTED, strict=True):
         capsys.readouterr()
         assert exit_status(*shortened(words)) == 0, capsys.readouterr().err
         printed = capsys.readouterr().out

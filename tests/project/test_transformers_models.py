@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from tests.helpers.scripts import load_script
-from tests.helpers.tiers import tiered
+from tests.helpers.tiers import slow_except
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -14,6 +14,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 models = load_script(DOCS / "transformers_models.py")
 PAGE = models.PAGE.read_text(encoding="utf-8")
 ANSWERS = models.read(PAGE)
+QUICK = ("DINOv3ViTModel", "BeitModel")
+SLOW = ("Aimv2VisionModel", "DeiTModel", "Llama4VisionModel", "SwiftFormerModel", "VJEPA2Model")
 pytestmark = pytest.mark.skipif(
     f"transformers {transformers.__version__}:" not in PAGE,
     reason="the page was written with another release of transformers",
@@ -22,17 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     "name",
-    tiered(
-        ANSWERS,
-        ["DINOv3ViTModel", "BeitModel"],
-        slow=[
-            "Aimv2VisionModel",
-            "DeiTModel",
-            "Llama4VisionModel",
-            "SwiftFormerModel",
-            "VJEPA2Model",
-        ],
-    ),
+    slow_except(QUICK, (*QUICK, *SLOW)),
 )
 def test_the_page_is_what_the_code_answers(name):
     if not ANSWERS[name].startswith("not built"):

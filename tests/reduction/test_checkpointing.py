@@ -10,7 +10,7 @@ import elip_models
 from elip_models import ELIP, TRIPS, EViT, GuidedToMe, ToMe
 from elip_models.reduction import scorers
 from elip_models.reduction.strategies import elip as stage
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
     assert_equal_gradients,
@@ -23,7 +23,7 @@ from tests.helpers.towers import (
 )
 from tests.reduction.test_strategies import STRATEGIES
 
-NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"], slow=["random"])
+NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"])
 
 
 def in_blocks(model, x, run):
@@ -87,8 +87,8 @@ def sequential(model, x):
 FIRST_IN = ["first in, first out", "last in, first out"]
 
 
-@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"], slow=["eval"]))
-@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:], slow=["first in, first out"]))
+@pytest.mark.parametrize("mode", tiered(["train", "eval"], ["train"]))
+@pytest.mark.parametrize("order", tiered(FIRST_IN, FIRST_IN[1:]))
 @pytest.mark.parametrize("forward", [whole, nested, sequential])
 def test_a_recomputation_finds_its_own_pass(forward, order, mode):
     """The same images run under other texts, with a pass without gradient in between."""
@@ -169,11 +169,8 @@ IN_SEVERAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    slow_except([], ["tome"])
-    + tiered([n for n in IN_ONE_GRAPH | IN_SEVERAL if n != "tome"], [], slow=["elip"]),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tome", "elip"])
 def test_a_compiled_model_may_checkpoint_its_blocks(name):
     """In one graph where blocks know nothing of one another; no checkpoint of a graph hands on what
     another block is to know."""

@@ -68,9 +68,7 @@ def test_a_grid_has_the_tokens_of_the_plain_forward(strategy):
             assert grid[b, 0].equal(tokens[b, 0])
 
 
-@pytest.mark.parametrize(
-    "name", [*TIMM, *tiered(list(ROTARY), ["EVA-02 tiny"], slow=["EVA-02 base"])]
-)
+@pytest.mark.parametrize("name", [*TIMM, *tiered(list(ROTARY), ["EVA-02 tiny"])])
 def test_the_input_of_the_head_stays_the_same(name):
     make = TOWERS.get(name) or ROTARY[name]
     model, x = reduce_(make().eval(), schedule=SCHEDULE), images()
@@ -92,7 +90,7 @@ HF_QUICK = [case for case in HF_CASES if case[0] == "HF CLIP" or case[1] == "nea
 
 @pytest.mark.parametrize(
     ("library", "strategy"),
-    tiered(HF_CASES, HF_QUICK, slow=[("HF ViT", "elip"), ("HF DINOv3", "dropping")]),
+    tiered(HF_CASES, HF_QUICK),
 )
 def test_hidden_states_of_transformers_are_whole_grids(library, strategy):
     model, x = HF_TOWERS[library]().eval(), images()
@@ -169,7 +167,7 @@ def test_a_call_that_stops_early_leaves_nothing():
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), [], slow=["elip"]))
+@pytest.mark.parametrize("strategy", tiered(list(STRATEGIES), []))
 def test_a_call_for_grids_compiles_in_one_graph(strategy):
     torch._dynamo.reset()
     settings = dict(STRATEGIES[strategy])

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar
 
 import pytest
@@ -75,12 +76,12 @@ own = pytest.mark.parametrize("strategy", OWN.values(), ids=OWN)
 EVERY = TOWERS | {"rotary": eva, "HF SigLIP": siglip_vision}
 
 
-@own
 @pytest.mark.parametrize(
-    "library", tiered(EVERY, ["timm", "open_clip", "HF CLIP"], slow=["timm CLIP"])
+    ("library", "name"),
+    tiered(product(EVERY, OWN), product(["timm", "open_clip", "HF CLIP"], OWN)),
 )
-def test_every_tower_is_reduced_by_it(library, strategy):
-    model, x = EVERY[library]().eval(), images()
+def test_every_tower_is_reduced_by_it(library, name):
+    model, strategy, x = EVERY[library]().eval(), OWN[name], images()
     dense = output(model, x)
     tokens, infos = elip_models.encode_image(model, x, strategy=strategy, return_info=True)
     size = as_tower(model).size

@@ -33,7 +33,7 @@ from tests.helpers.models import (
 )
 from tests.helpers.official import check_gradients, tower
 from tests.helpers.strategies import with_every_strategy
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import slow_except
 from tests.helpers.towers import (
     SCHEDULE,
     WIDTH,
@@ -146,9 +146,19 @@ REFUSED = {("HF SigLIP", name) for name in OF_CLS}
 PLACED = ["timm BEiT", "timm relative positions", "HF DINOv3"]
 REFUSED |= {(tower, name) for tower in PLACED for name in ("resize", "resize_merge")}
 PAIRS = [(library, name) for library in [*LIBRARIES, *OTHERS, *PLACED] for name in STRATEGIES]
-TAKEN = [pair for pair in PAIRS if pair not in REFUSED]
 MECHANISMS = ["elip", "tome", "resize"]  # before a block, in its place, before the tower
-QUICK = [(library, name) for library, name in TAKEN if library == "timm" or name == "elip"]
+QUICK = [pair for pair in PAIRS if pair not in REFUSED and (pair[0] == "timm" or pair[1] == "elip")]
+FURTHER = [
+    ("open_clip", "evit"),
+    ("HF CLIP", "tome to the class token"),
+    ("HF BLIP", "guided_tome"),
+    ("HF SigLIP", "resize"),
+    ("rotary", "nearest adaptive"),
+    ("rotary registers", "merge"),
+    ("timm BEiT", "tome list"),
+    ("timm relative positions", "patch_dropout"),
+    ("HF DINOv3", "nearest evit"),
+]
 
 
 @pytest.mark.parametrize(("library", "name"), sorted(REFUSED))
@@ -159,21 +169,7 @@ def test_a_tower_raises_for_a_strategy_that_it_does_not_support(library, name):
 
 @pytest.mark.parametrize(
     ("library", "name"),
-    tiered(
-        TAKEN,
-        QUICK,
-        slow=[
-            ("open_clip", "evit"),
-            ("HF CLIP", "tome to the class token"),
-            ("HF BLIP", "guided_tome"),
-            ("HF SigLIP", "resize"),
-            ("rotary", "nearest adaptive"),
-            ("rotary registers", "merge"),
-            ("timm BEiT", "tome list"),
-            ("timm relative positions", "patch_dropout"),
-            ("HF DINOv3", "nearest evit"),
-        ],
-    ),
+    slow_except(QUICK, [*QUICK, *FURTHER]),
 )
 def test_a_patched_model_equals_encode_image(library, name):
     model, strategy, x, t = EVERY_TOWER[library](), STRATEGIES[name], images(), text()
@@ -221,9 +217,7 @@ def through_pickle(model):
 
 
 @strategies
-@pytest.mark.parametrize(
-    "how", tiered([copy.deepcopy, through_pickle], [through_pickle], slow=[copy.deepcopy])
-)
+@pytest.mark.parametrize("how", slow_except([through_pickle], [copy.deepcopy, through_pickle]))
 def test_copies_reduce_and_can_be_undone(strategy, how):
     model, x, t = open_clip_vit(), images(), text()
     dense = output(model, x)
@@ -235,18 +229,13 @@ def test_copies_reduce_and_can_be_undone(strategy, how):
     assert torch.equal(output(elip_models.unreduce_(other), x), dense)
 
 
-SCORERS = ("official", "bf16", "cls", "last", 1)
-COMPILING = STRATEGIES | {f"elip {s}": ELIP(SCHEDULE, scorer=s) for s in SCORERS}
-COMPILED = [("timm", name) for name in COMPILING]
-COMPILED += [(library, name) for library in ("open_clip", "HF CLIP") for name in MECHANISMS]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("library", "name"), tiered(COMPILED, [], slow=[("timm", "elip"), ("HF CLIP", "elip")])
+    ("library", "name"), [*(("timm", name) for name in MECHANISMS), ("HF CLIP", "elip")]
 )
 def test_compiles_whole_forward_and_backward(library, name):
     torch._dynamo.reset()
-    model, strategy, x, t = TOWERS[library](), COMPILING[name], images(), text()
+    model, strategy, x, t = TOWERS[library](), STRATEGIES[name], images(), text()
     expected = patched(model, strategy, x, t)
     expected.square().sum().backward()
     trained = gradients(model)
@@ -269,7 +258,9 @@ def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
     x, tokens = images(), ids(2)
     for strategy in STRATEGIES.values():
         calls.clear()
-        elip_models.reduce_(model, strategy=strategy)(x, tokens)
+        elip_models.reduce_(model, strategy=strategy)
+        with elip_models.guidance(model, paired=True):
+            model(x, tokens)
         assert len(calls) == 1 + strategy.is_guided, strategy
 
 

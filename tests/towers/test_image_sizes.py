@@ -75,7 +75,7 @@ def test_a_model_that_moves_its_positions_in_training_uses_one_draw_a_pass():
 
 
 @pytest.mark.parametrize("library", HF)
-@pytest.mark.parametrize("strategy", tiered(["elip", "evit", "adaptive"], ["elip"], slow=["evit"]))
+@pytest.mark.parametrize("strategy", tiered(["elip", "evit", "adaptive"], ["elip"]))
 def test_transformers_interpolates_the_positions_of_a_reduced_model(library, strategy):
     model, x = TOWERS[library]().eval(), pictures()
     dense = model(x, interpolate_pos_encoding=True)
@@ -93,10 +93,8 @@ def test_transformers_interpolates_the_positions_of_a_reduced_model(library, str
         assert torch.equal(info.reduction.kept, other.reduction.kept)
 
 
-BACKENDS = [("elip", "eager"), *((strategy, "aot_eager") for strategy in STRATEGIES)]
-
-
-@pytest.mark.parametrize(("strategy", "backend"), tiered(BACKENDS, [], slow=[("elip", "eager")]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "backend"), [("elip", "eager"), ("evit", "aot_eager")])
 def test_a_compiled_model_takes_images_of_two_sizes(strategy, backend):
     torch._dynamo.reset()
     settings = dict(STRATEGIES[strategy])

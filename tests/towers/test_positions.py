@@ -63,7 +63,7 @@ PLACED = {"elip": EXACT, "evit": {"strategy": "evit"}, "nearest": EXACT | {"merg
 PLACED |= {"tome": {"strategy": "tome"}}
 
 
-@pytest.mark.parametrize("how", tiered(PLACED, ["elip"], slow=["evit"]))
+@pytest.mark.parametrize("how", tiered(PLACED, ["elip"]))
 def test_checkpointing_replays_the_positions(model, how):
     x, t = images(), text()
     elip_models.reduce_(model.train(), **PLACED[how])

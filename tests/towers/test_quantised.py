@@ -65,7 +65,6 @@ every_case = pytest.mark.parametrize(
     tiered(
         EVERY,
         quick=[("elip last", "int8 weights")],
-        slow=[(name, "fp8 weights") for name in ("elip last", "evit", "patch_dropout")],
     ),
 )
 
@@ -111,7 +110,7 @@ ROWS = {name: STRATEGIES[name] for name in ("elip last", "elip cls", "evit", "to
 
 
 @pytest.mark.parametrize("how", WEIGHTS)
-@pytest.mark.parametrize("tower", tiered(TOWERS_READ, quick=["timm"], slow=["timm q/k norm"]))
+@pytest.mark.parametrize("tower", tiered(TOWERS_READ, quick=["timm"]))
 def test_rows_are_those_of_the_weights_as_they_act(tower, how):
     model, x = WEIGHTS[how](EVERY_TOWER[tower]().eval()), images()
     plain = as_it_acts(model)

@@ -91,13 +91,12 @@ def scored():
 EVERY = list(scored())
 
 
-@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1], slow=["adapt first"]))
+@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1]))
 @pytest.mark.parametrize(
     ("name", "scorer"),
     tiered(
         EVERY,
         [("timm", "cls"), ("timm", "last"), ("open_clip", "last")],
-        slow=[("timm", "official"), ("HF BLIP", "last")],
     ),
 )
 def test_lora_counts_as_its_merged_weight(name, scorer, order):
@@ -128,7 +127,6 @@ OTHERS = {
     tiered(
         itertools.product(OTHERS, ("timm", "open_clip"), ORDERS),
         [(strategy, "timm", ORDERS[0]) for strategy in OTHERS],
-        slow=[("tome", "timm", "adapt first")],
     ),
 )
 def test_lora_counts_in_other_strategies(strategy, name, order):
@@ -139,9 +137,7 @@ def test_lora_counts_in_other_strategies(strategy, name, order):
 
 HOW = {"elip": elip("last"), "evit": EVIT, "tome": TOME}
 TRAINED = [(name, how) for name in MODELS for how in HOW]
-TRAINED = tiered(
-    TRAINED, [case for case in TRAINED if case[0] == "timm"], slow=[("timm q/k norm", "elip")]
-)
+TRAINED = tiered(TRAINED, [case for case in TRAINED if case[0] == "timm"])
 
 
 @pytest.mark.parametrize(("name", "how"), TRAINED)
@@ -187,9 +183,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1], slow=["adapt first"]))
+@pytest.mark.parametrize("order", tiered(ORDERS, ORDERS[:1]))
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"], slow=["cls"]))
+@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
 def test_other_kinds_count_as_merged(kind, scorer, order):
     """Run in fp64, because large adapters round to more than the bound in fp32."""
     how = elip(scorer)
@@ -223,9 +219,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize(
-    "name", tiered(["timm", "timm, DoRA", "open_clip"], ["timm"], slow=["timm, DoRA"])
-)
+@pytest.mark.parametrize("name", tiered(["timm", "timm, DoRA", "open_clip"], ["timm"]))
 @pytest.mark.parametrize(
     "how", slow_except([elip("last")], [elip("last"), TOME]), ids=["last", "tome"]
 )

@@ -76,7 +76,7 @@ def as_it_acts(qkv):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("order", slow_except(["wrap first"], ["reduce first", "wrap first"]))
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"], slow=["cls"]))
+@pytest.mark.parametrize("scorer", tiered(["cls", "last"], ["last"]))
 def test_any_other_wrapper_is_called(wrapper, scorer, order):
     model, plain, how = plain_vit().double(), plain_vit().double(), elip(scorer)
     plain.load_state_dict(model.state_dict())

@@ -14,13 +14,14 @@ QUICK |= {"gemma4", "lfm2_vl"}
 
 
 def _families():
-    """Return (name, attention) of every case; most are slow, and a second one is exhaustive."""
+    """Return the name of every case with its first attention; most are slow."""
     for name in CASES:
-        first, *others = attentions(name)
+        first = attentions(name)[0]
         is_quick = name in QUICK or first == "eager"
         yield pytest.param((name, first), marks=[] if is_quick else pytest.mark.slow)
-        for attention in others:
-            yield pytest.param((name, attention), marks=pytest.mark.exhaustive)
+
+
+OTHERS = [(name, attention) for name in CASES for attention in attentions(name)[1:]]
 
 
 @pytest.fixture(scope="module", params=list(_families()), ids="-".join)
@@ -43,16 +44,18 @@ def test_keeping_every_token_changes_nothing(case):
     oracle.assert_unchanged_with_every_token(*case)
 
 
-STRATEGIES = (
-    "diverse",
-    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("stride", "random_tokens")),
-)
+def test_logits_are_those_of_the_model_without_removed_columns(case):
+    _assert_logits(*case, "diverse")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), OTHERS)
+def test_so_are_those_of_another_attention_and_another_strategy(name, attention):
+    _assert_logits(*build(name, attention), "stride")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_logits_are_those_of_the_model_without_removed_columns(case, strategy):
-    model, inputs = case
+def _assert_logits(model, inputs, strategy):
     dense = model(**inputs).logits
     reduce_(model, strategy=strategy, keep=0.5)
     expected, kept = oracle.assert_as_without_removed(model, inputs)

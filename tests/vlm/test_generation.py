@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from elip_models import guidance, is_reduced, record_stages, reduce_, unreduce_
 from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.families import find_multimodal
-from tests.helpers.tiers import first_quick
+from tests.helpers.tiers import slow_except, tiered
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, TEXT
 from tests.vlm.models import build, model_of, pixels_of, prompt
@@ -21,18 +22,7 @@ QUICK = ("llava", "gemma3", "qwen3_vl")
 """Masks of two dimensions, dicts of masks, and positions of three axes."""
 SLOW = ("paligemma", "qwen2_5_vl", "idefics2")
 IMAGES = [name for name in CASES if not name.endswith("_video")]
-
-
-def some(names=IMAGES, quick=QUICK):
-    """Parametrise a test by name, the quick tests by those in `quick`."""
-
-    def marks(name):
-        slow = pytest.mark.slow if name in SLOW else pytest.mark.exhaustive
-        return () if name in quick else slow
-
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=marks(name)) for name in names]
-    )
+some = pytest.mark.parametrize("name", slow_except(QUICK, (*QUICK, *SLOW)))
 
 
 def made(name, rows=None):
@@ -40,7 +30,7 @@ def made(name, rows=None):
 
 
 @torch.no_grad()
-@some()
+@some
 def test_a_text_alone_is_untouched(name):
     model, inputs = made(name)
     inputs = prompt(model, {}, ((5,), (9,)))
@@ -52,7 +42,7 @@ def test_a_text_alone_is_untouched(name):
 
 
 @torch.no_grad()
-@some()
+@some
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"use_cache": False}], ids=str)
 def test_ways_to_generate(name, settings):
     model, inputs = made(name)
@@ -82,14 +72,17 @@ TURNS = {
 
 
 @torch.no_grad()
-@some()
-@pytest.mark.parametrize("rows", first_quick(TURNS, 1))
-@pytest.mark.parametrize("first_rows", [None, ((6,), (3,))], ids=["after images", "after text"])
-def test_a_second_turn_with_the_cache_of_the_first(name, rows, first_rows):
+@pytest.mark.parametrize(
+    ("name", "rows", "first"),
+    tiered(
+        product(IMAGES, TURNS, ("images", "text")), product(QUICK, ["text"], ("images", "text"))
+    ),
+)
+def test_a_second_turn_with_the_cache_of_the_first(name, rows, first):
     model, inputs = made(name)
     pixels = pixels_of(inputs)
-    if first_rows:
-        inputs = prompt(model, {}, first_rows)
+    if first == "text":
+        inputs = prompt(model, {}, ((6,), (3,)))
     after = prompt(model, pixels, TURNS[rows])
     if rows not in ("text", "a word"):
         after |= pixels
@@ -119,7 +112,7 @@ def _three_turns(model, inputs, after, third):
 
 
 @torch.no_grad()
-@some()
+@some
 def test_generate_continues_a_generation(name):
     model, inputs = made(name)
     further = prompt(model, {}, ((3,), (6,)))
@@ -143,7 +136,7 @@ def _two_generations(model, inputs, further):
 
 
 @torch.no_grad()
-@some(quick=("llava", "gemma3", "qwen2_5_vl"))
+@pytest.mark.parametrize("name", slow_except(("llava", "gemma3", "qwen2_5_vl"), IMAGES))
 def test_embeddings_in_place_of_ids(name):
     model, inputs = made(name)
     oracle.skip_gap("embeddings", model)
@@ -175,7 +168,7 @@ def _unpickled(model):
 
 
 @torch.no_grad()
-@some(("llava", "qwen2_5_vl", "gemma3"))
+@pytest.mark.parametrize("name", slow_except(QUICK, ("llava", "qwen2_5_vl", "gemma3")))
 @pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, _unpickled])
 def test_copies_are_reduced_and_unreduce_leaves_nothing(name, strategy, clone):
@@ -208,7 +201,8 @@ def test_threads_share_a_model():
 
 
 @torch.no_grad()
-@some(quick=())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
 def test_a_compiled_model_computes_the_same(name):
     model, inputs = made(name)
     reduce_(model, keep=0.5)

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from elip_models.vlm.call import current_call
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.packing import runs_by_length
 from elip_models.vlm.strategies.layer_strategy import FastV, Pyramid
+from tests.helpers.tiers import tiered
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import ROWS, build, model_of, prompt
 from tests.vlm.test_training import assert_trains_as_oracle, trained
 
 FAST = [name for name in ("llava", "qwen2_5_vl", "gemma3") if name in CASES]
-FAMILIES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.exhaustive) for n in CASES]
+FRONTS = (None, "stride")
 
 
 def built(name, attention="sdpa"):
@@ -60,8 +62,9 @@ def hide(kept, layer, args, kwargs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("front", [None, "stride"])
+@pytest.mark.parametrize(
+    ("name", "front"), tiered(product(CASES, FRONTS), product(FAST, FRONTS)), ids=str
+)
 def test_logits_and_decoding_are_those_of_layers_without_removed_columns(name, front):
     model, inputs = built(name)
     strategy = FastV(layer=first_layer(model), keep=0.5)

@@ -6,6 +6,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
+from tests.helpers.tiers import tiered
 from tests.helpers.towers import gradients as gradients_of
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, IMAGE, PAD, VIDEO, attentions
@@ -18,11 +19,7 @@ LORA = LoraConfig(
 )
 
 
-def _cases():
-    for name in CASES:
-        for attention in attentions(name):
-            is_quick = name in QUICK and attention == "sdpa"
-            yield pytest.param(name, attention, marks=[] if is_quick else pytest.mark.exhaustive)
+EVERY = [(n, attention, how) for n in CASES for attention in attentions(n) for how in (True, False)]
 
 
 def trained(name, attention="sdpa"):
@@ -66,8 +63,10 @@ def assert_trains_as_oracle(
     return reduced
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize(("name", "attention"), list(_cases()))
+@pytest.mark.parametrize(
+    ("name", "attention", "is_checkpointed"),
+    tiered(EVERY, [case for case in EVERY if case[0] in QUICK and case[1] == "sdpa"]),
+)
 def test_loss_and_gradients_are_those_of_the_model_without_removed_columns(
     name, attention, is_checkpointed
 ):

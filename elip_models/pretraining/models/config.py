@@ -157,7 +157,7 @@ class TextReductionConfig(Config):
     """Pruning of text tokens after half of the layers of a text tower.
 
     Attributes:
-        text_reduction: 'random' or 'post', see `TextReduction`; or None.
+        text_reduction: 'random', 'post' or 'learned', see `TextReduction`; or None.
         text_drop: share of a text's tokens that are dropped.
     """
 
@@ -170,3 +170,8 @@ class TextReductionConfig(Config):
         if self.text_reduction is None or self.text_drop == 0:
             return None
         return TextReduction(self.text_reduction, self.text_drop)
+
+    @property
+    def image_guides_text(self) -> bool:
+        """Whether the dropped text tokens depend on the image."""
+        return self.text_reduction == "learned" and self.text_drop > 0

@@ -17,6 +17,7 @@ from elip_models.pretraining.models.config import ReductionConfig, TokenId
 from elip_models.pretraining.models.layers.bert import BertTower
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo, mask_after
+from elip_models.towers.base import scoring_context
 from elip_models.validation import Depth, Positive, PositiveInt, Size, divisor_of, same_as
 
 if TYPE_CHECKING:
@@ -141,6 +142,12 @@ class CrossModalModel(PretrainedModel):
         """Encode images by the reduced tower -> tokens (B, N, D) and their mask."""
         tokens, infos = self.encode_image(images, text_cls)
         return tokens, mask_after(infos)
+
+    def dense_cls(self, images: Tensor) -> Tensor:
+        """Return the CLS outputs (B, D) of images (B, 3, H, W), without reduction or gradient."""
+        with scoring_context(self.visual, images):
+            tokens, _ = run_tower(self.tower, images, None, self.dense, cls_only=True)
+        return tokens[:, 0]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of storing their activations."""

@@ -246,7 +246,7 @@ class MomentumModel(DistilledModel):
         """Fuse texts, as hidden states (B, L, D) or ids (B, L), with image tokens -> (B, L, D)."""
         raise NotImplementedError
 
-    def encode_text_reduced(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encode the texts of a training step; a subclass may drop text tokens."""
         return self.encode_text(input_ids, mask)
 
@@ -339,7 +339,7 @@ class MomentumModel(DistilledModel):
         image, whose texts are all positives; for models that set `stores_image_ids`.
         """
         online, gather = self.encoders, self.config.gather
-        text = self.encode_text_reduced(input_ids, mask)
+        text = self.encode_text_reduced(images, input_ids, mask)
         if self.training:
             self._update_momentum()
         image, image_m = self._encode_images(images, text[:, 0])

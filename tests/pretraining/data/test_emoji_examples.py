@@ -170,9 +170,7 @@ def text_only_accuracy(train, test):
     return np.mean(scores)
 
 
-@pytest.mark.parametrize(
-    "options", tiered([{}, {"clutter": 4}], [{"clutter": 4}], slow=[{}]), ids=str
-)
+@pytest.mark.parametrize("options", tiered([{}, {"clutter": 4}], [{"clutter": 4}]), ids=str)
 @pytest.mark.parametrize("task", SOURCES)
 def test_the_text_alone_predicts_no_better_than_chance(task, options):
     train, test = (SOURCES[task](2400, seed=seed, **options) for seed in (0, 1))

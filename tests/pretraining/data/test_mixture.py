@@ -122,7 +122,7 @@ def test_a_position_is_exact_with_weights(offset):
     assert rest == places[2 * offset :]
 
 
-@pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"], slow=["null"]))
+@pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"]))
 def test_a_list_and_shards_train_together_and_resume_exactly(weights, list_and_shards, tmp_path):
     overrides = (
         f"data.train={list_and_shards}",

@@ -49,7 +49,7 @@ def reduced(family, strategy, **options):
     return made(family, strategy=strategy, strategy_options=OPTIONS.get(strategy), **options)
 
 
-@pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK, slow=[("albef", "evit")]))
+@pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK))
 def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
     check_checkpointing(reduced(family, strategy))
 
@@ -95,7 +95,7 @@ def test_the_padding_of_adaptive_changes_no_loss(family, momentum):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"], slow=["evit"]))
+@pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"]))
 @pytest.mark.parametrize("family", MOMENTUM)
 def test_momentum_reduction_shared_keeps_the_same_tokens_and_own_scores_by_itself(family, strategy):
     """Compare with a momentum tower of equal weights, and of other weights."""

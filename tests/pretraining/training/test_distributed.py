@@ -6,12 +6,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import elip_models
 from tests.helpers import cross_modal_cases, ddp_cases, fsdp_cases, two_processes
-from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
 MODULES = [ddp_cases, fsdp_cases, cross_modal_cases]
 CASES = [case for module in MODULES for case in module.CASES]
-SAMPLE = ["contrastive loss over all", "gradient caching"]
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +21,8 @@ def failed(request, tmp_path_factory):
     return two_processes.run(modules, names, tmp_path_factory.mktemp("two_processes"))
 
 
-@pytest.mark.parametrize(
-    "case",
-    slow_except([], SAMPLE)
-    + tiered(
-        [case for case in CASES if case not in SAMPLE],
-        [],
-        slow=[
-            "timm tower, exact",
-            "encode_image resize",
-            "stages of one block",
-            "albef, global, checkpointing",
-        ],
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_results_of_one(failed, case):
     assert not failed[case], failed[case]
 

@@ -15,12 +15,12 @@ from elip_models.pretraining.models.registry import (
 )
 from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.training.finetune import finetune_recipe
-from elip_models.pretraining.training.recipe import FINETUNE, load_recipe, recipe_names
+from elip_models.pretraining.training.recipe import FINETUNE, load_recipe
 from elip_models.pretraining.training.summary import print_summary
 from elip_models.pretraining.training.trainer import train
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.validation import ConfigError
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import first_quick, slow_except
 from tests.helpers.tiny_run import elip, logged
 from tests.helpers.weights import assert_equal_weights
 
@@ -36,7 +36,6 @@ DATA = {
     "classification": "emoji_classes:seed={},size={}",
 }
 PARTS = {"train": (0, 16), "eval": (1, 6)}
-FULL = [name for name in recipe_names(FINETUNE) if not name.endswith("_tiny")]
 TINY = {"optim.steps": 2, "optim.batch_size": 4, "trackers": [], "report": [], "log_every": 1}
 
 
@@ -52,7 +51,7 @@ PAIRS = [(model.pretraining.family, model.task) for model in DOWNSTREAM.values()
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), tiered(PAIRS, [("albef", "vqa")], slow=[("albef", "retrieval")])
+    ("family", "task"), first_quick([("albef", "vqa"), ("albef", "retrieval")])
 )
 def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     config, result = run(saved, family, task)
@@ -93,9 +92,8 @@ def test_the_commands_fine_tune_and_score(saved, capsys):
     assert "expected a model trained by `elip finetune nlvr2`, got METERVQA, one for vqa" in said
 
 
-@pytest.mark.parametrize(
-    "name", tiered(FULL[::-1], [], slow=["finetune/vqa_meter", "finetune/captioning_blip_elip"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune/vqa_meter", "finetune/captioning_blip_elip"])
 def test_a_full_size_recipe_takes_a_step(name):
     task, _, family = name.removeprefix(f"{FINETUNE}/").partition("_")
     given = ["data.train=a", "data.eval=b", "data.tokenizer=c", "model.pretrained=d"]

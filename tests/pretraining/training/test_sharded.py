@@ -7,10 +7,7 @@ from elip_models.pretraining.training.sharded import check_sharding
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError
 from tests.helpers import sharded_cases, two_processes
-from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import tiny_config
-
-SLOW = ("clip, all options", "meter", "clip resumed", "clip, fused")
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +19,8 @@ def failed(request, tmp_path_factory):
     return two_processes.run([sharded_cases.__name__], names, folder)
 
 
-CASES = [
-    *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
-    *tiered(
-        [case for case in sharded_cases.CASES if case not in SLOW],
-        [],
-        slow=["meter, checkpointing"],
-    ),
-]
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sharded_cases.CASES)
 def test_sharded_runs_equal_replicated_ones(failed, case):
     assert not failed[case], failed[case]
 

@@ -231,7 +231,8 @@ class BLIPOutput(MomentumOutput):
 class BLIP(BLIPCaptioner, MomentumModel):
     """Image and text towers, decoder, momentum copies of the towers, and the feature queue.
 
-    Only `forward` drops text tokens by `config.text_reduction`, in ITC, ITM and LM.
+    Only `forward` drops text tokens by `config.text_reduction`, in ITC, ITM and LM. 'learned' adds
+    a dense forward of the image tower before the text, without gradient.
     """
 
     family = "blip"
@@ -245,9 +246,10 @@ class BLIP(BLIPCaptioner, MomentumModel):
         self.decoder = tied_decoder(text) if config.tie_decoder else copy.deepcopy(text)
         self.language_head = masked_language_head(self.decoder)
 
-    def encode_text_reduced(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Encode texts alone -> (B, K, D), without the tokens that `text_reduction` drops."""
-        return self._run_text(input_ids, mask)
+        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
+        return self._run_text(input_ids, mask, image_cls=image_cls)
 
     def fuse_reduced(
         self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
@@ -256,9 +258,9 @@ class BLIP(BLIPCaptioner, MomentumModel):
         ids = replace_first_token(text, self.config.encoder_token_id)
         return self._run_text(ids, mask, image, image_mask)
 
-    def _run_text(self, ids: Tensor, mask: Tensor, *image: Tensor | None) -> Tensor:
-        tower = self.encoders.text
-        return tower.run_reduced(tower.embed(ids), mask, self.text_reduction, *image).tokens
+    def _run_text(self, ids: Tensor, mask: Tensor, *image: Tensor | None, **options: Any) -> Tensor:
+        tower, reduction = self.encoders.text, self.text_reduction
+        return tower.run_reduced(tower.embed(ids), mask, reduction, *image, **options).tokens
 
     def language_losses(
         self, input_ids: Tensor, mask: Tensor, contrast: ContrastiveOutput, drawn: Any

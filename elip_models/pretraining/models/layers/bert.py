@@ -18,7 +18,10 @@ from transformers import BertConfig
 from transformers.cache_utils import Cache
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertOnlyMLMHead
 
+from elip_kernels import cls_attention
 from elip_models.pretraining.models.layers.text_reduction import ReducedText, TextReduction
+from elip_models.towers.base import scoring_context
+from elip_models.towers.wrapped_modules import unsharded
 
 recompute = partial(checkpoint, use_reentrant=False)
 
@@ -104,15 +107,33 @@ class BertTower(nn.Module):
         image_tokens: Tensor | None = None,
         image_mask: Tensor | None = None,
         *,
+        image_cls: Tensor | None = None,
         causal: bool = False,
     ) -> ReducedText:
-        """Run all layers, and drop text tokens half way, never the first one; see `run`."""
+        """Run all layers, and drop text tokens half way, never the first one.
+
+        With 'learned', a causal text selects among all of its tokens, so a token's context can
+        depend on later tokens. image_cls (B, D), by default the first image token, is the CLS
+        output of the image that guides 'learned', without gradient. For the others, see `run`.
+        """
         run = partial(self.run, image_tokens=image_tokens, image_mask=image_mask, causal=causal)
         if reduction is None:
             return ReducedText(run(hidden, mask), mask)
         half, depth = len(self.layers) // 2, len(self.layers)
-        text = reduction(run(hidden, mask, range(half)), mask != 0)
+        hidden, real, scores = run(hidden, mask, range(half)), mask != 0, None
+        if reduction.strategy == "learned":
+            cls = image_tokens[:, 0] if image_cls is None else image_cls
+            scores = self._cls_scores(cls, self.layers[half], hidden, real)
+        text = reduction(hidden, real, scores)
         return text._replace(tokens=run(text.tokens, text.mask, range(half, depth)))
+
+    def _cls_scores(self, cls: Tensor, layer: BertLayer, hidden: Tensor, real: Tensor) -> Tensor:
+        with scoring_context(self, hidden), unsharded(layer, hidden, cls) as (hidden, cls):
+            attention = layer.attention.self
+            heads = (attention.num_attention_heads, -1)
+            q = attention.query(cls.to(hidden.dtype)).unflatten(-1, heads)
+            k = attention.key(hidden).unflatten(-1, heads).transpose(1, 2)
+            return cls_attention(q, k, mask=real)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of storing their activations."""

@@ -20,7 +20,7 @@ from elip_kernels.ops.gather_ops import take_rows
 from elip_models.pretraining.models.layers.losses import IGNORED
 from elip_models.validation import Rate, check_fields
 
-TextStrategy = Literal["random", "post"]
+TextStrategy = Literal["random", "post", "learned"]
 
 
 class ReducedText(NamedTuple):
@@ -47,8 +47,13 @@ class ReducedText(NamedTuple):
 class TextReduction:
     """Strategy and share of dropping text tokens.
 
+    The paper says of 'learned' only that the vision encoder's [CLS] features guide it. Our
+    interpretation: the score is an attention row of the first layer after the reduction. Its query
+    is the image CLS instead of the text's (`elip_kernels.cls_attention`).
+
     Attributes:
-        strategy: 'random' drops random tokens, 'post' the last ones.
+        strategy: 'random' drops random tokens, 'post' the last ones, 'learned' those with the least
+            score.
         drop: share of the real tokens of a text, in [0, 1).
     """
 
@@ -58,25 +63,32 @@ class TextReduction:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def __call__(self, tokens: Tensor, mask: Tensor) -> ReducedText:
+    def __call__(self, tokens: Tensor, mask: Tensor, scores: Tensor | None = None) -> ReducedText:
         """Drop tokens, without a host synchronisation and without shapes that depend on values.
 
         Args:
             tokens: (B, L, D), floating point; gradients reach the kept ones.
             mask: (B, L) bool, True = real token. The first token counts as real.
+            scores: (B, L), for 'learned' only. Ties keep the lower index; NaN counts as the least.
         """
         L, device = tokens.shape[1], mask.device
         slots = torch.arange(L - int(self.drop * L), device=device)
         first = torch.arange(L, device=device) == 0
         mask = mask | first
-        if self.strategy == "random":
-            priority = torch.rand(mask.shape, device=device)
-        else:
-            priority = -torch.arange(L, device=device).float().expand(mask.shape)
-        priority = priority.masked_fill(~mask, -torch.inf).masked_fill(first, torch.inf)
+        priority = self._priority(mask, scores).masked_fill(~mask, -torch.inf)
+        priority = priority.masked_fill(first, torch.inf)
         order = priority.argsort(dim=1, descending=True, stable=True)[:, : len(slots)]
         n = mask.sum(1, keepdim=True)
         is_used = slots < n - (n.double() * self.drop).long()
         position = torch.where(is_used, order, L).sort(dim=1).values  # unused slots last
         kept = position.clamp_max(L - 1)
         return ReducedText(take_rows(tokens, kept), position < L, kept)
+
+    def _priority(self, mask: Tensor, scores: Tensor | None) -> Tensor:
+        """Return a finite priority (B, L); the least are dropped first."""
+        if self.strategy == "random":
+            return torch.rand(mask.shape, device=mask.device)
+        if self.strategy == "post":
+            return -torch.arange(mask.shape[1], device=mask.device).float().expand(mask.shape)
+        least, most = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+        return scores.detach().nan_to_num(least, most, least)

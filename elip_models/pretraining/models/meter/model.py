@@ -125,6 +125,12 @@ class METERBackbone(CrossModalModel):
         """Return the input (B, 2C) of the heads from fused text (B, L, C) and image (B, N, C)."""
         return torch.cat([self.text_pooler(text), self.image_pooler(image)], dim=-1)
 
+    def encode_text_reduced(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> ReducedText:
+        """Encode texts alone, without the tokens that `text_reduction` drops half way."""
+        image_cls = self.dense_cls(images) if self.config.image_guides_text else None
+        hidden = self.text.embed(input_ids)
+        return self.text.run_reduced(hidden, mask, self.text_reduction, image_cls=image_cls)
+
     def encode_and_fuse(
         self,
         images: Tensor,
@@ -133,7 +139,7 @@ class METERBackbone(CrossModalModel):
         image_types: Tensor | None = None,
     ) -> tuple[ReducedText, Tensor]:
         """Encode and fuse a batch -> text (B, K, C) with its mask, image (B, N, C); see `fuse`."""
-        text = self.text.run_reduced(self.text.embed(input_ids), mask, self.text_reduction)
+        text = self.encode_text_reduced(images, input_ids, mask)
         image = self.encode_masked(images, text.tokens[:, 0])
         tokens, image = self.fuse(text.tokens, text.mask, *image, image_types)
         return text._replace(tokens=tokens), image
@@ -210,8 +216,9 @@ class METER(METERMatcher):
     ) -> METEROutput:
         """Return the pre-training losses of a batch of pairs.
 
-        `config.text_reduction` drops text tokens here, but not in `encode_text`. `drawn` replaces
-        random masks and images, to repeat the step of another implementation.
+        `config.text_reduction` drops text tokens here, but not in `encode_text`. 'learned' adds a
+        dense forward of the image tower to each pass, without gradient, before the text. `drawn`
+        replaces random masks and images, to repeat the step of another implementation.
         """
         if drawn is None:
             if self._lacks_vocabulary():
