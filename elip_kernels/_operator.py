@@ -8,8 +8,8 @@ tensors, which nothing observes or transforms, runs the implementation without t
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from itertools import repeat
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from elip_kernels import launch
 from elip_kernels._kernel import captured_launches
+from elip_kernels._switch import ProcessSwitch
 from elip_kernels._triton import OutOfResources, is_interpreted
 from elip_kernels.autocast import without_autocast
 from elip_kernels.differentiation import is_differentiated
@@ -31,26 +32,20 @@ PLAIN = frozenset(
 VMAP = torch._C._dispatch_key_parse("VmapMode")  # of batched gradients
 LIBRARY = torch.library.Library("elip", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
-_is_decomposed = _exports_ops = False
+_DECOMPOSED, _EXPORTED = ProcessSwitch(), ProcessSwitch()
 
 
-@contextmanager
-def use_pytorch_ops() -> Iterator[None]:
+def use_pytorch_ops() -> AbstractContextManager[None]:
     """Run the PyTorch implementation of every op inside the `with` block.
 
-    The switch is process-wide: it affects all threads until the block ends. `torch.export`,
-    `torch.onnx.export` and `torch.jit.trace` need no switch: they get these implementations.
+    The switch is process-wide: it affects all threads until the last such block ends.
+    `torch.export`, `torch.onnx.export` and `torch.jit.trace` need no switch: they get these
+    implementations.
     """
-    global _is_decomposed
-    before, _is_decomposed = _is_decomposed, True
-    try:
-        yield
-    finally:
-        _is_decomposed = before
+    return _DECOMPOSED.on()
 
 
-@contextmanager
-def export_custom_ops() -> Iterator[None]:
+def export_custom_ops() -> AbstractContextManager[None]:
     """Let `torch.export` and `torch.jit.trace` capture the ops `elip::*` inside the `with` block.
 
     Without it, a captured graph contains ATen ops only, and loads where torch alone is installed.
@@ -61,12 +56,7 @@ def export_custom_ops() -> Iterator[None]:
             program = torch.export.export(model, (images,))
         torch.export.save(program, "model.pt2")
     """
-    global _exports_ops
-    before, _exports_ops = _exports_ops, True
-    try:
-        yield
-    finally:
-        _exports_ops = before
+    return _EXPORTED.on()
 
 
 def is_captured() -> bool:
@@ -167,10 +157,10 @@ class Operator:
         OPERATORS[name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if _is_decomposed or is_differentiated():
+        if _DECOMPOSED.is_on or is_differentiated():
             return self.decomposition(*args)
         if torch.compiler.is_compiling() or not _is_eager(args):
-            if exports_onnx() or (is_captured() and not _exports_ops):
+            if exports_onnx() or (is_captured() and not _EXPORTED.is_on):
                 return self.decomposition(*args)
             return self.overload(*args)
         implementation = self.implementations.get(args[0].device.type)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.reduction import patch
-from elip_models.reduction.call_context import RECORDS, Record, records_of, within
+from elip_models.reduction.call_context import RECORDS, Record, records_of
+from elip_models.reduction.call_variable import Block
 from elip_models.reduction.reduced_model import Reduction
 from elip_models.reduction.schedule import Schedule
 from elip_models.reduction.strategies import STRATEGIES
@@ -221,7 +222,7 @@ def guidance(
             f"model: expected one that reduce_ has changed, got a {type(model).__name__}, whose "
             "forward takes its texts; pass them with the images"
         )
-    asked = nullcontext() if question is None else within(MASKS, _question_of(model, question))
+    asked = nullcontext() if question is None else MASKS.within(_question_of(model, question))
     if text_cls is None and question is not None:
         with asked:
             yield
@@ -244,7 +245,7 @@ def guidance(
             reason = reason if strategy.uses_query else f"scorer={strategy.scorer!r}"
             message = f"{strategy.name!r} reads no text with {reason}"
         warn_once(message, UnguidedWarning, stacklevel=4)
-    text_cls, this = text_cls.detach().clone(), object()
+    text_cls, this = text_cls.detach().clone(), Block()
     for reduction in reductions:
         reduction.guide(this, text_cls)
     try:
@@ -305,7 +306,7 @@ def budget(
         for value in keeps:
             replace(strategy, keep=value)  # checks it
     own = tuple(keeps) if keeps is keep else keep
-    with within(BUDGETS, Budget(prompt_hooks(multimodal), own, total)):
+    with BUDGETS.within(Budget(prompt_hooks(multimodal), own, total)):
         yield
 
 
@@ -382,7 +383,7 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
     elif not reductions:
         reductions = [*patch.reductions_in(model)]
     infos: list[Any] = []
-    with within(RECORDS, Record(reductions, infos)):
+    with RECORDS.within(Record(reductions, infos)):
         yield infos
 
 

@@ -23,7 +23,7 @@ from elip_models.pretraining.data import NamedMasks, Source, image_transform
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategy import StageInfo
-from elip_models.reduction.user_warnings import ignore_slow_scorers
+from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def selection_scores(
     """
     samples = list(_read(model, source))
     measures: dict[str, list[Tensor]] = {}
-    with ignore_slow_scorers():
+    with ignoring(SlowScorerWarning):
         for start in range(0, len(samples), BATCH_SIZE):
             batch = _measure(model, tokenizer, samples[start : start + BATCH_SIZE])
             for name, values in batch.items():

@@ -176,14 +176,22 @@ class _Features:
                 "images.to(device, dtype)"
             ) from error
 
-    def of(self, model: nn.Module) -> Tensor:
-        """Return the features (n, D) in fp32 on the CPU."""
+    def of(self, model: nn.Module, name: str = "the dense model") -> Tensor:
+        """Return the features (n, D) in fp32 on the CPU; ValueError if some are not finite."""
         batches = self.images.split(self.batch_size)
-        return torch.cat([output_feature(model(batch)).float().cpu() for batch in batches])
+        features = torch.cat([output_feature(model(batch)).float().cpu() for batch in batches])
+        bad = (~features.isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            raise ValueError(
+                f"images: expected finite features, got NaN or infinity of {name} for {len(bad)} "
+                f"of {len(features)} images, the first of which is images[{bad[0]}]; remove these "
+                "images, or use fp32 or other weights"
+            )
+        return features
 
     def loss(self, strategy: Strategy) -> Interval:
         """Return the mean loss of the model with this strategy."""
-        losses = self.metric(self.dense, self.of(self._reduced(strategy)))
+        losses = self.metric(self.dense, self.of(self._reduced(strategy), str(strategy)))
         if not isinstance(losses, Tensor) or losses.shape != (len(self.images),):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise TypeError(
@@ -193,7 +201,7 @@ class _Features:
         if not losses.isfinite().all():
             raise ValueError(
                 f"metric: expected finite losses, got a sum of {losses.sum().item()} with "
-                f"{strategy}; look for infinite or NaN features of the model"
+                f"{strategy}; correct the function"
             )
         if isinstance(self.metric, ProbeLoss) and not losses.any():
             return score_interval(losses.double().numpy())  # of equal values, which is not 0 wide

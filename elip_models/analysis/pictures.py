@@ -10,7 +10,7 @@ from elip_models.analysis.visualize import (
     patch_grid,
 )
 from elip_models.analysis.visualize_inputs import CaptionedImages, VisualizedModel
-from elip_models.reduction.user_warnings import ignore_slow_scorers
+from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 from elip_models.validation import ConfigError
 
 
@@ -30,7 +30,7 @@ def draw_pictures(model: VisualizedModel, shown: CaptionedImages, path: Path) ->
         )
     pixels = model.pixels([image for image, _ in shown])
     images = model.normalised(pixels)
-    with ignore_slow_scorers():
+    with ignoring(SlowScorerWarning):
         infos = model.stage_infos(images, captions)
     if not infos:
         raise ConfigError(

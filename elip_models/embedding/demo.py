@@ -5,7 +5,6 @@ pixels = demo.read(Path("photo.jpg"))
 demo.compare(pixels, demo.strategy("tome", keep=0.5), block=6).merged.save("merged.png")
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,7 +28,7 @@ from elip_models.reduction.flops import DEFAULT_KEEP, at_keep, inference_ratio, 
 from elip_models.reduction.strategies import DEFAULT
 from elip_models.reduction.strategy import Strategy
 from elip_models.reduction.strategy_spec import get_strategy
-from elip_models.reduction.user_warnings import UnguidedWarning, ignore_slow_scorers
+from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning, ignoring
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import Bounds, as_config_error, check, require_extra
 
@@ -108,8 +107,7 @@ class Demo:
     def compare(self, pixels: Tensor, strategy: Strategy, block: int) -> Comparison:
         """Compare an image (1, 3, H, W) with and without reduction; blocks count from 1."""
         check("block", block, Annotated[int, Bounds(1, self.tower.depth)])
-        with warnings.catch_warnings(), ignore_slow_scorers():
-            warnings.simplefilter("ignore", UnguidedWarning)
+        with ignoring(UnguidedWarning), ignoring(SlowScorerWarning):
             dense, reduced = self.dense(pixels), self.dense.reduced(strategy)(pixels)
             _, infos = encode_image(self.image_model, pixels, strategy=strategy, return_info=True)
         size = strategy.resized(self.size)
@@ -144,8 +142,7 @@ class Demo:
         batch = pixels.expand(batch_size, -1, -1, -1).contiguous()
         encoders = {"dense": self.dense, "reduced": self.dense.reduced(strategy)}
         steps = {name: partial(encoder, batch) for name, encoder in encoders.items()}
-        with warnings.catch_warnings(), ignore_slow_scorers():
-            warnings.simplefilter("ignore", UnguidedWarning)
+        with ignoring(UnguidedWarning), ignoring(SlowScorerWarning):
             times = time_side_by_side(steps, device=batch.device, rounds=ROUNDS)
         return milliseconds(times)["dense"], ratios_to("dense", times)["reduced"]
 

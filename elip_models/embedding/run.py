@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,11 @@ from elip_models.embedding.options import OF_MODEL, OF_SOURCE, EmbedOptions
 from elip_models.embedding.output import CHECK, OutputFolder, shard_file
 from elip_models.embedding.shard import Job, library_versions
 from elip_models.embedding.source import ImageSource, open_images
+from elip_models.rank_barrier import RankBarrier
 from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import write_json
 from elip_models.validation import ConfigError
 
-LONGEST = timedelta(weeks=52)
-"""Time that a process waits for the others, whose shards may take as long as the whole run."""
 Progress = Callable[[int, int, int], object]
 Report = Callable[[str], object]
 
@@ -98,6 +96,8 @@ def embed(
         ConfigError: an argument is wrong, the folder has other embeddings, or the mean cosine is
             below `min_cosine`. The message begins with the argument.
         OSError: a file cannot be written. The files that were written are whole.
+
+    If one of several processes raises an error, the others raise it too, after their shards.
     """
     chosen = EmbedOptions(**options)
     if isinstance(model, Encoder):
@@ -120,8 +120,10 @@ def embed(
                 f"list the output as a part of it, got {output}"
             )
     # of torchrun, each with its GPU if there are GPUs
-    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    barrier = RankBarrier()
     with ExitStack() as stack:
+        stack.enter_context(barrier.reporting())
         cluster = None
         if chosen.ray is not None:
             resources = {"actors": chosen.ray_actors, "device": chosen.device}
@@ -155,14 +157,14 @@ def embed(
             checked, missing = _begin(job, folder, report)
         else:
             checked, missing = None, job.missing(own)
-        processes.wait_for_everyone()
+        barrier.wait()
         start = time.perf_counter()
         _embed(job, own, [number for number in missing if number in own], cluster, progress)
-        processes.wait_for_everyone()
+        barrier.wait()
         seconds = time.perf_counter() - start
         if processes.is_main_process:
             folder.complete([shard_file(number) for number in range(len(job))], source.keys)
-        processes.wait_for_everyone()
+        barrier.wait()
     speed = job.images(missing) / seconds if missing else None
     counts = folder.manifest()["counts"]
     return Embedded(folder.path, **counts, images_per_second=speed, check=checked)

@@ -12,7 +12,6 @@ the manifest.
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from elip_models.embedding.encoder import DENSE, Encoder, open_encoder
 from elip_models.embedding.output import MANIFEST, OutputFolder
 from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
 from elip_models.reduction.serialization import strategy_of
-from elip_models.reduction.user_warnings import UnguidedWarning
+from elip_models.reduction.user_warnings import UnguidedWarning, ignoring
 from elip_models.saving.files import file_sha256, read_checked, write_checked
 from elip_models.validation import ConfigError, as_config_error
 
@@ -138,8 +137,7 @@ def query_encoder(
     with as_config_error("folder"):
         reduce = DENSE if strategy is None else strategy_of(strategy)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnguidedWarning)  # `embed` gave it
+        with ignoring(UnguidedWarning):  # `embed` gave it
             encoder = open_encoder(
                 name,
                 reduce=reduce,
@@ -189,8 +187,7 @@ def image_features(encoder: Encoder, path: Path) -> Tensor:
         image = decode_image(path, str(path))
     except SampleError as error:
         raise ConfigError(f"query: expected a readable image, got {error}") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnguidedWarning)  # `embed` gave it
+    with ignoring(UnguidedWarning):  # `embed` gave it
         return encoder(encoder.preprocessing.transform(image)[None])
 
 

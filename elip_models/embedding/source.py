@@ -35,6 +35,7 @@ from pyarrow import dataset as arrow_dataset
 from elip_models.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, SampleError
 from elip_models.pretraining.data.data_spec import expand_ranges
 from elip_models.pretraining.data.remote_files import files_of, reason_of
+from elip_models.pretraining.data.tar_members import members_of, open_tar
 from elip_models.saving.meta_build import LIBRARY_ERRORS
 from elip_models.validation import ConfigError
 
@@ -277,7 +278,10 @@ def _tars(files: AbstractFileSystem, paths: Sequence[str], _: Columns) -> ImageS
         try:
             images += _images_in_tar(files, path)
         except tarfile.TarError as error:
-            raise ValueError(f"{without_secrets(path)} is no tar file ({error})") from error
+            raise ValueError(
+                f"{without_secrets(path)} is no tar file ({error}); remove it, or download or pack "
+                "it again"
+            ) from error
     keys, payloads = zip(*images, strict=True) if images else ((), ())
     places = [payload[2:] for payload in payloads if isinstance(payload, Stored)]
     return ImageSource("tar", keys, _in_memory(payloads), places)
@@ -289,10 +293,12 @@ def _images_in_tar(files: AbstractFileSystem, path: str) -> Iterator[tuple[str, 
     The part behind a damaged byte is one image that cannot be read. `tarfile` itself ends without
     an error at a damaged header; therefore what follows its last member has to be zeros.
     """
-    archive, last, problem = posixpath.basename(without_secrets(path)), None, ""
-    with files.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    archive, last = posixpath.basename(without_secrets(path)), None
+    end, problem = 0, ""
+    with files.open(path, "rb") as file, open_tar(file) as tar:
         try:
-            for member in tar:
+            for member in members_of(tar):
+                end = tar.offset
                 folder, name = posixpath.split(member.name)
                 sample = posixpath.join(folder, name.partition(".")[0])
                 if member.isfile() and _ending(name) in IMAGE_ENDINGS and sample != last:
@@ -301,12 +307,12 @@ def _images_in_tar(files: AbstractFileSystem, path: str) -> Iterator[tuple[str, 
                     yield f"{archive}:{sample}", place
         except tarfile.TarError as error:
             problem = str(error)
-        file.seek(tar.offset)
+        file.seek(end)
         if not problem and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             problem = "expected a header or zeros"
         if problem:
-            reason = f"the tar file is damaged from byte {tar.offset}: {problem}"
-            yield f"{archive}:byte {tar.offset}", SampleError("", reason)
+            reason = f"the tar file is damaged from byte {end}: {problem}"
+            yield f"{archive}:byte {end}", SampleError("", reason)
 
 
 def _list(files: AbstractFileSystem, paths: Sequence[str], columns: Columns) -> ImageSource:

@@ -26,7 +26,7 @@ from elip_models.profiling.measure import (
 )
 from elip_models.profiling.workload import Workload
 from elip_models.reduction.strategy import Strategy, TokenCounts
-from elip_models.reduction.user_warnings import ignore_slow_scorers
+from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 
 Mode = Literal["training", "inference"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -175,7 +175,7 @@ def in_mode(workload: Workload, mode: Mode) -> Iterator[None]:
     was_training = workload.model.training
     workload.model.train(mode == "training")
     try:
-        with ignore_slow_scorers(), torch.inference_mode(mode == "inference"):
+        with ignoring(SlowScorerWarning), torch.inference_mode(mode == "inference"):
             yield
     finally:
         workload.model.train(was_training)

@@ -111,7 +111,8 @@ def distill(
         ImportError: peft is missing, which LoRA needs.
         TypeError, ValueError: a wrong argument, a multimodal language model, whose image tower can
             be trained, or a checkpoint of another run.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss, the gradient or a weight is not finite. A step whose gradient is
+            not finite changes no weight.
     """
     options = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     options["lora_rank"] = lora_rank
@@ -274,12 +275,15 @@ class _Run:
         with torch.no_grad():
             expected = _outputs(self.teacher, images)
         loss = _loss(expected, _outputs(self.student, images))
-        if not math.isfinite(loss.item()):
-            raise TrainingError(f"the loss of step {i + 1} is {loss.item()}; use a lower lr")
+        _require_finite("loss", i, loss)
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRAD_NORM)
+        parameters = self.trained.values()
+        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        _require_finite("gradient norm", i, norm)
         self.optimizer.step()
+        with torch.no_grad():
+            _require_finite("norm of the weights", i, nn.utils.get_total_norm(parameters))
         return loss.item()
 
     def _save(self, path: Path, done: int) -> None:
@@ -332,6 +336,15 @@ class _Run:
                 f"checkpoint: expected the tensors of this model and their moments in fp32, got "
                 f"others in {path}; remove it to start again"
             )
+
+
+def _require_finite(name: str, i: int, value: Tensor) -> None:
+    """Raise TrainingError if a value of step i is not finite."""
+    if not value.isfinite():
+        raise TrainingError(
+            f"the {name} of step {i + 1} is {value.item()}; use a lower lr, and a model and images "
+            "without NaN or infinity"
+        )
 
 
 def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,18 +9,17 @@ A block that activation checkpointing runs again is guided as its forward pass w
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from elip_models.reduction.call_variable import Block, CallVariable
 from elip_models.reduction.step import ForwardState
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -54,34 +53,27 @@ class Record(NamedTuple):
     infos: list[Any]
 
 
-GUIDES: ContextVar[tuple[Guide, ...]] = ContextVar("GUIDES", default=())
-RECORDS: ContextVar[tuple[Record, ...]] = ContextVar("RECORDS", default=())
+GUIDES: CallVariable[Guide] = CallVariable("GUIDES")
+RECORDS: CallVariable[Record] = CallVariable("RECORDS")
 DENSE_CALLS: ContextVar[tuple[object, ...]] = ContextVar("DENSE_CALLS", default=())
 """The reductions whose models run a method that returns the tokens of several blocks."""
 _GRAPH = threading.local()
 """`text_cls`: the text that the graph running in this thread has encoded for itself."""
 
 
-@contextmanager
-def within(variable: ContextVar[tuple[T, ...]], item: T) -> Iterator[None]:
-    """Add an item to the variable of this thread or task; at the end remove it, and no other."""
-    variable.set((*variable.get(), item))
-    try:
-        yield
-    finally:
-        variable.set(tuple(other for other in variable.get() if other is not item))
-
-
 def set_guide(reduction: object, text_cls: Tensor | None, owner: object) -> None:
     """Guide the forward passes of this thread or task until `owner` removes the text."""
     guide = guide_of(reduction)
     recomputation = None if guide is None else guide.recomputation
-    GUIDES.set((*GUIDES.get(), Guide(reduction, text_cls, owner, recomputation)))
+    block = owner if isinstance(owner, Block) else Block()
+    GUIDES.add(Guide(reduction, text_cls, owner, recomputation), block)
 
 
 def drop_guide(owner: object) -> None:
     """Remove the texts that `owner` has set, whatever was set after them."""
-    GUIDES.set(tuple(guide for guide in GUIDES.get() if guide.owner is not owner))
+    if isinstance(owner, Block):
+        owner.is_open = False
+    GUIDES.remove(lambda guide: guide.owner is owner)
 
 
 def guide_of(reduction: object) -> Guide | None:
@@ -95,7 +87,7 @@ def guide_of(reduction: object) -> Guide | None:
 def recomputing(reduction: object, forward: ForwardState) -> AbstractContextManager[None]:
     """Guide the calls inside, in this thread, as the pass that they recompute was guided."""
     recomputation = Recomputation(forward)
-    return within(GUIDES, Guide(reduction, forward.text_cls, recomputation, recomputation))
+    return GUIDES.within(Guide(reduction, forward.text_cls, recomputation, recomputation))
 
 
 def _op(name: str) -> Any:

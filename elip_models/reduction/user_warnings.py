@@ -1,9 +1,10 @@
 """Warnings of reduced models, each given once."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
+
+from elip_models.reduction.call_variable import CallVariable
 
 
 class SlowScorerWarning(UserWarning):
@@ -14,15 +15,28 @@ class UnguidedWarning(UserWarning):
     """No text guides a reduction: the image alone selects, or nothing is reduced."""
 
 
-@contextmanager
-def ignore_slow_scorers() -> Iterator[None]:
-    """Ignore `SlowScorerWarning` inside, where slow scorers run on purpose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SlowScorerWarning)
-        yield
+IGNORED: CallVariable[type[Warning]] = CallVariable("IGNORED")
+
+
+def ignoring(category: type[Warning]) -> AbstractContextManager[None]:
+    """Ignore a warning of this file inside, in this thread or task.
+
+    `SlowScorerWarning` is ignored where slow scorers run on purpose, and `UnguidedWarning` where no
+    text guides on purpose. `warnings.catch_warnings` would change the filters of all threads.
+    """
+    return IGNORED.within(category)
+
+
+def warn_once(message: str, category: type[Warning], *, stacklevel: int = 3) -> None:
+    """Warn, unless the same message was given before or the warning is ignored."""
+    if category not in IGNORED.get():
+        _warn(message, category, stacklevel + 1)
 
 
 @cache
-def warn_once(message: str, category: type[Warning], *, stacklevel: int = 3) -> None:
-    """Warn, unless the same message was given before."""
+def _warn(message: str, category: type[Warning], stacklevel: int) -> None:
     warnings.warn(message, category, stacklevel=stacklevel)
+
+
+warn_again = _warn.cache_clear
+"""Forget which messages were given."""

@@ -4,7 +4,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from elip_kernels._switch import ProcessSwitch
 from elip_models.saving.files import read_object
 from elip_models.validation import mismatch_error, require_extra
 
@@ -134,12 +135,15 @@ def library_errors(path: Any, expected: str) -> Iterator[None]:
         raise ValueError(f"{path}: expected {expected}, got {reason:.300}") from error
 
 
-@contextmanager
-def quiet_logs() -> Iterator[None]:
-    """Disable log messages of libraries up to warnings, such as those about random weights."""
+def _disable_logs() -> int:
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return before
+
+
+_QUIET = ProcessSwitch(_disable_logs, logging.disable)
+
+
+def quiet_logs() -> AbstractContextManager[None]:
+    """Disable log messages of libraries up to warnings, such as those about random weights."""
+    return _QUIET.on()

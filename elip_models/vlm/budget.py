@@ -6,12 +6,12 @@ total=1024         for all images and tiles of a prompt together, in proportion 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from itertools import groupby
 from typing import NamedTuple
 
 from torch import Tensor
 
+from elip_models.reduction.call_variable import CallVariable
 from elip_models.vlm.clips import TokenGroup
 
 Keep = float | int
@@ -36,7 +36,7 @@ class Image(NamedTuple):
     index: int
 
 
-BUDGETS: ContextVar[tuple[Budget, ...]] = ContextVar("BUDGETS", default=())
+BUDGETS: CallVariable[Budget] = CallVariable("BUDGETS")
 Count = Callable[[int, Keep | None], int]
 """Returns how many of so many tokens stay by a `keep`, or by that of the strategy for None."""
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from elip_models.reduction.call_variable import CallVariable
+
 LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
 """The labels (B, N) of the loss that the forward pass will compute."""
 IGNORED = -100  # the label of a token that is not predicted
@@ -23,7 +25,7 @@ class Mask(NamedTuple):
     tokens: Tensor
 
 
-MASKS: ContextVar[tuple[Mask, ...]] = ContextVar("MASKS", default=())
+MASKS: CallVariable[Mask] = CallVariable("MASKS")
 
 
 def is_marked(hooks: object) -> bool:

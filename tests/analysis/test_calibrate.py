@@ -143,6 +143,13 @@ def test_images_of_another_dtype_than_the_model_are_named():
         calibrate(plain_vit().eval().bfloat16(), images(8), time=False)
 
 
+@pytest.mark.parametrize("options", [{"metric": "neighbours"}, {"labels": torch.arange(12) % 2}])
+def test_features_that_are_not_finite_are_an_error(model, pictures, options):
+    pictures = pictures.index_fill(0, torch.tensor([3]), torch.nan)
+    with pytest.raises(ValueError, match=r"dense model for 1 of 12 images, .* images\[3\]; remove"):
+        calibrate(model, pictures, time=False, strategies=FEW, **options)
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     photographs = tmp_path / "photographs" / "of summer"

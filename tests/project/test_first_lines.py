@@ -18,7 +18,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import elip_models
 from elip_models import reduce_, reduction_summary
-from elip_models.reduction.user_warnings import warn_once
+from elip_models.reduction.user_warnings import warn_again
 from tests.helpers.models import (
     HF,
     coca,
@@ -90,7 +90,7 @@ MODELS = {
 @torch.no_grad()
 @pytest.mark.parametrize("line", MODELS)
 def test_a_model_is_reduced_with_no_further_argument(line, recwarn):
-    warn_once.cache_clear()
+    warn_again()
     make, call = MODELS[line]
     model, x = make(), images()
     dense = call(model, x)

@@ -11,7 +11,7 @@ ROOTS = [Path(package.__file__).parent for package in (elip_kernels, elip_models
 FLOORS = (
     ("elip_kernels",),
     ("elip_models.validation",),
-    ("elip_models.images", "elip_models.intervals"),
+    ("elip_models.images", "elip_models.intervals", "elip_models.rank_barrier"),
     ("elip_models.towers",),
     ("elip_models.reduction",),
     ("elip_models.vlm",),

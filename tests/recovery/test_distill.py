@@ -1,6 +1,7 @@
 """`distill` brings a reduced model nearer to the dense one, and a stopped run ends the same."""
 
 import copy
+import itertools
 import shutil
 from pathlib import Path
 
@@ -340,3 +341,30 @@ def test_images_of_another_size_are_an_error_and_the_model_stays_dense(dense, pi
     with pytest.raises(ValueError, match=r"images: expected 48 x 48 pixels, got \(48, 32\); "):
         distill(model, pictures[..., :32], keep=0.5, steps=1)
     assert not elip_models.is_reduced(model) and model.training
+
+
+def spoil_gradient(model, step):
+    """Make the gradient of one weight NaN in this step, counted from 1; the loss stays finite."""
+    gradients = itertools.count(1)
+    weight = model.blocks[0].norm1.weight
+    weight.register_hook(lambda g: g * torch.nan if next(gradients) == step else g)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_and_changes_no_weight(dense, pictures, tmp_path):
+    model, options = copy.deepcopy(dense), {"keep": 0.5, "lr": 1e-3}
+    spoil_gradient(model, 3)
+    with pytest.raises(TrainingError, match="the gradient norm of step 3 is nan; use a lower lr"):
+        distill(model, pictures, steps=3, checkpoint=tmp_path / "state", **options)
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+    _, tensors = read_state(tmp_path / "state")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_weights_that_overflow_in_the_last_step_are_an_error(dense, pictures, rank, tmp_path):
+    file = tmp_path / "state"
+    options = {"keep": 0.5, "lr": 1e37, "steps": 1, "lora_rank": rank, "checkpoint": file}
+    with pytest.raises(
+        TrainingError, match="the norm of the weights of step 1 is inf; use a lower"
+    ):
+        distill(copy.deepcopy(dense), pictures, **options)

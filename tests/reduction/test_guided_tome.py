@@ -6,7 +6,7 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models import GuidedToMe, ToMe
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_again
 from elip_models.towers import as_tower
 from elip_models.towers.base import with_cls
 from tests.helpers.models import siglip_vision
@@ -85,7 +85,7 @@ def test_the_text_decides_to_the_degree_of_fusion():
 
 def test_without_text_it_may_stay_dense():
     model, x = plain_vit().eval(), images()
-    warn_once.cache_clear()
+    warn_again()
     with pytest.warns(UnguidedWarning, match="without_text"):
         tokens, infos = run(model, x, without_text="dense")
     assert not infos and torch.equal(tokens, model.forward_features(x))

@@ -9,7 +9,7 @@ import transformers
 import elip_models
 from elip_models import TokenMerging, ToMe, is_reduced, reduction_summary
 from elip_models.reduction.serialization import strategy_of
-from elip_models.reduction.user_warnings import warn_once
+from elip_models.reduction.user_warnings import warn_again
 from tests.helpers.models import HF, hf_clip, hf_vision
 from tests.helpers.towers import SCHEDULE
 from tests.saving.test_saved_reduced import features
@@ -28,7 +28,7 @@ def test_save_pretrained_stores_the_strategy_until_unreduce_removes_it(tmp_path)
 
 @pytest.mark.parametrize("make", [hf_clip, lambda: hf_vision("ViTModel", "ViTConfig")])
 def test_a_dense_model_of_a_config_with_a_reduction_warns_once(make, tmp_path, recwarn):
-    warn_once.cache_clear()
+    warn_again()
     elip_models.reduce_(make()).save_pretrained(tmp_path)
     elip_models.load_reduced(tmp_path)
     assert not recwarn.list
@@ -36,7 +36,7 @@ def test_a_dense_model_of_a_config_with_a_reduction_warns_once(make, tmp_path, r
         model = transformers.AutoModel.from_pretrained(tmp_path)
     warning = recwarn.pop(UserWarning)
     assert "the model is dense; call elip_models.reduce_(model), or load" in str(warning.message)
-    warn_once.cache_clear()
+    warn_again()
     elip_models.reduce_(model).classifier = torch.nn.Linear(2, 2)
     assert not recwarn.list
 

@@ -20,7 +20,7 @@ from elip_models.integrations.open_clip import parse_reduce
 from elip_models.profiling.table import ProfileSettings
 from elip_models.reduction.serialization import settings_of, strategy_of
 from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.user_warnings import warn_once
+from elip_models.reduction.user_warnings import warn_again
 from elip_models.validation import ConfigError
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
@@ -168,7 +168,7 @@ def replaced_block():
 
 @BOTH
 def test_another_strategy_than_the_default_is_named_once(call, recwarn):
-    warn_once.cache_clear()
+    warn_again()
     for _ in range(2):
         call(replaced_block())
     (found,) = (each for each in recwarn if "default strategy" in str(each.message))
@@ -177,13 +177,13 @@ def test_another_strategy_than_the_default_is_named_once(call, recwarn):
     assert "a block was replaced" in message and "Pass strategy='elip'" in message
     assert found.filename == __file__
     recwarn.clear()
-    warn_once.cache_clear()
+    warn_again()
     call(replaced_block(), strategy="elip")
     assert not [each for each in recwarn if "default strategy" in str(each.message)]
 
 
 def test_a_text_that_the_default_ignores_is_warned_about(recwarn):
-    warn_once.cache_clear()
+    warn_again()
     model, x, t = plain_vit(), images(), text()
     ignored = encode_image(model, x, t)
     (found,) = (each for each in recwarn if "text_cls is ignored" in str(each.message))

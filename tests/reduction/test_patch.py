@@ -137,7 +137,7 @@ def test_guidance_is_scoped_and_ends_in_any_order(model):
 
 
 def test_without_text_dense_reduces_nothing_and_warns_once(model):
-    user_warnings.warn_once.cache_clear()
+    user_warnings.warn_again()
     x = images()
     dense = model(x)
     elip_models.reduce_(model, schedule=SCHEDULE, without_text="dense")
@@ -149,7 +149,7 @@ def test_without_text_dense_reduces_nothing_and_warns_once(model):
 
 
 def test_a_scorer_that_costs_more_than_it_saves_warns_once(model):
-    user_warnings.warn_once.cache_clear()
+    user_warnings.warn_again()
     elip_models.reduce_(model, schedule="1(100%) 1(90%) 4(80%)", scorer="exact")
     model.train()
     with warnings.catch_warnings():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import elip_models
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
+from elip_models.reduction.user_warnings import UnguidedWarning, warn_again
 from elip_models.towers import as_tower
 from tests.helpers.models import siglip_vision
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text, whole_grid
@@ -39,7 +39,7 @@ def test_a_tower_without_cls_is_reduced_by_itself(without_text):
 
 
 def test_a_text_changes_nothing_and_a_warning_names_the_scorer():
-    warn_once.cache_clear()
+    warn_again()
     model, x = plain_vit().eval(), images()
     elip_models.reduce_(model, strategy="elip", schedule=SCHEDULE, scorer="received")
     alone = model(x)

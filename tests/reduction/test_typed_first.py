@@ -10,7 +10,7 @@ import torch
 
 import elip_models
 from elip_models import PatchDropout
-from elip_models.reduction.user_warnings import warn_once
+from elip_models.reduction.user_warnings import warn_again
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
 from tests.helpers.towers import images, plain_vit, text
 
@@ -120,7 +120,7 @@ def test_one_text_guides_all_images(make):
     ],
 )
 def test_a_text_for_a_strategy_that_reads_none_warns(options, reads):
-    warn_once.cache_clear()
+    warn_again()
     model, x, t = plain_vit(), images(), text()
     alone = elip_models.reduce_(model, **options)(x)
     with warnings.catch_warnings(record=True) as said, elip_models.guidance(model, t):

@@ -23,6 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from elip_models.images import MAX_IMAGE_BYTES, SampleError, decode_image
 from elip_models.pretraining.data.data_spec import path_list
 from elip_models.pretraining.data.samples import Sample, check_index, clean_captions
+from elip_models.pretraining.data.tar_members import members_of, open_tar
 
 FORMAT = 5  # version of the rows
 MIN_PARALLEL_BYTES = 2**30  # of all shards, from which on several processes index them
@@ -143,8 +144,8 @@ def _samples(file: BinaryIO, name: str) -> dict[str, dict[str, list[tarfile.TarI
     samples: dict = defaultdict(lambda: defaultdict(list))
     end = file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as tar:
-            for member in tar:
+        with open_tar(file, errors="backslashreplace") as tar:
+            for member in members_of(tar):
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key, _, extension = member.name.rpartition(".")
                 extension = extension.lower()
@@ -155,7 +156,7 @@ def _samples(file: BinaryIO, name: str) -> dict[str, dict[str, list[tarfile.TarI
         padding = file.read(_MAX_PADDING + 1)
         if not tarfile.BLOCKSIZE <= len(padding) <= _MAX_PADDING or padding.strip(b"\0"):
             raise tarfile.ReadError(f"neither a header nor the end of a tar at byte {end}")
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except tarfile.TarError as error:
         raise ValueError(
             f"{name}: expected a complete, uncompressed tar, got a damaged or another file "
             f"({error}); remove it, or download or pack it again"

@@ -5,16 +5,15 @@ tokens would reveal which image belongs to the text.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from elip_kernels.autocast import no_autocast
-from elip_models.reduction.user_warnings import UnguidedWarning
+from elip_models.reduction.user_warnings import UnguidedWarning, ignoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,14 +48,6 @@ def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng([device], device_type=device.type)
 
 
-@contextmanager
-def unguided() -> Iterator[None]:
-    """Ignore `UnguidedWarning` inside, where no text guides a reduction on purpose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnguidedWarning)
-        yield
-
-
 @torch.no_grad()
 def encode_images(
     model: "PretrainedModel", batches: Iterable["EvaluationBatch"]
@@ -64,7 +55,7 @@ def encode_images(
     """Return features (num_images, E) fp32 and the captions of each image."""
     device = next(model.parameters()).device
     features, captions = [], []
-    with unguided(), isolated_rng(device):
+    with ignoring(UnguidedWarning), isolated_rng(device):
         for batch in batches:
             features.append(model.image_features(batch.images.to(device)).float())
             captions += [sample.captions for sample in batch.samples]
@@ -82,7 +73,7 @@ def encode_texts(
     """Return features (num_texts, E) fp32."""
     device = next(model.parameters()).device
     features = []
-    with unguided(), isolated_rng(device):
+    with ignoring(UnguidedWarning), isolated_rng(device):
         for start in range(0, len(texts), batch_size):
             chunk = texts[start : start + batch_size]
             tokens = model.tokenise(tokenizer, chunk)

@@ -14,7 +14,7 @@ from elip_models.pretraining.data.read_errors import readable_samples
 from elip_models.pretraining.tasks.task import TaskScores, evaluation_transform
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
-from elip_models.reduction.user_warnings import ignore_slow_scorers
+from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def _pixels(
         return pixels
     is_guided = text and model.reduction.is_guided
     guide = model.encode_captions(tokenizer, [text]) if is_guided else None
-    with ignore_slow_scorers():
+    with ignoring(SlowScorerWarning):
         _, infos = run_tower(model.tower, seen[None].to(device), guide, model.reduction)
     if not infos:
         return pixels

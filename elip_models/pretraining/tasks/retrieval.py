@@ -37,7 +37,6 @@ from elip_models.pretraining.tasks.features import (
     encode_texts,
     ranks_of,
     similarities,
-    unguided,
 )
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
@@ -47,6 +46,7 @@ from elip_models.pretraining.tasks.task import (
     TaskScores,
     image_with_caption,
 )
+from elip_models.reduction.user_warnings import UnguidedWarning, ignoring
 from elip_models.validation import Bounds
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class Retrieval(Task):
     def score(self, run: EvaluationRun) -> TaskScores:
         """Score recall@k both ways."""
         matches = self.candidates > 0 and hasattr(run.model, "matching_logits")
-        with unguided():
+        with ignoring(UnguidedWarning):
             index = self._encode(run, matches=matches)
             images, texts, owners = index.image_features, index.text_features, index.owners
             if matches:

@@ -1,15 +1,14 @@
-"""The `accelerate.Accelerator` of a run, its expected warnings, and a process group to wait in."""
+"""The `accelerate.Accelerator` of a run, and its expected warnings."""
 
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
+from elip_kernels._switch import ProcessSwitch
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.validation import ConfigError, as_config_error, require_extra
@@ -18,6 +17,7 @@ with require_extra("elip_models.pretraining.training"):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+LOGGER = logging.getLogger("accelerate.utils.other")
 NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -49,26 +49,19 @@ def make_accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
+def _raise_level() -> int:
+    before = LOGGER.level
+    LOGGER.setLevel(logging.ERROR)
+    return before
+
+
+_QUIET = ProcessSwitch(_raise_level, LOGGER.setLevel)
+
+
 @contextmanager
 def expected_warnings_ignored() -> Iterator[None]:
     """Ignore warnings about what a run intends: tied weights, and outputs of FSDP2 as views."""
-    logger = logging.getLogger("accelerate.utils.other")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():  # one for the run: one in each step would repeat warnings
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def make_barrier_group(accelerator: Accelerator) -> "dist.ProcessGroup | None":
-    """Return a gloo process group whose barrier has a timeout of seven days; None for one process.
-
-    The other processes wait in it while the main process evaluates, which may take hours. NCCL ends
-    a run that waits for ten minutes at a barrier of the default group.
-    """
-    if accelerator.num_processes == 1:
-        return None
-    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    # one for the run: one in each step would repeat warnings
+    with _QUIET.on(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        yield

@@ -21,7 +21,7 @@ from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
 from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.user_warnings import ignore_slow_scorers
+from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 from elip_models.saving.files import write_json
 from elip_models.validation import require_extra
 
@@ -50,7 +50,7 @@ def draw_kept_tokens(
     batch = next(evaluation_batches(source, evaluation_transform(model), PICTURED, report=report))
     captions = [sample.captions[0] for sample in batch.samples]
     guidance = model.encode_captions(tokenizer, captions)
-    with ignore_slow_scorers():
+    with ignoring(SlowScorerWarning):
         images = batch.images.to(device)
         infos = run_tower(model.tower, images, guidance, model.reduction)[1]
         infos = infos or run_tower(model.tower, images, guidance, model.elip_strategy())[1]

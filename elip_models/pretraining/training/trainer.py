@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from elip_models.integrations.peft.adapt import trainable_counts
 from elip_models.pretraining.models.base import PretrainedModel
@@ -26,7 +26,6 @@ from elip_models.pretraining.tasks.task import TaskScores
 from elip_models.pretraining.training.accelerator import (
     expected_warnings_ignored,
     make_accelerator,
-    make_barrier_group,
 )
 from elip_models.pretraining.training.evaluation import VALIDATION, Evaluation
 from elip_models.pretraining.training.loss_log import LossLog, losses_of
@@ -47,8 +46,9 @@ from elip_models.pretraining.training.training_data import (
     task_of,
 )
 from elip_models.profiling.measure import saved_bytes
+from elip_models.rank_barrier import RankBarrier
 from elip_models.saving.files import unfinished
-from elip_models.validation import Stopped, as_config_error, require_extra
+from elip_models.validation import Stopped, TrainingError, as_config_error, require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from accelerate.utils import broadcast_object_list, set_seed
@@ -93,13 +93,18 @@ class Trainer:
         self.accelerator = make_accelerator(config, self.folder)
         if config.optim.shard:
             check_sharding(config, self.accelerator.num_processes)
+        self.barrier = RankBarrier()
         self.is_main = self.accelerator.is_main_process
         self.console = console if self.is_main else Console(quiet=True)
 
     def run(self) -> TrainResult:
         """Prepare the run, train to the last step, save the model and return the result."""
         locked = self.folder.locked(self.config, resume=self.resume)
-        with locked if self.is_main else nullcontext(), expected_warnings_ignored():
+        with (
+            self.barrier.reporting(),
+            locked if self.is_main else nullcontext(),
+            expected_warnings_ignored(),
+        ):
             self.prepare()
             with progress_bar(self.console) as self.bars:
                 self._train()
@@ -111,17 +116,19 @@ class Trainer:
             self.folder.prepare()
             device, count = self.accelerator.device.type, self.accelerator.num_processes
             print_plan(self.config, self.console, device=device, num_processes=count)
-        self.accelerator.wait_for_everyone()
+        self.barrier.wait()
         checkpoint = self._newest_checkpoint() if self.resume else None
         self._open_data()
         self._build_model(resumed=checkpoint is not None)
-        self.accelerator.wait_for_everyone()  # each has loaded the tokenizer
+        self.barrier.wait()
         if self.is_main:
             self.folder.record_start(self.config, run_provenance(len(self.source), checkpoint))
         self._restore(checkpoint)
+        self.barrier.wait()
 
     def _newest_checkpoint(self) -> Path | None:
         latest = self.folder.checkpoints.latest(self._warn) if self.is_main else None
+        self.barrier.wait()
         return broadcast_object_list([latest])[0]
 
     def _warn(self, line: str) -> None:
@@ -135,7 +142,7 @@ class Trainer:
             self.source = open_training_data(self.config, model.image_size)
         self.evaluation = Evaluation(self.config, model.image_size, self.folder.best)
         self.tokenizer = make_tokenizer(
-            self.config, self.source, model, self.folder, self.accelerator, self.console
+            self.config, self.source, model, self.folder, self.barrier, self.console
         )
         with as_config_error("data.tokenizer"):
             self.text_sizes = family.fit_tokenizer(self.tokenizer, data.context_length)
@@ -166,6 +173,7 @@ class Trainer:
             resumed=resumed,
             console=self.console,
         )
+        self.barrier.wait()  # the next line communicates
         parallel_class = ShardedModel if optim.shard else ReplicatedModel
         self.parallel = parallel_class(self.accelerator, model, optim)
         self.model = self.parallel.model
@@ -184,7 +192,6 @@ class Trainer:
         losses = [row["loss"] for row in self.folder.rows() if "loss" in row]
         self.loss = losses[-1] if losses else math.nan
         self.losses = LossLog(self.accelerator, max_nonfinite=self.config.optim.max_nonfinite_steps)
-        self.barrier_group = make_barrier_group(self.accelerator)
         purge = {"tensorboard": {"purge_step": self.step + 1}}
         self.accelerator.init_trackers(self.config.name, init_kwargs=purge)
 
@@ -296,14 +303,14 @@ class Trainer:
         `data.eval` of a task is scored by the selected weights, if there are any.
         """
         scores = []
+        self._require_finite()
         with self.parallel.evaluation_model() as model, self.accelerator.autocast():
             for task in tasks if self.is_main else ():
                 best = self._selected_model() if task == self.config.task else None
                 scores.append(self._evaluate_one(task, best or model))
                 if task == VALIDATION:
                     self.evaluation.select(model, self.tokenizer, self.step)
-        if self.barrier_group is not None:
-            dist.barrier(self.barrier_group)
+        self.barrier.wait()
         return scores
 
     def _evaluate_one(self, task: str, model: PretrainedModel) -> TaskScores:
@@ -321,15 +328,30 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         if self.losses:
-            self._read_losses()  # raises an error before weights that are not finite are saved
+            self._read_losses()
+        self._require_finite()
         folder = unfinished(self.folder.checkpoints.of(self.step))
         self.parallel.save(folder)
         self.batches.save(folder)
-        self.accelerator.wait_for_everyone()
+        self.barrier.wait()
         if self.is_main:
             keep = self.config.keep_checkpoints
             self.folder.checkpoints.commit(self.step, keep=keep, **self._invariants())
+        self.barrier.wait()
         self._restart_timer()
+
+    def _require_finite(self) -> None:
+        """Raise TrainingError on every process if weights or buffers of one are not finite."""
+        state = {n: t for n, t in self.model.state_dict().items() if t.is_floating_point()}
+        parts = (t.to_local() if isinstance(t, DTensor) else t for t in state.values())
+        is_bad = torch.stack([~part.isfinite().all() for part in parts])
+        counts = self.accelerator.reduce(is_bad.float(), "sum").tolist()
+        if bad := [name for name, count in zip(state, counts, strict=True) if count]:
+            raise TrainingError(
+                f"step {self.step}: {len(bad)} tensors of the model have NaN or infinity, the "
+                f"first of them {bad[0]}: lower optim.lr, lengthen optim.warmup_steps, or set "
+                "optim.max_grad_norm; --resume continues from the last checkpoint"
+            )
 
     def _finish(self) -> TrainResult:
         self._log_scores()
@@ -337,6 +359,7 @@ class Trainer:
         if self.is_main:
             self.evaluation.save(model, self.tokenizer, self.folder.model)
             model = self._selected_model() or model
+        self.barrier.wait()
         task, scores = self.config.task, self.evaluation.scores
         self.accelerator.end_training()
         return TrainResult(

@@ -29,13 +29,13 @@ from elip_models.pretraining.tasks.registry import get_task
 from elip_models.pretraining.tasks.task import Preprocessor, Task, image_with_caption
 from elip_models.pretraining.training.run_config import DataConfig, RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
+from elip_models.rank_barrier import RankBarrier
 from elip_models.validation import ConfigError, as_config_error, require_extra
 
 with require_extra("elip_models.pretraining.training"):
     from rich.console import Console
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENIZER_SAMPLES = 50_000
@@ -116,7 +116,7 @@ def make_tokenizer(
     source: Source | ExampleSource | StreamSource,
     model: VisionConfig,
     folder: RunFolder,
-    accelerator: "Accelerator",
+    barrier: RankBarrier,
     console: Console,
 ) -> "PreTrainedTokenizerBase":
     """Return the tokenizer that a recipe names, or train one on the captions.
@@ -132,12 +132,12 @@ def make_tokenizer(
             "data.tokenizer: expected the folder of the pre-trained model's tokenizer, got "
             "'train', which trains a new one"
         )
-    with accelerator.main_process_first():
-        path = folder.trained_tokenizer()
-        if not path.exists():
-            with as_config_error("data.vocab_size"):
-                captions = tokenizer_captions(source, model, console)
-                train_tokenizer(captions, data.vocab_size).save_pretrained(path)
+    path = folder.trained_tokenizer()
+    if barrier.is_main_process and not path.exists():
+        with as_config_error("data.vocab_size"):
+            captions = tokenizer_captions(source, model, console)
+            train_tokenizer(captions, data.vocab_size).save_pretrained(path)
+    barrier.wait()
     return load_tokenizer(str(path))
 
 

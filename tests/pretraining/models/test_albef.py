@@ -71,6 +71,15 @@ def test_the_queue_wraps_around():
         queue.enqueue_(torch.randn(6, 3), torch.randn(6, 3))
 
 
+def test_the_queue_leaves_out_pairs_that_are_not_finite():
+    queue, batch = FeatureQueue(3, 5, with_ids=True), torch.randn(4, 3)
+    image, text = queue.image.clone(), queue.text.clone()
+    bad = batch.index_fill(0, torch.tensor([1]), torch.nan)
+    queue.enqueue_(batch, bad, torch.arange(4))
+    assert queue.ids.tolist() == [0, -100, 2, 3, -100] and queue.pointer.item() == 4
+    assert torch.equal(queue.image[:, 1], image[:, 1]) and torch.equal(queue.text[:, 1], text[:, 1])
+
+
 def test_similarities_are_exact_under_autocast():
     queue, batch = FeatureQueue(32, 64), torch.randn(2, 8, 32)
     pair = tuple(torch.nn.functional.normalize(batch, dim=-1))

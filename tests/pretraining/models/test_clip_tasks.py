@@ -75,7 +75,7 @@ def test_a_classifier_has_the_pretrained_tower():
 def test_it_is_dense_without_vision_only_guidance():
     dense, x = classifier().eval(), batch()["images"]
     with pytest.warns(UserWarning, match="nothing is reduced"):
-        elip_models.reduction.user_warnings.warn_once.cache_clear()
+        elip_models.reduction.user_warnings.warn_again()
         unguided = classifier(schedule=SCHEDULE).eval()
         unguided.load_state_dict(dense.state_dict())
         assert torch.equal(unguided.logits(x), dense.logits(x))

@@ -239,6 +239,14 @@ def test_too_many_nonfinite_steps_end_the_run_and_keep_the_last_checkpoint(tmp_p
     assert max(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == "step_00000003"
 
 
+@pytest.mark.parametrize("evaluation", ["eval_every=0", "eval_every=1"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path, evaluation):
+    rate = ("optim.lr=1e37", "optim.warmup_steps=0", "optim.steps=2", "optim.weight_decay=1e3")
+    with pytest.raises(TrainingError, match="tensors of the model have NaN or infinity, the first"):
+        train(tiny_config(tmp_path, *rate, evaluation))
+    assert not [*tmp_path.glob("checkpoints/*"), *tmp_path.glob("model"), *tmp_path.glob("best")]
+
+
 def test_divergence_is_no_error_of_drawing_negatives(tmp_path):
     rate = ("optim.lr=1e30", "optim.max_grad_norm=null", "optim.max_nonfinite_steps=2")
     with pytest.raises(TrainingError, match="not finite"):

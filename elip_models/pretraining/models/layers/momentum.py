@@ -60,14 +60,19 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue_(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> None:
-        """Overwrite the oldest B features, and their image ids, without a host synchronisation."""
+        """Overwrite the oldest B features, and their image ids, without a host synchronisation.
+
+        Pairs with a feature that is not finite are left out, and the pairs before them stay.
+        """
         B, size = image.shape[0], self.image.shape[1]
         self.check(B)
         columns = (self.pointer + torch.arange(B, device=image.device)) % size
-        self.image.index_copy_(1, columns, image.T.to(self.image.dtype))
-        self.text.index_copy_(1, columns, text.T.to(self.text.dtype))
-        if self.ids is not None:
-            self.ids.index_copy_(0, columns, ids)
+        is_finite = image.isfinite().all(1) & text.isfinite().all(1)
+        rows = {"image": image.T, "text": text.T} | ({} if self.ids is None else {"ids": ids})
+        for name, new in rows.items():
+            stored = getattr(self, name)
+            new = torch.where(is_finite, new.to(stored.dtype), stored[..., columns])
+            stored.index_copy_(-1, columns, new)
         self.pointer.copy_((self.pointer + B) % size)
 
 
