@@ -6,6 +6,7 @@ A thread must see what it sees alone, and afterwards no switch of the process ma
 import ast
 import logging
 import os
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +17,8 @@ import torch
 import elip_kernels
 import elip_models
 from elip_kernels._kernel import captured_launches
+from elip_kernels._switch import ProcessSwitch
+from elip_kernels.autocast import no_autocast
 from elip_models import validation
 from elip_models.analysis.visualize_inputs import reduction_option_errors
 from elip_models.api import budget, guidance, record_stages, reduce_
@@ -23,14 +26,16 @@ from elip_models.commands.image_folder import as_option_error
 from elip_models.commands.search import _working, search
 from elip_models.embedding.demo import _shown_errors
 from elip_models.images import open_image_file
+from elip_models.pretraining.data.tar_members import _tar_errors
 from elip_models.pretraining.models.base import eval_mode
-from elip_models.pretraining.tasks.features import unguided
+from elip_models.pretraining.tasks.features import isolated_rng
 from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.run_folder import RunFolder, as_write_error
 from elip_models.profiling.measure import saved_bytes
+from elip_models.rank_barrier import RankBarrier
 from elip_models.recovery.distill import _only_blocks_train
-from elip_models.reduction.call_context import GUIDES, Guide, within
-from elip_models.reduction.user_warnings import ignore_slow_scorers
+from elip_models.reduction.call_context import GUIDES, Guide
+from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 from elip_models.saving.hub import staging_folder
 from elip_models.saving.locked_folder import locked_folder
 from elip_models.saving.meta_build import library_errors, quiet_logs
@@ -42,6 +47,7 @@ from tests.helpers.damage import picture
 from tests.helpers.towers import WIDTH, images, plain_vit
 from tests.vlm.models import build
 
+MARK = re.compile("contextmanager$|AbstractContextManager")
 CONTEXTS = {
     "use_pytorch_ops": lambda its: elip_kernels.use_pytorch_ops(),
     "export_custom_ops": lambda its: elip_kernels.export_custom_ops(),
@@ -49,10 +55,14 @@ CONTEXTS = {
     "guidance": lambda its: guidance(its.vit, its.text),
     "budget": lambda its: budget(its.llava, its.keep),
     "record_stages": lambda its: record_stages(its.vit),
-    "within": lambda its: within(GUIDES, Guide(its, its.text, its)),
+    "within": lambda its: GUIDES.within(Guide(its, its.text, its)),
+    "on": lambda its: ProcessSwitch().on(),
+    "reporting": lambda its: RankBarrier().reporting(),
     "quiet_logs": lambda its: quiet_logs(),
-    "ignore_slow_scorers": lambda its: ignore_slow_scorers(),
-    "unguided": lambda its: unguided(),
+    "ignoring": lambda its: ignoring(SlowScorerWarning),
+    "isolated_rng": lambda its: isolated_rng(its.text.device),
+    "no_autocast": lambda its: no_autocast(its.text),
+    "_tar_errors": lambda its: _tar_errors(),
     "library_errors": lambda its: library_errors("path", "a file"),
     "as_config_error": lambda its: validation.as_config_error("key"),
     "require_extra": lambda its: validation.require_extra("this"),
@@ -82,18 +92,24 @@ OTHERS = {
     "expected_warnings_ignored": "a process has one run",
     "in_mode": "a benchmark times one model at a time",
     "_adapters": "replaces layers of the model that it trains",
+    "accumulate": "a process has one run",
+    "device_guard": "of a GPU",
+    "recomputing": "is entered by a recomputation alone",
+    "tracing": "torch.jit and ONNX trace in one thread at a time",
+    "_isolated_rng": "is entered by scoring_context",
 }
 """Name -> why it is not entered by two threads."""
 
 
 def context_managers():
-    """Names of all functions of both packages that are context managers."""
+    """Names of all functions of both packages that return a context manager."""
     names = set()
     for package in (elip_kernels, elip_models):
         for path in Path(package.__file__).parent.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                decorators = map(ast.unparse, getattr(node, "decorator_list", ()))
-                names |= {node.name} if "contextmanager" in decorators else set()
+                if isinstance(node, ast.FunctionDef):
+                    marks = map(ast.unparse, (*node.decorator_list, *filter(None, [node.returns])))
+                    names |= {node.name for mark in marks if MARK.match(mark)}
     return names
 
 
