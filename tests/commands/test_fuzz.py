@@ -12,7 +12,10 @@ from tests.helpers.tiers import tiered
 ROOT = Path(__file__).parents[2]
 
 
-OF_MODELS = ("failed_ranks", "nested_models", "tars", "threads_in_contexts", "windows")
+OF_MODELS = (
+    *("failed_ranks", "interrupts", "nested_models", "tars", "threads_in_contexts"),
+    "windows",
+)
 """Kinds of cases that run models for seconds."""
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import elip_models
 from elip_models import cli
 from tests.fuzz.harness import Loss, kind
+from tests.fuzz.interrupt_cases import raise_in_call
 from tests.helpers.damage import picture
 from tests.helpers.tiny_run import tiny_arguments
 
@@ -32,20 +33,6 @@ CALLS = 20_000  # more than a run has
 
 class Raised(Exception):
     """What the rank raises."""
-
-
-def raise_in_call(number):
-    """Raise in a call of a function of this library, counted from now, in this thread."""
-    left = number
-
-    def count(frame, event, _):
-        nonlocal left
-        left -= event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
-        if left <= 0:
-            sys.setprofile(None)
-            raise Raised(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-
-    sys.setprofile(count)
 
 
 def embed(folder, prepared):
@@ -122,7 +109,7 @@ def failed_ranks(folder, rng, prepared):
         port = probe.getsockname()[1]
 
     def fail():
-        raise_in_call(call)
+        raise_in_call(call, Raised(), PACKAGE)
         try:
             run(folder, prepared)
         except Raised:
