@@ -12,6 +12,7 @@ import elip_models
 from elip_models.api import is_reduced
 from elip_models.reduction.strategies.elip import ELIPOptions
 from tests.helpers.argument_cases import TABLE
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, plain_vit
 
 ALIASES = {
@@ -49,6 +50,7 @@ CASES = [
 ]
 
 
+@UNGUIDED
 @pytest.mark.parametrize(("function", "good", "argument", "values"), CASES)
 def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, argument, values):
     call = CONTEXTS.get(function, function)

@@ -12,6 +12,7 @@ import elip_models
 from elip_models import PatchDropout
 from elip_models.reduction.user_warnings import warn_again
 from tests.helpers.models import PAIRS, hf_clip, ids, open_clip_pair, output_of_pair
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import images, plain_vit, text
 
 
@@ -91,6 +92,7 @@ def test_a_record_has_the_stages_of_the_forwards_inside():
         elip_models.record_stages(torch.compile(model)).__enter__()
 
 
+@UNGUIDED
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_prompts_and_images_of_different_numbers(make):
     """With K prompts and B images, the image alone guides."""
@@ -103,6 +105,7 @@ def test_prompts_and_images_of_different_numbers(make):
     assert not torch.equal(output_of_pair(model, x, ids(2)), output_of_pair(unguided, x, ids(2)))
 
 
+@UNGUIDED
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_one_text_guides_all_images(make):
     model, x, one = make().eval(), images(2), ids(1)

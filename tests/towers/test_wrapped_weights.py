@@ -24,6 +24,7 @@ from tests.helpers.models import (
     open_clip_vit,
     output,
 )
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
@@ -123,6 +124,7 @@ OTHERS = {
 }
 
 
+@UNGUIDED
 @pytest.mark.parametrize(
     ("strategy", "name", "order"),
     tiered(
@@ -144,6 +146,7 @@ TRAINED = tiered(
 )
 
 
+@UNGUIDED
 @pytest.mark.parametrize(("name", "how"), TRAINED)
 def test_its_gradient_is_that_of_the_merged_weight(name, how):
     how = HOW[how]
