@@ -20,6 +20,7 @@ import elip_models
 from elip_models.cli import app, as_program
 from elip_models.pretraining.models import registry
 from tests.helpers.models import dinov2
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.programs import PROGRAMS
 from tests.helpers.scripts import load_script
 from tests.helpers.tiers import slow_except
@@ -109,6 +110,8 @@ def small_models(monkeypatch):
 PYTHON = [page for page in WITH_PYTHON if blocks(page, "python")]
 
 
+@UNGUIDED
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     "page",
     slow_except([page for page in PYTHON if page.name not in SLOW_PAGES], PYTHON),
