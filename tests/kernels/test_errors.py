@@ -76,6 +76,7 @@ def test_the_table_has_every_argument(function):
     assert set(TABLE[function][1]) == arguments - {"options"}
 
 
+@UNGUIDED
 @pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)
 def test_good_arguments_pass(function):
     arguments = TABLE[function][0]()
