@@ -11,7 +11,7 @@ Merged tokens are traced back through every stage (`source_map` of the info).
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from elip_models.towers import Tower
 from elip_models.validation import require_extra
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
 DIM, GREY = 0.15, 0.45  # weight of a dropped patch's own colour, and the grey mixed with it
@@ -117,7 +116,7 @@ def grid_shape(num_patches: int, image_size: tuple[int, int]) -> tuple[int, int]
 class Panel(NamedTuple):
     """A picture (H, W, 3), or scores (H, W) with NaN for none, and a line below it."""
 
-    picture: Any
+    picture: Tensor
     below: str = ""
 
 
@@ -143,7 +142,7 @@ def draw_panels(
         axis.set_axis_off()
     for row, panels, caption in zip(axes, rows, captions, strict=True):
         for axis, panel in zip(row[:-1], panels, strict=True):
-            axis.imshow(panel.picture, cmap="inferno", extent=(0, width, height, 0))
+            axis.imshow(panel.picture.numpy(), cmap="inferno", extent=(0, width, height, 0))
             place = {"ha": "center", "va": "top", "transform": axis.transAxes}
             axis.text(0.5, -0.03, panel.below, fontsize=7, **place)
         text = textwrap.fill(textwrap.shorten(caption, MAX_CAPTION, placeholder=" .."), 26)
@@ -183,7 +182,8 @@ def draw_reduction(
             scores = (heat[b] * info.attention.shape[1]).view(grid).cpu().float().clamp(min=0)
             known = scores[~scores.isnan()].tolist() or [float("nan")]
             below = f"{min(known):.2f} to {max(known):.2f} times uniform"
-            row += [Panel(dimmed(image, alive[b].view(grid))), Panel(scores.sqrt(), below)]
+            kept = dimmed(image, alive[b].view(grid))
+            row += [Panel(kept.permute(1, 2, 0)), Panel(scores.sqrt(), below)]
         rows.append(row)
     return draw_panels(rows, captions, path, titles=titles, title=title, note=NOTE)
 
@@ -214,8 +214,8 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def dimmed(image: Tensor, alive: Tensor) -> "np.ndarray":
-    """Return the image (3, H, W) as (H, W, 3), with almost grey patches where `alive` is False."""
+def dimmed(image: Tensor, alive: Tensor) -> Tensor:
+    """Return the image (3, H, W), almost grey at patches where `alive` (rows, columns) is False."""
     alive = alive.cpu()[None, None].float()
     mask = F.interpolate(alive, size=image.shape[1:], mode="nearest")[0] > 0
-    return torch.where(mask, image, (1 - DIM) * GREY + DIM * image).permute(1, 2, 0).numpy()
+    return torch.where(mask, image, (1 - DIM) * GREY + DIM * image)

@@ -296,7 +296,7 @@ class TowerParts:
         attn, heads = self._attention(i), self.num_heads
         projected = self.projected(attn, getattr(self.blocks[i], self.names.norm1)(tokens))
         if isinstance(projected, Tensor):
-            q, k, v = projected.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = projected.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         else:
             q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
         q_norm, k_norm = self._head_norms(attn)

@@ -6,9 +6,11 @@ from elip_models import ELIP
 from elip_models.analysis.agreement import scorer_agreement
 from elip_models.reduction.scorers import SCORERS
 from tests.helpers.models import ROTARY
+from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text
 
 
+@SLOW_SCORER
 @pytest.mark.parametrize("make", [clip_vit, ROTARY["DINOv3"]], ids=["timm", "rotary"])
 def test_each_scorer_is_compared_with_exact_at_every_stage(make):
     shares = scorer_agreement(make().eval(), images(4), text(4), ELIP(SCHEDULE, scorer="last"))

@@ -16,6 +16,7 @@ from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
+from tests.helpers.own_warnings import NO_IMAGE_STATS
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.saving.test_open_model import tiny_vit
@@ -104,6 +105,7 @@ def test_our_clip_is_drawn_with_the_strategy_of_its_training(tmp_path, tokenizer
     assert open_visualized_model(folder, strategy="elip").strategy.name == "elip"
 
 
+@NO_IMAGE_STATS
 @pytest.mark.parametrize("make", [hf_clip, hf_blip])
 def test_models_of_transformers_are_guided_by_their_text_tower(
     make, tmp_path, small_tokenizer, pairs

@@ -115,6 +115,7 @@ def test_features_of_a_trained_model_are_those_of_its_weights(folder, model, tmp
     torch.testing.assert_close(second, 2 * first)
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")  # two settings of one score
 def test_the_results_of_a_setting_are_paired_with_dense(folder, model, results):
     document = results("--own", "--settings", "tome 0.5, resize 0.5, random 0.3")
     assert document["split"] == "validation"

@@ -1,4 +1,5 @@
-"""Hostile tensors, strategies, model folders, embeddings, states and commands, by a seed.
+"""Hostile tensors, strategies, model folders, embeddings, states, commands, tars and prompts,
+models in models, threads, and processes that fail, by a seed.
 
 python -m tests.fuzz --count 3000 --seed 1
 """

@@ -28,9 +28,9 @@ def import_kinds():
             importlib.import_module(f"tests.fuzz.{module.name}")
 
 
-def counts(count, only):
+def counts(count, only, without=()):
     """How many cases each kind has: its share of all, at least one."""
-    chosen = {name: KINDS[name] for name in only or sorted(KINDS)}
+    chosen = {name: KINDS[name] for name in only or sorted(KINDS) if name not in without}
     whole = sum(kind.share for kind in chosen.values())
     return {name: max(1, round(count * kind.share / whole)) for name, kind in chosen.items()}
 
@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     import_kinds()
     parser.add_argument("--only", nargs="*", default=(), choices=sorted(KINDS))
+    parser.add_argument("--without", nargs="*", default=(), choices=sorted(KINDS))
     parser.add_argument("--number", type=int, nargs="*", help="these cases of each kind alone")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process has no threads of its parent
@@ -68,7 +69,7 @@ def main():
         os.environ.update(FIXED, HOME=f"{root}/home", HF_HOME=f"{root}/home/hf")
         os.environ["XDG_CACHE_HOME"] = f"{root}/home/cache"
         (root / "home").mkdir()
-        cases = counts(options.count, options.only)
+        cases = counts(options.count, options.only, options.without)
         outcomes, failures = table(cases, options.seed, root, options.number)
     columns = (*OUTCOMES, *FAILURES)
     sys.stdout.write(

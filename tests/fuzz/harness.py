@@ -2,9 +2,9 @@
 
 A case is a function `case(folder, rng)`. It makes a hostile input in its folder, gives it to the
 library, and returns "read", "reported" (read, and each loss is counted) or "refused" (by a
-documented error). Anything else is a failure: an exception that escapes, a crash, more than ten
-seconds, more than two gigabytes, a file written outside of the folder, code of the input that ran,
-and a loss that was not reported.
+documented error). Anything else is a failure: an exception that escapes, a crash, more than the
+kind's seconds, more than two gigabytes, a file written outside of the folder, code of the input
+that ran, and a loss that was not reported.
 """
 
 import contextlib
@@ -35,11 +35,12 @@ class Loss(Exception):
 
 
 class Kind(NamedTuple):
-    """A kind of case: its function, its share of all cases, and what makes files for all of it."""
+    """A kind of case: its function, its share of all cases, what makes files, and its limit."""
 
     case: Callable[..., str]
     share: float
     prepare: Callable[[Path], None] | None
+    seconds: float = SECONDS
 
 
 class Outcome(NamedTuple):
@@ -52,14 +53,14 @@ class Outcome(NamedTuple):
 KINDS: dict[str, Kind] = {}
 
 
-def kind(share=1.0, prepare=None):
-    """Register a case.
+def kind(share=1.0, prepare=None, seconds=SECONDS):
+    """Register a case, which may take so many seconds.
 
     `prepare(folder)` fills a folder once; the case is then called with it: (folder, rng, prepared).
     """
 
     def register(case):
-        KINDS[case.__name__] = Kind(case, share, prepare)
+        KINDS[case.__name__] = Kind(case, share, prepare, seconds)
         return case
 
     return register
@@ -89,7 +90,7 @@ def run(name, seed, number, root, prepared=None):
         arguments = (folder, rng, prepared) if prepared else (folder, rng)
         _child(partial(KINDS[name].case, *arguments), folder, write)
     os.close(write)
-    outcome = _wait(process, report)
+    outcome = _wait(process, report, KINDS[name].seconds)
     if marker.exists():
         marker.unlink()
         outcome = Outcome("code run", outcome.detail)
@@ -129,9 +130,9 @@ def _is_out_of_memory(error):
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
-def _wait(process, report):
+def _wait(process, report, seconds):
     """The outcome of a child: what it wrote, or how it ended."""
-    is_ready, _, _ = select.select([report], [], [], SECONDS)
+    is_ready, _, _ = select.select([report], [], [], seconds)
     said = os.read(report, 4096).decode(errors="replace") if is_ready else ""
     os.close(report)
     if not is_ready:
@@ -140,7 +141,7 @@ def _wait(process, report):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)  # what it started
     if not is_ready:
-        return Outcome("hang", f"more than {SECONDS} s")
+        return Outcome("hang", f"more than {seconds} s")
     if not said:
         return Outcome(
             "traceback",

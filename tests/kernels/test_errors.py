@@ -13,6 +13,7 @@ import elip_models
 from elip_models.api import is_reduced
 from elip_models.reduction.strategies.elip import ELIPOptions
 from tests.helpers.argument_cases import TABLE
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, plain_vit
 
 ALIASES = {
@@ -50,6 +51,7 @@ CASES = [
 ]
 
 
+@UNGUIDED
 @pytest.mark.parametrize(("function", "good", "argument", "values"), CASES)
 def test_a_bad_argument_is_named_with_what_was_expected_and_got(function, good, argument, values):
     call = CONTEXTS.get(function, function)
@@ -78,6 +80,7 @@ def test_the_table_has_every_argument(function):
 OPS = [op for op in TABLE if op.__name__ in elip_kernels.__all__ and op not in CONTEXTS]
 
 
+@UNGUIDED
 @pytest.mark.parametrize("function", OPS, ids=lambda f: f.__name__)
 def test_a_number_of_numpy_is_a_number(function):
     arguments = TABLE[function][0]()
@@ -87,6 +90,7 @@ def test_a_number_of_numpy_is_a_number(function):
     assert str(found) == str(expected)
 
 
+@UNGUIDED
 @pytest.mark.parametrize("function", TABLE, ids=lambda f: f.__name__)
 def test_good_arguments_pass(function):
     arguments = TABLE[function][0]()

@@ -19,6 +19,7 @@ from elip_kernels._kernel import Kernel
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import WITH_KERNELS, RecordedCalls, call
+from tests.helpers.own_warnings import FALLBACK
 
 DATA_READ = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -38,6 +39,7 @@ def test_public_functions_do_not_read_data(name, dtype):
     assert [op for op, _ in fake] == [op for op, _ in run(name, dtype)]
 
 
+@FALLBACK
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_launchers_and_references_do_not_read_data(name, dtype, monkeypatch):

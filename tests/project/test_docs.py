@@ -22,6 +22,7 @@ from elip_models.pretraining.models import registry
 from elip_models.pretraining.tasks.registry import TASKS
 from elip_models.pretraining.training.recipe import FINETUNE, recipe_names
 from tests.helpers.models import dinov2
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.programs import PROGRAMS, parse
 from tests.helpers.scripts import load_script
 from tests.helpers.tiers import slow_except
@@ -111,6 +112,8 @@ def small_models(monkeypatch):
 PYTHON = [page for page in WITH_PYTHON if blocks(page, "python")]
 
 
+@UNGUIDED
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     "page",
     slow_except([page for page in PYTHON if page.name not in SLOW_PAGES], PYTHON),

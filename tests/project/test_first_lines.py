@@ -32,6 +32,7 @@ from tests.helpers.models import (
     output,
     output_of_pair,
 )
+from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.helpers.towers import WIDTH, images, plain_vit
 from tests.towers.test_hf_readers import llava, logits_of
 from tests.vlm.models import build
@@ -273,6 +274,9 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the export that is refused
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx")
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
 @pytest.mark.parametrize("line", REFUSED)
 def test_an_error_names_the_way_out(line, capsys):
     call, message = REFUSED[line]
@@ -436,6 +440,7 @@ WORK = {
 }
 
 
+@DENSE_BY_TRANSFORMERS
 @torch.no_grad()
 @pytest.mark.parametrize("line", WORK)
 def test_a_line_works(line, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text
 from tests.reduction.test_memory import alive, forwards  # noqa: F401
 
@@ -26,6 +27,7 @@ class Raising:
             raise Broken
 
 
+@UNGUIDED
 @pytest.mark.parametrize("strategy", ["elip", "tome", "evit"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("by_blocks", [False, True])

@@ -10,6 +10,7 @@ import elip_models
 from elip_models import ELIP, TRIPS, EViT, GuidedToMe, ToMe
 from elip_models.reduction import scorers
 from elip_models.reduction.strategies import elip as stage
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
@@ -134,6 +135,7 @@ def test_a_forward_in_a_backward_hook_is_a_forward(is_checkpointed):
     assert torch.equal(within[0], expected)
 
 
+@UNGUIDED
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recomputed_block_finds_its_own_pass(name):
     """Two batches wait for backward, no pass without checkpoints came before, one without gradient

@@ -7,6 +7,7 @@ import torch
 import elip_models
 from elip_models import reduce_
 from tests.helpers.models import PAIRS, ROTARY, TOWERS, WITHOUT_CLS, output
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import (
     SCHEDULE,
@@ -88,6 +89,7 @@ for name in WITHOUT_CLS:
 HF_QUICK = [case for case in HF_CASES if case[0] == "HF CLIP" or case[1] == "nearest"]
 
 
+@UNGUIDED
 @pytest.mark.parametrize(
     ("library", "strategy"),
     tiered(HF_CASES, HF_QUICK),
@@ -121,6 +123,7 @@ def test_get_intermediate_layers_and_features_only_give_grids():
     assert not elip_models.is_reduced(elip_models.unreduce_(kept))
 
 
+@UNGUIDED
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_open_clip_gives_grids_alone_and_whole(strategy):
     model, x = reduce_(PAIRS["open_clip pair"]().eval(), **STRATEGIES[strategy]), images()
@@ -183,6 +186,7 @@ def test_a_call_for_grids_compiles_in_one_graph(strategy):
     assert torch.compile(model, fullgraph=True, backend="eager")(x).shape == (2, 5)
 
 
+@UNGUIDED
 def test_calls_that_would_return_wrong_grids_raise_an_error():
     siglip, x = WITHOUT_CLS["HF SigLIP vision"]().eval(), images()
     reduce_(siglip, schedule=SCHEDULE, merge="none")

@@ -30,6 +30,7 @@ from tests.helpers.models import (
     output_of_pair,
     siglip_vision,
 )
+from tests.helpers.own_warnings import SLOW_SCORER, UNGUIDED
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images, plain_vit, text, whole_grid
 
@@ -104,6 +105,8 @@ SCORED_SLOW += [("EVA-02 tiny", "attention"), ("timm attention, CLS", "received"
 SCORED_SLOW += [("rope mixed", "cls"), ("HF DINOv2 average", 1)]
 
 
+@SLOW_SCORER
+@UNGUIDED
 @pytest.mark.parametrize(("name", "scorer"), tiered(SCORED, SCORED_QUICK))
 def test_a_reduced_model_equals_encode_image(name, scorer):
     model, call = MODELS[name]().eval(), Call(name)
@@ -149,6 +152,7 @@ COPIES = {
 }
 
 
+@SLOW_SCORER
 @models_in(COPIES, "how")
 def test_a_copy_has_its_own_reduction_and_can_be_undone(name, how):
     model, call = MODELS[name]().eval(), Call(name)

@@ -11,10 +11,12 @@ from elip_models import TokenMerging, ToMe, is_reduced, reduction_summary
 from elip_models.reduction.serialization import strategy_of
 from elip_models.reduction.user_warnings import warn_again
 from tests.helpers.models import HF, hf_clip, hf_vision
+from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.helpers.towers import SCHEDULE
 from tests.saving.test_saved_reduced import features
 
 
+@DENSE_BY_TRANSFORMERS
 def test_save_pretrained_stores_the_strategy_until_unreduce_removes_it(tmp_path):
     model = elip_models.reduce_(hf_clip().eval(), schedule=SCHEDULE)
     model.save_pretrained(tmp_path / "reduced")
@@ -52,6 +54,7 @@ def test_a_config_that_raises_for_unknown_names_does_not_stop_a_module():
     assert isinstance(module.child, torch.nn.Linear)
 
 
+@DENSE_BY_TRANSFORMERS
 def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):
     elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
     model = elip_models.reduce_(transformers.AutoModel.from_pretrained(tmp_path))

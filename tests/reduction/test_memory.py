@@ -7,6 +7,7 @@ import torch
 
 import elip_models
 from elip_models.reduction.step import ForwardState
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import clip_vit, images, text
 from tests.reduction.test_strategies import strategies
@@ -29,6 +30,7 @@ def alive(forwards):
     return sum(each() is not None for each in forwards)
 
 
+@UNGUIDED
 @strategies
 @pytest.mark.parametrize("grad", slow_except([True], [True, False]))
 def test_without_checkpoints_nothing_is_kept(forwards, strategy, grad):
@@ -40,6 +42,7 @@ def test_without_checkpoints_nothing_is_kept(forwards, strategy, grad):
     assert len(forwards) == (0 if strategy.name == "resize" else len(outputs))
 
 
+@UNGUIDED
 @strategies
 def test_a_checkpoint_keeps_its_forward_until_its_graph_ends(forwards, strategy):
     if strategy.name == "resize":

@@ -11,6 +11,7 @@ from elip_models.api import is_reduced
 from elip_models.reduction import user_warnings
 from elip_models.towers import as_tower
 from tests.helpers.models import eva, open_clip_vit, output, siglip_vision
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import first_quick
 from tests.helpers.towers import (
     SCHEDULE,
@@ -103,6 +104,7 @@ def test_torch_fx_raises_until_the_reduction_is_undone(model, strategy):
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
 
 
+@UNGUIDED
 @pytest.mark.parametrize("make", [plain_vit, open_clip_vit, eva, siglip_vision])
 def test_a_block_that_is_used_twice_raises_and_nothing_changes(make):
     model, x = make().eval(), images()

@@ -11,6 +11,7 @@ from elip_models import ResizeMerge, TokenMerging
 from elip_models.reduction.flops import at_keep, inference_ratio, kept_share
 from elip_models.reduction.strategies import ImageResize
 from elip_models.towers import TowerSize, as_tower
+from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.towers import plain_vit
 
 SMALL = TowerSize((224, 224), 256, 1, width=384, hidden=1536, heads=6, depth=12)
@@ -76,6 +77,7 @@ def test_a_reduced_model_trains():
     assert all(weight.grad is not None for weight in model.blocks.parameters())
 
 
+@SLOW_SCORER
 @pytest.mark.parametrize(
     ("options", "heights"),
     [({"size": 32, "keep": 0.3}, (32, 32)), ({"r": 3}, (48, 96))],

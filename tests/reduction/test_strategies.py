@@ -32,6 +32,7 @@ from tests.helpers.models import (
     siglip_vision,
 )
 from tests.helpers.official import check_gradients, tower
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.strategies import with_every_strategy
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import (
@@ -167,6 +168,7 @@ def test_a_tower_raises_for_a_strategy_that_it_does_not_support(library, name):
         elip_models.reduce_(EVERY_TOWER[library](), strategy=STRATEGIES[name])
 
 
+@UNGUIDED
 @pytest.mark.parametrize(
     ("library", "name"),
     slow_except(QUICK, [*QUICK, *FURTHER]),
@@ -195,6 +197,7 @@ def test_a_patched_model_equals_encode_image(library, name):
     assert torch.equal(output(model, x), dense)
 
 
+@UNGUIDED
 @strategies
 def test_every_block_runs_on_the_counted_tokens(strategy):
     model, x, t = plain_vit(), images(), text()
@@ -216,6 +219,7 @@ def through_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
 
+@UNGUIDED
 @strategies
 @pytest.mark.parametrize("how", slow_except([through_pickle], [copy.deepcopy, through_pickle]))
 def test_copies_reduce_and_can_be_undone(strategy, how):

@@ -19,6 +19,7 @@ from tests.helpers.models import (
     output_of_guided_pair,
     output_of_pair,
 )
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import images, plain_vit, text
 
 
@@ -98,6 +99,7 @@ def test_a_record_has_the_stages_of_the_forwards_inside():
         elip_models.record_stages(torch.compile(model)).__enter__()
 
 
+@UNGUIDED
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_prompts_and_images_of_different_numbers(make):
     """With K prompts and B images, the image alone guides; also with K = B."""
@@ -111,6 +113,7 @@ def test_prompts_and_images_of_different_numbers(make):
     assert not torch.equal(output_of_guided_pair(model, x, ids(2)), three)
 
 
+@UNGUIDED
 @pytest.mark.parametrize("make", [hf_clip, open_clip_pair])
 def test_one_text_guides_all_images(make):
     model, x, one = make().eval(), images(2), ids(1)

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import elip_models
 from elip_models import reduce_
 from tests.helpers.models import HF, HF_TEXT, dinov2, hf_blip, hf_vision, ids
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, images, whole_grid
 
 ADAPTIVE = {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE}
@@ -58,6 +59,7 @@ def masked_modeling(family):
     return model.eval()
 
 
+@UNGUIDED
 def test_cross_attention_reads_no_padding():
     model, x, tokens = hf_blip().eval(), images(), ids()
     encoded, infos = elip_models.encode_image(

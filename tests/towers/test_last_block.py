@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from elip_models.reduction.encode import encode_image, run_tower
 from elip_models.reduction.strategies.elip import ELIP
 from elip_models.towers import as_tower
+from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
 from tests.pretraining.models.test_clip import tiny
 
@@ -65,6 +66,7 @@ def all_tokens(model, x, features=None):
     return encode_image(model.visual, x, text_cls, strategy=model.reduction)
 
 
+@SLOW_SCORER
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [True, False])
 def test_clip_runs_it_in_inference(calls, guided):

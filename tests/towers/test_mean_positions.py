@@ -12,6 +12,7 @@ import elip_models
 from elip_models import GuidedToMe, ToMe
 from elip_models.towers import as_tower
 from tests.helpers.models import ROTARY, dinov3
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import (
     images,
@@ -65,6 +66,7 @@ def test_a_rotation_between_patches_of_transformers_is_the_models_own():
     torch.testing.assert_close(grid.float(), torch.cartesian_prod(rows, rows))
 
 
+@UNGUIDED
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", slow_except(["tome"], MEANS))
 @pytest.mark.parametrize("name", slow_except(["DINOv3"], ["DINOv3", "rope mixed"]))

@@ -24,6 +24,7 @@ from tests.helpers.models import (
     output_of_pair,
     trunk_pair,
 )
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
 
 MODELS = POOLED | POOLED_WITHOUT_CLS
@@ -57,6 +58,7 @@ def reduced(model, strategy, x, t):
         return output(model, x), tokens, infos
 
 
+@UNGUIDED
 @pytest.mark.parametrize("strategy", MERGING.values(), ids=MERGING)
 @pytest.mark.parametrize("name", ["timm average", "timm average, register"])
 def test_an_average_is_weighted_by_sizes(name, strategy):
@@ -73,6 +75,7 @@ def test_an_average_is_weighted_by_sizes(name, strategy):
     torch.testing.assert_close(got, model.head(model.fc_norm(mean)), atol=1e-5, rtol=1e-5)
 
 
+@UNGUIDED
 @pytest.mark.parametrize("strategy", [MERGING["elip"], ToMe(4)], ids=["elip", "tome"])
 def test_attention_pooling_adds_the_log_of_sizes_to_its_scores(strategy):
     model, x, t = MODELS["timm SigLIP"]().eval(), images(), text()

@@ -121,6 +121,7 @@ def test_rows_are_those_of_the_weights_as_they_act(tower, how):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:torch.(ao.quantization|quantize_per_tensor)")  # deprecated
 @pytest.mark.parametrize("how", QUANTISED)
 @torch.no_grad()
 def test_a_quantised_projection_carries_text_back_to_the_image_tower(how):

@@ -8,6 +8,7 @@ import elip_models
 from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.towers import as_tower
 from tests.helpers.models import siglip_vision
+from tests.helpers.own_warnings import SLOW_SCORER, UNGUIDED
 from tests.helpers.towers import SCHEDULE, WIDTH, images, text, whole_grid
 
 
@@ -24,6 +25,7 @@ def row_by_hand(layer, tokens, t):
     return (q @ k.mT * attn.scale).softmax(-1).mean(1)[:, 0]
 
 
+@SLOW_SCORER
 @torch.no_grad()
 @pytest.mark.parametrize(("scorer", "whole", "row"), [("last", 0, 2), ("exact", 2, 2), (2, 1, 1)])
 def test_the_text_is_the_query_of_the_scorers_layer(model, scorer, whole, row):
@@ -60,6 +62,7 @@ STRATEGIES = {
 }
 
 
+@UNGUIDED
 @pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
 def test_the_probe_weights_each_token_by_its_patches(model, settings):
     x, t = images(), text()

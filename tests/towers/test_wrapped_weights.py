@@ -24,6 +24,7 @@ from tests.helpers.models import (
     open_clip_vit,
     output,
 )
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
@@ -122,6 +123,7 @@ OTHERS = {
 }
 
 
+@UNGUIDED
 @pytest.mark.parametrize(
     ("strategy", "name", "order"),
     tiered(
@@ -140,6 +142,7 @@ TRAINED = [(name, how) for name in MODELS for how in HOW]
 TRAINED = tiered(TRAINED, [case for case in TRAINED if case[0] == "timm"])
 
 
+@UNGUIDED
 @pytest.mark.parametrize(("name", "how"), TRAINED)
 def test_its_gradient_is_that_of_the_merged_weight(name, how):
     how = HOW[how]

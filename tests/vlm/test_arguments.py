@@ -19,6 +19,7 @@ from elip_models import (
 from elip_models.vlm.families import FAMILIES
 from elip_models.vlm.strategies.controls import Stride
 from elip_models.vlm.strategies.diverse import Diverse
+from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
 from tests.helpers.towers import plain_vit
 from tests.vlm.models import build
 
@@ -69,6 +70,7 @@ def test_an_argument_of_other_libraries_leads_to_that_of_reduce_(llava, options,
     assert not is_reduced(llava)
 
 
+@DENSE_BY_TRANSFORMERS
 def test_a_family_without_a_row_is_refused_by_name_and_not_reduced_by_half(monkeypatch, tmp_path):
     model = build("llava")[0]
     monkeypatch.delitem(FAMILIES, "llava")
@@ -166,6 +168,7 @@ def test_guidance_of_a_language_model_needs_a_reduced_tower(llava):
         pass
 
 
+@UNGUIDED
 @pytest.mark.parametrize("strategy", ["stride", "fastv:layer=1"])
 def test_no_other_strategy_inside_a_context(llava, strategy):
     reduce_(llava, "diverse")

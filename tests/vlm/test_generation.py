@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from elip_models import guidance, is_reduced, record_stages, reduce_, unreduce_
 from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.families import find_multimodal
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except, tiered
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, TEXT
@@ -312,6 +313,7 @@ def test_a_prefill_in_chunks_that_cut_images_is_refused(keep):
     assert all(map(torch.equal, logits, oracle.stock_generate(model, inputs, **settings).logits))
 
 
+@UNGUIDED
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
 def test_assisted_decoding_has_the_tokens_of_plain_decoding(name):

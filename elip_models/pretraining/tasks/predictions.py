@@ -83,4 +83,4 @@ def _pixels(
         return pixels
     rows, columns = patch_grid(model.tower, model.reduction)
     alive = surviving_patches(infos, rows * columns)[-1][0]
-    return torch.from_numpy(dimmed(pixels, alive.view(rows, columns))).permute(2, 0, 1)
+    return dimmed(pixels, alive.view(rows, columns))

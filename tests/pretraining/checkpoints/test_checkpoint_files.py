@@ -67,6 +67,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, name, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.* looks like a TorchScript archive")
 def test_torchscript_is_refused_with_a_remedy(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-16.pt")
     with pytest.raises(ValueError, match=r"TorchScript .*; if you trust it, save only its state"):

@@ -24,6 +24,7 @@ def png(width, height, colour=2):
     return start + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -42,6 +43,7 @@ def test_an_unsupported_image_is_a_sample_error(content, reason):
         decode_image(io.BytesIO(content), "id")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:PIL", "ignore::UserWarning:PIL")
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_damaged_image_is_read_or_a_sample_error(format):
     content, random = picture(3, format), np.random.default_rng(0)

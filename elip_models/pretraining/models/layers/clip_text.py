@@ -24,7 +24,9 @@ class CLIPTextTower(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of storing their activations."""
+        is_new = hasattr(self.transformer, "activation_checkpointing_enable")
+        name = "activation" if is_new else "gradient"  # as before transformers 5.24
         if enable:
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.transformer, f"{name}_checkpointing_enable")({"use_reentrant": False})
         else:
-            self.transformer.gradient_checkpointing_disable()
+            getattr(self.transformer, f"{name}_checkpointing_disable")()
