@@ -33,15 +33,15 @@ class _Member(tarfile.TarInfo):
         block = file.read(tarfile.BLOCKSIZE)
         if block[_TYPE] in _EXTENDED:
             header = cls.frombuf(block, tar.encoding, tar.errors)
-            _check_extended(header, file, start)
+            _check_extended(header, tar, start)
         file.seek(start)
         return super().fromtarfile(tar)
 
 
-def _check_extended(header: tarfile.TarInfo, file: BinaryIO, start: int) -> None:
+def _check_extended(header: tarfile.TarInfo, tar: tarfile.TarFile, start: int) -> None:
     """Raise ReadError for an extended header that is too long, or not what its type has."""
     is_read = 0 <= header.size <= MAX_EXTENDED
-    if not is_read or (header.type in _PAX and not _is_pax(file.read(header.size))):
+    if not is_read or (header.type in _PAX and not _is_pax(tar.fileobj.read(header.size))):
         raise tarfile.ReadError(
             f"expected an extended header of at most {MAX_EXTENDED} bytes at byte {start}, got one "
             f"of {header.size} bytes that is damaged or too long"
