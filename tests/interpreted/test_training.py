@@ -39,6 +39,6 @@ def test_kernels_train_as_the_reference():
     expected = losses(steps)
     with kernels_on_cpu() as launches:
         got = losses(steps)
-    assert launches["elip::reduce"] == launches["elip::reduce_backward"] == 3 * steps
+    assert launches["elip::score_reduce"] == launches["elip::reduce_backward"] == 3 * steps
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert expected.std() > 0
