@@ -244,7 +244,8 @@ def _are_swapped(tokens: Any, attn: Any, keep: Any) -> bool:
     """Return whether refused arguments of `reduce` look like others of them."""
     if isinstance(keep, Tensor):
         return keep.dim() > 1
-    shapes = [tuple(value.shape) for value in (tokens, attn) if isinstance(value, Tensor)]
+    given = [each for each in (tokens, attn) if isinstance(each, Tensor) and not each.is_nested]
+    shapes = [tuple(each.shape) for each in given]
     if list(map(len, shapes)) not in ([2, 3], [3, 3], [4, 3]):
         return False
     (B, *_, last), (images, N, _) = shapes

@@ -82,7 +82,7 @@ def _changed(holder: T, change: Callable[[Any], Any]) -> T:
 
 
 def _weak(value: Any) -> Any:
-    if isinstance(value, nn.ModuleList | nn.Sequential | tuple | list):
+    if isinstance(value, tuple | list):
         return WeakModules(value)
     return ref(value) if isinstance(value, nn.Module) else value
 

@@ -22,7 +22,7 @@ from elip_kernels.autocast import no_autocast
 from elip_models import validation
 from elip_models.analysis.visualize_inputs import reduction_option_errors
 from elip_models.api import budget, guidance, record_stages, reduce_
-from elip_models.commands.image_folder import as_option_error
+from elip_models.commands.image_folder import as_option_error, listing
 from elip_models.commands.search import _working, search
 from elip_models.embedding.demo import _shown_errors
 from elip_models.images import open_image_file
@@ -35,11 +35,12 @@ from elip_models.profiling.measure import saved_bytes
 from elip_models.rank_barrier import RankBarrier
 from elip_models.recovery.distill import _only_blocks_train
 from elip_models.reduction.call_context import GUIDES, Guide
+from elip_models.reduction.patch import reduction_of
 from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
-from elip_models.saving.hub import staging_folder
 from elip_models.saving.locked_folder import locked_folder
 from elip_models.saving.meta_build import library_errors, quiet_logs
 from elip_models.saving.open_model import missing_files_as_value_error
+from elip_models.saving.saved_folder import _errors_name, _hidden_folder, saved_folder
 from elip_models.towers.base import scoring_context
 from elip_models.towers.wrapped_modules import unsharded
 from tests.fuzz.harness import Loss, kind
@@ -55,6 +56,9 @@ CONTEXTS = {
     "guidance": lambda its: guidance(its.vit, its.text),
     "budget": lambda its: budget(its.llava, its.keep),
     "record_stages": lambda its: record_stages(its.vit),
+    "guided": lambda its: reduction_of(its.vit).guided(its.text),
+    "paired": lambda its: reduction_of(its.vit).paired(),
+    "listing": lambda its: listing(str(its.folder)),
     "within": lambda its: GUIDES.within(Guide(its, its.text, its)),
     "on": lambda its: ProcessSwitch().on(),
     "reporting": lambda its: RankBarrier().reporting(),
@@ -76,7 +80,9 @@ CONTEXTS = {
     "unsharded": lambda its: unsharded(its.own.blocks[0]),
     "saved_bytes": lambda its: saved_bytes(),
     "open_image_file": lambda its: open_image_file(its.folder / "image.png", "image"),
-    "staging_folder": lambda its: staging_folder(its.folder / "staged"),
+    "saved_folder": lambda its: saved_folder(its.folder / "saved"),
+    "_hidden_folder": lambda its: _hidden_folder(its.folder, ".saving-"),
+    "_errors_name": lambda its: _errors_name(its.folder),
     "locked_folder": lambda its: locked_folder(its.folder / "locked", "folder", marker="marker"),
     "locked": lambda its: its.run.locked(its.config, resume=False),
     "eval_mode": lambda its: eval_mode(its.own),

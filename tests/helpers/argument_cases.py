@@ -242,6 +242,7 @@ TABLE |= {
             "model": [None, plain_vit()],
             "text_cls": text_cls[:3],
             "question": [3, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.bool)],
+            "paired": [True, 1, None],
         },
     ),
     elip_models.budget: (
