@@ -33,19 +33,30 @@ class ModuleReference:
 
 
 class WeakModules(Sequence):
-    """Modules that are referred to weakly."""
+    """The items of a list of modules, or the modules that it had if the model has another list.
+
+    Both are referred to weakly. Code may replace an item by a wrapper, or the list by another one.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.references = tuple(map(_weak, modules))
+        self.container = ref(modules) if isinstance(modules, nn.Module) else None
+        self.references = [None if module is None else ref(module) for module in modules]
+
+    @property
+    def present(self) -> Any:
+        """Return the list, or the modules' references if there is another one."""
+        modules = None if self.container is None else self.container()
+        return self.references if modules is None else modules
 
     def __getitem__(self, i: int) -> Any:
-        return existing(self.references[i])
+        item = self.present[i]
+        return item if isinstance(item, nn.Module) else existing(item)
 
     def __iter__(self) -> Iterator[Any]:
-        return map(existing, self.references)
+        return (self[i] for i in range(len(self)))
 
     def __len__(self) -> int:
-        return len(self.references)
+        return len(self.present)
 
 
 def existing(reference: "ref[nn.Module] | None") -> nn.Module:
@@ -89,5 +100,6 @@ def _weak(value: Any) -> Any:
 
 def _strong(value: Any) -> Any:
     if isinstance(value, WeakModules):
-        return tuple(map(_strong, value.references))
+        present = value.present
+        return present if isinstance(present, nn.Module) else tuple(map(_strong, present))
     return value() if isinstance(value, ref) else value
