@@ -1,5 +1,7 @@
 """Fixtures that record device, versions and results of benchmarks in the JSON and the terminal."""
 
+import gc
+
 import pytest
 import torch
 
@@ -50,6 +52,16 @@ def scale(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _freed():
+    """Free the models of a benchmark, gigabytes in the cycles of compiled and exported graphs.
+
+    The collector counts objects, not bytes, and would keep those of several benchmarks.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture

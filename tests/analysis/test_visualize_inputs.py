@@ -16,7 +16,7 @@ from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
-from tests.helpers.own_warnings import NO_IMAGE_STATS
+from tests.helpers.own_warnings import NEW_PARTS, NO_IMAGE_STATS
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.saving.test_open_model import tiny_vit
@@ -128,6 +128,7 @@ def test_models_of_transformers_are_guided_by_their_text_tower(
     assert long.shape == (2, pictured.tower.width)
 
 
+@NO_IMAGE_STATS
 def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
     def tokenize(texts):
         return torch.tensor([[len(text) % 40, 3, 4, 5, 6, 7, 8, 49] for text in texts])
@@ -142,6 +143,8 @@ def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
     assert len(pictured.stage_infos(images, CAPTIONS)) == 2
 
 
+@NEW_PARTS
+@NO_IMAGE_STATS
 def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
     tiny_vit().save_pretrained(tmp_path)
     pictured = open_visualized_model(f"hf:{tmp_path}", schedule="clip")

@@ -10,6 +10,7 @@ from elip_models.embedding.encoder import open_encoder
 from elip_models.images import decode_image
 from tests.helpers.damage import picture
 from tests.helpers.models import dinov2
+from tests.helpers.own_warnings import NO_IMAGE_STATS
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def test_images_are_preprocessed_as_the_model_describes(kind, path, dynamic, cap
     )
 
 
+@NO_IMAGE_STATS
 def test_a_model_without_a_preprocessing_gets_a_crop_of_its_size(path, tmp_path, capsys):
     dinov2().save_pretrained(tmp_path / "model")
     spec = f"hf:{tmp_path / 'model'}"

@@ -29,6 +29,7 @@ from elip_models.images import SampleError
 from elip_models.profiling.measure import no_gain
 from elip_models.validation import ConfigError
 from tests.helpers.models import dinov2
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiny_run import elip
 
 gradio = pytest.importorskip("gradio", reason="needs the app extra")
@@ -181,6 +182,7 @@ def test_random_weights_are_named_on_the_page(demo):
         assert ("random weights" in values_of(page, gradio.Markdown)[0]) == random_weights
 
 
+@UNGUIDED
 def test_other_mistakes_are_a_sentence(page, demo, scene, tmp_path):
     for values, message in (
         ((str(scene), "tome", 0.01, 3), "keep: expected at least"),

@@ -105,7 +105,10 @@ def windows(folder, rng):
         return refused(error, ":")
     (chosen,) = strategies_in(model)
     if chunks:
-        expected = oracle.stock_generate(model, inputs, max_new_tokens=tokens)
+        try:
+            expected = oracle.stock_generate(model, inputs, max_new_tokens=tokens)
+        except ValueError as error:
+            raise Loss(f"in chunks alone it is not refused: {error}: {words}") from error
     else:
         unreduce_(model)
         expected = without_removed(model, inputs, infos[0], chosen, window, tokens)

@@ -16,6 +16,7 @@ from elip_models.pretraining.models.registry import CONFIGS
 from elip_models.saving.open_model import open_model, split_spec
 from elip_models.towers import as_reducible
 from tests.helpers.models import hf_blip, hf_clip
+from tests.helpers.own_warnings import NEW_PARTS, NO_IMAGE_STATS
 from tests.helpers.weights import assert_equal_weights
 
 NAMED = {
@@ -54,6 +55,7 @@ def test_names_open_on_the_meta_device(spec):
     assert not model.training
 
 
+@NEW_PARTS
 @pytest.mark.parametrize("name", HF)
 def test_a_folder_of_transformers_with_and_without_weights(name, tmp_path):
     saved = HF[name]()
@@ -86,6 +88,8 @@ def image_stats(model):
     return as_reducible(model).image_stats()
 
 
+@NEW_PARTS
+@NO_IMAGE_STATS
 def test_image_stats_are_those_of_the_model(tmp_path):
     with torch.device("meta"):
         augreg, ours, clip = (open_model(spec, pretrained=False) for spec in NAMED)
@@ -99,6 +103,7 @@ def test_image_stats_are_those_of_the_model(tmp_path):
     assert image_stats(hf_clip()) == (CLIP_MEAN, CLIP_STD)
 
 
+@NEW_PARTS
 @pytest.mark.parametrize(
     "content", ["[]", '{"image_processor": []}', "[" * 100_000, '{"image_mean": 3, "image_std": 3}']
 )

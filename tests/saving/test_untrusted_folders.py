@@ -158,6 +158,7 @@ class RunsCode:
         return exec, ("raise AssertionError('code ran')",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
 def test_a_pickle_is_refused_without_advice_to_run_it(write, tmp_path):
     tiny_vit().save_pretrained(tmp_path)

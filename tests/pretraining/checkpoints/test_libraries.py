@@ -14,6 +14,7 @@ from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.data import image_transform
 from elip_models.pretraining.models.registry import create_model, load_model
 from elip_models.reduction.encode import encode_image
+from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import elip
 from tests.helpers.weights import assert_equal_weights
@@ -81,6 +82,7 @@ def test_clip_of_transformers(tmp_path, activation):
     assert_equal_weights(again, theirs)
 
 
+@SLOW_SCORER
 @pytest.mark.parametrize("form", ["state_dict", "module", "custom text", "safetensors"])
 @torch.no_grad()
 def test_an_open_clip_checkpoint_gives_the_recorded_features(golden, tmp_path, form):

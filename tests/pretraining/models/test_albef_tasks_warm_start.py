@@ -6,6 +6,7 @@ import torch
 from elip_models.saving.weights import load_weights
 from tests.helpers.cross_modal_cases import TASKS as ALL_TASKS
 from tests.helpers.cross_modal_cases import batch_for, batch_of_four, made
+from tests.helpers.own_warnings import UNGUIDED
 
 TASKS = {model.task: model for model, _ in ALL_TASKS.values() if "albef" in model.family}
 
@@ -34,6 +35,7 @@ def begun(task, model, **options):
     return other
 
 
+@UNGUIDED
 @pytest.mark.parametrize("task", TASKS)
 def test_a_downstream_model_has_the_pretrained_weights(task):
     """Check all weights except those of a new head."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import elip_models
 from elip_models.pretraining.models.clip.model import CLIP
+from tests.helpers.own_warnings import SLOW_SCORER
 
 TINY = {
     "image_size": 32,
@@ -85,6 +86,7 @@ def test_text_is_pooled_at_its_end_with_any_padding():
     assert not torch.allclose(model.encode_text(other, inputs["attention_mask"]), features)
 
 
+@SLOW_SCORER
 def test_images_without_text_are_dense_by_default():
     model, x = tiny().eval(), torch.randn(2, 3, 32, 32)
     reduction, model.reduction = model.reduction, model.dense

@@ -12,6 +12,7 @@ from elip_models.pretraining.models.clip.tasks import CLIPClassification, CLIPCl
 from elip_models.pretraining.models.registry import create_model
 from elip_models.reduction.strategies import STRATEGIES
 from elip_models.reduction.strategy_spec import option_types
+from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.tiers import tiered
 from tests.pretraining.models.test_clip import batch as clip_batch
 from tests.pretraining.models.test_clip import tiny
@@ -97,6 +98,7 @@ EVERY = list(product(STRATEGIES, MAKERS))
 QUICK = [("evit", "clip"), ("tome", "clip"), ("elip", "full"), ("tome", "probe")]
 
 
+@SLOW_SCORER
 @pytest.mark.parametrize(("strategy", "name"), tiered(EVERY, QUICK))
 def test_every_strategy_trains_saves_and_loads(strategy, name, tmp_path):
     model = reduced(strategy, MAKERS[name])

@@ -18,6 +18,7 @@ from tests.helpers.cross_modal_cases import (
     made,
     step,
 )
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except, tiered
 
 OPTIONS = {
@@ -54,6 +55,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
     check_checkpointing(reduced(family, strategy))
 
 
+@UNGUIDED
 @pytest.mark.parametrize(("family", "strategy"), slow_except(QUICK, CASES))
 def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
     model, (images, ids, mask) = reduced(family, strategy), batch_of_four()

@@ -7,6 +7,7 @@ from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 from tests.helpers.cross_modal_cases import VOCABULARY, made
+from tests.helpers.own_warnings import UNGUIDED
 
 PAD, END, BEGIN = 0, 2, 4
 LENGTHS = {"max_length": 12, "min_length": 1}
@@ -92,6 +93,7 @@ def test_search_is_that_of_transformers_own_blip(model, decoding):
     assert lengths(got).min() >= decoding.min_length
 
 
+@UNGUIDED
 def test_nucleus_sampling_is_reproducible_and_stays_in_the_nucleus(model):
     x, drawn = images(), []
     for seed in (0, 0, 1):
@@ -109,6 +111,7 @@ def test_nucleus_sampling_is_reproducible_and_stays_in_the_nucleus(model):
     assert (before[ids[:, 1:] != PAD] < NUCLEUS.top_p).all()
 
 
+@UNGUIDED
 @pytest.mark.parametrize("decoding", [SHORT, BEAMS], ids=["greedy", "beams"])
 def test_a_caption_does_not_depend_on_the_others_of_its_batch(model, decoding):
     x, prompt = images(), prompts()
@@ -119,6 +122,7 @@ def test_a_caption_does_not_depend_on_the_others_of_its_batch(model, decoding):
         assert torch.equal(text[: lengths(together)[i]], alone)
 
 
+@UNGUIDED
 @MODES
 def test_an_image_is_encoded_once_and_its_keys_and_values_too(model, decoding):
     x, seen = images(), {}
@@ -144,6 +148,7 @@ def test_an_image_is_encoded_once_and_its_keys_and_values_too(model, decoding):
             assert shapes == [(rows, 3)] + [(rows, 1)] * (ids.shape[1] - 4), name
 
 
+@UNGUIDED
 def test_generation_changes_no_mode_of_the_model():
     model = made("blip", max_positions=16, text_dropout=0.5)
     model.encoders.visual.eval()
@@ -159,6 +164,7 @@ def test_generation_changes_no_mode_of_the_model():
     assert all(p.grad is None for p in model.parameters())
 
 
+@UNGUIDED
 def test_an_answer_ignores_the_padding_of_its_question(model):
     x, ids = images(), torch.randint(6, VOCABULARY, (6, 5))
     tokens, _ = model.encode_image(x)
@@ -171,6 +177,7 @@ def test_an_answer_ignores_the_padding_of_its_question(model):
     assert torch.equal(*answers)
 
 
+@UNGUIDED
 def test_a_bad_prompt_or_length_is_named_and_changes_no_mode(model):
     with pytest.raises(ValueError, match="prompt: expected ids without padding"):
         model.generate(images(2), prompt=torch.tensor([[7, 7], [7, PAD]]), decoding=SHORT)

@@ -22,6 +22,7 @@ from elip_models.pretraining.training.optim import parameter_groups
 from elip_models.pretraining.training.recipe import FINETUNE, recipe_settings
 from elip_models.saving.weights import load_weights
 from tests.helpers.golden_weights import recorded
+from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.towers import gradients
 
 MODELS = {model.task: model for model in (METERVQA, METEREntailment, METERNLVR2, METERRetrieval)}
@@ -193,6 +194,7 @@ def test_initial_weights_are_the_official_ones(task):
     assert all(torch.equal(after[name], before[name]) for name in shared)
 
 
+@SLOW_SCORER
 @pytest.mark.parametrize("options", [{}, REDUCED, {"strategy": "adaptive:keep_mass=0.4"}])
 def test_matching_one_text_equals_ranking_several(options):
     """Check that each text has its own image tokens if texts guide."""

@@ -14,6 +14,7 @@ from tests.helpers.cross_modal_cases import (
     check_checkpointing,
     made,
 )
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.towers import gradients
 from tests.helpers.weights import assert_equal_weights
@@ -104,6 +105,7 @@ def test_momentum_encoders_and_queue_are_updated_in_training_only(name):
         assert not torch.equal(model.queue.image, before.queue.image)
 
 
+@UNGUIDED
 @pytest.mark.parametrize("name", ["albef", "blip", "albef_retrieval", "blip_retrieval"])
 def test_matching_logits_are_those_of_itm(name):
     model, (images, ids, mask) = made(name).eval(), batch_of_four()
