@@ -93,7 +93,7 @@ def _changed(holder: T, change: Callable[[Any], Any]) -> T:
 
 
 def _weak(value: Any) -> Any:
-    if isinstance(value, tuple | list):
+    if isinstance(value, nn.ModuleList | nn.Sequential | tuple | list):
         return WeakModules(value)
     return ref(value) if isinstance(value, nn.Module) else value
 
