@@ -28,8 +28,8 @@ MEASURES = {
     "knn": "k-NN",
     "text_to_image_r1": "R@1",
     "text_to_image_r5": "R@5",
-    "image_to_text_r1": "R@1 to text",
-    "image_to_text_r5": "R@5 to text",
+    "image_to_text_r1": "image-to-text R@1",
+    "image_to_text_r5": "image-to-text R@5",
 }
 TABLE = (
     "merge 0.7",
@@ -71,7 +71,7 @@ def single_images(tasks: dict[str, Any]) -> str:
         percent(1 - times(tasks, batch)[f"{DEFAULT.name} {DEFAULT_KEEP}"]) for batch in BATCHES
     )
     return (
-        f"**One image at a time**: the default saves {single} of the time, instead of {batched} "
+        f"**One image at a time**: the default saves only {single} of the time, against {batched} "
         "for batches."
     )
 
@@ -93,8 +93,8 @@ def vision_language_models(results: Path) -> list[str]:
         f"**Vision-language models**: with a quarter of the image tokens, the prefill of a LLaVA "
         f"takes {saved} less time ([measured with random weights]"
         "(docs/vlm.md#how-much-time-it-saves)).",
-        f"Small LLaVAs that were trained with every token lost {min(losses):.1f} to "
-        f"{max(losses):.1f} points of accuracy with a quarter of them "
+        f"Three tiny LLaVAs, trained on all tokens of drawn scenes and then run on a quarter of "
+        f"them, lost between {min(losses):.1f} and {max(losses):.1f} points of accuracy "
         "([study](docs/results.md#image-tokens-of-a-language-model)).",
     ]
 
@@ -106,9 +106,9 @@ def fine_tuning(study: dict[str, Any]) -> str:
     mean, half = interval_over_seeds(reduced, dense)
     return (
         f"**Fine-tuning** with the default, on small images: a step takes "
-        f"{percent(1 - study['time']['ratios'][arm])} less time. The loss of top-1 is at most "
-        f"{half - mean:.1f} points, by the 95% confidence interval "
-        "([all strategies](docs/results.md#fine-tuning-with-fewer-tokens))."
+        f"{percent(1 - study['time']['ratios'][arm])} less time. The loss of top-1 may reach "
+        f"{half - mean:.1f} points (end of the confidence interval; "
+        "[all strategies](docs/results.md#fine-tuning-with-fewer-tokens))."
     )
 
 
@@ -119,8 +119,8 @@ def clip_training(study: dict[str, Any]) -> str:
     mean, _ = interval_over_seeds(trained, dense)
     return (
         f"**Training a CLIP** with half of the image tokens: a step takes "
-        f"{percent(1 - study['time']['ratios'][arm])} less time. Used with all tokens afterwards, "
-        f"the model loses {-mean:.1f} points of R@5 "
+        f"{percent(1 - study['time']['ratios'][arm])} less time. Run with all tokens afterwards, "
+        f"the model loses {-mean:.1f} points of R@5; run with half of them, it loses more "
         "([all strategies](docs/results.md#training-a-clip))."
     )
 
@@ -156,13 +156,13 @@ def settings_table(tasks: dict[str, Any]) -> str:
                 *(f"{ratios[name]:.2f}" for ratios in of_batches),
             ]
         )
-    header = ["strategy and `keep`", *TASKS.values(), f"worst of {len(MEASURES)} measures"]
+    header = ["strategy and `keep`", *TASKS.values(), f"largest drop of {len(MEASURES)} measures"]
     header += [f"time, batch {batch}" for batch in BATCHES]
     photographs = tasks["photographs"]
     note = (
         f"*{tasks['model'].split(',')[0]}, pretrained, without further training. Change in "
         "percentage points against the dense model, with the 95% confidence interval; time "
-        f"relative to dense. Top-1: a linear probe on {photographs['clothes']['measured']} "
+        f"relative to dense, lower is faster. Top-1: a linear probe on {photographs['clothes']['measured']} "
         "photographs of ten easy classes of clothes. R@5: the share of captions whose photograph "
         f"is among the five best of {photographs['flickr8k']['measured']:,}. "
         f"{tasks['time']['device']}; no GPU was measured. [All measures](docs/results.md).*"
