@@ -173,7 +173,8 @@ class GraphPass:
     """The forward pass in a graph of one reduced model.
 
     reduction: the reduction, to which the guidance belongs.
-    guides, text_cls: the texts by the id of their owner, and the most recent text.
+    guides, text_cls: the texts by the id of their owner, and the most recent text; a thread
+        changes them under `lock`.
     own_text: the text that the whole model's forward has encoded.
     forward, on_grid: the running forward pass, and whether blocks return whole grids.
     has_own_mask: in torch.export, the model makes a mask that hides no token, see `with_masks`.
@@ -181,6 +182,7 @@ class GraphPass:
 
     def __init__(self, reduction: Any) -> None:
         self.reduction = reduction
+        self.lock = threading.Lock()
         self.guides: dict[int, Tensor] = {}
         self.text_cls: Tensor | None = None
         self.own_text: Tensor | None = None

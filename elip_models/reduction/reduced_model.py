@@ -95,13 +95,15 @@ class Reduction:
     def guide(self, owner: object, text_cls: Tensor) -> None:
         """Guide the forward passes of this thread or task by text_cls (B, D)."""
         call_context.set_guide(self, text_cls, owner)
-        self.graph.guides[id(owner)] = self.graph.text_cls = text_cls
+        with self.graph.lock:
+            self.graph.guides[id(owner)] = self.graph.text_cls = text_cls
 
     def unguide(self, owner: object) -> None:
         """Remove the text that `owner` has set."""
         call_context.drop_guide(owner)
-        del self.graph.guides[id(owner)]
-        self.graph.text_cls = next(reversed(self.graph.guides.values()), None)
+        with self.graph.lock:
+            del self.graph.guides[id(owner)]
+            self.graph.text_cls = next(reversed(self.graph.guides.values()), None)
 
     def begin_forward(
         self,

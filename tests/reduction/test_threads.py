@@ -3,12 +3,14 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
+from elip_models.reduction import patch
 from tests.helpers.models import PAIRS, ids, output_of_pair
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
@@ -173,6 +175,40 @@ def test_a_compiled_model_never_uses_the_guidance_of_another_thread():
         assert torch.allclose(compiled(IMAGES[0]), expected[0], atol=1e-6)
     with torch.no_grad():
         assert torch.equal(compiled(IMAGES[0]), unguided)
+
+
+class PausedDict(dict):
+    """A dict that calls `pause` while its values are read from the last."""
+
+    def values(self):
+        return PausedValues(super().values(), self.pause)
+
+
+class PausedValues(NamedTuple):
+    view: Any
+    pause: Any
+
+    def __reversed__(self):
+        values = reversed(self.view)
+        self.pause()
+        return values
+
+
+def test_a_thread_begins_its_guidance_while_another_ends_one():
+    reduction = patch.reductions_of(elip_models.reduce_(plain_vit(), schedule=SCHEDULE))[0]
+    thread = threading.Thread(target=reduction.guide, args=("other", TEXTS[1]))
+
+    def run_the_other():
+        thread.start()
+        thread.join(0.05)  # it waits for this one, or has changed the dict
+
+    guides = reduction.graph.guides = PausedDict()
+    guides.pause = run_the_other
+    reduction.guide("first", TEXTS[0])
+    reduction.guide("second", TEXTS[0])
+    reduction.unguide("second")
+    thread.join()
+    assert reduction.graph.text_cls is TEXTS[1] and len(guides) == 2
 
 
 def test_data_parallel_raises():

@@ -150,6 +150,9 @@ def test_generate_selects_once_with_and_without_a_cache(name, strategy):
 WRONG = {
     "a tensor": (torch.ones(2, 9), TypeError, r"bool tensor \(B, N\), got torch.float32 \(2, 9\)"),
     "a list": ([True], TypeError, r"bool tensor \(B, N\), got list"),
+    "no row": (torch.ones(0, 9) > 0, ValueError, r"one row .* got shape \(0, 9\); pass"),
+    "no column": (torch.ones(2, 0) > 0, ValueError, r"one token, got shape \(2, 0\); pass"),
+    "on meta": (torch.ones(2, 9, device="meta") > 0, ValueError, "got one on the device meta"),
     "no token": (torch.zeros(2, 9, dtype=torch.bool), ValueError, "a token in each row"),
     "longer": (torch.ones(2, 99, dtype=torch.bool), ValueError, r"got \(2, 99\); pass the mask"),
     "before": (torch.eye(9, dtype=torch.bool)[:2], ValueError, "last token behind each image"),

@@ -26,6 +26,7 @@ class ImageContext(NamedTuple):
     keys: (R, n, d) the keys of that attention, mean over heads.
     frame: the tokens of a frame, if the images are clips.
     always: the positions in the image whose tokens have to stay.
+    generator: of random numbers; None for that of the tokens' device.
     """
 
     question: Tensor | None = None
@@ -33,6 +34,7 @@ class ImageContext(NamedTuple):
     keys: Tensor | None = None
     frame: int | None = None
     always: tuple[int, ...] = (-1,)
+    generator: torch.Generator | None = None
 
     def of(self, indices: list[int]) -> "ImageContext":
         """Return the context of these of the R images."""
