@@ -150,7 +150,11 @@ def _install(
     is_cross = bool(multimodal.cross_attention_layers)
     if (old := prompt_hooks(multimodal)) is not None:
         refuse_in_use(bool(records_of(old)) or budget_of(old) is not None or is_marked(old))
-    before = (CrossAttentionReduction if is_cross else PromptReduction)(multimodal, front)
+    before = (
+        CrossAttentionReduction(multimodal, front)
+        if is_cross
+        else PromptReduction(multimodal, front, inside)
+    )
     inner = None if inside is None else InnerLayers(multimodal, inside)
     tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)
     uninstall_strategies(multimodal)

@@ -42,19 +42,28 @@ from elip_models.vlm.static_cache import (
 )
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.strategies.dedup import Dedup
+from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.tower_attention import attention_in, tower_attention
+from elip_models.vlm.window_masks import filled, narrowed_by_type, whole_masks
 
 OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
 """Further arguments (B, N, ..) of language models: of Gemma 3n and 4, and of ERNIE 4.5."""
 
 
 class PromptReduction:
-    """The hooks that reduce one multimodal language model, and the strategy they use."""
+    """The hooks that reduce one multimodal language model, and the strategies they use."""
 
-    def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy | Dedup | None) -> None:
+    def __init__(
+        self,
+        multimodal: Multimodal,
+        strategy: ImageTokenStrategy | Dedup | None,
+        inside: LayerStrategy | None = None,
+    ) -> None:
         self.strategy = strategy
+        self.inside = inside
         self.placeholder_ids = multimodal.placeholder_ids
-        self.window = multimodal.window
+        self.window, self.longest = multimodal.window, multimodal.longest
+        self.config = multimodal.text_config
         self.is_recurrent = bool(multimodal.recurrent_layers)
         self.layout = _layout_for(strategy, multimodal)
 
@@ -142,17 +151,23 @@ class PromptReduction:
         call.removed = removed_from(call.cache)
         past = None if call.removed is None else call.removed.before
         selected = self._select(embeds, call, kwargs.get("position_ids"))
+        cached = 0 if call.cache is None else int(call.cache.get_seq_length())
         length = embeds.shape[1]
-        if selected is None and past is None:
+        is_longer = self.window is not None and cached + length > self.window
+        if selected is None and past is None and not (is_longer and call.removed is not None):
             if call.cache is not None:
                 show_held_length(call.cache)
             return None
         if past is None:
-            cached = 0 if call.cache is None else int(call.cache.get_seq_length())
             past = CacheState.whole(len(embeds), cached, embeds.device)
         if self.is_recurrent:
             _refuse_static(call.cache, kwargs.get("attention_mask"))
-        check_call(self.window, past.length + length, call.cache)
+        check_call(self.window, self.longest, past.length + length, call.cache)
+        if is_longer:
+            mask = kwargs.get("attention_mask")
+            mask = call.mask if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+            masks = whole_masks(self.config, embeds, mask, call.cache, past.length + length)
+            kwargs, call.is_windowed = kwargs | {"attention_mask": masks}, True
         if call.cache is not None:
             show_held_length(call.cache)
         if selected is None:
@@ -165,6 +180,12 @@ class PromptReduction:
                 _refuse_gaps(call.packing)
             call.state = past.extended(call.packing.order, call.packing.real, length)
         new, call.state = _reduced_arguments(kwargs, embeds, call, past)
+        if is_longer:
+            types = getattr(self.config, "layer_types", None)
+            if self.inside is not None and types is not None:
+                types = types[: self.inside.drops(len(types))[0]]
+            masks = narrowed_by_type(new["attention_mask"], call.cache, types)
+            new["attention_mask"] = masks
         return args, new
 
     def restore(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -266,16 +287,16 @@ class PromptReduction:
         return context
 
 
-def check_call(window: int | None, length: int, cache: Any) -> None:
+def check_call(window: int | None, longest: int | None, length: int, cache: Any) -> None:
     """Raise an error for a call whose result would not be that of the tokens that stay.
 
     `length` is that of the whole sequences, with the tokens in the cache.
     """
-    if window is not None and length > window:
+    if longest is not None and length > longest:
         raise ValueError(
-            f"input_ids: expected at most {window} tokens, the window of the language "
-            f"model's attention, since it counts the removed ones too, got {length}; call "
-            "unreduce_ for longer prompts"
+            f"input_ids: expected at most {longest} tokens, behind which the language model "
+            f"changes the temperature of its attention by the number of tokens in the cache, got "
+            f"{length}; call unreduce_ for longer sequences"
         )
     if not is_static(cache):
         return
@@ -290,11 +311,11 @@ def check_call(window: int | None, length: int, cache: Any) -> None:
             "cache: expected an empty static cache for a prompt with images, got one with tokens; "
             "pass the prompt at once, or call generate without cache_implementation"
         )
-    longest = max(layer.max_cache_len for layer in cache.layers if has_slots(layer))
-    if window is not None and longest >= window:
+    slots = max(layer.max_cache_len for layer in cache.layers if has_slots(layer))
+    if window is not None and slots >= window:
         raise ValueError(
             f"cache: expected a static cache shorter than {window} tokens, the window of the "
-            f"language model's attention, got {longest}; call generate without "
+            f"language model's attention, got {slots}; call generate without "
             "cache_implementation"
         )
 
@@ -305,8 +326,11 @@ def _reduced_arguments(
     """Return the arguments of the language model for the tokens that remain, and its state."""
     packing, state = call.packing, call.state
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict) and any(whole is None for whole in mask.values()):
-        mask = None  # plain causal attention, whose masks the language model makes itself
+    if isinstance(mask, dict):
+        if any(isinstance(whole, Tensor) and whole.dim() == 4 for whole in mask.values()):
+            mask = filled(mask, embeds, past.length + embeds.shape[1])
+        elif any(whole is None for whole in mask.values()):
+            mask = None  # plain causal attention, whose masks the language model makes itself
     if call.mask is not None:
         call.mask = _mask(call.mask, packing, past, embeds)
     if isinstance(mask, dict):

@@ -60,10 +60,11 @@ def test_ways_to_generate(name, settings):
     _assert_generates_as_oracle(model, inputs, **settings)
 
 
-def _assert_generates_as_oracle(model, inputs, **settings):
+def _assert_generates_as_oracle(model, inputs, dense=None, **settings):
     reduce_(model, keep=0.5)
     output, kept = oracle.generate(model, inputs, **settings)
     unreduce_(model)
+    settings |= dense or {}
     if find_multimodal(model).recurrent_layers:
         settings["use_cache"] = False  # the oracle does not reorder beams
     with oracle.hidden(model, kept[:: settings.get("num_beams", 1)]):
@@ -252,32 +253,70 @@ def _windowed(window):
     return model, pixels | prompt(model, pixels, ((4, "image", 3), (2, "image", 1, "image", 6)))
 
 
+def of_window(name, window):
+    """Return a model of a family whose window, or chunk, is small, and a prompt without padding."""
+    if name == "mistral":
+        model, inputs = _windowed(window)
+    else:
+        config, pixels = CASES[name]()
+        text = config.text_config
+        names = {"llama4": "attention_chunk_size"}
+        setattr(text, names.get(name, "sliding_window"), window)
+        text.attn_temperature_tuning = False
+        model = model_of(config, "eager" if name in EAGER else "sdpa")
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in pixels.items()}
+    rows = ((2, "image", 1, "image", 1, "image", 6),)
+    return model, inputs | prompt(model, inputs, rows)
+
+
+WINDOWED = ("mistral", "gemma3", "aya_vision", "llama4", "paligemma2", "gemma4", "exaone4_5")
+windowed = pytest.mark.parametrize("name", first_quick(WINDOWED, 2))
+
+
 @torch.no_grad()
-def test_windows_shorter_than_the_prompt_are_refused():
-    model, inputs = _windowed(16)
+@windowed
+@pytest.mark.parametrize("share", [1.2, 0.5], ids=["longer than the prompt", "shorter"])
+def test_generation_beyond_a_window_is_that_without_removed_columns(name, share):
+    model, inputs = of_window(name, 999)
+    model, inputs = of_window(name, int(share * inputs["input_ids"].shape[1]))
+    _assert_generates_as_oracle(model, inputs, dense={"use_cache": False}, max_new_tokens=12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_a_padded_batch_generates_beyond_a_window(settings):
+    model, inputs = _windowed(30)
+    _assert_generates_as_oracle(model, inputs, dense={"use_cache": False}, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral", "aya_vision"])
+def test_turns_beyond_a_window_are_those_without_removed_columns(name):
+    model, inputs = of_window(name, 30)
+    before, further = (prompt(model, {}, ((n,),)) for n in (40, 5))
     reduce_(model, keep=0.5)
-    with pytest.raises(ValueError, match="at most 16 tokens, the window"):
+    with record_stages(model) as infos:
+        logits = _three_turns(model, before, inputs, further)
+    unreduce_(model)
+    turns = (before, inputs, further)
+    whole = {
+        key: torch.cat([turn[key] if key in turn else turn["input_ids"] * 0 for turn in turns], 1)
+        for key in inputs
+        if inputs[key].shape == inputs["input_ids"].shape
+    }
+    kept = torch.cat([info.kept for info in infos], 1)
+    with oracle.hidden(model, kept):
+        expected = model(**inputs | whole).logits
+    assert not kept.all() and oracle.close(torch.cat(logits, 1)[kept], expected[kept])
+
+
+def test_attention_without_masks_of_pairs_is_refused_beyond_a_window():
+    model, inputs = _windowed(30)
+    reduce_(model, keep=0.5)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    message = "expected 'sdpa' or 'eager' for a sequence that is longer .*set_attn_implementation"
+    with pytest.raises(ValueError, match=message):
         model(**inputs)
-    length = inputs["input_ids"].shape[1]
-    model, inputs = _windowed(length + 2)
-    reduce_(model, keep=0.5)
-    oracle.stock_generate(model, inputs, max_new_tokens=3)  # the last is not read
-    with pytest.raises(ValueError, match=f"at most {length + 2} tokens.* got {length + 3}"):
-        oracle.stock_generate(model, inputs)
-    _assert_generates_as_oracle(unreduce_(model), inputs, max_new_tokens=3)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
-def test_text_in_the_cache_counts_in_the_window(strategy):
-    model, images = _windowed(70)
-    text = prompt(model, {}, ((40,), (40,)))
-    reduce_(model, strategy, keep=0.5)
-    output = model(**text, use_cache=True)
-    with pytest.raises(ValueError, match=r"at most 70 tokens.* got 81"):
-        oracle.next_turn(model, output, text, images)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
 def test_layers_may_lie_on_several_devices(strategy):
@@ -289,12 +328,15 @@ def test_layers_may_lie_on_several_devices(strategy):
     assert model(**inputs, use_cache=False).logits.device.type == "meta"
 
 
-def test_the_window_of_llama_4_is_its_chunk_or_its_first_temperature():
+def test_llama_4_is_refused_where_the_temperature_of_its_attention_changes():
     config = CASES["llama4"]()[0]
     model = hf.Llama4ForConditionalGeneration(config)
     assert find_multimodal(model).window == config.text_config.attention_chunk_size == 256
-    config.text_config.floor_scale = 100
-    assert find_multimodal(model).window == 99
+    config.text_config.floor_scale = 20
+    assert find_multimodal(model).longest == 19
+    inputs = prompt(model, CASES["llama4"]()[1], ((2, "image", 1, "image", 1, "image", 9),))
+    with pytest.raises(ValueError, match=r"at most 19 tokens, behind which .* temperature"):
+        reduce_(model.eval(), keep=0.5)(**CASES["llama4"]()[1] | inputs)
 
 
 def test_a_language_model_without_positions_is_refused():
