@@ -170,7 +170,7 @@ class PromptCall:
         inside = () if self.inner is None else self.inner.states()
         if self.state is None and not inside:
             return None
-        return RemovedTokens(self.state, inside, self.is_croppable and not inside)
+        return RemovedTokens(self.state, inside, self.is_croppable)
 
     def attended_afterwards(self, cache: Any) -> tuple[Tensor, ...]:
         """Return (B, M) bool for each layer of the cache, the tokens that are no padding."""

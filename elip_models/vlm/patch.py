@@ -162,7 +162,6 @@ def _install(
         tower.install(multimodal)
     if isinstance(front, Dedup):
         PatchReduction(front).install(multimodal)
-    RetrievalHead().install(multimodal)
     before.install(multimodal)
     if inner is not None:
         inner.install(multimodal)
@@ -171,7 +170,10 @@ def _install(
 
 
 def uninstall_strategies(multimodal: Multimodal) -> None:
-    """Restore the modules."""
+    """Restore the modules, and the head if `multimodal` is found without it."""
+    before = prompt_hooks(multimodal)
+    for handle in [] if before is None else before.of_head:
+        handle.remove()
     for module in (multimodal.head or multimodal.model).modules():
         remove_hooks(module, HOOKS)
         unwatch(module)

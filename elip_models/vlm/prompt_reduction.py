@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from elip_models.reduction.call_context import records_of
 from elip_models.vlm.budget import budget_of, parts
@@ -26,8 +27,15 @@ from elip_models.vlm.call import PromptCall, begin_call, current_call, end_call
 from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
-from elip_models.vlm.question import IGNORED, LABELS, Question, is_marked
-from elip_models.vlm.retrieval import retrieval_call
+from elip_models.vlm.question import (
+    IGNORED,
+    LABELS,
+    Question,
+    forget_prediction,
+    is_known,
+    note_prediction,
+)
+from elip_models.vlm.retrieval import RetrievalHead, retrieval_call
 from elip_models.vlm.selections import Selections
 from elip_models.vlm.static_cache import (
     has_reduced_slots,
@@ -40,7 +48,7 @@ from elip_models.vlm.static_cache import (
     show_static_length,
     step_arguments,
 )
-from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
+from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy, LanguageStrategy
 from elip_models.vlm.strategies.dedup import Dedup
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.tower_attention import attention_in, tower_attention
@@ -48,6 +56,12 @@ from elip_models.vlm.window_masks import filled, narrowed_by_type, whole_masks
 
 OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
 """Further arguments (B, N, ..) of language models: of Gemma 3n and 4, and of ERNIE 4.5."""
+
+CUT = (
+    "input_ids: expected a token of text before the image, in a call that continues a cache, got "
+    "image tokens at its beginning, as prefill_chunk_size cuts them; pass the prompt at once, or a "
+    "token of text with the image"
+)
 
 
 class PromptReduction:
@@ -61,20 +75,30 @@ class PromptReduction:
     ) -> None:
         self.strategy = strategy
         self.inside = inside
+        self.of_head: list[RemovableHandle] = []
         self.placeholder_ids = multimodal.placeholder_ids
         self.window, self.longest = multimodal.window, multimodal.longest
         self.config = multimodal.text_config
         self.is_recurrent = bool(multimodal.recurrent_layers)
         self.layout = _layout_for(strategy, multimodal)
 
+    @property
+    def strategies(self) -> list[LanguageStrategy]:
+        """Return those before the language model and inside it."""
+        return [strategy for strategy in (self.strategy, self.inside) if strategy is not None]
+
     def install(self, multimodal: Multimodal) -> None:
         """Register the hooks."""
         model, language_model = multimodal.model, multimodal.language_model
-        if multimodal.head is not None:  # first: it may be `model`, whose `begin` reads the labels
-            multimodal.head.register_forward_pre_hook(self.note_labels, with_kwargs=True)
-            multimodal.head.register_forward_hook(
-                self.forget_labels, with_kwargs=True, always_call=True
-            )
+        if (
+            head := multimodal.head
+        ) is not None:  # first: it may be `model`, and `begin` reads them
+            forget = self.forget_labels
+            self.of_head = [
+                head.register_forward_pre_hook(self.note_labels, with_kwargs=True),
+                head.register_forward_hook(forget, with_kwargs=True, always_call=True),
+                *RetrievalHead().install(head),
+            ]
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
         model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
         language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
@@ -83,12 +107,12 @@ class PromptReduction:
     def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the labels of the loss that will be computed, or that there are none."""
         if not _is_static_step(args, kwargs):
-            LABELS.set(kwargs.get("labels"))
+            note_prediction(kwargs)
 
     def forget_labels(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget the labels."""
-        if kwargs.get("labels") is not None:
-            LABELS.set(None)
+        if not _is_static_step(args, kwargs):
+            forget_prediction()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
@@ -102,11 +126,12 @@ class PromptReduction:
             ids = retrieval.ids
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         call.images = tokens_of(model, ids, embeds, self.placeholder_ids)
-        call.is_croppable = self.strategy is not None and (
-            is_marked(self) or not self.strategy.reads_question
-        )
+        strategies = self.strategies
+        call.is_croppable = is_known(self) or not any(s.reads_question for s in strategies)
         if call.images is None:
             return
+        if is_part(kwargs.get("mm_encoder_outputs")):
+            self._refuse_chunk(call.images)
         call.sequences = call.images if ids is None else ids
         if ids is None:
             _refuse_unknown(call.images)
@@ -257,6 +282,23 @@ class PromptReduction:
             if values is not None:
                 embeds = embeds.index_put((rows, positions), values.to(embeds.dtype))
         return (embeds, kept) if is_shorter else None
+
+    def _refuse_chunk(self, images: Tensor) -> None:
+        """Raise ValueError if a selection needs more than a chunk of the prompt, `images` (B, N)."""
+        budget = budget_of(self)
+        reasons = {s.name: s.why_whole for s in self.strategies if s.why_whole is not None}
+        if self.layout is not None and self.layout.are_frames_apart:
+            reasons[self.strategy.name] = "selects from all frames of a clip"
+        if budget is not None and not isinstance(budget.keep, float | int):
+            reasons["budget"] = "is shared by all images of a prompt"
+        for name, reason in reasons.items():
+            raise ValueError(
+                f"prefill_chunk_size: expected None for {name!r}, which {reason}, got a chunk of "
+                "the prompt; leave prefill_chunk_size out, or take a strategy that reads one image "
+                "alone, such as 'diverse'"
+            )
+        if images.shape[1] == 1 and getattr(self.strategy, "keep", None) != 1.0:
+            raise ValueError(CUT)
 
     def _groups(self, call: PromptCall, position_ids: Tensor | None) -> Iterator[TokenGroup]:
         """Yield the tokens from which the strategy selects."""
@@ -461,11 +503,16 @@ def _refuse_cut(positions: Tensor, cache: Any) -> None:
     if cache is None or cache.get_seq_length() == 0:
         return
     if bool((positions[:, 0] == 0).any()):
-        raise ValueError(
-            "input_ids: expected a token of text before the image, in a call that continues a "
-            "cache, got image tokens at its beginning, as prefill_chunk_size cuts them; pass the "
-            "prompt at once, or a token of text with the image"
-        )
+        raise ValueError(CUT)
+
+
+def is_part(encoded: dict[str, Any] | None) -> bool:
+    """Return whether image features are those of a chunk of a prompt.
+
+    `generate` with prefill_chunk_size cuts what the model has encoded, and keeps features alone.
+    """
+    outputs = (output for output in (encoded or {}).values() if output is not None)
+    return any(getattr(output, "last_hidden_state", None) is None for output in outputs)
 
 
 def _fitted(mask: Tensor, new: int, cache: Any) -> Tensor:
@@ -523,8 +570,9 @@ def _refuse_static_turn(cache: Any) -> None:
     """Raise ValueError for several tokens behind a static cache with removed tokens."""
     if has_reduced_slots(cache):
         raise ValueError(
-            "input_ids: expected one token behind a static cache with removed tokens, got several; "
-            "begin with an empty cache, or call generate without cache_implementation"
+            "input_ids: expected one token behind a static cache with removed tokens, got several, "
+            "as a further turn or prefill_chunk_size passes them; begin with an empty cache, or "
+            "call generate without cache_implementation"
         )
 
 

@@ -3,18 +3,19 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers as hf
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from elip_models import guidance, is_reduced, record_stages, reduce_, unreduce_
+from elip_models import budget, guidance, is_reduced, record_stages, reduce_, unreduce_
 from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.families import find_multimodal
 from tests.helpers.tiers import first_quick
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, TEXT
+from tests.vlm.configs import CASES, EAGER, IMAGE, TEXT
 from tests.vlm.models import build, model_of, pixels_of, prompt
 
 QUICK = ("llava", "gemma3", "qwen3_vl")
@@ -317,6 +318,8 @@ def test_attention_without_masks_of_pairs_is_refused_beyond_a_window():
     message = "expected 'sdpa' or 'eager' for a sequence that is longer .*set_attn_implementation"
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
 def test_layers_may_lie_on_several_devices(strategy):
@@ -360,6 +363,70 @@ def test_a_prefill_in_chunks_that_cut_images_is_refused(keep):
     assert all(map(torch.equal, logits, oracle.stock_generate(model, inputs, **settings).logits))
 
 
+WHOLE = {
+    "cdpruner": "'cdpruner', which reads the question",
+    "diverse:relevance=true": "'diverse', which reads the question",
+    "fastv:layer=1": "'fastv', which reads the question",
+    "pyramid:stages=2": "'pyramid', which reads the question",
+    "visionzip": "'visionzip', which reads the attention of the image tower",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 17, 200])
+@pytest.mark.parametrize("strategy", WHOLE)
+def test_a_strategy_that_reads_the_whole_prompt_is_refused_in_chunks(strategy, size):
+    model, inputs = made("llava", rows=((1, "image", 9), (1, "image", 4, "image", 9)))
+    reduce_(model, strategy, keep=0.5)
+    message = f"prefill_chunk_size: expected None for {WHOLE[strategy]}.*leave prefill_chunk_size"
+    marked = guidance(model, question=inputs["attention_mask"].bool())
+    for context in (nullcontext(), marked):
+        with context, pytest.raises(ValueError, match=message):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=size, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_budget_of_a_whole_prompt_is_refused_in_chunks():
+    model, inputs = made("llava")
+    reduce_(model, keep=0.5)
+    settings = dict(max_new_tokens=2, prefill_chunk_size=200, pad_token_id=0)
+    with budget(model, 4):
+        model.generate(**inputs, **settings)
+    for wrong in ({"total": 20}, {"keep": [4, 4, 4]}):
+        with budget(model, **wrong), pytest.raises(ValueError, match="expected None for 'budget'"):
+            model.generate(**inputs, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_vl_video", "qwen3_5_video"])
+def test_clips_with_text_between_frames_are_refused_in_chunks(name):
+    model, inputs = made(name)
+    reduce_(model, keep=0.5)
+    with pytest.raises(ValueError, match="expected None for 'diverse', which selects from all fra"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=200, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_prefill_in_chunks_of_whole_images_is_that_at_once():
+    model, inputs = made("llava", rows=((1, "image", 10), (1, "image", 5, "image", 10)))
+    reduce_(model, keep=0.5)
+    ends = (inputs["input_ids"][1] == IMAGE).nonzero()[15, 0] + 3
+    expected = oracle.stock_generate(model, inputs)
+    with record_stages(model) as infos:
+        output = oracle.stock_generate(model, inputs, prefill_chunk_size=int(ends))
+    assert not infos[0].kept.all() and not infos[1].kept.all()
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [0.5, 20])
+def test_a_prefill_of_single_tokens_is_refused(keep):
+    model, inputs = made("llava")
+    reduce_(model, keep=keep)
+    with pytest.raises(ValueError, match="as prefill_chunk_size cuts them"):
+        oracle.stock_generate(model, inputs, prefill_chunk_size=1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
 def test_assisted_decoding_has_the_tokens_of_plain_decoding(name):
@@ -369,26 +436,34 @@ def test_assisted_decoding_has_the_tokens_of_plain_decoding(name):
     }
     lookup = dict(max_new_tokens=16, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
     crops = []
-    for strategy in ("stride", "cdpruner"):
-        reduce_(model, strategy, keep=0.5)
-        with guidance(model, question=one["attention_mask"].bool()):
-            expected = oracle.stock_generate(model, one, max_new_tokens=16)
-            with record_stages(model) as infos:
-                output = oracle.stock_generate(model, one, **lookup)
-        assert torch.equal(output.sequences, expected.sequences)
-        crops += [info.kept.shape[1] for info in infos[1:]]
-    assert max(crops) > 1  # steps that read candidates, some of which are taken back
-    further = prompt(model, {}, ((3,),))
-    continued = _continued(model, output, one, further)
-    assert oracle.close(continued, _continued(model, expected, one, further))
-    refused = pytest.raises(NotImplementedError, match="without assistant_model")
-    if hasattr(hf.DynamicCache, "is_croppable"):  # generate asks the cache before it calls crop
-        refused = pytest.raises(ValueError, match="requires a cache that can be cropped")
-    for inside in ((), ("stride", "fastv:layer=2")):
-        for strategy in inside:
+    for strategies in (("stride",), ("cdpruner",), ("diverse:relevance=true", "fastv:layer=2")):
+        unreduce_(model)
+        for strategy in strategies:
             reduce_(model, strategy, keep=0.5)
-        with refused:
-            oracle.stock_generate(model, one, **lookup)
+        expected = oracle.stock_generate(model, one, max_new_tokens=16)
+        with record_stages(model) as infos:
+            output = oracle.stock_generate(model, one, **lookup)
+        assert torch.equal(output.sequences, expected.sequences), strategies
+        crops += [info.kept.shape[1] for info in infos[1:]]
+        further = prompt(model, {}, ((3,),))
+        continued = _continued(model, output, one, further)
+        assert oracle.close(continued, _continued(model, expected, one, further))
+    assert max(crops) > 1  # steps that read candidates, some of which are taken back
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["cdpruner", "fastv:layer=2"])
+def test_tokens_that_may_have_been_the_question_are_not_taken_back(strategy):
+    model, inputs = made("llava")
+    reduce_(model, strategy, keep=0.5)
+    cache = oracle.cache_of(model(**inputs, use_cache=True))[1]
+    message = r"reads the question, .* guidance\(model, question=mask\), or .* assistant_model"
+    with pytest.raises(NotImplementedError, match=message):
+        cache.crop(-1)
+    for settings in ({"logits_to_keep": 1}, {}):
+        with guidance(model, question=inputs["attention_mask"].bool()):
+            cache = oracle.cache_of(model(**inputs, use_cache=True, **settings))[1]
+        cache.crop(-1)
 
 
 def _continued(model, output, one, further):

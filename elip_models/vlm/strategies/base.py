@@ -80,6 +80,15 @@ class LanguageStrategy:
         """Return whether the question changes the result."""
         return self.is_guided
 
+    @property
+    def why_whole(self) -> str | None:
+        """Return what the strategy reads of the whole prompt, or None if each image alone."""
+        if self.reads_question:
+            return "reads the question, which another chunk may have"
+        if self.reads_tower:
+            return "reads the attention of the image tower, which a chunk does not have"
+        return None
+
     def why_unsupported(self, multimodal: Multimodal) -> str | None:
         """Return the reason why the strategy cannot reduce the model, or None."""
         return multimodal.why_tokens_must_stay
