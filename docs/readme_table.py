@@ -162,7 +162,7 @@ def settings_table(tasks: dict[str, Any]) -> str:
     note = (
         f"*{tasks['model'].split(',')[0]}, pretrained, without further training. Change in "
         "percentage points against the dense model, with the 95% confidence interval; time "
-        f"relative to dense, lower is faster. Top-1: a linear probe on {photographs['clothes']['measured']} "
+        f"relative to dense. Top-1: a linear probe on {photographs['clothes']['measured']} "
         "photographs of ten easy classes of clothes. R@5: the share of captions whose photograph "
         f"is among the five best of {photographs['flickr8k']['measured']:,}. "
         f"{tasks['time']['device']}; no GPU was measured. [All measures](docs/results.md).*"

@@ -369,6 +369,12 @@ def _question_of(model: nn.Module, question: Tensor) -> Mask:
             f"question: expected a bool tensor (B, N), got {got or type(question).__name__}; pass "
             "True for each token of the question"
         )
+    if question.is_meta or question.numel() == 0:
+        got = "one on the device meta" if question.is_meta else f"shape {tuple(question.shape)}"
+        raise ValueError(
+            "question: expected a tensor with the values of at least one row and one token, got "
+            f"{got}; pass the mask of the call's prompts on the CPU or a GPU"
+        )
     if not question.any(1).all():
         raise ValueError(
             "question: expected a token in each row, got a row without; mark a token of its text"

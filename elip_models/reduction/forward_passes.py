@@ -173,7 +173,8 @@ class GraphPass:
     """The forward pass in a graph of one reduced model.
 
     reduction: the reduction, to which the guidance belongs.
-    guides, text_cls: the texts by the id of their owner, and the most recent text.
+    guides, text_cls: the texts by the id of their owner, and the most recent text; a thread
+        changes them, and the next two, under `lock`.
     pairings, is_paired: the owners of `guidance(model, paired=True)`, and whether there is one.
     own_text: the text that the whole model's forward has encoded.
     forward, on_grid: the running forward pass, and whether blocks return whole grids.
@@ -182,6 +183,7 @@ class GraphPass:
 
     def __init__(self, reduction: Any) -> None:
         self.reduction = reduction
+        self.lock = threading.Lock()
         self.guides: dict[int, Tensor] = {}
         self.text_cls: Tensor | None = None
         self.pairings: set[int] = set()

@@ -123,26 +123,30 @@ class Reduction:
         """Guide the forward passes of this thread or task by text_cls (B, D)."""
         owner, graph = Block(), self.graph
         call_context.set_guide(self, text_cls, owner)
-        graph.guides[id(owner)] = graph.text_cls = text_cls
+        with graph.lock:
+            graph.guides[id(owner)] = graph.text_cls = text_cls
         try:
             yield
         finally:
             call_context.drop_guide(owner)
-            del graph.guides[id(owner)]
-            graph.text_cls = next(reversed(graph.guides.values()), None)
+            with graph.lock:
+                del graph.guides[id(owner)]
+                graph.text_cls = next(reversed(graph.guides.values()), None)
 
     @contextmanager
     def paired(self) -> Iterator[None]:
         """Let text i guide image i in the calls of the whole model in this thread or task."""
         pairing, graph = Pairing(self), self.graph
-        graph.pairings.add(id(pairing))
-        graph.is_paired = True
+        with graph.lock:
+            graph.pairings.add(id(pairing))
+            graph.is_paired = True
         try:
             with PAIRINGS.within(pairing):
                 yield
         finally:
-            graph.pairings.discard(id(pairing))
-            graph.is_paired = bool(graph.pairings)
+            with graph.lock:
+                graph.pairings.discard(id(pairing))
+                graph.is_paired = bool(graph.pairings)
 
     def begin_forward(
         self,

@@ -117,7 +117,9 @@ class RemovedTokens:
 
     def cropped(self, number: int) -> "RemovedTokens":
         """Return what was removed from the sequences without their last `number` tokens."""
-        return replace(self, before=self.before.cropped(number))
+        before = None if self.before is None else self.before.cropped(number)
+        inside = tuple(level.cropped(number) for level in self.inside)
+        return replace(self, before=before, inside=inside)
 
     def repeated(self, repeats: int) -> "RemovedTokens":
         """Return what was removed if each row is repeated."""

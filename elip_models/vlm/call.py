@@ -117,6 +117,8 @@ class PromptCall:
     state: what the cache holds afterwards, if tokens were removed before the language model.
     inner: the forward pass of the language model, if tokens are removed inside it.
     levels: the level of each layer of the language model, if tokens are removed inside it.
+    is_windowed: whether the sequences are longer than the window of the language model, which then
+        gets masks of `window_masks`.
     is_croppable: as of `RemovedTokens`.
     tower: for each call of the image tower, the attention that its patches receive and their keys.
     """
@@ -140,6 +142,7 @@ class PromptCall:
     state: CacheState | None = None
     inner: InnerCall | None = None
     levels: tuple[int, ...] = ()
+    is_windowed: bool = False
     is_croppable: bool = False
     tower: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -167,7 +170,7 @@ class PromptCall:
         inside = () if self.inner is None else self.inner.states()
         if self.state is None and not inside:
             return None
-        return RemovedTokens(self.state, inside, self.is_croppable and not inside)
+        return RemovedTokens(self.state, inside, self.is_croppable)
 
     def attended_afterwards(self, cache: Any) -> tuple[Tensor, ...]:
         """Return (B, M) bool for each layer of the cache, the tokens that are no padding."""

@@ -93,9 +93,9 @@ class Multimodal:
 
     @property
     def window(self) -> int | None:
-        """Return how long a prompt may be whose tokens attend to all before them, or None.
+        """Return how long a sequence may be whose tokens attend to all before them, or None.
 
-        A longer one exceeds the window or the chunk of a layer, or changes its temperature.
+        A longer one exceeds the window or the chunk of a layer.
         """
         config = self.text_config
         types = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -107,9 +107,14 @@ class Multimodal:
             )
             if kind in types
         ]
-        if getattr(config, "attn_temperature_tuning", False):
-            limits.append(config.floor_scale - 1)
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def longest(self) -> int | None:
+        """Return how long a sequence may be for which attention has one temperature, or None."""
+        config = self.text_config
+        is_tuned = getattr(config, "attn_temperature_tuning", False)
+        return config.floor_scale - 1 if is_tuned else None
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:

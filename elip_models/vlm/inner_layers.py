@@ -30,6 +30,7 @@ from elip_models.vlm.static_cache import (
     step_mask,
 )
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
+from elip_models.vlm.window_masks import narrowed, widened
 
 
 class InnerLayers(Watcher):
@@ -40,7 +41,7 @@ class InnerLayers(Watcher):
         self.strategy = strategy
         self.drops = strategy.drops(len(layers))
         self.levels = [sum(at <= i for at in self.drops) for i in range(len(layers))]
-        self.window = multimodal.window
+        self.window, self.longest = multimodal.window, multimodal.longest
         self.config = multimodal.text_config
 
     @property
@@ -81,7 +82,9 @@ class InnerLayers(Watcher):
                 return
             held = 0 if cache is None else int(cache.get_seq_length())
             past = (CacheState.whole(batch, held, embeds.device),) * (1 + len(self.drops))
-        check_call(self.window, past[0].length + length, cache)
+            state = past[0].grown(length) if prompt.state is None else prompt.state
+            self._check_window(state.length)
+        check_call(self.window, self.longest, past[0].length + length, cache)
         _check_checkpointing(model)
         images, packing = prompt.images, Packing.identity(batch, length, embeds.device)
         last = None if prompt.question is None else prompt.question.last
@@ -93,6 +96,15 @@ class InnerLayers(Watcher):
         text = None if mask is None else mask[:, : past[0].length + length].bool()
         prompt.inner = InnerCall(images, last, text, past, [packing])
         prompt.levels = tuple(self.levels)
+
+    def _check_window(self, length: int) -> None:
+        """Raise ValueError for a prompt of which the question may not attend to every image."""
+        if self.window is not None and length > self.window:
+            raise ValueError(
+                f"input_ids: expected a prompt of at most {self.window} tokens, the window of the "
+                f"language model's attention, in which {self.strategy.name!r} selects, got "
+                f"{length}; take a strategy before the language model, such as 'diverse'"
+            )
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """End it, and return the hidden states to the length of level 0."""
@@ -193,7 +205,7 @@ class LayerHook:
             missing = packing.length - packing.order.shape[1]
             prompt.slots += remove_slots([cache.layers[self.layer]], missing)
         changes = {
-            "attention_mask": lambda mask: self._mask(mask, call, cache),
+            "attention_mask": lambda mask: self._mask(mask, prompt, cache),
             "position_embeddings": lambda turns: (
                 packing.features(turns)  # complex numbers, in Llama 4
                 if isinstance(turns, Tensor)
@@ -209,8 +221,13 @@ class LayerHook:
         }
         return args, kwargs | new
 
-    def _mask(self, mask: Tensor | None, call: InnerCall, cache: Any) -> Tensor | None:
+    def _mask(self, mask: Tensor | None, prompt: PromptCall, cache: Any) -> Tensor | None:
         """Return the mask of this level, with all slots of a static cache."""
+        call = prompt.inner
+        if prompt.is_windowed:
+            packing, past = call.packings[self.level], call.past[self.level]
+            mask = reduced_mask(widened(mask, past.length + packing.length), packing, past)
+            return narrowed(mask, cache, self.layer)
         if not is_static(cache):
             return self._reduced_mask(mask, call)
         mask = None if mask is None else mask[..., : call.images.shape[1]]

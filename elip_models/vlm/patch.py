@@ -150,7 +150,11 @@ def _install(
     is_cross = bool(multimodal.cross_attention_layers)
     if (old := prompt_hooks(multimodal)) is not None:
         refuse_in_use(bool(records_of(old)) or budget_of(old) is not None or is_marked(old))
-    before = (CrossAttentionReduction if is_cross else PromptReduction)(multimodal, front)
+    before = (
+        CrossAttentionReduction(multimodal, front)
+        if is_cross
+        else PromptReduction(multimodal, front, inside)
+    )
     inner = None if inside is None else InnerLayers(multimodal, inside)
     tower = None if front is None or not front.reads_tower else TowerAttention(multimodal)
     uninstall_strategies(multimodal)
@@ -158,7 +162,6 @@ def _install(
         tower.install(multimodal)
     if isinstance(front, Dedup):
         PatchReduction(front).install(multimodal)
-    RetrievalHead().install(multimodal)
     before.install(multimodal)
     if inner is not None:
         inner.install(multimodal)
@@ -167,7 +170,10 @@ def _install(
 
 
 def uninstall_strategies(multimodal: Multimodal) -> None:
-    """Restore the modules."""
+    """Restore the modules, and the head if `multimodal` is found without it."""
+    before = prompt_hooks(multimodal)
+    for handle in [] if before is None else before.of_head:
+        handle.remove()
     inner = (*multimodal.language_model.modules(), *multimodal.tower.modules())
     for module in {multimodal.head or multimodal.model, multimodal.model, *inner}:
         remove_hooks(module, HOOKS)

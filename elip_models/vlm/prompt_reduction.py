@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from elip_models.reduction.call_context import records_of
 from elip_models.vlm.budget import budget_of, parts
@@ -26,8 +27,15 @@ from elip_models.vlm.call import PromptCall, begin_call, current_call, end_call
 from elip_models.vlm.clips import TokenGroup, VideoLayout, groups_of_images
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
-from elip_models.vlm.question import IGNORED, LABELS, Question, is_marked
-from elip_models.vlm.retrieval import retrieval_call
+from elip_models.vlm.question import (
+    IGNORED,
+    LABELS,
+    Question,
+    forget_prediction,
+    is_known,
+    note_prediction,
+)
+from elip_models.vlm.retrieval import RetrievalHead, retrieval_call
 from elip_models.vlm.selections import Selections
 from elip_models.vlm.static_cache import (
     has_reduced_slots,
@@ -40,32 +48,57 @@ from elip_models.vlm.static_cache import (
     show_static_length,
     step_arguments,
 )
-from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
+from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy, LanguageStrategy
 from elip_models.vlm.strategies.dedup import Dedup
+from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.tower_attention import attention_in, tower_attention
+from elip_models.vlm.window_masks import filled, narrowed_by_type, whole_masks
 
 OF_EACH_TOKEN = ("per_layer_inputs", "moe_mm_token_type_ids")
 """Further arguments (B, N, ..) of language models: of Gemma 3n and 4, and of ERNIE 4.5."""
 
+CUT = (
+    "input_ids: expected a token of text before the image, in a call that continues a cache, got "
+    "image tokens at its beginning, as prefill_chunk_size cuts them; pass the prompt at once, or a "
+    "token of text with the image"
+)
+
 
 class PromptReduction:
-    """The hooks that reduce one multimodal language model, and the strategy they use."""
+    """The hooks that reduce one multimodal language model, and the strategies they use."""
 
-    def __init__(self, multimodal: Multimodal, strategy: ImageTokenStrategy | Dedup | None) -> None:
+    def __init__(
+        self,
+        multimodal: Multimodal,
+        strategy: ImageTokenStrategy | Dedup | None,
+        inside: LayerStrategy | None = None,
+    ) -> None:
         self.strategy = strategy
+        self.inside = inside
+        self.of_head: list[RemovableHandle] = []
         self.placeholder_ids = multimodal.placeholder_ids
-        self.window = multimodal.window
+        self.window, self.longest = multimodal.window, multimodal.longest
+        self.config = multimodal.text_config
         self.is_recurrent = bool(multimodal.recurrent_layers)
         self.layout = _layout_for(strategy, multimodal)
+
+    @property
+    def strategies(self) -> list[LanguageStrategy]:
+        """Return those before the language model and inside it."""
+        return [strategy for strategy in (self.strategy, self.inside) if strategy is not None]
 
     def install(self, multimodal: Multimodal) -> None:
         """Register the hooks."""
         model, language_model = multimodal.model, multimodal.language_model
-        if multimodal.head is not None:  # first: it may be `model`, whose `begin` reads the labels
-            multimodal.head.register_forward_pre_hook(self.note_labels, with_kwargs=True)
-            multimodal.head.register_forward_hook(
-                self.forget_labels, with_kwargs=True, always_call=True
-            )
+        if (
+            head := multimodal.head
+        ) is not None:  # first: it may be `model`, and `begin` reads them
+            forget = self.forget_labels
+            self.of_head = [
+                head.register_forward_pre_hook(self.note_labels, with_kwargs=True),
+                head.register_forward_hook(forget, with_kwargs=True, always_call=True),
+                *RetrievalHead().install(head),
+            ]
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
         model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
         language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
@@ -74,12 +107,12 @@ class PromptReduction:
     def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the labels of the loss that will be computed, or that there are none."""
         if not _is_static_step(args, kwargs):
-            LABELS.set(kwargs.get("labels"))
+            note_prediction(kwargs)
 
     def forget_labels(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Forget the labels."""
-        if kwargs.get("labels") is not None:
-            LABELS.set(None)
+        if not _is_static_step(args, kwargs):
+            forget_prediction()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the image tokens of a forward pass of the multimodal model."""
@@ -93,11 +126,12 @@ class PromptReduction:
             ids = retrieval.ids
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         call.images = tokens_of(model, ids, embeds, self.placeholder_ids)
-        call.is_croppable = self.strategy is not None and (
-            is_marked(self) or not self.strategy.reads_question
-        )
+        strategies = self.strategies
+        call.is_croppable = is_known(self) or not any(s.reads_question for s in strategies)
         if call.images is None:
             return
+        if is_part(kwargs.get("mm_encoder_outputs")):
+            self._refuse_chunk(call.images)
         call.sequences = call.images if ids is None else ids
         if ids is None:
             _refuse_unknown(call.images)
@@ -142,17 +176,23 @@ class PromptReduction:
         call.removed = removed_from(call.cache)
         past = None if call.removed is None else call.removed.before
         selected = self._select(embeds, call, kwargs.get("position_ids"))
+        cached = 0 if call.cache is None else int(call.cache.get_seq_length())
         length = embeds.shape[1]
-        if selected is None and past is None:
+        is_longer = self.window is not None and cached + length > self.window
+        if selected is None and past is None and not (is_longer and call.removed is not None):
             if call.cache is not None:
                 show_held_length(call.cache)
             return None
         if past is None:
-            cached = 0 if call.cache is None else int(call.cache.get_seq_length())
             past = CacheState.whole(len(embeds), cached, embeds.device)
         if self.is_recurrent:
             _refuse_static(call.cache, kwargs.get("attention_mask"))
-        check_call(self.window, past.length + length, call.cache)
+        check_call(self.window, self.longest, past.length + length, call.cache)
+        if is_longer:
+            mask = kwargs.get("attention_mask")
+            mask = call.mask if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+            masks = whole_masks(self.config, embeds, mask, call.cache, past.length + length)
+            kwargs, call.is_windowed = kwargs | {"attention_mask": masks}, True
         if call.cache is not None:
             show_held_length(call.cache)
         if selected is None:
@@ -165,6 +205,12 @@ class PromptReduction:
                 _refuse_gaps(call.packing)
             call.state = past.extended(call.packing.order, call.packing.real, length)
         new, call.state = _reduced_arguments(kwargs, embeds, call, past)
+        if is_longer:
+            types = getattr(self.config, "layer_types", None)
+            if self.inside is not None and types is not None:
+                types = types[: self.inside.drops(len(types))[0]]
+            masks = narrowed_by_type(new["attention_mask"], call.cache, types)
+            new["attention_mask"] = masks
         return args, new
 
     def restore(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -237,6 +283,23 @@ class PromptReduction:
                 embeds = embeds.index_put((rows, positions), values.to(embeds.dtype))
         return (embeds, kept) if is_shorter else None
 
+    def _refuse_chunk(self, images: Tensor) -> None:
+        """Raise ValueError if a selection needs more than a chunk, `images` (B, N)."""
+        budget = budget_of(self)
+        reasons = {s.name: s.why_whole for s in self.strategies if s.why_whole is not None}
+        if self.layout is not None and self.layout.are_frames_apart:
+            reasons[self.strategy.name] = "selects from all frames of a clip"
+        if budget is not None and not isinstance(budget.keep, float | int):
+            reasons["budget"] = "is shared by all images of a prompt"
+        for name, reason in reasons.items():
+            raise ValueError(
+                f"prefill_chunk_size: expected None for {name!r}, which {reason}, got a chunk of "
+                "the prompt; leave prefill_chunk_size out, or take a strategy that reads one image "
+                "alone, such as 'diverse'"
+            )
+        if images.shape[1] == 1 and getattr(self.strategy, "keep", None) != 1.0:
+            raise ValueError(CUT)
+
     def _groups(self, call: PromptCall, position_ids: Tensor | None) -> Iterator[TokenGroup]:
         """Yield the tokens from which the strategy selects."""
         if self.layout is None:
@@ -266,16 +329,16 @@ class PromptReduction:
         return context
 
 
-def check_call(window: int | None, length: int, cache: Any) -> None:
+def check_call(window: int | None, longest: int | None, length: int, cache: Any) -> None:
     """Raise an error for a call whose result would not be that of the tokens that stay.
 
     `length` is that of the whole sequences, with the tokens in the cache.
     """
-    if window is not None and length > window:
+    if longest is not None and length > longest:
         raise ValueError(
-            f"input_ids: expected at most {window} tokens, the window of the language "
-            f"model's attention, since it counts the removed ones too, got {length}; call "
-            "unreduce_ for longer prompts"
+            f"input_ids: expected at most {longest} tokens, behind which the language model "
+            f"changes the temperature of its attention by the number of tokens in the cache, got "
+            f"{length}; call unreduce_ for longer sequences"
         )
     if not is_static(cache):
         return
@@ -290,11 +353,11 @@ def check_call(window: int | None, length: int, cache: Any) -> None:
             "cache: expected an empty static cache for a prompt with images, got one with tokens; "
             "pass the prompt at once, or call generate without cache_implementation"
         )
-    longest = max(layer.max_cache_len for layer in cache.layers if has_slots(layer))
-    if window is not None and longest >= window:
+    slots = max(layer.max_cache_len for layer in cache.layers if has_slots(layer))
+    if window is not None and slots >= window:
         raise ValueError(
             f"cache: expected a static cache shorter than {window} tokens, the window of the "
-            f"language model's attention, got {longest}; call generate without "
+            f"language model's attention, got {slots}; call generate without "
             "cache_implementation"
         )
 
@@ -305,8 +368,11 @@ def _reduced_arguments(
     """Return the arguments of the language model for the tokens that remain, and its state."""
     packing, state = call.packing, call.state
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict) and any(whole is None for whole in mask.values()):
-        mask = None  # plain causal attention, whose masks the language model makes itself
+    if isinstance(mask, dict):
+        if any(isinstance(whole, Tensor) and whole.dim() == 4 for whole in mask.values()):
+            mask = filled(mask, embeds, past.length + embeds.shape[1])
+        elif any(whole is None for whole in mask.values()):
+            mask = None  # plain causal attention, whose masks the language model makes itself
     if call.mask is not None:
         call.mask = _mask(call.mask, packing, past, embeds)
     if isinstance(mask, dict):
@@ -437,11 +503,16 @@ def _refuse_cut(positions: Tensor, cache: Any) -> None:
     if cache is None or cache.get_seq_length() == 0:
         return
     if bool((positions[:, 0] == 0).any()):
-        raise ValueError(
-            "input_ids: expected a token of text before the image, in a call that continues a "
-            "cache, got image tokens at its beginning, as prefill_chunk_size cuts them; pass the "
-            "prompt at once, or a token of text with the image"
-        )
+        raise ValueError(CUT)
+
+
+def is_part(encoded: dict[str, Any] | None) -> bool:
+    """Return whether image features are those of a chunk of a prompt.
+
+    `generate` with prefill_chunk_size cuts what the model has encoded, and keeps features alone.
+    """
+    outputs = (output for output in (encoded or {}).values() if output is not None)
+    return any(getattr(output, "last_hidden_state", None) is None for output in outputs)
 
 
 def _fitted(mask: Tensor, new: int, cache: Any) -> Tensor:
@@ -499,8 +570,9 @@ def _refuse_static_turn(cache: Any) -> None:
     """Raise ValueError for several tokens behind a static cache with removed tokens."""
     if has_reduced_slots(cache):
         raise ValueError(
-            "input_ids: expected one token behind a static cache with removed tokens, got several; "
-            "begin with an empty cache, or call generate without cache_implementation"
+            "input_ids: expected one token behind a static cache with removed tokens, got several, "
+            "as a further turn or prefill_chunk_size passes them; begin with an empty cache, or "
+            "call generate without cache_implementation"
         )
 
 

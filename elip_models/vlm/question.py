@@ -1,12 +1,13 @@
 """The question of an image, by whose text a strategy selects tokens of the image.
 
 It is what `generate` reads as the prompt: the text before the first label behind the image. Without
-labels, it is the mask of `guidance(model, question=mask)`, and without a mask all text.
+labels, it is the mask of `guidance(model, question=mask)`. Without a mask, it is all text before
+the tokens that the call predicts, which `logits_to_keep` counts.
 """
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from elip_models.reduction.call_variable import CallVariable
 
 LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
 """The labels (B, N) of the loss that the forward pass will compute."""
+PREDICTED: ContextVar[int | None] = ContextVar("PREDICTED", default=None)
+"""How many of the last tokens the forward pass predicts, or None if the call does not tell."""
 IGNORED = -100  # the label of a token that is not predicted
 
 
@@ -26,6 +29,27 @@ class Mask(NamedTuple):
 
 
 MASKS: CallVariable[Mask] = CallVariable("MASKS")
+
+
+def note_prediction(kwargs: dict[str, Any]) -> None:
+    """Note what a call of the model, with these arguments, predicts beside the next token.
+
+    Assisted decoding asks for the logits of its candidates, and a trainer for those of an answer.
+    """
+    LABELS.set(kwargs.get("labels"))
+    logits = kwargs.get("logits_to_keep")
+    PREDICTED.set(logits - 1 if isinstance(logits, int) and logits > 0 else None)
+
+
+def forget_prediction() -> None:
+    """Forget it."""
+    LABELS.set(None)
+    PREDICTED.set(None)
+
+
+def is_known(hooks: object) -> bool:
+    """Return whether the call tells which tokens belong to no question."""
+    return PREDICTED.get() is not None or is_marked(hooks)
 
 
 def is_marked(hooks: object) -> bool:
@@ -60,9 +84,10 @@ class Question:
         if labels is not None and labels.shape == images.shape:
             is_answer = (labels.to(images.device) != IGNORED) & ~images
             ends = places.where(is_answer, length).flip(1).cummin(1).values.flip(1)
-        else:
-            for marked in [mask.tokens for mask in MASKS.get() if mask.hooks is hooks][-1:]:
-                real = real & _fitted(marked, images)
+        elif marked := [mask.tokens for mask in MASKS.get() if mask.hooks is hooks][-1:]:
+            real = real & _fitted(marked[0], images)
+        elif predicted := PREDICTED.get():
+            real = real & (places < length - predicted)
         latest = places.where(real, 0).cummax(1).values
         return cls(real & ~images, latest.gather(1, (ends - 1).clamp(min=0)))
 

@@ -92,9 +92,9 @@ class ReducedLayer(CacheLayerMixin):
         if not self.is_croppable:
             raise NotImplementedError(
                 "cache: expected decoding that only adds tokens, got a call of crop, as assisted "
-                "decoding does, under a strategy that reads the question or removes tokens inside "
-                "the language model. Call generate without assistant_model and "
-                "prompt_lookup_num_tokens, or mark the question by guidance(model, question=mask)"
+                "decoding does, under a strategy that reads the question, which may have the "
+                "candidates. Mark the question by guidance(model, question=mask), or call generate "
+                "without assistant_model and prompt_lookup_num_tokens"
             )
         if not self.length:
             self.held.crop(tokens_to_remove)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-
-from elip_models.vlm.families import Multimodal
+from torch.utils.hooks import RemovableHandle
 
 RETRIEVAL = ("colpali", "colqwen2")
 
@@ -40,13 +39,14 @@ CURRENT: ContextVar[RetrievalCall | None] = ContextVar("CURRENT", default=None)
 class RetrievalHead:
     """The hooks of the head of a retrieval model."""
 
-    def install(self, multimodal: Multimodal) -> None:
-        """Register the hooks if the model is one for retrieval."""
-        head = multimodal.head
-        if head is None or head.config.model_type not in RETRIEVAL:
-            return
-        head.register_forward_pre_hook(self.begin, with_kwargs=True)
-        head.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+    def install(self, head: nn.Module) -> list[RemovableHandle]:
+        """Register the hooks if the head is one for retrieval."""
+        if head.config.model_type not in RETRIEVAL:
+            return []
+        return [
+            head.register_forward_pre_hook(self.begin, with_kwargs=True),
+            head.register_forward_hook(self.end, with_kwargs=True, always_call=True),
+        ]
 
     def begin(
         self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

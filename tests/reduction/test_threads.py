@@ -3,12 +3,14 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import elip_models
+from elip_models.reduction import patch
 from tests.helpers.models import PAIRS, ids, output_of_guided_pair
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
@@ -168,6 +170,41 @@ def test_a_compiled_model_never_uses_the_guidance_of_another_thread():
         assert torch.allclose(compiled(IMAGES[0]), expected[0], atol=1e-6)
     with torch.no_grad():
         assert torch.equal(compiled(IMAGES[0]), unguided)
+
+
+class PausedDict(dict):
+    """A dict that calls `pause` while its values are read from the last."""
+
+    def values(self):
+        return PausedValues(super().values(), self.pause)
+
+
+class PausedValues(NamedTuple):
+    view: Any
+    pause: Any
+
+    def __reversed__(self):
+        values = reversed(self.view)
+        self.pause()
+        return values
+
+
+def test_a_thread_begins_its_guidance_while_another_ends_one():
+    reduction = patch.reduction_of(elip_models.reduce_(plain_vit(), schedule=SCHEDULE))
+    first, second, other = map(reduction.guided, (TEXTS[0], TEXTS[0], TEXTS[1]))
+    thread = threading.Thread(target=other.__enter__)
+
+    def run_the_other():
+        thread.start()
+        thread.join(0.05)  # it waits for this one, or has changed the dict
+
+    guides = reduction.graph.guides = PausedDict()
+    guides.pause = run_the_other
+    first.__enter__()
+    with second:
+        pass
+    thread.join()
+    assert reduction.graph.text_cls is TEXTS[1] and len(guides) == 2
 
 
 def test_data_parallel_raises():

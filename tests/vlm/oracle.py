@@ -77,11 +77,13 @@ def _masked(model: nn.Module, kept: Tensor) -> Iterator[None]:
         cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), None)
         past = 0 if cache is None else cache.get_seq_length()
         shape = (*kwargs["inputs_embeds"].shape[:2], past)
-        mask = kwargs.get("attention_mask")
+        mask, types = kwargs.get("attention_mask"), getattr(module.config, "layer_types", None)
+        if not isinstance(mask, dict) and types is not None:
+            mask = dict.fromkeys(types, mask)
         if isinstance(mask, dict):
-            new: Any = {key: _mask(each, kept, shape, module) for key, each in mask.items()}
+            new: Any = {kind: _mask(each, kept, shape, module, kind) for kind, each in mask.items()}
         else:
-            new = _mask(mask, kept, shape, module)
+            new = _mask(mask, kept, shape, module, "sliding_attention")
         return args, kwargs | {"attention_mask": new}
 
     language_model = find_multimodal(model).language_model
@@ -92,14 +94,14 @@ def _masked(model: nn.Module, kept: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _mask(mask: Tensor | None, kept: Tensor, shape: tuple, module: nn.Module) -> Tensor:
+def _mask(mask: Tensor | None, kept: Tensor, shape: tuple, module: nn.Module, kind: str) -> Tensor:
     """Return an attention mask (B, 1, T, N) without the columns of removed tokens."""
     batch, new, past = shape
     columns = torch.ones(batch, past + new, dtype=torch.bool)
     width = min(kept.shape[1], past + new)
     columns[:, :width] = kept.repeat_interleave(batch // len(kept), 0)[:, :width]
     if mask is None or mask.dim() == 2:
-        seen = torch.arange(past + new) <= torch.arange(past, past + new)[:, None]
+        seen = _seen(module.config, kind, past, new)
         if mask is not None:
             columns &= mask[:, : past + new].bool()
         mask = (seen & columns[:, None, None]).expand(batch, 1, -1, -1)
@@ -109,6 +111,17 @@ def _mask(mask: Tensor | None, kept: Tensor, shape: tuple, module: nn.Module) ->
         return torch.zeros((), dtype=dtype).where(mask, torch.finfo(dtype).min)
     value = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(~columns[:, None, None], value)
+
+
+def _seen(config: Any, kind: str, past: int, new: int) -> Tensor:
+    """Return (T, N) bool, the tokens of a sequence without padding that new ones attend to."""
+    rows, columns = torch.arange(past, past + new)[:, None], torch.arange(past + new)
+    seen, window = columns <= rows, getattr(config, "sliding_window", None)
+    if kind == "sliding_attention" and window is not None:
+        seen &= rows - columns < window
+    if kind == "chunked_attention":
+        seen &= rows // config.attention_chunk_size == columns // config.attention_chunk_size
+    return seen
 
 
 def forward(model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:

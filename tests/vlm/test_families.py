@@ -65,6 +65,14 @@ def _assert_logits(model, inputs, strategy):
     _assert_half(kept, inputs["input_ids"])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_a_prompt_without_padding_keeps_the_masks_of_its_images(name):
+    model, inputs = build(name, rows=((2, "image", 1, "image", 1, "image", 6),))
+    reduce_(model, keep=0.5)
+    oracle.assert_as_without_removed(model, inputs)
+
+
 def _assert_half(kept, ids):
     """Each row keeps text, the last token of each image, and about half of the others."""
     images = torch.isin(ids, torch.tensor([IMAGE, VIDEO]))

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -10,13 +11,13 @@ import torch
 import transformers as hf
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from elip_models import guidance, is_reduced, record_stages, reduce_, unreduce_
+from elip_models import budget, guidance, is_reduced, record_stages, reduce_, unreduce_
 from elip_models.vlm.attention_probe import is_watched
 from elip_models.vlm.families import find_multimodal
 from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except, tiered
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, TEXT
+from tests.vlm.configs import CASES, EAGER, IMAGE, TEXT
 from tests.vlm.models import build, model_of, pixels_of, prompt
 
 QUICK = ("llava", "gemma3", "qwen3_vl")
@@ -51,10 +52,11 @@ def test_ways_to_generate(name, settings):
     _assert_generates_as_oracle(model, inputs, **settings)
 
 
-def _assert_generates_as_oracle(model, inputs, **settings):
+def _assert_generates_as_oracle(model, inputs, dense=None, **settings):
     reduce_(model, keep=0.5)
     output, kept = oracle.generate(model, inputs, **settings)
     unreduce_(model)
+    settings |= dense or {}
     if find_multimodal(model).recurrent_layers:
         settings["use_cache"] = False  # the oracle does not reorder beams
     with oracle.hidden(model, kept[:: settings.get("num_beams", 1)]):
@@ -247,30 +249,70 @@ def _windowed(window):
     return model, pixels | prompt(model, pixels, ((4, "image", 3), (2, "image", 1, "image", 6)))
 
 
+def of_window(name, window):
+    """Return a model of a family whose window, or chunk, is small, and a prompt without padding."""
+    if name == "mistral":
+        model, inputs = _windowed(window)
+    else:
+        config, pixels = CASES[name]()
+        text = config.text_config
+        names = {"llama4": "attention_chunk_size"}
+        setattr(text, names.get(name, "sliding_window"), window)
+        text.attn_temperature_tuning = False
+        model = model_of(config, "eager" if name in EAGER else "sdpa")
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in pixels.items()}
+    rows = ((2, "image", 1, "image", 1, "image", 6),)
+    return model, inputs | prompt(model, inputs, rows)
+
+
+WINDOWED = ("mistral", "gemma3", "aya_vision", "llama4", "paligemma2", "gemma4", "exaone4_5")
+windowed = pytest.mark.parametrize("name", slow_except(WINDOWED[:2], WINDOWED))
+
+
 @torch.no_grad()
-def test_windows_shorter_than_the_prompt_are_refused():
-    model, inputs = _windowed(16)
+@windowed
+@pytest.mark.parametrize("share", [1.2, 0.5], ids=["longer than the prompt", "shorter"])
+def test_generation_beyond_a_window_is_that_without_removed_columns(name, share):
+    model, inputs = of_window(name, 999)
+    model, inputs = of_window(name, int(share * inputs["input_ids"].shape[1]))
+    _assert_generates_as_oracle(model, inputs, dense={"use_cache": False}, max_new_tokens=12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_a_padded_batch_generates_beyond_a_window(settings):
+    model, inputs = _windowed(30)
+    _assert_generates_as_oracle(model, inputs, dense={"use_cache": False}, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral", "aya_vision"])
+def test_turns_beyond_a_window_are_those_without_removed_columns(name):
+    model, inputs = of_window(name, 30)
+    before, further = (prompt(model, {}, ((n,),)) for n in (40, 5))
     reduce_(model, keep=0.5)
-    with pytest.raises(ValueError, match="at most 16 tokens, the window"):
+    with record_stages(model) as infos:
+        logits = _three_turns(model, before, inputs, further)
+    unreduce_(model)
+    turns = (before, inputs, further)
+    whole = {
+        key: torch.cat([turn[key] if key in turn else turn["input_ids"] * 0 for turn in turns], 1)
+        for key in inputs
+        if inputs[key].shape == inputs["input_ids"].shape
+    }
+    kept = torch.cat([info.kept for info in infos], 1)
+    with oracle.hidden(model, kept):
+        expected = model(**inputs | whole).logits
+    assert not kept.all() and oracle.close(torch.cat(logits, 1)[kept], expected[kept])
+
+
+def test_attention_without_masks_of_pairs_is_refused_beyond_a_window():
+    model, inputs = _windowed(30)
+    reduce_(model, keep=0.5)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    message = "expected 'sdpa' or 'eager' for a sequence that is longer .*set_attn_implementation"
+    with pytest.raises(ValueError, match=message):
         model(**inputs)
-    length = inputs["input_ids"].shape[1]
-    model, inputs = _windowed(length + 2)
-    reduce_(model, keep=0.5)
-    oracle.stock_generate(model, inputs, max_new_tokens=3)  # the last is not read
-    with pytest.raises(ValueError, match=f"at most {length + 2} tokens.* got {length + 3}"):
-        oracle.stock_generate(model, inputs)
-    _assert_generates_as_oracle(unreduce_(model), inputs, max_new_tokens=3)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
-def test_text_in_the_cache_counts_in_the_window(strategy):
-    model, images = _windowed(70)
-    text = prompt(model, {}, ((40,), (40,)))
-    reduce_(model, strategy, keep=0.5)
-    output = model(**text, use_cache=True)
-    with pytest.raises(ValueError, match=r"at most 70 tokens.* got 81"):
-        oracle.next_turn(model, output, text, images)
 
 
 @torch.no_grad()
@@ -284,12 +326,15 @@ def test_layers_may_lie_on_several_devices(strategy):
     assert model(**inputs, use_cache=False).logits.device.type == "meta"
 
 
-def test_the_window_of_llama_4_is_its_chunk_or_its_first_temperature():
+def test_llama_4_is_refused_where_the_temperature_of_its_attention_changes():
     config = CASES["llama4"]()[0]
     model = hf.Llama4ForConditionalGeneration(config)
     assert find_multimodal(model).window == config.text_config.attention_chunk_size == 256
-    config.text_config.floor_scale = 100
-    assert find_multimodal(model).window == 99
+    config.text_config.floor_scale = 20
+    assert find_multimodal(model).longest == 19
+    inputs = prompt(model, CASES["llama4"]()[1], ((2, "image", 1, "image", 1, "image", 9),))
+    with pytest.raises(ValueError, match=r"at most 19 tokens, behind which .* temperature"):
+        reduce_(model.eval(), keep=0.5)(**CASES["llama4"]()[1] | inputs)
 
 
 def test_a_language_model_without_positions_is_refused():
@@ -313,6 +358,70 @@ def test_a_prefill_in_chunks_that_cut_images_is_refused(keep):
     assert all(map(torch.equal, logits, oracle.stock_generate(model, inputs, **settings).logits))
 
 
+WHOLE = {
+    "cdpruner": "'cdpruner', which reads the question",
+    "diverse:relevance=true": "'diverse', which reads the question",
+    "fastv:layer=1": "'fastv', which reads the question",
+    "pyramid:stages=2": "'pyramid', which reads the question",
+    "visionzip": "'visionzip', which reads the attention of the image tower",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 17, 200])
+@pytest.mark.parametrize("strategy", WHOLE)
+def test_a_strategy_that_reads_the_whole_prompt_is_refused_in_chunks(strategy, size):
+    model, inputs = made("llava", rows=((1, "image", 9), (1, "image", 4, "image", 9)))
+    reduce_(model, strategy, keep=0.5)
+    message = f"prefill_chunk_size: expected None for {WHOLE[strategy]}.*leave prefill_chunk_size"
+    marked = guidance(model, question=inputs["attention_mask"].bool())
+    for context in (nullcontext(), marked):
+        with context, pytest.raises(ValueError, match=message):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=size, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_budget_of_a_whole_prompt_is_refused_in_chunks():
+    model, inputs = made("llava")
+    reduce_(model, keep=0.5)
+    settings = dict(max_new_tokens=2, prefill_chunk_size=200, pad_token_id=0)
+    with budget(model, 4):
+        model.generate(**inputs, **settings)
+    for wrong in ({"total": 20}, {"keep": [4, 4, 4]}):
+        with budget(model, **wrong), pytest.raises(ValueError, match="expected None for 'budget'"):
+            model.generate(**inputs, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_vl_video", "qwen3_5_video"])
+def test_clips_with_text_between_frames_are_refused_in_chunks(name):
+    model, inputs = made(name)
+    reduce_(model, keep=0.5)
+    with pytest.raises(ValueError, match="expected None for 'diverse', which selects from all fra"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=200, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_prefill_in_chunks_of_whole_images_is_that_at_once():
+    model, inputs = made("llava", rows=((1, "image", 10), (1, "image", 5, "image", 10)))
+    reduce_(model, keep=0.5)
+    ends = (inputs["input_ids"][1] == IMAGE).nonzero()[15, 0] + 3
+    expected = oracle.stock_generate(model, inputs)
+    with record_stages(model) as infos:
+        output = oracle.stock_generate(model, inputs, prefill_chunk_size=int(ends))
+    assert not infos[0].kept.all() and not infos[1].kept.all()
+    assert all(map(oracle.close, output.logits, expected.logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [0.5, 20])
+def test_a_prefill_of_single_tokens_is_refused(keep):
+    model, inputs = made("llava")
+    reduce_(model, keep=keep)
+    with pytest.raises(ValueError, match="as prefill_chunk_size cuts them"):
+        oracle.stock_generate(model, inputs, prefill_chunk_size=1)
+
+
 @UNGUIDED
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
@@ -323,26 +432,34 @@ def test_assisted_decoding_has_the_tokens_of_plain_decoding(name):
     }
     lookup = dict(max_new_tokens=16, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
     crops = []
-    for strategy in ("stride", "cdpruner"):
-        reduce_(model, strategy, keep=0.5)
-        with guidance(model, question=one["attention_mask"].bool()):
-            expected = oracle.stock_generate(model, one, max_new_tokens=16)
-            with record_stages(model) as infos:
-                output = oracle.stock_generate(model, one, **lookup)
-        assert torch.equal(output.sequences, expected.sequences)
-        crops += [info.kept.shape[1] for info in infos[1:]]
-    assert max(crops) > 1  # steps that read candidates, some of which are taken back
-    further = prompt(model, {}, ((3,),))
-    continued = _continued(model, output, one, further)
-    assert oracle.close(continued, _continued(model, expected, one, further))
-    refused = pytest.raises(NotImplementedError, match="without assistant_model")
-    if hasattr(hf.DynamicCache, "is_croppable"):  # generate asks the cache before it calls crop
-        refused = pytest.raises(ValueError, match="requires a cache that can be cropped")
-    for inside in ((), ("stride", "fastv:layer=2")):
-        for strategy in inside:
+    for strategies in (("stride",), ("cdpruner",), ("diverse:relevance=true", "fastv:layer=2")):
+        unreduce_(model)
+        for strategy in strategies:
             reduce_(model, strategy, keep=0.5)
-        with refused:
-            oracle.stock_generate(model, one, **lookup)
+        expected = oracle.stock_generate(model, one, max_new_tokens=16)
+        with record_stages(model) as infos:
+            output = oracle.stock_generate(model, one, **lookup)
+        assert torch.equal(output.sequences, expected.sequences), strategies
+        crops += [info.kept.shape[1] for info in infos[1:]]
+        further = prompt(model, {}, ((3,),))
+        continued = _continued(model, output, one, further)
+        assert oracle.close(continued, _continued(model, expected, one, further))
+    assert max(crops) > 1  # steps that read candidates, some of which are taken back
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["cdpruner", "fastv:layer=2"])
+def test_tokens_that_may_have_been_the_question_are_not_taken_back(strategy):
+    model, inputs = made("llava")
+    reduce_(model, strategy, keep=0.5)
+    cache = oracle.cache_of(model(**inputs, use_cache=True))[1]
+    message = r"reads the question, .* guidance\(model, question=mask\), or .* assistant_model"
+    with pytest.raises(NotImplementedError, match=message):
+        cache.crop(-1)
+    for settings in ({"logits_to_keep": 1}, {}):
+        with guidance(model, question=inputs["attention_mask"].bool()):
+            cache = oracle.cache_of(model(**inputs, use_cache=True, **settings))[1]
+        cache.crop(-1)
 
 
 def _continued(model, output, one, further):

@@ -17,6 +17,7 @@ from tests.helpers.tiers import tiered
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import ROWS, build, model_of, prompt
+from tests.vlm.test_generation import of_window
 from tests.vlm.test_training import assert_trains_as_oracle, trained
 
 FAST = [name for name in ("llava", "qwen2_5_vl", "gemma3") if name in CASES]
@@ -85,6 +86,36 @@ def test_logits_and_decoding_are_those_of_layers_without_removed_columns(name, f
         expected = oracle.stock_generate(model, inputs)
     assert torch.equal(found.sequences, expected.sequences)
     assert all(map(oracle.close, found.logits, expected.logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("front", [None, "stride"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_decoding_beyond_a_window_is_that_of_layers_without_removed_columns(name, front):
+    model, inputs = of_window(name, 999)
+    model, inputs = of_window(name, inputs["input_ids"].shape[1] + 2)
+    if front is not None:
+        reduce_(model, front, keep=0.5)
+    reduce_(model, "pyramid:stages=3", keep=0.5)
+    with record_stages(model) as infos:
+        found = oracle.stock_generate(model, inputs, max_new_tokens=40)
+    info = infos[0]
+    unreduce_(model)
+    with oracle.hidden(model, info.kept), hidden(model, (1, 2), info.kept_behind):
+        expected = oracle.stock_generate(model, inputs, max_new_tokens=40, use_cache=False)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(map(oracle.close, found.logits, expected.logits))
+
+
+@torch.no_grad()
+def test_a_prompt_beyond_a_window_is_refused_inside_the_language_model():
+    model, inputs = of_window("mistral", 30)
+    reduce_(model, "fastv:layer=1", keep=0.5)
+    with pytest.raises(ValueError, match=r"at most 30 tokens, the window.* 'fastv' .*'diverse'"):
+        model(**inputs)
+    reduce_(model, "diverse", keep=0.2)  # the prompt counts as a whole
+    with pytest.raises(ValueError, match="at most 30 tokens"):
+        model(**inputs)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The question by which strategies select: never the answer, never padding, once for a prompt."""
 
+from copy import deepcopy
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from elip_models import guidance, record_stages, reduce_, unreduce_
 from elip_models.vlm.families import find_multimodal
 from elip_models.vlm.patch import language_strategy
 from tests.vlm import oracle
-from tests.vlm.configs import CASES, EAGER, IMAGE
+from tests.vlm.configs import CASES, EAGER, IMAGE, retrieval_model
 from tests.vlm.models import build, one_row
 
 QUICK = ("llava", "paligemma", "llama4")
@@ -147,9 +148,38 @@ def test_generate_selects_once_with_and_without_a_cache(name, strategy):
     assert all(map(oracle.close, outputs[0].logits, outputs[1].logits))
 
 
+@pytest.mark.parametrize("strategy", GUIDED)
+def test_tokens_whose_logits_are_kept_are_no_question(strategy):
+    model, inputs = built("llava")
+    reduce_(model, strategy, keep=0.3)
+    expected, width = selections(model, inputs), inputs["input_ids"].shape[1]
+    answered = with_answers(inputs, 0) | {"labels": None}
+    assert not torch.equal(selections(model, answered)[..., :width], expected)
+    answered["logits_to_keep"] = 4  # of the three tokens of the answer, and of the next one
+    assert torch.equal(selections(model, answered)[..., :width], expected)
+    inner = {name: answered[name] for name in inputs}
+    reads = selections(model.model, inner)[..., :width]
+    assert not torch.equal(reads, expected)  # nothing is left of the call before
+
+
+@pytest.mark.parametrize("name", ["llava", "colpali"])
+def test_unreduce_of_the_inner_model_leaves_no_hook_on_the_head(name):
+    head = built("llava")[0] if name == "llava" else retrieval_model(name)
+    before = [len(head._forward_pre_hooks), len(head._forward_hooks)]
+    reduce_(head)
+    copy = deepcopy(head)
+    for model in (head, copy):
+        assert [len(model._forward_pre_hooks), len(model._forward_hooks)] != before
+        unreduce_(find_multimodal(model).model)
+        assert [len(model._forward_pre_hooks), len(model._forward_hooks)] == before
+
+
 WRONG = {
     "a tensor": (torch.ones(2, 9), TypeError, r"bool tensor \(B, N\), got torch.float32 \(2, 9\)"),
     "a list": ([True], TypeError, r"bool tensor \(B, N\), got list"),
+    "no row": (torch.ones(0, 9) > 0, ValueError, r"one row .* got shape \(0, 9\); pass"),
+    "no column": (torch.ones(2, 0) > 0, ValueError, r"one token, got shape \(2, 0\); pass"),
+    "on meta": (torch.ones(2, 9, device="meta") > 0, ValueError, "got one on the device meta"),
     "no token": (torch.zeros(2, 9, dtype=torch.bool), ValueError, "a token in each row"),
     "longer": (torch.ones(2, 99, dtype=torch.bool), ValueError, r"got \(2, 99\); pass the mask"),
     "before": (torch.eye(9, dtype=torch.bool)[:2], ValueError, "last token behind each image"),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
+from elip_models.vlm.strategies.controls import RandomTokens
 
 
 def shorten_placeholders(
@@ -41,7 +42,20 @@ def select_features(features: Tensor, width: int, strategy: ImageTokenStrategy) 
     count = strategy.count(len(features))
     if count == len(features):
         return features
-    positions, values = strategy.reduce(features[None, :, :width], count, ImageContext())
+    context = context_of(features, strategy)
+    positions, values = strategy.reduce(features[None, :, :width], count, context)
     positions, order = positions[0].sort()
     kept = features[positions]
     return kept if values is None else torch.cat((values[0][order], kept[:, width:]), 1)
+
+
+def context_of(features: Tensor, strategy: ImageTokenStrategy) -> ImageContext:
+    """Return the context of an image with features (n, D).
+
+    Random numbers follow from the features, which the ranks of tensor parallelism share. The
+    generator of the device would differ between ranks that have drawn other numbers before.
+    """
+    if not isinstance(strategy, RandomTokens):
+        return ImageContext()
+    seed = int(features.double().sum().view(torch.int64))
+    return ImageContext(generator=torch.Generator(features.device).manual_seed(seed))

@@ -34,6 +34,7 @@ class ImageContext(NamedTuple):
     keys: (R, n, d) the keys of that attention, mean over heads.
     frame: the tokens of a frame, if the images are clips.
     always: the positions in the image whose tokens have to stay.
+    generator: of random numbers; None for that of the tokens' device.
     """
 
     question: Tensor | None = None
@@ -41,6 +42,7 @@ class ImageContext(NamedTuple):
     keys: Tensor | None = None
     frame: int | None = None
     always: tuple[int, ...] = (-1,)
+    generator: torch.Generator | None = None
 
     def of(self, indices: list[int]) -> "ImageContext":
         """Return the context of these of the R images."""
@@ -85,6 +87,15 @@ class LanguageStrategy:
     def reads_question(self) -> bool:
         """Return whether the question changes the result."""
         return self.is_guided
+
+    @property
+    def why_whole(self) -> str | None:
+        """Return what the strategy reads of the whole prompt, or None if each image alone."""
+        if self.reads_question:
+            return "reads the question, which another chunk may have"
+        if self.reads_tower:
+            return "reads the attention of the image tower, which a chunk does not have"
+        return None
 
     def why_unsupported(self, multimodal: Multimodal) -> str | None:
         """Return the reason why the strategy cannot reduce the model, or None."""

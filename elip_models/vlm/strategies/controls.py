@@ -13,14 +13,14 @@ from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
 @dataclass(frozen=True)
 class RandomTokens(ImageTokenStrategy):
-    """Keep random tokens. Draws from the generator of the tokens' device."""
+    """Keep random tokens, by the generator of the context or of the tokens' device."""
 
     name: ClassVar[str] = "random_tokens"
     summary: ClassVar[str] = "control: keeps random tokens"
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:
         """Draw without replacement."""
-        drawn = torch.rand(tokens.shape[:2], device=tokens.device)
+        drawn = torch.rand(tokens.shape[:2], device=tokens.device, generator=context.generator)
         return drawn.topk(count, dim=1).indices
 
 

@@ -15,10 +15,9 @@ from elip_models.integrations.vllm.positions import (
     whole_starts,
 )
 from elip_models.integrations.vllm.settings import SUPPORTED, serving_strategy
-from elip_models.integrations.vllm.tokens import select_features, shorten_placeholders
+from elip_models.integrations.vllm.tokens import context_of, select_features, shorten_placeholders
 from elip_models.validation import ConfigError
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES, Diverse, Pool, Stride
-from elip_models.vlm.strategies.base import ImageContext
 from tests.vlm.models import build
 
 IMAGE = 9
@@ -81,13 +80,32 @@ def test_features_are_those_of_reduce_in_image_order(name):
     strategy = LANGUAGE_STRATEGIES[name](keep=0.25)
     columns = torch.arange(64.0)[:, None]  # of a second level, which goes with its row
     features = torch.cat((torch.randn(64, 8), columns), 1)
-    torch.manual_seed(3)
     kept = select_features(features, 8, strategy)
-    torch.manual_seed(3)
-    positions, values = strategy.reduce(features[None, :, :8], 16, ImageContext())
+    context = context_of(features, strategy)
+    positions, values = strategy.reduce(features[None, :, :8], 16, context)
     positions, order = positions[0].sort()
     assert kept[:, 8].tolist() == positions.tolist()
     assert torch.equal(kept[:, :8], features[positions, :8] if values is None else values[0, order])
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_ranks_whose_generators_differ_select_the_same_features(name):
+    strategy, images = strategy_of({"strategy": name, "keep": 0.25}), torch.randn(2, 64, 8)
+    ranks = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        ranks.append([select_features(image, 8, strategy) for image in images])
+    assert all(map(torch.equal, *ranks))
+
+
+def test_random_tokens_of_another_image_are_others():
+    strategy = strategy_of({"strategy": "random_tokens", "keep": 0.25})
+    places = torch.arange(64.0)[:, None]
+    one, two = (
+        select_features(torch.cat((torch.randn(64, 8), places), 1), 8, strategy)[:, 8]
+        for _ in range(2)
+    )
+    assert not torch.equal(one, two)
 
 
 def test_image_text_of_a_prompt_keeps_the_positions_of_the_whole_prompt():
