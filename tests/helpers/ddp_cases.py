@@ -37,15 +37,18 @@ def tower(rank, scorer):
 
 
 def contrastive(rank, local_loss, scorer="last"):
-    """A whole CLIP guides itself; open_clip's own loss gathers features with gradient."""
+    """Texts of a whole CLIP guide it; open_clip's own loss gathers features with gradient."""
     model, x = open_clip_pair().double(), images(4).double()
     words = torch.randint(1, 49, (4, 8))
     elip_models.reduce_(model, schedule=SCHEDULE, scorer=scorer)
     other = copy.deepcopy(model)
-    open_clip.ClipLoss()(*model(x, words)).backward()
+    with elip_models.guidance(model, paired=True):
+        open_clip.ClipLoss()(*model(x, words)).backward()
     loss = open_clip.ClipLoss(local_loss=local_loss, gather_with_grad=True, rank=rank, world_size=2)
     wrapped = DistributedDataParallel(other)
-    loss(*wrapped(half(rank, x), half(rank, words))).backward()
+    with elip_models.guidance(wrapped, paired=True):
+        outputs = wrapped(half(rank, x), half(rank, words))
+    loss(*outputs).backward()
     assert_equal_gradients(gradients(other), gradients(model), **CLOSE)
 
 

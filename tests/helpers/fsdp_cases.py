@@ -228,7 +228,8 @@ def open_clip_pair():
 def paired(model, x, t):
     """Image and text features of a whole CLIP; the words are made of the guidance."""
     words = t[:, :8].abs().mul(20).long().clamp(max=49)
-    out = model(x, words)
+    with elip_models.guidance(model, paired=True):
+        out = model(x, words)
     return torch.cat(out[:2])
 
 

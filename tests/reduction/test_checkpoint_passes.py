@@ -132,7 +132,8 @@ def test_calls_of_a_whole_model_with_several_texts_in_one_checkpoint(first_back,
 
     def step(run):
         model.zero_grad()
-        outputs = run(calls, anchor)
+        with elip_models.guidance(model, paired=True):  # which ends before backward
+            outputs = run(calls, anchor)
         weight = torch.linspace(-1, 1, outputs[0].shape[1])
         first, second = (outputs[i] @ weight for i in (first_back, 1 - first_back))
         (first.square().sum() + second.detach().sum() * first.sum() + second.sum()).backward()

@@ -262,10 +262,11 @@ def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
     x, tokens = images(), ids(2)
     for strategy in STRATEGIES.values():
         calls.clear()
-        elip_models.reduce_(model, strategy=strategy)
+        elip_models.reduce_(model, strategy=strategy)(x, tokens)
+        assert len(calls) == 1, strategy
         with elip_models.guidance(model, paired=True):
             model(x, tokens)
-        assert len(calls) == 1 + strategy.is_guided, strategy
+        assert len(calls) == 2 + strategy.is_guided, strategy
 
 
 @pytest.mark.parametrize(

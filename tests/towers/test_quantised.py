@@ -21,7 +21,7 @@ from elip_models.reduction.encode import run_tower
 from elip_models.reduction.strategies import Dense
 from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import through_transpose
-from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_pair
+from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_guided_pair
 from tests.helpers.strategies import WITHOUT_TEXT as STRATEGIES
 from tests.helpers.tiers import tiered
 from tests.helpers.towers import SCHEDULE, images, plain_vit
@@ -133,4 +133,4 @@ def test_a_quantised_projection_carries_text_back_to_the_image_tower(how):
     found = through_transpose(features, QUANTISED[how](layer)[0])
     assert (found - expected).abs().max() <= expected.abs().max() / 8
     whole = elip_models.reduce_(QUANTISED[how](model), schedule=SCHEDULE)
-    assert output_of_pair(whole, images(), tokens).isfinite().all()
+    assert output_of_guided_pair(whole, images(), tokens).isfinite().all()
