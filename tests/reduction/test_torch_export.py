@@ -148,6 +148,7 @@ def test_a_whole_model_is_exported_with_its_own_guidance_for_any_batch(library, 
     assert not [n.target for n in program.graph.nodes if str(n.target).startswith("elip")]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_a_trace_has_none_of_our_ops_unless_they_are_exported():
     model, x = elip_models.reduce_(plain_vit().eval(), schedule=SCHEDULE), images()
