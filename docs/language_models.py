@@ -98,8 +98,8 @@ def page() -> str:
             "## Retrieval",
             "",
             "Models of late interaction. Their embeddings of removed tokens are zeros, which you "
-            "[drop before scoring](vlm.md#retrieval); the others are compared with the stock model, "
-            "which hides the removed ones.",
+            "[drop before scoring](vlm.md#retrieval); the others are compared with the stock "
+            "model, which hides the removed ones.",
             "",
             table(["`model_type`", *of_images], retrieval, left=1),
             "",
