@@ -97,8 +97,9 @@ def page() -> str:
             "",
             "## Retrieval",
             "",
-            "Models of late interaction. Their embeddings of removed tokens are zeros, as those of "
-            "padding; the others are compared with the stock model, which hides the removed ones.",
+            "Models of late interaction. Their embeddings of removed tokens are zeros, which you "
+            "[drop before scoring](vlm.md#retrieval); the others are compared with the stock "
+            "model, which hides the removed ones.",
             "",
             table(["`model_type`", *of_images], retrieval, left=1),
             "",

@@ -284,7 +284,7 @@ class PromptReduction:
         return (embeds, kept) if is_shorter else None
 
     def _refuse_chunk(self, images: Tensor) -> None:
-        """Raise ValueError if a selection needs more than a chunk, `images` (B, N)."""
+        """Raise ValueError if a selection needs more than a chunk with images (B, N)."""
         budget = budget_of(self)
         reasons = {s.name: s.why_whole for s in self.strategies if s.why_whole is not None}
         if self.layout is not None and self.layout.are_frames_apart:

@@ -1,7 +1,8 @@
 """Retrieval by late interaction: models with an embedding of each token (ColPali, ColQwen2).
 
 Their head may put the image features into the prompt itself, so that the model inside gets no ids.
-The head makes an embedding of every token: those of removed ones become zeros, as those of padding.
+The head makes an embedding of every token: those of removed ones become zeros, which a caller drops
+before it scores a page, since their similarity with a query is 0.
 """
 
 from contextvars import ContextVar, Token

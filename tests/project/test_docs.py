@@ -27,6 +27,7 @@ from tests.helpers.programs import PROGRAMS, parse
 from tests.helpers.scripts import load_script
 from tests.helpers.tiers import slow_except
 from tests.vlm.models import build
+from tests.vlm.test_retrieval import made as retrieval
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -92,7 +93,13 @@ def small_models(monkeypatch):
 
     create_open_clip = open_clip.create_model_and_transforms
     llava, prompt = build("llava", rows=((1, "image", 3),))
+    retriever, pages = retrieval("colpali")
+    query = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
+    processor = Mock(side_effect=lambda images=None, text=None: pages if images else query)
+    processor.score_retrieval = partial(transformers.ColPaliProcessor.score_retrieval, processor)
     pretrained = {
+        "ColPaliForRetrieval": retriever,
+        "ColPaliProcessor": processor,
         "AutoModel": dinov2(num_hidden_layers=6),
         "AutoProcessor": Mock(return_value=prompt),
         "LlavaForConditionalGeneration": llava,

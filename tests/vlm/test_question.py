@@ -16,7 +16,8 @@ from tests.vlm.models import build, one_row
 QUICK = ("llava", "paligemma", "llama4")
 FAMILIES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 GUIDED = ("diverse:relevance=true", "cdpruner", "fastv:layer=2", "pyramid:stages=2")
-FRONT = (None, "diverse:relevance=true", "evs", "stride")
+FRONT = (None, "evs", "stride")
+BY_SIMILARITY = ("diverse:relevance=true", "cdpruner")
 OF_PATCHES = ("pool", "visionzip")
 """Strategies for images whose tokens are a square of patches."""
 INSIDE = (None, "fastv:layer=2", "pyramid:stages=2")
@@ -44,7 +45,7 @@ def pairs(name, model):
     """Return each pair of a strategy before the language model and one inside it."""
     front = FRONT + (OF_PATCHES if name == "llava" else ())
     if "newline" not in "".join(model.state_dict()):  # lines end with the same token: ties
-        front = (*front, "cdpruner")
+        front += BY_SIMILARITY
     both = ([strategy for strategy in pair if strategy] for pair in product(front, INSIDE))
     return [pair for pair in both if not any(why_unsupported(model, one) for one in pair)]
 

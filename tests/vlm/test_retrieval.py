@@ -1,16 +1,18 @@
 """ColPali and ColQwen2, which make an embedding of each token, with fewer image tokens."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+import transformers
 
 from elip_models import record_stages, reduce_, unreduce_
 from elip_models.vlm.retrieval import RETRIEVAL as TYPES
 from elip_models.vlm.strategies.dedup import Dedup
 from tests.vlm import oracle
 from tests.vlm.configs import RETRIEVAL, retrieval_model
-from tests.vlm.models import build
+from tests.vlm.models import build, prompt
 from tests.vlm.test_dedup import WHITE, unattended
 
 CASES = [
@@ -81,6 +83,22 @@ def test_queries_are_untouched_and_late_interaction_reads_the_kept_tokens(name):
     read = infos[0].kept & inputs["attention_mask"].bool()
     for page, score, real in zip(pages, scores, read, strict=True):
         assert torch.isclose((embeddings[0] @ page[real].mT).amax(1).clamp(min=0).sum(), score)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RETRIEVAL)
+def test_scores_without_rows_of_zeros_are_those_of_the_remaining_tokens(name):
+    model, inputs = made(name)
+    inputs = {key: value[:1] for key, value in inputs.items()}
+    inputs |= prompt(model.vlm, inputs, ((3, "image", 2),))
+    reduce_(model, "diverse", keep=0.5)
+    page = model(**inputs).embeddings[0]
+    rows = page[page.any(-1)]
+    query = -rows.mean(0).expand(1, 2, -1)  # whose similarity with each token is negative
+    score = partial(transformers.ColPaliProcessor.score_retrieval, None, query, output_dtype=None)
+    assert (rows @ query[0].T).max() < 0
+    assert score([page]) == 0
+    assert torch.isclose(score([rows])[0, 0], (rows @ query[0].T).amax(0).sum())
 
 
 @pytest.mark.parametrize("name", RETRIEVAL)
