@@ -71,8 +71,8 @@ def single_images(tasks: dict[str, Any]) -> str:
         percent(1 - times(tasks, batch)[f"{DEFAULT.name} {DEFAULT_KEEP}"]) for batch in BATCHES
     )
     return (
-        f"**One image at a time**: the default saves only {single} of the time, against {batched} "
-        "for batches."
+        f"**One image at a time**: the default saves only {single} of the time with two threads, "
+        f"against {batched} for batches."
     )
 
 
@@ -91,10 +91,11 @@ def vision_language_models(results: Path) -> list[str]:
     saved = percent(1 - prefill["ratios"][str(LANGUAGE_KEEP)])
     return [
         f"**Vision-language models**: with a quarter of the image tokens, the prefill of a LLaVA "
-        f"takes {saved} less time ([measured with random weights]"
+        f"takes {saved} less time, and decoding little less ([measured with random weights]"
         "(docs/vlm.md#how-much-time-it-saves)).",
         f"Three tiny LLaVAs, trained on all tokens of drawn scenes and then run on a quarter of "
-        f"them, lost between {min(losses):.1f} and {max(losses):.1f} points of accuracy "
+        f"them by `{LANGUAGE_STRATEGY}`, lost between {min(losses):.1f} and {max(losses):.1f} "
+        "points of accuracy "
         "([study](docs/results.md#image-tokens-of-a-language-model)).",
     ]
 
@@ -107,8 +108,9 @@ def fine_tuning(study: dict[str, Any]) -> str:
     return (
         f"**Fine-tuning** with the default, on small images: a step takes "
         f"{percent(1 - study['time']['ratios'][arm])} less time. The loss of top-1 may reach "
-        f"{half - mean:.1f} points (end of the confidence interval; "
-        "[all strategies](docs/results.md#fine-tuning-with-fewer-tokens))."
+        f"{half - mean:.1f} points (end of the confidence interval), and does not differ "
+        "significantly from that of as many fewer steps "
+        "([all strategies](docs/results.md#fine-tuning-with-fewer-tokens))."
     )
 
 
@@ -120,7 +122,8 @@ def clip_training(study: dict[str, Any]) -> str:
     return (
         f"**Training a CLIP** with half of the image tokens: a step takes "
         f"{percent(1 - study['time']['ratios'][arm])} less time. Run with all tokens afterwards, "
-        f"the model loses {-mean:.1f} points of R@5; run with half of them, it loses more "
+        f"the model loses {-mean:.1f} points of text-to-image R@5; run with half of them, it loses "
+        "more than half of the dense steps would cost "
         "([all strategies](docs/results.md#training-a-clip))."
     )
 
@@ -165,7 +168,9 @@ def settings_table(tasks: dict[str, Any]) -> str:
         f"relative to dense. Top-1: a linear probe on {photographs['clothes']['measured']} "
         "photographs of ten easy classes of clothes. R@5: the share of captions whose photograph "
         f"is among the five best of {photographs['flickr8k']['measured']:,}. "
-        f"{tasks['time']['device']}; no GPU was measured. [All measures](docs/results.md).*"
+        "Intervals are not adjusted for the number of rows, and too short if few photographs "
+        f"change. {tasks['time']['device']}; no GPU was measured. [All measures]"
+        "(docs/results.md).*"
     )
     return f"{table(header, cells, left=1)}\n\n{note}"
 

@@ -40,7 +40,13 @@ COMPARISONS = (
     ),
     Comparison("Train further, at 0.30", "quality", "tome-low-0.30", "dense", OF_TRAINING),
     Comparison("Train further, the paper's method", "quality", "paper", "dense", OF_TRAINING),
-    Comparison("Train further, random pruning", "quality", "random-nearest", "dense", OF_TRAINING),
+    Comparison(
+        "Train further, random tokens kept, the others merged",
+        "quality",
+        "random-nearest",
+        "dense",
+        OF_TRAINING,
+    ),
     Comparison("Train further, EViT", "quality", "evit", "dense", OF_TRAINING),
     Comparison("Train from scratch, merging", "quality_flat", "tome", "dense", (R1, REDUCED_R1)),
     Comparison(
