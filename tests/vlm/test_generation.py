@@ -279,6 +279,18 @@ def test_generation_beyond_a_window_is_that_without_removed_columns(name, share)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("strategy", ["cdpruner", "pyramid:stages=3"])
+def test_assisted_decoding_goes_beyond_a_window(strategy):
+    model, inputs = of_window("mistral", 999)
+    model, inputs = of_window("mistral", inputs["input_ids"].shape[1] + 4)
+    reduce_(model, strategy, keep=0.5)
+    expected = oracle.stock_generate(model, inputs, max_new_tokens=20)
+    lookup = dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    output = oracle.stock_generate(model, inputs, max_new_tokens=20, **lookup)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
 def test_a_padded_batch_generates_beyond_a_window(settings):
     model, inputs = _windowed(30)
