@@ -234,12 +234,13 @@ def guidance(
             SiglipModel) or the ITM head (BlipForImageTextRetrieval).
         question: (B, N) bool, the tokens of each prompt of a multimodal language model by which
             strategies that read the question select image tokens. Tokens behind the first N are
-            none of it. Labels have precedence. Without both, all text is the question.
+            none of it. Labels have precedence. Without both, all text is the question, except
+            what `logits_to_keep` predicts.
 
     Raises:
         TypeError, ValueError: a model that `reduce_` has not changed, `text_cls` not (B, D), or
-            `question` not (B, N) with a token in each row; `paired` beside `text_cls`, or of a
-            model that takes no texts; none of them.
+            `question` not (B, N) with a token in each row, or without values; `paired` beside
+            `text_cls`, or of a model that takes no texts; none of them.
     """
     check_module(model, text_cls, "guidance")
     model = passed_model(model)
