@@ -163,7 +163,7 @@ def saved_bytes(parameters: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node stores would keep the graph for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(storages.values())

@@ -1,8 +1,11 @@
 """The largest training batch, by a line through two small ones, dense and reduced."""
 
+import gc
 import json
+import weakref
 
 import pytest
+import torch
 
 from elip_models.pretraining.models.registry import create_model
 from elip_models.profiling.max_batch import bytes_of, largest_batches
@@ -41,6 +44,18 @@ def test_the_largest_batch_fits_and_one_more_does_not(name):
         assert row.batch * row.per_image <= free < (row.batch + 1) * row.per_image
     assert reduced.ratio == pytest.approx(reduced.batch / dense.batch, abs=1e-3)
     assert reduced.ratio > 1.1
+
+
+def test_a_graph_whose_bytes_were_counted_is_freed_without_its_backward():
+    weight = torch.ones(5, requires_grad=True)
+    with saved_bytes() as count:
+        output = weight.exp()  # whose node stores its own output
+    (gradient,) = torch.autograd.grad(output.sum(), weight, retain_graph=True)
+    assert count() == 20 and torch.equal(gradient, output)
+    kept = weakref.ref(output)
+    del output
+    gc.collect()
+    assert kept() is None
 
 
 def test_flops_only_with_max_batch_raises(capsys):
