@@ -26,7 +26,6 @@ from elip_models.embedding.collection import open_collection
 from elip_models.embedding.encoder import open_encoder
 from elip_models.embedding.search import find, query_encoder
 from elip_models.images import SampleError
-from elip_models.profiling.measure import no_gain
 from elip_models.validation import ConfigError
 from tests.helpers.models import dinov2
 from tests.helpers.own_warnings import UNGUIDED
@@ -165,15 +164,7 @@ def test_the_page_opens_with_an_image_and_a_model_for_which_the_default_helps():
     (choice,), (keep, block) = values_of(page, gradio.Dropdown), values_of(page, gradio.Slider)
     assert page.fns[0].targets[0][1] == "load"
     *_, (shown, merged, figures) = page.fns[0].fn(image, choice, keep, block)
-    assert shown != merged and "of dense" in figures and "| FLOPs | 1 | 0.69 |" in figures
-
-
-@pytest.mark.slow
-def test_a_default_reduction_saves_time_on_the_first_screen(scene):
-    demo = pages.Demo(open_encoder(pages.DEFAULT_MODEL, pretrained=False))
-    strategy = demo.strategy(pages.DEFAULT.name, pages.DEFAULT_KEEP)
-    shares = [demo.time(demo.read(scene), strategy, 4)[1] for _ in range(3)]
-    assert not no_gain(sorted(shares)[1])
+    assert shown != merged and "| time" in figures and "| FLOPs | 1 | 0.69 |" in figures
 
 
 def test_random_weights_are_named_on_the_page(demo):
