@@ -23,6 +23,7 @@ from tests.helpers.models import (
     hf_clip,
     hf_vision,
 )
+from tests.helpers.own_warnings import UNGUIDED
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,7 @@ def test_a_wrong_preprocessing_is_named(settings, message, model, tmp_path):
         open_encoder(model, preprocess=tmp_path / "own.json")
 
 
+@UNGUIDED
 def test_a_run_folder_embeds_with_its_own_reduction(image, tmp_path, tokenizer):
     made = create_model("elip_clip_tiny").eval()
     made.save_pretrained(tmp_path / "model", tokenizer)

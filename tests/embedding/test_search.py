@@ -21,6 +21,7 @@ from elip_models.embedding.search import build_index, open_index, search
 from elip_models.saving.files import read_checked, read_object, write_checked, write_json
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiny_run import elip
 
 
@@ -73,6 +74,7 @@ def test_an_image_of_the_collection_finds_itself_first(whole, pictures, encoder)
     assert [hit.rank for hit in result.hits] == [1, 2, 3, 4, 5]
 
 
+@UNGUIDED
 def test_a_text_is_embedded_by_the_text_tower(captioned, capsys):
     out, run = captioned
     assert json.loads((out / "manifest.json").read_text())["strategy"]["strategy"] == "elip"
