@@ -47,6 +47,11 @@ class NaFlexSizes(PlainTimm):
         """Return the rows and columns of patches of an image."""
         return self.model.embeds.dynamic_feat_size(image_size)
 
+    @property
+    def embed_methods(self) -> list[tuple[nn.Module, str]]:
+        """Return no method: none is replaced, since the image size cannot change."""
+        return []
+
     def refuses_resizing(self) -> str | None:
         """Return why the image size cannot change, in one sentence, or None if it can."""
         return "it takes images of any size; pass smaller ones"

@@ -70,7 +70,7 @@ class Call:
 
     def __call__(self, model, x=None):
         """Of a reduced model: a tower is guided by the text, a whole model guides itself."""
-        reduction = reduction_of(model)
+        reduction = reduction_of(getattr(model, "_orig_mod", model))
         if self.is_pair and reduction.image_text is None:  # of CoCa
             return self.dense(model, x)
         with elip_models.guidance(model, None if self.is_pair else self.text, paired=self.is_pair):
