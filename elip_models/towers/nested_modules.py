@@ -15,7 +15,7 @@ def modules_around(model: nn.Module, part: nn.Module) -> list[nn.Module]:
 
 
 def modules_outside(model: nn.Module, is_other: Test) -> list[nn.Module]:
-    """Return the modules of a model, without those of which `is_other` is true and their parts."""
+    """Return the modules of a model, without other models inside it, which `is_other` recognises."""
     return [module for _, module, ends in _walk(model, "model", is_other, set()) if not ends]
 
 
