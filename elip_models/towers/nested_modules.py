@@ -15,7 +15,7 @@ def modules_around(model: nn.Module, part: nn.Module) -> list[nn.Module]:
 
 
 def modules_outside(model: nn.Module, is_other: Test) -> list[nn.Module]:
-    """Return the modules of a model, without other models inside it, which `is_other` recognises."""
+    """Return the modules of a model, except those of other models inside it (`is_other`)."""
     return [module for _, module, ends in _walk(model, "model", is_other, set()) if not ends]
 
 
