@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, pretraining_case
+from elip_models.engine.encode import run_tower
 from elip_models.pretraining.models.momentum_model import MomentumModel
 from elip_models.pretraining.models.registry import FAMILIES, create_model
 from elip_models.profiling.measure import (
@@ -25,8 +26,7 @@ from elip_models.profiling.measure import (
 )
 from elip_models.profiling.runner import DENSE
 from elip_models.profiling.workload import shared_copy
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.user_warnings import SlowScorerWarning
+from elip_models.user_warnings import SlowScorerWarning
 
 BOUND = 1e-6  # relative error: towers run in fp64, but losses are fp32
 SHARED = "last, shared"

@@ -13,13 +13,13 @@ import torch
 
 from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU
 from benchmarks.parity import check_errors, relative_error
+from elip_models.engine.forward_state import ForwardState
 from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.flops import training_ratio
-from elip_models.reduction.schedule import PAPER
-from elip_models.reduction.step import ForwardState
-from elip_models.reduction.strategies import STRATEGIES, Dense
-from elip_models.reduction.strategies.elip import ELIP
+from elip_models.strategies import STRATEGIES, Dense
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.flops import training_ratio
+from elip_models.strategies.schedule import PAPER
 from elip_models.towers import as_tower
 
 BASE, SMALL, TINY = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny"))

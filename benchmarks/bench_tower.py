@@ -18,9 +18,9 @@ from benchmarks.cases import DEVICE, DTYPE_NAMES, tower_cases
 from benchmarks.parity import check_coarser_errors, check_errors, relative_error
 from elip_models.profiling.runner import DENSE, count, in_mode, measure
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.schedule import PRESETS
-from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.strategies.elip import ELIP
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.schedule import PRESETS
+from elip_models.strategies.scorers import SCORERS
 from elip_models.towers import as_tower
 
 SCHEDULE = PRESETS["albef"]

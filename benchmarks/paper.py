@@ -27,11 +27,11 @@ from elip_models.pretraining.models.registry import create_model, family_of
 from elip_models.profiling.measure import FlopCount, count_step
 from elip_models.profiling.runner import DENSE, count
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.strategies import RandomPruning
-from elip_models.reduction.strategies.elip import ELIP
-from elip_models.reduction.strategies.evit import EViT
-from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import write_json
+from elip_models.strategies import RandomPruning
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.evit import EViT
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import check_output
 
 BATCH_SIZE = 36

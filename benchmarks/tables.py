@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.measured import Results
 from benchmarks.parity import OURS
 from elip_models.profiling.measure import no_gain
-from elip_models.reduction.strategies import STRATEGIES
+from elip_models.strategies import STRATEGIES
 
 OTHERS = ("official", "eager", "compiled")
 

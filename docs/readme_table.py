@@ -14,9 +14,9 @@ from benchmarks.marked_block import Block, run
 from benchmarks.real.training import DENSE, REDUCED
 from benchmarks.real.training_tables import interval_over_seeds, values_by_seed
 from benchmarks.tables import table
-from elip_models.reduction.flops import DEFAULT_KEEP
-from elip_models.reduction.strategies import DEFAULT
 from elip_models.saving.files import read_object
+from elip_models.strategies import DEFAULT
+from elip_models.strategies.flops import DEFAULT_KEEP
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,8 +17,8 @@ from torch import nn
 
 from benchmarks.marked_block import Block, run
 from elip_models.analysis.supported_models import check_strategies
-from elip_models.reduction.strategies import STRATEGIES
 from elip_models.saving.open_model import open_model
+from elip_models.strategies import STRATEGIES
 from elip_models.vlm.strategy_list import reason_of
 
 PAGE = Path(__file__).with_name("models.md")

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from elip_models.analysis.supported_models import check_strategies
-from elip_models.reduction.strategies import STRATEGIES
+from elip_models.strategies import STRATEGIES
 from elip_models.vlm.strategy_list import reason_of
 
 PAGE = Path(__file__).with_name("transformers_models.md")

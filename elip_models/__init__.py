@@ -50,10 +50,10 @@ LAZY = {
     "elip_models.integrations.peft.adapt": ("adapt_",),
     "elip_models.integrations.peft.adapt_config": ("AdaptConfig",),
     "elip_models.pretraining.models.registry": ("create_model", "list_models"),
-    "elip_models.reduction.encode": ("encode_image",),
-    "elip_models.reduction.schedule": ("Schedule", "Stage"),
-    "elip_models.reduction.strategy": ("TokenCounts", "StageInfo", "Strategy"),
-    "elip_models.reduction.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
+    "elip_models.engine.encode": ("encode_image",),
+    "elip_models.strategies.schedule": ("Schedule", "Stage"),
+    "elip_models.strategies.strategy": ("TokenCounts", "StageInfo", "Strategy"),
+    "elip_models.user_warnings": ("SlowScorerWarning", "UnguidedWarning"),
     "elip_models.recovery.distill": ("distill",),
     "elip_models.api": (
         "budget",
@@ -69,11 +69,12 @@ LAZY = {
 }
 """The public names of each module, which is imported on first use: `elip --help` needs no torch."""
 MODULES = {name: module for module, names in LAZY.items() for name in names}
-STRATEGIES_MODULE = "elip_models.reduction.strategies"
+STRATEGIES_MODULE = "elip_models.strategies"
 """The module whose public names are public here too: the classes of all strategies."""
 
 if TYPE_CHECKING:
     from elip_kernels import __version__
+    from elip_models import strategies
     from elip_models.analysis.calibrate import calibrate
     from elip_models.api import (
         budget,
@@ -85,18 +86,17 @@ if TYPE_CHECKING:
         unreduce_,
     )
     from elip_models.embedding.run import embed
+    from elip_models.engine.encode import encode_image
     from elip_models.integrations.peft.adapt import adapt_
     from elip_models.integrations.peft.adapt_config import AdaptConfig
     from elip_models.pretraining.models.registry import create_model, list_models
     from elip_models.recovery.distill import distill
-    from elip_models.reduction import strategies
-    from elip_models.reduction.encode import encode_image
-    from elip_models.reduction.schedule import Schedule, Stage
-    from elip_models.reduction.strategies import *  # noqa: F403, of its __all__
-    from elip_models.reduction.strategy import StageInfo, Strategy, TokenCounts
-    from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.saving.open_model import open_model
     from elip_models.saving.saved_reduced import load_reduced, save_reduced
+    from elip_models.strategies import *  # noqa: F403, of its __all__
+    from elip_models.strategies.schedule import Schedule, Stage
+    from elip_models.strategies.strategy import StageInfo, Strategy, TokenCounts
+    from elip_models.user_warnings import SlowScorerWarning, UnguidedWarning
     from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
     from elip_models.vlm.strategy_list import list_strategies
 

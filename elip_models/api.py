@@ -1,8 +1,8 @@
 """reduce_ and its companions for every kind of model.
 
-image model, image-text model     `reduction/patch.py` replaces the forwards of its blocks
-multimodal language model         `vlm/patch.py` removes image tokens before or inside it, and
-`reduction/patch.py` reduces its image tower
+image model, image-text model     `engine/install.py` replaces the forwards of its blocks
+multimodal language model         `vlm/install.py` removes image tokens before or inside it, and
+`engine/install.py` reduces its image tower
 model of `create_model`           its own forward reduces, by the strategy in its config
 """
 
@@ -14,28 +14,27 @@ from typing import Any, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction import patch
-from elip_models.reduction.call_context import RECORDS, Record, records_of
-from elip_models.reduction.reduced_model import Reduction
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategies.elip import Guided
-from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import (
+from elip_models.engine import install
+from elip_models.engine.call_context import RECORDS, Record, records_of
+from elip_models.engine.reduced_model import Reduction
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.elip import Guided
+from elip_models.strategies.schedule import Schedule
+from elip_models.strategies.spec import (
     StrategyOptions,
     name_in,
     option_types,
     resolve_strategy,
 )
-from elip_models.reduction.summary import Summary
-from elip_models.reduction.user_warnings import UnguidedWarning, warn_once
+from elip_models.strategies.strategy import StageInfo, Strategy
+from elip_models.strategies.summary import Summary
 from elip_models.towers import SelfReducingModel, check_module
+from elip_models.user_warnings import UnguidedWarning, warn_once
 from elip_models.validation import PositiveInt, as_config_error, check, shortened
 from elip_models.vlm.budget import BUDGETS, Budget, budget_of
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, find_multimodal
-from elip_models.vlm.passed_model import models_in, passed_model
-from elip_models.vlm.patch import (
+from elip_models.vlm.install import (
     installed_strategies,
     language_strategies_in,
     language_strategy,
@@ -44,6 +43,7 @@ from elip_models.vlm.patch import (
     refuse_language_strategy,
     uninstall_strategies,
 )
+from elip_models.vlm.passed_model import models_in, passed_model
 from elip_models.vlm.question import MASKS, Mask
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies.base import LanguageStrategy
@@ -111,7 +111,7 @@ def reduce_(
     """
     options = {"schedule": schedule, **options}
     check_module(model, strategy, "reduce_")
-    patch.refuse_compiled(model, "reduce_")
+    install.refuse_compiled(model, "reduce_")
     if isinstance(keep, str) and not isinstance(strategy, str | AnyStrategy | None):
         raise TypeError(
             f"strategy: expected a name or a Strategy, got {shortened(strategy)}, with "
@@ -124,11 +124,11 @@ def reduce_(
         default = model.elip_strategy
         chosen = resolve_strategy(model.tower, strategy, options, keep=keep, default=default)
         if chosen != model.reduction:
-            patch.refuse_in_use(bool(records_of(model.tower)))
+            install.refuse_in_use(bool(records_of(model.tower)))
             model.set_reduction(chosen)
         return model
     if multimodal is None:
-        return patch.install_strategy(model, strategy, options, keep)
+        return install.install_strategy(model, strategy, options, keep)
     _reduce(passed_model(model), multimodal, strategy, keep, options)
     return model
 
@@ -145,13 +145,13 @@ def unreduce_(model: M) -> M:
     Raises:
         TypeError: the model is compiled, or a forward method was wrapped after `reduce_`.
     """
-    patch.refuse_compiled(model, "unreduce_")
+    install.refuse_compiled(model, "unreduce_")
     passed = passed_model(model)
     if isinstance(passed, SelfReducingModel):
         if passed.is_reduced:
             passed.set_reduction(None)
         return model
-    patch.uninstall_strategy(passed)
+    install.uninstall_strategy(passed)
     if (multimodal := find_multimodal(passed)) is not None:
         uninstall_strategies(multimodal)
     return model
@@ -174,8 +174,8 @@ def reduction_summary(model: nn.Module) -> Summary | MultimodalSummary:
         return Summary.of(model.tower, model.reduction, is_whole=True)
     multimodal = find_multimodal(model)
     if multimodal is None:
-        return patch.tower_summary(model)
-    reduction = patch.reduction_of(multimodal.tower)
+        return install.tower_summary(model)
+    reduction = install.reduction_of(multimodal.tower)
     tower = None if reduction is None else reduction.summary
     hooks = prompt_hooks(multimodal)
     inside = None if hooks is None else budget_of(hooks)
@@ -197,7 +197,7 @@ def strategies_in(model: nn.Module) -> tuple[AnyStrategy, ...]:
 def _strategies_of(model: nn.Module) -> tuple[AnyStrategy, ...]:
     if isinstance(model, SelfReducingModel):
         return (model.reduction,) if model.is_reduced else ()
-    reduction = patch.reduction_of(model)
+    reduction = install.reduction_of(model)
     of_tower = () if reduction is None else (reduction.strategy,)
     return (*of_tower, *language_strategies_in(model))
 
@@ -388,7 +388,7 @@ def _question_of(model: nn.Module, question: Tensor) -> Mask:
 
 def _tower_reduction(model: nn.Module) -> Reduction:
     """Return the reduction of the model's image tower; raise ValueError if there is none."""
-    reduction = patch.reduction_of(model) if isinstance(model, nn.Module) else None
+    reduction = install.reduction_of(model) if isinstance(model, nn.Module) else None
     if reduction is not None:
         return reduction
     strategies = language_strategies_in(model)
@@ -424,7 +424,7 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
         TypeError: a compiled model, whose graph cannot be recorded.
         ValueError: a model that `reduce_` has not changed.
     """
-    patch.refuse_compiled(model, "record_stages")
+    install.refuse_compiled(model, "record_stages")
     infos: list[Any] = []
     with RECORDS.within(Record(_recorded(passed_model(model)), infos)):
         yield infos
@@ -445,13 +445,13 @@ def _reduce(
     """Reduce the image tower or the language model, and store all strategies in the config."""
     is_saved = getattr(multimodal.config, "elip", None) is not None
     if _is_for_tower(strategy, options):
-        patch.install_strategy(model, strategy, options, keep)
+        install.install_strategy(model, strategy, options, keep)
     elif strategy is None and keep is None and is_saved and not is_reduced(model):
         with as_config_error(f"{type(multimodal.config).__name__}.elip"):
             restore_(model, multimodal.config.elip)
     else:
         reduce_language_model(multimodal, language_strategy(strategy, {"keep": keep, **options}))
-    reduction = patch.reduction_of(multimodal.tower)
+    reduction = install.reduction_of(multimodal.tower)
     of_tower = None if reduction is None else reduction.strategy
     store_strategies(model, multimodal.config, of_tower, language_strategies_in(model))
 

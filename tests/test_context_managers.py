@@ -13,10 +13,10 @@ import torch
 import elip_kernels
 import elip_models
 from elip_kernels import _operator
+from elip_models.engine.call_context import GUIDES, RECORDS
 from elip_models.pretraining.training import accelerator
-from elip_models.reduction.call_context import GUIDES, RECORDS
-from elip_models.reduction.user_warnings import IGNORED, SlowScorerWarning, ignoring
 from elip_models.saving.meta_build import quiet_logs
+from elip_models.user_warnings import IGNORED, SlowScorerWarning, ignoring
 from elip_models.vlm.budget import BUDGETS
 from elip_models.vlm.question import MASKS
 from tests.helpers.towers import SCHEDULE, plain_vit

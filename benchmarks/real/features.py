@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import elip_models
 from benchmarks.real.dinov2 import batches
-from elip_models.reduction.summary import Summary
 from elip_models.saving.files import tensors_sha256, write_tensors
+from elip_models.strategies.summary import Summary
 
 DENSE = "dense"
 

@@ -18,8 +18,8 @@ from benchmarks.studies.study import Run, Study
 from elip_models.pretraining.data import open_source
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.training_data import meta_model
-from elip_models.reduction import flops
 from elip_models.saving.files import write_file
+from elip_models.strategies import flops
 from elip_models.validation import require_extra
 
 with require_extra("benchmarks.studies"):

@@ -35,8 +35,8 @@ from elip_models.pretraining.training.loss_log import losses_of
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import Strategy
+from elip_models.strategies.dense import Dense
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import require_extra
 
 with require_extra("benchmarks.studies"):

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from elip_kernels import ReductionInfo
 from elip_models.analysis.visualize import patch_grid
+from elip_models.engine.encode import run_tower
 from elip_models.images import SampleError
 from elip_models.pretraining.data import NamedMasks, Source, image_transform
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import StageInfo
-from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
+from elip_models.strategies.strategy import StageInfo
+from elip_models.user_warnings import SlowScorerWarning, ignoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -33,9 +33,9 @@ from elip_models.profiling.measure import measured_on
 from elip_models.profiling.runner import DENSE
 from elip_models.profiling.runner import measure as profile
 from elip_models.profiling.workload import Workload
-from elip_models.reduction import flops
 from elip_models.saving.files import read_object, write_json
 from elip_models.saving.saved_folder import publish, unfinished
+from elip_models.strategies import flops
 from elip_models.validation import (
     ConfigError,
     Stopped,

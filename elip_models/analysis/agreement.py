@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from elip_models.reduction.scorers import SCORERS
-from elip_models.reduction.step import ForwardState
-from elip_models.reduction.strategies.elip import ELIP
+from elip_models.engine.forward_state import ForwardState
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.scorers import SCORERS
 from elip_models.towers import Tower, as_tower
 
 OTHERS = tuple(name for name in SCORERS if name != "exact")

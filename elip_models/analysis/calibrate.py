@@ -25,10 +25,10 @@ from elip_models.api import is_reduced, reduce_
 from elip_models.intervals import Interval, bootstrap_interval, score_interval
 from elip_models.profiling.measure import measured_on, ratios_to, time_side_by_side
 from elip_models.profiling.workload import shared_copy
-from elip_models.reduction.flops import TOLERANCE, at_flops, inference_ratio
-from elip_models.reduction.strategies import STRATEGIES as BUILT_IN
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy, option_types, parse_spec
+from elip_models.strategies import STRATEGIES as BUILT_IN
+from elip_models.strategies.flops import TOLERANCE, at_flops, inference_ratio
+from elip_models.strategies.spec import get_strategy, option_types, parse_spec
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers import Tower, as_reducible, as_tower, check_module
 from elip_models.validation import PositiveInt, PositiveShare, check, did_you_mean, shortened
 from elip_models.vlm.families import refuse_multimodal

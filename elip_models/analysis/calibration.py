@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from elip_models.intervals import Interval
 from elip_models.profiling.measure import no_gain
-from elip_models.reduction.serialization import settings_of
-from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import write_json
+from elip_models.strategies.serialization import settings_of
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import shortened
 
 DENSE = "dense"

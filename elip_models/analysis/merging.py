@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_models.analysis.visualize import GREY, Panel, draw_panels, source_maps
-from elip_models.reduction.strategy import StageInfo
+from elip_models.strategies.strategy import StageInfo
 
 MAX_FRAMES = 16  # in the picture of a clip, evenly spaced
 MAX_STEPS = 4  # steps in a picture, evenly spaced up to the last one

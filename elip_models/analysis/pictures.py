@@ -10,7 +10,7 @@ from elip_models.analysis.visualize import (
     patch_grid,
 )
 from elip_models.analysis.visualize_inputs import CaptionedImages, VisualizedModel
-from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
+from elip_models.user_warnings import SlowScorerWarning, ignoring
 from elip_models.validation import ConfigError
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from elip_models.reduction.patch import strategy_by_default
-from elip_models.reduction.strategies import STRATEGIES
+from elip_models.engine.install import strategy_by_default
+from elip_models.strategies import STRATEGIES
 from elip_models.towers import as_tower
 from elip_models.vlm.strategy_list import list_strategies, reason_of
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from elip_kernels import unmerge
 from elip_models.analysis.chart_style import write_figure
-from elip_models.reduction.step import ForwardState
-from elip_models.reduction.strategies import Dense
-from elip_models.reduction.strategy import StageInfo, Strategy
+from elip_models.engine.forward_state import ForwardState
+from elip_models.strategies import Dense
+from elip_models.strategies.strategy import StageInfo, Strategy
 from elip_models.towers import Tower
 from elip_models.validation import require_extra
 

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from elip_models.engine.encode import encode_image
+from elip_models.engine.install import strategy_by_default
 from elip_models.images import SampleError, decode_clip, decode_image, pixels_of
-from elip_models.reduction.encode import encode_image
-from elip_models.reduction.patch import strategy_by_default
-from elip_models.reduction.strategies.elip import ELIP
-from elip_models.reduction.strategy import StageInfo, Strategy
-from elip_models.reduction.strategy_spec import resolve_strategy
 from elip_models.saving.open_model import open_model, size_options, split_spec
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.spec import resolve_strategy
+from elip_models.strategies.strategy import StageInfo, Strategy
 from elip_models.towers import (
     ReducibleModel,
     SelfReducingModel,

@@ -55,7 +55,7 @@ def demo(
         from elip_models.embedding.demo import CSS, DEFAULT_MODEL, Demo, build_page
         from elip_models.embedding.encoder import open_encoder
         from elip_models.embedding.page_server import PageServer, upload_folder
-        from elip_models.reduction.user_warnings import UnguidedWarning
+        from elip_models.user_warnings import UnguidedWarning
 
         warnings.simplefilter("ignore", UnguidedWarning)  # no text guides on the page
         if embeddings is None:

@@ -21,15 +21,15 @@ from elip_models.analysis.feature_measures import cosine
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import grid_shape
 from elip_models.embedding.encoder import DENSE, Encoder
+from elip_models.engine.encode import encode_image
 from elip_models.images import SampleError, decode_image
 from elip_models.profiling.measure import milliseconds, no_gain, ratios_to, time_side_by_side
-from elip_models.reduction.encode import encode_image
-from elip_models.reduction.flops import DEFAULT_KEEP, at_keep, inference_ratio, kept_share
-from elip_models.reduction.strategies import DEFAULT
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy
-from elip_models.reduction.user_warnings import SlowScorerWarning, UnguidedWarning, ignoring
+from elip_models.strategies import DEFAULT
+from elip_models.strategies.flops import DEFAULT_KEEP, at_keep, inference_ratio, kept_share
+from elip_models.strategies.spec import get_strategy
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers import as_reducible, as_tower
+from elip_models.user_warnings import SlowScorerWarning, UnguidedWarning, ignoring
 from elip_models.validation import Bounds, as_config_error, check, require_extra
 
 with require_extra("elip demo"):

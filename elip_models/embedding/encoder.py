@@ -17,13 +17,13 @@ from elip_models.analysis.feature_measures import output_feature
 from elip_models.api import reduce_, strategies_in, unreduce_
 from elip_models.embedding.preprocessing import Preprocessing, preprocessing_of
 from elip_models.profiling.workload import shared_copy
-from elip_models.reduction.flops import check_share
-from elip_models.reduction.serialization import settings_of
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import Strategy
 from elip_models.saving.dense_models import OPEN_CLIP_CONFIG, NewPartsWarning
 from elip_models.saving.files import tensors_sha256
 from elip_models.saving.open_model import model_folder, open_model, split_spec, split_weights
+from elip_models.strategies.dense import Dense
+from elip_models.strategies.flops import check_share
+from elip_models.strategies.serialization import settings_of
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers import ImageTextModel, SelfReducingModel, as_image_text, library_of
 from elip_models.validation import ConfigError, as_config_error
 

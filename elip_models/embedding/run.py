@@ -24,8 +24,8 @@ from elip_models.embedding.output import CHECK, OutputFolder, shard_file
 from elip_models.embedding.shard import Job, library_versions
 from elip_models.embedding.source import ImageSource, open_images
 from elip_models.rank_barrier import RankBarrier
-from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import write_json
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import ConfigError
 
 Progress = Callable[[int, int, int], object]

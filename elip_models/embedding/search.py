@@ -26,9 +26,9 @@ from elip_models.embedding.collection import Collection, open_collection, unit
 from elip_models.embedding.encoder import DENSE, Encoder, open_encoder
 from elip_models.embedding.output import MANIFEST, OutputFolder
 from elip_models.images import IMAGE_ENDINGS, SampleError, decode_image
-from elip_models.reduction.serialization import strategy_of
-from elip_models.reduction.user_warnings import UnguidedWarning, ignoring
 from elip_models.saving.files import file_sha256, read_checked, write_checked
+from elip_models.strategies.serialization import strategy_of
+from elip_models.user_warnings import UnguidedWarning, ignoring
 from elip_models.validation import ConfigError, as_config_error
 
 Report = Callable[[str], object]

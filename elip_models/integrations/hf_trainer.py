@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from elip_models.api import AnyStrategy, is_reduced, reduce_, strategies_in, unreduce_
-from elip_models.reduction.strategy import Strategy
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import Count, PositiveShare, check, require_extra
 
 with require_extra("elip_models.integrations"):

@@ -20,10 +20,10 @@ from typing import Any
 from torch import nn
 
 from elip_models.api import guidance, reduce_
-from elip_models.reduction.patch import reduction_of
-from elip_models.reduction.strategies import DEFAULT
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import check_keep, get_strategy
+from elip_models.engine.install import reduction_of
+from elip_models.strategies import DEFAULT
+from elip_models.strategies.spec import check_keep, get_strategy
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import install_command
 
 CREATE = "create_model_and_transforms"

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from elip_models.profiling.runner import in_mode
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.strategy import Strategy
+from elip_models.strategies.strategy import Strategy
 
 IMAGE, TEXT, FUSION = "image tower", "text tower", "fusion"
 MOMENTUM, HEADS, SCORING = "momentum", "heads", "scoring"

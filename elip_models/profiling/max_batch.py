@@ -19,8 +19,8 @@ from torch import nn
 from elip_models.profiling.measure import memory_kind, memory_of
 from elip_models.profiling.table import ProfileSettings, open_for_profile
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.strategy import Strategy
 from elip_models.saving.files import write_json
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import ConfigError, check_output, shortened
 
 BATCHES = (2, 4)

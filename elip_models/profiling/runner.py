@@ -25,8 +25,8 @@ from elip_models.profiling.measure import (
     time_side_by_side,
 )
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.strategy import Strategy, TokenCounts
-from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
+from elip_models.strategies.strategy import Strategy, TokenCounts
+from elip_models.user_warnings import SlowScorerWarning, ignoring
 
 Mode = Literal["training", "inference"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -23,21 +23,21 @@ from elip_models.profiling.component_profile import (
 from elip_models.profiling.measure import measured_on, memory_kind
 from elip_models.profiling.runner import DENSE, MODES, ProfileRow, profile_model
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.flops import check_share
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import (
+from elip_models.saving.files import write_json
+from elip_models.saving.meta_build import quiet_logs
+from elip_models.saving.open_model import FORMS, open_model
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.flops import check_share
+from elip_models.strategies.schedule import Schedule
+from elip_models.strategies.spec import (
     check_keep,
     fit_strategy,
     get_strategy,
     option_types,
     parse_spec,
 )
-from elip_models.reduction.summary import runs
-from elip_models.saving.files import write_json
-from elip_models.saving.meta_build import quiet_logs
-from elip_models.saving.open_model import FORMS, open_model
+from elip_models.strategies.strategy import Strategy
+from elip_models.strategies.summary import runs
 from elip_models.towers import as_reducible, as_tower
 from elip_models.validation import ConfigError, as_config_error, check_output
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.api import reduce_
-from elip_models.reduction.encode import encode_image
-from elip_models.reduction.patch import reduction_of
-from elip_models.reduction.strategies import Dense
-from elip_models.reduction.strategy import Strategy
+from elip_models.engine.encode import encode_image
+from elip_models.engine.install import reduction_of
+from elip_models.strategies import Dense
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers import SelfReducingModel, as_reducible, as_tower
 
 Forward = Callable[[], Tensor]

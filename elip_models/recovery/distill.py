@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
 from elip_models.api import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.token_assignment import slots_after
 from elip_models.saving.files import read_state, tensors_sha256, write_tensors
+from elip_models.strategies.strategy import Strategy
+from elip_models.strategies.token_assignment import slots_after
 from elip_models.towers import SelfReducingModel, as_reducible, as_tower, check_module
 from elip_models.validation import (
     Bounds,

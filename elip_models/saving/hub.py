@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from elip_models.reduction.flops import dense_flops, strategy_flops
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import Strategy
 from elip_models.saving.saved_folder import recover
+from elip_models.strategies.dense import Dense
+from elip_models.strategies.flops import dense_flops, strategy_flops
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers import TowerSize
 from elip_models.validation import check, require_extra
 

@@ -21,12 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elip_models.api import reduce_, restore_
-from elip_models.reduction.hf_config import LANGUAGE_MODEL, store_in_config
-from elip_models.reduction.patch import reduction_of
-from elip_models.reduction.reduced_model import Reduction
-from elip_models.reduction.serialization import settings_of, strategy_of
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategy import Strategy
+from elip_models.engine.hf_config import LANGUAGE_MODEL, store_in_config
+from elip_models.engine.install import reduction_of
+from elip_models.engine.reduced_model import Reduction
 from elip_models.saving.dense_models import (
     ADAPTER,
     CONFIG,
@@ -41,6 +38,9 @@ from elip_models.saving.hub import CARD, card_values, fetch_folder
 from elip_models.saving.meta_build import check_config, library_errors, outline_of, quiet_logs
 from elip_models.saving.model_registry import source_of_family
 from elip_models.saving.saved_folder import README, saved_folder
+from elip_models.strategies.dense import Dense
+from elip_models.strategies.serialization import settings_of, strategy_of
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers import SelfReducingModel, library_of, without_adapter
 from elip_models.validation import as_config_error, check
 from elip_models.vlm.passed_model import passed_model

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from elip_models.reduction.call_variable import CallVariable
+from elip_models.call_variable import CallVariable
 from elip_models.vlm.clips import TokenGroup
 
 Keep = float | int

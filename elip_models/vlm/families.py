@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from elip_models.reduction.strategy import tower_of
+from elip_models.strategies.strategy import tower_of
 from elip_models.towers import library_of, without_adapter
 from elip_models.towers.nested_modules import modules_around, modules_outside
 

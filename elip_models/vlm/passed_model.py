@@ -8,7 +8,7 @@ is never meant.
 
 from torch import nn
 
-from elip_models.reduction.patch import reduction_of
+from elip_models.engine.install import reduction_of
 from elip_models.towers import is_reducible
 from elip_models.towers.nested_modules import outermost
 from elip_models.vlm.families import find_multimodal

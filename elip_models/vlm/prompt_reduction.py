@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from elip_models.reduction.call_context import records_of
+from elip_models.engine.call_context import records_of
 from elip_models.vlm.budget import budget_of, parts
 from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
 from elip_models.vlm.cache_state import CacheState, cache_in, return_slots

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from elip_models.reduction.call_variable import CallVariable
+from elip_models.call_variable import CallVariable
 
 LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
 """The labels (B, N) of the loss that the forward pass will compute."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from elip_models.reduction.hf_config import LANGUAGE_MODEL, replace_config, strategy_in
-from elip_models.reduction.serialization import VERSION, settings_of, strategy_of
-from elip_models.reduction.strategy import Strategy
+from elip_models.engine.hf_config import LANGUAGE_MODEL, replace_config, strategy_in
+from elip_models.strategies.serialization import VERSION, settings_of, strategy_of
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import check
 from elip_models.vlm.families import own_modules
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES

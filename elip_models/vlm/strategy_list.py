@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from elip_models.reduction.flops import DEFAULT_KEEP
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategy import Strategy, tower_of
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.flops import DEFAULT_KEEP
+from elip_models.strategies.strategy import Strategy, tower_of
 from elip_models.towers import Tower
 from elip_models.towers.unsupported import PLAIN
 from elip_models.vlm.families import find_multimodal, unsupported_config

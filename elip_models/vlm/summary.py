@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from elip_models.reduction.summary import Summary, runs
+from elip_models.strategies.summary import Summary, runs
 from elip_models.towers import as_tower
 from elip_models.vlm.budget import Budget
 from elip_models.vlm.families import PATCH_TOKENS, Multimodal

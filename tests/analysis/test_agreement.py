@@ -4,7 +4,7 @@ import pytest
 
 from elip_models import ELIP
 from elip_models.analysis.agreement import scorer_agreement
-from elip_models.reduction.scorers import SCORERS
+from elip_models.strategies.scorers import SCORERS
 from tests.helpers.models import ROTARY
 from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.towers import SCHEDULE, clip_vit, images, text

@@ -15,8 +15,8 @@ from elip_models.analysis.calibrate import (
     calibrate,
 )
 from elip_models.intervals import Interval
-from elip_models.reduction.flops import inference_ratio
-from elip_models.reduction.strategy_spec import parse_spec
+from elip_models.strategies.flops import inference_ratio
+from elip_models.strategies.spec import parse_spec
 from elip_models.towers import as_tower
 from tests.helpers.models import siglip_vision
 from tests.helpers.tiny_run import elip

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from elip_models.analysis import visualize_inputs
 from elip_models.analysis.visualize_inputs import open_visualized_model, read_pairs
+from elip_models.engine.encode import encode_image
 from elip_models.pretraining.data import load_tokenizer, tokenize
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.registry import create_model, load_model
-from elip_models.reduction.encode import encode_image
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
 from tests.helpers.own_warnings import NEW_PARTS, NO_IMAGE_STATS

@@ -14,7 +14,7 @@ import torch
 from benchmarks.plot import main
 from elip_models import STRATEGIES
 from elip_models.pretraining.models.registry import FAMILIES
-from elip_models.reduction.scorers import SCORERS
+from elip_models.strategies.scorers import SCORERS
 from tests.helpers.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ import pytest
 from elip_kernels import _validate
 from elip_models.pretraining.models.layers.text_reduction import TextReduction
 from elip_models.pretraining.models.registry import CONFIGS
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.scorers import SCORERS, ScorerName
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.elip import ELIP, ELIPOptions
+from elip_models.strategies.schedule import Schedule
+from elip_models.strategies.scorers import SCORERS, ScorerName
 from elip_models.validation import (
     Bounds,
     Count,

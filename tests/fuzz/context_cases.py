@@ -25,6 +25,8 @@ from elip_models.api import budget, guidance, record_stages, reduce_
 from elip_models.commands.image_folder import as_option_error, listing
 from elip_models.commands.search import _working, search
 from elip_models.embedding.demo import _shown_errors
+from elip_models.engine.call_context import GUIDES, Guide
+from elip_models.engine.install import reduction_of
 from elip_models.images import open_image_file
 from elip_models.pretraining.data.tar_members import _tar_errors
 from elip_models.pretraining.models.base import eval_mode
@@ -34,15 +36,13 @@ from elip_models.pretraining.training.run_folder import RunFolder, as_write_erro
 from elip_models.profiling.measure import saved_bytes
 from elip_models.rank_barrier import RankBarrier
 from elip_models.recovery.distill import _only_blocks_train
-from elip_models.reduction.call_context import GUIDES, Guide
-from elip_models.reduction.patch import reduction_of
-from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 from elip_models.saving.locked_folder import locked_folder
 from elip_models.saving.meta_build import library_errors, quiet_logs
 from elip_models.saving.open_model import missing_files_as_value_error
 from elip_models.saving.saved_folder import _errors_name, _hidden_folder, saved_folder
 from elip_models.towers.base import scoring_context
 from elip_models.towers.wrapped_modules import unsharded
+from elip_models.user_warnings import SlowScorerWarning, ignoring
 from tests.fuzz.harness import Loss, kind
 from tests.helpers.damage import picture
 from tests.helpers.towers import WIDTH, images, plain_vit

@@ -3,10 +3,10 @@
 import json
 
 from elip_models.api import reduce_
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.serialization import settings_of
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategy_spec import get_strategy, option_types
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.schedule import Schedule
+from elip_models.strategies.serialization import settings_of
+from elip_models.strategies.spec import get_strategy, option_types
 from elip_models.towers import as_tower
 from tests.fuzz.harness import Loss, kind, refused
 from tests.fuzz.hostile_json import change_json

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import elip_models
-from elip_models.reduction.user_warnings import SlowScorerWarning
+from elip_models.user_warnings import SlowScorerWarning
 from tests.gpu.ops import kernels_alone, on, pick, pytorch_forms
 from tests.gpu.test_device import captured
 from tests.helpers.official import tower

@@ -2,11 +2,9 @@
 
 import pytest
 
-UNGUIDED = pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.UnguidedWarning")
+UNGUIDED = pytest.mark.filterwarnings("ignore::elip_models.user_warnings.UnguidedWarning")
 """Strategies that read no text get one, or images come without a text."""
-SLOW_SCORER = pytest.mark.filterwarnings(
-    "ignore::elip_models.reduction.user_warnings.SlowScorerWarning"
-)
+SLOW_SCORER = pytest.mark.filterwarnings("ignore::elip_models.user_warnings.SlowScorerWarning")
 """A scorer costs more than it saves in a tower of a few layers."""
 FALLBACK = pytest.mark.filterwarnings("ignore::elip_kernels._operator.FallbackWarning")
 """The PyTorch implementation runs, since the kernels do not support a dtype or a size."""

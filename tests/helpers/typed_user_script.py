@@ -8,8 +8,8 @@ from torch import Tensor, nn
 import elip_kernels
 import elip_models
 from elip_models.pretraining.models.base import PretrainedModel
-from elip_models.reduction.strategy import StageInfo
-from elip_models.reduction.summary import Summary
+from elip_models.strategies.strategy import StageInfo
+from elip_models.strategies.summary import Summary
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.summary import MultimodalSummary
 

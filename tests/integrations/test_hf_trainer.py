@@ -17,7 +17,7 @@ import elip_models
 from elip_models import ELIP, PatchDropout, ToMe
 from elip_models.api import strategies_in
 from elip_models.integrations.hf_trainer import ReductionCallback
-from elip_models.reduction.serialization import settings_of
+from elip_models.strategies.serialization import settings_of
 from elip_models.vlm.strategies.controls import Stride
 from tests.helpers.models import hf_clip, hf_vision
 from tests.helpers.towers import SCHEDULE, assert_equal_gradients, plain_vit

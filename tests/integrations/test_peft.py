@@ -18,8 +18,8 @@ from elip_models.integrations.peft.adapt import (
 from elip_models.integrations.peft.adapt_config import AdaptConfig
 from elip_models.integrations.peft.saved_adapter import load_adapter_, save_adapter
 from elip_models.pretraining.training.optim import parameter_groups
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategy_spec import option_types
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.spec import option_types
 from tests.helpers.cross_modal_cases import batch_of_four, draws, losses, made
 from tests.helpers.tiers import tiered
 from tests.pretraining.models.test_clip import batch, tiny
@@ -119,7 +119,7 @@ def test_a_step_equals_the_plain_model_with_the_same_output(family, kind):
 EVERY = [(strategy, kind) for kind in KINDS for strategy in STRATEGIES]
 
 
-@pytest.mark.filterwarnings("ignore::elip_models.reduction.user_warnings.SlowScorerWarning")
+@pytest.mark.filterwarnings("ignore::elip_models.user_warnings.SlowScorerWarning")
 @pytest.mark.parametrize(
     ("strategy", "kind"),
     tiered(EVERY, [("tome", "lora"), ("evit", "lora"), ("trips", "adapter")]),

@@ -9,8 +9,8 @@ import torch._dynamo.testing
 import elip_models
 from elip_kernels import merge_nearest, select_tokens
 from elip_models import ELIP, AdaptiveELIP, EViT, RandomPruning
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies.elip import Staged
+from elip_models.strategies.elip import Staged
+from elip_models.strategies.schedule import Schedule
 from elip_models.towers import as_tower
 from elip_models.towers.merge import Merge
 from tests.helpers.models import TOWERS, eva

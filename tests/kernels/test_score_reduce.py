@@ -11,8 +11,8 @@ import elip_models
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.ops.absorbed_query import QueryArguments
 from elip_kernels.testing import RecordedCalls
-from elip_models.reduction.strategies.elip import ELIP
-from elip_models.reduction.strategy import Context
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.strategy import Context
 from elip_models.towers import Tower, as_tower
 from elip_models.towers.tower_parts import Query
 from tests.helpers.models import open_clip_vit

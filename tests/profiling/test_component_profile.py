@@ -19,11 +19,11 @@ from elip_models.profiling.component_profile import (
 )
 from elip_models.profiling.runner import count
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.flops import strategy_flops
-from elip_models.reduction.strategies import Dense
-from elip_models.reduction.strategies.elip import ELIP
-from elip_models.reduction.strategies.tome import ToMe
 from elip_models.saving.open_model import open_model
+from elip_models.strategies import Dense
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.flops import strategy_flops
+from elip_models.strategies.tome import ToMe
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import plain_vit

@@ -9,11 +9,11 @@ from benchmarks.paper import SHARED, TABLE1, ratios, step_counts
 from elip_models.profiling.measure import count_step
 from elip_models.profiling.runner import profile_model, verdict
 from elip_models.profiling.workload import Workload
-from elip_models.reduction.strategies.elip import ELIP
-from elip_models.reduction.strategies.evit import EViT
-from elip_models.reduction.strategies.tome import ToMe
-from elip_models.reduction.strategy_spec import get_strategy
 from elip_models.saving.open_model import open_model
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.evit import EViT
+from elip_models.strategies.spec import get_strategy
+from elip_models.strategies.tome import ToMe
 from elip_models.towers import as_image_text
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
 from tests.helpers.tiers import tiered

@@ -19,7 +19,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import elip_kernels
 import elip_models
 from elip_models import reduce_, reduction_summary
-from elip_models.reduction.user_warnings import warn_again
+from elip_models.user_warnings import warn_again
 from tests.helpers.models import (
     HF,
     coca,

@@ -11,9 +11,16 @@ ROOTS = [Path(package.__file__).parent for package in (elip_kernels, elip_models
 FLOORS = (
     ("elip_kernels",),
     ("elip_models.validation",),
-    ("elip_models.images", "elip_models.intervals", "elip_models.rank_barrier"),
+    (
+        "elip_models.call_variable",
+        "elip_models.images",
+        "elip_models.intervals",
+        "elip_models.rank_barrier",
+    ),
+    ("elip_models.user_warnings",),
     ("elip_models.towers",),
-    ("elip_models.reduction",),
+    ("elip_models.strategies",),
+    ("elip_models.engine",),
     ("elip_models.vlm",),
     ("elip_models.api",),
     ("elip_models.saving",),

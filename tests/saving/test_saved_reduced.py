@@ -25,17 +25,17 @@ from elip_models import (
     is_reduced,
 )
 from elip_models.pretraining.models.registry import create_model
-from elip_models.reduction.serialization import settings_of, strategy_of
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategies.dense import Dense
 from elip_models.saving.saved_reduced import SETTINGS
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.dense import Dense
+from elip_models.strategies.serialization import settings_of, strategy_of
 from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_clip, hf_vision, ids, output, output_of_pair
 from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 from tests.pretraining.models.test_saving import CONFIG, pair
-from tests.reduction.test_strategies import STRATEGIES as CASES
+from tests.strategies.test_strategies import STRATEGIES as CASES
 
 VIT = {"img_size": 48, "patch_size": 8, "depth": 6, "num_classes": 5}
 

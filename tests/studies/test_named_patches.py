@@ -12,9 +12,9 @@ from benchmarks.studies.named_patches import kept_patches, selection_scores
 from elip_kernels import ReductionInfo
 from elip_models.pretraining.data import EmojiScenes, JsonSource, train_tokenizer
 from elip_models.pretraining.models.registry import create_model, family_of
-from elip_models.reduction.schedule import Schedule, Stage
-from elip_models.reduction.strategies.elip import Staged
-from elip_models.reduction.strategy import StageInfo
+from elip_models.strategies.elip import Staged
+from elip_models.strategies.schedule import Schedule, Stage
+from elip_models.strategies.strategy import StageInfo
 from elip_models.towers.merge import Merge
 from tests.helpers.models import enlarged
 

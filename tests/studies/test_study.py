@@ -20,8 +20,7 @@ from benchmarks.studies.results import write_results
 from benchmarks.studies.study import Run
 from elip_models.pretraining.training.trainer import Trainer
 from elip_models.pretraining.training.training_data import meta_model
-from elip_models.reduction import flops
-from elip_models.reduction.strategies import STRATEGIES, ToMe
+from elip_models.strategies import STRATEGIES, ToMe, flops
 from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.study_case import tiny_study
 from tests.helpers.tiny_run import logged, own_process

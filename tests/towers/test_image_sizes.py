@@ -8,8 +8,9 @@ import torch
 
 import elip_models
 from elip_models import encode_image, reduce_
-from elip_models.reduction.strategies import ImageResize
+from elip_models.strategies import ImageResize
 from elip_models.towers import as_tower
+from tests.engine.test_dense_outputs import STRATEGIES
 from tests.helpers.models import ROTARY, TOWERS, eva
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import (
@@ -20,7 +21,6 @@ from tests.helpers.towers import (
     plain_vit,
     text,
 )
-from tests.reduction.test_dense_outputs import STRATEGIES
 
 OTHER = (64, 40)  # 8 x 5 patches of 8 pixels, where the models are made for 6 x 6
 HF = [name for name in TOWERS if name.startswith("HF")]

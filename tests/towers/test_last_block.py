@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from elip_models.reduction.encode import encode_image, run_tower
-from elip_models.reduction.strategies.elip import ELIP
+from elip_models.engine.encode import encode_image, run_tower
+from elip_models.strategies.elip import ELIP
 from elip_models.towers import as_tower
 from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text

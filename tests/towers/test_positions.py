@@ -6,7 +6,7 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models import EViT, ToMe
-from elip_models.reduction.step import ForwardState
+from elip_models.engine.forward_state import ForwardState
 from elip_models.towers import as_tower
 from tests.helpers.models import BIASED, ROTARY, TOWERS
 from tests.helpers.tiers import tiered

@@ -17,8 +17,8 @@ from torchao.quantization import (
 )
 
 import elip_models
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategies import Dense
+from elip_models.engine.encode import run_tower
+from elip_models.strategies import Dense
 from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import through_transpose
 from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_guided_pair

@@ -5,7 +5,7 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_models.reduction.strategy_spec import get_strategy
+from elip_models.strategies.spec import get_strategy
 from elip_models.towers import as_tower
 from tests.helpers.models import siglip_vision
 from tests.helpers.own_warnings import SLOW_SCORER, UNGUIDED

@@ -8,7 +8,7 @@ import torch
 
 from elip_models import guidance, record_stages, reduce_, unreduce_
 from elip_models.vlm.families import find_multimodal
-from elip_models.vlm.patch import language_strategy
+from elip_models.vlm.install import language_strategy
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER, IMAGE, retrieval_model
 from tests.vlm.models import build, one_row

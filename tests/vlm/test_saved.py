@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import elip_models
 from elip_models import is_reduced, reduce_, reduction_summary, unreduce_
-from elip_models.reduction.serialization import settings_of
+from elip_models.strategies.serialization import settings_of
 from elip_models.validation import ConfigError
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.controls import Stride

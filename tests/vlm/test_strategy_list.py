@@ -5,7 +5,7 @@ import timm
 
 import elip_models
 from elip_models import LANGUAGE_STRATEGIES, STRATEGIES
-from elip_models.reduction.flops import DEFAULT_KEEP
+from elip_models.strategies.flops import DEFAULT_KEEP
 from tests.helpers.models import siglip_vision
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip

@@ -3,7 +3,7 @@
 from typing import Any
 
 from elip_models.validation import as_config_error, check
-from elip_models.vlm.patch import language_strategy
+from elip_models.vlm.install import language_strategy
 from elip_models.vlm.stored_strategies import read_strategies
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy, LanguageStrategy

@@ -29,17 +29,17 @@ from elip_models.integrations.peft.saved_adapter import (
     save_adapter,
 )
 from elip_models.pretraining.models.config import reduction_fields
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.strategies import PatchDropout
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategies.elip import ELIP
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import fit_strategy
 from elip_models.saving.files import read_config, read_tensors, write_json, write_tensors
 from elip_models.saving.hub import CARD, card_values, fetch_folder
 from elip_models.saving.meta_build import WithoutRandomValues, outline_of
 from elip_models.saving.saved_folder import REPLACED, saved_folder
 from elip_models.saving.weights import check_weights, first_names, load_weights
+from elip_models.strategies import PatchDropout
+from elip_models.strategies.dense import Dense
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.schedule import Schedule
+from elip_models.strategies.spec import fit_strategy
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers import as_tower
 from elip_models.towers.reducible_model import check_tokenizer_in, random_ids
 from elip_models.validation import Config, as_config_error

@@ -8,13 +8,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from elip_models.pretraining.models.layers.text_reduction import TextReduction, TextStrategy
-from elip_models.reduction.schedule import Schedule
-from elip_models.reduction.scorers import ScorerName
-from elip_models.reduction.serialization import settings_of
-from elip_models.reduction.strategies.dense import Dense
-from elip_models.reduction.strategies.elip import ELIP, ELIPOptions
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.strategy_spec import get_strategy, option_types, parse_spec
+from elip_models.strategies.dense import Dense
+from elip_models.strategies.elip import ELIP, ELIPOptions
+from elip_models.strategies.schedule import Schedule
+from elip_models.strategies.scorers import ScorerName
+from elip_models.strategies.serialization import settings_of
+from elip_models.strategies.spec import get_strategy, option_types, parse_spec
+from elip_models.strategies.strategy import Strategy
 from elip_models.towers.merge import Merge, check_merge
 from elip_models.validation import (
     Config,

@@ -12,11 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from elip_models.engine.encode import run_tower
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.config import ReductionConfig, TokenId
 from elip_models.pretraining.models.layers.bert import BertTower
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import StageInfo, mask_after
+from elip_models.strategies.strategy import StageInfo, mask_after
 from elip_models.towers.base import scoring_context
 from elip_models.validation import Depth, Positive, PositiveInt, Size, divisor_of, same_as
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from elip_models.engine.encode import run_tower
 from elip_models.pretraining.models.cross_modal import (
     CrossModalConfig,
     CrossModalModel,
@@ -35,8 +36,7 @@ from elip_models.pretraining.models.layers.momentum import (
     similarities,
     update_momentum_,
 )
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import mask_after
+from elip_models.strategies.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import is_sharded
 from elip_models.validation import Bounds, NonNegative, Share, Size

@@ -30,9 +30,9 @@ from elip_models.pretraining.models.meter.tasks import (
     METEREntailment,
     METERRetrieval,
 )
-from elip_models.reduction.schedule import PRESETS
 from elip_models.saving.files import read_config
 from elip_models.saving.hub import fetch_folder
+from elip_models.strategies.schedule import PRESETS
 from elip_models.validation import did_you_mean, mismatch_error
 
 FINE_TUNED: dict[type[PretrainedModel], tuple[type[PretrainedModel], ...]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels.autocast import no_autocast
-from elip_models.reduction.user_warnings import UnguidedWarning, ignoring
+from elip_models.user_warnings import UnguidedWarning, ignoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from elip_models.analysis.chart_style import write_figure
 from elip_models.analysis.visualize import dimmed, new_figure, patch_grid, surviving_patches
+from elip_models.engine.encode import run_tower
 from elip_models.pretraining.data import Example, ExampleSource, Source
 from elip_models.pretraining.data.read_errors import readable_samples
 from elip_models.pretraining.tasks.task import TaskScores, evaluation_transform
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategies import Dense
-from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
+from elip_models.strategies import Dense
+from elip_models.user_warnings import SlowScorerWarning, ignoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -46,7 +46,7 @@ from elip_models.pretraining.tasks.task import (
     TaskScores,
     image_with_caption,
 )
-from elip_models.reduction.user_warnings import UnguidedWarning, ignoring
+from elip_models.user_warnings import UnguidedWarning, ignoring
 from elip_models.validation import Bounds
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import torch
 
 from elip_models.analysis.merging import draw_merging
 from elip_models.analysis.visualize import draw_reduction, patch_grid
+from elip_models.engine.encode import run_tower
 from elip_models.pretraining.data import (
     SkipReport,
     Source,
@@ -18,11 +19,10 @@ from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.tasks.task import evaluation_transform
 from elip_models.profiling.measure import measured_on, memory_kind
 from elip_models.profiling.runner import DENSE, ProfileRow, profile_model
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategies import Dense
-from elip_models.reduction.strategy import Strategy
-from elip_models.reduction.user_warnings import SlowScorerWarning, ignoring
 from elip_models.saving.files import write_json
+from elip_models.strategies import Dense
+from elip_models.strategies.strategy import Strategy
+from elip_models.user_warnings import SlowScorerWarning, ignoring
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.pretraining.training"):

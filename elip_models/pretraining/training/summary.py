@@ -16,8 +16,8 @@ from elip_models.pretraining.training.evaluation import Selection
 from elip_models.pretraining.training.run_config import RunConfig
 from elip_models.pretraining.training.run_folder import as_write_error
 from elip_models.pretraining.training.training_data import meta_model
-from elip_models.reduction.summary import Summary
 from elip_models.saving.files import write_json
+from elip_models.strategies.summary import Summary
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.pretraining.training"):

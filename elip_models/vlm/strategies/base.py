@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from elip_models.reduction.flops import share_for
-from elip_models.reduction.strategy import strategy_text
+from elip_models.strategies.flops import share_for
+from elip_models.strategies.strategy import strategy_text
 from elip_models.validation import (
     Bounds,
     PositiveShare,

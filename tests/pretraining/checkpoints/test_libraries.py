@@ -9,11 +9,11 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
+from elip_models.engine.encode import encode_image
 from elip_models.pretraining.checkpoints.export import save_as, to_hf
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.data import image_transform
 from elip_models.pretraining.models.registry import create_model, load_model
-from elip_models.reduction.encode import encode_image
 from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import elip

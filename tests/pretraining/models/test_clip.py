@@ -93,7 +93,7 @@ def test_images_without_text_are_dense_by_default():
     dense = model.encode_image(x)
     model.reduction = reduction
     with pytest.warns(UserWarning, match="nothing is reduced"):
-        elip_models.reduction.user_warnings.warn_again()
+        elip_models.user_warnings.warn_again()
         assert torch.equal(model.encode_image(x), dense)
     vision = CLIP(dataclasses.replace(model.config, without_text="vision")).eval()
     vision.load_state_dict(model.state_dict())

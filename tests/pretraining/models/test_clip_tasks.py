@@ -10,8 +10,8 @@ import elip_models
 from elip_models.pretraining.models.clip.model import CLIP
 from elip_models.pretraining.models.clip.tasks import CLIPClassification, CLIPClassificationConfig
 from elip_models.pretraining.models.registry import create_model
-from elip_models.reduction.strategies import STRATEGIES
-from elip_models.reduction.strategy_spec import option_types
+from elip_models.strategies import STRATEGIES
+from elip_models.strategies.spec import option_types
 from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.tiers import tiered
 from tests.pretraining.models.test_clip import batch as clip_batch
@@ -76,7 +76,7 @@ def test_a_classifier_has_the_pretrained_tower():
 def test_it_is_dense_without_vision_only_guidance():
     dense, x = classifier().eval(), batch()["images"]
     with pytest.warns(UserWarning, match="nothing is reduced"):
-        elip_models.reduction.user_warnings.warn_again()
+        elip_models.user_warnings.warn_again()
         unguided = classifier(schedule=SCHEDULE).eval()
         unguided.load_state_dict(dense.state_dict())
         assert torch.equal(unguided.logits(x), dense.logits(x))

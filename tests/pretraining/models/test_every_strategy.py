@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategies import STRATEGIES, ToMe
-from elip_models.reduction.strategy import mask_after
+from elip_models.engine.encode import run_tower
+from elip_models.strategies import STRATEGIES, ToMe
+from elip_models.strategies.strategy import mask_after
 from tests.helpers.cross_modal_cases import (
     MODELS,
     batch_of_four,

@@ -5,8 +5,8 @@ import torch
 
 from elip_models.pretraining.models.meter.config import METERConfig
 from elip_models.pretraining.models.meter.model import METER, METERDraw
-from elip_models.reduction.schedule import Stage
-from elip_models.reduction.strategies.elip import ELIP
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.schedule import Stage
 from tests.helpers.official import check_gradients, check_stages, load_official_, timm_name
 from tests.helpers.towers import our_names
 

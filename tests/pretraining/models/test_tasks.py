@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from elip_models.reduction.strategies import STRATEGIES
+from elip_models.strategies import STRATEGIES
 from tests.helpers.cross_modal_cases import (
     MODELS,
     TASKS,

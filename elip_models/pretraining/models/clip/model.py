@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig
 
+from elip_models.engine.encode import run_tower
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.config import ReductionConfig, TokenId
 from elip_models.pretraining.models.layers.clip_text import CLIPTextTower
 from elip_models.pretraining.models.layers.losses import contrastive_loss, sigmoid_loss
-from elip_models.reduction.encode import run_tower
-from elip_models.reduction.strategy import Strategy
+from elip_models.strategies.strategy import Strategy
 from elip_models.validation import (
     Bounds,
     Depth,

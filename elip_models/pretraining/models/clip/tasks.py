@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elip_models.engine.encode import run_tower
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.clip.model import CLIP, CLIPConfig, CLIPOutput
 from elip_models.pretraining.models.downstream import TaskOutput, Weights, renamed
 from elip_models.pretraining.models.layers.losses import contrastive_loss
-from elip_models.reduction.encode import run_tower
 from elip_models.validation import Share, Size
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""How a model's forward changes: install, replaced block, forward pass, `encode_image`."""

@@ -1,0 +1,382 @@
+"""One forward pass of a tower under a strategy, block by block.
+
+    step = forward.enter_block(i, tokens)       the strategy acts, before block i or in its place
+    tokens = block(step.tokens)                 unless the step replaced the block
+
+The state of one forward pass is its `ForwardState`. The caller that runs the blocks makes one, and
+enters the blocks in order: `encode_image`, the blocks of a reduced model, pictures and benchmarks.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from elip_kernels import ReductionInfo
+from elip_models.engine.padding import Padding, is_graph, padding_of
+from elip_models.strategies.flops import inference_ratio
+from elip_models.strategies.schedule import Stage
+from elip_models.strategies.strategy import Context, StageInfo, Strategy
+from elip_models.strategies.token_assignment import Slots, slots_of
+from elip_models.towers import Tower, TowerSize
+from elip_models.user_warnings import SlowScorerWarning, warn_once
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LARGE = 2**20  # patches: no keep ratio below 1 rounds to all of them
+
+
+class BlockStep(NamedTuple):
+    """The result of entering a block.
+
+    tokens: the input of the block; its output if `replaced_block`.
+    info: the result of the strategy's step, None without a step.
+    positions: (B, N-p) the positions of the tokens, if the tower needs them and some tokens left.
+    replaced_block: the block has run already.
+    slots: where the tokens of block 0 are now, if the block must return all of them.
+    changes_mask: the tokens are others than those of the model's own mask.
+    mask: (B, N) bool, False for padding; None without padding.
+    """
+
+    tokens: Tensor
+    info: StageInfo | None = None
+    positions: Tensor | None = None
+    replaced_block: bool = False
+    slots: Slots | None = None
+    changes_mask: bool = False
+    mask: Tensor | None = None
+
+
+class ForwardState:
+    """One forward pass of a tower under a strategy.
+
+    infos: the results of the steps, by block. A step whose result is here is replayed, so that a
+        recomputation selects the same tokens. The caller adds results; `enter_block` does not.
+    slots: `BlockStep.slots` after each step, by block.
+    counts: the tokens that enter each block, and those that leave the last; empty without steps.
+    padding: of a padded batch, or None.
+    guided_by: the owner of the guidance, see `Guide`.
+    entering: in a checkpoint, the sum (B, D) of the tokens that entered the first block.
+    repeats: an earlier pass whose tokens this one has selected again.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        strategy: Strategy,
+        text_cls: Tensor | None = None,
+        *,
+        num_tokens: int | None = None,
+        on_grid: bool = False,
+        replays: Iterable[StageInfo] | None = None,
+        real: Tensor | None = None,
+    ) -> None:
+        """Create the state of a forward pass.
+
+        Args:
+            tower: the tower whose blocks run.
+            strategy: a strategy for this tower, see `Strategy.fitted`.
+            text_cls: (B, D), the guidance, detached, or None.
+            num_tokens: tokens that enter block 0; by default those of the tower's image size.
+            on_grid: blocks take and return all tokens of block 0; see `Slots`.
+            replays: results of steps on the same images elsewhere, which are repeated here.
+            real: (B, N) bool, False for padding among the tokens that enter the first step; None
+                means that there is no padding.
+        """
+        self.tower, self.strategy, self.text_cls = tower, strategy, text_cls
+        self.size = tower.size
+        if tower.has_dynamic_size and num_tokens is not None:
+            if isinstance(num_tokens, Tensor):  # under torch.jit.trace
+                num_tokens = int(num_tokens)
+            patches = num_tokens - tower.num_prefix_tokens
+            self.size = strategy.resized(tower.size)._replace(num_patches=patches)
+        self.on_grid = on_grid
+        self.unmerges = strategy.pads or (tower.pools and strategy.merge != "none")
+        self.infos = {info.stage.first: info for info in replays or ()}
+        self.slots: dict[int, Slots | None] = {}
+        self.padding: Padding | None = None
+        self.guided_by: object | None = None
+        self.entering: Tensor | None = None
+        self.repeats: ForwardState | None = None
+        if replays is not None:
+            self.stages = {i: info.stage for i, info in self.infos.items()}
+        elif strategy.reduces(text_cls, tower.trunk.training):
+            if real is not None:
+                self._set_padding(real)
+            self.stages = stages_of(strategy, self.size)
+            if not tower.trunk.training and not torch.compiler.is_compiling():
+                _warn_if_slower(strategy, self.size)
+        else:
+            self.stages = {}
+        self.counts = tokens_entering(strategy, self.size) if self.stages else ()
+
+    def _set_padding(self, real: Tensor) -> None:
+        """Set the padding of the batch, and the sizes of its longest image."""
+        strategy, size, N = self.strategy, self.size, real.shape[1]
+        p, lengths = size.num_prefix_tokens, real.sum(1)
+        if strategy.merge == "none" and self.tower.pools:
+            raise ValueError(
+                "strategy: expected one that merges, since the model pools patches by its own "
+                f"mask, got {strategy.name!r} with merge='none', which drops some of them"
+            )
+        if is_graph():
+            counts = tuple(range(N - p + 1))
+        else:
+            counts = tuple(length - p for length in lengths.tolist())
+            if all(n == N - p for n in counts):
+                return
+            if min(counts) < 1:
+                raise ValueError(
+                    f"mask: expected a real patch in each image, got {min(counts)} in one"
+                )
+        if not strategy.takes_padding:
+            raise ValueError(
+                "strategy: expected one that takes the mask of a padded batch, such as 'merge' or "
+                f"'tome', got {strategy.name!r}; pass images of one size together, without padding"
+            )
+        keeps = keeps_of(strategy, self.tower, counts)
+        self.padding = padding_of(real, lengths, p + max(counts), keeps)
+        self.size = size._replace(num_patches=max(counts))
+        self.unmerges = True
+
+    def previous(self, i: int) -> StageInfo | None:
+        """Return the result of the last step before block i."""
+        before = [first for first in self.infos if first < i]
+        return self.infos[max(before)] if before else None
+
+    def positions(self, i: int) -> Tensor | None:
+        """Return the positions of the tokens that enter block i, see `BlockStep`."""
+        previous = self.previous(i)
+        return None if previous is None else previous.positions
+
+    def returns_grid(self, i: int) -> bool:
+        """Return whether block i must return all tokens of block 0.
+
+        The last block must do so if the tower pools its patches, so that each token counts by its
+        size, or if the batch or the strategy is padded, so that nothing after it reads padding.
+        """
+        return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
+
+    def replaces_block(self, i: int) -> bool:
+        """Return whether the strategy runs in place of block i."""
+        if i in self.stages:
+            return self.strategy.replaces_block
+        return self.strategy.replaces_later and any(first < i for first in self.stages)
+
+    def enter_block(
+        self, i: int, tokens: Tensor, kwargs: dict[str, Any] | None = None
+    ) -> BlockStep:
+        """Apply the strategy to the tokens (B, N, D) that enter block i.
+
+        Every block of every reduced forward pass is entered here. `kwargs` are what the model
+        passes to the block, if it calls it.
+        """
+        previous, stage = self.previous(i), self.stages.get(i)
+        entering = self._entering(tokens, previous)
+        if stage is not None:
+            entering = self._without_padding(entering)
+            return self._take_step(i, stage, entering, previous, kwargs)
+        if self.replaces_block(i):
+            return self._run_later_block(i, entering, previous, kwargs)
+        return entering
+
+    def _entering(self, tokens: Tensor, previous: StageInfo | None) -> BlockStep:
+        """Return the tokens that enter a block, with what the last step has left of them."""
+        if previous is None:
+            return BlockStep(tokens)
+        slots = self.slots.get(previous.stage.first)
+        return BlockStep(
+            slots.merged(tokens) if self.on_grid and slots is not None else tokens,
+            positions=previous.positions,
+            slots=slots,
+            changes_mask=True,
+            mask=None if self.padding is None else previous.mask,
+        )
+
+    def _without_padding(self, entering: BlockStep) -> BlockStep:
+        """Return the tokens that enter the first step of a padded batch, real ones first."""
+        padding, tower = self.padding, self.tower
+        if padding is None or entering.changes_mask:
+            return entering
+        return BlockStep(
+            padding.packed(entering.tokens),
+            positions=padding.positions(tower.num_prefix_tokens) if tower.has_positions else None,
+            slots=padding.slots,
+            changes_mask=True,
+            mask=padding.mask,
+        )
+
+    def _take_step(
+        self,
+        i: int,
+        stage: Stage,
+        entering: BlockStep,
+        previous: StageInfo | None,
+        kwargs: dict[str, Any] | None,
+    ) -> BlockStep:
+        """Take the step of a stage before block i, or in its place."""
+        strategy, padding, keep = self.strategy, self.padding, None
+        if padding is None:
+            self._check_entering(i, entering.tokens)
+        else:
+            stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
+        tower, replay = self._tower_at(i, entering, kwargs), self.infos.get(i)
+        context = Context(self.text_cls, previous, replay, mask=entering.mask, keep=keep)
+        tokens, info = strategy.step(tower, stage, entering.tokens, context)
+        if padding is None:
+            self._check_remaining(i, tokens)
+        if tower.has_positions and isinstance(info.reduction, ReductionInfo):
+            info = info._replace(positions=tower.positions_after(info.reduction))
+        return BlockStep(
+            tokens,
+            info,
+            positions=info.positions,
+            replaced_block=strategy.replaces_block,
+            slots=self._slots_after(info, entering.slots),
+            changes_mask=True,
+            mask=None if padding is None else info.mask,
+        )
+
+    def _run_later_block(
+        self,
+        i: int,
+        entering: BlockStep,
+        previous: StageInfo | None,
+        kwargs: dict[str, Any] | None,
+    ) -> BlockStep:
+        """Run block i, which has no step, as the strategy runs the blocks after its steps."""
+        tower = self._tower_at(i, entering, kwargs)
+        tokens = self.strategy.run_later_block(tower, i, entering.tokens, previous)
+        return entering._replace(tokens=tokens, replaced_block=True, changes_mask=True)
+
+    def _tower_at(self, i: int, entering: BlockStep, kwargs: dict[str, Any] | None) -> Tower:
+        """Return the tower at the positions of the tokens that enter block i."""
+        tower = self.tower
+        if kwargs and tower.has_positions:
+            tower = tower.from_block_kwargs(i, kwargs)
+        positions = entering.positions
+        return tower if positions is None else tower.with_positions(positions)
+
+    def _slots_after(self, info: StageInfo, slots: Slots | None) -> Slots | None:
+        """Return where the tokens of block 0 are after a step, if a block must return them."""
+        if not (self.on_grid or self.unmerges):
+            return slots
+        return slots_of(info.reduction) if slots is None else slots.after(info.reduction)
+
+    def _check_entering(self, i: int, tokens: Tensor) -> None:
+        expected = self.counts[i]
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"images: expected {expected} tokens before block {i}, those of images "
+                f"{self.tower.image_size}, got {tokens.shape[1]}; resize the images"
+            )
+
+    def _check_remaining(self, i: int, tokens: Tensor) -> None:
+        """Check the token count that FLOPs, `at_flops` and `at_keep` are computed from."""
+        expected = self.counts[i + 1]
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"strategy: expected {self.strategy.name!r} to leave {expected} tokens at block "
+                f"{i}, the count in its token_counts, got {tokens.shape[1]} from its step"
+            )
+
+    def store(self, i: int, step: BlockStep) -> BlockStep:
+        """Store the result of entering block i; return it with slots only if the block needs them.
+
+        A pass that runs again finds the result, and replays it.
+        """
+        if step.info is not None:
+            self.infos[i], self.slots[i] = step.info, step.slots
+        is_complete = step.slots is None or self.returns_grid(i)
+        return step if is_complete else step._replace(slots=None)
+
+    def run_block(
+        self, i: int, tokens: Tensor, *, cls_only: bool = False
+    ) -> tuple[Tensor, StageInfo | None]:
+        """Run block i under the strategy, outside the model's own forward.
+
+        Args:
+            i: the block.
+            tokens: (B, N, D), the tokens that enter it.
+            cls_only: return token 0 alone, (B, 1, D), unless the strategy replaces the block.
+
+        Returns:
+            The tokens after the block, and the result of the step before or in it.
+        """
+
+        def run_in_place(tokens: Tensor) -> tuple[Tensor, StageInfo | None]:
+            step = self.enter_block(i, tokens)
+            return step.tokens, step.info
+
+        if self.replaces_block(i):
+            return self.tower.in_block(i, run_in_place, tokens)
+        step = self.enter_block(i, tokens)
+        tower = self.tower if step.positions is None else self.tower.with_positions(step.positions)
+        if cls_only:
+            return tower.cls_block(i, step.tokens, step.tokens[:, 0])[:, None], step.info
+        return tower.block(i, step.tokens), step.info
+
+
+def _cached(function: Callable[P, R]) -> Callable[P, R]:
+    """Cache `function` in eager mode; torch.compile traces it instead."""
+    cached = cache(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
+
+    return run
+
+
+@_cached
+def stages_of(strategy: Strategy, size: TowerSize) -> dict[int, Stage]:
+    """Return `strategy.stages` by first block."""
+    return {stage.first: stage for stage in strategy.stages(size)}
+
+
+@_cached
+def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
+    """Return the blocks where the strategy may act on an image of any size."""
+    if strategy.changes_embedding:
+        return tuple(stages_of(strategy, size))
+    return tuple(stages_of(strategy, size._replace(num_patches=LARGE)))
+
+
+@_cached
+def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
+    """Return the number of tokens that enter each block, and of those that leave the last."""
+    entering = strategy.resized(size).num_tokens
+    return entering, *(layer.mlp for layer in strategy.token_counts(size))
+
+
+def keeps_of(
+    strategy: Strategy, tower: Tower, counts: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the patches after each block of images of these numbers of patches, each alone."""
+    size, table = tower.size, []
+    for n in counts:
+        alone = size._replace(num_patches=n)
+        stages, entering = stages_of(strategy, alone), tokens_entering(strategy, alone)
+        patches = (entering[i] - size.num_prefix_tokens for i in range(size.depth))
+        table.append(tuple(stages[i].keep if i in stages else n for i, n in enumerate(patches)))
+    return tuple(table)
+
+
+keeps_of._dynamo_marked_constant = True  # a graph has the result for every number of patches
+_inference_ratio = cache(inference_ratio)
+
+
+def _warn_if_slower(strategy: Strategy, size: TowerSize) -> None:
+    """Warn once if choosing the tokens costs more than dropping them saves."""
+    cost = _inference_ratio(strategy, size)
+    if cost > 1.0:
+        scorer = getattr(strategy, "scorer", strategy.name)
+        warn_once(
+            f"scorer={scorer!r} makes inference cost {cost:.2f} times the dense tower "
+            "(FLOPs of the blocks); scorer='last' costs less than dense",
+            SlowScorerWarning,
+        )
