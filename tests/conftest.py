@@ -12,6 +12,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 GOLDEN = TESTS / "golden"
 LONGEST = ("test_interpreter", "test_interpreter_further", "test_gpu_on_cpu", "test_distributed")
+SECONDS = 600  # of the longest test on a busy machine, several times
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 CACHE = TemporaryDirectory()  # that of `datasets`, which keeps the index of tar shards
@@ -33,9 +34,15 @@ def pytest_cmdline_main(config):
         option.loadscopereorder = False  # or the longest files, which have few tests, come last
 
 
-def pytest_collection_modifyitems(items):
-    """Move the longest tests to the front, so that both workers end at the same time."""
+def pytest_collection_modifyitems(config, items):
+    """Move the longest tests to the front, so that both workers end at the same time.
+
+    A test that waits for ever fails with the stacks of its threads.
+    """
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(SECONDS, method="thread"))
 
 
 def pytest_collection_finish():

@@ -9,8 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +30,7 @@ from elip_models.saving.files import read_checked, write_checked
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded, files_of
 from tests.helpers.tiny_run import elip, own_process
+from tests.helpers.torchrun import run_twice
 
 SKIPPED = ["cut.png", "empty.png", "gone.png", "text.jpg"]
 
@@ -43,14 +42,6 @@ def manifest_of(folder):
 def command(source, model, folder, *options):
     options = ["--batch-size=2", "--shard-size=3", "--workers=0", *options]
     return [str(part) for part in ("embed", source, "--model", model, "--output", folder, *options)]
-
-
-def start(arguments, launcher=()):
-    program = [sys.executable, "-m", *launcher, "-m", "elip_models.cli", *arguments]
-    if not launcher:
-        program.remove("-m")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(program, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
 def test_the_embeddings_are_the_pooled_features_of_the_model(whole, pictures, model):
@@ -337,10 +328,7 @@ def test_a_full_disk_is_one_line_and_whole_shards_stay(
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun_give_the_same_bytes(whole, pictures, model, tmp_path):
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = start(command(pictures, model, tmp_path / "out"), launcher)
-    out, err = process.communicate(timeout=280)
-    assert process.returncode == 0, err[-3000:]
+    out = run_twice("elip_models.cli", *command(pictures, model, tmp_path / "out"))
     assert out.count("9 of 9 images embedded") == 1
     assert files_of(tmp_path / "out") == files_of(whole)
 

@@ -8,7 +8,6 @@ that `datasets` caches and maps into memory. `tarfile` ends silently at a damage
 
 import io
 import json
-import os
 import posixpath
 import tarfile
 from collections import defaultdict
@@ -26,7 +25,6 @@ from elip_models.pretraining.data.samples import Sample, check_index, clean_capt
 from elip_models.pretraining.data.tar_members import members_of, open_tar
 
 FORMAT = 5  # version of the rows
-MIN_PARALLEL_BYTES = 2**30  # of all shards, from which on several processes index them
 _EXAMPLES = 5
 _IMAGES = ("jpeg", "jpg", "png", "webp")
 _EXTENSIONS = (*_IMAGES, "json", "txt")
@@ -75,7 +73,6 @@ class ShardSource:
 def _read_index(shards: Sequence[Path]) -> Dataset:
     """Return the rows of all shards in order; their "shard" is the place in `shards`."""
     stats = [shard.stat() for shard in shards]
-    is_large = sum(stat.st_size for stat in stats) >= MIN_PARALLEL_BYTES
     # `datasets` finds the cached table by these values.
     states = [
         (number, str(shard.resolve()), FORMAT, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -83,10 +80,7 @@ def _read_index(shards: Sequence[Path]) -> Dataset:
     ]
     try:
         index = Dataset.from_generator(
-            _rows,
-            features=Features(_COLUMNS),
-            gen_kwargs={"shards": states},
-            num_proc=min(len(shards), os.cpu_count() or 1) if is_large else None,
+            _rows, features=Features(_COLUMNS), gen_kwargs={"shards": states}
         )
     except (DatasetGenerationError, OSError) as error:
         raise OSError(

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -36,6 +34,7 @@ from tests.helpers.damage import shard
 from tests.helpers.streaming import served
 from tests.helpers.tiers import first_quick
 from tests.helpers.tiny_run import logged, tiny_arguments, tiny_config
+from tests.helpers.torchrun import run_twice
 
 SHARDS, SAMPLES = 5, 4
 
@@ -291,14 +290,12 @@ def _children():
 @pytest.mark.slow
 def test_two_processes_with_unequal_shards_end_and_resume(tmp_path):
     url, run = scenes(tmp_path, count=3, samples=9), tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node=2", "-m", "elip_models.cli"]
     overrides = (stream(url), "optim.batch_size=4", "checkpoint_every=4")
     arguments = tiny_arguments(run, *overrides, "optim.steps=12")
-    subprocess.run([*command, *arguments], check=True, capture_output=True, timeout=200)
+    run_twice("elip_models.cli", *arguments)
     assert len(logged(run, "loss")) == 12
     names = {file.name for file in (run / "checkpoints" / "step_00000012").glob("stream_*")}
     assert names == {"stream_0.json", "stream_1.json"}
     arguments = [*tiny_arguments(run, *overrides, "optim.steps=14"), "--resume"]
-    subprocess.run([*command, *arguments], check=True, capture_output=True, timeout=200)
+    run_twice("elip_models.cli", *arguments)
     assert [row["step"] for row in logged(run, "step", "loss")] == list(range(1, 15))

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -18,6 +16,7 @@ from elip_models.pretraining.training.trainer import Trainer, train
 from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.tiers import first_quick, tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_arguments, tiny_config
+from tests.helpers.torchrun import run_twice
 from tests.helpers.weights import assert_equal_weights
 
 RECIPES = ("albef_tiny", "blip_tiny", "meter_tiny")
@@ -150,15 +149,11 @@ def test_text_init_loads_the_text_tower(tmp_path):
     torch.testing.assert_close(ours[: len(word)], word)
 
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     train(tiny_config(tmp_path / "one", "optim.gather=global", "optim.batch_size=8"))
     arguments = tiny_arguments(tmp_path / "two", "optim.gather=global", "optim.batch_size=4")
-    command = [*LAUNCHER, "-m", "elip_models.cli", *arguments]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    run_twice("elip_models.cli", *arguments)
     assert len(losses(tmp_path / "two")) == 4
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
