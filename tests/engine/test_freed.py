@@ -10,6 +10,7 @@ import torch
 
 import elip_models
 from tests.helpers.models import hf_blip, hf_vision, open_clip_pair
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import images, plain_vit
 from tests.vlm.models import build
 
@@ -29,6 +30,7 @@ def no_gc():
     gc.enable()
 
 
+@UNGUIDED
 @pytest.mark.parametrize("strategy", ["tome", "elip", "resize"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model_is_freed_without_the_garbage_collector(no_gc, name, strategy):

@@ -11,11 +11,12 @@ from elip_models import TokenMerging, ToMe, is_reduced, reduction_summary
 from elip_models.strategies.serialization import strategy_of
 from elip_models.user_warnings import warn_again
 from tests.helpers.models import HF, hf_clip, hf_vision
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
+from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
 from tests.helpers.towers import SCHEDULE
 from tests.saving.test_saved_reduced import features
 
 
+@UNGUIDED
 @DENSE_BY_TRANSFORMERS
 def test_save_pretrained_stores_the_strategy_until_unreduce_removes_it(tmp_path):
     model = elip_models.reduce_(hf_clip().eval(), schedule=SCHEDULE)

@@ -22,6 +22,7 @@ from elip_models.integrations.open_clip import (
     with_globals,
 )
 from tests.helpers.models import ids, open_clip_pair, output_of_guided_pair, output_of_pair
+from tests.helpers.own_warnings import UNGUIDED
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
@@ -85,6 +86,7 @@ def test_only_the_first_model_is_reduced():
     assert "forward" not in vars(models[1].visual.transformer.resblocks[0])
 
 
+@UNGUIDED
 def test_each_caption_guides_its_image_until_training_ends():
     model, x, tokens = open_clip_pair().eval(), torch.randn(2, 3, 48, 48), ids()
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ from elip_models.pretraining.models.registry import create_model
 from elip_models.saving.meta_build import WithoutRandomValues
 from tests.helpers.models import hf_clip, ids
 from tests.helpers.models import output_of_pair as run
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
+from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
 from tests.helpers.towers import SCHEDULE, WIDTH, images
 
 CONFIG = {
@@ -105,6 +105,7 @@ WAYS = {
 }
 
 
+@UNGUIDED
 @pytest.mark.parametrize("way", WAYS)
 def test_a_saved_or_copied_model_is_the_same_model(way, model, tmp_path):
     other = WAYS[way](model, tmp_path)
