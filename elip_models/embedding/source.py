@@ -422,7 +422,7 @@ def _payload(files: AbstractFileSystem, folder: str, value: Any) -> Payload:
         return Stored(files, posixpath.join(folder, value))
     try:
         return Stored(*files_of(value))
-    except (OSError, *LIBRARY_ERRORS) as error:
+    except OSError as error:
         return SampleError("", f"cannot be opened: {error!s:.300}")
 
 

@@ -429,10 +429,20 @@ def test_a_location_is_shown_without_its_secrets(location):
     assert without_secrets(location) == SHOWN[location]
 
 
-SCHEMES = ("dir://x", "data:,x", "reference://x", "zip://a::b", "memory://x", "foo://x")
+SCHEMES = (
+    "dir://x",
+    "data:,x",
+    "reference://x",
+    "zip://a::b",
+    "zip://a::no.zip",
+    "memory://x",
+    "foo://x",
+)
 
 
 @pytest.mark.parametrize("location", SCHEMES)
-def test_a_location_of_any_library_is_one_line(location):
+def test_a_location_of_any_library_is_one_line(location, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no.zip").write_bytes(b"not an archive")
     with pytest.raises(ConfigError, match=f"^source: expected .*got {location.partition(':')[0]}"):
         open_images(location)

@@ -9,14 +9,21 @@ SECONDS = 60
 
 
 def files_of(location: str) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of a path or URL, and the path in it; nothing is read.
+    """Return the file system of a path or URL, and the path in it.
 
     Reading raises TimeoutError if a web server sends nothing for `SECONDS`.
+
+    Raises:
+        OSError: there is no such file system, or it cannot be opened, as an archive that is none.
     """
     timeout = ClientTimeout(total=None, sock_connect=SECONDS, sock_read=SECONDS)
     chain = [part.partition("://")[0] for part in location.split("::")]
     options = {"client_kwargs": {"timeout": timeout}}
-    return url_to_fs(location, **{name: options for name in ("http", "https") if name in chain})
+    options_of = {name: options for name in ("http", "https") if name in chain}
+    try:
+        return url_to_fs(location, **options_of)
+    except Exception as error:  # file systems raise errors of any type
+        raise OSError(reason_of(error)) from error
 
 
 def reason_of(error: BaseException) -> str:
