@@ -14,7 +14,7 @@ from tests.vlm.configs import CASES, EAGER
 from tests.vlm.models import build
 
 QUICK = ["llava", "qwen2_5_vl", "gemma3", "idefics2", "internvl", "paligemma"]
-GUIDED = {"guided_tome", "elip", "adaptive", "trips", "cdpruner", "fastv", "pyramid"}
+GUIDED = {"guided_tome", "elip", "trips", "cdpruner", "fastv", "pyramid"}
 
 
 def reasons(model):

@@ -192,10 +192,8 @@ class METERRetrieval(METERMatcher):
         if self.reduction.is_guided or self.text_reduction is not None:
             text, image = self.encode_and_fuse(images.repeat_interleave(T, 0), ids, mask)
             return self.rank(self.pool(text.tokens, image)).unflatten(0, (-1, T))
-        tokens, image_mask = self.encode_masked(images)
-        image_mask = None if image_mask is None else image_mask.repeat_interleave(T, 0)
-        tokens = tokens.repeat_interleave(T, 0)
-        return self.matching_logits(tokens, image_mask, ids, mask).unflatten(0, (-1, T))
+        tokens = self.encode_image(images)[0].repeat_interleave(T, 0)
+        return self.matching_logits(tokens, ids, mask).unflatten(0, (-1, T))
 
     def forward(
         self,
