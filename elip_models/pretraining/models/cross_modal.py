@@ -142,7 +142,6 @@ class CrossModalModel(PretrainedModel):
         return tokens[:, 0]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of storing their activations."""
         self.visual.set_grad_checkpointing(enable)
         for name, module in self.named_modules():
             if isinstance(module, BertTower) and not name.startswith("encoders_m."):

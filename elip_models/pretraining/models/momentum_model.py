@@ -133,7 +133,6 @@ class DistilledModel(CrossModalModel):
             self.encoders_m.load_state_dict(self.encoders.state_dict())
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
         return self.encoders.encode_text(input_ids, attention_mask)
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
@@ -251,16 +250,13 @@ class MomentumModel(DistilledModel):
         return self.fuse(text, mask, image)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return normalised features (B, E) of images (B, 3, H, W), without text."""
         tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
         return self.project_image(tokens)
 
     def project_image(self, tokens: Tensor) -> Tensor:
-        """Return normalised features (B, E) of image tokens (B, N, D)."""
         return self.encoders.image_features(tokens)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return normalised features (B, E) of texts (B, L)."""
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
 
     def matching_logits(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -75,7 +75,6 @@ class ALBEFTowers(Encoders):
         self.text = BertTower(config.bert, cross_attention=self.fusion_layers)
 
     def encode_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode texts alone: input_ids and mask (B, L) -> (B, L, D)."""
         return self.text.run(self.text.embed(input_ids), mask, self.text_layers)
 
     def fuse(self, hidden: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:

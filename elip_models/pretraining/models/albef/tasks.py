@@ -202,7 +202,6 @@ class ALBEFVQA(AnsweringModel, ALBEFTask):
     def decode_answers(
         self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
     ) -> Tensor:
-        """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
         encoders = self.encoders_m if teacher else self.encoders
         return encoders.decode(ids, mask, states, states_mask)
 

@@ -170,14 +170,12 @@ class BLIPVQA(AnsweringModel, BLIPDecoder, BLIPTask):
         return renamed(weights, TOWERS + DECODER)
 
     def fuse_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the states (B, L, D) of questions (B, L), fused with images (B, 3, H, W)."""
         image, _ = self.encode_image(images, self.text_guidance(input_ids, attention_mask))
         return self.fuse(input_ids, attention_mask, image)
 
     def decode_answers(
         self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
     ) -> Tensor:
-        """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
         return self.predict(ids, mask, states, states_mask)
 
     @torch.no_grad()
@@ -294,7 +292,6 @@ class BLIPNLVR2(Classifier, BLIPTask):
         return result
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits (B, 2), 0 = false, of images (B, 2, 3, H, W) and texts (B, L)."""
         guides = self.text_guidance(input_ids, attention_mask)
         guides = None if guides is None else guides.repeat_interleave(2, 0)
         tokens, _ = self.encode_image(images.flatten(0, 1), guides)

@@ -93,7 +93,6 @@ class METERBackbone(CrossModalModel):
         return self.text_layers
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
         return self.text.run(self.text.embed(input_ids), attention_mask)
 
     def fuse(

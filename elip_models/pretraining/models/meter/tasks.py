@@ -84,7 +84,6 @@ class METERClassifier(Classifier, METERBackbone):
         return {n: w for n, w in weights.items() if not n.startswith(PRETRAINED_HEADS)}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits (B, num_classes) of images (B, 3, H, W) and texts (B, L)."""
         text, image = self.encode_and_fuse(images, input_ids, attention_mask)
         return self.classifier(self.pool(text.tokens, image))
 
@@ -172,7 +171,6 @@ class METERRetrieval(METERMatcher):
         return kept | {name: rows[1:].clone() for name, rows in heads.items()}
 
     def rank(self, pooled: Tensor) -> Tensor:
-        """Return a score (B,) of each pair, from pooled text and image (B, 2C)."""
         return self.rank_head(pooled)[:, 0]
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
