@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from elip_models.pretraining.models.registry import (
@@ -65,13 +64,10 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
 
 
 @pytest.mark.slow
-def test_a_page_shows_examples_and_predictions(saved, tmp_path):
-    pytest.importorskip("matplotlib")
-    config, result = run(saved, "albef", "nlvr2", report=["picture"])
+def test_the_summary_has_the_scores_and_writes_the_predictions(saved, tmp_path):
+    config, result = run(saved, "albef", "nlvr2")
     console = Console(file=(tmp_path / "said.txt").open("w"), width=200)
     print_summary(config, result, console)
-    with Image.open("run/predictions.png") as page:
-        assert page.size[0] > 500
     text = (tmp_path / "said.txt").read_text()
     assert "nlvr2: 6 examples" in text and "majority" in text and "scores.json" in text
     scores = json.loads(Path("run/scores.json").read_text())
