@@ -232,11 +232,6 @@ class MomentumModel(DistilledModel):
         """Return the parameters of the momentum encoders and the buffers of the queue."""
         return *super().updated_by_forward(), *self.queue.buffers()
 
-    @property
-    def fusion_tower(self) -> BertTower:
-        """The text tower, some layers of which attend to image tokens in `fuse`."""
-        return self.encoders.text
-
     def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Fuse texts, as hidden states (B, L, D) or ids (B, L), with image tokens -> (B, L, D)."""
         raise NotImplementedError

@@ -87,11 +87,6 @@ class METERBackbone(CrossModalModel):
         parts = self.text_transform, self.image_transform, self.token_types
         nn.ModuleList([*parts, self.text_pooler, self.image_pooler]).apply(self.text_layers.init)
 
-    @property
-    def fusion_tower(self) -> BertTower:
-        """The co-attention layers of the text, which attend to image tokens in `fuse`."""
-        return self.text_layers
-
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.text.run(self.text.embed(input_ids), attention_mask)
 
