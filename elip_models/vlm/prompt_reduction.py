@@ -264,10 +264,11 @@ class PromptReduction:
             return None if kept.all() else (embeds, kept)
         kept = torch.ones_like(images)
         is_shorter, budget = False, budget_of(self)
-        is_share = isinstance(self.strategy.keep, float) and budget is None
+        keep = None if budget is not None else self.strategy.keep
+        keeps_all = isinstance(keep, float) and keep == 1.0
         groups = self._groups(call, position_ids)
         for group, indices, number in parts(groups, self.strategy.count, budget, call.sequences):
-            if not is_share or number < group.length:
+            if not keeps_all:
                 _refuse_cut(group.positions, call.cache)
             if number == group.length:
                 continue

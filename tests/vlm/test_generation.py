@@ -426,6 +426,16 @@ def test_a_prefill_in_chunks_of_whole_images_is_that_at_once():
 
 
 @torch.no_grad()
+def test_a_prefill_in_chunks_of_which_one_begins_with_the_last_token_of_an_image_is_refused():
+    model, inputs = made("llava")
+    images = inputs["input_ids"] == model.config.image_token_id
+    reduce_(model, keep=0.5)
+    last = int(images.nonzero()[:, 1].max())
+    with pytest.raises(ValueError, match="as prefill_chunk_size cuts them"):
+        oracle.stock_generate(model, inputs, prefill_chunk_size=last, max_new_tokens=2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("keep", [0.5, 20])
 def test_a_prefill_of_single_tokens_is_refused(keep):
     model, inputs = made("llava")
