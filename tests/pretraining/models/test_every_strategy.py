@@ -5,11 +5,9 @@ The models are those of `cross_modal_cases`, in fp64; the patches of an image ar
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from elip_models.engine.encode import run_tower
-from elip_models.strategies import STRATEGIES, ToMe
-from elip_models.strategies.strategy import mask_after
+from elip_models.strategies import STRATEGIES
 from tests.helpers.cross_modal_cases import (
     MODELS,
     batch_of_four,
@@ -18,8 +16,7 @@ from tests.helpers.cross_modal_cases import (
     made,
     step,
 )
-from tests.helpers.own_warnings import UNGUIDED
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import tiered
 
 OPTIONS = {
     "evit": {"keep_ratio": 0.7},
@@ -53,20 +50,6 @@ def reduced(family, strategy, **options):
 @pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK))
 def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
     check_checkpointing(reduced(family, strategy))
-
-
-@UNGUIDED
-@pytest.mark.parametrize(("family", "strategy"), slow_except(QUICK, CASES))
-def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
-    model, (images, ids, mask) = reduced(family, strategy), batch_of_four()
-    tokens, infos = model.encode_image(images, model.encode_text(ids, mask)[:, 0])
-    left = model.reduction.token_counts(model.tower.size)[-1].mlp
-    assert left == LEFT.get(strategy, left)
-    assert tokens.shape == (4, left, 16)
-    assert (mask_after(infos) is not None) == model.reduction.pads
-    is_dense = model.reduction.is_guided or model.reduction.training_only  # in inference, no text
-    whole, _ = model.eval().encode_image(images)
-    assert whole.shape[1] == (17 if is_dense else left)
 
 
 @pytest.mark.parametrize("momentum", ["none", "shared", "own"])
@@ -121,17 +104,6 @@ def test_momentum_reduction_shared_keeps_the_same_tokens_and_own_scores_by_itsel
     assert torch.equal(seen.image_m[0], expected)
 
 
-def test_captions_are_generated_from_real_tokens_only():
-    model, (images, ids, mask) = reduced("blip", "adaptive"), batch_of_four()
-    text = model.encode_text(ids, mask)[:, 0]
-    decoding = GenerationConfig(num_beams=2, min_length=3, max_length=6)
-    tokens, infos = model.eval().encode_image(images, text)
-    real = mask_after(infos)
-    garbage = torch.where(real[..., None], tokens, 1e3 * torch.randn_like(tokens))
-    expected = model.generate_from_tokens(garbage, real, decoding=decoding)
-    assert torch.equal(model.generate(images, text_cls=text, decoding=decoding), expected)
-
-
 @pytest.mark.parametrize("family", MODELS)
 def test_patch_dropout_ends_at_its_step_and_alpha_goes_on(family):
     options = {"keep_ratio": 0.5, "until": 2}
@@ -143,19 +115,3 @@ def test_patch_dropout_ends_at_its_step_and_alpha_goes_on(family):
     assert left == [9, 9, 17, 17]
     if family in MOMENTUM:
         assert model.alpha == pytest.approx(0.4 * min(1.0, 0.75 / model.config.alpha_warmup_epochs))
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_a_config_combines_its_fields_with_the_strategy_spec(family):
-    reduction = made(
-        family, strategy="trips:fusion=0.1", strategy_options={"merge": "none"}
-    ).reduction
-    assert str(reduction.schedule) == "1(100%) 1(75%) 1(50%)"
-    assert (reduction.fusion, reduction.merge, reduction.without_text) == (0.1, "none", "dense")
-    whole = made(family, strategy="random:schedule=1(100%) 2(50%)").reduction
-    assert str(whole.schedule) == "1(100%) 2(50%)"
-    deeper = made(family, strategy="random", schedule=None, vision_depth=4)
-    assert deeper.reduction.schedule.depth == 4
-    assert made(family, strategy="tome:r=2").reduction == ToMe(2)
-    with pytest.raises(ValueError, match="r: expected 3 numbers"):
-        made(family, strategy="tome", strategy_options={"r": [1, 2]})

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from elip_models.pretraining.models.registry import (
@@ -16,7 +15,6 @@ from elip_models.pretraining.models.registry import (
 from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.training.finetune import finetune_recipe
 from elip_models.pretraining.training.recipe import FINETUNE, load_recipe
-from elip_models.pretraining.training.summary import print_summary
 from elip_models.pretraining.training.trainer import train
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.validation import ConfigError
@@ -62,20 +60,6 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     assert json.loads((folder / "config.json").read_text())["model"] == f"{family}_{task}"
     again = load_model(folder)
     assert_equal_weights(again, result.model)
-
-
-@pytest.mark.slow
-def test_a_page_shows_examples_and_predictions(saved, tmp_path):
-    pytest.importorskip("matplotlib")
-    config, result = run(saved, "albef", "nlvr2", report=["picture"])
-    console = Console(file=(tmp_path / "said.txt").open("w"), width=200)
-    print_summary(config, result, console)
-    with Image.open("run/predictions.png") as page:
-        assert page.size[0] > 500
-    text = (tmp_path / "said.txt").read_text()
-    assert "nlvr2: 6 examples" in text and "majority" in text and "scores.json" in text
-    scores = json.loads(Path("run/scores.json").read_text())
-    assert len(scores["predictions"]) == 6
 
 
 def test_the_commands_fine_tune_and_score(saved, capsys):
@@ -124,11 +108,6 @@ def test_a_task_name_selects_the_recipe_of_the_family(saved, family, task):
     assert model.resize == (config.data.resize or "crop")
 
 
-def test_a_text_longer_than_the_saved_positions_raises(saved):
-    with pytest.raises(ConfigError, match=r"data\.context_length: expected at most 32.*, got 77"):
-        run(saved, "clip", "retrieval", **{"data.context_length": 77})
-
-
 def test_the_tower_is_dense_by_default(saved):
     dense = finetune_recipe("vqa_tiny", saved("albef"), {})
     assert "schedule" not in dense.model.overrides
@@ -138,17 +117,6 @@ def test_the_tower_is_dense_by_default(saved):
     assert meta_model(asked).config.strategy == "tome"
 
 
-@pytest.mark.parametrize("family", ["albef", "blip"])
-def test_options_that_the_task_model_lacks_are_dropped(saved, family, tmp_path):
-    config = json.loads((saved(family) / "config.json").read_text())
-    (tmp_path / "model.safetensors").symlink_to(saved(family) / "model.safetensors")
-    said = {"momentum_reduction": "shared", "fusion": 0.25}
-    (tmp_path / "config.json").write_text(json.dumps(config | said))
-    model = meta_model(finetune_recipe("vqa_tiny", tmp_path, {}, reduced=True)).config
-    assert model.schedule == "1(100%) 1(50%)" and model.fusion == 0.25
-    assert model.momentum_reduction == ("none" if family == "blip" else "shared")
-
-
 @pytest.mark.parametrize(("family", "task"), [("blip", "captioning"), ("clip", "classification")])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_without_text_the_reduction_is_vision_only(saved, family, task, reduced):
@@ -156,12 +124,6 @@ def test_without_text_the_reduction_is_vision_only(saved, family, task, reduced)
     model = meta_model(finetune_recipe(f"{task}_tiny", saved(family), said, reduced=reduced))
     assert model.config.without_text == "vision"
     assert model.reduction.reduces(None, training=False)
-
-
-def test_defaults_of_a_task_replace_defaults_of_pre_training(saved):
-    model = meta_model(finetune_recipe("retrieval_tiny", saved("blip"), {})).config
-    assert (model.negative_epsilon, model.alpha_warmup_epochs) == (0.0, 1.0)
-    assert (model.momentum, model.queue_size, model.image_size) == (0.98, 64, 32)
 
 
 @pytest.mark.parametrize("family", ["blip_vqa", "blip_nlvr2", "blip_captioning"])
