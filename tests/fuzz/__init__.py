@@ -1,5 +1,4 @@
-"""Hostile tensors, strategies, model folders, embeddings, states, commands, tars and prompts,
-models in models, threads, and processes that fail, by a seed.
+"""Hostile weight files, model folders, embeddings, image sources, states and tars, by a seed.
 
 python -m tests.fuzz --count 3000 --seed 1
 """
