@@ -135,42 +135,5 @@ def test_a_language_model_that_reads_hidden_states_has_whole_grids(vision, setti
         reduce_(model, strategy="resize:size=32")
 
 
-ATTENDING = [{"schedule": SCHEDULE}, {"strategy": "resize:size=32"}, {"strategy": "random"}]
 BYPASSING = [{}, {"strategy": "evit"}, ADAPTIVE, {"schedule": SCHEDULE, "scorer": "exact"}]
 BYPASSING += [{"schedule": SCHEDULE, "merge": "nearest", "proportional": True}]
-
-
-def hf_vit(attention="eager"):
-    return hf_vision("ViTModel", "ViTConfig", attn_implementation=attention).eval()
-
-
-@pytest.mark.parametrize("settings", ATTENDING)
-def test_attention_of_blocks_that_run_themselves_is_returned(settings):
-    model, x = hf_vit(), images()
-    maps = reduce_(model, **settings)(x, output_attentions=True).attentions
-    assert len(maps) == 6
-    assert maps[-1].shape[-1] < 37
-
-
-@pytest.mark.parametrize("settings", BYPASSING)
-@pytest.mark.parametrize("states", [False, True])
-def test_attention_that_no_module_computes_is_refused(settings, states):
-    model, x = reduce_(hf_vit(), **settings), images()
-    expected = model(x).pooler_output
-    with pytest.raises(ValueError, match=r"output_attentions: expected False.*unreduce_"):
-        model(x, output_attentions=True, output_hidden_states=states)
-    assert torch.equal(model(x).pooler_output, expected)
-    model.config.output_attentions = True
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(x)
-    assert len(elip_models.unreduce_(model)(x).attentions) == 6
-
-
-def test_what_a_changed_embedding_would_ignore_is_refused():
-    config = transformers.ViTConfig(**HF)
-    model, x = transformers.ViTModel(config, use_mask_token=True).eval(), images()
-    reduce_(model, strategy="resize:size=32")
-    expected = model(x).pooler_output
-    assert torch.equal(model(x, interpolate_pos_encoding=True).pooler_output, expected)
-    with pytest.raises(ValueError, match=r"bool_masked_pos: expected none under 'resize'"):
-        model(x, bool_masked_pos=torch.ones(2, 36, dtype=torch.bool))
