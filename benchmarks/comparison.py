@@ -19,7 +19,6 @@ from benchmarks.parity import OURS, Form, Tensors, with_gradient
 from elip_kernels._operator import OPERATORS
 from elip_models.profiling.measure import (
     Step,
-    capture_graph,
     memory_of,
     milliseconds,
     ratios_to,
@@ -111,3 +110,25 @@ def _memory(form: Form, direction: str, inputs: Tensors) -> int:
     """Return the bytes that a form allocates beyond its inputs."""
     step = _prepare(form, direction, [inputs])
     return memory_of(step, DEVICE, forward=partial(with_gradient, form, *inputs))
+
+
+def capture_graph(prepare: Callable[[], Step]) -> Step:
+    """Record the step that `prepare` returns as a CUDA graph, which launches without Python.
+
+    `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
+    forward pass in `prepare`. The graph has only addresses: the result keeps the step's tensors.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step = prepare()
+        for _ in range(3):
+            step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Step) -> None:
+    graph.replay()

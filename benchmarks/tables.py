@@ -98,8 +98,8 @@ def strategy_table(entries: list[Entry]) -> list[str]:
     note = (
         "Time of each strategy relative to the dense tower, with relative FLOPs in brackets. All "
         f"are set to {entries[0]['share']:.3f} of a dense training step; `resize` takes the nearest"
-        " size. `patch_dropout` uses all patches in inference. `adaptive` masks the tokens that it "
-        f"drops beyond the schedule, so it saves no more than `elip`. Settings: {settings}."
+        " size. `patch_dropout` uses all patches in inference. Settings: "
+        f"{settings}."
     )
     header = ["tower, batch, dtype", "mode", "dense, ms", *names]
     return [note, table(header, rows, left=2)]

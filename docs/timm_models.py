@@ -79,7 +79,7 @@ def page(answers: dict[str, Answer]) -> str:
         f"{timm.__version__}: every name of the modules {listed}, created by "
         "`timm.create_model(name)`. Hierarchical models (Swin, Hiera, MViT, PVT, LeViT and others) "
         "and convolutional models are not supported and not listed. In towers without a class "
-        "token, `elip` and `adaptive` need a text as guidance.",
+        "token, `elip` needs a text as guidance.",
         "",
         "Reasons why a strategy does not work:",
         "",

@@ -3,10 +3,9 @@
     python -m benchmarks.real.panel FOLDER --sets groceries --output X.json
 
 Each set has a linear probe, whose penalty its validation split chooses, and votes of the nearest
-neighbours. Differences from dense are paired by photograph, with the interval of
-`elip_models.intervals.paired_interval`. A setting is non-inferior if the lower end of the interval
-of its top-1 is above -`MARGIN`. `materials.py` says what FOLDER holds. Features are stored in
-FOLDER/features, so a run that was stopped continues.
+neighbours. Differences from dense are paired by photograph, see `paired_interval`. A setting is
+non-inferior if the lower end of the interval of its top-1 is above -`MARGIN`. `materials.py` says
+what FOLDER holds. Features are stored in FOLDER/features, so a run that was stopped continues.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +25,7 @@ from benchmarks.real import dinov2, materials
 from benchmarks.real.features import Setting, features, read_settings
 from benchmarks.real.measures import fitted_probe, knn_correct
 from benchmarks.real.tasks import KNN, OWN, PACKAGES, TITLE, TOP1
-from elip_models.intervals import paired_interval
+from elip_models.intervals import LEVEL, Interval
 from elip_models.saving.files import write_json
 from elip_models.validation import check_output
 
@@ -159,6 +159,25 @@ def packed(correct: Tensor) -> str:
     """Return ones and zeros (n,), read as one binary number, in hexadecimal digits."""
     bits = "".join(str(int(each)) for each in correct.tolist())
     return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
+
+
+def paired_interval(gains: int, losses: int, count: int) -> Interval:
+    """Return the interval of the difference of two shares of the same trials.
+
+    It is the adjusted Wald interval of Bonett and Price (2012), Adjusted Wald Confidence Interval
+    for a Difference of Binomial Proportions Based on Paired Data. It holds its level when few
+    trials differ, unlike the bootstrap.
+
+    Args:
+        gains: the trials that succeed in the first share alone.
+        losses: the trials that succeed in the second share alone.
+        count: all trials.
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    gained, lost, total = (gains + 1) / (count + 2), (losses + 1) / (count + 2), count + 2
+    centre = gained - lost
+    half = z * ((gained + lost - centre**2) / total) ** 0.5
+    return Interval((gains - losses) / count, max(-1.0, centre - half), min(1.0, centre + half))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

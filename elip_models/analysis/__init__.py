@@ -1,4 +1,4 @@
-"""Analysis of a reduction: pictures of what it keeps, and agreement of the scorers."""
+"""Analysis of a reduction: calibration, and pictures of what it keeps."""
 
 from elip_models.validation import require_packages
 

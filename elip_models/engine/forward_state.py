@@ -95,7 +95,7 @@ class ForwardState:
             patches = num_tokens - tower.num_prefix_tokens
             self.size = strategy.resized(tower.size)._replace(num_patches=patches)
         self.on_grid = on_grid
-        self.unmerges = strategy.pads or (tower.pools and strategy.merge != "none")
+        self.unmerges = tower.pools and strategy.merge != "none"
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
@@ -157,7 +157,7 @@ class ForwardState:
         """Return whether block i must return all tokens of block 0.
 
         The last block must do so if the tower pools its patches, so that each token counts by its
-        size, or if the batch or the strategy is padded, so that nothing after it reads padding.
+        size, or if the batch is padded, so that nothing after it reads padding.
         """
         return self.on_grid or (self.unmerges and i == self.tower.depth - 1)
 

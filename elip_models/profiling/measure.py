@@ -1,4 +1,4 @@
-"""Measurement of steps: interleaved timing, CUDA graphs, memory, FLOPs.
+"""Measurement of steps: interleaved timing, memory, FLOPs.
 
 `elip profile`, the benchmarks and the report of a training run use these functions.
 """
@@ -6,7 +6,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import NamedTuple
@@ -70,28 +69,6 @@ def _seconds(step: Step, calls: int, device: torch.device) -> float:
         end.synchronize()
         seconds = begin.elapsed_time(end) / 1e3
     return seconds / calls
-
-
-def capture_graph(prepare: Callable[[], Step]) -> Step:
-    """Record the step that `prepare` returns as a CUDA graph, which launches without Python.
-
-    `prepare` runs on the stream of the capture, so that a step may be the backward pass of a
-    forward pass in `prepare`. The graph has only addresses: the result keeps the step's tensors.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step = prepare()
-        for _ in range(3):
-            step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return partial(_replay, graph, step)
-
-
-def _replay(graph: torch.cuda.CUDAGraph, step: Step) -> None:
-    graph.replay()
 
 
 def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:

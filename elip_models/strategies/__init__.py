@@ -5,7 +5,6 @@ A strategy is frozen data, and an argument of `encode_image` and `reduce_`: an i
 calibration, commands, tests and pages are derived from it and from the attributes of the classes.
 """
 
-from elip_models.strategies.adaptive import AdaptiveELIP
 from elip_models.strategies.baselines import TRIPS, PatchDropout, RandomPruning
 from elip_models.strategies.dense import Dense
 from elip_models.strategies.elip import ELIP
@@ -24,7 +23,6 @@ __all__ = [
     "ELIP",
     "STRATEGIES",
     "TRIPS",
-    "AdaptiveELIP",
     "Dense",
     "EViT",
     "GuidedToMe",
@@ -46,7 +44,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
         ImageResize,
         EViT,
         ELIP,
-        AdaptiveELIP,
         TRIPS,
         RandomPruning,
         PatchDropout,

@@ -117,5 +117,4 @@ class PatchDropout(RandomKeep):
         return max(1, int(self.with_rate(size).keep_ratio * size.num_patches))
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
-        """Return the strategy with the keep ratio of that strength."""
         return replace(self, keep_ratio=1 - strength * (1 - least_share(size)))

@@ -195,7 +195,6 @@ class Guided(Strategy):
         return None
 
     def reduces(self, text_cls: Tensor | None, training: bool) -> bool:
-        """Return whether a forward pass with this guidance is reduced; warn once if it is not."""
         if text_cls is not None or not self.is_guided or self.without_text != "dense":
             return True
         if not torch.compiler.is_compiling():
@@ -257,7 +256,6 @@ class ELIP(Guided, Staged):
         return get_scorer(self.scorer).layers(2) > 0
 
     def why_unsupported(self, tower: Tower) -> str | None:
-        """Return why the scorer cannot read the tower."""
         reason = super().why_unsupported(tower)
         if reason is None and not tower.has_cls and self.scorer in ("official", "cls"):
             return (

@@ -44,7 +44,6 @@ class ImageResize(Strategy):
         return ()
 
     def resized(self, size: TowerSize) -> TowerSize:
-        """Return the size of the tower that reads the resized image."""
         return resized_size(size, self.with_rate(size).size)
 
     def token_counts(self, size: TowerSize) -> tuple[TokenCounts, ...]:
@@ -53,7 +52,6 @@ class ImageResize(Strategy):
         return (TokenCounts(tokens, tokens),) * size.depth
 
     def embed_flops(self, size: TowerSize) -> int:
-        """Return the FLOPs of the patch embedding of the resized image."""
         return self.resized(size).embed_flops()
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:

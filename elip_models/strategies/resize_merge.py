@@ -40,11 +40,9 @@ class ResizeMerge(TokenMerging):
     size: PositiveInt | None = None
 
     def why_unsupported(self, tower: Tower) -> str | None:
-        """Return why a setting does not fit the tower, in one sentence, or None if all fit."""
         return tower.refuses_resizing() or super().why_unsupported(tower)
 
     def resized(self, size: TowerSize) -> TowerSize:
-        """Return the size of the tower that reads the smaller image."""
         return resized_size(size, self._height(size) or size.image[0])
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
@@ -55,11 +53,9 @@ class ResizeMerge(TokenMerging):
         return resized_images(images, height or image[0], tower.size.patch)
 
     def embed_flops(self, size: TowerSize) -> int:
-        """Return the FLOPs of the patch embedding of the resized image."""
         return self.resized(size).embed_flops()
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
-        """Return one stage per block, from the first that merges."""
         whole = self.with_rate(size)
         return super(ResizeMerge, whole).stages(whole.resized(size))
 

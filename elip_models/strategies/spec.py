@@ -63,7 +63,6 @@ class StrategyOptions(ELIPOptions, total=False):
     attention_gradient: bool | None
     until: Count | None
     size: PositiveInt | None
-    keep_mass: PositiveShare | None
 
 
 def resolve_strategy(

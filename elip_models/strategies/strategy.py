@@ -5,11 +5,10 @@ before a block, which then runs unchanged, or replaces the block, because it act
 attention and its MLP. The engine (`engine/forward_state.py`) depends on this interface alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
 from elip_kernels import BipartiteInfo, ReductionInfo
@@ -41,21 +40,6 @@ class StageInfo(NamedTuple):
     def mask(self) -> Tensor | None:
         """Return (B, R) bool over the remaining tokens, False for padding; None without padding."""
         return self.reduction.mask
-
-    @property
-    def mean_keep(self) -> Tensor | int:
-        """Return the mean number of kept patches of an image; a scalar tensor if they differ."""
-        if self.mask is None:
-            return self.stage.keep
-        p = self.mask.shape[1] - self.stage.keep
-        if isinstance(self.reduction, ReductionInfo):
-            p = self.reduction.num_prefix_tokens
-        return self.mask[:, p : p + self.stage.keep].sum(1, dtype=torch.float32).mean()
-
-
-def mask_after(infos: Sequence[StageInfo]) -> Tensor | None:
-    """Return (B, N) bool over the tower's output, False for padding; None without padding."""
-    return infos[-1].mask if infos else None
 
 
 class Context(NamedTuple):
@@ -99,7 +83,6 @@ class Strategy(CostModel):
         is_guided: the text changes the result.
         merge: what becomes of dropped tokens, see `Merge`.
         drops_patches: the last block returns no patch, only the class token.
-        pads: images of a batch may keep different numbers of tokens; some slots are padding.
         takes_padding: a step takes a padded batch, see `Context.mask`; others raise an error.
     """
 
@@ -114,7 +97,6 @@ class Strategy(CostModel):
     is_guided: bool = False
     merge: Merge = "none"
     drops_patches: bool = False
-    pads: ClassVar[bool] = False
     takes_padding: ClassVar[bool] = False
 
     @property

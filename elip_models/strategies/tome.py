@@ -74,7 +74,6 @@ class ToMe(Strategy):
         check_fields(self)
 
     def why_unsupported(self, tower: Tower) -> str | None:
-        """Return why a setting does not fit the tower, in one sentence, or None if all fit."""
         reason = tower.refuses_mean_positions() if self.position == "mean" else None
         if reason is not None:
             return f"position='mean': {reason}"

@@ -56,12 +56,10 @@ class EvaTower(PlainTimm):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, Eva)
 
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         is_mixed = model.rope is not None and getattr(model, "rope_mixed", False)
         if is_mixed and model.dynamic_img_size:
             return (
@@ -74,13 +72,11 @@ class EvaTower(PlainTimm):
 
     @classmethod
     def refuses_block(cls, block: nn.Module) -> str | None:
-        """Return why a block cannot be read, in one sentence, or None if it can."""
         if library_class(block) is not EvaBlock:
             return f"its blocks are {type(block).__name__} (post-norm), not pre-norm EvaBlock"
         return super().refuses_block(block)
 
     def with_positions(self, positions: Tensor | None) -> Self:
-        """Return the tower for tokens at these positions; None means all patches in order."""
         if not self.is_rotary:
             return self
         ropes = self._ropes() if self.ropes is None else self.ropes
@@ -91,20 +87,17 @@ class EvaTower(PlainTimm):
         return self.model.patch_embed.dynamic_feat_size(image_size)
 
     def resized_for(self, images: Tensor) -> Self:
-        """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if not self.is_rotary:
             return self
         return self.changed(ropes=self._ropes(self.grid_of(images.shape[2:])))
 
     def from_block_kwargs(self, i: int, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         rope = kwargs.get("rope")
         if rope is None:
             return self
         return self.changed(ropes={i: rope} if self.is_mixed else rope)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
         return kwargs | {"rope": self.rotations_at(kwargs["rope"], positions)}
 
     def rotations_at(self, rope: Tensor, positions: Tensor) -> Tensor:
@@ -116,7 +109,6 @@ class EvaTower(PlainTimm):
         return self.with_none(rope)[:, positions].transpose(0, 1)
 
     def refuses_mean_positions(self) -> str | None:
-        """Return why a token cannot be between patches, in one sentence, or None if it can."""
         rope = self.model.rope
         is_index = isinstance(rope, RotaryEmbeddingCat) and not rope.in_pixels
         if is_index or isinstance(rope, (RotaryEmbeddingDinoV3, RotaryEmbeddingMixed)):
@@ -124,7 +116,6 @@ class EvaTower(PlainTimm):
         return super().refuses_mean_positions()
 
     def coordinates(self) -> Tensor:
-        """Return the coordinates (N0, 2), or (B, N0, 2), of all patches; see `mean_positions`."""
         rope, table = self.model.rope, self.ropes
         if self.is_mixed:
             grid = rope._get_grid_values(self.grid_of(self.image_size))
@@ -160,15 +151,12 @@ class EvaTower(PlainTimm):
         return super().patchify(images), self.resized_for(images).ropes
 
     def enter(self, tokens: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Run the modules between `embed_methods` and block 0."""
         return super().enter(tokens[0])
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
-        """Call block i, or its forward alone, with the arguments that its model passes."""
         return block(tokens, rope=self._rope(i))
 
     def rotated(self, i: int, heads: Tensor) -> Tensor:
-        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
         rope, p = self._rope(i), self.num_prefix_tokens
         if rope is None:
             return heads
@@ -176,7 +164,6 @@ class EvaTower(PlainTimm):
         return torch.cat([heads[:, :, :p], rotated], dim=2)
 
     def qkv(self, i: int, tokens: Tensor) -> QKV:
-        """Return block i's queries, keys and values (B, H, N, d) of tokens before its norm."""
         q, k, v = super().qkv(i, tokens)
         return q.type_as(v), k.type_as(v), v
 

@@ -82,7 +82,6 @@ class HFTower(HFPositions):
 
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         parts = _trunk(model)
         if parts is None or isinstance(model, DepthProPreTrainedModel):  # which has three towers
             return transformers_reason(model)
@@ -104,7 +103,6 @@ class HFTower(HFPositions):
 
     @classmethod
     def refuses_attention(cls, attn: nn.Module) -> str | None:
-        """Return why an attention cannot be read, in one sentence, or None if it can."""
         if any(base.__module__.startswith("transformers.") for base in type(attn).__mro__):
             return None
         return f"its attention is {type(attn).__name__}, a wrapper (wrap its projections)"
@@ -120,7 +118,6 @@ class HFTower(HFPositions):
         return self.model.config
 
     def image_stats(self) -> Stats | None:
-        """Return the mean and standard deviation that normalise images, or None if unknown."""
         return image_stats_of(self.model)
 
     def refuses_dropping(self) -> str | None:
@@ -128,7 +125,6 @@ class HFTower(HFPositions):
         return None if self.reads_layers else self.needs_grid
 
     def refuses_resizing(self) -> str | None:
-        """Return why the image size cannot change, in one sentence, or None if it can."""
         if any(hasattr(self.trunk.config, name) for name in ("num_mel_bins", "tubelet_size")):
             return "it reads no single images"
         if not hasattr(self.trunk.config, "image_size"):
@@ -139,11 +135,9 @@ class HFTower(HFPositions):
 
     @property
     def collector(self) -> nn.Module:
-        """Return the module whose call `collects` hidden states or attentions."""
         return self.trunk
 
     def collects(self, what: str, kwargs: dict[str, Any]) -> bool:
-        """Return whether this call of `collector` returns all "hidden_states" or "attentions"."""
         if what == "hidden_states" and isinstance(self.trunk, BackboneMixin):
             return True
         name = f"output_{what}"
@@ -151,27 +145,22 @@ class HFTower(HFPositions):
 
     @property
     def embed_methods(self) -> list[tuple[nn.Module, str]]:
-        """Return the owners and names of the methods that embed images, in call order."""
         return [(self.trunk.embeddings, "forward")]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         embeddings = self.trunk.embeddings
         pixels, options = self._inputs(images)
         return type(embeddings).forward(embeddings, pixels, **options)
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `embed_methods` and block 0."""
         tokens = tokens if isinstance(tokens, Tensor) else tokens[0]  # some return more than tokens
         return run(self.trunk, PRE_NORMS, tokens)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens before block 0 of images (B, 3, H, W)."""
         pixels, options = self._inputs(images)
         return self.enter(self.trunk.embeddings(pixels, **options))
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
-        """Call block i, or its forward alone, with the arguments that its model passes."""
         arguments = self.arguments
         if self.adds_bias:
             arguments = arguments | {"resolution": self.resolution or self.image_size}
@@ -181,7 +170,6 @@ class HFTower(HFPositions):
         return out[0] if self.returns_tuple else out
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """Run the final norm, before pooling."""
         return run(self.trunk, [self.names.norm], tokens)
 
     def _inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -42,7 +42,6 @@ class HFImageText(ImageTextModel):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, cls.kind)
 
     @property
@@ -61,39 +60,32 @@ class HFImageText(ImageTextModel):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the images, and the arguments of `encode_guidance`, in those of the forward."""
         at = self.mask_position
         mask = args[at] if len(args) > at else kwargs.get("attention_mask")
         return pixel_values, {"input_ids": input_ids, "attention_mask": mask}
 
     def pairs(self, *args: Any, **kwargs: Any) -> bool:
-        """Return whether a forward with these arguments is about text i and image i together."""
         at, name, default = self.pairing
         return bool(args[2 + at] if len(args) > 2 + at else kwargs.get(name, default))
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the guidance (B, D) of texts from `tokenise`."""
         features = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
         return features.pooler_output
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
         text = self.model.config.text_config
         sizes = text.max_position_embeddings, text.vocab_size, text.eos_token_id
         return {"pixel_values": images, "input_ids": random_ids(images, *sizes)}
 
     def image_stats(self) -> Stats:
-        """Return the mean and standard deviation that normalise images, or None if unknown."""
         return image_stats_of(self.model) or default_stats(self.model, "CLIP", CLIP_STATS)
 
     def load_tokenizer(self, name: str) -> Any:
-        """Return the tokenizer of the model of that name, or in that folder."""
         if Path(name).is_dir():
             check_tokenizer_in(Path(name))
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the arguments of `encode_guidance` for B captions, on the CPU."""
         longest = self.model.config.text_config.max_position_embeddings
         text = tokenizer(
             list(captions),
@@ -119,7 +111,6 @@ class HFClip(HFImageText):
     kind = CLIPModel
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the guidance (B, D) of texts from `tokenise`."""
         features = super().encode_guidance(input_ids, attention_mask)
         return through_transpose(F.normalize(features, dim=-1), self.model.visual_projection)
 
@@ -135,7 +126,6 @@ class HFSiglip(HFImageText):
     reads_padding = True
 
     def refuses(self) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         return self._refuses_width(self.model.config.text_config.projection_size)
 
 
@@ -152,10 +142,8 @@ class HFBlip(HFImageText):
     reads_patches = True  # its text encoder attends to them
 
     def refuses(self) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         return self._refuses_width(self.model.config.text_config.hidden_size)
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the guidance (B, D) of texts from `tokenise`."""
         text = self.model.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
         return text.last_hidden_state[:, 0]

@@ -50,11 +50,9 @@ class HFPositions(Tower):
 
     @property
     def reads_own_positions(self) -> bool:
-        """Return whether a block's own forward reads the positions of all patches in order."""
         return self.adds_bias or self.rotates_itself or self.rotates_prefix
 
     def resized_for(self, images: Tensor) -> Self:
-        """Return the tower for a forward pass of images (B, 3, H, W), whose rotations it stores."""
         if self.adds_bias:
             return self.changed(resolution=tuple(images.shape[2:]))
         if not self.is_rotary or self.rotates_itself:
@@ -62,14 +60,12 @@ class HFPositions(Tower):
         return self.changed(rotations=self._tables(images))
 
     def from_block_kwargs(self, i: int, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         if self.adds_bias:
             return self.changed(resolution=kwargs.get("resolution"))
         rotations = kwargs.get("position_embeddings")
         return self if rotations is None else self.changed(rotations=rotations)
 
     def block_kwargs_at(self, kwargs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        """Return the model's keyword arguments of a block, for the tokens at `positions`."""
         return kwargs | {
             "position_embeddings": self.from_block_kwargs(0, kwargs)
             .with_positions(positions)
@@ -77,7 +73,6 @@ class HFPositions(Tower):
         }
 
     def rotated(self, i: int, heads: Tensor) -> Tensor:
-        """Rotate block i's queries or keys (B, H, N, d) by the position of each token."""
         if not self.is_rotary:
             return heads
         if self.rotates_itself:
@@ -90,7 +85,6 @@ class HFPositions(Tower):
         return torch.cat([first, turned.type_as(heads)], dim=2)
 
     def position_bias(self, i: int) -> Tensor | None:
-        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
         own = part(self.blocks[i], self.names.bias)
         if own is None:
             return None
@@ -128,12 +122,10 @@ class HFPositions(Tower):
         return self.gathered[0]
 
     def refuses_mean_positions(self) -> str | None:
-        """Return why a token cannot be between patches, in one sentence, or None if it can."""
         has_known = hasattr(self.trunk, "rope_embeddings")
         return None if has_known else super().refuses_mean_positions()
 
     def coordinates(self) -> Tensor:
-        """Return the coordinates (N0, 2) of all patches; see `mean_positions`."""
         cos, sin = self.with_positions(None)._rotations()
         return coordinates_of(sin, cos, self._frequencies, half=True)
 

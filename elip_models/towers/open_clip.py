@@ -66,7 +66,6 @@ class OpenClipTower(Tower):
 
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if not isinstance(model, VisionTransformer):
             return (
                 f"its image tower is a {type(model).__name__} and not open_clip's "
@@ -80,7 +79,6 @@ class OpenClipTower(Tower):
 
     @classmethod
     def refuses_block(cls, block: nn.Module) -> str | None:
-        """Return why a block cannot be read, in one sentence, or None if it can."""
         if getattr(block, "ln_1_kv", None) is not None:
             return "its blocks attend to other tokens than their own"
         attn = unwrapped(block.attn)
@@ -94,7 +92,6 @@ class OpenClipTower(Tower):
 
     @classmethod
     def refuses_attention(cls, attn: nn.Module) -> str | None:
-        """Return why an attention cannot be read, in one sentence, or None if it can."""
         kind = type(attn).__name__
         inner = attn.get_base_layer() if is_lora_attention(attn) else attn
         if type(inner).__module__.split(".")[0] not in LIBRARIES:
@@ -110,21 +107,17 @@ class OpenClipTower(Tower):
         return None
 
     def image_stats(self) -> Stats | None:
-        """Return the mean and standard deviation that normalise images, or None if unknown."""
         return _stats_of(self.model)
 
     @property
     def checkpointing(self) -> bool:
-        """Return whether the model's own forward checkpoints the activations of its blocks."""
         return self.model.transformer.grad_checkpointing
 
     @property
     def embed_methods(self) -> list[tuple[nn.Module, str]]:
-        """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model, "_embeds")]
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         model = self.model
         patches = model.conv1(images)
         grid = tuple(patches.shape[2:])
@@ -134,15 +127,12 @@ class OpenClipTower(Tower):
         return model.ln_pre(tokens + positions.to(tokens.dtype))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.model._embeds(images)
 
     def projected(self, attn: nn.Module, x: Tensor) -> Tensor:
-        """Return queries, keys and values (B, N, D) of `x`, after the norm, in one tensor."""
         return in_projection(attn)(x)
 
     def weights(self, i: int) -> list[Affine]:
-        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
         attn = self._attention(i)
         if not is_lora_attention(attn):
             return in_projection(attn).thirds()
@@ -150,13 +140,11 @@ class OpenClipTower(Tower):
             return in_projection(attn).thirds()
 
     def project(self, i: int, attended: Tensor) -> Tensor:
-        """Return what block i adds to the tokens, from its attention's output (B, N, D)."""
         attn = self._attention(i)
         out = out_projection(attn, run(attn, ["ln_inner"], attended))
         return run(self.blocks[i], BLOCK.after[0], run(attn, ["out_drop"], out))
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """Run the final norm, before pooling."""
         model = self.model
         pools_by_attention = model.attn_pool is not None and model.attn_pool_contrastive is None
         is_behind = pools_by_attention or (self.pools and model.final_ln_after_pool)
@@ -176,11 +164,9 @@ class OpenClipImageText(ImageTextModel):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, (CLIP, CustomTextCLIP, CoCa))
 
     def refuses(self) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if getattr(self.image_model, "attn_pool", None) is not None:
             return "its image tower pools into the width of its text, with no projection to go back"
         layers = _layers_behind(self.image_model)
@@ -191,11 +177,9 @@ class OpenClipImageText(ImageTextModel):
     def images_and_text(
         self, image: Tensor | None = None, text: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the images, and the arguments of `encode_guidance`, in those of the forward."""
         return image, {"text": text}
 
     def encode_guidance(self, text: Tensor) -> Tensor:
-        """Return the guidance (B, D) of texts from `tokenise`."""
         features = self.model.encode_text(text, normalize=True)
         with unsharded(self.image_model, features) as (features,):
             if isinstance(self.image_model, VisionTransformer):
@@ -205,12 +189,10 @@ class OpenClipImageText(ImageTextModel):
             return features
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
         length, vocab_size = self.model.context_length, self.model.vocab_size
         return {"image": images, "text": random_ids(images, length, vocab_size, vocab_size - 1)}
 
     def image_stats(self) -> Stats:
-        """Return the mean and standard deviation that normalise images, or None if unknown."""
         stats = _stats_of(self.image_model)
         return stats or default_stats(self.image_model, "CLIP", CLIP_STATS)
 
@@ -220,7 +202,6 @@ class OpenClipImageText(ImageTextModel):
         return open_clip.get_tokenizer(name if is_folder else re.split("[:/]", name)[0])
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the arguments of `encode_guidance` for B captions, on the CPU."""
         return {"text": tokenizer(list(captions))}
 
 

@@ -66,13 +66,11 @@ class PlainTimm(Tower):
 
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         drops = getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0
         return PATCH_DROP if drops else cls.refuses_blocks(model.blocks)
 
     @classmethod
     def refuses_block(cls, block: nn.Module) -> str | None:
-        """Return why a block cannot be read, in one sentence, or None if it can."""
         attn = unwrapped(block.attn)
         if cls.refuses_attention(attn) is not None:
             return cls.refuses_attention(attn)
@@ -84,7 +82,6 @@ class PlainTimm(Tower):
 
     @classmethod
     def refuses_attention(cls, attn: nn.Module) -> str | None:
-        """Return why an attention cannot be read, in one sentence, or None if it can."""
         if library_class(attn) not in cls.attentions:
             kind = type(attn).__name__
             return f"its attention is {kind}, a wrapper (wrap its projections instead)"
@@ -123,18 +120,15 @@ class PlainTimm(Tower):
 
     @property
     def checkpointing(self) -> bool:
-        """Return whether the model's own forward checkpoints the activations of its blocks."""
         return self.model.grad_checkpointing
 
     def projected(self, attn: nn.Module, x: Tensor) -> Tensor | list[Tensor]:
-        """Return queries, keys and values (B, N, D) of `x`, after the norm; joint if one layer."""
         if not self.has_joint_bias:
             return super().projected(attn, x)
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
 
     def weights(self, i: int) -> list[Affine] | None:
-        """Return block i's query, key and value projections, each (D, D) as in nn.Linear."""
         maps = super().weights(i)
         if maps is None or not self.has_joint_bias:
             return maps
@@ -143,31 +137,25 @@ class PlainTimm(Tower):
         return [Affine(known.weight, bias) for known, bias in zip(maps, biases, strict=True)]
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """Run the final norm, before pooling."""
         return self.model.norm(tokens)
 
     @property
     def embed_methods(self) -> list[tuple[nn.Module, str]]:
-        """Return the owners and names of the methods that embed images, in call order."""
         return [(self.model.patch_embed, "forward"), (self.model, "_pos_embed")]
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """Run the modules between `embed_methods` and block 0."""
         return self.model.norm_pre(tokens)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.enter(self.model._pos_embed(self.model.patch_embed(images)))
 
     def refuses_resizing(self) -> str | None:
-        """Return why the image size cannot change, in one sentence, or None if it can."""
         embed = self.model.patch_embed
         if isinstance(embed, PatchEmbed):
             return None
         return f"its patches come from a {type(embed).__name__} and not from one convolution"
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Return what `embed_methods` makes of images (B, 3, h, w), with interpolated positions."""
         model = self.model
         patches = model.patch_embed.proj(images)
         grid = tuple(patches.shape[2:])
@@ -196,12 +184,10 @@ class TimmTower(PlainTimm):
 
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         return super().refuses(model) if isinstance(model, MODELS) else timm_reason(model)
 
     @classmethod
     def refuses_block(cls, block: nn.Module) -> str | None:
-        """Return why a block cannot be read, in one sentence, or None if it can."""
         if not isinstance(block, vit.Block):
             kind = type(block).__name__
             return f"its blocks are {kind} (parallel or post-norm), not pre-norm Block"
@@ -209,13 +195,11 @@ class TimmTower(PlainTimm):
 
     @classmethod
     def refuses_attention(cls, attn: nn.Module) -> str | None:
-        """Return why an attention cannot be read, in one sentence, or None if it can."""
         if isinstance(attn, Attention):
             return None
         return f"its attention is {type(attn).__name__} and not timm's plain Attention"
 
     def is_plain(self, i: int) -> bool:
-        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
         block = self.blocks[i]
         own = type(block) is vit.Block and type(unwrapped(block.attn)) is Attention
         return own and super().is_plain(i)

@@ -45,22 +45,18 @@ class BiasTower(PlainTimm):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, MODELS)
 
     @classmethod
     def refuses_block(cls, block: nn.Module) -> str | None:
-        """Return why a block cannot be read, in one sentence, or None if it can."""
         if library_class(block) not in BLOCKS:
             return f"its blocks are {type(block).__name__} (post-norm), not pre-norm"
         return super().refuses_block(block) or refuses_norm(block.norm1)
 
     def refuses_resizing(self) -> str | None:
-        """Return why the image size cannot change, in one sentence, or None if it can."""
         return "the bias of its attention is that of one image size"
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens before block 0 of images (B, 3, H, W)."""
         model, tokens = self.model, self.model.patch_embed(images)
         if model.cls_token is not None:
             tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -69,15 +65,12 @@ class BiasTower(PlainTimm):
         return run(model, ["pos_drop"], tokens)
 
     def resized_for(self, images: Tensor) -> Self:
-        """Return the tower for a forward pass of images (B, 3, H, W), whose bias it stores."""
         return self.changed(shared_bias=self._shared_bias())
 
     def from_block_kwargs(self, i: int, kwargs: dict[str, Any]) -> Self:
-        """Return the tower for a forward pass whose model calls block i with `kwargs`."""
         return self.changed(shared_bias=kwargs.get(self.argument))
 
     def position_bias(self, i: int) -> Tensor | None:
-        """Return what block i adds to its attention scores, (1 or B, H, N, N), or None."""
         parts = [own for own in (self._own_bias(i), self._shared_bias()) if own is not None]
         if not parts:
             return None
@@ -86,7 +79,6 @@ class BiasTower(PlainTimm):
         return bias if self.positions is None else self.bias_at(bias, self.positions)
 
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
-        """Call block i, or its forward alone, with the arguments that its model passes."""
         return block(tokens, **{self.argument: self._shared_bias()})
 
     def _own_bias(self, i: int) -> Tensor | None:

@@ -28,7 +28,6 @@ class NaFlexSizes(PlainTimm):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, NaFlexVit)
 
     @property
@@ -53,11 +52,9 @@ class NaFlexSizes(PlainTimm):
         return []
 
     def refuses_resizing(self) -> str | None:
-        """Return why the image size cannot change, in one sentence, or None if it can."""
         return "it takes images of any size; pass smaller ones"
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens before block 0 of images (B, 3, H, W)."""
         return self.model._forward_embeds(images, None, None, None)["patches"]
 
 
@@ -70,12 +67,10 @@ class RotaryNaFlexTower(NaFlexSizes, EvaTower):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Return whether this adapter handles the model, if its library has several adapters."""
         return isinstance(model, NaFlexVit) and isinstance(model.blocks[0], EvaBlock)
 
     @classmethod
     def refuses(cls, model: nn.Module) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
         if model.rope_is_mixed:
             return "each block has its own rotations, which change with the sizes of the images"
         return super().refuses(model)

@@ -30,7 +30,6 @@ class CrossAttentionReduction(PromptReduction):
         self.layer = multimodal.cross_attention_layers[0]
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a forward pass of the multimodal model."""
         begin_call(self)
 
     def remove(

@@ -24,7 +24,7 @@ from tests.helpers.towers import (
 )
 from tests.strategies.test_strategies import STRATEGIES
 
-NAMES = tiered(STRATEGIES, ["elip", "tome", "evit", "adaptive"])
+NAMES = tiered(STRATEGIES, ["elip", "tome", "evit"])
 
 
 def in_blocks(model, x, run):

@@ -62,7 +62,7 @@ def assert_runs_alike(program, model, *args):
 @pytest.mark.slow
 def test_onnxruntime_returns_what_pytorch_returns_for_any_batch():
     """`tests/commands/test_export.py` has other strategies."""
-    model = elip_models.reduce_(plain_vit().eval(), strategy=WITHOUT_TEXT["nearest adaptive"])
+    model = elip_models.reduce_(plain_vit().eval(), strategy=WITHOUT_TEXT["nearest"])
     program = exported(model, (images(),), dynamic=({0: BATCH},))
     for batch in (1, 2, 5):
         assert_runs_alike(program, model, images(batch))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import cases, sweeps, tune
+from benchmarks import cases, comparison, sweeps, tune
 from elip_models.profiling import measure
 from tests.gpu.conftest import kernel_class
 from tests.gpu.ops import ON_GPU, WIDTH, pick
@@ -34,7 +34,7 @@ def test_a_candidate_of_every_sweep_is_right_and_timed(sweep):
 def test_a_graph_is_timed_by_events(device):
     x = torch.zeros(8, device=device)
     with torch.no_grad():
-        step = measure.capture_graph(lambda: lambda: x.add_(1.0))
+        step = comparison.capture_graph(lambda: lambda: x.add_(1.0))
         before = x.clone()
         times = measure.time_side_by_side({"step": step}, device=torch.device("cuda"), rounds=2)
     assert len(times["step"]) == 2 and min(times["step"]) > 0

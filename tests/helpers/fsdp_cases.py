@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 import elip_models
 from elip_models import (
     ELIP,
-    AdaptiveELIP,
     EViT,
     GuidedToMe,
     ImageResize,
@@ -258,7 +257,6 @@ OWN_CASES = {
     "patch_dropout": PatchDropout(0.5),
     "random": RandomPruning(SCHEDULE),
     "resize": ImageResize(32),
-    "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5),
     "nearest": ELIP(SCHEDULE, merge="nearest"),
 }
 STRATEGIES = with_every_strategy(OWN_CASES, leave_out=["trips"])  # a scorer of ELIP

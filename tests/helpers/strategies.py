@@ -1,6 +1,6 @@
 """Test cases of all built-in strategies, so that a new one needs none of its own."""
 
-from elip_models import ELIP, STRATEGIES, TRIPS, AdaptiveELIP, EViT, ImageResize, ToMe
+from elip_models import ELIP, STRATEGIES, TRIPS, EViT, ImageResize, ToMe
 from tests.helpers.towers import SCHEDULE
 
 
@@ -17,11 +17,9 @@ _VISION = {"schedule": SCHEDULE, "without_text": "vision"}
 WITHOUT_TEXT = with_every_strategy(
     {
         **{f"elip {s}": ELIP(**_VISION, scorer=s) for s in ("last", "cls", "exact", "official", 1)},
-        "adaptive": AdaptiveELIP(**_VISION, keep_mass=0.5),
         "evit": EViT(0.7, layers=(1, 3)),
         "evit every layer": EViT(0.8, layers="all", attention_gradient=False),
         "nearest": ELIP(**_VISION, merge="nearest"),
-        "nearest adaptive": AdaptiveELIP(**_VISION, keep_mass=0.5, merge="nearest"),
         "resize": ImageResize(32),
         "tome": ToMe(4),
         "tome list": ToMe((0, 5, 0, 3, 2, 20), proportional=False),

@@ -90,7 +90,7 @@ class Stub(nn.Module):
         self.asked = answer_ids.shape, k
         return self.logits(images, input_ids, attention_mask).argmax(1)
 
-    def encode_masked(self, images, text_cls=None):
+    def encode_image(self, images, text_cls=None):
         self.guides.append(text_cls)
         return images.flatten(2).transpose(1, 2), None
 
@@ -103,7 +103,7 @@ class Stub(nn.Module):
     def text_cls(self, input_ids, attention_mask):
         return input_ids[:, :1].float()
 
-    def matching_logits(self, tokens, image_mask, input_ids, attention_mask):
+    def matching_logits(self, tokens, input_ids, attention_mask):
         levels = torch.linspace(float(self.low), float(self.high), 6)
         return -(tokens.mean((1, 2)) - levels[input_ids[:, 0] - 1]).abs()
 

@@ -8,7 +8,7 @@ import torch._dynamo.testing
 
 import elip_models
 from elip_kernels import merge_nearest, select_tokens
-from elip_models import ELIP, AdaptiveELIP, EViT, RandomPruning
+from elip_models import ELIP, EViT, RandomPruning
 from elip_models.strategies.elip import Staged
 from elip_models.strategies.schedule import Schedule
 from elip_models.towers import as_tower
@@ -132,10 +132,6 @@ STRATEGIES = {
     "exact": ELIP(SCHEDULE, scorer="exact", merge="nearest"),
     "random": RandomPruning(SCHEDULE, merge="nearest", proportional=True),
     "evit": EViT(0.7, layers=(1, 3), merge="nearest"),
-    "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5, merge="nearest"),
-    "adaptive, in proportion": AdaptiveELIP(
-        SCHEDULE, keep_mass=0.5, merge="nearest", proportional=True
-    ),
 }
 
 

@@ -24,7 +24,7 @@ from tests.helpers.tiers import tiered
 CASES = {name: strategy() for name, strategy in STRATEGIES.items()}
 CASES |= {f"elip-{s}": replace(CASES["elip"], scorer=s) for s in (*SCORERS, 1, 2)}
 CASES |= {"evit-all": EViT(layers="all")}
-NEAREST = ("elip", "evit", "adaptive")
+NEAREST = ("elip", "evit")
 CASES |= {f"{name}-nearest": replace(CASES[name], merge="nearest") for name in NEAREST}
 AT_FLOPS = [*STRATEGIES, "elip-official", "elip-last"]
 STRENGTHS = [k / 500 for k in range(501)]

@@ -64,11 +64,11 @@ def test_every_strategy_names_the_field_that_keep_sets():
 @pytest.mark.parametrize(
     ("options", "has", "owners", "remedy"),
     [
-        ({"scorer": "exact"}, "has no such option", "'elip', 'adaptive', 'trips'", "'elip'"),
+        ({"scorer": "exact"}, "has no such option", "'elip', 'trips'", "'elip'"),
         (
             {"fusion": 0.5, "keep": 0.7},
             "has no such option",
-            "'guided_tome', 'elip', 'adaptive', 'trips'",
+            "'guided_tome', 'elip', 'trips'",
             "'guided_tome'",
         ),
         (

@@ -10,7 +10,6 @@ import elip_models
 from elip_models import (
     ELIP,
     TRIPS,
-    AdaptiveELIP,
     EViT,
     GuidedToMe,
     ImageResize,
@@ -111,11 +110,9 @@ OWN_CASES = {
     "patch_dropout": PatchDropout(0.5),
     "random": RandomPruning(SCHEDULE),
     "resize": ImageResize(32),
-    "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5),
     "nearest": ELIP(SCHEDULE, merge="nearest"),
     "proportional": ELIP(SCHEDULE, merge="nearest", proportional=True),
     "nearest evit": EViT(0.7, layers=(1, 3), merge="nearest"),
-    "nearest adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5, merge="nearest"),
 }
 STRATEGIES = with_every_strategy(OWN_CASES)
 OTHERS = {
@@ -151,7 +148,7 @@ FURTHER = [
     ("HF CLIP", "tome to the class token"),
     ("HF BLIP", "guided_tome"),
     ("HF SigLIP", "resize"),
-    ("rotary", "nearest adaptive"),
+    ("rotary", "proportional"),
     ("rotary registers", "merge"),
     ("timm BEiT", "tome list"),
     ("timm relative positions", "patch_dropout"),
@@ -183,7 +180,7 @@ def test_a_patched_model_equals_encode_image(library, name):
     handle = tower.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
     reduced = patched(model, strategy, x, t)
     handle.remove()
-    on_grid = infos and (strategy.pads or (tower.pools and strategy.merge != "none"))
+    on_grid = infos and tower.pools and strategy.merge != "none"
     left = whole_grid(tokens, infos) if on_grid else tokens
     assert torch.equal(tower.finish(seen[-1]), left)
     assert not torch.equal(reduced, dense)  # though merging by size hardly moves a mean
@@ -253,9 +250,7 @@ def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
     [
         (lambda: EViT(layers=(3, 1)), "layers: expected rising"),
         (lambda: GuidedToMe(protect=1.0), r"protect: expected a number in \[0, 1\), got 1"),
-        (lambda: AdaptiveELIP(SCHEDULE, merge="none"), "merge: expected 'one' or 'nearest' with"),
         (lambda: ELIP(proportional=True), "proportional: expected False unless merge='nearest'"),
-        (lambda: AdaptiveELIP(SCHEDULE, scorer="exact"), "scorer: expected 'last'"),
         (lambda: elip_models.reduce_(plain_vit(), strategy=ToMe((1, 2))), "r: expected 6 numbers"),
         (
             lambda: elip_models.reduce_(plain_vit(), strategy=EViT(layers=(9,))),

@@ -3,20 +3,16 @@
 import pytest
 import torch
 import transformers
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import elip_models
 from elip_models import reduce_
-from tests.helpers.models import HF, HF_TEXT, dinov2, hf_blip, hf_vision, ids
-from tests.helpers.own_warnings import UNGUIDED
-from tests.helpers.towers import SCHEDULE, images, whole_grid
+from tests.helpers.models import HF, HF_TEXT, dinov2, hf_vision
+from tests.helpers.towers import SCHEDULE, images
 
-ADAPTIVE = {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE}
 MERGING = {
     "elip": {"strategy": "elip", "schedule": SCHEDULE},
     "evit": {"strategy": "evit"},
     "tome": {"strategy": "tome:r=4"},
-    "adaptive": ADAPTIVE,
 }
 DROPPING = {
     "elip": {"schedule": SCHEDULE, "merge": "none"},
@@ -57,24 +53,6 @@ def logits_of(model, x, **options):
 def masked_modeling(family):
     model = hf_vision(f"{family}ForMaskedImageModeling", f"{family}Config", encoder_stride=8)
     return model.eval()
-
-
-@UNGUIDED
-def test_cross_attention_reads_no_padding():
-    model, x, tokens = hf_blip().eval(), images(), ids()
-    encoded, infos = elip_models.encode_image(
-        model.vision_model, x, strategy=ADAPTIVE["strategy"], schedule=SCHEDULE, return_info=True
-    )
-    assert not infos[-1].mask.all()
-    model.vision_model.forward = lambda *_, **__: BaseModelOutputWithPooling(
-        last_hidden_state=whole_grid(encoded, infos)
-    )
-    expected = model(input_ids=tokens, pixel_values=x).itm_score
-    del model.vision_model.forward
-    reduce_(model.vision_model, **ADAPTIVE)
-    assert torch.equal(model(input_ids=tokens, pixel_values=x).itm_score, expected)
-    reduce_(model, **ADAPTIVE)
-    assert model.vision_model(x).last_hidden_state.shape[1] == 37
 
 
 STAGES = ["stage1", "stage2", "stage4", "stage6"]
@@ -133,7 +111,3 @@ def test_a_language_model_that_reads_hidden_states_has_whole_grids(vision, setti
     assert torch.equal(logits_of(elip_models.unreduce_(model), x), dense)
     with pytest.raises(TypeError, match="a token for each patch"):
         reduce_(model, strategy="resize:size=32")
-
-
-BYPASSING = [{}, {"strategy": "evit"}, ADAPTIVE, {"schedule": SCHEDULE, "scorer": "exact"}]
-BYPASSING += [{"schedule": SCHEDULE, "merge": "nearest", "proportional": True}]

@@ -57,7 +57,7 @@ def test_a_dynamic_model_is_reduced_as_one_made_for_the_size(name, strategy):
 
 
 @pytest.mark.parametrize("library", HF)
-@pytest.mark.parametrize("strategy", tiered(["elip", "evit", "adaptive"], ["elip"]))
+@pytest.mark.parametrize("strategy", tiered(["elip", "evit"], ["elip"]))
 def test_transformers_interpolates_the_positions_of_a_reduced_model(library, strategy):
     model, x = TOWERS[library]().eval(), pictures()
     dense = model(x, interpolate_pos_encoding=True)

@@ -7,7 +7,6 @@ import elip_models
 from elip_models import (
     ELIP,
     TRIPS,
-    AdaptiveELIP,
     EViT,
     RandomPruning,
     ToMe,
@@ -30,7 +29,6 @@ MERGING = {
     "tome": ToMe(4),
     "trips": TRIPS(SCHEDULE),
     "random": RandomPruning(SCHEDULE),
-    "adaptive": AdaptiveELIP(SCHEDULE, keep_mass=0.5),
     "nearest": ELIP(SCHEDULE, merge="nearest"),
 }
 

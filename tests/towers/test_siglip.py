@@ -58,7 +58,6 @@ def probed(head, tokens, sizes):
 STRATEGIES = {
     "elip": {"schedule": SCHEDULE},
     "tome": {"strategy": "tome:r=4"},
-    "adaptive": {"strategy": "adaptive:keep_mass=0.5", "schedule": SCHEDULE},
 }
 
 
@@ -76,5 +75,5 @@ def test_the_probe_weights_each_token_by_its_patches(model, settings):
     source = None
     for info in infos:
         source = info.reduction.source_map(source)
-    expected = probed(model.head, tokens, source.sum(2))  # none for padding
+    expected = probed(model.head, tokens, source.sum(2))
     torch.testing.assert_close(reduced.pooler_output, expected, atol=1e-5, rtol=1e-5)

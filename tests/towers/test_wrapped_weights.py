@@ -117,7 +117,6 @@ OTHERS = {
     "evit without gradient": {
         "strategy": elip_models.EViT(keep_ratio=0.7, attention_gradient=False)
     },
-    "adaptive": {"strategy": "adaptive", "schedule": SCHEDULE},
     "trips": {"strategy": "trips", "schedule": SCHEDULE},
     "nearest": {"schedule": SCHEDULE, "merge": "nearest"},
 }

@@ -15,7 +15,7 @@ from tests.vlm.models import build
 
 SLOW = ["qwen2_5_vl_video", "lfm2_vl", "llama4", "gemma3n"]
 QUICK = ["llava", "qwen2_5_vl", "gemma3", "idefics2", "internvl", "paligemma"]
-GUIDED = {"guided_tome", "elip", "adaptive", "trips", "cdpruner", "fastv", "pyramid"}
+GUIDED = {"guided_tome", "elip", "trips", "cdpruner", "fastv", "pyramid"}
 
 
 def reasons(model):

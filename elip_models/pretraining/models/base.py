@@ -94,7 +94,6 @@ class PretrainedModel(
         return weights
 
     def new_parameters(self) -> set[str]:
-        """Return the names of the parameters that `from_pretraining` does not provide."""
         if self.task is None:
             return set()
         kind = self.pretraining.config_class
@@ -198,7 +197,6 @@ class PretrainedModel(
             self.config = replace(self.config, **reduction_fields(self.reduction))
 
     def elip_strategy(self) -> ELIP:
-        """Return the model's own ELIP strategy, or ELIP with the paper's schedule."""
         if type(self.reduction) is ELIP:
             return self.reduction
         family = self.family if self.task is None else self.pretraining.family

@@ -1,8 +1,7 @@
 """Shared part of ALBEF, BLIP and METER: image tower, guidance of its reduction, tokenizer.
 
 Shapes, here and in the models: images (B, 3, H, W); input_ids and attention_mask (B, L), 1 = real
-token; image tokens (B, N, D) and their mask (B, N), True = real token, None if all are real;
-hidden states of a text (B, L, D); features (B, E).
+token; image tokens (B, N, D); hidden states of a text (B, L, D); features (B, E).
 """
 
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from elip_models.engine.encode import run_tower
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.config import ReductionConfig, TokenId
 from elip_models.pretraining.models.layers.bert import BertTower
-from elip_models.strategies.strategy import StageInfo, mask_after
+from elip_models.strategies.strategy import StageInfo
 from elip_models.towers.base import scoring_context
 from elip_models.validation import Depth, Positive, PositiveInt, Size, divisor_of, same_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MaskedTokens = tuple[Tensor, Tensor | None]
-"""Image tokens (B, N, D) and their mask (B, N), True = real token, or None if all are real."""
 FUSED = "since the CLS tokens of text and image are fused"
 
 
@@ -138,11 +135,6 @@ class CrossModalModel(PretrainedModel):
         """
         return run_tower(self.tower, images, text_cls, self.reduction)
 
-    def encode_masked(self, images: Tensor, text_cls: Tensor | None = None) -> MaskedTokens:
-        """Encode images by the reduced tower -> tokens (B, N, D) and their mask."""
-        tokens, infos = self.encode_image(images, text_cls)
-        return tokens, mask_after(infos)
-
     def dense_cls(self, images: Tensor) -> Tensor:
         """Return the CLS outputs (B, D) of images (B, 3, H, W), without reduction or gradient."""
         with scoring_context(self.visual, images):
@@ -150,7 +142,6 @@ class CrossModalModel(PretrainedModel):
         return tokens[:, 0]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers in backward instead of storing their activations."""
         self.visual.set_grad_checkpointing(enable)
         for name, module in self.named_modules():
             if isinstance(module, BertTower) and not name.startswith("encoders_m."):

@@ -26,7 +26,6 @@ from elip_models.engine.encode import run_tower
 from elip_models.pretraining.models.cross_modal import (
     CrossModalConfig,
     CrossModalModel,
-    MaskedTokens,
 )
 from elip_models.pretraining.models.layers.bert import BertTower
 from elip_models.pretraining.models.layers.distributed import all_gather, rank_of
@@ -36,7 +35,6 @@ from elip_models.pretraining.models.layers.momentum import (
     similarities,
     update_momentum_,
 )
-from elip_models.strategies.strategy import mask_after
 from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import is_sharded
 from elip_models.validation import Bounds, NonNegative, Share, Size
@@ -135,7 +133,6 @@ class DistilledModel(CrossModalModel):
             self.encoders_m.load_state_dict(self.encoders.state_dict())
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
         return self.encoders.encode_text(input_ids, attention_mask)
 
     def begin_step(self, step: int, epoch: float = math.inf) -> None:
@@ -158,15 +155,15 @@ class DistilledModel(CrossModalModel):
             )
         update_momentum_(self.encoders_m, self.encoders, self.config.momentum)
 
-    def _encode_images(self, images: Tensor, text_cls: Tensor) -> tuple[MaskedTokens, MaskedTokens]:
+    def _encode_images(self, images: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images by the online and, without gradient, by the momentum tower."""
         image, infos = self.encode_image(images, text_cls)
         how = self.config.momentum_reduction
         strategy = self.dense if how == "none" else self.reduction
         replays = infos if how == "shared" else None
         with torch.no_grad():
-            image_m, infos_m = run_tower(self.tower_m, images, text_cls, strategy, replays=replays)
-        return (image, mask_after(infos)), (image_m, mask_after(infos_m))
+            image_m, _ = run_tower(self.tower_m, images, text_cls, strategy, replays=replays)
+        return image, image_m
 
 
 class ContrastiveOutput(NamedTuple):
@@ -175,8 +172,8 @@ class ContrastiveOutput(NamedTuple):
     Attributes:
         loss: scalar.
         text: (B, L, D), the encoded texts.
-        image: (B, K+2, D), the remaining image tokens, and their mask or None.
-        image_m: (B, N, D), the image tokens of the momentum tower, and their mask or None.
+        image: (B, K+2, D), the remaining image tokens.
+        image_m: (B, N, D), the image tokens of the momentum tower.
         features: (B, E) of images and of texts.
         similar: image-to-text and text-to-image similarities (B, C) to the C pairs that negatives
             come from, without gradient.
@@ -184,8 +181,8 @@ class ContrastiveOutput(NamedTuple):
 
     loss: Tensor
     text: Tensor
-    image: MaskedTokens
-    image_m: MaskedTokens
+    image: Tensor
+    image_m: Tensor
     features: tuple[Tensor, Tensor]
     similar: tuple[Tensor, Tensor]
 
@@ -235,14 +232,7 @@ class MomentumModel(DistilledModel):
         """Return the parameters of the momentum encoders and the buffers of the queue."""
         return *super().updated_by_forward(), *self.queue.buffers()
 
-    @property
-    def fusion_tower(self) -> BertTower:
-        """The text tower, some layers of which attend to image tokens in `fuse`."""
-        return self.encoders.text
-
-    def fuse(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
-    ) -> Tensor:
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Fuse texts, as hidden states (B, L, D) or ids (B, L), with image tokens -> (B, L, D)."""
         raise NotImplementedError
 
@@ -250,35 +240,24 @@ class MomentumModel(DistilledModel):
         """Encode the texts of a training step; a subclass may drop text tokens."""
         return self.encode_text(input_ids, mask)
 
-    def fuse_reduced(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None
-    ) -> Tensor:
+    def fuse_reduced(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Fuse the pairs of a training step; a subclass may drop text tokens."""
-        return self.fuse(text, mask, image, image_mask)
+        return self.fuse(text, mask, image)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return normalised features (B, E) of images (B, 3, H, W), without text."""
         tokens, _ = run_tower(self.tower, images, None, self.reduction, cls_only=True)
         return self.project_image(tokens)
 
     def project_image(self, tokens: Tensor) -> Tensor:
-        """Return normalised features (B, E) of image tokens (B, N, D)."""
         return self.encoders.image_features(tokens)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return normalised features (B, E) of texts (B, L)."""
         return self.encoders.text_features(self.encode_text(input_ids, attention_mask))
 
-    def matching_logits(
-        self,
-        tokens: Tensor,
-        image_mask: Tensor | None,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-    ) -> Tensor:
+    def matching_logits(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the ITM logit (B,) of each text with the image tokens of its row, in fp32."""
         text = input_ids if self.fuses_ids else self.encode_text(input_ids, attention_mask)
-        fused = self.fuse(text, attention_mask, tokens, image_mask)
+        fused = self.fuse(text, attention_mask, tokens)
         return self.itm_head(fused[:, 0]).float()[:, 1]
 
     def forward(
@@ -343,8 +322,8 @@ class MomentumModel(DistilledModel):
         if self.training:
             self._update_momentum()
         image, image_m = self._encode_images(images, text[:, 0])
-        features = online.image_features(image[0]), online.text_features(text)
-        features_m = self._momentum_features(image_m[0], input_ids, mask)
+        features = online.image_features(image), online.text_features(text)
+        features_m = self._momentum_features(image_m, input_ids, mask)
         gather_m = "global" if self.training else gather
         with torch.no_grad():
             all_features_m = [all_gather(modality, gather_m) for modality in features_m]
@@ -380,19 +359,14 @@ class MomentumModel(DistilledModel):
         return Negatives(*(hard_negatives(rows, *options) for rows in reversed(similar)))
 
     def matching_loss(
-        self, text: Tensor, mask: Tensor, image: MaskedTokens, negatives: Negatives
+        self, text: Tensor, mask: Tensor, image: Tensor, negatives: Negatives
     ) -> Tensor:
         """Return ITM of the pairs and of both kinds of negatives, in one pass of `fuse`."""
-
-        def with_negatives(images: Tensor) -> Tensor:
-            others = all_gather(images, self.config.gather)[negatives.images]
-            return torch.cat([images, others, images])
-
-        texts, masks = (all_gather(t, self.config.gather) for t in (text, mask))
+        texts, masks, images = (all_gather(t, self.config.gather) for t in (text, mask, image))
         fused = self.fuse_reduced(
             torch.cat([text, text, texts[negatives.texts]]),
             torch.cat([mask, mask, masks[negatives.texts]]),
-            *(None if part is None else with_negatives(part) for part in image),
+            torch.cat([image, images[negatives.images], image]),
         )
         labels = torch.zeros(len(fused), dtype=torch.long, device=mask.device)
         labels[: len(mask)] = 1

@@ -192,7 +192,6 @@ class NLVR2(ClassTask):
     def sample(
         self, preprocessor: Preprocessor, example: Example, index: int, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        """Return the images, the statement and the label of an example."""
         if self.swap_images and rng.random() < 0.5:
             words = preprocessor.clean(example.text).split(" ")
             text = " ".join(SWAPPED_WORDS.get(word, word) for word in words)

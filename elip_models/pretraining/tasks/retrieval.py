@@ -131,7 +131,6 @@ class _Index(NamedTuple):
     image_features: Tensor | None  # (I, E)
     text_features: Tensor | None  # (T, E)
     tokens: Tensor | None  # (I, N, D) for image-text matching, on the CPU
-    mask: Tensor | None  # (I, N) of the tokens
     pixels: Tensor | None  # (I, 3, S, S), if queries guide the reduction
 
 
@@ -155,12 +154,10 @@ class _Matcher:
             if guided:
                 pixels = self._index.pixels[image].to(self._device)
                 guide = self._model.text_cls(ids, mask)
-                tokens, real = self._model.encode_masked(pixels, guide)
+                tokens, _ = self._model.encode_image(pixels, guide)
             else:
-                tokens, real = self._index.tokens[image].to(self._device), None
-                if self._index.mask is not None:
-                    real = self._index.mask[image].to(self._device)
-            scores.append(self._model.matching_logits(tokens, real, ids, mask).float().cpu())
+                tokens = self._index.tokens[image].to(self._device)
+            scores.append(self._model.matching_logits(tokens, ids, mask).float().cpu())
         return torch.cat(scores)
 
 
@@ -255,14 +252,13 @@ class Retrieval(Task):
 
     def _encode(self, run: EvaluationRun, *, matches: bool) -> _Index:
         """Encode all images without text, and all captions alone."""
-        model, features, tokens, masks, pixels = run.model, [], [], [], []
+        model, features, tokens, pixels = run.model, [], [], []
         names, captions = [], []
         for batch in run.batches:
             images = batch.images.to(run.device)
             if matches:
-                values, mask = model.encode_masked(images)
+                values, _ = model.encode_image(images)
                 tokens.append(values.float().cpu())
-                masks += [] if mask is None else [mask.cpu()]
                 pixels += [batch.images] if self.guided else []
             if model.ranks:
                 projected = model.project_image(values) if matches else model.image_features(images)
@@ -271,7 +267,7 @@ class Retrieval(Task):
             captions += [sample.captions for sample in batch.samples]
         texts = [text for several in captions for text in several]
         owners = torch.tensor([image for image, several in enumerate(captions) for _ in several])
-        encoded = [torch.cat(parts) if parts else None for parts in (tokens, masks, pixels)]
+        encoded = [torch.cat(parts) if parts else None for parts in (tokens, pixels)]
         if not model.ranks:
             return _Index(names, texts, owners, None, None, *encoded)
         size, progress = run.loading.batch_size, run.loading.progress

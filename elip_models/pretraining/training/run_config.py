@@ -224,8 +224,7 @@ class RunConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
     """Names of `accelerate` trackers, such as "tensorboard" or "wandb"."""
     report: tuple[Literal["retrieval", "zero_shot", "timing", "picture"], ...] = ()
-    """What is reported after training. A downstream task always reports its scores and takes only
-    "picture"."""
+    """What is reported after pre-training. A downstream task always reports its scores."""
     task: str | None = None
     """The downstream task; null: pre-training. A name in
     `elip_models.pretraining.tasks.registry.TASKS`. `data.train` and `data.eval` are the task's
@@ -244,10 +243,10 @@ class RunConfig:
             raise ValueError(
                 "eval.select, data.validation: expected null in pre-training, which has no task"
             )
-        if self.task is not None and (reports - {"picture"} or data.zero_shot):
+        if self.task is not None and (reports or data.zero_shot):
             raise ValueError(
-                f"report, data.zero_shot: expected nothing but 'picture', and null, for the task "
-                f"{self.task}, which is scored on data.eval at the end"
+                f"report, data.zero_shot: expected [] and null for the task {self.task}, which is "
+                "scored on data.eval at the end"
             )
         if "zero_shot" in reports and data.zero_shot is None:
             raise ValueError("data.zero_shot: expected a source, since report names it, got null")

@@ -110,8 +110,8 @@ def print_summary(config: RunConfig, result: TrainResult, console: Console) -> N
     names = ("model", *(["best"] if result.selection else []), "metrics.jsonl")
     files = [result.output_dir / name for name in names]
     with as_write_error(result.output_dir):
-        write = _write_reports if config.task is None else _write_scores
-        files += write(config, result, console)
+        of_task = config.task is not None
+        files += _write_scores(result) if of_task else _write_reports(config, result, console)
     summary = Table.grid(padding=(0, 2))
     summary.add_row("steps", str(result.step))
     summary.add_row("loss", f"{result.loss:.4f}")
@@ -143,8 +143,8 @@ def _write_reports(config: RunConfig, result: TrainResult, console: Console) -> 
         yield draw_kept_tokens(model, result.tokenizer, result.eval_source, path)
 
 
-def _write_scores(config: RunConfig, result: TrainResult, console: Console) -> Iterator[Path]:
-    """Write the scores and the picture of a fine-tuned model."""
+def _write_scores(result: TrainResult) -> Iterator[Path]:
+    """Write the scores of a fine-tuned model."""
     scores, folder = result.task_scores, result.output_dir
     if scores is None:
         return
@@ -153,9 +153,3 @@ def _write_scores(config: RunConfig, result: TrainResult, console: Console) -> I
         content["selection"] = asdict(result.selection)
     write_json(folder / "scores.json", content)
     yield folder / "scores.json"
-    if "picture" in config.report and scores.predictions:
-        from elip_models.pretraining.tasks.predictions import draw_predictions
-
-        console.print("drawing predictions.png")
-        shown = result.model, result.tokenizer, result.eval_source, scores
-        yield draw_predictions(*shown, folder / "predictions.png")

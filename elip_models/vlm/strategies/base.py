@@ -123,7 +123,6 @@ class ImageTokenStrategy(LanguageStrategy):
     keep: PositiveShare | TokenCount = 0.5
 
     def why_unsupported(self, multimodal: Multimodal) -> str | None:
-        """Return the reason why the strategy cannot reduce the model, or None."""
         if self.reads_frames and VideoLayout.of(multimodal) is None:
             return "it has no clips of comparable frames: it reads images, or each frame as one"
         if self.reads_tower and multimodal.cross_attention_layers:

@@ -39,7 +39,6 @@ class Dedup(LanguageStrategy):
     tolerance: NonNegative = 0.1
 
     def why_unsupported(self, multimodal: Multimodal) -> str | None:
-        """Return the reason why the strategy cannot reduce the model, or None."""
         if multimodal.config.model_type not in PATCH_ARGUMENTS:
             return (
                 "its image tower needs every patch: it makes their positions in its embeddings, or "

@@ -30,7 +30,6 @@ class Diverse(ImageTokenStrategy):
 
     @property
     def reads_question(self) -> bool:
-        """Return whether the question changes the result."""
         return self.relevance
 
     def select(self, tokens: Tensor, count: int, context: ImageContext) -> Tensor:

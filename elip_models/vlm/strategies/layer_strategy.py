@@ -29,7 +29,6 @@ class LayerStrategy(LanguageStrategy):
     is_guided: ClassVar[bool] = True
 
     def why_unsupported(self, multimodal: Multimodal) -> str | None:
-        """Return the reason why the strategy cannot reduce the model, or None."""
         if multimodal.cross_attention_layers:
             return BY_CROSS_ATTENTION
         if multimodal.recurrent_layers:

@@ -18,7 +18,7 @@ from tests.helpers.towers import assert_equal_gradients, gradients
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 SIZES = {"vision_depth": 2, "text_depth": 1, "cross_depth": 1}
-REDUCED = {"strategy": "adaptive:keep_mass=0.4", "text_reduction": "learned"}
+REDUCED = {"text_reduction": "learned"}
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from tests.helpers.weights import assert_equal_weights
 from tests.pretraining.models.test_every_strategy import OPTIONS
 
 QUICK = [
-    *(("albef_vqa", "elip"), ("albef_entailment", "tome"), ("albef_nlvr2", "adaptive")),
+    *(("albef_vqa", "elip"), ("albef_entailment", "tome"), ("albef_nlvr2", "merge")),
     *(("albef_retrieval", "evit"), ("blip_vqa", "guided_tome"), ("blip_nlvr2", "elip")),
-    *(("blip_captioning", "elip"), ("blip_retrieval", "adaptive"), ("meter_vqa", "trips")),
+    *(("blip_captioning", "elip"), ("blip_retrieval", "tome"), ("meter_vqa", "trips")),
     *(("meter_nlvr2", "elip"), ("meter_retrieval", "evit")),
 ]
 STEPS = [(name, strategy) for name in TASKS for strategy in STRATEGIES]

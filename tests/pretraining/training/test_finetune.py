@@ -15,6 +15,7 @@ from elip_models.pretraining.models.registry import (
 from elip_models.pretraining.tasks.registry import TASKS, get_task
 from elip_models.pretraining.training.finetune import finetune_recipe
 from elip_models.pretraining.training.recipe import FINETUNE, load_recipe
+from elip_models.pretraining.training.summary import print_summary
 from elip_models.pretraining.training.trainer import train
 from elip_models.pretraining.training.training_data import meta_model
 from elip_models.validation import ConfigError
@@ -60,6 +61,17 @@ def test_a_model_is_fine_tuned_scored_and_loaded_again(saved, family, task):
     assert json.loads((folder / "config.json").read_text())["model"] == f"{family}_{task}"
     again = load_model(folder)
     assert_equal_weights(again, result.model)
+
+
+@pytest.mark.slow
+def test_the_summary_has_the_scores_and_writes_the_predictions(saved, tmp_path):
+    config, result = run(saved, "albef", "nlvr2")
+    console = Console(file=(tmp_path / "said.txt").open("w"), width=200)
+    print_summary(config, result, console)
+    text = (tmp_path / "said.txt").read_text()
+    assert "nlvr2: 6 examples" in text and "majority" in text and "scores.json" in text
+    scores = json.loads(Path("run/scores.json").read_text())
+    assert len(scores["predictions"]) == 6
 
 
 def test_the_commands_fine_tune_and_score(saved, capsys):

@@ -75,14 +75,11 @@ class ALBEFTowers(Encoders):
         self.text = BertTower(config.bert, cross_attention=self.fusion_layers)
 
     def encode_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode texts alone: input_ids and mask (B, L) -> (B, L, D)."""
         return self.text.run(self.text.embed(input_ids), mask, self.text_layers)
 
-    def fuse(
-        self, hidden: Tensor, mask: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None
-    ) -> Tensor:
+    def fuse(self, hidden: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
         """Fuse hidden states (B, L, D) with image tokens (B, N, D) -> (B, L, D)."""
-        return self.text.run(hidden, mask, self.fusion_layers, image_tokens, image_mask)
+        return self.text.run(hidden, mask, self.fusion_layers, image_tokens)
 
 
 class ALBEFEncoders(ALBEFTowers):
@@ -92,16 +89,9 @@ class ALBEFEncoders(ALBEFTowers):
         super().__init__(config)
         self.language_head = masked_language_head(self.text)
 
-    def predict(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        image_tokens: Tensor,
-        image_mask: Tensor | None = None,
-    ) -> Tensor:
+    def predict(self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
         """Return logits (B, L, V) of the tokens of a text fused with its image, see `fuse`."""
-        hidden = self.fuse(self.encode_text(input_ids, mask), mask, image_tokens, image_mask)
-        return self.language_head(hidden)
+        return self.language_head(self.fuse(self.encode_text(input_ids, mask), mask, image_tokens))
 
 
 class ALBEFMatcher(MomentumModel):
@@ -112,11 +102,9 @@ class ALBEFMatcher(MomentumModel):
     def __init__(self, config: ALBEFConfig) -> None:
         super().__init__(config, self.encoders_class(config))
 
-    def fuse(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
-    ) -> Tensor:
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Return texts (B, L, D) fused with image tokens (B, N, D), see `ALBEFTowers.fuse`."""
-        return self.encoders.fuse(text, mask, image, image_mask)
+        return self.encoders.fuse(text, mask, image)
 
 
 class ALBEF(ALBEFMatcher):
@@ -131,9 +119,9 @@ class ALBEF(ALBEFMatcher):
         self, input_ids: Tensor, mask: Tensor, contrast: ContrastiveOutput, drawn: ALBEFDraw
     ) -> tuple[Tensor, ...]:
         """Return MLM with the targets of the momentum encoders."""
-        logits = self.encoders.predict(drawn.masked_ids, mask, *contrast.image)
+        logits = self.encoders.predict(drawn.masked_ids, mask, contrast.image)
         with torch.no_grad():
-            teacher = self.encoders_m.predict(drawn.masked_ids, mask, *contrast.image_m)
+            teacher = self.encoders_m.predict(drawn.masked_ids, mask, contrast.image_m)
         gather = self.config.gather
         return (language_loss(logits, drawn.labels, teacher, self.alpha, gather=gather),)
 

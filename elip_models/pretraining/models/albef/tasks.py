@@ -106,8 +106,8 @@ class ALBEFTask(DistilledModel):
     def encode_pair(self, images: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Fuse texts (B, L) with their images -> (B, L, D), without distillation."""
         text = self.encode_text(input_ids, mask)
-        image = self.encode_masked(*self._tower_inputs(images, text[:, 0]))
-        return self.encoders.fuse(text, mask, *image)
+        image, _ = self.encode_image(*self._tower_inputs(images, text[:, 0]))
+        return self.encoders.fuse(text, mask, image)
 
     def encode_pair_with_momentum(
         self, images: Tensor, input_ids: Tensor, mask: Tensor
@@ -126,8 +126,8 @@ class ALBEFTask(DistilledModel):
         image, image_m = self._encode_images(*self._tower_inputs(images, text[:, 0]))
         with torch.no_grad():
             text_m = momentum.encode_text(input_ids, mask)
-            fused_m = momentum.fuse(text_m, mask, *image_m)
-        return self.encoders.fuse(text, mask, *image), fused_m
+            fused_m = momentum.fuse(text_m, mask, image_m)
+        return self.encoders.fuse(text, mask, image), fused_m
 
     def _tower_inputs(self, images: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
         """Return one image (N, 3, H, W) and its guidance (N, D) after the other; B or 2B images."""
@@ -202,7 +202,6 @@ class ALBEFVQA(AnsweringModel, ALBEFTask):
     def decode_answers(
         self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
     ) -> Tensor:
-        """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
         encoders = self.encoders_m if teacher else self.encoders
         return encoders.decode(ids, mask, states, states_mask)
 
@@ -303,15 +302,12 @@ class NLVR2Encoders(ClassifierEncoders):
             first, second = (self.text.layers[j].crossattention.self for j in (i, i + 1))
             first.key, first.value = second.key, second.value
 
-    def fuse(
-        self, hidden: Tensor, mask: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None
-    ) -> Tensor:
+    def fuse(self, hidden: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
         """Return texts (B, L, D) fused with image_tokens (2B, N, D), two images in a row each."""
         images = image_tokens[0::2], image_tokens[1::2]
-        masks = (None, None) if image_mask is None else (image_mask[0::2], image_mask[1::2])
         for i in self.fusion_layers:
             turn = (i - self.fusion_layers.start) % 2
-            hidden = self.text.run(hidden, mask, range(i, i + 1), images[turn], masks[turn])
+            hidden = self.text.run(hidden, mask, range(i, i + 1), images[turn])
         return hidden
 
 

@@ -32,7 +32,6 @@ from elip_models.pretraining.models.layers.bert import (
 )
 from elip_models.pretraining.models.layers.generation import generate
 from elip_models.pretraining.models.layers.losses import language_loss, next_tokens
-from elip_models.pretraining.models.layers.text_reduction import ReducedText, TextReduction
 from elip_models.pretraining.models.momentum_model import (
     ContrastiveOutput,
     Encoders,
@@ -87,15 +86,10 @@ class BLIPEncoders(Encoders):
         self.text = config.text_tower()
 
     def encode_text(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        image_tokens: Tensor | None = None,
-        image_mask: Tensor | None = None,
+        self, input_ids: Tensor, mask: Tensor, image_tokens: Tensor | None = None
     ) -> Tensor:
         """Encode texts (B, L) -> (B, L, D), with cross attention to image_tokens, if not None."""
-        image = {"image_tokens": image_tokens, "image_mask": image_mask}
-        return self.text.run(self.text.embed(input_ids), mask, **image)
+        return self.text.run(self.text.embed(input_ids), mask, image_tokens=image_tokens)
 
 
 class BLIPBase(CrossModalModel):
@@ -109,12 +103,10 @@ class BLIPBase(CrossModalModel):
     masks_text = False
     fuses_ids = True
 
-    def fuse(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
-    ) -> Tensor:
+    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Return the ids `text` (B, L), with [ENC] first, fused with the image -> (B, L, D)."""
         ids = replace_first_token(text, self.config.encoder_token_id)
-        return self.encoders.encode_text(ids, mask, image, image_mask)
+        return self.encoders.encode_text(ids, mask, image)
 
     @classmethod
     def fit_tokenizer(
@@ -137,38 +129,33 @@ class BLIPDecoder(BLIPBase):
         self,
         input_ids: Tensor,
         mask: Tensor,
-        image_tokens: Tensor,
-        image_mask: Tensor | None = None,
+        states: Tensor,
+        states_mask: Tensor | None = None,
     ) -> Tensor:
         """Return logits (B, L, V) of the next token after [DEC] and each prefix of the text.
 
-        Cross attention reads image_tokens (B, N, D), of an image or of a fused question.
+        Cross attention reads `states` (B, N, D), of an image or of a fused question with its mask.
         """
-        image = image_tokens, image_mask
-        return self.language_head(self.decode(input_ids, mask, image, None).tokens)
+        hidden = self.embed_prefix(input_ids)
+        return self.language_head(
+            self.decoder.run(hidden, mask, None, states, states_mask, causal=True)
+        )
 
-    def decode(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        image: tuple[Tensor, Tensor | None],
-        reduction: TextReduction | None,
-    ) -> ReducedText:
-        """Run the decoder on [DEC] and the following ids; `image` is tokens and mask."""
-        hidden = self.decoder.embed(replace_first_token(input_ids, self.config.decoder_token_id))
-        return self.decoder.run_reduced(hidden, mask, reduction, *image, causal=True)
+    def embed_prefix(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings (B, L, D) of the decoder, of [DEC] and the following ids."""
+        return self.decoder.embed(replace_first_token(input_ids, self.config.decoder_token_id))
 
     def generate_from_tokens(
         self,
-        image_tokens: Tensor,
-        image_mask: Tensor | None = None,
+        states: Tensor,
+        states_mask: Tensor | None = None,
         *,
         prompt: Tensor | None = None,
         decoding: GenerationConfig = CAPTIONS,
     ) -> Tensor:
-        """Generate text from image tokens, always without dropout; see `BLIPCaptioner.generate`."""
-        config, B = self.config, len(image_tokens)
-        ids = torch.full((B, 1), config.decoder_token_id, device=image_tokens.device)
+        """Generate text from `states`, see `predict` and `BLIPCaptioner.generate`."""
+        config, B = self.config, len(states)
+        ids = torch.full((B, 1), config.decoder_token_id, device=states.device)
         if prompt is not None:
             if (prompt == config.pad_token_id).any():
                 raise ValueError(
@@ -181,7 +168,7 @@ class BLIPDecoder(BLIPBase):
                 self.decoder,
                 self.language_head,
                 ids,
-                (image_tokens, image_mask),
+                (states, states_mask),
                 end_token_id=config.sep_token_id,
                 decoding=decoding,
             )
@@ -217,8 +204,8 @@ class BLIPCaptioner(BLIPDecoder):
                 text tower.
         """
         with eval_mode(self):
-            image = self.encode_masked(images, text_cls)
-        return self.generate_from_tokens(*image, prompt=prompt, decoding=decoding)
+            tokens, _ = self.encode_image(images, text_cls)
+        return self.generate_from_tokens(tokens, prompt=prompt, decoding=decoding)
 
 
 @dataclass
@@ -251,14 +238,12 @@ class BLIP(BLIPCaptioner, MomentumModel):
         image_cls = self.dense_cls(images) if self.config.image_guides_text else None
         return self._run_text(input_ids, mask, image_cls=image_cls)
 
-    def fuse_reduced(
-        self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None
-    ) -> Tensor:
+    def fuse_reduced(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Fuse texts with images -> (B, K, D), without the tokens that `text_reduction` drops."""
         ids = replace_first_token(text, self.config.encoder_token_id)
-        return self._run_text(ids, mask, image, image_mask)
+        return self._run_text(ids, mask, image)
 
-    def _run_text(self, ids: Tensor, mask: Tensor, *image: Tensor | None, **options: Any) -> Tensor:
+    def _run_text(self, ids: Tensor, mask: Tensor, *image: Tensor, **options: Any) -> Tensor:
         tower, reduction = self.encoders.text, self.text_reduction
         return tower.run_reduced(tower.embed(ids), mask, reduction, *image, **options).tokens
 
@@ -266,7 +251,9 @@ class BLIP(BLIPCaptioner, MomentumModel):
         self, input_ids: Tensor, mask: Tensor, contrast: ContrastiveOutput, drawn: Any
     ) -> tuple[Tensor, ...]:
         """Return LM, whose decoder attends to the image tokens."""
-        decoded = self.decode(input_ids, mask, contrast.image, self.text_reduction)
+        decoded = self.decoder.run_reduced(
+            self.embed_prefix(input_ids), mask, self.text_reduction, contrast.image, causal=True
+        )
         loss = language_loss(
             self.language_head(decoded.tokens),
             decoded.labels(next_tokens(input_ids, mask)),

@@ -170,14 +170,12 @@ class BLIPVQA(AnsweringModel, BLIPDecoder, BLIPTask):
         return renamed(weights, TOWERS + DECODER)
 
     def fuse_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the states (B, L, D) of questions (B, L), fused with images (B, 3, H, W)."""
-        image = self.encode_masked(images, self.text_guidance(input_ids, attention_mask))
-        return self.fuse(input_ids, attention_mask, *image)
+        image, _ = self.encode_image(images, self.text_guidance(input_ids, attention_mask))
+        return self.fuse(input_ids, attention_mask, image)
 
     def decode_answers(
         self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor, *, teacher: bool
     ) -> Tensor:
-        """Return logits (B, La, V) of the tokens after each position of answers (B, La)."""
         return self.predict(ids, mask, states, states_mask)
 
     @torch.no_grad()
@@ -243,17 +241,16 @@ class TwoImageAttention(nn.Module):
         hidden: Tensor,
         attention_mask: Tensor | None,
         image_tokens: Tensor,
-        image_bias: Tensor | None,
+        *_: Any,
         **named: Any,
     ) -> tuple[Tensor, None]:
         """Attend to image_tokens (B, 2N, D) of two images -> (B, L, D), and None for the weights.
 
-        The mask `image_bias` is (B, 1, 1, 2N). As in transformers, other arguments are unused.
+        As in transformers, other arguments are unused.
         """
         images = image_tokens.chunk(2, dim=1)
-        biases = (None, None) if image_bias is None else image_bias.chunk(2, dim=-1)
-        first, _ = self.self0(hidden, images[0], biases[0])
-        second, _ = self.self1(hidden, images[1], biases[1])
+        first, _ = self.self0(hidden, images[0])
+        second, _ = self.self1(hidden, images[1])
         return self.output(first, second, hidden), None
 
 
@@ -295,13 +292,11 @@ class BLIPNLVR2(Classifier, BLIPTask):
         return result
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits (B, 2), 0 = false, of images (B, 2, 3, H, W) and texts (B, L)."""
         guides = self.text_guidance(input_ids, attention_mask)
         guides = None if guides is None else guides.repeat_interleave(2, 0)
-        tokens, mask = self.encode_masked(images.flatten(0, 1), guides)
+        tokens, _ = self.encode_image(images.flatten(0, 1), guides)
         pairs = tokens.unflatten(0, (-1, 2)).flatten(1, 2)
-        mask = None if mask is None else mask.unflatten(0, (-1, 2)).flatten(1, 2)
-        return self.classifier(self.fuse(input_ids, attention_mask, pairs, mask)[:, 0])
+        return self.classifier(self.fuse(input_ids, attention_mask, pairs)[:, 0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +356,7 @@ class BLIPCaptioning(BLIPCaptioner, BLIPTask):
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> TaskOutput:
         """Return the loss of captions (B, L), with the prompt after the first token."""
-        logits = self.predict(input_ids, attention_mask, *self.encode_masked(images))
+        logits = self.predict(input_ids, attention_mask, self.encode_image(images)[0])
         labels = next_tokens(input_ids, attention_mask)
         labels[:, : self.config.prompt_tokens] = IGNORED
         loss = language_loss(

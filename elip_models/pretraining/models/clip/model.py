@@ -80,7 +80,6 @@ class CLIPConfig(ReductionConfig):
     gather: Literal["local", "global"] = "local"
 
     def vit(self, **options: Any) -> VisionTransformer:
-        """Create the image tower with CLIP's initial weights; `options` are timm's."""
         visual = super().vit(
             act_layer=self.activation, drop_path_rate=self.drop_path, pre_norm=True, **options
         )
@@ -164,19 +163,15 @@ class CLIP(PretrainedModel):
         return self.project_image(tokens)
 
     def project_image(self, tokens: Tensor) -> Tensor:
-        """Return normalised features (B, E) of image tokens (B, N, D)."""
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return normalised features (B, E) of images (B, 3, H, W), without text."""
         return self.encode_image(images)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return normalised features (B, E) of texts (B, L)."""
         return self.encode_text(input_ids, attention_mask)
 
     def text_cls(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the guidance (B, D) of the image tower from texts (B, L)."""
         return self.guidance(self.encode_text(input_ids, attention_mask))
 
     def forward(
@@ -235,7 +230,6 @@ class CLIP(PretrainedModel):
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute layers of both towers in backward instead of storing their activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
 

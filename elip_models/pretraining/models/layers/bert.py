@@ -105,7 +105,6 @@ class BertTower(nn.Module):
         mask: Tensor,
         reduction: TextReduction | None,
         image_tokens: Tensor | None = None,
-        image_mask: Tensor | None = None,
         *,
         image_cls: Tensor | None = None,
         causal: bool = False,
@@ -116,7 +115,7 @@ class BertTower(nn.Module):
         depend on later tokens. image_cls (B, D), by default the first image token, is the CLS
         output of the image that guides 'learned', without gradient. For the others, see `run`.
         """
-        run = partial(self.run, image_tokens=image_tokens, image_mask=image_mask, causal=causal)
+        run = partial(self.run, image_tokens=image_tokens, causal=causal)
         if reduction is None:
             return ReducedText(run(hidden, mask), mask)
         half, depth = len(self.layers) // 2, len(self.layers)

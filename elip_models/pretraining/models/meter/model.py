@@ -87,13 +87,7 @@ class METERBackbone(CrossModalModel):
         parts = self.text_transform, self.image_transform, self.token_types
         nn.ModuleList([*parts, self.text_pooler, self.image_pooler]).apply(self.text_layers.init)
 
-    @property
-    def fusion_tower(self) -> BertTower:
-        """The co-attention layers of the text, which attend to image tokens in `fuse`."""
-        return self.text_layers
-
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode texts alone: input_ids and attention_mask (B, L) -> (B, L, D)."""
         return self.text.run(self.text.embed(input_ids), attention_mask)
 
     def fuse(
@@ -101,7 +95,6 @@ class METERBackbone(CrossModalModel):
         text: Tensor,
         mask: Tensor,
         image: Tensor,
-        image_mask: Tensor | None = None,
         image_types: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the co-attention layers -> fused text (B, L, C) and image (B, N, C).
@@ -112,12 +105,12 @@ class METERBackbone(CrossModalModel):
         image_type = types[IMAGE] if image_types is None else types[image_types][:, None]
         text = self.text_transform(text) + types[TEXT]
         image = self.image_transform(image) + image_type
-        own_mask = mask.new_ones(image.shape[:2]) if image_mask is None else image_mask
+        image_mask = mask.new_ones(image.shape[:2])
         for i in range(self.config.cross_depth):
             layer = range(i, i + 1)
             text, image = (
-                self.text_layers.run(text, mask, layer, image, image_mask),
-                self.image_layers.run(image, own_mask, layer, text, mask),
+                self.text_layers.run(text, mask, layer, image),
+                self.image_layers.run(image, image_mask, layer, text, mask),
             )
         return text, image
 
@@ -140,8 +133,8 @@ class METERBackbone(CrossModalModel):
     ) -> tuple[ReducedText, Tensor]:
         """Encode and fuse a batch -> text (B, K, C) with its mask, image (B, N, C); see `fuse`."""
         text = self.encode_text_reduced(images, input_ids, mask)
-        image = self.encode_masked(images, text.tokens[:, 0])
-        tokens, image = self.fuse(text.tokens, text.mask, *image, image_types)
+        image, _ = self.encode_image(images, text.tokens[:, 0])
+        tokens, image = self.fuse(text.tokens, text.mask, image, image_types)
         return text._replace(tokens=tokens), image
 
 
@@ -167,12 +160,10 @@ class METERMatcher(METERBackbone):
         """Return the logit (B,) of a pair, from pooled text and image (B, 2C)."""
         return self.itm_head(pooled)[:, 1]
 
-    def matching_logits(
-        self, tokens: Tensor, image_mask: Tensor | None, input_ids: Tensor, attention_mask: Tensor
-    ) -> Tensor:
+    def matching_logits(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return a score (B,) of each text with the image tokens of its row; larger is better."""
         text = self.encode_text(input_ids, attention_mask)
-        return self.rank(self.pool(*self.fuse(text, attention_mask, tokens, image_mask)))
+        return self.rank(self.pool(*self.fuse(text, attention_mask, tokens)))
 
 
 class METER(METERMatcher):

@@ -84,7 +84,6 @@ class METERClassifier(Classifier, METERBackbone):
         return {n: w for n, w in weights.items() if not n.startswith(PRETRAINED_HEADS)}
 
     def logits(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits (B, num_classes) of images (B, 3, H, W) and texts (B, L)."""
         text, image = self.encode_and_fuse(images, input_ids, attention_mask)
         return self.classifier(self.pool(text.tokens, image))
 
@@ -172,7 +171,6 @@ class METERRetrieval(METERMatcher):
         return kept | {name: rows[1:].clone() for name, rows in heads.items()}
 
     def rank(self, pooled: Tensor) -> Tensor:
-        """Return a score (B,) of each pair, from pooled text and image (B, 2C)."""
         return self.rank_head(pooled)[:, 0]
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
@@ -192,10 +190,8 @@ class METERRetrieval(METERMatcher):
         if self.reduction.is_guided or self.text_reduction is not None:
             text, image = self.encode_and_fuse(images.repeat_interleave(T, 0), ids, mask)
             return self.rank(self.pool(text.tokens, image)).unflatten(0, (-1, T))
-        tokens, image_mask = self.encode_masked(images)
-        image_mask = None if image_mask is None else image_mask.repeat_interleave(T, 0)
-        tokens = tokens.repeat_interleave(T, 0)
-        return self.matching_logits(tokens, image_mask, ids, mask).unflatten(0, (-1, T))
+        tokens = self.encode_image(images)[0].repeat_interleave(T, 0)
+        return self.matching_logits(tokens, ids, mask).unflatten(0, (-1, T))
 
     def forward(
         self,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from benchmarks.scorer_agreement import scorer_agreement
 from elip_models import ELIP
-from elip_models.analysis.agreement import scorer_agreement
 from elip_models.strategies.scorers import SCORERS
 from tests.helpers.models import ROTARY
 from tests.helpers.own_warnings import SLOW_SCORER
