@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import timm
 import torch
 from PIL import Image
 
 import elip_models
-from elip_models.analysis import calibrate as command
 from elip_models.analysis.calibrate import (
     STRATEGIES,
     _Search,
@@ -18,7 +16,6 @@ from elip_models.intervals import Interval
 from elip_models.strategies.flops import inference_ratio
 from elip_models.strategies.spec import parse_spec
 from elip_models.towers import as_tower
-from tests.helpers.models import siglip_vision
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
 
@@ -103,28 +100,6 @@ def test_no_setting_within_the_tolerance_is_said(model, pictures, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_strategy_that_cannot_reduce_the_model_is_listed():
-    found = calibrate(
-        siglip_vision().eval(), images(8), strategies=("tome", "evit"), tolerance=0.9, time=False
-    )
-    assert found.refused.keys() == {"evit"}
-    assert "evit: strategy: expected one for this model" in str(found)
-
-
-def test_the_metric_of_the_caller(model, pictures):
-    seen = []
-
-    def largest_change(dense, reduced):
-        seen.append(dense.shape)
-        return (dense - reduced).abs().amax(1)
-
-    found = calibrate(
-        model, pictures, metric=largest_change, tolerance=1.0, strategies=FEW, time=False
-    )
-    assert found.metric == "largest_change"
-    assert set(seen) == {(12, 5)}  # the logits of five classes
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -136,30 +111,6 @@ def test_the_metric_of_the_caller(model, pictures):
 def test_a_bad_argument_is_named(model, options, error, message):
     with pytest.raises(error, match=message):
         calibrate(**{"model": model, "images": images(8), "time": False} | options)
-
-
-def test_images_of_another_dtype_than_the_model_are_named():
-    with pytest.raises(
-        ValueError, match=r"^images: expected .* torch.bfloat16 on cpu, got torch.fl"
-    ):
-        calibrate(plain_vit().eval().bfloat16(), images(8), time=False)
-
-
-def test_the_command_calibrates_the_dense_model_of_a_reduced_one(tmp_path, capsys, monkeypatch):
-    reduced = elip_models.reduce_(timm.create_model("test_vit").eval(), "tome")
-    elip_models.save_reduced(reduced, tmp_path / "saved")
-    for i in range(8):
-        Image.new("RGB", (16, 16), (i, i, i)).save(tmp_path / f"{i}.png")
-
-    def calibrate_dense(model, images, **options):
-        assert not elip_models.is_reduced(model)
-        raise ValueError("tolerance: stop here")
-
-    monkeypatch.setattr(command, "calibrate", calibrate_dense)
-    output = tmp_path / "found.json"
-    assert elip("calibrate", tmp_path / "saved", tmp_path, "--output", output) == 2
-    shown = capsys.readouterr().err
-    assert "its dense model is calibrated" in shown and "error: --tolerance: stop here" in shown
 
 
 @pytest.mark.parametrize("options", [{"metric": "neighbours"}, {"labels": torch.arange(12) % 2}])

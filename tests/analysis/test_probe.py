@@ -1,8 +1,5 @@
 """A probe of features, and `calibrate` with labels."""
 
-from collections import Counter
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
@@ -11,8 +8,6 @@ from sklearn.linear_model import LogisticRegression
 import elip_models
 from elip_models.analysis.calibrate import calibrate
 from elip_models.analysis.probe import FOLDS, Probe, ProbeLoss
-from elip_models.commands.calibrate import _sample_by_class
-from elip_models.validation import ConfigError
 from tests.helpers.tiny_run import elip
 from tests.helpers.towers import images, plain_vit
 
@@ -94,34 +89,6 @@ def test_a_bad_argument_is_named(options, error, message):
         calibrate(plain_vit().eval(), images(8), time=False, **options)
 
 
-def test_labels_that_the_probe_does_not_predict_are_refused(blobs):
-    """A probe of noise predicts little, so no reduction could lose anything."""
-    features, labels = blobs
-    loss = ProbeLoss(labels)
-    loss(features, features)
-    assert loss.accuracy == loss.correct(features).mean() > loss.most_frequent == 1 / 3
-    for fold in loss.folds:
-        assert labels[fold].bincount().tolist() == [4, 4, 4]
-    torch.manual_seed(0)
-    options = {"tolerance": 0.9, "strategies": ("tome",), "time": False}
-    rare = (torch.arange(30) < 5).long()
-    with pytest.raises(
-        ValueError, match=r"^labels: expected classes .* top-1 of 0.8.*, with 0.833"
-    ):
-        calibrate(plain_vit().eval(), images(30), labels=rare, **options)
-
-
-def test_the_drawn_images_keep_the_shares_of_the_classes():
-    classes = {Path(f"{i}.png"): "rare" if i < 6 else f"class {i % 2}" for i in range(406)}
-    names = [classes[path] for path in _sample_by_class(classes, 100, 0)]
-    assert Counter(names) == {"rare": 5, "class 0": 49, "class 1": 49}
-    assert len(_sample_by_class(classes, None, 0)) == 406
-    with pytest.raises(ConfigError, match="--count: expected at least 15, 5 for each of 3 classes"):
-        _sample_by_class(classes, 14, 0)
-    with pytest.raises(ConfigError, match=r"--labels: expected at least 5 images of each .*1 of"):
-        _sample_by_class({**classes, Path("a.png"): "single"}, 100, 0)
-
-
 def test_the_command_reads_labels_of_folders_and_of_a_file(tmp_path, capsys):
     rows = []
     for i in range(12):
@@ -135,24 +102,10 @@ def test_the_command_reads_labels_of_folders_and_of_a_file(tmp_path, capsys):
     arguments = "timm:test_vit", tmp_path / "photographs", "--no-pretrained", "--output", output
     for labels in ("folders", table):
         assert elip("calibrate", *arguments, "--labels", labels, "--tolerance", 0.9) == 0
-        shown = capsys.readouterr()
-        assert "loss (top-1)" in shown.out and "The probe classifies 100.0% of" in shown.out
-        assert "--labels judges by a task" not in shown.err
+        shown = capsys.readouterr().out
+        assert "loss (top-1)" in shown and "The probe classifies 100.0% of" in shown
     table.write_text("\n".join(rows[1:]))
     assert elip("calibrate", *arguments, "--labels", table) == 2
     table.write_bytes(b"\x80.png,cat")
     assert elip("calibrate", *arguments, "--labels", table) == 2
     assert "dark/0.png" in capsys.readouterr().err
-    assert elip("calibrate", *arguments, "--tolerance", 0.9) == 0
-    assert "--labels judges by a task" in capsys.readouterr().err
-
-
-def test_few_images_that_lose_nothing_prove_no_small_loss():
-    labels = torch.arange(12) % 2
-    pictures = (3.0 * labels - 1.5)[:, None, None, None].expand(12, *images(1).shape[1:])
-    calibration = calibrate(
-        plain_vit().eval(), pictures, labels=labels, strategies=("tome",), tolerance=0.1, time=False
-    )
-    (trial,) = calibration.trials
-    assert (trial.loss.mean, trial.loss.low) == (0, 0) and 0.2 < trial.loss.high < 0.3
-    assert calibration.chosen is None

@@ -1,15 +1,11 @@
 """Surviving patches of each stage, their scores through merged tokens, and the pictures."""
 
-import io
-import json
 import re
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import elip_models
@@ -17,14 +13,12 @@ from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import (
     GREY,
     attention_maps,
-    draw_reduction,
-    patch_grid,
     surviving_patches,
 )
 from elip_models.pretraining.data import EmojiScenes
 from elip_models.pretraining.models.registry import create_model
 from elip_models.pretraining.training import report
-from elip_models.pretraining.training.report import draw_kept_tokens, time_tower
+from elip_models.pretraining.training.report import draw_kept_tokens
 from tests.helpers.tiers import first_quick
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
@@ -79,29 +73,11 @@ def test_a_patch_shows_the_score_of_its_token(registers, merge):
             torch.testing.assert_close(heat[b], expected, atol=0, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    ("size", "num_patches", "grid"),
-    [((48, 48), 36, (6, 6)), ((32, 64), 32, (4, 8)), ((100, 51), 72, (12, 6))],
-)
-def test_the_grid_has_the_shape_of_the_image(size, num_patches, grid):
-    assert (
-        patch_grid(SimpleNamespace(image_size=size, num_patches=num_patches, num_steps=1)) == grid
-    )
-
-
 def rows_of(path):
     """Count the rows of a picture: long runs of lines that begin with an image."""
     ink = pil_to_tensor(Image.open(path).convert("L"))[0, :, 10:110] < 250
     lines = "".join(str(int(line)) for line in ink.float().mean(1) > 0.6)
     return len(re.findall("1{150,}", lines))
-
-
-def test_the_picture_has_a_row_an_image(tmp_path):
-    infos, _ = reduce_images()
-    pixels, captions = torch.rand(2, 3, 48, 48) / 2, ["costs $5 and $6"] * 2
-    path = tmp_path / "a.png"
-    draw_reduction(pixels, captions, infos, path, grid=(6, 6), title="$")
-    assert rows_of(path) == 2
 
 
 @pytest.mark.parametrize("merge", ["one", "none"])
@@ -149,28 +125,3 @@ def test_a_training_run_ends_with_the_picture(options, tokenizer, tmp_path, monk
     model, source = tiny_clip(**options), EmojiScenes(5, image_size=32)
     assert rows_of(draw_kept_tokens(model, tokenizer, source, tmp_path / "kept.png")) == 5
     assert merging.called == ("strategy" in options)
-
-
-CHOSEN = {
-    "elip": {"schedule": "1(100%) 2(50%)"},  # the paper's settings
-    "tome": {"strategy": "tome:r=2"},
-    "dense": {},
-}
-
-
-@pytest.mark.parametrize("name", first_quick(CHOSEN))
-def test_a_training_run_times_its_own_tower_with_its_own_reduction(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROUNDS", 1)
-    model = tiny_clip(**CHOSEN[name])
-    console = Console(width=120, record=True, file=io.StringIO())
-    path = time_tower(model, tmp_path / "timing.json", console, 3)
-    rows = json.loads(path.read_text())["rows"]
-    timed = "elip" if name == "dense" else name
-    modes = [("training", "dense"), ("training", timed)]
-    modes += [("inference", each) for _, each in modes]
-    assert [(row["mode"], row["strategy"]) for row in rows] == modes
-    assert all(row["batch_size"] == 3 and row["image_size"] == [32, 32] for row in rows)
-    assert rows[1]["settings"] == str(model.reduction) or name == "dense"
-    shown = " ".join(console.export_text().split())
-    assert f"{rows[1]['flops_ratio']:.2f}" in shown and "bytes saved for backward" in shown
-    assert ("without a text, nothing is reduced" in shown) == (timed == "elip")

@@ -39,15 +39,6 @@ def gif(tmp_path):
     return path
 
 
-def test_frames_are_evenly_spaced_with_the_first_and_the_last(folder, gif):
-    for path in (folder, gif):
-        ((clip, caption),) = read_pairs([path], ["a square"], num_frames=4)
-        assert caption == "a square"
-        assert [frame.getpixel((0, 0))[0] for frame in clip] == [0, 60, 120, 180]
-    ((clip, _),) = read_pairs([folder], [], num_frames=10)
-    assert [frame.getpixel((0, 0))[0] for frame in clip] == [20 * i for i in range(10)]
-
-
 def test_an_error_names_what_a_clip_is(folder, gif, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"video")
     cases = {"clip.gif": "at least 11 frames, got 10", "clip.mp4": "not a readable image"}

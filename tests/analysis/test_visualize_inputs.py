@@ -2,7 +2,6 @@
 
 import json
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -13,13 +12,12 @@ from elip_models.analysis.visualize_inputs import open_visualized_model, read_pa
 from elip_models.engine.encode import encode_image
 from elip_models.pretraining.data import load_tokenizer, tokenize
 from elip_models.pretraining.models.clip.model import CLIP
-from elip_models.pretraining.models.registry import create_model, load_model
+from elip_models.pretraining.models.registry import create_model
 from elip_models.validation import ConfigError
-from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
-from tests.helpers.own_warnings import NEW_PARTS, NO_IMAGE_STATS
+from tests.helpers.models import hf_blip, hf_clip
+from tests.helpers.own_warnings import NO_IMAGE_STATS
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
-from tests.saving.test_open_model import tiny_vit
 from tests.towers.test_image_text import guidance_of
 
 CAPTIONS = ["a red dog on the left", "two cats"]
@@ -96,15 +94,6 @@ def test_our_clip_is_guided_by_its_own_text(tmp_path, tokenizer, pairs):
     assert not differ(infos, expected)
 
 
-def test_our_clip_is_drawn_with_the_strategy_of_its_training(tmp_path, tokenizer):
-    folder = our_folder(tmp_path / "model", tokenizer)
-    model = load_model(folder, strategy="merge")
-    model.save_pretrained(tmp_path / "merging", tokenizer)
-    pictured = open_visualized_model(str(tmp_path / "merging"))
-    assert pictured.strategy == model.reduction and pictured.strategy.name == "merge"
-    assert open_visualized_model(folder, strategy="elip").strategy.name == "elip"
-
-
 @NO_IMAGE_STATS
 @pytest.mark.parametrize("make", [hf_clip, hf_blip])
 def test_models_of_transformers_are_guided_by_their_text_tower(
@@ -126,33 +115,6 @@ def test_models_of_transformers_are_guided_by_their_text_tower(
     assert len(pictured.stage_infos(images, CAPTIONS)) == 2
     long = pictured.guide(["two cats " * 20] * 2)
     assert long.shape == (2, pictured.tower.width)
-
-
-@NO_IMAGE_STATS
-def test_open_clip_is_guided_by_its_text_tower(monkeypatch, pairs):
-    def tokenize(texts):
-        return torch.tensor([[len(text) % 40, 3, 4, 5, 6, 7, 8, 49] for text in texts])
-
-    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: open_clip_pair())
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: {"ViT-B-32": tokenize}[name])
-    pictured = open_visualized_model("open_clip:ViT-B-32/openai", schedule=SIX)
-    images = normalised(pictured, pairs)
-    text = pictured.guide(CAPTIONS)
-    assert text.shape == (2, pictured.tower.width)
-    assert not torch.equal(text[0], text[1])
-    assert len(pictured.stage_infos(images, CAPTIONS)) == 2
-
-
-@NEW_PARTS
-@NO_IMAGE_STATS
-def test_an_image_model_is_reduced_by_the_image(tmp_path, pairs):
-    tiny_vit().save_pretrained(tmp_path)
-    pictured = open_visualized_model(f"hf:{tmp_path}", schedule="clip")
-    assert str(pictured).endswith("1(100%) 1(90%) 3(65%) 1(40%), scorer last, vision only")
-    images = normalised(pictured, pairs)
-    assert not differ(
-        pictured.stage_infos(images, CAPTIONS), pictured.stage_infos(images, ["a"] * 2)
-    )
 
 
 @pytest.mark.slow

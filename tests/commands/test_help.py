@@ -9,12 +9,8 @@ import pytest
 import typer
 
 import elip_models
-from benchmarks.studies.__main__ import study
-from benchmarks.studies.plan import study_names
 from elip_models import Dense
-from elip_models.cli import COMMANDS, app, as_program, load_command
-from elip_models.pretraining.tasks.registry import TASKS
-from elip_models.pretraining.training.recipe import recipe_names
+from elip_models.cli import COMMANDS, app, load_command
 from tests.helpers.tiny_run import elip
 
 LISTS_HEAVY = """
@@ -59,17 +55,6 @@ def test_a_command_imports_no_heavy_library_before_it_works():
     ]
 
 
-@pytest.mark.slow
-def test_the_package_as_a_module_prints_the_version():
-    assert process("-m", "elip_models", "--version") == f"elip {elip_models.__version__}\n"
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_all_commands_agrees_with_that_of_each(name):
-    listed = typer.main.get_command(app).commands[name].help
-    assert load_command(name).help.startswith(listed)
-
-
 @pytest.mark.parametrize("line", ["", *COMMANDS, "data check", "recipes show"])
 def test_help_fits_80_columns_and_cuts_no_name_or_sentence(line, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
@@ -82,19 +67,6 @@ def test_help_fits_80_columns_and_cuts_no_name_or_sentence(line, monkeypatch, ca
         command = command.commands[name]
     names = {name for parameter in command.params for name in parameter.opts if name[0] == "-"}
     assert names <= {*printed.split()}
-
-
-@pytest.mark.slow
-def test_no_warning_of_an_import_covers_an_error(tmp_path):
-    arguments = ["finetune", "vqa", "--from", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "elip_models", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --from: ") and done.stderr.count("\n") == 1
 
 
 def test_every_public_name_is_imported_on_first_use():
@@ -111,19 +83,3 @@ def test_every_public_name_is_imported_on_first_use():
 def test_an_unknown_command_is_one_line_with_a_suggestion(capsys):
     assert elip("visualise") == 2
     assert "No such command 'visualise'. Did you mean 'visualize'?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("command", "names"),
-    [
-        (load_command("train"), recipe_names()),
-        (load_command("finetune"), TASKS),
-        (
-            typer.main.get_command(as_program(study)),
-            {name.removesuffix("_full") for name in study_names()},
-        ),
-    ],
-)
-def test_the_help_of_a_command_lists_what_it_takes(command, names):
-    argument = command.params[0].help
-    assert f": {', '.join(sorted(names))}" in argument or f": {', '.join(names)}; " in argument

@@ -3,15 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from elip_models.pretraining.models.registry import create_model
-from tests.helpers.damage import picture
 from tests.helpers.tiny_run import elip
 
 TINY = ("optim.steps=1", "trackers=[]", "report=[]")
@@ -115,22 +112,6 @@ def test_an_invalid_command_is_one_line(tmp_path, monkeypatch, capsys, name):
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--strategy", "elip:scorer=" + "9" * 5000], "--strategy: "),
-        (["--image", "a.png", "--caption", "\udcff"], "--caption: expected valid text"),
-    ],
-)
-def test_hostile_options_of_a_picture_are_one_line(tmp_path, monkeypatch, capsys, options, said):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.png").write_bytes(picture())
-    data = [] if "--image" in options else ["--data", "emoji_scenes:size=3"]
-    assert elip("visualize", "--model", "clip_tiny", "--no-pretrained", *data, *options) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "kept.png").exists()
-
-
 def test_too_little_memory_is_one_line(monkeypatch, capsys):
     def small(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -138,11 +119,3 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("elip_models.commands.train.load_recipe", small)
     assert elip("train", "clip_tiny") == 2
     assert "the memory is too small" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_name_that_is_no_text_is_printed(tmp_path):
-    command = [sys.executable, "-m", "elip_models.cli", "data", "check", b"\xff.json"]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-    assert run.returncode == 2 and b"expected an existing file" in run.stderr, run.stderr

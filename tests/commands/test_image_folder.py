@@ -10,7 +10,6 @@ from elip_models.embedding.encoder import open_encoder
 from elip_models.images import decode_image
 from tests.helpers.damage import picture
 from tests.helpers.models import dinov2
-from tests.helpers.own_warnings import NO_IMAGE_STATS
 
 
 @pytest.fixture
@@ -40,12 +39,3 @@ def test_images_are_preprocessed_as_the_model_describes(kind, path, dynamic, cap
     assert f"{side} x {side} pixels, by the model's own preprocessing ({kind})" in (
         capsys.readouterr().err.replace("\n", " ")
     )
-
-
-@NO_IMAGE_STATS
-def test_a_model_without_a_preprocessing_gets_a_crop_of_its_size(path, tmp_path, capsys):
-    dinov2().save_pretrained(tmp_path / "model")
-    spec = f"hf:{tmp_path / 'model'}"
-    _, files = open_with_images(spec, [path], Console(stderr=True), pretrained=False)
-    assert files[0].shape == (3, 48, 48)
-    assert "48 x 48 pixels, cropped at the centre" in capsys.readouterr().err

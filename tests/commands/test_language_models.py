@@ -33,11 +33,3 @@ def test_a_language_model_is_one_line_that_names_its_tower(
     printed = capsys.readouterr().err
     assert error in printed and "use its image tower, model.vision_tower" in printed
     assert not list(tmp_path.iterdir())
-
-
-def test_the_strategies_of_a_language_model_whose_tower_has_no_adapter(folder, capsys):
-    assert elip("strategies", f"hf:{folder / 'qwen2_5_vl'}") == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert " diverse " in printed
-    assert "not supported: visionzip: its image tokens are not the patches " in printed
-    assert "tome" in printed and "it has an image tower of its own kind" in printed

@@ -48,11 +48,3 @@ def test_an_unknown_name_gets_a_suggestion(capsys):
     assert elip("models", "vit_tny_patch16_224") == 2
     assert "FILTER: expected a name of timm" in (error := capsys.readouterr().err)
     assert "did you mean 'vit_tiny_patch16_224'?" in error
-
-
-def test_the_list_of_language_models_has_families_and_reasons(capsys):
-    assert elip("models", "--language") == 0
-    printed = capsys.readouterr().out
-    assert "qwen3_5, " in printed and "cannot be reduced: blip-2, " in printed
-    assert elip("models", "vit_*", "--language") == 2
-    assert "FILTER: expected none with --language" in capsys.readouterr().err

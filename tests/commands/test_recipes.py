@@ -45,15 +45,6 @@ def test_the_settings_give_the_same_run_as_the_recipe(name):
     assert {each.source for each in settings} == {"recipe", "default"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_show_has_a_row_with_a_source_for_every_key(name, capsys):
-    assert elip("recipes", "show", name) == 0
-    shown = rows(capsys.readouterr().out)
-    assert shown.keys() >= {each.key for each in recipe_settings(name)}
-    sources = {source for _, source, _ in (cells for cells in shown.values() if cells[0])}
-    assert sources <= {"recipe", "default", "required", "--from"}
-
-
 def test_show_names_where_each_value_comes_from(capsys):
     assert elip("recipes", "show", "clip_vit_s16_cc3m") == 0
     shown = rows(capsys.readouterr().out)

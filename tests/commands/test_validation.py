@@ -4,7 +4,7 @@ import math
 import sys
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -13,9 +13,7 @@ from elip_kernels import _validate
 from elip_models.pretraining.models.layers.text_reduction import TextReduction
 from elip_models.pretraining.models.registry import CONFIGS
 from elip_models.strategies import STRATEGIES
-from elip_models.strategies.elip import ELIP, ELIPOptions
 from elip_models.strategies.schedule import Schedule
-from elip_models.strategies.scorers import SCORERS, ScorerName
 from elip_models.validation import (
     Bounds,
     Count,
@@ -25,7 +23,6 @@ from elip_models.validation import (
     below,
     check,
     check_fields,
-    did_you_mean,
     divisor_of,
     mismatch_error,
     plain_number,
@@ -93,15 +90,6 @@ def test_a_number_of_numpy_is_the_one_with_its_digits(plain):
         assert plain(value) is value
 
 
-def test_numbers_of_numpy_in_arguments_and_fields_are_pythons():
-    assert check("x", np.float32(0.7), Share) == 0.7
-    assert repr(check("x", (np.int64(1), np.float32(0.5)), tuple[int, Share])) == "(1, 0.5)"
-    assert repr(Tower(width=np.int64(6))) == repr(Tower(width=6))
-    assert str(STRATEGIES["tome"](r=np.float32(0.1))) == "tome(r=0.1)"
-    with pytest.raises(TypeError, match=r"^x: expected a number"):
-        check("x", np.bool_(True), Share)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -126,15 +114,3 @@ def test_every_field_of_every_strategy_and_config_is_checked(name):
     for field in fields(EVERY[name]):
         with pytest.raises(TypeError, match=rf"(?s)^{field.name}: expected .*, got <object object"):
             replace(EVERY[name], **{field.name: object()})
-
-
-def test_the_options_of_elip_have_one_list_of_names():
-    assert [field.name for field in fields(ELIP)] == ["schedule", *ELIPOptions.__annotations__]
-    assert get_args(get_args(ScorerName)[0]) == tuple(SCORERS)
-
-
-def test_the_nearest_known_name_is_suggested():
-    assert did_you_mean("widht", ["width", "depth"]) == "; did you mean 'width'?"
-    assert did_you_mean("ToMe", ["tome", "evit"]) == "; did you mean 'tome'?"
-    assert did_you_mean("colour", ["width", "depth"]) == ""
-    assert did_you_mean(None, ["None."]) == "; did you mean 'None.'?"

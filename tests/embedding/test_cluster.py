@@ -3,7 +3,6 @@
 import os
 import pickle
 import signal
-import socket
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,12 +42,6 @@ def test_actors_fit_the_nodes(actors, device, nodes, expected):
         Cluster.of_nodes(nodes, actors, device)
 
 
-def test_automatic_precision_needs_the_device_of_the_actors(encoder):
-    Cluster("cpu", 2, 1).check_precision(encoder)
-    with pytest.raises(ConfigError, match=r"precision: expected fp32, .* cpu, and the actors use"):
-        Cluster("cuda", 2, 1).check_precision(encoder)
-
-
 @pytest.mark.parametrize("other", ["folder", "images", "versions"])
 def test_a_node_of_other_files_or_versions_is_an_error(
     other, whole, pictures, encoder, monkeypatch
@@ -67,20 +60,6 @@ def test_a_node_of_other_files_or_versions_is_an_error(
     actor = ShardActor(Job(encoder, source, folder, EmbedOptions(**SMALL)), "cpu", 1)
     with pytest.raises(ConfigError, match=message):
         actor.embed([0])
-
-
-@needs_ray
-@pytest.mark.parametrize("address", ["head:x", "ray://head:10001", "127.0.0.1:{port}"])
-def test_a_wrong_address_is_one_line(address):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = address.format(port=free.getsockname()[1])
-    with (
-        pytest.raises(ConfigError, match="ray: expected 'local', ") as caught,
-        Cluster.connected(address),
-    ):
-        pass
-    assert "\n" not in str(caught.value) and address in str(caught.value)
 
 
 @needs_ray
@@ -130,14 +109,3 @@ def test_a_killed_actor_loses_nothing_and_doubles_nothing(damaged, encoder, tmp_
     assert (result.found, result.embedded, result.skipped) == (13, 9, 4)
     assert shown == sorted(shown) and shown[-1][::2] == (13, 13)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
-
-
-@needs_ray
-@pytest.mark.slow
-def test_an_error_of_an_actor_is_one_line(pictures, encoder, tmp_path, ray_of_two):
-    def payloads(start, stop):
-        raise ConfigError("source: expected whole files")
-
-    source = replace(open_images(pictures), payloads=payloads)
-    with pytest.raises(ConfigError, match=r"^source: expected whole files$"):
-        elip_models.embed(encoder, source, tmp_path / "out", **SMALL, ray="auto")

@@ -2,14 +2,9 @@
 
 import itertools
 import json
-import os
 import queue
 import re
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 
 import httpx
@@ -18,7 +13,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor
 
 import elip_models
 from elip_models.analysis.merging import merged_image, tokens_of_patches
@@ -27,7 +21,6 @@ from elip_models.embedding.encoder import open_encoder
 from elip_models.embedding.search import find, query_encoder
 from elip_models.images import SampleError
 from elip_models.validation import ConfigError
-from tests.helpers.models import dinov2
 from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiny_run import elip
 
@@ -116,26 +109,6 @@ def test_the_cosine_is_that_of_the_reduced_model(demo, scene):
     assert wanted < 0.9999
 
 
-def test_every_choice_draws_and_all_tokens_leave_the_image(demo, scene):
-    for choice in demo.choices:
-        comparison = demo.compare(demo.read(scene), demo.strategy(choice, 0.6), demo.tower.depth)
-        assert 0 < comparison.tokens[-1] < 100, choice
-        assert comparison.image != comparison.merged, choice
-    comparison = demo.compare(demo.read(scene), demo.strategy("tome", 1.0), block=2)
-    assert comparison.tokens[-1] == 100 and comparison.merged == comparison.image
-
-
-def test_a_model_takes_the_size_of_its_preprocessing(tmp_path, scene):
-    dinov2().save_pretrained(tmp_path)  # of 48 x 48 pixels; the processor crops to 96
-    size = {"height": 96, "width": 96}
-    processor = CLIPImageProcessor(size={"shortest_edge": 96}, crop_size=size)
-    processor.save_pretrained(tmp_path)
-    demo = pages.Demo(open_encoder(str(tmp_path)))
-    comparison = demo.compare(demo.read(scene), demo.strategy("tome", 0.6), block=6)
-    assert demo.size.num_patches == 144 and comparison.tokens[-1] < 50
-    assert comparison.image.size == (288, 288)
-
-
 def test_a_saved_reduction_is_the_first_choice(tmp_path, scene):
     torch.manual_seed(0)
     made = elip_models.reduce_(timm.create_model("test_vit").eval(), "tome", keep=0.6)
@@ -165,12 +138,6 @@ def test_the_page_opens_with_an_image_and_a_model_for_which_the_default_helps():
     assert page.fns[0].targets[0][1] == "load"
     *_, (shown, merged, figures) = page.fns[0].fn(image, choice, keep, block)
     assert shown != merged and "| time" in figures and "| FLOPs | 1 | 0.69 |" in figures
-
-
-def test_random_weights_are_named_on_the_page(demo):
-    for random_weights in (False, True):
-        page = pages.build_page(demo, random_weights=random_weights)
-        assert ("random weights" in values_of(page, gradio.Markdown)[0]) == random_weights
 
 
 @UNGUIDED
@@ -324,69 +291,6 @@ def test_the_address_is_announced_once_the_server_answers_and_no_page_is_asked_b
     server.run()
     assert urls == [(f"http://127.0.0.1:{port}", True)] and asked == []
     assert not page.share and not page.analytics_enabled
-
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-CHROME_OPTIONS = ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-sandbox")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(DRIVER is None, reason="needs Debian's packages chromium and chromium-driver")
-def test_a_person_opens_the_page_and_searches(searched, pictures, tmp_path):
-    pytest.importorskip("selenium", reason="selenium drives the browser")
-    from selenium import webdriver
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for option in CHROME_OPTIONS:
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    command = ["demo", "--embeddings", searched[0], "--port", str(free_port())]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "elip_models", *command],
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    line = process.stderr.readline()
-    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
-
-        def until(selector, text=""):
-            def shown(_):
-                elements = browser.find_elements(By.CSS_SELECTOR, selector)
-                return [element for element in elements if text in element.text]
-
-            return WebDriverWait(browser, 60).until(shown)
-
-        for width in (1400, 500):
-            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            browser.get(re.search(r"http://\S+", line).group())
-            until("#figures", " ms")
-            (merged,) = until("#merged img")
-            assert browser.execute_script("return arguments[0].naturalWidth", merged) > 100
-            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-            (last,) = until("#figures th", "reduced")
-            assert last.size["height"] < 60  # one line
-            browser.find_element(By.CSS_SELECTOR, "#image button[aria-label*=emove]").click()
-            until("#figures", pages.CHOOSE)
-            browser.find_element(By.CSS_SELECTOR, "#image input").send_keys(str(pictures / "0.png"))
-            until("#figures", " ms")
-            until("#similar")[0].click()
-            until("#results", "1.000 0.png")
-            until("#text textarea")[0].send_keys("a dog\n")
-            until("#results", captions(*searched, "a dog")[0])
-        assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
-        process.send_signal(signal.SIGINT)  # while the page is open
-        assert process.wait(30) == 0 and process.stderr.read() == ""
-        assert list(tmp_path.glob("elip-demo-*")) == []
-    finally:
-        browser.quit()
-        process.kill()
 
 
 def test_the_command_refuses_options_that_the_embeddings_decide(whole, tmp_path, capsys):

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from pyarrow import parquet
 import elip_models
 from elip_models.embedding import encoder as encoders
 from elip_models.embedding import output
-from elip_models.embedding.source import open_images
 from elip_models.saving.files import read_checked, write_checked
 from elip_models.validation import ConfigError
 from tests.embedding.conftest import READABLE, SMALL, embedded, files_of
@@ -87,19 +85,6 @@ def test_images_that_cannot_be_read_are_listed_with_the_reason(damaged, model, t
     assert "not a readable image" in reasons["text.jpg"]
     again = elip_models.embed(model, damaged, tmp_path / "out", **options)
     assert again.images_per_second is None and again.skipped == 4
-
-
-def test_an_image_that_cannot_be_preprocessed_is_listed(pictures, encoder, tmp_path):
-    def transform(image):
-        if image.width == 64:
-            raise ValueError("an odd shape")
-        return encoder.preprocessing.transform(image)
-
-    odd = replace(encoder, preprocessing=encoder.preprocessing._replace(transform=transform))
-    assert elip_models.embed(odd, pictures, tmp_path, **SMALL).skipped == 1
-    table = parquet.read_table(tmp_path / "skipped.parquet").to_pydict()
-    assert table["key"] == ["sub/a.jpg"]
-    assert table["reason"] == ["cannot be preprocessed: an odd shape"]
 
 
 def test_embeddings_with_nan_are_skipped_counted_and_an_error(
@@ -176,11 +161,6 @@ def test_a_wrong_argument_is_named(name, pictures, model, tmp_path):
         elip_models.embed(model, pictures, tmp_path / "out", **SMALL | {name: value})
 
 
-def test_a_reduction_beside_an_encoder_is_an_error(pictures, encoder, tmp_path):
-    with pytest.raises(ConfigError, match=r"reduce: expected none with an Encoder.*'tome'"):
-        elip_models.embed(encoder, pictures, tmp_path / "out", reduce="tome", **SMALL)
-
-
 OF_ENCODER = {
     "precision": "bf16",
     "compile": True,
@@ -196,17 +176,6 @@ def test_an_option_of_the_model_beside_an_encoder_is_an_error(name, pictures, en
     with pytest.raises(ConfigError, match=f"^{name}: expected the default with an Encoder"):
         elip_models.embed(encoder, pictures, tmp_path / "out", **option, **SMALL)
     assert not (tmp_path / "out").exists()
-
-
-def test_columns_are_those_of_an_open_source(pictures, encoder, tmp_path):
-    lines = [{"path": str(pictures / "0.png"), "caption": "a", "licence": "b"}]
-    (tmp_path / "list.json").write_text(json.dumps(lines))
-    source = open_images(tmp_path / "list.json", keep_columns=["caption"])
-    for name, value in {"keep_columns": ["licence"], "key_column": "licence"}.items():
-        with pytest.raises(ConfigError, match=f"^{name}: .* with an ImageSource.*licence"):
-            elip_models.embed(encoder, source, tmp_path / "out", **{name: value}, **SMALL)
-    elip_models.embed(encoder, source, tmp_path / "out", **SMALL)
-    assert manifest_of(tmp_path / "out")["columns"] == ["caption"]
 
 
 # a run that is stopped

@@ -58,18 +58,6 @@ def test_a_model_of_timm_embeds_before_its_classifier(model, image):
         assert torch.equal(embedding(encoder, image), plain(pixels))
 
 
-def test_a_saved_reduced_model_of_timm_keeps_its_reduction(image, tmp_path):
-    made = enlarged(timm.create_model("test_vit")).eval()
-    elip_models.save_reduced(elip_models.reduce_(made, "tome", keep=0.6), tmp_path)
-    encoder = open_encoder(str(tmp_path))
-    assert encoder.strategy.name == "tome"
-    dense = open_encoder(str(tmp_path), reduce="none")
-    assert dense.strategy is None and dense.weights_sha256 == encoder.weights_sha256
-    assert not torch.equal(embedding(encoder, image), embedding(dense, image))
-    assert torch.equal(embedding(encoder.reduced("none"), image), embedding(dense, image))
-    assert encoder.strategy.name == "tome"  # a copy was made dense
-
-
 def test_a_clip_of_open_clip_embeds_images_and_texts(image, tmp_path):
     text = OPEN_CLIP_TEXT | {"vocab_size": 49408, "context_length": 12}
     config = {"embed_dim": 16, "vision_cfg": OPEN_CLIP_VISION, "text_cfg": text}
@@ -117,20 +105,6 @@ def test_a_blip_embeds_in_the_space_of_its_texts(image, tmp_path):
         tokens = made.vision_model(pixel_values=pixels).last_hidden_state
         wanted = torch.nn.functional.normalize(made.vision_proj(tokens[:, 0]), dim=-1)
         torch.testing.assert_close(embedding(encoder, image), wanted)
-
-
-def test_without_weights_of_a_pooler_the_class_token_is_the_embedding(image, tmp_path):
-    made = hf_vision("ViTModel", "ViTConfig").eval()
-    bare = transformers.ViTModel(made.config, add_pooling_layer=False)
-    bare.load_state_dict(made.state_dict(), strict=False)
-    bare.save_pretrained(tmp_path)
-    processor(tmp_path)
-    encoder = open_encoder(str(tmp_path))
-    assert encoder.feature == "class token of last_hidden_state"
-    pixels = encoder.preprocessing.transform(image)[None]
-    with torch.no_grad():
-        wanted = bare.eval()(pixel_values=pixels).last_hidden_state[:, 0]
-    torch.testing.assert_close(embedding(encoder, image), wanted)
 
 
 def test_a_model_without_preprocessing_names_the_option(image, tmp_path):
@@ -188,14 +162,6 @@ def test_a_convolutional_network_embeds_dense(image):
     assert embedding(encoder, image).shape == (1, encoder.dimension)
     with pytest.raises(ConfigError, match=r"reduce: .*convolutional network"):
         open_encoder("timm:test_resnet", pretrained=False, reduce="tome")
-
-
-def test_a_preprocessing_to_several_sizes_is_an_error(tmp_path):
-    hf_vision("ViTModel", "ViTConfig").save_pretrained(tmp_path)
-    made = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, do_center_crop=False)
-    made.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="with a preprocessing to one size"):
-        open_encoder(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow
 import pytest
@@ -110,23 +109,6 @@ def test_a_search_in_several_shards_is_exact(tmp_path):
         assert rows[i].tolist() == wanted.tolist()
         np.testing.assert_allclose(cosines[i], (unit @ unit[own])[wanted], atol=1e-6)
     assert collection.keys([49, 0, 21]) == ["49.png", "0.png", "21.png"]
-
-
-def test_a_model_that_moved_is_named_by_the_option(whole, pictures, model, tmp_path, capsys):
-    shutil.copy(model.partition("vit:")[2], tmp_path / "moved.pt")
-    out = shutil.copytree(whole, tmp_path / "out")
-    saved = json.loads((out / "manifest.json").read_text())["model"]
-    change_manifest(out, model=saved | {"name": "timm:test_vit:gone.pt"})
-    assert elip("search", out, pictures / "0.png") == 2
-    error = capsys.readouterr().err
-    assert "--model: expected the model that the embeddings name, 'timm:test_vit:gone.pt'" in error
-    assert error.count("\n") == 1
-    moved = f"timm:test_vit:{tmp_path / 'moved.pt'}"
-    assert elip("search", out, pictures / "0.png", "--model", moved, "--top", "20") == 0
-    printed = capsys.readouterr()
-    assert re.search(r"1 *│ *1.0000 *│ *0.png", printed.out)
-    assert "9 images, all compared" in printed.out
-    assert "has 9 images, fewer than 20; all are shown" in printed.err
 
 
 def test_other_weights_or_preprocessing_are_refused(whole, pictures, model, tmp_path):
@@ -279,26 +261,6 @@ INDEX_DAMAGES = {
 }
 
 
-def test_a_folder_whose_name_is_not_utf8_is_searched(vectors, tmp_path):
-    folder = write_collection(tmp_path / "\udcff", vectors)
-    assert open_collection(folder).search(vectors[:1], 1)[1].tolist() == [[0]]
-    with pytest.raises(ConfigError, match="folder: 'utf-8' codec"):
-        build_index(folder)
-
-
-def test_a_full_disk_leaves_no_part_of_an_index(folder, monkeypatch):
-    def write_index(vectors, path):
-        Path(path).write_bytes(b"part")
-        raise RuntimeError("no space left on device")
-
-    build_index(folder)
-    monkeypatch.setattr(faiss, "write_index", write_index)
-    with pytest.raises(OSError, match="no space left on device"):
-        build_index(folder)
-    assert {path.name for path in (folder / "index").iterdir()} == {"images.faiss"}
-    assert open_index(open_collection(folder)) is None
-
-
 @pytest.mark.parametrize("name", INDEX_DAMAGES)
 def test_a_damaged_index_is_not_used(name, folder):
     build_index(folder)
@@ -321,13 +283,3 @@ def test_the_python_of_the_page_runs(whole, pictures, tmp_path, monkeypatch, cap
         exec(compile(code, page.name, "exec"), names)
     assert capsys.readouterr().out.split()[2] == "sub/a.jpg"
     assert len(names["result"].hits) == READABLE
-
-
-def test_the_command_names_its_arguments(whole, tmp_path, capsys):
-    for arguments, message in (
-        ([], "Missing argument 'folder'"),
-        ([tmp_path, "a dog"], "FOLDER: expected a folder of embeddings"),
-        ([whole, "a dog"], "QUERY: expected the path of an image"),
-    ):
-        assert elip("search", *arguments) == 2
-        assert message in " ".join(capsys.readouterr().err.split())

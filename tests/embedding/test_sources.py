@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import random
 import socket
 import tarfile
 import threading
-import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +15,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-import elip_models
 from elip_models.embedding.source import open_images, read_payload, without_secrets
 from elip_models.images import SampleError
 from elip_models.validation import ConfigError
-from tests.helpers.damage import damaged, picture, shard
+from tests.helpers.damage import picture, shard
 
 NAMES = ("0.png", "1.png", "sub/a.jpg")
 
@@ -171,15 +168,6 @@ def test_several_files_are_one_source_by_range_pattern_and_folder(tmp_path):
         assert open_images(f"{tmp_path}/{pattern}").keys == whole.keys
 
 
-def test_a_folder_may_have_the_ending_of_a_file(pictures, tmp_path):
-    for name in ("a.parquet", "photographs.tar"):
-        (tmp_path / name).mkdir()
-    as_parquet(pictures, tmp_path / "a.parquet")
-    as_folder(pictures, tmp_path / "photographs.tar")
-    assert open_images(tmp_path / "a.parquet").keys == ["0", "1", "2"]
-    assert open_images(tmp_path / "photographs.tar").keys == [*NAMES]
-
-
 @pytest.mark.parametrize("at", ["header", "content"])
 def test_the_damaged_part_of_a_tar_is_named(at, tmp_path):
     path = shard(tmp_path / "0.tar", [(f"{i}.png", picture(i)) for i in range(3)])
@@ -202,55 +190,12 @@ def test_the_damaged_part_of_a_tar_is_named(at, tmp_path):
     assert len(source) == {"header": 2, "content": 3}[at]
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 2048])
-def test_a_file_that_is_no_tar_is_named_among_others(content, tmp_path):
-    for number in range(3):
-        shard(tmp_path / f"{number}.tar")
-    (tmp_path / "1.tar").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"/1\.tar is no tar file"):
-        open_images(f"{tmp_path}/{{0..2}}.tar")
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_a_damaged_source_adds_up(kind, seed, encoder, tmp_path):
-    rng = random.Random(seed)
-    (tmp_path / "in").mkdir()
-    for i in range(12):
-        content = picture(i, format=rng.choice(("PNG", "JPEG", "GIF")), size=(30, 20))
-        broken = damaged(content, rng) if kind == "folder" and rng.random() < 0.7 else content
-        (tmp_path / "in" / f"{i}.png").write_bytes(broken)
-    source = tmp_path / "in"
-    if kind == "tar":
-        members = [(path.name, path.read_bytes()) for path in sorted(source.iterdir())]
-        source = shard(tmp_path / "images.tar", members)
-        content = source.read_bytes()
-        source.write_bytes(content[:512] + damaged(content[512:], rng))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = {"workers": 0, "batch_size": 4, "shard_size": 5}
-        result = elip_models.embed(encoder, source, tmp_path / "out", **options)
-    tables = [parquet.read_table(tmp_path / "out" / name) for name in ("images", "skipped.parquet")]
-    assert result.embedded + result.skipped == result.found == sum(map(len, tables))
-    assert all(tables[1]["reason"].to_pylist())
-    assert kind == "tar" or result.found == 12
-
-
 def test_a_key_column_names_the_images_and_007_is_not_7(pictures, tmp_path):
     path = as_folder(pictures, tmp_path) / "list.csv"
     path.write_text("key,path,label\n007,0.png,1\n7,1.png,2\n")
     source = open_images(path, keep_columns=["label"])
     assert source.keys == ["007", "7"] and source.columns["label"].to_pylist() == [1, 2]
     assert open_images(path, key_column="label").keys == ["1", "2"]
-
-
-def test_a_missing_path_or_cell_is_a_reason(tmp_path):
-    (tmp_path / "list.json").write_text(json.dumps([{"path": None, "key": "a"}, {"key": "b"}]))
-    table = pyarrow.table({"image": pyarrow.array([None, b"x"], pyarrow.binary())})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    for name in ("list.json", "a.parquet"):
-        with pytest.raises(SampleError, match="no image in the row"):
-            read_payload(next(open_images(tmp_path / name).payloads(0, 1)))
 
 
 @pytest.mark.parametrize("form", ["folder", "json", "jsonl", "csv", "paths", "parquet of paths"])
@@ -270,15 +215,6 @@ def listed(ending, lines, folder):
     else:
         path.write_text(json.dumps(lines))
     return open_images(path, keep_columns=["caption"]).described()
-
-
-@pytest.mark.parametrize("ending", [".json", ".parquet"])
-def test_a_corrected_caption_changes_the_checksum_and_a_renewed_token_does_not(ending, tmp_path):
-    line = {"key": "a", "url": "https://host/a.png?sig=1", "caption": "a dog"}
-    before = listed(ending, [line], tmp_path)
-    assert listed(ending, [line | {"url": "https://host/a.png?sig=23"}], tmp_path) == before
-    for change in ({"caption": "a cat"}, {"url": "https://host/b.png?sig=1"}, {"key": "b"}):
-        assert listed(ending, [line | change], tmp_path)["sha256"] != before["sha256"]
 
 
 @pytest.mark.parametrize("form", ["csv", "folder", "tar", "datasets"])
@@ -326,41 +262,12 @@ def test_a_source_without_images_or_of_two_kinds_is_an_error(pictures, tmp_path)
         open_images(tmp_path)
 
 
-def with_further_column(form, pictures, target):
-    """Write a source whose images come after a column of objects and one of bytes."""
-    images = [{"bytes": (pictures / name).read_bytes(), "path": None} for name in NAMES]
-    columns = {"answers": [{"answer": "a", "n": 1}] * 3, "hash": [b"h"] * 3, "image": images}
-    if form == "datasets":
-        made = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-        made.save_to_disk(target / "dataset")
-        return target / "dataset"
-    if form == "jsonl":
-        lines = [{"meta": {"w": 40}, "image": name} for name in NAMES]
-        (as_folder(pictures, target) / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        return target / "list.jsonl"
-    parquet.write_table(pyarrow.table(columns), target / "a.parquet")
-    return target / "a.parquet"
-
-
-@pytest.mark.parametrize("form", ["parquet", "datasets", "jsonl"])
-def test_images_are_found_beside_objects_and_other_bytes(form, pictures, tmp_path):
-    source = open_images(with_further_column(form, pictures, tmp_path))
-    wanted = [hashlib.sha256((pictures / name).read_bytes()).hexdigest() for name in NAMES]
-    assert [*digests(source).values()] == wanted
-
-
 def test_two_columns_of_images_without_a_known_name_are_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"left": [b"l"], "right": [b"r"]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"one column of images, .* left, right; .*--image-col"):
         open_images(tmp_path / "a.parquet")
     source = open_images(tmp_path / "a.parquet", image_column="right")
     assert read_payload(next(source.payloads(0, 1))) == b"r"
-
-
-def test_paths_as_large_strings_are_keys(pictures, tmp_path):
-    path = as_folder(pictures, tmp_path) / "paths.parquet"  # as polars writes them
-    parquet.write_table(pyarrow.table({"path": pyarrow.array(["0.png"], "large_string")}), path)
-    assert open_images(path).keys == ["0.png"]
 
 
 def test_a_damaged_parquet_file_is_one_line(pictures, tmp_path):
@@ -370,20 +277,6 @@ def test_a_damaged_parquet_file_is_one_line(pictures, tmp_path):
     path.write_bytes(content[:4] + bytes(60) + content[64:])
     with pytest.raises(ConfigError, match=r"source: expected whole Parquet files, got .*a.parq"):
         digests(open_images(path))
-
-
-def test_the_first_images_of_a_row_group_are_read_without_the_rest(tmp_path):
-    path = tmp_path / "a.parquet"
-    contents = [random.Random(i).randbytes(2**16) for i in range(256)]
-    options = {"compression": "none", "use_dictionary": False, "data_page_size": 2**18}
-    parquet.write_table(pyarrow.table({"image": contents}), path, **options)
-    content = bytearray(path.read_bytes())
-    content[2**23 : 2**23 + 2**18] = b"\xff" * 2**18
-    path.write_bytes(content)
-    source = open_images(path)
-    assert [*map(read_payload, source.payloads(1, 64))] == contents[1:64]
-    with pytest.raises(ConfigError, match="expected whole Parquet files"):
-        [*source.payloads(64, 256)]
 
 
 def test_the_splits_of_a_dataset_are_named(pictures, tmp_path):
@@ -405,16 +298,6 @@ def test_a_server_that_sends_nothing_is_left_in_time(tmp_path, monkeypatch):
         for ending in (".tar", ".csv", ""):
             with pytest.raises(ConfigError, match=r"source: .*/a.*: the server did not answer"):
                 open_images(f"{url}{ending}?token=HUSH")
-
-
-@pytest.mark.parametrize("kind", ["string", "large_string"])
-def test_urls_in_a_parquet_file_are_keys_without_secrets(kind, tmp_path):
-    urls = ["https://user:SECRET@host/a.png?token=HUSH", "0.png"]
-    table = pyarrow.table({"url": pyarrow.array(urls, kind)})
-    parquet.write_table(table, tmp_path / "urls.parquet")
-    source = open_images(tmp_path / "urls.parquet")
-    assert source.keys == ["https://host/a.png", "0.png"]
-    assert next(source.payloads(0, 1)).path == urls[0]
 
 
 SHOWN = {

@@ -83,22 +83,6 @@ def test_passes_in_checkpoints_of_their_own(way, blocks_too, same_images):
     assert_equal_gradients(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("blocks_too", [False, True])
-@pytest.mark.parametrize("first_back", [0, 1])
-def test_calls_in_one_checkpoint(first_back, blocks_too):
-    """The call whose backward comes first reads its label first."""
-    model, x = drawing_vit(), images(3)
-
-    def loss(run):
-        outputs = run(lambda x: (model(x / 2), model(x.flip(3))), x)
-        second_back = outputs[1 - first_back].sum()
-        return outputs[first_back].square().sum() + 3 * second_back.square()
-
-    expected = gradients_of(model, lambda: loss(lambda function, x: function(x)))
-    got = gradients_of(model, lambda: loss(checkpointed), blocks_too=blocks_too)
-    assert_equal_gradients(got, expected, rtol=1e-5, atol=1e-5)
-
-
 def both(model, x):
     return torch.stack([model(x), model(x)])
 

@@ -4,8 +4,6 @@ import weakref
 from contextlib import nullcontext
 
 import pytest
-import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import elip_models
@@ -69,37 +67,6 @@ def test_a_checkpoint_with_the_loss_never_selects_by_another_text(other, blocks_
             loss.backward()
 
 
-@pytest.mark.parametrize("strategy", ["tome", "evit", "random"])
-def test_what_no_text_guides_is_right_in_any_checkpoint(strategy):
-    model, x = elip_models.reduce_(clip_vit(proj_drop_rate=0.1), strategy=strategy), images(3)
-    steps = []
-    for use_reentrant in (None, False, True):
-        model.zero_grad()
-        torch.manual_seed(3)
-        loss = and_loss(model)
-        x.requires_grad_()
-        out = loss(x) if use_reentrant is None else checkpoint(loss, x, use_reentrant=use_reentrant)
-        out.backward()
-        steps.append(gradients(model))
-    assert_equal_gradients(steps[1], steps[0])
-    assert_equal_gradients(steps[2], steps[0])
-
-
-def frozen_with_head():
-    model = reduced()
-    model.requires_grad_(False)
-    return nn.Sequential(model, nn.Linear(5, 3)), model
-
-
-def test_a_frozen_tower_before_a_head_is_right_inside_of_the_guidance():
-    whole, model = frozen_with_head()
-    x, t = images(3), text(3)
-    expected = expected_gradients(whole, and_loss(whole), x, t)
-    with elip_models.guidance(model, t):
-        checkpoint(whole, x, use_reentrant=False).square().sum().backward()
-    assert_equal_gradients(gradients(whole), expected)
-
-
 def test_backward_frees_what_a_checkpoint_saved_while_the_loss_is_alive():
     model, entered = reduced(), []
     model.set_grad_checkpointing()
@@ -122,12 +89,3 @@ def test_reentrant_checkpoints_of_blocks_are_refused(strategy, segments):
         else:
             for block in model.blocks:
                 tokens = checkpoint(block, tokens, use_reentrant=True)
-
-
-def test_a_reentrant_checkpoint_of_a_guided_model_is_refused():
-    model, x = reduced(), images(2).requires_grad_()
-    refused = pytest.raises(RuntimeError, match="use_reentrant=False")
-    with refused, elip_models.guidance(model, text(2)):
-        checkpoint(model, x, use_reentrant=True)
-    with torch.no_grad(), elip_models.guidance(model, text(2)):
-        assert model(x).isfinite().all()

@@ -110,31 +110,6 @@ def test_a_recomputation_finds_its_own_pass(forward, order, mode):
         assert_equal_gradients(gradients(model), expected[i], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_a_forward_in_a_backward_hook_is_a_forward(is_checkpointed):
-    """It uses its own guidance, with and without blocks that are recomputed around it."""
-    model, x, t = clip_vit(), images(3), text(3)
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact", fusion=0.2)
-    with elip_models.guidance(model, t):
-        expected = model(x)
-    within = []
-
-    def run(gradient):
-        with elip_models.guidance(model, t), torch.enable_grad():
-            within.append(model(x))
-
-    with elip_models.guidance(model, text(3)):
-        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images(3))))
-        for block in model.blocks:
-            if is_checkpointed:
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
-    tokens.register_hook(run)
-    tokens.square().sum().backward()
-    assert torch.equal(within[0], expected)
-
-
 @UNGUIDED
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recomputed_block_finds_its_own_pass(name):

@@ -5,9 +5,7 @@ import torch
 
 import elip_models
 from elip_kernels.ops.fuse_text import fuse
-from elip_models.engine.encode import run_tower
 from tests.helpers.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
-from tests.strategies.test_strategies import STRATEGIES
 
 
 @pytest.mark.parametrize("scorer", ["official", "exact", "cls", "last", 1, "2-layer stages"])
@@ -63,16 +61,3 @@ def test_text_gets_no_gradient_and_images_do():
     elip_models.encode_image(plain_vit(), x, t, schedule=SCHEDULE).square().sum().backward()
     assert t.grad is None
     assert x.grad.abs().sum() > 0
-
-
-REPLAYED = [strategy for strategy in STRATEGIES.values() if strategy.name != "resize"]
-
-
-@pytest.mark.parametrize("strategy", REPLAYED, ids=str)
-def test_another_tower_replays_each_step(strategy):
-    """Without the text, the same tower gives the same tokens only if it replays every step."""
-    tower, x = elip_models.towers.as_tower(clip_vit().eval()), images()
-    tokens, infos = run_tower(tower, x, text(), strategy)
-    replayed, again = run_tower(tower, x, None, strategy, replays=infos)
-    assert torch.equal(replayed, tokens)
-    assert len(again) == len(infos)

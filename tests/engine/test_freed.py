@@ -81,26 +81,3 @@ def test_image_tower_reduces_when_the_model_around_it_is_gone(no_gc):
     del classifier
     assert torch.equal(trunk(x)[0], expected)
     assert not elip_models.is_reduced(elip_models.unreduce_(trunk))
-
-
-def test_part_of_a_model_that_is_gone_names_the_remedy():
-    block = copy.deepcopy(elip_models.reduce_(plain_vit(), "tome").blocks[-1])
-    with pytest.raises(ReferenceError, match="keep a reference to it, or unreduce_ it before"):
-        block(torch.randn(1, 5, 32))
-
-
-def test_blocks_in_another_list_stay_reduced():
-    model, x = elip_models.reduce_(plain_vit(), "elip", scorer="exact").eval(), images()
-    expected = model(x)
-    model.blocks = torch.nn.Sequential(*[torch.nn.Sequential(block) for block in model.blocks])
-    assert torch.equal(model(x), expected) and torch.equal(copy.deepcopy(model)(x), expected)
-    assert not elip_models.is_reduced(elip_models.unreduce_(model))
-
-
-def test_shorter_list_of_blocks_runs_reduced():
-    model, x = elip_models.reduce_(plain_vit(), "tome").eval(), images()
-    del model.blocks[-2:]
-    with elip_models.record_stages(model) as infos:
-        model(x)
-    assert infos and max(info.stage.first for info in infos) < len(model.blocks)
-    assert not elip_models.is_reduced(elip_models.unreduce_(model))

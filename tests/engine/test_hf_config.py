@@ -8,9 +8,8 @@ import transformers
 
 import elip_models
 from elip_models import TokenMerging, ToMe, is_reduced, reduction_summary
-from elip_models.strategies.serialization import strategy_of
 from elip_models.user_warnings import warn_again
-from tests.helpers.models import HF, hf_clip, hf_vision
+from tests.helpers.models import hf_clip, hf_vision
 from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
 from tests.helpers.towers import SCHEDULE
 from tests.saving.test_saved_reduced import features
@@ -44,17 +43,6 @@ def test_a_dense_model_of_a_config_with_a_reduction_warns_once(make, tmp_path, r
     assert not recwarn.list
 
 
-def test_a_config_that_raises_for_unknown_names_does_not_stop_a_module():
-    class Strict(dict):
-        def __getattr__(self, name):
-            return self[name]
-
-    module = torch.nn.Module()
-    module.config = Strict()
-    module.child = torch.nn.Linear(1, 1)
-    assert isinstance(module.child, torch.nn.Linear)
-
-
 @DENSE_BY_TRANSFORMERS
 def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):
     elip_models.reduce_(hf_clip(), strategy=ToMe(r=2)).save_pretrained(tmp_path)
@@ -66,17 +54,3 @@ def test_a_call_without_arguments_uses_the_stored_strategy(tmp_path):
     model = transformers.AutoModel.from_pretrained(tmp_path)
     expected = TokenMerging().at_keep(model, 0.8)
     assert reduction_summary(elip_models.reduce_(model, keep=0.8)).strategy == expected
-
-
-def test_another_model_of_the_same_config_is_unchanged(tmp_path):
-    config = transformers.ViTConfig(**HF)
-    one, other = transformers.ViTModel(config), transformers.ViTModel(config)
-    elip_models.reduce_(one, strategy=ToMe(r=4))
-    default = TokenMerging().at_keep(other, 0.7)
-    assert reduction_summary(elip_models.reduce_(other)).strategy == default
-    elip_models.unreduce_(other)
-    assert strategy_of(one.config.elip) == ToMe(r=4)
-    assert elip_models.unreduce_(one).config is other.config is config
-    elip_models.reduce_(one)
-    other.save_pretrained(tmp_path)
-    assert "elip" not in json.loads((tmp_path / "config.json").read_text())

@@ -41,15 +41,6 @@ def test_second_call_replaces_the_settings(model):
     assert torch.equal(got, model.forward_head(tokens))
 
 
-def test_the_dry_run_does_not_reduce_again_and_no_hook_sees_it(model):
-    calls = []
-    block = model.blocks[3]  # first of its stage; scored by a dry run through itself
-    block.register_forward_hook(lambda m, args, out: calls.append(out.shape[1]))
-    elip_models.reduce_(model, schedule=SCHEDULE, scorer="exact")
-    model(images())
-    assert calls == [20]  # the reduced tokens, and not the 30 of the dry run
-
-
 def test_encode_image_raises_for_a_reduced_model(model):
     elip_models.reduce_(model, schedule=SCHEDULE)
     with pytest.raises(ValueError, match="unreduce_"):
@@ -136,18 +127,6 @@ def test_guidance_is_scoped_and_ends_in_any_order(model):
     assert torch.equal(model(x), by_second) and not torch.equal(by_second, plain)
     second.__exit__(None, None, None)
     assert torch.equal(model(x), plain)
-
-
-def test_without_text_dense_reduces_nothing_and_warns_once(model):
-    user_warnings.warn_again()
-    x = images()
-    dense = model(x)
-    elip_models.reduce_(model, schedule=SCHEDULE, without_text="dense")
-    with pytest.warns(UserWarning, match="nothing is reduced"):
-        assert torch.equal(model(x), dense)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(x)
 
 
 def test_a_scorer_that_costs_more_than_it_saves_warns_once(model):

@@ -59,13 +59,10 @@ def assert_runs_alike(program, model, *args):
     torch.testing.assert_close(run(opened(program), *args), expected, **CLOSE)
 
 
-CASES = {name: case for name, case in WITHOUT_TEXT.items() if name != "random"}  # see below
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["elip last", "tome", "nearest"])
-def test_onnxruntime_returns_what_pytorch_returns_for_any_batch(name):
-    model = elip_models.reduce_(plain_vit().eval(), strategy=CASES[name])
+def test_onnxruntime_returns_what_pytorch_returns_for_any_batch():
+    """`tests/commands/test_export.py` has other strategies."""
+    model = elip_models.reduce_(plain_vit().eval(), strategy=WITHOUT_TEXT["nearest"])
     program = exported(model, (images(),), dynamic=({0: BATCH},))
     for batch in (1, 2, 5):
         assert_runs_alike(program, model, images(batch))
@@ -132,7 +129,7 @@ def test_every_op(name, make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("p", "N", "r"), [(0, 12, 6), (0, 13, 1), (1, 13, 6), (4, 13, 4)])
+@pytest.mark.parametrize(("p", "N", "r"), [(0, 12, 6), (4, 13, 4)])
 def test_bipartite_merge_with_ties_and_without_direction(p, N, r, dynamic):
     """Half of the patches are equal; one has no direction, and one no weight."""
     tokens, metric = torch.randn(2, N, 8), torch.randn(2, N, 4)
@@ -147,18 +144,6 @@ def test_bipartite_merge_with_ties_and_without_direction(p, N, r, dynamic):
     assert_runs_alike(program, model, *inputs)
 
 
-class MergedUnderAutocast(nn.Module):
-    def forward(self, tokens):
-        with torch.autocast("cpu", torch.bfloat16):
-            return elip_kernels.bipartite_merge(tokens, tokens, 3)
-
-
-@pytest.mark.slow
-def test_bipartite_merge_matches_in_fp32_under_autocast():
-    model, tokens = MergedUnderAutocast(), torch.randn(2, 13, 8)
-    assert_runs_alike(exported(model, (tokens,)), model, tokens)
-
-
 class Kept(nn.Module):
     """Return the tokens that a call keeps."""
 
@@ -171,7 +156,7 @@ class Kept(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", [2, 5, 9])
+@pytest.mark.parametrize("keep", [2, 5])
 def test_ties_go_to_the_lower_index_and_nan_after_all_numbers(keep):
     nan, inf = torch.nan, torch.inf
     scores = torch.tensor([[nan, 0.5, -inf, 0.5, 0.5, nan, inf, 0.0, -0.0, nan], [0.25] * 10])

@@ -3,15 +3,11 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import elip_models
-from elip_models.engine import install
-from tests.helpers.models import PAIRS, ids, output_of_guided_pair
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import SCHEDULE, clip_vit, images, plain_vit, text
 from tests.strategies.test_strategies import STRATEGIES
@@ -93,47 +89,6 @@ def test_tasks_of_one_thread_have_their_own_guidance():
         assert all(torch.equal(output, right) for output in outputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["elip", "tome"])
-def test_gradients_in_threads_are_those_of_one_at_a_time(name):
-    strategy = STRATEGIES[name]
-    """With and without activation checkpointing, whose blocks must find their own forward."""
-    model = clip_vit()
-    elip_models.reduce_(model, strategy=strategy)
-
-    def step(model, i, run):
-        with elip_models.guidance(model, TEXTS[i]):
-            x = model.norm_pre(model._pos_embed(model.patch_embed(IMAGES[i])))
-            for block in model.blocks:
-                x = run(block, x)
-        weights = model.blocks[0].attn.qkv.weight, model.blocks[3].mlp.fc1.weight
-        return torch.cat([g.flatten() for g in torch.autograd.grad(x.square().sum(), weights)])
-
-    def plainly(model, i):
-        return step(model, i, lambda block, x: block(x))
-
-    def checkpointed(model, i):
-        return step(model, i, lambda block, x: checkpoint(block, x, use_reentrant=False))
-
-    assert wrong_of(model, plainly, 3) == 0
-    assert wrong_of(model, checkpointed, 3) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "strategy"), [("open_clip pair", "elip"), ("HF CLIP pair", "guided_tome")]
-)
-def test_a_whole_model_guides_itself_in_every_thread(name, strategy):
-    model, tokens = PAIRS[name]().eval(), [ids(2) for _ in range(THREADS)]
-    elip_models.reduce_(model, strategy=strategy, schedule=SCHEDULE if strategy == "elip" else None)
-
-    @torch.no_grad()
-    def run(model, i):
-        return output_of_guided_pair(model, IMAGES[i], tokens[i])
-
-    assert wrong_of(model, run, 8) == 0
-
-
 def compiled_model(**options):
     torch._dynamo.reset()
     model = plain_vit().eval()
@@ -170,42 +125,6 @@ def test_a_compiled_model_never_uses_the_guidance_of_another_thread():
         assert torch.allclose(compiled(IMAGES[0]), expected[0], atol=1e-6)
     with torch.no_grad():
         assert torch.equal(compiled(IMAGES[0]), unguided)
-
-
-class PausedDict(dict):
-    """A dict that calls `pause` while its values are read from the last."""
-
-    def values(self):
-        return PausedValues(super().values(), self.pause)
-
-
-class PausedValues(NamedTuple):
-    view: Any
-    pause: Any
-
-    def __reversed__(self):
-        values = reversed(self.view)
-        self.pause()
-        return values
-
-
-def test_a_thread_begins_its_guidance_while_another_ends_one():
-    reduction = install.reduction_of(elip_models.reduce_(plain_vit(), schedule=SCHEDULE))
-    first, second, other = map(reduction.guided, (TEXTS[0], TEXTS[0], TEXTS[1]))
-    thread = threading.Thread(target=other.__enter__)
-
-    def run_the_other():
-        thread.start()
-        thread.join(0.05)  # it waits for this one, or has changed the dict
-
-    guides = reduction.graph.guides = PausedDict()
-    guides.pause = run_the_other
-    first.__enter__()
-    with second:
-        pass
-    thread.join()
-    guides.pause = lambda: None  # when the first one ends
-    assert reduction.graph.text_cls is TEXTS[1] and len(guides) == 2
 
 
 def test_data_parallel_raises():

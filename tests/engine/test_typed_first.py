@@ -2,15 +2,12 @@
 
 import copy
 import threading
-import warnings
 
 import pytest
 import timm
 import torch
 
 import elip_models
-from elip_models import PatchDropout
-from elip_models.user_warnings import warn_again
 from tests.helpers.models import (
     PAIRS,
     hf_clip,
@@ -20,7 +17,7 @@ from tests.helpers.models import (
     output_of_pair,
 )
 from tests.helpers.own_warnings import UNGUIDED
-from tests.helpers.towers import images, plain_vit, text
+from tests.helpers.towers import images, plain_vit
 
 
 def vit(depth=12, **options):
@@ -61,14 +58,6 @@ def test_a_summary_is_read_by_a_person():
     assert repr(elip_models.unreduce_(model)) == before
     merge = elip_models.reduction_summary(elip_models.reduce_(model))
     assert "197 188 .. 88, 78 after the last\n" in str(merge)
-
-
-def test_the_summary_of_a_strategy_for_training_is_dense_in_inference():
-    summary = elip_models.reduction_summary(elip_models.reduce_(vit(), strategy=PatchDropout(0.5)))
-    assert summary.forward_flops == 1 and summary.training_flops < 0.5
-    for part in ("12×99 in training\n", "197 tokens in training,", "1.000 of dense in inference"):
-        assert part in str(summary)
-    assert summary.line == "patch_dropout: 12×99 tokens in training, 1.00 of dense FLOPs"
 
 
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
@@ -121,21 +110,3 @@ def test_one_text_guides_all_images(make):
     guided = output_of_guided_pair(model, x, one)
     torch.testing.assert_close(guided, output_of_guided_pair(model, x, one.expand(2, -1)))
     assert not torch.allclose(guided, output_of_pair(model, x, ids(3)))
-
-
-@pytest.mark.parametrize(
-    ("options", "reads"),
-    [
-        *(({}, False), ({"strategy": "elip:fusion=1"}, False), ({"strategy": "elip"}, True)),
-        ({"strategy": "elip:scorer=received"}, False),
-    ],
-)
-def test_a_text_for_a_strategy_that_reads_none_warns(options, reads):
-    warn_again()
-    model, x, t = plain_vit(), images(), text()
-    alone = elip_models.reduce_(model, **options)(x)
-    with warnings.catch_warnings(record=True) as said, elip_models.guidance(model, t):
-        guided = model(x)
-    files = {each.filename for each in said if "reads no text" in str(each.message)}
-    assert files == (set() if reads else {__file__})
-    assert torch.equal(alone, guided) != reads

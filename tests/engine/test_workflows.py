@@ -2,12 +2,9 @@
 
 import timm
 import torch
-from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
 import elip_models
-from tests.helpers.models import hf_clip
-from tests.helpers.towers import images
 
 VIT = {"depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "img_size": 64}
 
@@ -22,24 +19,6 @@ def reduced(keep=0.6, **options):
 
 def x(batch=2):
     return torch.randn(batch, 3, 64, 64)
-
-
-def test_image_features_alone():
-    model, pixels = hf_clip().eval(), images()
-    dense = model.get_image_features(pixels).pooler_output
-    elip_models.reduce_(model, keep=0.6)
-    found = model.get_image_features(pixels).pooler_output
-    assert found.shape == dense.shape and not torch.allclose(found, dense)
-
-
-def test_model_ema_of_timm_follows_and_stays_reduced():
-    model = reduced()
-    ema = ModelEmaV3(model, decay=0.5)
-    with torch.no_grad():
-        model.head.weight.add_(1.0)
-    ema.update(model)
-    assert elip_models.is_reduced(ema.module)
-    assert torch.allclose(ema.module.head.weight, model.head.weight - 0.5)
 
 
 def test_the_flop_counter_sees_the_saving():

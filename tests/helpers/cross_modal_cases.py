@@ -233,16 +233,6 @@ def own_draws(rank, family, gather):
     assert set(negatives.unique().tolist()) == set(range(4 if gather == "global" else 2))
 
 
-def evaluation(rank, family):
-    """'local': in evaluation a rank waits for no other, and leaves momentum and queue alone."""
-    model = made(family, "local").eval()
-    before = copy.deepcopy(model)
-    batch = batch_of_four()
-    if rank == 0:
-        model(*batch, drawn=draws(family, *batch, "local"))
-    assert_equal_state(model, before)
-
-
 def sharded_meter(rank):
     """FSDP2 with every block and layer sharded: losses and gradients of one process."""
     model = made("meter", "global")
@@ -273,14 +263,11 @@ def sharded_momentum(rank, family):
 
 CASES = {
     **{f"{family}, global": partial(whole_batch, family=family) for family in MODELS},
-    **{f"{family}, local": partial(own_pairs, family=family) for family in MODELS},
+    "albef, local": partial(own_pairs, family="albef"),
     **{f"{family}, global": partial(whole_batch, family=family) for family in RETRIEVAL},
     "albef, global, checkpointing": partial(whole_batch, family="albef", checkpointing=True),
-    "albef, global, tome": partial(whole_batch, family="albef", strategy="tome:r=3"),
     "blip, global, fewer texts": partial(whole_batch, family="blip", text_reduction="post"),
-    "albef, local, own draws": partial(own_draws, family="albef", gather="local"),
     "blip, global, own draws": partial(own_draws, family="blip", gather="global"),
-    "albef, evaluation": partial(evaluation, family="albef"),
     "meter, FSDP2": sharded_meter,
     "albef, FSDP2": partial(sharded_momentum, family="albef"),
 }

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import elip_models
 from elip_models.embedding import run as embedding
 from elip_models.embedding.shard import Job
-from elip_models.pretraining.training import trainer, training_data
+from elip_models.pretraining.training import trainer
 from elip_models.pretraining.training.evaluation import Evaluation
 from elip_models.pretraining.training.run_checkpoints import Checkpoints
 from elip_models.pretraining.training.run_folder import RunFolder
@@ -90,9 +90,6 @@ CASES = {
     "embed, the end": partial(embed, where=0, owner=embedding.OutputFolder, name="complete"),
     "train, lock": partial(train, where=0, owner=RunFolder, name="check"),
     "train, data": partial(train, where=1, owner=trainer, name="open_training_data"),
-    "train, tokenizer": partial(train, where=0, owner=training_data, name="train_tokenizer"),
-    "train, model": partial(train, where=1, owner=trainer, name="make_model"),
-    "train, record": partial(train, where=0, owner=RunFolder, name="record_start"),
     "train, checkpoint": partial(train, where=0, owner=Checkpoints, name="commit"),
     "train, evaluation": partial(train, where=0, owner=Evaluation, name="run"),
     "train, model folder": partial(train, where=0, owner=Evaluation, name="save"),

@@ -268,8 +268,6 @@ CASES = {
     "encode_image official": partial(encode_image, scorer="official"),
     "query norm": partial(patched, make=lambda: plain_vit(qk_norm=True), scorer="cls"),
     "LoRA": partial(patched, make=with_lora, scorer="last"),
-    "registers": partial(patched, make=lambda: plain_vit(reg_tokens=3), scorer="last"),
-    "stages of one block": partial(patched, schedule="1(100%) 1(80%) 4(40%)", scorer="official"),
     "checkpointing": partial(patched, make=lambda: checkpointed(dropping)),
     "without gradient": partial(without_gradient, scorer="official"),
     "unreduce_": undone,

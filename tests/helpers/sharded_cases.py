@@ -145,17 +145,12 @@ ALL = (
     "eval_every=2",
     "report=[retrieval]",
 )
-LEARNED = ("model.overrides.text_reduction=learned",)
 LORA = ("peft.kind=lora",)
 METER = ("model.overrides.dropout=0.1", "optim.gather=global", "optim.grad_accumulation=2")
 
 CASES = {
     "clip, all options": partial(as_replicated, options=ALL),
     "meter": partial(as_replicated, options=METER, recipe="meter_tiny"),
-    "meter, checkpointing": partial(
-        as_replicated, options=(*METER, "optim.grad_checkpointing=true"), recipe="meter_tiny"
-    ),
-    "meter, text": partial(as_replicated, options=LEARNED, recipe="meter_tiny"),
     "meter, lora": partial(as_replicated, options=LORA, recipe="meter_tiny"),
     "clip resumed": partial(resumed, options=ALL),
     "clip, fused": fused,

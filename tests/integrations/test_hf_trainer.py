@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import transformers
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -14,10 +13,9 @@ from transformers import (
 )
 
 import elip_models
-from elip_models import ELIP, PatchDropout, ToMe
+from elip_models import ELIP, PatchDropout
 from elip_models.api import strategies_in
 from elip_models.integrations.hf_trainer import ReductionCallback
-from elip_models.strategies.serialization import settings_of
 from elip_models.vlm.strategies.controls import Stride
 from tests.helpers.models import hf_clip, hf_vision
 from tests.helpers.towers import SCHEDULE, assert_equal_gradients, plain_vit
@@ -104,17 +102,6 @@ def test_steps_are_reduced_until_the_given_step(callback, reduced):
     assert found == [True] * reduced + [False] * (5 - reduced)
 
 
-def test_without_a_strategy_that_of_the_config_is_used():
-    model = hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5)
-    model.config.elip = settings_of(ToMe(r=2))
-    callback = ReductionCallback(until=3)
-    for step in range(5):
-        state = TrainerState(global_step=step, max_steps=5)
-        callback.on_step_begin(None, state, None, model=model)
-        strategy = elip_models.reduction_summary(model).strategy
-        assert (strategy == ToMe(r=2)) == (step < 3)
-
-
 def strategies_by_step(callback, model, steps=4):
     """Return the strategies of the model in each step, and those that its config stores."""
     by_step = []
@@ -174,14 +161,6 @@ def test_a_trained_language_model_saves_its_reduction_or_none(tmp_path):
     assert "elip" not in configs[1]
 
 
-def test_a_strategy_of_language_models_names_one_of_image_models():
-    message = (
-        "language model, in which 'diverse' acts, .* take a strategy of image towers, .*'merge'"
-    )
-    with pytest.raises(TypeError, match=message):
-        strategies_by_step(ReductionCallback("diverse"), plain_vit())
-
-
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def callback():
@@ -204,12 +183,3 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 def test_until_is_a_step_or_a_share_of_them(until, error):
     with pytest.raises(error, match=r"until: expected an integer at least 0 or a number in \(0, 1"):
         ReductionCallback("tome", until=until)
-
-
-def test_a_model_that_cannot_be_reduced_raises_before_the_first_step(tmp_path):
-    swin = transformers.SwinConfig(image_size=32, embed_dim=8, depths=[1], num_heads=[2])
-    model = transformers.SwinForImageClassification(swin)
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    trainer = Trainer(model, args, train_dataset=[{}], callbacks=[ReductionCallback("tome")])
-    with pytest.raises(TypeError, match="got SwinForImageClassification"):
-        trainer.train()

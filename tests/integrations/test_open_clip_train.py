@@ -5,26 +5,20 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from elip_models.integrations.open_clip import (
-    CREATE,
-    TESTED,
     main,
     parse_reduce,
     reduce_first_model,
-    with_globals,
 )
 from tests.helpers.models import ids, open_clip_pair, output_of_guided_pair, output_of_pair
 from tests.helpers.own_warnings import UNGUIDED
 
-PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 
@@ -76,16 +70,6 @@ def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path):
     )
 
 
-def test_only_the_first_model_is_reduced():
-    models = [open_clip_pair(), open_clip_pair()]
-    made = iter(models)
-    options = {"strategy": "tome"}
-    create = reduce_first_model(lambda: (next(made), "train", "val"), options, ExitStack())
-    assert create() == (models[0], "train", "val") and create()[0] is models[1]
-    assert "forward" in vars(models[0].visual.transformer.resblocks[0])
-    assert "forward" not in vars(models[1].visual.transformer.resblocks[0])
-
-
 @UNGUIDED
 def test_each_caption_guides_its_image_until_training_ends():
     model, x, tokens = open_clip_pair().eval(), torch.randn(2, 3, 48, 48), ids()
@@ -103,15 +87,6 @@ def test_reduce_is_a_strategy_or_a_share_or_both():
     assert spec.name == "evit" and options == {"strategy": "evit", "keep": 0.7}
     with pytest.raises(ValueError, match="expected one strategy and one keep=SHARE, got"):
         parse_reduce(["evit", "tome"])
-
-
-def test_a_release_with_another_script_leads_to_the_tested_ones():
-    with pytest.raises(TypeError, match=rf"install open_clip_torch {TESTED[0]} to {TESTED[1]}, "):
-        with_globals(lambda: None, **{CREATE: None})
-    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
-    required = [each for name in ("open-clip", "open-clip-train") for each in extras[name]]
-    bounds = {each.partition(">=")[2] for each in required if each.startswith("open_clip_torch")}
-    assert bounds == {TESTED[0]}
 
 
 @pytest.mark.parametrize(

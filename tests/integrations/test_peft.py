@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -16,14 +15,13 @@ from elip_models.integrations.peft.adapt import (
     trainable_share,
 )
 from elip_models.integrations.peft.adapt_config import AdaptConfig
-from elip_models.integrations.peft.saved_adapter import load_adapter_, save_adapter
 from elip_models.pretraining.training.optim import parameter_groups
 from elip_models.strategies import STRATEGIES
 from elip_models.strategies.spec import option_types
 from tests.helpers.cross_modal_cases import batch_of_four, draws, losses, made
 from tests.helpers.tiers import tiered
 from tests.pretraining.models.test_clip import batch, tiny
-from tests.pretraining.models.test_clip_tasks import OPTIONS, classifier
+from tests.pretraining.models.test_clip_tasks import classifier
 
 KINDS = ("lora", "adapter")
 FAMILIES = ("clip", "albef", "blip", "meter")
@@ -31,6 +29,11 @@ CASES = tiered(
     itertools.product(FAMILIES, KINDS),
     [("clip", "lora"), ("albef", "adapter")],
 )
+OPTIONS = {  # what a strategy asks for in a tower of 16 patches
+    "tome": {"r": 1},
+    "guided_tome": {"r": 1},
+    "resize": {"size": 16},
+}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}  # fp64: some thousand roundings of 1e-16
 
 
@@ -131,19 +134,6 @@ def test_a_step_equals_the_plain_model_under_every_strategy(strategy, kind):
     assert_same_step(model, plain_equivalent(model), inputs_of("clip"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_model_trains_as_before_and_is_adapted_again(family):
-    model = plain(family)
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    merge_(adapt_(model, config("lora")))
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
-    assert merge_(model) is model
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft warns where it finds something of itself
-        adapt_(model, config("lora"))
-    assert model.adapted.config.kind == "lora"
-
-
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_only_adapters_and_temperatures_train(family, kind):
     model = perturbed(adapt_(plain(family), config(kind)))
@@ -190,19 +180,6 @@ def test_momentum_adapters_follow_the_online_ones(family, kind):
         assert torch.equal(parameter, online[name]) != bool(moves)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize(("family", "kind"), CASES)
-def test_checkpointing_gives_the_same_gradients(family, kind):
-    model, inputs, results = adapted(family, kind), inputs_of(family), []
-    for enable in (False, True):
-        copied = copy.deepcopy(model)
-        copied.set_grad_checkpointing(enable)
-        copied(**inputs).loss.backward()
-        results.append({n: p.grad for n, p in copied.named_parameters() if p.requires_grad})
-    for name, gradient in results[0].items():
-        torch.testing.assert_close(results[1][name], gradient, **CLOSE)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -221,19 +198,3 @@ def test_targets_and_patterns_that_do_not_match_raise(kind, options, message):
         adapt_(model, config(kind, **options))
     assert list(model.state_dict()) == names
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_models_that_cannot_be_adapted_raise(tmp_path):
-    with pytest.raises(ValueError, match="tuning: expected 'full'"):
-        adapt_(classifier(tuning="probe"), config("lora"))
-    with pytest.raises(ValueError, match="got one with adapters; merge_ it first"):
-        adapt_(adapted("clip", "lora"), config("lora"))
-    with pytest.raises(ValueError, match=r"decoder.*whose weight ALBEF also uses elsewhere"):
-        adapt_(plain("albef"), config("lora", target_modules=("decoder",)))
-    with pytest.raises(ValueError, match="got a plain one"):
-        save_adapter(plain("clip"), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"adapter\.json"):
-        load_adapter_(plain("clip"), tmp_path)
-    save_adapter(adapted("clip", "lora"), tmp_path)
-    with pytest.raises(ValueError, match="an adapter of this model, which differs in"):
-        load_adapter_(plain("clip", text_width=24), tmp_path)

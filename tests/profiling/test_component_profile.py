@@ -39,7 +39,7 @@ def workload(family, **options):
         return Workload(model, 2)
 
 
-@pytest.mark.parametrize("family", slow_except([], FAMILIES))
+@pytest.mark.parametrize("family", slow_except([], ["clip", "albef"]))
 def test_components_add_up_to_the_total(family):
     measured = workload(family)
     counted = count(measured, STRATEGIES, "training")

@@ -1,18 +1,15 @@
-"""`elip profile`: FLOPs on the meta device, times of tiny models, strategy specs."""
+"""`elip profile`: FLOPs on the meta device, and times of tiny models."""
 
 import json
 
 import pytest
-import torch
 
 from benchmarks.paper import SHARED, TABLE1, ratios, step_counts
 from elip_models.profiling.measure import count_step
 from elip_models.profiling.runner import profile_model, verdict
 from elip_models.profiling.workload import Workload
-from elip_models.saving.open_model import open_model
 from elip_models.strategies.elip import ELIP
 from elip_models.strategies.evit import EViT
-from elip_models.strategies.spec import get_strategy
 from elip_models.strategies.tome import ToMe
 from elip_models.towers import as_image_text
 from tests.helpers.models import hf_blip, hf_clip, open_clip_pair
@@ -48,19 +45,6 @@ def test_flops_only_of_two_models_as_json(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_strategies_that_cannot_reach_the_flops_are_left_out(tmp_path, capsys):
-    output = tmp_path / "table.json"
-    strategies = ("--strategy", "elip:scorer=official", "--strategy", "patch_dropout")
-    options = ("--flops-only", "--output", output, "--mode", "training", "--flops", 0.23)
-    assert elip("profile", "--model", "timm:vit_tiny_patch16_224", *strategies, *options) == 0
-    assert "the nearest is 0.2" in " ".join(capsys.readouterr().out.split())
-    found = json.loads(output.read_text())
-    assert [row["strategy"] for row in found["rows"]] == ["dense", "patch_dropout"]
-    assert found["rows"][1]["flops_ratio"] == pytest.approx(0.23, rel=0.01)
-    assert [each["strategy"] for each in found["left_out"]] == ["elip:scorer=official"]
-
-
-@pytest.mark.slow
 def test_a_timed_run_prints_ratios(tmp_path, capsys):
     output = tmp_path / "table.json"
     options = ("--strategy", "elip:scorer=last", "--rounds", 1, "--batch-size", 1)
@@ -93,29 +77,6 @@ def test_a_whole_model_counts_its_second_text_pass(name):
     else:
         assert elip_ - dense == pytest.approx(text_pass)
         assert evit == pytest.approx(dense)
-
-
-@pytest.mark.slow
-def test_a_cross_modal_model_is_measured_whole():
-    name = "meter_tiny"
-    model = open_model(name, pretrained=False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    last = ELIP(f"2(100%) 2(50%) {model.tower.depth - 4}(25%)", scorer="last")
-    strategies = {"last": last, "tome": ToMe(r=3)}
-    options = {"batch_size": 2, "modes": ["training"], "rounds": 1}
-    dense, last, tome = profile_model(name, model, strategies, **options)
-    assert {row.step for row in (dense, last, tome)} == {"whole model"}
-    assert dense.tokens[0] == (65, 65) and tome.tokens[0] == (65, 62)
-    assert max(last.flops_ratio, tome.flops_ratio) < 1
-    assert last.memory < dense.memory and dense.backward_flops > dense.forward_flops
-    assert not model.training
-    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
-
-
-def test_settings_of_a_strategy():
-    assert get_strategy("tome:r=13,proportional=false") == ToMe(13, False)
-    assert get_strategy("evit:layers=3,6,9,keep_ratio=0.5") == EViT(0.5, (3, 6, 9))
-    assert str(get_strategy("elip", schedule="2(100%) 4(50%)").schedule) == "2(100%) 4(50%)"
 
 
 def test_no_gain_for_a_time_ratio_above_the_threshold():

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import tomllib
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -176,38 +174,6 @@ def test_the_recipes_on_a_page_exist(page):
     assert recipes_on(page) <= RECIPES | set(TASKS) | {"TASK"}
 
 
-def test_the_page_of_finetuning_has_every_recipe_of_another_data_set_or_code():
-    variants = {name for name in RECIPES if name.endswith(("_flickr", "_elip"))}
-    assert variants == {
-        n for n in recipes_on(DOCS / "finetune.md") if n.endswith(("_flickr", "_elip"))
-    }
-
-
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-
-
-def extras_of(extra):
-    """Return an extra and all that it contains."""
-    inner = [re.fullmatch(r"elip-kernels\[(.*)\]", each) for each in EXTRAS[extra]]
-    names = [name for each in inner if each for name in each[1].split(",")]
-    return {extra}.union(*map(extras_of, names))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_block_installs_contains_the_commands_of_the_block(page):
-    for code in blocks(page, "bash"):
-        named = re.findall(r'pip install -e "\.\[(.*?)\]"', code)
-        extras = {name for each in named for name in each.split(",")}
-        if extras and re.search(r"^elip |&& elip ", code, re.MULTILINE):
-            assert "train" in set().union(*map(extras_of, extras)), code
-
-
-def test_waiting_for_the_server_ends_if_the_server_does():
-    (line,) = re.findall(r"^.*curl .*/health.*$", (DOCS / "serve.md").read_text(), re.MULTILINE)
-    script = f"curl() {{ false; }}; sleep() {{ command sleep 0.1; }}; command sleep 0.2 & {line}"
-    subprocess.run(["bash", "-c", script], timeout=20, check=False)
-
-
 @pytest.mark.slow
 def test_the_table_of_larger_models_agrees_with_the_counts():
     text = (DOCS / "training.md").read_text()
@@ -237,27 +203,6 @@ def test_the_summary_on_the_first_page_is_what_is_printed(page):
     with torch.device("meta"):
         model = elip_models.reduce_(timm.create_model("vit_base_patch16_224"))
     assert f"```text\n{elip_models.reduction_summary(model)}\n```" in page.read_text()
-
-
-def test_the_readme_states_the_shape_that_its_op_prints(capsys):
-    (code,) = (code for code in blocks(ROOT / "README.md", "python") if "elip_kernels" in code)
-    exec(compile(code, "README.md", "exec"), {})
-    assert f"# {capsys.readouterr().out.strip()}:" in code
-
-
-CITED = re.compile(r"commits? ((?:[0-9a-f]{7,40}(?:, )?)+)")
-
-
-def test_the_commits_that_the_pages_name_are_in_the_repository():
-    def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
-
-    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
-        pytest.skip("the whole history of the repository is needed")
-    lists = [each for page in PAGES for each in CITED.findall(page.read_text())]
-    named = {commit for commits in lists for commit in commits.rstrip(", ").split(", ")}
-    missing = [each for each in named if git("cat-file", "-e", f"{each}^{{commit}}").returncode]
-    assert named and not missing
 
 
 def test_keep_is_about_the_share_of_the_flops():

@@ -1,13 +1,15 @@
 """The examples run without a network, and print what they promise."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+
+from tests.helpers.tiny_run import own_process
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PRINTED = {
@@ -34,12 +36,14 @@ def test_an_example_says_what_to_install(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRINTED)
-def test_an_example_prints_what_it_promises(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = re.search(PRINTED[name], done.stdout.strip(), re.DOTALL)
-    assert found, done.stdout
+def test_an_example_prints_what_it_promises(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name])
+    with own_process():
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out.strip()
+    found = re.search(PRINTED[name], printed, re.DOTALL)
+    assert found, printed
     assert int(found.groupdict().get("right", 100)) > 60
 
 

@@ -19,90 +19,14 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import elip_kernels
 import elip_models
 from elip_models import reduce_, reduction_summary
-from elip_models.user_warnings import warn_again
 from tests.helpers.models import (
     HF,
-    coca,
-    hf_blip,
     hf_clip,
-    hf_siglip,
     hf_vision,
-    ids,
-    open_clip_pair,
-    output,
-    output_of_pair,
 )
 from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.helpers.towers import WIDTH, images, plain_vit
-from tests.towers.test_hf_readers import llava, logits_of
 from tests.vlm.models import build
-
-
-def timm_model(name, **options):
-    return timm.create_model(name, depth=3, img_size=56, num_classes=5, **options).eval()
-
-
-def captioner():
-    config = hf_blip().config
-    return transformers.BlipForConditionalGeneration(config).eval()
-
-
-def caption_logits(model, x):
-    return model(pixel_values=x, input_ids=ids()).logits
-
-
-def of_small_images(model, x):
-    return model(torch.randn(2, 3, 56, 56))
-
-
-def pair_output(model, x):
-    return output_of_pair(model, x, ids())
-
-
-MODELS = {
-    'timm.create_model("vit_tiny_patch16_224")': (
-        lambda: timm_model("vit_tiny_patch16_224", patch_size=8),
-        of_small_images,
-    ),
-    'timm.create_model("eva02_tiny_patch14_224")': (
-        lambda: timm_model("eva02_tiny_patch14_224"),
-        of_small_images,
-    ),
-    'timm.create_model("vit_small_patch14_reg4_dinov2")': (
-        lambda: timm_model("vit_small_patch14_reg4_dinov2"),
-        of_small_images,
-    ),
-    "ViTForImageClassification(config)": (
-        lambda: hf_vision("ViTForImageClassification", "ViTConfig", num_labels=5).eval(),
-        output,
-    ),
-    "Dinov2Model(config)": (lambda: hf_vision("Dinov2Model", "Dinov2Config").eval(), output),
-    "CLIPModel(config)": (lambda: hf_clip().eval(), pair_output),
-    "SiglipModel(config)": (lambda: hf_siglip().eval(), pair_output),
-    "BlipForConditionalGeneration(config)": (captioner, caption_logits),
-    "LlavaForConditionalGeneration(config)": (lambda: llava("CLIP"), logits_of),
-    'open_clip.create_model("ViT-B-32")': (lambda: open_clip_pair().eval(), pair_output),
-    'open_clip.create_model("coca_ViT-B-32")': (
-        lambda: coca().eval(),
-        lambda model, x: model.encode_image(x),
-    ),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("line", MODELS)
-def test_a_model_is_reduced_with_no_further_argument(line, recwarn):
-    warn_again()
-    make, call = MODELS[line]
-    model, x = make(), images()
-    dense = call(model, x)
-    found = call(reduce_(model), x)
-    assert found.shape == dense.shape and found.isfinite().all()
-    assert not torch.equal(found, dense)
-    assert reduction_summary(model).keep < 0.9
-    default = "diverse" if line.startswith("Llava") else "merge"
-    assert reduction_summary(model).strategy.name == default
-    assert not [each for each in recwarn if "default strategy" in str(each.message)]
 
 
 def on_meta(make):
@@ -322,13 +246,6 @@ def keep_is_the_third_argument():
     assert reduction_summary(model).keep == pytest.approx(0.5, abs=0.05)
 
 
-def made_from_its_config():
-    model, x = classifier(), images()
-    other = transformers.AutoModelForImageClassification.from_config(model.config).eval()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(reduce_(other)(x).logits, model(x).logits)
-
-
 def loaded_with_other_labels(folder):
     classifier().save_pretrained(folder)
     model = transformers.AutoModelForImageClassification.from_pretrained(
@@ -348,34 +265,6 @@ def loaded_quantised(folder):
     torch.testing.assert_close(reduce_(loaded.eval()).vit(x)[0], model.vit(x)[0])
 
 
-def averaged():
-    model, x = reduce_(plain_vit().eval()), images()
-    average = torch.optim.swa_utils.AveragedModel(model)
-    average.update_parameters(model)
-    assert torch.equal(average(x), model(x))
-
-
-def prepared_by_accelerate():
-    model, x = plain_vit().eval(), images()
-    accelerator = accelerate.Accelerator(cpu=True)
-    prepared = accelerator.prepare(reduce_(model, "tome"))
-    expected = prepared(x)
-    assert accelerator.unwrap_model(prepared) is model
-    assert torch.equal(
-        reduce_(accelerator.prepare(elip_models.unreduce_(model)), "tome")(x), expected
-    )
-
-
-def trained_without_callback(folder):
-    rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i} for i in range(2)]
-    args = transformers.TrainingArguments(
-        folder, max_steps=1, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
-    )
-    with torch.enable_grad():
-        transformers.Trainer(classifier(), args, train_dataset=rows).train()
-    assert elip_models.is_reduced(elip_models.load_reduced(f"{folder}/checkpoint-1"))
-
-
 def features_of_timm():
     model = timm.create_model("test_vit", features_only=True, img_size=64).eval()
     x = torch.randn(1, 3, 64, 64)
@@ -393,49 +282,20 @@ def another_head_and_size():
     assert reduction_summary(model).dense_tokens == 145
 
 
-def other_attention():
-    model, x = classifier(), images()
-    expected = model(x).logits
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(x).logits, expected)
-    assert model.config.elip["strategy"] == "tome"
-
-
 def more_words():
     model, inputs = build("llava")
     reduce_(model).resize_token_embeddings(200)
     assert model(**inputs).logits.shape[-1] == 200
 
 
-def loaded_after_it():
-    model, x = reduce_(plain_vit().eval()), images()
-    other = reduce_(plain_vit().eval())
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), model(x))
-
-
-def in_half_precision():
-    x = images()
-    for dtype in (torch.float16, torch.bfloat16):
-        model = reduce_(plain_vit().eval()).to(dtype)
-        assert model(x.to(dtype)).dtype == dtype
-
-
 WORK = {
     'pipeline("image-feature-extraction", model=model)': feature_extractor,
-    "model.load_state_dict(state)": loaded_after_it,
-    "model.half()": in_half_precision,
     'reduce_(model, "tome", 0.5)': keep_is_the_third_argument,
     'pipeline("image-classification", model=model)': classification_pipeline,
-    "AutoModel.from_config(model.config)": made_from_its_config,
     "from_pretrained(folder, num_labels=7)": loaded_with_other_labels,
     "from_pretrained(folder, quantization_config=TorchAoConfig(..))": loaded_quantised,
-    "AveragedModel(model)": averaged,
-    "Accelerator().prepare(model)": prepared_by_accelerate,
-    "Trainer(model)": trained_without_callback,
     "timm.create_model(.., features_only=True)": features_of_timm,
     "model.set_input_size((96, 96))": another_head_and_size,
-    'model.set_attn_implementation("eager")': other_attention,
     "llava.resize_token_embeddings(200)": more_words,
 }
 

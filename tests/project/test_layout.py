@@ -102,23 +102,3 @@ def test_the_packages_import_nothing_that_is_not_in_the_wheel():
         if name.partition(".")[0] in OUTSIDE
     }
     assert not outside
-
-
-def _circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Return a circle through each module that imports itself through others, by its first name."""
-    circles = {}
-    for start in imports:
-        paths = [[start]]
-        reached = {start}
-        for path in paths:
-            for name in sorted(imports.get(path[-1], ())):
-                if name == start:
-                    circles.setdefault(frozenset(path), path)
-                elif name not in reached:
-                    reached.add(name)
-                    paths.append([*path, name])
-    return list(circles.values())
-
-
-def test_no_two_modules_import_each_other():
-    assert not _circles({name: _of_project(path) for name, path in MODULES.items()})

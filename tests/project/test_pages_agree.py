@@ -1,41 +1,19 @@
-"""Pages agree with the code and with each other: extras, options, names, files, output folders."""
+"""Pages agree with the code: extras, names and files."""
 
 import ast
 import re
-import shlex
 import tomllib
 from functools import cache
-from itertools import pairwise
-from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
-import typer
 
-from elip_models.cli import COMMANDS, as_program, load_command
-from elip_models.pretraining.training.recipe import recipe_names, recipe_settings
+from elip_models.cli import COMMANDS
 from elip_models.validation import EXTRAS
-from tests.helpers.programs import PROGRAMS
-from tests.project.test_docs import PAGES, ROOT, blocks
+from tests.project.test_docs import PAGES, ROOT
 from tests.project.test_layout import MODULES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OF_OTHER_PROGRAMS = {
-    "collections.md": {"--address"},  # ray
-    "contributing.md": {"--strict"},  # zensical, twine
-    "finetune.md": {"--dataset", "--dataset_root"},  # clip-benchmark
-    "results.md": {"--arms", "--full"},  # a study that was removed, pytest
-    "serve.md": {  # vLLM
-        "--enable-dbo",
-        "--enable-tower-connector-lora",
-        "--pipeline-parallel-size",
-        "--tensor-parallel-size",
-        "--video-pruning-rate",
-    },
-    "training.md": {"--max-restarts", "--ntasks-per-node"},  # torchrun, srun
-    "vlm.md": {"--benchmark-only", "--full", "--visualPrune"},  # pytest, TensorRT-Edge-LLM
-}
-"""Options in the text of pages that are not of this project's programs."""
 
 
 def spans(page):
@@ -112,25 +90,6 @@ def test_the_table_of_extras_is_that_of_the_package():
     }
 
 
-def test_one_sentence_describes_the_project():
-    for name in ("README.md", "docs/index.md", "mkdocs.yml"):
-        assert PROJECT["description"] in " ".join((ROOT / name).read_text().split()), name
-
-
-def options(command):
-    """Return the options of a command of typer, and of its commands."""
-    own = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
-    return own.union(*map(options, getattr(command, "commands", {}).values()))
-
-
-def test_each_option_in_the_text_of_a_page_exists():
-    programs = [typer.main.get_command(as_program(program)) for program in PROGRAMS.values()]
-    known = set().union(*map(options, [*map(load_command, COMMANDS), *programs]))
-    for page in PAGES:
-        named = {each for code in spans(page) for each in re.findall(r"(?<!\S)--\w[\w-]*", code)}
-        assert named - known == OF_OTHER_PROGRAMS.get(page.name, set()), page.name
-
-
 def test_each_name_and_file_in_the_text_of_a_page_exists():
     missing = []
     for page in PAGES:
@@ -144,36 +103,3 @@ def test_each_name_and_file_in_the_text_of_a_page_exists():
                 if not (ROOT / name).exists():
                     missing.append((page.name, name))
     assert missing == []
-
-
-RUN = re.compile(
-    r"(?:^elip|&& elip|-m elip_models\.cli) (train|finetune|embed) (.*)$", re.MULTILINE
-)
-
-
-def written(command, line):
-    """Return the folder that a command writes, and what must be the same to write it again."""
-    words = shlex.split(line, comments=True)
-    options = dict(pairwise(words))
-    if command == "embed":
-        return options["--output"], *map(options.get, ("--model", "--reduce", "--keep"))
-    values = dict(word.split("=", 1) for word in words[1:] if re.match(r"[\w.]+=", word))
-    recipe, start = words[0], options.get("--from")
-    if start is not None:
-        family = Path(start).name.partition("_")[0]  # a task takes the recipe of the model's family
-        names = (f"finetune/{recipe}", f"finetune/{recipe}_{family}")
-        recipe = next(name for name in names if name in recipe_names("finetune"))
-    default = next(each.value for each in recipe_settings(recipe) if each.key == "output_dir")
-    model = {key: value for key, value in values.items() if key.startswith(("model.", "peft."))}
-    return values.get("output_dir", default), recipe, start, *sorted(model.items())
-
-
-def test_an_output_folder_has_one_content_on_all_pages():
-    contents = {}
-    for page in PAGES:
-        shell = "".join(blocks(page, "bash")).replace("\\\n", " ")
-        for command, line in RUN.findall(shell):
-            folder, *content = written(command, line)
-            contents.setdefault(folder, {})[tuple(content)] = page.name
-    assert contents
-    assert {folder: each for folder, each in contents.items() if len(each) > 1} == {}

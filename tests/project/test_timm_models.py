@@ -54,7 +54,7 @@ def sample(count):
     return [name for turn in turns for name in turn if name is not None][:count]
 
 
-SAMPLE = sample(12)
+SAMPLE = sample(6)
 SMALL = {"depth": 4, "embed_dim": 128, "num_heads": 2}  # a head's width must fit rotations
 
 

@@ -1,15 +1,11 @@
 """Each public function of a reduction, with each kind of model: one façade for all of them."""
 
-import copy
-
 import pytest
 import timm
 import torch
-from transformers import TrainerState
 
 import elip_models
 from elip_models.api import strategies_in
-from elip_models.integrations.hf_trainer import ReductionCallback
 from tests.helpers.models import hf_clip
 from tests.vlm.models import build
 
@@ -106,32 +102,3 @@ def test_a_guided_image_model_takes_a_text_and_others_say_why_not(kind):
     width = 24 if kind.make is image_tower else kind.model.config.vision_config.hidden_size
     with elip_models.guidance(image_model, torch.randn(1, width)):
         assert kind().isfinite().all()
-
-
-@pytest.mark.parametrize("until", [None, 0.9])
-def test_the_callback_keeps_the_reduction_until_the_last_steps(kind, until):
-    dense = copy.deepcopy(kind.model)
-    expected = strategies_in(kind.reduce())
-    callback = ReductionCallback(until=until)
-    for step in range(10):
-        state = TrainerState(global_step=step, max_steps=10)
-        callback.on_step_begin(None, state, None, model=kind.model)
-        is_last = until is not None and step >= 9
-        assert strategies_in(kind.model) == (() if is_last else expected)
-    if until is not None:
-        assert torch.equal(kind(), kind(dense))
-
-
-def test_the_callback_keeps_every_strategy_of_a_language_model():
-    model = build("llava")[0].float()
-    for strategy, keep in (("tome", 0.7), ("diverse", 0.5), ("fastv:layer=1", 0.5)):
-        elip_models.reduce_(model, strategy, keep=keep)
-    expected, stored = strategies_in(model), model.config.elip
-    callback = ReductionCallback(until=0.9)
-    for step in range(10):
-        state = TrainerState(global_step=step, max_steps=10)
-        callback.on_step_begin(None, state, None, model=model)
-        if step < 9:
-            assert strategies_in(model) == expected and model.config.elip == stored
-    assert not elip_models.is_reduced(model)
-    assert getattr(model.config, "elip", None) is None

@@ -82,36 +82,6 @@ def test_teacher_keeps_its_output(nested):
             assert torch.equal(output(), expected)
 
 
-def test_config_object_of_two_models_is_changed_in_one():
-    teacher = classifier()
-    student = type(teacher)(teacher.config)
-    student.vit.teacher = teacher
-    reduce_(student, "tome")
-    assert student.config.elip and student.vit.config is student.config
-    assert not hasattr(teacher.config, "elip") and teacher.vit.config is teacher.config
-    reduce_(teacher, "evit")
-    unreduce_(student)
-    assert not hasattr(student.config, "elip") and teacher.config.elip["strategy"] == "evit"
-
-
-def test_student_with_a_language_model_inside_is_an_image_model():
-    alone, student = classifier(), classifier()
-    student.teacher = build("qwen2_5_vl")[0]
-    reduce_(student, "random", 0.5)
-    assert str(reduction_summary(student)) == str(reduction_summary(reduce_(alone, "random", 0.5)))
-    assert not is_reduced(student.teacher)
-    with pytest.raises(TypeError, match="expected a multimodal language model"):
-        reduce_(student, "diverse")
-
-
-def test_language_model_does_not_lend_the_tower_of_its_teacher():
-    student = build("qwen2_5_vl")[0]
-    student.teacher = reduce_(classifier(), "tome")
-    with pytest.raises(TypeError, match="model: expected an image model of transformers"):
-        reduce_(student, "evit")
-    assert not is_reduced(student) and strategies(student.teacher)[0].name == "tome"
-
-
 AVERAGES = {
     "deepcopy": copy.deepcopy,
     "ModelEmaV2": timm.utils.ModelEmaV2,

@@ -8,11 +8,8 @@ import pytest
 import elip_models
 from elip_models.pretraining.models.base import WRITTEN
 from elip_models.pretraining.models.registry import create_model
-from elip_models.saving import saved_folder as module
-from elip_models.saving.locked_folder import locked_folder
 from elip_models.saving.saved_folder import saved_folder
-from elip_models.validation import ConfigError
-from tests.killed_saves import contents, quiet, save_of, without_exchange
+from tests.killed_saves import contents, quiet, save_of
 
 
 def save(folder, **files):
@@ -58,20 +55,6 @@ def test_a_card_is_replaced_unless_it_was_edited(tmp_path):
     assert (folder / "README.md").read_text() == card + "mine"
 
 
-def test_a_card_names_the_library_of_the_last_save(tmp_path):
-    with quiet():
-        for library in ("timm", "open_clip"):
-            save_of(library, 0)(tmp_path / "model")
-    assert "library_name: open_clip" in (tmp_path / "model" / "README.md").read_text()
-
-
-def test_a_symbolic_link_stays_and_its_folder_is_replaced(tmp_path):
-    save(tmp_path / "model", config_json="{}", elip_json="{}")
-    (tmp_path / "link").symlink_to("model")
-    save(tmp_path / "link", config_json="[]")
-    assert (tmp_path / "link").is_symlink() and texts(tmp_path / "model") == {"config.json": "[]"}
-
-
 PROBLEMS = {
     "a mount point": lambda folder, patch: patch.setattr("os.path.ismount", lambda path: True),
     "the current directory": lambda folder, patch: patch.chdir(folder / "sub"),
@@ -95,52 +78,6 @@ def test_a_folder_that_cannot_be_replaced_is_refused_and_filled_if_it_has_no_sav
     assert {path.name for path in tmp_path.rglob("*")} == {"model", "sub", "config.json"}
 
 
-def test_a_folder_that_the_system_does_not_rename_is_refused_unchanged(tmp_path, monkeypatch):
-    def busy(*names):
-        raise OSError(16, "Device or resource busy")
-
-    save(tmp_path / "model", config_json="{}")
-    monkeypatch.setattr(module, "_exchange", busy)
-    with pytest.raises(ValueError, match="not renamed by the system: Device or resource busy"):
-        save(tmp_path / "model", config_json="[]")
-    assert texts(tmp_path) == {"model/config.json": "{}"}
-
-
-@pytest.mark.parametrize("name", ["config_json", "model_safetensors"])
-def test_a_file_that_is_incomplete_is_not_saved(name, tmp_path):
-    save(tmp_path / "model", config_json="{}")
-    with pytest.raises(ValueError, match=f"{name.replace('_', '.')}: expected"):
-        save(tmp_path / "model", **{name: '{"half'})
-    assert texts(tmp_path) == {"model/config.json": "{}"}
-
-
-def test_what_a_killed_save_left_is_removed_and_a_running_one_is_not(tmp_path):
-    folder = tmp_path / "model"
-    save(folder, config_json="{}")
-    killed = tmp_path / ".model.saving-killed"
-    (killed / "new").mkdir(parents=True)
-    (killed / "lock").touch()
-    with saved_folder(folder) as new:
-        (new / "config.json").write_text("[1]")
-        save(folder, config_json="[2]")
-        assert new.exists() and not killed.exists()
-    assert texts(tmp_path) == {"model/config.json": "[1]"}
-
-
-def test_a_run_keeps_its_lock_of_a_folder_that_is_replaced(tmp_path):
-    folder, options = tmp_path / "run", {"marker": "state"}
-    with locked_folder(folder, "--output", **options):
-        (folder / "state").touch()
-        save(folder, config_json="{}")
-        save(folder, config_json="[]")
-        with (
-            pytest.raises(ConfigError, match="in use by another run"),
-            locked_folder(folder, "--output", **options),
-        ):
-            pass
-    assert texts(folder) == {"config.json": "[]", "state": "", ".lock": ""}
-
-
 def test_saves_at_once_leave_one_of_them(tmp_path):
     folders = [tmp_path / "model"] * 8
     save(folders[0], config_json="{}")
@@ -158,18 +95,6 @@ def test_saves_at_once_leave_one_of_them(tmp_path):
     assert found == {names[number].replace("_", "."): "{}"}
 
 
-def test_a_folder_that_a_kill_has_left_without_a_name_is_found_again(tmp_path):
-    with quiet():
-        save_of("timm", 0)(tmp_path / "model")
-    for load in (elip_models.load_reduced, lambda folder: elip_models.open_model(str(folder))):
-        os.rename(tmp_path / "model", tmp_path / ".model.replaced")
-        assert elip_models.is_reduced(load(tmp_path / "model"))
-        assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    with without_exchange():
-        save(tmp_path / "model", config_json="{}")
-    assert texts(tmp_path) == {"model/config.json": "{}"}
-
-
 def test_an_upload_removes_the_files_of_an_earlier_save_in_its_commit(monkeypatch):
     uploads = []
 
@@ -184,13 +109,6 @@ def test_an_upload_removes_the_files_of_an_earlier_save_in_its_commit(monkeypatc
     )
     assert create_model("clip_tiny").push_to_hub("me/model") == "address"
     assert uploads == [(["README.md", "config.json", "model.safetensors"], [*WRITTEN])]
-
-
-def test_another_model_of_ours_has_no_answers_of_the_one_before(tmp_path):
-    create_model("clip_tiny").save_pretrained(tmp_path)
-    (tmp_path / "answers.json").write_text('["old"]')
-    create_model("clip_tiny").save_pretrained(tmp_path)
-    assert not (tmp_path / "answers.json").exists()
 
 
 DENSE = {
@@ -217,10 +135,3 @@ def test_a_dense_folder_is_refused_with_the_remedy_before_its_weights_are_read(
     if library != "transformers":
         with pytest.raises(ValueError, match=r"spec: .*local-dir:"):
             elip_models.open_model(str(tmp_path))
-
-
-def test_a_dense_model_of_ours_is_refused_before_its_weights_are_read(tmp_path):
-    create_model("clip_tiny").save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not read")
-    with pytest.raises(ValueError, match="got a dense CLIP"):
-        elip_models.load_reduced(tmp_path)

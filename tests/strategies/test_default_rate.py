@@ -2,17 +2,13 @@
 
 import re
 
-import numpy as np
 import pytest
 import timm
 import torch
 
-import elip_kernels
 import elip_models
 from elip_models import (
     STRATEGIES,
-    Dense,
-    TokenMerging,
     ToMe,
     create_model,
     encode_image,
@@ -62,15 +58,6 @@ def test_a_name_a_line_and_an_instance_have_the_same_rate(name):
     assert kept_share(STRATEGIES[name](), tower.size) == kept_share(expected, tower.size)
 
 
-def test_the_rate_of_an_instance_stays_and_keep_sets_that_of_one_without():
-    for strategy in (ToMe(3), TokenMerging(3), Dense()):
-        assert fit_strategy(strategy, as_tower(plain_vit())) == strategy
-    model = reduce_(plain_vit(), ToMe(), keep=0.8)
-    assert elip_models.reduction_summary(model).strategy == ToMe().at_keep(model, 0.8)
-    with pytest.raises(ValueError, match="keep: expected no r beside it"):
-        reduce_(plain_vit(), ToMe(8), keep=0.8)
-
-
 def test_a_strategy_that_cannot_reach_the_default_rate_raises():
     with pytest.raises(ValueError, match=r"keep: expected at least 0\.9.*got 0.7"):
         reduce_(plain_vit(), "evit:layers=5,")
@@ -113,14 +100,6 @@ def test_a_share_that_is_too_small_is_an_error_with_one_that_is_not(strategy):
         reduce_(model, strategy, keep=0.01)
     assert "layers" not in str(raised.value).partition(";")[2] or strategy == "evit"
     reduce_(model, strategy, keep=float(re.search(r"pass (\S+)", str(raised.value))[1]))
-
-
-def test_a_share_of_numpy_is_one():
-    model = reduce_(plain_vit(), "tome", np.float32(0.8))
-    assert elip_models.reduction_summary(model).strategy == ToMe().at_keep(model, 0.8)
-    tokens, scores = torch.rand(2, 11, 4), torch.rand(2, 10)
-    for keep, kept in ((np.float32(0.7), 7), (np.int64(4), 4)):
-        assert elip_kernels.reduce(tokens, scores, keep).shape[1] == 1 + kept + 1
 
 
 # the default strategy

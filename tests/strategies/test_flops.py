@@ -19,7 +19,7 @@ from elip_models.strategies.evit import EViT
 from elip_models.strategies.flops import dense_flops, strategy_flops, training_ratio
 from elip_models.strategies.scorers import SCORERS
 from elip_models.strategies.tome import ToMe
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import tiered
 
 CASES = {name: strategy() for name, strategy in STRATEGIES.items()}
 CASES |= {f"elip-{s}": replace(CASES["elip"], scorer=s) for s in (*SCORERS, 1, 2)}
@@ -102,17 +102,3 @@ def test_at_flops_sets_the_counted_flops(case, ratio):
     expected = nearest if CASES[case].name == "resize" else ratio  # in whole patches alone
     counted = count(workload(VIT), {case: CASES[case].at_flops(tower, ratio)}, TRAINING)[case]
     assert sum(counted) / sum(counted_dense(VIT)) == pytest.approx(expected, rel=0.01)
-
-
-ALONE = ["elip", "elip-exact", "tome"]
-
-
-@pytest.mark.parametrize("case", slow_except(ALONE[:1], ALONE))
-def test_at_flops_of_a_forward_alone(case):
-    """The scorer's layers are a larger part of a forward pass than of a training step."""
-    tower = workload(VIT).tower
-    strategy = CASES[case].at_flops(tower, 0.75, training=False)
-    counted, dense = count(workload(VIT), {case: strategy}, TRAINING)[case], counted_dense(VIT)
-    assert counted.forward / dense.forward == pytest.approx(0.75, rel=0.01)
-    with pytest.raises(ValueError, match="of the dense forward FLOPs"):
-        CASES[case].at_flops(tower, 0.01, training=False)

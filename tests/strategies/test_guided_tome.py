@@ -8,8 +8,6 @@ import elip_models
 from elip_models import GuidedToMe, ToMe
 from elip_models.towers import as_tower
 from elip_models.towers.base import with_cls
-from elip_models.user_warnings import UnguidedWarning, warn_again
-from tests.helpers.models import siglip_vision
 from tests.helpers.towers import clip_vit, images, plain_vit, text
 
 
@@ -81,14 +79,3 @@ def test_the_text_decides_to_the_degree_of_fusion():
     assert torch.equal(slots(one, fusion=1.0), slots(None))
     far = {"fusion": 0.5, "guidance_norm": "match"}
     assert torch.equal(slots(1e3 * one, **far), slots(one, **far))
-
-
-def test_without_text_it_may_stay_dense():
-    model, x = plain_vit().eval(), images()
-    warn_again()
-    with pytest.warns(UnguidedWarning, match="without_text"):
-        tokens, infos = run(model, x, without_text="dense")
-    assert not infos and torch.equal(tokens, model.forward_features(x))
-    siglip = siglip_vision().eval()
-    assert run(siglip, x)[0].shape[1] == 36  # a tower without CLS, which only a text can score
-    assert run(siglip, x, text())[0].shape[1] == 36 - 6 * 4

@@ -1,14 +1,12 @@
 """The options of ToMe and its relatives: what is compared, norms, and the class token alone."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
 import elip_kernels
 import elip_models
 from elip_models import ToMe
-from elip_models.towers import TowerSize, as_tower
+from elip_models.towers import as_tower
 from tests.helpers.models import TOWERS, hf_blip
 from tests.helpers.towers import WIDTH, images, plain_vit
 
@@ -62,21 +60,3 @@ def test_the_class_token_alone_needs_a_model_that_reads_no_other():
         elip_models.reduce_(hf_blip(), strategy=ToMe(class_token_only=True))
     with pytest.raises(ValueError, match="leave out class_token_only"):
         elip_models.create_model("albef_tiny", strategy="tome:class_token_only=true")
-
-
-@pytest.mark.parametrize("r", [4, 0.02])
-def test_a_decreasing_schedule_merges_as_many_tokens_most_of_them_first(r):
-    size = TowerSize((224, 224), 256, 1, width=384, hidden=1536, heads=6, depth=12)
-    counts = {}
-    for decrease in (0.0, 0.5, 1.0):
-        strategy = ToMe(r=r, decrease=decrease)
-        layers = strategy.token_counts(size)
-        counts[decrease] = [layer.attention - layer.mlp for layer in layers]
-    assert len({sum(merged) for merged in counts.values()}) == 1
-    mean = sum(counts[0.0]) / size.depth
-    assert max(counts[0.0]) - min(counts[0.0]) <= 1
-    for decrease in (0.5, 1.0):
-        merged = counts[decrease]
-        assert merged[0] == pytest.approx((1 + decrease) * mean, abs=1)
-        assert merged[-1] == pytest.approx((1 - decrease) * mean, abs=1)
-        assert all(b <= a + 1 for a, b in pairwise(merged))

@@ -1,7 +1,5 @@
 """Options that contradict each other, or that the strategy does not have, raise an error."""
 
-import functools
-
 import pytest
 import torch
 
@@ -10,18 +8,12 @@ from elip_models import (
     ELIP,
     EViT,
     ImageResize,
-    create_model,
     encode_image,
     reduce_,
     reduction_summary,
 )
-from elip_models.analysis.visualize_inputs import open_visualized_model
-from elip_models.integrations.open_clip import parse_reduce
-from elip_models.profiling.table import ProfileSettings
 from elip_models.strategies import STRATEGIES
-from elip_models.strategies.serialization import settings_of, strategy_of
 from elip_models.user_warnings import warn_again
-from elip_models.validation import ConfigError
 from tests.helpers.towers import SCHEDULE, images, plain_vit, text
 
 
@@ -33,24 +25,6 @@ BOTH = pytest.mark.parametrize("call", [reduce_, encode], ids=["reduce_", "encod
 
 
 # merge
-
-
-@pytest.mark.parametrize(("value", "word"), [(True, "one"), (False, "none")])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda merge: ELIP(merge=merge),
-        lambda merge: create_model("elip_clip_tiny", merge=merge),
-        lambda merge: strategy_of(
-            (stored := settings_of(ELIP("clip")))
-            | {"settings": stored["settings"] | {"merge": merge}}
-        ),
-    ],
-)
-def test_a_bool_is_refused_and_the_word_for_it_is_named(make, value, word):
-    message = f"merge: expected 'one', 'none' or 'nearest', got {value}; pass '{word}'"
-    with pytest.raises((TypeError, ValueError), match=message):
-        make(value)
 
 
 # keep beside the strategy's own option
@@ -81,25 +55,6 @@ def test_every_strategy_names_the_field_that_keep_sets():
         found, default = cls().at_keep(model, 0.7), cls()
         changed = {name for name in vars(found) if vars(found)[name] != vars(default)[name]}
         assert cls.keep_field in changed <= {cls.keep_field, "without_text", "size"}
-
-
-SHARE = {"keep": None, "flops": 0.7}
-
-
-def test_the_command_line_refuses_both_too():
-    settings = {"models": (), "flops": None, "batch_sizes": (1,), "mode": "both", "dtype": "fp32"}
-    settings |= {"rounds": None, "keep": 0.7}
-    with pytest.raises(ConfigError, match=r"--strategy: keep: expected no r beside it"):
-        ProfileSettings(strategies=("tome:r=8",), schedule=None, **settings)
-    with pytest.raises(ConfigError, match=r"--strategy: flops: expected no r beside it"):
-        ProfileSettings(strategies=("tome:r=8",), schedule=None, **settings | SHARE)
-    with pytest.raises(ConfigError, match="--keep: expected it or --schedule"):
-        ProfileSettings(strategies=(), schedule="clip", **settings)
-    with pytest.raises(ValueError, match="keep: expected no r beside it"):
-        parse_reduce(["tome:r=8", "keep=0.7"])
-    for options in ({"strategy": "tome:r=8"}, {"schedule": "clip"}):
-        with pytest.raises(ConfigError, match="--keep: expected no"):
-            open_visualized_model("elip_clip_tiny", pretrained=False, keep=0.7, **options)
 
 
 # an option without its strategy
@@ -158,28 +113,6 @@ def test_a_schedule_means_elip_and_takes_its_options():
 
 
 # the default strategy
-
-
-def replaced_block():
-    model = plain_vit()
-    model.blocks[3].forward = functools.partial(type(model.blocks[3]).forward, model.blocks[3])
-    return model
-
-
-@BOTH
-def test_another_strategy_than_the_default_is_named_once(call, recwarn):
-    warn_again()
-    for _ in range(2):
-        call(replaced_block())
-    (found,) = (each for each in recwarn if "default strategy" in str(each.message))
-    message = str(found.message)
-    assert "using 'elip' in place of 'merge', the default strategy, on this Vision" in message
-    assert "a block was replaced" in message and "Pass strategy='elip'" in message
-    assert found.filename == __file__
-    recwarn.clear()
-    warn_again()
-    call(replaced_block(), strategy="elip")
-    assert not [each for each in recwarn if "default strategy" in str(each.message)]
 
 
 def test_a_text_that_the_default_ignores_is_warned_about(recwarn):

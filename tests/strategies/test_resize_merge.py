@@ -1,7 +1,5 @@
 """`resize_merge`: the tower of a smaller image, whose tokens merge; one `keep` sets both."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -41,19 +39,6 @@ def test_it_merges_the_tokens_of_a_model_for_smaller_images(model):
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("other", ["resize", "merge"])
-def test_each_part_alone_is_the_other_strategy(model, other):
-    tower = as_tower(model)
-    height = tower.image_size[0] // 2
-    parts = {
-        "resize": (ResizeMerge(size=height, r=0), ImageResize(size=height)),
-        "merge": (ResizeMerge(r=2), TokenMerging(r=2)),
-    }
-    images = torch.randn(2, 3, *tower.image_size)
-    one, two = (elip_models.encode_image(model, images, strategy=part) for part in parts[other])
-    assert torch.equal(one, two)
-
-
 @pytest.mark.parametrize("keep", [0.8, 0.6, 0.5, 0.4, 0.3])
 def test_keep_sets_image_and_merges(keep):
     strategy = at_keep(ResizeMerge(), SMALL, keep)
@@ -62,19 +47,6 @@ def test_keep_sets_image_and_merges(keep):
     assert inference_ratio(strategy, SMALL) == pytest.approx(keep, abs=0.06)
     fixed = at_keep(ResizeMerge(size=196), SMALL, min(keep, 0.7))
     assert fixed.size == 196 and kept_share(fixed, SMALL) == pytest.approx(min(keep, 0.7), rel=0.02)
-
-
-def test_the_cost_falls_with_the_strength_without_a_gap():
-    costs = [inference_ratio(ResizeMerge().at_strength(SMALL, i / 50), SMALL) for i in range(51)]
-    assert costs[0] == 1 and all(-0.005 <= a - b < 0.035 for a, b in pairwise(costs))
-
-
-def test_a_reduced_model_trains():
-    torch.manual_seed(0)
-    model = plain_vit(depth=4)
-    elip_models.reduce_(model, strategy="resize_merge", keep=0.5)
-    model(torch.randn(2, 3, *as_tower(model).image_size)).sum().backward()
-    assert all(weight.grad is not None for weight in model.blocks.parameters())
 
 
 @SLOW_SCORER
@@ -107,10 +79,3 @@ def test_a_reduced_model_compiles_as_one_graph(model):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(images), model(images))
-
-
-def test_a_given_size_bounds_what_keep_can_be():
-    with pytest.raises(ValueError, match=r"keep: expected at most 0\.5\d+, what resize_merge"):
-        at_keep(ResizeMerge(size=168), SMALL, 0.9)
-    unmerged = ResizeMerge(size=168).with_rate(SMALL)
-    assert unmerged.r == 0 and kept_share(unmerged, SMALL) < 0.6

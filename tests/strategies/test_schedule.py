@@ -33,13 +33,6 @@ def test_kept_patches_and_stages_of_the_paper():
     assert Schedule.parse("12(100%)").stages(256) == ()
 
 
-def test_tokens_per_layer():
-    tokens = Schedule.parse(PAPER).tokens_per_layer(256)
-    assert tokens == [257] * 2 + [232] * 2 + [168] * 6 + [104] * 2
-    pruned = Schedule.parse("4(100%) 4(50%) 4(50%)").tokens_per_layer(256, num_merged=0)
-    assert pruned == [257] * 4 + [129] * 8
-
-
 @pytest.mark.parametrize("depth", [1, 4, 11, 12, 24, 32])
 def test_scaled_to_another_depth(depth):
     scaled = Schedule.parse(PAPER).scaled(depth)
@@ -63,13 +56,6 @@ BAD = {
 def test_bad_strings_name_what_was_expected(text):
     with pytest.raises(ValueError, match=f"schedule: expected.*{BAD[text]}"):
         Schedule.parse(text)
-
-
-def test_wrong_type_and_too_few_patches():
-    with pytest.raises(TypeError, match=r"schedule: expected.*got 12"):
-        Schedule.parse(12)
-    with pytest.raises(ValueError, match=r"schedule: expected.*got 0 from 2\(40%\)"):
-        Schedule.parse("2(100%) 2(40%)").stages(2)
 
 
 def test_wrong_depth_suggests_the_scaled_string():

@@ -46,13 +46,6 @@ def test_what_a_scorer_leaves_out_is_all_that_differs_from_exact(make, scorer):
     torch.testing.assert_close(row(scorer, tower, *inputs), row("exact", tower, *inputs))
 
 
-def test_mean_is_that_of_the_maps_of_all_layers_of_the_stage():
-    tower, tokens, cls = entered(plain_vit())
-    x = with_cls(tokens, cls)
-    maps = torch.stack([tower.attention_map(i, x)[:, :, 0].mean(1) for i in LAYERS])
-    torch.testing.assert_close(row("mean", tower, tokens, cls), maps.mean(0))
-
-
 def test_bf16_is_exact_under_autocast_and_leaves_other_dtypes_as_they_are():
     model = plain_vit()
     tower, *inputs = entered(model)
@@ -65,3 +58,10 @@ def test_bf16_is_exact_under_autocast_and_leaves_other_dtypes_as_they_are():
     assert (low - exact).abs().max() < 0.05 * exact.max()
     tower, inputs = as_tower(model.double()), [tensor.double() for tensor in inputs]
     assert torch.equal(row("bf16", tower, *inputs), row("exact", tower, *inputs))
+
+
+def test_mean_is_that_of_the_maps_of_all_layers_of_the_stage():
+    tower, tokens, cls = entered(plain_vit())
+    x = with_cls(tokens, cls)
+    maps = torch.stack([tower.attention_map(i, x)[:, :, 0].mean(1) for i in LAYERS])
+    torch.testing.assert_close(row("mean", tower, tokens, cls), maps.mean(0))

@@ -1,7 +1,5 @@
 """All strategies: against the official tensors, in a model, and at equal FLOPs."""
 
-import copy
-import pickle
 from dataclasses import replace
 from itertools import chain
 
@@ -26,7 +24,6 @@ from tests.helpers.models import (
     eva,
     ids,
     open_clip_pair,
-    open_clip_vit,
     output,
     siglip_vision,
 )
@@ -212,24 +209,6 @@ def test_every_block_runs_on_the_counted_tokens(strategy):
     assert [(seen[first], seen[second]) for first, second in norms] == list(expected)
 
 
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-@UNGUIDED
-@strategies
-@pytest.mark.parametrize("how", slow_except([through_pickle], [copy.deepcopy, through_pickle]))
-def test_copies_reduce_and_can_be_undone(strategy, how):
-    model, x, t = open_clip_vit(), images(), text()
-    dense = output(model, x)
-    expected = patched(model, strategy, x, t)
-    other = how(model)
-    torch.manual_seed(1)
-    with elip_models.guidance(other, t):
-        assert torch.equal(output(other, x), expected)
-    assert torch.equal(output(elip_models.unreduce_(other), x), dense)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "name"), [*(("timm", name) for name in MECHANISMS), ("HF CLIP", "elip")]
@@ -295,32 +274,3 @@ def test_a_whole_model_encodes_text_first_only_for_strategies_that_read_it():
 def test_a_bad_setting_is_named(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
-
-
-def test_a_replaced_forward_is_not_bypassed():
-    model = elip_models.reduce_(plain_vit(), schedule=SCHEDULE)
-    expected = model(x := images())
-    model.blocks[0].forward = model.blocks[0].forward
-    with pytest.raises(TypeError, match="Block with its own forward"):
-        elip_models.reduce_(model, strategy="tome")
-    assert torch.equal(model(x), expected)  # as it was
-    del model.blocks[0].forward
-    elip_models.reduce_(model, strategy="tome")
-    elip_models.reduce_(model, strategy=ToMe(3))  # our own stands aside
-
-
-def test_a_tower_of_few_patches_has_a_setting_at_every_strength():
-    size = as_tower(plain_vit(img_size=8)).size
-    assert size.num_patches == 1
-    for strategy in (
-        EViT(),
-        PatchDropout(),
-        ToMe(),
-        RandomPruning("6(100%)"),
-        ELIP("3(100%) 3(50%)"),
-    ):
-        for strength in (0.0, 0.5, 1.0):
-            assert strategy.at_strength(size, strength).token_counts(size)[-1].mlp >= 2
-    for strategy in STRATEGIES.values():
-        if not getattr(strategy, "class_token_only", False):  # which saves FLOPs at any strength
-            assert strategy.at_flops(plain_vit(), 1.0)

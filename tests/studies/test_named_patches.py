@@ -5,12 +5,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from benchmarks.studies.named_patches import kept_patches, selection_scores
 from elip_kernels import ReductionInfo
-from elip_models.pretraining.data import EmojiScenes, JsonSource, train_tokenizer
+from elip_models.pretraining.data import EmojiScenes, train_tokenizer
 from elip_models.pretraining.models.registry import create_model, family_of
 from elip_models.strategies.elip import Staged
 from elip_models.strategies.schedule import Schedule, Stage
@@ -87,16 +86,3 @@ def test_kept_patches_are_traced_through_the_stages():
     infos = [StageInfo(Stage(i, 1, 0), info) for i, info in enumerate((first, second))]
     kept = [patches[0].nonzero().flatten().tolist() for patches in kept_patches(infos, 8)]
     assert kept == [[0, 2, 3, 7], [2]]
-
-
-def test_named_patches_need_boxes(tmp_path, model, tokenizer):
-    Image.new("RGB", (128, 64), "white").save(tmp_path / "a.png")
-    entry = {"image": "a.png", "caption": "a cat"}
-    path = tmp_path / "list.json"
-    path.write_text(f"[{entry}]".replace("'", '"'))
-    with torch.no_grad():
-        assert selection_scores(model, JsonSource(path), tokenizer).keys() == {"lost"}
-    path.write_text(f"[{entry | {'boxes': [[[64, 0, 32, 64]]]}}]".replace("'", '"'))
-    with torch.no_grad():
-        scores = selection_scores(model, JsonSource(path), tokenizer)
-    assert scores["last.kept_chance"] == KEEP / PATCHES and 0 <= scores["last.kept"] <= 1

@@ -1,26 +1,21 @@
 """Studies: planning, resuming, errors and result files."""
 
 import json
-import shutil
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from rich.console import Console
 
 from benchmarks.studies import runner
 from benchmarks.studies.command import Progress
 from benchmarks.studies.measures import MEASURES, RETRIEVAL_METRICS
 from benchmarks.studies.page import study_page
-from benchmarks.studies.plan import load_study, plan
-from benchmarks.studies.results import write_results
+from benchmarks.studies.plan import plan
 from benchmarks.studies.study import Run
 from elip_models.pretraining.training.trainer import Trainer
-from elip_models.pretraining.training.training_data import meta_model
-from elip_models.strategies import STRATEGIES, ToMe, flops
+from elip_models.strategies import STRATEGIES, ToMe
 from elip_models.validation import ConfigError, TrainingError
 from tests.helpers.study_case import tiny_study
 from tests.helpers.tiny_run import logged, own_process
@@ -77,20 +72,6 @@ def test_arms_begin_with_the_parent_that_the_study_names(tmp_path):
     }
 
 
-def test_studies_of_one_group_train_an_arm_once(tmp_path, stubbed):
-    quality, later = (tmp_path / name for name in ("quality.yaml", "later.yaml"))
-    tiny_study(tmp_path)
-    quality.write_text("like: tiny.yaml\ngroup: world\nmeasures: [retrieval]")
-    later.write_text("like: tiny.yaml\ngroup: world\narms: {more: {seed: 1}}")
-    ours, theirs = load_study(quality), load_study(later)
-    assert len(run_all(ours)) == 8
-    assert run_all(theirs) == [Run("more", 0), Run("more", 1)]
-    assert stubbed[0] == "world/dense/0" and "world" in str(ours.tokenizer)
-    changed = load_study(later, {"optim.lr": 0.5})
-    with pytest.raises(ConfigError, match="was made with other settings"):
-        runner.check_settings(changed, plan(changed))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,13 +89,6 @@ def test_studies_of_one_group_train_an_arm_once(tmp_path, stubbed):
 def test_an_invalid_study_raises(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_study(tmp_path, **changes)
-
-
-def test_an_unknown_arm_or_study_raises(tmp_path):
-    with pytest.raises(ConfigError, match=r"--only: .*got 'tme'; did you mean 'tome'"):
-        plan(tiny_study(tmp_path), only=["tme"])
-    with pytest.raises(ConfigError, match="study 'qualty': expected a path"):
-        load_study("qualty")
 
 
 # Running
@@ -155,15 +129,6 @@ def test_a_killed_study_repeats_no_finished_run(tmp_path, stubbed, monkeypatch):
     assert run_all(study) == []
 
 
-def test_a_run_locked_by_another_process_is_skipped_with_its_children(tmp_path, stubbed):
-    study = tiny_study(tmp_path)
-    lock = study.folder(Run("dense", 0)).with_suffix(".lock")
-    lock.parent.mkdir(parents=True)
-    with FileLock(lock):
-        assert run_all(study, seeds=[0]) == [Run("tome", 0)]
-    assert [run.arm for run in run_all(study, seeds=[0])] == ["dense", "after-0.61", "after-0.82"]
-
-
 def test_a_failed_run_raises_after_all_others_ran(tmp_path, stubbed, monkeypatch):
     train = runner.train
 
@@ -184,82 +149,6 @@ def test_a_result_of_other_settings_raises(tmp_path, stubbed):
     message = r"tiny/dense/0 was made with other settings: optim.steps: 3 -> 4; remove it"
     with pytest.raises(ConfigError, match=message):
         runner.check_settings(changed, plan(changed))
-
-
-def test_a_run_whose_parent_was_trained_again_raises(tmp_path, stubbed):
-    study = tiny_study(tmp_path)
-    of_parent = study.folder(Run("dense", 0)) / runner.RESULT
-    for loss in (0.25, 0.5):
-        runner.perform(study, Run("dense", 0), QUIET)
-        result = runner.result_of(study, Run("dense", 0))
-        of_parent.write_text(json.dumps(result | {"loss": loss}))
-        if loss == 0.25:
-            runner.perform(study, Run("after-0.61", 0), QUIET)
-            assert runner.result_of(study, Run("after-0.61", 0))["beginning"] == loss
-            runner.check_settings(study, plan(study))
-    message = "tiny/after-0.61/0 began with an older run of 'dense', which was trained again"
-    with pytest.raises(ConfigError, match=message):
-        runner.check_settings(study, plan(study))
-
-
-def test_an_override_that_would_not_reach_every_arm_raises(tmp_path):
-    tiny_study(tmp_path)
-    for key, message in {
-        "model.overrides.schedule": "expected a key that no arm sets, but dense set it;",
-        "seed": "the runner sets it for every run; use --seeds",
-    }.items():
-        with pytest.raises(ConfigError, match=f"{key}: {message}"):
-            load_study(tmp_path / "tiny.yaml", {key: 1})
-
-
-def test_at_flops_of_an_arm_that_does_not_train_is_of_a_forward_pass(tmp_path):
-    scored = {"model.overrides.scorer": "exact", "at_flops": 0.9}
-    after = scored | {"from": "dense", "length": 0}
-    study = tiny_study(tmp_path, arms={"scored": scored, "scored-after": after})
-    arms = Run("scored", 0), Run("scored-after", 0)
-    of_step, of_forward = (meta_model(study.config(run)) for run in arms)
-    size = of_step.tower.size
-    assert flops.training_ratio(of_step.reduction, size) == pytest.approx(0.9, rel=0.01)
-    assert flops.inference_ratio(of_forward.reduction, size) == pytest.approx(0.9, rel=0.01)
-    assert flops.training_ratio(of_forward.reduction, size) < 0.89
-
-
-def test_a_new_measure_is_computed_without_training(tmp_path, stubbed):
-    run_all(tiny_study(tmp_path), only=["dense"])
-    study = tiny_study(tmp_path, measures=["retrieval", "objectives"])
-    assert len(run_all(study, only=["dense"])) == 2 and len(stubbed) == 2
-    result = runner.result_of(study, Run("dense", 1))
-    assert result["measures"] == ["retrieval", "objectives"]
-    assert result["metrics"] == {"retrieval": 0.5, "objectives": 0.5}
-
-
-def test_results_outlive_their_folders_if_the_arm_is_unchanged(tmp_path, stubbed):
-    path, study = tmp_path / "tiny.json", tiny_study(tmp_path)
-    run_all(study, only=["dense", "tome"], seeds=[0])
-    written = write_results(study, path)["runs"]
-    shutil.rmtree(study.folder(Run("dense", 0)).parent)
-    run_all(study, only=["dense"], seeds=[1])
-    runs = write_results(study, path)["runs"]
-    assert [(run["arm"], run["seed"]) for run in runs] == [("dense", 0), ("dense", 1), ("tome", 0)]
-    assert runs[::2] == written
-    changed = tiny_study(tmp_path, arms={"dense": {"optim.lr": 1e-4}})
-    shutil.rmtree(study.folder(Run("dense", 1)).parent)
-    assert [run["arm"] for run in write_results(changed, path)["runs"]] == ["tome"]
-
-
-def test_the_plan_has_costs_and_finished_runs(tmp_path, stubbed):
-    study = tiny_study(tmp_path)
-    run_all(study, only=["dense"], seeds=[0])
-    console = Console(file=StringIO(), width=100)
-    progress = Progress(study, plan(study), tmp_path / "tiny.json", console)
-    share = progress.costs["tome"].flops / progress.costs["dense"].flops
-    assert share == pytest.approx(0.72, rel=0.01) and progress.costs["after-0.61"].flops == 0
-    progress.plan()
-    rows = [line.split("│") for line in console.file.getvalue().splitlines()]
-    finished = {row[1].strip(): row[5].strip() for row in rows if len(row) > 5}
-    assert finished == {"dense": "1 of 2"} | dict.fromkeys(
-        ("tome", "after-0.61", "after-0.82"), "0 of 2"
-    )
 
 
 # End to end

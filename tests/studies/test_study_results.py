@@ -1,25 +1,20 @@
 """Results of a study: intervals, costs, conclusions and pages."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.studies import results
 from benchmarks.studies.analysis import against
-from benchmarks.studies.command import write_page
-from benchmarks.studies.page import differences, means, study_page
+from benchmarks.studies.page import differences, means
 from benchmarks.studies.results import (
     by_seed,
-    differences_by_seed,
     read_results,
     relative_cost,
     relative_time,
-    values_of,
 )
 from benchmarks.tables import table
 
-LOSS = "reduced.contrastive_loss"
 DENSE = {"step_flops": 1.0, "step_time": 1.0}
 FASTER = {"step_flops": 0.5, "step_time": 0.8}
 
@@ -52,14 +47,6 @@ def document(**arms):
         "arms": settings,
         "runs": runs,
     }
-
-
-def test_differences_use_the_seeds_that_both_arms_have():
-    found = document(dense=[0.5, 0.7, 0.6], better=[None, 0.8, 0.8])
-    gaps = differences_by_seed(values_of(found, "r1"), "better", "dense")
-    assert gaps == {1: pytest.approx(0.1), 2: pytest.approx(0.2)}
-    assert against(found, "dense", ["r1"])["better", "r1"].seeds == 2
-    assert differences_by_seed(values_of(found, "r1"), "dense", "absent") == {}
 
 
 def test_differences_pair_runs_that_begin_with_the_same_model():
@@ -117,42 +104,6 @@ def test_a_difference_is_bold_if_its_interval_excludes_zero():
     assert notes == [
         f"Minimal detectable effect (80% power, median of the arms): r1 {effect} points."
     ]
-
-
-def test_the_page_counts_runs_from_trees_with_uncommitted_changes():
-    found = document(dense=[0.5, 0.7], up=[0.6, 0.8])
-    page = study_page(found)
-    assert "None of the runs are from trees with uncommitted changes." in page
-    found["runs"][0]["commit"] = {"id": "0123456789", "dirty": True}
-    found["runs"][1]["commit"] = {}
-    page = study_page(found)
-    assert "1 of the runs is from trees with uncommitted changes, so" in page
-    assert "Runs without a commit: 1." in page
-
-
-def test_the_page_lists_the_equivalent_arms_with_their_bounds():
-    noise = {"dense": [0.0, 0.2, 0.1, 0.3], "short": [0.9, 1.21, 1.1, 1.29]}
-    found = document(**noise, near=[0.01, 0.2, 0.1, 0.32], far=[1.0, 1.19, 1.1, 1.28])
-    for run in found["runs"]:
-        run["metrics"] = {LOSS: run["metrics"]["r1"]}
-    found |= {"quality": [LOSS], "margin": "short"}
-    _, notes = differences(found, "dense")
-    assert notes[1].startswith(
-        f"Equivalent to `dense` in {LOSS} within 0.975, the deficit of `short`: "
-    )
-    assert "`near` (at most 0." in notes[1] and "far" not in notes[1]
-
-
-@pytest.mark.slow
-def test_a_page_shows_means_differences_and_costs(tmp_path):
-    results = tmp_path / "tiny.json"
-    results.write_text(json.dumps(document(dense=[0.5, 0.6], half=[0.5, 0.7])))
-    write_page(results, tmp_path / "own.md")
-    text = (tmp_path / "own.md").read_text()
-    assert text.startswith("# Is it?") and "commit 0123456" in text
-    assert "| `half` | 2 | 0.50 | 0.80 | – | 60.0 ± 127.1 |" in text
-    assert "## Paired differences from `dense`" in text
-    assert "| `half` | +5.0 (−58.5 to 68.5) |" in text and "Minimal detectable effect" in text
 
 
 COMMITTED = Path(results.__file__).parents[1] / "results" / "studies"

@@ -8,8 +8,6 @@ import torch
 
 import elip_models
 from elip_models import encode_image, reduce_
-from elip_models.strategies import ImageResize
-from elip_models.towers import as_tower
 from tests.engine.test_dense_outputs import STRATEGIES
 from tests.helpers.models import ROTARY, TOWERS, eva
 from tests.helpers.tiers import slow_except, tiered
@@ -56,22 +54,6 @@ def test_a_dynamic_model_is_reduced_as_one_made_for_the_size(name, strategy):
         torch.testing.assert_close(reduced(x), reduce_(made, **settings)(x), atol=close, rtol=close)
         cls = encode_image(dynamic, x, **settings)[:, 0]
         torch.testing.assert_close(reduced.forward_features(x)[:, 0], cls, atol=1e-6, rtol=1e-6)
-
-
-def test_a_model_that_moves_its_positions_in_training_uses_one_draw_a_pass():
-    model = eva(rope_shift_coords=0.4, rope_jitter_coords=1.5, **DINOV3).train()
-    x = pictures((48, 48))
-    torch.manual_seed(3)
-    dense = model(x)
-    reduce_(model, strategy="elip", schedule="5(100%) 1(97%)", merge="nearest")
-    torch.manual_seed(3)
-    torch.testing.assert_close(model(x), dense, atol=0.1, rtol=0)
-    reduce_(model, strategy="tome:r=3")
-    torch.manual_seed(3)
-    first = model(x)
-    assert not torch.equal(first, model(x))
-    torch.manual_seed(3)
-    assert torch.equal(first, model(x))
 
 
 @pytest.mark.parametrize("library", HF)
@@ -122,24 +104,3 @@ def test_a_compiled_model_takes_images_of_two_sizes(strategy, backend):
 def test_a_model_of_one_size_raises_with_advice(make, advice):
     with pytest.raises(ValueError, match=f"48, 48.*64, 40.*{advice}"):
         encode_image(make(), pictures(), text(), schedule=SCHEDULE)
-
-
-def test_blocks_that_get_other_token_counts_raise():
-    model = reduce_(plain_vit(), schedule=SCHEDULE)
-    with pytest.raises(ValueError, match=r"expected 37 tokens before block 1, .*got 20"):
-        model.blocks(torch.randn(2, 20, 32))
-
-
-@pytest.mark.parametrize("name", ROTARY)
-@torch.no_grad()
-def test_resize_rotates_patches_by_their_place_in_the_smaller_image(name):
-    model, x = ROTARY[name]().eval(), images()
-    smaller = copy.deepcopy(model)
-    smaller.set_input_size((32, 32))
-    strategy = ImageResize(32)
-    expected = smaller(strategy.resize(as_tower(model), x))
-    found = encode_image(model, x, strategy=strategy)
-    assert found.shape[1] == model.num_prefix_tokens + 16
-    torch.testing.assert_close(reduce_(model, strategy=strategy)(x), expected)
-    elip_models.unreduce_(model)
-    torch.testing.assert_close(model.forward_head(found), expected)

@@ -4,7 +4,6 @@ import socket
 import warnings
 
 import pytest
-from huggingface_hub import constants
 from transformers import CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
 
 from elip_models.images import CLIP_STATS
@@ -63,14 +62,3 @@ def test_the_config_of_a_model_and_the_processor_in_its_folder_count(tmp_path):
         warnings.simplefilter("error")
         loaded = as_image_text(CLIPModel.from_pretrained(tmp_path))
         assert loaded.image_stats() == (HALF, HALF)
-
-
-def test_the_local_cache_of_the_hub_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--an-owner--a-cached-model"
-    snapshot = repository / "snapshots" / "0a1b"
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0a1b")
-    CLIPImageProcessor(image_mean=HALF, image_std=HALF).save_pretrained(snapshot)
-    assert image_stats_of(vit("an-owner/a-cached-model")) == (HALF, HALF)

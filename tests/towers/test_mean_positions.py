@@ -1,7 +1,6 @@
 """Merged tokens at the mean position of their patches, whose rotation is computed."""
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed, get_mixed_freqs
 import elip_models
 from elip_models import GuidedToMe, ToMe
 from elip_models.towers import as_tower
-from tests.helpers.models import ROTARY, dinov3
+from tests.helpers.models import ROTARY
 from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except
 from tests.helpers.towers import (
@@ -50,20 +49,6 @@ def test_a_rotation_between_patches_is_that_of_the_models_own_embedding(name):
             expected = expected[i] if tower.is_mixed else expected[None]
             found = tower.with_positions(at[None])._rope(i)
             torch.testing.assert_close(found[0], expected[:, patches], **close)
-
-
-@torch.no_grad()
-def test_a_rotation_between_patches_of_transformers_is_the_models_own():
-    tower = as_tower(dinov3().eval())
-    grid = tower.coordinates()
-    for at in (grid, (grid[:-7] + grid[7:]) / 2):
-        angles = math.tau * at[..., None] * tower.trunk.rope_embeddings.inv_freq
-        angles = angles.flatten(1).tile(2)
-        cos, sin = tower.with_positions(at[None])._rotations()
-        torch.testing.assert_close(cos[0, 0], angles.cos().float(), atol=1e-6, rtol=0)
-        torch.testing.assert_close(sin[0, 0], angles.sin().float(), atol=1e-6, rtol=0)
-    rows = (torch.arange(6) + 0.5) / 3 - 1
-    torch.testing.assert_close(grid.float(), torch.cartesian_prod(rows, rows))
 
 
 @UNGUIDED

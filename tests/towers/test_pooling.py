@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 import elip_models
 from elip_models import (
@@ -12,19 +11,15 @@ from elip_models import (
     RandomPruning,
     ToMe,
 )
-from elip_models.towers import as_image_text, as_tower
+from elip_models.towers import as_tower
 from tests.helpers.models import (
     POOLED,
     POOLED_WITHOUT_CLS,
-    coca,
     eva,
-    ids,
     output,
-    output_of_pair,
-    trunk_pair,
 )
 from tests.helpers.own_warnings import UNGUIDED
-from tests.helpers.towers import SCHEDULE, WIDTH, images, plain_vit, text
+from tests.helpers.towers import SCHEDULE, images, text
 
 MODELS = POOLED | POOLED_WITHOUT_CLS
 MERGING = {
@@ -96,21 +91,3 @@ def test_a_text_is_the_query_of_a_rotary_tower_without_cls_by_any_layer():
     registers = eva(attn_type="rope", global_pool="avg", class_token=False, num_reg_tokens=2)
     registers.blocks[2].attn.qkv.register_forward_hook(lambda m, args, out: out)
     assert as_tower(registers).cls_attention(2, as_tower(registers).embed(x), t).shape == (2, 38)
-
-
-class Mlp(nn.Sequential):
-    """A head without a linear map back from text features."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 16))
-
-
-def test_a_whole_model_that_text_cannot_guide_is_reduced_as_its_image_tower():
-    for model in (coca(), trunk_pair(plain_vit(global_pool="avg", num_classes=0), 16, Mlp())):
-        bare, x, tokens = as_image_text(model.eval()).image_model, images(), ids()
-        assert as_image_text(model).refuses()
-        elip_models.reduce_(bare, schedule=SCHEDULE)
-        expected = output_of_pair(model, x, tokens)
-        elip_models.unreduce_(bare)
-        elip_models.reduce_(model, schedule=SCHEDULE)
-        assert torch.equal(output_of_pair(model, x, tokens), expected)

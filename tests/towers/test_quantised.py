@@ -17,9 +17,6 @@ from torchao.quantization import (
 )
 
 import elip_models
-from elip_models.engine.encode import run_tower
-from elip_models.strategies import Dense
-from elip_models.towers import as_tower
 from elip_models.towers.wrapped_modules import through_transpose
 from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_guided_pair
 from tests.helpers.strategies import WITHOUT_TEXT as STRATEGIES
@@ -55,10 +52,6 @@ def drawn(model, x):
     return output(model, x)
 
 
-def rms(error):
-    return error.square().mean().sqrt()
-
-
 EVERY = list(product(STRATEGIES, QUANTISED))
 every_case = pytest.mark.parametrize(
     ("strategy", "how"),
@@ -75,18 +68,6 @@ def test_a_model_is_quantised_before_or_after_it_is_reduced(strategy, how):
     before = elip_models.reduce_(QUANTISED[how](model), strategy=strategy)
     after = QUANTISED[how](elip_models.reduce_(model, strategy=strategy))
     assert torch.equal(drawn(after, x), drawn(before, x))
-
-
-@every_case
-@torch.no_grad()
-def test_of_the_same_choice_quantising_costs_no_more_than_in_the_dense_model(strategy, how):
-    """The error is at most twice as large, because sums have fewer tokens."""
-    model, x, strategy = plain_vit().eval(), images(8), STRATEGIES[strategy]
-    full, quantised = as_tower(model), as_tower(QUANTISED[how](model))
-    tokens, infos = run_tower(full, x, None, strategy)
-    found, _ = run_tower(quantised, x, None, strategy, replays=infos)
-    dense = [run_tower(tower, x, None, Dense())[0] for tower in (full, quantised)]
-    assert 0 < rms(found - tokens) <= 2 * rms(dense[1] - dense[0])
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 import elip_models
 from tests.helpers.models import hf_vision
-from tests.helpers.towers import images, plain_vit
+from tests.helpers.towers import plain_vit
 
 PLAIN = r"take a plain ViT, such as timm.create_model\('vit_base_patch16_224'\)"
 TRANSFORMERS = {
@@ -67,14 +67,3 @@ def test_models_of_other_libraries_and_parts_say_what_to_pass():
     for reason, model in cases.items():
         with pytest.raises(TypeError, match=reason):
             elip_models.reduce_(model)
-
-
-def test_a_vit_loads_the_checkpoint_of_a_masked_autoencoder(tmp_path):
-    options = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "mask_ratio": 0.0}
-    mae, x = hf_vision("ViTMAEModel", "ViTMAEConfig", **options).eval(), images()
-    mae.save_pretrained(tmp_path)
-    model = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
-    in_order = torch.arange(36.0).expand(2, -1)
-    dense = mae(x, noise=in_order).last_hidden_state
-    assert torch.equal(model(x).last_hidden_state, dense)
-    assert elip_models.reduce_(model)(x).last_hidden_state.shape[1] < 37

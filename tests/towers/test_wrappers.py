@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import elip_models
 from elip_models.towers import as_tower
-from tests.helpers.models import beit, eva, open_clip_vit
+from tests.helpers.models import open_clip_vit
 from tests.helpers.tiers import slow_except, tiered
 from tests.helpers.towers import WIDTH, images, plain_vit, text
-from tests.towers.test_wrapped_weights import MODELS, assert_equal_outputs, elip, lora, perturbed
+from tests.towers.test_wrapped_weights import MODELS, assert_equal_outputs, elip, perturbed
 
 
 class Quantised(nn.Module):
@@ -98,15 +97,3 @@ def test_a_wrapped_attention_is_refused_at_every_forward(make):
     setattr(block, name, nn.Sequential(getattr(block, name)))
     with pytest.raises(TypeError, match="Sequential"):
         model(images())
-
-
-def test_a_wrapper_that_the_library_ignores_is_refused():
-    for make in (eva, beit):
-        model = get_peft_model(make(), lora())
-        with pytest.raises(TypeError, match="reads the weight of its qkv, and so ignores"):
-            elip_models.reduce_(model, **elip("last"))
-    model = open_clip_vit()
-    for block in model.transformer.resblocks:
-        block.attn.out_proj = nn.Sequential(block.attn.out_proj)
-    with pytest.raises(TypeError, match="reads the weight of its out_proj, and so ignores"):
-        elip_models.reduce_(model, **elip("last"))

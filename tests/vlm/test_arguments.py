@@ -18,7 +18,6 @@ from elip_models import (
 )
 from elip_models.vlm.families import FAMILIES
 from elip_models.vlm.strategies.controls import Stride
-from elip_models.vlm.strategies.diverse import Diverse
 from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
 from tests.helpers.towers import plain_vit
 from tests.vlm.models import build
@@ -88,18 +87,6 @@ def test_a_family_without_a_row_is_refused_by_name_and_not_reduced_by_half(monke
     assert reduction_summary(reduce_(loaded)).strategy.name == "tome"
 
 
-def test_settings_may_be_keywords(llava):
-    reduce_(llava, relevance=True)
-    assert reduction_summary(llava).strategy == Diverse(relevance=True)
-    reduce_(llava, "diverse", 0.25, relevance=True)
-    assert reduction_summary(llava).strategy == Diverse(keep=0.25, relevance=True)
-    with pytest.raises(ValueError, match="r: expected none with strategy='diverse'"):
-        reduce_(llava, "diverse", r=3)
-    with pytest.raises(ValueError, match="relevance: expected it inside the instance"):
-        reduce_(llava, Stride(), relevance=True)
-    assert reduction_summary(llava).strategy == Diverse(keep=0.25, relevance=True)
-
-
 @pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
 def test_a_mask_without_a_column_for_each_token_is_refused(llava, strategy):
     inputs = build("llava")[1]
@@ -127,18 +114,6 @@ def test_the_default_and_the_summary(llava, monkeypatch):
     dense = reduction_summary(llava)
     assert dense.strategy is None and dense.prefill_flops == 1
     assert "reads every image token" in str(dense)
-
-
-def test_a_model_prints_the_reductions_of_both_parts():
-    model = build("llava")[0]
-    core, dense = model.model, repr(model)
-    for strategies in (("tome", "diverse", "fastv:layer=1"), ("diverse", "tome")):
-        for strategy in strategies:
-            reduce_(core, strategy)
-        assert "(reduced) image tower: tome" in repr(core)
-        assert "(reduced) image tokens: diverse(keep=0.5" in repr(core)
-        unreduce_(core)
-        assert repr(model) == dense
 
 
 @pytest.mark.parametrize("strategy", ["diverse:keep=0.25", Stride(), "fastv"])

@@ -1,11 +1,9 @@
 """Budgets: how many image tokens stay in one call, of each image or of all of a prompt."""
 
-import numpy as np
 import pytest
 import torch
 
-from elip_models import budget, reduce_, reduction_summary, unreduce_
-from elip_models.vlm.strategies.layer_strategy import FastV, Pyramid
+from elip_models import budget, reduce_, unreduce_
 from tests.vlm import oracle
 from tests.vlm.configs import IMAGE, VIDEO
 from tests.vlm.models import build
@@ -43,37 +41,6 @@ def test_a_budget_sets_how_many_tokens_stay_in_the_calls_inside(strategy, case):
     assert kept_of_images(model, inputs) == before == [12] * 3
 
 
-BUDGETS = {
-    "keep=4": (dict(keep=np.int64(4)), 4),
-    "keep=0.25": (dict(keep=np.float32(0.25)), 4),
-    "keep=[3, 1.0, 4], here the first": (dict(keep=[3, 1.0, 4]), 3),
-    "total=9 for a prompt, here with one image": (dict(total=9), 9),
-}
-
-
-@pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1", "pyramid:stages=2"])
-@pytest.mark.parametrize("text", BUDGETS)
-def test_the_summary_inside_has_the_tokens_of_the_budget(strategy, text):
-    model, _ = build("llava")
-    settings, kept = BUDGETS[text]
-    before = str(reduction_summary(reduce_(model, strategy, keep=0.5)))
-    with budget(model, **settings):
-        summary = reduction_summary(model)
-    assert summary.layer_tokens[-1] == kept and f"budget            {text}\n" in str(summary)
-    assert str(reduction_summary(model)) == before
-
-
-@pytest.mark.parametrize("name", ["llava", "llava_pixtral", "video_llava", "janus"])
-def test_the_summary_has_the_image_tokens_of_the_model_where_its_size_is_known(name):
-    model, inputs = build(name)
-    summary = reduction_summary(model)
-    if name == "llava_pixtral":  # takes images of any size
-        assert (summary.image_tokens, summary.unit) == (576, "an example image")
-    else:
-        assert kept_of_images(reduce_(model, "stride", keep=1.0), inputs)[0] == summary.image_tokens
-        assert summary.unit == "an image of 32 x 32 pixels"
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", ["diverse", "fastv:layer=1"])
 def test_generate_repeats_the_budget_of_each_image_for_its_beams(strategy):
@@ -97,13 +64,6 @@ def test_a_total_is_shared_in_proportion_to_the_tokens(name):
     for total in (9, 13):
         with budget(model, total=total):
             assert ((oracle.forward(model, inputs)[1] & images).sum(1) == total).all()
-
-
-@pytest.mark.parametrize(("layers", "expected"), [(1, (36, 4)), (3, (36, 17, 8, 4))])
-def test_the_number_of_a_pyramid_is_what_the_last_drop_leaves(layers, expected):
-    strategy = Pyramid(stages=layers + 1, keep=4)
-    assert strategy.kept(36, num_layers=layers + 1) == expected
-    assert FastV(layer=2, keep=4).kept(36, num_layers=4) == (36, 36, 4, 4)
 
 
 WRONG = {

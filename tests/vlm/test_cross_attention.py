@@ -7,7 +7,6 @@ import torch
 import transformers as hf
 
 from elip_models import (
-    budget,
     is_reduced,
     record_stages,
     reduce_,
@@ -100,21 +99,6 @@ def test_ways_to_generate(case, settings):
     assert all(map(oracle.close, output.logits, expected.logits))
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_embeddings_in_place_of_ids(case):
-    model, inputs = case
-    inputs = dict(inputs)
-    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
-    reduce_(model, keep=0.5)
-    logits, kept = oracle.forward(model, inputs)
-    unreduce_(model)
-    with without(model, kept):
-        expected = model(**inputs).logits
-    read = inputs["attention_mask"].bool()
-    assert not kept.all() and oracle.close(logits[read], expected[read])
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_result_is_that_of_the_model_without_removed_tokens(case, strategy):
@@ -163,31 +147,6 @@ def test_a_static_cache_is_refused(case):
     reduce_(model, keep=0.5)
     with pytest.raises(TypeError, match="expected a dynamic cache, got StaticCache"):
         oracle.stock_generate(model, inputs, cache_implementation="static")
-
-
-@torch.no_grad()
-def test_a_budget_counts_the_tokens_of_each_tile_or_of_all(case):
-    model, inputs = case
-    reduce_(model, keep=0.5)
-    for settings, expected in ((dict(keep=3), 3), (dict(total=21), 5)):
-        with budget(model, **settings):
-            _, kept = oracle.forward(model, inputs)
-        assert (kept.view(-1, TILE).sum(1) == expected).all()
-    for settings in (dict(keep=[3, 4]), dict(total=3)):
-        with pytest.raises(ValueError, match="got"), budget(model, **settings):
-            model(**inputs)
-
-
-def test_training_does_not_select_by_the_answer(case):
-    model, inputs = case
-    reduce_(model, "cdpruner", keep=0.3)
-    labels, kept = torch.full_like(inputs["input_ids"], -100), []
-    labels[:, -2:] = 5
-    for answer in (5, 6, 7):
-        ids = inputs["input_ids"].clone()
-        ids[:, -2:] = answer
-        kept.append(oracle.forward(model, inputs | {"input_ids": ids, "labels": labels})[1])
-    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
 
 
 def second_turn(inputs, output):

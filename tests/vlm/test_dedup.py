@@ -1,15 +1,14 @@
 """`dedup` removes patches that repeat others before the image tower of Qwen-VL."""
 
 from contextlib import contextmanager
-from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, vision_utils
+from transformers import AttentionInterface
 
 import elip_models
-from elip_models import budget, is_reduced, list_strategies, reduce_, reduction_summary, unreduce_
+from elip_models import budget, list_strategies, reduce_, reduction_summary, unreduce_
 from elip_models.vlm.families import PATCH_ARGUMENTS, find_multimodal
 from elip_models.vlm.strategies.dedup import Dedup
 from tests.helpers.tiers import first_quick
@@ -49,11 +48,6 @@ def select(colours, tolerance=0.0):
 def test_repeated_units_go_and_those_of_the_background_but_the_first_and_the_last():
     colours = [[9.0, 0.0, 7.0, 7.0], [0.0, 5.0, 5.0, 7.0], [0.0, 0.0, 5.0, 0.0]]
     assert select(colours) == [[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
-
-
-def test_a_colour_that_occurs_once_stays():
-    colours = [[[i + 10.0 * j for i in range(4)] for j in range(3)]]
-    assert select(colours[0]) == [[1] * 4] * 3
 
 
 def test_a_unit_is_compared_with_the_kept_one_so_that_a_gradient_stays():
@@ -173,25 +167,6 @@ def test_logits_and_generated_tokens_are_those_of_the_hidden_patches(name):
     assert all(map(oracle.close, output.logits, generated.logits))
 
 
-WAYS = ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"})
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("settings", WAYS, ids=str)
-@pytest.mark.parametrize("name", first_quick(["qwen2_5_vl", "qwen3_vl"]))
-def test_ways_to_generate(name, settings):
-    model, inputs = made(name)
-    reduce_(model, "dedup:tolerance=0")
-    output, kept = oracle.generate(model, inputs, **settings)
-    unreduce_(model)
-    kept = kept[:: settings.get("num_beams", 1)]
-    settings = settings if "num_beams" in settings else {}
-    with unattended(model, Dedup(0.0)), oracle.hidden(model, kept):
-        expected = oracle.stock_generate(model, inputs, **settings)
-    assert torch.equal(output.sequences, expected.sequences)
-    assert all(map(oracle.close, output.logits, expected.logits))
-
-
 def _real(model, ids):
     """Return which tokens from 100 on are those of images and videos."""
     values = ids[ids >= 100]
@@ -227,33 +202,6 @@ def test_a_padded_batch_gives_what_single_rows_give(name):
         assert oracle.close(logits[row, real & kept[row]], alone[0, kept_alone[0]])
 
 
-@torch.no_grad()
-@families
-def test_a_second_turn_reads_the_cache_of_the_first(name):
-    model, inputs = made(name)
-    reduce_(model, "dedup:tolerance=0")
-    ids = inputs["input_ids"]
-    after = {"input_ids": ids[:, :2], "attention_mask": torch.ones_like(ids[:, :2])}
-    whole = {key: torch.cat((inputs[key], after[key]), 1) for key in after}
-    if "mm_token_type_ids" in inputs:
-        types = inputs["mm_token_type_ids"]
-        whole["mm_token_type_ids"] = torch.cat((types, torch.zeros_like(types[:, :2])), 1)
-    first = model(**inputs, use_cache=True)
-    length = ids.shape[1]
-    seen: dict = {}
-    handle = find_multimodal(model).language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
-    )
-    expected = model(**inputs | whole).logits
-    positions = seen["position_ids"][..., -2:]
-    handle.remove()
-    name_of_cache, cache = oracle.cache_of(first)
-    assert cache.get_seq_length() == length
-    further = {"attention_mask": whole["attention_mask"], "position_ids": positions}
-    logits = model(input_ids=after["input_ids"], **further, **{name_of_cache: cache}).logits
-    assert oracle.close(logits, expected[:, -2:])
-
-
 @families
 def test_removed_patches_have_no_gradient(name):
     model, inputs = made(name)
@@ -272,21 +220,6 @@ def test_removed_patches_have_no_gradient(name):
 
 
 @torch.no_grad()
-@families
-def test_a_reduced_model_is_saved_and_loaded(name, tmp_path):
-    model, inputs = made(name)
-    model.float().save_pretrained(tmp_path / "dense")  # a loaded model may have other kernels
-    model = type(model).from_pretrained(tmp_path / "dense")
-    inputs |= {"pixel_values": inputs["pixel_values"].float()}
-    elip_models.save_reduced(reduce_(model, "dedup:tolerance=0.25"), tmp_path / "reduced")
-    loaded = elip_models.load_reduced(tmp_path / "reduced")
-    assert reduction_summary(loaded).strategy == Dedup(0.25)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    tower = find_multimodal(unreduce_(loaded)).tower
-    assert not tower._forward_hooks and not tower._forward_pre_hooks and not is_reduced(loaded)
-
-
-@torch.no_grad()
 def test_dedup_and_fastv_act_together_and_a_budget_is_that_of_fastv():
     model, inputs = made("qwen2_5_vl")
     reduce_(reduce_(model, "dedup:tolerance=0"), "fastv:layer=1", keep=0.5)
@@ -297,48 +230,6 @@ def test_dedup_and_fastv_act_together_and_a_budget_is_that_of_fastv():
     half, two = (info.kept_behind[0] & info.images for info in infos)
     assert (half.sum(1) < (infos[0].kept & infos[0].images).sum(1)).all()
     assert (two.sum(1) < half.sum(1)).all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_an_error_of_the_tower_leaves_nothing_behind(error):
-    model, inputs = made("qwen2_5_vl")
-    expected = reduce_(model, "dedup:tolerance=0")(**inputs).logits
-    tower = find_multimodal(model).tower
-    handle = tower.blocks[0].register_forward_hook(Mock(side_effect=error))
-    with pytest.raises(error):
-        model(**inputs)
-    handle.remove()
-    pixels, grid = torch.randn_like(inputs["pixel_values"]), inputs["image_grid_thw"]
-    features = tower(pixels, grid_thw=grid).pooler_output
-    assert torch.equal(model(**inputs).logits, expected)
-    assert torch.equal(features, unreduce_(model) and tower(pixels, grid_thw=grid).pooler_output)
-
-
-@torch.no_grad()
-def test_the_last_token_of_a_prompt_that_ends_with_an_image_has_logits():
-    model, inputs = made("qwen2_5_vl")
-    alone = one_row(inputs, 0)
-    end = int((alone["input_ids"][0] == model.config.image_token_id).nonzero()[-1]) + 1
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        alone[key] = alone[key][:, :end]
-    reduce_(model, "dedup:tolerance=0")
-    assert model(**alone).logits[0, -1].abs().max() > 0
-
-
-def test_a_tuple_of_the_tower_is_refused():
-    model, inputs = made("qwen2_5_vl")
-    tower = find_multimodal(reduce_(model, "dedup")).tower
-    with pytest.raises(ValueError, match="return_dict: expected True"):
-        tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"], return_dict=False)
-
-
-def test_a_transformers_without_positions_of_a_grid_is_refused(monkeypatch):
-    later, earlier = build("qwen3_vl")[0], build("qwen2_5_vl")[0]
-    monkeypatch.delattr(vision_utils, "get_vision_interpolation_indices_and_weights")
-    with pytest.raises(TypeError, match="it needs a later transformers"):
-        reduce_(later, "dedup")
-    assert is_reduced(reduce_(earlier, "dedup"))
 
 
 @pytest.mark.parametrize("name", first_quick(["llava", "glm4v", "lfm2_vl", "idefics3"]))

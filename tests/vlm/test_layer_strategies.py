@@ -11,12 +11,11 @@ from elip_kernels import cls_attention
 from elip_models import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import find_multimodal
-from elip_models.vlm.packing import runs_by_length
 from elip_models.vlm.strategies.layer_strategy import FastV, Pyramid
 from tests.helpers.tiers import tiered
 from tests.vlm import oracle
 from tests.vlm.configs import CASES, EAGER
-from tests.vlm.models import ROWS, build, model_of, prompt
+from tests.vlm.models import build
 from tests.vlm.test_generation import of_window
 from tests.vlm.test_training import assert_trains_as_oracle, trained
 
@@ -171,56 +170,12 @@ def test_the_tokens_that_the_last_one_attends_to_most_stay(attention):
             assert kept[b, start:end].nonzero()[:, 0].tolist() == best
 
 
-@torch.no_grad()
-def test_scores_are_soft_capped_as_in_the_layer():
-    config, pixels = CASES["paligemma2"]()
-    config.text_config.attn_logit_softcapping = 0.5
-    model = model_of(config, "eager")
-    inputs = pixels | prompt(model, pixels, ROWS)
-    row = model(**inputs, output_attentions=True).attentions[0][:, :, -1].mean(1)
-    reduce_(model, "fastv:layer=1", keep=0.25)
-    with record_stages(model) as infos:
-        model(**inputs)
-    images, kept = infos[0].images, infos[0].kept_behind[0]
-    for rows, positions in runs_by_length(images):
-        scores = row[rows, positions]
-        scores[:, -1] = 9  # the last token of an image stays
-        best = scores.topk(4).indices.sort().values
-        assert torch.equal(kept[rows, positions].nonzero()[:, 1].view(-1, 4), best)
-
-
-@torch.no_grad()
-def test_the_language_model_alone_reads_ids_of_text():
-    model, inputs = built("llava")
-    language_model, ids = find_multimodal(model).language_model, inputs["input_ids"]
-    expected = language_model(input_ids=ids).last_hidden_state
-    reduce_(model, "fastv:layer=1", keep=0.5)
-    assert torch.equal(language_model(input_ids=ids).last_hidden_state, expected)
-
-
 def test_loss_and_gradients_train_the_model_with_fewer_tokens():
     model, inputs = trained("llava")
     reduce_(model, "fastv:layer=1", keep=0.5)
     assert_trains_as_oracle(
         model, inputs, lambda model, info: hidden(model, (1,), info.kept_behind)
     )
-
-
-def test_gradient_checkpointing_gives_the_same_gradients():
-    found = []
-    for checkpointing in (False, True):
-        model, inputs = built("llava")
-        reduce_(model, "fastv:layer=1", keep=0.5).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        layer = find_multimodal(model).language_model.layers[0]
-        if checkpointing and type(layer).__call__ is not torch.nn.Module.__call__:
-            with pytest.raises(TypeError, match="runs the hooks of layers again"):
-                model(**inputs, use_cache=False)
-            return
-        model(**inputs, use_cache=False).logits[:, -1].square().mean().backward()
-        found.append(find_multimodal(model).language_model.layers[0].self_attn.q_proj.weight.grad)
-    assert torch.equal(*found)
 
 
 @torch.no_grad()
@@ -266,24 +221,3 @@ def test_a_drop_behind_the_last_layer_is_refused(layer):
     with pytest.raises(ValueError, match="one of the first 2 layers of 3"):
         reduce_(model, FastV(layer=layer))
     assert not is_reduced(model)
-
-
-@pytest.mark.skipif("qwen3_vl" not in CASES, reason="this transformers has no Qwen3-VL")
-def test_a_drop_inside_deepstack_is_refused():
-    model, _ = built("qwen3_vl")
-    first = first_layer(model)
-    if first > 1:
-        with pytest.raises(ValueError, match=f"behind layer {first} or later"):
-            reduce_(model, FastV(layer=first - 1))
-    assert not is_reduced(model)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("change", [("eager", "sdpa"), ("sdpa", "eager")], ids=" to ".join)
-def test_another_implementation_of_attention_after_reduce(change):
-    model, inputs = build("llava", change[0], rows=((2, "image", 1, "image", 6),))
-    expected = oracle.stock_generate(model, inputs)
-    reduce_(model, "fastv:layer=1", keep=1.0)
-    model.set_attn_implementation(change[1])
-    output = oracle.stock_generate(model, inputs)
-    assert all(map(oracle.close, output.logits, expected.logits))

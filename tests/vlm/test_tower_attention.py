@@ -12,7 +12,7 @@ from elip_models.vlm.tower_attention import attention_of
 from tests.helpers.tiers import slow_except
 from tests.vlm import oracle
 from tests.vlm.configs import IMAGE
-from tests.vlm.models import build, prompt
+from tests.vlm.models import build
 
 SINGLE = ((4, "image", 3), (2, "image", 1, "image", 6))
 
@@ -76,22 +76,3 @@ def test_images_that_are_no_run_of_patches_are_refused():
     reduce_(model, "diverse", keep=0.5)  # takes the two images as one run
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
     assert (inputs["input_ids"] == IMAGE).any()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2}], ids=str)
-def test_generate_does_not_mix_up_the_images_of_beams(settings):
-    settings = settings | {"num_beams": 2}
-    for rows in (((4, "image", 3), (2, "image", 6)), SINGLE):
-        model, inputs = build("llava")
-        pixels = {"pixel_values": inputs["pixel_values"][: 3 if rows is SINGLE else 2]}
-        inputs = pixels | prompt(model, pixels, rows)
-        expected = oracle.stock_generate(model, inputs, **settings)
-        reduce_(model, "visionzip", keep=1.0)
-        output = oracle.stock_generate(model, inputs, **settings)
-        assert torch.equal(output.sequences, expected.sequences)
-        reduce_(model, "visionzip", keep=0.5)
-        with record_stages(model) as infos:
-            model(**inputs)
-            oracle.stock_generate(model, inputs, **settings)
-        assert torch.equal(infos[1].kept, infos[0].kept.repeat_interleave(2, 0))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from elip_models import is_reduced, record_stages, reduce_, unreduce_
@@ -101,33 +100,3 @@ def test_labels_that_removed_tokens_would_predict_are_refused(name):
     model(**inputs)  # the labels of a call that failed are forgotten
     inputs["labels"] = inputs["input_ids"]
     assert reduce_(model, keep=1.0)(**inputs).loss.isfinite()
-
-
-def test_a_load_balancing_loss_is_refused():
-    model, inputs = trained("qwen3_vl_moe")
-    reduce_(model, keep=0.5)
-    with pytest.raises(ValueError, match="output_router_logits: expected False for a reduced mod"):
-        model(**inputs, output_router_logits=True)
-    assert model(**inputs).loss.isfinite()
-
-
-def test_the_trainer_trains_a_reduced_model(tmp_path):
-    model, inputs = trained("llava")
-    model, inputs = model.float(), {key: each for key, each in inputs.items() if key != "use_cache"}
-    row = {key: value[:1] for key, value in inputs.items()}
-    row["pixel_values"] = row["pixel_values"].float()
-    reduce_(model, "fastv:layer=1", keep=0.5)
-    reduce_(model, keep=0.5)
-    weight = model.lm_head.weight.detach().clone()
-    arguments = hf.TrainingArguments(
-        str(tmp_path),
-        max_steps=2,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        learning_rate=1e-2,
-    )
-    trainer = hf.Trainer(model, arguments, train_dataset=[0, 1, 2], data_collator=lambda _: row)
-    result = trainer.train()
-    assert result.global_step == 2 and result.training_loss > 0
-    assert not torch.equal(model.lm_head.weight, weight)

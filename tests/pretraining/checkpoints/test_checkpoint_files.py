@@ -7,10 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from elip_models.pretraining.checkpoints.export import to_hf
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
 from elip_models.pretraining.checkpoints.weight_files import read_weights
-from elip_models.pretraining.models.registry import create_model
 from tests.helpers.weights import assert_equal_weights
 from tests.pretraining.checkpoints.test_official import saved
 from tests.pretraining.models.test_saving import CONFIG
@@ -74,17 +72,6 @@ def test_torchscript_is_refused_with_a_remedy(tmp_path):
         convert_checkpoint(tmp_path / "ViT-B-16.pt")
 
 
-def test_missing_files_and_configs_alone_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="source: expected a file or a folder"):
-        convert_checkpoint(tmp_path / "none.pth")
-    with pytest.raises(FileNotFoundError, match=r"source: expected one of model\.safetensors"):
-        convert_checkpoint(tmp_path)
-    for content in ("{}", '{"weight_map": {"a": 1}}'):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match="source: expected weights, or the index of their"):
-            convert_checkpoint(tmp_path / "config.json")
-
-
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
     weights = small_open_clip()
@@ -96,18 +83,6 @@ def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
     save_file(wrapped, tmp_path / "wrapped.safetensors")
     for path in (saved(wrapped, tmp_path), tmp_path / "wrapped.safetensors"):
         assert_equal_weights(convert_checkpoint(path, **HEADS), expected)
-
-
-@pytest.mark.parametrize("form", ["shards", "bin"])
-def test_folders_of_transformers_in_other_forms(tmp_path, form):
-    theirs = to_hf(create_model("clip_tiny", eos_token_id=7))
-    theirs.save_pretrained(tmp_path, max_shard_size="200KB" if form == "shards" else "5GB")
-    if form == "shards":
-        assert (tmp_path / "model.safetensors.index.json").is_file()
-    else:
-        (tmp_path / "model.safetensors").unlink()
-        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    assert_equal_weights(theirs, to_hf(convert_checkpoint(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,11 @@ import open_clip
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import save_file
 
 from elip_models.engine.encode import encode_image
 from elip_models.pretraining.checkpoints.export import save_as, to_hf
 from elip_models.pretraining.checkpoints.load import convert_checkpoint
-from elip_models.pretraining.data import image_transform
 from elip_models.pretraining.models.registry import create_model, load_model
 from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.tiers import first_quick
@@ -110,20 +108,6 @@ def test_an_open_clip_checkpoint_gives_the_recorded_features(golden, tmp_path, f
     torch.testing.assert_close(pooled, case["out_pooled"], atol=1e-5, rtol=0)
 
 
-def test_openai_clip_has_quick_gelu_by_its_names(tmp_path):
-    numbers = {"input_resolution": 48, "context_length": 8, "vocab_size": 50}
-    weights = small_open_clip() | {name: torch.tensor(n) for name, n in numbers.items()}
-    weights["attn_mask"] = torch.full((4, 4), -torch.inf)  # a buffer that older versions saved
-    assert convert_checkpoint(saved(weights, tmp_path), **HEADS).config.activation == "quick_gelu"
-
-
-def test_the_oldest_clips_of_transformers_end_a_text_with_the_highest_id(tmp_path):
-    theirs = clip()
-    theirs.config.text_config.eos_token_id = 2
-    theirs.save_pretrained(tmp_path)
-    assert convert_checkpoint(tmp_path).config.eos_token_id == EOS
-
-
 def our_clip(**options):
     sizes = {"eos_token_id": 7, "text_mlp_ratio": 3.0, "vision_mlp_ratio": 2.5}
     return filled(create_model("clip_tiny", **sizes | options))
@@ -154,22 +138,6 @@ def test_our_clip_is_exported_and_imported(tmp_path, to, options):
     torch.testing.assert_close(text, text_, **TOLERANCE)
 
 
-@torch.no_grad()
-def test_the_bias_of_the_sigmoid_loss_is_exported_to_open_clip(tmp_path):
-    model = our_clip(loss="sigmoid")
-    save_as(model, tmp_path / "there", "open_clip")
-    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'there'}").eval()
-    x, ids = torch.randn(2, 3, 64, 64), torch.randint(8, 1023, (2, 32))
-    ids[:, 9] = 7
-    image, text, scale, bias = theirs(x, ids)
-    ours = model(x, ids)
-    expected = open_clip.loss.SigLipLoss()(image, text, scale, bias)
-    torch.testing.assert_close(ours.loss, expected, **TOLERANCE)
-    again = convert_checkpoint(tmp_path / "there")
-    assert again.config == model.config
-    assert torch.equal(again.logit_bias, model.logit_bias)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,50 +157,6 @@ def test_a_setting_of_open_clip_that_ours_lacks_is_refused(tmp_path, change, mes
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "saved")
-
-
-def test_the_resize_mode_is_exported_to_open_clip(tmp_path):
-    save_as(our_clip(resize="squash"), tmp_path / "there", "open_clip")
-    assert convert_checkpoint(tmp_path / "there").config.resize == "squash"
-    _, transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'there'}")
-    wide = Image.new("RGB", (128, 64))
-    wide.paste("white", (0, 0, 32, 64))  # which a crop of the centre does not show
-    ours = image_transform(64, train=False, resize="squash")
-    torch.testing.assert_close(transform(wide), ours(wide), atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize("to", ["open_clip", "hf"])
-def test_images_of_other_stats_are_refused(to, tmp_path):
-    save_as(our_clip(), tmp_path / to, to)
-    if to == "hf":
-        name, stats = "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}
-    else:
-        name, path = "open_clip_config.json", tmp_path / to / "open_clip_config.json"
-        stats = json.loads(path.read_text())
-        stats["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
-    (tmp_path / to / name).write_text(json.dumps(stats))
-    with pytest.raises(
-        ValueError, match=rf"expected the mean .* of images in .*{name}.*got \[0\.5"
-    ):
-        convert_checkpoint(tmp_path / to)
-
-
-@pytest.mark.parametrize(
-    ("name", "to", "options", "message"),
-    [
-        ("albef_tiny", "hf", {}, "expected 'ours' for ALBEF"),
-        ("clip_tiny", "hf", {}, "eos_token_id: expected an id other than 2"),
-        ("clip_tiny", "onnx", {}, "to: expected one of ours, hf, open_clip, got 'onnx'"),
-    ],
-)
-def test_an_export_that_fails_raises_and_leaves_nothing(tmp_path, name, to, options, message):
-    with pytest.raises(ValueError, match=message):
-        save_as(create_model(name), tmp_path / "out", to, **options)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="folder: expected a new or empty folder"):
-        save_as(our_clip(), tmp_path, "ours")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_the_command_converts_there_and_back(tmp_path, tokenizer):
@@ -261,25 +185,3 @@ def test_the_command_converts_there_and_back(tmp_path, tokenizer):
 def open_clip_state(model, folder):
     save_as(model, folder / "state", "open_clip")
     return open_clip.create_model(f"local-dir:{folder / 'state'}").state_dict()
-
-
-def test_a_failing_command_leaves_nothing_and_prints_the_cause(tmp_path, capsys):
-    create_model("blip_tiny").save_pretrained(tmp_path / "ours")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    for arguments, message in (
-        (("--to", "open_clip"), "to: expected 'ours' for BLIP"),
-        (("itm_head",), "expected key=value, such as vision_heads=12"),
-        (("width=3",), "expected names among"),
-        (("--tokenizer", str(tmp_path / "none")), "expected a folder with a saved tokenizer"),
-    ):
-        assert elip("convert", tmp_path / "ours", tmp_path / "out", *arguments) == 2
-        assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-def test_saved_files_have_default_permissions_and_no_temporary_file_is_left(tmp_path):
-    (tmp_path / "other").write_text("")
-    folder = create_model("clip_tiny").save_pretrained(tmp_path / "model")
-    expected = (tmp_path / "other").stat().st_mode
-    files = {path.name: path.stat().st_mode for path in folder.iterdir()}
-    assert files == dict.fromkeys(("README.md", "config.json", "model.safetensors"), expected)

@@ -114,50 +114,6 @@ def test_missing_parts_of_a_fine_tuned_blip_are_copied_or_new(golden, tmp_path, 
             assert torch.equal(state[name].flatten(), weight.flatten()), name
 
 
-@pytest.mark.parametrize("family", first_quick(["albef", "blip"]))
-def test_a_pre_trained_model_may_lack_the_parts_for_training(golden, tmp_path, family):
-    case = golden(f"{family}_pretrain")
-    options = without_tensor(OFFICIAL[family].loaded(case).config, family) | {"queue_size": 10}
-    weights = {n: w for n, w in official(case, family).items() if "_m." not in n}
-    weights = {n: w for n, w in weights.items() if "queue" not in n}
-    model = convert_checkpoint(saved(weights, tmp_path), **options)
-    assert_equal_weights(model.encoders_m, model.encoders)
-    weights["vision_proj_m.bias"] = torch.zeros(16)
-    with pytest.raises(ValueError, match=r"missing: .*encoders_m\.visual\.cls_token"):
-        convert_checkpoint(saved(weights, tmp_path), **options)
-
-
-@pytest.mark.slow
-def test_a_decoder_with_different_weights_is_not_tied(golden, tmp_path):
-    case = golden("blip_pretrain")
-    options = without_tensor(test_blip.loaded(case).config, "blip")
-    weights = official(case, "blip")
-    name = "text_decoder.bert.encoder.layer.0.crossattention.self.key.weight"
-    weights[name] = weights[name] + 1
-    model = convert_checkpoint(saved(weights, tmp_path), **options)
-    assert not model.config.tie_decoder
-    with pytest.raises(ValueError, match=r"expected the same values .* decoder\.layers\.0\.cross"):
-        convert_checkpoint(saved(weights, tmp_path), **options, tie_decoder=True)
-
-
-def test_an_albef_fine_tuned_for_retrieval_keeps_its_momentum_embeddings(golden, tmp_path):
-    case = golden("albef_pretrain")
-    weights = {
-        name.replace(".bert.", "."): weight
-        for name, weight in official(case, "albef").items()
-        if ".cls." not in name
-    }
-    weights["idx_queue"] = torch.zeros(1, 10)
-    config = test_albef.loaded(case).config
-    model = convert_checkpoint(saved(weights, tmp_path), **without_tensor(config, "albef"))
-    name = "text_encoder_m.embeddings.word_embeddings.weight"
-    assert torch.equal(model.encoders_m.text.embeddings.word_embeddings.weight, weights[name])
-    assert_equal_weights(
-        model.encoders_m.language_head.predictions.transform,
-        model.encoders.language_head.predictions.transform,
-    )
-
-
 def test_a_meter_with_roberta_is_recognised(tmp_path):
     sizes = {"vocab_size": 1024, "max_positions": 40, "mask_token_id": 1023}
     expected = create_model("meter_tiny", **ROBERTA | sizes)
@@ -171,29 +127,6 @@ def test_a_meter_with_roberta_is_recognised(tmp_path):
     assert model.config == replace(expected.config, **same)
     assert model.config.text_encoder == "roberta"
     assert_equal_weights(model, expected)
-
-
-def test_position_embeddings_are_interpolated_as_the_official_code_does(golden, tmp_path):
-    case = golden("albef_pretrain")
-    options = without_tensor(test_albef.loaded(case).config, "albef")
-    path = saved(official(case, "albef"), tmp_path)
-    theirs = case["sd/visual_encoder.pos_embed"]
-    same = convert_checkpoint(path, image_size=48, **options)
-    assert torch.equal(same.encoders.visual.pos_embed, theirs)
-    larger = convert_checkpoint(path, image_size=64, **options)
-    grid = theirs[:, 1:].mT.unflatten(2, (6, 6))
-    grid = torch.nn.functional.interpolate(grid, (8, 8), mode="bicubic", align_corners=False)
-    expected = torch.cat([theirs[:, :1], grid.flatten(2).mT], dim=1)
-    torch.testing.assert_close(larger.encoders.visual.pos_embed, expected)
-    assert larger.encoders_m.visual.pos_embed.shape == (1, 65, 16)
-
-
-def test_ours_convert_to_another_image_size(tmp_path):
-    model = create_model("meter_tiny")
-    model.save_pretrained(tmp_path)
-    larger = convert_checkpoint(tmp_path, image_size=128)
-    assert larger.config == replace(model.config, image_size=128)
-    assert torch.equal(larger.text_pooler.dense.weight, model.text_pooler.dense.weight)
 
 
 def test_missing_and_unexpected_tensors_are_listed_unless_allowed(golden, tmp_path):

@@ -1,7 +1,6 @@
 """RandAugment as in ALBEF and BLIP, and as in METER: each operation, and how they are drawn."""
 
 import math
-import pickle
 from collections import Counter
 
 import numpy as np
@@ -86,21 +85,6 @@ def test_shears_and_rotations(name, sign, policy, magnitude, shear, degrees, cen
     assert outside.any() and (pixels[outside] == fill).all()
 
 
-def test_light_is_multiplied_by_1_36_at_magnitude_7_and_by_1_at_5():
-    expected = np.minimum(np.floor(1.36 * np.asarray(image_of(SMOOTH)).astype(float)), 255)
-    assert np.abs(applied("Brightness") - expected).max() <= 1  # truncated there, rounded here
-    for name in ("Brightness", "Sharpness"):
-        assert np.array_equal(applied(name, magnitude=5), applied("Identity"))
-
-
-def test_contrast_is_stretched_and_equalised_for_each_colour():
-    ramp = np.stack([np.sort(X, axis=None).reshape(X.shape) + low for low in (0, 50, 100)], axis=-1)
-    for name in ("AutoContrast", "Equalize"):
-        got = applied(name, pixels=ramp)
-        assert (got[0, 0] <= 2).all() and (got[-1, -1] >= 247).all(), name
-        assert np.abs(got[..., 0] - got[..., 2]).max() <= 1, name
-
-
 def test_operations_are_drawn_with_replacement_and_those_of_albef_applied_half_of_the_time():
     for policy, share in (("albef", 0.5), ("meter", 1.0)):
         torch.manual_seed(0)
@@ -127,14 +111,6 @@ def test_recorded_draws():
         [("AutoContrast", 1)],
         [("AutoContrast", 1), ("Equalize", 1)],
     ]
-
-
-def test_it_applies_what_it_draws_in_order_and_is_pickled():
-    image = image_of(SMOOTH)
-    augment = pickle.loads(pickle.dumps(RandAugment(2, 7)))
-    there, back = ("TranslateX", 1), ("TranslateX", -1)
-    assert (np.asarray(augment.apply(image, [there, back]))[:, -7:] == 128).all()
-    assert (np.asarray(augment.apply(image, [back, there]))[:, :7] == 128).all()
 
 
 GREY_OF = np.rint(WHOLE @ [0.299, 0.587, 0.114])[..., None]

@@ -1,8 +1,6 @@
 """Loading: batches depend on (seed, epoch, offset) only; bad samples are replaced and counted."""
 
 import itertools
-import multiprocessing
-import os
 from functools import partial
 
 import pytest
@@ -22,12 +20,10 @@ from elip_models.pretraining.data import (
     image_transform,
     train_loader,
 )
-from elip_models.pretraining.data.loader import WorkerLoader
 from elip_models.pretraining.models.config import VisionConfig
 from elip_models.pretraining.tasks.task import Preprocessor, image_with_caption
 
 SIZE, BATCH, LENGTH = 16, 4, 22
-THREADS = "TOKENIZERS_PARALLELISM"
 TENSORS = ("images", "input_ids", "attention_mask")
 
 
@@ -84,36 +80,6 @@ def test_text_is_padded_or_truncated_and_keeps_its_end(dataset, tokenizer):
     assert (ids[mask == 0] == tokenizer.pad_token_id).all()
 
 
-def test_reading_leaves_the_global_generator_and_the_environment_alone(dataset, monkeypatch):
-    monkeypatch.delenv(THREADS, raising=False)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    take(dataset, EpochSampler(LENGTH, BATCH, 0), 2)
-    assert torch.equal(torch.get_rng_state(), before)
-    take(dataset, EpochSampler(LENGTH, BATCH, 0), 2, num_workers=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert THREADS not in os.environ
-
-
-def test_workers_start_with_the_iterator_before_a_run_has_threads(dataset):
-    loader = train_loader(dataset, EpochSampler(LENGTH, BATCH, 0), 1)
-    before = len(multiprocessing.active_children())
-    batches = iter(loader)
-    assert len(multiprocessing.active_children()) == before + 1
-    next(batches)
-    batches.close()
-
-
-@pytest.mark.parametrize(("user", "worker"), [(None, "false"), ("true", "true")])
-def test_workers_tokenize_in_one_thread_unless_the_user_sets_it(user, worker, monkeypatch):
-    monkeypatch.delenv(THREADS, raising=False)
-    if user is not None:
-        monkeypatch.setenv(THREADS, user)
-    dataset = [os.environ.get]
-    loader = WorkerLoader(dataset, None, num_workers=1, collate_fn=lambda get: get(THREADS))
-    assert list(loader) == [worker] and os.environ.get(THREADS) == user
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resuming_gives_the_remaining_batches_with_any_number_of_workers(tokenizer, num_workers):
     dataset = make_dataset(DamagedSource(LENGTH, {2, 9}), tokenizer)
@@ -155,16 +121,6 @@ def test_a_share_above_the_limit_stops_after_a_hundred_samples_or_one_pass():
         small.update([], 1)
 
 
-def test_a_sample_with_an_index_is_counted_once_however_often_it_is_read():
-    report = SkipReport(length=200)
-    for _ in range(3):
-        report.update([("a", "corrupt", 7), ("a", "corrupt", 8)], 200)
-    assert (report.seen, len(report.reasons), report.share) == (600, 2, 2 / 200)
-    for _ in range(2):
-        report.update([("a", "corrupt")], 50)
-    assert report.summary().startswith("4 of 700 samples")
-
-
 def test_check_source_reads_everything_and_never_raises():
     report = check_source(DamagedSource(12, set(range(6))))
     listed = "; ".join(f"sample {index} (corrupt)" for index in range(5))
@@ -185,14 +141,6 @@ def test_evaluation_yields_readable_samples_in_order(num_workers):
     assert [index for batch in batches for index in batch.indices] == good
     assert all(batch.images.shape == (len(batch.samples), 3, SIZE, SIZE) for batch in batches)
     assert (report.seen, len(report.reasons)) == (10, 4)
-
-
-def test_evaluation_stops_at_too_many_unreadable_samples():
-    transform = image_transform(SIZE, train=False)
-    with pytest.raises(DataError, match=r"At most 5\.0%"):
-        list(evaluation_batches(DamagedSource(10, {1}), transform, 3))
-    with pytest.raises(DataError, match="no readable sample: 2 of 2"):
-        list(evaluation_batches(DamagedSource(2, {0, 1}), transform, 3, report=SkipReport(1.0)))
 
 
 def epochs_of(sampler: EpochSampler, epochs: int) -> list[list[tuple[int, int]]]:

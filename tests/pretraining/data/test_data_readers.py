@@ -61,14 +61,6 @@ def test_ranges_globs_folders_and_lists_name_the_same_shards(tmp_path):
     assert [sample.id for sample in opened(tmp_path / "s-1[01].tar")] == ["s-1[01].tar:k"]
 
 
-def test_several_lists_each_with_paths_relative_to_itself(tmp_path):
-    entry = [{"image": "a.png", "caption": "a"}]
-    first, second = write_list(tmp_path / "x", entry), write_list(tmp_path / "y", entry * 2)
-    source = opened(f"{first},{second}")
-    assert isinstance(source, JsonSource)
-    assert [sample.captions for sample in source] == [("a",)] * 3
-
-
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
@@ -213,29 +205,3 @@ def test_a_shard_without_a_sample_is_named(members, tmp_path):
     write_shard(tmp_path / "b.tar", ["k"])
     with pytest.raises(ValueError, match=r"a\.tar: expected members that end in jpeg, jpg, png"):
         open_source(str(tmp_path), image_size=16)
-
-
-def test_a_deleted_shard_is_a_sample_error(tmp_path):
-    source = ShardSource(write_shard(tmp_path / "s.tar", ["k"]))
-    (tmp_path / "s.tar").unlink()
-    with pytest.raises(SampleError, match=r"s\.tar:k: cannot read it"):
-        source[0]
-
-
-def test_shards_survive_pickling_and_forking(tmp_path):
-    source = ShardSource([write_shard(tmp_path / f"{n}.tar", ["k", "l"]) for n in range(3)])
-    ids = [sample.id for sample in source]
-    assert [sample.id for sample in pickle.loads(pickle.dumps(source))] == ids
-    child = os.fork()
-    if child == 0:
-        os._exit(any(source[i].id != ids[i] for i in (5, 0, 3, 1)))
-    assert [sample.id for sample in source] == ids and os.waitpid(child, 0)[1] == 0
-
-
-@pytest.mark.parametrize("index", [-1, 1])
-def test_an_index_outside_is_an_error(index, tmp_path):
-    listed = write_list(tmp_path, [{"image": "a.png", "caption": "a"}])
-    for source in (JsonSource(listed), ShardSource(write_shard(tmp_path / "s.tar", ["k"]))):
-        for read in (source.__getitem__, source.captions):
-            with pytest.raises(IndexError, match=rf"index: expected 0 <= index < 1, got {index}"):
-                read(index)

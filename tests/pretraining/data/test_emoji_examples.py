@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from elip_models.pretraining.data import open_examples, soft_scores
+from elip_models.pretraining.data import open_examples
 from elip_models.pretraining.data.emoji_tasks import EmojiEntailment, EmojiPairs, EmojiQuestions
 from elip_models.pretraining.data.scene_captions import NUMBERS, at_place, plural
 from elip_models.pretraining.data.scene_sampling import (
@@ -20,7 +20,6 @@ from elip_models.pretraining.data.scene_sampling import (
     Scene,
     place_names,
 )
-from elip_models.pretraining.data.scenes import COVER_COLOUR
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import elip
 
@@ -179,42 +178,6 @@ def test_the_text_alone_predicts_no_better_than_chance(task, options):
         assert abs(accuracy - CHANCE[task]) < 3 * np.sqrt(0.25 / len(test))
     else:
         assert accuracy == pytest.approx(CHANCE[task])
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_neither_the_number_of_visible_emoji_nor_the_cover_gives_the_label_away(options):
-    """A hypothesis has all labels, and its images hide one place that shows nothing else."""
-    source, signs = EmojiEntailment(3000, seed=6, image_size=32, **options), defaultdict(Counter)
-    for index in range(3000):
-        (scene,), (right,) = source.scenes(index), source.text_alone(index).answers
-        assert all(group.place.box != scene.cover for group in scene.groups)
-        signs[scene.cover][right] += 1
-        signs[len(scene.groups), index // 3 % 2][right] += 1
-    for labels in signs.values():
-        expected = labels.total() / 3
-        assert max(labels.values()) < expected + 5 * np.sqrt(expected)
-    left, top, width, height = (round(32 * edge) for edge in source.scenes(0)[0].cover)
-    rows, columns = slice(top + 1, top + height - 1), slice(left + 1, left + width - 1)
-    pixels = np.asarray(source[0].images[0])[rows, columns]
-    assert (pixels == COVER_COLOUR).all()
-
-
-def test_soft_scores_are_the_mean_of_the_metric_over_nine_of_ten():
-    """Leaving each of the ten out, min(1, n / 3) of the others."""
-    for people in range(11):
-        left = [people - 1] * people + [people] * (10 - people)
-        score = np.mean([min(1, n / 3) for n in left])
-        assert soft_scores({"a": people / 10}) == {"a": pytest.approx(score)}
-
-
-def test_classes_are_examples_without_a_text():
-    source = open_examples("classification", "emoji_classes:seed=2,size=70", image_size=24)
-    assert source.answers == tuple(EMOJI)
-    assert [next(iter(source.text_alone(i).answers)) for i in range(70)] == [
-        source.answers[i % 60] for i in range(70)
-    ]
-    assert source[61] == source[61]._replace(text="", id="emoji_classes-2-61")
-    assert source[61].images[0].size == (24, 24)
 
 
 def test_data_check_counts_the_answers(capsys):

@@ -19,7 +19,6 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.training.run_folder import RunFolder
 from elip_models.pretraining.training.trainer import train
-from elip_models.validation import TrainingError
 from tests.helpers.tiers import tiered
 from tests.helpers.tiny_run import logged, own_process, tiny_config
 
@@ -111,17 +110,6 @@ def test_a_weight_is_how_often_the_samples_of_a_source_come_in_an_epoch(weights)
         assert max(times) - min(times) <= 1
 
 
-@pytest.mark.parametrize("offset", [0, 3, 11])
-def test_a_position_is_exact_with_weights(offset):
-    whole = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
-    places = epoch_of(whole, 2)
-    resumed = EpochSampler(LENGTHS, 2, seed=3, weights=(0.7, 2.5))
-    resumed.batches_done = 2 * whole.batches_per_epoch + offset
-    batches = iter(resumed)
-    rest = [place for _ in range(whole.batches_per_epoch - offset) for place in next(batches)]
-    assert rest == places[2 * offset :]
-
-
 @pytest.mark.parametrize("weights", tiered(["[0.5, 2]", "null"], ["[0.5, 2]"]))
 def test_a_list_and_shards_train_together_and_resume_exactly(weights, list_and_shards, tmp_path):
     overrides = (
@@ -147,15 +135,3 @@ def test_a_list_and_shards_train_together_and_resume_exactly(weights, list_and_s
     )
     assert result.step == 9 and saved.keys() == again.keys()
     assert all(torch.equal(saved[key]["exp_avg"], again[key]["exp_avg"]) for key in saved)
-
-
-def test_a_run_with_other_sources_or_weights_is_not_resumed(list_and_shards, tmp_path):
-    settings = (f"data.train={list_and_shards}", "optim.steps=2")
-    with own_process():
-        train(tiny_config(tmp_path / "run", *settings))
-    with own_process(), pytest.raises(TrainingError, match=r"data\.weights: None -> \(1\.0, 2"):
-        train(tiny_config(tmp_path / "run", *settings, "data.weights=[1, 2]"), resume=True)
-    listed = Path(list_and_shards[0])
-    listed.write_text(json.dumps(json.loads(listed.read_text())[:8]))
-    with own_process(), pytest.raises(TrainingError, match=r"num_samples = \[10, 10\], got \[8"):
-        train(tiny_config(tmp_path / "run", *settings), resume=True)

@@ -4,9 +4,9 @@ import fsspec
 import pytest
 
 from elip_models.images import SampleError
-from elip_models.pretraining.data import DataError, ShardSource, open_source, open_stream, streams
-from elip_models.pretraining.data.streams import DownloadedShard, redacted
-from tests.helpers.damage import headers, overwrite, picture, shard
+from elip_models.pretraining.data import DataError, ShardSource, open_stream, streams
+from elip_models.pretraining.data.streams import DownloadedShard
+from tests.helpers.damage import headers, overwrite, shard
 from tests.helpers.streaming import served
 
 
@@ -87,16 +87,6 @@ def test_bad_specs(spec, message):
         open_stream(spec)
 
 
-def test_specs_in_one_line_and_as_a_mapping():
-    source = open_stream("hf://datasets/someone/pairs/train-{00..02}.tar,samples=5,resample=true")
-    assert source.shards[2] == "hf://datasets/someone/pairs/train-02.tar"
-    assert (len(source), source.resample) == (5, True)
-    several = open_stream({"stream": ["https://h/{0..1}.tar", "memory://b/a.tar"], "samples": 3})
-    assert several.shards == ["https://h/0.tar", "https://h/1.tar", "memory://b/a.tar"]
-    with pytest.raises(ValueError, match=r"whose samples can be counted, got 'https://h/a\.tar"):
-        open_source("https://h/a.tar,samples=5", image_size=8)
-
-
 SECRET = "hunter-2/x"
 
 
@@ -119,30 +109,3 @@ def test_secrets_are_in_no_message(url):
         with pytest.raises(ValueError, match=r"^spec: ") as error:
             open_stream(wrong)
         assert "hunter" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("https://user:sec@re/t?#@h/a.tar", "https://***@h/a.tar"),
-        ("https://h:80/a-{0..3}.tar?X-Amz-Signature=secret", "https://h:80/a-{0..3}.tar?***"),
-        ("hf://datasets/a/b@main/x.tar", "hf://datasets/a/b@main/x.tar"),
-        ("photos/me@home?.tar", "photos/me@home?.tar"),
-        ("https://h/https://u:secret@i/a", "https://h/https://***@i/a"),
-        ({"stream": ("s3://k:s@b/x",), "samples": 5}, {"stream": ["s3://***@b/x"], "samples": 5}),
-    ],
-)
-def test_redacted(spec, expected):
-    assert redacted(spec) == expected
-
-
-def test_first_captions_and_the_check_of_a_stream(tmp_path):
-    shard(tmp_path / "1.tar")
-    shard(tmp_path / "2.tar", [("a.png", picture())])
-    source = open_stream({"stream": f"file://{tmp_path}/{{0..2}}.tar", "samples": 6})
-    assert list(source.first_captions(2)) == [("caption of k0",), ("caption of k1",)]
-    assert len(list(source.first_captions(9))) == 6
-    report, captions = source.check()
-    assert (report.seen, len(captions)) == (8, 6)
-    assert [name for name, _ in report.reasons] == ["0.tar", "2.tar:a"]
-    assert source.check(limit=4)[0].seen == 4

@@ -60,13 +60,6 @@ def test_vqa_v2_of_questions_and_annotations(image, tmp_path):
     assert source.text_alone(0) == source[0]._replace(images=())
 
 
-def test_the_test_set_has_no_answers_and_its_images_are_of_2015(tmp_path):
-    draw(tmp_path / "test2015" / "COCO_test2015_000000000042.jpg")
-    source = opened("vqa", vqa_files(tmp_path, subset="test-dev2015"))
-    assert source[0].answers == {}
-    assert source[0].images[0].size == (6, 5)
-
-
 def test_vqa_lists_have_ten_answers_or_one_with_the_weight_of_the_spec(tmp_path):
     draw(tmp_path / "coco" / "a.jpg")
     ten = {"image": "a.jpg", "question": "why?", "question_id": 3, "answer": ["x"] * 8 + ["y"] * 2}
@@ -142,16 +135,6 @@ def test_nlvr2(content, images, tmp_path):
     left, right = source[0].images
     assert (left.getpixel((0, 0)), right.getpixel((0, 0))) == ((255, 0, 0), (0, 0, 255))
     assert source[0][1:3] == ("both are red", {"true": 1.0})
-
-
-def test_examples_of_several_lists_without_ids_have_different_ones(tmp_path):
-    draw(tmp_path / "a.jpg")
-    entry = {"image": "a.jpg", "sentence": "it is red", "label": "neutral", "question": "why?"}
-    files = ",".join(str(write(tmp_path / f"{n}.json", [entry] * 2)) for n in range(2))
-    answers = write(tmp_path / "list.json", ["x"])
-    for task, spec in (("entailment", files), ("vqa", f"{files},answers={answers}")):
-        source = opened(task, spec)
-        assert [source[index].id for index in range(4)] == ["0", "1", "2", "3"]
 
 
 def test_karpathy_files_by_split(tmp_path):
@@ -244,11 +227,6 @@ def test_a_split_without_classes_is_refused(label, tmp_path):
         open_classes(f"datasets:{tmp_path / 'hub'},split=test", image_size=16)
 
 
-def test_a_missing_folder_of_classes_names_the_alternatives():
-    with pytest.raises(FileNotFoundError, match=r"spec: expected emoji_classes:size=600, datasets"):
-        open_classes("emoji_class:size=600", image_size=16)
-
-
 BROKEN = {
     "no subset": ("vqa", {"questions": []}, r"q\.json\[data_subtype\]: .*, got None"),
     "half a line": ("nlvr2", json.dumps(NLVR2) + '\n{"b"', r"q\.json: .*, got no valid JSON"),
@@ -274,28 +252,3 @@ def test_a_broken_file_is_one_line_with_the_place_and_the_value(task, content, m
     with pytest.raises(ValueError, match=message) as caught:
         opened(task, str(path))
     assert "\n" not in str(caught.value)
-
-
-def test_a_broken_annotation_or_answer_list_is_named(tmp_path):
-    spec = vqa_files(tmp_path, {**with_answers("yes"), "question_id": 8})
-    with pytest.raises(ValueError, match=r"questions\.json\[questions\]\[0\]: .*, got 7"):
-        opened("vqa", spec)
-    spec = vqa_files(tmp_path, with_answers("yes"))
-    for listed, message in ((["a", 3], r"\[1\]: .*, got 3"), (["a", "a"], ": .* got 'a' again")):
-        write(tmp_path / "list.json", listed)
-        with pytest.raises(ValueError, match=rf"list\.json{message}"):
-            opened("vqa", spec)
-
-
-@pytest.mark.parametrize(
-    ("spec", "error", "message"),
-    [
-        ("emoji_pairs:size=2", ValueError, "got emoji_pairs, which is for nlvr2"),
-        ("no.json,split=test", ValueError, "expected the options images, .*, got 'split'"),
-        ("no.json,weight=x", ValueError, r"spec\[weight\]: .* valid number.*, got 'x'"),
-        ({"files": ["a"], "image": "b"}, ValueError, "got 'image' .*; did you mean 'images'"),
-    ],
-)
-def test_bad_specs(spec, error, message):
-    with pytest.raises(error, match=message):
-        opened("vqa", spec)

@@ -5,7 +5,7 @@ import torch
 
 from elip_models.saving.weights import load_weights
 from tests.helpers.cross_modal_cases import TASKS as ALL_TASKS
-from tests.helpers.cross_modal_cases import batch_for, batch_of_four, made
+from tests.helpers.cross_modal_cases import batch_of_four, made
 from tests.helpers.own_warnings import UNGUIDED
 
 TASKS = {model.task: model for model, _ in ALL_TASKS.values() if "albef" in model.family}
@@ -84,23 +84,3 @@ def test_each_fusion_layer_is_copied_to_two_layers():
             first, second = (ours.text.layers[j].crossattention.self for j in (i, i + 1))
             assert first.key is second.key and first.value is second.value
             assert first.query is not second.query
-
-
-def test_missing_momentum_weights_are_copied_from_the_encoders():
-    model = pretrained()
-    weights = {n: w for n, w in model.state_dict().items() if not n.startswith("encoders_m.")}
-    for task, model_class in TASKS.items():
-        begins = model_class.from_pretraining(weights, made(f"albef_{task}", text_depth=3).config)
-        copies = {n: w for n, w in begins.items() if n.startswith("encoders_m.")}
-        assert copies, task
-        assert all(w is begins[n.replace("encoders_m.", "encoders.")] for n, w in copies.items())
-
-
-@pytest.mark.parametrize("task", ["vqa", "entailment", "nlvr2"])
-def test_without_distillation_there_is_no_momentum_encoder(task):
-    model = made(f"albef_{task}", distill=False)
-    assert model.encoders_m is None and model.updated_by_forward() == () and not model.monitored()
-    names = TASKS[task].from_pretraining(pretrained().state_dict(), model.config)
-    assert not any(name.startswith("encoders_m.") for name in names)
-    model.begin_step(0, 0.0)
-    assert model(**batch_for(model)).loss.isfinite()

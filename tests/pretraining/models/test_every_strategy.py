@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from elip_models.engine.encode import run_tower
-from elip_models.strategies import STRATEGIES, ToMe
+from elip_models.strategies import STRATEGIES
 from tests.helpers.cross_modal_cases import (
     MODELS,
     batch_of_four,
     check_checkpointing,
     made,
 )
-from tests.helpers.own_warnings import UNGUIDED
-from tests.helpers.tiers import slow_except, tiered
+from tests.helpers.tiers import tiered
 
 OPTIONS = {
     "evit": {"keep_ratio": 0.7},
@@ -47,19 +46,6 @@ def reduced(family, strategy, **options):
 @pytest.mark.parametrize(("family", "strategy"), tiered(CASES, QUICK))
 def test_checkpointing_changes_no_loss_and_no_gradient(family, strategy):
     check_checkpointing(reduced(family, strategy))
-
-
-@UNGUIDED
-@pytest.mark.parametrize(("family", "strategy"), slow_except(QUICK, CASES))
-def test_a_text_attends_to_the_remaining_image_tokens(family, strategy):
-    model, (images, ids, mask) = reduced(family, strategy), batch_of_four()
-    tokens, _ = model.encode_image(images, model.encode_text(ids, mask)[:, 0])
-    left = model.reduction.token_counts(model.tower.size)[-1].mlp
-    assert left == LEFT.get(strategy, left)
-    assert tokens.shape == (4, left, 16)
-    is_dense = model.reduction.is_guided or model.reduction.training_only  # in inference, no text
-    whole, _ = model.eval().encode_image(images)
-    assert whole.shape[1] == (17 if is_dense else left)
 
 
 @pytest.mark.parametrize("strategy", tiered(OTHERS, ["tome", "trips"]))
@@ -96,19 +82,3 @@ def test_patch_dropout_ends_at_its_step_and_alpha_goes_on(family):
     assert left == [9, 9, 17, 17]
     if family in MOMENTUM:
         assert model.alpha == pytest.approx(0.4 * min(1.0, 0.75 / model.config.alpha_warmup_epochs))
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_a_config_combines_its_fields_with_the_strategy_spec(family):
-    reduction = made(
-        family, strategy="trips:fusion=0.1", strategy_options={"merge": "none"}
-    ).reduction
-    assert str(reduction.schedule) == "1(100%) 1(75%) 1(50%)"
-    assert (reduction.fusion, reduction.merge, reduction.without_text) == (0.1, "none", "dense")
-    whole = made(family, strategy="random:schedule=1(100%) 2(50%)").reduction
-    assert str(whole.schedule) == "1(100%) 2(50%)"
-    deeper = made(family, strategy="random", schedule=None, vision_depth=4)
-    assert deeper.reduction.schedule.depth == 4
-    assert made(family, strategy="tome:r=2").reduction == ToMe(2)
-    with pytest.raises(ValueError, match="r: expected 3 numbers"):
-        made(family, strategy="tome", strategy_options={"r": [1, 2]})

@@ -15,7 +15,6 @@ SHORT = GenerationConfig(num_beams=1, **LENGTHS)
 BEAMS = GenerationConfig(num_beams=3, **LENGTHS)
 NUCLEUS = GenerationConfig(do_sample=True, top_p=0.4, top_k=0, **LENGTHS)
 LONGER = {"max_length": 12, "min_length": 9}
-MODES = pytest.mark.parametrize("decoding", [SHORT, BEAMS, NUCLEUS], ids=["greedy", "beams", "p"])
 
 
 @pytest.fixture
@@ -120,61 +119,6 @@ def test_a_caption_does_not_depend_on_the_others_of_its_batch(model, decoding):
     for i, text in enumerate(together):
         alone = model.generate(x[i : i + 1], prompt=prompt[i : i + 1], decoding=decoding)[0]
         assert torch.equal(text[: lengths(together)[i]], alone)
-
-
-@UNGUIDED
-@MODES
-def test_an_image_is_encoded_once_and_its_keys_and_values_too(model, decoding):
-    x, seen = images(), {}
-
-    def count(name, module):
-        seen[name] = []
-        module.register_forward_hook(lambda m, args, out: seen[name].append(tuple(out.shape[:2])))
-
-    count("image", model.encoders.visual.patch_embed)
-    for i, layer in enumerate(model.decoder.layers):
-        for part in ("key", "value"):
-            count(f"states {i} {part}", getattr(layer.crossattention.self, part))
-            count(f"text {i} {part}", getattr(layer.attention.self, part))
-    decoding = GenerationConfig.from_dict(decoding.to_dict() | {"min_length": 12})
-    ids = model.generate(x, prompt=prompts(), decoding=decoding)
-    rows = 6 * (decoding.num_beams or 1)
-    for name, shapes in seen.items():
-        if name == "image":
-            assert shapes == [(6, 16)]
-        elif name.startswith("states"):
-            assert shapes == [(rows, 17)], name
-        else:
-            assert shapes == [(rows, 3)] + [(rows, 1)] * (ids.shape[1] - 4), name
-
-
-@UNGUIDED
-def test_generation_changes_no_mode_of_the_model():
-    model = made("blip", max_positions=16, text_dropout=0.5)
-    model.encoders.visual.eval()
-    model.itm_head.requires_grad_(False)
-    modes = {n: m.training for n, m in model.named_modules()}
-    asked = {n: p.requires_grad for n, p in model.named_parameters()}
-    names, x = list(model.state_dict()), images()
-    ids = model.generate(x, decoding=BEAMS)
-    assert torch.equal(ids, model.generate(x, decoding=BEAMS))  # no dropout
-    assert modes == {n: m.training for n, m in model.named_modules()}
-    assert asked == {n: p.requires_grad for n, p in model.named_parameters()}
-    assert names == list(model.state_dict())
-    assert all(p.grad is None for p in model.parameters())
-
-
-@UNGUIDED
-def test_an_answer_ignores_the_padding_of_its_question(model):
-    x, ids = images(), torch.randint(6, VOCABULARY, (6, 5))
-    tokens, _ = model.encode_image(x)
-    answers = []
-    for padding in (0, 3):
-        question = torch.nn.functional.pad(ids, (0, padding), value=PAD)
-        mask = (question != PAD).long()
-        states = model.fuse(question, mask, tokens)
-        answers.append(model.generate_from_tokens(states, mask, decoding=BEAMS))
-    assert torch.equal(*answers)
 
 
 @UNGUIDED

@@ -5,11 +5,8 @@ import copy
 import pytest
 import torch
 
-from elip_models.pretraining.training.trainer import train
 from elip_models.profiling.measure import saved_bytes
-from elip_models.validation import ConfigError
 from tests.helpers.tiers import tiered
-from tests.helpers.tiny_run import own_process, tiny_config
 from tests.helpers.towers import assert_equal_gradients, gradients
 from tests.pretraining.models.test_clip import batch, tiny
 
@@ -48,10 +45,3 @@ def test_gradient_caching_saves_less_for_backward():
             model(**inputs)
         saved.append(count())
     assert saved[1] < saved[0] / 5
-
-
-def test_models_with_other_losses_refuse_batch_slices(tmp_path):
-    config = tiny_config(tmp_path, "optim.batch_slices=2", recipe="albef_tiny")
-    message = "optim.batch_slices: expected 1, since the loss of albef depends on more"
-    with own_process(), pytest.raises(ConfigError, match=message):
-        train(config)

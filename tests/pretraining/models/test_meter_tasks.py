@@ -18,11 +18,8 @@ from elip_models.pretraining.models.meter.tasks import (
     METEREntailment,
     METERRetrieval,
 )
-from elip_models.pretraining.training.optim import parameter_groups
-from elip_models.pretraining.training.recipe import FINETUNE, recipe_settings
 from elip_models.saving.weights import load_weights
 from tests.helpers.golden_weights import recorded
-from tests.helpers.own_warnings import SLOW_SCORER
 from tests.helpers.towers import gradients
 
 MODELS = {model.task: model for model in (METERVQA, METEREntailment, METERNLVR2, METERRetrieval)}
@@ -127,13 +124,6 @@ def outputs_of(model, task, case):
     return ranks | {"loss_itm": loss, "itm_logits": logits}
 
 
-def random_batch(model, B=3):
-    """Return a batch of three with texts of different lengths, one of them padded."""
-    batch = model.random_inputs(torch.randn(B, 3, 16, 16))
-    batch["attention_mask"][-1, -2:] = 0
-    return batch
-
-
 def assert_close(got, expected, **options):
     """Compare with `TOLERANCE`, relative to the largest entry."""
     torch.testing.assert_close(
@@ -192,46 +182,3 @@ def test_initial_weights_are_the_official_ones(task):
     }
     after, before = model.state_dict(), before.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in shared)
-
-
-@SLOW_SCORER
-@pytest.mark.parametrize("options", [{}, REDUCED])
-def test_matching_one_text_equals_ranking_several(options):
-    """Check that each text has its own image tokens if texts guide."""
-    model = filled(made("retrieval", **options), "retrieval").eval()
-    batch = random_batch(model)
-    images, ids, mask = batch["images"], batch["false_ids"], batch["false_mask"]
-    ranks = model.rank_logits(images, ids, mask)
-    for text in range(2):
-        one = ids[:, text], mask[:, text]
-        tokens, _ = model.encode_image(images, model.text_cls(*one))
-        assert tokens.shape[1] == 17 or options
-        assert_close(model.matching_logits(tokens, *one), ranks[:, text])
-
-
-def test_the_pre_trained_model_matches_by_its_logit_of_a_pair():
-    model = filled(pretrained()).eval()
-    batch = random_batch(made("vqa"))
-    images, ids, mask = batch["images"], batch["input_ids"], batch["attention_mask"]
-    logits = model.matching_logits(model.encode_image(images)[0], ids, mask)
-    pairs = METERDraw(None, None, torch.ones(len(ids), dtype=torch.long), images)
-    assert_close(logits, model.match(images, ids, mask, pairs)[1][:, 1])
-
-
-@task_of
-def test_a_recipe_decays_and_scales_what_the_original_does(task):
-    values = {each.key: each.value for each in recipe_settings(f"{FINETUNE}/{task}_meter")}
-    scales, no_decay, model = values["optim.lr_scale"], values["optim.no_decay"], made(task)
-    groups = parameter_groups(model, 0.1, scales, no_decay=no_decay)
-    options = {p: (g["lr_scale"], g["weight_decay"] > 0) for g in groups for p in g["params"]}
-    head = {"vqa": 50, "entailment": 10, "nlvr2": 10, "retrieval": 1}[task]
-    theirs = rename_tensors(dict(model.named_parameters()), reversed_names(names_of(task)))
-    for name, parameter in theirs.items():
-        scale = head if "classifier" in name else 5 if "cross_modal" in name else 1
-        decays = not ("bias" in name or "LayerNorm" in name)
-        if parameter.requires_grad:
-            assert options[parameter] == (scale, decays), name
-    assert values["model.overrides"].keys() <= vars(model.config).keys()
-    defaults = type(model.config)()
-    for name, value in values["model.overrides"].items():
-        assert getattr(defaults, name) == value, name

@@ -9,13 +9,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import nn
 
 import elip_models
 from elip_models.api import is_reduced
-from elip_models.pretraining.data import train_tokenizer
-from elip_models.pretraining.models.registry import create_model
-from elip_models.saving.meta_build import WithoutRandomValues
 from tests.helpers.models import hf_clip, ids
 from tests.helpers.models import output_of_pair as run
 from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
@@ -131,23 +127,3 @@ def test_transformers_saves_and_loads(tmp_path):
     other = transformers.CLIPModel.from_pretrained(tmp_path, local_files_only=True).eval()
     assert not is_reduced(other)
     assert_same(other, model)
-
-
-def test_only_random_values_are_zeros():
-    with WithoutRandomValues():
-        norm, table = nn.LayerNorm(3), torch.arange(3.0) ** 2
-        for draw in (nn.init.normal_, nn.init.trunc_normal_, nn.init.kaiming_uniform_):
-            weight = torch.full((2, 2), 7.0)  # beyond the bounds of `trunc_normal_`
-            assert draw(weight) is weight and weight.eq(0).all()
-    assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
-    assert table.tolist() == [0, 1, 4]
-
-
-def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path):
-    tokenizer = train_tokenizer(["a red dog", "two cats"] * 9, 275)
-    tokenizer.save_pretrained(tmp_path)
-    model = create_model("clip_tiny", vocab_size=len(tokenizer))
-    assert model.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
-    model = create_model("clip_tiny", vocab_size=len(tokenizer) - 1)
-    with pytest.raises(ValueError, match=r"tokenizer: expected ids below the model's vocab_size"):
-        model.load_tokenizer(str(tmp_path))

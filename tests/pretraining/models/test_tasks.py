@@ -14,9 +14,7 @@ from tests.helpers.cross_modal_cases import (
     check_checkpointing,
     made,
 )
-from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import first_quick, tiered
-from tests.helpers.towers import gradients
 from tests.helpers.weights import assert_equal_weights
 from tests.pretraining.models.test_every_strategy import OPTIONS
 
@@ -105,23 +103,6 @@ def test_momentum_encoders_and_queue_are_updated_in_training_only(name):
         assert not torch.equal(model.queue.image, before.queue.image)
 
 
-@UNGUIDED
-@pytest.mark.parametrize("name", ["albef", "blip", "albef_retrieval", "blip_retrieval"])
-def test_matching_logits_are_those_of_itm(name):
-    model, (images, ids, mask) = made(name).eval(), batch_of_four()
-    tokens, _ = model.encode_image(images)
-    assert tokens.shape == (4, 17, 16)  # no text, no reduction
-    logits = model.matching_logits(tokens, ids, mask)
-    text = ids if "blip" in name else model.encode_text(ids, mask)
-    expected = model.itm_head(model.fuse(text, mask, tokens)[:, 0])[:, 1]
-    assert torch.equal(logits, expected.float())
-    order = torch.tensor([2, 0, 3, 1])
-    others = model.matching_logits(tokens[order], ids[order], mask[order])
-    torch.testing.assert_close(others, logits[order])
-    guided, _ = model.encode_image(images, model.text_cls(ids, mask))
-    assert guided.shape[1] < 17
-
-
 @pytest.mark.parametrize("name", ["albef", "blip", "albef_retrieval", "blip_retrieval"])
 def test_drawn_negatives_never_show_the_image_of_their_row(name):
     model, (_, ids, _) = made(name), batch_of_four()
@@ -134,16 +115,3 @@ def test_drawn_negatives_never_show_the_image_of_their_row(name):
     if image_ids is not None:  # another caption of the image, if there is no more
         (negatives, _) = model.draw(similar, ids, torch.zeros(4))
         assert (negatives != torch.arange(4)).all()
-
-
-@pytest.mark.parametrize("name", ["albef_vqa", "blip_vqa"])
-def test_a_missing_answer_changes_no_loss(name):
-    model = made(name).eval()
-    batch = batch_for(model)
-    expected = model(**batch).loss
-    for part in ("answer_ids", "answer_mask", "answer_weights"):
-        batch[part] = torch.cat([batch[part], torch.zeros_like(batch[part])], dim=1)
-    loss = model(**batch).loss
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert all(grad.isfinite().all() for grad in gradients(model).values())

@@ -4,19 +4,15 @@ from typing import get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import elip_models
-from elip_models.pretraining.models.layers.losses import next_tokens
 from elip_models.pretraining.models.layers.text_reduction import TextReduction, TextStrategy
-from tests.helpers.cross_modal_cases import batch_of_four, check_checkpointing, draws, made
-from tests.helpers.tiers import slow_except
+from tests.helpers.cross_modal_cases import batch_of_four, draws, made
 
 LENGTHS, L = (13, 9, 5, 2, 1, 0), 13
 STRATEGIES = get_args(TextStrategy)
 KEPT = (5, 5, 3, 2)  # of 8, 7, 4 and 3 real tokens in `batch_of_four`, of which 40% go
 FAMILIES = ["blip", "meter"]
-CASES = [(family, strategy) for family in FAMILIES for strategy in STRATEGIES]
 
 
 def texts():
@@ -118,46 +114,6 @@ def test_learned_encodes_the_dense_image_first(family):
     online = [True] * (1 if family == "blip" else 2)
     assert passes["random"] == passes["post"] == online
     assert passes["learned"] == [grad for one in online for grad in (False, one)]
-
-
-def test_dropped_masked_tokens_have_no_loss():
-    model, batch = made("meter", text_reduction="post", text_depth=3), batch_of_four()
-    drawn = draws("meter", *batch, "local")
-    loss = model(*batch, drawn=drawn).loss_mlm
-    dropped = torch.arange(8) >= torch.tensor(KEPT)[:, None]
-    others = torch.where(dropped & (drawn.labels != -100), drawn.labels % 34 + 6, drawn.labels)
-    assert not torch.equal(others, drawn.labels)
-    assert torch.equal(model(*batch, drawn=drawn._replace(labels=others)).loss_mlm, loss)
-    others = torch.where(dropped | (drawn.labels == -100), drawn.labels, drawn.labels % 34 + 6)
-    assert not torch.equal(model(*batch, drawn=drawn._replace(labels=others)).loss_mlm, loss)
-
-
-def test_dropped_tokens_predict_no_next_token():
-    """Drop the last tokens of a causal text, which earlier tokens do not attend to."""
-    model, (images, ids, mask) = made("blip", text_reduction="post", text_depth=3), batch_of_four()
-    loss = model(images, ids, mask, drawn=draws("blip", images, ids, mask, "local")).loss_lm
-    tokens, _ = model.encode_image(images, model.encode_text_reduced(images, ids, mask)[:, 0])
-    stays = torch.arange(8) < torch.tensor(KEPT)[:, None]
-    labels = next_tokens(ids, mask).masked_fill(~stays, -100)
-    logits = model.predict(ids, mask, tokens)
-    smoothing = model.config.label_smoothing
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
-    torch.testing.assert_close(loss, expected)
-
-
-@pytest.mark.parametrize(("family", "strategy"), slow_except([("meter", "learned")], CASES))
-def test_checkpointing_changes_nothing_and_every_weight_trains(family, strategy):
-    check_checkpointing(made(family, text_reduction=strategy, text_depth=3))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dropping_nothing_is_no_reduction_and_other_passes_keep_all_tokens(family):
-    none = made(family, text_reduction="random", text_drop=0.0)
-    assert none.text_reduction is None and made(family).text_reduction is None
-    model, texts = made(family, text_reduction="random"), batch_of_four()[1:]
-    state = torch.get_rng_state()
-    assert model.encode_text(*texts).shape == (4, 8, 16)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_bad_settings_are_named():

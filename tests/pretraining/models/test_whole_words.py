@@ -4,13 +4,10 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
-from elip_models.pretraining.data import load_tokenizer, train_tokenizer
+from elip_models.pretraining.data import load_tokenizer
 from elip_models.pretraining.models.layers.losses import IGNORED, mask_tokens
-from elip_models.pretraining.models.meter.config import METERConfig
-from elip_models.pretraining.models.meter.model import METER
 from elip_models.pretraining.training.trainer import train
 from tests.helpers.tiny_run import own_process, tiny_config
-from tests.pretraining.models.test_meter import TINY
 
 NAMES = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "a", "play", "##ing", "##s", "cat")
 PAD, CLS, SEP, MASK, _, A, PLAY, ING, S, CAT = range(len(NAMES))
@@ -51,17 +48,6 @@ def test_words_are_masked_completely_or_not_at_all():
     assert torch.equal(labels[chosen], ids[chosen])
     one, other = chosen[:, 1], chosen[:, 2]  # words are drawn independently of one another
     assert (one & other).float().mean().item() == pytest.approx(0.15**2, abs=0.01)
-
-
-def test_tokenizers_without_word_marks_raise():
-    model = METER(METERConfig(**TINY, mask_whole_words=True))
-    images, ids = torch.zeros(2, 3, 32, 32), torch.full((2, 4), 5)
-    with pytest.raises(ValueError, match=r"mask_whole_words: .*read_vocabulary_"):
-        model(images, ids, torch.ones_like(ids))
-    byte_pairs = train_tokenizer(["a ### cat plays"] * 9, 300)
-    assert any(name.startswith("##") for name in byte_pairs.get_vocab())
-    with pytest.raises(ValueError, match=r"mask_whole_words: .*'##', got .* of .*BPE"):
-        model.read_vocabulary_(byte_pairs)
 
 
 def test_training_passes_the_tokenizer_to_the_model(word_pieces, tmp_path):

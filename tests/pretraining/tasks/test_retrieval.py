@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from elip_models.intervals import score_interval
 from elip_models.pretraining.data import (
     EmojiScenes,
     MixedSource,
@@ -19,7 +18,6 @@ from elip_models.pretraining.tasks.retrieval import (
     Retrieval,
     chance_level,
     recall_at_k,
-    recall_intervals,
 )
 from elip_models.pretraining.tasks.task import Loading
 from tests.helpers.task_cases import LOADING, Captioned, Tokens, matcher, preprocessor
@@ -67,18 +65,6 @@ def test_a_tie_within_the_tolerance_counts_against_the_model(gap, recall):
     recalls = recall_at_k(similarity, texts, torch.arange(2), ks=(1, 2))
     assert recalls["image_to_text_r1"] == recalls["text_to_image_r1"] == recall
     assert recalls["image_to_text_r2"] == recalls["text_to_image_r2"] == 1.0
-
-
-def test_captions_of_an_image_are_drawn_together():
-    owners = captions_of_images(30, seed=1)
-    is_right = torch.arange(30) % 2 == 0
-    intervals = recall_intervals(20 * ~is_right, 20 * ~is_right[owners], owners)
-    hits = is_right[owners].numpy()
-    assert intervals["text_to_image_r1"] == score_interval(hits, owners.numpy())
-    assert intervals["image_to_text_r1"] == score_interval(is_right.numpy())
-    alone = score_interval(hits)
-    assert intervals["text_to_image_r1"].low < alone.low
-    assert intervals["text_to_image_r1"].high > alone.high
 
 
 @pytest.mark.parametrize("k", [1, 10, 1000])
@@ -150,25 +136,6 @@ class Pairs(Captioned):
         return super().__getitem__(index % 6)._replace(captions=self.captions(index))
 
 
-def sample_of(source, index, **config):
-    rng = np.random.default_rng(0)
-    return Retrieval().sample(preprocessor(source, **config), source[index], index, rng)
-
-
-def test_a_sample_has_its_image_id_and_the_texts_that_the_model_uses():
-    sample = sample_of(Captioned(), 2)
-    assert sample["image_ids"] == 2 and "false_ids" not in sample
-    sample = sample_of(Captioned(), 2, false_texts=5)
-    assert sample["false_ids"].shape == sample["false_mask"].shape == (5, 4)
-
-
-def test_pairs_of_the_same_image_are_not_negatives():
-    sample = sample_of(Pairs(), 8, false_texts=40)
-    assert sample["image_ids"] == 2
-    assert not (sample["false_ids"][:, 0] == 3).any()
-    assert sample_of(MixedSource([Captioned(), Pairs()]), 14)["image_ids"] == 6 + 2
-
-
 def r1(scores):
     return scores.scores["image_to_text_r1"].mean, scores.scores["text_to_image_r1"].mean
 
@@ -186,39 +153,6 @@ def test_matching_reranks_candidates_with_equal_features():
     assert (pairs.num_examples, *r1(pairs)) == (6, 1, 1)
 
 
-def test_features_are_compared_in_fp32_also_under_autocast():
-    """Angles of 0.05 between the first and the last: in bf16 all are equal."""
-    model, source = matcher()
-
-    def angle(share):
-        return torch.stack([(0.05 * share).cos(), (0.05 * share).sin()], dim=1)
-
-    low, high = float(model.low), float(model.high)
-    model.project_image = lambda tokens: angle((tokens.mean((1, 2)) - low) / (high - low))
-    model.text_features = lambda input_ids, attention_mask: angle((input_ids[:, 0] - 1) / 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
-    assert r1(scores)[1] == 1
-
-
-def test_a_model_without_features_scores_every_pair():
-    model, source = matcher()
-    model.ranks = False
-    scores = Retrieval(candidates=1).evaluate(model, Tokens(), source, LOADING)
-    assert r1(scores) == (1, 1) and scores.baselines.keys() == {"chance"}
-    with pytest.raises(ValueError, match=r"model: expected one with features .*needs --rerank"):
-        BY_FEATURES.check(model)
-
-
-def test_a_model_without_matching_ranks_by_features(model, tokenizer, scenes):
-    """CLIP ranks by features whatever the number of candidates."""
-    expected = BY_FEATURES.evaluate(model, tokenizer, scenes)
-    assert Retrieval().evaluate(model, tokenizer, scenes) == expected
-    assert expected.baselines.keys() == {"chance"}
-    with pytest.raises(ValueError, match=r"guided: expected --rerank and .* got CLIP and"):
-        Retrieval(guided=True).check(model)
-
-
 def test_index_images_are_encoded_without_text_and_queries_guide_only_candidates():
     model, source = matcher()
     Retrieval(candidates=4).evaluate(model, Tokens(), source, LOADING)
@@ -230,3 +164,15 @@ def test_index_images_are_encoded_without_text_and_queries_guide_only_candidates
     # Images look for texts first, by the index; then each text guides the two images it may fit.
     expected = [float(image + 1) for image in range(6) for _ in range(2)]
     assert [guide.flatten().tolist() for guide in queries] == [[text] * 2 for text in expected]
+
+
+def sample_of(source, index, **config):
+    rng = np.random.default_rng(0)
+    return Retrieval().sample(preprocessor(source, **config), source[index], index, rng)
+
+
+def test_pairs_of_the_same_image_are_not_negatives():
+    sample = sample_of(Pairs(), 8, false_texts=40)
+    assert sample["image_ids"] == 2
+    assert not (sample["false_ids"][:, 0] == 3).any()
+    assert sample_of(MixedSource([Captioned(), Pairs()]), 14)["image_ids"] == 6 + 2

@@ -9,37 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from elip_models.images import SampleError
 from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import DataError, Example
 from elip_models.pretraining.data.answers import vqa_accuracy
-from elip_models.pretraining.tasks.registry import TASKS, get_task
-from elip_models.pretraining.tasks.retrieval import Retrieval
-from elip_models.pretraining.tasks.task import Loading
+from elip_models.pretraining.tasks.registry import get_task
 from elip_models.pretraining.tasks.vqa import VQA
 from tests.helpers.task_cases import (
     LOADING,
     SIZE,
-    Captioned,
     Greys,
     Stub,
     Tokens,
     grey,
-    matcher,
     preprocessor,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-
-
-def test_every_task_is_made_by_name_and_wrong_settings_are_named():
-    assert [get_task(name).name for name in TASKS] == list(TASKS)
-    with pytest.raises(ValueError, match=r"task: expected one of retrieval, .*did you mean 'vqa'"):
-        get_task("vqaa")
-    with pytest.raises(ValueError, match=r"task_options: .*candidates.*got 'beams'"):
-        get_task("vqa", beams=3)
-    with pytest.raises(ValueError, match="candidates: expected an integer at least 1, got 0"):
-        get_task("vqa", candidates=0)
 
 
 @pytest.mark.parametrize(("task", "images"), [("entailment", 1), ("nlvr2", 2)])
@@ -106,19 +91,6 @@ def test_answers_are_generated_with_weights_or_classified_with_scores():
     assert classified["answer_scores"].tolist() == [0.0, 1.0]
 
 
-def test_an_evaluation_reports_samples_texts_and_queries():
-    calls = []
-    loading = LOADING._replace(progress=lambda *call: calls.append(call))
-    VQA().evaluate(Stub(), Tokens(), Greys(), loading)
-    assert calls == [("sample", done, 8) for done in (0, 3, 6, 8)]
-    calls.clear()
-    model, source = matcher()
-    Retrieval().evaluate(model, Tokens(), source, loading)
-    assert calls[:3] == [("sample", done, 6) for done in (0, 3, 6)]
-    assert calls[3:7] == [("text", done, 12) for done in (3, 6, 9, 12)]
-    assert calls[7:] == [("query", done, 18) for done in range(1, 19)]
-
-
 @pytest.mark.parametrize("config", [{}, {"num_classes": 2}])
 def test_a_correct_model_scores_1_and_its_predictions_are_stored(config):
     scores = VQA(candidates=9).evaluate(Stub(**config), Tokens(), Greys(), LOADING)
@@ -137,20 +109,6 @@ def test_a_model_with_another_number_of_answers_than_the_data_is_refused():
     learned = ("dark", "bright", "grey")
     scores = VQA().evaluate(Stub(num_classes=3), Tokens(), Greys(), LOADING, learned)
     assert scores.baselines["chance"] == {"accuracy": 1 / 3}
-
-
-@pytest.mark.parametrize("task", ["entailment", "retrieval"])
-def test_a_random_model_does_not_change_the_random_state(task):
-    class Drawing(Stub):
-        def logits(self, *inputs, **named):
-            return super().logits(*inputs, **named) + torch.rand(1)
-
-        def matching_logits(self, *inputs):
-            return torch.rand(len(inputs[0]))
-
-    source, before = {"retrieval": Captioned()}.get(task, Greys()), torch.get_rng_state()
-    get_task(task).evaluate(Drawing(), Tokens(), source, LOADING)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_vqa_has_the_official_accuracy_and_targets_of_answers_as_written():
@@ -177,47 +135,6 @@ def test_the_accuracy_of_vqa_equals_the_recorded_one_of_the_official_file():
         shares = {text: count / len(case["answers"]) for text, count in counts.items()}
         accuracy = vqa_accuracy(shares, case["predicted"])
         assert 100 * accuracy == pytest.approx(case["2017"], abs=1e-6), case
-
-
-def test_a_classifier_is_not_trained_on_questions_without_a_listed_answer():
-    """As METER's write_vqa.py; a decoder learns all answers, and evaluation scores all."""
-
-    class Rare(Greys):
-        rare = 3
-
-        def text_alone(self, index):
-            example = super().text_alone(index)
-            return example._replace(answers={"grey": 1.0}) if index < self.rare else example
-
-    source = Rare()
-    assert VQA().training_source(source, preprocessor(source).model) is source
-    kept = VQA().training_source(source, preprocessor(source, num_classes=2).model)
-    assert (len(kept), kept.answers) == (5, source.answers)
-    assert [kept.text_alone(i).id for i in range(5)] == [f"g{i}" for i in range(3, 8)]
-    assert kept[0].id == "g3" and kept[0].images[0] == source[3].images[0]
-    assert VQA().evaluate(Stub(num_classes=2), Tokens(), source, LOADING).num_examples == 8
-    source.rare = 8
-    with pytest.raises(ValueError, match="answers: expected one of the 2 possible ones for some"):
-        VQA().training_source(source, preprocessor(source, num_classes=2).model)
-
-
-def test_an_unreadable_question_does_not_shift_the_images():
-    class Damaged(Greys):
-        def image_number(self, index):
-            return index - index % 2
-
-        def __getitem__(self, index):
-            if index in (0, 5):
-                raise SampleError(f"g{index}", "damaged")
-            return super().__getitem__(index)
-
-    loading = Loading(batch_size=3, max_bad_share=0.5)
-    scores = VQA().evaluate(Stub(), Tokens(), Damaged(), loading)
-    assert [prediction.id for prediction in scores.predictions] == [
-        f"g{i}" for i in (1, 2, 3, 4, 6, 7)
-    ]
-    assert scores.scores["accuracy"] == wilson_interval(1.0, 4)  # four images in six questions
-    assert (scores.num_examples, scores.num_skipped) == (6, 2)
 
 
 class Levels(Greys):

@@ -1,21 +1,20 @@
-"""Zero-shot classification: classes by name, encoding without text, logged and stored scores."""
+"""Zero-shot classification: classes by name, and encoding without text."""
 
 import json
 from types import SimpleNamespace
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from elip_models.intervals import wilson_interval
-from elip_models.pretraining.data import open_classes, open_examples
+from elip_models.pretraining.data import open_classes
 from elip_models.pretraining.tasks.task import Loading
 from elip_models.pretraining.tasks.zero_shot import ZeroShot, class_features
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError
-from tests.helpers.tiny_run import elip, logged, own_process, tiny_config
+from tests.helpers.tiny_run import own_process, tiny_config
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue_sky": (0, 0, 255)}
 
@@ -69,38 +68,11 @@ def test_a_folder_of_images_is_classified_by_the_names_of_its_folders(tmp_path):
     assert model.training
 
 
-def test_the_first_of_two_classes_with_the_same_name_ranks_first(tmp_path):
-    red = COLOURS["red"]
-    folder = colour_folder(tmp_path, {"n1": red, "n2": red, "n3": COLOURS["green"]})
-    (tmp_path / "n2" / "1.png").unlink()
-    source = open_classes(folder, image_size=8)
-    source.names = ("red", "red", "green")
-    assert top1(source) == 4 / 5  # not 3 / 5, if the second one ranked first
-
-
-def test_a_model_with_constant_features_finds_nothing(tmp_path):
-    source = open_classes(colour_folder(tmp_path), image_size=8)
-    assert top1(source, SeesColours(blind=True)) == 0
-
-
 def test_a_class_is_the_mean_of_its_texts():
     features = class_features(SeesColours(), None, ["red", "green"], [str, "{} or red".format])
     half = 0.5 / (1 + 0.5**2) ** 0.5
     expected = torch.tensor([[1, 0, 0], [half, 2 * half, 0]])
     torch.testing.assert_close(features, expected)
-
-
-def test_numbers_are_not_names_of_classes(tmp_path):
-    """Folders 0 to 999, as of ImageNet-V2."""
-    numbers = {"0": 0, "10": 10, "999": 999}
-    folder = colour_folder(tmp_path / "v2", dict(zip(numbers, COLOURS.values(), strict=True)))
-    with pytest.raises(ValueError, match=r"got the numbers 0, 10, 999.*add ,names=imagenet if"):
-        open_classes(folder, image_size=8)
-    source = open_classes(f"{folder},names=imagenet", image_size=8)
-    assert source.classes == ("n01440764", "n01530575", "n15075141")
-    assert source.names == tuple(open_clip.IMAGENET_CLASSNAMES[i] for i in numbers.values())
-    for spec, answers in ((folder, tuple(numbers)), (f"{folder},names=imagenet", source.classes)):
-        assert open_examples("classification", spec, image_size=8).answers == answers
 
 
 def test_a_file_names_the_classes(tmp_path):
@@ -115,29 +87,6 @@ def test_a_file_names_the_classes(tmp_path):
     file.write_text(json.dumps(["red"]))
     with pytest.raises(ValueError, match="a name for each of the 3 classes, got none for '1'"):
         open_classes(f"{numbered},names={file}", image_size=8)
-
-
-@pytest.mark.slow
-def test_scores_are_logged_during_training_and_written_as_json(tmp_path):
-    settings = (
-        "data.eval=null",
-        "data.zero_shot=emoji_classes:seed=1,size=60",
-        "eval_every=2",
-        "report=[zero_shot]",
-        "optim.steps=5",
-    )
-    with own_process():
-        result = train(tiny_config(tmp_path, *settings))
-    rows = logged(tmp_path, "zero_shot_top1", "zero_shot_top5", "step")
-    assert [row["step"] for row in rows] == [2, 4, 5]
-    assert result.zero_shot.scores["top5"].mean == rows[-1]["zero_shot_top5"]
-    output = tmp_path / "scores.json"
-    data = ("--data", "emoji_classes:seed=1,size=60", "--output", output)
-    assert elip("eval", "zero-shot", "--model", tmp_path / "model", *data) == 0
-    written = json.loads(output.read_text())
-    scores = result.zero_shot.scores
-    assert written["scores"] == {name: score._asdict() for name, score in scores.items()}
-    assert written["notes"]["classes"] == "60"
 
 
 @pytest.mark.parametrize(

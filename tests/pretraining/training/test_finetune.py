@@ -120,11 +120,6 @@ def test_a_task_name_selects_the_recipe_of_the_family(saved, family, task):
     assert model.resize == (config.data.resize or "crop")
 
 
-def test_a_text_longer_than_the_saved_positions_raises(saved):
-    with pytest.raises(ConfigError, match=r"data\.context_length: expected at most 32.*, got 77"):
-        run(saved, "clip", "retrieval", **{"data.context_length": 77})
-
-
 def test_the_tower_is_dense_by_default(saved):
     dense = finetune_recipe("vqa_tiny", saved("albef"), {})
     assert "schedule" not in dense.model.overrides
@@ -134,17 +129,6 @@ def test_the_tower_is_dense_by_default(saved):
     assert meta_model(asked).config.strategy == "tome"
 
 
-@pytest.mark.parametrize("family", ["albef", "blip"])
-def test_options_that_the_task_model_lacks_are_dropped(saved, family, tmp_path):
-    config = json.loads((saved(family) / "config.json").read_text())
-    (tmp_path / "model.safetensors").symlink_to(saved(family) / "model.safetensors")
-    said = {"momentum_reduction": "shared", "fusion": 0.25}
-    (tmp_path / "config.json").write_text(json.dumps(config | said))
-    model = meta_model(finetune_recipe("vqa_tiny", tmp_path, {}, reduced=True)).config
-    assert model.schedule == "1(100%) 1(50%)" and model.fusion == 0.25
-    assert model.momentum_reduction == ("none" if family == "blip" else "shared")
-
-
 @pytest.mark.parametrize(("family", "task"), [("blip", "captioning"), ("clip", "classification")])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_without_text_the_reduction_is_vision_only(saved, family, task, reduced):
@@ -152,12 +136,6 @@ def test_without_text_the_reduction_is_vision_only(saved, family, task, reduced)
     model = meta_model(finetune_recipe(f"{task}_tiny", saved(family), said, reduced=reduced))
     assert model.config.without_text == "vision"
     assert model.reduction.reduces(None, training=False)
-
-
-def test_defaults_of_a_task_replace_defaults_of_pre_training(saved):
-    model = meta_model(finetune_recipe("retrieval_tiny", saved("blip"), {})).config
-    assert (model.negative_epsilon, model.alpha_warmup_epochs) == (0.0, 1.0)
-    assert (model.momentum, model.queue_size, model.image_size) == (0.98, 64, 32)
 
 
 @pytest.mark.parametrize("family", ["blip_vqa", "blip_nlvr2", "blip_captioning"])

@@ -63,16 +63,6 @@ def test_no_value_is_left_out(name):
     assert of_model <= ORIGINALS[name].keys()
 
 
-def test_stale_tables_are_seen_and_rewritten(tmp_path, monkeypatch):
-    page = tmp_path / "original_recipes.md"
-    page.write_text("before\n<!-- recipes:begin -->\nold\n<!-- recipes:end -->\nafter\n")
-    monkeypatch.setattr(recipes, "PAGE", page)
-    assert recipes.main(["--check"]) == 1
-    assert recipes.main([]) == recipes.main(["--check"]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-
-
 FINETUNING = recipes.read_finetune_originals()
 DIFFERENCES = FINETUNING["differences"]
 NO_ORIGINAL = {"retrieval_clip"}  # the paper does not fine-tune CLIP for retrieval

@@ -10,9 +10,7 @@ from elip_models.pretraining.training.recipe import (
     resume_conflicts,
     save_recipe,
 )
-from elip_models.pretraining.training.yaml_config import read_mapping
 from elip_models.validation import ConfigError
-from tests.helpers.tiny_run import elip
 
 MINIMAL = """
 name: test
@@ -89,12 +87,6 @@ def test_mistake_names_key_requirement_and_value(recipe, override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["report=[picture, retrieval]", "data.zero_shot=images"])
-def test_report_options_that_a_task_lacks_raise(recipe, override):
-    with pytest.raises(ConfigError, match=r"report, data.zero_shot: expected .* the task vqa"):
-        load_recipe(recipe, ["task=vqa", "data.eval=a.json", override])
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -118,20 +110,6 @@ def test_a_file_that_is_not_a_recipe_raises(tmp_path, monkeypatch, text, message
     with pytest.raises(ConfigError) as error:
         load_recipe("own.yaml")
     assert message in str(error.value)
-
-
-def test_anchors_and_merged_keys_are_read(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("a: &a {aa: 1, bb: 2}\nd: &d {<<: *a, bb: 3}\ne: {<<: *d, aa: 4}\nf: *d")
-    values = read_mapping(path)
-    assert values["d"] == values["f"] == {"aa": 1, "bb": 3} and values["e"] == {"aa": 4, "bb": 3}
-
-
-def test_a_wrong_value_ends_the_command_before_anything_is_written(tmp_path, capsys):
-    folder = tmp_path / "run"
-    assert elip("train", "clip_tiny", f"output_dir={folder}", "optim.lrr=1") == 2
-    assert capsys.readouterr().err == ("error: optim.lrr: unknown key; did you mean 'optim.lr'?\n")
-    assert not folder.exists()
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -31,12 +31,6 @@ def test_a_folder_with_other_files_is_refused_and_keeps_them(tmp_path, name, res
     assert contents(tmp_path) == {name: b'{"step": 9}'}
 
 
-def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
-    (tmp_path / ".lock").mkdir()  # as if without permission to write
-    with pytest.raises(TrainingError, match=r"output_dir: expected a folder that can be written"):
-        train(tiny_config(tmp_path))
-
-
 @pytest.mark.parametrize("option", ["optim.batch_size=49", "data.tokenizer=/missing"])
 def test_a_start_that_fails_leaves_nothing(tmp_path, option):
     with pytest.raises(ConfigError):
@@ -143,46 +137,3 @@ def test_the_newest_checkpoints_are_kept_and_an_equal_step_is_replaced(tmp_path)
     assert step_of(checkpoints.latest(), num_samples=7) == 3
     with pytest.raises(TrainingError, match="expected num_samples = 7, got 8"):
         step_of(checkpoints.latest(), num_samples=8)
-
-
-def test_a_later_checkpoint_that_is_damaged_does_not_cost_an_intact_one(tmp_path):
-    checkpoints = committed(tmp_path, 4, 8)
-    flip(checkpoints.of(8) / "model.safetensors")
-    assert checkpoints.latest() == checkpoints.of(4)
-    committed(tmp_path, 6, keep=1)  # of the run that resumed step 4, and is killed after step 6
-    assert checkpoints.latest() == checkpoints.of(6)
-    assert [folder.name for folder in checkpoints.path.iterdir()] == ["step_00000006"]
-
-
-@pytest.mark.parametrize(
-    ("has_exchange", "killed_at"),
-    [(True, "exchange"), (True, "after")]
-    + [(False, moment) for moment in ("before", "between", "after")],
-)
-def test_a_folder_that_is_replaced_is_the_old_one_or_the_new_one(
-    tmp_path, has_exchange, killed_at, monkeypatch
-):
-    path, replace, exchange = tmp_path / "best", files.os.replace, files._exchange
-    left = ["after", "exchange"] if has_exchange else ["after", "between", "before"]
-
-    def killed(act, *names):
-        if left.pop() == killed_at:
-            raise KeyboardInterrupt
-        return act(*names)
-
-    for content in ("old", "new"):
-        files.unfinished(path).mkdir()
-        (files.unfinished(path) / "a").write_text(content)
-        if content == "old":
-            files.publish(path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files.os, "replace", lambda *names: killed(replace, *names))
-        swap = (lambda *names: killed(exchange, *names)) if has_exchange else lambda *_: False
-        patch.setattr(files, "_exchange", swap)
-        patch.setattr(files, "sync", lambda path: killed(int) if left == ["after"] else None)
-        files.publish(path)
-    if killed_at != "between":
-        assert (path / "a").exists()
-    files.restore_replaced(path)
-    assert (path / "a").read_text() == ("new" if killed_at == "after" else "old")
-    assert [folder.name for folder in tmp_path.iterdir()] == ["best"]

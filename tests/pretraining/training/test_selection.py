@@ -92,13 +92,6 @@ def test_the_best_weights_are_stored_and_scored(saved, values, capsys):
     assert "best" not in capsys.readouterr().out
 
 
-def test_without_eval_every_an_epoch_ends_with_a_validation(saved, values):
-    values += [10, 20]
-    result = train(config_of(saved, **{"eval_every": 0, "optim.steps": 7}))
-    rows = logged(result.output_dir, "validation_accuracy", "step")
-    assert [row["step"] for row in rows] == [4, 7]
-
-
 def test_a_killed_run_continues_exactly_and_keeps_the_best_weights(saved, values, monkeypatch):
     values += [30, 60, 50, 40] * 2
     whole = train(config_of(saved, output_dir="whole"))

@@ -72,15 +72,6 @@ def test_a_compiled_step_is_recompiled_only_where_patch_dropout_ends(tmp_path):
     assert type(result.model) is CLIP
 
 
-@pytest.mark.slow
-def test_compiled_training_gives_the_losses_of_uncompiled(tmp_path):
-    for name in ("false", "aot_eager"):
-        torch.compiler.reset()
-        with own_process():
-            train(tiny_config(tmp_path / name, f"optim.compile={name}"))
-    assert losses(tmp_path / "aot_eager") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
-
-
 def saved_run(folder):
     train(tiny_config(folder, "model.overrides.schedule=null"))
     return folder / "model"
