@@ -32,7 +32,6 @@ from tests.helpers.models import (
     output,
     output_of_pair,
 )
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.helpers.towers import WIDTH, images, plain_vit
 from tests.towers.test_hf_readers import llava, logits_of
 from tests.vlm.models import build
@@ -440,7 +439,6 @@ WORK = {
 }
 
 
-@DENSE_BY_TRANSFORMERS
 @torch.no_grad()
 @pytest.mark.parametrize("line", WORK)
 def test_a_line_works(line, tmp_path):

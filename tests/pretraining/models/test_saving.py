@@ -18,7 +18,6 @@ from elip_models.pretraining.models.registry import create_model
 from elip_models.saving.meta_build import WithoutRandomValues
 from tests.helpers.models import hf_clip, ids
 from tests.helpers.models import output_of_pair as run
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.helpers.towers import SCHEDULE, WIDTH, images
 
 CONFIG = {
@@ -123,7 +122,6 @@ def test_a_dense_checkpoint_loads_into_either_model(make, tmp_path):
     assert torch.equal(features(dense), expected)
 
 
-@DENSE_BY_TRANSFORMERS
 def test_transformers_saves_and_loads(tmp_path):
     model = reduced(hf_clip().eval())
     model.save_pretrained(tmp_path)
