@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_kernels import cls_attention
+from elip_models.engine.model_methods import keep_handles
 from elip_models.vlm.attention_probe import Watcher, watch
 from elip_models.vlm.budget import parts
 from elip_models.vlm.cache_state import CacheState, cache_in
@@ -53,14 +54,16 @@ class InnerLayers(Watcher):
         """Register hooks behind those of `PromptReduction`; watch the layers before the drops."""
         language_model = multimodal.language_model
         layers = language_model.layers
-        language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        language_model.register_forward_hook(self.end, with_kwargs=True, prepend=True)
+        begin = language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        end = language_model.register_forward_hook(self.end, with_kwargs=True, prepend=True)
+        keep_handles(language_model, self, begin, end)
         for at in self.drops:
             watch(layers[at - 1].self_attn, self)
         for i, (layer, level) in enumerate(zip(layers, self.levels, strict=True)):
             if level:
                 hook = LayerHook(self, level, i, is_first=i in self.drops)
-                layer.register_forward_pre_hook(hook, with_kwargs=True)
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                keep_handles(layer, hook, handle)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""
